@@ -1,0 +1,1 @@
+"""The `dermis` program: a composition root over `dermis` and `training`."""

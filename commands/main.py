@@ -1,0 +1,44 @@
+"""`dermis`: one command line for training, bundles, offline generation and verification."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from dermis import __version__
+from dermis.errors import DermisError
+
+app = typer.Typer(
+    name="dermis",
+    help="Synthetic dermoscopy: train generators, make and verify datasets.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_show_version, is_eager=True, help="Print the version."),
+) -> None:
+    """Synthetic dermoscopy: train generators, make and verify datasets."""
+
+
+def main() -> None:
+    """Run the program; an error that the user can mend is one line on stderr and exit status 1."""
+    try:
+        app()
+    except DermisError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,608 @@
+"""StyleGAN2 generator and discriminator, one file, top to bottom.
+
+Written from Karras et al., "Analyzing and Improving the Image Quality of StyleGAN" (arXiv 1912.04958) and
+"Training Generative Adversarial Networks with Limited Data" (arXiv 2006.06676). Parameters and buffers carry the
+names of the official StyleGAN2-ADA state dicts, so that official weights load as they are, and the outputs agree
+with the official networks to 1e-4 (`tests/test_networks.py`).
+
+Shapes: N batch, C channels, H = W = resolution. Images are float [N, img_channels, H, W] in about [-1, 1].
+
+Two choices differ in form, not in value, from a literal reading of the paper. Weight modulation is applied to the
+activations (scale by the style before the convolution, by the demodulation coefficient after it), so that one
+ordinary convolution serves the whole batch and compiles well. And the low-pass filter of a resampling is a depthwise
+convolution instead of a custom kernel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NoiseMode = Literal["const", "random", "none"]
+FIR_TAPS = (1.0, 3.0, 3.0, 1.0)
+LRELU_SLOPE = 0.2
+SQRT2 = math.sqrt(2.0)
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    """What determines the generator's parameter shapes and arithmetic. Field names follow the official arguments.
+
+    `num_fp16_res` highest resolutions run in float16 on CUDA (float32 elsewhere); `conv_clamp` bounds their
+    activations to +-conv_clamp. `c_dim` = 0 means unconditional.
+    """
+
+    img_resolution: int
+    c_dim: int = 0
+    z_dim: int = 512
+    w_dim: int = 512
+    img_channels: int = 3
+    mapping_layers: int = 8
+    mapping_lr_multiplier: float = 0.01
+    embed_features: int | None = None
+    layer_features: int | None = None
+    w_avg_beta: float = 0.995
+    channel_base: int = 32768
+    channel_max: int = 512
+    num_fp16_res: int = 0
+    conv_clamp: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_resolution(self.img_resolution)
+        if self.z_dim <= 0 or self.w_dim <= 0 or self.c_dim < 0 or self.mapping_layers < 1:
+            raise ValueError("z_dim, w_dim and mapping_layers must be positive and c_dim at least 0")
+
+    @property
+    def num_ws(self) -> int:
+        """Number of style vectors: two a resolution, i.e. 2 log2(resolution) - 2 (paper: 14 at 256 px)."""
+        return 2 * int(math.log2(self.img_resolution)) - 2
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class DiscriminatorConfig:
+    """What determines the discriminator's parameter shapes and arithmetic; see `GeneratorConfig`.
+
+    `cmap_dim` None means channels at 4 px when conditional, 0 otherwise (the official rule). `mbstd_group_size`
+    None takes the whole batch as one group.
+    """
+
+    img_resolution: int
+    c_dim: int = 0
+    img_channels: int = 3
+    channel_base: int = 32768
+    channel_max: int = 512
+    num_fp16_res: int = 0
+    conv_clamp: float | None = None
+    cmap_dim: int | None = None
+    mapping_layers: int = 8
+    mapping_lr_multiplier: float = 0.01
+    embed_features: int | None = None
+    layer_features: int | None = None
+    mbstd_group_size: int | None = 4
+    mbstd_num_channels: int = 1
+
+    def __post_init__(self) -> None:
+        _check_resolution(self.img_resolution)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _check_resolution(resolution: int) -> None:
+    if resolution < 8 or resolution & (resolution - 1):
+        raise ValueError(f"img_resolution must be a power of two, at least 8; got {resolution}")
+
+
+def _channels(config: GeneratorConfig | DiscriminatorConfig, resolution: int) -> int:
+    return min(config.channel_base // resolution, config.channel_max)
+
+
+def _resolutions(img_resolution: int) -> list[int]:
+    return [2**i for i in range(2, int(math.log2(img_resolution)) + 1)]
+
+
+def _first_fp16_resolution(config: GeneratorConfig | DiscriminatorConfig) -> float:
+    """Blocks at or above this resolution run in float16; never below 8 px (the official rule)."""
+    if config.num_fp16_res == 0:
+        return math.inf
+    return max(2 ** (int(math.log2(config.img_resolution)) + 1 - config.num_fp16_res), 8)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Filters, activation, equalised layers
+
+
+def fir_filter(taps: Sequence[float] = FIR_TAPS) -> Tensor:
+    """Separable low-pass filter as a [k, k] kernel with unit sum."""
+    line = torch.tensor(taps, dtype=torch.float32)
+    kernel = torch.outer(line, line)
+    return kernel / kernel.sum()
+
+
+def _depthwise(f: Tensor, x: Tensor, gain: float) -> Tensor:
+    """[k, k] filter as a depthwise weight [C, 1, k, k] for x, flipped because conv2d correlates."""
+    return (f.flip(0, 1) * gain).to(x.dtype)[None, None].expand(x.shape[1], 1, -1, -1)
+
+
+def fir2d(x: Tensor, f: Tensor, padding: int, stride: int = 1, gain: float = 1.0) -> Tensor:
+    """Pad [N, C, H, W] with zeros on each side, convolve each channel with f, keep every stride-th sample."""
+    return F.conv2d(x, _depthwise(f, x, gain), stride=stride, padding=padding, groups=x.shape[1])
+
+
+def upsample2d(x: Tensor, f: Tensor) -> Tensor:
+    """Twice the resolution: zero insertion, then the filter with gain 4 (which keeps the mean)."""
+    weight = (f * 4.0).to(x.dtype)[None, None].expand(x.shape[1], 1, -1, -1)
+    return F.conv_transpose2d(x, weight, stride=2, padding=f.shape[0] // 2 - 1, groups=x.shape[1])
+
+
+def normalize_2nd_moment(x: Tensor) -> Tensor:
+    """Scale every row of [N, C] to unit mean square."""
+    return x * (x.square().mean(dim=1, keepdim=True) + 1e-8).rsqrt()
+
+
+def lrelu(x: Tensor, gain: float = 1.0, clamp: float | None = None) -> Tensor:
+    """Leaky ReLU with the variance-preserving gain sqrt(2), times `gain`, clamped to +-clamp * gain."""
+    x = F.leaky_relu(x, LRELU_SLOPE) * (SQRT2 * gain)
+    return x if clamp is None else x.clamp(-clamp * gain, clamp * gain)
+
+
+class FullyConnectedLayer(nn.Module):
+    """Linear layer with equalised learning rate. [N, in] -> [N, out]."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        activation: Literal["linear", "lrelu"] = "linear",
+        lr_multiplier: float = 1.0,
+        bias_init: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.activation = activation
+        self.weight = nn.Parameter(torch.randn(out_features, in_features) / lr_multiplier)
+        self.bias = nn.Parameter(torch.full((out_features,), bias_init / lr_multiplier))
+        self.weight_gain = lr_multiplier / math.sqrt(in_features)
+        self.bias_gain = lr_multiplier
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.to(x.dtype) * self.weight_gain
+        bias = self.bias.to(x.dtype) * self.bias_gain
+        x = F.linear(x, weight, bias)
+        return lrelu(x) if self.activation == "lrelu" else x
+
+
+class Conv2dLayer(nn.Module):
+    """Equalised convolution, optional filtered 2x down-sampling. [N, in, H, W] -> [N, out, H', W']."""
+
+    resample_filter: Tensor
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        bias: bool = True,
+        activation: Literal["linear", "lrelu"] = "linear",
+        down: int = 1,
+        conv_clamp: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.activation = activation
+        self.down = down
+        self.conv_clamp = conv_clamp
+        self.padding = kernel_size // 2
+        self.weight_gain = 1.0 / math.sqrt(in_channels * kernel_size**2)
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
+        self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
+        self.register_buffer("resample_filter", fir_filter())
+
+    def forward(self, x: Tensor, gain: float = 1.0) -> Tensor:
+        weight = (self.weight * self.weight_gain).to(x.dtype)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        if self.down == 1:
+            x = F.conv2d(x, weight, bias, padding=self.padding)
+        elif self.padding == 0:  # 1x1: filter and decimate first, the convolution then sees a quarter of the pixels
+            x = F.conv2d(fir2d(x, self.resample_filter, padding=1, stride=2), weight, bias)
+        else:
+            x = F.conv2d(fir2d(x, self.resample_filter, padding=2), weight, bias, stride=2)
+        if self.activation == "lrelu":
+            return lrelu(x, gain, self.conv_clamp)
+        x = x * gain if gain != 1.0 else x
+        return x if self.conv_clamp is None else x.clamp(-self.conv_clamp * gain, self.conv_clamp * gain)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Mapping
+
+
+class MappingNetwork(nn.Module):
+    """z [N, z_dim] and label c [N, c_dim] -> ws [N, num_ws, w_dim] (or [N, w_dim] where num_ws is None).
+
+    Truncation (StyleGAN, arXiv 1812.04948, section B) moves the first `truncation_cutoff` style vectors (all, if
+    None) towards the running mean `w_avg`: w_avg + truncation_psi (w - w_avg).
+    """
+
+    w_avg: Tensor
+
+    def __init__(
+        self,
+        z_dim: int,
+        c_dim: int,
+        w_dim: int,
+        num_ws: int | None,
+        num_layers: int = 8,
+        embed_features: int | None = None,
+        layer_features: int | None = None,
+        lr_multiplier: float = 0.01,
+        w_avg_beta: float | None = 0.995,
+    ) -> None:
+        super().__init__()
+        self.z_dim, self.c_dim, self.w_dim = z_dim, c_dim, w_dim
+        self.num_ws, self.num_layers, self.w_avg_beta = num_ws, num_layers, w_avg_beta
+        embed_features = (w_dim if embed_features is None else embed_features) if c_dim > 0 else 0
+        layer_features = w_dim if layer_features is None else layer_features
+        if c_dim > 0:
+            self.embed = FullyConnectedLayer(c_dim, embed_features)
+        features = [z_dim + embed_features, *[layer_features] * (num_layers - 1), w_dim]
+        for i in range(num_layers):
+            self.add_module(
+                f"fc{i}", FullyConnectedLayer(features[i], features[i + 1], "lrelu", lr_multiplier=lr_multiplier)
+            )
+        if num_ws is not None and w_avg_beta is not None:
+            self.register_buffer("w_avg", torch.zeros(w_dim))
+
+    def forward(
+        self,
+        z: Tensor | None,
+        c: Tensor | None,
+        truncation_psi: float = 1.0,
+        truncation_cutoff: int | None = None,
+        update_w_avg: bool = False,
+    ) -> Tensor:
+        parts = []
+        if self.z_dim > 0:
+            assert z is not None
+            parts.append(normalize_2nd_moment(z.float()))
+        if self.c_dim > 0:
+            assert c is not None
+            parts.append(normalize_2nd_moment(self.embed(c.float())))
+        w = torch.cat(parts, dim=1)
+        for i in range(self.num_layers):
+            w = getattr(self, f"fc{i}")(w)
+        if update_w_avg and self.w_avg_beta is not None:
+            with torch.no_grad():
+                self.w_avg.copy_(w.detach().mean(dim=0).lerp(self.w_avg, self.w_avg_beta))
+        if self.num_ws is None:
+            return w
+        ws = w.unsqueeze(1).repeat(1, self.num_ws, 1)
+        return self.truncate(ws, truncation_psi, truncation_cutoff)
+
+    def truncate(self, ws: Tensor, truncation_psi: float, truncation_cutoff: int | None = None) -> Tensor:
+        """Move the first truncation_cutoff style vectors of ws [N, num_ws, w_dim] towards w_avg."""
+        if truncation_psi == 1.0:
+            return ws
+        cutoff = ws.shape[1] if truncation_cutoff is None else truncation_cutoff
+        return torch.cat([self.w_avg.lerp(ws[:, :cutoff], truncation_psi), ws[:, cutoff:]], dim=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Synthesis
+
+
+def modulated_conv2d(
+    x: Tensor, weight: Tensor, styles: Tensor, f: Tensor, demodulate: bool = True, up: int = 1
+) -> Tensor:
+    """Convolution with per-sample weights w_ijk = s_i w_ijk, demodulated to unit norm (StyleGAN2, equations 1 to 3).
+
+    x [N, in, H, W], weight [out, in, k, k], styles [N, in] -> [N, out, up H, up W]. With up = 2 a transposed
+    convolution of stride 2 is followed by the low-pass filter f with gain 4.
+    """
+    if x.dtype == torch.float16 and demodulate:
+        # Demodulation cancels any common scale, so normalise both factors to stay far from float16's limits.
+        weight = weight / (weight.norm(float("inf"), dim=(1, 2, 3), keepdim=True) * math.sqrt(weight[0].numel()))
+        styles = styles / styles.norm(float("inf"), dim=1, keepdim=True)
+    coefficients = None
+    if demodulate:
+        energy = styles.float().square() @ weight.float().square().sum(dim=(2, 3)).t()
+        coefficients = (energy + 1e-8).rsqrt().to(x.dtype)[:, :, None, None]
+    x = x * styles.to(x.dtype)[:, :, None, None]
+    weight = weight.to(x.dtype)
+    if up == 1:
+        x = F.conv2d(x, weight, padding=weight.shape[2] // 2)
+    else:
+        x = F.conv_transpose2d(x, weight.transpose(0, 1), stride=2)
+        x = fir2d(x, f, padding=1, gain=4.0)
+    return x if coefficients is None else x * coefficients
+
+
+class SynthesisLayer(nn.Module):
+    """Modulated 3x3 convolution, optional 2x up-sampling, noise, bias, leaky ReLU."""
+
+    resample_filter: Tensor
+    noise_const: Tensor
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        w_dim: int,
+        resolution: int,
+        up: int = 1,
+        conv_clamp: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.resolution = resolution
+        self.up = up
+        self.conv_clamp = conv_clamp
+        self.affine = FullyConnectedLayer(w_dim, in_channels, bias_init=1.0)
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, 3, 3))
+        self.register_buffer("noise_const", torch.randn(resolution, resolution))
+        self.noise_strength = nn.Parameter(torch.zeros(()))
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+        self.register_buffer("resample_filter", fir_filter())
+
+    def forward(self, x: Tensor, w: Tensor, noise_mode: NoiseMode) -> Tensor:
+        styles = self.affine(w)
+        x = modulated_conv2d(x, self.weight, styles, self.resample_filter, up=self.up)
+        if noise_mode == "random":
+            shape = (x.shape[0], 1, self.resolution, self.resolution)
+            noise = torch.randn(shape, device=x.device) * self.noise_strength
+            x = x + noise.to(x.dtype)
+        elif noise_mode == "const":
+            x = x + (self.noise_const * self.noise_strength).to(x.dtype)
+        x = x + self.bias.to(x.dtype)[:, None, None]
+        return lrelu(x, clamp=self.conv_clamp)
+
+
+class ToRGBLayer(nn.Module):
+    """Modulated 1x1 convolution to image channels, without demodulation."""
+
+    def __init__(self, in_channels: int, img_channels: int, w_dim: int, conv_clamp: float | None = None) -> None:
+        super().__init__()
+        self.conv_clamp = conv_clamp
+        self.affine = FullyConnectedLayer(w_dim, in_channels, bias_init=1.0)
+        self.weight = nn.Parameter(torch.randn(img_channels, in_channels, 1, 1))
+        self.bias = nn.Parameter(torch.zeros(img_channels))
+        self.weight_gain = 1.0 / math.sqrt(in_channels)
+
+    def forward(self, x: Tensor, w: Tensor) -> Tensor:
+        styles = self.affine(w) * self.weight_gain
+        x = modulated_conv2d(x, self.weight, styles, f=x, demodulate=False)
+        x = x + self.bias.to(x.dtype)[:, None, None]
+        return x if self.conv_clamp is None else x.clamp(-self.conv_clamp, self.conv_clamp)
+
+
+class SynthesisBlock(nn.Module):
+    """All layers of one resolution of the 'skip' generator: features [N, C, H, W] and the running RGB image."""
+
+    resample_filter: Tensor
+
+    def __init__(self, in_channels: int, out_channels: int, resolution: int, config: GeneratorConfig) -> None:
+        super().__init__()
+        self.in_channels = in_channels
+        self.use_fp16 = resolution >= _first_fp16_resolution(config)
+        self.num_conv = 1 if in_channels == 0 else 2
+        clamp = config.conv_clamp
+        self.register_buffer("resample_filter", fir_filter())
+        if in_channels == 0:
+            self.const = nn.Parameter(torch.randn(out_channels, resolution, resolution))
+        else:
+            self.conv0 = SynthesisLayer(in_channels, out_channels, config.w_dim, resolution, 2, clamp)
+        self.conv1 = SynthesisLayer(out_channels, out_channels, config.w_dim, resolution, 1, clamp)
+        self.torgb = ToRGBLayer(out_channels, config.img_channels, config.w_dim, clamp)
+
+    def forward(
+        self, x: Tensor | None, img: Tensor | None, ws: Tensor, noise_mode: NoiseMode, dtype: torch.dtype | None
+    ) -> tuple[Tensor, Tensor]:
+        dtype = _block_dtype(self.use_fp16, ws.device, dtype)
+        if x is None:
+            x = self.const.to(dtype).unsqueeze(0).expand(ws.shape[0], -1, -1, -1)
+            x = x.contiguous(memory_format=torch.channels_last)
+            x = self.conv1(x, ws[:, 0], noise_mode)
+        else:
+            x = self.conv0(x.to(dtype), ws[:, 0], noise_mode)
+            x = self.conv1(x, ws[:, 1], noise_mode)
+        rgb = self.torgb(x, ws[:, self.num_conv]).float()
+        img = rgb if img is None else upsample2d(img, self.resample_filter) + rgb
+        return x, img
+
+
+def _block_dtype(use_fp16: bool, device: torch.device, dtype: torch.dtype | None) -> torch.dtype:
+    """The arithmetic of a block: what the caller asks, else float16 where configured and the device has it."""
+    if dtype is not None:
+        return dtype
+    return torch.float16 if use_fp16 and device.type == "cuda" else torch.float32
+
+
+class SynthesisNetwork(nn.Module):
+    """ws [N, num_ws, w_dim] -> float32 image [N, img_channels, H, W].
+
+    `dtype` overrides the arithmetic of every block (torch.float32 forces full precision, torch.bfloat16 is the
+    CPU's fast path); None follows the configuration.
+    """
+
+    def __init__(self, config: GeneratorConfig) -> None:
+        super().__init__()
+        self.block_resolutions = _resolutions(config.img_resolution)
+        self.num_ws = config.num_ws
+        in_channels = 0
+        for resolution in self.block_resolutions:
+            out_channels = _channels(config, resolution)
+            self.add_module(f"b{resolution}", SynthesisBlock(in_channels, out_channels, resolution, config))
+            in_channels = out_channels
+
+    def forward(self, ws: Tensor, noise_mode: NoiseMode = "random", dtype: torch.dtype | None = None) -> Tensor:
+        ws = ws.float()
+        x: Tensor | None = None
+        img: Tensor | None = None
+        first = 0
+        for resolution in self.block_resolutions:
+            block: SynthesisBlock = getattr(self, f"b{resolution}")
+            # The RGB layer shares its style vector with the first convolution of the next block.
+            x, img = block(x, img, ws[:, first : first + block.num_conv + 1], noise_mode, dtype)
+            first += block.num_conv
+        assert img is not None
+        return img
+
+
+class Generator(nn.Module):
+    """z [N, z_dim], c [N, c_dim] -> image [N, img_channels, H, W]."""
+
+    def __init__(self, config: GeneratorConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.num_ws = config.num_ws
+        self.synthesis = SynthesisNetwork(config)
+        self.mapping = MappingNetwork(
+            config.z_dim,
+            config.c_dim,
+            config.w_dim,
+            config.num_ws,
+            config.mapping_layers,
+            config.embed_features,
+            config.layer_features,
+            config.mapping_lr_multiplier,
+            config.w_avg_beta,
+        )
+
+    def forward(
+        self,
+        z: Tensor,
+        c: Tensor | None,
+        truncation_psi: float = 1.0,
+        truncation_cutoff: int | None = None,
+        noise_mode: NoiseMode = "random",
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        ws = self.mapping(z, c, truncation_psi, truncation_cutoff)
+        img: Tensor = self.synthesis(ws, noise_mode, dtype)
+        return img
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Discriminator
+
+
+class DiscriminatorBlock(nn.Module):
+    """Residual block: two 3x3 convolutions beside a 1x1 skip, each halving the resolution once."""
+
+    resample_filter: Tensor
+
+    def __init__(self, in_channels: int, resolution: int, config: DiscriminatorConfig) -> None:
+        super().__init__()
+        tmp_channels = _channels(config, resolution)
+        out_channels = _channels(config, resolution // 2)
+        clamp = config.conv_clamp
+        self.in_channels = in_channels
+        self.use_fp16 = resolution >= _first_fp16_resolution(config)
+        self.register_buffer("resample_filter", fir_filter())
+        if in_channels == 0:
+            self.fromrgb = Conv2dLayer(config.img_channels, tmp_channels, 1, activation="lrelu", conv_clamp=clamp)
+        self.conv0 = Conv2dLayer(tmp_channels, tmp_channels, 3, activation="lrelu", conv_clamp=clamp)
+        self.conv1 = Conv2dLayer(tmp_channels, out_channels, 3, activation="lrelu", down=2, conv_clamp=clamp)
+        self.skip = Conv2dLayer(tmp_channels, out_channels, 1, bias=False, down=2)
+
+    def forward(self, x: Tensor, dtype: torch.dtype | None) -> Tensor:
+        x = x.to(_block_dtype(self.use_fp16, x.device, dtype))
+        if self.in_channels == 0:
+            x = self.fromrgb(x.contiguous(memory_format=torch.channels_last))
+        skip: Tensor = self.skip(x, gain=math.sqrt(0.5))
+        x = self.conv1(self.conv0(x), gain=math.sqrt(0.5))
+        return skip + x
+
+
+def minibatch_std(x: Tensor, group_size: int | None, num_channels: int) -> Tensor:
+    """Append num_channels maps of the groups' mean standard deviation (ProGAN, arXiv 1710.10196, section 3).
+
+    x [N, C, H, W] -> [N, C + num_channels, H, W]. N must be a multiple of min(group_size, N). Group members are
+    N / group_size apart, as in the official networks.
+    """
+    n, c, h, w = x.shape
+    group = n if group_size is None else min(group_size, n)
+    if n % group:
+        raise ValueError(f"batch size {n} is not a multiple of the mini-batch standard deviation group {group}")
+    y = x.reshape(group, n // group, num_channels, c // num_channels, h, w)
+    y = y - y.mean(dim=0)
+    y = (y.square().mean(dim=0) + 1e-8).sqrt().mean(dim=(2, 3, 4))
+    y = y.reshape(-1, num_channels, 1, 1).repeat(group, 1, h, w)
+    return torch.cat([x, y], dim=1)
+
+
+class DiscriminatorEpilogue(nn.Module):
+    """4 px features [N, C, 4, 4] -> logits [N, 1], projected on the label's cmap [N, cmap_dim] if conditional."""
+
+    def __init__(self, cmap_dim: int, config: DiscriminatorConfig) -> None:
+        super().__init__()
+        channels = _channels(config, 4)
+        self.cmap_dim = cmap_dim
+        self.mbstd_group_size = config.mbstd_group_size
+        self.mbstd_num_channels = config.mbstd_num_channels
+        self.conv = Conv2dLayer(
+            channels + config.mbstd_num_channels, channels, 3, activation="lrelu", conv_clamp=config.conv_clamp
+        )
+        self.fc = FullyConnectedLayer(channels * 16, channels, "lrelu")
+        self.out = FullyConnectedLayer(channels, 1 if cmap_dim == 0 else cmap_dim)
+
+    def forward(self, x: Tensor, cmap: Tensor | None) -> Tensor:
+        x = x.float()
+        if self.mbstd_num_channels > 0:
+            x = minibatch_std(x, self.mbstd_group_size, self.mbstd_num_channels)
+        x = self.conv(x)
+        x = self.out(self.fc(x.flatten(1)))
+        if cmap is not None:  # projection discriminator, arXiv 1802.05637
+            x = (x * cmap).sum(dim=1, keepdim=True) / math.sqrt(self.cmap_dim)
+        return x
+
+
+class Discriminator(nn.Module):
+    """image [N, img_channels, H, W] and label c [N, c_dim] -> logits [N, 1]; see `SynthesisNetwork` for `dtype`."""
+
+    def __init__(self, config: DiscriminatorConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.block_resolutions = _resolutions(config.img_resolution)[:0:-1]  # from the image down to 8 px
+        cmap_dim = _channels(config, 4) if config.cmap_dim is None else config.cmap_dim
+        cmap_dim = cmap_dim if config.c_dim > 0 else 0
+        in_channels = 0
+        for resolution in self.block_resolutions:
+            self.add_module(f"b{resolution}", DiscriminatorBlock(in_channels, resolution, config))
+            in_channels = _channels(config, resolution // 2)
+        if config.c_dim > 0:
+            self.mapping = MappingNetwork(
+                0,
+                config.c_dim,
+                cmap_dim,
+                None,
+                config.mapping_layers,
+                config.embed_features,
+                config.layer_features,
+                config.mapping_lr_multiplier,
+                None,
+            )
+        self.b4 = DiscriminatorEpilogue(cmap_dim, config)
+
+    def forward(self, img: Tensor, c: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+        x = img
+        for resolution in self.block_resolutions:
+            x = getattr(self, f"b{resolution}")(x, dtype)
+        cmap = self.mapping(None, c) if self.config.c_dim > 0 else None
+        logits: Tensor = self.b4(x, cmap)
+        return logits
+
+
+def one_hot(labels: Sequence[int] | np.ndarray, c_dim: int, device: torch.device | str = "cpu") -> Tensor:
+    """Class numbers [N] -> c [N, c_dim] float32 (shape [N, 0] for an unconditional network)."""
+    index = torch.as_tensor(np.asarray(labels, dtype=np.int64), device=device)
+    if c_dim == 0:
+        return torch.zeros(len(index), 0, device=device)
+    return F.one_hot(index, c_dim).float()
