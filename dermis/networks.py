@@ -150,10 +150,14 @@ def normalize_2nd_moment(x: Tensor) -> Tensor:
     return x * (x.square().mean(dim=1, keepdim=True) + 1e-8).rsqrt()
 
 
-def lrelu(x: Tensor, gain: float = 1.0, clamp: float | None = None) -> Tensor:
-    """Leaky ReLU with the variance-preserving gain sqrt(2), times `gain`, clamped to +-clamp * gain."""
-    x = F.leaky_relu(x, LRELU_SLOPE) * (SQRT2 * gain)
-    return x if clamp is None else x.clamp(-clamp * gain, clamp * gain)
+def _lrelu(x: Tensor, clamp: float | None = None) -> Tensor:
+    """Leaky ReLU of an already scaled x, clamped to +-clamp.
+
+    The variance-preserving gain sqrt(2) is folded into the weights and biases before it (leaky ReLU is positively
+    homogeneous), which saves a pass over every feature map.
+    """
+    x = F.leaky_relu(x, LRELU_SLOPE)
+    return x if clamp is None else x.clamp(-clamp, clamp)
 
 
 class FullyConnectedLayer(nn.Module):
@@ -173,12 +177,13 @@ class FullyConnectedLayer(nn.Module):
         self.bias = nn.Parameter(torch.full((out_features,), bias_init / lr_multiplier))
         self.weight_gain = lr_multiplier / math.sqrt(in_features)
         self.bias_gain = lr_multiplier
+        self.act_gain = SQRT2 if activation == "lrelu" else 1.0
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.to(x.dtype) * self.weight_gain
-        bias = self.bias.to(x.dtype) * self.bias_gain
+        weight = self.weight.to(x.dtype) * (self.weight_gain * self.act_gain)
+        bias = self.bias.to(x.dtype) * (self.bias_gain * self.act_gain)
         x = F.linear(x, weight, bias)
-        return lrelu(x) if self.activation == "lrelu" else x
+        return _lrelu(x) if self.activation == "lrelu" else x
 
 
 class Conv2dLayer(nn.Module):
@@ -202,23 +207,24 @@ class Conv2dLayer(nn.Module):
         self.conv_clamp = conv_clamp
         self.padding = kernel_size // 2
         self.weight_gain = 1.0 / math.sqrt(in_channels * kernel_size**2)
+        self.act_gain = SQRT2 if activation == "lrelu" else 1.0
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
         self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
         self.register_buffer("resample_filter", fir_filter())
 
     def forward(self, x: Tensor, gain: float = 1.0) -> Tensor:
-        weight = (self.weight * self.weight_gain).to(x.dtype)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
+        weight = (self.weight * (self.weight_gain * self.act_gain * gain)).to(x.dtype)
+        bias = None if self.bias is None else (self.bias * (self.act_gain * gain)).to(x.dtype)
         if self.down == 1:
             x = F.conv2d(x, weight, bias, padding=self.padding)
         elif self.padding == 0:  # 1x1: filter and decimate first, the convolution then sees a quarter of the pixels
             x = F.conv2d(fir2d(x, self.resample_filter, padding=1, stride=2), weight, bias)
         else:
             x = F.conv2d(fir2d(x, self.resample_filter, padding=2), weight, bias, stride=2)
+        clamp = None if self.conv_clamp is None else self.conv_clamp * gain
         if self.activation == "lrelu":
-            return lrelu(x, gain, self.conv_clamp)
-        x = x * gain if gain != 1.0 else x
-        return x if self.conv_clamp is None else x.clamp(-self.conv_clamp * gain, self.conv_clamp * gain)
+            return _lrelu(x, clamp)
+        return x if clamp is None else x.clamp(-clamp, clamp)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -300,12 +306,12 @@ class MappingNetwork(nn.Module):
 
 
 def modulated_conv2d(
-    x: Tensor, weight: Tensor, styles: Tensor, f: Tensor, demodulate: bool = True, up: int = 1
+    x: Tensor, weight: Tensor, styles: Tensor, f: Tensor, demodulate: bool = True, up: int = 1, gain: float = 1.0
 ) -> Tensor:
     """Convolution with per-sample weights w_ijk = s_i w_ijk, demodulated to unit norm (StyleGAN2, equations 1 to 3).
 
     x [N, in, H, W], weight [out, in, k, k], styles [N, in] -> [N, out, up H, up W]. With up = 2 a transposed
-    convolution of stride 2 is followed by the low-pass filter f with gain 4.
+    convolution of stride 2 is followed by the low-pass filter f with gain 4. Demodulated outputs are scaled by `gain`.
     """
     if x.dtype == torch.float16 and demodulate:
         # Demodulation cancels any common scale, so normalise both factors to stay far from float16's limits.
@@ -314,7 +320,7 @@ def modulated_conv2d(
     coefficients = None
     if demodulate:
         energy = styles.float().square() @ weight.float().square().sum(dim=(2, 3)).t()
-        coefficients = (energy + 1e-8).rsqrt().to(x.dtype)[:, :, None, None]
+        coefficients = ((energy + 1e-8).rsqrt() * gain).to(x.dtype)[:, :, None, None]
     x = x * styles.to(x.dtype)[:, :, None, None]
     weight = weight.to(x.dtype)
     if up == 1:
@@ -353,15 +359,15 @@ class SynthesisLayer(nn.Module):
 
     def forward(self, x: Tensor, w: Tensor, noise_mode: NoiseMode) -> Tensor:
         styles = self.affine(w)
-        x = modulated_conv2d(x, self.weight, styles, self.resample_filter, up=self.up)
+        x = modulated_conv2d(x, self.weight, styles, self.resample_filter, up=self.up, gain=SQRT2)
+        strength = self.noise_strength * SQRT2
         if noise_mode == "random":
-            shape = (x.shape[0], 1, self.resolution, self.resolution)
-            noise = torch.randn(shape, device=x.device) * self.noise_strength
-            x = x + noise.to(x.dtype)
+            noise = torch.randn(x.shape[0], 1, self.resolution, self.resolution, device=x.device)
+            x = x + (noise * strength).to(x.dtype)
         elif noise_mode == "const":
-            x = x + (self.noise_const * self.noise_strength).to(x.dtype)
-        x = x + self.bias.to(x.dtype)[:, None, None]
-        return lrelu(x, clamp=self.conv_clamp)
+            x = x + (self.noise_const * strength).to(x.dtype)
+        x = x + (self.bias * SQRT2).to(x.dtype)[:, None, None]
+        return _lrelu(x, self.conv_clamp)
 
 
 class ToRGBLayer(nn.Module):
@@ -404,12 +410,12 @@ class SynthesisBlock(nn.Module):
     def forward(
         self, x: Tensor | None, img: Tensor | None, ws: Tensor, noise_mode: NoiseMode, dtype: torch.dtype | None
     ) -> tuple[Tensor, Tensor]:
-        dtype = _block_dtype(self.use_fp16, ws.device, dtype)
         if x is None:
-            x = self.const.to(dtype).unsqueeze(0).expand(ws.shape[0], -1, -1, -1)
+            x = self.const.unsqueeze(0).expand(ws.shape[0], -1, -1, -1)
             x = x.contiguous(memory_format=torch.channels_last)
             x = self.conv1(x, ws[:, 0], noise_mode)
         else:
+            dtype = _block_dtype(self.use_fp16, ws.device, dtype)
             x = self.conv0(x.to(dtype), ws[:, 0], noise_mode)
             x = self.conv1(x, ws[:, 1], noise_mode)
         rgb = self.torgb(x, ws[:, self.num_conv]).float()
@@ -427,8 +433,8 @@ def _block_dtype(use_fp16: bool, device: torch.device, dtype: torch.dtype | None
 class SynthesisNetwork(nn.Module):
     """ws [N, num_ws, w_dim] -> float32 image [N, img_channels, H, W].
 
-    `dtype` overrides the arithmetic of every block (torch.float32 forces full precision, torch.bfloat16 is the
-    CPU's fast path); None follows the configuration.
+    `dtype` overrides the arithmetic of the blocks from 8 px on (torch.float32 forces full precision, torch.bfloat16
+    is the CPU's fast path); None follows the configuration. The 4 px block is always float32.
     """
 
     def __init__(self, config: GeneratorConfig) -> None:
