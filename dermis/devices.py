@@ -1,0 +1,44 @@
+"""Which device to run on, and which arithmetic it does fast."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import torch
+
+from dermis.errors import DermisError
+
+
+def resolve_device(device: str) -> torch.device:
+    """"auto" (CUDA where present, else the CPU), or any torch device name; DermisError if it is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise DermisError(f'device: "{device}" is no device; use auto, cpu or cuda') from error
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise DermisError(f'device: "{device}" asked for, but torch sees no CUDA device here; use cpu or auto')
+    return resolved
+
+
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device multiplies it natively, else float32."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    native = ("avx512_bf16", "amx_bf16", "bf16")
+    return torch.bfloat16 if any(capabilities.get(name) for name in native) else torch.float32
+
+
+def describe_hardware(device: torch.device) -> str:
+    """One line for a model card: the GPU's name, or the processor and the number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text(errors="replace").splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {torch.get_num_threads()} threads"
