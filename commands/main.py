@@ -6,6 +6,7 @@ import sys
 
 import typer
 
+from commands.train import train_app
 from dermis import __version__
 from dermis.errors import DermisError
 
@@ -16,6 +17,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+
+app.add_typer(train_app, name="train")
 
 
 def _show_version(value: bool) -> None:

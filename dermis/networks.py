@@ -115,7 +115,7 @@ def _first_fp16_resolution(config: GeneratorConfig | DiscriminatorConfig) -> flo
     """Blocks at or above this resolution run in float16; never below 8 px (the official rule)."""
     if config.num_fp16_res == 0:
         return math.inf
-    return max(2 ** (int(math.log2(config.img_resolution)) + 1 - config.num_fp16_res), 8)
+    return max(config.img_resolution * 2.0 ** (1 - config.num_fp16_res), 8.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------

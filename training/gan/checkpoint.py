@@ -1,0 +1,81 @@
+"""A training run's whole state in one safetensors file, replaced atomically."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dermis.errors import TrainingError
+
+FORMAT = "dermis-gan-checkpoint-1"
+
+
+def save_checkpoint(
+    path: Path,
+    modules: Mapping[str, torch.nn.Module],
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+) -> None:
+    """Write beside the old checkpoint, then replace it: a crash leaves one of the two, whole."""
+    flat: dict[str, Tensor] = {f"tensor/{name}": value for name, value in tensors.items()}
+    for name, module in modules.items():
+        flat |= {f"{name}/{key}": value for key, value in module.state_dict().items()}
+    for name, optimizer in optimizers.items():
+        for index, slots in optimizer.state_dict()["state"].items():
+            flat |= {f"{name}/{index}/{slot}": torch.as_tensor(value) for slot, value in slots.items()}
+    flat = {key: value.detach().cpu().contiguous().clone() for key, value in flat.items()}
+    partial = path.with_suffix(".partial")
+    try:
+        save_file(flat, partial, metadata={"format": FORMAT, "state": json.dumps(dict(state))})
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise TrainingError(f"{path}: cannot save the checkpoint ({reason}); the last good one is kept") from error
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The scalars of a checkpoint; TrainingError if the file is none."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise TrainingError(f"{path}: not a readable checkpoint ({error})") from error
+    if metadata.get("format") != FORMAT:
+        raise TrainingError(f"{path}: not a {FORMAT} file")
+    state: dict[str, Any] = json.loads(metadata["state"])
+    return state
+
+
+def load_checkpoint(
+    path: Path,
+    modules: Mapping[str, torch.nn.Module],
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Fill modules, optimizers and tensors in place."""
+    with safe_open(path, framework="pt") as file:
+        flat = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    for name, module in modules.items():
+        module.load_state_dict(_under(flat, name))
+    for name, optimizer in optimizers.items():
+        slots: dict[int, dict[str, Tensor]] = {}
+        for key, value in _under(flat, name).items():
+            index, slot = key.split("/")
+            slots.setdefault(int(index), {})[slot] = value
+        optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
+    for name, tensor in tensors.items():
+        tensor.copy_(flat[f"tensor/{name}"])
+
+
+def _under(flat: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(f"{prefix}/"): value for key, value in flat.items() if key.startswith(f"{prefix}/")}
