@@ -1,0 +1,45 @@
+# make serve   set up, then run the service on the demo bundle (http://127.0.0.1:3000)
+# make test    set up, then lint, type-check and test
+PYTHON ?= python3
+VENV ?= .venv
+# cpu or gpu: which builds of faiss and onnxruntime to install (never both: they share their folders).
+VARIANT ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed-$(VARIANT)
+# Where `make demo-bundle` finds an ISIC-layout folder (images and metadata.csv).
+DATA ?= ../shared/data/dermoscopy
+
+.PHONY: setup serve test test-full lint demo-bundle clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt clients/python/pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt setuptools wheel
+	$(BIN)/pip install -q --no-build-isolation -c constraints.txt -e ".[$(VARIANT),dev]" -e clients/python
+	touch $@
+
+serve: setup
+	$(BIN)/python -m services.serve
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/mypy --strict clients/python/src/dermis_client
+
+test: lint
+	$(BIN)/pytest -m "not full"
+
+test-full: lint
+	$(BIN)/pytest
+
+# How the bundle in bundles/demo was made. Stop it at any time with Ctrl-C; the same command goes on.
+demo-bundle: setup
+	$(BIN)/dermis train gan --data $(DATA) --resolution 64 --out runs/demo --name demo --resume \
+		--kimg 1000 --channel-base 4096 --channel-max 256 --z-dim 256 --w-dim 256 \
+		--pl-weight 0 --augment-kimg 100 --snapshot-kimg 10 --no-compile --licence CC-BY-NC-4.0
+	$(BIN)/dermis evaluate --bundle runs/demo/bundle --data $(DATA) --out bundles/demo
+
+clean:
+	rm -rf $(VENV) .dermis build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
