@@ -1,0 +1,46 @@
+"""Latents and noise from a counter-based generator: sample (seed, index) is the same whatever is drawn around it.
+
+Philox (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) is keyed with the seed and the stream,
+and its 256-bit counter starts at index << 64, so every sample owns 2**64 blocks of each stream. No sample depends on
+batch size, shard order, the number of workers or a restart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+MAX_SEED = 2**63 - 1
+MAX_INDEX = 2**40 - 1
+
+_Z_STREAM = 0
+_NOISE_STREAM = 1
+
+
+def _generator(seed: int, index: int, stream: int) -> np.random.Generator:
+    if not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"seed must lie in [0, 2**63 - 1]; got {seed}")
+    if not 0 <= index <= MAX_INDEX:
+        raise ValueError(f"index must lie in [0, 2**40 - 1]; got {index}")
+    key = np.array([seed, stream], dtype=np.uint64)
+    counter = np.array([0, index, 0, 0], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+def z_for(seed: int, indices: Sequence[int] | npt.NDArray[np.integer], z_dim: int) -> npt.NDArray[np.float32]:
+    """Standard normal latents [N, z_dim], one row an index. ValueError if seed or an index is out of range."""
+    z = np.empty((len(indices), z_dim), dtype=np.float32)
+    for row, index in zip(z, indices, strict=True):
+        _generator(int(seed), int(index), _Z_STREAM).standard_normal(dtype=np.float32, out=row)
+    return z
+
+
+def noise_for(seed: int, index: int, resolutions: Sequence[int]) -> list[npt.NDArray[np.float32]]:
+    """Standard normal noise images [R, R], one for each R in resolutions, from a stream of their own.
+
+    They are drawn one after the other, so a longer list begins with the images of a shorter one.
+    """
+    generator = _generator(int(seed), int(index), _NOISE_STREAM)
+    return [generator.standard_normal((size, size), dtype=np.float32) for size in resolutions]
