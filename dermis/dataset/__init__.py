@@ -1,0 +1,1 @@
+"""Datasets: request -> plan -> shards -> manifest, and their verification. Import the module you need."""
