@@ -20,7 +20,11 @@ class RequestError(DermisError):
 
 
 class StorageError(DermisError):
-    """Reading or writing files failed (full disk, missing permission, unreachable storage)."""
+    """Reading or writing files failed. `kind` is "storage-full", or "storage" (permission, unreachable, damaged)."""
+
+    def __init__(self, message: str, kind: str = "storage") -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 class DataError(DermisError):

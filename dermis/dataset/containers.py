@@ -1,0 +1,223 @@
+"""The three kinds of file that hold a dataset's images: zip, tar (WebDataset) and Parquet (Hugging Face).
+
+Everything that could vary is fixed (dates, owners, modes, order, compression), so the same samples give the same bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from dermis.dataset.plan import Plan, sample_id
+from dermis.imaging import SUFFIXES
+
+SOURCE = "dermis-synthetic"
+# The columns of the ISIC Archive's metadata first, so that a synthetic set can stand beside a real one. What has no
+# meaning for an image of nobody stays empty.
+COLUMNS = (
+    "isic_id",
+    "patient_id",
+    "diagnosis",
+    "target",
+    "age_approx",
+    "sex",
+    "anatom_site",
+    "source",
+    "file_name",
+    "label",
+    "seed",
+    "index",
+    "sha256",
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One encoded image. `sha256` (hex) is that of `data`."""
+
+    index: int
+    label: int
+    sha256: str
+    data: bytes = b""
+
+
+# Rows of a Parquet row group: what a reader holds in memory at once. Fixed, as the bytes of the file depend on it.
+_ROW_GROUP = 100
+
+Add = Callable[[Sequence[Sample]], None]
+
+
+def container_name(plan: Plan, shard: int) -> str | None:
+    """Name of the final file that a shard becomes; None where shards are pieces of one images.zip."""
+    suffix = {"imagefolder": None, "webdataset": "tar", "parquet": "parquet"}[plan.request.format]
+    return suffix and f"data-{shard:05d}-of-{plan.shards:05d}.{suffix}"
+
+
+def folder_name(class_name: str) -> str:
+    """The class as the name of a folder on any system: other characters are percent-encoded."""
+    safe = "".join(c if c.isalnum() or c in " -_()+,.=" else _percent(c) for c in class_name)
+    return _percent(safe[0]) + safe[1:] if safe.startswith(".") else safe
+
+
+def _percent(text: str) -> str:
+    return "".join(f"%{byte:02X}" for byte in text.encode())
+
+
+def file_name(plan: Plan, index: int, label: int) -> str:
+    """Where an image lies inside the zip, the tar file or (as its recorded path) the Parquet row."""
+    name = sample_id(index) + SUFFIXES[plan.request.image_format]
+    if plan.request.format == "imagefolder":
+        return f"images/{folder_name(plan.class_names[label])}/{name}"
+    return name
+
+
+def metadata_row(plan: Plan, sample: Sample) -> dict[str, str | int]:
+    """A sample's row of metadata.csv, by column."""
+    known: dict[str, str | int] = {
+        "isic_id": sample_id(sample.index),
+        "target": plan.class_names[sample.label],
+        "source": SOURCE,
+        "file_name": file_name(plan, sample.index, sample.label),
+        "label": sample.label,
+        "seed": plan.request.seed,
+        "index": sample.index,
+        "sha256": sample.sha256,
+    }
+    return {column: known.get(column, "") for column in COLUMNS}
+
+
+def container_writer(plan: Plan, path: Path) -> AbstractContextManager[Add]:
+    """Open a new container at a local path; the value is a function that appends samples to it, in order."""
+    return {"imagefolder": _write_zip, "webdataset": _write_tar, "parquet": _write_parquet}[plan.request.format](
+        plan, path
+    )
+
+
+def read_container(plan: Plan, file: IO[bytes]) -> Iterator[tuple[str, bytes]]:
+    """Each image's file name and bytes, in order, one at a time in memory (Parquet: one batch).
+
+    Raises OSError, ValueError or a library's own error if the file is damaged.
+    """
+    readers = {"imagefolder": _read_zip, "webdataset": _read_tar, "parquet": _read_parquet}
+    return readers[plan.request.format](file)
+
+
+def add_to_zip(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
+    """Append a file as it is (images do not compress) under a fixed date and mode."""
+    info = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
+    info.create_system = 3  # Unix, on every system
+    info.external_attr = 0o100644 << 16
+    archive.writestr(info, data, compress_type=zipfile.ZIP_STORED)
+
+
+@contextmanager
+def _write_zip(plan: Plan, path: Path) -> Iterator[Add]:
+    with zipfile.ZipFile(path, "w") as archive:
+
+        def add(samples: Sequence[Sample]) -> None:
+            for sample in samples:
+                add_to_zip(archive, file_name(plan, sample.index, sample.label), sample.data)
+
+        yield add
+
+
+def _read_zip(file: IO[bytes]) -> Iterator[tuple[str, bytes]]:
+    with zipfile.ZipFile(file) as archive:
+        for info in archive.infolist():
+            if info.filename.startswith("images/"):
+                yield info.filename, archive.read(info)
+
+
+@contextmanager
+def _write_tar(plan: Plan, path: Path) -> Iterator[Add]:
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
+
+        def add(samples: Sequence[Sample]) -> None:
+            for sample in samples:
+                row = {key: value for key, value in metadata_row(plan, sample).items() if value != ""}
+                key = sample_id(sample.index)
+                for name, data in (
+                    (file_name(plan, sample.index, sample.label), sample.data),
+                    (f"{key}.cls", str(sample.label).encode()),
+                    (f"{key}.json", json.dumps(row, sort_keys=True).encode()),
+                ):
+                    info = tarfile.TarInfo(name)  # date 0, owner 0, mode 644
+                    info.size = len(data)
+                    archive.addfile(info, io.BytesIO(data))
+
+        yield add
+
+
+def _read_tar(file: IO[bytes]) -> Iterator[tuple[str, bytes]]:
+    with tarfile.open(fileobj=file, mode="r:") as archive:
+        for info in archive:
+            if not info.name.endswith((".cls", ".json")):
+                member = archive.extractfile(info)
+                if member is None:
+                    raise ValueError(f"{info.name} is no plain file")
+                yield info.name, member.read()
+
+
+@contextmanager
+def _write_parquet(plan: Plan, path: Path) -> Iterator[Add]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = _parquet_schema(plan)
+    # Images do not compress, and a dictionary of bytes that never repeat only costs time.
+    with pq.ParquetWriter(path, schema, compression="none", use_dictionary=["target", "source"]) as writer:
+        rows: list[dict[str, Any]] = []
+
+        def write_group() -> None:
+            writer.write_table(pa.Table.from_pylist(rows[:_ROW_GROUP], schema=schema))
+            del rows[:_ROW_GROUP]
+
+        def add(samples: Sequence[Sample]) -> None:
+            for sample in samples:
+                row: dict[str, Any] = metadata_row(plan, sample)
+                row["image"] = {"bytes": sample.data, "path": row["file_name"]}
+                rows.append({name: row[name] for name in schema.names})
+                if len(rows) == _ROW_GROUP:
+                    write_group()
+
+        yield add
+        if rows:
+            write_group()
+
+
+def _parquet_schema(plan: Plan) -> Any:
+    """Arrow schema whose metadata makes `datasets` decode images and name the labels."""
+    import pyarrow as pa
+
+    fields = {
+        "image": pa.struct({"bytes": pa.binary(), "path": pa.string()}),
+        "label": pa.int64(),
+        "isic_id": pa.string(),
+        "target": pa.string(),
+        "source": pa.string(),
+        "seed": pa.int64(),
+        "index": pa.int64(),
+        "sha256": pa.string(),
+    }
+    features: dict[str, Any] = {
+        name: {"dtype": str(kind), "_type": "Value"} for name, kind in fields.items() if name not in ("image", "label")
+    }
+    features["image"] = {"_type": "Image"}
+    features["label"] = {"names": list(plan.class_names), "_type": "ClassLabel"}
+    info = {"info": {"features": {name: features[name] for name in fields}}}
+    return pa.schema(list(fields.items()), metadata={"huggingface": json.dumps(info)})
+
+
+def _read_parquet(file: IO[bytes]) -> Iterator[tuple[str, bytes]]:
+    import pyarrow.parquet as pq
+
+    for batch in pq.ParquetFile(file).iter_batches(batch_size=64, columns=["image"]):
+        for image in batch.column("image").to_pylist():
+            yield image["path"], image["bytes"]
