@@ -38,8 +38,10 @@ test-full: lint
 demo-bundle: setup
 	$(BIN)/dermis train gan --data $(DATA) --resolution 64 --out runs/demo --name demo --resume \
 		--kimg 1000 --channel-base 4096 --channel-max 256 --z-dim 256 --w-dim 256 \
-		--pl-weight 0 --augment-kimg 100 --snapshot-kimg 10 --no-compile --licence CC-BY-NC-4.0
-	$(BIN)/dermis evaluate --bundle runs/demo/bundle --data $(DATA) --out bundles/demo
+		--pl-weight 0 --augment-kimg 100 --snapshot-kimg 10 --no-compile --licence CC-BY-NC-4.0 \
+		--attribution "HAM10000 (Tschandl et al. 2018, doi:10.1038/sdata.2018.161), ISIC 2018 test set (Codella et al. 2018), ISIC Archive"
+	$(BIN)/dermis evaluate --bundle runs/demo/bundle --data $(DATA)
+	rm -rf bundles/demo && mkdir -p bundles && cp -r runs/demo/bundle bundles/demo
 
 clean:
 	rm -rf $(VENV) .dermis build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -25,7 +25,7 @@ def evaluate(
     from rich.table import Table
     from tqdm import tqdm
 
-    from dermis.bundle import load_generator, open_bundle, write_bundle
+    from dermis.bundle import amend_bundle, open_bundle
     from dermis.devices import resolve_device
     from dermis.errors import DataError
     from dermis.features import feature_extractor
@@ -78,19 +78,7 @@ def evaluate(
         }
     provenance = dict(opened.provenance)
     card = model_card(opened.name, provenance, metrics) if "training" in provenance else opened.model_card
-    samples = bundle / "samples.png"
-    write_bundle(
-        bundle,
-        name=opened.name,
-        generator=load_generator(opened),
-        class_names=opened.class_names,
-        provenance=provenance,
-        metrics=metrics,
-        model_card=card,
-        images={"samples.png": samples.read_bytes()} if samples.exists() else {},
-        weights_dtype="fp16",
-        replace=True,
-    )
+    amend_bundle(opened, metrics=metrics, model_card=card)
     table = Table("class", "images", f"FID@{features.name}", f"KID@{features.name} x 1000")
     for name, part in {"all": metrics, **metrics.get("classes", {})}.items():
         table.add_row(name, str(part["images"]), f"{part['fid']:.1f}", f"{1000 * part['kid']:.2f}")

@@ -58,7 +58,7 @@ def train_gan(
     from training.data.isic import load_isic
     from training.gan.config import auto_config
     from training.gan.loop import train
-    from training.gan.snapshot import write_snapshot
+    from training.gan.snapshot import Origin, write_snapshot
 
     target = resolve_device(device)
     if precision == "auto":
@@ -97,6 +97,7 @@ def train_gan(
         raise TrainingError(str(error)) from error
     typer.echo(f"{len(dataset.labels)} images, {len(dataset.class_names)} classes, {precision} on {target}", err=True)
 
+    origin = Origin(name or out.name, data.resolve().name, licence, attribution)
     _, progress = train(
         dataset,
         config,
@@ -105,7 +106,7 @@ def train_gan(
         resume=resume,
         compile_networks=target.type == "cuda" if compile_networks is None else compile_networks,
         snapshot_kimg=snapshot_kimg,
-        on_snapshot=write_snapshot(dataset, config, name or out.name, licence, attribution, target),
+        on_snapshot=write_snapshot(dataset, config, origin, target),
     )
     if progress.stopped:
         typer.echo(

@@ -171,7 +171,6 @@ def write_bundle(
     back as float32). Raises `BundleError` for bad names, weights that are not finite, or provenance that is not JSON.
     """
     names = list(class_names) or [f"class{i}" for i in range(generator.config.c_dim)]
-    _check_class_names(names, generator.config.c_dim, "class_names")
     files = {
         GENERATOR: _weights(generator, weights_dtype),
         METRICS: _json(dict(metrics or {}), METRICS),
@@ -285,6 +284,13 @@ def _configs(descriptor: _Descriptor, where: str) -> tuple[GeneratorConfig, Disc
         raise BundleError(f"{where}/{DESCRIPTOR}: {field}: {error}") from None
 
 
+def check_names(name: str, class_names: Sequence[str], c_dim: int) -> None:
+    """`BundleError` if a bundle of `c_dim` classes cannot be called so."""
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise BundleError(f"name: {name!r} must match {NAME_PATTERN}")
+    _check_class_names(class_names, c_dim, "class_names")
+
+
 def _check_class_names(names: Sequence[str], c_dim: int, where: str) -> None:
     if len(names) != c_dim:
         raise BundleError(f"{where}: {len(names)} class names for a generator of {c_dim} classes")
@@ -355,8 +361,7 @@ def _json(value: Mapping[str, Any], what: str) -> bytes:
 
 
 def _write(out: Path, fields: Mapping[str, Any], files: Mapping[str, bytes], replace: bool) -> Bundle:
-    if not re.fullmatch(NAME_PATTERN, fields["name"]):
-        raise BundleError(f"name: {fields['name']!r} must match {NAME_PATTERN}")
+    check_names(fields["name"], fields["class_names"], fields["generator"]["c_dim"])
     for name in files:
         if not _PATH_PATTERN.fullmatch(name) or ".." in name or name == DESCRIPTOR:
             raise BundleError(f"{name!r} cannot be the name of a file in a bundle")

@@ -13,12 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dermis.errors import DataError, TrainingError
+from dermis.bundle import load_generator, open_bundle
+from dermis.errors import BundleError, DataError, TrainingError
+from dermis.imaging import contact_sheet, decode
 from training.data.isic import ImageDataset, load_isic
 from training.gan.augment import AUGMENTATIONS, AdaptiveP, augment, warp
 from training.gan.checkpoint import read_state
 from training.gan.config import GanConfig, auto_config
 from training.gan.loop import train
+from training.gan.snapshot import Origin, sample_grid, write_snapshot
 
 CPU = torch.device("cpu")
 
@@ -82,6 +85,33 @@ def test_generator_learns_the_colour_of_each_class(tmp_path: Path) -> None:
     z = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
     red, blue = (generator(z, torch.eye(2)[[label] * 8], noise_mode="const").mean(dim=(0, 2, 3)) for label in (0, 1))
     assert red[0] - red[2] > blue[0] - blue[2] + 0.5
+
+
+def test_run_leaves_a_bundle_that_generates_what_its_card_shows(tmp_path: Path) -> None:
+    dataset, config = _dataset(), _config(0.008)
+    origin = Origin("tiny", "folder", "CC0-1.0", "nobody")
+    generator, _ = train(
+        dataset,
+        config,
+        tmp_path,
+        device=CPU,
+        progress_bar=False,
+        on_snapshot=write_snapshot(dataset, config, origin, CPU),
+    )
+    bundle = open_bundle(tmp_path / "bundle")
+    assert (bundle.name, bundle.class_names, bundle.provenance["kimg"]) == ("tiny", ("benign", "malignant"), 0.008)
+    assert "0.0 thousand images" in bundle.model_card
+    assert "benign (12), malignant (12)" in bundle.model_card
+    stored = load_generator(bundle)
+    shown = contact_sheet(sample_grid(generator, CPU), columns=8)
+    assert np.array_equal(decode((tmp_path / "bundle" / "samples.png").read_bytes()), shown)
+    difference = sample_grid(stored, CPU).astype(int) - sample_grid(generator, CPU)
+    assert np.abs(difference).max() <= 1, "fp16 storage changed the images"
+
+
+def test_names_that_no_bundle_can_have_are_refused_before_training() -> None:
+    with pytest.raises(BundleError, match="name"):
+        write_snapshot(_dataset(), _config(1.0), Origin("My Demo", "folder", "", ""), CPU)
 
 
 def _wave(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -9,15 +9,16 @@ from typing import Any
 def model_card(name: str, provenance: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
     """Markdown for MODEL_CARD.md. Says nothing that is not in the provenance or in the metrics."""
     data, run = provenance["dataset"], provenance["training"]
+    options = run["configuration"]
     classes = ", ".join(f"{cls} ({count:,})" for cls, count in data["classes"].items())
-    options = "\n".join(f"| `{key}` | {value} |" for key, value in run["configuration"].items())
+    rows = "\n".join(f"| `{key}` | {value} |" for key, value in options.items())
     return f"""# {name}
 
-A StyleGAN2-ADA generator of {run["configuration"]["resolution"]} px dermoscopy images, {_kind(data["classes"])}.
+A StyleGAN2-ADA generator of {options["resolution"]} px dermoscopy images, {_kind(options["c_dim"])}.
 
 ![Samples](samples.png)
 
-One row a class, first samples of seed 0, not selected.
+{_order(data["classes"], options["c_dim"])}
 
 ## Use
 
@@ -41,7 +42,7 @@ Weights trained on these images carry the same licence conditions.
 
 | | |
 | --- | --- |
-| shown to the discriminator | {run["kimg"]:,.1f} thousand images |
+| shown to the discriminator | {provenance["kimg"]:,.1f} thousand images |
 | hardware | {run["hardware"]} |
 | wall time | {run["hours"]:,.2f} hours |
 | final augmentation strength p | {run["augment_p"]:.3f} |
@@ -49,7 +50,7 @@ Weights trained on these images carry the same licence conditions.
 
 | option | value |
 | --- | --- |
-{options}
+{rows}
 
 ## Measured
 
@@ -57,8 +58,13 @@ Weights trained on these images carry the same licence conditions.
 """
 
 
-def _kind(classes: Mapping[str, int]) -> str:
-    return f"conditional on {len(classes)} classes" if len(classes) > 1 else "unconditional"
+def _kind(c_dim: int) -> str:
+    return f"conditional on {c_dim} classes" if c_dim else "unconditional"
+
+
+def _order(classes: Mapping[str, int], c_dim: int) -> str:
+    rows = f"Rows from top to bottom: {', '.join(classes)}. " if c_dim else ""
+    return f"{rows}The first samples of seed 0 at truncation_psi 1, not selected."
 
 
 def _metrics(metrics: Mapping[str, Any]) -> str:
@@ -68,9 +74,10 @@ def _metrics(metrics: Mapping[str, Any]) -> str:
     rows = [f"| all | {metrics['images']:,} | {_row(metrics)} |"]
     rows += [f"| {cls} | {part['images']:,} | {_row(part)} |" for cls, part in metrics.get("classes", {}).items()]
     table = "\n".join(rows)
-    return f"""Distances between {metrics["real_images"]:,} training images and generated ones in the feature space `{space}` (truncation_psi
-{metrics["truncation_psi"]:g}, seed {metrics["seed"]}). They compare with numbers of the same space only, never with a plain FID, and a distance to the
-training set does not tell a good generator from one that memorises.
+    real, psi = f"{metrics['real_images']:,} training images", f"{metrics['truncation_psi']:g}"
+    return f"""Distances between {real} and generated ones (truncation_psi {psi}, seed {metrics["seed"]}) in
+the feature space `{space}`. They compare with numbers of the same space only, never with a plain FID,
+and a distance to the training set does not tell a good generator from one that memorises.
 
 | class | images | FID@{space} | KID@{space} x 1000 |
 | --- | --- | --- | --- |

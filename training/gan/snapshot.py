@@ -1,35 +1,105 @@
-"""What a run leaves for people to look at: sample grids and a bundle."""
+"""What a run leaves for people to look at and for services to load: a sample grid and a bundle."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
-from dermis.networks import Generator
+from dermis import __version__
+from dermis.bundle import check_names, write_bundle
+from dermis.devices import describe_hardware
+from dermis.imaging import Images, contact_sheet, encode
+from dermis.latents import z_for
+from dermis.networks import Generator, one_hot
 from training.data.isic import ImageDataset
+from training.gan.card import model_card
 from training.gan.config import GanConfig
 from training.gan.loop import Progress
 
+GRID = 8  # images a row, and rows unless there are more classes
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a bundle tells of its making beyond what the run itself knows."""
+
+    name: str
+    dataset_name: str
+    licence: str
+    attribution: str
+
 
 def write_snapshot(
-    dataset: ImageDataset, config: GanConfig, name: str, licence: str, attribution: str, device: torch.device
+    dataset: ImageDataset, config: GanConfig, origin: Origin, device: torch.device
 ) -> Callable[[Path, Generator, Progress], None]:
+    """The callback of `train` that writes samples-<kimg>.png and, once anything was learnt, the folder `bundle`.
+
+    Names that a bundle cannot have are refused here, before hours of training.
+    """
+    class_names = dataset.class_names if config.c_dim else ()
+    check_names(origin.name, class_names, config.c_dim)
+
     def write(out: Path, G_ema: Generator, progress: Progress) -> None:
-        import numpy as np
-        from PIL import Image
-
-        from dermis.networks import one_hot
-
-        g = torch.Generator().manual_seed(0)
-        z = torch.randn(64, config.z_dim, generator=g).to(device)
-        c = one_hot(np.arange(64) // 8 % max(config.c_dim, 1), config.c_dim, device)
-        with torch.no_grad():
-            x = G_ema(z, c, noise_mode="const")
-        x = (x.clamp(-1, 1) * 127.5 + 128).clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
-        r = x.shape[1]
-        grid = x.reshape(8, 8, r, r, 3).transpose(0, 2, 1, 3, 4).reshape(8 * r, 8 * r, 3)
-        Image.fromarray(grid).save(out / f"samples-{progress.nimg // 1000:06d}.png")
+        png = encode(contact_sheet(sample_grid(G_ema, device), columns=GRID))
+        (out / f"samples-{progress.nimg // 1000:06d}.png").write_bytes(png)
+        if progress.nimg == 0:
+            return
+        provenance = _provenance(dataset, config, origin, device, progress)
+        write_bundle(
+            out / "bundle",
+            name=origin.name,
+            generator=G_ema,
+            class_names=class_names,
+            provenance=provenance,
+            metrics={},
+            model_card=model_card(origin.name, provenance, {}),
+            images={"samples.png": png},
+            weights_dtype="fp16",
+            replace=True,
+        )
 
     return write
+
+
+@torch.no_grad()
+def sample_grid(G: Generator, device: torch.device) -> Images:
+    """uint8 [n, H, W, 3]: the first samples of seed 0 of every class, class after class, in rows of `GRID`."""
+    classes = max(G.config.c_dim, 1)
+    per_class = GRID * max(GRID // classes, 1)
+    images = []
+    for label in range(classes):
+        z = torch.from_numpy(z_for(0, range(per_class), G.config.z_dim)).to(device)
+        c = one_hot([label] * per_class, G.config.c_dim, device)
+        images.append(G(z, c, noise_mode="const").cpu())
+    x = (torch.cat(images) + 1) * 127.5
+    grid: Images = x.clamp(0, 255).round().byte().permute(0, 2, 3, 1).numpy()
+    return grid
+
+
+def _provenance(
+    dataset: ImageDataset, config: GanConfig, origin: Origin, device: torch.device, progress: Progress
+) -> dict[str, Any]:
+    counts = np.bincount(dataset.labels, minlength=len(dataset.class_names))
+    return {
+        "dataset": {
+            "name": origin.dataset_name,
+            "images": len(dataset.labels),
+            "classes": {name: int(count) for name, count in zip(dataset.class_names, counts, strict=True)},
+            "sha256": dataset.sha256,
+        },
+        "kimg": progress.nimg / 1000,
+        "training": {
+            "configuration": config.to_dict(),
+            "hardware": describe_hardware(device),
+            "hours": round(progress.seconds / 3600, 3),
+            "augment_p": progress.stats.get("p", config.augment_p),
+        },
+        "licence": origin.licence,
+        "attribution": origin.attribution,
+        "code_version": __version__,
+    }
