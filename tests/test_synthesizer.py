@@ -1,0 +1,209 @@
+"""The serving path against the networks: same images, whatever the batch, the backend and the number of threads."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import sys
+from functools import cache
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from dermis.bundle import Bundle
+from dermis.devices import fast_dtype
+from dermis.errors import DermisError, RequestError
+from dermis.latents import noise_for, z_for
+from dermis.networks import Generator, GeneratorConfig, NoiseMode, one_hot
+from dermis.synthesizer import Synthesizer
+from dermis.synthesizer.network import blocks_of, convolutions_of, noise_resolutions, to_uint8
+
+Image = npt.NDArray[np.uint8]
+HAS_OPENVINO = importlib.util.find_spec("openvino") is not None
+needs_openvino = pytest.mark.skipif(not HAS_OPENVINO, reason="openvino does not work here")
+BACKENDS = [pytest.param("openvino", marks=needs_openvino), "torch"]
+CONFIGS = {
+    "conditional": GeneratorConfig(32, c_dim=3, z_dim=16, w_dim=24, mapping_layers=2, channel_base=512),
+    "unconditional": GeneratorConfig(8, z_dim=16, w_dim=16, mapping_layers=1, channel_base=128, channel_max=16),
+    "clamped": GeneratorConfig(64, c_dim=2, z_dim=16, w_dim=16, channel_base=512, num_fp16_res=3, conv_clamp=0.5),
+}
+
+
+@cache
+def make_generator(name: str) -> Generator:
+    """A random network whose noise, biases and mean style vector matter, with images that fill the range."""
+    torch.manual_seed(0)
+    generator = Generator(CONFIGS[name]).eval().requires_grad_(False)
+    for key, value in generator.named_parameters():
+        if key.endswith("noise_strength"):
+            value.fill_(0.2)
+        elif key.endswith("bias") and "affine" not in key:
+            value.normal_(std=0.2)
+        elif key.endswith("torgb.weight"):
+            value.mul_(0.3)
+    generator.mapping.w_avg.normal_()
+    return generator
+
+
+def make_bundle(generator: Generator) -> Bundle:
+    names = tuple(f"class{i}" for i in range(generator.config.c_dim))
+    return Bundle("", "test", "0" * 64, generator.config, None, names, {}, {}, "", {})
+
+
+@cache
+def make(name: str, backend: str = "torch", dtype: str = "float32", threads: int | None = None) -> Synthesizer:
+    generator = make_generator(name)
+    return Synthesizer(
+        make_bundle(generator), device="cpu", backend=backend, dtype=dtype, threads=threads, generator=generator
+    )
+
+
+def reference(
+    name: str,
+    index: int,
+    label: int,
+    noise_mode: NoiseMode = "const",
+    truncation_psi: float = 1.0,
+    truncation_cutoff: int | None = None,
+) -> Image:
+    """Sample (7, index) by the plain float32 network."""
+    generator = make_generator(name)
+    if noise_mode == "random":
+        generator = copy.deepcopy(generator)
+        layers = [layer for block in blocks_of(generator) for layer in convolutions_of(block)]
+        for layer, noise in zip(layers, noise_for(7, index, noise_resolutions(generator)), strict=True):
+            layer.noise_const.copy_(torch.from_numpy(noise))
+        noise_mode = "const"
+    c = one_hot([label], generator.config.c_dim)
+    z = torch.from_numpy(z_for(7, [index], generator.config.z_dim))
+    with torch.inference_mode():
+        ws = generator.mapping(z, c, truncation_psi, truncation_cutoff)
+        image: Image = to_uint8(generator.synthesis(ws, noise_mode, torch.float32)).numpy()[0]
+        return image
+
+
+def difference(a: Image, b: Image) -> npt.NDArray[np.int64]:
+    found: npt.NDArray[np.int64] = np.abs(a.astype(np.int64) - b.astype(np.int64))
+    return found
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_images_equal_the_network(name: str, backend: str) -> None:
+    labels = [0, max(CONFIGS[name].c_dim - 1, 0)]
+    expected = np.stack([reference(name, i, label) for i, label in enumerate(labels)])
+    assert expected.std() > 10  # neither grey nor saturated
+    exact = make(name, backend).images([7, 7], [0, 1], labels)
+    assert exact.shape == expected.shape and exact.dtype == np.uint8
+    assert difference(exact, expected).max() <= 1
+    if backend == "torch" or torch.bfloat16 == fast_dtype(torch.device("cpu")):
+        fast = make(name, backend, "bfloat16")
+        assert fast.identity["dtype"] == "bfloat16"
+        assert 0 < difference(fast.images([7, 7], [0, 1], labels), expected).mean() < 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_noise_modes(backend: str) -> None:
+    synthesizer = make("conditional", backend)
+    drawn = {}
+    for mode in ("const", "random", "none"):
+        drawn[mode] = synthesizer.images([7], [5], [2], noise_mode=mode)[0]
+        assert difference(drawn[mode], reference("conditional", 5, 2, mode)).max() <= 1
+    assert difference(drawn["const"], drawn["random"]).mean() > 2
+    assert difference(drawn["const"], drawn["none"]).mean() > 2
+
+
+@pytest.mark.parametrize("cutoff", [None, 0, 3])
+def test_truncation_and_cutoff(cutoff: int | None) -> None:
+    image = make("conditional").images([7], [1], [1], truncation_psi=0.4, truncation_cutoff=cutoff)[0]
+    expected = reference("conditional", 1, 1, truncation_psi=0.4, truncation_cutoff=cutoff)
+    assert difference(image, expected).max() <= 1
+    changed = difference(image, reference("conditional", 1, 1)).mean() > 1
+    assert changed == (cutoff != 0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_image_does_not_depend_on_its_batch_or_on_threads(backend: str) -> None:
+    dtype = "bfloat16" if backend == "torch" else "auto"
+    synthesizer = make("conditional", backend, dtype)
+    labels = [0, 1, 2, 0, 1]
+    together = synthesizer.images([7] * 5, range(5), labels, noise_mode="random", truncation_psi=0.7)
+    alone = [
+        synthesizer.images([7], [i], [label], noise_mode="random", truncation_psi=0.7)[0]
+        for i, label in reversed(list(enumerate(labels)))
+    ][::-1]
+    assert (together == np.stack(alone)).all()
+    assert difference(together[0], together[3]).mean() > 1  # same label, another index
+    for threads in (1, 3):
+        other = make("conditional", backend, dtype, threads)
+        assert other.preferred_batch == threads
+        assert (other.images([7] * 5, range(5), labels, noise_mode="random", truncation_psi=0.7) == together).all()
+
+
+def test_images_from_ws() -> None:
+    synthesizer = make("conditional")
+    generator = make_generator("conditional")
+    z = torch.from_numpy(z_for(7, [0, 1], generator.config.z_dim))
+    with torch.inference_mode():
+        ws = generator.mapping(z, one_hot([1, 1], 3)).numpy()
+    expected = synthesizer.images([7, 7], [0, 1], [1, 1], noise_mode="random")
+    assert difference(synthesizer.images_from_ws(ws, "random", seeds=[7, 7], indices=[0, 1]), expected).max() <= 1
+    with pytest.raises(RequestError, match="noise_mode"):
+        synthesizer.images_from_ws(ws, "random")
+    with pytest.raises(RequestError, match=r"\[N, 8, 24\]"):
+        synthesizer.images_from_ws(ws[:, :3])
+
+
+def test_requests_that_cannot_be_served() -> None:
+    synthesizer = make("conditional")
+    assert synthesizer.images([], [], []).shape == (0, 32, 32, 3)
+    with pytest.raises(RequestError, match="outside 0 to 2"):
+        synthesizer.images([7], [0], [3])
+    with pytest.raises(RequestError, match="2 seeds, 1 indices"):
+        synthesizer.images([7, 7], [0], [1])
+    with pytest.raises(RequestError, match="noise_mode"):
+        synthesizer.images([7], [0], [1], noise_mode="loud")  # type: ignore[arg-type]
+    for options in ({"backend": "fast"}, {"dtype": "int4"}, {"threads": 0}, {"device": "abacus"}):
+        with pytest.raises(DermisError, match=next(iter(options))):
+            Synthesizer(
+                make_bundle(make_generator("unconditional")), generator=make_generator("unconditional"), **options
+            )
+
+
+def test_falls_back_without_openvino(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    generator = make_generator("unconditional")
+    synthesizer = Synthesizer(make_bundle(generator), device="cpu", generator=generator)
+    assert synthesizer.identity["backend"] == "torch"
+    with pytest.raises(DermisError, match="openvino does not work here"):
+        Synthesizer(make_bundle(generator), device="cpu", backend="openvino", generator=generator)
+
+
+def test_falls_back_to_float32_without_bf16_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True}, raising=False)
+    generator = make_generator("unconditional")
+    synthesizer = Synthesizer(make_bundle(generator), device="cpu", generator=generator)
+    assert synthesizer.identity["dtype"] == "float32"
+    assert synthesizer.identity["instructions"] == "avx2"
+
+
+@needs_openvino
+def test_openvino_sends_no_usage_reports() -> None:
+    make("unconditional", "openvino")
+    assert "openvino.tools.ovc.convert_impl" in sys.modules
+    assert not [name for name, module in sys.modules.items() if name.startswith("openvino_telemetry") and module]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_equals_the_network_whatever_the_batch() -> None:
+    generator = make_generator("conditional")
+    synthesizer = Synthesizer(make_bundle(generator), device="cuda", generator=generator)
+    count = synthesizer.micro_batch + 3
+    labels = [i % 3 for i in range(count)]
+    together = synthesizer.images([7] * count, range(count), labels)
+    expected = np.stack([reference("conditional", i, label) for i, label in enumerate(labels)])
+    assert difference(together, expected).mean() < 2
+    for i in (0, 5, count - 1):
+        assert (synthesizer.images([7], [i], [labels[i]])[0] == together[i]).all()
