@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import numpy as np
@@ -130,11 +131,12 @@ def test_an_image_does_not_depend_on_its_batch_or_on_threads(backend: str) -> No
     synthesizer = make("conditional", backend, dtype)
     labels = [0, 1, 2, 0, 1]
     together = synthesizer.images([7] * 5, range(5), labels, noise_mode="random", truncation_psi=0.7)
-    alone = [
-        synthesizer.images([7], [i], [label], noise_mode="random", truncation_psi=0.7)[0]
-        for i, label in reversed(list(enumerate(labels)))
-    ][::-1]
-    assert (together == np.stack(alone)).all()
+    with ThreadPoolExecutor(2) as callers:  # one by one, in another order, from two threads at a time
+        alone = callers.map(
+            lambda i: synthesizer.images([7], [i], [labels[i]], noise_mode="random", truncation_psi=0.7)[0],
+            (4, 2, 0, 1, 3),
+        )
+        assert all((image == together[i]).all() for i, image in zip((4, 2, 0, 1, 3), alone, strict=True))
     assert difference(together[0], together[3]).mean() > 1  # same label, another index
     for threads in (1, 3):
         other = make("conditional", backend, dtype, threads)
@@ -175,10 +177,26 @@ def test_requests_that_cannot_be_served() -> None:
 def test_falls_back_without_openvino(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
     generator = make_generator("unconditional")
-    synthesizer = Synthesizer(make_bundle(generator), device="cpu", generator=generator)
-    assert synthesizer.identity["backend"] == "torch"
+    with Synthesizer(make_bundle(generator), device="cpu", generator=generator) as synthesizer:
+        assert synthesizer.identity["backend"] == "torch"
+        assert difference(synthesizer.images([7], [0], [0])[0], reference("unconditional", 0, 0)).mean() < 2
+    with pytest.raises(RuntimeError, match="shutdown"):
+        synthesizer.images([7], [0], [0])
     with pytest.raises(DermisError, match="openvino does not work here"):
         Synthesizer(make_bundle(generator), device="cpu", backend="openvino", generator=generator)
+
+
+@needs_openvino
+def test_falls_back_where_openvino_cannot_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    import openvino
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("unsupported processor")
+
+    monkeypatch.setattr(openvino, "convert_model", fail)
+    generator = make_generator("unconditional")
+    with Synthesizer(make_bundle(generator), device="cpu", generator=generator) as synthesizer:
+        assert synthesizer.identity["backend"] == "torch"
 
 
 def test_falls_back_to_float32_without_bf16_units(monkeypatch: pytest.MonkeyPatch) -> None:
