@@ -6,6 +6,8 @@ import sys
 
 import typer
 
+from commands.evaluate import evaluate
+from commands.generate import generate, verify
 from commands.train import train_app
 from dermis import __version__
 from dermis.errors import DermisError
@@ -19,6 +21,9 @@ app = typer.Typer(
 )
 
 app.add_typer(train_app, name="train")
+app.command()(evaluate)
+app.command()(generate)
+app.command()(verify)
 
 
 def _show_version(value: bool) -> None:

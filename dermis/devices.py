@@ -11,7 +11,7 @@ from dermis.errors import DermisError
 
 
 def resolve_device(device: str) -> torch.device:
-    """The device named "auto" (CUDA where present, else the CPU), or any torch device name; DermisError if it is not there."""
+    """The device named "auto" (CUDA where present, else the CPU) or as torch names it; DermisError if it is not there."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -1,0 +1,237 @@
+"""`dermis generate` and `dermis verify`: datasets without a service, by the service's own plan and shards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dermis.errors import DermisError, RequestError, StorageError
+
+if TYPE_CHECKING:
+    from dermis.bundle import Bundle
+    from dermis.dataset.manifest import Manifest
+    from dermis.dataset.plan import Plan
+    from dermis.dataset.request import DatasetRequest
+    from dermis.dataset.store import Store
+    from dermis.synthesizer import Synthesizer
+
+DEMO = Path("bundles/demo")
+_BEGUN = ".partial/plan.json"
+
+
+def generate(
+    out: Annotated[Path, typer.Option(help="Folder of the dataset. One that was begun is continued.")],
+    bundle: Annotated[str, typer.Option(help="Bundle folder or fsspec URL.")] = str(DEMO),
+    classes: Annotated[str | None, typer.Option(help="Images of each class, as malignant=500,benign=500.")] = None,
+    manifest: Annotated[
+        Path | None, typer.Option(help="Make the dataset of this manifest.json again; instead of all options below.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Sample i has its latent from (seed, i). Default 0.")] = None,
+    file_format: Annotated[
+        str | None, typer.Option("--format", help="imagefolder (default), webdataset or parquet.")
+    ] = None,
+    image_format: Annotated[str | None, typer.Option(help="png (default), jpeg or webp.")] = None,
+    image_quality: Annotated[int | None, typer.Option(help="1 to 100, for jpeg and webp. Default 95.")] = None,
+    truncation_psi: Annotated[float | None, typer.Option(help="1 (default) full variety ... 0 the mean image.")] = None,
+    truncation_cutoff: Annotated[int | None, typer.Option(help="Style layers that are truncated; default all.")] = None,
+    noise_mode: Annotated[str | None, typer.Option(help="const (default), random or none.")] = None,
+    shard_size: Annotated[int | None, typer.Option(help="Images in a shard. Default 250.")] = None,
+    only_shard: Annotated[
+        list[int] | None, typer.Option(help="Make this shard (from 0) only, without finishing; may be repeated.")
+    ] = None,
+    finalize_only: Annotated[
+        bool, typer.Option("--finalize", help="Only assemble the dataset from shards that were made elsewhere.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Make a dataset from a bundle. Stopped at any point, the same command goes on; the files come out the same."""
+    from dermis.bundle import open_bundle
+    from dermis.dataset.manifest import parse_manifest
+    from dermis.dataset.plan import plan
+    from dermis.dataset.request import check_against, classes_of
+    from dermis.dataset.store import Store
+    from dermis.synthesizer import Synthesizer
+
+    options = {
+        "seed": seed,
+        "format": file_format,
+        "image_format": image_format,
+        "image_quality": image_quality,
+        "truncation_psi": truncation_psi,
+        "truncation_cutoff": truncation_cutoff,
+        "noise_mode": noise_mode,
+        "shard_size": shard_size,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    opened = open_bundle(bundle)
+    wanted: Manifest | None = None
+    if manifest is not None:
+        if classes is not None or given:
+            named = ", ".join(["classes"] * (classes is not None) + sorted(given)).replace("_", "-")
+            raise RequestError("--manifest", f"says everything; leave out --{named.replace(', ', ', --')}")
+        wanted = parse_manifest(_read(manifest), str(manifest))
+        if wanted.bundle_digest != opened.digest:
+            raise RequestError(
+                "--bundle",
+                f"{manifest} was made with bundle {wanted.bundle_name} of digest {wanted.bundle_digest[:12]}, but "
+                f"{bundle} has {opened.digest[:12]}; give the bundle that made it",
+            )
+        request = wanted.request
+    elif classes is None:
+        raise RequestError("--classes", f"say how many of each, for instance --classes {_example(opened)}")
+    else:
+        request = _request({"model": opened.name, "classes": _parse_classes(classes), **given})
+    check_against(request, opened, max_samples=10**8)
+    planned, store = plan(request, opened.digest, classes_of(opened)), Store(out)
+    _claim(planned, store)
+    shards = list(range(planned.shards)) if only_shard is None else only_shard
+    for shard in shards:
+        if not 0 <= shard < planned.shards:
+            raise RequestError("--only-shard", f"{shard} is not in 0 to {planned.shards - 1}")
+    try:
+        with Synthesizer(opened, device=device) as synthesizer:
+            made = _make(
+                planned,
+                store,
+                opened,
+                synthesizer,
+                () if finalize_only else shards,
+                only_shard is None or finalize_only,
+            )
+    except KeyboardInterrupt:
+        typer.echo(f"\nstopped; the same command goes on with {out}", err=True)
+        raise typer.Exit(130) from None
+    if made is None:
+        typer.echo(f"{out}: shard {', '.join(map(str, shards))} of {planned.shards} ready; --finalize when all are")
+        return
+    typer.echo(f"{out}: {planned.samples:,} images in {len(made.files)} files; check them with: dermis verify {out}")
+    if wanted is not None:
+        _compare(wanted, made)
+
+
+def verify(folder: Annotated[str, typer.Argument(help="Folder or fsspec URL of a dataset.")]) -> None:
+    """Check every file of a dataset against its manifest.json; lists what is changed, missing or extra."""
+    from dermis.dataset.verify import verify as verify_dataset
+
+    report = verify_dataset(folder)
+    for what, names in (("changed", report.changed), ("missing", report.missing), ("extra", report.extra)):
+        for name in names:
+            typer.echo(f"{what} {name}")
+    if not report.ok:
+        raise typer.Exit(1)
+    typer.echo(f"{folder}: {report.checked} files, every hash right")
+
+
+def _make(
+    planned: Plan, store: Store, bundle: Bundle, synthesizer: Synthesizer, shards: Sequence[int], finish: bool
+) -> Manifest | None:
+    from tqdm import tqdm
+
+    from dermis.dataset.manifest import finalize
+    from dermis.dataset.plan import BATCH
+    from dermis.dataset.shards import check_space, write_shard
+
+    request, identity = planned.request, synthesizer.identity
+    if shards:
+        check_space(planned, store, bundle.generator.img_resolution)
+
+    def synthesize(indices: Sequence[int], labels: Sequence[int]) -> Any:
+        return synthesizer.images(
+            [request.seed] * len(indices),
+            indices,
+            labels,
+            truncation_psi=request.truncation_psi,
+            truncation_cutoff=request.truncation_cutoff,
+            noise_mode=request.noise_mode,
+        )
+
+    batch = max(BATCH, synthesizer.preferred_batch)
+    total = sum(len(planned.shard(shard)) for shard in shards)
+    with tqdm(total=total, unit="img", disable=total == 0) as bar:
+        for shard in shards:
+            before = bar.n
+
+            def advance(done: int, before: int = before) -> None:
+                bar.update(before + done - bar.n)
+
+            write_shard(planned, shard, synthesize, store, identity=identity, on_batch=advance, batch_size=batch)
+    return finalize(planned, store, bundle, identity) if finish else None
+
+
+def _claim(planned: Plan, store: Store) -> None:
+    """Refuse a folder that holds anything but this very dataset, finished or begun; else mark it as begun."""
+    from dermis.dataset.manifest import MANIFEST, read_manifest
+
+    mark = json.dumps({"plan": planned.digest}).encode()
+    if store.size(MANIFEST) is not None:
+        if read_manifest(store).plan_digest == planned.digest:
+            return
+        raise StorageError(f"{store.location}: holds another dataset; choose another --out or remove it")
+    if store.size(_BEGUN) is not None:
+        if store.read(_BEGUN) == mark:
+            return
+        raise StorageError(
+            f"{store.location}: holds the beginning of another dataset; choose another --out or remove it"
+        )
+    if store.entries():
+        raise StorageError(f"{store.location}: is not empty and no dataset of ours; choose another --out")
+    store.write(_BEGUN, mark)
+
+
+def _compare(wanted: Manifest, made: Manifest) -> None:
+    if wanted.files == made.files:
+        typer.echo("every file is the same as in the manifest, byte for byte")
+        return
+    keys = sorted(wanted.synthesizer.keys() | made.synthesizer.keys())
+    differing = [
+        f"{key} {wanted.synthesizer.get(key, '-')} there, {made.synthesizer.get(key, '-')} here"
+        for key in keys
+        if wanted.synthesizer.get(key) != made.synthesizer.get(key)
+    ]
+    if not differing:
+        raise DermisError(
+            "the files differ from those of the manifest, though made in the same way; please report this"
+        )
+    typer.echo(
+        f"the bytes differ from those of the manifest, as another machine made it: {'; '.join(differing)}", err=True
+    )
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise StorageError(f"{path}: {error.strerror}") from None
+
+
+def _parse_classes(text: str) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for part in text.split(","):
+        name, equals, number = part.strip().rpartition("=")
+        if not (equals and name and number.isascii() and number.isdigit()) or name in counts:
+            raise RequestError("--classes", f"{part.strip()!r} is not of the form NAME=COUNT, each name once")
+        counts[name] = int(number)
+    return counts
+
+
+def _request(values: dict[str, Any]) -> DatasetRequest:
+    from pydantic import ValidationError
+
+    from dermis.dataset.request import DatasetRequest
+
+    try:
+        return DatasetRequest.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise RequestError("--" + field.replace("_", "-"), first["msg"]) from None
+
+
+def _example(bundle: Bundle) -> str:
+    from dermis.dataset.request import classes_of
+
+    return ",".join(f"{name}=100" for name in classes_of(bundle))

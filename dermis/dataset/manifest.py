@@ -1,0 +1,253 @@
+"""From finished shards to a dataset: the last files, and manifest.json, which lists them all and comes last.
+
+There is no date anywhere: the same plan, bundle and synthesizer give the same bytes.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dermis import __version__
+from dermis.dataset.card import dataset_card
+from dermis.dataset.containers import COLUMNS, Sample, add_to_zip, file_name, metadata_row, read_container
+from dermis.dataset.plan import Plan
+from dermis.dataset.request import DatasetRequest
+from dermis.dataset.shards import FileEntry, ShardRecord, find_shard
+from dermis.dataset.store import PARTIAL, Store, hash_file, storage_errors
+from dermis.errors import StorageError
+from dermis.imaging import Images, contact_sheet, decode, encode, thumbnail
+
+if TYPE_CHECKING:
+    from dermis.bundle import Bundle
+
+MANIFEST = "manifest.json"
+ARCHIVE = "images.zip"
+METADATA = "metadata.csv"
+PREVIEW = "preview.png"
+CARD = "README.md"
+FORMAT_VERSION = 1
+
+PREVIEW_COLUMNS, PREVIEW_IMAGES, PREVIEW_SIDE = 8, 64, 128
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What manifest.json says: enough to make the dataset again, and to verify it."""
+
+    request: DatasetRequest
+    bundle_name: str
+    bundle_digest: str
+    class_names: tuple[str, ...]
+    synthesizer: Mapping[str, str]
+    plan_digest: str
+    shards: int
+    files: tuple[FileEntry, ...]
+
+    def to_json(self) -> bytes:
+        document = {
+            "format_version": FORMAT_VERSION,
+            "request": self.request.model_dump(),
+            "bundle": {"name": self.bundle_name, "digest": self.bundle_digest, "class_names": self.class_names},
+            "synthesizer": dict(self.synthesizer),
+            "plan": {"digest": self.plan_digest, "samples": self.request.samples, "shards": self.shards},
+            "files": [asdict(file) for file in self.files],
+        }
+        return (json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+class _FileDocument(_Strict):
+    name: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class _BundleDocument(_Strict):
+    name: str
+    digest: str
+    class_names: list[str]
+
+
+class _PlanDocument(_Strict):
+    digest: str
+    samples: int
+    shards: int
+
+
+class _Document(_Strict):
+    format_version: int = Field(ge=FORMAT_VERSION, le=FORMAT_VERSION)
+    request: DatasetRequest
+    bundle: _BundleDocument
+    synthesizer: dict[str, str]
+    plan: _PlanDocument
+    files: list[_FileDocument]
+
+
+def synthesizer_identity(identity: Mapping[str, str]) -> dict[str, str]:
+    """What, besides request and bundle, decides a dataset's bytes: the synthesizer's identity and our own version."""
+    return {**identity, "dermis": __version__}
+
+
+def finalize(plan: Plan, store: Store, bundle: Bundle, identity: Mapping[str, str]) -> Manifest:
+    """Write metadata.csv, preview.png, README.md, images.zip where the format has one, and at last manifest.json.
+
+    Every shard must have been written with the same `identity`. May be run again after a crash; a dataset that is
+    complete already is left as it is. Raises StorageError, with no manifest left, if a shard is missing or damaged.
+    """
+    done = _finished(plan, store, identity)
+    if done is not None:
+        store.remove(PARTIAL)
+        return done
+    records = list(_records(plan, store, identity))
+    card = dataset_card(plan, bundle).encode()
+    metadata = _metadata(plan, records)
+    files = [record.file for record in records]
+    if plan.request.format == "imagefolder":
+        files = [_write_archive(plan, store, records, {METADATA: metadata, CARD: card})]
+    preview = encode(contact_sheet(_preview(plan, store, records), PREVIEW_COLUMNS))
+    for name, data in ((METADATA, metadata), (PREVIEW, preview), (CARD, card)):
+        store.write(name, data)
+        files.append(FileEntry(name, len(data), hashlib.sha256(data).hexdigest()))
+    manifest = Manifest(
+        request=plan.request,
+        bundle_name=bundle.name,
+        bundle_digest=bundle.digest,
+        class_names=plan.class_names,
+        synthesizer=synthesizer_identity(identity),
+        plan_digest=plan.digest,
+        shards=plan.shards,
+        files=tuple(sorted(files, key=lambda file: file.name)),
+    )
+    store.write(MANIFEST, manifest.to_json())
+    store.remove(PARTIAL)
+    return manifest
+
+
+def read_manifest(store: Store) -> Manifest:
+    """The manifest of a finished dataset. StorageError if there is none or it is damaged."""
+    if store.size(MANIFEST) is None:
+        raise StorageError(f"{store.location}: has no {MANIFEST}; is this the folder of a finished dataset?")
+    return parse_manifest(store.read(MANIFEST), store.where(MANIFEST))
+
+
+def parse_manifest(data: bytes, where: str) -> Manifest:
+    """StorageError, naming `where` and the field, if `data` is no manifest."""
+    try:
+        document = _Document.model_validate(json.loads(data))
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "the document"
+        raise StorageError(f"{where}: {field}: {first['msg']}; is this a {MANIFEST} of dermis?") from None
+    except (ValueError, RecursionError) as error:
+        raise StorageError(f"{where}: is not JSON ({error})") from None
+    return Manifest(
+        request=document.request,
+        bundle_name=document.bundle.name,
+        bundle_digest=document.bundle.digest,
+        class_names=tuple(document.bundle.class_names),
+        synthesizer=document.synthesizer,
+        plan_digest=document.plan.digest,
+        shards=document.plan.shards,
+        files=tuple(FileEntry(file.name, file.bytes, file.sha256) for file in document.files),
+    )
+
+
+def _finished(plan: Plan, store: Store, identity: Mapping[str, str]) -> Manifest | None:
+    """The manifest that is there, if it is of this very plan and identity; a damaged one is written anew."""
+    try:
+        found = read_manifest(store)
+    except StorageError:
+        return None
+    same = found.plan_digest == plan.digest and dict(found.synthesizer) == synthesizer_identity(identity)
+    return found if same else None
+
+
+def _records(plan: Plan, store: Store, identity: Mapping[str, str]) -> Iterator[ShardRecord]:
+    for shard in range(plan.shards):
+        record = find_shard(plan, shard, store, identity=identity)
+        if record is None:
+            raise StorageError(
+                f"{store.location}: shard {shard} of {plan.shards} is missing, damaged or was made by another "
+                "synthesizer; make it again, then finish"
+            )
+        yield record
+
+
+def _samples(plan: Plan, record: ShardRecord) -> Iterator[Sample]:
+    """A shard's samples without their bytes."""
+    labels = plan.labels(record.shard)
+    for index, label, sha256 in zip(plan.shard(record.shard), labels, record.images, strict=True):
+        yield Sample(index, label, sha256)
+
+
+def _metadata(plan: Plan, records: Sequence[ShardRecord]) -> bytes:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for record in records:
+        writer.writerows(metadata_row(plan, sample) for sample in _samples(plan, record))
+    return text.getvalue().encode()
+
+
+@contextmanager
+def _reading(store: Store, name: str) -> Iterator[IO[bytes]]:
+    """A shard's file; whatever its library says of damage becomes a StorageError."""
+    try:
+        with store.open(name) as file:
+            yield file
+    except StorageError:
+        raise
+    except Exception as error:  # zipfile, tarfile and Arrow have an error class each
+        raise StorageError(f"{store.where(name)}: is damaged ({error}); make the shard again") from error
+
+
+def _write_archive(plan: Plan, store: Store, records: Sequence[ShardRecord], texts: Mapping[str, bytes]) -> FileEntry:
+    """images.zip from the fragments, the texts last."""
+    with store.writing(ARCHIVE) as path:
+        with storage_errors(store.where(ARCHIVE)), zipfile.ZipFile(path, "w") as archive:
+            for record in records:
+                with _reading(store, record.file.name) as file:
+                    pieces = read_container(plan, file)
+                    for name, data in pieces:
+                        add_to_zip(archive, name, data)
+            for name, data in texts.items():
+                add_to_zip(archive, name, data)
+        with storage_errors(store.where(ARCHIVE)), path.open("rb") as file:
+            return FileEntry(ARCHIVE, path.stat().st_size, hash_file(file))
+
+
+def _preview(plan: Plan, store: Store, records: Sequence[ShardRecord]) -> Images:
+    """The first samples of each class, class after class, in whole rows where there are enough; at most 64."""
+    classes = list(plan.request.classes)[:PREVIEW_IMAGES]
+    rows = max(PREVIEW_IMAGES // PREVIEW_COLUMNS // len(classes), 1)
+    share = min(rows * PREVIEW_COLUMNS, max(PREVIEW_IMAGES // len(classes), 1))
+    wanted = {plan.class_names.index(name): min(share, plan.request.classes[name]) for name in classes}
+    found: dict[int, list[Any]] = {label: [] for label in wanted}
+    for record in records:
+        if all(len(found[label]) == count for label, count in wanted.items()):
+            break
+        chosen: dict[str, int] = {}
+        for sample in _samples(plan, record):
+            label = sample.label
+            already = sum(other == label for other in chosen.values())
+            if label in wanted and len(found[label]) + already < wanted[label]:
+                chosen[file_name(plan, sample.index, label)] = label
+        with _reading(store, record.file.name) as file:
+            for name, data in read_container(plan, file):
+                if name in chosen:
+                    found[chosen[name]].append(thumbnail(decode(data), PREVIEW_SIDE))
+    return np.stack([image for label in wanted for image in found[label]])

@@ -1,0 +1,64 @@
+"""Is a dataset what its manifest says? Every file is read and hashed."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Set
+from dataclasses import dataclass
+from pathlib import Path
+
+from dermis.dataset.manifest import ARCHIVE, MANIFEST, read_manifest
+from dermis.dataset.store import Store
+
+
+@dataclass(frozen=True)
+class Report:
+    """Names of files, sorted, relative to the dataset's folder."""
+
+    checked: int
+    changed: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    extra: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        return not (self.changed or self.missing or self.extra)
+
+
+def verify(location: str | Path) -> Report:
+    """Compare a folder (or fsspec URL) with its manifest.json. StorageError if there is none or it is damaged.
+
+    images.zip may lie unpacked beside itself, as `images/`: the unpacked files are then compared with it.
+    """
+    store = Store(location)
+    listed = {file.name: file for file in read_manifest(store).files}
+    changed: list[str] = []
+    missing: list[str] = []
+    for name, file in listed.items():
+        size = store.size(name)
+        if size is None:
+            missing.append(name)
+        elif size != file.bytes or store.sha256(name) != file.sha256:
+            changed.append(name)
+    extra = set(store.entries()) - listed.keys() - {MANIFEST}
+    if ARCHIVE in listed and ARCHIVE not in [*changed, *missing] and store.local:
+        unpacked = {name for name in extra if name.startswith("images/")}
+        if unpacked:
+            known, different = _compare_unpacked(Path(location), unpacked)
+            missing += sorted(known - unpacked)
+            changed += different
+            extra -= known
+    return Report(len(listed), tuple(sorted(changed)), tuple(sorted(missing)), tuple(sorted(extra)))
+
+
+def _compare_unpacked(root: Path, unpacked: Set[str]) -> tuple[set[str], list[str]]:
+    """The names that images.zip holds below images/, and those of them whose unpacked file is another."""
+    different = []
+    with zipfile.ZipFile(root / ARCHIVE) as archive:
+        members = {info.filename: info for info in archive.infolist() if info.filename.startswith("images/")}
+    for name in sorted(unpacked & members.keys()):
+        data = (root / name).read_bytes()
+        if len(data) != members[name].file_size or zlib.crc32(data) != members[name].CRC:
+            different.append(name)
+    return set(members), different
