@@ -1,0 +1,144 @@
+"""The gateway: a FastAPI application built around an injected `Context`.
+
+Routes stand in `routes/`; every error becomes a problem document; one middleware gives each request its id, its line in
+the log and its place in the metrics.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic.json_schema import models_json_schema
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from dermis import __version__
+from dermis.dataset.request import DatasetRequest
+from services.gateway import metrics, problems
+from services.gateway.dependencies import Context
+from services.gateway.problems import problem_response
+from services.gateway.routes import datasets, docs, files, health, images, models
+from services.gateway.schemas import Dataset, ImagesRequest
+
+logger = logging.getLogger("dermis.http")
+
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+_EXPOSED = ["Location", "ETag", "Accept-Ranges", "Content-Range", "Retry-After", "X-Request-Id", "X-Dermis-Model"]
+_DESCRIPTION = """Synthetic dermoscopy: ask for images of lesions that no patient had.
+
+`POST /v1/datasets` makes a dataset in the background; `POST /v1/images` a few images at once; `GET /v1/models` tells what
+there is to ask for. Every error is a problem document (RFC 9457)."""
+
+
+def create_app(context: Context, lifespan: Callable[[], AbstractAsyncContextManager[None]] | None = None) -> FastAPI:
+    """The application. `lifespan` wraps its running: what has to be started before the first request and stopped after."""
+
+    @asynccontextmanager
+    async def run(_app: FastAPI) -> AsyncIterator[None]:
+        if lifespan is None:
+            yield
+        else:
+            async with lifespan():
+                yield
+
+    app = FastAPI(
+        title="dermis",
+        version=__version__,
+        description=_DESCRIPTION,
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+        lifespan=run,
+        redirect_slashes=False,
+    )
+    app.state.context = context
+    problems.install(app)
+    for routes in (datasets, files, images, models, health, docs):
+        app.include_router(routes.router)
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    if context.settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(context.settings.cors_origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=_EXPOSED,
+        )
+    app.add_middleware(RequestMiddleware)
+    return app
+
+
+class RequestMiddleware:
+    """Request id in and out, one log line, one observation, and a problem document for what nobody else caught."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = time.perf_counter()
+        scope["request_id"] = request_id = _request_id(scope)
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode("ascii"))]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except Exception as error:
+            found = problems.problem_of(error)
+            if found.kind == "internal":
+                logger.exception("request failed", extra={"id": request_id})
+            if status == 0:
+                response = problem_response(Request(scope), found.kind, found.detail, headers=found.headers)
+                await response(scope, receive, send_with_id)
+        finally:
+            seconds = time.perf_counter() - started
+            # The route's template, not the path: ids in paths would make a series each.
+            route = getattr(scope.get("route"), "path", None) or "unknown"
+            metrics.request_seconds.labels(scope["method"], route, str(status)).observe(seconds)
+            # Probes come every few seconds and say nothing.
+            level = logging.DEBUG if route in health.PATHS and status < 400 else logging.INFO
+            fields = {"method": scope["method"], "path": scope["path"], "status": status, "ms": seconds * 1000}
+            logger.log(
+                level, "request", extra={**fields, "id": request_id, "client": (scope.get("client") or [None])[0]}
+            )
+
+
+def _request_id(scope: Scope) -> str:
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
+            return str(value.decode("ascii"))
+    return uuid.uuid4().hex
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI document, with the bodies that routes read by themselves (strictly) added to the components."""
+    if app.openapi_schema is None:
+        document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+        template = "#/components/schemas/{model}"
+        bodies = models_json_schema(
+            [(DatasetRequest, "validation"), (ImagesRequest, "validation"), (Dataset, "serialization")],
+            ref_template=template,
+        )[1]
+        schemas: dict[str, Any] = document.setdefault("components", {}).setdefault("schemas", {})
+        added: Mapping[str, Any] = bodies.get("$defs", {})
+        for name, schema in added.items():
+            schemas.setdefault(name, schema)
+        app.openapi_schema = document
+    return app.openapi_schema

@@ -1,0 +1,244 @@
+"""What routes need: the context that the composition root injects, strict JSON bodies, and content negotiation."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Protocol, TypeVar, cast
+
+from fastapi import Depends, Header
+from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect, Request
+
+from dermis.dataset.request import DatasetRequest
+from services.gateway.problems import FieldError, ProblemError, field_errors, invalid_request
+from services.jobs.table import Job
+from services.models import Models
+from services.samples import Generate
+from services.settings import Settings
+
+_MAX_DEPTH = 32
+_KEY = re.compile(r"[\x21-\x7e]{1,255}")
+_DATASET_ID = re.compile(r"ds_[0-9a-f]{32}")
+
+M = TypeVar("M", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """One file of a finished dataset, as its manifest lists it."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+class Jobs(Protocol):
+    """The dataset jobs, as the routes see them. Blocking; call them in a thread."""
+
+    def submit(self, request: DatasetRequest, idempotency_key: str | None) -> Job:
+        """Start a job, or find the one of this key. RequestError, BundleError or ProblemError if it cannot be."""
+
+    def get(self, job_id: str) -> Job | None:
+        """The job, or None."""
+
+    def page(self, limit: int, *, before: int | None = None, state: str | None = None) -> list[Job]:
+        """Jobs, newest first."""
+
+    def cancel_or_delete(self, job_id: str) -> Job | None:
+        """Ask an active job to stop and return it; remove an ended one with its files and return None."""
+
+    def files(self, job: Job) -> list[FileInfo]:
+        """The files of a succeeded job."""
+
+    def open(self, job: Job, name: str) -> Any:
+        """A binary file object, seekable, of one of `files`."""
+
+    def count_by_state(self) -> Mapping[str, int]:
+        """How many jobs are in each state."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the composition root gives to the routes."""
+
+    settings: Settings
+    models: Models
+    jobs: Jobs
+    generate: Generate
+    not_ready: Callable[[], Awaitable[str | None]]  # None when ready, else what is missing
+    not_alive: Callable[[], Awaitable[str | None]]  # None when alive, else why the process should be restarted
+    stopping: threading.Event = field(default_factory=threading.Event)  # set when the process is asked to end
+
+
+def get_context(request: Request) -> Context:
+    """The context of the application that serves `request`."""
+    return cast(Context, request.app.state.context)
+
+
+ContextDep = Annotated[Context, Depends(get_context)]
+
+
+class MalformedJSONError(ValueError):
+    """Bytes that are not the JSON we accept; the message says why."""
+
+
+def parse_json(data: bytes) -> Any:
+    """JSON as RFC 8259 means it: UTF-8, no NaN or Infinity, no key twice, no lone surrogates, at most 32 levels deep."""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise MalformedJSONError(f"the body is not UTF-8: byte {error.start} does not fit") from None
+    try:
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+    except RecursionError:
+        raise MalformedJSONError(f"the body is nested deeper than {_MAX_DEPTH} levels") from None
+    except MalformedJSONError:
+        raise
+    except json.JSONDecodeError as error:
+        raise MalformedJSONError(f"{error.msg} at line {error.lineno}, column {error.colno}") from None
+    except ValueError:
+        # Python refuses to read integers of more than some thousand digits.
+        raise MalformedJSONError("a number has too many digits") from None
+    _check_tree(value)
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise MalformedJSONError(f"the key {key[:100]!r} stands twice in one object")
+        result[key] = value
+    return result
+
+
+def _no_constant(name: str) -> Any:
+    raise MalformedJSONError(f"{name} is not a JSON number")
+
+
+def _check_tree(root: Any) -> None:
+    level, depth = [root], 0
+    while level:
+        depth += 1
+        if depth > _MAX_DEPTH:
+            raise MalformedJSONError(f"the body is nested deeper than {_MAX_DEPTH} levels")
+        below: list[Any] = []
+        for value in level:
+            if isinstance(value, dict):
+                below.extend(value.keys())
+                below.extend(value.values())
+            elif isinstance(value, list):
+                below.extend(value)
+            elif isinstance(value, str) and not value.isascii():
+                try:
+                    value.encode("utf-8")
+                except UnicodeEncodeError:
+                    raise MalformedJSONError("a string holds half a surrogate pair") from None
+        level = below
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """The body of a JSON request, never more of it in memory than `limit` bytes."""
+    media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if media_type != "application/json" and not re.fullmatch(r"application/[\w.-]+\+json", media_type):
+        raise ProblemError("unsupported-media-type", "send the body as application/json (header Content-Type)")
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise ProblemError("unsupported-media-type", "send the body without a Content-Encoding")
+    too_large = ProblemError("too-large", f"the body may have at most {limit} bytes", headers={"Connection": "close"})
+    length = request.headers.get("content-length", "")
+    if length.isdigit() and len(length) < 20 and int(length) > limit:
+        raise too_large
+    chunks: list[bytes] = []
+    size = 0
+    try:
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size > limit:
+                raise too_large
+            chunks.append(chunk)
+    except ClientDisconnect:
+        raise ProblemError("bad-request", "the body ended early") from None
+    return b"".join(chunks)
+
+
+async def read_model(request: Request, model: type[M], defaults: Mapping[str, Any] | None = None) -> M:
+    """The JSON body as `model`, with `defaults` for fields that are not given."""
+    data = await read_body(request, get_context(request).settings.max_body_bytes)
+    try:
+        value = parse_json(data)
+    except MalformedJSONError as error:
+        raise ProblemError("malformed-json", str(error)) from None
+    if not isinstance(value, dict):
+        raise invalid_request([FieldError(field="body", message="should be a JSON object")])
+    try:
+        return model.model_validate({**(defaults or {}), **value})
+    except ValidationError as error:
+        details = cast("list[Mapping[str, Any]]", error.errors(include_url=False, include_input=False))
+        raise invalid_request(field_errors(details)) from None
+
+
+def idempotency_key(
+    value: Annotated[
+        str | None,
+        Header(
+            alias="Idempotency-Key",
+            description="A name of yours for this request; sending it again gives the same dataset. 1 to 255 visible ASCII "
+            "characters.",
+            json_schema_extra={"minLength": 1, "maxLength": 255, "pattern": r"^[\x21-\x7e]{1,255}$"},
+        ),
+    ] = None,
+) -> str | None:
+    """The Idempotency-Key header, checked."""
+    if value is not None and not _KEY.fullmatch(value):
+        raise invalid_request([FieldError(field="Idempotency-Key", message="use 1 to 255 visible ASCII characters")])
+    return value
+
+
+IdempotencyKey = Annotated[str | None, Depends(idempotency_key)]
+
+
+def is_dataset_id(value: str) -> bool:
+    """Whether `value` has the form of a dataset's id."""
+    return _DATASET_ID.fullmatch(value) is not None
+
+
+def negotiate(accept: str | None, offers: Sequence[str]) -> str | None:
+    """The media type of `offers` (best first) that an Accept header likes best; None if it likes none of them."""
+    if accept is None or not accept.strip():
+        return offers[0]
+    ranges = [parsed for part in accept.split(",") if (parsed := _media_range(part)) is not None]
+    best, best_quality = None, 0.0
+    for offer in offers:
+        quality = _quality(offer, ranges)
+        if quality > best_quality:
+            best, best_quality = offer, quality
+    return best
+
+
+def _media_range(text: str) -> tuple[str, float] | None:
+    name, *parameters = [part.strip().lower() for part in text.split(";")]
+    if "/" not in name:
+        return None
+    quality = 1.0
+    for parameter in parameters:
+        key, _, value = parameter.partition("=")
+        if key.strip() == "q":
+            try:
+                quality = float(value)
+            except ValueError:
+                return None
+    return name, quality if 0.0 <= quality <= 1.0 else 0.0
+
+
+def _quality(offer: str, ranges: list[tuple[str, float]]) -> float:
+    """The quality of the most specific range that matches the offer."""
+    kind = offer.split("/", maxsplit=1)[0]
+    for wanted in (offer, f"{kind}/*", "*/*"):
+        found = [quality for name, quality in ranges if name == wanted]
+        if found:
+            return max(found)
+    return 0.0

@@ -1,0 +1,47 @@
+"""A dataset's progress as server-sent events (WHATWG HTML, section 9.2)."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+
+from services.gateway.dependencies import Context
+from services.gateway.schemas import dataset_of
+from services.jobs.table import Job
+
+POLL_SECONDS = 0.5
+HEARTBEAT_SECONDS = 15.0
+
+
+async def progress_events(context: Context, job: Job, closed: Callable[[], None]) -> AsyncIterator[str]:
+    """Events of one dataset: `progress` on every change, then one named succeeded, failed or cancelled, then the end.
+
+    A client that comes back with Last-Event-ID needs no replay: every event holds the whole state.
+    """
+    try:
+        shown: tuple[object, ...] | None = None
+        sent = time.monotonic()
+        current: Job | None = job
+        while current is not None:
+            state = (current.state, current.samples_done, current.shards_done, current.images_per_second)
+            if not current.active:
+                yield _event(current.state, current)
+                return
+            if state != shown:
+                yield ("retry: 2000\n" if shown is None else "") + _event("progress", current)
+                shown, sent = state, time.monotonic()
+            elif time.monotonic() - sent >= HEARTBEAT_SECONDS:
+                yield ": still here\n\n"
+                sent = time.monotonic()
+            if context.stopping.is_set():
+                return  # the client comes back to whoever serves next
+            await asyncio.sleep(POLL_SECONDS)
+            current = await asyncio.to_thread(context.jobs.get, job.id)
+    finally:
+        closed()
+
+
+def _event(name: str, job: Job) -> str:
+    # JSON as pydantic writes it has no line breaks, so one data line holds it.
+    return f"event: {name}\nid: {job.samples_done}\ndata: {dataset_of(job).model_dump_json(by_alias=True)}\n\n"

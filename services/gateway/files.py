@@ -1,0 +1,108 @@
+"""Serving one file with validators and ranges (RFC 9110, sections 13 and 14)."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Callable, Mapping
+from pathlib import PurePosixPath
+from typing import Any
+
+from starlette.responses import Response, StreamingResponse
+
+from services.gateway.dependencies import FileInfo
+from services.gateway.problems import ProblemError
+
+_CHUNK = 1 << 18
+_RANGE = re.compile(r"bytes=[ \t]*(\d{0,18})-(\d{0,18})[ \t]*", re.IGNORECASE)
+_MEDIA_TYPES = {
+    ".zip": "application/zip",
+    ".tar": "application/x-tar",
+    ".parquet": "application/vnd.apache.parquet",
+    ".csv": "text/csv; charset=utf-8",
+    ".json": "application/json",
+    ".md": "text/markdown; charset=utf-8",
+    ".png": "image/png",
+    ".jpg": "image/jpeg",
+    ".jpeg": "image/jpeg",
+    ".webp": "image/webp",
+}
+
+
+def media_type_of(name: str) -> str:
+    """Media type by the name's ending."""
+    return _MEDIA_TYPES.get(PurePosixPath(name).suffix.lower(), "application/octet-stream")
+
+
+def byte_range(header: str | None, size: int) -> tuple[int, int] | None:
+    """The half-open range that a Range header asks of `size` bytes; None for the whole file.
+
+    Several ranges, other units and what cannot be read ask for the whole file, as the RFC allows. ProblemError
+    (range-not-satisfiable) when the one range lies outside the file.
+    """
+    found = _RANGE.fullmatch(header.strip()) if header is not None else None
+    if found is None or (not found[1] and not found[2]):
+        return None
+    if found[1]:
+        start = int(found[1])
+        stop = min(int(found[2]) + 1, size) if found[2] else size
+        if found[2] and int(found[2]) < start:
+            return None
+    else:
+        start, stop = max(0, size - int(found[2])), size
+    if start >= size or start >= stop:
+        raise ProblemError(
+            "range-not-satisfiable", f"the file has {size} bytes", headers={"Content-Range": f"bytes */{size}"}
+        )
+    return start, stop
+
+
+def matches(header: str | None, etag: str, *, weak: bool) -> bool:
+    """Whether a list of entity tags holds `etag`. `weak` ignores the W/ mark, as If-None-Match does and If-Range does not."""
+    if header is None:
+        return False
+    tags = [tag.strip() for tag in header.split(",")]
+    return etag in tags or (weak and (f"W/{etag}" in tags or "*" in tags))
+
+
+def file_response(
+    info: FileInfo, headers: Mapping[str, str], open_file: Callable[[], Any], *, head: bool = False
+) -> Response:
+    """The answer to GET or HEAD of one immutable file."""
+    etag = f'"{info.sha256}"'
+    common = {
+        "ETag": etag,
+        "Accept-Ranges": "bytes",
+        "Cache-Control": "private, no-transform",
+        "X-Content-Type-Options": "nosniff",
+    }
+    if matches(headers.get("if-none-match"), etag, weak=True):
+        return Response(status_code=304, headers=common)
+    wanted = None
+    if not head and ("if-range" not in headers or matches(headers["if-range"], etag, weak=False)):
+        wanted = byte_range(headers.get("range"), info.bytes)
+    start, stop = wanted or (0, info.bytes)
+    common |= {"Content-Length": str(stop - start), "Content-Type": media_type_of(info.name)}
+    common["Content-Disposition"] = f'attachment; filename="{info.name}"'
+    if head:
+        return Response(headers=common)
+    if wanted is not None:
+        common["Content-Range"] = f"bytes {start}-{stop - 1}/{info.bytes}"
+    status = 200 if wanted is None else 206
+    return StreamingResponse(_read(open_file, start, stop), status_code=status, headers=common)
+
+
+async def _read(open_file: Callable[[], Any], start: int, stop: int) -> AsyncIterator[bytes]:
+    file = await asyncio.to_thread(open_file)
+    try:
+        if start:
+            await asyncio.to_thread(file.seek, start)
+        while start < stop:
+            chunk = await asyncio.to_thread(file.read, min(_CHUNK, stop - start))
+            if not chunk:
+                # Shorter than the manifest says: break the connection rather than end as if all were there.
+                raise OSError("a file of the dataset is shorter than its manifest says")
+            start += len(chunk)
+            yield chunk
+    finally:
+        file.close()

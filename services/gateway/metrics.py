@@ -1,0 +1,50 @@
+"""Prometheus metrics. BentoML runs several processes, which share their counts through files (PROMETHEUS_MULTIPROC_DIR)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.registry import Collector
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+
+images_generated = Counter("dermis_images_generated_total", "Images that the generator has made.", ["model"])
+request_seconds = Histogram(
+    "dermis_http_request_duration_seconds",
+    "Time from a request to the last byte of its answer.",
+    ["method", "route", "status"],
+    buckets=(0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0),
+)
+dataset_samples = Counter("dermis_dataset_samples_total", "Images written into shards of datasets.")
+
+
+class _Jobs(Collector):
+    """Jobs by state, counted in the database when asked: right whichever process answers."""
+
+    def __init__(self, count: Callable[[], Mapping[str, int]]) -> None:
+        self._count = count
+
+    def collect(self) -> Iterator[Metric]:
+        family = GaugeMetricFamily("dermis_dataset_jobs", "Dataset jobs by state.", labels=["state"])
+        try:
+            counts = self._count()
+        except Exception:  # the other metrics are wanted most while the database is away
+            return
+        for state, number in counts.items():
+            family.add_metric([state], number)
+        yield family
+
+
+def render(count_by_state: Callable[[], Mapping[str, int]]) -> bytes:
+    """All metrics of all processes in Prometheus's text format."""
+    registry = CollectorRegistry()
+    registry.register(_Jobs(count_by_state))
+    if os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
+        MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+        return generate_latest(registry)
+    return generate_latest(REGISTRY) + generate_latest(registry)

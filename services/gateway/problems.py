@@ -1,0 +1,213 @@
+"""RFC 9457 problem documents: the only shape of an error answer, and the handlers that make every error one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Match, Route
+
+from dermis.errors import BundleError, DermisError, RequestError, StorageError
+
+PROBLEM_MEDIA_TYPE = "application/problem+json"
+_MAX_ERRORS = 20
+_MAX_NAME = 100
+
+# kind -> (status, title). The kind is the stable part: `type` is "urn:dermis:problem:<kind>".
+KINDS: Mapping[str, tuple[int, str]] = {
+    "malformed-json": (400, "The body is not valid JSON"),
+    "bad-request": (400, "The request cannot be understood"),
+    "not-found": (404, "There is nothing here"),
+    "unknown-model": (404, "Unknown model"),
+    "method-not-allowed": (405, "Method not allowed"),
+    "not-acceptable": (406, "No acceptable representation"),
+    "dataset-not-ready": (409, "The dataset is not ready"),
+    "idempotency-conflict": (409, "The idempotency key was used for another request"),
+    "too-large": (413, "The body is too large"),
+    "unsupported-media-type": (415, "Unsupported media type"),
+    "range-not-satisfiable": (416, "The range lies outside the file"),
+    "invalid-request": (422, "The request is not valid"),
+    "unknown-class": (422, "Unknown class"),
+    "request-too-large": (422, "The request asks for too much"),
+    "internal": (500, "Internal error"),
+    "model-unavailable": (503, "The model cannot be served"),
+    "not-ready": (503, "The service is not ready"),
+    "overloaded": (503, "The service is busy"),
+    "storage-full": (507, "The storage is full"),
+}
+
+
+class FieldError(BaseModel):
+    """One thing that is wrong with one field."""
+
+    field: str = Field(description="Dotted path of the field, or the name of the parameter or header.")
+    message: str = Field(description="What is wrong with it.")
+
+
+class Problem(BaseModel):
+    """What went wrong and what to do (RFC 9457)."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: str = Field(description="urn:dermis:problem:<kind>; stable.", examples=["urn:dermis:problem:unknown-class"])
+    title: str = Field(description="The kind in words.")
+    status: int = Field(description="The HTTP status.")
+    detail: str = Field(description="What is wrong here and what to do about it.")
+    instance: str = Field(description="Path of the request or of the dataset.")
+    request_id: str | None = Field(None, description="Id of the request, also in the X-Request-Id header and the log.")
+    errors: list[FieldError] = Field(default_factory=list, description="The fields at fault, if fields are.")
+
+
+class ProblemError(DermisError):
+    """Raised anywhere below a route to answer with a problem document."""
+
+    def __init__(
+        self,
+        kind: str,
+        detail: str,
+        *,
+        errors: Sequence[FieldError] = (),
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(detail)
+        self.kind = kind
+        self.detail = detail
+        self.errors = list(errors)
+        self.headers = dict(headers or {})
+
+
+def problem(
+    kind: str, detail: str, instance: str, request_id: str | None = None, errors: Iterable[FieldError] = ()
+) -> Problem:
+    """A problem document of a known kind."""
+    status, title = KINDS[kind]
+    return Problem(
+        type=f"urn:dermis:problem:{kind}",
+        title=title,
+        status=status,
+        detail=detail,
+        instance=instance,
+        request_id=request_id,
+        errors=list(errors),
+    )
+
+
+def problem_response(
+    request: Request,
+    kind: str,
+    detail: str,
+    *,
+    errors: Iterable[FieldError] = (),
+    headers: Mapping[str, str] | None = None,
+) -> Response:
+    """The answer to `request` that carries one problem document."""
+    document = problem(kind, detail, request.url.path, request.scope.get("request_id"), errors)
+    # ASCII escapes: a name echoed from the request may hold what UTF-8 cannot (a lone surrogate).
+    body = json.dumps(document.model_dump(exclude_none=True), ensure_ascii=True).encode("ascii")
+    return Response(body, status_code=document.status, media_type=PROBLEM_MEDIA_TYPE, headers=dict(headers or {}))
+
+
+def field_errors(details: Iterable[Mapping[str, Any]], drop_first: bool = False) -> list[FieldError]:
+    """pydantic's error list as ours: dotted path and message, never the offending value itself."""
+    errors: list[FieldError] = []
+    for item in details:
+        location = list(item.get("loc", ()))
+        if drop_first:
+            location = location[1:]
+        # pydantic marks an error about a dictionary's key (not its value) with a trailing "[key]".
+        parts = [str(part)[:_MAX_NAME] for part in location if part != "[key]"]
+        message = str(item.get("msg", "is not valid"))
+        if item.get("type") == "extra_forbidden":
+            message = "unknown field; remove it or correct its name"
+        errors.append(FieldError(field=".".join(parts) or "body", message=message))
+        if len(errors) == _MAX_ERRORS:
+            break
+    return errors
+
+
+def invalid_request(errors: Sequence[FieldError]) -> ProblemError:
+    """The problem of a body or parameter that fails validation; the detail repeats the first error."""
+    first = errors[0]
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    return ProblemError("invalid-request", f"{first.field}: {first.message}{more}", errors=errors)
+
+
+def problem_of(error: Exception) -> ProblemError:
+    """The problem that an error of the library means to a caller."""
+    if isinstance(error, ProblemError):
+        return error
+    if isinstance(error, RequestError):
+        kind = error.kind if error.kind in KINDS else "invalid-request"
+        return ProblemError(kind, str(error), errors=[FieldError(field=error.field, message=error.message)])
+    if isinstance(error, ValidationError):
+        return invalid_request(field_errors(cast("list[Mapping[str, Any]]", error.errors(include_url=False))))
+    if isinstance(error, BundleError):
+        return ProblemError("model-unavailable", str(error))
+    if isinstance(error, StorageError):
+        return ProblemError("storage-full" if error.kind == "storage-full" else "internal", str(error))
+    if is_disk_full(error):
+        return ProblemError("storage-full", "the storage of the datasets is full; free some space and try again")
+    return ProblemError("internal", "the service failed to answer; the log has more under this request id")
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error, or one that caused it, says that no space is left."""
+    import errno
+
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        # What SQLite says; the driver's error carries no errno.
+        if "database or disk is full" in str(seen):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def allowed_methods(request: Request) -> list[str]:
+    """Methods that any route knows for this path. Starlette's own Allow header lists those of one route only."""
+    methods: set[str] = set()
+    for route in request.app.routes:
+        if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:
+            methods |= route.methods or set()
+    return sorted(methods)
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    found = problem_of(error)
+    return problem_response(request, found.kind, found.detail, errors=found.errors, headers=found.headers)
+
+
+async def _on_parameters(request: Request, error: Exception) -> Response:
+    found = invalid_request(field_errors(cast(RequestValidationError, error).errors(), drop_first=True))
+    return problem_response(request, found.kind, found.detail, errors=found.errors)
+
+
+async def _on_http(request: Request, error: Exception) -> Response:
+    http = cast(HTTPException, error)
+    if http.status_code == 405:
+        allowed = ", ".join(allowed_methods(request))
+        return problem_response(
+            request,
+            "method-not-allowed",
+            f"{request.method} is not possible here; try {allowed}",
+            headers={"Allow": allowed},
+        )
+    kind = next((kind for kind, (status, _) in KINDS.items() if status == http.status_code), "bad-request")
+    detail = "no such path; /docs lists those that exist" if http.status_code == 404 else str(http.detail)
+    return problem_response(request, kind, detail, headers=http.headers)
+
+
+def install(app: FastAPI) -> None:
+    """Make every error that `app` raises a problem document."""
+    app.add_exception_handler(DermisError, _on_error)
+    app.add_exception_handler(RequestValidationError, _on_parameters)
+    app.add_exception_handler(HTTPException, _on_http)

@@ -1,0 +1,48 @@
+"""How routes document their answers in OpenAPI: every status that a route may give, and none that it may not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from services.gateway.problems import KINDS, PROBLEM_MEDIA_TYPE
+
+Responses = dict[int | str, dict[str, Any]]
+
+_PROBLEM = {PROBLEM_MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+_HEADERS = {
+    "Location": "Path of the dataset.",
+    "Retry-After": "Seconds after which to try again.",
+    "ETag": "Hash of the file, in quotes.",
+    "Accept-Ranges": "bytes",
+    "Content-Range": "Which bytes of how many.",
+    "Content-Disposition": "A name to save the file under.",
+    "X-Dermis-Model": "Name and digest of the model, as name@digest.",
+}
+
+
+def problems(*kinds: str) -> Responses:
+    """Documentation of the problems that a route may answer with; `internal` is always among them."""
+    responses: Responses = {}
+    for kind in (*kinds, "internal"):
+        status, title = KINDS[kind]
+        known = responses.setdefault(status, {"description": "", "content": _PROBLEM})
+        known["description"] = "; ".join(filter(None, (known["description"], f"{title} (`{kind}`)")))
+        if status == 503:
+            known["headers"] = headers("Retry-After")
+    return responses
+
+
+def headers(*names: str) -> dict[str, Any]:
+    """Documentation of answer headers."""
+    return {name: {"description": _HEADERS[name], "schema": {"type": "string"}} for name in names}
+
+
+def content(*media_types: str) -> dict[str, Any]:
+    """Documentation of an answer that is a file of one of these types."""
+    return {media_type: {"schema": {"type": "string", "format": "binary"}} for media_type in media_types}
+
+
+def json_body(model: str) -> dict[str, Any]:
+    """Documentation of a body that the route reads by itself, as the component `model`."""
+    schema = {"$ref": f"#/components/schemas/{model}"}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}

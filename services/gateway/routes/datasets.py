@@ -1,0 +1,156 @@
+"""/v1/datasets: ask for a dataset, watch it, stop it."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import threading
+from typing import Annotated
+
+from fastapi import APIRouter, Query
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from dermis.dataset.request import DatasetRequest
+from services.gateway.dependencies import Context, ContextDep, IdempotencyKey, is_dataset_id, read_model
+from services.gateway.events import progress_events
+from services.gateway.problems import FieldError, ProblemError, invalid_request
+from services.gateway.routes.answers import headers, json_body, problems
+from services.gateway.schemas import Dataset, DatasetList, State, dataset_of
+from services.jobs.table import Job
+
+router = APIRouter(prefix="/v1/datasets", tags=["datasets"])
+
+_streams_open = 0
+_streams_lock = threading.Lock()
+
+
+async def find_job(context: Context, dataset_id: str) -> Job:
+    """The job, or the problem that there is none."""
+    job = await asyncio.to_thread(context.jobs.get, dataset_id) if is_dataset_id(dataset_id) else None
+    if job is None:
+        raise ProblemError("not-found", f"there is no dataset {dataset_id[:100]}")
+    return job
+
+
+@router.post(
+    "",
+    status_code=202,
+    summary="Ask for a dataset",
+    response_model=Dataset,
+    openapi_extra=json_body("DatasetRequest"),
+    responses={
+        202: {"description": "The dataset, queued or further", "headers": headers("Location")},
+        **problems(
+            "malformed-json",
+            "unknown-model",
+            "idempotency-conflict",
+            "too-large",
+            "unsupported-media-type",
+            "invalid-request",
+            "unknown-class",
+            "request-too-large",
+            "overloaded",
+            "model-unavailable",
+            "storage-full",
+        ),
+    },
+)
+async def create_dataset(request: Request, response: Response, context: ContextDep, key: IdempotencyKey) -> Dataset:
+    """Start making a dataset. The answer comes at once; the work goes on through crashes and restarts."""
+    wanted = await read_model(request, DatasetRequest, {"model": context.models.default})
+    job = await asyncio.to_thread(context.jobs.submit, wanted, key)
+    response.headers["Location"] = f"/v1/datasets/{job.id}"
+    return dataset_of(job)
+
+
+@router.get("", summary="List the datasets", responses=problems("invalid-request"))
+async def list_datasets(
+    context: ContextDep,
+    limit: Annotated[int, Query(ge=1, le=100, description="Most datasets on the page.")] = 20,
+    cursor: Annotated[str | None, Query(max_length=64, description="`next_cursor` of the page before.")] = None,
+    state: Annotated[State | None, Query(description="Only datasets in this state.")] = None,
+) -> DatasetList:
+    """A page of datasets, newest first. Pages stay whole while datasets come and go."""
+    before = None if cursor is None else read_cursor(cursor)
+    jobs = await asyncio.to_thread(context.jobs.page, limit + 1, before=before, state=state)
+    page = jobs[:limit]
+    more = len(jobs) > limit
+    return DatasetList(
+        data=[dataset_of(job) for job in page], next_cursor=make_cursor(page[-1].sequence) if more else None
+    )
+
+
+@router.get("/{dataset_id}", summary="Show a dataset", responses=problems("not-found"))
+async def get_dataset(dataset_id: str, context: ContextDep) -> Dataset:
+    """State and progress."""
+    return dataset_of(await find_job(context, dataset_id))
+
+
+@router.delete(
+    "/{dataset_id}",
+    status_code=202,
+    summary="Stop or delete a dataset",
+    response_model=Dataset,
+    responses={
+        202: {"description": "It was at work and stops now; its files are removed"},
+        204: {"description": "It had ended; its record and files are gone"},
+        **problems("not-found"),
+    },
+)
+async def delete_dataset(dataset_id: str, context: ContextDep) -> Dataset | Response:
+    """Stop a dataset that is being made, or delete one that has ended."""
+    await find_job(context, dataset_id)
+    job = await asyncio.to_thread(context.jobs.cancel_or_delete, dataset_id)
+    return Response(status_code=204) if job is None else dataset_of(job)
+
+
+@router.get(
+    "/{dataset_id}/events",
+    summary="Watch a dataset",
+    response_class=StreamingResponse,
+    responses={
+        200: {
+            "description": "Server-sent events: `progress` with the dataset as data, at last `succeeded`, `failed` or "
+            "`cancelled`",
+            "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        },
+        **problems("not-found", "overloaded"),
+    },
+)
+async def watch_dataset(dataset_id: str, context: ContextDep) -> Response:
+    """Progress as it happens, until the dataset has ended."""
+    job = await find_job(context, dataset_id)
+    global _streams_open  # noqa: PLW0603
+    with _streams_lock:
+        if _streams_open >= context.settings.max_event_streams:
+            raise ProblemError("overloaded", "too many event streams are open", headers={"Retry-After": "10"})
+        _streams_open += 1
+    return StreamingResponse(
+        progress_events(context, job, _stream_closed),
+        media_type="text/event-stream",
+        headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
+    )
+
+
+def _stream_closed() -> None:
+    global _streams_open  # noqa: PLW0603
+    with _streams_lock:
+        _streams_open -= 1
+
+
+def make_cursor(sequence: int) -> str:
+    """An opaque cursor that continues below `sequence`."""
+    return base64.urlsafe_b64encode(sequence.to_bytes(6, "big")).decode("ascii")
+
+
+def read_cursor(cursor: str) -> int:
+    """The sequence number of a cursor of ours; ProblemError for any other text."""
+    try:
+        data = base64.b64decode(cursor.encode("ascii"), altchars=b"-_", validate=True)
+    except (binascii.Error, ValueError):
+        data = b""
+    if len(data) != 6:
+        raise invalid_request([FieldError(field="cursor", message="use the next_cursor of an earlier page, unchanged")])
+    return int.from_bytes(data, "big")

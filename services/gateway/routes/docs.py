@@ -1,0 +1,53 @@
+"""The OpenAPI document and a page to read and try it."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi.openapi.docs import get_swagger_ui_html
+from starlette.requests import Request
+from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
+
+from services.gateway.problems import ProblemError
+
+router = APIRouter(include_in_schema=False)
+
+_ASSETS = {"swagger-ui-bundle.js": "text/javascript", "swagger-ui.css": "text/css"}
+
+
+def _asset_folder() -> Path | None:
+    """Swagger UI as BentoML carries it, so that the page works without the internet; None if it is not there."""
+    found = importlib.util.find_spec("bentoml")
+    if found is None or found.origin is None:
+        return None
+    folder = Path(found.origin).parent / "_internal" / "server" / "static_content"
+    return folder if all((folder / name).is_file() for name in _ASSETS) else None
+
+
+@router.get("/openapi.json")
+def openapi(request: Request) -> Response:
+    """The OpenAPI document."""
+    return JSONResponse(request.app.openapi())
+
+
+@router.get("/docs")
+def docs(request: Request) -> HTMLResponse:
+    """Swagger UI on the OpenAPI document."""
+    where: dict[str, Any] = {}
+    if _asset_folder() is not None:
+        where = {"swagger_js_url": "/docs/swagger-ui-bundle.js", "swagger_css_url": "/docs/swagger-ui.css"}
+    return get_swagger_ui_html(
+        openapi_url="/openapi.json", title=f"{request.app.title} API", swagger_favicon_url="data:,", **where
+    )
+
+
+@router.get("/docs/{name}")
+def asset(name: str) -> Response:
+    """A file of Swagger UI."""
+    folder = _asset_folder()
+    if folder is None or name not in _ASSETS:
+        raise ProblemError("not-found", "no such path; /docs lists those that exist")
+    return FileResponse(folder / name, media_type=_ASSETS[name], headers={"Cache-Control": "max-age=86400"})

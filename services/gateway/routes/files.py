@@ -1,0 +1,92 @@
+"""/v1/datasets/{id}/files: fetch a finished dataset."""
+
+from __future__ import annotations
+
+import asyncio
+from urllib.parse import quote
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from services.gateway.dependencies import Context, ContextDep
+from services.gateway.files import file_response, media_type_of
+from services.gateway.problems import ProblemError
+from services.gateway.routes.answers import Responses, content, headers, problems
+from services.gateway.routes.datasets import find_job
+from services.gateway.schemas import DatasetFile, DatasetFileList
+from services.jobs.table import Job
+
+router = APIRouter(prefix="/v1/datasets/{dataset_id}/files", tags=["datasets"])
+
+_FILE_HEADERS = headers("ETag", "Accept-Ranges", "Content-Disposition")
+_DOWNLOAD: Responses = {
+    200: {"description": "The file", "content": content("application/octet-stream"), "headers": _FILE_HEADERS},
+    304: {"description": "The file is the one that you have"},
+    **problems("not-found", "dataset-not-ready"),
+}
+
+
+async def _ready_job(context: Context, dataset_id: str) -> Job:
+    job = await find_job(context, dataset_id)
+    if job.state != "succeeded":
+        raise ProblemError("dataset-not-ready", f"the dataset is {job.state}; its files exist once it has succeeded")
+    return job
+
+
+@router.get("", summary="List the files of a dataset", responses=problems("not-found", "dataset-not-ready"))
+async def list_files(dataset_id: str, context: ContextDep) -> DatasetFileList:
+    """Every file with its size and hash."""
+    job = await _ready_job(context, dataset_id)
+    files = await asyncio.to_thread(context.jobs.files, job)
+    return DatasetFileList(
+        data=[
+            DatasetFile(
+                name=file.name,
+                bytes=file.bytes,
+                sha256=file.sha256,
+                media_type=media_type_of(file.name),
+                url=f"/v1/datasets/{job.id}/files/{quote(file.name)}",
+            )
+            for file in files
+        ]
+    )
+
+
+@router.get(
+    "/{name}",
+    summary="Download a file",
+    response_class=Response,
+    responses={
+        **_DOWNLOAD,
+        206: {
+            "description": "The bytes that the Range header asks for",
+            "content": content("application/octet-stream"),
+            "headers": {**_FILE_HEADERS, **headers("Content-Range")},
+        },
+        **problems("not-found", "dataset-not-ready", "range-not-satisfiable"),
+    },
+)
+async def download_file(dataset_id: str, name: str, request: Request, context: ContextDep) -> Response:
+    """One file, or the range of it that a Range header asks for."""
+    return await _file(dataset_id, name, request, context)
+
+
+@router.head("/{name}", summary="Size and hash of a file", response_class=Response, responses=_DOWNLOAD)
+async def head_file(dataset_id: str, name: str, request: Request, context: ContextDep) -> Response:
+    """The headers of a download without the file."""
+    return await _file(dataset_id, name, request, context)
+
+
+async def _file(dataset_id: str, name: str, request: Request, context: Context) -> Response:
+    job = await _ready_job(context, dataset_id)
+    # Looked up in the manifest's list: a name never becomes a path that is not in it.
+    files = await asyncio.to_thread(context.jobs.files, job)
+    info = next((file for file in files if file.name == name), None)
+    if info is None:
+        raise ProblemError(
+            "not-found", f"the dataset has no such file; {request.url.path.rsplit('/', 1)[0]} lists them"
+        )
+    return file_response(
+        info, request.headers, lambda: context.jobs.open(job, info.name), head=request.method == "HEAD"
+    )

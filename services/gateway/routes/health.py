@@ -1,0 +1,57 @@
+"""Health and metrics, for machines."""
+
+from __future__ import annotations
+
+import asyncio
+
+from fastapi import APIRouter
+from starlette.responses import Response
+
+from services.gateway import metrics
+from services.gateway.dependencies import ContextDep
+from services.gateway.problems import ProblemError
+from services.gateway.routes.answers import problems
+from services.gateway.schemas import Health
+
+PATHS = ("/livez", "/readyz", "/healthz", "/metrics")
+
+router = APIRouter(tags=["health"])
+
+
+@router.get("/livez", summary="Whether the process is alive", responses=problems("not-ready"))
+async def livez(context: ContextDep) -> Health:
+    """200 unless the service cannot get well without a restart."""
+    reason = await context.not_alive()
+    if reason is not None:
+        raise ProblemError("not-ready", reason, headers={"Retry-After": "5"})
+    return Health(status="alive")
+
+
+@router.get("/healthz", include_in_schema=False)
+async def healthz(context: ContextDep) -> Health:
+    """BentoML's other name for /livez."""
+    return await livez(context)
+
+
+@router.get("/readyz", summary="Whether the service can take work", responses=problems("not-ready"))
+async def readyz(context: ContextDep) -> Health:
+    """200 once the generator answers, every model is intact and the jobs database can be read."""
+    reason = await context.not_ready()
+    if reason is not None:
+        raise ProblemError("not-ready", reason, headers={"Retry-After": "5"})
+    return Health(status="ready")
+
+
+@router.get(
+    "/metrics",
+    summary="Prometheus metrics",
+    response_class=Response,
+    responses={
+        200: {"description": "Metrics", "content": {"text/plain": {"schema": {"type": "string"}}}},
+        **problems(),
+    },
+)
+async def get_metrics(context: ContextDep) -> Response:
+    """Counts, latencies and jobs by state, in Prometheus's text format."""
+    text = await asyncio.to_thread(metrics.render, context.jobs.count_by_state)
+    return Response(text, headers={"Content-Type": metrics.CONTENT_TYPE})

@@ -1,0 +1,244 @@
+"""What the API takes and gives, as pydantic models. A dataset's request is `dermis.dataset.request.DatasetRequest`."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from dermis.bundle import Bundle
+from dermis.dataset.request import DatasetRequest, classes_of
+from dermis.imaging import ImageFormat
+from dermis.latents import MAX_INDEX, MAX_SEED
+from services.gateway.problems import Problem
+from services.jobs.table import Job
+
+State = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
+
+
+class Answer(BaseModel):
+    """Base of what the API gives: a field more or less than documented is an error of ours."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class ModelRef(Answer):
+    """Which bundle made the images: the name for people, the digest for certainty."""
+
+    name: str
+    digest: str = Field(description="SHA-256 of bundle.json, which holds the SHA-256 of every file of the bundle.")
+
+
+class Progress(Answer):
+    """How far a dataset is."""
+
+    samples_done: int
+    samples_total: int
+    shards_done: int
+    shards_total: int
+    images_per_second: float | None = Field(description="Over the last seconds; of the whole run once it has ended.")
+    eta_seconds: float | None
+
+
+class DatasetLinks(Answer):
+    """Paths of a dataset's resources."""
+
+    self_: str = Field(alias="self", serialization_alias="self")
+    events: str
+    files: str
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+
+
+class Dataset(Answer):
+    """A dataset job."""
+
+    id: str = Field(pattern=r"^ds_[0-9a-f]{32}$")
+    object: Literal["dataset"] = "dataset"
+    state: State
+    request: DatasetRequest
+    model: ModelRef
+    progress: Progress
+    created_at: datetime.datetime
+    started_at: datetime.datetime | None
+    finished_at: datetime.datetime | None
+    error: Problem | None
+    links: DatasetLinks
+
+
+class DatasetList(Answer):
+    """A page of datasets, newest first."""
+
+    object: Literal["list"] = "list"
+    data: list[Dataset]
+    next_cursor: str | None = Field(description="Give it as `cursor` for the next page; null on the last.")
+
+
+class DatasetFile(Answer):
+    """One file of a finished dataset."""
+
+    name: str
+    bytes: int
+    sha256: str
+    media_type: str
+    url: str
+
+
+class DatasetFileList(Answer):
+    """The files of a finished dataset."""
+
+    object: Literal["list"] = "list"
+    data: list[DatasetFile]
+
+
+class ImagesRequest(BaseModel):
+    """A few samples now. Sample i of the call has the latent of (seed, start_index + i); classes come in order."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    model: str | None = Field(None, max_length=64, description="Name of a served bundle; null for the default one.")
+    classes: dict[Annotated[str, Field(max_length=200)], Annotated[int, Field(ge=1, le=10**8)]] = Field(
+        min_length=1,
+        max_length=1000,
+        description="How many samples of each class.",
+        examples=[{"malignant": 2, "benign": 2}],
+    )
+    seed: int = Field(0, ge=0, le=MAX_SEED)
+    start_index: int = Field(0, ge=0, le=MAX_INDEX, description="Index of the first sample in the seed's sequence.")
+    truncation_psi: float = Field(1.0, ge=0.0, le=2.0, allow_inf_nan=False)
+    truncation_cutoff: int | None = Field(None, ge=0, le=1000)
+    noise_mode: Literal["const", "random", "none"] = "const"
+    image_format: ImageFormat = "png"
+    image_quality: int = Field(95, ge=1, le=100, description="Of JPEG and WebP.")
+
+
+class Sample(Answer):
+    """One generated image."""
+
+    class_: str = Field(alias="class", serialization_alias="class")
+    seed: int
+    index: int
+    media_type: str
+    sha256: str = Field(description="Of the decoded bytes.")
+    b64: str = Field(description="The image file, base64.")
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+
+
+class SampleList(Answer):
+    """The images of one call."""
+
+    object: Literal["list"] = "list"
+    model: ModelRef
+    data: list[Sample]
+
+
+class Model(Answer):
+    """A served bundle."""
+
+    object: Literal["model"] = "model"
+    name: str
+    digest: str
+    default: bool
+    resolution: int
+    classes: list[str]
+    z_dim: int
+    w_dim: int
+    num_ws: int
+    licence: str | None
+    attribution: str | None
+    kimg: float | None
+    metrics: dict[str, Any]
+
+
+class ModelWithCard(Model):
+    """A served bundle and its model card."""
+
+    card: str = Field(description="The model card, Markdown.")
+
+
+class ModelList(Answer):
+    """Every served bundle, the default first."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class Health(Answer):
+    """Health in one word."""
+
+    status: Literal["alive", "ready"]
+
+
+def _time(seconds: float | None) -> datetime.datetime | None:
+    return None if seconds is None else datetime.datetime.fromtimestamp(seconds, datetime.UTC)
+
+
+def dataset_of(job: Job) -> Dataset:
+    """A job as the API shows it."""
+    path = f"/v1/datasets/{job.id}"
+    created = _time(job.created_at)
+    assert created is not None
+    return Dataset(
+        id=job.id,
+        state=job.state,  # type: ignore[arg-type]
+        request=DatasetRequest.model_validate(job.request),
+        model=ModelRef(name=job.model_name, digest=job.model_digest),
+        progress=Progress(
+            samples_done=job.samples_done,
+            samples_total=job.samples_total,
+            shards_done=job.shards_done,
+            shards_total=job.shards_total,
+            images_per_second=_rounded(job.images_per_second),
+            eta_seconds=_rounded(job.eta_seconds),
+        ),
+        created_at=created,
+        started_at=_time(job.started_at),
+        finished_at=_time(job.finished_at),
+        error=None if job.error is None else Problem.model_validate(job.error),
+        links=DatasetLinks(**{"self": path, "events": f"{path}/events", "files": f"{path}/files"}),
+    )
+
+
+def model_of(bundle: Bundle, default: bool) -> Model:
+    """A bundle as the API lists it."""
+    return Model(**_model_fields(bundle, default))
+
+
+def model_with_card_of(bundle: Bundle, default: bool) -> ModelWithCard:
+    """A bundle as the API shows it alone."""
+    return ModelWithCard(**_model_fields(bundle, default), card=bundle.model_card)
+
+
+def _model_fields(bundle: Bundle, default: bool) -> dict[str, Any]:
+    config = bundle.generator
+    return {
+        "name": bundle.name,
+        "digest": bundle.digest,
+        "default": default,
+        "resolution": config.img_resolution,
+        "classes": list(classes_of(bundle)),
+        "z_dim": config.z_dim,
+        "w_dim": config.w_dim,
+        "num_ws": config.num_ws,
+        "licence": _text(bundle.provenance, "licence"),
+        "attribution": _text(bundle.provenance, "attribution"),
+        "kimg": _number(bundle.provenance, "kimg"),
+        "metrics": dict(bundle.metrics),
+    }
+
+
+def _text(values: Mapping[str, Any], key: str) -> str | None:
+    value = values.get(key)
+    return None if value is None else str(value)
+
+
+def _number(values: Mapping[str, Any], key: str) -> float | None:
+    value = values.get(key)
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 3)

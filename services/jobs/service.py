@@ -1,0 +1,141 @@
+"""Dataset jobs as the gateway sees them: submit, look, stop, fetch. Puts the table, the workflow and the store together."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import uuid
+from collections import OrderedDict
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import IO
+
+from dermis.dataset.manifest import MANIFEST, read_manifest
+from dermis.dataset.plan import plan
+from dermis.dataset.request import DatasetRequest, check_against, classes_of
+from dermis.dataset.shards import check_space
+from dermis.errors import RequestError
+from services.gateway.dependencies import FileInfo
+from services.gateway.problems import ProblemError
+from services.jobs import work, workflow
+from services.jobs.lease import Lease, executor_slot
+from services.jobs.table import IdempotencyConflictError, Job, JobTable, TooManyActiveError
+from services.jobs.work import Workshop
+from services.settings import Settings
+
+_LISTINGS_KEPT = 64
+
+
+class DatasetJobs:
+    """The jobs of one process. `start` and `stop` bracket its life; every method blocks and may be called in any thread."""
+
+    def __init__(self, settings: Settings, shop: Workshop) -> None:
+        self._settings = settings
+        self._shop = shop
+        self._table: JobTable = shop.table
+        self._stack = contextlib.ExitStack()
+        self._listings: OrderedDict[str, list[FileInfo]] = OrderedDict()
+
+    def start(self) -> None:
+        """Take a worker name, launch the workflows, and go on with what was left unfinished."""
+        settings = self._settings
+        if settings.storage_url is None:
+            Path(settings.storage).mkdir(parents=True, exist_ok=True)
+        self._table.open()
+        executor_id = self._stack.enter_context(executor_slot(settings.data_dir, settings.executor_id))
+        # The lease first: others then know this worker for alive when its workflows start.
+        self._table.renew_lease(executor_id, settings.lease_seconds)
+        workflow.start(
+            self._shop,
+            url=settings.jobs_url,
+            executor_id=executor_id,
+            shard_concurrency=settings.shard_concurrency,
+            max_active=settings.max_active_datasets,
+        )
+        lease = Lease(self._table, executor_id, settings.lease_seconds, workflow.sweep)
+        self._stack.callback(lease.stop)
+        lease.start()
+
+    def stop(self) -> None:
+        """Stop between two batches. Unfinished jobs go on at the next start, or at another worker."""
+        workflow.stop()
+        self._stack.close()
+        self._table.close()
+
+    def submit(self, request: DatasetRequest, idempotency_key: str | None = None) -> Job:
+        """Start a job, or find the one that this key started."""
+        settings = self._settings
+        bundle = self._shop.models.serving(request.model)
+        check_against(request, bundle, settings.max_samples_per_dataset)
+        planned = plan(request, bundle.digest, classes_of(bundle))
+        if planned.shards > settings.max_shards_per_dataset:
+            message = (
+                f"{planned.shards} shards; at most {settings.max_shards_per_dataset} are allowed: choose larger ones"
+            )
+            raise RequestError("shard_size", message, kind="request-too-large")
+        job_id = f"ds_{uuid.uuid4().hex}"
+        body = request.model_dump(mode="json")
+        body_hash = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+        self._shop.check_space()
+        check_space(planned, self._shop.store(job_id), bundle.generator.img_resolution)
+        try:
+            job, new = self._table.create(
+                job_id,
+                body,
+                model=(bundle.name, bundle.digest),
+                samples=planned.samples,
+                shards=planned.shards,
+                body_hash=body_hash,
+                idempotency_key=idempotency_key,
+                max_active=settings.max_active_datasets,
+            )
+        except IdempotencyConflictError:
+            raise ProblemError(
+                "idempotency-conflict", "this Idempotency-Key was used for another request; use a new one"
+            ) from None
+        except TooManyActiveError:
+            detail = f"{settings.max_active_datasets} datasets are queued or running; try again when one has ended"
+            raise ProblemError("overloaded", detail, headers={"Retry-After": "30"}) from None
+        if new:
+            workflow.submit(job)
+        return job
+
+    def get(self, job_id: str) -> Job | None:
+        return self._table.get(job_id)
+
+    def page(self, limit: int, *, before: int | None = None, state: str | None = None) -> list[Job]:
+        return self._table.page(limit, before=before, state=state)
+
+    def count_by_state(self) -> Mapping[str, int]:
+        return self._table.count_by_state()
+
+    def cancel_or_delete(self, job_id: str) -> Job | None:
+        """Ask an active job to stop and return it; remove an ended one with its files and return None."""
+        job = self._table.request_cancel(job_id)
+        if job is not None and job.active:
+            return job
+        work.remove_files(self._shop, job_id)
+        workflow.forget(job_id)
+        self._table.delete(job_id)
+        self._listings.pop(job_id, None)
+        return None
+
+    def files(self, job: Job) -> list[FileInfo]:
+        """The files of a succeeded job: those that its manifest lists, and the manifest."""
+        known = self._listings.get(job.id)
+        if known is None:
+            store = self._shop.store(job.id)
+            data = store.read(MANIFEST)
+            manifest = read_manifest(store)
+            known = [FileInfo(file.name, file.bytes, file.sha256) for file in manifest.files]
+            known.append(FileInfo(MANIFEST, len(data), hashlib.sha256(data).hexdigest()))
+            self._listings[job.id] = known
+            while len(self._listings) > _LISTINGS_KEPT:
+                self._listings.popitem(last=False)
+        return known
+
+    def open(self, job: Job, name: str) -> AbstractContextManager[IO[bytes]]:
+        """One of `files`, open for reading and seeking."""
+        return self._shop.store(job.id).open(name)

@@ -1,0 +1,384 @@
+"""The jobs table: what was asked, how far it is, how it ended. SQLAlchemy Core on SQLite or PostgreSQL.
+
+DBOS keeps the durable workflow; this table keeps what people see and what outlives a workflow. Every method is one short
+transaction, safe to call from any thread and any process. Times are seconds since 1970 (UTC).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.exc import IntegrityError
+
+ACTIVE = ("queued", "running", "cancelling")
+STATES = (*ACTIVE, "succeeded", "failed", "cancelled")
+
+# Weight of the newest measurement in the running images/s, and the shortest time that makes one.
+_RATE_WEIGHT = 0.3
+_RATE_SECONDS = 1.0
+
+_metadata = sa.MetaData()
+
+_jobs = sa.Table(
+    "dermis_jobs",
+    _metadata,
+    sa.Column("sequence", sa.Integer, primary_key=True, autoincrement=True),  # order of arrival, for the cursor
+    sa.Column("id", sa.String(40), nullable=False, unique=True),
+    sa.Column("state", sa.String(16), nullable=False, index=True),
+    sa.Column("request", sa.JSON, nullable=False),
+    sa.Column("model_name", sa.String(64), nullable=False),
+    sa.Column("model_digest", sa.String(64), nullable=False),
+    sa.Column("samples_total", sa.Integer, nullable=False),
+    sa.Column("shards_total", sa.Integer, nullable=False),
+    sa.Column("samples_done", sa.Integer, nullable=False, default=0),
+    sa.Column("shards_done", sa.Integer, nullable=False, default=0),
+    sa.Column("rate", sa.Float),  # images/s, smoothed
+    sa.Column("rate_time", sa.Float),  # when, and at how many samples, `rate` was last brought up to date
+    sa.Column("rate_samples", sa.Integer),
+    sa.Column("error", sa.JSON(none_as_null=True)),
+    sa.Column("owner", sa.String(140)),  # the worker that runs the workflow; its lease is in `dermis_workers`
+    sa.Column("idempotency_key", sa.String(255), unique=True),
+    sa.Column("body_hash", sa.String(64), nullable=False),
+    sa.Column("created_at", sa.Float, nullable=False),
+    sa.Column("started_at", sa.Float),
+    sa.Column("finished_at", sa.Float),
+    sqlite_autoincrement=True,  # a deleted job's number is never given again, so a cursor stays true
+)
+
+_shards = sa.Table(
+    "dermis_shards",
+    _metadata,
+    sa.Column("job_id", sa.String(40), primary_key=True),
+    sa.Column("shard", sa.Integer, primary_key=True),
+    sa.Column("samples_done", sa.Integer, nullable=False),
+    sa.Column("finished", sa.Boolean, nullable=False),
+)
+
+_workers = sa.Table(
+    "dermis_workers",
+    _metadata,
+    sa.Column("executor_id", sa.String(140), primary_key=True),
+    sa.Column("lease_until", sa.Float, nullable=False),
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One dataset job as it stands now."""
+
+    sequence: int
+    id: str
+    state: str
+    request: Mapping[str, Any]
+    model_name: str
+    model_digest: str
+    samples_total: int
+    shards_total: int
+    samples_done: int
+    shards_done: int
+    rate: float | None
+    rate_time: float | None
+    rate_samples: int | None
+    error: Mapping[str, Any] | None
+    owner: str | None
+    idempotency_key: str | None
+    body_hash: str
+    created_at: float
+    started_at: float | None
+    finished_at: float | None
+
+    @property
+    def active(self) -> bool:
+        return self.state in ACTIVE
+
+    @property
+    def images_per_second(self) -> float | None:
+        """Images/s: smoothed over the last seconds while running, the mean of the whole run once it is over."""
+        if self.active:
+            return self.rate
+        if self.started_at is None or self.finished_at is None or self.finished_at <= self.started_at:
+            return None
+        return self.samples_done / (self.finished_at - self.started_at)
+
+    @property
+    def eta_seconds(self) -> float | None:
+        """Seconds until the last sample, at the present rate; None while nothing is known."""
+        if self.state != "running" or not self.rate:
+            return None
+        return (self.samples_total - self.samples_done) / self.rate
+
+
+class IdempotencyConflictError(Exception):
+    """The key belongs to a request with another body."""
+
+
+class TooManyActiveError(Exception):
+    """As many jobs are active as the service allows."""
+
+
+class JobTable:
+    """The tables behind one SQLAlchemy URL. `open` makes them where they are missing."""
+
+    def __init__(self, url: str) -> None:
+        self._engine = _engine(url)
+
+    def open(self) -> None:
+        _metadata.create_all(self._engine)
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    # Requests
+
+    def create(
+        self,
+        job_id: str,
+        request: Mapping[str, Any],
+        *,
+        model: tuple[str, str],
+        samples: int,
+        shards: int,
+        body_hash: str,
+        idempotency_key: str | None = None,
+        max_active: int | None = None,
+    ) -> tuple[Job, bool]:
+        """Insert a queued job; (job, True), or (the earlier job of this key, False).
+
+        IdempotencyConflictError if the key was used with another body, TooManyActiveError at the limit.
+        """
+        values = {
+            "id": job_id,
+            "state": "queued",
+            "request": dict(request),
+            "model_name": model[0],
+            "model_digest": model[1],
+            "samples_total": samples,
+            "shards_total": shards,
+            "body_hash": body_hash,
+            "idempotency_key": idempotency_key,
+            "created_at": time.time(),
+        }
+        try:
+            with self._writing() as connection:
+                earlier = self._of_key(connection, idempotency_key, body_hash)
+                if earlier is not None:
+                    return earlier, False
+                if max_active is not None:
+                    active = sa.select(sa.func.count()).where(_jobs.c.state.in_(ACTIVE))
+                    if (connection.scalar(active) or 0) >= max_active:
+                        raise TooManyActiveError
+                connection.execute(sa.insert(_jobs).values(values))
+                return _job(connection, job_id), True
+        except IntegrityError:
+            # Two calls with one key at one moment (PostgreSQL): the other one won.
+            with self._reading() as connection:
+                earlier = self._of_key(connection, idempotency_key, body_hash)
+            if earlier is None:
+                raise
+            return earlier, False
+
+    def _of_key(self, connection: sa.Connection, key: str | None, body_hash: str) -> Job | None:
+        if key is None:
+            return None
+        row = connection.execute(sa.select(_jobs).where(_jobs.c.idempotency_key == key)).one_or_none()
+        if row is None:
+            return None
+        job = Job(**row._mapping)
+        if job.body_hash != body_hash:
+            raise IdempotencyConflictError
+        return job
+
+    def get(self, job_id: str) -> Job | None:
+        with self._reading() as connection:
+            row = connection.execute(sa.select(_jobs).where(_jobs.c.id == job_id)).one_or_none()
+        return None if row is None else Job(**row._mapping)
+
+    def page(self, limit: int, *, before: int | None = None, state: str | None = None) -> list[Job]:
+        """Newest first; `before` is the sequence number that the page ends above."""
+        query = sa.select(_jobs).order_by(_jobs.c.sequence.desc()).limit(limit)
+        if before is not None:
+            query = query.where(_jobs.c.sequence < before)
+        if state is not None:
+            query = query.where(_jobs.c.state == state)
+        with self._reading() as connection:
+            return [Job(**row._mapping) for row in connection.execute(query)]
+
+    def active(self) -> list[Job]:
+        """Every job that has not ended, oldest first."""
+        query = sa.select(_jobs).where(_jobs.c.state.in_(ACTIVE)).order_by(_jobs.c.sequence)
+        with self._reading() as connection:
+            return [Job(**row._mapping) for row in connection.execute(query)]
+
+    def count_by_state(self) -> dict[str, int]:
+        query = sa.select(_jobs.c.state, sa.func.count()).group_by(_jobs.c.state)
+        with self._reading() as connection:
+            found = {row[0]: row[1] for row in connection.execute(query)}
+        return {state: found.get(state, 0) for state in STATES}
+
+    def request_cancel(self, job_id: str) -> Job | None:
+        """Ask an active job to stop; its workers see it between batches. Other jobs are left as they are."""
+        with self._writing() as connection:
+            connection.execute(
+                sa.update(_jobs).where(_jobs.c.id == job_id, _jobs.c.state.in_(ACTIVE)).values(state="cancelling")
+            )
+            return _job_or_none(connection, job_id)
+
+    def delete(self, job_id: str) -> None:
+        with self._writing() as connection:
+            connection.execute(sa.delete(_shards).where(_shards.c.job_id == job_id))
+            connection.execute(sa.delete(_jobs).where(_jobs.c.id == job_id))
+
+    # Work
+
+    def own(self, job_id: str, executor_id: str) -> Job | None:
+        """Note which worker runs the job's workflow."""
+        with self._writing() as connection:
+            connection.execute(sa.update(_jobs).where(_jobs.c.id == job_id).values(owner=executor_id))
+            return _job_or_none(connection, job_id)
+
+    def must_stop(self, job_id: str) -> bool:
+        """Whether work on the job is in vain: it is being cancelled, has failed, has ended or is gone."""
+        query = sa.select(_jobs.c.state, _jobs.c.error.is_not(None)).where(_jobs.c.id == job_id)
+        with self._reading() as connection:
+            row = connection.execute(query).one_or_none()
+        return row is None or row[0] not in ("queued", "running") or bool(row[1])
+
+    def record_error(self, job_id: str, error: Mapping[str, Any]) -> None:
+        """Note why the job will fail; the first reason stays."""
+        with self._writing() as connection:
+            connection.execute(
+                sa.update(_jobs).where(_jobs.c.id == job_id, _jobs.c.error.is_(None)).values(error=dict(error))
+            )
+
+    def progress(self, job_id: str, shard: int, samples_done: int, *, finished: bool = False) -> None:
+        """Bring one shard's count up to date, and with it the job's sums and its rate."""
+        now = time.time()
+        with self._writing() as connection:
+            query = sa.select(_jobs).where(_jobs.c.id == job_id).with_for_update()
+            row = connection.execute(query).one_or_none()
+            if row is None:
+                return
+            job = Job(**row._mapping)
+            place = (_shards.c.job_id == job_id) & (_shards.c.shard == shard)
+            before = connection.execute(sa.select(_shards).where(place)).one_or_none()
+            if before is None:
+                connection.execute(
+                    sa.insert(_shards).values(job_id=job_id, shard=shard, samples_done=samples_done, finished=finished)
+                )
+            else:
+                # Two workers on one shard (after a lease ran out): a finished shard stays finished.
+                finished = finished or before.finished
+                samples_done = max(samples_done, before.samples_done) if before.finished else samples_done
+                connection.execute(sa.update(_shards).where(place).values(samples_done=samples_done, finished=finished))
+            total = job.samples_done + samples_done - (before.samples_done if before is not None else 0)
+            values: dict[str, Any] = {
+                "samples_done": total,
+                "shards_done": job.shards_done + int(finished) - int(before is not None and before.finished),
+            }
+            if job.state == "queued":
+                values |= {"state": "running", "started_at": job.started_at or now}
+            values |= _rate(job, total, now)
+            connection.execute(sa.update(_jobs).where(_jobs.c.id == job_id).values(values))
+
+    def restart_rate(self, job_id: str) -> None:
+        """Forget the rate: a worker starts on the job, after a pause of unknown length."""
+        with self._writing() as connection:
+            connection.execute(
+                sa.update(_jobs)
+                .where(_jobs.c.id == job_id)
+                .values(rate=None, rate_time=time.time(), rate_samples=_jobs.c.samples_done)
+            )
+
+    def finish(self, job_id: str, state: str, error: Mapping[str, Any] | None = None) -> None:
+        """End an active job as `state`; one that has ended already stays as it is."""
+        values: dict[str, Any] = {"state": state, "finished_at": time.time(), "rate": None}
+        if error is not None:
+            values["error"] = dict(error)
+        with self._writing() as connection:
+            connection.execute(sa.update(_jobs).where(_jobs.c.id == job_id, _jobs.c.state.in_(ACTIVE)).values(values))
+            connection.execute(sa.delete(_shards).where(_shards.c.job_id == job_id))
+
+    # Leases
+
+    def renew_lease(self, executor_id: str, seconds: float) -> None:
+        """Say that the worker lives; others leave its work alone for `seconds`."""
+        values = {"lease_until": time.time() + seconds}
+        with self._writing() as connection:
+            found = connection.execute(
+                sa.update(_workers).where(_workers.c.executor_id == executor_id).values(values)
+            ).rowcount
+            if not found:
+                connection.execute(sa.insert(_workers).values(executor_id=executor_id, **values))
+
+    def drop_lease(self, executor_id: str) -> None:
+        """Say that the worker stops now: its work may be taken at once."""
+        with self._writing() as connection:
+            connection.execute(sa.update(_workers).where(_workers.c.executor_id == executor_id).values(lease_until=0.0))
+
+    def live_workers(self) -> set[str]:
+        """Names of the workers that live. Rows whose lease ran out are removed."""
+        with self._writing() as connection:
+            connection.execute(sa.delete(_workers).where(_workers.c.lease_until < time.time()))
+            return set(connection.execute(sa.select(_workers.c.executor_id)).scalars())
+
+    @contextmanager
+    def _reading(self) -> Iterator[sa.Connection]:
+        with self._engine.connect() as connection:
+            yield connection
+
+    @contextmanager
+    def _writing(self) -> Iterator[sa.Connection]:
+        with self._engine.connect().execution_options(dermis_write=True) as connection, connection.begin():
+            yield connection
+
+
+def _rate(job: Job, total: int, now: float) -> dict[str, Any]:
+    """The new rate columns: an exponential mean of images/s over pieces of at least a second."""
+    if job.state == "queued" or job.rate_time is None or job.rate_samples is None:
+        return {"rate_time": now, "rate_samples": total}
+    seconds, images = now - job.rate_time, total - job.rate_samples
+    if images < 0:  # a worker died and its half-done shard starts over
+        return {"rate_time": now, "rate_samples": total}
+    if seconds < _RATE_SECONDS or images == 0:
+        return {}
+    new = images / seconds
+    rate = new if job.rate is None else (1 - _RATE_WEIGHT) * job.rate + _RATE_WEIGHT * new
+    return {"rate": rate, "rate_time": now, "rate_samples": total}
+
+
+def _job_or_none(connection: sa.Connection, job_id: str) -> Job | None:
+    row = connection.execute(sa.select(_jobs).where(_jobs.c.id == job_id)).one_or_none()
+    return None if row is None else Job(**row._mapping)
+
+
+def _job(connection: sa.Connection, job_id: str) -> Job:
+    return Job(**connection.execute(sa.select(_jobs).where(_jobs.c.id == job_id)).one()._mapping)
+
+
+def _engine(url: str) -> sa.Engine:
+    parsed = sa.make_url(url)
+    if parsed.get_backend_name() != "sqlite":
+        return sa.create_engine(parsed, pool_pre_ping=True)
+    if parsed.database:
+        Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+    engine = sa.create_engine(parsed, connect_args={"timeout": 30})
+
+    @sa.event.listens_for(engine, "connect")
+    def _on_connect(connection: Any, _record: Any) -> None:
+        connection.isolation_level = None  # transactions begin where we say so, below
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=NORMAL")
+
+    @sa.event.listens_for(engine, "begin")
+    def _on_begin(connection: sa.Connection) -> None:
+        # A write takes SQLite's one write lock first: a read that later turns into a write could not wait for it.
+        write = connection.get_execution_options().get("dermis_write", False)
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+
+    return engine

@@ -1,0 +1,112 @@
+"""The bundles that this deployment serves: opened and verified at the start, watched for changes while it runs.
+
+Knows no torch: it reads bundle.json, the model card and hashes, and leaves the weights to the generator.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dermis.bundle import Bundle, open_bundle
+from dermis.errors import BundleError, RequestError
+
+# A changed file is noticed at the next request after this many seconds.
+_CHECK_SECONDS = 5.0
+
+_Fingerprint = tuple[tuple[str, int, int], ...]
+
+
+@dataclass
+class _Watched:
+    bundle: Bundle
+    fingerprint: _Fingerprint | None
+    problem: str | None = None
+
+
+class Models:
+    """The served bundles by name; the first is the default. BundleError if one cannot be opened or a name comes twice."""
+
+    def __init__(self, locations: Sequence[str]) -> None:
+        self._watched: dict[str, _Watched] = {}
+        self._lock = threading.Lock()
+        self._checked = time.monotonic()
+        for location in locations:
+            fingerprint = _fingerprint(location)
+            bundle = open_bundle(location)
+            if bundle.name in self._watched:
+                other = self._watched[bundle.name].bundle.location
+                raise BundleError(
+                    f"{location}: another bundle, {other}, is also called {bundle.name!r}; serve one of them"
+                )
+            self._watched[bundle.name] = _Watched(bundle, fingerprint)
+        self.default = next(iter(self._watched))
+
+    @property
+    def bundles(self) -> list[Bundle]:
+        """Every bundle, the default first, whether or not it is intact now."""
+        return [watched.bundle for watched in self._watched.values()]
+
+    def find(self, name: str) -> Bundle:
+        """The bundle called `name`; RequestError (unknown-model) if there is none."""
+        if name not in self._watched:
+            known = ", ".join(self._watched)
+            raise RequestError("model", f"unknown model; this service has {known}", kind="unknown-model")
+        return self._watched[name].bundle
+
+    def serving(self, name: str, digest: str | None = None) -> Bundle:
+        """The bundle called `name`, if it is what was opened at the start, and is the one of `digest` if that is given.
+
+        RequestError if there is none of that name, BundleError if its files changed or it is another one.
+        """
+        bundle = self.find(name)
+        if digest is not None and digest != bundle.digest:
+            raise BundleError(
+                f"model {name}: the dataset was asked of digest {digest[:12]}, but this service has {bundle.digest[:12]}; "
+                "serve the earlier bundle again or ask for a new dataset"
+            )
+        problem = self.check().get(name)
+        if problem is not None:
+            raise BundleError(problem)
+        return bundle
+
+    def check(self) -> dict[str, str]:
+        """Problems by name of bundle; empty when all is well. Looks at the files at most every few seconds."""
+        with self._lock:
+            if time.monotonic() - self._checked >= _CHECK_SECONDS:
+                for name, watched in self._watched.items():
+                    _look_again(name, watched)
+                self._checked = time.monotonic()
+            return {name: watched.problem for name, watched in self._watched.items() if watched.problem is not None}
+
+
+def _look_again(name: str, watched: _Watched) -> None:
+    try:
+        fingerprint = _fingerprint(watched.bundle.location)
+        if fingerprint == watched.fingerprint and watched.problem is None:
+            return
+        digest = open_bundle(watched.bundle.location).digest
+    except (BundleError, OSError) as error:
+        watched.problem = f"model {name} is not what the service loaded: {error}"
+        return
+    watched.fingerprint = fingerprint
+    if digest == watched.bundle.digest:
+        watched.problem = None
+    else:
+        watched.problem = f"model {name}: its bundle was replaced; restart the service to serve the new one"
+
+
+def _fingerprint(location: str) -> _Fingerprint | None:
+    """Names, sizes and times of a local bundle's files: cheap to compare. None for remote storage, read once at start."""
+    if "://" in location:
+        return None
+    root = Path(location)
+    found = [path for path in root.rglob("*") if path.is_file()] if root.is_dir() else []
+    return tuple(
+        (path.relative_to(root).as_posix(), stat.st_size, stat.st_mtime_ns)
+        for path in sorted(found)
+        for stat in (path.stat(),)
+    )

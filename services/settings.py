@@ -1,0 +1,143 @@
+"""Every knob of the service in one class, read from `DERMIS_*` environment variables (and a `.env` file if there is one)."""
+
+from __future__ import annotations
+
+import os
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from dermis.errors import DermisError
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+class SettingsError(DermisError):
+    """An environment variable has a value that the service cannot use."""
+
+
+class Settings(BaseSettings):
+    """Settings of the gateway, the generator and the dataset jobs."""
+
+    model_config = SettingsConfigDict(env_prefix="DERMIS_", env_file=".env", extra="ignore", frozen=True)
+
+    # Where it listens
+    host: str = Field("127.0.0.1", description="Address the gateway listens on. 0.0.0.0 opens it to the network.")
+    port: int = Field(3000, ge=1, le=65535, description="Port the gateway listens on.")
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="Web origins that may call the API from a browser, separated by commas; `*` for any."
+    )
+
+    # What it serves
+    bundles: Annotated[tuple[str, ...], NoDecode] = Field(
+        (str(REPOSITORY / "bundles" / "demo"),),
+        description="Bundles to serve, separated by commas: folders or fsspec URLs. The first is the default model.",
+    )
+    device: str = Field("auto", description="Device of the generator: auto, cpu, cuda, cuda:1, ...")
+    backend: str = Field("auto", description="How the generator runs: auto picks the fastest that works here.")
+    generator_workers: int = Field(
+        1, ge=1, le=64, description="Generator processes. On a CPU each gets an equal share of the cores."
+    )
+    max_batch_size: int = Field(
+        64, ge=2, le=256, description="Most images that the generator takes in one batch across requests."
+    )
+
+    # Where it keeps things
+    data_dir: Path = Field(Path(".dermis"), description="Folder of the database and, by default, of the datasets.")
+    storage_url: str | None = Field(
+        None,
+        description="fsspec URL or folder of the datasets, such as s3://bucket/prefix. Default: data_dir/datasets.",
+    )
+    database_url: str | None = Field(
+        None, description="SQLAlchemy URL of the jobs database (PostgreSQL at scale). Default: SQLite in data_dir."
+    )
+
+    # How it works
+    shard_concurrency: int = Field(
+        2, ge=1, le=64, description="Shards that one gateway process works on at once; 2 keep the generator busy."
+    )
+    min_free_bytes: int = Field(
+        8 << 20, ge=0, description="Datasets fail before less than this is free, so that the database can still write."
+    )
+    lease_seconds: float = Field(
+        30.0, ge=1.0, le=3600.0, description="A worker silent for this long is dead; a live one takes over its jobs."
+    )
+    executor_id: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9._-]{1,100}$",
+        description="Name of this worker in the jobs database. Default: host name and a slot number.",
+    )
+    image_timeout_seconds: float = Field(
+        120.0, ge=1.0, le=270.0, description="Longest time that a call of /v1/images may take."
+    )
+
+    # What it allows
+    max_samples_per_dataset: int = Field(100_000, ge=1, description="Most images in one dataset.")
+    max_shards_per_dataset: int = Field(2_000, ge=1, description="Most shards in one dataset.")
+    max_active_datasets: int = Field(32, ge=1, description="Most datasets queued or running at one time.")
+    max_images: int = Field(64, ge=1, le=1024, description="Most images in one call of /v1/images.")
+    max_waiting_image_calls: int = Field(32, ge=1, description="Most calls of /v1/images in work at one time.")
+    max_body_bytes: int = Field(1 << 20, ge=1024, description="Largest request body in bytes.")
+    max_event_streams: int = Field(64, ge=1, description="Most event streams open at one time.")
+
+    # What it tells
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least severe level logged.")
+
+    @field_validator("bundles", "cors_origins", mode="before")
+    @classmethod
+    def _split_commas(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
+
+    @field_validator("bundles")
+    @classmethod
+    def _at_least_one(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value:
+            raise ValueError("name at least one bundle")
+        return value
+
+    @field_validator("log_level", mode="before")
+    @classmethod
+    def _upper(cls, value: Any) -> Any:
+        return value.upper() if isinstance(value, str) else value
+
+    @property
+    def jobs_url(self) -> str:
+        """SQLAlchemy URL of the jobs database."""
+        if self.database_url is None:
+            return f"sqlite:///{(self.data_dir.absolute() / 'jobs.sqlite').as_posix()}"
+        # psycopg 3 is what is installed; a bare postgres:// URL would ask SQLAlchemy for psycopg2.
+        return re.sub(r"^postgres(ql)?://", "postgresql+psycopg://", self.database_url)
+
+    @property
+    def storage(self) -> str:
+        """Root of the datasets: an fsspec URL or an absolute folder."""
+        if self.storage_url is not None:
+            return self.storage_url
+        return str(self.data_dir.absolute() / "datasets")
+
+    @property
+    def threads_per_generator(self) -> int:
+        """CPU threads of one generator process: the cores that this process may use, shared equally."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return max(1, cores // self.generator_workers)
+
+
+def read_settings(**values: Any) -> Settings:
+    """Settings from the environment, overridden by `values`. SettingsError names the variable at fault."""
+    try:
+        return Settings(**values)
+    except ValidationError as error:
+        lines = [f"DERMIS_{'_'.join(map(str, e['loc'])).upper()}: {e['msg']}" for e in error.errors()]
+        raise SettingsError("; ".join(lines)) from None
+
+
+@lru_cache(maxsize=1)
+def settings_of_process() -> Settings:
+    """The settings of this process, read once."""
+    return read_settings()
