@@ -67,6 +67,16 @@ def pack(options: Options, seeds: int | Sequence[int], indices: Sequence[int], l
     return rows
 
 
+def to_bytes(rows: Samples) -> NDArray[np.uint8]:
+    """Rows as uint8 [N, SAMPLE.itemsize], the form in which they travel."""
+    return rows.view(np.uint8).reshape(len(rows), SAMPLE.itemsize)
+
+
+def from_bytes(data: NDArray[np.uint8]) -> Samples:
+    """The inverse of `to_bytes`."""
+    return np.ascontiguousarray(data, dtype=np.uint8).view(SAMPLE).reshape(len(data))
+
+
 def run(synthesizers: Mapping[str, Synthesizer], rows: Samples) -> list[Image]:
     """Images of `rows`, in their order; rows with equal options run together. BundleError if a model is not at hand."""
     images: list[Any] = [None] * len(rows)
