@@ -1,0 +1,91 @@
+"""A client of the dermis service: synthetic dermoscopy, as datasets or a few images at a time.
+
+from dermis_client import DermisClient
+
+client = DermisClient("http://127.0.0.1:3000")
+dataset = client.datasets.create(classes={"malignant": 500, "benign": 500}, seed=7)
+dataset.wait(progress=True)
+dataset.download("lesions", extract=True)
+"""
+
+from dermis_client._async import AsyncDataset, AsyncDermisClient
+from dermis_client._datasets import DatasetEvent
+from dermis_client._downloads import Download, DownloadProgress
+from dermis_client._sync import Dataset, DermisClient
+from dermis_client._version import __version__
+from dermis_client.errors import (
+    APIConnectionError,
+    APIResponseError,
+    APIStatusError,
+    APITimeoutError,
+    BadRequestError,
+    ConflictError,
+    DatasetCancelled,
+    DatasetFailed,
+    DermisError,
+    DownloadError,
+    IntegrityError,
+    InvalidRequestError,
+    NotFoundError,
+    RateLimitError,
+    ServerError,
+    TooLargeError,
+    UnprocessableEntityError,
+    WaitTimeoutError,
+)
+from dermis_client.folders import VerifyReport, extract_images, verify
+from dermis_client.images import GeneratedImage, ImagesResult
+from dermis_client.models import (
+    DatasetFile,
+    DatasetRecord,
+    DatasetRequest,
+    FieldError,
+    Manifest,
+    Model,
+    ModelRef,
+    Problem,
+    Progress,
+)
+
+__all__ = [
+    "APIConnectionError",
+    "APIResponseError",
+    "APIStatusError",
+    "APITimeoutError",
+    "AsyncDataset",
+    "AsyncDermisClient",
+    "BadRequestError",
+    "ConflictError",
+    "Dataset",
+    "DatasetCancelled",
+    "DatasetEvent",
+    "DatasetFailed",
+    "DatasetFile",
+    "DatasetRecord",
+    "DatasetRequest",
+    "DermisClient",
+    "DermisError",
+    "Download",
+    "DownloadError",
+    "DownloadProgress",
+    "FieldError",
+    "GeneratedImage",
+    "ImagesResult",
+    "IntegrityError",
+    "InvalidRequestError",
+    "Manifest",
+    "Model",
+    "ModelRef",
+    "NotFoundError",
+    "Problem",
+    "Progress",
+    "RateLimitError",
+    "ServerError",
+    "TooLargeError",
+    "UnprocessableEntityError",
+    "VerifyReport",
+    "WaitTimeoutError",
+    "__version__",
+    "extract_images",
+    "verify",
+]

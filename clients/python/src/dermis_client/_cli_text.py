@@ -1,0 +1,142 @@
+"""What `dermis-client` reads and prints, apart from its commands."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import typer
+from PIL import Image
+
+from dermis_client._status import describe, one_line
+from dermis_client.errors import InvalidRequestError
+from dermis_client.folders import VerifyReport
+from dermis_client.models import DatasetRecord, Model
+
+
+def parse_classes(text: str) -> dict[str, int]:
+    """{"malignant": 500, "benign": 500} from "malignant=500,benign=500". Raises InvalidRequestError."""
+    classes: dict[str, int] = {}
+    for part in text.split(","):
+        name, equals, count = (piece.strip() for piece in part.rpartition("="))
+        if not (equals and name and count.removeprefix("-").isdecimal() and count.isascii()):
+            raise InvalidRequestError(f"--classes: {part!r} is not CLASS=COUNT; write malignant=500,benign=500")
+        if name in classes:
+            raise InvalidRequestError(f"--classes: {name} is there twice")
+        classes[name] = int(count)
+    return classes
+
+
+def format_of(path: Path) -> str:
+    """Pillow's name of the format that the path's suffix asks for. Raises InvalidRequestError."""
+    formats = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+    if path.suffix.lower() not in formats:
+        raise InvalidRequestError(f"--grid: {path.name} must end in .png, .jpg or .webp")
+    return formats[path.suffix.lower()]
+
+
+def encode(image: Image.Image, path: Path) -> bytes:
+    """The image as a file of format_of(path)."""
+    buffer = io.BytesIO()
+    image.save(buffer, format_of(path))
+    return buffer.getvalue()
+
+
+@contextmanager
+def hint(message: str) -> Iterator[None]:
+    """On Ctrl-C say how to go on, then leave with status 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(message, err=True)
+        raise typer.Exit(130) from None
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    """Lines with aligned columns."""
+    cells = [list(header), *([one_line(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    for row in cells:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
+def models(found: Sequence[Model]) -> Iterator[str]:
+    rows = (
+        (
+            f"{model.name} *" if model.default else model.name,
+            f"{model.resolution or '?'}",
+            ", ".join(model.classes),
+            f"{model.kimg:g}" if model.kimg is not None else "?",
+            model.licence or "?",
+            model.digest[:12],
+        )
+        for model in found
+    )
+    return table(("MODEL", "PIXELS", "CLASSES", "KIMG", "LICENCE", "DIGEST"), rows)
+
+
+def counts(classes: Mapping[str, int]) -> str:
+    return ",".join(f"{name}={count}" for name, count in classes.items())
+
+
+def datasets(found: Sequence[DatasetRecord]) -> Iterator[str]:
+    rows = (
+        (
+            dataset.id,
+            dataset.state,
+            f"{dataset.progress.samples_done}/{dataset.progress.samples_total}",
+            counts(dataset.request.classes),
+            dataset.request.format,
+            f"{dataset.created_at:%Y-%m-%d %H:%M}" if dataset.created_at else "?",
+        )
+        for dataset in found
+    )
+    return table(("DATASET", "STATE", "DONE", "CLASSES", "FORMAT", "CREATED (UTC)"), rows)
+
+
+def dataset(record: DatasetRecord) -> Iterator[str]:
+    done, model = record.progress, record.model
+    yield f"{record.id} {record.state}"
+    yield f"samples  {done.samples_done} of {done.samples_total}"
+    yield f"shards   {done.shards_done} of {done.shards_total}"
+    if model:
+        yield one_line(f"model    {model.name}@{model.digest[:12]}")
+    for name, value in record.request.model_dump(mode="json").items():
+        shown = counts(value) if name == "classes" else value
+        yield one_line(f"{name:<9}{shown}" if len(name) < 9 else f"{name} {shown}")
+    for name, moment in (
+        ("created", record.created_at),
+        ("started", record.started_at),
+        ("finished", record.finished_at),
+    ):
+        if moment:
+            yield f"{name:<9}{moment.isoformat()}"
+    if record.error:
+        yield f"error    {describe(record.error)}"
+
+
+def created(record: DatasetRecord, download: Mapping[str, Any] | None) -> Iterator[str]:
+    yield f"{record.id} {record.state}"
+    if download is not None:
+        yield from downloaded(download)
+    elif record.state == "succeeded":
+        yield f"fetch it: dermis-client datasets download {record.id} --out DIR"
+    elif not record.finished:
+        yield f"watch it: dermis-client datasets wait {record.id}"
+
+
+def downloaded(download: Mapping[str, Any]) -> Iterator[str]:
+    yield f"{len(download['files'])} files in {download['folder']}, every hash right"
+    if "images" in download:
+        yield f"images unpacked into {download['images']}"
+
+
+def verified(report: VerifyReport) -> Iterator[str]:
+    for what, names in (("changed", report.changed), ("missing", report.missing), ("extra", report.extra)):
+        for name in names:
+            yield one_line(f"{what} {name}")
+    if report.ok:
+        yield f"{report.folder}: {report.checked} files, every hash right"

@@ -1,0 +1,92 @@
+"""Progress bars on stderr, or the caller's own function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from dermis_client._downloads import DownloadProgress
+from dermis_client.models import DatasetRecord
+
+R = TypeVar("R")
+
+
+@contextmanager
+def dataset_progress(progress: bool | Callable[[R], None]) -> Iterator[Callable[[R], None]]:
+    """A function to call with every record of a dataset: the caller's, a bar's (True), or an idle one (False)."""
+    if callable(progress):
+        yield progress
+    elif not progress:
+        yield _nothing
+    else:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn
+
+        with Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[speed]}"),
+            console=Console(stderr=True),
+        ) as bars:
+            task = bars.add_task("waiting", total=None, speed="")
+
+            def show(record: R) -> None:
+                assert isinstance(record, DatasetRecord)
+                done = record.progress
+                bars.update(
+                    task,
+                    description=f"{record.id} {record.state}",
+                    completed=done.samples_done,
+                    total=done.samples_total or None,
+                    speed=_speed(record),
+                )
+
+            yield show
+
+
+@contextmanager
+def download_progress(
+    progress: bool | Callable[[DownloadProgress], None],
+) -> Iterator[Callable[[DownloadProgress], None]]:
+    """A function to call as bytes arrive: the caller's, a bar's (True), or an idle one (False)."""
+    if callable(progress):
+        yield progress
+    elif not progress:
+        yield _nothing
+    else:
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import TransferSpeedColumn as SpeedColumn
+
+        with Progress(
+            TextColumn("downloading {task.fields[files]}"),
+            BarColumn(),
+            DownloadColumn(),
+            SpeedColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+        ) as bars:
+            task = bars.add_task("", total=None, files="")
+
+            def show(done: DownloadProgress) -> None:
+                files = f"{done.files_done} of {done.files_total} files"
+                bars.update(task, completed=done.bytes_done, total=done.bytes_total, files=files)
+
+            yield show
+
+
+def _nothing(_: object) -> None:
+    pass
+
+
+def _speed(record: DatasetRecord) -> str:
+    done = record.progress
+    rate = f"{done.images_per_second:.1f} images/s" if done.images_per_second else ""
+    if not done.eta_seconds or record.finished:
+        return rate
+    minutes, seconds = divmod(round(done.eta_seconds), 60)
+    left = f"{minutes} min {seconds:02d} s left" if minutes else f"{seconds} s left"
+    return f"{rate}, {left}" if rate else left

@@ -1,0 +1,287 @@
+"""The only module that does network I/O: runs flows over httpx, blocking or asynchronous."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import platform
+import queue
+import threading
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Sequence
+from contextlib import AsyncExitStack, ExitStack, aclosing, closing
+from dataclasses import dataclass
+from typing import Any, TypeVar, assert_never
+
+import httpx
+
+from dermis_client import _requests
+from dermis_client._flow import (
+    Close,
+    Compute,
+    Effect,
+    Emit,
+    Flow,
+    Now,
+    Open,
+    Read,
+    Request,
+    Return,
+    Send,
+    Sleep,
+    Stream,
+    advance,
+)
+from dermis_client._version import __version__
+from dermis_client.errors import DermisError, InvalidRequestError
+
+T = TypeVar("T")
+CONNECT_TIMEOUT = 5.0  # seconds
+DEFAULT_BASE_URL = "http://127.0.0.1:3000"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a client was made with. timeout: seconds a single request may stay without an answer."""
+
+    base_url: str
+    api_key: str | None
+    timeout: float
+    max_retries: int
+
+    def __repr__(self) -> str:
+        return f"base_url={self.base_url!r}, timeout={self.timeout:g}, max_retries={self.max_retries}"
+
+
+def settings(base_url: str | None, api_key: str | None, timeout: float, max_retries: int) -> Settings:
+    """Fill in the environment (DERMIS_BASE_URL, DERMIS_API_KEY) and check. Raises InvalidRequestError."""
+    url = _requests.base_url_from(base_url or os.environ.get("DERMIS_BASE_URL") or DEFAULT_BASE_URL)
+    key = api_key or os.environ.get("DERMIS_API_KEY") or None
+    if key is not None and not (key.isascii() and key.isprintable()):
+        raise InvalidRequestError("api_key: must be printable ASCII characters")
+    seconds = _requests.finite("timeout", timeout)
+    retries = _requests.whole("max_retries", max_retries)
+    if seconds <= 0 or retries < 0:
+        raise InvalidRequestError("timeout must be above 0, max_retries at least 0")
+    return Settings(url, key, seconds, retries)
+
+
+def _build(http: httpx.Client | httpx.AsyncClient, settings: Settings, request: Request) -> httpx.Request:
+    headers = {
+        "Accept": "application/json",
+        "User-Agent": f"dermis-client/{__version__} python/{platform.python_version()}",
+    }
+    if settings.api_key is not None:
+        headers["Authorization"] = f"Bearer {settings.api_key}"
+    read = request.read_timeout or settings.timeout
+    return http.build_request(
+        request.method,
+        settings.base_url + request.path,
+        params=request.params or None,
+        headers=headers | dict(request.headers),
+        json=request.json,
+        timeout=httpx.Timeout(settings.timeout, connect=min(CONNECT_TIMEOUT, settings.timeout), read=read),
+    )
+
+
+def _may_redirect(request: Request) -> bool:
+    return request.method == "GET"  # a redirected POST would quietly become a GET
+
+
+class SyncTransport:
+    """Runs flows in the calling thread; several threads may use one at the same time."""
+
+    def __init__(self, settings: Settings, http: httpx.Client | None) -> None:
+        self.settings = settings
+        self.http = http or httpx.Client()
+        self._owned = http is None
+
+    def close(self) -> None:
+        if self._owned:
+            self.http.close()
+
+    def run(self, flow: Flow[T], stop: threading.Event | None = None) -> T:
+        """Run a flow to its end and return its value. stop: ends it at its next effect with DermisError."""
+        with closing(self._steps(flow, stop)) as steps:
+            value: T = next(step.value for step in steps if isinstance(step, Return))
+            return value
+
+    def iterate(self, flow: Flow[None]) -> Iterator[Any]:
+        """Run a flow and yield what it emits; leaving the loop early closes its streams."""
+        with closing(self._steps(flow, None)) as steps:
+            for step in steps:
+                if isinstance(step, Emit):
+                    yield step.item
+
+    def run_all(self, flows: Sequence[Flow[None]], parallel: int) -> None:
+        """Run flows in up to `parallel` threads; the first failure, or Ctrl-C, stops them all and is raised."""
+        waiting: queue.SimpleQueue[Flow[None]] = queue.SimpleQueue()
+        outcomes: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        stop = threading.Event()
+        for flow in flows:
+            waiting.put(flow)
+
+        def work() -> None:
+            while not stop.is_set():
+                try:
+                    self.run(waiting.get_nowait(), stop)
+                except queue.Empty:
+                    return
+                except BaseException as error:
+                    outcomes.put(error)
+                else:
+                    outcomes.put(None)
+
+        # Daemons, so that a stalled connection cannot hold the program back after Ctrl-C.
+        threads = [threading.Thread(target=work, daemon=True) for _ in range(min(parallel, len(flows)))]
+        try:
+            for thread in threads:
+                thread.start()
+            for _ in flows:
+                if (failure := outcomes.get()) is not None:
+                    raise failure
+        finally:
+            stop.set()
+            for thread in threads:
+                if thread.ident is not None:
+                    thread.join(timeout=2.0)
+
+    def _steps(self, flow: Flow[Any], stop: threading.Event | None) -> Generator[Emit | Return, None, None]:
+        with ExitStack() as opened, closing(flow):
+            answer: Any = None
+            failure: Exception | None = None
+            while True:
+                step = advance(flow, answer, failure)
+                if isinstance(step, Return):
+                    yield step
+                    return
+                answer = failure = None
+                if isinstance(step, Emit):
+                    yield step
+                    continue
+                if stop is not None and stop.is_set():
+                    raise DermisError("stopped")
+                try:
+                    answer = self._perform(step, opened)
+                except Exception as error:
+                    failure = error
+
+    def _perform(self, effect: Effect, opened: ExitStack) -> Any:
+        match effect:
+            case Send(request):
+                built = _build(self.http, self.settings, request)
+                return self.http.send(built, follow_redirects=_may_redirect(request))
+            case Open(request):
+                built = _build(self.http, self.settings, request)
+                response = self.http.send(built, stream=True, follow_redirects=_may_redirect(request))
+                opened.callback(response.close)
+                if not response.is_success:
+                    response.read()
+                return Stream(response, response.iter_raw())
+            case Read(stream):
+                return next(stream.pieces, b"")
+            case Close(stream):
+                stream.response.close()
+            case Sleep(seconds):
+                time.sleep(seconds)
+            case Now():
+                return time.monotonic()
+            case Compute(function):
+                return function()
+            case Emit():
+                raise AssertionError("emitted items are handled by the caller")
+            case _:
+                assert_never(effect)
+        return None
+
+
+class AsyncTransport:
+    """Runs flows on the event loop; what takes long on disk goes to threads."""
+
+    def __init__(self, settings: Settings, http: httpx.AsyncClient | None) -> None:
+        self.settings = settings
+        self.http = http or httpx.AsyncClient()
+        self._owned = http is None
+
+    async def close(self) -> None:
+        if self._owned:
+            await self.http.aclose()
+
+    async def run(self, flow: Flow[T]) -> T:
+        """Run a flow to its end and return its value."""
+        async with aclosing(self._steps(flow)) as steps:
+            async for step in steps:
+                if isinstance(step, Return):
+                    value: T = step.value
+                    return value
+        raise AssertionError("a flow ends with a value")
+
+    async def iterate(self, flow: Flow[None]) -> AsyncIterator[Any]:
+        """Run a flow and yield what it emits; leaving the loop early closes its streams."""
+        async with aclosing(self._steps(flow)) as steps:
+            async for step in steps:
+                if isinstance(step, Emit):
+                    yield step.item
+
+    async def run_all(self, flows: Sequence[Flow[None]], parallel: int) -> None:
+        """Run up to `parallel` flows at a time; the first failure, or a cancellation, stops them all and is raised."""
+        waiting = iter(flows)
+
+        async def work() -> None:
+            for flow in waiting:
+                await self.run(flow)
+
+        tasks = [asyncio.create_task(work()) for _ in range(min(parallel, len(flows)))]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _steps(self, flow: Flow[Any]) -> AsyncGenerator[Emit | Return, None]:
+        async with AsyncExitStack() as opened:
+            opened.callback(flow.close)
+            answer: Any = None
+            failure: Exception | None = None
+            while True:
+                step = advance(flow, answer, failure)
+                if isinstance(step, Return):
+                    yield step
+                    return
+                answer = failure = None
+                if isinstance(step, Emit):
+                    yield step
+                    continue
+                try:
+                    answer = await self._perform(step, opened)
+                except Exception as error:
+                    failure = error
+
+    async def _perform(self, effect: Effect, opened: AsyncExitStack) -> Any:
+        match effect:
+            case Send(request):
+                built = _build(self.http, self.settings, request)
+                return await self.http.send(built, follow_redirects=_may_redirect(request))
+            case Open(request):
+                built = _build(self.http, self.settings, request)
+                response = await self.http.send(built, stream=True, follow_redirects=_may_redirect(request))
+                opened.push_async_callback(response.aclose)
+                if not response.is_success:
+                    await response.aread()
+                return Stream(response, response.aiter_raw())
+            case Read(stream):
+                return await anext(stream.pieces, b"")
+            case Close(stream):
+                await stream.response.aclose()
+            case Sleep(seconds):
+                await asyncio.sleep(seconds)
+            case Now():
+                return asyncio.get_running_loop().time()
+            case Compute(function):
+                return await asyncio.to_thread(function)
+            case Emit():
+                raise AssertionError("emitted items are handled by the caller")
+            case _:
+                assert_never(effect)
+        return None

@@ -1,0 +1,314 @@
+"""`dermis-client`: the same from a shell. Results on stdout, progress and errors on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+
+from dermis_client import _cli_text as text
+from dermis_client._status import one_line
+from dermis_client._sync import Dataset, DermisClient
+from dermis_client._version import __version__
+from dermis_client.errors import DermisError, InvalidRequestError
+from dermis_client.folders import extract_images
+from dermis_client.folders import verify as verify_folder
+from dermis_client.images import write_whole
+
+app = typer.Typer(
+    name="dermis-client",
+    help="Ask a dermis service for synthetic dermoscopy.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+datasets = typer.Typer(help="Make, watch, download and remove datasets.", no_args_is_help=True)
+app.add_typer(datasets, name="datasets")
+
+BaseUrl = Annotated[
+    str | None,
+    typer.Option("--base-url", envvar="DERMIS_BASE_URL", help="Where the service is; default http://127.0.0.1:3000."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Id = Annotated[str, typer.Argument(metavar="ID", help="The dataset's id, ds_...", show_default=False)]
+Classes = Annotated[
+    str, typer.Option("--classes", help="How many of each: malignant=500,benign=500.", show_default=False)
+]
+Seed = Annotated[int, typer.Option("--seed", help="0 to 2^63 - 1; the same request gives the same images.")]
+Model = Annotated[str | None, typer.Option("--model", help="Default: the service's.")]
+ImageFormat = Annotated[str | None, typer.Option("--image-format", help="png, jpeg or webp; default png.")]
+Quality = Annotated[int | None, typer.Option("--image-quality", help="1 to 100, for jpeg and webp.")]
+Psi = Annotated[float | None, typer.Option("--truncation-psi", help="0 to 2; lower is more typical, less varied.")]
+Cutoff = Annotated[int | None, typer.Option("--truncation-cutoff", help="In how many layers truncation holds.")]
+Noise = Annotated[str | None, typer.Option("--noise-mode", help="const, random or none; default const.")]
+Timeout = Annotated[float | None, typer.Option("--timeout", help="Stop waiting after so many seconds.")]
+Out = Annotated[Path, typer.Option("--out", help="The folder to download into.", show_default=False)]
+Extract = Annotated[bool, typer.Option("--extract", help="Also unpack images.zip into OUT/images.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files of another dataset in the folder.")]
+Parallel = Annotated[int, typer.Option("--parallel", help="Files to fetch at the same time.")]
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    context: typer.Context,
+    base_url: BaseUrl = None,
+    as_json: Json = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Ask a dermis service for synthetic dermoscopy."""
+    context.obj = (base_url, as_json)
+
+
+def _client(context: typer.Context, base_url: str | None) -> DermisClient:
+    """--base-url may stand before or after the command's name; the later one wins."""
+    explicit = context.get_parameter_source("base_url")
+    given = base_url if explicit is not None and explicit.name == "COMMANDLINE" else None
+    return DermisClient(given or context.obj[0] or base_url)
+
+
+def _print(context: typer.Context, as_json: bool, value: Any, human: Callable[[], Iterable[str]]) -> None:
+    """Print a result: one JSON document, or lines for people."""
+    if as_json or context.obj[1]:
+        typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+        return
+    for line in human():
+        typer.echo(line)
+
+
+def _fetch(dataset: Dataset, out: Path, extract: bool, overwrite: bool, parallel: int) -> dict[str, Any]:
+    with text.hint(f"download interrupted; go on with: dermis-client datasets download {dataset.id} --out {out}"):
+        result = dataset.download(out, parallel=parallel, overwrite=overwrite, progress=True)
+        answer = {"folder": str(result.folder), "files": [path.name for path in result.files]}
+        if extract:
+            answer["images"] = str(extract_images(result.folder))
+        return answer
+
+
+@app.command()
+def models(context: typer.Context, base_url: BaseUrl = None, as_json: Json = False) -> None:
+    """The models that the service offers."""
+    with _client(context, base_url) as client:
+        found = client.models.list()
+    _print(context, as_json, [model.model_dump(mode="json") for model in found], lambda: text.models(found))
+
+
+@datasets.command()
+def create(
+    context: typer.Context,
+    classes: Classes,
+    seed: Seed = 0,
+    model: Model = None,
+    format: Annotated[  # noqa: A002  the option's own name
+        str | None, typer.Option("--format", help="imagefolder, webdataset or parquet; default imagefolder.")
+    ] = None,
+    image_format: ImageFormat = None,
+    image_quality: Quality = None,
+    truncation_psi: Psi = None,
+    truncation_cutoff: Cutoff = None,
+    noise_mode: Noise = None,
+    shard_size: Annotated[int | None, typer.Option("--shard-size", help="Samples in a shard.")] = None,
+    idempotency_key: Annotated[
+        str | None, typer.Option("--idempotency-key", help="The same key and request never make a second dataset.")
+    ] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait until it has finished.")] = False,
+    timeout: Timeout = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Wait, then download into this folder.")] = None,
+    extract: Extract = False,
+    overwrite: Overwrite = False,
+    parallel: Parallel = 4,
+    base_url: BaseUrl = None,
+    as_json: Json = False,
+) -> None:
+    """Ask for a dataset; with --wait or --out stay until it is there."""
+    if extract and out is None:
+        raise InvalidRequestError("--extract: needs --out, the folder to download into")
+    with _client(context, base_url) as client:
+        with text.hint("interrupted; it may have been asked for already, see: dermis-client datasets list"):
+            dataset = client.datasets.create(
+                text.parse_classes(classes),
+                seed=seed,
+                model=model,
+                format=format,
+                image_format=image_format,
+                image_quality=image_quality,
+                truncation_psi=truncation_psi,
+                truncation_cutoff=truncation_cutoff,
+                noise_mode=noise_mode,
+                shard_size=shard_size,
+                idempotency_key=idempotency_key,
+            )
+        if wait or out is not None:
+            typer.echo(dataset.id, err=True)
+            with text.hint(f"interrupted; {dataset.id} goes on, wait for it: dermis-client datasets wait {dataset.id}"):
+                dataset = dataset.wait(progress=True, timeout=timeout)
+        answer = dataset.model_dump(mode="json")
+        if out is not None:
+            answer["download"] = _fetch(dataset, out, extract, overwrite, parallel)
+    _print(context, as_json, answer, lambda: text.created(dataset, answer.get("download")))
+
+
+@datasets.command("list")
+def list_datasets(
+    context: typer.Context,
+    state: Annotated[str | None, typer.Option("--state", help="Only those: queued, running, succeeded...")] = None,
+    limit: Annotated[int, typer.Option("--limit", help="At most so many.")] = 20,
+    base_url: BaseUrl = None,
+    as_json: Json = False,
+) -> None:
+    """Datasets, newest first."""
+    with _client(context, base_url) as client:
+        found = list(client.datasets.list(state=state, limit=limit))
+    _print(context, as_json, [dataset.model_dump(mode="json") for dataset in found], lambda: text.datasets(found))
+
+
+@datasets.command()
+def show(context: typer.Context, dataset_id: Id, base_url: BaseUrl = None, as_json: Json = False) -> None:
+    """One dataset: its state, progress and request."""
+    with _client(context, base_url) as client:
+        dataset = client.datasets.retrieve(dataset_id)
+    _print(context, as_json, dataset.model_dump(mode="json"), lambda: text.dataset(dataset))
+
+
+@datasets.command("wait")
+def wait_for(
+    context: typer.Context, dataset_id: Id, timeout: Timeout = None, base_url: BaseUrl = None, as_json: Json = False
+) -> None:
+    """Watch a dataset until it has finished."""
+    with (
+        _client(context, base_url) as client,
+        text.hint(f"interrupted; {dataset_id} goes on, wait for it: dermis-client datasets wait {dataset_id}"),
+    ):
+        dataset = client.datasets.wait(dataset_id, progress=True, timeout=timeout)
+    _print(context, as_json, dataset.model_dump(mode="json"), lambda: text.created(dataset, None))
+
+
+@datasets.command()
+def download(
+    context: typer.Context,
+    dataset_id: Id,
+    out: Out,
+    extract: Extract = False,
+    overwrite: Overwrite = False,
+    parallel: Parallel = 4,
+    base_url: BaseUrl = None,
+    as_json: Json = False,
+) -> None:
+    """Fetch a dataset's files, going on where an earlier download ended, and check every hash."""
+    with _client(context, base_url) as client:
+        dataset = client.datasets.retrieve(dataset_id)
+        answer = _fetch(dataset, out, extract, overwrite, parallel)
+    _print(context, as_json, answer, lambda: text.downloaded(answer))
+
+
+@datasets.command()
+def cancel(context: typer.Context, dataset_id: Id, base_url: BaseUrl = None, as_json: Json = False) -> None:
+    """Stop a queued or running dataset."""
+    with _client(context, base_url) as client:
+        dataset = client.datasets.cancel(dataset_id)
+    _print(context, as_json, dataset.model_dump(mode="json"), lambda: [f"{dataset.id} {dataset.state}"])
+
+
+@datasets.command()
+def delete(context: typer.Context, dataset_id: Id, base_url: BaseUrl = None, as_json: Json = False) -> None:
+    """Remove a dataset and its files from the service; a running one is stopped first."""
+    with _client(context, base_url) as client:
+        client.datasets.delete(dataset_id)
+    _print(context, as_json, {"id": dataset_id, "deleted": True}, lambda: [f"{dataset_id} deleted"])
+
+
+@app.command()
+def images(
+    context: typer.Context,
+    classes: Classes,
+    seed: Seed = 0,
+    start_index: Annotated[int | None, typer.Option("--start-index", help="Index of the first image.")] = None,
+    model: Model = None,
+    image_format: ImageFormat = None,
+    image_quality: Quality = None,
+    truncation_psi: Psi = None,
+    truncation_cutoff: Cutoff = None,
+    noise_mode: Noise = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Write every image into this folder.")] = None,
+    grid: Annotated[Path | None, typer.Option("--grid", help="Write one contact sheet: grid.png.")] = None,
+    base_url: BaseUrl = None,
+    as_json: Json = False,
+) -> None:
+    """A few images now."""
+    if out is None and grid is None:
+        raise InvalidRequestError("give --out FOLDER for the images, --grid FILE.png for a contact sheet, or both")
+    if grid is not None:
+        text.format_of(grid)  # refuse a wrong suffix before anything is asked for
+    with _client(context, base_url) as client:
+        result = client.images.generate(
+            text.parse_classes(classes),
+            seed=seed,
+            start_index=start_index,
+            model=model,
+            image_format=image_format,
+            image_quality=image_quality,
+            truncation_psi=truncation_psi,
+            truncation_cutoff=truncation_cutoff,
+            noise_mode=noise_mode,
+        )
+    written = result.save(out) if out is not None else []
+    if grid is not None:
+        write_whole(grid, text.encode(result.grid(), grid))
+        written.append(grid)
+    answer = {
+        "model": result.model.model_dump(mode="json"),
+        "images": [image.model_dump(mode="json", by_alias=True, exclude={"content"}) for image in result],
+        "files": [str(path) for path in written],
+    }
+    _print(context, as_json, answer, lambda: map(str, written))
+
+
+@app.command()
+def verify(
+    context: typer.Context,
+    folder: Annotated[Path, typer.Argument(help="A downloaded dataset.", show_default=False)],
+    as_json: Json = False,
+) -> None:
+    """Check a downloaded folder against its manifest.json; needs no service."""
+    report = verify_folder(folder)
+    answer = {**asdict(report), "folder": str(folder), "ok": report.ok}
+    _print(context, as_json, answer, lambda: text.verified(report))
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Run the program: an error is one line on stderr and status 1 (wrong usage 2), Ctrl-C a hint and status 130."""
+    try:
+        sys.exit(app(standalone_mode=False))
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        sys.exit(_fail(error.format_message(), error.exit_code))
+    except click.Abort:
+        sys.exit(_fail("interrupted", 130))
+    except (DermisError, OSError) as error:
+        sys.exit(_fail(str(error), 1))
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"error: {one_line(message, limit=2000)}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    main()

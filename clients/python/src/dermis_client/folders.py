@@ -1,0 +1,177 @@
+"""What one can do with a downloaded folder without the service: check it against its manifest, unpack its images."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from dermis_client import _names
+from dermis_client._partfile import sha256_of
+from dermis_client._status import one_line
+from dermis_client.errors import DownloadError, IntegrityError
+from dermis_client.models import Manifest
+
+MANIFEST = "manifest.json"
+ARCHIVE = "images.zip"
+IMAGES = "images"
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What verify() found: file names relative to the folder, sorted. True if the folder is as it should be."""
+
+    folder: Path
+    checked: int
+    changed: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    extra: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        return not (self.changed or self.missing or self.extra)
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+
+def verify(folder: str | os.PathLike[str]) -> VerifyReport:
+    """Compare every file of a downloaded dataset with the size and SHA-256 in its manifest.json.
+
+    If images.zip has been unpacked by extract_images(), the unpacked images are compared with it too. Raises
+    IntegrityError if manifest.json is missing or unreadable. Needs no service.
+    """
+    root = Path(folder)
+    listed = {file.name: file for file in _read_manifest(root).files}
+    _names.check(listed, MANIFEST)
+    changed, missing = [], []
+    for name, file in listed.items():
+        path = root / name
+        if not path.is_file():
+            missing.append(name)
+        elif path.stat().st_size != file.bytes or sha256_of(path) != file.sha256:
+            changed.append(name)
+    present = {path.relative_to(root).as_posix() for path in root.rglob("*") if not path.is_dir()}
+    extra = present - listed.keys() - {MANIFEST}
+    if ARCHIVE in listed and ARCHIVE not in changed + missing and (root / IMAGES).is_dir():
+        with _open_archive(root / ARCHIVE) as archive:
+            for member in _image_members(archive):
+                extra.discard(member.filename)
+                if not (root / member.filename).is_file():
+                    missing.append(member.filename)
+                elif not _same(root / member.filename, member):
+                    changed.append(member.filename)
+    return VerifyReport(root, len(listed), tuple(sorted(changed)), tuple(sorted(missing)), tuple(sorted(extra)))
+
+
+def _read_manifest(root: Path) -> Manifest:
+    try:
+        return Manifest.model_validate(json.loads((root / MANIFEST).read_bytes()))
+    except FileNotFoundError as error:
+        raise IntegrityError(f"{root} has no {MANIFEST}: it is no dataset folder", name=MANIFEST) from error
+    except OSError as error:
+        raise IntegrityError(f"{root / MANIFEST} cannot be read ({error.strerror})", name=MANIFEST) from error
+    except ValueError as error:
+        raise IntegrityError(f"{root / MANIFEST} is damaged ({one_line(str(error))})", name=MANIFEST) from error
+
+
+def extract_images(folder: str | os.PathLike[str]) -> Path:
+    """Unpack FOLDER/images.zip into FOLDER/images/<class>/, as torchvision's ImageFolder reads it; returns that path.
+
+    Only the images leave the archive, and none can leave the folder: an archive with an unsafe name, a link, an
+    encrypted member, or far more content than its own size is refused. Done before with the same result: nothing
+    happens. Nothing half-unpacked stays behind. Raises DownloadError, IntegrityError.
+    """
+    root = Path(folder)
+    target = root / IMAGES
+    if not (root / ARCHIVE).is_file():
+        raise DownloadError(f"{root} has no {ARCHIVE}: only datasets of the format imagefolder can be unpacked")
+    with _open_archive(root / ARCHIVE) as archive:
+        members = list(_image_members(archive))
+        if not members:
+            raise IntegrityError(f"{root / ARCHIVE} holds no images", name=ARCHIVE)
+        if target.exists():
+            if _unpacked(root, members):
+                return target
+            raise DownloadError(f"{target} exists and is not what {ARCHIVE} holds: remove it and unpack again")
+        temporary = Path(tempfile.mkdtemp(prefix=".images-", dir=root))
+        try:
+            for member in members:
+                _extract(archive, member, temporary / member.filename)
+            (temporary / IMAGES).replace(target)
+        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+            raise IntegrityError(f"{root / ARCHIVE} is damaged ({one_line(str(error))})", name=ARCHIVE) from error
+        except OSError as error:
+            raise DownloadError(f"{target}: cannot be written ({error.strerror or error})") from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def _open_archive(path: Path) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, OSError) as error:
+        raise IntegrityError(f"{path} cannot be read as a zip file ({one_line(str(error))})", name=path.name) from error
+
+
+def _image_members(archive: zipfile.ZipFile) -> Iterator[zipfile.ZipInfo]:
+    """The members images/<class>/<file>, each checked. Anything else unsafe in the archive is refused as well."""
+    size = Path(archive.filename or "").stat().st_size
+    if sum(member.file_size for member in archive.infolist()) > 10 * size:  # images do not shrink; a bomb does
+        raise IntegrityError(f"{archive.filename} would unpack to far more than its own size", name=ARCHIVE)
+    seen: set[str] = set()
+    for member in archive.infolist():
+        name = member.filename
+        mode = member.external_attr >> 16
+        regular = stat.S_IFMT(mode) in {0, stat.S_IFREG} and not member.flag_bits & 0x1
+        parts = PurePosixPath(name).parts
+        plain = "/".join(parts) == name.removesuffix("/") and "\\" not in name and all(map(_safe_part, parts))
+        if not plain or name.casefold() in seen or not (regular or member.is_dir()):
+            raise IntegrityError(f"{archive.filename} holds {one_line(repr(name), 120)}: not safe to unpack", name=name)
+        seen.add(name.casefold())
+        if parts[0] == IMAGES and len(parts) == 3 and not member.is_dir():
+            yield member
+
+
+def _safe_part(part: str) -> bool:
+    """One folder or file name. Class names may hold spaces and any script's letters, nothing that leaves the folder."""
+    plain = part.isprintable() and not part.startswith(".") and not part.endswith((".", " "))
+    return (
+        plain and not set(part) & set('/\\:*?"<>|') and (not part.isascii() or _names.is_safe(part.replace(" ", "_")))
+    )
+
+
+def _extract(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    left = member.file_size
+    with archive.open(member) as source, path.open("xb") as file:
+        while block := source.read(_BLOCK):  # checks the CRC at the end
+            left -= len(block)
+            if left < 0:
+                raise zipfile.BadZipFile(f"{member.filename} is longer than it says")
+            file.write(block)
+
+
+def _unpacked(root: Path, members: list[zipfile.ZipInfo]) -> bool:
+    present = {path.relative_to(root).as_posix() for path in (root / IMAGES).rglob("*") if not path.is_dir()}
+    named = {member.filename for member in members}
+    return present == named and all(_same(root / member.filename, member) for member in members)
+
+
+def _same(path: Path, member: zipfile.ZipInfo) -> bool:
+    if path.stat().st_size != member.file_size:
+        return False
+    crc = 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            crc = zlib.crc32(block, crc)
+    return crc == member.CRC

@@ -1,0 +1,113 @@
+"""What `client.images.generate(...)` returns: images with the latents' coordinates that made them."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+from pydantic import Base64Bytes, Field
+
+from dermis_client.errors import DermisError, DownloadError, IntegrityError
+from dermis_client.models import Answer, ModelRef
+
+_FORMATS = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp"}
+
+
+class GeneratedImage(Answer):
+    """One image. Its latent follows from (seed, index); class_name is what it was asked to show."""
+
+    class_name: str = Field(alias="class")
+    seed: int
+    index: int
+    media_type: str
+    sha256: str
+    content: Base64Bytes = Field(alias="b64", repr=False)  # the encoded file, as it would be written to disk
+
+    @property
+    def image(self) -> Image.Image:
+        """The image, RGB, decoded anew at every access."""
+        try:
+            decoded = Image.open(io.BytesIO(self.content), formats=["PNG", "JPEG", "WEBP"])
+            return decoded.convert("RGB")
+        except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
+            raise IntegrityError(f"image {self.index}: cannot be decoded ({error})", name=str(self.index)) from error
+
+    @property
+    def file_name(self) -> str:
+        """A name that tells class, seed and index, such as malignant_1_00000000.png."""
+        name = re.sub(r"[^A-Za-z0-9-]+", "-", self.class_name).strip("-") or "image"
+        return f"{name}_{self.seed}_{self.index:08d}.{_FORMATS.get(self.media_type, 'bin')}"
+
+    def check(self) -> None:
+        """Raise IntegrityError unless the content has the SHA-256 that the service named."""
+        actual = hashlib.sha256(self.content).hexdigest()
+        if actual != self.sha256:
+            raise IntegrityError(
+                f"image {self.index}: arrived with SHA-256 {actual[:12]}..., expected {self.sha256[:12]}...",
+                name=str(self.index),
+                expected=self.sha256,
+                actual=actual,
+            )
+
+
+class ImagesResult(Answer):
+    """The images of one call, in order, and the model that made them. A sequence of GeneratedImage."""
+
+    model: ModelRef
+    data: list[GeneratedImage]
+
+    def __iter__(self) -> Iterator[GeneratedImage]:  # type: ignore[override]  # pydantic's own iterates over fields
+        return iter(self.data)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, position: int) -> GeneratedImage:
+        return self.data[position]
+
+    @property
+    def images(self) -> list[Image.Image]:
+        """All images, decoded."""
+        return [item.image for item in self.data]
+
+    def grid(self, columns: int | None = None, *, gap: int = 2) -> Image.Image:
+        """A contact sheet, row by row, near square unless `columns` is given; gap in pixels between images."""
+        if not self.data:
+            raise DermisError("there are no images to lay out")
+        pictures = self.images
+        across = columns or math.ceil(math.sqrt(len(pictures)))
+        if across < 1:
+            raise DermisError("columns: must be at least 1")
+        width, height = max(p.width for p in pictures), max(p.height for p in pictures)
+        down = math.ceil(len(pictures) / across)
+        sheet = Image.new("RGB", (across * (width + gap) - gap, down * (height + gap) - gap), "white")
+        for position, picture in enumerate(pictures):
+            row, column = divmod(position, across)
+            sheet.paste(picture, (column * (width + gap), row * (height + gap)))
+        return sheet
+
+    def save(self, folder: str | os.PathLike[str]) -> list[Path]:
+        """Write every image as it came, under its file_name; returns the paths. Raises DownloadError."""
+        root = Path(folder)
+        paths = [root / item.file_name for item in self.data]
+        for path, item in zip(paths, self.data, strict=True):
+            write_whole(path, item.content)
+        return paths
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that it is there whole or not at all; makes its folder. Raises DownloadError."""
+    temporary = path.with_name(f"{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise DownloadError(f"{path}: cannot be written ({error.strerror or error})") from error

@@ -1,0 +1,135 @@
+"""What the service answers, as typed and frozen pydantic models; fields of a later service are kept, not refused."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+DatasetState = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
+FINISHED: frozenset[str] = frozenset({"succeeded", "failed", "cancelled"})
+
+
+class Answer(BaseModel):
+    """Base of all: frozen, tolerant of fields that this version does not know (they stay readable as attributes)."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, populate_by_name=True)
+
+
+class FieldError(Answer):
+    """One wrong value of a request. field: its dotted path, such as "classes.melanoma"."""
+
+    field: str = ""
+    message: str = ""
+
+
+class Problem(Answer):
+    """An RFC 9457 problem document."""
+
+    type: str = "about:blank"
+    title: str = ""
+    status: int | None = None
+    detail: str = ""
+    instance: str | None = None
+    request_id: str | None = None
+    errors: list[FieldError] = []
+
+    @property
+    def kind(self) -> str:
+        """The last part of `type`, such as "unknown-class"; "" if the service gave no type."""
+        return "" if self.type == "about:blank" else self.type.rsplit(":", 1)[-1]
+
+
+class ModelRef(Answer):
+    """Which model made something. digest: SHA-256 of its bundle.json, the identity of the whole bundle."""
+
+    name: str
+    digest: str
+
+
+class Model(ModelRef):
+    """A generator that the service offers. card (markdown) comes only from `models.retrieve(name)`."""
+
+    default: bool = False
+    resolution: int | None = None
+    classes: list[str] = []
+    z_dim: int | None = None
+    w_dim: int | None = None
+    num_ws: int | None = None
+    licence: str | None = None
+    attribution: str | None = None
+    kimg: float | None = None
+    metrics: dict[str, Any] = {}
+    card: str | None = None
+
+
+class DatasetRequest(Answer):
+    """The request as the service understood it, defaults filled in."""
+
+    model: str
+    classes: dict[str, int]
+    seed: int = 0
+    format: str = "imagefolder"
+    image_format: str = "png"
+
+
+class Progress(Answer):
+    """How far a dataset is. images_per_second and eta_seconds are None until the service can tell."""
+
+    samples_done: int = 0
+    samples_total: int = 0
+    shards_done: int = 0
+    shards_total: int = 0
+    images_per_second: float | None = None
+    eta_seconds: float | None = None
+
+    @property
+    def fraction(self) -> float:
+        """Done over total, 0..1."""
+        return min(1.0, self.samples_done / self.samples_total) if self.samples_total else 0.0
+
+
+class DatasetRecord(Answer):
+    """A dataset as the service describes it at one moment; `Dataset` and `AsyncDataset` add the actions."""
+
+    id: str
+    state: DatasetState | str  # a later service may know more states
+    request: DatasetRequest
+    model: ModelRef | None = None
+    progress: Progress = Progress()
+    created_at: datetime | None = None
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    error: Problem | None = None
+    links: dict[str, str] = {}
+
+    @property
+    def finished(self) -> bool:
+        """Whether the state will not change any more: succeeded, failed or cancelled."""
+        return self.state in FINISHED
+
+
+class DatasetFile(Answer):
+    """One file of a finished dataset. sha256 in hex."""
+
+    name: str
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    media_type: str = "application/octet-stream"
+    url: str | None = None
+
+
+class ManifestFile(Answer):
+    """One entry of manifest.json. sha256 in hex."""
+
+    name: str
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class Manifest(Answer):
+    """The part of manifest.json that this client checks; the rest (request, bundle, plan) stays readable as extras."""
+
+    format_version: int
+    files: list[ManifestFile]

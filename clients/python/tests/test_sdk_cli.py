@@ -1,0 +1,144 @@
+"""`dermis-client`: what it prints, where, and with which status."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from dermis_client import cli
+from fake_gateway import FakeGateway, Fault
+from PIL import Image
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """run("datasets", "list") -> status, stdout, stderr."""
+    monkeypatch.setenv("DERMIS_BASE_URL", gateway.url)
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["dermis-client", *arguments])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(left.value.code or 0), out, err
+
+    return call
+
+
+CREATE = ("datasets", "create", "--classes", "malignant=2,benign=2", "--seed", "7")
+
+
+def test_the_story_from_a_shell(gateway: FakeGateway, run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "lesions"
+    status, printed, err = run(*CREATE, "--format", "imagefolder", "--wait", "--out", str(out), "--extract")
+    assert status == 0 and "error" not in err
+    identifier = next(iter(gateway.datasets))
+    assert printed.splitlines() == [
+        f"{identifier} succeeded",
+        f"5 files in {out}, every hash right",
+        f"images unpacked into {out / 'images'}",
+    ]
+    assert run("verify", str(out)) == (0, f"{out}: 4 files, every hash right\n", "")
+    (out / "metadata.csv").write_text("changed")
+    assert run("verify", str(out))[:2] == (1, "changed metadata.csv\n")
+    assert run("datasets", "download", identifier, "--out", str(out))[0] == 0
+    assert run("datasets", "list")[1].splitlines()[1].split()[:4] == [
+        identifier,
+        "succeeded",
+        "4/4",
+        "malignant=2,benign=2",
+    ]
+    assert "succeeded" in run("datasets", "show", identifier)[1]
+    assert run("datasets", "wait", identifier)[0] == 0
+    assert run("datasets", "cancel", identifier)[1] == f"{identifier} succeeded\n"
+    assert run("datasets", "delete", identifier)[1] == f"{identifier} deleted\n"
+    assert not gateway.datasets
+
+
+def test_json_is_one_document_on_stdout(gateway: FakeGateway, run: Run, tmp_path: Path) -> None:
+    created = json.loads(run(*CREATE, "--out", str(tmp_path / "d"), "--json")[1])
+    assert created["state"] == "succeeded" and len(created["download"]["files"]) == 5
+    assert json.loads(run("--json", "models")[1])[0]["invented_later"] == {"x": 1}
+    assert json.loads(run("datasets", "list", "--json")[1])[0]["id"] == created["id"]
+    assert json.loads(run("verify", str(tmp_path / "d"), "--json")[1])["ok"] is True
+    images = json.loads(run("images", "--classes", "benign=1", "--out", str(tmp_path), "--json")[1])
+    assert images["images"][0]["class"] == "benign"
+
+
+def test_images(run: Run, tmp_path: Path) -> None:
+    grid = tmp_path / "grid.png"
+    status, printed, _ = run(
+        "images", "--classes", "malignant=4", "--seed", "1", "--out", str(tmp_path / "out"), "--grid", str(grid)
+    )
+    assert status == 0 and len(printed.splitlines()) == 5
+    assert Image.open(grid).size == (18, 18) and len(list((tmp_path / "out").glob("malignant_1_*.png"))) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (("datasets", "create", "--classes", "malignant"), 1, "malignant=500,benign=500"),
+        (("datasets", "create", "--classes", "a=1,a=2"), 1, "twice"),
+        (("datasets", "create", "--classes", "melanoma=1"), 1, "classes.melanoma: unknown class"),
+        (("datasets", "create", "--classes", "benign=1", "--extract"), 1, "--out"),
+        (("datasets", "create", "--classes", "benign=1", "--truncation-psi", "nan"), 1, "truncation_psi"),
+        (("datasets", "create", "--classes", "benign=1", "--seed", "x"), 2, "--seed"),
+        (("datasets", "show", "ds_none"), 1, "404 not-found"),
+        (("datasets", "show", "../x"), 1, "dataset id"),
+        (("datasets", "download", "ds_none", "--out", "x"), 1, "404"),
+        (("images", "--classes", "benign=1"), 1, "--grid"),
+        (("images", "--classes", "benign=1", "--grid", "x.txt"), 1, ".png"),
+        (("verify", "nowhere"), 1, "manifest.json"),
+        (("models", "--base-url", "ftp://x"), 1, "base_url"),
+        (("models", "--nonsense"), 2, "--nonsense"),
+        (("nonsense",), 2, "nonsense"),
+    ],
+)
+def test_an_error_is_one_line_on_stderr(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], status: int, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    told = run(*arguments)
+    assert told[:2] == (status, "")
+    assert re.fullmatch(r"error: [^\n]+\n", told[2]) and message in told[2]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_dataset_is_an_error(gateway: FakeGateway, run: Run) -> None:
+    gateway.outcome = "failed"
+    status, printed, err = run(*CREATE, "--wait")
+    assert (status, printed) == (1, "") and "disk is full" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("stage", ["waiting", "downloading"])
+def test_ctrl_c_tells_how_to_go_on(gateway: FakeGateway, tmp_path: Path, stage: str) -> None:
+    if stage == "waiting":
+        gateway.ticks, gateway.tick_seconds = 4, 5.0
+    else:
+        gateway.faults = [Fault("GET .*images.zip", silent=5.0)]
+    environment = os.environ | {"DERMIS_BASE_URL": gateway.url, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(
+        [sys.executable, "-m", "dermis_client.cli", *CREATE, "--out", str(tmp_path / "d")],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as program:  # fmt: skip
+        deadline = time.monotonic() + 20
+        while not gateway.requests("GET .*/events" if stage == "waiting" else "GET .*images.zip"):
+            assert program.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(0.1)
+        program.send_signal(signal.SIGINT)
+        _, err = program.communicate(timeout=10)
+    identifier = next(iter(gateway.datasets))
+    again = f"dermis-client datasets {'wait' if stage == 'waiting' else 'download'} {identifier}"
+    assert program.returncode == 130
+    assert again in err and "Traceback" not in err

@@ -1,0 +1,334 @@
+"""The clients against a gateway that keeps the contract, and against one that does not."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+
+import dermis_client
+import httpx
+import pytest
+from dermis_client import AsyncDermisClient, DermisClient, _async, _datasets, _sync, errors
+from fake_gateway import FakeGateway, Fault
+
+CLASSES = {"malignant": 2, "benign": 1}
+
+
+def test_a_dataset_from_request_to_folder(gateway: FakeGateway, tmp_path: Any) -> None:
+    seen: list[int] = []
+    with DermisClient(gateway.url) as client:
+        dataset = client.datasets.create(classes=CLASSES, seed=7, format="imagefolder")
+        assert (dataset.state, dataset.request.seed, dataset.progress.samples_total) == ("queued", 7, 3)
+        done = dataset.wait(progress=lambda record: seen.append(record.progress.samples_done))
+        assert done.state == "succeeded"
+        assert seen == sorted(seen) and seen[-1] == 3
+        result = done.download(tmp_path, extract=True)
+    assert sorted(path.name for path in result.files) == [
+        "README.md", "images.zip", "manifest.json", "metadata.csv", "preview.png",
+    ]  # fmt: skip
+    assert result.bytes_received == sum(path.stat().st_size for path in result.files)
+    assert len(list(tmp_path.glob("images/malignant/*.png"))) == 2
+    assert dermis_client.verify(tmp_path)
+
+
+def test_the_same_asynchronously(gateway: FakeGateway, tmp_path: Any) -> None:
+    async def story() -> None:
+        async with AsyncDermisClient(gateway.url) as client:
+            dataset = await client.datasets.create(classes=CLASSES, seed=7)
+            events = [event async for event in dataset.events()]
+            assert events[-1].event == "succeeded" and {event.event for event in events[:-1]} == {"progress"}
+            done = await dataset.wait()
+            result = await done.download(tmp_path, extract=True)
+            assert len(result.files) == 5
+            assert [found.id async for found in client.datasets.list()] == [dataset.id]
+            assert [model.name for model in await client.models.list()] == ["demo"]
+            assert len(await client.images.generate({"benign": 2})) == 2
+            await done.delete()
+            with pytest.raises(errors.NotFoundError):
+                await done.refresh()
+
+    asyncio.run(story())
+    assert dermis_client.verify(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["Dataset", "Datasets", "Images", "Models", "DermisClient"])
+def test_both_clients_have_one_shape(name: str) -> None:
+    sync, twin = getattr(_sync, name), getattr(_async, f"Async{name}")
+    methods = {n for n, m in vars(sync).items() if inspect.isfunction(m) and not n.startswith("_")}
+    assert methods == {n for n, m in vars(twin).items() if inspect.isfunction(m) and not n.startswith("_")}
+    for method in methods | {"__init__"}:
+        ours, theirs = (inspect.signature(getattr(owner, method)).parameters for owner in (sync, twin))
+        assert {n: p.default for n, p in ours.items()} == {n: p.default for n, p in theirs.items()}, method
+
+
+def test_importing_needs_nothing_of_the_service() -> None:
+    code = (
+        "import sys, dermis_client; heavy = {'torch', 'numpy', 'pandas', 'dermis', 'services'};"
+        "print(sorted(heavy & sys.modules.keys()))"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "[]"
+
+
+# Retries and idempotency
+
+
+def test_a_lost_answer_makes_no_second_dataset(gateway: FakeGateway) -> None:
+    gateway.faults = [Fault("POST /v1/datasets", times=2, after=True)]
+    with DermisClient(gateway.url) as client:
+        dataset = client.datasets.create(CLASSES)
+        assert list(gateway.datasets) == [dataset.id]
+        keys = [headers["idempotency-key"] for headers in gateway.requests("POST /v1/datasets")]
+        assert len(keys) == 3 and len(set(keys)) == 1
+        client.datasets.create(CLASSES)
+        assert len(gateway.datasets) == 2  # another call is another request
+
+
+@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
+def test_a_busy_service_is_asked_again(gateway: FakeGateway, status: int) -> None:
+    gateway.faults = [Fault("GET /v1/models", times=2, status=status)]
+    with DermisClient(gateway.url, max_retries=2) as client:
+        assert client.models.list()[0].metrics == {"fid@lite0": 12.0}
+    assert len(gateway.requests("/v1/models")) == 3
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "error"),
+    [
+        (400, "malformed-json", errors.BadRequestError),
+        (404, "not-found", errors.NotFoundError),
+        (409, "idempotency-conflict", errors.ConflictError),
+        (413, "too-large", errors.TooLargeError),
+        (422, "request-too-large", errors.TooLargeError),
+        (422, "invalid-request", errors.UnprocessableEntityError),
+        (507, "storage-full", errors.ServerError),
+        (418, "teapot", errors.APIStatusError),
+    ],
+)
+def test_each_status_has_its_error_and_is_not_asked_again(
+    gateway: FakeGateway, status: int, kind: str, error: type[errors.APIStatusError]
+) -> None:
+    body = f'{{"type": "urn:dermis:problem:{kind}", "detail": "Two\\nlines \\u001b[31m.", "later": 1}}'.encode()
+    gateway.faults = [Fault("GET /v1/models", times=9, status=status, body=body)]
+    with DermisClient(gateway.url) as client, pytest.raises(errors.APIStatusError) as caught:
+        client.models.list()
+    assert type(caught.value) is error
+    assert (caught.value.status_code, caught.value.kind, caught.value.request_id) == (status, kind, "req-1")
+    assert str(caught.value) == f"Two lines [31m. ({status} {kind}, request req-1)"
+    assert len(gateway.requests("/v1/models")) == 1
+
+
+def test_a_wrong_field_is_named(gateway: FakeGateway) -> None:
+    with DermisClient(gateway.url) as client, pytest.raises(errors.UnprocessableEntityError) as caught:
+        client.datasets.create({"melanoma": 3})
+    assert [(e.field, e.message) for e in caught.value.errors] == [
+        ("classes.melanoma", "unknown class; this model has benign, malignant")
+    ]
+    assert "classes.melanoma: unknown class; this model has benign, malignant" in str(caught.value)
+    assert not gateway.datasets
+
+
+def test_what_cannot_be_sent_is_refused_here(gateway: FakeGateway) -> None:
+    with DermisClient(gateway.url) as client:
+        for call in (
+            lambda: client.datasets.create({}),
+            lambda: client.datasets.create({"benign": 2.5}),  # type: ignore[dict-item]
+            lambda: client.datasets.create({"benign": True}),
+            lambda: client.datasets.create({"benign": 1}, seed="7"),  # type: ignore[arg-type]
+            lambda: client.datasets.create({"benign": 1}, truncation_psi=float("nan")),
+            lambda: client.datasets.retrieve(""),
+            lambda: client.datasets.delete("../models"),
+            lambda: client.models.retrieve(".."),
+            lambda: DermisClient("localhost:3000"),
+            lambda: DermisClient("http://h", api_key="a\nb"),
+        ):
+            with pytest.raises(errors.InvalidRequestError):
+                call()
+    assert not gateway.log
+
+
+def test_not_a_dermis_service(gateway: FakeGateway) -> None:
+    gateway.faults = [Fault("GET", times=9, status=200, body=b"<html>hello</html>", media_type="text/html")]
+    with DermisClient(gateway.url) as client, pytest.raises(errors.APIResponseError, match="base_url"):
+        client.models.list()
+    gateway.stop()
+    with DermisClient(gateway.url, max_retries=1) as client, pytest.raises(errors.APIConnectionError, match="running"):
+        client.models.list()
+    gateway.start()
+
+
+def test_no_answer_in_time(gateway: FakeGateway) -> None:
+    gateway.faults = [Fault("GET /v1/models", silent=0.4)]
+    with DermisClient(gateway.url, timeout=0.1, max_retries=0) as client, pytest.raises(errors.APITimeoutError):
+        client.models.list()
+
+
+def test_the_key_goes_to_the_service_only_as_a_bearer_token(
+    gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with FakeGateway() as elsewhere:
+        gateway.faults = [
+            Fault("GET /v1/models/demo", status=307, headers={"Location": f"{elsewhere.url}/v1/models/demo"})
+        ]
+        monkeypatch.setenv("DERMIS_BASE_URL", gateway.url + "/")
+        with DermisClient(api_key="secret") as client:
+            assert client.models.retrieve("demo").card == "# demo\n"
+            assert "secret" not in repr(client)
+        assert gateway.requests("models/demo")[0]["authorization"] == "Bearer secret"
+        assert "authorization" not in elsewhere.requests("models/demo")[0]
+
+
+# Lists, images
+
+
+def test_listing_fetches_pages_as_needed(gateway: FakeGateway) -> None:
+    for _ in range(7):
+        gateway.create({"classes": {"benign": 1}})
+    newest = list(reversed(gateway.datasets))
+    with DermisClient(gateway.url) as client:
+        assert [dataset.id for dataset in client.datasets.list(page_size=3)] == newest
+        assert len(gateway.requests("GET /v1/datasets")) == 3
+        assert [dataset.id for dataset in client.datasets.list(limit=2)] == newest[:2]
+        assert len(gateway.requests("GET /v1/datasets")) == 4
+        assert list(client.datasets.list(state="failed")) == []
+
+
+def test_images_are_pictures_with_their_coordinates(gateway: FakeGateway, tmp_path: Any) -> None:
+    with DermisClient(gateway.url) as client:
+        result = client.images.generate({"malignant": 2, "benign": 3}, seed=1, start_index=10)
+        assert [(image.class_name, image.index) for image in result] == [
+            ("malignant", 10), ("malignant", 11), ("benign", 12), ("benign", 13), ("benign", 14),
+        ]  # fmt: skip
+        assert result.images[0].getpixel((0, 0)) == (11, 77, 90)
+        assert result.grid(columns=2, gap=0).size == (16, 24)
+        assert result.save(tmp_path)[0].name == "malignant_1_00000010.png"
+        assert (tmp_path / "malignant_1_00000010.png").read_bytes() == result[0].content
+        bad = b'{"model": {"name": "m", "digest": "d"}, "data": [{"class": "a", "seed": 1, "index": 0,'
+        bad += b'"media_type": "image/png", "sha256": "' + b"0" * 64 + b'", "b64": "AAAA"}]}'
+        gateway.faults = [Fault("POST /v1/images", status=200, body=bad)]
+        with pytest.raises(errors.IntegrityError, match="SHA-256"):
+            client.images.generate({"a": 1})
+
+
+# Waiting
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("GET .*/events", times=99, status=404),
+        Fault("GET .*/events", times=99, status=200, body=b"{}", media_type="application/json"),
+        Fault("GET .*/events", times=99, status=200, body=b"data: no json\n\n", media_type="text/event-stream"),
+        Fault("GET .*/events", times=99, cut=1),
+    ],
+    ids=["no route", "no stream", "nonsense", "cut at once"],
+)
+def test_waiting_without_usable_events_asks_instead(gateway: FakeGateway, fault: Fault) -> None:
+    gateway.ticks, gateway.faults = 8, [fault]
+    with DermisClient(gateway.url) as client:
+        assert client.datasets.create(CLASSES).wait(poll_interval=0.01).state == "succeeded"
+
+
+def test_waiting_survives_a_restart(gateway: FakeGateway) -> None:
+    gateway.ticks, gateway.tick_seconds = 30, 0.02
+
+    def restart() -> None:
+        time.sleep(0.1)
+        gateway.stop()
+        time.sleep(0.15)
+        gateway.start()
+
+    with DermisClient(gateway.url) as client:
+        dataset = client.datasets.create({"benign": 30})
+        seen: list[int] = []
+        killer = threading.Thread(target=restart)
+        killer.start()
+        done = dataset.wait(progress=lambda record: seen.append(record.progress.samples_done), poll_interval=0.03)
+        killer.join()
+    assert done.state == "succeeded" and seen[-1] == 30
+    assert len(gateway.requests(".*/events")) >= 2
+
+
+def test_waiting_gives_up_when_told(gateway: FakeGateway) -> None:
+    gateway.ticks = 10**6
+    with DermisClient(gateway.url, max_retries=0) as client:
+        dataset = client.datasets.create({"benign": 10**6})
+        with pytest.raises(errors.WaitTimeoutError, match="goes on") as caught:
+            dataset.wait(timeout=0.1, poll_interval=0.02)
+        assert caught.value.dataset is not None and caught.value.dataset.state == "running"
+        gateway.stop()
+        with pytest.raises(errors.APIConnectionError):
+            dataset.wait(patience=0.05, poll_interval=0.02)
+        gateway.start()
+        del gateway.datasets[dataset.id]
+        with pytest.raises(errors.NotFoundError):
+            dataset.wait()
+
+
+def test_waiting_for_what_fails_or_is_cancelled(gateway: FakeGateway) -> None:
+    gateway.outcome = "failed"
+    with DermisClient(gateway.url) as client:
+        with pytest.raises(errors.DatasetFailed, match="disk is full") as caught:
+            client.datasets.create(CLASSES).wait()
+        assert caught.value.problem is not None and caught.value.problem.kind == "storage-full"
+        gateway.outcome = "cancelled"
+        with pytest.raises(errors.DatasetCancelled):
+            client.datasets.create(CLASSES).wait()
+
+
+def test_events_go_on_after_a_cut_and_close_when_left(gateway: FakeGateway) -> None:
+    gateway.ticks, gateway.faults = 6, [Fault("GET .*/events", times=2, cut=1)]
+    with DermisClient(gateway.url) as client:
+        dataset = client.datasets.create({"benign": 6})
+        names = [event.event for event in dataset.events()]
+        assert names[-1] == "succeeded" and len(gateway.requests(".*/events")) == 3
+        gateway.ticks = 10**6
+        for event in client.datasets.create({"benign": 10**6}).events():
+            assert event.dataset.state == "running"
+            break
+
+
+# Cancelling, deleting
+
+
+def test_cancel_never_deletes_what_has_finished(gateway: FakeGateway) -> None:
+    with DermisClient(gateway.url) as client:
+        finished = gateway.finished()
+        assert client.datasets.cancel(finished).state == "succeeded"
+        assert not gateway.requests("DELETE")
+        gateway.ticks = 10**6
+        running = client.datasets.create({"benign": 10**6})
+        gateway.faults = [Fault("DELETE", after=True)]  # it arrives, the answer does not
+        assert running.cancel().state == "cancelling"
+        assert len(gateway.requests("DELETE")) == 1 and running.id in gateway.datasets
+
+
+def test_delete_stops_a_running_dataset_first(gateway: FakeGateway) -> None:
+    gateway.ticks = 10**6
+    with DermisClient(gateway.url) as client:
+        running, finished = client.datasets.create({"benign": 10**6}), gateway.finished()
+        gateway.faults = [Fault("DELETE", after=True)]
+        running.delete()
+        client.datasets.delete(finished)
+        assert not gateway.datasets
+        with pytest.raises(errors.NotFoundError):
+            client.datasets.delete(finished)
+
+
+def test_a_running_delete_has_an_end(gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_datasets, "DELETE_PATIENCE", 0.0)
+    monkeypatch.setattr(gateway, "tick", lambda dataset: None)
+    with DermisClient(gateway.url) as client, pytest.raises(errors.WaitTimeoutError):
+        client.datasets.create(CLASSES).delete()
+
+
+def test_a_client_of_ones_own_stays_open(gateway: FakeGateway) -> None:
+    with httpx.Client() as http:
+        with DermisClient(gateway.url, http_client=http) as client:
+            client.models.list()
+        assert not http.is_closed
