@@ -6,8 +6,9 @@ import json
 import re
 import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Protocol, TypeVar, cast
+from typing import IO, Annotated, Any, Protocol, TypeVar, cast
 
 from fastapi import Depends, Header
 from pydantic import BaseModel, ValidationError
@@ -54,8 +55,8 @@ class Jobs(Protocol):
     def files(self, job: Job) -> list[FileInfo]:
         """The files of a succeeded job."""
 
-    def open(self, job: Job, name: str) -> Any:
-        """A binary file object, seekable, of one of `files`."""
+    def open(self, job: Job, name: str) -> AbstractContextManager[IO[bytes]]:
+        """One of `files`, open for reading and seeking."""
 
     def count_by_state(self) -> Mapping[str, int]:
         """How many jobs are in each state."""

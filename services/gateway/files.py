@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import PurePosixPath
-from typing import Any
+from typing import IO
 
 from starlette.responses import Response, StreamingResponse
 
 from services.gateway.dependencies import FileInfo
 from services.gateway.problems import ProblemError
+
+OpenFile = Callable[[], AbstractContextManager[IO[bytes]]]
 
 _CHUNK = 1 << 18
 _RANGE = re.compile(r"bytes=[ \t]*(\d{0,18})-(\d{0,18})[ \t]*", re.IGNORECASE)
@@ -65,9 +68,7 @@ def matches(header: str | None, etag: str, *, weak: bool) -> bool:
     return etag in tags or (weak and (f"W/{etag}" in tags or "*" in tags))
 
 
-def file_response(
-    info: FileInfo, headers: Mapping[str, str], open_file: Callable[[], Any], *, head: bool = False
-) -> Response:
+def file_response(info: FileInfo, headers: Mapping[str, str], open_file: OpenFile, *, head: bool = False) -> Response:
     """The answer to GET or HEAD of one immutable file."""
     etag = f'"{info.sha256}"'
     common = {
@@ -92,9 +93,9 @@ def file_response(
     return StreamingResponse(_read(open_file, start, stop), status_code=status, headers=common)
 
 
-async def _read(open_file: Callable[[], Any], start: int, stop: int) -> AsyncIterator[bytes]:
-    file = await asyncio.to_thread(open_file)
-    try:
+async def _read(open_file: OpenFile, start: int, stop: int) -> AsyncIterator[bytes]:
+    with ExitStack() as stack:
+        file = await asyncio.to_thread(stack.enter_context, open_file())
         if start:
             await asyncio.to_thread(file.seek, start)
         while start < stop:
@@ -104,5 +105,3 @@ async def _read(open_file: Callable[[], Any], start: int, stop: int) -> AsyncIte
                 raise OSError("a file of the dataset is shorter than its manifest says")
             start += len(chunk)
             yield chunk
-    finally:
-        file.close()
