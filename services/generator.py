@@ -1,55 +1,86 @@
-"""The generator as a BentoML service: images of rows, batched adaptively across all callers.
+"""The generator as a BentoML service: rows of samples in, images out, calls of many callers batched together.
 
-Reached only through `bentoml.depends` inside one deployment: it accepts pickled bodies, so it must never listen on an
-address that others reach.
+It takes pickled bodies, as BentoML's services do among themselves: it listens on a socket file of the deployment only, and
+everything public is the gateway's.
 """
 
 from __future__ import annotations
 
+import logging
+import time
+from typing import Any
+
 import bentoml
 import numpy as np
 
-from services import samples
-from services.logs import configure
-from services.models import Models
+from dermis.bundle import open_bundle
+from dermis.errors import DermisError
+from services import logs, samples
+from services.models import locate
 from services.orphans import exit_with_parent
 from services.settings import settings_of_process
 
+logger = logging.getLogger("dermis.generator")
+
+CALL_SECONDS = 300.0
 _settings = settings_of_process()
-# BentoML's batching sheds calls that it expects to miss this; ours wait for their turn instead, up to the caller's limit.
-_PATIENCE_MS = 600_000
 
 
 @bentoml.service(
-    name="generator",
+    name="Generator",
     workers=_settings.generator_workers,
-    traffic={"timeout": _PATIENCE_MS / 1000},
-    # BentoML's client closes its session every 100 calls and kills those in flight, unless told otherwise here.
+    traffic={"timeout": CALL_SECONDS},
+    # By default the caller closes its connections every 100 calls, with those that others still wait on.
     runner_connection={"max_requests": 10**9, "max_age": 1e9},
     logging={"access": {"enabled": False}},
 )
 class Generator:
-    """Every served bundle, compiled for this process's device."""
+    """Every served bundle, ready to draw. A bundle that cannot be loaded leaves the others at work."""
 
     def __init__(self) -> None:
+        logs.configure(_settings.log_level)
+        exit_with_parent()
         from dermis.synthesizer import Synthesizer
 
-        exit_with_parent()
-        configure(_settings.log_level)
-        # On a CPU the processes share the cores; on CUDA the number of threads says nothing.
-        threads = _settings.threads_per_generator if _settings.generator_workers > 1 else None
-        self._synthesizers = {
-            bundle.digest: Synthesizer(bundle, device=_settings.device, backend=_settings.backend, threads=threads)
-            for bundle in Models(_settings.bundles).bundles
-        }
+        self._synthesizers: dict[str, Synthesizer] = {}
+        self._problems: list[str] = []
+        for location in locate(_settings.bundles):
+            started = time.perf_counter()
+            try:
+                bundle = open_bundle(location)
+                synthesizer = Synthesizer(
+                    bundle, device=_device(), backend=_settings.backend, threads=_settings.threads_per_generator
+                )
+                synthesizer.images([0], [0], [0])  # the first image is slow; the first caller need not wait for it
+            except (DermisError, OSError, RuntimeError, MemoryError) as error:
+                logger.error("model not loaded", extra={"location": location, "error": str(error)})
+                self._problems.append(f"{location}: {error}")
+                continue
+            self._synthesizers[bundle.digest] = synthesizer
+            told = {"model": bundle.name, "digest": bundle.digest[:12], "seconds": time.perf_counter() - started}
+            logger.info("model loaded", extra=told | dict(synthesizer.identity))
 
-    @bentoml.api(batchable=True, max_batch_size=_settings.max_batch_size, max_latency_ms=_PATIENCE_MS)
-    def generate(self, rows: np.ndarray) -> list[np.ndarray]:  # BentoML reads these types
-        """uint8 rows [N, SAMPLE.itemsize] (`services.samples`) -> N images uint8 [H, W, 3]."""
-        return samples.run(self._synthesizers, samples.from_bytes(rows))
+    # The latency is no wait but the age at which BentoML sheds a call; the gateway limits how many wait.
+    @bentoml.api(batchable=True, max_batch_size=_settings.max_batch_size, max_latency_ms=int(CALL_SECONDS * 1000))
+    def generate(self, rows: np.ndarray) -> list[Any]:  # BentoML reads these types
+        """uint8 rows [N, SAMPLE.itemsize] (`services.samples`) -> images uint8 [H, W, 3], or a reason for want of one."""
+        return list(samples.run(self._synthesizers, samples.from_bytes(rows)))
 
     @bentoml.api
-    async def identity(self, digest: str) -> dict[str, str]:
-        """What, besides request and bundle, decides the bytes of the images of the bundle `digest`; {} if unknown."""
-        synthesizer = self._synthesizers.get(digest)
-        return {} if synthesizer is None else dict(synthesizer.identity)
+    def describe(self) -> dict[str, Any]:
+        """What is loaded: {"identities": {digest: identity}, "problems": [...]}."""
+        identities = {digest: dict(synthesizer.identity) for digest, synthesizer in self._synthesizers.items()}
+        return {"identities": identities, "problems": self._problems}
+
+
+def _device() -> str:
+    """The device of this process: with several processes and GPUs, each process has one of its own in turn."""
+    if _settings.device != "auto" or _settings.generator_workers == 1:
+        return _settings.device
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if gpus < 2:
+        return "auto"
+    index: int = bentoml.server_context.worker_index or 1
+    return f"cuda:{(index - 1) % gpus}"

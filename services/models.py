@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dermis.bundle import Bundle, open_bundle
+from dermis.bundle import DESCRIPTOR, Bundle, open_bundle
 from dermis.errors import BundleError, RequestError
 
 # A changed file is noticed at the next request after this many seconds.
@@ -27,35 +27,56 @@ class _Watched:
     problem: str | None = None
 
 
-class Models:
-    """The served bundles by name; the first is the default. BundleError if one cannot be opened or a name comes twice."""
+def locate(locations: Sequence[str]) -> list[str]:
+    """The bundles at these places: a local folder that is none itself stands for the bundles in it, by name."""
+    found: list[str] = []
+    for location in locations:
+        folder = Path(location)
+        if "://" in location or (folder / DESCRIPTOR).exists() or not folder.is_dir():
+            found.append(location)
+        else:
+            inside = [str(path.parent) for path in sorted(folder.glob(f"*/{DESCRIPTOR}"))]
+            found += inside or [location]
+    return found
 
-    def __init__(self, locations: Sequence[str]) -> None:
+
+class Models:
+    """The served bundles by name. One that cannot be opened is not served; `check` tells why, and the rest is."""
+
+    def __init__(self, locations: Sequence[str], default: str = "demo") -> None:
         self._watched: dict[str, _Watched] = {}
+        self._broken: dict[str, str] = {}
         self._lock = threading.Lock()
         self._checked = time.monotonic()
-        for location in locations:
-            fingerprint = _fingerprint(location)
-            bundle = open_bundle(location)
+        for location in locate(locations):
+            try:
+                fingerprint = _fingerprint(location)
+                bundle = open_bundle(location)
+            except (BundleError, OSError) as error:
+                self._broken[location] = f"{error}; mend it and restart the service"
+                continue
             if bundle.name in self._watched:
                 other = self._watched[bundle.name].bundle.location
-                raise BundleError(
-                    f"{location}: another bundle, {other}, is also called {bundle.name!r}; serve one of them"
-                )
+                self._broken[location] = f"{location}: is called {bundle.name!r}, as {other} is; serve one of them"
+                continue
             self._watched[bundle.name] = _Watched(bundle, fingerprint)
-        self.default = next(iter(self._watched))
+        self.default = default if default in self._watched else next(iter(self._watched), default)
 
     @property
     def bundles(self) -> list[Bundle]:
-        """Every bundle, the default first, whether or not it is intact now."""
-        return [watched.bundle for watched in self._watched.values()]
+        """Every bundle that was opened at the start, the default first, whether or not it is intact now."""
+        found = [watched.bundle for watched in self._watched.values()]
+        return sorted(found, key=lambda bundle: bundle.name != self.default)
 
     def find(self, name: str) -> Bundle:
-        """The bundle called `name`; RequestError (unknown-model) if there is none."""
-        if name not in self._watched:
-            known = ", ".join(self._watched)
-            raise RequestError("model", f"unknown model; this service has {known}", kind="unknown-model")
-        return self._watched[name].bundle
+        """The bundle called `name`; RequestError (unknown-model) if there is none, BundleError if it is broken."""
+        if name in self._watched:
+            return self._watched[name].bundle
+        for location, problem in self._broken.items():
+            if Path(location).name == name or not self._watched:
+                raise BundleError(problem)
+        known = ", ".join(self._watched)
+        raise RequestError("model", f"unknown model; this service has {known}", kind="unknown-model")
 
     def serving(self, name: str, digest: str | None = None) -> Bundle:
         """The bundle called `name`, if it is what was opened at the start, and is the one of `digest` if that is given.
@@ -74,13 +95,17 @@ class Models:
         return bundle
 
     def check(self) -> dict[str, str]:
-        """Problems by name of bundle; empty when all is well. Looks at the files at most every few seconds."""
+        """Problems by name of bundle (by place, of one never opened); empty when all is well.
+
+        Looks at the files at most every few seconds.
+        """
         with self._lock:
             if time.monotonic() - self._checked >= _CHECK_SECONDS:
                 for name, watched in self._watched.items():
                     _look_again(name, watched)
                 self._checked = time.monotonic()
-            return {name: watched.problem for name, watched in self._watched.items() if watched.problem is not None}
+            problems = {name: watched.problem for name, watched in self._watched.items() if watched.problem is not None}
+            return self._broken | problems
 
 
 def _look_again(name: str, watched: _Watched) -> None:

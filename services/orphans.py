@@ -10,7 +10,7 @@ import os
 import threading
 import time
 
-_POLL_SECONDS = 0.5
+_POLL_SECONDS = 0.2
 _watching = threading.Lock()
 
 

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dermis.errors import BundleError, DermisError
+from dermis.dataset.request import NoiseMode
+from dermis.errors import DermisError
 
 if TYPE_CHECKING:
     from dermis.synthesizer import Synthesizer
 
-NOISE_MODES = ("const", "random", "none")
+NOISE_MODES: tuple[NoiseMode, ...] = ("const", "random", "none")
 
 SAMPLE = np.dtype(
     [
@@ -77,24 +78,30 @@ def from_bytes(data: NDArray[np.uint8]) -> Samples:
     return np.ascontiguousarray(data, dtype=np.uint8).view(SAMPLE).reshape(len(data))
 
 
-def run(synthesizers: Mapping[str, Synthesizer], rows: Samples) -> list[Image]:
-    """Images of `rows`, in their order; rows with equal options run together. BundleError if a model is not at hand."""
+def run(synthesizers: Mapping[str, Synthesizer], rows: Samples) -> list[Image | str]:
+    """Images of `rows`, in their order; rows with equal options run together.
+
+    In place of an image there may be the reason why it cannot be had: other callers' rows of the batch are not to suffer.
+    """
     images: list[Any] = [None] * len(rows)
     for places in _groups(rows):
         first = rows[places[0]]
         digest = bytes(first["model"]).decode("ascii")
         synthesizer = synthesizers.get(digest)
         if synthesizer is None:
-            raise BundleError(f"the generator has no model with digest {digest[:12]}; restart the service to load it")
-        cutoff = int(first["truncation_cutoff"])
-        made = synthesizer.images(
-            rows["seed"][places].tolist(),
-            rows["index"][places].tolist(),
-            rows["label"][places].tolist(),
-            truncation_psi=float(first["truncation_psi"]),
-            truncation_cutoff=None if cutoff < 0 else cutoff,
-            noise_mode=NOISE_MODES[int(first["noise_mode"])],  # type: ignore[arg-type]
-        )
+            made: Any = [f"the generator has no model with digest {digest[:12]}; restart the service to load it"] * len(
+                places
+            )
+        else:
+            cutoff = int(first["truncation_cutoff"])
+            made = synthesizer.images(
+                rows["seed"][places].tolist(),
+                rows["index"][places].tolist(),
+                rows["label"][places].tolist(),
+                truncation_psi=float(first["truncation_psi"]),
+                truncation_cutoff=None if cutoff < 0 else cutoff,
+                noise_mode=NOISE_MODES[int(first["noise_mode"])],
+            )
         for place, image in zip(places, made, strict=True):
             images[place] = image
     return images

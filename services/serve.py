@@ -1,59 +1,171 @@
-"""`python -m services.serve`: check everything that can be checked, then start the service.
-
-Errors that the operator can mend are one line; what BentoML would only say in a worker's stack trace is found here.
-"""
+"""`python -m services.serve`: the service on this machine, with a message when it is ready."""
 
 from __future__ import annotations
 
+import argparse
+import errno
+import json
 import os
 import socket
 import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
 
+from dermis import __version__
 from dermis.errors import DermisError
-from services.settings import REPOSITORY, Settings, SettingsError, read_settings
+from services.settings import REPOSITORY, Settings, SettingsError, read_settings, settings_table
 
-SERVICE = "services.service:Gateway"
+_PORT_SECONDS = 5.0
+_POLL_SECONDS = 0.3
 
 
-def main() -> None:
-    """Exit status 1 and one line on stderr if the service cannot start."""
+def main(arguments: list[str] | None = None) -> int:
+    """Run until told to stop. 0 after that, 2 if it cannot start (with one line that says why)."""
+    parser = argparse.ArgumentParser(prog="services.serve", description="Serve dermis on this machine.")
+    parser.add_argument("--table", action="store_true", help="print the settings as a Markdown table and exit")
+    for name, field in Settings.model_fields.items():
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", metavar="VALUE", help=(field.description or "").replace("%", "%%")
+        )
+    given = vars(parser.parse_args(arguments))
+    if given.pop("table"):
+        print(settings_table())
+        return 0
+    # The processes of the service read the environment, so that is where command line values go.
+    os.environ.update({f"DERMIS_{name.upper()}": value for name, value in given.items() if value is not None})
     try:
         settings = read_settings()
-        _check(settings)
+        _prepare(settings)
     except DermisError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    environment = os.environ | {"BENTOML_DO_NOT_TRACK": "True", "DO_NOT_TRACK": "1", "OTEL_SDK_DISABLED": "true"}
-    environment.setdefault("BENTOML_HOME", str(settings.data_dir.absolute() / "bentoml"))
-    address = f"http://{'localhost' if settings.host in ('0.0.0.0', '::') else settings.host}:{settings.port}"  # noqa: S104
-    print(f"dermis is starting on {address}; documentation of its API: {address}/docs", file=sys.stderr, flush=True)
-    command = [sys.executable, "-m", "bentoml", "serve", SERVICE, "--host", settings.host, "--port", str(settings.port)]
-    os.chdir(REPOSITORY)
-    os.execve(sys.executable, command, environment)  # noqa: S606
+        print(f"dermis: {error}", file=sys.stderr)
+        return 2
+    threading.Thread(target=_announce, args=(settings,), daemon=True).start()
+    _serve(settings)
+    return 0
 
 
-def _check(settings: Settings) -> None:
-    """DermisError if a bundle is not intact, the data folder cannot be written or the port is taken."""
-    from services.models import Models
+def _prepare(settings: Settings) -> None:
+    """Find what would stop the service from starting while it can still be said in one line."""
+    from services.jobs.table import JobTable
 
-    Models(settings.bundles)
     try:
-        settings.data_dir.mkdir(parents=True, exist_ok=True)
-        probe = settings.data_dir / ".writable"
+        (settings.data_dir / "run").mkdir(parents=True, exist_ok=True)
+        probe = settings.data_dir / "run" / f".{os.getpid()}"
         probe.touch()
         probe.unlink()
     except OSError as error:
         raise SettingsError(f"DERMIS_DATA_DIR: {settings.data_dir} cannot be written: {error.strerror}") from None
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    with socket.socket(family) as probe_socket:
-        probe_socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        table = JobTable(settings.jobs_url)
+        table.open()
+        table.close()
+    except Exception as error:  # every database driver has its own
+        raise SettingsError(f"the jobs database cannot be opened: {str(error).splitlines()[0]}") from None
+    _wait_for_port(settings.host, settings.port)
+
+
+def _wait_for_port(host: str, port: int) -> None:
+    """Return once the port is free. Processes of a service that was just killed need a moment to let go of it."""
+    deadline = time.monotonic() + _PORT_SECONDS
+    while True:
         try:
-            probe_socket.bind((settings.host, settings.port))
+            family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            with socket.socket(family, socket.SOCK_STREAM) as probe:
+                if os.name == "posix":
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+                probe.listen()
+                return
         except OSError as error:
-            raise SettingsError(
-                f"DERMIS_PORT: cannot listen on {settings.host}:{settings.port}: {error.strerror}; choose another port"
-            ) from None
+            if error.errno != errno.EADDRINUSE:
+                raise SettingsError(f"DERMIS_HOST: cannot listen on {host}:{port}: {error.strerror}") from None
+            if time.monotonic() > deadline:
+                raise SettingsError(
+                    f"DERMIS_PORT: port {port} is in use; stop what uses it or choose another, as in DERMIS_PORT=3001"
+                ) from None
+        time.sleep(0.1)
+
+
+def _serve(settings: Settings) -> None:
+    data_dir = settings.data_dir.absolute()
+    os.environ |= {
+        "BENTOML_DO_NOT_TRACK": "True",
+        "DO_NOT_TRACK": "1",
+        "OTEL_SDK_DISABLED": "true",
+        "DERMIS_DATA_DIR": str(data_dir),
+        # BentoML's scratch files: metrics of the processes of this one service.
+        "BENTOML_HOME": str(data_dir / "run" / str(settings.port)),
+    }
+    Path(os.environ["BENTOML_HOME"]).mkdir(parents=True, exist_ok=True)
+    import logging
+
+    from _bentoml_impl.server import serve_http  # type: ignore[import-untyped]
+
+    logging.getLogger("circus").setLevel(logging.WARNING)
+    from services.service import Gateway
+
+    Gateway.inject_config()  # type: ignore[attr-defined]  # a BentoML service by now
+    serve_http(
+        "services.service:Gateway",
+        working_dir=str(REPOSITORY),
+        host=_address(settings.host),
+        port=settings.port,
+        timeout_graceful_shutdown=settings.shutdown_seconds,
+    )
+
+
+def _address(host: str) -> str:
+    """BentoML listens on numeric addresses only."""
+    return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
+
+
+def _announce(settings: Settings) -> None:
+    """Say when the service is ready, and what it lacks if it is not."""
+    url = _url(settings)
+    print(f"dermis {__version__}: starting on {url} (data in {settings.data_dir.absolute()})", flush=True)
+    said = ""
+    while True:
+        time.sleep(_POLL_SECONDS)
+        status, answer = _get(f"{url}/readyz")
+        if status == 200:
+            break
+        reason = str(answer.get("detail", ""))
+        if reason not in ("", said) and not reason.startswith("the generator is starting"):
+            said = reason
+            print(f"dermis is up, but not ready: {reason}", file=sys.stderr, flush=True)
+    models = _get(f"{url}/v1/models")[1].get("data", [])
+    for model in models:
+        shown = f"{model['resolution']} px; {', '.join(model['classes'])}"
+        print(f"  model    {model['name']} ({shown})", flush=True)
+    print(
+        f"  API      {url}/v1\n  docs     {url}/docs\n  health   {url}/readyz\n"
+        f"dermis is ready at {url} (Ctrl-C stops it; unfinished datasets go on at the next start)",
+        flush=True,
+    )
+
+
+def _url(settings: Settings) -> str:
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)  # noqa: S104
+    return f"http://[{host}]:{settings.port}" if ":" in host else f"http://{host}:{settings.port}"
+
+
+def _get(url: str) -> tuple[int, dict[str, Any]]:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through a proxy to ourselves
+    try:
+        with opener.open(url, timeout=15) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        try:
+            return error.code, json.load(error)
+        except ValueError:
+            return error.code, {}
+    except (OSError, ValueError):
+        return 0, {}
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,145 +1,131 @@
-"""The composition root: the FastAPI gateway and the dataset jobs around the generator, as one BentoML deployment."""
+"""The composition root: the gateway in front, the generator behind it, both in one BentoML deployment.
+
+`bentoml serve services.service:Gateway` runs it, `python -m services.serve` does so with a message for people.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import signal
 import threading
-from collections.abc import Awaitable, Mapping
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from types import FrameType
+from typing import Any
 
 import bentoml
-import httpx
-from bentoml.exceptions import BentoMLException, ServiceUnavailable
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from services import samples
+from services import logs
 from services.gateway.app import create_app
 from services.gateway.dependencies import Context
 from services.generator import Generator
 from services.jobs.service import DatasetJobs
 from services.jobs.table import JobTable
 from services.jobs.work import Workshop
-from services.logs import configure
 from services.models import Models
 from services.orphans import exit_with_parent
-from services.samples import GeneratorFailedError, GeneratorUnavailableError, Image, Samples
+from services.remote import RemoteGenerator
 from services.settings import settings_of_process
 
+logger = logging.getLogger("dermis.service")
+
 _settings = settings_of_process()
-_READY_SECONDS = 5.0
 _FOREVER_SECONDS = 1e9  # downloads and event streams have no natural end; /v1/images has a limit of its own
 
-T = TypeVar("T")
+
+@asynccontextmanager
+async def _running() -> AsyncIterator[Context]:
+    """Everything that the routes need, started; stopped again when the service ends."""
+    logs.configure(_settings.log_level)
+    exit_with_parent()
+    models = await asyncio.to_thread(Models, _settings.bundles, _settings.default_model)
+    for problem in models.check().values():
+        logger.error("model not served", extra={"problem": problem})
+    generator = RemoteGenerator(bentoml.get_current_service().generator.to_async, models)
+    stopping = threading.Event()
+    shop = Workshop(
+        table=JobTable(_settings.jobs_url),
+        models=models,
+        generate=generator.images,
+        identity=generator.identity,
+        loop=asyncio.get_running_loop(),
+        storage=_settings.storage,
+        min_free_bytes=_settings.min_free_bytes,
+        stopping=stopping,
+    )
+    jobs = DatasetJobs(_settings, shop)
+
+    async def not_ready() -> str | None:
+        if stopping.is_set():
+            return "the service is stopping"
+        problems = await asyncio.to_thread(models.check)
+        if problems:
+            return "; ".join(problems.values())
+        try:
+            await asyncio.to_thread(jobs.count_by_state)
+        except Exception as error:  # whatever the driver raises
+            logger.warning("jobs database", extra={"error": str(error)})
+            return "the jobs database cannot be read"
+        return await generator.not_ready()
+
+    with _announcing(stopping):
+        await asyncio.to_thread(jobs.start)
+        try:
+            yield Context(_settings, models, jobs, generator.images, not_ready, generator.not_alive, stopping)
+        finally:
+            await asyncio.to_thread(jobs.stop)
+
+
+@contextmanager
+def _announcing(stopping: threading.Event) -> Iterator[None]:
+    """Set `stopping` when the process is told to end: the server then waits for open streams, which wait for this."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def announce(number: int, frame: FrameType | None) -> Any:
+        stopping.set()
+        handler = before[signal.Signals(number)]
+        return handler(number, frame) if callable(handler) else None
+
+    for number in before:
+        signal.signal(number, announce)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+app = create_app(_settings, _running)
 
 
 class GatewayOnly:
     """ASGI middleware that gives every request to the gateway: BentoML's own routes are not for the public."""
 
     def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+        self._bento = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            gateway: Gateway = bentoml.get_current_service()
-            await gateway.app(scope, receive, send)
-        else:
-            await self._app(scope, receive, send)
+        await (app if scope["type"] == "http" else self._bento)(scope, receive, send)
 
 
 @bentoml.service(
     name="gateway",
-    workers=1,
+    workers=1,  # it also works on the dataset jobs; more of them are more deployments on one database
     traffic={"timeout": _FOREVER_SECONDS},
+    http={"host": _settings.host, "port": _settings.port},
     metrics={"enabled": False},
     logging={"access": {"enabled": False}},
 )
+@bentoml.asgi_app(app, path="/", name="gateway")  # BentoML starts and stops what is mounted with the service
 class Gateway:
-    """The public HTTP API. One process: it also works on the dataset jobs."""
+    """The public HTTP API. It has no endpoints of BentoML's own."""
 
     generator = bentoml.depends(Generator)
 
-    def __init__(self) -> None:
-        exit_with_parent()
-        configure(_settings.log_level)
-        self._stopping = threading.Event()
-
-    @bentoml.on_startup
-    async def start(self) -> None:
-        """Build the application and start the jobs, on the event loop that serves."""
-        self._models = Models(_settings.bundles)
-        shop = Workshop(
-            table=JobTable(_settings.jobs_url),
-            models=self._models,
-            generate=self._generate,
-            identity=self._identity,
-            loop=asyncio.get_running_loop(),
-            storage=_settings.storage,
-            min_free_bytes=_settings.min_free_bytes,
-        )
-        self._jobs = DatasetJobs(_settings, shop)
-        await asyncio.to_thread(self._jobs.start)
-        self.app = create_app(
-            Context(
-                settings=_settings,
-                models=self._models,
-                jobs=self._jobs,
-                generate=self._generate,
-                not_ready=self._not_ready,
-                not_alive=self._not_alive,
-                stopping=self._stopping,
-            )
-        )
-
-    @bentoml.on_shutdown
-    async def stop(self) -> None:
-        """Stop the jobs between two batches; they go on at the next start."""
-        self._stopping.set()
-        await asyncio.to_thread(self._jobs.stop)
-
-    async def _generate(self, rows: Samples) -> list[Image]:
-        """Images of rows. A batch never holds more than the generator takes at once."""
-        size = _settings.max_batch_size
-        parts = [rows[start : start + size] for start in range(0, len(rows), size)]
-        calls = (_answer(self._remote.generate(rows=samples.to_bytes(part))) for part in parts)
-        return [image for images in await asyncio.gather(*calls) for image in images]
-
-    async def _identity(self, digest: str) -> Mapping[str, str]:
-        found: dict[str, str] = await _answer(self._remote.identity(digest=digest))
-        if not found:
-            raise GeneratorFailedError(f"the generator has no model with digest {digest[:12]}; restart the service")
-        return found
-
-    @property
-    def _remote(self) -> Any:
-        return self.generator.to_async
-
-    async def _not_ready(self) -> str | None:
-        problems = await asyncio.to_thread(self._models.check)
-        if problems:
-            return "; ".join(problems.values())
-        digest = self._models.find(self._models.default).digest
-        try:
-            await asyncio.wait_for(self._identity(digest), _READY_SECONDS)
-        except (TimeoutError, GeneratorUnavailableError, GeneratorFailedError):
-            return "the generator does not answer yet"
-        return None
-
-    async def _not_alive(self) -> str | None:
-        return (
-            None  # this process answers; a worker that hangs is not restarted by it, one that died is by its supervisor
-        )
-
 
 Gateway.add_asgi_middleware(GatewayOnly)  # type: ignore[attr-defined]  # a BentoML service by now
-
-
-async def _answer(call: Awaitable[T]) -> T:
-    """The generator's answer, or why there is none, in our own terms."""
-    try:
-        return await call
-    except ServiceUnavailable as error:
-        raise GeneratorUnavailableError("the generator is starting or overloaded; try again") from error
-    except BentoMLException as error:
-        raise GeneratorFailedError(f"the generator failed: {error}") from error
-    except (httpx.TransportError, OSError) as error:
-        raise GeneratorUnavailableError("the generator is not running; it is started again by itself") from error

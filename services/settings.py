@@ -34,8 +34,11 @@ class Settings(BaseSettings):
 
     # What it serves
     bundles: Annotated[tuple[str, ...], NoDecode] = Field(
-        (str(REPOSITORY / "bundles" / "demo"),),
-        description="Bundles to serve, separated by commas: folders or fsspec URLs. The first is the default model.",
+        (str(REPOSITORY / "bundles"),),
+        description="Bundles to serve, separated by commas: folders, folders of bundles, or fsspec URLs. Default: bundles.",
+    )
+    default_model: str = Field(
+        "demo", description="Model of requests that name none. If it is not served, the first model is."
     )
     device: str = Field("auto", description="Device of the generator: auto, cpu, cuda, cuda:1, ...")
     backend: str = Field("auto", description="How the generator runs: auto picks the fastest that works here.")
@@ -83,6 +86,10 @@ class Settings(BaseSettings):
     max_waiting_image_calls: int = Field(32, ge=1, description="Most calls of /v1/images in work at one time.")
     max_body_bytes: int = Field(1 << 20, ge=1024, description="Largest request body in bytes.")
     max_event_streams: int = Field(64, ge=1, description="Most event streams open at one time.")
+
+    shutdown_seconds: int = Field(
+        60, ge=1, le=3600, description="Longest time that open requests may take after the service is told to stop."
+    )
 
     # What it tells
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least severe level logged.")
@@ -141,3 +148,12 @@ def read_settings(**values: Any) -> Settings:
 def settings_of_process() -> Settings:
     """The settings of this process, read once."""
     return read_settings()
+
+
+def settings_table() -> str:
+    """The settings as a Markdown table: what docs/deployment.md shows."""
+    lines = ["| variable | default | meaning |", "| --- | --- | --- |"]
+    for name, field in Settings.model_fields.items():
+        shown = "" if name == "bundles" or field.default in (None, ()) else f"`{field.default}`"
+        lines.append(f"| `DERMIS_{name.upper()}` | {shown} | {field.description} |")
+    return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The gateway: a FastAPI application built around an injected `Context`.
+"""The gateway: a FastAPI application around an injected `Context`.
 
 Routes stand in `routes/`; every error becomes a problem document; one middleware gives each request its id, its line in
 the log and its place in the metrics.
@@ -28,6 +28,7 @@ from services.gateway.dependencies import Context
 from services.gateway.problems import problem_response
 from services.gateway.routes import datasets, docs, files, health, images, models
 from services.gateway.schemas import Dataset, ImagesRequest
+from services.settings import Settings
 
 logger = logging.getLogger("dermis.http")
 
@@ -39,16 +40,14 @@ _DESCRIPTION = """Synthetic dermoscopy: ask for images of lesions that no patien
 there is to ask for. Every error is a problem document (RFC 9457)."""
 
 
-def create_app(context: Context, lifespan: Callable[[], AbstractAsyncContextManager[None]] | None = None) -> FastAPI:
-    """The application. `lifespan` wraps its running: what has to be started before the first request and stopped after."""
+def create_app(settings: Settings, running: Callable[[], AbstractAsyncContextManager[Context]]) -> FastAPI:
+    """The application. `running` brackets its life: it gives what the routes need, once all of that has started."""
 
     @asynccontextmanager
-    async def run(_app: FastAPI) -> AsyncIterator[None]:
-        if lifespan is None:
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with running() as context:
+            app.state.context = context
             yield
-        else:
-            async with lifespan():
-                yield
 
     app = FastAPI(
         title="dermis",
@@ -57,18 +56,17 @@ def create_app(context: Context, lifespan: Callable[[], AbstractAsyncContextMana
         openapi_url=None,
         docs_url=None,
         redoc_url=None,
-        lifespan=run,
+        lifespan=lifespan,
         redirect_slashes=False,
     )
-    app.state.context = context
     problems.install(app)
     for routes in (datasets, files, images, models, health, docs):
         app.include_router(routes.router)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
-    if context.settings.cors_origins:
+    if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
-            allow_origins=list(context.settings.cors_origins),
+            allow_origins=list(settings.cors_origins),
             allow_methods=["*"],
             allow_headers=["*"],
             expose_headers=_EXPOSED,

@@ -15,6 +15,7 @@ from starlette.responses import Response
 from starlette.routing import Match, Route
 
 from dermis.errors import BundleError, DermisError, RequestError, StorageError
+from services.samples import GeneratorUnavailableError
 
 PROBLEM_MEDIA_TYPE = "application/problem+json"
 _MAX_ERRORS = 20
@@ -150,6 +151,8 @@ def problem_of(error: Exception) -> ProblemError:
         return invalid_request(field_errors(cast("list[Mapping[str, Any]]", error.errors(include_url=False))))
     if isinstance(error, BundleError):
         return ProblemError("model-unavailable", str(error))
+    if isinstance(error, GeneratorUnavailableError):
+        return ProblemError("not-ready", str(error), headers={"Retry-After": "5"})
     if isinstance(error, StorageError):
         return ProblemError("storage-full" if error.kind == "storage-full" else "internal", str(error))
     if is_disk_full(error):

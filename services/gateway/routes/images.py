@@ -21,7 +21,7 @@ from services.gateway.dependencies import ContextDep, negotiate, read_model
 from services.gateway.problems import ProblemError
 from services.gateway.routes.answers import content, headers, json_body, problems
 from services.gateway.schemas import ImagesRequest, ModelRef, Sample, SampleList
-from services.samples import GeneratorUnavailableError, Image, Options, pack
+from services.samples import Image, Options, pack
 
 router = APIRouter(prefix="/v1/images", tags=["images"])
 
@@ -77,8 +77,6 @@ async def generate_images(request: Request, context: ContextDep) -> Response:
         )
     except TimeoutError:
         raise ProblemError("overloaded", "the generator is busy; try again or ask for fewer", headers=_BUSY) from None
-    except GeneratorUnavailableError as error:
-        raise ProblemError("not-ready", str(error), headers=_BUSY) from error
     finally:
         _in_work -= 1
     # Names of bundles are plain ASCII, so they fit a header.
