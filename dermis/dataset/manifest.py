@@ -11,9 +11,8 @@ import io
 import json
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -203,16 +202,19 @@ def _metadata(plan: Plan, records: Sequence[ShardRecord]) -> bytes:
     return text.getvalue().encode()
 
 
-@contextmanager
-def _reading(store: Store, name: str) -> Iterator[IO[bytes]]:
-    """A shard's file; whatever its library says of damage becomes a StorageError."""
-    try:
-        with store.open(name) as file:
-            yield file
-    except StorageError:
-        raise
-    except Exception as error:  # zipfile, tarfile and Arrow have an error class each
-        raise StorageError(f"{store.where(name)}: is damaged ({error}); make the shard again") from error
+def _images(plan: Plan, store: Store, record: ShardRecord) -> Iterator[tuple[str, bytes]]:
+    """Name and bytes of each image of a shard; whatever its library says of damage becomes a StorageError."""
+    with store.open(record.file.name) as file:
+        images = read_container(plan, file)
+        while True:
+            try:
+                name, data = next(images)
+            except StopIteration:
+                return
+            except Exception as error:  # zipfile, tarfile and Arrow have an error class each
+                place = store.where(record.file.name)
+                raise StorageError(f"{place}: is damaged ({error}); make the shard again") from error
+            yield name, data
 
 
 def _write_archive(plan: Plan, store: Store, records: Sequence[ShardRecord], texts: Mapping[str, bytes]) -> FileEntry:
@@ -220,10 +222,8 @@ def _write_archive(plan: Plan, store: Store, records: Sequence[ShardRecord], tex
     with store.writing(ARCHIVE) as path:
         with storage_errors(store.where(ARCHIVE)), zipfile.ZipFile(path, "w") as archive:
             for record in records:
-                with _reading(store, record.file.name) as file:
-                    pieces = read_container(plan, file)
-                    for name, data in pieces:
-                        add_to_zip(archive, name, data)
+                for name, data in _images(plan, store, record):
+                    add_to_zip(archive, name, data)
             for name, data in texts.items():
                 add_to_zip(archive, name, data)
         with storage_errors(store.where(ARCHIVE)), path.open("rb") as file:
@@ -246,8 +246,7 @@ def _preview(plan: Plan, store: Store, records: Sequence[ShardRecord]) -> Images
             already = sum(other == label for other in chosen.values())
             if label in wanted and len(found[label]) + already < wanted[label]:
                 chosen[file_name(plan, sample.index, label)] = label
-        with _reading(store, record.file.name) as file:
-            for name, data in read_container(plan, file):
-                if name in chosen:
-                    found[chosen[name]].append(thumbnail(decode(data), PREVIEW_SIDE))
+        for name, data in _images(plan, store, record) if chosen else ():
+            if name in chosen:
+                found[chosen[name]].append(thumbnail(decode(data), PREVIEW_SIDE))
     return np.stack([image for label in wanted for image in found[label]])
