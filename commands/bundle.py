@@ -1,0 +1,136 @@
+"""`dermis bundle ...`: import official checkpoints, show and verify bundles."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+
+import typer
+
+if TYPE_CHECKING:
+    from dermis.official.convert import OfficialCheckpoint
+
+bundle_app = typer.Typer(no_args_is_help=True, help="Import, show and verify bundles.")
+
+
+@bundle_app.command("import")
+def import_checkpoint(
+    checkpoint: Annotated[Path, typer.Argument(help="Official StyleGAN2-ADA (PyTorch) .pkl file.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="Folder of the new bundle.", show_default=False)],
+    name: Annotated[str | None, typer.Option(help="Name of the bundle; default: the folder's name.")] = None,
+    class_names: Annotated[str, typer.Option(help="Names of the labels 0, 1, ..., e.g. benign,malignant.")] = "",
+    licence: Annotated[str, typer.Option(help="Licence of the weights.")] = "unknown",
+    attribution: Annotated[str, typer.Option(help="Whom users of the weights must credit.")] = "",
+    network: Annotated[str, typer.Option(help="G_ema (the averaged generator) or G.")] = "G_ema",
+    weights_dtype: Annotated[str, typer.Option(help="How weights are stored: fp32 or fp16 (half the size).")] = "fp32",
+    require_discriminator: Annotated[
+        bool, typer.Option("--require-discriminator", help="Fail where the discriminator cannot be imported.")
+    ] = False,
+) -> None:
+    """Turn an official checkpoint into a bundle. Nothing in the checkpoint is executed."""
+    from dermis.bundle import check_names, write_bundle
+    from dermis.errors import BundleError
+    from dermis.official.convert import read_official
+
+    if network not in ("G_ema", "G"):
+        raise BundleError(f"--network: must be G_ema or G, not {network!r}")
+    if weights_dtype not in ("fp32", "fp16"):
+        raise BundleError(f"--weights-dtype: must be fp32 or fp16, not {weights_dtype!r}")
+    if out.exists():
+        raise BundleError(f"{out}: exists already; choose another folder or remove it")
+    read = read_official(checkpoint, cast(Literal["G_ema", "G"], network))
+    if read.discriminator is None:
+        if require_discriminator:
+            raise BundleError(f"{checkpoint}: no discriminator can be imported: {read.no_discriminator}")
+        typer.echo(f"warning: {checkpoint}: imported without a discriminator: {read.no_discriminator}", err=True)
+    config = read.generator.config
+    names = [part.strip() for part in class_names.split(",")] if class_names else []
+    names = names or [f"class{i}" for i in range(config.c_dim)]
+    bundle_name = name or re.sub(r"[^a-z0-9._-]+", "-", out.absolute().name.lower()).strip("._-")
+    check_names(bundle_name, names, config.c_dim)
+    provenance = _provenance(checkpoint, network, read, licence, attribution)
+    bundle = write_bundle(
+        out,
+        name=bundle_name,
+        generator=read.generator,
+        class_names=names,
+        provenance=provenance,
+        model_card=_card(bundle_name, names, config.img_resolution, provenance),
+        discriminator=read.discriminator,
+        weights_dtype=cast(Literal["fp32", "fp16"], weights_dtype),
+    )
+    typer.echo(f"{out}: {bundle.name}@{bundle.digest}")
+
+
+@bundle_app.command("show")
+def show(
+    bundle: Annotated[str, typer.Argument(help="Folder or fsspec URL of a bundle.", show_default=False)],
+) -> None:
+    """Verify a bundle and print what it is, as JSON."""
+    import json
+    from dataclasses import asdict
+
+    from dermis.bundle import open_bundle
+
+    opened = open_bundle(bundle)
+    facts = asdict(opened)
+    facts["model_card"] = opened.model_card.split("\n", 1)[0]
+    typer.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+
+
+@bundle_app.command("verify")
+def verify(
+    bundle: Annotated[str, typer.Argument(help="Folder or fsspec URL of a bundle.", show_default=False)],
+) -> None:
+    """Check every file of a bundle against bundle.json, and that its weights load."""
+    from dermis.bundle import load_discriminator, load_generator, open_bundle
+
+    opened = open_bundle(bundle)
+    load_generator(opened)
+    if opened.discriminator is not None:
+        load_discriminator(opened)
+    typer.echo(f"{bundle}: {len(opened.files)} files are intact: {opened.name}@{opened.digest}")
+
+
+def _provenance(
+    checkpoint: Path, network: str, read: OfficialCheckpoint, licence: str, attribution: str
+) -> dict[str, Any]:
+    from dermis import __version__
+
+    kimg = re.fullmatch(r"network-snapshot-(\d{6})", checkpoint.stem)  # how official training names its files
+    path = read.training_set.get("path")
+    return {
+        "source": {
+            "format": "StyleGAN2-ADA (PyTorch) pickle",
+            "file": checkpoint.name,
+            "sha256": read.sha256,
+            "network": network,
+        },
+        # The folder a data set lay in is nobody's business but its owner's.
+        "dataset": {"name": re.split(r"[/\\]", path)[-1]} if isinstance(path, str) else None,
+        "kimg": int(kimg[1]) if kimg else None,
+        "licence": licence,
+        "attribution": attribution,
+        "code_version": __version__,
+    }
+
+
+def _card(name: str, class_names: list[str], resolution: int, provenance: dict[str, Any]) -> str:
+    source = provenance["source"]
+    dataset = provenance["dataset"]["name"] if provenance["dataset"] else "not stated in the checkpoint"
+    return f"""# {name}
+
+A StyleGAN2-ADA generator of {resolution} x {resolution} px images, imported from an official PyTorch checkpoint.
+Its images are synthetic: not for diagnosis. Nothing was measured when it was imported; see metrics.json.
+
+| | |
+| --- | --- |
+| classes | {", ".join(class_names) or "none (unconditional)"} |
+| imported from | {source["file"]}, network {source["network"]} |
+| SHA-256 of that file | {source["sha256"]} |
+| training data | {dataset} |
+| licence | {provenance["licence"]} |
+| attribution | {provenance["attribution"] or "not stated"} |
+| dermis | {provenance["code_version"]} |
+"""

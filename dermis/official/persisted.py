@@ -1,0 +1,295 @@
+"""From pickle records to tensors and to the objects that official checkpoints persist.
+
+A network is one `torch_utils.persistence._reconstruct_persistent_obj` call per module; its state is the module's
+`__dict__`. Tensors arrive as views of storages, each stored as the bytes of a small torch file of its own.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import struct
+import zipfile
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dermis.errors import BundleError
+from dermis.official.pickled import Call, Global, Persistent, read_pickle
+from dermis.official.source import check_source
+
+PERSISTED = "torch_utils.persistence._reconstruct_persistent_obj"
+_MAPPINGS = frozenset({"collections.OrderedDict", "dnnlib.util.EasyDict", "dnnlib.EasyDict"})
+_REBUILD = frozenset({"torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor"})
+_PARAMETER = frozenset({"torch._utils._rebuild_parameter", "torch.nn.parameter.Parameter"})
+_SCALAR = frozenset({"numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"})
+_DTYPES = {
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64,
+}
+_OTHER_STORAGES = ("BoolStorage", "ByteStorage", "CharStorage", "ShortStorage", "IntStorage", "LongStorage")
+_STORAGES = frozenset(
+    [f"torch.{name}" for name in (*_DTYPES, *_OTHER_STORAGES)]
+    + ["torch.storage.UntypedStorage", "torch.UntypedStorage"]
+)
+ALLOWED = (
+    _MAPPINGS
+    | _REBUILD
+    | _PARAMETER
+    | _SCALAR
+    | _STORAGES
+    | frozenset({PERSISTED, "torch.storage._load_from_bytes", "torch.device", "torch.Size", "_codecs.encode"})
+    | frozenset(
+        f"torch.{name}" for name in ["float16", "bfloat16", "float32", "float64", "uint8", "int32", "int64", "bool"]
+    )
+    | frozenset(f"{core}.multiarray._reconstruct" for core in ("numpy.core", "numpy._core"))
+    | frozenset(f"{core}.numeric._frombuffer" for core in ("numpy.core", "numpy._core"))
+    | frozenset(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in ("set", "frozenset"))
+    | frozenset({"numpy.ndarray", "numpy.dtype", "builtins.bytearray"})
+)
+"""Every name that an official checkpoint may refer to. All are records here: none is ever imported or called."""
+
+CLASSES = frozenset({
+    "Generator", "MappingNetwork", "SynthesisNetwork", "SynthesisBlock", "SynthesisLayer", "ToRGBLayer",
+    "FullyConnectedLayer", "Conv2dLayer", "Discriminator", "DiscriminatorBlock", "DiscriminatorEpilogue",
+    "MinibatchStdLayer", "AugmentPipe",
+})  # fmt: skip
+_MAX_DEPTH = 12
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_LEGACY_PROTOCOL = 1001
+
+
+@dataclass(frozen=True)
+class Module:
+    """One persisted object: its class name and its `__dict__`, whose values are still records."""
+
+    class_name: str
+    state: dict[str, Any]
+
+    def plain(self, name: str) -> Any:
+        """An attribute as a plain value, None if absent."""
+        return plain(self.state.get(name))
+
+    def children(self) -> dict[str, Any]:
+        return mapping(self.state.get("_modules"), "_modules")
+
+
+@dataclass
+class Checkpoint:
+    """The file's dictionary, read but not yet turned into tensors. `storages` keeps what was decoded, by record."""
+
+    values: dict[str, Any]
+    storages: dict[int, Tensor] = field(default_factory=dict)
+
+
+def read_checkpoint(data: bytes) -> Checkpoint:
+    """Parse the file and look at every object in it. Raises `BundleError` for whatever has no place in one."""
+    stream = io.BytesIO(data)
+    root = read_pickle(stream, ALLOWED)
+    if stream.read(1):
+        raise BundleError("has data behind the end of the pickle; it is damaged or no StyleGAN2-ADA checkpoint")
+    values = mapping(root, "the file")
+    seen: set[int] = set()
+    sources: set[str] = set()
+    pending: list[Any] = [values]
+    while pending:
+        value = pending.pop()
+        if not isinstance(value, Call | dict | list | tuple) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Call):
+            if value.name == PERSISTED:
+                source = _meta(value)["module_src"]
+                if source not in sources:
+                    check_source(source)
+                    sources.add(source)
+            pending += [value.args, value.state, value.items]
+        else:
+            pending += value.values() if isinstance(value, dict) else value
+    return Checkpoint(values)
+
+
+def _meta(call: Call) -> dict[str, Any]:
+    meta = mapping(call.args[0] if len(call.args) == 1 else None, "a persisted object")
+    kind, version, name = meta.get("type"), meta.get("version"), meta.get("class_name")
+    if kind != "class" or not isinstance(meta.get("module_src"), str) or not isinstance(name, str):
+        raise BundleError("holds a persisted object that is no class with a source; it is damaged or tampered with")
+    if not isinstance(version, int) or version > 6:
+        raise BundleError(f"persists objects in version {version!r:.20}; dermis reads up to version 6")
+    if name not in CLASSES:
+        raise BundleError(f"persists an object of the unknown class {name!r:.100}; only official networks can be read")
+    return meta
+
+
+def module(value: Any, what: str) -> Module:
+    """A persisted object as a `Module`; `what` names it in errors."""
+    if not isinstance(value, Call) or value.name != PERSISTED:
+        raise BundleError(f"{what} is no persisted network; is this an official StyleGAN2-ADA (PyTorch) checkpoint?")
+    meta = _meta(value)
+    return Module(meta["class_name"], mapping(meta.get("state"), what))
+
+
+def mapping(value: Any, what: str) -> dict[str, Any]:
+    """A dict, OrderedDict or EasyDict with string keys; its values stay as they are."""
+    if isinstance(value, Call) and value.name in _MAPPINGS and not value.args:
+        value = value.items
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise BundleError(f"{what} is no dictionary; is this an official StyleGAN2-ADA (PyTorch) checkpoint?")
+    return value
+
+
+def plain(value: Any, depth: int = 0) -> Any:
+    """Configuration values: numbers, strings, None, and short lists and dictionaries of them."""
+    if depth > 4:
+        raise BundleError("nests its configuration deeper than any official checkpoint")
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple) and len(value) <= 1000:
+        return [plain(item, depth + 1) for item in value]
+    if isinstance(value, dict) or (isinstance(value, Call) and value.name in _MAPPINGS):
+        return {key: plain(item, depth + 1) for key, item in mapping(value, "a configuration").items()}
+    if isinstance(value, Call) and value.name in _SCALAR and len(value.args) == 2:
+        return _numpy_scalar(*value.args)
+    raise BundleError(f"holds a configuration value that is no number, text or list ({_describe(value)})")
+
+
+def _describe(value: Any) -> str:
+    return value.name if isinstance(value, Call | Global) else type(value).__name__
+
+
+def _numpy_scalar(dtype: Any, data: Any) -> Any:
+    code = dtype.args[0] if isinstance(dtype, Call) and dtype.name == "numpy.dtype" and dtype.args else None
+    data = _bytes(data)
+    known = ("b1", "u1", "i1", "i2", "i4", "i8", "u2", "u4", "u8", "f2", "f4", "f8")
+    if code not in known or not isinstance(data, bytes) or len(data) != int(code[1:]):
+        raise BundleError("holds a damaged numpy scalar")
+    order = ">" if isinstance(dtype.state, tuple) and dtype.state[1:2] == (">",) else "<"
+    return np.frombuffer(data, dtype=order + code)[0].item()
+
+
+def _bytes(record: Any) -> Any:
+    """Bytes as pickle protocols below 3 write them; anything else as it is."""
+    if isinstance(record, Call) and record.name == "_codecs.encode" and record.args[1:] == ("latin1",):
+        text = record.args[0]
+        try:
+            return text.encode("latin-1") if isinstance(text, str) else None
+        except UnicodeError:
+            return None
+    return record
+
+
+# -- tensors
+
+
+def tensors(root: Module, prefix: str = "", depth: int = 0) -> dict[str, Call]:
+    """Records of all parameters and persistent buffers under their state_dict names."""
+    if depth > _MAX_DEPTH:
+        raise BundleError("nests its networks deeper than any official checkpoint")
+    found: dict[str, Call] = {}
+    skipped = root.state.get("_non_persistent_buffers_set", set())
+    if isinstance(skipped, Call) and skipped.args:  # how older pickle protocols write a set
+        skipped = set(plain(skipped.args[0]))
+    for kind in ("_parameters", "_buffers"):
+        for name, value in mapping(root.state.get(kind), kind).items():
+            wrapped = isinstance(value, Call) and value.name in _PARAMETER and len(value.args) > 0
+            record = value.args[0] if wrapped else value
+            if record is None or (isinstance(skipped, set) and name in skipped):
+                continue
+            if not isinstance(record, Call) or record.name not in _REBUILD:
+                raise BundleError(f"{prefix}{name} is no tensor; the file is damaged or tampered with")
+            found[prefix + name] = record
+    for name, value in root.children().items():
+        found |= tensors(module(value, prefix + name), f"{prefix}{name}.", depth + 1)
+        if len(found) > 10_000:
+            raise BundleError("holds more tensors than any official checkpoint")
+    return found
+
+
+def shape(record: Call, name: str) -> tuple[int, ...]:
+    """The shape that a tensor record claims."""
+    size = record.args[2] if len(record.args) >= 4 else None
+    if isinstance(size, Call) and size.name == "torch.Size" and len(size.args) == 1:
+        size = tuple(size.args[0]) if isinstance(size.args[0], list | tuple) else None
+    if not isinstance(size, tuple) or not all(isinstance(n, int) and n >= 0 for n in size):
+        raise BundleError(f"{name} has no valid shape; the file is damaged or tampered with")
+    return size
+
+
+def tensor(checkpoint: Checkpoint, record: Call, name: str) -> Tensor:
+    """A tensor record as a contiguous float32 tensor of its own."""
+    size, stride, offset = shape(record, name), record.args[3], record.args[1]
+    storage = _storage(checkpoint, record.args[0], name)
+    numbers = [offset, *stride] if isinstance(stride, tuple) and len(stride) == len(size) else [None]
+    if not all(isinstance(n, int) and n >= 0 for n in numbers) or math.prod(size) > storage.numel():
+        raise BundleError(f"{name} is larger than the data stored for it; the file is damaged or tampered with")
+    end = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) + 1
+    if 0 not in size and end > storage.numel():
+        raise BundleError(f"{name} reaches behind the data stored for it; the file is damaged or tampered with")
+    return storage.as_strided(size, stride, offset).to(torch.float32, copy=True).contiguous()
+
+
+def _storage(checkpoint: Checkpoint, record: Any, name: str) -> Tensor:
+    if not isinstance(record, Call) or record.name != "torch.storage._load_from_bytes":
+        raise BundleError(f"{name} has no stored data; the file is damaged or tampered with")
+    if id(record) not in checkpoint.storages:
+        data = _bytes(record.args[0]) if len(record.args) == 1 else None
+        if not isinstance(data, bytes):
+            raise BundleError(f"{name} has no stored data; the file is damaged or tampered with")
+        try:
+            checkpoint.storages[id(record)] = _read_storage(data)
+        except BundleError as error:
+            raise BundleError(f"the data of {name}: {error}") from None
+        except (ValueError, KeyError, struct.error, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
+            raise BundleError(f"the data of {name} are damaged ({error}); get the file again") from None
+    return checkpoint.storages[id(record)]
+
+
+def _read_storage(data: bytes) -> Tensor:
+    """The one storage of a torch file, in either of torch's two formats, as a flat tensor."""
+    if data[:4] == b"PK\x03\x04":
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("a compressed torch file")
+            folder = archive.namelist()[0].split("/")[0]
+            pid = _pid(read_pickle(io.BytesIO(archive.read(f"{folder}/data.pkl")), ALLOWED, persistent=True))
+            order = f"{folder}/byteorder"
+            little = order not in archive.namelist() or archive.read(order) == b"little"
+            raw = archive.read(f"{folder}/data/{pid[1]}")
+    else:
+        stream = io.BytesIO(data)
+        magic, protocol = (read_pickle(stream, ()) for _ in range(2))
+        if (magic, protocol) != (_LEGACY_MAGIC, _LEGACY_PROTOCOL):
+            raise ValueError("no torch file")
+        little = mapping(read_pickle(stream, ()), "the system information").get("little_endian") is True
+        pid = _pid(read_pickle(stream, ALLOWED, persistent=True))
+        if read_pickle(stream, ()) != [pid[1]]:
+            raise ValueError("not exactly one storage")
+        (count,) = struct.unpack("<q", stream.read(8))
+        raw = stream.read()
+        if count != pid[2]:
+            raise ValueError("two sizes of one storage")
+    if not little:
+        raise ValueError("big-endian data are not supported")
+    dtype, _, numel = pid
+    if numel * dtype.itemsize != len(raw):
+        raise ValueError(f"{len(raw):,} bytes stored, {numel * dtype.itemsize:,} announced")
+    return torch.frombuffer(bytearray(raw), dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+
+
+def _pid(value: Any) -> tuple[torch.dtype, str, int]:
+    """(dtype, key, number of elements) of a torch storage reference."""
+    pid = value.pid if isinstance(value, Persistent) else None
+    if not isinstance(pid, tuple) or len(pid) not in (5, 6) or pid[0] != "storage" or (len(pid) == 6 and pid[5]):
+        raise ValueError("no single storage")
+    kind, key, numel = pid[1], pid[2], pid[4]
+    name = kind.name.removeprefix("torch.") if isinstance(kind, Global) else ""
+    if name not in _DTYPES:
+        raise ValueError(f"weights of the type {name or 'unknown'}; only floating-point weights can be read")
+    if not isinstance(key, str) or not isinstance(numel, int) or numel < 0:
+        raise ValueError("no valid storage reference")
+    return _DTYPES[name], key, numel

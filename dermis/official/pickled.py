@@ -1,0 +1,198 @@
+"""Read a pickle as data: opcodes become plain values and `Call` records, and nothing is ever imported or called.
+
+The standard unpickler runs what a file asks for. This reader walks the opcodes with `pickletools.genops`, keeps a
+"call" (REDUCE, NEWOBJ, BUILD) as a record, and refuses every name that is not on the caller's list. Memory stays
+within a small multiple of the file: no opcode can ask for more than the bytes it brings.
+"""
+
+from __future__ import annotations
+
+import pickletools
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+from dermis.errors import BundleError
+
+MAX_OPCODES = 5_000_000  # an official 1024 px snapshot has some 100,000
+_LITERALS = frozenset({
+    "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "STRING", "BINSTRING",
+    "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES",
+    "BINBYTES8", "BYTEARRAY8",
+})  # fmt: skip
+_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_MEMO_PUT = frozenset({"PUT", "BINPUT", "LONG_BINPUT"})
+_MEMO_GET = frozenset({"GET", "BINGET", "LONG_BINGET"})
+_KEYS = (str, int, float, bytes, type(None))
+
+
+@dataclass(frozen=True)
+class Global:
+    """A class or function that the pickle names, as "module.name"."""
+
+    name: str
+
+
+@dataclass(eq=False)
+class Call:
+    """What the pickle wanted to be called: "module.name"(*args), then its state and its dictionary items."""
+
+    name: str
+    args: tuple[Any, ...]
+    state: Any = None
+    items: dict[Any, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Persistent:
+    """A persistent id: how torch's files refer to their storages."""
+
+    pid: Any
+
+
+def read_pickle(stream: BinaryIO, allowed: Collection[str], persistent: bool = False) -> Any:
+    """The next pickle in `stream`, which is left behind its end.
+
+    Returns None, bool, int, float, str, bytes, list, tuple, set, dict and the records above. Raises `BundleError` if a
+    name is not in `allowed`, if an opcode has no place in a checkpoint, or if the data are damaged.
+    """
+    try:
+        return _read(stream, allowed, persistent)
+    except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, RecursionError) as error:
+        raise BundleError(f"is no readable pickle, truncated or damaged ({type(error).__name__}: {error})") from None
+
+
+def _read(stream: BinaryIO, allowed: Collection[str], persistent: bool) -> Any:
+    stack: list[Any] = []
+    marks: list[list[Any]] = []
+    memo: dict[int, Any] = {}
+    for count, (opcode, arg, _) in enumerate(pickletools.genops(stream)):
+        if count > MAX_OPCODES:
+            raise BundleError(f"has more than {MAX_OPCODES:,} pickle operations; this is no StyleGAN2-ADA checkpoint")
+        op = opcode.name
+        if op in _LITERALS:
+            stack.append(arg)
+        elif op in _MEMO_PUT:
+            memo[int(arg)] = stack[-1]  # type: ignore[arg-type]
+        elif op == "MEMOIZE":
+            memo[len(memo)] = stack[-1]
+        elif op in _MEMO_GET:
+            stack.append(memo[int(arg)])  # type: ignore[arg-type]
+        elif op == "MARK":
+            marks.append(stack)
+            stack = []
+        elif op in _TUPLES:
+            stack[-_TUPLES[op] :] = [tuple(_last(stack, _TUPLES[op]))]
+        elif op in ("TUPLE", "LIST", "DICT", "FROZENSET", "APPENDS", "SETITEMS", "ADDITEMS", "POP_MARK"):
+            items, stack = stack, marks.pop()
+            _close_mark(op, items, stack)
+        elif op == "APPEND":
+            item = stack.pop()
+            _append(stack[-1], [item])
+        elif op == "SETITEM":
+            pair = _last(stack, 2)
+            del stack[-2:]
+            _set_items(stack[-1], pair)
+        elif op in ("GLOBAL", "STACK_GLOBAL"):
+            if op == "GLOBAL":
+                module, _, qualname = str(arg).partition(" ")
+            else:
+                module, qualname = _last(stack, 2)
+                del stack[-2:]
+            stack.append(_global(module, qualname, allowed))
+        elif op in ("REDUCE", "NEWOBJ"):
+            function, args = _last(stack, 2)
+            stack[-2:] = [_call(function, args)]
+        elif op == "NEWOBJ_EX":
+            function, args, kwargs = _last(stack, 3)
+            if kwargs:
+                raise BundleError("constructs an object with keyword arguments, as no official checkpoint does")
+            stack[-3:] = [_call(function, args)]
+        elif op == "BUILD":
+            state = stack.pop()
+            if not isinstance(stack[-1], Call) or stack[-1].state is not None:
+                raise BundleError("sets the state of something that is no object, as no official checkpoint does")
+            stack[-1].state = state
+        elif op == "BINPERSID" and persistent:
+            stack.append(Persistent(stack.pop()))
+        elif op == "POP":
+            stack.pop()
+        elif op == "DUP":
+            stack.append(stack[-1])
+        elif op == "STOP":
+            if len(stack) != 1 or marks:
+                raise ValueError("unbalanced stack")
+            return stack[0]
+        elif op not in ("PROTO", "FRAME"):
+            stack.append(_empty(op))
+    raise ValueError("no STOP")  # genops raises first; mypy cannot know
+
+
+def _last(stack: list[Any], count: int) -> list[Any]:
+    if len(stack) < count:
+        raise IndexError("stack underflow")
+    return stack[-count:]
+
+
+def _empty(op: str) -> Any:
+    """A constant or an empty container; every opcode that is not handled ends here and is refused."""
+    if op in ("NONE", "NEWTRUE", "NEWFALSE"):
+        return {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[op]
+    if op in ("EMPTY_LIST", "EMPTY_TUPLE", "EMPTY_DICT", "EMPTY_SET"):
+        return {"EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "EMPTY_DICT": dict, "EMPTY_SET": set}[op]()
+    raise BundleError(f"uses the pickle operation {op}, which no official checkpoint needs")
+
+
+def _close_mark(op: str, items: list[Any], stack: list[Any]) -> None:
+    if op == "TUPLE":
+        stack.append(tuple(items))
+    elif op == "LIST":
+        stack.append(items)
+    elif op == "DICT":
+        stack.append({})
+        _set_items(stack[-1], items)
+    elif op == "FROZENSET":
+        stack.append(frozenset(_hashable(items)))
+    elif op == "APPENDS":
+        _append(stack[-1], items)
+    elif op == "SETITEMS":
+        _set_items(stack[-1], items)
+    elif op == "ADDITEMS":
+        if not isinstance(stack[-1], set):
+            raise TypeError("ADDITEMS on something that is no set")
+        stack[-1].update(_hashable(items))
+
+
+def _append(target: Any, items: list[Any]) -> None:
+    if not isinstance(target, list):
+        raise TypeError("APPEND on something that is no list")
+    target.extend(items)
+
+
+def _set_items(target: Any, items: list[Any]) -> None:
+    mapping = target.items if isinstance(target, Call) else target
+    if not isinstance(mapping, dict) or len(items) % 2:
+        raise TypeError("SETITEMS on something that is no dictionary")
+    mapping.update(zip(_hashable(items[::2]), items[1::2], strict=True))
+
+
+def _hashable(keys: list[Any]) -> list[Any]:
+    """Only scalars: hashing a deeply shared tuple takes exponential time."""
+    for key in keys:
+        if not isinstance(key, _KEYS):
+            raise TypeError(f"a {type(key).__name__} as a key")
+    return keys
+
+
+def _global(module: Any, qualname: Any, allowed: Collection[str]) -> Global:
+    name = f"{module}.{qualname}"
+    if not isinstance(module, str) or not isinstance(qualname, str) or name not in allowed:
+        hint = "this is a TensorFlow checkpoint; convert it to PyTorch first" if "tflib" in name else "do not load it"
+        raise BundleError(f"refers to {name!r:.200}, which is no part of a StyleGAN2-ADA checkpoint: {hint}")
+    return Global(name)
+
+
+def _call(function: Any, args: Any) -> Call:
+    if not isinstance(function, Global) or not isinstance(args, tuple):
+        raise BundleError("calls something that is no named class or function, as no official checkpoint does")
+    return Call(function.name, args)

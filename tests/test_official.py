@@ -1,0 +1,410 @@
+"""Official checkpoints are read right, and nothing in a hostile one runs.
+
+The files are made here: small persisted objects with the names and the shape that the official format has.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import subprocess
+import sys
+import types
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+from commands.main import app
+from dermis.bundle import load_generator, open_bundle
+from dermis.errors import BundleError
+from dermis.networks import Discriminator, DiscriminatorConfig, Generator, GeneratorConfig, one_hot
+from dermis.official.convert import read_official
+from dermis.official.source import check_source
+
+CONFIG = GeneratorConfig(
+    16, 2, z_dim=8, w_dim=12, mapping_layers=3, channel_base=256, channel_max=16, num_fp16_res=2, conv_clamp=256
+)
+D_CONFIG = DiscriminatorConfig(16, 2, channel_base=256, channel_max=16, num_fp16_res=2, conv_clamp=256)
+SOURCE = '''
+"""Networks."""
+import numpy as np
+import torch
+from torch_utils import misc, persistence
+from torch_utils.ops import bias_act
+
+#----------------------------------------------------------------------------
+
+@misc.profiled_function
+def scaled(x, dim=1, eps=1e-8, taps=[1,3,3,1], **kwargs):
+    return x * torch.rsqrt(x.square().mean(dim) + eps)
+
+@persistence.persistent_class
+class Generator(torch.nn.Module):
+    def __init__(self, z_dim, mapping_kwargs = {}, *, lr: float = -1.5):
+        super().__init__()
+        self.gain = lr / np.sqrt(z_dim)
+'''
+AUGMENT_SOURCE = """
+import scipy.signal
+import torch
+from torch_utils import persistence, misc
+from torch_utils.ops import upfirdn2d, grid_sample_gradfix, conv2d_gradfix
+
+wavelets = {
+    'haar': [0.7071067811865476, 0.7071067811865476],
+    'sym2': [-0.12940952255092145, 0.22414386804185735],
+}
+
+def matrix(*rows, device=None):
+    return torch.stack([torch.as_tensor(row, device=device) for row in rows])
+
+@persistence.persistent_class
+class AugmentPipe(torch.nn.Module):
+    def __init__(self, xflip=0, imgfilter_bands=[1,1,1,1]):
+        super().__init__()
+        self.register_buffer('p', torch.ones([]))
+"""
+ATTRIBUTES = (
+    "num_ws", "num_layers", "in_channels", "resolution", "activation", "up", "down", "conv_clamp", "use_fp16",
+    "num_conv", "weight_gain", "bias_gain",
+)  # fmt: skip
+
+
+def _reconstruct_persistent_obj(meta: Any) -> None:
+    raise AssertionError("the file was executed")
+
+
+class EasyDict(dict[str, Any]):
+    """Stands for dnnlib.util.EasyDict."""
+
+
+@pytest.fixture(autouse=True)
+def official_names(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Give the stand-ins the names that pickles of the official code refer to."""
+    for name, part in (("torch_utils.persistence", _reconstruct_persistent_obj), ("dnnlib.util", EasyDict)):
+        module = types.ModuleType(name)
+        monkeypatch.setattr(part, "__module__", name)
+        setattr(module, part.__name__, part)
+        monkeypatch.setitem(sys.modules, name.split(".")[0], types.ModuleType(name.split(".")[0]))
+        monkeypatch.setitem(sys.modules, name, module)
+    yield
+
+
+class Persisted:
+    """An object that pickles as the official persistence does."""
+
+    def __init__(self, class_name: str, state: dict[str, Any], source: str = SOURCE) -> None:
+        self.meta = {
+            "type": "class", "version": 6, "module_src": source, "class_name": class_name, "state": state,
+        }  # fmt: skip
+
+    @property
+    def state(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.meta["state"]
+        return found
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reconstruct_persistent_obj, (self.meta,)
+
+
+def persisted(module: nn.Module, **state: Any) -> Persisted:
+    """A network of dermis in the form that the official code would give it."""
+    attributes = {key: getattr(module, key) for key in ATTRIBUTES if hasattr(module, key)}
+    attributes |= {key: np.float64(value) for key, value in attributes.items() if key == "weight_gain"}
+    state = {
+        "training": False,
+        "_parameters": OrderedDict(module._parameters),
+        "_buffers": OrderedDict(module._buffers),
+        "_non_persistent_buffers_set": set(),
+        "_backward_hooks": OrderedDict(),
+        "_modules": OrderedDict((name, persisted(child)) for name, child in module.named_children()),
+        **attributes,
+        **state,
+    }
+    return Persisted(type(module).__name__, state)
+
+
+def generator(config: GeneratorConfig = CONFIG, **changes: Any) -> Persisted:
+    torch.manual_seed(0)
+    kwargs: dict[str, Any] = {
+        "c_dim": config.c_dim, "img_resolution": config.img_resolution, "img_channels": 3,
+        "z_dim": config.z_dim, "w_dim": np.int64(config.w_dim),
+        "mapping_kwargs": EasyDict(num_layers=config.mapping_layers),
+        "synthesis_kwargs": EasyDict(
+            channel_base=config.channel_base, channel_max=config.channel_max,
+            num_fp16_res=config.num_fp16_res, conv_clamp=config.conv_clamp,
+        ),
+    }  # fmt: skip
+    network = Generator(config)
+    network.mapping.w_avg.normal_()
+    return persisted(network, _init_args=(), _init_kwargs=kwargs | changes, img_resolution=config.img_resolution)
+
+
+def discriminator(config: DiscriminatorConfig = D_CONFIG, **changes: Any) -> Persisted:
+    torch.manual_seed(1)
+    kwargs = {
+        "c_dim": config.c_dim, "img_resolution": config.img_resolution, "img_channels": 3,
+        "channel_base": config.channel_base, "channel_max": config.channel_max, "num_fp16_res": config.num_fp16_res,
+        "conv_clamp": config.conv_clamp, "epilogue_kwargs": EasyDict(mbstd_group_size=4),
+        "block_kwargs": EasyDict(freeze_layers=0), "mapping_kwargs": EasyDict(),
+    }  # fmt: skip
+    return persisted(Discriminator(config), _init_args=(), _init_kwargs=kwargs | changes)
+
+
+def snapshot(**parts: Any) -> dict[str, Any]:
+    pipe = Persisted("AugmentPipe", {"p": 0.5, "_buffers": OrderedDict(p=torch.ones(()), h=np.ones(3))}, AUGMENT_SOURCE)
+    kwargs = EasyDict(class_name="training.dataset.ImageFolderDataset", path="/home/someone/isic.zip", use_labels=True)
+    return {
+        "G": generator(), "D": discriminator(), "G_ema": generator(), "augment_pipe": pipe,
+        "training_set_kwargs": kwargs, **parts,
+    }  # fmt: skip
+
+
+def save(folder: Path, value: Any, protocol: int = 4) -> Path:
+    path = folder / "network-snapshot-000120.pkl"
+    path.write_bytes(value if isinstance(value, bytes) else pickle.dumps(value, protocol=protocol))
+    return path
+
+
+# -- good files
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_networks_come_back_as_they_were_stored(tmp_path: Path, protocol: int) -> None:
+    read = read_official(save(tmp_path, snapshot(), protocol))
+    assert read.generator.config == CONFIG and read.discriminator is not None
+    assert read.discriminator.config == D_CONFIG
+    torch.manual_seed(0)
+    expected = Generator(CONFIG)
+    expected.mapping.w_avg.normal_()
+    z, c = torch.randn(2, 8), one_hot([0, 1], 2)
+    ours = read.generator(z, c, truncation_psi=0.5, noise_mode="const")
+    assert torch.equal(ours, expected(z, c, truncation_psi=0.5, noise_mode="const"))
+    torch.manual_seed(1)
+    assert torch.equal(read.discriminator(ours, c), Discriminator(D_CONFIG)(ours, c))
+    assert read.training_set["path"] == "/home/someone/isic.zip"
+
+
+def test_stored_attributes_stand_in_for_arguments_that_were_not_given(tmp_path: Path) -> None:
+    config = replace(CONFIG, c_dim=0, mapping_lr_multiplier=0.1, num_fp16_res=1)
+    stored = generator(config, mapping_kwargs={}, synthesis_kwargs={"channel_base": 256, "channel_max": 16})
+    assert read_official(save(tmp_path, {"G_ema": stored})).generator.config == config
+
+
+def test_half_precision_and_views_are_read(tmp_path: Path) -> None:
+    stored = generator()
+    affine = stored.state["_modules"]["synthesis"].state["_modules"]["b8"].state["_modules"]["conv0"].state
+    weight = affine["_parameters"]["weight"].detach()
+    affine["_parameters"]["weight"] = weight.half().permute(1, 0, 2, 3).contiguous().permute(1, 0, 2, 3)
+    found = read_official(save(tmp_path, {"G_ema": stored})).generator.state_dict()["synthesis.b8.conv0.weight"]
+    assert torch.equal(found, weight.half().float()) and found.is_contiguous()
+
+
+def test_zip_serialised_storages_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def reduce(storage: Any) -> tuple[Any, ...]:
+        stream = io.BytesIO()
+        torch.save(storage, stream)
+        return torch.storage._load_from_bytes, (stream.getvalue(),)
+
+    monkeypatch.setattr(torch.storage.TypedStorage, "__reduce__", reduce)
+    path = save(tmp_path, {"G_ema": generator()})
+    assert b"PK\x03\x04" in path.read_bytes()
+    assert read_official(path).generator.config == CONFIG
+
+
+def test_official_sources_pass() -> None:
+    check_source(SOURCE)
+    check_source(AUGMENT_SOURCE)
+
+
+# -- options
+
+UNSUPPORTED: dict[str, Callable[[], Persisted]] = {
+    "architecture": lambda: generator(
+        synthesis_kwargs={"channel_base": 256, "channel_max": 16, "architecture": "orig"}
+    ),
+    "use_noise": lambda: generator(synthesis_kwargs={"channel_base": 256, "channel_max": 16, "use_noise": False}),
+    "resample_filter": lambda: generator(synthesis_kwargs={"resample_filter": [1, 2, 1]}),
+    "activation": lambda: generator(mapping_kwargs={"num_layers": 3, "activation": "relu"}),
+    "magnitude_ema_beta": lambda: generator(synthesis_kwargs={"magnitude_ema_beta": 0.99}),
+    "img_resolution": lambda: generator(img_resolution=24),
+    "w_dim": lambda: generator(w_dim="wide"),
+    "num_layers": lambda: generator(mapping_kwargs={"num_layers": 10**9}),
+    "tensors do not fit": lambda: generator(img_resolution=32),
+    "conv_clamp": lambda: generator(synthesis_kwargs={"channel_base": 256, "channel_max": 16, "conv_clamp": 8}),
+}
+
+
+@pytest.mark.parametrize("option", UNSUPPORTED)
+def test_what_the_networks_do_not_compute_is_refused_by_name(tmp_path: Path, option: str) -> None:
+    with pytest.raises(BundleError, match=f"G_ema.*{option}"):
+        read_official(save(tmp_path, {"G_ema": UNSUPPORTED[option]()}))
+
+
+def test_another_filter_in_the_weights_is_refused(tmp_path: Path) -> None:
+    stored = generator()
+    stored.state["_modules"]["synthesis"].state["_modules"]["b8"].state["_buffers"]["resample_filter"] = torch.eye(4)
+    with pytest.raises(BundleError, match=r"synthesis.b8.resample_filter"):
+        read_official(save(tmp_path, {"G_ema": stored}))
+
+
+# -- hostile and damaged files
+
+
+class Runs:
+    """Unpickling this runs a command."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        import os
+
+        return os.system, (f"touch {self.marker}",)
+
+
+class Evil:
+    """A class of nobody's."""
+
+
+def _with_tensor(change: Callable[[tuple[Any, ...]], tuple[Any, ...]]) -> bytes:
+    """A checkpoint whose bias of mapping.fc0 is rebuilt with other arguments."""
+
+    class Changed:
+        def __reduce__(self) -> tuple[Any, ...]:
+            function, args = torch.zeros(12).__reduce_ex__(4)[:2]
+            return function, change(args)
+
+    stored = generator()
+    stored.state["_modules"]["mapping"].state["_modules"]["fc0"].state["_parameters"]["bias"] = Changed()
+    return pickle.dumps({"G_ema": stored}, protocol=4)
+
+
+def _hostile_storage(data: bytes) -> bytes:
+    class Storage:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return torch.storage._load_from_bytes, (data,)
+
+    return _with_tensor(lambda args: (Storage(), *args[1:]))
+
+
+def _with_source(source: str) -> bytes:
+    return pickle.dumps({"G_ema": Persisted("Generator", generator().state, source)})
+
+
+def _other_class() -> bytes:
+    stored = generator()
+    stored.state["_modules"]["mapping"].meta["class_name"] = "Backdoor"
+    return pickle.dumps({"G_ema": stored})
+
+
+HOSTILE: dict[str, tuple[Callable[[Path], bytes], str]] = {
+    "os.system": (lambda marker: pickle.dumps(snapshot(extra=Runs(marker))), "system"),
+    "os.system beside the networks": (lambda m: pickle.dumps(snapshot(training_set_kwargs=Runs(m))), "system"),
+    "os.system in a storage": (lambda marker: _hostile_storage(pickle.dumps(Runs(marker))), "system"),
+    "unknown class": (lambda _: pickle.dumps(snapshot(extra=Evil())), "Evil"),
+    "unknown persisted class": (lambda _: _other_class(), "Backdoor"),
+    "call at import": (lambda m: _with_source(SOURCE + f"\nnp.save({str(m)!r}, 1)\n"), "side effects"),
+    "import of os": (lambda m: _with_source(SOURCE + f"\nimport os\nos.system('touch {m}')\n"), "'os'"),
+    "import inside a function": (lambda _: _with_source("def f():\n    import subprocess\n"), "subprocess"),
+    "exec": (lambda _: _with_source("def f():\n    exec('1')\n"), "exec"),
+    "decorator": (lambda _: _with_source("import torch\n@torch.hub.load\ndef f(): pass\n"), "decorator"),
+    "default value": (lambda _: _with_source("import torch\ndef f(x=torch.load('x')): pass\n"), "computes"),
+    "class body": (lambda _: _with_source("import torch\nclass A:\n    x = torch.load('x')\n"), "computes"),
+    "metaclass": (lambda _: _with_source("import torch\nclass A(metaclass=torch.B): pass\n"), "metaclass"),
+    "patch": (lambda _: _with_source("import torch\ntorch.load = None\n"), "side effects"),
+    "no Python": (lambda _: _with_source("def ("), "no Python"),
+    "deep source": (lambda _: _with_source("x = " + "-" * 100_000 + "1"), "no Python"),
+    "not a pickle": (lambda _: b"\x89PNG\r\n\x1a\n" + bytes(100), "no official checkpoint"),
+    "empty": (lambda _: b"", "no readable pickle"),
+    "truncated": (lambda _: pickle.dumps(snapshot())[:-1000], "no readable pickle"),
+    "trailing data": (lambda _: pickle.dumps(snapshot()) + b"x", "behind the end"),
+    "not a dictionary": (lambda _: pickle.dumps([1, 2]), "no dictionary"),
+    "no G_ema": (lambda _: pickle.dumps({"G": None}), "has no G_ema"),
+    "G_ema of text": (lambda _: pickle.dumps({"G_ema": "x"}), "no persisted network"),
+    "discriminator as G_ema": (lambda _: pickle.dumps({"G_ema": discriminator()}), "not a Generator"),
+    "TensorFlow": (lambda _: b"cdnnlib.tflib.network\nNetwork\n.", "TensorFlow"),
+    "nesting": (lambda _: b"]" * 200_000 + b"a" * 199_999 + b".", "no dictionary"),
+    "memo bomb": (lambda _: b"\x80\x04Nr\xff\xff\xff\x7f.", "no dictionary"),
+    "bytes bomb": (lambda _: b"\x80\x04\x8e" + (2**40).to_bytes(8, "little") + b"x.", "no readable pickle"),
+    "hash bomb": (lambda _: b"(K\x01" + b"2\x86" * 200 + b"N" + b"d.", "as a key"),
+    "itself": (lambda _: b"\x80\x04}\x94\x8c\x05G_emah\x00s.", "no persisted network"),
+    "stretched tensor": (
+        lambda _: _with_tensor(lambda args: (torch.zeros(1).__reduce_ex__(4)[1][0], 0, (12,), (0,))),
+        "fc0",
+    ),
+    "long tensor": (lambda _: _with_tensor(lambda args: (args[0], 8, (12,), (1,))), "mapping.fc0.bias"),
+    "negative stride": (lambda _: _with_tensor(lambda args: (args[0], 11, (12,), (-1,))), "mapping.fc0.bias"),
+    "storage of text": (lambda _: _hostile_storage(b"text"), "mapping.fc0.bias"),
+    "not finite": (lambda _: _with_tensor(lambda _args: torch.full((12,), torch.nan).__reduce_ex__(4)[1]), "finite"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_and_damaged_files_are_refused_and_nothing_runs(tmp_path: Path, case: str) -> None:
+    make, reason = HOSTILE[case]
+    marker = tmp_path / "pwned"
+    path = save(tmp_path, make(marker))
+    with pytest.raises(BundleError, match=reason) as caught:
+        read_official(path)
+    assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
+    assert not marker.exists()
+
+
+def test_a_file_cut_or_changed_anywhere_gives_an_error_or_a_generator(tmp_path: Path) -> None:
+    data = pickle.dumps({"G_ema": generator(replace(CONFIG, img_resolution=8, mapping_layers=1))})
+    random = np.random.default_rng(0)
+    for _ in range(60):
+        changed = bytearray(data)
+        for position in random.integers(0, len(data), 4):
+            changed[position] = random.integers(256)
+        for candidate in (bytes(changed), data[: random.integers(len(data))]):
+            try:
+                assert isinstance(read_official(save(tmp_path, candidate)).generator, Generator)
+            except BundleError:
+                continue
+
+
+# -- dermis bundle import
+
+
+def test_import_writes_a_bundle(tmp_path: Path) -> None:
+    path = save(tmp_path, snapshot())
+    out = tmp_path / "moles"
+    options = ["--class-names", "benign,malignant", "--licence", "CC-BY-NC-4.0", "--attribution", "ISIC"]
+    result = CliRunner().invoke(app, ["bundle", "import", str(path), str(out), *options])
+    assert result.exit_code == 0, result.output
+    bundle = open_bundle(out)
+    assert (bundle.name, bundle.class_names) == ("moles", ("benign", "malignant"))
+    assert bundle.discriminator == D_CONFIG and bundle.generator == CONFIG
+    assert bundle.provenance["kimg"] == 120 and bundle.provenance["licence"] == "CC-BY-NC-4.0"
+    assert "someone" not in (out / "bundle.json").read_text()
+    read = read_official(path).generator.state_dict()
+    assert all(torch.equal(value, read[key]) for key, value in load_generator(bundle).state_dict().items())
+
+
+def test_a_discriminator_that_is_not_supported_is_left_out_aloud(tmp_path: Path) -> None:
+    path = save(tmp_path, snapshot(D=discriminator(architecture="orig")))
+    result = CliRunner().invoke(
+        app, ["bundle", "import", str(path), str(tmp_path / "strict"), "--require-discriminator"]
+    )
+    assert isinstance(result.exception, BundleError) and not (tmp_path / "strict").exists()
+    result = CliRunner().invoke(app, ["bundle", "import", str(path), str(tmp_path / "loose")])
+    assert result.exit_code == 0 and "warning" in result.stderr and "'orig'" in result.stderr
+    assert open_bundle(tmp_path / "loose").discriminator is None
+
+
+def test_a_refused_import_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    path = save(tmp_path, pickle.dumps(Runs(tmp_path / "pwned")))
+    command = [sys.executable, "-m", "commands.main", "bundle", "import", str(path), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and str(path) in done.stderr
+    assert list(tmp_path.iterdir()) == [path]
