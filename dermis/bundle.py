@@ -402,11 +402,10 @@ def _put(fresh: Path, out: Path) -> None:
     if not (out / DESCRIPTOR).is_file():
         raise BundleError(f"{out}: is no bundle, so it is not replaced; choose another folder")
     old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.old-"))
-    out.rename(old / out.name)
     try:
+        out.rename(old / out.name)
         fresh.rename(out)
-    except OSError:
-        (old / out.name).rename(out)
-        raise
     finally:
-        shutil.rmtree(old, ignore_errors=True)
+        if not out.exists():
+            (old / out.name).rename(out)
+        shutil.rmtree(old, ignore_errors=True)  # not reached if the old bundle could not come back

@@ -1,0 +1,240 @@
+"""A bundle is whole or refused, and writing one never leaves half of it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from commands.main import app
+from dermis.bundle import (
+    BUNDLE_FORMAT,
+    Bundle,
+    amend_bundle,
+    load_discriminator,
+    load_generator,
+    open_bundle,
+    write_bundle,
+)
+from dermis.errors import BundleError
+from dermis.networks import Discriminator, DiscriminatorConfig, Generator, GeneratorConfig
+
+
+def network(c_dim: int = 2) -> Generator:
+    torch.manual_seed(0)
+    return Generator(GeneratorConfig(8, c_dim, z_dim=4, w_dim=4, mapping_layers=1, channel_base=32, channel_max=8))
+
+
+def make(out: Path, c_dim: int = 2, **options: Any) -> Bundle:
+    arguments: dict[str, Any] = {
+        "name": "tiny",
+        "generator": network(c_dim),
+        "class_names": ("benign", "malignant")[:c_dim],
+        "provenance": {"kimg": 1, "licence": "CC0-1.0"},
+        "metrics": {"kid": 0.5},
+        "model_card": "# tiny\n",
+        "images": {"samples.png": b"png"},
+    }
+    return write_bundle(out, **arguments | options)
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    path = folder / "bundle.json"
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+
+
+def test_what_is_written_is_what_opens(tmp_path: Path) -> None:
+    D = Discriminator(DiscriminatorConfig(8, 2, channel_base=32, channel_max=8, mapping_layers=1))
+    made = make(tmp_path / "b", discriminator=D)
+    bundle = open_bundle(str(tmp_path / "b") + "/")
+    assert bundle == made
+    assert (bundle.name, bundle.class_names, bundle.metrics) == ("tiny", ("benign", "malignant"), {"kid": 0.5})
+    loaded = load_generator(bundle)
+    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in network().state_dict().items())
+    assert load_discriminator(bundle).state_dict().keys() == D.state_dict().keys()
+
+
+def test_half_storage_is_loaded_as_float32(tmp_path: Path) -> None:
+    full, half = make(tmp_path / "full"), make(tmp_path / "half", weights_dtype="fp16")
+    name = "generator.safetensors"
+    assert half.files[name].bytes < 0.75 * full.files[name].bytes and half.digest != full.digest
+    value, stored = load_generator(half).state_dict(), network().state_dict()
+    assert all(torch.equal(value[key], stored[key].half().float()) for key in stored)
+
+
+def test_the_same_content_has_the_same_identity(tmp_path: Path) -> None:
+    first, second = make(tmp_path / "a"), make(tmp_path / "b")
+    assert first.digest == second.digest
+    assert make(tmp_path / "c", provenance={"kimg": 2}).digest != first.digest
+
+
+def test_labels_without_names_are_numbered(tmp_path: Path) -> None:
+    assert make(tmp_path / "a", class_names=()).class_names == ("class0", "class1")
+    assert make(tmp_path / "b", c_dim=0).class_names == ()
+
+
+# -- damage
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def _files(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    return lambda b: rewrite(b, lambda document: change(document["files"]))
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "changed weights": (lambda b: _flip(b / "generator.safetensors"), "generator.safetensors.*SHA-256"),
+    "changed card": (lambda b: _flip(b / "MODEL_CARD.md"), "MODEL_CARD.md.*SHA-256"),
+    "longer file": (lambda b: (b / "samples.png").write_bytes(b"png more"), "samples.png"),
+    "missing file": (lambda b: (b / "metrics.json").unlink(), "metrics.json is missing"),
+    "extra file": (lambda b: (b / "extra.py").write_text("print()"), "does not list extra.py"),
+    "no descriptor": (lambda b: (b / "bundle.json").unlink(), "bundle.json is missing"),
+    "descriptor of text": (lambda b: (b / "bundle.json").write_text("hello"), "is not JSON"),
+    "deep descriptor": (lambda b: (b / "bundle.json").write_text("[" * 100_000), "is not JSON"),
+    "descriptor of a list": (lambda b: (b / "bundle.json").write_text("[]"), "bundle.json"),
+    "newer format": (
+        lambda b: rewrite(b, lambda d: d.update(format_version=BUNDLE_FORMAT + 1)),
+        "install a newer dermis",
+    ),
+    "unknown field": (lambda b: rewrite(b, lambda d: d.update(code="x")), "code"),
+    "other classes": (lambda b: rewrite(b, lambda d: d["class_names"].append("nevus")), "3 class names"),
+    "class name as a path": (
+        lambda b: rewrite(b, lambda d: d.update(class_names=["benign", "../etc"])),
+        "class name '../etc'",
+    ),
+    "bundle name as a path": (lambda b: rewrite(b, lambda d: d.update(name="../tiny")), "name"),
+    "impossible network": (lambda b: rewrite(b, lambda d: d["generator"].update(img_resolution=9)), "power of two"),
+    "unknown option": (lambda b: rewrite(b, lambda d: d["generator"].update(magic=1)), "generator"),
+    "path out of the bundle": (
+        _files(lambda files: files.update({"../secret": {"sha256": "0" * 64, "bytes": 1}})),
+        "'../secret' is not a file name",
+    ),
+    "absolute path": (
+        _files(lambda files: files.update({"/etc/passwd": {"sha256": "0" * 64, "bytes": 1}})),
+        "'/etc/passwd' is not a file name",
+    ),
+    "weights not listed": (_files(lambda files: files.pop("generator.safetensors")), "does not list"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damage_is_refused_and_named(tmp_path: Path, case: str) -> None:
+    make(tmp_path / "b")
+    damage, reason = DAMAGE[case]
+    damage(tmp_path / "b")
+    with pytest.raises(BundleError, match=reason) as caught:
+        open_bundle(tmp_path / "b")
+    assert str(tmp_path / "b") in str(caught.value)
+
+
+def test_a_consistent_lie_about_the_network_is_found_when_it_loads(tmp_path: Path) -> None:
+    make(tmp_path / "b")
+    rewrite(tmp_path / "b", lambda document: document["generator"].update(z_dim=5))
+    with pytest.raises(BundleError, match=r"tensors do not fit.*mapping\.fc0"):
+        load_generator(open_bundle(tmp_path / "b"))
+
+
+def test_weights_changed_after_opening_are_not_loaded(tmp_path: Path) -> None:
+    bundle = make(tmp_path / "b")
+    _flip(tmp_path / "b" / "generator.safetensors")
+    with pytest.raises(BundleError, match="SHA-256"):
+        load_generator(bundle)
+
+
+# -- writing
+
+
+@pytest.mark.parametrize(("call", "count"), [("fsync", 1), ("fsync", 3), ("rename", 1), ("rename", 2)])
+@pytest.mark.parametrize("crash", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_crash_while_writing_keeps_the_old_bundle_and_leaves_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, count: int, crash: BaseException
+) -> None:
+    old = make(tmp_path / "b")
+    owner: Any = os if call == "fsync" else Path
+    original = getattr(owner, call)
+    calls = []
+
+    def failing(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == count:
+            raise crash
+        return original(*args)
+
+    monkeypatch.setattr(owner, call, failing)
+    with pytest.raises(BundleError if isinstance(crash, OSError) else KeyboardInterrupt):
+        make(tmp_path / "b", provenance={"kimg": 2}, replace=True)
+    assert list(tmp_path.iterdir()) == [tmp_path / "b"]
+    assert open_bundle(tmp_path / "b") == old
+
+
+def test_a_crash_while_writing_leaves_no_half_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(BundleError, match="No space left"):
+        make(tmp_path / "b")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_folder_is_replaced_on_request_only(tmp_path: Path) -> None:
+    old = make(tmp_path / "b")
+    with pytest.raises(BundleError, match="exists already"):
+        make(tmp_path / "b", provenance={"kimg": 2})
+    assert open_bundle(tmp_path / "b") == old
+    assert make(tmp_path / "b", provenance={"kimg": 2}, replace=True).digest != old.digest
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.txt").write_text("years of work")
+    with pytest.raises(BundleError, match="is no bundle"):
+        make(tmp_path / "home", replace=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "home"]
+    assert (tmp_path / "home" / "thesis.txt").read_text() == "years of work"
+
+
+def test_what_cannot_be_read_back_is_not_written(tmp_path: Path) -> None:
+    broken = network()
+    broken.get_parameter("synthesis.b8.conv0.bias").data[0] = torch.nan
+    cases: list[dict[str, Any]] = [
+        {"generator": broken},
+        {"name": "../b"},
+        {"class_names": ("benign",)},
+        {"class_names": ("Benign", "benign")},
+        {"provenance": {"kimg": float("nan")}},
+        {"images": {"../samples.png": b""}},
+        {"images": {"bundle.json": b""}},
+    ]
+    for options in cases:
+        with pytest.raises(BundleError):
+            make(tmp_path / "b", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_amending_keeps_the_weights_to_the_byte(tmp_path: Path) -> None:
+    old = make(tmp_path / "b")
+    new = amend_bundle(old, metrics={"kid": 0.25}, model_card="# better\n")
+    assert new.digest != old.digest and new.metrics == {"kid": 0.25} and new.model_card == "# better\n"
+    assert new.files["generator.safetensors"] == old.files["generator.safetensors"]
+
+
+def test_verify_and_show_on_the_command_line(tmp_path: Path) -> None:
+    bundle = make(tmp_path / "b")
+    good = CliRunner().invoke(app, ["bundle", "verify", str(tmp_path / "b")])
+    assert good.exit_code == 0 and bundle.digest in good.output
+    shown = json.loads(CliRunner().invoke(app, ["bundle", "show", str(tmp_path / "b")]).output)
+    assert shown["digest"] == bundle.digest and shown["generator"]["img_resolution"] == 8
+    _flip(tmp_path / "b" / "generator.safetensors")
+    bad = CliRunner().invoke(app, ["bundle", "verify", str(tmp_path / "b")])
+    assert isinstance(bad.exception, BundleError)
