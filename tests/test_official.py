@@ -102,7 +102,7 @@ class Persisted:
     """An object that pickles as the official persistence does."""
 
     def __init__(self, class_name: str, state: dict[str, Any], source: str = SOURCE) -> None:
-        self.meta = {
+        self.meta: dict[str, Any] = {
             "type": "class", "version": 6, "module_src": source, "class_name": class_name, "state": state,
         }  # fmt: skip
 
@@ -150,7 +150,7 @@ def generator(config: GeneratorConfig = CONFIG, **changes: Any) -> Persisted:
 
 def discriminator(config: DiscriminatorConfig = D_CONFIG, **changes: Any) -> Persisted:
     torch.manual_seed(1)
-    kwargs = {
+    kwargs: dict[str, Any] = {
         "c_dim": config.c_dim, "img_resolution": config.img_resolution, "img_channels": 3,
         "channel_base": config.channel_base, "channel_max": config.channel_max, "num_fp16_res": config.num_fp16_res,
         "conv_clamp": config.conv_clamp, "epilogue_kwargs": EasyDict(mbstd_group_size=4),
@@ -275,12 +275,18 @@ class Evil:
     """A class of nobody's."""
 
 
+def _rebuilt(tensor: torch.Tensor) -> tuple[Any, Any]:
+    """The function and the arguments that rebuild a tensor."""
+    function, args = tensor.__reduce_ex__(4)[:2]  # type: ignore[no-untyped-call]
+    return function, args
+
+
 def _with_tensor(change: Callable[[tuple[Any, ...]], tuple[Any, ...]]) -> bytes:
     """A checkpoint whose bias of mapping.fc0 is rebuilt with other arguments."""
 
     class Changed:
         def __reduce__(self) -> tuple[Any, ...]:
-            function, args = torch.zeros(12).__reduce_ex__(4)[:2]
+            function, args = _rebuilt(torch.zeros(12))
             return function, change(args)
 
     stored = generator()
@@ -338,13 +344,13 @@ HOSTILE: dict[str, tuple[Callable[[Path], bytes], str]] = {
     "hash bomb": (lambda _: b"(K\x01" + b"2\x86" * 200 + b"N" + b"d.", "as a key"),
     "itself": (lambda _: b"\x80\x04}\x94\x8c\x05G_emah\x00s.", "no persisted network"),
     "stretched tensor": (
-        lambda _: _with_tensor(lambda args: (torch.zeros(1).__reduce_ex__(4)[1][0], 0, (12,), (0,))),
+        lambda _: _with_tensor(lambda args: (_rebuilt(torch.zeros(1))[1][0], 0, (12,), (0,))),
         "fc0",
     ),
     "long tensor": (lambda _: _with_tensor(lambda args: (args[0], 8, (12,), (1,))), "mapping.fc0.bias"),
     "negative stride": (lambda _: _with_tensor(lambda args: (args[0], 11, (12,), (-1,))), "mapping.fc0.bias"),
     "storage of text": (lambda _: _hostile_storage(b"text"), "mapping.fc0.bias"),
-    "not finite": (lambda _: _with_tensor(lambda _args: torch.full((12,), torch.nan).__reduce_ex__(4)[1]), "finite"),
+    "not finite": (lambda _: _with_tensor(lambda _args: _rebuilt(torch.full((12,), torch.nan))[1]), "finite"),
 }
 
 
