@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -64,9 +64,6 @@ class GeneratorConfig:
         """Number of style vectors: two a resolution, i.e. 2 log2(resolution) - 2 (paper: 14 at 256 px)."""
         return 2 * int(math.log2(self.img_resolution)) - 2
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class DiscriminatorConfig:
@@ -94,9 +91,6 @@ class DiscriminatorConfig:
     def __post_init__(self) -> None:
         _check_resolution(self.img_resolution)
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def _check_resolution(resolution: int) -> None:
     if resolution < 8 or resolution & (resolution - 1):
@@ -118,8 +112,7 @@ def _first_fp16_resolution(config: GeneratorConfig | DiscriminatorConfig) -> flo
     return max(config.img_resolution * 2.0 ** (1 - config.num_fp16_res), 8.0)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Filters, activation, equalised layers
+# -- filters, activation, equalised layers
 
 
 def fir_filter(taps: Sequence[float] = FIR_TAPS) -> Tensor:
@@ -227,8 +220,7 @@ class Conv2dLayer(nn.Module):
         return x if clamp is None else x.clamp(-clamp, clamp)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Mapping
+# -- mapping
 
 
 class MappingNetwork(nn.Module):
@@ -261,9 +253,8 @@ class MappingNetwork(nn.Module):
             self.embed = FullyConnectedLayer(c_dim, embed_features)
         features = [z_dim + embed_features, *[layer_features] * (num_layers - 1), w_dim]
         for i in range(num_layers):
-            self.add_module(
-                f"fc{i}", FullyConnectedLayer(features[i], features[i + 1], "lrelu", lr_multiplier=lr_multiplier)
-            )
+            fc = FullyConnectedLayer(features[i], features[i + 1], "lrelu", lr_multiplier=lr_multiplier)
+            self.add_module(f"fc{i}", fc)
         if num_ws is not None and w_avg_beta is not None:
             self.register_buffer("w_avg", torch.zeros(w_dim))
 
@@ -301,8 +292,7 @@ class MappingNetwork(nn.Module):
         return torch.cat([self.w_avg.lerp(ws[:, :cutoff], truncation_psi), ws[:, cutoff:]], dim=1)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Synthesis
+# -- synthesis
 
 
 def modulated_conv2d(
@@ -495,8 +485,7 @@ class Generator(nn.Module):
         return img
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Discriminator
+# -- discriminator
 
 
 class DiscriminatorBlock(nn.Module):
@@ -553,9 +542,8 @@ class DiscriminatorEpilogue(nn.Module):
         self.cmap_dim = cmap_dim
         self.mbstd_group_size = config.mbstd_group_size
         self.mbstd_num_channels = config.mbstd_num_channels
-        self.conv = Conv2dLayer(
-            channels + config.mbstd_num_channels, channels, 3, activation="lrelu", conv_clamp=config.conv_clamp
-        )
+        in_channels = channels + config.mbstd_num_channels
+        self.conv = Conv2dLayer(in_channels, channels, 3, activation="lrelu", conv_clamp=config.conv_clamp)
         self.fc = FullyConnectedLayer(channels * 16, channels, "lrelu")
         self.out = FullyConnectedLayer(channels, 1 if cmap_dim == 0 else cmap_dim)
 
@@ -563,8 +551,7 @@ class DiscriminatorEpilogue(nn.Module):
         x = x.float()
         if self.mbstd_num_channels > 0:
             x = minibatch_std(x, self.mbstd_group_size, self.mbstd_num_channels)
-        x = self.conv(x)
-        x = self.out(self.fc(x.flatten(1)))
+        x = self.out(self.fc(self.conv(x).flatten(1)))
         if cmap is not None:  # projection discriminator, arXiv 1802.05637
             x = (x * cmap).sum(dim=1, keepdim=True) / math.sqrt(self.cmap_dim)
         return x
