@@ -337,9 +337,7 @@ class SynthesisLayer(nn.Module):
         conv_clamp: float | None = None,
     ) -> None:
         super().__init__()
-        self.resolution = resolution
-        self.up = up
-        self.conv_clamp = conv_clamp
+        self.resolution, self.up, self.conv_clamp = resolution, up, conv_clamp
         self.affine = FullyConnectedLayer(w_dim, in_channels, bias_init=1.0)
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, 3, 3))
         self.register_buffer("noise_const", torch.randn(resolution, resolution))
