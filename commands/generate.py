@@ -24,7 +24,7 @@ _BEGUN = ".partial/plan.json"
 
 
 def generate(
-    out: Annotated[Path, typer.Option(help="Folder of the dataset. One that was begun is continued.")],
+    out: Annotated[str, typer.Option(help="Folder or fsspec URL of the dataset. One that was begun is continued.")],
     bundle: Annotated[str, typer.Option(help="Bundle folder or fsspec URL.")] = str(DEMO),
     classes: Annotated[str | None, typer.Option(help="Images of each class, as malignant=500,benign=500.")] = None,
     manifest: Annotated[
