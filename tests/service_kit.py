@@ -1,0 +1,156 @@
+"""The gateway and the dataset jobs in this process, around a generator that is a pure function of its rows."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from starlette.testclient import TestClient
+
+from dermis.dataset.manifest import finalize
+from dermis.dataset.plan import plan
+from dermis.dataset.request import DatasetRequest, classes_of
+from dermis.dataset.shards import write_shard
+from dermis.dataset.store import Store
+from services.gateway.app import create_app
+from services.gateway.dependencies import Context
+from services.jobs.service import DatasetJobs
+from services.jobs.table import JobTable
+from services.jobs.work import Workshop
+from services.models import Models
+from services.samples import Image, Options, Samples, pack
+from services.settings import Settings
+
+IDENTITY = {"device": "fake"}
+
+
+def draw(rows: Samples) -> list[Image]:
+    """A 16 px image that differs with everything an image depends on."""
+    keys = [hash(tuple(row)[1:]) % 2**32 for row in rows.tolist()]
+    return [np.random.default_rng(key).integers(0, 256, (16, 16, 3), dtype=np.uint8) for key in keys]
+
+
+@dataclass
+class FakeGenerator:
+    """`draw`, that can be made to wait or to fail."""
+
+    gate: threading.Event = field(default_factory=threading.Event)
+    failures: list[Exception] = field(default_factory=list)
+    calls: int = 0
+
+    def __post_init__(self) -> None:
+        self.gate.set()
+
+    async def images(self, rows: Samples) -> list[Image]:
+        while not self.gate.is_set():
+            await asyncio.sleep(0.01)
+        self.calls += 1
+        if self.failures:
+            raise self.failures.pop(0)
+        return draw(rows)
+
+    async def identity(self, _digest: str) -> Mapping[str, str]:
+        return IDENTITY
+
+
+@dataclass
+class Service:
+    """What a test holds of a running service."""
+
+    client: TestClient
+    generator: FakeGenerator
+    jobs: DatasetJobs
+    models: Models
+    settings: Settings
+    shop: Workshop
+
+    def ask(self, body: Mapping[str, Any], **headers: str) -> dict[str, Any]:
+        """Ask for a dataset that is accepted."""
+        answer = self.client.post("/v1/datasets", json=body, headers=headers)
+        assert answer.status_code == 202, answer.text
+        dataset: dict[str, Any] = answer.json()
+        return dataset
+
+    def wait(self, dataset: Mapping[str, Any], *states: str, seconds: float = 20) -> dict[str, Any]:
+        """The dataset once it is in one of `states` (default: once it has ended)."""
+        ends = states or ("succeeded", "failed", "cancelled")
+        found: dict[str, Any] = {}
+        wait_for(
+            lambda: found.update(self.client.get(dataset["links"]["self"]).json()) or found["state"] in ends, seconds
+        )
+        return found
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 20) -> None:
+    """Return when `condition()` is true; TimeoutError if it does not become so."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        time.sleep(0.02)
+
+
+@contextmanager
+def service(bundles: Path | str, data_dir: Path, **settings: Any) -> Iterator[Service]:
+    """A service in this process. One at a time: DBOS is one a process."""
+    values = Settings(_env_file=None, bundles=(str(bundles),), data_dir=data_dir, min_free_bytes=0, **settings)
+    models = Models(values.bundles)
+    generator = FakeGenerator()
+    made: list[tuple[DatasetJobs, Workshop]] = []
+
+    @asynccontextmanager
+    async def running() -> AsyncIterator[Context]:
+        shop = Workshop(
+            table=JobTable(values.jobs_url),
+            models=models,
+            generate=generator.images,
+            identity=generator.identity,
+            loop=asyncio.get_running_loop(),
+            storage=values.storage,
+            min_free_bytes=values.min_free_bytes,
+        )
+        jobs = DatasetJobs(values, shop)
+        made.append((jobs, shop))
+
+        async def not_ready() -> str | None:
+            return "; ".join(models.check().values()) or None
+
+        async def not_alive() -> str | None:
+            return None
+
+        await asyncio.to_thread(jobs.start)
+        try:
+            yield Context(values, models, jobs, generator.images, not_ready, not_alive, shop.stopping)
+        finally:
+            await asyncio.to_thread(jobs.stop)
+
+    with TestClient(create_app(values, running), raise_server_exceptions=False) as client:
+        try:
+            yield Service(client, generator, made[0][0], models, values, made[0][1])
+        finally:
+            generator.gate.set()
+
+
+def make_directly(bundle: Any, request: Mapping[str, Any], folder: Path) -> dict[str, bytes]:
+    """The files that the library makes of a request, without any service, by name."""
+    wanted = DatasetRequest.model_validate(request)
+    planned = plan(wanted, bundle.digest, classes_of(bundle))
+    options = Options(bundle.digest, wanted.truncation_psi, wanted.truncation_cutoff, wanted.noise_mode)
+    store = Store(folder)
+    for shard in range(planned.shards):
+        write_shard(
+            planned,
+            shard,
+            lambda indices, labels: np.stack(draw(pack(options, wanted.seed, indices, labels))),
+            store,
+            identity=IDENTITY,
+        )
+    finalize(planned, store, bundle, IDENTITY)
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
