@@ -87,6 +87,15 @@ class Service:
         )
         return found
 
+    def wait_for_shards(self, dataset: Mapping[str, Any], shards: int) -> None:
+        """Return once that many shards of a dataset are done."""
+
+        def done() -> bool:
+            found = self.client.get(dataset["links"]["self"]).json()
+            return bool(found["progress"]["shards_done"] >= shards)
+
+        wait_for(done)
+
 
 def wait_for(condition: Callable[[], Any], seconds: float = 20) -> None:
     """Return when `condition()` is true; TimeoutError if it does not become so."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
+import re
 import uuid
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -25,6 +27,8 @@ from services.jobs.table import IdempotencyConflictError, Job, JobTable, TooMany
 from services.jobs.work import Workshop
 from services.settings import Settings
 
+logger = logging.getLogger("dermis.jobs")
+
 _LISTINGS_KEPT = 64
 
 
@@ -44,6 +48,7 @@ class DatasetJobs:
         if settings.storage_url is None:
             Path(settings.storage).mkdir(parents=True, exist_ok=True)
         self._table.open()
+        self._remove_orphans()
         executor_id = self._stack.enter_context(executor_slot(settings.data_dir, settings.executor_id))
         # The lease first: others then know this worker for alive when its workflows start.
         self._table.renew_lease(executor_id, settings.lease_seconds)
@@ -63,6 +68,15 @@ class DatasetJobs:
         workflow.stop()
         self._stack.close()
         self._table.close()
+
+    def _remove_orphans(self) -> None:
+        """Remove the files of jobs that are not in the table, where both belong to this service alone."""
+        if self._settings.storage_url is not None or self._settings.database_url is not None:
+            return
+        for folder in Path(self._settings.storage).iterdir():
+            if re.fullmatch(r"ds_[0-9a-f]{32}", folder.name) and self._table.get(folder.name) is None:
+                logger.warning("files without a job removed", extra={"dataset": folder.name})
+                work.remove_files(self._shop, folder.name)
 
     def submit(self, request: DatasetRequest, idempotency_key: str | None = None) -> Job:
         """Start a job, or find the one that this key started."""
