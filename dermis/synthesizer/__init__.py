@@ -16,7 +16,8 @@ import numpy.typing as npt
 from dermis.errors import RequestError
 from dermis.latents import noise_for, z_for
 from dermis.networks import Generator, NoiseMode
-from dermis.synthesizer.backend import Backend, Bytes, Float, make_backend
+from dermis.synthesizer.backend import Backend, Bytes, Float
+from dermis.synthesizer.choice import make_backend
 from dermis.synthesizer.network import constant_noise, noise_resolutions
 
 if TYPE_CHECKING:
