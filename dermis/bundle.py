@@ -324,8 +324,11 @@ def _load(bundle: Bundle, file: str, network: type[Network], config: Any) -> Net
     except safetensors.SafetensorError as error:
         raise BundleError(f"{bundle.location}/{file}: is no safetensors file ({error})") from None
     # On "meta" a network of any size costs nothing until its shapes are known to agree with the file.
-    with torch.device("meta"):
-        model = network(config)
+    try:
+        with torch.device("meta"):
+            model = network(config)
+    except RuntimeError as error:
+        raise BundleError(f"{bundle.location}/{DESCRIPTOR}: describes an impossible network ({error})") from None
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     actual = {key: tuple(value.shape) for key, value in state.items()}
     if expected != actual:

@@ -55,9 +55,9 @@ class GeneratorConfig:
     conv_clamp: float | None = None
 
     def __post_init__(self) -> None:
-        _check_resolution(self.img_resolution)
-        if self.z_dim <= 0 or self.w_dim <= 0 or self.c_dim < 0 or self.mapping_layers < 1:
-            raise ValueError("z_dim, w_dim and mapping_layers must be positive and c_dim at least 0")
+        _check_sizes(self)
+        if self.z_dim <= 0 or self.w_dim <= 0:
+            raise ValueError("z_dim and w_dim must be positive")
 
     @property
     def num_ws(self) -> int:
@@ -89,12 +89,17 @@ class DiscriminatorConfig:
     mbstd_num_channels: int = 1
 
     def __post_init__(self) -> None:
-        _check_resolution(self.img_resolution)
+        _check_sizes(self)
 
 
-def _check_resolution(resolution: int) -> None:
+def _check_sizes(config: GeneratorConfig | DiscriminatorConfig) -> None:
+    resolution = config.img_resolution
     if resolution < 8 or resolution & (resolution - 1):
         raise ValueError(f"img_resolution must be a power of two, at least 8; got {resolution}")
+    if config.channel_base < resolution or config.channel_max < 1 or config.img_channels < 1:
+        raise ValueError("channel_base must be at least img_resolution, channel_max and img_channels at least 1")
+    if config.c_dim < 0 or not 1 <= config.mapping_layers <= 64:
+        raise ValueError("c_dim must be at least 0, mapping_layers from 1 to 64")
 
 
 def _channels(config: GeneratorConfig | DiscriminatorConfig, resolution: int) -> int:
@@ -195,9 +200,7 @@ class Conv2dLayer(nn.Module):
         conv_clamp: float | None = None,
     ) -> None:
         super().__init__()
-        self.activation = activation
-        self.down = down
-        self.conv_clamp = conv_clamp
+        self.activation, self.down, self.conv_clamp = activation, down, conv_clamp
         self.padding = kernel_size // 2
         self.weight_gain = 1.0 / math.sqrt(in_channels * kernel_size**2)
         self.act_gain = SQRT2 if activation == "lrelu" else 1.0
@@ -493,8 +496,7 @@ class DiscriminatorBlock(nn.Module):
 
     def __init__(self, in_channels: int, resolution: int, config: DiscriminatorConfig) -> None:
         super().__init__()
-        tmp_channels = _channels(config, resolution)
-        out_channels = _channels(config, resolution // 2)
+        tmp_channels, out_channels = _channels(config, resolution), _channels(config, resolution // 2)
         clamp = config.conv_clamp
         self.in_channels = in_channels
         self.use_fp16 = resolution >= _first_fp16_resolution(config)
@@ -525,8 +527,7 @@ def minibatch_std(x: Tensor, group_size: int | None, num_channels: int) -> Tenso
     if n % group:
         raise ValueError(f"batch size {n} is not a multiple of the mini-batch standard deviation group {group}")
     y = x.reshape(group, n // group, num_channels, c // num_channels, h, w)
-    y = y - y.mean(dim=0)
-    y = (y.square().mean(dim=0) + 1e-8).sqrt().mean(dim=(2, 3, 4))
+    y = ((y - y.mean(dim=0)).square().mean(dim=0) + 1e-8).sqrt().mean(dim=(2, 3, 4))
     y = y.reshape(-1, num_channels, 1, 1).repeat(group, 1, h, w)
     return torch.cat([x, y], dim=1)
 
@@ -538,8 +539,7 @@ class DiscriminatorEpilogue(nn.Module):
         super().__init__()
         channels = _channels(config, 4)
         self.cmap_dim = cmap_dim
-        self.mbstd_group_size = config.mbstd_group_size
-        self.mbstd_num_channels = config.mbstd_num_channels
+        self.mbstd_group_size, self.mbstd_num_channels = config.mbstd_group_size, config.mbstd_num_channels
         in_channels = channels + config.mbstd_num_channels
         self.conv = Conv2dLayer(in_channels, channels, 3, activation="lrelu", conv_clamp=config.conv_clamp)
         self.fc = FullyConnectedLayer(channels * 16, channels, "lrelu")

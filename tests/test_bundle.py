@@ -117,6 +117,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "bundle name as a path": (lambda b: rewrite(b, lambda d: d.update(name="../tiny")), "name"),
     "impossible network": (lambda b: rewrite(b, lambda d: d["generator"].update(img_resolution=9)), "power of two"),
+    "endless mapping": (lambda b: rewrite(b, lambda d: d["generator"].update(mapping_layers=10**9)), "mapping_layers"),
+    "no channels": (lambda b: rewrite(b, lambda d: d["generator"].update(channel_base=4)), "channel_base"),
     "unknown option": (lambda b: rewrite(b, lambda d: d["generator"].update(magic=1)), "generator"),
     "path out of the bundle": (
         _files(lambda files: files.update({"../secret": {"sha256": "0" * 64, "bytes": 1}})),
@@ -144,6 +146,13 @@ def test_a_consistent_lie_about_the_network_is_found_when_it_loads(tmp_path: Pat
     make(tmp_path / "b")
     rewrite(tmp_path / "b", lambda document: document["generator"].update(z_dim=5))
     with pytest.raises(BundleError, match=r"tensors do not fit.*mapping\.fc0"):
+        load_generator(open_bundle(tmp_path / "b"))
+
+
+def test_an_endless_network_is_refused_when_it_loads(tmp_path: Path) -> None:
+    make(tmp_path / "b")
+    rewrite(tmp_path / "b", lambda document: document["generator"].update(channel_base=2**40, channel_max=2**40))
+    with pytest.raises(BundleError, match="impossible network"):
         load_generator(open_bundle(tmp_path / "b"))
 
 
