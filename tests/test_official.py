@@ -199,6 +199,17 @@ def test_stored_attributes_stand_in_for_arguments_that_were_not_given(tmp_path: 
     assert read_official(save(tmp_path, {"G_ema": stored})).generator.config == config
 
 
+def test_the_discriminator_tells_its_statistics_layer_and_frozen_layers(tmp_path: Path) -> None:
+    stored = discriminator(epilogue_kwargs={})
+    empty: dict[str, Any] = {"_parameters": {}, "_buffers": {}, "_modules": {}}
+    layer = Persisted("MinibatchStdLayer", {**empty, "group_size": np.int64(2), "num_channels": 1})
+    stored.state["_modules"]["b4"].state["_modules"]["mbstd"] = layer
+    frozen = stored.state["_modules"]["b16"].state["_modules"]["conv0"].state
+    frozen["_buffers"]["weight"] = frozen["_parameters"].pop("weight").detach()
+    read = read_official(save(tmp_path, snapshot(D=stored))).discriminator
+    assert read is not None and read.config == replace(D_CONFIG, mbstd_group_size=2)
+
+
 def test_half_precision_and_views_are_read(tmp_path: Path) -> None:
     stored = generator()
     affine = stored.state["_modules"]["synthesis"].state["_modules"]["b8"].state["_modules"]["conv0"].state
@@ -237,7 +248,8 @@ UNSUPPORTED: dict[str, Callable[[], Persisted]] = {
     "magnitude_ema_beta": lambda: generator(synthesis_kwargs={"magnitude_ema_beta": 0.99}),
     "img_resolution": lambda: generator(img_resolution=24),
     "w_dim": lambda: generator(w_dim="wide"),
-    "num_layers": lambda: generator(mapping_kwargs={"num_layers": 10**9}),
+    "channel_base must": lambda: generator(img_resolution=2**30),
+    "mapping_layers from 1 to 64": lambda: generator(mapping_kwargs={"num_layers": 10**9}),
     "tensors do not fit": lambda: generator(img_resolution=32),
     "conv_clamp": lambda: generator(synthesis_kwargs={"channel_base": 256, "channel_max": 16, "conv_clamp": 8}),
 }
@@ -312,6 +324,38 @@ def _other_class() -> bytes:
     return pickle.dumps({"G_ema": stored})
 
 
+def _shared_modules() -> Persisted:
+    """2^100 modules to a naive walk."""
+    empty: dict[str, Any] = {"_parameters": {}, "_buffers": {}, "_modules": {}}
+    inner = Persisted("FullyConnectedLayer", empty)
+    for _ in range(100):
+        inner = Persisted("SynthesisBlock", {**empty, "_modules": {"a": inner, "b": inner}})
+    stored = generator()
+    stored.state["_modules"]["other"] = inner
+    return stored
+
+
+def _shared_lists() -> dict[str, Any]:
+    """A million million numbers to a naive copy."""
+    value: Any = 1
+    for _ in range(4):
+        value = [value] * 1000
+    return {"num_layers": value}
+
+
+def _nested() -> list[Any]:
+    value: list[Any] = []
+    for _ in range(400):
+        value = [value]
+    return value
+
+
+def _with_version(version: Any) -> bytes:
+    stored = generator()
+    stored.meta["version"] = version
+    return pickle.dumps({"G_ema": stored})
+
+
 HOSTILE: dict[str, tuple[Callable[[Path], bytes], str]] = {
     "os.system": (lambda marker: pickle.dumps(snapshot(extra=Runs(marker))), "system"),
     "os.system beside the networks": (lambda m: pickle.dumps(snapshot(training_set_kwargs=Runs(m))), "system"),
@@ -343,6 +387,10 @@ HOSTILE: dict[str, tuple[Callable[[Path], bytes], str]] = {
     "bytes bomb": (lambda _: b"\x80\x04\x8e" + (2**40).to_bytes(8, "little") + b"x.", "no readable pickle"),
     "hash bomb": (lambda _: b"(K\x01" + b"2\x86" * 200 + b"N" + b"d.", "as a key"),
     "itself": (lambda _: b"\x80\x04}\x94\x8c\x05G_emah\x00s.", "no persisted network"),
+    "shared modules": (lambda _: pickle.dumps({"G_ema": _shared_modules()}), "in two places"),
+    "shared lists": (lambda _: pickle.dumps({"G_ema": generator(mapping_kwargs=_shared_lists())}), "configuration"),
+    "endless version": (lambda _: _with_version(10**5000), "version 6"),
+    "nested version": (lambda _: _with_version(_nested()), "version 6"),
     "stretched tensor": (
         lambda _: _with_tensor(lambda args: (_rebuilt(torch.zeros(1))[1][0], 0, (12,), (0,))),
         "fc0",

@@ -75,7 +75,7 @@ class OfficialCheckpoint:
     no_discriminator: str
     """Why there is no discriminator; empty if there is one."""
     training_set: Mapping[str, Any]
-    """training_set_kwargs, as far as its values are plain."""
+    """training_set_kwargs, as far as its values are text or numbers."""
     sha256: str
 
 
@@ -109,17 +109,14 @@ def read_official(path: str | Path, network: NetworkName = "G_ema") -> OfficialC
         training_set = _training_set(checkpoint.values.get("training_set_kwargs"))
     except BundleError as error:
         raise BundleError(f"{path}: {error}") from None
+    except (RecursionError, ValueError, OverflowError, MemoryError) as error:
+        raise BundleError(f"{path}: is damaged or tampered with ({type(error).__name__})") from None
     return OfficialCheckpoint(generator, discriminator, reason, training_set, hashlib.sha256(data).hexdigest())
 
 
 def _training_set(record: Any) -> dict[str, Any]:
-    found = {}
-    for key, value in (mapping(record, "training_set_kwargs") if record is not None else {}).items():
-        try:
-            found[key] = plain(value)
-        except BundleError:  # only told, never needed
-            continue
-    return found
+    options = mapping(record, "training_set_kwargs") if record is not None else {}
+    return {key: value for key, value in options.items() if isinstance(value, str | int | float)}
 
 
 def _network(checkpoint: Checkpoint, root: Module, what: str, file_bytes: int, kind: type[Network]) -> Network:
@@ -129,8 +126,11 @@ def _network(checkpoint: Checkpoint, root: Module, what: str, file_bytes: int, k
         config: Any = _generator_config(root, what) if kind is Generator else _discriminator_config(root, what)
     except (TypeError, ValueError, ArithmeticError) as error:
         raise UnsupportedNetworkError(f"{what}: {error}") from None
-    with torch.device("meta"):
-        model = kind(config)
+    try:
+        with torch.device("meta"):
+            model = kind(config)
+    except (RuntimeError, ArithmeticError) as error:
+        raise UnsupportedNetworkError(f"{what}: its options make impossible tensors ({error})") from None
     records = tensors(root)
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     found = {key: shape(record, f"{what}.{key}") for key, record in records.items()}
@@ -245,8 +245,6 @@ def _mapping(what: str, given: Mapping[str, Any], root: Module) -> dict[str, Any
         what, given, "mapping_kwargs", ("num_layers", "embed_features", "layer_features", "lr_multiplier", "w_avg_beta")
     )
     layers = _integer(what, "num_layers", _mapping_option(what, given, root, "num_layers", 8), least=1)
-    if layers > 64:
-        raise ValueError(f"mapping_kwargs.num_layers={layers} is more than any official network has")
     multiplier = options.get("lr_multiplier", _attribute(first, "bias_gain", 0.01))
     sizes = {key: options.get(key) for key in ("embed_features", "layer_features")}
     return {

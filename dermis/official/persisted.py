@@ -59,7 +59,7 @@ CLASSES = frozenset({
     "FullyConnectedLayer", "Conv2dLayer", "Discriminator", "DiscriminatorBlock", "DiscriminatorEpilogue",
     "MinibatchStdLayer", "AugmentPipe",
 })  # fmt: skip
-_MAX_DEPTH = 12
+_MAX_ITEMS = 32  # of a list or dictionary in a configuration; small, because a pickle can share them many times
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 
@@ -76,7 +76,8 @@ class Module:
         return plain(self.state.get(name))
 
     def children(self) -> dict[str, Any]:
-        return mapping(self.state.get("_modules"), "_modules")
+        found = mapping(self.state.get("_modules"), "_modules")
+        return {name: value for name, value in found.items() if value is not None}
 
 
 @dataclass
@@ -120,7 +121,7 @@ def _meta(call: Call) -> dict[str, Any]:
     if kind != "class" or not isinstance(meta.get("module_src"), str) or not isinstance(name, str):
         raise BundleError("holds a persisted object that is no class with a source; it is damaged or tampered with")
     if not isinstance(version, int) or version > 6:
-        raise BundleError(f"persists objects in version {version!r:.20}; dermis reads up to version 6")
+        raise BundleError("persists objects in another format than dermis reads (up to version 6)")
     if name not in CLASSES:
         raise BundleError(f"persists an object of the unknown class {name!r:.100}; only official networks can be read")
     return meta
@@ -145,14 +146,16 @@ def mapping(value: Any, what: str) -> dict[str, Any]:
 
 def plain(value: Any, depth: int = 0) -> Any:
     """Configuration values: numbers, strings, None, and short lists and dictionaries of them."""
-    if depth > 4:
+    if depth > 3:
         raise BundleError("nests its configuration deeper than any official checkpoint")
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    if isinstance(value, list | tuple) and len(value) <= 1000:
+    if isinstance(value, list | tuple) and len(value) <= _MAX_ITEMS:
         return [plain(item, depth + 1) for item in value]
     if isinstance(value, dict) or (isinstance(value, Call) and value.name in _MAPPINGS):
-        return {key: plain(item, depth + 1) for key, item in mapping(value, "a configuration").items()}
+        options = mapping(value, "a configuration")
+        if len(options) <= _MAX_ITEMS:
+            return {key: plain(item, depth + 1) for key, item in options.items()}
     if isinstance(value, Call) and value.name in _SCALAR and len(value.args) == 2:
         return _numpy_scalar(*value.args)
     raise BundleError(f"holds a configuration value that is no number, text or list ({_describe(value)})")
@@ -186,10 +189,12 @@ def _bytes(record: Any) -> Any:
 # -- tensors
 
 
-def tensors(root: Module, prefix: str = "", depth: int = 0) -> dict[str, Call]:
+def tensors(root: Module, prefix: str = "", seen: set[int] | None = None) -> dict[str, Call]:
     """Records of all parameters and persistent buffers under their state_dict names."""
-    if depth > _MAX_DEPTH:
-        raise BundleError("nests its networks deeper than any official checkpoint")
+    seen = set() if seen is None else seen
+    if id(root.state) in seen:
+        raise BundleError(f"holds {prefix[:-1]:.100} in two places, as no official checkpoint does")
+    seen.add(id(root.state))
     found: dict[str, Call] = {}
     skipped = root.state.get("_non_persistent_buffers_set", set())
     if isinstance(skipped, Call) and skipped.args:  # how older pickle protocols write a set
@@ -204,9 +209,7 @@ def tensors(root: Module, prefix: str = "", depth: int = 0) -> dict[str, Call]:
                 raise BundleError(f"{prefix}{name} is no tensor; the file is damaged or tampered with")
             found[prefix + name] = record
     for name, value in root.children().items():
-        found |= tensors(module(value, prefix + name), f"{prefix}{name}.", depth + 1)
-        if len(found) > 10_000:
-            raise BundleError("holds more tensors than any official checkpoint")
+        found |= tensors(module(value, prefix + name), f"{prefix}{name}.", seen)
     return found
 
 
@@ -225,7 +228,7 @@ def tensor(checkpoint: Checkpoint, record: Call, name: str) -> Tensor:
     size, stride, offset = shape(record, name), record.args[3], record.args[1]
     storage = _storage(checkpoint, record.args[0], name)
     numbers = [offset, *stride] if isinstance(stride, tuple) and len(stride) == len(size) else [None]
-    if not all(isinstance(n, int) and n >= 0 for n in numbers) or math.prod(size) > storage.numel():
+    if not all(isinstance(n, int) and 0 <= n < 2**40 for n in numbers) or math.prod(size) > storage.numel():
         raise BundleError(f"{name} is larger than the data stored for it; the file is damaged or tampered with")
     end = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) + 1
     if 0 not in size and end > storage.numel():
@@ -244,7 +247,7 @@ def _storage(checkpoint: Checkpoint, record: Any, name: str) -> Tensor:
             checkpoint.storages[id(record)] = _read_storage(data)
         except BundleError as error:
             raise BundleError(f"the data of {name}: {error}") from None
-        except (ValueError, KeyError, struct.error, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
+        except (ValueError, LookupError, struct.error, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
             raise BundleError(f"the data of {name} are damaged ({error}); get the file again") from None
     return checkpoint.storages[id(record)]
 
