@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import make_bundle
+from tiny import make_bundle
 
 from commands import main as program
 from dermis.bundle import Bundle
