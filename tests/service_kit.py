@@ -97,13 +97,13 @@ class Service:
         wait_for(done)
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 20) -> None:
+def wait_for(condition: Callable[[], Any], seconds: float = 20, pause: float = 0.02) -> None:
     """Return when `condition()` is true; TimeoutError if it does not become so."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
             raise TimeoutError
-        time.sleep(0.02)
+        time.sleep(pause)
 
 
 @contextmanager

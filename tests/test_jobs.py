@@ -15,7 +15,7 @@ from service_kit import Service, make_directly, service, wait_for
 from dermis.bundle import Bundle
 from dermis.dataset.store import Store
 from dermis.dataset.verify import verify
-from services.jobs import workflow
+from services.jobs import work, workflow
 from services.jobs.lease import executor_slot
 from services.jobs.table import IdempotencyConflictError, Job, JobTable, TooManyActiveError
 from services.samples import GeneratorFailedError, GeneratorUnavailableError
@@ -32,14 +32,15 @@ def expected(bundle: Bundle, folder: Path, **changes: Any) -> dict[str, bytes]:
     return make_directly(bundle, REQUEST | {"model": bundle.name} | changes, folder)
 
 
-@pytest.mark.parametrize("file_format", ["imagefolder", "webdataset", "parquet"])
-def test_a_job_makes_the_files_that_the_library_makes(tiny_bundle: Bundle, tmp_path: Path, file_format: str) -> None:
+def test_a_job_makes_the_files_that_the_library_makes(tiny_bundle: Bundle, tmp_path: Path) -> None:
     with service(tiny_bundle.location, tmp_path / "data", shard_concurrency=3) as running:
-        dataset = running.wait(running.ask(REQUEST | {"format": file_format}))
-        assert dataset["state"] == "succeeded"
-        assert files_of(running, dataset) == expected(tiny_bundle, tmp_path / "direct", format=file_format)
-        assert verify(Path(running.settings.storage) / dataset["id"]).ok
-        assert (dataset["progress"]["samples_done"], dataset["progress"]["shards_done"]) == (100, 12)
+        formats = ("imagefolder", "webdataset", "parquet")
+        for file_format, asked in [(name, running.ask(REQUEST | {"format": name})) for name in formats]:
+            dataset = running.wait(asked)
+            assert dataset["state"] == "succeeded"
+            assert files_of(running, dataset) == expected(tiny_bundle, tmp_path / file_format, format=file_format)
+            assert verify(Path(running.settings.storage) / dataset["id"]).ok
+            assert (dataset["progress"]["samples_done"], dataset["progress"]["shards_done"]) == (100, 12)
 
 
 def test_a_service_that_is_stopped_in_the_middle_goes_on_at_the_next_start(tiny_bundle: Bundle, tmp_path: Path) -> None:
@@ -132,8 +133,9 @@ def test_a_disk_that_is_nearly_full_refuses_new_work(tiny_bundle: Bundle, tmp_pa
 
 
 def test_a_generator_that_comes_back_is_waited_for_and_one_that_keeps_failing_is_not(
-    tiny_bundle: Bundle, tmp_path: Path
+    tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(work, "_FIRST_PAUSE_SECONDS", 0.01)
     with service(tiny_bundle.location, tmp_path / "data", shard_concurrency=1) as running:
         running.generator.failures += [GeneratorUnavailableError("restarting"), GeneratorFailedError("once")]
         assert running.wait(running.ask(REQUEST))["state"] == "succeeded"

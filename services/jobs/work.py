@@ -37,6 +37,7 @@ logger = logging.getLogger("dermis.jobs")
 # A generator that restarts compiles for a while; one that stays away is not waited for for ever.
 _PATIENCE_SECONDS = 300.0
 _FAILURES = 3
+_FIRST_PAUSE_SECONDS = 0.5
 _POLL_SECONDS = 0.25
 
 
@@ -199,7 +200,7 @@ def _identity(shop: Workshop, job_id: str, bundle: Bundle) -> Mapping[str, str]:
 def _patiently(shop: Workshop, job_id: str, call: Callable[[], Awaitable[Any]]) -> Any:
     """The answer of the generator, through its restarts; ends early when the job or the process is to end."""
     deadline = time.monotonic() + _PATIENCE_SECONDS
-    failures, pause = 0, 0.5
+    failures, pause = 0, _FIRST_PAUSE_SECONDS
     while True:
         try:
             return _await(shop, call())

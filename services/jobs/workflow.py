@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from dbos import DBOS, DBOSConfig, SetEnqueueOptions, SetWorkflowID
+from dbos import error as dbos_error
 
 from services.jobs import work
 from services.jobs.table import Job
@@ -27,6 +28,7 @@ APPLICATION_VERSION = "1"
 _DATASETS = "dermis-datasets"
 _SHARDS = "dermis-shards"
 _POLL_SECONDS = 0.2
+_SHARD_POLL_SECONDS = 0.05  # between two shards the generator may be idle for as long
 _STUCK_SWEEPS = 2
 # A job that takes its process down with it must not do so for ever.
 _MAX_RECOVERIES = 100
@@ -36,6 +38,18 @@ _executor_id = ""
 _running: set[str] = set()
 _running_lock = threading.Lock()
 _idle_sweeps: dict[str, int] = {}
+
+
+class _NoCancellations(logging.Filter):
+    """Drops what DBOS says of cancelled workflows with a stack trace: we cancelled them."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        kind = record.exc_info[0] if record.exc_info else None
+        return kind is None or not issubclass(kind, _CANCELLED)
+
+
+_CANCELLED = (dbos_error.DBOSAwaitedWorkflowCancelledError, dbos_error.DBOSWorkflowCancelledError)
+_no_cancellations = _NoCancellations()  # one object, so that adding it twice adds it once
 
 
 def start(shop: Workshop, *, url: str, executor_id: str, shard_concurrency: int, max_active: int) -> None:
@@ -50,11 +64,13 @@ def start(shop: Workshop, *, url: str, executor_id: str, shard_concurrency: int,
         "executor_id": executor_id,
         "log_level": "WARNING",
     }
+    logging.getLogger("dbos").addFilter(_no_cancellations)
     DBOS(config=config)
     DBOS.launch()
-    for queue, concurrency in ((_DATASETS, max_active), (_SHARDS, shard_concurrency)):
+    queues = ((_DATASETS, max_active, _POLL_SECONDS), (_SHARDS, shard_concurrency, _SHARD_POLL_SECONDS))
+    for queue, concurrency, seconds in queues:
         DBOS.register_queue(
-            queue, worker_concurrency=concurrency, polling_interval_sec=_POLL_SECONDS, on_conflict="always_update"
+            queue, worker_concurrency=concurrency, polling_interval_sec=seconds, on_conflict="always_update"
         )
 
 

@@ -1,0 +1,216 @@
+"""The real thing: the launcher, its processes, the real generator, killed and started again."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from service_kit import wait_for
+
+from dermis.bundle import Bundle, open_bundle
+from dermis.dataset.manifest import finalize
+from dermis.dataset.plan import plan
+from dermis.dataset.request import DatasetRequest
+from dermis.dataset.shards import write_shard
+from dermis.dataset.store import Store
+from dermis.dataset.verify import verify
+
+ROOT = Path(__file__).resolve().parents[1]
+START_SECONDS = 90
+REQUEST: dict[str, Any] = {
+    "model": "tiny",
+    "classes": {"benign": 1200, "malignant": 800},
+    "seed": 11,
+    "shard_size": 50,
+    "format": "webdataset",
+}
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals")
+
+
+@dataclass
+class Launched:
+    """A service in processes of its own."""
+
+    process: subprocess.Popen[str]
+    client: httpx.Client
+    log: Path
+
+    def progress(self, dataset: dict[str, Any]) -> dict[str, Any]:
+        found: dict[str, Any] = self.client.get(dataset["links"]["self"]).json()
+        return found
+
+    def wait_until(self, condition: Callable[[], bool], seconds: float = START_SECONDS) -> None:
+        try:
+            wait_for(lambda: self._up() and condition(), seconds, pause=0.1)
+        except TimeoutError:
+            pytest.fail(f"not in {seconds} s; {self.client.get('/v1/datasets').text}; the log:\n{self.log.read_text()}")
+
+    def _up(self) -> bool:
+        if self.process.poll() is not None:
+            pytest.fail(f"the service has ended:\n{self.log.read_text()}")
+        return True
+
+    def ready(self) -> bool:
+        with suppress(httpx.HTTPError):
+            return self.client.get("/readyz").status_code == 200
+        return False
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Iterator[Callable[..., Launched]]:
+    launched: list[Launched] = []
+
+    def start(bundle: str, port: int, **settings: str) -> Launched:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("DERMIS_")}
+        environment |= {
+            "DERMIS_BUNDLES": bundle,
+            "DERMIS_DATA_DIR": str(tmp_path / "data"),
+            "DERMIS_PORT": str(port),
+            "DERMIS_LOG_LEVEL": "WARNING",
+        }
+        log = tmp_path / f"log-{len(launched)}"
+        with log.open("w") as file:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "services.serve"],
+                cwd=ROOT,
+                env=environment | {f"DERMIS_{name.upper()}": value for name, value in settings.items()},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30, trust_env=False)
+        launched.append(Launched(process, client, log))
+        return launched[-1]
+
+    yield start
+    for service in launched:
+        service.client.close()
+        service.process.terminate()
+    for service in launched:
+        try:
+            service.process.wait(20)
+        except subprocess.TimeoutExpired:
+            service.process.kill()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def make_directly(bundle: Bundle, folder: Path) -> dict[str, bytes]:
+    """The dataset as the library makes it in this process."""
+    from dermis.synthesizer import Synthesizer
+
+    request = DatasetRequest.model_validate(REQUEST)
+    planned = plan(request, bundle.digest, bundle.class_names)
+    store = Store(folder)
+    with Synthesizer(bundle) as synthesizer:
+
+        def synthesize(indices: Any, labels: Any) -> Any:
+            return synthesizer.images([request.seed] * len(indices), indices, labels)
+
+        for shard in range(planned.shards):
+            write_shard(planned, shard, synthesize, store, identity=synthesizer.identity)
+        finalize(planned, store, bundle, synthesizer.identity)
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_killed_in_the_middle_and_gone_on_by_two_workers_it_gives_the_same_bytes(
+    launch: Callable[..., Launched], tiny_bundle: Bundle, tmp_path: Path
+) -> None:
+    bundle = tmp_path / "bundles" / "tiny"
+    shutil.copytree(tiny_bundle.location, bundle)
+    port = free_port()
+    first = launch(str(bundle.parent), port)
+    first.wait_until(first.ready)
+    asked = first.client.post("/v1/datasets", json=REQUEST, headers={"Idempotency-Key": "a"})
+    assert asked.status_code == 202, asked.text
+    dataset = asked.json()
+    first.wait_until(lambda: first.progress(dataset)["progress"]["shards_done"] >= 4)
+    first.process.kill()  # the launcher alone: its workers have to see for themselves
+    first.process.wait()
+
+    # Same port at once, and a second worker on the same data at another.
+    again = launch(str(bundle.parent), port, lease_seconds="2")
+    other = launch(str(bundle.parent), free_port(), lease_seconds="2")
+    direct = make_directly(open_bundle(bundle), tmp_path / "direct")
+    again.wait_until(again.ready)
+    assert (
+        again.client.post("/v1/datasets", json=REQUEST, headers={"Idempotency-Key": "a"}).json()["id"] == dataset["id"]
+    )
+    again.wait_until(lambda: again.progress(dataset)["state"] == "succeeded")
+    made = tmp_path / "data" / "datasets" / dataset["id"]
+    assert {path.name: path.read_bytes() for path in made.iterdir()} == direct
+    assert verify(made).ok
+
+    # Another dataset, by both workers from the start: the same bytes; and one that is stopped leaves nothing.
+    other.wait_until(other.ready)
+    both = other.client.post("/v1/datasets", json=REQUEST).json()
+    stopped = other.client.post("/v1/datasets", json=REQUEST | {"classes": {"benign": 50_000}}).json()
+    assert other.client.delete(stopped["links"]["self"]).status_code == 202
+    other.wait_until(lambda: other.progress(stopped)["state"] == "cancelled")
+    assert not (tmp_path / "data" / "datasets" / stopped["id"]).exists()
+    again.wait_until(lambda: again.progress(both)["state"] == "succeeded")
+    files = again.client.get(both["links"]["files"]).json()["data"]
+    assert {file["name"]: again.client.get(file["url"]).content for file in files} == direct
+
+    # An image asked for alone is the one in the dataset.
+    names = ["benign", "malignant"]
+    labels = plan(DatasetRequest.model_validate(REQUEST), "", names).labels(0)
+    image = {"model": "tiny", "classes": {names[labels[7]]: 1}, "seed": REQUEST["seed"], "start_index": 7}
+    alone = again.client.post("/v1/images", json=image, headers={"Accept": "image/png"}).content
+    assert alone in direct["data-00000-of-00040.tar"]
+
+    # A changed bundle is noticed; the service stays up.
+    weights = bundle / "generator.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    again.wait_until(lambda: again.client.get("/readyz").status_code == 503)
+    assert "generator.safetensors" in again.client.get("/readyz").json()["detail"]
+    assert again.client.get("/livez").status_code == 200
+    assert again.client.post("/v1/images", json=image).status_code == 503
+
+    # Told to stop, it ends.
+    again.process.send_signal(signal.SIGTERM)
+    assert again.process.wait(30) == 0
+    assert "Traceback" not in again.log.read_text()
+
+
+def test_what_keeps_the_service_from_starting_is_said_in_one_line(tmp_path: Path) -> None:
+    def run(**settings: str) -> str:
+        environment = os.environ | {"DERMIS_DATA_DIR": str(tmp_path / "data")} | settings
+        done = subprocess.run(
+            [sys.executable, "-m", "services.serve"],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 2
+        (line,) = done.stderr.splitlines()
+        return line
+
+    assert "DERMIS_PORT" in run(DERMIS_PORT="99999")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert "in use" in run(DERMIS_PORT=str(taken.getsockname()[1]))
+    (tmp_path / "file").write_text("")
+    assert "DERMIS_DATA_DIR" in run(DERMIS_DATA_DIR=str(tmp_path / "file"))
+    assert "database" in run(DERMIS_DATABASE_URL="postgresql://nobody@127.0.0.1:1/none")
