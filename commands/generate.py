@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dermis.dataset.store import PARTIAL
 from dermis.errors import DermisError, RequestError, StorageError
 
 if TYPE_CHECKING:
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
     from dermis.synthesizer import Synthesizer
 
 DEMO = Path("bundles/demo")
-_BEGUN = ".partial/plan.json"
+_BEGUN = f"{PARTIAL}/plan.json"
+# What a process that was killed before it could write _BEGUN, or one that starts beside us, has in the folder.
+_BEGINNING = (f"{PARTIAL}/", f"{PARTIAL}/writing-")
 
 
 def generate(
@@ -50,7 +53,7 @@ def generate(
 ) -> None:
     """Make a dataset from a bundle. Stopped at any point, the same command goes on; the files come out the same."""
     from dermis.bundle import open_bundle
-    from dermis.dataset.manifest import parse_manifest
+    from dermis.dataset.manifest import parse_manifest, synthesizer_identity
     from dermis.dataset.plan import plan
     from dermis.dataset.request import check_against, classes_of
     from dermis.dataset.store import Store
@@ -87,21 +90,24 @@ def generate(
         request = _request({"model": opened.name, "classes": _parse_classes(classes), **given})
     check_against(request, opened, max_samples=10**8)
     planned, store = plan(request, opened.digest, classes_of(opened)), Store(out)
-    _claim(planned, store)
     shards = list(range(planned.shards)) if only_shard is None else only_shard
     for shard in shards:
         if not 0 <= shard < planned.shards:
             raise RequestError("--only-shard", f"{shard} is not in 0 to {planned.shards - 1}")
+    found = _look_into(store, planned)
+    finish = only_shard is None or finalize_only
     try:
         with Synthesizer(opened, device=device) as synthesizer:
-            made = _make(
-                planned,
-                store,
-                opened,
-                synthesizer,
-                () if finalize_only else shards,
-                only_shard is None or finalize_only,
-            )
+            identity = synthesizer_identity(synthesizer.identity)
+            if wanted is not None and (differing := _differences(wanted.synthesizer, identity)):
+                typer.echo(f"warning: the bytes may differ from those of the manifest: {differing}", err=True)
+            if found is not None and _is_whole(found, store, identity):
+                made: Manifest | None = found
+            elif found is not None and finalize_only:
+                raise StorageError(f"{out}: is finished, but damaged; leave out --finalize to make it again")
+            else:
+                _begin(store, planned, reopen=found is not None)
+                made = _make(planned, store, opened, synthesizer, () if finalize_only else shards, finish)
     except KeyboardInterrupt:
         typer.echo(f"\nstopped; the same command goes on with {out}", err=True)
         raise typer.Exit(130) from None
@@ -162,43 +168,73 @@ def _make(
     return finalize(planned, store, bundle, identity) if finish else None
 
 
-def _claim(planned: Plan, store: Store) -> None:
-    """Refuse a folder that holds anything but this very dataset, finished or begun; else mark it as begun."""
+def _look_into(store: Store, planned: Plan) -> Manifest | None:
+    """The manifest, if this very dataset lies here finished; None if its beginning does, or nothing. Refuses the rest."""
     from dermis.dataset.manifest import MANIFEST, read_manifest
 
-    mark = json.dumps({"plan": planned.digest}).encode()
-    if store.size(MANIFEST) is not None:
-        if read_manifest(store).plan_digest == planned.digest:
-            return
-        raise StorageError(f"{store.location}: holds another dataset; choose another --out or remove it")
-    if store.size(_BEGUN) is not None:
-        if store.read(_BEGUN) == mark:
-            return
+    # Listed first: whatever other processes at work on this dataset add later, they have written the mark before.
+    entries = store.entries()
+    begun = store.size(_BEGUN) is not None
+    if begun and store.read(_BEGUN) != _mark(planned):
         raise StorageError(
             f"{store.location}: holds the beginning of another dataset; choose another --out or remove it"
         )
-    if store.entries():
+    if store.size(MANIFEST) is not None:
+        found = read_manifest(store)
+        if found.plan_digest == planned.digest:
+            return found
+        raise StorageError(f"{store.location}: holds another dataset; choose another --out or remove it")
+    if not begun and any(name != _BEGINNING[0] and not name.startswith(_BEGINNING[1]) for name in entries):
         raise StorageError(f"{store.location}: is not empty and no dataset of ours; choose another --out")
-    store.write(_BEGUN, mark)
+    return None
+
+
+def _is_whole(found: Manifest, store: Store, identity: Mapping[str, str]) -> bool:
+    """Is a finished dataset still what its manifest says? StorageError if another synthesizer made it."""
+    from dermis.dataset.verify import verify as verify_dataset
+
+    if differing := _differences(found.synthesizer, identity):
+        raise StorageError(
+            f"{store.location}: is finished, made by another synthesizer: {differing}; choose another --out or remove it"
+        )
+    report, listed = verify_dataset(store.location), {file.name for file in found.files}
+    damaged = sorted(listed.intersection(report.changed + report.missing))
+    if damaged:
+        typer.echo(f"{store.location}: finished, but changed or missing: {', '.join(damaged)}", err=True)
+        return False
+    store.remove(PARTIAL)  # left if the run was killed right after the manifest
+    return True
+
+
+def _begin(store: Store, planned: Plan, reopen: bool) -> None:
+    """Mark the folder as the beginning of this dataset. Of a finished one the manifest goes: its files will change."""
+    from dermis.dataset.manifest import MANIFEST
+
+    if store.size(_BEGUN) is None:
+        store.write(_BEGUN, _mark(planned))
+    if reopen:
+        store.remove(MANIFEST)
+
+
+def _mark(planned: Plan) -> bytes:
+    return json.dumps({"plan": planned.digest}).encode()
 
 
 def _compare(wanted: Manifest, made: Manifest) -> None:
     if wanted.files == made.files:
         typer.echo("every file is the same as in the manifest, byte for byte")
-        return
-    keys = sorted(wanted.synthesizer.keys() | made.synthesizer.keys())
-    differing = [
-        f"{key} {wanted.synthesizer.get(key, '-')} there, {made.synthesizer.get(key, '-')} here"
-        for key in keys
-        if wanted.synthesizer.get(key) != made.synthesizer.get(key)
-    ]
-    if not differing:
+    elif wanted.synthesizer != made.synthesizer:
+        typer.echo("the bytes differ from those of the manifest, as another machine made it", err=True)
+    else:
         raise DermisError(
             "the files differ from those of the manifest, though made in the same way; please report this"
         )
-    typer.echo(
-        f"the bytes differ from those of the manifest, as another machine made it: {'; '.join(differing)}", err=True
-    )
+
+
+def _differences(there: Mapping[str, str], here: Mapping[str, str]) -> str:
+    """In words, how the synthesizer of a manifest differs from ours; empty if it does not."""
+    keys = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
+    return "; ".join(f"{key} {there.get(key, '-')} there, {here.get(key, '-')} here" for key in keys)
 
 
 def _read(path: Path) -> bytes:

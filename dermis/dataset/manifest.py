@@ -105,7 +105,7 @@ def finalize(plan: Plan, store: Store, bundle: Bundle, identity: Mapping[str, st
     """Write metadata.csv, preview.png, README.md, images.zip where the format has one, and at last manifest.json.
 
     Every shard must have been written with the same `identity`. May be run again after a crash; a dataset that is
-    complete already is left as it is. Raises StorageError, with no manifest left, if a shard is missing or damaged.
+    complete already is left as it is. Raises StorageError, having written nothing, if a shard is missing or damaged.
     """
     done = _finished(plan, store, identity)
     if done is not None:
