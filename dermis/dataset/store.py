@@ -137,7 +137,7 @@ def storage_errors(place: str, *, only_full: bool = False) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            message = f"{place}: no space left; free some and try again (what is finished is kept)"
+            message = f"{place}: no space left; free some and try again"
             raise StorageError(message, kind="storage-full") from error
         if only_full:
             raise

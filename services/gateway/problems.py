@@ -154,7 +154,10 @@ def problem_of(error: Exception) -> ProblemError:
     if isinstance(error, GeneratorUnavailableError):
         return ProblemError("not-ready", str(error), headers={"Retry-After": "5"})
     if isinstance(error, StorageError):
-        return ProblemError("storage-full" if error.kind == "storage-full" else "internal", str(error))
+        place, _, what = str(error).partition(": ")
+        # Callers need the file's name; where the service keeps it is the operator's business, and in the log.
+        detail = f"{place.rsplit('/', 1)[-1]}: {what}" if what else place
+        return ProblemError("storage-full" if error.kind == "storage-full" else "internal", detail)
     if is_disk_full(error):
         return ProblemError("storage-full", "the storage of the datasets is full; free some space and try again")
     return ProblemError("internal", "the service failed to answer; the log has more under this request id")
