@@ -1,0 +1,175 @@
+"""What a dataset job costs beside its images: `python -m benchmarks.dataset_job [--json] [--bundle DIR] [--images N]`.
+
+A real service is launched on a free port. Rounds alternate between the generator alone (this process, same backend, the
+jobs' batch size) and a job asked for over HTTP: shards encoded, hashed and written, files assembled, and downloaded. The
+job's clock runs from the request to the moment its state is "succeeded"; the download is timed by itself. The best round
+of each counts, so that another program's burst does not tilt the fraction.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from benchmarks.generation import DEMO, automatic_config, random_bundle
+from dermis.bundle import Bundle, open_bundle
+from dermis.dataset.plan import BATCH
+from dermis.dataset.request import classes_of
+from dermis.synthesizer import Synthesizer
+
+REQUIRED_FRACTION = 0.85
+_START_SECONDS = 300
+
+
+@contextmanager
+def launched(bundle: Bundle, folder: Path) -> Iterator[httpx.Client]:
+    """The service on `bundle`, ready, with its data in `folder`."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    settings = {"BUNDLES": bundle.location, "DATA_DIR": str(folder), "PORT": str(port), "LOG_LEVEL": "WARNING"}
+    environment = os.environ | {f"DERMIS_{name}": value for name, value in settings.items()}
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "services.serve"], env=environment, stdout=log, stderr=subprocess.STDOUT
+        )
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client:
+            wait_until_ready(client, process, folder / "log")
+            yield client
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def wait_until_ready(client: httpx.Client, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + _START_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            if client.get("/readyz").status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.2)
+    raise SystemExit(f"the service did not become ready:\n{log.read_text()}")
+
+
+def generator_rate(synthesizer: Synthesizer, count: int) -> float:
+    """Images/s of the generator alone, in batches as the shards ask for them."""
+    labels = [i % max(1, len(synthesizer.bundle.class_names)) for i in range(BATCH)]
+    start = time.perf_counter()
+    for first in range(0, count, BATCH):
+        synthesizer.images([1] * BATCH, range(first, first + BATCH), labels)
+    return -(-count // BATCH) * BATCH / (time.perf_counter() - start)
+
+
+def job_rate(client: httpx.Client, bundle: Bundle, count: int, seed: int) -> tuple[float, float]:
+    """(images/s from the request to the finished dataset, MB/s of downloading and hashing it)."""
+    classes = classes_of(bundle)
+    counts = {name: count // len(classes) + (i < count % len(classes)) for i, name in enumerate(classes)}
+    start = time.perf_counter()
+    answer = client.post("/v1/datasets", json={"classes": counts, "seed": seed})
+    answer.raise_for_status()
+    job = answer.json()
+    while job["state"] in ("queued", "running"):
+        time.sleep(0.05)
+        job = client.get(job["links"]["self"]).json()
+    seconds = time.perf_counter() - start
+    if job["state"] != "succeeded":
+        raise SystemExit(f"the job ended as {job['state']}: {job['error']}")
+    start, size = time.perf_counter(), 0
+    for file in client.get(job["links"]["files"]).json()["data"]:
+        digest = hashlib.sha256()
+        with client.stream("GET", file["url"]) as stream:
+            for piece in stream.iter_bytes():
+                digest.update(piece)
+        if digest.hexdigest() != file["sha256"]:
+            raise SystemExit(f"{file['name']} is not what the service says")
+        size += file["bytes"]
+    rate = size / 1e6 / (time.perf_counter() - start)
+    client.delete(job["links"]["self"])
+    return count / seconds, rate
+
+
+def measure(bundle: Bundle, images: int | None, seconds: float, rounds: int) -> dict[str, Any]:
+    """All numbers of one bundle; `images` a job, or as many as the generator makes in `seconds`."""
+    with Synthesizer(bundle) as synthesizer, tempfile.TemporaryDirectory() as folder:
+        identity = dict(synthesizer.identity)
+        generator_rate(synthesizer, BATCH)
+        count = images or max(200, round(generator_rate(synthesizer, 4 * BATCH) * seconds / 100) * 100)
+        with launched(bundle, Path(folder)) as client:
+            job_rate(client, bundle, 2 * BATCH, 0)
+            alone, jobs = [], []
+            for seed in range(1, rounds + 1):
+                alone.append(generator_rate(synthesizer, count // 2))
+                jobs.append(job_rate(client, bundle, count, seed))
+    fraction = max(rate for rate, _ in jobs) / max(alone)
+    return {
+        "fraction_of_generator_rate": fraction,
+        "met": fraction >= REQUIRED_FRACTION,
+        "job_images_per_second": max(rate for rate, _ in jobs),
+        "generator_images_per_second": max(alone),
+        "all_job_rates": [rate for rate, _ in jobs],
+        "all_generator_rates": alone,
+        "download_megabytes_per_second": max(rate for _, rate in jobs),
+        "images": count,
+        "batch": BATCH,
+        "resolution": bundle.generator.img_resolution,
+        "bundle": bundle.name,
+        "device": identity.pop("device"),
+        "cpus": os.cpu_count(),
+        "versions": identity,
+    }
+
+
+def show(found: dict[str, Any]) -> None:
+    rows = {
+        "generator": f"{found['bundle']}, {found['resolution']} px, on {found['device']} ({found['cpus']} CPUs)",
+        "generator alone, images/s": f"{found['generator_images_per_second']:.1f} (batch {found['batch']})",
+        "job, images/s": f"{found['job_images_per_second']:.1f} ({found['images']} images)",
+        "fraction": f"{found['fraction_of_generator_rate']:.1%} (required {REQUIRED_FRACTION:.0%})",
+        "download, MB/s": f"{found['download_megabytes_per_second']:.0f}",
+        "met": "yes" if found["met"] else "NO",
+    }
+    print("\n".join(f"{name:<26}  {value}" for name, value in rows.items()), end="\n\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    parser.add_argument("--resolution", type=int, default=256, help="of the network with random weights")
+    parser.add_argument(
+        "--bundle", help=f"a trained bundle, measured as well and reported as `trained` ({DEMO} if it exists)"
+    )
+    parser.add_argument("--images", type=int, help="in one job; default: as many as the generator makes in --seconds")
+    parser.add_argument("--seconds", type=float, default=15.0)
+    parser.add_argument("--rounds", type=int, default=2)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = random_bundle(Path(folder) / "random", automatic_config(options.resolution))
+        found = measure(bundle, options.images, options.seconds, options.rounds)
+    trained = options.bundle or (str(DEMO) if DEMO.exists() else None)
+    if trained is not None:
+        found["trained"] = measure(open_bundle(trained), options.images, options.seconds, options.rounds)
+    if options.json:
+        print(json.dumps(found))
+        return
+    for result in [found, *([found["trained"]] if "trained" in found else [])]:
+        show(result)
+
+
+if __name__ == "__main__":
+    main()
