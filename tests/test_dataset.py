@@ -45,7 +45,7 @@ def planned(bundle: Bundle, **changes: Any) -> Plan:
 
 
 def make(
-    folder: Path, bundle: Bundle, *, order: Sequence[int] | None = None, batch: int = 32, **changes: Any
+    folder: Path | str, bundle: Bundle, *, order: Sequence[int] | None = None, batch: int = 32, **changes: Any
 ) -> Manifest:
     p, store = planned(bundle, **changes), Store(folder)
     for shard in range(p.shards) if order is None else order:
@@ -64,7 +64,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_a_plan_gives_every_class_its_count_and_every_shard_its_share(counts: list[int], shard_size: int) -> None:
     names = [f"c{i}" for i in range(len(counts))]
-    request = DatasetRequest(classes=dict(zip(names, counts, strict=True)), shard_size=shard_size)
+    request = DatasetRequest.model_validate(
+        {"classes": dict(zip(names, counts, strict=True)), "shard_size": shard_size}
+    )
     p = plan(request, "0" * 64, names)
     labels = [p.labels(shard) for shard in range(p.shards)]
     assert [i for shard in range(p.shards) for i in p.shard(shard)] == list(range(sum(counts)))
@@ -115,6 +117,14 @@ def test_formats_hold_the_right_images(tiny_bundle: Bundle, tmp_path: Path) -> N
     assert loaded.features["label"].names == list(tiny_bundle.class_names)
     assert {row["index"]: row["label"] for row in loaded} == expected
     assert loaded[0]["image"].size == (8, 8)
+
+
+@pytest.mark.parametrize("scheme", ["file://", "memory:/"])
+def test_a_url_gives_the_same_files_as_a_folder(tiny_bundle: Bundle, tmp_path: Path, scheme: str) -> None:
+    expected = make(tmp_path / "folder", tiny_bundle)
+    url = f"{scheme}{tmp_path}/url"
+    assert make(url, tiny_bundle) == expected
+    assert verify(url).ok and set(Store(url).entries()) == contents(tmp_path / "folder").keys()
 
 
 def test_a_stopped_shard_leaves_nothing_and_is_made_again(tiny_bundle: Bundle, tmp_path: Path) -> None:

@@ -25,19 +25,25 @@ class Store:
     def __init__(self, location: str | Path) -> None:
         """StorageError if the URL names a protocol that is not installed."""
         import fsspec
+        from fsspec.implementations.local import LocalFileSystem
 
         self.location = str(location)
-        self.local = "://" not in self.location
         try:
             self._fs, self._root = fsspec.core.url_to_fs(self.location)
         except (ImportError, ValueError) as error:
             raise StorageError(f"{self.location}: {error}") from error
-        if self.local:
+        self.local = isinstance(self._fs, LocalFileSystem)  # also if named by a file:// URL
+        if "://" not in self.location:
             self._root = str(Path(location).absolute())
 
     def where(self, name: str) -> str:
         """A file's place, for messages."""
         return f"{self.location.rstrip('/')}/{name}"
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder itself, if it is a local one."""
+        return Path(self._root) if self.local else None
 
     def _path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}"

@@ -42,10 +42,10 @@ def verify(location: str | Path) -> Report:
         elif size != file.bytes or store.sha256(name) != file.sha256:
             changed.append(name)
     extra = set(store.entries()) - listed.keys() - {MANIFEST}
-    if ARCHIVE in listed and ARCHIVE not in [*changed, *missing] and store.local:
+    if ARCHIVE in listed and ARCHIVE not in [*changed, *missing] and store.folder:
         unpacked = {name for name in extra if name.startswith("images/")}
         if unpacked:
-            known, different = _compare_unpacked(Path(location), unpacked)
+            known, different = _compare_unpacked(store.folder, unpacked)
             missing += sorted(known - unpacked)
             changed += different
             extra -= known
