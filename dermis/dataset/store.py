@@ -105,6 +105,8 @@ class Store:
             yield Path(temporary)
             with storage_errors(self.where(name)):
                 if self.local:
+                    with Path(temporary).open("rb") as file:
+                        os.fsync(file.fileno())  # so that a power cut cannot leave the name without the bytes
                     Path(temporary).replace(self._path(name))
                 else:
                     self._fs.put_file(temporary, self._path(name))
