@@ -61,7 +61,7 @@ class Settings(BaseSettings):
 
     # How it works
     shard_concurrency: int = Field(
-        2, ge=1, le=64, description="Shards that one gateway process works on at once; 2 keep the generator busy."
+        3, ge=1, le=64, description="Shards that one gateway process works on at once; 3 keep the generator busy."
     )
     min_free_bytes: int = Field(
         8 << 20, ge=0, description="Datasets fail before less than this is free, so that the database can still write."

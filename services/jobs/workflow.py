@@ -28,7 +28,6 @@ APPLICATION_VERSION = "1"
 _DATASETS = "dermis-datasets"
 _SHARDS = "dermis-shards"
 _POLL_SECONDS = 0.2
-_SHARD_POLL_SECONDS = 0.05  # between two shards the generator may be idle for as long
 _STUCK_SWEEPS = 2
 # A job that takes its process down with it must not do so for ever.
 _MAX_RECOVERIES = 100
@@ -67,10 +66,9 @@ def start(shop: Workshop, *, url: str, executor_id: str, shard_concurrency: int,
     logging.getLogger("dbos").addFilter(_no_cancellations)
     DBOS(config=config)
     DBOS.launch()
-    queues = ((_DATASETS, max_active, _POLL_SECONDS), (_SHARDS, shard_concurrency, _SHARD_POLL_SECONDS))
-    for queue, concurrency, seconds in queues:
+    for queue, concurrency in ((_DATASETS, max_active), (_SHARDS, shard_concurrency)):
         DBOS.register_queue(
-            queue, worker_concurrency=concurrency, polling_interval_sec=seconds, on_conflict="always_update"
+            queue, worker_concurrency=concurrency, polling_interval_sec=_POLL_SECONDS, on_conflict="always_update"
         )
 
 
