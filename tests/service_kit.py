@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from dermis.dataset.manifest import finalize
@@ -106,13 +107,22 @@ def wait_for(condition: Callable[[], Any], seconds: float = 20, pause: float = 0
         time.sleep(pause)
 
 
-@contextmanager
-def service(bundles: Path | str, data_dir: Path, **settings: Any) -> Iterator[Service]:
-    """A service in this process. One at a time: DBOS is one a process."""
+@dataclass
+class Parts:
+    """An application that is not running yet, and what it will run on."""
+
+    app: FastAPI
+    generator: FakeGenerator
+    models: Models
+    settings: Settings
+    running: list[tuple[DatasetJobs, Workshop]] = field(default_factory=list)
+
+
+def assemble(bundles: Path | str, data_dir: Path, **settings: Any) -> Parts:
+    """The gateway with real jobs and a fake generator. Run one at a time: DBOS is one a process."""
     values = Settings(_env_file=None, bundles=(str(bundles),), data_dir=data_dir, min_free_bytes=0, **settings)
     models = Models(values.bundles)
     generator = FakeGenerator()
-    made: list[tuple[DatasetJobs, Workshop]] = []
 
     @asynccontextmanager
     async def running() -> AsyncIterator[Context]:
@@ -126,7 +136,7 @@ def service(bundles: Path | str, data_dir: Path, **settings: Any) -> Iterator[Se
             min_free_bytes=values.min_free_bytes,
         )
         jobs = DatasetJobs(values, shop)
-        made.append((jobs, shop))
+        parts.running.append((jobs, shop))
 
         async def not_ready() -> str | None:
             return "; ".join(models.check().values()) or None
@@ -140,11 +150,20 @@ def service(bundles: Path | str, data_dir: Path, **settings: Any) -> Iterator[Se
         finally:
             await asyncio.to_thread(jobs.stop)
 
-    with TestClient(create_app(values, running), raise_server_exceptions=False) as client:
+    parts = Parts(create_app(values, running), generator, models, values)
+    return parts
+
+
+@contextmanager
+def service(bundles: Path | str, data_dir: Path, **settings: Any) -> Iterator[Service]:
+    """A service in this process, running."""
+    parts = assemble(bundles, data_dir, **settings)
+    with TestClient(parts.app, raise_server_exceptions=False) as client:
+        jobs, shop = parts.running[0]
         try:
-            yield Service(client, generator, made[0][0], models, values, made[0][1])
+            yield Service(client, parts.generator, jobs, parts.models, parts.settings, shop)
         finally:
-            generator.gate.set()
+            parts.generator.gate.set()
 
 
 def make_directly(bundle: Any, request: Mapping[str, Any], folder: Path) -> dict[str, bytes]:

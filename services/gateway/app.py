@@ -58,6 +58,7 @@ def create_app(settings: Settings, running: Callable[[], AbstractAsyncContextMan
         redoc_url=None,
         lifespan=lifespan,
         redirect_slashes=False,
+        generate_unique_id_function=lambda route: route.name,
     )
     problems.install(app)
     for routes in (datasets, files, images, models, health, docs):

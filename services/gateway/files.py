@@ -37,6 +37,10 @@ def media_type_of(name: str) -> str:
     return _MEDIA_TYPES.get(PurePosixPath(name).suffix.lower(), "application/octet-stream")
 
 
+# What a dataset's files can be, without parameters.
+MEDIA_TYPES = sorted({media_type.split(";")[0] for media_type in _MEDIA_TYPES.values()} | {"application/octet-stream"})
+
+
 def byte_range(header: str | None, size: int) -> tuple[int, int] | None:
     """The half-open range that a Range header asks of `size` bytes; None for the whole file.
 

@@ -39,7 +39,8 @@ def headers(*names: str) -> dict[str, Any]:
 
 def content(*media_types: str) -> dict[str, Any]:
     """Documentation of an answer that is a file of one of these types."""
-    return {media_type: {"schema": {"type": "string", "format": "binary"}} for media_type in media_types}
+    binary = {"type": "string", "format": "binary"}
+    return {kind: {"schema": {} if kind == "application/json" else binary} for kind in media_types}
 
 
 def json_body(model: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import asyncio
 import base64
 import binascii
 import threading
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
 from starlette.requests import Request
@@ -22,8 +22,28 @@ from services.jobs.table import Job
 
 router = APIRouter(prefix="/v1/datasets", tags=["datasets"])
 
+# One event, as tools that know server-sent events read a schema of text/event-stream.
+_EVENT = {
+    "type": "object",
+    "required": ["event", "id", "data"],
+    "properties": {
+        "event": {"enum": ["progress", "succeeded", "failed", "cancelled"]},
+        "id": {"type": "string"},
+        "data": {
+            "type": "string",
+            "contentMediaType": "application/json",
+            "contentSchema": {"$ref": "#/components/schemas/Dataset"},
+        },
+    },
+}
+
 _streams_open = 0
 _streams_lock = threading.Lock()
+
+
+def _link(operation: str) -> dict[str, Any]:
+    """OpenAPI's way to say where the id of a new dataset can be used."""
+    return {"operationId": operation, "parameters": {"dataset_id": "$response.body#/id"}}
 
 
 async def find_job(context: Context, dataset_id: str) -> Job:
@@ -41,7 +61,11 @@ async def find_job(context: Context, dataset_id: str) -> Job:
     response_model=Dataset,
     openapi_extra=json_body("DatasetRequest"),
     responses={
-        202: {"description": "The dataset, queued or further", "headers": headers("Location")},
+        202: {
+            "description": "The dataset, queued or further",
+            "headers": headers("Location"),
+            "links": {name: _link(name) for name in ("get_dataset", "watch_dataset", "list_files", "delete_dataset")},
+        },
         **problems(
             "malformed-json",
             "unknown-model",
@@ -69,7 +93,10 @@ async def create_dataset(request: Request, response: Response, context: ContextD
 async def list_datasets(
     context: ContextDep,
     limit: Annotated[int, Query(ge=1, le=100, description="Most datasets on the page.")] = 20,
-    cursor: Annotated[str | None, Query(max_length=64, description="`next_cursor` of the page before.")] = None,
+    cursor: Annotated[
+        str | None,
+        Query(description="`next_cursor` of the page before.", json_schema_extra={"pattern": "^[A-Za-z0-9_-]{8}$"}),
+    ] = None,
     state: Annotated[State | None, Query(description="Only datasets in this state.")] = None,
 ) -> DatasetList:
     """A page of datasets, newest first. Pages stay whole while datasets come and go."""
@@ -114,7 +141,7 @@ async def delete_dataset(dataset_id: str, context: ContextDep) -> Dataset | Resp
         200: {
             "description": "Server-sent events: `progress` with the dataset as data, at last `succeeded`, `failed` or "
             "`cancelled`",
-            "content": {"text/event-stream": {"schema": {"type": "string"}}},
+            "content": {"text/event-stream": {"schema": _EVENT}},
         },
         **problems("not-found", "overloaded"),
     },

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from services.gateway.dependencies import Context, ContextDep
-from services.gateway.files import file_response, media_type_of
+from services.gateway.files import MEDIA_TYPES, file_response, media_type_of
 from services.gateway.problems import ProblemError
 from services.gateway.routes.answers import Responses, content, headers, problems
 from services.gateway.routes.datasets import find_job
@@ -21,7 +21,7 @@ router = APIRouter(prefix="/v1/datasets/{dataset_id}/files", tags=["datasets"])
 
 _FILE_HEADERS = headers("ETag", "Accept-Ranges", "Content-Disposition")
 _DOWNLOAD: Responses = {
-    200: {"description": "The file", "content": content("application/octet-stream"), "headers": _FILE_HEADERS},
+    200: {"description": "The file", "content": content(*MEDIA_TYPES), "headers": _FILE_HEADERS},
     304: {"description": "The file is the one that you have"},
     **problems("not-found", "dataset-not-ready"),
 }
@@ -61,7 +61,7 @@ async def list_files(dataset_id: str, context: ContextDep) -> DatasetFileList:
         **_DOWNLOAD,
         206: {
             "description": "The bytes that the Range header asks for",
-            "content": content("application/octet-stream"),
+            "content": content(*MEDIA_TYPES),
             "headers": {**_FILE_HEADERS, **headers("Content-Range")},
         },
         **problems("not-found", "dataset-not-ready", "range-not-satisfiable"),
