@@ -33,7 +33,7 @@ def expected(bundle: Bundle, folder: Path, **changes: Any) -> dict[str, bytes]:
 
 
 def test_a_job_makes_the_files_that_the_library_makes(tiny_bundle: Bundle, tmp_path: Path) -> None:
-    with service(tiny_bundle.location, tmp_path / "data", shard_concurrency=3) as running:
+    with service(tiny_bundle.location, tmp_path / "data", shard_concurrency=12) as running:
         formats = ("imagefolder", "webdataset", "parquet")
         for file_format, asked in [(name, running.ask(REQUEST | {"format": name})) for name in formats]:
             dataset = running.wait(asked)
@@ -136,11 +136,12 @@ def test_a_generator_that_comes_back_is_waited_for_and_one_that_keeps_failing_is
     tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(work, "_FIRST_PAUSE_SECONDS", 0.01)
+    few = REQUEST | {"shard_size": 50}
     with service(tiny_bundle.location, tmp_path / "data", shard_concurrency=1) as running:
         running.generator.failures += [GeneratorUnavailableError("restarting"), GeneratorFailedError("once")]
-        assert running.wait(running.ask(REQUEST))["state"] == "succeeded"
+        assert running.wait(running.ask(few))["state"] == "succeeded"
         running.generator.failures += [GeneratorFailedError("always")] * 3
-        dataset = running.wait(running.ask(REQUEST | {"seed": 4}))
+        dataset = running.wait(running.ask(few | {"seed": 4}))
         assert dataset["state"] == "failed"
         assert dataset["error"]["type"] == "urn:dermis:problem:internal"
         assert "always" not in dataset["error"]["detail"]
