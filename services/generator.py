@@ -67,7 +67,7 @@ class Generator:
         return list(samples.run(self._synthesizers, samples.from_bytes(rows)))
 
     @bentoml.api
-    def describe(self) -> dict[str, Any]:
+    async def describe(self) -> dict[str, Any]:  # on the event loop: probes do not wait for a batch to end
         """What is loaded: {"identities": {digest: identity}, "problems": [...]}."""
         identities = {digest: dict(synthesizer.identity) for digest, synthesizer in self._synthesizers.items()}
         return {"identities": identities, "problems": self._problems}

@@ -15,7 +15,7 @@ from services.samples import GeneratorFailedError, GeneratorUnavailableError, Im
 
 # Rows of one call: what a shard asks for at a time, so that a large request of one user does not hold up the others.
 _PIECE = 32
-_DESCRIBE_SECONDS = 10.0
+_DESCRIBE_SECONDS = 4.0  # less than the probes in k8s/dermis.yaml wait
 _FRESH_SECONDS = 2.0
 # A generator that has been away for so long will not come back by itself.
 _LOST_SECONDS = 600.0

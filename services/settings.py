@@ -88,7 +88,7 @@ class Settings(BaseSettings):
     max_event_streams: int = Field(64, ge=1, description="Most event streams open at one time.")
 
     shutdown_seconds: int = Field(
-        60, ge=1, le=3600, description="Longest time that open requests may take after the service is told to stop."
+        60, ge=1, le=3600, description="Longest time that open requests may take once `make serve` is told to stop."
     )
 
     # What it tells
