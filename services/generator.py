@@ -16,7 +16,7 @@ import numpy as np
 from dermis.bundle import open_bundle
 from dermis.errors import DermisError
 from services import logs, samples
-from services.models import locate
+from services.models import locate, without_place
 from services.orphans import exit_with_parent
 from services.settings import settings_of_process
 
@@ -41,6 +41,9 @@ class Generator:
         logs.configure(_settings.log_level)
         exit_with_parent()
         from dermis.synthesizer import Synthesizer
+        from dermis.synthesizer.choice import available_cpus
+
+        threads = max(1, available_cpus() // _settings.generator_workers)
 
         self._synthesizers: dict[str, Synthesizer] = {}
         self._problems: list[str] = []
@@ -48,13 +51,11 @@ class Generator:
             started = time.perf_counter()
             try:
                 bundle = open_bundle(location)
-                synthesizer = Synthesizer(
-                    bundle, device=_device(), backend=_settings.backend, threads=_settings.threads_per_generator
-                )
+                synthesizer = Synthesizer(bundle, device=_device(), backend=_settings.backend, threads=threads)
                 synthesizer.images([0], [0], [0])  # the first image is slow; the first caller need not wait for it
             except (DermisError, OSError, RuntimeError, MemoryError) as error:
                 logger.error("model not loaded", extra={"location": location, "error": str(error)})
-                self._problems.append(f"{location}: {error}")
+                self._problems.append(without_place(error, location))
                 continue
             self._synthesizers[bundle.digest] = synthesizer
             told = {"model": bundle.name, "digest": bundle.digest[:12], "seconds": time.perf_counter() - started}

@@ -40,6 +40,11 @@ def locate(locations: Sequence[str]) -> list[str]:
     return found
 
 
+def without_place(error: Exception, location: str) -> str:
+    """What is wrong with the bundle at `location`, for callers: where the service keeps it is for the log."""
+    return str(error).replace(location.rstrip("/"), Path(location).name)
+
+
 class Models:
     """The served bundles by name. One that cannot be opened is not served; `check` tells why, and the rest is."""
 
@@ -53,11 +58,11 @@ class Models:
                 fingerprint = _fingerprint(location)
                 bundle = open_bundle(location)
             except (BundleError, OSError) as error:
-                self._broken[location] = f"{error}; mend it and restart the service"
+                self._broken[location] = f"{without_place(error, location)}; mend it and restart the service"
                 continue
             if bundle.name in self._watched:
-                other = self._watched[bundle.name].bundle.location
-                self._broken[location] = f"{location}: is called {bundle.name!r}, as {other} is; serve one of them"
+                folder = Path(location).name
+                self._broken[location] = f"{folder}: is called {bundle.name!r}, as another bundle is; serve one of them"
                 continue
             self._watched[bundle.name] = _Watched(bundle, fingerprint)
         self.default = default if default in self._watched else next(iter(self._watched), default)
@@ -115,7 +120,8 @@ def _look_again(name: str, watched: _Watched) -> None:
             return
         digest = open_bundle(watched.bundle.location).digest
     except (BundleError, OSError) as error:
-        watched.problem = f"model {name} is not what the service loaded: {error}"
+        problem = without_place(error, watched.bundle.location)
+        watched.problem = f"model {name} is not what the service loaded: {problem}"
         return
     watched.fingerprint = fingerprint
     if digest == watched.bundle.digest:

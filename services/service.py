@@ -41,8 +41,8 @@ async def _running() -> AsyncIterator[Context]:
     logs.configure(_settings.log_level)
     exit_with_parent()
     models = await asyncio.to_thread(Models, _settings.bundles, _settings.default_model)
-    for problem in models.check().values():
-        logger.error("model not served", extra={"problem": problem})
+    for location, problem in models.check().items():
+        logger.error("model not served", extra={"location": location, "problem": problem})
     generator = RemoteGenerator(bentoml.get_current_service().generator.to_async, models)
     stopping = threading.Event()
     shop = Workshop(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from functools import lru_cache
 from pathlib import Path
@@ -127,12 +126,6 @@ class Settings(BaseSettings):
         if self.storage_url is not None:
             return self.storage_url
         return str(self.data_dir.absolute() / "datasets")
-
-    @property
-    def threads_per_generator(self) -> int:
-        """CPU threads of one generator process: the cores that this process may use, shared equally."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return max(1, cores // self.generator_workers)
 
 
 def read_settings(**values: Any) -> Settings:

@@ -90,7 +90,8 @@ def make_shard(shop: Workshop, job_id: str, shard: int) -> str:
     except StoppedError:
         return "stopped"
     except Exception as error:
-        _fail(shop, job_id, error)
+        if not shop.table.must_stop(job_id):  # else the files went from under this shard, as another one had failed
+            _fail(shop, job_id, error)
         return "stopped"
     return "finished"
 
@@ -138,17 +139,19 @@ def remove_files(shop: Workshop, job_id: str) -> None:
 
 
 def _fail(shop: Workshop, job_id: str, error: Exception) -> None:
-    """Note why the job fails. The files go at once: on a full disk the note itself needs their room."""
+    """Note why the job fails; `finish` clears up after it. On a full disk the note itself may need the files' room."""
     found = problem_of(error)
     if found.kind == "internal":
         logger.exception("dataset failed", extra={"dataset": job_id})
     else:
         logger.warning("dataset failed", extra={"dataset": job_id, "kind": found.kind, "detail": found.detail})
     document = problem(found.kind, found.detail, f"/v1/datasets/{job_id}", errors=found.errors)
+    note = document.model_dump(exclude_none=True)
     try:
+        shop.table.record_error(job_id, note)
+    except Exception:  # every database driver has its own
         remove_files(shop, job_id)
-    finally:
-        shop.table.record_error(job_id, document.model_dump(exclude_none=True))
+        shop.table.record_error(job_id, note)
 
 
 def _plan_of(shop: Workshop, job: Job) -> tuple[Bundle, Plan]:
