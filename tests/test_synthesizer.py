@@ -28,6 +28,7 @@ BACKENDS = [pytest.param("openvino", marks=needs_openvino), "torch"]
 CONFIGS = {
     "conditional": GeneratorConfig(32, c_dim=3, z_dim=16, w_dim=24, mapping_layers=2, channel_base=512),
     "unconditional": GeneratorConfig(8, z_dim=16, w_dim=16, mapping_layers=1, channel_base=128, channel_max=16),
+    "grey": GeneratorConfig(16, z_dim=16, w_dim=16, img_channels=1, channel_base=128, channel_max=16),
     "clamped": GeneratorConfig(64, c_dim=2, z_dim=16, w_dim=16, channel_base=512, num_fp16_res=3, conv_clamp=0.5),
 }
 
@@ -172,6 +173,9 @@ def test_requests_that_cannot_be_served() -> None:
             Synthesizer(
                 make_bundle(make_generator("unconditional")), generator=make_generator("unconditional"), **options
             )
+    transparent = Generator(GeneratorConfig(8, z_dim=8, w_dim=8, img_channels=4, channel_base=64, channel_max=8))
+    with pytest.raises(DermisError, match="4 channels"):
+        Synthesizer(make_bundle(transparent), generator=transparent)
 
 
 def test_falls_back_without_openvino(monkeypatch: pytest.MonkeyPatch) -> None:

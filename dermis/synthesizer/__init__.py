@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Self, get_args
 import numpy as np
 import numpy.typing as npt
 
-from dermis.errors import RequestError
+from dermis.errors import DermisError, RequestError
 from dermis.latents import noise_for, z_for
 from dermis.networks import Generator, NoiseMode
 from dermis.synthesizer.backend import Backend, Bytes, Float
@@ -52,6 +52,11 @@ class Synthesizer:
             from dermis.bundle import load_generator
 
             generator = load_generator(bundle)
+        if generator.config.img_channels not in (1, 3):
+            channels = generator.config.img_channels
+            raise DermisError(
+                f"{bundle.location}: draws images of {channels} channels; only grey (1) and RGB (3) are served"
+            )
         self.bundle = bundle
         self._config = generator.config
         self._w_avg: Float = generator.mapping.w_avg.detach().cpu().numpy().copy()
