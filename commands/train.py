@@ -17,6 +17,9 @@ def train_gan(
     resolution: Annotated[int, typer.Option(help="Image side in pixels, a power of two.")] = 64,
     kimg: Annotated[float, typer.Option(help="Length: thousands of real images shown to the discriminator.")] = 1000.0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    allow_changes: Annotated[
+        bool, typer.Option("--allow-changes", help="Resume with other options than before; the card tells of it.")
+    ] = False,
     name: Annotated[str | None, typer.Option(help="Name of the bundle; default: the run folder's name.")] = None,
     licence: Annotated[str, typer.Option(help="Licence of the training images, carried by the weights.")] = "unknown",
     attribution: Annotated[str, typer.Option(help="Whom users of the weights must credit.")] = "",
@@ -104,6 +107,7 @@ def train_gan(
         out,
         device=target,
         resume=resume,
+        allow_changes=allow_changes,
         compile_networks=target.type == "cuda" if compile_networks is None else compile_networks,
         snapshot_kimg=snapshot_kimg,
         on_snapshot=write_snapshot(dataset, config, origin, target),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -59,9 +60,36 @@ def test_resume_refuses_another_run(tmp_path: Path) -> None:
         train(_dataset(), _config(0.008), tmp_path, device=CPU, progress_bar=False)
     with pytest.raises(TrainingError, match="r1_gamma"):
         train(_dataset(), _config(0.008, r1_gamma=3.0), tmp_path, device=CPU, resume=True, progress_bar=False)
+    with pytest.raises(TrainingError, match="channel_max"):
+        other = _config(0.008, channel_max=4)
+        train(_dataset(), other, tmp_path, device=CPU, resume=True, allow_changes=True, progress_bar=False)
     (tmp_path / "checkpoint.safetensors").write_bytes(b"not a checkpoint")
     with pytest.raises(TrainingError, match="not a readable checkpoint"):
         train(_dataset(), _config(0.008), tmp_path, device=CPU, resume=True, progress_bar=False)
+
+
+def test_options_changed_on_the_way_are_told_in_the_card(tmp_path: Path) -> None:
+    train(_dataset(), _config(0.004), tmp_path, device=CPU, progress_bar=False)
+    changed = replace(_config(0.008, batch=2, mbstd_group_size=2, r1_gamma=0.5, augment_p=0.25), augment_target=None)
+    origin = Origin("moles", "folder", "CC0-1.0", "nobody")
+    _, progress = train(
+        _dataset(),
+        changed,
+        tmp_path,
+        device=CPU,
+        resume=True,
+        allow_changes=True,
+        on_snapshot=write_snapshot(_dataset(), changed, origin, CPU),
+        progress_bar=False,
+    )
+    assert progress.nimg == 8
+    (change,) = progress.changes
+    assert change["kimg"] == 0.004 and change["before"]["batch"] == 4 and change["after"]["batch"] == 2
+    state = read_state(tmp_path / "checkpoint.safetensors")
+    assert state["adaptive"]["p"] == 0.25 and state["adaptive"]["target"] is None
+    assert "| 0.0 | `batch` | 4 | 2 |" in open_bundle(tmp_path / "bundle").model_card
+    _, again = train(_dataset(), changed, tmp_path, device=CPU, resume=True, progress_bar=False)
+    assert len(again.changes) == 1
 
 
 def test_divergence_stops_and_keeps_the_last_state(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -51,7 +51,7 @@ Weights trained on these images carry the same licence conditions.
 | option | value |
 | --- | --- |
 {rows}
-
+{_changes(run.get("changes", ()))}
 ## Measured
 
 {_metrics(metrics)}
@@ -60,6 +60,24 @@ Weights trained on these images carry the same licence conditions.
 
 def _kind(c_dim: int) -> str:
     return f"conditional on {c_dim} classes" if c_dim else "unconditional"
+
+
+def _changes(changes: Sequence[Mapping[str, Any]]) -> str:
+    rows = [
+        f"| {change['kimg']:,.1f} | `{option}` | {before} | {change['after'][option]} |"
+        for change in changes
+        for option, before in change["before"].items()
+    ]
+    if not rows:
+        return ""
+    table = "\n".join(rows)
+    return f"""
+Options that were changed on the way:
+
+| at kimg | option | before | after |
+| --- | --- | --- | --- |
+{table}
+"""
 
 
 def _order(classes: Mapping[str, int], c_dim: int) -> str:

@@ -10,6 +10,10 @@ from dermis.networks import DiscriminatorConfig, GeneratorConfig
 from training.gan.augment import AUGMENTATIONS
 
 Precision = Literal["fp32", "bf16", "fp16"]
+# What a run can never change on its way: the shape of the networks, and the seed of everything random.
+STRUCTURE = frozenset({
+    "resolution", "c_dim", "seed", "z_dim", "w_dim", "mapping_layers", "channel_base", "channel_max", "conv_clamp",
+})  # fmt: skip
 
 
 @dataclass(frozen=True)

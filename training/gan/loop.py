@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from dermis.networks import Discriminator, Generator, one_hot
 from training.data.isic import ImageDataset
 from training.gan.augment import AUGMENTATIONS, AdaptiveP
 from training.gan.checkpoint import load_checkpoint, read_state, save_checkpoint
-from training.gan.config import GanConfig
+from training.gan.config import STRUCTURE, GanConfig
 from training.gan.loss import Phases
 
 DTYPES: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -44,6 +44,7 @@ class Progress:
     seconds: float = 0.0
     stopped: bool = False  # by the user, before total_kimg
     stats: dict[str, float] = field(default_factory=dict)
+    changes: list[dict[str, Any]] = field(default_factory=list)  # of options on the way: {"kimg", "before", "after"}
 
 
 def train(
@@ -53,6 +54,7 @@ def train(
     *,
     device: torch.device,
     resume: bool = False,
+    allow_changes: bool = False,
     compile_networks: bool = False,
     snapshot_kimg: float = 20.0,
     on_snapshot: Callable[[Path, Generator, Progress], None] | None = None,
@@ -62,7 +64,8 @@ def train(
 
     Writes into `out`: checkpoint.safetensors, log.jsonl, config.json, and calls on_snapshot(out, G_ema, progress) at
     the start, every snapshot_kimg and at the end. SIGINT and SIGTERM finish the step, save and return. Raises
-    TrainingError if the loss is no longer finite (the last checkpoint is kept) or the checkpoint does not fit.
+    TrainingError if the loss is no longer finite (the last checkpoint is kept) or the checkpoint does not fit: a run is
+    resumed with the options that it began with, unless `allow_changes`, which notes what changed in Progress.changes.
     """
     checkpoint = out / "checkpoint.safetensors"
     if checkpoint.exists() and not resume:
@@ -78,18 +81,20 @@ def train(
         "D_opt": _adam(D, config.learning_rate, config.r1_interval if config.r1_gamma else None),
     }
     pl_mean = torch.zeros((), device=device)
-    adaptive = AdaptiveP(config.augment_p, config.augment_target, kimg=config.augment_kimg)
-    if config.augment == "none":
-        adaptive = AdaptiveP(0.0, None)
+    adaptive = _adaptive(config)
     progress = Progress()
     modules = {"G": G, "D": D, "G_ema": G_ema}
     if checkpoint.exists():
         state = read_state(checkpoint)
-        _check_same_run(checkpoint, state, config, dataset)
+        changes = _changes(checkpoint, state, config, dataset, allow_changes)
         load_checkpoint(checkpoint, modules, optimizers, {"pl_mean": pl_mean})
-        adaptive = AdaptiveP(**state["adaptive"])
         progress = Progress(**state["progress"])
         progress.stopped = False
+        if changes:
+            before = {name: state["config"].get(name) for name in changes}
+            progress.changes.append({"kimg": progress.nimg / 1000, "before": before, "after": changes})
+        if adaptive.target is not None or not changes:
+            adaptive = replace(AdaptiveP(**state["adaptive"]), target=adaptive.target, kimg=adaptive.kimg)
     (out / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
 
     phases = Phases(
@@ -158,14 +163,25 @@ def _adam(module: torch.nn.Module, learning_rate: float, interval: int | None) -
     return torch.optim.Adam(module.parameters(), lr=learning_rate * ratio, betas=(0.0, 0.99**ratio), eps=1e-8)
 
 
-def _check_same_run(checkpoint: Path, state: dict[str, Any], config: GanConfig, dataset: ImageDataset) -> None:
-    changed = {name for name, value in config.identity.items() if state["config"].get(name) != value}
-    if changed:
-        raise TrainingError(
-            f"{checkpoint}: was trained with another {', '.join(sorted(changed))}; use the same options"
-        )
+def _adaptive(config: GanConfig) -> AdaptiveP:
+    if config.augment == "none":
+        return AdaptiveP(0.0, None)
+    return AdaptiveP(config.augment_p, config.augment_target, kimg=config.augment_kimg)
+
+
+def _changes(
+    checkpoint: Path, state: dict[str, Any], config: GanConfig, dataset: ImageDataset, allow: bool
+) -> dict[str, Any]:
+    """The options whose value is another than the checkpoint's. TrainingError if they must not be."""
     if state["dataset_sha256"] != dataset.sha256:
         raise TrainingError(f"{checkpoint}: was trained on other images than the folder given with --data")
+    changed = {name: value for name, value in config.identity.items() if state["config"].get(name) != value}
+    structural = changed.keys() & STRUCTURE
+    if structural or (changed and not allow):
+        names = ", ".join(sorted(structural or changed))
+        hint = "" if structural else ", or add --allow-changes to go on with the new ones"
+        raise TrainingError(f"{checkpoint}: was trained with another {names}; use the same options{hint}")
+    return changed
 
 
 def _step(

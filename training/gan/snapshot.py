@@ -98,6 +98,7 @@ def _provenance(
             "hardware": describe_hardware(device),
             "hours": round(progress.seconds / 3600, 3),
             "augment_p": progress.stats.get("p", config.augment_p),
+            "changes": progress.changes,
         },
         "licence": origin.licence,
         "attribution": origin.attribution,
