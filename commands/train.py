@@ -38,12 +38,17 @@ def train_gan(
     r1_gamma: Annotated[float | None, typer.Option(help="R1 weight; default follows resolution and batch.")] = None,
     pl_weight: Annotated[float, typer.Option(help="Path-length weight; 0 leaves the phase out.")] = 2.0,
     mirror: Annotated[bool, typer.Option(help="Flip training images horizontally at random.")] = True,
-    augment: Annotated[str, typer.Option(help="Adaptive augmentation: none, blit, geom or bg.")] = "bg",
+    augment: Annotated[
+        str | None, typer.Option(help="none, blit, geom or bg; default bg, with --projected blit.")
+    ] = None,
     augment_target: Annotated[float, typer.Option(help="Target of E[sign(D(real))].")] = 0.6,
     augment_p: Annotated[
         float | None, typer.Option(help="Fixed augmentation strength instead of an adaptive one.")
     ] = None,
     augment_kimg: Annotated[float, typer.Option(help="Speed: kimg in which p can go from 0 to 1.")] = 500.0,
+    projected: Annotated[
+        bool, typer.Option("--projected", help="Judge by features of a pretrained network: learns in far fewer kimg.")
+    ] = False,
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     compile_networks: Annotated[
@@ -89,6 +94,7 @@ def train_gan(
             augment_p=augment_p,
             augment_kimg=augment_kimg,
             precision=precision,
+            projected=projected,
             seed=seed,
         )
         if augment_p is not None:

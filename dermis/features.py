@@ -6,15 +6,18 @@ import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from dermis.errors import DermisError
 from dermis.vision import import_vision
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -43,13 +46,7 @@ def _lite0(device: torch.device) -> FeatureExtractor:
 
     The weights come inside a Python package, so this extractor needs no model hub.
     """
-    weights = _lite0_weights()
-    network = import_vision("timm").create_model("tf_efficientnet_lite0", num_classes=0)
-    state = torch.load(weights, map_location="cpu", weights_only=True)  # a file of an installed package
-    own = network.state_dict()
-    # The package names its tensors otherwise, but keeps timm's order and shapes; the last two are the classifier.
-    network.load_state_dict(dict(zip(own, list(state.values())[: len(own)], strict=True)))
-    network = network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    network = channels_last(lite0_network().to(device))
 
     @torch.inference_mode()
     def extract(images: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -58,8 +55,29 @@ def _lite0(device: torch.device) -> FeatureExtractor:
         features: Tensor = network(x / 127.5 - 1)
         return features.float().cpu().numpy()
 
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    digest = hashlib.sha256(_lite0_weights().read_bytes()).hexdigest()
     return FeatureExtractor("lite0", f"tf_efficientnet_lite0/{digest[:16]}/224-bicubic-antialias", 1280, extract)
+
+
+def lite0_network(**options: Any) -> nn.Module:
+    """timm's tf_efficientnet_lite0 without its classifier, ImageNet weights, frozen, in eval mode.
+
+    `options` go to timm.create_model (features_only, out_indices). Images are [N, 3, H, W] in [-1, 1].
+    """
+    timm = import_vision("timm")
+    state = torch.load(_lite0_weights(), map_location="cpu", weights_only=True)  # a file of an installed package
+    whole = timm.create_model("tf_efficientnet_lite0", num_classes=0).state_dict()
+    # The package names its tensors otherwise, but keeps timm's order and shapes; the last two are the classifier.
+    named = dict(zip(whole, list(state.values())[: len(whole)], strict=True))
+    network: nn.Module = timm.create_model("tf_efficientnet_lite0", num_classes=0, **options)
+    network.load_state_dict({name: named[name] for name in network.state_dict()})
+    return network.eval().requires_grad_(False)
+
+
+def channels_last(network: Network) -> Network:
+    """Lay the convolutions' weights out as their kernels want them; the same network again."""
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return network
 
 
 def _lite0_weights() -> Path:

@@ -13,6 +13,7 @@ Precision = Literal["fp32", "bf16", "fp16"]
 # What a run can never change on its way: the shape of the networks, and the seed of everything random.
 STRUCTURE = frozenset({
     "resolution", "c_dim", "seed", "z_dim", "w_dim", "mapping_layers", "channel_base", "channel_max", "conv_clamp",
+    "projected",
 })  # fmt: skip
 
 
@@ -48,6 +49,7 @@ class GanConfig:
     augment_p: float = 0.0
     augment_kimg: float = 500.0
     precision: Precision = "fp32"
+    projected: bool = False  # training.gan.projected's discriminator instead of StyleGAN2's
 
     def __post_init__(self) -> None:
         if self.augment not in AUGMENTATIONS:
@@ -91,15 +93,22 @@ class GanConfig:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What must not change when a run is resumed: all but its length."""
-        return {name: value for name, value in self.to_dict().items() if name != "total_kimg"}
+        """What must not change when a run is resumed: all but its length. Runs from before an option have its default."""
+        later = {"projected": False}
+        fields = {name: value for name, value in self.to_dict().items() if name != "total_kimg"}
+        return {name: value for name, value in fields.items() if name not in later or value != later[name]}
 
 
 def auto_config(resolution: int, c_dim: int, **overrides: Any) -> GanConfig:
     """The official 'auto' rule for one GPU (arXiv 2006.06676, appendix C): batch, learning rate, gamma and EMA
     follow the resolution. `overrides` are GanConfig fields; those that are None are left to the rule.
+
+    With `projected`, as in arXiv 2111.01007: no R1, no path length, no style mixing, and augmentation of a fixed strength.
     """
     given = {name: value for name, value in overrides.items() if value is not None}
+    if given.get("projected"):
+        given |= {"r1_gamma": 0.0, "pl_weight": 0.0, "style_mixing_prob": 0.0, "augment_target": None}
+        given = {"augment": "blit", "augment_p": 0.5} | given
     batch = int(given.setdefault("batch", max(min(4096 // resolution, 32), 1)))
     given.setdefault("mbstd_group_size", min(batch, 4))
     given.setdefault("learning_rate", 0.002 if resolution >= 1024 else 0.0025)

@@ -30,7 +30,9 @@ from training.data.isic import ImageDataset
 from training.gan.augment import AUGMENTATIONS, AdaptiveP
 from training.gan.checkpoint import load_checkpoint, read_state, save_checkpoint
 from training.gan.config import STRUCTURE, GanConfig
-from training.gan.loss import Phases
+from training.gan.loss import HINGE, LOGISTIC, Phases
+from training.gan.projected import LEARNING_RATE as PROJECTED_RATE
+from training.gan.projected import ProjectedDiscriminator
 
 DTYPES: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -74,11 +76,16 @@ def train(
 
     torch.manual_seed(config.seed)
     G = Generator(config.generator).to(device)
-    D = Discriminator(config.discriminator).to(device)
+    D: Discriminator | ProjectedDiscriminator
+    if config.projected:
+        D = ProjectedDiscriminator(config.c_dim, config.seed, device)
+    else:
+        D = Discriminator(config.discriminator).to(device)
     G_ema = copy.deepcopy(G).eval().requires_grad_(False)
+    D_rate = PROJECTED_RATE if config.projected else config.learning_rate
     optimizers = {
         "G_opt": _adam(G, config.learning_rate, config.pl_interval if config.pl_weight else None),
-        "D_opt": _adam(D, config.learning_rate, config.r1_interval if config.r1_gamma else None),
+        "D_opt": _adam(D, D_rate, config.r1_interval if config.r1_gamma else None),
     }
     pl_mean = torch.zeros((), device=device)
     adaptive = _adaptive(config)
@@ -110,6 +117,7 @@ def train(
         pl_mean,
         synthesis=torch.compile(G.synthesis) if compile_networks else G.synthesis,
         discriminate=torch.compile(D) if compile_networks else D,
+        adversarial=HINGE if config.projected else LOGISTIC,
     )
 
     def save() -> None:

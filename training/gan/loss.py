@@ -17,6 +17,31 @@ from torch import Tensor
 
 from dermis.networks import Discriminator, Generator
 from training.gan.augment import AugmentConfig, augment
+from training.gan.projected import ProjectedDiscriminator
+
+
+@dataclass(frozen=True)
+class AdversarialLoss:
+    """What generator and discriminator minimise, each a function of logits of any shape to a scalar."""
+
+    generator: Callable[[Tensor], Tensor]
+    fake: Callable[[Tensor], Tensor]
+    real: Callable[[Tensor], Tensor]
+
+
+LOGISTIC = AdversarialLoss(
+    generator=lambda logits: F.softplus(-logits).mean(),
+    fake=lambda logits: F.softplus(logits).mean(),
+    real=lambda logits: F.softplus(-logits).mean(),
+)
+"""The non-saturating logistic loss."""
+
+HINGE = AdversarialLoss(
+    generator=lambda logits: -logits.mean(),
+    fake=lambda logits: F.relu(1 + logits).mean(),
+    real=lambda logits: F.relu(1 - logits).mean(),
+)
+"""The hinge loss (Lim and Ye, arXiv 1705.02894), for `training.gan.projected`."""
 
 
 @dataclass
@@ -24,7 +49,7 @@ class Phases:
     """The networks and settings that every phase uses. `pl_mean` is the running mean path length."""
 
     G: Generator
-    D: Discriminator
+    D: Discriminator | ProjectedDiscriminator
     dtype: torch.dtype | None
     augment: AugmentConfig
     style_mixing_prob: float
@@ -35,6 +60,7 @@ class Phases:
     pl_mean: Tensor
     synthesis: Callable[..., Tensor]  # G.synthesis, compiled or not
     discriminate: Callable[..., Tensor]  # D, compiled or not
+    adversarial: AdversarialLoss = LOGISTIC
 
     def _ws(self, z: Tensor, c: Tensor, update_w_avg: bool = True) -> Tensor:
         """Map z [N, z_dim]; with probability style_mixing_prob the layers from a random one on follow a second z."""
@@ -50,9 +76,9 @@ class Phases:
         return (self.D if eager else self.discriminate)(augment(images, p, self.augment), c, self.dtype)
 
     def generator_main(self, z: Tensor, c: Tensor, p: float) -> float:
-        """Make D believe: minimise softplus(-D(G(z)))."""
+        """Make D believe that G(z) is real."""
         logits = self._judge(self.synthesis(self._ws(z, c), "random", self.dtype), c, p)
-        loss = F.softplus(-logits).mean()
+        loss = self.adversarial.generator(logits)
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.item()
 
@@ -71,13 +97,13 @@ class Phases:
         return penalty.item()
 
     def discriminator_main(self, real: Tensor, real_c: Tensor, z: Tensor, c: Tensor, p: float) -> tuple[float, Tensor]:
-        """Tell real from generated: minimise softplus(D(G(z))) + softplus(-D(x)). Returns the loss and D(x)."""
+        """Tell real from generated. Returns the loss and D(x)."""
         with torch.no_grad():
             fake = self.synthesis(self._ws(z, c, update_w_avg=False), "random", self.dtype)
-        fake_loss = F.softplus(self._judge(fake, c, p)).mean()
+        fake_loss = self.adversarial.fake(self._judge(fake, c, p))
         fake_loss.backward()  # type: ignore[no-untyped-call]
         real_logits = self._judge(real, real_c, p)
-        real_loss = F.softplus(-real_logits).mean()
+        real_loss = self.adversarial.real(real_logits)
         real_loss.backward()  # type: ignore[no-untyped-call]
         return fake_loss.item() + real_loss.item(), real_logits.detach()
 

@@ -1,0 +1,84 @@
+"""The projected discriminator: fixed features, trained scales, and a training run with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dermis.features import lite0_network
+from dermis.networks import one_hot
+from training.data.isic import ImageDataset
+from training.gan.config import auto_config
+from training.gan.loop import train
+from training.gan.loss import HINGE
+from training.gan.projected import ProjectedDiscriminator, _fold_batch_norms
+
+CPU = torch.device("cpu")
+IMAGES = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+LABELS = one_hot([0, 1, 0, 1], 2)
+
+
+@pytest.fixture(scope="module")
+def judge() -> ProjectedDiscriminator:
+    torch.manual_seed(0)
+    return ProjectedDiscriminator(2, seed=3).eval()
+
+
+def test_folding_batch_norms_changes_no_value() -> None:
+    expected = lite0_network(features_only=True)(IMAGES)
+    actual = _fold_batch_norms(lite0_network(features_only=True))(IMAGES)
+    for a, b in zip(actual, expected, strict=True):
+        assert torch.allclose(a, b, atol=1e-4)
+
+
+def test_every_image_has_logits_of_its_own(judge: ProjectedDiscriminator) -> None:
+    together = judge(IMAGES, LABELS)
+    alone = torch.cat([judge(IMAGES[i : i + 1], LABELS[i : i + 1]) for i in range(4)])
+    assert together.shape == (4, 4)
+    assert torch.allclose(together, alone, atol=1e-4)
+    assert not torch.allclose(together, judge(IMAGES, LABELS.flip(0)), atol=1e-3)  # the label matters
+
+
+def test_the_seed_alone_decides_the_fixed_part(judge: ProjectedDiscriminator) -> None:
+    same, other = (ProjectedDiscriminator(2, seed=seed).eval() for seed in (3, 4))
+    same.load_state_dict(judge.state_dict())
+    other.load_state_dict(judge.state_dict())
+    assert torch.equal(same(IMAGES, LABELS), judge(IMAGES, LABELS))
+    assert not torch.allclose(other(IMAGES, LABELS), judge(IMAGES, LABELS), atol=1e-3)
+
+
+def test_learns_while_the_features_stay_and_gradients_reach_the_images() -> None:
+    torch.manual_seed(0)
+    D = ProjectedDiscriminator(0, seed=0)
+    assert not any("backbone" in name or "across" in name for name in D.state_dict())
+    before = [value.clone() for value in D._fixed[0].state_dict().values()]
+    optimizer = torch.optim.Adam(D.parameters(), lr=2e-3, betas=(0.0, 0.99))
+    smooth = torch.nn.functional.interpolate(IMAGES[:, :, :4, :4], size=(16, 16), mode="bilinear")
+    losses = []
+    for _ in range(12):
+        loss = HINGE.fake(D(smooth, None)) + HINGE.real(D(IMAGES, None))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] > 1.5 and losses[-1] < 0.3
+    assert all(torch.equal(a, b) for a, b in zip(before, D._fixed[0].state_dict().values(), strict=True))
+    images = smooth.clone().requires_grad_(True)
+    HINGE.generator(D(images, None)).backward()
+    assert images.grad is not None and (images.grad.flatten(1).norm(dim=1) > 0).all()
+
+
+def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), dtype=np.uint8)
+    dataset = ImageDataset(pixels, np.arange(8) % 2, ("benign", "malignant"), tuple(map(str, range(8))), "0" * 64)
+    small = {"z_dim": 8, "w_dim": 8, "channel_base": 64, "channel_max": 8, "batch": 2, "projected": True}
+    short, long = (auto_config(8, 2, total_kimg=kimg, **small) for kimg in (0.004, 0.008))
+    assert long.r1_gamma == long.pl_weight == 0 and long.augment_target is None
+    whole, _ = train(dataset, long, tmp_path / "whole", device=CPU, progress_bar=False)
+    train(dataset, short, tmp_path / "parts", device=CPU, progress_bar=False)
+    parts, _ = train(dataset, long, tmp_path / "parts", device=CPU, resume=True, progress_bar=False)
+    for (name, a), b in zip(whole.state_dict().items(), parts.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
