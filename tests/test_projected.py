@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from dermis.features import lite0_network
 from dermis.networks import one_hot
 from training.data.isic import ImageDataset
 from training.gan.config import auto_config
 from training.gan.loop import train
 from training.gan.loss import HINGE
-from training.gan.projected import ProjectedDiscriminator, _fold_batch_norms
+from training.gan.projected import ProjectedDiscriminator
 
 CPU = torch.device("cpu")
 IMAGES = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
@@ -25,13 +24,6 @@ LABELS = one_hot([0, 1, 0, 1], 2)
 def judge() -> ProjectedDiscriminator:
     torch.manual_seed(0)
     return ProjectedDiscriminator(2, seed=3).eval()
-
-
-def test_folding_batch_norms_changes_no_value() -> None:
-    expected = lite0_network(features_only=True)(IMAGES)
-    actual = _fold_batch_norms(lite0_network(features_only=True))(IMAGES)
-    for a, b in zip(actual, expected, strict=True):
-        assert torch.allclose(a, b, atol=1e-4)
 
 
 def test_every_image_has_logits_of_its_own(judge: ProjectedDiscriminator) -> None:

@@ -15,12 +15,10 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.nn.utils.parametrizations import spectral_norm
 
 from dermis.features import channels_last, lite0_network
@@ -70,7 +68,7 @@ class _Projection(nn.Module):
 
     def __init__(self, seed: int) -> None:
         super().__init__()
-        self.backbone = _fold_batch_norms(lite0_network(features_only=True, out_indices=(1, 2, 3, 4)))
+        self.backbone = lite0_network(features_only=True, out_indices=(1, 2, 3, 4))
         generator = torch.Generator().manual_seed(seed)
         self.across_channels = nn.ModuleList(
             _random_conv(old, new, 1, generator) for old, new in zip(_FEATURES, _WIDTHS, strict=True)
@@ -119,17 +117,3 @@ def _random_conv(in_channels: int, out_channels: int, kernel_size: int, generato
     with torch.no_grad():
         conv.weight.normal_(std=std, generator=generator)
     return conv
-
-
-def _fold_batch_norms(network: nn.Module) -> nn.Module:
-    """Every frozen batch norm that follows a convolution becomes part of it: the same values in a third of the time."""
-    children: list[tuple[str, Any]] = list(network.named_children())
-    for (_, conv), (name, norm) in pairwise(children):
-        if isinstance(conv, nn.Conv2d) and hasattr(norm, "running_var"):
-            conv.weight, conv.bias = fuse_conv_bn_weights(
-                conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-            )
-            setattr(network, name, norm.act)
-    for _, child in network.named_children():
-        _fold_batch_norms(child)
-    return network
