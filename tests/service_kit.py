@@ -30,6 +30,7 @@ from services.samples import Image, Options, Samples, pack
 from services.settings import Settings
 
 IDENTITY = {"device": "fake"}
+PATIENCE_SECONDS = 120.0  # for what takes a second or two: a busy machine is no failure
 
 
 def draw(rows: Samples) -> list[Image]:
@@ -79,7 +80,7 @@ class Service:
         dataset: dict[str, Any] = answer.json()
         return dataset
 
-    def wait(self, dataset: Mapping[str, Any], *states: str, seconds: float = 20) -> dict[str, Any]:
+    def wait(self, dataset: Mapping[str, Any], *states: str, seconds: float = PATIENCE_SECONDS) -> dict[str, Any]:
         """The dataset once it is in one of `states` (default: once it has ended)."""
         ends = states or ("succeeded", "failed", "cancelled")
         found: dict[str, Any] = {}
@@ -98,7 +99,7 @@ class Service:
         wait_for(done)
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 20, pause: float = 0.02) -> None:
+def wait_for(condition: Callable[[], Any], seconds: float = PATIENCE_SECONDS, pause: float = 0.02) -> None:
     """Return when `condition()` is true; TimeoutError if it does not become so."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -64,7 +64,7 @@ def test_another_worker_takes_over_when_a_lease_has_run_out(tiny_bundle: Bundle,
         running.wait_for_shards(asked, 2)
         running.generator.gate.clear()
     with service(tiny_bundle.location, tmp_path / "data", executor_id="second", lease_seconds=1) as running:
-        dataset = running.wait(asked, seconds=30)
+        dataset = running.wait(asked)
         assert dataset["state"] == "succeeded"
         assert files_of(running, dataset) == expected(tiny_bundle, tmp_path / "direct")
 
@@ -81,7 +81,7 @@ def test_work_of_a_live_worker_is_left_alone(tiny_bundle: Bundle, tmp_path: Path
         workflow.sweep()
         shards = running.client.get(asked["links"]["self"]).json()["progress"]["shards_done"]
         table.drop_lease("first")
-        dataset = running.wait(asked, seconds=30)
+        dataset = running.wait(asked)
         assert dataset["state"] == "succeeded"
         assert shards < 12
     table.close()

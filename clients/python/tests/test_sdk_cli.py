@@ -123,21 +123,21 @@ def test_a_failed_dataset_is_an_error(gateway: FakeGateway, run: Run) -> None:
 @pytest.mark.parametrize("stage", ["waiting", "downloading"])
 def test_ctrl_c_tells_how_to_go_on(gateway: FakeGateway, tmp_path: Path, stage: str) -> None:
     if stage == "waiting":
-        gateway.ticks, gateway.tick_seconds = 4, 5.0
+        gateway.ticks, gateway.tick_seconds = 4, 60.0
     else:
-        gateway.faults = [Fault("GET .*images.zip", silent=5.0)]
+        gateway.faults = [Fault("GET .*images.zip", silent=60.0)]
     environment = os.environ | {"DERMIS_BASE_URL": gateway.url, "PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen(
         [sys.executable, "-m", "dermis_client.cli", *CREATE, "--out", str(tmp_path / "d")],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     ) as program:  # fmt: skip
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 120
         while not gateway.requests("GET .*/events" if stage == "waiting" else "GET .*images.zip"):
             assert program.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
         time.sleep(0.1)
         program.send_signal(signal.SIGINT)
-        _, err = program.communicate(timeout=10)
+        _, err = program.communicate(timeout=120)
     identifier = next(iter(gateway.datasets))
     again = f"dermis-client datasets {'wait' if stage == 'waiting' else 'download'} {identifier}"
     assert program.returncode == 130
