@@ -1,0 +1,197 @@
+"""Metrics against closed forms, independent naive implementations and other libraries."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from scipy import stats
+
+from dermis.metrics.alpha import alpha_precision, authentic, beta_recall
+from dermis.metrics.density import density_coverage, expected_coverage
+from dermis.metrics.memorisation import memorisation_test
+from dermis.metrics.neighbours import nearest, radii, squared_distances
+
+Array = NDArray[np.float64]
+
+
+def _normal(seed: int, n: int, dim: int, scale: float = 1.0) -> Array:
+    return np.random.default_rng(seed).normal(size=(n, dim)) * scale
+
+
+def _distances(a: Array, b: Array) -> Array:
+    """All distances, the slow and obvious way."""
+    return np.array([[np.sqrt(np.sum((x - y) ** 2)) for y in b] for x in a])
+
+
+def _naive_radii(x: Array, k: int) -> Array:
+    return np.array([np.sort(np.delete(row, i))[k - 1] for i, row in enumerate(_distances(x, x))])
+
+
+# Small integer grids: many ties and duplicates, and every distance is exact.
+sets = st.tuples(st.integers(0, 2**32 - 1), st.integers(7, 14), st.integers(7, 14), st.integers(1, 4))
+
+
+def _grids(drawn: tuple[int, int, int, int]) -> tuple[Array, Array]:
+    seed, n, m, dim = drawn
+    rng = np.random.default_rng(seed)
+    return rng.integers(-4, 5, (n, dim)).astype(float), rng.integers(-4, 5, (m, dim)).astype(float)
+
+
+@given(sets)
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_blocked_neighbours_are_the_naive_ones(drawn: tuple[int, int, int, int]) -> None:
+    a, b = _grids(drawn)
+    naive = _distances(a, b)
+    blocked = np.concatenate([squared.sqrt().numpy() for _, squared in squared_distances(a, b, block=2 * len(b))])
+    np.testing.assert_allclose(blocked, naive, atol=1e-9)
+    distance, index = nearest(a, b, 3)
+    np.testing.assert_allclose(distance, np.sort(naive, axis=1)[:, :3], atol=1e-9)
+    np.testing.assert_allclose(np.take_along_axis(naive, index, axis=1), distance, atol=1e-9)
+    np.testing.assert_allclose(radii(a, 2), _naive_radii(a, 2), atol=1e-7)
+
+
+def test_a_copy_is_at_distance_zero_however_long_the_vector() -> None:
+    base = _normal(0, 300, 1280).astype(np.float32) + 5
+    distance, index = nearest(base[[7, 250]], base)
+    assert distance[:, 0].tolist() == [0.0, 0.0]
+    assert index[:, 0].tolist() == [7, 250]
+    with pytest.raises(ValueError, match="300 neighbours asked for among 299"):
+        nearest(base, base, 300, exclude_self=True)
+    with pytest.raises(ValueError, match="no distances"):
+        next(squared_distances(base, base[:0]))
+
+
+@given(sets)
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_sample_level_metrics_are_the_naive_ones(drawn: tuple[int, int, int, int]) -> None:
+    """Density, coverage, the precision and recall curves and authenticity, each from its formula by loops."""
+    real, generated = _grids(drawn)
+    k, d = 3, _distances(real, generated)
+    ball = _naive_radii(real, k)
+    inside = [[d[i, j] <= ball[i] + 1e-9 for j in range(len(generated))] for i in range(len(real))]
+    density, coverage = density_coverage(real, generated, k)
+    assert density == pytest.approx(sum(map(sum, inside)) / (k * len(generated)))
+    assert coverage == pytest.approx(sum(map(any, inside)) / len(real))
+
+    def ball_of(x: Array, share: float) -> float:
+        """The smallest distance from the mean within which at least this share lies."""
+        sorted_ = np.sort(np.linalg.norm(x - x.mean(axis=0), axis=1))
+        return float(sorted_[max(int(np.ceil(share * len(x) - 1e-9)) - 1, 0)])
+
+    precision, recall = alpha_precision(real, generated), beta_recall(real, generated, k)
+    for level in (0.0, 0.25, 0.5, 0.75, 1.0):
+        within = np.linalg.norm(generated - real.mean(axis=0), axis=1) <= ball_of(real, level)
+        assert precision.values[round(100 * level)] == pytest.approx(within.mean())
+        limit, g_centre, represented = ball_of(generated, level), generated.mean(axis=0), []
+        for i in range(len(real)):
+            candidates = [j for j in range(len(generated)) if d[i, j] == d[i].min()]
+            represented.append({inside[i][j] and np.linalg.norm(generated[j] - g_centre) <= limit for j in candidates})
+        # Where several generated images are equally near, either may be taken for the nearest.
+        low, high = np.mean([min(x) for x in represented]), np.mean([max(x) for x in represented])
+        assert low - 1e-9 <= recall.values[round(100 * level)] <= high + 1e-9
+
+    next_real, verdicts = _naive_radii(real, 1), authentic(real, generated)
+    for j in range(len(generated)):
+        possible = {d[i, j] > next_real[i] + 1e-9 for i in range(len(real)) if d[i, j] == d[:, j].min()}
+        assert verdicts[j] in possible
+
+
+def test_identical_sets_are_perfect_and_disjoint_ones_worthless() -> None:
+    real, far = _normal(0, 400, 8), _normal(1, 400, 8) + 1000
+    assert density_coverage(real, real)[1] == 1.0
+    assert alpha_precision(real, real).integrated == pytest.approx(1, abs=0.01)
+    assert beta_recall(real, real).integrated == pytest.approx(1, abs=0.01)
+    assert not authentic(real, real).any()
+    assert density_coverage(real, far) == (0.0, 0.0)
+    assert alpha_precision(real, far).integrated == pytest.approx(0, abs=0.01)
+    assert beta_recall(real, far).integrated == pytest.approx(0, abs=0.01)
+    assert authentic(real, far).all()
+
+
+def test_coverage_and_density_of_equal_distributions() -> None:
+    """Lemma 2 of Naeem et al., whatever the distribution; 8 draws bring the mean within its own standard error."""
+    n, m, k = 300, 200, 5
+    draws = [density_coverage(_normal(2 * s, n, 3) ** 3, _normal(2 * s + 1, m, 3) ** 3, k) for s in range(8)]
+    density, coverage = np.mean(draws, axis=0)
+    assert coverage == pytest.approx(expected_coverage(n, m, k), abs=0.02)
+    assert expected_coverage(10**6, 10**6, k) == pytest.approx(1 - 2**-k, abs=1e-4)
+    assert density == pytest.approx(1, abs=0.1)
+
+
+def test_alpha_precision_of_gaussians() -> None:
+    """Real N(0, I), generated N(0, s^2 I): |y|^2 / s^2 is chi-squared, so P_alpha = F(F^-1(alpha) / s^2)."""
+    dim, real = 6, _normal(0, 20000, 6)
+    chi2 = stats.chi2(dim)
+    for scale in (0.7, 1.4):
+        curve = alpha_precision(real, _normal(1, 20000, dim, scale))
+        np.testing.assert_allclose(curve.values, chi2.cdf(chi2.ppf(curve.levels) / scale**2), atol=0.02)
+
+
+def test_beta_recall_of_a_generator_that_knows_half_of_the_world() -> None:
+    """Generated = the real images of one of two far clusters: R_beta = beta / 2, so the integral is 1 - 2 / 4."""
+    half = _normal(0, 500, 4)
+    real = np.concatenate([half, _normal(1, 500, 4) + 1000])
+    curve = beta_recall(real, half)
+    np.testing.assert_allclose(curve.values, curve.levels / 2, atol=0.002)
+    assert curve.integrated == pytest.approx(0.5, abs=0.002)
+
+
+def test_authenticity_on_a_line() -> None:
+    """Uniform training and generated points on a line: authentic in 1/3 of the cases.
+
+    Distances to the left and right neighbours of y are independent Exp(1) in units of the mean gap, a their minimum.
+    The training neighbour x* of y has its own neighbour beyond at E ~ Exp(1), and the one on the side of y is never
+    nearer than y: P(E < a) = 1 - E[exp(-a)] = 1 - 2/3.
+    """
+    rng = np.random.default_rng(0)
+    verdicts = authentic(rng.random((6000, 1)), rng.random((3000, 1)))
+    assert verdicts.mean() == pytest.approx(1 / 3, abs=0.03)
+
+
+def test_memorisation_is_caught() -> None:
+    train, holdout = _normal(0, 120, 16), _normal(1, 120, 16)
+    copies = train[np.random.default_rng(2).integers(0, len(train), 400)] + _normal(3, 400, 16, 0.3)
+    found = memorisation_test(copies, train, holdout, permutations=1500)
+    assert found.p_value < 1e-3
+    assert found.nearer_train > 0.95 > found.expected_nearer_train
+    assert memorisation_test(copies, holdout, train, permutations=200).p_value > 0.99, "avoiding it is no copying"
+
+
+def test_memorising_a_few_images_is_caught_among_bad_ones() -> None:
+    """1 in 10 generated images is a near copy, the rest is far from all real images."""
+    train, holdout = _normal(0, 150, 16), _normal(1, 150, 16)
+    bad = _normal(2, 500, 16, 2.0)
+    bad[:50] = train[:50] + _normal(3, 50, 16, 0.1)
+    assert memorisation_test(bad, train, holdout, permutations=1500).p_value < 1e-3
+
+
+def test_honest_generators_pass() -> None:
+    """p-values of generators that never saw the training set are uniform, though far more is generated than real.
+
+    The textbook test is not: a Wilcoxon test of the same distances calls several of these generators copiers.
+    """
+    ours, textbook = [], []
+    for seed in range(40):
+        train, holdout, generated = (_normal(3 * seed + i, n, 16) for i, n in enumerate((100, 60, 800)))
+        ours.append(memorisation_test(generated, train, holdout, permutations=250, seed=seed).p_value)
+        distances = (nearest(generated, real[:60])[0][:, 0] for real in (train, holdout))
+        textbook.append(stats.wilcoxon(*distances, alternative="less").pvalue)
+    assert min(ours) > 1e-3
+    assert stats.kstest(ours, "uniform").pvalue > 0.05
+    assert sum(p < 1e-3 for p in textbook) >= 2
+
+
+def test_memorisation_permutes_whole_patients() -> None:
+    """Five equal images a patient: to permute images instead of patients would find a signal in the clusters."""
+    ps = []
+    for seed in range(20):
+        patients, generated = _normal(2 * seed, 60, 8), _normal(2 * seed + 1, 400, 8)
+        images = np.repeat(patients, 5, axis=0)
+        names = [f"patient{i // 5}" for i in range(300)]
+        ps.append(memorisation_test(generated, images[:150], images[150:], groups=names, permutations=200).p_value)
+    assert stats.kstest(ps, "uniform").pvalue > 0.05
+    with pytest.raises(ValueError, match="both in the training and in the held-out"):
+        memorisation_test(generated, images[:148], images[148:], groups=names)
