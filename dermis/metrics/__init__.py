@@ -2,7 +2,7 @@
 
     fidelity      FID, KID, precision and recall: by torch-fidelity
     intervals     bootstrap confidence intervals of FID and KID
-    path_length   perceptual path length of a generator
+    path_length   perceptual path length of a generator; perceptual: the distances it is measured with
     alpha         alpha-precision, beta-recall, authenticity
     density       density and coverage
     memorisation  are generated images nearer to training images than to held-out ones?
