@@ -38,7 +38,7 @@ class PathLength:
 
 
 @torch.inference_mode()
-def path_length(
+def path_lengths(
     generator: Generator,
     distance: PerceptualDistance,
     labels: NDArray[np.int64],
@@ -48,10 +48,10 @@ def path_length(
     epsilon: float = EPSILON,
     batch: int = 16,
     on_batch: Callable[[int], object] = lambda done: None,
-) -> PathLength:
-    """PPL in w, one path for every class label in `labels` [N] (zeros if unconditional).
+) -> NDArray[np.float64]:
+    """Lengths [N] of paths in w, one for every class label in `labels` [N] (zeros if unconditional). Their mean is PPL.
 
-        E[ d( g(lerp(w1, w2, t)), g(lerp(w1, w2, t + epsilon)) ) ] / epsilon^2,   w1 = f(z1), w2 = f(z2)
+        d( g(lerp(w1, w2, t)), g(lerp(w1, w2, t + epsilon)) ) / epsilon^2,   w1 = f(z1), w2 = f(z2)
 
     t is 0 for sampling "end" (the one of the StyleGAN2 papers) and uniform in [0, 1] for "full". Both ends of a path have
     the same class and the generator's constant noise. Runs in float32 on the generator's device, whatever the
@@ -73,7 +73,11 @@ def path_length(
             first, second = _to_255(generator.synthesis(ws, "const", torch.float32)).chunk(2)
             values.append((distance(first, second) / epsilon**2).double().cpu().numpy())
         on_batch(len(rows))
-    lengths = np.concatenate(values)
+    return np.concatenate(values)
+
+
+def path_length(lengths: NDArray[np.float64]) -> PathLength:
+    """PPL of raw lengths [N]: their mean without the least and the greatest per cent, and its standard error."""
     low = np.percentile(lengths, KEPT[0], method="lower")
     high = np.percentile(lengths, KEPT[1], method="higher")
     kept = lengths[(lengths >= low) & (lengths <= high)]
