@@ -9,6 +9,7 @@ import re
 import shutil
 import stat
 import sys
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -182,7 +183,8 @@ def test_what_is_handed_out_tells_nothing(survey: Path, folder: Path, tiny_bundl
     for path in (survey / "for-experts").rglob("*.*"):
         data = path.read_bytes()
         if path.suffix == ".png":
-            assert chunks(data) == [b"IHDR", b"IDAT", b"IEND"]
+            assert chunks(data) == [b"IHDR", b"IDAT", b"paDd", b"IEND"]
+            assert len(data) == (survey / "for-experts/images/001.png").stat().st_size
             assert data[:29] == (survey / "for-experts/images/001.png").read_bytes()[:29]  # size, depth, colour type
         assert not [secret for secret in secrets if secret.encode() in data]
     template = files("training.evaluation").joinpath("survey_page.html").read_text()
@@ -208,8 +210,11 @@ def test_what_is_handed_out_tells_nothing(survey: Path, folder: Path, tiny_bundl
 def chunks(png: bytes) -> list[bytes]:
     names, place = [], 8
     while place < len(png):
-        names.append(png[place + 4 : place + 8])
-        place += 12 + int.from_bytes(png[place : place + 4], "big")
+        kind, end = png[place + 4 : place + 8], place + 8 + int.from_bytes(png[place : place + 4], "big")
+        assert int.from_bytes(png[end : end + 4], "big") == zlib.crc32(png[place + 4 : end])
+        assert kind != b"paDd" or not any(png[place + 8 : end])
+        names.append(kind)
+        place = end + 4
     return list(dict.fromkeys(names))
 
 

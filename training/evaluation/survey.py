@@ -5,7 +5,7 @@
     secret/key.json           which image is which: not for the experts
 
 Half of the images are real and half generated, with the same classes in both halves. Whatever could tell the halves
-apart besides their content is the same for both: resolution, resizing, encoder, names and order.
+apart besides their content is the same for both: resolution, resizing, encoder, file sizes, names and order.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import hashlib
 import json
 import os
 import shutil
+import struct
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -150,7 +152,8 @@ def create_survey(
         raise DataError(f"--experts must be at least 1 and --size at least 16; got {pages} and {size}")
     images = _draw(slots, dataset, synthesizer, seed, truncation_psi, size, progress)
     width = max(3, len(str(len(slots))))
-    encoded = {f"{i + 1:0{width}d}": encode(pixels) for i, pixels in enumerate(images)}
+    pngs = _equally_long([encode(pixels) for pixels in images])
+    encoded = {f"{i + 1:0{width}d}": data for i, data in enumerate(pngs)}
     key = SurveyKey(
         survey=_identity(encoded, with_diagnosis),
         seed=seed,
@@ -231,6 +234,20 @@ def _resized(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     if pixels.shape[0] == size:
         return pixels
     return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.LANCZOS))
+
+
+def _equally_long(pngs: Sequence[bytes]) -> list[bytes]:
+    """Files of one length: each gets a private chunk of zeros before its last one, IEND, which viewers skip.
+
+    Otherwise their sizes would tell how noisy the images are, and generators differ from cameras in that.
+    """
+    end, kind, longest = 12, b"paDd", max(map(len, pngs))
+    padded = []
+    for png in pngs:
+        zeros = bytes(longest - len(png))
+        chunk = struct.pack(">I", len(zeros)) + kind + zeros + struct.pack(">I", zlib.crc32(kind + zeros))
+        padded.append(png[:-end] + chunk + png[-end:])
+    return padded
 
 
 def _key_image(slot: Slot, dataset: ImageDataset, class_names: Sequence[str], data: bytes) -> KeyImage:
