@@ -14,16 +14,21 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
+from itertools import pairwise
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from dermis.errors import DermisError
 from dermis.vision import import_vision
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -61,22 +66,51 @@ def _lite0(device: torch.device) -> FeatureExtractor:
 
     The weights come inside a Python package, so this extractor needs no model hub.
     """
-    weights = _lite0_weights()
-    network = import_vision("timm").create_model("tf_efficientnet_lite0", num_classes=0)
-    state = torch.load(weights, map_location="cpu", weights_only=True)  # a file of an installed package
-    own = network.state_dict()
-    # The package names its tensors otherwise, but keeps timm's order and shapes; the last two are the classifier.
-    network.load_state_dict(dict(zip(own, list(state.values())[: len(own)], strict=True)))
-    network = network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    network = channels_last(lite0_network().to(device))
 
     def embed(images: Tensor) -> Tensor:
         x = F.interpolate(images, size=(224, 224), mode="bicubic", antialias=True, align_corners=False).clamp(0, 255)
         features: Tensor = network(x / 127.5 - 1)
         return features.float()
 
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    digest = hashlib.sha256(_lite0_weights().read_bytes()).hexdigest()
     identity = f"tf_efficientnet_lite0/{digest[:16]}/224-bicubic-antialias"
     return FeatureExtractor("lite0", identity, 1280, _extract(embed, device), embed)
+
+
+def lite0_network(**options: Any) -> nn.Module:
+    """timm's tf_efficientnet_lite0 without its classifier, ImageNet weights, frozen, in eval mode.
+
+    `options` go to timm.create_model (features_only, out_indices). Images are [N, 3, H, W] in [-1, 1].
+    """
+    timm = import_vision("timm")
+    state = torch.load(_lite0_weights(), map_location="cpu", weights_only=True)  # a file of an installed package
+    whole = timm.create_model("tf_efficientnet_lite0", num_classes=0).state_dict()
+    # The package names its tensors otherwise, but keeps timm's order and shapes; the last two are the classifier.
+    named = dict(zip(whole, list(state.values())[: len(whole)], strict=True))
+    network: nn.Module = timm.create_model("tf_efficientnet_lite0", num_classes=0, **options)
+    network.load_state_dict({name: named[name] for name in network.state_dict()})
+    return _fold_batch_norms(network.eval()).requires_grad_(False)
+
+
+def _fold_batch_norms(network: nn.Module) -> nn.Module:
+    """Every frozen batch norm that follows a convolution becomes part of it: the same values in a third of the time."""
+    children: list[tuple[str, Any]] = list(network.named_children())
+    for (_, conv), (name, norm) in pairwise(children):
+        if isinstance(conv, nn.Conv2d) and hasattr(norm, "running_var"):
+            conv.weight, conv.bias = fuse_conv_bn_weights(
+                conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+            )
+            setattr(network, name, norm.act)
+    for _, child in network.named_children():
+        _fold_batch_norms(child)
+    return network
+
+
+def channels_last(network: Network) -> Network:
+    """Lay the convolutions' weights out as their kernels want them; the same network again."""
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return network
 
 
 def _lite0_weights() -> Path:
@@ -117,7 +151,7 @@ def _timm(name: str, device: torch.device) -> FeatureExtractor:
     else:
         with published_weights(f"the weights of {model}", f"give them as timm:{model}@FILE.safetensors"):
             network = timm.create_model(model, num_classes=0, pretrained=True)
-    network = network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    network = channels_last(network.eval().requires_grad_(False).to(device))
     data = timm.data.resolve_data_config({}, model=network)
     size = tuple(data["input_size"][1:])
     mean, std = (torch.tensor(data[key], device=device)[:, None, None] * 255 for key in ("mean", "std"))
