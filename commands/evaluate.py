@@ -79,7 +79,9 @@ def evaluate(
     amend_bundle(opened, metrics=found.metrics, model_card=card)
 
     header, *rows = table_rows(found.metrics)
-    table = Table(*header)
+    table = Table()
+    for column, name in enumerate(header):
+        table.add_column(name, no_wrap=column == 0)
     for row in rows:
         table.add_row(*row)
     console.print(table)

@@ -99,7 +99,7 @@ def test_command_measures_writes_and_shows(
     assert metrics["holdout"]["test"]["p_value"] > 0.01, "and the generator is honest"
     assert metrics["real_is_training_set"] is False
     assert open_bundle(bundle.location).model_card == bundle.model_card, "a card that training did not write stays"
-    assert f"FID@quarters │ {metrics['fid']:.2f}" in re.sub(" +", " ", output)
+    assert f"FID@quarters │ {metrics['fid']:.4g} [" in re.sub(" +", " ", output)
     assert "is not the set that the bundle names" in output
 
     page = (tmp_path / "report" / "index.html").read_text()

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from dermis.imaging import Images
 from dermis.latents import z_for
-from dermis.metrics.neighbours import Features, nearest, radii
+from dermis.metrics.neighbours import Features, nearest
 from dermis.networks import Generator, one_hot
 from dermis.synthesizer import Synthesizer
 
@@ -22,8 +22,9 @@ STEPS = 9
 class Match:
     """A generated image with the training images nearest to it, nearest first.
 
-    closeness is d(y, x*) over the distance from x* to its own nearest neighbour: below 1 the sample is nearer to a
-    training image than any other training image is, and not authentic (`dermis.metrics.alpha`).
+    closeness is the distance to the nearest over that to the last of them: near 1 where the sample is one of many, 0
+    for a copy. It is told from the last one, not from the second, so that a copy of an image that the training set
+    holds twice shows too.
     """
 
     sample: int
@@ -63,7 +64,7 @@ class Drawing:
         real_images [N, H, W, 3].
         """
         distances, indices = nearest(generated, real, min(NEIGHBOURS, len(real)))
-        closeness = distances[:, 0] / np.maximum(radii(real, 1), np.finfo(float).tiny)[indices[:, 0]]
+        closeness = distances[:, 0] / np.maximum(distances[:, -1], np.finfo(float).tiny)
 
         def match(i: int) -> Match:
             image = self._images([i], [int(labels[i])])[0]

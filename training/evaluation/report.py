@@ -80,9 +80,9 @@ this page; do not put it into a bundle or publish it.</p>
 <p class="note">The first samples of the seed, not selected.</p>
 {"".join(_sheet(caption, images, COLUMNS, scale) for caption, images in samples.items())}
 <h2>Most like a copy</h2>
-<p class="note">The generated images (left) that are nearest to a training image, for how near that one has its own
-nearest neighbour, beside the {len(closest[0].distances)} nearest training images. A closeness below 1 means that no
-other training image is so near. Look whether the first one shows the same lesion.</p>
+<p class="note">The generated images (left) that are nearer to one training image than to others, beside the
+{len(closest[0].distances)} nearest training images. Closeness is the distance to the first of them over that to the last:
+near 1 for one image among many, 0 for a copy. Look whether the first one shows the same lesion.</p>
 {"".join(_match(match, class_names, scale) for match in closest)}
 <h2>Nearest training images of other samples</h2>
 <p class="note">Samples spread evenly over all that were generated, not selected.</p>

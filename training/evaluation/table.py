@@ -26,9 +26,9 @@ def _lines(space: str) -> list[tuple[str, Callable[[Part], str]]]:
         ("real images", lambda part: f"{part['real_images']:,}"),
         (
             f"FID@{space}",
-            lambda part: f"{part['fid']:.2f} [{part['fid_interval'][0]:.2f}, {part['fid_interval'][1]:.2f}]",
+            lambda part: _with_interval(part, "fid", 1),
         ),
-        (f"KID@{space} x 1000", _kid),
+        (f"KID@{space} x 1000", lambda part: _with_interval(part, "kid", 1000)),
         (f"precision@{space}", share("precision")),
         (f"recall@{space}", share("recall")),
         (f"density@{space}", share("density")),
@@ -41,9 +41,9 @@ def _lines(space: str) -> list[tuple[str, Callable[[Part], str]]]:
     ]
 
 
-def _kid(part: Part) -> str:
-    kid, low, high = (1000 * x for x in (part["kid"], *part["kid_interval"]))
-    return f"{kid:.2f} [{low:.2f}, {high:.2f}]"
+def _with_interval(part: Part, key: str, factor: float) -> str:
+    value, low, high = (factor * x for x in (part[key], *part[f"{key}_interval"]))
+    return f"{value:.4g} [{low:.4g}, {high:.4g}]"
 
 
 def _ppl(part: Part, sampling: str) -> str:
