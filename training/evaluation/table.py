@@ -32,7 +32,7 @@ def _lines(space: str) -> list[tuple[str, Callable[[Part], str]]]:
         (f"precision@{space}", share("precision")),
         (f"recall@{space}", share("recall")),
         (f"density@{space}", share("density")),
-        (f"coverage@{space}", lambda part: f"{part['coverage']:.3f} (at best {part['expected_coverage']:.3f})"),
+        (f"coverage@{space}", lambda part: f"{part['coverage']:.3f} (expected {part['expected_coverage']:.3f})"),
         (f"alpha-precision@{space}", share("alpha_precision")),
         (f"beta-recall@{space}", share("beta_recall")),
         (f"authenticity@{space}", share("authenticity")),
