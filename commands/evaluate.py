@@ -3,83 +3,97 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from training.data.isic import ImageDataset
 
 
 def evaluate(
     bundle: Annotated[Path, typer.Option(help="Bundle folder; its metrics.json and card are renewed.")],
-    data: Annotated[Path, typer.Option(help="ISIC-layout folder of the real images.")],
-    extractor: Annotated[str, typer.Option(help="Feature space.")] = "lite0",
+    data: Annotated[
+        Path, typer.Option(help="Real images that it was trained on: a folder of images and metadata.csv.")
+    ],
+    holdout: Annotated[Path | None, typer.Option(help="Real images that it never saw, split off at random.")] = None,
+    extractor: Annotated[
+        str, typer.Option(help="Feature space: inception, lite0 or timm:MODEL[@FILE.safetensors].")
+    ] = "inception",
+    metrics: Annotated[
+        Literal["all", "fast"], typer.Option(help="all, or fast: FID, KID, precision and recall.")
+    ] = "all",
+    report: Annotated[
+        Path | None, typer.Option(help="Folder for a page with pictures. It shows training images.")
+    ] = None,
     count: Annotated[int | None, typer.Option(help="Generated images; default: as many as real ones.")] = None,
+    ppl_paths: Annotated[int, typer.Option(help="Paths of the perceptual path length; publications use 50000.")] = 2000,
     truncation_psi: Annotated[float, typer.Option(help="As in generation.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the generated images.")] = 0,
     class_column: Annotated[str | None, typer.Option(help="CSV column of the classes.")] = None,
-    cache: Annotated[Path, typer.Option(help="Where decoded images are kept.")] = Path(".dermis/cache"),
+    metadata: Annotated[Path | None, typer.Option(help="CSV of --data, if it is not its metadata.csv.")] = None,
+    holdout_metadata: Annotated[Path | None, typer.Option(help="CSV of --holdout, likewise.")] = None,
+    cache: Annotated[Path, typer.Option(help="Where decoded images and features are kept.")] = Path(".dermis/cache"),
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
-    """Distances (FID, KID) between real and generated images, overall and per class, in a named feature space."""
-    import numpy as np
+    """Distances, coverage and copying of generated against real images, overall and per class, in a feature space."""
     from rich.console import Console
     from rich.table import Table
-    from tqdm import tqdm
 
     from dermis.bundle import amend_bundle, open_bundle
     from dermis.devices import resolve_device
-    from dermis.errors import DataError
     from dermis.features import feature_extractor
-    from dermis.metrics import frechet_distance, kernel_distance
-    from dermis.synthesizer import Synthesizer
     from training.data.isic import load_isic
+    from training.evaluation.evaluation import evaluate_bundle
+    from training.evaluation.report import check_report_folder, write_report
+    from training.evaluation.table import table_rows
     from training.gan.card import model_card
 
+    console = Console()
+    if report is not None:
+        check_report_folder(report, bundle)
     opened = open_bundle(bundle)
-    dataset = load_isic(data, opened.generator.img_resolution, class_column=class_column, cache=cache)
-    conditional = bool(opened.class_names)
-    if conditional and dataset.class_names != opened.class_names:
-        raise DataError(f"{data}: has classes {dataset.class_names}, but the bundle {opened.class_names}")
-    features = feature_extractor(extractor, resolve_device(device))
-    synthesizer = Synthesizer(opened, device=device)
-    # Classes in the proportions of the real images, so that neither set has a mix of its own.
-    total = count or len(dataset.labels)
-    labels = np.sort(dataset.labels[np.linspace(0, len(dataset.labels) - 1, total).astype(int)])
+    space = feature_extractor(
+        extractor, resolve_device(device)
+    )  # it may have weights to download: before the long work
 
-    def real_features() -> Any:
-        starts = range(0, len(dataset.labels), 32)
-        return features.over(dataset.images[i : i + 32] for i in tqdm(starts, "real images", unit="batch"))
+    def load(source: Path, csv: Path | None) -> ImageDataset:
+        return load_isic(source, opened.generator.img_resolution, class_column=class_column, metadata=csv, cache=cache)
 
-    def generated_features() -> Any:
-        for i in tqdm(range(0, total, 32), "generated images", unit="batch"):
-            part = labels[i : i + 32] if conditional else np.zeros(len(labels[i : i + 32]), dtype=int)
-            indices = list(range(i, i + len(part)))
-            yield synthesizer.images([seed] * len(part), indices, part.tolist(), truncation_psi=truncation_psi)
-
-    real, generated = real_features(), features.over(generated_features())
-
-    def compare(a: Any, b: Any) -> dict[str, Any]:
-        kid, kid_std = kernel_distance(a, b)
-        return {"images": len(b), "fid": frechet_distance(a, b), "kid": kid, "kid_std": kid_std}
-
-    metrics: dict[str, Any] = {
-        "extractor": features.name,
-        "extractor_identity": features.identity,
-        "real_sha256": dataset.sha256,
-        "real_images": len(real),
-        "seed": seed,
-        "truncation_psi": truncation_psi,
-        "synthesizer": dict(synthesizer.identity),
-        **compare(real, generated),
-    }
-    if conditional:
-        metrics["classes"] = {
-            name: compare(real[dataset.labels == k], generated[labels == k])
-            for k, name in enumerate(dataset.class_names)
-        }
+    found = evaluate_bundle(
+        opened,
+        load(data, metadata),
+        space,
+        holdout=None if holdout is None else load(holdout, holdout_metadata),
+        selection=metrics,
+        count=count,
+        ppl_paths=ppl_paths,
+        seed=seed,
+        truncation_psi=truncation_psi,
+        cache=cache,
+        device=device,
+        page=report is not None,
+    )
     provenance = dict(opened.provenance)
-    card = model_card(opened.name, provenance, metrics) if "training" in provenance else opened.model_card
-    amend_bundle(opened, metrics=metrics, model_card=card)
-    table = Table("class", "images", f"FID@{features.name}", f"KID@{features.name} x 1000")
-    for name, part in {"all": metrics, **metrics.get("classes", {})}.items():
-        table.add_row(name, str(part["images"]), f"{part['fid']:.1f}", f"{1000 * part['kid']:.2f}")
-    Console().print(table)
+    card = model_card(opened.name, provenance, found.metrics) if "training" in provenance else opened.model_card
+    amend_bundle(opened, metrics=found.metrics, model_card=card)
+
+    header, *rows = table_rows(found.metrics)
+    table = Table()
+    for column, name in enumerate(header):
+        table.add_column(name, no_wrap=column == 0)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    if "holdout" in found.metrics:
+        test = found.metrics["holdout"]["test"]
+        console.print(
+            f"nearer to a real image of --data than to a held-out one: {test['nearer_train']:.1%} of the generated,"
+            f" {test['expected_nearer_train']:.1%} expected; memorising: p = {test['p_value']:.2g}"
+        )
+    if not found.metrics["real_is_training_set"]:
+        console.print(
+            "--data is not the set that the bundle names: authenticity and memorising say nothing about copies"
+        )
+    if report is not None and found.page is not None:
+        console.print(f"{write_report(report, found.page)}: shows training images, keep it as you keep them")

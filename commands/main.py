@@ -9,6 +9,7 @@ import typer
 from commands.bundle import bundle_app
 from commands.evaluate import evaluate
 from commands.generate import generate, verify
+from commands.survey import survey_app
 from commands.train import train_app
 from dermis import __version__
 from dermis.errors import DermisError
@@ -23,6 +24,7 @@ app = typer.Typer(
 
 app.add_typer(train_app, name="train")
 app.add_typer(bundle_app, name="bundle")
+app.add_typer(survey_app, name="survey")
 app.command()(evaluate)
 app.command()(generate)
 app.command()(verify)

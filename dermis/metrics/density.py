@@ -1,0 +1,38 @@
+"""Density and coverage (Naeem et al., "Reliable Fidelity and Diversity Metrics", arXiv 2002.09797)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from dermis.metrics.neighbours import Features, radii, squared_distances
+
+
+def density_coverage(real: Features, generated: Features, k: int = 5) -> tuple[float, float]:
+    """Density and coverage of generated features [M, dim] with respect to real ones [N, dim] (equations 4 and 5).
+
+        density  = 1/(kM) sum_j sum_i 1[ |y_j - x_i| <= NND_k(x_i) ]
+        coverage = 1/N    sum_i       1[ some |y_j - x_i| <= NND_k(x_i) ]
+
+    x real, y generated, NND_k(x_i) the distance from x_i to its k-th nearest other real image. Density counts how many
+    real neighbourhoods a generated image lies in, so an outlier among the real images gains little; it may exceed 1.
+    Coverage lies in [0, 1] and is measured by real neighbourhoods, so outliers among the generated images gain nothing.
+    For equal distributions the expectations are 1 and `expected_coverage(N, M, k)`, whatever the distribution.
+    """
+    radius = torch.from_numpy(radii(real, k) ** 2)[:, None]
+    inside = covered = 0
+    for rows, squared in squared_distances(real, generated):
+        within = squared <= radius[rows]
+        inside += int(within.sum())
+        covered += int(within.any(dim=1).sum())
+    return inside / (k * len(generated)), covered / len(real)
+
+
+def expected_coverage(real: int, generated: int, k: int = 5) -> float:
+    """The coverage that N real and M generated images of one continuous distribution have on average (lemma 2).
+
+    x_i is not covered if its k nearest among the other N - 1 + M images are all real: the chance is
+    (N-1)...(N-k) / ((N+M-1)...(N+M-k)).
+    """
+    i = np.arange(1, k + 1)
+    return float(1 - np.prod((real - i) / (real + generated - i)))

@@ -1,0 +1,207 @@
+"""`dermis evaluate` on a tiny bundle and tiny folders, and the rooms beneath it."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+from tiny import make_bundle
+from typer.testing import CliRunner
+
+import dermis.features
+from commands.main import app
+from dermis.bundle import Bundle, open_bundle
+from dermis.errors import DataError, DermisError
+from dermis.features import FeatureExtractor
+from dermis.imaging import decode
+from dermis.synthesizer import Synthesizer
+from training.data.isic import ImageDataset, load_isic
+from training.evaluation.evaluation import evaluate_bundle
+from training.evaluation.features import labels_in_proportion, real_features
+from training.evaluation.measure import compare
+
+LABELS = [0] * 24 + [1] * 12
+
+
+def _colours(images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Means over the 4 quarters of an image, in all channels: a feature space of 12 dimensions."""
+    n, side = len(images), images.shape[1] // 2
+    return images.reshape(n, 2, side, 2, side, 3).mean(axis=(2, 4)).reshape(n, 12).astype(np.float32)
+
+
+def _space(identity: str = "quarters/1") -> FeatureExtractor:
+    def embed(x):  # type: ignore[no-untyped-def]
+        return x.unflatten(3, (2, -1)).unflatten(2, (2, -1)).mean(dim=(3, 5)).flatten(1)
+
+    return FeatureExtractor("quarters", identity, 12, _colours, embed)
+
+
+def _folder(out: Path, images: NDArray[np.uint8], labels: Sequence[int], first: int = 0) -> Path:
+    """An ISIC-layout folder."""
+    out.mkdir()
+    rows = ["isic_id,target"]
+    for i, (image, label) in enumerate(zip(images, labels, strict=True), start=first):
+        Image.fromarray(image).save(out / f"ISIC_{i:07d}.png")
+        rows.append(f"ISIC_{i:07d},{label}")
+    (out / "metadata.csv").write_text("\n".join(rows) + "\n")
+    return out
+
+
+@pytest.fixture(scope="module")
+def generated(tiny_bundle: Bundle) -> NDArray[np.uint8]:
+    """Samples of the tiny bundle, of a seed that no test evaluates: real images of which it knows nothing."""
+    with Synthesizer(tiny_bundle, device="cpu") as synthesizer:
+        return synthesizer.images([99] * 72, list(range(72)), LABELS * 2)
+
+
+@pytest.fixture
+def folders(tmp_path: Path, generated: NDArray[np.uint8]) -> tuple[Path, Path]:
+    return (
+        _folder(tmp_path / "data", generated[:36], LABELS),
+        _folder(tmp_path / "held", generated[36:], LABELS, first=500),
+    )
+
+
+def _run(*arguments: object) -> str:
+    result = CliRunner().invoke(app, ["evaluate", *map(str, arguments)], env={"COLUMNS": "200"})
+    if result.exception is not None:
+        raise result.exception
+    return result.output
+
+
+def test_command_measures_writes_and_shows(
+    tmp_path: Path, folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(dermis.features.EXTRACTORS, "quarters", lambda device: _space())
+    bundle = make_bundle(tmp_path / "bundle")
+    data, held = folders
+    common = ("--data", data, "--extractor", "quarters", "--cache", tmp_path / "cache", "--device", "cpu")
+    output = _run(
+        *("--bundle", bundle.location, *common, "--holdout", held, "--count", 60),
+        *("--ppl-paths", 40, "--report", tmp_path / "report"),
+    )
+    metrics = open_bundle(bundle.location).metrics
+    assert (metrics["extractor"], metrics["images"], metrics["real_images"]) == ("quarters", 60, 36)
+    assert {name: part["images"] for name, part in metrics["classes"].items()} == {"benign": 40, "malignant": 20}
+    for part in (metrics, *metrics["classes"].values()):
+        assert part["fid_interval"][0] < part["fid"] < part["fid_interval"][1]
+        assert part["kid_interval"][0] < part["kid"] < part["kid_interval"][1]
+        assert 0 < part["ppl"]["end"] != part["ppl"]["full"] > 0
+    assert metrics["ppl"]["distance"] == "quarters"
+    assert metrics["precision"] > 0.8 < metrics["recall"], "real and generated images are of one distribution here"
+    assert metrics["holdout"]["test"]["p_value"] > 0.01, "and the generator is honest"
+    assert metrics["real_is_training_set"] is False
+    assert open_bundle(bundle.location).model_card == bundle.model_card, "a card that training did not write stays"
+    assert f"FID@quarters │ {metrics['fid']:.4g} [" in re.sub(" +", " ", output)
+    assert "is not the set that the bundle names" in output
+
+    page = (tmp_path / "report" / "index.html").read_text()
+    pictures = [decode(base64.b64decode(data)) for data in re.findall(r"base64,([^\"]+)", page)]
+    shapes = {picture.shape for picture in pictures}
+    assert (16, 16 * 6 + 4, 3) in shapes, "a sample, a gap and its 5 neighbours"
+    assert len(pictures) == 12 + 8 + 2 + 3  # closest, unselected, samples and walks of 2 classes and between them
+    assert "http" not in page, "the page needs nothing from elsewhere"
+    assert "This page shows training images" in page
+    assert not list(Path(bundle.location).glob("**/*.html"))
+
+    fast = _run("--bundle", bundle.location, *common, "--metrics", "fast")
+    metrics = open_bundle(bundle.location).metrics
+    assert "ppl" not in metrics
+    assert "density" not in metrics
+    assert metrics["images"] == 36
+    assert "PPL" not in fast
+
+
+def test_the_report_stays_out_of_the_bundle(tmp_path: Path, tiny_bundle: Bundle) -> None:
+    inside = Path(tiny_bundle.location) / "report"
+    with pytest.raises(DermisError, match="lies inside the bundle"):
+        _run("--bundle", tiny_bundle.location, "--data", tmp_path, "--report", inside)
+    assert not inside.exists()
+
+
+def _dataset(images: NDArray[np.uint8], labels: Sequence[int] = LABELS, prefix: str = "a") -> ImageDataset:
+    ids = tuple(f"{prefix}{i}" for i in range(len(images)))
+    return ImageDataset(images, np.array(labels), ("benign", "malignant"), ids, prefix * 64)
+
+
+def test_a_generator_that_copies_is_told_and_shown(tiny_bundle: Bundle, generated: NDArray[np.uint8]) -> None:
+    """Training images that are samples of the evaluated seed: the test finds them, the page shows them side by side."""
+    with Synthesizer(tiny_bundle, device="cpu") as synthesizer:
+        images = synthesizer.images([0] * 36, list(range(36)), LABELS)
+    data, held = _dataset(images), _dataset(generated[36:], prefix="b")
+    found = evaluate_bundle(tiny_bundle, data, _space(), holdout=held, ppl_paths=10, device="cpu", page=True)
+    assert found.metrics["authenticity"] == 0
+    assert found.metrics["fid"] == pytest.approx(0, abs=1e-3)
+    assert found.metrics["holdout"]["test"]["p_value"] < 1e-3
+    assert found.metrics["holdout"]["test"]["nearer_train"] == 1
+    assert found.metrics["holdout"]["instead_of_generated"]["authenticity"] > 0.2
+    assert json.loads(json.dumps(found.metrics, allow_nan=False)) == found.metrics, "a bundle takes plain JSON only"
+    assert found.page is not None
+    rows = [decode(base64.b64decode(x)) for x in re.findall(r"<figure><img[^>]*base64,([^\"]+)", found.page)]
+    assert len(rows) == 20
+    for row in rows:
+        assert np.array_equal(row[:, :16], row[:, 20:36])
+
+
+def test_what_cannot_be_measured_is_refused_before_the_work(tiny_bundle: Bundle, generated: NDArray[np.uint8]) -> None:
+    data = _dataset(generated[:36])
+    for options, complaint in (
+        ({"count": 3}, "--count: 3 images are too few"),
+        ({"ppl_paths": 1}, "--ppl-paths: 1 paths are too few"),
+        ({"holdout": data}, "--holdout: 36 of its images are in --data too, the first is a0"),
+        ({"holdout": _dataset(generated[:5], LABELS[:5], "b")}, "--holdout: 5 images are too few"),
+    ):
+        with pytest.raises(DataError, match=complaint):
+            evaluate_bundle(tiny_bundle, data, _space(), device="cpu", **options)  # type: ignore[arg-type]
+    other = ImageDataset(data.images, data.labels, ("mole", "nevus"), data.ids, data.sha256)
+    with pytest.raises(DataError, match="--data: has the classes .*mole"):
+        evaluate_bundle(tiny_bundle, other, _space(), device="cpu")
+
+
+def test_a_class_with_few_images_counts_in_all_only(tiny_bundle: Bundle, generated: NDArray[np.uint8]) -> None:
+    labels = [0] * 32 + [1] * 4
+    found = evaluate_bundle(
+        tiny_bundle, _dataset(generated[:36], labels), _space(), selection="fast", device="cpu", count=50
+    )
+    assert list(found.metrics["classes"]) == ["benign"]
+    assert found.metrics["images"] == 50
+    with pytest.raises(DataError, match="too few"):
+        compare(np.zeros((4, 3), np.float32), np.zeros((40, 3), np.float32))
+
+
+def test_real_features_are_cached_by_content_and_space(tmp_path: Path, folders: tuple[Path, Path]) -> None:
+    calls = []
+
+    def counting(images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        calls.append(len(images))
+        return _colours(images)
+
+    def space(identity: str) -> FeatureExtractor:
+        return FeatureExtractor("quarters", identity, 12, counting)
+
+    dataset, cache = load_isic(folders[0], 16), tmp_path / "cache"
+    first = real_features(dataset, space("one"), cache)
+    assert sum(calls) == 36
+    np.testing.assert_array_equal(real_features(dataset, space("one"), cache), first)
+    assert sum(calls) == 36, "the second time they are read"
+    real_features(dataset, space("two"), cache)
+    real_features(load_isic(folders[0], 8), space("one"), cache)
+    real_features(load_isic(folders[1], 16), space("one"), cache)
+    assert sum(calls) == 4 * 36, "other weights, another resolution and other images are computed"
+    for file in cache.glob("features-*.npy"):
+        file.write_bytes(file.read_bytes()[:200])
+    np.testing.assert_array_equal(real_features(dataset, space("one"), cache), first)
+    assert sum(calls) == 5 * 36, "a damaged file is computed again"
+
+
+def test_labels_keep_the_mix_of_the_real_ones() -> None:
+    labels = np.random.default_rng(0).permutation(np.repeat([0, 1, 2], [50, 30, 20]))
+    assert np.bincount(labels_in_proportion(labels, 1000)).tolist() == pytest.approx([500, 300, 200], abs=3)
+    assert np.array_equal(labels_in_proportion(labels, 100), np.sort(labels))

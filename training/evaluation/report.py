@@ -1,0 +1,128 @@
+"""The evaluation page: one HTML file that needs nothing else. It shows training images, so it is no part of a bundle."""
+
+from __future__ import annotations
+
+import base64
+import html
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dermis.errors import DermisError
+from dermis.imaging import Images, contact_sheet, encode
+from training.evaluation.pictures import STEPS, Match
+
+COLUMNS = 8
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #1c2430; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #d5dae1; }
+th:first-child, td:first-child { text-align: left; }
+img { image-rendering: pixelated; max-width: 100%; display: block; margin: .3rem 0 1rem; }
+.warning { background: #fdeaea; border-left: .4rem solid #b3261e; padding: .6rem 1rem; }
+.note { color: #55606e; max-width: 48rem; }
+figure { margin: 0 0 .8rem; display: flex; gap: 1rem; align-items: center; }
+figcaption { color: #55606e; font-size: .85rem; }
+"""
+
+
+def check_report_folder(report: Path, bundle: Path) -> None:
+    """Refuse, before anything is computed, a folder inside the bundle: bundles are shared, training images are not."""
+    if report.resolve().is_relative_to(bundle.resolve()):
+        raise DermisError(f"--report: {report} lies inside the bundle; the page shows training images, keep it apart")
+
+
+def write_report(folder: Path, page: str) -> Path:
+    """folder/index.html, written beside and renamed. Returns its path."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / f".index.{os.getpid()}.html"
+        partial.write_text(page, encoding="utf-8")
+        partial.replace(folder / "index.html")
+    except OSError as error:
+        raise DermisError(f"--report: {folder}: cannot be written: {error.strerror}") from None
+    return folder / "index.html"
+
+
+def report_page(
+    name: str,
+    rows: Sequence[Sequence[str]],
+    metrics: Mapping[str, Any],
+    class_names: Sequence[str],
+    samples: Mapping[str, Images],
+    closest: Sequence[Match],
+    unselected: Sequence[Match],
+    walks: Mapping[str, Images],
+) -> str:
+    """The page. rows: the table of numbers, its header first. samples and walks: images by caption."""
+    side = next(iter(samples.values())).shape[1]
+    scale = max(1, 96 // side)  # small images are drawn larger, pixel by pixel
+    space = html.escape(metrics["extractor"])
+    head, *body = rows
+    table = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in body)
+    header = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
+    return f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>Evaluation of {html.escape(name)}</title><style>{_STYLE}</style>
+<h1>Evaluation of {html.escape(name)}</h1>
+<p class="warning"><strong>This page shows training images.</strong> Whoever may not see the training data may not see
+this page; do not put it into a bundle or publish it.</p>
+<h2>Numbers</h2>
+<p class="note">{metrics["images"]:,} generated images (seed {metrics["seed"]}, truncation_psi
+{metrics["truncation_psi"]:g}) against {metrics["real_images"]:,} real ones, in the feature space
+<code>{space}</code>. Numbers of different spaces do not compare.</p>
+<table><tr>{header}</tr>{table}</table>
+{_memorisation(metrics)}
+<h2>Samples</h2>
+<p class="note">The first samples of the seed, not selected.</p>
+{"".join(_sheet(caption, images, COLUMNS, scale) for caption, images in samples.items())}
+<h2>Most like a copy</h2>
+<p class="note">The generated images (left) that are nearer to one training image than to others, beside the
+{len(closest[0].distances)} nearest training images. Closeness is the distance to the first of them over that to the last:
+near 1 for one image among many, 0 for a copy. Look whether the first one shows the same lesion.</p>
+{"".join(_match(match, class_names, scale) for match in closest)}
+<h2>Nearest training images of other samples</h2>
+<p class="note">Samples spread evenly over all that were generated, not selected.</p>
+{"".join(_match(match, class_names, scale) for match in unselected)}
+<h2>Interpolations</h2>
+<p class="note">Straight lines in w between two samples. A generator that knows the distribution changes smoothly; one
+that memorises jumps from one training image to the next.</p>
+{"".join(_sheet(caption, images, STEPS, scale) for caption, images in walks.items())}
+</html>
+"""
+
+
+def _memorisation(metrics: Mapping[str, Any]) -> str:
+    if "holdout" not in metrics:
+        return '<p class="note">No held-out images were given, so nothing was tested for memorising.</p>'
+    test = metrics["holdout"]["test"]
+    return f"""<p class="note">Memorising: {test["nearer_train"]:.1%} of the generated images are nearer to one of the
+{metrics["real_images"]:,} real images than to any of the {metrics["holdout"]["images"]:,} held-out ones, where
+{test["expected_nearer_train"]:.1%} are expected of an honest generator; p = {test["p_value"]:.2g} (one-sided,
+{test["permutations"]:,} permutations).</p>"""
+
+
+def _match(match: Match, class_names: Sequence[str], scale: int) -> str:
+    gap = np.full((match.image.shape[0], 4, 3), 255, dtype=np.uint8)
+    row = np.concatenate([_rgb(match.image[None])[0], gap, *_rgb(match.neighbours)], axis=1)
+    distances = ", ".join(f"{d:.2f}" for d in match.distances)
+    of_class = f" of {html.escape(class_names[match.label])}" if class_names else ""
+    alt = f"sample {match.sample} beside its nearest training images"
+    return f"""<figure>{_picture(row, scale, alt)}<figcaption>sample {match.sample}{of_class}, closeness
+{match.closeness:.2f}<br>distances {distances}</figcaption></figure>"""
+
+
+def _sheet(caption: str, images: Images, columns: int, scale: int) -> str:
+    return f"<h3>{html.escape(caption)}</h3>{_picture(contact_sheet(_rgb(images), columns), scale, caption)}"
+
+
+def _picture(image: Images, scale: int, alt: str) -> str:
+    data = base64.b64encode(encode(image)).decode()
+    return f'<img alt="{html.escape(alt)}" width="{image.shape[1] * scale}" src="data:image/png;base64,{data}">'
+
+
+def _rgb(images: Images) -> Images:
+    return images.repeat(3, axis=3) if images.shape[3] == 1 else images

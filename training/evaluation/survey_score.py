@@ -1,0 +1,351 @@
+"""What the answers to a survey say: how well experts tell generated from real images, and how far they agree.
+
+"Generated" is the positive answer: sensitivity is the share of generated images that were called generated,
+specificity the share of real images that were called real. Chance is 50 %. `docs/survey.md` explains every number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from scipy import stats
+
+from dermis.errors import DataError
+from training.evaluation.survey import SurveyKey, Truth, first_fault
+
+PAPER_ACCURACY = 0.54  # four experts, 200 images, arXiv 2208.11702
+RESAMPLES = 10_000
+
+
+class Answer(BaseModel):
+    """One line of an answers file."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    image: str
+    position: int = Field(ge=1)
+    answer: Truth
+    confidence: int | None = Field(ge=1, le=5)
+    diagnosis: str | None
+    seconds: float = Field(ge=0, allow_inf_nan=False)
+
+
+class Answers(BaseModel):
+    """answers-NAME.json, as the page writes it."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    format_version: Literal[1]
+    survey: str
+    page: int
+    expert: str = Field(pattern=r"^[^\x00-\x1f\x7f]{1,64}$")
+    started: str | None
+    saved: str
+    answers: list[Answer] = Field(min_length=1)
+
+
+@dataclass(frozen=True)
+class Rate:
+    """`count` of `total`, their share, and its 95 % confidence interval; None without any."""
+
+    count: int
+    total: int
+    share: float | None
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Accuracy, and the rates that make it up."""
+
+    accuracy: Rate
+    sensitivity: Rate
+    specificity: Rate
+    called_generated: Rate
+    """Response bias: the share of "generated" among the answers, whatever the images were."""
+
+
+@dataclass(frozen=True)
+class ExpertScore:
+    """One expert. `missing` images were not answered and count nowhere else."""
+
+    expert: str
+    missing: int
+    rates: Rates
+    p_value: float
+    """Two-sided exact binomial test of the accuracy against 50 %."""
+    d_prime: float
+    criterion: float
+    auc: float | None
+    """Area under the ROC curve of the answers weighed by confidence; None where a confidence is missing."""
+    median_seconds: float
+    diagnosis_real: Rate | None
+    diagnosis_generated: Rate | None
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Between experts, on the images that every one of them answered; pairs on those that both did."""
+
+    images: int
+    observed: float | None
+    """Mean share of pairs of experts who said the same."""
+    fleiss_kappa: float | None
+    pairs: tuple[tuple[str, str, float | None], ...]
+    """Cohen's kappa of every two."""
+
+
+@dataclass(frozen=True)
+class SurveyScore:
+    """All experts together (over all answers), and each alone."""
+
+    survey: str
+    images: int
+    rates: Rates
+    p_value: float
+    classes: dict[str, Rates]
+    experts: tuple[ExpertScore, ...]
+    agreement: Agreement | None
+    median_seconds: float
+    paper_accuracy: float
+    called_generated: dict[str, tuple[int, int]]
+    """Of each image: how many called it generated, and how many answered."""
+
+
+def read_answers(paths: Sequence[Path], key: SurveyKey) -> tuple[Answers, ...]:
+    """Answers of one survey. DataError naming the file if one is malformed, of another survey, or an expert's second."""
+    read: dict[str, Path] = {}
+    found = []
+    for path in paths:
+        answers = _read_one(path, key)
+        if answers.expert in read:
+            raise DataError(
+                f"{path}: has answers of {answers.expert!r}, as has {read[answers.expert]}; give one of them"
+            )
+        read[answers.expert] = path
+        found.append(answers)
+    return tuple(found)
+
+
+def _read_one(path: Path, key: SurveyKey) -> Answers:
+    try:
+        answers = Answers.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
+    except ValidationError as error:
+        raise DataError(f"{path}: is no file of answers: {first_fault(error)}") from None
+    if answers.survey != key.survey:
+        raise DataError(f"{path}: answers survey {answers.survey}, but the key is of survey {key.survey}")
+    seen: set[str] = set()
+    for answer in answers.answers:
+        if answer.image not in key.images:
+            raise DataError(f"{path}: answers an image {answer.image!r} that the survey does not have")
+        if answer.image in seen:
+            raise DataError(f"{path}: answers image {answer.image} twice")
+        if answer.diagnosis is not None and (not key.with_diagnosis or answer.diagnosis not in key.class_names):
+            raise DataError(f"{path}: image {answer.image} has a diagnosis {answer.diagnosis!r} that was not offered")
+        seen.add(answer.image)
+    return answers
+
+
+def score_survey(key: SurveyKey, answers: Sequence[Answers]) -> SurveyScore:
+    """Score one or more experts. The intervals and p-values speak of these experts on other images of the same kind."""
+    names = list(key.images)
+    generated = np.array([image.truth == "generated" for image in key.images.values()])
+    classes = np.array([image.class_name for image in key.images.values()])
+    place = {name: i for i, name in enumerate(names)}
+    called = np.full((len(answers), len(names)), -1)  # [experts, images]: 1 called generated, 0 real, -1 not answered
+    for row, expert in zip(called, answers, strict=True):
+        for answer in expert.answers:
+            row[place[answer.image]] = answer.answer == "generated"
+    experts = tuple(_score_expert(key, a, row, generated) for a, row in zip(answers, called, strict=True))
+    votes, given = (called == 1).sum(axis=0), (called >= 0).sum(axis=0)
+    return SurveyScore(
+        survey=key.survey,
+        images=len(names),
+        rates=_rates(called, generated),
+        p_value=permutation_p_value(votes, given, generated, classes),
+        classes={name: _rates(called[:, classes == name], generated[classes == name]) for name in key.class_names},
+        experts=experts,
+        agreement=_agreement([a.expert for a in answers], called) if len(answers) > 1 else None,
+        median_seconds=float(np.median([answer.seconds for a in answers for answer in a.answers])),
+        paper_accuracy=PAPER_ACCURACY,
+        called_generated={name: (int(votes[i]), int(given[i])) for i, name in enumerate(names)},
+    )
+
+
+def _score_expert(
+    key: SurveyKey, answers: Answers, called: NDArray[np.int_], generated: NDArray[np.bool_]
+) -> ExpertScore:
+    rates = _rates(called[None], generated)
+    d_prime, criterion = signal_detection(rates.sensitivity, rates.specificity)
+
+    def diagnosis(truth: Truth) -> Rate | None:
+        given = [a for a in answers.answers if a.diagnosis is not None and key.images[a.image].truth == truth]
+        right = sum(a.diagnosis == key.images[a.image].class_name for a in given)
+        return wilson(right, len(given)) if given else None
+
+    return ExpertScore(
+        expert=answers.expert,
+        missing=len(key.images) - len(answers.answers),
+        rates=rates,
+        p_value=float(stats.binomtest(rates.accuracy.count, rates.accuracy.total).pvalue),
+        d_prime=d_prime,
+        criterion=criterion,
+        auc=_auc(key, answers),
+        median_seconds=float(np.median([answer.seconds for answer in answers.answers])),
+        diagnosis_real=diagnosis("real"),
+        diagnosis_generated=diagnosis("generated"),
+    )
+
+
+def _rates(called: NDArray[np.int_], generated: NDArray[np.bool_]) -> Rates:
+    """Of answers [experts, images] (1 generated, 0 real, -1 none) to images that are generated or not."""
+    answered = called >= 0
+    given, right = answered.sum(axis=0), ((called == generated) & answered).sum(axis=0)
+    return Rates(
+        accuracy=clustered_rate(right, given, generated),
+        sensitivity=clustered_rate(right[generated], given[generated], generated[generated]),
+        specificity=clustered_rate(right[~generated], given[~generated], generated[~generated]),
+        called_generated=clustered_rate((called == 1).sum(axis=0), given, generated),
+    )
+
+
+def wilson(count: int, total: int) -> Rate:
+    """Score interval of a share of independent answers (Wilson, JASA 22, 1927, 209-212)."""
+    if total == 0:
+        return Rate(0, 0, None, None, None)
+    interval = stats.binomtest(count, total).proportion_ci(method="wilson")
+    return Rate(count, total, count / total, float(interval.low), float(interval.high))
+
+
+def clustered_rate(count: NDArray[np.int_], total: NDArray[np.int_], half: NDArray[np.bool_]) -> Rate:
+    """Share sum(count) / sum(total), where image i got `total[i]` answers and `count[i]` of them are of the kind.
+
+    Several experts' answers to one image are not independent, so the interval is that of a cluster bootstrap:
+    percentiles of the share over RESAMPLES draws of whole images with replacement, within the real and the generated
+    half (Davison and Hinkley, Bootstrap Methods and their Application, 1997, sections 3.8 and 5.3). Where no image got
+    more than one answer they are independent and the interval is Wilson's. Where all or none are of the kind,
+    resampling shows no spread, and the interval is Wilson's as if every image had been answered once.
+    """
+    count, half, total = count[total > 0], half[total > 0], total[total > 0]
+    hits, answers = int(count.sum()), int(total.sum())
+    if answers == len(total):
+        return wilson(hits, answers)
+    if hits in (0, answers):
+        once = wilson(len(total) if hits else 0, len(total))
+        return Rate(hits, answers, hits / answers, once.low, once.high)
+    rng = np.random.default_rng(0)
+    parts = (np.flatnonzero(half), np.flatnonzero(~half))
+    drawn = np.concatenate([rng.choice(part, (RESAMPLES, len(part))) for part in parts if part.size], axis=1)
+    low, high = np.quantile(count[drawn].sum(axis=1) / total[drawn].sum(axis=1), (0.025, 0.975))
+    return Rate(hits, answers, hits / answers, float(low), float(high))
+
+
+def permutation_p_value(
+    votes: NDArray[np.int_], given: NDArray[np.int_], generated: NDArray[np.bool_], classes: NDArray[np.str_]
+) -> float:
+    """Two-sided p-value of "the answers have nothing to do with the truth", for all experts together.
+
+    Image i was called generated by `votes[i]` of the `given[i]` experts who answered it. Which images are generated is
+    permuted within each class, as the seed might have mixed them, RESAMPLES times; p is the share of permutations,
+    the true one among them, whose number of right answers is as far from its expectation (Phipson and Smyth, SAGMB 9,
+    2010, article 39). Experts may favour one answer, and agree on images, as they like.
+    """
+    # A right answer more for "generated", one less for "real": all that permuting changes is the sum of these.
+    gain = (2 * votes - given).astype(np.float64)
+    rng = np.random.default_rng(0)
+    observed, expected, permuted = 0.0, 0.0, np.zeros(RESAMPLES)
+    for name in np.unique(classes):
+        part, truth = gain[classes == name], generated[classes == name]
+        observed += float(part[truth].sum())
+        expected += float(part.sum() * truth.mean())
+        permuted += rng.permuted(np.tile(truth, (RESAMPLES, 1)), axis=1) @ part
+    as_far = np.abs(permuted - expected) >= abs(observed - expected) - 1e-9
+    return float((as_far.sum() + 1) / (RESAMPLES + 1))
+
+
+def signal_detection(sensitivity: Rate, specificity: Rate) -> tuple[float, float]:
+    """d' and criterion c of equal-variance signal detection: d' = z(H) - z(F), c = -(z(H) + z(F)) / 2.
+
+    H is the rate of "generated" for generated images and F for real ones, each with 0.5 added to its count and 1 to its
+    total, so that rates of 0 and 1 stay finite (Hautus, Behavior Research Methods 27, 1995, 46-51). c < 0: leans to
+    "generated".
+    """
+    hit = stats.norm.ppf((sensitivity.count + 0.5) / (sensitivity.total + 1))
+    false_alarm = stats.norm.ppf((specificity.total - specificity.count + 0.5) / (specificity.total + 1))
+    return float(hit - false_alarm), float(-(hit + false_alarm) / 2)
+
+
+def _auc(key: SurveyKey, answers: Answers) -> float | None:
+    """P(a generated image is held for more surely generated than a real one), ties one half: Mann-Whitney U / (n m)."""
+    ratings: dict[Truth, list[float]] = {"real": [], "generated": []}
+    for answer in answers.answers:
+        if answer.confidence is None:
+            return None
+        sign = 1 if answer.answer == "generated" else -1
+        ratings[key.images[answer.image].truth].append(sign * answer.confidence)
+    if not ratings["real"] or not ratings["generated"]:
+        return None
+    statistic = stats.mannwhitneyu(ratings["generated"], ratings["real"]).statistic
+    return float(statistic / (len(ratings["generated"]) * len(ratings["real"])))
+
+
+def _agreement(names: Sequence[str], called: NDArray[np.int_]) -> Agreement:
+    common = called[:, (called >= 0).all(axis=0)]
+    counts = np.stack([(common == 0).sum(axis=0), (common == 1).sum(axis=0)], axis=1)
+
+    def pair(i: int, j: int) -> float | None:
+        both = (called[i] >= 0) & (called[j] >= 0)
+        table = np.zeros((2, 2), dtype=np.int_)
+        np.add.at(table, (called[i, both], called[j, both]), 1)
+        return cohen_kappa(table)
+
+    return Agreement(
+        images=common.shape[1],
+        observed=_observed_agreement(counts) if common.size else None,
+        fleiss_kappa=fleiss_kappa(counts),
+        pairs=tuple((names[i], names[j], pair(i, j)) for i, j in combinations(range(len(names)), 2)),
+    )
+
+
+def _observed_agreement(counts: NDArray[np.int_]) -> float:
+    raters = int(counts[0].sum())
+    return float(((counts * (counts - 1)).sum(axis=1) / (raters * (raters - 1))).mean())
+
+
+def fleiss_kappa(counts: NDArray[np.int_]) -> float | None:
+    """Fleiss' kappa of counts [images, categories]: how many of the n raters put image i into category j.
+
+    kappa = (P - P_e) / (1 - P_e), with P the mean over images of sum_j n_ij (n_ij - 1) / (n (n - 1)) and P_e the sum
+    over categories of their squared shares (Fleiss, Psychological Bulletin 76, 1971, 378-382, equations 1 to 7). None
+    without images or where all ratings are the same. ValueError if images differ in their number of raters.
+    """
+    if len(counts) == 0:
+        return None
+    if len(np.unique(counts.sum(axis=1))) > 1 or counts[0].sum() < 2:
+        raise ValueError("Fleiss' kappa needs the same number of raters, at least two, for every image")
+    expected = float(np.square(counts.sum(axis=0) / counts.sum()).sum())
+    return _beyond_chance(_observed_agreement(counts), expected)
+
+
+def cohen_kappa(table: NDArray[np.int_]) -> float | None:
+    """Cohen's kappa of a table [categories, categories] of two raters' answers: (p_o - p_e) / (1 - p_e).
+
+    p_o is the share on the diagonal, p_e that expected from the margins (Cohen, Educational and Psychological
+    Measurement 20, 1960, 37-46, equation 1). None for an empty table or where both gave one and the same answer only.
+    """
+    if table.sum() == 0:
+        return None
+    shares = table / table.sum()
+    return _beyond_chance(float(np.trace(shares)), float(shares.sum(axis=0) @ shares.sum(axis=1)))
+
+
+def _beyond_chance(observed: float, expected: float) -> float | None:
+    return None if expected > 1 - 1e-12 else (observed - expected) / (1 - expected)

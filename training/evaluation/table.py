@@ -1,0 +1,58 @@
+"""The numbers of an evaluation as rows of text: one metric a row; all, every class and the held-out images a column."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Part = Mapping[str, Any]
+
+
+def table_rows(metrics: Mapping[str, Any]) -> list[list[str]]:
+    """Rows of cells, the header first. A metric that was not measured is left out, a cell without a number is empty."""
+    parts: dict[str, Part] = {"all": metrics, **metrics.get("classes", {})}
+    if "holdout" in metrics:
+        parts["held-out instead"] = metrics["holdout"]["instead_of_generated"]
+    rows = [[label, *(_cell(text, part) for part in parts.values())] for label, text in _lines(metrics["extractor"])]
+    return [["", *parts], *(row for row in rows if any(row[1:]))]
+
+
+def _lines(space: str) -> list[tuple[str, Callable[[Part], str]]]:
+    def share(key: str) -> Callable[[Part], str]:
+        return lambda part: f"{part[key]:.3f}"
+
+    return [
+        ("images", lambda part: f"{part['images']:,}"),
+        ("real images", lambda part: f"{part['real_images']:,}"),
+        (
+            f"FID@{space}",
+            lambda part: _with_interval(part, "fid", 1),
+        ),
+        (f"KID@{space} x 1000", lambda part: _with_interval(part, "kid", 1000)),
+        (f"precision@{space}", share("precision")),
+        (f"recall@{space}", share("recall")),
+        (f"density@{space}", share("density")),
+        (f"coverage@{space}", lambda part: f"{part['coverage']:.3f} (expected {part['expected_coverage']:.3f})"),
+        (f"alpha-precision@{space}", share("alpha_precision")),
+        (f"beta-recall@{space}", share("beta_recall")),
+        (f"authenticity@{space}", share("authenticity")),
+        ("PPL w, end", lambda part: _ppl(part, "end")),
+        ("PPL w, full", lambda part: _ppl(part, "full")),
+    ]
+
+
+def _with_interval(part: Part, key: str, factor: float) -> str:
+    value, low, high = (factor * x for x in (part[key], *part[f"{key}_interval"]))
+    return f"{value:.4g} [{low:.4g}, {high:.4g}]"
+
+
+def _ppl(part: Part, sampling: str) -> str:
+    ppl = part["ppl"]
+    return f"{ppl[sampling]:.4g} ± {ppl[f'{sampling}_error']:.2g} @{ppl['distance']}"
+
+
+def _cell(text: Callable[[Part], str], part: Part) -> str:
+    try:
+        return text(part)
+    except KeyError:
+        return ""
