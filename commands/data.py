@@ -24,6 +24,49 @@ BinaryOption = Annotated[
 ]
 
 
+@data_app.command("prepare")
+def prepare(
+    sources: Annotated[list[Path], typer.Argument(help="One or more sources, as for `split`; ids must differ.")],
+    out: Annotated[Path, typer.Option(help="The data set: a new .zip.")],
+    resolution: Annotated[int, typer.Option(help="Image side in pixels.")] = 256,
+    licence: Annotated[str, typer.Option(help="Licence of the images, for the data card.")] = "unknown",
+    attribution: Annotated[str, typer.Option(help="Whom users must credit, for the data card.")] = "",
+    metadata: Annotated[list[Path] | None, typer.Option(help="CSV of the images; once for each source.")] = None,
+    class_column: ClassColumnOption = None,
+    binary: BinaryOption = False,
+    skip_unlabelled: Annotated[bool, typer.Option("--skip-unlabelled", help="Leave out images with no class.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse to leave out images that are broken.")] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="Threads; default: one a processor.")] = None,
+) -> None:
+    """Centre-crop, resize and write one StyleGAN zip. Exit status 3 if images were skipped; Ctrl-C, and it goes on."""
+    from dermis.errors import DataError
+    from training.data.prepare import prepare as prepare_zip
+
+    if metadata and len(metadata) != len(sources):
+        raise DataError(f"--metadata: {len(metadata)} tables for {len(sources)} sources; give it once for each")
+    tables: list[Path | None] = [*metadata] if metadata else [None] * len(sources)
+    read = [_read(path, table, class_column, binary) for path, table in zip(sources, tables, strict=True)]
+    try:
+        prepared = prepare_zip(
+            read,
+            out,
+            resolution,
+            licence=licence,
+            attribution=attribution,
+            skip_unlabelled=skip_unlabelled,
+            strict=strict,
+            workers=workers,
+        )
+    except KeyboardInterrupt:
+        typer.echo(f"stopped; the same command goes on with what is in {out}.partial", err=True)
+        raise typer.Exit(130) from None
+    classes = ", ".join(f"{count:,} {name}" for name, count in prepared.classes.items()) or "no classes"
+    typer.echo(f"{out}: {prepared.images:,} images ({classes}), sha256 {prepared.sha256}")
+    if prepared.skipped:
+        typer.echo(f"{len(prepared.skipped):,} images were skipped, see {out.with_suffix('.skipped.csv')}", err=True)
+        raise typer.Exit(3)
+
+
 @data_app.command("split")
 def split(
     source: SourceArgument,
@@ -46,7 +89,7 @@ def split(
     from rich.table import Table
 
     names = [name or "(no class)" for name in divided.whole.classes]
-    table = Table("part", "images", "wanted", "patients", *names)
+    table = Table("part", "images", "wanted", "groups", *names)
     for part in (*divided.summary, divided.whole):
         shares = [f"{count:,} ({100 * part.share(name):.2f} %)" for name, count in part.classes.items()]
         table.add_row(part.name, f"{part.images:,}", f"{part.target:,.0f}", f"{part.groups:,}", *shares)

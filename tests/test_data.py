@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import zipfile
@@ -11,9 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from commands.main import app
 from dermis.errors import DataError
+from training.data import prepare as prepare_room
 from training.data.images import load_images
+from training.data.prepare import prepare
 from training.data.sources import Source, read_source
 from training.data.tables import is_melanoma, read_table
 
@@ -218,6 +223,139 @@ def test_class_column_is_a_choice(tmp_path: Path) -> None:
     file.write_text("isic_id,benign_malignant\na,malignant\n")
     with pytest.raises(DataError, match="no diagnosis to tell melanoma by"):
         read_table(file, binary=True)
+
+
+def _prepare(*folders: Path, out: Path, **options: object) -> bytes:
+    prepare([read_source(folder) for folder in folders], out, 16, progress=False, **options)  # type: ignore[arg-type]
+    assert not out.with_name(f"{out.name}.partial").exists()
+    return out.read_bytes()
+
+
+def test_prepared_zip_is_an_official_one_and_carries_the_metadata(tmp_path: Path) -> None:
+    folder = _folder(tmp_path / "ham", TABLES["HAM10000"][0])
+    _prepare(folder, out=tmp_path / "set.zip", licence="CC-BY-NC-4.0", attribution="Tschandl")
+    with zipfile.ZipFile(tmp_path / "set.zip") as archive:
+        images = sorted(name for name in archive.namelist() if name.endswith(".png"))
+        labels = json.loads(archive.read("dataset.json"))["labels"]
+        rows = list(csv.DictReader(io.StringIO(archive.read("metadata.csv").decode())))
+        card = archive.read("README.md").decode()
+        assert {info.compress_type for info in archive.infolist()} == {zipfile.ZIP_STORED}
+    assert images == [f"00000/img{i:08d}.png" for i in range(4)]
+    assert labels == [[images[0], 1], [images[1], 1], [images[2], 0], [images[3], 2]]
+    assert rows[2] == {
+        "file_name": images[2],
+        "isic_id": "ISIC_3",
+        "class": "bcc",
+        "label": "0",
+        "patient_id": "",
+        "lesion_id": "HAM_2",
+        "diagnosis": "bcc",
+        "age_approx": "",
+        "sex": "",
+        "anatom_site": "",
+        "source": "ham",
+    }
+    assert "| ham | 4 | 1 | 2 | 1 |" in card
+    assert "CC-BY-NC-4.0" in card
+    assert "Tschandl" in card
+
+
+def test_training_on_the_zip_is_training_on_the_folder(tmp_path: Path) -> None:
+    folder = _folder(tmp_path / "set", TABLES["HAM10000"][0])
+    prepared = prepare([read_source(folder)], tmp_path / "set.zip", 16, progress=False)
+    from_folder = load_images(read_source(folder), 16, progress=False)
+    from_zip = load_images(read_source(tmp_path / "set.zip"), 16, progress=False)
+    assert np.array_equal(from_zip.images, from_folder.images)
+    assert (from_zip.ids, from_zip.class_names) == (from_folder.ids, from_folder.class_names)
+    assert from_zip.labels.tolist() == from_folder.labels.tolist()
+    assert from_zip.sha256 == prepared.sha256
+    part = tmp_path / "part.csv"
+    part.write_text("isic_id\nISIC_4\nISIC_1\n")
+    selected = load_images(read_source(tmp_path / "set.zip", metadata=part), 16, progress=False)
+    assert (selected.ids, selected.labels.tolist()) == (("ISIC_1", "ISIC_4"), [1, 2])
+    assert [record.lesion_id for record in read_source(tmp_path / "set.zip").records[:2]] == ["HAM_1", "HAM_1"]
+    binary = read_source(tmp_path / "set.zip", binary=True)
+    assert [record.class_name for record in binary.records] == ["malignant", "malignant", "benign", "benign"]
+
+
+def test_bytes_depend_on_neither_place_nor_workers_nor_interruption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (_folder(tmp_path / place / "set", TABLES["HAM10000"][0]) for place in "ab")
+    expected = _prepare(first, out=tmp_path / "a.zip", workers=1)
+    real, done = prepare_room.square, []
+
+    def stop_at_third(data: bytes, resolution: int) -> np.ndarray:
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(data)
+        return real(data, resolution)
+
+    monkeypatch.setattr(prepare_room, "square", stop_at_third)
+    out = tmp_path / "b" / "a.zip"
+    with pytest.raises(KeyboardInterrupt):
+        _prepare(second, out=out, workers=1)
+    assert not out.exists()
+    again = []
+    monkeypatch.setattr(prepare_room, "square", lambda data, size: (again.append(data), real(data, size))[1])
+    assert _prepare(second, out=out, workers=3) == expected
+    assert len(again) == 2, "what was finished before the interruption was made again"
+    with pytest.raises(DataError, match="exists already"):
+        _prepare(second, out=out)
+
+
+def test_broken_images_are_skipped_aloud(tmp_path: Path) -> None:
+    folder = _folder(tmp_path / "set", TABLES["HAM10000"][0])
+    good = (folder / "images" / "ISIC_2.jpg").read_bytes()
+    (folder / "images" / "ISIC_2.jpg").write_bytes(good[: len(good) // 2])
+    (folder / "images" / "ISIC_3.jpg").unlink()
+    out = tmp_path / "set.zip"
+    command = ["data", "prepare", str(folder), "--out", str(out), "--resolution", "16"]
+    strict = CliRunner().invoke(app, [*command, "--strict"])
+    assert isinstance(strict.exception, DataError)
+    assert not out.exists()
+    result = CliRunner().invoke(app, command)
+    assert (result.exit_code, "2 images were skipped" in result.output) == (3, True), result.output
+    with zipfile.ZipFile(out) as archive:
+        skipped = archive.read("skipped.csv")
+        assert json.loads(archive.read("dataset.json"))["labels"] == [
+            ["00000/img00000000.png", 0],
+            ["00000/img00000001.png", 1],
+        ]
+        assert "2 images were skipped" in archive.read("README.md").decode()
+    assert skipped == (tmp_path / "set.skipped.csv").read_bytes()
+    rows = list(csv.DictReader(io.StringIO(skipped.decode())))
+    assert [(row["isic_id"], row["source"]) for row in rows] == [("ISIC_2", "set"), ("ISIC_3", "set")]
+    assert "truncated" in rows[0]["reason"].lower()
+    (folder / "images" / "ISIC_2.jpg").write_bytes(good)
+    _jpeg(folder / "images" / "ISIC_3.jpg", 2)
+    out.unlink()
+    result = CliRunner().invoke(app, [*command, "--strict"])
+    assert (result.exit_code, (tmp_path / "set.skipped.csv").exists()) == (0, False), result.output
+
+
+def test_sources_are_merged_unless_an_id_comes_twice(tmp_path: Path) -> None:
+    ham = _folder(tmp_path / "ham", TABLES["HAM10000"][0])
+    for i, place in enumerate(("nv/a.jpg", "mel/b.jpg")):
+        _jpeg(tmp_path / "mine" / place, i)
+    _prepare(ham, tmp_path / "mine", out=tmp_path / "set.zip")
+    merged = read_source(tmp_path / "set.zip")
+    assert _classes(merged) == TABLES["HAM10000"][1] | {"a": "nv", "b": "mel"}
+    assert {record.row["source"] for record in merged.records} == {"ham", "mine"}
+    with pytest.raises(DataError, match="ISIC_1 is in both"):
+        _prepare(ham, tmp_path / "set.zip", out=tmp_path / "twice.zip")
+
+
+def test_images_without_a_class_are_left_out_on_request_only(tmp_path: Path) -> None:
+    folder = _folder(tmp_path / "set", TABLES["archive"][0])
+    source = read_source(folder, binary=True)
+    with pytest.raises(DataError, match="--skip-unlabelled"):
+        prepare([source], tmp_path / "set.zip", 8, progress=False)
+    prepared = prepare([source], tmp_path / "set.zip", 8, skip_unlabelled=True, progress=False)
+    assert dict(prepared.classes) == {"benign": 2, "malignant": 1}
+    assert [(each.id, each.reason) for each in prepared.skipped] == [("ISIC_3", "no class")]
+    with zipfile.ZipFile(tmp_path / "set.zip") as archive:
+        assert "| licence of the image: CC-0 | 3 images |" in archive.read("README.md").decode()
 
 
 @pytest.mark.skipif(not (SHARED / "dermoscopy").is_dir(), reason="needs ../shared/data/dermoscopy")
