@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from training.data.inspection import Inspection
+    from training.data.leaks import Leaks
     from training.data.sources import Source
 
 data_app = typer.Typer(no_args_is_help=True, help="Download, inspect, split and prepare training images.")
@@ -22,6 +24,84 @@ ClassColumnOption = Annotated[str | None, typer.Option(help="CSV column of the c
 BinaryOption = Annotated[
     bool, typer.Option("--binary", help="Two classes: malignant (melanoma) and benign (every other diagnosis).")
 ]
+
+
+@data_app.command("inspect")
+def inspect(
+    source: SourceArgument,
+    out: Annotated[Path, typer.Option(help="Folder for report.json, artefacts.csv and contact-sheet.png.")],
+    metadata: MetadataOption = None,
+    class_column: ClassColumnOption = None,
+    binary: BinaryOption = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: one a processor.")] = None,
+) -> None:
+    """Show class balance, sizes, missing metadata and artefacts: above all, how many images of a class are framed."""
+    from training.data.inspection import inspect_source, write_inspection
+
+    inspection = inspect_source(_read(source, metadata, class_column, binary), workers=workers)
+    write_inspection(inspection, out)
+    _show_inspection(inspection)
+    typer.echo(f"written to {out}", err=True)
+    if inspection.broken:
+        name, reason = inspection.broken[0]
+        typer.echo(
+            f"{len(inspection.broken):,} images cannot be opened, see {out / 'report.json'}; the first is {name}: {reason}",
+            err=True,
+        )
+        raise typer.Exit(3)
+
+
+@data_app.command("leaks")
+def leaks(
+    source: SourceArgument,
+    out: Annotated[Path, typer.Option(help="Folder for leaks.csv and what --remove writes.")],
+    split: Annotated[Path | None, typer.Option(help="Folder that `dermis data split` wrote.")] = None,
+    remove: Annotated[
+        bool, typer.Option("--remove", help="Write a cleaned split (OUT/split), or OUT/cleaned.csv without --split.")
+    ] = False,
+    within_parts: Annotated[
+        bool, typer.Option("--within-parts", help="With --split and --remove: also those inside one part.")
+    ] = False,
+    embedding: Annotated[
+        str, typer.Option(help="Feature space that finds what the hash does not; none leaves it out.")
+    ] = "lite0",
+    max_distance: Annotated[int | None, typer.Option(help="Bits of 64 that two hashes may differ in.")] = None,
+    min_similarity: Annotated[float | None, typer.Option(help="Least cosine similarity of two embeddings.")] = None,
+    mirrors: Annotated[bool, typer.Option("--mirrors", help="By hash, also find mirrored and turned copies.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    metadata: MetadataOption = None,
+    class_column: ClassColumnOption = None,
+    binary: BinaryOption = False,
+) -> None:
+    """Find near-duplicates, those across the parts of a split first. Removing spares the smallest part."""
+    from dermis.devices import resolve_device
+    from dermis.features import feature_extractor
+    from training.data.duplicates import EMBEDDING_SIMILARITY, HASH_DISTANCE
+    from training.data.leaks import find_leaks, surplus, write_cleaned, write_leaks
+    from training.data.splits import read_split
+
+    images = _read(source, metadata, class_column, binary)
+    parts = None if split is None else read_split(split)
+    found = find_leaks(
+        images,
+        parts,
+        extractor=None if embedding == "none" else feature_extractor(embedding, resolve_device(device)),
+        max_distance=HASH_DISTANCE if max_distance is None else max_distance,
+        min_similarity=EMBEDDING_SIMILARITY if min_similarity is None else min_similarity,
+        mirrors=mirrors,
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    write_leaks(found, out / "leaks.csv")
+    _show_leaks(found)
+    typer.echo(f"written to {out / 'leaks.csv'}", err=True)
+    if remove:
+        removed = surplus(found, within_parts=within_parts or parts is None)
+        target = out if parts is None else out / "split"
+        write_cleaned(images, parts, removed, target)
+        typer.echo(f"{len(removed):,} of {len(found.records):,} images removed; the others are in {target}")
+    if found.broken:
+        typer.echo(f"{len(found.broken):,} images cannot be read, the first is {found.broken[0][0]}", err=True)
+        raise typer.Exit(3)
 
 
 @data_app.command("prepare")
@@ -93,6 +173,77 @@ def split(
     for part in (*divided.summary, divided.whole):
         shares = [f"{count:,} ({100 * part.share(name):.2f} %)" for name, count in part.classes.items()]
         table.add_row(part.name, f"{part.images:,}", f"{part.target:,.0f}", f"{part.groups:,}", *shares)
+    Console().print(table)
+
+
+def _show_inspection(inspection: Inspection) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console, classes = Console(), inspection.classes
+    total = sum(classes.values())
+    if inspection.by_class:
+        framed = [inspection.by_class.share("frame", name) for name in classes if name in _seen_classes(inspection)]
+        association = next(each for each in inspection.by_class.associations if each.artefact == "frame")
+        shares = ", ".join(f"{100 * each.share:.1f} % of {each.class_name}" for each in framed)
+        console.print(f"[bold]Black frame: {shares}[/bold] (Cramér's V {association.cramers_v:.2f})")
+    table = Table("", *classes, "all", title=f"{total:,} images")
+    table.add_row("images", *(f"{count:,} ({100 * count / total:.2f} %)" for count in classes.values()), f"{total:,}")
+    for column, counts in inspection.missing.items():
+        cells = [f"{100 * counts.get(name, 0) / count:.1f} %" for name, count in classes.items()]
+        table.add_row(f"no {column}", *cells, f"{100 * sum(counts.values()) / total:.1f} %")
+    console.print(table)
+    if inspection.by_class:
+        seen = _seen_classes(inspection)
+        table = Table("artefact", *seen, "Cramér's V", "p", title="Images with artefacts (95 % interval)")
+        for association in inspection.by_class.associations:
+            shares_of = [inspection.by_class.share(association.artefact, name) for name in seen]
+            cells = [f"{100 * each.share:.1f} % ({100 * each.low:.1f} to {100 * each.high:.1f})" for each in shares_of]
+            table.add_row(association.artefact, *cells, f"{association.cramers_v:.2f}", f"{association.p_value:.1g}")
+        console.print(table)
+    if inspection.by_source:
+        origins = sorted({each.class_name for each in inspection.by_source.shares})
+        table = Table("artefact", *origins, title="By source")
+        for association in inspection.by_source.associations:
+            cells = [f"{100 * inspection.by_source.share(association.artefact, name).share:.1f} %" for name in origins]
+            table.add_row(association.artefact, *cells)
+        console.print(table)
+    sizes = list(inspection.sizes.items())
+    if sizes:
+        listed = ", ".join(f"{width} x {height} ({count:,})" for (width, height), count in sizes[:5])
+        console.print(f"Sizes in px: {listed}" + (f" and {len(sizes) - 5} more" if len(sizes) > 5 else ""))
+
+
+def _seen_classes(inspection: Inspection) -> list[str]:
+    """Classes of the images that could be opened; others have no shares."""
+    return sorted({each.class_name for each in inspection.by_class.shares}) if inspection.by_class else []
+
+
+def _show_leaks(found: Leaks) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    by_hash = sum(pair.hash_distance is not None for pair in found.pairs)
+    by_embedding = sum(pair.similarity is not None for pair in found.pairs)
+    touched = len({i for pair in found.pairs for i in (pair.a, pair.b)})
+    typer.echo(
+        f"{len(found.pairs):,} pairs of near-duplicates among {len(found.records):,} images ({touched:,} of them in a "
+        f"pair): {by_hash:,} found by hash, {by_embedding:,} by embedding, "
+        f"{sum(pair.identical for pair in found.pairs):,} identical files"
+    )
+    if any(found.parts):
+        typer.echo(f"{len(found.across):,} pairs across parts")
+    if not found.pairs:
+        return
+    table = Table("images", "parts", "same patient", "bits", "similarity", title="First pairs")
+    for pair in found.pairs[:10]:
+        table.add_row(
+            f"{found.records[pair.a].id}, {found.records[pair.b].id}",
+            " / ".join(filter(None, (found.parts[pair.a], found.parts[pair.b]))),
+            "yes" if pair.same_patient else "no",
+            "" if pair.hash_distance is None else str(pair.hash_distance),
+            "" if pair.similarity is None else f"{pair.similarity:.3f}",
+        )
     Console().print(table)
 
 

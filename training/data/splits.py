@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +54,7 @@ class Split:
     parts: tuple[str, ...]
     summary: tuple[Part, ...]
     whole: Part
-    seed: int
+    seed: int | None  # None if the parts were changed after
 
 
 def split_by_patient(records: Sequence[Record], sizes: Mapping[str, float], seed: int = 0) -> Split:
@@ -78,16 +79,26 @@ def split_by_patient(records: Sequence[Record], sizes: Mapping[str, float], seed
     counts = np.zeros((len(names), len(class_names)), dtype=np.int64)
     for group, record in zip(groups, records, strict=True):
         counts[row[group], column[record.class_name]] += 1
-    part_names = list(targets)
     assigned = assign(counts, np.array(list(targets.values())), seed)
+    part_names = list(targets)
+    return describe_split(records, [part_names[assigned[row[group]]] for group in groups], targets, seed)
+
+
+def describe_split(
+    records: Sequence[Record], parts: Sequence[str], targets: Mapping[str, float], seed: int | None = None
+) -> Split:
+    """Count what every part of a split has. parts[i] is that of records[i]; targets name the parts in their order."""
+    groups = group_of(records)
+    classes = Counter((part, record.class_name) for part, record in zip(parts, records, strict=True))
+    members = Counter(part for part, _ in set(zip(parts, groups, strict=True)))
+    class_names = sorted({record.class_name for record in records})
     summary = []
-    for p, name in enumerate(part_names):
-        has = counts[assigned == p].sum(axis=0)
-        classes = {cls: int(n) for cls, n in zip(class_names, has, strict=True)}
-        summary.append(Part(name, targets[name], int(has.sum()), int((assigned == p).sum()), classes))
-    totals = {cls: int(n) for cls, n in zip(class_names, counts.sum(axis=0), strict=True)}
-    whole = Part("whole", float(len(records)), len(records), len(names), totals)
-    return Split(tuple(part_names[assigned[row[group]]] for group in groups), tuple(summary), whole, seed)
+    for name, target in targets.items():
+        has = {cls: classes[name, cls] for cls in class_names}
+        summary.append(Part(name, target, sum(has.values()), members[name], has))
+    totals = dict(sorted(Counter(record.class_name for record in records).items()))
+    whole = Part("whole", float(len(records)), len(records), len(set(groups)), totals)
+    return Split(tuple(parts), tuple(summary), whole, seed)
 
 
 def part_targets(sizes: Mapping[str, float], images: int) -> dict[str, float]:
