@@ -26,6 +26,30 @@ BinaryOption = Annotated[
 ]
 
 
+@data_app.command("download")
+def download(
+    out: Annotated[Path, typer.Option(help="Folder; each collection gets a sub-folder with images and metadata.csv.")],
+    collection: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="isic-2020, isic-2019-melanoma, isic-2019, ham10000 or a number of `isic collection list`; may be "
+            "repeated. Default: the paper's set, the first two."
+        ),
+    ] = None,
+) -> None:
+    """Download the paper's images, or other collections, from the ISIC Archive. The same command goes on."""
+    from training.data.download import PAPER, find_collection
+    from training.data.download import download as download_all
+
+    try:
+        images = download_all([find_collection(name) for name in dict.fromkeys(collection or PAPER)], out)
+    except KeyboardInterrupt:
+        typer.echo("stopped; the same command goes on", err=True)
+        raise typer.Exit(130) from None
+    for name, count in images.items():
+        typer.echo(f"{out / name}: {count:,} images")
+
+
 @data_app.command("inspect")
 def inspect(
     source: SourceArgument,
@@ -92,7 +116,7 @@ def leaks(
     )
     out.mkdir(parents=True, exist_ok=True)
     write_leaks(found, out / "leaks.csv")
-    _show_leaks(found)
+    _show_leaks(found, embedding != "none")
     typer.echo(f"written to {out / 'leaks.csv'}", err=True)
     if remove:
         removed = surplus(found, within_parts=within_parts or parts is None)
@@ -219,7 +243,7 @@ def _seen_classes(inspection: Inspection) -> list[str]:
     return sorted({each.class_name for each in inspection.by_class.shares}) if inspection.by_class else []
 
 
-def _show_leaks(found: Leaks) -> None:
+def _show_leaks(found: Leaks, compared: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -228,17 +252,18 @@ def _show_leaks(found: Leaks) -> None:
     touched = len({i for pair in found.pairs for i in (pair.a, pair.b)})
     typer.echo(
         f"{len(found.pairs):,} pairs of near-duplicates among {len(found.records):,} images ({touched:,} of them in a "
-        f"pair): {by_hash:,} found by hash, {by_embedding:,} by embedding, "
+        f"pair): {by_hash:,} found by hash, {by_embedding:,} by embedding{'' if compared else ' (left out)'}, "
         f"{sum(pair.identical for pair in found.pairs):,} identical files"
     )
     if any(found.parts):
         typer.echo(f"{len(found.across):,} pairs across parts")
     if not found.pairs:
         return
-    table = Table("images", "parts", "same patient", "bits", "similarity", title="First pairs")
+    table = Table("image", "near-duplicate", "parts", "same patient", "bits", "cosine", title="First pairs")
     for pair in found.pairs[:10]:
         table.add_row(
-            f"{found.records[pair.a].id}, {found.records[pair.b].id}",
+            found.records[pair.a].id,
+            found.records[pair.b].id,
             " / ".join(filter(None, (found.parts[pair.a], found.parts[pair.b]))),
             "yes" if pair.same_patient else "no",
             "" if pair.hash_distance is None else str(pair.hash_distance),

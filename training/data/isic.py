@@ -15,10 +15,11 @@ def load_isic(
     resolution: int,
     *,
     class_column: str | None = None,
+    binary: bool = False,
     metadata: Path | None = None,
     cache: Path | None = None,
     progress: bool = True,
 ) -> ImageDataset:
     """`read_source` and `load_images`: any of the layouts that `read_source` knows, an ISIC folder first of all."""
-    source = read_source(folder, metadata=metadata, class_column=class_column)
+    source = read_source(folder, metadata=metadata, class_column=class_column, binary=binary)
     return load_images(source, resolution, cache=cache, progress=progress)
