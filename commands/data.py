@@ -89,30 +89,34 @@ def leaks(
     embedding: Annotated[
         str, typer.Option(help="Feature space that finds what the hash does not; none leaves it out.")
     ] = "lite0",
-    max_distance: Annotated[int | None, typer.Option(help="Bits of 64 that two hashes may differ in.")] = None,
-    min_similarity: Annotated[float | None, typer.Option(help="Least cosine similarity of two embeddings.")] = None,
-    mirrors: Annotated[bool, typer.Option("--mirrors", help="By hash, also find mirrored and turned copies.")] = False,
+    min_correlation: Annotated[
+        float | None, typer.Option(min=0.5, max=1, help="Of two images laid over each other; default: 0.8.")
+    ] = None,
+    cache: Annotated[Path, typer.Option(help="Where features are kept.")] = Path(".dermis/cache"),
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     metadata: MetadataOption = None,
     class_column: ClassColumnOption = None,
     binary: BinaryOption = False,
 ) -> None:
     """Find near-duplicates, those across the parts of a split first. Removing spares the smallest part."""
-    from dermis.devices import resolve_device
-    from dermis.features import feature_extractor
-    from training.data.duplicates import EMBEDDING_SIMILARITY, HASH_DISTANCE
+    from training.data.duplicates import CORRELATION
     from training.data.leaks import find_leaks, surplus, write_cleaned, write_leaks
     from training.data.splits import read_split
 
     images = _read(source, metadata, class_column, binary)
     parts = None if split is None else read_split(split)
+    extractor = None
+    if embedding != "none":
+        from dermis.devices import resolve_device
+        from dermis.features import feature_extractor
+
+        extractor = feature_extractor(embedding, resolve_device(device))
     found = find_leaks(
         images,
         parts,
-        extractor=None if embedding == "none" else feature_extractor(embedding, resolve_device(device)),
-        max_distance=HASH_DISTANCE if max_distance is None else max_distance,
-        min_similarity=EMBEDDING_SIMILARITY if min_similarity is None else min_similarity,
-        mirrors=mirrors,
+        extractor=extractor,
+        min_correlation=CORRELATION if min_correlation is None else min_correlation,
+        cache=cache,
     )
     out.mkdir(parents=True, exist_ok=True)
     write_leaks(found, out / "leaks.csv")
@@ -259,15 +263,14 @@ def _show_leaks(found: Leaks, compared: bool) -> None:
         typer.echo(f"{len(found.across):,} pairs across parts")
     if not found.pairs:
         return
-    table = Table("image", "near-duplicate", "parts", "same patient", "bits", "cosine", title="First pairs")
+    table = Table("image", "near-duplicate", "parts", "same patient", "correlation", title="First pairs")
     for pair in found.pairs[:10]:
         table.add_row(
             found.records[pair.a].id,
             found.records[pair.b].id,
             " / ".join(filter(None, (found.parts[pair.a], found.parts[pair.b]))),
             "yes" if pair.same_patient else "no",
-            "" if pair.hash_distance is None else str(pair.hash_distance),
-            "" if pair.similarity is None else f"{pair.similarity:.3f}",
+            f"{pair.correlation:.2f}",
         )
     Console().print(table)
 

@@ -3,34 +3,39 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dermis.errors import DataError
-from dermis.features import FeatureExtractor
 from training.data.duplicates import (
-    EMBEDDING_SIMILARITY,
-    HASH_DISTANCE,
+    CORRELATION,
     Pairs,
+    confirmed,
     embedding_pairs,
     hash_pairs,
     perceptual_hashes,
+    union,
 )
 from training.data.images import BROKEN_IMAGE, square
 from training.data.sources import Record, Source
 from training.data.splits import describe_split, group_of, write_rows, write_split
 
+if TYPE_CHECKING:  # importing it takes torch, which the hash does without
+    from dermis.features import FeatureExtractor
+
 SIDE = 224  # px: near-duplicates are looked for in the centred square that training sees, at this size
 COLUMNS = (
     *("id_a", "id_b", "part_a", "part_b", "class_a", "class_b"),
-    *("same_patient", "identical", "found_by", "hash_distance", "similarity"),
+    *("same_patient", "identical", "correlation", "hash_distance", "similarity"),
 )
 _BATCH = 32
 
@@ -44,8 +49,9 @@ class Pair:
     across: bool  # in two parts of the split
     same_patient: bool  # or lesion, by the metadata
     identical: bool  # the same file
-    hash_distance: int | None  # bits of 64, if the hash found them
-    similarity: float | None  # cosine, if the embedding found them
+    correlation: float  # of the two laid over each other, at most 1
+    hash_distance: int | None  # bits of 64, if the hash made them a candidate
+    similarity: float | None  # cosine of whitened features, if the embedding did
 
 
 @dataclass(frozen=True)
@@ -67,38 +73,41 @@ def find_leaks(
     parts: Mapping[str, str] | None = None,
     *,
     extractor: FeatureExtractor | None = None,
-    max_distance: int = HASH_DISTANCE,
-    min_similarity: float = EMBEDDING_SIMILARITY,
-    mirrors: bool = False,
+    min_correlation: float = CORRELATION,
+    cache: Path | None = None,
     progress: bool = True,
 ) -> Leaks:
-    """Compare every image with every other by perceptual hash and, with an extractor, by embedding.
+    """Compare every image with every other by perceptual hash and, with an extractor, by embedding; confirm what is near.
 
-    `parts` gives the part of each id, as `read_split` does; the images in no part are left out. Thresholds and
-    `mirrors` are those of `training.data.duplicates`. Images that are missing or broken are left out and listed.
+    `parts` gives the part of each id, as `read_split` does; the images in no part are left out. Images that are missing
+    or broken are left out and listed. Features are kept in `cache`, keyed by the files and the extractor.
     """
     if parts is not None:
         source = source.select(parts)
-    records, digests, hashes, features, broken = _signatures(source.records, extractor, progress)
-    by_hash = _found(hash_pairs(hashes, max_distance, mirrors=mirrors))
-    by_embedding = _found(embedding_pairs(features, min_similarity)) if extractor else {}
+    records, digests, hashes, broken = _hashed(source.records, progress)
+    by_hash, by_embedding = hash_pairs(hashes), None
+    candidates = by_hash
+    if extractor:
+        by_embedding = embedding_pairs(_features(records, digests, extractor, cache, progress))
+        candidates = union(by_hash, by_embedding)
+    near = confirmed(candidates, lambda i: _pixels(records[i]), min_correlation, progress=progress)
+    bits, similar = _by_ends(by_hash), _by_ends(by_embedding) if by_embedding else {}
     of = tuple(parts[record.id] if parts else "" for record in records)
     groups = group_of(records)
-    pairs = []
-    for a, b in sorted(by_hash.keys() | by_embedding.keys()):
-        bits, distance = by_hash.get((a, b)), by_embedding.get((a, b))
-        pairs.append(
-            Pair(
-                a,
-                b,
-                of[a] != of[b],
-                groups[a] == groups[b],
-                digests[a] == digests[b],
-                None if bits is None else int(bits),
-                None if distance is None else 1 - distance,
-            )
+    pairs = [
+        Pair(
+            a,
+            b,
+            across=of[a] != of[b],
+            same_patient=groups[a] == groups[b],
+            identical=digests[a] == digests[b],
+            correlation=1 - distance,
+            hash_distance=int(bits[a, b]) if (a, b) in bits else None,
+            similarity=1 - similar[a, b] if (a, b) in similar else None,
         )
-    pairs.sort(key=lambda pair: (not pair.across, not pair.identical, -(pair.similarity or 0), pair.hash_distance or 0))
+        for (a, b), distance in _by_ends(near).items()
+    ]
+    pairs.sort(key=lambda pair: (not pair.across, not pair.identical, -pair.correlation, pair.a, pair.b))
     return Leaks(tuple(records), of, tuple(pairs), tuple(broken))
 
 
@@ -126,11 +135,10 @@ def write_leaks(leaks: Leaks, file: Path) -> None:
     rows = []
     for pair in leaks.pairs:
         a, b = leaks.records[pair.a], leaks.records[pair.b]
-        by_hash, by_embedding = pair.hash_distance is not None, pair.similarity is not None
         values = (
             *(a.id, b.id, leaks.parts[pair.a], leaks.parts[pair.b], a.class_name, b.class_name),
             *("yes" if pair.same_patient else "no", "yes" if pair.identical else "no"),
-            "both" if by_hash and by_embedding else "hash" if by_hash else "embedding",
+            f"{pair.correlation:.4f}",
             "" if pair.hash_distance is None else str(pair.hash_distance),
             "" if pair.similarity is None else f"{pair.similarity:.4f}",
         )
@@ -152,46 +160,54 @@ def write_cleaned(source: Source, parts: Mapping[str, str] | None, removed: set[
     write_rows(out / "cleaned.csv", columns, [record.row for record in kept.records])
 
 
-def _signatures(
-    records: Sequence[Record], extractor: FeatureExtractor | None, progress: bool
-) -> tuple[list[Record], list[str], NDArray[np.uint64], NDArray[np.float32], list[tuple[str, str]]]:
-    """Records that can be read, with the sha256 of their files, their hashes and features; and those that cannot."""
-    good: list[Record] = []
-    digests: list[str] = []
-    hashes: list[NDArray[np.uint64]] = []
-    features: list[NDArray[np.float32]] = []
-    broken: list[tuple[str, str]] = []
+def _hashed(
+    records: Sequence[Record], progress: bool
+) -> tuple[list[Record], list[str], NDArray[np.uint64], list[tuple[str, str]]]:
+    """Records that can be read, with the sha256 of their files and their hashes; and (id, reason) of those that cannot."""
 
-    def read(record: Record) -> tuple[str, NDArray[np.uint8]] | str:
+    def hashed(record: Record) -> tuple[str, np.uint64] | str:
         try:
             data = record.read_bytes()
-            return hashlib.sha256(data).hexdigest(), square(data, SIDE)
+            return hashlib.sha256(data).hexdigest(), perceptual_hashes([square(data, SIDE)])[0]
         except (DataError, *BROKEN_IMAGE) as error:
             return " ".join(str(error).split())
 
-    bar = tqdm(total=len(records), desc="comparing", disable=not progress, unit="img")
-    with bar, ThreadPoolExecutor() as pool:
-        for start in range(0, len(records), _BATCH):
-            batch = records[start : start + _BATCH]
-            images = []
-            for record, result in zip(batch, pool.map(read, batch), strict=True):
-                if isinstance(result, str):
-                    broken.append((record.id, result))
-                else:
-                    good.append(record)
-                    digests.append(result[0])
-                    images.append(result[1])
-            if images:
-                hashes.append(perceptual_hashes(images))
-                if extractor:
-                    features.append(extractor.extract(np.stack(images)))
-            bar.update(len(batch))
+    good: list[tuple[Record, str, np.uint64]] = []
+    broken: list[tuple[str, str]] = []
+    with ThreadPoolExecutor() as pool:
+        results = tqdm(pool.map(hashed, records), "hashing", len(records), disable=not progress, unit="img")
+        for record, result in zip(records, results, strict=True):
+            if isinstance(result, str):
+                broken.append((record.id, result))
+            else:
+                good.append((record, *result))
     if not good:
         raise DataError(f"not one of {len(records)} images can be read")
-    dim = extractor.dim if extractor else 0
-    stacked = np.concatenate(features) if features else np.zeros((len(good), dim), dtype=np.float32)
-    return good, digests, np.concatenate(hashes), stacked, broken
+    readable, digests, hashes = (list(column) for column in zip(*good, strict=True))
+    return readable, digests, np.array(hashes, dtype=np.uint64), broken
 
 
-def _found(pairs: Pairs) -> dict[tuple[int, int], float]:
+def _features(
+    records: Sequence[Record], digests: Sequence[str], extractor: FeatureExtractor, cache: Path | None, progress: bool
+) -> NDArray[np.float32]:
+    key = hashlib.sha256("\n".join([extractor.identity, str(SIDE), *digests]).encode()).hexdigest()
+    file = cache / f"{key[:16]}-{extractor.name}.npy" if cache else None
+    if file and file.exists():
+        kept: NDArray[np.float32] = np.load(file)
+        return kept
+    starts = tqdm(range(0, len(records), _BATCH), "embedding", disable=not progress, unit="batch")
+    features = extractor.over(np.stack([_pixels(record) for record in records[i : i + _BATCH]]) for i in starts)
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(f".{os.getpid()}.npy")
+        np.save(partial, features)
+        partial.replace(file)
+    return features
+
+
+def _pixels(record: Record) -> NDArray[np.uint8]:
+    return square(record.read_bytes(), SIDE)
+
+
+def _by_ends(pairs: Pairs) -> dict[tuple[int, int], float]:
     return dict(zip(zip(pairs.i.tolist(), pairs.j.tolist(), strict=True), pairs.distance.tolist(), strict=True))
