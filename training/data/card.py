@@ -21,12 +21,13 @@ def data_card(
     classes = sorted({row["class"] for row in rows})
     sources = sorted({row["source"] for row in rows})
     count = Counter((row["source"], row["class"]) for row in rows)
-    lines = [
+    per_source = "\n".join(
         f"| {source} | {sum(count[source, cls] for cls in classes):,} | "
         + " | ".join(f"{count[source, cls]:,}" for cls in classes)
         + " |"
         for source in sources
-    ]
+    )
+    names = " | ".join(name or "(no class)" for name in classes)
     totals = " | ".join(f"{sum(row['class'] == cls for row in rows):,}" for cls in classes)
     missing = "\n".join(
         f"| `{column}` | {sum(not row[column] for row in rows):,} |"
@@ -40,9 +41,9 @@ square and resized with a Lanczos filter. **Real images of patients**: not to be
 
 ## Images
 
-| source | images | {" | ".join(cls or "(no class)" for cls in classes)} |
+| source | images | {names} |
 | --- | --- | {" | ".join("---" for _ in classes)} |
-{chr(10).join(lines)}
+{per_source}
 | all | {len(rows):,} | {totals} |
 
 {_skipped(skipped)} Patients named: {patients:,}.

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,9 @@ from training.data.sources import Record, Source
 
 # What PIL raises on a file that is no image, or none that can be decoded.
 BROKEN_IMAGE = (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,17 @@ def load_images(source: Source, resolution: int, *, cache: Path | None = None, p
     return ImageDataset(images, labels, class_names, tuple(record.id for record in records), digest)
 
 
+def in_threads(
+    function: Callable[[Item], Result], items: Sequence[Item], workers: int | None = None
+) -> Iterator[Result]:
+    """Results in the order of items. After Ctrl-C only what has begun is finished, not all that is waiting."""
+    pool = ThreadPoolExecutor(workers or os.cpu_count())
+    try:
+        yield from pool.map(function, items)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def square(data: bytes, resolution: int) -> NDArray[np.uint8]:
     """uint8 [R, R, 3] of an encoded image: its largest centred square, resized (Lanczos). Raises one of BROKEN_IMAGE."""
     with Image.open(io.BytesIO(data)) as image:
@@ -83,10 +98,9 @@ def _check_classes(source: Source) -> None:
 
 def _content_digest(records: Sequence[Record]) -> str:
     digest = hashlib.sha256()
-    with ThreadPoolExecutor() as pool:
-        contents = pool.map(lambda record: hashlib.sha256(record.read_bytes()).hexdigest(), records)
-        for record, content in zip(records, contents, strict=True):
-            digest.update(f"{record.id}\t{record.class_name}\t{content}\n".encode())
+    contents = in_threads(lambda record: hashlib.sha256(record.read_bytes()).hexdigest(), records)
+    for record, content in zip(records, contents, strict=True):
+        digest.update(f"{record.id}\t{record.class_name}\t{content}\n".encode())
     return digest.hexdigest()
 
 
@@ -116,11 +130,9 @@ def _decode_all(records: Sequence[Record], resolution: int, progress: bool) -> N
             image = records[i].image
             broken.append(f"{image.name if image else records[i].id} ({error})")
 
-    with ThreadPoolExecutor() as pool:
-        for _ in tqdm(
-            pool.map(decode, range(len(records))), "decoding", len(records), disable=not progress, unit="img"
-        ):
-            pass
+    decoded = in_threads(decode, range(len(records)))
+    for _ in tqdm(decoded, "decoding", len(records), disable=not progress, unit="img"):
+        pass
     if broken:
         raise DataError(
             f"{len(broken)} images cannot be decoded, the first is {sorted(broken)[0]}; remove or mend them"

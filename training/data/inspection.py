@@ -6,6 +6,7 @@ import io
 import json
 import multiprocessing
 import os
+import signal
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -114,9 +115,13 @@ def _looked_at(
     bare = [Record(record.id, "", "", "", record.image, {}) for record in records]
     if workers == 1 or len(records) < _ONE_PROCESS:
         return list(show(map(_look_at, bare)))
-    # Spawned, not forked: the program may have threads by now.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    # Spawned, not forked: the program may have threads by now. Ctrl-C is for this process alone.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    try:
         return list(show(pool.map(_look_at, bare, chunksize=16)))
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _look_at(record: Record) -> tuple[tuple[int, int], Artefacts] | str:

@@ -6,7 +6,6 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +24,7 @@ from training.data.duplicates import (
     perceptual_hashes,
     union,
 )
-from training.data.images import BROKEN_IMAGE, square
+from training.data.images import BROKEN_IMAGE, in_threads, square
 from training.data.sources import Record, Source
 from training.data.splits import describe_split, group_of, write_rows, write_split
 
@@ -174,13 +173,12 @@ def _hashed(
 
     good: list[tuple[Record, str, np.uint64]] = []
     broken: list[tuple[str, str]] = []
-    with ThreadPoolExecutor() as pool:
-        results = tqdm(pool.map(hashed, records), "hashing", len(records), disable=not progress, unit="img")
-        for record, result in zip(records, results, strict=True):
-            if isinstance(result, str):
-                broken.append((record.id, result))
-            else:
-                good.append((record, *result))
+    results = tqdm(in_threads(hashed, records), "hashing", len(records), disable=not progress, unit="img")
+    for record, result in zip(records, results, strict=True):
+        if isinstance(result, str):
+            broken.append((record.id, result))
+        else:
+            good.append((record, *result))
     if not good:
         raise DataError(f"not one of {len(records)} images can be read")
     readable, digests, hashes = (list(column) for column in zip(*good, strict=True))

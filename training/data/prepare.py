@@ -10,12 +10,10 @@ import csv
 import hashlib
 import io
 import json
-import os
 import shutil
 import threading
 import zipfile
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +22,7 @@ from tqdm import tqdm
 
 from dermis.errors import DataError
 from training.data.card import data_card
-from training.data.images import BROKEN_IMAGE, square
+from training.data.images import BROKEN_IMAGE, in_threads, square
 from training.data.sources import Record, Source
 from training.data.tables import METADATA_COLUMNS, value_of
 
@@ -158,16 +156,12 @@ def _make_images(
         return file
 
     made, broken = [], []
-    pool = ThreadPoolExecutor(workers or os.cpu_count())
-    try:
-        results = tqdm(pool.map(make, items), "images", len(items), disable=not progress, unit="img")
-        for item, result in zip(items, results, strict=True):
-            if isinstance(result, Skipped):
-                broken.append(result)
-            else:
-                made.append((item, result))
-    finally:
-        pool.shutdown(cancel_futures=True)  # after Ctrl-C only what has begun is finished
+    results = tqdm(in_threads(make, items, workers), "images", len(items), disable=not progress, unit="img")
+    for item, result in zip(items, results, strict=True):
+        if isinstance(result, Skipped):
+            broken.append(result)
+        else:
+            made.append((item, result))
     return made, broken
 
 

@@ -108,7 +108,7 @@ def read_source(
     """
     if path.is_file():
         if path.name.lower().endswith(TABLE_SUFFIXES):
-            return _table_source(path, path, {}, class_column, binary, "table")
+            return _selected(_table_source(path, path, {}, class_column, binary, "table"), metadata)
         if not zipfile.is_zipfile(path):
             raise DataError(f"{path}: neither a folder, a StyleGAN zip nor a CSV")
         return _selected(_stylegan(path, binary), metadata)
