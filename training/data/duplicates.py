@@ -41,24 +41,6 @@ class Pairs:
         return len(self.i)
 
 
-def near_duplicates(
-    load: Callable[[int], NDArray[np.uint8]],
-    hashes: NDArray[np.uint64],
-    features: Floats | None = None,
-    *,
-    progress: bool = True,
-) -> Pairs:
-    """Confirmed near-duplicates among N images; distance is 1 - correlation. This is the check to use.
-
-    Candidates come from `hashes` [N] (`perceptual_hashes`) and, if given, from `features` [N, dim] (the extractor
-    `lite0`); load(k) gives image k as uint8 [H, W, 3] and is called for candidates only.
-    """
-    candidates = hash_pairs(hashes)
-    if features is not None:
-        candidates = union(candidates, embedding_pairs(features))
-    return confirmed(candidates, load, progress=progress)
-
-
 # --- Perceptual hash
 
 
