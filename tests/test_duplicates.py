@@ -92,7 +92,14 @@ def test_mirror_images_are_found_when_asked_for() -> None:
         assert all(bits(a, b) <= 1 for a, b in zip(hashes, expected[:, position], strict=True))
     hashes = perceptual_hashes([*images, np.ascontiguousarray(images[2][:, ::-1])])
     assert len(hash_pairs(hashes)) == 0
-    assert groups(hash_pairs(hashes, mirrors=True)) == [[2, 8]]
+    mirrored_pairs = hash_pairs(hashes, mirrors=True)
+    assert groups(mirrored_pairs) == [[2, 8]]
+
+    def load(k: int) -> Picture:
+        return np.ascontiguousarray(images[2][:, ::-1]) if k == 8 else images[k]
+
+    assert len(confirmed(mirrored_pairs, load, progress=False)) == 0
+    assert len(confirmed(mirrored_pairs, load, mirrors=True, progress=False)) == 1
 
 
 @given(arrays(np.uint64, st.integers(0, 40)), st.integers(0, 64), st.booleans())

@@ -137,17 +137,25 @@ def confirmed(
     load: Callable[[int], NDArray[np.uint8]],
     min_correlation: float = CORRELATION,
     *,
+    mirrors: bool = False,
     progress: bool = True,
 ) -> Pairs:
     """The pairs whose images match when laid over each other; distance is 1 - correlation.
 
-    load(k) gives image k as uint8 [H, W, 3], of any size.
+    load(k) gives image k as uint8 [H, W, 3], of any size. `mirrors`: also try the second image mirrored and turned by
+    180 degrees, at four times the cost.
     """
     textures = lru_cache(maxsize=2048)(lambda k: _textures(load(k)))
+    flips = [(1, 1), (1, -1), (-1, 1), (-1, -1)] if mirrors else [(1, 1)]
+
+    def compare(ends: tuple[int, int]) -> float:
+        (a, a_fine), (b, b_fine) = textures(ends[0]), textures(ends[1])
+        return max(_correlation((a, a_fine), (b[::y, ::x], b_fine[::y, ::x])) for y, x in flips)
+
     ends = list(zip(pairs.i.tolist(), pairs.j.tolist(), strict=True))
     with ThreadPoolExecutor() as pool:  # the transforms release the interpreter lock
-        compared = pool.map(lambda pair: _correlation(textures(pair[0]), textures(pair[1])), ends)
-        matches = np.array(list(tqdm(compared, "comparing pairs", len(ends), disable=not progress, unit="pair")))
+        compared = tqdm(pool.map(compare, ends), "comparing pairs", len(ends), disable=not progress, unit="pair")
+        matches = np.array(list(compared))
     keep = matches >= min_correlation
     return Pairs(pairs.i[keep], pairs.j[keep], 1 - matches[keep])
 
