@@ -92,6 +92,7 @@ def leaks(
     min_correlation: Annotated[
         float | None, typer.Option(min=0.5, max=1, help="Of two images laid over each other; default: 0.8.")
     ] = None,
+    mirrors: Annotated[bool, typer.Option("--mirrors", help="Also find mirrored and turned copies; slower.")] = False,
     cache: Annotated[Path, typer.Option(help="Where features are kept.")] = Path(".dermis/cache"),
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     metadata: MetadataOption = None,
@@ -116,6 +117,7 @@ def leaks(
         parts,
         extractor=extractor,
         min_correlation=CORRELATION if min_correlation is None else min_correlation,
+        mirrors=mirrors,
         cache=cache,
     )
     out.mkdir(parents=True, exist_ok=True)

@@ -98,6 +98,17 @@ def test_embedding_confirms_the_same_pairs_and_is_kept(tmp_path: Path) -> None:
         assert extractor.calls == 1, "features must be computed once"
 
 
+def test_mirrored_copies_are_found_on_request(tmp_path: Path) -> None:
+    collection = _collection(tmp_path / "set")
+    table = tmp_path / "three.csv"
+    table.write_text("isic_id,target\nI00,0\nI01,0\nI05,0\n")
+    Image.fromarray(_picture(0)[:, ::-1]).save(collection / "images" / "I05.jpg", quality=95)
+    source = read_source(collection, metadata=table)
+    assert find_leaks(source, progress=False).pairs == ()
+    (pair,) = find_leaks(source, mirrors=True, progress=False).pairs
+    assert (source.records[pair.a].id, source.records[pair.b].id) == ("I00", "I05")
+
+
 def test_broken_images_and_unknown_ids_are_named(tmp_path: Path) -> None:
     collection = _collection(tmp_path / "set")
     (collection / "images" / "I05.jpg").write_bytes(b"no picture")

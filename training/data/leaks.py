@@ -73,23 +73,24 @@ def find_leaks(
     *,
     extractor: FeatureExtractor | None = None,
     min_correlation: float = CORRELATION,
+    mirrors: bool = False,
     cache: Path | None = None,
     progress: bool = True,
 ) -> Leaks:
     """Compare every image with every other by perceptual hash and, with an extractor, by embedding; confirm what is near.
 
     `parts` gives the part of each id, as `read_split` does; the images in no part are left out. Images that are missing
-    or broken are left out and listed. Features are kept in `cache`, keyed by the files and the extractor.
+    or broken are left out and listed. `mirrors` also finds copies that are mirrored or turned by 180 degrees. Features are kept in `cache`, keyed by the files and the extractor.
     """
     if parts is not None:
         source = source.select(parts)
     records, digests, hashes, broken = _hashed(source.records, progress)
-    by_hash, by_embedding = hash_pairs(hashes), None
+    by_hash, by_embedding = hash_pairs(hashes, mirrors=mirrors), None
     candidates = by_hash
     if extractor:
         by_embedding = embedding_pairs(_features(records, digests, extractor, cache, progress))
         candidates = union(by_hash, by_embedding)
-    near = confirmed(candidates, lambda i: _pixels(records[i]), min_correlation, progress=progress)
+    near = confirmed(candidates, lambda i: _pixels(records[i]), min_correlation, mirrors=mirrors, progress=progress)
     bits, similar = _by_ends(by_hash), _by_ends(by_embedding) if by_embedding else {}
     of = tuple(parts[record.id] if parts else "" for record in records)
     groups = group_of(records)
