@@ -80,7 +80,8 @@ def find_leaks(
     """Compare every image with every other by perceptual hash and, with an extractor, by embedding; confirm what is near.
 
     `parts` gives the part of each id, as `read_split` does; the images in no part are left out. Images that are missing
-    or broken are left out and listed. `mirrors` also finds copies that are mirrored or turned by 180 degrees. Features are kept in `cache`, keyed by the files and the extractor.
+    or broken are left out and listed. `mirrors` also finds copies that are mirrored or turned by 180 degrees. Features
+    are kept in `cache`, keyed by the files and the extractor.
     """
     if parts is not None:
         source = source.select(parts)
