@@ -19,7 +19,7 @@ from dermis.imaging import thumbnail
 
 NAMES = ("frame", "ruler", "hair", "ink")
 # Set by eye on ../shared/data/dermoscopy (docs/artefacts.md).
-THRESHOLDS = {"frame": 0.003, "ruler": 0.6, "hair": 0.02, "ink": 0.001}
+THRESHOLDS = {"frame": 0.003, "ruler": 0.6, "hair": 0.02, "ink": 0.005}
 SIDE = 224  # px of the shorter side at which an image is looked at; all lengths below are in these pixels
 
 Floats = NDArray[np.float32]
