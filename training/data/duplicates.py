@@ -3,7 +3,7 @@
 A near-duplicate that stands in training and in validation makes every score too good, and a generator that is trained
 on copies learns to repeat them. Perceptual hashes find copies, embeddings find other views of a lesion; both also pair
 strangers that look alike, so `confirmed` lays the two images of a pair over each other and keeps those that match.
-All pairs are compared, in blocks: 40,000 images need some hundred MB, never an N x N matrix.
+All pairs are compared, in blocks: 40,000 images need about 1 GB, never an N x N matrix.
 """
 
 from __future__ import annotations
