@@ -7,6 +7,7 @@ import sys
 import typer
 
 from commands.bundle import bundle_app
+from commands.data import data_app
 from commands.evaluate import evaluate
 from commands.generate import generate, verify
 from commands.survey import survey_app
@@ -22,6 +23,7 @@ app = typer.Typer(
     add_completion=False,
 )
 
+app.add_typer(data_app, name="data")
 app.add_typer(train_app, name="train")
 app.add_typer(bundle_app, name="bundle")
 app.add_typer(survey_app, name="survey")

@@ -1,0 +1,86 @@
+"""The data card of a prepared data set: what is in it, from where, under which conditions, and what is missing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from training.data.tables import METADATA_COLUMNS
+
+
+def data_card(
+    name: str,
+    rows: Sequence[Mapping[str, str]],
+    skipped: int,
+    resolution: int,
+    sha256: str,
+    licence: str,
+    attribution: str,
+) -> str:
+    """Markdown. rows are those of the data set's metadata.csv; says nothing that does not follow from the arguments."""
+    classes = sorted({row["class"] for row in rows})
+    sources = sorted({row["source"] for row in rows})
+    count = Counter((row["source"], row["class"]) for row in rows)
+    per_source = "\n".join(
+        f"| {source} | {sum(count[source, cls] for cls in classes):,} | "
+        + " | ".join(f"{count[source, cls]:,}" for cls in classes)
+        + " |"
+        for source in sources
+    )
+    names = " | ".join(name or "(no class)" for name in classes)
+    totals = " | ".join(f"{sum(row['class'] == cls for row in rows):,}" for cls in classes)
+    missing = "\n".join(
+        f"| `{column}` | {sum(not row[column] for row in rows):,} |"
+        for column in ("patient_id", "lesion_id", *METADATA_COLUMNS)
+    )
+    patients = len({row["patient_id"] for row in rows} - {""})
+    return f"""# {name}
+
+Dermoscopy images for training generators: {len(rows):,} images of {resolution} x {resolution} px, centre-cropped to a
+square and resized with a Lanczos filter. **Real images of patients**: not to be shared beyond their licence.
+
+## Images
+
+| source | images | {names} |
+| --- | --- | {" | ".join("---" for _ in classes)} |
+{per_source}
+| all | {len(rows):,} | {totals} |
+
+{_skipped(skipped)} Patients named: {patients:,}.
+
+| missing | images |
+| --- | --- |
+{missing}
+
+## Conditions
+
+| | |
+| --- | --- |
+| licence | {licence} |
+| attribution | {attribution or "not stated"} |
+{_rights(rows)}
+## Files
+
+| member | what |
+| --- | --- |
+| `00000/img00000000.png`, ... | the images, uncompressed RGB, numbered in the order of their ids |
+| `dataset.json` | `labels`: class number of each image in alphabetical order of the classes, or null without classes |
+| `metadata.csv` | a row for each image: id, class, patient, lesion, source and what else is known |
+| `skipped.csv` | images that were left out, and why (if there were any) |
+
+sha256 of ids, classes and files: `{sha256}`
+"""
+
+
+def _skipped(skipped: int) -> str:
+    return f"{skipped:,} images were skipped: `skipped.csv` says why." if skipped else "No image was skipped."
+
+
+def _rights(rows: Sequence[Mapping[str, str]]) -> str:
+    """What the ISIC Archive says of single images."""
+    lines = []
+    for column, title in (("copyright_license", "licence of the image"), ("attribution", "attributed to")):
+        for value, number in sorted(Counter(row.get(column, "") for row in rows).items()):
+            if value:
+                lines.append(f"| {title}: {value.replace('|', '/')} | {number:,} images |")
+    return "\n".join(lines) + "\n" if lines else ""

@@ -1,0 +1,140 @@
+"""Decode a source into memory at one resolution. Decoded images are cached, keyed by the content of every file."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
+
+from dermis.errors import DataError
+from training.data.sources import Record, Source
+
+# What PIL raises on a file that is no image, or none that can be decoded.
+BROKEN_IMAGE = (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class ImageDataset:
+    """Decoded training images. images uint8 [N, R, R, 3]; labels int64 [N], indices into class_names."""
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    class_names: tuple[str, ...]
+    ids: tuple[str, ...]
+    sha256: str  # of every (id, class, file content): the identity of the training set
+
+    @property
+    def resolution(self) -> int:
+        return int(self.images.shape[1])
+
+
+def load_images(source: Source, resolution: int, *, cache: Path | None = None, progress: bool = True) -> ImageDataset:
+    """Centre-crop every image to a square, resize it (Lanczos) and return all with their classes, in order of ids.
+
+    A StyleGAN data set without labels has the one class "unlabelled". Raises DataError if an image is missing, broken
+    or without a class.
+    """
+    records = source.records
+    class_names = source.class_names
+    if not class_names and source.layout == "stylegan":
+        class_names = ("unlabelled",)
+    else:
+        _check_classes(source)
+    missing = [record.id for record in records if record.image is None]
+    if missing:
+        raise DataError(
+            f"{source.path}: {len(missing)} of {len(records)} images are missing, the first is {missing[0]}"
+        )
+    labels = np.array([class_names.index(record.class_name or class_names[0]) for record in records], dtype=np.int64)
+    digest = _content_digest(records)
+    images = _cached_images(records, resolution, cache, digest, progress)
+    return ImageDataset(images, labels, class_names, tuple(record.id for record in records), digest)
+
+
+def in_threads(
+    function: Callable[[Item], Result], items: Sequence[Item], workers: int | None = None
+) -> Iterator[Result]:
+    """Results in the order of items. After Ctrl-C only what has begun is finished, not all that is waiting."""
+    pool = ThreadPoolExecutor(workers or os.cpu_count())
+    try:
+        yield from pool.map(function, items)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def square(data: bytes, resolution: int) -> NDArray[np.uint8]:
+    """uint8 [R, R, 3] of an encoded image: its largest centred square, resized (Lanczos). Raises one of BROKEN_IMAGE."""
+    with Image.open(io.BytesIO(data)) as image:
+        rgb = image.convert("RGB")
+    side = min(rgb.size)
+    left, top = (rgb.width - side) // 2, (rgb.height - side) // 2
+    resized = rgb.resize((resolution, resolution), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
+    return np.asarray(resized, dtype=np.uint8)
+
+
+def _check_classes(source: Source) -> None:
+    unlabelled = [record.id for record in source.records if not record.class_name]
+    if not unlabelled:
+        return
+    where = source.table or source.path
+    if not source.class_column:
+        columns = ", ".join(source.records[0].row)
+        raise DataError(f"{where}: no class column; name one of {columns} with --class-column")
+    raise DataError(f"{where}: {len(unlabelled)} rows have no {source.class_column}, the first is {unlabelled[0]}")
+
+
+def _content_digest(records: Sequence[Record]) -> str:
+    digest = hashlib.sha256()
+    contents = in_threads(lambda record: hashlib.sha256(record.read_bytes()).hexdigest(), records)
+    for record, content in zip(records, contents, strict=True):
+        digest.update(f"{record.id}\t{record.class_name}\t{content}\n".encode())
+    return digest.hexdigest()
+
+
+def _cached_images(
+    records: Sequence[Record], resolution: int, cache: Path | None, digest: str, progress: bool
+) -> NDArray[np.uint8]:
+    if cache is None:
+        return _decode_all(records, resolution, progress)
+    file = cache / f"{digest[:16]}-{resolution}.npy"
+    if not file.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(f".{os.getpid()}.npy")
+        np.save(partial, _decode_all(records, resolution, progress))
+        partial.replace(file)
+    images: NDArray[np.uint8] = np.load(file, mmap_mode="r")
+    return images
+
+
+def _decode_all(records: Sequence[Record], resolution: int, progress: bool) -> NDArray[np.uint8]:
+    images = np.empty((len(records), resolution, resolution, 3), dtype=np.uint8)
+    broken: list[str] = []
+
+    def decode(i: int) -> None:
+        try:
+            images[i] = square(records[i].read_bytes(), resolution)
+        except BROKEN_IMAGE as error:
+            image = records[i].image
+            broken.append(f"{image.name if image else records[i].id} ({error})")
+
+    decoded = in_threads(decode, range(len(records)))
+    for _ in tqdm(decoded, "decoding", len(records), disable=not progress, unit="img"):
+        pass
+    if broken:
+        raise DataError(
+            f"{len(broken)} images cannot be decoded, the first is {sorted(broken)[0]}; remove or mend them"
+        )
+    return images

@@ -1,0 +1,161 @@
+"""What a collection is made of: classes, sizes, what its metadata lack, and what goes with a class beside the lesion."""
+
+from __future__ import annotations
+
+import io
+import json
+import multiprocessing
+import os
+import signal
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from dermis.errors import DataError
+from dermis.imaging import encode
+from training.data.artefacts import NAMES, THRESHOLDS, Artefacts, Summary, artefact_sheet, detect_artefacts, summarise
+from training.data.images import BROKEN_IMAGE
+from training.data.sources import Record, Source
+from training.data.splits import write_rows
+from training.data.tables import METADATA_COLUMNS, value_of
+
+CHECKED = ("patient_id", "lesion_id", *METADATA_COLUMNS)
+_ONE_PROCESS = 64  # images: below, starting processes takes longer than looking at them
+_NO_CLASS = "(no class)"
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """All that `dermis data inspect` tells. seen are the records that could be opened; sizes and artefacts are theirs."""
+
+    source: Source
+    classes: Mapping[str, int]
+    missing: Mapping[str, Mapping[str, int]]  # column -> class -> images without a value
+    seen: tuple[Record, ...]
+    sizes: Mapping[tuple[int, int], int]  # (width, height) -> images
+    artefacts: tuple[Artefacts, ...]
+    by_class: Summary | None  # None if no image could be opened
+    by_source: Summary | None  # None unless the metadata name several sources
+    broken: tuple[tuple[str, str], ...]  # (id, reason)
+
+
+def inspect_source(source: Source, *, workers: int | None = None, progress: bool = True) -> Inspection:
+    """Open every image of a source, measure it and count. Images that are missing or broken are listed, not refused.
+
+    Of a table alone only the metadata are counted.
+    """
+    records = source.records
+    missing = {
+        column: dict(Counter(_class(record) for record in records if not value_of(record.row, column)))
+        for column in CHECKED
+    }
+    seen: list[Record] = []
+    artefacts: list[Artefacts] = []
+    sizes: Counter[tuple[int, int]] = Counter()
+    broken: list[tuple[str, str]] = []
+    looked_at = () if source.layout == "table" else records
+    for record, result in zip(looked_at, _looked_at(looked_at, workers, progress), strict=True):
+        if isinstance(result, str):
+            broken.append((record.id, result))
+        else:
+            seen.append(record)
+            sizes[result[0]] += 1
+            artefacts.append(result[1])
+    classes = Counter(map(_class, records))
+    origins = [record.row.get("source", "") or "(unknown)" for record in seen]
+    return Inspection(
+        source,
+        {name: classes[name] for name in sorted(classes)},
+        missing,
+        tuple(seen),
+        dict(sizes.most_common()),
+        tuple(artefacts),
+        summarise(artefacts, [_class(record) for record in seen]) if seen else None,
+        summarise(artefacts, origins) if len(set(origins)) > 1 else None,
+        tuple(broken),
+    )
+
+
+def write_inspection(inspection: Inspection, out: Path) -> None:
+    """report.json, artefacts.csv (scores of each image) and contact-sheet.png (examples of each artefact and class)."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if inspection.seen:
+            rows = [
+                {"id": record.id, "class": record.class_name, "found": " ".join(each.found)}
+                | {name: f"{getattr(each, name):.4f}" for name in NAMES}
+                for record, each in zip(inspection.seen, inspection.artefacts, strict=True)
+            ]
+            write_rows(out / "artefacts.csv", ("id", "class", *NAMES, "found"), rows)
+            classes = [_class(record) for record in inspection.seen]
+            sheet = artefact_sheet(lambda i: _pixels(inspection.seen[i]), inspection.artefacts, classes)
+            (out / "contact-sheet.png").write_bytes(encode(sheet))
+        report = out / ".report.json.partial"
+        report.write_text(json.dumps(_report(inspection), indent=2) + "\n", encoding="utf-8")
+        report.replace(out / "report.json")
+    except OSError as error:
+        raise DataError(f"{out}: cannot be written ({error.strerror})") from error
+
+
+def _looked_at(
+    records: Sequence[Record], workers: int | None, progress: bool
+) -> list[tuple[tuple[int, int], Artefacts] | str]:
+    show = partial(tqdm, desc="inspecting", total=len(records), disable=not progress, unit="img")
+    workers = workers or os.cpu_count() or 1
+    # A record's metadata row need not travel to the other process.
+    bare = [Record(record.id, "", "", "", record.image, {}) for record in records]
+    if workers == 1 or len(records) < _ONE_PROCESS:
+        return list(show(map(_look_at, bare)))
+    # Spawned, not forked: the program may have threads by now. Ctrl-C is for this process alone.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    try:
+        return list(show(pool.map(_look_at, bare, chunksize=16)))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _look_at(record: Record) -> tuple[tuple[int, int], Artefacts] | str:
+    """(width, height) and artefacts of one image, or why it cannot be opened."""
+    try:
+        pixels = _pixels(record)
+    except (DataError, *BROKEN_IMAGE) as error:
+        return " ".join(str(error).split())
+    return (pixels.shape[1], pixels.shape[0]), detect_artefacts(pixels)
+
+
+def _pixels(record: Record) -> NDArray[np.uint8]:
+    with Image.open(io.BytesIO(record.read_bytes())) as image:
+        return np.asarray(image.convert("RGB"), dtype=np.uint8)
+
+
+def _class(record: Record) -> str:
+    return record.class_name or _NO_CLASS
+
+
+def _report(inspection: Inspection) -> dict[str, Any]:
+    records = inspection.source.records
+    return {
+        "source": inspection.source.path.resolve().name,
+        "layout": inspection.source.layout,
+        "class_column": inspection.source.class_column,
+        "images": len(records),
+        "classes": dict(inspection.classes),
+        "patients": len({record.patient_id for record in records} - {""}),
+        "lesions": len({record.lesion_id for record in records} - {""}),
+        "missing": {column: dict(counts) for column, counts in inspection.missing.items()},
+        "sizes": {f"{width}x{height}": count for (width, height), count in inspection.sizes.items()},
+        "broken": [{"id": name, "reason": reason} for name, reason in inspection.broken],
+        "artefact_thresholds": THRESHOLDS,
+        "artefacts_by_class": asdict(inspection.by_class) if inspection.by_class else None,
+        "artefacts_by_source": asdict(inspection.by_source) if inspection.by_source else None,
+    }

@@ -1,0 +1,232 @@
+"""Sources to one file: a zip that the official StyleGAN code reads, with our table and data card inside.
+
+Each image is made once, in a work folder beside the zip; a run that is stopped goes on from there. The zip's bytes
+follow from the images, their metadata and the options alone.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import shutil
+import threading
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+from dermis.errors import DataError
+from training.data.card import data_card
+from training.data.images import BROKEN_IMAGE, in_threads, square
+from training.data.sources import Record, Source
+from training.data.tables import METADATA_COLUMNS, value_of
+
+COLUMNS = ("file_name", "isic_id", "class", "label", "patient_id", "lesion_id", *METADATA_COLUMNS, "source")
+RIGHTS = ("copyright_license", "attribution")  # of each image, where the ISIC Archive tells
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """An image that is not in the data set, and why."""
+
+    id: str
+    source: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is in a prepared zip. sha256 is that of `ImageDataset`: ids, classes and files."""
+
+    path: Path
+    sha256: str
+    classes: Mapping[str, int]
+    images: int
+    skipped: tuple[Skipped, ...]
+
+
+@dataclass(frozen=True)
+class _Item:
+    record: Record
+    source: Source
+
+    @property
+    def source_name(self) -> str:
+        return self.record.row.get("source", "") or self.source.path.resolve().name
+
+
+def prepare(
+    sources: Sequence[Source],
+    out: Path,
+    resolution: int,
+    *,
+    licence: str = "unknown",
+    attribution: str = "",
+    skip_unlabelled: bool = False,
+    strict: bool = False,
+    workers: int | None = None,
+    progress: bool = True,
+) -> Prepared:
+    """Centre-crop, resize (Lanczos) and write all images of all sources, in the order of their ids, as `out`.
+
+    Members: `00000/img00000000.png` (uncompressed RGB), `dataset.json` (labels, or null if nothing has a class),
+    `metadata.csv`, `README.md` (the data card) and, if images were skipped, `skipped.csv`, which also lies beside the
+    zip. Images that are missing or cannot be decoded are skipped, with `skip_unlabelled` also those without a class;
+    `strict` refuses to skip. Raises DataError if `out` exists, an id comes twice, or only some images have a class.
+    """
+    if out.suffix != ".zip" or resolution < 1:
+        raise DataError(f"{out}: the data set is a .zip of images of at least 1 px, not {resolution} px")
+    if out.exists():
+        raise DataError(f"{out}: exists already; choose another --out or remove it")
+    items, skipped = _labelled(_merged(sources), skip_unlabelled)
+    work = out.with_name(f"{out.name}.partial")
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        made, broken = _make_images(items, resolution, work, workers, progress)
+    except OSError as error:
+        raise DataError(f"{work}: cannot be written ({error.strerror}); the same command goes on") from error
+    skipped = sorted([*skipped, *broken], key=lambda each: each.id)
+    report = out.with_suffix(".skipped.csv")
+    try:
+        report.unlink(missing_ok=True)
+        if skipped:
+            report.write_text(_skipped_table(skipped), encoding="utf-8", newline="")
+        if strict and skipped:
+            raise DataError(f"{len(skipped)} images would be skipped, see {report}; mend them or leave out --strict")
+        if not made:
+            raise DataError(f"{out}: not one image can be used, see {report}")
+        prepared = _write_zip(made, skipped, out, work, resolution, licence, attribution, progress)
+        shutil.rmtree(work)
+    except OSError as error:
+        raise DataError(f"{out}: cannot be written ({error.strerror}); the same command goes on") from error
+    return prepared
+
+
+def _merged(sources: Sequence[Source]) -> list[_Item]:
+    items: dict[str, _Item] = {}
+    for source in sources:
+        for record in source.records:
+            if record.id in items:
+                raise DataError(f"{record.id} is in both {items[record.id].source.path} and {source.path}")
+            items[record.id] = _Item(record, source)
+    return [items[name] for name in sorted(items)]
+
+
+def _labelled(items: list[_Item], skip_unlabelled: bool) -> tuple[list[_Item], list[Skipped]]:
+    unlabelled = [item for item in items if not item.record.class_name]
+    if not unlabelled or len(unlabelled) == len(items):
+        return items, []
+    if not skip_unlabelled:
+        first = unlabelled[0]
+        raise DataError(
+            f"{first.source.path}: {len(unlabelled)} of {len(items)} images have no class, the first is "
+            f"{first.record.id}; leave them out with --skip-unlabelled"
+        )
+    skipped = [Skipped(item.record.id, item.source_name, "no class") for item in unlabelled]
+    return [item for item in items if item.record.class_name], skipped
+
+
+def _make_images(
+    items: Sequence[_Item], resolution: int, work: Path, workers: int | None, progress: bool
+) -> tuple[list[tuple[_Item, Path]], list[Skipped]]:
+    """One PNG a usable item in the work folder, named by what it was made of, so that a restart can tell it is there."""
+
+    def make(item: _Item) -> Path | Skipped:
+        try:
+            if item.record.image is None:
+                return Skipped(item.record.id, item.source_name, "there is no such image")
+            stamp = f"{item.record.image.stamp()}\t{resolution}"
+            file = work / f"{hashlib.sha256(stamp.encode()).hexdigest()[:32]}.png"
+            if file.exists():
+                return file
+            pixels = square(item.record.read_bytes(), resolution)
+        except (DataError, *BROKEN_IMAGE) as error:
+            return Skipped(item.record.id, item.source_name, " ".join(str(error).split()))
+        buffer = io.BytesIO()
+        # Uncompressed, as the official tool writes: fast to read in training, and the same bytes by any zlib.
+        Image.fromarray(pixels).save(buffer, "png", compress_level=0)
+        partial = file.with_suffix(f".{threading.get_ident()}")
+        partial.write_bytes(buffer.getvalue())
+        partial.replace(file)
+        return file
+
+    made, broken = [], []
+    results = tqdm(in_threads(make, items, workers), "images", len(items), disable=not progress, unit="img")
+    for item, result in zip(items, results, strict=True):
+        if isinstance(result, Skipped):
+            broken.append(result)
+        else:
+            made.append((item, result))
+    return made, broken
+
+
+def _write_zip(
+    made: Sequence[tuple[_Item, Path]],
+    skipped: Sequence[Skipped],
+    out: Path,
+    work: Path,
+    resolution: int,
+    licence: str,
+    attribution: str,
+    progress: bool,
+) -> Prepared:
+    class_names = sorted({item.record.class_name for item, _ in made} - {""})
+    rows, labels, digest = [], [], hashlib.sha256()
+    partial = work / "dataset.zip"
+    with zipfile.ZipFile(partial, "w") as archive:
+        for i, (item, file) in enumerate(tqdm(made, "writing", disable=not progress, unit="img")):
+            name, record = f"{i // 1000:05d}/img{i:08d}.png", item.record
+            data = file.read_bytes()
+            _add(archive, name, data)
+            label = class_names.index(record.class_name) if class_names else None
+            labels.append([name, label])
+            rows.append(_row(name, item, "" if label is None else str(label)))
+            digest.update(f"{record.id}\t{record.class_name}\t{hashlib.sha256(data).hexdigest()}\n".encode())
+        columns = [*COLUMNS, *(column for column in RIGHTS if any(row[column] for row in rows))]
+        _add(archive, "dataset.json", json.dumps({"labels": labels if class_names else None}).encode())
+        _add(archive, "metadata.csv", _table(columns, rows).encode())
+        if skipped:
+            _add(archive, "skipped.csv", _skipped_table(skipped).encode())
+        card = data_card(out.stem, rows, len(skipped), resolution, digest.hexdigest(), licence, attribution)
+        _add(archive, "README.md", card.encode())
+    partial.replace(out)
+    classes = {name: sum(row["class"] == name for row in rows) for name in class_names}
+    return Prepared(out, digest.hexdigest(), classes, len(rows), tuple(skipped))
+
+
+def _add(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
+    info = zipfile.ZipInfo(name)  # dated 1980, as time must not be in the bytes
+    info.create_system = 3
+    info.external_attr = 0o644 << 16
+    archive.writestr(info, data)
+
+
+def _row(file_name: str, item: _Item, label: str) -> dict[str, str]:
+    record = item.record
+    return {
+        "file_name": file_name,
+        "isic_id": record.id,
+        "class": record.class_name,
+        "label": label,
+        "patient_id": record.patient_id,
+        "lesion_id": record.lesion_id,
+        **{name: value_of(record.row, name) for name in (*METADATA_COLUMNS, *RIGHTS)},
+        "source": item.source_name,
+    }
+
+
+def _skipped_table(skipped: Sequence[Skipped]) -> str:
+    return _table(("isic_id", "source", "reason"), [{"isic_id": s.id, **vars(s)} for s in skipped])
+
+
+def _table(columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> str:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
