@@ -31,8 +31,7 @@ def random_gains(n: int, p: float, config: AugmentConfig) -> Tensor:
     gain = torch.where(chosen, drawn, torch.ones_like(drawn))
     # Changing band i alone changes the power from 1 to 1 - power_i + power_i gain_i^2.
     power = torch.tensor(BAND_POWER) * (gain.square() - 1) + 1
-    scale: Tensor = power.prod(dim=1, keepdim=True).rsqrt()
-    return gain * scale
+    return gain * power.prod(dim=1, keepdim=True).rsqrt()
 
 
 def amplify_bands(images: Tensor, gains: Tensor) -> Tensor:
@@ -42,7 +41,7 @@ def amplify_bands(images: Tensor, gains: Tensor) -> Tensor:
     """
     bands = _band_matrices(images.shape[-1], images.dtype, images.device)
     gains = gains.to(images.dtype).to(images.device, non_blocking=True)
-    along = torch.tensordot(gains, bands, dims=1)[:, None]  # [N, 1, R, R]
+    along: Tensor = torch.tensordot(gains, bands, dims=1)[:, None]  # [N, 1, R, R]
     return along @ images @ along.transpose(2, 3)
 
 
