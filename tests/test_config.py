@@ -94,6 +94,8 @@ def test_unusable_values_are_named() -> None:
         base_config("paper257", 256, 0)
     with pytest.raises(TrainingError, match="augment: 'bgx'"):
         base_config("auto", 256, 0, augment="bgx")
+    with pytest.raises(TrainingError, match="precision: 'fp8'"):
+        base_config("auto", 256, 0, precision="fp8")
     with pytest.raises(TrainingError, match="batch: 12"):
         base_config("paper256", 256, 0, batch=12)
     assert base_config("paper256", 256, 0, batch=4).batch == 4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from dermis.errors import TrainingError
 from dermis.networks import DiscriminatorConfig, GeneratorConfig
@@ -64,6 +64,8 @@ class GanConfig:
             raise TrainingError(f"seed: {self.seed} is not in [0, 2**31)")
         if not 0 <= self.augment_p <= 1:
             raise TrainingError(f"augment_p: {self.augment_p} is not in [0, 1]")
+        if self.precision not in get_args(Precision):
+            raise TrainingError(f"precision: {self.precision!r} is none of {', '.join(get_args(Precision))}")
         if self.total_kimg <= 0:
             raise TrainingError(f"kimg: {self.total_kimg} must be positive")
 
