@@ -19,7 +19,7 @@ from dermis.networks import Generator, one_hot
 from training.data.isic import ImageDataset
 from training.gan.card import model_card
 from training.gan.config import GanConfig
-from training.gan.loop import Progress
+from training.gan.state import Progress, State
 
 GRID = 8  # images a row, and rows unless there are more classes
 
@@ -36,7 +36,7 @@ class Origin:
 
 def write_snapshot(
     dataset: ImageDataset, config: GanConfig, origin: Origin, device: torch.device
-) -> Callable[[Path, Generator, Progress], None]:
+) -> Callable[[Path, State], None]:
     """The callback of `train` that writes samples-<kimg>.png and, once anything was learnt, the folder `bundle`.
 
     Names that a bundle cannot have are refused here, before hours of training.
@@ -44,7 +44,8 @@ def write_snapshot(
     class_names = dataset.class_names if config.c_dim else ()
     check_names(origin.name, class_names, config.c_dim)
 
-    def write(out: Path, G_ema: Generator, progress: Progress) -> None:
+    def write(out: Path, state: State) -> None:
+        G_ema, progress = state.G_ema, state.progress
         png = encode(contact_sheet(sample_grid(G_ema, device), columns=GRID))
         (out / f"samples-{progress.nimg // 1000:06d}.png").write_bytes(png)
         if progress.nimg == 0:
