@@ -26,7 +26,7 @@ class Journal:
         self.last: tuple[int, float] | None = None  # images and seconds at the last point
         if enabled:
             self.board = _writer(out, purge_step=nimg + 1) if tensorboard else None
-            _drop_after(out / "log.jsonl", nimg)
+            drop_after(out / "log.jsonl", nimg)
             self.log = (out / "log.jsonl").open("a", encoding="utf-8")
 
     def write(self, progress: Progress, stats: Mapping[str, float]) -> None:
@@ -84,20 +84,21 @@ def _writer(out: Path, purge_step: int | None = None) -> Any:
     return SummaryWriter(str(out / "tensorboard"), purge_step=purge_step)
 
 
-def _drop_after(log: Path, nimg: int) -> None:
-    """Cut the log after the last line of a position up to nimg: a run that crashed went further than its checkpoint."""
+def drop_after(log: Path, nimg: int) -> None:
+    """Remove lines of positions beyond nimg: a run that crashed had gone further than its checkpoint."""
     if not log.exists():
         return
     lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if _position(line) <= nimg]
+    kept = [line for line in lines if position(line) <= nimg]
     if len(kept) < len(lines):
         partial = log.with_suffix(".partial")
         partial.write_text("".join(kept), encoding="utf-8")
         partial.replace(log)
 
 
-def _position(line: str) -> float:
+def position(line: str) -> float:
+    """Images seen at a line of a log; infinity if the line is cut off."""
     try:
         return float(json.loads(line)["nimg"])
-    except (ValueError, KeyError, TypeError):  # cut off by a crash
+    except (ValueError, KeyError, TypeError):
         return math.inf

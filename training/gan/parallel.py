@@ -104,6 +104,11 @@ class Ranks:
 ALONE = Ranks()
 
 
+def automatic_batch(resolution: int, count: int) -> int | None:
+    """The official batch for several GPUs: that of one for each, 64 at most. None for one: the configuration's own."""
+    return None if count == 1 else max(min(count * min(4096 // resolution, 32), 64), count)
+
+
 @contextmanager
 def joined_ranks(device: torch.device, environment: Mapping[str, str] = os.environ) -> Iterator[Ranks]:
     """Join the processes that `torchrun` started; without it, a lone rank on `device`.
