@@ -119,8 +119,8 @@ def train(
 def _stop_requested(insist: bool) -> Iterator[threading.Event]:
     """An event that SIGINT or SIGTERM sets; a second signal does what it always does.
 
-    With `insist`, further signals are ignored: torchrun passes on the Ctrl-C that its processes have already got from
-    the terminal, and kills what has not ended half a minute later.
+    With `insist`, further signals are ignored: torchrun signals its processes in its own way and more than once, and
+    kills those that have not ended half a minute later.
     """
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():

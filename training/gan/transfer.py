@@ -106,7 +106,7 @@ def _copy(network: str, source: nn.Module, target: nn.Module) -> Taken:
 def _misfit(name: str, theirs: Tensor | None, ours: Tensor, depths: list[int]) -> str:
     """Why a tensor is not taken; empty if it is."""
     if name.startswith("mapping.") and depths[0] != depths[1]:  # a part of a longer chain of layers means nothing
-        return f"the source maps with {depths[0]} layers, this run with --mapping-layers {depths[1]}"
+        return f"as the source's mapping has {depths[0]} layers and ours {depths[1]} (--mapping-layers)"
     if theirs is None:
         return "not in the source"
     return "" if theirs.shape == ours.shape else "of another shape in the source"
