@@ -42,6 +42,18 @@ def test_the_seed_alone_decides_the_fixed_part(judge: ProjectedDiscriminator) ->
     assert not torch.allclose(other(IMAGES, LABELS), judge(IMAGES, LABELS), atol=1e-3)
 
 
+def test_detail_of_images_larger_than_the_usual_input_is_judged() -> None:
+    """A pattern of single pixels vanishes when it is halved: a discriminator for 256 px must see it."""
+    checker = (torch.arange(256)[:, None] + torch.arange(256)) % 2 * 2.0 - 1
+    images = torch.stack([torch.zeros(3, 256, 256), checker.expand(3, 256, 256)])
+    torch.manual_seed(0)
+    for resolution, seen in ((64, False), (256, True)):
+        with torch.no_grad():
+            flat, fine = ProjectedDiscriminator(0, seed=0, resolution=resolution).eval()(images, None)
+        assert flat.shape == (4,)
+        assert torch.allclose(flat, fine, atol=1e-4) is not seen
+
+
 def test_learns_while_the_features_stay_and_gradients_reach_the_images() -> None:
     torch.manual_seed(0)
     D = ProjectedDiscriminator(0, seed=0)

@@ -46,7 +46,7 @@ Weights trained on these images carry the same licence conditions.
 | hardware | {run["hardware"]} |
 | wall time | {run["hours"]:,.2f} hours |
 | final augmentation strength p | {run["augment_p"]:.3f} |
-| dermis | {provenance["code_version"]} |
+{_start(run.get("started_from", {}))}| dermis | {provenance["code_version"]} |
 
 | option | value |
 | --- | --- |
@@ -60,6 +60,13 @@ Weights trained on these images carry the same licence conditions.
 
 def _kind(c_dim: int) -> str:
     return f"conditional on {c_dim} classes" if c_dim else "unconditional"
+
+
+def _start(source: Mapping[str, Any]) -> str:
+    if not source:
+        return ""
+    shares = f"{source['share_of_G']:.0%} of the generator, {source['share_of_D']:.0%} of the discriminator"
+    return f"| began with the weights of | {source['name']} (`{source['digest'][:16]}`): {shares} |\n"
 
 
 def _changes(changes: Sequence[Mapping[str, Any]]) -> str:

@@ -25,7 +25,10 @@ def save_checkpoint(
     tensors: Mapping[str, Tensor],
     state: Mapping[str, Any],
 ) -> None:
-    """Write beside the old checkpoint, then replace it: a crash leaves one of the two, whole."""
+    """Write beside the old checkpoint, then replace it: a crash leaves one of the two, whole.
+
+    TrainingError, and the old one stays, if a value is not finite or the file cannot be written.
+    """
     flat: dict[str, Tensor] = {f"tensor/{name}": value for name, value in tensors.items()}
     for name, module in modules.items():
         flat |= {f"{name}/{key}": value for key, value in module.state_dict().items()}
@@ -33,6 +36,9 @@ def save_checkpoint(
         for index, slots in optimizer.state_dict()["state"].items():
             flat |= {f"{name}/{index}/{slot}": torch.as_tensor(value) for slot, value in slots.items()}
     flat = {key: value.detach().cpu().contiguous().clone() for key, value in flat.items()}
+    sick = next((key for key, value in flat.items() if not torch.isfinite(value).all()), None)
+    if sick is not None:
+        raise TrainingError(f"{path}: not saved, because {sick} has values that are not finite: the run has diverged")
     partial = path.with_suffix(".partial")
     try:
         save_file(flat, partial, metadata={"format": FORMAT, "state": json.dumps(dict(state))})
@@ -68,13 +74,19 @@ def load_checkpoint(
     for name, module in modules.items():
         module.load_state_dict(_under(flat, name))
     for name, optimizer in optimizers.items():
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         slots: dict[int, dict[str, Tensor]] = {}
         for key, value in _under(flat, name).items():
             index, slot = key.split("/")
-            slots.setdefault(int(index), {})[slot] = value
+            slots.setdefault(int(index), {})[slot] = _laid_out_like(parameters[int(index)], value)
         optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
     for name, tensor in tensors.items():
         tensor.copy_(flat[f"tensor/{name}"])
+
+
+def _laid_out_like(parameter: Tensor, value: Tensor) -> Tensor:
+    """The fused optimizer walks over parameters and their averages in the order of memory: their layouts must agree."""
+    return torch.empty_like(parameter, dtype=value.dtype).copy_(value) if value.shape == parameter.shape else value
 
 
 def _under(flat: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

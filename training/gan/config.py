@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
 
 from dermis.errors import TrainingError
 from dermis.networks import DiscriminatorConfig, GeneratorConfig
@@ -49,6 +50,8 @@ class GanConfig:
     augment_p: float = 0.0
     augment_kimg: float = 500.0
     precision: Precision = "fp32"
+    # Options from here on are younger than the first checkpoints: see `identity`. Add new ones below, with a default
+    # that computes what was computed before.
     projected: bool = False  # training.gan.projected's discriminator instead of StyleGAN2's
 
     def __post_init__(self) -> None:
@@ -61,6 +64,8 @@ class GanConfig:
             raise TrainingError(f"seed: {self.seed} is not in [0, 2**31)")
         if not 0 <= self.augment_p <= 1:
             raise TrainingError(f"augment_p: {self.augment_p} is not in [0, 1]")
+        if self.precision not in get_args(Precision):
+            raise TrainingError(f"precision: {self.precision!r} is none of {', '.join(get_args(Precision))}")
         if self.total_kimg <= 0:
             raise TrainingError(f"kimg: {self.total_kimg} must be positive")
 
@@ -93,26 +98,87 @@ class GanConfig:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What must not change when a run is resumed: all but its length. Runs from before an option have its default."""
-        later = {"projected": False}
-        fields = {name: value for name, value in self.to_dict().items() if name != "total_kimg"}
-        return {name: value for name, value in fields.items() if name not in later or value != later[name]}
+        """What must not change when a run is resumed: all but its length.
+
+        Options younger than the first checkpoints are left out where they stand at their defaults, so that a run from
+        before them is still the same run.
+        """
+        later = _later_defaults()
+        given = {name: value for name, value in self.to_dict().items() if name != "total_kimg"}
+        return {name: value for name, value in given.items() if name not in later or value != later[name]}
+
+    def changed_from(self, stored: Mapping[str, Any]) -> dict[str, Any]:
+        """Our values of all options that differ from `stored`, the identity of a checkpoint of any age."""
+        before = _later_defaults() | dict(stored)
+        now = _later_defaults() | self.identity
+        return {name: value for name, value in now.items() if name not in before or before[name] != value}
 
 
-def auto_config(resolution: int, c_dim: int, **overrides: Any) -> GanConfig:
-    """The official 'auto' rule for one GPU (arXiv 2006.06676, appendix C): batch, learning rate, gamma and EMA
-    follow the resolution. `overrides` are GanConfig fields; those that are None are left to the rule.
+def _later_defaults() -> dict[str, Any]:
+    """Defaults of the options that are younger than the first checkpoints, which end with `precision`."""
+    names = [field.name for field in fields(GanConfig)]
+    return {field.name: field.default for field in fields(GanConfig)[names.index("precision") + 1 :]}
 
-    With `projected`, as in arXiv 2111.01007: no R1, no path length, no style mixing, and augmentation of a fixed strength.
+
+# The official configurations that do not depend on the data's resolution; `auto` does, see `base_config`.
+_PAPER256: dict[str, Any] = {
+    "total_kimg": 25000.0,
+    "batch": 64,
+    "mbstd_group_size": 8,
+    "mapping_layers": 8,
+    "channel_base": 16384,
+    "learning_rate": 0.0025,
+    "r1_gamma": 1.0,
+    "ema_kimg": 20.0,
+    "ema_rampup": None,
+}
+_STYLEGAN2 = _PAPER256 | {
+    "batch": 32,
+    "mbstd_group_size": 4,
+    "channel_base": 32768,
+    "learning_rate": 0.002,
+    "r1_gamma": 10.0,
+    "ema_kimg": 10.0,
+}
+_FIXED_BASES = {"paper256": _PAPER256, "stylegan2": _STYLEGAN2}
+BASES = ("auto", *_FIXED_BASES)
+
+
+def base_config(name: str, resolution: int, c_dim: int, **overrides: Any) -> GanConfig:
+    """A configuration by its official name; `overrides` are GanConfig fields, those that are None are left to it.
+
+    auto        batch, learning rate, gamma and average follow the resolution, for one GPU (arXiv 2006.06676, appendix C)
+    paper256    the same paper's baseline for FFHQ and LSUN Cat at 256 px: eight GPUs, 25,000 kimg
+    stylegan2   configuration F of arXiv 1912.04958, made for 1024 px
+
+    None of them chooses the augmentation. With `projected`, as in arXiv 2111.01007: no R1, no path length, no style
+    mixing, and augmentation of a fixed strength. TrainingError if there is no configuration of that name.
     """
-    given = {name: value for name, value in overrides.items() if value is not None}
+    given = {option: value for option, value in overrides.items() if value is not None}
     if given.get("projected"):
         given |= {"r1_gamma": 0.0, "pl_weight": 0.0, "style_mixing_prob": 0.0, "augment_target": None}
         given = {"augment": "blit", "augment_p": 0.5} | given
-    batch = int(given.setdefault("batch", max(min(4096 // resolution, 32), 1)))
-    given.setdefault("mbstd_group_size", min(batch, 4))
-    given.setdefault("learning_rate", 0.002 if resolution >= 1024 else 0.0025)
-    given.setdefault("r1_gamma", 0.0002 * resolution**2 / batch)
-    given.setdefault("ema_kimg", batch * 10 / 32)
-    given.setdefault("channel_base", 32768 if resolution >= 512 else 16384)
-    return GanConfig(resolution=resolution, c_dim=c_dim, **given)
+    if name == "auto":
+        base = _auto(resolution, given.get("batch"))
+    elif name in _FIXED_BASES:
+        base = _FIXED_BASES[name]
+    else:
+        raise TrainingError(f"base: {name!r} is none of {', '.join(BASES)}")
+    return GanConfig(resolution=resolution, c_dim=c_dim, **(base | given))
+
+
+def auto_config(resolution: int, c_dim: int, **overrides: Any) -> GanConfig:
+    """`base_config` of the name auto."""
+    return base_config("auto", resolution, c_dim, **overrides)
+
+
+def _auto(resolution: int, batch: int | None) -> dict[str, Any]:
+    batch = max(min(4096 // resolution, 32), 1) if batch is None else max(batch, 1)
+    return {
+        "batch": batch,
+        "mbstd_group_size": min(batch, 4),
+        "learning_rate": 0.002 if resolution >= 1024 else 0.0025,
+        "r1_gamma": 0.0002 * resolution**2 / batch,
+        "ema_kimg": batch * 10 / 32,
+        "channel_base": 32768 if resolution >= 512 else 16384,
+    }

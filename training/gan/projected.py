@@ -23,7 +23,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from dermis.features import channels_last, lite0_network
 
-INPUT_SIZE = 128  # pixels to which images are resized for the backbone; a quarter of the cost of its own 224 or so
+INPUT_SIZE = 128  # pixels to which smaller images are enlarged for the backbone; a third of the cost of its own 224
 LEARNING_RATE = 0.002  # of Adam, for weights under spectral normalisation
 _FEATURES = (24, 40, 112, 320)  # channels of the backbone at 1/4, 1/8, 1/16 and 1/32
 _WIDTHS = (48, 96, 192, 256)  # channels after mixing
@@ -35,16 +35,18 @@ class ProjectedDiscriminator(nn.Module):
     """image [N, 3, H, W] and label c [N, c_dim] -> logits [N, 4], one a scale, fine to coarse.
 
     Unconditional if c_dim is 0. With labels, each scale's output is projected on an embedding of the label (Miyato and
-    Koyama, arXiv 1802.05637). The backbone takes images in [-1, 1] as they are.
+    Koyama, arXiv 1802.05637). The backbone takes images in [-1, 1] as they are, those of less than INPUT_SIZE enlarged:
+    larger ones must not be reduced, or nobody would judge their detail. `resolution` is theirs, a power of two.
     """
 
-    def __init__(self, c_dim: int, seed: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, c_dim: int, seed: int, device: torch.device | str = "cpu", resolution: int = INPUT_SIZE) -> None:
         super().__init__()
         self.c_dim = c_dim
+        self.size = max(resolution, INPUT_SIZE)
         # In a tuple, and so no submodule: what never changes has no place among parameters, optimizers and checkpoints.
         self._fixed = (channels_last(_Projection(seed).to(device)),)
         out_channels = _CMAP_DIM if c_dim > 0 else 1
-        sizes = [INPUT_SIZE // 2 ** (k + 2) for k in range(4)]
+        sizes = [self.size // 2 ** (k + 2) for k in range(4)]
         self.scales = nn.ModuleList(_Scale(w, size, out_channels) for w, size in zip(_WIDTHS, sizes, strict=True))
         if c_dim > 0:
             self.embed = nn.Linear(c_dim, _CMAP_DIM, bias=False)
@@ -52,7 +54,7 @@ class ProjectedDiscriminator(nn.Module):
 
     def forward(self, img: Tensor, c: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
         """`dtype` is the arithmetic of the scales' convolutions; the fixed part is float32."""
-        x = F.interpolate(img.float(), size=(INPUT_SIZE, INPUT_SIZE), mode="bilinear", align_corners=False)
+        x = F.interpolate(img.float(), size=(self.size, self.size), mode="bilinear", align_corners=False)
         features = self._fixed[0](x.contiguous(memory_format=torch.channels_last))
         with torch.autocast(img.device.type, dtype=dtype, enabled=dtype is not None):
             outputs = [scale(y) for scale, y in zip(self.scales, features, strict=True)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,16 @@ import torch
 from dermis import __version__
 from dermis.bundle import check_names, write_bundle
 from dermis.devices import describe_hardware
+from dermis.errors import TrainingError
 from dermis.imaging import Images, contact_sheet, encode
 from dermis.latents import z_for
-from dermis.networks import Generator, one_hot
+from dermis.networks import Discriminator, Generator, one_hot
 from training.data.isic import ImageDataset
+from training.gan.best import Measurements
 from training.gan.card import model_card
 from training.gan.config import GanConfig
-from training.gan.loop import Progress
+from training.gan.journal import show_in_tensorboard
+from training.gan.state import Progress, State
 
 GRID = 8  # images a row, and rows unless there are more classes
 
@@ -35,33 +38,58 @@ class Origin:
 
 
 def write_snapshot(
-    dataset: ImageDataset, config: GanConfig, origin: Origin, device: torch.device
-) -> Callable[[Path, Generator, Progress], None]:
+    dataset: ImageDataset,
+    config: GanConfig,
+    origin: Origin,
+    device: torch.device,
+    *,
+    with_discriminator: bool = False,
+    measurements: Measurements | None = None,
+    tensorboard: bool = False,
+) -> Callable[[Path, State], None]:
     """The callback of `train` that writes samples-<kimg>.png and, once anything was learnt, the folder `bundle`.
 
-    Names that a bundle cannot have are refused here, before hours of training.
+    With `measurements` the best snapshot is kept as the folder `best`. Names that a bundle cannot have, and a
+    discriminator that it cannot hold, are refused here, before hours of training.
     """
     class_names = dataset.class_names if config.c_dim else ()
     check_names(origin.name, class_names, config.c_dim)
+    if with_discriminator and config.projected:
+        raise TrainingError(
+            "--with-discriminator: a bundle cannot hold a projected discriminator; leave one of them out"
+        )
 
-    def write(out: Path, G_ema: Generator, progress: Progress) -> None:
-        png = encode(contact_sheet(sample_grid(G_ema, device), columns=GRID))
-        (out / f"samples-{progress.nimg // 1000:06d}.png").write_bytes(png)
-        if progress.nimg == 0:
-            return
-        provenance = _provenance(dataset, config, origin, device, progress)
+    def bundle(folder: Path, state: State, png: bytes, metrics: Mapping[str, Any]) -> None:
+        provenance = _provenance(dataset, config, origin, device, state.progress)
         write_bundle(
-            out / "bundle",
+            folder,
             name=origin.name,
-            generator=G_ema,
+            generator=state.G_ema,
+            discriminator=state.D if with_discriminator and isinstance(state.D, Discriminator) else None,
             class_names=class_names,
             provenance=provenance,
-            metrics={},
-            model_card=model_card(origin.name, provenance, {}),
+            metrics=metrics,
+            model_card=model_card(origin.name, provenance, metrics),
             images={"samples.png": png},
             weights_dtype="fp16",
             replace=True,
         )
+
+    def write(out: Path, state: State) -> None:
+        progress = state.progress
+        grid = contact_sheet(sample_grid(state.G_ema, device), columns=GRID)
+        png = encode(grid)
+        (out / f"samples-{progress.nimg // 1000:06d}.png").write_bytes(png)
+        if tensorboard:
+            show_in_tensorboard(out, grid, progress.nimg)
+        if progress.nimg == 0:
+            return
+        bundle(out / "bundle", state, png, {})
+        if measurements is not None and measurements.due(out, progress, config.total_kimg):
+            metrics, best = measurements.record(out, progress, out / "bundle")
+            bundle(out / "bundle", state, png, metrics)
+            if best:
+                bundle(out / "best", state, png, metrics)
 
     return write
 
@@ -99,6 +127,7 @@ def _provenance(
             "hours": round(progress.seconds / 3600, 3),
             "augment_p": progress.stats.get("p", config.augment_p),
             "changes": progress.changes,
+            "started_from": progress.started_from,
         },
         "licence": origin.licence,
         "attribution": origin.attribution,

@@ -1,20 +1,19 @@
-"""Adaptive discriminator augmentation (Karras et al., arXiv 2006.06676, appendix B).
+"""Blitting and geometry, composed into one affine resampling between a pair of low-pass filters.
 
-Every transform is applied with probability p, independently for each image. The pixel transforms are flips, quarter
-turns and integer shifts; the geometric ones are scaling, rotation and fractional shifts, composed into one affine
-resampling between a pair of low-pass filters. Images are float [N, C, R, R] in about [-1, 1]. The whole is
-differentiable twice with respect to the images, as the R1 penalty needs.
+Blitting: flips, quarter turns, integer shifts. Geometry: scaling, rotation, anisotropic scaling, fractional shifts
+(arXiv 2006.06676, appendix B).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from training.gan.augment.config import AugmentConfig
 
 # Low-pass filter of the sym6 wavelet (Daubechies, Ten Lectures on Wavelets, table 6.3), normalised to unit sum below.
 SYM6 = (
@@ -23,73 +22,41 @@ SYM6 = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class AugmentConfig:
-    """Which transforms take part, and their official strengths. 1 = on, 0 = off."""
+def random_transform(n: int, size: int, p: float, config: AugmentConfig) -> Tensor | None:
+    """Compose the chosen transforms into matrices [N, 3, 3], float32 on the CPU; None if all are off.
 
-    xflip: float = 0.0
-    rotate90: float = 0.0
-    xint: float = 0.0
-    scale: float = 0.0
-    rotate: float = 0.0
-    aniso: float = 0.0
-    xfrac: float = 0.0
-    xint_max: float = 0.125
-    scale_std: float = 0.2
-    rotate_max: float = 1.0
-    aniso_std: float = 0.2
-    xfrac_std: float = 0.125
-
-
-AUGMENTATIONS = {
-    "none": AugmentConfig(),
-    "blit": AugmentConfig(xflip=1, rotate90=1, xint=1),
-    "geom": AugmentConfig(scale=1, rotate=1, aniso=1, xfrac=1),
-    "bg": AugmentConfig(xflip=1, rotate90=1, xint=1, scale=1, rotate=1, aniso=1, xfrac=1),
-}
-
-
-def augment(images: Tensor, p: float, config: AugmentConfig) -> Tensor:
-    """Transform a batch with strength p in [0, 1]; p = 0 returns the images as they are."""
-    if p <= 0:
-        return images
-    matrix = _random_transform(images, p, config)
-    return images if matrix is None else warp(images, matrix)
-
-
-def _random_transform(images: Tensor, p: float, config: AugmentConfig) -> Tensor | None:
-    """Compose the chosen transforms into [N, 3, 3], mapping output to input positions (pixels, centre = 0)."""
-    n, device, size = images.shape[0], images.device, images.shape[-1]
-    identity = torch.eye(3, device=device).expand(n, 3, 3)
+    They map output to input positions in pixels of an image of side `size`, (x, y, 1) with the centre at 0.
+    """
+    identity = torch.eye(3).expand(n, 3, 3)
     inverse = identity
 
     def apply(transform: Tensor, probability: float) -> None:
         nonlocal inverse
-        chosen = (torch.rand(n, device=device) < probability)[:, None, None]
+        chosen = (torch.rand(n) < probability)[:, None, None]
         inverse = inverse @ torch.where(chosen, transform, identity)
 
     if config.xflip:
-        sign = 1.0 - 2.0 * torch.randint(2, (n,), device=device)
+        sign = 1.0 - 2.0 * torch.randint(2, (n,))
         apply(_scaling(sign, torch.ones_like(sign)), p * config.xflip)
     if config.rotate90:
-        apply(_rotation(torch.randint(4, (n,), device=device) * (math.pi / 2)), p * config.rotate90)
+        apply(_rotation(torch.randint(4, (n,)) * (math.pi / 2)), p * config.rotate90)
     if config.xint:
-        shift = ((torch.rand(n, 2, device=device) * 2 - 1) * config.xint_max * size).round()
+        shift = ((torch.rand(n, 2) * 2 - 1) * config.xint_max * size).round()
         apply(_translation(shift), p * config.xint)
     if config.scale:
-        s = torch.exp2(torch.randn(n, device=device) * config.scale_std)
+        s = torch.exp2(torch.randn(n) * config.scale_std)
         apply(_scaling(1 / s, 1 / s), p * config.scale)
     # Two rotations around the anisotropic scaling; together they turn an image with probability p.
     p_rotate = 1 - math.sqrt(max(1 - p * config.rotate, 0.0))
     if config.rotate:
-        apply(_rotation((torch.rand(n, device=device) * 2 - 1) * math.pi * config.rotate_max), p_rotate)
+        apply(_rotation((torch.rand(n) * 2 - 1) * math.pi * config.rotate_max), p_rotate)
     if config.aniso:
-        s = torch.exp2(torch.randn(n, device=device) * config.aniso_std)
+        s = torch.exp2(torch.randn(n) * config.aniso_std)
         apply(_scaling(1 / s, s), p * config.aniso)
     if config.rotate:
-        apply(_rotation((torch.rand(n, device=device) * 2 - 1) * math.pi * config.rotate_max), p_rotate)
+        apply(_rotation((torch.rand(n) * 2 - 1) * math.pi * config.rotate_max), p_rotate)
     if config.xfrac:
-        apply(_translation(torch.randn(n, 2, device=device) * config.xfrac_std * size), p * config.xfrac)
+        apply(_translation(torch.randn(n, 2) * config.xfrac_std * size), p * config.xfrac)
     return None if inverse is identity else inverse
 
 
@@ -104,7 +71,7 @@ def _rotation(theta: Tensor) -> Tensor:
 
 
 def _translation(shift: Tensor) -> Tensor:
-    matrix = torch.eye(3, device=shift.device).repeat(len(shift), 1, 1)
+    matrix = torch.eye(3).repeat(len(shift), 1, 1)
     matrix[:, :2, 2] = -shift
     return matrix
 
@@ -116,11 +83,12 @@ def warp(images: Tensor, matrix: Tensor) -> Tensor:
     neither enlarging nor shrinking aliases.
     """
     size, matrix = images.shape[-1], matrix.to(images.dtype)
-    taps = torch.tensor(SYM6, device=images.device, dtype=images.dtype)
+    taps = torch.tensor(SYM6, dtype=images.dtype)
     taps = taps / taps.sum()
     # The filter delays by its centroid, 5.1 fine samples; both uses are compensated, so nothing is shifted.
-    delay = float((taps * torch.arange(len(SYM6), device=taps.device)).sum())
+    delay = float((taps * torch.arange(len(SYM6))).sum())
     margin = _margin(matrix, size)
+    taps, matrix = (tensor.to(images.device, non_blocking=True) for tensor in (taps, matrix))
     x = _filter(_zero_insert(_reflect(images, margin)), taps * 2, padding=len(SYM6) // 2)
     fine = x.shape[-1]
     steps = torch.arange(2 * size + len(SYM6) - 2, device=x.device, dtype=x.dtype)
@@ -193,33 +161,3 @@ class _ResampleAdjoint(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (grid,) = ctx.saved_tensors
         return _Resample.apply(grad, grid), None, None  # type: ignore[no-untyped-call]
-
-
-@dataclass
-class AdaptiveP:
-    """Augmentation strength p, steered so that the discriminator's sign on real images averages `target`.
-
-    r_t = E[sign(D(real))] (paper, equation 1). Every `interval` steps p moves by batch * interval / (kimg * 1000)
-    towards the target. A fixed p has target None.
-    """
-
-    p: float = 0.0
-    target: float | None = 0.6
-    interval: int = 4
-    kimg: float = 500.0
-    sign_sum: float = 0.0
-    sign_count: int = 0
-
-    def observe(self, real_logits: Tensor) -> None:
-        self.sign_sum += float(real_logits.detach().sign().sum())
-        self.sign_count += real_logits.numel()
-
-    def update(self, step: int, batch: int) -> float | None:
-        """Adjust p at the end of every interval-th step; returns r_t then, else None."""
-        if self.target is None or step % self.interval or not self.sign_count:
-            return None
-        r_t = self.sign_sum / self.sign_count
-        direction = math.copysign(1.0, r_t - self.target) if r_t != self.target else 0.0
-        self.p = min(max(self.p + direction * batch * self.interval / (self.kimg * 1000), 0.0), 1.0)
-        self.sign_sum, self.sign_count = 0.0, 0
-        return r_t

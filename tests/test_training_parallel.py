@@ -1,0 +1,105 @@
+"""Several processes compute what one does: the same losses, the same weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import multiprocessing
+
+from dermis.errors import TrainingError
+from dermis.networks import minibatch_std
+from training.data.isic import ImageDataset
+from training.gan.augment import AUGMENTATIONS, augment
+from training.gan.config import GanConfig, auto_config
+from training.gan.loop import train
+from training.gan.loss import _interleave, _separate
+from training.gan.parallel import Ranks, joined_ranks
+
+CPU = torch.device("cpu")
+
+
+def _dataset() -> ImageDataset:
+    images = np.random.default_rng(0).integers(0, 256, (24, 16, 16, 3), dtype=np.uint8)
+    labels = np.arange(24, dtype=np.int64) % 2
+    return ImageDataset(images, labels, ("benign", "malignant"), tuple(map(str, range(24))), "0" * 64)
+
+
+def _config() -> GanConfig:
+    """Every phase within four steps, every augmentation, two groups of the mini-batch standard deviation."""
+    small = {"z_dim": 8, "w_dim": 8, "channel_base": 128, "channel_max": 8, "r1_gamma": 1.0, "learning_rate": 1e-3}
+    lazy = {"r1_interval": 2, "pl_interval": 2, "augment": "bgcfnc", "augment_p": 0.5, "augment_kimg": 0.1}
+    return auto_config(16, 2, batch=8, total_kimg=0.032, **small, **lazy)
+
+
+def _one_rank(rank: int, count: int, port: int, out: Path) -> None:
+    torch.set_num_threads(1)
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(count)}
+    os.environ.update(address)
+    with joined_ranks(CPU) as ranks:
+        train(_dataset(), _config(), out, device=CPU, ranks=ranks, progress_bar=False)
+
+
+def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
+    train(_dataset(), _config(), tmp_path / "one", device=CPU, progress_bar=False)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    multiprocessing.spawn(_one_rank, (2, port, tmp_path / "two"), nprocs=2)
+    logs = [(tmp_path / run / "log.jsonl").read_text().splitlines() for run in ("one", "two")]
+    assert len(logs[0]) == len(logs[1]) == 4
+    for one, two in zip(*[[json.loads(line) for line in log] for log in logs], strict=True):
+        del one["seconds"], two["seconds"]
+        assert two == pytest.approx(one, rel=1e-4)
+    assert {"r1", "path_length_penalty", "r_t", "p"} <= {name for line in logs[1] for name in json.loads(line)}
+    one, two = (load_file(tmp_path / run / "checkpoint.safetensors") for run in ("one", "two"))
+    for name, value in one.items():
+        assert torch.allclose(two[name], value, rtol=1e-4, atol=1e-5), name
+    assert not (tmp_path / "two" / "checkpoint.partial").exists()
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_ranks_draw_their_part_of_what_one_process_draws(count: int) -> None:
+    def draw(n: int) -> list[torch.Tensor]:
+        images = torch.zeros(n, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+        return [
+            torch.rand(n),
+            torch.randn((n, 1, 2)),
+            torch.randint(5, (n,)),
+            torch.randint(1, 9, size=(n, 2)),
+            torch.rand(()).expand(n),  # one choice for all
+            torch.randn_like(images),
+            augment(
+                torch.linspace(-1, 1, 3 * 256).reshape(1, 3, 16, 16).expand(n, -1, -1, -1), 0.8, AUGMENTATIONS["bgcfn"]
+            ),
+        ]
+
+    torch.manual_seed(0)
+    whole = draw(12)
+    for rank in range(count):
+        ranks = Ranks(rank, count)
+        torch.manual_seed(0)
+        with ranks.draws(12 // count):
+            own = draw(12 // count)
+        for part, all_of_it in zip(own, whole, strict=True):
+            assert torch.allclose(part, ranks.own(all_of_it), atol=1e-5)
+
+
+def test_batches_that_cannot_be_divided_are_refused() -> None:
+    config = auto_config(16, 0, batch=24)  # groups of 4, path length on half of the batch
+    Ranks(0, 2).check_batch(config)
+    with pytest.raises(TrainingError, match="batch: 24 must be a multiple of 16 for 4 processes"):
+        Ranks(0, 4).check_batch(config)
+
+
+def test_one_pass_over_two_batches_keeps_their_groups_apart() -> None:
+    a, b = torch.randn(8, 3, 4, 4), torch.randn(8, 3, 4, 4)
+    apart = torch.cat([minibatch_std(x, 4, 1) for x in (a, b)])
+    together = torch.cat(_separate(minibatch_std(_interleave(a, b, 4), 4, 1), 4))
+    assert torch.equal(together, apart)

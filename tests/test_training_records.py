@@ -1,0 +1,154 @@
+"""What a run leaves beside its checkpoint: the log, curves, measurements and the best snapshot."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dermis import features
+from dermis.bundle import load_discriminator, load_generator, open_bundle
+from dermis.errors import TrainingError
+from dermis.features import FeatureExtractor
+from training.data.isic import ImageDataset
+from training.gan.batches import batches
+from training.gan.best import Measurements
+from training.gan.config import GanConfig, auto_config
+from training.gan.journal import Journal
+from training.gan.loop import train
+from training.gan.snapshot import Origin, write_snapshot
+from training.gan.state import Progress, new_state
+
+CPU = torch.device("cpu")
+ORIGIN = Origin("moles", "folder", "CC0-1.0", "nobody")
+
+
+@pytest.fixture
+def colours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A feature space that needs no network: an image's mean colour and its spread."""
+
+    def extract(images: np.ndarray) -> np.ndarray:
+        x = images.astype(np.float32).reshape(len(images), -1, 3) / 255
+        return np.concatenate([x.mean(1), x.std(1)], axis=1)
+
+    space = FeatureExtractor("colours", "colours/1", 6, extract)
+    monkeypatch.setitem(features.EXTRACTORS, "colours", lambda device: space)
+
+
+def _dataset(count: int = 16) -> ImageDataset:
+    images = np.random.default_rng(0).integers(100, 256, (count, 8, 8, 3), dtype=np.uint8)
+    return ImageDataset(images, np.arange(count) % 2, ("a", "b"), tuple(map(str, range(count))), "0" * 64)
+
+
+def _config(kimg: float) -> GanConfig:
+    return auto_config(8, 2, total_kimg=kimg, z_dim=8, w_dim=8, channel_base=64, channel_max=8, batch=4)
+
+
+def _lines(file: Path) -> Iterator[dict[str, float]]:
+    return map(json.loads, file.read_text().splitlines())
+
+
+def test_batches_are_reshuffled_epochs_from_any_position() -> None:
+    dataset = _dataset()
+    dataset.images[:, 0, 0, 0] = np.arange(16)  # every image carries its number
+
+    def stream(start: int, count: int) -> list[int]:
+        source = batches(dataset, 3, 4, start)
+        found = [next(source) for _ in range(count)]
+        source.close()
+        numbers = [int(image[0, 0, 0]) for batch in found for image in batch.images]
+        assert [number % 2 for number in numbers] == [label for batch in found for label in batch.labels]
+        return numbers
+
+    whole = stream(0, 8)
+    assert sorted(whole[:16]) == sorted(whole[16:]) == list(range(16)) and whole[:16] != whole[16:]
+    assert stream(12, 5) == whole[12:]  # across the border of two epochs
+
+
+def test_log_of_a_crashed_run_is_cut_back_to_its_checkpoint(tmp_path: Path) -> None:
+    train(_dataset(), _config(0.012), tmp_path, device=CPU, progress_bar=False)
+    before = (tmp_path / "log.jsonl").read_text()
+    with (tmp_path / "log.jsonl").open("a") as log:
+        log.write('{"nimg": 16, "G": 1.0}\n{"nimg": 20, "G')
+    train(_dataset(), _config(0.020), tmp_path, device=CPU, resume=True, progress_bar=False)
+    assert (tmp_path / "log.jsonl").read_text().startswith(before)
+    assert [line["nimg"] for line in _lines(tmp_path / "log.jsonl")] == [4, 8, 12, 16, 20]
+
+
+def test_numbers_that_json_has_not_are_left_out_of_the_log(tmp_path: Path) -> None:
+    with Journal(tmp_path, 0) as journal:
+        journal.write(Progress(nimg=4), {"G": 1.0, "G_gradient": float("inf")})
+    assert list(_lines(tmp_path / "log.jsonl")) == [{"nimg": 4, "seconds": 0.0, "G": 1.0}]
+
+
+@pytest.mark.usefixtures("colours")
+def test_best_snapshot_is_kept_with_its_numbers(tmp_path: Path) -> None:
+    """A generator of the data's mean colour, then one of black: the first stays the best, also after a restart."""
+    dataset, config = _dataset(), _config(0.016)
+
+    def callback() -> object:
+        measurements = Measurements(dataset, "fid", 0.008, 6, CPU, "colours")
+        return write_snapshot(dataset, config, ORIGIN, CPU, measurements=measurements)
+
+    state, write = new_state(config, CPU), callback()
+    for nimg, level in ((4, 0.4), (8, 0.4), (12, -5.0), (16, -5.0)):
+        if nimg == 12:
+            write = callback()
+        state.progress.nimg = nimg
+        for name, parameter in state.G_ema.named_parameters():
+            if name.endswith("torgb.bias"):
+                parameter.fill_(level / 2)
+        write(tmp_path, state)  # type: ignore[operator]
+    measured = list(_lines(tmp_path / "metrics.jsonl"))
+    assert [line["nimg"] for line in measured] == [8, 16]  # not at 4: too early; nor at 12
+    assert measured[0]["fid"] < measured[1]["fid"]
+    best, last = open_bundle(tmp_path / "best"), open_bundle(tmp_path / "bundle")
+    assert best.provenance["kimg"] == 0.008 and last.provenance["kimg"] == 0.016
+    assert best.metrics["fid"] == measured[0]["fid"] and last.metrics["fid"] == measured[1]["fid"]
+    assert "FID@colours" in best.model_card
+    assert load_generator(best).get_parameter("synthesis.b8.torgb.bias")[0] == pytest.approx(0.2, abs=1e-3)
+
+
+def test_stopped_runs_are_not_measured_and_lost_positions_are_forgotten(tmp_path: Path) -> None:
+    measurements = Measurements(_dataset(), "fid", 0.008, 6, CPU)
+    (tmp_path / "metrics.jsonl").write_text('{"nimg": 8, "fid": 2.0}\n{"nimg": 20, "fid": 1.0}\n')
+    assert not measurements.due(tmp_path, Progress(nimg=16, stopped=True), 1.0)
+    assert measurements.due(tmp_path, Progress(nimg=16), 1.0)
+    assert [line["nimg"] for line in _lines(tmp_path / "metrics.jsonl")] == [8]
+    with pytest.raises(TrainingError, match="--metric"):
+        Measurements(_dataset(), "beauty", 50.0, 2000, CPU)
+
+
+def test_bundle_may_hold_the_discriminator(tmp_path: Path) -> None:
+    config, state = _config(0.004), new_state(_config(0.004), CPU)
+    state.progress.nimg = 4
+    write_snapshot(_dataset(), config, ORIGIN, CPU, with_discriminator=True)(tmp_path, state)
+    stored = load_discriminator(open_bundle(tmp_path / "bundle")).state_dict()
+    for name, value in state.D.state_dict().items():
+        assert torch.allclose(stored[name], value, rtol=1e-3, atol=1e-6), name
+    with pytest.raises(TrainingError, match="--with-discriminator"):
+        write_snapshot(_dataset(), replace(config, projected=True), ORIGIN, CPU, with_discriminator=True)
+
+
+def test_curves_and_grids_for_tensorboard(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    dataset, config = _dataset(), _config(0.164)
+    write = write_snapshot(dataset, config, ORIGIN, CPU, tensorboard=True)
+    train(dataset, config, tmp_path, device=CPU, on_snapshot=write, tensorboard=True, progress_bar=False)
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    tags = events.Tags()
+    assert {"loss/G", "loss/D", "loss/r1", "gradient/D", "augmentation/p"} <= set(tags["scalars"])
+    assert [point.step for point in events.Scalars("loss/G")] == [80, 160]
+    assert events.Scalars("speed/images per second")[0].value > 0
+    assert [picture.step for picture in events.Images("samples")] == [0, 164]
+
+
+def test_missing_tensorboard_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(TrainingError, match="pip install tensorboard"):
+        Journal(tmp_path, 0, tensorboard=True)

@@ -1,0 +1,65 @@
+"""Real images in the order in which a run sees them: an endless sequence of reshuffled epochs, read ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from training.data.isic import ImageDataset
+from training.gan.parallel import ALONE, Ranks
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This rank's part of one step's images: uint8 [n, R, R, 3] on its device, labels int64 [n]."""
+
+    images: Tensor
+    labels: NDArray[np.int64]
+
+
+def batches(dataset: ImageDataset, seed: int, batch: int, start: int, ranks: Ranks = ALONE) -> Generator[Batch]:
+    """The batches from position `start` (images shown before) on.
+
+    While one is used, a thread reads the next from the memory-mapped array; for CUDA into pinned memory, from which the
+    copy to the GPU does not wait for it either. The order depends on the seed alone.
+    """
+    order = _Order(len(dataset.labels), seed)
+    pinned = ranks.device.type == "cuda"
+
+    def read(position: int) -> Batch:
+        chosen = ranks.own(order.at(np.arange(position, position + batch)))
+        images = torch.from_numpy(np.ascontiguousarray(dataset.images[chosen]))
+        return Batch(images.pin_memory() if pinned else images, dataset.labels[chosen])
+
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
+        ahead = pool.submit(read, start)
+        while True:
+            start += batch
+            now, ahead = ahead.result(), pool.submit(read, start)
+            yield Batch(now.images.to(ranks.device, non_blocking=True), now.labels)
+
+
+class _Order:
+    """Which image stands where: each epoch is a permutation that follows from (seed, epoch)."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count, self.seed = count, seed
+        self.epochs: dict[int, NDArray[np.int64]] = {}
+
+    def at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Indices of the images at these ascending positions."""
+        epochs, places = np.divmod(positions, self.count)
+        needed = {int(epoch) for epoch in epochs}
+        self.epochs = {epoch: self._permutation(epoch) for epoch in needed}
+        return np.array([self.epochs[int(e)][i] for e, i in zip(epochs, places, strict=True)])
+
+    def _permutation(self, epoch: int) -> NDArray[np.int64]:
+        if epoch in self.epochs:
+            return self.epochs[epoch]
+        return np.random.default_rng([self.seed, epoch]).permutation(self.count)

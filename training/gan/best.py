@@ -1,0 +1,110 @@
+"""Measure the generator while it trains, and tell which snapshot was the best so far."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dermis.bundle import open_bundle
+from dermis.errors import TrainingError
+from dermis.features import FeatureExtractor, feature_extractor
+from dermis.metrics import frechet_distance, kernel_distance
+from dermis.synthesizer import Synthesizer
+from training.data.isic import ImageDataset
+from training.gan.journal import drop_after, position
+from training.gan.state import Progress
+
+METRICS = ("fid", "kid")
+LOG = "metrics.jsonl"
+_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """Distance `metric` in the feature space `extractor` between the training set and `count` generated images.
+
+    Every `kimg` thousand images, and at the end. What was measured stands in metrics.jsonl, one line a measurement.
+    """
+
+    dataset: ImageDataset
+    metric: str
+    kimg: float
+    count: int
+    device: torch.device
+    extractor: str = "lite0"
+
+    def __post_init__(self) -> None:
+        if self.metric not in METRICS:
+            raise TrainingError(f"--metric: {self.metric!r} is none of {', '.join(METRICS)}")
+        if self.kimg <= 0 or self.count < 2:
+            raise TrainingError("--metric-kimg must be positive, --metric-count at least 2")
+
+    def due(self, out: Path, progress: Progress, total_kimg: float) -> bool:
+        """Whether it is time again. Not when the user waits for a run to stop."""
+        drop_after(out / LOG, progress.nimg)
+        if progress.nimg == 0 or progress.stopped:
+            return False
+        last = max([0.0, *(position(line) for line in _lines(out))])
+        return progress.nimg - last >= self.kimg * 1000 or progress.kimg >= total_kimg
+
+    def measure(self, bundle: Path) -> dict[str, Any]:
+        """What metrics.json of a bundle holds, of the classes in the proportions of the training set."""
+        opened = open_bundle(bundle)
+        picks = np.linspace(0, len(self.dataset.labels) - 1, self.count).round().astype(int)
+        labels = np.sort(self.dataset.labels)[picks] if opened.class_names else np.zeros(self.count, dtype=int)
+        threads = torch.get_num_threads()
+        with Synthesizer(opened, device=str(self.device)) as synthesizer:
+
+            def batch(start: int) -> NDArray[np.uint8]:
+                part = list(range(start, min(start + _BATCH, self.count)))
+                return synthesizer.images([0] * len(part), part, labels[part].tolist())
+
+            generated = self._space.over(batch(start) for start in range(0, self.count, _BATCH))
+            identity = dict(synthesizer.identity)
+        torch.set_num_threads(threads)  # drawing on the CPU takes one thread an image
+        kid, kid_std = kernel_distance(self._real, generated)
+        return {
+            "extractor": self._space.name,
+            "extractor_identity": self._space.identity,
+            "real_sha256": self.dataset.sha256,
+            "real_images": len(self._real),
+            "images": self.count,
+            "seed": 0,
+            "truncation_psi": 1.0,
+            "synthesizer": identity,
+            "fid": frechet_distance(self._real, generated),
+            "kid": kid,
+            "kid_std": kid_std,
+        }
+
+    def record(self, out: Path, progress: Progress, bundle: Path) -> tuple[dict[str, Any], bool]:
+        """Measure, append to metrics.jsonl, and tell whether it is better than all before."""
+        start = time.monotonic()
+        before = [json.loads(line).get(self.metric, math.inf) for line in _lines(out)]
+        metrics = self.measure(bundle)
+        line = {"nimg": progress.nimg, **{name: metrics[name] for name in (*METRICS, "images", "extractor")}}
+        with (out / LOG).open("a", encoding="utf-8") as log:
+            log.write(json.dumps(line | {"seconds": round(time.monotonic() - start, 1)}) + "\n")
+        return metrics, metrics[self.metric] < min(before, default=math.inf)
+
+    @cached_property
+    def _space(self) -> FeatureExtractor:
+        return feature_extractor(self.extractor, self.device)
+
+    @cached_property
+    def _real(self) -> NDArray[np.float32]:
+        images = self.dataset.images
+        return self._space.over(images[i : i + _BATCH] for i in range(0, len(images), _BATCH))
+
+
+def _lines(out: Path) -> list[str]:
+    return (out / LOG).read_text(encoding="utf-8").splitlines() if (out / LOG).exists() else []

@@ -1,0 +1,104 @@
+"""What a run tells while it trains: log.jsonl, one line a step, and TensorBoard's event files if wanted."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from dermis.errors import TrainingError
+from dermis.imaging import Images
+from training.gan.state import Progress
+
+POINT_EVERY = 20  # steps between two points of a TensorBoard curve
+
+
+class Journal:
+    """Goes on at position `nimg`: what a crashed run wrote beyond it is dropped. Does nothing unless `enabled`."""
+
+    def __init__(self, out: Path, nimg: int, *, enabled: bool = True, tensorboard: bool = False) -> None:
+        self.log: TextIO | None = None
+        self.board: Any = None
+        self.last: tuple[int, float] | None = None  # images and seconds at the last point
+        if enabled:
+            self.board = _writer(out, purge_step=nimg + 1) if tensorboard else None
+            drop_after(out / "log.jsonl", nimg)
+            self.log = (out / "log.jsonl").open("a", encoding="utf-8")
+
+    def write(self, progress: Progress, stats: Mapping[str, float]) -> None:
+        """The numbers of one step. Those that are not finite are left out: JSON has no such numbers."""
+        if self.log is not None:
+            finite = {name: value for name, value in stats.items() if math.isfinite(value)}
+            line = {"nimg": progress.nimg, "seconds": round(progress.seconds, 2), **finite}
+            self.log.write(json.dumps(line) + "\n")
+        if self.board is not None and progress.step % POINT_EVERY == 0:
+            self._point(progress)
+
+    def _point(self, progress: Progress) -> None:
+        now = (progress.nimg, progress.seconds)
+        if self.last is not None:
+            images, seconds = now[0] - self.last[0], now[1] - self.last[1]
+            self.board.add_scalar("speed/images per second", images / max(seconds, 1e-9), progress.nimg)
+        self.last = now
+        for name, value in progress.stats.items():  # phases that are not due every step show their latest value
+            group = "augmentation" if name in ("r_t", "p") else "gradient" if name.endswith("_gradient") else "loss"
+            self.board.add_scalar(f"{group}/{name.removesuffix('_gradient')}", value, progress.nimg)
+
+    def flush(self) -> None:
+        if self.log is not None:
+            self.log.flush()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self.log is not None:
+            self.log.close()
+        if self.board is not None:
+            self.board.close()
+
+
+def show_in_tensorboard(out: Path, grid: Images, nimg: int) -> None:
+    """Put a picture [H, W, 3] beside the curves of the run in `out`."""
+    board = _writer(out)
+    board.add_image("samples", grid, nimg, dataformats="HWC")
+    board.close()
+
+
+def require_tensorboard() -> None:
+    """TrainingError if the package is not installed."""
+    if importlib.util.find_spec("tensorboard") is None:
+        raise TrainingError("--tensorboard: needs the package tensorboard: pip install tensorboard")
+
+
+def _writer(out: Path, purge_step: int | None = None) -> Any:
+    require_tensorboard()
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(out / "tensorboard"), purge_step=purge_step)
+
+
+def drop_after(log: Path, nimg: int) -> None:
+    """Remove lines of positions beyond nimg: a run that crashed had gone further than its checkpoint."""
+    if not log.exists():
+        return
+    lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if position(line) <= nimg]
+    if len(kept) < len(lines):
+        partial = log.with_suffix(".partial")
+        partial.write_text("".join(kept), encoding="utf-8")
+        partial.replace(log)
+
+
+def position(line: str) -> float:
+    """Images seen at a line of a log; infinity if the line is cut off."""
+    try:
+        return float(json.loads(line)["nimg"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf

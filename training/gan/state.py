@@ -1,0 +1,136 @@
+"""What a run changes as it trains: networks, optimizers, path-length mean, augmentation strength, position."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dermis.errors import TrainingError
+from dermis.networks import Discriminator, Generator
+from training.data.isic import ImageDataset
+from training.gan.augment import AdaptiveP
+from training.gan.checkpoint import load_checkpoint, read_state, save_checkpoint
+from training.gan.config import STRUCTURE, GanConfig
+from training.gan.projected import LEARNING_RATE as PROJECTED_RATE
+from training.gan.projected import ProjectedDiscriminator
+
+
+@dataclass
+class Progress:
+    """Where a run stands; what a checkpoint stores besides tensors."""
+
+    step: int = 0
+    nimg: int = 0
+    seconds: float = 0.0
+    stopped: bool = False  # by the user, before total_kimg
+    stats: dict[str, float] = field(default_factory=dict)
+    changes: list[dict[str, Any]] = field(default_factory=list)  # of options on the way: {"kimg", "before", "after"}
+    started_from: dict[str, Any] = field(default_factory=dict)  # the weights that a run began with; see transfer.py
+
+    @property
+    def kimg(self) -> float:
+        return self.nimg / 1000
+
+
+@dataclass
+class State:
+    """Everything that a checkpoint holds."""
+
+    G: Generator
+    D: Discriminator | ProjectedDiscriminator
+    G_ema: Generator
+    G_opt: torch.optim.Adam
+    D_opt: torch.optim.Adam
+    pl_mean: Tensor
+    adaptive: AdaptiveP
+    progress: Progress
+
+    @property
+    def modules(self) -> dict[str, torch.nn.Module]:
+        return {"G": self.G, "D": self.D, "G_ema": self.G_ema}
+
+    @property
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        return {"G_opt": self.G_opt, "D_opt": self.D_opt}
+
+
+def new_state(config: GanConfig, device: torch.device) -> State:
+    """Random weights of config.seed."""
+    torch.manual_seed(config.seed)
+    G = Generator(config.generator).to(device)
+    D: Discriminator | ProjectedDiscriminator
+    if config.projected:
+        D = ProjectedDiscriminator(config.c_dim, config.seed, device, config.resolution)
+    else:
+        D = Discriminator(config.discriminator).to(device)
+    D_rate = PROJECTED_RATE if config.projected else config.learning_rate
+    return State(
+        G,
+        D,
+        G_ema=copy.deepcopy(G).eval().requires_grad_(False),
+        G_opt=_adam(G, config.learning_rate, config.pl_interval if config.pl_weight else None),
+        D_opt=_adam(D, D_rate, config.r1_interval if config.r1_gamma else None),
+        pl_mean=torch.zeros((), device=device),
+        adaptive=_adaptive(config),
+        progress=Progress(),
+    )
+
+
+def save_state(checkpoint: Path, state: State, config: GanConfig, dataset: ImageDataset) -> None:
+    """Replace the checkpoint; TrainingError, and the old one stays, if a value is not finite or the disk is full."""
+    scalars = {
+        "config": config.identity,
+        "dataset_sha256": dataset.sha256,
+        "adaptive": vars(state.adaptive),
+        "progress": vars(state.progress),
+    }
+    save_checkpoint(checkpoint, state.modules, state.optimizers, {"pl_mean": state.pl_mean}, scalars)
+
+
+def load_state(
+    checkpoint: Path, state: State, config: GanConfig, dataset: ImageDataset, allow_changes: bool = False
+) -> None:
+    """Fill the state in place. TrainingError if the checkpoint is of other images or, unless `allow_changes`, options.
+
+    Changed options are noted in Progress.changes.
+    """
+    scalars = read_state(checkpoint)
+    if scalars["dataset_sha256"] != dataset.sha256:
+        raise TrainingError(f"{checkpoint}: was trained on other images than the folder given with --data")
+    changes = config.changed_from(scalars["config"])
+    _check_changes(checkpoint, changes, allow_changes)
+    load_checkpoint(checkpoint, state.modules, state.optimizers, {"pl_mean": state.pl_mean})
+    state.progress = progress = Progress(**scalars["progress"])
+    progress.stopped = False
+    if changes:
+        before = {name: scalars["config"].get(name) for name in changes}
+        progress.changes.append({"kimg": progress.kimg, "before": before, "after": changes})
+    ours = state.adaptive
+    if ours.target is not None or not changes:
+        state.adaptive = replace(AdaptiveP(**scalars["adaptive"]), target=ours.target, kimg=ours.kimg)
+
+
+def _check_changes(checkpoint: Path, changes: dict[str, Any], allow: bool) -> None:
+    structural = changes.keys() & STRUCTURE
+    if structural or (changes and not allow):
+        names = ", ".join(sorted(structural or changes))
+        hint = "" if structural else ", or add --allow-changes to go on with the new ones"
+        raise TrainingError(f"{checkpoint}: was trained with another {names}; use the same options{hint}")
+
+
+def _adam(module: torch.nn.Module, learning_rate: float, interval: int | None) -> torch.optim.Adam:
+    """Adam with beta (0, 0.99), corrected for lazy regularisation every `interval` steps (StyleGAN2, appendix B)."""
+    ratio = 1.0 if interval is None else interval / (interval + 1)
+    rate, betas = learning_rate * ratio, (0.0, 0.99**ratio)
+    return torch.optim.Adam(module.parameters(), lr=rate, betas=betas, eps=1e-8, fused=True)
+
+
+def _adaptive(config: GanConfig) -> AdaptiveP:
+    if config.augment == "none":
+        return AdaptiveP(0.0, None)
+    return AdaptiveP(config.augment_p, config.augment_target, kimg=config.augment_kimg)

@@ -1,0 +1,130 @@
+"""Begin a run with the weights of another: of a bundle, or of an official StyleGAN2-ADA checkpoint.
+
+Tensors are taken by name and shape. Names tell the resolution of a block, so that a network of another resolution gives
+its blocks from 4 px up to the smaller of the two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dermis.bundle import load_discriminator, load_generator, open_bundle
+from dermis.errors import TrainingError
+from dermis.networks import Discriminator, Generator, MappingNetwork
+from dermis.official.convert import read_official
+from training.gan.projected import ProjectedDiscriminator
+from training.gan.state import State
+
+
+@dataclass(frozen=True)
+class Source:
+    """Networks to begin with."""
+
+    path: Path
+    name: str
+    digest: str  # of the bundle, or SHA-256 of the file
+    G: Generator
+    D: Discriminator | None
+    no_discriminator: str  # why there is none
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What became of one network. `left` names tensors that keep their random values, each with the reason."""
+
+    network: str
+    share: float  # of its weights, by number
+    left: dict[str, str]
+
+    def __str__(self) -> str:
+        text = f"{self.network}: {self.share:.0%} of the weights taken"
+        reasons: dict[str, list[str]] = {}
+        for name, reason in self.left.items():
+            reasons.setdefault(reason, []).append(name)
+        return "\n".join([text, *(f"  new, {reason}: {_abridge(names)}" for reason, names in reasons.items())])
+
+
+def read_source(path: Path) -> Source:
+    """A bundle's folder or an official .pkl. BundleError if it is neither."""
+    if path.is_file():
+        official = read_official(path)
+        return Source(
+            path, path.name, official.sha256, official.generator, official.discriminator, official.no_discriminator
+        )
+    bundle = open_bundle(path)
+    discriminator = load_discriminator(bundle) if bundle.discriminator else None
+    return Source(path, bundle.name, bundle.digest, load_generator(bundle), discriminator, "the bundle has none")
+
+
+def transfer(source: Source, state: State) -> list[Taken]:
+    """Copy what fits into G, G_ema and D, and note the source in the state's progress.
+
+    Returns what was taken of G and of D. TrainingError if nothing of G fits.
+    """
+    G = _copy("G", source.G, state.G)
+    if G.share == 0:
+        raise TrainingError(
+            f"--from: {source.path}: no weight of it fits this generator (a network of {_describe(source.G)}, ours of "
+            f"{_describe(state.G)}); choose its --channel-base, --channel-max, --z-dim and --w-dim"
+        )
+    _copy("G_ema", source.G, state.G_ema)
+    if source.D is None:
+        D = Taken("D", 0.0, {"all": source.no_discriminator})
+    elif isinstance(state.D, ProjectedDiscriminator):
+        D = Taken("D", 0.0, {"all": "this run's discriminator is a projected one"})
+    else:
+        D = _copy("D", source.D, state.D)
+    state.progress.started_from = {
+        "name": source.name,
+        "digest": source.digest,
+        "share_of_G": round(G.share, 4),
+        "share_of_D": round(D.share, 4),
+    }
+    return [G, D]
+
+
+@torch.no_grad()
+def _copy(network: str, source: nn.Module, target: nn.Module) -> Taken:
+    theirs, ours = source.state_dict(), target.state_dict()
+    depths = [_mapping_layers(module) for module in (source, target)]
+    left = {}
+    for name, value in ours.items():
+        reason = _misfit(name, theirs.get(name), value, depths)
+        if reason:
+            left[name] = reason
+        else:
+            value.copy_(theirs[name])
+    weights = {name: value.numel() for name, value in target.named_parameters() if value.ndim > 1}
+    taken = sum(size for name, size in weights.items() if name not in left)
+    return Taken(network, taken / sum(weights.values()), left)
+
+
+def _misfit(name: str, theirs: Tensor | None, ours: Tensor, depths: list[int]) -> str:
+    """Why a tensor is not taken; empty if it is."""
+    if name.startswith("mapping.") and depths[0] != depths[1]:  # a part of a longer chain of layers means nothing
+        return f"as the source's mapping has {depths[0]} layers and ours {depths[1]} (--mapping-layers)"
+    if theirs is None:
+        return "not in the source"
+    return "" if theirs.shape == ours.shape else "of another shape in the source"
+
+
+def _mapping_layers(network: nn.Module) -> int:
+    mapping = getattr(network, "mapping", None)
+    return mapping.num_layers if isinstance(mapping, MappingNetwork) else 0
+
+
+def _describe(G: Generator) -> str:
+    config = G.config
+    return (
+        f"{config.img_resolution} px, channel_base {config.channel_base}, channel_max {config.channel_max}, "
+        f"z_dim {config.z_dim}, w_dim {config.w_dim}"
+    )
+
+
+def _abridge(names: list[str]) -> str:
+    shown = ", ".join(names[:4])
+    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"
