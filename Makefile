@@ -41,7 +41,7 @@ demo-bundle: setup
 		--kimg 1000 --batch 8 --learning-rate 0.001 --channel-base 4096 --channel-max 256 --z-dim 256 --w-dim 256 \
 		--pl-weight 0 --augment-kimg 100 --snapshot-kimg 10 --no-compile --licence CC-BY-NC-4.0 \
 		--attribution "HAM10000 (Tschandl et al. 2018, doi:10.1038/sdata.2018.161), ISIC 2018 test set (Codella et al. 2018), ISIC Archive"
-	$(BIN)/dermis evaluate --bundle runs/demo/bundle --data $(DATA)
+	$(BIN)/dermis evaluate --bundle runs/demo/bundle --data $(DATA) --extractor lite0
 	rm -rf bundles/demo && mkdir -p bundles && cp -r runs/demo/bundle bundles/demo
 
 clean:
