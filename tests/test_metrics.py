@@ -320,10 +320,11 @@ def test_path_length_is_the_norm_of_the_derivative(sampling: Sampling) -> None:
     precise = copy.deepcopy(G).double()
     ws = [G.mapping(torch.from_numpy(z_for(5, range(k, 32, 2), 6)), one_hot(labels, 2)).double() for k in (0, 1)]
     t = torch.from_numpy(np.random.default_rng(5).random(16))[:, None, None] if sampling == "full" else 0.0
+    noise = precise.synthesis.draw_noise("const", 16)
 
     def image(x: Tensor) -> Tensor:  # the network casts its inputs to float32, so its blocks are called one by one
-        x0, img = precise.synthesis.b4(None, None, x[:, 0:2], "const", torch.float64)
-        return precise.synthesis.b8(x0, img, x[:, 1:4], "const", torch.float64)[1]
+        x0, img = precise.synthesis.b4(None, None, x[:, 0:2], noise[:1], torch.float64)
+        return precise.synthesis.b8(x0, img, x[:, 1:4], noise[1:], torch.float64)[1]
 
     rate = torch.func.jvp(image, (ws[0].lerp(ws[1], t) if sampling == "full" else ws[0],), (ws[1] - ws[0],))[1]
     lengths = np.sort((rate * 127.5).square().mean(dim=(1, 2, 3)).numpy())
