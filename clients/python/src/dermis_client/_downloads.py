@@ -118,7 +118,9 @@ def _survey(folder: Path, files: list[DatasetFile], overwrite: bool) -> list[Dat
         folder.mkdir(parents=True, exist_ok=True)
         differing = [file for file in files if not _holds(folder / file.name, file)]
         ours = any(file.name == MANIFEST for file in files if file not in differing)
-        foreign = [file.name for file in differing if (folder / file.name).exists()]
+        # Looked at again: another download into this folder may have put a file there since.
+        there_now = [file for file in differing if (folder / file.name).exists()]
+        foreign = [file.name for file in there_now if not _holds(folder / file.name, file)]
         if foreign and not ours and not overwrite:
             raise DownloadError(
                 f"{folder} already has another {foreign[0]}: choose another folder, or say that it may be overwritten"
