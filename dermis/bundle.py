@@ -3,6 +3,7 @@
     bundle.json               format, name, network configs, class names, provenance, SHA-256 and size of every file
     generator.safetensors     weights under the official StyleGAN2-ADA key names, stored as float32 or float16
     discriminator.safetensors optional, for transfer learning
+    classifier/               optional: a classifier, verified also by itself (`dermis.classifier.description`)
     metrics.json              what was measured, empty if nothing was
     MODEL_CARD.md             and the pictures that it shows
 
@@ -14,18 +15,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
+from dermis.classifier import description as classifiers
+from dermis.classifier.description import Description
 from dermis.errors import BundleError
+from dermis.folders import DescriptorModel, FileRecord, open_folder, parse_descriptor, to_json, write_folder
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -38,21 +39,12 @@ GENERATOR = "generator.safetensors"
 DISCRIMINATOR = "discriminator.safetensors"
 METRICS = "metrics.json"
 CARD = "MODEL_CARD.md"
+CLASSIFIER = "classifier"
 
 NAME_PATTERN = r"[a-z0-9][a-z0-9._-]{0,63}"
 CLASS_PATTERN = r"[A-Za-z0-9][A-Za-z0-9 _.-]{0,63}"  # class names become folder names of generated datasets
-_PATH_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
-_MAX_DESCRIPTOR_BYTES = 4 << 20
 WeightsDtype = Literal["fp32", "fp16"]
 Network = TypeVar("Network", bound="nn.Module")
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """SHA-256 (hex) and size of one file of a bundle."""
-
-    sha256: str
-    bytes: int
 
 
 @dataclass(frozen=True)
@@ -71,25 +63,17 @@ class Bundle:
     metrics: Mapping[str, Any]
     model_card: str
     files: Mapping[str, FileRecord]
+    classifier: Description | None = None
 
 
-class _File(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    bytes: int = Field(ge=0)
-
-
-class _Descriptor(BaseModel):
+class _Descriptor(DescriptorModel):
     """bundle.json."""
 
-    model_config = ConfigDict(strict=True, extra="forbid")
-    format_version: int
     name: str = Field(pattern=f"^{NAME_PATTERN}$")
     generator: dict[str, Any]
     discriminator: dict[str, Any] | None = None
     class_names: list[str]
     provenance: dict[str, Any]
-    files: dict[str, _File]
 
 
 def open_bundle(location: str | Path) -> Bundle:
@@ -98,21 +82,20 @@ def open_bundle(location: str | Path) -> Bundle:
     Raises `BundleError` if bundle.json is absent, malformed or newer than this code, if a file is missing, changed or
     not listed, or if the configuration contradicts itself.
     """
-    where = str(location).rstrip("/")
-    fs, root = _filesystem(where)
-    text = _read(fs, root, where, DESCRIPTOR, limit=_MAX_DESCRIPTOR_BYTES)
-    descriptor = _parse(text, where)
+    folder = open_folder(location, "bundle", DESCRIPTOR)
+    where, text = folder.where, folder.read_descriptor()
+    descriptor = parse_descriptor(text, f"{where}/{DESCRIPTOR}", BUNDLE_FORMAT, _Descriptor)
     generator, discriminator = _configs(descriptor, where)
     _check_class_names(descriptor.class_names, generator.c_dim, f"{where}/{DESCRIPTOR}")
     for name in (GENERATOR, METRICS, CARD) + ((DISCRIMINATOR,) if discriminator else ()):
         if name not in descriptor.files:
             raise BundleError(f"{where}/{DESCRIPTOR}: files does not list {name}; get the bundle again")
-    _check_listing(fs, root, where, descriptor)
-    files = {name: FileRecord(record.sha256, record.bytes) for name, record in sorted(descriptor.files.items())}
+    files = descriptor.records
+    folder.check_listing(files)
     small: dict[str, bytes] = {}
     for name, record in files.items():
-        data = _read_verified(fs, root, where, name, record)
-        if name in (METRICS, CARD):
+        data = folder.read(name, record)
+        if name in (METRICS, CARD, f"{CLASSIFIER}/{classifiers.DESCRIPTOR}"):
             small[name] = data
     try:
         metrics, card = json.loads(small[METRICS]), small[CARD].decode()
@@ -131,6 +114,7 @@ def open_bundle(location: str | Path) -> Bundle:
         metrics=metrics,
         model_card=card,
         files=files,
+        classifier=_classifier(files, small, where),
     )
 
 
@@ -173,7 +157,7 @@ def write_bundle(
     names = list(class_names) or [f"class{i}" for i in range(generator.config.c_dim)]
     files = {
         GENERATOR: _weights(generator, weights_dtype),
-        METRICS: _json(dict(metrics or {}), METRICS),
+        METRICS: to_json(dict(metrics or {}), METRICS),
         CARD: model_card.encode(),
         **(images or {}),
     }
@@ -190,17 +174,32 @@ def write_bundle(
 
 
 def amend_bundle(
-    bundle: Bundle, *, metrics: Mapping[str, Any] | None = None, model_card: str | None = None, name: str | None = None
+    bundle: Bundle,
+    *,
+    metrics: Mapping[str, Any] | None = None,
+    model_card: str | None = None,
+    name: str | None = None,
+    classifier: str | Path | None = None,
 ) -> Bundle:
-    """Write new metrics, a new card or a new name into a local bundle; every other file stays as it is, to the byte."""
+    """Write new metrics, a new card, a new name or a classifier (its folder) into a local bundle.
+
+    Every other file stays as it is, to the byte. A classifier replaces the one that is there; the card of a bundle with
+    a classifier always has a section on it. Raises BundleError.
+    """
     if "://" in bundle.location:
         raise BundleError(f"{bundle.location}: only a bundle in a local folder can be changed; copy it first")
-    fs, root = _filesystem(bundle.location)
-    files = {key: _read_verified(fs, root, bundle.location, key, record) for key, record in bundle.files.items()}
+    folder = open_folder(bundle.location, "bundle", DESCRIPTOR)
+    files = {key: folder.read(key, record) for key, record in bundle.files.items()}
+    described = bundle.classifier
+    if classifier is not None:
+        described, parts = classifiers.read_classifier_files(classifier)
+        files = {key: data for key, data in files.items() if not key.startswith(f"{CLASSIFIER}/")}
+        files |= {f"{CLASSIFIER}/{key}": data for key, data in parts.items()}
     if metrics is not None:
-        files[METRICS] = _json(dict(metrics), METRICS)
-    if model_card is not None:
-        files[CARD] = model_card.encode()
+        files[METRICS] = to_json(dict(metrics), METRICS)
+    if model_card is not None or classifier is not None:
+        card = bundle.model_card if model_card is None else model_card
+        files[CARD] = (card if described is None else classifiers.with_card_section(card, described)).encode()
     fields = {
         "name": name or bundle.name,
         "generator": asdict(bundle.generator),
@@ -212,64 +211,6 @@ def amend_bundle(
 
 
 # -- reading
-
-
-def _filesystem(where: str) -> tuple[Any, str]:
-    import fsspec
-
-    try:
-        fs, root = fsspec.core.url_to_fs(where)
-    except (ValueError, ImportError, OSError) as error:
-        raise BundleError(f"{where}: {error}") from None
-    return fs, root.rstrip("/")
-
-
-def _read(fs: Any, root: str, where: str, name: str, limit: int) -> bytes:
-    try:
-        with fs.open(f"{root}/{name}", "rb") as file:
-            data: bytes = file.read(limit + 1)
-    except FileNotFoundError:
-        hint = "is this the folder of a bundle?" if name == DESCRIPTOR else "get the bundle again"
-        raise BundleError(f"{where}: {name} is missing; {hint}") from None
-    except Exception as error:  # every remote file system raises exceptions of its own library
-        raise BundleError(f"{where}/{name}: cannot be read: {_reason(error)}") from error
-    if len(data) > limit:
-        raise BundleError(f"{where}/{name}: is larger than it may be ({limit:,} bytes); get the bundle again")
-    return data
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-
-
-def _read_verified(fs: Any, root: str, where: str, name: str, record: FileRecord) -> bytes:
-    data = _read(fs, root, where, name, limit=record.bytes)
-    if len(data) != record.bytes or hashlib.sha256(data).hexdigest() != record.sha256:
-        raise BundleError(f"{where}/{name}: differs from what {DESCRIPTOR} says (SHA-256); get the bundle again")
-    return data
-
-
-def _parse(text: bytes, where: str) -> _Descriptor:
-    try:
-        raw = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise BundleError(f"{where}/{DESCRIPTOR}: is not JSON ({error}); get the bundle again") from None
-    version = raw.get("format_version") if isinstance(raw, dict) else None
-    if isinstance(version, int) and version > BUNDLE_FORMAT:
-        message = f"has format {version}, this dermis reads up to {BUNDLE_FORMAT}; install a newer dermis"
-        raise BundleError(f"{where}/{DESCRIPTOR}: {message}")
-    try:
-        descriptor = _Descriptor.model_validate(raw)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "the document"
-        raise BundleError(f"{where}/{DESCRIPTOR}: {field}: {first['msg']}") from None
-    if descriptor.format_version != BUNDLE_FORMAT:
-        raise BundleError(f"{where}/{DESCRIPTOR}: format_version must be {BUNDLE_FORMAT}")
-    for name in descriptor.files:
-        if not _PATH_PATTERN.fullmatch(name) or ".." in name or name == DESCRIPTOR:
-            raise BundleError(f"{where}/{DESCRIPTOR}: files: {name!r} is not a file name inside the bundle")
-    return descriptor
 
 
 def _configs(descriptor: _Descriptor, where: str) -> tuple[GeneratorConfig, DiscriminatorConfig | None]:
@@ -301,15 +242,19 @@ def _check_class_names(names: Sequence[str], c_dim: int, where: str) -> None:
         raise BundleError(f"{where}: class names must differ, also without regard to case: {', '.join(names)}")
 
 
-def _check_listing(fs: Any, root: str, where: str, descriptor: _Descriptor) -> None:
-    try:
-        found = {path.removeprefix(root).lstrip("/") for path in fs.find(root)} - {DESCRIPTOR}
-    except Exception as error:  # as in _read
-        raise BundleError(f"{where}: cannot be listed: {_reason(error)}") from error
-    if extra := sorted(found - descriptor.files.keys()):
-        raise BundleError(f"{where}: {DESCRIPTOR} does not list {', '.join(extra[:5])}; remove what is no part of it")
-    if missing := sorted(descriptor.files.keys() - found):
-        raise BundleError(f"{where}: {', '.join(missing[:5])} is missing; get the bundle again")
+def _classifier(files: Mapping[str, FileRecord], small: Mapping[str, bytes], where: str) -> Description | None:
+    """The classifier's description, if there is a classifier. Its own listing must be that of the bundle."""
+    there = {name.split("/", 1)[1]: record for name, record in files.items() if name.startswith(f"{CLASSIFIER}/")}
+    if not there:
+        return None
+    name = f"{CLASSIFIER}/{classifiers.DESCRIPTOR}"
+    if name not in small:
+        raise BundleError(f"{where}/{DESCRIPTOR}: files does not list {name}; get the bundle again")
+    described = classifiers.parse(small[name], f"{where}/{name}")
+    del there[classifiers.DESCRIPTOR]
+    if dict(described.files) != there:
+        raise BundleError(f"{where}/{name}: lists other files than {DESCRIPTOR} does; attach the classifier again")
+    return described
 
 
 def _load(bundle: Bundle, file: str, network: type[Network], config: Any) -> Network:
@@ -317,8 +262,7 @@ def _load(bundle: Bundle, file: str, network: type[Network], config: Any) -> Net
     import safetensors.torch
     import torch
 
-    fs, root = _filesystem(bundle.location)
-    data = _read_verified(fs, root, bundle.location, file, bundle.files[file])
+    data = open_folder(bundle.location, "bundle", DESCRIPTOR).read(file, bundle.files[file])
     try:
         state: dict[str, Tensor] = safetensors.torch.load(data)
     except safetensors.SafetensorError as error:
@@ -356,59 +300,7 @@ def _weights(model: nn.Module, weights_dtype: WeightsDtype) -> bytes:
     return safetensors.torch.save(state)
 
 
-def _json(value: Mapping[str, Any], what: str) -> bytes:
-    try:
-        return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n").encode()
-    except (TypeError, ValueError) as error:
-        raise BundleError(f"{what}: cannot be written as JSON: {error}") from None
-
-
 def _write(out: Path, fields: Mapping[str, Any], files: Mapping[str, bytes], replace: bool) -> Bundle:
     check_names(fields["name"], fields["class_names"], fields["generator"]["c_dim"])
-    for name in files:
-        if not _PATH_PATTERN.fullmatch(name) or ".." in name or name == DESCRIPTOR:
-            raise BundleError(f"{name!r} cannot be the name of a file in a bundle")
-    if out.exists() and not replace:
-        raise BundleError(f"{out}: exists already; choose another folder or remove it")
-    records = {
-        name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)} for name, data in sorted(files.items())
-    }
-    descriptor = _json({"format_version": BUNDLE_FORMAT, **fields, "files": records}, DESCRIPTOR)
-    out = out.absolute()
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        fresh = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.new-"))
-    except OSError as error:
-        raise BundleError(f"{out.parent}: cannot be written: {error.strerror}") from None
-    try:
-        fresh.chmod(0o755)
-        for name, data in {**files, DESCRIPTOR: descriptor}.items():
-            path = fresh / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        _put(fresh, out)
-    except OSError as error:
-        raise BundleError(f"{out}: cannot be written: {error.strerror}") from None
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+    write_folder(out, "bundle", DESCRIPTOR, {"format_version": BUNDLE_FORMAT, **fields}, files, replace=replace)
     return open_bundle(out)
-
-
-def _put(fresh: Path, out: Path) -> None:
-    """Rename `fresh` to `out`; what stood there is moved aside first and comes back if the rename fails."""
-    if not out.exists():
-        fresh.rename(out)
-        return
-    if not (out / DESCRIPTOR).is_file():
-        raise BundleError(f"{out}: is no bundle, so it is not replaced; choose another folder")
-    old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.old-"))
-    try:
-        out.rename(old / out.name)
-        fresh.rename(out)
-    finally:
-        if not out.exists():
-            (old / out.name).rename(out)
-        shutil.rmtree(old, ignore_errors=True)  # not reached if the old bundle could not come back

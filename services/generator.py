@@ -14,6 +14,7 @@ import bentoml
 import numpy as np
 
 from dermis.bundle import open_bundle
+from dermis.cpus import available_cpus
 from dermis.errors import DermisError
 from services import logs, samples
 from services.models import locate, without_place
@@ -41,7 +42,6 @@ class Generator:
         logs.configure(_settings.log_level)
         exit_with_parent()
         from dermis.synthesizer import Synthesizer
-        from dermis.synthesizer.choice import available_cpus
 
         threads = max(1, available_cpus() // _settings.generator_workers)
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import math
-import os
-from pathlib import Path
 
 import torch
 
+from dermis.cpus import available_cpus
 from dermis.devices import fast_dtype, resolve_device
 from dermis.errors import DermisError
 from dermis.networks import Generator
@@ -55,13 +53,3 @@ def make_backend(generator: Generator, device: str, backend: str, dtype: str, th
     from dermis.synthesizer.torch_cpu import torch_backend
 
     return torch_backend(generator, arithmetic, cpus)
-
-
-def available_cpus() -> int:
-    """Processors that this process may use: its affinity mask, and the quota of its control group (version 2)."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, min(count, math.ceil(int(quota) / int(period))))
-    except (OSError, ValueError):  # no such file, or "max": no quota
-        return count

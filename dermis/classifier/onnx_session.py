@@ -1,0 +1,175 @@
+"""A classifier made ready to run with ONNX Runtime. Imports no torch.
+
+with Classifier("bundles/demo") as classifier:
+    scores = classifier.classify(images)  # uint8 [H, W, 3] of any sizes
+    scores.calibrated  # float64 [N], of classifier.description.positive_class
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dermis.classifier.description import DESCRIPTOR, MODEL, Description, open_classifier, read_model
+from dermis.classifier.preprocess import batch
+from dermis.classifier.scores import Scores, scores_of
+from dermis.cpus import available_cpus
+from dermis.errors import BundleError, DermisError
+from dermis.folders import exists
+from dermis.imaging import Images
+
+if TYPE_CHECKING:
+    from dermis.bundle import Bundle
+
+_CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+_CUDA_BATCH = 32
+
+
+class Classifier:
+    """Scores images. An image's numbers do not depend on the images beside it, nor on the number of threads.
+
+    On a CPU each image runs by itself on one core, and `threads` of them at a time (all cores that this process may use
+    if None); on CUDA in batches of one fixed size. Safe to call from several threads.
+
+    source: a bundle, or the folder or fsspec URL of a classifier or of a bundle. device: "auto" (CUDA where ONNX Runtime
+    has it and it works, else the CPU), "cpu" or "cuda". Raises BundleError if the source has no classifier that is
+    whole, DermisError if the device cannot be had.
+    """
+
+    def __init__(self, source: Bundle | str | Path, *, device: str = "auto", threads: int | None = None) -> None:
+        if device not in ("auto", "cpu", "cuda"):
+            raise DermisError(f'device: "{device}" is none of auto, cpu, cuda')
+        if threads is not None and threads < 1:
+            raise DermisError(f"threads: must be at least 1; got {threads}")
+        self.description, location = find_classifier(source)
+        model = read_model(location, self.description)
+        self._session = _session(model, device, f"{location}/{MODEL}")
+        self._check(f"{location}/{MODEL}")
+        self._rows = _CUDA_BATCH if self.device == "cuda" else 1
+        workers = 1 if self.device == "cuda" else threads or available_cpus()
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="classifier")
+
+    @property
+    def device(self) -> str:
+        """Where it runs: "cuda" or "cpu"."""
+        return "cuda" if self._session.get_providers()[0] == _CUDA else "cpu"
+
+    @property
+    def identity(self) -> Mapping[str, str]:
+        """What decides the last bits of the numbers, beside the images and the kind of machine."""
+        import onnxruntime
+
+        return {
+            "classifier": self.description.digest,
+            "classifier_device": self.device,
+            "onnxruntime": onnxruntime.__version__,
+        }
+
+    def classify(self, images: Sequence[Images] | Images, *, features: bool = True) -> Scores:
+        """Scores of uint8 images [H, W, 3] of any sizes, or of one array [N, H, W, 3]. Without features if not asked."""
+        logits, found = self._run(batch(images, self.description.input.size), features)
+        return scores_of(logits, self.description.temperature, found)
+
+    def logits(self, inputs: Images) -> NDArray[np.float32]:
+        """float32 [N] of uint8 [N, S, S, 3] at the classifier's own size."""
+        return self._run(inputs, features=False)[0]
+
+    def close(self) -> None:
+        """Let the running calls finish and stop the threads."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _run(self, inputs: Images, features: bool) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+        size = self.description.input.size
+        if inputs.dtype != np.uint8 or inputs.ndim != 4 or inputs.shape[1:] != (size, size, 3):
+            raise ValueError(f"{inputs.dtype} {inputs.shape}; this classifier takes uint8 [N, {size}, {size}, 3]")
+        names = ["logit", "features"] if features else ["logit"]
+
+        def run(start: int) -> list[NDArray[np.float32]]:
+            rows = inputs[start : start + self._rows]
+            padding = self._rows - len(rows)
+            if padding:
+                rows = np.concatenate([rows, np.zeros((padding, size, size, 3), np.uint8)])
+            found: list[NDArray[np.float32]] = self._session.run(names, {"images": np.ascontiguousarray(rows)})
+            return [part[: len(part) - padding] for part in found]
+
+        parts = list(self._pool.map(run, range(0, len(inputs), self._rows)))
+        empty = [np.empty(0, np.float32), np.empty((0, self.description.feature_dim), np.float32)]
+        columns = [np.concatenate(column) for column in zip(*parts, strict=True)] if parts else empty
+        return columns[0], columns[1] if features else None
+
+    def _check(self, where: str) -> None:
+        """BundleError if the graph does not take and give what the contract says, tried on one image."""
+        size, wide = self.description.input.size, self.description.feature_dim
+        inputs = {value.name: (value.type, value.shape[1:]) for value in self._session.get_inputs()}
+        if inputs != {"images": ("tensor(uint8)", [size, size, 3])}:
+            raise BundleError(f"{where}: must have the one input images, uint8 [N, {size}, {size}, 3]")
+        try:
+            image = np.zeros((1, size, size, 3), np.uint8)
+            shapes = [value.shape for value in self._session.run(["logit", "features"], {"images": image})]
+        except Exception as error:  # ONNX Runtime's errors share no class
+            raise BundleError(f"{where}: does not run: {_first_line(error)}") from None
+        if shapes != [(1,), (1, wide)]:
+            raise BundleError(f"{where}: must have the outputs logit [N] and features [N, {wide}]; they are {shapes}")
+
+
+def find_classifier(source: Bundle | str | Path) -> tuple[Description, str]:
+    """The verified description, and the folder that holds it, of a bundle's classifier or of one that stands alone.
+
+    A path is a classifier's folder or a bundle's. BundleError if there is none.
+    """
+    if not isinstance(source, str | Path):
+        if source.classifier is None:
+            raise BundleError(
+                f"{source.location}: has no classifier; add one: dermis bundle attach-classifier BUNDLE FOLDER"
+            )
+        return source.classifier, f"{source.location}/classifier"
+    where = str(source).rstrip("/")
+    inside = f"{where}/classifier"
+    if not exists(where, DESCRIPTOR) and exists(inside, DESCRIPTOR):
+        where = inside
+    return open_classifier(where), where
+
+
+def _session(model: bytes, device: str, where: str) -> Any:
+    try:
+        import onnxruntime as ort
+    except ImportError as error:
+        raise DermisError(
+            f'the classifier needs ONNX Runtime ({error}); pip install "dermis[cpu]" or "dermis[gpu]"'
+        ) from error
+    options = ort.SessionOptions()
+    # One core an image: no sum is split over cores, and images do not wait for one another.
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.use_deterministic_compute = True
+    options.log_severity_level = 4  # what matters comes as an exception, or is asked for below
+    # Exhaustive search would pick algorithms by their time, and so another one in the next process.
+    cuda = (_CUDA, {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"})
+    wanted: list[Any] = [_CPU]
+    if device != "cpu" and _CUDA in ort.get_available_providers():
+        wanted = [cuda, _CPU]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            session = ort.InferenceSession(model, options, providers=wanted)
+    except Exception as error:  # ONNX Runtime's errors share no class
+        raise BundleError(f"{where}: ONNX Runtime does not take it: {_first_line(error)}") from None
+    # Asked for and built in is not yet working: without the libraries of CUDA it falls back to the CPU.
+    if device == "cuda" and session.get_providers()[0] != _CUDA:
+        raise DermisError("device: cuda asked for, but ONNX Runtime sees no CUDA device here; use cpu or auto")
+    return session
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
