@@ -1,4 +1,4 @@
-"""`dermis bundle ...`: import official checkpoints, show and verify bundles."""
+"""`dermis bundle ...`: import official checkpoints, show and verify bundles, give them a classifier."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import typer
 
 if TYPE_CHECKING:
+    from dermis.bundle import Bundle
     from dermis.official.convert import OfficialCheckpoint
 
-bundle_app = typer.Typer(no_args_is_help=True, help="Import, show and verify bundles.")
+bundle_app = typer.Typer(no_args_is_help=True, help="Import, show and verify bundles, give them a classifier.")
 
 
 @bundle_app.command("import")
@@ -90,7 +91,36 @@ def verify(
     load_generator(opened)
     if opened.discriminator is not None:
         load_discriminator(opened)
+    if opened.classifier is not None:
+        _try_classifier(opened)
     typer.echo(f"{bundle}: {len(opened.files)} files are intact: {opened.name}@{opened.digest}")
+
+
+@bundle_app.command("attach-classifier")
+def attach_classifier(
+    bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.", show_default=False)],
+    classifier: Annotated[Path, typer.Argument(help="Folder of the classifier.", show_default=False)],
+) -> None:
+    """Put a classifier into a bundle, in place of the one that it may have. The bundle gets a new digest."""
+    from dermis.bundle import amend_bundle, open_bundle
+
+    opened = open_bundle(bundle)
+    _try_classifier(classifier)
+    amended = amend_bundle(opened, classifier=classifier)
+    assert amended.classifier is not None
+    if not set(amended.class_names) <= set(amended.classifier.class_names):
+        names = ", ".join(amended.class_names) or "no classes"
+        typer.echo(
+            f"warning: the generator has {names}, the classifier {', '.join(amended.classifier.class_names)}", err=True
+        )
+    typer.echo(f"{bundle}: {amended.name}@{amended.digest} with classifier {amended.classifier.digest}")
+
+
+def _try_classifier(source: Bundle | Path) -> None:
+    """BundleError if ONNX Runtime cannot run it."""
+    from dermis.classifier.onnx_session import Classifier
+
+    Classifier(source, device="cpu", threads=1).close()
 
 
 def _provenance(
