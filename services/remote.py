@@ -1,43 +1,40 @@
-"""The generator as the gateway sees it: a call may wait, may fail, and says which of the two it was."""
+"""The generator and the classifier as the gateway calls them."""
 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Mapping
 from typing import Any
 
-from bentoml.exceptions import BentoMLException, ServiceUnavailable
+import numpy as np
+from numpy.typing import NDArray
 
-from services.gateway.metrics import images_generated
+from dermis.bundle import Bundle
+from services import pixels
+from services.connection import Connection
+from services.errors import InferenceFailedError, InferenceUnavailableError
+from services.gateway.metrics import images_classified, images_generated
 from services.models import Models
-from services.samples import GeneratorFailedError, GeneratorUnavailableError, Image, Samples, to_bytes
+from services.samples import Image, Samples, to_bytes
 
 # Rows of one call: what a shard asks for at a time, so that a large request of one user does not hold up the others.
 _PIECE = 32
-_DESCRIBE_SECONDS = 4.0  # less than the probes in k8s/dermis.yaml wait
-_FRESH_SECONDS = 2.0
-# A generator that has been away for so long will not come back by itself.
-_LOST_SECONDS = 600.0
 
 
 class RemoteGenerator:
-    """Calls to the generator service through BentoML's asynchronous client. Use it on one event loop."""
+    """The generator service. Use it on one event loop."""
 
     def __init__(self, client: Any, models: Models) -> None:
-        self._client = client
+        self._connection = Connection(client, "the generator")
         self._models = models
-        self._described: Mapping[str, Any] | None = None
-        self._described_at = float("-inf")
-        self._seen = time.monotonic()
 
     async def images(self, rows: Samples) -> list[Image]:
-        """Images of rows, in their order. GeneratorUnavailableError or GeneratorFailedError."""
+        """Images of rows, in their order. InferenceUnavailableError or InferenceFailedError."""
         pieces = [rows[start : start + _PIECE] for start in range(0, len(rows), _PIECE)]
         made = [item for part in await asyncio.gather(*map(self._images, pieces)) for item in part]
         for item in made:
             if isinstance(item, str):
-                raise GeneratorUnavailableError(item)
+                raise InferenceUnavailableError(item)
         for bundle in self._models.bundles:
             count = int((rows["model"] == bundle.digest.encode("ascii")).sum())
             if count:
@@ -45,54 +42,76 @@ class RemoteGenerator:
         return made
 
     async def _images(self, rows: Samples) -> list[Any]:
-        made: list[Any] = await self._call("generate", to_bytes(rows))
+        made: list[Any] = await self._connection.call("generate", to_bytes(rows))
         if len(made) != len(rows):
-            raise GeneratorFailedError(f"the generator gave {len(made)} images for {len(rows)} samples")
+            raise InferenceFailedError(f"the generator gave {len(made)} images for {len(rows)} samples")
         return made
 
     async def identity(self, digest: str) -> Mapping[str, str]:
         """What draws the images of this bundle, for manifests. Errors as in `images`."""
-        described = await self._describe()
+        described = await self._connection.describe()
         found = described["identities"].get(digest)
         if found is None:
             reasons = "; ".join(described["problems"]) or "restart the service to load it"
-            raise GeneratorUnavailableError(f"the generator has no model with digest {digest[:12]}: {reasons}")
+            raise InferenceUnavailableError(f"the generator has no model with digest {digest[:12]}: {reasons}")
         return dict(found)
 
     async def not_ready(self) -> str | None:
         """Why the generator cannot draw every served model now; None if it can."""
-        try:
-            async with asyncio.timeout(_DESCRIBE_SECONDS):
-                described = await self._describe()
-        except (TimeoutError, GeneratorUnavailableError, GeneratorFailedError):
-            return "the generator is starting or does not answer"
-        missing = [bundle.name for bundle in self._models.bundles if bundle.digest not in described["identities"]]
-        if missing:
-            reasons = "; ".join(described["problems"]) or "restart the service to load them"
-            return f"the generator did not load {', '.join(missing)}: {reasons}"
-        return None
+        wanted = {bundle.digest: bundle.name for bundle in self._models.bundles}
+        return await _not_ready(self._connection, wanted)
 
     async def not_alive(self) -> str | None:
         """Why only a restart can help; None if the generator answers or may yet."""
-        if await self.not_ready() is None or time.monotonic() - self._seen < _LOST_SECONDS:
-            return None
-        return f"the generator has not answered for {_LOST_SECONDS:.0f} s"
+        return None if await self.not_ready() is None else self._connection.not_alive
 
-    async def _describe(self) -> Mapping[str, Any]:
-        now = time.monotonic()
-        if self._described is None or now - self._described_at > _FRESH_SECONDS:
-            self._described = await self._call("describe")
-            self._described_at = now
-        return self._described
 
-    async def _call(self, method: str, *arguments: Any) -> Any:
-        try:
-            result = await getattr(self._client, method)(*arguments)
-        except ServiceUnavailable:
-            raise GeneratorUnavailableError("the generator is overloaded; try again") from None
-        except BentoMLException as error:
-            raise GeneratorFailedError(f"the generator failed: {error}") from error
-        except (OSError, EOFError, TimeoutError) as error:  # aiohttp's errors of connections are OSErrors
-            raise GeneratorUnavailableError("the generator does not answer; try again") from error
-        self._seen = time.monotonic()
-        return result
+class RemoteClassifier:
+    """The classifier service. Use it on one event loop. It is asked only where a served bundle has a classifier."""
+
+    def __init__(self, client: Any, models: Models) -> None:
+        self._connection = Connection(client, "the classifier")
+        self._models = models
+        self._wanted = {b.classifier.digest: b.name for b in models.bundles if b.classifier is not None}
+        self._row_bytes = pixels.row_bytes(b.classifier for b in models.bundles if b.classifier is not None)
+
+    async def logits(self, bundle: Bundle, inputs: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """float32 [N] of uint8 inputs [N, S, S, 3] at the size of the bundle's classifier, which it must have.
+
+        InferenceUnavailableError or InferenceFailedError.
+        """
+        assert bundle.classifier is not None
+        rows = pixels.pack(bundle.classifier.digest, inputs, self._row_bytes)
+        pieces = [rows[start : start + _PIECE] for start in range(0, len(rows), _PIECE)]
+        found = [item for part in await asyncio.gather(*map(self._logits, pieces)) for item in part]
+        for item in found:
+            if isinstance(item, str):
+                raise InferenceUnavailableError(item)
+        images_classified.labels(bundle.name).inc(len(found))
+        return np.array(found, dtype=np.float32)
+
+    async def _logits(self, rows: NDArray[np.uint8]) -> list[Any]:
+        found: list[Any] = await self._connection.call("classify", rows)
+        if len(found) != len(rows):
+            raise InferenceFailedError(f"the classifier gave {len(found)} numbers for {len(rows)} images")
+        return found
+
+    async def not_ready(self) -> str | None:
+        """Why the classifier cannot score for every served model that has one; None if it can, or if none has."""
+        return await _not_ready(self._connection, self._wanted) if self._wanted else None
+
+    async def not_alive(self) -> str | None:
+        """Why only a restart can help; None if the classifier answers, may yet, or is not needed."""
+        return None if await self.not_ready() is None else self._connection.not_alive
+
+
+async def _not_ready(connection: Connection, wanted: Mapping[str, str]) -> str | None:
+    """Why a service lacks one of `wanted` (name of the model by digest); None if it has all."""
+    described = await connection.describe_soon()
+    if described is None:
+        return f"{connection.name} is starting or does not answer"
+    missing = [name for digest, name in wanted.items() if digest not in described["identities"]]
+    if missing:
+        reasons = "; ".join(described["problems"]) or "restart the service to load them"
+        return f"{connection.name} did not load {', '.join(missing)}: {reasons}"
+    return None

@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dermis.dataset.request import NoiseMode
-from dermis.errors import DermisError
 
 if TYPE_CHECKING:
     from dermis.synthesizer import Synthesizer
@@ -35,14 +34,6 @@ SAMPLE = np.dtype(
 Samples = NDArray[Any]  # [N] of dtype SAMPLE
 Image = NDArray[np.uint8]  # [H, W, 3]
 Generate = Callable[[Samples], Awaitable[list[Image]]]
-
-
-class GeneratorUnavailableError(DermisError):
-    """The generator did not answer; it may answer later."""
-
-
-class GeneratorFailedError(DermisError):
-    """The generator answered with an error of its own."""
 
 
 @dataclass(frozen=True)

@@ -134,13 +134,14 @@ def _announce(settings: Settings) -> None:
         if status == 200:
             break
         reason = str(answer.get("detail", ""))
-        if reason not in ("", said) and not reason.startswith("the generator is starting"):
+        if reason not in ("", said) and "is starting" not in reason:
             said = reason
             print(f"dermis is up, but not ready: {reason}", file=sys.stderr, flush=True)
     models = _get(f"{url}/v1/models")[1].get("data", [])
     for model in models:
         shown = f"{model['resolution']} px; {', '.join(model['classes'])}"
-        print(f"  model    {model['name']} ({shown})", flush=True)
+        classifier = f"; classifier {model['classifier']['architecture']}" if model["classifier"] else ""
+        print(f"  model    {model['name']} ({shown}{classifier})", flush=True)
     print(
         f"  API      {url}/v1\n  docs     {url}/docs\n  health   {url}/readyz\n"
         f"dermis is ready at {url} (Ctrl-C stops it; unfinished datasets go on at the next start)",

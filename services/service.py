@@ -1,4 +1,4 @@
-"""The composition root: the gateway in front, the generator behind it, both in one BentoML deployment.
+"""The composition root: the gateway in front, generator and classifier behind it, all in one BentoML deployment.
 
 `bentoml serve services.service:Gateway` runs it, `python -m services.serve` does so with a message for people.
 """
@@ -18,15 +18,17 @@ import bentoml
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from services import logs
+from services.classifier import Classifier
 from services.gateway.app import create_app
 from services.gateway.dependencies import Context
+from services.gateway.uploads import Uploads
 from services.generator import Generator
 from services.jobs.service import DatasetJobs
 from services.jobs.table import JobTable
 from services.jobs.work import Workshop
 from services.models import Models
 from services.orphans import exit_with_parent
-from services.remote import RemoteGenerator
+from services.remote import RemoteClassifier, RemoteGenerator
 from services.settings import settings_of_process
 
 logger = logging.getLogger("dermis.service")
@@ -43,7 +45,10 @@ async def _running() -> AsyncIterator[Context]:
     models = await asyncio.to_thread(Models, _settings.bundles, _settings.default_model)
     for location, problem in models.check().items():
         logger.error("model not served", extra={"location": location, "problem": problem})
-    generator = RemoteGenerator(bentoml.get_current_service().generator.to_async, models)
+    here = bentoml.get_current_service()
+    generator = RemoteGenerator(here.generator.to_async, models)
+    classifier = RemoteClassifier(here.classifier.to_async, models)
+    uploads = Uploads(_settings)
     stopping = threading.Event()
     shop = Workshop(
         table=JobTable(_settings.jobs_url),
@@ -68,13 +73,27 @@ async def _running() -> AsyncIterator[Context]:
         except Exception as error:  # whatever the driver raises
             logger.warning("jobs database", extra={"error": str(error)})
             return "the jobs database cannot be read"
-        return await generator.not_ready()
+        return await generator.not_ready() or await classifier.not_ready()
+
+    async def not_alive() -> str | None:
+        return await generator.not_alive() or await classifier.not_alive()
 
     with _announcing(stopping):
         await asyncio.to_thread(jobs.start)
         try:
-            yield Context(_settings, models, jobs, generator.images, not_ready, generator.not_alive, stopping)
+            yield Context(
+                settings=_settings,
+                models=models,
+                jobs=jobs,
+                generate=generator.images,
+                classify=classifier.logits,
+                uploads=uploads,
+                not_ready=not_ready,
+                not_alive=not_alive,
+                stopping=stopping,
+            )
         finally:
+            uploads.close()
             await asyncio.to_thread(jobs.stop)
 
 
@@ -126,6 +145,7 @@ class Gateway:
     """The public HTTP API. It has no endpoints of BentoML's own."""
 
     generator = bentoml.depends(Generator)
+    classifier = bentoml.depends(Classifier)
 
 
 Gateway.add_asgi_middleware(GatewayOnly)  # type: ignore[attr-defined]  # a BentoML service by now

@@ -20,7 +20,7 @@ class SettingsError(DermisError):
 
 
 class Settings(BaseSettings):
-    """Settings of the gateway, the generator and the dataset jobs."""
+    """Settings of the gateway, the generator, the classifier and the dataset jobs."""
 
     model_config = SettingsConfigDict(env_prefix="DERMIS_", env_file=".env", extra="ignore", frozen=True)
 
@@ -39,13 +39,16 @@ class Settings(BaseSettings):
     default_model: str = Field(
         "demo", description="Model of requests that name none. If it is not served, the first model is."
     )
-    device: str = Field("auto", description="Device of the generator: auto, cpu, cuda, cuda:1, ...")
+    device: str = Field("auto", description="Device of generator and classifier: auto, cpu, cuda, cuda:1, ...")
     backend: str = Field("auto", description="How the generator runs: auto picks the fastest that works here.")
     generator_workers: int = Field(
         1, ge=1, le=64, description="Generator processes. On a CPU each gets an equal share of the cores."
     )
+    classifier_workers: int = Field(
+        1, ge=1, le=64, description="Classifier processes. On a CPU each gets an equal share of the cores."
+    )
     max_batch_size: int = Field(
-        64, ge=2, le=256, description="Most images that the generator takes in one batch across requests."
+        64, ge=2, le=256, description="Most images that generator and classifier take in one batch across requests."
     )
 
     # Where it keeps things
@@ -74,7 +77,16 @@ class Settings(BaseSettings):
         description="Name of this worker in the jobs database. Default: host name and a slot number.",
     )
     image_timeout_seconds: float = Field(
-        120.0, ge=1.0, le=270.0, description="Longest time that a call of /v1/images may take."
+        120.0,
+        ge=1.0,
+        le=270.0,
+        description="Longest time that a call may wait for the generator (/v1/images) or the classifier.",
+    )
+    upload_timeout_seconds: float = Field(
+        60.0, ge=1.0, le=3600.0, description="Longest time that uploaded images may take to arrive."
+    )
+    upload_decoders: int = Field(
+        2, ge=1, le=64, description="Uploaded images that are decoded at one time, 12 bytes of memory a pixel each."
     )
 
     # What it allows
@@ -84,6 +96,14 @@ class Settings(BaseSettings):
     max_images: int = Field(64, ge=1, le=1024, description="Most images in one call of /v1/images.")
     max_waiting_image_calls: int = Field(32, ge=1, description="Most calls of /v1/images in work at one time.")
     max_body_bytes: int = Field(1 << 20, ge=1024, description="Largest request body in bytes.")
+    max_upload_bytes: int = Field(
+        32 << 20, ge=1024, description="Largest upload in bytes: all images of a call together."
+    )
+    max_upload_images: int = Field(32, ge=1, le=1024, description="Most images in one upload.")
+    max_upload_pixels: int = Field(40_000_000, ge=4096, description="Most pixels of one uploaded image, by its header.")
+    max_upload_calls: int = Field(
+        8, ge=1, description="Most calls with uploads in work at one time; each holds its upload in memory."
+    )
     max_event_streams: int = Field(64, ge=1, description="Most event streams open at one time.")
 
     shutdown_seconds: int = Field(

@@ -13,8 +13,11 @@ from typing import Any
 
 import numpy as np
 from fastapi import FastAPI
+from numpy.typing import NDArray
 from starlette.testclient import TestClient
 
+from dermis.bundle import Bundle
+from dermis.classifier.onnx_session import Classifier
 from dermis.dataset.manifest import finalize
 from dermis.dataset.plan import plan
 from dermis.dataset.request import DatasetRequest, classes_of
@@ -22,6 +25,7 @@ from dermis.dataset.shards import write_shard
 from dermis.dataset.store import Store
 from services.gateway.app import create_app
 from services.gateway.dependencies import Context
+from services.gateway.uploads import Uploads
 from services.jobs.service import DatasetJobs
 from services.jobs.table import JobTable
 from services.jobs.work import Workshop
@@ -63,11 +67,25 @@ class FakeGenerator:
 
 
 @dataclass
+class LocalClassifier:
+    """The classifiers of bundles in this process, that can be made to fail."""
+
+    failures: list[Exception] = field(default_factory=list)
+
+    async def logits(self, bundle: Bundle, inputs: NDArray[np.uint8]) -> NDArray[np.float32]:
+        if self.failures:
+            raise self.failures.pop(0)
+        with Classifier(bundle, device="cpu", threads=1) as classifier:
+            return classifier.logits(inputs)
+
+
+@dataclass
 class Service:
     """What a test holds of a running service."""
 
     client: TestClient
     generator: FakeGenerator
+    classifier: LocalClassifier
     jobs: DatasetJobs
     models: Models
     settings: Settings
@@ -114,6 +132,7 @@ class Parts:
 
     app: FastAPI
     generator: FakeGenerator
+    classifier: LocalClassifier
     models: Models
     settings: Settings
     running: list[tuple[DatasetJobs, Workshop]] = field(default_factory=list)
@@ -122,11 +141,12 @@ class Parts:
 def assemble(bundles: Path | str, data_dir: Path, **settings: Any) -> Parts:
     """The gateway with real jobs and a fake generator. Run one at a time: DBOS is one a process."""
     values = Settings(_env_file=None, bundles=(str(bundles),), data_dir=data_dir, min_free_bytes=0, **settings)
-    models = Models(values.bundles)
-    generator = FakeGenerator()
+    models = Models(values.bundles, values.default_model)
+    generator, classifier = FakeGenerator(), LocalClassifier()
 
     @asynccontextmanager
     async def running() -> AsyncIterator[Context]:
+        uploads = Uploads(values)
         shop = Workshop(
             table=JobTable(values.jobs_url),
             models=models,
@@ -147,11 +167,22 @@ def assemble(bundles: Path | str, data_dir: Path, **settings: Any) -> Parts:
 
         await asyncio.to_thread(jobs.start)
         try:
-            yield Context(values, models, jobs, generator.images, not_ready, not_alive, shop.stopping)
+            yield Context(
+                settings=values,
+                models=models,
+                jobs=jobs,
+                generate=generator.images,
+                classify=classifier.logits,
+                uploads=uploads,
+                not_ready=not_ready,
+                not_alive=not_alive,
+                stopping=shop.stopping,
+            )
         finally:
+            uploads.close()
             await asyncio.to_thread(jobs.stop)
 
-    parts = Parts(create_app(values, running), generator, models, values)
+    parts = Parts(create_app(values, running), generator, classifier, models, values)
     return parts
 
 
@@ -162,7 +193,7 @@ def service(bundles: Path | str, data_dir: Path, **settings: Any) -> Iterator[Se
     with TestClient(parts.app, raise_server_exceptions=False) as client:
         jobs, shop = parts.running[0]
         try:
-            yield Service(client, parts.generator, jobs, parts.models, parts.settings, shop)
+            yield Service(client, parts.generator, parts.classifier, jobs, parts.models, parts.settings, shop)
         finally:
             parts.generator.gate.set()
 

@@ -17,8 +17,8 @@ from PIL import Image
 from service_kit import Service, service, wait_for
 
 from dermis.bundle import Bundle
+from services.errors import InferenceFailedError, InferenceUnavailableError
 from services.gateway.dependencies import negotiate
-from services.samples import GeneratorFailedError, GeneratorUnavailableError
 
 BOTH = {"benign": 3, "malignant": 2}
 
@@ -291,11 +291,11 @@ def test_what_is_wrong_with_an_images_request_is_named(served: Service, body: di
 def test_a_generator_that_is_away_or_fails_is_told_apart(served: Service) -> None:
     # A dataset of an earlier test that is still at work would meet the failures in place of these calls.
     wait_for(lambda: not any(job.active for job in served.jobs.page(100)))
-    served.generator.failures.append(GeneratorUnavailableError("the generator does not answer"))
+    served.generator.failures.append(InferenceUnavailableError("the generator does not answer"))
     away = served.client.post("/v1/images", json={"classes": {"benign": 1}})
     problem(away, 503, "not-ready")
     assert away.headers["retry-after"]
-    served.generator.failures.append(GeneratorFailedError("secret detail"))
+    served.generator.failures.append(InferenceFailedError("secret detail"))
     failed = served.client.post("/v1/images", json={"classes": {"benign": 1}})
     assert "secret" not in problem(failed, 500, "internal")["detail"]
 

@@ -15,10 +15,10 @@ from service_kit import Service, make_directly, service, wait_for
 from dermis.bundle import Bundle
 from dermis.dataset.store import Store
 from dermis.dataset.verify import verify
+from services.errors import InferenceFailedError, InferenceUnavailableError
 from services.jobs import work, workflow
 from services.jobs.lease import executor_slot
 from services.jobs.table import IdempotencyConflictError, Job, JobTable, TooManyActiveError
-from services.samples import GeneratorFailedError, GeneratorUnavailableError
 
 REQUEST: dict[str, Any] = {"classes": {"benign": 70, "malignant": 30}, "seed": 3, "shard_size": 9}
 
@@ -138,9 +138,9 @@ def test_a_generator_that_comes_back_is_waited_for_and_one_that_keeps_failing_is
     monkeypatch.setattr(work, "_FIRST_PAUSE_SECONDS", 0.01)
     few = REQUEST | {"shard_size": 50}
     with service(tiny_bundle.location, tmp_path / "data", shard_concurrency=1) as running:
-        running.generator.failures += [GeneratorUnavailableError("restarting"), GeneratorFailedError("once")]
+        running.generator.failures += [InferenceUnavailableError("restarting"), InferenceFailedError("once")]
         assert running.wait(running.ask(few))["state"] == "succeeded"
-        running.generator.failures += [GeneratorFailedError("always")] * 3
+        running.generator.failures += [InferenceFailedError("always")] * 3
         dataset = running.wait(running.ask(few | {"seed": 4}))
         assert dataset["state"] == "failed"
         assert dataset["error"]["type"] == "urn:dermis:problem:internal"

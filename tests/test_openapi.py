@@ -9,8 +9,10 @@ from pathlib import Path
 
 import uvicorn
 from service_kit import assemble, wait_for
+from tiny import make_bundle
+from tiny_classifier import make_classifier
 
-from dermis.bundle import Bundle
+from dermis.bundle import amend_bundle
 
 # Not among the checks: that whatever fits the schema is accepted. Limits of the service and of the model are no schema.
 CHECKS = (
@@ -26,8 +28,10 @@ CHECKS = (
 )
 
 
-def test_every_answer_is_documented_and_none_is_a_server_error(tiny_bundle: Bundle, tmp_path: Path) -> None:
-    parts = assemble(tiny_bundle.location, tmp_path / "data", max_samples_per_dataset=1000, max_images=8)
+def test_every_answer_is_documented_and_none_is_a_server_error(tmp_path: Path) -> None:
+    make_classifier(tmp_path / "classifier")
+    amend_bundle(make_bundle(tmp_path / "tiny"), classifier=tmp_path / "classifier")
+    parts = assemble(tmp_path / "tiny", tmp_path / "data", max_samples_per_dataset=1000, max_images=8)
     server = uvicorn.Server(uvicorn.Config(parts.app, port=0, log_level="error", timeout_graceful_shutdown=5))
     thread = threading.Thread(target=server.run)
     thread.start()

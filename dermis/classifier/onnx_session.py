@@ -7,6 +7,7 @@ with Classifier("bundles/demo") as classifier:
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,13 +39,13 @@ class Classifier:
     if None); on CUDA in batches of one fixed size. Safe to call from several threads.
 
     source: a bundle, or the folder or fsspec URL of a classifier or of a bundle. device: "auto" (CUDA where ONNX Runtime
-    has it and it works, else the CPU), "cpu" or "cuda". Raises BundleError if the source has no classifier that is
+    has it and it works, else the CPU), "cpu", "cuda" or "cuda:1". Raises BundleError if the source has no classifier that is
     whole, DermisError if the device cannot be had.
     """
 
     def __init__(self, source: Bundle | str | Path, *, device: str = "auto", threads: int | None = None) -> None:
-        if device not in ("auto", "cpu", "cuda"):
-            raise DermisError(f'device: "{device}" is none of auto, cpu, cuda')
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+            raise DermisError(f'device: "{device}" is none of auto, cpu, cuda, cuda:1, ...')
         if threads is not None and threads < 1:
             raise DermisError(f"threads: must be at least 1; got {threads}")
         self.description, location = find_classifier(source)
@@ -155,7 +156,8 @@ def _session(model: bytes, device: str, where: str) -> Any:
     options.use_deterministic_compute = True
     options.log_severity_level = 4  # what matters comes as an exception, or is asked for below
     # Exhaustive search would pick algorithms by their time, and so another one in the next process.
-    cuda = (_CUDA, {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"})
+    number = device.partition(":")[2] or "0"
+    cuda = (_CUDA, {"device_id": number, "cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"})
     wanted: list[Any] = [_CPU]
     if device != "cpu" and _CUDA in ort.get_available_providers():
         wanted = [cuda, _CPU]
@@ -166,8 +168,8 @@ def _session(model: bytes, device: str, where: str) -> Any:
     except Exception as error:  # ONNX Runtime's errors share no class
         raise BundleError(f"{where}: ONNX Runtime does not take it: {_first_line(error)}") from None
     # Asked for and built in is not yet working: without the libraries of CUDA it falls back to the CPU.
-    if device == "cuda" and session.get_providers()[0] != _CUDA:
-        raise DermisError("device: cuda asked for, but ONNX Runtime sees no CUDA device here; use cpu or auto")
+    if device.startswith("cuda") and session.get_providers()[0] != _CUDA:
+        raise DermisError(f"device: {device} asked for, but ONNX Runtime sees no CUDA device here; use cpu or auto")
     return session
 
 

@@ -22,11 +22,12 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dermis import __version__
+from dermis.classifier.description import NOTICE
 from dermis.dataset.request import DatasetRequest
 from services.gateway import metrics, problems
 from services.gateway.dependencies import Context
 from services.gateway.problems import problem_response
-from services.gateway.routes import datasets, docs, files, health, images, models
+from services.gateway.routes import classifications, datasets, docs, files, health, images, models
 from services.gateway.schemas import Dataset, ImagesRequest
 from services.settings import Settings
 
@@ -34,10 +35,13 @@ logger = logging.getLogger("dermis.http")
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _EXPOSED = ["Location", "ETag", "Accept-Ranges", "Content-Range", "Retry-After", "X-Request-Id", "X-Dermis-Model"]
-_DESCRIPTION = """Synthetic dermoscopy: ask for images of lesions that no patient had.
+_DESCRIPTION = f"""Synthetic dermoscopy: ask for images of lesions that no patient had.
 
-`POST /v1/datasets` makes a dataset in the background; `POST /v1/images` a few images at once; `GET /v1/models` tells what
-there is to ask for. Every error is a problem document (RFC 9457)."""
+`POST /v1/datasets` makes a dataset in the background; `POST /v1/images` a few images at once; `POST /v1/classifications`
+says what a classifier makes of images that you send; `GET /v1/models` tells what there is to ask for. Every error is a
+problem document (RFC 9457).
+
+**{NOTICE}**"""
 
 
 def create_app(settings: Settings, running: Callable[[], AbstractAsyncContextManager[Context]]) -> FastAPI:
@@ -61,7 +65,7 @@ def create_app(settings: Settings, running: Callable[[], AbstractAsyncContextMan
         generate_unique_id_function=lambda route: route.name,
     )
     problems.install(app)
-    for routes in (datasets, files, images, models, health, docs):
+    for routes in (datasets, files, images, classifications, models, health, docs):
         app.include_router(routes.router)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     if settings.cors_origins:

@@ -10,12 +10,17 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import IO, Annotated, Any, Protocol, TypeVar, cast
 
+import numpy as np
 from fastapi import Depends, Header
+from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 
+from dermis.bundle import Bundle
 from dermis.dataset.request import DatasetRequest
+from services.gateway.bodies import read_bytes
 from services.gateway.problems import FieldError, ProblemError, field_errors, invalid_request
+from services.gateway.uploads import Uploads
 from services.jobs.table import Job
 from services.models import Models
 from services.samples import Generate
@@ -26,6 +31,9 @@ _KEY = re.compile(r"[\x21-\x7e]{1,255}")
 _DATASET_ID = re.compile(r"ds_[0-9a-f]{32}")
 
 M = TypeVar("M", bound=BaseModel)
+
+Classify = Callable[[Bundle, NDArray[np.uint8]], Awaitable[NDArray[np.float32]]]
+"""(bundle with a classifier, uint8 [N, S, S, 3]) -> logits [N]."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,8 @@ class Context:
     models: Models
     jobs: Jobs
     generate: Generate
+    classify: Classify
+    uploads: Uploads
     not_ready: Callable[[], Awaitable[str | None]]  # None when ready, else what is missing
     not_alive: Callable[[], Awaitable[str | None]]  # None when alive, else why the process should be restarted
     stopping: threading.Event = field(default_factory=threading.Event)  # set when the process is asked to end
@@ -147,23 +157,7 @@ async def read_body(request: Request, limit: int) -> bytes:
     media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if media_type != "application/json" and not re.fullmatch(r"application/[\w.-]+\+json", media_type):
         raise ProblemError("unsupported-media-type", "send the body as application/json (header Content-Type)")
-    if request.headers.get("content-encoding", "identity").lower() != "identity":
-        raise ProblemError("unsupported-media-type", "send the body without a Content-Encoding")
-    too_large = ProblemError("too-large", f"the body may have at most {limit} bytes", headers={"Connection": "close"})
-    length = request.headers.get("content-length", "")
-    if length.isdigit() and len(length) < 20 and int(length) > limit:
-        raise too_large
-    chunks: list[bytes] = []
-    size = 0
-    try:
-        async for chunk in request.stream():
-            size += len(chunk)
-            if size > limit:
-                raise too_large
-            chunks.append(chunk)
-    except ClientDisconnect:
-        raise ProblemError("bad-request", "the body ended early") from None
-    return b"".join(chunks)
+    return await read_bytes(request, limit)
 
 
 async def read_model(request: Request, model: type[M], defaults: Mapping[str, Any] | None = None) -> M:

@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 images_generated = Counter("dermis_images_generated_total", "Images that the generator has made.", ["model"])
+images_classified = Counter("dermis_images_classified_total", "Images that the classifier has scored.", ["model"])
 request_seconds = Histogram(
     "dermis_http_request_duration_seconds",
     "Time from a request to the last byte of its answer.",

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.routing import Match, Route
 
 from dermis.errors import BundleError, DermisError, RequestError, StorageError
-from services.samples import GeneratorUnavailableError
+from services.errors import InferenceUnavailableError
 
 PROBLEM_MEDIA_TYPE = "application/problem+json"
 _MAX_ERRORS = 20
@@ -29,13 +29,17 @@ KINDS: Mapping[str, tuple[int, str]] = {
     "unknown-model": (404, "Unknown model"),
     "method-not-allowed": (405, "Method not allowed"),
     "not-acceptable": (406, "No acceptable representation"),
+    "upload-timeout": (408, "The upload took too long"),
     "dataset-not-ready": (409, "The dataset is not ready"),
     "idempotency-conflict": (409, "The idempotency key was used for another request"),
     "too-large": (413, "The body is too large"),
+    "image-too-large": (413, "An image has too many pixels"),
     "unsupported-media-type": (415, "Unsupported media type"),
     "range-not-satisfiable": (416, "The range lies outside the file"),
     "invalid-request": (422, "The request is not valid"),
     "unknown-class": (422, "Unknown class"),
+    "unusable-image": (422, "An image cannot be used"),
+    "no-classifier": (422, "The model has no classifier"),
     "request-too-large": (422, "The request asks for too much"),
     "internal": (500, "Internal error"),
     "model-unavailable": (503, "The model cannot be served"),
@@ -151,7 +155,7 @@ def problem_of(error: Exception) -> ProblemError:
         return invalid_request(field_errors(cast("list[Mapping[str, Any]]", error.errors(include_url=False))))
     if isinstance(error, BundleError):
         return ProblemError("model-unavailable", str(error))
-    if isinstance(error, GeneratorUnavailableError):
+    if isinstance(error, InferenceUnavailableError):
         return ProblemError("not-ready", str(error), headers={"Retry-After": "5"})
     if isinstance(error, StorageError):
         place, _, what = str(error).partition(": ")

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from dermis.bundle import Bundle
+from dermis.classifier.description import NOTICE, Description
 from dermis.dataset.request import DatasetRequest, classes_of
 from dermis.imaging import ImageFormat
 from dermis.latents import MAX_INDEX, MAX_SEED
@@ -135,6 +136,70 @@ class SampleList(Answer):
     data: list[Sample]
 
 
+class ClassificationModel(ModelRef):
+    """Which bundle classified the images, and with which classifier."""
+
+    classifier: str = Field(description="SHA-256 of classifier.json, which holds the SHA-256 of the network.")
+
+
+class ThresholdUsed(Answer):
+    """What the calibrated probability was compared with."""
+
+    name: str | None = Field(description="Null if the request gave a number.")
+    value: float = Field(ge=0, le=1)
+
+
+class Classification(Answer):
+    """What the classifier says of one image."""
+
+    index: int = Field(ge=0, description="Place of the image in the request, from 0.")
+    probability: float = Field(ge=0, le=1, description="Of the positive class, as the network has it.")
+    calibrated: float = Field(ge=0, le=1, description="The same, calibrated on validation data: what thresholds mean.")
+    class_: str = Field(alias="class", serialization_alias="class", description="Positive from the threshold on.")
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+
+
+class ClassificationList(Answer):
+    """What the classifier says of the images of one call, in their order."""
+
+    object: Literal["list"] = "list"
+    model: ClassificationModel
+    positive_class: str = Field(description="What the probabilities are of.")
+    threshold: ThresholdUsed
+    data: list[Classification]
+    notice: str = Field(description="What these numbers are not for.")
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={
+            "examples": [
+                {
+                    "object": "list",
+                    "model": {"name": "demo", "digest": "f7e4" * 16, "classifier": "09ab" * 16},
+                    "positive_class": "malignant",
+                    "threshold": {"name": "sensitivity_90", "value": 0.125},
+                    "data": [{"index": 0, "probability": 0.25, "calibrated": 0.1875, "class": "malignant"}],
+                    "notice": NOTICE,
+                }
+            ]
+        },
+    )
+
+
+class ModelClassifier(Answer):
+    """The classifier of a served bundle."""
+
+    digest: str = Field(description="SHA-256 of classifier.json: the identity of the classifier.")
+    architecture: str
+    input_size: int = Field(description="Side in px of the centred square that the network sees.")
+    classes: list[str]
+    positive_class: str
+    temperature: float
+    thresholds: dict[str, float] = Field(description="By name, on the calibrated probability.")
+    metrics: dict[str, Any]
+
+
 class Model(Answer):
     """A served bundle."""
 
@@ -151,6 +216,7 @@ class Model(Answer):
     attribution: str | None
     kimg: float | None
     metrics: dict[str, Any]
+    classifier: ModelClassifier | None = Field(description="Null if the bundle has none.")
 
 
 class ModelWithCard(Model):
@@ -227,7 +293,21 @@ def _model_fields(bundle: Bundle, default: bool) -> dict[str, Any]:
         "attribution": _text(bundle.provenance, "attribution"),
         "kimg": _number(bundle.provenance, "kimg"),
         "metrics": dict(bundle.metrics),
+        "classifier": None if bundle.classifier is None else _classifier_of(bundle.classifier),
     }
+
+
+def _classifier_of(described: Description) -> ModelClassifier:
+    return ModelClassifier(
+        digest=described.digest,
+        architecture=described.architecture,
+        input_size=described.input.size,
+        classes=list(described.class_names),
+        positive_class=described.positive_class,
+        temperature=described.temperature,
+        thresholds=dict(described.thresholds),
+        metrics=dict(described.metrics),
+    )
 
 
 def _text(values: Mapping[str, Any], key: str) -> str | None:

@@ -26,11 +26,12 @@ from dermis.dataset.request import DatasetRequest, classes_of
 from dermis.dataset.shards import write_shard
 from dermis.dataset.store import Store
 from dermis.errors import StorageError
+from services.errors import InferenceFailedError, InferenceUnavailableError
 from services.gateway.metrics import dataset_samples
 from services.gateway.problems import problem, problem_of
 from services.jobs.table import Job, JobTable
 from services.models import Models
-from services.samples import Generate, GeneratorFailedError, GeneratorUnavailableError, Image, Options, pack
+from services.samples import Generate, Image, Options, pack
 
 logger = logging.getLogger("dermis.jobs")
 
@@ -207,10 +208,10 @@ def _patiently(shop: Workshop, job_id: str, call: Callable[[], Awaitable[Any]]) 
     while True:
         try:
             return _await(shop, call())
-        except GeneratorUnavailableError:
+        except InferenceUnavailableError:
             if time.monotonic() > deadline:
                 raise
-        except GeneratorFailedError:
+        except InferenceFailedError:
             failures += 1
             if failures >= _FAILURES:
                 raise

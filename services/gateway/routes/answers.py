@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from dermis.reading import FORMATS
 from services.gateway.problems import KINDS, PROBLEM_MEDIA_TYPE
 
 Responses = dict[int | str, dict[str, Any]]
@@ -47,3 +48,16 @@ def json_body(model: str) -> dict[str, Any]:
     """Documentation of a body that the route reads by itself, as the component `model`."""
     schema = {"$ref": f"#/components/schemas/{model}"}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def image_body(field: str) -> dict[str, Any]:
+    """Documentation of a body that is one or more uploaded images: parts called `field`, or one image by itself."""
+    image = {"type": "string", "format": "binary"}
+    form = {
+        "type": "object",
+        "properties": {field: {"type": "array", "items": image, "minItems": 1, "description": "PNG, JPEG or WebP."}},
+        "required": [field],
+        "additionalProperties": False,
+    }
+    kinds = {"multipart/form-data": {"schema": form}, **{kind: {"schema": image} for kind in FORMATS.values()}}
+    return {"requestBody": {"required": True, "content": kinds}}

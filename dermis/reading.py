@@ -1,0 +1,154 @@
+"""Read an image that somebody sent: PNG, JPEG or WebP by content, within limits, as 8-bit RGB and nothing else.
+
+Nothing of the file but its pixels is kept: no EXIF, no colour profile, no text. The size is looked up in the header before
+anything is decoded.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from dermis.errors import DermisError
+from dermis.imaging import Images
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+MAX_PIXELS = 40_000_000
+FORMATS = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
+_FORMAT_NAMES = "PNG, JPEG or WebP"
+# A JPEG may hold any number of scans, each as costly to decode as the whole image; encoders make about ten.
+_MAX_SCANS = 100
+_ORIENTATION = 0x0112  # EXIF's tag
+
+ImageErrorKind = Literal["unsupported", "too-large", "unusable"]
+
+
+class ImageError(DermisError):
+    """An image that is not read. The message says why and what to do, but not which image: that is for the caller.
+
+    kind: "unsupported" (no format that is read), "too-large" (pixels), "unusable" (empty, damaged, animated).
+    """
+
+    def __init__(self, kind: ImageErrorKind, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+def read_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Images:
+    """uint8 [H, W, 3] of an encoded image, turned upright as its EXIF orientation says. Raises ImageError.
+
+    1-bit, grey, palette and CMYK images become RGB by Pillow's plain conversion, 16-bit ones by their upper byte;
+    transparency is left out, and colours show as they are stored. So does `dermis data prepare` it. The pictures that
+    phones hide behind the first one of a JPEG are left out; animated PNG and WebP files are refused.
+    """
+    from PIL import Image
+
+    if not data:
+        raise ImageError("unusable", "is empty (0 bytes); send the image file")
+    kind = _format_of(data)
+    if kind is None:
+        raise ImageError("unsupported", f"is no {_FORMAT_NAMES} image; convert it to PNG")
+    _check_size(_header_size(data, kind), max_pixels)
+    if kind == "JPEG" and data.count(b"\xff\xda") > _MAX_SCANS:
+        raise ImageError("unusable", f"is a JPEG of more than {_MAX_SCANS} scans; save it again as a baseline JPEG")
+    try:
+        with Image.open(io.BytesIO(data), formats=[kind]) as image:
+            _check_size(image.size, max_pixels)
+            if kind != "JPEG" and (frames := getattr(image, "n_frames", 1)) > 1:
+                raise ImageError("unusable", f"is animated ({frames} frames); send one of its frames as an image")
+            image.load()
+            return np.asarray(_upright(_to_rgb(image), _orientation(image)))
+    except (ImageError, MemoryError):
+        raise
+    except Exception as error:  # Pillow's plugins raise what they like
+        if "truncated" in str(error).lower():
+            raise ImageError("unusable", "ends early (truncated); send the whole file") from None
+        raise ImageError("unusable", f"cannot be decoded as {kind}; it is damaged, save it again") from None
+
+
+def _format_of(data: bytes) -> str | None:
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "PNG"
+    if data.startswith(b"\xff\xd8\xff"):
+        return "JPEG"
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "WEBP"
+    return None
+
+
+def _check_size(size: tuple[int, int] | None, max_pixels: int) -> None:
+    if size is not None and size[0] * size[1] > max_pixels:
+        message = f"is {size[0]:,} x {size[1]:,} px; at most {max_pixels:,} pixels are read: scale it down"
+        raise ImageError("too-large", message)
+
+
+def _header_size(data: bytes, kind: str) -> tuple[int, int] | None:
+    """Width and height as the header has them; None where it has none (the decoder will say so).
+
+    Read here, as Pillow makes room for a WebP's whole canvas when it opens the file.
+    """
+    if kind == "PNG":
+        return _number(data[16:20]), _number(data[20:24])
+    if kind == "JPEG":
+        return _jpeg_size(data)
+    if data[12:16] == b"VP8X":
+        return _number(data[24:27], "little") + 1, _number(data[27:30], "little") + 1
+    if data[12:16] == b"VP8L":
+        bits = _number(data[21:25], "little")
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    return _number(data[26:28], "little") & 0x3FFF, _number(data[28:30], "little") & 0x3FFF
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """From the first frame header (SOF). ITU T.81, annex B."""
+    place = 2
+    while place + 9 <= len(data) and data[place] == 0xFF:
+        marker = data[place + 1]
+        if marker == 0xFF:  # a fill byte
+            place += 1
+        elif marker == 0x01 or 0xD0 <= marker <= 0xD7:  # markers without a segment
+            place += 2
+        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            return _number(data[place + 7 : place + 9]), _number(data[place + 5 : place + 7])
+        else:
+            place += 2 + _number(data[place + 2 : place + 4])
+    return None
+
+
+def _number(data: bytes, order: Literal["big", "little"] = "big") -> int:
+    return int.from_bytes(data, order)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):  # Pillow would cut off at 255 what reaches to 65535
+        from PIL import Image
+
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    return image.convert("RGB")
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        found = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # EXIF is often damaged, which is no reason to refuse the picture
+        return 1
+    return found if isinstance(found, int) else 1
+
+
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
+    from PIL.Image import Transpose
+
+    turns = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }
+    return image.transpose(turns[orientation]) if orientation in turns else image

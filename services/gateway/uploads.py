@@ -1,0 +1,193 @@
+"""Uploaded images: read within limits, decoded off the event loop, never written to a disk, never logged, never kept.
+
+A body is multipart/form-data with one or more parts called `files`, or one image by itself. Starlette's own form parser
+would put files above 1 MB into temporary files, so python-multipart, which it is built on, is used here directly: it finds
+the parts in a body that is in memory and not larger than the limit. What a file is called and what it says it is count for
+nothing; `dermis.reading` goes by its content.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
+
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+from starlette.requests import Request
+
+from dermis.imaging import Images
+from dermis.reading import FORMATS, ImageError, read_image
+from services.gateway.bodies import read_bytes
+from services.gateway.problems import FieldError, ProblemError, invalid_request
+from services.settings import Settings
+
+FIELD = "files"
+MULTIPART = "multipart/form-data"
+_BUSY = {"Retry-After": "5"}
+_KINDS = {"unsupported": "unsupported-media-type", "too-large": "image-too-large", "unusable": "unusable-image"}
+
+T = TypeVar("T")
+
+# Pillow logs what EXIF says at DEBUG, python-multipart what a malformed body has at WARNING.
+logging.getLogger("PIL").setLevel(logging.WARNING)
+logging.getLogger("python_multipart").setLevel(logging.ERROR)
+
+
+class Uploads:
+    """Reads uploads: a bounded number of calls at a time, a bounded number of images decoded at a time."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._decoders = ThreadPoolExecutor(settings.upload_decoders, thread_name_prefix="dermis-decode")
+        self._calls = 0
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """A place among the calls in work, to be held as long as anything of the upload is. ProblemError if all are taken."""
+        if self._calls >= self._settings.max_upload_calls:
+            raise ProblemError("overloaded", "too many calls with uploads are in work; try again", headers=_BUSY)
+        self._calls += 1
+        try:
+            yield
+        finally:
+            self._calls -= 1
+
+    async def images(self, request: Request, each: Callable[[Images], T]) -> list[T]:
+        """What `each` makes of every image of the upload, uint8 [H, W, 3], in order.
+
+        `each` runs in the decoder's thread, so that no more full-size images exist than there are decoders. ProblemError
+        names what is wrong: `files[2]` for the third file, `body` for an image sent by itself.
+        """
+        files, names = await self._files(request)
+        loop = asyncio.get_running_loop()
+        decode = [loop.run_in_executor(self._decoders, self._decode, files, i, each) for i in range(len(files))]
+        found = await asyncio.gather(*decode, return_exceptions=True)
+        refused: list[tuple[str, ImageError]] = []
+        done: list[T] = []
+        for name, outcome in zip(names, found, strict=True):
+            if isinstance(outcome, ImageError):
+                refused.append((name, outcome))
+            elif isinstance(outcome, BaseException):
+                raise outcome
+            else:
+                done.append(outcome)
+        if refused:
+            raise _refusal(refused)
+        return done
+
+    def close(self) -> None:
+        """Give the threads back."""
+        self._decoders.shutdown(wait=False, cancel_futures=True)
+
+    def _decode(self, files: list[bytes], place: int, each: Callable[[Images], T]) -> T:
+        data, files[place] = files[place], b""  # let go of the encoded bytes as soon as may be
+        return each(read_image(data, max_pixels=self._settings.max_upload_pixels))
+
+    async def _files(self, request: Request) -> tuple[list[bytes], list[str]]:
+        """The encoded images of a request, and what each is called in problems."""
+        header = request.headers.get("content-type")
+        kind, options = parse_options_header(header.encode("latin-1") if header else None)
+        media_type = kind.decode("latin-1").strip().lower()
+        if media_type != MULTIPART and not media_type.startswith("image/"):
+            known = ", ".join(FORMATS.values())
+            raise ProblemError(
+                "unsupported-media-type",
+                f"send {MULTIPART} with one part {FIELD} for each image, or one image with its Content-Type ({known})",
+            )
+        try:
+            async with asyncio.timeout(self._settings.upload_timeout_seconds):
+                body = await read_bytes(request, self._settings.max_upload_bytes)
+        except TimeoutError:
+            seconds = f"{self._settings.upload_timeout_seconds:g} s"
+            raise ProblemError(
+                "upload-timeout",
+                f"the body did not arrive in {seconds}; send fewer images",
+                headers={"Connection": "close"},
+            ) from None
+        if media_type != MULTIPART:
+            return [body], ["body"]
+        files = await asyncio.to_thread(_split, body, options.get(b"boundary", b""))
+        most = self._settings.max_upload_images
+        if not files:
+            raise invalid_request([FieldError(field=FIELD, message="send at least one image")])
+        if len(files) > most:
+            message = f"{len(files)} images; at most {most} are taken in one call: send several calls"
+            raise ProblemError(
+                "request-too-large", f"{FIELD}: {message}", errors=[FieldError(field=FIELD, message=message)]
+            )
+        return files, [f"{FIELD}[{i}]" for i in range(len(files))]
+
+
+def _refusal(refused: Sequence[tuple[str, ImageError]]) -> ProblemError:
+    """One problem for all images that are refused; its kind is that of the first."""
+    errors = [FieldError(field=name, message=str(error)) for name, error in refused[:20]]
+    more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
+    return ProblemError(_KINDS[refused[0][1].kind], f"{errors[0].field}: {errors[0].message}{more}", errors=errors)
+
+
+def _split(body: bytes, boundary: bytes) -> list[bytes]:
+    """The content of every part `files` of a multipart body. ProblemError if it is none, or has parts of other names."""
+    files: list[bytes] = []
+    headers: list[list[bytes]] = []
+    pieces: list[bytes] = []
+    ended = False
+
+    def begin() -> None:
+        headers.clear()
+        pieces.clear()
+
+    def header_begin() -> None:
+        headers.append([b"", b""])
+
+    def header_field(data: bytes, start: int, end: int) -> None:
+        headers[-1][0] += data[start:end]
+
+    def header_value(data: bytes, start: int, end: int) -> None:
+        headers[-1][1] += data[start:end]
+
+    def content(data: bytes, start: int, end: int) -> None:
+        pieces.append(data[start:end])
+
+    def headers_finished() -> None:
+        told = {name.lower(): value for name, value in headers}
+        options = parse_options_header(told.get(b"content-disposition"))[1]
+        name = options.get(b"name", b"").decode("utf-8", "replace")
+        if name != FIELD:
+            message = f"unknown part; images go into parts called {FIELD}, options into the query"
+            raise invalid_request([FieldError(field=name[:100] or "body", message=message)])
+
+    def finish() -> None:
+        files.append(b"".join(pieces))
+        pieces.clear()
+
+    def end() -> None:
+        nonlocal ended
+        ended = True
+
+    malformed = f"the body is not {MULTIPART} with the boundary that Content-Type names"
+    if not boundary:
+        raise ProblemError("bad-request", f"Content-Type: {MULTIPART} needs a boundary; let your HTTP library set it")
+    try:
+        parser = MultipartParser(
+            boundary,
+            {
+                "on_part_begin": begin,
+                "on_header_begin": header_begin,
+                "on_header_field": header_field,
+                "on_header_value": header_value,
+                "on_headers_finished": headers_finished,
+                "on_part_data": content,
+                "on_part_end": finish,
+                "on_end": end,
+            },
+        )
+        parser.write(body)
+    except FormParserError:
+        raise ProblemError("bad-request", malformed) from None
+    if not ended:
+        raise ProblemError("bad-request", f"{malformed}, or it ended early")
+    return files

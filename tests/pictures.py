@@ -1,0 +1,121 @@
+"""Image files of every kind that people send, good and bad."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+rng = np.random.default_rng(0)
+# Smooth, so that JPEG keeps it nearly as it is; not symmetric, so that every turn shows.
+_y, _x = np.mgrid[0:30, 0:40]
+PIXELS = np.stack([_x * 6, _y * 8, (_x + _y) * 3], axis=2).astype(np.uint8)
+
+
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def picture(kind: str = "PNG", mode: str = "RGB", **options: Any) -> bytes:
+    """PIXELS as a file."""
+    image = Image.fromarray(PIXELS)
+    return encoded(image.quantize(256) if mode == "P" else image.convert(mode), kind, **options)
+
+
+def chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def png(width: int, height: int, depth: int, colour: int, rows: bytes, *more: bytes) -> bytes:
+    """A PNG from its raw parts; `more` are chunks before the pixels."""
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + b"".join(more) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def sixteen_bit(colour: int, channels: int) -> bytes:
+    """PIXELS as a 16-bit PNG of this colour type, the lower byte random; grey is the red channel."""
+    upper = PIXELS[..., [0, 0, 0][:channels] if channels < 3 else [0, 1, 2]]
+    if channels in (2, 4):
+        upper = np.concatenate([upper[..., : channels - 1], np.full_like(upper[..., :1], 255)], axis=2)
+    both = np.stack([upper, rng.integers(0, 256, upper.shape, dtype=np.uint8)], axis=3)
+    rows = b"".join(b"\0" + row.tobytes() for row in both)
+    return png(40, 30, 16, colour, zlib.compress(rows))
+
+
+def bomb(side: int = 13_000) -> bytes:
+    """A PNG of some 20 kB whose pixels are hundreds of megabytes."""
+    squeezed, row = zlib.compressobj(9), bytes(1 + side // 8)
+    packed = b"".join(squeezed.compress(row) for _ in range(side))
+    return png(side // 8 * 8, side, 1, 0, packed + squeezed.flush())
+
+
+def with_exif(orientation: int = 1, kind: str = "JPEG") -> bytes:
+    """PIXELS stored in this EXIF orientation, with a name and a place."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    exif[0x013B] = exif[0x010E] = "Jane Q. Patient"
+    exif.get_ifd(0x8825)[1] = "N"
+    exif.get_ifd(0x8825)[2] = (52.0, 31.0, 12.0)
+    return encoded(Image.fromarray(PIXELS), kind, exif=exif, **({"quality": 95} if kind == "JPEG" else {}))
+
+
+def scans(number: int) -> bytes:
+    """A progressive JPEG that goes on with copies of its last scan."""
+    data = picture("JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    return data[:-2] + data[last:-2] * number + b"\xff\xd9"
+
+
+def webp_header(width: int, height: int) -> bytes:
+    canvas = struct.pack("<I", width - 1)[:3] + struct.pack("<I", height - 1)[:3]
+    body = b"WEBPVP8X" + struct.pack("<I", 10) + bytes(4) + canvas
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+def jpeg_header(width: int, height: int) -> bytes:
+    """A JPEG that says it is so large."""
+    data = picture("JPEG")
+    frame = data.index(b"\xff\xc0")
+    return data[: frame + 5] + struct.pack(">HH", height, width) + data[frame + 9 :]
+
+
+def animated(kind: str) -> bytes:
+    frames = [Image.fromarray(np.roll(PIXELS, 5 * i, axis=1)) for i in range(3)]
+    return encoded(frames[0], kind, save_all=True, append_images=frames[1:])
+
+
+# name -> (file, kind of the problem, words of its message)
+BAD: dict[str, tuple[Callable[[], bytes], str, str]] = {
+    "0 bytes": (lambda: b"", "unusable-image", "is empty"),
+    "text": (lambda: b"hello, this is no image", "unsupported-media-type", "convert it to PNG"),
+    "a page": (lambda: b"<html><body>404</body></html>", "unsupported-media-type", "is no PNG, JPEG or WebP"),
+    "GIF": (lambda: picture("GIF"), "unsupported-media-type", "is no PNG, JPEG or WebP"),
+    "TIFF": (lambda: picture("TIFF"), "unsupported-media-type", "is no PNG, JPEG or WebP"),
+    "SVG": (lambda: b"<svg xmlns='http://www.w3.org/2000/svg'/>", "unsupported-media-type", "is no PNG"),
+    "a signature alone": (lambda: b"\x89PNG\r\n\x1a\n", "unusable-image", "damaged"),
+    "truncated PNG": (lambda: picture()[:-60], "unusable-image", "truncated"),
+    "truncated JPEG": (lambda: picture("JPEG")[:-200], "unusable-image", "truncated"),
+    "JPEG of a header": (lambda: picture("JPEG")[:100], "unusable-image", "truncated"),
+    "truncated WebP": (lambda: picture("WEBP")[:-20], "unusable-image", "damaged"),
+    "damaged PNG": (lambda: png(40, 30, 8, 2, b"\x78\x9cgarbage"), "unusable-image", "damaged"),
+    "PNG of no pixels": (lambda: png(0, 30, 8, 2, zlib.compress(b"")), "unusable-image", "damaged"),
+    "animated PNG": (lambda: animated("PNG"), "unusable-image", "animated (3 frames)"),
+    "animated WebP": (lambda: animated("WEBP"), "unusable-image", "animated (3 frames)"),
+    "PNG of 60,000 px": (lambda: png(60000, 60000, 8, 2, b""), "image-too-large", "60,000 x 60,000 px"),
+    "JPEG of 60,000 px": (lambda: jpeg_header(60000, 60000), "image-too-large", "60,000 x 60,000 px"),
+    "WebP of 60,000 px": (lambda: webp_header(60000, 60000), "image-too-large", "60,000 x 60,000 px"),
+    "PNG bomb": (bomb, "image-too-large", "13,000 px"),
+    "bomb of text": (
+        lambda: png(40, 30, 8, 2, b"", chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(50_000_000)))),
+        "unusable-image",
+        "damaged",
+    ),
+    "JPEG of 1,000 scans": (lambda: scans(1000), "unusable-image", "scans"),
+}
