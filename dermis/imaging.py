@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 ImageFormat = Literal["png", "jpeg", "webp"]
 Images = npt.NDArray[np.uint8]
@@ -45,6 +48,17 @@ def decode(data: bytes) -> Images:
 
     with Image.open(io.BytesIO(data)) as image:
         return np.asarray(image.convert("RGB"))
+
+
+def centre_square(image: Image.Image, size: int) -> Image.Image:
+    """An RGB image's largest centred square at `size` px, by Pillow's antialiased Lanczos filter; as it is if it is that."""
+    from PIL.Image import Resampling
+
+    if image.size == (size, size):
+        return image
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.resize((size, size), Resampling.LANCZOS, box=(left, top, left + side, top + side))
 
 
 def contact_sheet(images: Images, columns: int = 8, padding: int = 2, background: int = 255) -> Images:

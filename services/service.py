@@ -73,10 +73,12 @@ async def _running() -> AsyncIterator[Context]:
         except Exception as error:  # whatever the driver raises
             logger.warning("jobs database", extra={"error": str(error)})
             return "the jobs database cannot be read"
-        return await generator.not_ready() or await classifier.not_ready()
+        found = await asyncio.gather(generator.not_ready(), classifier.not_ready())
+        return "; ".join(filter(None, found)) or None
 
     async def not_alive() -> str | None:
-        return await generator.not_alive() or await classifier.not_alive()
+        found = await asyncio.gather(generator.not_alive(), classifier.not_alive())
+        return "; ".join(filter(None, found)) or None
 
     with _announcing(stopping):
         await asyncio.to_thread(jobs.start)

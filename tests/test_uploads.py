@@ -20,6 +20,7 @@ from tiny_classifier import SIZE, make_classifier
 from dermis.bundle import amend_bundle
 from dermis.classifier.description import NOTICE
 from dermis.classifier.onnx_session import Classifier
+from dermis.classifier.preprocess import to_input
 from dermis.reading import ImageError, read_image
 from services.errors import InferenceFailedError, InferenceUnavailableError
 
@@ -99,6 +100,12 @@ def test_images_are_turned_upright(orientation: int, kind: str) -> None:
     read = read_image(with_exif(orientation, kind))
     assert read.shape == turned.shape
     assert np.abs(read.astype(int) - turned).mean() < 6
+
+
+def test_a_size_gives_the_square_that_a_classifier_sees() -> None:
+    for data in (picture(), with_exif(6), picture(mode="L"), sixteen_bit(0, 1)):
+        assert (read_image(data, size=SIZE) == to_input(read_image(data), SIZE)).all()
+    assert (read_image(picture(), size=30) == read_image(picture())[:, 5:35]).all()
 
 
 def test_damaged_exif_is_no_reason_to_refuse() -> None:
@@ -365,7 +372,7 @@ def test_an_upload_that_does_not_arrive_is_given_up(tmp_path: Path) -> None:
         settings = Settings(_env_file=None, upload_timeout_seconds=1.0).model_copy(
             update={"upload_timeout_seconds": 0.05}
         )
-        await Uploads(settings).images(Request(scope, never), lambda image: image)
+        await Uploads(settings).images(Request(scope, never), 16)
 
     with pytest.raises(ProblemError, match=r"did not arrive in 0\.05 s") as caught:
         asyncio.run(ask())

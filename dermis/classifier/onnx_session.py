@@ -7,6 +7,8 @@ with Classifier("bundles/demo") as classifier:
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -161,6 +163,8 @@ def _session(model: bytes, device: str, where: str) -> Any:
     wanted: list[Any] = [_CPU]
     if device != "cpu" and _CUDA in ort.get_available_providers():
         wanted = [cuda, _CPU]
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
+            ort.preload_dlls()  # CUDA's libraries as pip installs them; torch is not here to have loaded them
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

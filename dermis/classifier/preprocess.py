@@ -1,4 +1,7 @@
-"""From any image to the pixels that a classifier sees. Training, ONNX, services and datasets all go through here."""
+"""From any image to the pixels that a classifier sees, the same for training, ONNX, services and datasets.
+
+Whoever still has a Pillow image (`dermis.reading`) calls `dermis.imaging.centre_square`, which does the work here too.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +9,21 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dermis.imaging import Images
+from dermis.imaging import Images, centre_square
 
 
 def to_input(image: Images, size: int) -> Images:
-    """uint8 [S, S, 3] of uint8 [H, W, 3]: the largest centred square, resized with PIL's antialiased Lanczos filter.
+    """uint8 [S, S, 3] of uint8 [H, W, 3]: the largest centred square, resized with Pillow's antialiased Lanczos filter.
 
     The same pixels as `dermis data prepare` makes. An image of the right size stays as it is.
     """
     from PIL import Image
 
-    height, width, channels = image.shape
-    if channels != 3:
-        raise ValueError(f"{channels} channels; a classifier sees RGB")
-    if (height, width) == (size, size):
+    if image.shape[2] != 3:
+        raise ValueError(f"{image.shape[2]} channels; a classifier sees RGB")
+    if image.shape[:2] == (size, size):
         return image
-    side = min(height, width)
-    left, top = (width - side) // 2, (height - side) // 2
-    box = (left, top, left + side, top + side)
-    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.LANCZOS, box=box), dtype=np.uint8)
+    return np.asarray(centre_square(Image.fromarray(image), size), dtype=np.uint8)
 
 
 def batch(images: Sequence[Images] | Images, size: int) -> Images:

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TypeVar
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
@@ -29,8 +28,6 @@ FIELD = "files"
 MULTIPART = "multipart/form-data"
 _BUSY = {"Retry-After": "5"}
 _KINDS = {"unsupported": "unsupported-media-type", "too-large": "image-too-large", "unusable": "unusable-image"}
-
-T = TypeVar("T")
 
 # Pillow logs what EXIF says at DEBUG, python-multipart what a malformed body has at WARNING.
 logging.getLogger("PIL").setLevel(logging.WARNING)
@@ -56,18 +53,18 @@ class Uploads:
         finally:
             self._calls -= 1
 
-    async def images(self, request: Request, each: Callable[[Images], T]) -> list[T]:
-        """What `each` makes of every image of the upload, uint8 [H, W, 3], in order.
+    async def images(self, request: Request, size: int) -> list[Images]:
+        """Every image of the upload as its largest centred square, uint8 [size, size, 3], in order.
 
-        `each` runs in the decoder's thread, so that no more full-size images exist than there are decoders. ProblemError
-        names what is wrong: `files[2]` for the third file, `body` for an image sent by itself.
+        Never more full-size images exist than there are decoders. ProblemError names what is wrong: `files[2]` for the
+        third file, `body` for an image sent by itself.
         """
         files, names = await self._files(request)
         loop = asyncio.get_running_loop()
-        decode = [loop.run_in_executor(self._decoders, self._decode, files, i, each) for i in range(len(files))]
+        decode = [loop.run_in_executor(self._decoders, self._decode, files, i, size) for i in range(len(files))]
         found = await asyncio.gather(*decode, return_exceptions=True)
         refused: list[tuple[str, ImageError]] = []
-        done: list[T] = []
+        done: list[Images] = []
         for name, outcome in zip(names, found, strict=True):
             if isinstance(outcome, ImageError):
                 refused.append((name, outcome))
@@ -83,9 +80,9 @@ class Uploads:
         """Give the threads back."""
         self._decoders.shutdown(wait=False, cancel_futures=True)
 
-    def _decode(self, files: list[bytes], place: int, each: Callable[[Images], T]) -> T:
+    def _decode(self, files: list[bytes], place: int, size: int) -> Images:
         data, files[place] = files[place], b""  # let go of the encoded bytes as soon as may be
-        return each(read_image(data, max_pixels=self._settings.max_upload_pixels))
+        return read_image(data, size=size, max_pixels=self._settings.max_upload_pixels)
 
     async def _files(self, request: Request) -> tuple[list[bytes], list[str]]:
         """The encoded images of a request, and what each is called in problems."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from functools import partial
 from typing import Annotated
 
 import numpy as np
@@ -12,7 +11,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from dermis.classifier.description import DEFAULT_THRESHOLD, NOTICE, Description
-from dermis.classifier.preprocess import to_input
 from dermis.classifier.scores import scores_of
 from dermis.errors import RequestError
 from services.gateway.dependencies import ContextDep
@@ -82,8 +80,7 @@ async def classify_images(
         )
     used = _threshold(described, threshold)
     with context.uploads.place():
-        shrink = partial(to_input, size=described.input.size)
-        inputs = np.stack(await context.uploads.images(request, shrink))
+        inputs = np.stack(await context.uploads.images(request, described.input.size))
         try:
             async with asyncio.timeout(context.settings.image_timeout_seconds):
                 logits = await context.classify(bundle, inputs)
