@@ -84,26 +84,35 @@ def lite0_network(**options: Any) -> nn.Module:
     `options` go to timm.create_model (features_only, out_indices). Images are [N, 3, H, W] in [-1, 1].
     """
     timm = import_vision("timm")
+    named = lite0_state()
+    network: nn.Module = timm.create_model("tf_efficientnet_lite0", num_classes=0, **options)
+    network.load_state_dict({name: named[name] for name in network.state_dict()})
+    return fold_batch_norms(network.eval()).requires_grad_(False)
+
+
+def lite0_state() -> dict[str, Tensor]:
+    """The same weights by timm's names, batch norms apart, without the classifier."""
+    timm = import_vision("timm")
     state = torch.load(_lite0_weights(), map_location="cpu", weights_only=True)  # a file of an installed package
     whole = timm.create_model("tf_efficientnet_lite0", num_classes=0).state_dict()
     # The package names its tensors otherwise, but keeps timm's order and shapes; the last two are the classifier.
-    named = dict(zip(whole, list(state.values())[: len(whole)], strict=True))
-    network: nn.Module = timm.create_model("tf_efficientnet_lite0", num_classes=0, **options)
-    network.load_state_dict({name: named[name] for name in network.state_dict()})
-    return _fold_batch_norms(network.eval()).requires_grad_(False)
+    return dict(zip(whole, list(state.values())[: len(whole)], strict=True))
 
 
-def _fold_batch_norms(network: nn.Module) -> nn.Module:
-    """Every frozen batch norm that follows a convolution becomes part of it: the same values in a third of the time."""
+def fold_batch_norms(network: nn.Module) -> nn.Module:
+    """Every frozen batch norm that follows a convolution becomes part of it: the same values in a third of the time.
+
+    In place, on a network in eval mode; also where the norm's module is timm's that has the activation inside.
+    """
     children: list[tuple[str, Any]] = list(network.named_children())
     for (_, conv), (name, norm) in pairwise(children):
         if isinstance(conv, nn.Conv2d) and hasattr(norm, "running_var"):
             conv.weight, conv.bias = fuse_conv_bn_weights(
                 conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
             )
-            setattr(network, name, norm.act)
+            setattr(network, name, getattr(norm, "act", nn.Identity()))
     for _, child in network.named_children():
-        _fold_batch_norms(child)
+        fold_batch_norms(child)
     return network
 
 
@@ -147,7 +156,7 @@ def _timm(name: str, device: torch.device) -> FeatureExtractor:
         raise DermisError(f"feature extractor {name!r}: timm has no model {model!r}; timm.list_models() lists them")
     if file:
         network = timm.create_model(model, num_classes=0)
-        _load_safetensors(network, Path(file))
+        load_safetensors(network, Path(file))
     else:
         with published_weights(f"the weights of {model}", f"give them as timm:{model}@FILE.safetensors"):
             network = timm.create_model(model, num_classes=0, pretrained=True)
@@ -169,7 +178,7 @@ def _timm(name: str, device: torch.device) -> FeatureExtractor:
     return FeatureExtractor(label, identity, dim, extract, embed)
 
 
-def _load_safetensors(network: nn.Module, file: Path) -> None:
+def load_safetensors(network: nn.Module, file: Path) -> None:
     """All tensors of the network from a file; what the file has beyond them (a classifier) is left out."""
     import safetensors
     import safetensors.torch
