@@ -12,6 +12,7 @@ from commands.evaluate import evaluate
 from commands.generate import generate, verify
 from commands.survey import survey_app
 from commands.train import train_app
+from commands.train_classifier import train_classifier
 from dermis import __version__
 from dermis.errors import DermisError
 
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 
 app.add_typer(data_app, name="data")
+train_app.command("classifier")(train_classifier)
 app.add_typer(train_app, name="train")
 app.add_typer(bundle_app, name="bundle")
 app.add_typer(survey_app, name="survey")

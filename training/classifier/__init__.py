@@ -1,0 +1,1 @@
+"""Train a classifier of dermoscopy images, measure it and export it for services."""

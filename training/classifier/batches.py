@@ -1,0 +1,120 @@
+"""Training images in the order in which an epoch shows them, and how they are turned and flipped."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dermis.errors import TrainingError
+from training.classifier.config import ClassifierConfig
+from training.gan.parallel import Ranks
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """Real and synthetic images as one. arrays uint8 [n, S, S, 3], one after another; labels int64 [N] of all."""
+
+    arrays: tuple[NDArray[np.uint8], ...]
+    labels: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def positive_share(self) -> float:
+        return float(self.labels.mean())
+
+    def read(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """uint8 [n, S, S, 3] of these images."""
+        ends = np.cumsum([len(array) for array in self.arrays])
+        owner = np.searchsorted(ends, indices, side="right")
+        images = np.empty((len(indices), *self.arrays[0].shape[1:]), np.uint8)
+        for k, array in enumerate(self.arrays):
+            images[owner == k] = array[indices[owner == k] - (ends[k] - len(array))]
+        return images
+
+
+def epoch_order(labels: NDArray[np.int64], config: ClassifierConfig, epoch: int, ranks: Ranks) -> NDArray[np.int64]:
+    """Images of each step [steps, batch]: they follow from the seed and the number of the epoch.
+
+    An epoch shows every image once, but for the remainder that fills no batch; with `balance` "sampling" each class
+    makes half of it, so that images of the larger one wait for a later epoch and those of the smaller one come again.
+    TrainingError if there are fewer images than a batch has, or it cannot be divided among the processes.
+    """
+    if config.batch % ranks.count:
+        raise TrainingError(f"batch: {config.batch} must be a multiple of the {ranks.count} processes")
+    rng = np.random.default_rng([config.seed, epoch])
+    count = min(config.epoch_images or len(labels), len(labels))
+    if count < config.batch:
+        raise TrainingError(f"batch: {config.batch} is more than the {count} training images of an epoch")
+    if config.balance == "sampling":
+        half = math.ceil(count / 2)
+        drawn = [_again(np.flatnonzero(labels == k), half, rng) for k in (0, 1)]
+        order = rng.permutation(np.concatenate(drawn))[:count]
+    else:
+        order = rng.permutation(len(labels))[:count]
+    return order[: count // config.batch * config.batch].reshape(-1, config.batch)
+
+
+def read_ahead(
+    training: TrainingSet, order: NDArray[np.int64], ranks: Ranks
+) -> Generator[tuple[NDArray[np.int64], Tensor]]:
+    """This process's part of each step: indices [n] and their images, uint8 [n, S, S, 3] on its device."""
+    pinned = ranks.device.type == "cuda"
+
+    def read(step: int) -> tuple[NDArray[np.int64], Tensor]:
+        chosen = ranks.own(order[step])
+        images = torch.from_numpy(training.read(chosen))
+        return chosen, images.pin_memory() if pinned else images
+
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
+        ahead = pool.submit(read, 0) if len(order) else None
+        for step in range(len(order)):
+            assert ahead is not None
+            chosen, images = ahead.result()
+            ahead = pool.submit(read, step + 1) if step + 1 < len(order) else None
+            yield chosen, images.to(ranks.device, non_blocking=True)
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 [n, S, S, 3] as float [n, 3, S, S] in 0..255, in the layout that convolutions like."""
+    return images.permute(0, 3, 1, 2).float()  # NHWC in memory is channels-last
+
+
+def turned(images: Tensor, rotation: float, flips: bool) -> Tensor:
+    """Images [n, 3, S, S], each turned by an angle drawn from -rotation..rotation (degrees), and flipped or not.
+
+    Dermoscopy has no upright. Corners that come from outside are reflected; the interpolation is bicubic, as a bilinear
+    one would show the network softer images than it will see later.
+    """
+    n, device = len(images), images.device
+    angle = ((torch.rand(n) * 2 - 1) * math.radians(rotation)).to(device)
+    flip = torch.ones(n, device=device)
+    if flips:  # a flip and a turn by any angle make every flip; without turns both are needed
+        flip = 1 - 2 * torch.randint(2, (n,)).to(device).float()
+    upside = torch.ones(n, device=device)
+    if flips and rotation < 180:
+        upside = 1 - 2 * torch.randint(2, (n,)).to(device).float()
+    if rotation == 0:
+        images = torch.where((flip < 0)[:, None, None, None], images.flip(3), images)
+        return torch.where((upside < 0)[:, None, None, None], images.flip(2), images)
+    cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
+    top = torch.stack([cos * flip, -sin * upside, zero], dim=1)
+    bottom = torch.stack([sin * flip, cos * upside, zero], dim=1)
+    grid = F.affine_grid(torch.stack([top, bottom], dim=1), list(images.shape), align_corners=False)
+    found = F.grid_sample(images, grid, mode="bicubic", padding_mode="reflection", align_corners=False)
+    return found.clamp(0, 255)
+
+
+def _again(indices: NDArray[np.int64], count: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """`count` of the indices, none again before all have come."""
+    rounds = math.ceil(count / len(indices))
+    return np.concatenate([rng.permutation(indices) for _ in range(rounds)])[:count]

@@ -1,0 +1,157 @@
+"""Real images of a classifier: divided by patient into training, validation and test, decoded once.
+
+Classes are benign and malignant (melanoma, as in `dermis data prepare --binary`). Validation and test are always real.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dermis.errors import DataError
+from training.data.images import load_images
+from training.data.sources import Record, Source, read_source
+from training.data.splits import group_of, read_split, split_by_patient
+from training.data.tables import value_of
+
+CLASS_NAMES = ("benign", "malignant")
+SHARES: Mapping[str, float] = {"train": 0.65, "validation": 0.15, "test": 0.2}
+UNKNOWN = "unknown"
+AGE_BANDS = ((0, 30), (30, 50), (50, 70), (70, 200))
+ATTRIBUTES = ("source", "sex", "age", "site")
+
+
+@dataclass(frozen=True)
+class RealPart:
+    """Images uint8 [N, S, S, 3], labels int64 [N] (1: malignant), ids, patients, and what a breakdown is made by.
+
+    groups[i] names the patient of image i (or the lesion, or the image itself where neither is known); attributes[name][i]
+    is one of ATTRIBUTES or "unknown". sha256 is that of `ImageDataset`: ids, classes and files.
+    """
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    ids: tuple[str, ...]
+    groups: tuple[str, ...]
+    attributes: Mapping[str, tuple[str, ...]]
+    sha256: str
+
+    @property
+    def classes(self) -> dict[str, int]:
+        """Images of each class."""
+        return {name: int((self.labels == k).sum()) for k, name in enumerate(CLASS_NAMES)}
+
+    @property
+    def positive_share(self) -> float:
+        return float(self.labels.mean())
+
+
+@dataclass(frozen=True)
+class RealData:
+    """The three parts, and how they came about."""
+
+    name: str
+    train: RealPart
+    validation: RealPart
+    test: RealPart
+    split: str  # in words, for the card
+
+    @property
+    def parts(self) -> dict[str, RealPart]:
+        return {"train": self.train, "validation": self.validation, "test": self.test}
+
+
+def load_real(
+    path: Path,
+    size: int,
+    *,
+    metadata: Path | None = None,
+    class_column: str | None = None,
+    split: Path | None = None,
+    shares: Mapping[str, float] = SHARES,
+    split_seed: int = 0,
+    cache: Path | None = None,
+    progress: bool = True,
+) -> RealData:
+    """Read a source, divide it and decode it at `size` px.
+
+    `split` is a folder that `dermis data split` (or `leaks --remove`) wrote with the parts train, validation and test; of
+    images that are in no part none is used. Without it the source is divided by patient in `shares`, which depends on
+    `split_seed` alone. Raises DataError if a part lacks one of the classes.
+    """
+    source = read_source(path, metadata=metadata, class_column=class_column, binary=True)
+    absent = sorted(set(CLASS_NAMES) - set(source.class_names))
+    if absent:
+        raise DataError(f"{path}: has no {absent[0]} images; a classifier learns from both classes")
+    parts = _parts(source, split, shares, split_seed)
+    found = {}
+    for name, ids in parts.items():
+        part = _part(source.select(ids), size, cache, progress)
+        if 0 in part.classes.values():
+            raise DataError(f"{path}: the part {name} has {part.classes}; each part needs images of both classes")
+        found[name] = part
+    how = f"the split {split.resolve().name}" if split else f"by patient, seed {split_seed}"
+    return RealData(path.resolve().name, found["train"], found["validation"], found["test"], how)
+
+
+def age_band(age: str) -> str:
+    """The band of an age in years, like "30 to 49"; "unknown" if it is no number."""
+    try:
+        years = float(age)
+    except ValueError:
+        return UNKNOWN
+    for low, high in AGE_BANDS:
+        if low <= years < high:
+            return f"{low} to {high - 1}" if high < 200 else f"{low} or more"
+    return UNKNOWN
+
+
+def _parts(
+    source: Source, split: Path | None, shares: Mapping[str, float], split_seed: int
+) -> dict[str, tuple[str, ...]]:
+    """Ids of each part."""
+    if split is None:
+        names: Sequence[str] = split_by_patient(source.records, shares, split_seed).parts
+        of = dict(zip((record.id for record in source.records), names, strict=True))
+    else:
+        of = read_split(split)
+    sizes = Counter(of.values())
+    absent = [name for name in SHARES if not sizes[name]]
+    if absent:
+        raise DataError(
+            f"{split or source.path}: has no part {absent[0]}; make the three parts with "
+            "dermis data split --parts train=0.65,validation=0.15,test=0.2"
+        )
+    _check_groups(source, of)
+    return {name: tuple(sorted(key for key, part in of.items() if part == name)) for name in SHARES}
+
+
+def _check_groups(source: Source, of: Mapping[str, str]) -> None:
+    """DataError if a patient is in two parts: the test would then be of no use."""
+    part_of: dict[str, str] = {}
+    for record, group in zip(source.records, group_of(source.records), strict=True):
+        part = of.get(record.id, "")
+        if part in SHARES and part_of.setdefault(group, part) != part:
+            raise DataError(
+                f"{record.id}: its {group} is both in {part_of[group]} and in {part}; split by patient with "
+                "dermis data split"
+            )
+
+
+def _part(source: Source, size: int, cache: Path | None, progress: bool) -> RealPart:
+    dataset = load_images(source, size, cache=cache, progress=progress)
+    to_label = np.array([CLASS_NAMES.index(name) for name in dataset.class_names], dtype=np.int64)
+    attributes = {name: tuple(_attribute(record, name) for record in source.records) for name in ATTRIBUTES}
+    groups = tuple(group_of(source.records))
+    return RealPart(dataset.images, to_label[dataset.labels], dataset.ids, groups, attributes, dataset.sha256)
+
+
+def _attribute(record: Record, name: str) -> str:
+    if name == "age":
+        return age_band(value_of(record.row, "age_approx"))
+    return value_of(record.row, {"site": "anatom_site"}.get(name, name)) or UNKNOWN

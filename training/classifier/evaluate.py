@@ -1,0 +1,116 @@
+"""What a finished classifier reaches on images that took no part in its making, in whole and by groups of patients."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dermis.metrics import classification as metrics
+from training.classifier.calibration import THRESHOLDS, calibrated, choose_thresholds, fit_temperature
+from training.classifier.data import RealPart
+
+FEWEST = 10  # images of each class, below which a group's numbers would say nothing
+
+Floats = NDArray[np.float64]
+
+
+def evaluate(
+    parts: Mapping[str, RealPart],
+    logits: Mapping[str, Floats],
+    *,
+    default_threshold: str,
+    replicates: int = metrics.REPLICATES,
+) -> dict[str, Any]:
+    """Temperature and thresholds from the validation part, all numbers of the test part. logits float64 [N] of both.
+
+    JSON: {"temperature", "thresholds", "validation": {"auc"}, "test": {"images", "positive", "patients", "metrics",
+    "at_thresholds", "breakdown"}}; a metric is {"value", "low", "high"} (95 %).
+    """
+    validation, test = parts["validation"], parts["test"]
+    temperature = fit_temperature(validation.labels, logits["validation"])
+    thresholds = choose_thresholds(validation.labels, calibrated(logits["validation"], temperature), default_threshold)
+    probabilities = calibrated(logits["test"], temperature)
+    uncalibrated = calibrated(logits["test"], 1.0)
+    found = _measured(test.labels, probabilities, test.groups, _whole(thresholds), replicates)
+    raw = {"calibration_error": metrics.calibration_error, "brier": metrics.brier}
+    return {
+        "temperature": temperature,
+        "thresholds": thresholds,
+        "default_threshold": default_threshold,
+        "validation": {**_counts(validation), "auc": float(metrics.auc(validation.labels, logits["validation"])[0])},
+        "test": {
+            **_counts(test),
+            "metrics": found,
+            "uncalibrated": _measured(test.labels, uncalibrated, test.groups, raw, replicates),
+            "at_thresholds": {
+                name: _measured(test.labels, probabilities, test.groups, _at(thresholds[name]), replicates)
+                for name in THRESHOLDS
+            },
+            "breakdown": breakdown(test, probabilities, thresholds["default"], replicates),
+        },
+    }
+
+
+def breakdown(
+    part: RealPart, probabilities: Floats, threshold: float, replicates: int = metrics.REPLICATES
+) -> dict[str, dict[str, Any]]:
+    """For each attribute each of its groups: images, positives, and unless these are too few AUC, sensitivity and
+    specificity at the threshold. A group with fewer than 10 images of either class has {"too_few": true} instead.
+    """
+    wanted: dict[str, metrics.Metric] = {"auc": metrics.auc}
+    wanted |= {name: rate for name, rate in _at(threshold).items() if name in ("sensitivity", "specificity")}
+    found: dict[str, dict[str, Any]] = {}
+    for attribute, values in part.attributes.items():
+        found[attribute] = {}
+        for value in sorted(set(values)):
+            of = np.flatnonzero(np.array(values) == value)
+            labels = part.labels[of]
+            row: dict[str, Any] = {"images": len(of), "positive": int(labels.sum())}
+            if min(row["positive"], row["images"] - row["positive"]) < FEWEST:
+                row["too_few"] = True
+            else:
+                groups = [part.groups[i] for i in of]
+                row |= _measured(labels, probabilities[of], groups, wanted, replicates)
+            found[attribute][value] = row
+    return found
+
+
+def _whole(thresholds: Mapping[str, float]) -> dict[str, metrics.Metric]:
+    return {
+        "accuracy": metrics.accuracy,
+        "auc": metrics.auc,
+        "balanced_accuracy": functools.partial(metrics.balanced_accuracy, threshold=thresholds["default"]),
+        "sensitivity_at_90_specificity": metrics.sensitivity_at_specificity,
+        "brier": metrics.brier,
+        "calibration_error": metrics.calibration_error,
+    }
+
+
+def _at(threshold: float) -> dict[str, metrics.Metric]:
+    rates = {
+        "sensitivity": metrics.sensitivity,
+        "specificity": metrics.specificity,
+        "accuracy": metrics.accuracy,
+        "balanced_accuracy": metrics.balanced_accuracy,
+    }
+    return {name: functools.partial(rate, threshold=threshold) for name, rate in rates.items()}
+
+
+def _measured(
+    labels: NDArray[np.int64],
+    probabilities: Floats,
+    groups: Sequence[str],
+    wanted: Mapping[str, metrics.Metric],
+    replicates: int,
+) -> dict[str, dict[str, float]]:
+    found = metrics.bootstrap(labels, probabilities, wanted, groups=groups, replicates=replicates)
+    return {name: asdict(estimate) for name, estimate in found.items()}
+
+
+def _counts(part: RealPart) -> dict[str, int]:
+    return {"images": len(part.labels), "positive": int(part.labels.sum()), "patients": len(set(part.groups))}

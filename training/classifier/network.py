@@ -1,0 +1,145 @@
+"""A classifier's network: how it begins, what of it learns, and what becomes of it when it has learnt."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dermis.classifier.torch_network import TorchClassifier, new_backbone, normalisation
+from dermis.errors import TrainingError
+from dermis.features import channels_last, fold_batch_norms, lite0_state, load_safetensors, published_weights
+from training.classifier.config import ClassifierConfig
+
+LITE0 = "tf_efficientnet_lite0"
+
+
+def new_network(config: ClassifierConfig, weights: str = "imagenet") -> TorchClassifier:
+    """The network as it begins, with a new last layer that follows from the seed, normalised as the model wants it.
+
+    weights: "imagenet" (downloaded once; of tf_efficientnet_lite0 they come with a Python package), "none", or a
+    .safetensors file with the model's weights. DermisError if they cannot be had, TrainingError if the architecture
+    cannot be exported.
+    """
+    architecture = config.architecture
+    torch.manual_seed(config.seed)
+    if weights == "imagenet" and architecture != LITE0:
+        with published_weights(
+            f"the weights of {architecture}",
+            f"give --weights FILE.safetensors, or --architecture {LITE0}, whose weights need no download",
+        ):
+            backbone = new_backbone(architecture, pretrained=True, outputs=0)
+    else:
+        backbone = new_backbone(architecture, outputs=0)
+        if weights == "imagenet":
+            backbone.load_state_dict(lite0_state())
+        elif weights != "none":
+            load_safetensors(backbone, Path(weights))
+    torch.manual_seed(config.seed)
+    backbone.reset_classifier(1)  # type: ignore[operator]
+    network = TorchClassifier(backbone, *normalisation(architecture, backbone))
+    _check_exportable(network, config)
+    return channels_last(network)
+
+
+def freeze(network: TorchClassifier, config: ClassifierConfig) -> list[nn.Module]:
+    """Take the weights that the configuration does not train out of the gradient; returns their modules.
+
+    Their batch norms must stay in eval mode, so call `learning_mode` with them.
+    """
+    backbone = network.backbone
+    if config.head_only:
+        network.requires_grad_(False)
+        network.head.requires_grad_(True)
+        return [backbone]
+    frozen: list[nn.Module] = []
+    stages = 0
+    for module, is_stage in _in_order(backbone):
+        stages += is_stage
+        if stages > config.freeze_stages:
+            break
+        frozen.append(module)
+    if not config.freeze_stages:
+        return []
+    total = sum(is_stage for _, is_stage in _in_order(backbone))
+    if config.freeze_stages > total:
+        raise TrainingError(f"freeze_stages: {config.architecture} has {total}; give at most that, or --head-only")
+    for module in frozen:
+        module.requires_grad_(False)
+    return frozen
+
+
+def learning_mode(network: TorchClassifier, frozen: list[nn.Module]) -> None:
+    """Train mode, but for what is frozen."""
+    network.train()
+    for module in frozen:
+        module.eval()
+
+
+def prior_shift(seen_share: float, real_share: float) -> float:
+    """What to add to a logit learnt where positives had `seen_share`, for images of which they have `real_share`.
+
+    Bayes' rule for a change of class frequencies alone (Elkan 2001; Saerens et al. 2002). Moves no image past another.
+    """
+    return math.log(real_share / (1 - real_share)) - math.log(seen_share / (1 - seen_share))
+
+
+def finished_network(network: TorchClassifier, shift: float) -> TorchClassifier:
+    """A copy as it will be exported: batch norms folded, `shift` added to the logit, weights as float16 holds them."""
+    finished = copy.deepcopy(network).cpu().float().eval().requires_grad_(False)
+    fold_batch_norms(finished.backbone)
+    finished.head.bias.add_(shift)
+    for parameter in finished.parameters():
+        parameter.copy_(as_stored(parameter).float())
+    return finished
+
+
+def as_stored(weights: Tensor) -> Tensor:
+    """float16 of weights, or themselves where it cannot hold them."""
+    half = weights.half()
+    return half if bool(torch.isfinite(half).all()) else weights
+
+
+def _in_order(backbone: nn.Module) -> list[tuple[nn.Module, bool]]:
+    """The backbone's parts from the image on, and of each whether it is a stage; those before the first are the stem."""
+    found: list[tuple[nn.Module, bool]] = []
+    for name, child in backbone.named_children():
+        if name in ("blocks", "stages"):
+            found += [(stage, True) for stage in child.children()]
+        else:
+            found.append((child, bool(re.fullmatch(r"(layer|inception)\d\w*", name))))
+    last = max((i for i, (_, is_stage) in enumerate(found) if is_stage), default=-1)
+    return found[: last + 1]
+
+
+@torch.no_grad()
+def _check_exportable(network: TorchClassifier, config: ClassifierConfig) -> None:
+    """TrainingError, before hours of training, if folding batch norms would change what the network computes."""
+    trial = copy.deepcopy(network).eval()
+    draws = torch.Generator().manual_seed(0)
+    for name, buffer in trial.named_buffers():  # fresh batch norms do nothing, and would hide a mistake
+        if name.endswith("running_mean"):
+            buffer.add_(torch.rand(buffer.shape, generator=draws) / 10)
+        elif name.endswith("running_var"):
+            buffer.mul_(torch.rand(buffer.shape, generator=draws) / 2 + 0.75)
+    images = torch.rand(2, 3, config.size, config.size, generator=draws) * 255
+    why = ""
+    try:
+        maps = trial.maps(images)
+        before = trial(images)[1]
+        fold_batch_norms(trial.backbone)
+        after = trial(images)[1]
+    except (RuntimeError, AttributeError, TypeError, ValueError, AssertionError) as error:  # each network has its own
+        why = str(error).partition("\n")[0]
+    else:
+        left = [module for module in trial.modules() if isinstance(module, nn.BatchNorm2d)]
+        if maps.ndim != 4 or not isinstance(trial.head, nn.Linear):
+            why = "it is no convolutional network with one last linear layer"
+        elif left or not torch.allclose(before, after, rtol=1e-3, atol=1e-4 * float(before.abs().max())):
+            why = "its batch norms do not follow its convolutions"
+    if why:
+        raise TrainingError(f"architecture: {config.architecture} cannot be trained here at {config.size} px: {why}")

@@ -1,0 +1,243 @@
+"""One run from images to a measured, calibrated and exported classifier."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dermis import __version__
+from dermis.classifier.description import Description, InputSpec, write_classifier
+from dermis.classifier.scores import scores_of, sigmoid
+from dermis.classifier.torch_network import TorchClassifier, normalisation
+from dermis.devices import describe_hardware
+from dermis.errors import TrainingError
+from training.classifier.batches import TrainingSet
+from training.classifier.calibration import DEFAULT, THRESHOLDS
+from training.classifier.card import classifier_card
+from training.classifier.config import ClassifierConfig
+from training.classifier.data import CLASS_NAMES, RealData
+from training.classifier.evaluate import evaluate
+from training.classifier.export import TOLERANCE, require_onnx, run_onnx, to_onnx
+from training.classifier.loop import logits_of, seen_share, train
+from training.classifier.network import finished_network, new_network, prior_shift
+from training.classifier.state import Progress
+from training.classifier.synthetic import SyntheticImages
+from training.gan.parallel import Ranks
+
+Configuration = Literal["real", "synthetic", "augmented"]
+FOLDER = "classifier"
+CHECKED = 64  # test images on which the exported file is compared with torch
+
+
+@dataclass(frozen=True)
+class ClassifierData:
+    """What a run learns from: `configuration` of real and synthetic images, and the real ones it is measured on."""
+
+    configuration: Configuration
+    real: RealData
+    synthetic: SyntheticImages | None = None
+
+    def __post_init__(self) -> None:
+        if self.configuration not in get_args(Configuration):
+            raise TrainingError(
+                f"configuration: {self.configuration!r} is none of {', '.join(get_args(Configuration))}"
+            )
+        if (self.configuration == "real") != (self.synthetic is None):
+            raise TrainingError(
+                f"synthetic: the configuration {self.configuration} takes {'none' if self.synthetic else 'some'}"
+            )
+
+    @property
+    def training(self) -> TrainingSet:
+        """The images to learn from."""
+        arrays, labels = [], []
+        if self.configuration != "synthetic":
+            arrays.append(self.real.train.images)
+            labels.append(self.real.train.labels)
+        if self.synthetic is not None:
+            arrays += self.synthetic.images
+            labels.append(np.array(self.synthetic.labels, dtype=np.int64))
+        return TrainingSet(tuple(arrays), np.concatenate(labels))
+
+    @property
+    def digest(self) -> str:
+        """Changes when any image, class or part does."""
+        parts = {name: part.sha256 for name, part in self.real.parts.items()}
+        synthetic = [dict(each) for each in self.synthetic.origin] if self.synthetic else []
+        facts = [self.configuration, parts, synthetic]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def generator_saw_training_part_only(self) -> bool:
+        """Whether every synthetic image is of a bundle that was trained on exactly the real training part."""
+        return self.synthetic is not None and all(
+            each.get("trained_on") == self.real.train.sha256 for each in self.synthetic.origin
+        )
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a classifier tells of its making beyond what the run itself knows."""
+
+    name: str
+    scenario: str
+    licence: str
+    attribution: str
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run that came to its end: the classifier's folder, what it says, and how the training went."""
+
+    folder: Path
+    description: Description
+    progress: Progress
+
+
+def train_classifier(
+    data: ClassifierData,
+    config: ClassifierConfig,
+    out: Path,
+    *,
+    origin: Origin,
+    ranks: Ranks,
+    weights: str = "imagenet",
+    default_threshold: str = DEFAULT,
+    resume: bool = False,
+    tensorboard: bool = False,
+    progress_bar: bool = True,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Trained | None:
+    """Train, calibrate and choose thresholds on validation, measure on test, export; None if the user stopped it.
+
+    `out` gets what `train` writes, predictions.csv (of validation and test), evaluation.json, and the folder `classifier`,
+    which is replaced. Of several processes the first writes, and alone returns what came of it. Raises TrainingError,
+    before it begins where it can.
+    """
+    require_onnx()
+    if default_threshold not in THRESHOLDS:
+        raise TrainingError(f"default_threshold: {default_threshold!r} is none of {', '.join(THRESHOLDS)}")
+    if config.precision == "bf16" and config.cached_features:
+        raise TrainingError("precision: a head on cached features is trained in fp32")
+    training = data.training
+    with ranks.one_after_another():
+        network = new_network(config, weights)
+    best, progress = train(
+        network,
+        training,
+        data.real.validation,
+        config,
+        out,
+        data=data.digest,
+        ranks=ranks,
+        resume=resume,
+        tensorboard=tensorboard,
+        progress_bar=progress_bar,
+    )
+    if progress.stopped or not ranks.first:
+        return None
+    tell("measuring")
+    shift = prior_shift(seen_share(training, config), data.real.validation.positive_share)
+    finished = finished_network(best, shift)
+    parts = {name: data.real.parts[name] for name in ("validation", "test")}
+    logits = {name: logits_of(finished, part.images, ranks.device) for name, part in parts.items()}
+    finished.cpu()
+    metrics = evaluate(parts, logits, default_threshold=default_threshold)
+    _write_predictions(out / "predictions.csv", data.real, logits, metrics)
+    _write_text(out / "evaluation.json", json.dumps(metrics, indent=2) + "\n")
+    tell("exporting")
+    model = to_onnx(finished, config.size)
+    _check_agreement(model, data.real.test.images[:CHECKED], logits["test"][:CHECKED])
+    described = _describe(data, config, origin, weights, finished, progress, metrics, ranks.device)
+    card = classifier_card(origin.name, described)
+    described = write_classifier(out / FOLDER, described, model, card, replace=(out / FOLDER).exists())
+    return Trained(out / FOLDER, described, progress)
+
+
+def _describe(
+    data: ClassifierData,
+    config: ClassifierConfig,
+    origin: Origin,
+    weights: str,
+    network: TorchClassifier,
+    progress: Progress,
+    metrics: Mapping[str, Any],
+    device: torch.device,
+) -> Description:
+    real = data.real
+    dataset = {
+        "name": real.name,
+        "configuration": data.configuration,
+        "split": real.split,
+        "parts": {name: {**part.classes, "sha256": part.sha256} for name, part in real.parts.items()},
+        "synthetic": [dict(each) for each in data.synthetic.origin] if data.synthetic else [],
+        "generator_saw_training_part_only": data.generator_saw_training_part_only,
+    }
+    training = {
+        "configuration": config.to_dict(),
+        "weights": weights if weights in ("imagenet", "none") else Path(weights).name,
+        "epochs": progress.epoch,
+        "best_epoch": progress.best_epoch + 1,
+        "images": progress.images,
+        "hardware": describe_hardware(device),
+    }
+    mean, std = normalisation(config.architecture, network.backbone)
+    return Description(
+        architecture=config.architecture,
+        input=InputSpec(config.size, mean, std),
+        class_names=CLASS_NAMES,
+        positive_class=CLASS_NAMES[1],
+        temperature=metrics["temperature"],
+        thresholds=metrics["thresholds"],
+        weights_dtype="fp16",
+        feature_dim=network.head.in_features,
+        provenance={
+            "dataset": dataset,
+            "training": training,
+            "scenario": origin.scenario or data.configuration,
+            "hours": round(progress.seconds / 3600, 3),
+            "licence": origin.licence,
+            "attribution": origin.attribution,
+            "code_version": __version__,
+        },
+        metrics=metrics,
+    )
+
+
+def _check_agreement(model: bytes, images: NDArray[np.uint8], logits: NDArray[np.float64]) -> None:
+    apart = float(np.abs(sigmoid(run_onnx(model, images)) - sigmoid(logits)).max())
+    if not apart <= TOLERANCE:
+        raise TrainingError(
+            f"the exported file's probabilities are up to {apart:.1e} off torch's; the classifier is not written"
+        )
+
+
+def _write_predictions(
+    path: Path, real: RealData, logits: Mapping[str, NDArray[np.float64]], metrics: Mapping[str, Any]
+) -> None:
+    """Every image of validation and test, for edge cases and comparisons. It names images: it is no part of a bundle."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("isic_id", "part", "label", "logit", "probability", "calibrated"))
+    for name, values in logits.items():
+        part, scores = real.parts[name], scores_of(values, metrics["temperature"])
+        rows = zip(part.ids, part.labels, scores.logits, scores.probabilities, scores.calibrated, strict=True)
+        for image, label, *numbers in rows:
+            writer.writerow((image, name, int(label), *(f"{number:.6f}" for number in numbers)))
+    _write_text(path, text.getvalue())
+
+
+def _write_text(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
