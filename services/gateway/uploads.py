@@ -107,15 +107,10 @@ class Uploads:
             ) from None
         if media_type != MULTIPART:
             return [body], ["body"]
-        files = await asyncio.to_thread(_split, body, options.get(b"boundary", b""))
         most = self._settings.max_upload_images
+        files = await asyncio.to_thread(_split, body, options.get(b"boundary", b""), most)
         if not files:
             raise invalid_request([FieldError(field=FIELD, message="send at least one image")])
-        if len(files) > most:
-            message = f"{len(files)} images; at most {most} are taken in one call: send several calls"
-            raise ProblemError(
-                "request-too-large", f"{FIELD}: {message}", errors=[FieldError(field=FIELD, message=message)]
-            )
         return files, [f"{FIELD}[{i}]" for i in range(len(files))]
 
 
@@ -126,14 +121,21 @@ def _refusal(refused: Sequence[tuple[str, ImageError]]) -> ProblemError:
     return ProblemError(_KINDS[refused[0][1].kind], f"{errors[0].field}: {errors[0].message}{more}", errors=errors)
 
 
-def _split(body: bytes, boundary: bytes) -> list[bytes]:
-    """The content of every part `files` of a multipart body. ProblemError if it is none, or has parts of other names."""
+def _split(body: bytes, boundary: bytes, most: int) -> list[bytes]:
+    """The content of every part `files` of a multipart body, at most `most`.
+
+    ProblemError if it is no such body, has more parts, or parts of other names.
+    """
     files: list[bytes] = []
     headers: list[list[bytes]] = []
     pieces: list[bytes] = []
     ended = False
 
     def begin() -> None:
+        if len(files) == most:
+            message = f"at most {most} images are taken in one call; send several calls"
+            errors = [FieldError(field=FIELD, message=message)]
+            raise ProblemError("request-too-large", f"{FIELD}: {message}", errors=errors)
         headers.clear()
         pieces.clear()
 
