@@ -84,6 +84,9 @@ class FakeGateway:
         self.files: dict[str, dict[str, bytes]] = {}
         self.listed: dict[str, dict[str, Any]] = {}  # name -> fields that the list should tell instead
         self.keys: dict[str, tuple[str, str]] = {}
+        self.uploads: list[list[str]] = []  # of each call, the headers of its parts
+        self.most_files = 32
+        self.classifier = "c" * 64
         self.lock = threading.RLock()
         self.port = 0
         self._sockets: list[socket.socket] = []
@@ -271,6 +274,8 @@ class Handler(BaseHTTPRequestHandler):
                 self._json(200, self._model() | {"card": "# demo\n"})
             case ("POST", ["v1", "images"]):
                 self._images(json.loads(body))
+            case ("POST", ["v1", "classifications"]):
+                self._classify(query, body)
             case ("POST", ["v1", "datasets"]):
                 self._create(body)
             case ("GET", ["v1", "datasets"]):
@@ -297,6 +302,43 @@ class Handler(BaseHTTPRequestHandler):
                 data.append(item | {"sha256": sha256(content), "b64": base64.b64encode(content).decode()})
                 index += 1
         self._json(200, {"object": "list", "model": MODEL, "data": data})
+
+    def _classify(self, query: dict[str, str], body: bytes) -> None:
+        """The probability of an image is its first byte over 255; a first byte of 0 makes it no image."""
+        boundary = re.search("boundary=(.*)", self.headers["Content-Type"])
+        assert boundary
+        parts = [part.split(b"\r\n\r\n", 1) for part in body.split(b"--" + boundary[1].encode())[1:-1]]
+        self.fake.uploads.append([head.decode() for head, _ in parts])
+        contents = [content.removesuffix(b"\r\n") for _, content in parts]
+        if len(contents) > self.fake.most_files:
+            self._json(422, problem(422, "request-too-large", f"files: at most {self.fake.most_files} in one call."))
+            return
+        for kind, status, bad in (("image-too-large", 413, b"\1"), ("unsupported-media-type", 415, b"\0")):
+            errors = [
+                {"field": f"files[{i}]", "message": "is no image"}
+                for i, content in enumerate(contents)
+                if content.startswith(bad)
+            ]
+            if errors:
+                self._json(status, problem(status, kind, f"{errors[0]['field']}: is no image", errors=errors))
+                return
+        wanted = query.get("threshold", "default")
+        names = {"default": 0.5, "sensitivity_90": 0.25}
+        value = names[wanted] if wanted in names else float(wanted)
+        data = [
+            {
+                "index": i,
+                "probability": content[0] / 255,
+                "calibrated": content[0] / 255,
+                "class": "malignant" if content[0] / 255 >= value else "benign",
+            }
+            for i, content in enumerate(contents)
+        ]
+        threshold = {"name": wanted if wanted in names else None, "value": value}
+        answer = {"object": "list", "model": MODEL | {"classifier": self.fake.classifier}, "data": data}
+        self._json(
+            200, answer | {"positive_class": "malignant", "threshold": threshold, "notice": "Not a medical device."}
+        )
 
     def _create(self, body: bytes) -> None:
         request = json.loads(body)

@@ -64,7 +64,7 @@ async def classify_images(
     threshold: Annotated[
         str,
         Query(
-            pattern=r"^([a-z][a-z0-9_]*|[0-9]*\.?[0-9]+)$",
+            pattern=r"^([a-z][a-z0-9_]*|[0-9]*\.?[0-9]+(e-?[0-9]+)?)$",
             max_length=64,
             description="Name of one of the classifier's thresholds (`/v1/models` lists them), or a number from 0 to 1.",
             examples=["sensitivity_90", "0.3"],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, SupportsIndex, cast
@@ -12,16 +12,17 @@ from typing import Any, Self, SupportsIndex, cast
 import httpx
 from pydantic import PrivateAttr
 
-from dermis_client import _datasets, _downloads, _requests, _resources
+from dermis_client import _classifications, _datasets, _downloads, _requests, _resources
+from dermis_client._classifications import Source
 from dermis_client._datasets import DatasetEvent
 from dermis_client._downloads import Download, DownloadProgress
 from dermis_client._flow import Api
-from dermis_client._progress import dataset_progress, download_progress
+from dermis_client._progress import count_progress, dataset_progress, download_progress
 from dermis_client._transport import AsyncTransport, settings
 from dermis_client.errors import InvalidRequestError
 from dermis_client.folders import extract_images
 from dermis_client.images import ImagesResult
-from dermis_client.models import DatasetFile, DatasetRecord, Model
+from dermis_client.models import ClassificationsResult, DatasetFile, DatasetRecord, Model
 
 _Files = list[DatasetFile]  # inside the classes below, `list` is a method
 _Models = list[Model]
@@ -232,6 +233,26 @@ class AsyncImages:
         return await self._transport.run(_resources.generate_images(self._api, body))
 
 
+class AsyncClassifications:
+    """client.classifications"""
+
+    def __init__(self, client: AsyncDermisClient) -> None:
+        self._transport, self._api = client._transport, client._api
+
+    async def create(
+        self,
+        files: Source | Sequence[Source],
+        *,
+        model: str | None = None,
+        threshold: str | float | None = None,
+        progress: bool | Callable[[int, int], None] = False,
+    ) -> ClassificationsResult:
+        """What the service's classifier says of images; options and errors are those of the blocking client."""
+        sources, params = _classifications.sources_of(files), _requests.classification(model, threshold)
+        with count_progress(progress, "classifying") as report:
+            return await self._transport.run(_classifications.classify(self._api, sources, params, report))
+
+
 class AsyncModels:
     """client.models"""
 
@@ -258,6 +279,7 @@ class AsyncDermisClient:
 
     datasets: AsyncDatasets
     images: AsyncImages
+    classifications: AsyncClassifications
     models: AsyncModels
 
     def __init__(
@@ -272,6 +294,7 @@ class AsyncDermisClient:
         self._transport = AsyncTransport(settings(base_url, api_key, timeout, max_retries), http_client)
         self._api = Api(self._dataset, max_retries)
         self.datasets, self.images, self.models = AsyncDatasets(self), AsyncImages(self), AsyncModels(self)
+        self.classifications = AsyncClassifications(self)
 
     @property
     def base_url(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from PIL import Image
 from dermis_client._status import describe, one_line
 from dermis_client.errors import InvalidRequestError
 from dermis_client.folders import VerifyReport
-from dermis_client.models import DatasetRecord, Model
+from dermis_client.models import ClassificationsResult, DatasetRecord, Model
 
 
 def parse_classes(text: str) -> dict[str, int]:
@@ -76,6 +77,33 @@ def models(found: Sequence[Model]) -> Iterator[str]:
         for model in found
     )
     return table(("MODEL", "PIXELS", "CLASSES", "KIMG", "LICENCE", "DIGEST"), rows)
+
+
+def parse_threshold(text: str | None) -> str | float | None:
+    """A number where the text is one, else the text, which is a name."""
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return text
+
+
+_CLASSIFICATION = ("file", "probability", "calibrated", "class")
+
+
+def classifications(result: ClassificationsResult) -> Iterator[str]:
+    rows = ((one.name, f"{one.probability:.4f}", f"{one.calibrated:.4f}", one.class_name) for one in result)
+    yield from table([name.upper() for name in _CLASSIFICATION], rows)
+    name = f" ({result.threshold.name})" if result.threshold.name else ""
+    told = f"{result.model.name}@{result.model.digest[:12]}, classifier {result.model.classifier[:12]}"
+    yield one_line(f"{result.positive_class} from {result.threshold.value:g}{name} calibrated; {told}")
+
+
+def classifications_csv(result: ClassificationsResult) -> Iterator[str]:
+    buffer = io.StringIO(newline="")
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(_CLASSIFICATION)
+    writer.writerows((one.name, one.probability, one.calibrated, one.class_name) for one in result)
+    yield buffer.getvalue().removesuffix("\n")
 
 
 def counts(classes: Mapping[str, int]) -> str:

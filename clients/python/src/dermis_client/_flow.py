@@ -11,7 +11,7 @@ test can run it with no I/O at all and a clock of its own. So retries, paging, w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeAlias, TypeVar
 
@@ -34,6 +34,7 @@ class Request:
     params: Mapping[str, str | int] = field(default_factory=dict)
     headers: Mapping[str, str] = field(default_factory=dict)
     json: Any = None
+    files: Sequence[tuple[str, bytes]] = ()  # sent as a form, each as a part called "files" under this file name
     idempotent: bool = True  # sending it twice does no more than sending it once
     read_timeout: float | None = None  # None: the client's own
 

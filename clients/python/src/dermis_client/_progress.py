@@ -78,7 +78,29 @@ def download_progress(
             yield show
 
 
-def _nothing(_: object) -> None:
+@contextmanager
+def count_progress(progress: bool | Callable[[int, int], None], what: str) -> Iterator[Callable[[int, int], None]]:
+    """A function to call with (done, total): the caller's, a bar's (True), or an idle one (False)."""
+    if callable(progress):
+        yield progress
+    elif not progress:
+        yield _nothing
+    else:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        with Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+        ) as bars:
+            task = bars.add_task(what, total=None)
+            yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
+def _nothing(*_: object) -> None:
     pass
 
 

@@ -92,6 +92,21 @@ def model_path(name: str) -> str:
     return f"/v1/models/{quote(name, safe='')}"
 
 
+def classification(model: str | None, threshold: str | float | None) -> dict[str, str]:
+    """The query of /v1/classifications. Raises InvalidRequestError for a threshold that is neither name nor 0..1."""
+    params: dict[str, str] = {}
+    if model is not None:
+        params["model"] = model
+    if isinstance(threshold, str):
+        params["threshold"] = threshold
+    elif threshold is not None:
+        number = finite("threshold", threshold)
+        if not 0.0 <= number <= 1.0:
+            raise InvalidRequestError(f"threshold: must be from 0 to 1, or a name, not {threshold!r}")
+        params["threshold"] = repr(number)
+    return params
+
+
 def workers(parallel: int) -> int:
     """How many downloads at a time, 1..32."""
     return min(max(whole("parallel", parallel), 1), 32)

@@ -13,6 +13,7 @@ _BY_STATUS: dict[int, type[errors.APIStatusError]] = {
     404: errors.NotFoundError,
     409: errors.ConflictError,
     413: errors.TooLargeError,
+    415: errors.UnsupportedMediaTypeError,
     422: errors.UnprocessableEntityError,
     429: errors.RateLimitError,
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, SupportsIndex, cast
@@ -11,16 +11,17 @@ from typing import Any, Self, SupportsIndex, cast
 import httpx
 from pydantic import PrivateAttr
 
-from dermis_client import _datasets, _downloads, _requests, _resources
+from dermis_client import _classifications, _datasets, _downloads, _requests, _resources
+from dermis_client._classifications import Source
 from dermis_client._datasets import DatasetEvent
 from dermis_client._downloads import Download, DownloadProgress
 from dermis_client._flow import Api
-from dermis_client._progress import dataset_progress, download_progress
+from dermis_client._progress import count_progress, dataset_progress, download_progress
 from dermis_client._transport import SyncTransport, settings
 from dermis_client.errors import InvalidRequestError
 from dermis_client.folders import extract_images
 from dermis_client.images import ImagesResult
-from dermis_client.models import DatasetFile, DatasetRecord, Model
+from dermis_client.models import ClassificationsResult, DatasetFile, DatasetRecord, Model
 
 _Files = list[DatasetFile]  # inside the classes below, `list` is a method
 _Models = list[Model]
@@ -257,6 +258,35 @@ class Images:
         return self._transport.run(_resources.generate_images(self._api, body))
 
 
+class Classifications:
+    """client.classifications"""
+
+    def __init__(self, client: DermisClient) -> None:
+        self._transport, self._api = client._transport, client._api
+
+    def create(
+        self,
+        files: Source | Sequence[Source],
+        *,
+        model: str | None = None,
+        threshold: str | float | None = None,
+        progress: bool | Callable[[int, int], None] = False,
+    ) -> ClassificationsResult:
+        """What the service's classifier says of images: one, or any number, sent in as many calls as the service needs.
+
+        files: paths, bytes or files open for reading, PNG, JPEG or WebP. What they are called is not sent. model: default the
+        service's. threshold: a name of the model's (`client.models.retrieve(name).classifier.thresholds`) or a number 0..1;
+        default the classifier's own. progress: True for a bar, or a function that gets (done, total).
+
+        Raises UnprocessableEntityError (an image that cannot be used; `.errors` names `files[i]`, the message the path),
+        UnsupportedMediaTypeError (no image), TooLargeError, NotFoundError (the model), InvalidRequestError (a file that
+        cannot be read), APIConnectionError.
+        """
+        sources, params = _classifications.sources_of(files), _requests.classification(model, threshold)
+        with count_progress(progress, "classifying") as report:
+            return self._transport.run(_classifications.classify(self._api, sources, params, report))
+
+
 class Models:
     """client.models"""
 
@@ -288,6 +318,7 @@ class DermisClient:
 
     datasets: Datasets
     images: Images
+    classifications: Classifications
     models: Models
 
     def __init__(
@@ -302,6 +333,7 @@ class DermisClient:
         self._transport = SyncTransport(settings(base_url, api_key, timeout, max_retries), http_client)
         self._api = Api(self._dataset, max_retries)
         self.datasets, self.images, self.models = Datasets(self), Images(self), Models(self)
+        self.classifications = Classifications(self)
 
     @property
     def base_url(self) -> str:

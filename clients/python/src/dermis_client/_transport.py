@@ -80,6 +80,7 @@ def _build(http: httpx.Client | httpx.AsyncClient, settings: Settings, request: 
         params=request.params or None,
         headers=headers | dict(request.headers),
         json=request.json,
+        files=[("files", (name, content)) for name, content in request.files] or None,
         timeout=httpx.Timeout(settings.timeout, connect=min(CONNECT_TIMEOUT, settings.timeout), read=read),
     )
 

@@ -277,6 +277,27 @@ def images(
 
 
 @app.command()
+def classify(
+    context: typer.Context,
+    files: Annotated[list[Path], typer.Argument(help="Images: PNG, JPEG or WebP.", show_default=False)],
+    model: Model = None,
+    threshold: Annotated[
+        str | None, typer.Option("--threshold", help="A name of the model's, or a number 0 to 1; default: its own.")
+    ] = None,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV instead of text.")] = False,
+    base_url: BaseUrl = None,
+    as_json: Json = False,
+) -> None:
+    """What the service's classifier says of images."""
+    with _client(context, base_url) as client:
+        wanted = text.parse_threshold(threshold)
+        result = client.classifications.create(files, model=model, threshold=wanted, progress=True)
+    lines = text.classifications_csv if as_csv else text.classifications
+    _print(context, as_json, result.model_dump(mode="json", by_alias=True), lambda: lines(result))
+    typer.echo(result.notice, err=True)
+
+
+@app.command()
 def verify(
     context: typer.Context,
     folder: Annotated[Path, typer.Argument(help="A downloaded dataset.", show_default=False)],

@@ -9,6 +9,7 @@ DermisError
         BadRequestError (400)  NotFoundError (404)  ConflictError (409)  RateLimitError (429)  ServerError (5xx)
         UnprocessableEntityError (422)
             TooLargeError       413, or more samples than the service allows
+        UnsupportedMediaTypeError (415)
     DatasetFailed  DatasetCancelled  WaitTimeoutError     from wait()
     DownloadError               files could not be fetched, kept or unpacked
     IntegrityError              what arrived, or lies on disk, is not what it should be
@@ -93,6 +94,10 @@ class UnprocessableEntityError(APIStatusError):
 
 class TooLargeError(UnprocessableEntityError):
     """More was asked or sent than the service allows (413, or 422 of kind "request-too-large")."""
+
+
+class UnsupportedMediaTypeError(APIStatusError):
+    """415: what was sent is of no kind that the service reads; for uploads, no PNG, JPEG or WebP image."""
 
 
 class RateLimitError(APIStatusError):

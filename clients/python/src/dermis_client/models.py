@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import datetime
 from typing import Any, Literal
 
@@ -48,6 +49,19 @@ class ModelRef(Answer):
     digest: str
 
 
+class ModelClassifier(Answer):
+    """The classifier of a model. thresholds: by name, on the calibrated probability. input_size in px."""
+
+    digest: str
+    architecture: str | None = None
+    input_size: int | None = None
+    classes: list[str] = []
+    positive_class: str | None = None
+    temperature: float | None = None
+    thresholds: dict[str, float] = {}
+    metrics: dict[str, Any] = {}
+
+
 class Model(ModelRef):
     """A generator that the service offers. card (markdown) comes only from `models.retrieve(name)`."""
 
@@ -61,7 +75,57 @@ class Model(ModelRef):
     attribution: str | None = None
     kimg: float | None = None
     metrics: dict[str, Any] = {}
+    classifier: ModelClassifier | None = None
     card: str | None = None
+
+
+class ClassificationModel(ModelRef):
+    """Which bundle classified images, and with which classifier (SHA-256 of its classifier.json)."""
+
+    classifier: str
+
+
+class Threshold(Answer):
+    """What the calibrated probability was compared with; name is None if a number was given."""
+
+    name: str | None = None
+    value: float
+
+
+class Classification(Answer):
+    """What the classifier says of one image.
+
+    index: its place in the list that was given. name: its path, or files[index] where it has none. probability, calibrated:
+    0..1, of the positive class. class_name: positive from the threshold on (by the calibrated one).
+    """
+
+    index: int
+    name: str = ""
+    probability: float
+    calibrated: float
+    class_name: str = Field(alias="class")
+
+
+class ClassificationsResult(Answer):
+    """What `client.classifications.create(...)` returns: one Classification an image, in order. A sequence of them.
+
+    notice: what these numbers are not for.
+    """
+
+    model: ClassificationModel
+    positive_class: str
+    threshold: Threshold
+    data: list[Classification]
+    notice: str = ""
+
+    def __iter__(self) -> Iterator[Classification]:  # type: ignore[override]  # pydantic's own iterates over fields
+        return iter(self.data)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, position: int) -> Classification:
+        return self.data[position]
 
 
 class DatasetRequest(Answer):

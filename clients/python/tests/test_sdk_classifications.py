@@ -1,0 +1,163 @@
+"""client.classifications and `dermis-client classify`: batches, names and errors."""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from dermis_client import (
+    AsyncDermisClient,
+    ClassificationsResult,
+    DermisClient,
+    DermisError,
+    InvalidRequestError,
+    TooLargeError,
+    UnsupportedMediaTypeError,
+    _classifications,
+    cli,
+)
+from fake_gateway import FakeGateway, Fault
+
+
+def image(value: int) -> bytes:
+    return bytes([value]) + b"image"
+
+
+@pytest.fixture
+def client(gateway: FakeGateway) -> DermisClient:
+    return DermisClient(gateway.url)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> list[Path]:
+    """Forty images, of values 10 to 49."""
+    paths = [tmp_path / f"Jane {i}.jpg" for i in range(40)]
+    for i, path in enumerate(paths):
+        path.write_bytes(image(10 + i))
+    return paths
+
+
+def test_paths_bytes_and_files_are_images(client: DermisClient, folder: list[Path]) -> None:
+    result = client.classifications.create([folder[0], str(folder[1]), image(204), io.BytesIO(image(51))])
+    assert [round(one.probability * 255) for one in result] == [10, 11, 204, 51]
+    assert [one.name for one in result] == [str(folder[0]), str(folder[1]), "files[2]", "files[3]"]
+    assert [one.class_name for one in result] == ["benign", "benign", "malignant", "benign"]
+    assert (result.positive_class, result.notice, result.threshold.name) == (
+        "malignant",
+        "Not a medical device.",
+        "default",
+    )
+    assert client.classifications.create(image(204))[0].class_name == "malignant"
+    assert len(client.classifications.create(folder[0])) == 1
+
+
+def test_thresholds_are_names_or_numbers(client: DermisClient) -> None:
+    named = client.classifications.create(image(80), threshold="sensitivity_90")
+    assert (named.threshold.value, named[0].class_name) == (0.25, "malignant")
+    number = client.classifications.create(image(80), threshold=0.00001)
+    assert (number.threshold.name, number.threshold.value) == (None, 0.00001)
+    for wrong in (1.5, float("nan"), True):
+        with pytest.raises(InvalidRequestError, match="threshold"):
+            client.classifications.create(image(80), threshold=wrong)
+
+
+def test_many_images_go_in_several_calls_and_come_back_in_order(
+    gateway: FakeGateway, client: DermisClient, folder: list[Path]
+) -> None:
+    told: list[tuple[int, int]] = []
+    result = client.classifications.create(folder, progress=lambda done, total: told.append((done, total)))
+    assert [one.index for one in result] == list(range(40))
+    assert [round(one.probability * 255) for one in result] == list(range(10, 50))
+    assert [len(parts) for parts in gateway.uploads] == [16, 16, 8]
+    assert told == [(16, 40), (32, 40), (40, 40)]
+    assert "Jane" not in str(gateway.uploads)  # what files are called stays with the caller
+
+
+def test_large_images_share_a_call_only_up_to_its_size(
+    gateway: FakeGateway, client: DermisClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_classifications, "MOST_BYTES", 1000)
+    client.classifications.create([image(9) + bytes(size) for size in (400, 400, 400, 2000, 10)])
+    assert [len(parts) for parts in gateway.uploads] == [2, 1, 1, 1]
+
+
+def test_a_service_that_takes_less_gets_smaller_calls(
+    gateway: FakeGateway, client: DermisClient, folder: list[Path]
+) -> None:
+    gateway.most_files = 5
+    result = client.classifications.create(folder[:20])
+    assert [round(one.probability * 255) for one in result] == list(range(10, 30))
+    assert max(len(parts) for parts in gateway.uploads[-2:]) <= 5
+    gateway.most_files = 0
+    with pytest.raises(TooLargeError):
+        client.classifications.create(folder[:2])
+
+
+def test_bad_images_are_named_as_the_caller_names_them(client: DermisClient, folder: list[Path]) -> None:
+    folder[20].write_bytes(image(0))
+    with pytest.raises(UnsupportedMediaTypeError) as caught:
+        client.classifications.create(folder)
+    assert str(caught.value).startswith(f"{folder[20]}: is no image")
+    assert [error.field for error in caught.value.errors] == ["files[20]"]
+    folder[20].write_bytes(image(1))
+    with pytest.raises(TooLargeError, match=r"Jane 20\.jpg"):
+        client.classifications.create(folder)
+    folder[20].unlink()
+    with pytest.raises(InvalidRequestError, match=r"Jane 20\.jpg: cannot be read \(No such file"):
+        client.classifications.create(folder)
+    for nothing in ([], [io.StringIO("text")]):
+        with pytest.raises(InvalidRequestError, match="files"):
+            client.classifications.create(nothing)  # type: ignore[arg-type]  # what a caller may do all the same
+
+
+def test_a_lost_answer_is_asked_for_again(gateway: FakeGateway, client: DermisClient) -> None:
+    gateway.faults.append(Fault("POST /v1/classifications", after=True))
+    assert len(client.classifications.create(image(80))) == 1
+    assert len(gateway.uploads) == 2
+
+
+def test_one_result_is_of_one_classifier(gateway: FakeGateway, client: DermisClient, folder: list[Path]) -> None:
+    def change(done: int, total: int) -> None:
+        gateway.classifier = "e" * 64
+
+    with pytest.raises(DermisError, match="changed its classifier"):
+        client.classifications.create(folder, progress=change)
+
+
+def test_the_asynchronous_client_does_the_same(gateway: FakeGateway, client: DermisClient, folder: list[Path]) -> None:
+    async def ask() -> ClassificationsResult:
+        async with AsyncDermisClient(gateway.url) as other:
+            return await other.classifications.create(folder, threshold=0.125)
+
+    assert asyncio.run(ask()) == client.classifications.create(folder, threshold=0.125)
+
+
+def test_the_command(
+    gateway: FakeGateway, folder: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DERMIS_BASE_URL", gateway.url)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["dermis-client", "classify", *arguments])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        return (int(left.value.code or 0), *capsys.readouterr())
+
+    names = [str(path) for path in folder[:3]]
+    status, out, err = run(*names, "--threshold", "sensitivity_90")
+    assert status == 0 and "Not a medical device." in err
+    assert out.splitlines()[0].split() == ["FILE", "PROBABILITY", "CALIBRATED", "CLASS"]
+    assert out.splitlines()[1].split()[-3:] == ["0.0392", "0.0392", "benign"]
+    assert "malignant from 0.25 (sensitivity_90)" in out
+    rows = list(csv.reader(io.StringIO(run(*names, "--csv")[1])))
+    assert rows[0] == ["file", "probability", "calibrated", "class"]
+    assert [row[0] for row in rows[1:]] == names and float(rows[1][1]) == 10 / 255
+    document = json.loads(run(*names, "--json", "--threshold", "0.01")[1])
+    assert [one["class"] for one in document["data"]] == ["malignant"] * 3
+    status, out, err = run(names[0], "nowhere.jpg")
+    assert (status, out) == (1, "") and "nowhere.jpg" in err.splitlines()[-1]
