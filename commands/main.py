@@ -7,6 +7,7 @@ import sys
 import typer
 
 from commands.bundle import bundle_app
+from commands.classify import classify
 from commands.data import data_app
 from commands.evaluate import evaluate
 from commands.generate import generate, verify
@@ -29,6 +30,7 @@ train_app.command("classifier")(train_classifier)
 app.add_typer(train_app, name="train")
 app.add_typer(bundle_app, name="bundle")
 app.add_typer(survey_app, name="survey")
+app.command()(classify)
 app.command()(evaluate)
 app.command()(generate)
 app.command()(verify)

@@ -249,17 +249,19 @@ def test_a_graph_that_is_not_the_contract_is_refused(tmp_path: Path, change: dic
 
 def test_what_is_no_classifier_says_so(tmp_path: Path) -> None:
     plain = make_bundle(tmp_path / "b")
-    with pytest.raises(BundleError, match="attach-classifier"):
-        Classifier(plain)
+    for source in (plain, tmp_path / "b"):
+        with pytest.raises(BundleError, match="attach-classifier"):
+            Classifier(source)
     with pytest.raises(BundleError, match=r"classifier\.json is missing"):
-        Classifier(tmp_path / "b")
+        Classifier(tmp_path)
     make_classifier(tmp_path / "c")
     with pytest.raises(DermisError, match="device"):
         Classifier(tmp_path / "c", device="tpu")
 
 
 def test_running_a_classifier_needs_no_torch(tmp_path: Path) -> None:
-    make_classifier(tmp_path / "b" / "classifier")
+    make_classifier(tmp_path / "c")
+    amend_bundle(make_bundle(tmp_path / "b"), classifier=tmp_path / "c")
     code = "import sys; from dermis.classifier.onnx_session import Classifier; Classifier(sys.argv[1]); "
     code += "sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "b")], cwd=Path.cwd()).returncode == 0

@@ -132,16 +132,16 @@ def find_classifier(source: Bundle | str | Path) -> tuple[Description, str]:
 
     A path is a classifier's folder or a bundle's. BundleError if there is none.
     """
+    none = "has no classifier; add one: dermis bundle attach-classifier BUNDLE FOLDER"
     if not isinstance(source, str | Path):
         if source.classifier is None:
-            raise BundleError(
-                f"{source.location}: has no classifier; add one: dermis bundle attach-classifier BUNDLE FOLDER"
-            )
+            raise BundleError(f"{source.location}: {none}")
         return source.classifier, f"{source.location}/classifier"
     where = str(source).rstrip("/")
-    inside = f"{where}/classifier"
-    if not exists(where, DESCRIPTOR) and exists(inside, DESCRIPTOR):
-        where = inside
+    if exists(where, "bundle.json"):
+        where = f"{where}/classifier"
+        if not exists(where, DESCRIPTOR):
+            raise BundleError(f"{source}: {none}")
     return open_classifier(where), where
 
 

@@ -1,0 +1,147 @@
+"""`dermis classify`: a classifier's scores of image files, without a service."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dermis.errors import DataError, RequestError, StorageError
+
+if TYPE_CHECKING:
+    from dermis.classifier.onnx_session import Classifier
+    from dermis.imaging import Images
+    from dermis.reading import ImageError
+
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+_COLUMNS = ("file", "probability", "calibrated", "class")
+_CHUNK = 64  # images in memory at a time, at the classifier's size
+
+
+def classify(
+    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.", show_default=False)],
+    classifier: Annotated[str, typer.Option(help="Bundle with a classifier, or a classifier's folder, or fsspec URL.")],
+    out: Annotated[Path | None, typer.Option(help="Write this .csv or .json file; default: CSV on stdout.")] = None,
+    threshold: Annotated[str, typer.Option(help="Name of one of the classifier's thresholds, or 0 to 1.")] = "default",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="CPU cores to use; default: all.")] = None,
+) -> None:
+    """Score images: probability, calibrated probability and class. Not a medical device.
+
+    Images that cannot be read are named and left out, and the exit status is 1.
+    """
+    from tqdm import tqdm
+
+    from dermis.classifier.description import NOTICE
+    from dermis.classifier.onnx_session import Classifier
+    from dermis.cpus import available_cpus
+
+    if out is not None and out.suffix.lower() not in (".csv", ".json"):
+        raise RequestError("--out", f"{out.name} must end in .csv or .json")
+    files = _files(images)
+    rows: list[dict[str, Any]] = []
+    bad: list[tuple[Path, str]] = []
+    with Classifier(classifier, device=device, threads=threads) as session:
+        limit = session.description.threshold(_threshold(threshold))
+        with (
+            ThreadPoolExecutor(threads or available_cpus()) as pool,
+            tqdm(total=len(files), unit="img", disable=None) as bar,
+        ):
+            for start in range(0, len(files), _CHUNK):
+                chunk = files[start : start + _CHUNK]
+                rows += _scores(session, limit, chunk, pool, bad)
+                bar.update(len(chunk))
+        document = {
+            "classifier": session.description.digest,
+            "positive_class": session.description.positive_class,
+            "threshold": {"name": threshold if threshold in session.description.thresholds else None, "value": limit},
+            "data": rows,
+            "notice": NOTICE,
+        }
+    for path, why in bad:
+        typer.echo(f"{path}: {why}", err=True)
+    if out is None:
+        typer.echo(_csv(rows), nl=False)
+    else:
+        is_json = out.suffix.lower() == ".json"
+        _write(out, json.dumps(document, indent=2, ensure_ascii=False) + "\n" if is_json else _csv(rows))
+        typer.echo(f"{out}: {len(rows):,} images, {document['positive_class']} from {limit:g} calibrated", err=True)
+    typer.echo(NOTICE, err=True)
+    if bad:
+        raise DataError(f"{len(bad):,} of {len(files):,} images could not be read and are left out")
+
+
+def _files(given: Sequence[Path]) -> list[Path]:
+    """Files as they are, folders as the images below them, in order of their names; each once."""
+    found: list[Path] = []
+    for path in given:
+        if path.is_dir():
+            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in _SUFFIXES and file.is_file())
+            if not inside:
+                raise DataError(f"{path}: has no images ({', '.join(_SUFFIXES)})")
+            found += inside
+        else:
+            found.append(path)
+    return list(dict.fromkeys(found))
+
+
+def _scores(
+    session: Classifier, limit: float, files: Sequence[Path], pool: ThreadPoolExecutor, bad: list[tuple[Path, str]]
+) -> Iterator[dict[str, Any]]:
+    """Rows of the files that can be read; the others go to `bad`."""
+    described = session.description
+
+    def read(path: Path) -> Images | ImageError | OSError:
+        from dermis.reading import ImageError, read_image
+
+        try:
+            return read_image(path.read_bytes(), size=described.input.size)
+        except (ImageError, OSError) as error:
+            return error
+
+    paths: list[Path] = []
+    inputs: list[Images] = []
+    for path, image in zip(files, pool.map(read, files), strict=True):
+        if isinstance(image, Exception):
+            bad.append((path, getattr(image, "strerror", None) or str(image)))
+        else:
+            paths.append(path)
+            inputs.append(image)
+    scores = session.classify(inputs, features=False)
+    pairs = zip(paths, scores.probabilities.tolist(), scores.calibrated.tolist(), strict=True)
+    for path, probability, calibrated in pairs:
+        label = described.class_at(calibrated, limit)
+        yield dict(zip(_COLUMNS, (str(path), probability, calibrated, label), strict=True))
+
+
+def _threshold(text: str) -> str | float:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _csv(rows: Sequence[dict[str, Any]]) -> str:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _write(out: Path, text: str) -> None:
+    """The file is there whole or not at all."""
+    partial = out.with_name(f".{out.name}.part")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(out)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise StorageError(f"{out}: cannot be written: {error.strerror}") from None
