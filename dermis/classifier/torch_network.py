@@ -119,7 +119,7 @@ def read_weights(model: bytes, where: str) -> dict[str, Tensor]:
     try:
         import onnx
     except ImportError as error:
-        raise DermisError(f'reading weights needs the package onnx ({error}); pip install "dermis[train]"') from error
+        raise DermisError(f"reading weights needs the package onnx ({error}): pip install onnx") from error
     try:
         found = onnx.load_model_from_string(model).graph.initializer
         # Weights in another file would be read from wherever the graph says.

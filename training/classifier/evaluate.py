@@ -17,6 +17,10 @@ from training.classifier.data import RealPart
 FEWEST = 10  # images of each class, below which a group's numbers would say nothing
 
 Floats = NDArray[np.float64]
+_RANKING: Mapping[str, metrics.Metric] = {
+    "auc": metrics.auc,
+    "sensitivity_at_90_specificity": metrics.sensitivity_at_specificity,
+}
 
 
 def evaluate(
@@ -36,7 +40,9 @@ def evaluate(
     thresholds = choose_thresholds(validation.labels, calibrated(logits["validation"], temperature), default_threshold)
     probabilities = calibrated(logits["test"], temperature)
     uncalibrated = calibrated(logits["test"], 1.0)
-    found = _measured(test.labels, probabilities, test.groups, _whole(thresholds), replicates)
+    # Ranks by logits: probabilities near 0 and 1 are rounded together.
+    found = _measured(test.labels, logits["test"], test.groups, _RANKING, replicates)
+    found |= _measured(test.labels, probabilities, test.groups, _whole(thresholds), replicates)
     raw = {"calibration_error": metrics.calibration_error, "brier": metrics.brier}
     return {
         "temperature": temperature,
@@ -51,19 +57,19 @@ def evaluate(
                 name: _measured(test.labels, probabilities, test.groups, _at(thresholds[name]), replicates)
                 for name in THRESHOLDS
             },
-            "breakdown": breakdown(test, probabilities, thresholds["default"], replicates),
+            "breakdown": breakdown(test, logits["test"], temperature, thresholds["default"], replicates),
         },
     }
 
 
 def breakdown(
-    part: RealPart, probabilities: Floats, threshold: float, replicates: int = metrics.REPLICATES
+    part: RealPart, logits: Floats, temperature: float, threshold: float, replicates: int = metrics.REPLICATES
 ) -> dict[str, dict[str, Any]]:
     """For each attribute each of its groups: images, positives, and unless these are too few AUC, sensitivity and
     specificity at the threshold. A group with fewer than 10 images of either class has {"too_few": true} instead.
     """
-    wanted: dict[str, metrics.Metric] = {"auc": metrics.auc}
-    wanted |= {name: rate for name, rate in _at(threshold).items() if name in ("sensitivity", "specificity")}
+    probabilities = calibrated(logits, temperature)
+    rates = {name: rate for name, rate in _at(threshold).items() if name in ("sensitivity", "specificity")}
     found: dict[str, dict[str, Any]] = {}
     for attribute, values in part.attributes.items():
         found[attribute] = {}
@@ -75,7 +81,8 @@ def breakdown(
                 row["too_few"] = True
             else:
                 groups = [part.groups[i] for i in of]
-                row |= _measured(labels, probabilities[of], groups, wanted, replicates)
+                row |= _measured(labels, logits[of], groups, {"auc": metrics.auc}, replicates)
+                row |= _measured(labels, probabilities[of], groups, rates, replicates)
             found[attribute][value] = row
     return found
 
@@ -83,9 +90,7 @@ def breakdown(
 def _whole(thresholds: Mapping[str, float]) -> dict[str, metrics.Metric]:
     return {
         "accuracy": metrics.accuracy,
-        "auc": metrics.auc,
         "balanced_accuracy": functools.partial(metrics.balanced_accuracy, threshold=thresholds["default"]),
-        "sensitivity_at_90_specificity": metrics.sensitivity_at_specificity,
         "brier": metrics.brier,
         "calibration_error": metrics.calibration_error,
     }

@@ -12,10 +12,10 @@ import json
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.lib.format import open_memmap
@@ -35,6 +35,9 @@ from dermis.imaging import Images, decode
 from training.classifier.data import CLASS_NAMES
 from training.data.sources import read_source
 from training.data.tables import is_melanoma
+
+if TYPE_CHECKING:
+    from dermis.synthesizer import Synthesizer
 
 _SAVE_EVERY = 512  # images; what is lost at most when drawing is stopped
 
@@ -96,42 +99,61 @@ def load_synthetic(
         raise DataError("synthetic: name a bundle or a generated dataset to take the images from")
     cache.mkdir(parents=True, exist_ok=True)
     images, labels, origin = [], [], []
-    for label, class_name in enumerate(CLASS_NAMES):
-        wanted = counts.get(class_name, 0)
-        if not wanted:
-            continue
-        stocks = [stock for source in sources for stock in _stocks(source, label, size, seed, truncation_psi, device)]
-        if not stocks:
-            raise DataError(f"synthetic: no source has {class_name} images; give one more, or {class_name}=LOCATION")
-        for i, stock in enumerate(stocks):
-            count = wanted // len(stocks) + (i < wanted % len(stocks))
-            if stock.available is not None and stock.available < count:
+    with _Drawing(size, seed, truncation_psi, device) as drawing:
+        for label, class_name in enumerate(CLASS_NAMES):
+            wanted = counts.get(class_name, 0)
+            if not wanted:
+                continue
+            found = [_stock(source, label, drawing) for source in sources]
+            stocks = [stock for stock in found if stock is not None]
+            if not stocks:
                 raise DataError(
-                    f"{stock.origin['name']}: has {stock.available:,} {class_name} images, {count:,} are asked for; "
-                    "give a smaller count or a larger dataset"
+                    f"synthetic: no source has {class_name} images; give one more, or {class_name}=LOCATION"
                 )
-            images.append(_cached(stock, count, size, cache, progress))
-            labels += [label] * count
-            origin.append({**stock.origin, "class": class_name, "images": count})
+            for i, stock in enumerate(stocks):
+                count = wanted // len(stocks) + (i < wanted % len(stocks))
+                if stock.available is not None and stock.available < count:
+                    raise DataError(
+                        f"{stock.origin['name']}: has {stock.available:,} {class_name} images, {count:,} are asked for; "
+                        "give a smaller count or a larger dataset"
+                    )
+                images.append(_cached(stock, count, size, cache, progress))
+                labels += [label] * count
+                origin.append({**stock.origin, "class": class_name, "images": count})
     return SyntheticImages(tuple(images), tuple(labels), tuple(origin))
 
 
-def _stocks(
-    source: SyntheticSource, label: int, size: int, seed: int, truncation_psi: float, device: str
-) -> Iterator[_Stock]:
+class _Drawing:
+    """How images are drawn; each generator is made ready once, when it is first needed, for all its classes."""
+
+    def __init__(self, size: int, seed: int, truncation_psi: float, device: str) -> None:
+        self.size, self.seed, self.truncation_psi, self.device = size, seed, truncation_psi, device
+        self._ready: dict[str, Synthesizer] = {}
+        self._open = ExitStack()
+
+    def synthesizer(self, bundle: Bundle) -> Synthesizer:
+        from dermis.synthesizer import Synthesizer
+
+        if bundle.digest not in self._ready:
+            self._ready[bundle.digest] = self._open.enter_context(Synthesizer(bundle, device=self.device))
+        return self._ready[bundle.digest]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+
+def _stock(source: SyntheticSource, label: int, drawing: _Drawing) -> _Stock | None:
     if source.class_name not in (None, CLASS_NAMES[label]):
-        return
+        return None
     if exists(source.location, DESCRIPTOR):
-        found = _of_bundle(open_bundle(source.location), source, label, size, seed, truncation_psi, device)
-    else:
-        found = _of_dataset(source, label, size)
-    if found is not None:
-        yield found
+        return _of_bundle(open_bundle(source.location), source, label, drawing)
+    return _of_dataset(source, label, drawing.size)
 
 
-def _of_bundle(
-    bundle: Bundle, source: SyntheticSource, label: int, size: int, seed: int, truncation_psi: float, device: str
-) -> _Stock | None:
+def _of_bundle(bundle: Bundle, source: SyntheticSource, label: int, drawing: _Drawing) -> _Stock | None:
     if source.class_name is None and not bundle.class_names:
         raise DataError(
             f"{bundle.location}: its generator has no classes; say which its images are: benign={bundle.location} or "
@@ -144,34 +166,32 @@ def _of_bundle(
         return None
 
     def produce(start: int) -> Generator[Images]:
-        from dermis.synthesizer import Synthesizer
-
-        with Synthesizer(bundle, device=device) as synthesizer:
-            batch = synthesizer.preferred_batch
-            while True:
-                rows = range(start, start + batch)
-                drawn = synthesizer.images(
-                    seeds=[seed] * batch,
-                    indices=[2 * i + label for i in rows],
-                    labels=[numbers[i % len(numbers)] for i in rows],
-                    truncation_psi=truncation_psi,
-                )
-                if drawn.shape[3] == 1:
-                    drawn = drawn.repeat(3, axis=3)
-                yield np.stack([to_input(image, size) for image in drawn])
-                start += batch
+        synthesizer = drawing.synthesizer(bundle)
+        batch = synthesizer.preferred_batch
+        while True:
+            rows = range(start, start + batch)
+            drawn = synthesizer.images(
+                seeds=[drawing.seed] * batch,
+                indices=[2 * i + label for i in rows],
+                labels=[numbers[i % len(numbers)] for i in rows],
+                truncation_psi=drawing.truncation_psi,
+            )
+            if drawn.shape[3] == 1:
+                drawn = drawn.repeat(3, axis=3)
+            yield np.stack([to_input(image, drawing.size) for image in drawn])
+            start += batch
 
     trained_on = bundle.provenance.get("dataset")
     origin = {
         "kind": "bundle",
         "name": bundle.name,
         "digest": bundle.digest,
-        "seed": seed,
-        "truncation_psi": truncation_psi,
+        "seed": drawing.seed,
+        "truncation_psi": drawing.truncation_psi,
         "licence": bundle.provenance.get("licence", "unknown"),
         "trained_on": trained_on.get("sha256") if isinstance(trained_on, dict) else None,
     }
-    facts = [bundle.digest, seed, truncation_psi, numbers, label, size, device]
+    facts = [bundle.digest, drawing.seed, drawing.truncation_psi, numbers, label, drawing.size, drawing.device]
     return _Stock(_digest(facts), label, None, produce, origin)
 
 
