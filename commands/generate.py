@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,7 @@ from dermis.errors import DermisError, RequestError, StorageError
 
 if TYPE_CHECKING:
     from dermis.bundle import Bundle
+    from dermis.classifier.onnx_session import Classifier
     from dermis.dataset.manifest import Manifest
     from dermis.dataset.plan import Plan
     from dermis.dataset.request import DatasetRequest
@@ -43,6 +45,16 @@ def generate(
     truncation_cutoff: Annotated[int | None, typer.Option(help="Style layers that are truncated; default all.")] = None,
     noise_mode: Annotated[str | None, typer.Option(help="const (default), random or none.")] = None,
     shard_size: Annotated[int | None, typer.Option(help="Images in a shard. Default 250.")] = None,
+    keep: Annotated[
+        str | None, typer.Option(help="all (default), or agreeing: images that the bundle's classifier agrees with.")
+    ] = None,
+    threshold: Annotated[str | None, typer.Option(help="The classifier's threshold that it agrees by.")] = None,
+    min_probability: Annotated[float | None, typer.Option(help="Least probability of images to keep.")] = None,
+    max_probability: Annotated[float | None, typer.Option(help="Greatest probability of images to keep.")] = None,
+    tries: Annotated[int | None, typer.Option(help="Latents to try for an image until one is kept. Default 1.")] = None,
+    score: Annotated[
+        bool | None, typer.Option("--score/--no-score", help="The classifier's probability as a column. Default: yes.")
+    ] = None,
     only_shard: Annotated[
         list[int] | None, typer.Option(help="Make this shard (from 0) only, without finishing; may be repeated.")
     ] = None,
@@ -54,8 +66,8 @@ def generate(
     """Make a dataset from a bundle. Stopped at any point, the same command goes on; the files come out the same."""
     from dermis.bundle import open_bundle
     from dermis.dataset.manifest import parse_manifest, synthesizer_identity
-    from dermis.dataset.plan import plan
-    from dermis.dataset.request import check_against, classes_of
+    from dermis.dataset.plan import plan_for
+    from dermis.dataset.request import check_against
     from dermis.dataset.store import Store
     from dermis.synthesizer import Synthesizer
 
@@ -69,12 +81,21 @@ def generate(
         "noise_mode": noise_mode,
         "shard_size": shard_size,
     }
-    given = {name: value for name, value in options.items() if value is not None}
+    classifier = {
+        "score": score,
+        "keep": keep,
+        "threshold": threshold,
+        "min_probability": min_probability,
+        "max_probability": max_probability,
+        "tries": tries,
+    }
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    filtering = {name: value for name, value in classifier.items() if value is not None}
     opened = open_bundle(bundle)
     wanted: Manifest | None = None
     if manifest is not None:
-        if classes is not None or given:
-            named = ", ".join(["classes"] * (classes is not None) + sorted(given)).replace("_", "-")
+        if classes is not None or given or filtering:
+            named = ", ".join(["classes"] * (classes is not None) + sorted({**given, **filtering})).replace("_", "-")
             raise RequestError("--manifest", f"says everything; leave out --{named.replace(', ', ', --')}")
         wanted = parse_manifest(_read(manifest), str(manifest))
         if wanted.bundle_digest != opened.digest:
@@ -87,9 +108,11 @@ def generate(
     elif classes is None:
         raise RequestError("--classes", f"say how many of each, for instance --classes {_example(opened)}")
     else:
+        if filtering:
+            given["classifier"] = filtering
         request = _request({"model": opened.name, "classes": _parse_classes(classes), **given})
     check_against(request, opened, max_samples=10**8)
-    planned, store = plan(request, opened.digest, classes_of(opened)), Store(out)
+    planned, store = plan_for(request, opened), Store(out)
     shards = list(range(planned.shards)) if only_shard is None else only_shard
     for shard in shards:
         if not 0 <= shard < planned.shards:
@@ -97,8 +120,9 @@ def generate(
     found = _look_into(store, planned)
     finish = only_shard is None or finalize_only
     try:
-        with Synthesizer(opened, device=device) as synthesizer:
-            identity = synthesizer_identity(synthesizer.identity)
+        with Synthesizer(opened, device=device) as synthesizer, _scoring(planned, opened, device) as scorer:
+            machine = {**synthesizer.identity, **(scorer.identity if scorer else {})}
+            identity = synthesizer_identity(machine)
             if wanted is not None and (differing := _differences(wanted.synthesizer, identity)):
                 typer.echo(f"warning: the bytes may differ from those of the manifest: {differing}", err=True)
             if found is not None and _is_whole(found, store, identity):
@@ -107,14 +131,14 @@ def generate(
                 raise StorageError(f"{out}: is finished, but damaged; leave out --finalize to make it again")
             else:
                 _begin(store, planned, reopen=found is not None)
-                made = _make(planned, store, opened, synthesizer, () if finalize_only else shards, finish)
+                made = _make(planned, store, opened, synthesizer, scorer, () if finalize_only else shards, finish)
     except KeyboardInterrupt:
         typer.echo(f"\nstopped; the same command goes on with {out}", err=True)
         raise typer.Exit(130) from None
     if made is None:
         typer.echo(f"{out}: shard {', '.join(map(str, shards))} of {planned.shards} ready; --finalize when all are")
         return
-    typer.echo(f"{out}: {planned.samples:,} images in {len(made.files)} files; check them with: dermis verify {out}")
+    typer.echo(f"{out}: {_told(planned, made)} in {len(made.files)} files; check them with: dermis verify {out}")
     if wanted is not None:
         _compare(wanted, made)
 
@@ -132,8 +156,36 @@ def verify(folder: Annotated[str, typer.Argument(help="Folder or fsspec URL of a
     typer.echo(f"{folder}: {report.checked} files, every hash right")
 
 
+@contextmanager
+def _scoring(planned: Plan, bundle: Bundle, device: str) -> Iterator[Classifier | None]:
+    """The bundle's classifier, where the plan has scores."""
+    if not planned.scored:
+        yield None
+        return
+    from dermis.classifier.onnx_session import Classifier
+
+    with Classifier(bundle, device=device) as classifier:
+        yield classifier
+
+
+def _told(planned: Plan, made: Manifest) -> str:
+    """How many images there are, and what the filter did if there was one."""
+    if not planned.filtered or made.classifier is None:
+        return f"{planned.samples:,} images"
+    images = sum(tally.images for tally in made.classifier.values())
+    rejected = sum(tally.rejected for tally in made.classifier.values())
+    missing = f", {planned.samples - images:,} missing" if images < planned.samples else ""
+    return f"{images:,} images ({rejected:,} rejected by the filter{missing})"
+
+
 def _make(
-    planned: Plan, store: Store, bundle: Bundle, synthesizer: Synthesizer, shards: Sequence[int], finish: bool
+    planned: Plan,
+    store: Store,
+    bundle: Bundle,
+    synthesizer: Synthesizer,
+    scorer: Classifier | None,
+    shards: Sequence[int],
+    finish: bool,
 ) -> Manifest | None:
     from tqdm import tqdm
 
@@ -141,7 +193,8 @@ def _make(
     from dermis.dataset.plan import BATCH
     from dermis.dataset.shards import check_space, write_shard
 
-    request, identity = planned.request, synthesizer.identity
+    request = planned.request
+    identity = {**synthesizer.identity, **(scorer.identity if scorer else {})}
     if shards:
         check_space(planned, store, bundle.generator.img_resolution)
 
@@ -155,6 +208,10 @@ def _make(
             noise_mode=request.noise_mode,
         )
 
+    def score(images: Any) -> Any:
+        assert scorer is not None
+        return scorer.classify(images, features=False).calibrated
+
     batch = max(BATCH, synthesizer.preferred_batch)
     total = sum(len(planned.shard(shard)) for shard in shards)
     with tqdm(total=total, unit="img", disable=total == 0) as bar:
@@ -164,7 +221,16 @@ def _make(
             def advance(done: int, before: int = before) -> None:
                 bar.update(before + done - bar.n)
 
-            write_shard(planned, shard, synthesize, store, identity=identity, on_batch=advance, batch_size=batch)
+            write_shard(
+                planned,
+                shard,
+                synthesize,
+                store,
+                score=score,
+                identity=identity,
+                on_batch=advance,
+                batch_size=batch,
+            )
     return finalize(planned, store, bundle, identity) if finish else None
 
 

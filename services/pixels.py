@@ -6,16 +6,20 @@ deployment have, so that rows of different callers and classifiers may share a b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dermis.bundle import Bundle
 from dermis.classifier.description import Description
 
 if TYPE_CHECKING:
     from dermis.classifier.onnx_session import Classifier
+
+Classify = Callable[[Bundle, NDArray[np.uint8]], Awaitable[NDArray[np.float32]]]
+"""(bundle with a classifier, uint8 [N, S, S, 3]) -> logits [N]."""
 
 _DIGEST = 64
 

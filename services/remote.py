@@ -96,6 +96,16 @@ class RemoteClassifier:
             raise InferenceFailedError(f"the classifier gave {len(found)} numbers for {len(rows)} images")
         return found
 
+    async def identity(self, bundle: Bundle) -> Mapping[str, str]:
+        """What runs the bundle's classifier, for manifests. Errors as in `logits`."""
+        assert bundle.classifier is not None
+        described = await self._connection.describe()
+        found = described["identities"].get(bundle.classifier.digest)
+        if found is None:
+            reasons = "; ".join(described["problems"]) or "restart the service to load it"
+            raise InferenceUnavailableError(f"the classifier service does not have that of {bundle.name}: {reasons}")
+        return dict(found)
+
     async def not_ready(self) -> str | None:
         """Why the classifier cannot score for every served model that has one; None if it can, or if none has."""
         return await _not_ready(self._connection, self._wanted) if self._wanted else None

@@ -55,6 +55,8 @@ async def _running() -> AsyncIterator[Context]:
         models=models,
         generate=generator.images,
         identity=generator.identity,
+        classify=classifier.logits,
+        classifier_identity=classifier.identity,
         loop=asyncio.get_running_loop(),
         storage=_settings.storage,
         min_free_bytes=_settings.min_free_bytes,

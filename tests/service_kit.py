@@ -19,8 +19,8 @@ from starlette.testclient import TestClient
 from dermis.bundle import Bundle
 from dermis.classifier.onnx_session import Classifier
 from dermis.dataset.manifest import finalize
-from dermis.dataset.plan import plan
-from dermis.dataset.request import DatasetRequest, classes_of
+from dermis.dataset.plan import plan_for
+from dermis.dataset.request import DatasetRequest
 from dermis.dataset.shards import write_shard
 from dermis.dataset.store import Store
 from services.gateway.app import create_app
@@ -34,6 +34,7 @@ from services.samples import Image, Options, Samples, pack
 from services.settings import Settings
 
 IDENTITY = {"device": "fake"}
+CLASSIFIER_IDENTITY = {"classifier_device": "here"}
 PATIENCE_SECONDS = 120.0  # for what takes a second or two: a busy machine is no failure
 
 
@@ -77,6 +78,9 @@ class LocalClassifier:
             raise self.failures.pop(0)
         with Classifier(bundle, device="cpu", threads=1) as classifier:
             return classifier.logits(inputs)
+
+    async def identity(self, _bundle: Bundle) -> Mapping[str, str]:
+        return CLASSIFIER_IDENTITY
 
 
 @dataclass
@@ -152,6 +156,8 @@ def assemble(bundles: Path | str, data_dir: Path, **settings: Any) -> Parts:
             models=models,
             generate=generator.images,
             identity=generator.identity,
+            classify=classifier.logits,
+            classifier_identity=classifier.identity,
             loop=asyncio.get_running_loop(),
             storage=values.storage,
             min_free_bytes=values.min_free_bytes,
@@ -201,16 +207,23 @@ def service(bundles: Path | str, data_dir: Path, **settings: Any) -> Iterator[Se
 def make_directly(bundle: Any, request: Mapping[str, Any], folder: Path) -> dict[str, bytes]:
     """The files that the library makes of a request, without any service, by name."""
     wanted = DatasetRequest.model_validate(request)
-    planned = plan(wanted, bundle.digest, classes_of(bundle))
+    planned = plan_for(wanted, bundle)
+    identity = {**IDENTITY, **(CLASSIFIER_IDENTITY if planned.scored else {})}
     options = Options(bundle.digest, wanted.truncation_psi, wanted.truncation_cutoff, wanted.noise_mode)
     store = Store(folder)
+
+    def score(images: NDArray[np.uint8]) -> NDArray[np.float64]:
+        with Classifier(bundle, device="cpu", threads=1) as classifier:
+            return classifier.classify(images).calibrated
+
     for shard in range(planned.shards):
         write_shard(
             planned,
             shard,
             lambda indices, labels: np.stack(draw(pack(options, wanted.seed, indices, labels))),
             store,
-            identity=IDENTITY,
+            score=score,
+            identity=identity,
         )
-    finalize(planned, store, bundle, IDENTITY)
+    finalize(planned, store, bundle, identity)
     return {path.name: path.read_bytes() for path in folder.iterdir()}

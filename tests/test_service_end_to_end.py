@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import os
 import shutil
 import signal
@@ -17,10 +19,12 @@ from typing import Any
 import httpx
 import pytest
 from service_kit import wait_for
+from tiny_classifier import make_classifier
 
-from dermis.bundle import Bundle, open_bundle
+from dermis.bundle import Bundle, amend_bundle, open_bundle
+from dermis.classifier.onnx_session import Classifier
 from dermis.dataset.manifest import finalize
-from dermis.dataset.plan import plan
+from dermis.dataset.plan import plan_for
 from dermis.dataset.request import DatasetRequest
 from dermis.dataset.shards import write_shard
 from dermis.dataset.store import Store
@@ -34,6 +38,7 @@ REQUEST: dict[str, Any] = {
     "seed": 11,
     "shard_size": 50,
     "format": "webdataset",
+    "classifier": {"keep": "agreeing", "tries": 2},
 }
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals")
@@ -117,16 +122,20 @@ def make_directly(bundle: Bundle, folder: Path) -> dict[str, bytes]:
     from dermis.synthesizer import Synthesizer
 
     request = DatasetRequest.model_validate(REQUEST)
-    planned = plan(request, bundle.digest, bundle.class_names)
+    planned = plan_for(request, bundle)
     store = Store(folder)
-    with Synthesizer(bundle) as synthesizer:
+    with Synthesizer(bundle) as synthesizer, Classifier(bundle) as classifier:
+        identity = {**synthesizer.identity, **classifier.identity}
 
         def synthesize(indices: Any, labels: Any) -> Any:
             return synthesizer.images([request.seed] * len(indices), indices, labels)
 
+        def score(images: Any) -> Any:
+            return classifier.classify(images).calibrated
+
         for shard in range(planned.shards):
-            write_shard(planned, shard, synthesize, store, identity=synthesizer.identity)
-        finalize(planned, store, bundle, synthesizer.identity)
+            write_shard(planned, shard, synthesize, store, score=score, identity=identity)
+        finalize(planned, store, bundle, identity)
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
@@ -135,6 +144,8 @@ def test_killed_in_the_middle_and_gone_on_by_two_workers_it_gives_the_same_bytes
 ) -> None:
     bundle = tmp_path / "bundles" / "tiny"
     shutil.copytree(tiny_bundle.location, bundle)
+    make_classifier(tmp_path / "classifier")
+    amend_bundle(open_bundle(bundle), classifier=tmp_path / "classifier")
     port = free_port()
     first = launch(str(bundle.parent), port)
     first.wait_until(first.ready)
@@ -169,12 +180,14 @@ def test_killed_in_the_middle_and_gone_on_by_two_workers_it_gives_the_same_bytes
     files = again.client.get(both["links"]["files"]).json()["data"]
     assert {file["name"]: again.client.get(file["url"]).content for file in files} == direct
 
-    # An image asked for alone is the one in the dataset.
-    names = ["benign", "malignant"]
-    labels = plan(DatasetRequest.model_validate(REQUEST), "", names).labels(0)
-    image = {"model": "tiny", "classes": {names[labels[7]]: 1}, "seed": REQUEST["seed"], "start_index": 7}
+    # An image asked for alone is the one in the dataset, and is classified alone as it was there.
+    row = list(csv.DictReader(io.StringIO(direct["metadata.csv"].decode())))[7]
+    image = {"model": "tiny", "classes": {row["target"]: 1}, "seed": REQUEST["seed"], "start_index": int(row["index"])}
     alone = again.client.post("/v1/images", json=image, headers={"Accept": "image/png"}).content
     assert alone in direct["data-00000-of-00040.tar"]
+    answer = again.client.post("/v1/classifications", files=[("files", alone), ("files", alone)])
+    assert answer.status_code == 200, answer.text
+    assert [round(one["calibrated"], 6) for one in answer.json()["data"]] == [float(row["probability"])] * 2
 
     # A changed bundle is noticed; the service stays up.
     weights = bundle / "generator.safetensors"

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
+from dermis.classifier.description import DEFAULT_THRESHOLD, NOTICE
 from dermis.dataset.containers import SOURCE
 from dermis.dataset.plan import Plan
+from dermis.dataset.scoring import Tally
 
 if TYPE_CHECKING:
     from dermis.bundle import Bundle
@@ -38,14 +41,16 @@ dataset = load_dataset("parquet", data_files="data-*.parquet")  # columns image,
 }
 
 
-def dataset_card(plan: Plan, bundle: Bundle) -> str:
-    """Markdown. Says nothing that is not in the plan or in the bundle; no date."""
+def dataset_card(plan: Plan, bundle: Bundle, tallies: Mapping[str, Tally] | None = None) -> str:
+    """Markdown. Says nothing that is not in the plan, in the bundle or, if images are scored, in `tallies`; no date."""
     request = plan.request
+    counts = dict(request.classes) if tallies is None else {name: found.images for name, found in tallies.items()}
+    samples = sum(counts.values())
     licence = str(bundle.provenance.get("licence") or "unknown")
     attribution = str(bundle.provenance.get("attribution") or "not stated")
-    rows = "\n".join(f"| {name} | {count:,} |" for name, count in request.classes.items())
+    rows = "\n".join(f"| {name} | {count:,} |" for name, count in counts.items())
     size = bundle.generator.img_resolution
-    options = {
+    options: dict[str, Any] = {
         "seed": request.seed,
         "truncation_psi": request.truncation_psi,
         "truncation_cutoff": request.truncation_cutoff,
@@ -54,12 +59,14 @@ def dataset_card(plan: Plan, bundle: Bundle) -> str:
     }
     if request.image_format != "png":
         options["image_quality"] = request.image_quality
+    if request.classifier is not None:
+        options["classifier"] = request.classifier.model_dump()
     told = "\n".join(f"| `{name}` | {json.dumps(value)} |" for name, value in options.items())
     return f"""---
-{_front_matter(plan, licence)}
+{_front_matter(plan, licence, samples)}
 ---
 
-# {request.samples:,} synthetic dermoscopy images
+# {samples:,} synthetic dermoscopy images
 
 ![Preview](preview.png)
 
@@ -83,7 +90,7 @@ Images are RGB, {size} x {size} px, {request.image_format.upper()}.
 `metadata.csv` has the ISIC Archive's columns (`isic_id`, `patient_id`, `diagnosis`, `target`, `age_approx`, `sex`,
 `anatom_site`), empty where an image of nobody has no value, and `source` ({SOURCE}), `file_name`, `label`, `seed`,
 `index` and the `sha256` of each image file.
-
+{_classifier_section(plan, tallies)}
 ## Origin
 
 | | |
@@ -102,7 +109,43 @@ dermis verify FOLDER
 """
 
 
-def _front_matter(plan: Plan, licence: str) -> str:
+def _classifier_section(plan: Plan, tallies: Mapping[str, Tally] | None) -> str:
+    if tallies is None or plan.classifier is None:
+        return ""
+    options = plan.request.classifier
+    wanted = DEFAULT_THRESHOLD if options is None else options.threshold
+    rows = "\n".join(
+        f"| {name} | {found.images:,} | {'-' if found.agreeing is None else f'{found.agreeing:,}'} | "
+        f"{found.drawn:,} | {found.rejected:,} |"
+        for name, found in tallies.items()
+    )
+    told = f"""
+## Classifier
+
+`probability` is what the bundle's classifier says of each image before it was encoded: the calibrated probability of
+{plan.classifier.positive_class}. It agrees with the class of an image if that is on the right side of its threshold
+`{wanted}` ({plan.classifier.threshold(wanted):.4g}). The classifier is `{plan.classifier.architecture}`, SHA-256
+`{plan.classifier.digest}`. {NOTICE}
+
+| class | images | classifier agrees | drawn | rejected |
+| --- | --- | --- | --- | --- |
+{rows}
+"""
+    if options is not None and options.filters:
+        kept = ["which the classifier agrees with"] if options.keep == "agreeing" else []
+        if options.min_probability > 0 or options.max_probability < 1:
+            kept.append(f"of a probability from {options.min_probability:g} to {options.max_probability:g}")
+        missing = plan.samples - sum(found.images for found in tallies.values())
+        told += f"""
+**Filtered**: only images {" and ".join(kept)} were kept, from up to {options.tries} latents for each.
+{missing:,} of {plan.samples:,} images are missing, as none of theirs was kept. What a filter rejects is variety: these
+are images that suit this classifier, and whatever learns from them learns less of the rest. Of an image that was not
+the first try, `index` is that of its latent, 2^34 higher for every further try.
+"""
+    return told
+
+
+def _front_matter(plan: Plan, licence: str, samples: int) -> str:
     known = licence.lower() in _LICENCES
     lines = [f"license: {licence.lower() if known else 'other'}"]
     if not known:
@@ -111,7 +154,7 @@ def _front_matter(plan: Plan, licence: str) -> str:
         "pretty_name: Synthetic dermoscopy",
         "task_categories: [image-classification]",
         "tags: [synthetic, dermoscopy, medical]",
-        f"size_categories: [{json.dumps(_size_category(plan.samples))}]",
+        f"size_categories: [{json.dumps(_size_category(samples))}]",
     ]
     files = {"imagefolder": "images.zip", "webdataset": "data-*.tar", "parquet": "data-*.parquet"}[plan.request.format]
     lines += ["configs:", "- config_name: default", f"  data_files: {json.dumps(files)}"]

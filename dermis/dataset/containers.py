@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from dermis.dataset.plan import Plan, sample_id
+from dermis.dataset.plan import Plan, latent_index, sample_id
 from dermis.imaging import SUFFIXES
 
 SOURCE = "dermis-synthetic"
@@ -36,16 +36,19 @@ COLUMNS = (
     "index",
     "sha256",
 )
+PROBABILITY = "probability"  # one more column where the images are scored
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One encoded image. `sha256` (hex) is that of `data`."""
+    """One encoded image. `sha256` (hex) is that of `data`; None where all candidates of the sample were rejected."""
 
     index: int
     label: int
-    sha256: str
+    sha256: str | None
     data: bytes = b""
+    probability: float | None = None
+    tries: int = 1
 
 
 # Rows of a Parquet row group: what a reader holds in memory at once. Fixed, as the bytes of the file depend on it.
@@ -78,19 +81,26 @@ def file_name(plan: Plan, index: int, label: int) -> str:
     return name
 
 
-def metadata_row(plan: Plan, sample: Sample) -> dict[str, str | int]:
+def columns(plan: Plan) -> tuple[str, ...]:
+    """Columns of metadata.csv."""
+    return (*COLUMNS, PROBABILITY) if plan.scored else COLUMNS
+
+
+def metadata_row(plan: Plan, sample: Sample) -> dict[str, str | int | float]:
     """A sample's row of metadata.csv, by column."""
-    known: dict[str, str | int] = {
+    known: dict[str, str | int | float | None] = {
         "isic_id": sample_id(sample.index),
         "target": plan.class_names[sample.label],
         "source": SOURCE,
         "file_name": file_name(plan, sample.index, sample.label),
         "label": sample.label,
         "seed": plan.request.seed,
-        "index": sample.index,
+        "index": latent_index(sample.index, sample.tries - 1),
         "sha256": sample.sha256,
+        PROBABILITY: sample.probability,
     }
-    return {column: known.get(column, "") for column in COLUMNS}
+    row = {column: known.get(column) for column in columns(plan)}
+    return {column: "" if value is None else value for column, value in row.items()}
 
 
 def container_writer(plan: Plan, path: Path) -> AbstractContextManager[Add]:
@@ -206,8 +216,12 @@ def _parquet_schema(plan: Plan) -> Any:
         "index": pa.int64(),
         "sha256": pa.string(),
     }
+    if plan.scored:
+        fields[PROBABILITY] = pa.float64()
     features: dict[str, Any] = {
-        name: {"dtype": str(kind), "_type": "Value"} for name, kind in fields.items() if name not in ("image", "label")
+        name: {"dtype": "float64" if name == PROBABILITY else str(kind), "_type": "Value"}
+        for name, kind in fields.items()
+        if name not in ("image", "label")
     }
     features["image"] = {"_type": "Image"}
     features["label"] = {"names": list(plan.class_names), "_type": "ClassLabel"}

@@ -19,12 +19,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dermis import __version__
 from dermis.dataset.card import dataset_card
-from dermis.dataset.containers import COLUMNS, Sample, add_to_zip, file_name, metadata_row, read_container
+from dermis.dataset.containers import Sample, add_to_zip, columns, file_name, metadata_row, read_container
 from dermis.dataset.plan import Plan
 from dermis.dataset.request import DatasetRequest
+from dermis.dataset.scoring import Tally, tally
 from dermis.dataset.shards import FileEntry, ShardRecord, find_shard
 from dermis.dataset.store import PARTIAL, Store, hash_file, storage_errors
-from dermis.errors import StorageError
+from dermis.errors import RequestError, StorageError
 from dermis.imaging import Images, contact_sheet, decode, encode, thumbnail
 
 if TYPE_CHECKING:
@@ -52,9 +53,11 @@ class Manifest:
     plan_digest: str
     shards: int
     files: tuple[FileEntry, ...]
+    classifier: Mapping[str, Tally] | None = None
+    """By class, what the classifier did; None if it had no part."""
 
     def to_json(self) -> bytes:
-        document = {
+        document: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "request": self.request.model_dump(),
             "bundle": {"name": self.bundle_name, "digest": self.bundle_digest, "class_names": self.class_names},
@@ -62,6 +65,8 @@ class Manifest:
             "plan": {"digest": self.plan_digest, "samples": self.request.samples, "shards": self.shards},
             "files": [asdict(file) for file in self.files],
         }
+        if self.classifier is not None:
+            document["classifier"] = {name: asdict(found) for name, found in self.classifier.items()}
         return (json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
@@ -87,6 +92,12 @@ class _PlanDocument(_Strict):
     shards: int
 
 
+class _TallyDocument(_Strict):
+    images: int
+    drawn: int
+    agreeing: int | None
+
+
 class _Document(_Strict):
     format_version: int = Field(ge=FORMAT_VERSION, le=FORMAT_VERSION)
     request: DatasetRequest
@@ -94,10 +105,11 @@ class _Document(_Strict):
     synthesizer: dict[str, str]
     plan: _PlanDocument
     files: list[_FileDocument]
+    classifier: dict[str, _TallyDocument] | None = None
 
 
 def synthesizer_identity(identity: Mapping[str, str]) -> dict[str, str]:
-    """What, besides request and bundle, decides a dataset's bytes: the synthesizer's identity and our own version."""
+    """What, besides request and bundle, decides a dataset's bytes: identities of synthesizer and classifier, our version."""
     return {**identity, "dermis": __version__}
 
 
@@ -105,14 +117,19 @@ def finalize(plan: Plan, store: Store, bundle: Bundle, identity: Mapping[str, st
     """Write metadata.csv, preview.png, README.md, images.zip where the format has one, and at last manifest.json.
 
     Every shard must have been written with the same `identity`. May be run again after a crash; a dataset that is
-    complete already is left as it is. Raises StorageError, having written nothing, if a shard is missing or damaged.
+    complete already is left as it is. Raises StorageError, having written nothing, if a shard is missing or damaged;
+    RequestError if the request's filter has left no image at all.
     """
     done = _finished(plan, store, identity)
     if done is not None:
         store.remove(PARTIAL)
         return done
     records = list(_records(plan, store, identity))
-    card = dataset_card(plan, bundle).encode()
+    tallies = _tally(plan, records) if plan.scored else None
+    if tallies is not None and not any(found.images for found in tallies.values()):
+        drawn = sum(found.drawn for found in tallies.values())
+        raise RequestError("classifier.keep", f"none of {drawn:,} images was kept; keep more, or allow more tries")
+    card = dataset_card(plan, bundle, tallies).encode()
     metadata = _metadata(plan, records)
     files = [record.file for record in records]
     if plan.request.format == "imagefolder":
@@ -130,6 +147,7 @@ def finalize(plan: Plan, store: Store, bundle: Bundle, identity: Mapping[str, st
         plan_digest=plan.digest,
         shards=plan.shards,
         files=tuple(sorted(files, key=lambda file: file.name)),
+        classifier=tallies,
     )
     store.write(MANIFEST, manifest.to_json())
     store.remove(PARTIAL)
@@ -162,7 +180,12 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
         plan_digest=document.plan.digest,
         shards=document.plan.shards,
         files=tuple(FileEntry(file.name, file.bytes, file.sha256) for file in document.files),
+        classifier=None if document.classifier is None else _tallies(document.classifier),
     )
+
+
+def _tallies(found: Mapping[str, _TallyDocument]) -> dict[str, Tally]:
+    return {name: Tally(of.images, of.drawn, of.agreeing) for name, of in found.items()}
 
 
 def _finished(plan: Plan, store: Store, identity: Mapping[str, str]) -> Manifest | None:
@@ -187,18 +210,32 @@ def _records(plan: Plan, store: Store, identity: Mapping[str, str]) -> Iterator[
 
 
 def _samples(plan: Plan, record: ShardRecord) -> Iterator[Sample]:
-    """A shard's samples without their bytes."""
-    labels = plan.labels(record.shard)
-    for index, label, sha256 in zip(plan.shard(record.shard), labels, record.images, strict=True):
-        yield Sample(index, label, sha256)
+    """A shard's samples without their bytes, those that were all rejected among them."""
+    labels, count = plan.labels(record.shard), len(record.images)
+    probabilities, tries = record.probabilities or (None,) * count, record.tries or (1,) * count
+    facts = zip(plan.shard(record.shard), labels, record.images, probabilities, tries, strict=True)
+    for index, label, sha256, probability, tried in facts:
+        yield Sample(index, label, sha256, probability=probability, tries=tried)
+
+
+def _kept(plan: Plan, record: ShardRecord) -> Iterator[Sample]:
+    return (sample for sample in _samples(plan, record) if sample.sha256 is not None)
+
+
+def _tally(plan: Plan, records: Sequence[ShardRecord]) -> dict[str, Tally]:
+    outcomes: dict[str, list[tuple[float | None, int]]] = {name: [] for name in plan.request.classes}
+    for record in records:
+        for sample in _samples(plan, record):
+            outcomes[plan.class_names[sample.label]].append((sample.probability, sample.tries))
+    return tally(plan, outcomes)
 
 
 def _metadata(plan: Plan, records: Sequence[ShardRecord]) -> bytes:
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, columns(plan), lineterminator="\n")
     writer.writeheader()
     for record in records:
-        writer.writerows(metadata_row(plan, sample) for sample in _samples(plan, record))
+        writer.writerows(metadata_row(plan, sample) for sample in _kept(plan, record))
     return text.getvalue().encode()
 
 
@@ -241,7 +278,7 @@ def _preview(plan: Plan, store: Store, records: Sequence[ShardRecord]) -> Images
         if all(len(found[label]) == count for label, count in wanted.items()):
             break
         chosen: dict[str, int] = {}
-        for sample in _samples(plan, record):
+        for sample in _kept(plan, record):
             label = sample.label
             already = sum(other == label for other in chosen.values())
             if label in wanted and len(found[label]) + already < wanted[label]:

@@ -8,12 +8,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dermis.dataset.request import DatasetRequest
+from dermis.classifier.description import Description
+from dermis.dataset.request import DatasetRequest, classes_of
+
+if TYPE_CHECKING:
+    from dermis.bundle import Bundle
 
 BATCH = 32
+_STRIDE = 1 << 34  # MAX_TRIES of them fill the indices that latents may have
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,8 @@ class Plan:
     request: DatasetRequest
     bundle_digest: str
     class_names: tuple[str, ...]
+    classifier: Description | None = None
+    """The bundle's. It is in the bundle's digest, so it is not in that of the plan."""
 
     @cached_property
     def digest(self) -> str:
@@ -37,6 +45,17 @@ class Plan:
     @property
     def samples(self) -> int:
         return self.request.samples
+
+    @property
+    def scored(self) -> bool:
+        """Whether every image gets a probability by the classifier."""
+        options = self.request.classifier
+        return self.classifier is not None and (options is None or options.score)
+
+    @property
+    def filtered(self) -> bool:
+        """Whether images may be rejected for their probability."""
+        return self.scored and self.request.classifier is not None and self.request.classifier.filters
 
     @property
     def shards(self) -> int:
@@ -81,11 +100,23 @@ class Plan:
         return [int(label) for label in labels[np.argsort(places, kind="stable")]]
 
 
-def plan(request: DatasetRequest, bundle_digest: str, class_names: Sequence[str]) -> Plan:
-    """The plan of a request that `check_against` has accepted. `class_names`: the model's, in label order."""
+def plan_for(request: DatasetRequest, bundle: Bundle) -> Plan:
+    """The plan of a request that `check_against` has accepted for this bundle."""
+    return plan(request, bundle.digest, classes_of(bundle), bundle.classifier)
+
+
+def plan(
+    request: DatasetRequest, bundle_digest: str, class_names: Sequence[str], classifier: Description | None = None
+) -> Plan:
+    """The plan of a request from what it depends on. `class_names`: the model's, in label order."""
     names = tuple(class_names)
     ordered = {name: request.classes[name] for name in sorted(request.classes, key=names.index)}
-    return Plan(request.model_copy(update={"classes": ordered}), bundle_digest, names)
+    return Plan(request.model_copy(update={"classes": ordered}), bundle_digest, names, classifier)
+
+
+def latent_index(index: int, attempt: int) -> int:
+    """Index of the latent that sample `index` has in its attempt 0, 1, ...: no two samples ever share one."""
+    return index + attempt * _STRIDE
 
 
 def sample_id(index: int) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from dermis.classifier.description import DEFAULT_THRESHOLD, THRESHOLD_PATTERN
 from dermis.errors import RequestError
 from dermis.latents import MAX_SEED
 
@@ -20,9 +21,55 @@ UNCONDITIONAL_CLASS = "image"
 # Bounds of the format itself; what a service allows is for `check_against`, what a disk holds for the store.
 MAX_COUNT = 10**8
 MAX_CLASSES = 1000
+MAX_TRIES = 64
 
 ClassName = Annotated[str, Field(min_length=1, max_length=200)]
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
+
+
+class ClassifierOptions(BaseModel):
+    """What the bundle's classifier does for a dataset: a column `probability`, and a filter on it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    score: bool = Field(True, description="Whether images are scored at all; scoring takes time.")
+    keep: Literal["all", "agreeing"] = Field(
+        "all",
+        description="Images to keep: all, or those that the classifier gives the class that they were drawn for. "
+        "Filtering narrows the variety.",
+    )
+    threshold: str = Field(
+        DEFAULT_THRESHOLD,
+        pattern=f"^{THRESHOLD_PATTERN}$",
+        description="Name of the classifier's threshold from which on an image is of the positive class.",
+    )
+    min_probability: float = Field(
+        0.0, ge=0, le=1, allow_inf_nan=False, description="Least calibrated probability of images to keep."
+    )
+    max_probability: float = Field(
+        1.0, ge=0, le=1, allow_inf_nan=False, description="Greatest calibrated probability of images to keep."
+    )
+    tries: int = Field(
+        1,
+        ge=1,
+        le=MAX_TRIES,
+        description="Latents that are tried for each image until one is kept. If none is, the image is missing.",
+    )
+
+    @property
+    def filters(self) -> bool:
+        """Whether images may be rejected."""
+        return self.keep != "all" or self.min_probability > 0 or self.max_probability < 1
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.min_probability > self.max_probability:
+            raise ValueError("min_probability must not be above max_probability")
+        if self.filters and not self.score:
+            raise ValueError("a filter needs score")
+        if self.tries > 1 and not self.filters:
+            raise ValueError("tries need a filter; without one the first image is kept")
+        return self
 
 
 class DatasetRequest(BaseModel):
@@ -52,11 +99,22 @@ class DatasetRequest(BaseModel):
     image_format: ImageFormat = Field("png", description="Encoding of each image. PNG is lossless.")
     image_quality: int = Field(95, ge=1, le=100, description="Quality of JPEG and WebP; PNG takes no notice of it.")
     shard_size: int = Field(250, ge=1, le=10_000, description="Images in a shard: the unit of work and of recovery.")
+    # Left out where it is not asked for, so that requests without it keep the digest that they always had.
+    classifier: ClassifierOptions | None = Field(
+        None,
+        exclude_if=lambda value: value is None,
+        description="Null: images are scored if the model has a classifier, and all are kept.",
+    )
 
     @property
     def samples(self) -> int:
         """Number of images."""
         return sum(self.classes.values())
+
+    @property
+    def tries(self) -> int:
+        """Most candidates of an image."""
+        return self.classifier.tries if self.classifier else 1
 
 
 def classes_of(bundle: Bundle) -> tuple[str, ...]:
@@ -74,6 +132,34 @@ def check_against(request: DatasetRequest, bundle: Bundle, max_samples: int) -> 
     if request.samples > max_samples:
         message = f"{request.samples:,} images asked for; at most {max_samples:,} are allowed in one dataset"
         raise RequestError("classes", message, kind="request-too-large")
+    if request.tries > 1 and request.samples * request.tries > max_samples:
+        message = (
+            f"up to {request.samples * request.tries:,} images in {request.tries} tries; at most {max_samples:,} are "
+            "allowed in one dataset: ask for fewer images or tries"
+        )
+        raise RequestError("classifier.tries", message, kind="request-too-large")
+    if request.classifier is not None:
+        _check_classifier(request, request.classifier, bundle)
     num_ws = bundle.generator.num_ws
     if request.truncation_cutoff is not None and request.truncation_cutoff > num_ws:
         raise RequestError("truncation_cutoff", f"this model has {num_ws} style layers; give 0 to {num_ws}")
+
+
+def _check_classifier(request: DatasetRequest, options: ClassifierOptions, bundle: Bundle) -> None:
+    described = bundle.classifier
+    if described is None:
+        if options.score:
+            raise RequestError("classifier", f"{bundle.name} has no classifier; leave it out", kind="no-classifier")
+        return
+    if options.keep != "agreeing":
+        return
+    unknown = [name for name in request.classes if name not in described.class_names]
+    if unknown:
+        known = ", ".join(described.class_names)
+        raise RequestError("classifier.keep", f"the classifier knows {known}; it cannot agree on {unknown[0]!r}")
+    try:
+        described.threshold(options.threshold)
+    except RequestError as error:
+        raise RequestError(
+            "classifier.threshold", error.message.replace(", or give a number from 0 to 1", "")
+        ) from None

@@ -5,22 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-
-import numpy as np
-import numpy.typing as npt
+from dataclasses import asdict, dataclass, replace
 
 from dermis.dataset.containers import Sample, container_name, container_writer
 from dermis.dataset.plan import BATCH, Plan
 from dermis.dataset.request import DatasetRequest
+from dermis.dataset.scoring import Draw, Score, Synthesize, draw
 from dermis.dataset.store import PARTIAL, Store, hash_file, storage_errors
 from dermis.errors import StorageError
 from dermis.imaging import encode
-
-Synthesize = Callable[[Sequence[int], Sequence[int]], npt.NDArray[np.uint8]]
-"""(indices, labels) -> uint8 [N, H, W, 3]."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +29,16 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """A finished shard: its file and the SHA-256 of every image in it, in order."""
+    """A finished shard: its file, and of every sample in order the SHA-256 of its image (None: all were rejected).
+
+    Where images are scored also their probabilities and the number of candidates that it took.
+    """
 
     shard: int
     file: FileEntry
-    images: tuple[str, ...]
+    images: tuple[str | None, ...]
+    probabilities: tuple[float | None, ...] = ()
+    tries: tuple[int, ...] = ()
 
 
 def write_shard(
@@ -47,15 +47,16 @@ def write_shard(
     synthesize: Synthesize,
     store: Store,
     *,
+    score: Score | None = None,
     identity: Mapping[str, str] | None = None,
     on_batch: Callable[[int], None] | None = None,
     batch_size: int = BATCH,
 ) -> ShardRecord:
     """Make shard `shard` (from 0) unless it is there already, whole.
 
-    `identity` is the synthesizer's: what another machine or library version made is made again. `on_batch` gets the
-    number of this shard's samples done so far, after each batch (once for a shard that was there); an exception from
-    it, as from `synthesize`, ends the work and leaves no file. Raises StorageError.
+    `score` is needed if `plan.scored`. `identity` is the synthesizer's and the classifier's: what another machine or library
+    version made is made again. `on_batch` gets the number of this shard's samples done so far, after each batch (once for a
+    shard that was there); an exception from it, as from `synthesize`, ends the work and leaves no file. Raises StorageError.
     """
     found = find_shard(plan, shard, store, identity=identity)
     if found is not None:
@@ -63,18 +64,21 @@ def write_shard(
             on_batch(len(found.images))
         return found
     name = shard_file(plan, shard)
-    images: list[str] = []
+    made: list[Sample] = []
     with storage_errors(store.where(name), only_full=True), store.writing(name) as path:
         with container_writer(plan, path) as add:
-            for samples in _encoded_batches(plan, shard, synthesize, batch_size):
+            for samples in _encoded_batches(plan, shard, synthesize, score, batch_size):
                 with storage_errors(store.where(name)):
-                    add(samples)
-                images.extend(sample.sha256 for sample in samples)
+                    add([sample for sample in samples if sample.sha256 is not None])
+                made.extend(replace(sample, data=b"") for sample in samples)
                 if on_batch is not None:
-                    on_batch(len(images))
+                    on_batch(len(made))
         with path.open("rb") as file:
             entry = FileEntry(name, path.stat().st_size, hash_file(file))
-    record = ShardRecord(shard, entry, tuple(images))
+    record = ShardRecord(shard, entry, tuple(sample.sha256 for sample in made))
+    if plan.scored:
+        probabilities, tries = [sample.probability for sample in made], [sample.tries for sample in made]
+        record = replace(record, probabilities=tuple(probabilities), tries=tuple(tries))
     store.write(_sidecar(shard), _to_sidecar(plan, identity, record))
     return record
 
@@ -89,7 +93,7 @@ def find_shard(
     try:
         facts = json.loads(store.read(name))
         file, images = FileEntry(**facts["file"]), tuple(facts["images"])
-        record = ShardRecord(shard, file, images)
+        record = ShardRecord(shard, file, images, tuple(facts["probabilities"]), tuple(facts["tries"]))
         same = json.loads(_to_sidecar(plan, identity, record)) == facts
     except (ValueError, TypeError, KeyError):
         return None
@@ -113,7 +117,9 @@ def _to_sidecar(plan: Plan, identity: Mapping[str, str] | None, record: ShardRec
     return json.dumps(facts, sort_keys=True).encode()
 
 
-def _encoded_batches(plan: Plan, shard: int, synthesize: Synthesize, batch_size: int) -> Iterator[list[Sample]]:
+def _encoded_batches(
+    plan: Plan, shard: int, synthesize: Synthesize, score: Score | None, batch_size: int
+) -> Iterator[list[Sample]]:
     """Batches in order. While one is generated, threads encode the one before (they release the interpreter's lock)."""
     labels = plan.labels(shard)
     start = plan.shard(shard).start
@@ -122,10 +128,10 @@ def _encoded_batches(plan: Plan, shard: int, synthesize: Synthesize, batch_size:
         encoding: list[Future[Sample]] = []
         for batch in plan.batches(shard, batch_size):
             batch_labels = [labels[index - start] for index in batch]
-            images = synthesize(batch, batch_labels)
+            draws = draw(plan, batch, batch_labels, synthesize, score)
             following = [
-                pool.submit(_encode, plan.request, index, label, image)
-                for index, label, image in zip(batch, batch_labels, images, strict=True)
+                pool.submit(_encode, plan.request, index, label, drawn)
+                for index, label, drawn in zip(batch, batch_labels, draws, strict=True)
             ]
             if encoding:
                 yield [future.result() for future in encoding]
@@ -135,9 +141,11 @@ def _encoded_batches(plan: Plan, shard: int, synthesize: Synthesize, batch_size:
         pool.shutdown(cancel_futures=True)
 
 
-def _encode(request: DatasetRequest, index: int, label: int, image: npt.NDArray[np.uint8]) -> Sample:
-    data = encode(image, request.image_format, request.image_quality)
-    return Sample(index, label, hashlib.sha256(data).hexdigest(), data)
+def _encode(request: DatasetRequest, index: int, label: int, drawn: Draw) -> Sample:
+    if drawn.image is None:
+        return Sample(index, label, None, tries=drawn.tries)
+    data = encode(drawn.image, request.image_format, request.image_quality)
+    return Sample(index, label, hashlib.sha256(data).hexdigest(), data, drawn.probability, drawn.tries)
 
 
 def check_space(plan: Plan, store: Store, resolution: int) -> None:

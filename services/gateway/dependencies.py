@@ -10,19 +10,17 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import IO, Annotated, Any, Protocol, TypeVar, cast
 
-import numpy as np
 from fastapi import Depends, Header
-from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
-from dermis.bundle import Bundle
 from dermis.dataset.request import DatasetRequest
 from services.gateway.bodies import read_bytes
 from services.gateway.problems import FieldError, ProblemError, field_errors, invalid_request
 from services.gateway.uploads import Uploads
 from services.jobs.table import Job
 from services.models import Models
+from services.pixels import Classify
 from services.samples import Generate
 from services.settings import Settings
 
@@ -31,9 +29,6 @@ _KEY = re.compile(r"[\x21-\x7e]{1,255}")
 _DATASET_ID = re.compile(r"ds_[0-9a-f]{32}")
 
 M = TypeVar("M", bound=BaseModel)
-
-Classify = Callable[[Bundle, NDArray[np.uint8]], Awaitable[NDArray[np.float32]]]
-"""(bundle with a classifier, uint8 [N, S, S, 3]) -> logits [N]."""
 
 
 @dataclass(frozen=True)

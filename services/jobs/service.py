@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import IO
 
 from dermis.dataset.manifest import MANIFEST, read_manifest
-from dermis.dataset.plan import plan
-from dermis.dataset.request import DatasetRequest, check_against, classes_of
+from dermis.dataset.plan import plan_for
+from dermis.dataset.request import DatasetRequest, check_against
 from dermis.dataset.shards import check_space
 from dermis.errors import RequestError
 from services.gateway.dependencies import FileInfo
@@ -83,7 +83,7 @@ class DatasetJobs:
         settings = self._settings
         bundle = self._shop.models.serving(request.model)
         check_against(request, bundle, settings.max_samples_per_dataset)
-        planned = plan(request, bundle.digest, classes_of(bundle))
+        planned = plan_for(request, bundle)
         if planned.shards > settings.max_shards_per_dataset:
             message = (
                 f"{planned.shards} shards; at most {settings.max_shards_per_dataset} are allowed: choose larger ones"

@@ -20,9 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dermis.bundle import Bundle
+from dermis.classifier.preprocess import batch
+from dermis.classifier.scores import scores_of
 from dermis.dataset.manifest import finalize
-from dermis.dataset.plan import Plan, plan
-from dermis.dataset.request import DatasetRequest, classes_of
+from dermis.dataset.plan import Plan, plan_for
+from dermis.dataset.request import DatasetRequest
 from dermis.dataset.shards import write_shard
 from dermis.dataset.store import Store
 from dermis.errors import StorageError
@@ -31,6 +33,7 @@ from services.gateway.metrics import dataset_samples
 from services.gateway.problems import problem, problem_of
 from services.jobs.table import Job, JobTable
 from services.models import Models
+from services.pixels import Classify
 from services.samples import Generate, Image, Options, pack
 
 logger = logging.getLogger("dermis.jobs")
@@ -58,7 +61,9 @@ class Workshop:
     models: Models
     generate: Generate
     identity: Callable[[str], Awaitable[Mapping[str, str]]]  # by bundle digest: what runs it, for the manifest
-    loop: asyncio.AbstractEventLoop  # where `generate` and `identity` run
+    classify: Classify
+    classifier_identity: Callable[[Bundle], Awaitable[Mapping[str, str]]]
+    loop: asyncio.AbstractEventLoop  # where these four run
     storage: str
     min_free_bytes: int = 0
     stopping: threading.Event = field(default_factory=threading.Event)
@@ -85,8 +90,15 @@ def make_shard(shop: Workshop, job_id: str, shard: int) -> str:
         bundle, plan_ = _plan_of(shop, job)
         progress = _Progress(shop, job_id, shard)
         progress(0)
-        synthesize, identity = _Synthesize(shop, job, bundle), _identity(shop, job_id, bundle)
-        record = write_shard(plan_, shard, synthesize, shop.store(job_id), identity=identity, on_batch=progress)
+        record = write_shard(
+            plan_,
+            shard,
+            _Synthesize(shop, job, bundle),
+            shop.store(job_id),
+            score=_Score(shop, job, bundle) if plan_.scored else None,
+            identity=_identity(shop, job_id, bundle, plan_),
+            on_batch=progress,
+        )
         shop.table.progress(job_id, shard, len(record.images), finished=True)
     except StoppedError:
         return "stopped"
@@ -105,7 +117,7 @@ def finish(shop: Workshop, job_id: str) -> str:
     if not shop.table.must_stop(job_id):
         try:
             bundle, plan_ = _plan_of(shop, job)
-            finalize(plan_, shop.store(job_id), bundle, _identity(shop, job_id, bundle))
+            finalize(plan_, shop.store(job_id), bundle, _identity(shop, job_id, bundle, plan_))
         except Exception as error:
             _fail(shop, job_id, error)
     job = shop.table.get(job_id)
@@ -157,7 +169,7 @@ def _fail(shop: Workshop, job_id: str, error: Exception) -> None:
 
 def _plan_of(shop: Workshop, job: Job) -> tuple[Bundle, Plan]:
     bundle = shop.models.serving(job.model_name, job.model_digest)
-    return bundle, plan(DatasetRequest.model_validate(job.request), bundle.digest, classes_of(bundle))
+    return bundle, plan_for(DatasetRequest.model_validate(job.request), bundle)
 
 
 class _Progress:
@@ -196,8 +208,25 @@ class _Synthesize:
         return np.stack(images)
 
 
-def _identity(shop: Workshop, job_id: str, bundle: Bundle) -> Mapping[str, str]:
+class _Score:
+    """The classifier service as the function that shards call."""
+
+    def __init__(self, shop: Workshop, job: Job, bundle: Bundle) -> None:
+        assert bundle.classifier is not None
+        self._shop, self._job_id, self._bundle, self._described = shop, job.id, bundle, bundle.classifier
+
+    def __call__(self, images: NDArray[np.uint8]) -> NDArray[np.float64]:
+        inputs = batch(images, self._described.input.size)
+        logits = _patiently(self._shop, self._job_id, lambda: self._shop.classify(self._bundle, inputs))
+        return scores_of(logits, self._described.temperature).calibrated
+
+
+def _identity(shop: Workshop, job_id: str, bundle: Bundle, plan_: Plan) -> Mapping[str, str]:
+    """What makes the images, and their probabilities where the plan has them."""
     found: Mapping[str, str] = _patiently(shop, job_id, lambda: shop.identity(bundle.digest))
+    if plan_.scored:
+        scorer: Mapping[str, str] = _patiently(shop, job_id, lambda: shop.classifier_identity(bundle))
+        found = {**found, **scorer}
     return found
 
 

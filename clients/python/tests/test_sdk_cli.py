@@ -65,6 +65,14 @@ def test_the_story_from_a_shell(gateway: FakeGateway, run: Run, tmp_path: Path) 
     assert not gateway.datasets
 
 
+def test_a_filter_is_sent_as_it_was_asked_for(gateway: FakeGateway, run: Run) -> None:
+    assert run(*CREATE, "--keep", "agreeing", "--tries", "8", "--min-probability", "0.25")[0] == 0
+    assert run(*CREATE, "--no-score")[0] == 0
+    assert run(*CREATE)[0] == 0
+    sent = [dataset["request"].get("classifier") for dataset in gateway.datasets.values()]
+    assert sent == [{"keep": "agreeing", "tries": 8, "min_probability": 0.25}, {"score": False}, None]
+
+
 def test_json_is_one_document_on_stdout(gateway: FakeGateway, run: Run, tmp_path: Path) -> None:
     created = json.loads(run(*CREATE, "--out", str(tmp_path / "d"), "--json")[1])
     assert created["state"] == "succeeded" and len(created["download"]["files"]) == 5

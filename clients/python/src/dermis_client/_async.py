@@ -106,6 +106,7 @@ class AsyncDatasets:
         truncation_cutoff: SupportsIndex | None = None,
         noise_mode: str | None = None,
         shard_size: SupportsIndex | None = None,
+        classifier: Mapping[str, Any] | None = None,
         idempotency_key: str | None = None,
         extra_body: Mapping[str, Any] | None = None,
     ) -> AsyncDataset:
@@ -122,6 +123,7 @@ class AsyncDatasets:
             truncation_cutoff=truncation_cutoff,
             noise_mode=noise_mode,
             shard_size=shard_size,
+            classifier=None if classifier is None else dict(classifier),
         )
         return await self._transport.run(_datasets.create(self._api, body, idempotency_key))
 

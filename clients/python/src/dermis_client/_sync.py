@@ -105,6 +105,7 @@ class Datasets:
         truncation_cutoff: SupportsIndex | None = None,
         noise_mode: str | None = None,
         shard_size: SupportsIndex | None = None,
+        classifier: Mapping[str, Any] | None = None,
         idempotency_key: str | None = None,
         extra_body: Mapping[str, Any] | None = None,
     ) -> Dataset:
@@ -114,9 +115,10 @@ class Datasets:
         request gives the same bytes. format: "imagefolder", "webdataset" or "parquet". image_format: "png", "jpeg" or
         "webp"; image_quality 1..100 for the last two. truncation_psi: 0..2, lower is more typical and less varied;
         truncation_cutoff: in how many layers it holds. noise_mode: "const", "random" or "none". shard_size: samples a
-        shard. What is left out takes the service's default. idempotency_key: a new one by default, so that a request
-        repeated after a lost answer makes no second dataset; give your own to hold that across programs. extra_body:
-        further fields of a newer service.
+        shard. classifier: what the model's classifier does, such as {"keep": "agreeing", "tries": 8}. What is left out
+        takes the service's default. idempotency_key: a new one by default, so that a request repeated after a lost
+        answer makes no second dataset; give your own to hold that across programs. extra_body: further fields of a
+        newer service.
 
         Raises UnprocessableEntityError (`.errors` names the fields), TooLargeError, ConflictError, NotFoundError (the
         model), InvalidRequestError (nothing was sent), APIConnectionError.
@@ -133,6 +135,7 @@ class Datasets:
             truncation_cutoff=truncation_cutoff,
             noise_mode=noise_mode,
             shard_size=shard_size,
+            classifier=None if classifier is None else dict(classifier),
         )
         return self._transport.run(_datasets.create(self._api, body, idempotency_key))
 

@@ -121,6 +121,16 @@ def create(
     truncation_cutoff: Cutoff = None,
     noise_mode: Noise = None,
     shard_size: Annotated[int | None, typer.Option("--shard-size", help="Samples in a shard.")] = None,
+    keep: Annotated[
+        str | None, typer.Option("--keep", help="all, or agreeing: images that the model's classifier agrees with.")
+    ] = None,
+    threshold: Annotated[str | None, typer.Option("--threshold", help="The classifier's threshold by name.")] = None,
+    min_probability: Annotated[float | None, typer.Option("--min-probability", help="Of images to keep.")] = None,
+    max_probability: Annotated[float | None, typer.Option("--max-probability", help="Of images to keep.")] = None,
+    tries: Annotated[int | None, typer.Option("--tries", help="Latents to try for an image until one is kept.")] = None,
+    score: Annotated[
+        bool | None, typer.Option("--score/--no-score", help="The classifier's probability as a column.")
+    ] = None,
     idempotency_key: Annotated[
         str | None, typer.Option("--idempotency-key", help="The same key and request never make a second dataset.")
     ] = None,
@@ -136,6 +146,15 @@ def create(
     """Ask for a dataset; with --wait or --out stay until it is there."""
     if extract and out is None:
         raise InvalidRequestError("--extract: needs --out, the folder to download into")
+    classifier = {
+        "score": score,
+        "keep": keep,
+        "threshold": threshold,
+        "min_probability": min_probability,
+        "max_probability": max_probability,
+        "tries": tries,
+    }
+    asked = {name: value for name, value in classifier.items() if value is not None}
     with _client(context, base_url) as client:
         with text.hint("interrupted; it may have been asked for already, see: dermis-client datasets list"):
             dataset = client.datasets.create(
@@ -149,6 +168,7 @@ def create(
                 truncation_cutoff=truncation_cutoff,
                 noise_mode=noise_mode,
                 shard_size=shard_size,
+                classifier=asked or None,
                 idempotency_key=idempotency_key,
             )
         if wait or out is not None:
