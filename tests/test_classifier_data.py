@@ -81,6 +81,8 @@ def test_a_given_split_is_used_and_checked(skin: Path, tmp_path: Path) -> None:
     found = load_real(skin, SIZE, split=tmp_path / "s", progress=False)
     with (tmp_path / "s" / "test.csv").open() as file:
         assert {row["isic_id"] for row in csv.DictReader(file)} == set(found.test.ids)
+    # A generator that is trained on train.csv is known to have seen the training part alone.
+    assert load_isic(skin, SIZE, metadata=tmp_path / "s" / "train.csv", progress=False).sha256 == found.train.sha256
     # What a cleaned split leaves out is not used.
     lines = (tmp_path / "s" / "test.csv").read_text().splitlines(keepends=True)
     (tmp_path / "s" / "test.csv").write_text("".join(lines[:-1]))

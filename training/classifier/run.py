@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from dermis import __version__
@@ -158,7 +157,7 @@ def train_classifier(
     tell("exporting")
     model = to_onnx(finished, config.size)
     _check_agreement(model, data.real.test.images[:CHECKED], logits["test"][:CHECKED])
-    described = _describe(data, config, origin, weights, finished, progress, metrics, ranks.device)
+    described = _describe(data, config, origin, weights, finished, progress, metrics, ranks)
     card = classifier_card(origin.name, described)
     described = write_classifier(out / FOLDER, described, model, card, replace=(out / FOLDER).exists())
     return Trained(out / FOLDER, described, progress)
@@ -172,7 +171,7 @@ def _describe(
     network: TorchClassifier,
     progress: Progress,
     metrics: Mapping[str, Any],
-    device: torch.device,
+    ranks: Ranks,
 ) -> Description:
     real = data.real
     dataset = {
@@ -189,7 +188,7 @@ def _describe(
         "epochs": progress.epoch,
         "best_epoch": progress.best_epoch + 1,
         "images": progress.images,
-        "hardware": describe_hardware(device),
+        "hardware": (f"{ranks.count} x " if ranks.count > 1 else "") + describe_hardware(ranks.device),
     }
     mean, std = normalisation(config.architecture, network.backbone)
     return Description(
