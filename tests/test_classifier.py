@@ -24,6 +24,7 @@ from dermis.classifier.preprocess import to_input
 from dermis.classifier.scores import scores_of
 from dermis.errors import BundleError, DermisError, RequestError
 from dermis.imaging import Images, encode
+from services import pixels
 from training.data.images import square
 
 
@@ -265,3 +266,29 @@ def test_running_a_classifier_needs_no_torch(tmp_path: Path) -> None:
     code = "import sys; from dermis.classifier.onnx_session import Classifier; Classifier(sys.argv[1]); "
     code += "sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "b")], cwd=Path.cwd()).returncode == 0
+
+
+# -- between gateway and service
+
+
+def test_rows_of_several_classifiers_share_a_batch(tmp_path: Path) -> None:
+    small, large = make_classifier(tmp_path / "small"), make_classifier(tmp_path / "large", size=24, seed=1)
+    length = pixels.row_bytes([small, large])
+    rng = np.random.default_rng(0)
+    inputs = {size: rng.integers(0, 256, (3, size, size, 3), dtype=np.uint8) for size in (SIZE, 24)}
+    rows = np.concatenate(
+        [
+            pixels.pack(small.digest, inputs[SIZE], length),
+            pixels.pack("0" * 64, inputs[SIZE][:1], length),
+            pixels.pack(large.digest, inputs[24], length),
+        ]
+    )
+    shuffled = rng.permutation(len(rows))
+    with Classifier(tmp_path / "small", threads=1) as one, Classifier(tmp_path / "large", threads=1) as other:
+        found = pixels.run({small.digest: one, large.digest: other}, rows[shuffled])
+        expected = [*one.logits(inputs[SIZE]).tolist(), None, *other.logits(inputs[24]).tolist()]
+    for place, item in zip(shuffled, found, strict=True):
+        if place == 3:
+            assert isinstance(item, str) and "restart the service" in item
+        else:
+            assert item == expected[place]
