@@ -6,6 +6,7 @@ import base64
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from training.data.isic import ImageDataset, load_isic
 from training.evaluation.evaluation import evaluate_bundle
 from training.evaluation.features import labels_in_proportion, real_features
 from training.evaluation.measure import compare
+from training.gan.card import model_card
 
 LABELS = [0] * 24 + [1] * 12
 
@@ -150,6 +152,52 @@ def test_a_generator_that_copies_is_told_and_shown(tiny_bundle: Bundle, generate
         assert np.array_equal(row[:, :16], row[:, 20:36])
 
 
+def test_patients_are_permuted_as_wholes(tiny_bundle: Bundle, generated: NDArray[np.uint8]) -> None:
+    """Two patients a set: of 6 ways to call two of four training, even plain copies cannot be surer than 1 in 6."""
+    with Synthesizer(tiny_bundle, device="cpu") as synthesizer:
+        images = synthesizer.images([0] * 36, list(range(36)), LABELS)
+    data = replace(_dataset(images), groups=("patient 1",) * 18 + ("patient 2",) * 18)
+    held = replace(_dataset(generated[36:], prefix="b"), groups=("patient 3",) * 18 + ("lesion 4",) * 18)
+    found = evaluate_bundle(tiny_bundle, data, _space(), holdout=held, selection="fast", device="cpu")
+    assert found.metrics["holdout"]["patients"] == 2
+    assert found.metrics["holdout"]["test"]["p_value"] == pytest.approx(1 / 6, abs=0.03)
+
+
+def test_card_tells_what_was_measured_and_what_not() -> None:
+    run = {
+        "configuration": {"resolution": 64, "c_dim": 0, "projected": True},
+        "hardware": "x",
+        "hours": 1.0,
+        "augment_p": 0.0,
+    }
+    told = {"name": "d", "images": 2, "classes": {"a": 2}, "sha256": "0" * 64}
+    provenance = {"dataset": told, "training": run, "kimg": 1.0, "licence": "x", "attribution": "", "code_version": "0"}
+    early = {
+        "extractor": "lite0",
+        "images": 50,
+        "real_images": 60,
+        "seed": 0,
+        "truncation_psi": 1.0,
+        "fid": 12.0,
+        "kid": 0.1,
+    }
+    card = model_card("m", provenance, early)
+    assert "| FID@lite0 | 12 |" in card, "also of metrics from before there were intervals"
+    assert "against 60 training images" in card and "flatters" in card and "nothing was tested for memorising" in card
+    test = {"p_value": 5e-4, "nearer_train": 0.9, "expected_nearer_train": 0.8, "permutations": 2000}
+    held = {"images": 20, "patients": 7, "instead_of_generated": {"fid": 3.0, "kid": 0.0}, "test": test}
+    later = early | {
+        "fid_interval": [11.0, 13.0],
+        "holdout": held,
+        "extractor": "inception",
+        "real_is_training_set": False,
+    }
+    card = model_card("m", provenance, later)
+    assert "| FID@inception | 12 [11, 13] | 3 |" in card
+    assert "This generator memorises" in card and "20 held-out ones of 7 patients" in card
+    assert "not the training set" in card and "flatters" not in card
+
+
 def test_what_cannot_be_measured_is_refused_before_the_work(tiny_bundle: Bundle, generated: NDArray[np.uint8]) -> None:
     data = _dataset(generated[:36])
     for options, complaint in (
@@ -160,6 +208,11 @@ def test_what_cannot_be_measured_is_refused_before_the_work(tiny_bundle: Bundle,
     ):
         with pytest.raises(DataError, match=complaint):
             evaluate_bundle(tiny_bundle, data, _space(), device="cpu", **options)  # type: ignore[arg-type]
+    held = replace(_dataset(generated[36:], prefix="b"), groups=("patient 1",) * 36)
+    with pytest.raises(
+        DataError, match="--holdout: 1 patients or lesions have images in --data too.*dermis data split"
+    ):
+        evaluate_bundle(tiny_bundle, replace(data, groups=held.groups), _space(), holdout=held, device="cpu")
     other = ImageDataset(data.images, data.labels, ("mole", "nevus"), data.ids, data.sha256)
     with pytest.raises(DataError, match="--data: has the classes .*mole"):
         evaluate_bundle(tiny_bundle, other, _space(), device="cpu")

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from dermis.errors import DataError
 from training.data.sources import Record, Source
+from training.data.splits import group_of
 
 # What PIL raises on a file that is no image, or none that can be decoded.
 BROKEN_IMAGE = (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError)
@@ -35,6 +36,7 @@ class ImageDataset:
     class_names: tuple[str, ...]
     ids: tuple[str, ...]
     sha256: str  # of every (id, class, file content): the identity of the training set
+    groups: tuple[str, ...] = ()  # of images that share a patient or a lesion (`group_of`); empty: every image alone
 
     @property
     def resolution(self) -> int:
@@ -61,7 +63,8 @@ def load_images(source: Source, resolution: int, *, cache: Path | None = None, p
     labels = np.array([class_names.index(record.class_name or class_names[0]) for record in records], dtype=np.int64)
     digest = _content_digest(records)
     images = _cached_images(records, resolution, cache, digest, progress)
-    return ImageDataset(images, labels, class_names, tuple(record.id for record in records), digest)
+    ids = tuple(record.id for record in records)
+    return ImageDataset(images, labels, class_names, ids, digest, tuple(group_of(records)))
 
 
 def in_threads(

@@ -77,13 +77,13 @@ def evaluate_bundle(
             "extractor": extractor.name,
             "extractor_identity": extractor.identity,
             "real_sha256": dataset.sha256,
-            "real_is_training_set": bundle.provenance.get("dataset", {}).get("sha256") == dataset.sha256,
+            "real_is_training_set": _trained_on(bundle) == dataset.sha256,
             "seed": seed,
             "truncation_psi": truncation_psi,
             "synthesizer": dict(synthesizer.identity),
             "interval_level": LEVEL,
             "bootstrap_replicates": REPLICATES,
-            **_compare(real, real_labels, generated, labels, held, names, selection),
+            **_compare(real, real_labels, generated, labels, held, names, selection, _groups(dataset, holdout)),
         }
         if holdout is not None:
             metrics["holdout"]["sha256"] = holdout.sha256
@@ -112,10 +112,28 @@ def _check(
             )
     if holdout is not None and (both := set(dataset.ids) & set(holdout.ids)):
         raise DataError(f"--holdout: {len(both)} of its images are in --data too, the first is {min(both)}")
+    if holdout is not None and (both := set(dataset.groups) & set(holdout.groups)):
+        raise DataError(
+            f"--holdout: {len(both)} patients or lesions have images in --data too, the first is {min(both)}; "
+            "split with `dermis data split`, which keeps them together"
+        )
     if count is not None and count < FEWEST:
         raise DataError(f"--count: {count} images are too few to measure anything; give {FEWEST} or more")
     if ppl_paths < FEWEST:
         raise DataError(f"--ppl-paths: {ppl_paths} paths are too few to measure anything; give {FEWEST} or more")
+
+
+def _trained_on(bundle: Bundle) -> str | None:
+    """SHA-256 of the training set, if the bundle tells (one of another program may not)."""
+    told = bundle.provenance.get("dataset")
+    return told.get("sha256") if isinstance(told, dict) else None
+
+
+def _groups(dataset: ImageDataset, holdout: ImageDataset | None) -> tuple[str, ...] | None:
+    """Groups of the real, then of the held-out images; None if one of the sets does not tell them."""
+    if holdout is None or not dataset.groups or not holdout.groups:
+        return None
+    return dataset.groups + holdout.groups
 
 
 def _compare(
@@ -126,6 +144,7 @@ def _compare(
     held: Features | None,
     names: tuple[str, ...],
     selection: Selection,
+    groups: tuple[str, ...] | None,
 ) -> dict[str, Any]:
     """`compare` of all, of every class that has enough images in both sets, and of the held-out images."""
     with tqdm(total=1 + len(names) + (held is not None), desc="comparing", unit="set") as bar:
@@ -139,7 +158,7 @@ def _compare(
                 metrics["classes"][name] = measure.compare(*of_class, selection)
             bar.update()
         if held is not None:
-            metrics["holdout"] = measure.compare_holdout(real, held, generated, selection)
+            metrics["holdout"] = measure.compare_holdout(real, held, generated, selection, groups)
             bar.update()
     return metrics
 

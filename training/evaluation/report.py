@@ -6,6 +6,7 @@ import base64
 import html
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,14 @@ def check_report_folder(report: Path, bundle: Path) -> None:
 
 def write_report(folder: Path, page: str) -> Path:
     """folder/index.html, written beside and renamed. Returns its path."""
+    partial = folder / f".index.{os.getpid()}.html"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f".index.{os.getpid()}.html"
         partial.write_text(page, encoding="utf-8")
         partial.replace(folder / "index.html")
     except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
         raise DermisError(f"--report: {folder}: cannot be written: {error.strerror}") from None
     return folder / "index.html"
 

@@ -42,8 +42,10 @@ def _lines(space: str) -> list[tuple[str, Callable[[Part], str]]]:
 
 
 def _with_interval(part: Part, key: str, factor: float) -> str:
-    value, low, high = (factor * x for x in (part[key], *part[f"{key}_interval"]))
-    return f"{value:.4g} [{low:.4g}, {high:.4g}]"
+    value, interval = factor * part[key], part.get(f"{key}_interval")
+    if interval is None:  # measured on the way of a training, or by an early version
+        return f"{value:.4g}"
+    return f"{value:.4g} [{factor * interval[0]:.4g}, {factor * interval[1]:.4g}]"
 
 
 def _ppl(part: Part, sampling: str) -> str:

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from training.evaluation.table import table_rows
+
+MEMORISES_BELOW = 0.001  # p-value of the test; see docs/evaluation.md
+
 
 def model_card(name: str, provenance: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
     """Markdown for MODEL_CARD.md. Says nothing that is not in the provenance or in the metrics."""
@@ -54,7 +58,7 @@ Weights trained on these images carry the same licence conditions.
 {_changes(run.get("changes", ()))}
 ## Measured
 
-{_metrics(metrics)}
+{_metrics(metrics, options.get("projected", False))}
 """
 
 
@@ -92,23 +96,45 @@ def _order(classes: Mapping[str, int], c_dim: int) -> str:
     return f"{rows}The first samples of seed 0 at truncation_psi 1, not selected."
 
 
-def _metrics(metrics: Mapping[str, Any]) -> str:
+def _metrics(metrics: Mapping[str, Any], projected: bool) -> str:
     if not metrics:
         return "Nothing has been measured on this bundle yet: run `dermis evaluate`."
-    space = metrics["extractor"]
-    rows = [f"| all | {metrics['images']:,} | {_row(metrics)} |"]
-    rows += [f"| {cls} | {part['images']:,} | {_row(part)} |" for cls, part in metrics.get("classes", {}).items()]
-    table = "\n".join(rows)
-    real, psi = f"{metrics['real_images']:,} training images", f"{metrics['truncation_psi']:g}"
-    return f"""Distances between {real} and generated ones (truncation_psi {psi}, seed {metrics["seed"]}) in
-the feature space `{space}`. They compare with numbers of the same space only, never with a plain FID,
-and a distance to the training set does not tell a good generator from one that memorises.
+    space, psi = metrics["extractor"], f"{metrics['truncation_psi']:g}"
+    # Of bundles from before this was noted, only training images were ever measured.
+    kind = "training images" if metrics.get("real_is_training_set", True) else "real images, not the training set,"
+    head, *body = table_rows(metrics)
+    rows = [head, ["---"] * len(head), *body]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    level = f", with {metrics['interval_level']:.0%} intervals" if "interval_level" in metrics else ""
+    generated = f"{metrics['images']:,} generated images (truncation_psi {psi}, seed {metrics['seed']})"
+    return f"""{generated} against {metrics["real_images"]:,} {kind} in the feature
+space `{space}`{level}. They compare with numbers of the same space only, never with a plain FID.{_flattery(metrics, projected)}
 
-| class | images | FID@{space} | KID@{space} x 1000 |
-| --- | --- | --- | --- |
 {table}
-"""
+
+{_memorising(metrics)}"""
 
 
-def _row(part: Mapping[str, Any]) -> str:
-    return f"{part['fid']:.1f} | {1000 * part['kid']:.2f} ± {1000 * part['kid_std']:.2f}"
+def _flattery(metrics: Mapping[str, Any], projected: bool) -> str:
+    if not (projected and metrics["extractor"] == "lite0"):
+        return ""
+    return " The generator was trained to please this very space, which flatters it here: see docs/training.md."
+
+
+def _memorising(metrics: Mapping[str, Any]) -> str:
+    if "holdout" not in metrics:
+        return (
+            "Nothing was held out, so nothing was tested for memorising: a distance to the training set does not tell a "
+            "good generator from one that copies."
+        )
+    held = metrics["holdout"]
+    test, patients = held["test"], held.get("patients")
+    of_patients = f" of {patients:,} patients or lesions" if patients else ""
+    verdict = (
+        "This generator memorises: it is nearer to its training images than chance allows."
+        if test["p_value"] < MEMORISES_BELOW
+        else "No sign of memorising was found; a few copies among many samples can escape the test."
+    )
+    return f"""{verdict} {test["nearer_train"]:.1%} of the generated images are nearer to a training image than to
+any of {held["images"]:,} held-out ones{of_patients}, where {test["expected_nearer_train"]:.1%} are expected of an
+honest generator (p = {test["p_value"]:.2g}, {test["permutations"]:,} permutations)."""
