@@ -100,16 +100,19 @@ def measure(config: GanConfig, device: torch.device, rounds: int, compiled: bool
         "ours": variant(config, device, plain=False, compiled=compiled),
     }
     error = gradient_errors(variants["eager_fp32"], variants["ours"], batch)
-    plain = variants["eager_fp32"]
-    work = {kind: flops(partial(plain.step, kind, dataset, batch)) for kind in KINDS}
+    work: dict[str, float] = {}
     times: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in KINDS} for name in variants}
     limit = 0.0
-    for turn in range(rounds + 1):  # the first round warms up and compiles
+    for turn in range(rounds + 1):  # the first round warms up, compiles and counts
         for kind in KINDS:
             for name, each in variants.items():
-                taken = seconds(partial(each.step, kind, dataset, batch), device)
+                run = partial(each.step, kind, dataset, batch)
                 if turn:
-                    times[name][kind].append(taken)
+                    times[name][kind].append(seconds(run, device))
+                elif name == "eager_fp32":
+                    work[kind] = flops(run)
+                else:
+                    run()
         limit = max(limit, product_rate(device))
     medians = {name: {kind: statistics.median(taken) for kind, taken in kinds.items()} for name, kinds in times.items()}
     step = {name: _cycle(kinds) for name, kinds in medians.items()}
