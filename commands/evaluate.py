@@ -40,14 +40,13 @@ def evaluate(
     from rich.console import Console
     from rich.table import Table
 
-    from dermis.bundle import amend_bundle, open_bundle
+    from dermis.bundle import open_bundle
     from dermis.devices import resolve_device
     from dermis.features import feature_extractor
     from training.data.isic import load_isic
-    from training.evaluation.evaluation import evaluate_bundle
+    from training.evaluation.evaluation import evaluate_bundle, keep_metrics
     from training.evaluation.report import check_report_folder, write_report
     from training.evaluation.table import table_rows
-    from training.gan.card import model_card
 
     console = Console()
     if report is not None:
@@ -74,9 +73,7 @@ def evaluate(
         device=device,
         page=report is not None,
     )
-    provenance = dict(opened.provenance)
-    card = model_card(opened.name, provenance, found.metrics) if "training" in provenance else opened.model_card
-    amend_bundle(opened, metrics=found.metrics, model_card=card)
+    keep_metrics(opened, found.metrics)
 
     header, *rows = table_rows(found.metrics)
     table = Table()

@@ -9,6 +9,7 @@ import typer
 from commands.bundle import bundle_app
 from commands.data import data_app
 from commands.evaluate import evaluate
+from commands.experiment import experiment_app
 from commands.generate import generate, verify
 from commands.survey import survey_app
 from commands.train import train_app
@@ -25,6 +26,7 @@ app = typer.Typer(
 
 app.add_typer(data_app, name="data")
 app.add_typer(train_app, name="train")
+app.add_typer(experiment_app, name="experiment")
 app.add_typer(bundle_app, name="bundle")
 app.add_typer(survey_app, name="survey")
 app.command()(evaluate)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from dermis.bundle import Bundle, load_generator
+from dermis.bundle import Bundle, amend_bundle, load_generator
 from dermis.devices import resolve_device
 from dermis.errors import DataError
 from dermis.features import FeatureExtractor
@@ -26,6 +27,7 @@ from training.evaluation.features import generated_features, labels_in_proportio
 from training.evaluation.measure import FEWEST, REPLICATES, Features, Selection
 from training.evaluation.report import report_page
 from training.evaluation.table import table_rows
+from training.gan.card import model_card
 
 CLOSEST, UNSELECTED, GRID, WALKS = 12, 8, 32, 4
 
@@ -98,20 +100,31 @@ def evaluate_bundle(
     return Evaluation(metrics, html)
 
 
-def _check(
-    bundle: Bundle, dataset: ImageDataset, holdout: ImageDataset | None, count: int | None, ppl_paths: int
-) -> None:
+def keep_metrics(bundle: Bundle, metrics: Mapping[str, Any]) -> Bundle:
+    """Write metrics into a local bundle, and into its card if training wrote that."""
+    provenance = dict(bundle.provenance)
+    card = model_card(bundle.name, provenance, metrics) if "training" in provenance else bundle.model_card
+    return amend_bundle(bundle, metrics=metrics, model_card=card)
+
+
+def check_images(dataset: ImageDataset, holdout: ImageDataset | None) -> None:
+    """DataError if these images are too few to measure anything, or held-out ones are among the others."""
     for what, images in (("--data", dataset), ("--holdout", holdout)):
-        if images is None:
-            continue
-        if bundle.class_names and images.class_names != bundle.class_names:
-            raise DataError(f"{what}: has the classes {images.class_names}, but the bundle {bundle.class_names}")
-        if len(images.labels) < FEWEST:
+        if images is not None and len(images.labels) < FEWEST:
             raise DataError(
                 f"{what}: {len(images.labels)} images are too few to measure anything; give {FEWEST} or more"
             )
     if holdout is not None and (both := set(dataset.ids) & set(holdout.ids)):
         raise DataError(f"--holdout: {len(both)} of its images are in --data too, the first is {min(both)}")
+
+
+def _check(
+    bundle: Bundle, dataset: ImageDataset, holdout: ImageDataset | None, count: int | None, ppl_paths: int
+) -> None:
+    for what, images in (("--data", dataset), ("--holdout", holdout)):
+        if images is not None and bundle.class_names and images.class_names != bundle.class_names:
+            raise DataError(f"{what}: has the classes {images.class_names}, but the bundle {bundle.class_names}")
+    check_images(dataset, holdout)
     if count is not None and count < FEWEST:
         raise DataError(f"--count: {count} images are too few to measure anything; give {FEWEST} or more")
     if ppl_paths < FEWEST:
