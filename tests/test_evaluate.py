@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
-from tiny import make_bundle
 from typer.testing import CliRunner
 
 import dermis.features
@@ -23,6 +22,7 @@ from dermis.errors import DataError, DermisError
 from dermis.features import FeatureExtractor
 from dermis.imaging import decode
 from dermis.synthesizer import Synthesizer
+from tiny import make_bundle
 from training.data.isic import ImageDataset, load_isic
 from training.evaluation.evaluation import evaluate_bundle
 from training.evaluation.features import labels_in_proportion, real_features

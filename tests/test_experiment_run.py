@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from lesions import framed, lesion
 from numpy.typing import NDArray
 from PIL import Image
 from typer.testing import CliRunner, Result
@@ -22,6 +21,7 @@ from commands.main import app
 from dermis.bundle import open_bundle
 from dermis.errors import DataError, DermisError, TrainingError
 from dermis.features import FeatureExtractor
+from lesions import framed, lesion
 from training.data.prepare import prepare
 from training.data.sources import read_source
 from training.experiments.choice import Candidate, choose

@@ -8,9 +8,9 @@ import threading
 from pathlib import Path
 
 import uvicorn
-from service_kit import assemble, wait_for
 
 from dermis.bundle import Bundle
+from service_kit import assemble, wait_for
 
 # Not among the checks: that whatever fits the schema is accepted. Limits of the service and of the model are no schema.
 CHECKS = (

@@ -16,7 +16,6 @@ from typing import Any
 
 import httpx
 import pytest
-from service_kit import wait_for
 
 from dermis.bundle import Bundle, open_bundle
 from dermis.dataset.manifest import finalize
@@ -25,6 +24,7 @@ from dermis.dataset.request import DatasetRequest
 from dermis.dataset.shards import write_shard
 from dermis.dataset.store import Store
 from dermis.dataset.verify import verify
+from service_kit import wait_for
 
 ROOT = Path(__file__).resolve().parents[1]
 START_SECONDS = 90
