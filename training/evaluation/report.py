@@ -15,6 +15,7 @@ import numpy as np
 from dermis.errors import DermisError
 from dermis.imaging import Images, contact_sheet, encode
 from training.evaluation.pictures import STEPS, Match
+from training.evaluation.table import memorising
 
 COLUMNS = 8
 _STYLE = """
@@ -44,9 +45,10 @@ def write_report(folder: Path, page: str) -> Path:
         partial.write_text(page, encoding="utf-8")
         partial.replace(folder / "index.html")
     except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
         raise DermisError(f"--report: {folder}: cannot be written: {error.strerror}") from None
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
     return folder / "index.html"
 
 
@@ -78,7 +80,7 @@ this page; do not put it into a bundle or publish it.</p>
 {metrics["truncation_psi"]:g}) against {metrics["real_images"]:,} real ones, in the feature space
 <code>{space}</code>. Numbers of different spaces do not compare.</p>
 <table><tr>{header}</tr>{table}</table>
-{_memorisation(metrics)}
+<p class="note"><strong>Copies of training images.</strong> {html.escape(memorising(metrics))}</p>
 <h2>Samples</h2>
 <p class="note">The first samples of the seed, not selected.</p>
 {"".join(_sheet(caption, images, COLUMNS, scale) for caption, images in samples.items())}
@@ -96,16 +98,6 @@ that memorises jumps from one training image to the next.</p>
 {"".join(_sheet(caption, images, STEPS, scale) for caption, images in walks.items())}
 </html>
 """
-
-
-def _memorisation(metrics: Mapping[str, Any]) -> str:
-    if "holdout" not in metrics:
-        return '<p class="note">No held-out images were given, so nothing was tested for memorising.</p>'
-    test = metrics["holdout"]["test"]
-    return f"""<p class="note">Memorising: {test["nearer_train"]:.1%} of the generated images are nearer to one of the
-{metrics["real_images"]:,} real images than to any of the {metrics["holdout"]["images"]:,} held-out ones, where
-{test["expected_nearer_train"]:.1%} are expected of an honest generator; p = {test["p_value"]:.2g} (one-sided,
-{test["permutations"]:,} permutations).</p>"""
 
 
 def _match(match: Match, class_names: Sequence[str], scale: int) -> str:
