@@ -93,7 +93,7 @@ def run(
     extractor: Annotated[
         str, typer.Option(help="Feature space: inception, lite0 or timm:MODEL[@FILE.safetensors].")
     ] = "inception",
-    count: Annotated[int | None, typer.Option(help="Generated images; default: as many as real ones.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Generated images; default: as many as real ones.")] = None,
     ppl_paths: Annotated[int, typer.Option(help="Paths of the perceptual path length; publications use 50000.")] = 2000,
     holdout: Annotated[Path | None, typer.Option(help="Real images that are not trained on: tests memorising.")] = None,
     metadata: Annotated[Path | None, typer.Option(help="CSV of --data, if it is not its metadata.csv.")] = None,
@@ -147,7 +147,7 @@ def run(
     space = feature_extractor(extractor, target)
     if space.embed is None:
         lpips(target)  # weights to download, which should not fail after the training
-    measuring = Measuring(space, count, ppl_paths)
+    measuring = Measuring(space, samples, ppl_paths)
     remember(out, tasks, measuring)
 
     wanted = [task for task in tasks if not only or task.experiment.name in only]

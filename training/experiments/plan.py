@@ -41,14 +41,14 @@ class Task:
 
 @dataclass(frozen=True)
 class Measuring:
-    """How every generator is evaluated. count: generated images, as many as there are real ones if None."""
+    """How every generator is evaluated. samples: generated images, as many as there are real ones if None."""
 
     extractor: FeatureExtractor
-    count: int | None
+    samples: int | None
     ppl_paths: int
 
     def __post_init__(self) -> None:
-        for option, value in (("--count", self.count), ("--ppl-paths", self.ppl_paths)):
+        for option, value in (("--samples", self.samples), ("--ppl-paths", self.ppl_paths)):
             if value is not None and value < FEWEST:
                 raise TrainingError(f"{option}: {value} are too few to measure anything; give {FEWEST} or more")
 
@@ -143,7 +143,7 @@ def remember(out: Path, tasks: Sequence[Task], measuring: Measuring) -> None:
     measured = {
         "--extractor": measuring.extractor.name,
         "--extractor (its weights)": measuring.extractor.identity,
-        "--count": measuring.count,
+        "--samples": measuring.samples,
         "--ppl-paths": measuring.ppl_paths,
     }
     planned = {task.experiment.name: _planned(task) for task in tasks}

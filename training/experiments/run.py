@@ -89,7 +89,7 @@ def run_experiment(
         dataset,
         measuring.extractor,
         holdout=task.holdout,
-        count=measuring.count,
+        count=measuring.samples,
         ppl_paths=measuring.ppl_paths,
         seed=config.seed,
         cache=cache,
