@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -24,10 +24,11 @@ from dermis.synthesizer import Synthesizer
 from training.data.isic import ImageDataset
 from training.evaluation import measure, pictures
 from training.evaluation.features import generated_features, labels_in_proportion, real_features
+from training.evaluation.holdout import check_holdout, groups_of
 from training.evaluation.measure import FEWEST, REPLICATES, Features, Selection
 from training.evaluation.report import report_page
 from training.evaluation.table import table_rows
-from training.gan.card import model_card
+from training.gan.card import renewed_card, trained_on
 
 CLOSEST, UNSELECTED, GRID, WALKS = 12, 8, 32, 4
 
@@ -72,6 +73,7 @@ def evaluate_bundle(
     labels = labels_in_proportion(real_labels, len(real_labels) if count is None else count)
 
     real = real_features(dataset, extractor, cache)
+    groups = None if holdout is None else groups_of(dataset, holdout)
     held = None if holdout is None else real_features(holdout, extractor, cache, name="held-out images")
     with Synthesizer(bundle, device=device) as synthesizer:
         generated = generated_features(synthesizer, labels, extractor, seed=seed, truncation_psi=truncation_psi)
@@ -79,13 +81,13 @@ def evaluate_bundle(
             "extractor": extractor.name,
             "extractor_identity": extractor.identity,
             "real_sha256": dataset.sha256,
-            "real_is_training_set": _trained_on(bundle) == dataset.sha256,
+            "real_is_training_set": trained_on(bundle.provenance) == dataset.sha256,
             "seed": seed,
             "truncation_psi": truncation_psi,
             "synthesizer": dict(synthesizer.identity),
             "interval_level": LEVEL,
             "bootstrap_replicates": REPLICATES,
-            **_compare(real, real_labels, generated, labels, held, names, selection, _groups(dataset, holdout)),
+            **_compare(real, real_labels, generated, labels, held, names, selection, groups),
         }
         if holdout is not None:
             metrics["holdout"]["sha256"] = holdout.sha256
@@ -101,26 +103,20 @@ def evaluate_bundle(
 
 
 def keep_metrics(bundle: Bundle, metrics: Mapping[str, Any]) -> Bundle:
-    """Write metrics into a local bundle, and into its card if training wrote that."""
-    provenance = dict(bundle.provenance)
-    card = model_card(bundle.name, provenance, metrics) if "training" in provenance else bundle.model_card
+    """Write metrics into a local bundle and into the section "Measured" of its card."""
+    card = renewed_card(bundle.model_card, bundle.provenance, metrics)
     return amend_bundle(bundle, metrics=metrics, model_card=card)
 
 
-def check_images(dataset: ImageDataset, holdout: ImageDataset | None) -> None:
-    """DataError if these images are too few to measure anything, or held-out ones are among the others."""
+def check_images(dataset: ImageDataset, holdout: ImageDataset | None, trained_on: str | None = None) -> None:
+    """DataError if these images are too few to measure anything, or held-out ones are not held out (`check_holdout`)."""
     for what, images in (("--data", dataset), ("--holdout", holdout)):
         if images is not None and len(images.labels) < FEWEST:
             raise DataError(
                 f"{what}: {len(images.labels)} images are too few to measure anything; give {FEWEST} or more"
             )
-    if holdout is not None and (both := set(dataset.ids) & set(holdout.ids)):
-        raise DataError(f"--holdout: {len(both)} of its images are in --data too, the first is {min(both)}")
-    if holdout is not None and (both := set(dataset.groups) & set(holdout.groups)):
-        raise DataError(
-            f"--holdout: {len(both)} patients or lesions have images in --data too, the first is {min(both)}; "
-            "split with `dermis data split`, which keeps them together"
-        )
+    if holdout is not None:
+        check_holdout(dataset, holdout, trained_on)
 
 
 def _check(
@@ -129,24 +125,11 @@ def _check(
     for what, images in (("--data", dataset), ("--holdout", holdout)):
         if images is not None and bundle.class_names and images.class_names != bundle.class_names:
             raise DataError(f"{what}: has the classes {images.class_names}, but the bundle {bundle.class_names}")
-    check_images(dataset, holdout)
+    check_images(dataset, holdout, trained_on(bundle.provenance))
     if count is not None and count < FEWEST:
         raise DataError(f"--count: {count} images are too few to measure anything; give {FEWEST} or more")
     if ppl_paths < FEWEST:
         raise DataError(f"--ppl-paths: {ppl_paths} paths are too few to measure anything; give {FEWEST} or more")
-
-
-def _trained_on(bundle: Bundle) -> str | None:
-    """SHA-256 of the training set, if the bundle tells (one of another program may not)."""
-    told = bundle.provenance.get("dataset")
-    return told.get("sha256") if isinstance(told, dict) else None
-
-
-def _groups(dataset: ImageDataset, holdout: ImageDataset | None) -> tuple[str, ...] | None:
-    """Groups of the real, then of the held-out images; None if one of the sets does not tell them."""
-    if holdout is None or not dataset.groups or not holdout.groups:
-        return None
-    return dataset.groups + holdout.groups
 
 
 def _compare(
@@ -157,7 +140,7 @@ def _compare(
     held: Features | None,
     names: tuple[str, ...],
     selection: Selection,
-    groups: tuple[str, ...] | None,
+    groups: Sequence[str] | None,
 ) -> dict[str, Any]:
     """`compare` of all, of every class that has enough images in both sets, and of the held-out images."""
     with tqdm(total=1 + len(names) + (held is not None), desc="comparing", unit="set") as bar:

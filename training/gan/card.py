@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from training.evaluation.table import table_rows
+from training.evaluation.table import memorising, table_rows
 
-MEMORISES_BELOW = 0.001  # p-value of the test; see docs/evaluation.md
+_MEASURED = re.compile(r"^## Measured\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
 
 
 def model_card(name: str, provenance: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
@@ -56,10 +57,28 @@ Weights trained on these images carry the same licence conditions.
 | --- | --- |
 {rows}
 {_changes(run.get("changes", ()))}
-## Measured
+{_measured(metrics, provenance)}"""
 
-{_metrics(metrics, options.get("projected", False))}
-"""
+
+def renewed_card(card: str, provenance: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
+    """A card with its section "Measured" renewed or, if it has none, added; the rest stays, whoever wrote it."""
+    section = _measured(metrics, provenance)
+    found = _MEASURED.search(card)
+    if found is None:
+        return f"{card.rstrip()}\n\n{section}"
+    after = card[found.end() :]
+    return card[: found.start()] + section + ("\n" + after if after else "")
+
+
+def trained_on(provenance: Mapping[str, Any]) -> str | None:
+    """SHA-256 of the training set (`ImageDataset.sha256`), if the bundle tells it."""
+    return _section(provenance, "dataset").get("sha256")
+
+
+def _section(provenance: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """What other programs write there may be missing, or anything at all."""
+    section = provenance.get(key)
+    return section if isinstance(section, Mapping) else {}
 
 
 def _kind(c_dim: int) -> str:
@@ -96,45 +115,33 @@ def _order(classes: Mapping[str, int], c_dim: int) -> str:
     return f"{rows}The first samples of seed 0 at truncation_psi 1, not selected."
 
 
-def _metrics(metrics: Mapping[str, Any], projected: bool) -> str:
+def _measured(metrics: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
+    return f"## Measured\n\n{_metrics(metrics, provenance)}\n"
+
+
+def _metrics(metrics: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
     if not metrics:
         return "Nothing has been measured on this bundle yet: run `dermis evaluate`."
-    space, psi = metrics["extractor"], f"{metrics['truncation_psi']:g}"
-    # Of bundles from before this was noted, only training images were ever measured.
-    kind = "training images" if metrics.get("real_is_training_set", True) else "real images, not the training set,"
+    same = metrics.get("real_sha256") == trained_on(provenance)
+    metrics = {"real_is_training_set": same, **metrics}  # those of training and of early versions do not say it
+    kind = "training images" if metrics["real_is_training_set"] else "real images, which are not the training set,"
     head, *body = table_rows(metrics)
-    rows = [head, ["---"] * len(head), *body]
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    level = f", with {metrics['interval_level']:.0%} intervals" if "interval_level" in metrics else ""
-    generated = f"{metrics['images']:,} generated images (truncation_psi {psi}, seed {metrics['seed']})"
-    return f"""{generated} against {metrics["real_images"]:,} {kind} in the feature
-space `{space}`{level}. They compare with numbers of the same space only, never with a plain FID.{_flattery(metrics, projected)}
+    table = "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body))
+    level = f" Brackets are {metrics['interval_level']:.0%} intervals." if "interval_level" in metrics else ""
+    psi, space = f"{metrics['truncation_psi']:g}", metrics["extractor"]
+    return f"""{metrics["images"]:,} generated images (truncation_psi {psi}, seed {metrics["seed"]}) against
+{metrics["real_images"]:,} {kind} in the feature space `{space}`.{level}
+Numbers compare with those of the same space and of as many images only, never with a plain FID.{_flattery(space, provenance)}
 
 {table}
 
-{_memorising(metrics)}"""
+{memorising(metrics)}"""
 
 
-def _flattery(metrics: Mapping[str, Any], projected: bool) -> str:
-    if not (projected and metrics["extractor"] == "lite0"):
+def _flattery(space: str, provenance: Mapping[str, Any]) -> str:
+    configuration = _section(_section(provenance, "training"), "configuration")
+    if not configuration.get("projected") or space != "lite0":
         return ""
-    return " The generator was trained to please this very space, which flatters it here: see docs/training.md."
-
-
-def _memorising(metrics: Mapping[str, Any]) -> str:
-    if "holdout" not in metrics:
-        return (
-            "Nothing was held out, so nothing was tested for memorising: a distance to the training set does not tell a "
-            "good generator from one that copies."
-        )
-    held = metrics["holdout"]
-    test, patients = held["test"], held.get("patients")
-    of_patients = f" of {patients:,} patients or lesions" if patients else ""
-    verdict = (
-        "This generator memorises: it is nearer to its training images than chance allows."
-        if test["p_value"] < MEMORISES_BELOW
-        else "No sign of memorising was found; a few copies among many samples can escape the test."
+    return (
+        "\nThe generator was trained to please this very space, which flatters it here: measure it in another one too."
     )
-    return f"""{verdict} {test["nearer_train"]:.1%} of the generated images are nearer to a training image than to
-any of {held["images"]:,} held-out ones{of_patients}, where {test["expected_nearer_train"]:.1%} are expected of an
-honest generator (p = {test["p_value"]:.2g}, {test["permutations"]:,} permutations)."""
