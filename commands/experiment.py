@@ -182,6 +182,7 @@ def run(
 
 
 def _show(outcome: Outcome) -> None:
+    """What was measured, below it what was reported: in one table they would not fit into 80 columns."""
     from rich.console import Console
     from rich.table import Table
 
@@ -189,11 +190,22 @@ def _show(outcome: Outcome) -> None:
 
     console = Console()
     header, *body = rows(outcome)
-    table = Table()
-    for column, name in enumerate(header):
-        table.add_column(name, no_wrap=column == 0)
-    for row in body:
-        table.add_row(*(cell.replace(" [", "\n[") for cell in row))
-    console.print(table)
+    names, spaces = zip(*(name.partition("@")[::2] for name in header), strict=True)
+    split = header.index("s/kimg") + 1  # what is left of it is ours
+
+    def show(title: str, columns: list[str], lines: list[list[str]]) -> None:
+        table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
+        for column in columns:
+            table.add_column(column, overflow="fold", min_width=12 if column == "" else None)
+        for line in lines:
+            table.add_row(*(cell.replace(" [", "\n[").replace(" ±", "\n±") for cell in line))
+        console.print(table, "")
+
+    if outcome.results:
+        space, distance = spaces[names.index("FID")], spaces[names.index("PPL")]
+        show(f"Feature space {space}, PPL by {distance}", list(names[:split]), [line[:split] for line in body])
+    if reported := [line[:1] + line[split:] for line in body if any(line[split:])]:
+        columns = [name.removeprefix("reported ") for name in names[split:]]
+        show("Reported, in its own feature space", ["", *columns], reported)
     for text in remarks(outcome):
-        console.print(text, markup=False, highlight=False)
+        console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -79,7 +79,7 @@ def _run(out: Path, data: Path, *arguments: object, which: tuple[str, ...] = ("t
     fixed = ("--data", data, "--out", out, "--resolution", 16, "--scale", 0.032 / 25000, *settings)
     measured = ("--extractor", "quarters", "--samples", 32, "--ppl-paths", 10, "--cache", out.parent / "cache")
     line = ["experiment", "run", *which, *fixed, *measured, "--device", "cpu", *arguments]
-    result = CliRunner().invoke(app, list(map(str, line)), env={"COLUMNS": "300"})
+    result = CliRunner().invoke(app, list(map(str, line)), env={"COLUMNS": "80"})
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result
@@ -125,6 +125,8 @@ def test_the_five_run_and_are_compared_with_the_paper(tmp_path: Path, data: Path
     assert [row[0] for row in rows[2:5]] == ["cGAN", "- benign", "- malignant"]
     kid = results["experiments"]["cgan"]["metrics"]["kid"]
     assert rows[2][2].startswith(f"{100 * kid:.4g} [")
+    assert f"{100 * kid:.4g}" in result.output and "…" not in result.output, "all fits into 80 columns"
+    assert "Feature space quarters, PPL by quarters" in result.output
     assert f"Chosen: **{read_experiment(results['chosen']['name']).title}**" in result.output
     assert "ben-GAN, mal-GAN: each makes some of the classes only" in result.output
 
