@@ -40,14 +40,13 @@ def evaluate(
     from rich.console import Console
     from rich.table import Table
 
-    from dermis.bundle import amend_bundle, open_bundle
+    from dermis.bundle import open_bundle
     from dermis.devices import resolve_device
     from dermis.features import feature_extractor
     from training.data.isic import load_isic
-    from training.evaluation.evaluation import evaluate_bundle
+    from training.evaluation.evaluation import evaluate_bundle, keep_metrics
     from training.evaluation.report import check_report_folder, write_report
-    from training.evaluation.table import table_rows
-    from training.gan.card import model_card
+    from training.evaluation.table import memorising, table_rows
 
     console = Console()
     if report is not None:
@@ -74,9 +73,7 @@ def evaluate(
         device=device,
         page=report is not None,
     )
-    provenance = dict(opened.provenance)
-    card = model_card(opened.name, provenance, found.metrics) if "training" in provenance else opened.model_card
-    amend_bundle(opened, metrics=found.metrics, model_card=card)
+    keep_metrics(opened, found.metrics)
 
     header, *rows = table_rows(found.metrics)
     table = Table()
@@ -85,15 +82,11 @@ def evaluate(
     for row in rows:
         table.add_row(*row)
     console.print(table)
-    if "holdout" in found.metrics:
-        test = found.metrics["holdout"]["test"]
-        console.print(
-            f"nearer to a real image of --data than to a held-out one: {test['nearer_train']:.1%} of the generated,"
-            f" {test['expected_nearer_train']:.1%} expected; memorising: p = {test['p_value']:.2g}"
-        )
+    console.print(memorising(found.metrics), highlight=False)
     if not found.metrics["real_is_training_set"]:
         console.print(
-            "--data is not the set that the bundle names: authenticity and memorising say nothing about copies"
+            "--data is not the set that the bundle names: authenticity says nothing about copies of its training images",
+            highlight=False,
         )
     if report is not None and found.page is not None:
         console.print(f"{write_report(report, found.page)}: shows training images, keep it as you keep them")

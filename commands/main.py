@@ -10,6 +10,7 @@ from commands.bundle import bundle_app
 from commands.classify import classify
 from commands.data import data_app
 from commands.evaluate import evaluate
+from commands.experiment import experiment_app
 from commands.generate import generate, verify
 from commands.survey import survey_app
 from commands.train import train_app
@@ -28,6 +29,7 @@ app = typer.Typer(
 app.add_typer(data_app, name="data")
 train_app.command("classifier")(train_classifier)
 app.add_typer(train_app, name="train")
+app.add_typer(experiment_app, name="experiment")
 app.add_typer(bundle_app, name="bundle")
 app.add_typer(survey_app, name="survey")
 app.command()(classify)

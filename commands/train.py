@@ -12,7 +12,7 @@ train_app = typer.Typer(no_args_is_help=True, help="Train generators.")
 
 @train_app.command("gan")
 def train_gan(
-    data: Annotated[Path, typer.Option(help="ISIC-layout folder: images and metadata.csv.")],
+    data: Annotated[Path, typer.Option(help="ISIC folder with its CSV, folder of class folders, or StyleGAN zip.")],
     out: Annotated[Path, typer.Option(help="Run folder: checkpoint, log, sample grids, bundle.")],
     resolution: Annotated[int, typer.Option(help="Image side in pixels, a power of two.")] = 64,
     base: Annotated[str, typer.Option(help="Configuration to start from: auto, paper256 or stylegan2.")] = "auto",
@@ -85,13 +85,11 @@ def train_gan(
     """
     from dataclasses import replace
 
-    import torch
-
-    from dermis.devices import fast_dtype, resolve_device
+    from dermis.devices import resolve_device
     from dermis.errors import TrainingError
     from training.data.isic import load_isic
     from training.gan.best import Measurements
-    from training.gan.config import base_config
+    from training.gan.config import automatic_precision, base_config
     from training.gan.journal import require_tensorboard
     from training.gan.loop import train
     from training.gan.parallel import automatic_batch, joined_ranks
@@ -109,7 +107,7 @@ def train_gan(
 
         target = ranks.device
         if precision == "auto":
-            precision = "bf16" if fast_dtype(target) == torch.bfloat16 else "fp32"
+            precision = automatic_precision(target)
         with ranks.one_after_another():
             dataset = load_isic(data, resolution, class_column=class_column, metadata=metadata, cache=cache)
         try:

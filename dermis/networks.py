@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 NoiseMode = Literal["const", "random", "none"]
 FIR_TAPS = (1.0, 3.0, 3.0, 1.0)
+LAYOUT = torch.channels_last  # of feature maps: what convolutions are fastest in, on CPUs and GPUs
 LRELU_SLOPE = 0.2
 SQRT2 = math.sqrt(2.0)
 
@@ -433,7 +434,7 @@ class SynthesisBlock(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         if x is None:
             x = self.const.unsqueeze(0).expand(ws.shape[0], -1, -1, -1)
-            x = x.contiguous(memory_format=torch.channels_last)
+            x = x.contiguous(memory_format=LAYOUT)
         else:
             x = x.to(_block_dtype(self.use_fp16, ws.device, dtype))
         for i, layer in enumerate(self.layers):
@@ -557,7 +558,7 @@ class DiscriminatorBlock(nn.Module):
     def forward(self, x: Tensor, dtype: torch.dtype | None) -> Tensor:
         x = x.to(_block_dtype(self.use_fp16, x.device, dtype))
         if self.in_channels == 0:
-            x = self.fromrgb(x.contiguous(memory_format=torch.channels_last))
+            x = self.fromrgb(x.contiguous(memory_format=LAYOUT))
         skip: Tensor = self.skip(x, gain=math.sqrt(0.5))
         x = self.conv1(self.conv0(x), gain=math.sqrt(0.5))
         return skip + x

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from tiny import make_bundle
 
 from dermis.bundle import Bundle
+from tiny import make_bundle
 
 
 @pytest.fixture(scope="session")

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lesions import Image, barred, framed, hairy, inked, lesion, ruled
 from PIL import Image as Pillow
 from scipy.stats import binomtest, chi2_contingency
 
+from lesions import Image, barred, framed, hairy, inked, lesion, ruled
 from training.data.artefacts import (
     NAMES,
     THRESHOLDS,

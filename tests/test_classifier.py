@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 from onnx import TensorProto
-from tiny import make_bundle
-from tiny_classifier import FEATURES, SIZE, describe, make_classifier, make_model
 from typer.testing import CliRunner
 
 from commands.main import app
@@ -25,6 +23,8 @@ from dermis.classifier.scores import scores_of
 from dermis.errors import BundleError, DermisError, RequestError
 from dermis.imaging import Images, encode
 from services import pixels
+from tiny import make_bundle
+from tiny_classifier import FEATURES, SIZE, describe, make_classifier, make_model
 from training.data.images import square
 
 

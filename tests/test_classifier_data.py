@@ -12,8 +12,6 @@ from typing import ClassVar, Self
 import numpy as np
 import pytest
 import torch
-from tiny import make_bundle
-from tiny_skin import make_skin
 from typer.testing import CliRunner
 
 from commands.main import app
@@ -28,6 +26,8 @@ from dermis.errors import DataError
 from dermis.imaging import Images
 from dermis.networks import Generator, GeneratorConfig
 from dermis.synthesizer import Synthesizer
+from tiny import make_bundle
+from tiny_skin import make_skin
 from training.classifier import synthetic as synthetic_module
 from training.classifier.batches import TrainingSet, epoch_order, turned
 from training.classifier.config import ClassifierConfig

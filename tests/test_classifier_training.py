@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_skin import make_skin
 from torch import multiprocessing
 from typer.testing import CliRunner
 
@@ -23,6 +22,7 @@ from dermis.classifier.description import MODEL, open_classifier
 from dermis.classifier.onnx_session import Classifier
 from dermis.classifier.torch_network import load_torch_classifier, read_weights
 from dermis.errors import BundleError, DermisError, TrainingError
+from tiny_skin import make_skin
 from training.classifier import loop
 from training.classifier.batches import TrainingSet
 from training.classifier.config import ClassifierConfig

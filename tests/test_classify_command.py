@@ -8,9 +8,6 @@ import json
 from pathlib import Path
 
 import pytest
-from pictures import BAD, picture, with_exif
-from tiny import make_bundle
-from tiny_classifier import make_classifier
 from typer.testing import CliRunner, Result
 
 from commands import classify
@@ -20,6 +17,9 @@ from dermis.classifier.description import NOTICE
 from dermis.classifier.onnx_session import Classifier
 from dermis.errors import BundleError, DermisError
 from dermis.reading import read_image
+from pictures import BAD, picture, with_exif
+from tiny import make_bundle
+from tiny_classifier import make_classifier
 
 
 @pytest.fixture

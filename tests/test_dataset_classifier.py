@@ -15,9 +15,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
-from service_kit import make_directly, service
-from tiny import make_bundle
-from tiny_classifier import make_classifier
 from typer.testing import CliRunner
 
 from commands.main import app
@@ -31,6 +28,9 @@ from dermis.dataset.store import Store
 from dermis.errors import RequestError
 from dermis.imaging import Images, decode
 from dermis.latents import MAX_INDEX
+from service_kit import make_directly, service
+from tiny import make_bundle
+from tiny_classifier import make_classifier
 
 IDENTITY = {"device": "test"}
 AGREEING = {"keep": "agreeing", "tries": 4}

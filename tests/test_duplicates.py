@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from lesions import lesion
 from numpy.typing import NDArray
 from PIL import Image
 
+from lesions import lesion
 from training.data.duplicates import (
     CORRELATION,
     HASH_DISTANCE,

@@ -6,13 +6,13 @@ import base64
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
-from tiny import make_bundle
 from typer.testing import CliRunner
 
 import dermis.features
@@ -22,10 +22,15 @@ from dermis.errors import DataError, DermisError
 from dermis.features import FeatureExtractor
 from dermis.imaging import decode
 from dermis.synthesizer import Synthesizer
+from tiny import make_bundle
 from training.data.isic import ImageDataset, load_isic
+from training.data.sources import Record
 from training.evaluation.evaluation import evaluate_bundle
 from training.evaluation.features import labels_in_proportion, real_features
+from training.evaluation.holdout import check_holdout, groups_of
 from training.evaluation.measure import compare
+from training.evaluation.report import write_report
+from training.gan.card import model_card, renewed_card
 
 LABELS = [0] * 24 + [1] * 12
 
@@ -98,9 +103,12 @@ def test_command_measures_writes_and_shows(
     assert metrics["precision"] > 0.8 < metrics["recall"], "real and generated images are of one distribution here"
     assert metrics["holdout"]["test"]["p_value"] > 0.01, "and the generator is honest"
     assert metrics["real_is_training_set"] is False
-    assert open_bundle(bundle.location).model_card == bundle.model_card, "a card that training did not write stays"
+    card = open_bundle(bundle.location).model_card
+    assert card.startswith(bundle.model_card), "what training did not write stays"
+    assert f"| FID@quarters | {metrics['fid']:.4g} [" in card
     assert f"FID@quarters │ {metrics['fid']:.4g} [" in re.sub(" +", " ", output)
     assert "is not the set that the bundle names" in output
+    assert "Whether it memorises is not known" in re.sub(r"\s+", " ", output)
 
     page = (tmp_path / "report" / "index.html").read_text()
     pictures = [decode(base64.b64decode(data)) for data in re.findall(r"base64,([^\"]+)", page)]
@@ -115,6 +123,8 @@ def test_command_measures_writes_and_shows(
     metrics = open_bundle(bundle.location).metrics
     assert "ppl" not in metrics
     assert "density" not in metrics
+    card = open_bundle(bundle.location).model_card
+    assert card.count("## Measured") == 1 and "PPL" not in card, "the section is renewed"
     assert metrics["images"] == 36
     assert "PPL" not in fast
 
@@ -148,6 +158,110 @@ def test_a_generator_that_copies_is_told_and_shown(tiny_bundle: Bundle, generate
     assert len(rows) == 20
     for row in rows:
         assert np.array_equal(row[:, :16], row[:, 20:36])
+
+
+def _records(ids: Sequence[str], patients: Sequence[str], lesions: Sequence[str]) -> tuple[Record, ...]:
+    known = zip(ids, patients, lesions, strict=True)
+    return tuple(Record(name, "benign", patient, lesion, None, {}) for name, patient, lesion in known)
+
+
+def test_patients_are_permuted_as_wholes(tiny_bundle: Bundle, generated: NDArray[np.uint8]) -> None:
+    """Two patients a set: of 6 ways to call two of four training, even plain copies cannot be surer than 1 in 6."""
+    with Synthesizer(tiny_bundle, device="cpu") as synthesizer:
+        images = synthesizer.images([0] * 36, list(range(36)), LABELS)
+    data, held = _dataset(images), _dataset(generated[36:], prefix="b")
+    data = replace(data, records=_records(data.ids, ["P1"] * 18 + ["P2"] * 18, [""] * 36))
+    held = replace(held, records=_records(held.ids, ["P3"] * 18 + [""] * 18, [""] * 18 + ["L4"] * 18))
+    found = evaluate_bundle(tiny_bundle, data, _space(), holdout=held, selection="fast", device="cpu")
+    assert found.metrics["holdout"]["patients"] == 2
+    assert found.metrics["holdout"]["test"]["p_value"] == pytest.approx(1 / 6, abs=0.03)
+    text = json.dumps(found.metrics)
+    assert not any(f'"{name}"' in text for name in ("P1", "P3", "L4", "a0", "b0")), "no identifier gets into a bundle"
+
+
+def test_a_holdout_that_was_seen_is_refused(tmp_path: Path, folders: tuple[Path, Path]) -> None:
+    data, held = (load_isic(folder, 16) for folder in folders)
+    check_holdout(data, held, "0" * 64)
+    (tmp_path / "whole").mkdir()
+    tables = [(folder / "metadata.csv").read_text().splitlines() for folder in folders]
+    (tmp_path / "whole" / "metadata.csv").write_text("\n".join([*tables[0], *tables[1][1:]]) + "\n")
+    for folder in folders:
+        for file in folder.glob("*.png"):
+            (tmp_path / "whole" / file.name).write_bytes(file.read_bytes())
+    whole = load_isic(tmp_path / "whole", 16)
+    with pytest.raises(DataError, match="was trained on --data and --holdout together"):
+        check_holdout(data, held, whole.sha256)
+    with pytest.raises(DataError, match="was trained on --holdout, so"):
+        check_holdout(data, held, held.sha256)
+    (folders[1] / "ISIC_0000500.png").write_bytes((folders[0] / "ISIC_0000003.png").read_bytes())
+    with pytest.raises(
+        DataError, match="1 of its files are in --data under other names, the first is ISIC_0000500, th"
+    ):
+        check_holdout(data, load_isic(folders[1], 16), None)
+
+
+def test_a_patient_on_both_sides_is_found_through_different_lesions(generated: NDArray[np.uint8]) -> None:
+    data, held = _dataset(generated[:36]), _dataset(generated[36:], prefix="b")
+    data = replace(data, records=_records(data.ids, ["P1"] * 36, ["L1"] * 36))
+    held = replace(held, records=_records(held.ids, ["P1"] * 36, ["L2"] * 36))
+    with pytest.raises(DataError, match="--holdout: 1 patients or lesions have images in --data too.*data split"):
+        check_holdout(data, held, None)
+    assert groups_of(data, replace(held, records=())) is None
+
+
+def _provenance(**configuration: object) -> dict[str, object]:
+    run = {"configuration": {"resolution": 64, "c_dim": 0} | configuration, "hardware": "x", "hours": 1.0}
+    told = {"name": "d", "images": 2, "classes": {"a": 2}, "sha256": "5" * 64}
+    facts = {"dataset": told, "training": run | {"augment_p": 0.0}, "kimg": 1.0, "code_version": "0"}
+    return facts | {"licence": "x", "attribution": ""}
+
+
+EARLY = {
+    **{"extractor": "lite0", "real_sha256": "5" * 64, "images": 50, "real_images": 60, "seed": 0},
+    **{"truncation_psi": 1.0, "fid": 12.0, "kid": 0.1, "kid_std": 0.01},
+}
+TEST = {"p_value": 5e-4, "nearer_train": 0.9, "expected_nearer_train": 0.8, "permutations": 2000}
+HELD = {"images": 20, "patients": 7, "instead_of_generated": {"fid": 3.0, "kid": 0.0}, "test": TEST}
+
+
+def test_card_tells_what_was_measured_and_what_not() -> None:
+    card = model_card("m", _provenance(projected=True), EARLY)
+    assert "| FID@lite0 | 12 |" in card and "| KID@lite0 x 1000 | 100 |" in card, (
+        "also from before there were intervals"
+    )
+    assert "60 training images in" in card and "flatters" in card and "nothing was tested for memorising" in card
+    later = EARLY | {"fid_interval": [11.0, 13.0], "holdout": HELD, "extractor": "inception"}
+    card = model_card("m", _provenance(projected=True), later)
+    assert "| FID@inception | 12 [11, 13] | 3 |" in card
+    assert "It memorises" in card and "20 held-out ones (7 groups by patient or lesion)" in card
+    assert "flatters" not in card
+    card = model_card("m", _provenance(), later | {"real_sha256": "6" * 64})
+    assert "60 real images, which are not the training set," in card
+    assert "It memorises" not in card and "Whether it memorises is not known" in card
+
+
+@pytest.mark.parametrize("told", [{}, {"dataset": None, "training": None}, {"dataset": "ours", "training": ["by us"]}])
+def test_cards_of_other_programs_get_the_section_too(told: dict[str, object]) -> None:
+    section = renewed_card("# Theirs\n", told, EARLY)
+    assert section.startswith("# Theirs\n\n## Measured\n\n50 generated images") and "not the training set" in section
+    again = renewed_card(section + "\n## Contact\n\nWard 3\n", told, EARLY | {"fid": 7.0})
+    assert again.count("## Measured") == 1 and "| FID@lite0 | 7 |" in again and "| 12 |" not in again
+    assert again.endswith("\n\n## Contact\n\nWard 3\n")
+    assert renewed_card(again, told, EARLY | {"fid": 7.0}) == again
+
+
+def test_a_report_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DermisError, match="--report: .*file: cannot be written"):
+        write_report(tmp_path / "file", "page")
+
+    def interrupt(self: Path, target: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_report(tmp_path / "report", "page")
+    assert not list((tmp_path / "report").iterdir())
 
 
 def test_what_cannot_be_measured_is_refused_before_the_work(tiny_bundle: Bundle, generated: NDArray[np.uint8]) -> None:

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from service_kit import Service, service, wait_for
 
 from dermis.bundle import Bundle
+from service_kit import Service, service, wait_for
 from services.errors import InferenceFailedError, InferenceUnavailableError
 from services.gateway.dependencies import negotiate
 

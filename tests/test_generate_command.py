@@ -14,10 +14,10 @@ from typing import Any, Self
 
 import numpy as np
 import pytest
-from tiny import make_bundle
 
 from commands import main as program
 from dermis.bundle import Bundle
+from tiny import make_bundle
 
 ROOT = Path(__file__).resolve().parents[1]
 Run = Callable[..., tuple[int, str, str]]

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from service_kit import Service, make_directly, service, wait_for
 
 from dermis.bundle import Bundle
 from dermis.dataset.store import Store
 from dermis.dataset.verify import verify
+from service_kit import Service, make_directly, service, wait_for
 from services.errors import InferenceFailedError, InferenceUnavailableError
 from services.jobs import work, workflow
 from services.jobs.lease import executor_slot

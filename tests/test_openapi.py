@@ -8,11 +8,11 @@ import threading
 from pathlib import Path
 
 import uvicorn
+
+from dermis.bundle import amend_bundle
 from service_kit import assemble, wait_for
 from tiny import make_bundle
 from tiny_classifier import make_classifier
-
-from dermis.bundle import amend_bundle
 
 # Not among the checks: that whatever fits the schema is accepted. Limits of the service and of the model are no schema.
 CHECKS = (

@@ -18,8 +18,6 @@ from typing import Any
 
 import httpx
 import pytest
-from service_kit import wait_for
-from tiny_classifier import make_classifier
 
 from dermis.bundle import Bundle, amend_bundle, open_bundle
 from dermis.classifier.onnx_session import Classifier
@@ -29,6 +27,8 @@ from dermis.dataset.request import DatasetRequest
 from dermis.dataset.shards import write_shard
 from dermis.dataset.store import Store
 from dermis.dataset.verify import verify
+from service_kit import wait_for
+from tiny_classifier import make_classifier
 
 ROOT = Path(__file__).resolve().parents[1]
 START_SECONDS = 90

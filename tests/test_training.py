@@ -72,6 +72,21 @@ def test_resume_refuses_another_run(tmp_path: Path) -> None:
         train(_dataset(), _config(0.008), tmp_path, device=CPU, resume=True, progress_bar=False)
 
 
+def test_two_trainings_cannot_run_in_one_folder(tmp_path: Path) -> None:
+    met = []
+
+    def meanwhile(out: Path, state: object) -> None:
+        with pytest.raises(TrainingError, match="another training is going on") as caught:
+            train(_dataset(), _config(0.004), out, device=CPU, resume=True, progress_bar=False)
+        met.append(str(caught.value))
+
+    train(_dataset(), _config(0.008), tmp_path, device=CPU, on_snapshot=meanwhile, progress_bar=False)
+    assert len(met) == 2, "at the start, and at the end, when there is a checkpoint"
+    assert all(message.startswith(f"{tmp_path}: ") for message in met)
+    _, after = train(_dataset(), _config(0.012), tmp_path, device=CPU, resume=True, progress_bar=False)
+    assert after.nimg == 12
+
+
 def test_options_changed_on_the_way_are_told_in_the_card(tmp_path: Path) -> None:
     train(_dataset(), _config(0.004), tmp_path, device=CPU, progress_bar=False)
     changed = replace(_config(0.008, batch=2, mbstd_group_size=2, r1_gamma=0.5, augment_p=0.25), augment_target=None)

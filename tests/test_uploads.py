@@ -11,18 +11,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pictures import BAD, PIXELS, chunk, encoded, picture, scans, sixteen_bit, with_exif
 from PIL import Image, ImageFile
-from service_kit import Service, service
-from tiny import make_bundle
-from tiny_classifier import SIZE, make_classifier
 
 from dermis.bundle import amend_bundle
 from dermis.classifier.description import NOTICE
 from dermis.classifier.onnx_session import Classifier
 from dermis.classifier.preprocess import to_input
 from dermis.reading import ImageError, read_image
+from pictures import BAD, PIXELS, chunk, encoded, picture, scans, sixteen_bit, with_exif
+from service_kit import Service, service
 from services.errors import InferenceFailedError, InferenceUnavailableError
+from tiny import make_bundle
+from tiny_classifier import SIZE, make_classifier
 
 LIMITS = {"max_upload_bytes": 300_000, "max_upload_images": 4, "max_upload_pixels": 100_000, "max_upload_calls": 2}
 

@@ -29,9 +29,7 @@ def make_model(size: int = SIZE, *, seed: int = 0, **change: Any) -> bytes:
         "axis": np.array([1], np.int64),
     }
     feature, logit = change.get("outputs", ("features", "logit"))
-    nodes = [
-        helper.make_node("Cast", [name], [f"{name}.32"], to=TensorProto.FLOAT) for name in weights if "." in name
-    ]
+    nodes = [helper.make_node("Cast", [name], [f"{name}.32"], to=TensorProto.FLOAT) for name in weights if "." in name]
     nodes += [
         helper.make_node("Cast", ["images"], ["float"], to=TensorProto.FLOAT),
         helper.make_node("Div", ["float", "scale"], ["scaled"]),

@@ -35,6 +35,8 @@ class ImageDataset:
     class_names: tuple[str, ...]
     ids: tuple[str, ...]
     sha256: str  # of every (id, class, file content): the identity of the training set
+    records: tuple[Record, ...] = ()  # what the source says of every image; empty if the images come from no source
+    contents: tuple[str, ...] = ()  # SHA-256 of every file, likewise
 
     @property
     def resolution(self) -> int:
@@ -59,9 +61,19 @@ def load_images(source: Source, resolution: int, *, cache: Path | None = None, p
             f"{source.path}: {len(missing)} of {len(records)} images are missing, the first is {missing[0]}"
         )
     labels = np.array([class_names.index(record.class_name or class_names[0]) for record in records], dtype=np.int64)
-    digest = _content_digest(records)
+    contents = tuple(in_threads(lambda record: hashlib.sha256(record.read_bytes()).hexdigest(), records))
+    digest = content_digest(records, contents)
     images = _cached_images(records, resolution, cache, digest, progress)
-    return ImageDataset(images, labels, class_names, tuple(record.id for record in records), digest)
+    ids = tuple(record.id for record in records)
+    return ImageDataset(images, labels, class_names, ids, digest, records, contents)
+
+
+def content_digest(records: Sequence[Record], contents: Sequence[str]) -> str:
+    """The identity of a set: SHA-256 of (id, class, SHA-256 of the file) of its records, which are in the order of ids."""
+    digest = hashlib.sha256()
+    for record, content in zip(records, contents, strict=True):
+        digest.update(f"{record.id}\t{record.class_name}\t{content}\n".encode())
+    return digest.hexdigest()
 
 
 def in_threads(
@@ -94,14 +106,6 @@ def _check_classes(source: Source) -> None:
         columns = ", ".join(source.records[0].row)
         raise DataError(f"{where}: no class column; name one of {columns} with --class-column")
     raise DataError(f"{where}: {len(unlabelled)} rows have no {source.class_column}, the first is {unlabelled[0]}")
-
-
-def _content_digest(records: Sequence[Record]) -> str:
-    digest = hashlib.sha256()
-    contents = in_threads(lambda record: hashlib.sha256(record.read_bytes()).hexdigest(), records)
-    for record, content in zip(records, contents, strict=True):
-        digest.update(f"{record.id}\t{record.class_name}\t{content}\n".encode())
-    return digest.hexdigest()
 
 
 def _cached_images(

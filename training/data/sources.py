@@ -96,6 +96,15 @@ class Source:
             )
         return replace(self, records=records)
 
+    def with_classes(self, class_names: Sequence[str]) -> Source:
+        """The records of these classes, labelled in this order. DataError if there is not one image of a class."""
+        for name in class_names:
+            if not self.of_class(name):
+                there = ", ".join(self.class_names) or "none"
+                raise DataError(f"{self.path}: has no image of the class {name}; its classes are {there}")
+        records = tuple(record for record in self.records if record.class_name in class_names)
+        return replace(self, class_names=tuple(class_names), records=records)
+
 
 def read_source(
     path: Path, *, metadata: Path | None = None, class_column: str | None = None, binary: bool = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from dermis.bundle import Bundle, load_generator
+from dermis.bundle import Bundle, amend_bundle, load_generator
 from dermis.devices import resolve_device
 from dermis.errors import DataError
 from dermis.features import FeatureExtractor
@@ -23,9 +24,11 @@ from dermis.synthesizer import Synthesizer
 from training.data.isic import ImageDataset
 from training.evaluation import measure, pictures
 from training.evaluation.features import generated_features, labels_in_proportion, real_features
+from training.evaluation.holdout import check_holdout, groups_of
 from training.evaluation.measure import FEWEST, REPLICATES, Features, Selection
 from training.evaluation.report import report_page
 from training.evaluation.table import table_rows
+from training.gan.card import renewed_card, trained_on
 
 CLOSEST, UNSELECTED, GRID, WALKS = 12, 8, 32, 4
 
@@ -70,6 +73,7 @@ def evaluate_bundle(
     labels = labels_in_proportion(real_labels, len(real_labels) if count is None else count)
 
     real = real_features(dataset, extractor, cache)
+    groups = None if holdout is None else groups_of(dataset, holdout)
     held = None if holdout is None else real_features(holdout, extractor, cache, name="held-out images")
     with Synthesizer(bundle, device=device) as synthesizer:
         generated = generated_features(synthesizer, labels, extractor, seed=seed, truncation_psi=truncation_psi)
@@ -77,13 +81,13 @@ def evaluate_bundle(
             "extractor": extractor.name,
             "extractor_identity": extractor.identity,
             "real_sha256": dataset.sha256,
-            "real_is_training_set": bundle.provenance.get("dataset", {}).get("sha256") == dataset.sha256,
+            "real_is_training_set": trained_on(bundle.provenance) == dataset.sha256,
             "seed": seed,
             "truncation_psi": truncation_psi,
             "synthesizer": dict(synthesizer.identity),
             "interval_level": LEVEL,
             "bootstrap_replicates": REPLICATES,
-            **_compare(real, real_labels, generated, labels, held, names, selection),
+            **_compare(real, real_labels, generated, labels, held, names, selection, groups),
         }
         if holdout is not None:
             metrics["holdout"]["sha256"] = holdout.sha256
@@ -98,20 +102,30 @@ def evaluate_bundle(
     return Evaluation(metrics, html)
 
 
+def keep_metrics(bundle: Bundle, metrics: Mapping[str, Any]) -> Bundle:
+    """Write metrics into a local bundle and into the section "Measured" of its card."""
+    card = renewed_card(bundle.model_card, bundle.provenance, metrics)
+    return amend_bundle(bundle, metrics=metrics, model_card=card)
+
+
+def check_images(dataset: ImageDataset, holdout: ImageDataset | None, trained_on: str | None = None) -> None:
+    """DataError if these images are too few to measure anything, or held-out ones are not held out (`check_holdout`)."""
+    for what, images in (("--data", dataset), ("--holdout", holdout)):
+        if images is not None and len(images.labels) < FEWEST:
+            raise DataError(
+                f"{what}: {len(images.labels)} images are too few to measure anything; give {FEWEST} or more"
+            )
+    if holdout is not None:
+        check_holdout(dataset, holdout, trained_on)
+
+
 def _check(
     bundle: Bundle, dataset: ImageDataset, holdout: ImageDataset | None, count: int | None, ppl_paths: int
 ) -> None:
     for what, images in (("--data", dataset), ("--holdout", holdout)):
-        if images is None:
-            continue
-        if bundle.class_names and images.class_names != bundle.class_names:
+        if images is not None and bundle.class_names and images.class_names != bundle.class_names:
             raise DataError(f"{what}: has the classes {images.class_names}, but the bundle {bundle.class_names}")
-        if len(images.labels) < FEWEST:
-            raise DataError(
-                f"{what}: {len(images.labels)} images are too few to measure anything; give {FEWEST} or more"
-            )
-    if holdout is not None and (both := set(dataset.ids) & set(holdout.ids)):
-        raise DataError(f"--holdout: {len(both)} of its images are in --data too, the first is {min(both)}")
+    check_images(dataset, holdout, trained_on(bundle.provenance))
     if count is not None and count < FEWEST:
         raise DataError(f"--count: {count} images are too few to measure anything; give {FEWEST} or more")
     if ppl_paths < FEWEST:
@@ -126,6 +140,7 @@ def _compare(
     held: Features | None,
     names: tuple[str, ...],
     selection: Selection,
+    groups: Sequence[str] | None,
 ) -> dict[str, Any]:
     """`compare` of all, of every class that has enough images in both sets, and of the held-out images."""
     with tqdm(total=1 + len(names) + (held is not None), desc="comparing", unit="set") as bar:
@@ -139,7 +154,7 @@ def _compare(
                 metrics["classes"][name] = measure.compare(*of_class, selection)
             bar.update()
         if held is not None:
-            metrics["holdout"] = measure.compare_holdout(real, held, generated, selection)
+            metrics["holdout"] = measure.compare_holdout(real, held, generated, selection, groups)
             bar.update()
     return metrics
 

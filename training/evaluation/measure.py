@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -62,11 +62,23 @@ def compare(real: Features, generated: Features, selection: Selection = "all") -
 
 
 def compare_holdout(
-    real: Features, holdout: Features, generated: Features, selection: Selection = "all"
+    real: Features,
+    holdout: Features,
+    generated: Features,
+    selection: Selection = "all",
+    groups: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """What held-out real images [H, dim] score in the generator's place, and the test for memorising the real ones."""
-    test = memorisation_test(generated, real, holdout)
-    return {"images": len(holdout), "instead_of_generated": compare(real, holdout, selection), "test": asdict(test)}
+    """What held-out real images [H, dim] score in the generator's place, and the test for memorising the real ones.
+
+    `groups` are the patients of the real images, then of the held-out ones: whole patients are permuted in the test.
+    """
+    test = memorisation_test(generated, real, holdout, groups=groups)
+    return {
+        "images": len(holdout),
+        "patients": None if groups is None else len(set(groups[len(real) :])),
+        "instead_of_generated": compare(real, holdout, selection),
+        "test": asdict(test),
+    }
 
 
 def path_lengths_by_class(

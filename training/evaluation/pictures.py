@@ -66,12 +66,15 @@ class Drawing:
         distances, indices = nearest(generated, real, min(NEIGHBOURS, len(real)))
         closeness = distances[:, 0] / np.maximum(distances[:, -1], np.finfo(float).tiny)
 
-        def match(i: int) -> Match:
-            image = self._images([i], [int(labels[i])])[0]
-            return Match(i, int(labels[i]), image, real_images[indices[i]], distances[i], float(closeness[i]))
+        def match(chosen: list[int]) -> list[Match]:
+            images = self._images(chosen, labels[chosen].tolist())
+            return [
+                Match(i, int(labels[i]), image, real_images[indices[i]], distances[i], float(closeness[i]))
+                for i, image in zip(chosen, images, strict=True)
+            ]
 
-        spread = np.linspace(0, len(labels) - 1, min(even, len(labels))).round()
-        return [match(int(i)) for i in np.argsort(closeness)[:closest]], [match(int(i)) for i in spread]
+        spread = np.linspace(0, len(labels) - 1, min(even, len(labels))).round().astype(int)
+        return match(np.argsort(closeness)[:closest].tolist()), match(spread.tolist())
 
     def interpolations(self, label: int, rows: int) -> Images:
         """Straight lines in w from sample 2i to sample 2i + 1 of one class, STEPS images a row."""

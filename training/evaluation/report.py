@@ -6,6 +6,7 @@ import base64
 import html
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 from dermis.errors import DermisError
 from dermis.imaging import Images, contact_sheet, encode
 from training.evaluation.pictures import STEPS, Match
+from training.evaluation.table import memorising
 
 COLUMNS = 8
 _STYLE = """
@@ -27,6 +29,12 @@ img { image-rendering: pixelated; max-width: 100%; display: block; margin: .3rem
 figure { margin: 0 0 .8rem; display: flex; gap: 1rem; align-items: center; }
 figcaption { color: #55606e; font-size: .85rem; }
 """
+_OTHERS = "real images, which are <strong>not</strong> the set that the generator was trained on"
+_LEGEND = """<p class="note">FID and KID tell how far the generated images are from the real ones as a whole: lower is
+better. Precision, density and alpha-precision ask whether each generated image looks real; recall, coverage and beta-recall
+whether all kinds of real images are drawn. Authenticity is low where images are copied. PPL is lower where images change
+smoothly. What can be reached stands under "held-out instead", if images were held out: real images in the generator's
+place.</p>"""
 
 
 def check_report_folder(report: Path, bundle: Path) -> None:
@@ -37,13 +45,16 @@ def check_report_folder(report: Path, bundle: Path) -> None:
 
 def write_report(folder: Path, page: str) -> Path:
     """folder/index.html, written beside and renamed. Returns its path."""
+    partial = folder / f".index.{os.getpid()}.html"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f".index.{os.getpid()}.html"
         partial.write_text(page, encoding="utf-8")
         partial.replace(folder / "index.html")
     except OSError as error:
         raise DermisError(f"--report: {folder}: cannot be written: {error.strerror}") from None
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
     return folder / "index.html"
 
 
@@ -59,7 +70,8 @@ def report_page(
 ) -> str:
     """The page. rows: the table of numbers, its header first. samples and walks: images by caption."""
     side = next(iter(samples.values())).shape[1]
-    scale = max(1, 96 // side)  # small images are drawn larger, pixel by pixel
+    scale = max(1, 128 // side)  # small images are drawn larger, pixel by pixel
+    kind = "training" if metrics["real_is_training_set"] else "real"
     space = html.escape(metrics["extractor"])
     head, *body = rows
     table = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in body)
@@ -72,21 +84,22 @@ def report_page(
 this page; do not put it into a bundle or publish it.</p>
 <h2>Numbers</h2>
 <p class="note">{metrics["images"]:,} generated images (seed {metrics["seed"]}, truncation_psi
-{metrics["truncation_psi"]:g}) against {metrics["real_images"]:,} real ones, in the feature space
-<code>{space}</code>. Numbers of different spaces do not compare.</p>
+{metrics["truncation_psi"]:g}) against {metrics["real_images"]:,} {"training images" if kind == "training" else _OTHERS},
+in the feature space <code>{space}</code>. Numbers of different spaces do not compare. In brackets: 95% intervals.</p>
 <table><tr>{header}</tr>{table}</table>
-{_memorisation(metrics)}
+{_LEGEND}
+<p class="note"><strong>Copies of training images.</strong> {html.escape(memorising(metrics))}</p>
 <h2>Samples</h2>
 <p class="note">The first samples of the seed, not selected.</p>
 {"".join(_sheet(caption, images, COLUMNS, scale) for caption, images in samples.items())}
 <h2>Most like a copy</h2>
-<p class="note">The generated images (left) that are nearer to one training image than to others, beside the
-{len(closest[0].distances)} nearest training images. Closeness is the distance to the first of them over that to the last:
+<p class="note">The generated images (left) that are nearer to one {kind} image than to others, beside the
+{len(closest[0].distances)} nearest {kind} images. Closeness is the distance to the first of them over that to the last:
 near 1 for one image among many, 0 for a copy. Look whether the first one shows the same lesion.</p>
-{"".join(_match(match, class_names, scale) for match in closest)}
-<h2>Nearest training images of other samples</h2>
+{"".join(_match(match, class_names, scale, kind) for match in closest)}
+<h2>Nearest {kind} images of other samples</h2>
 <p class="note">Samples spread evenly over all that were generated, not selected.</p>
-{"".join(_match(match, class_names, scale) for match in unselected)}
+{"".join(_match(match, class_names, scale, kind) for match in unselected)}
 <h2>Interpolations</h2>
 <p class="note">Straight lines in w between two samples. A generator that knows the distribution changes smoothly; one
 that memorises jumps from one training image to the next.</p>
@@ -95,22 +108,12 @@ that memorises jumps from one training image to the next.</p>
 """
 
 
-def _memorisation(metrics: Mapping[str, Any]) -> str:
-    if "holdout" not in metrics:
-        return '<p class="note">No held-out images were given, so nothing was tested for memorising.</p>'
-    test = metrics["holdout"]["test"]
-    return f"""<p class="note">Memorising: {test["nearer_train"]:.1%} of the generated images are nearer to one of the
-{metrics["real_images"]:,} real images than to any of the {metrics["holdout"]["images"]:,} held-out ones, where
-{test["expected_nearer_train"]:.1%} are expected of an honest generator; p = {test["p_value"]:.2g} (one-sided,
-{test["permutations"]:,} permutations).</p>"""
-
-
-def _match(match: Match, class_names: Sequence[str], scale: int) -> str:
+def _match(match: Match, class_names: Sequence[str], scale: int, kind: str) -> str:
     gap = np.full((match.image.shape[0], 4, 3), 255, dtype=np.uint8)
     row = np.concatenate([_rgb(match.image[None])[0], gap, *_rgb(match.neighbours)], axis=1)
     distances = ", ".join(f"{d:.2f}" for d in match.distances)
     of_class = f" of {html.escape(class_names[match.label])}" if class_names else ""
-    alt = f"sample {match.sample} beside its nearest training images"
+    alt = f"sample {match.sample} beside its nearest {kind} images"
     return f"""<figure>{_picture(row, scale, alt)}<figcaption>sample {match.sample}{of_class}, closeness
 {match.closeness:.2f}<br>distances {distances}</figcaption></figure>"""
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ _KEYS: dict[str, type] = {
     "reported": dict,
 }
 _OPTIONAL = {"options", "reported"}
+_OWN_OPTION = {"resolution": "--resolution", "total_kimg": "--kimg or --scale", "seed": "--seed"}
 _WANTED: dict[type, str] = {
     str: "text",
     list: "a list",
@@ -92,6 +93,36 @@ def read_experiment(name_or_path: str | Path) -> Experiment:
     return _parse(path, content)
 
 
+def checked_options(options: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """GanConfig fields of the right type; whole numbers pass for real ones. TrainingError: `where`, then the option."""
+    allowed = {field.name: str(field.type) for field in fields(GanConfig) if field.name not in {"resolution", "c_dim"}}
+    checked = {}
+    for name, value in options.items():
+        if name not in allowed:
+            raise TrainingError(f"{where}{name}: unknown option; known are {', '.join(allowed)}")
+        kind = {"bool": bool, "int": int, "float": float}.get(allowed[name].removesuffix(" | None"), str)
+        if not (_is_number(value) if kind is float else type(value) is kind):
+            raise TrainingError(f"{where}{name}: must be {_WANTED[kind]}, not {value!r}")
+        checked[name] = kind(value)
+    return checked
+
+
+def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
+    """Options from "option=value", each checked as those of a file are. A value is written as in TOML, text also bare."""
+    given = {}
+    for text in texts:
+        name, separator, value = (part.strip() for part in text.partition("="))
+        if not separator:
+            raise TrainingError(f"--set {text}: must be option=value")
+        if name in _OWN_OPTION:
+            raise TrainingError(f"--set {name}: give {_OWN_OPTION[name]}")
+        try:
+            given[name] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            given[name] = value
+    return checked_options(given, "--set ")
+
+
 def _parse(path: Path, content: Mapping[str, Any]) -> Experiment:
     for key in content:
         if key not in _KEYS:
@@ -119,7 +150,7 @@ def _parse(path: Path, content: Mapping[str, Any]) -> Experiment:
         conditional=conditional,
         base=content["base"],
         resolution=content["resolution"],
-        options=_options(path, content.get("options", {})),
+        options=checked_options(content.get("options", {}), f"{path}: options."),
         reported=_reported(path, content.get("reported", {})),
     )
     try:
@@ -128,20 +159,6 @@ def _parse(path: Path, content: Mapping[str, Any]) -> Experiment:
     except (TrainingError, ValueError) as error:
         raise TrainingError(f"{path}: {error}") from None
     return experiment
-
-
-def _options(path: Path, options: Mapping[str, Any]) -> dict[str, Any]:
-    """GanConfig fields of the right type; whole numbers pass for real ones."""
-    allowed = {field.name: str(field.type) for field in fields(GanConfig) if field.name not in {"resolution", "c_dim"}}
-    checked = {}
-    for name, value in options.items():
-        if name not in allowed:
-            raise TrainingError(f"{path}: options.{name}: unknown option; known are {', '.join(allowed)}")
-        kind = {"bool": bool, "int": int, "float": float}.get(allowed[name].removesuffix(" | None"), str)
-        if not (_is_number(value) if kind is float else type(value) is kind):
-            raise TrainingError(f"{path}: options.{name}: must be {_WANTED[kind]}, not {value!r}")
-        checked[name] = kind(value)
-    return checked
 
 
 def _reported(path: Path, reported: Mapping[str, Any]) -> dict[str, float]:

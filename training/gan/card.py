@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from training.evaluation.table import memorising, table_rows
+
+_MEASURED = re.compile(r"^## Measured\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
 
 
 def model_card(name: str, provenance: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
@@ -52,10 +57,28 @@ Weights trained on these images carry the same licence conditions.
 | --- | --- |
 {rows}
 {_changes(run.get("changes", ()))}
-## Measured
+{_measured(metrics, provenance)}"""
 
-{_metrics(metrics)}
-"""
+
+def renewed_card(card: str, provenance: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
+    """A card with its section "Measured" renewed or, if it has none, added; the rest stays, whoever wrote it."""
+    section = _measured(metrics, provenance)
+    found = _MEASURED.search(card)
+    if found is None:
+        return f"{card.rstrip()}\n\n{section}"
+    after = card[found.end() :]
+    return card[: found.start()] + section + ("\n" + after if after else "")
+
+
+def trained_on(provenance: Mapping[str, Any]) -> str | None:
+    """SHA-256 of the training set (`ImageDataset.sha256`), if the bundle tells it."""
+    return _section(provenance, "dataset").get("sha256")
+
+
+def _section(provenance: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """What other programs write there may be missing, or anything at all."""
+    section = provenance.get(key)
+    return section if isinstance(section, Mapping) else {}
 
 
 def _kind(c_dim: int) -> str:
@@ -92,23 +115,33 @@ def _order(classes: Mapping[str, int], c_dim: int) -> str:
     return f"{rows}The first samples of seed 0 at truncation_psi 1, not selected."
 
 
-def _metrics(metrics: Mapping[str, Any]) -> str:
+def _measured(metrics: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
+    return f"## Measured\n\n{_metrics(metrics, provenance)}\n"
+
+
+def _metrics(metrics: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
     if not metrics:
         return "Nothing has been measured on this bundle yet: run `dermis evaluate`."
-    space = metrics["extractor"]
-    rows = [f"| all | {metrics['images']:,} | {_row(metrics)} |"]
-    rows += [f"| {cls} | {part['images']:,} | {_row(part)} |" for cls, part in metrics.get("classes", {}).items()]
-    table = "\n".join(rows)
-    real, psi = f"{metrics['real_images']:,} training images", f"{metrics['truncation_psi']:g}"
-    return f"""Distances between {real} and generated ones (truncation_psi {psi}, seed {metrics["seed"]}) in
-the feature space `{space}`. They compare with numbers of the same space only, never with a plain FID,
-and a distance to the training set does not tell a good generator from one that memorises.
+    same = metrics.get("real_sha256") == trained_on(provenance)
+    metrics = {"real_is_training_set": same, **metrics}  # those of training and of early versions do not say it
+    kind = "training images" if metrics["real_is_training_set"] else "real images, which are not the training set,"
+    head, *body = table_rows(metrics)
+    table = "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body))
+    level = f" Brackets are {metrics['interval_level']:.0%} intervals." if "interval_level" in metrics else ""
+    psi, space = f"{metrics['truncation_psi']:g}", metrics["extractor"]
+    return f"""{metrics["images"]:,} generated images (truncation_psi {psi}, seed {metrics["seed"]}) against
+{metrics["real_images"]:,} {kind} in the feature space `{space}`.{level}
+Numbers compare with those of the same space and of as many images only, never with a plain FID.{_flattery(space, provenance)}
 
-| class | images | FID@{space} | KID@{space} x 1000 |
-| --- | --- | --- | --- |
 {table}
-"""
+
+{memorising(metrics)}"""
 
 
-def _row(part: Mapping[str, Any]) -> str:
-    return f"{part['fid']:.1f} | {1000 * part['kid']:.2f} ± {1000 * part['kid_std']:.2f}"
+def _flattery(space: str, provenance: Mapping[str, Any]) -> str:
+    configuration = _section(_section(provenance, "training"), "configuration")
+    if not configuration.get("projected") or space != "lite0":
+        return ""
+    return (
+        "\nThe generator was trained to please this very space, which flatters it here: measure it in another one too."
+    )

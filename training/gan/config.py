@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
+import torch
+
+from dermis.devices import fast_dtype
 from dermis.errors import TrainingError
 from dermis.networks import DiscriminatorConfig, GeneratorConfig
 from training.gan.augment import AUGMENTATIONS
@@ -170,6 +173,11 @@ def base_config(name: str, resolution: int, c_dim: int, **overrides: Any) -> Gan
 def auto_config(resolution: int, c_dim: int, **overrides: Any) -> GanConfig:
     """`base_config` of the name auto."""
     return base_config("auto", resolution, c_dim, **overrides)
+
+
+def automatic_precision(device: torch.device) -> Precision:
+    """bf16 where the device multiplies it natively, else fp32."""
+    return "bf16" if fast_dtype(device) == torch.bfloat16 else "fp32"
 
 
 def _auto(resolution: int, batch: int | None) -> dict[str, Any]:

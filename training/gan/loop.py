@@ -5,12 +5,14 @@ A run that is stopped and resumed computes what an uninterrupted one would have 
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from training.gan.state import Progress, State, load_state, new_state, save_stat
 from training.gan.step import training_step
 
 Snapshot = Callable[[Path, State], None]
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}  # some cluster file systems have none
 
 
 def train(
@@ -55,8 +58,9 @@ def train(
     of several processes, of which only the first writes and calls on_snapshot. SIGINT and SIGTERM finish the step, save
     and return.
 
-    Raises TrainingError if the run diverges (the last checkpoint is kept) or the checkpoint does not fit: a run is
-    resumed with the options that it began with, unless `allow_changes`, which notes what changed in Progress.changes.
+    Raises TrainingError if another training is going on in `out`, the run diverges (the last checkpoint is kept) or the
+    checkpoint does not fit: a run is resumed with the options that it began with, unless `allow_changes`, which notes
+    what changed in Progress.changes.
     """
     checkpoint = out / "checkpoint.safetensors"
     if checkpoint.exists() and not resume:
@@ -67,52 +71,72 @@ def train(
     ranks.check_batch(config)
 
     state = new_state(config, device)
-    if checkpoint.exists():
-        load_state(checkpoint, state, config, dataset, allow_changes)
-    elif begin is not None:
-        begin(state)
     if ranks.first:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-    phases = Phases(state.G, state.D, state.pl_mean, config, ranks, compiled=compile_networks)
-    health = Health(checkpoint)
-
-    def save() -> None:
+    with _locked(out) if ranks.first else nullcontext():
+        if checkpoint.exists():
+            load_state(checkpoint, state, config, dataset, allow_changes)
+        elif begin is not None:
+            begin(state)
         if ranks.first:
-            save_state(checkpoint, state, config, dataset)
-            if on_snapshot is not None:
-                on_snapshot(out, state)
+            (out / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+        phases = Phases(state.G, state.D, state.pl_mean, config, ranks, compiled=compile_networks)
+        health = Health(checkpoint)
 
-    progress, total = state.progress, int(config.total_kimg * 1000)
-    next_snapshot = progress.nimg + snapshot_kimg * 1000
-    if progress.nimg == 0 and on_snapshot is not None and ranks.first:
-        on_snapshot(out, state)
-    clock = time.monotonic()
-    quiet = not (progress_bar and ranks.first)
-    with (
-        tqdm(total=total, initial=progress.nimg, unit="img", unit_scale=True, disable=quiet, smoothing=0.1) as bar,
-        Journal(out, progress.nimg, enabled=ranks.first, tensorboard=tensorboard) as journal,
-        closing(batches(dataset, config.seed, config.batch, progress.nimg, ranks)) as real,
-        _stop_requested(insist=ranks.count > 1) as stop,
-    ):
-        while progress.nimg < total:
-            stats = training_step(state, phases, dataset, next(real), config)
-            now = time.monotonic()
-            progress.seconds, clock = progress.seconds + now - clock, now
-            health.check(progress.kimg, stats)
-            progress.stats |= stats
-            journal.write(progress, stats)
-            bar.update(config.batch)
-            bar.set_postfix(p=f"{state.adaptive.p:.3f}", G=f"{stats['G']:.2f}", D=f"{stats['D']:.2f}", refresh=False)
-            if ranks.any(stop.is_set()):
-                progress.stopped = True
-                break
-            if progress.nimg >= next_snapshot and progress.nimg < total:
-                journal.flush()
-                save()
-                next_snapshot += snapshot_kimg * 1000
-        save()
+        def save() -> None:
+            if ranks.first:
+                save_state(checkpoint, state, config, dataset)
+                if on_snapshot is not None:
+                    on_snapshot(out, state)
+
+        progress, total = state.progress, int(config.total_kimg * 1000)
+        next_snapshot = progress.nimg + snapshot_kimg * 1000
+        if progress.nimg == 0 and on_snapshot is not None and ranks.first:
+            on_snapshot(out, state)
+        clock = time.monotonic()
+        quiet = not (progress_bar and ranks.first)
+        with (
+            tqdm(total=total, initial=progress.nimg, unit="img", unit_scale=True, disable=quiet, smoothing=0.1) as bar,
+            Journal(out, progress.nimg, enabled=ranks.first, tensorboard=tensorboard) as journal,
+            closing(batches(dataset, config.seed, config.batch, progress.nimg, ranks)) as real,
+            _stop_requested(insist=ranks.count > 1) as stop,
+        ):
+            while progress.nimg < total:
+                stats = training_step(state, phases, dataset, next(real), config)
+                now = time.monotonic()
+                progress.seconds, clock = progress.seconds + now - clock, now
+                health.check(progress.kimg, stats)
+                progress.stats |= stats
+                journal.write(progress, stats)
+                bar.update(config.batch)
+                bar.set_postfix(
+                    p=f"{state.adaptive.p:.3f}", G=f"{stats['G']:.2f}", D=f"{stats['D']:.2f}", refresh=False
+                )
+                if ranks.any(stop.is_set()):
+                    progress.stopped = True
+                    break
+                if progress.nimg >= next_snapshot and progress.nimg < total:
+                    journal.flush()
+                    save()
+                    next_snapshot += snapshot_kimg * 1000
+            save()
     return state.G_ema, progress
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Keep other trainings out of the run folder. The kernel lets go when this process ends, however it ends."""
+    with (out / "lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TrainingError(
+                f"{out}: another training is going on in this folder; wait for it or stop it, or choose another --out"
+            ) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise TrainingError(f"{out / 'lock'}: cannot be locked ({error.strerror})") from None
+        yield
 
 
 @contextmanager

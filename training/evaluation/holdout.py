@@ -1,0 +1,54 @@
+"""Are held-out images really held out? And which images belong to one patient?"""
+
+from __future__ import annotations
+
+from dermis.errors import DataError
+from training.data.images import ImageDataset, content_digest
+from training.data.splits import group_of
+
+
+def check_holdout(dataset: ImageDataset, holdout: ImageDataset, trained_on: str | None) -> None:
+    """DataError if the generator has seen held-out images or patients, as far as ids, files and hashes tell.
+
+    `trained_on` is the SHA-256 of the training set that the bundle names. It also tells a holdout that was split off
+    after training, if `dataset` and `holdout` are the two parts of that set.
+    """
+    if both := set(dataset.ids) & set(holdout.ids):
+        raise DataError(f"--holdout: {len(both)} of its images are in --data too, the first is {min(both)}")
+    known = dict(zip(dataset.contents, dataset.ids, strict=False))
+    copies = [(name, known[file]) for file, name in zip(holdout.contents, holdout.ids, strict=False) if file in known]
+    if copies:
+        raise DataError(
+            f"--holdout: {len(copies)} of its files are in --data under other names, the first is {copies[0][0]}, there "
+            f"{copies[0][1]}; `dermis data leaks --remove` leaves such copies out"
+        )
+    if trained_on is not None and trained_on in (holdout.sha256, _together(dataset, holdout)):
+        parts = "--holdout" if trained_on == holdout.sha256 else "--data and --holdout together"
+        raise DataError(
+            f"--holdout: the bundle was trained on {parts}, so it has seen these images; split first, train on one part "
+            "and hold the other out, or leave --holdout out"
+        )
+    groups = groups_of(dataset, holdout) or []
+    if both := set(groups[: len(dataset.ids)]) & set(groups[len(dataset.ids) :]):
+        raise DataError(
+            f"--holdout: {len(both)} patients or lesions have images in --data too, the first is {min(both)}; split with "
+            "`dermis data split`, which keeps them together"
+        )
+
+
+def groups_of(dataset: ImageDataset, holdout: ImageDataset) -> list[str] | None:
+    """The patient (or lesion, or image alone) of every image of the one, then of the other set, or None if unknown.
+
+    Of both at once, as two images may share a patient through a third one only.
+    """
+    records = [*dataset.records, *holdout.records]
+    if len(records) < len(dataset.ids) + len(holdout.ids) or not any(r.patient_id or r.lesion_id for r in records):
+        return None
+    return group_of(records)
+
+
+def _together(dataset: ImageDataset, holdout: ImageDataset) -> str:
+    """`ImageDataset.sha256` of both sets as one."""
+    records = (*dataset.records, *holdout.records)
+    pairs = sorted(zip(records, (*dataset.contents, *holdout.contents), strict=True), key=lambda pair: pair[0].id)
+    return content_digest([record for record, _ in pairs], [content for _, content in pairs])

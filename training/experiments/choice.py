@@ -1,0 +1,78 @@
+"""Which of several generators to take, as the paper did: by the lowest FID and KID, and among equals by speed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """FID and KID with their 95 % intervals (low, high), all of one feature space, and seconds per kimg of training."""
+
+    name: str
+    fid: float
+    fid_interval: Interval
+    kid: float
+    kid_interval: Interval
+    seconds_per_kimg: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The name of the chosen one, or None where there was none to choose from, and why."""
+
+    name: str | None
+    reason: str
+
+
+def choose(candidates: Sequence[Candidate]) -> Choice:
+    """The chosen candidate.
+
+    1. Those stay whose FID interval overlaps that of the lowest FID: the others are worse by more than chance.
+    2. Of these stay those whose KID interval overlaps that of the lowest KID among them.
+    3. Of these, which are of equal quality as far as was measured, the one that trained fastest.
+    """
+    if not candidates:
+        return Choice(None, "no generator makes all classes")
+    near_fid = _overlapping(candidates, lambda c: (c.fid, c.fid_interval))
+    equal = _overlapping(near_fid, lambda c: (c.kid, c.kid_interval))
+    best = min(equal, key=lambda c: (c.seconds_per_kimg, c.fid))
+    return Choice(best.name, "; ".join(_reasons(best, candidates, near_fid, equal)))
+
+
+def _overlapping(
+    candidates: Sequence[Candidate], metric: Callable[[Candidate], tuple[float, Interval]]
+) -> list[Candidate]:
+    """Those whose interval overlaps that of the lowest, which is among them."""
+    low, high = min(map(metric, candidates))[1]
+    return [c for c in candidates if metric(c)[1][0] <= high and metric(c)[1][1] >= low]
+
+
+def _reasons(
+    best: Candidate, candidates: Sequence[Candidate], near_fid: Sequence[Candidate], equal: Sequence[Candidate]
+) -> list[str]:
+    if len(candidates) == 1:
+        return ["the only one that makes all classes"]
+    reasons = []
+    if len(near_fid) < len(candidates):
+        reasons.append(_set_aside("FID", candidates, near_fid))
+    if len(equal) < len(near_fid):
+        reasons.append(_set_aside("KID", near_fid, equal))
+    if len(equal) > 1:
+        others = ", ".join(f"{c.name} {c.seconds_per_kimg:.3g}" for c in equal if c is not best)
+        reasons.append(
+            f"of equal quality are {', '.join(c.name for c in equal)} (their intervals of FID and KID overlap); it trained"
+            f" fastest of them: {best.seconds_per_kimg:.3g} s/kimg ({others})"
+        )
+    lowest_kid = min(candidates, key=lambda c: c.kid)
+    if lowest_kid not in near_fid:
+        reasons.append(f"{lowest_kid.name} has the lowest KID, but FID counts first")
+    return reasons
+
+
+def _set_aside(metric: str, before: Sequence[Candidate], after: Sequence[Candidate]) -> str:
+    worse = ", ".join(c.name for c in before if c not in after)
+    return f"the {metric} of {worse} is higher beyond the intervals"

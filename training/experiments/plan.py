@@ -1,0 +1,206 @@
+"""What experiments will compute on given images, decided and checked in full before the first of them trains.
+
+A folder of experiments remembers it in plan.json: the same command goes on, another one is refused by what differs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dermis.bundle import check_names
+from dermis.errors import DataError, TrainingError
+from dermis.features import FeatureExtractor
+from training.data.images import ImageDataset, load_images
+from training.data.sources import Source
+from training.evaluation.evaluation import check_images
+from training.evaluation.measure import FEWEST
+from training.experiments.experiment import TABLE1, Experiment, read_experiment
+from training.gan.config import GanConfig, automatic_precision
+
+PLAN = "plan.json"
+GROUPS = {"table1": TABLE1}
+_OPTION = {"total_kimg": "--kimg or --scale", "seed": "--seed", "resolution": "--resolution"}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One experiment on the images of its classes. `holdout` are real images that the generator never sees."""
+
+    experiment: Experiment
+    config: GanConfig
+    dataset: ImageDataset
+    holdout: ImageDataset | None
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """How every generator is evaluated. samples: generated images, as many as there are real ones if None."""
+
+    extractor: FeatureExtractor
+    samples: int | None
+    ppl_paths: int
+
+    def __post_init__(self) -> None:
+        for option, value in (("--samples", self.samples), ("--ppl-paths", self.ppl_paths)):
+            if value is not None and value < FEWEST:
+                raise TrainingError(f"{option}: {value} are too few to measure anything; give {FEWEST} or more")
+
+
+def read_experiments(which: Sequence[str]) -> list[Experiment]:
+    """Experiments by name, file or group ("table1"), each once. TrainingError if two have one name."""
+    names = [name for each in which for name in GROUPS.get(each, (each,))]
+    experiments: dict[str, Experiment] = {}
+    for name in names:
+        experiment = read_experiment(name)
+        if experiments.setdefault(experiment.name, experiment) != experiment:
+            raise TrainingError(f"{name}: there is another experiment of the name {experiment.name}; rename the file")
+    return list(experiments.values())
+
+
+def configure(
+    experiment: Experiment,
+    device: torch.device,
+    *,
+    scale: float = 1.0,
+    kimg: float | None = None,
+    resolution: int | None = None,
+    seed: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> GanConfig:
+    """The configuration of a run: `settings` win over the file, `kimg` over its length times `scale`.
+
+    bf16 where the device multiplies it natively, unless the file or `settings` name a precision. TrainingError names
+    the experiment and the option that does not fit.
+    """
+    if scale <= 0:
+        raise TrainingError(f"--scale: {scale:g} must be positive")
+    precision = None if "precision" in experiment.options else automatic_precision(device)
+    try:
+        length = experiment.config().total_kimg * scale if kimg is None else kimg
+        options = {"precision": precision, "total_kimg": length, "seed": seed} | dict(settings or {})
+        config = experiment.config(resolution=resolution, **options)
+        _ = config.generator, config.discriminator
+    except (TrainingError, ValueError) as error:
+        raise TrainingError(f"{experiment.name}: {error}") from None
+    return config
+
+
+def plan_tasks(
+    experiments: Sequence[Experiment],
+    configs: Sequence[GanConfig],
+    source: Source,
+    holdout: Source | None = None,
+    *,
+    cache: Path | None = None,
+    progress: bool = True,
+) -> list[Task]:
+    """Decode what the experiments need. DataError, before anything is decoded, if a class is missing or too small."""
+    for experiment in experiments:
+        names = sorted(experiment.classes)
+        check_names(experiment.name, names if experiment.conditional else (), len(names) * experiment.conditional)
+        for images in (source, holdout):
+            if images is not None:
+                _check_classes(experiment, images)
+    loaded: dict[tuple[bool, tuple[str, ...], int], ImageDataset] = {}
+
+    def load(images: Source, classes: Sequence[str], resolution: int) -> ImageDataset:
+        key = images is source, tuple(sorted(classes)), resolution
+        if key not in loaded:
+            loaded[key] = load_images(images.with_classes(key[1]), resolution, cache=cache, progress=progress)
+        return loaded[key]
+
+    tasks = []
+    for experiment, config in zip(experiments, configs, strict=True):
+        dataset = load(source, experiment.classes, config.resolution)
+        held = None if holdout is None else load(holdout, experiment.classes, config.resolution)
+        check_images(dataset, held)
+        tasks.append(Task(experiment, config, dataset, held))
+    return tasks
+
+
+def _check_classes(experiment: Experiment, source: Source) -> None:
+    try:
+        chosen = source.with_classes(experiment.classes)
+    except DataError as error:
+        hint = "" if {"benign", "malignant"} <= set(source.class_names) else "; --binary makes two of diagnoses"
+        raise DataError(f"{experiment.name}: {error}{hint}") from None
+    for name in experiment.classes:
+        if (count := len(chosen.of_class(name))) < FEWEST:
+            raise DataError(
+                f"{experiment.name}: {source.path}: {count} images of {name} are too few; {FEWEST} are needed"
+            )
+
+
+def remember(out: Path, tasks: Sequence[Task], measuring: Measuring) -> None:
+    """Write out/plan.json, or add to it. TrainingError names what differs if the folder was begun in another way."""
+    measured = {
+        "--extractor": measuring.extractor.name,
+        "--extractor (its weights)": measuring.extractor.identity,
+        "--samples": measuring.samples,
+        "--ppl-paths": measuring.ppl_paths,
+    }
+    planned = {task.experiment.name: _planned(task) for task in tasks}
+    file = out / PLAN
+    before = _read(file)
+    if before:
+        for option, value in measured.items():
+            _same(out, option, before["measured"].get(option), value)
+        for task in tasks:
+            if stored := before["experiments"].get(task.experiment.name):
+                _check_same(out, task, stored)
+        planned = before["experiments"] | planned
+    write_beside(file, json.dumps({"measured": measured, "experiments": planned}, indent=2) + "\n")
+
+
+def write_beside(file: Path, text: str) -> None:
+    """Write a file under another name, then rename it. TrainingError if it cannot be written."""
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(file)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise TrainingError(f"{file}: cannot be written ({error.strerror})") from None
+
+
+def _planned(task: Task) -> dict[str, Any]:
+    return {
+        "classes": list(task.experiment.classes),
+        "data": task.dataset.sha256,
+        "holdout": None if task.holdout is None else task.holdout.sha256,
+        "config": task.config.to_dict(),
+    }
+
+
+def _check_same(out: Path, task: Task, stored: Mapping[str, Any]) -> None:
+    name, planned = task.experiment.name, _planned(task)
+    _same(out, f"{name}: classes", stored["classes"], planned["classes"])
+    for images in ("data", "holdout"):
+        if stored[images] != planned[images]:
+            raise TrainingError(f"{out}: was begun with other images of --{images}; give the same, or another --out")
+    changed = {"total_kimg": task.config.total_kimg} | task.config.changed_from(stored["config"])
+    for option, value in changed.items():
+        _same(out, f"{name}: {_OPTION.get(option, option)}", stored["config"].get(option), value)
+
+
+def _same(out: Path, what: str, before: object, now: object) -> None:
+    if before != now:
+        raise TrainingError(f"{out}: was begun with {what} {before}, not {now}; give the same, or another --out")
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"{file}: cannot be read ({error}); remove it, or choose another --out") from None
+    return content

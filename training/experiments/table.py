@@ -1,0 +1,141 @@
+"""What experiments came to, beside what was reported of them: results.json, and table.md for people."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from training.experiments.choice import Candidate, Choice, choose
+from training.experiments.experiment import REPORTED, Experiment
+from training.experiments.plan import write_beside
+from training.experiments.run import Result, read_result
+
+RESULTS = "results.json"
+TABLE = "table.md"
+_HEADINGS = {"kid_percent": "KID (%)", "fid": "FID", "precision": "P", "recall": "R", "ppl": "PPL"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Experiments in the order they were asked for, the results of those that are done, and which to take."""
+
+    experiments: Sequence[Experiment]
+    results: Mapping[str, Result]
+    choice: Choice
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """All classes of all experiments: what a generator must be able to make to be chosen."""
+        return tuple(sorted({name for experiment in self.experiments for name in experiment.classes}))
+
+
+def collect(out: Path, experiments: Sequence[Experiment]) -> Outcome:
+    """Read what is done below `out`, and choose among the generators that can be asked for every class."""
+    found = {experiment.name: read_result(out / experiment.name) for experiment in experiments}
+    results = {name: result for name, result in found.items() if result is not None}
+    classes = {name for experiment in experiments for name in experiment.classes}
+    able = [e.name for e in experiments if set(e.classes) == classes and (e.conditional or len(classes) == 1)]
+    return Outcome(experiments, results, choose([_candidate(name, results[name]) for name in able if name in results]))
+
+
+def _candidate(name: str, result: Result) -> Candidate:
+    metrics = result.metrics
+    fid_interval, kid_interval = ((low, high) for low, high in (metrics["fid_interval"], metrics["kid_interval"]))
+    return Candidate(name, metrics["fid"], fid_interval, metrics["kid"], kid_interval, result.seconds_per_kimg)
+
+
+def write_outcome(out: Path, outcome: Outcome) -> None:
+    """out/results.json and out/table.md, each written beside and renamed."""
+    experiments = {
+        e.name: {
+            "title": e.title,
+            "source": e.source,
+            "classes": list(e.classes),
+            "conditional": e.conditional,
+            "reported": dict(e.reported),
+            "done": e.name in outcome.results,
+            **(vars(outcome.results[e.name]) if e.name in outcome.results else {}),
+        }
+        for e in outcome.experiments
+    }
+    content = {"experiments": experiments, "chosen": vars(outcome.choice)}
+    write_beside(out / RESULTS, json.dumps(content, indent=2) + "\n")
+    write_beside(out / TABLE, markdown(outcome))
+
+
+def rows(outcome: Outcome) -> list[list[str]]:
+    """Cells, the header first: a row an experiment; below one that is conditional, a row each of its classes."""
+    spaces = [result.metrics["extractor"] for result in outcome.results.values()]
+    space = f"@{spaces[0]}" if spaces else ""
+    reported = [key for key in REPORTED if any(key in e.reported for e in outcome.experiments)]
+    ours = [_HEADINGS[key] + ("" if key == "ppl" else space) for key in REPORTED]
+    ours[-1] += _distance(outcome.results)
+    header = ["", "images", *ours, "s/kimg", *(f"reported {_HEADINGS[key]}" for key in reported)]
+    table = [header]
+    for experiment in outcome.experiments:
+        theirs = [f"{experiment.reported[key]:g}" if key in experiment.reported else "" for key in reported]
+        result = outcome.results.get(experiment.name)
+        if result is None:
+            table.append([experiment.title, "not run", *[""] * (len(REPORTED) + 1), *theirs])
+            continue
+        numbers = _numbers(result.metrics)
+        table.append([experiment.title, *numbers, f"{result.seconds_per_kimg:.3g}", *theirs])
+        for name, part in result.metrics.get("classes", {}).items():
+            table.append([f"- {name}", *_numbers(part), "", *[""] * len(reported)])
+    return table
+
+
+def _distance(results: Mapping[str, Result]) -> str:
+    """Of the path lengths: they have a distance of their own."""
+    distances = [result.metrics["ppl"]["distance"] for result in results.values()]
+    return f"@{distances[0]}" if distances else ""
+
+
+def _numbers(part: Mapping[str, Any]) -> list[str]:
+    """Generated images; KID in % and FID, with their intervals; P, R; PPL (w, end) with its standard error."""
+    kid, fid = (
+        f"{factor * part[key]:.4g} [{factor * part[f'{key}_interval'][0]:.4g}, {factor * part[f'{key}_interval'][1]:.4g}]"
+        for key, factor in (("kid", 100), ("fid", 1))
+    )
+    ppl = f"{part['ppl']['end']:.4g} ± {part['ppl']['end_error']:.2g}" if "ppl" in part else ""
+    return [f"{part['images']:,}", kid, fid, f"{part['precision']:.3f}", f"{part['recall']:.3f}", ppl]
+
+
+def markdown(outcome: Outcome) -> str:
+    """table.md."""
+    header, *body = rows(outcome)
+    lines = [header, ["---"] * len(header), *body]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n\n".join(["# Experiments", table, *remarks(outcome)]) + "\n"
+
+
+def remarks(outcome: Outcome) -> list[str]:
+    """Which one was chosen and why, and what the table does not tell by itself."""
+    texts = []
+    if outcome.results:
+        chosen = next((e.title for e in outcome.experiments if e.name == outcome.choice.name), "none")
+        texts.append(f"Chosen: **{chosen}** ({outcome.choice.reason}).")
+    if partial := [e.title for e in outcome.experiments if set(e.classes) < set(outcome.classes)]:
+        texts.append(
+            f"{', '.join(partial)}: each makes some of the classes only and is measured against real images of these alone,"
+            " as in the paper; so they stand apart from the choice, and compare with the rows of single classes, at equal"
+            " numbers of images."
+        )
+    if first := next(iter(outcome.results.values()), None):
+        lengths = sorted({result.kimg for result in outcome.results.values()})
+        texts.append(
+            f"Trained for {' or '.join(f'{kimg:,.4g}' for kimg in lengths)} kimg. FID, KID, P and R in the feature space"
+            f" {first.metrics['extractor']}, intervals of 95 %; s/kimg: seconds of training for a thousand images."
+        )
+    tests = {e.title: outcome.results[e.name].metrics for e in outcome.experiments if e.name in outcome.results}
+    if memorising := [f"{title} {m['holdout']['test']['p_value']:.2g}" for title, m in tests.items() if "holdout" in m]:
+        texts.append(f"p of the test for memorising (below 0.001: it memorises): {', '.join(memorising)}.")
+    if sources := sorted({e.source for e in outcome.experiments if e.reported}):
+        texts.append(
+            f"Reported: {'; '.join(sources)}. Those numbers are of other images, another feature space unless ours is"
+            " Inception, and another length of training."
+        )
+    return texts
