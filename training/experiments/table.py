@@ -121,8 +121,8 @@ def remarks(outcome: Outcome) -> list[str]:
     if partial := [e.title for e in outcome.experiments if set(e.classes) < set(outcome.classes)]:
         texts.append(
             f"{', '.join(partial)}: each makes some of the classes only and is measured against real images of these alone,"
-            " as in the paper; so they stand apart from the choice, and compare with the rows of single classes, at equal numbers"
-            " of images."
+            " as in the paper; so they stand apart from the choice, and compare with the rows of single classes, at equal"
+            " numbers of images."
         )
     if first := next(iter(outcome.results.values()), None):
         lengths = sorted({result.kimg for result in outcome.results.values()})
