@@ -102,8 +102,11 @@ def leaks(
     """Find near-duplicates, those across the parts of a split first. Removing spares the smallest part."""
     from training.data.duplicates import CORRELATION
     from training.data.leaks import find_leaks, surplus, write_cleaned, write_leaks
-    from training.data.splits import read_split
+    from training.data.splits import check_empty, read_split
 
+    target = out if split is None else out / "split"
+    if remove and split is not None:
+        check_empty(target)
     images = _read(source, metadata, class_column, binary)
     parts = None if split is None else read_split(split)
     extractor = None
@@ -120,13 +123,11 @@ def leaks(
         mirrors=mirrors,
         cache=cache,
     )
-    out.mkdir(parents=True, exist_ok=True)
     write_leaks(found, out / "leaks.csv")
     _show_leaks(found, embedding != "none")
     typer.echo(f"written to {out / 'leaks.csv'}", err=True)
     if remove:
         removed = surplus(found, within_parts=within_parts or parts is None)
-        target = out if parts is None else out / "split"
         write_cleaned(images, parts, removed, target)
         typer.echo(f"{len(removed):,} of {len(found.records):,} images removed; the others are in {target}")
     if found.broken:
@@ -190,8 +191,9 @@ def split(
     binary: BinaryOption = False,
 ) -> None:
     """Divide images by patient, with the classes in the same proportions in every part."""
-    from training.data.splits import split_by_patient, write_split
+    from training.data.splits import check_empty, split_by_patient, write_split
 
+    check_empty(out)
     images = _read(source, metadata, class_column, binary)
     divided = split_by_patient(images.records, _part_sizes(parts), seed)
     write_split(images, divided, out)

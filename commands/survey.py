@@ -17,7 +17,9 @@ survey_app = typer.Typer(no_args_is_help=True, help="Ask experts which images ar
 
 @survey_app.command("create")
 def create(
-    data: Annotated[Path, typer.Option(help="ISIC-layout folder of the real images.")],
+    data: Annotated[
+        Path, typer.Option(help="Real images: ISIC folder with its CSV, folder of class folders, or StyleGAN zip.")
+    ],
     out: Annotated[Path, typer.Option(help="New folder: for-experts/ to hand out, secret/ to keep.")],
     bundle: Annotated[str, typer.Option(help="Bundle folder or fsspec URL.")] = "bundles/demo",
     count: Annotated[int, typer.Option(help="Images, half of them real.")] = 200,
@@ -35,6 +37,9 @@ def create(
     ] = None,
     truncation_psi: Annotated[float, typer.Option(help="As in generation.")] = 1.0,
     class_column: Annotated[str | None, typer.Option(help="CSV column of the classes.")] = None,
+    metadata: Annotated[
+        Path | None, typer.Option(help="CSV of the images; of one part of a split, say. Default: metadata.csv.")
+    ] = None,
     cache: Annotated[Path, typer.Option(help="Where decoded images are kept.")] = Path(".dermis/cache"),
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
@@ -57,9 +62,10 @@ def create(
         raise DataError(f"--seed: must lie in [0, 2**63 - 1]; got {seed}")
     opened = open_bundle(bundle)
     resolution = opened.generator.img_resolution
-    dataset = load_isic(data, resolution, class_column=class_column, cache=cache)
+    dataset = load_isic(data, resolution, class_column=class_column, metadata=metadata, cache=cache)
     if opened.class_names and dataset.class_names != opened.class_names:
-        raise DataError(f"{data}: has classes {dataset.class_names}, but the bundle {opened.class_names}")
+        theirs, ours = (", ".join(names) for names in (dataset.class_names, opened.class_names))
+        raise DataError(f"--data: {data}: has the classes {theirs}, but the bundle {ours}")
     labels = dataset.labels if opened.class_names else np.zeros_like(dataset.labels)
     slots = plan_survey(labels, opened.class_names, count, seed, equal_classes=equal_classes)
     with Synthesizer(opened, device=device) as synthesizer:

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 from typer.testing import CliRunner
 
 from commands.main import app
 from dermis.errors import DataError
+from training.data import images as images_room
 from training.data import prepare as prepare_room
 from training.data.images import load_images
 from training.data.prepare import prepare
@@ -276,6 +278,34 @@ def test_training_on_the_zip_is_training_on_the_folder(tmp_path: Path) -> None:
     assert [record.lesion_id for record in read_source(tmp_path / "set.zip").records[:2]] == ["HAM_1", "HAM_1"]
     binary = read_source(tmp_path / "set.zip", binary=True)
     assert [record.class_name for record in binary.records] == ["malignant", "malignant", "benign", "benign"]
+
+
+def test_decoded_images_are_kept_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, cache = read_source(_folder(tmp_path / "set", TABLES["2020"][0])), tmp_path / "cache"
+    expected = load_images(source, 16, progress=False).images
+    square = images_room.square
+    calls = 0
+
+    def interrupted(data: bytes, resolution: int) -> NDArray[np.uint8]:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return square(data, resolution)
+
+    monkeypatch.setattr(images_room, "square", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        load_images(source, 16, cache=cache, progress=False)
+    assert list(cache.iterdir()) == [], "gigabytes must not be left behind"
+    assert np.array_equal(load_images(source, 16, cache=cache, progress=False).images, expected)
+    before = calls
+    kept = load_images(source, 16, cache=cache, progress=False).images
+    assert calls == before and np.array_equal(kept, expected) and not kept.flags.writeable
+    (file,) = cache.iterdir()
+    file.write_bytes(file.read_bytes()[:500])
+    assert np.array_equal(load_images(source, 16, cache=cache, progress=False).images, expected), "made anew"
+    with pytest.raises(DataError, match="--cache: .*set.*metadata.csv: cannot be written .*choose another folder"):
+        load_images(source, 16, cache=tmp_path / "set" / "metadata.csv", progress=False)
 
 
 def test_bytes_depend_on_neither_place_nor_workers_nor_interruption(

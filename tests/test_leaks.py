@@ -66,6 +66,11 @@ def test_copies_across_parts_are_removed_from_the_larger(tmp_path: Path) -> None
     cleaned = read_split(out / "split")
     assert read_split(split).keys() - cleaned.keys() == {"I02"}, "the copy in training must go, and nothing else"
     assert cleaned["I12"] == "validation"
+    (collection / "metadata.csv").unlink()  # a second run is refused before anything is read
+    again = CliRunner().invoke(app, [*command, "--out", str(out)])
+    assert isinstance(again.exception, DataError) and "split: is not empty; choose another --out" in str(
+        again.exception
+    )
 
 
 def test_cleaned_list_reads_back_without_duplicates(tmp_path: Path) -> None:
@@ -80,7 +85,7 @@ def test_cleaned_list_reads_back_without_duplicates(tmp_path: Path) -> None:
 class _Small:
     """Stands for a feature extractor: the image at 8 x 8 px."""
 
-    name, identity, calls = "small", "small/1", 0
+    name, identity, dim, calls = "timm:small@/its/weights.safetensors", "small/1", 192, 0
 
     def over(self, batches: Iterable[NDArray[np.uint8]]) -> NDArray[np.float32]:
         self.calls += 1
@@ -96,6 +101,10 @@ def test_embedding_confirms_the_same_pairs_and_is_kept(tmp_path: Path) -> None:
         assert [(pair.a, pair.b) for pair in found.pairs] == [(3, 4), (2, 12)]
         assert all(pair.similarity is not None and pair.similarity > 0.95 for pair in found.pairs)
         assert extractor.calls == 1, "features must be computed once"
+    (kept,) = (tmp_path / "cache").iterdir()
+    kept.write_bytes(kept.read_bytes()[:-1])
+    find_leaks(source, extractor=extractor, cache=tmp_path / "cache", progress=False)  # type: ignore[arg-type]
+    assert extractor.calls == 2, "a damaged file is computed anew"
 
 
 def test_mirrored_copies_are_found_on_request(tmp_path: Path) -> None:

@@ -433,6 +433,19 @@ def test_from_folder_to_score(run: Run, tiny_bundle: Bundle, folder: Path, tmp_p
     assert "Fleiss' kappa 0.83" in printed  # P = 11/12; 12 and 12 +- 1 calls of 24: P_e = 0.5017
 
 
+def test_real_images_can_be_one_part_of_a_split(run: Run, tiny_bundle: Bundle, folder: Path, tmp_path: Path) -> None:
+    header, *rows = (folder / "metadata.csv").read_text().splitlines()
+    part = write(tmp_path / "validation.csv", "\n".join([header, *rows[:12]]))
+    asked = ["--bundle", tiny_bundle.location, "--data", folder, "--cache", tmp_path / "c", "--metadata", part]
+    status, _, err = run("survey", "create", *asked, "--out", tmp_path / "survey", "--count", 12)
+    assert status == 0, err
+    shown = {image.source for image in read_key(tmp_path / "survey/secret/key.json").images.values() if image.source}
+    assert len(shown) == 6 and shown <= {row.split(",")[0] for row in rows[:12]}
+    write(part, "\n".join([header, *(row for row in rows if "benign" in row)]))
+    status, _, err = run("survey", "create", *asked, "--out", tmp_path / "other", "--count", 12)
+    assert status == 1 and "has the classes benign, but the bundle benign, malignant" in err
+
+
 def test_errors_name_the_file(run: Run, survey: Path, tmp_path: Path) -> None:
     key = survey / "secret/key.json"
     name = read_key(key).survey

@@ -17,6 +17,7 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from dermis.errors import DataError
+from training.data.cache import new_array, read_array
 from training.data.sources import Record, Source
 
 # What PIL raises on a file that is no image, or none that can be decoded.
@@ -111,25 +112,29 @@ def _check_classes(source: Source) -> None:
 def _cached_images(
     records: Sequence[Record], resolution: int, cache: Path | None, digest: str, progress: bool
 ) -> NDArray[np.uint8]:
+    shape = (len(records), resolution, resolution, 3)
     if cache is None:
-        return _decode_all(records, resolution, progress)
+        decoded = np.empty(shape, dtype=np.uint8)
+        _decode_all(records, decoded, progress)
+        return decoded
     file = cache / f"{digest[:16]}-{resolution}.npy"
-    if not file.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(f".{os.getpid()}.npy")
-        np.save(partial, _decode_all(records, resolution, progress))
-        partial.replace(file)
-    images: NDArray[np.uint8] = np.load(file, mmap_mode="r")
+    images: NDArray[np.uint8] | None = read_array(file, shape, mapped=True)
+    if images is None:
+        with new_array(file, shape, np.uint8) as array:
+            _decode_all(records, array, progress)
+        images = read_array(file, shape, mapped=True)
+    if images is None:
+        raise DataError(f"{file}: was just written and cannot be read; choose another --cache")
     return images
 
 
-def _decode_all(records: Sequence[Record], resolution: int, progress: bool) -> NDArray[np.uint8]:
-    images = np.empty((len(records), resolution, resolution, 3), dtype=np.uint8)
+def _decode_all(records: Sequence[Record], images: NDArray[np.uint8], progress: bool) -> None:
+    """Fill images [N, R, R, 3] with those of the records."""
     broken: list[str] = []
 
     def decode(i: int) -> None:
         try:
-            images[i] = square(records[i].read_bytes(), resolution)
+            images[i] = square(records[i].read_bytes(), images.shape[1])
         except BROKEN_IMAGE as error:
             image = records[i].image
             broken.append(f"{image.name if image else records[i].id} ({error})")
@@ -141,4 +146,3 @@ def _decode_all(records: Sequence[Record], resolution: int, progress: bool) -> N
         raise DataError(
             f"{len(broken)} images cannot be decoded, the first is {sorted(broken)[0]}; remove or mend them"
         )
-    return images

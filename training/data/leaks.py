@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dermis.errors import DataError
+from training.data.cache import new_array, read_array
 from training.data.duplicates import (
     CORRELATION,
     Pairs,
@@ -132,7 +132,7 @@ def surplus(leaks: Leaks, *, within_parts: bool = True) -> set[str]:
 
 
 def write_leaks(leaks: Leaks, file: Path) -> None:
-    """The pairs as a CSV, in their order."""
+    """The pairs as a CSV, in their order. DataError if it cannot be written."""
     rows = []
     for pair in leaks.pairs:
         a, b = leaks.records[pair.a], leaks.records[pair.b]
@@ -144,7 +144,7 @@ def write_leaks(leaks: Leaks, file: Path) -> None:
             "" if pair.similarity is None else f"{pair.similarity:.4f}",
         )
         rows.append(dict(zip(COLUMNS, values, strict=True)))
-    write_rows(file, COLUMNS, rows)
+    _write(file, COLUMNS, rows)
 
 
 def write_cleaned(source: Source, parts: Mapping[str, str] | None, removed: set[str], out: Path) -> None:
@@ -157,8 +157,15 @@ def write_cleaned(source: Source, parts: Mapping[str, str] | None, removed: set[
         write_split(kept, describe_split(kept.records, of, targets), out)
         return
     columns = list(dict.fromkeys(column for record in kept.records for column in record.row))
-    out.mkdir(parents=True, exist_ok=True)
-    write_rows(out / "cleaned.csv", columns, [record.row for record in kept.records])
+    _write(out / "cleaned.csv", columns, [record.row for record in kept.records])
+
+
+def _write(file: Path, columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_rows(file, columns, rows)
+    except OSError as error:
+        raise DataError(f"{file}: cannot be written ({error.strerror})") from error
 
 
 def _hashed(
@@ -191,17 +198,15 @@ def _features(
     records: Sequence[Record], digests: Sequence[str], extractor: FeatureExtractor, cache: Path | None, progress: bool
 ) -> NDArray[np.float32]:
     key = hashlib.sha256("\n".join([extractor.identity, str(SIDE), *digests]).encode()).hexdigest()
-    file = cache / f"{key[:16]}-{extractor.name}.npy" if cache else None
-    if file and file.exists():
-        kept: NDArray[np.float32] = np.load(file)
+    file = cache / f"leaks-{key[:24]}.npy" if cache else None
+    shape = (len(records), extractor.dim)
+    if file and (kept := read_array(file, shape)) is not None:
         return kept
     starts = tqdm(range(0, len(records), _BATCH), "embedding", disable=not progress, unit="batch")
     features = extractor.over(np.stack([_pixels(record) for record in records[i : i + _BATCH]]) for i in starts)
     if file:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(f".{os.getpid()}.npy")
-        np.save(partial, features)
-        partial.replace(file)
+        with new_array(file, shape, np.float32) as array:
+            array[:] = features
     return features
 
 

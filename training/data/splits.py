@@ -250,8 +250,7 @@ def write_split(source: Source, split: Split, out: Path) -> None:
 
     A CSV has the columns that the source has, so `--metadata OUT/train.csv` beside the same source reads that part.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(f"{out}: is not empty; choose another --out or remove it")
+    check_empty(out)
     columns = list(dict.fromkeys(column for record in source.records for column in record.row))
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -263,6 +262,12 @@ def write_split(source: Source, split: Split, out: Path) -> None:
         (out / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise DataError(f"{out}: cannot be written ({error.strerror})") from error
+
+
+def check_empty(out: Path) -> None:
+    """DataError unless a split can be written there: a split is not to be mixed with an older one."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(f"{out}: is not empty; choose another --out or remove it")
 
 
 def write_rows(file: Path, columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from tqdm import tqdm
 
 from dermis.features import FeatureExtractor
 from dermis.synthesizer import Synthesizer
+from training.data.cache import new_array, read_array
 from training.data.isic import ImageDataset
 
 BATCH = 32
@@ -28,24 +28,15 @@ def real_features(
     """
     key = hashlib.sha256(f"{dataset.sha256}/{dataset.resolution}/{extractor.identity}".encode()).hexdigest()
     file = None if cache is None else cache / f"features-{key[:24]}.npy"
-    if file is not None and (found := _read(file, (len(dataset.labels), extractor.dim))) is not None:
+    shape = (len(dataset.labels), extractor.dim)
+    if file is not None and (found := read_array(file, shape)) is not None:
         return found
     starts = tqdm(range(0, len(dataset.labels), BATCH), name, unit="batch")
     features = extractor.over(dataset.images[i : i + BATCH] for i in starts)
     if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(f".{os.getpid()}.npy")
-        np.save(partial, features)
-        partial.replace(file)
+        with new_array(file, shape, np.float32) as array:
+            array[:] = features
     return features
-
-
-def _read(file: Path, shape: tuple[int, int]) -> NDArray[np.float32] | None:
-    try:
-        features: NDArray[np.float32] = np.load(file)
-    except (OSError, ValueError, EOFError):
-        return None
-    return features if features.shape == shape else None
 
 
 def generated_features(

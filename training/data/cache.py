@@ -1,0 +1,56 @@
+"""Arrays kept on disk between runs: each appears whole or not at all, and a damaged one counts as absent."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.lib.format import open_memmap
+from numpy.typing import DTypeLike, NDArray
+
+from dermis.errors import DataError
+
+
+def read_array(file: Path, shape: tuple[int, ...], *, mapped: bool = False) -> NDArray[Any] | None:
+    """The array in a .npy file; None if there is none of this shape. `mapped` leaves it on disk, read-only."""
+    try:
+        array: NDArray[Any] = np.load(file, mmap_mode="r" if mapped else None)
+    except (OSError, ValueError, EOFError):
+        return None
+    return array if array.shape == shape else None
+
+
+@contextmanager
+def new_array(file: Path, shape: tuple[int, ...], dtype: DTypeLike) -> Iterator[NDArray[Any]]:
+    """An array to fill, which lies on disk and not in memory; it becomes `file` at the end, if nothing was raised.
+
+    DataError if the folder cannot be written or the disk is full.
+    """
+    partial = file.with_suffix(f".{os.getpid()}.npy")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        array = open_memmap(partial, "w+", dtype, shape)
+        _take_room(partial)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
+        raise DataError(
+            f"--cache: {file.parent}: cannot be written ({error.strerror}); choose another folder"
+        ) from None
+    try:
+        yield array
+        array.flush()
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _take_room(file: Path) -> None:
+    """Written through the map, a full disk would end the program (SIGBUS). Here it is an OSError (not so on macOS)."""
+    if hasattr(os, "posix_fallocate"):
+        with file.open("r+b") as whole:
+            os.posix_fallocate(whole.fileno(), 0, file.stat().st_size)
