@@ -76,6 +76,7 @@ def show(
 
     opened = open_bundle(bundle)
     facts = asdict(opened)
+    facts["directions"] = [direction.name for direction in opened.directions]
     facts["model_card"] = opened.model_card.split("\n", 1)[0]
     typer.echo(json.dumps(facts, indent=2, ensure_ascii=False))
 

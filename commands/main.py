@@ -9,6 +9,7 @@ import typer
 from commands.bundle import bundle_app
 from commands.classify import classify
 from commands.data import data_app
+from commands.directions import directions_app
 from commands.evaluate import evaluate
 from commands.experiment import experiment_app
 from commands.generate import generate, verify
@@ -32,6 +33,7 @@ app.add_typer(train_app, name="train")
 app.add_typer(experiment_app, name="experiment")
 app.add_typer(bundle_app, name="bundle")
 app.add_typer(survey_app, name="survey")
+app.add_typer(directions_app, name="directions")
 app.command()(classify)
 app.command()(evaluate)
 app.command()(generate)

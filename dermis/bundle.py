@@ -4,6 +4,7 @@
     generator.safetensors     weights under the official StyleGAN2-ADA key names, stored as float32 or float16
     discriminator.safetensors optional, for transfer learning
     classifier/               optional: a classifier, verified also by itself (`dermis.classifier.description`)
+    directions.safetensors    optional: named directions of w (`dermis.directions.direction`)
     metrics.json              what was measured, empty if nothing was
     MODEL_CARD.md             and the pictures that it shows
 
@@ -25,6 +26,8 @@ from pydantic import Field
 
 from dermis.classifier import description as classifiers
 from dermis.classifier.description import Description
+from dermis.directions import direction as direction_files
+from dermis.directions.direction import Direction
 from dermis.errors import BundleError
 from dermis.folders import DescriptorModel, FileRecord, open_folder, parse_descriptor, to_json, write_folder
 
@@ -40,6 +43,7 @@ DISCRIMINATOR = "discriminator.safetensors"
 METRICS = "metrics.json"
 CARD = "MODEL_CARD.md"
 CLASSIFIER = "classifier"
+DIRECTIONS = "directions.safetensors"
 
 NAME_PATTERN = r"[a-z0-9][a-z0-9._-]{0,63}"
 CLASS_PATTERN = r"[A-Za-z0-9][A-Za-z0-9 _.-]{0,63}"  # class names become folder names of generated datasets
@@ -64,6 +68,7 @@ class Bundle:
     model_card: str
     files: Mapping[str, FileRecord]
     classifier: Description | None = None
+    directions: tuple[Direction, ...] = ()
 
 
 class _Descriptor(DescriptorModel):
@@ -95,7 +100,7 @@ def open_bundle(location: str | Path) -> Bundle:
     small: dict[str, bytes] = {}
     for name, record in files.items():
         data = folder.read(name, record)
-        if name in (METRICS, CARD, f"{CLASSIFIER}/{classifiers.DESCRIPTOR}"):
+        if name in (METRICS, CARD, DIRECTIONS, f"{CLASSIFIER}/{classifiers.DESCRIPTOR}"):
             small[name] = data
     try:
         metrics, card = json.loads(small[METRICS]), small[CARD].decode()
@@ -115,6 +120,7 @@ def open_bundle(location: str | Path) -> Bundle:
         model_card=card,
         files=files,
         classifier=_classifier(files, small, where),
+        directions=_directions(small, where, generator),
     )
 
 
@@ -180,11 +186,12 @@ def amend_bundle(
     model_card: str | None = None,
     name: str | None = None,
     classifier: str | Path | None = None,
+    directions: Sequence[Direction] | None = None,
 ) -> Bundle:
-    """Write new metrics, a new card, a new name or a classifier (its folder) into a local bundle.
+    """Write new metrics, a new card, a new name, a classifier (its folder) or directions into a local bundle.
 
-    Every other file stays as it is, to the byte. A classifier replaces the one that is there; the card of a bundle with
-    a classifier always has a section on it. Raises BundleError.
+    Every other file stays as it is, to the byte. A classifier, or directions, replace those that are there; the card of a
+    bundle with a classifier always has a section on it. Raises BundleError.
     """
     if "://" in bundle.location:
         raise BundleError(f"{bundle.location}: only a bundle in a local folder can be changed; copy it first")
@@ -195,6 +202,10 @@ def amend_bundle(
         described, parts = classifiers.read_classifier_files(classifier)
         files = {key: data for key, data in files.items() if not key.startswith(f"{CLASSIFIER}/")}
         files |= {f"{CLASSIFIER}/{key}": data for key, data in parts.items()}
+    if directions is not None:
+        files.pop(DIRECTIONS, None)
+        if directions:
+            files[DIRECTIONS] = direction_files.to_bytes(directions)
     if metrics is not None:
         files[METRICS] = to_json(dict(metrics), METRICS)
     if model_card is not None or classifier is not None:
@@ -255,6 +266,14 @@ def _classifier(files: Mapping[str, FileRecord], small: Mapping[str, bytes], whe
     if dict(described.files) != there:
         raise BundleError(f"{where}/{name}: lists other files than {DESCRIPTOR} does; attach the classifier again")
     return described
+
+
+def _directions(small: Mapping[str, bytes], where: str, config: GeneratorConfig) -> tuple[Direction, ...]:
+    if DIRECTIONS not in small:
+        return ()
+    return direction_files.from_bytes(
+        small[DIRECTIONS], f"{where}/{DIRECTIONS}", w_dim=config.w_dim, num_ws=config.num_ws
+    )
 
 
 def _load(bundle: Bundle, file: str, network: type[Network], config: Any) -> Network:

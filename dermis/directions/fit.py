@@ -1,0 +1,175 @@
+"""Finding directions: from the generator's weights, from its own latents, from its classes, from attributes of its images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dermis.directions.direction import Direction, oriented
+from dermis.errors import RequestError
+from dermis.latents import z_for
+from dermis.networks import Generator, one_hot
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Ws = NDArray[np.float32]
+BATCH = 1024
+FEWEST = 20  # images with and without an attribute, below which a hyperplane says nothing
+
+
+def sample_w(generator: Generator, count: int, *, seed: int, labels: Sequence[int] | None = None) -> Ws:
+    """float32 [count, w_dim]: w of the samples 0..count-1 of a seed, without truncation.
+
+    labels: class number of each; by default the classes take turns.
+    """
+    return np.concatenate([part for part, _ in _batches(generator, count, seed, labels)])
+
+
+def style_weights(generator: Generator, layers: tuple[int, int]) -> NDArray[np.float64]:
+    """float64 [M, w_dim]: the affine maps from w to styles of these style vectors, stacked, as they are multiplied.
+
+    ToRGB layers are left out, as in SeFa: their styles do not reach the features.
+    """
+    convolutions = [layer for block in generator.synthesis.blocks for layer in block.layers]
+    rows = [layer.affine.weight * layer.affine.weight_gain for layer in convolutions[layers[0] : layers[1]]]
+    found: NDArray[np.float64] = torch.cat(rows).detach().cpu().double().numpy()
+    return found
+
+
+def sefa(generator: Generator, w: Ws, *, layers: tuple[int, int], count: int, prefix: str = "sefa") -> list[Direction]:
+    """The `count` directions that move the styles of `layers` most: eigenvectors of A^T A by falling eigenvalue.
+
+    Closed-form factorisation (Shen and Zhou, arXiv 2007.06600, eq. 8). The rows of A are scaled to length 1 first, as its
+    authors do, so that no channel counts for more than another. `w` [N, w_dim] only sets the scale. The sign is that in
+    which the largest component is positive.
+    """
+    rows = style_weights(generator, layers)
+    rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    values, vectors = np.linalg.eigh(rows.T @ rows)
+    total = values.sum()
+    return [
+        _named(f"{prefix}-{i + 1}", oriented(vectors[:, -1 - i]), layers, w, "sefa", share=values[-1 - i] / total)
+        for i in range(min(count, len(values)))
+    ]
+
+
+def ganspace(
+    generator: Generator, *, samples: int, seed: int, count: int, layers: tuple[int, int] | None = None
+) -> list[Direction]:
+    """The `count` main axes of w: principal components of `samples` latents, gathered batch by batch.
+
+    GANSpace (Haerkoenen et al., arXiv 2004.02546) for StyleGAN, whose w the components are of. Of a conditional
+    generator the classes' own means are taken out first, so that a component is no mere change of class. Sums are
+    exact in float64, so the result does not depend on the batches.
+    """
+    width, classes = generator.config.w_dim, max(generator.config.c_dim, 1)
+    number = np.zeros(classes)
+    first = np.zeros((classes, width))
+    second = np.zeros((width, width))
+    for part, labels in _batches(generator, samples, seed, None):
+        exact = part.astype(np.float64)
+        second += exact.T @ exact
+        for label in range(classes):
+            first[label] += exact[labels == label].sum(axis=0)
+            number[label] += (labels == label).sum()
+    mean = first / number[:, None]
+    covariance = (second - (mean * number[:, None]).T @ mean) / (samples - classes)
+    values, vectors = np.linalg.eigh(covariance)
+    total = values.sum()
+    return [
+        Direction(
+            f"ganspace-{i + 1}",
+            oriented(vectors[:, -1 - i]),
+            layers or (0, generator.num_ws),
+            float(np.sqrt(values[-1 - i])),
+            "ganspace",
+            {"share": float(values[-1 - i] / total)},
+        )
+        for i in range(min(count, len(values)))
+    ]
+
+
+def class_means(generator: Generator, class_names: Sequence[str], w: Ws, *, samples: int, seed: int) -> list[Direction]:
+    """From the mean of each class to that of each later one, of the same z under either label.
+
+    RequestError if the generator has no classes.
+    """
+    if generator.config.c_dim < 2:
+        raise RequestError("method", "class-means needs a generator of two classes or more")
+    means = [
+        sample_w(generator, samples, seed=seed, labels=[label] * samples).astype(np.float64).mean(axis=0)
+        for label in range(generator.config.c_dim)
+    ]
+    found = []
+    for a in range(len(means)):
+        for b in range(a + 1, len(means)):
+            way = means[b] - means[a]
+            length = float(np.linalg.norm(way))
+            name = f"{_slug(class_names[a])}-to-{_slug(class_names[b])}"
+            vector = (way / length).astype(np.float32)
+            found.append(
+                _named(name, vector, (0, generator.num_ws), w, "class-means", distance=length / _deviation(w, vector))
+            )
+    return found
+
+
+def hyperplane(name: str, w: Ws, attribute: NDArray[np.bool_], *, layers: tuple[int, int], seed: int = 0) -> Direction:
+    """The normal of the plane that divides w [N, w_dim] of images with an attribute from those without, towards it.
+
+    InterFaceGAN (Shen et al., arXiv 1907.10786), by logistic regression with the classes weighted alike. `facts` tell
+    the balanced accuracy on a fifth of the latents that was held out: near 0.5 the attribute is not linear in w, and the
+    direction means nothing. RequestError if fewer than 20 images have the attribute, or lack it.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import balanced_accuracy_score
+    from sklearn.model_selection import train_test_split
+
+    having = int(attribute.sum())
+    if min(having, len(attribute) - having) < FEWEST:
+        raise RequestError(
+            "attributes",
+            f"{name}: {having:,} of {len(attribute):,} images have it; at least {FEWEST} with and {FEWEST} without are needed",
+        )
+    standard = (w - w.mean(axis=0)) / w.std(axis=0)
+    parts = train_test_split(standard, attribute, test_size=0.2, random_state=seed, stratify=attribute)
+    learn, held, learn_has, held_has = parts
+    model = LogisticRegression(C=0.01, class_weight="balanced", max_iter=2000).fit(learn, learn_has)
+    accuracy = float(balanced_accuracy_score(held_has, model.predict(held)))
+    normal = model.coef_[0] / w.std(axis=0)
+    vector = (normal / np.linalg.norm(normal)).astype(np.float32)
+    return _named(name, vector, layers, w, "hyperplane", accuracy=accuracy, images=len(w), having=having)
+
+
+def _batches(
+    generator: Generator, count: int, seed: int, labels: Sequence[int] | None
+) -> Iterator[tuple[Ws, NDArray[np.int64]]]:
+    """w and labels, batch by batch."""
+    device = generator.mapping.w_avg.device
+    classes = max(generator.config.c_dim, 1)
+    every = np.arange(count) % classes if labels is None else np.asarray(labels)
+    for start in range(0, count, BATCH):
+        chosen = every[start : start + BATCH]
+        z = torch.from_numpy(z_for(seed, range(start, start + len(chosen)), generator.config.z_dim)).to(device)
+        c: Tensor | None = one_hot(chosen, generator.config.c_dim, device) if generator.config.c_dim else None
+        with torch.inference_mode():
+            yield generator.mapping(z, c)[:, 0].cpu().numpy(), chosen.astype(np.int64)
+
+
+def _named(
+    name: str, vector: NDArray[np.float32], layers: tuple[int, int], w: Ws, method: str, **facts: float
+) -> Direction:
+    exact = {key: float(value) for key, value in facts.items()}
+    return Direction(name, vector, layers, _deviation(w, vector), method, exact)  # type: ignore[arg-type]
+
+
+def _deviation(w: Ws, vector: NDArray[np.float32]) -> float:
+    return float((w.astype(np.float64) @ vector).std())
+
+
+def _slug(name: str) -> str:
+    return "".join(letter if letter.isalnum() else "-" for letter in name.lower()).strip("-")
