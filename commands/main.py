@@ -12,6 +12,7 @@ from commands.classify import classify
 from commands.data import data_app
 from commands.evaluate import evaluate
 from commands.experiment import experiment_app
+from commands.experiment_edge_cases import edge_cases_experiment
 from commands.explain import explain_app
 from commands.generate import generate, verify
 from commands.survey import survey_app
@@ -31,6 +32,7 @@ app = typer.Typer(
 app.add_typer(data_app, name="data")
 train_app.command("classifier")(train_classifier)
 app.add_typer(train_app, name="train")
+experiment_app.command("edge-cases")(edge_cases_experiment)
 app.add_typer(experiment_app, name="experiment")
 app.add_typer(bundle_app, name="bundle")
 app.add_typer(explain_app, name="explain")

@@ -131,7 +131,7 @@ def map_in_3d(
     start = _columns(principal, 3)
     if len(start) < _FEWEST:
         return _centred(start)
-    tsne = _open_tsne()
+    tsne = open_tsne()
     spread = float(start[:, 0].std()) or 1.0
     every = 10
 
@@ -156,7 +156,8 @@ def map_in_3d(
     return _centred(np.asarray(found, np.float64))
 
 
-def _open_tsne() -> Any:
+def open_tsne() -> Any:
+    """The module openTSNE. DermisError if it is not installed."""
     try:
         import openTSNE
     except ImportError as error:
