@@ -69,7 +69,8 @@ def z_neighbour(z: Floats, partner: Floats, distance: float) -> Floats:
     side = partner.astype(np.float64) - (partner @ axis) * axis
     side /= np.linalg.norm(side)
     cos = 1 - distance**2 / 2  # of the angle whose chord is `distance`
-    return (radius * (cos * axis + np.sqrt(1 - cos**2) * side)).astype(np.float32)
+    turned: Floats = (radius * (cos * axis + np.sqrt(1 - cos**2) * side)).astype(np.float32)
+    return turned
 
 
 def neighbours_of(
@@ -104,7 +105,8 @@ def anchor_ws(generator: Generator, anchor: Anchor, truncation_psi: float = 1.0)
     if anchor.ws is not None:
         return anchor.ws
     z = z_for(anchor.seed, [anchor.index], generator.config.z_dim)
-    return map_to_ws(generator, z, anchor.label, truncation_psi)[0]
+    ws: Floats = map_to_ws(generator, z, anchor.label, truncation_psi)[0]
+    return ws
 
 
 def map_to_ws(generator: Generator, z: Floats, label: int, truncation_psi: float = 1.0) -> Floats:
