@@ -53,7 +53,7 @@ def embeddings(
     """Features of images, a map of them in three dimensions, and a page to explore it. Not a medical device."""
     from tqdm import tqdm
 
-    from commands.classify import _threshold as threshold_value
+    from commands.classify import threshold_value
     from commands.explain_edge_cases import write_files
     from commands.explain_images import added_images, dataset_images, embedded, generated_images, parts_of, real_images
     from dermis.bundle import open_bundle
@@ -110,7 +110,9 @@ def embeddings(
             raise DataError("one image has no neighbours; give more")
         found = embedded(session, sets, thumbnail=thumbnail)
     with tqdm(total=sum(ITERATIONS), desc="t-SNE", unit="step", disable=None) as bar:
-        positions = map_in_3d(found.features, seed=map_seed, perplexity=perplexity, done=bar.update)
+        positions = map_in_3d(
+            found.features, seed=map_seed, perplexity=perplexity, iterations=ITERATIONS, done=bar.update
+        )
     similarities, neighbours = nearest_by_cosine(found.features, min(NEIGHBOURS, len(found) - 1))
     reasons = _reasons(found, described, limit)
     page = embeddings_page(
