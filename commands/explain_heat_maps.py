@@ -197,7 +197,7 @@ def _read(case: _Case, size: int, bad: list[tuple[str, str]]) -> Images | None:
 def _calibrated(probability: float, described: Description) -> float:
     from dermis.classifier.scores import sigmoid
 
-    return float(sigmoid(np.float64(_logit(probability) / described.temperature)))
+    return float(sigmoid(np.array(_logit(probability) / described.temperature)))
 
 
 def _logit(probability: float) -> float:

@@ -80,11 +80,18 @@ class Explainer:
         return attribute(self._network, to_input(image, self.description.input.size), method)
 
 
+def missing_packages() -> str | None:
+    """What to install before heat maps can be made, or None. Imports nothing."""
+    wanted = ("torch", "timm", "captum", "onnx", "saliency")
+    missing = [name for name in wanted if importlib.util.find_spec(name) is None]
+    return f'heat maps need the package {" and ".join(missing)}: pip install "dermis[explain]"' if missing else None
+
+
 def require_packages() -> None:
-    """DermisError if what heat maps need is not installed. Imports nothing."""
-    missing = [name for name in ("captum", "onnx", "saliency", "timm") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise DermisError(f'heat maps need the package {" and ".join(missing)}: pip install "dermis[explain]"')
+    """DermisError if what heat maps need is not installed."""
+    missing = missing_packages()
+    if missing is not None:
+        raise DermisError(missing)
 
 
 def attribute(network: nn.Module, image: Images, method: Method = "xrai", *, steps: int = STEPS) -> Attribution:

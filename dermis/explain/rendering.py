@@ -122,4 +122,5 @@ def _resized(image: Images, side: int) -> Images:
 
 
 def _uint8(values: NDArray[np.floating]) -> Images:
-    return np.rint(np.clip(values, 0, 255)).astype(np.uint8)
+    found: Images = np.rint(np.clip(values, 0, 255)).astype(np.uint8)
+    return found
