@@ -119,7 +119,10 @@ def heat_maps(
 
 
 def _of_files(images: Sequence[Path]) -> list[_Case]:
-    return [_Case(str(path), path.read_bytes, "") for path in image_files(images)]
+    """Called by their paths below the folder that holds them all: where that is concerns no reader of the page."""
+    files = image_files(images)
+    common = os.path.commonpath([path.absolute().parent for path in files])
+    return [_Case(path.absolute().relative_to(common).as_posix(), path.read_bytes, "") for path in files]
 
 
 def _of_source(data: Path, metadata: Path | None, predictions: Path | None, described: Description) -> list[_Case]:
