@@ -11,6 +11,7 @@ from commands.classify import classify
 from commands.data import data_app
 from commands.evaluate import evaluate
 from commands.experiment import experiment_app
+from commands.explain import explain_app
 from commands.generate import generate, verify
 from commands.survey import survey_app
 from commands.train import train_app
@@ -31,6 +32,7 @@ train_app.command("classifier")(train_classifier)
 app.add_typer(train_app, name="train")
 app.add_typer(experiment_app, name="experiment")
 app.add_typer(bundle_app, name="bundle")
+app.add_typer(explain_app, name="explain")
 app.add_typer(survey_app, name="survey")
 app.command()(classify)
 app.command()(evaluate)

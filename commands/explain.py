@@ -1,0 +1,15 @@
+"""`dermis explain`: what a classifier looks at."""
+
+from __future__ import annotations
+
+import typer
+
+from commands.explain_heat_maps import heat_maps
+
+explain_app = typer.Typer(help="Show what a classifier looks at. Not a medical device.", no_args_is_help=True)
+explain_app.command("heat-maps")(heat_maps)
+
+
+@explain_app.callback()
+def _root() -> None:
+    """Show what a classifier looks at. Not a medical device: for research only."""
