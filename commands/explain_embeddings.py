@@ -110,7 +110,9 @@ def embeddings(
             raise DataError("one image has no neighbours; give more")
         found = embedded(session, sets, thumbnail=thumbnail)
     with tqdm(total=sum(ITERATIONS), desc="t-SNE", unit="step", disable=None) as bar:
-        positions = map_in_3d(found.features, seed=map_seed, perplexity=perplexity, done=bar.update)
+        positions = map_in_3d(
+            found.features, seed=map_seed, perplexity=perplexity, iterations=ITERATIONS, done=bar.update
+        )
     similarities, neighbours = nearest_by_cosine(found.features, min(NEIGHBOURS, len(found) - 1))
     reasons = _reasons(found, described, limit)
     page = embeddings_page(

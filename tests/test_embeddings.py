@@ -95,14 +95,14 @@ def test_neighbours_are_the_same_over_blocks_ties_go_by_order_and_groups_are_lef
 
 def test_the_map_keeps_planted_clusters_apart_and_is_the_same_each_time() -> None:
     x, cluster = planted()
-    positions = map_in_3d(x, seed=3, iterations=(100, 100))
+    positions = map_in_3d(x, seed=3, iterations=(50, 50))
     assert positions.shape == (len(x), 3)
     assert positions.dtype == np.float32
     apart = np.linalg.norm(positions[:, None] - positions[None], axis=2) + 10 * np.eye(len(x))
     assert (cluster[apart.argmin(axis=1)] == cluster).all()
     np.testing.assert_allclose(positions.mean(axis=0), 0, atol=1e-5)
     assert np.linalg.norm(positions, axis=1).max() == pytest.approx(1, abs=1e-5)
-    assert (map_in_3d(x, seed=3, iterations=(100, 100)) == positions).all()
+    assert (map_in_3d(x, seed=3, iterations=(50, 50)) == positions).all()
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 7])

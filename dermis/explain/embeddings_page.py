@@ -63,6 +63,7 @@ def embeddings_page(
         categories.append(_category("edge case", [reason or "none" for reason in reasons], colours={"none": _RIGHT}))
     data = {
         "title": title,
+        "real": real,
         "warning": (
             "This page shows training images, or images of patients. Whoever may not see the data may not see this page; do "
             "not publish it or put it into a bundle."

@@ -14,8 +14,8 @@ def unit(features: NDArray[np.float32]) -> NDArray[np.float64]:
     """Rows [N, D] scaled to length 1; a row of zeros stays as it is."""
     x = features.astype(np.float64)
     length = np.linalg.norm(x, axis=1, keepdims=True)
-    scaled: NDArray[np.float64] = np.divide(x, length, out=np.zeros_like(x), where=length > 0)
-    return scaled
+    found: NDArray[np.float64] = np.divide(x, length, out=np.zeros_like(x), where=length > 0)
+    return found
 
 
 def nearest_by_cosine(

@@ -18,9 +18,10 @@ to the mean). And `neighbours` has to beat `random`, not only `real`: more image
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ import torch
 from numpy.typing import NDArray
 
 from dermis.bundle import Bundle, load_generator
-from dermis.dataset.neighbours import write_neighbours
+from dermis.dataset.neighbours import read_description, write_neighbours
 from dermis.errors import TrainingError
 from dermis.explain.edge_cases import Criteria, EdgeScores, edge_case_rows, edge_scores, to_csv
 from dermis.explain.embeddings import GENERATED, REAL, Embedded, Item
@@ -177,10 +178,13 @@ def _neighbours(
                 space=plan.space,
                 truncation_psi=plan.truncation_psi,
             )
-    found = json.loads((folder / "neighbours.json").read_text(encoding="utf-8"))
+    found = read_description(folder)
     melanoma = [is_melanoma(found["bundle"]["class_names"][each["label"]]) for each in found["anchors"]]
     counts = {"benign": melanoma.count(False) * plan.count, "malignant": melanoma.count(True) * plan.count}
-    return load_synthetic([SyntheticSource(str(folder))], counts, size, cache=learner.cache, progress=progress_bar)
+    made = load_synthetic([SyntheticSource(str(folder))], counts, size, cache=learner.cache, progress=progress_bar)
+    # The folder's files have dates; what was drawn has none, and runs go on where the folder has been moved.
+    digest = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+    return replace(made, origin=tuple({**each, "digest": digest} for each in made.origin))
 
 
 def _anchors(
