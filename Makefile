@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed-$(VARIANT)
 # Where `make demo-bundle` finds an ISIC-layout folder (images and metadata.csv).
 DATA ?= ../shared/data/dermoscopy
 
-.PHONY: setup serve test test-full lint demo-bundle clean
+.PHONY: setup serve test test-full lint demo-bundle demo-classifier clean
 
 setup: $(STAMP)
 
@@ -34,16 +34,26 @@ test: lint
 test-full: lint
 	$(BIN)/pytest
 
+CREDIT := --licence CC-BY-NC-4.0 \
+	--attribution "HAM10000 (Tschandl et al. 2018, doi:10.1038/sdata.2018.161), ISIC 2018 test set (Codella et al. 2018), ISIC Archive"
+
 # How the bundle in bundles/demo was made: small images first, then twice their size. Stop it at any time with Ctrl-C; the
 # same command goes on.
 DEMO := --data $(DATA) --projected --batch 16 --channel-base 4096 --channel-max 256 --z-dim 256 --w-dim 256 --no-compile \
-	--name demo --resume --licence CC-BY-NC-4.0 \
-	--attribution "HAM10000 (Tschandl et al. 2018, doi:10.1038/sdata.2018.161), ISIC 2018 test set (Codella et al. 2018), ISIC Archive"
+	--name demo --resume $(CREDIT)
 demo-bundle: setup
 	$(BIN)/dermis train gan $(DEMO) --resolution 64 --out runs/demo-64 --kimg 58.4 --snapshot-kimg 5
-	$(BIN)/dermis train gan $(DEMO) --resolution 128 --out runs/demo --kimg 20.8 --snapshot-kimg 4 --from runs/demo-64/bundle
+	$(BIN)/dermis train gan $(DEMO) --resolution 128 --out runs/demo --kimg 36.8 --snapshot-kimg 4 --from runs/demo-64/bundle
 	$(BIN)/dermis evaluate --bundle runs/demo/bundle --data $(DATA) --extractor lite0
 	rm -rf bundles/demo && mkdir -p bundles && cp -r runs/demo/bundle bundles/demo
+
+# And its classifier: patients divided, near-duplicates across the parts removed.
+demo-classifier: setup
+	test -d runs/split || $(BIN)/dermis data split $(DATA) --parts train=0.65,validation=0.15,test=0.2 --out runs/split
+	test -d runs/leaks || $(BIN)/dermis data leaks $(DATA) --split runs/split --remove --out runs/leaks
+	$(BIN)/dermis train classifier --data $(DATA) --split runs/leaks/split --out runs/demo-classifier --name demo-classifier \
+		--architecture tf_efficientnet_lite0 --size 192 --freeze-stages 2 --resume $(CREDIT)
+	$(BIN)/dermis bundle attach-classifier bundles/demo runs/demo-classifier/classifier
 
 clean:
 	rm -rf $(VENV) .dermis build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

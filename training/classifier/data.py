@@ -95,7 +95,7 @@ def load_real(
         if 0 in part.classes.values():
             raise DataError(f"{path}: the part {name} has {part.classes}; each part needs images of both classes")
         found[name] = part
-    how = f"the split {split.resolve().name}" if split else f"by patient, seed {split_seed}"
+    how = f"as in the split `{split.resolve().name}`" if split else f"by patient, seed {split_seed}"
     return RealData(path.resolve().name, found["train"], found["validation"], found["test"], how)
 
 

@@ -21,7 +21,7 @@ def model_card(name: str, provenance: Mapping[str, Any], metrics: Mapping[str, A
 
 A StyleGAN2-ADA generator of {options["resolution"]} px dermoscopy images, {_kind(options["c_dim"])}.
 
-![Samples](samples.png)
+![Samples](samples.webp)
 
 {_order(data["classes"], options["c_dim"])}
 

@@ -59,7 +59,7 @@ def write_snapshot(
             "--with-discriminator: a bundle cannot hold a projected discriminator; leave one of them out"
         )
 
-    def bundle(folder: Path, state: State, png: bytes, metrics: Mapping[str, Any]) -> None:
+    def bundle(folder: Path, state: State, picture: bytes, metrics: Mapping[str, Any]) -> None:
         provenance = _provenance(dataset, config, origin, device, state.progress)
         write_bundle(
             folder,
@@ -70,7 +70,7 @@ def write_snapshot(
             provenance=provenance,
             metrics=metrics,
             model_card=model_card(origin.name, provenance, metrics),
-            images={"samples.png": png},
+            images={"samples.webp": picture},
             weights_dtype="fp16",
             replace=True,
         )
@@ -78,18 +78,18 @@ def write_snapshot(
     def write(out: Path, state: State) -> None:
         progress = state.progress
         grid = contact_sheet(sample_grid(state.G_ema, device), columns=GRID)
-        png = encode(grid)
-        (out / f"samples-{progress.nimg // 1000:06d}.png").write_bytes(png)
+        (out / f"samples-{progress.nimg // 1000:06d}.png").write_bytes(encode(grid))
+        picture = encode(grid, "webp", 75)  # a twentieth of the PNG, and a bundle is to be small
         if tensorboard:
             show_in_tensorboard(out, grid, progress.nimg)
         if progress.nimg == 0:
             return
-        bundle(out / "bundle", state, png, {})
+        bundle(out / "bundle", state, picture, {})
         if measurements is not None and measurements.due(out, progress, config.total_kimg):
             metrics, best = measurements.record(out, progress, out / "bundle")
-            bundle(out / "bundle", state, png, metrics)
+            bundle(out / "bundle", state, picture, metrics)
             if best:
-                bundle(out / "best", state, png, metrics)
+                bundle(out / "best", state, picture, metrics)
 
     return write
 
