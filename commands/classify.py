@@ -44,11 +44,11 @@ def classify(
 
     if out is not None and out.suffix.lower() not in (".csv", ".json"):
         raise RequestError("--out", f"{out.name} must end in .csv or .json")
-    files = _files(images)
+    files = image_files(images)
     rows: list[dict[str, Any]] = []
     bad: list[tuple[Path, str]] = []
     with Classifier(classifier, device=device, threads=threads) as session:
-        limit = session.description.threshold(_threshold(threshold))
+        limit = session.description.threshold(threshold_value(threshold))
         with (
             ThreadPoolExecutor(threads or available_cpus()) as pool,
             tqdm(total=len(files), unit="img", disable=None) as bar,
@@ -77,7 +77,7 @@ def classify(
         raise DataError(f"{len(bad):,} of {len(files):,} images could not be read and are left out")
 
 
-def _files(given: Sequence[Path]) -> list[Path]:
+def image_files(given: Sequence[Path]) -> list[Path]:
     """Files as they are, folders as the images below them, in order of their names; each once."""
     found: list[Path] = []
     for path in given:
@@ -120,7 +120,8 @@ def _scores(
         yield dict(zip(_COLUMNS, (str(path), probability, calibrated, label), strict=True))
 
 
-def _threshold(text: str) -> str | float:
+def threshold_value(text: str) -> str | float:
+    """The number that `--threshold` is, or the name."""
     try:
         return float(text)
     except ValueError:

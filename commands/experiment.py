@@ -13,7 +13,12 @@ if TYPE_CHECKING:
 
 experiment_app = typer.Typer(no_args_is_help=True, help="Run experiments and compare them with what was reported.")
 
-Which = Annotated[list[str], typer.Argument(help="table1 (the paper's five), names, or files of one's own.")]
+Which = Annotated[
+    list[str],
+    typer.Argument(
+        help="table1 (the paper's five generators), names, files of one's own; or table2 (its classifiers)."
+    ),
+]
 ScaleOption = Annotated[float, typer.Option(help="Multiplies the length of every run: 0.01 makes 25000 kimg 250.")]
 KimgOption = Annotated[float | None, typer.Option(help="Length of every run, whatever the files and --scale say.")]
 ResolutionOption = Annotated[int | None, typer.Option(help="Image side in pixels; default: the files', 256.")]
@@ -49,6 +54,7 @@ def list_experiments() -> None:
             experiment.source,
         )
     Console().print(table)
+    typer.echo("table2 trains classifiers on what such generators draw: dermis experiment run table2 --help")
 
 
 @experiment_app.command("show")
@@ -112,8 +118,25 @@ def run(
         float | None, typer.Option(help="Checkpoint every so many kimg; default 20, or a hundredth of a long run.")
     ] = None,
     cache: Annotated[Path, typer.Option(help="Where decoded images and features are kept.")] = Path(".dermis/cache"),
+    generator: Annotated[
+        list[str] | None,
+        typer.Option(help="table2: NAME=SOURCE of gan, cgan or cgan-no-color; may be repeated, gan=benign=SOURCE too."),
+    ] = None,
+    generators: Annotated[
+        Path | None, typer.Option(help="table2: a folder of `experiment run table1` with the generators.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="table2: classifiers in each scenario.")] = 3,
+    split: Annotated[
+        Path | None, typer.Option(help="table2: folder of `dermis data split` with train, validation and test.")
+    ] = None,
+    weights: Annotated[
+        str, typer.Option(help="table2: what classifiers begin with: imagenet, none, or a .safetensors file.")
+    ] = "imagenet",
+    truncation_psi: Annotated[float, typer.Option(help="table2: of the synthetic images.")] = 1.0,
 ) -> None:
     """Train and evaluate experiments one after another, choose the best and print the table.
+
+    table2 trains classifiers on real images, on synthetic ones and on both, several seeds each.
 
     Ctrl-C saves; the same command goes on, and passes over what is done.
     """
@@ -128,6 +151,34 @@ def run(
     from training.experiments.table import collect, write_outcome
     from training.gan.snapshot import Origin
 
+    if "table2" in which:
+        from commands.experiment_table2 import run_table2
+
+        foreign = {"--kimg": kimg, "--samples": samples, "--holdout": holdout, "--snapshot-kimg": snapshot_kimg}
+        for option, value in {"other experiments": which[1:] or None, **foreign}.items():
+            if value is not None:
+                raise TrainingError(f"table2: takes no {option}; it trains classifiers, run it by itself")
+        run_table2(
+            data,
+            out,
+            only=only,
+            scale=scale,
+            size=resolution,
+            settings=settings,
+            seeds=range(seed or 0, (seed or 0) + seeds),
+            generator=generator or [],
+            generators=generators,
+            split=split,
+            metadata=metadata,
+            class_column=class_column,
+            weights=weights,
+            truncation_psi=truncation_psi,
+            licence=licence,
+            attribution=attribution,
+            device=device,
+            cache=cache,
+        )
+        return
     target = resolve_device(device)
     experiments = read_experiments(which)
     names = [experiment.name for experiment in experiments]

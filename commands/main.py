@@ -6,12 +6,15 @@ import sys
 
 import typer
 
+from commands.augment import augment_app
 from commands.bundle import bundle_app
 from commands.classify import classify
 from commands.data import data_app
 from commands.directions import directions_app
 from commands.evaluate import evaluate
 from commands.experiment import experiment_app
+from commands.experiment_edge_cases import edge_cases_experiment
+from commands.explain import explain_app
 from commands.generate import generate, verify
 from commands.survey import survey_app
 from commands.train import train_app
@@ -30,8 +33,11 @@ app = typer.Typer(
 app.add_typer(data_app, name="data")
 train_app.command("classifier")(train_classifier)
 app.add_typer(train_app, name="train")
+experiment_app.command("edge-cases")(edge_cases_experiment)
 app.add_typer(experiment_app, name="experiment")
 app.add_typer(bundle_app, name="bundle")
+app.add_typer(explain_app, name="explain")
+app.add_typer(augment_app, name="augment")
 app.add_typer(survey_app, name="survey")
 app.add_typer(directions_app, name="directions")
 app.command()(classify)

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from training.classifier.run import Trained
     from training.classifier.synthetic import SyntheticImages
 
-SYNTHETIC_BALANCED, SYNTHETIC_MELANOMA = 55_000, 22_000  # arXiv 2208.11702
-
 
 def train_classifier(
     data: Annotated[Path, typer.Option(help="Real images: anything that `dermis data` reads. Melanoma is malignant.")],
@@ -165,6 +163,8 @@ def train_classifier(
 
 
 def _counts(configuration: str, count: int | None) -> dict[str, int]:
+    from training.experiments.scenarios import SYNTHETIC_BALANCED, SYNTHETIC_MELANOMA
+
     if configuration == "augmented":
         return {"malignant": SYNTHETIC_MELANOMA if count is None else count}
     whole = SYNTHETIC_BALANCED if count is None else count

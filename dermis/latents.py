@@ -17,15 +17,16 @@ MAX_INDEX = 2**40 - 1
 
 _Z_STREAM = 0
 _NOISE_STREAM = 1
+_NEIGHBOUR_STREAM = 2
 
 
-def _generator(seed: int, index: int, stream: int) -> np.random.Generator:
+def _generator(seed: int, index: int, stream: int, number: int = 0) -> np.random.Generator:
     if not 0 <= seed <= MAX_SEED:
         raise ValueError(f"seed must lie in [0, 2**63 - 1]; got {seed}")
     if not 0 <= index <= MAX_INDEX:
         raise ValueError(f"index must lie in [0, 2**40 - 1]; got {index}")
     key = np.array([seed, stream], dtype=np.uint64)
-    counter = np.array([0, index, 0, 0], dtype=np.uint64)
+    counter = np.array([0, index, number, 0], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
@@ -44,3 +45,13 @@ def noise_for(seed: int, index: int, resolutions: Sequence[int]) -> list[npt.NDA
     """
     generator = _generator(int(seed), int(index), _NOISE_STREAM)
     return [generator.standard_normal((size, size), dtype=np.float32) for size in resolutions]
+
+
+def partner_z(seed: int, index: int, number: int, z_dim: int) -> npt.NDArray[np.float32]:
+    """The standard normal latent [z_dim] towards which neighbour `number` of sample (seed, index) lies.
+
+    From a stream of its own: no partner is a sample, and no two neighbours share one.
+    """
+    if number < 0:
+        raise ValueError(f"number must be at least 0; got {number}")
+    return _generator(int(seed), int(index), _NEIGHBOUR_STREAM, int(number)).standard_normal(z_dim, dtype=np.float32)

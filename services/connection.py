@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from aiohttp import ClientError
 from bentoml.exceptions import BentoMLException, ServiceUnavailable
 
 from services.errors import InferenceFailedError, InferenceUnavailableError
@@ -38,7 +39,8 @@ class Connection:
             raise InferenceUnavailableError(f"{self.name} is overloaded; try again") from None
         except BentoMLException as error:
             raise InferenceFailedError(f"{self.name} failed: {error}") from error
-        except (OSError, EOFError, TimeoutError) as error:  # aiohttp's errors of connections are OSErrors
+        # A service that dies in the middle of an answer is a ClientError and no OSError.
+        except (ClientError, OSError, EOFError, TimeoutError) as error:
             raise InferenceUnavailableError(f"{self.name} does not answer; try again") from error
         self._seen = time.monotonic()
         return result

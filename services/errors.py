@@ -1,4 +1,4 @@
-"""What calls to the inference services (generator, classifier) may end with."""
+"""What calls to the inference services (generator, classifier, explainer) may end with."""
 
 from __future__ import annotations
 
@@ -11,3 +11,7 @@ class InferenceUnavailableError(DermisError):
 
 class InferenceFailedError(DermisError):
     """A called service answered with an error of its own."""
+
+
+class NotInstalledError(DermisError):
+    """A called service lacks a package that this needs; the operator has to install it."""

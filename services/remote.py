@@ -1,4 +1,4 @@
-"""The generator and the classifier as the gateway calls them."""
+"""The generator, the classifier and the explainer as the gateway calls them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dermis.bundle import Bundle
+from dermis.explain.attribution import Method
 from services import pixels
 from services.connection import Connection
-from services.errors import InferenceFailedError, InferenceUnavailableError
-from services.gateway.metrics import images_classified, images_generated
+from services.errors import InferenceFailedError, InferenceUnavailableError, NotInstalledError
+from services.gateway.metrics import heat_maps_made, images_classified, images_generated
+from services.heat_maps import HeatMap
 from services.models import Models
 from services.samples import Image, Samples, to_bytes
 
@@ -112,6 +114,36 @@ class RemoteClassifier:
 
     async def not_alive(self) -> str | None:
         """Why only a restart can help; None if the classifier answers, may yet, or is not needed."""
+        return None if await self.not_ready() is None else self._connection.not_alive
+
+
+class RemoteExplainer:
+    """The explainer service. Use it on one event loop. It is asked only where a served bundle has a classifier."""
+
+    def __init__(self, client: Any, models: Models) -> None:
+        self._connection = Connection(client, "the explainer")
+        self._wanted = {b.classifier.digest: b.name for b in models.bundles if b.classifier is not None}
+
+    async def heat_map(self, bundle: Bundle, method: Method, image: NDArray[np.uint8]) -> HeatMap:
+        """The heat map of uint8 [S, S, 3] at the size of the bundle's classifier, which it must have.
+
+        InferenceUnavailableError, InferenceFailedError or NotInstalledError.
+        """
+        assert bundle.classifier is not None
+        found = await self._connection.call("explain", bundle.classifier.digest, method, image)
+        if "missing" in found:
+            raise NotInstalledError(found["missing"])
+        if "problem" in found:
+            raise InferenceUnavailableError(found["problem"])
+        heat_maps_made.labels(bundle.name, method).inc()
+        return HeatMap(**found)
+
+    async def not_ready(self) -> str | None:
+        """Why heat maps cannot be made for every served model with a classifier; None if they can, or if none has one."""
+        return await _not_ready(self._connection, self._wanted) if self._wanted else None
+
+    async def not_alive(self) -> str | None:
+        """Why only a restart can help; None if the explainer answers, may yet, or is not needed."""
         return None if await self.not_ready() is None else self._connection.not_alive
 
 

@@ -1,4 +1,4 @@
-"""The composition root: the gateway in front, generator and classifier behind it, all in one BentoML deployment.
+"""The composition root: the gateway in front, generator, classifier and explainer behind it, all in one BentoML deployment.
 
 `bentoml serve services.service:Gateway` runs it, `python -m services.serve` does so with a message for people.
 """
@@ -19,8 +19,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from services import logs
 from services.classifier import Classifier
+from services.explainer import Explainer
 from services.gateway.app import create_app
 from services.gateway.dependencies import Context
+from services.gateway.heat_maps import HeatMaps
 from services.gateway.uploads import Uploads
 from services.generator import Generator
 from services.jobs.service import DatasetJobs
@@ -28,7 +30,7 @@ from services.jobs.table import JobTable
 from services.jobs.work import Workshop
 from services.models import Models
 from services.orphans import exit_with_parent
-from services.remote import RemoteClassifier, RemoteGenerator
+from services.remote import RemoteClassifier, RemoteExplainer, RemoteGenerator
 from services.settings import settings_of_process
 
 logger = logging.getLogger("dermis.service")
@@ -48,6 +50,7 @@ async def _running() -> AsyncIterator[Context]:
     here = bentoml.get_current_service()
     generator = RemoteGenerator(here.generator.to_async, models)
     classifier = RemoteClassifier(here.classifier.to_async, models)
+    explainer = RemoteExplainer(here.explainer.to_async, models)
     uploads = Uploads(_settings)
     stopping = threading.Event()
     shop = Workshop(
@@ -75,11 +78,11 @@ async def _running() -> AsyncIterator[Context]:
         except Exception as error:  # whatever the driver raises
             logger.warning("jobs database", extra={"error": str(error)})
             return "the jobs database cannot be read"
-        found = await asyncio.gather(generator.not_ready(), classifier.not_ready())
+        found = await asyncio.gather(generator.not_ready(), classifier.not_ready(), explainer.not_ready())
         return "; ".join(filter(None, found)) or None
 
     async def not_alive() -> str | None:
-        found = await asyncio.gather(generator.not_alive(), classifier.not_alive())
+        found = await asyncio.gather(generator.not_alive(), classifier.not_alive(), explainer.not_alive())
         return "; ".join(filter(None, found)) or None
 
     with _announcing(stopping):
@@ -92,6 +95,7 @@ async def _running() -> AsyncIterator[Context]:
                 generate=generator.images,
                 classify=classifier.logits,
                 uploads=uploads,
+                heat_maps=HeatMaps(_settings, explainer.heat_map),
                 not_ready=not_ready,
                 not_alive=not_alive,
                 stopping=stopping,
@@ -150,6 +154,7 @@ class Gateway:
 
     generator = bentoml.depends(Generator)
     classifier = bentoml.depends(Classifier)
+    explainer = bentoml.depends(Explainer)
 
 
 Gateway.add_asgi_middleware(GatewayOnly)  # type: ignore[attr-defined]  # a BentoML service by now

@@ -20,7 +20,7 @@ class SettingsError(DermisError):
 
 
 class Settings(BaseSettings):
-    """Settings of the gateway, the generator, the classifier and the dataset jobs."""
+    """Settings of the gateway, the generator, the classifier, the explainer and the dataset jobs."""
 
     model_config = SettingsConfigDict(env_prefix="DERMIS_", env_file=".env", extra="ignore", frozen=True)
 
@@ -39,13 +39,18 @@ class Settings(BaseSettings):
     default_model: str = Field(
         "demo", description="Model of requests that name none. If it is not served, the first model is."
     )
-    device: str = Field("auto", description="Device of generator and classifier: auto, cpu, cuda, cuda:1, ...")
+    device: str = Field(
+        "auto", description="Device of generator, classifier and explainer: auto, cpu, cuda, cuda:1, ..."
+    )
     backend: str = Field("auto", description="How the generator runs: auto picks the fastest that works here.")
     generator_workers: int = Field(
         1, ge=1, le=64, description="Generator processes. On a CPU each gets an equal share of the cores."
     )
     classifier_workers: int = Field(
         1, ge=1, le=64, description="Classifier processes. On a CPU each gets an equal share of the cores."
+    )
+    explainer_workers: int = Field(
+        1, ge=1, le=64, description="Explainer processes: each makes one heat map at a time, on its share of the cores."
     )
     max_batch_size: int = Field(
         64, ge=2, le=256, description="Most images that generator and classifier take in one batch across requests."
@@ -82,6 +87,9 @@ class Settings(BaseSettings):
         le=270.0,
         description="Longest time that a call may wait for the generator (/v1/images) or the classifier.",
     )
+    heat_map_timeout_seconds: float = Field(
+        100.0, ge=1.0, le=270.0, description="Longest time that the heat maps of one call may take, waiting included."
+    )
     upload_timeout_seconds: float = Field(
         60.0, ge=1.0, le=3600.0, description="Longest time that uploaded images may take to arrive."
     )
@@ -103,6 +111,12 @@ class Settings(BaseSettings):
     max_upload_pixels: int = Field(40_000_000, ge=4096, description="Most pixels of one uploaded image, by its header.")
     max_upload_calls: int = Field(
         8, ge=1, description="Most calls with uploads in work at one time; each holds its upload in memory."
+    )
+    max_heat_map_images: int = Field(
+        4, ge=0, le=64, description="Most images in a call that asks for heat maps; 0 switches heat maps off."
+    )
+    max_heat_map_calls: int = Field(
+        2, ge=1, description="Most calls that ask for heat maps in work at one time; they take seconds an image."
     )
     max_event_streams: int = Field(64, ge=1, description="Most event streams open at one time.")
 

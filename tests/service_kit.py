@@ -23,9 +23,12 @@ from dermis.dataset.plan import plan_for
 from dermis.dataset.request import DatasetRequest
 from dermis.dataset.shards import write_shard
 from dermis.dataset.store import Store
+from dermis.imaging import encode
 from services.gateway.app import create_app
 from services.gateway.dependencies import Context
+from services.gateway.heat_maps import HeatMaps
 from services.gateway.uploads import Uploads
+from services.heat_maps import HeatMap
 from services.jobs.service import DatasetJobs
 from services.jobs.table import JobTable
 from services.jobs.work import Workshop
@@ -84,12 +87,33 @@ class LocalClassifier:
 
 
 @dataclass
+class FakeExplainer:
+    """A heat map is the image itself. It can be made to wait or to fail."""
+
+    gate: threading.Event = field(default_factory=threading.Event)
+    failures: list[Exception] = field(default_factory=list)
+    calls: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.gate.set()
+
+    async def heat_map(self, _bundle: Bundle, method: str, image: NDArray[np.uint8]) -> HeatMap:
+        self.calls.append(method)
+        while not self.gate.is_set():
+            await asyncio.sleep(0.01)
+        if self.failures:
+            raise self.failures.pop(0)
+        return HeatMap(encode(image), 0.5)
+
+
+@dataclass
 class Service:
     """What a test holds of a running service."""
 
     client: TestClient
     generator: FakeGenerator
     classifier: LocalClassifier
+    explainer: FakeExplainer
     jobs: DatasetJobs
     models: Models
     settings: Settings
@@ -137,6 +161,7 @@ class Parts:
     app: FastAPI
     generator: FakeGenerator
     classifier: LocalClassifier
+    explainer: FakeExplainer
     models: Models
     settings: Settings
     running: list[tuple[DatasetJobs, Workshop]] = field(default_factory=list)
@@ -146,7 +171,7 @@ def assemble(bundles: Path | str, data_dir: Path, **settings: Any) -> Parts:
     """The gateway with real jobs and a fake generator. Run one at a time: DBOS is one a process."""
     values = Settings(_env_file=None, bundles=(str(bundles),), data_dir=data_dir, min_free_bytes=0, **settings)
     models = Models(values.bundles, values.default_model)
-    generator, classifier = FakeGenerator(), LocalClassifier()
+    generator, classifier, explainer = FakeGenerator(), LocalClassifier(), FakeExplainer()
 
     @asynccontextmanager
     async def running() -> AsyncIterator[Context]:
@@ -180,6 +205,7 @@ def assemble(bundles: Path | str, data_dir: Path, **settings: Any) -> Parts:
                 generate=generator.images,
                 classify=classifier.logits,
                 uploads=uploads,
+                heat_maps=HeatMaps(values, explainer.heat_map),
                 not_ready=not_ready,
                 not_alive=not_alive,
                 stopping=shop.stopping,
@@ -188,7 +214,7 @@ def assemble(bundles: Path | str, data_dir: Path, **settings: Any) -> Parts:
             uploads.close()
             await asyncio.to_thread(jobs.stop)
 
-    parts = Parts(create_app(values, running), generator, classifier, models, values)
+    parts = Parts(create_app(values, running), generator, classifier, explainer, models, values)
     return parts
 
 
@@ -199,9 +225,12 @@ def service(bundles: Path | str, data_dir: Path, **settings: Any) -> Iterator[Se
     with TestClient(parts.app, raise_server_exceptions=False) as client:
         jobs, shop = parts.running[0]
         try:
-            yield Service(client, parts.generator, parts.classifier, jobs, parts.models, parts.settings, shop)
+            yield Service(
+                client, parts.generator, parts.classifier, parts.explainer, jobs, parts.models, parts.settings, shop
+            )
         finally:
             parts.generator.gate.set()
+            parts.explainer.gate.set()
 
 
 def make_directly(bundle: Any, request: Mapping[str, Any], folder: Path) -> dict[str, bytes]:

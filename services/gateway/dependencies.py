@@ -16,6 +16,7 @@ from starlette.requests import Request
 
 from dermis.dataset.request import DatasetRequest
 from services.gateway.bodies import read_bytes
+from services.gateway.heat_maps import HeatMaps
 from services.gateway.problems import FieldError, ProblemError, field_errors, invalid_request
 from services.gateway.uploads import Uploads
 from services.jobs.table import Job
@@ -75,6 +76,7 @@ class Context:
     generate: Generate
     classify: Classify
     uploads: Uploads
+    heat_maps: HeatMaps
     not_ready: Callable[[], Awaitable[str | None]]  # None when ready, else what is missing
     not_alive: Callable[[], Awaitable[str | None]]  # None when alive, else why the process should be restarted
     stopping: threading.Event = field(default_factory=threading.Event)  # set when the process is asked to end

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.routing import Match, Route
 
 from dermis.errors import BundleError, DermisError, RequestError, StorageError
-from services.errors import InferenceUnavailableError
+from services.errors import InferenceUnavailableError, NotInstalledError
 
 PROBLEM_MEDIA_TYPE = "application/problem+json"
 _MAX_ERRORS = 20
@@ -42,6 +42,7 @@ KINDS: Mapping[str, tuple[int, str]] = {
     "no-classifier": (422, "The model has no classifier"),
     "request-too-large": (422, "The request asks for too much"),
     "internal": (500, "Internal error"),
+    "not-installed": (501, "The service lacks what this needs"),
     "model-unavailable": (503, "The model cannot be served"),
     "not-ready": (503, "The service is not ready"),
     "overloaded": (503, "The service is busy"),
@@ -157,6 +158,8 @@ def problem_of(error: Exception) -> ProblemError:
         return ProblemError("model-unavailable", str(error))
     if isinstance(error, InferenceUnavailableError):
         return ProblemError("not-ready", str(error), headers={"Retry-After": "5"})
+    if isinstance(error, NotInstalledError):
+        return ProblemError("not-installed", f"{error}; tell the operator of this service")
     if isinstance(error, StorageError):
         place, _, what = str(error).partition(": ")
         # Callers need the file's name; where the service keeps it is the operator's business, and in the log.

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from dermis.bundle import Bundle
 from dermis.classifier.description import NOTICE, Description
 from dermis.dataset.request import DatasetRequest, classes_of
+from dermis.explain.attribution import Method
 from dermis.imaging import ImageFormat
 from dermis.latents import MAX_INDEX, MAX_SEED
 from services.gateway.problems import Problem
@@ -149,6 +150,16 @@ class ThresholdUsed(Answer):
     value: float = Field(ge=0, le=1)
 
 
+class ClassificationHeatMap(Answer):
+    """What the parts of an image add to the classifier's logit of the positive class, as a picture."""
+
+    method: Method
+    scale: float = Field(ge=0, description="Logits for each 1 % of the area that have full colour: for or against.")
+    media_type: Literal["image/png"] = "image/png"
+    sha256: str = Field(description="Of the decoded bytes.")
+    b64: str = Field(description="The picture, base64: the centred square of the image in grey under the colours.")
+
+
 class Classification(Answer):
     """What the classifier says of one image."""
 
@@ -156,6 +167,7 @@ class Classification(Answer):
     probability: float = Field(ge=0, le=1, description="Of the positive class, as the network has it.")
     calibrated: float = Field(ge=0, le=1, description="The same, calibrated on validation data: what thresholds mean.")
     class_: str = Field(alias="class", serialization_alias="class", description="Positive from the threshold on.")
+    heat_map: ClassificationHeatMap | None = Field(None, description="Null unless `heat_map` asked for it.")
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
 
@@ -179,7 +191,15 @@ class ClassificationList(Answer):
                     "model": {"name": "demo", "digest": "f7e4" * 16, "classifier": "09ab" * 16},
                     "positive_class": "malignant",
                     "threshold": {"name": "sensitivity_90", "value": 0.125},
-                    "data": [{"index": 0, "probability": 0.25, "calibrated": 0.1875, "class": "malignant"}],
+                    "data": [
+                        {
+                            "index": 0,
+                            "probability": 0.25,
+                            "calibrated": 0.1875,
+                            "class": "malignant",
+                            "heat_map": None,
+                        }
+                    ],
                     "notice": NOTICE,
                 }
             ]

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
@@ -34,6 +35,14 @@ logging.getLogger("PIL").setLevel(logging.WARNING)
 logging.getLogger("python_multipart").setLevel(logging.ERROR)
 
 
+@dataclass(frozen=True)
+class Limit:
+    """How many images a call may have. `reason` goes into the message, such as " with heat_map"."""
+
+    images: int
+    reason: str = ""
+
+
 class Uploads:
     """Reads uploads: a bounded number of calls at a time, a bounded number of images decoded at a time."""
 
@@ -53,13 +62,14 @@ class Uploads:
         finally:
             self._calls -= 1
 
-    async def images(self, request: Request, size: int) -> list[Images]:
+    async def images(self, request: Request, size: int, limit: Limit | None = None) -> list[Images]:
         """Every image of the upload as its largest centred square, uint8 [size, size, 3], in order.
 
+        `limit`: fewer images than the service takes otherwise, and what asks for that.
         Never more full-size images exist than there are decoders. ProblemError names what is wrong: `files[2]` for the
         third file, `body` for an image sent by itself.
         """
-        files, names = await self._files(request)
+        files, names = await self._files(request, limit)
         loop = asyncio.get_running_loop()
         decode = [loop.run_in_executor(self._decoders, self._decode, files, i, size) for i in range(len(files))]
         found = await asyncio.gather(*decode, return_exceptions=True)
@@ -84,7 +94,7 @@ class Uploads:
         data, files[place] = files[place], b""  # let go of the encoded bytes as soon as may be
         return read_image(data, size=size, max_pixels=self._settings.max_upload_pixels)
 
-    async def _files(self, request: Request) -> tuple[list[bytes], list[str]]:
+    async def _files(self, request: Request, limit: Limit | None) -> tuple[list[bytes], list[str]]:
         """The encoded images of a request, and what each is called in problems."""
         header = request.headers.get("content-type")
         kind, options = parse_options_header(header.encode("latin-1") if header else None)
@@ -107,7 +117,9 @@ class Uploads:
             ) from None
         if media_type != MULTIPART:
             return [body], ["body"]
-        most = self._settings.max_upload_images
+        most = Limit(self._settings.max_upload_images)
+        if limit is not None and limit.images < most.images:
+            most = limit
         files = await asyncio.to_thread(_split, body, options.get(b"boundary", b""), most)
         if not files:
             raise invalid_request([FieldError(field=FIELD, message="send at least one image")])
@@ -121,7 +133,7 @@ def _refusal(refused: Sequence[tuple[str, ImageError]]) -> ProblemError:
     return ProblemError(_KINDS[refused[0][1].kind], f"{errors[0].field}: {errors[0].message}{more}", errors=errors)
 
 
-def _split(body: bytes, boundary: bytes, most: int) -> list[bytes]:
+def _split(body: bytes, boundary: bytes, most: Limit) -> list[bytes]:
     """The content of every part `files` of a multipart body, at most `most`.
 
     ProblemError if it is no such body, has more parts, or parts of other names.
@@ -132,8 +144,9 @@ def _split(body: bytes, boundary: bytes, most: int) -> list[bytes]:
     ended = False
 
     def begin() -> None:
-        if len(files) == most:
-            message = f"at most {most} images are taken in one call; send several calls"
+        if len(files) == most.images:
+            images = "1 image is" if most.images == 1 else f"{most.images} images are"
+            message = f"at most {images} taken in one call{most.reason}; send several calls"
             errors = [FieldError(field=FIELD, message=message)]
             raise ProblemError("request-too-large", f"{FIELD}: {message}", errors=errors)
         headers.clear()

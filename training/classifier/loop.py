@@ -46,12 +46,14 @@ def train(
     resume: bool = False,
     tensorboard: bool = False,
     progress_bar: bool = True,
+    features: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[TorchClassifier, Progress]:
     """Train until `epochs` or until the monitor has not improved for `patience` of them; the best epoch's network.
 
     Writes into `out`: checkpoint.safetensors after each epoch, log.jsonl (one line an epoch), config.json. `data`
     identifies the images, for a resumed run. SIGINT and SIGTERM finish the step, save and return. A run that has ended
-    already returns what it had. Raises TrainingError if the loss is not finite or the checkpoint does not fit.
+    already returns what it had. `features` [N, D] of the training and of the validation images spare a run with
+    `cached_features` computing them. Raises TrainingError if the loss is not finite or the checkpoint does not fit.
     """
     if (out / CHECKPOINT).exists() and not resume:
         raise TrainingError(f"{out}: holds a run already; add --resume to go on with it, or choose another --out")
@@ -64,9 +66,10 @@ def train(
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
     progress = state.progress
-    features = None
-    if config.cached_features:
-        features = _all_features(network, training, ranks, progress_bar)
+    if config.cached_features and features is None:
+        measured = TrainingSet((validation.images,), validation.labels)
+        features = tuple(all_features(network, each, ranks, progress_bar) for each in (training, measured))  # type: ignore[assignment]
+    learnt, seen = features if config.cached_features and features is not None else (None, None)
     quiet = not (progress_bar and ranks.first)
     clock = time.monotonic()
     with (
@@ -77,7 +80,7 @@ def train(
             order = epoch_order(training.labels, config, progress.epoch, ranks)
             learning_mode(network, frozen)
             with (
-                closing(_steps(training, features, order[progress.step :], ranks)) as steps,
+                closing(_steps(training, learnt, order[progress.step :], ranks)) as steps,
                 tqdm(
                     total=len(order),
                     initial=progress.step,
@@ -101,7 +104,7 @@ def train(
             if progress.step < len(order):
                 progress.stopped = True
             else:
-                _end_epoch(state, validation, config, ranks, len(order), clock)
+                _end_epoch(state, validation, seen, config, ranks, len(order), clock)
                 clock = time.monotonic()
                 curves(progress)
                 progress.stopped = ranks.any(stop.is_set()) and not _ended(progress, config)
@@ -122,6 +125,12 @@ def logits_of(network: TorchClassifier, images: NDArray[np.uint8], device: torch
         for i in range(0, len(images), EVALUATION_BATCH)
     ]
     return torch.cat(found).double().numpy()
+
+
+@torch.inference_mode()
+def logits_of_features(network: TorchClassifier, features: Tensor) -> NDArray[np.float64]:
+    """float64 [N] of features [N, D] on the network's device, in eval mode."""
+    return network.eval().logit(features).cpu().double().numpy()
 
 
 def class_weights(labels: NDArray[np.int64], config: ClassifierConfig) -> tuple[float, float]:
@@ -184,13 +193,22 @@ def _step(
 
 
 def _end_epoch(
-    state: State, validation: RealPart, config: ClassifierConfig, ranks: Ranks, steps: int, clock: float
+    state: State,
+    validation: RealPart,
+    features: Tensor | None,
+    config: ClassifierConfig,
+    ranks: Ranks,
+    steps: int,
+    clock: float,
 ) -> None:
     """Measure on the validation part, keep the network if it is the best so far, and lower the rate if it is time."""
     progress, network = state.progress, state.network
     # Batch norms average the images of their own process only.
     ranks.average_([buffer for buffer in network.buffers() if buffer.is_floating_point()])
-    logits = logits_of(network, validation.images, ranks.device)
+    if features is not None:
+        logits = logits_of_features(network, features)
+    else:
+        logits = logits_of(network, validation.images, ranks.device)
     loss = float(F.binary_cross_entropy_with_logits(torch.tensor(logits), torch.tensor(validation.labels).double()))
     progress.seconds += time.monotonic() - clock
     row = {
@@ -219,9 +237,9 @@ def _ended(progress: Progress, config: ClassifierConfig) -> bool:
 
 
 @torch.no_grad()
-def _all_features(network: TorchClassifier, training: TrainingSet, ranks: Ranks, progress_bar: bool) -> Tensor:
-    """Features [N, D] of all training images, for a run in which they never change."""
-    network.eval()
+def all_features(network: TorchClassifier, training: TrainingSet, ranks: Ranks, progress_bar: bool) -> Tensor:
+    """Features [N, D] of all images, for runs in which they never change."""
+    network.to(ranks.device).eval()
     starts = range(0, len(training), EVALUATION_BATCH)
     found = []
     for i in tqdm(starts, "features", disable=not (progress_bar and ranks.first)):

@@ -39,7 +39,12 @@ _KEYS: dict[str, type] = {
     "reported": dict,
 }
 _OPTIONAL = {"options", "reported"}
-_OWN_OPTION = {"resolution": "--resolution", "total_kimg": "--kimg or --scale", "seed": "--seed"}
+_OWN_OPTION = {
+    "resolution": "--resolution",
+    "size": "--resolution",
+    "total_kimg": "--kimg or --scale",
+    "seed": "--seed",
+}
 _WANTED: dict[type, str] = {
     str: "text",
     list: "a list",
@@ -93,9 +98,12 @@ def read_experiment(name_or_path: str | Path) -> Experiment:
     return _parse(path, content)
 
 
-def checked_options(options: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """GanConfig fields of the right type; whole numbers pass for real ones. TrainingError: `where`, then the option."""
-    allowed = {field.name: str(field.type) for field in fields(GanConfig) if field.name not in {"resolution", "c_dim"}}
+def checked_options(options: Mapping[str, Any], where: str, of: type[Any] = GanConfig) -> dict[str, Any]:
+    """Fields of a configuration class, of the right type; whole numbers pass for real ones.
+
+    TrainingError: `where`, then the option.
+    """
+    allowed = {field.name: str(field.type) for field in fields(of) if field.name not in {"resolution", "c_dim"}}
     checked = {}
     for name, value in options.items():
         if name not in allowed:
@@ -107,8 +115,11 @@ def checked_options(options: Mapping[str, Any], where: str) -> dict[str, Any]:
     return checked
 
 
-def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
-    """Options from "option=value", each checked as those of a file are. A value is written as in TOML, text also bare."""
+def parse_settings(texts: Sequence[str], of: type[Any] = GanConfig) -> dict[str, Any]:
+    """Options of a configuration class from "option=value", each checked as those of a file are.
+
+    A value is written as in TOML, text also bare.
+    """
     given = {}
     for text in texts:
         name, separator, value = (part.strip() for part in text.partition("="))
@@ -120,7 +131,7 @@ def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
             given[name] = tomllib.loads(f"value = {value}")["value"]
         except tomllib.TOMLDecodeError:
             given[name] = value
-    return checked_options(given, "--set ")
+    return checked_options(given, "--set ", of)
 
 
 def _parse(path: Path, content: Mapping[str, Any]) -> Experiment:

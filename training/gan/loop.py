@@ -8,13 +8,10 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -30,6 +27,7 @@ from training.gan.loss import Phases
 from training.gan.parallel import Ranks
 from training.gan.state import Progress, State, load_state, new_state, save_state
 from training.gan.step import training_step
+from training.interrupt import stop_requested
 
 Snapshot = Callable[[Path, State], None]
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}  # some cluster file systems have none
@@ -99,7 +97,7 @@ def train(
             tqdm(total=total, initial=progress.nimg, unit="img", unit_scale=True, disable=quiet, smoothing=0.1) as bar,
             Journal(out, progress.nimg, enabled=ranks.first, tensorboard=tensorboard) as journal,
             closing(batches(dataset, config.seed, config.batch, progress.nimg, ranks)) as real,
-            _stop_requested(insist=ranks.count > 1) as stop,
+            stop_requested(insist=ranks.count > 1) as stop,
         ):
             while progress.nimg < total:
                 stats = training_step(state, phases, dataset, next(real), config)
@@ -137,31 +135,3 @@ def _locked(out: Path) -> Iterator[None]:
             if error.errno not in _NO_LOCKS:
                 raise TrainingError(f"{out / 'lock'}: cannot be locked ({error.strerror})") from None
         yield
-
-
-@contextmanager
-def _stop_requested(insist: bool) -> Iterator[threading.Event]:
-    """An event that SIGINT or SIGTERM sets; a second signal does what it always does.
-
-    With `insist`, further signals are ignored: torchrun signals its processes in its own way and more than once, and
-    kills those that have not ended half a minute later.
-    """
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def request(number: int, frame: Any) -> None:
-        event.set()
-        if not insist:
-            for each, handler in previous.items():
-                signal.signal(each, handler)
-
-    for number in previous:
-        signal.signal(number, request)
-    try:
-        yield event
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

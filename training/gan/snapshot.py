@@ -79,7 +79,7 @@ def write_snapshot(
         progress = state.progress
         grid = contact_sheet(sample_grid(state.G_ema, device), columns=GRID)
         (out / f"samples-{progress.nimg // 1000:06d}.png").write_bytes(encode(grid))
-        picture = encode(grid, "webp", 85)  # a tenth of the PNG, and a bundle is to be small
+        picture = encode(grid, "webp", 75)  # a twentieth of the PNG, and a bundle is to be small
         if tensorboard:
             show_in_tensorboard(out, grid, progress.nimg)
         if progress.nimg == 0:

@@ -86,6 +86,7 @@ class FakeGateway:
         self.keys: dict[str, tuple[str, str]] = {}
         self.uploads: list[list[str]] = []  # of each call, the headers of its parts
         self.most_files = 32
+        self.heat_maps = True  # an older service makes none
         self.classifier = "c" * 64
         self.lock = threading.RLock()
         self.port = 0
@@ -325,7 +326,7 @@ class Handler(BaseHTTPRequestHandler):
         wanted = query.get("threshold", "default")
         names = {"default": 0.5, "sensitivity_90": 0.25}
         value = names[wanted] if wanted in names else float(wanted)
-        data = [
+        data: list[dict[str, Any]] = [
             {
                 "index": i,
                 "probability": content[0] / 255,
@@ -334,6 +335,13 @@ class Handler(BaseHTTPRequestHandler):
             }
             for i, content in enumerate(contents)
         ]
+        if "heat_map" in query and self.fake.heat_maps:
+            for item, content in zip(data, contents, strict=True):
+                picture = png(content[0])
+                item["heat_map"] = {
+                    "method": query["heat_map"], "scale": 0.5, "media_type": "image/png",
+                    "sha256": sha256(picture), "b64": base64.b64encode(picture).decode(),
+                }  # fmt: skip
         threshold = {"name": wanted if wanted in names else None, "value": value}
         answer = {"object": "list", "model": MODEL | {"classifier": self.fake.classifier}, "data": data}
         self._json(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from dermis_client import (
+    APIResponseError,
     AsyncDermisClient,
     ClassificationsResult,
     DermisClient,
@@ -129,6 +130,29 @@ def test_one_result_is_of_one_classifier(gateway: FakeGateway, client: DermisCli
         client.classifications.create(folder, progress=change)
 
 
+def test_heat_maps_come_one_image_a_call_and_are_saved_as_they_are(
+    gateway: FakeGateway, client: DermisClient, folder: list[Path], tmp_path: Path
+) -> None:
+    result = client.classifications.create([folder[0], image(204)], heat_map="xrai")
+    assert [len(parts) for parts in gateway.uploads] == [1, 1]
+    first = result[0].heat_map
+    assert first is not None and (first.method, first.scale) == ("xrai", 0.5)
+    assert first.content.startswith(b"\x89PNG")
+    assert first.save(tmp_path / "new" / "heat.png").read_bytes() == first.content
+    paths = result.save_heat_maps(tmp_path / "all")
+    assert [path.name for path in paths] == ["0000-Jane-0.png", "0001-files-1.png"]
+    assert client.classifications.create(image(204))[0].heat_map is None
+
+    async def ask() -> ClassificationsResult:
+        async with AsyncDermisClient(gateway.url) as other:
+            return await other.classifications.create([folder[0], image(204)], heat_map="xrai")
+
+    assert asyncio.run(ask()) == result
+    gateway.heat_maps = False
+    with pytest.raises(APIResponseError, match="older than this client"):
+        client.classifications.create(image(204), heat_map="xrai")
+
+
 def test_the_asynchronous_client_does_the_same(gateway: FakeGateway, client: DermisClient, folder: list[Path]) -> None:
     async def ask() -> ClassificationsResult:
         async with AsyncDermisClient(gateway.url) as other:
@@ -159,5 +183,11 @@ def test_the_command(
     assert [row[0] for row in rows[1:]] == names and float(rows[1][1]) == 10 / 255
     document = json.loads(run(*names, "--json", "--threshold", "0.01")[1])
     assert [one["class"] for one in document["data"]] == ["malignant"] * 3
+    heat = folder[0].parent / "heat"
+    status, out, err = run(*names, "--heat-maps", str(heat), "--json")
+    assert status == 0 and f"3 heat maps in {heat}" in err
+    document = json.loads(out)
+    assert document["files"] == [str(path) for path in sorted(heat.iterdir())]
+    assert "content" not in document["data"][0]["heat_map"] and "b64" not in document["data"][0]["heat_map"]
     status, out, err = run(names[0], "nowhere.jpg")
     assert (status, out) == (1, "") and "nowhere.jpg" in err.splitlines()[-1]

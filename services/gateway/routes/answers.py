@@ -18,6 +18,8 @@ _HEADERS = {
     "Content-Range": "Which bytes of how many.",
     "Content-Disposition": "A name to save the file under.",
     "X-Dermis-Model": "Name and digest of the model, as name@digest.",
+    "X-Dermis-Classification": "Class, calibrated probability and threshold of the image that a picture is of.",
+    "X-Dermis-Notice": "What the classifier is not for.",
 }
 
 

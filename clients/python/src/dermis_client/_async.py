@@ -247,10 +247,11 @@ class AsyncClassifications:
         *,
         model: str | None = None,
         threshold: str | float | None = None,
+        heat_map: str | None = None,
         progress: bool | Callable[[int, int], None] = False,
     ) -> ClassificationsResult:
         """What the service's classifier says of images; options and errors are those of the blocking client."""
-        sources, params = _classifications.sources_of(files), _requests.classification(model, threshold)
+        sources, params = _classifications.sources_of(files), _requests.classification(model, threshold, heat_map)
         with count_progress(progress, "classifying") as report:
             return await self._transport.run(_classifications.classify(self._api, sources, params, report))
 

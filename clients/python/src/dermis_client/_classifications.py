@@ -18,6 +18,8 @@ Source: TypeAlias = str | os.PathLike[str] | bytes | IO[bytes]
 # What every service takes unless its operator has set less; a call that is too large all the same is halved.
 MOST_FILES = 16
 MOST_BYTES = 16 << 20
+# Heat maps take seconds an image: each image goes by itself, so that no call runs into a time limit.
+MOST_HEAT_MAPS = 1
 
 _FIELD = re.compile(r"files\[(\d+)\]")
 
@@ -47,11 +49,10 @@ def classify(
     results: list[ClassificationsResult] = []
     waiting: list[_File] = []
     done = 0
+    most = MOST_HEAT_MAPS if "heat_map" in params else MOST_FILES
     for place, source in enumerate(sources):
         file = yield from _read(place, source)
-        if waiting and (
-            len(waiting) == MOST_FILES or sum(len(w.content) for w in waiting) + len(file.content) > MOST_BYTES
-        ):
+        if waiting and (len(waiting) == most or sum(len(w.content) for w in waiting) + len(file.content) > MOST_BYTES):
             results += yield from _send(api, waiting, params)
             done += len(waiting)
             report(done, len(sources))
@@ -95,6 +96,11 @@ def _send(api: Api[D], files: Sequence[_File], params: dict[str, str]) -> Flow[l
     result = parse(response, ClassificationsResult.model_validate)
     if len(result) != len(files):
         raise APIResponseError(f"the service gave {len(result)} answers for {len(files)} images; is base_url right?")
+    for item in result.data:
+        if item.heat_map is not None:
+            item.heat_map.check()
+        elif "heat_map" in params:
+            raise APIResponseError("the service made no heat map; it is older than this client")
     told = [
         item.model_copy(update={"index": file.place, "name": file.name})
         for item, file in zip(result.data, files, strict=True)

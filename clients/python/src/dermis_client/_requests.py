@@ -92,11 +92,13 @@ def model_path(name: str) -> str:
     return f"/v1/models/{quote(name, safe='')}"
 
 
-def classification(model: str | None, threshold: str | float | None) -> dict[str, str]:
+def classification(model: str | None, threshold: str | float | None, heat_map: str | None = None) -> dict[str, str]:
     """The query of /v1/classifications. Raises InvalidRequestError for a threshold that is neither name nor 0..1."""
     params: dict[str, str] = {}
     if model is not None:
         params["model"] = model
+    if heat_map is not None:
+        params["heat_map"] = heat_map
     if isinstance(threshold, str):
         params["threshold"] = threshold
     elif threshold is not None:

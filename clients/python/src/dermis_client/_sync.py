@@ -273,19 +273,21 @@ class Classifications:
         *,
         model: str | None = None,
         threshold: str | float | None = None,
+        heat_map: str | None = None,
         progress: bool | Callable[[int, int], None] = False,
     ) -> ClassificationsResult:
         """What the service's classifier says of images: one, or any number, sent in as many calls as the service needs.
 
         files: paths, bytes or files open for reading, PNG, JPEG or WebP. What they are called is not sent. model: default the
         service's. threshold: a name of the model's (`client.models.retrieve(name).classifier.thresholds`) or a number 0..1;
-        default the classifier's own. progress: True for a bar, or a function that gets (done, total).
+        default the classifier's own. heat_map: "xrai" or "integrated-gradients" for a picture of what of each image speaks for
+        the positive class, which takes seconds an image. progress: True for a bar, or a function that gets (done, total).
 
         Raises UnprocessableEntityError (an image that cannot be used; `.errors` names `files[i]`, the message the path),
         UnsupportedMediaTypeError (no image), TooLargeError, NotFoundError (the model), InvalidRequestError (a file that
         cannot be read), APIConnectionError.
         """
-        sources, params = _classifications.sources_of(files), _requests.classification(model, threshold)
+        sources, params = _classifications.sources_of(files), _requests.classification(model, threshold, heat_map)
         with count_progress(progress, "classifying") as report:
             return self._transport.run(_classifications.classify(self._api, sources, params, report))
 

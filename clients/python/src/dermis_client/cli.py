@@ -16,10 +16,10 @@ from dermis_client import _cli_text as text
 from dermis_client._status import one_line
 from dermis_client._sync import Dataset, DermisClient
 from dermis_client._version import __version__
+from dermis_client._writing import write_whole
 from dermis_client.errors import DermisError, InvalidRequestError
 from dermis_client.folders import extract_images
 from dermis_client.folders import verify as verify_folder
-from dermis_client.images import write_whole
 
 app = typer.Typer(
     name="dermis-client",
@@ -304,6 +304,10 @@ def classify(
     threshold: Annotated[
         str | None, typer.Option("--threshold", help="A name of the model's, or a number 0 to 1; default: its own.")
     ] = None,
+    heat_maps: Annotated[
+        Path | None, typer.Option("--heat-maps", help="Also write a heat map of every image into this folder.")
+    ] = None,
+    method: Annotated[str, typer.Option("--method", help="Of --heat-maps: xrai or integrated-gradients.")] = "xrai",
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV instead of text.")] = False,
     base_url: BaseUrl = None,
     as_json: Json = False,
@@ -311,9 +315,17 @@ def classify(
     """What the service's classifier says of images."""
     with _client(context, base_url) as client:
         wanted = text.parse_threshold(threshold)
-        result = client.classifications.create(files, model=model, threshold=wanted, progress=True)
+        result = client.classifications.create(
+            files, model=model, threshold=wanted, heat_map=method if heat_maps else None, progress=True
+        )
+    written = result.save_heat_maps(heat_maps) if heat_maps else []
     lines = text.classifications_csv if as_csv else text.classifications
-    _print(context, as_json, result.model_dump(mode="json", by_alias=True), lambda: lines(result))
+    answer = result.model_dump(mode="json", by_alias=True, exclude={"data": {"__all__": {"heat_map": {"content"}}}})
+    if heat_maps:
+        answer["files"] = [str(path) for path in written]
+    _print(context, as_json, answer, lambda: lines(result))
+    if written:
+        typer.echo(f"{len(written)} heat maps in {heat_maps}", err=True)
     typer.echo(result.notice, err=True)
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 from pydantic import Base64Bytes, Field
 
-from dermis_client.errors import DermisError, DownloadError, IntegrityError
+from dermis_client._writing import write_whole
+from dermis_client.errors import DermisError, IntegrityError
 from dermis_client.models import Answer, ModelRef
 
 _FORMATS = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp"}
@@ -99,15 +100,3 @@ class ImagesResult(Answer):
         for path, item in zip(paths, self.data, strict=True):
             write_whole(path, item.content)
         return paths
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all; makes its folder. Raises DownloadError."""
-    temporary = path.with_name(f"{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise DownloadError(f"{path}: cannot be written ({error.strerror or error})") from error

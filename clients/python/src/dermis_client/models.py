@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import re
 from collections.abc import Iterator
 from datetime import datetime
+from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Base64Bytes, BaseModel, ConfigDict, Field
+
+from dermis_client._writing import write_whole
+from dermis_client.errors import IntegrityError
 
 DatasetState = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
 FINISHED: frozenset[str] = frozenset({"succeeded", "failed", "cancelled"})
@@ -92,11 +99,42 @@ class Threshold(Answer):
     value: float
 
 
+class HeatMap(Answer):
+    """What of an image speaks for the positive class and what against it, as a picture (PNG).
+
+    scale: logits for each 1 % of the area that have full colour. Made by `create(..., heat_map="xrai")`.
+    """
+
+    method: str
+    scale: float
+    media_type: str = "image/png"
+    sha256: str
+    content: Base64Bytes = Field(alias="b64", repr=False)  # the file, as `save` writes it
+
+    def check(self) -> None:
+        """Raise IntegrityError unless the content has the SHA-256 that the service named."""
+        actual = hashlib.sha256(self.content).hexdigest()
+        if actual != self.sha256:
+            raise IntegrityError(
+                f"heat map: arrived with SHA-256 {actual[:12]}..., expected {self.sha256[:12]}...",
+                name="heat map",
+                expected=self.sha256,
+                actual=actual,
+            )
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the PNG, there whole or not at all. Raises DownloadError."""
+        target = Path(path)
+        write_whole(target, self.content)
+        return target
+
+
 class Classification(Answer):
     """What the classifier says of one image.
 
     index: its place in the list that was given. name: its path, or files[index] where it has none. probability, calibrated:
-    0..1, of the positive class. class_name: positive from the threshold on (by the calibrated one).
+    0..1, of the positive class. class_name: positive from the threshold on (by the calibrated one). heat_map: where it was
+    asked for.
     """
 
     index: int
@@ -104,6 +142,7 @@ class Classification(Answer):
     probability: float
     calibrated: float
     class_name: str = Field(alias="class")
+    heat_map: HeatMap | None = None
 
 
 class ClassificationsResult(Answer):
@@ -126,6 +165,14 @@ class ClassificationsResult(Answer):
 
     def __getitem__(self, position: int) -> Classification:
         return self.data[position]
+
+    def save_heat_maps(self, folder: str | os.PathLike[str]) -> list[Path]:
+        """Write every heat map as FOLDER/<place>-<name of the image>.png; returns the paths. Raises DownloadError."""
+        return [
+            one.heat_map.save(Path(folder) / f"{one.index:04d}-{_stem(one.name)}.png")
+            for one in self.data
+            if one.heat_map is not None
+        ]
 
 
 class DatasetRequest(Answer):
@@ -197,3 +244,8 @@ class Manifest(Answer):
 
     format_version: int
     files: list[ManifestFile]
+
+
+def _stem(name: str) -> str:
+    """The last part of a path without its suffix, of characters that every file system takes."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(name).stem).strip("-.") or "image"

@@ -1,0 +1,272 @@
+"""`dermis explain concepts`: does a classifier use the black frame, rulers, hair or ink?"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+import typer
+
+if TYPE_CHECKING:
+    from dermis.classifier.onnx_session import Classifier
+    from dermis.explain.counterfactual import Change
+    from dermis.explain.tcav import ConceptTest
+    from dermis.imaging import Images
+    from training.data.artefacts import Artefacts
+    from training.data.concepts import ConceptRecords
+    from training.data.sources import Record, Source
+
+SHARE = 0.03  # of the image under painted corners: real frames have 0.028 on average (docs/concepts.md)
+
+
+def concepts(
+    classifier: Annotated[str, typer.Option(help="Bundle with a classifier, or a classifier's folder, or fsspec URL.")],
+    data: Annotated[Path, typer.Option(help="Real images: anything that `dermis data` reads.")],
+    out: Annotated[Path, typer.Option(help="New folder: concepts.json, table.md, a contact sheet a concept.")],
+    split: Annotated[
+        Path | None,
+        typer.Option(help="Folder of `dermis data split`: concepts from train and validation, inputs from test."),
+    ] = None,
+    metadata: Annotated[Path | None, typer.Option(help="CSV file; default: metadata.csv in --data.")] = None,
+    class_column: Annotated[str | None, typer.Option(help="CSV column of the diagnosis; default: target, ...")] = None,
+    size: Annotated[int, typer.Option(min=20, help="Images of a concept, and of each counter-set.")] = 40,
+    counters: Annotated[int, typer.Option(min=3, help="Counter-sets, each with a vector of its own.")] = 12,
+    inputs: Annotated[int, typer.Option(min=10, help="Images of the positive class whose logit is looked at.")] = 60,
+    artefacts: Annotated[
+        Path | None,
+        typer.Option(help="artefacts.csv of `dermis data inspect --out`: saves looking at all images again."),
+    ] = None,
+    layer: Annotated[
+        list[str] | None,
+        typer.Option(help="Module of the backbone, or last; may be repeated. Default: two of the last."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the images that are drawn.")] = 0,
+    threads: Annotated[int | None, typer.Option(help="CPU cores to use; default: all.")] = None,
+) -> None:
+    """Test with concept activation vectors, and by painting frames onto images. Not a medical device.
+
+    Concepts are mined by the detectors of `dermis data inspect`; counter-sets are of the same sources and classes.
+    """
+    from rich.console import Console
+    from tqdm import tqdm
+
+    from dermis.classifier.description import NOTICE
+    from dermis.classifier.onnx_session import Classifier
+    from dermis.classifier.torch_network import load_torch_classifier
+    from dermis.errors import DataError
+    from dermis.explain.tcav import Concept, corrected, layer_names, tcav
+    from training.data.concepts import mine_concepts
+    from training.data.sources import read_source
+    from training.data.splits import group_of, read_split
+
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(f"--out: {out}: is not empty; choose another folder")
+    network = load_torch_classifier(classifier)
+    layers = layer or layer_names(network)
+    source = read_source(data, metadata=metadata, class_column=class_column, binary=True)
+    part_of = read_split(split) if split is not None else {}
+    seen = _artefacts(source, artefacts, threads)
+    pool = [pair for pair in seen if split is None or part_of.get(pair[0].id) in ("train", "validation")]
+    tested = [pair for pair in seen if split is None or part_of.get(pair[0].id) == "test"]
+    mined, left_out = mine_concepts(
+        [record for record, _ in pool], [found for _, found in pool], size=size, counters=counters, seed=seed
+    )
+    for text in left_out:
+        typer.echo(f"left out: {text}", err=True)
+    if not mined:
+        raise DataError(f"{data}: no concept has enough images; give more images")
+    with Classifier(classifier, threads=threads) as session:
+        side, positive = session.description.input.size, session.description.positive_class
+        chosen = [record for record, _ in tested if record.class_name == positive]
+        order = np.random.default_rng(seed).permutation(len(chosen))[:inputs]
+        if len(order) < 10:
+            raise DataError(f"{data}: {len(order)} images of {positive} to look at; 10 are needed")
+        x = _images([chosen[i] for i in sorted(order)], side)
+        tests: list[ConceptTest] = []
+        sets = [
+            Concept(each.name, _images(each.shown, side), tuple(_images(part, side) for part in each.counters))
+            for each in mined
+        ]
+        with tqdm(total=len(sets) * len(layers), desc="concepts", unit="test", disable=None) as bar:
+            for test in tcav(network, sets, x, layers, seed=seed):
+                tests.append(test)
+                bar.update()
+        tests = corrected(tests)
+        groups = dict(zip((r.id for r in source.records), group_of(source.records), strict=True))
+        changes = _frames(session, tested, groups, side)
+    document = {
+        "classifier": session.description.digest,
+        "inputs": len(x),
+        "positive_class": positive,
+        "tests": [asdict(test) | {"difference": test.difference, "verdict": test.verdict} for test in tests],
+        "frame": {name: asdict(found) for name, found in changes.items()},
+        "left_out": left_out,
+        "notice": NOTICE,
+    }
+    _write(out, document, tests, changes, mined, side, positive)
+    _show(Console(), tests, changes, positive)
+    typer.echo(f"{out}: table.md, concepts.json, and contact sheets, which show images of --data", err=True)
+    typer.echo(NOTICE, err=True)
+
+
+def _artefacts(source: Source, table: Path | None, threads: int | None) -> list[tuple[Record, Artefacts]]:
+    """What the detectors say of every image that can be read."""
+    from dermis.errors import DataError
+    from training.data.artefacts import NAMES, Artefacts
+    from training.data.inspection import inspect_source
+
+    if table is None:
+        looked = inspect_source(source, workers=threads)
+        return list(zip(looked.seen, looked.artefacts, strict=True))
+    try:
+        with table.open(newline="", encoding="utf-8") as file:
+            found = {row["id"]: Artefacts(*(float(row[name]) for name in NAMES)) for row in csv.DictReader(file)}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"--artefacts: {table}: is no artefacts.csv of `dermis data inspect` ({error})") from None
+    seen = [(record, found[record.id]) for record in source.records if record.id in found and record.image is not None]
+    if not seen:
+        raise DataError(f"--artefacts: {table}: is of other images than {source.path}")
+    return seen
+
+
+def _images(records: Sequence[Record], side: int) -> Images:
+    """uint8 [N, S, S, 3] as the classifier sees them."""
+    from training.data.images import square
+
+    return np.stack([square(record.image.read_bytes(), side) for record in records if record.image is not None])
+
+
+def _frames(
+    session: Classifier, tested: Sequence[tuple[Record, Any]], groups: dict[str, str], side: int
+) -> dict[str, Change]:
+    """What painted and cropped frames do to the calibrated probability of the tested images."""
+    from dermis.explain.counterfactual import change, with_corners, zoomed
+
+    framed = [record for record, found in tested if "frame" in found.found]
+    plain = [record for record, found in tested if "frame" not in found.found]
+
+    def probability(images: Images) -> np.ndarray[Any, np.dtype[np.float64]]:
+        return session.classify(images, features=False).calibrated
+
+    found = {}
+    if plain:
+        images, patients = _images(plain, side), [groups[record.id] for record in plain]
+        before = probability(images)
+        for name, fill in (("black corners painted", "black"), ("skin-coloured corners painted", "skin")):
+            after = probability(with_corners(images, SHARE, fill))  # type: ignore[arg-type]
+            found[name] = change(before, after, patients)
+    if framed:
+        images, patients = _images(framed, side), [groups[record.id] for record in framed]
+        found["framed images zoomed, frame gone"] = change(probability(images), probability(zoomed(images)), patients)
+        matched = _like(framed, plain)
+        if matched:
+            images, patients = _images(matched, side), [groups[record.id] for record in matched]
+            name = "frameless ones of the same sources and classes zoomed"
+            found[name] = change(probability(images), probability(zoomed(images)), patients)
+    return found
+
+
+def _like(framed: Sequence[Record], plain: Sequence[Record]) -> list[Record]:
+    """As many of `plain` of every source and class as there are of `framed`, as far as there are."""
+    from collections import Counter
+
+    wanted = Counter((record.row.get("source", ""), record.class_name) for record in framed)
+    found = []
+    for i in np.random.default_rng(0).permutation(len(plain)):
+        group = plain[i].row.get("source", ""), plain[i].class_name
+        if wanted[group] > 0:
+            wanted[group] -= 1
+            found.append(plain[i])
+    return found
+
+
+def _rows(tests: Sequence[ConceptTest]) -> list[list[str]]:
+    header = ["concept", "layer", "images", "CAV accuracy", "TCAV score", "of random CAVs", "p, corrected", "verdict"]
+    return [
+        header,
+        *(
+            [
+                test.concept,
+                test.layer,
+                str(test.images),
+                f"{test.accuracy:.2f}",
+                f"{np.mean(test.scores):.2f} ± {np.std(test.scores):.2f}",
+                f"{np.mean(test.random):.2f} ± {np.std(test.random):.2f}",
+                f"{test.p_corrected:.1g}",
+                test.verdict,
+            ]
+            for test in tests
+        ),
+    ]
+
+
+def _change_rows(changes: dict[str, Change]) -> list[list[str]]:
+    header = ["what was done", "images", "mean change of the probability", "95 %", "rose in"]
+    rows = [
+        [name, f"{c.images:,}", f"{c.mean:+.3f}", f"{c.low:+.3f} to {c.high:+.3f}", f"{c.rose:.0%}"]
+        for name, c in changes.items()
+    ]
+    return [header, *rows]
+
+
+def _show(console: Any, tests: Sequence[ConceptTest], changes: dict[str, Change], positive: str) -> None:
+    from rich.table import Table
+
+    for title, rows in ((f"Does it use the concept for {positive}?", _rows(tests)), ("Frames", _change_rows(changes))):
+        table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
+        for name in rows[0]:
+            table.add_column(name, overflow="fold")
+        for row in rows[1:]:
+            table.add_row(*row)
+        console.print(table, "")
+
+
+def _write(
+    out: Path,
+    document: dict[str, Any],
+    tests: Sequence[ConceptTest],
+    changes: dict[str, Change],
+    mined: Sequence[ConceptRecords],
+    side: int,
+    positive: str,
+) -> None:
+    """The folder, whole or not at all."""
+    import shutil
+
+    from dermis.errors import StorageError
+    from dermis.imaging import contact_sheet, encode
+
+    def table(rows: list[list[str]]) -> str:
+        return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])
+
+    text = "\n\n".join(
+        [
+            "# Concepts",
+            f"**{document['notice']}**",
+            f"TCAV scores towards {positive} over {document['inputs']} images of it.",
+            table(_rows(tests)),
+            f"Frames: what the calibrated probability of {positive} does.",
+            table(_change_rows(changes)),
+            *(f"Left out: {reason}." for reason in document["left_out"]),
+        ]
+    )
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        (partial / "concepts.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        (partial / "table.md").write_text(text + "\n", encoding="utf-8")
+        for each in mined:
+            sheet = np.concatenate([_images(each.shown, side)[:16], _images(each.counters[0], side)[:16]])
+            (partial / f"{each.name}-above-counter-set-below.jpg").write_bytes(encode(contact_sheet(sheet), "jpeg", 85))
+        if out.exists():
+            out.rmdir()
+        partial.replace(out)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise StorageError(f"--out: {out}: cannot be written: {error.strerror}") from None

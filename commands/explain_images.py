@@ -1,0 +1,215 @@
+"""The images that `dermis explain embeddings`, `edge-cases` and `dermis augment` look at, with what is known of them."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dermis.errors import DataError
+from dermis.explain.embeddings import GENERATED, REAL, Embedded, Item
+
+if TYPE_CHECKING:
+    from dermis.bundle import Bundle
+    from dermis.classifier.onnx_session import Classifier
+    from dermis.imaging import Images
+    from dermis.synthesizer import Synthesizer
+
+_CHUNK = 64  # images in memory at a time
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """So many images, read or drawn as they are asked for. `read(size)` may make them that small as it decodes them."""
+
+    count: int
+    read: Callable[[int], Iterator[tuple[Item, Images]]]
+
+
+def embedded(classifier: Classifier, sets: Sequence[Pictures], *, thumbnail: int) -> Embedded:
+    """All images of all sets, with a progress bar."""
+    from tqdm import tqdm
+
+    from dermis.explain.embeddings import embed
+
+    size = max(classifier.description.input.size, thumbnail)
+    with tqdm(total=sum(each.count for each in sets), desc="features", unit="img", disable=None) as bar:
+        pictures = (pair for each in sets for pair in each.read(size))
+        return embed(classifier, pictures, thumbnail=thumbnail, done=bar.update)
+
+
+def binary_class(name: str, class_names: tuple[str, str]) -> str:
+    """A class by the classifier's names: itself if it is one, else melanoma is label 1 and any other diagnosis label 0."""
+    from training.data.tables import is_melanoma
+
+    if not name or name in class_names:
+        return name
+    return class_names[int(is_melanoma(name))]
+
+
+def parts_of(predictions: Path | None, split: Path | None) -> dict[str, str]:
+    """The part of each image by id: of a run's predictions.csv, or of a split's folder. DataError if it cannot be read."""
+    from training.data.splits import read_split
+
+    if split is not None:
+        return read_split(split)
+    if predictions is None:
+        return {}
+    try:
+        with predictions.open(encoding="utf-8", newline="") as file:
+            return {row["isic_id"]: row["part"] for row in csv.DictReader(file)}
+    except (OSError, KeyError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(
+            f"{predictions}: is no predictions.csv of `dermis train classifier` ({type(error).__name__}: {error})"
+        ) from None
+
+
+def real_images(
+    data: Path,
+    class_names: tuple[str, str],
+    *,
+    metadata: Path | None = None,
+    class_column: str | None = None,
+    parts: dict[str, str] | None = None,
+    only: Sequence[str] = (),
+    kind: str = REAL,
+) -> Pictures:
+    """Images of any source that `dermis data` reads; of the parts `only`, if any are named. DataError if none is left."""
+    from training.data.sources import read_source
+    from training.data.splits import group_of
+    from training.data.tables import value_of
+
+    source = read_source(data, metadata=metadata, class_column=class_column)
+    of = parts or {}
+    groups = group_of(source.records)
+    chosen = []
+    for record, group in zip(source.records, groups, strict=True):
+        part = of.get(record.id, "")
+        if record.image is None or (only and part not in only):
+            continue
+        item = Item(
+            id=record.id if kind == REAL else f"{kind}:{record.id}",
+            kind=kind,
+            class_name=binary_class(record.class_name, class_names),
+            source=value_of(record.row, "source"),
+            part=part,
+            group=group if record.patient_id or record.lesion_id else "",
+        )
+        chosen.append((item, record.read_bytes))
+    if not chosen:
+        where = f" in the parts {', '.join(only)}" if only else ""
+        raise DataError(f"{data}: has no images{where}")
+    return Pictures(len(chosen), lambda size: _decoded(chosen, size))
+
+
+def generated_images(
+    bundle: Bundle,
+    synthesizer: Synthesizer,
+    count: int,
+    class_names: tuple[str, str],
+    *,
+    seed: int,
+    truncation_psi: float = 1.0,
+    class_name: str | None = None,
+) -> Pictures:
+    """The first `count` samples of a seed, the generator's classes in turn: sample i is of class number i mod classes.
+
+    class_name says what an unconditional generator draws. DataError if nothing does.
+    """
+    names = bundle.class_names or ((class_name,) if class_name else ())
+    if not names:
+        raise DataError(
+            f"{bundle.location}: its generator has no classes; say which its images are: benign={bundle.location} or "
+            f"malignant={bundle.location}"
+        )
+    if count < 1:
+        raise DataError(f"--generate: must be at least 1; got {count}")
+
+    def read(size: int) -> Iterator[tuple[Item, Images]]:
+        batch = synthesizer.preferred_batch
+        for start in range(0, count, batch):
+            indices = range(start, min(start + batch, count))
+            labels = [i % len(names) for i in indices]
+            drawn = synthesizer.images([seed] * len(indices), indices, labels, truncation_psi=truncation_psi)
+            if drawn.shape[3] == 1:
+                drawn = drawn.repeat(3, axis=3)
+            for i, label, image in zip(indices, labels, drawn, strict=True):
+                yield (
+                    Item(
+                        id=f"GEN_{seed}_{i:08d}",
+                        kind=GENERATED,
+                        class_name=binary_class(names[label], class_names),
+                        source=bundle.name,
+                        seed=seed,
+                        index=i,
+                        label=label,
+                    ),
+                    image,
+                )
+
+    return Pictures(count, read)
+
+
+def dataset_images(location: Path, class_names: tuple[str, str]) -> Pictures:
+    """Every image of a dataset of `dermis generate`."""
+    from dermis.dataset.reading import open_dataset, read_samples
+
+    manifest, rows = open_dataset(location)
+
+    def item(row: dict[str, str]) -> Item:
+        return Item(
+            id=row["isic_id"],
+            kind=GENERATED,
+            class_name=binary_class(row["target"], class_names),
+            source=manifest.bundle_name,
+            seed=int(row["seed"]),
+            index=int(row["index"]),
+            label=int(row["label"]),
+        )
+
+    def read(size: int) -> Iterator[tuple[Item, Images]]:
+        from dermis.imaging import decode
+
+        for row, data in read_samples(location):
+            yield item(row), decode(data)
+
+    return Pictures(len(rows), read)
+
+
+def added_images(text: str, class_names: tuple[str, str]) -> Pictures:
+    """KIND=FOLDER: more images, of a kind of their own ("projected"); with classes if the folder tells them."""
+    kind, equals, folder = text.partition("=")
+    if not equals or not kind or not folder:
+        raise DataError(f"--add: {text!r} is not of the form KIND=FOLDER, such as projected=projections")
+    if kind in (REAL, GENERATED):
+        raise DataError(f"--add: {kind} images come from --data, --generator or --dataset; name another kind")
+    path = Path(folder)
+    try:
+        return real_images(path, class_names, kind=kind)
+    except DataError:
+        files = sorted(file for file in path.glob("*") if file.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+        if not files:
+            raise
+        chosen = [(Item(f"{kind}:{file.stem}", kind), file.read_bytes) for file in files]
+        return Pictures(len(chosen), lambda size: _decoded(chosen, size))
+
+
+def _decoded(chosen: Sequence[tuple[Item, Callable[[], bytes]]], size: int) -> Iterator[tuple[Item, Images]]:
+    from dermis.cpus import available_cpus
+    from dermis.reading import ImageError, read_image
+
+    def decode(pair: tuple[Item, Callable[[], bytes]]) -> Any:
+        try:
+            return read_image(pair[1](), size=size)
+        except ImageError as error:
+            raise DataError(f"{pair[0].id}: {error}") from None
+        except OSError as error:
+            raise DataError(f"{pair[0].id}: cannot be read ({error.strerror})") from None
+
+    with ThreadPoolExecutor(available_cpus()) as pool:
+        for start in range(0, len(chosen), _CHUNK):
+            chunk = chosen[start : start + _CHUNK]
+            yield from zip((item for item, _ in chunk), pool.map(decode, chunk), strict=True)

@@ -1,0 +1,211 @@
+"""A folder of latent neighbours: images near given latents, in class sub-folders, with what makes them again.
+
+    benign/NBR_00000_000.png ...   neighbour 0 of anchor 0; `dermis train classifier --synthetic FOLDER` takes the folder
+    metadata.csv                   the columns of every generated dataset, and `anchor` and `neighbour`
+    neighbours.json                bundle, distance, space, anchors: enough to make the images again
+    anchors.npz                    the given style vectors, where anchors are projections
+
+It appears whole or not at all; what an interrupted call has drawn lies beside it and the same call goes on with it.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dermis import __version__
+from dermis.dataset.containers import COLUMNS, SOURCE, folder_name
+from dermis.dataset.store import storage_errors
+from dermis.errors import DataError, StorageError
+from dermis.imaging import encode
+from dermis.latent_neighbours import Anchor, Space, check_options, neighbours_of
+
+if TYPE_CHECKING:
+    from dermis.bundle import Bundle
+    from dermis.networks import Generator
+    from dermis.synthesizer import Synthesizer
+
+DESCRIPTION, METADATA, ANCHORS = "neighbours.json", "metadata.csv", "anchors.npz"
+FORMAT_VERSION = 1
+MOST = 10_000  # neighbours of one anchor
+_PLAN = "plan.json"
+
+
+def write_neighbours(
+    out: Path,
+    bundle: Bundle,
+    generator: Generator,
+    synthesizer: Synthesizer,
+    anchors: Sequence[Anchor],
+    *,
+    count: int,
+    distance: float,
+    space: Space = "w",
+    truncation_psi: float = 1.0,
+    class_names: Sequence[str] | None = None,
+    done: Callable[[int], object] = lambda images: None,
+) -> int:
+    """Draw `count` neighbours of each anchor at `distance` (see `dermis.latent_neighbours`); returns how many images.
+
+    class_names: of the generator's labels, if the bundle has none. `done(n)` is called after n more. Refuses an `out` that
+    exists. Raises DataError or StorageError.
+    """
+    check_options(distance, space)
+    if not 1 <= count <= MOST:
+        raise DataError(f"count: {count} is not from 1 to {MOST:,}")
+    if not anchors:
+        raise DataError("there is no anchor to make neighbours of")
+    if out.exists():
+        raise DataError(f"{out}: exists already; choose another --out or remove it")
+    names = tuple(class_names or bundle.class_names)
+    described = _description(bundle, synthesizer, anchors, names, count, distance, space, truncation_psi)
+    text = json.dumps(described, indent=2, sort_keys=True) + "\n"
+    partial = out.with_name(f".{out.name}.partial")
+    with storage_errors(str(partial)):
+        _begin(partial, text)
+        for label in sorted({anchor.label for anchor in anchors}):
+            (partial / folder_name(names[label])).mkdir(exist_ok=True)
+    tasks = [(i, number) for i in range(len(anchors)) for number in range(count)]
+    hashes = dict(_drawn(partial, tasks, anchors, names))
+    done(len(hashes))
+    left = [task for task in tasks if task not in hashes]
+    step = synthesizer.preferred_batch * max(1, 32 // synthesizer.preferred_batch)
+    for start in range(0, len(left), step):
+        chunk = left[start : start + step]
+        ws = [
+            neighbours_of(
+                generator,
+                anchors[i],
+                [number for _, number in group],
+                distance=distance,
+                space=space,
+                truncation_psi=truncation_psi,
+            )
+            for i, group in groupby(chunk, key=lambda task: task[0])
+        ]
+        images = synthesizer.images_from_ws(np.concatenate(ws))
+        for task, image in zip(chunk, images, strict=True):
+            hashes[task] = _write(partial / _file_name(task, anchors, names), encode(image))
+        done(len(chunk))
+    with storage_errors(str(out)):
+        (partial / METADATA).write_text(_table(tasks, anchors, names, hashes), encoding="utf-8")
+        given = {i: anchor.ws for i, anchor in enumerate(anchors) if anchor.ws is not None}
+        if given:
+            np.savez_compressed(partial / ANCHORS, ws=np.stack(list(given.values())), anchors=np.array(list(given)))
+        (partial / _PLAN).replace(partial / DESCRIPTION)
+        partial.rename(out)
+    return len(tasks)
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """neighbours.json. StorageError if it is missing or damaged."""
+    try:
+        found: dict[str, Any] = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{folder}: has no {DESCRIPTION} that can be read ({error})") from None
+    return found
+
+
+def _description(
+    bundle: Bundle,
+    synthesizer: Synthesizer,
+    anchors: Sequence[Anchor],
+    names: Sequence[str],
+    count: int,
+    distance: float,
+    space: Space,
+    truncation_psi: float,
+) -> dict[str, Any]:
+    classes = max(bundle.generator.c_dim, 1)
+    for anchor in anchors:
+        if not 0 <= anchor.label < min(classes, len(names)):
+            raise DataError(f"{anchor.id}: class number {anchor.label} is none of the generator's {classes}")
+    return {
+        "format_version": FORMAT_VERSION,
+        "bundle": {"name": bundle.name, "digest": bundle.digest, "class_names": list(names)},
+        "synthesizer": {**synthesizer.identity, "dermis": __version__},
+        "count": count,
+        "distance": distance,
+        "space": space,
+        "truncation_psi": truncation_psi,
+        "anchors": [
+            {
+                "id": anchor.id,
+                "label": anchor.label,
+                "seed": anchor.seed,
+                "index": anchor.index,
+                "ws_sha256": None if anchor.ws is None else hashlib.sha256(anchor.ws.tobytes()).hexdigest(),
+            }
+            for anchor in anchors
+        ],
+    }
+
+
+def _begin(partial: Path, plan: str) -> None:
+    """A folder to go on in: what another call had begun there is removed."""
+    if partial.exists() and (not (partial / _PLAN).is_file() or (partial / _PLAN).read_text(encoding="utf-8") != plan):
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True, exist_ok=True)
+    _write(partial / _PLAN, plan.encode())
+
+
+Task = tuple[int, int]
+
+
+def _drawn(
+    partial: Path, tasks: Sequence[Task], anchors: Sequence[Anchor], names: Sequence[str]
+) -> Iterator[tuple[Task, str]]:
+    """What is there already, with its SHA-256."""
+    for task in tasks:
+        path = partial / _file_name(task, anchors, names)
+        if path.is_file():
+            yield task, hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _write(path: Path, data: bytes) -> str:
+    """Write a file whole; its SHA-256."""
+    beside = path.with_name(f".{path.name}.part")
+    with storage_errors(str(path)):
+        beside.write_bytes(data)
+        beside.replace(path)
+    return hashlib.sha256(data).hexdigest()
+
+
+def _id(task: Task) -> str:
+    return f"NBR_{task[0]:05d}_{task[1]:03d}"
+
+
+def _file_name(task: Task, anchors: Sequence[Anchor], names: Sequence[str]) -> str:
+    return f"{folder_name(names[anchors[task[0]].label])}/{_id(task)}.png"
+
+
+def _table(tasks: Sequence[Task], anchors: Sequence[Anchor], names: Sequence[str], hashes: dict[Task, str]) -> str:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, (*COLUMNS, "anchor", "neighbour"), restval="", lineterminator="\n")
+    writer.writeheader()
+    for task in tasks:
+        anchor = anchors[task[0]]
+        writer.writerow(
+            {
+                "isic_id": _id(task),
+                "target": names[anchor.label],
+                "source": SOURCE,
+                "file_name": _file_name(task, anchors, names),
+                "label": anchor.label,
+                "seed": anchor.seed,
+                "index": anchor.index,
+                "sha256": hashes[task],
+                "anchor": anchor.id,
+                "neighbour": task[1],
+            }
+        )
+    return text.getvalue()

@@ -1,0 +1,129 @@
+"""A page of heat maps: one HTML file that needs nothing else. It shows the images themselves, so it goes where they may go."""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dermis.classifier.description import NOTICE, Description
+from dermis.explain.attribution import STEPS, Attribution, Method
+from dermis.explain.rendering import (
+    SALIENT_PERCENT,
+    full_colour,
+    heat_map,
+    legend,
+    per_percent,
+    salient_mask,
+    salient_view,
+    to_png,
+)
+from dermis.imaging import Images
+
+_WIDTH = 192  # of a picture on the page, px
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #1c2430; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .8rem; text-align: left; border-bottom: 1px solid #d5dae1; }
+img { display: block; }
+.warning { background: #fdeaea; border-left: .4rem solid #b3261e; padding: .6rem 1rem; }
+.note { color: #55606e; max-width: 48rem; }
+.legend { display: flex; gap: .6rem; align-items: center; color: #55606e; font-size: .85rem; }
+figure { margin: 0 0 1rem; display: flex; flex-wrap: wrap; gap: .6rem; align-items: flex-start; }
+figcaption { font-size: .9rem; min-width: 14rem; flex: 1; overflow-wrap: anywhere; }
+figcaption .note { font-size: .85rem; }
+.wrong { color: #b3261e; font-weight: 600; }
+"""
+_METHODS = {
+    "xrai": "XRAI (Kapishnikov et al., arXiv 1906.02825): each region has the mean attribution of its pixels. Regions are "
+    "chosen by what speaks for the positive class; what is left at the end may be narrow strips, which mean little",
+    "integrated-gradients": "Integrated gradients (Sundararajan et al., arXiv 1703.01365), smoothed for the picture, as "
+    "single pixels are mostly noise",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One image of the page. `label` is the true class, or None if it is not known."""
+
+    name: str
+    probability: float
+    calibrated: float
+    class_name: str
+    label: str | None
+    found: Attribution
+
+    @property
+    def wrong(self) -> bool:
+        """Whether the class is not the label."""
+        return self.label is not None and self.label != self.class_name
+
+
+def heat_map_page(
+    described: Description,
+    method: Method,
+    threshold: tuple[str, float],
+    entries: Sequence[Entry],
+    total: int,
+) -> str:
+    """The page of `entries` in their order. total: how many images they were chosen from. threshold: its name and value."""
+    name, value = threshold
+    positive = html.escape(described.positive_class)
+    known = [entry for entry in entries if entry.label is not None]
+    wrong = sum(entry.wrong for entry in entries)
+    mistakes = "Images that got the wrong class come first, the surest mistakes before the others. "
+    order = f"{mistakes if known else ''}{'Then come those' if known else 'First come those'} nearest to the threshold."
+    told = f" {wrong:,} of the {len(known):,} with a known class got the wrong one." if known else ""
+    gap = max((abs(entry.found.gap) for entry in entries), default=0.0)
+    named = f"{value:.4g}" if name == f"{value:g}" else f"{html.escape(name)}, {value:.4g}"
+    bar = _picture(legend(), 256, f"colours from against to for {described.positive_class}")
+    return f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>Heat maps</title><style>{_STYLE}</style>
+<h1>Heat maps</h1>
+<p class="warning"><strong>{html.escape(NOTICE)}</strong></p>
+<p class="warning"><strong>This page shows the images.</strong> Whoever may not see them may not see this page; do not publish
+it.</p>
+<p>{len(entries):,} of {total:,} images. {order}{told}</p>
+<table>
+<tr><th>classifier</th><td>{html.escape(described.architecture)}, {described.input.size} px,
+<code>{described.digest[:12]}</code></td></tr>
+<tr><th>threshold</th><td>{named}, on the calibrated probability of {positive}</td></tr>
+<tr><th>method</th><td>{_METHODS[method]}</td></tr>
+<tr><th>baselines</th><td>a black and a white image, averaged; {STEPS} steps each. The attributions of an image sum up to its
+logit less that of the baselines, here within {gap:.2g}</td></tr>
+</table>
+<h2>How to read it</h2>
+<p class="legend">against {positive} {bar} for {positive}</p>
+<p class="note">Left the image as the classifier sees it, in the middle what its parts add to the logit of {positive}, right the
+{SALIENT_PERCENT:g} % of the area, or as much more as whole regions take, that speak most for it. Each picture has its own
+scale: full colour is what 95 % of the area stay below, and stands beside it as logits for each 1 % of the area. A heat map
+tells what this network computes. It does not tell what is true of the skin, nor that the network is right.</p>
+<h2>Images</h2>
+{"".join(_figure(entry, described) for entry in entries)}
+</html>
+"""
+
+
+def _figure(entry: Entry, described: Description) -> str:
+    found, name = entry.found, entry.name
+    pictures = (
+        (found.image, f"{name} as the classifier sees it"),
+        (heat_map(found), f"heat map of {name}"),
+        (salient_view(found), f"what of {name} speaks most for {described.positive_class}"),
+    )
+    shown = "".join(_picture(picture, _WIDTH, alt) for picture, alt in pictures)
+    label = "" if entry.label is None else f"<br>label {html.escape(entry.label)}"
+    wrong = ', <span class="wrong">wrong</span>' if entry.wrong else ""
+    scale = per_percent(found, full_colour(found))
+    return f"""<figure>{shown}<figcaption><strong>{html.escape(name)}</strong><br>{html.escape(entry.class_name)}, calibrated
+{entry.calibrated:.3f} (probability {entry.probability:.3f}){label}{wrong}<br><span class="note">logit {found.logit:.2f}, of the
+baselines {found.baseline:.2f}<br>full colour: &plusmn;{scale:.2g} logits for each 1 % of the area<br>right:
+{salient_mask(found).mean():.0%} of the area</span></figcaption></figure>
+"""
+
+
+def _picture(image: Images, width: int, alt: str) -> str:
+    data = base64.b64encode(to_png(image)).decode()
+    return f'<img alt="{html.escape(alt)}" width="{width}" src="data:image/png;base64,{data}">'

@@ -1,0 +1,54 @@
+"""An embedding as TensorBoard's projector reads it: `tensorboard --logdir FOLDER`, or four files to load by hand."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+
+from dermis.dataset.store import storage_errors
+from dermis.explain.embeddings import Embedded
+from dermis.explain.embeddings_page import sprite
+from dermis.imaging import encode
+
+TENSORS, METADATA, SPRITE, CONFIG = "tensors.tsv", "metadata.tsv", "sprite.png", "projector_config.pbtxt"
+_COLUMNS = ("id", "kind", "class", "source", "part", "predicted", "calibrated")
+
+
+def write_projector(folder: Path, embedded: Embedded, predicted: list[str]) -> None:
+    """Write the features [N, D] in full, what is known of each image, the sprite and the configuration.
+
+    StorageError if the folder cannot be written, DataError if the sprite would be too large.
+    """
+    picture = encode(sprite(embedded.thumbnails))
+    side = embedded.thumbnails.shape[1]
+    text = io.StringIO()
+    np.savetxt(text, embedded.features, fmt="%.6g", delimiter="\t")
+    rows = ["\t".join(_COLUMNS)]
+    for item, said, p in zip(embedded.items, predicted, embedded.calibrated, strict=True):
+        cells = (item.id, item.kind, item.class_name, item.source, item.part, said, f"{p:.6f}")
+        rows.append("\t".join(" ".join(cell.split()) for cell in cells))  # a tab or line break would end the cell
+    config = f"""embeddings {{
+  tensor_name: "classifier features"
+  tensor_path: "{TENSORS}"
+  metadata_path: "{METADATA}"
+  sprite {{
+    image_path: "{SPRITE}"
+    single_image_dim: {side}
+    single_image_dim: {side}
+  }}
+}}
+"""
+    files = {
+        TENSORS: text.getvalue().encode(),
+        METADATA: ("\n".join(rows) + "\n").encode(),
+        SPRITE: picture,
+        CONFIG: config.encode(),  # last: without it the projector looks at nothing
+    }
+    with storage_errors(str(folder)):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, data in files.items():
+            beside = folder / f".{name}.part"
+            beside.write_bytes(data)
+            beside.replace(folder / name)

@@ -1,0 +1,38 @@
+"""The format between gateway and explainer: one image in, one picture out."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dermis.bundle import Bundle
+
+if TYPE_CHECKING:
+    from dermis.explain.attribution import Explainer, Method
+
+MEDIA_TYPE = "image/png"
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """A picture, PNG, and the size of an attribution that has full colour, in logits for each 1 % of the area."""
+
+    content: bytes
+    scale: float
+
+
+Explain = Callable[[Bundle, "Method", NDArray[np.uint8]], Awaitable[HeatMap]]
+"""(bundle with a classifier, method, uint8 [S, S, 3]) -> its heat map."""
+
+
+def make(explainer: Explainer, method: Method, image: NDArray[np.uint8]) -> Mapping[str, Any]:
+    """The fields of a HeatMap."""
+    from dermis.explain.rendering import LEAST_SIDE, full_colour, heat_map, per_percent, to_png
+
+    found = explainer.attribute(image, method)
+    picture = heat_map(found, max(LEAST_SIDE, len(found.image)))
+    return {"content": to_png(picture), "scale": per_percent(found, full_colour(found))}

@@ -1,0 +1,37 @@
+"""Calls to another service: what may pass is told from what does not."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import aiohttp
+import pytest
+from bentoml.exceptions import BentoMLException, ServiceUnavailable
+
+from services.connection import Connection
+from services.errors import InferenceFailedError, InferenceUnavailableError
+
+
+class _Client:
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    async def generate(self, rows: Any) -> Any:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (aiohttp.ServerDisconnectedError(), InferenceUnavailableError),  # it died before it answered
+        (aiohttp.ClientPayloadError("half"), InferenceUnavailableError),  # it died while it answered
+        (ConnectionRefusedError(), InferenceUnavailableError),
+        (TimeoutError(), InferenceUnavailableError),
+        (ServiceUnavailable("full"), InferenceUnavailableError),
+        (BentoMLException("wrong"), InferenceFailedError),
+    ],
+)
+def test_a_service_that_dies_is_one_that_may_come_back(error: Exception, expected: type[Exception]) -> None:
+    with pytest.raises(expected, match="the generator"):
+        asyncio.run(Connection(_Client(error), "the generator").call("generate", b""))

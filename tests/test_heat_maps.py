@@ -1,0 +1,247 @@
+"""Heat maps: complete, where the network looks, the same every time; the page shows edge cases first and goes on."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+from commands.main import app
+from dermis.classifier.description import NOTICE, Description, InputSpec, write_classifier
+from dermis.classifier.onnx_session import Classifier
+from dermis.classifier.preprocess import to_input
+from dermis.errors import DermisError
+from dermis.explain import attribution
+from dermis.explain.attribution import METHODS, Explainer, Method, attribute
+from dermis.explain.rendering import colours, full_colour, heat_map, salient_mask, to_png
+from dermis.imaging import Images, encode
+from lesions import lesion
+from tiny_skin import make_skin
+from training.classifier.config import ClassifierConfig
+from training.classifier.export import to_onnx
+from training.classifier.network import finished_network, new_network
+
+SIZE = 48
+
+
+class Quadrant(nn.Module):
+    """Sees the upper left quarter of an image only, and how red it is there. A curved function of it, so that one step is
+    not enough."""
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        half = images.shape[-1] // 2
+        seen = images[:, 0, :half, :half] / 255 - images[:, 2, :half, :half] / 510
+        return 20 * torch.tanh(2 * seen - 0.7).mean((1, 2)), images
+
+
+def quarters(size: int = SIZE) -> Images:
+    """Four quarters of different colours with a little noise, which segments do not cross."""
+    rng = np.random.default_rng(1)
+    image = rng.normal(0, 4, (size, size, 3))
+    half = size // 2
+    for (y, x), colour in zip(
+        ((0, 0), (0, 1), (1, 0), (1, 1)), ((220, 60, 60), (60, 200, 80), (60, 80, 200), (200, 200, 60)), strict=True
+    ):
+        image[y * half : (y + 1) * half, x * half : (x + 1) * half] += colour
+    return image.clip(0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A network of timm's with random weights, exported as a trained one is."""
+    config = ClassifierConfig(architecture="test_efficientnet", size=SIZE)
+    network = finished_network(new_network(config, "none"), 0.0)
+    described = Description(
+        "test_efficientnet",
+        InputSpec(SIZE, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ("benign", "malignant"),
+        "malignant",
+        1.5,
+        {"default": 0.5},
+        "fp16",
+        network.head.in_features,
+    )
+    out = tmp_path_factory.mktemp("classifier") / "c"
+    write_classifier(out, described, to_onnx(network, SIZE), "# Test\n")
+    return out
+
+
+# -- numbers
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_attributions_sum_up_to_the_logit_less_that_of_the_baselines(method: Method) -> None:
+    network, image = Quadrant(), quarters()
+    found = attribute(network, image, method)
+    assert found.values.dtype == np.float32 and found.values.shape == (SIZE, SIZE)
+    x = torch.tensor(image).permute(2, 0, 1)[None].float()
+    expected = [float(network(each)[0]) for each in (x, torch.zeros_like(x), torch.full_like(x, 255))]
+    assert found.logit == pytest.approx(expected[0])
+    assert found.baseline == pytest.approx(np.mean(expected[1:]))
+    assert found.values.sum() == pytest.approx(found.logit - found.baseline, abs=1e-3)
+    assert abs(found.gap) < 1e-3 < abs(found.logit - found.baseline)
+    assert abs(attribute(network, image, method, steps=1).gap) > 0.1  # the tolerance means something
+
+
+def test_attributions_lie_where_the_network_looks() -> None:
+    half = SIZE // 2
+    pixels = attribute(Quadrant(), quarters(), "integrated-gradients").values
+    assert not pixels[half:].any() and not pixels[:, half:].any() and (pixels[:half, :half] > 0).all()
+    regions = attribute(Quadrant(), quarters(), "xrai")
+    mask = salient_mask(regions, 20)
+    edge = half + 6  # segments are widened by 5 px
+    assert mask[: half - 1, : half - 1].all() and mask.sum() == mask[:edge, :edge].sum()
+    assert regions.values[:edge, :edge].sum() > 0.99 * regions.values.sum() > 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_image_gives_the_same_bytes(classifier: Path, method: Method) -> None:
+    image = lesion(3, SIZE)
+    first, second = (Explainer(classifier).attribute(image, method) for _ in range(2))
+    assert first.values.tobytes() == second.values.tobytes()
+    assert to_png(heat_map(first, 100)) == to_png(heat_map(second, 100))
+    with Classifier(classifier, device="cpu") as session:
+        assert first.logit == pytest.approx(float(session.classify([image]).logits[0]), abs=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(SIZE, SIZE), (30, 71), (200, 90)])
+def test_images_of_any_size_are_seen_as_the_classifier_sees_them(classifier: Path, shape: tuple[int, int]) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    found = Explainer(classifier).attribute(image)
+    assert (found.image == to_input(image, SIZE)).all() and found.values.shape == (SIZE, SIZE)
+    assert np.isfinite(found.values).all()
+
+
+@pytest.mark.parametrize("value", [0, 128, 255])
+def test_an_image_of_one_colour_has_one_region(classifier: Path, value: int) -> None:
+    found = Explainer(classifier).attribute(np.full((SIZE, SIZE, 3), value, np.uint8))
+    assert np.ptp(found.values) == 0 and np.isfinite(found.values).all()
+    assert heat_map(found).shape == (SIZE, SIZE, 3)
+
+
+def test_without_its_packages_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, classifier: Path) -> None:
+    find = attribution.importlib.util.find_spec
+    monkeypatch.setattr(
+        attribution.importlib.util, "find_spec", lambda name: None if name == "saliency" else find(name)
+    )
+    with pytest.raises(DermisError, match=r'saliency: pip install "dermis\[explain\]"'):
+        Explainer(classifier)
+
+
+def test_knowing_of_heat_maps_loads_neither_torch_nor_saliency() -> None:
+    program = (
+        "import sys, dermis.explain.rendering, services.heat_maps, services.gateway.heat_maps;"
+        "sys.exit(bool({'torch', 'saliency', 'captum', 'skimage'} & sys.modules.keys()))"
+    )
+    assert subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[1]).returncode == 0
+
+
+# -- pictures
+
+
+def test_colours_grow_evenly_and_alike_in_both_directions() -> None:
+    values = np.linspace(0, 1, 33)
+    grey = np.array([0.2126, 0.7152, 0.0722])
+    light = {sign: colours(sign * values) @ grey for sign in (-1, 1)}
+    for steps in light.values():
+        assert (np.diff(steps) > 0).all()
+    assert np.abs(light[-1] - light[1]).max() < 0.1
+    red, _, blue = colours(np.array([0.6]))[0]
+    assert red > 2 * blue
+    red, _, blue = colours(np.array([-0.6]))[0]
+    assert blue > 2 * red
+
+
+def test_a_heat_map_shows_for_and_against_and_the_image_beneath() -> None:
+    found = attribute(Quadrant(), quarters(), "xrai")
+    flipped = attribution.Attribution("xrai", found.image, -found.values, found.logit, found.baseline)
+    for each, strong, weak in ((found, 0, 2), (flipped, 2, 0)):
+        corner = heat_map(each)[5:15, 5:15].astype(float).mean((0, 1))
+        assert corner[strong] > corner[weak] + 30
+    assert full_colour(found) > 0
+    nothing = attribution.Attribution("xrai", found.image, np.zeros_like(found.values), 0.0, 0.0)
+    shown = heat_map(nothing).astype(int)
+    assert (shown[..., 0] == shown[..., 2]).mean() > 0.9 and np.ptp(shown) > 30
+    assert NOTICE.encode() in to_png(shown.astype(np.uint8))
+
+
+# -- the page
+
+
+def run(*arguments: str) -> str:
+    done = CliRunner().invoke(app, ["explain", "heat-maps", *arguments])
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def test_the_page_shows_mistakes_first_and_a_second_run_computes_nothing(
+    classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_skin(tmp_path / "skin", count=12)
+    options = ("--data", str(tmp_path / "skin"), "--classifier", str(classifier), "--out", str(tmp_path / "out"))
+    output = run(*options, "--count", "7", "--pictures", "--device", "cpu")
+    assert NOTICE in output
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert NOTICE in page and "This page shows the images" in page and "7 of 12 images" in page
+    figures = page.split("<figure>")[1:]
+    assert len(figures) == 7 and all(figure.count("data:image/png;base64,") == 3 for figure in figures)
+    assert "http" not in page.replace("arXiv", "") and "<script" not in page  # it needs nothing else
+    wrong = ['class="wrong"' in figure for figure in figures]
+    assert wrong == sorted(wrong, reverse=True) and any(wrong)
+    distance = [abs(float(figure.split("calibrated\n")[1].split()[0]) - 0.5) for figure in figures]
+    mistakes = sum(wrong)
+    assert distance[:mistakes] == sorted(distance[:mistakes], reverse=True)
+    assert distance[mistakes:] == sorted(distance[mistakes:])
+    pictures = sorted((tmp_path / "out" / "heat-maps").iterdir())
+    assert len(pictures) == 7 and pictures[0].name.startswith("0000-ISIC_")
+    assert len(list((tmp_path / "out" / "attributions").iterdir())) == 7
+
+    monkeypatch.setattr(Explainer, "attribute", lambda *_: pytest.fail("it was there already"))
+    before = pictures[0].read_bytes()
+    run(*options, "--count", "7", "--pictures", "--device", "cpu")
+    assert (tmp_path / "out" / "index.html").read_text() == page and pictures[0].read_bytes() == before
+
+
+def test_images_without_classes_are_in_order_of_nearness_and_bad_ones_are_named(
+    classifier: Path, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        (tmp_path / f"<b>{i}.png").write_bytes(encode(rng.integers(0, 256, (40 + i, 60, 3), dtype=np.uint8)))
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    out = tmp_path / "out"
+    with pytest.raises(DermisError, match="1 images could not be read"):
+        run(str(tmp_path), "--classifier", str(classifier), "--out", str(out), "--method", "integrated-gradients")
+    page = (out / "index.html").read_text()
+    assert "3 of 3 images" in page and "<b>" not in page and "&lt;b&gt;0.png" in page
+    assert "label" not in page.split("<h2>Images</h2>")[1]
+
+
+def test_what_cannot_be_is_refused_at_once(classifier: Path, tmp_path: Path) -> None:
+    make_skin(tmp_path / "skin", count=4)
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "thesis.txt").touch()
+    header, rows = "isic_id,part,label,logit,probability,calibrated\n", ["ISIC_0000000,test,1,9,0.999,0.99\n"]
+    (tmp_path / "other.csv").write_text(header + rows[0])
+    (tmp_path / "none.csv").write_text(header)
+    skin, common = ("--data", str(tmp_path / "skin")), ("--classifier", str(classifier))
+    for arguments, message in (
+        ((*skin, "--out", str(tmp_path / "used")), "thesis.txt; name a new folder"),
+        ((*skin, "--out", str(classifier / "page")), "keep it apart"),
+        (("--out", str(tmp_path / "o")), "give image files or folders, or --data"),
+        ((*skin, "--method", "gradcam", "--out", str(tmp_path / "o")), "none of xrai"),
+        ((*skin, "--predictions", str(tmp_path / "none.csv"), "--out", str(tmp_path / "o")), "no image of the part"),
+        ((*skin, "--predictions", str(tmp_path / "other.csv"), "--out", str(tmp_path / "o")), "of this classifier"),
+        ((*skin, "--predictions", str(tmp_path / "no.csv"), "--out", str(tmp_path / "o")), "No such file"),
+    ):
+        with pytest.raises(DermisError, match=message):
+            run(*common, *arguments)
+    assert not (classifier / "page").exists() and not (tmp_path / "o" / "index.html").exists()

@@ -1,0 +1,142 @@
+"""Runs of one classifier with different images and seeds, none exported; what they share is computed once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dermis.classifier.torch_network import TorchClassifier
+from dermis.explain.embeddings import Embedded, Item
+from training.classifier.batches import TrainingSet
+from training.classifier.calibration import calibrated, choose_thresholds, fit_temperature
+from training.classifier.config import ClassifierConfig
+from training.classifier.data import RealData
+from training.classifier.loop import all_features, logits_of, logits_of_features, seen_share, train
+from training.classifier.network import new_network, prior_shift
+from training.classifier.synthetic import SyntheticImages
+from training.data.cache import new_array, read_array
+from training.experiments.plan import write_beside
+from training.gan.parallel import Ranks
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A network that is trained, calibrated on validation, and what it says of the test images: calibrated [N]."""
+
+    network: TorchClassifier
+    shift: float
+    temperature: float
+    threshold: float
+    calibrated: Floats
+
+
+class Learner:
+    """Trains runs in folders of their own; where only the last layer learns, every image goes through the rest once."""
+
+    def __init__(
+        self,
+        real: RealData,
+        config: ClassifierConfig,
+        out: Path,
+        weights: str,
+        ranks: Ranks,
+        cache: Path,
+        progress_bar: bool,
+    ) -> None:
+        self.real, self.config, self.out, self.weights, self.ranks = real, config, out, weights, ranks
+        self.cache, self.progress_bar = cache, progress_bar
+        self._known: dict[int, tuple[NDArray[np.uint8], torch.Tensor]] = {}
+
+    def run(self, name: str, seed: int, added: SyntheticImages | None = None) -> Run | None:
+        """Train on the real training part and what is added, unless that is done. None if the user stopped it."""
+        config, real = replace(self.config, seed=seed), self.real
+        folder = self.out / f"{name}-{seed}"
+        arrays = (real.train.images, *(added.images if added else ()))
+        labels = np.concatenate([real.train.labels, np.array(added.labels if added else (), np.int64)])
+        training = TrainingSet(arrays, labels)
+        network = new_network(config, self.weights)
+        features = None
+        if config.cached_features:
+            learnt = torch.cat([self._features(network, array) for array in arrays])
+            features = learnt, self._features(network, real.validation.images)
+        origin = [dict(each) for each in added.origin] if added else []
+        facts = json.dumps([{part: each.sha256 for part, each in real.parts.items()}, origin], sort_keys=True)
+        best, progress = train(
+            network,
+            training,
+            real.validation,
+            config,
+            folder,
+            data=hashlib.sha256(facts.encode()).hexdigest(),
+            ranks=self.ranks,
+            resume=True,
+            progress_bar=self.progress_bar and not config.cached_features,
+            features=features,
+        )
+        if progress.stopped:
+            return None
+        shift = prior_shift(seen_share(training, config), real.validation.positive_share)
+        on_validation = self._logits(best, real.validation.images) + shift
+        temperature = fit_temperature(real.validation.labels, on_validation)
+        thresholds = choose_thresholds(real.validation.labels, calibrated(on_validation, temperature))
+        on_test = calibrated(self._logits(best, real.test.images) + shift, temperature)
+        rows = zip(real.test.ids, real.test.labels, on_test, strict=True)
+        lines = [f"{image},{int(label)},{p:.6f}\n" for image, label, p in rows]
+        write_beside(folder / "predictions.csv", "".join(["isic_id,label,calibrated\n", *lines]))
+        return Run(best, shift, temperature, thresholds["default"], on_test)
+
+    def embedded(self, run: Run, images: NDArray[np.uint8], items: Sequence[Item]) -> Embedded:
+        """Images uint8 [N, S, S, 3] as the network of a run sees them; without thumbnails."""
+        features = self._features(run.network, images).cpu().numpy()
+        probabilities = calibrated(self._logits(run.network, images) + run.shift, run.temperature)
+        return Embedded(tuple(items), features, probabilities, np.empty((len(images), 0, 0, 3), np.uint8))
+
+    def _logits(self, network: TorchClassifier, images: NDArray[np.uint8]) -> Floats:
+        if self.config.cached_features:
+            return logits_of_features(network, self._features(network, images))
+        return logits_of(network, images, self.ranks.device)
+
+    def _features(self, network: TorchClassifier, images: NDArray[np.uint8]) -> torch.Tensor:
+        """Features [N, D]; remembered, here and on disk, where no run changes what comes before the last layer."""
+        as_set = TrainingSet((images,), np.zeros(len(images), np.int64))
+        if not self.config.cached_features:
+            return all_features(network, as_set, self.ranks, self.progress_bar)
+        if id(images) not in self._known:
+            facts = f"{self.config.architecture} {self.config.size} {_weights(network)} {_content(images)}"
+            file = self.cache / f"edge-features-{hashlib.sha256(facts.encode()).hexdigest()[:24]}.npy"
+            shape = (len(images), network.head.in_features)
+            found = read_array(file, shape)
+            if found is None:
+                found = all_features(network, as_set, self.ranks, self.progress_bar).cpu().numpy()
+                with new_array(file, shape, np.float32) as array:
+                    array[:] = found
+            # The images too, so that no other array can come to have this id.
+            self._known[id(images)] = images, torch.from_numpy(found).to(self.ranks.device)
+        return self._known[id(images)][1]
+
+
+def _weights(network: TorchClassifier) -> str:
+    """SHA-256 of all weights but the last layer's."""
+    head = {id(parameter) for parameter in network.head.parameters()}
+    digest = hashlib.sha256()
+    for value in (*network.backbone.parameters(), *network.backbone.buffers()):
+        if id(value) not in head:
+            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _content(images: NDArray[np.uint8]) -> str:
+    """SHA-256 of images, a few in memory at a time."""
+    digest = hashlib.sha256(str(images.shape).encode())
+    for start in range(0, len(images), 256):
+        digest.update(np.ascontiguousarray(images[start : start + 256]).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,192 @@
+"""Train a classifier in every scenario with several seeds, and compare them on the same real test images.
+
+plan.json                   what the folder was begun with; another data set, scale or option is refused
+SCENARIO/seed-N/            the run as `dermis train classifier` leaves it
+SCENARIO/seed-N/done.json   written last: the run is done
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dermis.bundle import DESCRIPTOR
+from dermis.errors import TrainingError
+from dermis.folders import exists
+from training.classifier.config import ClassifierConfig
+from training.classifier.data import RealData
+from training.classifier.run import ClassifierData, Origin, train_classifier
+from training.classifier.synthetic import SyntheticImages, SyntheticSource, load_synthetic, parse_source
+from training.experiments.plan import PLAN, write_beside
+from training.experiments.scenarios import GENERATORS, Scenario, sources_of_table1
+from training.gan.parallel import Ranks
+
+DONE = "done.json"
+_PREDICTIONS = "predictions.csv"
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A scenario and the images that it learns from."""
+
+    scenario: Scenario
+    data: ClassifierData
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one training says of the test images, in the order of their ids, and where it draws its threshold."""
+
+    seed: int
+    logits: Floats
+    calibrated: Floats
+    threshold: float
+
+
+def read_generators(given: Sequence[str], table1: Path | None) -> dict[str, list[SyntheticSource]]:
+    """Sources by generator: of a folder of `experiment run table1`, and from texts like "cgan=BUNDLE" or
+    "gan=benign=BUNDLE", which win. TrainingError names what is not understood.
+    """
+    found: dict[str, list[SyntheticSource]] = {}
+    if table1 is not None:
+        for generator in GENERATORS:
+            parts = {key: table1 / run / "bundle" for key, run in sources_of_table1(generator).items()}
+            if all(exists(str(part), DESCRIPTOR) for part in parts.values()):
+                found[generator] = [SyntheticSource(str(part), key or None) for key, part in parts.items()]
+        if not found:
+            raise TrainingError(f"--generators: {table1}: has no finished experiment of table1; run that first")
+    named: dict[str, list[SyntheticSource]] = {}
+    for text in given:
+        name, equals, source = text.partition("=")
+        if not equals or name not in GENERATORS or not source:
+            raise TrainingError(f"--generator {text}: must be NAME=SOURCE with a NAME of {', '.join(GENERATORS)}")
+        named.setdefault(name, []).append(parse_source(source))
+    return found | named
+
+
+def plan_tasks(
+    scenarios: Sequence[Scenario],
+    generators: Mapping[str, Sequence[SyntheticSource]],
+    real: RealData,
+    size: int,
+    scale: float,
+    *,
+    synthetic_seed: int,
+    truncation_psi: float,
+    cache: Path,
+    device: str,
+    progress: bool = True,
+) -> list[Task]:
+    """The scenarios whose generator is given, with their images. Raises what `load_synthetic` raises."""
+    tasks = []
+    for scenario in scenarios:
+        made: SyntheticImages | None = None
+        if scenario.generator is not None:
+            if scenario.generator not in generators:
+                continue
+            made = load_synthetic(
+                generators[scenario.generator],
+                scenario.counts(scale),
+                size,
+                seed=synthetic_seed,
+                truncation_psi=truncation_psi,
+                cache=cache,
+                device=device,
+                progress=progress,
+            )
+        tasks.append(Task(scenario, ClassifierData(scenario.configuration, real, made)))
+    return tasks
+
+
+def remember(out: Path, tasks: Sequence[Task], config: ClassifierConfig, seeds: Sequence[int], weights: str) -> None:
+    """Write out/plan.json, or add scenarios and seeds to it. TrainingError names what differs from before."""
+    options = {name: value for name, value in config.to_dict().items() if name != "seed"} | {"weights": weights}
+    planned = {task.scenario.name: task.data.digest for task in tasks}
+    file = out / PLAN
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))
+        stored_options, stored = before["options"], before["scenarios"]
+    except FileNotFoundError:
+        stored_options, stored = options, {}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise TrainingError(f"{file}: is no plan of table2; choose another --out") from None
+    changed = [name for name in options if stored_options.get(name) != options[name]]
+    if changed:
+        name = changed[0]
+        raise TrainingError(
+            f"{out}: was begun with {name} {stored_options.get(name)}, not {options[name]}; give the same, or another --out"
+        )
+    for name, digest in planned.items():
+        if stored.get(name, digest) != digest:
+            raise TrainingError(
+                f"{out}: {name} was begun with other images (data, split, generator or scale); give the same, or another --out"
+            )
+    text = json.dumps({"options": options, "scenarios": stored | planned, "seeds": list(seeds)}, indent=2)
+    write_beside(file, text + "\n")
+
+
+def run_tasks(
+    out: Path,
+    tasks: Sequence[Task],
+    config: ClassifierConfig,
+    seeds: Sequence[int],
+    *,
+    weights: str,
+    origin: Origin,
+    ranks: Ranks,
+    tell: Callable[[str], None],
+    progress_bar: bool = True,
+) -> bool:
+    """Train what is not done yet, seed by seed, so that there is a whole table early; False if the user stopped it."""
+    every = [(task, seed) for seed in seeds for task in tasks]
+    for number, (task, seed) in enumerate(every, 1):
+        name, folder = task.scenario.name, out / task.scenario.name / f"seed-{seed}"
+        head = f"[{number}/{len(every)}] {name}, seed {seed}:"
+        if (folder / DONE).exists():
+            tell(f"{head} done already")
+            continue
+        tell(f"{head} {len(task.data.training):,} images")
+        trained = train_classifier(
+            task.data,
+            replace(config, seed=seed),
+            folder,
+            origin=replace(origin, name=f"{name}-{seed}", scenario=task.scenario.title),
+            ranks=ranks,
+            weights=weights,
+            resume=True,
+            progress_bar=progress_bar,
+        )
+        if trained is None:
+            return False
+        facts = {
+            "seed": seed,
+            "classifier": trained.description.digest,
+            "threshold": trained.description.threshold(),
+            "epochs": trained.progress.epoch,
+            "hours": round(trained.progress.seconds / 3600, 3),
+        }
+        write_beside(folder / DONE, json.dumps(facts, indent=2) + "\n")
+    return True
+
+
+def read_runs(out: Path, scenario: Scenario, ids: Sequence[str]) -> list[Run]:
+    """Every run of a scenario that is done, by seed. TrainingError if its test images are not `ids`."""
+    found = []
+    for file in sorted((out / scenario.name).glob(f"seed-*/{DONE}")):
+        facts: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        with (file.parent / _PREDICTIONS).open(newline="", encoding="utf-8") as text:
+            rows = {row["isic_id"]: row for row in csv.DictReader(text) if row["part"] == "test"}
+        if rows.keys() != set(ids):
+            raise TrainingError(f"{file.parent}: was measured on other test images; choose another --out")
+        logits, calibrated = (np.array([float(rows[key][name]) for key in ids]) for name in ("logit", "calibrated"))
+        found.append(Run(int(facts["seed"]), logits, calibrated, float(facts["threshold"])))
+    return sorted(found, key=lambda run: run.seed)

@@ -1,0 +1,169 @@
+"""What synthetic images were worth: the numbers of every scenario, and how they differ from those of real images alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dermis.metrics import classification as metrics
+from dermis.metrics.classification import Estimate, Floats, Labels
+from training.classifier.data import RealPart
+from training.experiments.plan import write_beside
+from training.experiments.scenarios import BASELINE, PAPER, TABLE2, Scenario
+from training.experiments.table import RESULTS, TABLE
+from training.experiments.table2 import Run
+
+TITLES = {
+    "accuracy": "Acc (%)",
+    "auc": "AUC (%)",
+    "balanced_accuracy": "balanced acc (%)",
+    "sensitivity_at_90_specificity": "sens. at 90 % spec. (%)",
+}
+_OfRun = Callable[[Labels, Run, Floats | None], Floats]
+_METRICS: Mapping[str, _OfRun] = {
+    "accuracy": lambda labels, run, w: metrics.accuracy(labels, run.calibrated, w),
+    "auc": lambda labels, run, w: metrics.auc(labels, run.logits, w),
+    "balanced_accuracy": lambda labels, run, w: metrics.balanced_accuracy(
+        labels, run.calibrated, w, threshold=run.threshold
+    ),
+    "sensitivity_at_90_specificity": lambda labels, run, w: metrics.sensitivity_at_specificity(labels, run.logits, w),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A scenario's numbers, 0..1. values: mean over the seeds; by_seed: of each; gain: less the baseline's, paired."""
+
+    scenario: Scenario
+    seeds: tuple[int, ...]
+    images: int
+    values: Mapping[str, Estimate]
+    by_seed: Mapping[str, tuple[float, ...]]
+    gain: Mapping[str, Estimate] | None
+
+
+def compare(
+    runs: Mapping[str, Sequence[Run]],
+    images: Mapping[str, int],
+    test: RealPart,
+    *,
+    replicates: int = metrics.REPLICATES,
+) -> list[Row]:
+    """A row for each scenario that has runs, in the table's order.
+
+    Intervals (95 %) are by bootstrap over the patients of the test part, of the mean over the seeds; those of `gain` draw the
+    same patients for both scenarios. How far seeds are apart is told by `by_seed`. images: training images by scenario.
+    """
+    rows = []
+    for scenario in TABLE2:
+        own = runs.get(scenario.name, ())
+        if not own:
+            continue
+        wanted: dict[str, metrics.Metric] = {name: _mean(of, own) for name, of in _METRICS.items()}
+        baseline = runs.get(BASELINE, ()) if scenario.name != BASELINE else ()
+        if baseline:
+            wanted |= {f"gain:{name}": _gain(of, own, baseline) for name, of in _METRICS.items()}
+        found = metrics.bootstrap(test.labels, own[0].calibrated, wanted, groups=test.groups, replicates=replicates)
+        by_seed = {name: tuple(float(of(test.labels, run, None)[0]) for run in own) for name, of in _METRICS.items()}
+        values = {name: found[name] for name in _METRICS}
+        gain = {name: found[f"gain:{name}"] for name in _METRICS} if baseline else None
+        rows.append(Row(scenario, tuple(run.seed for run in own), images[scenario.name], values, by_seed, gain))
+    return rows
+
+
+def cells(rows: Sequence[Row]) -> list[list[str]]:
+    """The table, its header first: percent, intervals in brackets; scenarios that were not run have the reported ones."""
+    done = {row.scenario.name: row for row in rows}
+    header = ["", "images", *TITLES.values(), "AUC less real's", "reported Acc", "reported AUC"]
+    table = [header]
+    for scenario in TABLE2:
+        theirs = [f"{scenario.accuracy:g}", f"{scenario.auc:g}"]
+        row = done.get(scenario.name)
+        if row is None:
+            table.append([scenario.title, "not run", *[""] * (len(TITLES) + 1), *theirs])
+            continue
+        numbers = [_percent(row.values[name]) for name in TITLES]
+        table.append(
+            [
+                scenario.title,
+                f"{row.images:,}",
+                *numbers,
+                _percent(row.gain["auc"], sign=True) if row.gain else "",
+                *theirs,
+            ]
+        )
+    return table
+
+
+def remarks(rows: Sequence[Row], warned: Sequence[str], test: RealPart) -> list[str]:
+    """What the table does not tell by itself. warned: titles of scenarios whose generator may know the test images."""
+    seeds = sorted({len(row.seeds) for row in rows})
+    texts = [
+        f"Measured on {len(test.labels):,} real images of {len(set(test.groups)):,} patients or lesions,"
+        f" {int(test.labels.sum()):,} of them malignant, that no classifier learnt from. Means over"
+        f" {' or '.join(map(str, seeds))} seeds; in brackets 95 % intervals over patients, which say what other patients of"
+        " this collection would change. Differences are of the same patients."
+    ]
+    spread = [
+        f"{row.scenario.title} {100 * min(row.by_seed['auc']):.1f} to {100 * max(row.by_seed['auc']):.1f}"
+        for row in rows
+        if len(row.seeds) > 1
+    ]
+    if spread:
+        texts.append(f"AUC (%) from the worst to the best seed: {'; '.join(spread)}.")
+    if warned:
+        texts.append(
+            f"**{', '.join(warned)}: the generator was trained on other images than exactly the training part, or that is"
+            " not known. If it saw test images, these numbers are too good.**"
+        )
+    texts.append(
+        f"Reported: {PAPER}, on other images, with EfficientNet-B2 at 256 px and all of 55,000 or 22,000 synthetic images."
+    )
+    return texts
+
+
+def write_worth(out: Path, rows: Sequence[Row], texts: Sequence[str]) -> None:
+    """out/results.json and out/table.md, each written beside and renamed."""
+    content = {
+        row.scenario.name: {
+            "title": row.scenario.title,
+            "images": row.images,
+            "seeds": list(row.seeds),
+            "values": {name: asdict(value) for name, value in row.values.items()},
+            "by_seed": {name: list(values) for name, values in row.by_seed.items()},
+            "less_real": None if row.gain is None else {name: asdict(value) for name, value in row.gain.items()},
+            "reported_percent": {"accuracy": row.scenario.accuracy, "auc": row.scenario.auc},
+        }
+        for row in rows
+    }
+    write_beside(out / RESULTS, json.dumps({"scenarios": content, "remarks": list(texts)}, indent=2) + "\n")
+    header, *body = cells(rows)
+    lines = [header, ["---"] * len(header), *body]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    write_beside(out / TABLE, "\n\n".join(["# What synthetic images are worth", table, *texts]) + "\n")
+
+
+def _mean(of: _OfRun, runs: Sequence[Run]) -> metrics.Metric:
+    def value(labels: Labels, _: Floats, weights: Floats) -> Floats:
+        found: Floats = np.mean([of(labels, run, weights) for run in runs], axis=0)
+        return found
+
+    return value
+
+
+def _gain(of: _OfRun, runs: Sequence[Run], baseline: Sequence[Run]) -> metrics.Metric:
+    ours, theirs = _mean(of, runs), _mean(of, baseline)
+
+    def value(labels: Labels, scores: Floats, weights: Floats) -> Floats:
+        return ours(labels, scores, weights) - theirs(labels, scores, weights)
+
+    return value
+
+
+def _percent(estimate: Estimate, *, sign: bool = False) -> str:
+    value, low, high = (100 * number for number in (estimate.value, estimate.low, estimate.high))
+    return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]" if sign else f"{value:.1f} [{low:.1f}, {high:.1f}]"
