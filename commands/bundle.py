@@ -107,7 +107,7 @@ def attach_classifier(
 
     opened = open_bundle(bundle)
     _try_classifier(classifier)
-    amended = amend_bundle(opened, classifier=classifier)
+    amended = amend_bundle(opened, parts={"classifier": classifier})
     assert amended.classifier is not None
     if not set(amended.class_names) <= set(amended.classifier.class_names):
         names = ", ".join(amended.class_names) or "no classes"

@@ -17,10 +17,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from pydantic import Field
 
@@ -42,13 +42,13 @@ GENERATOR = "generator.safetensors"
 DISCRIMINATOR = "discriminator.safetensors"
 METRICS = "metrics.json"
 CARD = "MODEL_CARD.md"
-CLASSIFIER = "classifier"
 DIRECTIONS = "directions.safetensors"
 
 NAME_PATTERN = r"[a-z0-9][a-z0-9._-]{0,63}"
 CLASS_PATTERN = r"[A-Za-z0-9][A-Za-z0-9 _.-]{0,63}"  # class names become folder names of generated datasets
 WeightsDtype = Literal["fp32", "fp16"]
 Network = TypeVar("Network", bound="nn.Module")
+DescribedT = TypeVar("DescribedT", bound="Described")
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,30 @@ class Bundle:
     files: Mapping[str, FileRecord]
     classifier: Description | None = None
     directions: tuple[Direction, ...] = ()
+
+
+class Described(Protocol):
+    """What every part of a bundle says of itself."""
+
+    @property
+    def files(self) -> Mapping[str, FileRecord]: ...
+    @property
+    def digest(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A folder inside a bundle that could also stand alone, with a descriptor of its own."""
+
+    descriptor: str
+    parse: Callable[[bytes, str], Described]
+    read: Callable[[str | Path], tuple[Described, dict[str, bytes]]]
+    """Verifies a folder that stands alone: its description, and all its files by name."""
+
+
+_PARTS: Mapping[str, _Part] = {
+    "classifier": _Part(classifiers.DESCRIPTOR, classifiers.parse, classifiers.read_classifier_files),
+}
 
 
 class _Descriptor(DescriptorModel):
@@ -100,7 +124,7 @@ def open_bundle(location: str | Path) -> Bundle:
     small: dict[str, bytes] = {}
     for name, record in files.items():
         data = folder.read(name, record)
-        if name in (METRICS, CARD, DIRECTIONS, f"{CLASSIFIER}/{classifiers.DESCRIPTOR}"):
+        if name in (METRICS, CARD, DIRECTIONS, *(f"{key}/{part.descriptor}" for key, part in _PARTS.items())):
             small[name] = data
     try:
         metrics, card = json.loads(small[METRICS]), small[CARD].decode()
@@ -119,7 +143,7 @@ def open_bundle(location: str | Path) -> Bundle:
         metrics=metrics,
         model_card=card,
         files=files,
-        classifier=_classifier(files, small, where),
+        classifier=_part("classifier", Description, files, small, where),
         directions=_directions(small, where, generator),
     )
 
@@ -185,30 +209,31 @@ def amend_bundle(
     metrics: Mapping[str, Any] | None = None,
     model_card: str | None = None,
     name: str | None = None,
-    classifier: str | Path | None = None,
+    parts: Mapping[str, str | Path] | None = None,
     directions: Sequence[Direction] | None = None,
 ) -> Bundle:
-    """Write new metrics, a new card, a new name, a classifier (its folder) or directions into a local bundle.
+    """Write new metrics, a new card, a new name, parts (their folders, by name) or directions into a local bundle.
 
-    Every other file stays as it is, to the byte. A classifier, or directions, replace those that are there; the card of a
-    bundle with a classifier always has a section on it. Raises BundleError.
+    Every other file stays as it is, to the byte. A part ("classifier", ...) or directions replace those that are there; the
+    card of a bundle with a classifier always has a section on it. Raises BundleError.
     """
     if "://" in bundle.location:
         raise BundleError(f"{bundle.location}: only a bundle in a local folder can be changed; copy it first")
     folder = open_folder(bundle.location, "bundle", DESCRIPTOR)
     files = {key: folder.read(key, record) for key, record in bundle.files.items()}
     described = bundle.classifier
-    if classifier is not None:
-        described, parts = classifiers.read_classifier_files(classifier)
-        files = {key: data for key, data in files.items() if not key.startswith(f"{CLASSIFIER}/")}
-        files |= {f"{CLASSIFIER}/{key}": data for key, data in parts.items()}
+    for name_of_part, place in (parts or {}).items():
+        found, data_of = _PARTS[name_of_part].read(place)
+        files = {key: data for key, data in files.items() if not key.startswith(f"{name_of_part}/")}
+        files |= {f"{name_of_part}/{key}": data for key, data in data_of.items()}
+        described = found if isinstance(found, Description) else described
     if directions is not None:
         files.pop(DIRECTIONS, None)
         if directions:
             files[DIRECTIONS] = direction_files.to_bytes(directions)
     if metrics is not None:
         files[METRICS] = to_json(dict(metrics), METRICS)
-    if model_card is not None or classifier is not None:
+    if model_card is not None or described is not bundle.classifier:
         card = bundle.model_card if model_card is None else model_card
         files[CARD] = (card if described is None else classifiers.with_card_section(card, described)).encode()
     fields = {
@@ -253,18 +278,22 @@ def _check_class_names(names: Sequence[str], c_dim: int, where: str) -> None:
         raise BundleError(f"{where}: class names must differ, also without regard to case: {', '.join(names)}")
 
 
-def _classifier(files: Mapping[str, FileRecord], small: Mapping[str, bytes], where: str) -> Description | None:
-    """The classifier's description, if there is a classifier. Its own listing must be that of the bundle."""
-    there = {name.split("/", 1)[1]: record for name, record in files.items() if name.startswith(f"{CLASSIFIER}/")}
+def _part(
+    key: str, kind: type[DescribedT], files: Mapping[str, FileRecord], small: Mapping[str, bytes], where: str
+) -> DescribedT | None:
+    """The description of a part, if it is there. Its own listing must be that of the bundle."""
+    part = _PARTS[key]
+    there = {name.split("/", 1)[1]: record for name, record in files.items() if name.startswith(f"{key}/")}
     if not there:
         return None
-    name = f"{CLASSIFIER}/{classifiers.DESCRIPTOR}"
+    name = f"{key}/{part.descriptor}"
     if name not in small:
         raise BundleError(f"{where}/{DESCRIPTOR}: files does not list {name}; get the bundle again")
-    described = classifiers.parse(small[name], f"{where}/{name}")
-    del there[classifiers.DESCRIPTOR]
+    described = part.parse(small[name], f"{where}/{name}")
+    del there[part.descriptor]
     if dict(described.files) != there:
-        raise BundleError(f"{where}/{name}: lists other files than {DESCRIPTOR} does; attach the classifier again")
+        raise BundleError(f"{where}/{name}: lists other files than {DESCRIPTOR} does; attach the {key} again")
+    assert isinstance(described, kind)
     return described
 
 

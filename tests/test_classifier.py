@@ -113,7 +113,7 @@ def test_a_bundle_carries_a_classifier_and_keeps_it(tmp_path: Path) -> None:
     plain = make_bundle(tmp_path / "b")
     assert plain.classifier is None
     described = make_classifier(tmp_path / "c")
-    with_it = amend_bundle(plain, classifier=tmp_path / "c")
+    with_it = amend_bundle(plain, parts={"classifier": tmp_path / "c"})
     assert with_it.classifier == described
     assert with_it.digest != plain.digest
     assert with_it.files["generator.safetensors"] == plain.files["generator.safetensors"]
@@ -122,7 +122,7 @@ def test_a_bundle_carries_a_classifier_and_keeps_it(tmp_path: Path) -> None:
     again = amend_bundle(with_it, model_card="# New\n", metrics={"kid": 1.0})
     assert again.classifier == described and again.model_card.count(NOTICE) == 1
     other = make_classifier(tmp_path / "d", temperature=3.25)
-    replaced = amend_bundle(again, classifier=tmp_path / "d")
+    replaced = amend_bundle(again, parts={"classifier": tmp_path / "d"})
     assert replaced.classifier == other and replaced.model_card.count(NOTICE) == 1
     assert "3.25" in replaced.model_card and replaced.model_card.startswith("# New\n")
 
@@ -147,7 +147,7 @@ def _listed_otherwise(bundle: Path) -> None:
 )
 def test_a_damaged_classifier_is_a_damaged_bundle(tmp_path: Path, damage: Any, reason: str) -> None:
     make_classifier(tmp_path / "c")
-    amend_bundle(make_bundle(tmp_path / "b"), classifier=tmp_path / "c")
+    amend_bundle(make_bundle(tmp_path / "b"), parts={"classifier": tmp_path / "c"})
     damage(tmp_path / "b")
     with pytest.raises(BundleError, match=reason):
         open_bundle(tmp_path / "b")
@@ -262,7 +262,7 @@ def test_what_is_no_classifier_says_so(tmp_path: Path) -> None:
 
 def test_running_a_classifier_needs_no_torch(tmp_path: Path) -> None:
     make_classifier(tmp_path / "c")
-    amend_bundle(make_bundle(tmp_path / "b"), classifier=tmp_path / "c")
+    amend_bundle(make_bundle(tmp_path / "b"), parts={"classifier": tmp_path / "c"})
     code = "import sys; from dermis.classifier.onnx_session import Classifier; Classifier(sys.argv[1]); "
     code += "sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "b")], cwd=Path.cwd()).returncode == 0

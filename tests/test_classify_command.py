@@ -57,7 +57,7 @@ def test_a_folder_becomes_a_table(folder: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_bundle_files_stdout_and_json(folder: Path, tmp_path: Path) -> None:
-    amend_bundle(make_bundle(tmp_path / "b"), classifier=tmp_path / "c")
+    amend_bundle(make_bundle(tmp_path / "b"), parts={"classifier": tmp_path / "c"})
     out = tmp_path / "scores.json"
     done = run(folder / "a.png", "--classifier", tmp_path / "b", "--out", out, "--threshold", "sensitivity_90")
     assert done.exit_code == 0, done.output

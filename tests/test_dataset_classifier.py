@@ -41,7 +41,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """Of two classes, with a classifier that gives about half of all noise to each."""
     root = tmp_path_factory.mktemp("bundles")
     make_classifier(root / "c")
-    return amend_bundle(make_bundle(root / "tiny"), classifier=root / "c")
+    return amend_bundle(make_bundle(root / "tiny"), parts={"classifier": root / "c"})
 
 
 def paint(indices: Sequence[int], labels: Sequence[int]) -> Images:
@@ -255,7 +255,7 @@ def test_what_the_bundle_cannot_do_is_named(bundle: Bundle, tmp_path: Path) -> N
     plain = make_bundle(tmp_path / "plain")
     others = make_bundle(tmp_path / "moles", classes=("nevus", "malignant"))
     make_classifier(tmp_path / "c")
-    other = amend_bundle(others, classifier=tmp_path / "c")
+    other = amend_bundle(others, parts={"classifier": tmp_path / "c"})
     cases: list[tuple[Bundle, DatasetRequest, str, str]] = [
         (plain, wanted(classifier=AGREEING), "classifier", "has no classifier"),
         (

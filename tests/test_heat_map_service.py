@@ -37,7 +37,7 @@ PICTURE = {"Accept": "image/png"}
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     root = tmp_path_factory.mktemp("bundles")
     make_classifier(root / "classifier")
-    amend_bundle(make_bundle(root / "tiny"), classifier=root / "classifier")
+    amend_bundle(make_bundle(root / "tiny"), parts={"classifier": root / "classifier"})
     with service(root / "tiny", root / "data", default_model="tiny", **LIMITS) as running:
         yield running
 
@@ -169,7 +169,7 @@ def test_the_real_explainer_loads_its_network_when_it_is_asked(
     launch: Callable[..., Launched],  # noqa: F811
     tmp_path: Path,
 ) -> None:
-    amend_bundle(make_bundle(tmp_path / "tiny"), classifier=classifier)
+    amend_bundle(make_bundle(tmp_path / "tiny"), parts={"classifier": classifier})
     running = launch(str(tmp_path / "tiny"), free_port(), max_heat_map_images="3")
     running.wait_until(running.ready)
 

@@ -30,7 +30,7 @@ CHECKS = (
 
 def test_every_answer_is_documented_and_none_is_a_server_error(tmp_path: Path) -> None:
     make_classifier(tmp_path / "classifier")
-    amend_bundle(make_bundle(tmp_path / "tiny"), classifier=tmp_path / "classifier")
+    amend_bundle(make_bundle(tmp_path / "tiny"), parts={"classifier": tmp_path / "classifier"})
     parts = assemble(tmp_path / "tiny", tmp_path / "data", max_samples_per_dataset=1000, max_images=8)
     server = uvicorn.Server(uvicorn.Config(parts.app, port=0, log_level="error", timeout_graceful_shutdown=5))
     thread = threading.Thread(target=server.run)

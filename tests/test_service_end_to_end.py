@@ -145,7 +145,7 @@ def test_killed_in_the_middle_and_gone_on_by_two_workers_it_gives_the_same_bytes
     bundle = tmp_path / "bundles" / "tiny"
     shutil.copytree(tiny_bundle.location, bundle)
     make_classifier(tmp_path / "classifier")
-    amend_bundle(open_bundle(bundle), classifier=tmp_path / "classifier")
+    amend_bundle(open_bundle(bundle), parts={"classifier": tmp_path / "classifier"})
     port = free_port()
     first = launch(str(bundle.parent), port)
     first.wait_until(first.ready)

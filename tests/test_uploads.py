@@ -32,7 +32,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     root = tmp_path_factory.mktemp("bundles")
     make_bundle(root / "bundles" / "plain", name="plain")
     make_classifier(root / "classifier")
-    amend_bundle(make_bundle(root / "bundles" / "tiny"), classifier=root / "classifier")
+    amend_bundle(make_bundle(root / "bundles" / "tiny"), parts={"classifier": root / "classifier"})
     with service(root / "bundles", root / "data", default_model="tiny", **LIMITS) as running:
         yield running
 
