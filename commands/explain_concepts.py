@@ -62,10 +62,9 @@ def concepts(
     from dermis.explain.tcav import Concept, corrected, layer_names, tcav
     from training.data.concepts import mine_concepts
     from training.data.sources import read_source
-    from training.data.splits import group_of, read_split
+    from training.data.splits import check_empty, group_of, read_split
 
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(f"--out: {out}: is not empty; choose another folder")
+    check_empty(out)
     network = load_torch_classifier(classifier)
     layers = layer or layer_names(network)
     source = read_source(data, metadata=metadata, class_column=class_column, binary=True)
@@ -240,18 +239,16 @@ def _write(
 
     from dermis.errors import StorageError
     from dermis.imaging import contact_sheet, encode
-
-    def table(rows: list[list[str]]) -> str:
-        return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])
+    from training.experiments.table import markdown_table
 
     text = "\n\n".join(
         [
             "# Concepts",
             f"**{document['notice']}**",
             f"TCAV scores towards {positive} over {document['inputs']} images of it.",
-            table(_rows(tests)),
+            markdown_table(_rows(tests)),
             f"Frames: what the calibrated probability of {positive} does.",
-            table(_change_rows(changes)),
+            markdown_table(_change_rows(changes)),
             *(f"Left out: {reason}." for reason in document["left_out"]),
         ]
     )

@@ -12,7 +12,7 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -137,8 +137,6 @@ def tcav(
 
 def corrected(tests: Sequence[ConceptTest]) -> list[ConceptTest]:
     """The tests with Holm's step-down correction over all of them (Holm 1979)."""
-    from dataclasses import replace
-
     order = np.argsort([test.p_value for test in tests], kind="stable")
     p = np.array([test.p_value for test in tests])
     steps = np.maximum.accumulate(np.minimum(1.0, p[order] * (len(tests) - np.arange(len(tests)))))

@@ -106,10 +106,14 @@ def _numbers(part: Mapping[str, Any]) -> list[str]:
 
 def markdown(outcome: Outcome) -> str:
     """table.md."""
-    header, *body = rows(outcome)
+    return "\n\n".join(["# Experiments", markdown_table(rows(outcome)), *remarks(outcome)]) + "\n"
+
+
+def markdown_table(cells: Sequence[Sequence[str]]) -> str:
+    """Rows of cells, the header first, as a table in Markdown."""
+    header, *body = cells
     lines = [header, ["---"] * len(header), *body]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return "\n\n".join(["# Experiments", table, *remarks(outcome)]) + "\n"
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def remarks(outcome: Outcome) -> list[str]:

@@ -14,7 +14,7 @@ from dermis.metrics.classification import Estimate, Floats, Labels
 from training.classifier.data import RealPart
 from training.experiments.plan import write_beside
 from training.experiments.scenarios import BASELINE, PAPER, TABLE2, Scenario
-from training.experiments.table import RESULTS, TABLE
+from training.experiments.table import RESULTS, TABLE, markdown_table
 from training.experiments.table2 import Run
 
 TITLES = {
@@ -141,9 +141,7 @@ def write_worth(out: Path, rows: Sequence[Row], texts: Sequence[str]) -> None:
         for row in rows
     }
     write_beside(out / RESULTS, json.dumps({"scenarios": content, "remarks": list(texts)}, indent=2) + "\n")
-    header, *body = cells(rows)
-    lines = [header, ["---"] * len(header), *body]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    table = markdown_table(cells(rows))
     write_beside(out / TABLE, "\n\n".join(["# What synthetic images are worth", table, *texts]) + "\n")
 
 
