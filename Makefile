@@ -52,7 +52,7 @@ demo-classifier: setup
 	test -d runs/split || $(BIN)/dermis data split $(DATA) --parts train=0.65,validation=0.15,test=0.2 --out runs/split
 	test -d runs/leaks || $(BIN)/dermis data leaks $(DATA) --split runs/split --remove --out runs/leaks
 	$(BIN)/dermis train classifier --data $(DATA) --split runs/leaks/split --out runs/demo-classifier --name demo-classifier \
-		--architecture tf_efficientnet_lite0 --size 192 --freeze-stages 2 --resume $(CREDIT)
+		--architecture tf_efficientnet_lite0 --size 192 --freeze-stages 2 --weights-dtype int8 --resume $(CREDIT)
 	$(BIN)/dermis bundle attach-classifier bundles/demo runs/demo-classifier/classifier
 
 clean:

@@ -64,6 +64,9 @@ def train_classifier(
         str, typer.Option(help="balanced_accuracy, half, specificity_90 or sensitivity_90: which one decides.")
     ] = "balanced_accuracy",
     precision: Annotated[str, typer.Option(help="auto (bf16 on CUDA, else fp32), fp32 or bf16.")] = "auto",
+    weights_dtype: Annotated[
+        str, typer.Option(help="How the result is stored: fp16, or int8 (half the size). A finished run: --resume.")
+    ] = "fp16",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     seed: Annotated[int, typer.Option(help="Decides everything random but the division.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
@@ -114,6 +117,7 @@ def train_classifier(
         head_only=head_only,
         epoch_images=epoch_images,
         precision=precision,  # type: ignore[arg-type]
+        weights_dtype=weights_dtype,  # type: ignore[arg-type]
     )
     with joined_ranks(target) as ranks:
 

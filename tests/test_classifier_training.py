@@ -13,6 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import multiprocessing
 from typer.testing import CliRunner
@@ -27,7 +31,7 @@ from training.classifier import loop
 from training.classifier.batches import TrainingSet
 from training.classifier.config import ClassifierConfig
 from training.classifier.data import RealData, load_real
-from training.classifier.network import finished_network, freeze, learning_mode, new_network
+from training.classifier.network import eight_bit, finished_network, freeze, learning_mode, new_network
 from training.classifier.state import CHECKPOINT, Progress
 from training.gan.parallel import ALONE, joined_ranks
 
@@ -249,6 +253,12 @@ def trained(skin: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_exported_file_is_what_was_measured(trained: Path, real: RealData) -> None:
     described = open_classifier(trained / "classifier")
     assert (described.architecture, described.input.size, described.weights_dtype) == (TINY, SIZE, "fp16")
+    assert described.metrics["test"]["metrics"]["auc"]["value"] > 0.8  # it did learn
+    check_measured(trained, real)
+
+
+def check_measured(trained: Path, real: RealData) -> None:
+    described = open_classifier(trained / "classifier")
     with Classifier(trained / "classifier", device="cpu") as classifier:
         scores = classifier.classify(real.test.images)
     rows = [line.split(",") for line in (trained / "predictions.csv").read_text().splitlines()[1:]]
@@ -260,7 +270,6 @@ def test_the_exported_file_is_what_was_measured(trained: Path, real: RealData) -
     auc = described.metrics["test"]["metrics"]["auc"]
     order = scores.logits[real.test.labels == 1][:, None] - scores.logits[real.test.labels == 0]
     assert auc["value"] == pytest.approx((order > 0).mean(), abs=1e-6)
-    assert auc["value"] > 0.8  # it did learn
     assert json.loads((trained / "evaluation.json").read_text()) == described.metrics
 
 
@@ -292,6 +301,30 @@ def test_the_file_holds_named_half_precision_weights_and_nothing_of_its_origin(t
         text = file.read_bytes()
         assert b"ISIC_00" not in text and b"IP_00" not in text and str(skin.parent).encode() not in text
         assert str(Path.cwd()).encode() not in text
+
+
+def test_a_finished_run_can_be_stored_in_eight_bits(trained: Path, skin: Path, real: RealData, tmp_path: Path) -> None:
+    import onnx
+
+    again = tmp_path / "runs" / "skin-run"
+    shutil.copytree(trained, again)
+    done = CliRunner().invoke(app, command(skin, again, "--resume", "--weights-dtype", "int8"))
+    assert done.exit_code == 0, done.output
+    graph = onnx.load_model_from_string((again / "classifier" / MODEL).read_bytes()).graph
+    sizes = {value.name: (value.data_type, np.prod(value.dims)) for value in graph.initializer}
+    small = [count for kind, count in sizes.values() if kind == onnx.TensorProto.INT8]
+    assert sum(small) > 0.6 * sum(count for _, count in sizes.values())
+    assert open_classifier(again / "classifier").weights_dtype == "int8"
+    check_measured(again, real)
+    test_torch_and_onnx_agree_on_any_batch(again, real)
+
+
+@given(arrays(np.float32, (3, 5, 2, 1), elements=st.floats(-1e3, 1e3, width=32)))
+def test_eight_bits_are_near_and_stay_what_they_are(weights: NDArray[np.float32]) -> None:
+    values, integers, scales = eight_bit(torch.from_numpy(weights))
+    assert torch.equal(values, integers.float() * scales) and scales.shape == (3, 1, 1, 1)
+    assert bool(((values - torch.from_numpy(weights)).abs() <= 0.501 * scales + 1e-30).all())
+    assert torch.equal(eight_bit(values)[0], values)
 
 
 def test_the_card_says_what_it_must(trained: Path) -> None:

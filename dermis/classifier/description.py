@@ -63,7 +63,7 @@ class Description:
     thresholds: Mapping[str, float]
     """By name, on the calibrated probability; at least "default"."""
     weights_dtype: str
-    """How weights are stored: "fp16" or "fp32"; they are computed with in float32."""
+    """How weights are stored: "fp16", "fp32", or "int8" for the large ones; they are computed with in float32."""
     feature_dim: int
     provenance: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)

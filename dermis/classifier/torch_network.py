@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dermis.bundle import Bundle
 
 GOOGLENET = "googlenet"
+SCALE = ".scale"  # behind the name of a weight that is stored as int8: its scale an output channel
 Colour = tuple[float, float, float]
 
 
@@ -115,7 +116,10 @@ def load_torch_classifier(source: Bundle | str | Path) -> TorchClassifier:
 
 
 def read_weights(model: bytes, where: str) -> dict[str, Tensor]:
-    """The initializers of an ONNX file as float32 tensors, by name. BundleError if it cannot be read."""
+    """The initializers of an ONNX file as float32 tensors, by name, 8-bit ones times their scales.
+
+    BundleError if it cannot be read.
+    """
     try:
         import onnx
     except ImportError as error:
@@ -130,7 +134,13 @@ def read_weights(model: bytes, where: str) -> dict[str, Tensor]:
         raise
     except Exception as error:  # protobuf's and numpy's errors share no class
         raise BundleError(f"{where}: is no ONNX graph: {error}") from None
-    return {name: torch.from_numpy(value.astype("float32")) for name, value in arrays.items()}
+    weights = {name: torch.from_numpy(value.astype("float32")) for name, value in arrays.items()}
+    for name in [name for name in weights if name + SCALE in weights]:
+        scale = weights[name + SCALE]
+        if scale.ndim != weights[name].ndim or scale.numel() != scale.shape[0] or len(scale) != len(weights[name]):
+            raise BundleError(f"{where}: the scales of {name} do not fit it")
+        weights[name] = weights[name] * scale
+    return weights
 
 
 def _googlenet(pretrained: bool, outputs: int) -> nn.Module:

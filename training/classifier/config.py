@@ -11,8 +11,9 @@ from dermis.errors import TrainingError
 Balance = Literal["none", "weights", "sampling"]
 Monitor = Literal["auc", "loss"]
 Precision = Literal["fp32", "bf16"]
-# What a resumed run may have otherwise: its length, and when it ends.
-_LENGTH = ("epochs", "patience")
+WeightsDtype = Literal["fp16", "int8"]
+# What a resumed run may have otherwise: its length, when it ends, and how its result is stored.
+_FREE = ("epochs", "patience", "weights_dtype")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class ClassifierConfig:
     head_only: bool = False  # all but the last layer keeps its weights
     epoch_images: int | None = None  # images an epoch; None: all of the training part
     precision: Precision = "fp32"
+    weights_dtype: WeightsDtype = "fp16"  # of the exported file; what is measured has the rounding in it
 
     def __post_init__(self) -> None:
         limits = {
@@ -58,7 +60,8 @@ class ClassifierConfig:
             raise TrainingError(
                 "learning_rate must be above 0, plateau_factor between 0 and 1, dropout from 0 to below 1"
             )
-        for name, kind in (("balance", Balance), ("monitor", Monitor), ("precision", Precision)):
+        kinds = {"balance": Balance, "monitor": Monitor, "precision": Precision, "weights_dtype": WeightsDtype}
+        for name, kind in kinds.items():
             if getattr(self, name) not in get_args(kind):
                 raise TrainingError(f"{name}: {getattr(self, name)!r} is none of {', '.join(get_args(kind))}")
 
@@ -78,7 +81,7 @@ class ClassifierConfig:
     @property
     def identity(self) -> dict[str, Any]:
         """What must not change when a run is resumed."""
-        return {name: value for name, value in self.to_dict().items() if name not in _LENGTH}
+        return {name: value for name, value in self.to_dict().items() if name not in _FREE}
 
     def changed_from(self, stored: Mapping[str, Any]) -> list[str]:
         """Names of the options that differ from `stored`, the identity of a checkpoint."""

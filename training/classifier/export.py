@@ -1,4 +1,4 @@
-"""A finished network as one ONNX file: uint8 images in, logit and features out, weights stored as float16."""
+"""A finished network as one ONNX file: uint8 images in, logit and features out, weights stored in 16 or 8 bits."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dermis.classifier.torch_network import TorchClassifier
+from dermis.classifier.torch_network import SCALE, TorchClassifier
 from dermis.errors import TrainingError
-from training.classifier.network import as_stored
+from training.classifier.config import WeightsDtype
+from training.classifier.network import as_stored, eight_bit, is_large
 
 OPSET = 18
 TOLERANCE = 1e-4  # of probabilities, between torch and ONNX Runtime
@@ -30,11 +31,12 @@ def require_onnx() -> None:
             raise TrainingError(f'export needs the package {package}: pip install "dermis[train]"')
 
 
-def to_onnx(network: TorchClassifier, size: int) -> bytes:
+def to_onnx(network: TorchClassifier, size: int, weights_dtype: WeightsDtype = "fp16") -> bytes:
     """The graph of a `finished_network`: images uint8 [N, S, S, 3] -> logit float32 [N], features float32 [N, D].
 
-    Weights stand in it under the names of the backbone's state_dict, as float16 where that holds them exactly, and are
-    cast to float32 as the graph is loaded. The bytes depend on network, size and library versions alone.
+    Weights stand in it under the names of the backbone's state_dict, as float16 where that holds them exactly, or the
+    large ones as int8 beside their scales (NAME.scale). They become float32 as the graph is loaded. The bytes depend on
+    network, size, dtype and library versions alone.
     """
     require_onnx()
     import onnx
@@ -54,7 +56,7 @@ def to_onnx(network: TorchClassifier, size: int) -> bytes:
         )
     model = program.model_proto
     weights = {name: value.detach() for name, value in network.backbone.state_dict().items()}
-    _store_weights(model.graph, weights)
+    _store_weights(model.graph, weights, weights_dtype)
     _forget_origin(model)
     onnx.checker.check_model(model)
     return bytes(model.SerializeToString(deterministic=True))
@@ -85,34 +87,49 @@ class _Graph(nn.Module):
         return found
 
 
-def _store_weights(graph: Any, weights: dict[str, Tensor]) -> None:
-    """Give the weights their own names and store them as float16, behind a cast to float32."""
+def _store_weights(graph: Any, weights: dict[str, Tensor], weights_dtype: WeightsDtype) -> None:
+    """Give the weights their own names and store them in 16 or 8 bits, behind the nodes that make float32 of them.
+
+    Not DequantizeLinear: ONNX Runtime would keep that in the graph and run it again for every image.
+    """
     from onnx import TensorProto, helper, numpy_helper
 
     prefix = "network.backbone."
-    renamed, casts = {}, []
+    renamed, nodes = {}, []
     kept = [value for value in graph.initializer if not value.name.startswith(prefix)]
     used = {value.name for value in graph.initializer} - {value.name for value in kept}
     del graph.initializer[:]
     graph.initializer.extend(kept)
     for name, value in weights.items():
-        stored = as_stored(value)
-        exact = stored.dtype == torch.float16 and bool(torch.equal(stored.float(), value))
-        array = (stored if exact else value).contiguous().numpy()
+        stored, scales = _smallest(value, weights_dtype)
         # The exporter keeps one of several weights with the same values: the others stand here for readers only.
-        graph.initializer.append(numpy_helper.from_array(array, name))
+        graph.initializer.append(numpy_helper.from_array(stored.contiguous().numpy(), name))
+        if scales is not None:
+            graph.initializer.append(numpy_helper.from_array(scales.contiguous().numpy(), name + SCALE))
         if prefix + name not in used:
             continue
-        renamed[prefix + name] = f"{name}.float32" if exact else name
-        if exact:
-            casts.append(
-                helper.make_node("Cast", [name], [f"{name}.float32"], name=f"cast.{name}", to=TensorProto.FLOAT)
-            )
+        wide = name if stored.dtype == torch.float32 else f"{name}.float32"
+        renamed[prefix + name] = wide
+        if wide != name:
+            cast = wide if scales is None else f"{name}.integers"
+            nodes.append(helper.make_node("Cast", [name], [cast], name=f"cast.{name}", to=TensorProto.FLOAT))
+        if scales is not None:
+            nodes.append(helper.make_node("Mul", [cast, name + SCALE], [wide], name=f"scale.{name}"))
     for node in graph.node:
         node.input[:] = [renamed.get(each, each) for each in node.input]
-    nodes = [*casts, *graph.node]
+    nodes += graph.node
     del graph.node[:]
     graph.node.extend(nodes)
+
+
+def _smallest(value: Tensor, weights_dtype: WeightsDtype) -> tuple[Tensor, Tensor | None]:
+    """A weight as it is stored, and its scales if that is int8; as it is where nothing smaller holds it exactly."""
+    if weights_dtype == "int8" and is_large(value):
+        values, integers, scales = eight_bit(value)
+        if torch.equal(values, value):
+            return integers, scales
+    stored = as_stored(value)
+    return (stored if torch.equal(stored.float(), value) else value), None
 
 
 def _forget_origin(model: Any) -> None:

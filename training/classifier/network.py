@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dermis.classifier.torch_network import TorchClassifier, new_backbone, normalisation
 from dermis.errors import TrainingError
 from dermis.features import channels_last, fold_batch_norms, lite0_state, load_safetensors, published_weights
-from training.classifier.config import ClassifierConfig
+from training.classifier.config import ClassifierConfig, WeightsDtype
 
 LITE0 = "tf_efficientnet_lite0"
 
@@ -88,13 +88,19 @@ def prior_shift(seen_share: float, real_share: float) -> float:
     return math.log(real_share / (1 - real_share)) - math.log(seen_share / (1 - seen_share))
 
 
-def finished_network(network: TorchClassifier, shift: float) -> TorchClassifier:
-    """A copy as it will be exported: batch norms folded, `shift` added to the logit, weights as float16 holds them."""
+def finished_network(network: TorchClassifier, shift: float, weights_dtype: WeightsDtype = "fp16") -> TorchClassifier:
+    """A copy as it will be exported: batch norms folded, `shift` added to the logit, weights as they will be stored.
+
+    That is as float16 holds them, or the large ones (`is_large`) as 8-bit integers times a scale an output channel.
+    """
     finished = copy.deepcopy(network).cpu().float().eval().requires_grad_(False)
     fold_batch_norms(finished.backbone)
     finished.head.bias.add_(shift)
     for parameter in finished.parameters():
-        parameter.copy_(as_stored(parameter).float())
+        if weights_dtype == "int8" and is_large(parameter):
+            parameter.copy_(eight_bit(parameter)[0])
+        else:
+            parameter.copy_(as_stored(parameter).float())
     return finished
 
 
@@ -102,6 +108,25 @@ def as_stored(weights: Tensor) -> Tensor:
     """float16 of weights, or themselves where it cannot hold them."""
     half = weights.half()
     return half if bool(torch.isfinite(half).all()) else weights
+
+
+def is_large(weights: Tensor) -> bool:
+    """Whether a weight is worth eight bits: matrices and dense convolutions, which hold nearly all of a network."""
+    return weights.ndim >= 2 and weights.numel() >= 4096
+
+
+def eight_bit(weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(values, integers int8, scales float32 [O, 1, ...]) with values = integers * scales, O output channels.
+
+    The scale is the largest weight of the channel over 127, rounded up to 11 bits: so the products are exact in float32,
+    and weights that were rounded before come out as they are.
+    """
+    wide = weights.detach().float()
+    largest = wide.abs().amax(dim=tuple(range(1, wide.ndim)), keepdim=True) / 127
+    mantissa, exponent = torch.frexp(largest.clamp(min=1e-30))
+    scales = torch.ldexp((mantissa * 2048).ceil() / 2048, exponent)
+    integers = (wide / scales).round().clamp(-127, 127).to(torch.int8)
+    return integers.float() * scales, integers, scales
 
 
 def _in_order(backbone: nn.Module) -> list[tuple[nn.Module, bool]]:

@@ -147,7 +147,7 @@ def train_classifier(
         return None
     tell("measuring")
     shift = prior_shift(seen_share(training, config), data.real.validation.positive_share)
-    finished = finished_network(best, shift)
+    finished = finished_network(best, shift, config.weights_dtype)
     parts = {name: data.real.parts[name] for name in ("validation", "test")}
     logits = {name: logits_of(finished, part.images, ranks.device) for name, part in parts.items()}
     finished.cpu()
@@ -155,7 +155,7 @@ def train_classifier(
     _write_predictions(out / "predictions.csv", data.real, logits, metrics)
     _write_text(out / "evaluation.json", json.dumps(metrics, indent=2) + "\n")
     tell("exporting")
-    model = to_onnx(finished, config.size)
+    model = to_onnx(finished, config.size, config.weights_dtype)
     _check_agreement(model, data.real.test.images[:CHECKED], logits["test"][:CHECKED])
     described = _describe(data, config, origin, weights, finished, progress, metrics, ranks)
     card = classifier_card(origin.name, described)
@@ -198,7 +198,7 @@ def _describe(
         positive_class=CLASS_NAMES[1],
         temperature=metrics["temperature"],
         thresholds=metrics["thresholds"],
-        weights_dtype="fp16",
+        weights_dtype=config.weights_dtype,
         feature_dim=network.head.in_features,
         provenance={
             "dataset": dataset,
