@@ -108,6 +108,11 @@ def attach_classifier(
     opened = open_bundle(bundle)
     _try_classifier(classifier)
     amended = amend_bundle(opened, parts={"classifier": classifier})
+    index = amended.authenticity
+    if index is not None and index.extractor == "classifier" and opened.classifier != amended.classifier:
+        typer.echo(
+            "warning: its index was built with the classifier before; dermis index build makes it anew", err=True
+        )
     assert amended.classifier is not None
     if not set(amended.class_names) <= set(amended.classifier.class_names):
         names = ", ".join(amended.class_names) or "no classes"

@@ -16,6 +16,7 @@ from commands.experiment import experiment_app
 from commands.experiment_edge_cases import edge_cases_experiment
 from commands.explain import explain_app
 from commands.generate import generate, verify
+from commands.index import index_app
 from commands.survey import survey_app
 from commands.train import train_app
 from commands.train_classifier import train_classifier
@@ -40,6 +41,7 @@ app.add_typer(explain_app, name="explain")
 app.add_typer(augment_app, name="augment")
 app.add_typer(survey_app, name="survey")
 app.add_typer(directions_app, name="directions")
+app.add_typer(index_app, name="index")
 app.command()(classify)
 app.command()(evaluate)
 app.command()(generate)

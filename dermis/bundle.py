@@ -4,6 +4,7 @@
     generator.safetensors     weights under the official StyleGAN2-ADA key names, stored as float32 or float16
     discriminator.safetensors optional, for transfer learning
     classifier/               optional: a classifier, verified also by itself (`dermis.classifier.description`)
+    authenticity/             optional: an index of the training images' embeddings (`dermis.authenticity.description`)
     directions.safetensors    optional: named directions of w (`dermis.directions.direction`)
     metrics.json              what was measured, empty if nothing was
     MODEL_CARD.md             and the pictures that it shows
@@ -24,6 +25,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from pydantic import Field
 
+from dermis.authenticity import description as indices
+from dermis.authenticity.description import IndexDescription
 from dermis.classifier import description as classifiers
 from dermis.classifier.description import Description
 from dermis.directions import direction as direction_files
@@ -68,6 +71,7 @@ class Bundle:
     model_card: str
     files: Mapping[str, FileRecord]
     classifier: Description | None = None
+    authenticity: IndexDescription | None = None
     directions: tuple[Direction, ...] = ()
 
 
@@ -92,6 +96,7 @@ class _Part:
 
 _PARTS: Mapping[str, _Part] = {
     "classifier": _Part(classifiers.DESCRIPTOR, classifiers.parse, classifiers.read_classifier_files),
+    "authenticity": _Part(indices.DESCRIPTOR, indices.parse, indices.read_index_files),
 }
 
 
@@ -122,10 +127,12 @@ def open_bundle(location: str | Path) -> Bundle:
     files = descriptor.records
     folder.check_listing(files)
     small: dict[str, bytes] = {}
+    wanted = (METRICS, CARD, DIRECTIONS, *(f"{key}/{part.descriptor}" for key, part in _PARTS.items()))
     for name, record in files.items():
-        data = folder.read(name, record)
-        if name in (METRICS, CARD, DIRECTIONS, *(f"{key}/{part.descriptor}" for key, part in _PARTS.items())):
-            small[name] = data
+        if name in wanted:
+            small[name] = folder.read(name, record)
+        else:
+            folder.verify(name, record)
     try:
         metrics, card = json.loads(small[METRICS]), small[CARD].decode()
     except ValueError as error:
@@ -144,6 +151,7 @@ def open_bundle(location: str | Path) -> Bundle:
         model_card=card,
         files=files,
         classifier=_part("classifier", Description, files, small, where),
+        authenticity=_part("authenticity", IndexDescription, files, small, where),
         directions=_directions(small, where, generator),
     )
 

@@ -23,6 +23,7 @@ from dermis.errors import BundleError
 
 _PATH_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
 _MAX_DESCRIPTOR_BYTES = 4 << 20
+_PIECE = 8 << 20
 
 Descriptor = TypeVar("Descriptor", bound="DescriptorModel")
 
@@ -76,6 +77,23 @@ class Folder:
                 f"{self.where}/{name}: differs from what {self.descriptor} says (SHA-256); get the {self.kind} again"
             )
         return data
+
+    def verify(self, name: str, record: FileRecord) -> None:
+        """BundleError if a listed file is missing or differs from its record; it is read piece by piece and not kept."""
+        digest, size = hashlib.sha256(), 0
+        try:
+            with self.fs.open(f"{self.root}/{name}", "rb") as file:
+                while piece := file.read(_PIECE):
+                    digest.update(piece)
+                    size += len(piece)
+        except FileNotFoundError:
+            raise BundleError(f"{self.where}: {name} is missing; get the {self.kind} again") from None
+        except Exception as error:  # as in _read
+            raise BundleError(f"{self.where}/{name}: cannot be read: {_reason(error)}") from error
+        if (digest.hexdigest(), size) != (record.sha256, record.bytes):
+            raise BundleError(
+                f"{self.where}/{name}: differs from what {self.descriptor} says (SHA-256); get the {self.kind} again"
+            )
 
     def check_listing(self, files: Mapping[str, FileRecord]) -> None:
         """BundleError if a file is there that is not listed, or listed and not there."""

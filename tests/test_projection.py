@@ -103,7 +103,7 @@ def test_images_are_read_as_they_are_needed(projector: Projector, drawn: list[Ta
 
     steps: dict[int, int] = {}
     seen = []
-    for number, _ in projector.project(targets(), SHORT, on_step=lambda rows: steps.update(rows)):
+    for number, _ in projector.project(targets(), SHORT, on_step=steps.update):
         seen.append((number, read))
     assert seen == [(0, 3), (1, 3), (2, 3), (3, 5), (4, 5)]
     assert steps == dict.fromkeys(range(5), SHORT.steps)

@@ -36,13 +36,14 @@ def check_holdout(dataset: ImageDataset, holdout: ImageDataset, trained_on: str 
         )
 
 
-def groups_of(dataset: ImageDataset, holdout: ImageDataset) -> list[str] | None:
+def groups_of(dataset: ImageDataset, holdout: ImageDataset | None = None) -> list[str] | None:
     """The patient (or lesion, or image alone) of every image of the one, then of the other set, or None if unknown.
 
     Of both at once, as two images may share a patient through a third one only.
     """
-    records = [*dataset.records, *holdout.records]
-    if len(records) < len(dataset.ids) + len(holdout.ids) or not any(r.patient_id or r.lesion_id for r in records):
+    sets = [dataset] if holdout is None else [dataset, holdout]
+    records = [record for each in sets for record in each.records]
+    if len(records) < sum(len(each.ids) for each in sets) or not any(r.patient_id or r.lesion_id for r in records):
         return None
     return group_of(records)
 

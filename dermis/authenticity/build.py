@@ -1,0 +1,167 @@
+"""Building an index from embeddings of a training set."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dermis.authenticity.description import (
+    HELD_OUT,
+    INDEX,
+    PERCENTILES,
+    RADII,
+    IndexDescription,
+    Kind,
+    Metric,
+    write_index_folder,
+)
+from dermis.authenticity.index import Floats, Index, import_faiss, prepared, search
+from dermis.cpus import available_cpus
+from dermis.errors import RequestError
+
+Storage = Literal["8bit", "float"]
+EXACT = 200_000  # vectors up to which every one is looked at
+GRAPH = 2_000_000  # up to which a graph of neighbours is quickest; beyond it, lists need far less memory
+DIM = 128
+_MOST_OF_A_GROUP = 64
+_TRAINING = 200_000
+
+
+def build_index(
+    features: Floats,
+    *,
+    extractor: str,
+    extractor_identity: str,
+    resolution: int,
+    held_out: Floats | None = None,
+    groups: Sequence[str] | None = None,
+    metric: Metric = "cosine",
+    kind: Kind | Literal["auto"] = "auto",
+    dim: int | None = DIM,
+    storage: Storage = "8bit",
+    provenance: Mapping[str, Any] | None = None,
+    threads: int | None = None,
+) -> tuple[IndexDescription, dict[str, bytes]]:
+    """The description and the files (for `write_index_folder`) of an index of features [N, feature_dim].
+
+    held_out: features of real images that the generator never saw, for attacks. groups: the lesion or patient of each
+    image: an image's radius is then its distance to the nearest image of another group, so that pictures of one lesion do not
+    make it tiny. dim: principal components to keep, None for all. storage: 8 bits a number, or float32. kind: "auto" looks
+    at every vector up to 200,000, then walks a graph (HNSW), and searches lists (IVF) beyond 2 million. The bytes depend on
+    the arguments and library versions alone. RequestError if there are too few images.
+    """
+    rows = prepared(features, metric)
+    if len(rows) < 2 or not np.isfinite(rows).all():
+        raise RequestError("images", f"{len(rows)} images; an index needs at least 2, with finite features")
+    if groups is not None and (len(groups) != len(rows) or len(set(groups)) < 2):
+        raise RequestError("groups", "must name the group of every image, and at least two of them")
+    width = min(dim or rows.shape[1], rows.shape[1], len(rows))
+    chosen: Kind = kind if kind != "auto" else "flat" if len(rows) <= EXACT else "hnsw" if len(rows) <= GRAPH else "ivf"
+    threads = threads or available_cpus()
+    index, explained = _index(rows, width, chosen, storage, threads)
+    radii = _radii(index, rows, groups, threads)
+    files = {INDEX: _serialised(index), RADII: _npy(radii)}
+    described = IndexDescription(
+        extractor=extractor,
+        extractor_identity=extractor_identity,
+        feature_dim=rows.shape[1],
+        dim=width,
+        metric=metric,
+        kind=chosen,
+        resolution=resolution,
+        vectors=len(rows),
+        held_out=0 if held_out is None else len(held_out),
+        explained=explained,
+        radii=_percentiles(radii),
+        held_out_distances=(),
+        provenance=dict(provenance or {}),
+    )
+    if held_out is not None and len(held_out):
+        built = Index(described, index, radii, None, threads)
+        distances = built.nearest(held_out).distances
+        files[HELD_OUT] = _npy(built.projected(held_out).astype(np.float16))
+        described = IndexDescription(**{**vars(described), "held_out_distances": _percentiles(distances)})
+    return described, files
+
+
+def write_index(out: str | Path, built: tuple[IndexDescription, Mapping[str, bytes]], *, replace: bool = False) -> None:
+    """Write what `build_index` gave as a folder of its own. Raises BundleError."""
+    write_index_folder(out, built[0], built[1], replace=replace)
+
+
+def _index(rows: Floats, width: int, kind: Kind, storage: Storage, threads: int) -> tuple[Any, float]:
+    """A trained index with all rows in it, and the share of variance that its projection keeps."""
+    faiss = import_faiss()
+    faiss.omp_set_num_threads(threads)
+    eight = faiss.ScalarQuantizer.QT_8bit
+    if kind == "flat":
+        base = faiss.IndexScalarQuantizer(width, eight) if storage == "8bit" else faiss.IndexFlatL2(width)
+    elif kind == "hnsw":
+        base = faiss.IndexHNSWSQ(width, eight, 32) if storage == "8bit" else faiss.IndexHNSWFlat(width, 32)
+        base.hnsw.efConstruction, base.hnsw.efSearch = 80, 128
+    else:
+        lists = int(4 * len(rows) ** 0.5)
+        coarse = faiss.IndexFlatL2(width)
+        base = (
+            faiss.IndexIVFScalarQuantizer(coarse, width, lists, eight)
+            if storage == "8bit"
+            else faiss.IndexIVFFlat(coarse, width, lists)
+        )
+        base.nprobe = max(1, min(64, lists // 16))
+    learnt = rows if len(rows) <= _TRAINING else rows[np.random.default_rng(0).permutation(len(rows))[:_TRAINING]]
+    index, explained = base, 1.0
+    if width < rows.shape[1]:
+        components = faiss.PCAMatrix(rows.shape[1], width)
+        components.train(np.ascontiguousarray(learnt))
+        values = faiss.vector_to_array(components.eigenvalues).astype(np.float64)
+        explained = float(np.clip(values[:width].sum() / max(values.sum(), 1e-30), 0, 1))
+        index = faiss.IndexPreTransform(_linear(components, rows.shape[1], width), base)
+    index.train(np.ascontiguousarray(learnt))
+    index.add(rows)
+    if kind == "ivf":
+        base.make_direct_map()
+    return index, explained
+
+
+def _linear(components: Any, wide: int, width: int) -> Any:
+    """The projection alone: FAISS would store all components of a PCAMatrix, ten times as much."""
+    faiss = import_faiss()
+    matrix = faiss.vector_to_array(components.A).reshape(-1, wide)[:width]
+    linear = faiss.LinearTransform(wide, width, True)
+    faiss.copy_array_to_vector(np.ascontiguousarray(matrix, np.float32).ravel(), linear.A)
+    faiss.copy_array_to_vector(faiss.vector_to_array(components.b)[:width].astype(np.float32), linear.b)
+    linear.is_trained = True
+    return linear
+
+
+def _radii(index: Any, rows: Floats, groups: Sequence[str] | None, threads: int) -> Floats:
+    """The distance [N] of each row to its nearest other one, or to the nearest of another group."""
+    number = np.arange(len(rows))
+    group = number if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
+    most = int(np.bincount(group).max())
+    k = min(len(rows), most + 1, _MOST_OF_A_GROUP + 1)
+    squared, neighbours = search(index, rows, k, threads)
+    other = (group[np.maximum(neighbours, 0)] != group[:, None]) & (neighbours >= 0)
+    first = other.argmax(axis=1)
+    # Where every neighbour that was looked at is of the same group, the farthest of them is a lower bound.
+    first = np.where(other.any(axis=1), first, k - 1)
+    return np.sqrt(np.maximum(squared[number, first], 0)).astype(np.float32)
+
+
+def _percentiles(values: NDArray[np.float32]) -> tuple[float, ...]:
+    return tuple(float(value) for value in np.maximum.accumulate(np.percentile(values.astype(np.float64), PERCENTILES)))
+
+
+def _serialised(index: Any) -> bytes:
+    return bytes(import_faiss().serialize_index(index).tobytes())
+
+
+def _npy(values: NDArray[Any]) -> bytes:
+    file = io.BytesIO()
+    np.save(file, values, allow_pickle=False)
+    return file.getvalue()

@@ -1,0 +1,196 @@
+"""Nearest training images, by FAISS.
+
+The embeddings are brought to length 1 (cosine), projected on their principal components and stored in 8 bits a number: the
+index transforms queries itself. All distances and radii are of that stored space, so that they can be compared.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dermis.authenticity.description import HELD_OUT, INDEX, RADII, IndexDescription, open_index_folder
+from dermis.cpus import available_cpus
+from dermis.errors import BundleError, DermisError
+
+if TYPE_CHECKING:
+    from dermis.bundle import Bundle
+    from dermis.folders import Folder
+
+Floats = NDArray[np.float32]
+
+_MAPPED_BYTES = 512 << 20  # a larger index of a local folder stays on disk
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """For each of N queries its nearest training image: never to leave the process but as distances."""
+
+    distances: Floats
+    """[N], Euclidean, in the index's space."""
+    radii: Floats
+    """[N]: how far that training image is from its own nearest other one."""
+    neighbours: NDArray[np.int64]
+    """[N]: its number in the index."""
+
+
+class Index:
+    """A training set's embeddings. Safe to search from several threads."""
+
+    def __init__(
+        self, description: IndexDescription, index: Any, radii: Floats, held_out: Floats | None, threads: int
+    ) -> None:
+        self.description = description
+        self.radii = radii
+        """float32 [vectors], in the index's order."""
+        self.held_out = held_out
+        """float32 [held_out, dim] in the index's space, or None."""
+        self._index = index
+        self._threads = threads
+
+    def nearest(self, features: Floats) -> Nearest:
+        """The nearest training image of each row of features [N, feature_dim]. ValueError if they are of another shape."""
+        rows = prepared(features, self.description.metric)
+        if rows.ndim != 2 or rows.shape[1] != self.description.feature_dim:
+            raise ValueError(f"features {rows.shape}; this index takes [N, {self.description.feature_dim}]")
+        if not len(rows):
+            return Nearest(np.empty(0, np.float32), np.empty(0, np.float32), np.empty(0, np.int64))
+        squared, neighbours = search(self._index, rows, 1, self._threads)
+        found = neighbours[:, 0]
+        return Nearest(np.sqrt(np.maximum(squared[:, 0], 0)), self.radii[found], found)
+
+    def stored(self, numbers: NDArray[np.int64]) -> Floats:
+        """The embeddings of training images by their numbers [N], as they are stored: float32 [N, dim]."""
+        base = base_of(self._index)
+        rows = np.empty((len(numbers), self.description.dim), np.float32)
+        for row, number in zip(rows, numbers, strict=True):
+            base.reconstruct(int(number), row)
+        return rows
+
+    def projected(self, features: Floats) -> Floats:
+        """Features [N, feature_dim] in the index's space, [N, dim], not rounded."""
+        rows = prepared(features, self.description.metric)
+        if isinstance(self._index, import_faiss().IndexPreTransform):
+            for k in range(self._index.chain.size()):
+                rows = self._index.chain.at(k).apply(rows)
+        return rows
+
+
+def prepared(features: Floats, metric: str) -> Floats:
+    """Features as the index takes them: of length 1 if the metric is cosine."""
+    rows = np.ascontiguousarray(features, dtype=np.float32)
+    if metric == "cosine":
+        rows = rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), np.float32(1e-12))
+    return np.ascontiguousarray(rows, dtype=np.float32)
+
+
+def search(index: Any, rows: Floats, k: int, threads: int) -> tuple[Floats, NDArray[np.int64]]:
+    """Squared distances and numbers [N, k] of the k nearest vectors."""
+    faiss = import_faiss()
+    faiss.omp_set_num_threads(threads)
+    squared, numbers = index.search(rows, k)
+    return squared, numbers
+
+
+def base_of(index: Any) -> Any:
+    """What holds the vectors, behind the transformation of queries."""
+    faiss = import_faiss()
+    return faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+
+
+def import_faiss() -> Any:
+    """FAISS, or a DermisError that says how to get it."""
+    try:
+        import faiss
+    except ImportError as error:
+        raise DermisError(f'authenticity needs FAISS ({error}); pip install "dermis[cpu]" or "dermis[gpu]"') from error
+    return faiss
+
+
+def find_index(source: Bundle | str | Path) -> str:
+    """The folder of a bundle's index, or of one that stands alone. BundleError if the bundle has none."""
+    from dermis.folders import exists
+
+    none = "has no index of its training images; make one: dermis index build"
+    if not isinstance(source, str | Path):
+        if source.authenticity is None:
+            raise BundleError(f"{source.location}: {none}")
+        return f"{source.location}/authenticity"
+    where = str(source).rstrip("/")
+    if not exists(where, "bundle.json"):
+        return where
+    if not exists(f"{where}/authenticity", "authenticity.json"):
+        raise BundleError(f"{where}: {none}")
+    return f"{where}/authenticity"
+
+
+def open_index(source: Bundle | str | Path, *, device: str = "auto", threads: int | None = None) -> Index:
+    """The index of a bundle, or of a folder or fsspec URL; every file is verified.
+
+    device: "auto" uses a GPU where FAISS has one, "cpu" none. An index of more than half a gigabyte in a local folder stays on
+    disk and is mapped. Raises BundleError if it is not what it says, DermisError if FAISS or the device cannot be had.
+    """
+    faiss = import_faiss()
+    folder, described, _ = open_index_folder(find_index(source))
+    record = described.files[INDEX]
+    local = Path(folder.where) / INDEX
+    where = f"{folder.where}/{INDEX}"
+    try:
+        if record.bytes > _MAPPED_BYTES and local.is_file():
+            folder.verify(INDEX, record)
+            index = faiss.read_index(str(local), faiss.IO_FLAG_MMAP_IFC | faiss.IO_FLAG_READ_ONLY)
+        else:
+            data = folder.read(INDEX, record)
+            index = faiss.deserialize_index(np.frombuffer(data, np.uint8))
+    except RuntimeError as error:
+        raise BundleError(f"{where}: is no index of FAISS ({str(error).splitlines()[0]})") from None
+    _check(index, described, where)
+    radii = _array(folder, described, RADII, (described.vectors,))
+    held_out = _array(folder, described, HELD_OUT, (described.held_out, described.dim)) if described.held_out else None
+    return Index(described, _on_device(index, device), radii, held_out, threads or available_cpus())
+
+
+def _check(index: Any, described: IndexDescription, where: str) -> None:
+    """BundleError if the index read is of another kind, size or dimension than its description says."""
+    faiss = import_faiss()
+    base = base_of(index)
+    kinds = {
+        "flat": (faiss.IndexFlat, faiss.IndexScalarQuantizer),
+        "ivf": (faiss.IndexIVF,),
+        "hnsw": (faiss.IndexHNSW,),
+    }
+    if not isinstance(base, kinds[described.kind]):
+        raise BundleError(f"{where}: is not of the kind {described.kind}; build the index again")
+    found = (index.d, base.d, index.ntotal, base.ntotal)
+    if found != (described.feature_dim, described.dim, described.vectors, described.vectors):
+        raise BundleError(f"{where}: holds other vectors than its description says; build the index again")
+    if index.metric_type != faiss.METRIC_L2 or not index.is_trained:
+        raise BundleError(f"{where}: does not measure Euclidean distances; build the index again")
+
+
+def _array(folder: Folder, described: IndexDescription, name: str, shape: tuple[int, ...]) -> Floats:
+    data = folder.read(name, described.files[name])
+    try:
+        found = np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise BundleError(f"{folder.where}/{name}: is no array ({error})") from None
+    if found.shape != shape or found.dtype not in (np.float32, np.float16) or not np.isfinite(found).all():
+        raise BundleError(f"{folder.where}/{name}: must be finite numbers of shape {shape}; build the index again")
+    return np.asarray(found, np.float32)
+
+
+def _on_device(index: Any, device: str) -> Any:
+    """The index on a GPU if that is wanted and FAISS has one. A scalar quantiser's vectors cannot be read back from there."""
+    faiss = import_faiss()
+    gpus = faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
+    if device.startswith("cuda") and not gpus:
+        raise DermisError(f"device: {device} asked for, but FAISS sees no GPU here; use cpu or auto")
+    if device == "cpu" or not gpus or not isinstance(base_of(index), faiss.IndexIVF):
+        return index
+    number = int(device.partition(":")[2] or 0)
+    return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), number, index)
