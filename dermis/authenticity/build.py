@@ -30,6 +30,7 @@ GRAPH = 2_000_000  # up to which a graph of neighbours is quickest; beyond it, l
 DIM = 128
 _MOST_OF_A_GROUP = 64
 _TRAINING = 200_000
+_IMAGES_PER_DIM = 20
 
 
 def build_index(
@@ -51,7 +52,7 @@ def build_index(
 
     held_out: features of real images that the generator never saw, for attacks. groups: the lesion or patient of each
     image: an image's radius is then its distance to the nearest image of another group, so that pictures of one lesion do not
-    make it tiny. dim: principal components to keep, None for all. storage: 8 bits a number, or float32. kind: "auto" looks
+    make it tiny. dim: principal components to keep; None keeps all dimensions, as do fewer than 20 images for each. storage: 8 bits a number, or float32. kind: "auto" looks
     at every vector up to 200,000, then walks a graph (HNSW), and searches lists (IVF) beyond 2 million. The bytes depend on
     the arguments and library versions alone. RequestError if there are too few images.
     """
@@ -60,7 +61,8 @@ def build_index(
         raise RequestError("images", f"{len(rows)} images; an index needs at least 2, with finite features")
     if groups is not None and (len(groups) != len(rows) or len(set(groups)) < 2):
         raise RequestError("groups", "must name the group of every image, and at least two of them")
-    width = min(dim or rows.shape[1], rows.shape[1], len(rows))
+    # The components of few images hold those images whole and others in part: everything else would look like a copy.
+    width = rows.shape[1] if dim is None or len(rows) < _IMAGES_PER_DIM * dim else min(dim, rows.shape[1])
     chosen: Kind = kind if kind != "auto" else "flat" if len(rows) <= EXACT else "hnsw" if len(rows) <= GRAPH else "ivf"
     threads = threads or available_cpus()
     index, explained = _index(rows, width, chosen, storage, threads)
