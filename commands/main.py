@@ -20,6 +20,7 @@ from commands.index import index_app
 from commands.survey import survey_app
 from commands.train import train_app
 from commands.train_classifier import train_classifier
+from commands.train_encoder import train_encoder
 from dermis import __version__
 from dermis.errors import DermisError
 
@@ -33,6 +34,7 @@ app = typer.Typer(
 
 app.add_typer(data_app, name="data")
 train_app.command("classifier")(train_classifier)
+train_app.command("encoder")(train_encoder)
 app.add_typer(train_app, name="train")
 experiment_app.command("edge-cases")(edge_cases_experiment)
 app.add_typer(experiment_app, name="experiment")

@@ -4,6 +4,7 @@
     generator.safetensors     weights under the official StyleGAN2-ADA key names, stored as float32 or float16
     discriminator.safetensors optional, for transfer learning
     classifier/               optional: a classifier, verified also by itself (`dermis.classifier.description`)
+    encoder/                  optional: images to latents, for projections (`dermis.projection.encoder_description`)
     authenticity/             optional: an index of the training images' embeddings (`dermis.authenticity.description`)
     directions.safetensors    optional: named directions of w (`dermis.directions.direction`)
     metrics.json              what was measured, empty if nothing was
@@ -33,6 +34,8 @@ from dermis.directions import direction as direction_files
 from dermis.directions.direction import Direction
 from dermis.errors import BundleError
 from dermis.folders import DescriptorModel, FileRecord, open_folder, parse_descriptor, to_json, write_folder
+from dermis.projection import encoder_description as encoders
+from dermis.projection.encoder_description import EncoderDescription
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -72,6 +75,7 @@ class Bundle:
     files: Mapping[str, FileRecord]
     classifier: Description | None = None
     authenticity: IndexDescription | None = None
+    encoder: EncoderDescription | None = None
     directions: tuple[Direction, ...] = ()
 
 
@@ -97,6 +101,7 @@ class _Part:
 _PARTS: Mapping[str, _Part] = {
     "classifier": _Part(classifiers.DESCRIPTOR, classifiers.parse, classifiers.read_classifier_files),
     "authenticity": _Part(indices.DESCRIPTOR, indices.parse, indices.read_index_files),
+    "encoder": _Part(encoders.DESCRIPTOR, encoders.parse, encoders.read_encoder_files),
 }
 
 
@@ -152,6 +157,7 @@ def open_bundle(location: str | Path) -> Bundle:
         files=files,
         classifier=_part("classifier", Description, files, small, where),
         authenticity=_part("authenticity", IndexDescription, files, small, where),
+        encoder=_part("encoder", EncoderDescription, files, small, where),
         directions=_directions(small, where, generator),
     )
 

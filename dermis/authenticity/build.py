@@ -52,7 +52,8 @@ def build_index(
 
     held_out: features of real images that the generator never saw, for attacks. groups: the lesion or patient of each
     image: an image's radius is then its distance to the nearest image of another group, so that pictures of one lesion do not
-    make it tiny. dim: principal components to keep; None keeps all dimensions, as do fewer than 20 images for each. storage: 8 bits a number, or float32. kind: "auto" looks
+    make it tiny. dim: principal components to keep; None keeps all dimensions, as do fewer than 20 images for each. storage:
+    8 bits a number, or float32. kind: "auto" looks
     at every vector up to 200,000, then walks a graph (HNSW), and searches lists (IVF) beyond 2 million. The bytes depend on
     the arguments and library versions alone. RequestError if there are too few images.
     """
