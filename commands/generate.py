@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +17,7 @@ from dermis.dataset.store import PARTIAL
 from dermis.errors import DermisError, RequestError, StorageError
 
 if TYPE_CHECKING:
+    from dermis.authenticity.checker import Checker
     from dermis.bundle import Bundle
     from dermis.classifier.onnx_session import Classifier
     from dermis.dataset.manifest import Manifest
@@ -52,6 +56,16 @@ def generate(
     min_probability: Annotated[float | None, typer.Option(help="Least probability of images to keep.")] = None,
     max_probability: Annotated[float | None, typer.Option(help="Greatest probability of images to keep.")] = None,
     tries: Annotated[int | None, typer.Option(help="Latents to try for an image until one is kept. Default 1.")] = None,
+    edit: Annotated[
+        list[str] | None,
+        typer.Option(help="Move latents: DIRECTION=STRENGTH, or DIRECTION=STRENGTH@FIRST-LAST; may be repeated."),
+    ] = None,
+    gate: Annotated[
+        str | None, typer.Option(help="Compare images with the training images: authentic or min_distance.")
+    ] = None,
+    percentile: Annotated[float | None, typer.Option(help="Of min_distance. Default 1.")] = None,
+    on_reject: Annotated[str | None, typer.Option(help="resample (default), drop or flag images that fail.")] = None,
+    gate_tries: Annotated[int | None, typer.Option(help="Images that may be rejected for a sample. Default 8.")] = None,
     score: Annotated[
         bool | None, typer.Option("--score/--no-score", help="The classifier's probability as a column. Default: yes.")
     ] = None,
@@ -90,12 +104,18 @@ def generate(
         "tries": tries,
     }
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    privacy = {"gate": gate, "percentile": percentile, "on_reject": on_reject, "tries": gate_tries}
     filtering = {name: value for name, value in classifier.items() if value is not None}
+    gating = {name: value for name, value in privacy.items() if value is not None}
+    if edit:
+        given["edits"] = [_parse_edit(text) for text in edit]
     opened = open_bundle(bundle)
     wanted: Manifest | None = None
     if manifest is not None:
-        if classes is not None or given or filtering:
-            named = ", ".join(["classes"] * (classes is not None) + sorted({**given, **filtering})).replace("_", "-")
+        if classes is not None or given or filtering or gating:
+            words = {"edits": "edit", "tries": "gate-tries"}
+            extra = sorted({*(words.get(name, name) for name in (*given, *gating)), *filtering})
+            named = ", ".join(["classes"] * (classes is not None) + extra).replace("_", "-")
             raise RequestError("--manifest", f"says everything; leave out --{named.replace(', ', ', --')}")
         wanted = parse_manifest(_read(manifest), str(manifest))
         if wanted.bundle_digest != opened.digest:
@@ -110,6 +130,8 @@ def generate(
     else:
         if filtering:
             given["classifier"] = filtering
+        if gating:
+            given["privacy"] = gating
         request = _request({"model": opened.name, "classes": _parse_classes(classes), **given})
     check_against(request, opened, max_samples=10**8)
     planned, store = plan_for(request, opened), Store(out)
@@ -120,9 +142,13 @@ def generate(
     found = _look_into(store, planned)
     finish = only_shard is None or finalize_only
     try:
-        with Synthesizer(opened, device=device) as synthesizer, _scoring(planned, opened, device) as scorer:
-            machine = {**synthesizer.identity, **(scorer.identity if scorer else {})}
-            identity = synthesizer_identity(machine)
+        with (
+            Synthesizer(opened, device=device) as synthesizer,
+            _scoring(planned, opened, device) as scorer,
+            _checking(planned, opened, device) as checker,
+        ):
+            machine = Machine(synthesizer, scorer, checker)
+            identity = synthesizer_identity(machine.identity)
             if wanted is not None and (differing := _differences(wanted.synthesizer, identity)):
                 typer.echo(f"warning: the bytes may differ from those of the manifest: {differing}", err=True)
             if found is not None and _is_whole(found, store, identity):
@@ -131,7 +157,7 @@ def generate(
                 raise StorageError(f"{out}: is finished, but damaged; leave out --finalize to make it again")
             else:
                 _begin(store, planned, reopen=found is not None)
-                made = _make(planned, store, opened, synthesizer, scorer, () if finalize_only else shards, finish)
+                made = _make(planned, store, opened, machine, () if finalize_only else shards, finish)
     except KeyboardInterrupt:
         typer.echo(f"\nstopped; the same command goes on with {out}", err=True)
         raise typer.Exit(130) from None
@@ -168,35 +194,74 @@ def _scoring(planned: Plan, bundle: Bundle, device: str) -> Iterator[Classifier 
         yield classifier
 
 
+@contextmanager
+def _checking(planned: Plan, bundle: Bundle, device: str) -> Iterator[Checker | None]:
+    """The bundle's index, where the plan has a gate."""
+    if not planned.gated:
+        yield None
+        return
+    from dermis.authenticity.checker import Checker
+
+    with Checker(bundle, device=device) as checker:
+        yield checker
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What makes a dataset's images, scores them and compares them."""
+
+    synthesizer: Synthesizer
+    scorer: Classifier | None
+    checker: Checker | None
+
+    @property
+    def identity(self) -> dict[str, str]:
+        parts = [part.identity for part in (self.synthesizer, self.scorer, self.checker) if part is not None]
+        return {key: value for part in parts for key, value in part.items()}
+
+
 def _told(planned: Plan, made: Manifest) -> str:
     """How many images there are, and what the filter did if there was one."""
-    if not planned.filtered or made.classifier is None:
-        return f"{planned.samples:,} images"
-    images = sum(tally.images for tally in made.classifier.values())
-    rejected = sum(tally.rejected for tally in made.classifier.values())
-    missing = f", {planned.samples - images:,} missing" if images < planned.samples else ""
-    return f"{images:,} images ({rejected:,} rejected by the filter{missing})"
+    rejections: list[str] = []
+    images = planned.samples
+    if planned.filtered and made.classifier is not None:
+        images = sum(tally.images for tally in made.classifier.values())
+        rejections.append(f"{sum(tally.rejected for tally in made.classifier.values()):,} rejected by the filter")
+    if made.privacy is not None:
+        images = sum(tally.images for tally in made.privacy.classes.values())
+        rejections.append(f"{sum(tally.rejected for tally in made.privacy.classes.values()):,} rejected by the gate")
+        rejections.append(f"{made.privacy.after:.1%} authentic, of all that were drawn {made.privacy.before:.1%}")
+    if images < planned.samples:
+        rejections.append(f"{planned.samples - images:,} missing")
+    return f"{images:,} images" + (f" ({', '.join(rejections)})" if rejections else "")
 
 
 def _make(
     planned: Plan,
     store: Store,
     bundle: Bundle,
-    synthesizer: Synthesizer,
-    scorer: Classifier | None,
+    machine: Machine,
     shards: Sequence[int],
     finish: bool,
 ) -> Manifest | None:
     from tqdm import tqdm
 
+    from dermis.authenticity.attack import exposure
     from dermis.dataset.manifest import finalize
     from dermis.dataset.plan import BATCH
     from dermis.dataset.shards import check_space, write_shard
+    from dermis.directions.edit import offset_of
 
     request = planned.request
-    identity = {**synthesizer.identity, **(scorer.identity if scorer else {})}
+    synthesizer, scorer, checker = machine.synthesizer, machine.scorer, machine.checker
     if shards:
         check_space(planned, store, bundle.generator.img_resolution)
+
+    offset = None
+    if request.moves:
+        directions = {direction.name: direction for direction in bundle.directions}
+        num_ws, w_dim = bundle.generator.num_ws, bundle.generator.w_dim
+        offset = offset_of(request.moves, directions, num_ws=num_ws, w_dim=w_dim)
 
     def synthesize(indices: Sequence[int], labels: Sequence[int]) -> Any:
         return synthesizer.images(
@@ -206,6 +271,7 @@ def _make(
             truncation_psi=request.truncation_psi,
             truncation_cutoff=request.truncation_cutoff,
             noise_mode=request.noise_mode,
+            offset=offset,
         )
 
     def score(images: Any) -> Any:
@@ -227,11 +293,15 @@ def _make(
                 synthesize,
                 store,
                 score=score,
-                identity=identity,
+                examine=None if checker is None else checker.nearest,
+                identity=machine.identity,
                 on_batch=advance,
                 batch_size=batch,
             )
-    return finalize(planned, store, bundle, identity) if finish else None
+    if not finish:
+        return None
+    expose = None if checker is None else partial(exposure, checker.index)
+    return finalize(planned, store, bundle, machine.identity, expose)
 
 
 def _look_into(store: Store, planned: Plan) -> Manifest | None:
@@ -318,6 +388,18 @@ def _parse_classes(text: str) -> dict[str, int]:
             raise RequestError("--classes", f"{part.strip()!r} is not of the form NAME=COUNT, each name once")
         counts[name] = int(number)
     return counts
+
+
+def _parse_edit(text: str) -> dict[str, Any]:
+    found = re.fullmatch(r"(?P<name>[^=]+)=(?P<strength>[+-]?[0-9.]+)(@(?P<first>\d+)-(?P<last>\d+))?", text)
+    try:
+        if found is None:
+            raise ValueError
+        layers = None if found["first"] is None else [int(found["first"]), int(found["last"])]
+        return {"direction": found["name"], "strength": float(found["strength"]), "layers": layers}
+    except ValueError:
+        message = f"{text!r} is not of the form DIRECTION=STRENGTH or DIRECTION=STRENGTH@FIRST-LAST"
+        raise RequestError("--edit", message) from None
 
 
 def _request(values: dict[str, Any]) -> DatasetRequest:

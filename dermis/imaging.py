@@ -42,6 +42,18 @@ def encode(image: Images, image_format: ImageFormat = "png", quality: int = 95) 
     return buffer.getvalue()
 
 
+def animation(frames: Images, frame_ms: int) -> bytes:
+    """uint8 [N, H, W, 3] as a GIF that loops for ever: at most 256 colours a frame, the same bytes every time."""
+    from PIL import Image
+
+    pictures = [Image.fromarray(frame).quantize(256) for frame in frames]
+    buffer = io.BytesIO()
+    pictures[0].save(
+        buffer, "GIF", save_all=True, append_images=pictures[1:], duration=frame_ms, loop=0, optimize=False, disposal=1
+    )
+    return buffer.getvalue()
+
+
 def decode(data: bytes) -> Images:
     """uint8 [H, W, 3] of an image that dermis wrote. Not for uploads: it knows no limits."""
     from PIL import Image

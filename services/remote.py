@@ -1,4 +1,4 @@
-"""The generator, the classifier and the explainer as the gateway calls them."""
+"""The generator, the classifier, the index and the explainer as the gateway calls them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dermis.authenticity.attack import Attack, Exposure
+from dermis.authenticity.index import Nearest
 from dermis.bundle import Bundle
 from dermis.explain.attribution import Method
 from services import pixels
 from services.connection import Connection
 from services.errors import InferenceFailedError, InferenceUnavailableError, NotInstalledError
-from services.gateway.metrics import heat_maps_made, images_classified, images_generated
+from services.gateway.metrics import heat_maps_made, images_classified, images_compared, images_generated
 from services.heat_maps import HeatMap
 from services.models import Models
 from services.samples import Image, Samples, to_bytes
@@ -75,7 +77,7 @@ class RemoteClassifier:
         self._connection = Connection(client, "the classifier")
         self._models = models
         self._wanted = {b.classifier.digest: b.name for b in models.bundles if b.classifier is not None}
-        self._row_bytes = pixels.row_bytes(b.classifier for b in models.bundles if b.classifier is not None)
+        self._row_bytes = pixels.row_bytes(b.classifier.input.size for b in models.bundles if b.classifier)
 
     async def logits(self, bundle: Bundle, inputs: NDArray[np.uint8]) -> NDArray[np.float32]:
         """float32 [N] of uint8 inputs [N, S, S, 3] at the size of the bundle's classifier, which it must have.
@@ -114,6 +116,65 @@ class RemoteClassifier:
 
     async def not_alive(self) -> str | None:
         """Why only a restart can help; None if the classifier answers, may yet, or is not needed."""
+        return None if await self.not_ready() is None else self._connection.not_alive
+
+
+class RemoteAuthenticity:
+    """The authenticity service. Use it on one event loop. It is asked only where a served bundle has an index."""
+
+    def __init__(self, client: Any, models: Models) -> None:
+        self._connection = Connection(client, "the authenticity service")
+        self._wanted = {b.authenticity.digest: b.name for b in models.bundles if b.authenticity is not None}
+        self._row_bytes = pixels.row_bytes(b.authenticity.resolution for b in models.bundles if b.authenticity)
+
+    async def nearest(self, bundle: Bundle, inputs: NDArray[np.uint8]) -> Nearest:
+        """Of uint8 inputs [N, R, R, 3] at the resolution of the bundle's index, which it must have.
+
+        InferenceUnavailableError or InferenceFailedError.
+        """
+        described = bundle.authenticity
+        assert described is not None
+        rows = pixels.pack(described.digest, inputs, self._row_bytes)
+        pieces = [rows[start : start + _PIECE] for start in range(0, len(rows), _PIECE)]
+        found = [item for part in await asyncio.gather(*map(self._nearest, pieces)) for item in part]
+        for item in found:
+            if isinstance(item, str):
+                raise InferenceUnavailableError(item)
+        images_compared.labels(bundle.name).inc(len(found))
+        table = np.array(found, dtype=np.float32).reshape(len(found), 2 + described.dim)
+        return Nearest(table[:, 0], table[:, 1], table[:, 2:])
+
+    async def _nearest(self, rows: NDArray[np.uint8]) -> list[Any]:
+        found: list[Any] = await self._connection.call("nearest", rows)
+        if len(found) != len(rows):
+            raise InferenceFailedError(f"the authenticity service gave {len(found)} results for {len(rows)} images")
+        return found
+
+    async def expose(self, bundle: Bundle, embeddings: NDArray[np.float32]) -> Exposure:
+        """What a dataset's embeddings [N, dim] tell of the training set. Errors as in `nearest`."""
+        assert bundle.authenticity is not None
+        found = await self._connection.call("expose", bundle.authenticity.digest, embeddings)
+        if "problem" in found:
+            raise InferenceUnavailableError(found["problem"])
+        attack = found["attack"]
+        return Exposure(found["identifiability"], None if attack is None else Attack(**attack))
+
+    async def identity(self, bundle: Bundle) -> Mapping[str, str]:
+        """What compares the bundle's images, for manifests. Errors as in `nearest`."""
+        assert bundle.authenticity is not None
+        described = await self._connection.describe()
+        found = described["identities"].get(bundle.authenticity.digest)
+        if found is None:
+            reasons = "; ".join(described["problems"]) or "restart the service to load it"
+            raise InferenceUnavailableError(f"the authenticity service does not have that of {bundle.name}: {reasons}")
+        return dict(found)
+
+    async def not_ready(self) -> str | None:
+        """Why images cannot be compared for every served model that has an index; None if they can, or if none has."""
+        return await _not_ready(self._connection, self._wanted) if self._wanted else None
+
+    async def not_alive(self) -> str | None:
+        """Why only a restart can help; None if the service answers, may yet, or is not needed."""
         return None if await self.not_ready() is None else self._connection.not_alive
 
 

@@ -12,12 +12,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dermis.dataset.request import NoiseMode
+from dermis.dataset.request import MAX_EDITS, NoiseMode
+from dermis.directions.edit import Edit, offset_of
 
 if TYPE_CHECKING:
     from dermis.synthesizer import Synthesizer
 
 NOISE_MODES: tuple[NoiseMode, ...] = ("const", "random", "none")
+
+EDIT = np.dtype(
+    [
+        ("direction", "<u2"),  # number in the bundle's file, plus 1; 0: no edit, and none after it
+        ("strength", "<f8"),
+        ("first", "<i2"),  # -1: the direction's own layers
+        ("last", "<i2"),
+    ]
+)
 
 SAMPLE = np.dtype(
     [
@@ -28,6 +38,7 @@ SAMPLE = np.dtype(
         ("truncation_psi", "<f8"),
         ("truncation_cutoff", "<i4"),  # -1: all layers
         ("noise_mode", "u1"),  # index into NOISE_MODES
+        ("edits", EDIT, MAX_EDITS),
     ]
 )
 
@@ -44,11 +55,14 @@ class Options:
     truncation_psi: float = 1.0
     truncation_cutoff: int | None = None
     noise_mode: str = "const"
+    edits: Sequence[Edit] = ()
+    directions: Sequence[str] = ()
+    """Names of the bundle's directions, in the order of its file. Needed where there are edits."""
 
 
 def pack(options: Options, seeds: int | Sequence[int], indices: Sequence[int], labels: Sequence[int]) -> Samples:
-    """Rows of one call. `seeds` is one seed for all samples or one for each."""
-    rows = np.empty(len(indices), SAMPLE)
+    """Rows of one call. `seeds` is one seed for all samples or one for each. ValueError if a direction is unknown."""
+    rows = np.zeros(len(indices), SAMPLE)
     rows["model"] = options.digest.encode("ascii")
     rows["seed"] = seeds
     rows["index"] = indices
@@ -56,6 +70,9 @@ def pack(options: Options, seeds: int | Sequence[int], indices: Sequence[int], l
     rows["truncation_psi"] = options.truncation_psi
     rows["truncation_cutoff"] = -1 if options.truncation_cutoff is None else options.truncation_cutoff
     rows["noise_mode"] = NOISE_MODES.index(options.noise_mode)
+    for place, edit in enumerate(options.edits):
+        number = options.directions.index(edit.direction) + 1
+        rows["edits"][:, place] = np.array((number, edit.strength, *(edit.layers or (-1, -1))), EDIT)
     return rows
 
 
@@ -92,14 +109,33 @@ def run(synthesizers: Mapping[str, Synthesizer], rows: Samples) -> list[Image | 
                 truncation_psi=float(first["truncation_psi"]),
                 truncation_cutoff=None if cutoff < 0 else cutoff,
                 noise_mode=NOISE_MODES[int(first["noise_mode"])],
+                offset=_offset(synthesizer, first["edits"]),
             )
         for place, image in zip(places, made, strict=True):
             images[place] = image
     return images
 
 
+def _offset(synthesizer: Synthesizer, edits: NDArray[Any]) -> NDArray[np.float32] | None:
+    """What the edits of a row add to its latent; None if it has none."""
+    bundle = synthesizer.bundle
+    wanted = [
+        Edit(bundle.directions[int(number) - 1].name, float(strength), None if first < 0 else (int(first), int(last)))
+        for number, strength, first, last in edits.tolist()
+        if number > 0
+    ]
+    if not wanted:
+        return None
+    known = {direction.name: direction for direction in bundle.directions}
+    return offset_of(wanted, known, num_ws=bundle.generator.num_ws, w_dim=bundle.generator.w_dim)
+
+
 def _groups(rows: Samples) -> list[list[int]]:
-    groups: dict[tuple[Any, ...], list[int]] = {}
-    for place, row in enumerate(rows[["model", "truncation_psi", "truncation_cutoff", "noise_mode"]].tolist()):
-        groups.setdefault(row, []).append(place)
+    """Places of the rows that differ in nothing but seed, index and label."""
+    groups: dict[bytes, list[int]] = {}
+    shared = rows.copy()
+    for name in ("seed", "index", "label"):
+        shared[name] = 0
+    for place in range(len(rows)):
+        groups.setdefault(shared[place].tobytes(), []).append(place)
     return list(groups.values())

@@ -1,4 +1,4 @@
-"""The composition root: the gateway in front, generator, classifier and explainer behind it, all in one BentoML deployment.
+"""The composition root: the gateway in front, all other services behind it, in one BentoML deployment.
 
 `bentoml serve services.service:Gateway` runs it, `python -m services.serve` does so with a message for people.
 """
@@ -18,9 +18,11 @@ import bentoml
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from services import logs
+from services.authenticity import Authenticity
 from services.classifier import Classifier
 from services.explainer import Explainer
 from services.gateway.app import create_app
+from services.gateway.comparisons import Comparisons
 from services.gateway.dependencies import Context
 from services.gateway.heat_maps import HeatMaps
 from services.gateway.uploads import Uploads
@@ -30,7 +32,7 @@ from services.jobs.table import JobTable
 from services.jobs.work import Workshop
 from services.models import Models
 from services.orphans import exit_with_parent
-from services.remote import RemoteClassifier, RemoteExplainer, RemoteGenerator
+from services.remote import RemoteAuthenticity, RemoteClassifier, RemoteExplainer, RemoteGenerator
 from services.settings import settings_of_process
 
 logger = logging.getLogger("dermis.service")
@@ -50,6 +52,7 @@ async def _running() -> AsyncIterator[Context]:
     here = bentoml.get_current_service()
     generator = RemoteGenerator(here.generator.to_async, models)
     classifier = RemoteClassifier(here.classifier.to_async, models)
+    authenticity = RemoteAuthenticity(here.authenticity.to_async, models)
     explainer = RemoteExplainer(here.explainer.to_async, models)
     uploads = Uploads(_settings)
     stopping = threading.Event()
@@ -60,12 +63,17 @@ async def _running() -> AsyncIterator[Context]:
         identity=generator.identity,
         classify=classifier.logits,
         classifier_identity=classifier.identity,
+        nearest=authenticity.nearest,
+        expose=authenticity.expose,
+        index_identity=authenticity.identity,
         loop=asyncio.get_running_loop(),
         storage=_settings.storage,
         min_free_bytes=_settings.min_free_bytes,
         stopping=stopping,
     )
     jobs = DatasetJobs(_settings, shop)
+
+    parts = (generator, classifier, authenticity, explainer)
 
     async def not_ready() -> str | None:
         if stopping.is_set():
@@ -78,11 +86,11 @@ async def _running() -> AsyncIterator[Context]:
         except Exception as error:  # whatever the driver raises
             logger.warning("jobs database", extra={"error": str(error)})
             return "the jobs database cannot be read"
-        found = await asyncio.gather(generator.not_ready(), classifier.not_ready(), explainer.not_ready())
+        found = await asyncio.gather(*(part.not_ready() for part in parts))
         return "; ".join(filter(None, found)) or None
 
     async def not_alive() -> str | None:
-        found = await asyncio.gather(generator.not_alive(), classifier.not_alive(), explainer.not_alive())
+        found = await asyncio.gather(*(part.not_alive() for part in parts))
         return "; ".join(filter(None, found)) or None
 
     with _announcing(stopping):
@@ -94,6 +102,8 @@ async def _running() -> AsyncIterator[Context]:
                 jobs=jobs,
                 generate=generator.images,
                 classify=classifier.logits,
+                nearest=authenticity.nearest,
+                comparisons=Comparisons(_settings.max_compared_per_minute),
                 uploads=uploads,
                 heat_maps=HeatMaps(_settings, explainer.heat_map),
                 not_ready=not_ready,
@@ -154,6 +164,7 @@ class Gateway:
 
     generator = bentoml.depends(Generator)
     classifier = bentoml.depends(Classifier)
+    authenticity = bentoml.depends(Authenticity)
     explainer = bentoml.depends(Explainer)
 
 

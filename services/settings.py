@@ -40,7 +40,7 @@ class Settings(BaseSettings):
         "demo", description="Model of requests that name none. If it is not served, the first model is."
     )
     device: str = Field(
-        "auto", description="Device of generator, classifier and explainer: auto, cpu, cuda, cuda:1, ..."
+        "auto", description="Device of generator, classifier, index, explainer and projector: auto, cpu, ..."
     )
     backend: str = Field("auto", description="How the generator runs: auto picks the fastest that works here.")
     generator_workers: int = Field(
@@ -48,6 +48,12 @@ class Settings(BaseSettings):
     )
     classifier_workers: int = Field(
         1, ge=1, le=64, description="Classifier processes. On a CPU each gets an equal share of the cores."
+    )
+    authenticity_workers: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="Processes that compare images with the training images, each on its share of cores.",
     )
     explainer_workers: int = Field(
         1, ge=1, le=64, description="Explainer processes: each makes one heat map at a time, on its share of the cores."
@@ -111,6 +117,12 @@ class Settings(BaseSettings):
     max_upload_pixels: int = Field(40_000_000, ge=4096, description="Most pixels of one uploaded image, by its header.")
     max_upload_calls: int = Field(
         8, ge=1, description="Most calls with uploads in work at one time; each holds its upload in memory."
+    )
+    max_compared_per_minute: int = Field(
+        600,
+        ge=0,
+        description="Most uploaded images that are compared with the training images in a minute; 0 switches that off. Who may "
+        "ask can learn whether an image that they have is a training image.",
     )
     max_heat_map_images: int = Field(
         4, ge=0, le=64, description="Most images in a call that asks for heat maps; 0 switches heat maps off."

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+import zlib
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from fastapi import FastAPI
 from numpy.typing import NDArray
 from starlette.testclient import TestClient
 
+from dermis.authenticity.attack import Exposure, exposure
+from dermis.authenticity.checker import Checker
+from dermis.authenticity.index import Nearest, open_index
 from dermis.bundle import Bundle
 from dermis.classifier.onnx_session import Classifier
 from dermis.dataset.manifest import finalize
@@ -25,6 +29,7 @@ from dermis.dataset.shards import write_shard
 from dermis.dataset.store import Store
 from dermis.imaging import encode
 from services.gateway.app import create_app
+from services.gateway.comparisons import Comparisons
 from services.gateway.dependencies import Context
 from services.gateway.heat_maps import HeatMaps
 from services.gateway.uploads import Uploads
@@ -38,12 +43,15 @@ from services.settings import Settings
 
 IDENTITY = {"device": "fake"}
 CLASSIFIER_IDENTITY = {"classifier_device": "here"}
+INDEX_IDENTITY = {"faiss": "here"}
 PATIENCE_SECONDS = 120.0  # for what takes a second or two: a busy machine is no failure
 
 
 def draw(rows: Samples) -> list[Image]:
     """A 16 px image that differs with everything an image depends on."""
-    keys = [hash(tuple(row)[1:]) % 2**32 for row in rows.tolist()]
+    rows = rows.copy()
+    rows["model"] = b""
+    keys = [zlib.crc32(row.tobytes()) for row in rows]
     return [np.random.default_rng(key).integers(0, 256, (16, 16, 3), dtype=np.uint8) for key in keys]
 
 
@@ -84,6 +92,21 @@ class LocalClassifier:
 
     async def identity(self, _bundle: Bundle) -> Mapping[str, str]:
         return CLASSIFIER_IDENTITY
+
+
+@dataclass
+class LocalAuthenticity:
+    """The indexes of bundles in this process."""
+
+    async def nearest(self, bundle: Bundle, inputs: NDArray[np.uint8]) -> Nearest:
+        with Checker(bundle, device="cpu", threads=1) as checker:
+            return replace(checker.nearest(inputs), neighbours=None)
+
+    async def expose(self, bundle: Bundle, embeddings: NDArray[np.float32]) -> Exposure:
+        return exposure(open_index(bundle, device="cpu", threads=1), embeddings)
+
+    async def identity(self, _bundle: Bundle) -> Mapping[str, str]:
+        return INDEX_IDENTITY
 
 
 @dataclass
@@ -169,9 +192,12 @@ class Parts:
 
 def assemble(bundles: Path | str, data_dir: Path, **settings: Any) -> Parts:
     """The gateway with real jobs and a fake generator. Run one at a time: DBOS is one a process."""
-    values = Settings(_env_file=None, bundles=(str(bundles),), data_dir=data_dir, min_free_bytes=0, **settings)
+    values = Settings(
+        _env_file=None, bundles=tuple(str(bundles).split(",")), data_dir=data_dir, min_free_bytes=0, **settings
+    )
     models = Models(values.bundles, values.default_model)
     generator, classifier, explainer = FakeGenerator(), LocalClassifier(), FakeExplainer()
+    authenticity = LocalAuthenticity()
 
     @asynccontextmanager
     async def running() -> AsyncIterator[Context]:
@@ -183,6 +209,9 @@ def assemble(bundles: Path | str, data_dir: Path, **settings: Any) -> Parts:
             identity=generator.identity,
             classify=classifier.logits,
             classifier_identity=classifier.identity,
+            nearest=authenticity.nearest,
+            expose=authenticity.expose,
+            index_identity=authenticity.identity,
             loop=asyncio.get_running_loop(),
             storage=values.storage,
             min_free_bytes=values.min_free_bytes,
@@ -204,6 +233,8 @@ def assemble(bundles: Path | str, data_dir: Path, **settings: Any) -> Parts:
                 jobs=jobs,
                 generate=generator.images,
                 classify=classifier.logits,
+                nearest=authenticity.nearest,
+                comparisons=Comparisons(values.max_compared_per_minute),
                 uploads=uploads,
                 heat_maps=HeatMaps(values, explainer.heat_map),
                 not_ready=not_ready,
@@ -237,13 +268,31 @@ def make_directly(bundle: Any, request: Mapping[str, Any], folder: Path) -> dict
     """The files that the library makes of a request, without any service, by name."""
     wanted = DatasetRequest.model_validate(request)
     planned = plan_for(wanted, bundle)
-    identity = {**IDENTITY, **(CLASSIFIER_IDENTITY if planned.scored else {})}
-    options = Options(bundle.digest, wanted.truncation_psi, wanted.truncation_cutoff, wanted.noise_mode)
+    identity = {
+        **IDENTITY,
+        **(CLASSIFIER_IDENTITY if planned.scored else {}),
+        **(INDEX_IDENTITY if planned.gated else {}),
+    }
+    options = Options(
+        bundle.digest,
+        wanted.truncation_psi,
+        wanted.truncation_cutoff,
+        wanted.noise_mode,
+        edits=wanted.moves,
+        directions=[direction.name for direction in bundle.directions],
+    )
     store = Store(folder)
 
     def score(images: NDArray[np.uint8]) -> NDArray[np.float64]:
         with Classifier(bundle, device="cpu", threads=1) as classifier:
             return classifier.classify(images).calibrated
+
+    def examine(images: NDArray[np.uint8]) -> Nearest:
+        with Checker(bundle, device="cpu", threads=1) as checker:
+            return checker.nearest(images)
+
+    def expose(embeddings: NDArray[np.float32]) -> Exposure:
+        return exposure(open_index(bundle, device="cpu", threads=1), embeddings)
 
     for shard in range(planned.shards):
         write_shard(
@@ -252,7 +301,8 @@ def make_directly(bundle: Any, request: Mapping[str, Any], folder: Path) -> dict
             lambda indices, labels: np.stack(draw(pack(options, wanted.seed, indices, labels))),
             store,
             score=score,
+            examine=examine,
             identity=identity,
         )
-    finalize(planned, store, bundle, identity)
+    finalize(planned, store, bundle, identity, expose)
     return {path.name: path.read_bytes() for path in folder.iterdir()}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dermis.authenticity.index import Floats, import_faiss
+from dermis.authenticity.index import Floats, Index, import_faiss
 from dermis.metrics.classification import auc, bootstrap
 
 MOST = 10_000  # real images of either kind that are attacked
@@ -79,6 +79,30 @@ class NearestGenerated:
 def attacked(count: int, *, most: int = MOST) -> NDArray[np.int64]:
     """Numbers of the real images that are attacked: all, or so many evenly spread."""
     return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(np.int64))
+
+
+@dataclass(frozen=True)
+class Exposure:
+    """What a set of generated images tells of the training set."""
+
+    identifiability: float
+    """0..1: the share of training images that are nearer to a generated image than to any other training image."""
+    attack: Attack | None
+    """Membership inference; None where the index has no held-out images."""
+
+
+def exposure(index: Index, generated: Floats) -> Exposure:
+    """Identifiability and the attack, of generated images' embeddings [N, dim] in the index's space.
+
+    Of at most 10,000 training images and as many held-out ones, evenly chosen.
+    """
+    chosen = attacked(index.description.vectors)
+    members = nearest_generated(index.stored(chosen), [generated])
+    found = None
+    if index.held_out is not None and min(len(index.held_out), len(chosen)) >= FEWEST:
+        others = index.held_out[attacked(len(index.held_out))]
+        found = attack(members, nearest_generated(others, [generated]))
+    return Exposure(identifiability(index.radii[chosen], members), found)
 
 
 def nearest_generated(real: Floats, generated: Iterable[Floats]) -> Floats:

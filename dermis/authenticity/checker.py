@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dermis.authenticity.description import IndexDescription
-from dermis.authenticity.index import Index, find_index, open_index
+from dermis.authenticity.index import Index, Nearest, find_index, open_index
 from dermis.authenticity.verdict import Verdicts, verdicts_of
 from dermis.classifier.preprocess import batch as squares
 from dermis.errors import BundleError
@@ -113,9 +113,13 @@ class Checker:
         """float32 [N, feature_dim] of uint8 images [H, W, 3] of any sizes, or of one array [N, H, W, 3]."""
         return self._embedder.embed(images, self.description.resolution)
 
+    def nearest(self, images: Sequence[Images] | Images) -> Nearest:
+        """The nearest training image of each; an image's result does not depend on the images beside it."""
+        return self.index.nearest(self.embed(images))
+
     def check(self, images: Sequence[Images] | Images) -> Verdicts:
         """Verdicts on uint8 images [H, W, 3] of any sizes, or on one array [N, H, W, 3]."""
-        return verdicts_of(self.index.nearest(self.embed(images)), self.description)
+        return verdicts_of(self.nearest(images), self.description)
 
     def close(self) -> None:
         """Let go of the network."""

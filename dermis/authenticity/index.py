@@ -35,8 +35,10 @@ class Nearest:
     """[N], Euclidean, in the index's space."""
     radii: Floats
     """[N]: how far that training image is from its own nearest other one."""
-    neighbours: NDArray[np.int64]
-    """[N]: its number in the index."""
+    embeddings: Floats
+    """[N, dim]: the queries in the index's space, not rounded."""
+    neighbours: NDArray[np.int64] | None = None
+    """[N]: its number in the index; None where another process has searched."""
 
 
 class Index:
@@ -58,11 +60,13 @@ class Index:
         rows = prepared(features, self.description.metric)
         if rows.ndim != 2 or rows.shape[1] != self.description.feature_dim:
             raise ValueError(f"features {rows.shape}; this index takes [N, {self.description.feature_dim}]")
+        projected = self.projected(features)
         if not len(rows):
-            return Nearest(np.empty(0, np.float32), np.empty(0, np.float32), np.empty(0, np.int64))
-        squared, neighbours = search(self._index, rows, 1, self._threads)
+            return Nearest(np.empty(0, np.float32), np.empty(0, np.float32), projected, np.empty(0, np.int64))
+        behind = self._index.index if isinstance(self._index, import_faiss().IndexPreTransform) else self._index
+        squared, neighbours = search(behind, projected, 1, self._threads)
         found = neighbours[:, 0]
-        return Nearest(np.sqrt(np.maximum(squared[:, 0], 0)), self.radii[found], found)
+        return Nearest(np.sqrt(np.maximum(squared[:, 0], 0)), self.radii[found], projected, found)
 
     def stored(self, numbers: NDArray[np.int64]) -> Floats:
         """The embeddings of training images by their numbers [N], as they are stored: float32 [N, dim]."""
@@ -75,9 +79,12 @@ class Index:
     def projected(self, features: Floats) -> Floats:
         """Features [N, feature_dim] in the index's space, [N, dim], not rounded."""
         rows = prepared(features, self.description.metric)
+        if not len(rows):
+            return np.empty((0, self.description.dim), np.float32)
         if isinstance(self._index, import_faiss().IndexPreTransform):
             for k in range(self._index.chain.size()):
-                rows = self._index.chain.at(k).apply(rows)
+                # One by one: a product of matrices rounds otherwise in other company.
+                rows = np.concatenate([self._index.chain.at(k).apply(row[None]) for row in rows])
         return rows
 
 
@@ -109,6 +116,8 @@ def import_faiss() -> Any:
         import faiss
     except ImportError as error:
         raise DermisError(f'authenticity needs FAISS ({error}); pip install "dermis[cpu]" or "dermis[gpu]"') from error
+    # Above this many queries distances would come from a product of matrices, which rounds otherwise in other company.
+    faiss.cvar.distance_compute_blas_threshold = 1 << 30
     return faiss
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dermis.classifier.description import DEFAULT_THRESHOLD, NOTICE
 from dermis.dataset.containers import SOURCE
 from dermis.dataset.plan import Plan
+from dermis.dataset.privacy import SHOWN, PrivacyReport
 from dermis.dataset.scoring import Tally
 
 if TYPE_CHECKING:
@@ -41,10 +42,13 @@ dataset = load_dataset("parquet", data_files="data-*.parquet")  # columns image,
 }
 
 
-def dataset_card(plan: Plan, bundle: Bundle, tallies: Mapping[str, Tally] | None = None) -> str:
-    """Markdown. Says nothing that is not in the plan, in the bundle or, if images are scored, in `tallies`; no date."""
+def dataset_card(
+    plan: Plan, bundle: Bundle, tallies: Mapping[str, Tally] | None = None, privacy: PrivacyReport | None = None
+) -> str:
+    """Markdown. Says nothing that is not in the plan, in the bundle or in what the classifier and the gate gave; no date."""
     request = plan.request
-    counts = dict(request.classes) if tallies is None else {name: found.images for name, found in tallies.items()}
+    told_of = tallies if tallies is not None else privacy.classes if privacy is not None else None
+    counts = dict(request.classes) if told_of is None else {name: found.images for name, found in told_of.items()}
     samples = sum(counts.values())
     licence = str(bundle.provenance.get("licence") or "unknown")
     attribution = str(bundle.provenance.get("attribution") or "not stated")
@@ -61,6 +65,10 @@ def dataset_card(plan: Plan, bundle: Bundle, tallies: Mapping[str, Tally] | None
         options["image_quality"] = request.image_quality
     if request.classifier is not None:
         options["classifier"] = request.classifier.model_dump()
+    if request.edits is not None:
+        options["edits"] = [edit.model_dump() for edit in request.edits]
+    if request.privacy is not None:
+        options["privacy"] = request.privacy.model_dump()
     told = "\n".join(f"| `{name}` | {json.dumps(value)} |" for name, value in options.items())
     return f"""---
 {_front_matter(plan, licence, samples)}
@@ -74,8 +82,7 @@ The first images of each class, class after class, not selected.
 
 **Every image is synthetic**: drawn by the generator `{bundle.name}`, it shows the skin of nobody.
 **Not for diagnosis**: class names say which class the generator was asked for, not what a dermatologist would see, and
-the images carry the biases of the data that the generator learnt from. Whether single images resemble training images
-too closely has not been checked by making this dataset.
+the images carry the biases of the data that the generator learnt from. {_checked(privacy)}{_edited(plan)}
 
 | class | images |
 | --- | --- |
@@ -90,7 +97,7 @@ Images are RGB, {size} x {size} px, {request.image_format.upper()}.
 `metadata.csv` has the ISIC Archive's columns (`isic_id`, `patient_id`, `diagnosis`, `target`, `age_approx`, `sex`,
 `anatom_site`), empty where an image of nobody has no value, and `source` ({SOURCE}), `file_name`, `label`, `seed`,
 `index` and the `sha256` of each image file.
-{_classifier_section(plan, tallies)}
+{_classifier_section(plan, tallies)}{_privacy_section(plan, privacy)}
 ## Origin
 
 | | |
@@ -143,6 +150,85 @@ are images that suit this classifier, and whatever learns from them learns less 
 the first try, `index` is that of its latent, 2^34 higher for every further try.
 """
     return told
+
+
+def _checked(privacy: PrivacyReport | None) -> str:
+    if privacy is None:
+        return (
+            "Whether single images resemble training images\ntoo closely has not been checked by making this dataset."
+        )
+    return "Every image was compared\nwith the training images: see Privacy."
+
+
+def _edited(plan: Plan) -> str:
+    if not plan.request.moves:
+        return ""
+    moves = ", ".join(f"`{edit.direction}` by {edit.strength:g}" for edit in plan.request.moves)
+    return f"\n**Edited**: every latent was moved along {moves} standard deviations."
+
+
+def _privacy_section(plan: Plan, privacy: PrivacyReport | None) -> str:
+    options = plan.request.privacy
+    if privacy is None or options is None:
+        return ""
+    gate = "authentic"
+    if options.gate == "min_distance":
+        gate = f"at least as far from it as percentile {options.percentile:g} of the training images' own distances"
+    became = {
+        "resample": f"was replaced by the image of another latent, of up to {options.tries} for each",
+        "drop": "is missing",
+        "flag": "is there, flagged in the column `gate`",
+    }
+    classes = "\n".join(
+        f"| {name} | "
+        + " | ".join(
+            f"{count:,}" for count in (of.images, of.authentic, of.seen, of.seen_authentic, of.rejected, of.flagged)
+        )
+        + " |"
+        for name, of in privacy.classes.items()
+    )
+    missing = plan.samples - sum(of.images for of in privacy.classes.values())
+    head = " | ".join(f"{percentile} %" for percentile in SHOWN)
+    generated, real = (" | ".join(f"{x:.4f}" for x in of) for of in (privacy.distances, privacy.baseline))
+    attack = privacy.exposure.attack
+    told = (
+        "Whether an attacker can tell training images from others was not measured: the index has no held-out images."
+    )
+    if attack is not None:
+        beyond = "more often than by chance" if attack.succeeds else "no better than by chance"
+        told = (
+            f"An attacker who takes a real image for a training image if one of these is near to it is right {beyond}:\n"
+            f"AUC {attack.auc:.3f} (95 % interval {attack.low:.3f} to {attack.high:.3f}), of {attack.members:,} training and "
+            f"{attack.held_out:,} held-out images."
+        )
+    return f"""
+## Privacy
+
+Every image was compared with the generator's training images, in the feature space of the bundle's index (SHA-256
+`{privacy.index}`). An image is authentic if it is farther from its nearest training image than that one is from its own
+nearest other one (Alaa et al., arXiv 2102.08921). The gate asked of each to be {gate}; what was not
+{became[options.on_reject]}. {missing:,} of {plan.samples:,} images are missing.
+
+**Authentic: {privacy.before:.1%} of the images that were compared, {privacy.after:.1%} of those in the dataset.**
+
+| class | images | authentic | compared | of them authentic | rejected | flagged |
+| --- | --- | --- | --- | --- | --- | --- |
+{classes}
+
+Distances to the nearest training image, at percentiles, beside those of training images to their nearest other one:
+
+| | {head} |
+| --- | {" | ".join("---" for _ in SHOWN)} |
+| these images | {generated} |
+| training images | {real} |
+
+Identifiability: {privacy.exposure.identifiability:.1%} of the training images are nearer to one of these images than to any
+other training image (Yoon et al., ADS-GAN); it grows with the number of images.
+{told}
+
+`nearest_distance`, `distance_percentile` and `authentic` say it of each image. A gate finds copies of whole images in one
+feature space; it is no proof that nothing of a patient can be learnt from a dataset.
+"""
 
 
 def _front_matter(plan: Plan, licence: str, samples: int) -> str:

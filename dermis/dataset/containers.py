@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from dermis.dataset.plan import Plan, latent_index, sample_id
+from dermis.dataset.privacy import Checks
 from dermis.imaging import SUFFIXES
 
 SOURCE = "dermis-synthetic"
@@ -37,6 +38,8 @@ COLUMNS = (
     "sha256",
 )
 PROBABILITY = "probability"  # one more column where the images are scored
+# More where they are compared with the training images.
+PRIVACY = ("nearest_distance", "distance_percentile", "authentic", "gate")
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Sample:
     data: bytes = b""
     probability: float | None = None
     tries: int = 1
+    checks: Checks | None = None
 
 
 # Rows of a Parquet row group: what a reader holds in memory at once. Fixed, as the bytes of the file depend on it.
@@ -83,7 +87,7 @@ def file_name(plan: Plan, index: int, label: int) -> str:
 
 def columns(plan: Plan) -> tuple[str, ...]:
     """Columns of metadata.csv."""
-    return (*COLUMNS, PROBABILITY) if plan.scored else COLUMNS
+    return (*COLUMNS, *([PROBABILITY] if plan.scored else []), *(PRIVACY if plan.gated else []))
 
 
 def metadata_row(plan: Plan, sample: Sample) -> dict[str, str | int | float]:
@@ -99,6 +103,10 @@ def metadata_row(plan: Plan, sample: Sample) -> dict[str, str | int | float]:
         "sha256": sample.sha256,
         PROBABILITY: sample.probability,
     }
+    if sample.checks is not None and sample.checks.verdict is not None:
+        verdict = sample.checks.verdict
+        told = (verdict.distance, verdict.percentile, int(verdict.authentic), "passed" if verdict.passed else "flagged")
+        known.update(zip(PRIVACY, told, strict=True))
     row = {column: known.get(column) for column in columns(plan)}
     return {column: "" if value is None else value for column, value in row.items()}
 
@@ -218,8 +226,10 @@ def _parquet_schema(plan: Plan) -> Any:
     }
     if plan.scored:
         fields[PROBABILITY] = pa.float64()
+    if plan.gated:
+        fields.update(zip(PRIVACY, (pa.float64(), pa.int64(), pa.int64(), pa.string()), strict=True))
     features: dict[str, Any] = {
-        name: {"dtype": "float64" if name == PROBABILITY else str(kind), "_type": "Value"}
+        name: {"dtype": "float64" if kind == pa.float64() else str(kind), "_type": "Value"}
         for name, kind in fields.items()
         if name not in ("image", "label")
     }

@@ -18,9 +18,11 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dermis import __version__
+from dermis.authenticity.attack import Attack, Exposure
 from dermis.dataset.card import dataset_card
 from dermis.dataset.containers import Sample, add_to_zip, columns, file_name, metadata_row, read_container
 from dermis.dataset.plan import Plan
+from dermis.dataset.privacy import Checks, Expose, PrivacyReport, PrivacyTally, report
 from dermis.dataset.request import DatasetRequest
 from dermis.dataset.scoring import Tally, tally
 from dermis.dataset.shards import FileEntry, ShardRecord, find_shard
@@ -55,6 +57,8 @@ class Manifest:
     files: tuple[FileEntry, ...]
     classifier: Mapping[str, Tally] | None = None
     """By class, what the classifier did; None if it had no part."""
+    privacy: PrivacyReport | None = None
+    """What the comparison with the training images gave; None if there was none."""
 
     def to_json(self) -> bytes:
         document: dict[str, Any] = {
@@ -67,6 +71,8 @@ class Manifest:
         }
         if self.classifier is not None:
             document["classifier"] = {name: asdict(found) for name, found in self.classifier.items()}
+        if self.privacy is not None:
+            document["privacy"] = asdict(self.privacy)
         return (json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
@@ -98,6 +104,36 @@ class _TallyDocument(_Strict):
     agreeing: int | None
 
 
+class _AttackDocument(_Strict):
+    auc: float
+    low: float
+    high: float
+    members: int
+    held_out: int
+
+
+class _ExposureDocument(_Strict):
+    identifiability: float
+    attack: _AttackDocument | None
+
+
+class _PrivacyTallyDocument(_Strict):
+    images: int
+    seen: int
+    seen_authentic: int
+    rejected: int
+    authentic: int
+    flagged: int
+
+
+class _PrivacyDocument(_Strict):
+    index: str
+    classes: dict[str, _PrivacyTallyDocument]
+    distances: list[float]
+    baseline: list[float]
+    exposure: _ExposureDocument
+
+
 class _Document(_Strict):
     format_version: int = Field(ge=FORMAT_VERSION, le=FORMAT_VERSION)
     request: DatasetRequest
@@ -106,30 +142,34 @@ class _Document(_Strict):
     plan: _PlanDocument
     files: list[_FileDocument]
     classifier: dict[str, _TallyDocument] | None = None
+    privacy: _PrivacyDocument | None = None
 
 
 def synthesizer_identity(identity: Mapping[str, str]) -> dict[str, str]:
-    """What, besides request and bundle, decides a dataset's bytes: identities of synthesizer and classifier, our version."""
+    """What, besides request and bundle, decides a dataset's bytes: the machine's identities, our version."""
     return {**identity, "dermis": __version__}
 
 
-def finalize(plan: Plan, store: Store, bundle: Bundle, identity: Mapping[str, str]) -> Manifest:
+def finalize(
+    plan: Plan, store: Store, bundle: Bundle, identity: Mapping[str, str], expose: Expose | None = None
+) -> Manifest:
     """Write metadata.csv, preview.png, README.md, images.zip where the format has one, and at last manifest.json.
 
-    Every shard must have been written with the same `identity`. May be run again after a crash; a dataset that is
-    complete already is left as it is. Raises StorageError, having written nothing, if a shard is missing or damaged;
-    RequestError if the request's filter has left no image at all.
+    `expose` is needed if `plan.gated`. Every shard must have been written with the same `identity`. May be run again after a
+    crash; a dataset that is complete already is left as it is. Raises StorageError, having written nothing, if a shard is
+    missing or damaged; RequestError if the request's filter or gate has left no image at all.
     """
+    if plan.gated and expose is None:
+        raise ValueError("this plan has a gate, so it needs an index")
     done = _finished(plan, store, identity)
     if done is not None:
         store.remove(PARTIAL)
         return done
     records = list(_records(plan, store, identity))
+    _check_some(plan, records)
     tallies = _tally(plan, records) if plan.scored else None
-    if tallies is not None and not any(found.images for found in tallies.values()):
-        drawn = sum(found.drawn for found in tallies.values())
-        raise RequestError("classifier.keep", f"none of {drawn:,} images was kept; keep more, or allow more tries")
-    card = dataset_card(plan, bundle, tallies).encode()
+    privacy = report(plan, list(_checks(plan, records)), expose) if plan.gated and expose is not None else None
+    card = dataset_card(plan, bundle, tallies, privacy).encode()
     metadata = _metadata(plan, records)
     files = [record.file for record in records]
     if plan.request.format == "imagefolder":
@@ -148,6 +188,7 @@ def finalize(plan: Plan, store: Store, bundle: Bundle, identity: Mapping[str, st
         shards=plan.shards,
         files=tuple(sorted(files, key=lambda file: file.name)),
         classifier=tallies,
+        privacy=privacy,
     )
     store.write(MANIFEST, manifest.to_json())
     store.remove(PARTIAL)
@@ -181,11 +222,23 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
         shards=document.plan.shards,
         files=tuple(FileEntry(file.name, file.bytes, file.sha256) for file in document.files),
         classifier=None if document.classifier is None else _tallies(document.classifier),
+        privacy=None if document.privacy is None else _privacy(document.privacy),
     )
 
 
 def _tallies(found: Mapping[str, _TallyDocument]) -> dict[str, Tally]:
     return {name: Tally(of.images, of.drawn, of.agreeing) for name, of in found.items()}
+
+
+def _privacy(found: _PrivacyDocument) -> PrivacyReport:
+    attack = None if found.exposure.attack is None else Attack(**found.exposure.attack.model_dump())
+    return PrivacyReport(
+        index=found.index,
+        classes={name: PrivacyTally(**of.model_dump()) for name, of in found.classes.items()},
+        distances=tuple(found.distances),
+        baseline=tuple(found.baseline),
+        exposure=Exposure(found.exposure.identifiability, attack),
+    )
 
 
 def _finished(plan: Plan, store: Store, identity: Mapping[str, str]) -> Manifest | None:
@@ -213,9 +266,10 @@ def _samples(plan: Plan, record: ShardRecord) -> Iterator[Sample]:
     """A shard's samples without their bytes, those that were all rejected among them."""
     labels, count = plan.labels(record.shard), len(record.images)
     probabilities, tries = record.probabilities or (None,) * count, record.tries or (1,) * count
-    facts = zip(plan.shard(record.shard), labels, record.images, probabilities, tries, strict=True)
-    for index, label, sha256, probability, tried in facts:
-        yield Sample(index, label, sha256, probability=probability, tries=tried)
+    checks = record.checks or (None,) * count
+    facts = zip(plan.shard(record.shard), labels, record.images, probabilities, tries, checks, strict=True)
+    for index, label, sha256, probability, tried, checked in facts:
+        yield Sample(index, label, sha256, probability=probability, tries=tried, checks=checked)
 
 
 def _kept(plan: Plan, record: ShardRecord) -> Iterator[Sample]:
@@ -226,8 +280,32 @@ def _tally(plan: Plan, records: Sequence[ShardRecord]) -> dict[str, Tally]:
     outcomes: dict[str, list[tuple[float | None, int]]] = {name: [] for name in plan.request.classes}
     for record in records:
         for sample in _samples(plan, record):
-            outcomes[plan.class_names[sample.label]].append((sample.probability, sample.tries))
+            tries = sample.tries - (sample.checks.rejected if sample.checks else 0)
+            outcomes[plan.class_names[sample.label]].append((sample.probability, tries))
     return tally(plan, outcomes)
+
+
+def _checks(plan: Plan, records: Sequence[ShardRecord]) -> Iterator[tuple[int, Checks]]:
+    """Label and checks of every sample."""
+    for record in records:
+        for sample in _samples(plan, record):
+            assert sample.checks is not None
+            yield sample.label, sample.checks
+
+
+def _check_some(plan: Plan, records: Sequence[ShardRecord]) -> None:
+    """RequestError if no image was kept."""
+    if any(sha256 is not None for record in records for sha256 in record.images):
+        return
+    drawn = sum(sum(record.tries) for record in records)
+    by_gate = sum(checks.rejected for record in records for checks in record.checks)
+    if by_gate == 0:
+        raise RequestError("classifier.keep", f"none of {drawn:,} images was kept; keep more, or allow more tries")
+    raise RequestError(
+        "privacy.on_reject",
+        f"none of {drawn:,} images was kept, the gate rejected {by_gate:,}; this generator may copy its training images: "
+        "look at them with flag",
+    )
 
 
 def _metadata(plan: Plan, records: Sequence[ShardRecord]) -> bytes:

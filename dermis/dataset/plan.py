@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dermis.authenticity.description import IndexDescription
 from dermis.classifier.description import Description
 from dermis.dataset.request import DatasetRequest, classes_of
 
@@ -35,6 +36,8 @@ class Plan:
     class_names: tuple[str, ...]
     classifier: Description | None = None
     """The bundle's. It is in the bundle's digest, so it is not in that of the plan."""
+    authenticity: IndexDescription | None = None
+    """The bundle's, likewise."""
 
     @cached_property
     def digest(self) -> str:
@@ -56,6 +59,11 @@ class Plan:
     def filtered(self) -> bool:
         """Whether images may be rejected for their probability."""
         return self.scored and self.request.classifier is not None and self.request.classifier.filters
+
+    @property
+    def gated(self) -> bool:
+        """Whether every image is compared with the training images."""
+        return self.authenticity is not None and self.request.privacy is not None
 
     @property
     def shards(self) -> int:
@@ -102,16 +110,20 @@ class Plan:
 
 def plan_for(request: DatasetRequest, bundle: Bundle) -> Plan:
     """The plan of a request that `check_against` has accepted for this bundle."""
-    return plan(request, bundle.digest, classes_of(bundle), bundle.classifier)
+    return plan(request, bundle.digest, classes_of(bundle), bundle.classifier, bundle.authenticity)
 
 
 def plan(
-    request: DatasetRequest, bundle_digest: str, class_names: Sequence[str], classifier: Description | None = None
+    request: DatasetRequest,
+    bundle_digest: str,
+    class_names: Sequence[str],
+    classifier: Description | None = None,
+    authenticity: IndexDescription | None = None,
 ) -> Plan:
     """The plan of a request from what it depends on. `class_names`: the model's, in label order."""
     names = tuple(class_names)
     ordered = {name: request.classes[name] for name in sorted(request.classes, key=names.index)}
-    return Plan(request.model_copy(update={"classes": ordered}), bundle_digest, names, classifier)
+    return Plan(request.model_copy(update={"classes": ordered}), bundle_digest, names, classifier, authenticity)
 
 
 def latent_index(index: int, attempt: int) -> int:

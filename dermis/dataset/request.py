@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dermis.classifier.description import DEFAULT_THRESHOLD, THRESHOLD_PATTERN
+from dermis.directions.direction import NAME_PATTERN
+from dermis.directions.edit import MAX_STRENGTH, Edit, offset_of
 from dermis.errors import RequestError
 from dermis.latents import MAX_SEED
 
@@ -22,6 +24,7 @@ UNCONDITIONAL_CLASS = "image"
 MAX_COUNT = 10**8
 MAX_CLASSES = 1000
 MAX_TRIES = 64
+MAX_EDITS = 8
 
 ClassName = Annotated[str, Field(min_length=1, max_length=200)]
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
@@ -72,6 +75,66 @@ class ClassifierOptions(BaseModel):
         return self
 
 
+class EditOption(BaseModel):
+    """One move of every latent along a direction of the bundle."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    direction: str = Field(pattern=f"^{NAME_PATTERN}$", description="Name of one of the model's directions.")
+    strength: float = Field(
+        ge=-MAX_STRENGTH,
+        le=MAX_STRENGTH,
+        allow_inf_nan=False,
+        description="How far, in standard deviations of w along the direction.",
+    )
+    layers: list[Annotated[int, Field(ge=0, le=64)]] | None = Field(
+        None,
+        min_length=2,
+        max_length=2,
+        description="First and last + 1 of the style vectors to move, from the coarsest; null for the direction's own.",
+    )
+
+    @property
+    def edit(self) -> Edit:
+        """The same as `dermis.directions` has it."""
+        return Edit(self.direction, self.strength, None if self.layers is None else (self.layers[0], self.layers[1]))
+
+
+class PrivacyOptions(BaseModel):
+    """What the bundle's index of training images does for a dataset: four columns, and a gate."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    gate: Literal["authentic", "min_distance"] = Field(
+        "authentic",
+        description="What an image must be: authentic, that is farther from its nearest training image than that one is from "
+        "its own nearest other one; or at least as far from it as the percentile says.",
+    )
+    percentile: float = Field(
+        1.0,
+        ge=0,
+        le=100,
+        allow_inf_nan=False,
+        description="For min_distance: percentile of the distances of training images to their nearest other one.",
+    )
+    on_reject: Literal["resample", "drop", "flag"] = Field(
+        "resample",
+        description="What becomes of other images: the next latent is tried, or the image is missing, or it stays and says "
+        "so.",
+    )
+    tries: int = Field(
+        8,
+        ge=1,
+        le=16,
+        description="For resample: images that may be rejected for a sample before it is missing.",
+    )
+
+    @property
+    def most(self) -> int:
+        """Images of one sample that may be rejected before it is missing."""
+        return self.tries if self.on_reject == "resample" else 1
+
+
 class DatasetRequest(BaseModel):
     """A dataset, as asked for. Together with a bundle it determines every file, byte for byte, on one kind of machine.
 
@@ -106,6 +169,20 @@ class DatasetRequest(BaseModel):
         description="Null: images are scored if the model has a classifier, and all are kept.",
     )
 
+    edits: list[EditOption] | None = Field(
+        None,
+        min_length=1,
+        max_length=MAX_EDITS,
+        exclude_if=lambda value: value is None,
+        description="Moves of every latent along directions of the model, after truncation; their order makes no difference "
+        "but of rounding.",
+    )
+    privacy: PrivacyOptions | None = Field(
+        None,
+        exclude_if=lambda value: value is None,
+        description="Null: no image is compared with the training images.",
+    )
+
     @property
     def samples(self) -> int:
         """Number of images."""
@@ -113,8 +190,24 @@ class DatasetRequest(BaseModel):
 
     @property
     def tries(self) -> int:
-        """Most candidates of an image."""
+        """Most candidates of an image: each of classifier and gate may reject so many, the one less that is the last."""
+        return self.classifier_tries + (self.privacy.most if self.privacy else 1) - 1
+
+    @property
+    def classifier_tries(self) -> int:
+        """Candidates of an image that the classifier may reject before it is missing."""
         return self.classifier.tries if self.classifier else 1
+
+    @property
+    def moves(self) -> tuple[Edit, ...]:
+        """The edits as `dermis.directions` has them."""
+        return tuple(option.edit for option in self.edits or ())
+
+    @model_validator(mode="after")
+    def _within_the_latents(self) -> Self:
+        if self.tries > MAX_TRIES:
+            raise ValueError(f"classifier.tries and privacy.tries together must not be above {MAX_TRIES + 1}")
+        return self
 
 
 def classes_of(bundle: Bundle) -> tuple[str, ...]:
@@ -132,9 +225,10 @@ def check_against(request: DatasetRequest, bundle: Bundle, max_samples: int) -> 
     if request.samples > max_samples:
         message = f"{request.samples:,} images asked for; at most {max_samples:,} are allowed in one dataset"
         raise RequestError("classes", message, kind="request-too-large")
-    if request.tries > 1 and request.samples * request.tries > max_samples:
+    tries = request.classifier_tries
+    if tries > 1 and request.samples * tries > max_samples:
         message = (
-            f"up to {request.samples * request.tries:,} images in {request.tries} tries; at most {max_samples:,} are "
+            f"up to {request.samples * tries:,} images in {tries} tries; at most {max_samples:,} are "
             "allowed in one dataset: ask for fewer images or tries"
         )
         raise RequestError("classifier.tries", message, kind="request-too-large")
@@ -143,6 +237,13 @@ def check_against(request: DatasetRequest, bundle: Bundle, max_samples: int) -> 
     num_ws = bundle.generator.num_ws
     if request.truncation_cutoff is not None and request.truncation_cutoff > num_ws:
         raise RequestError("truncation_cutoff", f"this model has {num_ws} style layers; give 0 to {num_ws}")
+    if request.edits is not None:
+        known_directions = {direction.name: direction for direction in bundle.directions}
+        offset_of(request.moves, known_directions, num_ws=num_ws, w_dim=bundle.generator.w_dim)
+    if request.privacy is not None and bundle.authenticity is None:
+        raise RequestError(
+            "privacy", f"{bundle.name} has no index of its training images; leave it out", kind="no-index"
+        )
 
 
 def _check_classifier(request: DatasetRequest, options: ClassifierOptions, bundle: Bundle) -> None:

@@ -8,9 +8,11 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from dermis.dataset.containers import Sample, container_name, container_writer
 from dermis.dataset.plan import BATCH, Plan
+from dermis.dataset.privacy import Checks, Examine, Verdict
 from dermis.dataset.request import DatasetRequest
 from dermis.dataset.scoring import Draw, Score, Synthesize, draw
 from dermis.dataset.store import PARTIAL, Store, hash_file, storage_errors
@@ -31,7 +33,8 @@ class FileEntry:
 class ShardRecord:
     """A finished shard: its file, and of every sample in order the SHA-256 of its image (None: all were rejected).
 
-    Where images are scored also their probabilities and the number of candidates that it took.
+    Where images are scored also their probabilities, where there is a gate what it did, and with either the number of
+    candidates that it took.
     """
 
     shard: int
@@ -39,6 +42,7 @@ class ShardRecord:
     images: tuple[str | None, ...]
     probabilities: tuple[float | None, ...] = ()
     tries: tuple[int, ...] = ()
+    checks: tuple[Checks, ...] = ()
 
 
 def write_shard(
@@ -48,15 +52,17 @@ def write_shard(
     store: Store,
     *,
     score: Score | None = None,
+    examine: Examine | None = None,
     identity: Mapping[str, str] | None = None,
     on_batch: Callable[[int], None] | None = None,
     batch_size: int = BATCH,
 ) -> ShardRecord:
     """Make shard `shard` (from 0) unless it is there already, whole.
 
-    `score` is needed if `plan.scored`. `identity` is the synthesizer's and the classifier's: what another machine or library
-    version made is made again. `on_batch` gets the number of this shard's samples done so far, after each batch (once for a
-    shard that was there); an exception from it, as from `synthesize`, ends the work and leaves no file. Raises StorageError.
+    `score` is needed if `plan.scored`, `examine` if `plan.gated`. `identity` is that of synthesizer, classifier and index: what
+    another machine or library version made is made again. `on_batch` gets the number of this shard's samples done so far,
+    after each batch (once for a shard that was there); an exception from it, as from `synthesize`, ends the work and leaves
+    no file. Raises StorageError.
     """
     found = find_shard(plan, shard, store, identity=identity)
     if found is not None:
@@ -67,7 +73,7 @@ def write_shard(
     made: list[Sample] = []
     with storage_errors(store.where(name), only_full=True), store.writing(name) as path:
         with container_writer(plan, path) as add:
-            for samples in _encoded_batches(plan, shard, synthesize, score, batch_size):
+            for samples in _encoded_batches(plan, shard, synthesize, score, examine, batch_size):
                 with storage_errors(store.where(name)):
                     add([sample for sample in samples if sample.sha256 is not None])
                 made.extend(replace(sample, data=b"") for sample in samples)
@@ -76,9 +82,12 @@ def write_shard(
         with path.open("rb") as file:
             entry = FileEntry(name, path.stat().st_size, hash_file(file))
     record = ShardRecord(shard, entry, tuple(sample.sha256 for sample in made))
+    if plan.scored or plan.gated:
+        record = replace(record, tries=tuple(sample.tries for sample in made))
     if plan.scored:
-        probabilities, tries = [sample.probability for sample in made], [sample.tries for sample in made]
-        record = replace(record, probabilities=tuple(probabilities), tries=tuple(tries))
+        record = replace(record, probabilities=tuple(sample.probability for sample in made))
+    if plan.gated:
+        record = replace(record, checks=tuple(sample.checks for sample in made if sample.checks is not None))
     store.write(_sidecar(shard), _to_sidecar(plan, identity, record))
     return record
 
@@ -93,7 +102,8 @@ def find_shard(
     try:
         facts = json.loads(store.read(name))
         file, images = FileEntry(**facts["file"]), tuple(facts["images"])
-        record = ShardRecord(shard, file, images, tuple(facts["probabilities"]), tuple(facts["tries"]))
+        checks = tuple(_checks(row) for row in facts["checks"])
+        record = ShardRecord(shard, file, images, tuple(facts["probabilities"]), tuple(facts["tries"]), checks)
         same = json.loads(_to_sidecar(plan, identity, record)) == facts
     except (ValueError, TypeError, KeyError):
         return None
@@ -112,13 +122,18 @@ def _sidecar(shard: int) -> str:
     return f"{PARTIAL}/shard-{shard:05d}.json"
 
 
+def _checks(row: Mapping[str, Any]) -> Checks:
+    verdict = row["verdict"]
+    return Checks(**{**row, "verdict": None if verdict is None else Verdict(**verdict)})
+
+
 def _to_sidecar(plan: Plan, identity: Mapping[str, str] | None, record: ShardRecord) -> bytes:
     facts = {"plan": plan.digest, "identity": dict(identity or {}), **asdict(record)}
     return json.dumps(facts, sort_keys=True).encode()
 
 
 def _encoded_batches(
-    plan: Plan, shard: int, synthesize: Synthesize, score: Score | None, batch_size: int
+    plan: Plan, shard: int, synthesize: Synthesize, score: Score | None, examine: Examine | None, batch_size: int
 ) -> Iterator[list[Sample]]:
     """Batches in order. While one is generated, threads encode the one before (they release the interpreter's lock)."""
     labels = plan.labels(shard)
@@ -128,7 +143,7 @@ def _encoded_batches(
         encoding: list[Future[Sample]] = []
         for batch in plan.batches(shard, batch_size):
             batch_labels = [labels[index - start] for index in batch]
-            draws = draw(plan, batch, batch_labels, synthesize, score)
+            draws = draw(plan, batch, batch_labels, synthesize, score, examine)
             following = [
                 pool.submit(_encode, plan.request, index, label, drawn)
                 for index, label, drawn in zip(batch, batch_labels, draws, strict=True)
@@ -143,9 +158,9 @@ def _encoded_batches(
 
 def _encode(request: DatasetRequest, index: int, label: int, drawn: Draw) -> Sample:
     if drawn.image is None:
-        return Sample(index, label, None, tries=drawn.tries)
+        return Sample(index, label, None, tries=drawn.tries, checks=drawn.checks)
     data = encode(drawn.image, request.image_format, request.image_quality)
-    return Sample(index, label, hashlib.sha256(data).hexdigest(), data, drawn.probability, drawn.tries)
+    return Sample(index, label, hashlib.sha256(data).hexdigest(), data, drawn.probability, drawn.tries, drawn.checks)
 
 
 def check_space(plan: Plan, store: Store, resolution: int) -> None:

@@ -23,30 +23,37 @@ class Edit:
     layers: tuple[int, int] | None = None
 
 
-def apply_edits(
-    ws: NDArray[np.float32], edits: Sequence[Edit], directions: Mapping[str, Direction]
+def offset_of(
+    edits: Sequence[Edit], directions: Mapping[str, Direction], *, num_ws: int, w_dim: int
 ) -> NDArray[np.float32]:
-    """ws [N, num_ws, w_dim] after the edits, in order; a copy.
+    """What the edits add to any latent, float32 [num_ws, w_dim], summed in their order.
 
-    ws[:, first:last] += strength * scale * vector for each. RequestError if a direction is unknown, a strength is not
-    finite or above 20, or layers are outside the generator's.
+    offset[first:last] += strength * scale * vector for each. RequestError if a direction is unknown, a strength is not finite
+    or above 20, or layers are outside the generator's.
     """
-    moved = np.array(ws, dtype=np.float32, copy=True)
+    offset = np.zeros((num_ws, w_dim), np.float32)
     for place, edit in enumerate(edits):
         direction = directions.get(edit.direction)
         if direction is None:
             known = ", ".join(sorted(directions)) or "none; run dermis directions fit"
-            raise RequestError(f"edits[{place}].direction", f"{edit.direction!r} is unknown; this bundle has {known}")
+            raise RequestError(f"edits[{place}].direction", f"{edit.direction!r} is unknown; this model has {known}")
         if not abs(edit.strength) <= MAX_STRENGTH:
             raise RequestError(f"edits[{place}].strength", f"must be from {-MAX_STRENGTH:g} to {MAX_STRENGTH:g}")
         first, last = edit.layers or direction.layers
-        if not 0 <= first < last <= moved.shape[1]:
+        if not 0 <= first < last <= num_ws:
             raise RequestError(
-                f"edits[{place}].layers",
-                f"{first} to {last} are none of this generator's {moved.shape[1]} style vectors",
+                f"edits[{place}].layers", f"{first} to {last} are none of this generator's {num_ws} style vectors"
             )
-        moved[:, first:last] += np.float32(edit.strength * direction.scale) * direction.vector
-    return moved
+        offset[first:last] += np.float32(edit.strength * direction.scale) * direction.vector
+    return offset
+
+
+def apply_edits(
+    ws: NDArray[np.float32], edits: Sequence[Edit], directions: Mapping[str, Direction]
+) -> NDArray[np.float32]:
+    """ws [N, num_ws, w_dim] after the edits; a copy. RequestError as in `offset_of`."""
+    _, num_ws, w_dim = ws.shape
+    return np.asarray(ws, np.float32) + offset_of(edits, directions, num_ws=num_ws, w_dim=w_dim)
 
 
 def strip(

@@ -111,12 +111,48 @@ class Synthesizer:
         truncation_psi: float = 1.0,
         truncation_cutoff: int | None = None,
         noise_mode: NoiseMode = "const",
+        offset: Float | None = None,
     ) -> Bytes:
         """Images uint8 [N, H, W, channels] of N samples: z from (seed, index), class number label (0 if unconditional).
 
-        Truncation as in `MappingNetwork`. noise_mode "random" draws the noise from (seed, index) as well. RequestError
+        Truncation as in `MappingNetwork`. noise_mode "random" draws the noise from (seed, index) as well. offset
+        [num_ws, w_dim] is added to the truncated latents: the sum of edits (`dermis.directions.edit.offset_of`). RequestError
         if the lists differ in length, a label is no class of the bundle or truncation_cutoff is negative.
         """
+        self._check(seeds, indices, labels, truncation_cutoff)
+        added = None if offset is None else np.asarray(offset, np.float32)
+        if added is not None and added.shape != (self._config.num_ws, self._config.w_dim):
+            raise RequestError("offset", f"{added.shape} is not [{self._config.num_ws}, {self._config.w_dim}]")
+
+        def render(rows: range) -> Bytes:
+            ws = self._ws(rows, seeds, indices, labels, truncation_psi, truncation_cutoff)
+            if added is not None:
+                ws += added
+            return self._backend.images(ws, self._noise(noise_mode, rows, seeds, indices))[: len(rows)]
+
+        return self._map(render, len(seeds))
+
+    def ws(
+        self,
+        seeds: Sequence[int],
+        indices: Sequence[int],
+        labels: Sequence[int],
+        *,
+        truncation_psi: float = 1.0,
+        truncation_cutoff: int | None = None,
+    ) -> Float:
+        """Style vectors float32 [N, num_ws, w_dim] of N samples, as `images` has them. RequestError as there."""
+        self._check(seeds, indices, labels, truncation_cutoff)
+        parts = [
+            self._ws(rows, seeds, indices, labels, truncation_psi, truncation_cutoff)[: len(rows)]
+            for start in range(0, len(seeds), self.micro_batch)
+            for rows in (range(start, min(start + self.micro_batch, len(seeds))),)
+        ]
+        return np.concatenate(parts) if parts else np.empty((0, self._config.num_ws, self._config.w_dim), np.float32)
+
+    def _check(
+        self, seeds: Sequence[int], indices: Sequence[int], labels: Sequence[int], truncation_cutoff: int | None
+    ) -> None:
         if not len(seeds) == len(indices) == len(labels):
             raise RequestError(
                 "labels",
@@ -129,19 +165,26 @@ class Synthesizer:
             if not 0 <= label < classes:
                 raise RequestError("labels", f"class number {label} is outside 0 to {classes - 1}")
 
-        def render(rows: range) -> Bytes:
-            z = np.concatenate([z_for(seeds[i], [indices[i]], self._config.z_dim) for i in rows])
-            c = np.zeros((len(rows), self._config.c_dim), dtype=np.float32)
-            if self._config.c_dim > 0:
-                c[range(len(rows)), [labels[i] for i in rows]] = 1.0
-            w = self._backend.mapping(self._padded(z), self._padded(c))
-            ws = np.repeat(w[:, None], self._config.num_ws, axis=1)
-            if truncation_psi != 1.0:
-                low = ws[:, :truncation_cutoff]
-                low[:] = self._w_avg + np.float32(truncation_psi) * (low - self._w_avg)
-            return self._backend.images(ws, self._noise(noise_mode, rows, seeds, indices))[: len(rows)]
-
-        return self._map(render, len(seeds))
+    def _ws(
+        self,
+        rows: range,
+        seeds: Sequence[int],
+        indices: Sequence[int],
+        labels: Sequence[int],
+        truncation_psi: float,
+        truncation_cutoff: int | None,
+    ) -> Float:
+        """Style vectors [micro_batch, num_ws, w_dim] of a micro-batch."""
+        z = np.concatenate([z_for(seeds[i], [indices[i]], self._config.z_dim) for i in rows])
+        c = np.zeros((len(rows), self._config.c_dim), dtype=np.float32)
+        if self._config.c_dim > 0:
+            c[range(len(rows)), [labels[i] for i in rows]] = 1.0
+        w = self._backend.mapping(self._padded(z), self._padded(c))
+        ws = np.repeat(w[:, None], self._config.num_ws, axis=1)
+        if truncation_psi != 1.0:
+            low = ws[:, :truncation_cutoff]
+            low[:] = self._w_avg + np.float32(truncation_psi) * (low - self._w_avg)
+        return ws
 
     def images_from_ws(
         self,

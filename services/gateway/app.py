@@ -26,8 +26,9 @@ from dermis.classifier.description import NOTICE
 from dermis.dataset.request import DatasetRequest
 from services.gateway import metrics, problems
 from services.gateway.dependencies import Context
+from services.gateway.latent_schemas import EditsRequest
 from services.gateway.problems import problem_response
-from services.gateway.routes import classifications, datasets, docs, files, health, images, models
+from services.gateway.routes import authenticity, classifications, datasets, docs, edits, files, health, images, models
 from services.gateway.schemas import Dataset, ImagesRequest
 from services.settings import Settings
 
@@ -38,8 +39,9 @@ _EXPOSED = ["Location", "ETag", "Accept-Ranges", "Content-Range", "Retry-After",
 _DESCRIPTION = f"""Synthetic dermoscopy: ask for images of lesions that no patient had.
 
 `POST /v1/datasets` makes a dataset in the background; `POST /v1/images` a few images at once; `POST /v1/classifications`
-says what a classifier makes of images that you send; `GET /v1/models` tells what there is to ask for. Every error is a
-problem document (RFC 9457).
+says what a classifier makes of images that you send; `POST /v1/authenticity` how near they are to the training images;
+`POST /v1/edits` moves images along directions of the latent space; `GET /v1/models` tells what there is to ask for. Every
+error is a problem document (RFC 9457).
 
 **{NOTICE}**"""
 
@@ -65,7 +67,7 @@ def create_app(settings: Settings, running: Callable[[], AbstractAsyncContextMan
         generate_unique_id_function=lambda route: route.name,
     )
     problems.install(app)
-    for routes in (datasets, files, images, classifications, models, health, docs):
+    for routes in (datasets, files, images, edits, classifications, authenticity, models, health, docs):
         app.include_router(routes.router)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     if settings.cors_origins:
@@ -136,7 +138,12 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
         document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
         template = "#/components/schemas/{model}"
         bodies = models_json_schema(
-            [(DatasetRequest, "validation"), (ImagesRequest, "validation"), (Dataset, "serialization")],
+            [
+                (DatasetRequest, "validation"),
+                (ImagesRequest, "validation"),
+                (EditsRequest, "validation"),
+                (Dataset, "serialization"),
+            ],
             ref_template=template,
         )[1]
         schemas: dict[str, Any] = document.setdefault("components", {}).setdefault("schemas", {})

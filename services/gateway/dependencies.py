@@ -16,12 +16,13 @@ from starlette.requests import Request
 
 from dermis.dataset.request import DatasetRequest
 from services.gateway.bodies import read_bytes
+from services.gateway.comparisons import Comparisons
 from services.gateway.heat_maps import HeatMaps
 from services.gateway.problems import FieldError, ProblemError, field_errors, invalid_request
 from services.gateway.uploads import Uploads
 from services.jobs.table import Job
 from services.models import Models
-from services.pixels import Classify
+from services.pixels import Classify, FindNearest
 from services.samples import Generate
 from services.settings import Settings
 
@@ -75,6 +76,8 @@ class Context:
     jobs: Jobs
     generate: Generate
     classify: Classify
+    nearest: FindNearest
+    comparisons: Comparisons
     uploads: Uploads
     heat_maps: HeatMaps
     not_ready: Callable[[], Awaitable[str | None]]  # None when ready, else what is missing

@@ -15,6 +15,7 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 images_generated = Counter("dermis_images_generated_total", "Images that the generator has made.", ["model"])
 images_classified = Counter("dermis_images_classified_total", "Images that the classifier has scored.", ["model"])
+images_compared = Counter("dermis_images_compared_total", "Images compared with the training images.", ["model"])
 heat_maps_made = Counter("dermis_heat_maps_total", "Heat maps that the explainer has made.", ["model", "method"])
 request_seconds = Histogram(
     "dermis_http_request_duration_seconds",

@@ -8,9 +8,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from dermis.authenticity.description import IndexDescription
 from dermis.bundle import Bundle
 from dermis.classifier.description import NOTICE, Description
-from dermis.dataset.request import DatasetRequest, classes_of
+from dermis.dataset.privacy import SHOWN
+from dermis.dataset.request import MAX_EDITS, DatasetRequest, EditOption, classes_of
 from dermis.explain.attribution import Method
 from dermis.imaging import ImageFormat
 from dermis.latents import MAX_INDEX, MAX_SEED
@@ -112,6 +114,9 @@ class ImagesRequest(BaseModel):
     truncation_psi: float = Field(1.0, ge=0.0, le=2.0, allow_inf_nan=False)
     truncation_cutoff: int | None = Field(None, ge=0, le=1000)
     noise_mode: Literal["const", "random", "none"] = "const"
+    edits: list[EditOption] | None = Field(
+        None, min_length=1, max_length=MAX_EDITS, description="Moves of every latent along directions of the model."
+    )
     image_format: ImageFormat = "png"
     image_quality: int = Field(95, ge=1, le=100, description="Of JPEG and WebP.")
 
@@ -220,6 +225,19 @@ class ModelClassifier(Answer):
     metrics: dict[str, Any]
 
 
+class ModelAuthenticity(Answer):
+    """The index of a served bundle's training images."""
+
+    digest: str = Field(description="SHA-256 of authenticity.json: the identity of the index.")
+    extractor: str = Field(description="Feature space.")
+    metric: str
+    vectors: int = Field(description="Training images.")
+    held_out: int = Field(description="Real images that the generator never saw, for the membership attack.")
+    baseline: dict[str, float] = Field(
+        description="Percentiles of the training images' distances to their nearest other one."
+    )
+
+
 class Model(Answer):
     """A served bundle."""
 
@@ -237,6 +255,8 @@ class Model(Answer):
     kimg: float | None
     metrics: dict[str, Any]
     classifier: ModelClassifier | None = Field(description="Null if the bundle has none.")
+    authenticity: ModelAuthenticity | None = Field(description="Null if the bundle has no index.")
+    directions: list[str] = Field(description="Names of its directions; /v1/directions tells more.")
 
 
 class ModelWithCard(Model):
@@ -314,7 +334,20 @@ def _model_fields(bundle: Bundle, default: bool) -> dict[str, Any]:
         "kimg": _number(bundle.provenance, "kimg"),
         "metrics": dict(bundle.metrics),
         "classifier": None if bundle.classifier is None else _classifier_of(bundle.classifier),
+        "authenticity": None if bundle.authenticity is None else _authenticity_of(bundle.authenticity),
+        "directions": [direction.name for direction in bundle.directions],
     }
+
+
+def _authenticity_of(described: IndexDescription) -> ModelAuthenticity:
+    return ModelAuthenticity(
+        digest=described.digest,
+        extractor=described.extractor,
+        metric=described.metric,
+        vectors=described.vectors,
+        held_out=described.held_out,
+        baseline={str(percentile): round(described.radii[percentile], 4) for percentile in SHOWN},
+    )
 
 
 def _classifier_of(described: Description) -> ModelClassifier:

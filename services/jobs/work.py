@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dermis.authenticity.attack import Exposure
+from dermis.authenticity.index import Nearest
 from dermis.bundle import Bundle
 from dermis.classifier.preprocess import batch
 from dermis.classifier.scores import scores_of
@@ -33,7 +35,7 @@ from services.gateway.metrics import dataset_samples
 from services.gateway.problems import problem, problem_of
 from services.jobs.table import Job, JobTable
 from services.models import Models
-from services.pixels import Classify
+from services.pixels import Classify, FindNearest
 from services.samples import Generate, Image, Options, pack
 
 logger = logging.getLogger("dermis.jobs")
@@ -63,7 +65,10 @@ class Workshop:
     identity: Callable[[str], Awaitable[Mapping[str, str]]]  # by bundle digest: what runs it, for the manifest
     classify: Classify
     classifier_identity: Callable[[Bundle], Awaitable[Mapping[str, str]]]
-    loop: asyncio.AbstractEventLoop  # where these four run
+    nearest: FindNearest
+    expose: Callable[[Bundle, NDArray[np.float32]], Awaitable[Exposure]]
+    index_identity: Callable[[Bundle], Awaitable[Mapping[str, str]]]
+    loop: asyncio.AbstractEventLoop  # where these run
     storage: str
     min_free_bytes: int = 0
     stopping: threading.Event = field(default_factory=threading.Event)
@@ -96,6 +101,7 @@ def make_shard(shop: Workshop, job_id: str, shard: int) -> str:
             _Synthesize(shop, job, bundle),
             shop.store(job_id),
             score=_Score(shop, job, bundle) if plan_.scored else None,
+            examine=_Examine(shop, job, bundle) if plan_.gated else None,
             identity=_identity(shop, job_id, bundle, plan_),
             on_batch=progress,
         )
@@ -117,7 +123,13 @@ def finish(shop: Workshop, job_id: str) -> str:
     if not shop.table.must_stop(job_id):
         try:
             bundle, plan_ = _plan_of(shop, job)
-            finalize(plan_, shop.store(job_id), bundle, _identity(shop, job_id, bundle, plan_))
+            finalize(
+                plan_,
+                shop.store(job_id),
+                bundle,
+                _identity(shop, job_id, bundle, plan_),
+                lambda embeddings: _patiently(shop, job_id, lambda: shop.expose(bundle, embeddings)),
+            )
         except Exception as error:
             _fail(shop, job_id, error)
     job = shop.table.get(job_id)
@@ -200,7 +212,14 @@ class _Synthesize:
     def __init__(self, shop: Workshop, job: Job, bundle: Bundle) -> None:
         request = DatasetRequest.model_validate(job.request)
         self._shop, self._job_id, self._seed = shop, job.id, request.seed
-        self._options = Options(bundle.digest, request.truncation_psi, request.truncation_cutoff, request.noise_mode)
+        self._options = Options(
+            bundle.digest,
+            request.truncation_psi,
+            request.truncation_cutoff,
+            request.noise_mode,
+            edits=request.moves,
+            directions=[direction.name for direction in bundle.directions],
+        )
 
     def __call__(self, indices: Sequence[int], labels: Sequence[int]) -> NDArray[np.uint8]:
         rows = pack(self._options, self._seed, indices, labels)
@@ -221,12 +240,28 @@ class _Score:
         return scores_of(logits, self._described.temperature).calibrated
 
 
+class _Examine:
+    """The authenticity service as the function that shards call."""
+
+    def __init__(self, shop: Workshop, job: Job, bundle: Bundle) -> None:
+        assert bundle.authenticity is not None
+        self._shop, self._job_id, self._bundle, self._described = shop, job.id, bundle, bundle.authenticity
+
+    def __call__(self, images: NDArray[np.uint8]) -> Nearest:
+        inputs = batch(images, self._described.resolution)
+        found: Nearest = _patiently(self._shop, self._job_id, lambda: self._shop.nearest(self._bundle, inputs))
+        return found
+
+
 def _identity(shop: Workshop, job_id: str, bundle: Bundle, plan_: Plan) -> Mapping[str, str]:
-    """What makes the images, and their probabilities where the plan has them."""
+    """What makes the images, scores them and compares them, as far as the plan has it."""
     found: Mapping[str, str] = _patiently(shop, job_id, lambda: shop.identity(bundle.digest))
     if plan_.scored:
         scorer: Mapping[str, str] = _patiently(shop, job_id, lambda: shop.classifier_identity(bundle))
         found = {**found, **scorer}
+    if plan_.gated:
+        index: Mapping[str, str] = _patiently(shop, job_id, lambda: shop.index_identity(bundle))
+        found = {**found, **index}
     return found
 
 

@@ -63,3 +63,10 @@ def image_body(field: str) -> dict[str, Any]:
     }
     kinds = {"multipart/form-data": {"schema": form}, **{kind: {"schema": image} for kind in FORMATS.values()}}
     return {"requestBody": {"required": True, "content": kinds}}
+
+
+def image_or_json_body(field: str, model: str) -> dict[str, Any]:
+    """Documentation of a body that is either: uploaded images, or the component `model`."""
+    body = image_body(field)
+    body["requestBody"]["content"].update(json_body(model)["requestBody"]["content"])
+    return body

@@ -20,14 +20,13 @@ from dermis.latents import MAX_INDEX
 from services.gateway.dependencies import ContextDep, negotiate, read_model
 from services.gateway.problems import ProblemError
 from services.gateway.routes.answers import content, headers, json_body, problems
+from services.gateway.sampling import check_classes, check_cutoff, check_edits, draw_soon
 from services.gateway.schemas import ImagesRequest, ModelRef, Sample, SampleList
-from services.samples import Image, Options, pack
+from services.samples import Image, Options, Samples, pack
 
 router = APIRouter(prefix="/v1/images", tags=["images"])
 
 _IMAGE_TYPES = tuple(MEDIA_TYPES.values())
-_BUSY = {"Retry-After": "5"}
-_in_work = 0
 
 
 @router.post(
@@ -59,7 +58,6 @@ _in_work = 0
 )
 async def generate_images(request: Request, context: ContextDep) -> Response:
     """Images of a seed's sequence, the same whenever they are asked for."""
-    global _in_work  # noqa: PLW0603
     wanted = await read_model(request, ImagesRequest)
     preferred = MEDIA_TYPES[wanted.image_format]
     offers = ["application/json", preferred, *(kind for kind in _IMAGE_TYPES if kind != preferred)]
@@ -67,18 +65,9 @@ async def generate_images(request: Request, context: ContextDep) -> Response:
     if media_type is None:
         raise ProblemError("not-acceptable", f"this answers with {', '.join(offers)}")
     bundle = await asyncio.to_thread(context.models.serving, wanted.model or context.models.default)
-    names = _class_of_each(wanted, bundle, context.settings.max_images)
-    if _in_work >= context.settings.max_waiting_image_calls:
-        raise ProblemError("overloaded", "too many calls are waiting for images", headers=_BUSY)
-    _in_work += 1
-    try:
-        images = await asyncio.wait_for(
-            _generate(context, wanted, bundle, names), context.settings.image_timeout_seconds
-        )
-    except TimeoutError:
-        raise ProblemError("overloaded", "the generator is busy; try again or ask for fewer", headers=_BUSY) from None
-    finally:
-        _in_work -= 1
+    names = class_of_each(wanted, bundle, context.settings.max_images)
+    rows = rows_of(wanted, bundle, names)
+    images = await draw_soon(context, lambda: context.generate(rows))
     # Names of bundles are plain ASCII, so they fit a header.
     tell = {"X-Dermis-Model": f"{bundle.name}@{bundle.digest}", "Vary": "Accept"}
     if media_type != "application/json":
@@ -90,29 +79,33 @@ async def generate_images(request: Request, context: ContextDep) -> Response:
     return Response(answer.model_dump_json(by_alias=True), media_type="application/json", headers=tell)
 
 
-def _class_of_each(wanted: ImagesRequest, bundle: Bundle, max_images: int) -> list[str]:
+def class_of_each(wanted: ImagesRequest, bundle: Bundle, max_images: int) -> list[str]:
     """The class of every sample, in order; RequestError if the bundle or the limits cannot serve them."""
-    known = classes_of(bundle)
-    for name in wanted.classes:
-        if name not in known:
-            raise RequestError(f"classes.{name}", f"unknown class; this model has {', '.join(known)}", "unknown-class")
+    check_classes({f"classes.{name}": name for name in wanted.classes}, bundle)
     total = sum(wanted.classes.values())
     if total > max_images:
         message = f"{total} images asked for; at most {max_images} here, more as a dataset (POST /v1/datasets)"
         raise RequestError("classes", message, "request-too-large")
     if wanted.start_index + total - 1 > MAX_INDEX:
         raise RequestError("start_index", f"the last index would pass {MAX_INDEX}", "invalid-request")
-    if wanted.truncation_cutoff is not None and wanted.truncation_cutoff > bundle.generator.num_ws:
-        message = f"this model has {bundle.generator.num_ws} style layers"
-        raise RequestError("truncation_cutoff", message, "invalid-request")
+    check_cutoff(wanted.truncation_cutoff, bundle)
+    check_edits(wanted.edits or (), bundle)
     return [name for name, count in wanted.classes.items() for _ in range(count)]
 
 
-async def _generate(context: ContextDep, wanted: ImagesRequest, bundle: Bundle, names: Sequence[str]) -> list[Image]:
+def rows_of(wanted: ImagesRequest, bundle: Bundle, names: Sequence[str]) -> Samples:
+    """The rows of a call's samples, each of its class in `names`."""
     label_of = {name: label for label, name in enumerate(classes_of(bundle))}
-    options = Options(bundle.digest, wanted.truncation_psi, wanted.truncation_cutoff, wanted.noise_mode)
+    options = Options(
+        bundle.digest,
+        wanted.truncation_psi,
+        wanted.truncation_cutoff,
+        wanted.noise_mode,
+        edits=[option.edit for option in wanted.edits or ()],
+        directions=[direction.name for direction in bundle.directions],
+    )
     indices = range(wanted.start_index, wanted.start_index + len(names))
-    return await context.generate(pack(options, wanted.seed, indices, [label_of[name] for name in names]))
+    return pack(options, wanted.seed, indices, [label_of[name] for name in names])
 
 
 def _one_image(images: Sequence[Image], image_format: ImageFormat, quality: int) -> bytes:

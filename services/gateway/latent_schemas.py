@@ -1,0 +1,122 @@
+"""What the API takes and gives of the latent space: edits, directions, verdicts of authenticity."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from dermis.dataset.request import MAX_EDITS, EditOption
+from dermis.directions.direction import NAME_PATTERN
+from dermis.directions.edit import MAX_STRENGTH
+from dermis.imaging import ImageFormat
+from dermis.latents import MAX_INDEX, MAX_SEED
+from services.gateway.schemas import Answer, ModelRef
+
+
+class EditedSample(BaseModel):
+    """A sample to edit: the class and the latent of (seed, index)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    class_: str = Field(alias="class", min_length=1, max_length=200)
+    seed: int = Field(0, ge=0, le=MAX_SEED)
+    index: int = Field(0, ge=0, le=MAX_INDEX)
+
+
+class Sweep(BaseModel):
+    """One direction at several strengths."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    direction: str = Field(pattern=f"^{NAME_PATTERN}$", description="Name of one of the model's directions.")
+    strengths: list[Annotated[float, Field(ge=-MAX_STRENGTH, le=MAX_STRENGTH, allow_inf_nan=False)]] = Field(
+        min_length=1, max_length=256, description="In standard deviations of w along the direction."
+    )
+    layers: list[Annotated[int, Field(ge=0, le=64)]] | None = Field(None, min_length=2, max_length=2)
+
+
+class EditsRequest(BaseModel):
+    """Samples moved along directions; with a sweep each of them at every strength."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    model: str | None = Field(None, max_length=64, description="Name of a served bundle; null for the default one.")
+    samples: list[EditedSample] = Field(
+        min_length=1, max_length=1024, examples=[[{"class": "malignant", "seed": 0, "index": 7}]]
+    )
+    edits: list[EditOption] | None = Field(
+        None, min_length=1, max_length=MAX_EDITS - 1, description="Moves of every sample, with or without a sweep."
+    )
+    sweep: Sweep | None = Field(None, description="Null: one image of each sample.")
+    truncation_psi: float = Field(1.0, ge=0.0, le=2.0, allow_inf_nan=False)
+    truncation_cutoff: int | None = Field(None, ge=0, le=1000)
+    noise_mode: Literal["const", "random", "none"] = "const"
+    image_format: ImageFormat = "png"
+    image_quality: int = Field(95, ge=1, le=100, description="Of JPEG and WebP.")
+    frame_ms: int = Field(100, ge=20, le=5000, description="Of GIF: how long each strength is shown.")
+
+
+class EditedImage(Answer):
+    """One image after its edits."""
+
+    sample: int = Field(ge=0, description="Place of the sample in the request, from 0.")
+    strength: float | None = Field(description="Of the sweep; null without one.")
+    media_type: str
+    sha256: str = Field(description="Of the decoded bytes.")
+    b64: str = Field(description="The image file, base64.")
+
+
+class EditedList(Answer):
+    """The images of one call, sample after sample, strength after strength."""
+
+    object: Literal["list"] = "list"
+    model: ModelRef
+    data: list[EditedImage]
+
+
+class ModelDirection(Answer):
+    """A direction of a model's latent space."""
+
+    name: str
+    method: str
+    layers: list[int] = Field(
+        description="First and last + 1 of the style vectors that it moves unless told otherwise."
+    )
+    scale: float = Field(description="Standard deviation of w along it: what a strength of 1 moves by.")
+    facts: dict[str, Any] = Field(description="What was measured when it was found.")
+
+
+class DirectionList(Answer):
+    """The directions of a model, in the order of its file."""
+
+    object: Literal["list"] = "list"
+    model: ModelRef
+    data: list[ModelDirection]
+
+
+class AuthenticityModel(ModelRef):
+    """Which bundle's training images the images were compared with, and by which index."""
+
+    index: str = Field(description="SHA-256 of authenticity.json, which holds the SHA-256 of the index's files.")
+
+
+class AuthenticityVerdict(Answer):
+    """How near one image is to the nearest training image."""
+
+    index: int = Field(ge=0, description="Place of the image in the request, from 0.")
+    authentic: bool = Field(
+        description="Whether it is farther from its nearest training image than that one is from its own nearest other one."
+    )
+    distance: float = Field(ge=0, description="To the nearest training image, to two decimals.")
+    percentile: int = Field(
+        ge=0, le=100, description="Share of training images whose own nearest other one is nearer than that."
+    )
+
+
+class AuthenticityList(Answer):
+    """Verdicts on the images of one call, in their order."""
+
+    object: Literal["list"] = "list"
+    model: AuthenticityModel
+    data: list[AuthenticityVerdict]
