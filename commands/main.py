@@ -17,6 +17,7 @@ from commands.experiment_edge_cases import edge_cases_experiment
 from commands.explain import explain_app
 from commands.generate import generate, verify
 from commands.index import index_app
+from commands.project import project
 from commands.survey import survey_app
 from commands.train import train_app
 from commands.train_classifier import train_classifier
@@ -44,6 +45,7 @@ app.add_typer(augment_app, name="augment")
 app.add_typer(survey_app, name="survey")
 app.add_typer(directions_app, name="directions")
 app.add_typer(index_app, name="index")
+app.command()(project)
 app.command()(classify)
 app.command()(evaluate)
 app.command()(generate)

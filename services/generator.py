@@ -68,6 +68,14 @@ class Generator:
         return list(samples.run(self._synthesizers, samples.from_bytes(rows)))
 
     @bentoml.api
+    def draw(self, digest: str, ws: np.ndarray, noise_mode: str) -> Any:
+        """Images uint8 [N, H, W, 3] of style vectors float32 [N, num_ws, w_dim], or a reason for want of them."""
+        synthesizer = self._synthesizers.get(digest)
+        if synthesizer is None:
+            return f"the generator has no model with digest {digest[:12]}; restart the service to load it"
+        return synthesizer.images_from_ws(ws, "none" if noise_mode == "none" else "const")
+
+    @bentoml.api
     async def describe(self) -> dict[str, Any]:  # on the event loop: probes do not wait for a batch to end
         """What is loaded: {"identities": {digest: identity}, "problems": [...]}."""
         identities = {digest: dict(synthesizer.identity) for digest, synthesizer in self._synthesizers.items()}

@@ -1,9 +1,9 @@
-"""The generator, the classifier, the index and the explainer as the gateway calls them."""
+"""The generator, the classifier, the index, the explainer and the projector as the gateway calls them."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,13 +12,21 @@ from numpy.typing import NDArray
 from dermis.authenticity.attack import Attack, Exposure
 from dermis.authenticity.index import Nearest
 from dermis.bundle import Bundle
+from dermis.errors import RequestError
 from dermis.explain.attribution import Method
 from services import pixels
 from services.connection import Connection
 from services.errors import InferenceFailedError, InferenceUnavailableError, NotInstalledError
-from services.gateway.metrics import heat_maps_made, images_classified, images_compared, images_generated
+from services.gateway.metrics import (
+    heat_maps_made,
+    images_classified,
+    images_compared,
+    images_generated,
+    images_projected,
+)
 from services.heat_maps import HeatMap
 from services.models import Models
+from services.projections import Projected, Task
 from services.samples import Image, Samples, to_bytes
 
 # Rows of one call: what a shard asks for at a time, so that a large request of one user does not hold up the others.
@@ -50,6 +58,14 @@ class RemoteGenerator:
         if len(made) != len(rows):
             raise InferenceFailedError(f"the generator gave {len(made)} images for {len(rows)} samples")
         return made
+
+    async def draw(self, bundle: Bundle, ws: NDArray[np.float32], noise_mode: str) -> list[Image]:
+        """Images of style vectors [N, num_ws, w_dim]. Errors as in `images`."""
+        made = await self._connection.call("draw", bundle.digest, ws, noise_mode)
+        if isinstance(made, str):
+            raise InferenceUnavailableError(made)
+        images_generated.labels(bundle.name).inc(len(made))
+        return list(made)
 
     async def identity(self, digest: str) -> Mapping[str, str]:
         """What draws the images of this bundle, for manifests. Errors as in `images`."""
@@ -205,6 +221,43 @@ class RemoteExplainer:
 
     async def not_alive(self) -> str | None:
         """Why only a restart can help; None if the explainer answers, may yet, or is not needed."""
+        return None if await self.not_ready() is None else self._connection.not_alive
+
+
+class RemoteProjector:
+    """The projector service. Use it on one event loop."""
+
+    def __init__(self, client: Any, models: Models) -> None:
+        self._connection = Connection(client, "the projector")
+        self._wanted = {bundle.digest: bundle.name for bundle in models.bundles}
+
+    async def project(
+        self, bundle: Bundle, images: NDArray[np.uint8], labels: Sequence[int | None], task: Task, ticket: str
+    ) -> list[Projected]:
+        """Projections of uint8 [N, R, R, 3]. InferenceUnavailableError, InferenceFailedError or RequestError."""
+        numbers = [-1 if label is None else label for label in labels]
+        found = await self._connection.call("project", bundle.digest, images, numbers, task.to_dict(), ticket)
+        if "refused" in found:
+            raise RequestError("projection", found["refused"])
+        if "problem" in found:
+            raise InferenceUnavailableError(found["problem"])
+        images_projected.labels(bundle.name).inc(len(images))
+        return [Projected(**each) for each in found["projected"]]
+
+    async def steps(self, ticket: str) -> int:
+        """Steps that a call in work has done. Errors as in `project`."""
+        return int(await self._connection.call("steps", ticket))
+
+    async def cancel(self, ticket: str) -> None:
+        """End a call. Errors as in `project`."""
+        await self._connection.call("cancel", ticket)
+
+    async def not_ready(self) -> str | None:
+        """Why not every served model can be projected to; None if it can."""
+        return await _not_ready(self._connection, self._wanted)
+
+    async def not_alive(self) -> str | None:
+        """Why only a restart can help; None if the projector answers or may yet."""
         return None if await self.not_ready() is None else self._connection.not_alive
 
 

@@ -16,6 +16,7 @@ from dermis.dataset.request import MAX_EDITS, NoiseMode
 from dermis.directions.edit import Edit, offset_of
 
 if TYPE_CHECKING:
+    from dermis.bundle import Bundle
     from dermis.synthesizer import Synthesizer
 
 NOISE_MODES: tuple[NoiseMode, ...] = ("const", "random", "none")
@@ -45,6 +46,8 @@ SAMPLE = np.dtype(
 Samples = NDArray[Any]  # [N] of dtype SAMPLE
 Image = NDArray[np.uint8]  # [H, W, 3]
 Generate = Callable[[Samples], Awaitable[list[Image]]]
+Draw = Callable[["Bundle", NDArray[np.float32], str], Awaitable[list[Image]]]
+"""(bundle, ws [N, num_ws, w_dim], noise mode) -> images."""
 
 
 @dataclass(frozen=True)

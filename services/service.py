@@ -27,12 +27,14 @@ from services.gateway.dependencies import Context
 from services.gateway.heat_maps import HeatMaps
 from services.gateway.uploads import Uploads
 from services.generator import Generator
+from services.jobs.projection_jobs import ProjectionJobs
 from services.jobs.service import DatasetJobs
 from services.jobs.table import JobTable
-from services.jobs.work import Workshop
+from services.jobs.workshop import Workshop
 from services.models import Models
 from services.orphans import exit_with_parent
-from services.remote import RemoteAuthenticity, RemoteClassifier, RemoteExplainer, RemoteGenerator
+from services.projector import Projector
+from services.remote import RemoteAuthenticity, RemoteClassifier, RemoteExplainer, RemoteGenerator, RemoteProjector
 from services.settings import settings_of_process
 
 logger = logging.getLogger("dermis.service")
@@ -54,6 +56,7 @@ async def _running() -> AsyncIterator[Context]:
     classifier = RemoteClassifier(here.classifier.to_async, models)
     authenticity = RemoteAuthenticity(here.authenticity.to_async, models)
     explainer = RemoteExplainer(here.explainer.to_async, models)
+    projector = RemoteProjector(here.projector.to_async, models)
     uploads = Uploads(_settings)
     stopping = threading.Event()
     shop = Workshop(
@@ -66,6 +69,9 @@ async def _running() -> AsyncIterator[Context]:
         nearest=authenticity.nearest,
         expose=authenticity.expose,
         index_identity=authenticity.identity,
+        project=projector.project,
+        projection_steps=projector.steps,
+        cancel_projection=projector.cancel,
         loop=asyncio.get_running_loop(),
         storage=_settings.storage,
         min_free_bytes=_settings.min_free_bytes,
@@ -73,7 +79,7 @@ async def _running() -> AsyncIterator[Context]:
     )
     jobs = DatasetJobs(_settings, shop)
 
-    parts = (generator, classifier, authenticity, explainer)
+    parts = (generator, classifier, authenticity, explainer, projector)
 
     async def not_ready() -> str | None:
         if stopping.is_set():
@@ -100,7 +106,9 @@ async def _running() -> AsyncIterator[Context]:
                 settings=_settings,
                 models=models,
                 jobs=jobs,
+                projections=ProjectionJobs(_settings, shop),
                 generate=generator.images,
+                draw=generator.draw,
                 classify=classifier.logits,
                 nearest=authenticity.nearest,
                 comparisons=Comparisons(_settings.max_compared_per_minute),
@@ -166,6 +174,7 @@ class Gateway:
     classifier = bentoml.depends(Classifier)
     authenticity = bentoml.depends(Authenticity)
     explainer = bentoml.depends(Explainer)
+    projector = bentoml.depends(Projector)
 
 
 Gateway.add_asgi_middleware(GatewayOnly)  # type: ignore[attr-defined]  # a BentoML service by now

@@ -103,6 +103,13 @@ class Settings(BaseSettings):
         2, ge=1, le=64, description="Uploaded images that are decoded at one time, 12 bytes of memory a pixel each."
     )
 
+    projection_distance: Literal["lite0", "vgg16"] = Field(
+        "lite0", description="Distance that projections minimise; the weights of vgg16 (LPIPS) are downloaded once."
+    )
+    projection_keep_seconds: float = Field(
+        86_400.0, ge=60.0, description="Projections that ended so long ago are deleted with their files."
+    )
+
     # What it allows
     max_samples_per_dataset: int = Field(100_000, ge=1, description="Most images in one dataset.")
     max_shards_per_dataset: int = Field(2_000, ge=1, description="Most shards in one dataset.")
@@ -124,6 +131,11 @@ class Settings(BaseSettings):
         description="Most uploaded images that are compared with the training images in a minute; 0 switches that off. Who may "
         "ask can learn whether an image that they have is a training image.",
     )
+    max_projection_images: int = Field(
+        32, ge=0, le=1024, description="Most images in one projection; 0 switches projections off."
+    )
+    max_projection_steps: int = Field(1000, ge=1, le=10_000, description="Most steps of one image.")
+    max_active_projections: int = Field(8, ge=1, description="Most projections queued or running at one time.")
     max_heat_map_images: int = Field(
         4, ge=0, le=64, description="Most images in a call that asks for heat maps; 0 switches heat maps off."
     )

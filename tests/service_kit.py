@@ -6,7 +6,7 @@ import asyncio
 import threading
 import time
 import zlib
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,16 +28,21 @@ from dermis.dataset.request import DatasetRequest
 from dermis.dataset.shards import write_shard
 from dermis.dataset.store import Store
 from dermis.imaging import encode
+from dermis.projection.projector import Projector
+from dermis.synthesizer import Synthesizer
+from services import projections
 from services.gateway.app import create_app
 from services.gateway.comparisons import Comparisons
 from services.gateway.dependencies import Context
 from services.gateway.heat_maps import HeatMaps
 from services.gateway.uploads import Uploads
 from services.heat_maps import HeatMap
+from services.jobs.projection_jobs import ProjectionJobs
 from services.jobs.service import DatasetJobs
 from services.jobs.table import JobTable
-from services.jobs.work import Workshop
+from services.jobs.workshop import Workshop
 from services.models import Models
+from services.projections import Projected, Task
 from services.samples import Image, Options, Samples, pack
 from services.settings import Settings
 
@@ -53,6 +58,12 @@ def draw(rows: Samples) -> list[Image]:
     rows["model"] = b""
     keys = [zlib.crc32(row.tobytes()) for row in rows]
     return [np.random.default_rng(key).integers(0, 256, (16, 16, 3), dtype=np.uint8) for key in keys]
+
+
+async def draw_ws(bundle: Bundle, ws: NDArray[np.float32], _noise_mode: str) -> list[Image]:
+    """The real generator's images."""
+    with Synthesizer(bundle, device="cpu", threads=1) as synthesizer:
+        return list(synthesizer.images_from_ws(ws))
 
 
 @dataclass
@@ -110,6 +121,38 @@ class LocalAuthenticity:
 
 
 @dataclass
+class LocalProjector:
+    """Bundles in this process, projected to with few steps. It can be made to wait or to fail."""
+
+    gate: threading.Event = field(default_factory=threading.Event)
+    failures: list[Exception] = field(default_factory=list)
+    calls: int = 0
+    steps_done: dict[str, int] = field(default_factory=dict)
+    cancelled: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.gate.set()
+
+    async def project(
+        self, bundle: Bundle, images: NDArray[np.uint8], labels: Sequence[int | None], task: Task, ticket: str
+    ) -> list[Projected]:
+        self.calls += 1
+        self.steps_done[ticket] = 1
+        while not self.gate.is_set():
+            await asyncio.sleep(0.01)
+        if self.failures:
+            raise self.failures.pop(0)
+        projector = Projector(bundle, distance="lite0", device="cpu", dtype="float32", batch_size=len(images))
+        return projections.run(projector, images, labels, task, lambda steps: None)
+
+    async def steps(self, ticket: str) -> int:
+        return self.steps_done.get(ticket, 0)
+
+    async def cancel(self, ticket: str) -> None:
+        self.cancelled.append(ticket)
+
+
+@dataclass
 class FakeExplainer:
     """A heat map is the image itself. It can be made to wait or to fail."""
 
@@ -137,6 +180,7 @@ class Service:
     generator: FakeGenerator
     classifier: LocalClassifier
     explainer: FakeExplainer
+    projector: LocalProjector
     jobs: DatasetJobs
     models: Models
     settings: Settings
@@ -185,6 +229,7 @@ class Parts:
     generator: FakeGenerator
     classifier: LocalClassifier
     explainer: FakeExplainer
+    projector: LocalProjector
     models: Models
     settings: Settings
     running: list[tuple[DatasetJobs, Workshop]] = field(default_factory=list)
@@ -197,7 +242,7 @@ def assemble(bundles: Path | str, data_dir: Path, **settings: Any) -> Parts:
     )
     models = Models(values.bundles, values.default_model)
     generator, classifier, explainer = FakeGenerator(), LocalClassifier(), FakeExplainer()
-    authenticity = LocalAuthenticity()
+    authenticity, projector = LocalAuthenticity(), LocalProjector()
 
     @asynccontextmanager
     async def running() -> AsyncIterator[Context]:
@@ -212,6 +257,9 @@ def assemble(bundles: Path | str, data_dir: Path, **settings: Any) -> Parts:
             nearest=authenticity.nearest,
             expose=authenticity.expose,
             index_identity=authenticity.identity,
+            project=projector.project,
+            projection_steps=projector.steps,
+            cancel_projection=projector.cancel,
             loop=asyncio.get_running_loop(),
             storage=values.storage,
             min_free_bytes=values.min_free_bytes,
@@ -231,7 +279,9 @@ def assemble(bundles: Path | str, data_dir: Path, **settings: Any) -> Parts:
                 settings=values,
                 models=models,
                 jobs=jobs,
+                projections=ProjectionJobs(values, shop),
                 generate=generator.images,
+                draw=draw_ws,
                 classify=classifier.logits,
                 nearest=authenticity.nearest,
                 comparisons=Comparisons(values.max_compared_per_minute),
@@ -245,7 +295,7 @@ def assemble(bundles: Path | str, data_dir: Path, **settings: Any) -> Parts:
             uploads.close()
             await asyncio.to_thread(jobs.stop)
 
-    parts = Parts(create_app(values, running), generator, classifier, explainer, models, values)
+    parts = Parts(create_app(values, running), generator, classifier, explainer, projector, models, values)
     return parts
 
 
@@ -257,11 +307,20 @@ def service(bundles: Path | str, data_dir: Path, **settings: Any) -> Iterator[Se
         jobs, shop = parts.running[0]
         try:
             yield Service(
-                client, parts.generator, parts.classifier, parts.explainer, jobs, parts.models, parts.settings, shop
+                client,
+                parts.generator,
+                parts.classifier,
+                parts.explainer,
+                parts.projector,
+                jobs,
+                parts.models,
+                parts.settings,
+                shop,
             )
         finally:
             parts.generator.gate.set()
             parts.explainer.gate.set()
+            parts.projector.gate.set()
 
 
 def make_directly(bundle: Any, request: Mapping[str, Any], folder: Path) -> dict[str, bytes]:

@@ -99,16 +99,18 @@ class Projector:
         schedule: Schedule = OFFICIAL,
         *,
         on_step: Callable[[Sequence[tuple[int, int]]], None] | None = None,
+        frame_every: int | None = None,
     ) -> Iterator[tuple[int, Projection]]:
         """(position in `targets`, projection) of each, as they come to their end; `targets` are read as they are needed.
 
         `on_step` gets (position, steps done) of the images in work after every step; an exception from it ends the work.
+        With `frame_every` a projection has its image of every so many steps as `frames`.
         RequestError if a label is none of the generator's, or the schedule wants an encoder and there is none.
         """
         if schedule.start == "encoder" and self._encode is None:
             raise RequestError("start", "there is no encoder for this bundle; start from the mean, or train an encoder")
         waiting = enumerate(targets)
-        slots = _Slots(self, schedule)
+        slots = _Slots(self, schedule, frame_every)
         while slots.fill(waiting):
             slots.step()
             if on_step is not None:
@@ -133,14 +135,15 @@ class Projector:
 class _Slots:
     """The images in work. Every tensor has the fixed batch as its first dimension; an empty slot computes for nothing."""
 
-    def __init__(self, projector: Projector, schedule: Schedule) -> None:
-        self._p, self._schedule = projector, schedule
+    def __init__(self, projector: Projector, schedule: Schedule, frame_every: int | None) -> None:
+        self._p, self._schedule, self._frame_every = projector, schedule, frame_every
         self._config = projector._generator.config
         count, device = projector.batch_size, projector._device
         self._numbers: list[int | None] = [None] * count
         self._keys = [0] * count
         self._steps, self._taken = [0] * count, [0] * count
         self._least, self._since = [float("inf")] * count, [0] * count
+        self._frames: list[list[Images]] = [[] for _ in range(count)]
         self._pixels = torch.zeros(count, 3, self._config.img_resolution, self._config.img_resolution, device=device)
         self._target = projector._perceptual.embed(self._pixels)
         self._mean = torch.zeros(count, 1, self._config.w_dim, device=device)
@@ -192,6 +195,7 @@ class _Slots:
             self._keys[slot] = int.from_bytes(hashlib.sha256(image.tobytes()).digest()[:7], "little")
             self._steps[slot] = self._taken[slot] = self._since[slot] = 0
             self._least[slot] = float("inf")
+            self._frames[slot] = []
             for each in (*self._values, *self._first, *self._second):
                 each[slot] = 0
             w = self._mean[slot] if start is None else start[slot].to(self._mean.device)
@@ -219,11 +223,25 @@ class _Slots:
         gradients = torch.autograd.grad(loss.sum(), values)
         for value in values:
             value.requires_grad_(False)
+        self._film(image)
         self._adam(gradients)
         for noise in maps:
             noise.sub_(noise.mean(dim=(1, 2, 3), keepdim=True))
             noise.mul_((noise.square().mean(dim=(1, 2, 3), keepdim=True) + 1e-12).rsqrt())
         self._count(seen.tolist())
+
+    @torch.no_grad()
+    def _film(self, image: Tensor) -> None:
+        """Keep a frame of the images whose step it is."""
+        if self._frame_every is None:
+            return
+        filmed = [
+            slot
+            for slot, number in enumerate(self._numbers)
+            if number is not None and self._taken[slot] % self._frame_every == 0
+        ]
+        for slot, frame in zip(filmed, to_uint8(image[filmed] / 127.5 - 1).cpu().numpy(), strict=True):
+            self._frames[slot].append(frame)
 
     def _latent_noise(self) -> Tensor:
         """Noise on w [N, 1 or num_ws, w_dim]: a function of the image and its step alone."""
@@ -293,6 +311,7 @@ class _Slots:
                 steps=self._taken[slot],
                 start=self._schedule.start,
                 space=self._schedule.space,
+                frames=None if self._frame_every is None else np.stack([*self._frames[slot], pixels[slot]]),
             )
             found.append((number, projection))
         return found

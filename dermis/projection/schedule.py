@@ -22,7 +22,7 @@ class Schedule:
 
     steps: int = 1000
     learning_rate: float = 0.1
-    """Of Adam, at its highest; of coordinates in units of the latents' standard deviation if `standardised`."""
+    """Of Adam, at its highest."""
     ramp_up: float = 0.05
     ramp_down: float = 0.25
     latent_noise: float = 0.05
@@ -79,3 +79,5 @@ class Schedule:
 
 
 OFFICIAL = Schedule()
+FAST = Schedule(steps=100, learning_rate=0.2, latent_noise=0.0, noise_maps=False, space="w+")
+SCHEDULES = {"official": OFFICIAL, "fast": FAST}

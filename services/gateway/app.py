@@ -28,7 +28,18 @@ from services.gateway import metrics, problems
 from services.gateway.dependencies import Context
 from services.gateway.latent_schemas import EditsRequest
 from services.gateway.problems import problem_response
-from services.gateway.routes import authenticity, classifications, datasets, docs, edits, files, health, images, models
+from services.gateway.routes import (
+    authenticity,
+    classifications,
+    datasets,
+    docs,
+    edits,
+    files,
+    health,
+    images,
+    models,
+    projections,
+)
 from services.gateway.schemas import Dataset, ImagesRequest
 from services.settings import Settings
 
@@ -40,8 +51,8 @@ _DESCRIPTION = f"""Synthetic dermoscopy: ask for images of lesions that no patie
 
 `POST /v1/datasets` makes a dataset in the background; `POST /v1/images` a few images at once; `POST /v1/classifications`
 says what a classifier makes of images that you send; `POST /v1/authenticity` how near they are to the training images;
-`POST /v1/edits` moves images along directions of the latent space; `GET /v1/models` tells what there is to ask for. Every
-error is a problem document (RFC 9457).
+`POST /v1/projections` finds their latents; `POST /v1/edits` moves images along directions; `GET /v1/models` tells what there
+is to ask for. Every error is a problem document (RFC 9457).
 
 **{NOTICE}**"""
 
@@ -67,7 +78,7 @@ def create_app(settings: Settings, running: Callable[[], AbstractAsyncContextMan
         generate_unique_id_function=lambda route: route.name,
     )
     problems.install(app)
-    for routes in (datasets, files, images, edits, classifications, authenticity, models, health, docs):
+    for routes in (datasets, files, images, edits, projections, classifications, authenticity, models, health, docs):
         app.include_router(routes.router)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     if settings.cors_origins:

@@ -10,25 +10,30 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import IO, Annotated, Any, Protocol, TypeVar, cast
 
+import numpy as np
 from fastapi import Depends, Header
+from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
+from dermis.bundle import Bundle
 from dermis.dataset.request import DatasetRequest
 from services.gateway.bodies import read_bytes
 from services.gateway.comparisons import Comparisons
 from services.gateway.heat_maps import HeatMaps
 from services.gateway.problems import FieldError, ProblemError, field_errors, invalid_request
 from services.gateway.uploads import Uploads
+from services.jobs.projecting import ProjectionOptions
 from services.jobs.table import Job
 from services.models import Models
 from services.pixels import Classify, FindNearest
-from services.samples import Generate
+from services.samples import Draw, Generate
 from services.settings import Settings
 
 _MAX_DEPTH = 32
 _KEY = re.compile(r"[\x21-\x7e]{1,255}")
 _DATASET_ID = re.compile(r"ds_[0-9a-f]{32}")
+_PROJECTION_ID = re.compile(r"pr_[0-9a-f]{32}")
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -67,6 +72,36 @@ class Jobs(Protocol):
         """How many jobs are in each state."""
 
 
+class Projections(Protocol):
+    """The projection jobs, as the routes see them. Blocking; call them in a thread."""
+
+    def submit(
+        self, bundle: Bundle, options: ProjectionOptions, images: Sequence[NDArray[np.uint8]], key: str | None = None
+    ) -> Job:
+        """Start a job, or find the one of this key. ProblemError if it cannot be."""
+
+    def get(self, job_id: str) -> Job | None:
+        """The job, or None."""
+
+    def cancel_or_delete(self, job_id: str) -> Job | None:
+        """Ask an active job to stop and return it; remove an ended one with its files and return None."""
+
+    def results(self, job: Job) -> list[Mapping[str, Any]]:
+        """Of a succeeded job, of each image its facts and its files."""
+
+    def latents(self, job: Job, image: int) -> NDArray[np.float32]:
+        """ws [num_ws, w_dim] of one image of a succeeded job."""
+
+    def file(self, job: Job, name: str) -> FileInfo | None:
+        """One of the files of `results`, or None."""
+
+    def open(self, job: Job, name: str) -> AbstractContextManager[IO[bytes]]:
+        """A file, open for reading and seeking."""
+
+    def count_by_state(self) -> Mapping[str, int]:
+        """How many projections are in each state."""
+
+
 @dataclass(frozen=True)
 class Context:
     """What the composition root gives to the routes."""
@@ -74,7 +109,9 @@ class Context:
     settings: Settings
     models: Models
     jobs: Jobs
+    projections: Projections
     generate: Generate
+    draw: Draw
     classify: Classify
     nearest: FindNearest
     comparisons: Comparisons
@@ -181,7 +218,7 @@ def idempotency_key(
         str | None,
         Header(
             alias="Idempotency-Key",
-            description="A name of yours for this request; sending it again gives the same dataset. 1 to 255 visible ASCII "
+            description="A name of yours for this request; sending it again gives the same job. 1 to 255 visible ASCII "
             "characters.",
             json_schema_extra={"minLength": 1, "maxLength": 255, "pattern": r"^[\x21-\x7e]{1,255}$"},
         ),
@@ -199,6 +236,11 @@ IdempotencyKey = Annotated[str | None, Depends(idempotency_key)]
 def is_dataset_id(value: str) -> bool:
     """Whether `value` has the form of a dataset's id."""
     return _DATASET_ID.fullmatch(value) is not None
+
+
+def is_projection_id(value: str) -> bool:
+    """Whether `value` has the form of a projection's id."""
+    return _PROJECTION_ID.fullmatch(value) is not None
 
 
 def negotiate(accept: str | None, offers: Sequence[str]) -> str | None:

@@ -1,17 +1,28 @@
-"""What the API takes and gives of the latent space: edits, directions, verdicts of authenticity."""
+"""What the API takes and gives of the latent space: projections, edits, directions, verdicts of authenticity."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import datetime
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dermis.dataset.request import MAX_EDITS, EditOption
 from dermis.directions.direction import NAME_PATTERN
 from dermis.directions.edit import MAX_STRENGTH
 from dermis.imaging import ImageFormat
 from dermis.latents import MAX_INDEX, MAX_SEED
-from services.gateway.schemas import Answer, ModelRef
+from services.gateway.problems import Problem
+from services.gateway.schemas import Answer, ModelRef, State
+
+
+class EditedProjection(BaseModel):
+    """An image of a finished projection, to edit."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    id: str = Field(pattern=r"^pr_[0-9a-f]{32}$")
+    image: int = Field(0, ge=0, le=1023, description="Place of the image in the projection's request, from 0.")
 
 
 class EditedSample(BaseModel):
@@ -42,8 +53,11 @@ class EditsRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     model: str | None = Field(None, max_length=64, description="Name of a served bundle; null for the default one.")
-    samples: list[EditedSample] = Field(
-        min_length=1, max_length=1024, examples=[[{"class": "malignant", "seed": 0, "index": 7}]]
+    samples: list[EditedSample] | None = Field(
+        None, min_length=1, max_length=1024, examples=[[{"class": "malignant", "seed": 0, "index": 7}]]
+    )
+    projections: list[EditedProjection] | None = Field(
+        None, min_length=1, max_length=1024, description="Instead of samples: projected images. They are not truncated."
     )
     edits: list[EditOption] | None = Field(
         None, min_length=1, max_length=MAX_EDITS - 1, description="Moves of every sample, with or without a sweep."
@@ -56,11 +70,73 @@ class EditsRequest(BaseModel):
     image_quality: int = Field(95, ge=1, le=100, description="Of JPEG and WebP.")
     frame_ms: int = Field(100, ge=20, le=5000, description="Of GIF: how long each strength is shown.")
 
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.samples is None) == (self.projections is None):
+            raise ValueError("give either samples or projections")
+        if self.projections is not None and self.noise_mode == "random":
+            raise ValueError("projections have no noise of their own; give noise_mode const or none")
+        return self
+
+    @property
+    def sources(self) -> int:
+        """Number of samples or projections."""
+        return len(self.samples or self.projections or ())
+
+
+class ProjectionProgress(Answer):
+    """How far a projection is."""
+
+    images_done: int
+    images_total: int
+    steps_done: int = Field(description="Of all images together.")
+    steps_total: int
+    eta_seconds: float | None
+
+
+class ProjectedImage(Answer):
+    """One image's projection."""
+
+    index: int = Field(ge=0, description="Place of the image in the request, from 0.")
+    distance: float = Field(
+        description="Of the generator's image from the one that was sent, in the space of its name."
+    )
+    distance_name: str
+    pixel_error: float = Field(description="Root mean squared difference of pixels, in 0..255.")
+    steps: int
+    start: str
+    space: str
+    files: dict[str, str] = Field(
+        description="Paths: `latents` (safetensors: ws and image), `image` (PNG of the generator's image), `video` (GIF)."
+    )
+
+
+class ProjectionJob(Answer):
+    """A projection job."""
+
+    id: str = Field(pattern=r"^pr_[0-9a-f]{32}$")
+    object: Literal["projection"] = "projection"
+    state: State
+    schedule: str
+    steps: int
+    space: str
+    start: str
+    model: ModelRef
+    progress: ProjectionProgress
+    created_at: datetime.datetime
+    started_at: datetime.datetime | None
+    finished_at: datetime.datetime | None
+    expires_at: datetime.datetime | None = Field(
+        description="When it is deleted with its files; null before it has ended."
+    )
+    error: Problem | None
+    data: list[ProjectedImage] | None = Field(description="One entry for each image; null before it has succeeded.")
+
 
 class EditedImage(Answer):
     """One image after its edits."""
 
-    sample: int = Field(ge=0, description="Place of the sample in the request, from 0.")
+    sample: int = Field(ge=0, description="Place of the sample or projection in the request, from 0.")
     strength: float | None = Field(description="Of the sweep; null without one.")
     media_type: str
     sha256: str = Field(description="Of the decoded bytes.")

@@ -16,6 +16,7 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 images_generated = Counter("dermis_images_generated_total", "Images that the generator has made.", ["model"])
 images_classified = Counter("dermis_images_classified_total", "Images that the classifier has scored.", ["model"])
 images_compared = Counter("dermis_images_compared_total", "Images compared with the training images.", ["model"])
+images_projected = Counter("dermis_images_projected_total", "Images projected to latents.", ["model"])
 heat_maps_made = Counter("dermis_heat_maps_total", "Heat maps that the explainer has made.", ["model", "method"])
 request_seconds = Histogram(
     "dermis_http_request_duration_seconds",
@@ -29,11 +30,12 @@ dataset_samples = Counter("dermis_dataset_samples_total", "Images written into s
 class _Jobs(Collector):
     """Jobs by state, counted in the database when asked: right whichever process answers."""
 
-    def __init__(self, count: Callable[[], Mapping[str, int]]) -> None:
-        self._count = count
+    def __init__(self, kind: str, count: Callable[[], Mapping[str, int]]) -> None:
+        self._kind, self._count = kind, count
 
     def collect(self) -> Iterator[Metric]:
-        family = GaugeMetricFamily("dermis_dataset_jobs", "Dataset jobs by state.", labels=["state"])
+        name = f"dermis_{self._kind}_jobs"
+        family = GaugeMetricFamily(name, f"{self._kind.capitalize()} jobs by state.", labels=["state"])
         try:
             counts = self._count()
         except Exception:  # the other metrics are wanted most while the database is away
@@ -43,10 +45,11 @@ class _Jobs(Collector):
         yield family
 
 
-def render(count_by_state: Callable[[], Mapping[str, int]]) -> bytes:
-    """All metrics of all processes in Prometheus's text format."""
+def render(datasets: Callable[[], Mapping[str, int]], projections: Callable[[], Mapping[str, int]]) -> bytes:
+    """All metrics of all processes in Prometheus's text format. The arguments count jobs by state."""
     registry = CollectorRegistry()
-    registry.register(_Jobs(count_by_state))
+    registry.register(_Jobs("dataset", datasets))
+    registry.register(_Jobs("projection", projections))
     if os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
         MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
         return generate_latest(registry)

@@ -31,6 +31,7 @@ KINDS: Mapping[str, tuple[int, str]] = {
     "not-acceptable": (406, "No acceptable representation"),
     "upload-timeout": (408, "The upload took too long"),
     "dataset-not-ready": (409, "The dataset is not ready"),
+    "projection-not-ready": (409, "The projection is not ready"),
     "idempotency-conflict": (409, "The idempotency key was used for another request"),
     "too-large": (413, "The body is too large"),
     "image-too-large": (413, "An image has too many pixels"),

@@ -21,14 +21,15 @@ from dermis.dataset.shards import check_space
 from dermis.errors import RequestError
 from services.gateway.dependencies import FileInfo
 from services.gateway.problems import ProblemError
-from services.jobs import work, workflow
+from services.jobs import removal, work, workflow
 from services.jobs.lease import Lease, executor_slot
 from services.jobs.table import IdempotencyConflictError, Job, JobTable, TooManyActiveError
-from services.jobs.work import Workshop
+from services.jobs.workshop import Workshop
 from services.settings import Settings
 
 logger = logging.getLogger("dermis.jobs")
 
+PREFIX = "ds_"
 _LISTINGS_KEPT = 64
 
 
@@ -59,7 +60,12 @@ class DatasetJobs:
             shard_concurrency=settings.shard_concurrency,
             max_active=settings.max_active_datasets,
         )
-        lease = Lease(self._table, executor_id, settings.lease_seconds, workflow.sweep)
+
+        def sweep() -> None:
+            workflow.sweep()
+            removal.expire_projections(self._shop, settings.projection_keep_seconds)
+
+        lease = Lease(self._table, executor_id, settings.lease_seconds, sweep)
         self._stack.callback(lease.stop)
         lease.start()
 
@@ -74,8 +80,8 @@ class DatasetJobs:
         if self._settings.storage_url is not None or self._settings.database_url is not None:
             return
         for folder in Path(self._settings.storage).iterdir():
-            if re.fullmatch(r"ds_[0-9a-f]{32}", folder.name) and self._table.get(folder.name) is None:
-                logger.warning("files without a job removed", extra={"dataset": folder.name})
+            if re.fullmatch(r"(ds|pr)_[0-9a-f]{32}", folder.name) and self._table.get(folder.name) is None:
+                logger.warning("files without a job removed", extra={"job": folder.name})
                 work.remove_files(self._shop, folder.name)
 
     def submit(self, request: DatasetRequest, idempotency_key: str | None = None) -> Job:
@@ -89,7 +95,7 @@ class DatasetJobs:
                 f"{planned.shards} shards; at most {settings.max_shards_per_dataset} are allowed: choose larger ones"
             )
             raise RequestError("shard_size", message, kind="request-too-large")
-        job_id = f"ds_{uuid.uuid4().hex}"
+        job_id = f"{PREFIX}{uuid.uuid4().hex}"
         body = request.model_dump(mode="json")
         body_hash = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
         self._shop.check_space()
@@ -120,21 +126,17 @@ class DatasetJobs:
         return self._table.get(job_id)
 
     def page(self, limit: int, *, before: int | None = None, state: str | None = None) -> list[Job]:
-        return self._table.page(limit, before=before, state=state)
+        return self._table.page(PREFIX, limit, before=before, state=state)
 
     def count_by_state(self) -> Mapping[str, int]:
-        return self._table.count_by_state()
+        return self._table.count_by_state(PREFIX)
 
     def cancel_or_delete(self, job_id: str) -> Job | None:
         """Ask an active job to stop and return it; remove an ended one with its files and return None."""
-        job = self._table.request_cancel(job_id)
-        if job is not None and job.active:
-            return job
-        work.remove_files(self._shop, job_id)
-        workflow.forget(job_id)
-        self._table.delete(job_id)
-        self._listings.pop(job_id, None)
-        return None
+        job = removal.cancel_or_delete(self._shop, job_id)
+        if job is None:
+            self._listings.pop(job_id, None)
+        return job
 
     def files(self, job: Job) -> list[FileInfo]:
         """The files of a succeeded job: those that its manifest lists, and the manifest."""

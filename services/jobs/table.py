@@ -70,7 +70,7 @@ _workers = sa.Table(
 
 @dataclass(frozen=True)
 class Job:
-    """One dataset job as it stands now."""
+    """One job as it stands now. Of a projection `samples` are steps of images."""
 
     sequence: int
     id: str
@@ -170,7 +170,8 @@ class JobTable:
                 if earlier is not None:
                     return earlier, False
                 if max_active is not None:
-                    active = sa.select(sa.func.count()).where(_jobs.c.state.in_(ACTIVE))
+                    alike = _jobs.c.id.startswith(job_id[:3], autoescape=True)
+                    active = sa.select(sa.func.count()).where(_jobs.c.state.in_(ACTIVE), alike)
                     if (connection.scalar(active) or 0) >= max_active:
                         raise TooManyActiveError
                 connection.execute(sa.insert(_jobs).values(values))
@@ -199,9 +200,10 @@ class JobTable:
             row = connection.execute(sa.select(_jobs).where(_jobs.c.id == job_id)).one_or_none()
         return None if row is None else Job(**row._mapping)
 
-    def page(self, limit: int, *, before: int | None = None, state: str | None = None) -> list[Job]:
-        """Newest first; `before` is the sequence number that the page ends above."""
-        query = sa.select(_jobs).order_by(_jobs.c.sequence.desc()).limit(limit)
+    def page(self, prefix: str, limit: int, *, before: int | None = None, state: str | None = None) -> list[Job]:
+        """Jobs whose ids begin so, newest first; `before` is the sequence number that the page ends above."""
+        query = sa.select(_jobs).where(_jobs.c.id.startswith(prefix, autoescape=True))
+        query = query.order_by(_jobs.c.sequence.desc()).limit(limit)
         if before is not None:
             query = query.where(_jobs.c.sequence < before)
         if state is not None:
@@ -215,8 +217,16 @@ class JobTable:
         with self._reading() as connection:
             return [Job(**row._mapping) for row in connection.execute(query)]
 
-    def count_by_state(self) -> dict[str, int]:
+    def ended_before(self, prefix: str, moment: float) -> list[Job]:
+        """Jobs whose ids begin so that had ended by then, seconds since 1970."""
+        query = sa.select(_jobs).where(_jobs.c.id.startswith(prefix, autoescape=True), _jobs.c.finished_at < moment)
+        with self._reading() as connection:
+            return [Job(**row._mapping) for row in connection.execute(query)]
+
+    def count_by_state(self, prefix: str = "") -> dict[str, int]:
         query = sa.select(_jobs.c.state, sa.func.count()).group_by(_jobs.c.state)
+        if prefix:
+            query = query.where(_jobs.c.id.startswith(prefix, autoescape=True))
         with self._reading() as connection:
             found = {row[0]: row[1] for row in connection.execute(query)}
         return {state: found.get(state, 0) for state in STATES}

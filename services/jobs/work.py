@@ -1,4 +1,4 @@
-"""What a dataset job does, without how it is made durable: one shard, the finish, the clean-up.
+"""What a job does, without how it is made durable: one shard, the finish, the clean-up. Projections are in `projecting`.
 
 Every function here may run again after a crash, and may run twice at once after a lease ran out: shards are idempotent and
 files are put into place atomically.
@@ -6,20 +6,13 @@ files are put into place atomically.
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dermis.authenticity.attack import Exposure
 from dermis.authenticity.index import Nearest
 from dermis.bundle import Bundle
 from dermis.classifier.preprocess import batch
@@ -29,61 +22,14 @@ from dermis.dataset.plan import Plan, plan_for
 from dermis.dataset.request import DatasetRequest
 from dermis.dataset.shards import write_shard
 from dermis.dataset.store import Store
-from dermis.errors import StorageError
-from services.errors import InferenceFailedError, InferenceUnavailableError
 from services.gateway.metrics import dataset_samples
 from services.gateway.problems import problem, problem_of
-from services.jobs.table import Job, JobTable
-from services.models import Models
-from services.pixels import Classify, FindNearest
-from services.samples import Generate, Image, Options, pack
+from services.jobs import projecting
+from services.jobs.table import Job
+from services.jobs.workshop import POLL_SECONDS, ShutdownError, StoppedError, Workshop, patiently
+from services.samples import Image, Options, pack
 
 logger = logging.getLogger("dermis.jobs")
-
-# A generator that restarts compiles for a while; one that stays away is not waited for for ever.
-_PATIENCE_SECONDS = 300.0
-_FAILURES = 3
-_FIRST_PAUSE_SECONDS = 0.5
-_POLL_SECONDS = 0.25
-
-
-class StoppedError(Exception):
-    """The job is to stop: it was cancelled or deleted, or has failed elsewhere."""
-
-
-class ShutdownError(BaseException):
-    """The process is to stop. Not an Exception, for DBOS must not record it as the outcome of the workflow."""
-
-
-@dataclass(frozen=True)
-class Workshop:
-    """What the work needs, from the composition root."""
-
-    table: JobTable
-    models: Models
-    generate: Generate
-    identity: Callable[[str], Awaitable[Mapping[str, str]]]  # by bundle digest: what runs it, for the manifest
-    classify: Classify
-    classifier_identity: Callable[[Bundle], Awaitable[Mapping[str, str]]]
-    nearest: FindNearest
-    expose: Callable[[Bundle, NDArray[np.float32]], Awaitable[Exposure]]
-    index_identity: Callable[[Bundle], Awaitable[Mapping[str, str]]]
-    loop: asyncio.AbstractEventLoop  # where these run
-    storage: str
-    min_free_bytes: int = 0
-    stopping: threading.Event = field(default_factory=threading.Event)
-
-    def store(self, job_id: str) -> Store:
-        """Where the job's files lie."""
-        return Store(f"{self.storage.rstrip('/')}/{job_id}")
-
-    def check_space(self) -> None:
-        """StorageError when so little is free that the jobs database would soon be unable to write."""
-        free = Store(self.storage).free_bytes()
-        if free is not None and free < self.min_free_bytes:
-            raise StorageError(
-                f"the storage of the datasets has {free >> 20} MiB left; free some space and ask again", "storage-full"
-            )
 
 
 def make_shard(shop: Workshop, job_id: str, shard: int) -> str:
@@ -92,20 +38,10 @@ def make_shard(shop: Workshop, job_id: str, shard: int) -> str:
     if job is None or shop.table.must_stop(job_id):
         return "stopped"
     try:
-        bundle, plan_ = _plan_of(shop, job)
-        progress = _Progress(shop, job_id, shard)
-        progress(0)
-        record = write_shard(
-            plan_,
-            shard,
-            _Synthesize(shop, job, bundle),
-            shop.store(job_id),
-            score=_Score(shop, job, bundle) if plan_.scored else None,
-            examine=_Examine(shop, job, bundle) if plan_.gated else None,
-            identity=_identity(shop, job_id, bundle, plan_),
-            on_batch=progress,
-        )
-        shop.table.progress(job_id, shard, len(record.images), finished=True)
+        if projecting.is_projection(job_id):
+            projecting.make_shard(shop, job, shard)
+        else:
+            _make_dataset_shard(shop, job, shard)
     except StoppedError:
         return "stopped"
     except Exception as error:
@@ -115,6 +51,23 @@ def make_shard(shop: Workshop, job_id: str, shard: int) -> str:
     return "finished"
 
 
+def _make_dataset_shard(shop: Workshop, job: Job, shard: int) -> None:
+    bundle, plan_ = _plan_of(shop, job)
+    progress = _Progress(shop, job.id, shard)
+    progress(0)
+    record = write_shard(
+        plan_,
+        shard,
+        _Synthesize(shop, job, bundle),
+        shop.store(job.id),
+        score=_Score(shop, job, bundle) if plan_.scored else None,
+        examine=_Examine(shop, job, bundle) if plan_.gated else None,
+        identity=_identity(shop, job.id, bundle, plan_),
+        on_batch=progress,
+    )
+    shop.table.progress(job.id, shard, len(record.images), finished=True)
+
+
 def finish(shop: Workshop, job_id: str) -> str:
     """End a job all of whose shards have ended: assemble its files, or clear up after it. Returns its last state."""
     job = shop.table.get(job_id)
@@ -122,14 +75,10 @@ def finish(shop: Workshop, job_id: str) -> str:
         return "gone" if job is None else job.state
     if not shop.table.must_stop(job_id):
         try:
-            bundle, plan_ = _plan_of(shop, job)
-            finalize(
-                plan_,
-                shop.store(job_id),
-                bundle,
-                _identity(shop, job_id, bundle, plan_),
-                lambda embeddings: _patiently(shop, job_id, lambda: shop.expose(bundle, embeddings)),
-            )
+            if projecting.is_projection(job_id):
+                projecting.finish(shop, job)
+            else:
+                _finish_dataset(shop, job)
         except Exception as error:
             _fail(shop, job_id, error)
     job = shop.table.get(job_id)
@@ -146,6 +95,17 @@ def finish(shop: Workshop, job_id: str) -> str:
     shop.table.finish(job_id, state)
     logger.info("dataset ended", extra={"dataset": job_id, "state": state})
     return state
+
+
+def _finish_dataset(shop: Workshop, job: Job) -> None:
+    bundle, plan_ = _plan_of(shop, job)
+    finalize(
+        plan_,
+        shop.store(job.id),
+        bundle,
+        _identity(shop, job.id, bundle, plan_),
+        lambda embeddings: patiently(shop, job.id, lambda: shop.expose(bundle, embeddings)),
+    )
 
 
 def give_up(shop: Workshop, job_id: str, why: str) -> None:
@@ -197,7 +157,7 @@ class _Progress:
             raise ShutdownError
         dataset_samples.inc(max(0, done - self._done))
         self._done = done
-        if time.monotonic() - self._told < _POLL_SECONDS:
+        if time.monotonic() - self._told < POLL_SECONDS:
             return
         self._told = time.monotonic()
         self._shop.check_space()
@@ -223,7 +183,7 @@ class _Synthesize:
 
     def __call__(self, indices: Sequence[int], labels: Sequence[int]) -> NDArray[np.uint8]:
         rows = pack(self._options, self._seed, indices, labels)
-        images: list[Image] = _patiently(self._shop, self._job_id, lambda: self._shop.generate(rows))
+        images: list[Image] = patiently(self._shop, self._job_id, lambda: self._shop.generate(rows))
         return np.stack(images)
 
 
@@ -236,7 +196,7 @@ class _Score:
 
     def __call__(self, images: NDArray[np.uint8]) -> NDArray[np.float64]:
         inputs = batch(images, self._described.input.size)
-        logits = _patiently(self._shop, self._job_id, lambda: self._shop.classify(self._bundle, inputs))
+        logits = patiently(self._shop, self._job_id, lambda: self._shop.classify(self._bundle, inputs))
         return scores_of(logits, self._described.temperature).calibrated
 
 
@@ -249,56 +209,17 @@ class _Examine:
 
     def __call__(self, images: NDArray[np.uint8]) -> Nearest:
         inputs = batch(images, self._described.resolution)
-        found: Nearest = _patiently(self._shop, self._job_id, lambda: self._shop.nearest(self._bundle, inputs))
+        found: Nearest = patiently(self._shop, self._job_id, lambda: self._shop.nearest(self._bundle, inputs))
         return found
 
 
 def _identity(shop: Workshop, job_id: str, bundle: Bundle, plan_: Plan) -> Mapping[str, str]:
     """What makes the images, scores them and compares them, as far as the plan has it."""
-    found: Mapping[str, str] = _patiently(shop, job_id, lambda: shop.identity(bundle.digest))
+    found: Mapping[str, str] = patiently(shop, job_id, lambda: shop.identity(bundle.digest))
     if plan_.scored:
-        scorer: Mapping[str, str] = _patiently(shop, job_id, lambda: shop.classifier_identity(bundle))
+        scorer: Mapping[str, str] = patiently(shop, job_id, lambda: shop.classifier_identity(bundle))
         found = {**found, **scorer}
     if plan_.gated:
-        index: Mapping[str, str] = _patiently(shop, job_id, lambda: shop.index_identity(bundle))
+        index: Mapping[str, str] = patiently(shop, job_id, lambda: shop.index_identity(bundle))
         found = {**found, **index}
     return found
-
-
-def _patiently(shop: Workshop, job_id: str, call: Callable[[], Awaitable[Any]]) -> Any:
-    """The answer of the generator, through its restarts; ends early when the job or the process is to end."""
-    deadline = time.monotonic() + _PATIENCE_SECONDS
-    failures, pause = 0, _FIRST_PAUSE_SECONDS
-    while True:
-        try:
-            return _await(shop, call())
-        except InferenceUnavailableError:
-            if time.monotonic() > deadline:
-                raise
-        except InferenceFailedError:
-            failures += 1
-            if failures >= _FAILURES:
-                raise
-        if shop.stopping.wait(pause):
-            raise ShutdownError
-        if shop.table.must_stop(job_id):
-            raise StoppedError
-        pause = min(2 * pause, 10.0)
-
-
-def _await(shop: Workshop, awaitable: Awaitable[Any]) -> Any:
-    """Wait in a worker's thread for what happens on the event loop; ShutdownError if the process is to stop meanwhile."""
-
-    async def call() -> Any:
-        return await awaitable
-
-    future: Future[Any] = asyncio.run_coroutine_threadsafe(call(), shop.loop)
-    while True:
-        try:
-            return future.result(timeout=_POLL_SECONDS)
-        except FutureTimeoutError:
-            if future.done():  # the call itself timed out
-                raise
-            if shop.stopping.is_set():
-                future.cancel()
-                raise ShutdownError from None

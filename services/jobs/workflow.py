@@ -16,8 +16,9 @@ from dbos import DBOS, DBOSConfig, SetEnqueueOptions, SetWorkflowID
 from dbos import error as dbos_error
 
 from services.jobs import work
+from services.jobs.projecting import is_projection
 from services.jobs.table import Job
-from services.jobs.work import ShutdownError, Workshop
+from services.jobs.workshop import ShutdownError, Workshop
 
 logger = logging.getLogger("dermis.jobs")
 
@@ -27,6 +28,7 @@ APPLICATION_VERSION = "1"
 
 _DATASETS = "dermis-datasets"
 _SHARDS = "dermis-shards"
+_PROJECTIONS = "dermis-projections"  # its own, so that datasets do not wait for what takes minutes
 _POLL_SECONDS = 0.2
 _STUCK_SWEEPS = 2
 # A job that takes its process down with it must not do so for ever.
@@ -66,7 +68,7 @@ def start(shop: Workshop, *, url: str, executor_id: str, shard_concurrency: int,
     logging.getLogger("dbos").addFilter(_no_cancellations)
     DBOS(config=config)
     DBOS.launch()
-    for queue, concurrency in ((_DATASETS, max_active), (_SHARDS, shard_concurrency)):
+    for queue, concurrency in ((_DATASETS, max_active), (_SHARDS, shard_concurrency), (_PROJECTIONS, 1)):
         DBOS.register_queue(
             queue, worker_concurrency=concurrency, polling_interval_sec=_POLL_SECONDS, on_conflict="always_update"
         )
@@ -104,7 +106,7 @@ def sweep() -> None:
         if status.executor_id in alive and not _is_stuck(status.workflow_id, status.executor_id):
             continue
         logger.warning("workflow resumed", extra={"workflow": status.workflow_id, "worker": status.executor_id})
-        DBOS.resume_workflow(status.workflow_id, queue_name=_SHARDS if "-" in status.workflow_id else _DATASETS)
+        DBOS.resume_workflow(status.workflow_id, queue_name=_queue_of(status.workflow_id))
     for job in shop.table.active():
         found = DBOS.get_workflow_status(job.id)
         if found is None:
@@ -112,6 +114,12 @@ def sweep() -> None:
                 submit(job)
         elif found.status not in ("PENDING", "ENQUEUED", "DELAYED"):
             work.give_up(shop, job.id, f"its workflow ended as {found.status}")
+
+
+def _queue_of(workflow_id: str) -> str:
+    if "-" not in workflow_id:
+        return _DATASETS
+    return _PROJECTIONS if is_projection(workflow_id) else _SHARDS
 
 
 def _is_stuck(workflow_id: str, executor_id: str | None) -> bool:
@@ -131,7 +139,7 @@ def _dataset_workflow(job_id: str, shards: int) -> str:
         for shard in range(shards):
             # Shard 0 of every job goes before shard 1 of any: a small job does not wait for a large one to end.
             with SetWorkflowID(_shard_workflow_id(job_id, shard)), SetEnqueueOptions(priority=shard + 1):
-                DBOS.enqueue_workflow(_SHARDS, _shard_workflow, job_id, shard)
+                DBOS.enqueue_workflow(_queue_of(_shard_workflow_id(job_id, shard)), _shard_workflow, job_id, shard)
         _wait_for_shards(job_id)
         return _finish(job_id)
 

@@ -5,23 +5,35 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
+from collections.abc import Sequence
 from typing import Annotated
 
 import numpy as np
 from fastapi import APIRouter, Query
+from numpy.typing import NDArray
 from starlette.requests import Request
 from starlette.responses import Response
 
 from dermis.bundle import Bundle
 from dermis.dataset.request import EditOption, classes_of
+from dermis.directions.edit import offset_of
 from dermis.errors import RequestError
 from dermis.imaging import MEDIA_TYPES, Images, animation, contact_sheet, encode
-from services.gateway.dependencies import ContextDep, negotiate, read_model
-from services.gateway.latent_schemas import DirectionList, EditedImage, EditedList, EditsRequest, ModelDirection
+from services.gateway.dependencies import Context, ContextDep, negotiate, read_model
+from services.gateway.latent_schemas import (
+    DirectionList,
+    EditedImage,
+    EditedList,
+    EditedProjection,
+    EditsRequest,
+    ModelDirection,
+)
 from services.gateway.problems import ProblemError
 from services.gateway.routes.answers import content, headers, json_body, problems
+from services.gateway.routes.projections import ready_projection
 from services.gateway.sampling import check_classes, check_cutoff, check_edits, draw_soon
 from services.gateway.schemas import ModelRef
+from services.jobs.projecting import ProjectionOptions
 from services.samples import Options, Samples, pack
 
 router = APIRouter(tags=["edits"])
@@ -71,6 +83,8 @@ async def list_directions(
             "invalid-request",
             "unknown-class",
             "request-too-large",
+            "not-found",
+            "projection-not-ready",
             "overloaded",
             "not-ready",
             "model-unavailable",
@@ -88,8 +102,12 @@ async def edit_images(request: Request, context: ContextDep) -> Response:
     bundle = await asyncio.to_thread(context.models.serving, wanted.model or context.models.default)
     strengths: list[float | None] = [None] if wanted.sweep is None else list(wanted.sweep.strengths)
     _check(wanted, bundle, len(strengths), context.settings.max_images)
-    rows = _rows(wanted, bundle, strengths)
-    images = np.stack(await draw_soon(context, lambda: context.generate(rows)))
+    if wanted.projections is None:
+        rows = _rows(wanted, bundle, strengths)
+        images = np.stack(await draw_soon(context, lambda: context.generate(rows)))
+    else:
+        ws = _moved(wanted, bundle, strengths, await _latents(context, wanted.projections, bundle))
+        images = np.stack(await draw_soon(context, lambda: context.draw(bundle, ws, wanted.noise_mode)))
     # Names of bundles are plain ASCII, so they fit a header.
     tell = {"X-Dermis-Model": f"{bundle.name}@{bundle.digest}", "Vary": "Accept"}
     if media_type != _JSON:
@@ -102,12 +120,11 @@ async def edit_images(request: Request, context: ContextDep) -> Response:
 
 def _check(wanted: EditsRequest, bundle: Bundle, strengths: int, max_images: int) -> None:
     """RequestError if the bundle or the limits cannot serve the request."""
-    check_classes({f"samples.{i}.class": sample.class_ for i, sample in enumerate(wanted.samples)}, bundle)
-    total = len(wanted.samples) * strengths
+    check_classes({f"samples.{i}.class": sample.class_ for i, sample in enumerate(wanted.samples or ())}, bundle)
+    total = wanted.sources * strengths
     if total > max_images:
-        raise RequestError(
-            "samples", f"{total} images asked for; at most {max_images} in one call", "request-too-large"
-        )
+        field = "samples" if wanted.projections is None else "projections"
+        raise RequestError(field, f"{total} images asked for; at most {max_images} in one call", "request-too-large")
     check_cutoff(wanted.truncation_cutoff, bundle)
     check_edits(wanted.edits or (), bundle)
     if wanted.sweep is not None:
@@ -128,7 +145,7 @@ def _rows(wanted: EditsRequest, bundle: Bundle, strengths: list[float | None]) -
     label_of = {name: label for label, name in enumerate(classes_of(bundle))}
     names = [direction.name for direction in bundle.directions]
     parts = []
-    for sample in wanted.samples:
+    for sample in wanted.samples or ():
         for strength in strengths:
             swept = [] if strength is None else [_option(wanted, strength)]
             options = Options(
@@ -141,6 +158,33 @@ def _rows(wanted: EditsRequest, bundle: Bundle, strengths: list[float | None]) -
             )
             parts.append(pack(options, sample.seed, [sample.index], [label_of[sample.class_]]))
     return np.concatenate(parts)
+
+
+async def _latents(context: Context, wanted: Sequence[EditedProjection], bundle: Bundle) -> NDArray[np.float32]:
+    """ws [N, num_ws, w_dim] of projections. RequestError if one is of another model or has no such image."""
+    found = []
+    for place, each in enumerate(wanted):
+        job = await ready_projection(context, each.id)
+        if job.model_digest != bundle.digest:
+            raise RequestError(f"projections.{place}.id", f"is of model {job.model_name}, not of this {bundle.name}")
+        if each.image >= ProjectionOptions.model_validate(job.request).images:
+            raise RequestError(f"projections.{place}.image", "the projection has fewer images")
+        found.append(await asyncio.to_thread(context.projections.latents, job, each.image))
+    return np.stack(found)
+
+
+def _moved(
+    wanted: EditsRequest, bundle: Bundle, strengths: list[float | None], ws: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """Projection after projection, strength after strength."""
+    known = {direction.name: direction for direction in bundle.directions}
+    _, num_ws, w_dim = ws.shape
+    offsets = []
+    for strength in strengths:
+        swept = [] if strength is None else [_option(wanted, strength)]
+        moves = [option.edit for option in [*(wanted.edits or ()), *swept]]
+        offsets.append(offset_of(moves, known, num_ws=num_ws, w_dim=w_dim))
+    return (ws[:, None] + np.stack(offsets)[None]).reshape(-1, num_ws, w_dim)
 
 
 def _picture(images: Images, strengths: int, media_type: str, wanted: EditsRequest) -> bytes:

@@ -53,5 +53,5 @@ async def readyz(context: ContextDep) -> Health:
 )
 async def get_metrics(context: ContextDep) -> Response:
     """Counts, latencies and jobs by state, in Prometheus's text format."""
-    text = await asyncio.to_thread(metrics.render, context.jobs.count_by_state)
+    text = await asyncio.to_thread(metrics.render, context.jobs.count_by_state, context.projections.count_by_state)
     return Response(text, headers={"Content-Type": metrics.CONTENT_TYPE})

@@ -1,0 +1,101 @@
+"""Projection jobs as the gateway sees them: submit, look, stop, fetch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dermis.bundle import Bundle
+from services.gateway.dependencies import FileInfo
+from services.gateway.problems import ProblemError
+from services.jobs import projecting, removal, work, workflow
+from services.jobs.projecting import PREFIX, ProjectionOptions
+from services.jobs.table import IdempotencyConflictError, Job, TooManyActiveError
+from services.jobs.workshop import Workshop
+from services.settings import Settings
+
+
+class ProjectionJobs:
+    """Every method blocks and may be called in any thread. `DatasetJobs` starts and stops the workflows."""
+
+    def __init__(self, settings: Settings, shop: Workshop) -> None:
+        self._settings, self._shop = settings, shop
+
+    def submit(
+        self, bundle: Bundle, options: ProjectionOptions, images: Sequence[NDArray[np.uint8]], key: str | None = None
+    ) -> Job:
+        """Start a job on uint8 squares [R, R, 3] at the generator's resolution, or find the one that this key started."""
+        shop = self._shop
+        job_id = f"{PREFIX}{uuid.uuid4().hex}"
+        body = options.model_dump(mode="json")
+        told = hashlib.sha256(json.dumps([body, bundle.digest], sort_keys=True).encode())
+        for image in images:
+            told.update(image.tobytes())
+        shop.check_space()
+        store = shop.store(job_id)
+        projecting.write_inputs(store, images)
+        try:
+            job, new = shop.table.create(
+                job_id,
+                body,
+                model=(bundle.name, bundle.digest),
+                samples=options.images * options.steps,
+                shards=projecting.shards_of(options.images),
+                body_hash=told.hexdigest(),
+                idempotency_key=key,
+                max_active=self._settings.max_active_projections,
+            )
+        except BaseException as error:
+            work.remove_files(shop, job_id)
+            if isinstance(error, IdempotencyConflictError):
+                raise ProblemError(
+                    "idempotency-conflict", "this Idempotency-Key was used for another request; use a new one"
+                ) from None
+            if isinstance(error, TooManyActiveError):
+                most = self._settings.max_active_projections
+                detail = f"{most} projections are queued or running; try again when one has ended"
+                raise ProblemError("overloaded", detail, headers={"Retry-After": "30"}) from None
+            raise
+        if new:
+            workflow.submit(job)
+        else:
+            work.remove_files(shop, job_id)
+        return job
+
+    def get(self, job_id: str) -> Job | None:
+        """The job, or None."""
+        return self._shop.table.get(job_id)
+
+    def cancel_or_delete(self, job_id: str) -> Job | None:
+        """Ask an active job to stop and return it; remove an ended one with its files and return None."""
+        return removal.cancel_or_delete(self._shop, job_id)
+
+    def results(self, job: Job) -> list[Mapping[str, Any]]:
+        """Of a job that has succeeded, of each image its facts and its files."""
+        return projecting.results(self._shop.store(job.id))
+
+    def latents(self, job: Job, image: int) -> NDArray[np.float32]:
+        """ws [num_ws, w_dim] of one image of a job that has succeeded."""
+        return projecting.latents(self._shop.store(job.id), image)
+
+    def file(self, job: Job, name: str) -> FileInfo | None:
+        """One of the files of `results`, or None."""
+        if not any(name in row["files"] for row in self.results(job)):
+            return None
+        store = self._shop.store(job.id)
+        return FileInfo(name, store.size(name) or 0, store.sha256(name))
+
+    def open(self, job: Job, name: str) -> AbstractContextManager[IO[bytes]]:
+        """A file, open for reading and seeking."""
+        return self._shop.store(job.id).open(name)
+
+    def count_by_state(self) -> Mapping[str, int]:
+        """How many projections are in each state."""
+        return self._shop.table.count_by_state(PREFIX)

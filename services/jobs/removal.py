@@ -1,0 +1,31 @@
+"""Ending a job before its time, or removing one that has ended, of either kind."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from services.jobs import work, workflow
+from services.jobs.projecting import PREFIX
+from services.jobs.table import Job
+from services.jobs.workshop import Workshop
+
+logger = logging.getLogger("dermis.jobs")
+
+
+def cancel_or_delete(shop: Workshop, job_id: str) -> Job | None:
+    """Ask an active job to stop and return it; remove an ended one with its files and return None."""
+    job = shop.table.request_cancel(job_id)
+    if job is not None and job.active:
+        return job
+    work.remove_files(shop, job_id)
+    workflow.forget(job_id)
+    shop.table.delete(job_id)
+    return None
+
+
+def expire_projections(shop: Workshop, keep_seconds: float) -> None:
+    """Remove the projections that ended so long ago: they are of people's images, and nobody may come back for them."""
+    for job in shop.table.ended_before(PREFIX, time.time() - keep_seconds):
+        logger.info("projection expired", extra={"projection": job.id})
+        cancel_or_delete(shop, job.id)
