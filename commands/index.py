@@ -32,6 +32,9 @@ def build(
     held_out: Annotated[
         Path | None, typer.Option(help="Real images that the generator never saw: they make attacks measurable.")
     ] = None,
+    held_out_metadata: Annotated[
+        Path | None, typer.Option(help="CSV of --held-out, if it is not its metadata.csv.")
+    ] = None,
     extractor: Annotated[
         str,
         typer.Option(help="auto (the bundle's classifier, if it has one, else inception), lite0, inception, timm:..."),
@@ -88,7 +91,7 @@ def build(
     held = None
     named = None if opened is None else trained_on(opened.provenance)
     if held_out is not None:
-        held = load_isic(held_out, size, class_column=class_column, cache=cache)
+        held = load_isic(held_out, size, class_column=class_column, metadata=held_out_metadata, cache=cache)
         check_holdout(dataset, held, named)
     if named is not None and named != dataset.sha256:
         typer.echo("warning: --data is not the set that the bundle names as its training set", err=True)

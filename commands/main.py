@@ -7,6 +7,7 @@ import sys
 import typer
 
 from commands.augment import augment_app
+from commands.authenticity import authenticity_app
 from commands.bundle import bundle_app
 from commands.classify import classify
 from commands.data import data_app
@@ -45,6 +46,7 @@ app.add_typer(augment_app, name="augment")
 app.add_typer(survey_app, name="survey")
 app.add_typer(directions_app, name="directions")
 app.add_typer(index_app, name="index")
+app.add_typer(authenticity_app, name="authenticity")
 app.command()(project)
 app.command()(classify)
 app.command()(evaluate)

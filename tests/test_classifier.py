@@ -273,7 +273,7 @@ def test_running_a_classifier_needs_no_torch(tmp_path: Path) -> None:
 
 def test_rows_of_several_classifiers_share_a_batch(tmp_path: Path) -> None:
     small, large = make_classifier(tmp_path / "small"), make_classifier(tmp_path / "large", size=24, seed=1)
-    length = pixels.row_bytes([small, large])
+    length = pixels.row_bytes([small.input.size, large.input.size])
     rng = np.random.default_rng(0)
     inputs = {size: rng.integers(0, 256, (3, size, size, 3), dtype=np.uint8) for size in (SIZE, 24)}
     rows = np.concatenate(

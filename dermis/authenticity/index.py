@@ -60,8 +60,11 @@ class Index:
         rows = prepared(features, self.description.metric)
         if rows.ndim != 2 or rows.shape[1] != self.description.feature_dim:
             raise ValueError(f"features {rows.shape}; this index takes [N, {self.description.feature_dim}]")
-        projected = self.projected(features)
-        if not len(rows):
+        return self.nearest_of_projected(self.projected(features))
+
+    def nearest_of_projected(self, projected: Floats) -> Nearest:
+        """The same of rows [N, dim] that are in the index's space already."""
+        if not len(projected):
             return Nearest(np.empty(0, np.float32), np.empty(0, np.float32), projected, np.empty(0, np.int64))
         behind = self._index.index if isinstance(self._index, import_faiss().IndexPreTransform) else self._index
         squared, neighbours = search(behind, projected, 1, self._threads)

@@ -43,7 +43,9 @@ _IMAGE_TYPES = tuple(MEDIA_TYPES.values())
 
 
 @router.get(
-    "/v1/directions", summary="List the directions of a model", responses=problems("unknown-model", "model-unavailable")
+    "/v1/directions",
+    summary="List the directions of a model",
+    responses=problems("unknown-model", "invalid-request", "model-unavailable"),
 )
 async def list_directions(
     context: ContextDep,

@@ -1,0 +1,291 @@
+"""`dermis authenticity ...`: are images copies of what a generator was trained on?"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+import typer
+
+from commands.classify import image_files
+from dermis.errors import DataError, RequestError, StorageError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from dermis.authenticity.audit import ProjectionAudit, SampleAudit
+    from dermis.authenticity.checker import Checker
+    from dermis.bundle import Bundle
+    from dermis.imaging import Images
+
+authenticity_app = typer.Typer(no_args_is_help=True, help="Find images that are copies of training images.")
+
+_COLUMNS = ("file", "authentic", "distance", "percentile", "radius")
+_CHUNK = 64
+_PAIRS = 8
+_BundleOption = Annotated[str, typer.Option(help="Bundle folder or fsspec URL, with an index.")]
+
+
+@authenticity_app.command("check")
+def check(
+    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.", show_default=False)],
+    bundle: _BundleOption = "bundles/demo",
+    out: Annotated[Path | None, typer.Option(help="Write this .csv file; default: CSV on stdout.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with status 2 if an image is not authentic.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Compare images with the training images: how near is each to the nearest one, and is it authentic?
+
+    Images that cannot be read are named and left out, and the exit status is 1.
+    """
+    from tqdm import tqdm
+
+    from dermis.authenticity.checker import Checker
+
+    if out is not None and out.suffix.lower() != ".csv":
+        raise RequestError("--out", f"{out.name} must end in .csv")
+    files = image_files(images)
+    rows: list[dict[str, Any]] = []
+    bad: list[tuple[Path, str]] = []
+    with Checker(bundle, device=device) as checker, tqdm(total=len(files), unit="img", disable=None) as bar:
+        for paths, squares in _chunks(files, checker.description.resolution, bad):
+            found = checker.check(squares)
+            columns = (found.authentic, found.distances, found.percentiles, found.radii)
+            for path, authentic, *numbers in zip(paths, *(column.tolist() for column in columns), strict=True):
+                told = (str(path), int(authentic), *(round(number, 4) for number in numbers))
+                rows.append(dict(zip(_COLUMNS, told, strict=True)))
+            bar.update(len(paths))
+    for path, why in bad:
+        typer.echo(f"{path}: {why}", err=True)
+    text = _csv(rows)
+    if out is None:
+        typer.echo(text, nl=False)
+    else:
+        _write(out, text.encode())
+    copies = sum(not row["authentic"] for row in rows)
+    near = sum(row["percentile"] < 1 for row in rows)
+    typer.echo(
+        f"{len(rows):,} images: {len(rows) - copies:,} authentic, {copies:,} not; {near:,} are nearer to a training image "
+        "than 99 % of the training images are to any other",
+        err=True,
+    )
+    if bad:
+        raise DataError(f"{len(bad):,} of {len(files):,} images could not be read and are left out")
+    if strict and copies:
+        raise typer.Exit(2)
+
+
+@authenticity_app.command("audit")
+def audit(
+    images: Annotated[list[Path], typer.Option(help="Training images: a folder, or files; may be repeated.")],
+    out: Annotated[Path, typer.Option(help="Folder of the report. One that was begun is continued.")],
+    bundle: _BundleOption = "bundles/demo",
+    count: Annotated[int, typer.Option(help="Real images to project, spread evenly; 0 for all.")] = 200,
+    samples: Annotated[int, typer.Option(help="Images to generate and compare, the classes taking turns.")] = 2000,
+    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+    schedule: Annotated[str, typer.Option(help="fast or official, as in `dermis project`.")] = "fast",
+    steps: Annotated[int | None, typer.Option(help="Default: as the schedule has it.")] = None,
+    distance: Annotated[str, typer.Option(help="auto, vgg16 or lite0, as in `dermis project`.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """The paper's audit: project training images, compare features; then samples, and the attacks.
+
+    Writes REPORT.md, audit.json, projections.csv and pairs.png (the closest and the farthest projections beside their
+    targets: real images, for your eyes only) into --out, and the projections into --out/projections.
+    """
+    from commands.project import project
+    from dermis.authenticity.audit import audit_projections, audit_samples
+    from dermis.authenticity.checker import Checker
+    from dermis.bundle import open_bundle
+
+    if count < 0 or samples < 1:
+        raise RequestError("--count", "must be at least 0, and --samples at least 1")
+    opened = open_bundle(bundle)
+    files = image_files(images)
+    if count and count < len(files):
+        files = [files[i] for i in np.linspace(0, len(files) - 1, count).round().astype(int)]
+    with Checker(opened, device=device) as checker:
+        project(
+            images=files,
+            out=out / "projections",
+            bundle=bundle,
+            schedule=schedule,
+            steps=steps,
+            space=None,
+            start=None,
+            patience=None,
+            distance=distance,
+            class_name=None,
+            video=None,
+            batch_size=None,
+            device=device,
+        )
+        targets, projected, names = _pairs_of(files, out / "projections", checker.description.resolution)
+        found = audit_projections(checker.index, checker.embed(targets), checker.embed(projected))
+        drawn = audit_samples(checker.index, _sampled(checker, opened, samples, seed, device))
+        _write(out / "projections.csv", _csv(list(_audit_rows(names, found)), columns=_AUDIT_COLUMNS).encode())
+        document = _document(checker, opened, found, drawn, samples)
+    _write(out / "audit.json", (json.dumps(document, indent=2) + "\n").encode())
+    _write(out / "REPORT.md", _report(document).encode())
+    _write(out / "pairs.png", _sheet(found, targets, projected))
+    typer.echo(_report(document).split("\n\n")[1])
+    typer.echo(f"{out / 'REPORT.md'}")
+
+
+_AUDIT_COLUMNS = ("file", "cosine_distance", "distance", "percentile", "nearest_is_target", "too_close")
+
+
+def _audit_rows(names: Sequence[str], found: ProjectionAudit) -> Iterator[dict[str, Any]]:
+    columns = (found.cosine, found.verdicts.distances, found.verdicts.percentiles, found.own, found.too_close)
+    for name, cosine, distance, percentile, own, close in zip(names, *(c.tolist() for c in columns), strict=True):
+        told = (name, round(cosine, 5), round(distance, 4), round(percentile, 2), int(own), int(close))
+        yield dict(zip(_AUDIT_COLUMNS, told, strict=True))
+
+
+def _pairs_of(files: Sequence[Path], folder: Path, size: int) -> tuple[Images, Images, list[str]]:
+    """Targets and projections, uint8 [N, R, R, 3], and the targets' names."""
+    from dermis.projection.result import from_bytes
+    from dermis.reading import read_image
+
+    targets, projected = [], []
+    for file in files:
+        result = folder / f"{file.stem}.safetensors"
+        projected.append(from_bytes(result.read_bytes(), str(result))[0].image)
+        targets.append(read_image(file.read_bytes(), size=size))
+    return np.stack(targets), np.stack(projected), [str(file) for file in files]
+
+
+def _sampled(checker: Checker, bundle: Bundle, count: int, seed: int, device: str) -> NDArray[np.float32]:
+    """Features of generated samples, the classes taking turns."""
+    from tqdm import tqdm
+
+    from dermis.dataset.request import classes_of
+    from dermis.synthesizer import Synthesizer
+
+    classes = len(classes_of(bundle))
+    parts = []
+    with Synthesizer(bundle, device=device) as synthesizer:
+        for start in tqdm(range(0, count, _CHUNK), "samples", unit="batch", disable=None):
+            indices = range(start, min(start + _CHUNK, count))
+            drawn = synthesizer.images([seed] * len(indices), indices, [i % classes for i in indices])
+            parts.append(checker.embed(drawn))
+    return np.concatenate(parts)
+
+
+def _document(
+    checker: Checker, bundle: Bundle, found: ProjectionAudit, drawn: SampleAudit, samples: int
+) -> dict[str, Any]:
+    from dermis.authenticity.audit import spread
+
+    described = checker.description
+    return {
+        "bundle": {"name": bundle.name, "digest": bundle.digest},
+        "index": {"digest": described.digest, "extractor": described.extractor, "vectors": described.vectors},
+        "projections": {
+            "count": len(found.cosine),
+            "cosine_distance": spread(found.cosine),
+            "nearest_distance": spread(found.verdicts.distances),
+            "nearest_is_target": int(found.own.sum()),
+            "too_close": int(found.too_close.sum()),
+            "too_close_to_target": int((found.too_close & found.own).sum()),
+        },
+        "samples": {"count": samples, **asdict(drawn)},
+        "baseline": {f"p{percentile}": described.radii[percentile] for percentile in (1, 5, 25, 50, 75, 95)},
+    }
+
+
+def _report(document: dict[str, Any]) -> str:
+    """The report in words."""
+    of, drawn = document["projections"], document["samples"]
+    cosine, attack = of["cosine_distance"], drawn["exposure"]["attack"]
+    share = of["too_close_to_target"] / of["count"]
+    told = [
+        f"# Audit of {document['bundle']['name']} ({document['bundle']['digest'][:12]})",
+        f"{of['count']:,} training images were projected. Cosine distance of a projection's features "
+        f"({document['index']['extractor']}) from its target's: mean {cosine['mean']:.4f}, median {cosine['p50']:.4f}, "
+        f"least {cosine['p0']:.4f}, 1 % below {cosine['p1']:.4f}.\n"
+        f"Of {of['nearest_is_target']:,} projections the nearest of all {document['index']['vectors']:,} training images is "
+        f"the target. {of['too_close']:,} are too close to a training image (nearer than that one is to its own nearest other "
+        f"one), {of['too_close_to_target']:,} of them to their own target: {share:.1%}.",
+        "A projection that is too close to its target means that the generator can draw this training image again, if it is "
+        "asked for it with a gradient. That is a weaker thing than drawing it by chance, for which see the samples; but the "
+        "images that it happens to are the ones to look at first (`pairs.png`, left pairs).",
+        "## Samples",
+        f"Of {drawn['count']:,} generated images {drawn['authentic']:.1%} are authentic, and {drawn['too_near']:.2%} are "
+        "nearer to a training image than 99 % of the training images are to any other.",
+    ]
+    if drawn["held_out_authentic"] is not None:
+        told.append(
+            f"For comparison, of real images that the generator never saw {drawn['held_out_authentic']:.1%} are authentic and "
+            f"{drawn['held_out_too_near']:.2%} that near: what an honest generator should score."
+        )
+    told.append(
+        f"Identifiability: {drawn['exposure']['identifiability']:.1%} of the training images are nearer to a sample than to "
+        "any other training image."
+    )
+    if attack is None:
+        told.append("The index has no held-out images, so membership inference was not measured.")
+    else:
+        verdict = "better than guessing" if attack["low"] > 0.5 else "no better than guessing"
+        told.append(
+            f"Membership inference by distance: AUC {attack['auc']:.3f} (95 % interval {attack['low']:.3f} to "
+            f"{attack['high']:.3f}; {attack['members']:,} training and {attack['held_out']:,} held-out images), {verdict}."
+        )
+    return "\n\n".join(told) + "\n"
+
+
+def _sheet(found: ProjectionAudit, targets: Images, projected: Images) -> bytes:
+    """Closest pairs on the left, farthest on the right: target, projection, target, projection."""
+    from dermis.imaging import contact_sheet, encode
+
+    order = np.argsort(found.cosine, kind="stable")
+    closest, farthest = order[:_PAIRS], order[::-1][:_PAIRS]
+    cells = []
+    for near, far in zip(closest, farthest, strict=True):
+        cells += [targets[near], projected[near], targets[far], projected[far]]
+    return encode(contact_sheet(np.stack(cells), columns=4))
+
+
+def _chunks(
+    files: Sequence[Path], size: int, bad: list[tuple[Path, str]]
+) -> Iterator[tuple[list[Path], NDArray[np.uint8]]]:
+    """Files and their squares [N, size, size, 3], those left out that cannot be read: they go to `bad`."""
+    from dermis.reading import ImageError, read_image
+
+    for start in range(0, len(files), _CHUNK):
+        paths: list[Path] = []
+        squares: list[Images] = []
+        for path in files[start : start + _CHUNK]:
+            try:
+                squares.append(read_image(path.read_bytes(), size=size))
+                paths.append(path)
+            except (ImageError, OSError) as error:
+                bad.append((path, getattr(error, "strerror", None) or str(error)))
+        if paths:
+            yield paths, np.stack(squares)
+
+
+def _csv(rows: Sequence[dict[str, Any]], columns: Sequence[str] = _COLUMNS) -> str:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _write(path: Path, data: bytes) -> None:
+    """The file is there whole or not at all."""
+    partial = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(data)
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise StorageError(f"{path}: cannot be written: {error.strerror}") from None
