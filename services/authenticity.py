@@ -73,7 +73,7 @@ class Authenticity:
         """float32 [N, dim] of a whole dataset -> the fields of an Exposure, or "problem" with the reason."""
         checker = self._checkers.get(digest)
         if checker is None:
-            return {"problem": f"the service has no index {digest[:12]}; restart it to load it"}
+            return {"problem": f"the service has no index {digest[:12]}; restart the service to load it"}
         return asdict(exposure(checker.index, embeddings))
 
     @bentoml.api

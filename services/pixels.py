@@ -87,4 +87,4 @@ def _images(rows: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
 
 
 def _missing(kind: str, digest: str) -> str:
-    return f"the service has no {kind} {digest[:12]}; restart it to load it"
+    return f"the service has no {kind} {digest[:12]}; restart the service to load it"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import uvicorn
 from fastapi import FastAPI
 from numpy.typing import NDArray
 from starlette.testclient import TestClient
@@ -297,6 +298,21 @@ def assemble(bundles: Path | str, data_dir: Path, **settings: Any) -> Parts:
 
     parts = Parts(create_app(values, running), generator, classifier, explainer, projector, models, values)
     return parts
+
+
+@contextmanager
+def listening(parts: Parts) -> Iterator[str]:
+    """The application on a port of this machine; its URL."""
+    server = uvicorn.Server(uvicorn.Config(parts.app, port=0, log_level="error", timeout_graceful_shutdown=5))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        wait_for(lambda: server.started)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        parts.running[0][1].stopping.set()
+        server.should_exit = True
+        thread.join()
 
 
 @contextmanager

@@ -58,9 +58,7 @@ def ask(running: Service, images: Images, query: str = "steps=3", **headers: str
 def wait(running: Service, job: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     path = f"/v1/projections/{job['id']}"
-    wait_for(
-        lambda: found.update(running.client.get(path).json()) or found["state"] in ("succeeded", "failed", "cancelled")
-    )
+    wait_for(lambda: found.update(running.client.get(path).json()) or found["state"] in ("succeeded", "failed"))
     return found
 
 
@@ -129,11 +127,14 @@ def test_stopping_removes_the_images_at_once(running: Service) -> None:
     assert any("input" in name for name in stored(running, job))
     wait_for(lambda: running.client.get(f"/v1/projections/{job['id']}").json()["progress"]["steps_done"] == 1)
     assert running.client.get(f"/v1/projections/{job['id']}").json()["state"] == "running"
-    assert running.client.delete(f"/v1/projections/{job['id']}").status_code == 202
-    wait_for(lambda: running.projector.cancelled)
+    assert running.client.delete(f"/v1/projections/{job['id']}").status_code == 204
+    assert running.client.get(f"/v1/projections/{job['id']}").status_code == 404
+    assert running.client.delete(f"/v1/projections/{job['id']}").status_code == 404
+    wait_for(lambda: running.projector.cancelled and stored(running, job) == [])
     running.projector.gate.set()
-    assert wait(running, job)["state"] == "cancelled"
-    assert stored(running, job) == []
+    wait_for(lambda: not running.shop.table.active())
+    expire_projections(running.shop, 3600)
+    assert running.shop.table.get(job["id"]) is None
 
 
 def test_ended_projections_expire_and_datasets_do_not(running: Service) -> None:

@@ -13,7 +13,7 @@ from dermis.directions.edit import MAX_STRENGTH
 from dermis.imaging import ImageFormat
 from dermis.latents import MAX_INDEX, MAX_SEED
 from services.gateway.problems import Problem
-from services.gateway.schemas import Answer, ModelRef, State
+from services.gateway.schemas import Answer, ModelRef
 
 
 class EditedProjection(BaseModel):
@@ -116,7 +116,7 @@ class ProjectionJob(Answer):
 
     id: str = Field(pattern=r"^pr_[0-9a-f]{32}$")
     object: Literal["projection"] = "projection"
-    state: State
+    state: Literal["queued", "running", "succeeded", "failed"]
     schedule: str
     steps: int
     space: str

@@ -25,7 +25,10 @@ def cancel_or_delete(shop: Workshop, job_id: str) -> Job | None:
 
 
 def expire_projections(shop: Workshop, keep_seconds: float) -> None:
-    """Remove the projections that ended so long ago: they are of people's images, and nobody may come back for them."""
-    for job in shop.table.ended_before(PREFIX, time.time() - keep_seconds):
+    """Remove the projections that ended so long ago, as nobody may come back for them, and what is left of deleted ones."""
+    now = time.time()
+    for job in shop.table.ended_before(PREFIX, now):
+        if job.state != "cancelled" and (job.finished_at or now) > now - keep_seconds:
+            continue
         logger.info("projection expired", extra={"projection": job.id})
         cancel_or_delete(shop, job.id)

@@ -24,7 +24,7 @@ from services.gateway.problems import ProblemError
 from services.jobs import removal, work, workflow
 from services.jobs.lease import Lease, executor_slot
 from services.jobs.table import IdempotencyConflictError, Job, JobTable, TooManyActiveError
-from services.jobs.workshop import Workshop
+from services.jobs.workshop import ShutdownError, Workshop
 from services.settings import Settings
 
 logger = logging.getLogger("dermis.jobs")
@@ -62,7 +62,8 @@ class DatasetJobs:
         )
 
         def sweep() -> None:
-            workflow.sweep()
+            with contextlib.suppress(ShutdownError):
+                workflow.sweep()
             removal.expire_projections(self._shop, settings.projection_keep_seconds)
 
         lease = Lease(self._table, executor_id, settings.lease_seconds, sweep)

@@ -134,20 +134,18 @@ async def get_projection(projection_id: str, context: ContextDep) -> ProjectionJ
 
 @router.delete(
     "/{projection_id}",
-    status_code=202,
-    summary="Stop or delete a projection",
-    response_model=ProjectionJob,
+    status_code=204,
+    summary="Delete a projection",
     responses={
-        202: {"description": "It was at work and stops now; its images are removed"},
-        204: {"description": "It had ended; its record and files are gone"},
+        204: {"description": "It is gone; if it was at work, its last files go within seconds"},
         **problems("not-found"),
     },
 )
-async def delete_projection(projection_id: str, context: ContextDep) -> ProjectionJob | Response:
-    """Stop a projection that is being made, or delete one that has ended."""
+async def delete_projection(projection_id: str, context: ContextDep) -> Response:
+    """Delete a projection with all its files, whether or not it has ended."""
     await find_projection(context, projection_id)
-    job = await asyncio.to_thread(context.projections.cancel_or_delete, projection_id)
-    return Response(status_code=204) if job is None else await _shown(context, job)
+    await asyncio.to_thread(context.projections.cancel_or_delete, projection_id)
+    return Response(status_code=204)
 
 
 @router.get(
@@ -176,10 +174,10 @@ async def download_projection_file(projection_id: str, name: str, request: Reque
 
 
 async def find_projection(context: Context, projection_id: str) -> Job:
-    """The job, or the problem that there is none."""
+    """The job, or the problem that there is none: one that was deleted at work is gone at once."""
     found = is_projection_id(projection_id)
     job = await asyncio.to_thread(context.projections.get, projection_id) if found else None
-    if job is None:
+    if job is None or job.state in ("cancelling", "cancelled"):
         raise ProblemError("not-found", f"there is no projection {projection_id[:100]}")
     return job
 

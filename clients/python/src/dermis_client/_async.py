@@ -12,13 +12,14 @@ from typing import Any, Self, SupportsIndex, cast
 import httpx
 from pydantic import PrivateAttr
 
-from dermis_client import _classifications, _datasets, _downloads, _requests, _resources
-from dermis_client._classifications import Source
+from dermis_client import _classifications, _datasets, _downloads, _requests, _resources, _uploads
+from dermis_client._async_latent import AsyncAuthenticity, AsyncEdits, AsyncProjections
 from dermis_client._datasets import DatasetEvent
 from dermis_client._downloads import Download, DownloadProgress
 from dermis_client._flow import Api
 from dermis_client._progress import count_progress, dataset_progress, download_progress
 from dermis_client._transport import AsyncTransport, settings
+from dermis_client._uploads import Source
 from dermis_client.errors import InvalidRequestError
 from dermis_client.folders import extract_images
 from dermis_client.images import ImagesResult
@@ -107,6 +108,8 @@ class AsyncDatasets:
         noise_mode: str | None = None,
         shard_size: SupportsIndex | None = None,
         classifier: Mapping[str, Any] | None = None,
+        edits: Sequence[Mapping[str, Any]] | Mapping[str, float] | None = None,
+        privacy: Mapping[str, Any] | None = None,
         idempotency_key: str | None = None,
         extra_body: Mapping[str, Any] | None = None,
     ) -> AsyncDataset:
@@ -124,6 +127,8 @@ class AsyncDatasets:
             noise_mode=noise_mode,
             shard_size=shard_size,
             classifier=None if classifier is None else dict(classifier),
+            edits=_requests.edit_options(edits),
+            privacy=None if privacy is None else dict(privacy),
         )
         return await self._transport.run(_datasets.create(self._api, body, idempotency_key))
 
@@ -217,6 +222,7 @@ class AsyncImages:
         noise_mode: str | None = None,
         image_format: str | None = None,
         image_quality: SupportsIndex | None = None,
+        edits: Sequence[Mapping[str, Any]] | Mapping[str, float] | None = None,
         extra_body: Mapping[str, Any] | None = None,
     ) -> ImagesResult:
         """A few images now; options and errors are those of Images.generate()."""
@@ -231,6 +237,7 @@ class AsyncImages:
             noise_mode=noise_mode,
             image_format=image_format,
             image_quality=image_quality,
+            edits=_requests.edit_options(edits),
         )
         return await self._transport.run(_resources.generate_images(self._api, body))
 
@@ -251,7 +258,7 @@ class AsyncClassifications:
         progress: bool | Callable[[int, int], None] = False,
     ) -> ClassificationsResult:
         """What the service's classifier says of images; options and errors are those of the blocking client."""
-        sources, params = _classifications.sources_of(files), _requests.classification(model, threshold, heat_map)
+        sources, params = _uploads.sources_of(files), _requests.classification(model, threshold, heat_map)
         with count_progress(progress, "classifying") as report:
             return await self._transport.run(_classifications.classify(self._api, sources, params, report))
 
@@ -283,6 +290,9 @@ class AsyncDermisClient:
     datasets: AsyncDatasets
     images: AsyncImages
     classifications: AsyncClassifications
+    authenticity: AsyncAuthenticity
+    edits: AsyncEdits
+    projections: AsyncProjections
     models: AsyncModels
 
     def __init__(
@@ -297,7 +307,8 @@ class AsyncDermisClient:
         self._transport = AsyncTransport(settings(base_url, api_key, timeout, max_retries), http_client)
         self._api = Api(self._dataset, max_retries)
         self.datasets, self.images, self.models = AsyncDatasets(self), AsyncImages(self), AsyncModels(self)
-        self.classifications = AsyncClassifications(self)
+        self.classifications, self.authenticity = AsyncClassifications(self), AsyncAuthenticity(self)
+        self.edits, self.projections = AsyncEdits(self), AsyncProjections(self)
 
     @property
     def base_url(self) -> str:

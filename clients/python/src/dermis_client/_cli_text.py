@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from PIL import Image
@@ -15,6 +16,7 @@ from PIL import Image
 from dermis_client._status import describe, one_line
 from dermis_client.errors import InvalidRequestError
 from dermis_client.folders import VerifyReport
+from dermis_client.latent import AuthenticityResult, Direction, Projection
 from dermis_client.models import ClassificationsResult, DatasetRecord, Model
 
 
@@ -77,6 +79,53 @@ def models(found: Sequence[Model]) -> Iterator[str]:
         for model in found
     )
     return table(("MODEL", "PIXELS", "CLASSES", "KIMG", "LICENCE", "DIGEST"), rows)
+
+
+EditOption = Annotated[
+    list[str] | None,
+    typer.Option("--edit", help="DIRECTION=STRENGTH, or DIRECTION=STRENGTH@FIRST-LAST; may be repeated."),
+]
+
+
+def parse_edits(texts: Sequence[str] | None) -> list[dict[str, Any]] | None:
+    """[{"direction", "strength", "layers"}] of --edit. Raises InvalidRequestError."""
+    found: list[dict[str, Any]] = []
+    for one in texts or ():
+        match = re.fullmatch(r"([^=]+)=([+-]?[0-9]*\.?[0-9]+)(?:@([0-9]+)-([0-9]+))?", one)
+        if match is None:
+            raise InvalidRequestError(f"--edit: {one!r} is not of the form DIRECTION=STRENGTH[@FIRST-LAST]")
+        layers = None if match[3] is None else [int(match[3]), int(match[4])]
+        found.append({"direction": match[1], "strength": float(match[2]), "layers": layers})
+    return found or None
+
+
+def parse_sample(told: str) -> tuple[str, int, int]:
+    """(class, seed, index) of --sample. Raises InvalidRequestError."""
+    match = re.fullmatch(r"(.+):([0-9]+):([0-9]+)", told)
+    if match is None:
+        raise InvalidRequestError(f"--sample: {told!r} is not of the form CLASS:SEED:INDEX")
+    return match[1], int(match[2]), int(match[3])
+
+
+def parse_projection(told: str) -> tuple[str, int]:
+    """(id, image) of --projection. Raises InvalidRequestError."""
+    name, _, image = told.partition(":")
+    if not name or not (image or "0").isdecimal():
+        raise InvalidRequestError(f"--projection: {told!r} is not of the form ID:IMAGE")
+    return name, int(image or 0)
+
+
+def parse_sweep(told: str | None) -> dict[str, Any] | None:
+    """{"direction", "strengths"} of --sweep. Raises InvalidRequestError."""
+    if told is None:
+        return None
+    number = r"([+-]?[0-9]*\.?[0-9]+)"
+    match = re.fullmatch(rf"([^=]+)={number}:{number}:([0-9]+)", told)
+    if match is None or not 2 <= int(match[4]) <= 256:
+        raise InvalidRequestError(f"--sweep: {told!r} is not of the form DIRECTION=FROM:TO:STEPS, of 2 to 256 steps")
+    first, last, steps = float(match[2]), float(match[3]), int(match[4])
+    strengths = [round(first + (last - first) * k / (steps - 1), 6) for k in range(steps)]
+    return {"direction": match[1], "strengths": strengths}
 
 
 def parse_threshold(text: str | None) -> str | float | None:
@@ -168,3 +217,28 @@ def verified(report: VerifyReport) -> Iterator[str]:
             yield one_line(f"{what} {name}")
     if report.ok:
         yield f"{report.folder}: {report.checked} files, every hash right"
+
+
+def verdicts(result: AuthenticityResult) -> Iterator[str]:
+    """A line an image, and what they come to."""
+    for one in result:
+        word = "authentic" if one.authentic else "too near"
+        yield one_line(f"{word:<10}{one.distance:5.2f}  percentile {one.percentile:3}  {one.name}")
+    yield f"{result.authentic_share:.0%} of {len(result)} authentic"
+
+
+def directions(found: Sequence[Direction]) -> Iterator[str]:
+    """A line a direction."""
+    for one in found:
+        yield one_line(f"{one.name:<24}{one.method:<13}layers {one.layers[0]}-{one.layers[1]}")
+
+
+def projected(found: Projection, files: Sequence[Path], kept: bool) -> Iterator[str]:
+    """A line an image."""
+    for image in found.data or ():
+        yield one_line(
+            f"{image.index:04d}  {image.distance_name} {image.distance:.3f}  pixel error {image.pixel_error:.1f}  "
+            f"{files[image.index]}"
+        )
+    if kept:
+        yield f"edit it: dermis-client edit --projection {found.id}:0 --sweep DIRECTION=-3:3:7 --strip strip.png"

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from dermis_client._downloads import DownloadProgress
+from dermis_client.latent import Projection
 from dermis_client.models import DatasetRecord
 
 R = TypeVar("R")
@@ -42,6 +43,33 @@ def dataset_progress(progress: bool | Callable[[R], None]) -> Iterator[Callable[
                     completed=done.samples_done,
                     total=done.samples_total or None,
                     speed=_speed(record),
+                )
+
+            yield show
+
+
+@contextmanager
+def projection_progress(progress: bool | Callable[[Projection], None]) -> Iterator[Callable[[Projection], None]]:
+    """A function to call with every record of a projection: the caller's, a bar's (True), or an idle one (False)."""
+    if callable(progress):
+        yield progress
+    elif not progress:
+        yield _nothing
+    else:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True)) as bars:
+            task = bars.add_task("waiting", total=None)
+
+            def show(record: Projection) -> None:
+                done = record.progress
+                bars.update(
+                    task,
+                    description=f"{record.id} {record.state}",
+                    completed=done.steps_done,
+                    total=done.steps_total or None,
                 )
 
             yield show

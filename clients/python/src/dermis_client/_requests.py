@@ -6,7 +6,7 @@ import math
 import operator
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, SupportsIndex
 from urllib.parse import quote, urlsplit
 
@@ -72,10 +72,77 @@ def body(
 
 def create_dataset(json: Mapping[str, Any], idempotency_key: str | None) -> Request:
     """POST /v1/datasets with a key, so that a repeated request never makes a second dataset."""
-    key = idempotency_key or uuid.uuid4().hex
+    key = checked_key(idempotency_key or uuid.uuid4().hex)
+    return Request("POST", "/v1/datasets", headers={"Idempotency-Key": key}, json=json)
+
+
+def checked_key(key: str) -> str:
+    """An idempotency key. Raises InvalidRequestError if it cannot be one."""
     if not key.isascii() or not key.isprintable() or len(key) > 200:
         raise InvalidRequestError("idempotency_key: must be up to 200 printable ASCII characters")
-    return Request("POST", "/v1/datasets", headers={"Idempotency-Key": key}, json=json)
+    return key
+
+
+def projection_path(projection_id: str, *rest: str) -> str:
+    """/v1/projections/{id}[/...]. Raises InvalidRequestError for what can be no id: it would name another path."""
+    if not isinstance(projection_id, str) or not _ID.fullmatch(projection_id):
+        raise InvalidRequestError(
+            f"projection id: {projection_id!r} is not one (they look like pr_0123456789abcdef...)"
+        )
+    return "/".join(["/v1/projections", projection_id, *(quote(part, safe="") for part in rest)])
+
+
+def projection(**options: Any) -> dict[str, str]:
+    """The query of /v1/projections. Options that are None are left out."""
+    params: dict[str, str] = {}
+    for name, value in options.items():
+        if value is None:
+            continue
+        if name == "steps":
+            params[name] = str(whole(name, value))
+        elif name == "video":
+            params[name] = "true" if value else "false"
+        else:
+            params[name] = str(value)
+    return params
+
+
+def edits_body(
+    samples: Sequence[tuple[str, int, int]] | None,
+    projections: Sequence[tuple[str, int]] | None,
+    sweep: Mapping[str, Any] | None,
+    extra_body: Mapping[str, Any] | None,
+    **options: Any,
+) -> dict[str, Any]:
+    """The body of /v1/edits. Raises InvalidRequestError unless there are either samples or projections."""
+    if bool(samples) == bool(projections):
+        raise InvalidRequestError("give samples=[(class, seed, index), ...] or projections=[(id, image), ...]")
+    result: dict[str, Any] = {}
+    if samples:
+        result["samples"] = [
+            {"class": str(name), "seed": whole("samples.seed", seed), "index": whole("samples.index", index)}
+            for name, seed, index in samples
+        ]
+    if projections:
+        result["projections"] = [
+            {"id": name, "image": whole("projections.image", image)} for name, image in projections
+        ]
+    if sweep is not None:
+        strengths = [finite("sweep.strengths", strength) for strength in sweep.get("strengths", ())]
+        result["sweep"] = {**sweep, "strengths": strengths}
+    for name, value in (options | dict(extra_body or {})).items():
+        if value is not None:
+            result[name] = finite(name, value) if name == "truncation_psi" else value
+    return result
+
+
+def edit_options(edits: Sequence[Mapping[str, Any]] | Mapping[str, float] | None) -> list[dict[str, Any]] | None:
+    """The field `edits`: as the API has it, from a list of options or from {"direction": strength}."""
+    if edits is None:
+        return None
+    if isinstance(edits, Mapping):
+        return [{"direction": name, "strength": finite(f"edits.{name}", strength)} for name, strength in edits.items()]
+    return [{**option, "strength": finite("edits.strength", option.get("strength", math.nan))} for option in edits]
 
 
 def dataset_path(dataset_id: str, *rest: str) -> str:

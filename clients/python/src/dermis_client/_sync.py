@@ -11,13 +11,14 @@ from typing import Any, Self, SupportsIndex, cast
 import httpx
 from pydantic import PrivateAttr
 
-from dermis_client import _classifications, _datasets, _downloads, _requests, _resources
-from dermis_client._classifications import Source
+from dermis_client import _classifications, _datasets, _downloads, _requests, _resources, _uploads
 from dermis_client._datasets import DatasetEvent
 from dermis_client._downloads import Download, DownloadProgress
 from dermis_client._flow import Api
 from dermis_client._progress import count_progress, dataset_progress, download_progress
+from dermis_client._sync_latent import Authenticity, Edits, Projections
 from dermis_client._transport import SyncTransport, settings
+from dermis_client._uploads import Source
 from dermis_client.errors import InvalidRequestError
 from dermis_client.folders import extract_images
 from dermis_client.images import ImagesResult
@@ -106,6 +107,8 @@ class Datasets:
         noise_mode: str | None = None,
         shard_size: SupportsIndex | None = None,
         classifier: Mapping[str, Any] | None = None,
+        edits: Sequence[Mapping[str, Any]] | Mapping[str, float] | None = None,
+        privacy: Mapping[str, Any] | None = None,
         idempotency_key: str | None = None,
         extra_body: Mapping[str, Any] | None = None,
     ) -> Dataset:
@@ -115,10 +118,11 @@ class Datasets:
         request gives the same bytes. format: "imagefolder", "webdataset" or "parquet". image_format: "png", "jpeg" or
         "webp"; image_quality 1..100 for the last two. truncation_psi: 0..2, lower is more typical and less varied;
         truncation_cutoff: in how many layers it holds. noise_mode: "const", "random" or "none". shard_size: samples a
-        shard. classifier: what the model's classifier does, such as {"keep": "agreeing", "tries": 8}. What is left out
-        takes the service's default. idempotency_key: a new one by default, so that a request repeated after a lost
-        answer makes no second dataset; give your own to hold that across programs. extra_body: further fields of a
-        newer service.
+        shard. classifier: what the model's classifier does, such as {"keep": "agreeing", "tries": 8}. edits: as for
+        edits.create(). privacy: a gate against copies of training images, such as {"gate": "authentic", "on_reject":
+        "resample"}. What is left out takes the service's default. idempotency_key: a new one by default, so that a request
+        repeated after a lost answer makes no second dataset; give your own to hold that across programs. extra_body: further
+        fields of a newer service.
 
         Raises UnprocessableEntityError (`.errors` names the fields), TooLargeError, ConflictError, NotFoundError (the
         model), InvalidRequestError (nothing was sent), APIConnectionError.
@@ -136,6 +140,8 @@ class Datasets:
             noise_mode=noise_mode,
             shard_size=shard_size,
             classifier=None if classifier is None else dict(classifier),
+            edits=_requests.edit_options(edits),
+            privacy=None if privacy is None else dict(privacy),
         )
         return self._transport.run(_datasets.create(self._api, body, idempotency_key))
 
@@ -239,6 +245,7 @@ class Images:
         noise_mode: str | None = None,
         image_format: str | None = None,
         image_quality: SupportsIndex | None = None,
+        edits: Sequence[Mapping[str, Any]] | Mapping[str, float] | None = None,
         extra_body: Mapping[str, Any] | None = None,
     ) -> ImagesResult:
         """A few images now, class by class. Image i has the latent (seed, start_index + i).
@@ -257,6 +264,7 @@ class Images:
             noise_mode=noise_mode,
             image_format=image_format,
             image_quality=image_quality,
+            edits=_requests.edit_options(edits),
         )
         return self._transport.run(_resources.generate_images(self._api, body))
 
@@ -287,7 +295,7 @@ class Classifications:
         UnsupportedMediaTypeError (no image), TooLargeError, NotFoundError (the model), InvalidRequestError (a file that
         cannot be read), APIConnectionError.
         """
-        sources, params = _classifications.sources_of(files), _requests.classification(model, threshold, heat_map)
+        sources, params = _uploads.sources_of(files), _requests.classification(model, threshold, heat_map)
         with count_progress(progress, "classifying") as report:
             return self._transport.run(_classifications.classify(self._api, sources, params, report))
 
@@ -324,6 +332,9 @@ class DermisClient:
     datasets: Datasets
     images: Images
     classifications: Classifications
+    authenticity: Authenticity
+    edits: Edits
+    projections: Projections
     models: Models
 
     def __init__(
@@ -338,7 +349,8 @@ class DermisClient:
         self._transport = SyncTransport(settings(base_url, api_key, timeout, max_retries), http_client)
         self._api = Api(self._dataset, max_retries)
         self.datasets, self.images, self.models = Datasets(self), Images(self), Models(self)
-        self.classifications = Classifications(self)
+        self.classifications, self.authenticity = Classifications(self), Authenticity(self)
+        self.edits, self.projections = Edits(self), Projections(self)
 
     @property
     def base_url(self) -> str:

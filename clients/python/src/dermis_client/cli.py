@@ -131,6 +131,17 @@ def create(
     score: Annotated[
         bool | None, typer.Option("--score/--no-score", help="The classifier's probability as a column.")
     ] = None,
+    edit: text.EditOption = None,
+    gate: Annotated[
+        str | None, typer.Option("--gate", help="Compare with the training images: authentic or min_distance.")
+    ] = None,
+    percentile: Annotated[float | None, typer.Option("--percentile", help="Of --gate min_distance; default 1.")] = None,
+    on_reject: Annotated[
+        str | None, typer.Option("--on-reject", help="Of images that fail: resample (default), drop or flag.")
+    ] = None,
+    gate_tries: Annotated[
+        int | None, typer.Option("--gate-tries", help="Images that may be rejected for a sample.")
+    ] = None,
     idempotency_key: Annotated[
         str | None, typer.Option("--idempotency-key", help="The same key and request never make a second dataset.")
     ] = None,
@@ -155,6 +166,8 @@ def create(
         "tries": tries,
     }
     asked = {name: value for name, value in classifier.items() if value is not None}
+    gating = {"gate": gate, "percentile": percentile, "on_reject": on_reject, "tries": gate_tries}
+    privacy = {name: value for name, value in gating.items() if value is not None}
     with _client(context, base_url) as client:
         with text.hint("interrupted; it may have been asked for already, see: dermis-client datasets list"):
             dataset = client.datasets.create(
@@ -169,6 +182,8 @@ def create(
                 noise_mode=noise_mode,
                 shard_size=shard_size,
                 classifier=asked or None,
+                edits=text.parse_edits(edit),
+                privacy=privacy or None,
                 idempotency_key=idempotency_key,
             )
         if wait or out is not None:
@@ -262,6 +277,7 @@ def images(
     truncation_psi: Psi = None,
     truncation_cutoff: Cutoff = None,
     noise_mode: Noise = None,
+    edit: text.EditOption = None,
     out: Annotated[Path | None, typer.Option("--out", help="Write every image into this folder.")] = None,
     grid: Annotated[Path | None, typer.Option("--grid", help="Write one contact sheet: grid.png.")] = None,
     base_url: BaseUrl = None,
@@ -283,6 +299,7 @@ def images(
             truncation_psi=truncation_psi,
             truncation_cutoff=truncation_cutoff,
             noise_mode=noise_mode,
+            edits=text.parse_edits(edit),
         )
     written = result.save(out) if out is not None else []
     if grid is not None:
@@ -327,6 +344,99 @@ def classify(
     if written:
         typer.echo(f"{len(written)} heat maps in {heat_maps}", err=True)
     typer.echo(result.notice, err=True)
+
+
+@app.command()
+def authenticity(
+    context: typer.Context,
+    files: Annotated[list[Path], typer.Argument(help="Images: PNG, JPEG or WebP.", show_default=False)],
+    model: Model = None,
+    base_url: BaseUrl = None,
+    as_json: Json = False,
+) -> None:
+    """How near images are to the training images of a model."""
+    with _client(context, base_url) as client:
+        result = client.authenticity.check(files, model=model, progress=True)
+    _print(context, as_json, result.model_dump(mode="json"), lambda: text.verdicts(result))
+
+
+@app.command()
+def directions(context: typer.Context, model: Model = None, base_url: BaseUrl = None, as_json: Json = False) -> None:
+    """The directions along which a model's images can be moved."""
+    with _client(context, base_url) as client:
+        found = client.edits.directions(model)
+    _print(context, as_json, [one.model_dump(mode="json") for one in found], lambda: text.directions(found))
+
+
+@app.command("edit")
+def edit_images(
+    context: typer.Context,
+    sample: Annotated[
+        list[str] | None, typer.Option("--sample", help="CLASS:SEED:INDEX, as malignant:0:7; may be repeated.")
+    ] = None,
+    projection: Annotated[
+        list[str] | None, typer.Option("--projection", help="ID:IMAGE of a finished projection; may be repeated.")
+    ] = None,
+    edit: text.EditOption = None,
+    sweep: Annotated[
+        str | None, typer.Option("--sweep", help="DIRECTION=FROM:TO:STEPS, as sefa-1=-3:3:7: each sample at each.")
+    ] = None,
+    model: Model = None,
+    truncation_psi: Psi = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Write every image into this folder.")] = None,
+    strip: Annotated[Path | None, typer.Option("--strip", help="Write one sheet: strip.png.")] = None,
+    base_url: BaseUrl = None,
+    as_json: Json = False,
+) -> None:
+    """Move images along directions."""
+    if out is None and strip is None:
+        raise InvalidRequestError("give --out FOLDER for the images, --strip FILE.png for a sheet, or both")
+    if strip is not None:
+        text.format_of(strip)
+    with _client(context, base_url) as client:
+        result = client.edits.create(
+            samples=[text.parse_sample(one) for one in sample or ()] or None,
+            projections=[text.parse_projection(one) for one in projection or ()] or None,
+            edits=text.parse_edits(edit),
+            sweep=text.parse_sweep(sweep),
+            model=model,
+            truncation_psi=truncation_psi,
+        )
+    written = result.save(out) if out is not None else []
+    if strip is not None:
+        write_whole(strip, text.encode(result.strip(), strip))
+        written.append(strip)
+    answer = {"model": result.model.model_dump(mode="json"), "files": [str(path) for path in written]}
+    _print(context, as_json, answer, lambda: map(str, written))
+
+
+@app.command()
+def project(
+    context: typer.Context,
+    files: Annotated[list[Path], typer.Argument(help="Images: PNG, JPEG or WebP.", show_default=False)],
+    out: Out,
+    model: Model = None,
+    schedule: Annotated[str | None, typer.Option("--schedule", help="fast (default) or official.")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Default: as the schedule has it.")] = None,
+    class_name: Annotated[str | None, typer.Option("--class", help="Of all images; default: the likeliest.")] = None,
+    video: Annotated[bool, typer.Option("--video", help="Also a GIF of each image's way.")] = False,
+    keep: Annotated[bool, typer.Option("--keep", help="Leave the projection on the service, to edit it.")] = False,
+    base_url: BaseUrl = None,
+    as_json: Json = False,
+) -> None:
+    """Find the latents whose images come nearest to these, fetch them, and delete them from the service."""
+    with _client(context, base_url) as client:
+        found = client.projections.create(
+            files, model=model, schedule=schedule, steps=steps, class_name=class_name, video=video or None
+        )
+        typer.echo(found.id, err=True)
+        with text.hint(f"interrupted; {found.id} goes on until it is deleted or expires"):
+            found = client.projections.wait(found.id, progress=True)
+            written = client.projections.download(found.id, out)
+        if not keep:
+            client.projections.delete(found.id)
+    answer = {**found.model_dump(mode="json"), "downloaded": [str(path) for path in written]}
+    _print(context, as_json, answer, lambda: text.projected(found, files, keep))
 
 
 @app.command()

@@ -10,7 +10,7 @@ DermisError
         UnprocessableEntityError (422)
             TooLargeError       413, or more samples than the service allows
         UnsupportedMediaTypeError (415)
-    DatasetFailed  DatasetCancelled  WaitTimeoutError     from wait()
+    DatasetFailed  DatasetCancelled  ProjectionFailed  WaitTimeoutError     from wait()
     DownloadError               files could not be fetched, kept or unpacked
     IntegrityError              what arrived, or lies on disk, is not what it should be
 """
@@ -20,6 +20,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from dermis_client.latent import Projection
     from dermis_client.models import DatasetRecord, FieldError, Problem
 
 
@@ -126,6 +127,14 @@ class DatasetCancelled(DermisError):  # noqa: N818  reads as the state it report
     def __init__(self, message: str, dataset: DatasetRecord) -> None:
         super().__init__(message)
         self.dataset = dataset
+
+
+class ProjectionFailed(DermisError):  # noqa: N818  reads as the state it reports
+    """wait() ended because the projection failed. `projection` is its last record."""
+
+    def __init__(self, message: str, projection: Projection) -> None:
+        super().__init__(message)
+        self.projection = projection
 
 
 class WaitTimeoutError(DermisError, TimeoutError):

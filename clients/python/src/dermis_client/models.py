@@ -83,6 +83,8 @@ class Model(ModelRef):
     kimg: float | None = None
     metrics: dict[str, Any] = {}
     classifier: ModelClassifier | None = None
+    authenticity: dict[str, Any] | None = None  # the index of its training images, if it has one
+    directions: list[str] = []
     card: str | None = None
 
 
