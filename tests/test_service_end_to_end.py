@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -13,13 +12,17 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
-from dermis.bundle import Bundle, amend_bundle, open_bundle
+from dermis.authenticity.attack import exposure
+from dermis.authenticity.checker import Checker
+from dermis.bundle import Bundle, open_bundle
 from dermis.classifier.onnx_session import Classifier
 from dermis.dataset.manifest import finalize
 from dermis.dataset.plan import plan_for
@@ -27,8 +30,10 @@ from dermis.dataset.request import DatasetRequest
 from dermis.dataset.shards import write_shard
 from dermis.dataset.store import Store
 from dermis.dataset.verify import verify
+from dermis.directions.edit import offset_of
+from dermis.imaging import decode
 from service_kit import wait_for
-from tiny_classifier import make_classifier
+from tiny_index import make_complete_bundle
 
 ROOT = Path(__file__).resolve().parents[1]
 START_SECONDS = 90
@@ -39,8 +44,11 @@ REQUEST: dict[str, Any] = {
     "shard_size": 50,
     "format": "webdataset",
     "classifier": {"keep": "agreeing", "tries": 2},
+    "edits": [{"direction": "axis-1", "strength": 0.5, "layers": [0, 3]}],
+    "privacy": {"gate": "min_distance", "percentile": 50.0, "tries": 2},
 }
 
+pytest.importorskip("faiss", reason="FAISS is not installed")
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals")
 
 
@@ -124,28 +132,32 @@ def make_directly(bundle: Bundle, folder: Path) -> dict[str, bytes]:
     request = DatasetRequest.model_validate(REQUEST)
     planned = plan_for(request, bundle)
     store = Store(folder)
-    with Synthesizer(bundle) as synthesizer, Classifier(bundle) as classifier:
-        identity = {**synthesizer.identity, **classifier.identity}
+    known = {direction.name: direction for direction in bundle.directions}
+    config = bundle.generator
+    offset = offset_of(request.moves, known, num_ws=config.num_ws, w_dim=config.w_dim)
+    with Synthesizer(bundle) as synthesizer, Classifier(bundle) as classifier, Checker(bundle) as checker:
+        identity = {**synthesizer.identity, **classifier.identity, **checker.identity}
 
         def synthesize(indices: Any, labels: Any) -> Any:
-            return synthesizer.images([request.seed] * len(indices), indices, labels)
+            return synthesizer.images([request.seed] * len(indices), indices, labels, offset=offset)
 
         def score(images: Any) -> Any:
             return classifier.classify(images).calibrated
 
         for shard in range(planned.shards):
-            write_shard(planned, shard, synthesize, store, score=score, identity=identity)
-        finalize(planned, store, bundle, identity)
+            options: dict[str, Any] = {"score": score, "examine": checker.nearest, "identity": identity}
+            write_shard(planned, shard, synthesize, store, **options)
+        finalize(planned, store, bundle, identity, partial(exposure, checker.index))
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_killed_in_the_middle_and_gone_on_by_two_workers_it_gives_the_same_bytes(
-    launch: Callable[..., Launched], tiny_bundle: Bundle, tmp_path: Path
+    launch: Callable[..., Launched], tmp_path: Path
 ) -> None:
-    bundle = tmp_path / "bundles" / "tiny"
-    shutil.copytree(tiny_bundle.location, bundle)
-    make_classifier(tmp_path / "classifier")
-    amend_bundle(open_bundle(bundle), parts={"classifier": tmp_path / "classifier"})
+    training = np.random.default_rng(0).integers(0, 256, (50, 16, 16, 3), dtype=np.uint8)
+    bundle = Path(make_complete_bundle(tmp_path / "made", training).location)
+    (tmp_path / "bundles").mkdir()
+    bundle = bundle.rename(tmp_path / "bundles" / "tiny")
     port = free_port()
     first = launch(str(bundle.parent), port)
     first.wait_until(first.ready)
@@ -183,11 +195,26 @@ def test_killed_in_the_middle_and_gone_on_by_two_workers_it_gives_the_same_bytes
     # An image asked for alone is the one in the dataset, and is classified alone as it was there.
     row = list(csv.DictReader(io.StringIO(direct["metadata.csv"].decode())))[7]
     image = {"model": "tiny", "classes": {row["target"]: 1}, "seed": REQUEST["seed"], "start_index": int(row["index"])}
+    image["edits"] = REQUEST["edits"]
     alone = again.client.post("/v1/images", json=image, headers={"Accept": "image/png"}).content
     assert alone in direct["data-00000-of-00040.tar"]
     answer = again.client.post("/v1/classifications", files=[("files", alone), ("files", alone)])
     assert answer.status_code == 200, answer.text
     assert [round(one["calibrated"], 6) for one in answer.json()["data"]] == [float(row["probability"])] * 2
+    answer = again.client.post("/v1/authenticity", files=[("files", alone)])
+    assert answer.json()["data"][0]["distance"] == float(row["nearest_distance"]), answer.text
+
+    # Its projection by the real projector, edited back and forth by the real generator.
+    asked = again.client.post("/v1/projections?steps=3", files=[("files", alone)])
+    assert asked.status_code == 202, asked.text
+    path = asked.headers["Location"]
+    again.wait_until(lambda: again.client.get(path).json()["state"] == "succeeded")
+    files = again.client.get(path).json()["data"][0]["files"]
+    drawn = {"projections": [{"id": asked.json()["id"]}], "edits": [{"direction": "axis-0", "strength": 0.0}]}
+    edited = again.client.post("/v1/edits", json=drawn, headers={"Accept": "image/png"}).content
+    difference = decode(edited).astype(int) - decode(again.client.get(files["image"]).content)
+    assert np.abs(difference).max() <= 12  # the projector draws by torch, the generator by what is fastest
+    assert again.client.delete(path).status_code == 204
 
     # A changed bundle is noticed; the service stays up.
     weights = bundle / "generator.safetensors"
