@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed-$(VARIANT)
 # Where `make demo-bundle` finds an ISIC-layout folder (images and metadata.csv).
 DATA ?= ../shared/data/dermoscopy
 
-.PHONY: setup serve test test-full lint demo-bundle demo-classifier clean
+.PHONY: setup serve test test-full lint demo-bundle demo-classifier demo-latents clean
 
 setup: $(STAMP)
 
@@ -54,6 +54,13 @@ demo-classifier: setup
 	$(BIN)/dermis train classifier --data $(DATA) --split runs/leaks/split --out runs/demo-classifier --name demo-classifier \
 		--architecture tf_efficientnet_lite0 --size 192 --freeze-stages 2 --weights-dtype int8 --resume $(CREDIT)
 	$(BIN)/dermis bundle attach-classifier bundles/demo runs/demo-classifier/classifier
+
+# And what belongs to its latent space: the index of its training images, an encoder, directions.
+demo-latents: setup
+	$(BIN)/dermis index build --data $(DATA) --bundle bundles/demo
+	$(BIN)/dermis train encoder --bundle bundles/demo --images $(DATA) --metadata runs/leaks/split/train.csv \
+		--held-out runs/leaks/split/test.csv --steps 3000 --warm-up 500 --distance lite0 --out runs/demo-encoder --resume --attach
+	$(BIN)/dermis directions fit bundles/demo
 
 clean:
 	rm -rf $(VENV) .dermis build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

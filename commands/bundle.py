@@ -122,6 +122,33 @@ def attach_classifier(
     typer.echo(f"{bundle}: {amended.name}@{amended.digest} with classifier {amended.classifier.digest}")
 
 
+@bundle_app.command("detach")
+def detach(
+    bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.", show_default=False)],
+    parts: Annotated[
+        list[str], typer.Argument(help="classifier, authenticity, encoder or directions.", show_default=False)
+    ],
+) -> None:
+    """Take parts out of a bundle, for instance the index of training images before it is shared. It gets a new digest."""
+    from dermis.bundle import amend_bundle, open_bundle
+    from dermis.errors import RequestError
+
+    opened = open_bundle(bundle)
+    there = {
+        "classifier": opened.classifier,
+        "authenticity": opened.authenticity,
+        "encoder": opened.encoder,
+        "directions": opened.directions,
+    }
+    for part in parts:
+        if part not in there:
+            raise RequestError("parts", f"{part!r} is none of {', '.join(there)}")
+        if not there[part]:
+            raise RequestError("parts", f"{bundle} has no {part}")
+    amended = amend_bundle(opened, remove=parts)
+    typer.echo(f"{bundle}: {amended.name}@{amended.digest} without {', '.join(parts)}")
+
+
 def _try_classifier(source: Bundle | Path) -> None:
     """BundleError if ONNX Runtime cannot run it."""
     from dermis.classifier.onnx_session import Classifier

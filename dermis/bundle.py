@@ -28,6 +28,7 @@ from pydantic import Field
 
 from dermis.authenticity import description as indices
 from dermis.authenticity.description import IndexDescription
+from dermis.bundle_card import with_latent_section
 from dermis.classifier import description as classifiers
 from dermis.classifier.description import Description
 from dermis.directions import direction as direction_files
@@ -225,31 +226,38 @@ def amend_bundle(
     name: str | None = None,
     parts: Mapping[str, str | Path] | None = None,
     directions: Sequence[Direction] | None = None,
+    remove: Sequence[str] = (),
 ) -> Bundle:
     """Write new metrics, a new card, a new name, parts (their folders, by name) or directions into a local bundle.
 
-    Every other file stays as it is, to the byte. A part ("classifier", ...) or directions replace those that are there; the
-    card of a bundle with a classifier always has a section on it. Raises BundleError.
+    Every other file stays as it is, to the byte. A part ("classifier", ...) or directions replace those that are there; those
+    named in `remove` go. The card has a section on the classifier and one on the other parts, if there are any. Raises
+    BundleError.
     """
     if "://" in bundle.location:
         raise BundleError(f"{bundle.location}: only a bundle in a local folder can be changed; copy it first")
     folder = open_folder(bundle.location, "bundle", DESCRIPTOR)
     files = {key: folder.read(key, record) for key, record in bundle.files.items()}
-    described = bundle.classifier
+    described: dict[str, Described | None] = {key: getattr(bundle, key) for key in _PARTS}
+    for name_of_part in remove:
+        described[name_of_part] = None
+        files = {key: data for key, data in files.items() if not key.startswith(f"{name_of_part}/")}
     for name_of_part, place in (parts or {}).items():
-        found, data_of = _PARTS[name_of_part].read(place)
+        described[name_of_part], data_of = _PARTS[name_of_part].read(place)
         files = {key: data for key, data in files.items() if not key.startswith(f"{name_of_part}/")}
         files |= {f"{name_of_part}/{key}": data for key, data in data_of.items()}
-        described = found if isinstance(found, Description) else described
+    if "directions" in remove:
+        directions = ()
     if directions is not None:
         files.pop(DIRECTIONS, None)
         if directions:
             files[DIRECTIONS] = direction_files.to_bytes(directions)
     if metrics is not None:
         files[METRICS] = to_json(dict(metrics), METRICS)
-    if model_card is not None or described is not bundle.classifier:
-        card = bundle.model_card if model_card is None else model_card
-        files[CARD] = (card if described is None else classifiers.with_card_section(card, described)).encode()
+    kept = bundle.directions if directions is None else directions
+    changed = any(described[key] is not getattr(bundle, key) for key in _PARTS) or kept is not bundle.directions
+    if model_card is not None or changed:
+        files[CARD] = _card(bundle.model_card if model_card is None else model_card, described, kept).encode()
     fields = {
         "name": name or bundle.name,
         "generator": asdict(bundle.generator),
@@ -258,6 +266,16 @@ def amend_bundle(
         "provenance": dict(bundle.provenance),
     }
     return _write(Path(bundle.location), fields, files, replace=True)
+
+
+def _card(card: str, described: Mapping[str, Described | None], directions: Sequence[Direction]) -> str:
+    """The card with a section on each part."""
+    classifier, index, encoder = described["classifier"], described["authenticity"], described["encoder"]
+    assert classifier is None or isinstance(classifier, Description)
+    assert index is None or isinstance(index, IndexDescription)
+    assert encoder is None or isinstance(encoder, EncoderDescription)
+    card = classifiers.with_card_section(card, classifier)
+    return with_latent_section(card, index, encoder, directions)
 
 
 # -- reading

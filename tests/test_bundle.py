@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -22,8 +23,10 @@ from dermis.bundle import (
     open_bundle,
     write_bundle,
 )
-from dermis.errors import BundleError
+from dermis.errors import BundleError, RequestError
 from dermis.networks import Discriminator, DiscriminatorConfig, Generator, GeneratorConfig
+from tiny import make_bundle
+from tiny_index import make_complete_bundle
 
 
 def network(c_dim: int = 2) -> Generator:
@@ -247,3 +250,22 @@ def test_verify_and_show_on_the_command_line(tmp_path: Path) -> None:
     _flip(tmp_path / "b" / "generator.safetensors")
     bad = CliRunner().invoke(app, ["bundle", "verify", str(tmp_path / "b")])
     assert isinstance(bad.exception, BundleError)
+
+
+def test_parts_come_and_go_and_the_card_says_so(tmp_path: Path) -> None:
+    pytest.importorskip("faiss", reason="FAISS is not installed")
+    training = np.random.default_rng(0).integers(0, 256, (30, 12, 12, 3), dtype=np.uint8)
+    bundle = make_complete_bundle(tmp_path, training)
+    bare = make_bundle(tmp_path / "bare")
+    assert "30 training images" in bundle.model_card and "`axis-1`" in bundle.model_card
+    assert "## Classifier" in bundle.model_card
+    done = CliRunner().invoke(app, ["bundle", "detach", bundle.location, "authenticity", "directions"])
+    assert done.exit_code == 0, done.output
+    left = open_bundle(bundle.location)
+    assert (left.authenticity, left.directions) == (None, ()) and left.classifier == bundle.classifier
+    assert "Latent space" not in left.model_card and "## Classifier" in left.model_card
+    assert not any(name.startswith("authenticity/") for name in left.files)
+    refused = CliRunner().invoke(app, ["bundle", "detach", bundle.location, "authenticity"])
+    assert isinstance(refused.exception, RequestError) and "has no authenticity" in str(refused.exception)
+    last = amend_bundle(left, remove=["classifier"])
+    assert last.model_card == bare.model_card

@@ -185,10 +185,12 @@ def parse(text: bytes, where: str) -> Description:
 _BEGIN, _END = "<!-- classifier: written by dermis -->", "<!-- end of classifier -->"
 
 
-def with_card_section(card: str, described: Description) -> str:
-    """A bundle's card with a section on its classifier, in place of the one that it may have."""
+def with_card_section(card: str, described: Description | None) -> str:
+    """A bundle's card with a section on its classifier, in place of the one that it may have; without, if it has none."""
     before, begin, rest = card.partition(_BEGIN)
     after = rest.partition(_END)[2].lstrip("\n") if begin else ""
+    if described is None:
+        return before.rstrip("\n") + "\n" + ("\n" + after if after else "") if begin else card
     thresholds = ", ".join(f"{name} {value:.4g}" for name, value in sorted(described.thresholds.items()))
     section = f"""{_BEGIN}
 ## Classifier
