@@ -34,8 +34,8 @@ def _index(index: IndexDescription | None) -> str:
     return (
         f"`authenticity/` holds embeddings of {index.vectors:,} training images {held}, in the feature space "
         f"`{index.extractor}`\n({index.metric}, {index.dim} dimensions): images can be compared with them. Half of the "
-        f"training images are nearer than {index.radii[50]:.3f}\nto another one, 1 % nearer than {index.radii[1]:.3f}. **Whoever has "
-        "these files can ask of an image whether it was a training image**; leave them\nout where that must not be told: "
+        f"training images are nearer than {index.radii[50]:.3f}\nto another one, 1 % nearer than {index.radii[1]:.3f}. "
+        "**Whoever has these files can ask of an image whether it was a training image**; leave them\nout where that must not be told: "
         "`dermis bundle detach`."
     )
 
