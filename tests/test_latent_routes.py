@@ -6,6 +6,8 @@ import base64
 import io
 import json
 import logging
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -160,3 +162,12 @@ def test_what_cannot_be_edited_is_refused_by_its_field(running: Service, changes
     answer = edited(running, **changes)
     assert answer.status_code == 422, answer.text
     assert field in json.dumps([error["field"] for error in answer.json()["errors"]])
+
+
+def test_the_gateway_loads_none_of_what_its_services_run_on() -> None:
+    """Else each of its processes would be hundreds of megabytes larger, and slower to start."""
+    code = (
+        "import sys, services.service; print({'torch', 'faiss', 'onnxruntime', 'scipy', 'sklearn'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "set()", done.stdout + done.stderr

@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dermis.authenticity.index import Floats, Index, import_faiss
-from dermis.metrics.classification import auc, bootstrap
 
 MOST = 10_000  # real images of either kind that are attacked
 FEWEST = 20
@@ -41,6 +40,8 @@ def attack(members: Floats, held_out: Floats, *, seed: int = 0) -> Attack:
 
     ValueError if there are fewer than 20 of either.
     """
+    from dermis.metrics.classification import auc, bootstrap  # its package loads torch, which the gateway does without
+
     if min(len(members), len(held_out)) < FEWEST:
         raise ValueError(f"{len(members)} and {len(held_out)} images; at least {FEWEST} of each are needed")
     labels = np.concatenate([np.ones(len(members), np.int64), np.zeros(len(held_out), np.int64)])

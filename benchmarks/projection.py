@@ -1,0 +1,156 @@
+"""How fast images are projected: `python -m benchmarks.projection [--json] [--bundle B] [--images DIR] [--distance NAME]`.
+
+The official schedule (1,000 steps in w from the mean, float32, one image at a time) against ours, on the same images, in the
+same distance: the official schedule with many images at once, the short schedule from the mean, and from the encoder. The
+official one takes about a minute an image on a CPU, so it is measured on `--official` images only, and every comparison of
+quality is on those. Steps of a schedule all cost the same, so a rate does not depend on which images they are. Without
+--images the bundle's own generated images are projected: easier ones, good for speed only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dermis.bundle import Bundle, load_generator, open_bundle
+from dermis.cpus import available_cpus
+from dermis.devices import describe_hardware, resolve_device
+from dermis.imaging import Images
+from dermis.projection.encoder import load_encoder
+from dermis.projection.projector import Projector, Target
+from dermis.projection.result import Projection
+from dermis.projection.schedule import FAST, OFFICIAL, Schedule
+
+BUNDLE = Path("bundles/demo")
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+def targets_of(bundle: Bundle, folder: Path | None, count: int) -> list[Images]:
+    """Real images evenly spread over a folder, or generated ones."""
+    size = bundle.generator.img_resolution
+    if folder is None:
+        from dermis.synthesizer import Synthesizer
+
+        with Synthesizer(bundle) as synthesizer:
+            classes = max(bundle.generator.c_dim, 1)
+            return list(synthesizer.images([99] * count, range(count), [i % classes for i in range(count)]))
+    from dermis.reading import read_image
+
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
+    chosen = [files[i] for i in np.linspace(0, len(files) - 1, count).round().astype(int)]
+    return [read_image(path.read_bytes(), size=size) for path in chosen]
+
+
+def lpips(images: Sequence[Images], found: Sequence[Projection], device: str) -> float | None:
+    """Mean LPIPS (VGG16), or None where its weights cannot be had."""
+    import torch
+
+    from dermis.errors import DermisError
+    from dermis.projection.perceptual import perceptual
+
+    try:
+        embed = perceptual("vgg16", resolve_device(device)).embed
+    except DermisError:
+        return None
+    rows = [
+        embed(torch.from_numpy(np.stack(group)).permute(0, 3, 1, 2).float().to(resolve_device(device)))
+        for group in (images, [each.image for each in found])
+    ]
+    return float((rows[0] - rows[1]).square().sum(dim=1).mean())
+
+
+def measure(
+    name: str, projector: Projector, schedule: Schedule, images: Sequence[Images], shared: int, device: str
+) -> dict[str, Any]:
+    """One way to project, on all of `images`; its quality is that on the first `shared`."""
+    list(projector.project([Target(images[0])], replace(schedule, steps=3)))  # what is compiled or allocated once
+    start = time.perf_counter()
+    done = dict(projector.project([Target(image) for image in images], schedule))
+    seconds = time.perf_counter() - start
+    found = [done[number] for number in range(shared)]
+    return {
+        "name": name,
+        "images": len(images),
+        "steps": schedule.steps,
+        "space": schedule.space,
+        "start": schedule.start,
+        "seconds_per_image": seconds / len(images),
+        "distance": float(np.mean([each.distance for each in found])),
+        "pixel_error": float(np.mean([each.pixel_error for each in found])),
+        "lpips": lpips(images[:shared], found, device),
+    }
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """All measurements, the official schedule first."""
+    bundle = open_bundle(arguments.bundle)
+    generator = load_generator(bundle)
+    images = targets_of(bundle, arguments.images, max(arguments.count, arguments.official))
+    few = images[: arguments.official]
+    encoder = load_encoder(bundle, device=arguments.device)
+    common: dict[str, Any] = {"distance": arguments.distance, "device": arguments.device, "generator": generator}
+    one = Projector(bundle, **common, batch_size=1, dtype="float32")
+    many = Projector(bundle, **common, encode=encoder)
+    shared = len(few)
+    rows = [
+        measure("official, one at a time", one, OFFICIAL, few, shared, arguments.device),
+        measure(f"official, {many.batch_size} at once", many, OFFICIAL, images, shared, arguments.device),
+        measure("fast from the mean", many, FAST, images, shared, arguments.device),
+    ]
+    if encoder is not None:
+        for steps in (100, 50):
+            schedule = replace(FAST, start="encoder", steps=steps)
+            rows.append(measure(f"fast from the encoder, {steps}", many, schedule, images, shared, arguments.device))
+    official = rows[0]
+    for row in rows:
+        row["ratio"] = official["seconds_per_image"] / row["seconds_per_image"]
+    good = [row for row in rows[1:] if row["distance"] <= official["distance"]]
+    return {
+        "bundle": f"{bundle.name}@{bundle.digest[:12]}",
+        "resolution": bundle.generator.img_resolution,
+        "hardware": describe_hardware(resolve_device(arguments.device)),
+        "cores": available_cpus(),
+        "distance": arguments.distance,
+        "real_images": arguments.images is not None,
+        "ways": rows,
+        "ratio_to_official_schedule": max((row["ratio"] for row in good), default=None),
+    }
+
+
+def main() -> None:
+    """Print the measurements."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print JSON only")
+    parser.add_argument("--bundle", type=Path, default=BUNDLE)
+    parser.add_argument("--images", type=Path, help="folder of real images")
+    parser.add_argument("--count", type=int, default=16, help="images of the faster ways")
+    parser.add_argument("--official", type=int, default=4, help="images of the official schedule")
+    parser.add_argument("--distance", default="lite0", help="lite0 or vgg16")
+    parser.add_argument("--device", default="auto")
+    arguments = parser.parse_args()
+    document = run(arguments)
+    if arguments.json:
+        print(json.dumps(document, indent=2))
+        return
+    kind = "real" if document["real_images"] else "generated"
+    print(f"{document['bundle']}, {document['resolution']} px, {kind} images, {document['hardware']}")
+    print(f"{'':<30}{'s/image':>9}{'ratio':>7}{document['distance']:>9}{'pixels':>8}{'LPIPS':>8}")
+    for row in document["ways"]:
+        lpips_told = "-" if row["lpips"] is None else f"{row['lpips']:.3f}"
+        print(
+            f"{row['name']:<30}{row['seconds_per_image']:>9.2f}{row['ratio']:>7.1f}{row['distance']:>9.3f}"
+            f"{row['pixel_error']:>8.1f}{lpips_told:>8}"
+        )
+    ratio = document["ratio_to_official_schedule"]
+    print(f"ratio_to_official_schedule at equal or better distance: {'none' if ratio is None else f'{ratio:.1f}'}")
+
+
+if __name__ == "__main__":
+    main()
