@@ -18,12 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from dermis.bundle import Bundle, load_generator, open_bundle
 from dermis.cpus import available_cpus
 from dermis.devices import describe_hardware, resolve_device
+from dermis.errors import DermisError
 from dermis.imaging import Images
 from dermis.projection.encoder import load_encoder
+from dermis.projection.perceptual import Perceptual, perceptual
 from dermis.projection.projector import Projector, Target
 from dermis.projection.result import Projection
 from dermis.projection.schedule import FAST, OFFICIAL, Schedule
@@ -48,26 +51,31 @@ def targets_of(bundle: Bundle, folder: Path | None, count: int) -> list[Images]:
     return [read_image(path.read_bytes(), size=size) for path in chosen]
 
 
-def lpips(images: Sequence[Images], found: Sequence[Projection], device: str) -> float | None:
-    """Mean LPIPS (VGG16), or None where its weights cannot be had."""
-    import torch
-
-    from dermis.errors import DermisError
-    from dermis.projection.perceptual import perceptual
-
+def lpips_or_none(device: str) -> Perceptual | None:
+    """LPIPS on VGG16, where its weights can be had."""
     try:
-        embed = perceptual("vgg16", resolve_device(device)).embed
+        return perceptual("vgg16", resolve_device(device))
     except DermisError:
         return None
+
+
+def mean_distance(distance: Perceptual, images: Sequence[Images], found: Sequence[Projection], device: str) -> float:
+    """Mean of a distance between images and their projections."""
     rows = [
-        embed(torch.from_numpy(np.stack(group)).permute(0, 3, 1, 2).float().to(resolve_device(device)))
+        distance.embed(torch.from_numpy(np.stack(group)).permute(0, 3, 1, 2).float().to(resolve_device(device)))
         for group in (images, [each.image for each in found])
     ]
     return float((rows[0] - rows[1]).square().sum(dim=1).mean())
 
 
 def measure(
-    name: str, projector: Projector, schedule: Schedule, images: Sequence[Images], shared: int, device: str
+    name: str,
+    projector: Projector,
+    schedule: Schedule,
+    images: Sequence[Images],
+    shared: int,
+    lpips: Perceptual | None,
+    device: str,
 ) -> dict[str, Any]:
     """One way to project, on all of `images`; its quality is that on the first `shared`."""
     list(projector.project([Target(images[0])], replace(schedule, steps=3)))  # what is compiled or allocated once
@@ -84,7 +92,7 @@ def measure(
         "seconds_per_image": seconds / len(images),
         "distance": float(np.mean([each.distance for each in found])),
         "pixel_error": float(np.mean([each.pixel_error for each in found])),
-        "lpips": lpips(images[:shared], found, device),
+        "lpips": None if lpips is None else mean_distance(lpips, images[:shared], found, device),
     }
 
 
@@ -98,16 +106,18 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     common: dict[str, Any] = {"distance": arguments.distance, "device": arguments.device, "generator": generator}
     one = Projector(bundle, **common, batch_size=1, dtype="float32")
     many = Projector(bundle, **common, encode=encoder)
-    shared = len(few)
+    shared, lpips = len(few), lpips_or_none(arguments.device)
     rows = [
-        measure("official, one at a time", one, OFFICIAL, few, shared, arguments.device),
-        measure(f"official, {many.batch_size} at once", many, OFFICIAL, images, shared, arguments.device),
-        measure("fast from the mean", many, FAST, images, shared, arguments.device),
+        measure("official, one at a time", one, OFFICIAL, few, shared, lpips, arguments.device),
+        measure(f"official, {many.batch_size} at once", many, OFFICIAL, images, shared, lpips, arguments.device),
+        measure("fast from the mean", many, FAST, images, shared, lpips, arguments.device),
     ]
     if encoder is not None:
         for steps in (100, 50):
             schedule = replace(FAST, start="encoder", steps=steps)
-            rows.append(measure(f"fast from the encoder, {steps}", many, schedule, images, shared, arguments.device))
+            rows.append(
+                measure(f"fast from the encoder, {steps}", many, schedule, images, shared, lpips, arguments.device)
+            )
     official = rows[0]
     for row in rows:
         row["ratio"] = official["seconds_per_image"] / row["seconds_per_image"]

@@ -90,6 +90,8 @@ class Projector:
             return {"problem": "the projection was cancelled"}
         except RequestError as error:
             return {"refused": str(error)}
+        except ImportError as error:
+            return {"refused": f"the service lacks a package that projections need ({error})"}
         except (DermisError, OSError, RuntimeError, MemoryError) as error:
             logger.error("projection failed", extra={"model": bundle.name, "error": str(error)})
             return {"problem": without_place(error, bundle.location)}

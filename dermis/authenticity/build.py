@@ -20,7 +20,7 @@ from dermis.authenticity.description import (
     Metric,
     write_index_folder,
 )
-from dermis.authenticity.index import Floats, Index, import_faiss, prepared, search
+from dermis.authenticity.index import Floats, Index, import_faiss, prepared, products_of_matrices, search
 from dermis.cpus import available_cpus
 from dermis.errors import RequestError
 
@@ -101,21 +101,7 @@ def _index(rows: Floats, width: int, kind: Kind, storage: Storage, threads: int)
     """A trained index with all rows in it, and the share of variance that its projection keeps."""
     faiss = import_faiss()
     faiss.omp_set_num_threads(threads)
-    eight = faiss.ScalarQuantizer.QT_8bit
-    if kind == "flat":
-        base = faiss.IndexScalarQuantizer(width, eight) if storage == "8bit" else faiss.IndexFlatL2(width)
-    elif kind == "hnsw":
-        base = faiss.IndexHNSWSQ(width, eight, 32) if storage == "8bit" else faiss.IndexHNSWFlat(width, 32)
-        base.hnsw.efConstruction, base.hnsw.efSearch = 80, 128
-    else:
-        lists = int(4 * len(rows) ** 0.5)
-        coarse = faiss.IndexFlatL2(width)
-        base = (
-            faiss.IndexIVFScalarQuantizer(coarse, width, lists, eight)
-            if storage == "8bit"
-            else faiss.IndexIVFFlat(coarse, width, lists)
-        )
-        base.nprobe = max(1, min(64, lists // 16))
+    base = new_index(kind, width, storage, len(rows))
     learnt = rows if len(rows) <= _TRAINING else rows[np.random.default_rng(0).permutation(len(rows))[:_TRAINING]]
     index, explained = base, 1.0
     if width < rows.shape[1]:
@@ -124,11 +110,33 @@ def _index(rows: Floats, width: int, kind: Kind, storage: Storage, threads: int)
         values = faiss.vector_to_array(components.eigenvalues).astype(np.float64)
         explained = float(np.clip(values[:width].sum() / max(values.sum(), 1e-30), 0, 1))
         index = faiss.IndexPreTransform(_linear(components, rows.shape[1], width), base)
-    index.train(np.ascontiguousarray(learnt))
-    index.add(rows)
+    with products_of_matrices():
+        index.train(np.ascontiguousarray(learnt))
+        index.add(rows)
     if kind == "ivf":
         base.make_direct_map()
     return index, explained
+
+
+def new_index(kind: Kind, width: int, storage: Storage, count: int) -> Any:
+    """An empty index of a kind for about `count` vectors of `width` dimensions, with our parameters."""
+    faiss = import_faiss()
+    eight = faiss.ScalarQuantizer.QT_8bit
+    if kind == "flat":
+        return faiss.IndexScalarQuantizer(width, eight) if storage == "8bit" else faiss.IndexFlatL2(width)
+    if kind == "hnsw":
+        graph = faiss.IndexHNSWSQ(width, eight, 32) if storage == "8bit" else faiss.IndexHNSWFlat(width, 32)
+        graph.hnsw.efConstruction, graph.hnsw.efSearch = 80, 128
+        return graph
+    lists = int(4 * count**0.5)
+    coarse = faiss.IndexFlatL2(width)
+    found = (
+        faiss.IndexIVFScalarQuantizer(coarse, width, lists, eight)
+        if storage == "8bit"
+        else faiss.IndexIVFFlat(coarse, width, lists)
+    )
+    found.nprobe = max(1, min(64, lists // 16))
+    return found
 
 
 def _linear(components: Any, wide: int, width: int) -> Any:

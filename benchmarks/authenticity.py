@@ -1,0 +1,171 @@
+"""What comparing with training images costs: `python -m benchmarks.authenticity [--json] [--bundle B] [--large]`.
+
+First the bundle's own index: looking 40,000 images up against generating them. Generation and embedding are measured on a few
+hundred images and extrapolated, as each image costs the same; looking up is measured on 40,000 vectors. Then indexes of 1
+million vectors (10 million with --large) in 128 dimensions by kind: clustered random vectors, 8 bits a number, as a bundle
+stores them. Recall is of the true nearest neighbour, of queries near the vectors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dermis.authenticity.build import new_index
+from dermis.authenticity.checker import Checker
+from dermis.authenticity.description import Kind
+from dermis.authenticity.index import import_faiss, products_of_matrices, search
+from dermis.bundle import open_bundle
+from dermis.cpus import available_cpus
+from dermis.synthesizer import Synthesizer
+
+BUNDLE = Path("bundles/demo")
+DATASET = 40_000
+GENERATED = 512
+DIM = 128
+QUERIES = 1000
+_PIECE = 1_000_000
+
+Floats = NDArray[np.float32]
+
+
+def clustered(count: int, seed: int) -> Floats:
+    """float32 [count, 128]: 1,000 clusters, as embeddings have them, of vectors of length about 1."""
+    rng = np.random.default_rng(seed)
+    centres = np.random.default_rng(0).normal(size=(1000, DIM)).astype(np.float32) / DIM**0.5
+    found: Floats = centres[rng.integers(0, len(centres), count)]
+    found += 0.5 * rng.standard_normal((count, DIM), dtype=np.float32) / DIM**0.5
+    return found
+
+
+def of_a_bundle(bundle: Path, threads: int) -> dict[str, Any]:
+    """Generation, embedding and look-up of 40,000 images with a bundle's index."""
+    opened = open_bundle(bundle)
+    classes = max(opened.generator.c_dim, 1)
+    with Synthesizer(opened, threads=threads) as synthesizer, Checker(opened, threads=threads) as checker:
+        labels = [i % classes for i in range(GENERATED)]
+        images = synthesizer.images([1] * GENERATED, range(GENERATED), labels)  # warms up
+        start = time.perf_counter()
+        images = synthesizer.images([2] * GENERATED, range(GENERATED), labels)
+        generate = (time.perf_counter() - start) * DATASET / GENERATED
+        features = checker.embed(images[:32])
+        start = time.perf_counter()
+        features = checker.embed(images)
+        embed = (time.perf_counter() - start) * DATASET / GENERATED
+        rows = np.tile(features, (-(-DATASET // GENERATED), 1))[:DATASET]
+        rows = rows + 0.01 * np.random.default_rng(0).standard_normal(rows.shape, dtype=np.float32)
+        checker.index.nearest(rows[:100])
+        start = time.perf_counter()
+        checker.index.nearest(rows)
+        look_up = time.perf_counter() - start
+    described = checker.description
+    return {
+        "bundle": f"{opened.name}@{opened.digest[:12]}",
+        "vectors": described.vectors,
+        "kind": described.kind,
+        "images": DATASET,
+        "generate_seconds": generate,
+        "embed_seconds": embed,
+        "look_up_seconds": look_up,
+        "look_up_share": look_up / generate,
+    }
+
+
+def of_a_kind(kind: Kind, count: int, exact: NDArray[np.int64], queries: Floats, threads: int) -> dict[str, Any]:
+    """Building an index of `count` vectors and searching it."""
+    faiss = import_faiss()
+    start = time.perf_counter()
+    index = new_index(kind, DIM, "8bit", count)
+    faiss.omp_set_num_threads(threads)
+    with products_of_matrices():
+        index.train(clustered(min(count, 200_000), seed=1))
+        for piece in range(0, count, _PIECE):
+            index.add(clustered(min(_PIECE, count - piece), seed=100 + piece // _PIECE))
+    build = time.perf_counter() - start
+    size = len(faiss.serialize_index(index)) if count <= _PIECE else None
+    search(index, queries[:10], 1, threads)
+    start = time.perf_counter()
+    _, found = search(index, queries, 1, threads)
+    batch = (time.perf_counter() - start) / len(queries)
+    start = time.perf_counter()
+    for query in queries[:50]:
+        search(index, query[None], 1, 1)
+    single = (time.perf_counter() - start) / 50
+    result = {
+        "kind": kind,
+        "vectors": count,
+        "build_seconds": build,
+        "bytes": size,
+        "recall_at_1": float((found[:, 0] == exact).mean()),
+        "milliseconds_alone": 1000 * single,
+        "milliseconds_in_a_batch": 1000 * batch,
+    }
+    del index
+    gc.collect()
+    return result
+
+
+def exact_neighbours(count: int, queries: Floats) -> NDArray[np.int64]:
+    """The true nearest vectors, by looking at all in float32."""
+    faiss = import_faiss()
+    best = np.full(len(queries), np.inf, np.float32)
+    number = np.zeros(len(queries), np.int64)
+    for piece in range(0, count, _PIECE):
+        base = clustered(min(_PIECE, count - piece), seed=100 + piece // _PIECE)
+        with products_of_matrices():
+            squared, found = faiss.knn(queries, base, 1)
+        nearer = squared[:, 0] < best
+        best[nearer], number[nearer] = squared[nearer, 0], found[nearer, 0] + piece
+    return number
+
+
+def run(bundle: Path, counts: list[int], threads: int) -> dict[str, Any]:
+    """All measurements."""
+    document: dict[str, Any] = {"cores": threads, "own": of_a_bundle(bundle, threads), "kinds": []}
+    for count in counts:
+        queries = clustered(QUERIES, seed=100)  # the first vectors of the index ...
+        queries = queries + 0.1 * np.random.default_rng(5).standard_normal(queries.shape, dtype=np.float32) / DIM**0.5
+        exact = exact_neighbours(count, queries)
+        kinds: tuple[Kind, ...] = ("flat", "hnsw", "ivf") if count <= _PIECE else ("ivf",)
+        for kind in kinds:
+            document["kinds"].append(of_a_kind(kind, count, exact, queries, threads))
+    return document
+
+
+def main() -> None:
+    """Print the measurements."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print JSON only")
+    parser.add_argument("--bundle", type=Path, default=BUNDLE)
+    parser.add_argument("--vectors", type=int, default=1_000_000)
+    parser.add_argument("--large", action="store_true", help="10 million vectors too (about 3 GB)")
+    arguments = parser.parse_args()
+    counts = [arguments.vectors] + ([10_000_000] if arguments.large else [])
+    document = run(arguments.bundle, counts, available_cpus())
+    if arguments.json:
+        print(json.dumps(document, indent=2))
+        return
+    own = document["own"]
+    print(f"{own['bundle']}: {own['vectors']:,} training images, {own['kind']}; {document['cores']} cores")
+    print(
+        f"  {own['images']:,} images: generated {own['generate_seconds']:.0f} s, embedded {own['embed_seconds']:.0f} s, looked up"
+    )
+    print(f"  {own['look_up_seconds']:.1f} s, which is {own['look_up_share']:.1%} of generating them")
+    print(f"{'':<6}{'vectors':>12}{'build s':>9}{'MB':>8}{'recall@1':>10}{'ms alone':>10}{'ms in 1000':>12}")
+    for row in document["kinds"]:
+        size = "-" if row["bytes"] is None else f"{row['bytes'] / 1e6:.0f}"
+        print(
+            f"{row['kind']:<6}{row['vectors']:>12,}{row['build_seconds']:>9.0f}{size:>8}{row['recall_at_1']:>10.3f}"
+            f"{row['milliseconds_alone']:>10.2f}{row['milliseconds_in_a_batch']:>12.3f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
