@@ -155,9 +155,9 @@ def main() -> None:
     own = document["own"]
     print(f"{own['bundle']}: {own['vectors']:,} training images, {own['kind']}; {document['cores']} cores")
     print(
-        f"  {own['images']:,} images: generated {own['generate_seconds']:.0f} s, embedded {own['embed_seconds']:.0f} s, looked up"
+        f"  {own['images']:,} images: generated {own['generate_seconds']:.0f} s, embedded {own['embed_seconds']:.0f} s,"
     )
-    print(f"  {own['look_up_seconds']:.1f} s, which is {own['look_up_share']:.1%} of generating them")
+    print(f"  looked up {own['look_up_seconds']:.1f} s, which is {own['look_up_share']:.1%} of generating them")
     print(f"{'':<6}{'vectors':>12}{'build s':>9}{'MB':>8}{'recall@1':>10}{'ms alone':>10}{'ms in 1000':>12}")
     for row in document["kinds"]:
         size = "-" if row["bytes"] is None else f"{row['bytes'] / 1e6:.0f}"

@@ -16,7 +16,7 @@ experiment_app = typer.Typer(no_args_is_help=True, help="Run experiments and com
 Which = Annotated[
     list[str],
     typer.Argument(
-        help="table1 (the paper's five generators), names, files of one's own; or table2 (its classifiers)."
+        help="table1 (the paper's five generators), names, files of one's own; or table2 (its classifiers), or frame-removal."
     ),
 ]
 ScaleOption = Annotated[float, typer.Option(help="Multiplies the length of every run: 0.01 makes 25000 kimg 250.")]
@@ -55,6 +55,7 @@ def list_experiments() -> None:
         )
     Console().print(table)
     typer.echo("table2 trains classifiers on what such generators draw: dermis experiment run table2 --help")
+    typer.echo("frame-removal trains them on images whose black frame was removed: dermis experiment run frame-removal")
 
 
 @experiment_app.command("show")
@@ -99,7 +100,12 @@ def run(
     extractor: Annotated[
         str, typer.Option(help="Feature space: inception, lite0 or timm:MODEL[@FILE.safetensors].")
     ] = "inception",
-    samples: Annotated[int | None, typer.Option(help="Generated images; default: as many as real ones.")] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            help="Generated images; default: as many as real ones. frame-removal: of each class, default 10000."
+        ),
+    ] = None,
     ppl_paths: Annotated[int, typer.Option(help="Paths of the perceptual path length; publications use 50000.")] = 2000,
     holdout: Annotated[Path | None, typer.Option(help="Real images that are not trained on: tests memorising.")] = None,
     metadata: Annotated[Path | None, typer.Option(help="CSV of --data, if it is not its metadata.csv.")] = None,
@@ -120,12 +126,19 @@ def run(
     cache: Annotated[Path, typer.Option(help="Where decoded images and features are kept.")] = Path(".dermis/cache"),
     generator: Annotated[
         list[str] | None,
-        typer.Option(help="table2: NAME=SOURCE of gan, cgan or cgan-no-color; may be repeated, gan=benign=SOURCE too."),
+        typer.Option(
+            help="frame-removal: the bundle. table2: NAME=SOURCE of gan, cgan or cgan-no-color, gan=benign=SOURCE too."
+        ),
     ] = None,
     generators: Annotated[
         Path | None, typer.Option(help="table2: a folder of `experiment run table1` with the generators.")
     ] = None,
-    seeds: Annotated[int, typer.Option(help="table2: classifiers in each scenario.")] = 3,
+    direction: Annotated[
+        str | None, typer.Option(help="frame-removal: direction of the bundle along which the frame comes and goes.")
+    ] = None,
+    framing: Annotated[float, typer.Option(help="frame-removal: strength that brings the frame.")] = -2.0,
+    removing: Annotated[float, typer.Option(help="frame-removal: strength that removes it.")] = 1.0,
+    seeds: Annotated[int, typer.Option(help="table2, frame-removal: classifiers in each scenario.")] = 3,
     split: Annotated[
         Path | None, typer.Option(help="table2: folder of `dermis data split` with train, validation and test.")
     ] = None,
@@ -175,6 +188,35 @@ def run(
             truncation_psi=truncation_psi,
             licence=licence,
             attribution=attribution,
+            device=device,
+            cache=cache,
+        )
+        return
+    if "frame-removal" in which:
+        from commands.experiment_frame_removal import run_frames
+
+        given_too = {"--kimg": kimg, "--holdout": holdout, "--snapshot-kimg": snapshot_kimg}
+        for option, value in {"other experiments": which[1:] or None, "--only": only or None, **given_too}.items():
+            if value is not None:
+                raise TrainingError(f"frame-removal: takes no {option}; run it by itself")
+        run_frames(
+            data,
+            out,
+            generator=generator or [],
+            direction=direction,
+            framing=framing,
+            removing=removing,
+            samples=samples,
+            scale=scale,
+            size=resolution,
+            settings=settings,
+            seeds=seeds,
+            synthetic_seed=seed or 0,
+            split=split,
+            metadata=metadata,
+            class_column=class_column,
+            weights=weights,
+            truncation_psi=truncation_psi,
             device=device,
             cache=cache,
         )

@@ -56,12 +56,16 @@ class Learner:
         self.cache, self.progress_bar = cache, progress_bar
         self._known: dict[int, tuple[NDArray[np.uint8], torch.Tensor]] = {}
 
-    def run(self, name: str, seed: int, added: SyntheticImages | None = None) -> Run | None:
-        """Train on the real training part and what is added, unless that is done. None if the user stopped it."""
+    def run(self, name: str, seed: int, added: SyntheticImages | None = None, *, alone: bool = False) -> Run | None:
+        """Train on the real training part and what is added, or on that `alone`, unless that is done.
+
+        None if the user stopped it.
+        """
         config, real = replace(self.config, seed=seed), self.real
         folder = self.out / f"{name}-{seed}"
-        arrays = (real.train.images, *(added.images if added else ()))
-        labels = np.concatenate([real.train.labels, np.array(added.labels if added else (), np.int64)])
+        arrays = (*(() if alone else (real.train.images,)), *(added.images if added else ()))
+        learnt_from = [*(() if alone else (real.train.labels,)), np.array(added.labels if added else (), np.int64)]
+        labels = np.concatenate(learnt_from)
         training = TrainingSet(arrays, labels)
         network = new_network(config, self.weights)
         features = None

@@ -1,0 +1,322 @@
+"""The paper's experiment with black frames: generated images are moved to where they have none, and learnt from.
+
+arXiv 2208.11702 shifts latents of framed images along a direction until the frame is gone, trains its classifier on 10,000 such
+images of each class and reports 87 % accuracy on real ones. Here three arms learn from images of the same latents, all
+synthetic, and are tested on real images:
+
+    plain     the latents as they are
+    framed    moved towards the frame, until the detector finds one
+    removed   moved the other way, and the detector finds none
+
+A latent is taken only if both moves did what they were for, so the arms differ in the frame and in what else the direction
+moves, not in which latents they have.
+
+    plan.json           what the folder was begun with; the same command goes on, another is refused
+    drawn/              the images of each arm and class
+    ARM-SEED/           a run, with predictions.csv of the test part once it is done
+    results.json, table.md
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from dermis.bundle import Bundle
+from dermis.classifier.description import NOTICE
+from dermis.classifier.preprocess import batch as squares
+from dermis.directions.edit import Edit, offset_of
+from dermis.errors import TrainingError
+from dermis.metrics import classification as metrics
+from dermis.synthesizer import Synthesizer
+from training.classifier.config import ClassifierConfig
+from training.classifier.data import CLASS_NAMES, RealData, RealPart
+from training.classifier.synthetic import SyntheticImages
+from training.data.artefacts import THRESHOLDS, detect_artefacts
+from training.data.cache import new_array, read_array
+from training.data.tables import is_melanoma
+from training.experiments.edge_case_runs import Learner, Run
+from training.experiments.plan import write_beside
+from training.gan.parallel import Ranks
+
+ARMS = ("plain", "framed", "removed")
+PLAN, RESULTS, TABLE = "plan.json", "results.json", "table.md"
+PAPER_ACCURACY = 0.87
+METRICS = ("auc", "accuracy", "balanced_accuracy")
+_TITLES = {"auc": "AUC", "accuracy": "accuracy", "balanced_accuracy": "balanced accuracy"}
+_CHUNK = 64
+_MOST_TRIES = 50  # latents looked at for each that is taken
+
+Floats = NDArray[np.float64]
+Labels = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class FramePlan:
+    """What decides the experiment beside the images, the bundle and the classifier's configuration.
+
+    per_class: images of each class in each arm. framing and removing: strengths along the direction. seeds: runs of each arm.
+    """
+
+    direction: str
+    framing: float
+    removing: float
+    per_class: int = 10_000
+    truncation_psi: float = 1.0
+    synthetic_seed: int = 0
+    seeds: int = 3
+
+    def __post_init__(self) -> None:
+        for name, low in (("per_class", 10), ("seeds", 1), ("synthetic_seed", 0)):
+            if getattr(self, name) < low:
+                raise TrainingError(f"{name}: must be at least {low}; got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The finished experiment: runs by arm, in order of the seeds; which test images have a frame [N]; latents looked at."""
+
+    runs: Mapping[str, Sequence[Run]]
+    test_framed: NDArray[np.bool_]
+    tried: int
+
+
+def run_frame_removal(
+    real: RealData,
+    bundle: Bundle,
+    config: ClassifierConfig,
+    plan: FramePlan,
+    out: Path,
+    *,
+    weights: str,
+    device: str,
+    target: torch.device,
+    cache: Path,
+    progress_bar: bool = True,
+) -> Measured | None:
+    """Run what is not done yet; None if the user stopped a training, which the next call goes on with.
+
+    Raises TrainingError if `out` was begun otherwise, RequestError if the bundle lacks the direction.
+    """
+    _remember(out, real, bundle, config, plan, weights)
+    drawn, tried = _draw(bundle, plan, config.size, out / "drawn", device, progress_bar)
+    learner = Learner(real, config, out, weights, Ranks(device=target), cache, progress_bar)
+    runs: dict[str, list[Run]] = {arm: [] for arm in ARMS}
+    for seed in range(plan.seeds):
+        for arm in ARMS:
+            found = learner.run(arm, seed, drawn[arm], alone=True)
+            if found is None:
+                return None
+            runs[arm].append(found)
+    images = tqdm(real.test.images, "frames of test images", unit="img", disable=not progress_bar or None)
+    framed = np.array([detect_artefacts(image).frame >= THRESHOLDS["frame"] for image in images])
+    return Measured(runs, framed, tried)
+
+
+def _draw(
+    bundle: Bundle, plan: FramePlan, size: int, folder: Path, device: str, progress_bar: bool
+) -> tuple[dict[str, SyntheticImages], int]:
+    """The images of each arm, and how many latents were looked at; kept in `folder` for the next call."""
+    numbers = [[k for k, name in enumerate(bundle.class_names) if is_melanoma(name) == bool(label)] for label in (0, 1)]
+    shape = (plan.per_class, size, size, 3)
+    files = {(arm, label): folder / f"{arm}-{CLASS_NAMES[label]}.npy" for arm in ARMS for label in (0, 1)}
+    note = folder / "drawn.json"
+    tried = json.loads(note.read_text()) if note.exists() else {}
+    for label in (0, 1):
+        if CLASS_NAMES[label] in tried and all(files[arm, label].exists() for arm in ARMS):
+            continue
+        with ExitStack() as stack:
+            arrays = [stack.enter_context(new_array(files[arm, label], shape, np.uint8)) for arm in ARMS]
+            tried[CLASS_NAMES[label]] = _draw_class(bundle, plan, numbers[label], arrays, device, progress_bar)
+        write_beside(note, json.dumps(tried))
+    told = {name: value for name, value in asdict(plan).items() if name != "seeds"}
+    origin = {"name": bundle.name, "digest": bundle.digest, "plan": told}
+    found = {}
+    for arm in ARMS:
+        images = [read_array(files[arm, label], shape, mapped=True) for label in (0, 1)]
+        if images[0] is None or images[1] is None:
+            raise TrainingError(f"{folder}: holds damaged images; remove it")
+        labels = [0] * plan.per_class + [1] * plan.per_class
+        found[arm] = SyntheticImages((images[0], images[1]), tuple(labels), ({**origin, "arm": arm},))
+    return found, sum(tried.values())
+
+
+def _draw_class(
+    bundle: Bundle,
+    plan: FramePlan,
+    numbers: Sequence[int],
+    arrays: Sequence[NDArray[np.uint8]],
+    device: str,
+    progress_bar: bool,
+) -> int:
+    """Fill the arms' arrays of one class; how many latents were looked at."""
+    known = {direction.name: direction for direction in bundle.directions}
+    num_ws, w_dim = bundle.generator.num_ws, bundle.generator.w_dim
+    moves = [
+        offset_of([Edit(plan.direction, by)], known, num_ws=num_ws, w_dim=w_dim) for by in (plan.framing, plan.removing)
+    ]
+    size, count, done, index = arrays[0].shape[1], len(arrays[0]), 0, 0
+    with (
+        Synthesizer(bundle, device=device) as synthesizer,
+        tqdm(
+            total=count, desc=CLASS_NAMES[int(is_melanoma(bundle.class_names[numbers[0]]))], disable=not progress_bar
+        ) as bar,
+    ):
+        while done < count:
+            if index >= _MOST_TRIES * count:
+                raise TrainingError(
+                    f"direction: {plan.direction} at {plan.framing:g} and {plan.removing:g} frames and unframes only "
+                    f"{done:,} of {index:,} images; choose another or other strengths (dermis directions measure --framed)"
+                )
+            indices = range(index, index + _CHUNK)
+            labels = [numbers[i % len(numbers)] for i in indices]
+            ws = synthesizer.ws([plan.synthetic_seed] * _CHUNK, indices, labels, truncation_psi=plan.truncation_psi)
+            index += _CHUNK
+            framed = synthesizer.images_from_ws(ws + moves[0])
+            good = [i for i, image in enumerate(framed) if detect_artefacts(image).frame >= THRESHOLDS["frame"]]
+            if not good:
+                continue
+            removed = synthesizer.images_from_ws(ws[good] + moves[1])
+            both = [k for k, image in enumerate(removed) if detect_artefacts(image).frame < THRESHOLDS["frame"]]
+            both = both[: count - done]
+            if not both:
+                continue
+            chosen = [good[k] for k in both]
+            for array, images in zip(
+                arrays, (synthesizer.images_from_ws(ws[chosen]), framed[chosen], removed[both]), strict=True
+            ):
+                array[done : done + len(both)] = squares(images, size)
+            done += len(both)
+            bar.update(len(both))
+    return index
+
+
+def compare(test: RealPart, measured: Measured, *, replicates: int = metrics.REPLICATES) -> dict[str, Any]:
+    """By subset of the real test images (all, with a frame, without) and arm: each metric with its interval.
+
+    Means over the seeds; intervals (95 %) by a bootstrap over patients. `difference`: removed less framed, and less plain,
+    with the same patients on both sides.
+    """
+    subsets = {
+        "all": np.ones(len(test.labels), bool),
+        "with a frame": measured.test_framed,
+        "without": ~measured.test_framed,
+    }
+    found: dict[str, Any] = {}
+    for name, chosen in subsets.items():
+        labels = test.labels[chosen]
+        if len(set(labels.tolist())) < 2:
+            continue
+        groups = [group for group, one in zip(test.groups, chosen, strict=True) if one]
+        wanted: dict[str, metrics.Metric] = {}
+        for metric in METRICS:
+            means = {arm: _mean_over(measured.runs[arm], metric, chosen) for arm in ARMS}
+            wanted |= {f"{metric} {arm}": means[arm] for arm in ARMS}
+            for other in ("framed", "plain"):
+                wanted[f"{metric} removed - {other}"] = _difference(means["removed"], means[other])
+        scores = measured.runs["plain"][0].calibrated[chosen]
+        estimates = metrics.bootstrap(labels, scores, wanted, groups=groups, replicates=replicates)
+        found[name] = {
+            "images": len(labels),
+            "malignant": int(labels.sum()),
+            **{key: asdict(estimate) for key, estimate in estimates.items()},
+        }
+    return found
+
+
+def write_results(out: Path, test: RealPart, measured: Measured, plan: FramePlan) -> str:
+    """results.json and table.md; the latter's text."""
+    found = compare(test, measured)
+    document = {
+        "plan": asdict(plan),
+        "latents_looked_at": measured.tried,
+        "paper_accuracy": PAPER_ACCURACY,
+        "subsets": found,
+        "notice": NOTICE,
+    }
+    write_beside(out / RESULTS, json.dumps(document, indent=2) + "\n")
+    lines = [
+        f"Classifiers learnt from {plan.per_class:,} generated images of each class alone, {plan.seeds} seeds; tested on real "
+        f"images. Both moves along {plan.direction} ({plan.framing:+g} for the frame, {plan.removing:+g} against it) did what "
+        f"they were for with {2 * plan.per_class:,} of {measured.tried:,} latents. Brackets: 95 % intervals.",
+        "",
+        "| real images | metric | plain | framed | removed | removed - framed | removed - plain |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, values in found.items():
+        for metric in METRICS:
+            cells = [_told(values[f"{metric} {arm}"]) for arm in ARMS]
+            cells += [_told(values[f"{metric} removed - {other}"], sign=True) for other in ("framed", "plain")]
+            told = f"{name}: {values['images']:,}, {values['malignant']:,} malignant" if metric == METRICS[0] else ""
+            lines.append(f"| {told} | {_TITLES[metric]} | {' | '.join(cells)} |")
+    lines += ["", f"The paper reports {PAPER_ACCURACY:.0%} accuracy with 10,000 images of each class. {NOTICE}", ""]
+    text = "\n".join(lines)
+    write_beside(out / TABLE, text)
+    return text
+
+
+def _told(estimate: Mapping[str, float], sign: bool = False) -> str:
+    form = "+.3f" if sign else ".3f"
+    return f"{estimate['value']:{form}} [{estimate['low']:{form}}, {estimate['high']:{form}}]"
+
+
+def _mean_over(runs: Sequence[Run], metric: str, chosen: NDArray[np.bool_]) -> metrics.Metric:
+    def mean(labels: Labels, _scores: Floats, weights: Floats) -> Floats:
+        found: Floats = np.mean([_one(metric, labels, run, chosen, weights) for run in runs], axis=0)
+        return found
+
+    return mean
+
+
+def _one(metric: str, labels: Labels, run: Run, chosen: NDArray[np.bool_], weights: Floats) -> Floats:
+    scores = run.calibrated[chosen]
+    if metric == "auc":
+        return metrics.auc(labels, scores, weights)
+    if metric == "accuracy":
+        return metrics.accuracy(labels, scores, weights)
+    return metrics.balanced_accuracy(labels, scores, weights, threshold=run.threshold)
+
+
+def _difference(a: metrics.Metric, b: metrics.Metric) -> metrics.Metric:
+    def difference(labels: Labels, scores: Floats, weights: Floats) -> Floats:
+        return a(labels, scores, weights) - b(labels, scores, weights)
+
+    return difference
+
+
+def _remember(
+    out: Path, real: RealData, bundle: Bundle, config: ClassifierConfig, plan: FramePlan, weights: str
+) -> None:
+    """Write plan.json, or compare with it. TrainingError names what differs; only `seeds` may grow."""
+    if not bundle.class_names or len({is_melanoma(name) for name in bundle.class_names}) < 2:
+        raise TrainingError(f"{bundle.location}: the experiment needs a generator of benign and malignant images")
+    known = {direction.name: direction for direction in bundle.directions}
+    offset_of([Edit(plan.direction, 1.0)], known, num_ws=bundle.generator.num_ws, w_dim=bundle.generator.w_dim)
+    now = {
+        "data": {name: part.sha256 for name, part in real.parts.items()},
+        "bundle": bundle.digest,
+        "weights": weights,
+        "config": {name: value for name, value in config.to_dict().items() if name != "seed"},
+        "plan": {name: value for name, value in asdict(plan).items() if name != "seeds"},
+    }
+    told = hashlib.sha256(json.dumps(now, sort_keys=True).encode()).hexdigest()
+    file = out / PLAN
+    if file.exists():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        differing = [name for name in now if before.get(name) != now[name]]
+        if differing:
+            raise TrainingError(
+                f"{out}: was begun with other settings ({', '.join(differing)}); give the same, or another --out"
+            )
+        return
+    write_beside(file, json.dumps({**now, "sha256": told}, indent=2) + "\n")
