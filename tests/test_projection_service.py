@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from PIL import Image
 from dermis.bundle import Bundle
 from dermis.dataset.store import Store
 from dermis.directions.edit import Edit, apply_edits
+from dermis.errors import StorageError
 from dermis.imaging import Images, decode, encode
 from dermis.projection.result import from_bytes
 from dermis.synthesizer import Synthesizer
@@ -204,3 +206,26 @@ def test_what_cannot_be_projected_is_refused_and_leaves_nothing(
     many = [("files", ("x.png", encode(noise(1)[0]), "image/png"))] * 21
     assert running.client.post("/v1/projections", files=many).status_code == 422
     assert not list(Path(running.settings.storage).iterdir())
+
+
+def test_images_that_cannot_be_kept_leave_no_job(running: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise StorageError("the storage is full", kind="storage-full")
+
+    monkeypatch.setattr("services.jobs.projecting.write_inputs", full)
+    files = [("files", ("x.png", encode(noise(1)[0]), "image/png"))]
+    assert running.client.post("/v1/projections", files=files).status_code == 507
+    assert running.shop.table.active() == [] and not list(Path(running.settings.storage).iterdir())
+
+
+def test_a_projector_that_cannot_tell_its_progress_is_no_failure(running: Service) -> None:
+    async def silent(_ticket: str) -> int:
+        raise InferenceUnavailableError("no answer")
+
+    running.projector.gate.clear()
+    object.__setattr__(running.shop, "projection_steps", silent)
+    job = ask(running, noise(1))
+    wait_for(lambda: running.projector.calls == 1)
+    time.sleep(1.5)  # it has been asked by then
+    running.projector.gate.set()
+    assert wait(running, job)["state"] == "succeeded"

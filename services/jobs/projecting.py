@@ -10,6 +10,7 @@ import json
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Literal
 
 import numpy as np
@@ -23,8 +24,9 @@ from dermis.errors import DataError
 from dermis.imaging import decode, encode
 from dermis.projection.result import facts_of, from_bytes
 from dermis.projection.schedule import SCHEDULES, Schedule, Space, Start
+from services.errors import InferenceFailedError, InferenceUnavailableError
 from services.jobs.table import Job
-from services.jobs.workshop import StoppedError, Workshop, patiently
+from services.jobs.workshop import StoppedError, Workshop, ask, patiently
 from services.projections import Projected, Task
 
 PREFIX = "pr_"
@@ -107,11 +109,14 @@ def _project(
         if time.monotonic() - told < _TELL_SECONDS:
             return
         told = time.monotonic()
-        if shop.table.must_stop(job.id):
-            patiently(shop, job.id, lambda: shop.cancel_projection(ticket))
+        stop = shop.table.must_stop(job.id)
+        with suppress(InferenceUnavailableError, InferenceFailedError):  # the call itself will tell
+            if stop:
+                ask(shop, shop.cancel_projection(ticket))
+            else:
+                shop.table.progress(job.id, shard, ask(shop, shop.projection_steps(ticket)))
+        if stop:
             raise StoppedError
-        steps = patiently(shop, job.id, lambda: shop.projection_steps(ticket))
-        shop.table.progress(job.id, shard, steps)
 
     found: list[Projected] = patiently(
         shop, job.id, lambda: shop.project(bundle, images, [label] * len(images), task, ticket), look

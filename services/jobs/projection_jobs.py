@@ -39,8 +39,6 @@ class ProjectionJobs:
         for image in images:
             told.update(image.tobytes())
         shop.check_space()
-        store = shop.store(job_id)
-        projecting.write_inputs(store, images)
         try:
             job, new = shop.table.create(
                 job_id,
@@ -52,21 +50,24 @@ class ProjectionJobs:
                 idempotency_key=key,
                 max_active=self._settings.max_active_projections,
             )
-        except BaseException as error:
+        except IdempotencyConflictError:
+            raise ProblemError(
+                "idempotency-conflict", "this Idempotency-Key was used for another request; use a new one"
+            ) from None
+        except TooManyActiveError:
+            most = self._settings.max_active_projections
+            detail = f"{most} projections are queued or running; try again when one has ended"
+            raise ProblemError("overloaded", detail, headers={"Retry-After": "30"}) from None
+        if not new:
+            return job
+        # The row first: of images without one nobody would know, after a crash, that they are to be removed.
+        try:
+            projecting.write_inputs(shop.store(job_id), images)
+        except BaseException:
             work.remove_files(shop, job_id)
-            if isinstance(error, IdempotencyConflictError):
-                raise ProblemError(
-                    "idempotency-conflict", "this Idempotency-Key was used for another request; use a new one"
-                ) from None
-            if isinstance(error, TooManyActiveError):
-                most = self._settings.max_active_projections
-                detail = f"{most} projections are queued or running; try again when one has ended"
-                raise ProblemError("overloaded", detail, headers={"Retry-After": "30"}) from None
+            shop.table.delete(job_id)
             raise
-        if new:
-            workflow.submit(job)
-        else:
-            work.remove_files(shop, job_id)
+        workflow.submit(job)
         return job
 
     def get(self, job_id: str) -> Job | None:

@@ -110,7 +110,8 @@ def sweep() -> None:
     for job in shop.table.active():
         found = DBOS.get_workflow_status(job.id)
         if found is None:
-            if time.time() - job.created_at > 5:  # else its submission may still be under way
+            # Else its submission may still be under way; a projection's images are written before it.
+            if time.time() - job.created_at > (60 if is_projection(job.id) else 5):
                 submit(job)
         elif found.status not in ("PENDING", "ENQUEUED", "DELAYED"):
             work.give_up(shop, job.id, f"its workflow ended as {found.status}")

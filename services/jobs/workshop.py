@@ -85,7 +85,7 @@ def patiently(
     failures, pause = 0, _FIRST_PAUSE_SECONDS
     while True:
         try:
-            return _await(shop, call(), while_waiting)
+            return ask(shop, call(), while_waiting)
         except InferenceUnavailableError:
             if time.monotonic() > deadline:
                 raise
@@ -100,7 +100,7 @@ def patiently(
         pause = min(2 * pause, 10.0)
 
 
-def _await(shop: Workshop, awaitable: Awaitable[Any], while_waiting: Callable[[], None] | None = None) -> Any:
+def ask(shop: Workshop, awaitable: Awaitable[Any], while_waiting: Callable[[], None] | None = None) -> Any:
     """Wait in a worker's thread for what happens on the event loop; ShutdownError if the process is to stop meanwhile."""
 
     async def call() -> Any:
