@@ -56,6 +56,7 @@ class Index:
         self.held_out = held_out
         """float32 [held_out, dim] in the index's space, or None."""
         self._index = index
+        self._transforms = _transforms(index)
         self._threads = threads
 
     def nearest(self, features: Floats) -> Nearest:
@@ -87,10 +88,9 @@ class Index:
         rows = prepared(features, self.description.metric)
         if not len(rows):
             return np.empty((0, self.description.dim), np.float32)
-        if isinstance(self._index, import_faiss().IndexPreTransform):
-            for k in range(self._index.chain.size()):
-                # One by one: a product of matrices rounds otherwise in other company.
-                rows = np.concatenate([self._index.chain.at(k).apply(row[None]) for row in rows])
+        for matrix, shift in self._transforms:
+            # Sums of products, each by itself: a product of matrices rounds otherwise in other company.
+            rows = np.einsum("nd,kd->nk", rows, matrix) + shift
         return rows
 
 
@@ -108,6 +108,18 @@ def search(index: Any, rows: Floats, k: int, threads: int) -> tuple[Floats, NDAr
     faiss.omp_set_num_threads(threads)
     squared, numbers = index.search(rows, k)
     return squared, numbers
+
+
+def _transforms(index: Any) -> list[tuple[Floats, Floats]]:
+    """The linear maps before an index: matrix [out, in] and shift [out] (or [1]) of each."""
+    faiss = import_faiss()
+    found = []
+    for k in range(index.chain.size()) if isinstance(index, faiss.IndexPreTransform) else ():
+        linear = faiss.downcast_VectorTransform(index.chain.at(k))
+        matrix = faiss.vector_to_array(linear.A).reshape(linear.d_out, linear.d_in)
+        shift = faiss.vector_to_array(linear.b) if linear.have_bias else np.zeros(1, np.float32)
+        found.append((np.ascontiguousarray(matrix, np.float32), np.asarray(shift, np.float32)))
+    return found
 
 
 def base_of(index: Any) -> Any:
