@@ -82,7 +82,7 @@ def test_what_removes_an_attribute_is_found_with_its_sign_and_its_price(ws: Ws) 
     units = units_of(look(ws))
     having = ws[look(ws).attributes["linear"] >= 2]
     before = look(having)
-    crooked = Direction("crooked", np.float32([0.6, 0, 0.8, 0, 0, 0, 0, 0]), (0, NUM_WS), 1.0, "sefa")
+    crooked = Direction("crooked", np.array([0.6, 0, 0.8, 0, 0, 0, 0, 0], np.float32), (0, NUM_WS), 1.0, "sefa")
     removals = list(
         measure_removals(having, "linear", 2, [axis(1), axis(0), crooked], [4, -4, -8], before, units, look)
     )

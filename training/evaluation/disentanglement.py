@@ -222,4 +222,5 @@ def _apart(before: Readings, after: Readings, units: Units) -> float | None:
 
 def _unit(features: NDArray[np.float32]) -> Floats:
     exact = features.astype(np.float64)
-    return exact / np.maximum(np.linalg.norm(exact, axis=1, keepdims=True), 1e-12)
+    scaled: Floats = exact / np.maximum(np.linalg.norm(exact, axis=1, keepdims=True), 1e-12)
+    return scaled
