@@ -15,7 +15,7 @@ from dermis.directions.direction import Direction
 from dermis.errors import RequestError
 from tiny import make_bundle
 from tiny_classifier import make_classifier
-from training.data.artefacts import detect_artefacts, frame_share
+from training.data.artefacts import THRESHOLDS, detect_artefacts, frame_share
 from training.evaluation.disentanglement import (
     Readings,
     Ws,
@@ -121,7 +121,7 @@ def test_the_frame_alone_is_the_detectors() -> None:
     assert frame_share(image) == detect_artefacts(image).frame > 0.05
 
 
-def test_measure_and_sweep_on_the_command_line(tmp_path: Path) -> None:
+def test_measure_and_sweep_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_classifier(tmp_path / "classifier")
     bundle = make_bundle(tmp_path / "tiny")
     directions = [Direction("north", np.eye(16, dtype=np.float32)[0], (0, 6), 1.0, "sefa")]
@@ -136,15 +136,21 @@ def test_measure_and_sweep_on_the_command_line(tmp_path: Path) -> None:
         return result.output
 
     out = tmp_path / "m.json"
-    told = run("measure", location, "--samples", 4, "--baseline", 8, "--controls", 1, "--out", out)
+    told = run("measure", location, "--samples", 2, "--baseline", 4, "--controls", 1, "--out", out)
     assert "north" in told and "random-1" in told and "malignant" in told
     facts = json.loads(out.read_text())
     (north, _) = facts["effects"]
     assert north["direction"] == "north" and north["strength"] == 3 and north["identity"] > 0
-    assert facts["samples"] == 4 and facts["baseline"] == 8 and facts["units"]["identity"] > 0
+    assert facts["samples"] == 2 and facts["baseline"] == 4 and facts["units"]["identity"] > 0
     for wrong in (("--strength", 0), ("--strength", 1, "--strength", 2), ("--baseline", 3), ("--direction", "south")):
         with pytest.raises(RequestError):
             run("measure", location, "--samples", 4, *wrong)
+    monkeypatch.setitem(THRESHOLDS, "frame", 0.0)  # every image has it, and no move can take it away
+    options = ("--samples", 2, "--baseline", 2, "--strength", 1, "--controls", 0, "--out", out)
+    told = run("measure", location, "--framed", *options)
+    facts = json.loads(out.read_text())
+    assert facts["framed"] == 2 and [each["strength"] for each in facts["removals"]] == [1, -1]
+    assert facts["best"]["removed"] == 0 and "0 of 2 frames vanish" in told
     video = tmp_path / "north.gif"
     run("sweep", location, "--out", video, "--direction", "north", "--samples", 2, "--steps", 3)
     from PIL import Image
