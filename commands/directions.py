@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 import typer
 
-from commands.measure_directions import measure, sweep
-
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -21,9 +19,6 @@ if TYPE_CHECKING:
     from dermis.networks import Generator
 
 directions_app = typer.Typer(no_args_is_help=True, help="Find meaningful directions of a generator; look at them.")
-
-directions_app.command("measure")(measure)
-directions_app.command("sweep")(sweep)
 
 _METHODS = ("sefa", "ganspace", "class-means", "attributes")
 

@@ -12,6 +12,8 @@ from commands.bundle import bundle_app
 from commands.classify import classify
 from commands.data import data_app
 from commands.directions import directions_app
+from commands.directions_measure import measure
+from commands.directions_sweep import sweep
 from commands.evaluate import evaluate
 from commands.experiment import experiment_app
 from commands.experiment_edge_cases import edge_cases_experiment
@@ -44,6 +46,8 @@ app.add_typer(bundle_app, name="bundle")
 app.add_typer(explain_app, name="explain")
 app.add_typer(augment_app, name="augment")
 app.add_typer(survey_app, name="survey")
+directions_app.command("measure")(measure)
+directions_app.command("sweep")(sweep)
 app.add_typer(directions_app, name="directions")
 app.add_typer(index_app, name="index")
 app.add_typer(authenticity_app, name="authenticity")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -210,42 +208,3 @@ def test_fit_list_and_strips(tmp_path: Path) -> None:
     assert (tmp_path / "s.png").stat().st_size > 100
     wrong = CliRunner().invoke(app, ["directions", "strips", location, "--out", "x.png", "--direction", "north"])
     assert wrong.exit_code != 0 and isinstance(wrong.exception, RequestError)
-
-
-def test_measuring_tells_what_a_direction_moves() -> None:
-    from training.evaluation.disentanglement import Readings, effect, removal, spreads, stranger_distance
-
-    rng = np.random.default_rng(0)
-    attributes = {"frame": rng.normal(size=400), "hair": 3 * rng.normal(size=400)}
-    base = Readings(attributes, rng.normal(size=(400, 8)))
-
-    def moved(by: float) -> Readings:
-        return Readings({"frame": attributes["frame"] + by, "hair": attributes["hair"]}, base.features)
-
-    found = effect("x", 2.0, base, moved(-2.0), moved(2.0))
-    assert found.moves["frame"] == pytest.approx(2 / attributes["frame"].std()) and found.moves["hair"] == 0
-    assert found.purity("frame") == 1 and found.identity == pytest.approx(0, abs=1e-9)
-    other = Readings(attributes, rng.normal(size=(400, 8)))
-    assert effect("x", 2.0, base, other, other).identity == pytest.approx(1, abs=0.1)  # a stranger
-    having = Readings({"frame": np.array([1.0, 2.0]), "hair": np.zeros(2)}, base.features[:2])
-    without = Readings({"frame": np.array([0.0, 1.5]), "hair": np.zeros(2)}, base.features[:2])
-    gone = removal("x", 1.0, "frame", 1.0, having, without, spreads(base), stranger_distance(base.features))
-    assert gone.gone == 0.5 and gone.moves["frame"] < 0 and gone.identity == pytest.approx(0, abs=1e-9)
-
-
-def test_measure_and_sweep(tmp_path: Path) -> None:
-    location = amend_bundle(make_bundle(tmp_path / "tiny"), directions=[axis(0), axis(1)]).location
-
-    def run(*arguments: str) -> Result:
-        return CliRunner().invoke(app, ["directions", *arguments, "--device", "cpu"])
-
-    done = run("measure", location, "--images", "20", "--direction", "axis-1", "--out", str(tmp_path / "m.json"))
-    assert done.exit_code == 0, done.output
-    effects = json.loads((tmp_path / "m.json").read_text())["effects"]
-    assert [each["direction"] for each in effects] == ["axis-1"]
-    assert set(effects[0]["moves"]) == {"frame", "ruler", "hair", "ink"} and effects[0]["identity"] > 0
-    done = run("sweep", location, "--direction", "axis-1", "--out", str(tmp_path / "s.gif"), "--steps", "4")
-    assert done.exit_code == 0 and "6 frames" in done.output
-    assert (tmp_path / "s.gif").read_bytes().startswith(b"GIF89a")
-    refused = run("sweep", location, "--direction", "axis-1", "--out", str(tmp_path / "s.avi"))
-    assert isinstance(refused.exception, RequestError)

@@ -1,0 +1,241 @@
+"""`dermis directions measure`: what directions change beside what they are meant to, and which remove the black frame."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from dermis.bundle import Bundle
+    from dermis.directions.direction import Direction
+    from training.evaluation.disentanglement import Effect, Readings, Removal, Units, Ws
+    from training.evaluation.readings import Reader
+
+
+def measure(
+    bundle: Annotated[str, typer.Argument(help="Folder or fsspec URL of a bundle.", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="JSON file for the numbers.", show_default=False)] = None,
+    direction: Annotated[
+        list[str] | None, typer.Option(help="Name of a direction; may be repeated. Default: all of them.")
+    ] = None,
+    strength: Annotated[
+        list[float] | None,
+        typer.Option(help="Standard deviations, both ways. Default 3; with --framed 2, 4, 6: may be repeated there."),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Samples that are moved; with --framed framed ones to find.")] = 64,
+    baseline: Annotated[int, typer.Option(help="Unedited samples that the units are of.")] = 500,
+    framed: Annotated[
+        bool, typer.Option("--framed", help="Find samples with the black frame, and what takes it away.")
+    ] = False,
+    search: Annotated[int, typer.Option(help="--framed: samples to look for frames in, at most.")] = 5000,
+    controls: Annotated[int, typer.Option(help="Random directions to measure as well.")] = 3,
+    seed: Annotated[int, typer.Option(help="Of the samples: 0, 1, 2, ..., the classes taking turns.")] = 1000,
+    truncation_psi: Annotated[float, typer.Option(help="Of the samples.")] = 1.0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Move samples along each direction and report what changes, in standard deviations of unedited samples.
+
+    Attributes are the scores of the detectors of frame, ruler, hair and ink and, where the bundle has a classifier, its
+    calibrated probability; identity is the cosine distance of its features. Not a medical device: for research only.
+    """
+    from dermis.bundle import open_bundle
+    from dermis.directions.edit import MAX_STRENGTH
+    from dermis.errors import RequestError
+    from training.evaluation.disentanglement import random_directions, units_of
+    from training.evaluation.readings import open_reader
+
+    strengths = strength or ([2.0, 4.0, 6.0] if framed else [3.0])
+    if not all(0 < value <= MAX_STRENGTH for value in strengths) or (len(strengths) > 1 and not framed):
+        raise RequestError("--strength", f"must be above 0 and at most {MAX_STRENGTH:g}; several only with --framed")
+    if samples < 2 or baseline < 2 or search < 2 or controls < 0 or (baseline < samples and not framed):
+        raise RequestError("--samples", "must be at least 2, and --baseline at least as many; --controls at least 0")
+    opened = open_bundle(bundle)
+    directions = _chosen(opened, direction)
+    num_ws = opened.generator.num_ws
+    with open_reader(opened, device=device) as reader:
+        ws = reader.ws(np.arange(baseline), seed=seed, truncation_psi=truncation_psi)
+        directions += random_directions(ws[:, 0], np.arange(baseline) % reader.classes, controls, num_ws=num_ws, seed=0)
+        typer.echo(f"reading {baseline:,} unedited samples", err=True)
+        before = reader.read(ws)
+        units = units_of(before)
+        facts: dict[str, Any] = {
+            "bundle": f"{opened.name}@{opened.digest}",
+            "seed": seed,
+            "truncation_psi": truncation_psi,
+            "baseline": baseline,
+            "units": asdict(units),
+        }
+        if framed:
+            both = [sign * value for value in strengths for sign in (1, -1)]
+            # Samples beyond the baseline's: the units know nothing of the images that are moved.
+            found, looked = _framed(reader, samples, search=search, seed=seed + 1, truncation_psi=truncation_psi)
+            facts |= {"framed": len(found), "looked_at": looked}
+            facts |= _removals(found, directions, both, units, reader)
+        else:
+            facts |= {"samples": samples, "strength": strengths[0]}
+            facts |= _effects(ws[:samples], directions, strengths[0], _first(before, samples), units, reader)
+    if out is not None:
+        from training.experiments.plan import write_beside
+
+        write_beside(out, json.dumps(facts, indent=2, allow_nan=False) + "\n")
+        typer.echo(f"{out} written", err=True)
+
+
+def _chosen(bundle: Bundle, names: Sequence[str] | None) -> list[Direction]:
+    from dermis.errors import RequestError
+
+    known = {direction.name: direction for direction in bundle.directions}
+    if not known:
+        raise RequestError("bundle", f"has no directions; find some: dermis directions fit {bundle.location}")
+    for name in names or ():
+        if name not in known:
+            raise RequestError("--direction", f"{name!r} is unknown; this bundle has {', '.join(known)}")
+    return [known[name] for name in names or known]
+
+
+def _first(readings: Readings, count: int) -> Readings:
+    from training.evaluation.disentanglement import Readings
+
+    return Readings({name: values[:count] for name, values in readings.attributes.items()}, readings.features[:count])
+
+
+def _framed(reader: Reader, count: int, *, search: int, seed: int, truncation_psi: float) -> tuple[Ws, int]:
+    """Style vectors of framed samples, and how many samples were looked at."""
+    from tqdm import tqdm
+
+    from dermis.errors import RequestError
+
+    parts, looked = [], 0
+    with tqdm(total=search, desc="looking for frames", unit="img", disable=None) as bar:
+        for number, part in reader.find_framed(count, search=search, seed=seed, truncation_psi=truncation_psi):
+            parts.append(part)
+            looked += number
+            bar.update(number)
+    found = np.concatenate(parts)
+    if len(found) < 2:
+        raise RequestError("--search", f"{len(found)} of {looked:,} samples have the frame; look in more")
+    typer.echo(f"{len(found)} framed among {looked:,} samples", err=True)
+    return found, looked
+
+
+def _effects(
+    ws: Ws, directions: Sequence[Direction], strength: float, before: Readings, units: Units, reader: Reader
+) -> dict[str, Any]:
+    from tqdm import tqdm
+
+    from training.evaluation.disentanglement import measure_effects
+
+    effects = list(
+        tqdm(
+            measure_effects(ws, directions, strength, before, units, reader.read),
+            total=len(directions),
+            desc="directions",
+            disable=None,
+        )
+    )
+    _print(_effect_table(effects, units))
+    return {
+        "effects": [
+            {**asdict(each), "most_moved": each.most_moved, "share": each.share(each.most_moved or "")}
+            for each in effects
+        ]
+    }
+
+
+def _removals(
+    ws: Ws, directions: Sequence[Direction], strengths: Sequence[float], units: Units, reader: Reader
+) -> dict[str, Any]:
+    from tqdm import tqdm
+
+    from training.data.artefacts import THRESHOLDS
+    from training.evaluation.disentanglement import best_removal, measure_removals
+
+    removals = list(
+        tqdm(
+            measure_removals(
+                ws, "frame", THRESHOLDS["frame"], directions, strengths, reader.read(ws), units, reader.read
+            ),
+            total=len(directions) * len(strengths),
+            desc="moves",
+            disable=None,
+        )
+    )
+    own = [removal for removal in removals if not removal.direction.startswith("random-")]
+    _print(_removal_table(removals))
+    best = best_removal(own)
+    typer.echo(
+        f"best: {best.direction}={best.strength:+g}: {best.removed} of {best.images} frames vanish"
+        f" ({best.low:.0%} to {best.high:.0%}); {best.confirmed:.0%} of the half that it was not chosen by"
+    )
+    return {"removals": [asdict(each) for each in removals], "best": asdict(best)}
+
+
+def _effect_table(effects: Sequence[Effect], units: Units) -> Table:
+    """Half of what plus less minus does; brackets where chance would do as much."""
+    names = [name for name, deviation in units.deviations.items() if deviation > 0]
+    table = _table("direction", *names, "identity", "moves most", "share")
+    for each in effects:
+        cells = [_cell(each.shifts[name].value, each.shifts[name].clear) for name in names]
+        most = each.most_moved
+        share = each.share(most) if most else None
+        table.add_row(
+            each.direction,
+            *cells,
+            _number(each.identity),
+            most or "nothing",
+            f"{share:.0%}" if share is not None else "",
+        )
+    return table
+
+
+def _removal_table(removals: Sequence[Removal]) -> Table:
+    """Of each direction the move that removes most, best direction first."""
+    best: dict[str, Removal] = {}
+    for each in removals:
+        known = best.get(each.direction)
+        if known is None or each.share > known.share:
+            best[each.direction] = each
+    names = list(removals[0].others)
+    table = _table("direction", "strength", "frames gone", "95 %", *names, "identity")
+    for each in sorted(best.values(), key=lambda removal: -removal.share):
+        table.add_row(
+            each.direction,
+            f"{each.strength:+g}",
+            f"{each.removed} of {each.images}",
+            f"{each.low:.0%} to {each.high:.0%}",
+            *(f"{each.others[name]:+.2f}" for name in names),
+            _number(each.identity),
+        )
+    return table
+
+
+def _table(*columns: str) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for place, name in enumerate(columns):
+        table.add_column(name, justify="left" if place == 0 else "right")
+    return table
+
+
+def _print(table: Table) -> None:
+    from rich.console import Console
+
+    console = Console()
+    console.print(table)
+
+
+def _cell(value: float, clear: bool) -> str:
+    return f"{value:+.2f}" if clear else f"({value:+.2f})"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"

@@ -1,0 +1,85 @@
+"""What a bundle's classifier and the detectors of artefacts see in generated images, for measuring directions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dermis.bundle import Bundle
+from dermis.classifier.onnx_session import Classifier
+from dermis.cpus import available_cpus
+from dermis.dataset.request import classes_of
+from dermis.imaging import Images
+from dermis.synthesizer import Synthesizer
+from training.data.artefacts import NAMES, THRESHOLDS, detect_artefacts, frame_share
+from training.evaluation.disentanglement import Readings, Ws
+
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Draws a bundle's images and reads them. Sample i is of class i modulo the number of classes."""
+
+    synthesizer: Synthesizer
+    classifier: Classifier | None
+    pool: ThreadPoolExecutor
+    classes: int
+
+    def ws(self, indices: NDArray[np.int64], *, seed: int, truncation_psi: float) -> Ws:
+        """float32 [N, num_ws, w_dim] of samples of a seed."""
+        labels = [int(index) % self.classes for index in indices]
+        return self.synthesizer.ws([seed] * len(indices), indices.tolist(), labels, truncation_psi=truncation_psi)
+
+    def draw(self, ws: Ws) -> Images:
+        """uint8 [N, H, W, 3]."""
+        drawn = self.synthesizer.images_from_ws(ws)
+        return drawn.repeat(3, axis=3) if drawn.shape[3] == 1 else drawn
+
+    def frames(self, ws: Ws) -> NDArray[np.float64]:
+        """The detector's score of the black frame alone, float64 [N]."""
+        return np.array(list(self.pool.map(frame_share, self.draw(ws))), np.float64)
+
+    def read(self, ws: Ws) -> Readings:
+        """Scores of the detectors, and the classifier's calibrated probability and features."""
+        attributes: dict[str, list[NDArray[np.float64]]] = {}
+        features = []
+        for start in range(0, len(ws), BATCH):
+            images = self.draw(ws[start : start + BATCH])
+            found = list(self.pool.map(detect_artefacts, images))
+            for name in NAMES:
+                attributes.setdefault(name, []).append(np.array([getattr(each, name) for each in found], np.float64))
+            if self.classifier is not None:
+                scores = self.classifier.classify(images)
+                attributes.setdefault(self.classifier.description.positive_class, []).append(scores.calibrated)
+                features.append(scores.features)
+        wide = np.concatenate(features) if features else np.empty((len(ws), 0), np.float32)
+        return Readings({name: np.concatenate(parts) for name, parts in attributes.items()}, wide)
+
+    def find_framed(self, count: int, *, search: int, seed: int, truncation_psi: float) -> Iterator[tuple[int, Ws]]:
+        """For each batch of up to `search` samples, how many were looked at, and ws of those with the frame; ends once
+        `count` were found, the last batch cut short."""
+        found = 0
+        for start in range(0, search, BATCH):
+            if found >= count:
+                return
+            indices = np.arange(start, min(start + BATCH, search))
+            ws = self.ws(indices, seed=seed, truncation_psi=truncation_psi)
+            framed = ws[self.frames(ws) >= THRESHOLDS["frame"]][: count - found]
+            found += len(framed)
+            yield len(indices), framed
+
+
+@contextmanager
+def open_reader(bundle: Bundle, *, device: str = "auto") -> Iterator[Reader]:
+    """Makes everything ready. Raises what `Synthesizer` and `Classifier` raise."""
+    with ExitStack() as stack:
+        synthesizer = stack.enter_context(Synthesizer(bundle, device=device))
+        classifier = stack.enter_context(Classifier(bundle, device="cpu")) if bundle.classifier else None
+        pool = stack.enter_context(ThreadPoolExecutor(available_cpus()))
+        yield Reader(synthesizer, classifier, pool, len(classes_of(bundle)))
