@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from dermis.directions.direction import Direction, oriented
-from dermis.errors import RequestError
+from dermis.errors import DermisError, RequestError
 from dermis.latents import z_for
 from dermis.networks import Generator, one_hot
 
@@ -125,9 +125,12 @@ def hyperplane(name: str, w: Ws, attribute: NDArray[np.bool_], *, layers: tuple[
     the balanced accuracy on a fifth of the latents that was held out: near 0.5 the attribute is not linear in w, and the
     direction means nothing. RequestError if fewer than 20 images have the attribute, or lack it.
     """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import balanced_accuracy_score
-    from sklearn.model_selection import train_test_split
+    try:
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.metrics import balanced_accuracy_score
+        from sklearn.model_selection import train_test_split
+    except ImportError as error:
+        raise DermisError(f'attributes need scikit-learn ({error}); pip install "dermis[edit]"') from error
 
     having = int(attribute.sum())
     if min(having, len(attribute) - having) < FEWEST:
