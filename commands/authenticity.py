@@ -14,7 +14,8 @@ import numpy as np
 import typer
 
 from commands.classify import image_files
-from dermis.errors import DataError, RequestError, StorageError
+from dermis.errors import DataError, RequestError
+from dermis.files import write_file
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -67,7 +68,7 @@ def check(
     if out is None:
         typer.echo(text, nl=False)
     else:
-        _write(out, text.encode())
+        write_file(out, text.encode())
     copies = sum(not row["authentic"] for row in rows)
     near = sum(row["percentile"] < 1 for row in rows)
     typer.echo(
@@ -129,11 +130,11 @@ def audit(
         targets, projected, names = _pairs_of(files, out / "projections", checker.description.resolution)
         found = audit_projections(checker.index, checker.embed(targets), checker.embed(projected))
         drawn = audit_samples(checker.index, _sampled(checker, opened, samples, seed, device))
-        _write(out / "projections.csv", _csv(list(_audit_rows(names, found)), columns=_AUDIT_COLUMNS).encode())
+        write_file(out / "projections.csv", _csv(list(_audit_rows(names, found)), columns=_AUDIT_COLUMNS).encode())
         document = _document(checker, opened, found, drawn, samples)
-    _write(out / "audit.json", (json.dumps(document, indent=2) + "\n").encode())
-    _write(out / "REPORT.md", _report(document).encode())
-    _write(out / "pairs.png", _sheet(found, targets, projected))
+    write_file(out / "audit.json", (json.dumps(document, indent=2) + "\n").encode())
+    write_file(out / "REPORT.md", _report(document).encode())
+    write_file(out / "pairs.png", _sheet(found, targets, projected))
     typer.echo(_report(document).split("\n\n")[1])
     typer.echo(f"{out / 'REPORT.md'}")
 
@@ -277,15 +278,3 @@ def _csv(rows: Sequence[dict[str, Any]], columns: Sequence[str] = _COLUMNS) -> s
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
-
-
-def _write(path: Path, data: bytes) -> None:
-    """The file is there whole or not at all."""
-    partial = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(data)
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise StorageError(f"{path}: cannot be written: {error.strerror}") from None

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dermis.errors import DataError, RequestError, StorageError
+from dermis.errors import DataError, RequestError
+from dermis.files import write_file
 
 if TYPE_CHECKING:
     from dermis.classifier.onnx_session import Classifier
@@ -70,7 +71,8 @@ def classify(
         typer.echo(_csv(rows), nl=False)
     else:
         is_json = out.suffix.lower() == ".json"
-        _write(out, json.dumps(document, indent=2, ensure_ascii=False) + "\n" if is_json else _csv(rows))
+        text = json.dumps(document, indent=2, ensure_ascii=False) + "\n" if is_json else _csv(rows)
+        write_file(out, text.encode())
         typer.echo(f"{out}: {len(rows):,} images, {document['positive_class']} from {limit:g} calibrated", err=True)
     typer.echo(NOTICE, err=True)
     if bad:
@@ -134,15 +136,3 @@ def _csv(rows: Sequence[dict[str, Any]]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
-
-
-def _write(out: Path, text: str) -> None:
-    """The file is there whole or not at all."""
-    partial = out.with_name(f".{out.name}.part")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(out)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise StorageError(f"{out}: cannot be written: {error.strerror}") from None

@@ -115,7 +115,8 @@ def strips(
     from dermis.bundle import load_generator, open_bundle
     from dermis.dataset.request import classes_of
     from dermis.directions.edit import MAX_STRENGTH, strip
-    from dermis.errors import DermisError, RequestError
+    from dermis.errors import RequestError
+    from dermis.files import write_file
     from dermis.imaging import contact_sheet, encode
     from dermis.synthesizer import Synthesizer
 
@@ -141,12 +142,7 @@ def strips(
     strengths = np.linspace(-reach, reach, steps).tolist()
     with Synthesizer(opened, device=device, generator=generator) as synthesizer:
         rows = [synthesizer.images_from_ws(strip(ws, known[name], strengths)) for name in names]
-    try:
-        partial = out.with_name(f".{out.name}.partial")
-        partial.write_bytes(encode(contact_sheet(np.concatenate(rows), columns=steps), suffix))  # type: ignore[arg-type]
-        partial.replace(out)
-    except OSError as error:
-        raise DermisError(f"--out: {out}: cannot be written: {error.strerror}") from None
+    write_file(out, encode(contact_sheet(np.concatenate(rows), columns=steps), suffix))  # type: ignore[arg-type]
     typer.echo(f"{out}: {', '.join(names)}, from {-reach:g} to {reach:g}")
 
 

@@ -31,7 +31,8 @@ def sweep(
     from dermis.bundle import open_bundle
     from dermis.dataset.request import classes_of
     from dermis.directions.edit import MAX_STRENGTH, Edit, apply_edits
-    from dermis.errors import DermisError, RequestError
+    from dermis.errors import RequestError
+    from dermis.files import write_file
     from dermis.imaging import contact_sheet
     from dermis.synthesizer import Synthesizer
     from dermis.video import VideoFormat, encode_video
@@ -62,11 +63,5 @@ def sweep(
             drawn = drawn.repeat(3, axis=3) if drawn.shape[3] == 1 else drawn
             frames.append(contact_sheet(drawn, columns=4, padding=0))
     there_and_back = np.stack([*frames, *frames[-2:0:-1]])
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        partial.write_bytes(encode_video(there_and_back, kind, frame_ms=frame_ms))
-        partial.replace(out)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise DermisError(f"--out: {out}: cannot be written: {error.strerror}") from None
+    write_file(out, encode_video(there_and_back, kind, frame_ms=frame_ms))
     typer.echo(f"{out}: {samples} samples along {direction}, from {-reach:g} to {reach:g} and back")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dermis.errors import DataError, StorageError
+from dermis.errors import DataError
+from dermis.files import write_file
 
 if TYPE_CHECKING:
     from dermis.classifier.onnx_session import Classifier
@@ -196,14 +195,5 @@ def summary(found: Embedded, scores: EdgeScores) -> str:
 def write_files(out: Path, files: dict[str, bytes]) -> None:
     """Each file whole or not at all. StorageError if the folder cannot be written."""
     for name, data in files.items():
-        partial = out / f".{name}.{os.getpid()}"
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            partial.write_bytes(data)
-            partial.replace(out / name)
-        except OSError as error:
-            raise StorageError(f"{out / name}: cannot be written: {error.strerror}") from None
-        finally:
-            with suppress(OSError):
-                partial.unlink(missing_ok=True)
+        write_file(out / name, data)
         typer.echo(f"{out / name}", err=True)

@@ -20,6 +20,7 @@ import typer
 
 from commands.classify import image_files, threshold_value
 from dermis.errors import DataError, RequestError, StorageError
+from dermis.files import write_file
 
 if TYPE_CHECKING:
     from dermis.classifier.description import Description
@@ -109,7 +110,7 @@ def heat_maps(
     from dermis.explain.page import heat_map_page
 
     page = heat_map_page(described, method, (threshold, limit), entries, len(cases))
-    _write(out / _PAGE, page.encode())
+    write_file(out / _PAGE, page.encode())
     for name, why in bad:
         typer.echo(f"{name}: {why}", err=True)
     typer.echo(f"{out / _PAGE}: {len(entries):,} heat maps; the page shows the images", err=True)
@@ -263,7 +264,7 @@ def _load(path: Path, method: Method, image: Images) -> Attribution | None:
 def _save(path: Path, found: Attribution) -> None:
     buffer = io.BytesIO()
     np.savez(buffer, values=found.values, logit=found.logit, baseline=found.baseline)
-    _write(path, buffer.getvalue())
+    write_file(path, buffer.getvalue())
 
 
 def _write_pictures(folder: Path, entries: Sequence[Entry]) -> None:
@@ -275,7 +276,7 @@ def _write_pictures(folder: Path, entries: Sequence[Entry]) -> None:
             old.unlink()
     for place, entry in enumerate(entries):
         side = max(LEAST_SIDE, len(entry.found.image))
-        _write(folder / f"{place:04d}-{_file_name(entry.name)}.png", to_png(heat_map(entry.found, side)))
+        write_file(folder / f"{place:04d}-{_file_name(entry.name)}.png", to_png(heat_map(entry.found, side)))
 
 
 def _check_out(out: Path, classifier: str) -> None:
@@ -290,17 +291,3 @@ def _check_out(out: Path, classifier: str) -> None:
         raise StorageError(f"--out: {out}: {error.strerror}") from None
     if others:
         raise StorageError(f"--out: {out} has other files in it, such as {min(others)}; name a new folder")
-
-
-def _write(path: Path, data: bytes) -> None:
-    """The file is there whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(data)
-        partial.replace(path)
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be written: {error.strerror}") from None
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)

@@ -250,18 +250,14 @@ def _make(
     from dermis.dataset.manifest import finalize
     from dermis.dataset.plan import BATCH
     from dermis.dataset.shards import check_space, write_shard
-    from dermis.directions.edit import offset_of
+    from dermis.directions.edit import bundle_offset
 
     request = planned.request
     synthesizer, scorer, checker = machine.synthesizer, machine.scorer, machine.checker
     if shards:
         check_space(planned, store, bundle.generator.img_resolution)
 
-    offset = None
-    if request.moves:
-        directions = {direction.name: direction for direction in bundle.directions}
-        num_ws, w_dim = bundle.generator.num_ws, bundle.generator.w_dim
-        offset = offset_of(request.moves, directions, num_ws=num_ws, w_dim=w_dim)
+    offset = bundle_offset(bundle, request.moves) if request.moves else None
 
     def synthesize(indices: Sequence[int], labels: Sequence[int]) -> Any:
         return synthesizer.images(

@@ -16,6 +16,7 @@ import typer
 
 from commands.classify import image_files
 from dermis.errors import DataError, DermisError, RequestError, StorageError
+from dermis.files import write_file
 
 if TYPE_CHECKING:
     from dermis.bundle import Bundle
@@ -137,7 +138,7 @@ def _begin(out: Path, bundle: Bundle, projector: Projector, schedule: Schedule) 
         elif any(out.iterdir()):
             raise StorageError(f"{out}: is not empty and no folder of projections; choose another --out")
         else:
-            _write(mark, (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode())
+            write_file(mark, (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode())
     except (OSError, ValueError) as error:
         raise StorageError(f"{mark}: cannot be read or written ({error}); choose another --out") from None
 
@@ -198,12 +199,12 @@ def _run(
             place, file_hash = begun[number]
             origin = {"bundle": projector.bundle.digest, "file": files[place].name, "sha256": file_hash}
             results[place].parent.mkdir(parents=True, exist_ok=True)
-            _write(results[place].with_suffix(".png"), encode(found.image))
+            write_file(results[place].with_suffix(".png"), encode(found.image))
             if found.frames is not None:
                 kind: VideoFormat = "mp4" if video == "mp4" else "gif"
                 film = np.concatenate([found.frames, np.repeat(found.frames[-1:], 10, axis=0)])
-                _write(results[place].with_suffix(f".{kind}"), encode_video(film, kind))
-            _write(results[place], to_bytes(found, origin))  # the last: an image with it is done
+                write_file(results[place].with_suffix(f".{kind}"), encode_video(film, kind))
+            write_file(results[place], to_bytes(found, origin))  # the last: an image with it is done
             bar.update()
 
 
@@ -242,22 +243,11 @@ def _summarise(out: Path, files: Sequence[Path], results: Sequence[Path], left_o
     writer = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    _write(out / TABLE, text.getvalue().encode())
-    _write(out / PAIRS, encode(contact_sheet(np.stack(pairs), columns=8)))
+    write_file(out / TABLE, text.getvalue().encode())
+    write_file(out / PAIRS, encode(contact_sheet(np.stack(pairs), columns=8)))
     distances = np.array([row["distance"] for row in rows])
     name, errors = rows[0]["distance_name"], np.mean([row["pixel_error"] for row in rows])
     typer.echo(
         f"{out}: {len(rows):,} projections, {name} distance {distances.mean():.3f} "
         f"({distances.min():.3f} to {distances.max():.3f}), pixel error {errors:.1f} of 255"
     )
-
-
-def _write(path: Path, data: bytes) -> None:
-    """The file is there whole or not at all."""
-    partial = path.with_name(f".{path.name}.part")
-    try:
-        partial.write_bytes(data)
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise StorageError(f"{path}: cannot be written: {error.strerror}") from None

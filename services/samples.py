@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dermis.dataset.request import MAX_EDITS, NoiseMode
-from dermis.directions.edit import Edit, offset_of
+from dermis.directions.edit import Edit, bundle_offset
 
 if TYPE_CHECKING:
     from dermis.bundle import Bundle
@@ -129,8 +129,7 @@ def _offset(synthesizer: Synthesizer, edits: NDArray[Any]) -> NDArray[np.float32
     ]
     if not wanted:
         return None
-    known = {direction.name: direction for direction in bundle.directions}
-    return offset_of(wanted, known, num_ws=bundle.generator.num_ws, w_dim=bundle.generator.w_dim)
+    return bundle_offset(bundle, wanted)
 
 
 def _groups(rows: Samples) -> list[list[int]]:

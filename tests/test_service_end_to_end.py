@@ -30,7 +30,7 @@ from dermis.dataset.request import DatasetRequest
 from dermis.dataset.shards import write_shard
 from dermis.dataset.store import Store
 from dermis.dataset.verify import verify
-from dermis.directions.edit import offset_of
+from dermis.directions.edit import bundle_offset
 from dermis.imaging import decode
 from service_kit import wait_for
 from tiny_index import make_complete_bundle
@@ -132,9 +132,7 @@ def make_directly(bundle: Bundle, folder: Path) -> dict[str, bytes]:
     request = DatasetRequest.model_validate(REQUEST)
     planned = plan_for(request, bundle)
     store = Store(folder)
-    known = {direction.name: direction for direction in bundle.directions}
-    config = bundle.generator
-    offset = offset_of(request.moves, known, num_ws=config.num_ws, w_dim=config.w_dim)
+    offset = bundle_offset(bundle, request.moves)
     with Synthesizer(bundle) as synthesizer, Classifier(bundle) as classifier, Checker(bundle) as checker:
         identity = {**synthesizer.identity, **classifier.identity, **checker.identity}
 

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dermis.classifier.description import DEFAULT_THRESHOLD, THRESHOLD_PATTERN
 from dermis.directions.direction import NAME_PATTERN
-from dermis.directions.edit import MAX_STRENGTH, Edit, offset_of
+from dermis.directions.edit import MAX_STRENGTH, Edit, bundle_offset
 from dermis.errors import RequestError
 from dermis.latents import MAX_SEED
 
@@ -238,8 +238,7 @@ def check_against(request: DatasetRequest, bundle: Bundle, max_samples: int) -> 
     if request.truncation_cutoff is not None and request.truncation_cutoff > num_ws:
         raise RequestError("truncation_cutoff", f"this model has {num_ws} style layers; give 0 to {num_ws}")
     if request.edits is not None:
-        known_directions = {direction.name: direction for direction in bundle.directions}
-        offset_of(request.moves, known_directions, num_ws=num_ws, w_dim=bundle.generator.w_dim)
+        bundle_offset(bundle, request.moves)
     if request.privacy is not None and bundle.authenticity is None:
         raise RequestError(
             "privacy", f"{bundle.name} has no index of its training images; leave it out", kind="no-index"

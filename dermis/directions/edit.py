@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dermis.directions.direction import Direction
 from dermis.errors import RequestError
+
+if TYPE_CHECKING:
+    from dermis.bundle import Bundle
 
 MAX_STRENGTH = 20.0
 
@@ -46,6 +50,13 @@ def offset_of(
             )
         offset[first:last] += np.float32(edit.strength * direction.scale) * direction.vector
     return offset
+
+
+def bundle_offset(bundle: Bundle, edits: Sequence[Edit]) -> NDArray[np.float32]:
+    """`offset_of` with a bundle's directions and sizes."""
+    config = bundle.generator
+    known = {direction.name: direction for direction in bundle.directions}
+    return offset_of(edits, known, num_ws=config.num_ws, w_dim=config.w_dim)
 
 
 def apply_edits(

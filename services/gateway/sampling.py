@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from dermis.bundle import Bundle
 from dermis.dataset.request import EditOption, classes_of
-from dermis.directions.edit import offset_of
+from dermis.directions.edit import bundle_offset
 from dermis.errors import RequestError
 from services.gateway.dependencies import Context
 from services.gateway.problems import ProblemError
@@ -48,6 +48,4 @@ def check_cutoff(truncation_cutoff: int | None, bundle: Bundle) -> None:
 
 def check_edits(edits: Sequence[EditOption], bundle: Bundle) -> None:
     """RequestError, naming the field, if the bundle lacks a direction or the layers."""
-    known = {direction.name: direction for direction in bundle.directions}
-    generator = bundle.generator
-    offset_of([option.edit for option in edits], known, num_ws=generator.num_ws, w_dim=generator.w_dim)
+    bundle_offset(bundle, [option.edit for option in edits])

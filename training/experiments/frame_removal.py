@@ -35,7 +35,7 @@ from tqdm import tqdm
 from dermis.bundle import Bundle
 from dermis.classifier.description import NOTICE
 from dermis.classifier.preprocess import batch as squares
-from dermis.directions.edit import Edit, offset_of
+from dermis.directions.edit import Edit, bundle_offset
 from dermis.errors import TrainingError
 from dermis.metrics import classification as metrics
 from dermis.synthesizer import Synthesizer
@@ -160,11 +160,7 @@ def _draw_class(
     progress_bar: bool,
 ) -> int:
     """Fill the arms' arrays of one class; how many latents were looked at."""
-    known = {direction.name: direction for direction in bundle.directions}
-    num_ws, w_dim = bundle.generator.num_ws, bundle.generator.w_dim
-    moves = [
-        offset_of([Edit(plan.direction, by)], known, num_ws=num_ws, w_dim=w_dim) for by in (plan.framing, plan.removing)
-    ]
+    moves = [bundle_offset(bundle, [Edit(plan.direction, by)]) for by in (plan.framing, plan.removing)]
     size, count, done, index = arrays[0].shape[1], len(arrays[0]), 0, 0
     with (
         Synthesizer(bundle, device=device) as synthesizer,
@@ -300,8 +296,7 @@ def _remember(
     """Write plan.json, or compare with it. TrainingError names what differs; only `seeds` may grow."""
     if not bundle.class_names or len({is_melanoma(name) for name in bundle.class_names}) < 2:
         raise TrainingError(f"{bundle.location}: the experiment needs a generator of benign and malignant images")
-    known = {direction.name: direction for direction in bundle.directions}
-    offset_of([Edit(plan.direction, 1.0)], known, num_ws=bundle.generator.num_ws, w_dim=bundle.generator.w_dim)
+    bundle_offset(bundle, [Edit(plan.direction, 1.0)])  # RequestError if there is none of this name
     now = {
         "data": {name: part.sha256 for name, part in real.parts.items()},
         "bundle": bundle.digest,

@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from dermis.bundle import Bundle
 from dermis.dataset.request import EditOption, classes_of
-from dermis.directions.edit import offset_of
+from dermis.directions.edit import bundle_offset
 from dermis.errors import RequestError
 from dermis.imaging import MEDIA_TYPES, Images, animation, contact_sheet, encode
 from services.gateway.dependencies import Context, ContextDep, negotiate, read_model
@@ -179,14 +179,12 @@ def _moved(
     wanted: EditsRequest, bundle: Bundle, strengths: list[float | None], ws: NDArray[np.float32]
 ) -> NDArray[np.float32]:
     """Projection after projection, strength after strength."""
-    known = {direction.name: direction for direction in bundle.directions}
-    _, num_ws, w_dim = ws.shape
     offsets = []
     for strength in strengths:
         swept = [] if strength is None else [_option(wanted, strength)]
         moves = [option.edit for option in [*(wanted.edits or ()), *swept]]
-        offsets.append(offset_of(moves, known, num_ws=num_ws, w_dim=w_dim))
-    return (ws[:, None] + np.stack(offsets)[None]).reshape(-1, num_ws, w_dim)
+        offsets.append(bundle_offset(bundle, moves))
+    return (ws[:, None] + np.stack(offsets)[None]).reshape(-1, *ws.shape[1:])
 
 
 def _picture(images: Images, strengths: int, media_type: str, wanted: EditsRequest) -> bytes:
