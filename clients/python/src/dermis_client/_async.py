@@ -307,8 +307,14 @@ class AsyncDermisClient:
         self._transport = AsyncTransport(settings(base_url, api_key, timeout, max_retries), http_client)
         self._api = Api(self._dataset, max_retries)
         self.datasets, self.images, self.models = AsyncDatasets(self), AsyncImages(self), AsyncModels(self)
-        self.classifications, self.authenticity = AsyncClassifications(self), AsyncAuthenticity(self)
-        self.edits, self.projections = AsyncEdits(self), AsyncProjections(self)
+        self.classifications, self.authenticity = (
+            AsyncClassifications(self),
+            AsyncAuthenticity(self._transport, self._api),
+        )
+        self.edits, self.projections = (
+            AsyncEdits(self._transport, self._api),
+            AsyncProjections(self._transport, self._api),
+        )
 
     @property
     def base_url(self) -> str:

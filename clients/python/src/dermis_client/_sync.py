@@ -349,8 +349,8 @@ class DermisClient:
         self._transport = SyncTransport(settings(base_url, api_key, timeout, max_retries), http_client)
         self._api = Api(self._dataset, max_retries)
         self.datasets, self.images, self.models = Datasets(self), Images(self), Models(self)
-        self.classifications, self.authenticity = Classifications(self), Authenticity(self)
-        self.edits, self.projections = Edits(self), Projections(self)
+        self.classifications, self.authenticity = Classifications(self), Authenticity(self._transport, self._api)
+        self.edits, self.projections = Edits(self._transport, self._api), Projections(self._transport, self._api)
 
     @property
     def base_url(self) -> str:

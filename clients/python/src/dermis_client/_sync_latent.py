@@ -5,22 +5,21 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import Any, SupportsIndex
 
 from dermis_client import _latent, _requests, _uploads
+from dermis_client._flow import Api
 from dermis_client._progress import count_progress, projection_progress
+from dermis_client._transport import SyncTransport
 from dermis_client._uploads import Source
 from dermis_client.latent import AuthenticityResult, Direction, EditsResult, Projection
-
-if TYPE_CHECKING:
-    from dermis_client._sync import DermisClient
 
 
 class Authenticity:
     """client.authenticity"""
 
-    def __init__(self, client: DermisClient) -> None:
-        self._transport, self._api = client._transport, client._api
+    def __init__(self, transport: SyncTransport, api: Api[Any]) -> None:
+        self._transport, self._api = transport, api
 
     def check(
         self,
@@ -64,8 +63,8 @@ class Authenticity:
 class Edits:
     """client.edits"""
 
-    def __init__(self, client: DermisClient) -> None:
-        self._transport, self._api = client._transport, client._api
+    def __init__(self, transport: SyncTransport, api: Api[Any]) -> None:
+        self._transport, self._api = transport, api
 
     def directions(self, model: str | None = None) -> list[Direction]:
         """The directions of a model; default the service's."""
@@ -110,8 +109,8 @@ class Edits:
 class Projections:
     """client.projections"""
 
-    def __init__(self, client: DermisClient) -> None:
-        self._transport, self._api = client._transport, client._api
+    def __init__(self, transport: SyncTransport, api: Api[Any]) -> None:
+        self._transport, self._api = transport, api
 
     def create(
         self,
