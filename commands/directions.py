@@ -106,13 +106,16 @@ def strips(
     class_name: Annotated[str | None, typer.Option("--class", help="Default: the first class.")] = None,
     seed: Annotated[int, typer.Option(help="Of the latent.")] = 0,
     index: Annotated[int, typer.Option(help="Of the latent.")] = 0,
+    projection: Annotated[
+        Path | None, typer.Option(help="Instead of a latent: a .safetensors file of `dermis project`.")
+    ] = None,
     reach: Annotated[float, typer.Option(help="Strengths go from minus to plus this many standard deviations.")] = 3.0,
     steps: Annotated[int, typer.Option(help="Images in a row.")] = 7,
     truncation_psi: Annotated[float, typer.Option(help="Of the latent that is moved.")] = 0.8,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """One image moved along directions, a row each: as the paper's figure 5."""
-    from dermis.bundle import load_generator, open_bundle
+    from dermis.bundle import open_bundle
     from dermis.dataset.request import classes_of
     from dermis.directions.edit import MAX_STRENGTH, strip
     from dermis.errors import RequestError
@@ -137,10 +140,12 @@ def strips(
     if class_name is not None and class_name not in classes:
         raise RequestError("--class", f"{class_name!r} is unknown; this bundle has {', '.join(classes)}")
     label = classes.index(class_name) if class_name else 0
-    generator = load_generator(opened)
-    ws = _latent(generator, seed, index, label, truncation_psi)
+    given = None if projection is None else _projected(projection, opened)
     strengths = np.linspace(-reach, reach, steps).tolist()
-    with Synthesizer(opened, device=device, generator=generator) as synthesizer:
+    with Synthesizer(opened, device=device) as synthesizer:
+        ws = given
+        if ws is None:
+            ws = synthesizer.ws([seed], [index], [label], truncation_psi=truncation_psi)[0]
         rows = [synthesizer.images_from_ws(strip(ws, known[name], strengths)) for name in names]
     write_file(out, encode(contact_sheet(np.concatenate(rows), columns=steps), suffix))  # type: ignore[arg-type]
     typer.echo(f"{out}: {', '.join(names)}, from {-reach:g} to {reach:g}")
@@ -161,18 +166,18 @@ def _ranges(texts: Sequence[str] | None, num_ws: int) -> list[tuple[int, int]]:
     return ranges
 
 
-def _latent(generator: Generator, seed: int, index: int, label: int, truncation_psi: float) -> NDArray[np.float32]:
-    """ws [num_ws, w_dim] of one sample."""
-    import torch
+def _projected(file: Path, bundle: Bundle) -> NDArray[np.float32]:
+    """ws [num_ws, w_dim] of a file that `dermis project` wrote for this generator."""
+    from dermis.errors import DataError, RequestError
+    from dermis.projection.result import from_bytes
 
-    from dermis.latents import z_for
-    from dermis.networks import one_hot
-
-    z = torch.from_numpy(z_for(seed, [index], generator.config.z_dim))
-    c = one_hot([label], generator.config.c_dim) if generator.config.c_dim else None
-    with torch.inference_mode():
-        found: NDArray[np.float32] = generator.mapping(z, c, truncation_psi=truncation_psi)[0].numpy()
-    return found
+    try:
+        ws = from_bytes(file.read_bytes(), str(file))[0].ws
+    except OSError as error:
+        raise DataError(f"{file}: {error.strerror}") from None
+    if ws.shape != (bundle.generator.num_ws, bundle.generator.w_dim):
+        raise RequestError("--projection", f"{file} is of another generator than {bundle.name}")
+    return ws
 
 
 def _attributes(bundle: Bundle, generator: Generator, count: int, seed: int, device: str) -> list[Direction]:

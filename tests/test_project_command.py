@@ -154,6 +154,19 @@ def test_a_result_survives_its_file_and_damage_is_noticed(layers: int, maps: int
         from_bytes(data[: cut % len(data)], "somewhere")
 
 
+def test_a_projection_can_be_moved_along_directions(bundle: Bundle, folder: Path, tmp_path: Path) -> None:
+    assert project(bundle, folder, tmp_path / "out").exit_code == 0
+    file = tmp_path / "out" / "2.safetensors"
+    options = ("--direction", "axis-1", "--steps", 3, "--reach", 2, "--device", "cpu", "--out", tmp_path / "s.png")
+    done = run("directions", "strips", bundle.location, *options, "--projection", file)
+    assert done.exit_code == 0, done.output
+    sheet = decode((tmp_path / "s.png").read_bytes())
+    middle = sheet[2:18, 2 + 18 : 18 + 18].astype(int)  # strength 0: the projection itself
+    assert np.abs(middle - results(tmp_path / "out")["2.safetensors"].image).max() <= 12
+    file.write_bytes(b"no")
+    assert isinstance(run("directions", "strips", bundle.location, *options, "--projection", file).exception, DataError)
+
+
 # -- authenticity
 
 
