@@ -16,7 +16,8 @@ experiment_app = typer.Typer(no_args_is_help=True, help="Run experiments and com
 Which = Annotated[
     list[str],
     typer.Argument(
-        help="table1 (the paper's five generators), names, files of one's own; or table2 (its classifiers), or frame-removal."
+        help="table1 (the paper's five generators), names, files of one's own; or table2 (its classifiers), "
+        "hospitals, or frame-removal."
     ),
 ]
 ScaleOption = Annotated[float, typer.Option(help="Multiplies the length of every run: 0.01 makes 25000 kimg 250.")]
@@ -55,6 +56,9 @@ def list_experiments() -> None:
         )
     Console().print(table)
     typer.echo("table2 trains classifiers on what such generators draw: dermis experiment run table2 --help")
+    typer.echo(
+        "hospitals trains a generator at each hospital alone, and at all together: dermis experiment run hospitals"
+    )
     typer.echo("frame-removal trains them on images whose black frame was removed: dermis experiment run frame-removal")
 
 
@@ -146,6 +150,13 @@ def run(
         str, typer.Option(help="table2: what classifiers begin with: imagenet, none, or a .safetensors file.")
     ] = "imagenet",
     truncation_psi: Annotated[float, typer.Option(help="table2: of the synthetic images.")] = 1.0,
+    federation: Annotated[
+        list[str] | None,
+        typer.Option(help="hospitals: OPTION=VALUE of the federation, such as iterations=25; may be repeated."),
+    ] = None,
+    sizes: Annotated[
+        str, typer.Option(help="hospitals: their proportions; default the paper's, 2000,12000,20000.")
+    ] = "",
 ) -> None:
     """Train and evaluate experiments one after another, choose the best and print the table.
 
@@ -217,6 +228,34 @@ def run(
             class_column=class_column,
             weights=weights,
             truncation_psi=truncation_psi,
+            device=device,
+            cache=cache,
+        )
+        return
+    if "hospitals" in which:
+        from commands.experiment_hospitals import run_hospitals
+        from commands.federate import parse_sizes
+
+        foreign = {"--holdout": holdout, "--snapshot-kimg": snapshot_kimg}
+        for option, value in {"other experiments": which[1:] or None, **foreign}.items():
+            if value is not None:
+                raise TrainingError(f"hospitals: takes no {option}; run it by itself")
+        run_hospitals(
+            data,
+            out,
+            only=only,
+            kimg=kimg,
+            resolution=resolution,
+            settings=settings or [],
+            options=federation or [],
+            sizes=parse_sizes(sizes),
+            seed=seed or 0,
+            extractor=extractor,
+            samples=samples,
+            metadata=metadata,
+            class_column=class_column,
+            licence=licence,
+            attribution=attribution,
             device=device,
             cache=cache,
         )

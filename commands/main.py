@@ -18,6 +18,7 @@ from commands.evaluate import evaluate
 from commands.experiment import experiment_app
 from commands.experiment_edge_cases import edge_cases_experiment
 from commands.explain import explain_app
+from commands.federate import federate_app
 from commands.generate import generate, verify
 from commands.index import index_app
 from commands.project import project
@@ -42,6 +43,7 @@ train_app.command("encoder")(train_encoder)
 app.add_typer(train_app, name="train")
 experiment_app.command("edge-cases")(edge_cases_experiment)
 app.add_typer(experiment_app, name="experiment")
+app.add_typer(federate_app, name="federate")
 app.add_typer(bundle_app, name="bundle")
 app.add_typer(explain_app, name="explain")
 app.add_typer(augment_app, name="augment")

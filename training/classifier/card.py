@@ -51,8 +51,7 @@ Melanoma is only one of the cancers: basal cell carcinoma and others count as be
 | --- | --- |
 | scenario | {origin["scenario"]} |
 | began with | {_start(run["weights"])} |
-| epochs | {run["epochs"]}, the best by {run["configuration"]["monitor"]} on validation was {run["best_epoch"]} |
-| hardware | {run["hardware"]} |
+{_length(run)}| hardware | {run["hardware"]} |
 | wall time | {origin["hours"]:,.2f} hours |
 | dermis | {origin["code_version"]} |
 
@@ -100,7 +99,7 @@ def shown(estimate: Mapping[str, float]) -> str:
 def _data(origin: Mapping[str, Any]) -> str:
     data = origin["dataset"]
     rows = [
-        f"| {part} | {counts['benign']:,} | {counts['malignant']:,} | `{counts['sha256'][:16]}` |"
+        f"| {part} | {counts['benign']:,} | {counts['malignant']:,} | {_identity(counts)} |"
         for part, counts in data["parts"].items()
     ]
     lines = [
@@ -126,6 +125,20 @@ def _data(origin: Mapping[str, Any]) -> str:
         ]
         lines += ["", _warning(data["generator_saw_training_part_only"])]
     return "\n".join(lines)
+
+
+def _identity(counts: Mapping[str, Any]) -> str:
+    return f"`{counts['sha256'][:16]}`" if "sha256" in counts else "not known here"
+
+
+def _length(run: Mapping[str, Any]) -> str:
+    """Epochs; a federation has none, and tells of its rounds."""
+    if "epochs" not in run:
+        return ""
+    return (
+        f"| epochs | {run['epochs']}, the best by {run['configuration']['monitor']} on validation was "
+        f"{run['best_epoch']} |\n"
+    )
 
 
 def _warning(clean: bool) -> str:

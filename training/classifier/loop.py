@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from dermis.classifier.torch_network import TorchClassifier
@@ -80,7 +80,7 @@ def train(
             order = epoch_order(training.labels, config, progress.epoch, ranks)
             learning_mode(network, frozen)
             with (
-                closing(_steps(training, learnt, order[progress.step :], ranks)) as steps,
+                closing(training_batches(training, learnt, order[progress.step :], ranks)) as steps,
                 tqdm(
                     total=len(order),
                     initial=progress.step,
@@ -90,7 +90,7 @@ def train(
                 ) as bar,
             ):
                 for chosen, images in steps:
-                    _step(state, images, training.labels[chosen], config, training, ranks)
+                    training_step(state, images, training.labels[chosen], config, training, ranks)
                     now = time.monotonic()
                     progress.seconds, clock = progress.seconds + now - clock, now
                     bar.set_postfix(loss=f"{progress.loss_sum / progress.step:.3f}", refresh=False)
@@ -146,7 +146,7 @@ def seen_share(training: TrainingSet, config: ClassifierConfig) -> float:
     return training.positive_share if config.balance == "none" else 0.5
 
 
-def _steps(
+def training_batches(
     training: TrainingSet, features: Tensor | None, order: NDArray[np.int64], ranks: Ranks
 ) -> Generator[tuple[NDArray[np.int64], Tensor]]:
     """Indices and images (or cached features) of each step."""
@@ -158,15 +158,19 @@ def _steps(
             yield chosen, features[torch.from_numpy(chosen).to(features.device)]
 
 
-def _step(
+def training_step(
     state: State,
     images: Tensor,
     labels: NDArray[np.int64],
     config: ClassifierConfig,
     training: TrainingSet,
     ranks: Ranks,
+    adjust: Callable[[nn.Module], None] | None = None,
 ) -> None:
-    """One step of Adam; everything random in it follows from seed, epoch, step and rank."""
+    """One step of Adam; everything random in it follows from seed, epoch, step and rank.
+
+    `adjust` may add to the network's gradients before they are used.
+    """
     network, progress = state.network, state.progress
     place = (progress.epoch << 20) + progress.step * ranks.count + ranks.rank + 1
     torch.manual_seed((config.seed << 32) + place)
@@ -186,6 +190,8 @@ def _step(
     state.optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
     ranks.average_([p.grad for p in network.parameters() if p.grad is not None])
+    if adjust is not None:
+        adjust(network)
     state.optimizer.step()
     progress.loss_sum += float(ranks.mean(loss.detach()))
     progress.step += 1

@@ -156,7 +156,7 @@ def train_classifier(
     _write_text(out / "evaluation.json", json.dumps(metrics, indent=2) + "\n")
     tell("exporting")
     model = to_onnx(finished, config.size, config.weights_dtype)
-    _check_agreement(model, data.real.test.images[:CHECKED], logits["test"][:CHECKED])
+    check_agreement(model, data.real.test.images[:CHECKED], logits["test"][:CHECKED])
     described = _describe(data, config, origin, weights, finished, progress, metrics, ranks)
     card = classifier_card(origin.name, described)
     described = write_classifier(out / FOLDER, described, model, card, replace=(out / FOLDER).exists())
@@ -213,7 +213,7 @@ def _describe(
     )
 
 
-def _check_agreement(model: bytes, images: NDArray[np.uint8], logits: NDArray[np.float64]) -> None:
+def check_agreement(model: bytes, images: NDArray[np.uint8], logits: NDArray[np.float64]) -> None:
     apart = float(np.abs(sigmoid(run_onnx(model, images)) - sigmoid(logits)).max())
     if not apart <= TOLERANCE:
         raise TrainingError(

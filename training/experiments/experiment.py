@@ -115,23 +115,30 @@ def checked_options(options: Mapping[str, Any], where: str, of: type[Any] = GanC
     return checked
 
 
-def parse_settings(texts: Sequence[str], of: type[Any] = GanConfig) -> dict[str, Any]:
+def parse_settings(texts: Sequence[str], of: type[Any] = GanConfig, where: str = "--set ") -> dict[str, Any]:
     """Options of a configuration class from "option=value", each checked as those of a file are.
 
-    A value is written as in TOML, text also bare.
+    A value is written as in TOML, text also bare. TrainingError: `where`, then the option.
     """
-    given = {}
+    given = parse_bare(texts, where)
+    for name in given:
+        if name in _OWN_OPTION:
+            raise TrainingError(f"{where}{name}: give {_OWN_OPTION[name]}")
+    return checked_options(given, where, of)
+
+
+def parse_bare(texts: Sequence[str], where: str = "--set ") -> dict[str, Any]:
+    """Values by name from "name=value", as they are. TrainingError if one is not of this form."""
+    given: dict[str, Any] = {}
     for text in texts:
         name, separator, value = (part.strip() for part in text.partition("="))
         if not separator:
-            raise TrainingError(f"--set {text}: must be option=value")
-        if name in _OWN_OPTION:
-            raise TrainingError(f"--set {name}: give {_OWN_OPTION[name]}")
+            raise TrainingError(f"{where}{text}: must be option=value")
         try:
             given[name] = tomllib.loads(f"value = {value}")["value"]
         except tomllib.TOMLDecodeError:
             given[name] = value
-    return checked_options(given, "--set ", of)
+    return given
 
 
 def _parse(path: Path, content: Mapping[str, Any]) -> Experiment:

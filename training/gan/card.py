@@ -39,8 +39,7 @@ a sample is a copy of a training image has not been proved by this card; test it
 | images | {data["images"]:,}: {classes} |
 | licence | {provenance["licence"]} |
 | attribution | {provenance["attribution"] or "not stated"} |
-| sha256 of ids, classes and files | `{data["sha256"]}` |
-
+{_identity(data)}
 Weights trained on these images carry the same licence conditions.
 
 ## Training
@@ -79,6 +78,11 @@ def _section(provenance: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     """What other programs write there may be missing, or anything at all."""
     section = provenance.get(key)
     return section if isinstance(section, Mapping) else {}
+
+
+def _identity(data: Mapping[str, Any]) -> str:
+    """Nobody knows the images of a federation, and so not their digest either."""
+    return f"| sha256 of ids, classes and files | `{data['sha256']}` |\n" if "sha256" in data else ""
 
 
 def _kind(c_dim: int) -> str:

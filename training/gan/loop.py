@@ -71,7 +71,7 @@ def train(
     state = new_state(config, device)
     if ranks.first:
         out.mkdir(parents=True, exist_ok=True)
-    with _locked(out) if ranks.first else nullcontext():
+    with locked(out) if ranks.first else nullcontext():
         if checkpoint.exists():
             load_state(checkpoint, state, config, dataset, allow_changes)
         elif begin is not None:
@@ -122,7 +122,7 @@ def train(
 
 
 @contextmanager
-def _locked(out: Path) -> Iterator[None]:
+def locked(out: Path) -> Iterator[None]:
     """Keep other trainings out of the run folder. The kernel lets go when this process ends, however it ends."""
     with (out / "lock").open("a") as file:
         try:

@@ -5,8 +5,10 @@ Everything random in a step follows from (seed, step).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dermis.networks import Generator, one_hot
 from training.data.isic import ImageDataset
@@ -17,9 +19,16 @@ from training.gan.state import State
 
 
 def training_step(
-    state: State, phases: Phases, dataset: ImageDataset, batch: Batch, config: GanConfig
+    state: State,
+    phases: Phases,
+    dataset: ImageDataset,
+    batch: Batch,
+    config: GanConfig,
+    adjust: Callable[[nn.Module], None] | None = None,
 ) -> dict[str, float]:
     """Update the state, its position included. Returns losses, gradient norms and, when it was adjusted, r_t and p.
+
+    `adjust` may add to the gradients of a network (G, D) once its main phase is complete; the norms do not include it.
 
     The numbers are those of the whole batch, the same on all ranks. Gradients that are not finite are cleaned as in the
     official code (NaN becomes 0, infinities 1e5); their norm then tells.
@@ -36,10 +45,12 @@ def training_step(
             c = one_hot(dataset.labels[drawn], config.c_dim, device)
             return torch.randn(n, config.z_dim, device=device), c
 
-    def apply(optimizer: torch.optim.Adam, module: torch.nn.Module) -> Tensor:
+    def apply(optimizer: torch.optim.Adam, module: nn.Module, adjusted: bool = False) -> Tensor:
         gradients = [x.grad for x in module.parameters() if x.grad is not None]
         ranks.average_(gradients)
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = nn.utils.get_total_norm(gradients)
+        if adjusted and adjust is not None:
+            adjust(module)
         for gradient in gradients:
             torch.nan_to_num_(gradient, nan=0.0, posinf=1e5, neginf=-1e5)
         optimizer.step()
@@ -48,7 +59,7 @@ def training_step(
 
     state.D.requires_grad_(False)
     found["G"] = phases.generator_main(*latents(), p)
-    found["G_gradient"] = apply(state.G_opt, state.G)
+    found["G_gradient"] = apply(state.G_opt, state.G, adjusted=True)
     if config.pl_weight and progress.step % config.pl_interval == 0:
         z, c = latents()
         shrunk = max(n // config.pl_batch_shrink, 1)
@@ -57,7 +68,7 @@ def training_step(
     state.D.requires_grad_(True)
     state.G.requires_grad_(False)
     found["D"], real_logits = phases.discriminator_main(real, real_c, *latents(), p)
-    found["D_gradient"] = apply(state.D_opt, state.D)
+    found["D_gradient"] = apply(state.D_opt, state.D, adjusted=True)
     if config.r1_gamma and progress.step % config.r1_interval == 0:
         found["r1"] = phases.discriminator_r1(real, real_c, p)
         apply(state.D_opt, state.D)

@@ -1,0 +1,127 @@
+"""A federation on one screen: what it is doing, its members, and the latest rounds."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+_SHOWN = 12  # latest rounds
+_STALE = 600.0  # seconds without a word after which the screen says so
+
+
+def view(out: Path) -> RenderableType:
+    """The screen, from status.json and rounds.jsonl. DermisError if the folder has no federation."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    from training.federated.rounds import read_rounds
+
+    status, lines = _status(out), read_rounds(out)
+    members = status.get("members", {})
+    done, rounds = status.get("round", 0), status.get("rounds", 0)
+    ended = {line["round"]: line for line in lines if "seconds" in line}
+    recent = [line["seconds"] for line in list(ended.values())[-5:]]
+    left = (
+        f", about {sum(recent) / len(recent) * (rounds - done) / 60:.0f} min left" if recent and done < rounds else ""
+    )
+    head = f"{status.get('phase', 'unknown')}: round {done} of {rounds}{left}"
+    if (age := time.time() - status.get("time", time.time())) > _STALE and status.get("phase") not in (
+        "finished",
+        "stopped",
+    ):
+        head += f"; nothing was heard of it for {age / 60:.0f} min"
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    for column in ("round", *(f"{name}\n{images:,} images" for name, images in members.items()), "MB", "s"):
+        table.add_column(column, justify="left" if column == "round" else "right")
+    for line in lines[-_SHOWN:]:
+        cells = [_cell(line, name) for name in members]
+        traffic = (line.get("bytes_down", 0) + line.get("bytes_up", 0)) / 1e6
+        seconds = f"{line['seconds']:.0f}" if "seconds" in line else ""
+        table.add_row(str(line["round"]), *cells, f"{traffic:.1f}" if traffic else "", seconds)
+    parts: list[Any] = [Text(head, style="bold"), table]
+    if members:
+        parts.append(
+            Text("losses of G / D (or the classifier), then FID (or AUC) on the member's validation images", "dim")
+        )
+    if error := status.get("error"):
+        parts.append(Text(error, style="red"))
+    return Group(*parts)
+
+
+@contextmanager
+def screen(out: Path) -> Iterator[Callable[[str], None]]:
+    """Shows the federation while the block runs; on something else than a terminal, one line a round instead."""
+    logging.getLogger("flwr").setLevel(logging.WARNING)
+    if not sys.stderr.isatty():
+        yield lambda text: typer.echo(text, err=True)
+        return
+    from rich.console import Console
+    from rich.live import Live
+
+    told: list[str] = []
+    ended = threading.Event()
+    with Live(console=Console(stderr=True), refresh_per_second=2) as live:
+
+        def refresh() -> None:
+            while not ended.wait(0.5):
+                if (out / "status.json").exists():
+                    live.update(view(out))
+
+        thread = threading.Thread(target=refresh, daemon=True)
+        thread.start()
+        try:
+            yield told.append
+        finally:
+            ended.set()
+            thread.join()
+            if (out / "status.json").exists():
+                live.update(view(out))
+
+
+def follow(out: Path, *, once: bool) -> None:
+    """Show the screen until the federation has ended; once only, if asked or if there is no terminal."""
+    from rich.console import Console
+    from rich.live import Live
+
+    console = Console()
+    if once or not console.is_terminal:
+        console.print(view(out))
+        return
+    with Live(view(out), console=console, refresh_per_second=2) as live:
+        while _status(out).get("phase") not in ("finished", "stopped"):
+            time.sleep(1)
+            live.update(view(out))
+
+
+def _status(out: Path) -> dict[str, Any]:
+    from dermis.errors import TrainingError
+
+    try:
+        found: dict[str, Any] = json.loads((out / "status.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise TrainingError(f"{out}: holds no federation; name the folder that it was given as `out`") from None
+    return found
+
+
+def _cell(line: dict[str, Any], name: str) -> str:
+    if name in line.get("refused", {}):
+        return "refused"
+    if name in line.get("silent", ()):
+        return "silent"
+    numbers, measured = line.get("members", {}).get(name, {}), line.get("measured", {}).get(name, {})
+    losses = " / ".join(f"{numbers[key]:.2f}" for key in ("G", "D", "loss") if key in numbers)
+    distance = next((f"{measured[key]:.4g}" for key in ("fid", "auc") if key in measured), "")
+    return "  ".join(part for part in (losses, distance) if part)

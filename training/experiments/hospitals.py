@@ -1,0 +1,241 @@
+"""The paper's second setting: hospitals of different size train alone, together, and as if all images were in one place.
+
+All begin with the same random weights and show each member the same number of images. A hospital alone, and the central
+training, are federations of one member, which compute what a training without any federation does: so all are measured at
+the same points, by the same code, each against the hospitals' own validation images, which nobody trains on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dermis.devices import resolve_device
+from dermis.errors import TrainingError
+from training.data.sources import Source
+from training.data.splits import write_rows
+from training.experiments.plan import write_beside
+from training.federated.config import FederationConfig, gan_config
+from training.federated.gan_result import averaged_generator
+from training.federated.gan_task import distances
+from training.federated.global_state import GlobalState
+from training.federated.rounds import read_rounds
+from training.federated.simulate import divide, hospital_sites, simulate
+from training.federated.site import Site, site_images
+
+CENTRAL, FEDERATED = "central", "federated"
+FACTORS = (2.0, 1.5, 1.25, 1.1, 1.0)  # levels, as multiples of the best distance that every arm reaches
+RESULTS = "results.json"
+
+
+@dataclass(frozen=True)
+class Hospitals:
+    """The experiment: hospitals by name, from the smallest, and the options that all arms share."""
+
+    federation: FederationConfig
+    sites: Mapping[str, Site]
+    out: Path
+
+    @property
+    def arms(self) -> list[str]:
+        return [CENTRAL, *self.sites, FEDERATED]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A measurement: after `round` rounds, and so many thousand images shown to each member."""
+
+    round: int
+    kimg: float
+    fid: float
+    kid: float
+
+
+Curves = dict[str, dict[str, list[Point]]]
+"""By arm and hospital."""
+
+
+def plan(
+    source: Source,
+    data: Path,
+    out: Path,
+    federation: FederationConfig,
+    sizes: Mapping[str, float],
+    *,
+    class_column: str | None = None,
+    cache: Path | None = None,
+    device: str = "auto",
+) -> Hospitals:
+    """Divide the source by patient. DataError or TrainingError if that, or the options, cannot be."""
+    if federation.task != "gan":
+        raise TrainingError("hospitals: compares generators; leave task=gan")
+    gan_config(federation, torch.device("cpu"))
+    tables = divide(source, sizes, out, federation.seed)
+    sites = hospital_sites(data, tables, out, class_column=class_column, cache=cache, device=device)
+    ordered = sorted(sites, key=lambda name: len(_images(federation, sites[name]).train.labels))
+    return Hospitals(federation, {name: sites[name] for name in ordered}, out)
+
+
+def run_arm(hospitals: Hospitals, arm: str, tell: Callable[[str], None] = lambda text: None) -> None:
+    """Train and measure one arm in its folder, or go on with it."""
+    out, federation = hospitals.out / arm, hospitals.federation
+    if arm == FEDERATED:
+        members = [replace(site, state=out / "members" / name) for name, site in hospitals.sites.items()]
+        simulate(replace(federation, clients=len(members)), members, out, tell=tell)
+        return
+    alone = replace(federation, clients=1, min_clients=1, strategy="fedavg", strategy_options="", wire_dtype="fp32")
+    alone = replace(alone, secure_aggregation=False, optimizer="local", share="both")
+    if arm != CENTRAL:
+        simulate(alone, [replace(hospitals.sites[arm], state=out / "members", seed_offset=0)], out, tell=tell)
+        return
+    site = _central_site(hospitals, out)
+    simulate(alone, [site], out, tell=tell, on_round=lambda state: {"measured": _measure_all(hospitals, state)})
+
+
+def curves(hospitals: Hospitals) -> Curves:
+    """What was measured in all arms so far, of each hospital that an arm was measured for."""
+    federation = hospitals.federation
+    step = federation.iterations * gan_config(federation, torch.device("cpu")).batch / 1000
+    by_size = list(hospitals.sites)
+    found: Curves = {}
+    for arm in hospitals.arms:
+        of: dict[str, list[Point]] = {}
+        for line in read_rounds(hospitals.out / arm):
+            for name, numbers in line.get("measured", {}).items():
+                # Members are numbered by size where they meet, so the k-th is the k-th smallest hospital.
+                hospital = name if name in by_size else arm if arm in by_size else by_size[int(name.split("-")[1]) - 1]
+                if "fid" in numbers:
+                    point = Point(line["round"], line["round"] * step, numbers["fid"], numbers["kid"])
+                    of.setdefault(hospital, []).append(point)
+        if of:
+            found[arm] = of
+    return found
+
+
+def levels(found: Curves, hospital: str) -> list[float]:
+    """Distances to reach: multiples of the best one that every arm reaches for this hospital, rounded up."""
+    best = [min(point.fid for point in of[hospital]) for of in found.values() if of.get(hospital)]
+    return [float(math.ceil(max(best) * factor)) for factor in FACTORS] if best else []
+
+
+def reached(points: Sequence[Point], level: float) -> Point | None:
+    """The first measurement at or below a level; nothing is interpolated."""
+    return next((point for point in points if point.fid <= level), None)
+
+
+def _best(points: Sequence[Point]) -> Point:
+    return min(points, key=lambda point: point.fid)
+
+
+def results(hospitals: Hospitals) -> dict[str, Any]:
+    """Curves, what was reached when, and how much faster the federation was than each hospital alone. JSON."""
+    found = curves(hospitals)
+    sizes = {name: len(_images(hospitals.federation, site).train.labels) for name, site in hospitals.sites.items()}
+    held = {name: _held(hospitals, site) for name, site in hospitals.sites.items()}
+    rows = []
+    for hospital in hospitals.sites:
+        for level in levels(found, hospital):
+            times = {arm: reached(of.get(hospital, []), level) for arm, of in found.items() if hospital in of}
+            alone, together = times.get(hospital), times.get(FEDERATED)
+            rows.append(
+                {
+                    "hospital": hospital,
+                    "fid": level,
+                    "reached": {
+                        arm: None if p is None else {"round": p.round, "kimg": p.kimg} for arm, p in times.items()
+                    },
+                    "speed_up": alone.kimg / together.kimg if alone and together and together.kimg else None,
+                }
+            )
+    last = {
+        arm: {name: {"end": asdict(points[-1]), "best": asdict(_best(points))} for name, points in of.items()}
+        for arm, of in found.items()
+    }
+    return {
+        "extractor": hospitals.federation.extractor,
+        "generated": hospitals.federation.evaluate_images,
+        "training_images": sizes,
+        "validation_images": held,
+        "levels": rows,
+        "distances": last,
+        "curves": {arm: {h: [asdict(p) for p in points] for h, points in of.items()} for arm, of in found.items()},
+        "bytes": _bytes(hospitals.out / FEDERATED),
+    }
+
+
+def write_results(hospitals: Hospitals) -> dict[str, Any]:
+    """results.json and table.md in the experiment's folder."""
+    found = results(hospitals)
+    write_beside(hospitals.out / RESULTS, json.dumps(found, indent=2) + "\n")
+    write_beside(hospitals.out / "table.md", markdown(found))
+    return found
+
+
+def markdown(found: Mapping[str, Any]) -> str:
+    """Two tables: distances at the end, and when levels were reached."""
+    space, sizes, held = found["extractor"], found["training_images"], found["validation_images"]
+    arms = list(found["distances"])
+    lines = [f"FID@{space} at the end (best) | " + " | ".join(sizes), " | ".join(["---"] * (len(sizes) + 1))]
+    lines.append("images to train / to measure | " + " | ".join(f"{sizes[name]:,} / {held[name]:,}" for name in sizes))
+    for arm in arms:
+        cells = []
+        for name in sizes:
+            numbers = found["distances"][arm].get(name)
+            cells.append(f"{numbers['end']['fid']:.1f} ({numbers['best']['fid']:.1f})" if numbers else "")
+        lines.append(f"{arm} | " + " | ".join(cells))
+    text = "\n".join(f"| {line} |" for line in lines)
+    head = [
+        "hospital",
+        f"FID@{space}",
+        "alone: rounds, kimg",
+        "federated: rounds, kimg",
+        "central: rounds, kimg",
+        "times as fast",
+    ]
+    rows = [head, ["---"] * len(head)]
+    for row in found["levels"]:
+        times = [row["reached"].get(arm) for arm in (row["hospital"], FEDERATED, CENTRAL)]
+        shown = ["not reached" if t is None else f"{t['round']}, {t['kimg']:g}" for t in times]
+        rows.append([row["hospital"], f"{row['fid']:g}", *shown, f"{row['speed_up']:.2f}" if row["speed_up"] else ""])
+    return text + "\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
+def _central_site(hospitals: Hospitals, out: Path) -> Site:
+    """All hospitals' training images, and none of their validation images."""
+    table, rows = out / "all.csv", []
+    for site in hospitals.sites.values():
+        rows += [record.row for record in _images(hospitals.federation, site).train.records]
+    out.mkdir(parents=True, exist_ok=True)
+    write_rows(table, list(dict.fromkeys(column for row in rows for column in row)), rows)
+    any_site = next(iter(hospitals.sites.values()))
+    return replace(any_site, metadata=table, state=out / "members", validation=0.0, seed_offset=0)
+
+
+def _measure_all(hospitals: Hospitals, state: GlobalState) -> dict[str, Any]:
+    federation, found = hospitals.federation, {}
+    for name, site in hospitals.sites.items():
+        device = resolve_device(site.device)
+        generator = averaged_generator(federation, state.tensors).to(device)
+        validation = _images(federation, site).validation
+        assert validation is not None
+        found[name] = distances(generator, validation, federation, device, site)
+    return found
+
+
+def _images(federation: FederationConfig, site: Site) -> Any:
+    return site_images(site, federation.class_names, federation.binary, federation.resolution)
+
+
+def _held(hospitals: Hospitals, site: Site) -> int:
+    return len(_images(hospitals.federation, site).validation.labels)
+
+
+def _bytes(out: Path) -> dict[str, int]:
+    lines = [line for line in read_rounds(out) if "bytes_up" in line]
+    return {key: lines[-1][key] for key in ("bytes_down", "bytes_up")} if lines else {}

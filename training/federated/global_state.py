@@ -1,0 +1,100 @@
+"""What the server of a federation knows after a round, in one file that is replaced whole."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from dermis.errors import TrainingError
+from training.federated.config import FederationConfig
+from training.federated.wire import Tensors
+
+FORMAT = "dermis-federation-1"
+FILE = "federation.safetensors"
+
+
+@dataclass(frozen=True)
+class Member:
+    """A member as the server knows it: a number in place of a name, and what it told of its data."""
+
+    name: str
+    images: int
+    validation: int
+    classes: dict[str, int]
+
+
+@dataclass
+class GlobalState:
+    """After `round` rounds. `strategy` is what the strategy remembers, `privacy` what was spent."""
+
+    run: str
+    round: int
+    tensors: Tensors
+    strategy: Tensors = field(default_factory=dict)
+    members: dict[str, Member] = field(default_factory=dict)  # by node
+    seconds: float = 0.0
+    bytes_down: int = 0
+    bytes_up: int = 0
+    privacy: dict[str, Any] | None = None
+
+    @property
+    def images(self) -> int:
+        return sum(member.images for member in self.members.values())
+
+
+def save_global(out: Path, state: GlobalState, federation: FederationConfig) -> None:
+    """Replace the file. TrainingError, and the old one stays, if it cannot be written."""
+    flat = {f"global/{name}": value for name, value in state.tensors.items()}
+    flat |= {f"strategy/{name}": value for name, value in state.strategy.items()}
+    scalars = {
+        "run": state.run,
+        "round": state.round,
+        "members": {node: asdict(member) for node, member in state.members.items()},
+        "seconds": state.seconds,
+        "bytes_down": state.bytes_down,
+        "bytes_up": state.bytes_up,
+        "privacy": state.privacy,
+        "config": federation.identity,
+    }
+    path, partial = out / FILE, out / f".{FILE}.partial"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        contiguous = {name: value.contiguous().clone() for name, value in flat.items()}
+        save_file(contiguous, partial, metadata={"format": FORMAT, "state": json.dumps(scalars)})
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise TrainingError(f"{path}: cannot save the round ({reason}); the one before is kept") from error
+
+
+def load_global(out: Path, federation: FederationConfig) -> GlobalState | None:
+    """What was saved; None if nothing was. TrainingError if it is of other options, or no such file."""
+    path = out / FILE
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            flat = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise TrainingError(f"{path}: not a readable state of a federation ({error})") from error
+    if metadata.get("format") != FORMAT:
+        raise TrainingError(f"{path}: not a {FORMAT} file")
+    scalars: dict[str, Any] = json.loads(metadata["state"])
+    if changed := federation.changed_from(scalars.pop("config")):
+        raise TrainingError(
+            f"{out}: was begun with another {', '.join(changed)}; use the same options, or another folder"
+        )
+    members = {node: Member(**member) for node, member in scalars.pop("members").items()}
+    return GlobalState(tensors=_under(flat, "global/"), strategy=_under(flat, "strategy/"), members=members, **scalars)
+
+
+def _under(flat: Tensors, prefix: str) -> Tensors:
+    return {name.removeprefix(prefix): value for name, value in flat.items() if name.startswith(prefix)}

@@ -1,0 +1,77 @@
+"""Hospitals that are played on one machine: one source divided by patient, each part a member."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from training.data.sources import Source
+from training.data.splits import HOSPITALS, REST, read_split, split_by_patient, write_split
+from training.federated.client_app import app
+from training.federated.config import FederationConfig
+from training.federated.global_state import GlobalState
+from training.federated.local_grid import LocalGrid
+from training.federated.rounds import OnRound, run_federation
+from training.federated.site import Site
+
+SPLIT = "hospitals"
+
+
+def hospital_sizes(count: int, sizes: Sequence[float] = ()) -> dict[str, float]:
+    """Names and sizes: those given, the paper's if there are three, else equal ones."""
+    if sizes:
+        return {f"hospital-{i}": size for i, size in enumerate(sizes, 1)}
+    return dict(HOSPITALS) if count == 3 else {f"hospital-{i}": 1 / count for i in range(1, count + 1)}
+
+
+def divide(source: Source, sizes: Mapping[str, float], out: Path, seed: int = 0) -> dict[str, Path]:
+    """A CSV for each hospital in out/hospitals, written once: what is there is used again. DataError as of the split."""
+    folder = out / SPLIT
+    if not folder.exists():
+        # Sizes are proportions here: all images are given out.
+        scale = len(source.records) / sum(sizes.values())
+        targets = {name: size * scale for name, size in sizes.items()}
+        write_split(source, split_by_patient(source.records, targets, seed), folder)
+    names = sorted(set(read_split(folder).values()) - {REST})
+    return {name: folder / f"{name}.csv" for name in names}
+
+
+def hospital_sites(
+    data: Path,
+    tables: Mapping[str, Path],
+    out: Path,
+    *,
+    class_column: str | None = None,
+    cache: Path | None = None,
+    validation: float = 0.2,
+    device: str = "auto",
+    threads: int = 0,
+) -> dict[str, Site]:
+    """A site for each hospital. They have different seeds, and their states in out/members."""
+    return {
+        name: Site(
+            data,
+            out / "members" / name,
+            metadata=table,
+            class_column=class_column,
+            cache=cache,
+            validation=validation,
+            seed_offset=number,
+            device=device,
+            threads=threads,
+        )
+        for number, (name, table) in enumerate(tables.items())
+    }
+
+
+def simulate(
+    federation: FederationConfig,
+    sites: Sequence[Site],
+    out: Path,
+    *,
+    tell: Callable[[str], None] = lambda text: None,
+    on_round: OnRound | None = None,
+) -> GlobalState:
+    """`run_federation` with these members in this process. The same call goes on with what `out` holds."""
+    grid = LocalGrid(app, [site.to_node_config() for site in sites], federation.to_run_config())
+    return run_federation(grid, federation, out, tell=tell, on_round=on_round)
