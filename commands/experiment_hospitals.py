@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ def run_hospitals(
     from training.federated.config import FederationConfig, gan_config, parse_options
     from training.federated.simulate import hospital_sizes
 
+    logging.getLogger("flwr").setLevel(logging.WARNING)
     given: dict[str, Any] = {
         "name": "hospitals",
         "options": " ".join(settings),

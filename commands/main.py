@@ -19,6 +19,8 @@ from commands.experiment import experiment_app
 from commands.experiment_edge_cases import edge_cases_experiment
 from commands.explain import explain_app
 from commands.federate import federate_app
+from commands.federate_server import init, invite, register, run_federation, serve
+from commands.federate_site import check, join, key
 from commands.generate import generate, verify
 from commands.index import index_app
 from commands.project import project
@@ -43,6 +45,9 @@ train_app.command("encoder")(train_encoder)
 app.add_typer(train_app, name="train")
 experiment_app.command("edge-cases")(edge_cases_experiment)
 app.add_typer(experiment_app, name="experiment")
+for command in (init, serve, invite, register, key, check, join):
+    federate_app.command()(command)
+federate_app.command("run")(run_federation)
 app.add_typer(federate_app, name="federate")
 app.add_typer(bundle_app, name="bundle")
 app.add_typer(explain_app, name="explain")

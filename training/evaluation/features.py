@@ -19,7 +19,12 @@ BATCH = 32
 
 
 def real_features(
-    dataset: ImageDataset, extractor: FeatureExtractor, cache: Path | None = None, *, name: str = "real images"
+    dataset: ImageDataset,
+    extractor: FeatureExtractor,
+    cache: Path | None = None,
+    *,
+    name: str = "real images",
+    progress: bool = True,
 ) -> NDArray[np.float32]:
     """Features [N, dim] of all images, from the cache if it has them.
 
@@ -31,7 +36,7 @@ def real_features(
     shape = (len(dataset.labels), extractor.dim)
     if file is not None and (found := read_array(file, shape)) is not None:
         return found
-    starts = tqdm(range(0, len(dataset.labels), BATCH), name, unit="batch")
+    starts = tqdm(range(0, len(dataset.labels), BATCH), name, unit="batch", disable=not progress)
     features = extractor.over(dataset.images[i : i + BATCH] for i in starts)
     if file is not None:
         with new_array(file, shape, np.float32) as array:

@@ -1,0 +1,175 @@
+"""`dermis federate ...` at the server of a federation: its folder, its programs, its members, its runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from commands.federate import (
+    AttributionOption,
+    FederationOption,
+    IterationsOption,
+    LicenceOption,
+    NameOption,
+    ResolutionOption,
+    RoundsOption,
+    SeedOption,
+    SettingsOption,
+    StartOption,
+    StrategyOption,
+    TaskOption,
+    federation_of,
+)
+
+ServerArgument = Annotated[Path, typer.Argument(help="The server's folder.")]
+
+
+def init(
+    server: ServerArgument,
+    host: Annotated[list[str], typer.Option(help="Name or address that members reach it by; may be repeated.")],
+    port: Annotated[int, typer.Option(help="Port for members; Flower itself takes the next one, on loopback.")] = 8800,
+) -> None:
+    """Make a server's folder: certificates, Flower's settings."""
+    from training.federated.deployment import new_server
+
+    made = new_server(server, host, port)
+    typer.echo(f"{server}: start it with dermis federate serve {server}; members will call {host[0]}:{made.port}")
+
+
+def serve(
+    server: ServerArgument,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "0.0.0.0",  # noqa: S104
+) -> None:
+    """Run Flower's SuperLink, and before it a door that lets members in and nobody else. Ctrl-C ends both."""
+    import subprocess
+
+    import uvicorn
+
+    from dermis.errors import TrainingError
+    from training.federated.deployment import open_server, superlink_command
+    from training.federated.front_door import front_door
+    from training.federated.keys import CA, CERTIFICATE, KEY
+
+    opened = open_server(server)
+    certificates = opened.certificates
+    superlink = subprocess.Popen(superlink_command(opened), env=opened.environment)
+    try:
+        app = front_door(f"https://127.0.0.1:{opened.inner_port}", str(certificates / CA))
+        uvicorn.run(
+            app,
+            host=host,
+            port=opened.port,
+            ssl_certfile=str(certificates / CERTIFICATE),
+            ssl_keyfile=str(certificates / KEY),
+            log_level="warning",
+        )
+        if (code := superlink.poll()) not in (None, 0, -2, -15):
+            raise TrainingError(f"{server}: Flower's server ended with {code}; what it says stands above")
+    finally:
+        superlink.terminate()
+        superlink.wait()
+
+
+def register(
+    server: ServerArgument,
+    public_key: Annotated[Path, typer.Argument(help="Public key that a member sent.")],
+    name: Annotated[str, typer.Option(help="What the server's people call it; stays here.")] = "",
+) -> None:
+    """Let a member in."""
+    from training.federated.deployment import open_server
+    from training.federated.deployment import register as run
+
+    node = run(open_server(server), public_key, name)
+    typer.echo(f"{public_key}: registered as node {node}")
+
+
+def invite(
+    server: ServerArgument,
+    out: Annotated[Path, typer.Option(help="File for members; nothing in it is secret.")],
+    min_images: Annotated[int, typer.Option(help="Fewest images of a member.")] = 100,
+    task: TaskOption = "gan",
+    rounds: RoundsOption = 100,
+    iterations: IterationsOption = 100,
+    resolution: ResolutionOption = 64,
+    name: NameOption = "federation",
+    settings: SettingsOption = None,
+    options: FederationOption = None,
+    seed: SeedOption = 0,
+) -> None:
+    """Write what a site must know to check itself and to join: address, certificate, versions, and the training's size."""
+    from training.federated.deployment import open_server, write_invitation
+
+    federation = federation_of(
+        settings,
+        options,
+        task=task,
+        rounds=rounds,
+        iterations=iterations,
+        resolution=resolution,
+        name=name,
+        seed=seed,
+    )
+    write_invitation(out, open_server(server), federation, min_images)
+    typer.echo(f"{out}: give it to the sites, for dermis federate check and join")
+
+
+def run_federation(
+    server: ServerArgument,
+    task: TaskOption = "gan",
+    rounds: RoundsOption = 100,
+    iterations: IterationsOption = 100,
+    resolution: ResolutionOption = 64,
+    strategy: StrategyOption = "fedavg",
+    name: NameOption = "federation",
+    settings: SettingsOption = None,
+    options: FederationOption = None,
+    start: StartOption = "",
+    seed: SeedOption = 0,
+    licence: LicenceOption = "unknown",
+    attribution: AttributionOption = "",
+) -> None:
+    """Train with the members that are online; goes on with what SERVER/runs/NAME holds.
+
+    Ctrl-C ends the showing, not the run: `flwr stop` ends a run, and the same command goes on with it.
+    """
+    import json
+    import subprocess
+    import tempfile
+
+    from dermis.errors import TrainingError
+    from training.federated.deployment import open_server, run_command
+
+    opened = open_server(server)
+    federation = federation_of(
+        settings,
+        options,
+        task=task,
+        rounds=rounds,
+        iterations=iterations,
+        resolution=resolution,
+        strategy=strategy,
+        name=name,
+        start=str(Path(start).resolve()) if start and Path(start).exists() else start,
+        seed=seed,
+        licence=licence,
+        attribution=attribution,
+    )
+    out = opened.run_folder(federation.name)
+    with tempfile.TemporaryDirectory() as folder:
+        command = run_command(opened, federation, Path(folder) / "run.toml")
+        try:
+            code = subprocess.run(command, env=opened.environment, check=False).returncode
+        except KeyboardInterrupt:
+            typer.echo(f"the run goes on; watch it with dermis federate watch {out}", err=True)
+            raise typer.Exit(130) from None
+    if code:
+        raise TrainingError(f"{server}: Flower did not take the run; is dermis federate serve running?")
+    try:
+        status = json.loads((out / "status.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise TrainingError(f"{out}: nothing was begun; what Flower says stands above") from None
+    if status["phase"] != "finished":
+        raise TrainingError(f"{out}: {status.get('error', status['phase'])}; the same command goes on with it")
+    typer.echo(f"{out}: {status['round']} rounds, {len(status['members'])} members")
