@@ -6,6 +6,7 @@ What is frozen is the same at all members, since they all begin with the same pu
 
 from __future__ import annotations
 
+import copy
 import time
 from dataclasses import replace
 from functools import lru_cache
@@ -174,9 +175,14 @@ def _real(federation: FederationConfig, site: Site) -> RealData:
 
 
 def _network(federation: FederationConfig) -> tuple[TorchClassifier, list[torch.nn.Module]]:
-    config = classifier_config(federation)
-    network = new_network(config, federation.start or "imagenet")
-    return network, freeze(network, config)
+    network = copy.deepcopy(_template(federation))
+    return network, freeze(network, classifier_config(federation))
+
+
+@lru_cache(maxsize=1)
+def _template(federation: FederationConfig) -> TorchClassifier:
+    """Reading the published weights, and checking that they can be exported, takes longer than a copy."""
+    return new_network(classifier_config(federation), federation.start or "imagenet")
 
 
 @torch.no_grad()

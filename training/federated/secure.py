@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.client.mod import secaggplus_mod
@@ -57,7 +58,8 @@ def _in_older_format(reply: Message) -> Message:
         raise RefusedError(reply.error.reason)
     arrays = next(iter(reply.content.array_records.values()))
     numbers = next(iter(reply.content.metric_records.values()))
-    parameters = ndarrays_to_parameters([arrays[name].numpy() for name in sorted(arrays)])
+    # At least one dimension: Flower's arithmetic in place does nothing to arrays without any.
+    parameters = ndarrays_to_parameters([np.atleast_1d(arrays[name].numpy()) for name in sorted(arrays)])
     result = FitRes(Status(Code.OK, ""), parameters, cast(int, numbers["num-examples"]), {})
     reply.content = recorddict_compat.fitres_to_recorddict(result, keep_input=False)
     return reply

@@ -1,0 +1,356 @@
+"""Federated generators: what is averaged and how, what is refused, and that nothing is lost when members or servers die."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dermis.bundle import load_generator, open_bundle
+from dermis.errors import TrainingError
+from tiny_skin import make_skin
+from training.federated.client_app import app
+from training.federated.config import FederationConfig, gan_config
+from training.federated.gan_result import averaged_generator
+from training.federated.global_state import GlobalState
+from training.federated.local_grid import LocalGrid
+from training.federated.rounds import read_rounds, run_federation
+from training.federated.simulate import simulate
+from training.federated.site import Site, site_images
+from training.gan.loop import train
+
+CPU = torch.device("cpu")
+TINY = "batch=4 z_dim=8 w_dim=8 channel_base=64 channel_max=8 r1_interval=2 augment_kimg=0.1 augment_target=-1.0"
+
+
+def _federation(**changes: Any) -> FederationConfig:
+    small: dict[str, Any] = {
+        "rounds": 2,
+        "iterations": 3,
+        "resolution": 8,
+        "options": TINY,
+        "precision": "fp32",
+        "evaluate_rounds": 0,
+        "wait_timeout": 0.1,
+        "attempts": 1,
+    }
+    return FederationConfig(**(small | changes))
+
+
+@pytest.fixture(scope="module")
+def skin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_skin(tmp_path_factory.mktemp("skin"), count=24, size=16)
+
+
+def _sites(data: Path, out: Path, seeds: Iterable[int] = (0, 1, 2)) -> list[Site]:
+    return [
+        Site(data, out / f"member-{i}", seed_offset=seed, device="cpu", cache=out.parent / "cache")
+        for i, seed in enumerate(seeds)
+    ]
+
+
+def _grid(federation: FederationConfig, sites: list[Site]) -> LocalGrid:
+    return LocalGrid(app, [site.to_node_config() for site in sites], federation.to_run_config())
+
+
+def _alone(data: Path, out: Path, federation: FederationConfig) -> dict[str, torch.Tensor]:
+    """G_ema after as many steps of an ordinary training."""
+    site = _sites(data, out)[0]
+    images = site_images(site, federation.class_names, True, federation.resolution)
+    config = gan_config(federation, CPU)
+    config = replace(config, total_kimg=federation.rounds * federation.iterations * config.batch / 1000)
+    generator, _ = train(images.train, config, out / "run", device=CPU, progress_bar=False)
+    return generator.state_dict()
+
+
+def _same(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_lone_member_computes_what_ordinary_training_does(skin: Path, tmp_path: Path) -> None:
+    """Bit for bit over two rounds: averages, optimizers, augmentation and the order of images go on across them."""
+    federation = _federation(clients=1, min_clients=1)
+    state = simulate(federation, _sites(skin, tmp_path / "members")[:1], tmp_path / "out")
+    assert state.tensors["p"].item() > 0, "the run must have augmented, or p is not tested"
+    assert _same(
+        averaged_generator(federation, state.tensors).state_dict(), _alone(skin, tmp_path / "alone", federation)
+    )
+
+
+def test_two_members_with_equal_data_and_seeds_equal_either(skin: Path, tmp_path: Path) -> None:
+    one = simulate(_federation(clients=1, min_clients=1), _sites(skin, tmp_path / "a")[:1], tmp_path / "one")
+    two = simulate(_federation(clients=2), _sites(skin, tmp_path / "b", (0, 0)), tmp_path / "two")
+    assert _same(one.tensors, two.tensors)
+
+
+def test_members_with_other_seeds_do_not_equal_either(skin: Path, tmp_path: Path) -> None:
+    one = simulate(_federation(clients=1, min_clients=1), _sites(skin, tmp_path / "a")[:1], tmp_path / "one")
+    two = simulate(_federation(clients=2), _sites(skin, tmp_path / "b", (0, 1)), tmp_path / "two")
+    assert not torch.equal(one.tensors["G/synthesis.b8.conv1.weight"], two.tensors["G/synthesis.b8.conv1.weight"])
+
+
+def test_stopped_and_resumed_federation_equals_an_uninterrupted_one(skin: Path, tmp_path: Path) -> None:
+    """Also that of a strategy with an optimizer at the server."""
+    for strategy in ("fedavg", "fedadam", "fedavgm"):
+        options = {"fedadam": "eta=0.01", "fedavgm": "server_momentum=0.5"}.get(strategy, "")
+        long = _federation(strategy=strategy, strategy_options=options, rounds=3)
+        root = tmp_path / strategy
+        whole = simulate(long, _sites(skin, root / "a"), root / "whole")
+        simulate(replace(long, rounds=1), _sites(skin, root / "b"), root / "parts")
+        parts = simulate(long, _sites(skin, root / "b"), root / "parts")
+        assert parts.round == 3
+        assert _same(whole.tensors, parts.tensors), strategy
+        assert [line["round"] for line in read_rounds(root / "parts")] == [1, 2, 3]
+
+
+def test_a_round_that_was_not_saved_is_done_again_as_it_was(skin: Path, tmp_path: Path) -> None:
+    """The server dies after its members have trained: they go back to where the round began."""
+    federation = _federation(rounds=2)
+    whole = simulate(federation, _sites(skin, tmp_path / "a"), tmp_path / "whole")
+    simulate(replace(federation, rounds=1), _sites(skin, tmp_path / "b"), tmp_path / "out")
+    kept = (tmp_path / "out" / "federation.safetensors").read_bytes()
+    simulate(federation, _sites(skin, tmp_path / "b"), tmp_path / "out")
+    (tmp_path / "out" / "federation.safetensors").write_bytes(kept)
+    again = simulate(federation, _sites(skin, tmp_path / "b"), tmp_path / "out")
+    assert _same(whole.tensors, again.tensors)
+
+
+class _Sabotaged(LocalGrid):
+    """Lets `spoil` change the training replies of one node, or drop them."""
+
+    def __init__(self, *args: Any, node: int, spoil: Callable[[Any], Any]) -> None:
+        super().__init__(*args)
+        self.node, self.spoil = node, spoil
+
+    def send_and_receive(self, messages: Iterable[Any], *, timeout: float | None = None) -> Iterable[Any]:
+        for reply in super().send_and_receive(messages, timeout=timeout):
+            if reply.metadata.src_node_id == self.node and reply.metadata.message_type == "train":
+                if (spoilt := self.spoil(reply)) is not None:
+                    yield spoilt
+            else:
+                yield reply
+
+
+def _with_array(change: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]) -> Callable[[Any], Any]:
+    def spoil(reply: Any) -> Any:
+        from flwr.app import Array
+
+        arrays = reply.content["arrays"]
+        name = "G/synthesis.b8.conv1.weight"
+        arrays[name] = Array(change(arrays[name].numpy().copy()))
+        return reply
+
+    return spoil
+
+
+def _nan(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    array.flat[0] = np.nan
+    return array
+
+
+def _without_one(reply: Any) -> Any:
+    del reply.content["arrays"]["pl_mean"]
+    return reply
+
+
+def _boastful(reply: Any) -> Any:
+    reply.content["metrics"]["num-examples"] = 10**9
+    return reply
+
+
+def _mislabelled(reply: Any) -> Any:
+    array = reply.content["arrays"]["G/synthesis.b8.conv1.weight"]
+    array.data = b"\x00" * 100
+    return reply
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (_with_array(_nan), "not finite"),
+        (_with_array(lambda array: array[:1]), "must be"),
+        (_with_array(lambda array: array.astype(np.complex64)), "must be"),
+        (_without_one, "pl_mean is missing"),
+        (_boastful, "claims 1000000000 images"),
+        (_mislabelled, "cannot be read"),
+    ],
+    ids=["nan", "shape", "dtype", "missing", "weight", "rubbish"],
+)
+def test_an_unsound_update_changes_nothing(skin: Path, tmp_path: Path, spoil: Callable[[Any], Any], why: str) -> None:
+    """The round goes on as if its member had not been there."""
+    federation = _federation(rounds=1, clients=3, min_clients=2)
+    without = simulate(replace(federation, clients=2), _sites(skin, tmp_path / "a")[1:], tmp_path / "without")
+    sites = _sites(skin, tmp_path / "b")
+    grid = _Sabotaged(app, [s.to_node_config() for s in sites], federation.to_run_config(), node=1, spoil=spoil)
+    state = run_federation(grid, federation, tmp_path / "out")
+    (line,) = read_rounds(tmp_path / "out")
+    assert why in line["refused"]["member-1"]
+    assert _same(state.tensors, without.tensors)
+
+
+def test_with_too_few_sound_updates_the_last_round_is_kept_and_goes_on_later(skin: Path, tmp_path: Path) -> None:
+    federation, sites = _federation(clients=2), _sites(skin, tmp_path / "a")[:2]
+    simulate(replace(federation, rounds=1), sites, tmp_path / "out")
+    kept = (tmp_path / "out" / "federation.safetensors").read_bytes()
+    configs = [site.to_node_config() for site in sites]
+    grid = _Sabotaged(app, configs, federation.to_run_config(), node=2, spoil=lambda reply: None)
+    with pytest.raises(TrainingError, match=r"round 2: failed 1 times \(no answer of member-2\).*Round 1 is kept"):
+        run_federation(grid, federation, tmp_path / "out")
+    assert (tmp_path / "out" / "federation.safetensors").read_bytes() == kept
+    assert json.loads((tmp_path / "out" / "status.json").read_text())["phase"] == "stopped"
+    assert simulate(federation, sites, tmp_path / "out").round == 2
+
+
+def test_a_member_that_dies_in_a_round_comes_back(skin: Path, tmp_path: Path) -> None:
+    """The others go on; afterwards it takes part again, with its own optimizer's old state and the new weights."""
+    federation = _federation(rounds=4, clients=3, min_clients=2)
+    grid = _grid(federation, _sites(skin, tmp_path / "members"))
+    send = grid.send_and_receive
+
+    def dying(messages: Iterable[Any], *, timeout: float | None = None) -> list[Any]:
+        sent = list(messages)
+        group = sent[0].metadata.group_id
+        grid.connected = {1, 2} if group == "3" else {1, 2, 3}
+        replies = list(send(sent, timeout=timeout))
+        grid.connected = {1, 2, 3}
+        return [r for r in replies if not (group == "2" and r.metadata.src_node_id == 3)]
+
+    grid.send_and_receive = dying  # type: ignore[method-assign]
+    state = run_federation(grid, federation, tmp_path / "out")
+    lines = read_rounds(tmp_path / "out")
+    assert state.round == 4
+    assert [line["silent"] for line in lines] == [[], ["member-3"], ["member-3"], []]
+    assert sorted(lines[3]["members"]) == ["member-1", "member-2", "member-3"]
+
+
+def test_too_few_members_is_an_error_that_says_so(skin: Path, tmp_path: Path) -> None:
+    federation = _federation(clients=3, min_clients=3)
+    with pytest.raises(TrainingError, match="only 2 of at least 3 members are there"):
+        run_federation(_grid(federation, _sites(skin, tmp_path / "m")[:2]), federation, tmp_path / "out")
+
+
+def test_other_options_are_refused_by_name(skin: Path, tmp_path: Path) -> None:
+    sites = _sites(skin, tmp_path / "members")
+    simulate(_federation(rounds=1), sites, tmp_path / "out")
+    with pytest.raises(TrainingError, match="was begun with another share, strategy"):
+        simulate(_federation(share="generator", strategy="krum"), sites, tmp_path / "out")
+
+
+def test_sharing_the_generator_alone_keeps_discriminators_at_home(skin: Path, tmp_path: Path) -> None:
+    federation = _federation(share="generator")
+    state = simulate(federation, _sites(skin, tmp_path / "members"), tmp_path / "out")
+    assert not [name for name in state.tensors if name.startswith("D")]
+    kept = sorted((tmp_path / "members" / "member-0").rglob("round-*.safetensors"))
+    from safetensors.torch import load_file
+
+    before, after = (load_file(path)["D/b8.conv0.weight"] for path in kept)
+    assert not torch.equal(before, after), "the discriminator must learn, or it is not tested that it is kept"
+
+
+def test_shared_optimizers_are_averaged(skin: Path, tmp_path: Path) -> None:
+    """With equal members a shared optimizer is their own, and nothing changes."""
+    sites = _sites(skin, tmp_path / "a", (0, 0))
+    local = simulate(_federation(clients=2), sites, tmp_path / "local")
+    shared = simulate(
+        _federation(clients=2, optimizer="shared"), _sites(skin, tmp_path / "b", (0, 0)), tmp_path / "shared"
+    )
+    assert shared.tensors["G_opt/0/step"].item() > 0
+    assert all(torch.equal(value, shared.tensors[name]) for name, value in local.tensors.items())
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_sixteen_bits_on_the_wire_halve_the_bytes_and_hardly_change_the_result(
+    skin: Path, tmp_path: Path, dtype: str
+) -> None:
+    full = simulate(_federation(rounds=1), _sites(skin, tmp_path / "a"), tmp_path / "full")
+    half = simulate(_federation(rounds=1, wire_dtype=dtype), _sites(skin, tmp_path / "b"), tmp_path / "half")
+    lines = [read_rounds(tmp_path / run)[0] for run in ("full", "half")]
+    arrays = [line["bytes_up"] for line in lines]
+    assert arrays[1] < 0.8 * arrays[0]  # the heads of so small arrays weigh much
+    name = "G_ema/synthesis.b8.conv1.weight"
+    assert torch.allclose(full.tensors[name], half.tensors[name], atol=0.02)
+    assert torch.equal(
+        full.tensors["G/synthesis.b8.conv1.noise_const"], half.tensors["G/synthesis.b8.conv1.noise_const"]
+    )
+
+
+def test_a_members_error_tells_the_server_neither_files_nor_images(skin: Path, tmp_path: Path) -> None:
+    federation = _federation(clients=2, rounds=1)
+    lost = Site(tmp_path / "st-elsewhere", tmp_path / "state", device="cpu")
+    told: list[str] = []
+    grid = _grid(federation, [*_sites(skin, tmp_path / "members")[:2], lost])
+    run_federation(grid, federation, tmp_path / "out", tell=told.append)
+    assert "a member is refused: DataError at the member, whose own log says more" in told
+    assert "elsewhere" not in " ".join(told)
+
+
+def test_members_of_another_version_are_refused(skin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    federation = _federation(clients=2, rounds=1)
+    monkeypatch.setattr("training.federated.client_app.__version__", "0.0.1")
+    monkeypatch.setattr("training.federated.rounds.versions", lambda: {"dermis": "0.1.0"})
+    told: list[str] = []
+    with pytest.raises(TrainingError, match="only 0 of at least 2"):
+        run_federation(
+            _grid(federation, _sites(skin, tmp_path / "m")[:2]), federation, tmp_path / "out", tell=told.append
+        )
+    assert told[0] == "a member is refused: it has dermis 0.0.1, and must have 0.1.0"
+
+
+def test_the_result_is_a_bundle_whose_card_names_sizes_and_nobody(skin: Path, tmp_path: Path) -> None:
+    federation = _federation(rounds=1, name="together", strategy="fedprox", licence="CC0-1.0")
+    state = simulate(federation, _sites(skin, tmp_path / "st-elsewhere"), tmp_path / "out")
+    bundle = open_bundle(tmp_path / "out" / "bundle")
+    assert bundle.provenance["federation"]["rounds"] == 1
+    assert [member["images"] for member in bundle.provenance["federation"]["members"]] == [20, 20, 20]
+    expected = averaged_generator(federation, state.tensors).state_dict()["mapping.fc0.weight"]
+    assert torch.allclose(load_generator(bundle).state_dict()["mapping.fc0.weight"], expected, rtol=1e-3)
+    said = bundle.model_card + json.dumps(bundle.provenance)
+    assert "fedprox" in said
+    assert "3, with 20, 20, 20 training images" in said
+    assert not [word for word in ("elsewhere", "member-1", skin.name) if word in said]
+
+
+def test_members_measure_on_their_own_validation_images(skin: Path, tmp_path: Path) -> None:
+    federation = _federation(rounds=1, clients=2, evaluate_rounds=1, evaluate_images=12)
+    sites = [replace(site, validation=0.5) for site in _sites(skin, tmp_path / "members")[:2]]
+    sites[1] = replace(sites[1], validation=0.1)  # too few to measure
+    simulate(federation, sites, tmp_path / "out")
+    start, end = read_rounds(tmp_path / "out")
+    measured = [line["measured"] for line in (start, end)]
+    assert [list(each) for each in measured] == [["member-1"], ["member-1"]]
+    assert measured[0]["member-1"]["images"] == 12
+    assert measured[0]["member-1"]["fid"] > 0
+    assert measured[0] != measured[1]
+
+
+def test_hospitals_that_lack_a_class_number_the_others_alike(tmp_path: Path) -> None:
+    data = make_skin(tmp_path / "skin", count=24, size=16)
+    lines = (data / "metadata.csv").read_text().splitlines()
+    (tmp_path / "malignant.csv").write_text("\n".join([lines[0], *(line for line in lines if ",malignant," in line)]))
+    site = Site(data, tmp_path / "state", metadata=tmp_path / "malignant.csv", validation=0.0)
+    images = site_images(site, ("benign", "malignant"), True, 8)
+    assert set(images.train.labels) == {1}
+    assert len(images.train.labels) == 8, "a site reads the images of its own table alone"
+
+
+def test_state_is_that_of_the_last_whole_round(skin: Path, tmp_path: Path) -> None:
+    """An exception in the middle of a round leaves neither a new state nor a half-written file."""
+    federation = _federation(rounds=2)
+    simulate(replace(federation, rounds=1), _sites(skin, tmp_path / "m"), tmp_path / "out")
+    grid = _grid(federation, _sites(skin, tmp_path / "m"))
+
+    def broken(messages: Iterable[Any], *, timeout: float | None = None) -> list[Any]:
+        raise KeyboardInterrupt
+
+    grid.send_and_receive = broken  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        run_federation(grid, federation, tmp_path / "out")
+    state: GlobalState = simulate(replace(federation, rounds=1), _sites(skin, tmp_path / "m"), tmp_path / "out")
+    assert state.round == 1
+    assert not list((tmp_path / "out").glob("*.partial"))
