@@ -56,7 +56,7 @@ def serve(
     certificates = opened.certificates
     superlink = subprocess.Popen(superlink_command(opened), env=opened.environment)
     try:
-        app = front_door(f"https://127.0.0.1:{opened.inner_port}", str(certificates / CA))
+        app = front_door(f"https://127.0.0.1:{opened.inner_port}", str(opened.inner_certificates / CA))
         uvicorn.run(
             app,
             host=host,

@@ -6,7 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
+from typer.testing import CliRunner
 
+from commands.main import app
 from services.settings import Settings, SettingsError, read_settings, settings_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,3 +51,51 @@ def test_lists_are_split_and_postgres_gets_its_driver(monkeypatch: pytest.Monkey
     settings = read_settings()
     assert settings.bundles == ("a", "s3://b/c")
     assert settings.jobs_url == "postgresql+psycopg://user@host/jobs"
+
+
+@pytest.mark.parametrize("file", ["dermis.yaml", "federation/server.yaml", "federation/hospital.yaml"])
+def test_pods_run_as_nobody_in_particular_and_mount_what_there_is(file: str) -> None:
+    documents = list(yaml.safe_load_all((ROOT / "k8s" / file).read_text()))
+    pods = [each["spec"]["template"]["spec"] for each in documents if each["kind"] == "Deployment"]
+    assert pods
+    for pod in pods:
+        assert pod["securityContext"]["runAsNonRoot"]
+        assert pod["automountServiceAccountToken"] is False
+        volumes = {volume["name"] for volume in pod["volumes"]}
+        for container in pod["containers"] + pod.get("initContainers", []):
+            safe = container["securityContext"]
+            assert safe["readOnlyRootFilesystem"]
+            assert not safe["allowPrivilegeEscalation"]
+            assert safe["capabilities"] == {"drop": ["ALL"]}
+            assert {mount["name"] for mount in container["volumeMounts"]} <= volumes
+            assert container["resources"]["limits"]["memory"]
+    selectors = [each["spec"]["selector"] for each in documents if each["kind"] == "Service"]
+    labels = [each["spec"]["template"]["metadata"]["labels"] for each in documents if each["kind"] == "Deployment"]
+    assert all(selector in labels for selector in selectors)
+
+
+def test_a_hospital_is_reached_by_nobody_and_reaches_its_server_alone() -> None:
+    documents = list(yaml.safe_load_all((ROOT / "k8s/federation/hospital.yaml").read_text()))
+    assert not [each for each in documents if each["kind"] == "Service"]
+    (policy,) = (each["spec"] for each in documents if each["kind"] == "NetworkPolicy")
+    assert policy["ingress"] == []
+    assert sorted(port["port"] for rule in policy["egress"] for port in rule["ports"]) == [53, 53, 8800]
+    (pod,) = (each["spec"]["template"]["spec"] for each in documents if each["kind"] == "Deployment")
+    mounts = {mount["mountPath"]: mount for mount in pod["containers"][0]["volumeMounts"]}
+    assert mounts["/data"]["readOnly"]
+
+
+def test_deployed_commands_have_the_options_that_they_are_given() -> None:
+    """Of `join` in the manifest, and of what the comments tell people to type."""
+    for name in ("server", "hospital"):
+        text = (ROOT / f"k8s/federation/{name}.yaml").read_text()
+        for command in re.findall(r"dermis federate (\w+)", text):
+            assert CliRunner().invoke(app, ["federate", command, "--help"]).exit_code == 0
+    arguments = CliRunner().invoke(app, ["federate", "join", "--help"], env={"COLUMNS": "200"}).output
+    (pod,) = (
+        each["spec"]["template"]["spec"]
+        for each in yaml.safe_load_all((ROOT / "k8s/federation/hospital.yaml").read_text())
+        if each["kind"] == "Deployment"
+    )
+    for argument in pod["containers"][0]["args"][2:]:
+        assert argument.partition("=")[0] in arguments

@@ -107,6 +107,8 @@ def curves(hospitals: Hospitals) -> Curves:
     for arm in hospitals.arms:
         of: dict[str, list[Point]] = {}
         for line in read_rounds(hospitals.out / arm):
+            if line["round"] > federation.rounds:  # of an arm that was run further before
+                break
             for name, numbers in line.get("measured", {}).items():
                 # Members are numbered by size where they meet, so the k-th is the k-th smallest hospital.
                 hospital = name if name in by_size else arm if arm in by_size else by_size[int(name.split("-")[1]) - 1]

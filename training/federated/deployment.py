@@ -1,7 +1,8 @@
 """Flower's programs with the options that hospitals want: TLS, keys of members, no telemetry, nothing installed on the way.
 
-The server's folder: `server.toml`, `certificates/`, `superlink.db` (members' keys, messages in flight), `flower/` (Flower's
-own home) and `runs/NAME` (state, record and result of a federation). A member gets an invitation, one TOML file.
+The server's folder: `server.toml`, `certificates/` (what members see), `superlink.db` (members' keys, messages in flight),
+`flower/` (Flower's own home, and the certificates of its loopback) and `runs/NAME` (state, record and result of a
+federation). A member gets an invitation, one TOML file.
 """
 
 from __future__ import annotations
@@ -47,6 +48,10 @@ class Server:
         return self.folder / "certificates"
 
     @property
+    def inner_certificates(self) -> Path:
+        return self.folder / "flower" / "certificates"
+
+    @property
     def environment(self) -> dict[str, str]:
         return environment(self.folder / "flower")
 
@@ -70,17 +75,24 @@ class Invitation:
 
 
 def new_server(folder: Path, hosts: Sequence[str], port: int) -> Server:
-    """Write the folder. TrainingError if it is a server's already."""
+    """Write the folder. Certificates that lie in its `certificates` already are used: an authority's own, say.
+
+    TrainingError if it is a server's already.
+    """
     if (folder / SETTINGS).exists():
         raise TrainingError(f"{folder}: is a server's folder already; start it with dermis federate serve {folder}")
+    if not hosts:
+        raise TrainingError("--host: give the name or address by which members reach the server")
     if not 1 <= port < 65535:
         raise TrainingError(f"--port: {port} is not from 1 to 65534")
     server = Server(folder, tuple(hosts), port)
-    # The server's own programs reach it over loopback.
-    write_certificates(server.certificates, list(dict.fromkeys([*hosts, "localhost", _LOOPBACK])))
+    if not all((server.certificates / name).exists() for name in (CA, CERTIFICATE, KEY)):
+        write_certificates(server.certificates, hosts)
+    if not (server.inner_certificates / CA).exists():
+        write_certificates(server.inner_certificates, [_LOOPBACK, "localhost"])
     connection = {
         "address": f"{_LOOPBACK}:{server.inner_port}",
-        "root-certificates": str((server.certificates / CA).resolve()),
+        "root-certificates": str((server.inner_certificates / CA).resolve()),
     }
     home = {"superlink": {"default": CONNECTION, CONNECTION: connection}}
     write_file(folder / "flower" / "config.toml", tomli_w.dumps(home).encode())
@@ -112,9 +124,9 @@ def superlink_command(server: Server) -> list[str]:
     """Flower's server, on loopback: whoever reaches it may start runs, and so run what they like at the members."""
     return [
         program("flower-superlink"),
-        "--ssl-ca-certfile", str(server.certificates / CA),
-        "--ssl-certfile", str(server.certificates / CERTIFICATE),
-        "--ssl-keyfile", str(server.certificates / KEY),
+        "--ssl-ca-certfile", str(server.inner_certificates / CA),
+        "--ssl-certfile", str(server.inner_certificates / CERTIFICATE),
+        "--ssl-keyfile", str(server.inner_certificates / KEY),
         "--enable-supernode-auth",
         "--disable-runtime-dependency-installation",
         "--database", str(server.folder / "superlink.db"),

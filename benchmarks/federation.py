@@ -1,0 +1,171 @@
+"""What a round costs in a real federation on one machine: Flower's server and members as programs, TLS, keys, loopback.
+
+    python -m benchmarks.federation --rounds 2                      # tiny networks: what Flower itself takes
+    python -m benchmarks.federation --large --wire-dtype fp16       # two networks of 25 million weights
+
+Members train on generated images, one step a round, so that what is measured is the exchange.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+TINY = "batch=4 z_dim=8 w_dim=8 channel_base=64 channel_max=8"
+# 24.8 million weights in the generator, 28.9 in the discriminator; nothing that only takes time.
+LARGE = "batch=1 channel_base=32768 channel_max=512 pl_weight=0 r1_gamma=0 augment=none mapping_layers=8"
+
+
+@dataclass
+class Loopback:
+    """A server and its members, each a program of its own, with everything they say in `folder`."""
+
+    folder: Path
+    port: int
+    running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    logs: list[IO[bytes]] = field(default_factory=list)
+
+    @property
+    def server(self) -> Path:
+        return self.folder / "server"
+
+    @property
+    def invitation(self) -> Path:
+        return self.folder / "invitation.toml"
+
+    def call(self, *arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+        """One `dermis federate` command to its end."""
+        return subprocess.run(
+            self._command(arguments), capture_output=True, text=True, timeout=timeout, check=False, cwd=self.folder
+        )
+
+    def start(self, name: str, *arguments: str) -> None:
+        """One `dermis federate` command in the background, in a session of its own."""
+        log = (self.folder / f"{name}.log").open("ab")
+        self.logs.append(log)
+        self.running[name] = subprocess.Popen(
+            self._command(arguments), stdout=log, stderr=log, cwd=self.folder, start_new_session=True
+        )
+
+    def kill(self, name: str) -> None:
+        """As if its machine had lost power: the program and all that it started."""
+        process = self.running.pop(name)
+        # Flower's helpers end by themselves when their parent is gone; a killed machine would not wait for that.
+        subprocess.run(["pkill", "-KILL", "-s", str(process.pid)], check=False)
+        process.wait()
+
+    def serve(self) -> None:
+        """Start the server and wait until it answers."""
+        self.start("serve", "serve", str(self.server), "--host", "127.0.0.1")
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            for port in (self.port, self.port + 1):
+                with socket.socket() as probe:
+                    if probe.connect_ex(("127.0.0.1", port)):
+                        break
+            else:
+                return
+            time.sleep(0.5)
+        raise TimeoutError((self.folder / "serve.log").read_text())
+
+    def join(self, number: int, data: Path, *options: str) -> None:
+        """Start member `number` (from 1) with this data."""
+        key, state = self.folder / f"member-{number}.key", self.folder / f"state-{number}"
+        self.start(
+            f"member-{number}", "join", str(self.invitation), "--data", str(data), "--key", str(key), "--state", str(state),
+            "--threads", "1", "--port", str(self.port + 10 + number), *options,
+        )  # fmt: skip
+
+    def _command(self, arguments: Sequence[str]) -> list[str]:
+        return [sys.executable, "-m", "commands.main", "federate", *arguments]
+
+
+@contextmanager
+def loopback(folder: Path, members: int, *invite: str) -> Iterator[Loopback]:
+    """A running server in `folder` with the keys of `members` registered. All programs are ended at the end."""
+    port = free_ports()
+    made = Loopback(folder, port)
+    _succeed(made.call("init", str(made.server), "--host", "127.0.0.1", "--port", str(port)))
+    try:
+        made.serve()
+        for number in range(1, members + 1):
+            key = folder / f"member-{number}.key"
+            _succeed(made.call("key", str(key)))
+            _succeed(made.call("register", str(made.server), f"{key}.pub", "--name", f"hospital {number}"))
+        _succeed(made.call("invite", str(made.server), "--out", str(made.invitation), "--min-images", "10", *invite))
+        yield made
+    finally:
+        for name in list(made.running):
+            made.kill(name)
+        for log in made.logs:
+            log.close()
+
+
+def free_ports() -> int:
+    """A port that is free together with the next twenty, as far as can be known."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return min(int(probe.getsockname()[1]), 60000)
+
+
+def _succeed(done: subprocess.CompletedProcess[str]) -> None:
+    if done.returncode:
+        raise RuntimeError(done.stdout + done.stderr)
+
+
+def main() -> None:
+    """Run and print."""
+    from training.federated.dry_round import write_images
+    from training.federated.rounds import read_rounds
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--members", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--large", action="store_true", help="two networks of 25 million weights, 256 px")
+    parser.add_argument("--wire-dtype", default="fp32")
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args()
+    size = 256 if given.large else 8
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write_images(folder / "data", 24, size, ("benign", "malignant"))
+        with loopback(folder, given.members) as made:
+            for number in range(1, given.members + 1):
+                made.join(number, folder / "data", "--validation", "0")
+            start = time.monotonic()
+            done = made.call(
+                "run", str(made.server), "--rounds", str(given.rounds), "--iterations", "1", "--resolution", str(size),
+                "--federation", f"options={LARGE if given.large else TINY}", "--federation", "evaluate_rounds=0",
+                "--federation", f"wire_dtype={given.wire_dtype}", "--federation", f"clients={given.members}",
+                "--federation", f"min_clients={given.members}", "--federation", "precision=fp32", timeout=3600,
+            )  # fmt: skip
+            _succeed(done)
+            lines = read_rounds(made.server / "runs" / "federation")
+            found: dict[str, Any] = {
+                "members": given.members,
+                "wire_dtype": given.wire_dtype,
+                "megabytes_down": round(lines[-1]["bytes_down"] / 1e6, 1),
+                "megabytes_up": round(lines[-1]["bytes_up"] / 1e6, 1),
+                "seconds_a_round": [line["seconds"] for line in lines],
+                "training_seconds": [max(m["seconds"] for m in line["members"].values()) for line in lines],
+                "seconds_in_all": round(time.monotonic() - start, 1),
+            }
+    if given.json:
+        print(json.dumps(found))
+        return
+    for name, value in found.items():
+        print(f"{name.replace('_', ' '):20} {value}")
+
+
+if __name__ == "__main__":
+    main()
