@@ -66,6 +66,9 @@ def simulate(
     out: Annotated[Path, typer.Option(help="Folder of the federation: its state, record, and result.")],
     hospitals: Annotated[int, typer.Option(help="How many; three have the paper's proportions unless --sizes.")] = 3,
     sizes: Annotated[str, typer.Option(help="Their proportions, such as 2000,12000,20000.")] = "",
+    split: Annotated[
+        Path | None, typer.Option(help="Folder of `dermis data split`: each of its parts is a hospital, but `rest`.")
+    ] = None,
     metadata: Annotated[Path | None, typer.Option(help="CSV file; default: metadata.csv in --data.")] = None,
     class_column: Annotated[str | None, typer.Option(help="CSV column of the classes; default: target, ...")] = None,
     task: TaskOption = "gan",
@@ -92,10 +95,11 @@ def simulate(
 
     from commands.federate_screen import screen
     from training.data.sources import read_source
-    from training.federated.simulate import divide, hospital_sites, hospital_sizes
+    from training.federated.simulate import divide, hospital_sites, hospital_sizes, hospitals_of_split
     from training.federated.simulate import simulate as run
 
-    wanted = hospital_sizes(hospitals, parse_sizes(sizes))
+    parts = None if split is None else hospitals_of_split(split)
+    wanted = parts or hospital_sizes(hospitals, parse_sizes(sizes))
     federation = federation_of(
         settings,
         options,
@@ -113,8 +117,11 @@ def simulate(
         min_clients=min(2, len(wanted)),
     )
     federation = replace(federation, clients=len(wanted))
-    source = read_source(data, metadata=metadata, class_column=class_column, binary=federation.binary)
-    tables = divide(source, wanted, out, seed)
+    if parts is None:
+        source = read_source(data, metadata=metadata, class_column=class_column, binary=federation.binary)
+        tables = divide(source, hospital_sizes(hospitals, parse_sizes(sizes)), out, seed)
+    else:
+        tables = parts
     sites = hospital_sites(data, tables, out, class_column=class_column, cache=cache, device=device)
     try:
         with screen(out) as tell:

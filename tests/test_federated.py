@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -225,6 +226,7 @@ def test_a_member_that_dies_in_a_round_comes_back(skin: Path, tmp_path: Path) ->
     state = run_federation(grid, federation, tmp_path / "out")
     lines = read_rounds(tmp_path / "out")
     assert state.round == 4
+    assert [member.rounds for member in state.participants] == [4, 4, 2]
     assert [line["silent"] for line in lines] == [[], ["member-3"], ["member-3"], []]
     assert sorted(lines[3]["members"]) == ["member-1", "member-2", "member-3"]
 
@@ -354,3 +356,14 @@ def test_state_is_that_of_the_last_whole_round(skin: Path, tmp_path: Path) -> No
     state: GlobalState = simulate(replace(federation, rounds=1), _sites(skin, tmp_path / "m"), tmp_path / "out")
     assert state.round == 1
     assert not list((tmp_path / "out").glob("*.partial"))
+
+
+def test_a_result_that_was_not_written_is_written_by_the_next_start(skin: Path, tmp_path: Path) -> None:
+    """The server dies after its last round, before the bundle."""
+    federation = _federation(rounds=1)
+    simulate(federation, _sites(skin, tmp_path / "m"), tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "bundle")
+    status = json.loads((tmp_path / "out" / "status.json").read_text())
+    (tmp_path / "out" / "status.json").write_text(json.dumps(status | {"phase": "measuring"}))
+    simulate(federation, _sites(skin, tmp_path / "m"), tmp_path / "out")
+    assert open_bundle(tmp_path / "out" / "bundle").name == "federation"

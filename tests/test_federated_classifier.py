@@ -114,7 +114,7 @@ def test_proximal_pull_keeps_weights_nearer(skin: Path, tmp_path: Path) -> None:
 
 
 def test_counts_of_another_form_are_refused(tmp_path: Path) -> None:
-    state = GlobalState("run", 1, {}, members={"1": Member("member-1", 3, 3, {"benign": 2, "malignant": 1})})
+    state = GlobalState("run", 1, {}, members={"1": Member("member-1", 3, 3, {"benign": 2, "malignant": 1}, rounds=1)})
     good = torch.ones(2, BINS, dtype=torch.int64)
     for bad in (good[:, :-1], -good, good * 10**6):
         counts = {"member-1/validation": good, "member-1/test": bad}

@@ -18,7 +18,7 @@ from training.federated.rounds import read_rounds
 
 OPTIONS = (
     "--resolution", "8", "--iterations", "2", "--federation", f"options={TINY}", "--federation", "evaluate_rounds=0",
-    "--federation", "precision=fp32", "--federation", "round_timeout=60.0", "--federation", "min_clients=2",
+    "--federation", "precision=fp32", "--federation", "round_timeout=120.0", "--federation", "min_clients=2",
 )  # fmt: skip
 
 
@@ -52,7 +52,7 @@ def test_a_federation_survives_the_death_of_a_member_and_of_its_server(tmp_path:
         trusted = ssl.create_default_context(cafile=str(made.server / "certificates" / "ca.pem"))
         with httpx.Client(base_url=f"https://127.0.0.1:{made.port}", verify=trusted) as client:
             assert client.post("/v1/control/list-runs").status_code == 404
-            assert client.post("/v1/fleet/pull-messages").status_code in (400, 401, 403)
+            assert client.post("/v1/fleet/pull-messages").status_code in (400, 401, 403, 415)  # Flower answers
             assert client.get("/healthz").text == "ok"
 
         for number in (1, 2, 3):

@@ -27,6 +27,7 @@ from test_federated import _federation, _grid, _sites
 from tiny_skin import make_skin
 from training.experiments.hospitals import Point, levels, markdown, reached
 from training.federated.check import check_site
+from training.federated.client_app import app
 from training.federated.config import FederationConfig, parse_options, parse_run_config
 from training.federated.counting import CountingGrid
 from training.federated.deployment import (
@@ -40,6 +41,7 @@ from training.federated.deployment import (
 )
 from training.federated.front_door import front_door
 from training.federated.keys import CA, CERTIFICATE, KEY, write_certificates, write_member_key
+from training.federated.local_grid import LocalGrid
 from training.federated.rounds import read_rounds, run_federation
 from training.federated.simulate import divide, hospital_sizes, simulate
 from training.federated.site import Site, parse_node_config
@@ -199,6 +201,14 @@ def test_secure_aggregation_goes_on_without_a_member_that_dies_in_it(skin: Path,
     assert state.tensors["G/mapping.w_avg"].abs().max() < 1.0, "a mask that was left in would be huge"
 
 
+class _Silent(LocalGrid):
+    """Its third member never answers to training."""
+
+    def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> list[Any]:
+        replies = super().send_and_receive(messages, timeout=timeout)
+        return [r for r in replies if r.metadata.message_type != "train" or r.metadata.src_node_id != 3]
+
+
 def test_privacy_clips_adds_noise_and_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("training.federated.classifier_result.finish", lambda federation, state, out, counted: out)
     data = make_skin(tmp_path / "skin", count=96)
@@ -217,6 +227,13 @@ def test_privacy_clips_adds_noise_and_counts(tmp_path: Path, monkeypatch: pytest
     assert read_rounds(tmp_path / "noisy")[1]["epsilon"] > first, "what was spent before a restart must count"
     assert again.privacy is not None
     assert again.privacy["releases"] == 2
+    # A round that fails releases nothing, and is accounted for once when it is done again.
+    silent = _Silent(app, [site.to_node_config() for site in sites], private.to_run_config())
+    with pytest.raises(TrainingError, match="round 3: failed 2 times.*at least 3 members must answer"):
+        run_federation(silent, replace(private, dp_noise=1.0, rounds=3, attempts=2), tmp_path / "noisy")
+    third = simulate(replace(private, dp_noise=1.0, rounds=3), sites, tmp_path / "noisy").privacy
+    assert third is not None
+    assert third["releases"] == 3
     quiet = simulate(
         replace(private, rounds=1), [replace(s, state=tmp_path / f"q{i}") for i, s in enumerate(sites)], tmp_path / "q"
     )

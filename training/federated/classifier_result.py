@@ -72,7 +72,7 @@ def finish(federation: FederationConfig, state: GlobalState, out: Path, counted:
         feature_dim=finished.head.in_features,
         provenance={
             "dataset": {
-                "name": f"federation of {len(state.members)}",
+                "name": f"federation of {len(state.participants)}",
                 "configuration": "real",
                 "split": "by patient at each member",
                 "parts": {"train": _classes(train.labels)} | {part: parts[part].classes for part in _PARTS},
@@ -82,7 +82,7 @@ def finish(federation: FederationConfig, state: GlobalState, out: Path, counted:
             "training": {
                 "configuration": config.to_dict(),
                 "weights": _begun_with(federation),
-                "images": state.round * federation.iterations * config.batch * len(state.members),
+                "images": federation.iterations * config.batch * sum(member.rounds for member in state.participants),
                 "hardware": "the members' own",
             },
             "federation": facts,
@@ -128,8 +128,7 @@ def _from_counts(counts: Tensors, part: str) -> tuple[RealPart, NDArray[np.float
 
 def _training_set(state: GlobalState) -> TrainingSet:
     """The members' training labels, for their numbers; no image is known here."""
-    counts = [sum(member.classes[name] for member in state.members.values()) for name in CLASS_NAMES]
-    labels = np.repeat(np.arange(2, dtype=np.int64), counts)
+    labels = np.repeat(np.arange(2, dtype=np.int64), [state.images_of(name) for name in CLASS_NAMES])
     return TrainingSet((np.zeros((0, 1, 1, 3), np.uint8),), labels)
 
 

@@ -128,6 +128,11 @@ class FederationConfig:
         return tuple(name.strip() for name in self.classes.split(","))
 
     @property
+    def fewest(self) -> int:
+        """Sound updates without which no round counts. Privacy is accounted for with all members, no more and no fewer."""
+        return self.clients if self.dp_noise else self.min_clients
+
+    @property
     def sends_changes(self) -> bool:
         """Whether members send what their weights changed by, and not the weights: rounding then does not add up."""
         return self.wire_dtype != "fp32" or self.secure_aggregation

@@ -11,7 +11,7 @@ from training.federated.global_state import GlobalState
 
 def federation_facts(federation: FederationConfig, state: GlobalState) -> dict[str, Any]:
     """For the provenance of a bundle or classifier. Members by size, without even the numbers that logs call them by."""
-    members = sorted(({"images": m.images, **m.classes} for m in state.members.values()), key=lambda m: m["images"])
+    members = [{"images": m.images, "rounds": m.rounds, **m.classes} for m in state.participants]
     facts: dict[str, Any] = {
         "rounds": state.round,
         "iterations": federation.iterations,
@@ -34,9 +34,11 @@ def federation_facts(federation: FederationConfig, state: GlobalState) -> dict[s
 def federation_section(facts: dict[str, Any]) -> str:
     """Markdown for a card."""
     sizes = ", ".join(f"{member['images']:,}" for member in facts["members"])
+    parts = ", ".join(f"{member['rounds']:,}" for member in facts["members"])
     rows = {
         "rounds": f"{facts['rounds']:,} of {facts['iterations']:,} training steps at each member",
         "members": f"{len(facts['members'])}, with {sizes} training images",
+        "took part in": f"{parts} rounds",
         "averaged by": " ".join([facts["strategy"], facts["strategy_options"]]).strip(),
         "weights on the wire": f"{facts['wire_dtype']}, {facts['gigabytes']:g} GB in all",
         "secure aggregation": "yes" if facts["secure_aggregation"] else "no: the server saw each member's update",

@@ -36,10 +36,10 @@ def finish(federation: FederationConfig, state: GlobalState, out: Path, counted:
     config = gan_config(federation, device)
     iterations = state.round * federation.iterations
     kimg = iterations * config.batch / 1000
-    classes = {name: sum(member.classes[name] for member in state.members.values()) for name in federation.class_names}
+    classes = {name: state.images_of(name) for name in federation.class_names}
     provenance: dict[str, Any] = {
         "dataset": {
-            "name": f"federation of {len(state.members)}",
+            "name": f"federation of {len(state.participants)}",
             "images": state.images,
             "classes": classes,
         },

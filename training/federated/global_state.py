@@ -27,6 +27,7 @@ class Member:
     images: int
     validation: int
     classes: dict[str, int]
+    rounds: int = 0  # in which its update was sound
 
 
 @dataclass
@@ -44,8 +45,16 @@ class GlobalState:
     privacy: dict[str, Any] | None = None
 
     @property
+    def participants(self) -> list[Member]:
+        """Members that have contributed, from the smallest."""
+        return sorted((m for m in self.members.values() if m.rounds), key=lambda member: (member.images, member.name))
+
+    @property
     def images(self) -> int:
-        return sum(member.images for member in self.members.values())
+        return sum(member.images for member in self.participants)
+
+    def images_of(self, class_name: str) -> int:
+        return sum(member.classes[class_name] for member in self.participants)
 
 
 def save_global(out: Path, state: GlobalState, federation: FederationConfig) -> None:

@@ -42,6 +42,12 @@ def with_privacy(strategy: Strategy, federation: FederationConfig, spent: dict[s
     )
 
 
+def withdraw_release(strategy: Strategy, round_number: int) -> None:
+    """Nothing is released of a round that failed: it is asked for again, and accounted for once."""
+    if isinstance(strategy, DifferentialPrivacyServerSideFixedClipping):
+        strategy.aggregate_train(round_number, [])
+
+
 def privacy_spent(strategy: Strategy) -> dict[str, Any] | None:
     """{"epsilon", "delta", "releases"} so far, and the accountant's state; None without privacy."""
     if not isinstance(strategy, DifferentialPrivacyServerSideFixedClipping) or strategy.accountant is None:

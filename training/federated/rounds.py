@@ -11,7 +11,7 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,7 +26,7 @@ from training.federated.client_app import ARRAYS, CONFIG, versions
 from training.federated.config import FederationConfig
 from training.federated.counting import CountingGrid
 from training.federated.global_state import GlobalState, Member, load_global, save_global
-from training.federated.privacy import privacy_spent, with_privacy
+from training.federated.privacy import privacy_spent, with_privacy, withdraw_release
 from training.federated.secure import secure_mean
 from training.federated.strategies import (
     WEIGHT,
@@ -46,6 +46,7 @@ ROUNDS = "rounds.jsonl"
 STATUS = "status.json"
 RESULT = "result"
 _ASK_AGAIN = 60.0  # seconds until a refused node is asked again
+_TO_DESCRIBE = 900.0  # seconds in which a member must have read and decoded its images
 OnRound = Callable[[GlobalState], Mapping[str, Any]]
 
 
@@ -58,6 +59,7 @@ class _Server:
     state: GlobalState
     strategy: Strategy
     tell: Callable[[str], None]
+    known: set[int] = field(default_factory=set)  # nodes that have told what they are since this program began
     refused: dict[int, float] = field(default_factory=dict)
 
     def status(self, phase: str, **more: Any) -> None:
@@ -107,13 +109,15 @@ def run_federation(
 def _all_rounds(server: _Server, on_round: OnRound | None) -> None:
     federation, state = server.federation, server.state
     wanted = federation.clients
+    if state.round >= federation.rounds and not _finished(server):  # it died between its last round and its end
+        _finish(server, _members(server, wanted))
     if state.round == 0 and federation.evaluate_rounds and not (server.out / ROUNDS).exists():
         nodes = _members(server, wanted)
         _record(server, {"round": 0, **_measured(server, nodes), **(on_round(state) if on_round else {})})
     while state.round < federation.rounds:
         start = time.monotonic()
         nodes = _members(server, wanted)
-        wanted = federation.min_clients
+        wanted = federation.fewest
         line = _one_round(server, nodes)
         state.round += 1
         state.seconds += time.monotonic() - start
@@ -154,14 +158,16 @@ def _one_round(server: _Server, nodes: Sequence[int]) -> dict[str, Any]:
                     f"round {state.round + 1}: the mean of sound updates is not: {error}; round {state.round} is kept"
                 ) from None
             state.tensors |= found
+            for node, member in state.members.items():
+                state.members[node] = replace(member, rounds=member.rounds + (member.name in line["members"]))
             return line
         why = "; ".join(f"{name}: {reason}" for name, reason in line["refused"].items())
         silent = f"no answer of {', '.join(line['silent'])}" if line["silent"] else ""
         server.tell(f"round {state.round + 1}, attempt {attempt}: too few sound updates ({why or silent or 'none'})")
-        nodes = _members(server, federation.min_clients)
+        nodes = _members(server, federation.fewest)
     raise TrainingError(
         f"round {state.round + 1}: failed {federation.attempts} times ({why or silent or 'no answer'}); at least "
-        f"{federation.min_clients} members must answer. Round {state.round} is kept: start again to go on with it"
+        f"{federation.fewest} members must answer. Round {state.round} is kept: start again to go on with it"
     )
 
 
@@ -192,8 +198,8 @@ def _open_round(server: _Server, nodes: Sequence[int]) -> tuple[Tensors | None, 
     answered = {reply.metadata.src_node_id for reply in replies}
     silent = sorted(_name(server, node) for node in asked.keys() - answered)
     line = {"members": dict(sorted(numbers.items())), "refused": refused, "silent": silent}
-    enough = federation.clients if federation.dp_noise else federation.min_clients
-    if len(sound) < enough:
+    if len(sound) < federation.fewest:
+        withdraw_release(server.strategy, state.round + 1)
         return None, line
     return aggregate(server.strategy, state.round + 1, sound, server.chosen, uniform=bool(federation.dp_noise)), line
 
@@ -248,30 +254,32 @@ def _members(server: _Server, wanted: int) -> list[int]:
     while True:
         connected = set(server.grid.get_node_ids())
         _get_to_know(server, connected)
-        present = [node for node in connected if str(node) in server.state.members]
+        present = [node for node in connected if node in server.known]
         if len(present) >= wanted:
             break
         if time.monotonic() >= deadline:
-            if len(present) >= federation.min_clients:
+            if len(present) >= federation.fewest:
                 break
             raise TrainingError(
-                f"only {len(present)} of at least {federation.min_clients} members are there after "
+                f"only {len(present)} of at least {federation.fewest} members are there after "
                 f"{federation.wait_timeout:g} seconds; start again when they are. Round {server.state.round} is kept"
             )
         server.status("waiting", present=[_name(server, node) for node in present])
         time.sleep(1)
-    return sorted(present, key=lambda node: _name(server, node))
+    ordered = sorted(present, key=lambda node: _name(server, node))
+    return ordered[: federation.clients] if federation.dp_noise else ordered
 
 
 def _get_to_know(server: _Server, connected: set[int]) -> None:
     """Ask new nodes what they are; those that do not fit are refused, and asked again after a while."""
     now, members = time.monotonic(), server.state.members
-    new = [n for n in connected if str(n) not in members and now - server.refused.get(n, -_ASK_AGAIN) >= _ASK_AGAIN]
+    asked = connected - server.known
+    new = [node for node in asked if now - server.refused.get(node, -_ASK_AGAIN) >= _ASK_AGAIN]
     if not new:
         return
     messages = [Message(RecordDict({}), dst_node_id=node, message_type="query.describe") for node in sorted(new)]
     found = []
-    for reply in server.grid.send_and_receive(messages, timeout=server.federation.round_timeout):
+    for reply in server.grid.send_and_receive(messages, timeout=min(server.federation.round_timeout, _TO_DESCRIBE)):
         node = reply.metadata.src_node_id
         try:
             found.append((node, _described(server, reply)))
@@ -280,9 +288,11 @@ def _get_to_know(server: _Server, connected: set[int]) -> None:
             server.tell(f"a member is refused: {error}")
     for node, counts in sorted(found, key=lambda each: (each[1]["images"], each[0])):
         classes = {name: counts[f"images-{name}"] for name in server.federation.class_names}
-        name = f"member-{len(members) + 1}"
-        members[str(node)] = Member(name, counts["images"], counts["validation"], classes)
-        server.tell(f"{name}: {counts['images']:,} training and {counts['validation']:,} validation images")
+        before = members.get(str(node), Member(f"member-{len(members) + 1}", 0, 0, {}))
+        member = replace(before, images=counts["images"], validation=counts["validation"], classes=classes)
+        members[str(node)] = member
+        server.known.add(node)
+        server.tell(f"{member.name}: {member.images:,} training and {member.validation:,} validation images")
 
 
 def _described(server: _Server, reply: Message) -> dict[str, int]:
@@ -321,6 +331,14 @@ def _measured(server: _Server, nodes: Sequence[int]) -> dict[str, Any]:
     return {"measured": dict(sorted(found.items()))}
 
 
+def _finished(server: _Server) -> bool:
+    try:
+        status = json.loads((server.out / STATUS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(status["phase"] == "finished" and status["round"] == server.state.round)
+
+
 def _finish(server: _Server, nodes: Sequence[int]) -> None:
     """Write the result; a classifier's from the members' counts, which are added up here."""
     counted: Tensors | None = None
@@ -345,7 +363,7 @@ def _config(server: _Server) -> ConfigRecord:
 
 def _name(server: _Server, node: int) -> str:
     member = server.state.members.get(str(node))
-    return member.name if member else "an unknown node"
+    return member.name if member else "Flower"
 
 
 def _exact(tensors: Tensors) -> list[str]:

@@ -32,6 +32,11 @@ def divide(source: Source, sizes: Mapping[str, float], out: Path, seed: int = 0)
         scale = len(source.records) / sum(sizes.values())
         targets = {name: size * scale for name, size in sizes.items()}
         write_split(source, split_by_patient(source.records, targets, seed), folder)
+    return hospitals_of_split(folder)
+
+
+def hospitals_of_split(folder: Path) -> dict[str, Path]:
+    """The CSV of each part that `dermis data split` wrote, but for the rest. DataError if the folder is no split."""
     names = sorted(set(read_split(folder).values()) - {REST})
     return {name: folder / f"{name}.csv" for name in names}
 
