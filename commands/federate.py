@@ -54,10 +54,13 @@ def parse_sizes(text: str) -> list[float]:
 
 
 def federation_of(settings: Sequence[str] | None, options: Sequence[str] | None, **given: Any) -> FederationConfig:
-    """From the options of a command, over which those of --federation win."""
+    """From the options of a command, over which those of --federation win. TrainingError names what does not fit."""
     from training.federated.config import FederationConfig, parse_options
+    from training.federated.rounds import check_options
 
-    return FederationConfig(**(given | {"options": " ".join(settings or [])} | parse_options(options or [])))
+    federation = FederationConfig(**(given | {"options": " ".join(settings or [])} | parse_options(options or [])))
+    check_options(federation)
+    return federation
 
 
 @federate_app.command("simulate")

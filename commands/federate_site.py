@@ -64,7 +64,9 @@ def check(
     console.print(table)
     if not good:
         raise typer.Exit(1)
-    typer.echo(f"this site can join: dermis federate join {invitation} --data {data} --key {key} --state {state}")
+    given = {"--data": data, "--metadata": metadata, "--class-column": class_column, "--key": key, "--state": state}
+    options = " ".join(f"{name} {value}" for name, value in given.items() if value is not None)
+    typer.echo(f"this site can join: dermis federate join {invitation} {options}")
 
 
 def join(

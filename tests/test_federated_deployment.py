@@ -18,11 +18,11 @@ from training.federated.rounds import read_rounds
 
 OPTIONS = (
     "--resolution", "8", "--iterations", "2", "--federation", f"options={TINY}", "--federation", "evaluate_rounds=0",
-    "--federation", "precision=fp32", "--federation", "round_timeout=120.0", "--federation", "min_clients=2",
+    "--federation", "precision=fp32", "--federation", "round_timeout=300.0", "--federation", "min_clients=2",
 )  # fmt: skip
 
 
-def _wait(condition: Callable[[], bool], made: Loopback, seconds: float = 240) -> None:
+def _wait(condition: Callable[[], bool], made: Loopback, seconds: float = 600) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:

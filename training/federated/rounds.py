@@ -23,7 +23,7 @@ from flwr.serverapp.strategy import Strategy
 from dermis.errors import TrainingError
 from dermis.files import write_file
 from training.federated.client_app import ARRAYS, CONFIG, versions
-from training.federated.config import FederationConfig
+from training.federated.config import FederationConfig, classifier_config, gan_config
 from training.federated.counting import CountingGrid
 from training.federated.global_state import GlobalState, Member, load_global, save_global
 from training.federated.privacy import privacy_spent, with_privacy, withdraw_release
@@ -76,6 +76,15 @@ class _Server:
         return through_strategy(self.federation, self.task.optimised, name)
 
 
+def check_options(federation: FederationConfig) -> None:
+    """TrainingError names the first option of the training or of the strategy that does not fit."""
+    if federation.task == "gan":
+        gan_config(federation, torch.device("cpu"))
+    else:
+        classifier_config(federation)
+    new_strategy(federation)
+
+
 def run_federation(
     grid: Grid,
     federation: FederationConfig,
@@ -89,6 +98,7 @@ def run_federation(
     `on_round` may add to a round's record. TrainingError if too few members come, or a round fails as often as
     `attempts` allows; the last good round is kept, and the same call goes on with it.
     """
+    check_options(federation)
     task = task_of(federation)
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
