@@ -400,6 +400,7 @@ def test_levels_are_reached_where_they_were_measured() -> None:
     together = [Point(0, 0, 200, 0), Point(1, 2, 78, 0), Point(2, 4, 60, 0)]
     found = {"h": {"h": alone}, "federated": {"h": together}}
     assert levels(found, "h") == [159.0, 120.0, 100.0, 88.0, 80.0]
+    assert levels({"h": {"h": alone[1:]}}, "h") == [100.0, 88.0, 80.0], "a level above the start says nothing"
     assert reached(alone, 80.0) == alone[2]
     assert reached(together, 80.0) == together[1]
     assert reached(together, 10.0) is None

@@ -121,9 +121,13 @@ def curves(hospitals: Hospitals) -> Curves:
 
 
 def levels(found: Curves, hospital: str) -> list[float]:
-    """Distances to reach: multiples of the best one that every arm reaches for this hospital, rounded up."""
-    best = [min(point.fid for point in of[hospital]) for of in found.values() if of.get(hospital)]
-    return [float(math.ceil(max(best) * factor)) for factor in FACTORS] if best else []
+    """Distances to reach: multiples of the best one that every arm reaches for this hospital, below the start, rounded up."""
+    measured = [of[hospital] for of in found.values() if of.get(hospital)]
+    if not measured:
+        return []
+    best, start = max(_best(points).fid for points in measured), min(points[0].fid for points in measured)
+    wanted = [float(math.ceil(best * factor)) for factor in FACTORS]
+    return [level for level in wanted if level < start]
 
 
 def reached(points: Sequence[Point], level: float) -> Point | None:
