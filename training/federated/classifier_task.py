@@ -29,7 +29,7 @@ from training.data.cache import new_array, read_array
 from training.federated import memory
 from training.federated.config import FederationConfig, classifier_config
 from training.federated.proximal import proximal_pull
-from training.federated.site import Site, site_classifier_data, use_device
+from training.federated.site import Site, site_classifier_data, site_seed, use_device
 from training.federated.task import Order, Update
 from training.federated.wire import Tensors
 from training.gan.checkpoint import load_checkpoint, save_checkpoint
@@ -84,8 +84,7 @@ def train(order: Order, site: Site) -> Update:
     """Some steps of Adam from the global weights, with this hospital's images and its own optimizer."""
     federation, device = order.federation, use_device(site)
     config, real = classifier_config(federation), _real(federation, site)
-    offset = int(real.train.sha256[:6], 16) if site.seed_offset is None else site.seed_offset
-    local = replace(config, seed=(config.seed + offset) % 2**31)
+    local = replace(config, seed=site_seed(site, config.seed, real.train.sha256))
     network, frozen = _network(federation)
     network.to(device)
     state, ranks = new_state(network, local), Ranks(device=device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,9 @@ import torch
 from dermis import __version__
 from dermis.bundle import write_bundle
 from dermis.imaging import contact_sheet, encode
-from dermis.networks import Discriminator, Generator
+from dermis.networks import Generator
 from training.federated.config import FederationConfig, gan_config
 from training.federated.facts import federation_facts, federation_section
-from training.federated.gan_task import local_config
 from training.federated.global_state import GlobalState
 from training.federated.wire import Tensors
 from training.gan.card import model_card
@@ -30,7 +30,10 @@ def averaged_generator(federation: FederationConfig, tensors: Tensors) -> Genera
 
 
 def finish(federation: FederationConfig, state: GlobalState, out: Path, counted: Tensors | None) -> Path:
-    """Write (or replace) out/bundle and the grid of samples; returns the bundle's folder."""
+    """Write (or replace) out/bundle and the grid of samples; returns the bundle's folder.
+
+    Without the discriminator, which knows more of the training images than the generator does.
+    """
     device = torch.device("cpu")
     generator = averaged_generator(federation, state.tensors)
     config = gan_config(federation, device)
@@ -45,7 +48,7 @@ def finish(federation: FederationConfig, state: GlobalState, out: Path, counted:
         },
         "kimg": kimg,  # at each member
         "training": {
-            "configuration": local_config(federation, device, kimg).to_dict(),
+            "configuration": replace(config, total_kimg=kimg).to_dict() | {"precision": federation.precision},
             "hardware": "the members' own",
             "hours": round(state.seconds / 3600, 3),
             "augment_p": float(state.tensors["p"].item()),
@@ -59,15 +62,10 @@ def finish(federation: FederationConfig, state: GlobalState, out: Path, counted:
     }
     grid = contact_sheet(sample_grid(generator, device), columns=GRID)
     (out / f"samples-{state.round:06d}.png").write_bytes(encode(grid))
-    discriminator = None
-    if federation.share == "both" and not config.projected:
-        discriminator = Discriminator(config.discriminator)
-        discriminator.load_state_dict(_under(state.tensors, "D/"))
     write_bundle(
         out / FOLDER,
         name=federation.name,
         generator=generator,
-        discriminator=discriminator,
         class_names=federation.class_names if federation.conditional else (),
         provenance=provenance,
         metrics={},

@@ -29,11 +29,10 @@ from training.evaluation.features import labels_in_proportion, real_features
 from training.federated import memory
 from training.federated.config import FederationConfig, gan_config
 from training.federated.proximal import proximal_pull
-from training.federated.site import Site, SiteImages, site_images, use_device
+from training.federated.site import Site, SiteImages, site_images, site_seed, use_device
 from training.federated.task import Order, Update
 from training.federated.wire import RefusedError, Tensors
 from training.gan.batches import batches
-from training.gan.config import GanConfig
 from training.gan.health import Health
 from training.gan.loss import Phases
 from training.gan.parallel import Ranks
@@ -127,7 +126,7 @@ def train(order: Order, site: Site) -> Update:
     federation, device = order.federation, use_device(site)
     images = _images(federation, site)
     dataset, config = images.train, gan_config(federation, device)
-    local = replace(config, seed=images.seed(site, config.seed))
+    local = replace(config, seed=site_seed(site, config.seed, dataset.sha256))
     if len(dataset.labels) < config.batch:
         raise TrainingError(f"batch: {config.batch} is more than this hospital's {len(dataset.labels)} training images")
     state = new_state(config, device)
@@ -237,8 +236,3 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 def _fused(optimizer: torch.optim.Optimizer) -> bool:
     return bool(optimizer.param_groups[0].get("fused"))
-
-
-def local_config(federation: FederationConfig, device: torch.device, total_kimg: float) -> GanConfig:
-    """The configuration with its length, for cards."""
-    return replace(gan_config(federation, device), total_kimg=total_kimg)

@@ -76,10 +76,14 @@ class SiteImages:
     train: ImageDataset
     validation: ImageDataset | None
 
-    def seed(self, site: Site, seed: int) -> int:
-        """The seed of this hospital's training: two with the same would draw the same latents all along."""
-        offset = int(self.train.sha256[:6], 16) if site.seed_offset is None else site.seed_offset
-        return (seed + offset) % 2**31
+
+def site_seed(site: Site, seed: int, data: str) -> int:
+    """The seed of this hospital's training: two with the same would draw the same latents all along.
+
+    `data` is the SHA-256 of its training images, from which the offset follows unless the site names one.
+    """
+    offset = int(data[:6], 16) if site.seed_offset is None else site.seed_offset
+    return (seed + offset) % 2**31
 
 
 @lru_cache(maxsize=16)
