@@ -72,7 +72,7 @@ def test_stopped_and_resumed_is_bit_for_bit_the_same(
 ) -> None:
     whole = run(real, tmp_path / "whole", config(balance="sampling"))
     assert not whole.stopped and whole.epoch == 2
-    step, calls = loop._step, []
+    step, calls = loop.training_step, []
 
     def interrupted(*args: Any) -> None:
         step(*args)
@@ -80,7 +80,7 @@ def test_stopped_and_resumed_is_bit_for_bit_the_same(
         if len(calls) in (3, 7, 8):  # in the middle of an epoch, and at its last step
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(loop, "_step", interrupted)
+    monkeypatch.setattr(loop, "training_step", interrupted)
     for resume, steps in ((False, 3), (True, 7), (True, 8)):
         parts = run(real, tmp_path / "parts", config(balance="sampling"), resume=resume)
         assert parts.stopped and len(calls) == steps
