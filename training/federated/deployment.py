@@ -29,6 +29,9 @@ from training.federated.site import Site
 APP = Path(__file__).parent / "flower-app"
 SETTINGS, CONNECTION = "server.toml", "federation"
 _LOOPBACK = "127.0.0.1"
+_DATABASE_SECONDS = (
+    300  # for which a write waits for another; Flower keeps arrays there, and SQLite's own 5 are too few
+)
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,7 @@ def superlink_command(server: Server) -> list[str]:
         "--ssl-keyfile", str(server.inner_certificates / KEY),
         "--enable-supernode-auth",
         "--disable-runtime-dependency-installation",
-        "--database", str(server.folder / "superlink.db"),
+        "--database", f"sqlite:///{(server.folder / 'superlink.db').resolve()}?timeout={_DATABASE_SECONDS}",
         "--host", _LOOPBACK,
         "--port", str(server.inner_port),
     ]  # fmt: skip
