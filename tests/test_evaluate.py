@@ -115,7 +115,8 @@ def test_command_measures_writes_and_shows(
     shapes = {picture.shape for picture in pictures}
     assert (16, 16 * 6 + 4, 3) in shapes, "a sample, a gap and its 5 neighbours"
     assert len(pictures) == 12 + 8 + 2 + 3  # closest, unselected, samples and walks of 2 classes and between them
-    assert "http" not in page, "the page needs nothing from elsewhere"
+    text = re.sub(r"base64,[^\"]+", "", page)  # the letters of a picture may spell anything
+    assert "http" not in text, "the page needs nothing from elsewhere"
     assert "This page shows training images" in page
     assert not list(Path(bundle.location).glob("**/*.html"))
 
