@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -193,7 +194,8 @@ def test_the_page_shows_mistakes_first_and_a_second_run_computes_nothing(
     assert NOTICE in page and "This page shows the images" in page and "7 of 12 images" in page
     figures = page.split("<figure>")[1:]
     assert len(figures) == 7 and all(figure.count("data:image/png;base64,") == 3 for figure in figures)
-    assert "http" not in page.replace("arXiv", "") and "<script" not in page  # it needs nothing else
+    text = re.sub(r"base64,[^\"]+", "", page)  # the letters of a picture may spell anything
+    assert "http" not in text.replace("arXiv", "") and "<script" not in page  # it needs nothing else
     wrong = ['class="wrong"' in figure for figure in figures]
     assert wrong == sorted(wrong, reverse=True) and any(wrong)
     distance = [abs(float(figure.split("calibrated\n")[1].split()[0]) - 0.5) for figure in figures]
