@@ -71,7 +71,6 @@ def screen(out: Path) -> Iterator[Callable[[str], None]]:
     from rich.console import Console
     from rich.live import Live
 
-    told: list[str] = []
     ended = threading.Event()
     with Live(console=Console(stderr=True), refresh_per_second=2) as live:
 
@@ -83,7 +82,7 @@ def screen(out: Path) -> Iterator[Callable[[str], None]]:
         thread = threading.Thread(target=refresh, daemon=True)
         thread.start()
         try:
-            yield told.append
+            yield live.console.print
         finally:
             ended.set()
             thread.join()

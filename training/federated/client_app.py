@@ -93,7 +93,7 @@ def train(message: Message, context: Context) -> Message:
     # What secure aggregation hides in the weights is not to be told by the losses.
     stats = {} if federation.secure_aggregation else {k: v for k, v in update.stats.items() if math.isfinite(v)}
     numbers = MetricRecord({"num-examples": update.images, **stats})
-    arrays = encode(tensors, "fp32" if federation.secure_aggregation else federation.wire_dtype, _exact(tensors))
+    arrays = encode(tensors, "fp32" if federation.secure_aggregation else federation.wire_dtype)
     return Message(RecordDict({ARRAYS: arrays, METRICS: numbers}), reply_to=message)
 
 
@@ -133,8 +133,3 @@ def _name(run: str) -> str:
     if not (0 < len(run) <= 64 and run.isalnum()):
         raise RefusedError(f"the run has no name of letters and digits: {json.dumps(run)[:80]}")
     return run
-
-
-def _exact(tensors: dict[str, Any]) -> list[str]:
-    """What 16 bits would spoil: an optimizer's averages of squares."""
-    return [name for name in tensors if name.startswith(("G_opt/", "D_opt/"))]

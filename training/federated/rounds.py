@@ -183,7 +183,7 @@ def _one_round(server: _Server, nodes: Sequence[int]) -> dict[str, Any]:
 
 def _open_round(server: _Server, nodes: Sequence[int]) -> tuple[Tensors | None, dict[str, Any]]:
     federation, state = server.federation, server.state
-    arrays = encode(state.tensors, federation.wire_dtype, _exact(state.tensors))
+    arrays = encode(state.tensors, federation.wire_dtype)
     weights = {name: state.tensors[name] for name in server.decided}
     asked = {}
     for instruction in instructions(server.strategy, state.round + 1, weights, nodes, _config(server)):
@@ -327,7 +327,7 @@ def _measured(server: _Server, nodes: Sequence[int]) -> dict[str, Any]:
     """Every member's own measurement of the global model."""
     server.status("measuring")
     federation, state = server.federation, server.state
-    content = RecordDict({ARRAYS: encode(state.tensors, federation.wire_dtype, _exact(state.tensors))})
+    content = RecordDict({ARRAYS: encode(state.tensors, federation.wire_dtype)})
     messages = [Message(content, dst_node_id=node, message_type=MessageType.EVALUATE) for node in nodes]
     found = {}
     for reply in server.grid.send_and_receive(messages, timeout=federation.round_timeout):
@@ -374,10 +374,6 @@ def _config(server: _Server) -> ConfigRecord:
 def _name(server: _Server, node: int) -> str:
     member = server.state.members.get(str(node))
     return member.name if member else "Flower"
-
-
-def _exact(tensors: Tensors) -> list[str]:
-    return [name for name in tensors if name.startswith(("G_opt/", "D_opt/"))]
 
 
 def summary(line: Mapping[str, Any], rounds: int) -> str:

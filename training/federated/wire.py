@@ -1,12 +1,12 @@
 """Tensors as Flower's arrays and back, and what is refused on the way.
 
-What travels is float32, or 16 bits wide as float16 or bfloat16. float64 (single numbers), and values that float16 cannot
-hold, travel as they are. Whatever arrives is float32 again before anything is computed with it.
+What travels is float32, or 16 bits wide as float16 or bfloat16. float64 (single numbers), an optimizer's averages, and
+values that float16 cannot hold, travel as they are. Whatever arrives is float32 again before anything is computed with it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from dermis.errors import TrainingError
 from training.federated.config import WireDtype
 
 Tensors = dict[str, Tensor]
+_EXACT = ("G_opt/", "D_opt/")  # 16 bits would spoil an optimizer's averages of squares
 _KNOWN = {"float32", "float64", "float16", "uint16"}  # uint16 holds the bits of bfloat16
 
 
@@ -24,13 +25,12 @@ class RefusedError(TrainingError):
     """An update that must not reach the global model; the message says why."""
 
 
-def encode(tensors: Mapping[str, Tensor], dtype: WireDtype = "fp32", exact: Iterable[str] = ()) -> ArrayRecord:
-    """Arrays under the same names. Those in `exact` are not narrowed."""
-    kept = set(exact)
+def encode(tensors: Mapping[str, Tensor], dtype: WireDtype = "fp32") -> ArrayRecord:
+    """Arrays under the same names."""
     record = ArrayRecord()
     for name, tensor in tensors.items():
         value = tensor.detach().cpu().contiguous()
-        if dtype == "fp32" or value.dtype == torch.float64 or name in kept:
+        if dtype == "fp32" or value.dtype == torch.float64 or name.startswith(_EXACT):
             array = value.numpy()
         elif dtype == "bf16":
             array = value.bfloat16().view(torch.uint16).numpy()
