@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -24,6 +23,7 @@ from training.federated.local_grid import LocalGrid
 from training.federated.rounds import read_rounds, run_federation
 from training.federated.simulate import simulate
 from training.federated.site import Site, site_images
+from training.federated.wire import pack, unpack
 from training.gan.loop import train
 
 CPU = torch.device("cpu")
@@ -138,26 +138,27 @@ class _Sabotaged(LocalGrid):
                 yield reply
 
 
-def _with_array(change: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]) -> Callable[[Any], Any]:
+def _repacked(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Any], Any]:
     def spoil(reply: Any) -> Any:
-        from flwr.app import Array
-
-        arrays = reply.content["arrays"]
-        name = "G/synthesis.b8.conv1.weight"
-        arrays[name] = Array(change(arrays[name].numpy().copy()))
+        tensors = unpack(reply.content["arrays"])
+        change(tensors)
+        reply.content["arrays"] = pack(tensors)
         return reply
 
     return spoil
 
 
-def _nan(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    array.flat[0] = np.nan
-    return array
+def _with_weight(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Any], Any]:
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        name = "G/synthesis.b8.conv1.weight"
+        tensors[name] = change(tensors[name].clone())
+
+    return _repacked(spoil)
 
 
-def _without_one(reply: Any) -> Any:
-    del reply.content["arrays"]["pl_mean"]
-    return reply
+def _nan(weight: torch.Tensor) -> torch.Tensor:
+    weight.view(-1)[0] = torch.nan
+    return weight
 
 
 def _boastful(reply: Any) -> Any:
@@ -165,21 +166,20 @@ def _boastful(reply: Any) -> Any:
     return reply
 
 
-def _mislabelled(reply: Any) -> Any:
-    array = reply.content["arrays"]["G/synthesis.b8.conv1.weight"]
-    array.data = b"\x00" * 100
+def _rubbish(reply: Any) -> Any:
+    next(iter(reply.content["arrays"].values())).data = b"\x00" * 100
     return reply
 
 
 @pytest.mark.parametrize(
     ("spoil", "why"),
     [
-        (_with_array(_nan), "not finite"),
-        (_with_array(lambda array: array[:1]), "must be"),
-        (_with_array(lambda array: array.astype(np.complex64)), "must be"),
-        (_without_one, "pl_mean is missing"),
+        (_with_weight(_nan), "not finite"),
+        (_with_weight(lambda weight: weight[:1]), "must be"),
+        (_with_weight(lambda weight: weight.to(torch.int32)), "must be"),
+        (_repacked(lambda tensors: tensors.pop("pl_mean")), "pl_mean is missing"),
         (_boastful, "claims 1000000000 images"),
-        (_mislabelled, "cannot be read"),
+        (_rubbish, "cannot be read"),
     ],
     ids=["nan", "shape", "dtype", "missing", "weight", "rubbish"],
 )

@@ -46,7 +46,7 @@ from training.federated.rounds import read_rounds, run_federation
 from training.federated.simulate import divide, hospital_sizes, simulate
 from training.federated.site import Site, parse_node_config
 from training.federated.strategies import Sound, aggregate, instructions, new_strategy
-from training.federated.wire import RefusedError, changes, decode, encode
+from training.federated.wire import RefusedError, changes, decode, encode, pack
 
 Tensors = dict[str, torch.Tensor]
 
@@ -78,11 +78,15 @@ def test_values_that_float16_cannot_hold_travel_whole() -> None:
 def test_what_does_not_fit_is_refused_by_name() -> None:
     like = {"w": torch.zeros(2, 2)}
     for record, why in [
-        (ArrayRecord(), "w is missing"),
+        (ArrayRecord(), "not packed"),
+        (ArrayRecord({"safetensors": Array(np.zeros(9, np.float32)), "w": Array(np.zeros(4))}), "not packed"),
+        (encode({}), "w is missing"),
         (encode({"w": torch.zeros(2, 2), "x": torch.zeros(1)}), "x was not asked for"),
-        (encode({"w": torch.zeros(4)}), "must be a number format of ours"),
-        (ArrayRecord({"w": Array(np.zeros((2, 2), np.int32))}), "must be a number format of ours"),
-        (ArrayRecord({"w": Array("float32", (2, 2), "numpy.ndarray", b"no array")}), "cannot be read"),
+        (encode({"w": torch.zeros(4)}), r"must be floating-point \[2, 2\]"),
+        (pack({"w": torch.zeros(2, 2, dtype=torch.int32)}), "w is torch.int32"),
+        (encode({"w": torch.zeros(1000)}), "bytes are more than"),
+        (ArrayRecord({"safetensors": Array("uint8", (8,), "numpy.ndarray", b"no array")}), "cannot be read"),
+        (ArrayRecord({"safetensors": Array(np.full(99, 255, np.uint8))}), "cannot be read"),
     ]:
         with pytest.raises(RefusedError, match=why):
             decode(record, like)

@@ -27,7 +27,7 @@ from training.federated.config import FederationConfig, parse_run_config
 from training.federated.secure import SECURE_MODS, asks_for_masking
 from training.federated.site import Site, parse_node_config
 from training.federated.task import Order, Task, task_of
-from training.federated.wire import RefusedError, changes, check_finite, decode, encode
+from training.federated.wire import RefusedError, changes, check_finite, decode, encode, pack
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 FAILED = 1001  # the code of our own errors; Flower's end at 999
@@ -116,7 +116,7 @@ def count(message: Message, context: Context) -> Message:
     if task.count is None:
         raise RefusedError(f"a federation of the task {federation.task} counts nothing")
     tensors = decode(cast(ArrayRecord, message.content[ARRAYS]), task.shapes(federation))
-    return Message(RecordDict({ARRAYS: encode(task.count(federation, site, tensors))}), reply_to=message)
+    return Message(RecordDict({ARRAYS: pack(task.count(federation, site, tensors))}), reply_to=message)
 
 
 def _open(context: Context) -> tuple[FederationConfig, Task, Site]:

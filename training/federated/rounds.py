@@ -39,7 +39,7 @@ from training.federated.strategies import (
     through_strategy,
 )
 from training.federated.task import Task, task_of
-from training.federated.wire import RefusedError, Tensors, check_finite, decode, encode
+from training.federated.wire import RefusedError, Tensors, check_finite, decode, encode, unpack
 from training.gan.loop import locked
 
 ROUNDS = "rounds.jsonl"
@@ -47,6 +47,7 @@ STATUS = "status.json"
 RESULT = "result"
 _ASK_AGAIN = 60.0  # seconds until a refused node is asked again
 _TO_DESCRIBE = 900.0  # seconds in which a member must have read and decoded its images
+_MOST_COUNTS = 64 * 2**20  # bytes
 OnRound = Callable[[GlobalState], Mapping[str, Any]]
 
 
@@ -361,8 +362,12 @@ def _finish(server: _Server, nodes: Sequence[int]) -> None:
             if reply.has_error():
                 server.tell(f"{name} did not count: {reply.error.reason}")
                 continue
-            record = cast(ArrayRecord, reply.content[ARRAYS])
-            counted |= {f"{name}/{key}": torch.from_numpy(array.numpy().copy()) for key, array in record.items()}
+            try:
+                counts = unpack(cast(ArrayRecord, reply.content[ARRAYS]), _MOST_COUNTS)
+            except RefusedError as error:
+                server.tell(f"{name} did not count: {error}")
+                continue
+            counted |= {f"{name}/{key}": value for key, value in counts.items()}
     path = server.task.finish(server.federation, server.state, server.out, counted)
     server.tell(f"round {server.state.round}: {path}")
 

@@ -26,7 +26,7 @@ from flwr.server.workflow import SecAggPlusWorkflow
 from flwr.serverapp import Grid
 
 from training.federated.config import FederationConfig
-from training.federated.wire import RefusedError, Tensors
+from training.federated.wire import RefusedError, Tensors, unpack
 
 FEWEST = 3
 _THRESHOLD = 2 / 3  # of the members, who must answer to the end
@@ -56,10 +56,10 @@ SECURE_MODS: list[Mod] = [secure_mod]
 def _in_older_format(reply: Message) -> Message:
     if reply.has_error():
         raise RefusedError(reply.error.reason)
-    arrays = next(iter(reply.content.array_records.values()))
+    tensors = unpack(next(iter(reply.content.array_records.values())))
     numbers = next(iter(reply.content.metric_records.values()))
     # At least one dimension: Flower's arithmetic in place does nothing to arrays without any.
-    parameters = ndarrays_to_parameters([np.atleast_1d(arrays[name].numpy()) for name in sorted(arrays)])
+    parameters = ndarrays_to_parameters([np.atleast_1d(tensors[name].numpy()) for name in sorted(tensors)])
     result = FitRes(Status(Code.OK, ""), parameters, cast(int, numbers["num-examples"]), {})
     reply.content = recorddict_compat.fitres_to_recorddict(result, keep_input=False)
     return reply

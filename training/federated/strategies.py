@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import Strategy
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from dermis.errors import TrainingError
 from training.experiments.experiment import parse_bare
 from training.federated.config import SELECTING, FederationConfig, StrategyName
-from training.federated.wire import Tensors, decode, encode
+from training.federated.wire import Tensors
 
 STRATEGIES: Mapping[StrategyName, Callable[..., Strategy]] = {
     "fedavg": flower.FedAvg,
@@ -87,7 +87,7 @@ def instructions(
 ) -> list[Message]:
     """The strategy's own messages for a round; their contents are its configuration, their arrays are not used."""
     grid = cast(Grid, _Nodes(nodes))
-    return list(strategy.configure_train(round_number, encode(weights), config, grid))
+    return list(strategy.configure_train(round_number, _arrays(weights), config, grid))
 
 
 def aggregate(
@@ -102,20 +102,25 @@ def aggregate(
     None if the strategy found that it cannot. `uniform` gives every member the same weight in the strategy.
     """
     ordered = sorted(updates, key=lambda update: update.member)
-    names = list(ordered[0].tensors)
+    of = ordered[0].tensors
+    names = list(of)
     found = _mean(ordered, [name for name in names if not chosen(name)])
     decided = [name for name in names if chosen(name)]
     replies = []
     for update in ordered:
         weight = MetricRecord({WEIGHT: 1 if uniform else update.images})
-        arrays = encode({name: update.tensors[name] for name in decided})
+        arrays = _arrays({name: update.tensors[name] for name in decided})
         update.message.content = RecordDict({"arrays": arrays, "metrics": weight})
         replies.append(update.message)
     result, _ = strategy.aggregate_train(round_number, replies)
     if result is None:
         return None
-    like = {name: ordered[0].tensors[name] for name in decided}
-    return found | decode(result, like)
+    return found | {name: torch.from_numpy(result[name].numpy().copy()).to(of[name].dtype) for name in decided}
+
+
+def _arrays(tensors: Tensors) -> ArrayRecord:
+    """As Flower's strategies take them: an array for each weight."""
+    return ArrayRecord({name: Array(value.detach().cpu().numpy()) for name, value in tensors.items()})
 
 
 def _mean(updates: Sequence[Sound], names: Sequence[str]) -> Tensors:
