@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import kubernetes_validate
 import pytest
 import yaml
 from typer.testing import CliRunner
@@ -13,6 +14,7 @@ from commands.main import app
 from services.settings import Settings, SettingsError, read_settings, settings_table
 
 ROOT = Path(__file__).resolve().parents[1]
+MANIFESTS = ["dermis.yaml", "federation/server.yaml", "federation/hospital.yaml"]
 
 
 def packages(file: str) -> set[str]:
@@ -53,7 +55,13 @@ def test_lists_are_split_and_postgres_gets_its_driver(monkeypatch: pytest.Monkey
     assert settings.jobs_url == "postgresql+psycopg://user@host/jobs"
 
 
-@pytest.mark.parametrize("file", ["dermis.yaml", "federation/server.yaml", "federation/hospital.yaml"])
+@pytest.mark.parametrize("file", MANIFESTS)
+def test_manifests_are_what_kubernetes_takes(file: str) -> None:
+    for document in yaml.safe_load_all((ROOT / "k8s" / file).read_text()):
+        kubernetes_validate.validate(document, "1.37", strict=True)
+
+
+@pytest.mark.parametrize("file", MANIFESTS)
 def test_pods_run_as_nobody_in_particular_and_mount_what_there_is(file: str) -> None:
     documents = list(yaml.safe_load_all((ROOT / "k8s" / file).read_text()))
     pods = [each["spec"]["template"]["spec"] for each in documents if each["kind"] == "Deployment"]
