@@ -176,7 +176,7 @@ def _rubbish(reply: Any) -> Any:
     [
         (_with_weight(_nan), "not finite"),
         (_with_weight(lambda weight: weight[:1]), "must be"),
-        (_with_weight(lambda weight: weight.to(torch.int32)), "must be"),
+        (_with_weight(lambda weight: weight.to(torch.complex64)), "must be"),
         (_repacked(lambda tensors: tensors.pop("pl_mean")), "pl_mean is missing"),
         (_boastful, "claims 1000000000 images"),
         (_rubbish, "cannot be read"),

@@ -29,9 +29,8 @@ from training.federated.site import Site
 APP = Path(__file__).parent / "flower-app"
 SETTINGS, CONNECTION = "server.toml", "federation"
 _LOOPBACK = "127.0.0.1"
-_DATABASE_SECONDS = (
-    300  # for which a write waits for another; Flower keeps arrays there, and SQLite's own 5 are too few
-)
+# For which a write to the database waits for another: Flower keeps arrays there, and SQLite's own 5 are too few.
+_DATABASE_SECONDS = 300
 
 
 @dataclass(frozen=True)

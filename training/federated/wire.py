@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord
 from safetensors import SafetensorError
@@ -35,7 +34,7 @@ class RefusedError(TrainingError):
 def pack(tensors: Mapping[str, Tensor]) -> ArrayRecord:
     """Tensors of any dtype under their names."""
     content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-    return ArrayRecord({_PACKED: Array(np.frombuffer(content, np.uint8))})
+    return ArrayRecord({_PACKED: Array("uint8", (len(content),), _PACKED, content)})
 
 
 def unpack(record: ArrayRecord, most_bytes: int | None = None) -> Tensors:
@@ -46,8 +45,8 @@ def unpack(record: ArrayRecord, most_bytes: int | None = None) -> Tensors:
     if most_bytes is not None and len(array.data) > most_bytes:
         raise RefusedError(f"{len(array.data):,} bytes are more than the {most_bytes:,} that were asked for can take")
     try:
-        return load(array.numpy().tobytes())
-    except (SafetensorError, ValueError, TypeError, KeyError, EOFError, OSError) as error:
+        return load(array.data)
+    except (SafetensorError, ValueError, TypeError, KeyError) as error:
         raise RefusedError(f"the tensors cannot be read ({error})") from None
 
 
