@@ -1,12 +1,14 @@
-"""Read an image that somebody sent: PNG, JPEG or WebP by content, within limits, as 8-bit RGB and nothing else.
+"""The one decoder of images from outside: uploads, training images, files on the command line; 8-bit RGB and nothing else.
 
-Nothing of the file but its pixels is kept: no EXIF, no colour profile, no text. The size is looked up in the header before
-anything is decoded.
+Uploads are PNG, JPEG or WebP; of training images everything is read that Pillow decodes as one still picture. Nothing of
+the file but its pixels is kept: no EXIF, no colour profile, no text. The size is looked up in the header before anything
+is decoded.
 """
 
 from __future__ import annotations
 
 import io
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -20,6 +22,13 @@ if TYPE_CHECKING:
 MAX_PIXELS = 40_000_000
 FORMATS = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
 _FORMAT_NAMES = "PNG, JPEG or WebP"
+# Of training images: what Pillow decodes by itself, for the suffixes below.
+TRAINING_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "DIB", "GIF", "PPM", "JPEG2000", "AVIF", "TGA")
+IMAGE_SUFFIXES = frozenset({
+    ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".tif", ".tiff", ".bmp", ".dib", ".gif",
+    ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jpx", ".avif", ".tga",
+})  # fmt: skip
+MAX_TRAINING_PIXELS = 178_956_970  # Pillow's own limit; a camera's image has less
 # A JPEG may hold any number of scans, each as costly to decode as the whole image; encoders make about ten.
 _MAX_SCANS = 100
 _ORIENTATION = 0x0112  # EXIF's tag
@@ -38,40 +47,90 @@ class ImageError(DermisError):
         self.kind = kind
 
 
-def read_image(data: bytes, *, size: int | None = None, max_pixels: int = MAX_PIXELS) -> Images:
+def read_image(
+    data: bytes,
+    *,
+    size: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+    formats: Collection[str] = tuple(FORMATS),
+) -> Images:
     """uint8 [H, W, 3] of an encoded image, turned upright as its EXIF orientation says. Raises ImageError.
 
     With `size` its largest centred square at that size (`dermis.imaging.centre_square`), in much less memory than the
     whole would take: at most 12 bytes a pixel of the file, 4 for what most are (RGB, upright).
 
     1-bit, grey, palette and CMYK images become RGB by Pillow's plain conversion, 16-bit ones by their upper byte;
-    transparency is left out, and colours show as they are stored. So does `dermis data prepare` it. The pictures that
-    phones hide behind the first one of a JPEG are left out; animated PNG and WebP files are refused.
+    transparency is left out, and colours show as they are stored. The pictures that phones hide behind the first one of
+    a JPEG are left out; files of several frames or pages are refused.
+
+    Args:
+        data: The encoded image.
+        size: Side of the square in pixels; None for the whole image.
+        max_pixels: Larger images are refused before they are decoded.
+        formats: Pillow's names of the formats that are read; by default those of uploads.
     """
     from PIL import Image
 
     if not data:
-        raise ImageError("unusable", "is empty (0 bytes); send the image file")
+        raise ImageError("unusable", "is empty (0 bytes); use the original file")
     kind = _format_of(data)
-    if kind is None:
+    if kind is None and len(formats) == len(FORMATS):
         raise ImageError("unsupported", f"is no {_FORMAT_NAMES} image; convert it to PNG")
-    _check_size(_header_size(data, kind), max_pixels)
+    if kind is not None:
+        _check_size(_header_size(data, kind), max_pixels)
     if kind == "JPEG" and data.count(b"\xff\xda") > _MAX_SCANS:
         raise ImageError("unusable", f"is a JPEG of more than {_MAX_SCANS} scans; save it again as a baseline JPEG")
     try:
-        with Image.open(io.BytesIO(data), formats=[kind]) as image:
+        with Image.open(io.BytesIO(data), formats=[kind] if kind else list(formats)) as image:
             _check_size(image.size, max_pixels)
             if kind != "JPEG" and (frames := getattr(image, "n_frames", 1)) > 1:
-                raise ImageError("unusable", f"is animated ({frames} frames); send one of its frames as an image")
+                what = f"has {frames} pages" if image.format == "TIFF" else f"is animated ({frames} frames)"
+                raise ImageError("unusable", f"{what}; use one of them as an image of its own")
             image.load()
             rgb = _upright(_to_rgb(image), _orientation(image))
             return np.asarray(rgb if size is None else centre_square(rgb, size))
     except (ImageError, MemoryError):
         raise
+    except Image.DecompressionBombError:
+        raise ImageError("too-large", f"has more than {max_pixels:,} pixels; scale it down") from None
     except Exception as error:  # Pillow's plugins raise what they like
+        if kind is None and isinstance(error, Image.UnidentifiedImageError):
+            raise ImageError("unsupported", f"is {_content(data)}, not an image that can be read") from None
         if "truncated" in str(error).lower():
-            raise ImageError("unusable", "ends early (truncated); send the whole file") from None
-        raise ImageError("unusable", f"cannot be decoded as {kind}; it is damaged, save it again") from None
+            raise ImageError("unusable", "ends early (truncated); use the whole file") from None
+        raise ImageError(
+            "unusable", f"cannot be decoded as {kind or 'an image'}; it is damaged, save it again"
+        ) from None
+
+
+def read_training_image(data: bytes, size: int | None = None) -> Images:
+    """`read_image` of every format that training images come in, at sizes that only strangers' files are refused for."""
+    return read_image(data, size=size, max_pixels=MAX_TRAINING_PIXELS, formats=TRAINING_FORMATS)
+
+
+def is_image_header(header: bytes) -> bool:
+    """Do the first 16 or more bytes of a file say that it is an image, whatever its name?"""
+    return _format_of(header) is not None or header.startswith(
+        (b"II*\0", b"MM\0*", b"GIF87a", b"GIF89a", b"\0\0\0\x0cjP  ")
+    )
+
+
+def _content(data: bytes) -> str:
+    """In words, what people take for images by mistake."""
+    start = data[:200].lstrip().lower()
+    if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<")):
+        return "a web page (HTML or XML)"
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer (run `git lfs pull`)"
+    if data[:4] == b"%PDF":
+        return "a PDF"
+    if data[128:132] == b"DICM":
+        return "a DICOM file"
+    if data[4:8] == b"ftyp":
+        return "a HEIC image or a video"
+    if data[:4] == b"PK\3\4" or data[:2] == b"\x1f\x8b":
+        return "an archive"
+    return "text" if all(byte >= 32 or byte in b"\t\r\n" for byte in data[:200]) else "data of an unknown kind"
 
 
 def _format_of(data: bytes) -> str | None:
@@ -132,6 +191,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         from PIL import Image
 
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):  # of 32 bits, whose range nothing tells
+        raise ImageError("unusable", "has 32 bits a channel; save it with 8 bits")
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
