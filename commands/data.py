@@ -7,23 +7,26 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from commands.options import (
+    BinaryOption,
+    ClassColumnOption,
+    ImageColumnOption,
+    LayoutOption,
+    MapOption,
+    MetadataOption,
+    SourceArgument,
+    check_maps,
+    describe_source,
+    read_options,
+    show_preparation,
+)
+
 if TYPE_CHECKING:
     from training.data.inspection import Inspection
     from training.data.leaks import Leaks
     from training.data.sources import Source
 
 data_app = typer.Typer(no_args_is_help=True, help="Download, inspect, split and prepare training images.")
-
-SourceArgument = Annotated[
-    Path, typer.Argument(help="ISIC folder with its CSV, folder of class folders, StyleGAN zip, or a CSV alone.")
-]
-MetadataOption = Annotated[
-    Path | None, typer.Option(help="CSV of the images; default: metadata.csv, or the only one with classes.")
-]
-ClassColumnOption = Annotated[str | None, typer.Option(help="CSV column of the classes; default: target, ...")]
-BinaryOption = Annotated[
-    bool, typer.Option("--binary", help="Two classes: malignant (melanoma) and benign (every other diagnosis).")
-]
 
 
 @data_app.command("download")
@@ -55,14 +58,19 @@ def inspect(
     source: SourceArgument,
     out: Annotated[Path, typer.Option(help="Folder for report.json, artefacts.csv and contact-sheet.png.")],
     metadata: MetadataOption = None,
+    image_column: ImageColumnOption = None,
     class_column: ClassColumnOption = None,
     binary: BinaryOption = False,
+    maps: MapOption = None,
+    layout: LayoutOption = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: one a processor.")] = None,
 ) -> None:
     """Show class balance, sizes, missing metadata and artefacts: above all, how many images of a class are framed."""
     from training.data.inspection import inspect_source, write_inspection
 
-    inspection = inspect_source(_read(source, metadata, class_column, binary), workers=workers)
+    inspection = inspect_source(
+        _read(source, metadata, image_column, class_column, binary, maps, layout), workers=workers
+    )
     write_inspection(inspection, out)
     _show_inspection(inspection)
     typer.echo(f"written to {out}", err=True)
@@ -96,8 +104,11 @@ def leaks(
     cache: Annotated[Path, typer.Option(help="Where features are kept.")] = Path(".dermis/cache"),
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     metadata: MetadataOption = None,
+    image_column: ImageColumnOption = None,
     class_column: ClassColumnOption = None,
     binary: BinaryOption = False,
+    maps: MapOption = None,
+    layout: LayoutOption = None,
 ) -> None:
     """Find near-duplicates, those across the parts of a split first. Removing spares the smallest part."""
     from training.data.duplicates import CORRELATION
@@ -107,7 +118,7 @@ def leaks(
     target = out if split is None else out / "split"
     if remove and split is not None:
         check_empty(target)
-    images = _read(source, metadata, class_column, binary)
+    images = _read(source, metadata, image_column, class_column, binary, maps, layout)
     parts = None if split is None else read_split(split)
     extractor = None
     if embedding != "none":
@@ -143,8 +154,11 @@ def prepare(
     licence: Annotated[str, typer.Option(help="Licence of the images, for the data card.")] = "unknown",
     attribution: Annotated[str, typer.Option(help="Whom users must credit, for the data card.")] = "",
     metadata: Annotated[list[Path] | None, typer.Option(help="CSV of the images; once for each source.")] = None,
+    image_column: ImageColumnOption = None,
     class_column: ClassColumnOption = None,
     binary: BinaryOption = False,
+    maps: MapOption = None,
+    layout: LayoutOption = None,
     skip_unlabelled: Annotated[bool, typer.Option("--skip-unlabelled", help="Leave out images with no class.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Refuse to leave out images that are broken.")] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Threads; default: one a processor.")] = None,
@@ -152,11 +166,23 @@ def prepare(
     """Centre-crop, resize and write one StyleGAN zip. Exit status 3 if images were skipped; Ctrl-C, and it goes on."""
     from dermis.errors import DataError
     from training.data.prepare import prepare as prepare_zip
+    from training.data.sources import read_source
 
     if metadata and len(metadata) != len(sources):
         raise DataError(f"--metadata: {len(metadata)} tables for {len(sources)} sources; give it once for each")
     tables: list[Path | None] = [*metadata] if metadata else [None] * len(sources)
-    read = [_read(path, table, class_column, binary) for path, table in zip(sources, tables, strict=True)]
+    read = []
+    for path, table in zip(sources, tables, strict=True):
+        options = read_options(
+            metadata=table,
+            image_column=image_column,
+            class_column=class_column,
+            binary=binary,
+            maps=maps,
+            layout=layout,
+        )
+        read.append(read_source(path, **options))
+    check_maps(read, maps)
     try:
         prepared = prepare_zip(
             read,
@@ -171,6 +197,7 @@ def prepare(
     except KeyboardInterrupt:
         typer.echo(f"stopped; the same command goes on with what is in {out}.partial", err=True)
         raise typer.Exit(130) from None
+    show_preparation(read, prepared)
     classes = ", ".join(f"{count:,} {name}" for name, count in prepared.classes.items()) or "no classes"
     typer.echo(f"{out}: {prepared.images:,} images ({classes}), sha256 {prepared.sha256}")
     if prepared.skipped:
@@ -187,14 +214,17 @@ def split(
     ] = "train-validation",
     seed: Annotated[int, typer.Option(help="Decides which patients go where.")] = 0,
     metadata: MetadataOption = None,
+    image_column: ImageColumnOption = None,
     class_column: ClassColumnOption = None,
     binary: BinaryOption = False,
+    maps: MapOption = None,
+    layout: LayoutOption = None,
 ) -> None:
     """Divide images by patient, with the classes in the same proportions in every part."""
     from training.data.splits import check_empty, split_by_patient, write_split
 
     check_empty(out)
-    images = _read(source, metadata, class_column, binary)
+    images = _read(source, metadata, image_column, class_column, binary, maps, layout)
     divided = split_by_patient(images.records, _part_sizes(parts), seed)
     write_split(images, divided, out)
     from rich.console import Console
@@ -279,10 +309,30 @@ def _show_leaks(found: Leaks, compared: bool) -> None:
     Console().print(table)
 
 
-def _read(path: Path, metadata: Path | None, class_column: str | None, binary: bool) -> Source:
+def _read(
+    path: Path,
+    metadata: Path | None,
+    image_column: str | None,
+    class_column: str | None,
+    binary: bool,
+    maps: list[str] | None,
+    layout: str | None,
+) -> Source:
+    """Read a source and say on stderr what it was taken for."""
     from training.data.sources import read_source
 
-    return read_source(path, metadata=metadata, class_column=class_column, binary=binary)
+    options = read_options(
+        metadata=metadata,
+        image_column=image_column,
+        class_column=class_column,
+        binary=binary,
+        maps=maps,
+        layout=layout,
+    )
+    source = read_source(path, **options)
+    check_maps([source], maps)
+    typer.echo("\n".join(describe_source(source)), err=True)
+    return source
 
 
 def _part_sizes(text: str) -> dict[str, float]:

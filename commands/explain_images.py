@@ -43,7 +43,7 @@ def embedded(classifier: Classifier, sets: Sequence[Pictures], *, thumbnail: int
 
 def binary_class(name: str, class_names: tuple[str, str]) -> str:
     """A class by the classifier's names: itself if it is one, else melanoma is label 1 and any other diagnosis label 0."""
-    from training.data.tables import is_melanoma
+    from training.data.diagnoses import is_melanoma
 
     if not name or name in class_names:
         return name

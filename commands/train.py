@@ -7,6 +7,18 @@ from typing import Annotated
 
 import typer
 
+from commands.options import (
+    BinaryOption,
+    ClassColumnOption,
+    ImageColumnOption,
+    LayoutOption,
+    MapOption,
+    MetadataOption,
+    check_maps,
+    describe_source,
+    read_options,
+)
+
 train_app = typer.Typer(no_args_is_help=True, help="Train generators.")
 
 
@@ -33,8 +45,12 @@ def train_gan(
         bool, typer.Option("--with-discriminator", help="Put the discriminator into the bundle, for others to go on.")
     ] = False,
     conditional: Annotated[bool, typer.Option(help="Learn one class label an image.")] = True,
-    class_column: Annotated[str | None, typer.Option(help="CSV column of the classes; default: target, ...")] = None,
-    metadata: Annotated[Path | None, typer.Option(help="CSV file; default: metadata.csv in --data.")] = None,
+    metadata: MetadataOption = None,
+    image_column: ImageColumnOption = None,
+    class_column: ClassColumnOption = None,
+    binary: BinaryOption = False,
+    maps: MapOption = None,
+    layout: LayoutOption = None,
     batch: Annotated[
         int | None, typer.Option(help="Images a step, of all GPUs; default follows the resolution.")
     ] = None,
@@ -87,7 +103,8 @@ def train_gan(
 
     from dermis.devices import resolve_device
     from dermis.errors import TrainingError
-    from training.data.isic import load_isic
+    from training.data.images import load_images
+    from training.data.sources import read_source as read_images
     from training.gan.best import Measurements
     from training.gan.config import automatic_precision, base_config
     from training.gan.journal import require_tensorboard
@@ -109,7 +126,18 @@ def train_gan(
         if precision == "auto":
             precision = automatic_precision(target)
         with ranks.one_after_another():
-            dataset = load_isic(data, resolution, class_column=class_column, metadata=metadata, cache=cache)
+            options = read_options(
+                metadata=metadata,
+                image_column=image_column,
+                class_column=class_column,
+                binary=binary,
+                maps=maps,
+                layout=layout,
+            )
+            images = read_images(data, **options)
+            check_maps([images], maps)
+            tell("\n".join(describe_source(images)))
+            dataset = load_images(images, resolution, cache=cache)
         try:
             config = base_config(
                 base,

@@ -8,6 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from commands.options import (
+    ClassColumnOption,
+    ImageColumnOption,
+    LayoutOption,
+    MapOption,
+    MetadataOption,
+    read_options,
+)
+
 if TYPE_CHECKING:
     from training.classifier.data import RealData
     from training.classifier.run import Trained
@@ -42,8 +51,11 @@ def train_classifier(
         Path | None, typer.Option(help="Folder of `dermis data split` with train, validation and test.")
     ] = None,
     split_seed: Annotated[int, typer.Option(help="Without --split: of the division by patient, 65, 15 and 20 %.")] = 0,
-    metadata: Annotated[Path | None, typer.Option(help="CSV file; default: metadata.csv in --data.")] = None,
-    class_column: Annotated[str | None, typer.Option(help="CSV column of the diagnosis; default: target, ...")] = None,
+    metadata: MetadataOption = None,
+    image_column: ImageColumnOption = None,
+    class_column: ClassColumnOption = None,
+    maps: MapOption = None,
+    layout: LayoutOption = None,
     epochs: Annotated[int, typer.Option(help="At most.")] = 20,
     patience: Annotated[int, typer.Option(help="Epochs without a better monitor before the run ends.")] = 3,
     monitor: Annotated[str, typer.Option(help="What is watched on validation: auc or loss.")] = "auc",
@@ -129,12 +141,13 @@ def train_classifier(
             real = load_real(
                 data,
                 size,
-                metadata=metadata,
-                class_column=class_column,
                 split=split,
                 split_seed=split_seed,
                 cache=cache,
                 progress=ranks.first,
+                **read_options(
+                    metadata=metadata, image_column=image_column, class_column=class_column, maps=maps, layout=layout
+                ),
             )
             made = None
             if synthetic:

@@ -19,10 +19,11 @@ from commands.main import app
 from dermis.errors import DataError
 from training.data import images as images_room
 from training.data import prepare as prepare_room
+from training.data.diagnoses import is_melanoma
 from training.data.images import load_images
 from training.data.prepare import prepare
 from training.data.sources import Source, read_source
-from training.data.tables import is_melanoma, read_table
+from training.data.tables import read_table
 
 SHARED = Path(__file__).parents[1] / ".." / "shared" / "data"
 NAMES = ("ISIC_1", "ISIC_2", "ISIC_3", "ISIC_4")
@@ -176,7 +177,8 @@ def test_zip_without_labels_trains_as_one_class(tmp_path: Path) -> None:
     [
         ([["00000/img00000009.png", 0]], "img00000009"),
         ([["00000/img00000000.png", 0.5]], "img00000000"),
-        ([["00000/img00000000.png", [0, 1]]], "img00000000"),
+        ([["00000/img00000000.png", [1, 1]]], "img00000000"),
+        ([["00000/img00000000.png", [0.3, 0.7]]], "img00000000"),
         ("no", "dataset.json"),
         ([["00000/img00000000.png", 0]], "no class, the first is 00000/img00000001|rows have no class"),
     ],

@@ -9,13 +9,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dermis.errors import DataError
 from training.data.images import load_images
-from training.data.sources import Record, Source, read_source
+from training.data.sources import ReadOptions, Record, Source, read_source
 from training.data.splits import group_of, read_split, split_by_patient
 from training.data.tables import value_of
 
@@ -70,13 +71,12 @@ def load_real(
     path: Path,
     size: int,
     *,
-    metadata: Path | None = None,
-    class_column: str | None = None,
     split: Path | None = None,
     shares: Mapping[str, float] = SHARES,
     split_seed: int = 0,
     cache: Path | None = None,
     progress: bool = True,
+    **options: Unpack[ReadOptions],
 ) -> RealData:
     """Read a source, divide it and decode it at `size` px.
 
@@ -84,7 +84,7 @@ def load_real(
     images that are in no part none is used. Without it the source is divided by patient in `shares`, which depends on
     `split_seed` alone. Raises DataError if a part lacks one of the classes.
     """
-    source = read_source(path, metadata=metadata, class_column=class_column, binary=True)
+    source = read_source(path, **{**options, "binary": True})
     absent = sorted(set(CLASS_NAMES) - set(source.class_names))
     if absent:
         raise DataError(f"{path}: has no {absent[0]} images; a classifier learns from both classes")

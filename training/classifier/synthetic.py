@@ -33,8 +33,8 @@ from dermis.errors import DataError
 from dermis.folders import exists
 from dermis.imaging import Images, decode
 from training.classifier.data import CLASS_NAMES
+from training.data.diagnoses import is_melanoma
 from training.data.sources import read_source
-from training.data.tables import is_melanoma
 
 if TYPE_CHECKING:
     from dermis.synthesizer import Synthesizer

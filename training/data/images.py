@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,15 +12,17 @@ from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from dermis.errors import DataError
+from dermis.reading import ImageError, read_training_image
 from training.data.cache import new_array, read_array
 from training.data.sources import Record, Source
 
-# What PIL raises on a file that is no image, or none that can be decoded.
-BROKEN_IMAGE = (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+# What a file raises that cannot be read or decoded.
+BROKEN_IMAGE = (DataError, ImageError, OSError)
+# Of the decoder: images that were decoded otherwise (EXIF orientation, 16 bits) are made again.
+DECODER_VERSION = 2
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -89,13 +90,8 @@ def in_threads(
 
 
 def square(data: bytes, resolution: int) -> NDArray[np.uint8]:
-    """uint8 [R, R, 3] of an encoded image: its largest centred square, resized (Lanczos). Raises one of BROKEN_IMAGE."""
-    with Image.open(io.BytesIO(data)) as image:
-        rgb = image.convert("RGB")
-    side = min(rgb.size)
-    left, top = (rgb.width - side) // 2, (rgb.height - side) // 2
-    resized = rgb.resize((resolution, resolution), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
-    return np.asarray(resized, dtype=np.uint8)
+    """uint8 [R, R, 3] of an encoded image: its largest centred square, resized (Lanczos). Raises ImageError."""
+    return read_training_image(data, resolution)
 
 
 def _check_classes(source: Source) -> None:
@@ -117,7 +113,7 @@ def _cached_images(
         decoded = np.empty(shape, dtype=np.uint8)
         _decode_all(records, decoded, progress)
         return decoded
-    file = cache / f"{digest[:16]}-{resolution}.npy"
+    file = cache / f"{digest[:16]}-{resolution}-v{DECODER_VERSION}.npy"
     images: NDArray[np.uint8] | None = read_array(file, shape, mapped=True)
     if images is None:
         with new_array(file, shape, np.uint8) as array:
@@ -137,12 +133,12 @@ def _decode_all(records: Sequence[Record], images: NDArray[np.uint8], progress: 
             images[i] = square(records[i].read_bytes(), images.shape[1])
         except BROKEN_IMAGE as error:
             image = records[i].image
-            broken.append(f"{image.name if image else records[i].id} ({error})")
+            broken.append(f"{image.name if image else records[i].id}, which {error}")
 
     decoded = in_threads(decode, range(len(records)))
     for _ in tqdm(decoded, "decoding", len(records), disable=not progress, unit="img"):
         pass
     if broken:
         raise DataError(
-            f"{len(broken)} images cannot be decoded, the first is {sorted(broken)[0]}; remove or mend them"
+            f"{len(broken)} images cannot be decoded, the first is {sorted(broken)[0]}; remove or replace them"
         )

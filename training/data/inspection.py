@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import multiprocessing
 import os
@@ -17,11 +16,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from tqdm import tqdm
 
 from dermis.errors import DataError
 from dermis.imaging import encode
+from dermis.reading import read_training_image
 from training.data.artefacts import NAMES, THRESHOLDS, Artefacts, Summary, artefact_sheet, detect_artefacts, summarise
 from training.data.images import BROKEN_IMAGE
 from training.data.sources import Record, Source
@@ -128,14 +127,13 @@ def _look_at(record: Record) -> tuple[tuple[int, int], Artefacts] | str:
     """(width, height) and artefacts of one image, or why it cannot be opened."""
     try:
         pixels = _pixels(record)
-    except (DataError, *BROKEN_IMAGE) as error:
+    except BROKEN_IMAGE as error:
         return " ".join(str(error).split())
     return (pixels.shape[1], pixels.shape[0]), detect_artefacts(pixels)
 
 
 def _pixels(record: Record) -> NDArray[np.uint8]:
-    with Image.open(io.BytesIO(record.read_bytes())) as image:
-        return np.asarray(image.convert("RGB"), dtype=np.uint8)
+    return read_training_image(record.read_bytes())
 
 
 def _class(record: Record) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Unpack
 
 from training.data.images import ImageDataset, load_images
-from training.data.sources import read_source
+from training.data.sources import ReadOptions, read_source
 
 __all__ = ["ImageDataset", "load_isic"]
 
@@ -14,12 +15,9 @@ def load_isic(
     folder: Path,
     resolution: int,
     *,
-    class_column: str | None = None,
-    binary: bool = False,
-    metadata: Path | None = None,
     cache: Path | None = None,
     progress: bool = True,
+    **options: Unpack[ReadOptions],
 ) -> ImageDataset:
     """`read_source` and `load_images`: any of the layouts that `read_source` knows, an ISIC folder first of all."""
-    source = read_source(folder, metadata=metadata, class_column=class_column, binary=binary)
-    return load_images(source, resolution, cache=cache, progress=progress)
+    return load_images(read_source(folder, **options), resolution, cache=cache, progress=progress)

@@ -26,7 +26,7 @@ from training.data.duplicates import (
 )
 from training.data.images import BROKEN_IMAGE, in_threads, square
 from training.data.sources import Record, Source
-from training.data.splits import describe_split, group_of, write_rows, write_split
+from training.data.splits import describe_split, group_of, write_records, write_rows, write_split
 
 if TYPE_CHECKING:  # importing it takes torch, which the hash does without
     from dermis.features import FeatureExtractor
@@ -144,7 +144,11 @@ def write_leaks(leaks: Leaks, file: Path) -> None:
             "" if pair.similarity is None else f"{pair.similarity:.4f}",
         )
         rows.append(dict(zip(COLUMNS, values, strict=True)))
-    _write(file, COLUMNS, rows)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_rows(file, COLUMNS, rows)
+    except OSError as error:
+        raise DataError(f"{file}: cannot be written ({error.strerror})") from error
 
 
 def write_cleaned(source: Source, parts: Mapping[str, str] | None, removed: set[str], out: Path) -> None:
@@ -156,14 +160,10 @@ def write_cleaned(source: Source, parts: Mapping[str, str] | None, removed: set[
         of = [parts[record.id] for record in kept.records]
         write_split(kept, describe_split(kept.records, of, targets), out)
         return
-    columns = list(dict.fromkeys(column for record in kept.records for column in record.row))
-    _write(out / "cleaned.csv", columns, [record.row for record in kept.records])
-
-
-def _write(file: Path, columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> None:
+    file = out / "cleaned.csv"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_rows(file, columns, rows)
+        write_records(file, kept.records, kept)
     except OSError as error:
         raise DataError(f"{file}: cannot be written ({error.strerror})") from error
 
@@ -177,7 +177,7 @@ def _hashed(
         try:
             data = record.read_bytes()
             return hashlib.sha256(data).hexdigest(), perceptual_hashes([square(data, SIDE)])[0]
-        except (DataError, *BROKEN_IMAGE) as error:
+        except BROKEN_IMAGE as error:
             return " ".join(str(error).split())
 
     good: list[tuple[Record, str, np.uint64]] = []

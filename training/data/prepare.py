@@ -21,8 +21,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from dermis.errors import DataError
+from dermis.reading import ImageError
 from training.data.card import data_card
-from training.data.images import BROKEN_IMAGE, in_threads, square
+from training.data.images import BROKEN_IMAGE, DECODER_VERSION, in_threads, square
 from training.data.sources import Record, Source
 from training.data.tables import METADATA_COLUMNS, value_of
 
@@ -57,7 +58,11 @@ class _Item:
 
     @property
     def source_name(self) -> str:
-        return self.record.row.get("source", "") or self.source.path.resolve().name
+        return self.record.row.get("source", "") or _name(self.source)
+
+
+def _name(source: Source) -> str:
+    return source.path.resolve().name
 
 
 def prepare(
@@ -84,6 +89,8 @@ def prepare(
     if out.exists():
         raise DataError(f"{out}: exists already; choose another --out or remove it")
     items, skipped = _labelled(_merged(sources), skip_unlabelled)
+    for source in sources:  # files that may be images, which no table has to name
+        skipped += [Skipped(name, _name(source), why) for name, why in source.reading.lost.items()]
     work = out.with_name(f"{out.name}.partial")
     try:
         work.mkdir(parents=True, exist_ok=True)
@@ -97,7 +104,7 @@ def prepare(
         if skipped:
             report.write_text(_skipped_table(skipped), encoding="utf-8", newline="")
         if strict and skipped:
-            raise DataError(f"{len(skipped)} images would be skipped, see {report}; mend them or leave out --strict")
+            raise DataError(f"{len(skipped)} images would be skipped, see {report}; replace them or leave out --strict")
         if not made:
             raise DataError(f"{out}: not one image can be used, see {report}")
         prepared = _write_zip(made, skipped, out, work, resolution, licence, attribution, progress)
@@ -140,13 +147,15 @@ def _make_images(
         try:
             if item.record.image is None:
                 return Skipped(item.record.id, item.source_name, "there is no such image")
-            stamp = f"{item.record.image.stamp()}\t{resolution}"
+            stamp = f"{item.record.image.stamp()}\t{resolution}\t{DECODER_VERSION}"
             file = work / f"{hashlib.sha256(stamp.encode()).hexdigest()[:32]}.png"
             if file.exists():
                 return file
             pixels = square(item.record.read_bytes(), resolution)
-        except (DataError, *BROKEN_IMAGE) as error:
-            return Skipped(item.record.id, item.source_name, " ".join(str(error).split()))
+        except BROKEN_IMAGE as error:
+            # Not the text of other errors: it has places and addresses, which must not be in the bytes of the zip.
+            reason = str(error) if isinstance(error, ImageError) else "the file cannot be read"
+            return Skipped(item.record.id, item.source_name, reason)
         buffer = io.BytesIO()
         # Uncompressed, as the official tool writes: fast to read in training, and the same bytes by any zlib.
         Image.fromarray(pixels).save(buffer, "png", compress_level=0)

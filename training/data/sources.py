@@ -1,53 +1,56 @@
-"""What users have, read as one thing: an ISIC folder, an ImageFolder, an official StyleGAN zip, or a table alone.
+"""What users have, read as one thing: images with a table, class folders, an official StyleGAN zip, a data set of dermis.
 
 A source lists its images with their classes, patients and lesions. It opens no image: `Record.read_bytes` does.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import os
+import re
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Literal, TypedDict, get_args
 
 from dermis.errors import DataError
-from training.data.tables import ID_COLUMNS, TABLE_SUFFIXES, find_table, is_melanoma, read_table, value_of
+from training.data.class_names import ClassOrigin, MapClass, class_of
+from training.data.companions import Companions, with_companions
+from training.data.files import NOT_AN_IMAGE, ImageFile, Listing, list_files, list_members
+from training.data.tables import (
+    ID_COLUMNS,
+    Table,
+    find_column,
+    has_classes,
+    has_images,
+    is_table,
+    read_grid,
+    read_table,
+    value_of,
+)
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
 Layout = Literal["isic", "imagefolder", "stylegan", "table"]
+LAYOUTS: tuple[str, ...] = get_args(Layout)[:3]  # that the user can choose
+MANIFEST = "manifest.json"  # of a data set that dermis generated
+_PARTS = frozenset(
+    {"train", "training", "val", "valid", "validation", "test", "testing", "holdout", "held-out", "held_out", "heldout"}
+)
+# Names of folders that hold images of all classes, as publishers pack them.
+_CONTAINERS = re.compile(
+    r"(.*[_ -])?(images?|imgs?|input|jpe?gs?|pngs?|photos?|data)([_ -]?(part|resized)?[_ -]?\d*)?", re.IGNORECASE
+)
 
 
-@dataclass(frozen=True)
-class ImageFile:
-    """An image's place: a file, or a member of the zip at `path`."""
+class ReadOptions(TypedDict, total=False):
+    """The options of `read_source`, for functions that pass them on."""
 
-    path: Path
-    member: str = ""
-
-    @property
-    def name(self) -> str:
-        return PurePosixPath(self.member).name if self.member else self.path.name
-
-    def read_bytes(self) -> bytes:
-        """The file's content. DataError if it cannot be read."""
-        try:
-            if not self.member:
-                return self.path.read_bytes()
-            return _open_zip(self.path, self.path.stat().st_mtime_ns, os.getpid()).read(self.member)
-        except (OSError, KeyError, EOFError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
-            raise DataError(f"{self.path / self.member}: cannot be read ({error})") from error
-
-    def stamp(self) -> str:
-        """Changes when the file does: place, size and time of the last change."""
-        status = self.path.stat()
-        return f"{self.path.resolve()}\t{self.member}\t{status.st_size}\t{status.st_mtime_ns}"
+    metadata: Path | None
+    class_column: str | None
+    image_column: str | None
+    binary: bool
+    mapping: Mapping[str, str] | None
+    layout: str | None
 
 
 @dataclass(frozen=True)
@@ -65,10 +68,25 @@ class Record:
     row: Mapping[str, str] = field(compare=False, repr=False)
 
     def read_bytes(self) -> bytes:
-        """The encoded image (JPEG, PNG). DataError if it is missing or cannot be read."""
+        """The encoded image. DataError if it is missing or cannot be read."""
         if self.image is None:
             raise DataError(f"{self.id}: there is no such image")
         return self.image.read_bytes()
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a source was read, for the user: what it was taken for, where classes come from, what was left out."""
+
+    recognised: str
+    files: int = 0
+    origins: tuple[ClassOrigin, ...] = ()
+    not_listed: tuple[str, ...] = ()  # images that the table does not name
+    lost: Mapping[str, str] = field(
+        default_factory=dict
+    )  # files that may be images and cannot be read, with the reason
+    passed_over: tuple[str, ...] = ()  # texts and other files that are no images
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -81,6 +99,7 @@ class Source:
     class_column: str  # of the table; "" without classes
     class_names: tuple[str, ...]
     records: tuple[Record, ...]
+    reading: Reading = Reading("")
 
     def of_class(self, class_name: str) -> tuple[Record, ...]:
         return tuple(record for record in self.records if record.class_name == class_name)
@@ -97,159 +116,384 @@ class Source:
         return replace(self, records=records)
 
     def with_classes(self, class_names: Sequence[str]) -> Source:
-        """The records of these classes, labelled in this order. DataError if there is not one image of a class."""
+        """The records of these classes, labelled in this order. DataError if there is not one image of a class.
+
+        Names are compared without regard to case: another part of the same data may have them in another spelling.
+        """
+        spelled = {name.casefold(): name for name in class_names}
+        there = {name: spelled[name.casefold()] for name in self.class_names if name.casefold() in spelled}
         for name in class_names:
-            if not self.of_class(name):
-                there = ", ".join(self.class_names) or "none"
-                raise DataError(f"{self.path}: has no image of the class {name}; its classes are {there}")
-        records = tuple(record for record in self.records if record.class_name in class_names)
+            if name not in there.values() or not any(there.get(record.class_name) == name for record in self.records):
+                known = ", ".join(self.class_names) or "none"
+                raise DataError(f"{self.path}: has no image of the class {name}; its classes are {known}")
+        records = tuple(
+            replace(record, class_name=there[record.class_name])
+            for record in self.records
+            if record.class_name in there
+        )
         return replace(self, class_names=tuple(class_names), records=records)
 
 
+@dataclass(frozen=True)
+class _Options:
+    """How the user wants a source to be read."""
+
+    metadata: Path | None
+    class_column: str | None
+    image_column: str | None
+    binary: bool
+    mapping: Mapping[str, str]
+
+    def table(self, file: Path | ImageFile, listing: Listing | None) -> Table:
+        return read_table(
+            file,
+            self.class_column,
+            binary=self.binary,
+            image_column=self.image_column,
+            mapping=self.mapping,
+            count_images=None
+            if listing is None
+            else lambda names: sum(bool(listing.find(name)) for name in names if name),
+        )
+
+
 def read_source(
-    path: Path, *, metadata: Path | None = None, class_column: str | None = None, binary: bool = False
-) -> Source:
-    """List the images at `path`: a folder with images and a CSV (see `training.data.tables`), a folder with one
-    sub-folder a class, a StyleGAN zip or folder with dataset.json, or a CSV alone (whose images are then missing).
-
-    `metadata` names the CSV; of a StyleGAN zip it selects the images that it lists. `class_column` names its column of
-    classes. `binary` turns diagnoses into malignant (melanoma) and benign (anything else). Raises DataError.
-    """
-    if path.is_file():
-        if path.name.lower().endswith(TABLE_SUFFIXES):
-            return _selected(_table_source(path, path, {}, class_column, binary, "table"), metadata)
-        if not zipfile.is_zipfile(path):
-            raise DataError(f"{path}: neither a folder, a StyleGAN zip nor a CSV")
-        return _selected(_stylegan(path, binary), metadata)
-    if not path.is_dir():
-        raise DataError(f"{path}: no such folder; --data takes a folder with images and metadata.csv")
-    if (path / "dataset.json").is_file():
-        return _selected(_stylegan(path, binary), metadata)
-    table = metadata or find_table(path)
-    if table is not None:
-        return _table_source(path, table, _images_below(path), class_column, binary, "isic")
-    folders = [entry for entry in sorted(path.iterdir()) if entry.is_dir() and entry.name[0] not in "._"]
-    if len(folders) < 2:
-        raise DataError(
-            f"{path / 'metadata.csv'}: no such file; an ISIC folder has a CSV of its images, name it with --metadata "
-            "(or give a folder with one sub-folder a class, or a StyleGAN zip)"
-        )
-    return _image_folder(path, binary)
-
-
-def _table_source(
     path: Path,
-    file: Path,
-    images: Mapping[str, Sequence[Path]],
-    class_column: str | None,
-    binary: bool,
-    layout: Layout,
+    *,
+    metadata: Path | None = None,
+    class_column: str | None = None,
+    image_column: str | None = None,
+    binary: bool = False,
+    mapping: Mapping[str, str] | None = None,
+    layout: str | None = None,
 ) -> Source:
-    table = read_table(file, class_column, binary=binary)
-    records = []
-    for name, class_name, row in zip(table.ids, table.classes, table.rows, strict=True):
-        files = images.get(name, ())
-        if len(files) > 1:
-            raise DataError(f"{path}: {name} is two images, {files[0]} and {files[1]}; remove one")
-        records.append(_record(name, class_name, ImageFile(files[0]) if files else None, row))
-    return _source(path, layout, file, table.class_column, _names(table.classes), records)
+    """List the images at `path`.
+
+    Args:
+        path: A folder or zip with images and a CSV (see `training.data.tables`), with one folder a class, or with
+            dataset.json (StyleGAN); a data set of `dermis generate`; or a CSV alone, whose images are then missing.
+        metadata: The CSV; of a StyleGAN data set it selects the images that it lists.
+        class_column: Its column of classes.
+        image_column: Its column of images.
+        binary: Turn diagnoses into malignant (melanoma) and benign (anything else).
+        mapping: Classes by value, as of `parse_mapping`.
+        layout: "isic" (a table), "imagefolder" or "stylegan", where it is not to be recognised.
+
+    Raises:
+        DataError: There are no images, their classes are not understood, or the layout is ambiguous; says what to do.
+    """
+    if layout is not None and layout not in LAYOUTS:
+        raise DataError(f"--layout: {layout!r} is none of {', '.join(LAYOUTS)}")
+    options = _Options(metadata, class_column, image_column, binary, mapping or {})
+    if path.is_file() and is_table(path.name):
+        table = options.table(path, None)
+        source = _of_table(path, "table", table, None, with_companions(table, None))
+        return source if metadata is None else _selected(source, metadata, image_column)
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder; --data takes a folder of images, a zip or a CSV")
+    if path.is_file() and not zipfile.is_zipfile(path):
+        raise DataError(f"{path}: neither a folder, a zip nor a CSV")
+    listing = list_files(path)
+    if layout in (None, "stylegan") and (layout or "dataset.json" in listing.ignored):
+        source = _stylegan(path, listing, options)
+        return source if metadata is None else _selected(source, metadata, image_column)
+    if layout != "imagefolder":
+        file = metadata if metadata is not None else _find_table(path, listing)
+        if file is not None:
+            return _with_table(path, file, listing, options)
+        if layout == "isic":
+            raise DataError(f"{path}: no table names its images; name one with --metadata")
+    if layout is None and path.is_file() and _is_plain_zip(listing):
+        source = _stylegan(path, listing, options)
+        return source if metadata is None else _selected(source, metadata, image_column)
+    return _image_folder(path, listing, options, chosen=layout == "imagefolder")
 
 
-def _images_below(folder: Path) -> dict[str, list[Path]]:
-    """Image files by their name, and by their path in the folder, both without the suffix."""
-    files: dict[str, list[Path]] = {}
-    for file in sorted(folder.rglob("*")):
-        if file.suffix in IMAGE_SUFFIXES:
-            for name in {file.stem, file.relative_to(folder).with_suffix("").as_posix()}:
-                files.setdefault(name, []).append(file)
-    return files
-
-
-def _image_folder(path: Path, binary: bool) -> Source:
-    """One sub-folder a class; an image's id is its name, or its path where names repeat."""
-    files = [file for file in sorted(path.rglob("*")) if file.suffix in IMAGE_SUFFIXES]
-    places = [file.relative_to(path) for file in files]
-    astray = [place for place in places if len(place.parts) == 1]
-    if astray or not files:
-        what = (
-            f"{len(astray)} images lie outside of them, the first is {astray[0]}" if astray else "there are no images"
+def _with_table(path: Path, file: Path | ImageFile, listing: Listing, options: _Options) -> Source:
+    generated = MANIFEST in listing.ignored
+    if generated or not listing.images:
+        # The images of a generated data set, or of HAM10000 as downloaded, are in archives beside the table.
+        members: dict[str, ImageFile] = {}
+        for archive in listing.archives.values():
+            members.update(list_members(archive))
+        listing = replace(listing, images={**listing.images, **members}, _index={})
+    table = options.table(file, listing)
+    main = file if isinstance(file, ImageFile) else ImageFile(file.resolve())
+    companions = with_companions(table, main, listing)
+    source = _of_table(path, "isic", table, listing, companions)
+    missing = sum(record.image is None for record in source.records)
+    if missing == len(source.records) and listing.images:
+        example = next(iter(listing.images))
+        raise DataError(
+            f"{table.file}: none of its {missing:,} images is in {path}; {table.id_column} says {table.names[0]!r}, a file "
+            f"there is {example!r}; name another column with --image-column, or another table with --metadata"
         )
-        raise DataError(f"{path}: read as one sub-folder a class, but {what}")
-    if len({file.stem for file in files}) == len(files):
-        ids = [file.stem for file in files]
-    else:
-        ids = [place.with_suffix("").as_posix() for place in places]
-    repeated = [name for name, count in Counter(ids).items() if count > 1]
+    return source
+
+
+def _of_table(path: Path, layout: Layout, table: Table, listing: Listing | None, companions: Companions) -> Source:
+    ids = {} if listing is None else listing.ids()
+    records, used = [], set()
+    for name, plain, class_name, row in zip(table.names, table.ids, table.classes, companions.rows, strict=True):
+        paths = [] if listing is None else listing.find(name)
+        if len(paths) > 1:
+            raise DataError(
+                f"{path}: {name} is two images, {paths[0]} and {paths[1]}; remove one, or name them by path"
+            )
+        if not paths or listing is None:
+            records.append(_record(plain, class_name, None, row))
+            continue
+        # A bare name is the id as it stands; else the id follows from all images, the same in every part of a table.
+        record_id = name if plain == name and "/" not in name else ids[paths[0]]
+        used.add(paths[0])
+        records.append(_record(record_id, class_name, listing.images[paths[0]], row))
+    repeated = [name for name, count in Counter(record.id for record in records).items() if count > 1]
     if repeated:
-        raise DataError(f"{path}: {repeated[0]} is two images; remove one")
-    classes = [_class(place.parts[0], binary) for place in places]
+        raise DataError(f"{table.file}: {repeated[0]} stands in more than one row; keep one of them")
+    notes = [table.note] if table.note else []
+    notes += companions.notes
+    reading = _reading(
+        listing,
+        table.kind or "images with a table",
+        table.origins,
+        notes,
+        not_listed=() if listing is None else tuple(sorted(set(listing.images) - used)),
+    )
+    names = _names(table.classes)
+    return _source(path, layout, table.file, table.class_column, names, records, reading)
+
+
+def _find_table(path: Path, listing: Listing) -> ImageFile | None:
+    """metadata.csv, else the only table that names images here and their classes; those in the folder itself first.
+
+    Raises:
+        DataError: There are several.
+    """
+    if "metadata.csv" in listing.tables:
+        return listing.tables["metadata.csv"]
+    candidates: dict[str, ImageFile] = {}
+    for name, file in listing.tables.items():
+        try:
+            header = read_grid(file, most_rows=1).header
+        except DataError:
+            continue
+        if has_images(header) and has_classes(header):
+            candidates[name] = file
+    at_top = {name: file for name, file in candidates.items() if "/" not in name}
+    chosen = at_top or candidates
+    if len(chosen) > 1 and listing.images:
+        chosen = {name: file for name, file in chosen.items() if _names_images(file, listing)} or chosen
+    if len(chosen) > 1:
+        raise DataError(f"{path}: {' and '.join(sorted(chosen))} both have classes; choose one with --metadata")
+    if not at_top and chosen and listing.images and not _names_images(next(iter(chosen.values())), listing):
+        return None  # a table somewhere below that has nothing to do with these images
+    return next(iter(chosen.values()), None)
+
+
+def _names_images(file: ImageFile, listing: Listing) -> bool:
+    grid = read_grid(file)
+    return any(
+        listing.find(name) for column in ID_COLUMNS if column in grid.header for name in grid.column(column)[:1000]
+    )
+
+
+def _image_folder(path: Path, listing: Listing, options: _Options, *, chosen: bool) -> Source:
+    """One sub-folder a class; an image's id is its name, or its path where names repeat."""
+    prefix = _wrapper(listing)
+    inside = {name.removeprefix(prefix): name for name in listing.images}
+    astray = [name for name in inside if "/" not in name]
+    if not listing.images or astray:
+        raise DataError(_no_class_folders(path, listing, astray))
+    below: dict[str, set[str]] = {}
+    for name in inside:
+        top, _, rest = name.partition("/")
+        below.setdefault(top, set()).add(rest.partition("/")[0] if "/" in rest else "")
+    if not chosen:
+        _check_class_folders(path, listing, below, prefix)
+    for folder in _folders_of(listing.lost, prefix) - below.keys():
+        first = next(name for name in listing.lost if name.startswith(f"{prefix}{folder}/"))
+        raise DataError(
+            f"{path}: the folder {prefix}{folder} has no image that can be read: {first} is {listing.lost[first]}; "
+            "convert its files to PNG, or remove the folder"
+        )
+    ids = listing.ids()
+    paths = sorted(listing.images)
+    folders = [name.removeprefix(prefix).partition("/")[0] for name in paths]
+    rule = MapClass(path, "folder", binary=options.binary, truth=False, mapping=options.mapping)
+    classes, origins = class_of([(folder,) for folder in folders], rule)
     records = [
-        _record(name, cls, ImageFile(file), {"image": name, "class": cls})
-        for name, cls, file in zip(ids, classes, files, strict=True)
+        _record(ids[name], class_name, listing.images[name], {"image": ids[name], "class": class_name})
+        for name, class_name in zip(paths, classes, strict=True)
     ]
-    return _source(path, "imagefolder", None, "class", _names(classes), records)
+    without = sorted(
+        {name.removeprefix(prefix) for name in listing.empty_folders if name.startswith(prefix)} - below.keys()
+    )
+    notes = [f"folders without images: {', '.join(without)}"] if without else []
+    notes += _unused_tables(listing)
+    reading = _reading(listing, f"class folders{f' in {prefix}' if prefix else ''}", origins, notes)
+    return _source(path, "imagefolder", None, "class", _names(classes), records, reading)
 
 
-def _stylegan(path: Path, binary: bool) -> Source:
+def _wrapper(listing: Listing) -> str:
+    """The folder around the class folders: "data/" where all images are in data/benign, data/malignant."""
+    prefix = ""
+    while True:
+        inside = [name.removeprefix(prefix) for name in listing.images]
+        tops = {name.partition("/")[0] for name in inside}
+        if len(tops) != 1 or any(name.count("/") < 2 for name in inside):
+            return prefix
+        prefix += f"{tops.pop()}/"
+
+
+def _check_class_folders(path: Path, listing: Listing, below: Mapping[str, set[str]], prefix: str) -> None:
+    """DataError where the folders may well be something else than classes."""
+    tables = _unused_tables(listing)
+    seen = f" ({'; '.join(tables)})" if tables else ""
+    choice = "--layout imagefolder takes the folders for classes all the same"
+    names = ", ".join(sorted(below))
+    if len(below) < 2:
+        raise DataError(
+            f"{path}: only one folder has images, {prefix}{names}, and no table names them{seen}; add metadata.csv, name "
+            f"a table with --metadata, or make a sub-folder for each class ({choice})"
+        )
+    inner = [folders - {""} for folders in below.values()]
+    shared = set.intersection(*inner)
+    parts = [name for name in below if name.casefold() in _PARTS]
+    if parts and (len(parts) > 1 or shared):
+        what = f", each with {', '.join(sorted(shared))}," if shared else ""
+        raise DataError(
+            f"{path}: {prefix}{names} look like parts of a data set{what} and not like classes; give one of them, as in "
+            f"{path / prefix / parts[0]} ({choice})"
+        )
+    if len(shared) > 1 and all("" not in folders for folders in below.values()):
+        raise DataError(
+            f"{path}: the classes may be {names}, or the folders {', '.join(sorted(shared))} in each of them; give one of "
+            f"the folders, or rearrange them ({choice})"
+        )
+    if all(_CONTAINERS.fullmatch(name) for name in below):
+        raise DataError(
+            f"{path}: {names} are no names of classes, and no table names their images{seen}; name a table with "
+            f"--metadata ({choice})"
+        )
+
+
+def _no_class_folders(path: Path, listing: Listing, astray: Sequence[str]) -> str:
+    if not listing.images:
+        lost = next(iter(listing.lost.items()), None)
+        what = f"; {len(listing.lost):,} files cannot be read, the first, {lost[0]}, is {lost[1]}" if lost else ""
+        archives = f"; unpack {', '.join(sorted(listing.archives)[:3])}" if listing.archives else ""
+        return f"{path}: there are no images in it{what}{archives}"
+    folders = {name for name in listing.images if "/" in name}
+    tables = "; ".join(_unused_tables(listing))
+    if folders:
+        return (
+            f"{path}: read as one sub-folder a class, but {len(astray)} images lie outside of them, the first is {astray[0]}"
+            + (f" ({tables})" if tables else "")
+        )
+    return (
+        f"{path / 'metadata.csv'}: no such file, and no other table names the {len(astray):,} images and their classes"
+        + (f" ({tables})" if tables else "")
+        + "; name a table with --metadata, or give a folder with one sub-folder a class, or a StyleGAN zip"
+    )
+
+
+def _unused_tables(listing: Listing) -> list[str]:
+    """Tables that were not read, each with its columns."""
+    notes = []
+    for name, file in listing.tables.items():
+        try:
+            header = read_grid(file, most_rows=1).header
+        except DataError:
+            continue
+        if len(header) > 1 and PurePosixPath(name).suffix:
+            notes.append(
+                f"{name} is not used; its columns are {', '.join(header[:8])}{', ...' if len(header) > 8 else ''}"
+            )
+    return notes
+
+
+def _folders_of(names: Iterable[str], prefix: str) -> set[str]:
+    inside = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+    return {name.partition("/")[0] for name in inside if "/" in name}
+
+
+def _is_plain_zip(listing: Listing) -> bool:
+    """Is a zip without dataset.json one of StyleGAN's: no folders, or only the numbered ones of its tool?"""
+    folders = {PurePosixPath(name).parent.as_posix() for name in listing.images}
+    return bool(listing.images) and all(re.fullmatch(r"\.|\d{5}", folder) for folder in folders)
+
+
+def _stylegan(path: Path, listing: Listing, options: _Options) -> Source:
     """Images with dataset.json. Our own metadata.csv inside, if there, gives ids, class names, patients and lesions."""
-    members = _members(path)
-    labels = _labels(path)
-    images = [name for name in sorted(members) if PurePosixPath(name).suffix in IMAGE_SUFFIXES]
+    images = listing.images
     if not images:
         raise DataError(f"{path}: holds no images")
-    astray = sorted(labels.keys() - set(images))
-    if astray:
-        raise DataError(f"{path}: dataset.json has a label for {astray[0]}, which is not there")
-    rows = _own_rows(path) if "metadata.csv" in members else {}
+    labels = _labels(path, listing)
+    unknown = sorted(labels.keys() - set(images))
+    if unknown:
+        raise DataError(f"{path}: dataset.json has a label for {unknown[0]}, which is not there")
+    rows = _own_rows(path, listing)
     names = {labels[file]: row["class"] for file, row in rows.items() if file in labels and row.get("class")}
-    if binary and labels and not names:
-        raise DataError(f"{path}: its labels are numbers, so nothing tells melanoma from others")
+    if options.binary and labels and not names and not options.mapping:
+        numbers = ", ".join(map(str, sorted(set(labels.values()))))
+        raise DataError(
+            f"{path}: its labels are numbers ({numbers}), so nothing tells melanoma from others; say which is which with "
+            '--map "0=benign" --map "1=malignant"'
+        )
+    said = {file: names.get(label, str(label)) for file, label in labels.items()}
+    rule = MapClass(path, "label", binary=options.binary, truth=False, mapping=options.mapping)
+    files = sorted(images)
+    classes, origins = class_of([(said.get(file, ""),) for file in files], rule)
     records = []
-    for file in images:
+    for file, class_name in zip(files, classes, strict=True):
         row = rows.get(file, {"image": PurePosixPath(file).with_suffix("").as_posix()})
-        name = next(row[column] for column in ID_COLUMNS if row.get(column))
-        cls = _class(names.get(labels[file], str(labels[file])), binary) if file in labels else ""
-        image = ImageFile(path, file) if path.is_file() else ImageFile(path / file)
-        records.append(_record(name, cls, image, row if rows else {**row, "class": cls}))
-    if binary:
-        class_names = _names(record.class_name for record in records)
+        name = row[str(find_column(list(filter(row.get, row)), ID_COLUMNS))]
+        records.append(_record(name, class_name, images[file], row if rows else {**row, "class": class_name}))
+    if options.binary or options.mapping:
+        class_names = _names(classes)
     else:
         class_names = tuple(names.get(k, str(k)) for k in range(max(labels.values(), default=-1) + 1))
-    return _source(path, "stylegan", None, "class" if labels else "", class_names, records)
+    reading = _reading(listing, "StyleGAN data set", origins if labels else (), [])
+    return _source(path, "stylegan", None, "class" if labels else "", class_names, records, reading)
 
 
-def _members(path: Path) -> set[str]:
-    if path.is_dir():
-        return {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return {info.filename for info in archive.infolist() if not info.is_dir()}
-    except (zipfile.BadZipFile, OSError) as error:
-        raise DataError(f"{path}: not a readable zip ({error})") from error
-
-
-def _labels(path: Path) -> dict[str, int]:
-    """Labels by member; empty if the data set has none."""
+def _labels(path: Path, listing: Listing) -> dict[str, int]:
+    """Labels by member: numbers, or lists with a single 1; empty if the data set has none, or no dataset.json."""
+    if "dataset.json" not in listing.ignored:
+        return {}
     try:
         labels = json.loads(_text(path, "dataset.json"))["labels"]
-        if labels is None:
-            return {}
-        pairs = {str(name): label for name, label in labels}
-    except DataError:
-        raise DataError(f"{path}: no dataset.json; a StyleGAN zip has one, with the labels") from None
-    except (ValueError, KeyError, TypeError) as error:
+        pairs = {} if labels is None else {str(name).replace("\\", "/"): label for name, label in labels}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f'{path}: dataset.json is not of the form {{"labels": [["name.png", 0], ...]}}') from error
-    wrong = [name for name, label in pairs.items() if type(label) is not int or label < 0]
+    numbers = {name: _label(label) for name, label in pairs.items()}
+    wrong = [name for name, number in numbers.items() if number is None]
     if wrong:
-        raise DataError(f"{path}: the label of {wrong[0]} in dataset.json is no class number")
-    return pairs
+        raise DataError(
+            f"{path}: the label of {wrong[0]} in dataset.json is no class number: {str(pairs[wrong[0]])[:50]}"
+        )
+    return {name: number for name, number in numbers.items() if number is not None}
 
 
-def _own_rows(path: Path) -> dict[str, dict[str, str]]:
-    rows = list(csv.DictReader(io.StringIO(_text(path, "metadata.csv"), newline="")))
-    if rows and not (rows[0].get("file_name") and any(rows[0].get(column) for column in ID_COLUMNS)):
+def _label(label: object) -> int | None:
+    if isinstance(label, list) and len(label) > 1 and all(type(each) in (int, float) for each in label):
+        ones = [i for i, each in enumerate(label) if each == 1]
+        return ones[0] if len(ones) == 1 and sum(map(abs, label)) == 1 else None
+    if type(label) is float and label.is_integer():
+        label = int(label)
+    return label if type(label) is int and 0 <= label < 100_000 else None
+
+
+def _own_rows(path: Path, listing: Listing) -> dict[str, dict[str, str]]:
+    if "metadata.csv" not in listing.tables:
+        return {}
+    grid = read_grid(listing.tables["metadata.csv"])
+    if (
+        "file_name" not in grid.header
+        or find_column([name for name in grid.header if name != "file_name"], ID_COLUMNS) is None
+    ):
         raise DataError(f"{path}: its metadata.csv has no columns file_name and isic_id")
-    return {row["file_name"]: {key: value or "" for key, value in row.items() if key} for row in rows}
+    return {row["file_name"]: row for row in (dict(zip(grid.header, cells, strict=True)) for cells in grid.cells)}
 
 
 def _text(path: Path, member: str) -> str:
@@ -257,8 +501,25 @@ def _text(path: Path, member: str) -> str:
     return file.read_bytes().decode("utf-8-sig")
 
 
-def _selected(source: Source, metadata: Path | None) -> Source:
-    return source if metadata is None else replace(source.select(read_table(metadata).ids), table=metadata)
+def _selected(source: Source, metadata: Path, image_column: str | None) -> Source:
+    """The records that a table lists, by their ids or by what the table calls them."""
+    table = read_table(metadata, image_column=image_column)
+    known = {record.id for record in source.records}
+    ids = [name if name in known else plain for name, plain in zip(table.names, table.ids, strict=True)]
+    return replace(source.select(ids), table=metadata)
+
+
+def _reading(
+    listing: Listing | None,
+    recognised: str,
+    origins: tuple[ClassOrigin, ...],
+    notes: Sequence[str],
+    not_listed: tuple[str, ...] = (),
+) -> Reading:
+    if listing is None:
+        return Reading(recognised, origins=origins, notes=tuple(notes))
+    texts = tuple(name for name, why in listing.ignored.items() if why == NOT_AN_IMAGE)
+    return Reading(recognised, listing.seen, origins, not_listed, listing.lost, texts, tuple(notes))
 
 
 def _record(name: str, class_name: str, image: ImageFile | None, row: Mapping[str, str]) -> Record:
@@ -266,21 +527,18 @@ def _record(name: str, class_name: str, image: ImageFile | None, row: Mapping[st
 
 
 def _source(
-    path: Path, layout: Layout, table: Path | None, column: str, names: tuple[str, ...], records: Iterable[Record]
+    path: Path,
+    layout: Layout,
+    table: Path | None,
+    column: str,
+    names: tuple[str, ...],
+    records: Iterable[Record],
+    reading: Reading,
 ) -> Source:
     # By id: the order of files must not decide the order of training.
-    return Source(path, layout, table, column, names, tuple(sorted(records, key=lambda record: record.id)))
+    ordered = tuple(sorted(records, key=lambda record: record.id))
+    return Source(path, layout, table, column, names, ordered, reading)
 
 
 def _names(classes: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(set(classes) - {""}))
-
-
-def _class(name: str, binary: bool) -> str:
-    return ("malignant" if is_melanoma(name) else "benign") if binary and name else name
-
-
-@lru_cache(maxsize=8)
-def _open_zip(path: Path, changed: int, process: int) -> zipfile.ZipFile:
-    """One handle a file and process: its threads may share it, forked processes may not."""
-    return zipfile.ZipFile(path)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from dermis.errors import DataError
 from training.data.sources import Record, Source
-from training.data.tables import read_table
+from training.data.tables import ID_COLUMNS, find_column, read_table
 
 TRAIN_VALIDATION: Mapping[str, float] = {"train": 0.8, "validation": 0.2}
 HOSPITALS: Mapping[str, float] = {"hospital-1": 2_000, "hospital-2": 12_000, "hospital-3": 20_000}
@@ -251,12 +251,11 @@ def write_split(source: Source, split: Split, out: Path) -> None:
     A CSV has the columns that the source has, so `--metadata OUT/train.csv` beside the same source reads that part.
     """
     check_empty(out)
-    columns = list(dict.fromkeys(column for record in source.records for column in record.row))
     try:
         out.mkdir(parents=True, exist_ok=True)
         for part in split.summary:
-            rows = [record.row for record, name in zip(source.records, split.parts, strict=True) if name == part.name]
-            write_rows(out / f"{part.name}.csv", columns, rows)
+            records = [record for record, name in zip(source.records, split.parts, strict=True) if name == part.name]
+            write_records(out / f"{part.name}.csv", records, source)
         summary = {"source": source.path.name, "seed": split.seed, "whole": _described(split.whole, split.whole)}
         summary["parts"] = {part.name: _described(part, split.whole) for part in split.summary}
         (out / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
@@ -268,6 +267,20 @@ def check_empty(out: Path) -> None:
     """DataError unless a split can be written there: a split is not to be mixed with an older one."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out}: is not empty; choose another --out or remove it")
+
+
+def write_records(file: Path, records: Sequence[Record], source: Source) -> None:
+    """A CSV of the records' rows, with the columns of all rows of the source; read beside it, it gives these records.
+
+    Where the table calls images otherwise than by their ids (by paths, say), the ids come first, as `isic_id`.
+    """
+    columns = list(dict.fromkeys(column for record in source.records for column in record.row))
+    id_column = find_column(columns, ID_COLUMNS)
+    if id_column is not None and all(record.row.get(id_column) == record.id for record in source.records):
+        write_rows(file, columns, [record.row for record in records])
+        return
+    rows = [{**record.row, "isic_id": record.id} for record in records]
+    write_rows(file, ["isic_id", *(column for column in columns if column != "isic_id")], rows)
 
 
 def write_rows(file: Path, columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> None:
@@ -289,7 +302,7 @@ def read_split(folder: Path) -> dict[str, str]:
         raise DataError(f"{folder}: no split; `dermis data split` writes one with its {SUMMARY}") from error
     parts: dict[str, str] = {}
     for name in names:
-        for record_id in read_table(folder / f"{name}.csv").ids:
+        for record_id in read_table(folder / f"{name}.csv").names:
             if record_id in parts:
                 raise DataError(f"{folder}: {record_id} is in both {parts[record_id]} and {name}")
             parts[record_id] = name

@@ -1,35 +1,71 @@
-"""ISIC tables: which columns name the image, its class, its patient, and how a diagnosis becomes a class.
+"""Tables of images: which columns name the image, its class, its patient, and how their values become classes.
 
-Understood are the CSVs of the ISIC challenges of 2019 (one-hot GroundTruth, with its Metadata beside it) and 2020, of
-HAM10000 and of the ISIC Archive's own download tool.
+Understood are the CSVs of the ISIC challenges of 2016 to 2020 and 2024 (SLICE-3D), of HAM10000, BCN20000, PAD-UFES-20, DDI,
+derm7pt and Fitzpatrick17k, and of the ISIC Archive's own download tool.
 """
 
 from __future__ import annotations
 
+import csv
+import gzip
+import io
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import pandas as pd
-
 from dermis.errors import DataError
+from training.data.class_names import ClassOrigin, MapClass, class_of, contradiction
+from training.data.diagnoses import binary_class, is_no, is_yes
+from training.data.files import TABLE_SUFFIXES, ImageFile, plain_id
 
-ID_COLUMNS = ("isic_id", "image_name", "image", "image_id")
-CLASS_COLUMNS = ("target", "benign_malignant", "diagnosis_1", "class", "label", "dx", "diagnosis")
+# In the order of preference. They are compared in lower case, with one underscore for what is no letter or digit.
+ID_COLUMNS = (
+    "isic_id", "image_name", "image", "image_id", "file_name", "filename", "file", "img_id", "img_name", "img", "image_path",
+    "img_path", "file_path", "filepath", "path", "imagename", "imageid", "isic", "ddi_file", "bcn_filename", "md5hash",
+    "derm", "id", "name",
+)  # fmt: skip
+CLASS_COLUMNS = (
+    "target", "benign_malignant", "malignant", "diagnosis_1", "class", "label", "dx", "diagnosis", "diagnostic", "disease",
+    "iddx_1", "melanoma",
+)  # fmt: skip
 ONE_HOT_COLUMNS = ("MEL", "NV", "BCC", "AK", "AKIEC", "BKL", "DF", "VASC", "SCC", "UNK")
-TABLE_SUFFIXES = (".csv", ".csv.gz")
+TWO_OF_2017 = ("melanoma", "seborrheic_keratosis")  # neither is a nevus
 
 # What the tables call the same thing.
 METADATA_COLUMNS: Mapping[str, tuple[str, ...]] = {
-    "diagnosis": ("diagnosis", "dx", "diagnosis_3", "diagnosis_2", "diagnosis_1"),
+    "diagnosis": (
+        "diagnosis", "dx", "diagnosis_3", "diagnosis_2", "diagnosis_1", "diagnostic", "disease", "iddx_full", "iddx_3",
+        "iddx_2", "iddx_1",
+    ),
     "age_approx": ("age_approx", "age"),
-    "sex": ("sex",),
-    "anatom_site": ("anatom_site", "anatom_site_general_challenge", "anatom_site_general", "localization"),
+    "sex": ("sex", "gender"),
+    "anatom_site": (
+        "anatom_site", "anatom_site_general_challenge", "anatom_site_general", "anatom_site_1", "localization", "location",
+        "region",
+    ),
+}  # fmt: skip
+GROUP_COLUMNS: Mapping[str, tuple[str, ...]] = {
+    "patient_id": ("patient_id", "patient", "patientid", "patient_uid", "subject_id", "subject"),
+    "lesion_id": ("lesion_id", "lesion", "lesionid", "lesion_uid", "case_num", "case_id", "group_id"),
 }
-_NO_VALUE = frozenset({"", "na", "nan", "none", "null", "unknown"})
-_NO_CLASS = frozenset({"", "na", "nan", "none", "null"})
-_MELANOMA = re.compile(r"(?<!non)(?<!non[- ])(?<!not )\bmelanoma\b", re.IGNORECASE)
+_RIGHTS = ("copyright_license", "attribution", "source")
+_SYNONYMS = METADATA_COLUMNS | GROUP_COLUMNS
+_KNOWN = {
+    *ID_COLUMNS, *CLASS_COLUMNS, *TWO_OF_2017, *_RIGHTS, *(name for names in _SYNONYMS.values() for name in names),
+}  # fmt: skip
+_DETAILED = re.compile(r"(?:diagnosis|iddx)_[1-9]")  # from general to special
+# 0 and 1 in these columns, true and false alike, are benign and malignant; in others they are names like any other.
+_TRUTH_COLUMNS = frozenset(
+    {"target", "benign_malignant", "malignant", "is_malignant", "melanoma", "is_melanoma", "mel"}
+)
+_BINARY_COLUMNS = ("target", "melanoma", "is_melanoma", "dx", "diagnosis", "diagnostic", "disease", "class", "label")
+# Columns whose values name a diagnosis, held against a class that another column gives.
+_DIAGNOSIS_COLUMNS = ("iddx_full", "diagnosis_3", "diagnosis", "dx", "diagnostic", "disease")
+_NO_VALUE = frozenset({"", "na", "n/a", "nan", "none", "null", "unknown", "-"})
+_ISIC_NAME = re.compile(r"ISIC_\d{3,}(?:_downsampled)?(?:\.\w+)?", re.IGNORECASE)
+_HEADERLESS = ("image", "target")
 
 
 @dataclass(frozen=True)
@@ -39,133 +75,330 @@ class Table:
     file: Path
     id_column: str
     class_column: str
-    ids: tuple[str, ...]
+    names: tuple[str, ...]  # of the images, as the table has them
+    ids: tuple[str, ...]  # the same without folders and suffixes
     classes: tuple[str, ...]
     rows: tuple[dict[str, str], ...]
+    kind: str = ""  # "ISIC 2018 task 3", ...; "" if the columns are those of no known data set
+    origins: tuple[ClassOrigin, ...] = ()  # how values became classes
+    note: str = ""  # what the user should know about the classes
 
 
-def read_table(file: Path, class_column: str | None = None, *, binary: bool = False) -> Table:
-    """Read a CSV (or .csv.gz) with one row an image.
+@dataclass(frozen=True)
+class Grid:
+    """A CSV as it is: header (known columns under the names above) and rows of as many cells."""
 
-    `class_column` defaults to the first of CLASS_COLUMNS that the CSV has, else to the one-hot columns of ISIC 2019;
-    0/1 become benign/malignant. `binary` makes melanoma "malignant" and every other diagnosis "benign", as in the ISIC
-    2020 challenge. `X_Metadata.csv` beside `X_GroundTruth.csv` adds its columns. Raises DataError naming the column
-    or row at fault.
+    header: tuple[str, ...]
+    cells: tuple[tuple[str, ...], ...]
+    first_row: int  # of the file: 2 after a header
+
+    def column(self, name: str) -> list[str]:
+        i = self.header.index(name)
+        return [row[i] for row in self.cells]
+
+
+def read_table(
+    file: Path | ImageFile,
+    class_column: str | None = None,
+    *,
+    binary: bool = False,
+    image_column: str | None = None,
+    mapping: Mapping[str, str] | None = None,
+    count_images: Callable[[Sequence[str]], int] | None = None,
+) -> Table:
+    """Read a table with one row an image: comma, semicolon, tab or bar between the cells, also compressed by gzip.
+
+    Args:
+        file: The table.
+        class_column: Column of the classes; default: the first of CLASS_COLUMNS, else the one-hot columns of a challenge.
+        binary: Classes are "malignant" (melanoma) and "benign" (every other diagnosis), as in the ISIC 2020 challenge.
+        image_column: Column that names the images; default: the first of ID_COLUMNS, or the one that names most of them.
+        mapping: Classes by value; before everything else.
+        count_images: How many of these names are images; None if there are no images to compare with.
+
+    Raises:
+        DataError: Names the file and the column, row or value at fault.
     """
-    frame = _read_csv(file)
-    id_column = next((name for name in ID_COLUMNS if name in frame.columns), None)
-    if id_column is None:
-        raise DataError(f"{file}: none of the columns {', '.join(ID_COLUMNS)} names the images")
-    if class_column is not None and class_column not in frame.columns:
-        raise DataError(f"{file}: no column {class_column}; name one of {', '.join(frame.columns)} with --class-column")
-    repeated = frame[id_column][frame[id_column].duplicated()]
-    if len(repeated):
-        raise DataError(f"{file}: {repeated.iloc[0]} stands in more than one row")
-    if not len(frame):
-        raise DataError(f"{file}: no rows")
-    column, classes = (_binary_classes if binary else _classes)(file, frame, class_column)
-    frame = _with_companion(file, frame, id_column)
-    rows = tuple(frame.to_dict("records"))
-    return Table(file, id_column, column, tuple(frame[id_column]), tuple(classes), rows)
+    where = file.path / file.member if isinstance(file, ImageFile) else file
+    grid = read_grid(file)
+    id_column = _id_column(where, grid, image_column, count_images)
+    column = None if class_column is None else _named(where, grid, class_column, "--class-column")
+    names = grid.column(id_column)
+    for number, name in enumerate(names):
+        if not name:
+            raise DataError(f"{where}: row {grid.first_row + number} has no {id_column}; remove the row or fill it in")
+    ids = tuple(name if id_column == "isic_id" else plain_id(name) for name in names)
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise DataError(f"{where}: {repeated[0]} stands in more than one row; keep one of them")
+    if not names:
+        raise DataError(f"{where}: no rows")
+    used, values = _values(where, grid, column, binary)
+    numbers = used in _TRUTH_COLUMNS
+    map_class = MapClass(where, used, binary=binary, truth=numbers, mapping=mapping or {})
+    classes, origins = class_of(values, map_class)
+    note = ""
+    if binary and used in ("target", "label", "class", "benign_malignant", "malignant"):
+        note = _compare(where, grid, names, classes, used, class_column is not None)
+    rows = tuple(dict(zip(grid.header, row, strict=True)) for row in grid.cells)
+    shown = str(where.path) if isinstance(where, ImageFile) else where
+    return Table(Path(shown), id_column, used, tuple(names), ids, classes, rows, table_kind(grid.header), origins, note)
 
 
-def find_table(folder: Path) -> Path | None:
-    """metadata.csv in a folder, else the only CSV there that names images and classes; None if there is none."""
-    if (folder / "metadata.csv").is_file():
-        return folder / "metadata.csv"
-    found = []
-    for file in sorted(folder.iterdir()):
-        if file.is_file() and file.name.lower().endswith(TABLE_SUFFIXES):
-            columns = set(_read_csv(file, rows=0).columns)
-            if columns & set(ID_COLUMNS) and (columns & set(CLASS_COLUMNS) or _is_one_hot(columns)):
-                found.append(file)
-    if len(found) > 1:
-        raise DataError(f"{folder}: both {found[0].name} and {found[1].name} have classes; choose one with --metadata")
-    return found[0] if found else None
+def find_column(header: Sequence[str], names: Sequence[str]) -> str | None:
+    return next((name for name in names if name in header), None)
+
+
+def has_images(header: Sequence[str]) -> bool:
+    return find_column(header, ID_COLUMNS) is not None
+
+
+def has_classes(header: Sequence[str]) -> bool:
+    return find_column(header, CLASS_COLUMNS) is not None or _is_one_hot(header)
+
+
+def table_kind(header: Sequence[str]) -> str:
+    """Which data set's table has these columns; "" if none is known."""
+    columns = set(header)
+    known: tuple[tuple[str, set[str]], ...] = (
+        ("ISIC 2019", {"image", "MEL", "NV", "UNK"}),
+        ("ISIC 2018 task 3", {"image", "MEL", "NV", "AKIEC"}),
+        ("ISIC 2017 part 3", {"image_id", *TWO_OF_2017}),
+        ("ISIC 2020", {"image_name", "target", "benign_malignant"}),
+        ("ISIC 2024 (SLICE-3D)", {"isic_id", "target", "iddx_full"}),
+        ("HAM10000", {"lesion_id", "image_id", "dx"}),
+        ("BCN20000", {"bcn_filename", "diagnosis"}),
+        ("PAD-UFES-20", {"img_id", "diagnostic"}),
+        ("DDI", {"ddi_file", "disease"}),
+        ("derm7pt", {"derm", "clinic", "diagnosis"}),
+        ("Fitzpatrick17k", {"md5hash", "label", "three_partition_label"}),
+        ("ISIC Archive", {"isic_id", "diagnosis_1"}),
+    )
+    return next((name for name, needed in known if needed <= columns), "")
 
 
 def value_of(row: Mapping[str, str], name: str) -> str:
-    """A row's value under whichever of its METADATA_COLUMNS it has, or under its own name; '' if missing or unknown."""
-    for column in METADATA_COLUMNS.get(name, (name,)):
+    """A row's value under whichever column of this meaning it has, or under its own name; '' if missing or unknown."""
+    for column in _SYNONYMS.get(name, (name,)):
         value = row.get(column, "").strip()
         if value.lower() not in _NO_VALUE:
             return value
     return ""
 
 
-def is_melanoma(value: str) -> bool:
-    """Does a class or diagnosis, in any of the tables' wordings, mean melanoma?"""
-    return value.strip().lower() in ("1", "1.0", "malignant", "mel") or bool(_MELANOMA.search(value))
+def read_grid(file: Path | ImageFile, most_rows: int | None = None) -> Grid:
+    """Decode and divide a table. Blank rows are left out, cells stripped. DataError if it is no readable CSV.
 
-
-def _read_csv(file: Path, rows: int | None = None) -> pd.DataFrame:
-    if not file.is_file():
-        raise DataError(f"{file}: no such file; an ISIC folder has a CSV of its images, name it with --metadata")
+    `most_rows` reads the beginning only, to learn what the table is.
+    """
+    where = file.path / file.member if isinstance(file, ImageFile) else file
+    text = _text(file, where, beginning=most_rows is not None)
+    lines = io.StringIO(text, newline="")
+    delimiter = _delimiter(text)
     try:
-        return pd.read_csv(file, dtype=str, keep_default_na=False, nrows=rows)
-    except (ValueError, OSError, EOFError) as error:
-        raise DataError(f"{file}: not a readable CSV ({error})") from error
+        reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
+        rows: list[tuple[int, list[str]]] = []
+        for row in reader:
+            if any(cell.strip() for cell in row):
+                rows.append((reader.line_num, [cell.strip() for cell in row]))
+            if most_rows is not None and len(rows) > most_rows:
+                break
+    except csv.Error as error:
+        if most_rows is None:
+            raise DataError(f"{where}: not a readable CSV ({error})") from error
+    if not rows:
+        raise DataError(f"{where}: no rows")
+    _, first = rows[0]
+    if _has_no_header(first):
+        header, body = _HEADERLESS, rows
+    else:
+        header, body = tuple(_header(first)), rows[1:]
+    cells = []
+    for number, row in body:
+        if any(row[len(header) :]):
+            raise DataError(
+                f"{where}: row {number} has {len(row)} cells where the header has {len(header)} columns; "
+                "put cells that hold the delimiter in quotes"
+            )
+        cells.append((*row[: len(header)], *([""] * (len(header) - len(row)))))
+    return Grid(header, tuple(cells), body[0][0] if body else 2)
 
 
-def _with_companion(file: Path, frame: pd.DataFrame, id_column: str) -> pd.DataFrame:
-    companion = file.with_name(file.name.replace("GroundTruth", "Metadata"))
-    if companion == file or not companion.is_file():
-        return frame
-    extra = _read_csv(companion)
-    if id_column not in extra.columns or extra[id_column].duplicated().any():
-        raise DataError(f"{companion}: must have one row for each {id_column} of {file.name}")
-    extra = extra[[id_column, *(name for name in extra.columns if name not in frame.columns)]]
-    return frame.merge(extra, on=id_column, how="left", sort=False).fillna("")
+def _text(file: Path | ImageFile, where: Path, *, beginning: bool) -> str:
+    try:
+        data = file.read_bytes()
+        if where.name.lower().endswith(".gz"):
+            data = gzip.decompress(data)
+    except FileNotFoundError:
+        raise DataError(
+            f"{where}: no such file; an ISIC folder has a CSV of its images, name it with --metadata"
+        ) from None
+    except (OSError, EOFError) as error:
+        raise DataError(f"{where}: not a readable CSV ({error})") from error
+    if beginning:
+        data = data[: 1 << 16]
+    if b"\0" in data[:4096] and not data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise DataError(f"{where}: not a readable CSV; save it as CSV (UTF-8)")
+    for encoding in ("utf-16",) if data.startswith((b"\xff\xfe", b"\xfe\xff")) else ("utf-8-sig", "cp1252"):
+        try:
+            return data.decode(encoding)
+        except UnicodeDecodeError as error:
+            if beginning and error.start > len(data) - 4:  # the piece ends within a letter
+                return data[: error.start].decode(encoding)
+    raise DataError(f"{where}: not a readable CSV; save it as CSV (UTF-8)")
 
 
-def _classes(file: Path, frame: pd.DataFrame, class_column: str | None) -> tuple[str, Sequence[str]]:
-    column = class_column or next((name for name in CLASS_COLUMNS if name in frame.columns), None)
-    if column is None:
-        return ("MEL, NV, ...", _one_hot(file, frame)) if _is_one_hot(frame.columns) else ("", [""] * len(frame))
-    classes = ["" if value.strip().lower() in _NO_CLASS else value for value in frame[column]]
-    if set(classes) - {""} <= {"0", "1", "0.0", "1.0"}:
-        classes = [value and ("malignant" if float(value) else "benign") for value in classes]
-    return column, classes
+def _delimiter(text: str) -> str:
+    line = next((line for line in text.splitlines() if line.strip()), "")
+    counts = {}
+    for delimiter in ",;\t|":
+        try:
+            counts[delimiter] = len(next(csv.reader([line], delimiter=delimiter)))
+        except (csv.Error, StopIteration):
+            counts[delimiter] = 0
+    return max(counts, key=lambda each: counts[each])  # the first of equals: the comma
 
 
-def _binary_classes(file: Path, frame: pd.DataFrame, class_column: str | None) -> tuple[str, Sequence[str]]:
-    if class_column is None and "target" not in frame.columns:
-        if _is_one_hot(frame.columns):
-            codes = _one_hot(file, frame)
-            return "MEL", ["" if code in ("", "unk") else _binary(code) for code in codes]
-        detailed = sorted(name for name in frame.columns if re.fullmatch(r"diagnosis_[1-9]", name))
-        if "dx" not in frame.columns and len(detailed) > 1:
-            return detailed[0], [_binary_of_path(path) for path in frame[detailed].itertuples(index=False)]
-    candidates = ("target", "dx", "diagnosis", "class", "label")
-    column = class_column or next((name for name in candidates if name in frame.columns), None)
-    if column is None:
-        raise DataError(f"{file}: no diagnosis to tell melanoma by; name its column with --class-column")
-    return column, ["" if value.strip().lower() in _NO_VALUE else _binary(value) for value in frame[column]]
+def _has_no_header(first: Sequence[str]) -> bool:
+    """The ground truth of ISIC 2016 begins with its first image."""
+    return len(first) == 2 and _ISIC_NAME.fullmatch(first[0]) is not None
 
 
-def _binary(value: str) -> str:
-    return "malignant" if is_melanoma(value) else "benign"
+def _header(cells: Sequence[str]) -> list[str]:
+    """Known columns under their own names; empty and repeated names made different."""
+    plain = [re.sub(r"[\W_]+", "_", cell.casefold()).strip("_") for cell in cells]
+    upper = {"mel", "nv"} <= set(plain)
+    header: list[str] = []
+    for cell, name in zip(cells, plain, strict=True):
+        known = name.upper() if upper and name.upper() in ONE_HOT_COLUMNS else name
+        known = known if known in ONE_HOT_COLUMNS or name in _KNOWN or _DETAILED.fullmatch(name) else cell
+        if known in ("iddx full", "iddx_full"):
+            known = "iddx_full"
+        header.append(_different(known or "unnamed", header))
+    return header
 
 
-def _binary_of_path(path: Sequence[str]) -> str:
-    """The ISIC Archive's diagnosis_1..5, from general to special: malignant of no further kind may be anything."""
-    values = [value for value in path if value.strip().lower() not in _NO_VALUE]
-    if any(_MELANOMA.search(value) for value in values):
-        return "malignant"
-    return "" if not values or (len(values) == 1 and values[0].lower() == "malignant") else "benign"
+def _different(name: str, taken: Sequence[str]) -> str:
+    number = 2
+    result = name
+    while result in taken:
+        result, number = f"{name}.{number}", number + 1
+    return result
 
 
-def _is_one_hot(columns: Sequence[str] | set[str]) -> bool:
+def _named(where: Path, grid: Grid, column: str, option: str) -> str:
+    plain = re.sub(r"[\W_]+", "_", column.casefold()).strip("_")
+    for name in grid.header:
+        if name == column.strip() or re.sub(r"[\W_]+", "_", name.casefold()).strip("_") == plain:
+            return name
+    raise DataError(f"{where}: no column {column}; name one of {', '.join(grid.header)} with {option}")
+
+
+def _id_column(
+    where: Path, grid: Grid, image_column: str | None, count_images: Callable[[Sequence[str]], int] | None
+) -> str:
+    if image_column is not None:
+        return _named(where, grid, image_column, "--image-column")
+    known = [name for name in ID_COLUMNS if name in grid.header]
+    if not known:
+        hint = ""
+        if count_images is not None and grid.cells:
+            counts = {name: count_images(grid.column(name)) for name in grid.header}
+            best = max(counts, key=lambda name: counts[name])
+            if counts[best]:
+                hint = f" ({best} names {counts[best]:,} of {len(grid.cells):,})"
+        raise DataError(
+            f"{where}: none of its columns is known to name the images; name one of {', '.join(grid.header)} "
+            f"with --image-column{hint}"
+        )
+    if count_images is None or len(known) == 1:
+        return known[0]
+    counts = {name: count_images(grid.column(name)) for name in known}
+    return max(known, key=lambda name: counts[name])  # the first of equals
+
+
+def _values(where: Path, grid: Grid, column: str | None, binary: bool) -> tuple[str, list[Sequence[str]]]:
+    """The column (or columns, in words) that the classes come from, and each row's values, general before special."""
+    header = grid.header
+    if column is not None:
+        return column, [(value,) for value in grid.column(column)]
+    if binary:
+        detailed = sorted(name for name in header if _DETAILED.fullmatch(name) or name == "iddx_full")
+        if len(detailed) > 1 and ("iddx_full" in header or not {"target", "dx"} & set(header)):
+            paths = zip(*(grid.column(name) for name in detailed), strict=True)
+            return f"{detailed[0]} to {detailed[-1]}", list(paths)
+        if set(TWO_OF_2017) <= set(header):
+            return TWO_OF_2017[0], [(value,) for value in grid.column(TWO_OF_2017[0])]
+        if "target" not in header and _is_one_hot(header):
+            return "MEL, NV, ...", [(code,) for code in _one_hot(where, grid)]
+        chosen = find_column(header, _BINARY_COLUMNS) or next(iter(detailed), None)
+        if chosen is None:
+            raise DataError(
+                f"{where}: no diagnosis to tell melanoma by; name its column with --class-column ({', '.join(header)})"
+            )
+        return chosen, [(value,) for value in grid.column(chosen)]
+    if set(TWO_OF_2017) <= set(header):
+        return ", ".join(TWO_OF_2017), [(name,) for name in _two_of_2017(where, grid)]
+    chosen = find_column(header, CLASS_COLUMNS)
+    if chosen is None:
+        one_hot = _is_one_hot(header)
+        return (
+            ("MEL, NV, ...", [(code,) for code in _one_hot(where, grid)])
+            if one_hot
+            else ("", [("",)] * len(grid.cells))
+        )
+    return chosen, [(value,) for value in grid.column(chosen)]
+
+
+def _is_one_hot(columns: Sequence[str]) -> bool:
     return "MEL" in columns and "NV" in columns
 
 
-def _one_hot(file: Path, frame: pd.DataFrame) -> list[str]:
-    columns = [name for name in ONE_HOT_COLUMNS if name in frame.columns]
-    try:
-        hot = frame[columns].astype(float) > 0.5
-    except ValueError as error:
-        raise DataError(f"{file}: {', '.join(columns)} must be numbers, 0 or 1 ({error})") from error
-    several = hot.index[hot.sum(axis=1) > 1]
-    if len(several):
-        raise DataError(f"{file}: row {several[0] + 2} has more than one of {', '.join(columns)}")
-    return [next((name.lower() for name, on in zip(columns, row, strict=True) if on), "") for row in hot.to_numpy()]
+def _one_hot(where: Path, grid: Grid) -> list[str]:
+    columns = [name for name in ONE_HOT_COLUMNS if name in grid.header]
+    codes = []
+    for number, row in enumerate(zip(*(grid.column(name) for name in columns), strict=True)):
+        try:
+            hot = [
+                name for name, value in zip(columns, row, strict=True) if value and float(value.replace(",", ".")) > 0.5
+            ]
+        except ValueError as error:
+            raise DataError(f"{where}: {', '.join(columns)} must be numbers, 0 or 1 ({error})") from error
+        if len(hot) > 1:
+            raise DataError(f"{where}: row {grid.first_row + number} has more than one of {', '.join(columns)}")
+        codes.append(hot[0].lower() if hot else "")
+    return codes
+
+
+def _two_of_2017(where: Path, grid: Grid) -> list[str]:
+    names = []
+    for number, row in enumerate(zip(*(grid.column(name) for name in TWO_OF_2017), strict=True)):
+        hot = [name for name, value in zip(TWO_OF_2017, row, strict=True) if is_yes(value)]
+        if len(hot) > 1 or not all(is_yes(value) or is_no(value) for value in row):
+            raise DataError(
+                f"{where}: row {grid.first_row + number}: {' and '.join(TWO_OF_2017)} must be 0 or 1, one at most 1"
+            )
+        names.append(hot[0].replace("_", " ") if hot else "nevus")
+    return names
+
+
+def _compare(where: Path, grid: Grid, names: Sequence[str], classes: Sequence[str], column: str, chosen: bool) -> str:
+    """DataError if a diagnosis contradicts the class; a note if the user chose the column of the class."""
+    other = find_column([name for name in grid.header if name != column], _DIAGNOSIS_COLUMNS)
+    if other is None:
+        return ""
+    differing = contradiction(classes, [binary_class(value) or "" for value in grid.column(other)])
+    if not differing:
+        return ""
+    i = differing[0]
+    text = (
+        f"{column} makes {len(differing):,} images another class than {other} does: {names[i]} is {classes[i]}, "
+        f"with {other} {grid.column(other)[i]!r}"
+    )
+    if chosen:
+        return text
+    raise DataError(f"{where}: {text}; choose with --class-column {column} or --class-column {other}")
+
+
+def is_table(name: str) -> bool:
+    return name.lower().endswith(TABLE_SUFFIXES)

@@ -39,7 +39,7 @@ from dermis.synthesizer import Synthesizer
 from training.classifier.config import ClassifierConfig
 from training.classifier.data import CLASS_NAMES, RealData
 from training.classifier.synthetic import SyntheticImages, SyntheticSource, load_synthetic
-from training.data.tables import is_melanoma
+from training.data.diagnoses import is_melanoma
 from training.experiments.edge_case_runs import Learner, Run
 from training.experiments.plan import write_beside
 from training.gan.parallel import Ranks

@@ -44,7 +44,7 @@ from training.classifier.data import CLASS_NAMES, RealData, RealPart
 from training.classifier.synthetic import SyntheticImages
 from training.data.artefacts import THRESHOLDS, detect_artefacts
 from training.data.cache import new_array, read_array
-from training.data.tables import is_melanoma
+from training.data.diagnoses import is_melanoma
 from training.experiments.edge_case_runs import Learner, Run
 from training.experiments.plan import write_beside
 from training.gan.parallel import Ranks

@@ -1,0 +1,137 @@
+"""Options that several commands share: how training images are read, and what is said about them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from training.data.prepare import Prepared
+    from training.data.sources import ReadOptions, Source
+
+SourceArgument = Annotated[
+    Path,
+    typer.Argument(help="Folder or zip with images and a CSV, or with class folders; a StyleGAN zip; or a CSV alone."),
+]
+MetadataOption = Annotated[
+    Path | None, typer.Option(help="CSV of the images; default: metadata.csv, or the only one with classes.")
+]
+ClassColumnOption = Annotated[str | None, typer.Option(help="CSV column of the classes; default: target, ...")]
+ImageColumnOption = Annotated[
+    str | None, typer.Option(help="CSV column that names the images; default: isic_id, image, file_name, ...")
+]
+BinaryOption = Annotated[
+    bool, typer.Option("--binary", help="Two classes: malignant (melanoma) and benign (every other diagnosis).")
+]
+MapOption = Annotated[
+    list[str] | None,
+    typer.Option("--map", help='Class of a value, as in "AIMP=benign"; "VALUE=" for no class. May be repeated.'),
+]
+LayoutOption = Annotated[
+    str | None, typer.Option(help="isic (a table), imagefolder or stylegan, where the source is not recognised.")
+]
+
+_MOST_ORIGINS = 40
+_MOST_NAMES = 3
+
+
+def read_options(
+    *,
+    metadata: Path | None = None,
+    class_column: str | None = None,
+    image_column: str | None = None,
+    binary: bool = False,
+    maps: Sequence[str] | None = None,
+    layout: str | None = None,
+) -> ReadOptions:
+    """The options as `read_source` takes them. Raises DataError if a --map is not of the form VALUE=CLASS."""
+    from training.data.class_names import parse_mapping
+
+    return {
+        "metadata": metadata,
+        "class_column": class_column,
+        "image_column": image_column,
+        "binary": binary,
+        "mapping": parse_mapping(maps or []),
+        "layout": layout,
+    }
+
+
+def check_maps(sources: Sequence[Source], maps: Sequence[str] | None) -> None:
+    """DataError if a --map names a value that no image has: a misspelt one would do nothing, without a word."""
+    from dermis.errors import DataError
+    from training.data.class_names import parse_mapping
+
+    values = {
+        part.casefold()
+        for source in sources
+        for origin in source.reading.origins
+        for part in (origin.value, *origin.value.split(" / "))
+    }
+    for value in parse_mapping(maps or []):
+        if value not in values:
+            raise DataError(f"--map: no image has the value {value!r}")
+
+
+def describe_source(source: Source) -> list[str]:
+    """What a source was taken for, in lines: its layout, the origin of its classes, what was left out."""
+    reading = source.reading
+    lines = [f"recognised: {reading.recognised}" + (f" (table {source.table.name})" if source.table else "")]
+    lines += list(reading.notes)
+    renamed = [
+        f"{origin.value!r} -> {origin.class_name}"
+        for origin in reading.origins
+        if origin.class_name and origin.value != origin.class_name
+    ]
+    if renamed:
+        lines.append(f"classes of {source.class_column}: {_some(renamed, _MOST_ORIGINS)}")
+    if reading.not_listed:
+        lines.append(f"{len(reading.not_listed):,} images that the table does not name: {_some(reading.not_listed)}")
+    if reading.lost:
+        lines.append(
+            f"{len(reading.lost):,} files cannot be read: {_some([f'{n} ({w})' for n, w in reading.lost.items()])}"
+        )
+    return lines
+
+
+def show_preparation(sources: Sequence[Source], prepared: Prepared) -> None:
+    """The table that ends a preparation: files, images read, images skipped by reason, classes and where they are from."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table("files", "", "", title=str(prepared.path))
+    for source in sources:
+        typer.echo("\n".join([f"{source.path}: recognised: {source.reading.recognised}", *source.reading.notes]))
+    table.add_row("files seen", f"{sum(source.reading.files for source in sources):,}", "")
+    table.add_row("images read", f"{prepared.images:,}", "")
+    reasons = Counter(each.reason for each in prepared.skipped)
+    for reason, count in reasons.most_common():
+        first = next(each.id for each in prepared.skipped if each.reason == reason)
+        table.add_row(f"skipped: {reason}", f"{count:,}", f"first: {first}")
+    for name, values in (
+        ("not named by the table", [name for source in sources for name in source.reading.not_listed]),
+        ("no images", [name for source in sources for name in source.reading.passed_over]),
+    ):
+        if values:
+            table.add_row(name, f"{len(values):,}", _some(values))
+    console.print(table)
+    classes = Table("class", "images", "from", title="Classes")
+    for name, count in prepared.classes.items():
+        origins = [
+            f"{origin.column}={origin.value!r} ({origin.count:,})"
+            for source in sources
+            for origin in source.reading.origins
+            if origin.class_name == name
+        ]
+        classes.add_row(name, f"{count:,}", _some(origins, _MOST_ORIGINS))
+    if prepared.classes:
+        console.print(classes)
+
+
+def _some(names: Sequence[str], most: int = _MOST_NAMES) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")

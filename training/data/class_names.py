@@ -1,0 +1,192 @@
+"""From the values of a table, or the names of folders, to classes: by an explicit table that is shown to the user."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dermis.errors import DataError
+from training.data.diagnoses import BENIGN, MALIGNANT, binary_class, is_no, is_yes
+
+_NO_CLASS = frozenset({"", "na", "n/a", "nan", "none", "null"})
+_NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9 ._-]+")  # what the name of a class in a bundle may not have
+_LONGEST_LIST = 10
+_LONGEST_NAME = 64
+
+
+@dataclass(frozen=True)
+class ClassOrigin:
+    """`count` images whose `column` says `value` are of the class `class_name` ("" for none)."""
+
+    column: str
+    value: str
+    class_name: str
+    count: int
+
+
+@dataclass(frozen=True)
+class MapClass:
+    """How values become classes. `mapping` (value -> class, "" for none) comes first; `truth`: 0 and 1 are classes."""
+
+    where: Path
+    column: str
+    binary: bool
+    truth: bool
+    mapping: Mapping[str, str]
+
+
+def parse_mapping(texts: Sequence[str]) -> dict[str, str]:
+    """Of `VALUE=CLASS` each; the class may be empty, which leaves the images without one. DataError names a wrong one."""
+    mapping: dict[str, str] = {}
+    for text in texts:
+        value, equals, class_name = text.rpartition("=")
+        if not equals or not value.strip():
+            raise DataError(f"--map: {text!r} is not of the form VALUE=CLASS")
+        key = _folded(value)
+        if mapping.setdefault(key, class_name.strip()) != class_name.strip():
+            raise DataError(f"--map: {value.strip()!r} is mapped twice")
+    return mapping
+
+
+def class_of(values: Sequence[Sequence[str]], rule: MapClass) -> tuple[tuple[str, ...], tuple[ClassOrigin, ...]]:
+    """The class of each image ("" for none) and the table by which it came.
+
+    Values are compared without regard to case and outer or repeated spaces. Of several values of an image (a diagnosis
+    from general to special) any one that means melanoma decides.
+
+    Raises:
+        DataError: A value is not understood, or two values would become one class by accident.
+    """
+    counts = Counter(tuple(_spaced(value) for value in row) for row in values)
+    _check_mapping(rule)
+    names = _binary_names(counts, rule) if rule.binary else _plain_names(counts, rule)
+    origins: Counter[tuple[str, str]] = Counter()
+    for row, count in counts.items():
+        origins[" / ".join(dict.fromkeys(filter(None, row))), names[row]] += count
+    listed = [ClassOrigin(rule.column, value, name, count) for (value, name), count in origins.items()]
+    listed.sort(key=lambda each: (each.class_name == "", each.class_name, -each.count, each.value))
+    return tuple(names[tuple(_spaced(value) for value in row)] for row in values), tuple(listed)
+
+
+def contradiction(classes: Sequence[str], diagnoses: Sequence[str]) -> list[int]:
+    """Where a class and what a diagnosis says of melanoma are both known and differ. "malignant" alone says nothing."""
+    return [i for i, pair in enumerate(zip(classes, diagnoses, strict=True)) if all(pair) and pair[0] != pair[1]]
+
+
+def _check_mapping(rule: MapClass) -> None:
+    for value, name in rule.mapping.items():
+        if rule.binary and name not in (MALIGNANT, BENIGN, ""):
+            raise DataError(f"--map: {value}={name}: with two classes this must be malignant, benign or nothing")
+        if name and _allowed(name) != name:
+            raise DataError(
+                f"--map: {value}={name}: a class has letters (a to z), digits, space, dot, dash and underscore"
+            )
+
+
+def _binary_names(counts: Mapping[tuple[str, ...], int], rule: MapClass) -> dict[tuple[str, ...], str]:
+    names: dict[tuple[str, ...], str] = {}
+    unknown: Counter[str] = Counter()
+    for row, count in counts.items():
+        mapped = [rule.mapping[_folded(value)] for value in row if _folded(value) in rule.mapping]
+        if mapped:
+            names[row] = mapped[-1]  # the most special one
+            continue
+        answers = {value: _binary_value(value, rule, len(row) > 1) for value in row}
+        doubtful = [value for value, answer in answers.items() if answer is None]
+        if MALIGNANT in answers.values():
+            names[row] = MALIGNANT
+        elif BENIGN in answers.values() and not any("mel" in value.lower() for value in doubtful):
+            names[row] = BENIGN
+        elif doubtful:
+            unknown[doubtful[-1]] += count
+        else:
+            names[row] = ""
+    if unknown:
+        raise DataError(_unknown(unknown, rule))
+    return names
+
+
+def _binary_value(value: str, rule: MapClass, one_of_several: bool) -> str | None:
+    if _folded(value) in _NO_CLASS:
+        return ""
+    if is_yes(value) or is_no(value):
+        return (MALIGNANT if is_yes(value) else BENIGN) if rule.truth else None
+    if one_of_several and _folded(value) == MALIGNANT:  # the most general of the Archive's levels: it may be any cancer
+        return ""
+    return binary_class(value)
+
+
+def _unknown(unknown: Mapping[str, int], rule: MapClass) -> str:
+    listed = sorted(unknown.items(), key=lambda each: (-each[1], each[0]))
+    shown = ", ".join(f"{_shown(value)} ({count:,})" for value, count in listed[:_LONGEST_LIST])
+    more = f" and {len(listed) - _LONGEST_LIST} more" if len(listed) > _LONGEST_LIST else ""
+    example = _shown(listed[0][0])[1:-1]
+    return (
+        f"{rule.where}: {rule.column}: not known to be melanoma or not: {shown}{more}; say what it is with "
+        f'--map "{example}=benign", --map "{example}=malignant" or, for no class, --map "{example}="'
+    )
+
+
+def _plain_names(counts: Mapping[tuple[str, ...], int], rule: MapClass) -> dict[tuple[str, ...], str]:
+    """Spellings that differ in case or spaces are one class, in lower case; other characters than a bundle allows go."""
+    spellings: dict[str, set[str]] = {}
+    for row in counts:
+        for value in row:
+            spellings.setdefault(_folded(value), set()).add(value)
+    by_value: dict[str, str] = {}
+    for folded, variants in spellings.items():
+        if folded in rule.mapping:
+            by_value[folded] = rule.mapping[folded]
+        elif folded in _NO_CLASS:
+            by_value[folded] = ""
+        elif rule.truth and (is_yes(folded) or is_no(folded)):
+            by_value[folded] = MALIGNANT if is_yes(folded) else BENIGN
+        else:
+            by_value[folded] = _allowed(next(iter(variants)) if len(variants) == 1 else folded)
+            if not by_value[folded]:
+                raise DataError(
+                    f"{rule.where}: {rule.column}: {_shown(folded)} cannot be the name of a class; use --map"
+                )
+    taken: dict[str, str] = {}
+    for folded, name in sorted(by_value.items()):
+        other = taken.setdefault(name.casefold(), folded)
+        both_meant = {folded, other} & rule.mapping.keys() or not name or name in (BENIGN, MALIGNANT)
+        if other != folded and not both_meant:
+            raise DataError(
+                f"{rule.where}: {rule.column}: {_shown(other)} and {_shown(folded)} would both be the class {name}; "
+                f'tell them apart with --map "{_shown(folded)[1:-1]}=CLASS"'
+            )
+    names = {row: by_value[_folded(row[-1])] for row in counts}
+    return _one_spelling(names)
+
+
+def _one_spelling(names: dict[tuple[str, ...], str]) -> dict[tuple[str, ...], str]:
+    """`Benign` of one value and `benign` of another (a mapped one, or a number) are one class."""
+    variants: dict[str, set[str]] = {}
+    for name in names.values():
+        variants.setdefault(name.casefold(), set()).add(name)
+    return {row: name if len(variants[name.casefold()]) == 1 else name.casefold() for row, name in names.items()}
+
+
+def _allowed(value: str) -> str:
+    plain = unicodedata.normalize("NFKD", value.replace("ß", "ss"))
+    plain = "".join(letter for letter in plain if not unicodedata.combining(letter))
+    return " ".join(_NOT_IN_NAMES.sub(" ", plain).split()).lstrip("._- ")[:_LONGEST_NAME].rstrip()
+
+
+def _spaced(value: str) -> str:
+    return " ".join(unicodedata.normalize("NFC", value).split())
+
+
+def _folded(value: str) -> str:
+    return _spaced(value).casefold()
+
+
+def _shown(value: str) -> str:
+    """In quotes, without control characters, and not longer than fits a line."""
+    text = "".join(letter if letter.isprintable() else "?" for letter in value)
+    return f"'{text[:80]}...'" if len(text) > 80 else f"'{text}'"

@@ -1,0 +1,106 @@
+"""Tables beside the main one: they add patients and lesions, without which a split tears the images of one lesion apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from dermis.errors import DataError
+from training.data.files import ImageFile, Listing, plain_id
+from training.data.tables import (
+    GROUP_COLUMNS,
+    ID_COLUMNS,
+    Grid,
+    Table,
+    find_column,
+    is_table,
+    read_grid,
+)
+
+
+@dataclass(frozen=True)
+class Companions:
+    """The rows of the main table with what other tables add, and which of these were used, or not and why."""
+
+    rows: tuple[dict[str, str], ...]
+    notes: tuple[str, ...]
+
+
+def with_companions(table: Table, main: ImageFile | None, listing: Listing | None = None) -> Companions:
+    """Add the patient and lesion columns of other tables with the same images; of X_Metadata.csv beside
+    X_GroundTruth.csv all columns.
+
+    Looked at are the tables of the listing, and those in the folder of the main table.
+
+    Raises:
+        DataError: Two rows of a table give one image different patients or lesions.
+    """
+    rows = [dict(row) for row in table.rows]
+    notes = []
+    for name, file in _others(table, main, listing).items():
+        try:
+            header = read_grid(file, most_rows=1).header
+        except DataError:
+            continue
+        id_column = find_column(header, ID_COLUMNS)
+        if id_column is None:
+            continue
+        everything = _is_metadata_of(name, table.file.name)
+        columns = _added(header, id_column, table, everything)
+        if not columns:
+            continue
+        grid = read_grid(file)
+        values, matched = _by_image(file, grid, id_column, columns), 0
+        for row, image, plain in zip(rows, table.names, table.ids, strict=True):
+            extra = values.get(image) or values.get(plain)
+            matched += extra is not None
+            row.update(dict(zip(columns, extra or [""] * len(columns), strict=True)))
+        if matched:
+            notes.append(f"{name} adds {', '.join(columns)} to {matched:,} of {len(rows):,} images")
+        else:
+            for row in rows:
+                for column in columns:
+                    del row[column]
+    return Companions(tuple(rows), tuple(notes))
+
+
+def _others(table: Table, main: ImageFile | None, listing: Listing | None) -> Mapping[str, ImageFile]:
+    others: dict[str, ImageFile] = {}
+    if listing is not None:
+        others.update(listing.tables)
+    if main is None or not main.member:  # a file, not a member of a zip
+        folder = table.file.resolve().parent
+        for file in sorted(folder.iterdir()):
+            if file.is_file() and is_table(file.name) and not file.name.startswith("."):
+                others.setdefault(file.name, ImageFile(file))
+    own = (main.path if main is not None else table.file).resolve()
+    member = main.member if main is not None else ""
+    return {name: file for name, file in others.items() if (file.path.resolve(), file.member) != (own, member)}
+
+
+def _is_metadata_of(name: str, main: str) -> bool:
+    return "GroundTruth" in main and Path(name).name == main.replace("GroundTruth", "Metadata")
+
+
+def _added(header: tuple[str, ...], id_column: str, table: Table, everything: bool) -> list[str]:
+    """Columns that the main table lacks: of groups, if it has no such column under another name, or all."""
+    have = set(table.rows[0])
+    if everything:
+        return [column for column in header if column != id_column and column not in have]
+    columns = []
+    for names in GROUP_COLUMNS.values():
+        column = find_column(header, names)
+        if column is not None and column != id_column and not have & set(names):
+            columns.append(column)
+    return columns
+
+
+def _by_image(file: ImageFile, grid: Grid, id_column: str, columns: list[str]) -> dict[str, list[str]]:
+    values: dict[str, list[str]] = {}
+    for image, *row in zip(grid.column(id_column), *(grid.column(column) for column in columns), strict=True):
+        key = plain_id(image)
+        if values.setdefault(key, row) != row:
+            where = file.path / file.member if file.member else file.path
+            raise DataError(f"{where}: {key} stands in two rows with different {', '.join(columns)}; keep one of them")
+    return values

@@ -1,0 +1,294 @@
+"""The files of a folder or zip: which are images, which are tables, and what is left out, with the reason.
+
+Folders and zips are listed alike. Links are followed, files that operating systems add are passed over. No image is opened.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import tarfile
+import zipfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+
+from dermis.errors import DataError
+from dermis.reading import IMAGE_SUFFIXES, is_image_header
+
+TABLE_SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tab")
+# Files that go with data sets and are no images, so that leaving them out is no loss.
+_TEXT_SUFFIXES = frozenset({
+    ".txt", ".md", ".rst", ".json", ".jsonl", ".yaml", ".yml", ".xml", ".html", ".htm", ".pdf", ".doc", ".docx", ".xls",
+    ".xlsx", ".ods", ".py", ".ipynb", ".log", ".bib", ".toml", ".sha256", ".md5", ".js", ".css",
+})  # fmt: skip
+_ARCHIVE_SUFFIXES = frozenset({".zip", ".tar", ".parquet"})
+_SYSTEM_NAMES = frozenset(
+    {"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "lost+found", "__pycache__"}
+)
+_HEADER_BYTES = 32
+
+# Reasons why a file is not read, as reports show them.
+SYSTEM_FILE = "hidden or system file"
+NOT_AN_IMAGE = "not an image"
+NOT_READABLE = "a format that cannot be read"
+BROKEN_LINK = "link to a file that is not there"
+SPECIAL_FILE = "not a regular file"
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """Where an image is: a file, or a member of the zip, tar or Parquet file at `path` (of the last: a row's number)."""
+
+    path: Path
+    member: str = ""
+
+    @property
+    def name(self) -> str:
+        return PurePosixPath(self.member).name if self.member else self.path.name
+
+    def read_bytes(self) -> bytes:
+        """The file's content. DataError if it cannot be read."""
+        try:
+            if not self.member:
+                return self.path.read_bytes()
+            changed, process = self.path.stat().st_mtime_ns, os.getpid()
+            if self.path.suffix == ".parquet":
+                return _parquet_images(self.path, changed)[int(self.member)]
+            if self.path.suffix == ".tar":
+                start, size = _tar_members(self.path, changed)[self.member]
+                with self.path.open("rb") as file:
+                    file.seek(start)
+                    return file.read(size)
+            return _open_zip(self.path, changed, process).read(self.member)
+        except (
+            OSError,
+            LookupError,
+            EOFError,
+            ValueError,
+            zipfile.BadZipFile,
+            tarfile.TarError,
+            RuntimeError,
+        ) as error:
+            raise DataError(f"{self.path / self.member}: cannot be read ({error})") from error
+
+    def stamp(self) -> str:
+        """Changes when the file does: place, size and time of the last change."""
+        status = self.path.stat()
+        return f"{self.path.resolve()}\t{self.member}\t{status.st_size}\t{status.st_mtime_ns}"
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files of a folder or zip by their path in it, with slashes. `ignored` gives the reason of each that is left out."""
+
+    root: Path
+    images: Mapping[str, ImageFile]
+    tables: Mapping[str, ImageFile]
+    archives: Mapping[str, ImageFile]
+    ignored: Mapping[str, str]
+    empty_folders: tuple[str, ...] = ()
+    _index: dict[str, list[str]] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def seen(self) -> int:
+        """How many files there are, without those of the operating system."""
+        return len(self.images) + len(self.tables) + len(self.archives) + len(self.lost) + len(self.passed_over)
+
+    @property
+    def lost(self) -> dict[str, str]:
+        """Files that may well be images and cannot be read, with the reason."""
+        return {name: why for name, why in self.ignored.items() if why not in (SYSTEM_FILE, NOT_AN_IMAGE)}
+
+    @property
+    def passed_over(self) -> list[str]:
+        """Files that are no images: texts, documents."""
+        return [name for name, why in self.ignored.items() if why == NOT_AN_IMAGE]
+
+    def ids(self) -> dict[str, str]:
+        """An id for each image: its name without the suffix; its path where names repeat, with the suffix if need be."""
+        ids = {path: PurePosixPath(path).stem for path in self.images}
+        for longer in (_without_suffix, str):
+            repeated = {name for name, count in Counter(ids.values()).items() if count > 1}
+            if not repeated:
+                break
+            # Paths for all: an id must not depend on which other images there are by chance of one name.
+            ids = {
+                path: longer(path) if longer is _without_suffix or name in repeated else name
+                for path, name in ids.items()
+            }
+        return ids
+
+    def find(self, name: str) -> list[str]:
+        """Paths of the images that a table may mean by `name`: a path or its end, a file name, either without suffix."""
+        if not self._index:
+            for path in self.images:
+                parts = PurePosixPath(path).parts
+                for key in {path, _without_suffix(path), parts[-1], _without_suffix(parts[-1])}:
+                    self._index.setdefault(key, []).append(path)
+                    if key.casefold() != key:
+                        self._index.setdefault("\0" + key.casefold(), []).append(path)
+                    else:
+                        self._index.setdefault("\0" + key, []).append(path)
+        parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".", "..")]
+        for prefix in ("", "\0"):
+            for start in range(len(parts)):
+                tail = "/".join(parts[start:])
+                tail = tail.casefold() if prefix else tail
+                for key in dict.fromkeys((tail, _without_suffix(tail))):
+                    if paths := self._index.get(prefix + key):
+                        exact = [path for path in paths if path == tail]
+                        return exact or paths
+        return []
+
+
+def has_image_suffix(name: str) -> bool:
+    return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
+
+
+def plain_id(value: str) -> str:
+    """A table's name of an image without folders and without the suffix of an image."""
+    name = value.strip().replace("\\", "/").rstrip("/").rpartition("/")[2]
+    return PurePosixPath(name).stem if has_image_suffix(name) else name
+
+
+def list_files(path: Path) -> Listing:
+    """List a folder, or a zip. Raises DataError if it, or a folder in it, cannot be listed."""
+    images: dict[str, ImageFile] = {}
+    tables: dict[str, ImageFile] = {}
+    archives: dict[str, ImageFile] = {}
+    ignored: dict[str, str] = {}
+    empty: list[str] = []
+    for name, file, why in _entries(path, empty):
+        suffix = PurePosixPath(name).suffix.lower()
+        if why:
+            ignored[name] = why
+        elif suffix in IMAGE_SUFFIXES:
+            images[name] = file
+        elif name.lower().endswith(TABLE_SUFFIXES):
+            tables[name] = file
+        elif suffix in _ARCHIVE_SUFFIXES:
+            archives[name] = file
+        elif suffix in _TEXT_SUFFIXES:
+            ignored[name] = NOT_AN_IMAGE
+        else:  # no suffix, or one that says nothing: what the file holds decides
+            header = _header(file)
+            if is_image_header(header):
+                images[name] = file
+            elif not suffix and _is_text(header):
+                tables[name] = (
+                    file  # Harvard's HAM10000_metadata is a CSV without suffix; LICENSE is not, which shows later
+                )
+            elif not header:
+                ignored[name] = NOT_AN_IMAGE if not suffix else NOT_READABLE
+            else:
+                ignored[name] = NOT_READABLE
+    return Listing(path, images, tables, archives, ignored, tuple(empty))
+
+
+def list_members(archive: ImageFile) -> dict[str, ImageFile]:
+    """Images inside a zip, tar or Parquet file of a folder, by their name in it. DataError if it cannot be read."""
+    path = archive.path
+    if archive.member:
+        raise DataError(f"{path / archive.member}: an archive inside a zip is not read; unpack it")
+    try:
+        if path.suffix == ".parquet":
+            import pyarrow.parquet as pq
+
+            column = pq.read_table(path, columns=["image.path"]).column("image").to_pylist()
+            return {str(image["path"]): ImageFile(path, str(row)) for row, image in enumerate(column)}
+        if path.suffix == ".tar":
+            names = list(_tar_members(path, path.stat().st_mtime_ns))
+        else:
+            with zipfile.ZipFile(path) as opened:
+                names = [info.filename for info in opened.infolist() if not info.is_dir()]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile, tarfile.TarError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); remove it or get it again") from error
+    return {name: ImageFile(path, name) for name in names if has_image_suffix(name) and not _is_system(name)}
+
+
+def _entries(path: Path, empty: list[str]) -> Iterator[tuple[str, ImageFile, str]]:
+    """Path, file and the reason to leave it out ("" to read it), in the order of the paths."""
+    if path.is_dir():
+        yield from _walk(path, "", (), empty)
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            infos = [info for info in archive.infolist() if not info.is_dir()]
+    except (zipfile.BadZipFile, OSError) as error:
+        raise DataError(f"{path}: not a readable zip ({error})") from error
+    for info in sorted(infos, key=lambda each: each.filename):
+        name = info.filename.replace("\\", "/")  # as some programs on Windows write it
+        yield name, ImageFile(path, info.filename), SYSTEM_FILE if _is_system(name) else ""
+
+
+def _walk(folder: Path, prefix: str, above: Sequence[str], empty: list[str]) -> Iterator[tuple[str, ImageFile, str]]:
+    real = os.path.realpath(folder)
+    if real in above:  # a link to a folder that it lies in
+        return
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be listed ({error.strerror}); allow reading it or leave it out") from error
+    if not entries and prefix:
+        empty.append(prefix.rstrip("/"))
+    for entry in entries:
+        name, file = prefix + entry.name, ImageFile(folder / entry.name)
+        if _is_system(entry.name):
+            if not entry.is_dir():
+                yield name, file, SYSTEM_FILE
+            continue
+        try:
+            mode = os.stat(file.path).st_mode  # noqa: PTH116 - of what a link leads to
+        except OSError:
+            yield name, file, BROKEN_LINK
+            continue
+        if stat.S_ISDIR(mode):
+            yield from _walk(file.path, f"{name}/", (*above, real), empty)
+        else:
+            yield name, file, "" if stat.S_ISREG(mode) else SPECIAL_FILE
+
+
+def _is_system(name: str) -> bool:
+    return any(part.startswith((".", "~$")) or part.casefold() in _SYSTEM_NAMES for part in name.split("/"))
+
+
+def _header(file: ImageFile) -> bytes:
+    try:
+        if file.member:
+            with zipfile.ZipFile(file.path) as archive, archive.open(file.member) as member:
+                return member.read(_HEADER_BYTES)
+        with file.path.open("rb") as opened:
+            return opened.read(_HEADER_BYTES)
+    except (OSError, RuntimeError, NotImplementedError, zipfile.BadZipFile):
+        return b""
+
+
+def _is_text(header: bytes) -> bool:
+    return bool(header) and all(byte >= 32 or byte in b"\t\r\n" for byte in header)
+
+
+def _without_suffix(path: str) -> str:
+    return PurePosixPath(path).with_suffix("").as_posix() if has_image_suffix(path) else path
+
+
+@lru_cache(maxsize=8)
+def _open_zip(path: Path, changed: int, process: int) -> zipfile.ZipFile:
+    """One handle a file and process: its threads may share it, forked processes may not."""
+    return zipfile.ZipFile(path)
+
+
+@lru_cache(maxsize=64)
+def _tar_members(path: Path, changed: int) -> dict[str, tuple[int, int]]:
+    """Start and size of each file: threads cannot share a handle of tarfile's."""
+    with tarfile.open(path, "r:") as tar:
+        return {member.name: (member.offset_data, member.size) for member in tar if member.isfile()}
+
+
+@lru_cache(maxsize=2)
+def _parquet_images(path: Path, changed: int) -> list[bytes]:
+    import pyarrow.parquet as pq
+
+    return [image["bytes"] for image in pq.read_table(path, columns=["image"]).column("image").to_pylist()]
