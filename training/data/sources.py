@@ -32,6 +32,7 @@ from training.data.tables import (
 
 Layout = Literal["isic", "imagefolder", "stylegan", "table"]
 LAYOUTS: tuple[str, ...] = get_args(Layout)[:3]  # that the user can choose
+SPLIT = "split.json"  # in a folder that `dermis data split` wrote
 MANIFEST = "manifest.json"  # of a data set that dermis generated
 _PARTS = frozenset(
     {"train", "training", "val", "valid", "validation", "test", "testing", "holdout", "held-out", "held_out", "heldout"}
@@ -273,6 +274,8 @@ def _find_table(path: Path, listing: Listing) -> ImageFile | None:
         return listing.tables["metadata.csv"]
     candidates: dict[str, ImageFile] = {}
     for name, file in listing.tables.items():
+        if (PurePosixPath(name).parent / SPLIT).as_posix() in listing.ignored:
+            continue  # a part of a split, which is read with --metadata
         try:
             header = read_grid(file, most_rows=1).header
         except DataError:

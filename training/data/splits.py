@@ -19,13 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dermis.errors import DataError
-from training.data.sources import Record, Source
+from training.data.sources import SPLIT, Record, Source
 from training.data.tables import ID_COLUMNS, find_column, read_table
 
 TRAIN_VALIDATION: Mapping[str, float] = {"train": 0.8, "validation": 0.2}
 HOSPITALS: Mapping[str, float] = {"hospital-1": 2_000, "hospital-2": 12_000, "hospital-3": 20_000}
 REST = "rest"
-SUMMARY = "split.json"
+
 
 _ROUNDS = 50  # of improvement; a table of 33,000 images needs fewer than ten
 _CANDIDATES = 64  # patients that an exchange is tried with
@@ -258,7 +258,7 @@ def write_split(source: Source, split: Split, out: Path) -> None:
             write_records(out / f"{part.name}.csv", records, source)
         summary = {"source": source.path.name, "seed": split.seed, "whole": _described(split.whole, split.whole)}
         summary["parts"] = {part.name: _described(part, split.whole) for part in split.summary}
-        (out / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        (out / SPLIT).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise DataError(f"{out}: cannot be written ({error.strerror})") from error
 
@@ -297,9 +297,9 @@ def write_rows(file: Path, columns: Sequence[str], rows: Sequence[Mapping[str, s
 def read_split(folder: Path) -> dict[str, str]:
     """Part of each id in a folder that `write_split` wrote. DataError if it is none or an id is in two parts."""
     try:
-        names = list(json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["parts"])
+        names = list(json.loads((folder / SPLIT).read_text(encoding="utf-8"))["parts"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder}: no split; `dermis data split` writes one with its {SUMMARY}") from error
+        raise DataError(f"{folder}: no split; `dermis data split` writes one with its {SPLIT}") from error
     parts: dict[str, str] = {}
     for name in names:
         for record_id in read_table(folder / f"{name}.csv").names:
