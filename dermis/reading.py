@@ -69,7 +69,7 @@ def read_image(
         max_pixels: Larger images are refused before they are decoded.
         formats: Pillow's names of the formats that are read; by default those of uploads.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     if not data:
         raise ImageError("unusable", "is empty (0 bytes); use the original file")
@@ -94,7 +94,7 @@ def read_image(
     except Image.DecompressionBombError:
         raise ImageError("too-large", f"has more than {max_pixels:,} pixels; scale it down") from None
     except Exception as error:  # Pillow's plugins raise what they like
-        if kind is None and isinstance(error, Image.UnidentifiedImageError):
+        if kind is None and isinstance(error, UnidentifiedImageError):
             raise ImageError("unsupported", f"is {_content(data)}, not an image that can be read") from None
         if "truncated" in str(error).lower():
             raise ImageError("unusable", "ends early (truncated); use the whole file") from None

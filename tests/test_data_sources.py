@@ -17,7 +17,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from commands.main import app
+from dermis.bundle import Bundle
 from dermis.errors import DataError
+from test_dataset import make
 from training.data.class_names import parse_mapping
 from training.data.diagnoses import binary_class
 from training.data.images import load_images
@@ -404,3 +406,18 @@ def test_unpaired_maps_are_refused(tmp_path: Path) -> None:
     assert CliRunner().invoke(app, [*command, "--map", "NV=nevus"]).exit_code == 0
     with zipfile.ZipFile(tmp_path / "o.zip") as archive:
         assert b"nevus" in archive.read("metadata.csv")
+
+
+@pytest.mark.parametrize("kind", ["imagefolder", "webdataset", "parquet"])
+def test_a_generated_data_set_is_a_source(tmp_path: Path, tiny_bundle: Bundle, kind: str) -> None:
+    make(tmp_path / "made", tiny_bundle, format=kind)
+    source = read_source(tmp_path / "made")
+    assert source.reading.recognised == "data set of dermis" and source.class_names == ("benign", "malignant")
+    dataset = load_images(source, 8, progress=False)
+    assert dataset.images[:, 0, 0].tolist() == [[i, label, 7] for i, label in enumerate([1] * 11 + [0] * 9)]
+    prepare([source], tmp_path / "o.zip", 8, progress=False)
+    again = load_images(read_source(tmp_path / "o.zip"), 8, progress=False)
+    assert np.array_equal(again.images, dataset.images) and again.ids == dataset.ids
+    if kind == "imagefolder":
+        packed = load_images(read_source(tmp_path / "made" / "images.zip"), 8, progress=False)
+        assert np.array_equal(packed.images, dataset.images)

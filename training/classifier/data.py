@@ -84,7 +84,8 @@ def load_real(
     images that are in no part none is used. Without it the source is divided by patient in `shares`, which depends on
     `split_seed` alone. Raises DataError if a part lacks one of the classes.
     """
-    source = read_source(path, **{**options, "binary": True})
+    options["binary"] = True
+    source = read_source(path, **options)
     absent = sorted(set(CLASS_NAMES) - set(source.class_names))
     if absent:
         raise DataError(f"{path}: has no {absent[0]} images; a classifier learns from both classes")

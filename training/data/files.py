@@ -90,11 +90,14 @@ class Listing:
     archives: Mapping[str, ImageFile]
     ignored: Mapping[str, str]
     empty_folders: tuple[str, ...] = ()
+    files: int | None = None  # where images of archives are among the images: how many files there were without them
     _index: dict[str, list[str]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def seen(self) -> int:
         """How many files there are, without those of the operating system."""
+        if self.files is not None:
+            return self.files
         return len(self.images) + len(self.tables) + len(self.archives) + len(self.lost) + len(self.passed_over)
 
     @property
@@ -132,10 +135,10 @@ class Listing:
                         self._index.setdefault("\0" + key.casefold(), []).append(path)
                     else:
                         self._index.setdefault("\0" + key, []).append(path)
-        parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".", "..")]
+        steps = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".", "..")]
         for prefix in ("", "\0"):
-            for start in range(len(parts)):
-                tail = "/".join(parts[start:])
+            for start in range(len(steps)):
+                tail = "/".join(steps[start:])
                 tail = tail.casefold() if prefix else tail
                 for key in dict.fromkeys((tail, _without_suffix(tail))):
                     if paths := self._index.get(prefix + key):
@@ -197,7 +200,7 @@ def list_members(archive: ImageFile) -> dict[str, ImageFile]:
         if path.suffix == ".parquet":
             import pyarrow.parquet as pq
 
-            column = pq.read_table(path, columns=["image.path"]).column("image").to_pylist()
+            column = pq.ParquetFile(path).read(columns=["image.path"]).column("image").to_pylist()
             return {str(image["path"]): ImageFile(path, str(row)) for row, image in enumerate(column)}
         if path.suffix == ".tar":
             names = list(_tar_members(path, path.stat().st_mtime_ns))
@@ -291,4 +294,5 @@ def _tar_members(path: Path, changed: int) -> dict[str, tuple[int, int]]:
 def _parquet_images(path: Path, changed: int) -> list[bytes]:
     import pyarrow.parquet as pq
 
-    return [image["bytes"] for image in pq.read_table(path, columns=["image"]).column("image").to_pylist()]
+    column = pq.ParquetFile(path).read(columns=["image.bytes"]).column("image").to_pylist()
+    return [image["bytes"] for image in column]

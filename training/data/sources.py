@@ -217,10 +217,12 @@ def _with_table(path: Path, file: Path | ImageFile, listing: Listing, options: _
         members: dict[str, ImageFile] = {}
         for archive in listing.archives.values():
             members.update(list_members(archive))
-        listing = replace(listing, images={**listing.images, **members}, _index={})
+        listing = replace(listing, images={**listing.images, **members}, files=listing.seen, _index={})
     table = options.table(file, listing)
     main = file if isinstance(file, ImageFile) else ImageFile(file.resolve())
     companions = with_companions(table, main, listing)
+    if generated:
+        table = replace(table, kind="data set of dermis")
     source = _of_table(path, "isic", table, listing, companions)
     missing = sum(record.image is None for record in source.records)
     if missing == len(source.records) and listing.images:

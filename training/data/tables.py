@@ -51,7 +51,7 @@ GROUP_COLUMNS: Mapping[str, tuple[str, ...]] = {
     "lesion_id": ("lesion_id", "lesion", "lesionid", "lesion_uid", "case_num", "case_id", "group_id"),
 }
 _RIGHTS = ("copyright_license", "attribution", "source")
-_SYNONYMS = METADATA_COLUMNS | GROUP_COLUMNS
+_SYNONYMS: Mapping[str, tuple[str, ...]] = {**METADATA_COLUMNS, **GROUP_COLUMNS}
 _KNOWN = {
     *ID_COLUMNS, *CLASS_COLUMNS, *TWO_OF_2017, *_RIGHTS, *(name for names in _SYNONYMS.values() for name in names),
 }  # fmt: skip
@@ -210,9 +210,9 @@ def read_grid(file: Path | ImageFile, most_rows: int | None = None) -> Grid:
         raise DataError(f"{where}: no rows")
     _, first = rows[0]
     if _has_no_header(first):
-        header, body = _HEADERLESS, rows
+        header, body = list(_HEADERLESS), rows
     else:
-        header, body = tuple(_header(first)), rows[1:]
+        header, body = _header(first), rows[1:]
     cells = []
     for number, row in body:
         if any(row[len(header) :]):
@@ -221,7 +221,7 @@ def read_grid(file: Path | ImageFile, most_rows: int | None = None) -> Grid:
                 "put cells that hold the delimiter in quotes"
             )
         cells.append((*row[: len(header)], *([""] * (len(header) - len(row)))))
-    return Grid(header, tuple(cells), body[0][0] if body else 2)
+    return Grid(tuple(header), tuple(cells), body[0][0] if body else 2)
 
 
 def _text(file: Path | ImageFile, where: Path, *, beginning: bool) -> str:
