@@ -414,7 +414,8 @@ def test_a_generated_data_set_is_a_source(tmp_path: Path, tiny_bundle: Bundle, k
     source = read_source(tmp_path / "made")
     assert source.reading.recognised == "data set of dermis" and source.class_names == ("benign", "malignant")
     dataset = load_images(source, 8, progress=False)
-    assert dataset.images[:, 0, 0].tolist() == [[i, label, 7] for i, label in enumerate([1] * 11 + [0] * 9)]
+    assert dataset.images[:, 0, 0].tolist() == [[i, label, 7] for i, label in enumerate(dataset.labels)]
+    assert dataset.labels.tolist().count(1) == 11
     prepare([source], tmp_path / "o.zip", 8, progress=False)
     again = load_images(read_source(tmp_path / "o.zip"), 8, progress=False)
     assert np.array_equal(again.images, dataset.images) and again.ids == dataset.ids
