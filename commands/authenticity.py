@@ -152,13 +152,13 @@ def _audit_rows(names: Sequence[str], found: ProjectionAudit) -> Iterator[dict[s
 def _pairs_of(files: Sequence[Path], folder: Path, size: int) -> tuple[Images, Images, list[str]]:
     """Targets and projections, uint8 [N, R, R, 3], and the targets' names."""
     from dermis.projection.result import from_bytes
-    from dermis.reading import read_image
+    from dermis.reading import read_training_image
 
     targets, projected = [], []
     for file in files:
         result = folder / f"{file.stem}.safetensors"
         projected.append(from_bytes(result.read_bytes(), str(result))[0].image)
-        targets.append(read_image(file.read_bytes(), size=size))
+        targets.append(read_training_image(file.read_bytes(), size=size))
     return np.stack(targets), np.stack(projected), [str(file) for file in files]
 
 
@@ -257,14 +257,14 @@ def _chunks(
     files: Sequence[Path], size: int, bad: list[tuple[Path, str]]
 ) -> Iterator[tuple[list[Path], NDArray[np.uint8]]]:
     """Files and their squares [N, size, size, 3], those left out that cannot be read: they go to `bad`."""
-    from dermis.reading import ImageError, read_image
+    from dermis.reading import ImageError, read_training_image
 
     for start in range(0, len(files), _CHUNK):
         paths: list[Path] = []
         squares: list[Images] = []
         for path in files[start : start + _CHUNK]:
             try:
-                squares.append(read_image(path.read_bytes(), size=size))
+                squares.append(read_training_image(path.read_bytes(), size=size))
                 paths.append(path)
             except (ImageError, OSError) as error:
                 bad.append((path, getattr(error, "strerror", None) or str(error)))

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from dermis.imaging import Images
     from dermis.reading import ImageError
 
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _COLUMNS = ("file", "probability", "calibrated", "class")
 _CHUNK = 64  # images in memory at a time, at the classifier's size
 
@@ -80,17 +79,24 @@ def classify(
 
 
 def image_files(given: Sequence[Path]) -> list[Path]:
-    """Files as they are, folders as the images below them, in order of their names; each once."""
-    found: list[Path] = []
+    """Files as they are, folders as the images below them, in order of their names; each once.
+
+    Files below a folder that may be images and cannot be read are named on stderr.
+    """
+    from training.data.files import list_files
+
+    files: list[Path] = []
     for path in given:
-        if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in _SUFFIXES and file.is_file())
-            if not inside:
-                raise DataError(f"{path}: has no images ({', '.join(_SUFFIXES)})")
-            found += inside
-        else:
-            found.append(path)
-    return list(dict.fromkeys(found))
+        if not path.is_dir():
+            files.append(path)
+            continue
+        listing = list_files(path)
+        for name, why in listing.lost.items():
+            typer.echo(f"{path / name}: left out: {why}", err=True)
+        if not listing.images:
+            raise DataError(f"{path}: has no images (PNG, JPEG, WebP, TIFF, ...)")
+        files += [file.path for file in listing.images.values()]
+    return list(dict.fromkeys(files))
 
 
 def _scores(
@@ -100,10 +106,10 @@ def _scores(
     described = session.description
 
     def read(path: Path) -> Images | ImageError | OSError:
-        from dermis.reading import ImageError, read_image
+        from dermis.reading import ImageError, read_training_image
 
         try:
-            return read_image(path.read_bytes(), size=described.input.size)
+            return read_training_image(path.read_bytes(), size=described.input.size)
         except (ImageError, OSError) as error:
             return error
 

@@ -189,10 +189,10 @@ def _scored(cases: Sequence[_Case], classifier: str, size: int, bad: list[tuple[
 
 def _read(case: _Case, size: int, bad: list[tuple[str, str]]) -> Images | None:
     """The image at the classifier's size, or None; the reason then goes to `bad`."""
-    from dermis.reading import ImageError, read_image
+    from dermis.reading import ImageError, read_training_image
 
     try:
-        return read_image(case.read(), size=size)
+        return read_training_image(case.read(), size=size)
     except (ImageError, DataError, OSError) as error:
         bad.append((case.name, getattr(error, "strerror", None) or str(error)))
         return None

@@ -186,24 +186,29 @@ def added_images(text: str, class_names: tuple[str, str]) -> Pictures:
         raise DataError(f"--add: {text!r} is not of the form KIND=FOLDER, such as projected=projections")
     if kind in (REAL, GENERATED):
         raise DataError(f"--add: {kind} images come from --data, --generator or --dataset; name another kind")
+    from training.data.files import list_files
+
     path = Path(folder)
     try:
         return real_images(path, class_names, kind=kind)
     except DataError:
-        files = sorted(file for file in path.glob("*") if file.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
-        if not files:
+        if not path.is_dir():
             raise
-        chosen = [(Item(f"{kind}:{file.stem}", kind), file.read_bytes) for file in files]
+        listing = list_files(path)
+        if not listing.images:
+            raise
+        ids = listing.ids()
+        chosen = [(Item(f"{kind}:{ids[name]}", kind), file.read_bytes) for name, file in listing.images.items()]
         return Pictures(len(chosen), lambda size: _decoded(chosen, size))
 
 
 def _decoded(chosen: Sequence[tuple[Item, Callable[[], bytes]]], size: int) -> Iterator[tuple[Item, Images]]:
     from dermis.cpus import available_cpus
-    from dermis.reading import ImageError, read_image
+    from dermis.reading import ImageError, read_training_image
 
     def decode(pair: tuple[Item, Callable[[], bytes]]) -> Any:
         try:
-            return read_image(pair[1](), size=size)
+            return read_training_image(pair[1](), size=size)
         except ImageError as error:
             raise DataError(f"{pair[0].id}: {error}") from None
         except OSError as error:

@@ -170,7 +170,7 @@ def _run(
     from dermis.imaging import encode
     from dermis.projection.projector import Target
     from dermis.projection.result import to_bytes
-    from dermis.reading import ImageError, read_image
+    from dermis.reading import ImageError, read_training_image
     from dermis.video import encode_video
 
     size = projector.bundle.generator.img_resolution
@@ -181,7 +181,7 @@ def _run(
         for place in waiting:
             try:
                 data = files[place].read_bytes()
-                image = read_image(data, size=size)
+                image = read_training_image(data, size=size)
             except (ImageError, OSError) as error:
                 bad.append((files[place], getattr(error, "strerror", None) or str(error)))
                 bar.update()
@@ -226,7 +226,7 @@ def _summarise(out: Path, files: Sequence[Path], results: Sequence[Path], left_o
     """The table, the sheet of pairs, and a line on the screen."""
     from dermis.imaging import contact_sheet, encode
     from dermis.projection.result import facts_of
-    from dermis.reading import read_image
+    from dermis.reading import read_training_image
 
     rows: list[dict[str, Any]] = []
     pairs: list[Images] = []
@@ -236,7 +236,7 @@ def _summarise(out: Path, files: Sequence[Path], results: Sequence[Path], left_o
         found, _ = _read(result)
         rows.append({"file": str(file), "result": result.relative_to(out).as_posix(), **facts_of(found)})
         if len(pairs) < 2 * _PAIRS:
-            pairs += [read_image(file.read_bytes(), size=size), found.image]
+            pairs += [read_training_image(file.read_bytes(), size=size), found.image]
     if not rows:
         return
     text = io.StringIO(newline="")
