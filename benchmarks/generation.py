@@ -30,6 +30,7 @@ from dermis.devices import fast_dtype, resolve_device
 from dermis.latents import z_for
 from dermis.networks import Generator, GeneratorConfig, one_hot
 from dermis.synthesizer import Synthesizer
+from dermis.synthesizer.choice import DTYPES
 from dermis.synthesizer.network import blocks_of, convolutions_of, to_uint8
 
 DEMO = Path("bundles/demo")
@@ -46,9 +47,12 @@ class Target:
     generator: Generator  # float32, on the CPU
     device: str
     backend: str
+    dtype: str  # of the convolutions: auto, bfloat16 or float32
 
     def synthesizer(self) -> Synthesizer:
-        return Synthesizer(self.bundle, device=self.device, backend=self.backend, generator=self.generator)
+        return Synthesizer(
+            self.bundle, device=self.device, backend=self.backend, dtype=self.dtype, generator=self.generator
+        )
 
 
 def automatic_config(resolution: int) -> GeneratorConfig:
@@ -101,7 +105,7 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
 
 def measure_rates(target: Target, synthesizer: Synthesizer, device: torch.device, rounds: int) -> dict[str, Any]:
     """Best rates of the matrix product, the eager network and the serving path over alternating rounds."""
-    dtype = fast_dtype(device)
+    dtype = fast_dtype(device) if target.dtype == "auto" else DTYPES[target.dtype]
     size = PRODUCT_SIZE[device.type]
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     transposed = right.t()  # the other layout: which one a library likes better is not known beforehand
@@ -154,10 +158,10 @@ def mean_difference(generator: Generator, synthesizer: Synthesizer, per_class: i
     return total / len(labels)
 
 
-def start_up(bundle: str, device: str, backend: str) -> None:
+def start_up(bundle: str, device: str, backend: str, dtype: str) -> None:
     """What a fresh process does until its first image; prints the seconds as JSON."""
     start = time.perf_counter()
-    synthesizer = Synthesizer(open_bundle(bundle), device=device, backend=backend)
+    synthesizer = Synthesizer(open_bundle(bundle), device=device, backend=backend, dtype=dtype)
     ready = time.perf_counter()
     synthesizer.images([0], [0], [0])
     print(json.dumps({"ready": ready - start, "first_image": time.perf_counter() - ready}))
@@ -169,7 +173,7 @@ def measure_start_up(target: Target) -> dict[str, dict[str, float]]:
     with tempfile.TemporaryDirectory() as cache:
         environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
         command = [sys.executable, "-m", "benchmarks.generation", "--start-up", "--bundle", target.bundle.location]
-        command += ["--device", target.device, "--backend", target.backend]
+        command += ["--device", target.device, "--backend", target.backend, "--dtype", target.dtype]
         for name in ("cold", "warm"):
             start = time.perf_counter()
             output = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -246,21 +250,22 @@ def main() -> None:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--backend", default="auto", help="auto, openvino or torch")
+    parser.add_argument("--dtype", default="auto", help="auto, bfloat16 or float32: of the network and of the limit")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--start-up", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.start_up:
-        start_up(options.bundle, options.device, options.backend)
+        start_up(options.bundle, options.device, options.backend, options.dtype)
         return
     device = resolve_device(options.device)
     with tempfile.TemporaryDirectory() as folder:
         bundle = random_bundle(Path(folder) / "random", automatic_config(options.resolution))
-        target = Target(bundle, load_generator(bundle), options.device, options.backend)
+        target = Target(bundle, load_generator(bundle), options.device, options.backend, options.dtype)
         found = measure(target, device, options.rounds)
     trained = options.bundle or (str(DEMO) if DEMO.exists() else None)
     if trained is not None:
         bundle = open_bundle(trained)
-        target = Target(bundle, load_generator(bundle), options.device, options.backend)
+        target = Target(bundle, load_generator(bundle), options.device, options.backend, options.dtype)
         found["trained"] = measure(target, device, options.rounds)
     if options.json:
         print(json.dumps(found))
