@@ -30,7 +30,6 @@ from dermis.devices import fast_dtype, resolve_device
 from dermis.latents import z_for
 from dermis.networks import Generator, GeneratorConfig, one_hot
 from dermis.synthesizer import Synthesizer
-from dermis.synthesizer.choice import DTYPES
 from dermis.synthesizer.network import blocks_of, convolutions_of, to_uint8
 
 DEMO = Path("bundles/demo")
@@ -105,7 +104,7 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
 
 def measure_rates(target: Target, synthesizer: Synthesizer, device: torch.device, rounds: int) -> dict[str, Any]:
     """Best rates of the matrix product, the eager network and the serving path over alternating rounds."""
-    dtype = fast_dtype(device) if target.dtype == "auto" else DTYPES[target.dtype]
+    dtype = fast_dtype(device) if target.dtype == "auto" else getattr(torch, target.dtype)
     size = PRODUCT_SIZE[device.type]
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     transposed = right.t()  # the other layout: which one a library likes better is not known beforehand

@@ -143,7 +143,7 @@ def generate(
     finish = only_shard is None or finalize_only
     try:
         with (
-            Synthesizer(opened, device=device) as synthesizer,
+            Synthesizer(opened, device=device, cache=Path(".dermis/cache/generators")) as synthesizer,
             _scoring(planned, opened, device) as scorer,
             _checking(planned, opened, device) as checker,
         ):

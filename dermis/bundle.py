@@ -35,13 +35,14 @@ from dermis.directions import direction as direction_files
 from dermis.directions.direction import Direction
 from dermis.errors import BundleError
 from dermis.folders import DescriptorModel, FileRecord, open_folder, parse_descriptor, to_json, write_folder
+from dermis.network_config import DiscriminatorConfig, GeneratorConfig
 from dermis.projection import encoder_description as encoders
 from dermis.projection.encoder_description import EncoderDescription
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from dermis.networks import Discriminator, DiscriminatorConfig, Generator, GeneratorConfig
+    from dermis.networks import Discriminator, Generator
 
 BUNDLE_FORMAT = 1
 DESCRIPTOR = "bundle.json"
@@ -282,8 +283,6 @@ def _card(card: str, described: Mapping[str, Described | None], directions: Sequ
 
 
 def _configs(descriptor: _Descriptor, where: str) -> tuple[GeneratorConfig, DiscriminatorConfig | None]:
-    from dermis.networks import DiscriminatorConfig, GeneratorConfig
-
     field = "generator"
     try:
         generator = GeneratorConfig(**descriptor.generator)

@@ -1,10 +1,16 @@
-"""How many processors there are to use. Imports no torch."""
+"""How many processors there are to use, and what they can. Imports no torch."""
 
 from __future__ import annotations
 
 import math
 import os
+import platform
+from functools import lru_cache
 from pathlib import Path
+
+# As Linux names them, the widest first: they decide the last bits of a result.
+_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "sve2", "sve", "asimd")
+_NATIVE_BFLOAT16 = ("amx_bf16", "avx512_bf16", "bf16")
 
 
 def available_cpus() -> int:
@@ -15,3 +21,32 @@ def available_cpus() -> int:
         return max(1, min(count, math.ceil(int(quota) / int(period))))
     except (OSError, ValueError):  # no such file, or "max": no quota
         return count
+
+
+def cpu_identity() -> dict[str, str]:
+    """What decides the last bits of a result on a CPU: the processor and the widest instructions it has."""
+    name, flags = _processor()
+    known = {"avx512f": "avx512_f", "asimd": "neon"}
+    widest = next((flag for flag in _INSTRUCTIONS if flag in flags), "baseline")
+    return {"device": "cpu", "processor": name, "instructions": known.get(widest, widest)}
+
+
+def has_native_bfloat16() -> bool:
+    """Does the processor multiply bfloat16 by itself? False where this is not known."""
+    _, flags = _processor()
+    return any(flag in flags for flag in _NATIVE_BFLOAT16)
+
+
+@lru_cache(maxsize=1)
+def _processor() -> tuple[str, frozenset[str]]:
+    """Name and instruction flags as /proc/cpuinfo has them; elsewhere the name alone."""
+    fields: dict[str, str] = {}
+    try:
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
+            key, colon, value = line.partition(":")
+            if colon:
+                fields.setdefault(key.strip(), value.strip())
+    except OSError:
+        pass
+    flags = fields.get("flags", fields.get("Features", ""))
+    return fields.get("model name") or platform.processor() or "unknown", frozenset(flags.split())

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from dermis.cpus import has_native_bfloat16
 from dermis.errors import DermisError
 
 
@@ -27,9 +28,7 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the device multiplies it natively, else float32."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    native = ("avx512_bf16", "amx_bf16", "bf16")
-    return torch.bfloat16 if any(capabilities.get(name) for name in native) else torch.float32
+    return torch.bfloat16 if has_native_bfloat16() else torch.float32
 
 
 def describe_hardware(device: torch.device) -> str:

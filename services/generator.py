@@ -51,7 +51,13 @@ class Generator:
             started = time.perf_counter()
             try:
                 bundle = open_bundle(location)
-                synthesizer = Synthesizer(bundle, device=_device(), backend=_settings.backend, threads=threads)
+                synthesizer = Synthesizer(
+                    bundle,
+                    device=_device(),
+                    backend=_settings.backend,
+                    threads=threads,
+                    cache=_settings.data_dir / "cache" / "generators",
+                )
                 synthesizer.images([0], [0], [0])  # the first image is slow; the first caller need not wait for it
             except (DermisError, OSError, RuntimeError, MemoryError) as error:
                 logger.error("model not loaded", extra={"location": location, "error": str(error)})

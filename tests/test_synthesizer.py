@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import json
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
 
+from dermis import cpus
 from dermis.bundle import Bundle
 from dermis.devices import fast_dtype
 from dermis.errors import DermisError, RequestError
 from dermis.latents import noise_for, z_for
 from dermis.networks import Generator, GeneratorConfig, NoiseMode, one_hot
 from dermis.synthesizer import Synthesizer
+from dermis.synthesizer.model_cache import read_stages
 from dermis.synthesizer.network import blocks_of, convolutions_of, noise_resolutions, to_uint8
 
 Image = npt.NDArray[np.uint8]
@@ -204,7 +209,7 @@ def test_falls_back_where_openvino_cannot_compile(monkeypatch: pytest.MonkeyPatc
 
 
 def test_falls_back_to_float32_without_bf16_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True}, raising=False)
+    monkeypatch.setattr(cpus, "_processor", lambda: ("a processor", frozenset({"avx2"})))
     generator = make_generator("unconditional")
     synthesizer = Synthesizer(make_bundle(generator), device="cpu", generator=generator)
     assert synthesizer.identity["dtype"] == "float32"
@@ -229,3 +234,43 @@ def test_cuda_equals_the_network_whatever_the_batch() -> None:
     assert difference(together, expected).mean() < 2
     for i in (0, 5, count - 1):
         assert (synthesizer.images([7], [i], [labels[i]])[0] == together[i]).all()
+
+
+@needs_openvino
+def test_kept_networks_draw_the_same_images_without_torch(tmp_path: Path, tiny_bundle: Bundle) -> None:
+    options = {"seeds": [3] * 4, "indices": range(4), "labels": [0, 1, 0, 1]}
+    with Synthesizer(tiny_bundle, device="cpu", cache=tmp_path / "cache") as synthesizer:
+        expected = synthesizer.images(**options, noise_mode="random", truncation_psi=0.7)
+        identity = dict(synthesizer.identity)
+    code = (
+        "import sys, json; from pathlib import Path; from dermis.bundle import open_bundle\n"
+        "from dermis.synthesizer import Synthesizer\n"
+        "synthesizer = Synthesizer(open_bundle(sys.argv[1]), device='cpu', cache=Path(sys.argv[2]))\n"
+        "images = synthesizer.images([3] * 4, range(4), [0, 1, 0, 1], noise_mode='random', truncation_psi=0.7)\n"
+        "print(json.dumps(['torch' in sys.modules, dict(synthesizer.identity), images.tolist()]))\n"
+    )
+    command = [sys.executable, "-c", code, tiny_bundle.location, str(tmp_path / "cache")]
+    output = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[1]).stdout
+    has_torch, its_identity, images = json.loads(output.splitlines()[-1])
+    assert not has_torch and its_identity == identity
+    assert np.array_equal(np.array(images, np.uint8), expected)
+
+
+@needs_openvino
+def test_kept_networks_that_others_could_have_changed_are_not_read(tmp_path: Path, tiny_bundle: Bundle) -> None:
+    cache = tmp_path / "cache"
+    with Synthesizer(tiny_bundle, device="cpu", cache=cache):
+        pass
+    (entry,) = cache.iterdir()
+    assert read_stages(cache, tiny_bundle.digest) is not None
+    assert read_stages(cache, "f" * 64) is None
+    entry.chmod(0o770)
+    assert read_stages(cache, tiny_bundle.digest) is None
+    entry.chmod(0o700)
+    weights = bytearray((entry / "images.bin").read_bytes())
+    weights[-1] ^= 1
+    (entry / "images.bin").write_bytes(weights)
+    assert read_stages(cache, tiny_bundle.digest) is None
+    with Synthesizer(tiny_bundle, device="cpu", cache=cache):
+        pass
+    assert read_stages(cache, tiny_bundle.digest) is not None, "made again"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Self, get_args
 
 import numpy as np
@@ -15,13 +16,14 @@ import numpy.typing as npt
 
 from dermis.errors import DermisError, RequestError
 from dermis.latents import noise_for, z_for
-from dermis.networks import Generator, NoiseMode
+from dermis.network_config import NoiseMode
 from dermis.synthesizer.backend import Backend, Bytes, Float
-from dermis.synthesizer.choice import make_backend
-from dermis.synthesizer.network import constant_noise, noise_resolutions
+from dermis.synthesizer.choice import make_ready
+from dermis.synthesizer.model_cache import package_version
 
 if TYPE_CHECKING:
     from dermis.bundle import Bundle
+    from dermis.networks import Generator
 
 __all__ = ["Synthesizer"]
 
@@ -35,7 +37,8 @@ class Synthesizer:
 
     device: "auto", "cpu" or a CUDA device. backend: "auto", "openvino" or "torch". dtype: "auto", "bfloat16" or
     "float32" for the convolutions. threads: CPU cores to use, all that this process may if None. generator: the
-    bundle's own network, where the caller has it loaded. DermisError where one of them cannot be had.
+    bundle's own network, where the caller has it loaded. cache: folder for the converted network, with which the next
+    start on a CPU takes a second or two and no torch. DermisError where one of them cannot be had.
     """
 
     def __init__(
@@ -47,23 +50,25 @@ class Synthesizer:
         dtype: str = "auto",
         threads: int | None = None,
         generator: Generator | None = None,
+        cache: Path | None = None,
     ) -> None:
-        if generator is None:
-            from dermis.bundle import load_generator
-
-            generator = load_generator(bundle)
-        if generator.config.img_channels not in (1, 3):
-            channels = generator.config.img_channels
+        channels = bundle.generator.img_channels
+        if channels not in (1, 3):
             raise DermisError(
                 f"{bundle.location}: draws images of {channels} channels; only grey (1) and RGB (3) are served"
             )
         self.bundle = bundle
-        self._config = generator.config
-        self._w_avg: Float = generator.mapping.w_avg.detach().cpu().numpy().copy()
-        self._resolutions = noise_resolutions(generator)
-        self._backend: Backend = make_backend(generator, device, backend, dtype, threads)
-        rows = (self._backend.micro_batch, 1)
-        constant: Float = np.tile(constant_noise(generator).cpu().numpy(), rows)
+
+        def load() -> Generator:
+            from dermis.bundle import load_generator
+
+            return load_generator(bundle) if generator is None else generator
+
+        kept = cache if generator is None else None  # the caller's network may not be that of the bundle
+        ready = make_ready(load, bundle.digest, device, backend, dtype, threads, kept)
+        self._config, self._w_avg, self._resolutions = ready.config, ready.w_avg, ready.resolutions
+        self._backend: Backend = ready.backend
+        constant: Float = np.tile(ready.constant_noise, (self._backend.micro_batch, 1))
         self._fixed_noise = {"const": constant, "none": np.zeros_like(constant)}
         self._pool = ThreadPoolExecutor(
             self._backend.workers, thread_name_prefix="synthesizer", initializer=self._backend.start_worker
@@ -92,13 +97,11 @@ class Synthesizer:
     @property
     def identity(self) -> Mapping[str, str]:
         """What, besides the bundle and the request, decides the images' bytes: device, arithmetic, versions."""
-        import torch
-
         return {
             **self._backend.identity,
             "backend": self._backend.name,
             "dtype": self._backend.dtype,
-            "torch": torch.__version__,
+            "torch": package_version("torch"),
             "numpy": np.__version__,
         }
 

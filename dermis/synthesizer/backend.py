@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 Float = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -29,14 +28,3 @@ class Backend:
     images: Callable[[Float, Float], Bytes]  # ws [N, num_ws, w_dim], noise [N, sum of R^2] -> [N, H, W, channels]
     identity: Mapping[str, str]
     start_worker: Callable[[], None] = lambda: None
-
-
-def cpu_identity() -> dict[str, str]:
-    """What decides the last bits of a result on a CPU: the processor and the widest instructions it has."""
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    wide = ("amx_bf16", "avx512_bf16", "avx512_f", "avx2", "sve2", "sve", "neon")
-    return {
-        "device": "cpu",
-        "processor": str(capabilities.get("cpu_name", "unknown")),
-        "instructions": next((name for name in wide if capabilities.get(name)), "baseline"),
-    }

@@ -1,26 +1,49 @@
 """The CPU backend: OpenVINO compiles the stages in about a second and fuses everything around the convolutions.
 
 One image and one core a stream: images need no synchronisation with one another, batch 1 keeps the activations in the
-cache, and since no sum is ever split over cores, the bytes do not depend on how many there are. Nothing is cached on
-disk: tracing and compiling takes about two seconds (docs/benchmarks.md), and so no stale or foreign code can be loaded.
+cache, and since no sum is ever split over cores, the bytes do not depend on how many there are.
+
+Converting the network takes torch and most of a start; `dermis.synthesizer.model_cache` keeps the result. Compiling it
+needs no torch, which this module therefore imports in `convert` alone.
 """
 
 from __future__ import annotations
 
 import sys
 import threading
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
-from dermis.networks import Generator
-from dermis.synthesizer.backend import Backend, Bytes, Float, cpu_identity
-from dermis.synthesizer.network import ImageStage, MappingStage, StyleStage, constant_noise
+from dermis.cpus import cpu_identity
+from dermis.network_config import GeneratorConfig
+from dermis.synthesizer.backend import Backend, Bytes, Float
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from dermis.networks import Generator
+
+STAGES = ("mapping", "styles", "images")
 
 
-def _import_openvino() -> Any:
+@dataclass(frozen=True)
+class Stages:
+    """A generator in OpenVINO's form, and what else is needed to draw with it.
+
+    w_avg float32 [w_dim]; constant_noise float32 [1, sum of R^2]; resolutions: height of each layer's noise map.
+    """
+
+    config: GeneratorConfig
+    w_avg: Float
+    constant_noise: Float
+    resolutions: tuple[int, ...]
+    models: Mapping[str, Any]  # of STAGES: openvino.Model
+
+
+def import_openvino() -> Any:
     """openvino without its usage reports: it would send events to an analytics host, at its import and later.
 
     A module of None makes the import of openvino_telemetry fail, for which openvino has a stub that sends nothing.
@@ -31,36 +54,48 @@ def _import_openvino() -> Any:
     return openvino
 
 
-def openvino_backend(generator: Generator, dtype: torch.dtype, threads: int) -> Backend:
-    """Compile for `threads` cores. ImportError if openvino is not installed."""
-    ov = _import_openvino()
-    core = ov.Core()
-    if dtype == torch.bfloat16 and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-        dtype = torch.float32
+def convert(generator: Generator) -> Stages:
+    """The stages of a network, traced by torch. ImportError if openvino is not installed."""
+    import torch
+
+    from dermis.synthesizer.network import ImageStage, MappingStage, StyleStage, constant_noise, noise_resolutions
+
+    ov = import_openvino()
     config = generator.config
     z, c = torch.zeros(1, config.z_dim), torch.zeros(1, config.c_dim)
     ws = torch.zeros(1, config.num_ws, config.w_dim)
+    noise = constant_noise(generator)
 
-    def compiled(stage: nn.Module, inputs: tuple[Tensor, ...], precision: str) -> Any:
+    def converted(stage: nn.Module, *inputs: Tensor) -> Any:
         with torch.no_grad():
-            model = ov.convert_model(stage.eval(), example_input=inputs, input=[list(x.shape) for x in inputs])
-        options = {
-            "INFERENCE_PRECISION_HINT": precision,
-            "INFERENCE_NUM_THREADS": threads,
-            "NUM_STREAMS": threads,
-            "ENABLE_CPU_PINNING": False,  # several worker processes would pin themselves to the same cores
-        }
-        return core.compile_model(model, "CPU", options)
+            return ov.convert_model(stage.eval(), example_input=inputs, input=[list(x.shape) for x in inputs])
 
     style_stage = StyleStage(generator)
     with torch.no_grad():
         scales = style_stage(ws)
-    precision = "bf16" if dtype == torch.bfloat16 else "f32"
     models = {
-        "mapping": compiled(MappingStage(generator), (z, c), "f32"),
-        "styles": compiled(style_stage, (ws,), "f32"),
-        "images": compiled(ImageStage(generator), (scales, constant_noise(generator)), precision),
+        "mapping": converted(MappingStage(generator), z, c),
+        "styles": converted(style_stage, ws),
+        "images": converted(ImageStage(generator), scales, noise),
     }
+    w_avg: Float = generator.mapping.w_avg.detach().cpu().numpy().copy()
+    return Stages(config, w_avg, noise.cpu().numpy(), tuple(noise_resolutions(generator)), models)
+
+
+def compile_stages(stages: Stages, *, bfloat16: bool, threads: int) -> Backend:
+    """Compile for `threads` cores; `bfloat16` is the arithmetic of the convolutions where the processor has it."""
+    ov = import_openvino()
+    core = ov.Core()
+    bfloat16 = bfloat16 and "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    models = {}
+    for name in STAGES:
+        options = {
+            "INFERENCE_PRECISION_HINT": "bf16" if bfloat16 and name == "images" else "f32",
+            "INFERENCE_NUM_THREADS": threads,
+            "NUM_STREAMS": threads,
+            "ENABLE_CPU_PINNING": False,  # several worker processes would pin themselves to the same cores
+        }
+        models[name] = core.compile_model(stages.models[name], "CPU", options)
     requests = threading.local()  # an inference request serves one call at a time, so every thread has its own
 
     def infer(name: str, *inputs: Float) -> Any:
@@ -78,6 +113,5 @@ def openvino_backend(generator: Generator, dtype: torch.dtype, threads: int) -> 
         pixels: Bytes = infer("images", infer("styles", np.ascontiguousarray(ws)), noise).copy()
         return pixels
 
-    name = "bfloat16" if dtype == torch.bfloat16 else "float32"
     identity = {**cpu_identity(), "openvino": ov.__version__}
-    return Backend("openvino", name, 1, threads, mapping, images, identity)
+    return Backend("openvino", "bfloat16" if bfloat16 else "float32", 1, threads, mapping, images, identity)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import torch
 
+from dermis.cpus import cpu_identity
 from dermis.networks import Generator
-from dermis.synthesizer.backend import Backend, Bytes, Float, cpu_identity
+from dermis.synthesizer.backend import Backend, Bytes, Float
 from dermis.synthesizer.network import ImageStage, MappingStage, StyleStage
 
 

@@ -1,0 +1,83 @@
+"""The configurations of the networks. Imports no torch: a bundle is described and served without it.
+
+`dermis.networks` builds the networks and has these names as well.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+NoiseMode = Literal["const", "random", "none"]
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    """What determines the generator's parameter shapes and arithmetic. Field names follow the official arguments.
+
+    `num_fp16_res` highest resolutions run in float16 on CUDA (float32 elsewhere); `conv_clamp` bounds their
+    activations to +-conv_clamp. `c_dim` = 0 means unconditional.
+    """
+
+    img_resolution: int
+    c_dim: int = 0
+    z_dim: int = 512
+    w_dim: int = 512
+    img_channels: int = 3
+    mapping_layers: int = 8
+    mapping_lr_multiplier: float = 0.01
+    embed_features: int | None = None
+    layer_features: int | None = None
+    w_avg_beta: float = 0.995
+    channel_base: int = 32768
+    channel_max: int = 512
+    num_fp16_res: int = 0
+    conv_clamp: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_sizes(self)
+        if self.z_dim <= 0 or self.w_dim <= 0:
+            raise ValueError("z_dim and w_dim must be positive")
+
+    @property
+    def num_ws(self) -> int:
+        """Number of style vectors: two a resolution, i.e. 2 log2(resolution) - 2 (paper: 14 at 256 px)."""
+        return 2 * int(math.log2(self.img_resolution)) - 2
+
+
+@dataclass(frozen=True)
+class DiscriminatorConfig:
+    """What determines the discriminator's parameter shapes and arithmetic; see `GeneratorConfig`.
+
+    `cmap_dim` None means channels at 4 px when conditional, 0 otherwise (the official rule). `mbstd_group_size`
+    None takes the whole batch as one group.
+    """
+
+    img_resolution: int
+    c_dim: int = 0
+    img_channels: int = 3
+    channel_base: int = 32768
+    channel_max: int = 512
+    num_fp16_res: int = 0
+    conv_clamp: float | None = None
+    cmap_dim: int | None = None
+    mapping_layers: int = 8
+    mapping_lr_multiplier: float = 0.01
+    embed_features: int | None = None
+    layer_features: int | None = None
+    mbstd_group_size: int | None = 4
+    mbstd_num_channels: int = 1
+
+    def __post_init__(self) -> None:
+        _check_sizes(self)
+
+
+def _check_sizes(config: GeneratorConfig | DiscriminatorConfig) -> None:
+    resolution = config.img_resolution
+    if resolution < 8 or resolution & (resolution - 1):
+        raise ValueError(f"img_resolution must be a power of two, at least 8; got {resolution}")
+    if config.channel_base < resolution or config.channel_max < 1 or config.img_channels < 1:
+        raise ValueError("channel_base must be at least img_resolution, channel_max and img_channels at least 1")
+    if config.c_dim < 0 or not 1 <= config.mapping_layers <= 64:
+        raise ValueError("c_dim must be at least 0, mapping_layers from 1 to 64")
