@@ -58,11 +58,12 @@ def dataset_files(request: dict[str, Any]) -> dict[str, bytes]:
             for _ in range(count):
                 archive.writestr(f"images/{name}/SYN_{index:08d}.png", png(index + request["seed"]))
                 index += 1
-        archive.writestr("metadata.csv", "isic_id\n")
+        table = "".join(f"{name}\n" for name in ("isic_id", *(f"SYN_{i:08d}" for i in range(index))))
+        archive.writestr("metadata.csv", table)
         archive.writestr("README.md", bytes(300_000))
     files = {
         "images.zip": buffer.getvalue(),
-        "metadata.csv": b"isic_id\n",
+        "metadata.csv": table.encode(),
         "preview.png": png(1),
         "README.md": b"# card\n",
     }

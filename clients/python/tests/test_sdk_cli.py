@@ -45,7 +45,7 @@ def test_the_story_from_a_shell(gateway: FakeGateway, run: Run, tmp_path: Path) 
     identifier = next(iter(gateway.datasets))
     assert printed.splitlines() == [
         f"{identifier} succeeded",
-        f"5 files in {out}, every hash right",
+        f"{out}: 4 images in images.zip, 5 files, every hash right",
         f"images unpacked into {out / 'images'}",
     ]
     assert run("verify", str(out)) == (0, f"{out}: 4 files, every hash right\n", "")
@@ -97,9 +97,9 @@ def test_images(run: Run, tmp_path: Path) -> None:
     [
         (("datasets", "create", "--classes", "malignant"), 1, "malignant=500,benign=500"),
         (("datasets", "create", "--classes", "a=1,a=2"), 1, "twice"),
-        (("datasets", "create", "--classes", "melanoma=1"), 1, "classes.melanoma: unknown class"),
+        (("datasets", "create", "--classes", "melanoma=1"), 1, "--classes melanoma: unknown class"),
         (("datasets", "create", "--classes", "benign=1", "--extract"), 1, "--out"),
-        (("datasets", "create", "--classes", "benign=1", "--truncation-psi", "nan"), 1, "truncation_psi"),
+        (("datasets", "create", "--classes", "benign=1", "--truncation-psi", "nan"), 1, "--truncation-psi: must be"),
         (("datasets", "create", "--classes", "benign=1", "--seed", "x"), 2, "--seed"),
         (("datasets", "show", "ds_none"), 1, "404 not-found"),
         (("datasets", "show", "../x"), 1, "dataset id"),
@@ -107,7 +107,7 @@ def test_images(run: Run, tmp_path: Path) -> None:
         (("images", "--classes", "benign=1"), 1, "--grid"),
         (("images", "--classes", "benign=1", "--grid", "x.txt"), 1, ".png"),
         (("verify", "nowhere"), 1, "manifest.json"),
-        (("models", "--base-url", "ftp://x"), 1, "base_url"),
+        (("models", "--base-url", "ftp://x"), 1, "--base-url: "),
         (("models", "--nonsense"), 2, "--nonsense"),
         (("nonsense",), 2, "nonsense"),
     ],

@@ -13,7 +13,8 @@ from typing import Annotated, Any
 import typer
 from PIL import Image
 
-from dermis_client._status import describe, one_line
+from dermis_client._foreign import one_line
+from dermis_client._status import describe
 from dermis_client.errors import InvalidRequestError
 from dermis_client.folders import VerifyReport
 from dermis_client.latent import AuthenticityResult, Direction, Projection
@@ -48,13 +49,73 @@ def encode(image: Image.Image, path: Path) -> bytes:
     return buffer.getvalue()
 
 
+# Options that are not called as the field of the API, dots and underscores aside.
+_OPTIONS = {
+    "classifier.keep": "keep",
+    "classifier.score": "score",
+    "classifier.threshold": "threshold",
+    "classifier.min_probability": "min-probability",
+    "classifier.max_probability": "max-probability",
+    "classifier.tries": "tries",
+    "privacy": "gate",
+    "privacy.gate": "gate",
+    "privacy.percentile": "percentile",
+    "privacy.on_reject": "on-reject",
+    "privacy.tries": "gate-tries",
+    "edits": "edit",
+    "samples": "sample",
+    "projections": "projection",
+    "heat_map": "method",
+}
+_PLAIN = (
+    "classes", "seed", "model", "format", "image_format", "image_quality", "truncation_psi", "truncation_cutoff", "noise_mode",
+    "shard_size", "start_index", "idempotency_key", "sweep", "threshold", "schedule", "steps", "class", "base_url", "timeout",
+    "parallel", "limit", "state", "min_probability", "max_probability",
+)  # fmt: skip
+_FIELD = re.compile(
+    r"(?:(?<=^)|(?<=; ))("
+    + "|".join(re.escape(name) for name in sorted([*_OPTIONS, *_PLAIN], key=len, reverse=True))
+    + r")((?:\.[\w -]+)*)(?=:)"
+)
+_WORD = re.compile(r"(?<![\w.-])(" + "|".join(name for name in _PLAIN if "_" in name) + r")(?![\w:])")
+_FILTER = "--keep, --threshold, --min-probability, --max-probability, --tries"
+
+
+def in_options(message: str) -> str:
+    """A message of the API with its fields called as the options: --min-probability for classifier.min_probability."""
+
+    def option(match: re.Match[str]) -> str:
+        name, rest = match[1], match[2].removeprefix(".")
+        return f"--{_OPTIONS.get(name, name).replace('_', '-')}" + (f" {rest}" if rest and name == "classes" else "")
+
+    named = re.sub(r"^classifier(?=:)", f"the classifier ({_FILTER})", _FIELD.sub(option, message))
+    return _WORD.sub(lambda match: f"--{match[1].replace('_', '-')}", named)
+
+
+def usage_message(error: Exception) -> str | None:
+    """What is wrong with how the program was called, "" if help has been printed; None for an error of another kind.
+
+    Typer raises exceptions of click, or of its own copy of click, so they are known by what they offer.
+    """
+    format_message = getattr(error, "format_message", None)
+    if not callable(format_message):
+        return None
+    message = str(format_message())
+    if not message or "Usage:" in message:  # called without a command
+        print(message)
+        return ""
+    message = re.sub(r"( Did you mean [^?]*\?)\1", r"\1", message)  # some versions of Typer repeat what click says
+    program = getattr(getattr(error, "ctx", None), "command_path", None)
+    return f"{message.rstrip('.')}; see: {program} --help" if program else message
+
+
 @contextmanager
 def hint(message: str) -> Iterator[None]:
     """On Ctrl-C say how to go on, then leave with status 130."""
     try:
         yield
     except KeyboardInterrupt:
-        typer.echo(message, err=True)
+        typer.echo(one_line(message), err=True)
         raise typer.Exit(130) from None
 
 
@@ -206,9 +267,14 @@ def created(record: DatasetRecord, download: Mapping[str, Any] | None) -> Iterat
 
 
 def downloaded(download: Mapping[str, Any]) -> Iterator[str]:
-    yield f"{len(download['files'])} files in {download['folder']}, every hash right"
+    files, count = download["files"], download["images_count"]
+    kept = "images.zip" if "images.zip" in files else "data files"
+    images = "images" if count is None else f"{count:,} images"
+    yield f"{download['folder']}: {images} in {kept}, {len(files)} files, every hash right"
     if "images" in download:
         yield f"images unpacked into {download['images']}"
+    elif kept == "images.zip":
+        yield "unpack the images: download again with --extract, or unzip images.zip"
 
 
 def verified(report: VerifyReport) -> Iterator[str]:
