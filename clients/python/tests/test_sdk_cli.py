@@ -122,6 +122,49 @@ def test_an_error_is_one_line_on_stderr(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_wrong_command_is_told_once_what_may_be_meant(run: Run) -> None:
+    status, out, err = run("dataset")
+    assert (status, out) == (2, "") and err.startswith("error: No such command 'dataset'")
+    assert err.count("datasets") <= 1 and "dermis-client --help" in err
+    status, out, err = run()
+    assert status == 2 and "Usage" in out + err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("field", "message", "told"),
+    [
+        ("classifier.min_probability", "must be at most 1", "--min-probability: must be at most 1"),
+        ("classifier.keep", "none was kept", "--keep: none was kept"),
+        ("privacy.tries", "must be at least 1", "--gate-tries: must be at least 1"),
+        ("edits.0.direction", "unknown", "--edit: unknown"),
+        ("classes.naevus", "unknown class", "--classes naevus: unknown class"),
+        (
+            "classifier",
+            "min_probability must not be above max_probability",
+            "--min-probability must not be above --max-",
+        ),
+    ],
+)
+def test_errors_name_the_option(gateway: FakeGateway, run: Run, field: str, message: str, told: str) -> None:
+    body = {"type": "urn:dermis:problem:invalid-request", "detail": f"{field}: {message}"}
+    for detail in (body, {**body, "detail": "No.", "errors": [{"field": field, "message": message}]}):
+        gateway.faults = [Fault("POST /v1/datasets", status=422, body=json.dumps(detail).encode())]
+        status, _, err = run(*CREATE)
+        assert status == 1 and told in err
+
+
+def test_a_reader_that_has_gone_ends_it_quietly(gateway: FakeGateway) -> None:
+    for _ in range(30):
+        gateway.finished()
+    environment = os.environ | {"DERMIS_BASE_URL": gateway.url, "PYTHONPATH": os.pathsep.join(sys.path)}
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "dermis_client.cli", "datasets", "list", "--json"]
+    done = subprocess.run(command, env=environment, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 def test_a_failed_dataset_is_an_error(gateway: FakeGateway, run: Run) -> None:
     gateway.outcome = "failed"
     status, printed, err = run(*CREATE, "--wait")

@@ -241,10 +241,10 @@ def dataset(record: DatasetRecord) -> Iterator[str]:
     yield f"samples  {done.samples_done} of {done.samples_total}"
     yield f"shards   {done.shards_done} of {done.shards_total}"
     if model:
-        yield one_line(f"model    {model.name}@{model.digest[:12]}")
-    for name, value in record.request.model_dump(mode="json").items():
+        yield f"model    {model.name}@{model.digest[:12]}"
+    for name, value in record.request.model_dump(mode="json", exclude={"model"} if model else None).items():
         shown = counts(value) if name == "classes" else value
-        yield one_line(f"{name:<9}{shown}" if len(name) < 9 else f"{name} {shown}")
+        yield f"{name:<9}{shown}" if len(name) < 9 else f"{name} {shown}"
     for name, moment in (
         ("created", record.created_at),
         ("started", record.started_at),
@@ -304,7 +304,7 @@ def projected(found: Projection, files: Sequence[Path], kept: bool) -> Iterator[
     for image in found.data or ():
         yield one_line(
             f"{image.index:04d}  {image.distance_name} {image.distance:.3f}  pixel error {image.pixel_error:.1f}  "
-            f"{files[image.index]}"
+            f"{files[image.index] if image.index < len(files) else '?'}"
         )
     if kept:
         yield f"edit it: dermis-client edit --projection {found.id}:0 --sweep DIRECTION=-3:3:7 --strip strip.png"

@@ -21,6 +21,7 @@ from dermis_client.errors import DermisError, InvalidRequestError
 from dermis_client.folders import extract_images
 from dermis_client.folders import verify as verify_folder
 
+LONGEST_LINE = 10_000  # characters of a printed line
 app = typer.Typer(
     name="dermis-client",
     help="Ask a dermis service for synthetic dermoscopy.",
@@ -86,7 +87,7 @@ def _print(context: typer.Context, as_json: bool, value: Any, human: Callable[[]
         typer.echo(printable_json(value))
         return
     for line in human():
-        typer.echo("\n".join(printable(part) for part in line.split("\n")))
+        typer.echo("\n".join(printable(part[:LONGEST_LINE]) for part in line.split("\n")))
 
 
 def _note(message: str) -> None:
@@ -469,7 +470,7 @@ def main() -> None:
         sys.stdout.flush()
     except BrokenPipeError:  # as `dermis-client ... | head` leaves it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is written at the exit
-        sys.exit(141)
+        sys.exit(1)  # as Typer does where it meets the same
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(_fail("interrupted", 130))
     except (DermisError, OSError) as error:
