@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from dataset_loading import load_by_card
 from dermis.bundle import Bundle
 from dermis.dataset.manifest import Manifest, finalize, parse_manifest, read_manifest
 from dermis.dataset.plan import Plan, plan
@@ -26,6 +27,7 @@ from dermis.dataset.store import Store
 from dermis.dataset.verify import verify
 from dermis.errors import RequestError, StorageError
 from dermis.imaging import decode
+from tiny import make_bundle
 
 IDENTITY = {"device": "test"}
 
@@ -110,13 +112,58 @@ def test_formats_hold_the_right_images(tiny_bundle: Bundle, tmp_path: Path) -> N
                 if info.name.endswith(".cls"):
                     seen[int(info.name[4:12])] = int(tar.extractfile(info).read())  # type: ignore[union-attr]
     assert seen == expected
-    datasets = pytest.importorskip("datasets")
-    make(tmp_path / "parquet", tiny_bundle, format="parquet", image_format="webp")
-    files = str(tmp_path / "parquet" / "data-*.parquet")
-    loaded = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
-    assert loaded.features["label"].names == list(tiny_bundle.class_names)
-    assert {row["index"]: row["label"] for row in loaded} == expected
-    assert loaded[0]["image"].size == (8, 8)
+
+
+_TABLE = {"isic_id": "string", "target": "string", "source": "string"}
+_EMPTY = {
+    "patient_id": "string",
+    "diagnosis": "string",
+    "age_approx": "float64",
+    "sex": "string",
+    "anatom_site": "string",
+}
+_NUMBERS = {"seed": "int64", "index": "int64", "sha256": "string"}
+CLASSES = ("benign", "malignant", "null", "a b.c")  # names that YAML or a folder name could change
+
+
+@pytest.mark.parametrize("image_format", ["png", "jpeg", "webp"])
+@pytest.mark.parametrize("file_format", ["imagefolder", "webdataset", "parquet"])
+def test_the_card_loads_every_column_with_its_type(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file_format: str, image_format: str
+) -> None:
+    bundle = make_bundle(tmp_path / "bundle", classes=CLASSES)
+    folder, counts = tmp_path / "made", {"malignant": 6, "a b.c": 5}
+    make(folder, bundle, format=file_format, image_format=image_format, classes=counts)
+    layout = planned(bundle, classes=counts)
+    labels = [label for shard in range(layout.shards) for label in layout.labels(shard)]
+    loaded = list(load_by_card(folder, tmp_path / "cache", monkeypatch))
+    assert len(loaded) == {"imagefolder": 2, "webdataset": 3, "parquet": 2}[file_format]
+    for dataset in loaded:
+        if not hasattr(dataset, "features"):  # the library webdataset has rows only
+            rows = [(label, row["index"], image.size) for image, label, row in dataset]
+            assert rows == [(label, index, (8, 8)) for index, label in enumerate(labels)]
+            continue
+        features = json.loads(json.dumps(dataset.features.to_dict()))
+        suffix = {"png": "png", "jpeg": "jpg", "webp": "webp"}[image_format]
+        image, label = (suffix, "cls") if file_format == "webdataset" else ("image", "label")
+        assert features.pop(image)["_type"] == "Image"
+        names = {"names": list(CLASSES), "_type": "ClassLabel"}
+        assert features.pop(label) == names
+        kinds = _TABLE | _NUMBERS | (_EMPTY if file_format == "imagefolder" else {})
+        if file_format == "webdataset":
+            row = features.pop("json")
+            assert row.pop("label") == names
+            assert row == _values(kinds | {"file_name": "string"})
+            kinds = {"__key__": "string", "__url__": "string"}
+        assert features == _values(kinds)
+        assert dataset[label] == labels and dataset[0][image].size == (8, 8)
+        rows = dataset["json"] if file_format == "webdataset" else dataset
+        assert [row["index"] for row in rows] == list(range(11))
+        assert all(row["source"] == "dermis-synthetic" and row.get("sex") is None for row in rows)
+
+
+def _values(kinds: dict[str, str]) -> dict[str, Any]:
+    return {name: {"dtype": kind, "_type": "Value"} for name, kind in kinds.items()}
 
 
 @pytest.mark.parametrize("scheme", ["file://", "memory:/"])

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from typer.testing import CliRunner
 
 from commands.main import app
+from dataset_loading import load_by_card
 from dermis.authenticity.attack import exposure
 from dermis.authenticity.checker import Checker
 from dermis.bundle import Bundle, open_bundle
@@ -105,6 +106,33 @@ def judged(bundle: Bundle, folder: Path) -> list[tuple[str, str, str]]:
         (str(round(float(d), 2)), str(int(p)), str(int(a)))
         for d, p, a in zip(found.distances, found.percentiles, found.authentic, strict=True)
     ]
+
+
+# -- the columns
+
+
+@pytest.mark.parametrize("file_format", ["imagefolder", "webdataset", "parquet"])
+def test_the_card_loads_the_columns_of_classifier_and_gate_with_their_types(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file_format: str
+) -> None:
+    make(tmp_path / "made", bundle, format=file_format, privacy={"gate": "authentic", "on_reject": "flag"})
+    kinds = {
+        "probability": "float64",
+        "nearest_distance": "float64",
+        "distance_percentile": "int64",
+        "authentic": "int64",
+        "gate": "string",
+    }
+    for dataset in load_by_card(tmp_path / "made", tmp_path / "cache", monkeypatch):
+        if not hasattr(dataset, "features"):
+            assert all(kinds.keys() <= row.keys() for _, _, row in dataset)
+            continue
+        nested = file_format == "webdataset"
+        features = dataset.features["json"] if nested else dataset.features
+        assert {name: features[name].dtype for name in kinds} == kinds
+        rows = dataset["json"] if nested else dataset
+        loaded = [[str(row[name]) for name in kinds] for row in rows]
+        assert loaded == [[row[name] for name in kinds] for row in table(tmp_path / "made")]
 
 
 # -- the gate

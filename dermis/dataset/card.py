@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from dermis.classifier.description import DEFAULT_THRESHOLD, NOTICE
+from dermis.dataset.columns import feature_kinds, features_code, features_yaml
 from dermis.dataset.containers import SOURCE
 from dermis.dataset.plan import Plan
 from dermis.dataset.privacy import SHOWN, PrivacyReport
 from dermis.dataset.scoring import Tally
+from dermis.imaging import SUFFIXES
 
 if TYPE_CHECKING:
     from dermis.bundle import Bundle
@@ -18,26 +20,57 @@ if TYPE_CHECKING:
 # Licences that the Hub knows by an identifier of its own; every other one is "other" with its name.
 _LICENCES = ("cc-by-nc-4.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-sa-4.0", "cc0-1.0", "apache-2.0", "mit")
 
-_LOADING = {
-    "imagefolder": """`images.zip` unpacks to `images/<class>/SYN_<index>`, as torchvision's `ImageFolder` reads it,
-with `metadata.csv` beside it.
+_FOLDER = """```python
+from pathlib import Path
 
-```python
 from datasets import load_dataset
 
-dataset = load_dataset("imagefolder", data_files="images.zip")
+folder = Path.cwd()  # where this README.md is: its head declares the columns and the class names
+dataset = load_dataset(str(folder), split="train")
+```"""
+_LOADING = {
+    "imagefolder": f"""`images.zip` unpacks to `images/<class>/SYN_<index>`, as torchvision's `ImageFolder` reads it,
+with `metadata.csv` beside it.
+
+{_FOLDER}
+
+Alone, `images.zip` needs the declaration in the call:
+
+```python
+from datasets import ClassLabel, Features, Image, Value, load_dataset
+
+features = {{features}}
+dataset = load_dataset("imagefolder", data_files="images.zip", features=features, split="train")
 ```""",
-    "webdataset": """Every sample is an image, its label (`.cls`) and its row of metadata (`.json`).
+    "webdataset": f"""Every sample is an image, its label (`.cls`) and its row of metadata (`.json`).
+
+{_FOLDER}
+
+Alone, the tar files need the declaration in the call:
+
+```python
+from datasets import ClassLabel, Features, Image, Value, load_dataset
+
+features = {{features}}
+dataset = load_dataset("webdataset", data_files="data-*.tar", features=features, split="train")
+```
+
+With the library `webdataset`:
 
 ```python
 import webdataset
 
-dataset = webdataset.WebDataset("{pattern}", shardshuffle=False).decode("pil")
+class_names = {{class_names}}
+dataset = webdataset.WebDataset("{{pattern}}", shardshuffle=False).decode("pil").to_tuple("{{suffix}}", "cls", "json")
 ```""",
-    "parquet": """```python
+    "parquet": f"""{_FOLDER}
+
+The Parquet files carry the declaration too:
+
+```python
 from datasets import load_dataset
 
-dataset = load_dataset("parquet", data_files="data-*.parquet")  # columns image, label, ...
+dataset = load_dataset("parquet", data_files="data-*.parquet", split="train")
 ```""",
 }
 
@@ -92,7 +125,7 @@ Images are RGB, {size} x {size} px, {request.image_format.upper()}.
 
 ## Loading
 
-{_LOADING[request.format].format(pattern=_pattern(plan.shards))}
+{_loading(plan)}
 
 `metadata.csv` has the ISIC Archive's columns (`isic_id`, `patient_id`, `diagnosis`, `target`, `age_approx`, `sex`,
 `anatom_site`), empty where an image of nobody has no value, and `source` ({SOURCE}), `file_name`, `label`, `seed`,
@@ -231,6 +264,16 @@ feature space; it is no proof that nothing of a patient can be learnt from a dat
 """
 
 
+def _loading(plan: Plan) -> str:
+    """How to read the files, in code that can be run as it is in the dataset's folder."""
+    return _LOADING[plan.request.format].format(
+        features=features_code(feature_kinds(plan), plan.class_names),
+        class_names=json.dumps(list(plan.class_names)),
+        pattern=_pattern(plan.shards),
+        suffix=SUFFIXES[plan.request.image_format].removeprefix("."),
+    )
+
+
 def _front_matter(plan: Plan, licence: str, samples: int) -> str:
     known = licence.lower() in _LICENCES
     lines = [f"license: {licence.lower() if known else 'other'}"]
@@ -244,6 +287,10 @@ def _front_matter(plan: Plan, licence: str, samples: int) -> str:
     ]
     files = {"imagefolder": "images.zip", "webdataset": "data-*.tar", "parquet": "data-*.parquet"}[plan.request.format]
     lines += ["configs:", "- config_name: default", f"  data_files: {json.dumps(files)}"]
+    features = features_yaml(feature_kinds(plan), plan.class_names, "  ")
+    if plan.request.format == "imagefolder":  # its reader takes only what the configuration says
+        lines += ["  features:", *features]
+    lines += ["dataset_info:", "  config_name: default", "  features:", *features]
     return "\n".join(lines)
 
 

@@ -15,31 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from dermis.dataset.columns import IMAGE, LABEL, PRIVACY, PROBABILITY, columns, feature_kinds, features_json
 from dermis.dataset.plan import Plan, latent_index, sample_id
 from dermis.dataset.privacy import Checks
 from dermis.imaging import SUFFIXES
 
 SOURCE = "dermis-synthetic"
-# The columns of the ISIC Archive's metadata first, so that a synthetic set can stand beside a real one. What has no
-# meaning for an image of nobody stays empty.
-COLUMNS = (
-    "isic_id",
-    "patient_id",
-    "diagnosis",
-    "target",
-    "age_approx",
-    "sex",
-    "anatom_site",
-    "source",
-    "file_name",
-    "label",
-    "seed",
-    "index",
-    "sha256",
-)
-PROBABILITY = "probability"  # one more column where the images are scored
-# More where they are compared with the training images.
-PRIVACY = ("nearest_distance", "distance_percentile", "authentic", "gate")
 
 
 @dataclass(frozen=True)
@@ -83,11 +64,6 @@ def file_name(plan: Plan, index: int, label: int) -> str:
     if plan.request.format == "imagefolder":
         return f"images/{folder_name(plan.class_names[label])}/{name}"
     return name
-
-
-def columns(plan: Plan) -> tuple[str, ...]:
-    """Columns of metadata.csv."""
-    return (*COLUMNS, *([PROBABILITY] if plan.scored else []), *(PRIVACY if plan.gated else []))
 
 
 def metadata_row(plan: Plan, sample: Sample) -> dict[str, str | int | float]:
@@ -214,29 +190,11 @@ def _parquet_schema(plan: Plan) -> Any:
     """Arrow schema whose metadata makes `datasets` decode images and name the labels."""
     import pyarrow as pa
 
-    fields = {
-        "image": pa.struct({"bytes": pa.binary(), "path": pa.string()}),
-        "label": pa.int64(),
-        "isic_id": pa.string(),
-        "target": pa.string(),
-        "source": pa.string(),
-        "seed": pa.int64(),
-        "index": pa.int64(),
-        "sha256": pa.string(),
-    }
-    if plan.scored:
-        fields[PROBABILITY] = pa.float64()
-    if plan.gated:
-        fields.update(zip(PRIVACY, (pa.float64(), pa.int64(), pa.int64(), pa.string()), strict=True))
-    features: dict[str, Any] = {
-        name: {"dtype": "float64" if kind == pa.float64() else str(kind), "_type": "Value"}
-        for name, kind in fields.items()
-        if name not in ("image", "label")
-    }
-    features["image"] = {"_type": "Image"}
-    features["label"] = {"names": list(plan.class_names), "_type": "ClassLabel"}
-    info = {"info": {"features": {name: features[name] for name in fields}}}
-    return pa.schema(list(fields.items()), metadata={"huggingface": json.dumps(info)})
+    kinds = {name: str(kind) for name, kind in feature_kinds(plan).items()}  # no column of a Parquet file has fields
+    types = {IMAGE: pa.struct({"bytes": pa.binary(), "path": pa.string()}), LABEL: pa.int64()}
+    fields = [(name, types.get(kind) or pa.type_for_alias(kind)) for name, kind in kinds.items()]
+    info = {"info": {"features": features_json(kinds, plan.class_names)}}
+    return pa.schema(fields, metadata={"huggingface": json.dumps(info)})
 
 
 def _read_parquet(file: IO[bytes]) -> Iterator[tuple[str, bytes]]:

@@ -20,7 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from dermis import __version__
 from dermis.authenticity.attack import Attack, Exposure
 from dermis.dataset.card import dataset_card
-from dermis.dataset.containers import Sample, add_to_zip, columns, file_name, metadata_row, read_container
+from dermis.dataset.columns import columns
+from dermis.dataset.containers import Sample, add_to_zip, file_name, metadata_row, read_container
 from dermis.dataset.plan import Plan
 from dermis.dataset.privacy import Checks, Expose, PrivacyReport, PrivacyTally, report
 from dermis.dataset.request import DatasetRequest

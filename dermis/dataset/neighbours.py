@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dermis import __version__
-from dermis.dataset.containers import COLUMNS, SOURCE, folder_name
+from dermis.dataset.columns import COLUMNS
+from dermis.dataset.containers import SOURCE, folder_name
 from dermis.dataset.store import storage_errors
 from dermis.errors import DataError, StorageError
 from dermis.imaging import encode

@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -37,6 +38,7 @@ class Fault:
     flip: bool = False  # change the body's first byte
     whole: bool = False  # ignore Range
     silent: float = 0.0  # wait before answering
+    endless: bytes = b""  # a body of this again and again, until the client goes away
 
 
 def sha256(data: bytes) -> str:
@@ -58,11 +60,12 @@ def dataset_files(request: dict[str, Any]) -> dict[str, bytes]:
             for _ in range(count):
                 archive.writestr(f"images/{name}/SYN_{index:08d}.png", png(index + request["seed"]))
                 index += 1
-        archive.writestr("metadata.csv", "isic_id\n")
+        table = "".join(f"{name}\n" for name in ("isic_id", *(f"SYN_{i:08d}" for i in range(index))))
+        archive.writestr("metadata.csv", table)
         archive.writestr("README.md", bytes(300_000))
     files = {
         "images.zip": buffer.getvalue(),
-        "metadata.csv": b"isic_id\n",
+        "metadata.csv": table.encode(),
         "preview.png": png(1),
         "README.md": b"# card\n",
     }
@@ -86,6 +89,8 @@ class FakeGateway:
         self.keys: dict[str, tuple[str, str]] = {}
         self.uploads: list[list[str]] = []  # of each call, the headers of its parts
         self.most_files = 32
+        self.endless_bytes = 0  # sent by faults that are endless
+        self.change: Callable[[Any], Any] = lambda answer: answer  # of every JSON answer, before it is sent
         self.heat_maps = True  # an older service makes none
         self.classifier = "c" * 64
         self.lock = threading.RLock()
@@ -230,6 +235,9 @@ class Handler(BaseHTTPRequestHandler):
             self.fault = next((f for f in self.fake.faults if f.times > 0 and re.search(f.match, line)), Fault(""))
             self.fault.times -= 1
         time.sleep(self.fault.silent)
+        if self.fault.endless:
+            self._endless()
+            return
         if self.fault.status is not None:
             default = json.dumps(problem(self.fault.status, "made-up", "It went wrong.")).encode()
             data = default if self.fault.body is None else self.fault.body
@@ -242,7 +250,20 @@ class Handler(BaseHTTPRequestHandler):
         if route is not None:
             self._events(route)
 
+    def _endless(self) -> None:
+        self.send_response(self.fault.status or 200)
+        self.send_header("Content-Type", self.fault.media_type)
+        self.send_header("Connection", "close")
+        for name, value in self.fault.headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.close_connection = True
+        while True:
+            self.wfile.write(self.fault.endless)
+            self.fake.endless_bytes += len(self.fault.endless)
+
     def _json(self, status: int, value: Any, headers: dict[str, str] | None = None) -> None:
+        value = self.fake.change(value)
         media_type = "application/json" if status < 400 else "application/problem+json"
         self._answer(status, json.dumps(value).encode(), media_type, headers or {})
 

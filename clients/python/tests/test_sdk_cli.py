@@ -45,7 +45,7 @@ def test_the_story_from_a_shell(gateway: FakeGateway, run: Run, tmp_path: Path) 
     identifier = next(iter(gateway.datasets))
     assert printed.splitlines() == [
         f"{identifier} succeeded",
-        f"5 files in {out}, every hash right",
+        f"{out}: 4 images in images.zip, 5 files, every hash right",
         f"images unpacked into {out / 'images'}",
     ]
     assert run("verify", str(out)) == (0, f"{out}: 4 files, every hash right\n", "")
@@ -97,9 +97,9 @@ def test_images(run: Run, tmp_path: Path) -> None:
     [
         (("datasets", "create", "--classes", "malignant"), 1, "malignant=500,benign=500"),
         (("datasets", "create", "--classes", "a=1,a=2"), 1, "twice"),
-        (("datasets", "create", "--classes", "melanoma=1"), 1, "classes.melanoma: unknown class"),
+        (("datasets", "create", "--classes", "melanoma=1"), 1, "--classes melanoma: unknown class"),
         (("datasets", "create", "--classes", "benign=1", "--extract"), 1, "--out"),
-        (("datasets", "create", "--classes", "benign=1", "--truncation-psi", "nan"), 1, "truncation_psi"),
+        (("datasets", "create", "--classes", "benign=1", "--truncation-psi", "nan"), 1, "--truncation-psi: must be"),
         (("datasets", "create", "--classes", "benign=1", "--seed", "x"), 2, "--seed"),
         (("datasets", "show", "ds_none"), 1, "404 not-found"),
         (("datasets", "show", "../x"), 1, "dataset id"),
@@ -107,7 +107,7 @@ def test_images(run: Run, tmp_path: Path) -> None:
         (("images", "--classes", "benign=1"), 1, "--grid"),
         (("images", "--classes", "benign=1", "--grid", "x.txt"), 1, ".png"),
         (("verify", "nowhere"), 1, "manifest.json"),
-        (("models", "--base-url", "ftp://x"), 1, "base_url"),
+        (("models", "--base-url", "ftp://x"), 1, "--base-url: "),
         (("models", "--nonsense"), 2, "--nonsense"),
         (("nonsense",), 2, "nonsense"),
     ],
@@ -120,6 +120,49 @@ def test_an_error_is_one_line_on_stderr(
     assert told[:2] == (status, "")
     assert re.fullmatch(r"error: [^\n]+\n", told[2]) and message in told[2]
     assert not list(tmp_path.iterdir())
+
+
+def test_a_wrong_command_is_told_once_what_may_be_meant(run: Run) -> None:
+    status, out, err = run("dataset")
+    assert (status, out) == (2, "") and err.startswith("error: No such command 'dataset'")
+    assert err.count("datasets") <= 1 and "dermis-client --help" in err
+    status, out, err = run()
+    assert status == 2 and "Usage" in out + err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("field", "message", "told"),
+    [
+        ("classifier.min_probability", "must be at most 1", "--min-probability: must be at most 1"),
+        ("classifier.keep", "none was kept", "--keep: none was kept"),
+        ("privacy.tries", "must be at least 1", "--gate-tries: must be at least 1"),
+        ("edits.0.direction", "unknown", "--edit: unknown"),
+        ("classes.naevus", "unknown class", "--classes naevus: unknown class"),
+        (
+            "classifier",
+            "min_probability must not be above max_probability",
+            "--min-probability must not be above --max-",
+        ),
+    ],
+)
+def test_errors_name_the_option(gateway: FakeGateway, run: Run, field: str, message: str, told: str) -> None:
+    body = {"type": "urn:dermis:problem:invalid-request", "detail": f"{field}: {message}"}
+    for detail in (body, {**body, "detail": "No.", "errors": [{"field": field, "message": message}]}):
+        gateway.faults = [Fault("POST /v1/datasets", status=422, body=json.dumps(detail).encode())]
+        status, _, err = run(*CREATE)
+        assert status == 1 and told in err
+
+
+def test_a_reader_that_has_gone_ends_it_quietly(gateway: FakeGateway) -> None:
+    for _ in range(30):
+        gateway.finished()
+    environment = os.environ | {"DERMIS_BASE_URL": gateway.url, "PYTHONPATH": os.pathsep.join(sys.path)}
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "dermis_client.cli", "datasets", "list", "--json"]
+    done = subprocess.run(command, env=environment, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_a_failed_dataset_is_an_error(gateway: FakeGateway, run: Run) -> None:

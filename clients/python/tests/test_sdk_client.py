@@ -119,7 +119,7 @@ def test_each_status_has_its_error_and_is_not_asked_again(
         client.models.list()
     assert type(caught.value) is error
     assert (caught.value.status_code, caught.value.kind, caught.value.request_id) == (status, kind, "req-1")
-    assert str(caught.value) == f"Two lines [31m. ({status} {kind}, request req-1)"
+    assert str(caught.value) == f"Two lines \\x1b[31m. ({status} {kind}, request req-1)"
     assert len(gateway.requests("/v1/models")) == 1
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from dermis_client._flow import Api, D, Flow, Request, call, parse
+from dermis_client._requests import most_bytes
 from dermis_client._uploads import MOST_FILES, File, Source, in_calls, parts_of
 from dermis_client.errors import APIResponseError, DermisError
 from dermis_client.models import ClassificationsResult
@@ -26,7 +27,8 @@ def classify(
 
 
 def _send(api: Api[D], params: dict[str, str], files: Sequence[File]) -> Flow[ClassificationsResult]:
-    request = Request("POST", "/v1/classifications", params=params, files=parts_of(files))
+    most = most_bytes(len(files) if "heat_map" in params else 0)
+    request = Request("POST", "/v1/classifications", params=params, files=parts_of(files), most=most)
     result = parse((yield from call(request, api.max_retries)), ClassificationsResult.model_validate)
     if len(result) != len(files):
         raise APIResponseError(f"the service gave {len(result)} answers for {len(files)} images; is base_url right?")

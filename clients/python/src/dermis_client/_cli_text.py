@@ -13,7 +13,8 @@ from typing import Annotated, Any
 import typer
 from PIL import Image
 
-from dermis_client._status import describe, one_line
+from dermis_client._foreign import one_line
+from dermis_client._status import describe
 from dermis_client.errors import InvalidRequestError
 from dermis_client.folders import VerifyReport
 from dermis_client.latent import AuthenticityResult, Direction, Projection
@@ -48,13 +49,73 @@ def encode(image: Image.Image, path: Path) -> bytes:
     return buffer.getvalue()
 
 
+# Options that are not called as the field of the API, dots and underscores aside.
+_OPTIONS = {
+    "classifier.keep": "keep",
+    "classifier.score": "score",
+    "classifier.threshold": "threshold",
+    "classifier.min_probability": "min-probability",
+    "classifier.max_probability": "max-probability",
+    "classifier.tries": "tries",
+    "privacy": "gate",
+    "privacy.gate": "gate",
+    "privacy.percentile": "percentile",
+    "privacy.on_reject": "on-reject",
+    "privacy.tries": "gate-tries",
+    "edits": "edit",
+    "samples": "sample",
+    "projections": "projection",
+    "heat_map": "method",
+}
+_PLAIN = (
+    "classes", "seed", "model", "format", "image_format", "image_quality", "truncation_psi", "truncation_cutoff", "noise_mode",
+    "shard_size", "start_index", "idempotency_key", "sweep", "threshold", "schedule", "steps", "class", "base_url", "timeout",
+    "parallel", "limit", "state", "min_probability", "max_probability",
+)  # fmt: skip
+_FIELD = re.compile(
+    r"(?:(?<=^)|(?<=; ))("
+    + "|".join(re.escape(name) for name in sorted([*_OPTIONS, *_PLAIN], key=len, reverse=True))
+    + r")((?:\.[\w -]+)*)(?=:)"
+)
+_WORD = re.compile(r"(?<![\w.-])(" + "|".join(name for name in _PLAIN if "_" in name) + r")(?![\w:])")
+_FILTER = "--keep, --threshold, --min-probability, --max-probability, --tries"
+
+
+def in_options(message: str) -> str:
+    """A message of the API with its fields called as the options: --min-probability for classifier.min_probability."""
+
+    def option(match: re.Match[str]) -> str:
+        name, rest = match[1], match[2].removeprefix(".")
+        return f"--{_OPTIONS.get(name, name).replace('_', '-')}" + (f" {rest}" if rest and name == "classes" else "")
+
+    named = re.sub(r"^classifier(?=:)", f"the classifier ({_FILTER})", _FIELD.sub(option, message))
+    return _WORD.sub(lambda match: f"--{match[1].replace('_', '-')}", named)
+
+
+def usage_message(error: Exception) -> str | None:
+    """What is wrong with how the program was called, "" if help has been printed; None for an error of another kind.
+
+    Typer raises exceptions of click, or of its own copy of click, so they are known by what they offer.
+    """
+    format_message = getattr(error, "format_message", None)
+    if not callable(format_message):
+        return None
+    message = str(format_message())
+    if not message or "Usage:" in message:  # called without a command
+        print(message)
+        return ""
+    message = re.sub(r"( Did you mean [^?]*\?)\1", r"\1", message)  # some versions of Typer repeat what click says
+    program = getattr(getattr(error, "ctx", None), "command_path", None)
+    return f"{message.rstrip('.')}; see: {program} --help" if program else message
+
+
 @contextmanager
 def hint(message: str) -> Iterator[None]:
     """On Ctrl-C say how to go on, then leave with status 130."""
     try:
         yield
     except KeyboardInterrupt:
-        typer.echo(message, err=True)
+        typer.echo(one_line(message), err=True)
         raise typer.Exit(130) from None
 
 
@@ -180,10 +241,10 @@ def dataset(record: DatasetRecord) -> Iterator[str]:
     yield f"samples  {done.samples_done} of {done.samples_total}"
     yield f"shards   {done.shards_done} of {done.shards_total}"
     if model:
-        yield one_line(f"model    {model.name}@{model.digest[:12]}")
-    for name, value in record.request.model_dump(mode="json").items():
+        yield f"model    {model.name}@{model.digest[:12]}"
+    for name, value in record.request.model_dump(mode="json", exclude={"model"} if model else None).items():
         shown = counts(value) if name == "classes" else value
-        yield one_line(f"{name:<9}{shown}" if len(name) < 9 else f"{name} {shown}")
+        yield f"{name:<9}{shown}" if len(name) < 9 else f"{name} {shown}"
     for name, moment in (
         ("created", record.created_at),
         ("started", record.started_at),
@@ -206,9 +267,14 @@ def created(record: DatasetRecord, download: Mapping[str, Any] | None) -> Iterat
 
 
 def downloaded(download: Mapping[str, Any]) -> Iterator[str]:
-    yield f"{len(download['files'])} files in {download['folder']}, every hash right"
+    files, count = download["files"], download["images_count"]
+    kept = "images.zip" if "images.zip" in files else "data files"
+    images = "images" if count is None else f"{count:,} images"
+    yield f"{download['folder']}: {images} in {kept}, {len(files)} files, every hash right"
     if "images" in download:
         yield f"images unpacked into {download['images']}"
+    elif kept == "images.zip":
+        yield "unpack the images: download again with --extract, or unzip images.zip"
 
 
 def verified(report: VerifyReport) -> Iterator[str]:
@@ -238,7 +304,7 @@ def projected(found: Projection, files: Sequence[Path], kept: bool) -> Iterator[
     for image in found.data or ():
         yield one_line(
             f"{image.index:04d}  {image.distance_name} {image.distance:.3f}  pixel error {image.pixel_error:.1f}  "
-            f"{files[image.index]}"
+            f"{files[image.index] if image.index < len(files) else '?'}"
         )
     if kept:
         yield f"edit it: dermis-client edit --projection {found.id}:0 --sweep DIRECTION=-3:3:7 --strip strip.png"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -28,7 +27,8 @@ from dermis_client._flow import (
     read,
     sleep,
 )
-from dermis_client._status import describe, one_line
+from dermis_client._foreign import MOST_LIST_BYTES, load_json, one_line
+from dermis_client._status import describe
 from dermis_client.errors import (
     APIConnectionError,
     APIResponseError,
@@ -45,6 +45,7 @@ from dermis_client.models import DatasetFile
 EVENT_SILENCE = 45.0  # seconds without a byte on an event stream (a heartbeat comes every 15) before it counts as dead
 QUICK_ANSWER = 30.0  # seconds that a status request may take
 DELETE_PATIENCE = 60.0  # seconds that delete() waits for a running dataset to stop
+MOST_EMPTY_PAGES = 10  # of a list, in a row
 DELETE_PAUSE = 0.5  # seconds between its questions
 
 
@@ -68,13 +69,17 @@ def retrieve(api: Api[D], dataset_id: str) -> Flow[D]:
 
 
 def files(api: Api[D], dataset_id: str) -> Flow[list[DatasetFile]]:
-    response = yield from call(Request("GET", _requests.dataset_path(dataset_id, "files")), api.max_retries)
+    response = yield from call(
+        Request("GET", _requests.dataset_path(dataset_id, "files"), most=MOST_LIST_BYTES), api.max_retries
+    )
     return parse(response, lambda answer: [DatasetFile.model_validate(file) for file in _data(answer)])
 
 
 def list_all(api: Api[D], state: str | None, limit: int | None, page_size: int) -> Flow[None]:
     """Emit datasets, newest first, page after page, at most `limit` of them."""
     cursor: str | None = None
+    cursors: set[str] = set()
+    empty = 0  # pages in a row
     left = math.inf if limit is None else limit
     while left > 0:
         params: dict[str, str | int] = {"limit": int(min(page_size, left))}
@@ -87,8 +92,10 @@ def list_all(api: Api[D], state: str | None, limit: int | None, page_size: int) 
         left -= len(page)
         if following is None:
             return
-        if following == cursor:
-            raise APIResponseError(f"{response.url} names itself as the next page; is the service broken?")
+        empty = 0 if page else empty + 1
+        if following in cursors or empty == MOST_EMPTY_PAGES:
+            raise APIResponseError(f"the list of datasets at {response.url.copy_with(query=None)} does not end")
+        cursors.add(following)
         cursor = following
 
 
@@ -101,7 +108,9 @@ def _data(answer: Any) -> list[Any]:
 
 def _page(api: Api[D], answer: Any) -> tuple[list[D], str | None]:
     following = answer.get("next_cursor") if isinstance(answer, dict) else None
-    return [api.parse_dataset(item) for item in _data(answer)], None if following is None else str(following)
+    if not (following is None or (isinstance(following, str) and following.isascii() and len(following) <= 1000)):
+        raise ValueError('its "next_cursor" is not one')
+    return [api.parse_dataset(item) for item in _data(answer)], following
 
 
 def _open_events(dataset_id: str, max_retries: int) -> Flow[Stream]:
@@ -125,7 +134,7 @@ def _next_events(api: Api[D], stream: Stream, decoder: _sse.Decoder) -> Flow[lis
     if not piece:
         return None
     try:
-        return [DatasetEvent(m.event, api.parse_dataset(json.loads(m.data))) for m in decoder.feed(piece)]
+        return [DatasetEvent(m.event, api.parse_dataset(load_json(m.data))) for m in decoder.feed(piece)]
     except ValueError as error:
         raise APIResponseError(
             f"{stream.response.url} sent an event that this client does not understand ({one_line(str(error))})"
@@ -194,7 +203,11 @@ def wait(
                 return _settled(last)
         left = deadline - (yield from now())
         if left <= 0:
-            state = f"is {last.state}, {last.progress.samples_done} of {last.progress.samples_total}" if last else "?"
+            state = (
+                f"is {one_line(last.state, 40)}, {last.progress.samples_done} of {last.progress.samples_total}"
+                if last
+                else "?"
+            )
             raise WaitTimeoutError(
                 f"{dataset_id} {state} after {timeout:g} s of waiting; it goes on: wait for it again", last
             )
@@ -221,9 +234,9 @@ def _follow(api: Api[D], dataset_id: str, deadline: float, report: Callable[[D],
 def _settled(dataset: D) -> D:
     if dataset.state == "failed":
         reason = describe(dataset.error) if dataset.error else "the service gave no reason"
-        raise DatasetFailed(f"{dataset.id} failed: {reason}", dataset)
+        raise DatasetFailed(f"{one_line(dataset.id)} failed: {reason}", dataset)
     if dataset.state == "cancelled":
-        raise DatasetCancelled(f"{dataset.id} was cancelled", dataset)
+        raise DatasetCancelled(f"{one_line(dataset.id)} was cancelled", dataset)
     return dataset
 
 
@@ -239,9 +252,10 @@ def cancel(api: Api[D], dataset_id: str) -> Flow[D]:
             response = yield from call(Request("DELETE", _requests.dataset_path(dataset_id)), 0)
         except (APIConnectionError, APIStatusError) as error:
             status = error.status_code if isinstance(error, APIStatusError) else 503
-            if attempt >= api.max_retries or not _retry.after_status(status, idempotent=True):
+            pause = _retry.delay(attempt, getattr(error, "retry_after", None))
+            if pause is None or attempt >= api.max_retries or not _retry.after_status(status, idempotent=True):
                 raise
-            yield from sleep(_retry.delay(attempt, getattr(error, "retry_after", None)) or 0.0)
+            yield from sleep(pause)
             attempt += 1
         else:
             if response.status_code == 204:  # it finished in between and is gone now
@@ -260,7 +274,9 @@ def delete(api: Api[D], dataset_id: str) -> Flow[None]:
                 if response.status_code == 204:
                     return
             if (yield from now()) - began > DELETE_PATIENCE:
-                raise WaitTimeoutError(f"{dataset_id} is still {dataset.state}; delete it again in a while", dataset)
+                raise WaitTimeoutError(
+                    f"{dataset_id} is still {one_line(dataset.state, 40)}; delete it again in a while", dataset
+                )
             yield from sleep(DELETE_PAUSE)
             dataset = yield from retrieve(api, dataset_id)
     except NotFoundError:  # gone, whichever of our requests did it

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import csv
 import re
 import shutil
 import threading
@@ -27,22 +27,27 @@ from dermis_client._flow import (
     read,
     sleep,
 )
+from dermis_client._foreign import MOST_LIST_BYTES, load_json, one_line
 from dermis_client._partfile import PartFile, sha256_of
-from dermis_client._status import one_line
 from dermis_client.errors import APIStatusError, DownloadError, IntegrityError
 from dermis_client.models import DatasetFile, Manifest
 
 MANIFEST = "manifest.json"
+METADATA = "metadata.csv"
 STALL = 60.0  # seconds without a byte before a download counts as cut
 
 
 @dataclass(frozen=True)
 class Download:
-    """A downloaded dataset. files: every file's path, in the service's order; bytes_received: over the network, now."""
+    """A downloaded dataset. files: every file's path, in the service's order; bytes_received: over the network, now.
+
+    images: how many images the files hold, by metadata.csv; None if that is missing or cannot be read.
+    """
 
     folder: Path
     files: tuple[Path, ...]
     bytes_received: int
+    images: int | None = None
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,8 @@ class Plan:
     tally: Tally
 
     def result(self) -> Download:
-        return Download(self.folder, tuple(self.folder / file.name for file in self.files), self.tally.received)
+        paths = tuple(self.folder / file.name for file in self.files)
+        return Download(self.folder, paths, self.tally.received, _rows(self.folder / METADATA))
 
 
 def prepare(
@@ -96,6 +102,8 @@ def prepare(
     files = yield from _datasets.files(api, dataset_id)
     _names.check((file.name for file in files), f"the service's list for {dataset_id}")
     manifest = next((file for file in files if file.name == MANIFEST), None)
+    if manifest is not None and manifest.bytes > MOST_LIST_BYTES:
+        raise IntegrityError(f"the {MANIFEST} of {dataset_id} has {_amount(manifest.bytes)}: too large", name=MANIFEST)
     if manifest is None:
         raise IntegrityError(f"the service lists no {MANIFEST} for {dataset_id}", name=MANIFEST)
     missing = yield from compute(partial(_survey, folder, files, overwrite))
@@ -135,6 +143,15 @@ def _survey(folder: Path, files: list[DatasetFile], overwrite: bool) -> list[Dat
     return differing
 
 
+def _rows(table: Path) -> int | None:
+    """Rows of a CSV file below its header; None if it cannot be read."""
+    try:
+        with table.open(newline="", encoding="utf-8") as file:
+            return max(sum(1 for row in csv.reader(file) if row) - 1, 0)
+    except (OSError, ValueError, csv.Error):
+        return None
+
+
 def _holds(path: Path, file: DatasetFile) -> bool:
     return path.is_file() and _size(path) == file.bytes and sha256_of(path) == file.sha256
 
@@ -149,7 +166,7 @@ def _size(path: Path) -> int:
 def _compare(path: Path, files: list[DatasetFile]) -> None:
     """The manifest must name the same files, sizes and hashes as the service's list."""
     try:
-        manifest = Manifest.model_validate(json.loads(path.read_bytes()))
+        manifest = Manifest.model_validate(load_json(path.read_bytes()))
     except OSError as error:
         raise _disk_error(path, error) from error
     except ValueError as error:

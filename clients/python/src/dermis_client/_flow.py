@@ -18,6 +18,8 @@ from typing import Any, Generic, TypeAlias, TypeVar
 import httpx
 
 from dermis_client import _retry, _status
+from dermis_client._answers import MOST_BYTES
+from dermis_client._foreign import load_json, one_line
 from dermis_client.errors import APIConnectionError, APIResponseError, APIStatusError, APITimeoutError
 from dermis_client.models import DatasetRecord
 
@@ -37,6 +39,7 @@ class Request:
     files: Sequence[tuple[str, bytes]] = ()  # sent as a form, each as a part called "files" under this file name
     idempotent: bool = True  # sending it twice does no more than sending it once
     read_timeout: float | None = None  # None: the client's own
+    most: int = MOST_BYTES  # bytes of the answer, where it is read as a whole
 
     def __str__(self) -> str:
         return f"{self.method} {self.path}"
@@ -193,7 +196,7 @@ def connection_error(error: httpx.RequestError, what: Request | str) -> APIConne
         url = str(error.request.url)
     except RuntimeError:  # httpx: the request was not set
         url = "the service"
-    reason = _status.one_line(str(error)) or type(error).__name__
+    reason = one_line(str(error)) or type(error).__name__
     failure: APIConnectionError
     if isinstance(error, httpx.TimeoutException):
         failure = APITimeoutError(f"no answer in time from {url} ({what}: {reason}); is it busy? raise `timeout`")
@@ -208,9 +211,9 @@ def connection_error(error: httpx.RequestError, what: Request | str) -> APIConne
 def parse(response: httpx.Response, model: Callable[[Any], T]) -> T:
     """The JSON body through `model`. Raises APIResponseError if it is not what a dermis service answers."""
     try:
-        return model(response.json())
+        return model(load_json(response.content))
     except ValueError as error:  # json and pydantic both raise ValueErrors
-        reason = _status.one_line(str(error))
+        reason = one_line(str(error))
         raise APIResponseError(
             f"{response.url} gave an answer that this client does not understand ({reason}); is base_url right?"
         ) from error

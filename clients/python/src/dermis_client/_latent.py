@@ -28,6 +28,7 @@ from dermis_client.latent import AuthenticityResult, Direction, EditsResult, Pro
 from dermis_client.models import Answer
 
 QUICK_ANSWER = 30.0  # seconds that a status request may take
+MOST_FILE_BYTES = 256 << 20  # of one file of a projection: latents, an image or a video
 _SUFFIXES = {"latents": "safetensors", "image": "png", "video": "gif"}
 
 
@@ -73,7 +74,9 @@ def list_directions(api: Api[D], model: str | None) -> Flow[list[Direction]]:
 
 def edit(api: Api[D], body: Mapping[str, Any]) -> Flow[EditsResult]:
     """POST /v1/edits; the same request gives the same images."""
-    response = yield from call(Request("POST", "/v1/edits", json=body), api.max_retries)
+    across = len((body.get("sweep") or {}).get("strengths", ())) or 1
+    most = _requests.most_bytes(len(body.get("samples") or body.get("projections") or ()) * across)
+    response = yield from call(Request("POST", "/v1/edits", json=body, most=most), api.max_retries)
     result = parse(response, EditsResult.model_validate)
     for image in result.data:
         image.check()
@@ -148,11 +151,13 @@ def download_projection(api: Api[D], projection_id: str, folder: Path) -> Flow[l
         request = Request("GET", _requests.projection_path(projection_id, "files", "00000.safetensors"))
         yield from call(request, api.max_retries)
         raise APIResponseError(f"{projection_id} lists no results; is the service older than this client?")
+    if [image.index for image in found.data] != list(range(len(found.data))):
+        raise APIResponseError(f"{projection_id} lists its images out of order; is the service broken?")
     written: list[Path] = []
     for image in found.data:
         for kind, path in sorted(image.files.items()):
             name = path.rpartition("/")[2]
-            request = Request("GET", _requests.projection_path(projection_id, "files", name))
+            request = Request("GET", _requests.projection_path(projection_id, "files", name), most=MOST_FILE_BYTES)
             content = (yield from call(request, api.max_retries)).content
             target = folder / f"{image.index:04d}.{_SUFFIXES.get(kind, 'bin')}"
             yield from compute(partial(write_whole, target, content))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from dermis_client._status import one_line
+from dermis_client._foreign import one_line
 from dermis_client.errors import IntegrityError
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")

@@ -36,7 +36,7 @@ class PartFile:
         self.size = 0
         self._hash = hashlib.sha256()
         if os.fstat(self._file.fileno()).st_size > most:
-            self.restart()
+            self._file.truncate(0)
         while block := self._file.read(_BLOCK):
             self._hash.update(block)
             self.size += len(block)
@@ -50,9 +50,8 @@ class PartFile:
         self.size += len(data)
 
     def restart(self) -> None:
-        """Throw away what is there."""
+        """Write again from the start. Not emptied: another download may have put this very file in its place by now."""
         self._file.seek(0)
-        self._file.truncate()
         self.size, self.resumed, self._hash = 0, False, hashlib.sha256()
 
     def hexdigest(self) -> str:
@@ -60,6 +59,7 @@ class PartFile:
 
     def publish(self) -> None:
         """Close, and put the file in its place in one step."""
+        self._file.truncate(self.size)
         self.close()
         try:
             self.path.replace(self.target)

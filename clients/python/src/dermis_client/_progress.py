@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from dermis_client._downloads import DownloadProgress
+from dermis_client._foreign import one_line
 from dermis_client.latent import Projection
 from dermis_client.models import DatasetRecord
 
@@ -25,7 +26,7 @@ def dataset_progress(progress: bool | Callable[[R], None]) -> Iterator[Callable[
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn
 
         with Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TaskProgressColumn(),
@@ -39,7 +40,7 @@ def dataset_progress(progress: bool | Callable[[R], None]) -> Iterator[Callable[
                 done = record.progress
                 bars.update(
                     task,
-                    description=f"{record.id} {record.state}",
+                    description=one_line(f"{record.id} {record.state}", 80),
                     completed=done.samples_done,
                     total=done.samples_total or None,
                     speed=_speed(record),
@@ -59,7 +60,12 @@ def projection_progress(progress: bool | Callable[[Projection], None]) -> Iterat
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=Console(stderr=True)) as bars:
             task = bars.add_task("waiting", total=None)
 
@@ -67,7 +73,7 @@ def projection_progress(progress: bool | Callable[[Projection], None]) -> Iterat
                 done = record.progress
                 bars.update(
                     task,
-                    description=f"{record.id} {record.state}",
+                    description=one_line(f"{record.id} {record.state}", 80),
                     completed=done.steps_done,
                     total=done.steps_total or None,
                 )
@@ -118,7 +124,7 @@ def count_progress(progress: bool | Callable[[int, int], None], what: str) -> It
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         with Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),

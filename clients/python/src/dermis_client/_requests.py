@@ -10,9 +10,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, SupportsIndex
 from urllib.parse import quote, urlsplit
 
+from dermis_client._answers import MOST_BYTES
 from dermis_client._flow import Request
 from dermis_client.errors import InvalidRequestError
 
+_MOST_IMAGE_BYTES = 20 << 20  # an image of 2048 x 2048 px that does not compress, as base64
 _ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 
 
@@ -68,6 +70,11 @@ def body(
         else:
             result[name] = value
     return result
+
+
+def most_bytes(images: int) -> int:
+    """Bytes of an answer with so many images in it, at most."""
+    return MOST_BYTES + max(images, 0) * _MOST_IMAGE_BYTES
 
 
 def create_dataset(json: Mapping[str, Any], idempotency_key: str | None) -> Request:

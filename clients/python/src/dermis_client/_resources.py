@@ -17,7 +17,8 @@ class _Models(Answer):
 
 def generate_images(api: Api[D], body: Mapping[str, Any]) -> Flow[ImagesResult]:
     """POST /v1/images; the same request gives the same images, so it may be sent again after any failure."""
-    response = yield from call(Request("POST", "/v1/images", json=body), api.max_retries)
+    most = _requests.most_bytes(sum(body["classes"].values()))
+    response = yield from call(Request("POST", "/v1/images", json=body, most=most), api.max_retries)
     result = parse(response, ImagesResult.model_validate)
     for image in result.data:
         image.check()

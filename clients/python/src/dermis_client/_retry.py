@@ -10,6 +10,7 @@ import httpx
 
 FIRST_DELAY = 0.5  # seconds
 LONGEST_DELAY = 8.0
+FOREVER = 1e9  # seconds that are told of a longer Retry-After: a number that clocks can still add
 LONGEST_RETRY_AFTER = 120.0  # a service that asks for more than this is left alone: the caller decides
 
 
@@ -44,11 +45,11 @@ def parse_retry_after(value: str | None, now: datetime | None = None) -> float |
         return None
     text = value.strip()
     if text.isascii() and text.isdigit():
-        return float(text)
+        return min(float(text), FOREVER)
     try:
         moment = parsedate_to_datetime(text)
-    except ValueError:
+    except (ValueError, TypeError, OverflowError):
         return None
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=UTC)
-    return max(0.0, (moment - (now or datetime.now(UTC))).total_seconds())
+    return min(max(0.0, (moment - (now or datetime.now(UTC))).total_seconds()), FOREVER)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+MOST_EVENT_BYTES = 1 << 20  # of one line, and of the data of one event
+
 
 @dataclass(frozen=True)
 class Message:
@@ -20,14 +22,18 @@ class Decoder:
     _rest: bytes = b""
     _event: str = ""
     _data: list[str] = field(default_factory=list)
+    _size: int = 0  # of _data
     _started: bool = False
 
     def feed(self, chunk: bytes) -> list[Message]:
+        """The messages that are complete now. Raises ValueError if a line or an event is larger than allowed."""
         buffer = self._rest + chunk
         # A CR at the end may be half of a CR LF: wait for the next piece.
         held = b"\r" if buffer.endswith(b"\r") else b""
         *lines, rest = buffer.removesuffix(held).replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
         self._rest = rest + held
+        if len(self._rest) > MOST_EVENT_BYTES:
+            raise ValueError(f"a line of more than {MOST_EVENT_BYTES:,} bytes")
         return [message for line in lines if (message := self._line(line.decode("utf-8", "replace"))) is not None]
 
     def _line(self, line: str) -> Message | None:
@@ -41,9 +47,12 @@ class Decoder:
             self._event = value
         elif name == "data":
             self._data.append(value)
+            self._size += len(value) + 1
+            if self._size > MOST_EVENT_BYTES:
+                raise ValueError(f"an event of more than {MOST_EVENT_BYTES:,} bytes")
         return None  # comments (no name), id, retry and unknown fields need no action here
 
     def _dispatch(self) -> Message | None:
         event, data = self._event, self._data
-        self._event, self._data = "", []
+        self._event, self._data, self._size = "", [], 0
         return Message(event or "message", "\n".join(data)) if data else None

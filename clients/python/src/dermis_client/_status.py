@@ -5,6 +5,7 @@ from __future__ import annotations
 import httpx
 
 from dermis_client import errors
+from dermis_client._foreign import load_json, one_line
 from dermis_client._retry import parse_retry_after
 from dermis_client.models import Problem
 
@@ -19,16 +20,13 @@ _BY_STATUS: dict[int, type[errors.APIStatusError]] = {
 }
 
 
-def one_line(text: str, limit: int = 500) -> str:
-    """Text of any origin as one printable line: line breaks and terminal control characters become spaces."""
-    flat = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return flat if len(flat) <= limit else flat[: limit - 3] + "..."
+MOST_FIELDS = 10  # of a problem's wrong fields, those that a message names
 
 
 def problem_from(response: httpx.Response) -> Problem:
     """The problem document of an answer; one made from the status line if the body holds none (a proxy's page, say)."""
     try:
-        body = response.json()
+        body = load_json(response.content)
         if isinstance(body, dict):
             return Problem.model_validate(body)
     except ValueError:
@@ -38,13 +36,16 @@ def problem_from(response: httpx.Response) -> Problem:
 
 def describe(problem: Problem) -> str:
     """What is wrong, in one line: the detail, then each field's message that the detail does not already tell."""
-    parts = [problem.detail or problem.title or "the service gave no reason"]
-    for error in problem.errors:
-        if error.message and error.message not in parts[0]:
-            parts.append(f"{error.field}: {error.message}" if error.field else error.message)
+    parts = [one_line(problem.detail or problem.title or "the service gave no reason")]
+    told = problem.detail or problem.title
+    fields = [error for error in problem.errors if error.message and error.message not in told]
+    for error in fields[:MOST_FIELDS]:
+        parts.append(one_line(f"{error.field}: {error.message}" if error.field else error.message, 200))
+    if len(fields) > MOST_FIELDS:
+        parts.append(f"and {len(fields) - MOST_FIELDS} more")
     if len(parts) > 1 and not problem.detail:
         parts = parts[1:]
-    return one_line("; ".join(parts), limit=2000)
+    return "; ".join([*(part.rstrip(".") for part in parts[:-1]), parts[-1]])
 
 
 def error_from(response: httpx.Response) -> errors.APIStatusError:
@@ -54,7 +55,7 @@ def error_from(response: httpx.Response) -> errors.APIStatusError:
     kind = errors.ServerError if status >= 500 else _BY_STATUS.get(status, errors.APIStatusError)
     if problem.kind == "request-too-large":
         kind = errors.TooLargeError
-    label = f"{status} {problem.kind}".rstrip()
+    label = one_line(f"{status} {problem.kind}", 100)
     if request_id:
         label += f", request {one_line(request_id, 100)}"
     where = "" if problem.detail or problem.errors else f" from {response.request.method} {response.url}"

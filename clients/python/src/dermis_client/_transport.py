@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import platform
 import queue
@@ -16,6 +17,7 @@ from typing import Any, TypeVar, assert_never
 import httpx
 
 from dermis_client import _requests
+from dermis_client._answers import Body
 from dermis_client._flow import (
     Close,
     Compute,
@@ -37,6 +39,7 @@ from dermis_client.errors import DermisError, InvalidRequestError
 
 T = TypeVar("T")
 CONNECT_TIMEOUT = 5.0  # seconds
+MOST_REDIRECTS = 10
 DEFAULT_BASE_URL = "http://127.0.0.1:3000"
 
 
@@ -69,6 +72,7 @@ def settings(base_url: str | None, api_key: str | None, timeout: float, max_retr
 def _build(http: httpx.Client | httpx.AsyncClient, settings: Settings, request: Request) -> httpx.Request:
     headers = {
         "Accept": "application/json",
+        "Accept-Encoding": "gzip",  # what Body unpacks within its bounds
         "User-Agent": f"dermis-client/{__version__} python/{platform.python_version()}",
     }
     if settings.api_key is not None:
@@ -85,8 +89,15 @@ def _build(http: httpx.Client | httpx.AsyncClient, settings: Settings, request: 
     )
 
 
-def _may_redirect(request: Request) -> bool:
-    return request.method == "GET"  # a redirected POST would quietly become a GET
+def _redirected(request: Request, response: httpx.Response) -> httpx.Request | None:
+    """Where a redirect leads; None if this is none. Only a GET is followed: a redirected POST would become a GET."""
+    return response.next_request if request.method == "GET" else None
+
+
+async def _no_pieces() -> AsyncIterator[bytes]:
+    nothing: tuple[bytes, ...] = ()
+    for piece in nothing:
+        yield piece
 
 
 class SyncTransport:
@@ -167,17 +178,38 @@ class SyncTransport:
                 except Exception as error:
                     failure = error
 
+    def _send(self, request: Request) -> httpx.Response:
+        """The answer with its body unread. Follows redirects itself: httpx would read the whole body of each first."""
+        response = self.http.send(_build(self.http, self.settings, request), stream=True, follow_redirects=False)
+        for count in itertools.count():
+            if (following := _redirected(request, response)) is None:
+                return response
+            response.close()
+            if count == MOST_REDIRECTS:
+                raise httpx.TooManyRedirects(f"more than {MOST_REDIRECTS} redirects", request=response.request)
+            response = self.http.send(following, stream=True, follow_redirects=False)
+        raise AssertionError("the loop has no other end")
+
+    def _read_whole(self, request: Request, response: httpx.Response) -> httpx.Response:
+        if response.is_stream_consumed:  # of a transport that had the whole answer in memory, as in tests
+            return response
+        body = Body(response, request.most, request.read_timeout or self.settings.timeout)
+        for piece in response.iter_raw():
+            body.feed(piece)
+            if not body.wanted:
+                break
+        return body.response()
+
     def _perform(self, effect: Effect, opened: ExitStack) -> Any:
         match effect:
             case Send(request):
-                built = _build(self.http, self.settings, request)
-                return self.http.send(built, follow_redirects=_may_redirect(request))
+                with closing(self._send(request)) as response:
+                    return self._read_whole(request, response)
             case Open(request):
-                built = _build(self.http, self.settings, request)
-                response = self.http.send(built, stream=True, follow_redirects=_may_redirect(request))
+                response = self._send(request)
                 opened.callback(response.close)
                 if not response.is_success:
-                    response.read()
+                    return Stream(self._read_whole(request, response), iter(()))
                 return Stream(response, response.iter_raw())
             case Read(stream):
                 return next(stream.pieces, b"")
@@ -259,17 +291,41 @@ class AsyncTransport:
                 except Exception as error:
                     failure = error
 
+    async def _send(self, request: Request) -> httpx.Response:
+        """As SyncTransport._send."""
+        response = await self.http.send(_build(self.http, self.settings, request), stream=True, follow_redirects=False)
+        for count in itertools.count():
+            if (following := _redirected(request, response)) is None:
+                return response
+            await response.aclose()
+            if count == MOST_REDIRECTS:
+                raise httpx.TooManyRedirects(f"more than {MOST_REDIRECTS} redirects", request=response.request)
+            response = await self.http.send(following, stream=True, follow_redirects=False)
+        raise AssertionError("the loop has no other end")
+
+    async def _read_whole(self, request: Request, response: httpx.Response) -> httpx.Response:
+        if response.is_stream_consumed:
+            return response
+        body = Body(response, request.most, request.read_timeout or self.settings.timeout)
+        async for piece in response.aiter_raw():
+            body.feed(piece)
+            if not body.wanted:
+                break
+        return body.response()
+
     async def _perform(self, effect: Effect, opened: AsyncExitStack) -> Any:
         match effect:
             case Send(request):
-                built = _build(self.http, self.settings, request)
-                return await self.http.send(built, follow_redirects=_may_redirect(request))
+                response = await self._send(request)
+                try:
+                    return await self._read_whole(request, response)
+                finally:
+                    await response.aclose()
             case Open(request):
-                built = _build(self.http, self.settings, request)
-                response = await self.http.send(built, stream=True, follow_redirects=_may_redirect(request))
+                response = await self._send(request)
                 opened.push_async_callback(response.aclose)
                 if not response.is_success:
-                    await response.aread()
+                    return Stream(await self._read_whole(request, response), _no_pieces())
                 return Stream(response, response.aiter_raw())
             case Read(stream):
                 return await anext(stream.pieces, b"")

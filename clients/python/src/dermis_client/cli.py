@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import io
+import os
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 
 from dermis_client import _cli_text as text
-from dermis_client._status import one_line
+from dermis_client._foreign import one_line, printable, printable_json
 from dermis_client._sync import Dataset, DermisClient
 from dermis_client._version import __version__
 from dermis_client._writing import write_whole
@@ -21,6 +21,7 @@ from dermis_client.errors import DermisError, InvalidRequestError
 from dermis_client.folders import extract_images
 from dermis_client.folders import verify as verify_folder
 
+LONGEST_LINE = 10_000  # characters of a printed line
 app = typer.Typer(
     name="dermis-client",
     help="Ask a dermis service for synthetic dermoscopy.",
@@ -81,18 +82,24 @@ def _client(context: typer.Context, base_url: str | None) -> DermisClient:
 
 
 def _print(context: typer.Context, as_json: bool, value: Any, human: Callable[[], Iterable[str]]) -> None:
-    """Print a result: one JSON document, or lines for people."""
+    """Print a result: one JSON document, or lines for people. What would steer a terminal is escaped."""
     if as_json or context.obj[1]:
-        typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+        typer.echo(printable_json(value))
         return
     for line in human():
-        typer.echo(line)
+        typer.echo("\n".join(printable(part[:LONGEST_LINE]) for part in line.split("\n")))
+
+
+def _note(message: str) -> None:
+    """A line on stderr."""
+    typer.echo(one_line(message, limit=2000), err=True)
 
 
 def _fetch(dataset: Dataset, out: Path, extract: bool, overwrite: bool, parallel: int) -> dict[str, Any]:
     with text.hint(f"download interrupted; go on with: dermis-client datasets download {dataset.id} --out {out}"):
         result = dataset.download(out, parallel=parallel, overwrite=overwrite, progress=True)
-        answer = {"folder": str(result.folder), "files": [path.name for path in result.files]}
+        answer: dict[str, Any] = {"folder": str(result.folder), "files": [path.name for path in result.files]}
+        answer["images_count"] = result.images
         if extract:
             answer["images"] = str(extract_images(result.folder))
         return answer
@@ -187,7 +194,7 @@ def create(
                 idempotency_key=idempotency_key,
             )
         if wait or out is not None:
-            typer.echo(dataset.id, err=True)
+            _note(dataset.id)
             with text.hint(f"interrupted; {dataset.id} goes on, wait for it: dermis-client datasets wait {dataset.id}"):
                 dataset = dataset.wait(progress=True, timeout=timeout)
         answer = dataset.model_dump(mode="json")
@@ -342,8 +349,8 @@ def classify(
         answer["files"] = [str(path) for path in written]
     _print(context, as_json, answer, lambda: lines(result))
     if written:
-        typer.echo(f"{len(written)} heat maps in {heat_maps}", err=True)
-    typer.echo(result.notice, err=True)
+        _note(f"{len(written)} heat maps in {heat_maps}")
+    _note(result.notice)
 
 
 @app.command()
@@ -429,7 +436,7 @@ def project(
         found = client.projections.create(
             files, model=model, schedule=schedule, steps=steps, class_name=class_name, video=video or None
         )
-        typer.echo(found.id, err=True)
+        _note(found.id)
         with text.hint(f"interrupted; {found.id} goes on until it is deleted or expires"):
             found = client.projections.wait(found.id, progress=True)
             written = client.projections.download(found.id, out)
@@ -455,17 +462,25 @@ def verify(
 
 def main() -> None:
     """Run the program: an error is one line on stderr and status 1 (wrong usage 2), Ctrl-C a hint and status 130."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # an old terminal may not have the letters of a class name
     try:
-        sys.exit(app(standalone_mode=False))
-    except click.exceptions.NoArgsIsHelpError as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except click.ClickException as error:
-        sys.exit(_fail(error.format_message(), error.exit_code))
-    except click.Abort:
+        status = app(standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:  # as `dermis-client ... | head` leaves it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is written at the exit
+        sys.exit(1)  # as Typer does where it meets the same
+    except (typer.Abort, KeyboardInterrupt):
         sys.exit(_fail("interrupted", 130))
     except (DermisError, OSError) as error:
-        sys.exit(_fail(str(error), 1))
+        sys.exit(_fail(text.in_options(str(error)), 1))
+    except Exception as error:
+        message = text.usage_message(error)
+        if message is None:
+            raise
+        sys.exit(_fail(message, 2) if message else 2)
+    sys.exit(status)
 
 
 def _fail(message: str, status: int) -> int:

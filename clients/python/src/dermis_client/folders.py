@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import stat
@@ -14,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from dermis_client import _names
+from dermis_client._foreign import MOST_LIST_BYTES, load_json, one_line
 from dermis_client._partfile import sha256_of
-from dermis_client._status import one_line
 from dermis_client.errors import DownloadError, IntegrityError
 from dermis_client.models import Manifest
 
@@ -73,8 +72,13 @@ def verify(folder: str | os.PathLike[str]) -> VerifyReport:
 
 
 def _read_manifest(root: Path) -> Manifest:
+    path = root / MANIFEST
     try:
-        return Manifest.model_validate(json.loads((root / MANIFEST).read_bytes()))
+        if path.exists() and not path.is_file():
+            raise ValueError("it is no regular file")
+        if path.stat().st_size > MOST_LIST_BYTES:
+            raise ValueError(f"it has more than {MOST_LIST_BYTES >> 20} MiB")
+        return Manifest.model_validate(load_json(path.read_bytes()))
     except FileNotFoundError as error:
         raise IntegrityError(f"{root} has no {MANIFEST}: it is no dataset folder", name=MANIFEST) from error
     except OSError as error:
@@ -119,7 +123,7 @@ def extract_images(folder: str | os.PathLike[str]) -> Path:
 def _open_archive(path: Path) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError) as error:
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:  # names that are no text, versions
         raise IntegrityError(f"{path} cannot be read as a zip file ({one_line(str(error))})", name=path.name) from error
 
 
@@ -133,6 +137,7 @@ def _image_members(archive: zipfile.ZipFile) -> Iterator[zipfile.ZipInfo]:
         name = member.filename
         mode = member.external_attr >> 16
         regular = stat.S_IFMT(mode) in {0, stat.S_IFREG} and not member.flag_bits & 0x1
+        regular = regular and member.compress_type in {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
         parts = PurePosixPath(name).parts
         plain = "/".join(parts) == name.removesuffix("/") and "\\" not in name and all(map(_safe_part, parts))
         if not plain or name.casefold() in seen or not (regular or member.is_dir()):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 from collections.abc import Iterator
 from datetime import datetime
@@ -15,7 +14,8 @@ from pydantic import Base64Bytes, Field
 
 from dermis_client._writing import write_whole
 from dermis_client.errors import IntegrityError
-from dermis_client.models import Answer, ModelRef, Problem
+from dermis_client.images import decode, sheet
+from dermis_client.models import Answer, Count, ModelRef, Problem
 
 _SUFFIXES = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp"}
 
@@ -34,11 +34,11 @@ class Verdict(Answer):
     whose own nearest other one is nearer than that.
     """
 
-    index: int
+    index: Count
     name: str = ""
     authentic: bool
     distance: float
-    percentile: int
+    percentile: Count
 
 
 class AuthenticityResult(Answer):
@@ -67,7 +67,7 @@ class Direction(Answer):
 
     name: str
     method: str
-    layers: list[int]
+    layers: list[Count] = Field(min_length=2)
     scale: float
     facts: dict[str, Any] = Field(default_factory=dict)
 
@@ -75,7 +75,7 @@ class Direction(Answer):
 class EditedImage(Answer):
     """One image after its edits. sample: place of the sample or projection in the request; strength: of the sweep."""
 
-    sample: int
+    sample: Count
     strength: float | None = None
     media_type: str
     sha256: str
@@ -84,7 +84,7 @@ class EditedImage(Answer):
     @property
     def image(self) -> Image.Image:
         """The image, RGB, decoded anew at every access."""
-        return Image.open(io.BytesIO(self.content), formats=["PNG", "JPEG", "WEBP"]).convert("RGB")
+        return decode(self.content, f"image {self.file_name}")
 
     @property
     def file_name(self) -> str:
@@ -121,15 +121,8 @@ class EditsResult(Answer):
 
     def strip(self, *, gap: int = 2) -> Image.Image:
         """A sheet with a row for each sample and a column for each strength; gap in pixels between images."""
-        rows = 1 + max(item.sample for item in self.data)
-        across = len(self.data) // rows
-        pictures = [item.image for item in self.data]
-        width, height = pictures[0].size
-        sheet = Image.new("RGB", (across * (width + gap) - gap, rows * (height + gap) - gap), "white")
-        for place, picture in enumerate(pictures):
-            row, column = divmod(place, across)
-            sheet.paste(picture, (column * (width + gap), row * (height + gap)))
-        return sheet
+        rows = len({item.sample for item in self.data})
+        return sheet([item.image for item in self.data], -(-len(self.data) // max(rows, 1)), gap)
 
     def save(self, folder: str | os.PathLike[str]) -> list[Path]:
         """Write every image as it came, under its file_name; returns the paths. Raises DownloadError."""
@@ -142,10 +135,10 @@ class EditsResult(Answer):
 class ProjectionProgress(Answer):
     """How far a projection is; steps are of all images together."""
 
-    images_done: int = 0
-    images_total: int = 0
-    steps_done: int = 0
-    steps_total: int = 0
+    images_done: Count = 0
+    images_total: Count = 0
+    steps_done: Count = 0
+    steps_total: Count = 0
     eta_seconds: float | None = None
 
     @property
@@ -157,11 +150,11 @@ class ProjectionProgress(Answer):
 class ProjectedImage(Answer):
     """One image's projection. distance: in the space of distance_name; pixel_error: 0..255. files: paths by kind."""
 
-    index: int
+    index: Count
     distance: float
     distance_name: str
     pixel_error: float
-    steps: int
+    steps: Count
     start: str
     space: str
     files: dict[str, str] = Field(default_factory=dict)
@@ -173,7 +166,7 @@ class Projection(Answer):
     id: str
     state: str
     schedule: str = ""
-    steps: int = 0
+    steps: Count = 0
     space: str = ""
     start: str = ""
     model: ModelRef

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Base64Bytes, BaseModel, ConfigDict, Field
 
@@ -19,10 +19,14 @@ DatasetState = Literal["queued", "running", "cancelling", "succeeded", "failed",
 FINISHED: frozenset[str] = frozenset({"succeeded", "failed", "cancelled"})
 
 
+Whole = Annotated[int, Field(ge=-(2**63), lt=2**63)]  # what fits in 64 bits: more would be too long for a file's name
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+
+
 class Answer(BaseModel):
     """Base of all: frozen, tolerant of fields that this version does not know (they stay readable as attributes)."""
 
-    model_config = ConfigDict(extra="allow", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(extra="allow", frozen=True, populate_by_name=True, allow_inf_nan=False)
 
 
 class FieldError(Answer):
@@ -37,7 +41,7 @@ class Problem(Answer):
 
     type: str = "about:blank"
     title: str = ""
-    status: int | None = None
+    status: Whole | None = None
     detail: str = ""
     instance: str | None = None
     request_id: str | None = None
@@ -61,7 +65,7 @@ class ModelClassifier(Answer):
 
     digest: str
     architecture: str | None = None
-    input_size: int | None = None
+    input_size: Count | None = None
     classes: list[str] = []
     positive_class: str | None = None
     temperature: float | None = None
@@ -73,11 +77,11 @@ class Model(ModelRef):
     """A generator that the service offers. card (markdown) comes only from `models.retrieve(name)`."""
 
     default: bool = False
-    resolution: int | None = None
+    resolution: Count | None = None
     classes: list[str] = []
-    z_dim: int | None = None
-    w_dim: int | None = None
-    num_ws: int | None = None
+    z_dim: Count | None = None
+    w_dim: Count | None = None
+    num_ws: Count | None = None
     licence: str | None = None
     attribution: str | None = None
     kimg: float | None = None
@@ -139,7 +143,7 @@ class Classification(Answer):
     asked for.
     """
 
-    index: int
+    index: Count
     name: str = ""
     probability: float
     calibrated: float
@@ -181,8 +185,8 @@ class DatasetRequest(Answer):
     """The request as the service understood it, defaults filled in."""
 
     model: str
-    classes: dict[str, int]
-    seed: int = 0
+    classes: dict[str, Count]
+    seed: Count = 0
     format: str = "imagefolder"
     image_format: str = "png"
 
@@ -190,10 +194,10 @@ class DatasetRequest(Answer):
 class Progress(Answer):
     """How far a dataset is. images_per_second and eta_seconds are None until the service can tell."""
 
-    samples_done: int = 0
-    samples_total: int = 0
-    shards_done: int = 0
-    shards_total: int = 0
+    samples_done: Count = 0
+    samples_total: Count = 0
+    shards_done: Count = 0
+    shards_total: Count = 0
     images_per_second: float | None = None
     eta_seconds: float | None = None
 
@@ -227,7 +231,7 @@ class DatasetFile(Answer):
     """One file of a finished dataset. sha256 in hex."""
 
     name: str
-    bytes: int = Field(ge=0)
+    bytes: Count
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     media_type: str = "application/octet-stream"
     url: str | None = None
@@ -237,14 +241,14 @@ class ManifestFile(Answer):
     """One entry of manifest.json. sha256 in hex."""
 
     name: str
-    bytes: int = Field(ge=0)
+    bytes: Count
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
 class Manifest(Answer):
     """The part of manifest.json that this client checks; the rest (request, bundle, plan) stays readable as extras."""
 
-    format_version: int
+    format_version: Whole
     files: list[ManifestFile]
 
 
