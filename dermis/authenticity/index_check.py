@@ -209,7 +209,7 @@ def _lists(base: Any, dim: int, vectors: int) -> str:
         numbers.append(found)
     if len(np.unique(np.concatenate(numbers))) != vectors or sum(map(len, numbers)) != vectors:
         return "does not hold every vector once"
-    kept = faiss.vector_to_array(base.direct_map.array) if base.direct_map.type == faiss.DirectMap.Array else None
+    kept = faiss.vector_to_array(base.direct_map.array) if base.direct_map.type == base.direct_map.Array else None
     if kept is None or not np.array_equal(kept, places):
         return "has a map of its vectors that leads elsewhere"
     return ""

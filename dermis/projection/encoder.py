@@ -105,17 +105,22 @@ def load_encoder(bundle: Bundle, folder: str | Path | None = None, *, device: st
 def network_from(weights: bytes, described: EncoderDescription, where: str) -> EncoderNetwork:
     """The network in float32 of the bytes of encoder.safetensors. BundleError if they do not fit the description."""
     header = read_header(weights, where)
-    # Shapes first: the description may ask for a network of any size.
-    with torch.device("meta"):
-        expected = {name: tuple(value.shape) for name, value in _untrained(described).state_dict().items()}
-    if odd := sorted(
-        name for name in expected.keys() | header.shapes.keys() if expected.get(name) != header.shapes.get(name)
-    ):
+    try:
+        # Shapes first: the description may ask for a network of any size.
+        with torch.device("meta"):
+            expected = {name: tuple(value.shape) for name, value in _untrained(described).state_dict().items()}
+        if odd := sorted(name for name, _ in expected.items() ^ header.shapes.items()):
+            raise BundleError(f"{where}: {len(odd)} tensors do not fit {DESCRIPTOR}, the first is {escape(odd[0])}")
+        network = _untrained(described)
+        network.load_state_dict({name: value.float() for name, value in read_tensors(weights, where).items()})
+        with torch.inference_mode():
+            network.eval()(torch.zeros(1, 3, described.size, described.size))
+    except BundleError:
+        raise
+    except Exception as error:  # each network of timm has requirements of its own
         raise BundleError(
-            f"{where}: {len(odd)} tensors do not fit what {DESCRIPTOR} describes, the first is {escape(odd[0])}"
-        )
-    network = _untrained(described)
-    network.load_state_dict({name: value.float() for name, value in read_tensors(weights, where).items()})
+            f"{where}: {described.backbone} of {described.size} px does not run ({escape(error)})"
+        ) from None
     return network
 
 
