@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from dermis.dataset.containers import read_container
@@ -12,9 +13,11 @@ from dermis.dataset.manifest import CARD, MANIFEST, METADATA, PREVIEW, Manifest,
 from dermis.dataset.plan import Plan, plan
 from dermis.dataset.store import Store
 from dermis.dataset.verify import verify
-from dermis.errors import DataError, escape
+from dermis.errors import DataError, escape, quote
 
 Row = dict[str, str]
+_NUMBERS = ("label", "seed", "index")
+_COLUMNS = ("isic_id", "target", "file_name", *_NUMBERS)  # those that are read
 _ROW_BYTES = 4096  # of metadata.csv for one image, at most
 
 
@@ -32,21 +35,16 @@ def open_dataset(location: str | Path) -> tuple[Manifest, dict[str, Row]]:
     records = {file.name: file for file in manifest.files}
     if METADATA not in records or records[METADATA].bytes > _ROW_BYTES * (manifest.request.samples + 1):
         raise DataError(f"{location}: {MANIFEST} lists no {METADATA}, or one that is too large for its images")
-    try:
-        text = store.read(METADATA, limit=records[METADATA].bytes).decode()
-        rows = list(csv.DictReader(io.StringIO(text, newline="")))
-        found = {row["file_name"]: row for row in rows}
-    except (csv.Error, KeyError, UnicodeDecodeError) as error:
-        reason = f"no column {error}" if isinstance(error, KeyError) else str(error)
-        raise DataError(f"{store.where(METADATA)}: is no table of images ({escape(reason)})") from None
-    if len(found) != len(rows) or None in found:
-        raise DataError(f"{store.where(METADATA)}: an image is there more than once, or a row has no file_name")
-    return manifest, found
+    return manifest, _rows(store.read(METADATA, limit=records[METADATA].bytes), store.where(METADATA))
 
 
 def read_samples(location: str | Path) -> Iterator[tuple[Row, bytes]]:
     """The row of metadata.csv and the encoded image of every sample, in order. Raises as `open_dataset`."""
-    manifest, rows = open_dataset(location)
+    return samples_of(location, *open_dataset(location))
+
+
+def samples_of(location: str | Path, manifest: Manifest, rows: Mapping[str, Row]) -> Iterator[tuple[Row, bytes]]:
+    """The same of a dataset that `open_dataset` has opened. DataError if a file holds other images than the table."""
     store = Store(location)
     layout = plan(manifest.request, manifest.bundle_digest, manifest.class_names)
     for file in manifest.files:
@@ -54,7 +52,27 @@ def read_samples(location: str | Path) -> Iterator[tuple[Row, bytes]]:
             yield from _of_container(layout, store, file.name, rows)
 
 
-def _of_container(layout: Plan, store: Store, container: str, rows: dict[str, Row]) -> Iterator[tuple[Row, bytes]]:
+def _rows(table: bytes, where: str) -> dict[str, Row]:
+    """Rows of metadata.csv by file name. DataError, naming `where`, if it is no such table."""
+    try:
+        reader = csv.DictReader(io.StringIO(table.decode(), newline=""), strict=True)
+        if missing := [name for name in _COLUMNS if name not in (reader.fieldnames or ())]:
+            raise DataError(f"{where}: has no column {missing[0]}; `dermis generate` makes it again")
+        rows: dict[str, Row] = {}
+        for number, row in enumerate(reader, start=2):
+            if None in row or None in row.values():
+                raise DataError(f"{where}: row {number} has another number of cells than the header")
+            if bad := [name for name in _NUMBERS if not re.fullmatch(r"[0-9]{1,20}", row[name])]:
+                raise DataError(f"{where}: row {number}: {bad[0]} must be a whole number, not {quote(row[bad[0]])}")
+            if row["file_name"] in rows:
+                raise DataError(f"{where}: row {number}: {quote(row['file_name'])} is there more than once")
+            rows[row["file_name"]] = row
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError(f"{where}: is no table of images ({escape(error)})") from None
+    return rows
+
+
+def _of_container(layout: Plan, store: Store, container: str, rows: Mapping[str, Row]) -> Iterator[tuple[Row, bytes]]:
     """The samples of one file. What its library says of damage becomes a DataError."""
     with store.open(container) as file:
         images = read_container(layout, file)
