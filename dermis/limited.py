@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Literal
 
@@ -28,13 +29,29 @@ class LimitError(DermisError):
         self.reason = reason
 
 
-def run_limited(function: str, data: bytes, *arguments: int | float | str, seconds: int, memory: int) -> str:
-    """What `function` ("module:name") returns for data and arguments: a text, "" if all is well.
+def run_limited(
+    function: str, data: bytes, *arguments: int | float | str, seconds: int, memory: int, imports: Sequence[str] = ()
+) -> str:
+    """Call a function in a process of its own and return the text that it returns.
 
-    It may compute for `seconds` and use `memory` bytes more than it has once its module is imported (where the system
-    can limit that: not on Windows and macOS). LimitError if it does not return.
+    Args:
+        function: "module:name" of a function that takes the data and the arguments.
+        data: What strangers wrote.
+        arguments: Anything else that it needs.
+        seconds: How long it may compute; four times as long may pass on a busy machine.
+        memory: Bytes that it may use beside what the process has at its start. Windows and macOS have no such limit.
+        imports: Modules to import before the limits apply, as large libraries take address space of their own.
+
+    Raises:
+        LimitError: It did not return.
     """
-    command = [sys.executable, "-c", _START, json.dumps(sys.path), json.dumps([function, seconds, memory, *arguments])]
+    command = [
+        sys.executable,
+        "-c",
+        _START,
+        json.dumps(sys.path),
+        json.dumps([function, seconds, memory, list(imports), *arguments]),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     try:
         done = subprocess.run(
@@ -56,11 +73,13 @@ _MEMORY = 77
 
 def _serve() -> None:
     """The child: read data from standard input, write what the function returns to standard output."""
-    function, seconds, memory, *arguments = json.loads(sys.argv[2])
+    function, seconds, memory, imports, *arguments = json.loads(sys.argv[2])
     answers = os.fdopen(os.dup(1), "wb")  # libraries may print to standard output
     os.dup2(2, 1)
     module, _, name = function.partition(":")
     call = getattr(importlib.import_module(module), name)
+    for each in imports:
+        importlib.import_module(each)
     data = sys.stdin.buffer.read()
     _limit(seconds, memory)
     try:

@@ -65,8 +65,8 @@ class IndexDescription:
 class _Descriptor(DescriptorModel):
     """authenticity.json."""
 
-    extractor: str = Field(min_length=1, max_length=200)
-    extractor_identity: str = Field(min_length=1, max_length=400)
+    extractor: str = Field(pattern=r"^[ -~]{1,200}$")
+    extractor_identity: str = Field(pattern=r"^[ -~]{1,400}$")
     feature_dim: int = Field(ge=1, le=1 << 16)
     dim: int = Field(ge=1, le=1 << 16)
     metric: str

@@ -39,7 +39,9 @@ def check_index(data: bytes, path: str | None, described: IndexDescription, wher
     facts |= {"dim": described.dim, "feature_dim": described.feature_dim}
     memory = _MEMORY_BYTES + _COPIES * described.files["index.faiss"].bytes
     try:
-        problem = run_limited(f"{__name__}:problem_of", data, json.dumps(facts), seconds=_SECONDS, memory=memory)
+        problem = run_limited(
+            f"{__name__}:problem_of", data, json.dumps(facts), seconds=_SECONDS, memory=memory, imports=["faiss"]
+        )
     except LimitError as error:
         problem = f"is not used: to read and search it {error}"
     if problem:

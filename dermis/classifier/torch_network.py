@@ -107,11 +107,13 @@ def load_torch_classifier(source: Bundle | str | Path) -> TorchClassifier:
     described, location = find_classifier(source)
     where = f"{location}/{MODEL}"
     weights = read_weights(read_model(location, described), where)
-    backbone = fold_batch_norms(new_backbone(described.architecture).eval())
-    own = backbone.state_dict()
+    # Shapes first, where they cost nothing: the file may name the largest network that there is.
+    with torch.device("meta"):
+        own = fold_batch_norms(new_backbone(described.architecture).eval()).state_dict()
     odd = [name for name, value in own.items() if name not in weights or weights[name].shape != value.shape]
     if odd:
         raise BundleError(f"{where}: lacks {len(odd)} weights of {described.architecture}, the first is {odd[0]}")
+    backbone = fold_batch_norms(new_backbone(described.architecture).eval())
     backbone.load_state_dict({name: weights[name] for name in own})
     return TorchClassifier(backbone, described.input.mean, described.input.std).eval().requires_grad_(False)
 
