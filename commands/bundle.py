@@ -78,15 +78,18 @@ def show(
     facts = asdict(opened)
     facts["directions"] = [direction.name for direction in opened.directions]
     facts["model_card"] = opened.model_card.split("\n", 1)[0]
-    typer.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+    text = json.dumps(facts, indent=2, ensure_ascii=False)
+    # Some characters beyond ASCII control a terminal, too; letters of all scripts stay as they are.
+    typer.echo("".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text))
 
 
 @bundle_app.command("verify")
 def verify(
     bundle: Annotated[str, typer.Argument(help="Folder or fsspec URL of a bundle.", show_default=False)],
 ) -> None:
-    """Check every file of a bundle against bundle.json, and that its weights load."""
+    """Check every file of a bundle against bundle.json, and that its networks and its index load."""
     from dermis.bundle import load_discriminator, load_generator, open_bundle
+    from dermis.projection.encoder import load_encoder
 
     opened = open_bundle(bundle)
     load_generator(opened)
@@ -94,6 +97,9 @@ def verify(
         load_discriminator(opened)
     if opened.classifier is not None:
         _try_classifier(opened)
+    if opened.authenticity is not None:
+        _try_index(opened)
+    load_encoder(opened, device="cpu")
     typer.echo(f"{bundle}: {len(opened.files)} files are intact: {opened.name}@{opened.digest}")
 
 
@@ -154,6 +160,18 @@ def _try_classifier(source: Bundle | Path) -> None:
     from dermis.classifier.onnx_session import Classifier
 
     Classifier(source, device="cpu", threads=1).close()
+
+
+def _try_index(source: Bundle) -> None:
+    """BundleError if FAISS cannot read and search it; a warning where FAISS is not installed."""
+    import importlib.util
+
+    from dermis.authenticity.index import open_index
+
+    if importlib.util.find_spec("faiss") is None:
+        typer.echo(f"warning: {source.location}: FAISS is not installed, so the index was not opened", err=True)
+        return
+    open_index(source, device="cpu", threads=1)
 
 
 def _provenance(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dermis.errors import DataError
+from dermis.errors import DataError, escape
 from dermis.explain.embeddings import GENERATED, REAL, Embedded, Item
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def generated_images(
 
 def dataset_images(location: Path, class_names: tuple[str, str]) -> Pictures:
     """Every image of a dataset of `dermis generate`."""
-    from dermis.dataset.reading import open_dataset, read_samples
+    from dermis.dataset.reading import open_dataset, samples_of
 
     manifest, rows = open_dataset(location)
 
@@ -171,10 +171,14 @@ def dataset_images(location: Path, class_names: tuple[str, str]) -> Pictures:
         )
 
     def read(size: int) -> Iterator[tuple[Item, Images]]:
-        from dermis.imaging import decode
+        from dermis.reading import ImageError, read_image
 
-        for row, data in read_samples(location):
-            yield item(row), decode(data)
+        for row, data in samples_of(location, manifest, rows):
+            try:
+                image = read_image(data)
+            except ImageError as error:
+                raise DataError(f"{location}: {escape(row['file_name'])} {error}") from None
+            yield item(row), image
 
     return Pictures(len(rows), read)
 

@@ -172,11 +172,12 @@ def generate(
 def verify(folder: Annotated[str, typer.Argument(help="Folder or fsspec URL of a dataset.")]) -> None:
     """Check every file of a dataset against its manifest.json; lists what is changed, missing or extra."""
     from dermis.dataset.verify import verify as verify_dataset
+    from dermis.errors import escape
 
     report = verify_dataset(folder)
     for what, names in (("changed", report.changed), ("missing", report.missing), ("extra", report.extra)):
         for name in names:
-            typer.echo(f"{what} {name}")
+            typer.echo(f"{what} {escape(name)}")
     if not report.ok:
         raise typer.Exit(1)
     typer.echo(f"{folder}: {report.checked} files, every hash right")

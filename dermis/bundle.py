@@ -11,20 +11,21 @@
     MODEL_CARD.md             and the pictures that it shows
 
 The SHA-256 of bundle.json is the identity of the whole: it covers every other file through the hashes it holds.
-Nothing in a bundle is ever unpickled or executed. `docs/bundles.md` documents the format.
+Nothing in a bundle is ever unpickled or executed, and files that it does not list are not read: a bundle may come from a
+stranger. `docs/bundles.md` documents the format.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, get_type_hints
 
-from pydantic import Field
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from dermis.authenticity import description as indices
 from dermis.authenticity.description import IndexDescription
@@ -33,14 +34,16 @@ from dermis.classifier import description as classifiers
 from dermis.classifier.description import Description
 from dermis.directions import direction as direction_files
 from dermis.directions.direction import Direction
-from dermis.errors import BundleError
+from dermis.errors import BundleError, escape, quote
 from dermis.folders import DescriptorModel, FileRecord, open_folder, parse_descriptor, to_json, write_folder
 from dermis.network_config import DiscriminatorConfig, GeneratorConfig
 from dermis.projection import encoder_description as encoders
 from dermis.projection.encoder_description import EncoderDescription
+from dermis.strict_json import parse_json
+from dermis.tensor_files import MAX_HEADER_BYTES, read_tensors
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from dermis.networks import Discriminator, Generator
 
@@ -53,10 +56,13 @@ CARD = "MODEL_CARD.md"
 DIRECTIONS = "directions.safetensors"
 
 NAME_PATTERN = r"[a-z0-9][a-z0-9._-]{0,63}"
+MAX_SMALL_BYTES = 16 << 20  # of what is parsed when a bundle is opened: descriptors, metrics, the card, directions
 CLASS_PATTERN = r"[A-Za-z0-9][A-Za-z0-9 _.-]{0,63}"  # class names become folder names of generated datasets
 WeightsDtype = Literal["fp32", "fp16"]
+_MAX_INTEGER = 1 << 53  # of a network's configuration; what is too large for its weights is refused when they load
 Network = TypeVar("Network", bound="nn.Module")
 DescribedT = TypeVar("DescribedT", bound="Described")
+ConfigT = TypeVar("ConfigT", "GeneratorConfig", "DiscriminatorConfig")
 
 
 @dataclass(frozen=True)
@@ -137,13 +143,17 @@ def open_bundle(location: str | Path) -> Bundle:
     wanted = (METRICS, CARD, DIRECTIONS, *(f"{key}/{part.descriptor}" for key, part in _PARTS.items()))
     for name, record in files.items():
         if name in wanted:
-            small[name] = folder.read(name, record)
+            small[name] = folder.read(name, record, limit=MAX_SMALL_BYTES)
         else:
             folder.verify(name, record)
     try:
-        metrics, card = json.loads(small[METRICS]), small[CARD].decode()
+        metrics = parse_json(small[METRICS])
     except ValueError as error:
-        raise BundleError(f"{where}: {METRICS} is not JSON or {CARD} not UTF-8 ({error})") from None
+        raise BundleError(f"{where}/{METRICS}: is not JSON that can be used ({error}); get the bundle again") from None
+    try:
+        card = small[CARD].decode()
+    except ValueError:
+        raise BundleError(f"{where}/{CARD}: is not UTF-8; get the bundle again") from None
     if not isinstance(metrics, dict):
         raise BundleError(f"{where}/{METRICS}: must hold a JSON object")
     return Bundle(
@@ -283,19 +293,37 @@ def _card(card: str, described: Mapping[str, Described | None], directions: Sequ
 
 
 def _configs(descriptor: _Descriptor, where: str) -> tuple[GeneratorConfig, DiscriminatorConfig | None]:
-    field = "generator"
+    generator = _config(GeneratorConfig, descriptor.generator, f"{where}/{DESCRIPTOR}: generator")
+    if descriptor.discriminator is None:
+        return generator, None
+    return generator, _config(DiscriminatorConfig, descriptor.discriminator, f"{where}/{DESCRIPTOR}: discriminator")
+
+
+def _config(kind: type[ConfigT], values: Mapping[str, Any], where: str) -> ConfigT:
+    """A configuration of exactly its fields, each of its own type. BundleError, naming the field."""
+    hints = get_type_hints(kind)
+    required = {field.name for field in fields(kind) if field.default is MISSING}
+    if unknown := sorted(values.keys() - hints.keys()):
+        raise BundleError(f"{where}.{escape(unknown[0])}: is no option of a network; install a newer dermis")
+    if missing := sorted(required - values.keys()):
+        raise BundleError(f"{where}.{missing[0]}: is missing")
+    for name, value in values.items():
+        try:
+            TypeAdapter(hints[name], config=ConfigDict(strict=True)).validate_python(value)
+        except ValidationError as error:
+            raise BundleError(f"{where}.{name}: {error.errors()[0]['msg']}") from None
+        if isinstance(value, int) and not 0 <= value <= _MAX_INTEGER:
+            raise BundleError(f"{where}.{name}: must be from 0 to {_MAX_INTEGER}")
     try:
-        generator = GeneratorConfig(**descriptor.generator)
-        field = "discriminator"
-        return generator, DiscriminatorConfig(**descriptor.discriminator) if descriptor.discriminator else None
+        return kind(**values)
     except (TypeError, ValueError, ArithmeticError) as error:
-        raise BundleError(f"{where}/{DESCRIPTOR}: {field}: {error}") from None
+        raise BundleError(f"{where}: {error}") from None
 
 
 def check_names(name: str, class_names: Sequence[str], c_dim: int) -> None:
     """`BundleError` if a bundle of `c_dim` classes cannot be called so."""
     if not re.fullmatch(NAME_PATTERN, name):
-        raise BundleError(f"name: {name!r} must match {NAME_PATTERN}")
+        raise BundleError(f"name: {quote(name)} must match {NAME_PATTERN}")
     _check_class_names(class_names, c_dim, "class_names")
 
 
@@ -304,7 +332,9 @@ def _check_class_names(names: Sequence[str], c_dim: int, where: str) -> None:
         raise BundleError(f"{where}: {len(names)} class names for a generator of {c_dim} classes")
     for name in names:
         if not re.fullmatch(CLASS_PATTERN, name):
-            raise BundleError(f"{where}: class name {name!r} must be letters, digits, space, dot, dash or underscore")
+            raise BundleError(
+                f"{where}: class name {quote(name)} must be letters, digits, space, dot, dash or underscore"
+            )
     if len({name.casefold() for name in names}) != len(names):
         raise BundleError(f"{where}: class names must differ, also without regard to case: {', '.join(names)}")
 
@@ -337,27 +367,25 @@ def _directions(small: Mapping[str, bytes], where: str, config: GeneratorConfig)
 
 
 def _load(bundle: Bundle, file: str, network: type[Network], config: Any) -> Network:
-    import safetensors
-    import safetensors.torch
     import torch
 
-    data = open_folder(bundle.location, "bundle", DESCRIPTOR).read(file, bundle.files[file])
-    try:
-        state: dict[str, Tensor] = safetensors.torch.load(data)
-    except safetensors.SafetensorError as error:
-        raise BundleError(f"{bundle.location}/{file}: is no safetensors file ({error})") from None
+    where = f"{bundle.location}/{file}"
     # On "meta" a network of any size costs nothing until its shapes are known to agree with the file.
     try:
         with torch.device("meta"):
             model = network(config)
-    except RuntimeError as error:
-        raise BundleError(f"{bundle.location}/{DESCRIPTOR}: describes an impossible network ({error})") from None
-    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+        expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    except (RuntimeError, TypeError, ValueError, ArithmeticError, MemoryError) as error:
+        reason = escape(error)
+        raise BundleError(f"{bundle.location}/{DESCRIPTOR}: describes an impossible network ({reason})") from None
+    most = 4 * sum(math.prod(shape) for shape in expected.values()) + MAX_HEADER_BYTES
+    data = open_folder(bundle.location, "bundle", DESCRIPTOR).read(file, bundle.files[file], limit=most)
+    state = read_tensors(data, where)
     actual = {key: tuple(value.shape) for key, value in state.items()}
     if expected != actual:
         odd = sorted(key for key in expected.keys() | actual.keys() if expected.get(key) != actual.get(key))
         first = f"{odd[0]} is {actual.get(odd[0], 'absent')}, the configuration says {expected.get(odd[0], 'absent')}"
-        raise BundleError(f"{bundle.location}/{file}: {len(odd)} tensors do not fit {DESCRIPTOR}: {first}")
+        raise BundleError(f"{where}: {len(odd)} tensors do not fit {DESCRIPTOR}: {escape(first)}")
     model.load_state_dict({key: value.to(torch.float32) for key, value in state.items()}, assign=True)
     return model.requires_grad_(False).eval()
 

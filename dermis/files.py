@@ -1,12 +1,78 @@
-"""Writing a file so that it is there whole or not at all."""
+"""Reading regular files only, and writing a file so that it is there whole or not at all."""
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from dermis.errors import StorageError
+
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+    (stat.S_ISLNK, "a link"),
+)
+# Windows has none of these flags but O_BINARY.
+_FLAGS = (
+    os.O_RDONLY
+    | getattr(os, "O_NONBLOCK", 0)
+    | getattr(os, "O_NOFOLLOW", 0)
+    | getattr(os, "O_NOCTTY", 0)
+    | getattr(os, "O_CLOEXEC", 0)
+    | getattr(os, "O_BINARY", 0)
+)
+
+
+class NotRegularError(OSError):
+    """What lies under a name is no regular file, or lies in another folder."""
+
+
+def open_regular(root: str | Path, name: str) -> BinaryIO:
+    """Open the regular file `name` inside the folder `root`; `root` itself may be a link.
+
+    A link is followed only to a regular file inside the same folder. Named pipes, devices, sockets and folders are refused
+    without opening them, so that reading ends and its length is that of the file. Raises OSError, of these NotRegularError.
+    """
+    top = os.path.realpath(root)
+    path = os.path.realpath(os.path.join(top, name))  # noqa: PTH118  (Path would not keep what `name` says)
+    if not path.startswith(top.rstrip(os.sep) + os.sep):
+        raise NotRegularError(errno.EPERM, "is a link out of its folder; copy the file itself there")
+    _check_regular(os.lstat(path).st_mode)
+    handle = os.open(path, _FLAGS)
+    try:
+        _check_regular(os.fstat(handle).st_mode)  # again: it may have been replaced in the meantime
+        return os.fdopen(handle, "rb")
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def names_below(root: Path) -> Iterator[str]:
+    """Relative names, with slashes, of everything below a folder that is no folder; empty folders end with a slash.
+
+    Links to folders are named and not followed. Raises OSError.
+    """
+    pending = [""]
+    while pending:
+        prefix = pending.pop()
+        empty = True
+        with os.scandir(root / prefix) as entries:
+            for entry in entries:
+                empty = False
+                if entry.is_dir(follow_symlinks=False):
+                    pending.append(f"{prefix}{entry.name}/")
+                else:
+                    yield prefix + entry.name
+        if empty and prefix:
+            yield prefix
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -21,3 +87,9 @@ def write_file(path: Path, data: bytes) -> None:
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def _check_regular(mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        kind = next((name for is_kind, name in _KINDS if is_kind(mode)), "something else")
+        raise NotRegularError(errno.EINVAL, f"is {kind}, not a regular file")

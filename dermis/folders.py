@@ -2,27 +2,38 @@
 
 Bundles and classifiers are such folders. Reading goes through fsspec, so a folder may be an `s3://` prefix; writing is
 local, and a folder appears whole or not at all.
+
+A folder may come from a stranger. Only regular files that its descriptor lists are opened, no more of a file is read than
+its record says, and what the descriptor says is checked before it is used.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dermis.errors import BundleError
+from dermis.errors import BundleError, escape, quote
+from dermis.files import names_below, open_regular
+from dermis.strict_json import parse_json
 
 _PATH_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
 _MAX_DESCRIPTOR_BYTES = 4 << 20
+_MAX_FILES = 10_000
+_MAX_NAME = 200
+_MAX_FILE_BYTES = 1 << 36
+_MAX_MEMORY_BYTES = 1 << 34  # of a file that is read as a whole, where the caller knows no smaller limit
 _PIECE = 8 << 20
 
 Descriptor = TypeVar("Descriptor", bound="DescriptorModel")
@@ -39,7 +50,7 @@ class FileRecord:
 class _File(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    bytes: int = Field(ge=0)
+    bytes: int = Field(ge=0, le=_MAX_FILE_BYTES)
 
 
 class DescriptorModel(BaseModel):
@@ -47,7 +58,7 @@ class DescriptorModel(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
     format_version: int
-    files: dict[str, _File]
+    files: dict[str, _File] = Field(max_length=_MAX_FILES)
 
     @property
     def records(self) -> dict[str, FileRecord]:
@@ -67,60 +78,101 @@ class Folder:
 
     def read_descriptor(self) -> bytes:
         """The descriptor's bytes, unparsed. BundleError if it is missing or far too large."""
-        return self._read(self.descriptor, limit=_MAX_DESCRIPTOR_BYTES)
-
-    def read(self, name: str, record: FileRecord) -> bytes:
-        """A listed file. BundleError if it is missing or differs from its record."""
-        data = self._read(name, limit=record.bytes)
-        if len(data) != record.bytes or hashlib.sha256(data).hexdigest() != record.sha256:
+        with self._open(self.descriptor) as file:
+            data = _read_at_most(file, _MAX_DESCRIPTOR_BYTES + 1)
+        if len(data) > _MAX_DESCRIPTOR_BYTES:
             raise BundleError(
-                f"{self.where}/{name}: differs from what {self.descriptor} says (SHA-256); get the {self.kind} again"
+                f"{self._place(self.descriptor)}: is larger than {_MAX_DESCRIPTOR_BYTES:,} bytes; is this the folder of "
+                f"a {self.kind}?"
             )
+        return data
+
+    def read(self, name: str, record: FileRecord, *, limit: int = _MAX_MEMORY_BYTES) -> bytes:
+        """A listed file. BundleError if it is missing, differs from its record, or is larger than `limit` bytes."""
+        if record.bytes > limit:
+            raise BundleError(
+                f"{self._place(name)}: is larger than it may be ({limit:,} bytes); get the {self.kind} again"
+            )
+        with self._open(name, record) as file:
+            data = file.read(record.bytes + 1) if self.local else _read_at_most(file, record.bytes + 1)
+        if len(data) != record.bytes or hashlib.sha256(data).hexdigest() != record.sha256:
+            raise self._differs(name)
         return data
 
     def verify(self, name: str, record: FileRecord) -> None:
         """BundleError if a listed file is missing or differs from its record; it is read piece by piece and not kept."""
         digest, size = hashlib.sha256(), 0
-        try:
-            with self.fs.open(f"{self.root}/{name}", "rb") as file:
-                while piece := file.read(_PIECE):
-                    digest.update(piece)
-                    size += len(piece)
-        except FileNotFoundError:
-            raise BundleError(f"{self.where}: {name} is missing; get the {self.kind} again") from None
-        except Exception as error:  # as in _read
-            raise BundleError(f"{self.where}/{name}: cannot be read: {_reason(error)}") from error
+        with self._open(name, record) as file:
+            while size <= record.bytes and (piece := file.read(_PIECE)):
+                digest.update(piece)
+                size += len(piece)
         if (digest.hexdigest(), size) != (record.sha256, record.bytes):
-            raise BundleError(
-                f"{self.where}/{name}: differs from what {self.descriptor} says (SHA-256); get the {self.kind} again"
-            )
+            raise self._differs(name)
 
     def check_listing(self, files: Mapping[str, FileRecord]) -> None:
         """BundleError if a file is there that is not listed, or listed and not there."""
         try:
-            found = {path.removeprefix(self.root).lstrip("/") for path in self.fs.find(self.root)} - {self.descriptor}
-        except Exception as error:  # as in _read
+            names = names_below(Path(self.root)) if self.local else self._remote_names()
+            found = set(itertools.islice(names, 2 * _MAX_FILES)) - {self.descriptor}
+        except Exception as error:  # as in _open
             raise BundleError(f"{self.where}: cannot be listed: {_reason(error)}") from error
+        found = {name for name in found if not name.endswith("/")}  # empty folders
         if extra := sorted(found - files.keys()):
-            names = ", ".join(extra[:5])
-            raise BundleError(f"{self.where}: {self.descriptor} does not list {names}; remove what is no part of it")
+            names_of_some = ", ".join(escape(name) for name in extra[:5])
+            raise BundleError(
+                f"{self.where}: {self.descriptor} does not list {names_of_some}; remove what is no part of it"
+            )
         if missing := sorted(files.keys() - found):
             raise BundleError(f"{self.where}: {', '.join(missing[:5])} is missing; get the {self.kind} again")
 
-    def _read(self, name: str, limit: int) -> bytes:
+    @property
+    def local(self) -> bool:
+        """Whether the folder is one of this machine."""
+        from fsspec.implementations.local import LocalFileSystem
+
+        return isinstance(self.fs, LocalFileSystem)
+
+    def _remote_names(self) -> Iterator[str]:
+        return (path.removeprefix(self.root).lstrip("/") for path in self.fs.find(self.root))
+
+    @contextmanager
+    def _open(self, name: str, record: FileRecord | None = None) -> Iterator[BinaryIO]:
+        """A file to read; what goes wrong then, in the block too, becomes a BundleError."""
         try:
-            with self.fs.open(f"{self.root}/{name}", "rb") as file:
-                data: bytes = file.read(limit + 1)
+            if self.local:
+                with open_regular(self.root, name) as file:
+                    if record is not None and os.fstat(file.fileno()).st_size != record.bytes:
+                        raise self._differs(name)
+                    yield file
+            else:
+                with self.fs.open(f"{self.root}/{name}", "rb") as file:
+                    yield file
+        except BundleError:
+            raise
         except FileNotFoundError:
             hint = f"is this the folder of a {self.kind}?" if name == self.descriptor else f"get the {self.kind} again"
             raise BundleError(f"{self.where}: {name} is missing; {hint}") from None
+        except MemoryError:
+            raise BundleError(f"{self._place(name)}: does not fit into memory") from None
         except Exception as error:  # every remote file system raises exceptions of its own library
-            raise BundleError(f"{self.where}/{name}: cannot be read: {_reason(error)}") from error
-        if len(data) > limit:
-            raise BundleError(
-                f"{self.where}/{name}: is larger than it may be ({limit:,} bytes); get the {self.kind} again"
-            )
-        return data
+            raise BundleError(f"{self._place(name)}: cannot be read: {_reason(error)}") from error
+
+    def _place(self, name: str) -> str:
+        return f"{self.where}/{name}"
+
+    def _differs(self, name: str) -> BundleError:
+        return BundleError(
+            f"{self._place(name)}: differs from what {self.descriptor} says (SHA-256 or size); get the {self.kind} again"
+        )
+
+
+def _read_at_most(file: BinaryIO, limit: int) -> bytes:
+    """Up to `limit` bytes, in pieces: a remote file system may reserve memory for all that it is asked for."""
+    pieces, size = [], 0
+    while size < limit and (piece := file.read(min(_PIECE, limit - size))):
+        pieces.append(piece)
+        size += len(piece)
+    return b"".join(pieces)
 
 
 def open_folder(location: str | Path, kind: str, descriptor: str) -> Folder:
@@ -147,23 +199,25 @@ def exists(location: str | Path, descriptor: str) -> bool:
 def parse_descriptor(text: bytes, where: str, version: int, model: type[Descriptor]) -> Descriptor:
     """A descriptor's JSON as `model`. BundleError, naming `where` and the field, if it is not or is a newer format."""
     try:
-        raw = json.loads(text, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise BundleError(f"{where}: is not JSON ({error}); get it again") from None
-    found = raw.get("format_version") if isinstance(raw, dict) else None
-    if isinstance(found, int) and found > version:
-        raise BundleError(f"{where}: has format {found}, this dermis reads up to {version}; install a newer dermis")
+        raw = parse_json(text)
+    except ValueError as error:
+        raise BundleError(f"{where}: is not JSON that can be used ({error}); get it again") from None
+    written = raw.get("format_version") if isinstance(raw, dict) else None
+    if type(written) is int and written > version:
+        raise BundleError(f"{where}: has format {written}, this dermis reads up to {version}; install a newer dermis")
     try:
         descriptor = model.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "the document"
+        field = escape(".".join(str(part) for part in first["loc"])) or "the document"
         raise BundleError(f"{where}: {field}: {first['msg']}") from None
     if descriptor.format_version != version:
         raise BundleError(f"{where}: format_version must be {version}")
     for name in descriptor.files:
         if not _is_inside(name) or name == where.rsplit("/", 1)[-1]:
-            raise BundleError(f"{where}: files: {name!r} is not a file name inside the folder")
+            raise BundleError(f"{where}: files: {quote(name)} is not a file name inside the folder")
+    if len({name.casefold() for name in descriptor.files}) != len(descriptor.files):
+        raise BundleError(f"{where}: files: names must differ, also without regard to case")
     return descriptor
 
 
@@ -231,12 +285,8 @@ def _put(fresh: Path, out: Path, kind: str, descriptor: str) -> None:
 
 
 def _is_inside(name: str) -> bool:
-    return _PATH_PATTERN.fullmatch(name) is not None and ".." not in name
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON number")
+    return len(name) <= _MAX_NAME and _PATH_PATTERN.fullmatch(name) is not None and ".." not in name
 
 
 def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+    return getattr(error, "strerror", None) or f"{type(error).__name__}: {escape(error)}"

@@ -12,10 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dermis.bundle import DESCRIPTOR, Bundle, open_bundle
-from dermis.errors import BundleError, RequestError
+from dermis.errors import BundleError, DermisError, RequestError
 
 # A changed file is noticed at the next request after this many seconds.
 _CHECK_SECONDS = 5.0
+
+# Whatever is wrong with one bundle, the others are served.
+_UNUSABLE = (DermisError, OSError, ValueError, RuntimeError, MemoryError)
 
 _Fingerprint = tuple[tuple[str, int, int], ...]
 
@@ -57,7 +60,7 @@ class Models:
             try:
                 fingerprint = _fingerprint(location)
                 bundle = open_bundle(location)
-            except (BundleError, OSError) as error:
+            except _UNUSABLE as error:
                 self._broken[location] = f"{without_place(error, location)}; mend it and restart the service"
                 continue
             if bundle.name in self._watched:
@@ -119,7 +122,7 @@ def _look_again(name: str, watched: _Watched) -> None:
         if fingerprint == watched.fingerprint and watched.problem is None:
             return
         digest = open_bundle(watched.bundle.location).digest
-    except (BundleError, OSError) as error:
+    except _UNUSABLE as error:
         problem = without_place(error, watched.bundle.location)
         watched.problem = f"model {name} is not what the service loaded: {problem}"
         return

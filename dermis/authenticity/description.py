@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field
 
-from dermis.errors import BundleError
+from dermis.errors import BundleError, quote
 from dermis.folders import DescriptorModel, FileRecord, Folder, open_folder, parse_descriptor, write_folder
 
 INDEX_FORMAT = 1
@@ -65,8 +65,8 @@ class IndexDescription:
 class _Descriptor(DescriptorModel):
     """authenticity.json."""
 
-    extractor: str = Field(min_length=1, max_length=200)
-    extractor_identity: str = Field(min_length=1, max_length=400)
+    extractor: str = Field(pattern=r"^[ -~]{1,200}$")
+    extractor_identity: str = Field(pattern=r"^[ -~]{1,400}$")
     feature_dim: int = Field(ge=1, le=1 << 16)
     dim: int = Field(ge=1, le=1 << 16)
     metric: str
@@ -115,7 +115,7 @@ def parse(text: bytes, where: str) -> IndexDescription:
     found = parse_descriptor(text, where, INDEX_FORMAT, _Descriptor)
     for name, value, kind in (("metric", found.metric, Metric), ("kind", found.kind, Kind)):
         if value not in get_args(kind):
-            raise BundleError(f"{where}: {name}: {value!r} is none of {', '.join(get_args(kind))}")
+            raise BundleError(f"{where}: {name}: {quote(value)} is none of {', '.join(get_args(kind))}")
     described = IndexDescription(
         extractor=found.extractor,
         extractor_identity=found.extractor_identity,

@@ -6,7 +6,7 @@ index transforms queries itself. All distances and radii are of that stored spac
 
 from __future__ import annotations
 
-import io
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,8 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dermis.authenticity.description import HELD_OUT, INDEX, RADII, IndexDescription, open_index_folder
+from dermis.authenticity.index_check import check_index, most_bytes, read, reason_of
 from dermis.cpus import available_cpus
 from dermis.errors import BundleError, DermisError
+from dermis.tensor_files import MAX_HEADER_BYTES, read_array
 
 if TYPE_CHECKING:
     from dermis.bundle import Bundle
@@ -174,53 +176,35 @@ def open_index(source: Bundle | str | Path, *, device: str = "auto", threads: in
     device: "auto" uses a GPU where FAISS has one, "cpu" none. An index of more than half a gigabyte in a local folder stays on
     disk and is mapped. Raises BundleError if it is not what it says, DermisError if FAISS or the device cannot be had.
     """
-    faiss = import_faiss()
+    import_faiss()
     folder, described, _ = open_index_folder(find_index(source))
     record = described.files[INDEX]
-    local = Path(folder.where) / INDEX
     where = f"{folder.where}/{INDEX}"
+    if record.bytes > most_bytes(described):
+        raise BundleError(f"{where}: is larger than an index of its description can be; build the index again")
+    mapped, data = None, b""
+    if record.bytes > _MAPPED_BYTES and folder.local:
+        folder.verify(INDEX, record)
+        mapped = str((Path(folder.root) / INDEX).resolve())
+    else:
+        data = folder.read(INDEX, record)
+    check_index(data, mapped, described, where)
     try:
-        if record.bytes > _MAPPED_BYTES and local.is_file():
-            folder.verify(INDEX, record)
-            index = faiss.read_index(str(local), faiss.IO_FLAG_MMAP_IFC | faiss.IO_FLAG_READ_ONLY)
-        else:
-            data = folder.read(INDEX, record)
-            index = faiss.deserialize_index(np.frombuffer(data, np.uint8))
+        index = read(data, mapped)
     except RuntimeError as error:
-        raise BundleError(f"{where}: is no index of FAISS ({str(error).splitlines()[0]})") from None
-    _check(index, described, where)
+        raise BundleError(f"{where}: is no index of FAISS ({reason_of(error)})") from None
     radii = _array(folder, described, RADII, (described.vectors,))
     held_out = _array(folder, described, HELD_OUT, (described.held_out, described.dim)) if described.held_out else None
     return Index(described, _on_device(index, device), radii, held_out, threads or available_cpus())
 
 
-def _check(index: Any, described: IndexDescription, where: str) -> None:
-    """BundleError if the index read is of another kind, size or dimension than its description says."""
-    faiss = import_faiss()
-    base = base_of(index)
-    kinds = {
-        "flat": (faiss.IndexFlat, faiss.IndexScalarQuantizer),
-        "ivf": (faiss.IndexIVF,),
-        "hnsw": (faiss.IndexHNSW,),
-    }
-    if not isinstance(base, kinds[described.kind]):
-        raise BundleError(f"{where}: is not of the kind {described.kind}; build the index again")
-    found = (index.d, base.d, index.ntotal, base.ntotal)
-    if found != (described.feature_dim, described.dim, described.vectors, described.vectors):
-        raise BundleError(f"{where}: holds other vectors than its description says; build the index again")
-    if index.metric_type != faiss.METRIC_L2 or not index.is_trained:
-        raise BundleError(f"{where}: does not measure Euclidean distances; build the index again")
-
-
 def _array(folder: Folder, described: IndexDescription, name: str, shape: tuple[int, ...]) -> Floats:
-    data = folder.read(name, described.files[name])
-    try:
-        found = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise BundleError(f"{folder.where}/{name}: is no array ({error})") from None
-    if found.shape != shape or found.dtype not in (np.float32, np.float16) or not np.isfinite(found).all():
-        raise BundleError(f"{folder.where}/{name}: must be finite numbers of shape {shape}; build the index again")
-    return np.asarray(found, np.float32)
+    where = f"{folder.where}/{name}"
+    limit = 4 * math.prod(shape) + MAX_HEADER_BYTES
+    numbers = np.asarray(read_array(folder.read(name, described.files[name], limit=limit), where, shape), np.float32)
+    if not np.isfinite(numbers).all():
+        raise BundleError(f"{where}: must be finite numbers; build the index again")
+    return numbers
 
 
 def _on_device(index: Any, device: str) -> Any:

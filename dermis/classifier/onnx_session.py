@@ -20,6 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dermis.classifier.description import DESCRIPTOR, MODEL, Description, open_classifier, read_model
+from dermis.classifier.graph_check import check_graph
+from dermis.classifier.graph_trial import CPU, first_line, import_onnxruntime, new_session, problem_of, try_graph
 from dermis.classifier.preprocess import batch
 from dermis.classifier.scores import Scores, scores_of
 from dermis.cpus import available_cpus
@@ -30,7 +32,7 @@ from dermis.imaging import Images
 if TYPE_CHECKING:
     from dermis.bundle import Bundle
 
-_CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+_CUDA = "CUDAExecutionProvider"
 _CUDA_BATCH = 32
 
 
@@ -51,9 +53,14 @@ class Classifier:
         if threads is not None and threads < 1:
             raise DermisError(f"threads: must be at least 1; got {threads}")
         self.description, location = find_classifier(source)
-        model = read_model(location, self.description)
-        self._session = _session(model, device, f"{location}/{MODEL}")
-        self._check(f"{location}/{MODEL}")
+        model, where = read_model(location, self.description), f"{location}/{MODEL}"
+        size, wide = self.description.input.size, self.description.feature_dim
+        check_graph(model, where)
+        for rows in (1, _CUDA_BATCH) if _has_cuda(device) else (1,):
+            try_graph(model, where, size=size, feature_dim=wide, rows=rows)
+        self._session = _session(model, device, where)
+        if problem := problem_of(self._session, size, wide, 1):
+            raise BundleError(f"{where}: {problem}")
         self._rows = _CUDA_BATCH if self.device == "cuda" else 1
         workers = 1 if self.device == "cuda" else threads or available_cpus()
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="classifier")
@@ -112,20 +119,6 @@ class Classifier:
         columns = [np.concatenate(column) for column in zip(*parts, strict=True)] if parts else empty
         return columns[0], columns[1] if features else None
 
-    def _check(self, where: str) -> None:
-        """BundleError if the graph does not take and give what the contract says, tried on one image."""
-        size, wide = self.description.input.size, self.description.feature_dim
-        inputs = {value.name: (value.type, value.shape[1:]) for value in self._session.get_inputs()}
-        if inputs != {"images": ("tensor(uint8)", [size, size, 3])}:
-            raise BundleError(f"{where}: must have the one input images, uint8 [N, {size}, {size}, 3]")
-        try:
-            image = np.zeros((1, size, size, 3), np.uint8)
-            shapes = [value.shape for value in self._session.run(["logit", "features"], {"images": image})]
-        except Exception as error:  # ONNX Runtime's errors share no class
-            raise BundleError(f"{where}: does not run: {_first_line(error)}") from None
-        if shapes != [(1,), (1, wide)]:
-            raise BundleError(f"{where}: must have the outputs logit [N] and features [N, {wide}]; they are {shapes}")
-
 
 def find_classifier(source: Bundle | str | Path) -> tuple[Description, str]:
     """The verified description, and the folder that holds it, of a bundle's classifier or of one that stands alone.
@@ -145,37 +138,26 @@ def find_classifier(source: Bundle | str | Path) -> tuple[Description, str]:
     return open_classifier(where), where
 
 
+def _has_cuda(device: str) -> bool:
+    return device != "cpu" and _CUDA in import_onnxruntime().get_available_providers()
+
+
 def _session(model: bytes, device: str, where: str) -> Any:
-    try:
-        import onnxruntime as ort
-    except ImportError as error:
-        raise DermisError(
-            f'the classifier needs ONNX Runtime ({error}); pip install "dermis[cpu]" or "dermis[gpu]"'
-        ) from error
-    options = ort.SessionOptions()
-    # One core an image: no sum is split over cores, and images do not wait for one another.
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.use_deterministic_compute = True
-    options.log_severity_level = 4  # what matters comes as an exception, or is asked for below
     # Exhaustive search would pick algorithms by their time, and so another one in the next process.
     number = device.partition(":")[2] or "0"
     cuda = (_CUDA, {"device_id": number, "cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"})
-    wanted: list[Any] = [_CPU]
-    if device != "cpu" and _CUDA in ort.get_available_providers():
-        wanted = [cuda, _CPU]
+    wanted: list[Any] = [CPU]
+    if _has_cuda(device):
+        wanted = [cuda, CPU]
         with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
-            ort.preload_dlls()  # CUDA's libraries as pip installs them; torch is not here to have loaded them
+            import_onnxruntime().preload_dlls()  # CUDA's libraries as pip installs them; torch has not loaded them
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            session = ort.InferenceSession(model, options, providers=wanted)
+            session = new_session(model, wanted)
     except Exception as error:  # ONNX Runtime's errors share no class
-        raise BundleError(f"{where}: ONNX Runtime does not take it: {_first_line(error)}") from None
+        raise BundleError(f"{where}: ONNX Runtime does not take it: {first_line(error)}") from None
     # Asked for and built in is not yet working: without the libraries of CUDA it falls back to the CPU.
     if device.startswith("cuda") and session.get_providers()[0] != _CUDA:
         raise DermisError(f"device: {device} asked for, but ONNX Runtime sees no CUDA device here; use cpu or auto")
     return session
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

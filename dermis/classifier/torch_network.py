@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from dermis.classifier.description import MODEL, read_model
+from dermis.classifier.graph_check import check_graph
 from dermis.classifier.onnx_session import find_classifier
-from dermis.errors import BundleError, DermisError
+from dermis.errors import BundleError, DermisError, escape, quote
 from dermis.features import fold_batch_norms
 from dermis.vision import import_vision
 
@@ -81,7 +82,7 @@ def new_backbone(architecture: str, *, pretrained: bool = False, outputs: int = 
     timm = import_vision("timm")
     if not timm.is_model(architecture):
         raise DermisError(
-            f"architecture: timm has no model {architecture!r}, and it is not {GOOGLENET}; timm.list_models() lists them"
+            f"architecture: timm has no model {quote(architecture)}, and it is not {GOOGLENET}; timm.list_models() lists them"
         )
     backbone: nn.Module = timm.create_model(architecture, pretrained=pretrained, num_classes=outputs)
     if not hasattr(backbone, "forward_head"):
@@ -106,11 +107,13 @@ def load_torch_classifier(source: Bundle | str | Path) -> TorchClassifier:
     described, location = find_classifier(source)
     where = f"{location}/{MODEL}"
     weights = read_weights(read_model(location, described), where)
-    backbone = fold_batch_norms(new_backbone(described.architecture).eval())
-    own = backbone.state_dict()
+    # Shapes first, where they cost nothing: the file may name the largest network that there is.
+    with torch.device("meta"):
+        own = fold_batch_norms(new_backbone(described.architecture).eval()).state_dict()
     odd = [name for name, value in own.items() if name not in weights or weights[name].shape != value.shape]
     if odd:
         raise BundleError(f"{where}: lacks {len(odd)} weights of {described.architecture}, the first is {odd[0]}")
+    backbone = fold_batch_norms(new_backbone(described.architecture).eval())
     backbone.load_state_dict({name: weights[name] for name in own})
     return TorchClassifier(backbone, described.input.mean, described.input.std).eval().requires_grad_(False)
 
@@ -124,16 +127,12 @@ def read_weights(model: bytes, where: str) -> dict[str, Tensor]:
         import onnx
     except ImportError as error:
         raise DermisError(f"reading weights needs the package onnx ({error}): pip install onnx") from error
+    check_graph(model, where)
     try:
         found = onnx.load_model_from_string(model).graph.initializer
-        # Weights in another file would be read from wherever the graph says.
-        if any(value.data_location == onnx.TensorProto.EXTERNAL for value in found):
-            raise BundleError(f"{where}: keeps weights in another file")
         arrays = {value.name: onnx.numpy_helper.to_array(value) for value in found}
-    except BundleError:
-        raise
     except Exception as error:  # protobuf's and numpy's errors share no class
-        raise BundleError(f"{where}: is no ONNX graph: {error}") from None
+        raise BundleError(f"{where}: is no ONNX graph: {escape(error)}") from None
     weights = {name: torch.from_numpy(value.astype("float32")) for name, value in arrays.items()}
     for name in [name for name in weights if name + SCALE in weights]:
         scale = weights[name + SCALE]

@@ -39,6 +39,8 @@ class Sample:
 # Rows of a Parquet row group: what a reader holds in memory at once. Fixed, as the bytes of the file depend on it.
 _ROW_GROUP = 100
 
+_MAX_IMAGE_BYTES = 256 << 20
+
 Add = Callable[[Sequence[Sample]], None]
 
 
@@ -97,10 +99,16 @@ def container_writer(plan: Plan, path: Path) -> AbstractContextManager[Add]:
 def read_container(plan: Plan, file: IO[bytes]) -> Iterator[tuple[str, bytes]]:
     """Each image's file name and bytes, in order, one at a time in memory (Parquet: one batch).
 
-    Raises OSError, ValueError or a library's own error if the file is damaged.
+    Files are read as dermis writes them: images as they are, not compressed, each under a name of its own, so that what
+    comes out is no larger than the file. Raises OSError, ValueError or a library's own error if it is another or damaged.
     """
     readers = {"imagefolder": _read_zip, "webdataset": _read_tar, "parquet": _read_parquet}
     return readers[plan.request.format](file)
+
+
+def _check_image_bytes(name: str, size: int) -> None:
+    if not 0 <= size <= _MAX_IMAGE_BYTES:
+        raise ValueError(f"{name} is larger than {_MAX_IMAGE_BYTES:,} bytes")
 
 
 def add_to_zip(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
@@ -123,9 +131,18 @@ def _write_zip(plan: Plan, path: Path) -> Iterator[Add]:
 
 
 def _read_zip(file: IO[bytes]) -> Iterator[tuple[str, bytes]]:
+    size = file.seek(0, io.SEEK_END)
     with zipfile.ZipFile(file) as archive:
-        for info in archive.infolist():
+        members = archive.infolist()
+        if sum(info.file_size for info in members) > size:
+            raise ValueError("it would unpack to more than its own size")
+        if len({info.filename for info in members}) != len(members):
+            raise ValueError("a name is there more than once")
+        for info in members:
             if info.filename.startswith("images/"):
+                if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
+                    raise ValueError(f"{info.filename} is compressed or encrypted")
+                _check_image_bytes(info.filename, info.file_size)
                 yield info.filename, archive.read(info)
 
 
@@ -150,12 +167,18 @@ def _write_tar(plan: Plan, path: Path) -> Iterator[Add]:
 
 
 def _read_tar(file: IO[bytes]) -> Iterator[tuple[str, bytes]]:
+    seen: set[str] = set()
     with tarfile.open(fileobj=file, mode="r:") as archive:
         for info in archive:
+            if info.name in seen:  # also where an offset leads back, which would never end
+                raise ValueError(f"{info.name} is there more than once")
+            seen.add(info.name)
+            if not info.isreg() or info.issparse():
+                raise ValueError(f"{info.name} is no plain file")
             if not info.name.endswith((".cls", ".json")):
+                _check_image_bytes(info.name, info.size)
                 member = archive.extractfile(info)
-                if member is None:
-                    raise ValueError(f"{info.name} is no plain file")
+                assert member is not None
                 yield info.name, member.read()
 
 
@@ -200,6 +223,17 @@ def _parquet_schema(plan: Plan) -> Any:
 def _read_parquet(file: IO[bytes]) -> Iterator[tuple[str, bytes]]:
     import pyarrow.parquet as pq
 
-    for batch in pq.ParquetFile(file).iter_batches(batch_size=64, columns=["image"]):
+    table = pq.ParquetFile(file)
+    for group in range(table.metadata.num_row_groups):
+        described = table.metadata.row_group(group)
+        for place in range(described.num_columns):
+            column = described.column(place)
+            # A dictionary holds an image once for any number of rows.
+            if column.path_in_schema == "image.bytes" and (
+                column.compression != "UNCOMPRESSED" or any("DICTIONARY" in name for name in column.encodings)
+            ):
+                raise ValueError("its images are compressed")
+    for batch in table.iter_batches(batch_size=64, columns=["image"]):
         for image in batch.column("image").to_pylist():
+            _check_image_bytes(image["path"], len(image["bytes"]))
             yield image["path"], image["bytes"]

@@ -28,8 +28,9 @@ from dermis.dataset.request import DatasetRequest
 from dermis.dataset.scoring import Tally, tally
 from dermis.dataset.shards import FileEntry, ShardRecord, find_shard
 from dermis.dataset.store import PARTIAL, Store, hash_file, storage_errors
-from dermis.errors import RequestError, StorageError
+from dermis.errors import RequestError, StorageError, escape
 from dermis.imaging import Images, contact_sheet, decode, encode, thumbnail
+from dermis.strict_json import parse_json
 
 if TYPE_CHECKING:
     from dermis.bundle import Bundle
@@ -40,6 +41,7 @@ METADATA = "metadata.csv"
 PREVIEW = "preview.png"
 CARD = "README.md"
 FORMAT_VERSION = 1
+MAX_MANIFEST_BYTES = 256 << 20  # that of the largest dataset has 60
 
 PREVIEW_COLUMNS, PREVIEW_IMAGES, PREVIEW_SIDE = 8, 64, 128
 
@@ -78,11 +80,11 @@ class Manifest:
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
 class _FileDocument(_Strict):
-    name: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
+    name: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=200)
     bytes: int = Field(ge=0)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
@@ -200,19 +202,20 @@ def read_manifest(store: Store) -> Manifest:
     """The manifest of a finished dataset. StorageError if there is none or it is damaged."""
     if store.size(MANIFEST) is None:
         raise StorageError(f"{store.location}: has no {MANIFEST}; is this the folder of a finished dataset?")
-    return parse_manifest(store.read(MANIFEST), store.where(MANIFEST))
+    return parse_manifest(store.read(MANIFEST, limit=MAX_MANIFEST_BYTES), store.where(MANIFEST))
 
 
 def parse_manifest(data: bytes, where: str) -> Manifest:
     """StorageError, naming `where` and the field, if `data` is no manifest."""
     try:
-        document = _Document.model_validate(json.loads(data))
+        document = _Document.model_validate(parse_json(data))
     except ValidationError as error:
         first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "the document"
+        field = escape(".".join(str(part) for part in first["loc"])) or "the document"
         raise StorageError(f"{where}: {field}: {first['msg']}; is this a {MANIFEST} of dermis?") from None
-    except (ValueError, RecursionError) as error:
-        raise StorageError(f"{where}: is not JSON ({error})") from None
+    except ValueError as error:
+        raise StorageError(f"{where}: is not JSON that can be used ({error})") from None
+    _check_document(document, where)
     return Manifest(
         request=document.request,
         bundle_name=document.bundle.name,
@@ -225,6 +228,20 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
         classifier=None if document.classifier is None else _tallies(document.classifier),
         privacy=None if document.privacy is None else _privacy(document.privacy),
     )
+
+
+def _check_document(document: _Document, where: str) -> None:
+    """StorageError if the fields contradict one another."""
+    names = document.bundle.class_names
+    if len({file.name.casefold() for file in document.files}) != len(document.files):
+        raise StorageError(f"{where}: files: a name is there more than once")
+    if len(set(names)) != len(names):
+        raise StorageError(f"{where}: bundle.class_names: a name is there more than once")
+    if unknown := sorted(document.request.classes.keys() - set(names)):
+        raise StorageError(f"{where}: request.classes.{escape(unknown[0])}: is no class of the bundle")
+    samples = document.request.samples
+    if (document.plan.samples, document.plan.shards) != (samples, -(-samples // document.request.shard_size)):
+        raise StorageError(f"{where}: plan: has other samples or shards than the request")
 
 
 def _tallies(found: Mapping[str, _TallyDocument]) -> dict[str, Tally]:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from dermis.dataset.containers import read_container
 from dermis.dataset.manifest import CARD, MANIFEST, METADATA, PREVIEW, Manifest, read_manifest
-from dermis.dataset.plan import plan
+from dermis.dataset.plan import Plan, plan
 from dermis.dataset.store import Store
 from dermis.dataset.verify import verify
-from dermis.errors import DataError
+from dermis.errors import DataError, escape, quote
 
 Row = dict[str, str]
+_NUMBERS = ("label", "seed", "index")
+_COLUMNS = ("isic_id", "target", "file_name", *_NUMBERS)  # those that are read
+_ROW_BYTES = 4096  # of metadata.csv for one image, at most
 
 
 def open_dataset(location: str | Path) -> tuple[Manifest, dict[str, Row]]:
@@ -27,17 +31,58 @@ def open_dataset(location: str | Path) -> tuple[Manifest, dict[str, Row]]:
         first = [*report.changed, *report.missing][0]
         raise DataError(f"{location}: {first} is not what {MANIFEST} says; `dermis generate` makes it again")
     store = Store(location)
-    table = csv.DictReader(io.StringIO(store.read(METADATA).decode(), newline=""))
-    return read_manifest(store), {row["file_name"]: row for row in table}
+    manifest = read_manifest(store)
+    records = {file.name: file for file in manifest.files}
+    if METADATA not in records or records[METADATA].bytes > _ROW_BYTES * (manifest.request.samples + 1):
+        raise DataError(f"{location}: {MANIFEST} lists no {METADATA}, or one that is too large for its images")
+    return manifest, _rows(store.read(METADATA, limit=records[METADATA].bytes), store.where(METADATA))
 
 
 def read_samples(location: str | Path) -> Iterator[tuple[Row, bytes]]:
     """The row of metadata.csv and the encoded image of every sample, in order. Raises as `open_dataset`."""
-    manifest, rows = open_dataset(location)
+    return samples_of(location, *open_dataset(location))
+
+
+def samples_of(location: str | Path, manifest: Manifest, rows: Mapping[str, Row]) -> Iterator[tuple[Row, bytes]]:
+    """The same of a dataset that `open_dataset` has opened. DataError if a file holds other images than the table."""
     store = Store(location)
     layout = plan(manifest.request, manifest.bundle_digest, manifest.class_names)
     for file in manifest.files:
         if file.name not in (METADATA, PREVIEW, CARD):
-            with store.open(file.name) as container:
-                for name, data in read_container(layout, container):
-                    yield rows[name], data
+            yield from _of_container(layout, store, file.name, rows)
+
+
+def _rows(table: bytes, where: str) -> dict[str, Row]:
+    """Rows of metadata.csv by file name. DataError, naming `where`, if it is no such table."""
+    try:
+        reader = csv.DictReader(io.StringIO(table.decode(), newline=""), strict=True)
+        if missing := [name for name in _COLUMNS if name not in (reader.fieldnames or ())]:
+            raise DataError(f"{where}: has no column {missing[0]}; `dermis generate` makes it again")
+        rows: dict[str, Row] = {}
+        for number, row in enumerate(reader, start=2):
+            if None in row or None in row.values():
+                raise DataError(f"{where}: row {number} has another number of cells than the header")
+            if bad := [name for name in _NUMBERS if not re.fullmatch(r"[0-9]{1,20}", row[name])]:
+                raise DataError(f"{where}: row {number}: {bad[0]} must be a whole number, not {quote(row[bad[0]])}")
+            if row["file_name"] in rows:
+                raise DataError(f"{where}: row {number}: {quote(row['file_name'])} is there more than once")
+            rows[row["file_name"]] = row
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError(f"{where}: is no table of images ({escape(error)})") from None
+    return rows
+
+
+def _of_container(layout: Plan, store: Store, container: str, rows: Mapping[str, Row]) -> Iterator[tuple[Row, bytes]]:
+    """The samples of one file. What its library says of damage becomes a DataError."""
+    with store.open(container) as file:
+        images = read_container(layout, file)
+        while True:
+            try:
+                name, data = next(images)
+            except StopIteration:
+                return
+            except Exception as error:  # zipfile, tarfile and Arrow have an error class each
+                raise DataError(f"{store.where(container)}: cannot be read ({escape(error)})") from None
+            if name not in rows:
+                raise DataError(f"{store.where(container)}: holds {escape(str(name))}, which {METADATA} does not list")
+            yield rows[name], data

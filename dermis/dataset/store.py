@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from dermis.errors import StorageError
+from dermis.files import names_below, open_regular
 
 PARTIAL = ".partial"
 """Folder of everything that is gone once the dataset is complete."""
@@ -52,7 +53,7 @@ class Store:
         """Relative names of all files below, sorted; of empty folders too, with a slash at the end."""
         with storage_errors(self.location):
             if self.local:
-                return sorted(_walk(Path(self._root)))
+                return sorted(names_below(Path(self._root))) if Path(self._root).is_dir() else []
             self._fs.invalidate_cache()
             if not self._fs.exists(self._root):
                 return []
@@ -70,16 +71,19 @@ class Store:
 
     @contextmanager
     def open(self, name: str) -> Iterator[IO[bytes]]:
-        """Read a file; it can seek."""
+        """Read a file; it can seek. In a local folder only regular files of that folder are opened."""
         with storage_errors(self.where(name)):
-            file = self._fs.open(self._path(name), "rb")
+            file = open_regular(self._root, name) if self.local else self._fs.open(self._path(name), "rb")
         with file:
             yield file
 
-    def read(self, name: str) -> bytes:
-        """All bytes of a small file."""
+    def read(self, name: str, *, limit: int | None = None) -> bytes:
+        """All bytes of a small file. StorageError if there are more than `limit`."""
         with storage_errors(self.where(name)), self.open(name) as file:
-            return file.read()
+            data: bytes = file.read() if limit is None else file.read(limit + 1)
+        if limit is not None and len(data) > limit:
+            raise StorageError(f"{self.where(name)}: is larger than it may be ({limit:,} bytes)")
+        return data
 
     def sha256(self, name: str) -> str:
         """SHA-256 of a file, hex."""
@@ -158,13 +162,3 @@ def hash_file(file: IO[bytes]) -> str:
     while block := file.read(1 << 20):
         digest.update(block)
     return digest.hexdigest()
-
-
-def _walk(root: Path) -> Iterator[str]:
-    for folder, folders, files in os.walk(root):
-        here = Path(folder).relative_to(root).as_posix()
-        prefix = "" if here == "." else f"{here}/"
-        links = [name for name in folders if Path(folder, name).is_symlink()]
-        yield from (prefix + name for name in files + links)
-        if prefix and not folders and not files:
-            yield prefix

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zipfile
 import zlib
 from collections.abc import Set
@@ -10,6 +11,8 @@ from pathlib import Path
 
 from dermis.dataset.manifest import ARCHIVE, MANIFEST, read_manifest
 from dermis.dataset.store import Store
+from dermis.errors import StorageError, escape
+from dermis.files import NotRegularError, open_regular
 
 
 @dataclass(frozen=True)
@@ -29,19 +32,21 @@ class Report:
 def verify(location: str | Path) -> Report:
     """Compare a folder (or fsspec URL) with its manifest.json. StorageError if there is none or it is damaged.
 
-    images.zip may lie unpacked beside itself, as `images/`: the unpacked files are then compared with it.
+    images.zip may lie unpacked beside itself, as `images/`: the unpacked files are then compared with it. In a local folder
+    only regular files of that folder count: a named pipe, a device or a link out of the folder is reported as changed.
     """
     store = Store(location)
     listed = {file.name: file for file in read_manifest(store).files}
     changed: list[str] = []
     missing: list[str] = []
+    entries = set(store.entries())
     for name, file in listed.items():
         size = store.size(name)
         if size is None:
-            missing.append(name)
-        elif size != file.bytes or store.sha256(name) != file.sha256:
+            (changed if name in entries else missing).append(name)
+        elif size != file.bytes or _sha256(store, name) != file.sha256:
             changed.append(name)
-    extra = set(store.entries()) - listed.keys() - {MANIFEST}
+    extra = entries - listed.keys() - {MANIFEST}
     if ARCHIVE in listed and ARCHIVE not in [*changed, *missing] and store.folder:
         unpacked = {name for name in extra if name.startswith("images/")}
         if unpacked:
@@ -52,13 +57,42 @@ def verify(location: str | Path) -> Report:
     return Report(len(listed), tuple(sorted(changed)), tuple(sorted(missing)), tuple(sorted(extra)))
 
 
+def _sha256(store: Store, name: str) -> str | None:
+    """None of what is no regular file of the folder."""
+    try:
+        return store.sha256(name)
+    except StorageError as error:
+        if isinstance(error.__cause__, NotRegularError):
+            return None
+        raise
+
+
 def _compare_unpacked(root: Path, unpacked: Set[str]) -> tuple[set[str], list[str]]:
     """The names that images.zip holds below images/, and those of them whose unpacked file is another."""
     different = []
-    with zipfile.ZipFile(root / ARCHIVE) as archive:
-        members = {info.filename: info for info in archive.infolist() if info.filename.startswith("images/")}
+    with open_regular(root, ARCHIVE) as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                members = {info.filename: info for info in archive.infolist() if info.filename.startswith("images/")}
+        except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+            raise StorageError(f"{root / ARCHIVE}: is no zip file that can be read ({escape(error)})") from None
     for name in sorted(unpacked & members.keys()):
-        data = (root / name).read_bytes()
-        if len(data) != members[name].file_size or zlib.crc32(data) != members[name].CRC:
+        if _crc(root, name, members[name].file_size) != members[name].CRC:
             different.append(name)
     return set(members), different
+
+
+def _crc(root: Path, name: str, size: int) -> int | None:
+    """The checksum of an unpacked file; None if it is no regular file of `size` bytes."""
+    crc = 0
+    try:
+        with open_regular(root, name) as file:
+            if os.fstat(file.fileno()).st_size != size:
+                return None
+            while block := file.read(1 << 20):
+                crc = zlib.crc32(block, crc)
+    except NotRegularError:
+        return None
+    except OSError as error:
+        raise StorageError(f"{root}/{escape(name)}: cannot be read: {error.strerror}") from None
+    return crc

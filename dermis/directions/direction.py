@@ -6,16 +6,17 @@ directions.safetensors holds one unit vector float32 [w_dim] a direction; its me
 from __future__ import annotations
 
 import json
-import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dermis.errors import BundleError
+from dermis.errors import BundleError, escape
+from dermis.strict_json import parse_json
+from dermis.tensor_files import read_header, read_vectors
 
 NAME_PATTERN = r"[a-z0-9][a-z0-9._-]{0,63}"
 Method = Literal["sefa", "ganspace", "class-means", "hyperplane"]
@@ -68,30 +69,45 @@ def to_bytes(directions: Sequence[Direction]) -> bytes:
 
 def from_bytes(data: bytes, where: str, *, w_dim: int, num_ws: int) -> tuple[Direction, ...]:
     """The directions of a file, in its order. BundleError, naming `where`, if they are none of such a generator."""
-    import safetensors
-    import safetensors.numpy
-
+    vectors, header = read_vectors(data, where), read_header(data, where)
+    if _METADATA not in header.metadata:
+        raise BundleError(f"{where}: holds no directions; fit them again")
     try:
-        vectors = safetensors.numpy.load(data)
-        length = int.from_bytes(data[:8], "little")
-        told = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][_METADATA])
-        found = tuple(_direction(row, vectors, w_dim, num_ws) for row in told)
-    except (safetensors.SafetensorError, ValueError, TypeError, KeyError) as error:
+        rows = _Rows.model_validate({"rows": parse_json(header.metadata[_METADATA].encode())}).rows
+        found = tuple(_direction(row, vectors, w_dim, num_ws) for row in rows)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = escape(".".join(map(str, first["loc"][1:])))
+        raise BundleError(f"{where}: {field}: {first['msg']}; fit the directions again") from None
+    except ValueError as error:
         raise BundleError(f"{where}: holds no directions of this generator ({error}); fit them again") from None
     if len(found) != len(vectors) or len({direction.name for direction in found}) != len(found):
         raise BundleError(f"{where}: vectors and descriptions differ; fit the directions again")
     return found
 
 
-def _direction(row: Mapping[str, Any], vectors: Mapping[str, NDArray[Any]], w_dim: int, num_ws: int) -> Direction:
-    """ValueError or KeyError if something does not hold."""
-    name, (first, last), vector = row["name"], row["layers"], vectors[row["name"]]
-    if not re.fullmatch(NAME_PATTERN, name):
-        raise ValueError(f"the name {name!r} does not match {NAME_PATTERN}")
-    if vector.dtype != np.float32 or vector.shape != (w_dim,) or abs(float(np.linalg.norm(vector)) - 1) > 1e-3:
-        raise ValueError(f"{name} is no unit vector of {w_dim} float32 numbers")
+class _Row(BaseModel):
+    """A direction without its vector."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    name: str = Field(pattern=f"^{NAME_PATTERN}$")
+    layers: list[int] = Field(min_length=2, max_length=2)
+    scale: float = Field(gt=0)
+    method: Method
+    facts: dict[str, float | str]
+
+
+class _Rows(BaseModel):
+    rows: list[_Row]
+
+
+def _direction(row: _Row, vectors: Mapping[str, NDArray[Any]], w_dim: int, num_ws: int) -> Direction:
+    """ValueError if something does not hold."""
+    vector, (first, last) = vectors.get(row.name), row.layers
+    if vector is None:
+        raise ValueError(f"{row.name} has no vector")
+    if vector.dtype != np.float32 or vector.shape != (w_dim,) or not abs(float(np.linalg.norm(vector)) - 1) <= 1e-3:
+        raise ValueError(f"{row.name} is no unit vector of {w_dim} float32 numbers")
     if not 0 <= first < last <= num_ws:
-        raise ValueError(f"{name}: layers {first} to {last} of {num_ws}")
-    if row["method"] not in get_args(Method) or not (math.isfinite(row["scale"]) and row["scale"] > 0):
-        raise ValueError(f"{name}: unknown method or a scale that is not above 0")
-    return Direction(name, vector, (int(first), int(last)), float(row["scale"]), row["method"], dict(row["facts"]))
+        raise ValueError(f"{row.name}: layers {first} to {last} of {num_ws}")
+    return Direction(row.name, vector, (first, last), row.scale, row.method, row.facts)

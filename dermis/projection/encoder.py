@@ -19,11 +19,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dermis.devices import resolve_device
-from dermis.errors import BundleError
+from dermis.errors import BundleError, escape, quote
 from dermis.features import channels_last
 from dermis.folders import exists
 from dermis.imaging import Images
 from dermis.projection.encoder_description import DESCRIPTOR, WEIGHTS, EncoderDescription, open_encoder_folder
+from dermis.tensor_files import read_header, read_tensors
 from dermis.vision import import_vision
 
 if TYPE_CHECKING:
@@ -103,17 +104,29 @@ def load_encoder(bundle: Bundle, folder: str | Path | None = None, *, device: st
 
 def network_from(weights: bytes, described: EncoderDescription, where: str) -> EncoderNetwork:
     """The network in float32 of the bytes of encoder.safetensors. BundleError if they do not fit the description."""
-    import safetensors
-    import safetensors.torch
-
-    shapes = torch.zeros(described.components, described.w_dim), torch.zeros(described.w_dim)
-    network = EncoderNetwork(described.backbone, described.size, described.num_ws, *shapes)
+    header = read_header(weights, where)
     try:
-        state: dict[str, Any] = safetensors.torch.load(weights)
-        network.load_state_dict({name: value.float() for name, value in state.items()})
-    except (safetensors.SafetensorError, RuntimeError) as error:
-        raise BundleError(f"{where}: does not hold the weights that encoder.json describes ({error})") from None
+        # Shapes first: the description may ask for a network of any size.
+        with torch.device("meta"):
+            expected = {name: tuple(value.shape) for name, value in _untrained(described).state_dict().items()}
+        if odd := sorted(name for name, _ in expected.items() ^ header.shapes.items()):
+            raise BundleError(f"{where}: {len(odd)} tensors do not fit {DESCRIPTOR}, the first is {escape(odd[0])}")
+        network = _untrained(described)
+        network.load_state_dict({name: value.float() for name, value in read_tensors(weights, where).items()})
+        with torch.inference_mode():
+            network.eval()(torch.zeros(1, 3, described.size, described.size))
+    except BundleError:
+        raise
+    except Exception as error:  # each network of timm has requirements of its own
+        raise BundleError(
+            f"{where}: {described.backbone} of {described.size} px does not run ({escape(error)})"
+        ) from None
     return network
+
+
+def _untrained(described: EncoderDescription) -> EncoderNetwork:
+    shapes = torch.zeros(described.components, described.w_dim), torch.zeros(described.w_dim)
+    return EncoderNetwork(described.backbone, described.size, described.num_ws, *shapes)
 
 
 def _small() -> tuple[nn.Module, int]:
@@ -147,6 +160,6 @@ class _Residual(nn.Module):
 def _timm(model: str) -> tuple[nn.Module, int]:
     timm = import_vision("timm")
     if not timm.is_model(model):
-        raise BundleError(f"backbone: timm has no model {model!r}; timm.list_models() lists them")
+        raise BundleError(f"backbone: timm has no model {quote(model)}; timm.list_models() lists them")
     network: Any = timm.create_model(model, num_classes=0)
     return channels_last(network), int(network.num_features)

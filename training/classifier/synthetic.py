@@ -24,11 +24,9 @@ from tqdm import tqdm
 
 from dermis.bundle import DESCRIPTOR, Bundle, open_bundle
 from dermis.classifier.preprocess import to_input
-from dermis.dataset.containers import read_container
-from dermis.dataset.manifest import CARD, MANIFEST, METADATA, PREVIEW, read_manifest
-from dermis.dataset.plan import plan
+from dermis.dataset.manifest import MANIFEST, METADATA
+from dermis.dataset.reading import open_dataset, samples_of
 from dermis.dataset.store import Store
-from dermis.dataset.verify import verify
 from dermis.errors import DataError
 from dermis.folders import exists
 from dermis.imaging import Images, decode
@@ -243,24 +241,14 @@ def _open_dataset(path: Path) -> tuple[Count, str, str, _Read]:
 
 
 def _finished_dataset(path: Path) -> tuple[Count, str, str, _Read]:
-    report = verify(path)
-    if report.changed or report.missing:
-        first = [*report.changed, *report.missing][0]
-        raise DataError(f"{path}: {first} is not what {MANIFEST} says; `dermis generate` makes it again")
-    store = Store(path)
-    manifest = read_manifest(store)
-    layout = plan(manifest.request, manifest.bundle_digest, manifest.class_names)
-    classes = _classes(store.read(METADATA))
-    containers = [file.name for file in manifest.files if file.name not in (METADATA, PREVIEW, CARD)]
+    manifest, rows = open_dataset(path)
 
     def read() -> Iterator[tuple[str, Callable[[], bytes]]]:
-        for name in containers:
-            with store.open(name) as file:
-                for image, data in read_container(layout, file):
-                    yield classes[image], _constant(data)
+        for row, data in samples_of(path, manifest, rows):
+            yield row["target"], _constant(data)
 
-    digest = hashlib.sha256(store.read(MANIFEST)).hexdigest()
-    return _counted(classes.values()), path.resolve().name, digest, read
+    digest = hashlib.sha256(Store(path).read(MANIFEST)).hexdigest()
+    return _counted(row["target"] for row in rows.values()), path.resolve().name, digest, read
 
 
 def _zip_images(path: Path, classes: Mapping[str, str]) -> Iterator[tuple[str, Callable[[], bytes]]]:

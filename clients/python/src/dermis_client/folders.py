@@ -54,8 +54,8 @@ def verify(folder: str | os.PathLike[str]) -> VerifyReport:
     changed, missing = [], []
     for name, file in listed.items():
         path = root / name
-        if not path.is_file():
-            missing.append(name)
+        if not _is_own_file(root, path):
+            (changed if os.path.lexists(path) else missing).append(name)
         elif path.stat().st_size != file.bytes or sha256_of(path) != file.sha256:
             changed.append(name)
     present = {path.relative_to(root).as_posix() for path in root.rglob("*") if not path.is_dir()}
@@ -64,8 +64,8 @@ def verify(folder: str | os.PathLike[str]) -> VerifyReport:
         with _open_archive(root / ARCHIVE) as archive:
             for member in _image_members(archive):
                 extra.discard(member.filename)
-                if not (root / member.filename).is_file():
-                    missing.append(member.filename)
+                if not _is_own_file(root, root / member.filename):
+                    (changed if os.path.lexists(root / member.filename) else missing).append(member.filename)
                 elif not _same(root / member.filename, member):
                     changed.append(member.filename)
     return VerifyReport(root, len(listed), tuple(sorted(changed)), tuple(sorted(missing)), tuple(sorted(extra)))
@@ -153,6 +153,14 @@ def _safe_part(part: str) -> bool:
     return (
         plain and not set(part) & set('/\\:*?"<>|') and (not part.isascii() or _names.is_safe(part.replace(" ", "_")))
     )
+
+
+def _is_own_file(root: Path, path: Path) -> bool:
+    """Whether a path is a regular file inside the folder; a link is what it leads to, which may lie elsewhere."""
+    try:
+        return path.is_file() and path.resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError):  # a link that leads to itself
+        return False
 
 
 def _extract(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> None:

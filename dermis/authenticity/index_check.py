@@ -1,0 +1,217 @@
+"""Is index.faiss what its description says? Looked at in a process of its own before this one reads it.
+
+FAISS trusts most counts and numbers that a file holds: a wrong one reserves any amount of memory or reads beyond the end of
+an array when the index is searched, and some kinds of index name another file that is then opened. So the file is first read
+and searched where a crash, a time limit and a memory limit do no harm, and every number that searching relies on is checked.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dermis.errors import BundleError, escape
+from dermis.limited import LimitError, run_limited
+
+if TYPE_CHECKING:
+    from dermis.authenticity.description import IndexDescription
+
+_SECONDS = 120  # of computing
+_MEMORY_BYTES = 1 << 30
+_COPIES = 3  # of the file in memory at once
+_VECTOR_BYTES = 4096  # of an index for each vector, beside its components: the links of HNSW, identifiers
+_FIXED_BYTES = 64 << 20
+_MOST_EFFORT = 1 << 16  # lists or nodes that a search looks at
+_OTHER_KIND = "is not of the kind {kind} as dermis builds it"
+
+
+def most_bytes(described: IndexDescription) -> int:
+    """More than an index of this description needs."""
+    numbers = described.vectors * described.dim * 2 + described.feature_dim * (described.dim + 2)
+    return 4 * numbers + described.vectors * _VECTOR_BYTES + _FIXED_BYTES
+
+
+def check_index(data: bytes, path: str | None, described: IndexDescription, where: str) -> None:
+    """BundleError, naming `where`, if an index in memory, or else in the file at `path`, is not what it should be."""
+    facts = {"path": path, "kind": described.kind, "vectors": described.vectors}
+    facts |= {"dim": described.dim, "feature_dim": described.feature_dim}
+    memory = _MEMORY_BYTES + _COPIES * described.files["index.faiss"].bytes
+    try:
+        problem = run_limited(
+            f"{__name__}:problem_of", data, json.dumps(facts), seconds=_SECONDS, memory=memory, imports=["faiss"]
+        )
+    except LimitError as error:
+        problem = f"is not used: to read and search it {error}"
+    if problem:
+        raise BundleError(f"{where}: {problem}; build the index again")
+
+
+def problem_of(data: bytes, facts: str) -> str:
+    """What is wrong with an index, "" if nothing. For the process with the limits."""
+    told = json.loads(facts)
+    try:
+        index = read(data, told["path"])
+        problem = _structure(index, told).replace("{kind}", told["kind"])
+        if not problem:
+            index.search(np.zeros((1, told["feature_dim"]), np.float32), 1)
+    except RuntimeError as error:
+        return f"is no index of FAISS ({reason_of(error)})"
+    return problem
+
+
+def read(data: bytes, path: str | None) -> Any:
+    """The index in memory, or the one of a file, which stays there. RuntimeError if it is none."""
+    import faiss
+
+    if path is not None:
+        return faiss.read_index(path, faiss.IO_FLAG_MMAP_IFC | faiss.IO_FLAG_READ_ONLY)
+    return faiss.deserialize_index(np.frombuffer(data, np.uint8))
+
+
+def reason_of(error: RuntimeError) -> str:
+    """What FAISS says is wrong, without the place in its source."""
+    return escape(str(error).rpartition("Error: ")[2].strip())
+
+
+def _structure(index: Any, told: dict[str, Any]) -> str:
+    import faiss
+
+    dim, vectors = told["dim"], told["vectors"]
+    base = index
+    if isinstance(index, faiss.IndexPreTransform):
+        problem = _transforms(index, told["feature_dim"], dim)
+        if problem:
+            return problem
+        base = faiss.downcast_index(index.index)
+    sizes = (index.d, index.ntotal, base.d, base.ntotal)
+    if sizes != (told["feature_dim"], vectors, dim, vectors):
+        return "holds other vectors than its description says"
+    if not (index.is_trained and base.is_trained) or {index.metric_type, base.metric_type} != {faiss.METRIC_L2}:
+        return "does not measure Euclidean distances"
+    if told["kind"] == "flat":
+        return _codes(base, vectors)
+    if told["kind"] == "hnsw" and type(base) in (faiss.IndexHNSWFlat, faiss.IndexHNSWSQ):
+        storage = faiss.downcast_index(base.storage)
+        if (storage.d, storage.ntotal) != (dim, vectors):
+            return "holds other vectors than its description says"
+        return _codes(storage, vectors) or _graph(base.hnsw, vectors)
+    if told["kind"] == "ivf" and type(base) in (faiss.IndexIVFFlat, faiss.IndexIVFScalarQuantizer):
+        return _lists(base, dim, vectors)
+    return _OTHER_KIND
+
+
+def _transforms(index: Any, feature_dim: int, dim: int) -> str:
+    import faiss
+
+    width = feature_dim
+    for place in range(index.chain.size()):
+        linear = faiss.downcast_VectorTransform(index.chain.at(place))
+        if not isinstance(linear, faiss.LinearTransform) or linear.d_in != width:
+            return _OTHER_KIND
+        shift = linear.b.size()
+        if linear.A.size() != linear.d_in * linear.d_out or shift != (linear.d_out if linear.have_bias else shift):
+            return "has a projection whose numbers do not fit its dimensions"
+        width = linear.d_out
+    return "" if width == dim else "has a projection to another dimension than its description says"
+
+
+def _codes(base: Any, vectors: int) -> str:
+    """Of an index that stores its vectors in one array."""
+    import faiss
+
+    if type(base) in (faiss.IndexFlat, faiss.IndexFlatL2):
+        expected = 4 * base.d
+    elif type(base) is faiss.IndexScalarQuantizer:
+        expected = base.d
+        if not _quantizer_fits(base.sq, base.d):
+            return "has a quantizer whose numbers do not fit its dimensions"
+    else:
+        return _OTHER_KIND
+    if base.code_size != expected or base.codes.size() != vectors * expected:
+        return "stores other vectors than its description says"
+    return ""
+
+
+def _quantizer_fits(quantizer: Any, dim: int) -> bool:
+    import faiss
+
+    eight_bit = quantizer.qtype == faiss.ScalarQuantizer.QT_8bit
+    return bool(eight_bit and (quantizer.d, quantizer.code_size, quantizer.trained.size()) == (dim, dim, 2 * dim))
+
+
+def _graph(graph: Any, vectors: int) -> str:
+    """Of HNSW: every link leads to a vector, and every vector has its links where its level says."""
+    import faiss
+
+    levels = faiss.vector_to_array(graph.levels)
+    offsets = faiss.vector_to_array(graph.offsets).astype(np.int64)
+    sums = faiss.vector_to_array(graph.cum_nneighbor_per_level).astype(np.int64)
+    neighbours = faiss.vector_to_array(graph.neighbors)
+    top = graph.max_level
+    right = (
+        len(levels) == vectors
+        and len(offsets) == vectors + 1
+        and 0 <= top < len(sums) - 1
+        and sums[0] == 0
+        and (np.diff(sums) > 0).all()
+        and levels.min() >= 1
+        and levels.max() == top + 1
+        and offsets[0] == 0
+        and (np.diff(offsets) == sums[levels]).all()
+        and offsets[-1] == len(neighbours)
+        and (neighbours >= -1).all()
+        and (neighbours < vectors).all()
+        and 0 <= graph.entry_point < vectors
+        and levels[graph.entry_point] == top + 1
+        and 1 <= graph.efSearch <= _MOST_EFFORT
+    )
+    if not right:
+        return "has links that lead nowhere"
+    # Links of an upper level must lead to vectors that have that level.
+    for level in range(1, top + 1):
+        rows = np.flatnonzero(levels > level)
+        for begin, end in zip(offsets[rows] + sums[level], offsets[rows] + sums[level + 1], strict=True):
+            linked = neighbours[begin:end]
+            if (levels[linked[linked >= 0]] <= level).any():
+                return "has links that lead nowhere"
+    return ""
+
+
+def _lists(base: Any, dim: int, vectors: int) -> str:
+    """Of IVF: the lists hold every vector once, and the list of each vector is known."""
+    import faiss
+
+    coarse, lists = faiss.downcast_index(base.quantizer), faiss.downcast_InvertedLists(base.invlists)
+    scalar = type(base) is faiss.IndexIVFScalarQuantizer
+    code = dim if scalar else 4 * dim
+    if type(lists) is not faiss.ArrayInvertedLists or (scalar and not _quantizer_fits(base.sq, dim)):
+        return _OTHER_KIND
+    if (coarse.d, coarse.ntotal, lists.nlist, base.code_size, lists.code_size) != (
+        dim,
+        base.nlist,
+        base.nlist,
+        code,
+        code,
+    ):
+        return "has lists of another number or size than it says"
+    if problem := _codes(coarse, base.nlist):
+        return problem
+    if not 1 <= base.nprobe <= min(base.nlist, _MOST_EFFORT):
+        return "looks at more lists than there are"
+    numbers = [np.empty(0, np.int64)]
+    places = np.full(vectors, -1, np.int64)
+    for number in range(base.nlist):
+        size = lists.list_size(number)
+        found = faiss.rev_swig_ptr(lists.get_ids(number), size).copy() if size else np.empty(0, np.int64)
+        if size and not (found.min() >= 0 and found.max() < vectors):
+            return "names vectors that are not there"
+        places[found] = (number << 32) | np.arange(size)
+        numbers.append(found)
+    if len(np.unique(np.concatenate(numbers))) != vectors or sum(map(len, numbers)) != vectors:
+        return "does not hold every vector once"
+    kept = faiss.vector_to_array(base.direct_map.array) if base.direct_map.type == base.direct_map.Array else None
+    if kept is None or not np.array_equal(kept, places):
+        return "has a map of its vectors that leads elsewhere"
+    return ""

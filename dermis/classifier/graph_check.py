@@ -1,0 +1,263 @@
+"""Is an ONNX file a plain feed-forward graph that may be run? Read here without the package onnx, which serving has not.
+
+A graph of ONNX can loop for ever (Loop, Scan), carry code paths in subgraphs and functions, read files beside it (external
+data), and ask for memory by the pixels of an image (a shape that is computed). This module refuses all of that: operators
+are those of an allow-list, and no size of a result depends on the values of the input. So what a graph costs for one image
+is what it costs for any image, and trying it once, with limits, says what it needs (`dermis.classifier.graph_trial`).
+
+The file is a Protocol Buffers message: fields of a number, a wire type and a value. onnx.proto numbers the fields.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from dermis.errors import BundleError, escape
+
+MAX_MODEL_BYTES = 1 << 31  # of a message of Protocol Buffers
+_MAX_FIELDS = 2_000_000  # read of one file; the demo's classifier has 5,031
+
+# Operators of ONNX's own domain whose cost is known from the shapes of their inputs. Not here, and not to be added: Loop,
+# Scan, If and SequenceMap (subgraphs); NonZero, Unique, Compress, NonMaxSuppression (results sized by values); sequences,
+# optional values and strings; random numbers, by which an image's score would change from run to run.
+OPERATORS = frozenset(
+    """
+    Abs Acos Acosh Add AffineGrid And ArgMax ArgMin Asin Asinh Atan Atanh Attention AveragePool BatchNormalization BitShift
+    Cast CastLike Ceil Celu Clip Concat Constant ConstantOfShape Conv ConvInteger ConvTranspose Cos Cosh CumSum
+    DepthToSpace DequantizeLinear Div Dropout DynamicQuantizeLinear Einsum Elu Equal Erf Exp Expand Flatten Floor Gather
+    GatherElements GatherND Gelu Gemm GlobalAveragePool GlobalMaxPool Greater GreaterOrEqual GridSample
+    GroupNormalization HardSigmoid HardSwish Hardmax Identity InstanceNormalization IsInf IsNaN LRN LayerNormalization
+    LeakyRelu Less LessOrEqual Log LogSoftmax LpNormalization LpPool MatMul MatMulInteger Max MaxPool Mean
+    MeanVarianceNormalization Min Mish Mod Mul Neg Not OneHot Or PRelu Pad Pow QLinearConv QLinearMatMul QuantizeLinear
+    RMSNormalization Range Reciprocal ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin
+    ReduceProd ReduceSum ReduceSumSquare Relu Reshape Resize RotaryEmbedding Round ScatterElements ScatterND Selu Shape
+    Sigmoid Sign Sin Sinh Size Slice Softmax Softplus Softsign SpaceToDepth Split Sqrt Squeeze Sub Sum Swish Tan Tanh
+    ThresholdedRelu Tile TopK Transpose Trilu Unsqueeze Upsample Where Xor
+    """.split()  # noqa: SIM905  (two hundred quotation marks say nothing)
+)
+# Inputs by position whose values decide the shape of the result. They must not come from the values of an image.
+_SHAPING: Mapping[str, tuple[int, ...]] = {
+    "AffineGrid": (1,),
+    "ConstantOfShape": (0,),
+    "Expand": (1,),
+    "OneHot": (1,),
+    "Pad": (1, 3),
+    "Range": (0, 1, 2),
+    "Reshape": (1,),
+    "Resize": (1, 2, 3),
+    "Slice": (1, 2, 3, 4),
+    "Split": (1,),
+    "Squeeze": (1,),
+    "Tile": (1,),
+    "TopK": (1,),
+    "Unsqueeze": (1,),
+    "Upsample": (1,),
+    **{name: (1,) for name in OPERATORS if name.startswith("Reduce")},
+}
+_SHAPE_OF = frozenset({"Shape", "Size"})  # their results come from shapes, whatever the values are
+_OWN_DOMAIN = ("", "ai.onnx")
+
+_VARINT, _EIGHT_BYTES, _BYTES, _FOUR_BYTES = 0, 1, 2, 5
+# Of each message the fields that a graph may have, by number; of the rest nobody needs any, so a file with them is refused.
+_MODEL = dict(enumerate(("ir_version", "producer_name", "producer_version", "domain", "model_version"), 1)) | {
+    6: "doc_string",
+    7: "graph",
+    8: "opset_import",
+    14: "metadata_props",
+}
+_GRAPH = {
+    1: "node",
+    2: "name",
+    5: "initializer",
+    10: "doc_string",
+    11: "input",
+    12: "output",
+    13: "value_info",
+    14: "quantization_annotation",
+    16: "metadata_props",
+}
+_INPUT = {1: "name", 2: "type", 3: "doc_string", 4: "metadata_props"}
+_NODE = dict(enumerate(("input", "output", "name", "op_type", "attribute", "doc_string", "domain"), 1)) | {
+    9: "metadata_props"
+}
+_ATTRIBUTE = {
+    1: "name",
+    2: "f",
+    3: "i",
+    4: "s",
+    5: "t",
+    7: "floats",
+    8: "ints",
+    9: "strings",
+    13: "doc_string",
+    20: "type",
+}
+_TENSOR = {
+    1: "dims",
+    2: "data_type",
+    4: "float_data",
+    5: "int32_data",
+    7: "int64_data",
+    8: "name",
+    9: "raw_data",
+    10: "double_data",
+    11: "uint64_data",
+    12: "doc_string",
+    14: "data_location",
+    16: "metadata_props",
+}
+_REFUSED: Mapping[tuple[str, int], str] = {
+    ("model", 20): "training steps",
+    ("model", 25): "functions",
+    ("graph", 15): "sparse weights",
+    ("node", 8): "overloaded functions",
+    ("attribute", 6): "subgraphs",
+    ("attribute", 11): "subgraphs",
+    ("attribute", 21): "functions",
+    ("attribute", 22): "sparse weights",
+    ("attribute", 23): "sparse weights",
+    ("tensor", 13): "weights in another file (external data)",
+}
+
+
+def check_graph(model: bytes, where: str) -> None:
+    """BundleError, naming `where`, if an ONNX file is anything but a plain graph. Nothing is run or copied."""
+    try:
+        _Check().model(memoryview(model))
+    except ValueError as error:
+        raise BundleError(f"{where}: {error}; dermis runs plain feed-forward graphs only, export it again") from None
+
+
+@dataclass
+class _Check:
+    """The check of one file. Its methods raise ValueError with what is wrong."""
+
+    defined: set[str] = field(default_factory=lambda: {""})  # "" stands for an optional input that is left out
+    by_image: set[str] = field(default_factory=set)
+    """Names of values that depend on the values of the input."""
+    fields: int = 0
+
+    def model(self, model: memoryview) -> None:
+        if len(model) > MAX_MODEL_BYTES:
+            raise ValueError(f"is larger than {MAX_MODEL_BYTES:,} bytes")
+        if bytes(model[4:8]) == b"ORTM":  # a format of ONNX Runtime, which it would recognise by these letters
+            raise ValueError("is no ONNX file")
+        graphs = [value for name, value in self._message(model, "model", _MODEL) if name == "graph"]
+        if len(graphs) != 1:
+            raise ValueError(f"is no ONNX file: it holds {len(graphs)} graphs, not one")
+        nodes = []
+        for name, value in self._message(_view(graphs[0]), "graph", _GRAPH):
+            if name == "node":
+                nodes.append(_view(value))
+            elif name == "initializer":
+                self.defined.add(self._tensor(_view(value)))
+            elif name == "input":
+                self.by_image.add(self._input(_view(value)))
+        self.defined |= self.by_image
+        for node in nodes:
+            self._node(node)
+
+    def _input(self, described: memoryview) -> str:
+        """The name of an input. The rest of its description is its type, which ONNX Runtime checks."""
+        names = [value for name, value in self._message(described, "input", _INPUT) if name == "name"]
+        if len(names) != 1:
+            raise ValueError("is no ONNX file: an input has no name")
+        return _text(names[0])
+
+    def _node(self, node: memoryview) -> None:
+        inputs: list[str] = []
+        outputs: list[str] = []
+        single = {"op_type": "", "domain": ""}
+        for name, value in self._message(node, "node", _NODE):
+            if name == "input":
+                inputs.append(_text(value))
+            elif name == "output":
+                outputs.append(_text(value))
+            elif name == "attribute":
+                self._attribute(_view(value))
+            elif name in single:
+                if single[name]:
+                    raise ValueError(f"is no ONNX file: a node has {name} more than once")
+                single[name] = _text(value)
+        operator = single["op_type"]
+        if single["domain"] not in _OWN_DOMAIN:
+            raise ValueError(f"has an operator of the domain {escape(single['domain'])}, which is not ONNX's own")
+        if operator not in OPERATORS:
+            raise ValueError(f"has the operator {escape(operator)}, which is not allowed")
+        if unknown := [name for name in inputs if name not in self.defined]:
+            raise ValueError(f"uses {escape(unknown[0])} before it is computed")
+        shaping = [inputs[place] for place in _SHAPING.get(operator, ()) if place < len(inputs)]
+        if any(name in self.by_image for name in shaping):
+            raise ValueError(f"has the operator {operator} with a shape that depends on the image's pixels")
+        results = [name for name in outputs if name]
+        if repeated := [name for name in results if name in self.defined]:
+            raise ValueError(f"computes {escape(repeated[0])} more than once")
+        self.defined.update(results)
+        if operator not in _SHAPE_OF and any(name in self.by_image for name in inputs):
+            self.by_image.update(results)
+
+    def _attribute(self, attribute: memoryview) -> None:
+        for name, value in self._message(attribute, "attribute", _ATTRIBUTE):
+            if name == "t":
+                self._tensor(_view(value))
+
+    def _tensor(self, tensor: memoryview) -> str:
+        """Its name. ValueError if its values are not in this file."""
+        found = ""
+        for name, value in self._message(tensor, "tensor", _TENSOR):
+            if name == "name":
+                found = _text(value)
+            elif name == "data_location" and value != 0:
+                raise ValueError("holds weights in another file (external data)")
+        return found
+
+    def _message(self, data: memoryview, kind: str, known: Mapping[int, str]) -> Iterator[tuple[str, int | memoryview]]:
+        """Name and value of each field of a message: an integer, or the bytes. ValueError if a field is not known."""
+        place = 0
+        while place < len(data):
+            self.fields += 1
+            if self.fields > _MAX_FIELDS:
+                raise ValueError(f"has more than {_MAX_FIELDS:,} parts")
+            key, place = _varint(data, place)
+            number, wire = key >> 3, key & 7
+            if number not in known:
+                what = _REFUSED.get((kind, number), f"a feature that is not allowed (field {number} of a {kind})")
+                raise ValueError(f"is no ONNX file, or has {what}")
+            value: int | memoryview
+            if wire == _VARINT:
+                value, place = _varint(data, place)
+            else:
+                length = {_EIGHT_BYTES: 8, _FOUR_BYTES: 4}.get(wire)
+                if wire == _BYTES:
+                    length, place = _varint(data, place)
+                if length is None or length > len(data) - place:
+                    raise ValueError("is no ONNX file, or ends early")
+                value, place = data[place : place + length], place + length
+            yield known[number], value
+
+
+def _varint(data: memoryview, place: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        if place >= len(data):
+            break
+        byte = data[place]
+        place += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, place
+    raise ValueError("is no ONNX file, or ends early")
+
+
+def _view(value: int | memoryview) -> memoryview:
+    if isinstance(value, int):
+        raise ValueError("is no ONNX file: a field has another type")
+    return value
+
+
+def _text(value: int | memoryview) -> str:
+    try:
+        return bytes(_view(value)).decode("utf-8")
+    except UnicodeDecodeError:
+        raise ValueError("is no ONNX file: a name is not UTF-8") from None

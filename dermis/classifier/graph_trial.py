@@ -1,0 +1,97 @@
+"""Sessions of ONNX Runtime, and trying a graph once in a process of its own with limits of time and memory.
+
+What a graph asks for in the trial it asks for everywhere: `dermis.classifier.graph_check` has made sure that its cost does not
+depend on the pixels.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+
+from dermis.errors import BundleError, DermisError, escape
+from dermis.limited import LimitError, run_limited
+
+CPU = "CPUExecutionProvider"
+
+_SECONDS, _SECONDS_OF_IMAGE = 30, 2  # of computing on one core
+_MEMORY_BYTES = 1 << 30
+_MEMORY_OF_MODEL = 6  # times its bytes: weights of 8 bits become float32, and exist twice while they do
+_MEMORY_OF_PIXEL = 1024  # bytes of intermediate results, 256 float maps as large as the image
+
+
+def import_onnxruntime() -> Any:
+    """ONNX Runtime, or a DermisError that says how to get it."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise DermisError(
+            f'the classifier needs ONNX Runtime ({error}); pip install "dermis[cpu]" or "dermis[gpu]"'
+        ) from error
+    return onnxruntime
+
+
+def new_session(model: bytes, providers: list[Any]) -> Any:
+    """A session whose results do not depend on the machine's number of cores. Raises what ONNX Runtime raises."""
+    ort = import_onnxruntime()
+    options = ort.SessionOptions()
+    # One core an image: no sum is split over cores, and images do not wait for one another.
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.use_deterministic_compute = True
+    options.log_severity_level = 4  # what matters comes as an exception
+    # ONNX Runtime's own format, which `graph_check` does not read, would be recognised by its first bytes.
+    options.add_session_config_entry("session.load_model_format", "ONNX")
+    return ort.InferenceSession(model, options, providers=providers)
+
+
+def problem_of(session: Any, size: int, feature_dim: int, rows: int) -> str:
+    """What is wrong with a session if it does not keep the contract of `classifier.onnx`, tried on black images; else ""."""
+    inputs = {value.name: (value.type, value.shape[1:]) for value in session.get_inputs()}
+    if inputs != {"images": ("tensor(uint8)", [size, size, 3])}:
+        return f"must have the one input images, uint8 [N, {size}, {size}, 3]"
+    try:
+        results = session.run(["logit", "features"], {"images": np.zeros((rows, size, size, 3), np.uint8)})
+    except Exception as error:  # ONNX Runtime's errors share no class
+        return f"does not run: {first_line(error)}"
+    shapes = [value.shape for value in results]
+    if shapes != [(rows,), (rows, feature_dim)]:
+        return f"must have the outputs logit [N] and features [N, {feature_dim}]; they are {shapes}"
+    return ""
+
+
+def try_graph(model: bytes, where: str, *, size: int, feature_dim: int, rows: int) -> None:
+    """BundleError, naming `where`, unless a checked graph keeps the contract for `rows` images within the limits."""
+    problem = _problem(model, size, feature_dim, rows)
+    if problem:
+        raise BundleError(f"{where}: {problem}")
+
+
+@functools.lru_cache(maxsize=8)
+def _problem(model: bytes, size: int, feature_dim: int, rows: int) -> str:
+    memory = _MEMORY_BYTES + _MEMORY_OF_MODEL * len(model) + rows * size**2 * _MEMORY_OF_PIXEL
+    seconds = _SECONDS + _SECONDS_OF_IMAGE * rows
+    trial = f"{__name__}:run_once"
+    try:
+        return run_limited(
+            trial, model, size, feature_dim, rows, seconds=seconds, memory=memory, imports=["onnxruntime"]
+        )
+    except LimitError as error:
+        return f"is not used: loading it and scoring {rows} image(s) {error}"
+
+
+def run_once(model: bytes, size: int, feature_dim: int, rows: int) -> str:
+    """What is wrong with a graph, "" if nothing; runs in the process with the limits."""
+    try:
+        session = new_session(model, [CPU])
+    except Exception as error:  # as in problem_of
+        return f"ONNX Runtime does not take it: {first_line(error)}"
+    return problem_of(session, size, feature_dim, rows)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, fit to be printed."""
+    if "Failed to allocate memory" in str(error):  # at the end of a long path of ONNX Runtime's source
+        return "it needs more memory than it may have"
+    return escape((str(error).splitlines() or [type(error).__name__])[0])
