@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dermis.errors import escape, quote
+
 if TYPE_CHECKING:
     from training.data.prepare import Prepared
     from training.data.sources import ReadOptions, Source
@@ -83,7 +85,7 @@ def describe_source(source: Source) -> list[str]:
     lines = [f"recognised: {reading.recognised}" + (f" (table {source.table.name})" if source.table else "")]
     lines += list(reading.notes)
     renamed = [
-        f"{origin.value!r} -> {origin.class_name}"
+        f"{quote(origin.value)} -> {origin.class_name}"
         for origin in reading.origins
         if origin.class_name and origin.value != origin.class_name
     ]
@@ -112,7 +114,7 @@ def show_preparation(sources: Sequence[Source], prepared: Prepared) -> None:
     reasons = Counter(each.reason for each in prepared.skipped)
     for reason, count in reasons.most_common():
         first = next(each.id for each in prepared.skipped if each.reason == reason)
-        table.add_row(f"skipped: {reason}", f"{count:,}", f"first: {first}")
+        table.add_row(f"skipped: {reason}", f"{count:,}", f"first: {escape(first)}")
     for name, values in (
         ("not named by the table", [name for source in sources for name in source.reading.not_listed]),
         ("no images", [name for source in sources for name in source.reading.passed_over]),
@@ -123,7 +125,7 @@ def show_preparation(sources: Sequence[Source], prepared: Prepared) -> None:
     classes = Table("class", "images", "from", title="Classes")
     for name, count in prepared.classes.items():
         origins = [
-            f"{origin.column}={origin.value!r} ({origin.count:,})"
+            f"{origin.column}={quote(origin.value)} ({origin.count:,})"
             for source in sources
             for origin in source.reading.origins
             if origin.class_name == name
@@ -134,4 +136,6 @@ def show_preparation(sources: Sequence[Source], prepared: Prepared) -> None:
 
 
 def _some(names: Sequence[str], most: int = _MOST_NAMES) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
+    return ", ".join(escape(name) for name in names[:most]) + (
+        f" and {len(names) - most:,} more" if len(names) > most else ""
+    )

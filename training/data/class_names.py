@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dermis.errors import DataError
+from dermis.errors import DataError, escape, quote
 from training.data.diagnoses import BENIGN, MALIGNANT, binary_class, is_no, is_yes
 
 _NO_CLASS = frozenset({"", "na", "n/a", "nan", "none", "null"})
@@ -80,7 +80,9 @@ def contradiction(classes: Sequence[str], diagnoses: Sequence[str]) -> list[int]
 def _check_mapping(rule: MapClass) -> None:
     for value, name in rule.mapping.items():
         if rule.binary and name not in (MALIGNANT, BENIGN, ""):
-            raise DataError(f"--map: {value}={name}: with two classes this must be malignant, benign or nothing")
+            raise DataError(
+                f"--map: {escape(value)}={escape(name)}: with two classes this must be malignant, benign or nothing"
+            )
         if name and _allowed(name) != name:
             raise DataError(
                 f"--map: {value}={name}: a class has letters (a to z), digits, space, dot, dash and underscore"
@@ -122,9 +124,9 @@ def _binary_value(value: str, rule: MapClass, one_of_several: bool) -> str | Non
 
 def _unknown(unknown: Mapping[str, int], rule: MapClass) -> str:
     listed = sorted(unknown.items(), key=lambda each: (-each[1], each[0]))
-    shown = ", ".join(f"{_shown(value)} ({count:,})" for value, count in listed[:_LONGEST_LIST])
+    shown = ", ".join(f"{quote(value)} ({count:,})" for value, count in listed[:_LONGEST_LIST])
     more = f" and {len(listed) - _LONGEST_LIST} more" if len(listed) > _LONGEST_LIST else ""
-    example = _shown(listed[0][0])[1:-1]
+    example = escape(listed[0][0])
     return (
         f"{rule.where}: {rule.column}: not known to be melanoma or not: {shown}{more}; say what it is with "
         f'--map "{example}=benign", --map "{example}=malignant" or, for no class, --map "{example}="'
@@ -149,7 +151,7 @@ def _plain_names(counts: Mapping[tuple[str, ...], int], rule: MapClass) -> dict[
             by_value[folded] = _allowed(next(iter(variants)) if len(variants) == 1 else folded)
             if not by_value[folded]:
                 raise DataError(
-                    f"{rule.where}: {rule.column}: {_shown(folded)} cannot be the name of a class; use --map"
+                    f"{rule.where}: {rule.column}: {quote(folded)} cannot be the name of a class; use --map"
                 )
     taken: dict[str, str] = {}
     for folded, name in sorted(by_value.items()):
@@ -157,8 +159,8 @@ def _plain_names(counts: Mapping[tuple[str, ...], int], rule: MapClass) -> dict[
         both_meant = {folded, other} & rule.mapping.keys() or not name or name in (BENIGN, MALIGNANT)
         if other != folded and not both_meant:
             raise DataError(
-                f"{rule.where}: {rule.column}: {_shown(other)} and {_shown(folded)} would both be the class {name}; "
-                f'tell them apart with --map "{_shown(folded)[1:-1]}=CLASS"'
+                f"{rule.where}: {rule.column}: {quote(other)} and {quote(folded)} would both be the class {name}; "
+                f'tell them apart with --map "{escape(folded)}=CLASS"'
             )
     names = {row: by_value[_folded(row[-1])] for row in counts}
     return _one_spelling(names)
@@ -184,9 +186,3 @@ def _spaced(value: str) -> str:
 
 def _folded(value: str) -> str:
     return _spaced(value).casefold()
-
-
-def _shown(value: str) -> str:
-    """In quotes, without control characters, and not longer than fits a line."""
-    text = "".join(letter if letter.isprintable() else "?" for letter in value)
-    return f"'{text[:80]}...'" if len(text) > 80 else f"'{text}'"

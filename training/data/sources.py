@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Literal, TypedDict, get_args
 
-from dermis.errors import DataError
+from dermis.errors import DataError, escape, quote
 from training.data.class_names import ClassOrigin, MapClass, class_of
 from training.data.companions import Companions, with_companions
 from training.data.files import NOT_AN_IMAGE, ImageFile, Listing, list_files, list_members
@@ -112,7 +112,7 @@ class Source:
         if len(records) < len(wanted):
             absent = sorted(wanted.difference(record.id for record in records))
             raise DataError(
-                f"{self.path}: {len(absent)} of the images asked for are not there, the first is {absent[0]}"
+                f"{self.path}: {len(absent)} of the images asked for are not there, the first is {escape(absent[0])}"
             )
         return replace(self, records=records)
 
@@ -228,8 +228,8 @@ def _with_table(path: Path, file: Path | ImageFile, listing: Listing, options: _
     if missing == len(source.records) and listing.images:
         example = next(iter(listing.images))
         raise DataError(
-            f"{table.file}: none of its {missing:,} images is in {path}; {table.id_column} says {table.names[0]!r}, a file "
-            f"there is {example!r}; name another column with --image-column, or another table with --metadata"
+            f"{table.file}: none of its {missing:,} images is in {path}; {table.id_column} says "
+            f"{quote(table.names[0])}, a file there is {quote(example)}; name another column with --image-column, or another table with --metadata"
         )
     return source
 
@@ -241,7 +241,8 @@ def _of_table(path: Path, layout: Layout, table: Table, listing: Listing | None,
         paths = [] if listing is None else listing.find(name)
         if len(paths) > 1:
             raise DataError(
-                f"{path}: {name} is two images, {paths[0]} and {paths[1]}; remove one, or name them by path"
+                f"{path}: {escape(name)} is two images, {escape(paths[0])} and {escape(paths[1])}; "
+                "remove one, or name them by path"
             )
         if not paths or listing is None:
             records.append(_record(plain, class_name, None, row))
@@ -252,7 +253,7 @@ def _of_table(path: Path, layout: Layout, table: Table, listing: Listing | None,
         records.append(_record(record_id, class_name, listing.images[paths[0]], row))
     repeated = [name for name, count in Counter(record.id for record in records).items() if count > 1]
     if repeated:
-        raise DataError(f"{table.file}: {repeated[0]} stands in more than one row; keep one of them")
+        raise DataError(f"{table.file}: {escape(repeated[0])} stands in more than one row; keep one of them")
     notes = [table.note] if table.note else []
     notes += companions.notes
     reading = _reading(
@@ -318,7 +319,7 @@ def _image_folder(path: Path, listing: Listing, options: _Options, *, chosen: bo
     for folder in _folders_of(listing.lost, prefix) - below.keys():
         first = next(name for name in listing.lost if name.startswith(f"{prefix}{folder}/"))
         raise DataError(
-            f"{path}: the folder {prefix}{folder} has no image that can be read: {first} is {listing.lost[first]}; "
+            f"{path}: the folder {prefix}{folder} has no image that can be read: {escape(first)} is {listing.lost[first]}; "
             "convert its files to PNG, or remove the folder"
         )
     ids = listing.ids()
@@ -355,7 +356,7 @@ def _check_class_folders(path: Path, listing: Listing, below: Mapping[str, set[s
     tables = _unused_tables(listing)
     seen = f" ({'; '.join(tables)})" if tables else ""
     choice = "--layout imagefolder takes the folders for classes all the same"
-    names = ", ".join(sorted(below))
+    names = escape(", ".join(sorted(below)), 1000)
     if len(below) < 2:
         raise DataError(
             f"{path}: only one folder has images, {prefix}{names}, and no table names them{seen}; add metadata.csv, name "
@@ -412,7 +413,8 @@ def _unused_tables(listing: Listing) -> list[str]:
             continue
         if len(header) > 1 and PurePosixPath(name).suffix:
             notes.append(
-                f"{name} is not used; its columns are {', '.join(header[:8])}{', ...' if len(header) > 8 else ''}"
+                f"{escape(name)} is not used; its columns are {escape(', '.join(header[:8]))}"
+                + (", ..." if len(header) > 8 else "")
             )
     return notes
 
@@ -436,7 +438,7 @@ def _stylegan(path: Path, listing: Listing, options: _Options) -> Source:
     labels = _labels(path, listing)
     unknown = sorted(labels.keys() - set(images))
     if unknown:
-        raise DataError(f"{path}: dataset.json has a label for {unknown[0]}, which is not there")
+        raise DataError(f"{path}: dataset.json has a label for {escape(unknown[0])}, which is not there")
     rows = _own_rows(path, listing)
     names = {labels[file]: row["class"] for file, row in rows.items() if file in labels and row.get("class")}
     if options.binary and labels and not names and not options.mapping:
@@ -475,7 +477,7 @@ def _labels(path: Path, listing: Listing) -> dict[str, int]:
     wrong = [name for name, number in numbers.items() if number is None]
     if wrong:
         raise DataError(
-            f"{path}: the label of {wrong[0]} in dataset.json is no class number: {str(pairs[wrong[0]])[:50]}"
+            f"{path}: the label of {escape(wrong[0])} in dataset.json is no class number: {quote(pairs[wrong[0]])}"
         )
     return {name: number for name, number in numbers.items() if number is not None}
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dermis.errors import DataError
+from dermis.errors import DataError, escape, quote
 from training.data.class_names import ClassOrigin, MapClass, class_of, contradiction
 from training.data.diagnoses import binary_class, is_no, is_yes
 from training.data.files import TABLE_SUFFIXES, ImageFile, plain_id
@@ -130,7 +130,7 @@ def read_table(
     ids = tuple(name if id_column == "isic_id" else plain_id(name) for name in names)
     repeated = [name for name, count in Counter(names).items() if count > 1]
     if repeated:
-        raise DataError(f"{where}: {repeated[0]} stands in more than one row; keep one of them")
+        raise DataError(f"{where}: {escape(repeated[0])} stands in more than one row; keep one of them")
     if not names:
         raise DataError(f"{where}: no rows")
     used, values = _values(where, grid, column, binary)
@@ -291,7 +291,11 @@ def _named(where: Path, grid: Grid, column: str, option: str) -> str:
     for name in grid.header:
         if name == column.strip() or re.sub(r"[\W_]+", "_", name.casefold()).strip("_") == plain:
             return name
-    raise DataError(f"{where}: no column {column}; name one of {', '.join(grid.header)} with {option}")
+    raise DataError(f"{where}: no column {escape(column)}; name one of {_columns(grid)} with {option}")
+
+
+def _columns(grid: Grid) -> str:
+    return escape(", ".join(grid.header), 2000)
 
 
 def _id_column(
@@ -306,9 +310,9 @@ def _id_column(
             counts = {name: count_images(grid.column(name)) for name in grid.header}
             best = max(counts, key=lambda name: counts[name])
             if counts[best]:
-                hint = f" ({best} names {counts[best]:,} of {len(grid.cells):,})"
+                hint = f" ({escape(best)} names {counts[best]:,} of {len(grid.cells):,})"
         raise DataError(
-            f"{where}: none of its columns is known to name the images; name one of {', '.join(grid.header)} "
+            f"{where}: none of its columns is known to name the images; name one of {_columns(grid)} "
             f"with --image-column{hint}"
         )
     if count_images is None or len(known) == 1:
@@ -334,7 +338,7 @@ def _values(where: Path, grid: Grid, column: str | None, binary: bool) -> tuple[
         chosen = find_column(header, _BINARY_COLUMNS) or next(iter(detailed), None)
         if chosen is None:
             raise DataError(
-                f"{where}: no diagnosis to tell melanoma by; name its column with --class-column ({', '.join(header)})"
+                f"{where}: no diagnosis to tell melanoma by; name its column with --class-column ({_columns(grid)})"
             )
         return chosen, [(value,) for value in grid.column(chosen)]
     if set(TWO_OF_2017) <= set(header):
@@ -363,7 +367,7 @@ def _one_hot(where: Path, grid: Grid) -> list[str]:
                 name for name, value in zip(columns, row, strict=True) if value and float(value.replace(",", ".")) > 0.5
             ]
         except ValueError as error:
-            raise DataError(f"{where}: {', '.join(columns)} must be numbers, 0 or 1 ({error})") from error
+            raise DataError(f"{where}: {', '.join(columns)} must be numbers, 0 or 1 ({escape(error)})") from error
         if len(hot) > 1:
             raise DataError(f"{where}: row {grid.first_row + number} has more than one of {', '.join(columns)}")
         codes.append(hot[0].lower() if hot else "")
@@ -392,8 +396,8 @@ def _compare(where: Path, grid: Grid, names: Sequence[str], classes: Sequence[st
         return ""
     i = differing[0]
     text = (
-        f"{column} makes {len(differing):,} images another class than {other} does: {names[i]} is {classes[i]}, "
-        f"with {other} {grid.column(other)[i]!r}"
+        f"{column} makes {len(differing):,} images another class than {other} does: {escape(names[i])} is {classes[i]}, "
+        f"with {other} {quote(grid.column(other)[i])}"
     )
     if chosen:
         return text
