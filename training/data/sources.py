@@ -229,7 +229,8 @@ def _with_table(path: Path, file: Path | ImageFile, listing: Listing, options: _
         example = next(iter(listing.images))
         raise DataError(
             f"{table.file}: none of its {missing:,} images is in {path}; {table.id_column} says "
-            f"{quote(table.names[0])}, a file there is {quote(example)}; name another column with --image-column, or another table with --metadata"
+            f"{quote(table.names[0])}, a file there is {quote(example)}; name another column with --image-column, "
+            "or another table with --metadata"
         )
     return source
 
