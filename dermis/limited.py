@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Literal
 
 from dermis.errors import DermisError
@@ -47,12 +48,13 @@ def run_limited(
     """
     command = [
         sys.executable,
+        "-I",  # adds no folder to the import path, and hashes texts by a secret of its own
         "-c",
         _START,
-        json.dumps(sys.path),
+        json.dumps([str(Path(entry).absolute()) for entry in sys.path]),
         json.dumps([function, seconds, memory, list(imports), *arguments]),
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     try:
         done = subprocess.run(
             command, input=data, capture_output=True, timeout=seconds * _WALL_FACTOR, env=environment, check=False
@@ -96,7 +98,7 @@ def _limit(seconds: int, memory: int) -> None:
 
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
-        pages = int(open("/proc/self/statm").read().split()[0])  # noqa: SIM115, PTH123
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
         allowed = pages * resource.getpagesize() + memory
         hard = resource.getrlimit(resource.RLIMIT_AS)[1]
         if hard == resource.RLIM_INFINITY or allowed < hard:

@@ -301,7 +301,7 @@ def test_json_that_cannot_be_used_is_named(bundle: Path, case: str) -> None:
 # -- any file
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_change_of_any_file_is_refused_or_harmless(original: Path, tmp_path: Path, data: st.DataObject) -> None:
     bundle = tmp_path / "b"

@@ -222,8 +222,9 @@ class _Check:
             key, place = _varint(data, place)
             number, wire = key >> 3, key & 7
             if number not in known:
-                what = _REFUSED.get((kind, number), f"a feature that is not allowed (field {number} of a {kind})")
-                raise ValueError(f"is no ONNX file, or has {what}")
+                if (kind, number) in _REFUSED:
+                    raise ValueError(f"has {_REFUSED[kind, number]}")
+                raise ValueError(f"is no ONNX file, or has a feature that is not allowed (field {number} of a {kind})")
             value: int | memoryview
             if wire == _VARINT:
                 value, place = _varint(data, place)

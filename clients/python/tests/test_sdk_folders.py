@@ -148,3 +148,13 @@ def test_a_damaged_archive_leaves_nothing_behind(folder: Path) -> None:
     (folder / "images.zip").unlink()
     with pytest.raises(DownloadError, match="imagefolder"):
         extract_images(folder)
+
+
+def test_verify_counts_files_of_the_folder_only(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    outside = tmp_path_factory.mktemp("outside") / "metadata.csv"
+    (folder / "metadata.csv").rename(outside)
+    (folder / "metadata.csv").symlink_to(outside)
+    assert verify(folder).changed == ("metadata.csv",)
+    (folder / "metadata.csv").unlink()
+    (folder / "metadata.csv").symlink_to("metadata.csv")
+    assert verify(folder).changed == ("metadata.csv",)
