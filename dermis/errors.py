@@ -1,4 +1,14 @@
-"""Errors that a user can act on. Programs print their message as it is, without a stack trace."""
+"""Errors that a user can act on. Programs print their message as it is, without a stack trace.
+
+Text that comes from a file or a request goes into a message through `quote` or `escape`: a name can hold terminal
+escape sequences, or be as long as the file.
+"""
+
+from __future__ import annotations
+
+import reprlib
+
+QUOTED_CHARACTERS = 200  # of foreign text, at most, in a message
 
 
 class DermisError(Exception):
@@ -33,3 +43,54 @@ class DataError(DermisError):
 
 class TrainingError(DermisError):
     """Training cannot start, resume or go on."""
+
+
+def escape(text: object, limit: int = QUOTED_CHARACTERS) -> str:
+    """Foreign text on one line, for a message, a log or a card.
+
+    Args:
+        text: A text, or an object (an exception) whose `str` is shown.
+        limit: The longest result, in characters.
+
+    Returns:
+        The text with everything unprintable (control characters, line breaks, marks that turn the direction of writing,
+        lone surrogates) written as Python escapes, cut at `limit` with "..." at the end.
+    """
+    start = str(text)[: limit + 1]
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in start)
+    return shown if len(shown) <= limit else shown[: limit - 3] + "..."
+
+
+def quote(value: object, limit: int = QUOTED_CHARACTERS) -> str:
+    """A foreign value as a short literal, for a message: a text in quotation marks, else Python's notation.
+
+    Args:
+        value: A text, number, or small container of them.
+        limit: The longest result, in characters.
+
+    Returns:
+        One printable line. The work is bounded by `limit`, whatever the size of the value.
+    """
+    if isinstance(value, str):
+        mark = '"' if "'" in value[:limit] and '"' not in value[:limit] else "'"
+        return mark + escape(value, limit - 2) + mark
+    return escape(_SHORT.repr(value), limit)
+
+
+class _ShortRepr(reprlib.Repr):
+    """reprlib's, with bounds for the two types for which it writes out the whole value first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlist = self.maxtuple = self.maxdict = self.maxset = self.maxfrozenset = 8
+        self.maxlevel = 3
+        self.maxstring = self.maxother = QUOTED_CHARACTERS
+
+    def repr_int(self, x: int, level: int) -> str:
+        return repr(x) if x.bit_length() <= 256 else f"a number of {x.bit_length():,} bits"
+
+    def repr_bytes(self, x: bytes, level: int) -> str:
+        return repr(x[: QUOTED_CHARACTERS + 1])
+
+
+_SHORT = _ShortRepr()
