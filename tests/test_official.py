@@ -323,6 +323,15 @@ def test_a_discriminator_that_is_not_supported_is_left_out_aloud(tmp_path: Path)
     assert open_bundle(tmp_path / "loose").discriminator is None
 
 
+def test_foreign_names_are_harmless_in_the_card(tmp_path: Path) -> None:
+    training_set = {"path": "/home/someone/<img src=x>|\x1b[2J\n# ISIC.zip" + "z" * 1000}
+    path = save(tmp_path, snapshot(training_set_kwargs=training_set))
+    result = CliRunner().invoke(app, ["bundle", "import", str(path), str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    (line,) = [line for line in open_bundle(tmp_path / "out").model_card.splitlines() if "training data" in line]
+    assert r"\<img src=x\>\|\\x1b\[2J\\n# ISIC.zipzzz" in line and len(line) < 300
+
+
 def test_a_refused_import_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     path = save(tmp_path, pickle.dumps(Runs(tmp_path / "pwned")))
     command = [sys.executable, "-m", "commands.main", "bundle", "import", str(path), str(tmp_path / "out")]

@@ -172,14 +172,29 @@ def test_a_converted_discriminator_gives_the_papers_values(tmp_path: Path) -> No
     assert torch.equal(again(images, c), read.discriminator(images, c))
 
 
-def test_training_takes_the_weights_of_a_converted_discriminator(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("layers", "least"), [(0, 1.0), (8, 0.7)])
+def test_training_takes_the_weights_of_a_converted_discriminator(tmp_path: Path, layers: int, least: float) -> None:
     path, theirs = _converted(tmp_path)
     small = {"z_dim": 8, "w_dim": 12, "channel_base": 256, "channel_max": 16, "batch": 4, "mapping_layers": 3}
-    state = new_state(auto_config(16, 2, **small), torch.device("cpu"))
+    state = new_state(auto_config(16, 2, discriminator_mapping_layers=layers, **small), torch.device("cpu"))
     _, taken = transfer(read_source(path), state)
-    assert taken.share > 0.7 and all(name.startswith("mapping.") for name in taken.left)
+    assert taken.share >= least and all(name.startswith("mapping.") for name in taken.left)
+    assert all("(--discriminator-mapping-layers)" in reason for reason in taken.left.values())
     assert isinstance(state.D, Discriminator)
-    assert torch.equal(state.D.get_parameter("b4.out.weight"), theirs.get_parameter("b4.out.weight"))
+    if layers == 0:
+        images, c = torch.randn(4, 3, 16, 16), one_hot([0, 1, 1, 0], 2)
+        assert torch.equal(state.D.eval()(images, c), theirs(images, c))
+
+
+def test_weights_of_another_learning_rate_multiplier_compute_the_same(tmp_path: Path) -> None:
+    theirs = _random(Generator(replace(CONFIG, mapping_lr_multiplier=0.1, num_fp16_res=0)))
+    options = EasyDict(num_layers=3, lr_multiplier=0.1)
+    path = save(tmp_path, {"G_ema": stylegan3_repository_generator(theirs, mapping_kwargs=options)})
+    small = {"z_dim": 8, "w_dim": 12, "channel_base": 256, "channel_max": 16, "batch": 4, "mapping_layers": 3}
+    state = new_state(auto_config(16, 2, **small), torch.device("cpu"))
+    assert transfer(read_source(path), state)[0].share == 1.0
+    z, c = torch.randn(2, 8), one_hot([0, 1], 2)
+    assert torch.allclose(state.G_ema.mapping(z, c), theirs.mapping(z, c), atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ _TORCH = (
 )
 _TORCH_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number of torch.save before 1.6
 _HTML = re.compile(rb"<(!doctype\s+html|html|head|body|meta|script|title)\b", re.IGNORECASE)
-_PROTOCOL_0 = re.compile(rb"[(\]})cN]")  # how a pickle of protocol 0 or 1 begins that holds more than a scalar
+_PROTOCOL_0 = re.compile(rb"[(\]})]|c\S+(\n|$)")  # how a pickle of protocol 0 or 1 begins that holds more than a scalar
 
 
 def describe_foreign(stream: Stream, size: int) -> str:
