@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -15,7 +18,8 @@ import stylegan2_reference as reference
 from dermis.bundle import load_discriminator, open_bundle, write_bundle
 from dermis.errors import BundleError
 from dermis.networks import Discriminator, Generator, GeneratorConfig, one_hot
-from dermis.official.convert import read_official
+from dermis.official.convert import build_networks, read_official
+from dermis.official.stored import write_stored
 from official_pickles import (
     CONFIG,
     D_CONFIG,
@@ -235,3 +239,38 @@ def test_a_discriminator_of_other_labels_than_the_generator_is_left_out(tmp_path
     other = converted_discriminator(Discriminator(replace(TF_CONFIG, c_dim=3)))
     read = read_official(save(tmp_path, {"G_ema": generator(), "D": other}))
     assert read.discriminator is None and "c_dim=3 is not that of the generator, 2" in read.no_discriminator
+
+
+# -- values of any kind anywhere
+
+ODD: list[Any] = [
+    None, True, -1, 0, 2**31, -(10**5000), 1e308, float("nan"), "", "\x1b[2J", "\udc80", "x" * 5000, b"x", [], [[]], {"a": {}},
+    EasyDict(num_layers=0), np.int64(8), np.float32("nan"), np.zeros(3), torch.zeros(()), torch.zeros(0), torch.zeros(3, 3),
+    torch.zeros(2, dtype=torch.int64), torch.zeros(1).expand(16, 16, 3, 3), torch.float32, torch.Size([1]),
+]  # fmt: skip
+
+
+def _dictionaries(value: Any) -> list[dict[Any, Any]]:
+    value = value.meta if isinstance(value, Persisted) else value
+    below = [_dictionaries(item) for item in value.values()] if isinstance(value, dict) else []
+    return [value, *itertools.chain(*below)] if isinstance(value, dict) else []
+
+
+def test_a_value_of_any_kind_anywhere_gives_an_error_or_a_generator(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    path = tmp_path / "x.pkl"
+    for index in range(120):
+        file = {
+            "G_ema": generator(replace(CONFIG, img_resolution=8, mapping_layers=1)),
+            "D": None,
+            "training_set_kwargs": {},
+        }
+        places = [place for place in _dictionaries(file) if place]
+        place = places[random.integers(len(places))]
+        place[list(place)[random.integers(len(place))]] = ODD[index % len(ODD)]
+        path.write_bytes(pickle.dumps(file, protocol=4))
+        try:
+            write_stored(path, "G_ema", tmp_path)  # without a process: these are many files
+            assert isinstance(build_networks(tmp_path, "G_ema").generator, Generator)
+        except BundleError as error:
+            assert str(error).isprintable() and len(str(error)) < 1000
