@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from commands.explain_edge_cases import AgreementOption, NeighboursOption, OddsOption
-from dermis.errors import DataError
+from dermis.errors import DataError, escape
 
 if TYPE_CHECKING:
     from dermis.bundle import Bundle
@@ -144,7 +144,7 @@ def _listed(cases: Path, bundle: Bundle, most: int | None) -> list[Anchor]:
     try:
         rows = from_csv(cases.read_text(encoding="utf-8"), str(cases))
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{cases}: cannot be read ({error})") from None
+        raise DataError(f"{cases}: cannot be read ({escape(error)})") from None
     for row in rows:
         if not (row["seed"] and row["index"] and row["label"]):
             raise DataError(

@@ -17,7 +17,7 @@ bundle_app = typer.Typer(no_args_is_help=True, help="Import, show and verify bun
 
 @bundle_app.command("import")
 def import_checkpoint(
-    checkpoint: Annotated[Path, typer.Argument(help="Official StyleGAN2-ADA (PyTorch) .pkl file.", show_default=False)],
+    checkpoint: Annotated[Path, typer.Argument(help="Official .pkl file of StyleGAN2 (PyTorch).", show_default=False)],
     out: Annotated[Path, typer.Argument(help="Folder of the new bundle.", show_default=False)],
     name: Annotated[str | None, typer.Option(help="Name of the bundle; default: the folder's name.")] = None,
     class_names: Annotated[str, typer.Option(help="Names of the labels 0, 1, ..., e.g. benign,malignant.")] = "",
@@ -28,11 +28,16 @@ def import_checkpoint(
     require_discriminator: Annotated[
         bool, typer.Option("--require-discriminator", help="Fail where the discriminator cannot be imported.")
     ] = False,
+    max_seconds: Annotated[
+        int, typer.Option(min=1, help="Processor time that reading the file may take; five times that in all.")
+    ] = 120,
+    max_memory_gib: Annotated[float, typer.Option(min=0.25, help="Memory that reading the file may take.")] = 4,
 ) -> None:
     """Turn an official checkpoint into a bundle. Nothing in the checkpoint is executed."""
     from dermis.bundle import check_names, write_bundle
     from dermis.errors import BundleError
     from dermis.official.convert import read_official
+    from dermis.official.isolation import ReadLimits
 
     if network not in ("G_ema", "G"):
         raise BundleError(f"--network: must be G_ema or G, not {network!r}")
@@ -40,7 +45,8 @@ def import_checkpoint(
         raise BundleError(f"--weights-dtype: must be fp32 or fp16, not {weights_dtype!r}")
     if out.exists():
         raise BundleError(f"{out}: exists already; choose another folder or remove it")
-    read = read_official(checkpoint, cast(Literal["G_ema", "G"], network))
+    limits = ReadLimits(max_seconds, 5 * max_seconds, int(max_memory_gib * (1 << 30)))
+    read = read_official(checkpoint, cast(Literal["G_ema", "G"], network), limits)
     if read.discriminator is None:
         if require_discriminator:
             raise BundleError(f"{checkpoint}: no discriminator can be imported: {read.no_discriminator}")
@@ -178,18 +184,19 @@ def _provenance(
     checkpoint: Path, network: str, read: OfficialCheckpoint, licence: str, attribution: str
 ) -> dict[str, Any]:
     from dermis import __version__
+    from dermis.errors import escape
 
     kimg = re.fullmatch(r"network-snapshot-(\d{6})", checkpoint.stem)  # how official training names its files
     path = read.training_set.get("path")
     return {
         "source": {
             "format": "StyleGAN2-ADA (PyTorch) pickle",
-            "file": checkpoint.name,
+            "file": escape(checkpoint.name),
             "sha256": read.sha256,
             "network": network,
         },
         # The folder a data set lay in is nobody's business but its owner's.
-        "dataset": {"name": re.split(r"[/\\]", path)[-1]} if isinstance(path, str) else None,
+        "dataset": {"name": escape(re.split(r"[/\\]", path)[-1])} if isinstance(path, str) else None,
         "kimg": int(kimg[1]) if kimg else None,
         "licence": licence,
         "attribution": attribution,
@@ -197,9 +204,14 @@ def _provenance(
     }
 
 
+def _cell(text: str) -> str:
+    """Foreign text for a Markdown table: it adds no column, link or HTML element."""
+    return re.sub(r"([\\`*\[\]<>|&])", r"\\\1", text)
+
+
 def _card(name: str, class_names: list[str], resolution: int, provenance: dict[str, Any]) -> str:
     source = provenance["source"]
-    dataset = provenance["dataset"]["name"] if provenance["dataset"] else "not stated in the checkpoint"
+    dataset = _cell(provenance["dataset"]["name"]) if provenance["dataset"] else "not stated in the checkpoint"
     return f"""# {name}
 
 A StyleGAN2-ADA generator of {resolution} x {resolution} px images, imported from an official PyTorch checkpoint.
@@ -208,7 +220,7 @@ Its images are synthetic: not for diagnosis. Nothing was measured when it was im
 | | |
 | --- | --- |
 | classes | {", ".join(class_names) or "none (unconditional)"} |
-| imported from | {source["file"]}, network {source["network"]} |
+| imported from | {_cell(source["file"])}, network {source["network"]} |
 | SHA-256 of that file | {source["sha256"]} |
 | training data | {dataset} |
 | licence | {provenance["licence"]} |

@@ -115,7 +115,7 @@ def concepts(
 
 def _artefacts(source: Source, table: Path | None, threads: int | None) -> list[tuple[Record, Artefacts]]:
     """What the detectors say of every image that can be read."""
-    from dermis.errors import DataError
+    from dermis.errors import DataError, escape
     from training.data.artefacts import NAMES, Artefacts
     from training.data.inspection import inspect_source
 
@@ -126,7 +126,9 @@ def _artefacts(source: Source, table: Path | None, threads: int | None) -> list[
         with table.open(newline="", encoding="utf-8") as file:
             found = {row["id"]: Artefacts(*(float(row[name]) for name in NAMES)) for row in csv.DictReader(file)}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"--artefacts: {table}: is no artefacts.csv of `dermis data inspect` ({error})") from None
+        raise DataError(
+            f"--artefacts: {table}: is no artefacts.csv of `dermis data inspect` ({escape(error)})"
+        ) from None
     seen = [(record, found[record.id]) for record in source.records if record.id in found and record.image is not None]
     if not seen:
         raise DataError(f"--artefacts: {table}: is of other images than {source.path}")

@@ -29,7 +29,7 @@ from commands.train import train_app
 from commands.train_classifier import train_classifier
 from commands.train_encoder import train_encoder
 from dermis import __version__
-from dermis.errors import DermisError
+from dermis.errors import DermisError, escape
 
 app = typer.Typer(
     name="dermis",
@@ -83,7 +83,8 @@ def main() -> None:
     try:
         app()
     except DermisError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # A message can hold the name of a foreign file or key: nothing in it may move the cursor or add a line.
+        print(f"error: {escape(error, 4000)}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -59,6 +59,9 @@ def train_gan(
     z_dim: Annotated[int | None, typer.Option(help="Size of z; default 512.")] = None,
     w_dim: Annotated[int | None, typer.Option(help="Size of w; default 512.")] = None,
     mapping_layers: Annotated[int | None, typer.Option(help="Depth of the mapping network; default 2.")] = None,
+    discriminator_mapping_layers: Annotated[
+        int, typer.Option(min=0, max=64, help="Depth of the discriminator's mapping network of labels.")
+    ] = 8,
     learning_rate: Annotated[
         float | None, typer.Option(help="Of both networks; default follows the resolution.")
     ] = None,
@@ -150,6 +153,7 @@ def train_gan(
                 z_dim=z_dim,
                 w_dim=w_dim,
                 mapping_layers=mapping_layers,
+                discriminator_mapping_layers=discriminator_mapping_layers,
                 learning_rate=learning_rate,
                 r1_gamma=r1_gamma,
                 pl_weight=pl_weight,

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from dermis.errors import DataError
+from dermis.errors import DataError, escape, quote
 from dermis.latents import partner_z, z_for
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def read_projections(path: Path, class_names: Sequence[str], num_ws: int, w_dim:
             with np.load(file, allow_pickle=False) as found:
                 arrays = {name: found[name] for name in ("ws", "classes", "ids") if name in found}
         except (OSError, ValueError, EOFError) as error:
-            raise DataError(f"{file}: cannot be read as .npz ({error})") from None
+            raise DataError(f"{file}: cannot be read as .npz ({escape(error)})") from None
         if absent := {"ws", "classes"} - arrays.keys():
             raise DataError(f"{file}: has no array {min(absent)}; projections need ws and classes")
         ws, classes = arrays["ws"], [str(name) for name in arrays["classes"]]
@@ -149,7 +149,7 @@ def read_projections(path: Path, class_names: Sequence[str], num_ws: int, w_dim:
                 "finite, with N classes"
             )
         if unknown := set(classes) - set(class_names):
-            raise DataError(f"{file}: classes: {min(unknown)!r} is none of {', '.join(class_names)}")
+            raise DataError(f"{file}: classes: {quote(min(unknown))} is none of {', '.join(class_names)}")
         ids = [str(name) for name in arrays["ids"]] if "ids" in arrays else [f"{file.stem}-{i}" for i in range(len(ws))]
         if len(ids) != len(ws):
             raise DataError(f"{file}: has {len(ids)} ids for {len(ws)} ws")

@@ -51,7 +51,8 @@ class DiscriminatorConfig:
     """What determines the discriminator's parameter shapes and arithmetic; see `GeneratorConfig`.
 
     `cmap_dim` None means channels at 4 px when conditional, 0 otherwise (the official rule). `mbstd_group_size`
-    None takes the whole batch as one group.
+    None takes the whole batch as one group. Without mapping layers (`mapping_layers` 0, as the official conversion from
+    TensorFlow writes it) the normalised embedding of the label is the projection vector.
     """
 
     img_resolution: int
@@ -70,14 +71,26 @@ class DiscriminatorConfig:
     mbstd_num_channels: int = 1
 
     def __post_init__(self) -> None:
-        _check_sizes(self)
+        _check_sizes(self, least_layers=0)
+        width = channels_at(self, 4) if self.cmap_dim is None else self.cmap_dim
+        if self.c_dim > 0 and width < 1:
+            raise ValueError(f"cmap_dim must be at least 1 for a conditional discriminator; got {width}")
+        if self.c_dim > 0 and self.mapping_layers == 0 and self.embed_features not in (None, width):
+            raise ValueError(
+                f"without mapping layers embed_features must be cmap_dim, {width}; got {self.embed_features}"
+            )
 
 
-def _check_sizes(config: GeneratorConfig | DiscriminatorConfig) -> None:
+def _check_sizes(config: GeneratorConfig | DiscriminatorConfig, least_layers: int = 1) -> None:
     resolution = config.img_resolution
     if resolution < 8 or resolution & (resolution - 1):
         raise ValueError(f"img_resolution must be a power of two, at least 8; got {resolution}")
     if config.channel_base < resolution or config.channel_max < 1 or config.img_channels < 1:
         raise ValueError("channel_base must be at least img_resolution, channel_max and img_channels at least 1")
-    if config.c_dim < 0 or not 1 <= config.mapping_layers <= 64:
-        raise ValueError("c_dim must be at least 0, mapping_layers from 1 to 64")
+    if config.c_dim < 0 or not least_layers <= config.mapping_layers <= 64:
+        raise ValueError(f"c_dim must be at least 0, mapping_layers from {least_layers} to 64")
+
+
+def channels_at(config: GeneratorConfig | DiscriminatorConfig, resolution: int) -> int:
+    """Channels of the feature maps at a resolution."""
+    return min(config.channel_base // resolution, config.channel_max)

@@ -28,15 +28,12 @@ from torch import Tensor, nn
 from dermis.network_config import DiscriminatorConfig as DiscriminatorConfig  # noqa: PLC0414
 from dermis.network_config import GeneratorConfig as GeneratorConfig  # noqa: PLC0414
 from dermis.network_config import NoiseMode as NoiseMode  # noqa: PLC0414
+from dermis.network_config import channels_at
 
 FIR_TAPS = (1.0, 3.0, 3.0, 1.0)
 LAYOUT = torch.channels_last  # of feature maps: what convolutions are fastest in, on CPUs and GPUs
 LRELU_SLOPE = 0.2
 SQRT2 = math.sqrt(2.0)
-
-
-def _channels(config: GeneratorConfig | DiscriminatorConfig, resolution: int) -> int:
-    return min(config.channel_base // resolution, config.channel_max)
 
 
 def _resolutions(img_resolution: int) -> list[int]:
@@ -397,7 +394,7 @@ class SynthesisNetwork(nn.Module):
         self.num_ws = config.num_ws
         in_channels = 0
         for resolution in self.block_resolutions:
-            out_channels = _channels(config, resolution)
+            out_channels = channels_at(config, resolution)
             self.add_module(f"b{resolution}", SynthesisBlock(in_channels, out_channels, resolution, config))
             in_channels = out_channels
 
@@ -476,7 +473,7 @@ class DiscriminatorBlock(nn.Module):
 
     def __init__(self, in_channels: int, resolution: int, config: DiscriminatorConfig) -> None:
         super().__init__()
-        tmp_channels, out_channels = _channels(config, resolution), _channels(config, resolution // 2)
+        tmp_channels, out_channels = channels_at(config, resolution), channels_at(config, resolution // 2)
         clamp = config.conv_clamp
         self.in_channels = in_channels
         self.use_fp16 = resolution >= _first_fp16_resolution(config)
@@ -517,7 +514,7 @@ class DiscriminatorEpilogue(nn.Module):
 
     def __init__(self, cmap_dim: int, config: DiscriminatorConfig) -> None:
         super().__init__()
-        channels = _channels(config, 4)
+        channels = channels_at(config, 4)
         self.cmap_dim = cmap_dim
         self.mbstd_group_size, self.mbstd_num_channels = config.mbstd_group_size, config.mbstd_num_channels
         in_channels = channels + config.mbstd_num_channels
@@ -542,12 +539,12 @@ class Discriminator(nn.Module):
         super().__init__()
         self.config = config
         self.block_resolutions = _resolutions(config.img_resolution)[:0:-1]  # from the image down to 8 px
-        cmap_dim = _channels(config, 4) if config.cmap_dim is None else config.cmap_dim
+        cmap_dim = channels_at(config, 4) if config.cmap_dim is None else config.cmap_dim
         cmap_dim = cmap_dim if config.c_dim > 0 else 0
         in_channels = 0
         for resolution in self.block_resolutions:
             self.add_module(f"b{resolution}", DiscriminatorBlock(in_channels, resolution, config))
-            in_channels = _channels(config, resolution // 2)
+            in_channels = channels_at(config, resolution // 2)
         if config.c_dim > 0:
             self.mapping = MappingNetwork(
                 0,

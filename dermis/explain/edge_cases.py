@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dermis.classifier.scores import sigmoid
-from dermis.errors import DataError
+from dermis.errors import DataError, quote
 from dermis.explain.nearest import nearest_by_cosine
 from dermis.imaging import Images, contact_sheet
 
@@ -155,7 +155,7 @@ def labels_of(items: Sequence[Item], class_names: Sequence[str]) -> NDArray[np.i
     for item in items:
         if item.class_name not in class_names:
             known = " nor ".join(class_names)
-            raise DataError(f"{item.id}: its class {item.class_name or '(unknown)'!r} is neither {known}")
+            raise DataError(f"{item.id}: its class {quote(item.class_name or '(unknown)')} is neither {known}")
     return np.array([class_names.index(item.class_name) for item in items], dtype=np.int64)
 
 

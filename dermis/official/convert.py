@@ -7,41 +7,40 @@ a checkpoint that the networks here would compute differently is refused, not ap
 
 from __future__ import annotations
 
-import hashlib
 import math
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
-from dermis.errors import BundleError
+from dermis.errors import BundleError, escape, quote
 from dermis.networks import FIR_TAPS, Discriminator, DiscriminatorConfig, Generator, GeneratorConfig, fir_filter
-from dermis.official.persisted import (
-    Checkpoint,
-    Module,
-    mapping,
-    module,
-    plain,
-    read_checkpoint,
-    shape,
-    tensor,
-    tensors,
-)
+from dermis.official.isolation import ReadLimits, store_isolated
+from dermis.official.persisted import NO_STYLEGAN3
+from dermis.official.stored import StoredCheckpoint, StoredNetwork, read_stored, weights_file
 
 NetworkName = Literal["G_ema", "G"]
 Network = TypeVar("Network", Generator, Discriminator)
 
-MAX_FILE_BYTES = 4 << 30  # an official 1024 px snapshot has 380 MB
 _FIXED = {
     "activation": "lrelu",
     "resample_filter": [int(tap) for tap in FIR_TAPS],
     "use_noise": True,
     "kernel_size": 3,
 }
-_WITHOUT_EFFECT = frozenset({"fp16_channels_last", "fused_modconv_default", "freeze_layers"})  # layout, speed, training
+_WITHOUT_EFFECT = frozenset({
+    "fp16_channels_last", "fused_modconv_default",  # layout and speed
+    "freeze_layers", "freeze_embed",  # of training; frozen weights are buffers, which are read like parameters
+})  # fmt: skip
+_STYLEGAN3_OPTIONS = frozenset({
+    "conv_kernel", "filter_size", "first_cutoff", "first_stopband", "last_stopband_rel", "lrelu_upsampling",
+    "magnitude_ema_beta", "margin_size", "num_critical", "output_scale", "use_radial_filters",
+})  # fmt: skip
 _GENERATOR_ARGUMENTS = (
     "z_dim",
     "c_dim",
@@ -51,6 +50,7 @@ _GENERATOR_ARGUMENTS = (
     "mapping_kwargs",
     "synthesis_kwargs",
 )
+_SYNTHESIS_OPTIONS = ("channel_base", "channel_max", "num_fp16_res", "conv_clamp")
 _DISCRIMINATOR_ARGUMENTS = (
     "c_dim", "img_resolution", "img_channels", "architecture", "channel_base", "channel_max", "num_fp16_res",
     "conv_clamp", "cmap_dim", "block_kwargs", "mapping_kwargs", "epilogue_kwargs",
@@ -60,6 +60,7 @@ _COMPARED = (
     "activation", "up", "down", "conv_clamp", "use_fp16", "num_conv", "weight_gain", "bias_gain", "padding",
 )  # fmt: skip
 _EXPECTED = {"act_gain": math.sqrt(2.0), "use_noise": True}
+_COLOURS = {1: "grey images", 2: "images of two channels", 4: "images with a fourth channel (RGBA)"}
 
 
 class UnsupportedNetworkError(BundleError):
@@ -79,69 +80,87 @@ class OfficialCheckpoint:
     sha256: str
 
 
-def read_official(path: str | Path, network: NetworkName = "G_ema") -> OfficialCheckpoint:
-    """Read a StyleGAN2-ADA (PyTorch) `.pkl` without executing anything in it.
+def read_official(
+    path: str | Path, network: NetworkName = "G_ema", limits: ReadLimits | None = None
+) -> OfficialCheckpoint:
+    """Read a StyleGAN2-ADA (PyTorch) `.pkl` without executing anything in it, in a process of its own.
 
-    The networks come in float32 and eval mode, without gradients. Raises `BundleError`, naming the file, if it is
-    unreadable, unsafe, or holds a generator that `dermis.networks` does not compute as the official code does. A
-    discriminator of another architecture is left out and `no_discriminator` says why.
+    Args:
+        path: The file.
+        network: The generator to take, the averaged one or the one that was trained.
+        limits: What reading may take; the defaults of `ReadLimits`.
+
+    Returns:
+        The networks in float32 and eval mode, without gradients. A discriminator of another architecture is left out, and
+        `no_discriminator` says why.
+
+    Raises:
+        BundleError: The file is unreadable, unsafe, reaches a limit, or holds a generator that `dermis.networks` does not
+            compute as the official code does. The message names the file.
     """
     path = Path(path)
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise BundleError(f"{path}: is larger than {MAX_FILE_BYTES:,} bytes; this is no StyleGAN2-ADA checkpoint")
-        data = path.read_bytes()
-    except OSError as error:
-        raise BundleError(f"{path}: cannot be read: {error.strerror}") from None
-    try:
-        checkpoint = read_checkpoint(data)
-        if checkpoint.values.get(network) is None:
-            there = ", ".join(sorted(checkpoint.values)) or "nothing"
-            raise BundleError(f"has no {network} (it holds {there}); choose another network or file")
-        generator = _network(checkpoint, module(checkpoint.values[network], network), network, len(data), Generator)
-        discriminator, reason = None, "it holds none"
-        if checkpoint.values.get("D") is not None:
-            try:
-                discriminator = _network(checkpoint, module(checkpoint.values["D"], "D"), "D", len(data), Discriminator)
-                reason = ""
-            except UnsupportedNetworkError as error:
-                reason = str(error)
-        training_set = _training_set(checkpoint.values.get("training_set_kwargs"))
+        with tempfile.TemporaryDirectory(prefix="dermis-import-") as folder:
+            store_isolated(path, network, Path(folder), limits or ReadLimits())
+            return build_networks(Path(folder), network)
     except BundleError as error:
-        raise BundleError(f"{path}: {error}") from None
-    except (RecursionError, ValueError, OverflowError, MemoryError) as error:
-        raise BundleError(f"{path}: is damaged or tampered with ({type(error).__name__})") from None
-    return OfficialCheckpoint(generator, discriminator, reason, training_set, hashlib.sha256(data).hexdigest())
+        raise BundleError(f"{escape(path, 1000)}: {error}") from None
+    except OSError as error:
+        raise BundleError(
+            f"{escape(path, 1000)}: cannot be read by way of the temporary folder {tempfile.gettempdir()}: "
+            f"{error.strerror}; TMPDIR names another one"
+        ) from None
 
 
-def _training_set(record: Any) -> dict[str, Any]:
-    options = mapping(record, "training_set_kwargs") if record is not None else {}
-    return {key: value for key, value in options.items() if isinstance(value, str | int | float)}
+def build_networks(folder: Path, network: NetworkName) -> OfficialCheckpoint:
+    """The networks of a checkpoint that `stored.write_stored` wrote into a folder. BundleError if one cannot be built."""
+    stored = read_stored(folder)
+    generator = _network(stored, network, folder, Generator)
+    discriminator, reason = None, "it holds none"
+    if "D" in stored.networks:
+        try:
+            discriminator, reason = _network(stored, "D", folder, Discriminator), ""
+            _check_pair(generator.config, discriminator.config)
+        except UnsupportedNetworkError as error:
+            discriminator, reason = None, str(error)
+    return OfficialCheckpoint(generator, discriminator, reason, stored.training_set, stored.sha256)
 
 
-def _network(checkpoint: Checkpoint, root: Module, what: str, file_bytes: int, kind: type[Network]) -> Network:
-    if root.class_name != kind.__name__:
-        raise BundleError(f"{what} is a {root.class_name}, not a {kind.__name__}; the file is damaged or tampered with")
+def _check_pair(generator: GeneratorConfig, discriminator: DiscriminatorConfig) -> None:
+    for name in ("img_resolution", "img_channels", "c_dim"):
+        ours, theirs = getattr(generator, name), getattr(discriminator, name)
+        if ours != theirs:
+            raise UnsupportedNetworkError(f"D: {name}={theirs} is not that of the generator, {ours}")
+
+
+def _network(checkpoint: StoredCheckpoint, what: str, folder: Path, kind: type[Network]) -> Network:
+    stored = checkpoint.networks[what]
+    name = stored.modules[""].class_name
+    if name != kind.__name__:
+        raise BundleError(f"{what} is a {quote(name)}, not a {kind.__name__}; the file is damaged or tampered with")
     try:
-        config: Any = _generator_config(root, what) if kind is Generator else _discriminator_config(root, what)
+        config: Any = _generator_config(stored, what) if kind is Generator else _discriminator_config(stored, what)
     except (TypeError, ValueError, ArithmeticError) as error:
-        raise UnsupportedNetworkError(f"{what}: {error}") from None
+        raise UnsupportedNetworkError(f"{what}: {escape(error)}") from None
     try:
-        with torch.device("meta"):
+        with torch.device("meta"):  # without memory
             model = kind(config)
     except (RuntimeError, ArithmeticError) as error:
-        raise UnsupportedNetworkError(f"{what}: its options make impossible tensors ({error})") from None
-    records = tensors(root)
+        raise UnsupportedNetworkError(f"{what}: its options make impossible tensors ({escape(error)})") from None
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    found = {key: shape(record, f"{what}.{key}") for key, record in records.items()}
-    if odd := sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key)):
-        message = f"{odd[0]} is {found.get(odd[0], 'absent')}, its options say {expected.get(odd[0], 'absent')}"
+    shapes = stored.shapes
+    if odd := sorted(key for key in expected.keys() | shapes.keys() if expected.get(key) != shapes.get(key)):
+        message = f"{odd[0]} is {shapes.get(odd[0], 'absent')}, its options say {expected.get(odd[0], 'absent')}"
         raise UnsupportedNetworkError(f"{what}: {len(odd)} tensors do not fit the official networks: {message}")
-    if sum(math.prod(size) for size in found.values()) > file_bytes:
-        raise BundleError(f"{what}: the file is too small for its tensors; it is damaged or tampered with")
-    _check_attributes(model, root, what)
-    state = {key: tensor(checkpoint, record, f"{what}.{key}") for key, record in records.items()}
-    for key, value in state.items():
+    _check_attributes(model, stored, what)
+    weights = {key: value.clone() for key, value in load_file(weights_file(folder, what)).items()}  # no longer mapped
+    _check_weights(weights, what)
+    model.load_state_dict(weights, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def _check_weights(weights: Mapping[str, Tensor], what: str) -> None:
+    for key, value in weights.items():
         if key.endswith("resample_filter") and not torch.allclose(value, fir_filter(), atol=1e-6):
             raise UnsupportedNetworkError(
                 f"{what}: {key} is not the filter {_FIXED['resample_filter']} that is supported"
@@ -150,87 +169,89 @@ def _network(checkpoint: Checkpoint, root: Module, what: str, file_bytes: int, k
             raise BundleError(
                 f"{what}: {key} holds values that are not finite; the training diverged, take another file"
             )
-    model.load_state_dict(state, assign=True)
-    return model.requires_grad_(False).eval()
 
 
-def _check_attributes(model: nn.Module, root: Module, what: str) -> None:
+def _check_attributes(model: nn.Module, stored: StoredNetwork, what: str) -> None:
     """Every attribute that decides the arithmetic must be, in the file, what the network here has."""
-    for name, ours in model.named_modules():
-        theirs = _descend(root, name)
-        wanted = {key: getattr(ours, key) for key in _COMPARED if hasattr(ours, key)} | _EXPECTED
-        wanted |= {"architecture": "skip" if isinstance(model, Generator) else "resnet"}
-        for key, value in wanted.items():
-            if key not in theirs.state:
+    for path, ours in model.named_modules():
+        if path not in stored.modules:
+            raise BundleError(f"{what}: has no module {path}; the file is damaged or tampered with")
+        theirs = stored.modules[path].attributes
+        expected = {key: getattr(ours, key) for key in _COMPARED if hasattr(ours, key)} | _EXPECTED
+        expected |= {"architecture": "skip" if isinstance(model, Generator) else "resnet"}
+        for key, value in expected.items():
+            if key not in theirs:
                 continue
-            stored = theirs.plain(key)
-            same = math.isclose(stored, value) if isinstance(stored, float) and isinstance(value, float) else None
-            linear = key == "act_gain" and stored == 1 and theirs.state.get("activation") == "linear"
-            if not linear and not (same if same is not None else stored == value):
-                label = ".".join(filter(None, (what, name, key)))
-                raise UnsupportedNetworkError(
-                    f"{label} is {stored!r:.50} in the file; dermis computes it with {value!r}"
-                )
-
-
-def _descend(root: Module, name: str) -> Module:
-    for part in filter(None, name.split(".")):
-        root = module(root.children().get(part), name)
-    return root
+            actual = theirs[key]
+            same = math.isclose(actual, value) if isinstance(actual, float) and isinstance(value, float) else None
+            linear = key == "act_gain" and actual == 1 and theirs.get("activation") == "linear"
+            if not linear and not (same if same is not None else actual == value):
+                label = ".".join(filter(None, (what, path, key)))
+                raise UnsupportedNetworkError(f"{label}={quote(actual)} in the file is not supported, only {value!r}")
 
 
 # -- configuration
 
 
-def _generator_config(root: Module, what: str) -> GeneratorConfig:
-    given = _arguments(root, _GENERATOR_ARGUMENTS)
-    _check_options(what, given, _GENERATOR_ARGUMENTS)
-    synthesis = _nested(what, given, "synthesis_kwargs", ("channel_base", "channel_max", "num_fp16_res", "conv_clamp"))
-    blocks = [child for key, child in _children(root, "synthesis").items() if key.startswith("b")]
+def _generator_config(stored: StoredNetwork, what: str) -> GeneratorConfig:
+    given = _arguments(stored, _GENERATOR_ARGUMENTS)
+    # StyleGAN2-ADA takes the options of the synthesis network as a dictionary, the StyleGAN3 repository one by one.
+    _check_options(what, given, (*_GENERATOR_ARGUMENTS, *_SYNTHESIS_OPTIONS), "skip")
+    synthesis = _nested(what, given, "synthesis_kwargs", _SYNTHESIS_OPTIONS, "skip")
+    flat = {key: given[key] for key in _SYNTHESIS_OPTIONS if key in given}
+    for key in flat.keys() & synthesis.keys():
+        if flat[key] != synthesis[key]:
+            raise BundleError(
+                f"{what}: {key} is both {quote(flat[key])} and {quote(synthesis[key])}; it is tampered with"
+            )
+    channels = _integer(what, "img_channels", _given(given, stored, "img_channels", 3))
+    if channels != 3:
+        makes = _COLOURS.get(channels, "images of another kind")
+        raise UnsupportedNetworkError(
+            f"{what}: img_channels={channels} is not supported, only 3: it makes {makes}, and dermis draws RGB images; "
+            "train on RGB images"
+        )
+    blocks = [f"synthesis.{name}" for name in stored.children("synthesis") if name.startswith("b")]
     return GeneratorConfig(
-        img_resolution=_integer(what, "img_resolution", _given(given, root, "img_resolution", None)),
-        c_dim=_integer(what, "c_dim", _given(given, root, "c_dim", None)),
-        z_dim=_integer(what, "z_dim", _given(given, root, "z_dim", None)),
-        w_dim=_integer(what, "w_dim", _given(given, root, "w_dim", None)),
-        img_channels=_integer(what, "img_channels", _given(given, root, "img_channels", 3)),
-        w_avg_beta=_number(what, "w_avg_beta", _mapping_option(what, given, root, "w_avg_beta", 0.995)),
-        **_width(what, synthesis, blocks, "conv1"),
-        **_mapping(what, given, root),
+        img_resolution=_integer(what, "img_resolution", _given(given, stored, "img_resolution", None)),
+        c_dim=_integer(what, "c_dim", _given(given, stored, "c_dim", None)),
+        z_dim=_integer(what, "z_dim", _given(given, stored, "z_dim", None)),
+        w_dim=_integer(what, "w_dim", _given(given, stored, "w_dim", None)),
+        img_channels=channels,
+        w_avg_beta=_number(what, "w_avg_beta", _mapping_option(given, stored, "w_avg_beta", 0.995)),
+        **_width(what, {**synthesis, **flat}, stored, blocks, "conv1"),
+        **_mapping(what, given, stored, least=1),
     )
 
 
-def _discriminator_config(root: Module, what: str) -> DiscriminatorConfig:
-    given = _arguments(root, _DISCRIMINATOR_ARGUMENTS)
-    _check_options(what, given, _DISCRIMINATOR_ARGUMENTS)
-    if given.get("architecture", "resnet") != "resnet":
-        raise UnsupportedNetworkError(
-            f"{what}: architecture={given['architecture']!r:.50} is not supported, only 'resnet'"
-        )
-    _nested(what, given, "block_kwargs", ())
-    epilogue = _nested(what, given, "epilogue_kwargs", ("mbstd_group_size", "mbstd_num_channels"))
-    children = root.children()
-    blocks = [module(child, key) for key, child in children.items() if key.startswith("b") and key != "b4"]
-    std = _children(root, "b4").get("mbstd")
-    group = epilogue.get("mbstd_group_size", _attribute(std, "group_size", 4))
+def _discriminator_config(stored: StoredNetwork, what: str) -> DiscriminatorConfig:
+    given = _arguments(stored, _DISCRIMINATOR_ARGUMENTS)
+    _check_options(what, given, _DISCRIMINATOR_ARGUMENTS, "resnet")
+    _nested(what, given, "block_kwargs", (), "resnet")
+    epilogue = _nested(what, given, "epilogue_kwargs", ("mbstd_group_size", "mbstd_num_channels"), "resnet")
+    children = stored.children()
+    blocks = [name for name in children if name.startswith("b") and name != "b4"]
+    group = epilogue.get("mbstd_group_size", stored.attribute("b4.mbstd", "group_size", 4))
+    maps = epilogue.get("mbstd_num_channels", stored.attribute("b4.mbstd", "num_channels", 1))
     cmap_dim = given.get("cmap_dim")
     return DiscriminatorConfig(
-        img_resolution=_integer(what, "img_resolution", _given(given, root, "img_resolution", None)),
-        c_dim=_integer(what, "c_dim", _given(given, root, "c_dim", None)),
-        img_channels=_integer(what, "img_channels", _given(given, root, "img_channels", 3)),
+        img_resolution=_integer(what, "img_resolution", _given(given, stored, "img_resolution", None)),
+        c_dim=_integer(what, "c_dim", _given(given, stored, "c_dim", None)),
+        img_channels=_integer(what, "img_channels", _given(given, stored, "img_channels", 3)),
         cmap_dim=None if cmap_dim is None else _integer(what, "cmap_dim", cmap_dim),
         mbstd_group_size=None if group is None else _integer(what, "mbstd_group_size", group, least=1),
-        mbstd_num_channels=_integer(
-            what, "mbstd_num_channels", epilogue.get("mbstd_num_channels", _attribute(std, "num_channels", 1))
-        ),
-        **_width(what, given, blocks, "conv0"),
-        **(_mapping(what, given, root) if "mapping" in children else {}),
+        mbstd_num_channels=_integer(what, "mbstd_num_channels", maps),
+        **_width(what, given, stored, blocks, "conv0"),
+        **(_mapping(what, given, stored, least=0) if "mapping" in children else {}),
     )
 
 
-def _width(what: str, given: Mapping[str, Any], blocks: Sequence[Module], layer: str) -> dict[str, Any]:
-    clamps = [_attribute(block.children().get(layer), "conv_clamp", None) for block in blocks]
+def _width(
+    what: str, given: Mapping[str, Any], stored: StoredNetwork, blocks: Sequence[str], layer: str
+) -> dict[str, Any]:
+    clamps = [stored.attribute(f"{block}.{layer}", "conv_clamp") for block in blocks]
     clamp = given.get("conv_clamp", clamps[0] if clamps else None)
-    halves = given.get("num_fp16_res", sum(block.plain("use_fp16") is True for block in blocks))
+    halves = given.get("num_fp16_res", sum(stored.attribute(block, "use_fp16") is True for block in blocks))
     return {
         "channel_base": _integer(what, "channel_base", given.get("channel_base", 32768), least=1),
         "channel_max": _integer(what, "channel_max", given.get("channel_max", 512), least=1),
@@ -239,13 +260,12 @@ def _width(what: str, given: Mapping[str, Any], blocks: Sequence[Module], layer:
     }
 
 
-def _mapping(what: str, given: Mapping[str, Any], root: Module) -> dict[str, Any]:
-    first = _children(root, "mapping").get("fc0")
-    options = _nested(
-        what, given, "mapping_kwargs", ("num_layers", "embed_features", "layer_features", "lr_multiplier", "w_avg_beta")
-    )
-    layers = _integer(what, "num_layers", _mapping_option(what, given, root, "num_layers", 8), least=1)
-    multiplier = options.get("lr_multiplier", _attribute(first, "bias_gain", 0.01))
+def _mapping(what: str, given: Mapping[str, Any], stored: StoredNetwork, least: int) -> dict[str, Any]:
+    """The options of the mapping network, which has at least `least` layers."""
+    known = ("num_layers", "embed_features", "layer_features", "lr_multiplier", "w_avg_beta")
+    options = _nested(what, given, "mapping_kwargs", known, None)
+    layers = _integer(what, "num_layers", _mapping_option(given, stored, "num_layers", 8), least=least)
+    multiplier = options.get("lr_multiplier", stored.attribute("mapping.fc0", "bias_gain", 0.01))
     sizes = {key: options.get(key) for key in ("embed_features", "layer_features")}
     return {
         "mapping_layers": layers,
@@ -254,60 +274,47 @@ def _mapping(what: str, given: Mapping[str, Any], root: Module) -> dict[str, Any
     }
 
 
-def _mapping_option(what: str, given: Mapping[str, Any], root: Module, key: str, default: Any) -> Any:
-    options = given.get("mapping_kwargs") or {}
-    return options.get(key, _attribute(root.children().get("mapping"), key, default))
+def _mapping_option(given: Mapping[str, Any], stored: StoredNetwork, key: str, default: Any) -> Any:
+    options = given.get("mapping_kwargs")
+    attribute = stored.attribute("mapping", key, default)
+    return options.get(key, attribute) if isinstance(options, dict) else attribute
 
 
-def _arguments(root: Module, names: Sequence[str]) -> dict[str, Any]:
+def _arguments(stored: StoredNetwork, names: Sequence[str]) -> dict[str, Any]:
     """The constructor's arguments by name."""
-    positional = plain(root.state.get("_init_args", ()))
-    named = plain(root.state.get("_init_kwargs", {}))
-    if not isinstance(positional, list) or not isinstance(named, dict) or len(positional) > len(names):
-        raise BundleError("_init_args or _init_kwargs are malformed; the file is damaged or tampered with")
-    return {**dict(zip(names, positional, strict=False)), **named}
+    if len(stored.positional) > len(names):
+        raise BundleError(f"_init_args has more than {len(names)} arguments; the file is damaged or tampered with")
+    return {**dict(zip(names, stored.positional, strict=False)), **stored.named}
 
 
-def _check_options(where: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
+def _check_options(where: str, given: Mapping[str, Any], known: Sequence[str], architecture: str | None) -> None:
+    """Refuse what the networks here do not compute. `architecture` is the only one that has that option, if any."""
+    fixed = _FIXED if architecture is None else {**_FIXED, "architecture": architecture}
     for key, value in given.items():
-        if key in _FIXED:
-            if value != _FIXED[key]:
-                message = f"{where}: {key}={value!r:.50} is not supported, only {_FIXED[key]!r}"
-                raise UnsupportedNetworkError(message)
+        if key in fixed:
+            if value != fixed[key]:
+                raise UnsupportedNetworkError(f"{where}: {key}={quote(value)} is not supported, only {fixed[key]!r}")
+        elif key in _STYLEGAN3_OPTIONS:
+            raise UnsupportedNetworkError(f"{where}: {key}={quote(value)}: {NO_STYLEGAN3}")
         elif key not in known and key not in _WITHOUT_EFFECT:
-            raise UnsupportedNetworkError(f"{where}: the option {key!r:.50} is not supported")
+            raise UnsupportedNetworkError(f"{where}: the option {escape(key)}={quote(value)} is not supported")
 
 
-def _nested(what: str, given: Mapping[str, Any], key: str, known: Sequence[str]) -> dict[str, Any]:
-    options = given.get(key) or {}
-    if not isinstance(options, dict):
-        raise BundleError(f"{what}: {key} is no dictionary; the file is damaged or tampered with")
-    options = dict(options)
-    architecture = options.pop("architecture", "skip")
-    if architecture != "skip":
-        raise UnsupportedNetworkError(f"{what}: {key}.architecture={architecture!r:.50} is not supported, only 'skip'")
-    _check_options(f"{what}.{key}", options, known)
-    return options
-
-
-def _children(root: Module, name: str) -> dict[str, Any]:
-    """Children of a child; {} if there is no such child. Persisted blocks come as `Module`s, the rest as it is."""
-    child = root.children().get(name)
-    if child is None:
+def _nested(
+    what: str, given: Mapping[str, Any], key: str, known: Sequence[str], architecture: str | None
+) -> dict[str, Any]:
+    """The options of a part of the network."""
+    options = given.get(key)
+    if options is None:
         return {}
-    found = module(child, name).children()
-    return {key: module(value, f"{name}.{key}") for key, value in found.items()}
+    if not isinstance(options, dict):
+        raise BundleError(f"{what}: {key}={quote(options)} is no dictionary; the file is damaged or tampered with")
+    _check_options(f"{what}: {key}", options, known, architecture)
+    return {name: value for name, value in options.items() if name in known}
 
 
-def _attribute(record: Any, name: str, default: Any) -> Any:
-    if record is None:
-        return default
-    state = (record if isinstance(record, Module) else module(record, name)).state
-    return plain(state[name]) if name in state else default
-
-
-def _given(given: Mapping[str, Any], root: Module, key: str, default: Any) -> Any:
-    value = given.get(key, root.plain(key))
+def _given(given: Mapping[str, Any], stored: StoredNetwork, key: str, default: Any) -> Any:
+    value = given.get(key, stored.attribute("", key))
     return default if value is None else value
 
 
@@ -315,11 +322,11 @@ def _integer(what: str, name: str, value: Any, least: int = 0) -> int:
     whole = isinstance(value, int) and not isinstance(value, bool)
     whole = whole or (isinstance(value, float) and value.is_integer())
     if not whole or not least <= value < 2**31:
-        raise UnsupportedNetworkError(f"{what}: {name}={value!r:.50} must be a whole number of at least {least}")
+        raise UnsupportedNetworkError(f"{what}: {name}={quote(value)} must be a whole number of at least {least}")
     return int(value)
 
 
 def _number(what: str, name: str, value: Any) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise UnsupportedNetworkError(f"{what}: {name}={value!r:.50} must be a number")
+        raise UnsupportedNetworkError(f"{what}: {name}={quote(value)} must be a number")
     return float(value)

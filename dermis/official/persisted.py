@@ -1,24 +1,25 @@
-"""From pickle records to tensors and to the objects that official checkpoints persist.
+"""From pickle records to arrays and to the objects that official checkpoints persist.
 
 A network is one `torch_utils.persistence._reconstruct_persistent_obj` call per module; its state is the module's
-`__dict__`. Tensors arrive as views of storages, each stored as the bytes of a small torch file of its own.
+`__dict__`. Tensors arrive as views of storages, each stored as the bytes of a small torch file of its own. numpy is
+enough for them, so that the process that reads foreign files starts without torch.
 """
 
 from __future__ import annotations
 
 import io
 import math
+import re
 import struct
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from dermis.errors import BundleError
-from dermis.official.pickled import Call, Global, Persistent, read_pickle
+from dermis.errors import BundleError, escape, quote
+from dermis.official.pickled import Call, Global, Persistent, Stream, read_pickle
 from dermis.official.source import check_source
 
 PERSISTED = "torch_utils.persistence._reconstruct_persistent_obj"
@@ -27,10 +28,10 @@ _REBUILD = frozenset({"torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_
 _PARAMETER = frozenset({"torch._utils._rebuild_parameter", "torch.nn.parameter.Parameter"})
 _SCALAR = frozenset({"numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"})
 _DTYPES = {
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "FloatStorage": torch.float32,
-    "DoubleStorage": torch.float64,
+    "HalfStorage": "<f2",
+    "BFloat16Storage": "<u2",  # the upper half of a float32
+    "FloatStorage": "<f4",
+    "DoubleStorage": "<f8",
 }
 _OTHER_STORAGES = ("BoolStorage", "ByteStorage", "CharStorage", "ShortStorage", "IntStorage", "LongStorage")
 _STORAGES = frozenset(
@@ -59,6 +60,17 @@ CLASSES = frozenset({
     "FullyConnectedLayer", "Conv2dLayer", "Discriminator", "DiscriminatorBlock", "DiscriminatorEpilogue",
     "MinibatchStdLayer", "AugmentPipe",
 })  # fmt: skip
+SUPPORTED = (
+    "supported are the networks of StyleGAN2-ADA (PyTorch), also those that the StyleGAN3 repository trains with "
+    "--cfg=stylegan2"
+)
+NO_STYLEGAN3 = f"StyleGAN3 networks are not supported (StyleGAN3-T or -R); {SUPPORTED}"
+_STYLEGAN3_CLASSES = frozenset({"SynthesisInput"})
+_STYLEGAN3_LAYER = re.compile(r"L\d+_\d+_\d+")  # number, size and channels
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")  # of a module or tensor
+_MAX_DEPTH = 16  # of modules within modules; an official network has 5
+_MAX_MODULES = 10_000  # an official 1024 px network has some 100
+_MAX_CHARACTERS = 4096  # of a text in a configuration
 _MAX_ITEMS = 32  # of a list or dictionary in a configuration; small, because a pickle can share them many times
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
@@ -82,21 +94,21 @@ class Module:
 
 @dataclass
 class Checkpoint:
-    """The file's dictionary, read but not yet turned into tensors. `storages` keeps what was decoded, by record."""
+    """The file's dictionary, read but not yet turned into arrays. `storages` keeps what was decoded, by record."""
 
     values: dict[str, Any]
-    storages: dict[int, Tensor] = field(default_factory=dict)
+    storages: dict[int, np.ndarray] = field(default_factory=dict)
 
 
-def read_checkpoint(data: bytes) -> Checkpoint:
+def read_checkpoint(stream: Stream) -> Checkpoint:
     """Parse the file and look at every object in it. Raises `BundleError` for whatever has no place in one."""
-    stream = io.BytesIO(data)
     root = read_pickle(stream, ALLOWED)
     if stream.read(1):
         raise BundleError("has data behind the end of the pickle; it is damaged or no StyleGAN2-ADA checkpoint")
     values = mapping(root, "the file")
     seen: set[int] = set()
     sources: set[str] = set()
+    classes: set[str] = set()
     pending: list[Any] = [values]
     while pending:
         value = pending.pop()
@@ -105,13 +117,18 @@ def read_checkpoint(data: bytes) -> Checkpoint:
         seen.add(id(value))
         if isinstance(value, Call):
             if value.name == PERSISTED:
-                source = _meta(value)["module_src"]
-                if source not in sources:
-                    check_source(source)
-                    sources.add(source)
+                meta = _meta(value)
+                sources.add(meta["module_src"])
+                classes.add(meta["class_name"])
             pending += [value.args, value.state, value.items]
         else:
             pending += value.values() if isinstance(value, dict) else value
+    if classes & _STYLEGAN3_CLASSES:
+        raise BundleError(NO_STYLEGAN3)
+    if unknown := sorted(classes - CLASSES):
+        raise BundleError(f"persists an object of the unknown class {quote(unknown[0])}; {SUPPORTED}")
+    for source in sources:
+        check_source(source)
     return Checkpoint(values)
 
 
@@ -122,8 +139,6 @@ def _meta(call: Call) -> dict[str, Any]:
         raise BundleError("holds a persisted object that is no class with a source; it is damaged or tampered with")
     if not isinstance(version, int) or version > 6:
         raise BundleError("persists objects in another format than dermis reads (up to version 6)")
-    if name not in CLASSES:
-        raise BundleError(f"persists an object of the unknown class {name!r:.100}; only official networks can be read")
     return meta
 
 
@@ -148,8 +163,14 @@ def plain(value: Any, depth: int = 0) -> Any:
     """Configuration values: numbers, strings, None, and short lists and dictionaries of them."""
     if depth > 3:
         raise BundleError("nests its configuration deeper than any official checkpoint")
-    if value is None or isinstance(value, bool | int | float | str):
+    if value is None or isinstance(value, bool | float):
         return value
+    if isinstance(value, int) and value.bit_length() < 64:
+        return value
+    if isinstance(value, str) and len(value) <= _MAX_CHARACTERS:
+        return value
+    if isinstance(value, int | str):
+        raise BundleError(f"holds a configuration value that is too large ({quote(value, 60)})")
     if isinstance(value, list | tuple) and len(value) <= _MAX_ITEMS:
         return [plain(item, depth + 1) for item in value]
     if isinstance(value, dict) or (isinstance(value, Call) and value.name in _MAPPINGS):
@@ -189,27 +210,57 @@ def _bytes(record: Any) -> Any:
 # -- tensors
 
 
-def tensors(root: Module, prefix: str = "", seen: set[int] | None = None) -> dict[str, Call]:
-    """Records of all parameters and persistent buffers under their state_dict names."""
-    seen = set() if seen is None else seen
-    if id(root.state) in seen:
-        raise BundleError(f"holds {prefix[:-1]:.100} in two places, as no official checkpoint does")
-    seen.add(id(root.state))
+def modules(root: Module) -> dict[str, Module]:
+    """The network and all modules in it, by their path ("" is the network itself)."""
+    found: dict[str, Module] = {}
+    seen: set[int] = set()
+    pending = [("", root)]
+    while pending:
+        path, current = pending.pop()
+        if id(current.state) in seen:
+            raise BundleError(f"holds the module {path} in two places, as no official checkpoint does")
+        if len(found) >= _MAX_MODULES or path.count(".") >= _MAX_DEPTH:
+            raise BundleError("has more modules, or deeper ones, than any official checkpoint")
+        seen.add(id(current.state))
+        found[path] = current
+        for name, value in current.children().items():
+            _check_name(name, path)
+            if path == "synthesis" and (name == "input" or _STYLEGAN3_LAYER.fullmatch(name)):
+                raise BundleError(NO_STYLEGAN3)
+            child = f"{path}.{name}" if path else name
+            pending.append((child, module(value, child)))
+    return found
+
+
+def _check_name(name: str, path: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise BundleError(f"has a part of {path or 'a network'} with the name {quote(name)}; it is tampered with")
+
+
+def tensors(network: Mapping[str, Module]) -> dict[str, Call]:
+    """Records of all parameters and persistent buffers of a network's modules, under their state_dict names."""
+    return {
+        f"{path}.{name}" if path else name: record
+        for path, current in network.items()
+        for name, record in _own_tensors(current, path).items()
+    }
+
+
+def _own_tensors(current: Module, path: str) -> dict[str, Call]:
     found: dict[str, Call] = {}
-    skipped = root.state.get("_non_persistent_buffers_set", set())
+    skipped = current.state.get("_non_persistent_buffers_set", set())
     if isinstance(skipped, Call) and skipped.args:  # how older pickle protocols write a set
         skipped = set(plain(skipped.args[0]))
     for kind in ("_parameters", "_buffers"):
-        for name, value in mapping(root.state.get(kind), kind).items():
+        for name, value in mapping(current.state.get(kind), kind).items():
+            _check_name(name, path)
             wrapped = isinstance(value, Call) and value.name in _PARAMETER and len(value.args) > 0
             record = value.args[0] if wrapped else value
             if record is None or (isinstance(skipped, set) and name in skipped):
                 continue
             if not isinstance(record, Call) or record.name not in _REBUILD:
-                raise BundleError(f"{prefix}{name} is no tensor; the file is damaged or tampered with")
-            found[prefix + name] = record
-    for name, value in root.children().items():
-        found |= tensors(module(value, prefix + name), f"{prefix}{name}.", seen)
+                raise BundleError(f"{path}.{name} is no tensor; the file is damaged or tampered with")
+            found[name] = record
     return found
 
 
@@ -218,25 +269,30 @@ def shape(record: Call, name: str) -> tuple[int, ...]:
     size = record.args[2] if len(record.args) >= 4 else None
     if isinstance(size, Call) and size.name == "torch.Size" and len(size.args) == 1:
         size = tuple(size.args[0]) if isinstance(size.args[0], list | tuple) else None
-    if not isinstance(size, tuple) or not all(isinstance(n, int) and n >= 0 for n in size):
+    valid = isinstance(size, tuple) and len(size) <= 8 and all(isinstance(n, int) and 0 <= n < 2**40 for n in size)
+    if not isinstance(size, tuple) or not valid:
         raise BundleError(f"{name} has no valid shape; the file is damaged or tampered with")
     return size
 
 
-def tensor(checkpoint: Checkpoint, record: Call, name: str) -> Tensor:
-    """A tensor record as a contiguous float32 tensor of its own."""
+def array(checkpoint: Checkpoint, record: Call, name: str) -> np.ndarray:
+    """A tensor record as a contiguous float32 array of its own."""
     size, stride, offset = shape(record, name), record.args[3], record.args[1]
     storage = _storage(checkpoint, record.args[0], name)
     numbers = [offset, *stride] if isinstance(stride, tuple) and len(stride) == len(size) else [None]
-    if not all(isinstance(n, int) and 0 <= n < 2**40 for n in numbers) or math.prod(size) > storage.numel():
+    if not all(isinstance(n, int) and 0 <= n < 2**40 for n in numbers) or math.prod(size) > storage.size:
         raise BundleError(f"{name} is larger than the data stored for it; the file is damaged or tampered with")
-    end = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) + 1
-    if 0 not in size and end > storage.numel():
+    if 0 in size:
+        return np.zeros(size, np.float32)
+    if offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) + 1 > storage.size:
         raise BundleError(f"{name} reaches behind the data stored for it; the file is damaged or tampered with")
-    return storage.as_strided(size, stride, offset).to(torch.float32, copy=True).contiguous()
+    steps = [step * storage.itemsize for step in stride]
+    view = np.lib.stride_tricks.as_strided(storage[offset:], size, steps, writeable=False)
+    with np.errstate(over="ignore"):
+        return np.array(view, dtype=np.float32, order="C")
 
 
-def _storage(checkpoint: Checkpoint, record: Any, name: str) -> Tensor:
+def _storage(checkpoint: Checkpoint, record: Any, name: str) -> np.ndarray:
     if not isinstance(record, Call) or record.name != "torch.storage._load_from_bytes":
         raise BundleError(f"{name} has no stored data; the file is damaged or tampered with")
     if id(record) not in checkpoint.storages:
@@ -248,17 +304,17 @@ def _storage(checkpoint: Checkpoint, record: Any, name: str) -> Tensor:
         except BundleError as error:
             raise BundleError(f"the data of {name}: {error}") from None
         except (ValueError, LookupError, struct.error, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
-            raise BundleError(f"the data of {name} are damaged ({error}); get the file again") from None
+            raise BundleError(f"the data of {name} are damaged ({escape(error)}); get the file again") from None
     return checkpoint.storages[id(record)]
 
 
-def _read_storage(data: bytes) -> Tensor:
-    """The one storage of a torch file, in either of torch's two formats, as a flat tensor."""
+def _read_storage(data: bytes) -> np.ndarray:
+    """The one storage of a torch file, in either of torch's two formats, as a flat array."""
     if data[:4] == b"PK\x03\x04":
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise ValueError("a compressed torch file")
-            folder = archive.namelist()[0].split("/")[0]
+            folder = archive.namelist()[0].split("/")[0][:100]
             pid = _pid(read_pickle(io.BytesIO(archive.read(f"{folder}/data.pkl")), ALLOWED, persistent=True))
             order = f"{folder}/byteorder"
             little = order not in archive.namelist() or archive.read(order) == b"little"
@@ -278,14 +334,16 @@ def _read_storage(data: bytes) -> Tensor:
             raise ValueError("two sizes of one storage")
     if not little:
         raise ValueError("big-endian data are not supported")
-    dtype, _, numel = pid
+    kind, _, numel = pid
+    dtype = np.dtype(_DTYPES[kind])
     if numel * dtype.itemsize != len(raw):
-        raise ValueError(f"{len(raw):,} bytes stored, {numel * dtype.itemsize:,} announced")
-    return torch.frombuffer(bytearray(raw), dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+        raise ValueError(f"{len(raw):,} bytes stored, {quote(numel)} numbers announced")
+    values = np.frombuffer(raw, dtype)
+    return (values.astype(np.uint32) << 16).view(np.float32) if kind == "BFloat16Storage" else values
 
 
-def _pid(value: Any) -> tuple[torch.dtype, str, int]:
-    """(dtype, key, number of elements) of a torch storage reference."""
+def _pid(value: Any) -> tuple[str, str, int]:
+    """(kind of storage, key, number of elements) of a torch storage reference."""
     pid = value.pid if isinstance(value, Persistent) else None
     if not isinstance(pid, tuple) or len(pid) not in (5, 6) or pid[0] != "storage" or (len(pid) == 6 and pid[5]):
         raise ValueError("no single storage")
@@ -295,4 +353,4 @@ def _pid(value: Any) -> tuple[torch.dtype, str, int]:
         raise ValueError(f"weights of the type {name or 'unknown'}; only floating-point weights can be read")
     if not isinstance(key, str) or not isinstance(numel, int) or numel < 0:
         raise ValueError("no valid storage reference")
-    return _DTYPES[name], key, numel
+    return name, key, numel

@@ -2,7 +2,8 @@
 
 The standard unpickler runs what a file asks for. This reader walks the opcodes with `pickletools.genops`, keeps a
 "call" (REDUCE, NEWOBJ, BUILD) as a record, and refuses every name that is not on the caller's list. Memory stays
-within a small multiple of the file: no opcode can ask for more than the bytes it brings.
+within a small multiple of the file: no opcode can ask for more than the bytes it brings. What a file can still do is take
+long, so the files of others are read in a process with limits (`isolation.py`).
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from __future__ import annotations
 import pickletools
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import Any, Protocol
 
-from dermis.errors import BundleError
+from dermis.errors import BundleError, escape, quote
 
 MAX_OPCODES = 5_000_000  # an official 1024 px snapshot has some 100,000
 _LITERALS = frozenset({
@@ -23,7 +24,15 @@ _LITERALS = frozenset({
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _MEMO_PUT = frozenset({"PUT", "BINPUT", "LONG_BINPUT"})
 _MEMO_GET = frozenset({"GET", "BINGET", "LONG_BINGET"})
-_KEYS = (str, int, float, bytes, type(None))
+_MAX_INDEX = 1 << 31  # of the memo, and of whole numbers as keys
+
+
+class Stream(Protocol):
+    """A binary file, `io.BytesIO` or `mmap.mmap`."""
+
+    def read(self, n: int = ..., /) -> bytes: ...
+    def readline(self) -> bytes: ...
+    def tell(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -50,7 +59,7 @@ class Persistent:
     pid: Any
 
 
-def read_pickle(stream: BinaryIO, allowed: Collection[str], persistent: bool = False) -> Any:
+def read_pickle(stream: Stream, allowed: Collection[str], persistent: bool = False) -> Any:
     """The next pickle in `stream`, which is left behind its end.
 
     Returns None, bool, int, float, str, bytes, list, tuple, set, dict and the records above. Raises `BundleError` if a
@@ -58,22 +67,28 @@ def read_pickle(stream: BinaryIO, allowed: Collection[str], persistent: bool = F
     """
     try:
         return _read(stream, allowed, persistent)
-    except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, RecursionError) as error:
-        raise BundleError(f"is no readable pickle, truncated or damaged ({type(error).__name__}: {error})") from None
+    except (ValueError, IndexError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {escape(error, 120)}"
+        if isinstance(error, ValueError) and not stream.read(1):
+            raise BundleError(
+                f"is truncated or damaged: its {stream.tell():,} bytes end before the end of the pickle; download it "
+                f"again and compare its size ({reason})"
+            ) from None
+        raise BundleError(f"is no readable pickle, or a damaged one; download it again ({reason})") from None
 
 
-def _read(stream: BinaryIO, allowed: Collection[str], persistent: bool) -> Any:
+def _read(stream: Stream, allowed: Collection[str], persistent: bool) -> Any:
     stack: list[Any] = []
     marks: list[list[Any]] = []
     memo: dict[int, Any] = {}
-    for count, (opcode, arg, _) in enumerate(pickletools.genops(stream)):
+    for count, (opcode, arg, _) in enumerate(pickletools.genops(stream)):  # type: ignore[arg-type]
         if count > MAX_OPCODES:
             raise BundleError(f"has more than {MAX_OPCODES:,} pickle operations; this is no StyleGAN2-ADA checkpoint")
         op = opcode.name
         if op in _LITERALS:
             stack.append(arg)
         elif op in _MEMO_PUT:
-            memo[int(arg)] = stack[-1]  # type: ignore[arg-type]
+            memo[_key(int(arg))] = stack[-1]  # type: ignore[arg-type]
         elif op == "MEMOIZE":
             memo[len(memo)] = stack[-1]
         elif op in _MEMO_GET:
@@ -177,18 +192,32 @@ def _set_items(target: Any, items: list[Any]) -> None:
 
 
 def _hashable(keys: list[Any]) -> list[Any]:
-    """Only scalars: hashing a deeply shared tuple takes exponential time."""
     for key in keys:
-        if not isinstance(key, _KEYS):
-            raise TypeError(f"a {type(key).__name__} as a key")
+        _key(key)
     return keys
 
 
+def _key(key: Any) -> Any:
+    """Refuse keys whose hash is slow (a deeply shared tuple takes exponential time) or can be chosen to collide.
+
+    The hash of a number is the number modulo 2^61 - 1: a dictionary of multiples of it takes quadratic time. The hashes of
+    text and bytes depend on a random number of this process.
+    """
+    small = isinstance(key, int) and -_MAX_INDEX < key < _MAX_INDEX
+    if not small and not isinstance(key, str | bytes | None):
+        raise TypeError(f"a {'large number' if isinstance(key, int) else type(key).__name__} as a key")
+    return key
+
+
 def _global(module: Any, qualname: Any, allowed: Collection[str]) -> Global:
+    if not isinstance(module, str) or not isinstance(qualname, str):
+        raise BundleError("names a class or function by something that is no text, as no official checkpoint does")
     name = f"{module}.{qualname}"
-    if not isinstance(module, str) or not isinstance(qualname, str) or name not in allowed:
-        hint = "this is a TensorFlow checkpoint; convert it to PyTorch first" if "tflib" in name else "do not load it"
-        raise BundleError(f"refers to {name!r:.200}, which is no part of a StyleGAN2-ADA checkpoint: {hint}")
+    if name not in allowed:
+        hint = "do not load it"
+        if "tflib" in name[:200]:
+            hint = "this is a TensorFlow checkpoint; convert it to PyTorch first, with legacy.py of the official code"
+        raise BundleError(f"refers to {quote(name)}, which is no part of a StyleGAN2-ADA checkpoint: {hint}")
     return Global(name)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 
-from dermis.errors import BundleError
+from dermis.errors import BundleError, quote
 
 MAX_SOURCE_CHARACTERS = 1_000_000  # the official modules have some 40,000
 _IMPORTS = frozenset({
@@ -67,7 +67,7 @@ def _check_anywhere(node: ast.AST) -> None:
         raise _refuse(node, f"uses {node.id}")
     for module in modules:
         if module.split(".")[0] not in _IMPORTS:
-            raise _refuse(node, f"imports {module!r:.100}")
+            raise _refuse(node, f"imports {quote(module)}")
 
 
 def _check_body(body: list[ast.stmt]) -> None:
@@ -100,7 +100,7 @@ def _check_body(body: list[ast.stmt]) -> None:
 def _check_decorators(node: ast.FunctionDef | ast.ClassDef) -> None:
     for decorator in node.decorator_list:
         if ast.unparse(decorator) not in _DECORATORS:
-            raise _refuse(node, f"uses the decorator {ast.unparse(decorator)!r:.100}")
+            raise _refuse(node, f"uses the decorator {quote(ast.unparse(decorator))}")
 
 
 def _check_inert(expressions: list[ast.expr | None], also: tuple[type[ast.AST], ...] = ()) -> None:

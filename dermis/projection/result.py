@@ -14,7 +14,7 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from dermis.errors import DataError
+from dermis.errors import DataError, escape
 from dermis.imaging import Images
 from dermis.projection.schedule import Space, Start
 
@@ -89,5 +89,5 @@ def from_bytes(data: bytes, where: str) -> tuple[Projection, dict[str, str]]:
         if not whole:
             raise ValueError("its arrays are of another kind")
     except (safetensors.SafetensorError, ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{where}: is no whole projection ({error}); project the image again") from None
+        raise DataError(f"{where}: is no whole projection ({escape(error)}); project the image again") from None
     return found, origin

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from scipy import stats
 
-from dermis.errors import DataError
+from dermis.errors import DataError, quote
 from training.evaluation.survey import SurveyKey, Truth, first_fault
 
 PAPER_ACCURACY = 0.54  # four experts, 200 images, arXiv 2208.11702
@@ -126,7 +126,7 @@ def read_answers(paths: Sequence[Path], key: SurveyKey) -> tuple[Answers, ...]:
         answers = _read_one(path, key)
         if answers.expert in read:
             raise DataError(
-                f"{path}: has answers of {answers.expert!r}, as has {read[answers.expert]}; give one of them"
+                f"{path}: has answers of {quote(answers.expert)}, as has {read[answers.expert]}; give one of them"
             )
         read[answers.expert] = path
         found.append(answers)
@@ -145,11 +145,13 @@ def _read_one(path: Path, key: SurveyKey) -> Answers:
     seen: set[str] = set()
     for answer in answers.answers:
         if answer.image not in key.images:
-            raise DataError(f"{path}: answers an image {answer.image!r} that the survey does not have")
+            raise DataError(f"{path}: answers an image {quote(answer.image)} that the survey does not have")
         if answer.image in seen:
             raise DataError(f"{path}: answers image {answer.image} twice")
         if answer.diagnosis is not None and (not key.with_diagnosis or answer.diagnosis not in key.class_names):
-            raise DataError(f"{path}: image {answer.image} has a diagnosis {answer.diagnosis!r} that was not offered")
+            raise DataError(
+                f"{path}: image {answer.image} has a diagnosis {quote(answer.diagnosis)} that was not offered"
+            )
         seen.add(answer.image)
     return answers
 

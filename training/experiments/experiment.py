@@ -22,7 +22,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from dermis.errors import TrainingError
+from dermis.errors import TrainingError, escape, quote
 from training.gan.config import BASES, GanConfig, base_config
 
 TABLE1 = ("ben-gan", "mal-gan", "cgan", "cgan-no-color", "cgan-no-augmentation")
@@ -94,7 +94,7 @@ def read_experiment(name_or_path: str | Path) -> Experiment:
     except OSError as error:
         raise TrainingError(f"{path}: cannot be read ({error.strerror})") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise TrainingError(f"{path}: not a TOML file ({error})") from None
+        raise TrainingError(f"{path}: not a TOML file ({escape(error)})") from None
     return _parse(path, content)
 
 
@@ -110,7 +110,7 @@ def checked_options(options: Mapping[str, Any], where: str, of: type[Any] = GanC
             raise TrainingError(f"{where}{name}: unknown option; known are {', '.join(allowed)}")
         kind = {"bool": bool, "int": int, "float": float}.get(allowed[name].removesuffix(" | None"), str)
         if not (_is_number(value) if kind is float else type(value) is kind):
-            raise TrainingError(f"{where}{name}: must be {_WANTED[kind]}, not {value!r}")
+            raise TrainingError(f"{where}{name}: must be {_WANTED[kind]}, not {quote(value)}")
         checked[name] = kind(value)
     return checked
 
@@ -150,15 +150,15 @@ def _parse(path: Path, content: Mapping[str, Any]) -> Experiment:
             if key not in _OPTIONAL:
                 raise TrainingError(f"{path}: {key}: is missing")
         elif type(content[key]) is not kind:
-            raise TrainingError(f"{path}: {key}: must be {_WANTED[kind]}, not {content[key]!r}")
+            raise TrainingError(f"{path}: {key}: must be {_WANTED[kind]}, not {quote(content[key])}")
 
     classes, conditional = content["classes"], content["conditional"]
     if not classes or not all(isinstance(name, str) and name for name in classes) or len(set(classes)) < len(classes):
-        raise TrainingError(f"{path}: classes: must be different class names, not {classes!r}")
+        raise TrainingError(f"{path}: classes: must be different class names, not {quote(classes)}")
     if conditional and len(classes) < 2:
         raise TrainingError(f"{path}: conditional: needs at least two classes")
     if content["base"] not in BASES:
-        raise TrainingError(f"{path}: base: {content['base']!r} is none of {', '.join(BASES)}")
+        raise TrainingError(f"{path}: base: {quote(content['base'])} is none of {', '.join(BASES)}")
 
     experiment = Experiment(
         name=path.stem,
@@ -184,7 +184,7 @@ def _reported(path: Path, reported: Mapping[str, Any]) -> dict[str, float]:
         if name not in REPORTED:
             raise TrainingError(f"{path}: reported.{name}: unknown metric; known are {', '.join(REPORTED)}")
         if not _is_number(value):
-            raise TrainingError(f"{path}: reported.{name}: must be a number, not {value!r}")
+            raise TrainingError(f"{path}: reported.{name}: must be a number, not {quote(value)}")
     return {name: float(reported[name]) for name in REPORTED if name in reported}
 
 

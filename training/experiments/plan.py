@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from dermis.bundle import check_names
-from dermis.errors import DataError, TrainingError
+from dermis.errors import DataError, TrainingError, escape
 from dermis.features import FeatureExtractor
 from training.data.images import ImageDataset, load_images
 from training.data.sources import Source
@@ -202,5 +202,5 @@ def _read(file: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise TrainingError(f"{file}: cannot be read ({error}); remove it, or choose another --out") from None
+        raise TrainingError(f"{file}: cannot be read ({escape(error)}); remove it, or choose another --out") from None
     return content

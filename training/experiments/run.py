@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from dermis.bundle import open_bundle
-from dermis.errors import TrainingError
+from dermis.errors import TrainingError, escape
 from training.evaluation.evaluation import evaluate_bundle, keep_metrics
 from training.experiments.plan import Measuring, Task, write_beside
 from training.gan.config import GanConfig
@@ -48,7 +48,7 @@ def read_result(folder: Path) -> Result | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError) as error:
-        raise TrainingError(f"{file}: cannot be read ({error}); remove it to evaluate again") from None
+        raise TrainingError(f"{file}: cannot be read ({escape(error)}); remove it to evaluate again") from None
 
 
 def run_experiment(

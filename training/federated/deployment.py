@@ -19,7 +19,7 @@ from typing import Any
 
 import tomli_w
 
-from dermis.errors import TrainingError
+from dermis.errors import TrainingError, escape
 from dermis.files import write_file
 from training.federated.client_app import versions
 from training.federated.config import FederationConfig
@@ -108,7 +108,9 @@ def open_server(folder: Path) -> Server:
         content = tomllib.loads((folder / SETTINGS).read_text(encoding="utf-8"))
         return Server(folder, tuple(content["hosts"]), int(content["port"]))
     except (OSError, tomllib.TOMLDecodeError, KeyError, ValueError, TypeError) as error:
-        raise TrainingError(f"{folder}: is no server's folder ({error}); dermis federate init makes one") from None
+        raise TrainingError(
+            f"{folder}: is no server's folder ({escape(error)}); dermis federate init makes one"
+        ) from None
 
 
 def environment(home: Path) -> dict[str, str]:
@@ -194,7 +196,7 @@ def read_invitation(path: Path) -> Invitation:
         return invitation
     except (OSError, tomllib.TOMLDecodeError, TypeError, ValueError) as error:
         raise TrainingError(
-            f"{path}: is no invitation ({error}); the server makes one with dermis federate invite"
+            f"{path}: is no invitation ({escape(error)}); the server makes one with dermis federate invite"
         ) from None
 
 

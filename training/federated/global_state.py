@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from dermis.errors import TrainingError
+from dermis.errors import TrainingError, escape
 from training.federated.config import FederationConfig
 from training.federated.wire import Tensors
 
@@ -93,7 +93,7 @@ def load_global(out: Path, federation: FederationConfig) -> GlobalState | None:
             metadata = file.metadata() or {}
             flat = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise TrainingError(f"{path}: not a readable state of a federation ({error})") from error
+        raise TrainingError(f"{path}: not a readable state of a federation ({escape(error)})") from error
     if metadata.get("format") != FORMAT:
         raise TrainingError(f"{path}: not a {FORMAT} file")
     scalars: dict[str, Any] = json.loads(metadata["state"])

@@ -20,7 +20,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from dermis.errors import TrainingError
+from dermis.errors import TrainingError, escape, quote
 from dermis.files import write_file
 from training.federated.client_app import ARRAYS, CONFIG, versions
 from training.federated.config import FederationConfig, classifier_config, gan_config
@@ -248,7 +248,7 @@ def _read(server: _Server, reply: Message, expected: Tensors) -> Sound:
     images = next(iter(metrics.values())).get(WEIGHT)
     member = server.state.members[str(reply.metadata.src_node_id)]
     if images != member.images:
-        raise RefusedError(f"claims {images!r} images, and had told of {member.images}")
+        raise RefusedError(f"claims {quote(images)} images, and had told of {member.images}")
     tensors = decode(next(iter(arrays.values())), expected)
     check_finite(tensors)
     if server.federation.sends_changes:
@@ -296,7 +296,7 @@ def _get_to_know(server: _Server, connected: set[int]) -> None:
             found.append((node, _described(server, reply)))
         except RefusedError as error:
             server.refused[node] = time.monotonic()
-            server.tell(f"a member is refused: {error}")
+            server.tell(f"a member is refused: {escape(error)}")
     for node, counts in sorted(found, key=lambda each: (each[1]["images"], each[0])):
         classes = {name: counts[f"images-{name}"] for name in server.federation.class_names}
         before = members.get(str(node), Member(f"member-{len(members) + 1}", 0, 0, {}))
@@ -365,7 +365,7 @@ def _finish(server: _Server, nodes: Sequence[int]) -> None:
             try:
                 counts = unpack(cast(ArrayRecord, reply.content[ARRAYS]), _MOST_COUNTS)
             except RefusedError as error:
-                server.tell(f"{name} did not count: {error}")
+                server.tell(f"{name} did not count: {escape(error)}")
                 continue
             counted |= {f"{name}/{key}": value for key, value in counts.items()}
     path = server.task.finish(server.federation, server.state, server.out, counted)

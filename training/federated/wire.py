@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from dermis.errors import TrainingError
+from dermis.errors import TrainingError, escape
 from training.federated.config import WireDtype
 
 Tensors = dict[str, Tensor]
@@ -47,7 +47,7 @@ def unpack(record: ArrayRecord, most_bytes: int | None = None) -> Tensors:
     try:
         return load(array.data)
     except (SafetensorError, ValueError, TypeError, KeyError) as error:
-        raise RefusedError(f"the tensors cannot be read ({error})") from None
+        raise RefusedError(f"the tensors cannot be read ({escape(error)})") from None
 
 
 def encode(tensors: Mapping[str, Tensor], dtype: WireDtype = "fp32") -> ArrayRecord:

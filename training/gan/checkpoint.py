@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dermis.errors import TrainingError
+from dermis.errors import TrainingError, escape
 
 FORMAT = "dermis-gan-checkpoint-1"
 
@@ -55,7 +55,7 @@ def read_state(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise TrainingError(f"{path}: not a readable checkpoint ({error})") from error
+        raise TrainingError(f"{path}: not a readable checkpoint ({escape(error)})") from error
     if metadata.get("format") != FORMAT:
         raise TrainingError(f"{path}: not a {FORMAT} file")
     state: dict[str, Any] = json.loads(metadata["state"])

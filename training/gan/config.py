@@ -17,7 +17,7 @@ Precision = Literal["fp32", "bf16", "fp16"]
 # What a run can never change on its way: the shape of the networks, and the seed of everything random.
 STRUCTURE = frozenset({
     "resolution", "c_dim", "seed", "z_dim", "w_dim", "mapping_layers", "channel_base", "channel_max", "conv_clamp",
-    "projected",
+    "projected", "discriminator_mapping_layers",
 })  # fmt: skip
 
 
@@ -56,6 +56,7 @@ class GanConfig:
     # Options from here on are younger than the first checkpoints: see `identity`. Add new ones below, with a default
     # that computes what was computed before.
     projected: bool = False  # training.gan.projected's discriminator instead of StyleGAN2's
+    discriminator_mapping_layers: int = 8  # 0 is the form of discriminators that were converted from TensorFlow
 
     def __post_init__(self) -> None:
         if self.augment not in AUGMENTATIONS:
@@ -93,6 +94,7 @@ class GanConfig:
             channel_base=self.channel_base,
             channel_max=self.channel_max,
             conv_clamp=self.conv_clamp,
+            mapping_layers=self.discriminator_mapping_layers,
             mbstd_group_size=self.mbstd_group_size,
         )
 

@@ -1,4 +1,4 @@
-"""Begin a run with the weights of another: of a bundle, or of an official StyleGAN2-ADA checkpoint.
+"""Begin a run with the weights of another: of a bundle, or of an official checkpoint.
 
 Tensors are taken by name and shape. Names tell the resolution of a block, so that a network of another resolution gives
 its blocks from 4 px up to the smaller of the two.
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from dermis.bundle import load_discriminator, load_generator, open_bundle
-from dermis.errors import TrainingError
-from dermis.networks import Discriminator, Generator, MappingNetwork
+from dermis.errors import TrainingError, escape
+from dermis.networks import Discriminator, FullyConnectedLayer, Generator, MappingNetwork
 from dermis.official.convert import read_official
 from training.gan.projected import ProjectedDiscriminator
 from training.gan.state import State
@@ -50,10 +50,15 @@ class Taken:
 
 def read_source(path: Path) -> Source:
     """A bundle's folder or an official .pkl. BundleError if it is neither."""
-    if path.is_file():
+    if path.is_file() or path.suffix == ".pkl":
         official = read_official(path)
         return Source(
-            path, path.name, official.sha256, official.generator, official.discriminator, official.no_discriminator
+            path,
+            escape(path.name),
+            official.sha256,
+            official.generator,
+            official.discriminator,
+            official.no_discriminator,
         )
     bundle = open_bundle(path)
     discriminator = load_discriminator(bundle) if bundle.discriminator else None
@@ -91,22 +96,30 @@ def transfer(source: Source, state: State) -> list[Taken]:
 def _copy(network: str, source: nn.Module, target: nn.Module) -> Taken:
     theirs, ours = source.state_dict(), target.state_dict()
     depths = [_mapping_layers(module) for module in (source, target)]
+    option = "--discriminator-mapping-layers" if network == "D" else "--mapping-layers"
     left = {}
     for name, value in ours.items():
-        reason = _misfit(name, theirs.get(name), value, depths)
+        reason = _misfit(name, theirs.get(name), value, depths, option)
         if reason:
             left[name] = reason
         else:
-            value.copy_(theirs[name])
+            value.copy_(theirs[name] * _scale(name, source, target))
     weights = {name: value.numel() for name, value in target.named_parameters() if value.ndim > 1}
     taken = sum(size for name, size in weights.items() if name not in left)
     return Taken(network, taken / sum(weights.values()), left)
 
 
-def _misfit(name: str, theirs: Tensor | None, ours: Tensor, depths: list[int]) -> str:
+def _scale(name: str, source: nn.Module, target: nn.Module) -> float:
+    """What a tensor is multiplied by, so that it means the same: layers store weights over their learning-rate multiplier."""
+    layers = [network.get_submodule(name.rpartition(".")[0]) for network in (source, target)]
+    theirs, ours = [layer.bias_gain if isinstance(layer, FullyConnectedLayer) else 1.0 for layer in layers]
+    return theirs / ours
+
+
+def _misfit(name: str, theirs: Tensor | None, ours: Tensor, depths: list[int], option: str) -> str:
     """Why a tensor is not taken; empty if it is."""
     if name.startswith("mapping.") and depths[0] != depths[1]:  # a part of a longer chain of layers means nothing
-        return f"as the source's mapping has {depths[0]} layers and ours {depths[1]} (--mapping-layers)"
+        return f"as the source's mapping has {depths[0]} layers and ours {depths[1]} ({option})"
     if theirs is None:
         return "not in the source"
     return "" if theirs.shape == ours.shape else "of another shape in the source"

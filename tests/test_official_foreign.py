@@ -1,0 +1,171 @@
+"""A file that is no official checkpoint is named for what it is; one that is made to take long is stopped."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import lzma
+import os
+import pickle
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save as to_safetensors
+from typer.testing import CliRunner
+
+from commands.main import app
+from dermis.errors import BundleError
+from dermis.official.convert import read_official
+from dermis.official.isolation import ReadLimits
+from official_pickles import _official_names, generator, snapshot  # noqa: F401
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 381673535\n"
+HTML = b'\n<!DOCTYPE html><html><head><title>Google Drive - Virus scan warning</title></head><body onload="a()"></body>'
+
+
+def _zip(**files: bytes) -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return stream.getvalue()
+
+
+def _torch(legacy: bool) -> bytes:
+    stream = io.BytesIO()
+    torch.save({"g_ema": {"w": torch.zeros(1000)}}, stream, _use_new_zipfile_serialization=not legacy)
+    return stream.getvalue()
+
+
+def _tar() -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("network.pkl"))
+    return stream.getvalue()
+
+
+def _npz() -> bytes:
+    stream = io.BytesIO()
+    np.savez(stream, a=np.zeros(3))
+    return stream.getvalue()
+
+
+FOREIGN: dict[str, tuple[Callable[[], bytes], str]] = {
+    "empty": (lambda: b"", "is empty.*again"),
+    "zeros": (lambda: bytes(5000), "zero bytes.*again"),
+    "web page": (lambda: HTML, 'HTML page with the title "Google Drive - Virus scan warning".*browser'),
+    "web page in UTF-16": (lambda: HTML.decode().encode("utf-16"), "HTML page"),
+    "XHTML": (lambda: b'<?xml version="1.0"?><html xmlns="x">', "HTML page"),
+    "storage error": (lambda: b'<?xml version="1.0"?><Error><Code>AccessDenied</Code>', "XML document.*AccessDenied"),
+    "JSON error": (lambda: b'{"error": "not found \\u001b"}', "JSON text.*not found"),
+    "LFS pointer": (lambda: LFS, "Git LFS pointer.*git lfs pull"),
+    "text": (lambda: b"Not Found", "no official checkpoint.*'Not Found'"),
+    "gzip": (lambda: gzip.compress(pickle.dumps(1)), "gzip; unpack it"),
+    "bzip2": (lambda: bz2.compress(b"x"), "bzip2; unpack it"),
+    "xz": (lambda: lzma.compress(b"x"), "xz; unpack it"),
+    "tar": (_tar, "tar archive; unpack it"),
+    "zip with a checkpoint": (lambda: _zip(**{"a/network.pkl": b"x"}), "zip archive; unpack it.*'a/network.pkl'"),
+    "zip of images": (lambda: _zip(**{"dataset.json": b"{}"}), "training images.*--data"),
+    "zip of others": (lambda: _zip(**{"\x1b[2J": b""}), r"zip archive of 1 files.*\\x1b\[2J"),
+    "zip cut": (lambda: _zip(**{"a/network.pkl": b"x" * 5000})[:3000], "zip archive.*truncated"),
+    "npz": (_npz, "NumPy archive"),
+    "torch": (lambda: _torch(False), "PyTorch file.*not an official checkpoint.*look for the .pkl"),
+    "torch before 1.6": (lambda: _torch(True), "PyTorch file.*look for the .pkl"),
+    "torch cut": (lambda: _torch(False)[:2000], "PyTorch file.*truncated"),
+    "safetensors": (lambda: to_safetensors({"w": torch.zeros(9)}), "safetensors file, not.*bundle"),
+    "safetensors cut": (
+        lambda: to_safetensors({"w" * 900: torch.zeros(9)})[:500],
+        "safetensors file that is truncated",
+    ),
+    "checkpoint cut": (lambda: pickle.dumps({"G_ema": generator()})[:-20000], "truncated.*download it again.*size"),
+    "cut in the middle": (lambda: pickle.dumps(snapshot())[:5000], "truncated.*download it again.*size"),
+}
+
+
+def _refused(path: Path, match: str, limits: ReadLimits | None = None) -> str:
+    with pytest.raises(BundleError, match=match) as caught:
+        read_official(path, limits=limits)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ") and message.isprintable() and len(message) < 800
+    return message
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_a_broken_download_is_named_for_what_it_is(tmp_path: Path, case: str) -> None:
+    make, message = FOREIGN[case]
+    path = tmp_path / "network.pkl"
+    path.write_bytes(make())
+    _refused(path, message)
+
+
+def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+    _refused(tmp_path / "absent.pkl", "cannot be read: No such file")
+    _refused(tmp_path, "is a folder; give the .pkl file.*holds no .pkl")
+    (tmp_path / "network-snapshot-000120.pkl").touch()
+    _refused(tmp_path, "is a folder; give the .pkl file.*network-snapshot-000120.pkl")
+    (tmp_path / "bundle.json").touch()
+    _refused(tmp_path, "is a bundle already")
+    os.mkfifo(tmp_path / "pipe")
+    _refused(tmp_path / "pipe", "no ordinary file")
+
+
+# -- files that are made to take long
+
+
+def _colliding() -> bytes:
+    """A dictionary whose keys, multiples of 2^61 - 1, have one hash."""
+    return pickle.dumps({(2**61 - 1) * number: None for number in range(1, 2000)})
+
+
+def _slow(lists: int) -> bytes:
+    """A valid pickle that takes very many operations."""
+    return b"\x80\x04" + b"]0" * lists + b"}."
+
+
+def test_keys_that_collide_are_refused_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "x.pkl"
+    path.write_bytes(_colliding())
+    _refused(path, "large number as a key")
+    path.write_bytes(pickle.dumps({float(2**61 * number): None for number in range(1, 2000)}))
+    _refused(path, "float as a key")
+
+
+def test_each_limit_is_an_error_that_names_it(tmp_path: Path) -> None:
+    path = tmp_path / "x.pkl"
+    path.write_bytes(_slow(2_400_000))
+    assert "1 seconds of processor time" in _refused(path, "--max-seconds", ReadLimits(cpu_seconds=1))
+    assert "more than 1 seconds," in _refused(path, "--max-seconds", ReadLimits(wall_seconds=1))
+    path.write_bytes(b"\x80\x04\x8e" + (400 << 20).to_bytes(8, "little"))
+    with path.open("ab") as file:
+        file.truncate(500 << 20)  # a text of 400 MiB, mostly a hole in the file
+    assert "0.75 GiB of memory" in _refused(path, "--max-memory-gib", ReadLimits(memory_bytes=768 << 20))
+    options = ["bundle", "import", str(path), str(tmp_path / "out"), "--max-memory-gib", "0.75"]
+    result = CliRunner().invoke(app, options)
+    assert isinstance(result.exception, BundleError) and "0.75 GiB" in str(result.exception)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_long_name_with_terminal_escapes_is_shown_short_and_harmless(tmp_path: Path) -> None:
+    path = tmp_path / "x.pkl"
+    path.write_bytes(pickle.dumps({"\x1b[2J" + "G" * 10_000_000: 1}))
+    assert r"\x1b[2JGGG" in _refused(path, "has no G_ema")
+    path.write_bytes(b"c" + b"\x1b]0;a\x07" * 100_000 + b"\nb\n.")
+    assert r"\x1b]0;a\x07" in _refused(path, "refers to")
+
+
+def test_nothing_stays_in_the_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    path = tmp_path / "x.pkl"
+    path.write_bytes(pickle.dumps({"G_ema": generator()}))
+    assert read_official(path).generator.config.img_resolution == 16
+    path.write_bytes(b"\x80\x04}.")
+    _refused(path, "has no G_ema")
+    assert not list(scratch.glob("dermis-import-*"))
