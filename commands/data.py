@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from commands.console import table_console
 from commands.options import (
     BinaryOption,
     ClassColumnOption,
@@ -227,7 +228,6 @@ def split(
     images = _read(source, metadata, image_column, class_column, binary, maps, layout)
     divided = split_by_patient(images.records, _part_sizes(parts), seed)
     write_split(images, divided, out)
-    from rich.console import Console
     from rich.table import Table
 
     names = [name or "(no class)" for name in divided.whole.classes]
@@ -235,14 +235,13 @@ def split(
     for part in (*divided.summary, divided.whole):
         shares = [f"{count:,} ({100 * part.share(name):.2f} %)" for name, count in part.classes.items()]
         table.add_row(part.name, f"{part.images:,}", f"{part.target:,.0f}", f"{part.groups:,}", *shares)
-    Console().print(table)
+    table_console().print(table)
 
 
 def _show_inspection(inspection: Inspection) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console, classes = Console(), inspection.classes
+    console, classes = table_console(), inspection.classes
     total = sum(classes.values())
     if inspection.by_class:
         framed = [inspection.by_class.share("frame", name) for name in classes if name in _seen_classes(inspection)]
@@ -282,7 +281,6 @@ def _seen_classes(inspection: Inspection) -> list[str]:
 
 
 def _show_leaks(found: Leaks, compared: bool) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     by_hash = sum(pair.hash_distance is not None for pair in found.pairs)
@@ -306,7 +304,7 @@ def _show_leaks(found: Leaks, compared: bool) -> None:
             "yes" if pair.same_patient else "no",
             f"{pair.correlation:.2f}",
         )
-    Console().print(table)
+    table_console().print(table)
 
 
 def _read(

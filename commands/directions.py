@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 import typer
 
+from commands.console import table_console
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -236,7 +238,6 @@ def _labels(
 
 
 def _show(directions: Sequence[Direction]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table()
@@ -245,7 +246,7 @@ def _show(directions: Sequence[Direction]) -> None:
     for each in directions:
         facts = ", ".join(_fact(key, value) for key, value in each.facts.items())
         table.add_row(each.name, f"{each.layers[0]}-{each.layers[1]}", f"{each.scale:.3g}", each.method, facts)
-    Console().print(table)
+    table_console().print(table)
 
 
 def _fact(key: str, value: float | str) -> str:

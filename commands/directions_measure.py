@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import typer
 
+from commands.console import table_console
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -227,9 +229,8 @@ def _table(*columns: str) -> Table:
 
 
 def _print(table: Table) -> None:
-    from rich.console import Console
 
-    console = Console()
+    console = table_console()
     console.print(table)
 
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from commands.console import table_console
+
 if TYPE_CHECKING:
     from training.data.isic import ImageDataset
 
@@ -37,7 +39,6 @@ def evaluate(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Distances, coverage and copying of generated against real images, overall and per class, in a feature space."""
-    from rich.console import Console
     from rich.table import Table
 
     from dermis.bundle import open_bundle
@@ -48,7 +49,7 @@ def evaluate(
     from training.evaluation.report import check_report_folder, write_report
     from training.evaluation.table import memorising, table_rows
 
-    console = Console()
+    console = table_console()
     if report is not None:
         check_report_folder(report, bundle)
     opened = open_bundle(bundle)

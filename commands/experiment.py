@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from commands.console import table_console
+
 if TYPE_CHECKING:
     from training.experiments.table import Outcome
 
@@ -34,7 +36,6 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 @experiment_app.command("list")
 def list_experiments() -> None:
     """The experiments that come with dermis."""
-    from rich.console import Console
     from rich.table import Table
 
     from training.experiments.experiment import experiment_names, read_experiment
@@ -54,7 +55,7 @@ def list_experiments() -> None:
             *size,
             experiment.source,
         )
-    Console().print(table)
+    table_console().print(table)
     typer.echo("table2 trains classifiers on what such generators draw: dermis experiment run table2 --help")
     typer.echo(
         "hospitals trains a generator at each hospital alone, and at all together: dermis experiment run hospitals"
@@ -315,12 +316,11 @@ def run(
 
 def _show(outcome: Outcome) -> None:
     """What was measured, below it what was reported: in one table they would not fit into 80 columns."""
-    from rich.console import Console
     from rich.table import Table
 
     from training.experiments.table import remarks, rows
 
-    console = Console()
+    console = table_console()
     header, *body = rows(outcome)
     names, spaces = zip(*(name.partition("@")[::2] for name in header), strict=True)
     split = header.index("s/kimg") + 1  # what is left of it is ours

@@ -9,6 +9,8 @@ from typing import Any
 
 import typer
 
+from commands.console import table_console
+
 
 def run_hospitals(
     data: Path,
@@ -34,8 +36,8 @@ def run_hospitals(
     from dataclasses import replace
 
     import torch
-    from rich.console import Console
     from rich.markdown import Markdown
+    from rich.text import Text
 
     from dermis.errors import TrainingError
     from training.data.sources import read_source
@@ -81,5 +83,6 @@ def run_hospitals(
             raise typer.Exit(130) from None
     write_results(hospitals)
     draw_curves(hospitals)
-    Console().print(Markdown((out / "table.md").read_text()))
+    console, table = table_console(), (out / "table.md").read_text()
+    console.print(Markdown(table) if console.is_terminal else Text(table))
     typer.echo(f"{out / 'table.md'}, {out / 'results.json'} and {out / 'curves.svg'} written", err=True)

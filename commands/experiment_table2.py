@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from commands.console import table_console
+
 if TYPE_CHECKING:
     from training.experiments.worth import Row
 
@@ -116,7 +118,6 @@ def run_table2(
 
 
 def _show(rows: Sequence[Row], texts: Sequence[str]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from training.experiments.worth import cells
@@ -127,7 +128,7 @@ def _show(rows: Sequence[Row], texts: Sequence[str]) -> None:
         table.add_column(name, overflow="fold")
     for line in body:
         table.add_row(*(cell.replace(" [", "\n[") for cell in line))
-    console = Console()
+    console = table_console()
     console.print(table, "")
     for text in texts:
         console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import typer
 
+from commands.console import table_console
+
 if TYPE_CHECKING:
     from dermis.classifier.onnx_session import Classifier
     from dermis.explain.counterfactual import Change
@@ -52,7 +54,6 @@ def concepts(
 
     Concepts are mined by the detectors of `dermis data inspect`; counter-sets are of the same sources and classes.
     """
-    from rich.console import Console
     from tqdm import tqdm
 
     from dermis.classifier.description import NOTICE
@@ -108,7 +109,7 @@ def concepts(
         "notice": NOTICE,
     }
     _write(out, document, tests, changes, mined, side, positive)
-    _show(Console(), tests, changes, positive)
+    _show(table_console(), tests, changes, positive)
     typer.echo(f"{out}: table.md, concepts.json, and contact sheets, which show images of --data", err=True)
     typer.echo(NOTICE, err=True)
 

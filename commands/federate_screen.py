@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from commands.console import table_console
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
@@ -68,11 +70,10 @@ def screen(out: Path) -> Iterator[Callable[[str], None]]:
     if not sys.stderr.isatty():
         yield lambda text: typer.echo(text, err=True)
         return
-    from rich.console import Console
     from rich.live import Live
 
     ended = threading.Event()
-    with Live(console=Console(stderr=True), refresh_per_second=2) as live:
+    with Live(console=table_console(stderr=True), refresh_per_second=2) as live:
 
         def refresh() -> None:
             while not ended.wait(0.5):
@@ -92,10 +93,9 @@ def screen(out: Path) -> Iterator[Callable[[str], None]]:
 
 def follow(out: Path, *, once: bool) -> None:
     """Show the screen until the federation has ended; once only, if asked or if there is no terminal."""
-    from rich.console import Console
     from rich.live import Live
 
-    console = Console()
+    console = table_console()
     if once or not console.is_terminal:
         console.print(view(out))
         return

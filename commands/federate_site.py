@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from commands.console import table_console
+
 if TYPE_CHECKING:
     from training.federated.site import Site
 
@@ -44,7 +46,6 @@ def check(
     """
     import logging
 
-    from rich.console import Console
     from rich.table import Table
 
     from training.federated.check import check_site
@@ -56,7 +57,7 @@ def check(
     marks = {True: "[green]ok[/green]", False: "[red]no[/red]", None: "[yellow]?[/yellow]"}
     good = True
     site = _site(data, state, metadata, class_column, device, threads)
-    console = Console()
+    console = table_console()
     with console.status("looking"):
         for finding in check_site(asked, site, key):
             good = good and finding.ok is True

@@ -164,7 +164,7 @@ def generate(
     if made is None:
         typer.echo(f"{out}: shard {', '.join(map(str, shards))} of {planned.shards} ready; --finalize when all are")
         return
-    typer.echo(f"{out}: {_told(planned, made)} in {len(made.files)} files; check them with: dermis verify {out}")
+    typer.echo(f"{out}: {_told(planned, made)} in {_containers(planned)}; check them with: dermis verify {out}")
     if wanted is not None:
         _compare(wanted, made)
 
@@ -235,6 +235,16 @@ def _told(planned: Plan, made: Manifest) -> str:
     if images < planned.samples:
         rejections.append(f"{planned.samples - images:,} missing")
     return f"{images:,} images" + (f" ({', '.join(rejections)})" if rejections else "")
+
+
+def _containers(planned: Plan) -> str:
+    """The files that hold the images."""
+    from dermis.dataset.containers import container_name
+
+    first = container_name(planned, 0)
+    if first is None:
+        return "images.zip"
+    return first if planned.shards == 1 else f"{planned.shards:,} {Path(first).suffix} files"
 
 
 def _make(
@@ -408,8 +418,7 @@ def _request(values: dict[str, Any]) -> DatasetRequest:
         return DatasetRequest.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise RequestError("--" + field.replace("_", "-"), first["msg"]) from None
+        raise RequestError(".".join(str(part) for part in first["loc"]), first["msg"]) from None
 
 
 def _example(bundle: Bundle) -> str:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 import typer
 
+from commands.console import table_console
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -157,7 +159,6 @@ def _attach(bundle: Bundle, built: tuple[IndexDescription, Mapping[str, bytes]])
 
 
 def _tell(described: IndexDescription) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(show_header=False)
@@ -175,4 +176,4 @@ def _tell(described: IndexDescription) -> None:
         rows["held-out to nearest training image"] = f"median {values[50]:.4f}, 1 % below {values[1]:.4f}"
     for name, value in rows.items():
         table.add_row(name, value)
-    Console().print(table)
+    table_console().print(table)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 
 import typer
@@ -10,6 +12,7 @@ from commands.augment import augment_app
 from commands.authenticity import authenticity_app
 from commands.bundle import bundle_app
 from commands.classify import classify
+from commands.console import error_message, usage_message
 from commands.data import data_app
 from commands.directions import directions_app
 from commands.directions_measure import measure
@@ -79,13 +82,32 @@ def _root(
 
 
 def main() -> None:
-    """Run the program; an error that the user can mend is one line on stderr and exit status 1."""
+    """Run the program: an error that the user can act on is one line on stderr and status 1, wrong usage status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # an old terminal may not have the letters of a class name
     try:
-        app()
-    except DermisError as error:
-        # A message can hold the name of a foreign file or key: nothing in it may move the cursor or add a line.
-        print(f"error: {escape(error, 4000)}", file=sys.stderr)
+        status = app(standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:  # as `dermis ... | head` leaves it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is written at the exit
         sys.exit(1)
+    except (typer.Abort, KeyboardInterrupt):
+        sys.exit(_fail("interrupted", 130))
+    except DermisError as error:
+        sys.exit(_fail(error_message(error), 1))
+    except Exception as error:
+        message = usage_message(error)
+        if message is None:
+            raise
+        sys.exit(_fail(message, 2) if message else 2)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _fail(message: str, status: int) -> int:
+    lines = [escape(line, limit=4000) for line in message.splitlines()]
+    print("error: " + "\n".join(lines), file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from commands.console import table_console
 from dermis.errors import escape, quote
 
 if TYPE_CHECKING:
@@ -102,10 +103,9 @@ def describe_source(source: Source) -> list[str]:
 
 def show_preparation(sources: Sequence[Source], prepared: Prepared) -> None:
     """The table that ends a preparation: files, images read, images skipped by reason, classes and where they are from."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = table_console()
     table = Table("files", "", "", title=str(prepared.path))
     for source in sources:
         typer.echo("\n".join([f"{source.path}: recognised: {source.reading.recognised}", *source.reading.notes]))

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from commands.console import table_console
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -98,7 +100,6 @@ def score(
     import json
     from dataclasses import asdict
 
-    from rich.console import Console
     from rich.markup import escape
 
     from training.evaluation.survey import read_key
@@ -112,7 +113,7 @@ def score(
     if as_json:
         typer.echo(json.dumps(asdict(result), indent=2, ensure_ascii=False))
         return
-    console = Console()
+    console = table_console()
     console.print(_rates_table(result))
     console.print(_expert_table(result))
     for line in _sentences(result):

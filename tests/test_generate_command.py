@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from commands import main as program
+from commands.console import table_console
 from dermis.bundle import Bundle
 from tiny import make_bundle
 
@@ -222,3 +223,71 @@ def test_a_folder_that_cannot_be_made(run: Run, painter: type[Painter], tiny_bun
         status, _, err = run("generate", "--bundle", tiny_bundle.location, "--classes", "benign=1", "--out", out)
         assert status == 1 and err.startswith("error: ") and "Not a directory" in err
     assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--min-probability", "2"), "error: --min-probability: Input should be less than or equal to 1"),
+        (
+            ("--min-probability", "0.6", "--max-probability", "0.5"),
+            "--min-probability must not be above --max-probability",
+        ),
+        (("--keep", "some"), "error: --keep: "),
+        (("--tries", "0"), "error: --tries: "),
+        (("--tries", "3"), "--tries"),
+        (("--gate", "none"), "error: --gate: "),
+        (("--gate", "authentic", "--gate-tries", "99"), "error: --gate-tries: "),
+        (("--gate", "authentic", "--percentile", "-1"), "error: --percentile: "),
+        (("--on-reject", "keep"), "error: --on-reject: "),
+        (("--edit", "nowhere=1e9"), "error: --edit: "),
+        (("--image-quality", "0"), "error: --image-quality: "),
+        (("--truncation-psi", "nan"), "error: --truncation-psi: "),
+        (("--format", "rar"), "error: --format: "),
+        (("--min-probability", "0.5"), "--min-probability"),  # the bundle has no classifier
+    ],
+)
+def test_errors_name_the_option_that_was_given(
+    run: Run, tiny_bundle: Bundle, tmp_path: Path, options: tuple[str, ...], told: str
+) -> None:
+    out = tmp_path / "made"
+    status, printed, err = run(
+        "generate", "--bundle", tiny_bundle.location, "--classes", "benign=2", "--out", out, *options
+    )
+    assert (status, printed) == (1, "") and told in err and err.count("\n") == 1
+    assert not any(word in err for word in ("classifier.", "privacy.", "_probability", "on_reject"))
+    assert not out.exists()
+
+
+def test_wrong_usage_is_one_line_and_help_is_help(run: Run) -> None:
+    for arguments, told in (
+        (("surve",), "No such command 'surve'. Did you mean 'survey'?; see: dermis --help"),
+        (("generate", "--nonsense"), "--nonsense"),
+        (("generate",), "--out"),
+        (("generate", "--out", "x", "--seed", "y"), "--seed"),
+    ):
+        status, out, err = run(*arguments)
+        assert (status, out) == (2, "") and told in err
+        assert err.startswith("error: ") and err.count("\n") == 1 and err.count("Did you mean") <= 1
+    for arguments in ((), ("data",)):
+        status, out, err = run(*arguments)
+        assert status == 2 and "Usage" in out + err and "error" not in err
+
+
+def test_the_last_line_counts_images(run: Run, tiny_bundle: Bundle, tmp_path: Path, painter: type[Painter]) -> None:
+    del painter
+    for file_format, told in (("imagefolder", "5 images in images.zip;"), ("webdataset", "5 images in 3 .tar files;")):
+        made = ("generate", "--bundle", tiny_bundle.location, "--classes", "benign=5", "--shard-size", 2)
+        status, out, _ = run(*made, "--format", file_format, "--out", tmp_path / file_format)
+        assert status == 0 and told in out
+
+
+def test_a_pipe_does_not_squeeze_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.table import Table
+
+    for columns in ("", "40"):
+        monkeypatch.setenv("COLUMNS", columns)
+        table = Table("name", "value")
+        table.add_row("n" * 150, "v" * 150)
+        table_console().print(table)
+        assert "n" * 150 in capsys.readouterr().out

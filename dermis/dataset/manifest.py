@@ -318,7 +318,14 @@ def _check_some(plan: Plan, records: Sequence[ShardRecord]) -> None:
     drawn = sum(sum(record.tries) for record in records)
     by_gate = sum(checks.rejected for record in records for checks in record.checks)
     if by_gate == 0:
-        raise RequestError("classifier.keep", f"none of {drawn:,} images was kept; keep more, or allow more tries")
+        options = plan.request.classifier
+        if options is None or options.keep == "agreeing":
+            raise RequestError("classifier.keep", f"none of {drawn:,} images was kept; keep more, or allow more tries")
+        raise RequestError(
+            "classifier.min_probability" if options.min_probability > 0 else "classifier.max_probability",
+            f"none of {drawn:,} images was kept: none has a probability from {options.min_probability:g} to "
+            f"{options.max_probability:g}; widen that, or allow more tries",
+        )
     raise RequestError(
         "privacy.on_reject",
         f"none of {drawn:,} images was kept, the gate rejected {by_gate:,}; this generator may copy its training images: "

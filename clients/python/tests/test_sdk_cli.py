@@ -97,7 +97,7 @@ def test_images(run: Run, tmp_path: Path) -> None:
     [
         (("datasets", "create", "--classes", "malignant"), 1, "malignant=500,benign=500"),
         (("datasets", "create", "--classes", "a=1,a=2"), 1, "twice"),
-        (("datasets", "create", "--classes", "melanoma=1"), 1, "--classes melanoma: unknown class"),
+        (("datasets", "create", "--classes", "melanoma=1"), 1, "--classes.melanoma: unknown class"),
         (("datasets", "create", "--classes", "benign=1", "--extract"), 1, "--out"),
         (("datasets", "create", "--classes", "benign=1", "--truncation-psi", "nan"), 1, "--truncation-psi: must be"),
         (("datasets", "create", "--classes", "benign=1", "--seed", "x"), 2, "--seed"),
@@ -137,7 +137,7 @@ def test_a_wrong_command_is_told_once_what_may_be_meant(run: Run) -> None:
         ("classifier.keep", "none was kept", "--keep: none was kept"),
         ("privacy.tries", "must be at least 1", "--gate-tries: must be at least 1"),
         ("edits.0.direction", "unknown", "--edit: unknown"),
-        ("classes.naevus", "unknown class", "--classes naevus: unknown class"),
+        ("classes.naevus", "unknown class", "--classes.naevus: unknown class"),
         (
             "classifier",
             "min_probability must not be above max_probability",

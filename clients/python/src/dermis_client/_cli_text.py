@@ -86,7 +86,7 @@ def in_options(message: str) -> str:
 
     def option(match: re.Match[str]) -> str:
         name, rest = match[1], match[2].removeprefix(".")
-        return f"--{_OPTIONS.get(name, name).replace('_', '-')}" + (f" {rest}" if rest and name == "classes" else "")
+        return f"--{_OPTIONS.get(name, name).replace('_', '-')}" + (f".{rest}" if rest and name == "classes" else "")
 
     named = re.sub(r"^classifier(?=:)", f"the classifier ({_FILTER})", _FIELD.sub(option, message))
     return _WORD.sub(lambda match: f"--{match[1].replace('_', '-')}", named)

@@ -1,0 +1,81 @@
+"""What all commands print with: tables that a pipe does not squeeze, and errors that name options, on one line."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import TYPE_CHECKING
+
+from dermis.errors import DermisError, RequestError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_UNLIMITED = 10_000  # characters; rich would otherwise take 80 where it finds no terminal
+
+# Options of the command lines that are not called as the field of a request.
+_OPTIONS = {
+    "classifier.keep": "--keep",
+    "classifier.score": "--score",
+    "classifier.threshold": "--threshold",
+    "classifier.min_probability": "--min-probability",
+    "classifier.max_probability": "--max-probability",
+    "classifier.tries": "--tries",
+    "classifier": "the classifier (--keep, --threshold, --min-probability, --max-probability, --tries)",
+    "privacy.gate": "--gate",
+    "privacy.percentile": "--percentile",
+    "privacy.on_reject": "--on-reject",
+    "privacy.tries": "--gate-tries",
+    "privacy": "--gate",
+}
+_FIELDS = (
+    "min_probability", "max_probability", "on_reject", "truncation_psi", "truncation_cutoff", "noise_mode", "image_format",
+    "image_quality", "shard_size", "classifier.tries", "classifier.keep", "privacy.tries",
+)  # fmt: skip
+_WORD = re.compile(r"(?<![\w.-])(" + "|".join(re.escape(name) for name in _FIELDS) + r")(?!\w)")
+
+
+def table_console(*, stderr: bool = False) -> Console:
+    """A console for tables and their captions: as wide as the terminal, without limit in a pipe or a file."""
+    from rich.console import Console
+
+    console = Console(stderr=stderr)
+    if not console.is_terminal:
+        console.width = _UNLIMITED
+    return console
+
+
+def option_of(field: str) -> str:
+    """The option that a field of a request is called on the command line, such as --gate-tries for privacy.tries."""
+    if field.startswith("-"):
+        return field
+    if field.startswith("classes."):
+        return f"--{field}"
+    if field.split(".", maxsplit=1)[0] == "edits":
+        return "--edit"
+    return _OPTIONS.get(field, f"--{field.replace('_', '-')}")
+
+
+def error_message(error: DermisError) -> str:
+    """The message of an error, for whoever wrote a command line."""
+    if not isinstance(error, RequestError):
+        return str(error)
+    told = _WORD.sub(lambda match: option_of(match[1]), error.message.removeprefix("Value error, "))
+    return f"{option_of(error.field)}: {told}" if error.field else told
+
+
+def usage_message(error: Exception) -> str | None:
+    """What is wrong with how the program was called, "" if help has been printed; None for an error of another kind.
+
+    Typer raises exceptions of click, or of its own copy of click, so they are known by what they offer.
+    """
+    format_message = getattr(error, "format_message", None)
+    if not callable(format_message):
+        return None
+    message = str(format_message())
+    if not message or "Usage:" in message:  # called without a command
+        print(message, file=sys.stderr)
+        return ""
+    message = re.sub(r"( Did you mean [^?]*\?)\1", r"\1", " ".join(message.split()))  # Typer repeats what click says
+    program = getattr(getattr(error, "ctx", None), "command_path", None)
+    return f"{message.rstrip('.')}; see: {program} --help" if program else message
