@@ -11,7 +11,7 @@ _HANDLER_NAME = "dermis"
 
 
 class LineFormatter(logging.Formatter):
-    """`2026-11-23T08:00:00.123Z INFO dermis.http request method=GET path=/v1/models status=200 ms=1.2`"""
+    """`2026-11-23T08:00:00.123Z INFO dermis.http request method=GET route=/v1/models status=200 ms=1.2`"""
 
     converter = time.gmtime  # type: ignore[assignment]
 

@@ -12,6 +12,10 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from dermis.errors import DermisError
 
+_TRUSTED_HOST = re.compile(
+    r"\*|\*(\.[A-Za-z0-9_-]+)+|([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?|[0-9A-Fa-f]*:[0-9A-Fa-f:.]+"
+)
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
@@ -29,6 +33,11 @@ class Settings(BaseSettings):
     port: int = Field(3000, ge=1, le=65535, description="Port the gateway listens on.")
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="Web origins that may call the API from a browser, separated by commas; `*` for any."
+    )
+    trusted_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Host names under which requests are answered, separated by commas, beside loopback and `DERMIS_HOST`: "
+        "`name`, `name:port`, `*.domain`, or `*` for any. Needed behind a proxy and for names in a network.",
     )
 
     # What it serves
@@ -151,7 +160,7 @@ class Settings(BaseSettings):
     # What it tells
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least severe level logged.")
 
-    @field_validator("bundles", "cors_origins", mode="before")
+    @field_validator("bundles", "cors_origins", "trusted_hosts", mode="before")
     @classmethod
     def _split_commas(cls, value: Any) -> Any:
         if isinstance(value, str):
@@ -163,6 +172,14 @@ class Settings(BaseSettings):
     def _at_least_one(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if not value:
             raise ValueError("name at least one bundle")
+        return value
+
+    @field_validator("trusted_hosts")
+    @classmethod
+    def _are_hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for entry in value:
+            if not _TRUSTED_HOST.fullmatch(entry):
+                raise ValueError(f"{entry[:100]!r} is not a host; write name, name:port, *.domain or *")
         return value
 
     @field_validator("log_level", mode="before")

@@ -25,6 +25,8 @@ _MAX_NAME = 100
 KINDS: Mapping[str, tuple[int, str]] = {
     "malformed-json": (400, "The body is not valid JSON"),
     "bad-request": (400, "The request cannot be understood"),
+    "cross-origin": (403, "Another origin may not do this"),
+    "uploads-disabled": (403, "Uploads are switched off here"),
     "not-found": (404, "There is nothing here"),
     "unknown-model": (404, "Unknown model"),
     "method-not-allowed": (405, "Method not allowed"),
@@ -37,6 +39,7 @@ KINDS: Mapping[str, tuple[int, str]] = {
     "image-too-large": (413, "An image has too many pixels"),
     "unsupported-media-type": (415, "Unsupported media type"),
     "range-not-satisfiable": (416, "The range lies outside the file"),
+    "untrusted-host": (421, "The service does not answer under this host name"),
     "invalid-request": (422, "The request is not valid"),
     "unknown-class": (422, "Unknown class"),
     "unusable-image": (422, "An image cannot be used"),

@@ -9,7 +9,7 @@ from services.gateway.problems import KINDS, PROBLEM_MEDIA_TYPE
 
 Responses = dict[int | str, dict[str, Any]]
 
-_PROBLEM = {PROBLEM_MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+PROBLEM_CONTENT = {PROBLEM_MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
 _HEADERS = {
     "Location": "Path of the dataset.",
     "Retry-After": "Seconds after which to try again.",
@@ -28,7 +28,7 @@ def problems(*kinds: str) -> Responses:
     responses: Responses = {}
     for kind in (*kinds, "internal"):
         status, title = KINDS[kind]
-        known = responses.setdefault(status, {"description": "", "content": _PROBLEM})
+        known = responses.setdefault(status, {"description": "", "content": PROBLEM_CONTENT})
         known["description"] = "; ".join(filter(None, (known["description"], f"{title} (`{kind}`)")))
         if status == 503:
             known["headers"] = headers("Retry-After")
