@@ -134,11 +134,13 @@ class Settings(BaseSettings):
     max_upload_calls: int = Field(
         8, ge=1, description="Most calls with uploads in work at one time; each holds its upload in memory."
     )
+    authenticity_uploads: bool = Field(
+        False,
+        description="Whether /v1/authenticity compares uploaded images with the training images. Everyone who can send "
+        "requests can then find out whether an image that they have is a training image.",
+    )
     max_compared_per_minute: int = Field(
-        600,
-        ge=0,
-        description="Most uploaded images that are compared with the training images in a minute; 0 switches that off. Who may "
-        "ask can learn whether an image that they have is a training image.",
+        600, ge=0, description="Most uploaded images that are compared with the training images in a minute; 0: none."
     )
     max_projection_images: int = Field(
         32, ge=0, le=1024, description="Most images in one projection; 0 switches projections off."
@@ -194,6 +196,11 @@ class Settings(BaseSettings):
             return f"sqlite:///{(self.data_dir.absolute() / 'jobs.sqlite').as_posix()}"
         # psycopg 3 is what is installed; a bare postgres:// URL would ask SQLAlchemy for psycopg2.
         return re.sub(r"^postgres(ql)?://", "postgresql+psycopg://", self.database_url)
+
+    @property
+    def compares_uploads(self) -> bool:
+        """Whether uploaded images are compared with the training images at all."""
+        return self.authenticity_uploads and self.max_compared_per_minute > 0
 
     @property
     def storage(self) -> str:

@@ -46,6 +46,7 @@ KINDS: Mapping[str, tuple[int, str]] = {
     "no-classifier": (422, "The model has no classifier"),
     "no-index": (422, "The model has no index of its training images"),
     "request-too-large": (422, "The request asks for too much"),
+    "too-many-requests": (429, "The limit of what may be at work is reached"),
     "internal": (500, "Internal error"),
     "not-installed": (501, "The service lacks what this needs"),
     "model-unavailable": (503, "The model cannot be served"),

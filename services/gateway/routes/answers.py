@@ -30,7 +30,7 @@ def problems(*kinds: str) -> Responses:
         status, title = KINDS[kind]
         known = responses.setdefault(status, {"description": "", "content": PROBLEM_CONTENT})
         known["description"] = "; ".join(filter(None, (known["description"], f"{title} (`{kind}`)")))
-        if status == 503:
+        if status in (429, 503):
             known["headers"] = headers("Retry-After")
     return responses
 
