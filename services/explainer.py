@@ -22,6 +22,7 @@ from dermis.explain.attribution import Explainer as Loaded
 from dermis.explain.attribution import Method, missing_packages
 from dermis.folders import exists
 from services import heat_maps, logs
+from services.data_folder import restrict_new_files
 from services.models import locate, without_place
 from services.orphans import exit_with_parent
 from services.settings import settings_of_process
@@ -48,6 +49,7 @@ class Explainer:
     def __init__(self) -> None:
         logs.configure(_settings.log_level)
         exit_with_parent()
+        restrict_new_files()
         self._folders: dict[str, str] = {}
         self._problems: list[str] = []
         self._loaded: dict[str, Loaded] = {}
