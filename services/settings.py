@@ -109,7 +109,10 @@ class Settings(BaseSettings):
         60.0, ge=1.0, le=3600.0, description="Longest time that uploaded images may take to arrive."
     )
     upload_decoders: int = Field(
-        2, ge=1, le=64, description="Uploaded images that are decoded at one time, 12 bytes of memory a pixel each."
+        2, ge=1, le=64, description="Processes that decode uploaded images, each in 12 bytes of memory a pixel."
+    )
+    upload_decode_seconds: float = Field(
+        20.0, ge=0.1, le=600.0, description="Longest time for decoding one uploaded image; then its process is ended."
     )
 
     projection_distance: Literal["lite0", "vgg16"] = Field(

@@ -66,9 +66,9 @@ def with_exif(orientation: int = 1, kind: str = "JPEG") -> bytes:
     return encoded(Image.fromarray(PIXELS), kind, exif=exif, **({"quality": 95} if kind == "JPEG" else {}))
 
 
-def scans(number: int) -> bytes:
-    """A progressive JPEG that goes on with copies of its last scan."""
-    data = picture("JPEG", progressive=True)
+def scans(number: int, image: Image.Image | None = None) -> bytes:
+    """A progressive JPEG, of PIXELS if no image is given, that goes on with copies of its last scan."""
+    data = encoded(image or Image.fromarray(PIXELS), "JPEG", progressive=True)
     last = data.rindex(b"\xff\xda")
     return data[:-2] + data[last:-2] * number + b"\xff\xd9"
 
