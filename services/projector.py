@@ -91,7 +91,7 @@ class Projector:
         except _CancelledError:
             return {"problem": "the projection was cancelled"}
         except RequestError as error:
-            return {"refused": str(error)}
+            return {"refused": error.message, "field": error.field}
         except ImportError as error:
             return {"refused": f"the service lacks a package that projections need ({error})"}
         except (DermisError, OSError, RuntimeError, MemoryError) as error:

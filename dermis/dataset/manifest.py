@@ -23,7 +23,7 @@ from dermis.dataset.card import dataset_card
 from dermis.dataset.containers import Sample, add_to_zip, columns, file_name, metadata_row, read_container
 from dermis.dataset.plan import Plan
 from dermis.dataset.privacy import Checks, Expose, PrivacyReport, PrivacyTally, report
-from dermis.dataset.request import DatasetRequest
+from dermis.dataset.request import ClassifierOptions, DatasetRequest
 from dermis.dataset.scoring import Tally, tally
 from dermis.dataset.shards import FileEntry, ShardRecord, find_shard
 from dermis.dataset.store import PARTIAL, Store, hash_file, storage_errors
@@ -300,7 +300,15 @@ def _check_some(plan: Plan, records: Sequence[ShardRecord]) -> None:
     drawn = sum(sum(record.tries) for record in records)
     by_gate = sum(checks.rejected for record in records for checks in record.checks)
     if by_gate == 0:
-        raise RequestError("classifier.keep", f"none of {drawn:,} images was kept; keep more, or allow more tries")
+        options = plan.request.classifier
+        defaults = ClassifierOptions()
+        limiting = [
+            name
+            for name in ("keep", "min_probability", "max_probability")
+            if options is not None and getattr(options, name) != getattr(defaults, name)
+        ]
+        message = f"none of {drawn:,} images was kept; change {' or '.join(limiting)}, or allow more tries"
+        raise RequestError(f"classifier.{limiting[0]}" if len(limiting) == 1 else "classifier", message)
     raise RequestError(
         "privacy.on_reject",
         f"none of {drawn:,} images was kept, the gate rejected {by_gate:,}; this generator may copy its training images: "

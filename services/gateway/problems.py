@@ -135,7 +135,7 @@ def field_errors(details: Iterable[Mapping[str, Any]], drop_first: bool = False)
             location = location[1:]
         # pydantic marks an error about a dictionary's key (not its value) with a trailing "[key]".
         parts = [str(part)[:_MAX_NAME] for part in location if part != "[key]"]
-        message = str(item.get("msg", "is not valid"))
+        message = str(item.get("msg", "is not valid")).removeprefix("Value error, ")
         if item.get("type") == "extra_forbidden":
             message = "unknown field; remove it or correct its name"
         errors.append(FieldError(field=".".join(parts) or "body", message=message))
