@@ -301,7 +301,7 @@ def _check_some(plan: Plan, records: Sequence[ShardRecord]) -> None:
     by_gate = sum(checks.rejected for record in records for checks in record.checks)
     if by_gate == 0:
         options = plan.request.classifier
-        defaults = ClassifierOptions()
+        defaults = ClassifierOptions.model_validate({})
         limiting = [
             name
             for name in ("keep", "min_probability", "max_probability")

@@ -81,7 +81,7 @@ def create_app(settings: Settings, running: Callable[[], AbstractAsyncContextMan
     problems.install(app)
     for routes in (datasets, files, images, edits, projections, classifications, authenticity, models, health, docs):
         app.include_router(routes.router)
-    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    app.openapi = lambda: _openapi(app, settings)  # type: ignore[method-assign]
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -146,7 +146,7 @@ def _request_id(scope: Scope) -> str:
     return uuid.uuid4().hex
 
 
-def _openapi(app: FastAPI) -> dict[str, Any]:
+def _openapi(app: FastAPI, settings: Settings) -> dict[str, Any]:
     """The OpenAPI document, with the bodies that routes read by themselves (strictly) added to the components."""
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
@@ -165,6 +165,7 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
         for name, schema in added.items():
             schemas.setdefault(name, schema)
         _add_refusals(document)
+        _add_limits(document, settings)
         app.openapi_schema = document
     return app.openapi_schema
 
@@ -182,3 +183,14 @@ def _add_refusals(document: dict[str, Any]) -> None:
                 text = f"{title} (`{kind}`)"
                 if text not in entry["description"]:
                     entry["description"] = "; ".join(filter(None, (entry["description"], text)))
+
+
+def _add_limits(document: dict[str, Any], settings: Settings) -> None:
+    """Describe how many images an upload may have in this service."""
+    of_path = {"/v1/projections": settings.max_projection_images}
+    for path, operations in document["paths"].items():
+        form = operations.get("post", {}).get("requestBody", {}).get("content", {}).get("multipart/form-data")
+        if form is not None:
+            most = min(settings.max_upload_images, of_path.get(path, settings.max_upload_images))
+            for images in form["schema"]["properties"].values():
+                images["maxItems"] = max(1, most)

@@ -61,7 +61,12 @@ def image_body(field: str) -> dict[str, Any]:
         "required": [field],
         "additionalProperties": False,
     }
-    kinds = {"multipart/form-data": {"schema": form}, **{kind: {"schema": image} for kind in FORMATS.values()}}
+    # The content of a part is what counts, not its name; the type says of what kinds it may be.
+    encoding = {field: {"contentType": ", ".join(FORMATS.values())}}
+    kinds = {
+        "multipart/form-data": {"schema": form, "encoding": encoding},
+        **{kind: {"schema": image} for kind in FORMATS.values()},
+    }
     return {"requestBody": {"required": True, "content": kinds}}
 
 
