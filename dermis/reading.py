@@ -8,7 +8,7 @@ is decoded.
 from __future__ import annotations
 
 import io
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -31,6 +31,11 @@ IMAGE_SUFFIXES = frozenset({
 MAX_TRAINING_PIXELS = 178_956_970  # Pillow's own limit; a camera's image has less
 # A JPEG may hold any number of scans, each as costly to decode as the whole image; encoders make about ten.
 _MAX_SCANS = 100
+# Decoders look at parts of a file one by one in Python. Writers make few: of PNG's chunks none has under 1 KiB on average.
+_MAX_PARTS = 1000
+_BYTES_A_CHUNK = 1024
+_MAX_STRAY_BYTES = 1 << 16  # of a JPEG: filling or garbage between its segments
+_MAX_EXIF_ENTRIES = 1000
 _ORIENTATION = 0x0112  # EXIF's tag
 
 ImageErrorKind = Literal["unsupported", "too-large", "unusable"]
@@ -77,6 +82,7 @@ def read_image(
     if kind is None and len(formats) == len(FORMATS):
         raise ImageError("unsupported", f"is no {_FORMAT_NAMES} image; convert it to PNG")
     if kind is not None:
+        _check_parts(data, kind)
         _check_size(_header_size(data, kind), max_pixels)
     if kind == "JPEG" and data.count(b"\xff\xda") > _MAX_SCANS:
         raise ImageError("unusable", f"is a JPEG of more than {_MAX_SCANS} scans; save it again as a baseline JPEG")
@@ -168,18 +174,74 @@ def _header_size(data: bytes, kind: str) -> tuple[int, int] | None:
 
 def _jpeg_size(data: bytes) -> tuple[int, int] | None:
     """From the first frame header (SOF). ITU T.81, annex B."""
-    place = 2
-    while place + 9 <= len(data) and data[place] == 0xFF:
-        marker = data[place + 1]
-        if marker == 0xFF:  # a fill byte
-            place += 1
-        elif marker == 0x01 or 0xD0 <= marker <= 0xD7:  # markers without a segment
-            place += 2
-        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            return _number(data[place + 7 : place + 9]), _number(data[place + 5 : place + 7])
-        else:
-            place += 2 + _number(data[place + 2 : place + 4])
+    for marker, start, end in _jpeg_segments(data):
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) and end - start >= 5:
+            return _number(data[start + 3 : start + 5]), _number(data[start + 1 : start + 3])
     return None
+
+
+def _check_parts(data: bytes, kind: str) -> None:
+    """ImageError if the file consists of so many parts that looking at them would take longer than decoding the pixels."""
+    parts = {"PNG": _png_chunks, "JPEG": _jpeg_segments, "WEBP": _webp_chunks}[kind](data)
+    most = _MAX_PARTS + (len(data) // _BYTES_A_CHUNK if kind == "PNG" else 0)
+    for count, (name, start, end) in enumerate(parts, 1):
+        if count > most:
+            raise ImageError("unusable", f"consists of more than {most:,} parts; save it again without metadata")
+        if name in (b"eXIf", b"EXIF") or (name == 0xE1 and data[start : start + 4] == b"Exif"):
+            _check_exif(data[start:end])
+
+
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Name, start and end of the content of each chunk up to IEND."""
+    place = 8
+    while place + 12 <= len(data):
+        name, start = data[place + 4 : place + 8], place + 8
+        place = start + _number(data[place : place + 4]) + 4  # a checksum follows
+        yield name, start, min(place - 4, len(data))
+        if name == b"IEND":
+            return
+
+
+def _webp_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Name, start and end of the content of each chunk."""
+    place = 12
+    while place + 8 <= len(data):
+        start, size = place + 8, _number(data[place + 4 : place + 8], "little")
+        yield data[place : place + 4], start, min(start + size, len(data))
+        place = start + size + size % 2
+
+
+def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """Marker, start and end of the content of each segment up to the first scan. ImageError if too much is between them."""
+    place, stray = 2, 0
+    while place + 4 <= len(data):
+        marker = data[place + 1]
+        if data[place] != 0xFF or marker in (0x00, 0xFF):  # decoders skip garbage and filling byte by byte
+            place, stray = place + 1, stray + 1
+            if stray > _MAX_STRAY_BYTES:
+                raise ImageError("unusable", "has too many bytes that belong to no segment; save it again")
+        elif marker == 0x01 or 0xD0 <= marker <= 0xD8:  # markers without a segment
+            yield marker, place + 2, place + 2
+            place += 2
+        elif marker == 0xD9:
+            return
+        else:
+            start, place = place + 4, place + 2 + max(2, _number(data[place + 2 : place + 4]))
+            yield marker, start, min(place, len(data))
+            if marker == 0xDA:
+                return
+
+
+def _check_exif(block: bytes) -> None:
+    """ImageError if the first directory of an EXIF block has very many entries."""
+    block = block.removeprefix(b"Exif\0\0").removeprefix(b"Exif\0\0")
+    order: Literal["big", "little"] = "little" if block.startswith(b"II") else "big"
+    place = _number(block[4:8], order)
+    entries = min(_number(block[place : place + 2], order), (len(block) - place - 2) // 12)
+    if entries > _MAX_EXIF_ENTRIES:
+        raise ImageError(
+            "unusable", f"has more than {_MAX_EXIF_ENTRIES:,} EXIF entries; save it again without metadata"
+        )
 
 
 def _number(data: bytes, order: Literal["big", "little"] = "big") -> int:

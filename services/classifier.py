@@ -18,6 +18,7 @@ from dermis.cpus import available_cpus
 from dermis.errors import DermisError
 from dermis.folders import exists
 from services import logs, pixels
+from services.data_folder import restrict_new_files
 from services.models import locate, without_place
 from services.orphans import exit_with_parent
 from services.settings import settings_of_process
@@ -42,6 +43,7 @@ class Classifier:
     def __init__(self) -> None:
         logs.configure(_settings.log_level)
         exit_with_parent()
+        restrict_new_files()
         threads = max(1, available_cpus() // _settings.classifier_workers)
         self._sessions: dict[str, Session] = {}
         self._problems: list[str] = []

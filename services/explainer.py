@@ -22,6 +22,8 @@ from dermis.explain.attribution import Explainer as Loaded
 from dermis.explain.attribution import Method, missing_packages
 from dermis.folders import exists
 from services import heat_maps, logs
+from services.callers import CallerGoneError, CallerMiddleware, check_caller
+from services.data_folder import restrict_new_files
 from services.models import locate, without_place
 from services.orphans import exit_with_parent
 from services.settings import settings_of_process
@@ -48,6 +50,7 @@ class Explainer:
     def __init__(self) -> None:
         logs.configure(_settings.log_level)
         exit_with_parent()
+        restrict_new_files()
         self._folders: dict[str, str] = {}
         self._problems: list[str] = []
         self._loaded: dict[str, Loaded] = {}
@@ -64,9 +67,20 @@ class Explainer:
 
     @bentoml.api
     def explain(self, digest: str, method: str, image: np.ndarray) -> dict[str, Any]:  # BentoML reads these types
-        """uint8 [S, S, 3] at the classifier's size -> the fields of a HeatMap, or "missing" or "problem" with the reason."""
+        """uint8 [S, S, 3] at the classifier's size -> the fields of a HeatMap, or "missing" or "problem" with the reason.
+
+        It ends early when the caller has closed the connection, so that a later call does not wait behind it.
+        """
         if hasattr(os, "setpriority"):
             os.setpriority(os.PRIO_PROCESS, 0, _NICE)  # on Linux of this thread, and of those that torch starts from it
+        try:
+            check_caller()  # calls that waited for this one thread may have been abandoned meanwhile
+            return self._explain(digest, method, image)
+        except CallerGoneError:
+            logger.info("heat map given up, nobody waits for it")
+            return {"problem": "nobody waits for this heat map any more"}
+
+    def _explain(self, digest: str, method: str, image: np.ndarray) -> dict[str, Any]:
         missing = missing_packages()
         if missing is not None:
             return {"missing": missing}
@@ -79,7 +93,7 @@ class Explainer:
             logger.error("network not loaded", extra={"location": folder, "error": str(error)})
             return {"problem": without_place(error, folder.removesuffix("/classifier"))}
         wanted: Method = "xrai" if method == "xrai" else "integrated-gradients"
-        return dict(heat_maps.make(loaded, wanted, image))
+        return dict(heat_maps.make(loaded, wanted, image, check_caller))
 
     @bentoml.api
     async def describe(self) -> dict[str, Any]:  # on the event loop: probes do not wait for a heat map
@@ -97,3 +111,6 @@ class Explainer:
                 told = {"classifier": digest[:12], "seconds": time.perf_counter() - started}
                 logger.info("network loaded", extra=told)
             return self._loaded[digest]
+
+
+Explainer.add_asgi_middleware(CallerMiddleware)  # type: ignore[attr-defined]  # a BentoML service by now

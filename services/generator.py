@@ -17,6 +17,7 @@ from dermis.bundle import open_bundle
 from dermis.cpus import available_cpus
 from dermis.errors import DermisError
 from services import logs, samples
+from services.data_folder import restrict_new_files
 from services.models import locate, without_place
 from services.orphans import exit_with_parent
 from services.settings import settings_of_process
@@ -41,6 +42,7 @@ class Generator:
     def __init__(self) -> None:
         logs.configure(_settings.log_level)
         exit_with_parent()
+        restrict_new_files()
         from dermis.synthesizer import Synthesizer
 
         threads = max(1, available_cpus() // _settings.generator_workers)

@@ -29,10 +29,12 @@ Explain = Callable[[Bundle, "Method", NDArray[np.uint8]], Awaitable[HeatMap]]
 """(bundle with a classifier, method, uint8 [S, S, 3]) -> its heat map."""
 
 
-def make(explainer: Explainer, method: Method, image: NDArray[np.uint8]) -> Mapping[str, Any]:
-    """The fields of a HeatMap."""
+def make(
+    explainer: Explainer, method: Method, image: NDArray[np.uint8], check: Callable[[], None] = lambda: None
+) -> Mapping[str, Any]:
+    """The fields of a HeatMap. `check` is called between steps; an exception from it gives the work up."""
     from dermis.explain.rendering import LEAST_SIDE, full_colour, heat_map, per_percent, to_png
 
-    found = explainer.attribute(image, method)
+    found = explainer.attribute(image, method, check=check)
     picture = heat_map(found, max(LEAST_SIDE, len(found.image)))
     return {"content": to_png(picture), "scale": per_percent(found, full_colour(found))}

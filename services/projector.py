@@ -20,6 +20,7 @@ from dermis.bundle import Bundle, open_bundle
 from dermis.cpus import available_cpus
 from dermis.errors import DermisError, RequestError
 from services import logs, projections
+from services.data_folder import restrict_new_files
 from services.models import locate, without_place
 from services.orphans import exit_with_parent
 from services.settings import settings_of_process
@@ -50,6 +51,7 @@ class Projector:
     def __init__(self) -> None:
         logs.configure(_settings.log_level)
         exit_with_parent()
+        restrict_new_files()
         self._bundles: dict[str, Bundle] = {}
         self._problems: list[str] = []
         self._loaded: dict[str, Any] = {}
@@ -89,7 +91,7 @@ class Projector:
         except _CancelledError:
             return {"problem": "the projection was cancelled"}
         except RequestError as error:
-            return {"refused": str(error)}
+            return {"refused": error.message, "field": error.field}
         except ImportError as error:
             return {"refused": f"the service lacks a package that projections need ({error})"}
         except (DermisError, OSError, RuntimeError, MemoryError) as error:

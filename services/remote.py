@@ -238,7 +238,7 @@ class RemoteProjector:
         numbers = [-1 if label is None else label for label in labels]
         found = await self._connection.call("project", bundle.digest, images, numbers, task.to_dict(), ticket)
         if "refused" in found:
-            raise RequestError("projection", found["refused"])
+            raise RequestError(found.get("field", "projection"), found["refused"])
         if "problem" in found:
             raise InferenceUnavailableError(found["problem"])
         images_projected.labels(bundle.name).inc(len(images))

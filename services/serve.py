@@ -17,6 +17,7 @@ from typing import Any
 
 from dermis import __version__
 from dermis.errors import DermisError
+from services.data_folder import prepare_data_folder, restrict_new_files
 from services.settings import REPOSITORY, Settings, SettingsError, read_settings, settings_table
 
 _PORT_SECONDS = 5.0
@@ -37,6 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     # The processes of the service read the environment, so that is where command line values go.
     os.environ.update({f"DERMIS_{name.upper()}": value for name, value in given.items() if value is not None})
+    restrict_new_files()
     try:
         settings = read_settings()
         _prepare(settings)
@@ -52,13 +54,7 @@ def _prepare(settings: Settings) -> None:
     """Find what would stop the service from starting while it can still be said in one line."""
     from services.jobs.table import JobTable
 
-    try:
-        (settings.data_dir / "run").mkdir(parents=True, exist_ok=True)
-        probe = settings.data_dir / "run" / f".{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise SettingsError(f"DERMIS_DATA_DIR: {settings.data_dir} cannot be written: {error.strerror}") from None
+    prepare_data_folder(settings)
     try:
         table = JobTable(settings.jobs_url)
         table.open()

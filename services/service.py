@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from services import logs
 from services.authenticity import Authenticity
 from services.classifier import Classifier
+from services.data_folder import prepare_data_folder, private_temporary_files, restrict_new_files
 from services.explainer import Explainer
 from services.gateway.app import create_app
 from services.gateway.comparisons import Comparisons
@@ -35,7 +36,7 @@ from services.models import Models
 from services.orphans import exit_with_parent
 from services.projector import Projector
 from services.remote import RemoteAuthenticity, RemoteClassifier, RemoteExplainer, RemoteGenerator, RemoteProjector
-from services.settings import settings_of_process
+from services.settings import SettingsError, settings_of_process
 
 logger = logging.getLogger("dermis.service")
 
@@ -48,6 +49,12 @@ async def _running() -> AsyncIterator[Context]:
     """Everything that the routes need, started; stopped again when the service ends."""
     logs.configure(_settings.log_level)
     exit_with_parent()
+    restrict_new_files()
+    try:
+        await asyncio.to_thread(prepare_data_folder, _settings)
+    except SettingsError as error:
+        logger.error("cannot start", extra={"problem": str(error)})
+        raise
     models = await asyncio.to_thread(Models, _settings.bundles, _settings.default_model)
     for location, problem in models.check().items():
         logger.error("model not served", extra={"location": location, "problem": problem})
@@ -99,7 +106,7 @@ async def _running() -> AsyncIterator[Context]:
         found = await asyncio.gather(*(part.not_alive() for part in parts))
         return "; ".join(filter(None, found)) or None
 
-    with _announcing(stopping):
+    with private_temporary_files(_settings), _announcing(stopping):
         await asyncio.to_thread(jobs.start)
         try:
             yield Context(

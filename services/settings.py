@@ -12,6 +12,10 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from dermis.errors import DermisError
 
+_TRUSTED_HOST = re.compile(
+    r"\*|\*(\.[A-Za-z0-9_-]+)+|([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?|[0-9A-Fa-f]*:[0-9A-Fa-f:.]+"
+)
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
@@ -29,6 +33,11 @@ class Settings(BaseSettings):
     port: int = Field(3000, ge=1, le=65535, description="Port the gateway listens on.")
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="Web origins that may call the API from a browser, separated by commas; `*` for any."
+    )
+    trusted_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Host names under which requests are answered, separated by commas, beside loopback and `DERMIS_HOST`: "
+        "`name`, `name:port`, `*.domain`, or `*` for any. Needed behind a proxy and for names in a network.",
     )
 
     # What it serves
@@ -100,7 +109,10 @@ class Settings(BaseSettings):
         60.0, ge=1.0, le=3600.0, description="Longest time that uploaded images may take to arrive."
     )
     upload_decoders: int = Field(
-        2, ge=1, le=64, description="Uploaded images that are decoded at one time, 12 bytes of memory a pixel each."
+        2, ge=1, le=64, description="Processes that decode uploaded images, each in 12 bytes of memory a pixel."
+    )
+    upload_decode_seconds: float = Field(
+        20.0, ge=0.1, le=600.0, description="Longest time for decoding one uploaded image; then its process is ended."
     )
 
     projection_distance: Literal["lite0", "vgg16"] = Field(
@@ -125,11 +137,13 @@ class Settings(BaseSettings):
     max_upload_calls: int = Field(
         8, ge=1, description="Most calls with uploads in work at one time; each holds its upload in memory."
     )
+    authenticity_uploads: bool = Field(
+        False,
+        description="Whether /v1/authenticity compares uploaded images with the training images. Everyone who can send "
+        "requests can then find out whether an image that they have is a training image.",
+    )
     max_compared_per_minute: int = Field(
-        600,
-        ge=0,
-        description="Most uploaded images that are compared with the training images in a minute; 0 switches that off. Who may "
-        "ask can learn whether an image that they have is a training image.",
+        600, ge=0, description="Most uploaded images that are compared with the training images in a minute; 0: none."
     )
     max_projection_images: int = Field(
         32, ge=0, le=1024, description="Most images in one projection; 0 switches projections off."
@@ -151,7 +165,7 @@ class Settings(BaseSettings):
     # What it tells
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least severe level logged.")
 
-    @field_validator("bundles", "cors_origins", mode="before")
+    @field_validator("bundles", "cors_origins", "trusted_hosts", mode="before")
     @classmethod
     def _split_commas(cls, value: Any) -> Any:
         if isinstance(value, str):
@@ -163,6 +177,14 @@ class Settings(BaseSettings):
     def _at_least_one(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if not value:
             raise ValueError("name at least one bundle")
+        return value
+
+    @field_validator("trusted_hosts")
+    @classmethod
+    def _are_hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for entry in value:
+            if not _TRUSTED_HOST.fullmatch(entry):
+                raise ValueError(f"{entry[:100]!r} is not a host; write name, name:port, *.domain or *")
         return value
 
     @field_validator("log_level", mode="before")
@@ -179,6 +201,11 @@ class Settings(BaseSettings):
         return re.sub(r"^postgres(ql)?://", "postgresql+psycopg://", self.database_url)
 
     @property
+    def compares_uploads(self) -> bool:
+        """Whether uploaded images are compared with the training images at all."""
+        return self.authenticity_uploads and self.max_compared_per_minute > 0
+
+    @property
     def storage(self) -> str:
         """Root of the datasets: an fsspec URL or an absolute folder."""
         if self.storage_url is not None:
@@ -191,7 +218,10 @@ def read_settings(**values: Any) -> Settings:
     try:
         return Settings(**values)
     except ValidationError as error:
-        lines = [f"DERMIS_{'_'.join(map(str, e['loc'])).upper()}: {e['msg']}" for e in error.errors()]
+        lines = [
+            f"DERMIS_{'_'.join(map(str, e['loc'])).upper()}: {e['msg'].removeprefix('Value error, ')}"
+            for e in error.errors()
+        ]
         raise SettingsError("; ".join(lines)) from None
 
 

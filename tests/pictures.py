@@ -66,11 +66,35 @@ def with_exif(orientation: int = 1, kind: str = "JPEG") -> bytes:
     return encoded(Image.fromarray(PIXELS), kind, exif=exif, **({"quality": 95} if kind == "JPEG" else {}))
 
 
-def scans(number: int) -> bytes:
-    """A progressive JPEG that goes on with copies of its last scan."""
-    data = picture("JPEG", progressive=True)
+def scans(number: int, image: Image.Image | None = None) -> bytes:
+    """A progressive JPEG, of PIXELS if no image is given, that goes on with copies of its last scan."""
+    data = encoded(image or Image.fromarray(PIXELS), "JPEG", progressive=True)
     last = data.rindex(b"\xff\xda")
     return data[:-2] + data[last:-2] * number + b"\xff\xd9"
+
+
+def many_chunks(number: int, name: bytes = b"tEXt", data: bytes = b"") -> bytes:
+    """A PNG of PIXELS after so many chunks."""
+    rows = b"".join(b"\0" + row.tobytes() for row in PIXELS)
+    return png(40, 30, 8, 2, zlib.compress(rows), chunk(name, data) * number)
+
+
+def many_segments(number: int, marker: int = 0xFE, content: bytes = b"") -> bytes:
+    """A JPEG with so many segments in front."""
+    data = picture("JPEG")
+    return data[:2] + (bytes([0xFF, marker]) + struct.pack(">H", len(content) + 2) + content) * number + data[2:]
+
+
+def many_webp_chunks(number: int) -> bytes:
+    """A WebP with so many unknown chunks behind its pixels."""
+    body = picture("WEBP", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0")[8:] + (b"XXXX" + bytes(4)) * number
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+def many_entries(number: int) -> bytes:
+    """An EXIF block whose directory has so many entries."""
+    entries = b"".join(struct.pack(">HHII", 1000 + i, 4, 1, 7) for i in range(number))
+    return b"Exif\0\0MM\0*" + struct.pack(">IH", 8, number) + entries + bytes(4)
 
 
 def webp_header(width: int, height: int) -> bytes:
@@ -116,6 +140,36 @@ BAD: dict[str, tuple[Callable[[], bytes], str, str]] = {
         lambda: png(40, 30, 8, 2, b"", chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(50_000_000)))),
         "unusable-image",
         "damaged",
+    ),
+    "PNG of many chunks": (lambda: many_chunks(15_000), "unusable-image", "parts"),
+    "PNG of many IDAT": (lambda: many_chunks(15_000, b"IDAT"), "unusable-image", "parts"),
+    "JPEG of many segments": (lambda: many_segments(60_000), "unusable-image", "1,000 parts"),
+    "JPEG of many EXIF segments": (lambda: many_segments(20_000, 0xE1, b"Exif\0\0ab"), "unusable-image", "1,000 parts"),
+    "JPEG of filling": (
+        lambda: picture("JPEG").replace(b"\xff\xdb", b"\xff" * 200_000 + b"\xdb", 1),
+        "unusable-image",
+        "no segment",
+    ),
+    "JPEG of garbage": (
+        lambda: picture("JPEG").replace(b"\xff\xdb", b"x" * 200_000 + b"\xff\xdb", 1),
+        "unusable-image",
+        "no segment",
+    ),
+    "WebP of many chunks": (lambda: many_webp_chunks(30_000), "unusable-image", "1,000 parts"),
+    "PNG of many EXIF entries": (
+        lambda: many_chunks(1, b"eXIf", many_entries(20_000)[6:]),
+        "unusable-image",
+        "1,000 EXIF entries",
+    ),
+    "JPEG of many EXIF entries": (
+        lambda: many_segments(1, 0xE1, many_entries(5_000)),
+        "unusable-image",
+        "1,000 EXIF entries",
+    ),
+    "WebP of many EXIF entries": (
+        lambda: picture("WEBP", exif=many_entries(20_000)),
+        "unusable-image",
+        "1,000 EXIF entries",
     ),
     "JPEG of 1,000 scans": (lambda: scans(1000), "unusable-image", "scans"),
 }

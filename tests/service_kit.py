@@ -319,7 +319,7 @@ def listening(parts: Parts) -> Iterator[str]:
 def service(bundles: Path | str, data_dir: Path, **settings: Any) -> Iterator[Service]:
     """A service in this process, running."""
     parts = assemble(bundles, data_dir, **settings)
-    with TestClient(parts.app, raise_server_exceptions=False) as client:
+    with TestClient(parts.app, base_url="http://localhost", raise_server_exceptions=False) as client:
         jobs, shop = parts.running[0]
         try:
             yield Service(

@@ -201,9 +201,12 @@ def test_one_try_drops_what_is_rejected(bundle: Bundle, tmp_path: Path) -> None:
 
 
 def test_a_filter_that_keeps_nothing_says_so(bundle: Bundle, tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="none of 66 images was kept") as caught:
+    with pytest.raises(RequestError, match="none of 66 images was kept; change min_probability, or") as caught:
         make(tmp_path / "a", bundle, classifier={"min_probability": 1.0, "tries": 2})
     assert caught.value.field == "classifier.min_probability"
+    with pytest.raises(RequestError, match="change keep or min_probability, or") as caught:
+        make(tmp_path / "b", bundle, classifier={"keep": "agreeing", "min_probability": 1.0, "tries": 2})
+    assert caught.value.field == "classifier"
     assert not (tmp_path / "a" / "manifest.json").exists()
 
 

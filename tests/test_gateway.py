@@ -357,3 +357,21 @@ def test_negotiation_follows_quality_and_specificity() -> None:
     assert negotiate("image/*, application/json;q=0.5", offers) == "image/png"
     assert negotiate("application/json;q=0, */*", offers) == "image/png"
     assert negotiate("text/html;q=x, nonsense", offers) is None
+
+
+def test_full_queues_are_no_errors_of_the_server(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    limits = {"max_active_datasets": 1, "max_active_projections": 1}
+    with service(tiny_bundle.location, tmp_path / "data", default_model="tiny", **limits) as running:
+        running.generator.gate.clear()
+        running.projector.gate.clear()
+        image = io.BytesIO()
+        Image.new("RGB", (20, 20)).save(image, "PNG")
+        path = "/v1/projections?steps=1"
+        assert running.client.post(path, files={"files": image.getvalue()}).status_code == 202
+        running.ask({"classes": {"benign": 1}})
+        for full in (
+            running.client.post(path, files={"files": image.getvalue()}),
+            running.client.post("/v1/datasets", json={"classes": {"benign": 2}}),
+        ):
+            assert "1 " in problem(full, 429, "too-many-requests")["detail"]
+            assert int(full.headers["Retry-After"]) > 0

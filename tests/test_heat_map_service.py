@@ -7,6 +7,7 @@ import base64
 import hashlib
 import io
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ from PIL import Image
 from dermis.bundle import amend_bundle
 from dermis.classifier.description import NOTICE
 from dermis.classifier.preprocess import to_input
+from dermis.explain.attribution import Explainer
 from dermis.imaging import decode, encode
-from service_kit import Service, service, wait_for
+from service_kit import Service, assemble, listening, service, wait_for
+from services.callers import CallerGoneError, CallerMiddleware, check_caller
 from services.errors import InferenceFailedError, InferenceUnavailableError, NotInstalledError
 from services.remote import RemoteExplainer
 from test_heat_maps import classifier  # noqa: F401  a fixture
@@ -129,8 +132,94 @@ def test_few_calls_wait_for_heat_maps_and_none_for_ever(served: Service) -> None
         first.join()
     finally:
         served.explainer.gate.set()
-    assert "not ready in 1 s" in problem(answers[0], 503, "overloaded") and answers[0].headers["Retry-After"]
+    told = problem(answers[0], 503, "overloaded")
+    assert "not ready in 1 s" in told and "fewer" not in told and answers[0].headers["Retry-After"]
     assert send(served).status_code == 200
+
+
+def test_the_message_of_a_timeout_fits_the_number_of_images(served: Service) -> None:
+    served.explainer.gate.clear()
+    try:
+        told = problem(send(served, encode(PIXELS), encode(PIXELS)), 503, "overloaded")
+    finally:
+        served.explainer.gate.set()
+    assert "0 of 2 heat maps" in told and "fewer images" in told
+
+
+def test_a_caller_that_leaves_takes_its_computation_along(tmp_path: Path, served: Service) -> None:
+    """From the gateway on: the explainer's call is cancelled, and the place among the calls is free."""
+    ended: list[str] = []
+
+    async def explain(*_: Any) -> Any:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            ended.append("cancelled")
+            raise
+
+    parts = assemble(served.settings.bundles[0], tmp_path / "data", default_model="tiny", max_heat_map_calls=1)
+    parts.explainer.heat_map = explain  # type: ignore[method-assign]
+    with listening(parts) as url:
+        for count in (1, 2):
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(f"{url}/v1/classifications?heat_map=xrai", files={"files": encode(PIXELS)}, timeout=1.0)
+            wait_for(lambda count=count: len(ended) == count, 10)  # type: ignore[misc]
+
+
+def test_work_of_a_caller_that_left_ends_at_its_next_step() -> None:
+    """The explainer's side: the middleware sees the connection close, and the work in a thread asks for it."""
+    begun, steps = threading.Event(), []
+
+    def work() -> str:
+        check_caller()  # nobody has left yet
+        begun.set()
+        while len(steps) < 3000:
+            steps.append(1)
+            try:
+                check_caller()
+            except CallerGoneError:
+                return "given up"
+            time.sleep(0.01)
+        return "done"
+
+    outcome: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        assert not (await receive()).get("more_body")
+        outcome.append(await asyncio.to_thread(work))
+
+    async def run(leaves: bool) -> None:
+        messages = [{"type": "http.request", "body": b"", "more_body": False}]
+
+        async def receive() -> Any:
+            if messages:
+                return messages.pop()
+            await asyncio.to_thread(begun.wait)
+            if not leaves:
+                await asyncio.sleep(60)
+            return {"type": "http.disconnect"}
+
+        await CallerMiddleware(app)({"type": "http"}, receive, None)  # type: ignore[arg-type]
+
+    asyncio.run(run(leaves=True))
+    assert outcome == ["given up"]
+    check_caller()  # outside of a request it never raises
+    steps[:] = [1] * 2990
+    asyncio.run(run(leaves=False))
+    assert outcome[1] == "done"
+
+
+def test_an_attribution_is_given_up_between_steps(classifier: Path) -> None:  # noqa: F811
+    loaded, calls = Explainer(classifier), [0]
+
+    def check() -> None:
+        calls[0] += 1
+        if calls[0] > 3:
+            raise CallerGoneError
+
+    with pytest.raises(CallerGoneError):
+        loaded.attribute(PIXELS, "integrated-gradients", check=check)
+    assert calls[0] == 4
 
 
 def test_heat_maps_can_be_switched_off(tmp_path: Path, served: Service) -> None:

@@ -43,7 +43,12 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 def running(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     bundles = f"{bundle.location},{Path(bundle.location).parent / 'plain'}"
     with service(
-        bundles, tmp_path_factory.mktemp("data"), default_model="tiny", max_compared_per_minute=20, max_images=12
+        bundles,
+        tmp_path_factory.mktemp("data"),
+        default_model="tiny",
+        authenticity_uploads=True,
+        max_compared_per_minute=20,
+        max_images=12,
     ) as found:
         yield found
 
@@ -93,8 +98,20 @@ def test_uploads_are_refused_beyond_the_limit_and_without_an_index(running: Serv
         == 415
     )
     answers = [running.client.post("/v1/authenticity", files=sent(noise(8))) for _ in range(3)]
-    assert answers[-1].status_code == 503 and int(answers[-1].headers["Retry-After"]) > 0
+    assert answers[-1].status_code == 429 and int(answers[-1].headers["Retry-After"]) > 0
     assert running.client.get("/v1/models/tiny").json()["authenticity"]["vectors"] == 60
+    assert running.client.get("/v1/models/tiny").json()["authenticity"]["uploads"] is True
+
+
+def test_uploads_are_not_compared_unless_the_operator_switches_it_on(bundle: Bundle, tmp_path: Path) -> None:
+    with service(bundle.location, tmp_path / "data", default_model="tiny") as closed:
+        raw = closed.client.post("/v1/authenticity", content=encode(noise(1)[0]), headers={"Content-Type": "image/png"})
+        for answer in (closed.client.post("/v1/authenticity?model=tiny", files=sent(noise(2))), raw):
+            assert answer.status_code == 403 and answer.json()["type"].endswith("uploads-disabled")
+            assert "DERMIS_AUTHENTICITY_UPLOADS=true" in answer.json()["detail"] and "data" not in answer.json()
+        assert closed.client.post("/v1/authenticity", json={"classes": {"benign": 1}}).status_code == 200
+        assert closed.client.get("/v1/models/tiny").json()["authenticity"]["uploads"] is False
+        assert closed.client.get("/v1/models").json()["data"][0]["authenticity"]["uploads"] is False
 
 
 # -- directions and edits

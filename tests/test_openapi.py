@@ -31,13 +31,26 @@ CHECKS = (
 def test_every_answer_is_documented_and_none_is_a_server_error(tmp_path: Path) -> None:
     training = np.random.default_rng(0).integers(0, 256, (30, 12, 12, 3), dtype=np.uint8)
     bundle = make_complete_bundle(tmp_path, training)
-    limits = {"max_samples_per_dataset": 1000, "max_images": 8, "max_projection_steps": 100}
+    limits = {"max_samples_per_dataset": 1000, "max_images": 8, "max_projection_steps": 20}
+    limits |= {"max_active_projections": 2, "max_active_datasets": 4}  # full queues are no errors of the server
     parts = assemble(bundle.location, tmp_path / "data", **limits)
     with listening(parts) as url:
         command = [sys.executable, "-c", "from schemathesis.cli import schemathesis; schemathesis()", "run"]
         options = ["--checks", ",".join(CHECKS), "--max-examples", "15", "--seed", "1", "--no-color"]
-        options += ["--generation-database", "none", "--request-timeout", "20"]
+        options += ["--generation-database", "none", "--request-timeout", "60"]
         done = subprocess.run(
-            [*command, f"{url}/openapi.json", *options], capture_output=True, text=True, timeout=120, cwd=tmp_path
+            [*command, f"{url}/openapi.json", *options], capture_output=True, text=True, timeout=300, cwd=tmp_path
         )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_uploads_and_full_queues_are_described_as_they_are(tmp_path: Path) -> None:
+    parts = assemble(tmp_path / "none", tmp_path / "data", max_upload_images=7, max_projection_images=3)
+    paths = parts.app.openapi()["paths"]
+    for path, most in (("/v1/classifications", 7), ("/v1/authenticity", 7), ("/v1/projections", 3)):
+        form = paths[path]["post"]["requestBody"]["content"]["multipart/form-data"]
+        assert (form["schema"]["properties"]["files"]["minItems"], form["schema"]["required"]) == (1, ["files"])
+        assert form["schema"]["properties"]["files"]["maxItems"] == most
+        assert form["encoding"]["files"]["contentType"] == "image/png, image/jpeg, image/webp"
+    for path in ("/v1/projections", "/v1/datasets", "/v1/authenticity"):
+        assert "Retry-After" in paths[path]["post"]["responses"]["429"]["headers"]

@@ -44,7 +44,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 @pytest.fixture(scope="module")
 def served(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Parts, str]]:
-    parts = assemble(bundle.location, tmp_path_factory.mktemp("data"), default_model="tiny")
+    parts = assemble(bundle.location, tmp_path_factory.mktemp("data"), default_model="tiny", authenticity_uploads=True)
     with listening(parts) as url:
         yield parts, url
 
@@ -182,6 +182,7 @@ def test_the_commands(
         return output
 
     assert "too near" in say("authenticity", *files[:3])
+    assert "of 3 authentic" in say("authenticity", "--classes", "benign=2,malignant=1", "--seed", "5")
     assert "axis-2" in say("directions")
     say(
         "edit",

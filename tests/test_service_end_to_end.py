@@ -167,7 +167,7 @@ def test_killed_in_the_middle_and_gone_on_by_two_workers_it_gives_the_same_bytes
     first.process.wait()
 
     # Same port at once, and a second worker on the same data at another.
-    again = launch(str(bundle.parent), port, lease_seconds="2")
+    again = launch(str(bundle.parent), port, lease_seconds="2", authenticity_uploads="true")
     other = launch(str(bundle.parent), free_port(), lease_seconds="2")
     direct = make_directly(open_bundle(bundle), tmp_path / "direct")
     again.wait_until(again.ready)

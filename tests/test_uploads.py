@@ -18,7 +18,20 @@ from dermis.classifier.description import NOTICE
 from dermis.classifier.onnx_session import Classifier
 from dermis.classifier.preprocess import to_input
 from dermis.reading import ImageError, read_image
-from pictures import BAD, PIXELS, chunk, encoded, picture, scans, sixteen_bit, with_exif
+from pictures import (
+    BAD,
+    PIXELS,
+    chunk,
+    encoded,
+    many_chunks,
+    many_entries,
+    many_segments,
+    many_webp_chunks,
+    picture,
+    scans,
+    sixteen_bit,
+    with_exif,
+)
 from service_kit import Service, service
 from services.errors import InferenceFailedError, InferenceUnavailableError
 from tiny import make_bundle
@@ -117,6 +130,24 @@ def test_a_picture_with_others_behind_it_is_its_first() -> None:
     behind = Image.fromarray(PIXELS[::-1].copy())
     data = encoded(Image.fromarray(PIXELS), "MPO", save_all=True, append_images=[behind], quality=95)
     assert np.abs(read_image(data).astype(int) - PIXELS).mean() < 3
+
+
+def test_files_of_some_more_parts_than_usual_are_read() -> None:
+    assert (read_image(many_chunks(900)) == PIXELS).all()
+    for data in (many_segments(900), many_webp_chunks(900), many_segments(1, 0xE1, many_entries(900))):
+        assert read_image(data).shape == PIXELS.shape
+
+
+def test_parts_are_counted_before_the_decoder_sees_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2.7 million empty chunks held a decoder for 105 s."""
+
+    def no_decoder(*_: Any, **__: Any) -> Any:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(Image, "open", no_decoder)
+    for data in (many_chunks(500_000), many_segments(500_000), many_webp_chunks(500_000)):
+        with pytest.raises(ImageError, match="parts"):
+            read_image(data)
 
 
 def test_a_progressive_jpeg_of_some_scans_is_read() -> None:

@@ -24,7 +24,7 @@ from dermis.dataset.columns import columns
 from dermis.dataset.containers import Sample, add_to_zip, file_name, metadata_row, read_container
 from dermis.dataset.plan import Plan
 from dermis.dataset.privacy import Checks, Expose, PrivacyReport, PrivacyTally, report
-from dermis.dataset.request import DatasetRequest
+from dermis.dataset.request import ClassifierOptions, DatasetRequest
 from dermis.dataset.scoring import Tally, tally
 from dermis.dataset.shards import FileEntry, ShardRecord, find_shard
 from dermis.dataset.store import PARTIAL, Store, hash_file, storage_errors
@@ -319,13 +319,14 @@ def _check_some(plan: Plan, records: Sequence[ShardRecord]) -> None:
     by_gate = sum(checks.rejected for record in records for checks in record.checks)
     if by_gate == 0:
         options = plan.request.classifier
-        if options is None or options.keep == "agreeing":
-            raise RequestError("classifier.keep", f"none of {drawn:,} images was kept; keep more, or allow more tries")
-        raise RequestError(
-            "classifier.min_probability" if options.min_probability > 0 else "classifier.max_probability",
-            f"none of {drawn:,} images was kept: none has a probability from {options.min_probability:g} to "
-            f"{options.max_probability:g}; widen that, or allow more tries",
-        )
+        defaults = ClassifierOptions.model_validate({})
+        limiting = [
+            name
+            for name in ("keep", "min_probability", "max_probability")
+            if options is not None and getattr(options, name) != getattr(defaults, name)
+        ]
+        message = f"none of {drawn:,} images was kept; change {' or '.join(limiting)}, or allow more tries"
+        raise RequestError(f"classifier.{limiting[0]}" if len(limiting) == 1 else "classifier", message)
     raise RequestError(
         "privacy.on_reject",
         f"none of {drawn:,} images was kept, the gate rejected {by_gate:,}; this generator may copy its training images: "

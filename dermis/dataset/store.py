@@ -95,7 +95,7 @@ class Store:
         """A local path to write to; what lies there becomes the file `name` if the block ends without an exception.
 
         Locally that is a rename; for other storage the file is uploaded, so that it takes as much temporary space
-        ($TMPDIR) as it is large.
+        (`tempfile.gettempdir()`; the service has a private one) as it is large.
         """
         if not self.local:
             with storage_errors(tempfile.gettempdir()):

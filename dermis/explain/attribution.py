@@ -15,6 +15,7 @@ of numerical integration (`Attribution.gap`). They tell what this network comput
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -75,9 +76,14 @@ class Explainer:
         self.description, _ = find_classifier(source)
         self._network = load_torch_classifier(source).to(resolve_device(device))
 
-    def attribute(self, image: Images, method: Method = "xrai") -> Attribution:
-        """The attribution of a uint8 image [H, W, 3] of any size: of its centred square, as the classifier sees it."""
-        return attribute(self._network, to_input(image, self.description.input.size), method)
+    def attribute(
+        self, image: Images, method: Method = "xrai", *, check: Callable[[], None] = lambda: None
+    ) -> Attribution:
+        """The attribution of a uint8 image [H, W, 3] of any size: of its centred square, as the classifier sees it.
+
+        check: called before every step; an exception from it gives the work up.
+        """
+        return attribute(self._network, to_input(image, self.description.input.size), method, check=check)
 
 
 def missing_packages() -> str | None:
@@ -94,17 +100,30 @@ def require_packages() -> None:
         raise DermisError(missing)
 
 
-def attribute(network: nn.Module, image: Images, method: Method = "xrai", *, steps: int = STEPS) -> Attribution:
-    """The attribution of uint8 [S, S, 3] for a network that gives (logits [N], ...) of float images [N, 3, S, S], 0..255."""
+def attribute(
+    network: nn.Module,
+    image: Images,
+    method: Method = "xrai",
+    *,
+    steps: int = STEPS,
+    check: Callable[[], None] = lambda: None,
+) -> Attribution:
+    """The attribution of uint8 [S, S, 3] for a network that gives (logits [N], ...) of float images [N, 3, S, S], 0..255.
+
+    check: as in `Explainer.attribute`.
+    """
     if method not in METHODS:
         raise ValueError(f"{method!r} is none of {', '.join(METHODS)}")
-    values, logit, baseline = _integrated_gradients(network, image, steps)
+    values, logit, baseline = _integrated_gradients(network, image, steps, check)
+    check()
     if method == "xrai":
         values = _xrai(image, values)
     return Attribution(method, image, values.astype(np.float32), logit, baseline)
 
 
-def _integrated_gradients(network: nn.Module, image: Images, steps: int) -> tuple[NDArray[np.float64], float, float]:
+def _integrated_gradients(
+    network: nn.Module, image: Images, steps: int, check: Callable[[], None]
+) -> tuple[NDArray[np.float64], float, float]:
     """float64 [S, S], and the logits of the image and, averaged, of the baselines."""
     import torch
     from captum.attr import IntegratedGradients
@@ -112,6 +131,7 @@ def _integrated_gradients(network: nn.Module, image: Images, steps: int) -> tupl
     device = next((each.device for each in (*network.parameters(), *network.buffers())), torch.device("cpu"))
 
     def logits(images: Any) -> Any:
+        check()
         return network(images)[0]
 
     explained = IntegratedGradients(logits, multiply_by_inputs=True)

@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from dermis import __version__
 from dermis.classifier.description import NOTICE
 from dermis.dataset.request import DatasetRequest
-from services.gateway import metrics, problems
+from services.gateway import metrics, origins, problems
 from services.gateway.dependencies import Context
 from services.gateway.latent_schemas import EditsRequest
 from services.gateway.problems import problem_response
@@ -40,6 +40,7 @@ from services.gateway.routes import (
     models,
     projections,
 )
+from services.gateway.routes.answers import PROBLEM_CONTENT
 from services.gateway.schemas import Dataset, ImagesRequest
 from services.settings import Settings
 
@@ -80,7 +81,7 @@ def create_app(settings: Settings, running: Callable[[], AbstractAsyncContextMan
     problems.install(app)
     for routes in (datasets, files, images, edits, projections, classifications, authenticity, models, health, docs):
         app.include_router(routes.router)
-    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    app.openapi = lambda: _openapi(app, settings)  # type: ignore[method-assign]
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -89,7 +90,8 @@ def create_app(settings: Settings, running: Callable[[], AbstractAsyncContextMan
             allow_headers=["*"],
             expose_headers=_EXPOSED,
         )
-    app.add_middleware(RequestMiddleware)
+    app.add_middleware(origins.OriginMiddleware, settings=settings)
+    app.add_middleware(RequestMiddleware)  # the last is the outermost
     return app
 
 
@@ -125,12 +127,13 @@ class RequestMiddleware:
                 await response(scope, receive, send_with_id)
         finally:
             seconds = time.perf_counter() - started
-            # The route's template, not the path: ids in paths would make a series each.
+            # The route's template, not the path: in the metrics ids would make a series each, and in the log the id of a
+            # projection is all that its owner has to keep secret.
             route = getattr(scope.get("route"), "path", None) or "unknown"
             metrics.request_seconds.labels(scope["method"], route, str(status)).observe(seconds)
             # Probes come every few seconds and say nothing.
             level = logging.DEBUG if route in health.PATHS and status < 400 else logging.INFO
-            fields = {"method": scope["method"], "path": scope["path"], "status": status, "ms": seconds * 1000}
+            fields = {"method": scope["method"], "route": route, "status": status, "ms": seconds * 1000}
             logger.log(
                 level, "request", extra={**fields, "id": request_id, "client": (scope.get("client") or [None])[0]}
             )
@@ -143,7 +146,7 @@ def _request_id(scope: Scope) -> str:
     return uuid.uuid4().hex
 
 
-def _openapi(app: FastAPI) -> dict[str, Any]:
+def _openapi(app: FastAPI, settings: Settings) -> dict[str, Any]:
     """The OpenAPI document, with the bodies that routes read by themselves (strictly) added to the components."""
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
@@ -161,5 +164,33 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
         added: Mapping[str, Any] = bodies.get("$defs", {})
         for name, schema in added.items():
             schemas.setdefault(name, schema)
+        _add_refusals(document)
+        _add_limits(document, settings)
         app.openapi_schema = document
     return app.openapi_schema
+
+
+def _add_refusals(document: dict[str, Any]) -> None:
+    """Document what every route may answer before it is reached (`OriginMiddleware`)."""
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            kinds = [] if path in origins.PROBES else ["bad-request", "untrusted-host"]
+            if method.upper() not in origins.SAFE_METHODS:
+                kinds.append("cross-origin")
+            for kind in kinds:
+                status, title = problems.KINDS[kind]
+                entry = operation["responses"].setdefault(str(status), {"description": "", "content": PROBLEM_CONTENT})
+                text = f"{title} (`{kind}`)"
+                if text not in entry["description"]:
+                    entry["description"] = "; ".join(filter(None, (entry["description"], text)))
+
+
+def _add_limits(document: dict[str, Any], settings: Settings) -> None:
+    """Describe how many images an upload may have in this service."""
+    of_path = {"/v1/projections": settings.max_projection_images}
+    for path, operations in document["paths"].items():
+        form = operations.get("post", {}).get("requestBody", {}).get("content", {}).get("multipart/form-data")
+        if form is not None:
+            most = min(settings.max_upload_images, of_path.get(path, settings.max_upload_images))
+            for images in form["schema"]["properties"].values():
+                images["maxItems"] = max(1, most)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -39,13 +39,36 @@ class HeatMaps:
         finally:
             self._calls -= 1
 
-    async def make(self, bundle: Bundle, method: Method, images: NDArray[np.uint8]) -> list[HeatMap]:
-        """Heat maps of uint8 [N, S, S, 3], one after the other. ProblemError if they take too long."""
+    async def make(
+        self, bundle: Bundle, method: Method, images: NDArray[np.uint8], disconnected: Callable[[], Awaitable[None]]
+    ) -> list[HeatMap]:
+        """Heat maps of uint8 [N, S, S, 3], one after the other. ProblemError if they take too long.
+
+        `disconnected` returns when the caller has closed the connection: then, as when the time is over, the call to the
+        explainer is cancelled, which ends the computation.
+        """
+        made: list[HeatMap] = []
+
+        async def make_all() -> None:
+            for image in images:
+                made.append(await self._explain(bundle, method, image))
+
+        work = asyncio.ensure_future(make_all())
+        leaving = asyncio.ensure_future(disconnected())
+        seconds = self._settings.heat_map_timeout_seconds
         try:
-            async with asyncio.timeout(self._settings.heat_map_timeout_seconds):
-                return [await self._explain(bundle, method, image) for image in images]
-        except TimeoutError:
-            seconds = f"{self._settings.heat_map_timeout_seconds:g} s"
-            raise ProblemError(
-                "overloaded", f"the heat maps were not ready in {seconds}; send fewer images", headers=_BUSY
-            ) from None
+            await asyncio.wait({work, leaving}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                work.result()
+                return made
+            if leaving.done():
+                raise ProblemError("bad-request", "the caller closed the connection before the heat maps were made")
+        finally:
+            for task in (work, leaving):
+                task.cancel()
+            await asyncio.gather(work, leaving, return_exceptions=True)
+        if len(images) == 1:
+            detail = f"the heat map was not ready in {seconds:g} s; the service is busy, try again later"
+        else:
+            detail = f"{len(made)} of {len(images)} heat maps were ready in {seconds:g} s; send fewer images in a call"
+        raise ProblemError("overloaded", detail, headers=_BUSY)

@@ -25,6 +25,8 @@ _MAX_NAME = 100
 KINDS: Mapping[str, tuple[int, str]] = {
     "malformed-json": (400, "The body is not valid JSON"),
     "bad-request": (400, "The request cannot be understood"),
+    "cross-origin": (403, "Another origin may not do this"),
+    "uploads-disabled": (403, "Uploads are switched off here"),
     "not-found": (404, "There is nothing here"),
     "unknown-model": (404, "Unknown model"),
     "method-not-allowed": (405, "Method not allowed"),
@@ -37,12 +39,14 @@ KINDS: Mapping[str, tuple[int, str]] = {
     "image-too-large": (413, "An image has too many pixels"),
     "unsupported-media-type": (415, "Unsupported media type"),
     "range-not-satisfiable": (416, "The range lies outside the file"),
+    "untrusted-host": (421, "The service does not answer under this host name"),
     "invalid-request": (422, "The request is not valid"),
     "unknown-class": (422, "Unknown class"),
     "unusable-image": (422, "An image cannot be used"),
     "no-classifier": (422, "The model has no classifier"),
     "no-index": (422, "The model has no index of its training images"),
     "request-too-large": (422, "The request asks for too much"),
+    "too-many-requests": (429, "The limit of what may be at work is reached"),
     "internal": (500, "Internal error"),
     "not-installed": (501, "The service lacks what this needs"),
     "model-unavailable": (503, "The model cannot be served"),
@@ -131,7 +135,7 @@ def field_errors(details: Iterable[Mapping[str, Any]], drop_first: bool = False)
             location = location[1:]
         # pydantic marks an error about a dictionary's key (not its value) with a trailing "[key]".
         parts = [str(part)[:_MAX_NAME] for part in location if part != "[key]"]
-        message = str(item.get("msg", "is not valid"))
+        message = str(item.get("msg", "is not valid")).removeprefix("Value error, ")
         if item.get("type") == "extra_forbidden":
             message = "unknown field; remove it or correct its name"
         errors.append(FieldError(field=".".join(parts) or "body", message=message))

@@ -233,6 +233,9 @@ class ModelAuthenticity(Answer):
     metric: str
     vectors: int = Field(description="Training images.")
     held_out: int = Field(description="Real images that the generator never saw, for the membership attack.")
+    uploads: bool = Field(
+        description="Whether the service compares uploaded images too (`DERMIS_AUTHENTICITY_UPLOADS`)."
+    )
     baseline: dict[str, float] = Field(
         description="Percentiles of the training images' distances to their nearest other one."
     )
@@ -308,17 +311,17 @@ def dataset_of(job: Job) -> Dataset:
     )
 
 
-def model_of(bundle: Bundle, default: bool) -> Model:
-    """A bundle as the API lists it."""
-    return Model(**_model_fields(bundle, default))
+def model_of(bundle: Bundle, default: bool, uploads: bool) -> Model:
+    """A bundle as the API lists it. uploads: whether the service compares uploaded images with the training images."""
+    return Model(**_model_fields(bundle, default, uploads))
 
 
-def model_with_card_of(bundle: Bundle, default: bool) -> ModelWithCard:
+def model_with_card_of(bundle: Bundle, default: bool, uploads: bool) -> ModelWithCard:
     """A bundle as the API shows it alone."""
-    return ModelWithCard(**_model_fields(bundle, default), card=bundle.model_card)
+    return ModelWithCard(**_model_fields(bundle, default, uploads), card=bundle.model_card)
 
 
-def _model_fields(bundle: Bundle, default: bool) -> dict[str, Any]:
+def _model_fields(bundle: Bundle, default: bool, uploads: bool) -> dict[str, Any]:
     config = bundle.generator
     return {
         "name": bundle.name,
@@ -334,18 +337,19 @@ def _model_fields(bundle: Bundle, default: bool) -> dict[str, Any]:
         "kimg": _number(bundle.provenance, "kimg"),
         "metrics": dict(bundle.metrics),
         "classifier": None if bundle.classifier is None else _classifier_of(bundle.classifier),
-        "authenticity": None if bundle.authenticity is None else _authenticity_of(bundle.authenticity),
+        "authenticity": None if bundle.authenticity is None else _authenticity_of(bundle.authenticity, uploads),
         "directions": [direction.name for direction in bundle.directions],
     }
 
 
-def _authenticity_of(described: IndexDescription) -> ModelAuthenticity:
+def _authenticity_of(described: IndexDescription, uploads: bool) -> ModelAuthenticity:
     return ModelAuthenticity(
         digest=described.digest,
         extractor=described.extractor,
         metric=described.metric,
         vectors=described.vectors,
         held_out=described.held_out,
+        uploads=uploads,
         baseline={str(percentile): round(described.radii[percentile], 4) for percentile in SHOWN},
     )
 

@@ -1,4 +1,4 @@
-"""Uploaded images: read within limits, decoded off the event loop, never written to a disk, never logged, never kept.
+"""Uploaded images: read within limits, decoded in other processes, never written to a disk, never logged, never kept.
 
 A body is multipart/form-data with one or more parts called `files`, or one image by itself. Starlette's own form parser
 would put files above 1 MB into temporary files, so python-multipart, which it is built on, is used here directly: it finds
@@ -14,14 +14,16 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from queue import SimpleQueue
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
 from dermis.imaging import Images
-from dermis.reading import FORMATS, ImageError, read_image
+from dermis.reading import FORMATS, ImageError
 from services.gateway.bodies import read_bytes
+from services.gateway.decoding import Decoder
 from services.gateway.problems import FieldError, ProblemError, invalid_request
 from services.settings import Settings
 
@@ -48,7 +50,11 @@ class Uploads:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._decoders = ThreadPoolExecutor(settings.upload_decoders, thread_name_prefix="dermis-decode")
+        self._threads = ThreadPoolExecutor(settings.upload_decoders, thread_name_prefix="dermis-decode")
+        self._decoders = [Decoder(settings.upload_decode_seconds) for _ in range(settings.upload_decoders)]
+        self._idle: SimpleQueue[Decoder] = SimpleQueue()
+        for decoder in self._decoders:
+            self._idle.put(decoder)
         self._calls = 0
 
     @contextmanager
@@ -71,7 +77,7 @@ class Uploads:
         """
         files, names = await self._files(request, limit)
         loop = asyncio.get_running_loop()
-        decode = [loop.run_in_executor(self._decoders, self._decode, files, i, size) for i in range(len(files))]
+        decode = [loop.run_in_executor(self._threads, self._decode, files, i, size) for i in range(len(files))]
         found = await asyncio.gather(*decode, return_exceptions=True)
         refused: list[tuple[str, ImageError]] = []
         done: list[Images] = []
@@ -87,12 +93,21 @@ class Uploads:
         return done
 
     def close(self) -> None:
-        """Give the threads back."""
-        self._decoders.shutdown(wait=False, cancel_futures=True)
+        """Give the threads and processes back."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for decoder in self._decoders:
+            decoder.interrupt()
+        self._threads.shutdown(wait=True)
+        for decoder in self._decoders:
+            decoder.close()
 
     def _decode(self, files: list[bytes], place: int, size: int) -> Images:
         data, files[place] = files[place], b""  # let go of the encoded bytes as soon as may be
-        return read_image(data, size=size, max_pixels=self._settings.max_upload_pixels)
+        decoder = self._idle.get()  # there are as many as threads
+        try:
+            return decoder.decode(data, size, self._settings.max_upload_pixels)
+        finally:
+            self._idle.put(decoder)
 
     async def _files(self, request: Request, limit: Limit | None) -> tuple[list[bytes], list[str]]:
         """The encoded images of a request, and what each is called in problems."""

@@ -35,7 +35,7 @@ def executor_slot(data_dir: Path, name: str | None = None) -> Iterator[str]:
     host = re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname())[:100] or "worker"
     slot = 0
     while True:
-        lock = _try_lock(folder / f"{host}-{slot}.lock")
+        lock = try_lock(folder / f"{host}-{slot}.lock")
         if lock is not None:
             break
         slot += 1
@@ -45,7 +45,8 @@ def executor_slot(data_dir: Path, name: str | None = None) -> Iterator[str]:
         lock.close()  # and with it the lock
 
 
-def _try_lock(path: Path) -> IO[str] | None:
+def try_lock(path: Path) -> IO[str] | None:
+    """The file at `path` with a lock on it that ends with the process; None if another process has it."""
     file = path.open("a+", encoding="ascii")
     try:
         if os.name == "nt":

@@ -57,7 +57,7 @@ class ProjectionJobs:
         except TooManyActiveError:
             most = self._settings.max_active_projections
             detail = f"{most} projections are queued or running; try again when one has ended"
-            raise ProblemError("overloaded", detail, headers={"Retry-After": "30"}) from None
+            raise ProblemError("too-many-requests", detail, headers={"Retry-After": "30"}) from None
         if not new:
             return job
         # The row first: of images without one nobody would know, after a crash, that they are to be removed.

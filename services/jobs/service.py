@@ -118,7 +118,7 @@ class DatasetJobs:
             ) from None
         except TooManyActiveError:
             detail = f"{settings.max_active_datasets} datasets are queued or running; try again when one has ended"
-            raise ProblemError("overloaded", detail, headers={"Retry-After": "30"}) from None
+            raise ProblemError("too-many-requests", detail, headers={"Retry-After": "30"}) from None
         if new:
             workflow.submit(job)
         return job

@@ -9,7 +9,7 @@ from services.gateway.problems import KINDS, PROBLEM_MEDIA_TYPE
 
 Responses = dict[int | str, dict[str, Any]]
 
-_PROBLEM = {PROBLEM_MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+PROBLEM_CONTENT = {PROBLEM_MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
 _HEADERS = {
     "Location": "Path of the dataset.",
     "Retry-After": "Seconds after which to try again.",
@@ -28,9 +28,9 @@ def problems(*kinds: str) -> Responses:
     responses: Responses = {}
     for kind in (*kinds, "internal"):
         status, title = KINDS[kind]
-        known = responses.setdefault(status, {"description": "", "content": _PROBLEM})
+        known = responses.setdefault(status, {"description": "", "content": PROBLEM_CONTENT})
         known["description"] = "; ".join(filter(None, (known["description"], f"{title} (`{kind}`)")))
-        if status == 503:
+        if status in (429, 503):
             known["headers"] = headers("Retry-After")
     return responses
 
@@ -61,7 +61,12 @@ def image_body(field: str) -> dict[str, Any]:
         "required": [field],
         "additionalProperties": False,
     }
-    kinds = {"multipart/form-data": {"schema": form}, **{kind: {"schema": image} for kind in FORMATS.values()}}
+    # The content of a part is what counts, not its name; the type says of what kinds it may be.
+    encoding = {field: {"contentType": ", ".join(FORMATS.values())}}
+    kinds = {
+        "multipart/form-data": {"schema": form, "encoding": encoding},
+        **{kind: {"schema": image} for kind in FORMATS.values()},
+    }
     return {"requestBody": {"required": True, "content": kinds}}
 
 

@@ -38,10 +38,12 @@ _JSON = "application/json"
     description="""How near each image is to the nearest image that the generator was trained on, and whether it is authentic:
 farther from it than that one is from its own nearest other one (Alaa et al., arXiv 2102.08921).
 
-Send images as for `/v1/classifications`: they are kept in memory only, and nothing of them is logged, stored or echoed. Or
-send the JSON body of `/v1/images`: the images that it names are generated and compared. The answer says how near, never to
-which; distances are rounded. As a distance near 0 tells that an image is a training image, an operator may limit how many
-uploads are compared in a minute, or allow none.""",
+Send the JSON body of `/v1/images`: the images that it names are generated and compared. The answer says how near, never to
+which; distances are rounded.
+
+Where the operator has switched it on (`DERMIS_AUTHENTICITY_UPLOADS`; `uploads` in `/v1/models` tells), images can be sent
+instead, as for `/v1/classifications`. It is off by default (403 `uploads-disabled`), because a distance near 0 tells that an
+image is a training image. Uploads are kept in memory only; nothing of them is logged, stored or echoed.""",
     response_model=AuthenticityList,
     openapi_extra=image_or_json_body("files", "ImagesRequest"),
     responses={
@@ -60,6 +62,8 @@ uploads are compared in a minute, or allow none.""",
             "request-too-large",
             "unusable-image",
             "no-index",
+            "uploads-disabled",
+            "too-many-requests",
             "overloaded",
             "not-ready",
             "model-unavailable",
@@ -96,9 +100,15 @@ async def check_authenticity(
 
 
 async def _uploaded(request: Request, context: Context, model: str | None) -> tuple[Bundle, IndexDescription, Nearest]:
+    if not context.settings.compares_uploads:
+        raise ProblemError(
+            "uploads-disabled",
+            "comparing uploaded images is switched off, as it tells whether an image is a training image; the operator of "
+            "the service can set DERMIS_AUTHENTICITY_UPLOADS=true. Generated images can be compared: send the JSON body of "
+            "/v1/images",
+        )
     bundle = await asyncio.to_thread(context.models.serving, model or context.models.default)
     described = _index_of(bundle)
-    context.comparisons.check_allowed()
     with ExitStack() as places:
         places.enter_context(context.uploads.place())
         inputs = np.stack(await context.uploads.images(request, described.resolution))

@@ -128,7 +128,7 @@ async def classify_images(
             raise ProblemError("overloaded", "the classifier is busy; try again", headers=_BUSY) from None
         made: Sequence[HeatMap | None] = [None] * len(inputs)
         if heat_map is not None:
-            made = await context.heat_maps.make(bundle, heat_map, inputs)
+            made = await context.heat_maps.make(bundle, heat_map, inputs, lambda: _disconnected(request))
     scores = scores_of(logits, described.temperature)
     pairs = zip(scores.probabilities.tolist(), scores.calibrated.tolist(), strict=True)
     data = [
@@ -155,6 +155,12 @@ async def classify_images(
         notice=NOTICE,
     )
     return Response(answer.model_dump_json(by_alias=True), media_type=_JSON, headers=tell)
+
+
+async def _disconnected(request: Request) -> None:
+    """Return when the caller has closed the connection. The body must have been read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def _heat_map(method: Method, made: HeatMap) -> ClassificationHeatMap:

@@ -75,7 +75,7 @@ async def find_job(context: Context, dataset_id: str) -> Job:
             "invalid-request",
             "unknown-class",
             "request-too-large",
-            "overloaded",
+            "too-many-requests",
             "model-unavailable",
             "storage-full",
         ),
@@ -143,7 +143,7 @@ async def delete_dataset(dataset_id: str, context: ContextDep) -> Dataset | Resp
             "`cancelled`",
             "content": {"text/event-stream": {"schema": _EVENT}},
         },
-        **problems("not-found", "overloaded"),
+        **problems("not-found", "too-many-requests"),
     },
 )
 async def watch_dataset(dataset_id: str, context: ContextDep) -> Response:
@@ -152,7 +152,7 @@ async def watch_dataset(dataset_id: str, context: ContextDep) -> Response:
     global _streams_open  # noqa: PLW0603
     with _streams_lock:
         if _streams_open >= context.settings.max_event_streams:
-            raise ProblemError("overloaded", "too many event streams are open", headers={"Retry-After": "10"})
+            raise ProblemError("too-many-requests", "too many event streams are open", headers={"Retry-After": "10"})
         _streams_open += 1
     return StreamingResponse(
         progress_events(context, job, _stream_closed),

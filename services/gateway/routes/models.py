@@ -14,12 +14,12 @@ router = APIRouter(prefix="/v1/models", tags=["models"])
 @router.get("", summary="List the models", responses=problems())
 def list_models(context: ContextDep) -> ModelList:
     """Every served bundle, the default first."""
-    models = context.models
-    return ModelList(data=[model_of(bundle, bundle.name == models.default) for bundle in models.bundles])
+    models, uploads = context.models, context.settings.compares_uploads
+    return ModelList(data=[model_of(bundle, bundle.name == models.default, uploads) for bundle in models.bundles])
 
 
 @router.get("/{name}", summary="Show a model with its card", responses=problems("unknown-model", "model-unavailable"))
 def get_model(name: str, context: ContextDep) -> ModelWithCard:
     """One bundle, with its model card."""
     bundle = context.models.serving(name)
-    return model_with_card_of(bundle, bundle.name == context.models.default)
+    return model_with_card_of(bundle, bundle.name == context.models.default, context.settings.compares_uploads)

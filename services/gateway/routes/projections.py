@@ -61,6 +61,7 @@ results are kept until they are deleted or expire. Only who knows a projection's
             "unknown-class",
             "request-too-large",
             "unusable-image",
+            "too-many-requests",
             "overloaded",
             "model-unavailable",
             "storage-full",

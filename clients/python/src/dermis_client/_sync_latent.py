@@ -30,7 +30,8 @@ class Authenticity:
     ) -> AuthenticityResult:
         """How near images are to the training images of a model: one, or any number, in as many calls as it needs.
 
-        files, progress and errors as for classifications.create(). An operator may allow few images a minute, or none.
+        files, progress and errors as for classifications.create(). A service compares uploads only if its operator has
+        switched that on (`authenticity["uploads"]` of a model tells); otherwise APIStatusError of kind "uploads-disabled".
         """
         sources = _uploads.sources_of(files)
         with count_progress(progress, "comparing") as report:

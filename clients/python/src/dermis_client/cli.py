@@ -356,14 +356,29 @@ def classify(
 @app.command()
 def authenticity(
     context: typer.Context,
-    files: Annotated[list[Path], typer.Argument(help="Images: PNG, JPEG or WebP.", show_default=False)],
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Images: PNG, JPEG or WebP, where the service takes them.", show_default=False),
+    ] = None,
+    classes: Annotated[
+        str | None, typer.Option("--classes", help="Instead of files: generate these, as malignant=2,benign=2.")
+    ] = None,
+    seed: Seed = 0,
     model: Model = None,
     base_url: BaseUrl = None,
     as_json: Json = False,
 ) -> None:
-    """How near images are to the training images of a model."""
+    """How near images are to the training images of a model.
+
+    Services compare files only if their operator has switched that on; generated images always.
+    """
+    if bool(files) == bool(classes):
+        raise InvalidRequestError("give image files, or --classes CLASS=COUNT for images that the service generates")
     with _client(context, base_url) as client:
-        result = client.authenticity.check(files, model=model, progress=True)
+        if classes:
+            result = client.authenticity.check_generated(text.parse_classes(classes), seed=seed, model=model)
+        else:
+            result = client.authenticity.check(files or [], model=model, progress=True)
     _print(context, as_json, result.model_dump(mode="json"), lambda: text.verdicts(result))
 
 

@@ -87,7 +87,7 @@ class Model(ModelRef):
     kimg: float | None = None
     metrics: dict[str, Any] = {}
     classifier: ModelClassifier | None = None
-    authenticity: dict[str, Any] | None = None  # the index of its training images, if it has one
+    authenticity: dict[str, Any] | None = None  # the index of its training images, if it has one; "uploads": compared?
     directions: list[str] = []
     card: str | None = None
 

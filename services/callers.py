@@ -1,0 +1,69 @@
+"""Whether the caller of a request still waits for the answer, for work that is long enough to be given up."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from contextvars import ContextVar
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+_gone: ContextVar[threading.Event | None] = ContextVar("dermis_caller_gone", default=None)
+
+
+class CallerGoneError(Exception):
+    """Nobody waits for the result any more."""
+
+
+def check_caller() -> None:
+    """CallerGoneError if whoever asked for what this thread or task works on has closed the connection.
+
+    It never raises outside of requests that `CallerMiddleware` has seen.
+    """
+    gone = _gone.get()
+    if gone is not None and gone.is_set():
+        raise CallerGoneError
+
+
+class CallerMiddleware:
+    """ASGI middleware that notices when the caller of a request closes the connection, for `check_caller` in its work."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        gone = threading.Event()
+        token = _gone.set(gone)
+        watch: asyncio.Task[None] | None = None
+        messages: asyncio.Queue[Message] = asyncio.Queue()
+
+        async def wait_for_end() -> None:
+            message = await receive()
+            while message["type"] != "http.disconnect":
+                message = await receive()
+            gone.set()
+            messages.put_nowait(message)
+
+        async def receive_and_watch() -> Message:
+            nonlocal watch
+            if watch is not None:
+                return await messages.get()  # only the disconnect is left
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                gone.set()
+            elif not message.get("more_body", False):
+                watch = asyncio.create_task(wait_for_end())
+            return message
+
+        try:
+            await self._app(scope, receive_and_watch, send)
+        finally:
+            _gone.reset(token)
+            if watch is not None:
+                watch.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await watch

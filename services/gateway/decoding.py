@@ -1,0 +1,168 @@
+"""Decode uploaded images in processes that can be ended: whatever a file makes a decoder do, it does not do it for ever.
+
+`python -m services.gateway.decoding` is such a process. It reads requests from its standard input and writes the pixels, or why
+there are none, to its standard output. It never writes to a disk, and its messages go nowhere.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import struct
+import subprocess
+import sys
+import threading
+import warnings
+from contextlib import suppress
+from typing import IO, cast, get_args
+
+import numpy as np
+
+from dermis.imaging import Images
+from dermis.reading import ImageError, ImageErrorKind, read_image
+from services.errors import InferenceUnavailableError
+from services.orphans import exit_with_parent
+from services.settings import REPOSITORY
+
+logger = logging.getLogger("dermis.uploads")
+
+_REQUEST = struct.Struct(">IQQ")  # side of the square, most pixels, bytes of the file that follow
+_ANSWER = struct.Struct(
+    ">BQ"
+)  # 0 for pixels, 1 for "out of memory", else 2 + number of an ImageErrorKind; bytes that follow
+_PIXELS, _NO_MEMORY, _FIRST_ERROR = 0, 1, 2
+_ERROR_KINDS: tuple[ImageErrorKind, ...] = get_args(ImageErrorKind)
+_START_SECONDS = 60.0  # for importing what decodes, on a busy machine
+
+
+class Decoder:
+    """One decoding process, started when it is first needed and again after it was ended. Use it in one thread at a time."""
+
+    def __init__(self, seconds: float) -> None:
+        """seconds: longest time for one image."""
+        self._seconds = seconds
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def decode(self, data: bytes, size: int, max_pixels: int) -> Images:
+        """As `dermis.reading.read_image` in the other process. ImageError also if it takes too long or ends the process."""
+        process = self._running()
+        late = threading.Event()
+
+        def end() -> None:
+            late.set()
+            process.kill()
+
+        timer = threading.Timer(self._seconds, end)
+        timer.daemon = True
+        timer.start()
+        try:
+            code, answer = self._ask(process, data, size, max_pixels)
+        except (EOFError, OSError):
+            self.close()
+            if late.is_set():
+                logger.warning("decoder ended, it took too long", extra={"seconds": self._seconds})
+                message = f"takes longer than {self._seconds:g} s to decode; save it again as a plain PNG or JPEG"
+                raise ImageError("unusable", message) from None
+            logger.error("decoder ended by itself", extra={"status": process.returncode})
+            raise ImageError("unusable", "cannot be decoded; it is damaged, save it again") from None
+        except BaseException:
+            self.close()  # in the middle of a message
+            raise
+        finally:
+            timer.cancel()
+        if code == _NO_MEMORY:
+            raise MemoryError
+        if code != _PIXELS:
+            raise ImageError(_ERROR_KINDS[code - _FIRST_ERROR], answer.decode())
+        return np.frombuffer(answer, np.uint8).reshape(size, size, 3)
+
+    def interrupt(self) -> None:
+        """End the process, and so the call of `decode` that may be in work in another thread."""
+        process = self._process
+        if process is not None:
+            process.kill()
+
+    def close(self) -> None:
+        """End the process. `decode` may be used again."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            for pipe in (process.stdin, process.stdout):
+                with suppress(OSError):
+                    cast(IO[bytes], pipe).close()
+            process.wait()
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._process is not None and self._process.poll() is None:
+            return self._process
+        self.close()
+        path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
+        process = subprocess.Popen(
+            [sys.executable, "-m", "services.gateway.decoding"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        )
+        timer = threading.Timer(_START_SECONDS, process.kill)
+        timer.daemon = True
+        timer.start()
+        started = cast(IO[bytes], process.stdout).read(1) == b"+"
+        timer.cancel()
+        self._process = process
+        if not started:
+            self.close()
+            raise InferenceUnavailableError("the decoder of uploaded images cannot be started; try again")
+        return process
+
+    @staticmethod
+    def _ask(process: subprocess.Popen[bytes], data: bytes, size: int, max_pixels: int) -> tuple[int, bytes]:
+        requests, answers = cast(IO[bytes], process.stdin), cast(IO[bytes], process.stdout)
+        requests.write(_REQUEST.pack(size, max_pixels, len(data)))
+        requests.write(data)
+        requests.flush()
+        code, length = _ANSWER.unpack(_read(answers, _ANSWER.size))
+        return code, _read(answers, length)
+
+
+def _read(pipe: IO[bytes], length: int) -> bytes:
+    data = pipe.read(length)
+    if len(data) < length:
+        raise EOFError
+    return data
+
+
+def serve(requests: IO[bytes], answers: IO[bytes]) -> None:
+    """Decode what `requests` asks for until it ends."""
+    answers.write(b"+")
+    answers.flush()
+    with suppress(EOFError):
+        while True:
+            size, max_pixels, length = _REQUEST.unpack(_read(requests, _REQUEST.size))
+            code, answer = _answer(_read(requests, length), size, max_pixels)
+            answers.write(_ANSWER.pack(code, len(answer)))
+            answers.write(answer)
+            answers.flush()
+
+
+def _answer(data: bytes, size: int, max_pixels: int) -> tuple[int, bytes]:
+    try:
+        return _PIXELS, read_image(data, size=size, max_pixels=max_pixels).tobytes()
+    except ImageError as error:
+        return _FIRST_ERROR + _ERROR_KINDS.index(error.kind), str(error).encode()
+    except MemoryError:
+        return _NO_MEMORY, b""
+
+
+def main() -> None:
+    """Serve the process that started this one."""
+    exit_with_parent()
+    warnings.simplefilter("ignore")
+    logging.disable()  # Pillow logs what EXIF says
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints must not get between the answers
+    serve(sys.stdin.buffer, answers)
+
+
+if __name__ == "__main__":
+    main()
