@@ -60,12 +60,13 @@ def build(
     """Embed all training images and keep them as an index, in a bundle or by itself. It names no image."""
     from typing import get_args
 
-    from dermis.authenticity.build import Storage, build_index, write_index
+    from dermis.authenticity.build import FEWEST_APPROXIMATE, Storage, build_index, write_index
     from dermis.authenticity.checker import CLASSIFIER, Embedder
     from dermis.authenticity.description import Kind, Metric
     from dermis.bundle import open_bundle
     from dermis.errors import RequestError
     from training.data.isic import load_isic
+    from training.evaluation.copies import find_copies
     from training.evaluation.holdout import check_holdout, groups_of
     from training.gan.card import trained_on
 
@@ -97,6 +98,7 @@ def build(
         typer.echo("warning: --data is not the set that the bundle names as its training set", err=True)
     of_whom = groups_of(dataset, held)
     features = _embed(embedder, dataset.images, size, "training images")
+    copies = find_copies(dataset.images, lambda images: embedder.embed(images, size))
     held_features = None if held is None else _embed(embedder, held.images, size, "held-out images")
     embedder.close()
     built = build_index(
@@ -106,6 +108,7 @@ def build(
         resolution=size,
         held_out=held_features,
         groups=of_whom[: len(features)] if groups and of_whom is not None else None,
+        copies=copies,
         metric=metric,  # type: ignore[arg-type]
         kind=kind,  # type: ignore[arg-type]
         dim=dim or None,
@@ -122,6 +125,12 @@ def build(
     else:
         where = _attach(opened, built)
     _tell(built[0])
+    if kind not in ("auto", built[0].kind):
+        typer.echo(
+            f"--kind {kind}: fewer than {FEWEST_APPROXIMATE:,} images, so the index looks at all of them (flat)",
+            err=True,
+        )
+    _warn(built[0], str(data))
     typer.echo(where)
 
 
@@ -132,7 +141,9 @@ def show(
     """Verify an index and say what it holds."""
     from dermis.authenticity.index import open_index
 
-    _tell(open_index(source, device="cpu").description)
+    described = open_index(source, device="cpu").description
+    _tell(described)
+    _warn(described, "IMAGES")
 
 
 def _embed(embedder: Embedder, images: Images, size: int, what: str) -> NDArray[np.float32]:
@@ -173,6 +184,42 @@ def _tell(described: IndexDescription) -> None:
     if described.held_out:
         values = described.held_out_distances
         rows["held-out to nearest training image"] = f"median {values[50]:.4f}, 1 % below {values[1]:.4f}"
+    duplicates = described.duplicates
+    rows["near-duplicates"] = "not looked for: the index is of an older version"
+    if duplicates is not None:
+        rows["near-duplicates"] = (
+            f"{duplicates.images:,} images in {duplicates.groups:,} groups, {duplicates.largest:,} in the largest; each group "
+            "counts as one image"
+            if duplicates.images
+            else "none"
+        ) + f" (distance up to {duplicates.same_distance:.4f})"
+    if duplicates is not None and duplicates.copies:
+        rows["images saved again (JPEG 90)"] = (
+            f"median {duplicates.copy_median:.4f} from the original; {duplicates.copies_nearer:.1%} of {duplicates.copies:,} "
+            "are below the 1 % above"
+        )
     for name, value in rows.items():
         table.add_row(name, value)
     Console().print(table)
+
+
+def _warn(described: IndexDescription, data: str) -> None:
+    """What is wrong with the training images or the baseline, on stderr."""
+    from dermis.authenticity.verdict import weakness
+
+    duplicates = described.duplicates
+    if duplicates is not None and duplicates.images:
+        typer.echo(
+            f"{duplicates.images:,} of the {described.vectors:,} training images are near-duplicates, in {duplicates.groups:,} "
+            "groups. The radii take each group for one image, but a generator learns such images by heart sooner: remove "
+            f"them with `dermis data leaks {data} --remove` and train on the rest",
+            err=True,
+        )
+    if duplicates is not None and duplicates.held_out:
+        typer.echo(
+            f"warning: {duplicates.held_out:,} held-out images are copies of training images, so attacks look less successful "
+            "than they are; find them with `dermis data leaks`",
+            err=True,
+        )
+    if (reason := weakness(described)) is not None:
+        typer.echo(f"warning: copies may pass: {reason}", err=True)
