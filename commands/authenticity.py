@@ -272,20 +272,29 @@ def _sheet(found: ProjectionAudit, targets: Images, projected: Images) -> bytes:
 def _chunks(
     files: Sequence[Path], size: int, bad: list[tuple[Path, str]]
 ) -> Iterator[tuple[list[Path], NDArray[np.uint8]]]:
-    """Files and their squares [N, size, size, 3], those left out that cannot be read: they go to `bad`."""
+    """Files and their squares [N, size, size, 3], read ahead in threads; those that cannot be read go to `bad`."""
     from dermis.reading import ImageError, read_image
+    from training.data.embedding import ahead
 
-    for start in range(0, len(files), _CHUNK):
-        paths: list[Path] = []
-        squares: list[Images] = []
-        for path in files[start : start + _CHUNK]:
-            try:
-                squares.append(read_image(path.read_bytes(), size=size))
-                paths.append(path)
-            except (ImageError, OSError) as error:
-                bad.append((path, getattr(error, "strerror", None) or str(error)))
-        if paths:
+    def read(path: Path) -> Images | str:
+        try:
+            return read_image(path.read_bytes(), size=size)
+        except (ImageError, OSError) as error:
+            return getattr(error, "strerror", None) or str(error)
+
+    paths: list[Path] = []
+    squares: list[Images] = []
+    for path, image in zip(files, ahead(read, files), strict=True):
+        if isinstance(image, str):
+            bad.append((path, image))
+        else:
+            paths.append(path)
+            squares.append(image)
+        if len(paths) == _CHUNK:
             yield paths, np.stack(squares)
+            paths, squares = [], []
+    if paths:
+        yield paths, np.stack(squares)
 
 
 def _csv(rows: Sequence[dict[str, Any]], columns: Sequence[str] = _COLUMNS) -> str:

@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
 import typer
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
-    from dermis.authenticity.checker import Embedder
     from dermis.authenticity.description import IndexDescription
     from dermis.bundle import Bundle
     from dermis.imaging import Images
@@ -65,8 +64,9 @@ def build(
     from dermis.authenticity.description import Kind, Metric
     from dermis.bundle import open_bundle
     from dermis.errors import RequestError
+    from training.data.embedding import embed_array, progress_bar
     from training.data.isic import load_isic
-    from training.evaluation.copies import find_copies
+    from training.evaluation.copies import MEASURED, find_copies
     from training.evaluation.holdout import check_holdout, groups_of
     from training.gan.card import trained_on
 
@@ -97,9 +97,15 @@ def build(
     if named is not None and named != dataset.sha256:
         typer.echo("warning: --data is not the set that the bundle names as its training set", err=True)
     of_whom = groups_of(dataset, held)
-    features = _embed(embedder, dataset.images, size, "training images")
-    copies = find_copies(dataset.images, lambda images: embedder.embed(images, size))
-    held_features = None if held is None else _embed(embedder, held.images, size, "held-out images")
+    total = len(dataset.images) + (0 if held is None else len(held.images)) + min(len(dataset.images), MEASURED)
+    with progress_bar(total, "embedding") as bar:
+
+        def embed(images: Images) -> NDArray[np.float32]:
+            return embed_array(images, lambda chunk: embedder.embed(chunk, size), bar)
+
+        features = embed(dataset.images)
+        held_features = None if held is None else embed(held.images)
+        copies = find_copies(dataset.images, embed)
     embedder.close()
     built = build_index(
         features,
@@ -144,14 +150,6 @@ def show(
     described = open_index(source, device="cpu").description
     _tell(described)
     _warn(described, "IMAGES")
-
-
-def _embed(embedder: Embedder, images: Images, size: int, what: str) -> NDArray[np.float32]:
-    """Features [N, dim], with a progress bar."""
-    from tqdm import tqdm
-
-    starts = tqdm(range(0, len(images), 64), what, unit="batch", disable=None)
-    return np.concatenate([embedder.embed(images[start : start + 64], size) for start in starts])
 
 
 def _attach(bundle: Bundle, built: tuple[IndexDescription, Mapping[str, bytes]]) -> str:

@@ -14,7 +14,8 @@ SAME_SHARE = 0.05
 """Of the typical distance: images nearer than that are one image. It is well above the rounding to 8 bits (0.005 of it)
 and below what different images reach (0.08 of it in 6,543 dermoscopic images, features of the demo's classifier)."""
 WEAK_SHARE = 0.075
-"""Of the typical distance: a first percentile of the radii below that hardly differs from what one image is (0.15 in the demo's index)."""
+"""Of the typical distance: a first percentile of the radii below that hardly differs from that of copies. It is 0.13 of it
+for 2,181 dermoscopic images in the features of the demo's classifier."""
 FEWEST_DISTINCT = 20
 
 
