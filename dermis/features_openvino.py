@@ -30,6 +30,9 @@ _log = logging.getLogger(__name__)
 class _Features(nn.Module):
     """uint8 [1, H, W, 3], rows [h, H] and columns [W, w] that resize it -> features [1, dim]."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, network: nn.Module, mean: Tensor, std: Tensor) -> None:
         super().__init__()
         self.network = network

@@ -112,7 +112,7 @@ def baseline(
     return Baseline(radii, duplicates, share)
 
 
-def typical_distance(rows: Floats) -> float:
+def typical_distance(rows: NDArray[np.floating]) -> float:
     """Median distance of two of the rows [N, dim], of at most 2,000 evenly chosen ones."""
     chosen = rows[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), _PAIRS)).round().astype(np.int64))]
     x = chosen.astype(np.float64) - chosen.mean(axis=0, dtype=np.float64)
@@ -205,7 +205,8 @@ def _confirmed(base: Any, rows: Floats, group: NDArray[np.int64], radii: Floats)
 def _components(count: int, pairs: Pairs) -> NDArray[np.int64]:
     """[count]: the number of the connected component of each image."""
     graph = coo_array((np.ones(len(pairs), np.int8), (pairs[:, 0], pairs[:, 1])), shape=(count, count))
-    return connected_components(graph, directed=False)[1].astype(np.int64)
+    number: NDArray[np.int64] = connected_components(graph, directed=False)[1].astype(np.int64)
+    return number
 
 
 def _check_largest(largest: int, count: int) -> None:
