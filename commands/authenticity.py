@@ -48,6 +48,7 @@ def check(
     from tqdm import tqdm
 
     from dermis.authenticity.checker import Checker
+    from dermis.authenticity.verdict import stands_on, weakness
 
     if out is not None and out.suffix.lower() != ".csv":
         raise RequestError("--out", f"{out.name} must end in .csv")
@@ -76,6 +77,9 @@ def check(
         "than 99 % of the training images are to any other",
         err=True,
     )
+    typer.echo(f"baseline: {stands_on(checker.description)}", err=True)
+    if (reason := weakness(checker.description)) is not None:
+        typer.echo(f"warning: copies may pass: {reason}", err=True)
     if bad:
         raise DataError(f"{len(bad):,} of {len(files):,} images could not be read and are left out")
     if strict and copies:
@@ -136,6 +140,9 @@ def audit(
     write_file(out / "REPORT.md", _report(document).encode())
     write_file(out / "pairs.png", _sheet(found, targets, projected))
     typer.echo(_report(document).split("\n\n")[1])
+    typer.echo(f"Baseline: {document['baseline']['stands_on']}.")
+    if document["baseline"]["weakness"]:
+        typer.echo(f"warning: copies may pass: {document['baseline']['weakness']}", err=True)
     typer.echo(f"{out / 'REPORT.md'}")
 
 
@@ -183,8 +190,10 @@ def _document(
     checker: Checker, bundle: Bundle, found: ProjectionAudit, drawn: SampleAudit, samples: int
 ) -> dict[str, Any]:
     from dermis.authenticity.audit import spread
+    from dermis.authenticity.verdict import stands_on, weakness
 
     described = checker.description
+    duplicates = described.duplicates
     return {
         "bundle": {"name": bundle.name, "digest": bundle.digest},
         "index": {"digest": described.digest, "extractor": described.extractor, "vectors": described.vectors},
@@ -197,7 +206,12 @@ def _document(
             "too_close_to_target": int((found.too_close & found.own).sum()),
         },
         "samples": {"count": samples, **asdict(drawn)},
-        "baseline": {f"p{percentile}": described.radii[percentile] for percentile in (1, 5, 25, 50, 75, 95)},
+        "baseline": {
+            **{f"p{percentile}": described.radii[percentile] for percentile in (1, 5, 25, 50, 75, 95)},
+            "stands_on": stands_on(described),
+            "weakness": weakness(described),
+            "duplicates": None if duplicates is None else asdict(duplicates),
+        },
     }
 
 
@@ -217,6 +231,8 @@ def _report(document: dict[str, Any]) -> str:
         "A projection that is too close to its target means that the generator can draw this training image again, if it is "
         "asked for it with a gradient. That is a weaker thing than drawing it by chance, for which see the samples; but the "
         "images that it happens to are the ones to look at first (`pairs.png`, left pairs).",
+        f"Baseline: {document['baseline']['stands_on']}.",
+        *([f"**Copies may pass: {document['baseline']['weakness']}.**"] if document["baseline"]["weakness"] else []),
         "## Samples",
         f"Of {drawn['count']:,} generated images {drawn['authentic']:.1%} are authentic, and {drawn['too_near']:.2%} are "
         "nearer to a training image than 99 % of the training images are to any other.",
@@ -256,20 +272,29 @@ def _sheet(found: ProjectionAudit, targets: Images, projected: Images) -> bytes:
 def _chunks(
     files: Sequence[Path], size: int, bad: list[tuple[Path, str]]
 ) -> Iterator[tuple[list[Path], NDArray[np.uint8]]]:
-    """Files and their squares [N, size, size, 3], those left out that cannot be read: they go to `bad`."""
+    """Files and their squares [N, size, size, 3], read ahead in threads; those that cannot be read go to `bad`."""
     from dermis.reading import ImageError, read_training_image
+    from training.data.embedding import ahead
 
-    for start in range(0, len(files), _CHUNK):
-        paths: list[Path] = []
-        squares: list[Images] = []
-        for path in files[start : start + _CHUNK]:
-            try:
-                squares.append(read_training_image(path.read_bytes(), size=size))
-                paths.append(path)
-            except (ImageError, OSError) as error:
-                bad.append((path, getattr(error, "strerror", None) or str(error)))
-        if paths:
+    def read(path: Path) -> Images | str:
+        try:
+            return read_training_image(path.read_bytes(), size=size)
+        except (ImageError, OSError) as error:
+            return getattr(error, "strerror", None) or str(error)
+
+    paths: list[Path] = []
+    squares: list[Images] = []
+    for path, image in zip(files, ahead(read, files), strict=True):
+        if isinstance(image, str):
+            bad.append((path, image))
+        else:
+            paths.append(path)
+            squares.append(image)
+        if len(paths) == _CHUNK:
             yield paths, np.stack(squares)
+            paths, squares = [], []
+    if paths:
+        yield paths, np.stack(squares)
 
 
 def _csv(rows: Sequence[dict[str, Any]], columns: Sequence[str] = _COLUMNS) -> str:

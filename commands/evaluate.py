@@ -84,6 +84,12 @@ def evaluate(
         table.add_row(*row)
     console.print(table)
     console.print(memorising(found.metrics), highlight=False)
+    if repeated := found.metrics.get("real_near_duplicates"):
+        console.print(
+            f"{repeated:,} of the real images are there more than once; authenticity takes each for one image, the other "
+            "metrics do not: find them with `dermis data leaks`",
+            highlight=False,
+        )
     if not found.metrics["real_is_training_set"]:
         console.print(
             "--data is not the set that the bundle names: authenticity says nothing about copies of its training images",

@@ -232,6 +232,8 @@ def _told(planned: Plan, made: Manifest) -> str:
         images = sum(tally.images for tally in made.privacy.classes.values())
         rejections.append(f"{sum(tally.rejected for tally in made.privacy.classes.values()):,} rejected by the gate")
         rejections.append(f"{made.privacy.after:.1%} authentic, of all that were drawn {made.privacy.before:.1%}")
+        if made.privacy.weakness is not None:
+            rejections.append(f"warning: copies may pass the gate: {made.privacy.weakness}")
     if images < planned.samples:
         rejections.append(f"{planned.samples - images:,} missing")
     return f"{images:,} images" + (f" ({', '.join(rejections)})" if rejections else "")

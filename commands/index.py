@@ -6,15 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
 import typer
 
 from commands.console import table_console
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
-    from dermis.authenticity.checker import Embedder
     from dermis.authenticity.description import IndexDescription
     from dermis.bundle import Bundle
     from dermis.imaging import Images
@@ -62,12 +61,14 @@ def build(
     """Embed all training images and keep them as an index, in a bundle or by itself. It names no image."""
     from typing import get_args
 
-    from dermis.authenticity.build import Storage, build_index, write_index
+    from dermis.authenticity.build import FEWEST_APPROXIMATE, Storage, build_index, write_index
     from dermis.authenticity.checker import CLASSIFIER, Embedder
     from dermis.authenticity.description import Kind, Metric
     from dermis.bundle import open_bundle
     from dermis.errors import RequestError
+    from training.data.embedding import embed_array, progress_bar
     from training.data.isic import load_isic
+    from training.evaluation.copies import MEASURED, find_copies
     from training.evaluation.holdout import check_holdout, groups_of
     from training.gan.card import trained_on
 
@@ -98,8 +99,15 @@ def build(
     if named is not None and named != dataset.sha256:
         typer.echo("warning: --data is not the set that the bundle names as its training set", err=True)
     of_whom = groups_of(dataset, held)
-    features = _embed(embedder, dataset.images, size, "training images")
-    held_features = None if held is None else _embed(embedder, held.images, size, "held-out images")
+    total = len(dataset.images) + (0 if held is None else len(held.images)) + min(len(dataset.images), MEASURED)
+    with progress_bar(total, "embedding") as bar:
+
+        def embed(images: Images) -> NDArray[np.float32]:
+            return embed_array(images, lambda chunk: embedder.embed(chunk, size), bar)
+
+        features = embed(dataset.images)
+        held_features = None if held is None else embed(held.images)
+        copies = find_copies(dataset.images, embed)
     embedder.close()
     built = build_index(
         features,
@@ -108,6 +116,7 @@ def build(
         resolution=size,
         held_out=held_features,
         groups=of_whom[: len(features)] if groups and of_whom is not None else None,
+        copies=copies,
         metric=metric,  # type: ignore[arg-type]
         kind=kind,  # type: ignore[arg-type]
         dim=dim or None,
@@ -124,6 +133,12 @@ def build(
     else:
         where = _attach(opened, built)
     _tell(built[0])
+    if kind not in ("auto", built[0].kind):
+        typer.echo(
+            f"--kind {kind}: fewer than {FEWEST_APPROXIMATE:,} images, so the index looks at all of them (flat)",
+            err=True,
+        )
+    _warn(built[0], str(data))
     typer.echo(where)
 
 
@@ -134,15 +149,9 @@ def show(
     """Verify an index and say what it holds."""
     from dermis.authenticity.index import open_index
 
-    _tell(open_index(source, device="cpu").description)
-
-
-def _embed(embedder: Embedder, images: Images, size: int, what: str) -> NDArray[np.float32]:
-    """Features [N, dim], with a progress bar."""
-    from tqdm import tqdm
-
-    starts = tqdm(range(0, len(images), 64), what, unit="batch", disable=None)
-    return np.concatenate([embedder.embed(images[start : start + 64], size) for start in starts])
+    described = open_index(source, device="cpu").description
+    _tell(described)
+    _warn(described, "IMAGES")
 
 
 def _attach(bundle: Bundle, built: tuple[IndexDescription, Mapping[str, bytes]]) -> str:
@@ -174,6 +183,42 @@ def _tell(described: IndexDescription) -> None:
     if described.held_out:
         values = described.held_out_distances
         rows["held-out to nearest training image"] = f"median {values[50]:.4f}, 1 % below {values[1]:.4f}"
+    duplicates = described.duplicates
+    rows["near-duplicates"] = "not looked for: the index is of an older version"
+    if duplicates is not None:
+        rows["near-duplicates"] = (
+            f"{duplicates.images:,} images in {duplicates.groups:,} groups, {duplicates.largest:,} in the largest; each group "
+            "counts as one image"
+            if duplicates.images
+            else "none"
+        ) + f" (distance up to {duplicates.same_distance:.4f})"
+    if duplicates is not None and duplicates.copies:
+        rows["images saved again (JPEG 90)"] = (
+            f"median {duplicates.copy_median:.4f} from the original; {duplicates.copies_nearer:.1%} of {duplicates.copies:,} "
+            "are below the 1 % above"
+        )
     for name, value in rows.items():
         table.add_row(name, value)
     table_console().print(table)
+
+
+def _warn(described: IndexDescription, data: str) -> None:
+    """What is wrong with the training images or the baseline, on stderr."""
+    from dermis.authenticity.verdict import weakness
+
+    duplicates = described.duplicates
+    if duplicates is not None and duplicates.images:
+        typer.echo(
+            f"{duplicates.images:,} of the {described.vectors:,} training images are near-duplicates, in {duplicates.groups:,} "
+            "groups. The radii take each group for one image, but a generator learns such images by heart sooner: remove "
+            f"them with `dermis data leaks {data} --remove` and train on the rest",
+            err=True,
+        )
+    if duplicates is not None and duplicates.held_out:
+        typer.echo(
+            f"warning: {duplicates.held_out:,} held-out images are copies of training images, so attacks look less successful "
+            "than they are; find them with `dermis data leaks`",
+            err=True,
+        )
+    if (reason := weakness(described)) is not None:
+        typer.echo(f"warning: copies may pass: {reason}", err=True)

@@ -33,9 +33,17 @@ def _index(index: IndexDescription | None) -> str:
     held = f"and {index.held_out:,} held-out images" if index.held_out else "and of no held-out images"
     return f"""`authenticity/` holds embeddings of {index.vectors:,} training images {held}, in the feature space
 `{index.extractor}` ({index.metric}, {index.dim} dimensions): images can be compared with them. Half of the training images are
-nearer than {index.radii[50]:.3f} to another one, 1 % nearer than {index.radii[1]:.3f}.
+nearer than {index.radii[50]:.3f} to another one, 1 % nearer than {index.radii[1]:.3f}{_near_duplicates(index)}.
 **Whoever has these files can ask of an image whether it was a training image**; leave them out where that must not be told:
 `dermis bundle detach`."""
+
+
+def _near_duplicates(index: IndexDescription) -> str:
+    if index.duplicates is None:
+        return ""
+    return (
+        f"\n({index.duplicates.images:,} near-duplicates among them, which count as {index.duplicates.groups:,} images)"
+    )
 
 
 def _encoder(encoder: EncoderDescription | None) -> str:

@@ -17,14 +17,16 @@ from typer.testing import CliRunner
 
 from commands.main import app
 from dermis.authenticity.attack import attack, attacked, identifiability, nearest_generated
+from dermis.authenticity.baseline import Copies
 from dermis.authenticity.build import build_index, write_index
 from dermis.authenticity.checker import Checker, Embedder
 from dermis.authenticity.description import DESCRIPTOR, INDEX, RADII
 from dermis.authenticity.index import Index, open_index
-from dermis.authenticity.verdict import verdicts_of
+from dermis.authenticity.verdict import stands_on, verdicts_of, weakness
 from dermis.bundle import Bundle, amend_bundle, open_bundle
 from dermis.classifier.preprocess import batch as squares
 from dermis.errors import BundleError, DermisError, RequestError
+from dermis.imaging import encode
 from dermis.networks import Generator, GeneratorConfig
 from dermis.synthesizer.network import to_uint8
 from lesions import lesion
@@ -56,7 +58,7 @@ def distances(a: Floats, b: Floats) -> Floats:
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(2, 60), st.integers(1, 30), st.sampled_from(["cosine", "l2"]), st.booleans())
+@given(st.integers(2, 60), st.integers(12, 30), st.sampled_from(["cosine", "l2"]), st.booleans())
 def test_a_flat_index_agrees_with_brute_force(
     tmp_path_factory: pytest.TempPathFactory, count: int, dim: int, metric: str, grouped: bool
 ) -> None:
@@ -75,11 +77,18 @@ def test_a_flat_index_agrees_with_brute_force(
 
 
 @pytest.mark.parametrize("kind", ["flat", "hnsw", "ivf"])
-def test_compact_indices_find_nearly_the_same(tmp_path: Path, kind: str) -> None:
+def test_compact_indices_find_nearly_the_same(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dermis.authenticity.build.FEWEST_APPROXIMATE", 0)
     mixing = rows(12, 48, seed=3)
     base, queries = rows(3000, 12) @ mixing, rows(200, 12, seed=1) @ mixing  # of 48 dimensions 12 matter
     found = index_of(tmp_path / "x", base, kind=kind, dim=12, metric="l2")
+    assert (found.description.kind, found.description.exact_radii) == (kind, 1)
     assert found.description.explained == pytest.approx(1, abs=1e-4)
+    to_others = distances(base, base)
+    np.fill_diagonal(to_others, np.inf)
+    assert (
+        np.abs(found.radii / to_others.min(axis=1) - 1) < 0.1
+    ).mean() > 0.99  # though the search itself is approximate
     exact = distances(queries, base)
     nearest = found.nearest(queries)
     assert (exact.argmin(axis=1) == nearest.neighbours).mean() > 0.9
@@ -151,6 +160,119 @@ def test_damage_is_found(tmp_path: Path) -> None:
         open_index(tmp_path / "good", device="cuda")
 
 
+@pytest.mark.parametrize("kind", ["ivf", "hnsw"])
+def test_an_index_of_few_images_is_exact(tmp_path: Path, kind: str) -> None:
+    base = rows(300)
+    found = index_of(tmp_path / "x", base, kind=kind, metric="l2", dim=None, storage="float")
+    apart = distances(base, base)
+    np.fill_diagonal(apart, np.inf)
+    assert (found.description.kind, found.description.exact_radii) == ("flat", 1)
+    assert np.allclose(found.radii, apart.min(axis=1), atol=2e-3)
+
+
+def test_radii_of_a_large_index_are_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dermis.authenticity.build.FEWEST_APPROXIMATE", 0)
+    monkeypatch.setattr("dermis.authenticity.baseline.EXACT_RADII", 0)
+    good = index_of(tmp_path / "good", rows(1500), kind="hnsw", storage="float").description
+    assert good.exact_radii is not None and good.exact_radii > 0.95 and weakness(good) is None
+    poor = index_of(tmp_path / "poor", rows(1500), kind="ivf", storage="float").description  # looks into 9 of 154 lists
+    assert poor.exact_radii is not None and poor.exact_radii < 0.95 and "of the radii are right" in str(weakness(poor))
+
+
+# -- near-duplicates among the training images
+
+
+def again(base: Floats, copies: Floats) -> Floats:
+    """`base` and `copies`, which are changed a little, as embeddings of a file that was saved again are."""
+    noise = np.random.default_rng(7).normal(size=copies.shape).astype(np.float32)
+    return np.concatenate([base, copies + 0.01 * noise])
+
+
+@pytest.mark.parametrize("name", ["three", "a third", "all twice", "ten of each"])
+def test_duplicates_do_not_switch_the_check_off(tmp_path: Path, name: str) -> None:
+    base = rows(200)
+    copies = {"three": base[:3], "a third": base[:66], "all twice": base, "ten of each": np.tile(base, (9, 1))}[name]
+    clean = index_of(tmp_path / "clean", base)
+    found = index_of(tmp_path / "dup", again(base, copies))
+    first, described = clean.description.radii[1], found.description
+    assert described.radii[1] == pytest.approx(first, rel=0.05) and weakness(described) is None
+    duplicates = described.duplicates
+    assert duplicates is not None and duplicates.distinct == 200
+    assert duplicates.groups == min(len(copies), 200) and duplicates.images == len(copies) + duplicates.groups
+    saved_again = verdicts_of(found.nearest(again(base, base)[200:]), described)
+    assert not saved_again.authentic.any() and (saved_again.percentiles < 1).all()
+    fresh = verdicts_of(found.nearest(rows(200, seed=3)), described)
+    assert fresh.authentic.mean() > 0.3 and (fresh.percentiles < 1).mean() < 0.1
+
+
+def test_chains_and_patients_are_followed(tmp_path: Path) -> None:
+    base = rows(100)
+    base[1] = base[0] * 1.02  # a copy that is listed as another patient's, and a second photograph of that patient
+    base[2] = base[1] + 0.5 * base[50]
+    names = [str(i) for i in range(100)]
+    names[2] = names[1]
+    found = index_of(tmp_path / "x", base, groups=names, metric="l2", dim=None, storage="float")
+    apart = distances(base, base)
+    assert found.radii[0] == pytest.approx(apart[0, 3:].min(), rel=1e-4)
+    assert found.description.duplicates is not None and found.description.duplicates.distinct == 98
+
+
+def test_pairs_that_pixels_tell_are_copies_if_they_are_near(tmp_path: Path) -> None:
+    base = rows(200)
+    base[1] = base[0] + 0.3 * rows(1, seed=8)[0]  # farther than the same image, not farther than a re-compressed one
+    copied = base[:50] + 0.4 * rows(50, seed=9)
+    pixels = Copies(copied, np.arange(50), np.array([[0, 1], [2, 3]]))
+    by_distance = index_of(tmp_path / "a", base).description
+    by_pixels = index_of(tmp_path / "b", base, copies=pixels).description
+    assert by_distance.duplicates is not None and by_distance.duplicates.images == 0
+    assert by_pixels.duplicates is not None and by_pixels.duplicates.images == 2  # 2 and 3 are too far apart for copies
+    assert by_pixels.duplicates.copies == 50 and by_pixels.duplicates.copies_nearer > 0.9
+    assert (
+        by_pixels.duplicates.copy_median
+        < by_pixels.duplicates.copy_distance
+        < 0.5 * by_pixels.duplicates.typical_distance
+    )
+
+
+@pytest.mark.parametrize("share", [0.6, 0.9, 1.0])
+def test_an_index_without_a_trustworthy_radius_is_refused(share: float) -> None:
+    base = rows(200)
+    base[: int(200 * share)] = base[0]
+    with pytest.raises(RequestError, match="near-duplicates of one another|the same image"):
+        build_index(base, **SPACE)  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="all of one patient"):
+        pairs = again(rows(2), rows(2))
+        build_index(pairs, groups=["a", "b", "b", "c"], **SPACE)  # type: ignore[arg-type]
+
+
+def test_a_weak_baseline_is_named(tmp_path: Path) -> None:
+    few = index_of(tmp_path / "few", rows(10)).description
+    assert "only 10 different training images" in str(weakness(few))
+    views = np.repeat(rows(50), 4, axis=0)  # four photographs of each lesion, none a copy, no id that tells
+    views += 0.075 * rows(200, seed=4)
+    close = index_of(tmp_path / "close", views).description
+    assert "photographs of one lesion" in str(weakness(close)) and f"{close.radii[1]:.4f}" in stands_on(close)
+    named = index_of(tmp_path / "named", views, groups=[str(i // 4) for i in range(200)]).description
+    assert weakness(named) is None
+    held = index_of(
+        tmp_path / "held", rows(100), held_out=np.concatenate([rows(100)[:5], rows(50, seed=2)])
+    ).description
+    assert held.duplicates is not None and held.duplicates.held_out == 5
+
+
+def test_an_index_of_the_first_format_is_read(tmp_path: Path) -> None:
+    index_of(tmp_path / "x", rows(100))
+    file = tmp_path / "x" / DESCRIPTOR
+    described = json.loads(file.read_text())
+    del described["duplicates"], described["exact_radii"]
+    file.write_text(json.dumps({**described, "format_version": 1}))
+    old = open_index(tmp_path / "x", device="cpu").description
+    assert old.duplicates is None and weakness(old) is None and "of an older version" in stands_on(old)
+    spoilt = [0.0, 0.0, *described["radii"][2:]]
+    file.write_text(json.dumps({**described, "radii": spoilt, "format_version": 1}))
+    assert "build the index again" in str(weakness(open_index(tmp_path / "x", device="cpu").description))
+
+
 # -- in a bundle
 
 
@@ -179,6 +301,42 @@ def test_a_bundle_gets_its_index_from_a_folder_of_images(bundle: Bundle, tmp_pat
         images = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
         assert checker.check(images).distances.shape == (5,)
         assert set(checker.identity) == {"authenticity", "faiss"}
+
+
+def test_copies_among_the_training_images_are_counted_and_do_not_let_copies_pass(tmp_path: Path) -> None:
+    def indexed(name: str, again: int) -> tuple[str, list[str]]:
+        data = tmp_path / name / "benign"
+        (tmp_path / name / "malignant").mkdir(parents=True)
+        data.mkdir()
+        for seed in range(60):
+            (data / f"a{seed:02d}.png").write_bytes(encode(lesion(seed)))
+        (tmp_path / name / "malignant" / "m.png").write_bytes(encode(lesion(60)))
+        for seed in range(again):  # the same pictures from another archive: smaller, and compressed again
+            small = squares([lesion(seed)], 128)[0]
+            (data / f"b{seed:02d}.jpg").write_bytes(encode(small, "jpeg", quality=80))
+        out = tmp_path / f"{name}-index"
+        command = ["index", "build", "--data", str(data.parent), "--out", str(out), "--extractor", "lite0"]
+        built = CliRunner().invoke(
+            app, [*command, "--resolution", "64", "--cache", str(tmp_path / "c"), "--kind", "ivf"]
+        )
+        assert built.exit_code == 0, built.output
+        assert "--kind ivf: fewer than 25,000 images" in built.output
+        checked = CliRunner().invoke(app, ["authenticity", "check", str(tmp_path / "copies"), "--bundle", str(out)])
+        assert checked.exit_code == 0, checked.output
+        return built.output, checked.output.splitlines()
+
+    (tmp_path / "copies").mkdir()
+    for seed in range(10):
+        (tmp_path / "copies" / f"{seed}.jpg").write_bytes(encode(lesion(seed), "jpeg", quality=90))
+    clean, of_clean = indexed("clean", 0)
+    assert "dermis data leaks" not in clean
+    mixed, of_mixed = indexed("mixed", 6)
+    assert "12 of the 67 training images are near-duplicates, in 6 groups" in mixed
+    assert "dermis data leaks" in mixed and "--remove" in mixed
+    for lines in (of_clean, of_mixed):
+        assert any("0 authentic, 10 not; 10 are nearer" in line for line in lines)
+    assert any("no near-duplicates among them" in line for line in of_clean)
+    assert any("12 near-duplicates in 6 groups, each group counts as one image" in line for line in of_mixed)
 
 
 def test_an_index_of_another_classifier_is_refused(bundle: Bundle, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import csv
 import json
 import zipfile
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from commands.main import app
 from dataset_loading import load_by_card
 from dermis.authenticity.attack import exposure
 from dermis.authenticity.checker import Checker
+from dermis.authenticity.verdict import weakness
 from dermis.bundle import Bundle, open_bundle
 from dermis.classifier.onnx_session import Classifier
 from dermis.dataset.manifest import Manifest, finalize, parse_manifest
@@ -159,9 +161,28 @@ def test_copies_are_replaced_by_the_next_latent_and_the_files_say_how_near_all_a
     assert report.after == authentic / 20 and report.before == authentic / 24
     assert report.distances[0] > 0 and len(report.baseline) == len(report.distances)
     assert report.exposure.attack is not None and report.exposure.attack.held_out == 24
+    assert bundle.authenticity is not None and report.weakness == weakness(bundle.authenticity)
+    assert report.limit == round(bundle.authenticity.radii[1], 4)
+    assert report.stands_on.startswith(f"1 % of the 44 training images are nearer than {report.limit:.4f}")
     assert parse_manifest(manifest.to_json(), "x") == manifest
     card = (tmp_path / "a" / "README.md").read_text()
     assert "## Privacy" in card and "has not been checked" not in card
+    assert report.stands_on in card and f"own distances ({report.limit:.4f})" in card
+
+
+def test_a_manifest_of_an_older_version_is_read_and_a_weak_baseline_is_told(bundle: Bundle, tmp_path: Path) -> None:
+    assert bundle.authenticity is not None
+    # What an index of the first format says of training images of which 2 % are there twice.
+    spoilt = replace(
+        bundle.authenticity, duplicates=None, exact_radii=None, radii=(0.0, 0.0, *bundle.authenticity.radii[2:])
+    )
+    manifest = make(tmp_path / "a", replace(bundle, authenticity=spoilt), privacy={"gate": "min_distance"})
+    assert manifest.privacy is not None and "build the index again" in str(manifest.privacy.weakness)
+    assert "**Copies may pass this check" in (tmp_path / "a" / "README.md").read_text()
+    old = json.loads(manifest.to_json())
+    for name in ("limit", "stands_on", "weakness"):
+        del old["privacy"][name]
+    assert parse_manifest(json.dumps(old).encode(), "x").privacy is not None
 
 
 def test_what_fails_is_missing_or_flagged_if_that_is_asked_for(bundle: Bundle, tmp_path: Path) -> None:

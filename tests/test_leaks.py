@@ -86,10 +86,12 @@ class _Small:
     """Stands for a feature extractor: the image at 8 x 8 px."""
 
     name, identity, dim, calls = "timm:small@/its/weights.safetensors", "small/1", 192, 0
+    images = 0
 
     def over(self, batches: Iterable[NDArray[np.uint8]]) -> NDArray[np.float32]:
         self.calls += 1
         means = np.concatenate([x.reshape(len(x), 8, 28, 8, 28, 3).mean(axis=(2, 4)) for x in batches])
+        self.images += len(means)
         flat = means.reshape(len(means), 192).astype(np.float32)
         return flat - flat.mean(axis=1, keepdims=True)
 
@@ -105,6 +107,11 @@ def test_embedding_confirms_the_same_pairs_and_is_kept(tmp_path: Path) -> None:
     kept.write_bytes(kept.read_bytes()[:-1])
     find_leaks(source, extractor=extractor, cache=tmp_path / "cache", progress=False)  # type: ignore[arg-type]
     assert extractor.calls == 2, "a damaged file is computed anew"
+    Image.fromarray(_picture(40)).save(source.records[7].image.path)  # type: ignore[union-attr]
+    again = find_leaks(source, extractor=extractor, cache=tmp_path / "cache", progress=False)  # type: ignore[arg-type]
+    fresh = find_leaks(source, extractor=extractor, progress=False)  # type: ignore[arg-type]
+    assert extractor.images == 16 + 16 + 1 + 16, "only the image that has changed is embedded again"
+    assert again.pairs == fresh.pairs
 
 
 def test_mirrored_copies_are_found_on_request(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from dermis.errors import DermisError
 from dermis.features import FeatureExtractor
 from dermis.latents import z_for
 from dermis.metrics import frechet_distance, intervals, kernel_distance
-from dermis.metrics.alpha import alpha_precision, authentic, beta_recall
+from dermis.metrics.alpha import alpha_precision, authentic, beta_recall, near_duplicates, same_distance
 from dermis.metrics.density import density_coverage, expected_coverage
 from dermis.metrics.fidelity import precision_recall
 from dermis.metrics.intervals import frechet_interval, kernel_interval
@@ -353,3 +353,13 @@ def test_feature_distance_is_of_second_order() -> None:
     assert ratio.tolist() == pytest.approx([4.0] * 4, rel=0.01)
     with pytest.raises(DermisError, match="8-bit"):
         feature_distance(FeatureExtractor("coarse", "coarse", 3, extractor.extract))
+
+
+def test_repeated_training_images_do_not_make_copies_authentic() -> None:
+    training = np.random.default_rng(1).normal(size=(80, 16))
+    again = training + 1e-3 * np.random.default_rng(2).normal(size=training.shape)
+    copies = training + 0.02 * np.random.default_rng(3).normal(size=training.shape)
+    for real in (training, np.concatenate([training, again[:2]]), np.concatenate([training, again, again])):
+        assert not authentic(real, copies, same=same_distance(real)).any()
+        assert near_duplicates(real).sum() == (0 if len(real) == 80 else 4 if len(real) == 82 else 240)
+    assert near_duplicates(np.ones((5, 3))).all()

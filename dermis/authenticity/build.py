@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dermis.authenticity.baseline import Copies, baseline
 from dermis.authenticity.description import (
     HELD_OUT,
     INDEX,
@@ -20,15 +22,15 @@ from dermis.authenticity.description import (
     Metric,
     write_index_folder,
 )
-from dermis.authenticity.index import Floats, Index, import_faiss, prepared, products_of_matrices, search
+from dermis.authenticity.index import Floats, Index, base_of, import_faiss, prepared, products_of_matrices
 from dermis.cpus import available_cpus
 from dermis.errors import RequestError
 
 Storage = Literal["8bit", "float"]
 EXACT = 200_000  # vectors up to which every one is looked at
 GRAPH = 2_000_000  # up to which a graph of neighbours is quickest; beyond it, lists need far less memory
+FEWEST_APPROXIMATE = 25_000  # below, lists (IVF) have too few vectors to learn from, and looking at all is as quick
 DIM = 128
-_MOST_OF_A_GROUP = 64
 _TRAINING = 200_000
 _IMAGES_PER_DIM = 20
 
@@ -41,6 +43,7 @@ def build_index(
     resolution: int,
     held_out: Floats | None = None,
     groups: Sequence[str] | None = None,
+    copies: Copies | None = None,
     metric: Metric = "cosine",
     kind: Kind | Literal["auto"] = "auto",
     dim: int | None = DIM,
@@ -52,10 +55,12 @@ def build_index(
 
     held_out: features of real images that the generator never saw, for attacks. groups: the lesion or patient of each
     image: an image's radius is then its distance to the nearest image of another group, so that pictures of one lesion do not
-    make it tiny. dim: principal components to keep; None keeps all dimensions, as do fewer than 20 images for each. storage:
-    8 bits a number, or float32. kind: "auto" looks
-    at every vector up to 200,000, then walks a graph (HNSW), and searches lists (IVF) beyond 2 million. The bytes depend on
-    the arguments and library versions alone. RequestError if there are too few images.
+    make it tiny. copies: what the pixels tell of copies; near-duplicates, which never count as neighbours, are found by
+    distance alone without it. dim: principal components to keep; None keeps all dimensions, as do fewer than 20 images for
+    each. storage:
+    8 bits a number, or float32. kind: "auto" looks at every vector up to 200,000, then walks a graph (HNSW), and searches
+    lists (IVF) beyond 2 million; below 25,000 vectors the index is flat whatever was asked for. The bytes depend on the
+    arguments and library versions alone. RequestError if there are too few images, or too few different ones.
     """
     rows = prepared(features, metric)
     if len(rows) < 2 or not np.isfinite(rows).all():
@@ -65,10 +70,10 @@ def build_index(
     # The components of few images hold those images whole and others in part: everything else would look like a copy.
     width = rows.shape[1] if dim is None or len(rows) < _IMAGES_PER_DIM * dim else min(dim, rows.shape[1])
     chosen: Kind = kind if kind != "auto" else "flat" if len(rows) <= EXACT else "hnsw" if len(rows) <= GRAPH else "ivf"
+    if len(rows) < FEWEST_APPROXIMATE:
+        chosen = "flat"
     threads = threads or available_cpus()
     index, explained = _index(rows, width, chosen, storage, threads)
-    radii = _radii(index, rows, groups, threads)
-    files = {INDEX: _serialised(index), RADII: _npy(radii)}
     described = IndexDescription(
         extractor=extractor,
         extractor_identity=extractor_identity,
@@ -80,16 +85,36 @@ def build_index(
         vectors=len(rows),
         held_out=0 if held_out is None else len(held_out),
         explained=explained,
-        radii=_percentiles(radii),
+        radii=(),
         held_out_distances=(),
         provenance=dict(provenance or {}),
     )
+    unjudged = Index(described, index, np.zeros(len(rows), np.float32), None, threads)
+    projected = unjudged.projected(features)
+    copied = None if copies is None or not len(copies.of) else unjudged.projected(copies.features)
+    found = baseline(
+        base_of(index),
+        projected,
+        groups=groups,
+        alike=None if copies is None else copies.alike,
+        copy_distances=None
+        if copies is None or copied is None
+        else np.linalg.norm(copied - projected[copies.of], axis=1),
+        threads=threads,
+    )
+    duplicates = found.duplicates
+    described = replace(described, radii=_percentiles(found.radii), exact_radii=found.exact)
+    if copied is not None:
+        nearest = unjudged.nearest_of_projected(copied).distances
+        duplicates = replace(duplicates, copies_nearer=float((nearest < described.radii[1]).mean()))
+    files = {INDEX: _serialised(index), RADII: _npy(found.radii)}
     if held_out is not None and len(held_out):
-        built = Index(described, index, radii, None, threads)
-        distances = built.nearest(held_out).distances
-        files[HELD_OUT] = _npy(built.projected(held_out).astype(np.float16))
-        described = IndexDescription(**{**vars(described), "held_out_distances": _percentiles(distances)})
-    return described, files
+        others = unjudged.projected(held_out)
+        distances = unjudged.nearest_of_projected(others).distances
+        files[HELD_OUT] = _npy(others.astype(np.float16))
+        described = replace(described, held_out_distances=_percentiles(distances))
+        duplicates = replace(duplicates, held_out=int((distances <= duplicates.same_distance).sum()))
+    return replace(described, duplicates=duplicates), files
 
 
 def write_index(out: str | Path, built: tuple[IndexDescription, Mapping[str, bytes]], *, replace: bool = False) -> None:
@@ -148,20 +173,6 @@ def _linear(components: Any, wide: int, width: int) -> Any:
     faiss.copy_array_to_vector(faiss.vector_to_array(components.b)[:width].astype(np.float32), linear.b)
     linear.is_trained = True
     return linear
-
-
-def _radii(index: Any, rows: Floats, groups: Sequence[str] | None, threads: int) -> Floats:
-    """The distance [N] of each row to its nearest other one, or to the nearest of another group."""
-    number = np.arange(len(rows))
-    group = number if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
-    most = int(np.bincount(group).max())
-    k = min(len(rows), most + 1, _MOST_OF_A_GROUP + 1)
-    squared, neighbours = search(index, rows, k, threads)
-    other = (group[np.maximum(neighbours, 0)] != group[:, None]) & (neighbours >= 0)
-    first = other.argmax(axis=1)
-    # Where every neighbour that was looked at is of the same group, the farthest of them is a lower bound.
-    first = np.where(other.any(axis=1), first, k - 1)
-    return np.sqrt(np.maximum(squared[number, first], 0)).astype(np.float32)
 
 
 def _percentiles(values: NDArray[np.float32]) -> tuple[float, ...]:

@@ -36,6 +36,8 @@ class Embedder:
         self.name = name
         self._extract: Callable[[Images], NDArray[np.float32]]
         self._close: Callable[[], None] = lambda: None
+        self.backend: str | None = None
+        """What computes the features, where there is more than one way to: verdicts may differ in the last bits."""
         if name == CLASSIFIER:
             from dermis.classifier.onnx_session import Classifier
 
@@ -56,6 +58,7 @@ class Embedder:
 
             extractor = feature_extractor(name, resolve_device(device))
             self._extract, self.identity, self.dim = extractor.extract, extractor.identity, extractor.dim
+            self.backend = extractor.backend
 
     def embed(self, images: Sequence[Images] | Images, resolution: int) -> NDArray[np.float32]:
         """float32 [N, dim] of uint8 images [H, W, 3] of any sizes, each brought to a square of `resolution` px first."""
@@ -107,7 +110,9 @@ class Checker:
         """What decides verdicts, beside the images and the kind of machine."""
         from dermis.authenticity.index import import_faiss
 
-        return {"authenticity": self.description.digest, "faiss": str(import_faiss().__version__)}
+        found = {"authenticity": self.description.digest, "faiss": str(import_faiss().__version__)}
+        backend = self._embedder.backend
+        return found if backend is None else {**found, "features": backend}
 
     def embed(self, images: Sequence[Images] | Images) -> NDArray[np.float32]:
         """float32 [N, feature_dim] of uint8 images [H, W, 3] of any sizes, or of one array [N, H, W, 3]."""

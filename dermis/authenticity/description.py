@@ -2,7 +2,7 @@
 
     authenticity.json   the feature space, how it is stored, counts, the real-to-real baseline, SHA-256 of the others
     index.faiss         the training images' embeddings
-    radii.npy           float32 [vectors]: each one's distance to its nearest other training image
+    radii.npy           float32 [vectors]: each one's distance to its nearest other training image that is no copy of it
     held_out.npy        float32 [held_out, dim], optional: embeddings of real images that the generator never saw
 
 It names no image: only the order of the vectors in the index could tell one, and nothing here says what that order is.
@@ -12,23 +12,56 @@ The folder stands alone or in a bundle as `authenticity/`. `docs/bundles.md` doc
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from dermis.errors import BundleError, quote
 from dermis.folders import DescriptorModel, FileRecord, Folder, open_folder, parse_descriptor, write_folder
 
-INDEX_FORMAT = 1
+INDEX_FORMAT = 2
+OLDEST_FORMAT = 1  # without `duplicates` and `exact_radii`
 DESCRIPTOR = "authenticity.json"
 INDEX, RADII, HELD_OUT = "index.faiss", "radii.npy", "held_out.npy"
 PERCENTILES = tuple(range(0, 101))
 
 Kind = Literal["flat", "ivf", "hnsw"]
 Metric = Literal["cosine", "l2"]
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """Training images that count as one image, so that neither is a neighbour of the other. Distances are in the index's space.
+
+    Two images are near-duplicates if they are at most `same_distance` apart, or if they have nearly the same perceptual
+    hash and are at most `copy_distance` apart.
+    """
+
+    images: int
+    """Training images that have a near-duplicate."""
+    groups: int
+    """Groups that these images form."""
+    largest: int
+    """Images of the largest group; 0 if there is none."""
+    distinct: int
+    """Images that are left if every group of near-duplicates, patient and lesion counts once."""
+    held_out: int
+    """Held-out images at most `same_distance` from a training image."""
+    typical_distance: float
+    """Median distance of two training images."""
+    same_distance: float
+    copy_distance: float
+    """How far re-compressed copies are from their originals, 99 % of them; 0 if no pixels were compared."""
+    copy_median: float
+    """The same of half of them."""
+    copies: int
+    """Training images of which a re-compressed copy was measured."""
+    copies_nearer: float
+    """Share of these copies whose distance to the nearest training image is below the first percentile of the radii."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +86,34 @@ class IndexDescription:
     explained: float
     """Share of the embeddings' variance that is stored."""
     radii: tuple[float, ...]
-    """Percentiles 0, 1, ..., 100 of the training images' distances to their nearest other one: the real-to-real baseline."""
+    """Percentiles 0, 1, ..., 100 of the training images' distances to their nearest other one: the real-to-real baseline.
+
+    Near-duplicates do not count as others, nor do images of the same patient or lesion where these are known."""
     held_out_distances: tuple[float, ...]
     """The same of the held-out images' distances to their nearest training image; empty if there are none."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    duplicates: Duplicates | None = None
+    """None in an index of format 1: its radii may be those of duplicates."""
+    exact_radii: float | None = None
+    """Share of the radii that an exact search confirms: 1 if it computed them all. None in an index of format 1."""
     files: Mapping[str, FileRecord] = field(default_factory=dict)
     digest: str = ""
     """SHA-256 (hex) of authenticity.json: the identity of the whole index."""
+
+
+class _Duplicates(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    images: int = Field(ge=0)
+    groups: int = Field(ge=0)
+    largest: int = Field(ge=0)
+    distinct: int = Field(ge=2)
+    held_out: int = Field(ge=0)
+    typical_distance: float = Field(gt=0)
+    same_distance: float = Field(ge=0)
+    copy_distance: float = Field(ge=0)
+    copy_median: float = Field(ge=0)
+    copies: int = Field(ge=0)
+    copies_nearer: float = Field(ge=0, le=1)
 
 
 class _Descriptor(DescriptorModel):
@@ -78,6 +132,8 @@ class _Descriptor(DescriptorModel):
     radii: list[float]
     held_out_distances: list[float]
     provenance: dict[str, Any]
+    duplicates: _Duplicates | None = None
+    exact_radii: float | None = Field(None, ge=0, le=1)
 
 
 def read_index_files(location: str | Path) -> tuple[IndexDescription, dict[str, bytes]]:
@@ -112,7 +168,7 @@ def write_index_folder(
 
 def parse(text: bytes, where: str) -> IndexDescription:
     """authenticity.json as a description. BundleError, naming `where` and the field, if it is none."""
-    found = parse_descriptor(text, where, INDEX_FORMAT, _Descriptor)
+    found = parse_descriptor(text, where, _format_of(text), _Descriptor)
     for name, value, kind in (("metric", found.metric, Metric), ("kind", found.kind, Kind)):
         if value not in get_args(kind):
             raise BundleError(f"{where}: {name}: {quote(value)} is none of {', '.join(get_args(kind))}")
@@ -130,6 +186,8 @@ def parse(text: bytes, where: str) -> IndexDescription:
         radii=tuple(found.radii),
         held_out_distances=tuple(found.held_out_distances),
         provenance=found.provenance,
+        duplicates=None if found.duplicates is None else Duplicates(**found.duplicates.model_dump()),
+        exact_radii=found.exact_radii,
         files=found.records,
         digest=hashlib.sha256(text).hexdigest(),
     )
@@ -140,8 +198,19 @@ def parse(text: bytes, where: str) -> IndexDescription:
     return described
 
 
+def _format_of(text: bytes) -> int:
+    """The format that a descriptor is read as: the one that it names, if that is an older one which is still read."""
+    try:
+        version = json.loads(text).get("format_version")
+    except (ValueError, RecursionError, AttributeError):  # it is no descriptor, which its parser says
+        return INDEX_FORMAT
+    return version if type(version) is int and OLDEST_FORMAT <= version < INDEX_FORMAT else INDEX_FORMAT
+
+
 def _check(described: IndexDescription, where: str) -> None:
     """BundleError if the fields contradict one another."""
+    if described.duplicates is not None and described.duplicates.images > described.vectors:
+        raise BundleError(f"{where}: duplicates: more images than vectors")
     if described.dim > described.feature_dim:
         raise BundleError(f"{where}: dim: {described.dim} is above feature_dim")
     wanted = {"radii": described.radii, **({"held_out_distances": described.held_out_distances})}

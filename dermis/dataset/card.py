@@ -207,6 +207,7 @@ def _privacy_section(plan: Plan, privacy: PrivacyReport | None) -> str:
     gate = "authentic"
     if options.gate == "min_distance":
         gate = f"at least as far from it as percentile {options.percentile:g} of the training images' own distances"
+        gate += "" if privacy.limit is None else f" ({privacy.limit:.4f})"
     became = {
         "resample": f"was replaced by the image of another latent, of up to {options.tries} for each",
         "drop": "is missing",
@@ -234,6 +235,9 @@ def _privacy_section(plan: Plan, privacy: PrivacyReport | None) -> str:
             f"AUC {attack.auc:.3f} (95 % interval {attack.low:.3f} to {attack.high:.3f}), of {attack.members:,} training and "
             f"{attack.held_out:,} held-out images."
         )
+    baseline = f"The baseline: {privacy.stands_on}.\n" if privacy.stands_on else ""
+    if privacy.weakness is not None:
+        baseline += f"\n**Copies may pass this check: {privacy.weakness}.**\n"
     return f"""
 ## Privacy
 
@@ -255,6 +259,7 @@ Distances to the nearest training image, at percentiles, beside those of trainin
 | these images | {generated} |
 | training images | {real} |
 
+{baseline}
 Identifiability: {privacy.exposure.identifiability:.1%} of the training images are nearer to one of these images than to any
 other training image (Yoon et al., ADS-GAN); it grows with the number of images.
 {told}

@@ -135,6 +135,9 @@ class _PrivacyDocument(_Strict):
     distances: list[float]
     baseline: list[float]
     exposure: _ExposureDocument
+    limit: float | None = None
+    stands_on: str = ""
+    weakness: str | None = None
 
 
 class _Document(_Strict):
@@ -256,6 +259,9 @@ def _privacy(found: _PrivacyDocument) -> PrivacyReport:
         distances=tuple(found.distances),
         baseline=tuple(found.baseline),
         exposure=Exposure(found.exposure.identifiability, attack),
+        limit=found.limit,
+        stands_on=found.stands_on,
+        weakness=found.weakness,
     )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from dermis.authenticity.attack import Exposure
 from dermis.authenticity.description import PERCENTILES, IndexDescription
 from dermis.authenticity.index import Floats, Nearest
-from dermis.authenticity.verdict import verdicts_of
+from dermis.authenticity.verdict import stands_on, verdicts_of, weakness
 from dermis.dataset.plan import Plan
 from dermis.imaging import Images
 
@@ -78,6 +78,12 @@ class PrivacyReport:
     baseline: tuple[float, ...]
     """The same of the training images' distances to their nearest other one."""
     exposure: Exposure
+    limit: float | None = None
+    """Of min_distance: the distance that the gate asked for, at its percentile of the baseline."""
+    stands_on: str = ""
+    """A sentence on the first percentile of the baseline, and on near-duplicates; empty in manifests of older versions."""
+    weakness: str | None = None
+    """Why the baseline may let copies pass; None if nothing speaks against it."""
 
     @property
     def before(self) -> float:
@@ -121,8 +127,8 @@ def least_distance(described: IndexDescription, percentile: float) -> float:
 
 def report(plan: Plan, samples: Sequence[tuple[int, Checks]], expose: Expose) -> PrivacyReport:
     """The report of a dataset from its samples' labels and checks; at least one image must be left."""
-    described = plan.authenticity
-    assert described is not None
+    described, options = plan.authenticity, plan.request.privacy
+    assert described is not None and options is not None
     tallies: dict[str, PrivacyTally] = {}
     for name in plan.request.classes:
         label = plan.class_names.index(name)
@@ -144,6 +150,9 @@ def report(plan: Plan, samples: Sequence[tuple[int, Checks]], expose: Expose) ->
         distances=tuple(round(float(value), 4) for value in distances),
         baseline=tuple(round(least_distance(described, percentile), 4) for percentile in SHOWN),
         exposure=expose(np.stack([_embedding(verdict) for verdict in kept])),
+        limit=round(least_distance(described, options.percentile), 4) if options.gate == "min_distance" else None,
+        stands_on=stands_on(described),
+        weakness=weakness(described),
     )
 
 

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dermis.metrics.neighbours import Features, nearest, radii
+from dermis.authenticity.baseline import typical_distance
+from dermis.authenticity.verdict import SAME_SHARE
+from dermis.metrics.neighbours import Features, distinct_radii, nearest, radii
 
 LEVELS = np.linspace(0.0, 1.0, 101)
 
@@ -58,17 +60,30 @@ def beta_recall(real: Features, generated: Features, k: int = 5) -> Curve:
     return Curve(LEVELS, _share_within(np.where(reached, from_centre[index[:, 0]], np.inf), limits))
 
 
-def authentic(training: Features, generated: Features) -> NDArray[np.bool_]:
+def authentic(training: Features, generated: Features, *, same: float = 0.0) -> NDArray[np.bool_]:
     """Which of the generated features [M, dim] are no noisy copies of training features [N, dim] (section 3.2).
 
     y is authentic if d(y, x*) > d(x*, X without x*), x* being the training image nearest to y: if some training image is
     closer to x* than y is. Authenticity is the mean. It is not 1 for an honest generator: an independent sample of the
     same distribution is authentic in 1/3 of the cases on a line (a closed form: `tests/test_metrics.py`), in more of
     them in more dimensions. So compare it with the authenticity of held-out real images.
+
+    same: training images at most so far apart are one image and no neighbours of one another (`same_distance`). If all were
+    there twice, every copy would be authentic otherwise. The paper has no such thing, hence 0: none are.
     """
     distance, index = nearest(generated, training)
-    inauthentic = distance[:, 0] <= radii(training, 1)[index[:, 0]]
-    return ~inauthentic
+    own = distinct_radii(training, same)[0] if same else radii(training, 1)
+    return np.asarray(distance[:, 0] > own[index[:, 0]])
+
+
+def near_duplicates(features: Features) -> NDArray[np.bool_]:
+    """Which of the features [N, dim] have another one nearer than a twentieth of the median distance of two of them."""
+    return distinct_radii(features, same_distance(features))[1]
+
+
+def same_distance(features: Features) -> float:
+    """Up to which two of the features [N, dim] are of the same image, as in an index (`dermis.authenticity.baseline`)."""
+    return SAME_SHARE * typical_distance(features)
 
 
 def _from(centre: NDArray[np.float64], features: Features) -> NDArray[np.float64]:

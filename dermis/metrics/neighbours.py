@@ -62,3 +62,17 @@ def radii(base: Features, k: int) -> NDArray[np.float64]:
     Longer by a part in 10^9, so that what is exactly as far away counts as within whichever way rounding went.
     """
     return nearest(base, base, k, exclude_self=True)[0][:, -1] * (1 + 1e-9)
+
+
+def distinct_radii(base: Features, same: float) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """[M]: the distance from each row of base [M, dim] to the nearest other one farther than `same`, and whether any is nearer.
+
+    Infinite where all others are within `same`. Longer by a part in 10^9, as in `radii`.
+    """
+    found, near = np.empty(len(base)), np.empty(len(base), dtype=bool)
+    for rows, squared in squared_distances(base, base):
+        squared[torch.arange(len(squared)), torch.arange(rows.start, rows.stop)] = torch.inf
+        within = squared <= same**2
+        near[rows] = within.any(dim=1).numpy()
+        found[rows] = squared.masked_fill_(within, torch.inf).min(dim=1).values.sqrt().numpy()
+    return found * (1 + 1e-9), near

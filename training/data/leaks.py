@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from dermis.errors import DataError
 from training.data.cache import new_array, read_array
@@ -24,7 +23,8 @@ from training.data.duplicates import (
     perceptual_hashes,
     union,
 )
-from training.data.images import BROKEN_IMAGE, in_threads, square
+from training.data.embedding import CHUNK, ahead, progress_bar
+from training.data.images import BROKEN_IMAGE, square
 from training.data.sources import Record, Source
 from training.data.splits import describe_split, group_of, write_records, write_rows, write_split
 
@@ -36,7 +36,6 @@ COLUMNS = (
     *("id_a", "id_b", "part_a", "part_b", "class_a", "class_b"),
     *("same_patient", "identical", "correlation", "hash_distance", "similarity"),
 )
-_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -81,15 +80,15 @@ def find_leaks(
 
     `parts` gives the part of each id, as `read_split` does; the images in no part are left out. Images that are missing
     or broken are left out and listed. `mirrors` also finds copies that are mirrored or turned by 180 degrees. Features
-    are kept in `cache`, keyed by the files and the extractor.
+    are kept in `cache` by the images' pixels and the extractor, so that only images that have changed are embedded again.
     """
     if parts is not None:
         source = source.select(parts)
-    records, digests, hashes, broken = _hashed(source.records, progress)
+    records, digests, hashes, features, broken = _looked_at(source.records, extractor, cache, progress)
     by_hash, by_embedding = hash_pairs(hashes, mirrors=mirrors), None
     candidates = by_hash
-    if extractor:
-        by_embedding = embedding_pairs(_features(records, digests, extractor, cache, progress))
+    if features is not None:
+        by_embedding = embedding_pairs(features)
         candidates = union(by_hash, by_embedding)
     near = confirmed(candidates, lambda i: _pixels(records[i]), min_correlation, mirrors=mirrors, progress=progress)
     bits, similar = _by_ends(by_hash), _by_ends(by_embedding) if by_embedding else {}
@@ -168,46 +167,91 @@ def write_cleaned(source: Source, parts: Mapping[str, str] | None, removed: set[
         raise DataError(f"{file}: cannot be written ({error.strerror})") from error
 
 
-def _hashed(
-    records: Sequence[Record], progress: bool
-) -> tuple[list[Record], list[str], NDArray[np.uint64], list[tuple[str, str]]]:
-    """Records that can be read, with the sha256 of their files and their hashes; and (id, reason) of those that cannot."""
+@dataclass(frozen=True)
+class _Looked:
+    """One image: the SHA-256 of its file and of its pixels, its hash, and its pixels if they are still to be embedded."""
 
-    def hashed(record: Record) -> tuple[str, np.uint64] | str:
+    file: str
+    digest: bytes
+    hash: np.uint64
+    pixels: NDArray[np.uint8] | None
+
+
+def _looked_at(
+    records: Sequence[Record], extractor: FeatureExtractor | None, cache: Path | None, progress: bool
+) -> tuple[list[Record], list[str], NDArray[np.uint64], NDArray[np.float32] | None, list[tuple[str, str]]]:
+    """Records that can be read, with the SHA-256 of their files, hashes and features; and (id, reason) of those that cannot.
+
+    Each file is read and decoded once, in threads ahead of the network.
+    """
+    rows = np.zeros(len(records), _row(extractor)) if extractor else None
+    file = _cache_file(records, extractor, cache) if extractor and cache else None
+    kept = None if file is None or rows is None else _kept_rows(file, rows)
+
+    def look(place: int) -> _Looked | str:
         try:
-            data = record.read_bytes()
-            return hashlib.sha256(data).hexdigest(), perceptual_hashes([square(data, SIDE)])[0]
+            data = records[place].read_bytes()
+            pixels = square(data, SIDE)
+            digest = hashlib.sha256(pixels.tobytes()).digest()
+            known = extractor is None or (kept is not None and kept[place]["digest"].tobytes() == digest)
+            return _Looked(
+                hashlib.sha256(data).hexdigest(), digest, perceptual_hashes([pixels])[0], None if known else pixels
+            )
         except BROKEN_IMAGE as error:
             return " ".join(str(error).split())
 
     good: list[tuple[Record, str, np.uint64]] = []
     broken: list[tuple[str, str]] = []
-    results = tqdm(in_threads(hashed, records), "hashing", len(records), disable=not progress, unit="img")
-    for record, result in zip(records, results, strict=True):
-        if isinstance(result, str):
-            broken.append((record.id, result))
-        else:
-            good.append((record, *result))
+    places: list[int] = []
+    waiting: list[tuple[int, NDArray[np.uint8]]] = []
+
+    def embed_waiting() -> None:
+        if extractor is not None and rows is not None and waiting:
+            rows["features"][[place for place, _ in waiting]] = extractor.over([np.stack([x for _, x in waiting])])
+            waiting.clear()
+
+    name = "hashing and embedding" if extractor else "hashing"
+    with progress_bar(len(records), name, disable=None if progress else True) as bar:
+        for place, looked in enumerate(ahead(look, range(len(records)))):
+            bar.update()
+            if isinstance(looked, str):
+                broken.append((records[place].id, looked))
+                continue
+            good.append((records[place], looked.file, looked.hash))
+            places.append(place)
+            if rows is not None:
+                if looked.pixels is None and kept is not None:
+                    rows[place] = kept[place]
+                elif looked.pixels is not None:
+                    waiting.append((place, looked.pixels))
+                rows["digest"][place] = np.frombuffer(looked.digest, np.uint8)
+            if len(waiting) == CHUNK:
+                embed_waiting()
+        embed_waiting()
     if not good:
         raise DataError(f"not one of {len(records)} images can be read")
+    if file is not None and rows is not None and (kept is None or not np.array_equal(rows, kept)):
+        with new_array(file, rows.shape, rows.dtype) as array:
+            array[:] = rows
     readable, digests, hashes = (list(column) for column in zip(*good, strict=True))
-    return readable, digests, np.array(hashes, dtype=np.uint64), broken
+    features = None if rows is None else np.ascontiguousarray(rows["features"][places])
+    return readable, digests, np.array(hashes, dtype=np.uint64), features, broken
 
 
-def _features(
-    records: Sequence[Record], digests: Sequence[str], extractor: FeatureExtractor, cache: Path | None, progress: bool
-) -> NDArray[np.float32]:
-    key = hashlib.sha256("\n".join([extractor.identity, str(SIDE), *digests]).encode()).hexdigest()
-    file = cache / f"leaks-{key[:24]}.npy" if cache else None
-    shape = (len(records), extractor.dim)
-    if file and (kept := read_array(file, shape)) is not None:
-        return kept
-    starts = tqdm(range(0, len(records), _BATCH), "embedding", disable=not progress, unit="batch")
-    features = extractor.over(np.stack([_pixels(record) for record in records[i : i + _BATCH]]) for i in starts)
-    if file:
-        with new_array(file, shape, np.float32) as array:
-            array[:] = features
-    return features
+def _row(extractor: FeatureExtractor) -> np.dtype[np.void]:
+    """What the cache holds of an image: the SHA-256 of its pixels, all zero where it could not be read, and its features."""
+    return np.dtype([("digest", np.uint8, (32,)), ("features", np.float32, (extractor.dim,))])
+
+
+def _cache_file(records: Sequence[Record], extractor: FeatureExtractor, cache: Path) -> Path:
+    key = hashlib.sha256("\n".join([extractor.identity, str(SIDE), *(record.id for record in records)]).encode())
+    return cache / f"leaks-{key.hexdigest()[:24]}.npy"
+
+
+def _kept_rows(file: Path, like: NDArray[np.void]) -> NDArray[np.void] | None:
+    """The cache's rows of the same images, whose files may have changed since; None if there are none."""
+    kept: NDArray[np.void] | None = read_array(file, like.shape)
+    return kept if kept is not None and kept.dtype == like.dtype else None
 
 
 def _pixels(record: Record) -> NDArray[np.uint8]:

@@ -21,6 +21,7 @@ from dermis.metrics.path_length import PerceptualDistance, Sampling, path_length
 from dermis.metrics.perceptual import feature_distance, lpips
 from dermis.networks import Generator
 from dermis.synthesizer import Synthesizer
+from training.data.embedding import progress_bar
 from training.data.isic import ImageDataset
 from training.evaluation import measure, pictures
 from training.evaluation.features import generated_features, labels_in_proportion, real_features
@@ -72,11 +73,15 @@ def evaluate_bundle(
     real_labels = dataset.labels if names else np.zeros_like(dataset.labels)
     labels = labels_in_proportion(real_labels, len(real_labels) if count is None else count)
 
-    real = real_features(dataset, extractor, cache)
     groups = None if holdout is None else groups_of(dataset, holdout)
-    held = None if holdout is None else real_features(holdout, extractor, cache, name="held-out images")
+    total = len(real_labels) + len(labels) + (0 if holdout is None else len(holdout.labels))
     with Synthesizer(bundle, device=device) as synthesizer:
-        generated = generated_features(synthesizer, labels, extractor, seed=seed, truncation_psi=truncation_psi)
+        with progress_bar(total, "embedding") as bar:
+            real = real_features(dataset, extractor, cache, bar=bar)
+            held = None if holdout is None else real_features(holdout, extractor, cache, bar=bar)
+            generated = generated_features(
+                synthesizer, labels, extractor, seed=seed, truncation_psi=truncation_psi, bar=bar
+            )
         metrics: dict[str, Any] = {
             "extractor": extractor.name,
             "extractor_identity": extractor.identity,

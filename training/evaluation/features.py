@@ -13,6 +13,7 @@ from tqdm import tqdm
 from dermis.features import FeatureExtractor
 from dermis.synthesizer import Synthesizer
 from training.data.cache import new_array, read_array
+from training.data.embedding import embed_array, progress_bar
 from training.data.isic import ImageDataset
 
 BATCH = 32
@@ -23,10 +24,9 @@ def real_features(
     extractor: FeatureExtractor,
     cache: Path | None = None,
     *,
-    name: str = "real images",
-    progress: bool = True,
+    bar: tqdm | None = None,
 ) -> NDArray[np.float32]:
-    """Features [N, dim] of all images, from the cache if it has them.
+    """Features [N, dim] of all images, from the cache if it has them; `bar` counts the images that are embedded.
 
     The key is the content of the data set (ids, classes and files), the resolution, and the identity of the extractor
     (its weights and its resizing), so nothing that changes a feature can leave a stale one behind.
@@ -34,10 +34,12 @@ def real_features(
     key = hashlib.sha256(f"{dataset.sha256}/{dataset.resolution}/{extractor.identity}".encode()).hexdigest()
     file = None if cache is None else cache / f"features-{key[:24]}.npy"
     shape = (len(dataset.labels), extractor.dim)
-    if file is not None and (found := read_array(file, shape)) is not None:
-        return found
-    starts = tqdm(range(0, len(dataset.labels), BATCH), name, unit="batch", disable=not progress)
-    features = extractor.over(dataset.images[i : i + BATCH] for i in starts)
+    bar = progress_bar(len(dataset.labels), "embedding", disable=True) if bar is None else bar
+    if file is not None and (kept := read_array(file, shape)) is not None:
+        bar.total -= len(kept)  # they take no time, and would make the remaining time of the others look short
+        bar.refresh()
+        return kept
+    features = embed_array(dataset.images, extractor.extract, bar)
     if file is not None:
         with new_array(file, shape, np.float32) as array:
             array[:] = features
@@ -51,14 +53,17 @@ def generated_features(
     *,
     seed: int = 0,
     truncation_psi: float = 1.0,
+    bar: tqdm | None = None,
 ) -> NDArray[np.float32]:
     """Features [N, dim] of samples 0 ... N - 1 of the seed, sample i of class labels[i] (zeros if unconditional)."""
 
     def batches() -> Iterator[NDArray[np.uint8]]:
-        for start in tqdm(range(0, len(labels), BATCH), "generated images", unit="batch"):
+        for start in range(0, len(labels), BATCH):
             indices = list(range(start, min(start + BATCH, len(labels))))
             classes = labels[indices].tolist()
             yield synthesizer.images([seed] * len(indices), indices, classes, truncation_psi=truncation_psi)
+            if bar is not None:
+                bar.update(len(indices))
 
     return extractor.over(batches())
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from dermis.errors import DataError
 from dermis.metrics import frechet_distance, kernel_distance
-from dermis.metrics.alpha import alpha_precision, authentic, beta_recall
+from dermis.metrics.alpha import alpha_precision, authentic, beta_recall, near_duplicates, same_distance
 from dermis.metrics.density import density_coverage, expected_coverage
 from dermis.metrics.fidelity import precision_recall
 from dermis.metrics.intervals import frechet_interval, kernel_interval
@@ -56,7 +56,8 @@ def compare(real: Features, generated: Features, selection: Selection = "all") -
             "expected_coverage": expected_coverage(len(real), len(generated)),
             "alpha_precision": alpha_precision(real, generated).integrated,
             "beta_recall": beta_recall(real, generated).integrated,
-            "authenticity": float(authentic(real, generated).mean()),
+            "authenticity": float(authentic(real, generated, same=same_distance(real)).mean()),
+            "real_near_duplicates": int(near_duplicates(real).sum()),
         }
     return metrics
 

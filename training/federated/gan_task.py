@@ -178,7 +178,7 @@ def distances(
     space = feature_extractor(federation.extractor, device)
     labels = labels_in_proportion(real.labels, federation.evaluate_images)
     generated = space.over(_draw(generator, labels, federation.seed, device))
-    features = real_features(real, space, site.cache, progress=False)
+    features = real_features(real, space, site.cache)
     kid, _ = kernel_distance(features, generated)
     return {
         "fid": frechet_distance(features, generated),

@@ -1,0 +1,146 @@
+"""Features on a CPU by OpenVINO: the same numbers as torch's to a few parts in a million, in a quarter of the time.
+
+Each image runs by itself on one core, as many at a time as there are cores. No sum is split over cores, so an image's features
+depend neither on the images beside it nor on the number of cores, and they are the same in every run. Sums are float32.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from dermis.cpus import available_cpus
+
+Extract = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
+Matrix = Callable[[int, int], NDArray[np.float32]]
+"""(from, to) -> [to, from]: resizing along one side, as a product of matrices."""
+
+_log = logging.getLogger(__name__)
+
+
+class _Features(nn.Module):
+    """uint8 [1, H, W, 3], rows [h, H] and columns [W, w] that resize it -> features [1, dim]."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: nn.Module, mean: Tensor, std: Tensor) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("mean", mean.clone())  # tracing refuses a tensor that has two names
+        self.register_buffer("std", std.clone())
+
+    def forward(self, image: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        x = rows @ (image.permute(0, 3, 1, 2).float() @ columns)
+        features: Tensor = self.network((x.clamp(0, 255) - self.mean) / self.std)
+        return features
+
+
+class OpenvinoFeatures:
+    """uint8 images [N, H, W, 3] -> float32 [N, dim]. Safe to call from several threads.
+
+    network: float32 [N, 3, h, w], normalised by mean and std (of 0..255, [3, 1, 1]) -> [N, dim]; size is (h, w), and matrix
+    resizes to it. It is compiled at the first call, in about a second. Where OpenVINO cannot compile it, `otherwise` computes
+    the features.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        size: tuple[int, int],
+        matrix: Matrix,
+        mean: Tensor,
+        std: Tensor,
+        otherwise: Extract,
+        *,
+        threads: int | None = None,
+    ) -> None:
+        self._module = _Features(network, mean, std).eval()
+        self._size = size
+        self._matrix = lru_cache(maxsize=8)(matrix)
+        self._otherwise = otherwise
+        self._threads = threads or available_cpus()
+        self._compiled: Any = None
+        self._failed = False
+        self._lock = threading.Lock()
+        self._queues = threading.local()  # a queue serves one call at a time, so every thread has its own
+
+    def __call__(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Features of uint8 images [N, H, W, 3], N at least 1."""
+        with self._lock:
+            if self._compiled is None and not self._failed:
+                self._compile()
+        if self._failed:
+            return self._otherwise(images)
+        import openvino
+
+        queue = getattr(self._queues, "queue", None)
+        if queue is None:
+            queue = self._queues.queue = openvino.AsyncInferQueue(self._compiled, self._threads)
+        features = np.empty((len(images), self._compiled.output(0).partial_shape[1].get_length()), np.float32)
+
+        def keep(request: Any, place: int) -> None:
+            features[place] = request.get_output_tensor(0).data[0]
+
+        queue.set_callback(keep)
+        height, width = self._size
+        rows = self._matrix(images.shape[1], height)
+        columns = np.ascontiguousarray(self._matrix(images.shape[2], width).T)
+        for place in range(len(images)):
+            queue.start_async({0: images[place : place + 1], 1: rows, 2: columns}, place)
+        queue.wait_all()
+        return features
+
+    def _compile(self) -> None:
+        from dermis.synthesizer.openvino_cpu import _import_openvino
+
+        ov = _import_openvino()
+        height, width = self._size
+        example = torch.zeros(1, 32, 32, 3, dtype=torch.uint8), torch.zeros(height, 32), torch.zeros(32, width)
+        options = {
+            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_NUM_THREADS": self._threads,
+            "NUM_STREAMS": self._threads,
+            "ENABLE_CPU_PINNING": False,
+        }
+        shapes = [([1, -1, -1, 3], ov.Type.u8), [height, -1], [-1, width]]
+        try:
+            with torch.no_grad(), _own_logging():
+                model = ov.convert_model(self._module, example_input=example, input=shapes)
+            compiled = ov.Core().compile_model(model, "CPU", options)
+            if not compiled.output(0).partial_shape[1].is_static:
+                raise RuntimeError("the number of features is not known")
+        except Exception as error:  # its converter raises errors of many kinds on operations that it does not know
+            self._failed = True
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            _log.warning("OpenVINO cannot compile this feature space (%s); torch computes it, more slowly", reason)
+            return
+        self._compiled = compiled
+
+
+@contextmanager
+def _own_logging() -> Iterator[None]:
+    """Undo what OpenVINO's converter does to the root logger: it sets the level to ERROR and adds a handler of its own."""
+    root = logging.getLogger()
+    level, handlers = root.level, root.handlers[:]
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        root.handlers[:] = handlers
+
+
+def have_openvino() -> bool:
+    """Whether it is installed; it belongs to the extra `cpu`."""
+    from importlib.util import find_spec
+
+    return find_spec("openvino") is not None
