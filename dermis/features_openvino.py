@@ -101,9 +101,9 @@ class OpenvinoFeatures:
         return features
 
     def _compile(self) -> None:
-        from dermis.synthesizer.openvino_cpu import _import_openvino
+        from dermis.synthesizer.openvino_cpu import import_openvino
 
-        ov = _import_openvino()
+        ov = import_openvino()
         height, width = self._size
         example = torch.zeros(1, 32, 32, 3, dtype=torch.uint8), torch.zeros(height, 32), torch.zeros(32, width)
         options = {
