@@ -182,7 +182,13 @@ def _jpeg_size(data: bytes) -> tuple[int, int] | None:
 
 def _check_parts(data: bytes, kind: str) -> None:
     """ImageError if the file consists of so many parts that looking at them would take longer than decoding the pixels."""
-    parts = {"PNG": _png_chunks, "JPEG": _jpeg_segments, "WEBP": _webp_chunks}[kind](data)
+    parts: Iterator[tuple[bytes | int, int, int]] = iter(())
+    if kind == "PNG":
+        parts = _png_chunks(data)
+    elif kind == "JPEG":
+        parts = _jpeg_segments(data)
+    elif kind == "WEBP":
+        parts = _webp_chunks(data)
     most = _MAX_PARTS + (len(data) // _BYTES_A_CHUNK if kind == "PNG" else 0)
     for count, (name, start, end) in enumerate(parts, 1):
         if count > most:

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save as to_safetensors
 from typer.testing import CliRunner
 
@@ -23,6 +24,7 @@ from commands.main import app
 from dermis.errors import BundleError
 from dermis.official.convert import read_official
 from dermis.official.isolation import ReadLimits
+from dermis.official.stored import write_stored
 from official_pickles import _official_names, generator, snapshot  # noqa: F401
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 381673535\n"
@@ -61,6 +63,7 @@ FOREIGN: dict[str, tuple[Callable[[], bytes], str]] = {
     "zeros": (lambda: bytes(5000), "zero bytes.*again"),
     "web page": (lambda: HTML, 'HTML page with the title "Google Drive - Virus scan warning".*browser'),
     "web page in UTF-16": (lambda: HTML.decode().encode("utf-16"), "HTML page"),
+    "redirection": (lambda: b'<a href="https://x">Found</a>.', "HTML page"),
     "XHTML": (lambda: b'<?xml version="1.0"?><html xmlns="x">', "HTML page"),
     "storage error": (lambda: b'<?xml version="1.0"?><Error><Code>AccessDenied</Code>', "XML document.*AccessDenied"),
     "JSON error": (lambda: b'{"error": "not found \\u001b"}', "JSON text.*not found"),
@@ -169,3 +172,14 @@ def test_nothing_stays_in_the_temporary_folder(tmp_path: Path, monkeypatch: pyte
     path.write_bytes(b"\x80\x04}.")
     _refused(path, "has no G_ema")
     assert not list(scratch.glob("dermis-import-*"))
+
+
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.numpy.save_file", full)
+    path = tmp_path / "x.pkl"
+    path.write_bytes(pickle.dumps({"G_ema": generator()}))
+    with pytest.raises(BundleError, match="temporary folder.*No space left.*TMPDIR"):
+        write_stored(path, "G_ema", tmp_path)

@@ -31,7 +31,7 @@ _TORCH = (
     "networks; look for the .pkl (network-snapshot-*.pkl) that it was made from"
 )
 _TORCH_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number of torch.save before 1.6
-_HTML = re.compile(rb"<(!doctype\s+html|html|head|body|meta|script|title)\b", re.IGNORECASE)
+_HTML = re.compile(rb"<(!doctype\s+html|html|head|body|meta|script|title|a|div|h1|center|p)\b", re.IGNORECASE)
 _PROTOCOL_0 = re.compile(rb"[(\]})]|c\S+(\n|$)")  # how a pickle of protocol 0 or 1 begins that holds more than a scalar
 
 
@@ -50,7 +50,7 @@ def describe_foreign(stream: Stream, size: int) -> str:
         return f"is empty; the download failed: {_AGAIN} again"
     if not head.strip(b"\0"):
         return f"begins with {len(head):,} zero bytes; the download was not completed: {_AGAIN} again"
-    if head.startswith(b"version https://git-lfs.github.com/spec/"):
+    if head.startswith((b"version https://git-lfs.github.com/spec/", b"version https://hawser.github.com/spec/")):
         return (
             "is a Git LFS pointer, not the checkpoint: it names a file that Git did not fetch; run `git lfs pull` in its "
             "repository"

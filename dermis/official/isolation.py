@@ -73,7 +73,7 @@ def store_isolated(path: Path, generator: str, folder: Path, limits: ReadLimits)
         if reason["kind"] == "memory":
             raise _limit_error(f"{limits.memory_bytes / (1 << 30):,.3g} GiB of memory", "--max-memory-gib")
         raise BundleError(escape(reason["message"], 2000))
-    if ended.returncode == -signal.SIGXCPU:
+    if sys.platform != "win32" and ended.returncode == -signal.SIGXCPU:
         raise _limit_error(f"{limits.cpu_seconds:,} seconds of processor time", "--max-seconds")
     if ended.returncode != 0:
         with log.open("rb") as stderr:

@@ -127,6 +127,7 @@ def write_stored(path: Path, generator: str, folder: Path) -> None:
 
 
 def _store(checkpoint: Checkpoint, record: Any, name: str, file_bytes: int, folder: Path) -> StoredNetwork:
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     parts = modules(module(record, name))
@@ -146,7 +147,12 @@ def _store(checkpoint: Checkpoint, record: Any, name: str, file_bytes: int, fold
         raise BundleError(f"{name}: the file is too small for its tensors; it is damaged or tampered with")
     weights = {key: array(checkpoint, record, f"{name}.{key}") for key, record in records.items()}
     checkpoint.storages.clear()
-    save_file(weights, os.fspath(weights_file(folder, name)))
+    try:
+        save_file(weights, os.fspath(weights_file(folder, name)))
+    except SafetensorError as error:
+        raise BundleError(
+            f"its weights cannot be written to the temporary folder ({escape(error)}); TMPDIR names another one"
+        ) from None
     return StoredNetwork(stored, positional, named, shapes)
 
 

@@ -70,6 +70,8 @@ class Decoder:
             raise
         finally:
             timer.cancel()
+        if late.is_set():  # the answer came just before
+            self.close()
         if code == _NO_MEMORY:
             raise MemoryError
         if code != _PIXELS:
