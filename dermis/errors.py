@@ -30,7 +30,11 @@ class RequestError(DermisError):
 
 
 class StorageError(DermisError):
-    """Reading or writing files failed. `kind` is "storage-full", or "storage" (permission, unreachable, damaged)."""
+    """Reading or writing files failed.
+
+    `kind` is "storage-full", "storage-unavailable" (the storage cannot be reached at the moment: the same call may succeed
+    later), or "storage" (permission, a missing or damaged file).
+    """
 
     def __init__(self, message: str, kind: str = "storage") -> None:
         super().__init__(message)

@@ -10,7 +10,7 @@ from typing import Any
 from aiohttp import ClientError
 from bentoml.exceptions import BentoMLException, ServiceUnavailable
 
-from services.errors import InferenceFailedError, InferenceUnavailableError
+from services.errors import InferenceFailedError, InferenceUnavailableError, InferenceUnreachableError
 
 _DESCRIBE_SECONDS = 4.0  # less than the probes in k8s/dermis.yaml wait
 _FRESH_SECONDS = 2.0
@@ -36,12 +36,12 @@ class Connection:
         try:
             result = await getattr(self._client, method)(*arguments)
         except ServiceUnavailable:
-            raise InferenceUnavailableError(f"{self.name} is overloaded; try again") from None
+            raise InferenceUnreachableError(f"{self.name} is overloaded; try again") from None
         except BentoMLException as error:
             raise InferenceFailedError(f"{self.name} failed: {error}") from error
         # A service that dies in the middle of an answer is a ClientError and no OSError.
         except (ClientError, OSError, EOFError, TimeoutError) as error:
-            raise InferenceUnavailableError(f"{self.name} does not answer; try again") from error
+            raise InferenceUnreachableError(f"{self.name} does not answer; try again") from error
         self._seen = time.monotonic()
         return result
 

@@ -94,8 +94,8 @@ class Models:
         bundle = self.find(name)
         if digest is not None and digest != bundle.digest:
             raise BundleError(
-                f"model {name}: the dataset was asked of digest {digest[:12]}, but this service has {bundle.digest[:12]}; "
-                "serve the earlier bundle again or ask for a new dataset"
+                f"model {name}: the job was asked of digest {digest[:12]}, but this service has {bundle.digest[:12]}; "
+                "serve the earlier bundle again or ask anew"
             )
         problem = self.check().get(name)
         if problem is not None:

@@ -60,7 +60,9 @@ def _prepare(settings: Settings) -> None:
         table.open()
         table.close()
     except Exception as error:  # every database driver has its own
-        raise SettingsError(f"the jobs database cannot be opened: {str(error).splitlines()[0]}") from None
+        raise SettingsError(
+            f"the jobs database cannot be opened: {str(error.__cause__ or error).splitlines()[0]}"
+        ) from None
     _wait_for_port(settings.host, settings.port)
 
 

@@ -94,11 +94,9 @@ async def _running() -> AsyncIterator[Context]:
         problems = await asyncio.to_thread(models.check)
         if problems:
             return "; ".join(problems.values())
-        try:
-            await asyncio.to_thread(jobs.count_by_state)
-        except Exception as error:  # whatever the driver raises
-            logger.warning("jobs database", extra={"error": str(error)})
-            return "the jobs database cannot be read"
+        problem = await asyncio.to_thread(jobs.not_ready)
+        if problem is not None:
+            return problem
         found = await asyncio.gather(*(part.not_ready() for part in parts))
         return "; ".join(filter(None, found)) or None
 

@@ -269,7 +269,7 @@ def assemble(bundles: Path | str, data_dir: Path, **settings: Any) -> Parts:
         parts.running.append((jobs, shop))
 
         async def not_ready() -> str | None:
-            return "; ".join(models.check().values()) or None
+            return "; ".join(models.check().values()) or await asyncio.to_thread(jobs.not_ready)
 
         async def not_alive() -> str | None:
             return None

@@ -27,7 +27,7 @@ from dermis.dataset.privacy import Checks, Expose, PrivacyReport, PrivacyTally, 
 from dermis.dataset.request import ClassifierOptions, DatasetRequest
 from dermis.dataset.scoring import Tally, tally
 from dermis.dataset.shards import FileEntry, ShardRecord, find_shard
-from dermis.dataset.store import PARTIAL, Store, hash_file, storage_errors
+from dermis.dataset.store import PARTIAL, Store, hash_file, storage_error, storage_errors
 from dermis.errors import RequestError, StorageError, escape
 from dermis.imaging import Images, contact_sheet, decode, encode, thumbnail
 from dermis.strict_json import parse_json
@@ -269,7 +269,9 @@ def _finished(plan: Plan, store: Store, identity: Mapping[str, str]) -> Manifest
     """The manifest that is there, if it is of this very plan and identity; a damaged one is written anew."""
     try:
         found = read_manifest(store)
-    except StorageError:
+    except StorageError as error:
+        if error.kind != "storage":  # it may be there: nobody can tell now
+            raise
         return None
     same = found.plan_digest == plan.digest and dict(found.synthesizer) == synthesizer_identity(identity)
     return found if same else None
@@ -355,13 +357,17 @@ def _images(plan: Plan, store: Store, record: ShardRecord) -> Iterator[tuple[str
         images = read_container(plan, file)
         while True:
             try:
-                name, data = next(images)
-            except StopIteration:
-                return
-            except Exception as error:  # zipfile, tarfile and Arrow have an error class each
+                item = next(images, None)
+            except Exception as error:  # zipfile, tarfile and Arrow have an error class each; Arrow's has no number
                 place = store.where(record.file.name)
+                if not isinstance(error, OSError) or error.errno is not None:
+                    failed = storage_error(error, place, remote=not store.local)
+                    if failed is not None and failed.kind == "storage-unavailable":
+                        raise failed from error
                 raise StorageError(f"{place}: is damaged ({error}); make the shard again") from error
-            yield name, data
+            if item is None:
+                return
+            yield item
 
 
 def _write_archive(plan: Plan, store: Store, records: Sequence[ShardRecord], texts: Mapping[str, bytes]) -> FileEntry:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 
+from services.errors import DatabaseUnavailableError
 from services.gateway.dependencies import Context
 from services.gateway.schemas import dataset_of
 from services.jobs.table import Job
@@ -37,7 +39,8 @@ async def progress_events(context: Context, job: Job, closed: Callable[[], None]
             if context.stopping.is_set():
                 return  # the client comes back to whoever serves next
             await asyncio.sleep(POLL_SECONDS)
-            current = await asyncio.to_thread(context.jobs.get, job.id)
+            with suppress(DatabaseUnavailableError):  # the stream goes on when the database is back
+                current = await asyncio.to_thread(context.jobs.get, job.id)
     finally:
         closed()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
@@ -15,7 +16,9 @@ from starlette.responses import Response
 from starlette.routing import Match, Route
 
 from dermis.errors import BundleError, DermisError, RequestError, StorageError
-from services.errors import InferenceUnavailableError, NotInstalledError
+from services.errors import DatabaseUnavailableError, InferenceUnavailableError, NotInstalledError
+
+logger = logging.getLogger("dermis.http")
 
 PROBLEM_MEDIA_TYPE = "application/problem+json"
 _MAX_ERRORS = 20
@@ -51,6 +54,7 @@ KINDS: Mapping[str, tuple[int, str]] = {
     "not-installed": (501, "The service lacks what this needs"),
     "model-unavailable": (503, "The model cannot be served"),
     "not-ready": (503, "The service is not ready"),
+    "upload-interrupted": (503, "The upload was interrupted"),
     "overloaded": (503, "The service is busy"),
     "storage-full": (507, "The storage is full"),
 }
@@ -162,17 +166,20 @@ def problem_of(error: Exception) -> ProblemError:
         return invalid_request(field_errors(cast("list[Mapping[str, Any]]", error.errors(include_url=False))))
     if isinstance(error, BundleError):
         return ProblemError("model-unavailable", str(error))
-    if isinstance(error, InferenceUnavailableError):
+    if isinstance(error, InferenceUnavailableError | DatabaseUnavailableError):
         return ProblemError("not-ready", str(error), headers={"Retry-After": "5"})
     if isinstance(error, NotInstalledError):
         return ProblemError("not-installed", f"{error}; tell the operator of this service")
     if isinstance(error, StorageError):
-        place, _, what = str(error).partition(": ")
-        # Callers need the file's name; where the service keeps it is the operator's business, and in the log.
-        detail = f"{place.rsplit('/', 1)[-1]}: {what}" if what else place
-        return ProblemError("storage-full" if error.kind == "storage-full" else "internal", detail)
+        # Its text names places, and may be a driver's: both are for the log.
+        if error.kind == "storage-full":
+            return ProblemError("storage-full", "the storage of the service is full; free some space and try again")
+        if error.kind == "storage-unavailable":
+            detail = "the storage of the service cannot be reached at the moment; try again"
+            return ProblemError("not-ready", detail, headers={"Retry-After": "5"})
+        return ProblemError("internal", "the service cannot read or write its storage; the log has more")
     if is_disk_full(error):
-        return ProblemError("storage-full", "the storage of the datasets is full; free some space and try again")
+        return ProblemError("storage-full", "the storage of the service is full; free some space and try again")
     return ProblemError("internal", "the service failed to answer; the log has more under this request id")
 
 
@@ -202,6 +209,10 @@ def allowed_methods(request: Request) -> list[str]:
 
 async def _on_error(request: Request, error: Exception) -> Response:
     found = problem_of(error)
+    if not isinstance(error, ProblemError) and KINDS[found.kind][0] >= 500:
+        # The text of the error has what the answer leaves out: places, and what a driver said.
+        fields = {"id": request.scope.get("request_id"), "kind": found.kind, "error": str(error)}
+        logger.warning("request failed", extra=fields)
     return problem_response(request, found.kind, found.detail, errors=found.errors, headers=found.headers)
 
 

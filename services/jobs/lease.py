@@ -14,6 +14,7 @@ import os
 import re
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,29 +64,53 @@ def try_lock(path: Path) -> IO[str] | None:
     return file
 
 
-class Lease(threading.Thread):
-    """Renews this worker's lease three times in its length, and calls `sweep` as often."""
+class Lease:
+    """Renews this worker's lease three times in its length, and calls `sweep` as often, each in a thread of its own.
 
-    def __init__(self, table: JobTable, executor_id: str, seconds: float, sweep: Callable[[], None]) -> None:
-        super().__init__(name="dermis-lease", daemon=True)
+    `sweep` is given whether the leases of other workers say who lives. They do not for the length of a lease after the
+    database was away: nobody could renew one.
+    """
+
+    def __init__(self, table: JobTable, executor_id: str, seconds: float, sweep: Callable[[bool], None]) -> None:
         self._table = table
         self._executor_id = executor_id
         self._seconds = seconds
         self._sweep = sweep
         self._stopped = threading.Event()
+        self._trusted_from = float("-inf")
+        # Apart, as a sweep may wait for the database for long after it is back.
+        self._threads = [
+            threading.Thread(target=target, name=f"dermis-{name}", daemon=True)
+            for name, target in (("lease", self._renew_for_ever), ("sweep", self._sweep_for_ever))
+        ]
 
-    def run(self) -> None:
-        while not self._stopped.wait(self._seconds / 3):
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def _renew_for_ever(self) -> None:
+        pause = self._seconds / 3
+        while not self._stopped.wait(pause):
             try:
                 self._table.renew_lease(self._executor_id, self._seconds)
-                self._sweep()
+                pause = self._seconds / 3
             except Exception as error:  # a database away for a while must not end the lease for ever
                 logger.warning("lease not renewed", extra={"error": str(error)})
+                self._trusted_from = time.monotonic() + self._seconds
+                pause = min(1.0, self._seconds / 3)
+
+    def _sweep_for_ever(self) -> None:
+        while not self._stopped.wait(self._seconds / 3):
+            try:
+                self._sweep(time.monotonic() >= self._trusted_from)
+            except Exception as error:
+                logger.warning("sweep not finished", extra={"error": str(error)})
 
     def stop(self) -> None:
-        """End the thread and give the lease up, so that others need not wait for it."""
+        """End the threads and give the lease up, so that others need not wait for it."""
         self._stopped.set()
-        if self.is_alive():
-            self.join(timeout=10)
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join(timeout=5)
         with contextlib.suppress(Exception):
             self._table.drop_lease(self._executor_id)

@@ -24,9 +24,9 @@ from dermis.errors import DataError
 from dermis.imaging import decode, encode
 from dermis.projection.result import facts_of, from_bytes
 from dermis.projection.schedule import SCHEDULES, Schedule, Space, Start
-from services.errors import InferenceFailedError, InferenceUnavailableError
+from services.errors import DatabaseUnavailableError, InferenceFailedError, InferenceUnavailableError
 from services.jobs.table import Job
-from services.jobs.workshop import StoppedError, Workshop, ask, patiently
+from services.jobs.workshop import StoppedError, Workshop, ask, must_stop, outlast, patiently
 from services.projections import Projected, Task
 
 PREFIX = "pr_"
@@ -73,11 +73,16 @@ def write_inputs(store: Store, images: Sequence[NDArray[np.uint8]]) -> None:
         store.write(_input(number), encode(image))
 
 
+def has_inputs(store: Store, options: ProjectionOptions) -> bool:
+    """Whether `write_inputs` came to its end."""
+    return all(store.size(_input(number)) is not None for number in range(options.images))
+
+
 def make_shard(shop: Workshop, job: Job, shard: int) -> None:
     """Project the images of a shard, unless their results are there. StoppedError if the job is to stop."""
     options = ProjectionOptions.model_validate(job.request)
     bundle = shop.models.serving(job.model_name, job.model_digest)
-    store = shop.store(job.id)
+    store = shop.lasting_store(job.id)
     numbers = range(shard * SHARD, min((shard + 1) * SHARD, options.images))
     if not all(_is_done(store, number) for number in numbers):
         shop.table.progress(job.id, shard, 0)
@@ -86,7 +91,7 @@ def make_shard(shop: Workshop, job: Job, shard: int) -> None:
             if made.video is not None:
                 store.write(f"{number:05d}.gif", made.video)
             store.write(_result(number), made.result)  # the last: an image with it is done
-    shop.table.progress(job.id, shard, len(numbers) * options.steps, finished=True)
+    outlast(shop, lambda: shop.table.progress(job.id, shard, len(numbers) * options.steps, finished=True))
 
 
 def _project(
@@ -109,8 +114,9 @@ def _project(
         if time.monotonic() - told < _TELL_SECONDS:
             return
         told = time.monotonic()
-        stop = shop.table.must_stop(job.id)
-        with suppress(InferenceUnavailableError, InferenceFailedError):  # the call itself will tell
+        stop = must_stop(shop, job.id)
+        # What the services say of themselves the call itself will say too; without the database the work goes on.
+        with suppress(InferenceUnavailableError, InferenceFailedError, DatabaseUnavailableError):
             if stop:
                 ask(shop, shop.cancel_projection(ticket))
             else:
@@ -127,7 +133,7 @@ def _project(
 def finish(shop: Workshop, job: Job) -> None:
     """List the results, and remove the uploaded images."""
     options = ProjectionOptions.model_validate(job.request)
-    store = shop.store(job.id)
+    store = shop.lasting_store(job.id)
     rows = []
     for number in range(options.images):
         found, _ = from_bytes(store.read(_result(number)), _result(number))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dermis.bundle import Bundle
+from dermis.errors import DermisError
 from services.gateway.dependencies import FileInfo
 from services.gateway.problems import ProblemError
 from services.jobs import projecting, removal, work, workflow
@@ -20,6 +22,8 @@ from services.jobs.projecting import PREFIX, ProjectionOptions
 from services.jobs.table import IdempotencyConflictError, Job, TooManyActiveError
 from services.jobs.workshop import Workshop
 from services.settings import Settings
+
+logger = logging.getLogger("dermis.jobs")
 
 
 class ProjectionJobs:
@@ -39,6 +43,7 @@ class ProjectionJobs:
         for image in images:
             told.update(image.tobytes())
         shop.check_space()
+        shop.submitting.add(job_id)
         try:
             job, new = shop.table.create(
                 job_id,
@@ -49,7 +54,12 @@ class ProjectionJobs:
                 body_hash=told.hexdigest(),
                 idempotency_key=key,
                 max_active=self._settings.max_active_projections,
+                owner=workflow.executor_id(),
             )
+            # The row first: of images without one nobody would know, after a crash, that they are to be removed.
+            if new:
+                self._write_inputs(job_id, images)
+                workflow.submit(job)
         except IdempotencyConflictError:
             raise ProblemError(
                 "idempotency-conflict", "this Idempotency-Key was used for another request; use a new one"
@@ -58,17 +68,21 @@ class ProjectionJobs:
             most = self._settings.max_active_projections
             detail = f"{most} projections are queued or running; try again when one has ended"
             raise ProblemError("too-many-requests", detail, headers={"Retry-After": "30"}) from None
-        if not new:
-            return job
-        # The row first: of images without one nobody would know, after a crash, that they are to be removed.
-        try:
-            projecting.write_inputs(shop.store(job_id), images)
-        except BaseException:
-            work.remove_files(shop, job_id)
-            shop.table.delete(job_id)
-            raise
-        workflow.submit(job)
+        finally:
+            shop.submitting.discard(job_id)
         return job
+
+    def _write_inputs(self, job_id: str, images: Sequence[NDArray[np.uint8]]) -> None:
+        """Store the images of a new job; without them the job is removed."""
+        try:
+            projecting.write_inputs(self._shop.store(job_id), images)
+        except BaseException:
+            try:
+                work.remove_files(self._shop, job_id)
+                self._shop.table.delete(job_id)
+            except DermisError as error:  # the next sweep ends the job and removes what there is
+                logger.warning("projection not removed", extra={"projection": job_id, "error": str(error)})
+            raise
 
     def get(self, job_id: str) -> Job | None:
         """The job, or None."""

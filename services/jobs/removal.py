@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 
+from dermis.errors import StorageError
 from services.jobs import work, workflow
 from services.jobs.projecting import PREFIX
 from services.jobs.table import Job
@@ -18,6 +19,7 @@ def cancel_or_delete(shop: Workshop, job_id: str) -> Job | None:
     job = shop.table.request_cancel(job_id)
     if job is not None and job.active:
         return job
+    shop.table.mark_deleted(job_id)  # first: a job must not look complete when only a part of its files is left
     work.remove_files(shop, job_id)
     workflow.forget(job_id)
     shop.table.delete(job_id)
@@ -31,4 +33,7 @@ def expire_projections(shop: Workshop, keep_seconds: float) -> None:
         if job.state != "cancelled" and (job.finished_at or now) > now - keep_seconds:
             continue
         logger.info("projection expired", extra={"projection": job.id})
-        cancel_or_delete(shop, job.id)
+        try:
+            cancel_or_delete(shop, job.id)
+        except StorageError as error:  # the others' images are to go all the same; this one's next time
+            logger.warning("projection not removed", extra={"projection": job.id, "error": str(error)})

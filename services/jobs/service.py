@@ -48,22 +48,23 @@ class DatasetJobs:
         settings = self._settings
         if settings.storage_url is None:
             Path(settings.storage).mkdir(parents=True, exist_ok=True)
+        executor_id = self._stack.enter_context(executor_slot(settings.data_dir, settings.executor_id))
         self._table.open()
         self._remove_orphans()
-        executor_id = self._stack.enter_context(executor_slot(settings.data_dir, settings.executor_id))
         # The lease first: others then know this worker for alive when its workflows start.
         self._table.renew_lease(executor_id, settings.lease_seconds)
-        workflow.start(
-            self._shop,
-            url=settings.jobs_url,
-            executor_id=executor_id,
-            shard_concurrency=settings.shard_concurrency,
-            max_active=settings.max_active_datasets,
-        )
+        with self._table.schema_lock():
+            workflow.start(
+                self._shop,
+                url=settings.jobs_url,
+                executor_id=executor_id,
+                shard_concurrency=settings.shard_concurrency,
+                max_active=settings.max_active_datasets,
+            )
 
-        def sweep() -> None:
+        def sweep(leases_hold: bool) -> None:
             with contextlib.suppress(ShutdownError):
-                workflow.sweep()
+                workflow.sweep(leases_hold)
             removal.expire_projections(self._shop, settings.projection_keep_seconds)
 
         lease = Lease(self._table, executor_id, settings.lease_seconds, sweep)
@@ -101,6 +102,7 @@ class DatasetJobs:
         body_hash = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
         self._shop.check_space()
         check_space(planned, self._shop.store(job_id), bundle.generator.img_resolution)
+        self._shop.submitting.add(job_id)
         try:
             job, new = self._table.create(
                 job_id,
@@ -111,7 +113,10 @@ class DatasetJobs:
                 body_hash=body_hash,
                 idempotency_key=idempotency_key,
                 max_active=settings.max_active_datasets,
+                owner=workflow.executor_id(),
             )
+            if new:
+                workflow.submit(job)
         except IdempotencyConflictError:
             raise ProblemError(
                 "idempotency-conflict", "this Idempotency-Key was used for another request; use a new one"
@@ -119,9 +124,18 @@ class DatasetJobs:
         except TooManyActiveError:
             detail = f"{settings.max_active_datasets} datasets are queued or running; try again when one has ended"
             raise ProblemError("too-many-requests", detail, headers={"Retry-After": "30"}) from None
-        if new:
-            workflow.submit(job)
+        finally:
+            self._shop.submitting.discard(job_id)
         return job
+
+    def not_ready(self) -> str | None:
+        """Why jobs cannot be taken or shown now; None if they can."""
+        try:
+            self._table.count_by_state()
+        except Exception as error:  # whatever the driver raises
+            logger.warning("jobs database", extra={"error": str(error), "cause": str(error.__cause__)[:200]})
+            return "the jobs database cannot be reached"
+        return None
 
     def get(self, job_id: str) -> Job | None:
         return self._table.get(job_id)

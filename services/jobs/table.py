@@ -1,20 +1,22 @@
 """The jobs table: what was asked, how far it is, how it ended. SQLAlchemy Core on SQLite or PostgreSQL.
 
 DBOS keeps the durable workflow; this table keeps what people see and what outlives a workflow. Every method is one short
-transaction, safe to call from any thread and any process. Times are seconds since 1970 (UTC).
+transaction, safe to call from any thread and any process, and raises DatabaseUnavailableError while the database is away.
+Times are seconds since 1970 (UTC).
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
+
+from services.jobs.database import database_errors, make_engine, schema_lock
 
 ACTIVE = ("queued", "running", "cancelling")
 STATES = (*ACTIVE, "succeeded", "failed", "cancelled")
@@ -126,10 +128,15 @@ class JobTable:
     """The tables behind one SQLAlchemy URL. `open` makes them where they are missing."""
 
     def __init__(self, url: str) -> None:
-        self._engine = _engine(url)
+        self._engine = make_engine(url)
 
     def open(self) -> None:
-        _metadata.create_all(self._engine)
+        with self.schema_lock(), self._writing() as connection:
+            _metadata.create_all(connection)
+
+    def schema_lock(self) -> AbstractContextManager[None]:
+        """Hold this while tables may be created, also those of DBOS: other processes may start at the same moment."""
+        return schema_lock(self._engine)
 
     def close(self) -> None:
         self._engine.dispose()
@@ -147,8 +154,9 @@ class JobTable:
         body_hash: str,
         idempotency_key: str | None = None,
         max_active: int | None = None,
+        owner: str | None = None,
     ) -> tuple[Job, bool]:
-        """Insert a queued job; (job, True), or (the earlier job of this key, False).
+        """Insert a queued job; (job, True), or (the earlier job of this key, False). `owner` is the worker that submits it.
 
         IdempotencyConflictError if the key was used with another body, TooManyActiveError at the limit.
         """
@@ -162,6 +170,7 @@ class JobTable:
             "shards_total": shards,
             "body_hash": body_hash,
             "idempotency_key": idempotency_key,
+            "owner": owner,
             "created_at": time.time(),
         }
         try:
@@ -239,6 +248,18 @@ class JobTable:
             )
             return _job_or_none(connection, job_id)
 
+    def mark_deleted(self, job_id: str) -> None:
+        """Note that the files of an ended job are about to be removed: from now on it shows none."""
+        with self._writing() as connection:
+            connection.execute(
+                sa.update(_jobs).where(_jobs.c.id == job_id, _jobs.c.state.not_in(ACTIVE)).values(state="cancelled")
+            )
+
+    def release_key(self, job_id: str) -> None:
+        """Let the idempotency key of a job be used again."""
+        with self._writing() as connection:
+            connection.execute(sa.update(_jobs).where(_jobs.c.id == job_id).values(idempotency_key=None))
+
     def delete(self, job_id: str) -> None:
         with self._writing() as connection:
             connection.execute(sa.delete(_shards).where(_shards.c.job_id == job_id))
@@ -260,11 +281,10 @@ class JobTable:
         return row is None or row[0] not in ("queued", "running") or bool(row[1])
 
     def record_error(self, job_id: str, error: Mapping[str, Any]) -> None:
-        """Note why the job will fail; the first reason stays."""
+        """Note why an active job will fail; the first reason stays."""
+        place = (_jobs.c.id == job_id) & _jobs.c.error.is_(None) & _jobs.c.state.in_(ACTIVE)
         with self._writing() as connection:
-            connection.execute(
-                sa.update(_jobs).where(_jobs.c.id == job_id, _jobs.c.error.is_(None)).values(error=dict(error))
-            )
+            connection.execute(sa.update(_jobs).where(place).values(error=dict(error)))
 
     def progress(self, job_id: str, shard: int, samples_done: int, *, finished: bool = False) -> None:
         """Bring one shard's count up to date, and with it the job's sums and its rate."""
@@ -305,14 +325,19 @@ class JobTable:
                 .values(rate=None, rate_time=time.time(), rate_samples=_jobs.c.samples_done)
             )
 
-    def finish(self, job_id: str, state: str, error: Mapping[str, Any] | None = None) -> None:
-        """End an active job as `state`; one that has ended already stays as it is."""
+    def finish(self, job_id: str, state: str) -> Job | None:
+        """End an active job as `state`, and return it as it is then.
+
+        One that has ended already stays as it is, and so does one that is to succeed but has an error noted.
+        """
+        place = (_jobs.c.id == job_id) & _jobs.c.state.in_(ACTIVE)
+        if state == "succeeded":
+            place &= _jobs.c.error.is_(None)
         values: dict[str, Any] = {"state": state, "finished_at": time.time(), "rate": None}
-        if error is not None:
-            values["error"] = dict(error)
         with self._writing() as connection:
-            connection.execute(sa.update(_jobs).where(_jobs.c.id == job_id, _jobs.c.state.in_(ACTIVE)).values(values))
-            connection.execute(sa.delete(_shards).where(_shards.c.job_id == job_id))
+            if connection.execute(sa.update(_jobs).where(place).values(values)).rowcount:
+                connection.execute(sa.delete(_shards).where(_shards.c.job_id == job_id))
+            return _job_or_none(connection, job_id)
 
     # Leases
 
@@ -339,12 +364,16 @@ class JobTable:
 
     @contextmanager
     def _reading(self) -> Iterator[sa.Connection]:
-        with self._engine.connect() as connection:
+        with database_errors(), self._engine.connect() as connection:
             yield connection
 
     @contextmanager
     def _writing(self) -> Iterator[sa.Connection]:
-        with self._engine.connect().execution_options(dermis_write=True) as connection, connection.begin():
+        with (
+            database_errors(),
+            self._engine.connect().execution_options(dermis_write=True) as connection,
+            connection.begin(),
+        ):
             yield connection
 
 
@@ -369,26 +398,3 @@ def _job_or_none(connection: sa.Connection, job_id: str) -> Job | None:
 
 def _job(connection: sa.Connection, job_id: str) -> Job:
     return Job(**connection.execute(sa.select(_jobs).where(_jobs.c.id == job_id)).one()._mapping)
-
-
-def _engine(url: str) -> sa.Engine:
-    parsed = sa.make_url(url)
-    if parsed.get_backend_name() != "sqlite":
-        return sa.create_engine(parsed, pool_pre_ping=True)
-    if parsed.database:
-        Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-    engine = sa.create_engine(parsed, connect_args={"timeout": 30})
-
-    @sa.event.listens_for(engine, "connect")
-    def _on_connect(connection: Any, _record: Any) -> None:
-        connection.isolation_level = None  # transactions begin where we say so, below
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=NORMAL")
-
-    @sa.event.listens_for(engine, "begin")
-    def _on_begin(connection: sa.Connection) -> None:
-        # A write takes SQLite's one write lock first: a read that later turns into a write could not wait for it.
-        write = connection.get_execution_options().get("dermis_write", False)
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
-
-    return engine

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,18 +23,23 @@ from dermis.dataset.plan import Plan, plan_for
 from dermis.dataset.request import DatasetRequest
 from dermis.dataset.shards import write_shard
 from dermis.dataset.store import Store
+from dermis.errors import StorageError
+from services.errors import DatabaseUnavailableError, InferenceUnavailableError, is_transient
 from services.gateway.metrics import dataset_samples
-from services.gateway.problems import problem, problem_of
+from services.gateway.problems import Problem, is_disk_full, problem, problem_of
 from services.jobs import projecting
 from services.jobs.table import Job
-from services.jobs.workshop import POLL_SECONDS, ShutdownError, StoppedError, Workshop, patiently
+from services.jobs.workshop import POLL_SECONDS, ShutdownError, StoppedError, Workshop, must_stop, outlast, patiently
 from services.samples import Image, Options, pack
 
 logger = logging.getLogger("dermis.jobs")
 
 
 def make_shard(shop: Workshop, job_id: str, shard: int) -> str:
-    """Make one shard: "finished", or "stopped" with the reason in the jobs table. Raises ShutdownError only."""
+    """Make one shard: "finished", or "stopped" with the reason in the jobs table.
+
+    Raises ShutdownError, and transient errors (`services.errors.is_transient`), which are no job's outcome.
+    """
     job = shop.table.get(job_id)
     if job is None or shop.table.must_stop(job_id):
         return "stopped"
@@ -45,7 +51,9 @@ def make_shard(shop: Workshop, job_id: str, shard: int) -> str:
     except StoppedError:
         return "stopped"
     except Exception as error:
-        if not shop.table.must_stop(job_id):  # else the files went from under this shard, as another one had failed
+        if is_transient(error):
+            raise
+        if not must_stop(shop, job_id):  # else the files went from under this shard, as another one had failed
             _fail(shop, job_id, error)
         return "stopped"
     return "finished"
@@ -59,17 +67,20 @@ def _make_dataset_shard(shop: Workshop, job: Job, shard: int) -> None:
         plan_,
         shard,
         _Synthesize(shop, job, bundle),
-        shop.store(job.id),
+        shop.lasting_store(job.id),
         score=_Score(shop, job, bundle) if plan_.scored else None,
         examine=_Examine(shop, job, bundle) if plan_.gated else None,
         identity=_identity(shop, job.id, bundle, plan_),
         on_batch=progress,
     )
-    shop.table.progress(job.id, shard, len(record.images), finished=True)
+    outlast(shop, lambda: shop.table.progress(job.id, shard, len(record.images), finished=True))
 
 
 def finish(shop: Workshop, job_id: str) -> str:
-    """End a job all of whose shards have ended: assemble its files, or clear up after it. Returns its last state."""
+    """End a job all of whose shards have ended: assemble its files, or clear up after it. Returns its last state.
+
+    Raises as `make_shard`, and may then be called again.
+    """
     job = shop.table.get(job_id)
     if job is None or not job.active:
         return "gone" if job is None else job.state
@@ -79,21 +90,30 @@ def finish(shop: Workshop, job_id: str) -> str:
                 projecting.finish(shop, job)
             else:
                 _finish_dataset(shop, job)
+        except StoppedError:
+            pass
         except Exception as error:
+            if is_transient(error):
+                raise
             _fail(shop, job_id, error)
-    job = shop.table.get(job_id)
-    if job is None:
-        return "gone"
-    if job.state == "cancelling":
-        state = "cancelled"
-    elif job.error is not None:
-        state = "failed"
-    else:
-        state = "succeeded"
-    if state != "succeeded":
-        remove_files(shop, job_id)
-    shop.table.finish(job_id, state)
-    logger.info("dataset ended", extra={"dataset": job_id, "state": state})
+        else:
+            job = shop.table.finish(job_id, "succeeded")
+    return end(shop, job_id, job)
+
+
+def end(shop: Workshop, job_id: str, job: Job | None = None) -> str:
+    """End a job that did not succeed, if it has not ended by now: another worker may have worked on it as well.
+
+    Nothing of it may be at work any more. Returns its last state.
+    """
+    if job is None or job.active:
+        job = shop.table.get(job_id)
+    if job is not None and job.active:
+        # By now the table says why, so that whoever goes on after a crash in between knows.
+        _clear(shop, job_id)
+        job = shop.table.finish(job_id, "cancelled" if job.state == "cancelling" else "failed")
+    state = "gone" if job is None else job.state
+    logger.info("job ended", extra={"job": job_id, "state": state})
     return state
 
 
@@ -101,21 +121,18 @@ def _finish_dataset(shop: Workshop, job: Job) -> None:
     bundle, plan_ = _plan_of(shop, job)
     finalize(
         plan_,
-        shop.store(job.id),
+        shop.lasting_store(job.id),
         bundle,
         _identity(shop, job.id, bundle, plan_),
         lambda embeddings: patiently(shop, job.id, lambda: shop.expose(bundle, embeddings)),
     )
 
 
-def give_up(shop: Workshop, job_id: str, why: str) -> None:
-    """End a job as failed whose workflow cannot go on."""
-    logger.error("dataset given up", extra={"dataset": job_id, "why": why})
-    document = problem("internal", f"the dataset could not be made: {why}; ask for it again", f"/v1/datasets/{job_id}")
-    try:
-        remove_files(shop, job_id)
-    finally:
-        shop.table.finish(job_id, "failed", document.model_dump(exclude_none=True))
+def note_failure(shop: Workshop, job_id: str, why: str, kind: str = "internal") -> None:
+    """Note that a job cannot go on; `end` or `finish` ends it. `why` is for callers."""
+    logger.error("job given up", extra={"job": job_id, "why": why})
+    document = problem(kind, why, path_of(job_id))
+    shop.table.record_error(job_id, document.model_dump(exclude_none=True))
 
 
 def remove_files(shop: Workshop, job_id: str) -> None:
@@ -123,20 +140,58 @@ def remove_files(shop: Workshop, job_id: str) -> None:
     Store(shop.storage).remove(job_id)
 
 
-def _fail(shop: Workshop, job_id: str, error: Exception) -> None:
-    """Note why the job fails; `finish` clears up after it. On a full disk the note itself may need the files' room."""
-    found = problem_of(error)
-    if found.kind == "internal":
-        logger.exception("dataset failed", extra={"dataset": job_id})
-    else:
-        logger.warning("dataset failed", extra={"dataset": job_id, "kind": found.kind, "detail": found.detail})
-    document = problem(found.kind, found.detail, f"/v1/datasets/{job_id}", errors=found.errors)
-    note = document.model_dump(exclude_none=True)
+def has_inputs(shop: Workshop, job: Job) -> bool:
+    """Whether all images of a projection are stored."""
+    return projecting.has_inputs(shop.store(job.id), projecting.ProjectionOptions.model_validate(job.request))
+
+
+def path_of(job_id: str) -> str:
+    """The path of a job in the API."""
+    return f"/v1/{'projections' if projecting.is_projection(job_id) else 'datasets'}/{job_id}"
+
+
+def _clear(shop: Workshop, job_id: str) -> None:
+    """Remove the files of a job that is about to end; one that the service may not remove must not keep it from that."""
     try:
-        shop.table.record_error(job_id, note)
-    except Exception:  # every database driver has its own
         remove_files(shop, job_id)
-        shop.table.record_error(job_id, note)
+    except StorageError as error:
+        if is_transient(error):
+            raise
+        logger.error("files not removed", extra={"job": job_id, "error": str(error)})
+
+
+def _fail(shop: Workshop, job_id: str, error: Exception) -> None:
+    """Note why the job fails; `finish` clears up after it."""
+    document = _problem_of_job(job_id, error)
+    kind = document.type.rpartition(":")[2]
+    if kind == "internal":
+        logger.error("job failed", extra={"job": job_id}, exc_info=error)
+    else:
+        logger.warning("job failed", extra={"job": job_id, "kind": kind, "error": str(error)})
+    note = document.model_dump(exclude_none=True)
+
+    def record() -> None:
+        try:
+            shop.table.record_error(job_id, note)
+        except Exception as full:
+            if is_transient(full) or not is_disk_full(full):
+                raise
+            # The note itself needs room: that of the files, which go anyway.
+            remove_files(shop, job_id)
+            shop.table.record_error(job_id, note)
+
+    outlast(shop, record)
+
+
+def _problem_of_job(job_id: str, error: Exception) -> Problem:
+    """Why a job failed, for callers: no place where the service keeps anything, no text of a driver or a library."""
+    found = problem_of(error)
+    detail = found.detail
+    if isinstance(error, InferenceUnavailableError):
+        detail = "a service that this needs could not do its part for some minutes; the log has more; ask for it again"
+    elif found.kind == "internal":
+        detail = "the service failed; the log has more under the id of this job"
+    return problem(found.kind, detail, path_of(job_id), errors=found.errors)
 
 
 def _plan_of(shop: Workshop, job: Job) -> tuple[Bundle, Plan]:
@@ -161,8 +216,9 @@ class _Progress:
             return
         self._told = time.monotonic()
         self._shop.check_space()
-        self._shop.table.progress(self._job_id, self._shard, done)
-        if self._shop.table.must_stop(self._job_id):
+        with suppress(DatabaseUnavailableError):  # the shard's end waits for it
+            self._shop.table.progress(self._job_id, self._shard, done)
+        if must_stop(self._shop, self._job_id):
             raise StoppedError
 
 

@@ -11,14 +11,17 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from dbos import DBOS, DBOSConfig, SetEnqueueOptions, SetWorkflowID
 from dbos import error as dbos_error
 
+from services.errors import DatabaseUnavailableError
 from services.jobs import work
+from services.jobs.database import AWAY, database_errors
 from services.jobs.projecting import is_projection
 from services.jobs.table import Job
-from services.jobs.workshop import ShutdownError, Workshop
+from services.jobs.workshop import ShutdownError, Workshop, outlast
 
 logger = logging.getLogger("dermis.jobs")
 
@@ -33,24 +36,40 @@ _POLL_SECONDS = 0.2
 _STUCK_SWEEPS = 2
 # A job that takes its process down with it must not do so for ever.
 _MAX_RECOVERIES = 100
+_MAX_RESTARTS = 20
+_REPEAT_SECONDS = 10.0
 
 _shop: Workshop | None = None
 _executor_id = ""
 _running: set[str] = set()
 _running_lock = threading.Lock()
 _idle_sweeps: dict[str, int] = {}
+_restarts: dict[str, int] = {}
 
 
-class _NoCancellations(logging.Filter):
-    """Drops what DBOS says of cancelled workflows with a stack trace: we cancelled them."""
+class _Quieter(logging.Filter):
+    """Drops what DBOS says of cancelled workflows with a stack trace, as we cancelled them, and what it repeats.
+
+    While the database is away its threads say so some twenty times a second.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said = float("-inf")
 
     def filter(self, record: logging.LogRecord) -> bool:
         kind = record.exc_info[0] if record.exc_info else None
-        return kind is None or not issubclass(kind, _CANCELLED)
+        if kind is not None and issubclass(kind, _CANCELLED):
+            return False
+        if record.levelno <= logging.WARNING and "OperationalError" in str(record.msg):
+            if time.monotonic() - self._said < _REPEAT_SECONDS:
+                return False
+            self._said = time.monotonic()
+        return True
 
 
 _CANCELLED = (dbos_error.DBOSAwaitedWorkflowCancelledError, dbos_error.DBOSWorkflowCancelledError)
-_no_cancellations = _NoCancellations()  # one object, so that adding it twice adds it once
+_quieter = _Quieter()  # one object, so that adding it twice adds it once
 
 
 def start(shop: Workshop, *, url: str, executor_id: str, shard_concurrency: int, max_active: int) -> None:
@@ -58,6 +77,7 @@ def start(shop: Workshop, *, url: str, executor_id: str, shard_concurrency: int,
     global _shop, _executor_id
     _shop, _executor_id = shop, executor_id
     _idle_sweeps.clear()
+    _restarts.clear()
     config: DBOSConfig = {
         "name": "dermis",
         "system_database_url": url,
@@ -65,7 +85,7 @@ def start(shop: Workshop, *, url: str, executor_id: str, shard_concurrency: int,
         "executor_id": executor_id,
         "log_level": "WARNING",
     }
-    logging.getLogger("dbos").addFilter(_no_cancellations)
+    logging.getLogger("dbos").addFilter(_quieter)
     DBOS(config=config)
     DBOS.launch()
     for queue, concurrency in ((_DATASETS, max_active), (_SHARDS, shard_concurrency), (_PROJECTIONS, 1)):
@@ -87,34 +107,99 @@ def stop() -> None:
     _shop = None
 
 
+def executor_id() -> str:
+    """The name of this worker."""
+    return _executor_id
+
+
 def submit(job: Job) -> None:
-    """Enqueue the job's workflow; a second time changes nothing."""
-    with SetWorkflowID(job.id):
-        DBOS.enqueue_workflow(_DATASETS, _dataset_workflow, job.id, job.shards_total)
+    """Enqueue the job's workflow; a second time changes nothing. What the database prevents now, `sweep` does later."""
+    try:
+        with _database(), SetWorkflowID(job.id):
+            DBOS.enqueue_workflow(_DATASETS, _dataset_workflow, job.id, job.shards_total)
+    except DatabaseUnavailableError as error:
+        logger.warning("job not enqueued yet", extra={"job": job.id, "error": str(error)})
 
 
 def forget(job_id: str) -> None:
-    """Remove an ended job's workflows from DBOS's tables."""
-    DBOS.delete_workflows([job_id, *_shard_workflows(job_id)])
+    """Remove a job's workflows from DBOS's tables."""
+    with _database():
+        DBOS.delete_workflows([job_id, *_shard_workflows(job_id)])
 
 
-def sweep() -> None:
-    """Go on with what nobody works on: workflows of dead workers, stuck ones of our own, jobs without a workflow."""
+def sweep(leases_hold: bool = True) -> None:
+    """Go on with what nobody works on: workflows of dead workers, stuck ones of our own, jobs without a workflow.
+
+    Without `leases_hold` the leases of other workers do not tell whether they live, and their work is left alone.
+    """
     shop = _workshop()
     alive = shop.table.live_workers() | {_executor_id}
     for status in DBOS.list_workflows(status="PENDING", load_input=False, load_output=False):
-        if status.executor_id in alive and not _is_stuck(status.workflow_id, status.executor_id):
-            continue
-        logger.warning("workflow resumed", extra={"workflow": status.workflow_id, "worker": status.executor_id})
-        DBOS.resume_workflow(status.workflow_id, queue_name=_queue_of(status.workflow_id))
+        ours = status.executor_id == _executor_id
+        if _is_stuck(status.workflow_id) if ours else leases_hold and status.executor_id not in alive:
+            logger.warning("workflow resumed", extra={"workflow": status.workflow_id, "worker": status.executor_id})
+            DBOS.resume_workflow(status.workflow_id, queue_name=_queue_of(status.workflow_id))
     for job in shop.table.active():
-        found = DBOS.get_workflow_status(job.id)
-        if found is None:
-            # Else its submission may still be under way; a projection's images are written before it.
-            if time.time() - job.created_at > (60 if is_projection(job.id) else 5):
-                submit(job)
-        elif found.status not in ("PENDING", "ENQUEUED", "DELAYED"):
-            work.give_up(shop, job.id, f"its workflow ended as {found.status}")
+        ours = job.owner == _executor_id
+        if job.id not in shop.submitting and (ours or (leases_hold and job.owner not in alive)):
+            try:
+                _go_on(shop, job)
+            except Exception as error:  # the other jobs are to go on all the same
+                logger.warning("job not resumed", extra={"job": job.id, "error": str(error)})
+
+
+def _go_on(shop: Workshop, job: Job) -> None:
+    """Go on with an active job whose workflow is missing, or has ended without an outcome of the job."""
+    status = DBOS.get_workflow_status(job.id)
+    now = shop.table.get(job.id)
+    if now is None or not now.active:  # it has ended since the list of active ones was read
+        return
+    if status is None:
+        # It was never enqueued: the process or its connection ended first.
+        if is_projection(job.id) and job.state == "queued" and not work.has_inputs(shop, job):
+            shop.table.release_key(job.id)
+            _give_up(shop, job.id, "the images did not arrive completely; send them again", "upload-interrupted")
+        else:
+            submit(job)
+        return
+    if status.status in ("PENDING", "ENQUEUED", "DELAYED"):
+        lost = _shard_workflows(job.id, "ERROR")
+        if lost and not _may_restart(job.id):
+            work.note_failure(shop, job.id, "its shards failed again and again; ask for it again")
+        elif lost:
+            logger.warning("shards started again", extra={"job": job.id, "shards": len(lost)})
+            DBOS.delete_workflows(lost)
+            for workflow_id in lost:
+                _enqueue_shard(job.id, int(workflow_id.rpartition("-")[2]))
+        return
+    if status.status in ("ERROR", "SUCCESS") and _may_restart(job.id):
+        # No outcome of a job makes its workflow fail, so this is what became of the database or of DBOS's tables.
+        logger.warning("job started again", extra={"job": job.id, "status": status.status, "error": str(status.error)})
+        at_work = set(_shard_workflows(job.id, "PENDING", "ENQUEUED"))
+        DBOS.delete_workflows([job.id, *(each for each in _shard_workflows(job.id) if each not in at_work)])
+        submit(job)
+        return
+    _give_up(shop, job.id, f"its workflow ended as {status.status}; ask for it again")
+
+
+def _give_up(shop: Workshop, job_id: str, why: str, kind: str = "internal") -> None:
+    """End a job as failed: at once, or in a later sweep where shards still have to see that they are to stop."""
+    work.note_failure(shop, job_id, why, kind)
+    _cancel_queued(job_id)
+    if not _shard_workflows(job_id, "PENDING"):
+        work.end(shop, job_id)
+
+
+def _cancel_queued(job_id: str) -> None:
+    queued = _shard_workflows(job_id, "ENQUEUED")
+    if queued:
+        DBOS.cancel_workflows(queued)
+
+
+def _may_restart(job_id: str) -> bool:
+    """Whether workflows of a job that failed are started again: not for ever, in case that the fault is in our code."""
+    _restarts[job_id] = _restarts.get(job_id, 0) + 1
+    return _restarts[job_id] <= _MAX_RESTARTS
 
 
 def _queue_of(workflow_id: str) -> str:
@@ -123,10 +208,10 @@ def _queue_of(workflow_id: str) -> str:
     return _PROJECTIONS if is_projection(workflow_id) else _SHARDS
 
 
-def _is_stuck(workflow_id: str, executor_id: str | None) -> bool:
-    """Whether DBOS says that we run a workflow, sweep after sweep, and we do not: its outcome could not be recorded."""
+def _is_stuck(workflow_id: str) -> bool:
+    """Whether we do not run a workflow, sweep after sweep, though DBOS says so: its outcome could not be recorded."""
     with _running_lock:
-        idle = executor_id == _executor_id and workflow_id not in _running
+        idle = workflow_id not in _running
     _idle_sweeps[workflow_id] = _idle_sweeps.get(workflow_id, 0) + 1 if idle else 0
     return _idle_sweeps[workflow_id] >= _STUCK_SWEEPS
 
@@ -135,12 +220,10 @@ def _is_stuck(workflow_id: str, executor_id: str | None) -> bool:
 def _dataset_workflow(job_id: str, shards: int) -> str:
     """All of one job. The order of its steps is fixed by its arguments, as replay after a crash needs it."""
     with _running_here(job_id) as shop:
-        shop.table.own(job_id, _executor_id)
-        shop.table.restart_rate(job_id)
+        outlast(shop, lambda: shop.table.own(job_id, _executor_id))
+        outlast(shop, lambda: shop.table.restart_rate(job_id))
         for shard in range(shards):
-            # Shard 0 of every job goes before shard 1 of any: a small job does not wait for a large one to end.
-            with SetWorkflowID(_shard_workflow_id(job_id, shard)), SetEnqueueOptions(priority=shard + 1):
-                DBOS.enqueue_workflow(_queue_of(_shard_workflow_id(job_id, shard)), _shard_workflow, job_id, shard)
+            _enqueue_shard(job_id, shard)
         _wait_for_shards(job_id)
         return _finish(job_id)
 
@@ -153,7 +236,8 @@ def _shard_workflow(job_id: str, shard: int) -> str:
 
 @DBOS.step(name="dermis.make_shard")
 def _make_shard(job_id: str, shard: int) -> str:
-    return work.make_shard(_workshop(), job_id, shard)
+    shop = _workshop()
+    return outlast(shop, lambda: work.make_shard(shop, job_id, shard))
 
 
 @DBOS.step(name="dermis.wait_for_shards")
@@ -162,34 +246,49 @@ def _wait_for_shards(job_id: str) -> None:
     shop = _workshop()
     looked = time.monotonic()
     while not shop.stopping.wait(_POLL_SECONDS):
+        look = time.monotonic() - looked > 5
+        if look:
+            looked = time.monotonic()
+        if outlast(shop, partial(_are_shards_over, shop, job_id, look)):
+            return
+    raise ShutdownError
+
+
+def _are_shards_over(shop: Workshop, job_id: str, look: bool) -> bool:
+    """Whether there is nothing to wait for. `look` at the workflows of the shards even if nothing points to it."""
+    with _database():
         job = shop.table.get(job_id)
         if job is None:
-            return
+            return True
         if shop.table.must_stop(job_id):
             # The queued ones need not start; those at work see for themselves that they are to stop.
-            queued = _shard_workflows(job_id, "ENQUEUED")
-            if queued:
-                DBOS.cancel_workflows(queued)
-            if not _shard_workflows(job_id, "PENDING"):
-                return
-        elif job.shards_done == job.shards_total:
-            return
-        elif time.monotonic() - looked > 5:
-            looked = time.monotonic()
-            if not _shard_workflows(job_id, "ENQUEUED", "PENDING") and not _is_whole(job_id):
-                work.give_up(shop, job_id, "its shards ended without a result")
-                return
-    raise ShutdownError
+            _cancel_queued(job_id)
+            return not _shard_workflows(job_id, "PENDING")
+        if job.shards_done == job.shards_total:
+            return True
+        # What failed is started again by `sweep`.
+        if not look or _shard_workflows(job_id, "ENQUEUED", "PENDING", "ERROR") or _is_whole(job_id):
+            return False
+        work.note_failure(shop, job_id, "its shards ended without a result; ask for it again")
+        return True
 
 
 @DBOS.step(name="dermis.finish")
 def _finish(job_id: str) -> str:
-    return work.finish(_workshop(), job_id)
+    shop = _workshop()
+    return outlast(shop, lambda: work.finish(shop, job_id))
 
 
 def _is_whole(job_id: str) -> bool:
     job = _workshop().table.get(job_id)
     return job is not None and job.shards_done == job.shards_total
+
+
+def _enqueue_shard(job_id: str, shard: int) -> None:
+    # Shard 0 of every job goes before shard 1 of any: a small job does not wait for a large one to end.
+    workflow_id = _shard_workflow_id(job_id, shard)
+    with SetWorkflowID(workflow_id), SetEnqueueOptions(priority=shard + 1):
+        DBOS.enqueue_workflow(_queue_of(workflow_id), _shard_workflow, job_id, shard)
 
 
 def _shard_workflow_id(job_id: str, shard: int) -> str:
@@ -201,6 +300,16 @@ def _shard_workflows(job_id: str, *states: str) -> list[str]:
         workflow_id_prefix=f"{job_id}-", status=list(states) or None, load_input=False, load_output=False
     )
     return [status.workflow_id for status in found]
+
+
+@contextmanager
+def _database() -> Iterator[None]:
+    """Raise DatabaseUnavailableError for what DBOS raises while the database is away. It waits for most of that itself."""
+    with database_errors():
+        try:
+            yield
+        except dbos_error.DBOSQueryTimeoutError as error:
+            raise DatabaseUnavailableError(AWAY) from error
 
 
 @contextmanager

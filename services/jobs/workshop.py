@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import IO, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,17 +22,29 @@ from dermis.authenticity.attack import Exposure
 from dermis.bundle import Bundle
 from dermis.dataset.store import Store
 from dermis.errors import StorageError
-from services.errors import InferenceFailedError, InferenceUnavailableError
+from services.errors import (
+    DatabaseUnavailableError,
+    InferenceFailedError,
+    InferenceUnavailableError,
+    InferenceUnreachableError,
+    is_transient,
+)
 from services.jobs.table import JobTable
 from services.models import Models
 from services.pixels import Classify, FindNearest
 from services.projections import Project
 from services.samples import Generate
 
-# A generator that restarts compiles for a while; one that stays away is not waited for for ever.
+logger = logging.getLogger("dermis.jobs")
+
+T = TypeVar("T")
+
+# A service that answers, but that it cannot do what it is asked for (a model that was not loaded), is not waited for for
+# ever; one that does not answer is, for its supervisor starts it again.
 _PATIENCE_SECONDS = 300.0
 _FAILURES = 3
 _FIRST_PAUSE_SECONDS = 0.5
+_LONGEST_PAUSE_SECONDS = 10.0
 POLL_SECONDS = 0.25
 
 
@@ -60,10 +76,15 @@ class Workshop:
     storage: str
     min_free_bytes: int = 0
     stopping: threading.Event = field(default_factory=threading.Event)
+    submitting: set[str] = field(default_factory=set)  # ids of jobs that calls in work are about to submit
 
     def store(self, job_id: str) -> Store:
         """Where the job's files lie."""
         return Store(f"{self.storage.rstrip('/')}/{job_id}")
+
+    def lasting_store(self, job_id: str) -> Store:
+        """The same for the work on the job: its calls wait while the storage cannot be reached, as `outlast` does."""
+        return _LastingStore(self, job_id)
 
     def check_space(self) -> None:
         """StorageError when so little is free that the jobs database would soon be unable to write."""
@@ -72,6 +93,72 @@ class Workshop:
             raise StorageError(
                 f"the storage of the datasets has {free >> 20} MiB left; free some space and ask again", "storage-full"
             )
+
+
+def outlast(shop: Workshop, call: Callable[[], T], job_id: str | None = None) -> T:
+    """The result of `call`, repeated while the database, the storage or a service cannot be reached.
+
+    Raises ShutdownError if the process is to stop meanwhile and, where `job_id` is given, StoppedError if that job is to.
+    """
+    pause = _FIRST_PAUSE_SECONDS
+    while True:
+        try:
+            return call()
+        except Exception as error:
+            if not is_transient(error):
+                raise
+            cause = error.__cause__ or error
+            logger.warning("work waits", extra={"error": str(error), "cause": str(cause).partition("\n")[0][:200]})
+        if shop.stopping.wait(pause):
+            raise ShutdownError
+        if job_id is not None and must_stop(shop, job_id):
+            raise StoppedError
+        pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+
+
+def must_stop(shop: Workshop, job_id: str) -> bool:
+    """Whether work on the job is in vain. Work goes on while the database, which would say so, is away."""
+    try:
+        return shop.table.must_stop(job_id)
+    except DatabaseUnavailableError:
+        return False
+
+
+class _LastingStore(Store):
+    """A store whose calls are repeated one by one: work that made many would not get far if each made it begin again."""
+
+    def __init__(self, shop: Workshop, job_id: str) -> None:
+        super().__init__(shop.store(job_id).location)
+        self._shop, self._job_id = shop, job_id
+
+    def _outlast(self, call: Callable[[], T]) -> T:
+        return outlast(self._shop, call, self._job_id)
+
+    def entries(self) -> list[str]:
+        return self._outlast(super().entries)
+
+    def size(self, name: str) -> int | None:
+        return self._outlast(partial(super().size, name))
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[IO[bytes]]:
+        with ExitStack() as stack:
+            yield self._outlast(lambda: stack.enter_context(Store.open(self, name)))
+
+    def read(self, name: str) -> bytes:
+        return self._outlast(partial(super().read, name))
+
+    def sha256(self, name: str) -> str:
+        return self._outlast(partial(super().sha256, name))
+
+    def write(self, name: str, data: bytes) -> None:
+        self._outlast(partial(super().write, name, data))
+
+    def _put(self, temporary: Path, name: str) -> None:
+        self._outlast(partial(super()._put, temporary, name))
+
+    def remove(self, name: str) -> None:
+        self._outlast(partial(super().remove, name))
 
 
 def patiently(
@@ -86,6 +173,8 @@ def patiently(
     while True:
         try:
             return ask(shop, call(), while_waiting)
+        except InferenceUnreachableError:
+            deadline = time.monotonic() + _PATIENCE_SECONDS
         except InferenceUnavailableError:
             if time.monotonic() > deadline:
                 raise
@@ -95,9 +184,9 @@ def patiently(
                 raise
         if shop.stopping.wait(pause):
             raise ShutdownError
-        if shop.table.must_stop(job_id):
+        if must_stop(shop, job_id):
             raise StoppedError
-        pause = min(2 * pause, 10.0)
+        pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
 
 def ask(shop: Workshop, awaitable: Awaitable[Any], while_waiting: Callable[[], None] | None = None) -> Any:

@@ -76,6 +76,7 @@ async def find_job(context: Context, dataset_id: str) -> Job:
             "unknown-class",
             "request-too-large",
             "too-many-requests",
+            "not-ready",
             "model-unavailable",
             "storage-full",
         ),
@@ -89,7 +90,7 @@ async def create_dataset(request: Request, response: Response, context: ContextD
     return dataset_of(job)
 
 
-@router.get("", summary="List the datasets", responses=problems("invalid-request"))
+@router.get("", summary="List the datasets", responses=problems("invalid-request", "not-ready"))
 async def list_datasets(
     context: ContextDep,
     limit: Annotated[int, Query(ge=1, le=100, description="Most datasets on the page.")] = 20,
@@ -109,7 +110,7 @@ async def list_datasets(
     )
 
 
-@router.get("/{dataset_id}", summary="Show a dataset", responses=problems("not-found"))
+@router.get("/{dataset_id}", summary="Show a dataset", responses=problems("not-found", "not-ready"))
 async def get_dataset(dataset_id: str, context: ContextDep) -> Dataset:
     """State and progress."""
     return dataset_of(await find_job(context, dataset_id))
@@ -123,7 +124,7 @@ async def get_dataset(dataset_id: str, context: ContextDep) -> Dataset:
     responses={
         202: {"description": "It was at work and stops now; its files are removed"},
         204: {"description": "It had ended; its record and files are gone"},
-        **problems("not-found"),
+        **problems("not-found", "not-ready"),
     },
 )
 async def delete_dataset(dataset_id: str, context: ContextDep) -> Dataset | Response:
@@ -143,7 +144,7 @@ async def delete_dataset(dataset_id: str, context: ContextDep) -> Dataset | Resp
             "`cancelled`",
             "content": {"text/event-stream": {"schema": _EVENT}},
         },
-        **problems("not-found", "too-many-requests"),
+        **problems("not-found", "not-ready", "too-many-requests"),
     },
 )
 async def watch_dataset(dataset_id: str, context: ContextDep) -> Response:

@@ -23,7 +23,7 @@ _FILE_HEADERS = headers("ETag", "Accept-Ranges", "Content-Disposition")
 _DOWNLOAD: Responses = {
     200: {"description": "The file", "content": content(*MEDIA_TYPES), "headers": _FILE_HEADERS},
     304: {"description": "The file is the one that you have"},
-    **problems("not-found", "dataset-not-ready"),
+    **problems("not-found", "not-ready", "dataset-not-ready"),
 }
 
 
@@ -34,7 +34,9 @@ async def _ready_job(context: Context, dataset_id: str) -> Job:
     return job
 
 
-@router.get("", summary="List the files of a dataset", responses=problems("not-found", "dataset-not-ready"))
+@router.get(
+    "", summary="List the files of a dataset", responses=problems("not-found", "not-ready", "dataset-not-ready")
+)
 async def list_files(dataset_id: str, context: ContextDep) -> DatasetFileList:
     """Every file with its size and hash."""
     job = await _ready_job(context, dataset_id)
@@ -64,7 +66,7 @@ async def list_files(dataset_id: str, context: ContextDep) -> DatasetFileList:
             "content": content(*MEDIA_TYPES),
             "headers": {**_FILE_HEADERS, **headers("Content-Range")},
         },
-        **problems("not-found", "dataset-not-ready", "range-not-satisfiable"),
+        **problems("not-found", "not-ready", "dataset-not-ready", "range-not-satisfiable"),
     },
 )
 async def download_file(dataset_id: str, name: str, request: Request, context: ContextDep) -> Response:

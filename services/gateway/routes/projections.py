@@ -63,6 +63,7 @@ results are kept until they are deleted or expire. Only who knows a projection's
             "unusable-image",
             "too-many-requests",
             "overloaded",
+            "not-ready",
             "model-unavailable",
             "storage-full",
         ),
@@ -127,7 +128,7 @@ async def create_projection(
     return await _shown(context, job)
 
 
-@router.get("/{projection_id}", summary="Show a projection", responses=problems("not-found"))
+@router.get("/{projection_id}", summary="Show a projection", responses=problems("not-found", "not-ready"))
 async def get_projection(projection_id: str, context: ContextDep) -> ProjectionJob:
     """State and progress; once it has succeeded, the results."""
     return await _shown(context, await find_projection(context, projection_id))
@@ -139,7 +140,7 @@ async def get_projection(projection_id: str, context: ContextDep) -> ProjectionJ
     summary="Delete a projection",
     responses={
         204: {"description": "It is gone; if it was at work, its last files go within seconds"},
-        **problems("not-found"),
+        **problems("not-found", "not-ready"),
     },
 )
 async def delete_projection(projection_id: str, context: ContextDep) -> Response:
@@ -161,7 +162,7 @@ async def delete_projection(projection_id: str, context: ContextDep) -> Response
         },
         206: {"description": "The bytes that the Range header asks for", "content": content(*MEDIA_TYPES)},
         304: {"description": "The file is the one that you have"},
-        **problems("not-found", "projection-not-ready", "range-not-satisfiable"),
+        **problems("not-found", "not-ready", "projection-not-ready", "range-not-satisfiable"),
     },
 )
 async def download_projection_file(projection_id: str, name: str, request: Request, context: ContextDep) -> Response:
