@@ -30,7 +30,7 @@ def configure(level: str) -> None:
     handler = logging.StreamHandler()
     handler.set_name(_HANDLER_NAME)
     handler.setFormatter(LineFormatter())
-    for name, least in (("dermis", level), ("dbos", "WARNING"), ("uvicorn.error", "WARNING")):
+    for name, least in (("dermis", level), ("dbos", "WARNING"), ("httpx", "WARNING"), ("uvicorn.error", "WARNING")):
         logger = logging.getLogger(name)
         logger.handlers = [handler]
         logger.propagate = False

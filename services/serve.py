@@ -12,15 +12,16 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from pathlib import Path
 from typing import Any
 
 from dermis import __version__
 from dermis.errors import DermisError
-from services.settings import REPOSITORY, Settings, SettingsError, read_settings, settings_table
+from services import supervisor
+from services.settings import Settings, SettingsError, read_settings, settings_table
 
 _PORT_SECONDS = 5.0
 _POLL_SECONDS = 0.3
+_LONGEST_POLL_SECONDS = 2.0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -44,7 +45,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"dermis: {error}", file=sys.stderr)
         return 2
     threading.Thread(target=_announce, args=(settings,), daemon=True).start()
-    _serve(settings)
+    try:
+        supervisor.serve(settings)
+    except DermisError as error:
+        print(f"dermis: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -52,6 +57,7 @@ def _prepare(settings: Settings) -> None:
     """Find what would stop the service from starting while it can still be said in one line."""
     from services.jobs.table import JobTable
 
+    supervisor.refuse_tcp()
     try:
         (settings.data_dir / "run").mkdir(parents=True, exist_ok=True)
         probe = settings.data_dir / "run" / f".{os.getpid()}"
@@ -90,46 +96,15 @@ def _wait_for_port(host: str, port: int) -> None:
         time.sleep(0.1)
 
 
-def _serve(settings: Settings) -> None:
-    data_dir = settings.data_dir.absolute()
-    os.environ |= {
-        "BENTOML_DO_NOT_TRACK": "True",
-        "DO_NOT_TRACK": "1",
-        "OTEL_SDK_DISABLED": "true",
-        "DERMIS_DATA_DIR": str(data_dir),
-        # BentoML's scratch files: metrics of the processes of this one service.
-        "BENTOML_HOME": str(data_dir / "run" / str(settings.port)),
-    }
-    Path(os.environ["BENTOML_HOME"]).mkdir(parents=True, exist_ok=True)
-    import logging
-
-    from _bentoml_impl.server import serve_http  # type: ignore[import-untyped]
-
-    logging.getLogger("circus").setLevel(logging.WARNING)
-    from services.service import Gateway
-
-    Gateway.inject_config()  # type: ignore[attr-defined]  # a BentoML service by now
-    serve_http(
-        "services.service:Gateway",
-        working_dir=str(REPOSITORY),
-        host=_address(settings.host),
-        port=settings.port,
-        timeout_graceful_shutdown=settings.shutdown_seconds,
-    )
-
-
-def _address(host: str) -> str:
-    """BentoML listens on numeric addresses only."""
-    return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
-
-
 def _announce(settings: Settings) -> None:
     """Say when the service is ready, and what it lacks if it is not."""
     url = _url(settings)
     print(f"dermis {__version__}: starting on {url} (data in {settings.data_dir.absolute()})", flush=True)
     said = ""
+    pause = _POLL_SECONDS
     while True:
-        time.sleep(_POLL_SECONDS)
+        time.sleep(pause)
+        pause = min(1.1 * pause, _LONGEST_POLL_SECONDS)
         status, answer = _get(f"{url}/readyz")
         if status == 200:
             break

@@ -37,6 +37,7 @@ KINDS: Mapping[str, tuple[int, str]] = {
     "image-too-large": (413, "An image has too many pixels"),
     "unsupported-media-type": (415, "Unsupported media type"),
     "range-not-satisfiable": (416, "The range lies outside the file"),
+    "headers-too-large": (431, "The headers are too large"),
     "invalid-request": (422, "The request is not valid"),
     "unknown-class": (422, "Unknown class"),
     "unusable-image": (422, "An image cannot be used"),
