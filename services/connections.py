@@ -302,7 +302,7 @@ class BoundedProtocol(HttpToolsProtocol):
             if cycle.response_started or self._phase != "body":  # another answer cannot be put into the middle of one
                 self._wire.abort()
                 return
-        document = problem(kind, detail, (self.scope or {}).get("path", "/") if self._phase == "body" else "/")
+        document = problem(kind, detail, self.scope["path"] if self._phase == "body" else "/")
         body = json.dumps(document.model_dump(exclude_none=True)).encode("ascii")
         lines = [name + b": " + value for name, value in self.server_state.default_headers]
         lines.append(b"content-type: " + PROBLEM_MEDIA_TYPE.encode("ascii"))

@@ -36,7 +36,8 @@ from services.orphans import exit_with_parent
 from services.projector import Projector
 from services.remote import RemoteAuthenticity, RemoteClassifier, RemoteExplainer, RemoteGenerator, RemoteProjector
 from services.settings import settings_of_process
-from services.supervisor import serve_bento
+from services.supervisor import serve_bento, stop_pause
+from services.worker import cancel_timers_of_requests
 
 logger = logging.getLogger("dermis.service")
 
@@ -109,7 +110,7 @@ async def _running() -> AsyncIterator[Context]:
         found = await asyncio.gather(*(part.not_alive() for part in parts))
         return "; ".join(filter(None, found)) or None
 
-    with _announcing(stopping, min(_settings.stop_pause_seconds, _settings.shutdown_seconds / 4)):
+    with _announcing(stopping, stop_pause(_settings)):
         await asyncio.to_thread(jobs.start)
         try:
             yield Context(
@@ -199,7 +200,8 @@ class Gateway:
     projector = bentoml.depends(Projector)
 
 
-# `bentoml serve` looks this up after it has imported this module. BentoML's own would listen on further TCP ports.
+# BentoML looks these up after it has imported this module. `bentoml serve` would listen on further TCP ports by itself.
 _bentoml_impl.server.serve_http = serve_bento
+cancel_timers_of_requests()
 
 Gateway.add_asgi_middleware(GatewayOnly)  # type: ignore[attr-defined]  # a BentoML service by now

@@ -73,6 +73,7 @@ class _Times:
     """How the seconds of a stop are divided."""
 
     total: float
+    pause: float
     requests: int = field(init=False)  # for open requests, once the gateway takes no new ones
     gateway: float = field(init=False)  # until the gateway is killed
     services: float = field(init=False)  # until the other services are killed
@@ -80,7 +81,12 @@ class _Times:
     def __post_init__(self) -> None:
         self.services = min(2.0, self.total / 4)
         self.gateway = self.total - self.services
-        self.requests = max(1, int(self.gateway - min(5.0, self.total / 4)))
+        self.requests = max(1, int(self.gateway - self.pause - min(5.0, self.total / 4)))
+
+
+def stop_pause(settings: Settings) -> float:
+    """Seconds for which a service that is told to stop still takes requests."""
+    return min(settings.stop_pause_seconds, settings.shutdown_seconds / 4)
 
 
 def serve(settings: Settings, *, gateway_options: Sequence[str] = ()) -> None:
@@ -156,7 +162,7 @@ class _Supervisor:
         self, settings: Settings, listener: socket.socket, scratch: Scratch, gateway_options: Sequence[str]
     ) -> None:
         self._gateway_options = gateway_options
-        self._times = _Times(settings.shutdown_seconds)
+        self._times = _Times(settings.shutdown_seconds, stop_pause(settings))
         counts = worker_counts(settings)
         self._workers = [_Worker(name, i + 1) for name, count in counts.items() for i in range(count)]
         self._listeners = {GATEWAY: listener}
@@ -208,17 +214,13 @@ class _Supervisor:
 
     def _start(self, worker: _Worker) -> subprocess.Popen[bytes]:
         listener = self._listeners[worker.service].fileno()
-        command = [sys.executable, "-m", "services.worker", str(os.getpid()), SERVICE]
-        command += ["--service-name", worker.service, "--fd", str(listener), "--worker-id", str(worker.number)]
-        command += ["--backlog", str(_BACKLOG), "--args", "{}"]
-        seconds = self._times.requests if worker.service == GATEWAY else 1
-        command += ["--timeout-graceful-shutdown", str(seconds)]
         if worker.service == GATEWAY:
-            command += self._gateway_options
+            options = ["--timeout-graceful-shutdown", str(self._times.requests), *self._gateway_options]
+        else:
+            options = ["--timeout-graceful-shutdown", "1"]
         # A group of its own: a Ctrl-C in the terminal reaches the supervisor only, which stops the gateway first.
         return subprocess.Popen(
-            command,
-            cwd=REPOSITORY,
+            _command(worker.service, worker.number, listener, options),
             env=self._environment,
             stdin=subprocess.DEVNULL,
             pass_fds=[listener],
@@ -283,6 +285,13 @@ class _Supervisor:
             signal.set_wakeup_fd(before_wakeup)
 
 
+def _command(service: str, number: int, listener: int, options: Sequence[str]) -> list[str]:
+    """The command line of one process. `listener` is the file descriptor that it listens on."""
+    command = [sys.executable, "-m", "services.worker", str(os.getpid()), SERVICE]
+    command += ["--service-name", service, "--fd", str(listener), "--worker-id", str(number)]
+    return [*command, "--backlog", str(_BACKLOG), "--args", "{}", *options]
+
+
 def _listen_on_path(path: Path) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(str(path))
@@ -307,6 +316,8 @@ def _environment(settings: Settings, scratch: Scratch, addresses: Mapping[str, s
         "BENTOML_HOME": str(scratch.folder / "bentoml"),
         "BENTOML_RUNNER_MAP": json.dumps(addresses),
         "DERMIS_DATA_DIR": str(data_dir),
+        "DERMIS_HOST": settings.host,
+        "DERMIS_PORT": str(settings.port),
         "PROMETHEUS_MULTIPROC_DIR": str(metrics),
         "PYTHONPATH": str(REPOSITORY) if path is None else f"{REPOSITORY}{os.pathsep}{path}",
         "TMPDIR": str(scratch.temporary),

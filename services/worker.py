@@ -23,11 +23,10 @@ def main() -> None:
 
     from services.supervisor import GATEWAY
 
-    cancel_timers_of_requests()
     if sys.argv[sys.argv.index("--service-name") + 1] == GATEWAY:
         from services.connections import BoundedProtocol
 
-        uvicorn.protocols.http.auto.AutoHTTPProtocol = BoundedProtocol  # type: ignore[misc]
+        uvicorn.protocols.http.auto.AutoHTTPProtocol = BoundedProtocol
     service.main()
 
 
@@ -36,9 +35,9 @@ def cancel_timers_of_requests() -> None:
 
     BentoML's own schedules a callback for the end of the limit, and keeps it, and with it the request, until then.
     """
-    from bentoml._internal.server.http import traffic  # type: ignore[import-untyped]
+    from bentoml._internal.server.http import traffic
 
-    traffic.TimeoutMiddleware = TimeLimit
+    traffic.TimeoutMiddleware = TimeLimit  # type: ignore[assignment, misc]
 
 
 class TimeLimit:
