@@ -30,6 +30,7 @@ _TICK_SECONDS = 1.0
 # What a client may still send, and for how long, once its request has been answered.
 _DRAIN_BYTES = 256 << 20
 _DRAIN_SECONDS = 30.0
+_LAST_REQUEST_SECONDS = 0.5  # for a request that is sent while the service closes its port
 # Connections above the limit that are let in to be told so, or to ask for the health of the service.
 _RESERVE = 64
 _FILES_KEPT = 256  # open files that are no connections, and no files that connections read
@@ -94,6 +95,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._body_bytes = 0
         self._body_waited = 0.0
         self._too_large = False
+        self._last = False
         self.draining = False
         self._drained = 0
 
@@ -121,6 +123,15 @@ class BoundedProtocol(HttpToolsProtocol):
         self._stop_timer()
         super().connection_lost(exc)
         self._unset_keepalive_if_required()
+
+    def shutdown(self) -> None:
+        """The service stops: no further request, but for one that may be on its way already."""
+        if self.draining or (self.cycle is not None and not self.cycle.response_complete):
+            super().shutdown()
+            return
+        self._last = True
+        self._unset_keepalive_if_required()
+        self._start_timer(_LAST_REQUEST_SECONDS, self._wire.close)
 
     def give_way(self) -> None:
         """Close this connection, which is idle, for a new one."""
@@ -204,6 +215,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._unparsed = 0
         super().on_headers_complete()
         self._phase = "body"
+        if self._last:
+            self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
         """Some of the body has come."""

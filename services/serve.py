@@ -16,7 +16,6 @@ from typing import Any
 
 from dermis import __version__
 from dermis.errors import DermisError
-from services import supervisor
 from services.settings import Settings, SettingsError, read_settings, settings_table
 
 _PORT_SECONDS = 5.0
@@ -36,10 +35,16 @@ def main(arguments: list[str] | None = None) -> int:
     if given.pop("table"):
         print(settings_table())
         return 0
+    if os.name != "posix":
+        print("dermis: the service needs Unix sockets and signals; run it on Linux or macOS", file=sys.stderr)
+        return 2
+    from services import supervisor
+
     # The processes of the service read the environment, so that is where command line values go.
     os.environ.update({f"DERMIS_{name.upper()}": value for name, value in given.items() if value is not None})
     try:
         settings = read_settings()
+        supervisor.refuse_tcp()
         _prepare(settings)
     except DermisError as error:
         print(f"dermis: {error}", file=sys.stderr)
@@ -57,7 +62,6 @@ def _prepare(settings: Settings) -> None:
     """Find what would stop the service from starting while it can still be said in one line."""
     from services.jobs.table import JobTable
 
-    supervisor.refuse_tcp()
     try:
         (settings.data_dir / "run").mkdir(parents=True, exist_ok=True)
         probe = settings.data_dir / "run" / f".{os.getpid()}"

@@ -15,7 +15,7 @@ from types import FrameType
 
 import _bentoml_impl.server  # type: ignore[import-untyped]
 import bentoml
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services import logs
 from services.authenticity import Authenticity
@@ -178,7 +178,18 @@ class GatewayOnly:
         self._bento = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await (app if scope["type"] == "http" else self._bento)(scope, receive, send)
+        if scope["type"] != "http":
+            await self._bento(scope, receive, send)
+            return
+
+        async def send_and_close(message: Message) -> None:
+            # A client that keeps its connection would send its next request while the service closes it.
+            context: Context | None = getattr(app.state, "context", None)
+            if message["type"] == "http.response.start" and context is not None and context.stopping.is_set():
+                message["headers"] = [*message.get("headers", ()), (b"connection", b"close")]
+            await send(message)
+
+        await app(scope, receive, send_and_close)
 
 
 @bentoml.service(

@@ -115,10 +115,6 @@ def serve(settings: Settings, *, gateway_options: Sequence[str] = ()) -> None:
 
 def refuse_tcp() -> None:
     """SettingsError where the services behind the gateway would have to listen on TCP: they take pickled bodies."""
-    if not hasattr(socket, "AF_UNIX") or os.name != "posix":
-        raise SettingsError(
-            "the service needs Unix sockets, which this operating system lacks; run it on Linux or macOS"
-        )
     if "BENTOML_NO_UDS" in os.environ:
         raise SettingsError(
             "BENTOML_NO_UDS: the services behind the gateway listen on Unix sockets only, as anybody who reaches them can "

@@ -51,6 +51,15 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
 @contextmanager
 def serving(monkeypatch: pytest.MonkeyPatch, **values: Any) -> Iterator[Callable[[], socket.socket]]:
     """A server with such settings; the function connects to it."""
+    with running(monkeypatch, **values) as (connect, _):
+        yield connect
+
+
+@contextmanager
+def running(
+    monkeypatch: pytest.MonkeyPatch, **values: Any
+) -> Iterator[tuple[Callable[[], socket.socket], uvicorn.Server]]:
+    """A server with such settings, and a function that connects to it."""
     settings = Settings(_env_file=None, data_dir=Path("unused"), **values)
     monkeypatch.setattr(connections, "settings_of_process", lambda: settings)
     server = uvicorn.Server(
@@ -66,7 +75,7 @@ def serving(monkeypatch: pytest.MonkeyPatch, **values: Any) -> Iterator[Callable
             def connect() -> socket.socket:
                 return opened.enter_context(socket.create_connection(address, timeout=PATIENCE))
 
-            yield connect
+            yield connect, server
         finally:
             server.should_exit = True
             thread.join()
@@ -248,3 +257,18 @@ def test_an_offer_of_another_protocol_is_ignored(monkeypatch: pytest.MonkeyPatch
         )
         connection.sendall(GET.removesuffix(b"\r\n") + offer)
         assert status(answer(connection)) == 200
+
+
+def test_a_request_that_is_sent_while_the_service_stops_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "_LAST_REQUEST_SECONDS", PATIENCE)
+    with running(monkeypatch) as (connect, server):
+        fresh, used = connect(), connect()
+        used.sendall(GET)
+        answer(used)
+        wait_for(lambda: len(server.server_state.connections) == 2)
+        server.should_exit = True
+        wait_for(lambda: not server.servers[0].is_serving())
+        time.sleep(0.2)
+        for connection in (fresh, used):
+            connection.sendall(GET)
+            assert status(everything(connection)) == 200
