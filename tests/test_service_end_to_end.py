@@ -256,7 +256,7 @@ def test_only_the_port_of_the_gateway_is_open_and_a_stop_ends_all_work_in_time(
     training = np.random.default_rng(0).integers(0, 256, (50, 16, 16, 3), dtype=np.uint8)
     bundle = Path(make_complete_bundle(tmp_path / "tiny", training).location)
     port = free_port()
-    settings = {"shutdown_seconds": "8", "max_projection_steps": "10000"}
+    settings = {"shutdown_seconds": "12", "stop_pause_seconds": "3", "max_projection_steps": "10000"}
     first = launch(str(bundle), port, command=command, **settings)
     first.wait_until(first.ready)
     processes = family(first.process)
@@ -282,9 +282,10 @@ def test_only_the_port_of_the_gateway_is_open_and_a_stop_ends_all_work_in_time(
     first.wait_until(lambda: first.progress(dataset)["progress"]["shards_done"] >= 1)
     processes = family(first.process)
     first.process.send_signal(signal.SIGTERM)
-    stopping = first.client.get("/readyz")
+    while (stopping := first.client.get("/readyz")).status_code == 200:
+        pass  # the signal is on its way
     assert (stopping.status_code, "stopping" in stopping.text) == (503, True)
-    first.process.wait(8 + 10)
+    first.process.wait(12 + 10)
     thread.join()
     assert not [process for process in processes if process.is_running()]
     assert not scratch.exists()
