@@ -1,19 +1,14 @@
-"""The data folder belongs to the service's account alone: modes of what is in it, temporary files, what must be installed.
+"""The data folder belongs to the service's account alone: modes of what is in it, and what must be installed for the storage.
 
 Images of people pass through it: squares to be projected, results, the jobs database.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import shutil
 import stat
-import tempfile
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from dermis.dataset.store import Store
@@ -23,7 +18,7 @@ from services.settings import Settings, SettingsError
 logger = logging.getLogger("dermis.service")
 
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
-_OURS = ("datasets", "workers", "run", "tmp", "cache")
+_OURS = ("datasets", "workers", "run", "cache")
 _DATABASES = "*.sqlite*"
 
 
@@ -58,44 +53,6 @@ def prepare_data_folder(settings: Settings) -> None:
         package = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}.get(scheme)
         hint = f"; install it in the environment of the service: pip install {package}" if package else ""
         raise SettingsError(f"DERMIS_STORAGE_URL: {error}{hint}") from None
-
-
-@contextmanager
-def private_temporary_files(settings: Settings) -> Iterator[Path]:
-    """Put the temporary files of this process into the data folder, and remove those of processes that were killed."""
-    from services.jobs.lease import try_lock  # imports the database library, which most processes do without
-
-    root = settings.data_dir.absolute() / "tmp"
-    root.mkdir(parents=True, exist_ok=True, mode=0o700)
-    _remove_abandoned(root)
-    lock, path = None, root
-    while lock is None or not path.exists():  # another process may look for abandoned ones just now
-        path = root / f"{uuid.uuid4().hex}.lock"
-        lock = try_lock(path)
-    folder = path.with_suffix("")
-    folder.mkdir(mode=0o700)
-    before, tempfile.tempdir = tempfile.tempdir, str(folder)
-    try:
-        with lock:
-            yield folder
-    finally:
-        tempfile.tempdir = before
-        shutil.rmtree(folder, ignore_errors=True)
-        path.unlink(missing_ok=True)
-
-
-def _remove_abandoned(root: Path) -> None:
-    """Remove the folders whose process is gone: nobody holds the lock beside them."""
-    from services.jobs.lease import try_lock
-
-    for path in root.glob("*.lock"):
-        with contextlib.suppress(OSError):
-            lock = try_lock(path)
-            if lock is None:
-                continue
-            with lock:
-                shutil.rmtree(path.with_suffix(""), ignore_errors=True)
-                path.unlink(missing_ok=True)
 
 
 def _take_from_others(folder: Path) -> None:

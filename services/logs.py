@@ -36,7 +36,8 @@ def configure(level: str) -> None:
     handler = logging.StreamHandler()
     handler.set_name(_HANDLER_NAME)
     handler.setFormatter(LineFormatter())
-    for name, least in (("dermis", level), *((name, "WARNING") for name in ("dbos", "uvicorn.error", "asyncio"))):
+    quiet = ("dbos", "httpx", "uvicorn.error", "asyncio")
+    for name, least in (("dermis", level), *((name, "WARNING") for name in quiet)):
         logger = logging.getLogger(name)
         logger.handlers = [handler]
         logger.propagate = False
@@ -44,7 +45,9 @@ def configure(level: str) -> None:
 
 
 def _plain(text: str) -> str:
-    return text.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
+    """One line: control characters, which may come from a request or a file, written as escapes."""
+    text = text.replace("\\", "\\\\")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def _value(value: Any) -> str:

@@ -12,16 +12,16 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from pathlib import Path
 from typing import Any
 
 from dermis import __version__
 from dermis.errors import DermisError
 from services.data_folder import prepare_data_folder, restrict_new_files
-from services.settings import REPOSITORY, Settings, SettingsError, read_settings, settings_table
+from services.settings import Settings, SettingsError, read_settings, settings_table
 
 _PORT_SECONDS = 5.0
 _POLL_SECONDS = 0.3
+_LONGEST_POLL_SECONDS = 2.0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -36,17 +36,27 @@ def main(arguments: list[str] | None = None) -> int:
     if given.pop("table"):
         print(settings_table())
         return 0
+    if os.name != "posix":
+        print("dermis: the service needs Unix sockets and signals; run it on Linux or macOS", file=sys.stderr)
+        return 2
+    from services import supervisor
+
     # The processes of the service read the environment, so that is where command line values go.
     os.environ.update({f"DERMIS_{name.upper()}": value for name, value in given.items() if value is not None})
     restrict_new_files()
     try:
         settings = read_settings()
+        supervisor.refuse_tcp()
         _prepare(settings)
     except DermisError as error:
         print(f"dermis: {error}", file=sys.stderr)
         return 2
     threading.Thread(target=_announce, args=(settings,), daemon=True).start()
-    _serve(settings)
+    try:
+        supervisor.serve(settings)
+    except DermisError as error:
+        print(f"dermis: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -88,46 +98,15 @@ def _wait_for_port(host: str, port: int) -> None:
         time.sleep(0.1)
 
 
-def _serve(settings: Settings) -> None:
-    data_dir = settings.data_dir.absolute()
-    os.environ |= {
-        "BENTOML_DO_NOT_TRACK": "True",
-        "DO_NOT_TRACK": "1",
-        "OTEL_SDK_DISABLED": "true",
-        "DERMIS_DATA_DIR": str(data_dir),
-        # BentoML's scratch files: metrics of the processes of this one service.
-        "BENTOML_HOME": str(data_dir / "run" / str(settings.port)),
-    }
-    Path(os.environ["BENTOML_HOME"]).mkdir(parents=True, exist_ok=True)
-    import logging
-
-    from _bentoml_impl.server import serve_http  # type: ignore[import-untyped]
-
-    logging.getLogger("circus").setLevel(logging.WARNING)
-    from services.service import Gateway
-
-    Gateway.inject_config()  # type: ignore[attr-defined]  # a BentoML service by now
-    serve_http(
-        "services.service:Gateway",
-        working_dir=str(REPOSITORY),
-        host=_address(settings.host),
-        port=settings.port,
-        timeout_graceful_shutdown=settings.shutdown_seconds,
-    )
-
-
-def _address(host: str) -> str:
-    """BentoML listens on numeric addresses only."""
-    return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
-
-
 def _announce(settings: Settings) -> None:
     """Say when the service is ready, and what it lacks if it is not."""
     url = _url(settings)
     print(f"dermis {__version__}: starting on {url} (data in {settings.data_dir.absolute()})", flush=True)
     said = ""
+    pause = _POLL_SECONDS
     while True:
-        time.sleep(_POLL_SECONDS)
+        time.sleep(pause)
+        pause = min(1.1 * pause, _LONGEST_POLL_SECONDS)
         status, answer = _get(f"{url}/readyz")
         if status == 200:
             break

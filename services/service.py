@@ -1,6 +1,6 @@
 """The composition root: the gateway in front, all other services behind it, in one BentoML deployment.
 
-`bentoml serve services.service:Gateway` runs it, `python -m services.serve` does so with a message for people.
+`python -m services.serve` runs it, with a message for people; `bentoml serve services.service:Gateway` does so without.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from types import FrameType
-from typing import Any
 
+import _bentoml_impl.server  # type: ignore[import-untyped]
 import bentoml
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services import logs
 from services.authenticity import Authenticity
 from services.classifier import Classifier
-from services.data_folder import prepare_data_folder, private_temporary_files, restrict_new_files
+from services.data_folder import prepare_data_folder, restrict_new_files
 from services.explainer import Explainer
 from services.gateway.app import create_app
 from services.gateway.comparisons import Comparisons
@@ -37,11 +37,13 @@ from services.orphans import exit_with_parent
 from services.projector import Projector
 from services.remote import RemoteAuthenticity, RemoteClassifier, RemoteExplainer, RemoteGenerator, RemoteProjector
 from services.settings import SettingsError, settings_of_process
+from services.supervisor import serve_bento, stop_pause
+from services.worker import cancel_timers_of_requests
 
 logger = logging.getLogger("dermis.service")
 
 _settings = settings_of_process()
-_FOREVER_SECONDS = 1e9  # downloads and event streams have no natural end; /v1/images has a limit of its own
+_FOREVER_SECONDS = 1e9  # routes have limits of their own
 
 
 @asynccontextmanager
@@ -87,6 +89,7 @@ async def _running() -> AsyncIterator[Context]:
     jobs = DatasetJobs(_settings, shop)
 
     parts = (generator, classifier, authenticity, explainer, projector)
+    readiness_reason: str | None = ""
 
     async def not_ready() -> str | None:
         if stopping.is_set():
@@ -100,11 +103,19 @@ async def _running() -> AsyncIterator[Context]:
         found = await asyncio.gather(*(part.not_ready() for part in parts))
         return "; ".join(filter(None, found)) or None
 
+    async def readiness() -> str | None:
+        nonlocal readiness_reason
+        reason = await not_ready()
+        if reason != readiness_reason:
+            logger.log(logging.WARNING if reason else logging.INFO, "readiness", extra={"missing": reason or "nothing"})
+            readiness_reason = reason
+        return reason
+
     async def not_alive() -> str | None:
         found = await asyncio.gather(*(part.not_alive() for part in parts))
         return "; ".join(filter(None, found)) or None
 
-    with private_temporary_files(_settings), _announcing(stopping):
+    with _announcing(stopping, stop_pause(_settings)):
         await asyncio.to_thread(jobs.start)
         try:
             yield Context(
@@ -119,7 +130,7 @@ async def _running() -> AsyncIterator[Context]:
                 comparisons=Comparisons(_settings.max_compared_per_minute),
                 uploads=uploads,
                 heat_maps=HeatMaps(_settings, explainer.heat_map),
-                not_ready=not_ready,
+                not_ready=readiness,
                 not_alive=not_alive,
                 stopping=stopping,
             )
@@ -129,17 +140,29 @@ async def _running() -> AsyncIterator[Context]:
 
 
 @contextmanager
-def _announcing(stopping: threading.Event) -> Iterator[None]:
-    """Set `stopping` when the process is told to end: the server then waits for open streams, which wait for this."""
+def _announcing(stopping: threading.Event, pause_seconds: float) -> Iterator[None]:
+    """When the process is told to end, set `stopping` at once and let the server know after a pause.
+
+    In the pause /readyz fails while requests are still answered, so that whoever distributes them sends no more. Open streams
+    end when `stopping` is set. A second signal ends the pause.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    loop = asyncio.get_running_loop()
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
-    def announce(number: int, frame: FrameType | None) -> Any:
-        stopping.set()
+    def stop_server(number: int, frame: FrameType | None) -> None:
         handler = before[signal.Signals(number)]
-        return handler(number, frame) if callable(handler) else None
+        if callable(handler):
+            handler(number, frame)
+
+    def announce(number: int, frame: FrameType | None) -> None:
+        if stopping.is_set():
+            stop_server(number, frame)
+            return
+        stopping.set()
+        loop.call_soon_threadsafe(loop.call_later, pause_seconds, stop_server, number, None)
 
     for number in before:
         signal.signal(number, announce)
@@ -160,7 +183,18 @@ class GatewayOnly:
         self._bento = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await (app if scope["type"] == "http" else self._bento)(scope, receive, send)
+        if scope["type"] != "http":
+            await self._bento(scope, receive, send)
+            return
+
+        async def send_and_close(message: Message) -> None:
+            # A client that keeps its connection would send its next request while the service closes it.
+            context: Context | None = getattr(app.state, "context", None)
+            if message["type"] == "http.response.start" and context is not None and context.stopping.is_set():
+                message["headers"] = [*message.get("headers", ()), (b"connection", b"close")]
+            await send(message)
+
+        await app(scope, receive, send_and_close)
 
 
 @bentoml.service(
@@ -181,5 +215,9 @@ class Gateway:
     explainer = bentoml.depends(Explainer)
     projector = bentoml.depends(Projector)
 
+
+# BentoML looks these up after it has imported this module. `bentoml serve` would listen on further TCP ports by itself.
+_bentoml_impl.server.serve_http = serve_bento
+cancel_timers_of_requests()
 
 Gateway.add_asgi_middleware(GatewayOnly)  # type: ignore[attr-defined]  # a BentoML service by now

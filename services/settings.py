@@ -157,9 +157,31 @@ class Settings(BaseSettings):
         2, ge=1, description="Most calls that ask for heat maps in work at one time; they take seconds an image."
     )
     max_event_streams: int = Field(64, ge=1, description="Most event streams open at one time.")
+    max_connections: int = Field(
+        1000,
+        ge=16,
+        le=30_000,
+        description="Most open connections; less where fewer files may be open. One that asks nothing gives way to a new one.",
+    )
+    max_header_bytes: int = Field(65_536, ge=4096, le=1 << 20, description="Largest request line and headers in bytes.")
+    header_timeout_seconds: float = Field(
+        15.0, ge=1.0, le=3600.0, description="Longest time that the headers of a request may take to arrive."
+    )
+    body_timeout_seconds: float = Field(
+        15.0,
+        ge=1.0,
+        le=3600.0,
+        description="Longest time that a request body may keep the service waiting, and a second more for each KiB of it.",
+    )
 
     shutdown_seconds: int = Field(
-        60, ge=1, le=3600, description="Longest time that open requests may take once `make serve` is told to stop."
+        60, ge=1, le=3600, description="Longest time from SIGTERM or Ctrl-C to the end of every process of the service."
+    )
+    stop_pause_seconds: float = Field(
+        1.0,
+        ge=0.0,
+        le=600.0,
+        description="Time that a service which is told to stop fails /readyz but still takes requests; part of the former.",
     )
 
     # What it tells

@@ -5,21 +5,18 @@ from __future__ import annotations
 import logging
 import os
 import stat
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from dermis.bundle import Bundle
-from dermis.dataset.store import Store
 from dermis.imaging import encode
 from pictures import PIXELS
 from service_kit import service
 from services import logs
-from services.data_folder import prepare_data_folder, private_temporary_files
+from services.data_folder import prepare_data_folder
 from services.settings import Settings, SettingsError
 from test_service_end_to_end import ROOT, Launched, free_port, launch  # noqa: F401  a fixture
 
@@ -73,45 +70,6 @@ def test_a_storage_whose_package_is_missing_is_said_before_the_start(
         prepare_data_folder(settings_of(tmp_path, storage_url="s3://bucket/x"))
     with pytest.raises(SettingsError, match="DERMIS_STORAGE_URL: nowhere://x"):
         prepare_data_folder(settings_of(tmp_path, storage_url="nowhere://x"))
-
-
-def test_uploads_to_remote_storage_pass_through_the_data_folder(tmp_path: Path) -> None:
-    settings = settings_of(tmp_path / "data")
-    prepare_data_folder(settings)
-    before = tempfile.gettempdir()
-    with private_temporary_files(settings) as folder:
-        with Store("memory://private").writing("input.png") as path:
-            assert path.parent == folder
-            assert not folder.stat().st_mode & 0o077 and not path.stat().st_mode & 0o077
-        assert not any(folder.iterdir())
-    assert tempfile.gettempdir() == before
-    assert not any((tmp_path / "data" / "tmp").iterdir())
-
-
-def test_what_a_killed_process_left_is_removed_and_a_live_one_keeps_its_files(tmp_path: Path) -> None:
-    program = (
-        "import sys, tempfile, time; from pathlib import Path; from services.settings import Settings\n"
-        "from services.data_folder import private_temporary_files\n"
-        "with private_temporary_files(Settings(_env_file=None, data_dir=Path(sys.argv[1]))):\n"
-        "    print(tempfile.mkstemp()[1], flush=True); time.sleep(60)\n"
-    )
-    held = []
-    for _ in range(2):
-        process = subprocess.Popen(
-            [sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
-        )
-        assert process.stdout is not None
-        held.append((process, Path(process.stdout.readline().strip())))
-    (killed, left), (alive, kept) = held
-    try:
-        killed.kill()
-        killed.wait()
-        assert left.exists()
-        with private_temporary_files(settings_of(tmp_path)):
-            assert not left.parent.exists() and kept.exists()
-    finally:
-        alive.kill()
-        alive.wait()
 
 
 def test_requests_are_logged_by_route_and_ids_are_cut(

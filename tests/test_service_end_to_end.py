@@ -7,9 +7,11 @@ import io
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +20,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 
 from dermis.authenticity.attack import exposure
@@ -85,7 +88,7 @@ class Launched:
 def launch(tmp_path: Path) -> Iterator[Callable[..., Launched]]:
     launched: list[Launched] = []
 
-    def start(bundle: str, port: int, **settings: str) -> Launched:
+    def start(bundle: str, port: int, command: Sequence[str] = ("-m", "services.serve"), **settings: str) -> Launched:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("DERMIS_")}
         environment |= {
             "DERMIS_BUNDLES": bundle,
@@ -96,7 +99,7 @@ def launch(tmp_path: Path) -> Iterator[Callable[..., Launched]]:
         log = tmp_path / f"log-{len(launched)}"
         with log.open("w") as file:
             process = subprocess.Popen(
-                [sys.executable, "-m", "services.serve"],
+                [sys.executable, *command],
                 cwd=ROOT,
                 env=environment | {f"DERMIS_{name.upper()}": value for name, value in settings.items()},
                 stdout=file,
@@ -159,6 +162,7 @@ def test_killed_in_the_middle_and_gone_on_by_two_workers_it_gives_the_same_bytes
     port = free_port()
     first = launch(str(bundle.parent), port)
     first.wait_until(first.ready)
+    assert listening_addresses(family(first.process)) == {("127.0.0.1", port)}
     asked = first.client.post("/v1/datasets", json=REQUEST, headers={"Idempotency-Key": "a"})
     assert asked.status_code == 202, asked.text
     dataset = asked.json()
@@ -227,6 +231,74 @@ def test_killed_in_the_middle_and_gone_on_by_two_workers_it_gives_the_same_bytes
     again.process.send_signal(signal.SIGTERM)
     assert again.process.wait(30) == 0
     assert "Traceback" not in again.log.read_text()
+
+
+def family(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    parent = psutil.Process(process.pid)
+    return [parent, *parent.children(recursive=True)]
+
+
+def listening_addresses(processes: list[psutil.Process]) -> set[tuple[str, int]]:
+    """Where processes listen on TCP."""
+    return {
+        (connection.laddr.ip, connection.laddr.port)
+        for process in processes
+        for connection in process.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    }
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("command", [["-m", "services.serve"], ["-m", "bentoml", "serve", "services.service:Gateway"]])
+def test_only_the_port_of_the_gateway_is_open_and_a_stop_ends_all_work_in_time(
+    launch: Callable[..., Launched], tmp_path: Path, command: list[str]
+) -> None:
+    training = np.random.default_rng(0).integers(0, 256, (50, 16, 16, 3), dtype=np.uint8)
+    bundle = Path(make_complete_bundle(tmp_path / "tiny", training).location)
+    port = free_port()
+    settings = {"shutdown_seconds": "12", "stop_pause_seconds": "3", "max_projection_steps": "10000"}
+    first = launch(str(bundle), port, command=command, **settings)
+    first.wait_until(first.ready)
+    processes = family(first.process)
+    assert len(processes) >= 7
+    assert listening_addresses(processes) == {("127.0.0.1", port)}
+    (scratch,) = (tmp_path / "data" / "run").glob("start-*")
+    assert stat.S_IMODE(scratch.stat().st_mode) == 0o700
+
+    # A projection, heat maps and a dataset at work.
+    size = {"model": "tiny", "classes": {"benign": 1}}
+    image = first.client.post("/v1/images", json=size, headers={"Accept": "image/png"}).content
+    projection = first.client.post("/v1/projections?steps=10000", files=[("files", image)] * 8).headers["Location"]
+    dataset = first.client.post("/v1/datasets", json=REQUEST | {"classes": {"benign": 50_000}}).json()
+
+    def heat_maps() -> None:
+        with suppress(httpx.HTTPError):
+            while first.client.post("/v1/classifications?heat_map=xrai", files=[("files", image)] * 4):
+                pass
+
+    thread = threading.Thread(target=heat_maps)
+    thread.start()
+    first.wait_until(lambda: first.client.get(projection).json()["progress"]["steps_done"] > 0)
+    first.wait_until(lambda: first.progress(dataset)["progress"]["shards_done"] >= 1)
+    processes = family(first.process)
+    first.process.send_signal(signal.SIGTERM)
+    while (stopping := first.client.get("/readyz")).status_code == 200:
+        pass  # the signal is on its way
+    assert (stopping.status_code, "stopping" in stopping.text) == (503, True)
+    first.process.wait(12 + 10)
+    thread.join()
+    assert not [process for process in processes if process.is_running()]
+    assert not scratch.exists()
+    with socket.create_server(("127.0.0.1", port)):  # with SO_REUSEADDR, as every server
+        pass
+
+    # The jobs go on at the next start.
+    done = len(list((tmp_path / "data" / "datasets" / dataset["id"]).glob("*.tar")))
+    second = launch(str(bundle), port, command=command, **settings)
+    second.wait_until(second.ready)
+    second.wait_until(lambda: second.progress(dataset)["progress"]["shards_done"] > done)
+    second.wait_until(lambda: second.client.get(projection).json()["progress"]["steps_done"] > 0)
+    assert second.client.get(projection).json()["state"] == "running"
 
 
 def test_what_keeps_the_service_from_starting_is_said_in_one_line(tmp_path: Path) -> None:

@@ -131,8 +131,8 @@ class RequestMiddleware:
             # projection is all that its owner has to keep secret.
             route = getattr(scope.get("route"), "path", None) or "unknown"
             metrics.request_seconds.labels(scope["method"], route, str(status)).observe(seconds)
-            # Probes come every few seconds and say nothing.
-            level = logging.DEBUG if route in health.PATHS and status < 400 else logging.INFO
+            # Probes come every few seconds; a change of readiness is logged once, where it is found.
+            level = logging.DEBUG if route in health.PATHS else logging.INFO
             fields = {"method": scope["method"], "route": route, "status": status, "ms": seconds * 1000}
             logger.log(
                 level, "request", extra={**fields, "id": request_id, "client": (scope.get("client") or [None])[0]}

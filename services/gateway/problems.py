@@ -43,6 +43,7 @@ KINDS: Mapping[str, tuple[int, str]] = {
     "unsupported-media-type": (415, "Unsupported media type"),
     "range-not-satisfiable": (416, "The range lies outside the file"),
     "untrusted-host": (421, "The service does not answer under this host name"),
+    "headers-too-large": (431, "The headers are too large"),
     "invalid-request": (422, "The request is not valid"),
     "unknown-class": (422, "Unknown class"),
     "unusable-image": (422, "An image cannot be used"),

@@ -1,0 +1,342 @@
+"""Limits on connections to the gateway: size and time of headers, progress of bodies, and how many there are.
+
+uvicorn, which BentoML runs, has none of these. `BoundedProtocol` is its protocol with them. It also reads on for a while
+after it has refused a request: a connection that is closed while the client still sends is reset, and the client then sees
+an error of the connection instead of the answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import resource
+from typing import Any, Literal
+
+import httptools
+from starlette.types import Receive, Scope, Send
+from uvicorn.config import Config
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.server import ServerState
+
+from services.gateway.problems import PROBLEM_MEDIA_TYPE, problem
+from services.gateway.routes.health import PATHS as HEALTH_PATHS
+from services.settings import Settings, settings_of_process
+
+logger = logging.getLogger("dermis.connections")
+
+_MIN_BODY_RATE = 1024.0  # bytes a second
+_TICK_SECONDS = 1.0
+# What a client may still send, and for how long, once its request has been answered.
+_DRAIN_BYTES = 256 << 20
+_DRAIN_SECONDS = 30.0
+_LAST_REQUEST_SECONDS = 0.5  # for a request that is sent while the service closes its port
+# Connections above the limit that are let in to be told so, or to ask for the health of the service.
+_RESERVE = 64
+_FILES_KEPT = 256  # open files that are no connections, and no files that connections read
+
+
+def connection_limit(settings: Settings, open_files: int | None = None) -> int:
+    """How many connections the gateway takes: what the settings say, if so many files may be open.
+
+    Args:
+        settings: The settings of the service.
+        open_files: Limit of open files; by default that of this process.
+    """
+    if open_files is None:
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        open_files = 1 << 30 if soft == resource.RLIM_INFINITY else soft
+    # A connection may have a second file open: one that it downloads.
+    return max(16, min(settings.max_connections, (open_files - _FILES_KEPT - _RESERVE) // 2))
+
+
+class _Transport:
+    """A connection's transport whose `close` is the protocol's decision. uvicorn and its requests use it."""
+
+    def __init__(self, transport: asyncio.Transport, protocol: BoundedProtocol) -> None:
+        self._transport = transport
+        self._protocol = protocol
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def close(self) -> None:
+        self._protocol.close_when_read()
+
+    def is_closing(self) -> bool:
+        return self._protocol.draining or self._transport.is_closing()
+
+    def write(self, data: bytes) -> None:
+        if not self.is_closing():
+            self._transport.write(data)
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """uvicorn's HTTP protocol, with limits."""
+
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self._settings = settings_of_process()
+        self._wire: asyncio.Transport
+        # Connections that ask nothing at the moment, the longest idle one first.
+        if not hasattr(server_state, "idle"):
+            server_state.idle = {}  # type: ignore[attr-defined]
+        self._idle: dict[BoundedProtocol, None] = server_state.idle  # type: ignore[attr-defined]
+        self._phase: Literal["head", "body", "answer"] = "head"
+        self._timer: asyncio.TimerHandle | None = None
+        self._unparsed = 0  # bytes since the last that were part of a body or completed something
+        self._head_bytes = 0
+        self._body_bytes = 0
+        self._body_waited = 0.0
+        self._too_large = False
+        self._last = False
+        self.draining = False
+        self._drained = 0
+
+    # The connection
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """A client has connected: it has a time for its first request, and may replace an idle connection."""
+        self._wire = transport
+        super().connection_made(_Transport(transport, self))  # type: ignore[arg-type]
+        limit = connection_limit(self._settings)
+        if len(self.connections) > limit and self._idle:
+            next(iter(self._idle)).give_way()
+        if len(self.connections) > limit + _RESERVE:
+            self.connections.discard(self)
+            transport.abort()
+            return
+        if len(self.connections) > limit:
+            self.app = self._health_only
+        self._set_idle()
+        self._start_timer(self._settings.header_timeout_seconds, self._head_is_late)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The connection is gone."""
+        self._idle.pop(self, None)
+        self._stop_timer()
+        super().connection_lost(exc)
+        self._unset_keepalive_if_required()
+
+    def shutdown(self) -> None:
+        """The service stops: no further request, but for one that may be on its way already."""
+        if self.draining or (self.cycle is not None and not self.cycle.response_complete):
+            super().shutdown()
+            return
+        self._last = True
+        self._unset_keepalive_if_required()
+        self._start_timer(_LAST_REQUEST_SECONDS, self._wire.close)
+
+    def give_way(self) -> None:
+        """Close this connection, which is idle, for a new one."""
+        self._idle.pop(self, None)
+        self.connections.discard(self)
+        if self.draining or self._wire.get_write_buffer_size():
+            self._wire.abort()
+        else:
+            self._wire.close()
+
+    def close_when_read(self) -> None:
+        """Close the connection, once what the client still sends has been read, within limits."""
+        unread = self._phase == "body" and self.cycle is not None and self.cycle.response_complete
+        if unread and not self.is_closing:
+            self._drain()
+        else:
+            self._wire.close()
+
+    def _drain(self) -> None:
+        self.draining = True
+        self._set_idle()
+        if self._wire.can_write_eof():  # not with TLS
+            self._wire.write_eof()  # the answer is complete, which the client may wait for
+        self.flow.resume_reading()
+        self._start_timer(_DRAIN_SECONDS, self._wire.abort)
+
+    def _set_idle(self) -> None:
+        self._idle.pop(self, None)
+        self._idle[self] = None
+
+    # Bytes
+
+    def data_received(self, data: bytes) -> None:
+        """Parse what has come, within the limits."""
+        if self.draining:
+            self._count_drained(len(data))
+            return
+        self._unset_keepalive_if_required()
+        self._unparsed += len(data)
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserError:
+            if self._too_large:
+                self._refuse_head()
+            else:
+                self._refuse("bad-request", "the request is not valid HTTP/1.1")
+            return
+        except httptools.HttpParserUpgrade:  # an offer, which a server may ignore; what follows cannot be read
+            if self.cycle is not None:
+                self.cycle.keep_alive = False
+        if self._unparsed > self._settings.max_header_bytes:
+            self._refuse_head()
+        elif self._timer is None and not self.draining:
+            if self._phase == "body":
+                self._body_waited = 0.0
+                self._start_timer(_TICK_SECONDS, self._look_at_body)
+            elif self._unparsed:
+                self._start_timer(self._settings.header_timeout_seconds, self._head_is_late)
+
+    def on_message_begin(self) -> None:
+        """The first byte of a request has come."""
+        super().on_message_begin()
+        self._phase = "head"
+        self._head_bytes = self._body_bytes = 0
+
+    def on_url(self, url: bytes) -> None:
+        """Some of the path has come."""
+        self._count_head(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A header has come, or a trailer of a body, which is ignored: the application has its headers by then."""
+        self._count_head(len(name) + len(value) + 4)
+        if self._phase == "head":
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """The request begins."""
+        self._stop_timer()
+        self._idle.pop(self, None)
+        self._unparsed = 0
+        super().on_headers_complete()
+        self._phase = "body"
+        if self._last:
+            self.cycle.keep_alive = False
+
+    def on_body(self, body: bytes) -> None:
+        """Some of the body has come."""
+        self._unparsed = 0
+        self._body_bytes += len(body)
+        if self.cycle.response_complete:
+            self._count_drained(len(body))
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """The whole request has come."""
+        self._stop_timer()
+        self._unparsed = 0
+        self._phase = "answer"
+        if self.cycle.response_complete and not self.is_closing:  # nobody wanted the body
+            self._set_idle()
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """A request has been answered."""
+        super().on_response_complete()
+        if self._phase == "answer" and not self.pipeline and not self.is_closing:
+            self._set_idle()
+
+    @property
+    def is_closing(self) -> bool:
+        """Whether nothing can be sent any more."""
+        return self.draining or self._wire.is_closing()
+
+    def _should_upgrade(self) -> bool:
+        return False  # there are no web sockets
+
+    def _count_head(self, count: int) -> None:
+        self._head_bytes += count
+        if self._head_bytes > self._settings.max_header_bytes:
+            self._too_large = True
+            raise ValueError("the headers are too large")  # the parser stops
+
+    def _count_drained(self, count: int) -> None:
+        self._drained += count
+        if self._drained > _DRAIN_BYTES:
+            self._wire.abort()
+
+    # Time
+
+    def _start_timer(self, seconds: float, callback: Any) -> None:
+        self._stop_timer()
+        self._timer = self.loop.call_later(seconds, callback)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _head_is_late(self) -> None:
+        self._timer = None
+        if self.cycle is None or self.cycle.response_complete:
+            self._wire.close()  # without an answer: it may be a connection that a browser keeps ready
+        else:  # a request before it is still being answered
+            self.cycle.keep_alive = False
+
+    def _look_at_body(self) -> None:
+        self._timer = None
+        if self._phase != "body" or self._wire.is_closing():
+            return
+        if self.cycle.response_complete:
+            self._body_waited += _TICK_SECONDS
+            if self._body_waited > _DRAIN_SECONDS:
+                self._wire.abort()
+                return
+        elif not self.flow.read_paused and not self.cycle.waiting_for_100_continue:
+            self._body_waited += _TICK_SECONDS
+            if self._body_waited > self._settings.body_timeout_seconds + self._body_bytes / _MIN_BODY_RATE:
+                self._refuse("upload-timeout", "the body arrives too slowly")
+                return
+        self._start_timer(_TICK_SECONDS, self._look_at_body)
+
+    # Refusals
+
+    def send_400_response(self, _msg: str) -> None:
+        """Refuse what is not HTTP."""
+        self._refuse("bad-request", "the request is not valid HTTP/1.1")
+
+    def _refuse_head(self) -> None:
+        limit = self._settings.max_header_bytes
+        self._refuse("headers-too-large", f"the request line and the headers may have at most {limit} bytes")
+
+    def _refuse(self, kind: str, detail: str) -> None:
+        """Answer with a problem and close the connection."""
+        self._stop_timer()
+        cycle = self.cycle
+        if cycle is not None and not cycle.response_complete:
+            # Its application learns that the client is gone, and sends nothing more.
+            cycle.disconnected = True
+            cycle.message_event.set()
+            if cycle.response_started or self._phase != "body":  # another answer cannot be put into the middle of one
+                self._wire.abort()
+                return
+        document = problem(kind, detail, self.scope["path"] if self._phase == "body" else "/")
+        body = json.dumps(document.model_dump(exclude_none=True)).encode("ascii")
+        lines = [name + b": " + value for name, value in self.server_state.default_headers]
+        lines.append(b"content-type: " + PROBLEM_MEDIA_TYPE.encode("ascii"))
+        lines.append(b"content-length: " + str(len(body)).encode("ascii"))
+        lines.append(b"connection: close")
+        self._wire.write(STATUS_LINE[document.status] + b"\r\n".join(lines) + b"\r\n\r\n" + body)
+        logger.debug("refused", extra={"kind": kind, "client": self.client})
+        self._drain()
+
+    async def _health_only(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The application of connections above the limit."""
+        if scope["path"] in HEALTH_PATHS:
+            await self.config.loaded_app(scope, receive, send)
+            return
+        document = problem("overloaded", "too many connections are open; try again", scope["path"])
+        body = json.dumps(document.model_dump(exclude_none=True)).encode("ascii")
+        headers = [
+            (b"content-type", PROBLEM_MEDIA_TYPE.encode("ascii")),
+            (b"content-length", str(len(body)).encode("ascii")),
+            (b"connection", b"close"),
+            (b"retry-after", b"5"),
+        ]
+        await send({"type": "http.response.start", "status": document.status, "headers": headers})
+        await send({"type": "http.response.body", "body": body, "more_body": False})

@@ -1,0 +1,366 @@
+"""Starts the processes of the service, starts again those that die, and ends all of them within a stated time.
+
+BentoML brings circus for this. It is not used: circus takes commands on TCP ports of the loopback address from any account of
+the machine, waits for a day before it kills a process, and drops a signal that arrives while it is busy. Here nothing
+listens but the gateway's port; the other services listen on Unix sockets in a folder that only this account can enter.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import logging
+import os
+import resource
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from dermis.errors import DermisError
+from services import logs
+from services.scratch import Scratch, scratch_folder
+from services.settings import REPOSITORY, Settings, SettingsError
+
+logger = logging.getLogger("dermis.supervisor")
+
+GATEWAY = "gateway"
+SERVICE = "services.service:Gateway"
+_BACKLOG = 2048
+_OPEN_FILES = 65_536
+_STEADY_SECONDS = 60.0  # a process that lived so long is started again at once
+_LONGEST_PAUSE_SECONDS = 30.0
+_WAKE_SECONDS = 1.0
+
+
+def worker_counts(settings: Settings) -> Mapping[str, int]:
+    """How many processes each service has, by the name that BentoML knows it by."""
+    return {
+        "Generator": settings.generator_workers,
+        "Classifier": settings.classifier_workers,
+        "Authenticity": settings.authenticity_workers,
+        "Explainer": settings.explainer_workers,
+        "Projector": 1,
+        GATEWAY: 1,
+    }
+
+
+@dataclass
+class _Worker:
+    """One process of a service, or the place for it."""
+
+    service: str
+    number: int
+    process: subprocess.Popen[bytes] | None = None
+    started: float = 0.0
+    deaths: int = 0
+    not_before: float = 0.0
+
+    @property
+    def alive(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+
+@dataclass
+class _Times:
+    """How the seconds of a stop are divided."""
+
+    total: float
+    pause: float
+    requests: int = field(init=False)  # for open requests, once the gateway takes no new ones
+    gateway: float = field(init=False)  # until the gateway is killed
+    services: float = field(init=False)  # until the other services are killed
+
+    def __post_init__(self) -> None:
+        self.services = min(2.0, self.total / 4)
+        self.gateway = self.total - self.services
+        self.requests = max(1, int(self.gateway - self.pause - min(5.0, self.total / 4)))
+
+
+def stop_pause(settings: Settings) -> float:
+    """Seconds for which a service that is told to stop still takes requests."""
+    return min(settings.stop_pause_seconds, settings.shutdown_seconds / 4)
+
+
+def serve(settings: Settings, *, gateway_options: Sequence[str] = ()) -> None:
+    """Run the service until SIGTERM, SIGINT or SIGHUP, then end every process within `settings.shutdown_seconds`.
+
+    Args:
+        settings: The settings; the processes read the same ones from the environment.
+        gateway_options: Further options of BentoML's worker for the gateway, such as those of TLS.
+
+    Raises:
+        SettingsError: The service cannot listen, or cannot make its sockets.
+    """
+    refuse_tcp()
+    logs.configure(settings.log_level)
+    raise_open_files()
+    with (
+        _listen_on_port(_numeric(settings.host), settings.port) as listener,
+        scratch_folder(settings.data_dir) as scratch,
+    ):
+        supervisor = _Supervisor(settings, listener, scratch, gateway_options)
+        try:
+            supervisor.run()
+        finally:
+            supervisor.close()
+
+
+def refuse_tcp() -> None:
+    """SettingsError where the services behind the gateway would have to listen on TCP: they take pickled bodies."""
+    if "BENTOML_NO_UDS" in os.environ:
+        raise SettingsError(
+            "BENTOML_NO_UDS: the services behind the gateway listen on Unix sockets only, as anybody who reaches them can "
+            "run code; unset it"
+        )
+
+
+def raise_open_files() -> int:
+    """Raise the limit of open files as far as this account may; the limit then."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def _numeric(host: str) -> str:
+    """The address that a host name stands for."""
+    try:
+        return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
+    except OSError as error:
+        raise SettingsError(f"DERMIS_HOST: {host}: {error.strerror}") from None
+
+
+@contextmanager
+def _listen_on_port(host: str, port: int) -> Iterator[socket.socket]:
+    family = socket.AF_INET6 if ipaddress.ip_address(host).version == 6 else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+            listener.listen(_BACKLOG)
+        except OSError as error:
+            raise SettingsError(f"DERMIS_PORT: cannot listen on {host}:{port}: {error.strerror}") from None
+        yield listener
+
+
+class _Supervisor:
+    def __init__(
+        self, settings: Settings, listener: socket.socket, scratch: Scratch, gateway_options: Sequence[str]
+    ) -> None:
+        self._gateway_options = gateway_options
+        self._times = _Times(settings.shutdown_seconds, stop_pause(settings))
+        counts = worker_counts(settings)
+        self._workers = [_Worker(name, i + 1) for name, count in counts.items() for i in range(count)]
+        self._listeners = {GATEWAY: listener}
+        addresses = {GATEWAY: f"http://localhost:{settings.port}"}
+        for number, name in enumerate(name for name in counts if name != GATEWAY):
+            path = scratch.sockets / f"{number}.sock"
+            self._listeners[name] = _listen_on_path(path)
+            addresses[name] = path.as_uri()
+        self._environment = _environment(settings, scratch, addresses)
+        self._signals: list[int] = []
+        self._selector = selectors.DefaultSelector()
+        self._woken, self._waker = socket.socketpair()
+        for end in (self._woken, self._waker):
+            end.setblocking(False)
+        self._selector.register(self._woken, selectors.EVENT_READ)
+
+    def run(self) -> None:
+        """Keep every process running until a signal says to stop."""
+        with self._handling_signals():
+            while not self._signals:
+                for worker in self._workers:
+                    self._tend(worker)
+                self._wait(_WAKE_SECONDS)
+            try:
+                self._stop()
+            finally:
+                self._kill(self._workers)
+
+    def close(self) -> None:
+        for listener in self._listeners.values():
+            listener.close()
+        self._selector.close()
+        self._woken.close()
+        self._waker.close()
+
+    def _tend(self, worker: _Worker) -> None:
+        now = time.monotonic()
+        if worker.process is not None and worker.process.poll() is not None:
+            _kill_group(worker.process.pid)  # processes that it started
+            worker.deaths = 1 if now - worker.started > _STEADY_SECONDS else worker.deaths + 1
+            pause = 0.0 if worker.deaths == 1 else min(_LONGEST_PAUSE_SECONDS, 2.0 ** (worker.deaths - 2))
+            logger.error(
+                "a process of the service has ended and is started again",
+                extra={"service": worker.service, "status": worker.process.returncode, "pause": pause},
+            )
+            worker.process, worker.not_before = None, now + pause
+        if worker.process is None and now >= worker.not_before and not self._signals:
+            worker.process, worker.started = self._start(worker), now
+
+    def _start(self, worker: _Worker) -> subprocess.Popen[bytes]:
+        listener = self._listeners[worker.service].fileno()
+        if worker.service == GATEWAY:
+            options = ["--timeout-graceful-shutdown", str(self._times.requests), *self._gateway_options]
+        else:
+            options = ["--timeout-graceful-shutdown", "1"]
+        # A group of its own: a Ctrl-C in the terminal reaches the supervisor only, which stops the gateway first.
+        return subprocess.Popen(
+            _command(worker.service, worker.number, listener, options),
+            env=self._environment,
+            stdin=subprocess.DEVNULL,
+            pass_fds=[listener],
+            start_new_session=True,
+        )
+
+    def _stop(self) -> None:
+        """End the gateway, whose open requests may still need the others; then these."""
+        began = time.monotonic()
+        # The gateway has the port until it stops listening; then new connections are refused and not left waiting.
+        self._listeners[GATEWAY].close()
+        gateways = [worker for worker in self._workers if worker.service == GATEWAY]
+        others = [worker for worker in self._workers if worker.service != GATEWAY]
+        self._end(gateways, began + self._times.gateway)
+        self._end(others, min(time.monotonic() + self._times.services, began + self._times.total))
+
+    def _end(self, workers: Sequence[_Worker], deadline: float) -> None:
+        """Tell processes to end, and kill those that have not by `deadline` or at a second signal."""
+        for worker in workers:
+            if worker.alive and worker.process is not None:
+                worker.process.terminate()
+        while any(worker.alive for worker in workers) and len(self._signals) < 2:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                names = sorted({worker.service for worker in workers if worker.alive})
+                logger.warning("killed, as it did not end in time", extra={"services": ",".join(names)})
+                break
+            self._wait(min(left, _WAKE_SECONDS))
+        self._kill(workers)
+
+    def _kill(self, workers: Sequence[_Worker]) -> None:
+        for worker in workers:
+            if worker.process is not None:
+                _kill_group(worker.process.pid)
+                worker.process.wait()
+
+    def _wait(self, seconds: float) -> None:
+        """Sleep; a signal, also that of a process that ends, wakes it up."""
+        if self._selector.select(seconds):
+            with suppress(BlockingIOError):
+                while self._woken.recv(4096):
+                    pass
+
+    @contextmanager
+    def _handling_signals(self) -> Iterator[None]:
+        def note(number: int, _frame: FrameType | None) -> None:
+            self._signals.append(number)
+
+        def ignore(_number: int, _frame: FrameType | None) -> None:
+            """It wakes `_wait` up, no more."""
+
+        handlers = {signal.SIGTERM: note, signal.SIGINT: note, signal.SIGCHLD: ignore}
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # it is under nohup
+            handlers[signal.SIGHUP] = note
+        before_wakeup = signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
+        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(before_wakeup)
+
+
+def _command(service: str, number: int, listener: int, options: Sequence[str]) -> list[str]:
+    """The command line of one process. `listener` is the file descriptor that it listens on."""
+    command = [sys.executable, "-m", "services.worker", str(os.getpid()), SERVICE]
+    command += ["--service-name", service, "--fd", str(listener), "--worker-id", str(number)]
+    return [*command, "--backlog", str(_BACKLOG), "--args", "{}", *options]
+
+
+def _listen_on_path(path: Path) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(str(path))
+    listener.listen(_BACKLOG)
+    return listener
+
+
+def _environment(settings: Settings, scratch: Scratch, addresses: Mapping[str, str]) -> dict[str, str]:
+    """The environment of every process."""
+    metrics = scratch.folder / "metrics"
+    metrics.mkdir(mode=0o700)
+    data_dir = settings.data_dir.absolute()
+    environment = {
+        # By default a folder with a known name in /tmp: whoever makes it first chooses the code that is run.
+        "TORCHINDUCTOR_CACHE_DIR": str(data_dir / "cache" / "inductor"),
+    } | os.environ
+    path = environment.get("PYTHONPATH")
+    return environment | {
+        "BENTOML_DO_NOT_TRACK": "True",
+        "DO_NOT_TRACK": "1",
+        "OTEL_SDK_DISABLED": "true",
+        "BENTOML_HOME": str(scratch.folder / "bentoml"),
+        "BENTOML_RUNNER_MAP": json.dumps(addresses),
+        "DERMIS_DATA_DIR": str(data_dir),
+        "DERMIS_HOST": settings.host,
+        "DERMIS_PORT": str(settings.port),
+        "PROMETHEUS_MULTIPROC_DIR": str(metrics),
+        "PYTHONPATH": str(REPOSITORY) if path is None else f"{REPOSITORY}{os.pathsep}{path}",
+        "TMPDIR": str(scratch.temporary),
+    }
+
+
+def _kill_group(group: int) -> None:
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, signal.SIGKILL)
+
+
+def serve_bento(
+    _bento: object,
+    *,
+    host: str | None = None,
+    port: int | None = None,
+    development_mode: bool = False,
+    reload: bool = False,
+    **options: object,
+) -> None:
+    """What `bentoml serve` calls: the same processes and the same limits as `python -m services.serve`.
+
+    Args:
+        host: Address of the gateway; by default that of the settings.
+        port: Port of the gateway; by default that of the settings.
+        development_mode: Not supported.
+        reload: Not supported.
+        options: BentoML's other options. Those of TLS and `timeout_keep_alive` are passed to the gateway.
+
+    Raises:
+        SystemExit: The service cannot start; a line on stderr says why.
+    """
+    from services.settings import read_settings
+
+    taken = {name: value for name, value in options.items() if name.startswith("ssl_") or name == "timeout_keep_alive"}
+    arguments = [
+        text
+        for name, value in taken.items()
+        if value not in (None, "", 0)
+        for text in (f"--{name.replace('_', '-')}", str(value))
+    ]
+    try:
+        if development_mode or reload or options.get("threaded") or options.get("service_name"):
+            raise SettingsError("development mode, --reload and single services are not supported")
+        changed: dict[str, object] = {"host": host, "port": port}
+        settings = read_settings(**{name: value for name, value in changed.items() if value is not None})
+        serve(settings, gateway_options=arguments)
+    except DermisError as error:
+        print(f"dermis: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -1,0 +1,74 @@
+"""`python -m services.worker PARENT ...`: one process of the service, started by `services.supervisor`.
+
+It is BentoML's own worker, with the service's limits on connections in front of the gateway. All further arguments are
+those of `_bentoml_impl.worker.service`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from services.orphans import exit_with_parent
+
+
+def main() -> None:
+    """Serve until told to stop, or until the supervisor is gone."""
+    exit_with_parent(int(sys.argv.pop(1)))  # before the slow imports
+    import uvicorn.protocols.http.auto
+    from _bentoml_impl.worker import service  # type: ignore[import-untyped]
+
+    from services.supervisor import GATEWAY
+
+    if sys.argv[sys.argv.index("--service-name") + 1] == GATEWAY:
+        from services.connections import BoundedProtocol
+
+        uvicorn.protocols.http.auto.AutoHTTPProtocol = BoundedProtocol
+    service.main()
+
+
+def cancel_timers_of_requests() -> None:
+    """Give BentoML a middleware of time limits that forgets a request when it has ended.
+
+    BentoML's own schedules a callback for the end of the limit, and keeps it, and with it the request, until then.
+    """
+    from bentoml._internal.server.http import traffic
+
+    traffic.TimeoutMiddleware = TimeLimit  # type: ignore[assignment, misc]
+
+
+class TimeLimit:
+    """ASGI middleware: 504 for a request whose answer has not begun after `timeout` seconds."""
+
+    def __init__(self, app: ASGIApp, timeout: float) -> None:
+        self._app = app
+        self._timeout = timeout
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            await self._app(scope, receive, send)
+            return
+        begun = False
+
+        async def send_and_lift(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            if not limit.expired():
+                limit.reschedule(None)  # an answer may take as long as it likes
+            await send(message)
+
+        try:
+            async with asyncio.timeout(self._timeout) as limit:
+                await self._app(scope, receive, send_and_lift)
+        except TimeoutError:
+            if begun or not limit.expired():
+                raise
+            error = {"error": f"Not able to process the request in {self._timeout} seconds"}
+            await JSONResponse(error, status_code=504)(scope, receive, send)
+
+
+if __name__ == "__main__":
+    main()
