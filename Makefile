@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed-$(VARIANT)
 # Where `make demo-bundle` finds an ISIC-layout folder (images and metadata.csv).
 DATA ?= ../shared/data/dermoscopy
 
-.PHONY: setup serve test test-full lint demo-bundle demo-classifier demo-latents clean
+.PHONY: setup serve test test-full ranges lint demo-bundle demo-classifier demo-latents clean
 
 setup: $(STAMP)
 
@@ -33,6 +33,16 @@ test: lint
 
 test-full: lint
 	$(BIN)/pytest
+
+# The newest versions that the ranges of pyproject.toml allow, installed and imported in a new environment (several GB); with
+# RESOLUTION=lowest-direct the lowest ones. For the client `make test-full` does both.
+RESOLUTION ?= highest
+ranges: setup
+	$(BIN)/uv venv -q --clear .ranges
+	$(BIN)/uv pip install -q --python .ranges/bin/python --resolution $(RESOLUTION) ".[cpu]"
+	.ranges/bin/python -c "import commands.main, services.service"
+	.ranges/bin/dermis --version
+	rm -rf .ranges
 
 CREDIT := --licence CC-BY-NC-4.0 \
 	--attribution "HAM10000 (Tschandl et al. 2018, doi:10.1038/sdata.2018.161), ISIC 2018 test set (Codella et al. 2018), ISIC Archive"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dermis.dataset.store import PARTIAL
-from dermis.errors import DermisError, RequestError, StorageError
+from dermis.errors import DermisError, RequestError, StorageError, escape
 
 if TYPE_CHECKING:
     from dermis.authenticity.checker import Checker
@@ -169,10 +169,11 @@ def generate(
         _compare(wanted, made)
 
 
-def verify(folder: Annotated[str, typer.Argument(help="Folder or fsspec URL of a dataset.")]) -> None:
+def verify(
+    folder: Annotated[str, typer.Argument(help="Folder or fsspec URL of a dataset, or its images.zip.")],
+) -> None:
     """Check every file of a dataset against its manifest.json; lists what is changed, missing or extra."""
     from dermis.dataset.verify import verify as verify_dataset
-    from dermis.errors import escape
 
     report = verify_dataset(folder)
     for what, names in (("changed", report.changed), ("missing", report.missing), ("extra", report.extra)):
@@ -180,7 +181,8 @@ def verify(folder: Annotated[str, typer.Argument(help="Folder or fsspec URL of a
             typer.echo(f"{what} {escape(name)}")
     if not report.ok:
         raise typer.Exit(1)
-    typer.echo(f"{folder}: {report.checked} files, every hash right")
+    kind = "images" if Path(folder).is_file() else "files"
+    typer.echo(f"{folder}: {report.checked} {kind}, every hash right")
 
 
 @contextmanager

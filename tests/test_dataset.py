@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import io
 import json
 import tarfile
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from dermis_client import IntegrityError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -232,6 +234,27 @@ def test_verify_compares_unpacked_images_with_the_archive(tiny_bundle: Bundle, t
     assert [Path(name).name for name in report.changed] == [first.name]
     assert [Path(name).name for name in report.missing] == [second.name]
     assert report.extra == ("images/more.png",)
+
+
+@pytest.mark.parametrize("verifier", ["dermis.dataset.verify", "dermis_client.folders"])
+def test_an_archive_alone_is_verified_by_its_own_table(tiny_bundle: Bundle, tmp_path: Path, verifier: str) -> None:
+    check = importlib.import_module(verifier).verify
+    make(tmp_path / "made", tiny_bundle)
+    archive = (tmp_path / "made" / "images.zip").rename(tmp_path / "images.zip")
+    report = check(archive)
+    assert report.ok and report.checked == 20
+    with zipfile.ZipFile(archive) as whole:
+        members = [(info.filename, whole.read(info)) for info in whole.infolist()]
+    with zipfile.ZipFile(archive, "w") as spoiled:
+        (first, data), (second, _), *rest = members
+        for name, content in ((first, data + b"x"), ("images/benign/more.png", data), *rest):
+            spoiled.writestr(name, content)
+    report = check(archive)
+    assert (report.changed, report.missing, report.extra) == ((first,), (second,), ("images/benign/more.png",))
+    with zipfile.ZipFile(archive, "w") as other:
+        other.writestr("images/benign/a.png", data)
+    with pytest.raises((StorageError, IntegrityError), match=r"images\.zip"):
+        check(archive)
 
 
 def test_a_full_disk_is_named_and_leaves_no_half_file(

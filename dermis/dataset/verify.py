@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import hashlib
+import io
 import os
 import zipfile
 import zlib
@@ -9,7 +12,7 @@ from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 
-from dermis.dataset.manifest import ARCHIVE, MANIFEST, read_manifest
+from dermis.dataset.manifest import ARCHIVE, MANIFEST, METADATA, read_manifest
 from dermis.dataset.store import Store
 from dermis.errors import StorageError, escape
 from dermis.files import NotRegularError, open_regular
@@ -33,8 +36,11 @@ def verify(location: str | Path) -> Report:
     """Compare a folder (or fsspec URL) with its manifest.json. StorageError if there is none or it is damaged.
 
     images.zip may lie unpacked beside itself, as `images/`: the unpacked files are then compared with it. In a local folder
-    only regular files of that folder count: a named pipe, a device or a link out of the folder is reported as changed.
+    only regular files of that folder count: a named pipe, a device or a link out of the folder is reported as changed. Of an
+    images.zip alone, the images are compared with the hashes in the metadata.csv inside it.
     """
+    if Path(location).is_file() and zipfile.is_zipfile(location):
+        return _verify_archive(Path(location))
     store = Store(location)
     listed = {file.name: file for file in read_manifest(store).files}
     changed: list[str] = []
@@ -65,6 +71,28 @@ def _sha256(store: Store, name: str) -> str | None:
         if isinstance(error.__cause__, NotRegularError):
             return None
         raise
+
+
+def _verify_archive(path: Path) -> Report:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            sizes = {info.filename: info.file_size for info in archive.infolist()}
+            if METADATA not in sizes or sum(sizes.values()) > 10 * path.stat().st_size:  # images do not shrink
+                raise StorageError(
+                    f"{path}: is no {ARCHIVE} of a dataset; give the folder of the dataset, or its {ARCHIVE}"
+                )
+            table = csv.DictReader(io.StringIO(archive.read(METADATA).decode(), newline=""))
+            hashes = {row["file_name"]: row["sha256"] for row in table}
+            present = {name for name in sizes if name.startswith("images/")}
+            changed = [
+                name
+                for name in sorted(present & hashes.keys())
+                if hashlib.sha256(archive.read(name)).hexdigest() != hashes[name]
+            ]
+    except (zipfile.BadZipFile, zlib.error, OSError, ValueError, KeyError, NotImplementedError, csv.Error) as error:
+        raise StorageError(f"{path}: cannot be read as the {ARCHIVE} of a dataset ({escape(error)})") from error
+    missing, extra = sorted(hashes.keys() - present), sorted(present - hashes.keys())
+    return Report(len(hashes), tuple(changed), tuple(missing), tuple(extra))
 
 
 def _compare_unpacked(root: Path, unpacked: Set[str]) -> tuple[set[str], list[str]]:

@@ -145,8 +145,8 @@ class _LastingStore(Store):
         with ExitStack() as stack:
             yield self._outlast(lambda: stack.enter_context(Store.open(self, name)))
 
-    def read(self, name: str) -> bytes:
-        return self._outlast(partial(super().read, name))
+    def read(self, name: str, *, limit: int | None = None) -> bytes:
+        return self._outlast(partial(super().read, name, limit=limit))
 
     def sha256(self, name: str) -> str:
         return self._outlast(partial(super().sha256, name))

@@ -282,7 +282,8 @@ def verified(report: VerifyReport) -> Iterator[str]:
         for name in names:
             yield one_line(f"{what} {name}")
     if report.ok:
-        yield f"{report.folder}: {report.checked} files, every hash right"
+        kind = "images" if report.folder.is_file() else "files"
+        yield f"{report.folder}: {report.checked} {kind}, every hash right"
 
 
 def verdicts(result: AuthenticityResult) -> Iterator[str]:

@@ -464,7 +464,7 @@ def project(
 @app.command()
 def verify(
     context: typer.Context,
-    folder: Annotated[Path, typer.Argument(help="A downloaded dataset.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(help="A downloaded dataset, or its images.zip.", show_default=False)],
     as_json: Json = False,
 ) -> None:
     """Check a downloaded folder against its manifest.json; needs no service."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import hashlib
+import io
 import os
 import shutil
 import stat
@@ -20,6 +23,7 @@ from dermis_client.models import Manifest
 
 MANIFEST = "manifest.json"
 ARCHIVE = "images.zip"
+METADATA = "metadata.csv"
 IMAGES = "images"
 _BLOCK = 1 << 20
 
@@ -46,9 +50,12 @@ def verify(folder: str | os.PathLike[str]) -> VerifyReport:
     """Compare every file of a downloaded dataset with the size and SHA-256 in its manifest.json.
 
     If images.zip has been unpacked by extract_images(), the unpacked images are compared with it too. Raises
-    IntegrityError if manifest.json is missing or unreadable. Needs no service.
+    IntegrityError if manifest.json is missing or unreadable. Needs no service. Of an images.zip alone, the images are
+    compared with the hashes in the metadata.csv inside it.
     """
     root = Path(folder)
+    if root.is_file():
+        return _verify_archive(root)
     listed = {file.name: file for file in _read_manifest(root).files}
     _names.check(listed, MANIFEST)
     changed, missing = [], []
@@ -69,6 +76,27 @@ def verify(folder: str | os.PathLike[str]) -> VerifyReport:
                 elif not _same(root / member.filename, member):
                     changed.append(member.filename)
     return VerifyReport(root, len(listed), tuple(sorted(changed)), tuple(sorted(missing)), tuple(sorted(extra)))
+
+
+def _verify_archive(path: Path) -> VerifyReport:
+    try:
+        with _open_archive(path) as archive:
+            present = {member.filename: member for member in _image_members(archive)}
+            if METADATA not in archive.namelist():
+                raise ValueError(f"it holds no {METADATA}")
+            table = csv.DictReader(io.StringIO(archive.read(METADATA).decode(), newline=""))
+            hashes = {row["file_name"]: row["sha256"] for row in table}
+            changed = [
+                name
+                for name in sorted(present.keys() & hashes.keys())
+                if hashlib.sha256(archive.read(present[name])).hexdigest() != hashes[name]
+            ]
+    except (zipfile.BadZipFile, zlib.error, OSError, ValueError, KeyError, csv.Error) as error:
+        raise IntegrityError(
+            f"{path} cannot be read as the {ARCHIVE} of a dataset ({one_line(str(error))})", name=path.name
+        ) from error
+    missing, extra = sorted(hashes.keys() - present.keys()), sorted(present.keys() - hashes.keys())
+    return VerifyReport(path, len(hashes), tuple(changed), tuple(missing), tuple(extra))
 
 
 def _read_manifest(root: Path) -> Manifest:
