@@ -58,7 +58,8 @@ def verify(folder: str | os.PathLike[str]) -> VerifyReport:
         return _verify_archive(root)
     listed = {file.name: file for file in _read_manifest(root).files}
     _names.check(listed, MANIFEST)
-    changed, missing = [], []
+    changed: list[str] = []
+    missing: list[str] = []
     for name, file in listed.items():
         path = root / name
         if not _is_own_file(root, path):
