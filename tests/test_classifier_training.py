@@ -359,7 +359,7 @@ def test_weights_of_another_network_are_not_taken(trained: Path) -> None:
     write_classifier(other, described, data, "# Other\n")
     with pytest.raises(BundleError, match=r"lacks \d+ weights of resnet50"):
         load_torch_classifier(other)
-    with pytest.raises(BundleError, match="is no ONNX graph"):
+    with pytest.raises(BundleError, match="is no ONNX file"):
         read_weights(b"\xff\xfe no graph", "x")
 
 
