@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -45,12 +44,25 @@ class _Features(nn.Module):
         return features
 
 
+class _Unresized(nn.Module):
+    """The same of images that have the network's size already, which saves a sixth of the time of a small network."""
+
+    def __init__(self, features: _Features) -> None:
+        super().__init__()
+        self.features = features
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = image.permute(0, 3, 1, 2).float()
+        features: Tensor = self.features.network((x - self.features.mean) / self.features.std)
+        return features
+
+
 class OpenvinoFeatures:
     """uint8 images [N, H, W, 3] -> float32 [N, dim]. Safe to call from several threads.
 
     network: float32 [N, 3, h, w], normalised by mean and std (of 0..255, [3, 1, 1]) -> [N, dim]; size is (h, w), and matrix
-    resizes to it. It is compiled at the first call, in about a second. Where OpenVINO cannot compile it, `otherwise` computes
-    the features.
+    resizes to it. It is compiled at the first call, in about a second: once for images of that size, once for all others.
+    Where OpenVINO cannot compile it, `otherwise` computes the features.
     """
 
     def __init__(
@@ -69,53 +81,64 @@ class OpenvinoFeatures:
         self._matrix = lru_cache(maxsize=8)(matrix)
         self._otherwise = otherwise
         self._threads = threads or available_cpus()
-        self._compiled: Any = None
+        self._compiled: dict[bool, Any] = {}  # by whether it resizes
         self._failed = False
         self._lock = threading.Lock()
         self._queues = threading.local()  # a queue serves one call at a time, so every thread has its own
 
     def __call__(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Features of uint8 images [N, H, W, 3], N at least 1."""
+        resize = images.shape[1:3] != self._size
         with self._lock:
-            if self._compiled is None and not self._failed:
-                self._compile()
+            if resize not in self._compiled and not self._failed:
+                self._compile(resize)
         if self._failed:
             return self._otherwise(images)
         import openvino
 
-        queue = getattr(self._queues, "queue", None)
+        compiled = self._compiled[resize]
+        name = "resizing" if resize else "plain"
+        queue = getattr(self._queues, name, None)
         if queue is None:
-            queue = self._queues.queue = openvino.AsyncInferQueue(self._compiled, self._threads)
-        features = np.empty((len(images), self._compiled.output(0).partial_shape[1].get_length()), np.float32)
+            queue = openvino.AsyncInferQueue(compiled, self._threads)
+            setattr(self._queues, name, queue)
+        features = np.empty((len(images), compiled.output(0).partial_shape[1].get_length()), np.float32)
 
         def keep(request: Any, place: int) -> None:
             features[place] = request.get_output_tensor(0).data[0]
 
         queue.set_callback(keep)
-        height, width = self._size
-        rows = self._matrix(images.shape[1], height)
-        columns = np.ascontiguousarray(self._matrix(images.shape[2], width).T)
+        matrices: dict[int, NDArray[np.float32]] = {}
+        if resize:
+            height, width = self._size
+            rows, columns = self._matrix(images.shape[1], height), self._matrix(images.shape[2], width)
+            matrices = {1: rows, 2: np.ascontiguousarray(columns.T)}
         for place in range(len(images)):
-            queue.start_async({0: images[place : place + 1], 1: rows, 2: columns}, place)
+            queue.start_async({0: images[place : place + 1], **matrices}, place)
         queue.wait_all()
         return features
 
-    def _compile(self) -> None:
-        from dermis.synthesizer.openvino_cpu import import_openvino
+    def _compile(self, resize: bool) -> None:
+        from dermis.synthesizer.openvino_cpu import import_openvino, own_logging
 
         ov = import_openvino()
         height, width = self._size
-        example = torch.zeros(1, 32, 32, 3, dtype=torch.uint8), torch.zeros(height, 32), torch.zeros(32, width)
+        module: nn.Module = _Unresized(self._module)
+        example: tuple[Tensor, ...] = (torch.zeros(1, height, width, 3, dtype=torch.uint8),)
+        shapes: list[Any] = [([1, height, width, 3], ov.Type.u8)]
+        if resize:
+            module = self._module
+            example = torch.zeros(1, 32, 32, 3, dtype=torch.uint8), torch.zeros(height, 32), torch.zeros(32, width)
+            shapes = [([1, -1, -1, 3], ov.Type.u8), [height, -1], [-1, width]]
         options = {
             "INFERENCE_PRECISION_HINT": "f32",
             "INFERENCE_NUM_THREADS": self._threads,
             "NUM_STREAMS": self._threads,
             "ENABLE_CPU_PINNING": False,
         }
-        shapes = [([1, -1, -1, 3], ov.Type.u8), [height, -1], [-1, width]]
         try:
-            with torch.no_grad(), _own_logging():
-                model = ov.convert_model(self._module, example_input=example, input=shapes)
+            with torch.no_grad(), own_logging():
+                model = ov.convert_model(module.eval(), example_input=example, input=shapes)
             compiled = ov.Core().compile_model(model, "CPU", options)
             if not compiled.output(0).partial_shape[1].is_static:
                 raise RuntimeError("the number of features is not known")
@@ -124,19 +147,7 @@ class OpenvinoFeatures:
             reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
             _log.warning("OpenVINO cannot compile this feature space (%s); torch computes it, more slowly", reason)
             return
-        self._compiled = compiled
-
-
-@contextmanager
-def _own_logging() -> Iterator[None]:
-    """Undo what OpenVINO's converter does to the root logger: it sets the level to ERROR and adds a handler of its own."""
-    root = logging.getLogger()
-    level, handlers = root.level, root.handlers[:]
-    try:
-        yield
-    finally:
-        root.setLevel(level)
-        root.handlers[:] = handlers
+        self._compiled[resize] = compiled
 
 
 def have_openvino() -> bool:

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from scipy.spatial.distance import cdist
 from typer.testing import CliRunner
 
 from commands.main import app
@@ -50,7 +51,7 @@ def index_of(folder: Path, features: Floats, **options: Any) -> Index:
 
 
 def distances(a: Floats, b: Floats) -> Floats:
-    found: Floats = np.linalg.norm(a[:, None].astype(np.float64) - b[None], axis=2).astype(np.float32)
+    found: Floats = cdist(a, b).astype(np.float32)
     return found
 
 

@@ -63,7 +63,7 @@ def test_openvino_computes_what_torch_does(name: str, tmp_path: Path, monkeypatc
     assert isinstance(extractor.extract, OpenvinoFeatures) and not isinstance(by_torch.extract, OpenvinoFeatures)
     assert (extractor.identity, extractor.dim) == (by_torch.identity, by_torch.dim)
     random = np.random.default_rng(0)
-    for height, width in ((48, 48), (330, 300)):
+    for height, width in ((48, 48), (330, 300), extractor.extract._size):
         noise = random.integers(0, 256, (2, height, width, 3), dtype=np.uint8)
         images = np.concatenate([noise, np.full((1, height, width, 3), 255, np.uint8)])
         ours, theirs = extractor.extract(images), by_torch.extract(images)

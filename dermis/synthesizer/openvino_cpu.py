@@ -9,9 +9,11 @@ needs no torch, which this module therefore imports in `convert` alone.
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +56,18 @@ def import_openvino() -> Any:
     return openvino
 
 
+@contextmanager
+def own_logging() -> Iterator[None]:
+    """Undo what OpenVINO's converter does to the root logger: it sets the level to ERROR and adds a handler of its own."""
+    root = logging.getLogger()
+    level, handlers = root.level, root.handlers[:]
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        root.handlers[:] = handlers
+
+
 def convert(generator: Generator) -> Stages:
     """The stages of a network, traced by torch. ImportError if openvino is not installed."""
     import torch
@@ -67,7 +81,7 @@ def convert(generator: Generator) -> Stages:
     noise = constant_noise(generator)
 
     def converted(stage: nn.Module, *inputs: Tensor) -> Any:
-        with torch.no_grad():
+        with torch.no_grad(), own_logging():
             return ov.convert_model(stage.eval(), example_input=inputs, input=[list(x.shape) for x in inputs])
 
     style_stage = StyleStage(generator)

@@ -31,7 +31,9 @@ def real_features(
     The key is the content of the data set (ids, classes and files), the resolution, and the identity of the extractor
     (its weights and its resizing), so nothing that changes a feature can leave a stale one behind.
     """
-    key = hashlib.sha256(f"{dataset.sha256}/{dataset.resolution}/{extractor.identity}".encode()).hexdigest()
+    key = hashlib.sha256(
+        f"{dataset.sha256}/{dataset.resolution}/{extractor.identity}/{DECODER_VERSION}".encode()
+    ).hexdigest()
     file = None if cache is None else cache / f"features-{key[:24]}.npy"
     shape = (len(dataset.labels), extractor.dim)
     bar = progress_bar(len(dataset.labels), "embedding", disable=True) if bar is None else bar
