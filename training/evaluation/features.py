@@ -14,6 +14,7 @@ from dermis.features import FeatureExtractor
 from dermis.synthesizer import Synthesizer
 from training.data.cache import new_array, read_array
 from training.data.embedding import embed_array, progress_bar
+from training.data.images import DECODER_VERSION
 from training.data.isic import ImageDataset
 
 BATCH = 32
