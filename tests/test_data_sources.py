@@ -315,6 +315,10 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
     assert _classes(read_source(table)) == {"a": "malignant"}
     os.mkfifo(tmp_path / "in" / "nv" / "pipe.jpg")
     assert read_source(tmp_path / "in").reading.lost == {"nv/pipe.jpg": "not a regular file"}
+    _image(tmp_path / "in" / "bkl" / "c.jpg")
+    (tmp_path / "in" / "df").symlink_to("nowhere")
+    with pytest.raises(DataError, match="the folder df has no image that can be read: df is link"):
+        read_source(tmp_path / "in")
 
 
 def test_one_folder_may_hold_a_jpg_and_a_png_of_one_name(tmp_path: Path) -> None:

@@ -17,7 +17,16 @@ from typing import Literal, TypedDict, get_args
 from dermis.errors import DataError, escape, quote
 from training.data.class_names import ClassOrigin, MapClass, class_of
 from training.data.companions import Companions, with_companions
-from training.data.files import ARCHIVE, NOT_AN_IMAGE, ImageFile, Listing, list_files, list_members, without_suffix
+from training.data.files import (
+    ARCHIVE,
+    BROKEN_LINK,
+    NOT_AN_IMAGE,
+    ImageFile,
+    Listing,
+    list_files,
+    list_members,
+    without_suffix,
+)
 from training.data.folders import (
     CONTAINERS,
     check_class_folders,
@@ -332,8 +341,14 @@ def _find_table(path: Path, listing: Listing, class_column: str | None) -> Image
         DataError: There are several.
     """
     main = listing.tables.get("metadata.csv")
-    if main is not None and (class_column is not None or has_classes(read_grid(main, most_rows=1).header)):
+    if main is not None and class_column is not None:
         return main
+    if main is not None:
+        try:
+            if has_classes(read_grid(main, most_rows=1).header):
+                return main
+        except DataError:
+            return main  # reading all of it says what is wrong
     candidates: dict[str, ImageFile] = {}
     for name, file in listing.tables.items():
         if (PurePosixPath(name).parent / SPLIT).as_posix() in listing.ignored:
@@ -380,8 +395,11 @@ def _image_folder(path: Path, listing: Listing, options: _Options, *, chosen: bo
         below.setdefault(top, set()).add(rest.partition("/")[0] if "/" in rest else "")
     if not chosen:
         check_class_folders(path, listing, below, prefix)
-    for folder in folders_of(listing.lost, prefix) - below.keys():
-        first = next(name for name in listing.lost if name.startswith(f"{prefix}{folder}/"))
+    inside_lost = {name.removeprefix(prefix): why for name, why in listing.lost.items() if name.startswith(prefix)}
+    # Without a suffix it is a link to a folder.
+    gone = {name for name, why in inside_lost.items() if why == BROKEN_LINK and not {"/", "."} & set(name)}
+    for folder in sorted((folders_of(listing.lost, prefix) | gone) - below.keys()):
+        first = next(name for name in listing.lost if f"{name}/".startswith(f"{prefix}{folder}/"))
         raise DataError(
             f"{path}: the folder {prefix}{folder} has no image that can be read: {escape(first)} is {listing.lost[first]}; "
             "convert its files to PNG, or remove the folder"
