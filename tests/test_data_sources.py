@@ -77,9 +77,9 @@ def test_wordings_are_understood_or_not_guessed(value: str, answer: str | None) 
     assert binary_class(f"  {value.upper()} ") == answer
 
 
-@given(st.text(max_size=30))
+@given(st.text(st.characters(categories=["L"]), max_size=30))  # one word: no separators
 def test_no_text_without_a_known_word_has_a_class(text: str) -> None:
-    assert binary_class(f"zzqx {text.replace(' ', '')}zzq") is None
+    assert binary_class(f"zzqx {text}zzq") is None
 
 
 BINARY_TABLES = {
@@ -151,6 +151,7 @@ def test_numbers_are_malignant_only_where_the_column_says_so(tmp_path: Path) -> 
     ("table", "file"),
     [
         ("image;target\na;benign\nsub/b;malignant\n", "metadata.csv"),
+        ('sep=;\r\nimage;target\r\n"=""a""";benign\r\nb;malignant\r\n', "metadata.csv"),
         ("image\ttarget\na\tbenign\nsub/b\tmalignant\n", "all.tsv"),
         (" Image ,Target\na.jpg, benign\nsub/b.png,malignant\n,\n\n", "metadata.csv"),
         ("\ufeffFile Name,Target\na.jpg,benign\nsub\\b.png,malignant\n", "metadata.csv"),
@@ -183,6 +184,9 @@ def test_the_image_column_can_be_named_and_is_proposed(tmp_path: Path) -> None:
     [
         ("image,target\na,benign,x\n", "row 2 has 3 cells where the header has 2"),
         ("image,target\n,benign\na,benign\n", "row 2 has no image"),
+        ("image,target,Target\na,benign,malignant\n", "two columns target have different values"),
+        ("image,target\na,0\nb,2\n", "target has '2' beside '0'.*--map"),
+        ("image,target\na,0.2\nb,0.9\n", "'0.2' is a measurement or probability"),
         ("image,target\na,benign\na.jpg,benign\n", "a stands in more than one row"),
     ],
 )
@@ -223,6 +227,33 @@ def test_a_part_of_a_table_with_paths_is_read_as_in_the_whole(tmp_path: Path) ->
     for part in "ab":
         source = read_source(folder, metadata=tmp_path / "split" / f"{part}.csv")
         assert {record.id for record in source.records} == {name for name, of in parts.items() if of == part}
+
+
+def test_tables_of_several_parts_add_lesions_to_each_other(tmp_path: Path) -> None:
+    folder = _with_table(tmp_path, "image,dx\na,nv\nb,mel\nc,nv\n", ("a.jpg", "b.jpg", "c.jpg"), "truth.csv")
+    (folder / "g1.csv").write_text("image,lesion_id\na,1\nb,1\n")
+    (folder / "g2.csv").write_text("image,lesion_id\nb,1\nc,2\n")
+    assert [record.lesion_id for record in read_source(folder).records] == ["1", "1", "2"]
+    (folder / "g2.csv").write_text("image,lesion_id\nb,3\n")
+    with pytest.raises(DataError, match="g2.csv: gives b the lesion_id '3', and another table '1'"):
+        read_source(folder)
+
+
+def test_a_table_beside_images_means_these(tmp_path: Path) -> None:
+    for part, name in (("train", "nv"), ("test", "mel")):
+        _with_table(tmp_path / part, f"file_name,label\n1.jpg,{name}\n", ("1.jpg",))
+    for part, name in (("train", "nv"), ("test", "mel")):
+        source = read_source(tmp_path, metadata=tmp_path / part / "metadata.csv")
+        assert _classes(source) == {f"{part}/1": name}
+
+
+def test_a_mapped_table_is_split_and_read_back(tmp_path: Path) -> None:
+    folder = _with_table(tmp_path / "d", "image,dx\na,x/y\nb,x y\n", ("a.jpg", "b.jpg"))
+    source = read_source(folder, mapping={"x/y": "odd"})
+    write_split(source, split_by_patient(source.records, {"all": 1.0}, 0), tmp_path / "split")
+    assert read_split(tmp_path / "split") == {"a": "all", "b": "all"}
+    (tmp_path / "t.csv").write_text("path,dx\nx/1.jpg,nv\ny/1.jpg,mel\n")
+    assert _classes(read_source(tmp_path / "t.csv")) == {"x/1": "nv", "y/1": "mel"}
 
 
 # --- files and layouts -------------------------------------------------------------------------------------------
@@ -284,6 +315,10 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
     assert _classes(read_source(table)) == {"a": "malignant"}
     os.mkfifo(tmp_path / "in" / "nv" / "pipe.jpg")
     assert read_source(tmp_path / "in").reading.lost == {"nv/pipe.jpg": "not a regular file"}
+    _image(tmp_path / "in" / "bkl" / "c.jpg")
+    (tmp_path / "in" / "df").symlink_to("nowhere")
+    with pytest.raises(DataError, match="the folder df has no image that can be read: df is link"):
+        read_source(tmp_path / "in")
 
 
 def test_one_folder_may_hold_a_jpg_and_a_png_of_one_name(tmp_path: Path) -> None:
@@ -307,6 +342,19 @@ LAYOUTS: dict[str, tuple[tuple[str, ...], dict[str, str], str]] = {
     "one folder": (("nv/a.jpg",), {"mel/readme.txt": "none"}, "only one folder has images, nv"),
     "two tables": (("a.jpg", "b.jpg"), {"p.csv": "image,dx\na,nv\n", "q.csv": "image,dx\nb,mel\n"},
                    "p.csv and q.csv.*--metadata"),
+    "an odd name for parts": (("train_sep/a.jpg", "test_sep/b.jpg"), {}, "look like parts of a data set"),
+    "a folder for each patient": (("patient_1/a.jpg", "patient_2/b.jpg"), {}, "a folder for each patient.*--metadata"),
+    "PH2": (("IMD3/IMD3_Image/IMD3.bmp", "IMD4/IMD4_Image/IMD4.bmp"), {"PH2.xlsx": "x"}, "PH2.xlsx is not read; save it"),
+    "masks": (("nv/a.jpg", "nv/a_segmentation.png", "mel/b.jpg"), {}, "look like masks.*nv/a_segmentation.png, of nv/a.jpg"),
+    "StyleGAN in a folder": (("my/00000/a.png", "my/00001/b.png"), {"my/dataset.json": "{}"}, "StyleGAN data set in a folder"),
+    "StyleGAN without labels": (("00000/a.png", "00001/b.png"), {}, "--layout stylegan"),
+    "a table without classes": (("nv/a.jpg", "mel/b.jpg"), {"metadata.csv": "image,age\na,4\nb,5\n"}, "no column of classes"),
+    "images of another part": (("test/1.jpg", "test/2.jpg"), {"t.csv": "path,dx\ntrain/1.jpg,nv\ntrain/2.jpg,mel\n"},
+                               "train/1.jpg is not there"),
+    "HAM10000 ": (("a.jpg", "b.jpg"), {"metadata.csv": "image_id,lesion_id,age\na,1,4\n",
+                  "gt.csv": "image_id,lesion_id,dx\na,1,nv\nb,2,mel\n", "sample_submission.csv": "image,target\na,0\n"}, ""),
+    "images with a table": (("train/a.jpg", "train/b.jpg"),
+                            {"train/_classes.csv": "filename, mel, nv, bcc\na.jpg, 1, 0, 0\nb.jpg, 0, 1, 0\n"}, ""),
     "a table of others": (("images/a.jpg", "images/b.jpg"), {"p.csv": "image,dx\nx,nv\n"}, "none of its 1 images"),
 }  # fmt: skip
 
@@ -322,11 +370,11 @@ def test_layouts_are_recognised_or_refused_with_the_choices(tmp_path: Path, name
     if message:
         with pytest.raises(DataError, match=message):
             read_source(tmp_path)
-        if "--layout" in message:
+        if name == "parts of a data set":
             assert read_source(tmp_path, layout="imagefolder").class_names == ("test", "train")
         return
     source = read_source(tmp_path)
-    assert source.reading.recognised == name
+    assert source.reading.recognised == name.strip()
     assert sorted(set(_classes(source).values())) == ["mel", "nv"] and len(source.records) == 2
 
 
@@ -352,6 +400,48 @@ def test_zips_are_read_like_folders(tmp_path: Path) -> None:
         text = json.dumps({"labels": list(zip(members, labels, strict=True))})
         source = read_source(make(f"d{number}.zip", members, dataset__json=text))
         assert _classes(source) == {"00000/img0": "1", "00000/img1": "0"}
+
+
+def test_names_in_other_encodings(tmp_path: Path) -> None:
+    composed, divided = "m\u00e4l", "ma\u0308l"
+    for name, said in ((composed, divided), (divided, composed)):
+        folder = _with_table(tmp_path / str(len(name)), f"image,dx\n{said}.jpg,nv\n", (f"{name}.jpg",))
+        assert _classes(read_source(folder)) == {f"{name}": "nv"}
+    for i, name in enumerate(("in/nv/a.jpg", "in/mel/b.jpg")):
+        _image(tmp_path / name, i)
+    try:
+        os.rename(tmp_path / "in/nv/a.jpg", os.fsencode(tmp_path) + b"/in/nv/\xe4.jpg")  # noqa: PTH104 - of bytes
+    except OSError:
+        pytest.skip("file names are UTF-8 here")
+    prepare([read_source(tmp_path / "in")], tmp_path / "o.zip", 8, progress=False)
+    assert _classes(read_source(tmp_path / "o.zip")) == {"\u00e4": "nv", "b": "mel"}
+
+
+def test_names_in_zips(tmp_path: Path) -> None:
+    data = _image(tmp_path / "a.png").read_bytes()
+
+    def pack(*names: str) -> Path:
+        with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+            for name in names:
+                archive.writestr(name, data)
+        return tmp_path / "a.zip"
+
+    assert _classes(read_source(pack("./nv/a.png", "mel\\b.png"))) == {"a": "nv", "b": "mel"}
+    file = pack("nv/\u00e4.png", "mel/b.png")
+    content = file.read_bytes().replace(b"\x00\x08\x00\x00", b"\x00\x00\x00\x00")  # the flag: names are UTF-8
+    file.write_bytes(content)
+    assert _classes(read_source(file)) == {"\u00e4": "nv", "b": "mel"}
+    with pytest.warns(UserWarning, match="Duplicate name"):
+        pack("nv/a.png", "nv/a.png", "mel/b.png")
+    with pytest.raises(DataError, match="two files nv/a.png"):
+        read_source(file)
+
+
+def test_an_archive_among_class_folders_is_counted(tmp_path: Path) -> None:
+    for i, name in enumerate(("nv/a.jpg", "mel/b.jpg")):
+        _image(tmp_path / name, i)
+    (tmp_path / "bkl.zip").write_bytes(b"PK")
+    assert read_source(tmp_path).reading.lost == {"bkl.zip": "an archive that is not read; unpack it"}
 
 
 # --- decoding ----------------------------------------------------------------------------------------------------

@@ -63,6 +63,14 @@ def class_of(values: Sequence[Sequence[str]], rule: MapClass) -> tuple[tuple[str
     """
     counts = Counter(tuple(_spaced(value) for value in row) for row in values)
     _check_mapping(rule)
+    unmapped = {value for row in counts for value in row if _folded(value) not in rule.mapping}
+    truths = {value for value in unmapped if is_yes(value) or is_no(value)}
+    others = sorted(value for value in unmapped - truths if _is_number(value))
+    if rule.truth and truths and others:
+        raise DataError(
+            f"{rule.where}: {rule.column} has {quote(others[0])} beside {', '.join(map(quote, sorted(truths)))}, which by "
+            "themselves are benign and malignant; say what they are with --map VALUE=CLASS"
+        )
     names = _binary_names(counts, rule) if rule.binary else _plain_names(counts, rule)
     origins: Counter[tuple[str, str]] = Counter()
     for row, count in counts.items():
@@ -147,6 +155,11 @@ def _plain_names(counts: Mapping[tuple[str, ...], int], rule: MapClass) -> dict[
             by_value[folded] = ""
         elif rule.truth and (is_yes(folded) or is_no(folded)):
             by_value[folded] = MALIGNANT if is_yes(folded) else BENIGN
+        elif _is_number(folded) and not float(folded).is_integer():
+            raise DataError(
+                f"{rule.where}: {rule.column}: {quote(folded)} is a measurement or probability, not a class; choose another "
+                "column with --class-column, or use --map"
+            )
         else:
             by_value[folded] = _allowed(next(iter(variants)) if len(variants) == 1 else folded)
             if not by_value[folded]:
@@ -178,6 +191,10 @@ def _allowed(value: str) -> str:
     plain = unicodedata.normalize("NFKD", value.replace("ß", "ss"))
     plain = "".join(letter for letter in plain if not unicodedata.combining(letter))
     return " ".join(_NOT_IN_NAMES.sub(" ", plain).split()).lstrip("._- ")[:_LONGEST_NAME].rstrip()
+
+
+def _is_number(value: str) -> bool:
+    return re.fullmatch(r"[-+]?\d+(\.\d+)?", value) is not None
 
 
 def _spaced(value: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dermis.errors import DataError
+from dermis.errors import DataError, escape, quote
 from training.data.files import ImageFile, Listing, plain_id
 from training.data.tables import (
     GROUP_COLUMNS,
@@ -55,13 +55,20 @@ def with_companions(table: Table, main: ImageFile | None, listing: Listing | Non
         for row, image, plain in zip(rows, table.names, table.ids, strict=True):
             extra = values.get(image) or values.get(plain)
             matched += extra is not None
-            row.update(dict(zip(columns, extra or [""] * len(columns), strict=True)))
+            for column, value in zip(columns, extra or [""] * len(columns), strict=True):
+                before = row.setdefault(column, value)
+                if value and before and value != before:
+                    raise DataError(
+                        f"{name}: gives {escape(image)} the {column} {quote(value)}, and another table {quote(before)}; "
+                        "remove one of the tables"
+                    )
+                row[column] = value or before
         if matched:
             notes.append(f"{name} adds {', '.join(columns)} to {matched:,} of {len(rows):,} images")
-        else:
-            for row in rows:
-                for column in columns:
-                    del row[column]
+    empty = [column for column in rows[0] if not any(row[column] for row in rows)]
+    for column in set(empty) - table.rows[0].keys():
+        for row in rows:
+            del row[column]
     return Companions(tuple(rows), tuple(notes))
 
 

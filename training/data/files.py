@@ -5,9 +5,11 @@ Folders and zips are listed alike. Links are followed, files that operating syst
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 import tarfile
+import unicodedata
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
-from dermis.errors import DataError
+from dermis.errors import DataError, escape
 from dermis.reading import IMAGE_SUFFIXES, is_image_header
 
 TABLE_SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tab")
@@ -36,6 +38,7 @@ NOT_AN_IMAGE = "not an image"
 NOT_READABLE = "a format that cannot be read"
 BROKEN_LINK = "link to a file that is not there"
 SPECIAL_FILE = "not a regular file"
+ARCHIVE = "an archive that is not read; unpack it"
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,8 @@ class ImageFile:
     def stamp(self) -> str:
         """Changes when the file does: place, size and time of the last change."""
         status = self.path.stat()
-        return f"{self.path.resolve()}\t{self.member}\t{status.st_size}\t{status.st_mtime_ns}"
+        place = str(self.path.resolve()).encode(errors="backslashreplace").decode()
+        return f"{place}\t{self.member}\t{status.st_size}\t{status.st_mtime_ns}"
 
 
 @dataclass(frozen=True)
@@ -113,13 +117,13 @@ class Listing:
     def ids(self) -> dict[str, str]:
         """An id for each image: its name without the suffix; its path where names repeat, with the suffix if need be."""
         ids = {path: PurePosixPath(path).stem for path in self.images}
-        for longer in (_without_suffix, str):
+        for longer in (without_suffix, str):
             repeated = {name for name, count in Counter(ids.values()).items() if count > 1}
             if not repeated:
                 break
             # Paths for all: an id must not depend on which other images there are by chance of one name.
             ids = {
-                path: longer(path) if longer is _without_suffix or name in repeated else name
+                path: longer(path) if longer is without_suffix or name in repeated else name
                 for path, name in ids.items()
             }
         return ids
@@ -128,21 +132,23 @@ class Listing:
         """Paths of the images that a table may mean by `name`: a path or its end, a file name, either without suffix."""
         if not self._index:
             for path in self.images:
-                parts = PurePosixPath(path).parts
-                for key in {path, _without_suffix(path), parts[-1], _without_suffix(parts[-1])}:
+                composed = unicodedata.normalize("NFC", path)  # macOS writes an umlaut as two characters
+                last = PurePosixPath(composed).name
+                for key in {composed, without_suffix(composed), last, without_suffix(last)}:
                     self._index.setdefault(key, []).append(path)
                     if key.casefold() != key:
                         self._index.setdefault("\0" + key.casefold(), []).append(path)
                     else:
                         self._index.setdefault("\0" + key, []).append(path)
-        steps = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".", "..")]
+        composed = unicodedata.normalize("NFC", name.replace("\\", "/"))
+        steps = [part for part in composed.split("/") if part not in ("", ".", "..")]
         for prefix in ("", "\0"):
             for start in range(len(steps)):
                 tail = "/".join(steps[start:])
                 tail = tail.casefold() if prefix else tail
-                for key in dict.fromkeys((tail, _without_suffix(tail))):
+                for key in dict.fromkeys((tail, without_suffix(tail))):
                     if paths := self._index.get(prefix + key):
-                        exact = [path for path in paths if path == tail]
+                        exact = [path for path in paths if unicodedata.normalize("NFC", path) == tail]
                         return exact or paths
         return []
 
@@ -209,7 +215,14 @@ def list_members(archive: ImageFile) -> dict[str, ImageFile]:
                 names = [info.filename for info in opened.infolist() if not info.is_dir()]
     except (OSError, ValueError, KeyError, zipfile.BadZipFile, tarfile.TarError) as error:
         raise DataError(f"{path}: cannot be read ({error}); remove it or get it again") from error
-    return {name: ImageFile(path, name) for name in names if has_image_suffix(name) and not _is_system(name)}
+    members: dict[str, ImageFile] = {}
+    for name in names:
+        plain = _member_path(name)
+        if has_image_suffix(plain) and not _is_system(plain):
+            if plain in members:
+                raise DataError(f"{path}: has two files {escape(plain)}; pack it again with one of them")
+            members[plain] = ImageFile(path, name)
+    return members
 
 
 def _entries(path: Path, empty: list[str]) -> Iterator[tuple[str, ImageFile, str]]:
@@ -222,8 +235,11 @@ def _entries(path: Path, empty: list[str]) -> Iterator[tuple[str, ImageFile, str
             infos = [info for info in archive.infolist() if not info.is_dir()]
     except (zipfile.BadZipFile, OSError) as error:
         raise DataError(f"{path}: not a readable zip ({error})") from error
+    names = Counter(_member_path(info.filename) for info in infos)
     for info in sorted(infos, key=lambda each: each.filename):
-        name = info.filename.replace("\\", "/")  # as some programs on Windows write it
+        name = _member_path(info.filename)
+        if names[name] > 1 and not _is_system(name):
+            raise DataError(f"{path}: has two files {escape(name)}; pack it again with one of them")
         yield name, ImageFile(path, info.filename), SYSTEM_FILE if _is_system(name) else ""
 
 
@@ -238,7 +254,7 @@ def _walk(folder: Path, prefix: str, above: Sequence[str], empty: list[str]) -> 
     if not entries and prefix:
         empty.append(prefix.rstrip("/"))
     for entry in entries:
-        name, file = prefix + entry.name, ImageFile(folder / entry.name)
+        name, file = prefix + _printable(entry.name), ImageFile(folder / entry.name)
         if _is_system(entry.name):
             if not entry.is_dir():
                 yield name, file, SYSTEM_FILE
@@ -252,6 +268,23 @@ def _walk(folder: Path, prefix: str, above: Sequence[str], empty: list[str]) -> 
             yield from _walk(file.path, f"{name}/", (*above, real), empty)
         else:
             yield name, file, "" if stat.S_ISREG(mode) else SPECIAL_FILE
+
+
+def _printable(name: str) -> str:
+    """A name whose bytes are not UTF-8 as Latin-1, in which older systems wrote it: tables and reports are UTF-8."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return os.fsencode(name).decode("latin-1")
+    return name
+
+
+def _member_path(name: str) -> str:
+    """A member's path with slashes and without "./"; UTF-8 that a zip does not declare as such (see cp437) is decoded."""
+    if not name.isascii():
+        with contextlib.suppress(UnicodeError):
+            name = name.encode("cp437").decode()
+    return "/".join(part for part in name.replace("\\", "/").split("/") if part not in ("", ".", ".."))
 
 
 def _is_system(name: str) -> bool:
@@ -273,7 +306,7 @@ def _is_text(header: bytes) -> bool:
     return bool(header) and all(byte >= 32 or byte in b"\t\r\n" for byte in header)
 
 
-def _without_suffix(path: str) -> str:
+def without_suffix(path: str) -> str:
     return PurePosixPath(path).with_suffix("").as_posix() if has_image_suffix(path) else path
 
 

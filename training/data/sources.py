@@ -17,7 +17,25 @@ from typing import Literal, TypedDict, get_args
 from dermis.errors import DataError, escape, quote
 from training.data.class_names import ClassOrigin, MapClass, class_of
 from training.data.companions import Companions, with_companions
-from training.data.files import NOT_AN_IMAGE, ImageFile, Listing, list_files, list_members
+from training.data.files import (
+    ARCHIVE,
+    BROKEN_LINK,
+    NOT_AN_IMAGE,
+    ImageFile,
+    Listing,
+    list_files,
+    list_members,
+    without_suffix,
+)
+from training.data.folders import (
+    CONTAINERS,
+    check_class_folders,
+    folders_of,
+    is_part,
+    unused_tables,
+    why_no_class_folders,
+    wrapper,
+)
 from training.data.tables import (
     ID_COLUMNS,
     Table,
@@ -26,6 +44,7 @@ from training.data.tables import (
     has_images,
     is_table,
     read_grid,
+    read_image_names,
     read_table,
     value_of,
 )
@@ -34,13 +53,6 @@ Layout = Literal["isic", "imagefolder", "stylegan", "table"]
 LAYOUTS: tuple[str, ...] = get_args(Layout)[:3]  # that the user can choose
 SPLIT = "split.json"  # in a folder that `dermis data split` wrote
 MANIFEST = "manifest.json"  # of a data set that dermis generated
-_PARTS = frozenset(
-    {"train", "training", "val", "valid", "validation", "test", "testing", "holdout", "held-out", "held_out", "heldout"}
-)
-# Names of folders that hold images of all classes, as publishers pack them.
-_CONTAINERS = re.compile(
-    r"(.*[_ -])?(images?|imgs?|input|jpe?gs?|pngs?|photos?|data)([_ -]?(part|resized)?[_ -]?\d*)?", re.IGNORECASE
-)
 
 
 class ReadOptions(TypedDict, total=False):
@@ -199,9 +211,12 @@ def read_source(
         source = _stylegan(path, listing, options)
         return source if metadata is None else _selected(source, metadata, image_column)
     if layout != "imagefolder":
-        file = metadata if metadata is not None else _find_table(path, listing)
+        file = metadata if metadata is not None else _find_table(path, listing, class_column)
         if file is not None:
-            return _with_table(path, file, listing, options)
+            source = _with_table(path, file, listing, options)
+            if metadata is None and layout is None and not source.class_column:
+                _check_no_classes(source, listing)
+            return source
         if layout == "isic":
             raise DataError(f"{path}: no table names its images; name one with --metadata")
     if layout is None and path.is_file() and _is_plain_zip(listing):
@@ -220,10 +235,11 @@ def _with_table(path: Path, file: Path | ImageFile, listing: Listing, options: _
         listing = replace(listing, images={**listing.images, **members}, files=listing.seen, _index={})
     table = options.table(file, listing)
     main = file if isinstance(file, ImageFile) else ImageFile(file.resolve())
+    beside = _folder_in(path, main)
     companions = with_companions(table, main, listing)
     if generated:
         table = replace(table, kind="data set of dermis")
-    source = _of_table(path, "isic", table, listing, companions)
+    source = _of_table(path, "isic", table, listing, companions, beside)
     missing = sum(record.image is None for record in source.records)
     if missing == len(source.records) and listing.images:
         example = next(iter(listing.images))
@@ -235,11 +251,41 @@ def _with_table(path: Path, file: Path | ImageFile, listing: Listing, options: _
     return source
 
 
-def _of_table(path: Path, layout: Layout, table: Table, listing: Listing | None, companions: Companions) -> Source:
+def _folder_in(root: Path, table: ImageFile) -> str:
+    """The folder of a table within the source, with a slash; "" if it is at the top or elsewhere."""
+    if table.member:
+        inside = PurePosixPath(table.member)
+    elif table.path.resolve().is_relative_to(root.resolve()):
+        inside = PurePosixPath(table.path.resolve().relative_to(root.resolve()).as_posix())
+    else:
+        return ""
+    return "" if inside.parent == PurePosixPath() else f"{inside.parent}/"
+
+
+def _check_no_classes(source: Source, listing: Listing) -> None:
+    """DataError if a table without classes names images in folders that may be their classes."""
+    prefix = wrapper(listing)
+    folders = folders_of(listing.images, prefix)
+    if len(folders) < 2 or any(is_part(name) or CONTAINERS.fullmatch(name) for name in folders):
+        return
+    raise DataError(
+        f"{source.table}: has no column of classes, and its images lie in the folders {escape(', '.join(sorted(folders)))}; "
+        "take these for classes with --layout imagefolder, name a column with --class-column, or read the images without "
+        "classes with --layout isic"
+    )
+
+
+def _of_table(
+    path: Path, layout: Layout, table: Table, listing: Listing | None, companions: Companions, beside: str = ""
+) -> Source:
+    """Records of a table's rows. Of images of one name those in `beside`, the folder of the table, are meant."""
     ids = {} if listing is None else listing.ids()
-    records, used = [], set()
-    for name, plain, class_name, row in zip(table.names, table.ids, table.classes, companions.rows, strict=True):
-        paths = [] if listing is None else listing.find(name)
+    plain_ids = table.ids
+    if listing is None and len(set(plain_ids)) < len(plain_ids):  # as of a listing: paths where names repeat
+        plain_ids = tuple(without_suffix(name.replace("\\", "/")) for name in table.names)
+    records, used, elsewhere = [], set(), []
+    for name, plain, class_name, row in zip(table.names, plain_ids, table.classes, companions.rows, strict=True):
+        paths = [] if listing is None else listing.find(beside + name)
         if len(paths) > 1:
             raise DataError(
                 f"{path}: {escape(name)} is two images, {escape(paths[0])} and {escape(paths[1])}; "
@@ -251,12 +297,19 @@ def _of_table(path: Path, layout: Layout, table: Table, listing: Listing | None,
         # A bare name is the id as it stands; else the id follows from all images, the same in every part of a table.
         record_id = name if plain == name and "/" not in name else ids[paths[0]]
         used.add(paths[0])
+        if _differ_in_folder(path, name, paths[0]):
+            elsewhere.append((name, paths[0]))
         records.append(_record(record_id, class_name, listing.images[paths[0]], row))
     repeated = [name for name, count in Counter(record.id for record in records).items() if count > 1]
     if repeated:
         raise DataError(f"{table.file}: {escape(repeated[0])} stands in more than one row; keep one of them")
     notes = [table.note] if table.note else []
     notes += companions.notes
+    if elsewhere:
+        name, file = elsewhere[0]
+        notes.append(
+            f"{len(elsewhere):,} images lie in other folders than the table says, the first, {escape(name)}, is {escape(file)}"
+        )
     reading = _reading(
         listing,
         table.kind or "images with a table",
@@ -268,23 +321,45 @@ def _of_table(path: Path, layout: Layout, table: Table, listing: Listing | None,
     return _source(path, layout, table.file, table.class_column, names, records, reading)
 
 
-def _find_table(path: Path, listing: Listing) -> ImageFile | None:
-    """metadata.csv, else the only table that names images here and their classes; those in the folder itself first.
+def _differ_in_folder(path: Path, name: str, file: str) -> bool:
+    """Does a table name another folder for an image than it is in? DataError if they are parts of a data set."""
+    said, is_in = (PurePosixPath(each.replace("\\", "/")).parent.name.casefold() for each in (name, file))
+    if is_part(said) and is_part(is_in) and said != is_in:
+        raise DataError(
+            f"{path}: {escape(name)} is not there, and {escape(file)} is of another part of the data set; give the folder or "
+            "the table of this part"
+        )
+    return bool(said and is_in and said != is_in)
+
+
+def _find_table(path: Path, listing: Listing, class_column: str | None) -> ImageFile | None:
+    """metadata.csv, unless another has the classes, else the only table that names images here and their classes.
+
+    Those in the folder itself come first.
 
     Raises:
         DataError: There are several.
     """
-    if "metadata.csv" in listing.tables:
-        return listing.tables["metadata.csv"]
+    main = listing.tables.get("metadata.csv")
+    if main is not None and class_column is not None:
+        return main
+    if main is not None:
+        try:
+            if has_classes(read_grid(main, most_rows=1).header):
+                return main
+        except DataError:
+            return main  # reading all of it says what is wrong
     candidates: dict[str, ImageFile] = {}
     for name, file in listing.tables.items():
         if (PurePosixPath(name).parent / SPLIT).as_posix() in listing.ignored:
             continue  # a part of a split, which is read with --metadata
+        if PurePosixPath(name).name.casefold().startswith("sample_submission"):
+            continue  # of a Kaggle competition: its values are placeholders
         try:
             header = read_grid(file, most_rows=1).header
         except DataError:
             continue
-        if has_images(header) and has_classes(header):
+        if has_images(header) and (has_classes(header) or name.endswith("_classes.csv")):  # the latter are Roboflow's
             candidates[name] = file
     at_top = {name: file for name, file in candidates.items() if "/" not in name}
     chosen = at_top or candidates
@@ -293,7 +368,9 @@ def _find_table(path: Path, listing: Listing) -> ImageFile | None:
     if len(chosen) > 1:
         raise DataError(f"{path}: {' and '.join(sorted(chosen))} both have classes; choose one with --metadata")
     if not at_top and chosen and listing.images and not _names_images(next(iter(chosen.values())), listing):
-        return None  # a table somewhere below that has nothing to do with these images
+        return main  # the other is a table somewhere below that has nothing to do with these images
+    if main is not None:
+        return next((file for file in chosen.values() if _names_images(file, listing)), main)
     return next(iter(chosen.values()), None)
 
 
@@ -306,19 +383,23 @@ def _names_images(file: ImageFile, listing: Listing) -> bool:
 
 def _image_folder(path: Path, listing: Listing, options: _Options, *, chosen: bool) -> Source:
     """One sub-folder a class; an image's id is its name, or its path where names repeat."""
-    prefix = _wrapper(listing)
+    listing = replace(listing, archives={}, ignored={**listing.ignored, **dict.fromkeys(listing.archives, ARCHIVE)})
+    prefix = wrapper(listing)
     inside = {name.removeprefix(prefix): name for name in listing.images}
     astray = [name for name in inside if "/" not in name]
     if not listing.images or astray:
-        raise DataError(_no_class_folders(path, listing, astray))
+        raise DataError(why_no_class_folders(path, listing, astray))
     below: dict[str, set[str]] = {}
     for name in inside:
         top, _, rest = name.partition("/")
         below.setdefault(top, set()).add(rest.partition("/")[0] if "/" in rest else "")
     if not chosen:
-        _check_class_folders(path, listing, below, prefix)
-    for folder in _folders_of(listing.lost, prefix) - below.keys():
-        first = next(name for name in listing.lost if name.startswith(f"{prefix}{folder}/"))
+        check_class_folders(path, listing, below, prefix)
+    inside_lost = {name.removeprefix(prefix): why for name, why in listing.lost.items() if name.startswith(prefix)}
+    # Without a suffix it is a link to a folder.
+    gone = {name for name, why in inside_lost.items() if why == BROKEN_LINK and not {"/", "."} & set(name)}
+    for folder in sorted((folders_of(listing.lost, prefix) | gone) - below.keys()):
+        first = next(name for name in listing.lost if f"{name}/".startswith(f"{prefix}{folder}/"))
         raise DataError(
             f"{path}: the folder {prefix}{folder} has no image that can be read: {escape(first)} is {listing.lost[first]}; "
             "convert its files to PNG, or remove the folder"
@@ -336,93 +417,9 @@ def _image_folder(path: Path, listing: Listing, options: _Options, *, chosen: bo
         {name.removeprefix(prefix) for name in listing.empty_folders if name.startswith(prefix)} - below.keys()
     )
     notes = [f"folders without images: {', '.join(without)}"] if without else []
-    notes += _unused_tables(listing)
+    notes += unused_tables(listing)
     reading = _reading(listing, f"class folders{f' in {prefix}' if prefix else ''}", origins, notes)
     return _source(path, "imagefolder", None, "class", _names(classes), records, reading)
-
-
-def _wrapper(listing: Listing) -> str:
-    """The folder around the class folders: "data/" where all images are in data/benign, data/malignant."""
-    prefix = ""
-    while True:
-        inside = [name.removeprefix(prefix) for name in listing.images]
-        tops = {name.partition("/")[0] for name in inside}
-        if len(tops) != 1 or any(name.count("/") < 2 for name in inside):
-            return prefix
-        prefix += f"{tops.pop()}/"
-
-
-def _check_class_folders(path: Path, listing: Listing, below: Mapping[str, set[str]], prefix: str) -> None:
-    """DataError where the folders may well be something else than classes."""
-    tables = _unused_tables(listing)
-    seen = f" ({'; '.join(tables)})" if tables else ""
-    choice = "--layout imagefolder takes the folders for classes all the same"
-    names = escape(", ".join(sorted(below)), 1000)
-    if len(below) < 2:
-        raise DataError(
-            f"{path}: only one folder has images, {prefix}{names}, and no table names them{seen}; add metadata.csv, name "
-            f"a table with --metadata, or make a sub-folder for each class ({choice})"
-        )
-    inner = [folders - {""} for folders in below.values()]
-    shared = set.intersection(*inner)
-    parts = [name for name in below if name.casefold() in _PARTS]
-    if parts and (len(parts) > 1 or shared):
-        what = f", each with {', '.join(sorted(shared))}," if shared else ""
-        raise DataError(
-            f"{path}: {prefix}{names} look like parts of a data set{what} and not like classes; give one of them, as in "
-            f"{path / prefix / parts[0]} ({choice})"
-        )
-    if len(shared) > 1 and all("" not in folders for folders in below.values()):
-        raise DataError(
-            f"{path}: the classes may be {names}, or the folders {', '.join(sorted(shared))} in each of them; give one of "
-            f"the folders, or rearrange them ({choice})"
-        )
-    if all(_CONTAINERS.fullmatch(name) for name in below):
-        raise DataError(
-            f"{path}: {names} are no names of classes, and no table names their images{seen}; name a table with "
-            f"--metadata ({choice})"
-        )
-
-
-def _no_class_folders(path: Path, listing: Listing, astray: Sequence[str]) -> str:
-    if not listing.images:
-        lost = next(iter(listing.lost.items()), None)
-        what = f"; {len(listing.lost):,} files cannot be read, the first, {lost[0]}, is {lost[1]}" if lost else ""
-        archives = f"; unpack {', '.join(sorted(listing.archives)[:3])}" if listing.archives else ""
-        return f"{path}: there are no images in it{what}{archives}"
-    folders = {name for name in listing.images if "/" in name}
-    tables = "; ".join(_unused_tables(listing))
-    if folders:
-        return (
-            f"{path}: read as one sub-folder a class, but {len(astray)} images lie outside of them, the first is {astray[0]}"
-            + (f" ({tables})" if tables else "")
-        )
-    return (
-        f"{path / 'metadata.csv'}: no such file, and no other table names the {len(astray):,} images and their classes"
-        + (f" ({tables})" if tables else "")
-        + "; name a table with --metadata, or give a folder with one sub-folder a class, or a StyleGAN zip"
-    )
-
-
-def _unused_tables(listing: Listing) -> list[str]:
-    """Tables that were not read, each with its columns."""
-    notes = []
-    for name, file in listing.tables.items():
-        try:
-            header = read_grid(file, most_rows=1).header
-        except DataError:
-            continue
-        if len(header) > 1 and PurePosixPath(name).suffix:
-            notes.append(
-                f"{escape(name)} is not used; its columns are {escape(', '.join(header[:8]))}"
-                + (", ..." if len(header) > 8 else "")
-            )
-    return notes
-
-
-def _folders_of(names: Iterable[str], prefix: str) -> set[str]:
-    inside = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
-    return {name.partition("/")[0] for name in inside if "/" in name}
 
 
 def _is_plain_zip(listing: Listing) -> bool:
@@ -473,7 +470,10 @@ def _labels(path: Path, listing: Listing) -> dict[str, int]:
         labels = json.loads(_text(path, "dataset.json"))["labels"]
         pairs = {} if labels is None else {str(name).replace("\\", "/"): label for name, label in labels}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f'{path}: dataset.json is not of the form {{"labels": [["name.png", 0], ...]}}') from error
+        raise DataError(
+            f'{path}: dataset.json is not of the form {{"labels": [["name.png", 0], ...]}}; correct it, '
+            "or, if this is no StyleGAN data set, choose --layout isic or --layout imagefolder"
+        ) from error
     numbers = {name: _label(label) for name, label in pairs.items()}
     wrong = [name for name, number in numbers.items() if number is None]
     if wrong:
@@ -511,9 +511,9 @@ def _text(path: Path, member: str) -> str:
 
 def _selected(source: Source, metadata: Path, image_column: str | None) -> Source:
     """The records that a table lists, by their ids or by what the table calls them."""
-    table = read_table(metadata, image_column=image_column)
+    names, plain_ids = read_image_names(metadata, image_column)
     known = {record.id for record in source.records}
-    ids = [name if name in known else plain for name, plain in zip(table.names, table.ids, strict=True)]
+    ids = [name if name in known else plain for name, plain in zip(names, plain_ids, strict=True)]
     return replace(source.select(ids), table=metadata)
 
 

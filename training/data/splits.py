@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from dermis.errors import DataError
 from training.data.sources import SPLIT, Record, Source
-from training.data.tables import ID_COLUMNS, find_column, read_table
+from training.data.tables import ID_COLUMNS, find_column, read_image_names
 
 TRAIN_VALIDATION: Mapping[str, float] = {"train": 0.8, "validation": 0.2}
 HOSPITALS: Mapping[str, float] = {"hospital-1": 2_000, "hospital-2": 12_000, "hospital-3": 20_000}
@@ -302,7 +302,7 @@ def read_split(folder: Path) -> dict[str, str]:
         raise DataError(f"{folder}: no split; `dermis data split` writes one with its {SPLIT}") from error
     parts: dict[str, str] = {}
     for name in names:
-        for record_id in read_table(folder / f"{name}.csv").names:
+        for record_id in read_image_names(folder / f"{name}.csv")[0]:
             if record_id in parts:
                 raise DataError(f"{folder}: {record_id} is in both {parts[record_id]} and {name}")
             parts[record_id] = name

@@ -65,6 +65,7 @@ _BINARY_COLUMNS = ("target", "melanoma", "is_melanoma", "dx", "diagnosis", "diag
 _DIAGNOSIS_COLUMNS = ("iddx_full", "diagnosis_3", "diagnosis", "dx", "diagnostic", "disease")
 _NO_VALUE = frozenset({"", "na", "n/a", "nan", "none", "null", "unknown", "-"})
 _ISIC_NAME = re.compile(r"ISIC_\d{3,}(?:_downsampled)?(?:\.\w+)?", re.IGNORECASE)
+_EXCEL_TEXT = re.compile(r'^="(.*)"$')  # how ids keep their zeros in Excel
 _HEADERLESS = ("image", "target")
 
 
@@ -121,19 +122,12 @@ def read_table(
     """
     where = file.path / file.member if isinstance(file, ImageFile) else file
     grid = read_grid(file)
-    id_column = _id_column(where, grid, image_column, count_images)
+    id_column, names, ids = _images(where, grid, image_column, count_images)
     column = None if class_column is None else _named(where, grid, class_column, "--class-column")
-    names = grid.column(id_column)
-    for number, name in enumerate(names):
-        if not name:
-            raise DataError(f"{where}: row {grid.first_row + number} has no {id_column}; remove the row or fill it in")
-    ids = tuple(name if id_column == "isic_id" else plain_id(name) for name in names)
-    repeated = [name for name, count in Counter(names).items() if count > 1]
-    if repeated:
-        raise DataError(f"{where}: {escape(repeated[0])} stands in more than one row; keep one of them")
-    if not names:
-        raise DataError(f"{where}: no rows")
     used, values = _values(where, grid, column, binary)
+    for name in (id_column, used):
+        if name in grid.header and f"{name}.2" in grid.header and grid.column(name) != grid.column(f"{name}.2"):
+            raise DataError(f"{where}: two columns {escape(name)} have different values; rename or remove one of them")
     numbers = used in _TRUTH_COLUMNS
     map_class = MapClass(where, used, binary=binary, truth=numbers, mapping=mapping or {})
     classes, origins = class_of(values, map_class)
@@ -142,7 +136,32 @@ def read_table(
         note = _compare(where, grid, names, classes, used, class_column is not None)
     rows = tuple(dict(zip(grid.header, row, strict=True)) for row in grid.cells)
     shown = str(where.path) if isinstance(where, ImageFile) else where
-    return Table(Path(shown), id_column, used, tuple(names), ids, classes, rows, table_kind(grid.header), origins, note)
+    return Table(
+        Path(shown), id_column, used, tuple(names), tuple(ids), classes, rows, table_kind(grid.header), origins, note
+    )
+
+
+def read_image_names(file: Path, image_column: str | None = None) -> tuple[list[str], list[str]]:
+    """The names of the images of a table, and the same without folders and suffixes. Its classes need not be understood."""
+    _, names, ids = _images(file, read_grid(file), image_column, None)
+    return names, ids
+
+
+def _images(
+    where: Path, grid: Grid, image_column: str | None, count_images: Callable[[Sequence[str]], int] | None
+) -> tuple[str, list[str], list[str]]:
+    """The column of the images, their names, and their ids. DataError if one is missing or stands in two rows."""
+    id_column = _id_column(where, grid, image_column, count_images)
+    names = grid.column(id_column)
+    for number, name in enumerate(names):
+        if not name:
+            raise DataError(f"{where}: row {grid.first_row + number} has no {id_column}; remove the row or fill it in")
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise DataError(f"{where}: {escape(repeated[0])} stands in more than one row; keep one of them")
+    if not names:
+        raise DataError(f"{where}: no rows")
+    return id_column, names, [name if id_column == "isic_id" else plain_id(name) for name in names]
 
 
 def find_column(header: Sequence[str], names: Sequence[str]) -> str | None:
@@ -193,14 +212,18 @@ def read_grid(file: Path | ImageFile, most_rows: int | None = None) -> Grid:
     """
     where = file.path / file.member if isinstance(file, ImageFile) else file
     text = _text(file, where, beginning=most_rows is not None)
+    if stated := re.match(
+        r"sep=(.)\s*[\r\n]", text, re.IGNORECASE
+    ):  # for Excel; the empty line keeps row numbers right
+        text = "\n" + text[stated.end() :]
     lines = io.StringIO(text, newline="")
-    delimiter = _delimiter(text)
+    delimiter = stated[1] if stated else _delimiter(text)
     try:
         reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
         rows: list[tuple[int, list[str]]] = []
         for row in reader:
             if any(cell.strip() for cell in row):
-                rows.append((reader.line_num, [cell.strip() for cell in row]))
+                rows.append((reader.line_num, [_EXCEL_TEXT.sub(r"\1", cell.strip()) for cell in row]))
             if most_rows is not None and len(rows) > most_rows:
                 break
     except csv.Error as error:
@@ -326,6 +349,8 @@ def _values(where: Path, grid: Grid, column: str | None, binary: bool) -> tuple[
     header = grid.header
     if column is not None:
         return column, [(value,) for value in grid.column(column)]
+    if one_column_a_class := _named_one_hot(grid):
+        return "the column that is 1", [(value,) for value in one_column_a_class]
     if binary:
         detailed = sorted(name for name in header if _DETAILED.fullmatch(name) or name == "iddx_full")
         if len(detailed) > 1 and ("iddx_full" in header or not {"target", "dx"} & set(header)):
@@ -356,6 +381,18 @@ def _values(where: Path, grid: Grid, column: str | None, binary: bool) -> tuple[
 
 def _is_one_hot(columns: Sequence[str]) -> bool:
     return "MEL" in columns and "NV" in columns
+
+
+def _named_one_hot(grid: Grid) -> list[str]:
+    """The class of each row where all columns but those of ids are named after classes, as Roboflow writes them; else empty."""
+    ids = {*ID_COLUMNS, *(name for group in GROUP_COLUMNS.values() for name in group)}
+    names = [name for name in grid.header if name not in ids]
+    if len(names) < 2 or _is_one_hot(names) or not all(map(binary_class, names)):
+        return []
+    rows = list(zip(*(grid.column(name) for name in names), strict=True))
+    if not all(all(is_yes(value) or is_no(value) for value in row) and sum(map(is_yes, row)) == 1 for row in rows):
+        return []
+    return [next(name for name, value in zip(names, row, strict=True) if is_yes(value)) for row in rows]
 
 
 def _one_hot(where: Path, grid: Grid) -> list[str]:
