@@ -1,4 +1,4 @@
-"""What users have, read as one thing: images with a table, class folders, an official StyleGAN zip, a data set of dermis.
+"""Sources of real images: images with a table, class folders, an official StyleGAN zip, a data set of dermis.
 
 A source lists its images with their classes, patients and lesions. It opens no image: `Record.read_bytes` does.
 """
@@ -77,7 +77,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Reading:
-    """How a source was read, for the user: what it was taken for, where classes come from, what was left out."""
+    """How a source was read, for the user: its layout, where classes come from, what was left out."""
 
     recognised: str
     files: int = 0
@@ -248,7 +248,7 @@ def _of_table(path: Path, layout: Layout, table: Table, listing: Listing | None,
         if not paths or listing is None:
             records.append(_record(plain, class_name, None, row))
             continue
-        # A bare name is the id as it stands; else the id follows from all images, the same in every part of a table.
+        # A name without a folder is the id; otherwise ids are chosen by all images, so that they are the same in every part.
         record_id = name if plain == name and "/" not in name else ids[paths[0]]
         used.add(paths[0])
         records.append(_record(record_id, class_name, listing.images[paths[0]], row))
@@ -308,9 +308,9 @@ def _image_folder(path: Path, listing: Listing, options: _Options, *, chosen: bo
     """One sub-folder a class; an image's id is its name, or its path where names repeat."""
     prefix = _wrapper(listing)
     inside = {name.removeprefix(prefix): name for name in listing.images}
-    astray = [name for name in inside if "/" not in name]
-    if not listing.images or astray:
-        raise DataError(_no_class_folders(path, listing, astray))
+    outside = [name for name in inside if "/" not in name]
+    if not listing.images or outside:
+        raise DataError(_no_class_folders(path, listing, outside))
     below: dict[str, set[str]] = {}
     for name in inside:
         top, _, rest = name.partition("/")
@@ -384,7 +384,7 @@ def _check_class_folders(path: Path, listing: Listing, below: Mapping[str, set[s
         )
 
 
-def _no_class_folders(path: Path, listing: Listing, astray: Sequence[str]) -> str:
+def _no_class_folders(path: Path, listing: Listing, outside: Sequence[str]) -> str:
     if not listing.images:
         lost = next(iter(listing.lost.items()), None)
         what = f"; {len(listing.lost):,} files cannot be read, the first, {lost[0]}, is {lost[1]}" if lost else ""
@@ -394,11 +394,11 @@ def _no_class_folders(path: Path, listing: Listing, astray: Sequence[str]) -> st
     tables = "; ".join(_unused_tables(listing))
     if folders:
         return (
-            f"{path}: read as one sub-folder a class, but {len(astray)} images lie outside of them, the first is {astray[0]}"
+            f"{path}: read as one sub-folder a class, but {len(outside)} images lie outside of them, the first is {outside[0]}"
             + (f" ({tables})" if tables else "")
         )
     return (
-        f"{path / 'metadata.csv'}: no such file, and no other table names the {len(astray):,} images and their classes"
+        f"{path / 'metadata.csv'}: no such file, and no other table names the {len(outside):,} images and their classes"
         + (f" ({tables})" if tables else "")
         + "; name a table with --metadata, or give a folder with one sub-folder a class, or a StyleGAN zip"
     )
