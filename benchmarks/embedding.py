@@ -1,4 +1,4 @@
-"""What embedding real images costs: `python -m benchmarks.embedding [--json] [--images FOLDER] [--extractor E] [--count N]`.
+"""Speed of embedding real images: `python -m benchmarks.embedding [--json] [--images FOLDER] [--extractor E] [--count N]`.
 
 The path that `dermis evaluate`, `index build` and `data leaks` take from image files to features, beside the one that they
 took before: files decoded one after another in the same thread, then torch, 32 images at a time. Both are measured in one run,
@@ -36,10 +36,10 @@ Floats = NDArray[np.float32]
 
 def files_of(folder: Path | None, count: int) -> tuple[list[bytes], str]:
     """Encoded images, evenly chosen, and where they are from."""
-    found = [] if folder is None or not folder.is_dir() else sorted(path for path in folder.iterdir() if path.is_file())
-    if found:
-        chosen = np.unique(np.linspace(0, len(found) - 1, min(count, len(found))).round().astype(int))
-        return [found[i].read_bytes() for i in chosen], folder.name if folder is not None else ""
+    paths = [] if folder is None or not folder.is_dir() else sorted(path for path in folder.iterdir() if path.is_file())
+    if paths:
+        chosen = np.unique(np.linspace(0, len(paths) - 1, min(count, len(paths))).round().astype(int))
+        return [paths[i].read_bytes() for i in chosen], folder.name if folder is not None else ""
     return [drawn(seed) for seed in range(count)], "drawn, 600 x 450 px"
 
 

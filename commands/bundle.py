@@ -29,9 +29,9 @@ def import_checkpoint(
         bool, typer.Option("--require-discriminator", help="Fail where the discriminator cannot be imported.")
     ] = False,
     max_seconds: Annotated[
-        int, typer.Option(min=1, help="Processor time that reading the file may take; five times that in all.")
+        int, typer.Option(min=1, help="Processor seconds for reading the file; elapsed time may be 5 times that.")
     ] = 120,
-    max_memory_gib: Annotated[float, typer.Option(min=0.25, help="Memory that reading the file may take.")] = 4,
+    max_memory_gib: Annotated[float, typer.Option(min=0.25, help="GiB of memory for reading the file.")] = 4,
 ) -> None:
     """Turn an official checkpoint into a bundle. Nothing in the checkpoint is executed."""
     from dermis.bundle import check_names, write_bundle

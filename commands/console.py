@@ -1,4 +1,4 @@
-"""What all commands print with: tables that a pipe does not squeeze, and errors that name options, on one line."""
+"""Printing for all commands: tables that keep their width in a pipe, and one-line errors that name options."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 _UNLIMITED = 10_000  # characters; rich would otherwise take 80 where it finds no terminal
 
-# Options of the command lines that are not called as the field of a request.
+# Options whose names differ from the field of the request.
 _OPTIONS = {
     "classifier.keep": "--keep",
     "classifier.score": "--score",
@@ -46,7 +46,7 @@ def table_console(*, stderr: bool = False) -> Console:
 
 
 def option_of(field: str) -> str:
-    """The option that a field of a request is called on the command line, such as --gate-tries for privacy.tries."""
+    """The command-line option of a field of a request, such as --gate-tries for privacy.tries."""
     if field.startswith("-"):
         return field
     if field.startswith("classes."):
@@ -57,17 +57,17 @@ def option_of(field: str) -> str:
 
 
 def error_message(error: DermisError) -> str:
-    """The message of an error, for whoever wrote a command line."""
+    """The message of an error, with the names of options in place of fields."""
     if not isinstance(error, RequestError):
         return str(error)
-    told = _WORD.sub(lambda match: option_of(match[1]), error.message.removeprefix("Value error, "))
-    return f"{option_of(error.field)}: {told}" if error.field else told
+    message = _WORD.sub(lambda match: option_of(match[1]), error.message.removeprefix("Value error, "))
+    return f"{option_of(error.field)}: {message}" if error.field else message
 
 
 def usage_message(error: Exception) -> str | None:
     """What is wrong with how the program was called, "" if help has been printed; None for an error of another kind.
 
-    Typer raises exceptions of click, or of its own copy of click, so they are known by what they offer.
+    Typer raises exceptions of click, or of its own copy of click, so they are recognised by their attributes.
     """
     format_message = getattr(error, "format_message", None)
     if not callable(format_message):

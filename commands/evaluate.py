@@ -86,7 +86,7 @@ def evaluate(
     console.print(memorising(found.metrics), highlight=False)
     if repeated := found.metrics.get("real_near_duplicates"):
         console.print(
-            f"{repeated:,} of the real images are there more than once; authenticity takes each for one image, the other "
+            f"{repeated:,} of the real images occur more than once; authenticity counts each as one image, the other "
             "metrics do not: find them with `dermis data leaks`",
             highlight=False,
         )

@@ -210,7 +210,7 @@ def _warn(described: IndexDescription, data: str) -> None:
     if duplicates is not None and duplicates.images:
         typer.echo(
             f"{duplicates.images:,} of the {described.vectors:,} training images are near-duplicates, in {duplicates.groups:,} "
-            "groups. The radii take each group for one image, but a generator learns such images by heart sooner: remove "
+            "groups. Each group counts as one image in the radii, but a generator memorises such images sooner: remove "
             f"them with `dermis data leaks {data} --remove` and train on the rest",
             err=True,
         )

@@ -65,7 +65,7 @@ def read_options(
 
 
 def check_maps(sources: Sequence[Source], maps: Sequence[str] | None) -> None:
-    """DataError if a --map names a value that no image has: a misspelt one would do nothing, without a word."""
+    """DataError if a --map names a value that no image has: a misspelled value would otherwise be ignored silently."""
     from dermis.errors import DataError
     from training.data.class_names import parse_mapping
 

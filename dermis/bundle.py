@@ -11,8 +11,8 @@
     MODEL_CARD.md             and the pictures that it shows
 
 The SHA-256 of bundle.json is the identity of the whole: it covers every other file through the hashes it holds.
-Nothing in a bundle is ever unpickled or executed, and files that it does not list are not read: a bundle may come from a
-stranger. `docs/bundles.md` documents the format.
+Nothing in a bundle is ever unpickled or executed, and files that it does not list are not read: a bundle may be
+untrusted. `docs/bundles.md` documents the format.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ def _index(index: IndexDescription | None) -> str:
     return f"""`authenticity/` holds embeddings of {index.vectors:,} training images {held}, in the feature space
 `{index.extractor}` ({index.metric}, {index.dim} dimensions): images can be compared with them. Half of the training images are
 nearer than {index.radii[50]:.3f} to another one, 1 % nearer than {index.radii[1]:.3f}{_near_duplicates(index)}.
-**Whoever has these files can ask of an image whether it was a training image**; leave them out where that must not be told:
+**Whoever has these files can find out whether an image was a training image**; remove them where this must stay secret:
 `dermis bundle detach`."""
 
 

@@ -1,4 +1,4 @@
-"""How many processors there are to use, and what they can. Imports no torch."""
+"""How many processors can be used, and which instructions they have. Imports no torch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def cpu_identity() -> dict[str, str]:
 
 
 def has_native_bfloat16() -> bool:
-    """Does the processor multiply bfloat16 by itself? False where this is not known."""
+    """Whether the processor multiplies bfloat16 natively; False where this is not known."""
     _, flags = _processor()
     return any(flag in flags for flag in _NATIVE_BFLOAT16)
 

@@ -243,14 +243,14 @@ def _by_torch(embed: Callable[[Tensor], Tensor], device: torch.device) -> Extrac
 
 
 def _bicubic(source: int, target: int) -> NDArray[np.float32]:
-    """Torch's antialiased bicubic resizing of one side, [target, source]: what it makes of each unit vector."""
+    """Torch's antialiased bicubic resizing of one side as a matrix [target, source]."""
     unit = torch.eye(source)[None, None]
     resized = F.interpolate(unit, size=(target, source), mode="bicubic", antialias=True, align_corners=False)
     return resized[0, 0].numpy()
 
 
 def _bilinear_of_tensorflow(source: int, target: int) -> NDArray[np.float32]:
-    """The same of TensorFlow 1, whose bilinear resizing the Inception of FID was trained with."""
+    """The same for the bilinear resizing of TensorFlow 1, with which FID's Inception was trained."""
     resize = import_vision("torch_fidelity.interpolate_compat_tensorflow").interpolate_bilinear_2d_like_tensorflow1x
     matrix: NDArray[np.float32] = resize(torch.eye(source)[None, None], size=(target, source), align_corners=False)[
         0, 0

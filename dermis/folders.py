@@ -3,7 +3,7 @@
 Bundles and classifiers are such folders. Reading goes through fsspec, so a folder may be an `s3://` prefix; writing is
 local, and a folder appears whole or not at all.
 
-A folder may come from a stranger. Only regular files that its descriptor lists are opened, no more of a file is read than
+A folder may be untrusted. Only regular files that its descriptor lists are opened, no more of a file is read than
 its record says, and what the descriptor says is checked before it is used.
 """
 
@@ -113,16 +113,16 @@ class Folder:
         """BundleError if a file is there that is not listed, or listed and not there."""
         try:
             names = names_below(Path(self.root)) if self.local else self._remote_names()
-            found = set(itertools.islice(names, 2 * _MAX_FILES)) - {self.descriptor}
+            present = set(itertools.islice(names, 2 * _MAX_FILES)) - {self.descriptor}
         except Exception as error:  # as in _open
             raise BundleError(f"{self.where}: cannot be listed: {_reason(error)}") from error
-        found = {name for name in found if not name.endswith("/")}  # empty folders
-        if extra := sorted(found - files.keys()):
+        present = {name for name in present if not name.endswith("/")}  # empty folders
+        if extra := sorted(present - files.keys()):
             names_of_some = ", ".join(escape(name) for name in extra[:5])
             raise BundleError(
                 f"{self.where}: {self.descriptor} does not list {names_of_some}; remove what is no part of it"
             )
-        if missing := sorted(files.keys() - found):
+        if missing := sorted(files.keys() - present):
             raise BundleError(f"{self.where}: {', '.join(missing[:5])} is missing; get the {self.kind} again")
 
     @property
@@ -137,7 +137,7 @@ class Folder:
 
     @contextmanager
     def _open(self, name: str, record: FileRecord | None = None) -> Iterator[BinaryIO]:
-        """A file to read; what goes wrong then, in the block too, becomes a BundleError."""
+        """Open a file for reading; errors, also those inside the block, become a BundleError."""
         try:
             if self.local:
                 with open_regular(self.root, name) as file:

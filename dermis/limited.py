@@ -1,4 +1,4 @@
-"""Run a function on bytes of strangers in a process of its own, with limits of time and memory."""
+"""Run a function on untrusted bytes in a separate process, with limits of time and memory."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class LimitError(DermisError):
 def run_limited(
     function: str, data: bytes, *arguments: int | float | str, seconds: int, memory: int, imports: Sequence[str] = ()
 ) -> str:
-    """Call a function in a process of its own and return the text that it returns.
+    """Call a function in a separate process and return the text that it returns.
 
     Args:
         function: "module:name" of a function that takes the data and the arguments.
-        data: What strangers wrote.
+        data: The untrusted bytes.
         arguments: Anything else that it needs.
         seconds: How long it may compute; four times as long may pass on a busy machine.
         memory: Bytes that it may use beside what the process has at its start. Windows and macOS have no such limit.
@@ -89,7 +89,7 @@ def _serve() -> None:
         answers.flush()
     except MemoryError:
         os._exit(_MEMORY)
-    os._exit(0)  # what native libraries do as they are unloaded is of no interest
+    os._exit(0)  # skips what native libraries do when they are unloaded
 
 
 def _limit(seconds: int, memory: int) -> None:

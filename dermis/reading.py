@@ -110,7 +110,7 @@ def read_image(
 
 
 def read_training_image(data: bytes, size: int | None = None) -> Images:
-    """`read_image` of every format that training images come in, at sizes that only strangers' files are refused for."""
+    """`read_image` for all formats of training images, with a limit of pixels that no camera's image reaches."""
     return read_image(data, size=size, max_pixels=MAX_TRAINING_PIXELS, formats=TRAINING_FORMATS)
 
 
@@ -122,7 +122,7 @@ def is_image_header(header: bytes) -> bool:
 
 
 def _content(data: bytes) -> str:
-    """In words, what people take for images by mistake."""
+    """A description of data that is not an image, for an error message."""
     start = data[:200].lstrip().lower()
     if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<")):
         return "a web page (HTML or XML)"
@@ -259,7 +259,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         from PIL import Image
 
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):  # of 32 bits, whose range nothing tells
+    if image.mode in ("I", "F"):  # of 32 bits, whose range is not known
         raise ImageError("unusable", "has 32 bits a channel; save it with 8 bits")
     return image if image.mode == "RGB" else image.convert("RGB")
 

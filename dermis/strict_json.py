@@ -39,11 +39,11 @@ def parse_json(data: bytes) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    document = dict(pairs)
+    if len(document) != len(pairs):
         repeated = Counter(name for name, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"the key {escape(repeated)} is there more than once")
-    return found
+    return document
 
 
 def _integer(text: str) -> int | float:

@@ -33,12 +33,12 @@ def read_array(data: bytes, where: str, shape: tuple[int, ...], dtypes: Sequence
     try:
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        found, fortran, dtype = read(file, max_header_size=_NPY_HEADER_BYTES)
+        actual_shape, fortran, dtype = read(file, max_header_size=_NPY_HEADER_BYTES)
     except Exception as error:  # numpy evaluates the header as a Python literal, whose errors share no class
         raise BundleError(f"{where}: is no .npy file of {expected} ({escape(error)})") from None
-    if found != shape or dtype not in [np.dtype(each) for each in dtypes] or (fortran and len(shape) > 1):
-        told = escape(f"{dtype} of shape {found}")
-        raise BundleError(f"{where}: must hold {expected}, but its header says {told}; get it again")
+    if actual_shape != shape or dtype not in [np.dtype(each) for each in dtypes] or (fortran and len(shape) > 1):
+        actual = escape(f"{dtype} of shape {actual_shape}")
+        raise BundleError(f"{where}: must hold {expected}, but its header says {actual}; get it again")
     start, size = file.tell(), math.prod(shape) * dtype.itemsize
     if len(data) - start != size:
         raise BundleError(
@@ -104,10 +104,10 @@ def read_tensors(data: bytes, where: str) -> dict[str, Tensor]:
 
     read_header(data, where)
     try:
-        found: dict[str, Tensor] = safetensors.torch.load(data)
+        tensors: dict[str, Tensor] = safetensors.torch.load(data)
     except (safetensors.SafetensorError, ValueError, RuntimeError) as error:
         raise BundleError(f"{where}: is no safetensors file ({escape(error)})") from None
-    return found
+    return tensors
 
 
 def read_vectors(data: bytes, where: str) -> dict[str, NDArray[Any]]:
@@ -117,10 +117,10 @@ def read_vectors(data: bytes, where: str) -> dict[str, NDArray[Any]]:
 
     read_header(data, where)
     try:
-        found: dict[str, NDArray[Any]] = safetensors.numpy.load(data)
+        arrays: dict[str, NDArray[Any]] = safetensors.numpy.load(data)
     except (safetensors.SafetensorError, ValueError) as error:
         raise BundleError(f"{where}: is no safetensors file ({escape(error)})") from None
-    return found
+    return arrays
 
 
 def _entry(name: str, value: Any, where: str) -> _Entry:

@@ -1,4 +1,4 @@
-"""Whether the caller of a request still waits for the answer, for work that is long enough to be given up."""
+"""Whether the caller of a request still waits for the answer, so that long work can be cancelled."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _gone: ContextVar[threading.Event | None] = ContextVar("dermis_caller_gone", def
 
 
 class CallerGoneError(Exception):
-    """Nobody waits for the result any more."""
+    """The caller has closed the connection."""
 
 
 def check_caller() -> None:
-    """CallerGoneError if whoever asked for what this thread or task works on has closed the connection.
+    """Raise CallerGoneError if the caller of the request that this thread or task works on has closed the connection.
 
     It never raises outside of requests that `CallerMiddleware` has seen.
     """

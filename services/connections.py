@@ -1,7 +1,7 @@
-"""Limits on connections to the gateway: size and time of headers, progress of bodies, and how many there are.
+"""Limits on connections to the gateway: size and time of headers, progress of bodies, number of connections.
 
-uvicorn, which BentoML runs, has none of these. `BoundedProtocol` is its protocol with them. It also reads on for a while
-after it has refused a request: a connection that is closed while the client still sends is reset, and the client then sees
+uvicorn, which BentoML runs, has none of these. `BoundedProtocol` is its protocol with them. After it has refused a request it
+also continues to read for a while: a connection that is closed while the client still sends is reset, and the client then sees
 an error of the connection instead of the answer.
 """
 
@@ -31,13 +31,13 @@ _TICK_SECONDS = 1.0
 _DRAIN_BYTES = 256 << 20
 _DRAIN_SECONDS = 30.0
 _LAST_REQUEST_SECONDS = 0.5  # for a request that is sent while the service closes its port
-# Connections above the limit that are let in to be told so, or to ask for the health of the service.
+# Connections above the limit that are accepted, to answer 503, or requests for the health of the service.
 _RESERVE = 64
 _FILES_KEPT = 256  # open files that are no connections, and no files that connections read
 
 
 def connection_limit(settings: Settings, open_files: int | None = None) -> int:
-    """How many connections the gateway takes: what the settings say, if so many files may be open.
+    """How many connections the gateway takes: the number in the settings, or fewer if the limit of open files is low.
 
     Args:
         settings: The settings of the service.
@@ -51,7 +51,7 @@ def connection_limit(settings: Settings, open_files: int | None = None) -> int:
 
 
 class _Transport:
-    """A connection's transport whose `close` is the protocol's decision. uvicorn and its requests use it."""
+    """A connection's transport that leaves `close` to the protocol. uvicorn and its requests use it."""
 
     def __init__(self, transport: asyncio.Transport, protocol: BoundedProtocol) -> None:
         self._transport = transport
@@ -102,7 +102,7 @@ class BoundedProtocol(HttpToolsProtocol):
     # The connection
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """A client has connected: it has a time for its first request, and may replace an idle connection."""
+        """A client has connected: its first request must arrive in time, and the connection may replace an idle one."""
         self._wire = transport
         super().connection_made(_Transport(transport, self))  # type: ignore[arg-type]
         limit = connection_limit(self._settings)
@@ -231,7 +231,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._stop_timer()
         self._unparsed = 0
         self._phase = "answer"
-        if self.cycle.response_complete and not self.is_closing:  # nobody wanted the body
+        if self.cycle.response_complete and not self.is_closing:  # the application did not read the body
             self._set_idle()
         super().on_message_complete()
 

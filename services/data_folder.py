@@ -1,4 +1,4 @@
-"""The data folder belongs to the service's account alone: modes of what is in it, and what must be installed for the storage.
+"""Restrict the data folder to the service's account, and check that the packages of the storage are installed.
 
 Images of people pass through it: squares to be projected, results, the jobs database.
 """
@@ -18,17 +18,17 @@ from services.settings import Settings, SettingsError
 logger = logging.getLogger("dermis.service")
 
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
-_OURS = ("datasets", "workers", "run", "cache")
+_OWN_FOLDERS = ("datasets", "workers", "run", "cache")
 _DATABASES = "*.sqlite*"
 
 
 def restrict_new_files() -> None:
-    """From now on no other account can read or list what this process and those that it starts write."""
+    """Set the umask, so that other accounts cannot read new files and folders of this process and its children."""
     os.umask(0o077)
 
 
 def prepare_data_folder(settings: Settings) -> None:
-    """Make the data folder, take from other accounts what an earlier version let them read, and look at the storage.
+    """Make the data folder, correct the modes of what an earlier version wrote, and check the storage.
 
     SettingsError, in one line, if the service cannot work with these settings.
     """
@@ -40,7 +40,7 @@ def prepare_data_folder(settings: Settings) -> None:
                 f"DERMIS_DATA_DIR: {folder} is for files of all accounts; name a folder of its own in it"
             )
         if os.name == "posix":
-            _take_from_others(folder)
+            _restrict_modes(folder)
         probe = folder / f".{uuid.uuid4().hex}"
         probe.touch(mode=0o600)
         probe.unlink()
@@ -55,16 +55,16 @@ def prepare_data_folder(settings: Settings) -> None:
         raise SettingsError(f"DERMIS_STORAGE_URL: {error}{hint}") from None
 
 
-def _take_from_others(folder: Path) -> None:
-    """Mode 0700 for folders and 0600 for files: of the data folder and of what the service keeps in it, not of strangers'."""
+def _restrict_modes(folder: Path) -> None:
+    """Set mode 0700 on the data folder and the service's folders in it, and 0600 on the service's files in them."""
     paths = [Path(os.path.realpath(folder)), *folder.glob(_DATABASES)]
-    for name in _OURS:
+    for name in _OWN_FOLDERS:
         for here, _, files in os.walk(os.path.realpath(folder / name)):
             paths += [Path(here), *(Path(here, file) for file in files)]
     open_to_others = [path for path in paths if not _restrict(path)]
-    if open_to_others:  # as of a volume whose root belongs to the orchestrator
-        told = {"location": str(open_to_others[0]), "number": len(open_to_others)}
-        logger.warning("other accounts may read what this one cannot change the mode of", extra=told)
+    if open_to_others:  # such as a volume whose root belongs to the orchestrator
+        fields = {"location": str(open_to_others[0]), "number": len(open_to_others)}
+        logger.warning("other accounts may read what this one cannot change the mode of", extra=fields)
 
 
 def _restrict(path: Path) -> bool:

@@ -35,6 +35,6 @@ def make(
     """The fields of a HeatMap. `check` is called between steps; an exception from it gives the work up."""
     from dermis.explain.rendering import LEAST_SIDE, full_colour, heat_map, per_percent, to_png
 
-    found = explainer.attribute(image, method, check=check)
-    picture = heat_map(found, max(LEAST_SIDE, len(found.image)))
-    return {"content": to_png(picture), "scale": per_percent(found, full_colour(found))}
+    attribution = explainer.attribute(image, method, check=check)
+    picture = heat_map(attribution, max(LEAST_SIDE, len(attribution.image)))
+    return {"content": to_png(picture), "scale": per_percent(attribution, full_colour(attribution))}

@@ -36,8 +36,8 @@ class Settings(BaseSettings):
     )
     trusted_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
-        description="Host names under which requests are answered, separated by commas, beside loopback and `DERMIS_HOST`: "
-        "`name`, `name:port`, `*.domain`, or `*` for any. Needed behind a proxy and for names in a network.",
+        description="Host names under which requests are answered, separated by commas, in addition to loopback and "
+        "`DERMIS_HOST`: `name`, `name:port`, `*.domain`, or `*` for any. Needed behind a proxy and if clients use a name.",
     )
 
     # What it serves
@@ -109,7 +109,7 @@ class Settings(BaseSettings):
         60.0, ge=1.0, le=3600.0, description="Longest time that uploaded images may take to arrive."
     )
     upload_decoders: int = Field(
-        2, ge=1, le=64, description="Processes that decode uploaded images, each in 12 bytes of memory a pixel."
+        2, ge=1, le=64, description="Processes that decode uploaded images; each needs up to 12 bytes a pixel."
     )
     upload_decode_seconds: float = Field(
         20.0, ge=0.1, le=600.0, description="Longest time for decoding one uploaded image; then its process is ended."
@@ -143,7 +143,9 @@ class Settings(BaseSettings):
         "requests can then find out whether an image that they have is a training image.",
     )
     max_compared_per_minute: int = Field(
-        600, ge=0, description="Most uploaded images that are compared with the training images in a minute; 0: none."
+        600,
+        ge=0,
+        description="Most uploaded images that are compared with the training images in a minute; 0 allows none.",
     )
     max_projection_images: int = Field(
         32, ge=0, le=1024, description="Most images in one projection; 0 switches projections off."
@@ -161,7 +163,7 @@ class Settings(BaseSettings):
         1000,
         ge=16,
         le=30_000,
-        description="Most open connections; less where fewer files may be open. One that asks nothing gives way to a new one.",
+        description="Most open connections; fewer if the limit of open files is low. A new connection may replace an idle one.",
     )
     max_header_bytes: int = Field(65_536, ge=4096, le=1 << 20, description="Largest request line and headers in bytes.")
     header_timeout_seconds: float = Field(
@@ -171,7 +173,7 @@ class Settings(BaseSettings):
         15.0,
         ge=1.0,
         le=3600.0,
-        description="Longest time that a request body may keep the service waiting, and a second more for each KiB of it.",
+        description="Longest wait for a request body, plus one second for each KiB that has arrived.",
     )
 
     shutdown_seconds: int = Field(
@@ -181,7 +183,7 @@ class Settings(BaseSettings):
         1.0,
         ge=0.0,
         le=600.0,
-        description="Time that a service which is told to stop fails /readyz but still takes requests; part of the former.",
+        description="Time after SIGTERM in which /readyz fails but requests are still taken; part of DERMIS_SHUTDOWN_SECONDS.",
     )
 
     # What it tells

@@ -54,7 +54,7 @@ def worker_counts(settings: Settings) -> Mapping[str, int]:
 
 @dataclass
 class _Worker:
-    """One process of a service, or the place for it."""
+    """One process of a service, running or to be started."""
 
     service: str
     number: int
@@ -125,10 +125,10 @@ def refuse_tcp() -> None:
 def raise_open_files() -> int:
     """Raise the limit of open files as far as this account may; the limit then."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
+    limit = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < limit:
         with suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 

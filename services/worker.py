@@ -16,7 +16,7 @@ from services.orphans import exit_with_parent
 
 
 def main() -> None:
-    """Serve until told to stop, or until the supervisor is gone."""
+    """Serve until a signal to stop, or until the supervisor has ended."""
     exit_with_parent(int(sys.argv.pop(1)))  # before the slow imports
     import uvicorn.protocols.http.auto
     from _bentoml_impl.worker import service  # type: ignore[import-untyped]
@@ -31,9 +31,9 @@ def main() -> None:
 
 
 def cancel_timers_of_requests() -> None:
-    """Give BentoML a middleware of time limits that forgets a request when it has ended.
+    """Replace BentoML's middleware of time limits by one that cancels its timer when a request ends.
 
-    BentoML's own schedules a callback for the end of the limit, and keeps it, and with it the request, until then.
+    BentoML's own schedules a callback for the end of the limit and never cancels it, so the request stays in memory until then.
     """
     from bentoml._internal.server.http import traffic
 

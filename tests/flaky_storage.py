@@ -30,9 +30,9 @@ class FlakyFileSystem(MemoryFileSystem):
         return str(super()._strip_protocol(path.replace("flaky://", "memory://")))
 
     def _check(self, call: str, path: str) -> None:
-        found = None if FlakyFileSystem.fail is None else FlakyFileSystem.fail(call, path)
-        if found is not None:
-            raise found
+        failure = None if FlakyFileSystem.fail is None else FlakyFileSystem.fail(call, path)
+        if failure is not None:
+            raise failure
 
     def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:
         if "r" in mode:

@@ -96,8 +96,8 @@ class Persisted:
 
     @property
     def state(self) -> dict[str, Any]:
-        found: dict[str, Any] = self.meta["state"]
-        return found
+        state: dict[str, Any] = self.meta["state"]
+        return state
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reconstruct_persistent_obj, (self.meta,)

@@ -164,11 +164,11 @@ def test_damage_is_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["ivf", "hnsw"])
 def test_an_index_of_few_images_is_exact(tmp_path: Path, kind: str) -> None:
     base = rows(300)
-    found = index_of(tmp_path / "x", base, kind=kind, metric="l2", dim=None, storage="float")
+    index = index_of(tmp_path / "x", base, kind=kind, metric="l2", dim=None, storage="float")
     apart = distances(base, base)
     np.fill_diagonal(apart, np.inf)
-    assert (found.description.kind, found.description.exact_radii) == ("flat", 1)
-    assert np.allclose(found.radii, apart.min(axis=1), atol=2e-3)
+    assert (index.description.kind, index.description.exact_radii) == ("flat", 1)
+    assert np.allclose(index.radii, apart.min(axis=1), atol=2e-3)
 
 
 def test_radii_of_a_large_index_are_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,15 +194,15 @@ def test_duplicates_do_not_switch_the_check_off(tmp_path: Path, name: str) -> No
     base = rows(200)
     copies = {"three": base[:3], "a third": base[:66], "all twice": base, "ten of each": np.tile(base, (9, 1))}[name]
     clean = index_of(tmp_path / "clean", base)
-    found = index_of(tmp_path / "dup", again(base, copies))
-    first, described = clean.description.radii[1], found.description
+    index = index_of(tmp_path / "dup", again(base, copies))
+    first, described = clean.description.radii[1], index.description
     assert described.radii[1] == pytest.approx(first, rel=0.05) and weakness(described) is None
     duplicates = described.duplicates
     assert duplicates is not None and duplicates.distinct == 200
     assert duplicates.groups == min(len(copies), 200) and duplicates.images == len(copies) + duplicates.groups
-    saved_again = verdicts_of(found.nearest(again(base, base)[200:]), described)
+    saved_again = verdicts_of(index.nearest(again(base, base)[200:]), described)
     assert not saved_again.authentic.any() and (saved_again.percentiles < 1).all()
-    fresh = verdicts_of(found.nearest(rows(200, seed=3)), described)
+    fresh = verdicts_of(index.nearest(rows(200, seed=3)), described)
     assert fresh.authentic.mean() > 0.3 and (fresh.percentiles < 1).mean() < 0.1
 
 
@@ -212,13 +212,13 @@ def test_chains_and_patients_are_followed(tmp_path: Path) -> None:
     base[2] = base[1] + 0.5 * base[50]
     names = [str(i) for i in range(100)]
     names[2] = names[1]
-    found = index_of(tmp_path / "x", base, groups=names, metric="l2", dim=None, storage="float")
+    index = index_of(tmp_path / "x", base, groups=names, metric="l2", dim=None, storage="float")
     apart = distances(base, base)
-    assert found.radii[0] == pytest.approx(apart[0, 3:].min(), rel=1e-4)
-    assert found.description.duplicates is not None and found.description.duplicates.distinct == 98
+    assert index.radii[0] == pytest.approx(apart[0, 3:].min(), rel=1e-4)
+    assert index.description.duplicates is not None and index.description.duplicates.distinct == 98
 
 
-def test_pairs_that_pixels_tell_are_copies_if_they_are_near(tmp_path: Path) -> None:
+def test_pairs_of_similar_pixels_are_copies_if_they_are_near(tmp_path: Path) -> None:
     base = rows(200)
     base[1] = base[0] + 0.3 * rows(1, seed=8)[0]  # farther than the same image, not farther than a re-compressed one
     copied = base[:50] + 0.4 * rows(50, seed=9)

@@ -213,7 +213,7 @@ def test_a_refused_body_without_an_end_is_cut_off(monkeypatch: pytest.MonkeyPatc
                     connection.sendall(b"x" * (1 << 20))
 
 
-def test_connections_that_ask_nothing_give_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_idle_connections_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(monkeypatch, max_connections=16) as connect:
         held = [connect() for _ in range(60)]
         for connection in held:

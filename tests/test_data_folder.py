@@ -32,7 +32,7 @@ def open_to_others(folder: Path) -> list[str]:
     return [str(path) for path in paths if not path.is_symlink() and stat.S_IMODE(path.stat().st_mode) & 0o077]
 
 
-def test_what_an_earlier_version_left_readable_is_taken_from_others(tmp_path: Path) -> None:
+def test_modes_of_an_earlier_version_are_corrected(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     job = folder / "datasets" / f"pr_{'0' * 32}" / ".partial"
     job.mkdir(parents=True)
@@ -62,9 +62,7 @@ def test_a_folder_of_all_accounts_is_refused_and_left_as_it_is(tmp_path: Path) -
     assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o1777
 
 
-def test_a_storage_whose_package_is_missing_is_said_before_the_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_package_of_the_storage_prevents_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(SettingsError, match=r"DERMIS_STORAGE_URL: s3://bucket/x: .*pip install s3fs"):
         prepare_data_folder(settings_of(tmp_path, storage_url="s3://bucket/x"))
@@ -116,7 +114,7 @@ def test_nothing_that_a_running_service_writes_is_open_to_others(
     running.wait_until(lambda: running.client.get(path).json()["state"] == "succeeded")
     dataset = running.client.post("/v1/datasets", json={"classes": {"benign": 2}}).json()
     running.wait_until(lambda: running.progress(dataset)["state"] == "succeeded")
-    written = [found.name for found in (tmp_path / "data").rglob("*")]
+    written = [path.name for path in (tmp_path / "data").rglob("*")]
     assert "00000.png" in written and "jobs.sqlite-wal" in written
     assert open_to_others(tmp_path / "data") == []
     assert asked.json()["id"] not in running.log.read_text()

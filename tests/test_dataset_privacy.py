@@ -170,7 +170,7 @@ def test_copies_are_replaced_by_the_next_latent_and_the_files_say_how_near_all_a
     assert report.stands_on in card and f"own distances ({report.limit:.4f})" in card
 
 
-def test_a_manifest_of_an_older_version_is_read_and_a_weak_baseline_is_told(bundle: Bundle, tmp_path: Path) -> None:
+def test_a_manifest_of_an_older_version_is_read_and_a_weak_baseline_is_reported(bundle: Bundle, tmp_path: Path) -> None:
     assert bundle.authenticity is not None
     # What an index of the first format says of training images of which 2 % are there twice.
     spoilt = replace(

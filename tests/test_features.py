@@ -72,7 +72,7 @@ def test_openvino_computes_what_torch_does(name: str, tmp_path: Path, monkeypatc
     assert not extractor.extract._failed
 
 
-def test_openvinos_features_are_the_same_bits_in_any_company() -> None:
+def test_openvinos_features_do_not_depend_on_the_batch() -> None:
     pytest.importorskip("openvino", reason="OpenVINO is not installed")
     images = np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
     first = feature_extractor("lite0").extract(images)

@@ -226,7 +226,7 @@ def test_a_folder_that_cannot_be_made(run: Run, painter: type[Painter], tiny_bun
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "expected"),
     [
         (("--min-probability", "2"), "error: --min-probability: Input should be less than or equal to 1"),
         (
@@ -248,26 +248,26 @@ def test_a_folder_that_cannot_be_made(run: Run, painter: type[Painter], tiny_bun
     ],
 )
 def test_errors_name_the_option_that_was_given(
-    run: Run, tiny_bundle: Bundle, tmp_path: Path, options: tuple[str, ...], told: str
+    run: Run, tiny_bundle: Bundle, tmp_path: Path, options: tuple[str, ...], expected: str
 ) -> None:
     out = tmp_path / "made"
     status, printed, err = run(
         "generate", "--bundle", tiny_bundle.location, "--classes", "benign=2", "--out", out, *options
     )
-    assert (status, printed) == (1, "") and told in err and err.count("\n") == 1
+    assert (status, printed) == (1, "") and expected in err and err.count("\n") == 1
     assert not any(word in err for word in ("classifier.", "privacy.", "_probability", "on_reject"))
     assert not out.exists()
 
 
 def test_wrong_usage_is_one_line_and_help_is_help(run: Run) -> None:
-    for arguments, told in (
+    for arguments, expected in (
         (("surve",), "No such command 'surve'. Did you mean 'survey'?; see: dermis --help"),
         (("generate", "--nonsense"), "--nonsense"),
         (("generate",), "--out"),
         (("generate", "--out", "x", "--seed", "y"), "--seed"),
     ):
         status, out, err = run(*arguments)
-        assert (status, out) == (2, "") and told in err
+        assert (status, out) == (2, "") and expected in err
         assert err.startswith("error: ") and err.count("\n") == 1 and err.count("Did you mean") <= 1
     for arguments in ((), ("data",)):
         status, out, err = run(*arguments)
@@ -276,10 +276,13 @@ def test_wrong_usage_is_one_line_and_help_is_help(run: Run) -> None:
 
 def test_the_last_line_counts_images(run: Run, tiny_bundle: Bundle, tmp_path: Path, painter: type[Painter]) -> None:
     del painter
-    for file_format, told in (("imagefolder", "5 images in images.zip;"), ("webdataset", "5 images in 3 .tar files;")):
+    for file_format, expected in (
+        ("imagefolder", "5 images in images.zip;"),
+        ("webdataset", "5 images in 3 .tar files;"),
+    ):
         made = ("generate", "--bundle", tiny_bundle.location, "--classes", "benign=5", "--shard-size", 2)
         status, out, _ = run(*made, "--format", file_format, "--out", tmp_path / file_format)
-        assert status == 0 and told in out
+        assert status == 0 and expected in out
 
 
 def test_a_pipe_does_not_squeeze_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

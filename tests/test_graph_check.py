@@ -1,4 +1,4 @@
-"""An ONNX file from a stranger is a plain graph within limits, or it is refused before anything runs it."""
+"""An untrusted ONNX file is a plain graph within limits, or it is refused before anything runs it."""
 
 from __future__ import annotations
 

@@ -132,21 +132,21 @@ def test_few_calls_wait_for_heat_maps_and_none_for_ever(served: Service) -> None
         first.join()
     finally:
         served.explainer.gate.set()
-    told = problem(answers[0], 503, "overloaded")
-    assert "not ready in 1 s" in told and "fewer" not in told and answers[0].headers["Retry-After"]
+    detail = problem(answers[0], 503, "overloaded")
+    assert "not ready in 1 s" in detail and "fewer" not in detail and answers[0].headers["Retry-After"]
     assert send(served).status_code == 200
 
 
 def test_the_message_of_a_timeout_fits_the_number_of_images(served: Service) -> None:
     served.explainer.gate.clear()
     try:
-        told = problem(send(served, encode(PIXELS), encode(PIXELS)), 503, "overloaded")
+        detail = problem(send(served, encode(PIXELS), encode(PIXELS)), 503, "overloaded")
     finally:
         served.explainer.gate.set()
-    assert "0 of 2 heat maps" in told and "fewer images" in told
+    assert "0 of 2 heat maps" in detail and "fewer images" in detail
 
 
-def test_a_caller_that_leaves_takes_its_computation_along(tmp_path: Path, served: Service) -> None:
+def test_closing_the_connection_cancels_the_computation(tmp_path: Path, served: Service) -> None:
     """From the gateway on: the explainer's call is cancelled, and the place among the calls is free."""
     ended: list[str] = []
 

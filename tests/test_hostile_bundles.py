@@ -1,4 +1,4 @@
-"""A bundle from a stranger is opened within bounds, or refused with a message that names the file or field."""
+"""An untrusted bundle is opened within bounds, or refused with a message that names the file or field."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def verify(bundle: Path) -> str:
 
 
 def put(bundle: Path, name: str, data: bytes) -> None:
-    """Write a file and the hashes of it, as a stranger would."""
+    """Write a file and the hashes of it, as an attacker would."""
     (bundle / name).write_bytes(data)
     part, _, rest = name.partition("/")
     if rest and rest != PARTS[part]:

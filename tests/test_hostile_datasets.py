@@ -1,4 +1,4 @@
-"""A dataset from a stranger is verified and read within bounds, or refused with a message that names the file or field."""
+"""An untrusted dataset is verified and read within bounds, or refused with a message that names the file or field."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def dataset(originals: Path, tmp_path: Path) -> Callable[[str], Path]:
 
 
 def put(folder: Path, name: str, data: bytes) -> None:
-    """Write a file and its hash, as a stranger would."""
+    """Write a file and its hash, as an attacker would."""
     (folder / name).write_bytes(data)
     document = json.loads((folder / "manifest.json").read_text())
     for file in document["files"]:

@@ -254,11 +254,9 @@ class ClientError(Exception):
         (TypeError("our fault"), True, None),
     ],
 )
-def test_what_a_storage_raises_is_transient_final_or_no_matter_of_it(
-    error: Exception, remote: bool, kind: str | None
-) -> None:
-    found = storage_error(error, "s3://bucket/x", remote=remote)
-    assert (None if found is None else found.kind) == kind
+def test_errors_of_a_storage_are_transient_final_or_unrelated(error: Exception, remote: bool, kind: str | None) -> None:
+    storage_problem = storage_error(error, "s3://bucket/x", remote=remote)
+    assert (None if storage_problem is None else storage_problem.kind) == kind
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EBUSY, "SlowDown"), EndpointConnectionError("s3.example.com")])
@@ -324,7 +322,7 @@ def test_the_error_of_a_job_names_the_job_and_no_place_nor_what_a_driver_said(
         )
 
 
-def test_calls_while_the_storage_is_away_are_told_to_come_again(tiny_bundle: Bundle, tmp_path: Path) -> None:
+def test_calls_get_503_while_the_storage_cannot_be_reached(tiny_bundle: Bundle, tmp_path: Path) -> None:
     with service(tiny_bundle.location, tmp_path / "data", storage_url="flaky://bucket/jobs") as running:
         dataset = running.wait(running.ask(REQUEST))
         with failing(lambda _call, _path: EndpointConnectionError("s3.example.com")):
@@ -445,7 +443,7 @@ def test_a_sweep_that_looked_just_before_a_job_ended_leaves_its_files(
         seen = running.shop.table.active()
         running.generator.gate.set()
         assert running.wait(asked)["state"] == "succeeded"
-        wait_for(lambda: (found := workflow.DBOS.get_workflow_status(asked["id"])) and found.status == "SUCCESS")
+        wait_for(lambda: (status := workflow.DBOS.get_workflow_status(asked["id"])) and status.status == "SUCCESS")
         monkeypatch.setattr(running.shop.table, "active", lambda: seen)
         workflow.sweep()
         assert running.client.get(asked["links"]["self"]).json()["state"] == "succeeded"
@@ -483,7 +481,7 @@ def test_a_service_that_does_not_answer_is_waited_for_longer_than_one_that_canno
         assert "/srv" not in dataset["error"]["detail"]
 
 
-def test_leases_of_others_mean_nothing_for_a_while_after_the_database_was_away() -> None:
+def test_leases_of_others_are_ignored_for_a_while_after_an_interruption() -> None:
     class Table:
         away = False
 
@@ -494,15 +492,15 @@ def test_leases_of_others_mean_nothing_for_a_while_after_the_database_was_away()
         def drop_lease(self, _executor_id: str) -> None:
             pass
 
-    table, told = Table(), list[bool]()
-    lease = Lease(table, "a", 0.6, told.append)  # type: ignore[arg-type]
+    table, valid_leases = Table(), list[bool]()
+    lease = Lease(table, "a", 0.6, valid_leases.append)  # type: ignore[arg-type]
     lease.start()
     try:
-        wait_for(lambda: told)
+        wait_for(lambda: valid_leases)
         table.away = True
-        wait_for(lambda: told[-1] is False)
+        wait_for(lambda: valid_leases[-1] is False)
         table.away = False
-        wait_for(lambda: told[-1] is True)
-        assert told[0] is True
+        wait_for(lambda: valid_leases[-1] is True)
+        assert valid_leases[0] is True
     finally:
         lease.stop()

@@ -66,13 +66,13 @@ def gone(pid: int) -> bool:
 
 def run_until(settings: Settings, ready: Any, signals: tuple[signal.Signals, ...] = (signal.SIGTERM,)) -> float:
     """Run the supervisor here, signal it when it is ready; the seconds that it then took to end."""
-    told: list[float] = []
+    signalled_at: list[float] = []
 
     def tell() -> None:
         try:
             wait_for(ready)
         finally:
-            told.append(time.monotonic())
+            signalled_at.append(time.monotonic())
             for number in signals:
                 os.kill(os.getpid(), number)
                 time.sleep(0.5)
@@ -81,7 +81,7 @@ def run_until(settings: Settings, ready: Any, signals: tuple[signal.Signals, ...
     thread.start()
     try:
         supervisor.serve(settings)
-        return time.monotonic() - told[0]
+        return time.monotonic() - signalled_at[0]
     finally:
         thread.join()
 

@@ -1,9 +1,9 @@
-"""The real-to-real baseline: how far each training image is from its nearest other one, near-duplicates being one image.
+"""The real-to-real baseline: each training image's distance to its nearest neighbour; near-duplicates count as one image.
 
-Two copies of an image among the training images are no measure of how alike two patients' images are. If they counted as
-neighbours, two per cent of them would bring the first percentile of the radii to zero, and every copy of a training image would
-pass a gate that stands on it. So images that are near-duplicates of one another, and images of one patient or lesion where the
-table tells, form a group (its connected component), and the radius of an image is the distance to the nearest image outside it.
+The distance of two copies of an image does not say how similar the images of two patients are. If copies counted as
+neighbours, two per cent of them would bring the first percentile of the radii to zero, and every copy of a training image
+would pass a gate that is based on it. So near-duplicates, and images of one patient or lesion where the table names them,
+form a group (a connected component), and the radius of an image is the distance to the nearest image outside it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MOST_COPY_SHARE = 0.5
 COPY_PERCENTILE = 99
 EXACT_RADII = 200_000  # vectors up to which all radii are computed by comparing every two images
 _VERIFIED = 1000
-_PAIRS = 2000  # images whose distances to one another tell the typical distance
+_PAIRS = 2000  # images whose distances give the typical distance
 _FIRST, _BLOCK = 16, 1 << 23  # neighbours looked at first; numbers of one search
 
 Pairs = NDArray[np.int64]
@@ -35,7 +35,7 @@ Pairs = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Copies:
-    """What the pixels of training images tell of copies.
+    """Measurements on the pixels of training images, to find copies.
 
     features: [S, feature_dim] of re-compressed training images; of: [S], their numbers. alike: [P, 2], pairs of training
     images with nearly the same perceptual hash.
@@ -64,7 +64,7 @@ def baseline(
     copy_distances: Floats | None,
     threads: int,
 ) -> Baseline:
-    """Of a FAISS index of N vectors and the same images' rows [N, dim] in its space, not rounded.
+    """The baseline of a FAISS index of N vectors; rows [N, dim] are the same embeddings in its space, not rounded.
 
     alike: pairs [P, 2] with nearly the same pixels. copy_distances: of re-compressed images from their originals.
     RequestError if so many images are near-duplicates that no radius can be trusted.
@@ -84,10 +84,10 @@ def baseline(
     if alike is not None and len(alike):
         apart = np.linalg.norm(rows[alike[:, 0]] - rows[alike[:, 1]], axis=1)
         near = np.concatenate([near, alike[apart <= max(copy, same)]])
-    found = _components(count, near)
-    sizes = np.bincount(found)
+    component = _components(count, near)
+    sizes = np.bincount(component)
     _check_largest(int(sizes.max()), count)
-    group = found
+    group = component
     if groups is not None:
         _, first, number = np.unique(np.asarray(groups), return_index=True, return_inverse=True)
         group = _components(count, np.concatenate([near, np.stack([np.arange(count), first[number]], axis=1)]))
@@ -123,7 +123,7 @@ def typical_distance(rows: NDArray[np.floating]) -> float:
 
 
 def _exact(base: Any, width: int) -> Any:
-    """The index itself if it looks at every vector, or one that holds the same vectors and does."""
+    """An index of the same vectors that compares with each of them: the index itself if it does."""
     faiss = import_faiss()
     if isinstance(base, faiss.IndexFlat | faiss.IndexScalarQuantizer):
         return base
@@ -145,8 +145,8 @@ def _near_pairs(index: Any, rows: Floats, limit: float, threads: int) -> Pairs:
             more = near[:, -1] & (k < count)
             left.append(numbers[more])
             row, column = np.nonzero(near & ~more[:, None])
-            found = np.stack([numbers[row], neighbours[row, column]], axis=1)
-            pairs.append(found[found[:, 0] != found[:, 1]])
+            indices = np.stack([numbers[row], neighbours[row, column]], axis=1)
+            pairs.append(indices[indices[:, 0] != indices[:, 1]])
         pending = np.concatenate(left)
         if len(pending) and 2 * k > count:
             _check_largest(k, count)
@@ -186,7 +186,7 @@ def _searches(index: Any, rows: Floats, numbers: NDArray[np.int64], k: int, thre
 
 
 def _confirmed(base: Any, rows: Floats, group: NDArray[np.int64], radii: Floats) -> float:
-    """Of 1,000 evenly chosen radii the share that comparing with every vector gives as well, within 1 %."""
+    """The share of 1,000 evenly chosen radii that an exact search confirms within 1 %."""
     faiss = import_faiss()
     chosen = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), _VERIFIED)).round().astype(np.int64))
     best = np.full(len(chosen), np.inf)

@@ -29,7 +29,7 @@ from dermis.errors import RequestError
 Storage = Literal["8bit", "float"]
 EXACT = 200_000  # vectors up to which every one is looked at
 GRAPH = 2_000_000  # up to which a graph of neighbours is quickest; beyond it, lists need far less memory
-FEWEST_APPROXIMATE = 25_000  # below, lists (IVF) have too few vectors to learn from, and looking at all is as quick
+FEWEST_APPROXIMATE = 25_000  # below, lists (IVF) have too few vectors to be trained on, and an exact search is as fast
 DIM = 128
 _TRAINING = 200_000
 _IMAGES_PER_DIM = 20
@@ -55,7 +55,7 @@ def build_index(
 
     held_out: features of real images that the generator never saw, for attacks. groups: the lesion or patient of each
     image: an image's radius is then its distance to the nearest image of another group, so that pictures of one lesion do not
-    make it tiny. copies: what the pixels tell of copies; near-duplicates, which never count as neighbours, are found by
+    make it tiny. copies: measurements on the pixels; near-duplicates, which never count as neighbours, are found by
     distance alone without it. dim: principal components to keep; None keeps all dimensions, as do fewer than 20 images for
     each. storage:
     8 bits a number, or float32. kind: "auto" looks at every vector up to 200,000, then walks a graph (HNSW), and searches

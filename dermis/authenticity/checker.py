@@ -37,7 +37,7 @@ class Embedder:
         self._extract: Callable[[Images], NDArray[np.float32]]
         self._close: Callable[[], None] = lambda: None
         self.backend: str | None = None
-        """What computes the features, where there is more than one way to: verdicts may differ in the last bits."""
+        """What computes the features, if there are several implementations: verdicts may differ in the last bits."""
         if name == CLASSIFIER:
             from dermis.classifier.onnx_session import Classifier
 
@@ -110,9 +110,9 @@ class Checker:
         """What decides verdicts, beside the images and the kind of machine."""
         from dermis.authenticity.index import import_faiss
 
-        found = {"authenticity": self.description.digest, "faiss": str(import_faiss().__version__)}
+        versions = {"authenticity": self.description.digest, "faiss": str(import_faiss().__version__)}
         backend = self._embedder.backend
-        return found if backend is None else {**found, "features": backend}
+        return versions if backend is None else {**versions, "features": backend}
 
     def embed(self, images: Sequence[Images] | Images) -> NDArray[np.float32]:
         """float32 [N, feature_dim] of uint8 images [H, W, 3] of any sizes, or of one array [N, H, W, 3]."""

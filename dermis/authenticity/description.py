@@ -2,10 +2,10 @@
 
     authenticity.json   the feature space, how it is stored, counts, the real-to-real baseline, SHA-256 of the others
     index.faiss         the training images' embeddings
-    radii.npy           float32 [vectors]: each one's distance to its nearest other training image that is no copy of it
+    radii.npy           float32 [vectors]: distance to the nearest other training image that is no near-duplicate
     held_out.npy        float32 [held_out, dim], optional: embeddings of real images that the generator never saw
 
-It names no image: only the order of the vectors in the index could tell one, and nothing here says what that order is.
+It names no image: the order of the vectors in the index could identify images, but it is not recorded.
 The folder stands alone or in a bundle as `authenticity/`. `docs/bundles.md` documents it.
 """
 
@@ -55,9 +55,9 @@ class Duplicates:
     """Median distance of two training images."""
     same_distance: float
     copy_distance: float
-    """How far re-compressed copies are from their originals, 99 % of them; 0 if no pixels were compared."""
+    """99th percentile of the distances of re-compressed copies to their originals, bounded; 0 if no pixels were compared."""
     copy_median: float
-    """The same of half of them."""
+    """Median distance of re-compressed copies to their originals."""
     copies: int
     """Training images of which a re-compressed copy was measured."""
     copies_nearer: float
@@ -168,27 +168,27 @@ def write_index_folder(
 
 def parse(text: bytes, where: str) -> IndexDescription:
     """authenticity.json as a description. BundleError, naming `where` and the field, if it is none."""
-    found = parse_descriptor(text, where, _format_of(text), _Descriptor)
-    for name, value, kind in (("metric", found.metric, Metric), ("kind", found.kind, Kind)):
+    fields = parse_descriptor(text, where, _format_of(text), _Descriptor)
+    for name, value, kind in (("metric", fields.metric, Metric), ("kind", fields.kind, Kind)):
         if value not in get_args(kind):
             raise BundleError(f"{where}: {name}: {quote(value)} is none of {', '.join(get_args(kind))}")
     described = IndexDescription(
-        extractor=found.extractor,
-        extractor_identity=found.extractor_identity,
-        feature_dim=found.feature_dim,
-        dim=found.dim,
-        metric="cosine" if found.metric == "cosine" else "l2",
-        kind=next(kind for kind in get_args(Kind) if kind == found.kind),
-        resolution=found.resolution,
-        vectors=found.vectors,
-        held_out=found.held_out,
-        explained=found.explained,
-        radii=tuple(found.radii),
-        held_out_distances=tuple(found.held_out_distances),
-        provenance=found.provenance,
-        duplicates=None if found.duplicates is None else Duplicates(**found.duplicates.model_dump()),
-        exact_radii=found.exact_radii,
-        files=found.records,
+        extractor=fields.extractor,
+        extractor_identity=fields.extractor_identity,
+        feature_dim=fields.feature_dim,
+        dim=fields.dim,
+        metric="cosine" if fields.metric == "cosine" else "l2",
+        kind=next(kind for kind in get_args(Kind) if kind == fields.kind),
+        resolution=fields.resolution,
+        vectors=fields.vectors,
+        held_out=fields.held_out,
+        explained=fields.explained,
+        radii=tuple(fields.radii),
+        held_out_distances=tuple(fields.held_out_distances),
+        provenance=fields.provenance,
+        duplicates=None if fields.duplicates is None else Duplicates(**fields.duplicates.model_dump()),
+        exact_radii=fields.exact_radii,
+        files=fields.records,
         digest=hashlib.sha256(text).hexdigest(),
     )
     _check(described, where)
@@ -199,7 +199,7 @@ def parse(text: bytes, where: str) -> IndexDescription:
 
 
 def _format_of(text: bytes) -> int:
-    """The format that a descriptor is read as: the one that it names, if that is an older one which is still read."""
+    """The format by which a descriptor is read: the one that it names, if that is an older one that is still supported."""
     try:
         version = json.loads(text).get("format_version")
     except (ValueError, RecursionError, AttributeError):  # it is no descriptor, which its parser says

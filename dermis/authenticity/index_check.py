@@ -1,4 +1,4 @@
-"""Is index.faiss what its description says? Looked at in a process of its own before this one reads it.
+"""Check in a separate process that index.faiss is what its description says, before this process reads it.
 
 FAISS trusts most counts and numbers that a file holds: a wrong one reserves any amount of memory or reads beyond the end of
 an array when the index is searched, and some kinds of index name another file that is then opened. So the file is first read
@@ -28,7 +28,7 @@ _OTHER_KIND = "is not of the kind {kind} as dermis builds it"
 
 
 def most_bytes(described: IndexDescription) -> int:
-    """More than an index of this description needs."""
+    """An upper bound for the size of an index of this description, in bytes."""
     numbers = described.vectors * described.dim * 2 + described.feature_dim * (described.dim + 2)
     return 4 * numbers + described.vectors * _VECTOR_BYTES + _FIXED_BYTES
 
@@ -48,14 +48,14 @@ def check_index(data: bytes, path: str | None, described: IndexDescription, wher
         raise BundleError(f"{where}: {problem}; build the index again")
 
 
-def problem_of(data: bytes, facts: str) -> str:
+def problem_of(data: bytes, expected_json: str) -> str:
     """What is wrong with an index, "" if nothing. For the process with the limits."""
-    told = json.loads(facts)
+    expected = json.loads(expected_json)
     try:
-        index = read(data, told["path"])
-        problem = _structure(index, told).replace("{kind}", told["kind"])
+        index = read(data, expected["path"])
+        problem = _structure(index, expected).replace("{kind}", expected["kind"])
         if not problem:
-            index.search(np.zeros((1, told["feature_dim"]), np.float32), 1)
+            index.search(np.zeros((1, expected["feature_dim"]), np.float32), 1)
     except RuntimeError as error:
         return f"is no index of FAISS ({reason_of(error)})"
     return problem
@@ -75,29 +75,29 @@ def reason_of(error: RuntimeError) -> str:
     return escape(str(error).rpartition("Error: ")[2].strip())
 
 
-def _structure(index: Any, told: dict[str, Any]) -> str:
+def _structure(index: Any, expected: dict[str, Any]) -> str:
     import faiss
 
-    dim, vectors = told["dim"], told["vectors"]
+    dim, vectors = expected["dim"], expected["vectors"]
     base = index
     if isinstance(index, faiss.IndexPreTransform):
-        problem = _transforms(index, told["feature_dim"], dim)
+        problem = _transforms(index, expected["feature_dim"], dim)
         if problem:
             return problem
         base = faiss.downcast_index(index.index)
     sizes = (index.d, index.ntotal, base.d, base.ntotal)
-    if sizes != (told["feature_dim"], vectors, dim, vectors):
+    if sizes != (expected["feature_dim"], vectors, dim, vectors):
         return "holds other vectors than its description says"
     if not (index.is_trained and base.is_trained) or {index.metric_type, base.metric_type} != {faiss.METRIC_L2}:
         return "does not measure Euclidean distances"
-    if told["kind"] == "flat":
+    if expected["kind"] == "flat":
         return _codes(base, vectors)
-    if told["kind"] == "hnsw" and type(base) in (faiss.IndexHNSWFlat, faiss.IndexHNSWSQ):
+    if expected["kind"] == "hnsw" and type(base) in (faiss.IndexHNSWFlat, faiss.IndexHNSWSQ):
         storage = faiss.downcast_index(base.storage)
         if (storage.d, storage.ntotal) != (dim, vectors):
             return "holds other vectors than its description says"
         return _codes(storage, vectors) or _graph(base.hnsw, vectors)
-    if told["kind"] == "ivf" and type(base) in (faiss.IndexIVFFlat, faiss.IndexIVFScalarQuantizer):
+    if expected["kind"] == "ivf" and type(base) in (faiss.IndexIVFFlat, faiss.IndexIVFScalarQuantizer):
         return _lists(base, dim, vectors)
     return _OTHER_KIND
 
@@ -118,7 +118,7 @@ def _transforms(index: Any, feature_dim: int, dim: int) -> str:
 
 
 def _codes(base: Any, vectors: int) -> str:
-    """Of an index that stores its vectors in one array."""
+    """What is wrong with an index that stores its vectors in one array; "" if nothing."""
     import faiss
 
     if type(base) in (faiss.IndexFlat, faiss.IndexFlatL2):
@@ -142,7 +142,7 @@ def _quantizer_fits(quantizer: Any, dim: int) -> bool:
 
 
 def _graph(graph: Any, vectors: int) -> str:
-    """Of HNSW: every link leads to a vector, and every vector has its links where its level says."""
+    """What is wrong with an HNSW graph: links must lead to vectors, and each vector has the links of its level."""
     import faiss
 
     levels = faiss.vector_to_array(graph.levels)
@@ -180,7 +180,7 @@ def _graph(graph: Any, vectors: int) -> str:
 
 
 def _lists(base: Any, dim: int, vectors: int) -> str:
-    """Of IVF: the lists hold every vector once, and the list of each vector is known."""
+    """What is wrong with the lists of IVF: they must hold every vector once, and know the list of each vector."""
     import faiss
 
     coarse, lists = faiss.downcast_index(base.quantizer), faiss.downcast_InvertedLists(base.invlists)
@@ -204,11 +204,11 @@ def _lists(base: Any, dim: int, vectors: int) -> str:
     places = np.full(vectors, -1, np.int64)
     for number in range(base.nlist):
         size = lists.list_size(number)
-        found = faiss.rev_swig_ptr(lists.get_ids(number), size).copy() if size else np.empty(0, np.int64)
-        if size and not (found.min() >= 0 and found.max() < vectors):
+        ids = faiss.rev_swig_ptr(lists.get_ids(number), size).copy() if size else np.empty(0, np.int64)
+        if size and not (ids.min() >= 0 and ids.max() < vectors):
             return "names vectors that are not there"
-        places[found] = (number << 32) | np.arange(size)
-        numbers.append(found)
+        places[ids] = (number << 32) | np.arange(size)
+        numbers.append(ids)
     if len(np.unique(np.concatenate(numbers))) != vectors or sum(map(len, numbers)) != vectors:
         return "does not hold every vector once"
     kept = faiss.vector_to_array(base.direct_map.array) if base.direct_map.type == base.direct_map.Array else None

@@ -14,8 +14,8 @@ SAME_SHARE = 0.05
 """Of the typical distance: images nearer than that are one image. It is well above the rounding to 8 bits (0.005 of it)
 and below what different images reach (0.08 of it in 6,543 dermoscopic images, features of the demo's classifier)."""
 WEAK_SHARE = 0.075
-"""Of the typical distance: a first percentile of the radii below that hardly differs from that of copies. It is 0.13 of it
-for 2,181 dermoscopic images in the features of the demo's classifier."""
+"""Of the typical distance: below this, the first percentile of the radii hardly differs from the distances of copies.
+It is 0.13 of it for 2,181 dermoscopic images in the features of the demo's classifier."""
 FEWEST_DISTINCT = 20
 
 
@@ -42,14 +42,14 @@ def verdicts_of(found: Nearest, described: IndexDescription) -> Verdicts:
 
 
 def weakness(described: IndexDescription) -> str | None:
-    """Why the baseline of an index does not tell copies from other images; None if nothing speaks against it."""
+    """Why the baseline of an index cannot separate copies from other images; None if it can."""
     first, half, duplicates = described.radii[1], described.radii[50], described.duplicates
     again = "build the index again: dermis index build"
     if duplicates is None:
         if first < WEAK_SHARE * half or (described.metric == "cosine" and half < SAME_SHARE):
             return (
                 f"1 % of the training images are nearer than {first:.4f} to another one, so copies can pass: this index was "
-                f"built by a version that took duplicates among the training images for neighbours; {again}"
+                f"built by a version that counted duplicates among the training images as neighbours; {again}"
             )
         return None
     reasons = []
@@ -70,7 +70,7 @@ def weakness(described: IndexDescription) -> str | None:
 
 
 def stands_on(described: IndexDescription) -> str:
-    """One sentence on the percentile that verdicts and the gate stand on."""
+    """One sentence on the percentile that verdicts and the gate are based on."""
     text = f"1 % of the {described.vectors:,} training images are nearer than {described.radii[1]:.4f} to another one"
     duplicates = described.duplicates
     if duplicates is None:

@@ -1,4 +1,4 @@
-"""Is an ONNX file a plain feed-forward graph that may be run? Read here without the package onnx, which serving has not.
+"""Check that an ONNX file is a plain feed-forward graph, without the package onnx, which serving does not install.
 
 A graph of ONNX can loop for ever (Loop, Scan), carry code paths in subgraphs and functions, read files beside it (external
 data), and ask for memory by the pixels of an image (a shape that is computed). This module refuses all of that: operators
@@ -34,7 +34,7 @@ OPERATORS = frozenset(
     ReduceProd ReduceSum ReduceSumSquare Relu Reshape Resize RotaryEmbedding Round ScatterElements ScatterND Selu Shape
     Sigmoid Sign Sin Sinh Size Slice Softmax Softplus Softsign SpaceToDepth Split Sqrt Squeeze Sub Sum Swish Tan Tanh
     ThresholdedRelu Tile TopK Transpose Trilu Unsqueeze Upsample Where Xor
-    """.split()  # noqa: SIM905  (two hundred quotation marks say nothing)
+    """.split()  # noqa: SIM905  (easier to read than two hundred quoted names)
 )
 # Inputs by position whose values decide the shape of the result. They must not come from the values of an image.
 _SHAPING: Mapping[str, tuple[int, ...]] = {
@@ -59,7 +59,7 @@ _SHAPE_OF = frozenset({"Shape", "Size"})  # their results come from shapes, what
 _OWN_DOMAIN = ("", "ai.onnx")
 
 _VARINT, _EIGHT_BYTES, _BYTES, _FOUR_BYTES = 0, 1, 2, 5
-# Of each message the fields that a graph may have, by number; of the rest nobody needs any, so a file with them is refused.
+# The fields that each message may have, by number. A file with any other field is refused.
 _MODEL = dict(enumerate(("ir_version", "producer_name", "producer_version", "domain", "model_version"), 1)) | {
     6: "doc_string",
     7: "graph",
@@ -204,13 +204,13 @@ class _Check:
 
     def _tensor(self, tensor: memoryview) -> str:
         """Its name. ValueError if its values are not in this file."""
-        found = ""
+        tensor_name = ""
         for name, value in self._message(tensor, "tensor", _TENSOR):
             if name == "name":
-                found = _text(value)
+                tensor_name = _text(value)
             elif name == "data_location" and value != 0:
                 raise ValueError("holds weights in another file (external data)")
-        return found
+        return tensor_name
 
     def _message(self, data: memoryview, kind: str, known: Mapping[int, str]) -> Iterator[tuple[str, int | memoryview]]:
         """Name and value of each field of a message: an integer, or the bytes. ValueError if a field is not known."""

@@ -146,15 +146,15 @@ def _session(model: bytes, device: str, where: str) -> Any:
     # Exhaustive search would pick algorithms by their time, and so another one in the next process.
     number = device.partition(":")[2] or "0"
     cuda = (_CUDA, {"device_id": number, "cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"})
-    wanted: list[Any] = [CPU]
+    providers: list[Any] = [CPU]
     if _has_cuda(device):
-        wanted = [cuda, CPU]
+        providers = [cuda, CPU]
         with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
             import_onnxruntime().preload_dlls()  # CUDA's libraries as pip installs them; torch has not loaded them
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            session = new_session(model, wanted)
+            session = new_session(model, providers)
     except Exception as error:  # ONNX Runtime's errors share no class
         raise BundleError(f"{where}: ONNX Runtime does not take it: {first_line(error)}") from None
     # Asked for and built in is not yet working: without the libraries of CUDA it falls back to the CPU.

@@ -12,8 +12,8 @@ from typing import Any
 from dermis.dataset.plan import Plan
 from dermis.imaging import SUFFIXES
 
-# The columns of the ISIC Archive's metadata first, so that a synthetic set can stand beside a real one. What has no
-# meaning for an image of nobody stays empty.
+# The columns of the ISIC Archive's metadata first, so that synthetic and real sets can be combined. Columns that
+# have no meaning for a synthetic image stay empty.
 COLUMNS = (
     "isic_id",
     "patient_id",

@@ -79,11 +79,11 @@ class PrivacyReport:
     """The same of the training images' distances to their nearest other one."""
     exposure: Exposure
     limit: float | None = None
-    """Of min_distance: the distance that the gate asked for, at its percentile of the baseline."""
+    """The distance that the gate min_distance requires, at its percentile of the baseline."""
     stands_on: str = ""
     """A sentence on the first percentile of the baseline, and on near-duplicates; empty in manifests of older versions."""
     weakness: str | None = None
-    """Why the baseline may let copies pass; None if nothing speaks against it."""
+    """Why copies may pass the gate; None if there is no known reason."""
 
     @property
     def before(self) -> float:

@@ -44,7 +44,7 @@ def read_samples(location: str | Path) -> Iterator[tuple[Row, bytes]]:
 
 
 def samples_of(location: str | Path, manifest: Manifest, rows: Mapping[str, Row]) -> Iterator[tuple[Row, bytes]]:
-    """The same of a dataset that `open_dataset` has opened. DataError if a file holds other images than the table."""
+    """The samples of a dataset that `open_dataset` has opened. DataError if a file holds other images than the table."""
     store = Store(location)
     layout = plan(manifest.request, manifest.bundle_digest, manifest.class_names)
     for file in manifest.files:
@@ -73,7 +73,7 @@ def _rows(table: bytes, where: str) -> dict[str, Row]:
 
 
 def _of_container(layout: Plan, store: Store, container: str, rows: Mapping[str, Row]) -> Iterator[tuple[Row, bytes]]:
-    """The samples of one file. What its library says of damage becomes a DataError."""
+    """The samples of one file. Errors of its library, such as damage, become a DataError."""
     with store.open(container) as file:
         images = read_container(layout, file)
         while True:

@@ -178,14 +178,14 @@ def storage_errors(place: str, *, only_full: bool = False, remote: bool = False)
     try:
         yield
     except Exception as error:
-        found = storage_error(error, place, remote=remote)
-        if found is None or (only_full and found.kind != "storage-full"):
+        problem = storage_error(error, place, remote=remote)
+        if problem is None or (only_full and problem.kind != "storage-full"):
             raise
-        raise found from error
+        raise problem from error
 
 
 def storage_error(error: Exception, place: str, *, remote: bool) -> StorageError | None:
-    """What an exception says of the storage of `place`; None if it says nothing of it."""
+    """The StorageError for an exception about `place`; None if it does not come from the storage."""
     if isinstance(error, DermisError) or (not isinstance(error, OSError) and not remote):
         return None
     number = error.errno if isinstance(error, OSError) else None

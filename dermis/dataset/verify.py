@@ -36,8 +36,8 @@ def verify(location: str | Path) -> Report:
     """Compare a folder (or fsspec URL) with its manifest.json. StorageError if there is none or it is damaged.
 
     images.zip may lie unpacked beside itself, as `images/`: the unpacked files are then compared with it. In a local folder
-    only regular files of that folder count: a named pipe, a device or a link out of the folder is reported as changed. Of an
-    images.zip alone, the images are compared with the hashes in the metadata.csv inside it.
+    only regular files of that folder count: a named pipe, a device or a link out of the folder is reported as changed. If
+    `location` is an images.zip alone, its images are compared with the hashes in its metadata.csv.
     """
     if Path(location).is_file() and zipfile.is_zipfile(location):
         return _verify_archive(Path(location))
@@ -64,7 +64,7 @@ def verify(location: str | Path) -> Report:
 
 
 def _sha256(store: Store, name: str) -> str | None:
-    """None of what is no regular file of the folder."""
+    """The hash of a file; None if it is no regular file of the folder."""
     try:
         return store.sha256(name)
     except StorageError as error:

@@ -69,7 +69,7 @@ def authentic(training: Features, generated: Features, *, same: float = 0.0) -> 
     them in more dimensions. So compare it with the authenticity of held-out real images.
 
     same: training images at most so far apart are one image and no neighbours of one another (`same_distance`). If all were
-    there twice, every copy would be authentic otherwise. The paper has no such thing, hence 0: none are.
+    there twice, every copy would be authentic otherwise. The paper does not do this, hence the default 0.
     """
     distance, index = nearest(generated, training)
     own = distinct_radii(training, same)[0] if same else radii(training, 1)
@@ -82,7 +82,7 @@ def near_duplicates(features: Features) -> NDArray[np.bool_]:
 
 
 def same_distance(features: Features) -> float:
-    """Up to which two of the features [N, dim] are of the same image, as in an index (`dermis.authenticity.baseline`)."""
+    """Distance up to which two of the features [N, dim] count as one image, as in `dermis.authenticity.baseline`."""
     return SAME_SHARE * typical_distance(features)
 
 

@@ -69,10 +69,10 @@ def distinct_radii(base: Features, same: float) -> tuple[NDArray[np.float64], ND
 
     Infinite where all others are within `same`. Longer by a part in 10^9, as in `radii`.
     """
-    found, near = np.empty(len(base)), np.empty(len(base), dtype=bool)
+    nearest, near = np.empty(len(base)), np.empty(len(base), dtype=bool)
     for rows, squared in squared_distances(base, base):
         squared[torch.arange(len(squared)), torch.arange(rows.start, rows.stop)] = torch.inf
         within = squared <= same**2
         near[rows] = within.any(dim=1).numpy()
-        found[rows] = squared.masked_fill_(within, torch.inf).min(dim=1).values.sqrt().numpy()
-    return found * (1 + 1e-9), near
+        nearest[rows] = squared.masked_fill_(within, torch.inf).min(dim=1).values.sqrt().numpy()
+    return nearest * (1 + 1e-9), near

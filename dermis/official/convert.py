@@ -83,7 +83,7 @@ class OfficialCheckpoint:
 def read_official(
     path: str | Path, network: NetworkName = "G_ema", limits: ReadLimits | None = None
 ) -> OfficialCheckpoint:
-    """Read a StyleGAN2-ADA (PyTorch) `.pkl` without executing anything in it, in a process of its own.
+    """Read a StyleGAN2-ADA (PyTorch) `.pkl` without executing anything in it, in a separate process.
 
     Args:
         path: The file.
@@ -108,7 +108,7 @@ def read_official(
     except OSError as error:
         raise BundleError(
             f"{escape(path, 1000)}: cannot be read by way of the temporary folder {tempfile.gettempdir()}: "
-            f"{error.strerror}; TMPDIR names another one"
+            f"{error.strerror}; set TMPDIR to another folder"
         ) from None
 
 
@@ -194,17 +194,17 @@ def _check_attributes(model: nn.Module, stored: StoredNetwork, what: str) -> Non
 
 
 def _generator_config(stored: StoredNetwork, what: str) -> GeneratorConfig:
-    given = _arguments(stored, _GENERATOR_ARGUMENTS)
+    options = _arguments(stored, _GENERATOR_ARGUMENTS)
     # StyleGAN2-ADA takes the options of the synthesis network as a dictionary, the StyleGAN3 repository one by one.
-    _check_options(what, given, (*_GENERATOR_ARGUMENTS, *_SYNTHESIS_OPTIONS), "skip")
-    synthesis = _nested(what, given, "synthesis_kwargs", _SYNTHESIS_OPTIONS, "skip")
-    flat = {key: given[key] for key in _SYNTHESIS_OPTIONS if key in given}
+    _check_options(what, options, (*_GENERATOR_ARGUMENTS, *_SYNTHESIS_OPTIONS), "skip")
+    synthesis = _nested(what, options, "synthesis_kwargs", _SYNTHESIS_OPTIONS, "skip")
+    flat = {key: options[key] for key in _SYNTHESIS_OPTIONS if key in options}
     for key in flat.keys() & synthesis.keys():
         if flat[key] != synthesis[key]:
             raise BundleError(
                 f"{what}: {key} is both {quote(flat[key])} and {quote(synthesis[key])}; it is tampered with"
             )
-    channels = _integer(what, "img_channels", _given(given, stored, "img_channels", 3))
+    channels = _integer(what, "img_channels", _option(options, stored, "img_channels", 3))
     if channels != 3:
         makes = _COLOURS.get(channels, "images of another kind")
         raise UnsupportedNetworkError(
@@ -213,58 +213,58 @@ def _generator_config(stored: StoredNetwork, what: str) -> GeneratorConfig:
         )
     blocks = [f"synthesis.{name}" for name in stored.children("synthesis") if name.startswith("b")]
     return GeneratorConfig(
-        img_resolution=_integer(what, "img_resolution", _given(given, stored, "img_resolution", None)),
-        c_dim=_integer(what, "c_dim", _given(given, stored, "c_dim", None)),
-        z_dim=_integer(what, "z_dim", _given(given, stored, "z_dim", None)),
-        w_dim=_integer(what, "w_dim", _given(given, stored, "w_dim", None)),
+        img_resolution=_integer(what, "img_resolution", _option(options, stored, "img_resolution", None)),
+        c_dim=_integer(what, "c_dim", _option(options, stored, "c_dim", None)),
+        z_dim=_integer(what, "z_dim", _option(options, stored, "z_dim", None)),
+        w_dim=_integer(what, "w_dim", _option(options, stored, "w_dim", None)),
         img_channels=channels,
-        w_avg_beta=_number(what, "w_avg_beta", _mapping_option(given, stored, "w_avg_beta", 0.995)),
+        w_avg_beta=_number(what, "w_avg_beta", _mapping_option(options, stored, "w_avg_beta", 0.995)),
         **_width(what, {**synthesis, **flat}, stored, blocks, "conv1"),
-        **_mapping(what, given, stored, least=1),
+        **_mapping(what, options, stored, least=1),
     )
 
 
 def _discriminator_config(stored: StoredNetwork, what: str) -> DiscriminatorConfig:
-    given = _arguments(stored, _DISCRIMINATOR_ARGUMENTS)
-    _check_options(what, given, _DISCRIMINATOR_ARGUMENTS, "resnet")
-    _nested(what, given, "block_kwargs", (), "resnet")
-    epilogue = _nested(what, given, "epilogue_kwargs", ("mbstd_group_size", "mbstd_num_channels"), "resnet")
+    options = _arguments(stored, _DISCRIMINATOR_ARGUMENTS)
+    _check_options(what, options, _DISCRIMINATOR_ARGUMENTS, "resnet")
+    _nested(what, options, "block_kwargs", (), "resnet")
+    epilogue = _nested(what, options, "epilogue_kwargs", ("mbstd_group_size", "mbstd_num_channels"), "resnet")
     children = stored.children()
     blocks = [name for name in children if name.startswith("b") and name != "b4"]
     group = epilogue.get("mbstd_group_size", stored.attribute("b4.mbstd", "group_size", 4))
     maps = epilogue.get("mbstd_num_channels", stored.attribute("b4.mbstd", "num_channels", 1))
-    cmap_dim = given.get("cmap_dim")
+    cmap_dim = options.get("cmap_dim")
     return DiscriminatorConfig(
-        img_resolution=_integer(what, "img_resolution", _given(given, stored, "img_resolution", None)),
-        c_dim=_integer(what, "c_dim", _given(given, stored, "c_dim", None)),
-        img_channels=_integer(what, "img_channels", _given(given, stored, "img_channels", 3)),
+        img_resolution=_integer(what, "img_resolution", _option(options, stored, "img_resolution", None)),
+        c_dim=_integer(what, "c_dim", _option(options, stored, "c_dim", None)),
+        img_channels=_integer(what, "img_channels", _option(options, stored, "img_channels", 3)),
         cmap_dim=None if cmap_dim is None else _integer(what, "cmap_dim", cmap_dim),
         mbstd_group_size=None if group is None else _integer(what, "mbstd_group_size", group, least=1),
         mbstd_num_channels=_integer(what, "mbstd_num_channels", maps),
-        **_width(what, given, stored, blocks, "conv0"),
-        **(_mapping(what, given, stored, least=0) if "mapping" in children else {}),
+        **_width(what, options, stored, blocks, "conv0"),
+        **(_mapping(what, options, stored, least=0) if "mapping" in children else {}),
     )
 
 
 def _width(
-    what: str, given: Mapping[str, Any], stored: StoredNetwork, blocks: Sequence[str], layer: str
+    what: str, options: Mapping[str, Any], stored: StoredNetwork, blocks: Sequence[str], layer: str
 ) -> dict[str, Any]:
     clamps = [stored.attribute(f"{block}.{layer}", "conv_clamp") for block in blocks]
-    clamp = given.get("conv_clamp", clamps[0] if clamps else None)
-    halves = given.get("num_fp16_res", sum(stored.attribute(block, "use_fp16") is True for block in blocks))
+    clamp = options.get("conv_clamp", clamps[0] if clamps else None)
+    halves = options.get("num_fp16_res", sum(stored.attribute(block, "use_fp16") is True for block in blocks))
     return {
-        "channel_base": _integer(what, "channel_base", given.get("channel_base", 32768), least=1),
-        "channel_max": _integer(what, "channel_max", given.get("channel_max", 512), least=1),
+        "channel_base": _integer(what, "channel_base", options.get("channel_base", 32768), least=1),
+        "channel_max": _integer(what, "channel_max", options.get("channel_max", 512), least=1),
         "num_fp16_res": _integer(what, "num_fp16_res", halves),
         "conv_clamp": None if clamp is None else _number(what, "conv_clamp", clamp),
     }
 
 
-def _mapping(what: str, given: Mapping[str, Any], stored: StoredNetwork, least: int) -> dict[str, Any]:
+def _mapping(what: str, arguments: Mapping[str, Any], stored: StoredNetwork, least: int) -> dict[str, Any]:
     """The options of the mapping network, which has at least `least` layers."""
     known = ("num_layers", "embed_features", "layer_features", "lr_multiplier", "w_avg_beta")
-    options = _nested(what, given, "mapping_kwargs", known, None)
-    layers = _integer(what, "num_layers", _mapping_option(given, stored, "num_layers", 8), least=least)
+    options = _nested(what, arguments, "mapping_kwargs", known, None)
+    layers = _integer(what, "num_layers", _mapping_option(arguments, stored, "num_layers", 8), least=least)
     multiplier = options.get("lr_multiplier", stored.attribute("mapping.fc0", "bias_gain", 0.01))
     sizes = {key: options.get(key) for key in ("embed_features", "layer_features")}
     return {
@@ -274,8 +274,8 @@ def _mapping(what: str, given: Mapping[str, Any], stored: StoredNetwork, least: 
     }
 
 
-def _mapping_option(given: Mapping[str, Any], stored: StoredNetwork, key: str, default: Any) -> Any:
-    options = given.get("mapping_kwargs")
+def _mapping_option(arguments: Mapping[str, Any], stored: StoredNetwork, key: str, default: Any) -> Any:
+    options = arguments.get("mapping_kwargs")
     attribute = stored.attribute("mapping", key, default)
     return options.get(key, attribute) if isinstance(options, dict) else attribute
 
@@ -287,10 +287,10 @@ def _arguments(stored: StoredNetwork, names: Sequence[str]) -> dict[str, Any]:
     return {**dict(zip(names, stored.positional, strict=False)), **stored.named}
 
 
-def _check_options(where: str, given: Mapping[str, Any], known: Sequence[str], architecture: str | None) -> None:
+def _check_options(where: str, options: Mapping[str, Any], known: Sequence[str], architecture: str | None) -> None:
     """Refuse what the networks here do not compute. `architecture` is the only one that has that option, if any."""
     fixed = _FIXED if architecture is None else {**_FIXED, "architecture": architecture}
-    for key, value in given.items():
+    for key, value in options.items():
         if key in fixed:
             if value != fixed[key]:
                 raise UnsupportedNetworkError(f"{where}: {key}={quote(value)} is not supported, only {fixed[key]!r}")
@@ -301,10 +301,10 @@ def _check_options(where: str, given: Mapping[str, Any], known: Sequence[str], a
 
 
 def _nested(
-    what: str, given: Mapping[str, Any], key: str, known: Sequence[str], architecture: str | None
+    what: str, arguments: Mapping[str, Any], key: str, known: Sequence[str], architecture: str | None
 ) -> dict[str, Any]:
-    """The options of a part of the network."""
-    options = given.get(key)
+    """The options of a part of the network, which stand in the constructor's argument `key`."""
+    options = arguments.get(key)
     if options is None:
         return {}
     if not isinstance(options, dict):
@@ -313,8 +313,8 @@ def _nested(
     return {name: value for name, value in options.items() if name in known}
 
 
-def _given(given: Mapping[str, Any], stored: StoredNetwork, key: str, default: Any) -> Any:
-    value = given.get(key, stored.attribute("", key))
+def _option(options: Mapping[str, Any], stored: StoredNetwork, key: str, default: Any) -> Any:
+    value = options.get(key, stored.attribute("", key))
     return default if value is None else value
 
 

@@ -1,4 +1,4 @@
-"""What a file is that is no official checkpoint, by its first bytes, so that an error can say what to do with it."""
+"""Recognise files that are no official checkpoints by their first bytes, so that errors can say what to do."""
 
 from __future__ import annotations
 

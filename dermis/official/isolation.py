@@ -1,4 +1,4 @@
-"""Read a checkpoint of strangers in a process of its own, within limits of time and memory.
+"""Read an untrusted checkpoint in a separate process, with limits of time and memory.
 
 Nothing of the file is executed there either (`pickled.py`). The limits are for files that are made to take long or to
 need much memory; what comes back is JSON and safetensors in a temporary folder.
@@ -26,7 +26,7 @@ _START = (
 
 @dataclass(frozen=True)
 class ReadLimits:
-    """What reading one checkpoint may take. The largest official ones (1024 px, 380 MB) need a small part of it."""
+    """Limits for reading one checkpoint. The largest official ones (1024 px, 380 MB) need a small part of it."""
 
     cpu_seconds: int = 120
     wall_seconds: int = 600

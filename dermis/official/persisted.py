@@ -212,24 +212,24 @@ def _bytes(record: Any) -> Any:
 
 def modules(root: Module) -> dict[str, Module]:
     """The network and all modules in it, by their path ("" is the network itself)."""
-    found: dict[str, Module] = {}
+    by_path: dict[str, Module] = {}
     seen: set[int] = set()
     pending = [("", root)]
     while pending:
         path, current = pending.pop()
         if id(current.state) in seen:
             raise BundleError(f"holds the module {path} in two places, as no official checkpoint does")
-        if len(found) >= _MAX_MODULES or path.count(".") >= _MAX_DEPTH:
+        if len(by_path) >= _MAX_MODULES or path.count(".") >= _MAX_DEPTH:
             raise BundleError("has more modules, or deeper ones, than any official checkpoint")
         seen.add(id(current.state))
-        found[path] = current
+        by_path[path] = current
         for name, value in current.children().items():
             _check_name(name, path)
             if path == "synthesis" and (name == "input" or _STYLEGAN3_LAYER.fullmatch(name)):
                 raise BundleError(NO_STYLEGAN3)
             child = f"{path}.{name}" if path else name
             pending.append((child, module(value, child)))
-    return found
+    return by_path
 
 
 def _check_name(name: str, path: str) -> None:

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, as plain data: how the process that reads it hands it to the one that uses it.
+"""The contents of a checkpoint as plain data, passed from the process that reads it to the one that uses it.
 
 `write_stored` puts the networks of a pickle into a folder: their modules, attributes and options as JSON, their weights
 as safetensors. `read_stored` reads that folder. No pickle leaves the process that reads the foreign one.
@@ -151,7 +151,7 @@ def _store(checkpoint: Checkpoint, record: Any, name: str, file_bytes: int, fold
         save_file(weights, os.fspath(weights_file(folder, name)))
     except SafetensorError as error:
         raise BundleError(
-            f"its weights cannot be written to the temporary folder ({escape(error)}); TMPDIR names another one"
+            f"its weights cannot be written to the temporary folder ({escape(error)}); set TMPDIR to another folder"
         ) from None
     return StoredNetwork(stored, positional, named, shapes)
 

@@ -3,8 +3,8 @@
 One image and one core a stream: images need no synchronisation with one another, batch 1 keeps the activations in the
 cache, and since no sum is ever split over cores, the bytes do not depend on how many there are.
 
-Converting the network takes torch and most of a start; `dermis.synthesizer.model_cache` keeps the result. Compiling it
-needs no torch, which this module therefore imports in `convert` alone.
+Converting the network needs torch and takes most of the start-up time, so `dermis.synthesizer.model_cache` keeps the result.
+Compiling it needs no torch, which this module therefore imports in `convert` alone.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Decode uploaded images in processes that can be ended: whatever a file makes a decoder do, it does not do it for ever.
+"""Decode uploaded images in processes that can be ended, so that no file can keep a decoder busy for ever.
 
-`python -m services.gateway.decoding` is such a process. It reads requests from its standard input and writes the pixels, or why
-there are none, to its standard output. It never writes to a disk, and its messages go nowhere.
+`python -m services.gateway.decoding` is such a process. It reads requests from its standard input and writes the pixels, or the
+reason why there are none, to its standard output. It never writes to a disk, and its messages go nowhere.
 """
 
 from __future__ import annotations

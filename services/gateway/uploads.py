@@ -93,7 +93,7 @@ class Uploads:
         return done
 
     def close(self) -> None:
-        """Give the threads and processes back."""
+        """End the threads and processes."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         for decoder in self._decoders:
             decoder.interrupt()

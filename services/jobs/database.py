@@ -12,7 +12,7 @@ import sqlalchemy as sa
 
 from services.errors import DatabaseUnavailableError
 
-AWAY = "the jobs database cannot be reached at the moment; try again"
+UNREACHABLE = "the jobs database cannot be reached at the moment; try again"
 _CONNECT_SECONDS = 10
 _SCHEMA_LOCK = 0x6465726D6973  # any number that no other application on the database uses
 _SCHEMA_LOCK_SECONDS = 300.0
@@ -53,7 +53,7 @@ def database_errors() -> Iterator[None]:
     except sa.exc.SQLAlchemyError as error:
         if not _is_interruption(error):
             raise
-        raise DatabaseUnavailableError(AWAY) from error
+        raise DatabaseUnavailableError(UNREACHABLE) from error
 
 
 def _is_interruption(error: sa.exc.SQLAlchemyError) -> bool:

@@ -67,8 +67,8 @@ def try_lock(path: Path) -> IO[str] | None:
 class Lease:
     """Renews this worker's lease three times in its length, and calls `sweep` as often, each in a thread of its own.
 
-    `sweep` is given whether the leases of other workers say who lives. They do not for the length of a lease after the
-    database was away: nobody could renew one.
+    The argument of `sweep` says whether the leases of other workers show which of them are alive. It is False for the length
+    of a lease after the database could not be reached, because no worker could renew its lease.
     """
 
     def __init__(self, table: JobTable, executor_id: str, seconds: float, sweep: Callable[[bool], None]) -> None:

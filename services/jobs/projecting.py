@@ -26,7 +26,7 @@ from dermis.projection.result import facts_of, from_bytes
 from dermis.projection.schedule import SCHEDULES, Schedule, Space, Start
 from services.errors import DatabaseUnavailableError, InferenceFailedError, InferenceUnavailableError
 from services.jobs.table import Job
-from services.jobs.workshop import StoppedError, Workshop, ask, must_stop, outlast, patiently
+from services.jobs.workshop import StoppedError, Workshop, ask, must_stop, patiently, retry_transient
 from services.projections import Projected, Task
 
 PREFIX = "pr_"
@@ -82,7 +82,7 @@ def make_shard(shop: Workshop, job: Job, shard: int) -> None:
     """Project the images of a shard, unless their results are there. StoppedError if the job is to stop."""
     options = ProjectionOptions.model_validate(job.request)
     bundle = shop.models.serving(job.model_name, job.model_digest)
-    store = shop.lasting_store(job.id)
+    store = shop.retrying_store(job.id)
     numbers = range(shard * SHARD, min((shard + 1) * SHARD, options.images))
     if not all(_is_done(store, number) for number in numbers):
         shop.table.progress(job.id, shard, 0)
@@ -91,7 +91,7 @@ def make_shard(shop: Workshop, job: Job, shard: int) -> None:
             if made.video is not None:
                 store.write(f"{number:05d}.gif", made.video)
             store.write(_result(number), made.result)  # the last: an image with it is done
-    outlast(shop, lambda: shop.table.progress(job.id, shard, len(numbers) * options.steps, finished=True))
+    retry_transient(shop, lambda: shop.table.progress(job.id, shard, len(numbers) * options.steps, finished=True))
 
 
 def _project(
@@ -133,7 +133,7 @@ def _project(
 def finish(shop: Workshop, job: Job) -> None:
     """List the results, and remove the uploaded images."""
     options = ProjectionOptions.model_validate(job.request)
-    store = shop.lasting_store(job.id)
+    store = shop.retrying_store(job.id)
     rows = []
     for number in range(options.images):
         found, _ = from_bytes(store.read(_result(number)), _result(number))

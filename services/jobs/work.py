@@ -29,7 +29,15 @@ from services.gateway.metrics import dataset_samples
 from services.gateway.problems import Problem, is_disk_full, problem, problem_of
 from services.jobs import projecting
 from services.jobs.table import Job
-from services.jobs.workshop import POLL_SECONDS, ShutdownError, StoppedError, Workshop, must_stop, outlast, patiently
+from services.jobs.workshop import (
+    POLL_SECONDS,
+    ShutdownError,
+    StoppedError,
+    Workshop,
+    must_stop,
+    patiently,
+    retry_transient,
+)
 from services.samples import Image, Options, pack
 
 logger = logging.getLogger("dermis.jobs")
@@ -53,7 +61,9 @@ def make_shard(shop: Workshop, job_id: str, shard: int) -> str:
     except Exception as error:
         if is_transient(error):
             raise
-        if not must_stop(shop, job_id):  # else the files went from under this shard, as another one had failed
+        if not must_stop(
+            shop, job_id
+        ):  # otherwise the files were removed during this shard, because another one failed
             _fail(shop, job_id, error)
         return "stopped"
     return "finished"
@@ -67,13 +77,13 @@ def _make_dataset_shard(shop: Workshop, job: Job, shard: int) -> None:
         plan_,
         shard,
         _Synthesize(shop, job, bundle),
-        shop.lasting_store(job.id),
+        shop.retrying_store(job.id),
         score=_Score(shop, job, bundle) if plan_.scored else None,
         examine=_Examine(shop, job, bundle) if plan_.gated else None,
         identity=_identity(shop, job.id, bundle, plan_),
         on_batch=progress,
     )
-    outlast(shop, lambda: shop.table.progress(job.id, shard, len(record.images), finished=True))
+    retry_transient(shop, lambda: shop.table.progress(job.id, shard, len(record.images), finished=True))
 
 
 def finish(shop: Workshop, job_id: str) -> str:
@@ -104,12 +114,12 @@ def finish(shop: Workshop, job_id: str) -> str:
 def end(shop: Workshop, job_id: str, job: Job | None = None) -> str:
     """End a job that did not succeed, if it has not ended by now: another worker may have worked on it as well.
 
-    Nothing of it may be at work any more. Returns its last state.
+    No shard of it may be running any more. Returns its last state.
     """
     if job is None or job.active:
         job = shop.table.get(job_id)
     if job is not None and job.active:
-        # By now the table says why, so that whoever goes on after a crash in between knows.
+        # The table has the reason by now, so it is not lost if this process dies here.
         _clear(shop, job_id)
         job = shop.table.finish(job_id, "cancelled" if job.state == "cancelling" else "failed")
     state = "gone" if job is None else job.state
@@ -121,7 +131,7 @@ def _finish_dataset(shop: Workshop, job: Job) -> None:
     bundle, plan_ = _plan_of(shop, job)
     finalize(
         plan_,
-        shop.lasting_store(job.id),
+        shop.retrying_store(job.id),
         bundle,
         _identity(shop, job.id, bundle, plan_),
         lambda embeddings: patiently(shop, job.id, lambda: shop.expose(bundle, embeddings)),
@@ -151,7 +161,7 @@ def path_of(job_id: str) -> str:
 
 
 def _clear(shop: Workshop, job_id: str) -> None:
-    """Remove the files of a job that is about to end; one that the service may not remove must not keep it from that."""
+    """Remove the files of a job that is about to end; files that cannot be removed do not prevent its end."""
     try:
         remove_files(shop, job_id)
     except StorageError as error:
@@ -176,22 +186,22 @@ def _fail(shop: Workshop, job_id: str, error: Exception) -> None:
         except Exception as full:
             if is_transient(full) or not is_disk_full(full):
                 raise
-            # The note itself needs room: that of the files, which go anyway.
+            # The note itself needs disk space, so remove the files first; they are to be removed anyway.
             remove_files(shop, job_id)
             shop.table.record_error(job_id, note)
 
-    outlast(shop, record)
+    retry_transient(shop, record)
 
 
 def _problem_of_job(job_id: str, error: Exception) -> Problem:
     """Why a job failed, for callers: no place where the service keeps anything, no text of a driver or a library."""
-    found = problem_of(error)
-    detail = found.detail
+    cause = problem_of(error)
+    detail = cause.detail
     if isinstance(error, InferenceUnavailableError):
         detail = "a service that this needs could not do its part for some minutes; the log has more; ask for it again"
-    elif found.kind == "internal":
+    elif cause.kind == "internal":
         detail = "the service failed; the log has more under the id of this job"
-    return problem(found.kind, detail, path_of(job_id), errors=found.errors)
+    return problem(cause.kind, detail, path_of(job_id), errors=cause.errors)
 
 
 def _plan_of(shop: Workshop, job: Job) -> tuple[Bundle, Plan]:

@@ -18,10 +18,10 @@ from dbos import error as dbos_error
 
 from services.errors import DatabaseUnavailableError
 from services.jobs import work
-from services.jobs.database import AWAY, database_errors
+from services.jobs.database import UNREACHABLE, database_errors
 from services.jobs.projecting import is_projection
 from services.jobs.table import Job
-from services.jobs.workshop import ShutdownError, Workshop, outlast
+from services.jobs.workshop import ShutdownError, Workshop, retry_transient
 
 logger = logging.getLogger("dermis.jobs")
 
@@ -48,9 +48,9 @@ _restarts: dict[str, int] = {}
 
 
 class _Quieter(logging.Filter):
-    """Drops what DBOS says of cancelled workflows with a stack trace, as we cancelled them, and what it repeats.
+    """Drops DBOS's stack traces of workflows that we cancelled, and messages that it repeats.
 
-    While the database is away its threads say so some twenty times a second.
+    While the database cannot be reached, its threads log that about twenty times a second.
     """
 
     def __init__(self) -> None:
@@ -113,7 +113,7 @@ def executor_id() -> str:
 
 
 def submit(job: Job) -> None:
-    """Enqueue the job's workflow; a second time changes nothing. What the database prevents now, `sweep` does later."""
+    """Enqueue the job's workflow; a second time changes nothing. If the database prevents it now, `sweep` does it later."""
     try:
         with _database(), SetWorkflowID(job.id):
             DBOS.enqueue_workflow(_DATASETS, _dataset_workflow, job.id, job.shards_total)
@@ -128,7 +128,7 @@ def forget(job_id: str) -> None:
 
 
 def sweep(leases_hold: bool = True) -> None:
-    """Go on with what nobody works on: workflows of dead workers, stuck ones of our own, jobs without a workflow.
+    """Resume work that no worker does: workflows of dead workers, stuck ones of our own, jobs without a workflow.
 
     Without `leases_hold` the leases of other workers do not tell whether they live, and their work is left alone.
     """
@@ -197,7 +197,7 @@ def _cancel_queued(job_id: str) -> None:
 
 
 def _may_restart(job_id: str) -> bool:
-    """Whether workflows of a job that failed are started again: not for ever, in case that the fault is in our code."""
+    """Whether workflows of a job that failed are started again: a limited number of times, as the fault may be in our code."""
     _restarts[job_id] = _restarts.get(job_id, 0) + 1
     return _restarts[job_id] <= _MAX_RESTARTS
 
@@ -209,7 +209,7 @@ def _queue_of(workflow_id: str) -> str:
 
 
 def _is_stuck(workflow_id: str) -> bool:
-    """Whether we do not run a workflow, sweep after sweep, though DBOS says so: its outcome could not be recorded."""
+    """Whether DBOS takes a workflow for running here though it has not for several sweeps: its outcome was not recorded."""
     with _running_lock:
         idle = workflow_id not in _running
     _idle_sweeps[workflow_id] = _idle_sweeps.get(workflow_id, 0) + 1 if idle else 0
@@ -220,8 +220,8 @@ def _is_stuck(workflow_id: str) -> bool:
 def _dataset_workflow(job_id: str, shards: int) -> str:
     """All of one job. The order of its steps is fixed by its arguments, as replay after a crash needs it."""
     with _running_here(job_id) as shop:
-        outlast(shop, lambda: shop.table.own(job_id, _executor_id))
-        outlast(shop, lambda: shop.table.restart_rate(job_id))
+        retry_transient(shop, lambda: shop.table.own(job_id, _executor_id))
+        retry_transient(shop, lambda: shop.table.restart_rate(job_id))
         for shard in range(shards):
             _enqueue_shard(job_id, shard)
         _wait_for_shards(job_id)
@@ -237,25 +237,25 @@ def _shard_workflow(job_id: str, shard: int) -> str:
 @DBOS.step(name="dermis.make_shard")
 def _make_shard(job_id: str, shard: int) -> str:
     shop = _workshop()
-    return outlast(shop, lambda: work.make_shard(shop, job_id, shard))
+    return retry_transient(shop, lambda: work.make_shard(shop, job_id, shard))
 
 
 @DBOS.step(name="dermis.wait_for_shards")
 def _wait_for_shards(job_id: str) -> None:
     """Return when every shard is finished, or when the job is to stop and no shard is at work any more."""
     shop = _workshop()
-    looked = time.monotonic()
+    last_check = time.monotonic()
     while not shop.stopping.wait(_POLL_SECONDS):
-        look = time.monotonic() - looked > 5
-        if look:
-            looked = time.monotonic()
-        if outlast(shop, partial(_are_shards_over, shop, job_id, look)):
+        check_workflows = time.monotonic() - last_check > 5
+        if check_workflows:
+            last_check = time.monotonic()
+        if retry_transient(shop, partial(_are_shards_over, shop, job_id, check_workflows)):
             return
     raise ShutdownError
 
 
-def _are_shards_over(shop: Workshop, job_id: str, look: bool) -> bool:
-    """Whether there is nothing to wait for. `look` at the workflows of the shards even if nothing points to it."""
+def _are_shards_over(shop: Workshop, job_id: str, check_workflows: bool) -> bool:
+    """Whether no shard is left to wait for. `check_workflows`: also look at the states of their workflows."""
     with _database():
         job = shop.table.get(job_id)
         if job is None:
@@ -267,7 +267,7 @@ def _are_shards_over(shop: Workshop, job_id: str, look: bool) -> bool:
         if job.shards_done == job.shards_total:
             return True
         # What failed is started again by `sweep`.
-        if not look or _shard_workflows(job_id, "ENQUEUED", "PENDING", "ERROR") or _is_whole(job_id):
+        if not check_workflows or _shard_workflows(job_id, "ENQUEUED", "PENDING", "ERROR") or _is_whole(job_id):
             return False
         work.note_failure(shop, job_id, "its shards ended without a result; ask for it again")
         return True
@@ -276,7 +276,7 @@ def _are_shards_over(shop: Workshop, job_id: str, look: bool) -> bool:
 @DBOS.step(name="dermis.finish")
 def _finish(job_id: str) -> str:
     shop = _workshop()
-    return outlast(shop, lambda: work.finish(shop, job_id))
+    return retry_transient(shop, lambda: work.finish(shop, job_id))
 
 
 def _is_whole(job_id: str) -> bool:
@@ -309,7 +309,7 @@ def _database() -> Iterator[None]:
         try:
             yield
         except dbos_error.DBOSQueryTimeoutError as error:
-            raise DatabaseUnavailableError(AWAY) from error
+            raise DatabaseUnavailableError(UNREACHABLE) from error
 
 
 @contextmanager

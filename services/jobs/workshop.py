@@ -39,8 +39,8 @@ logger = logging.getLogger("dermis.jobs")
 
 T = TypeVar("T")
 
-# A service that answers, but that it cannot do what it is asked for (a model that was not loaded), is not waited for for
-# ever; one that does not answer is, for its supervisor starts it again.
+# The time for a service that answers that it cannot do what it is asked for (a model that was not loaded). One that does not
+# answer is waited for without a limit, because its supervisor starts it again.
 _PATIENCE_SECONDS = 300.0
 _FAILURES = 3
 _FIRST_PAUSE_SECONDS = 0.5
@@ -82,9 +82,9 @@ class Workshop:
         """Where the job's files lie."""
         return Store(f"{self.storage.rstrip('/')}/{job_id}")
 
-    def lasting_store(self, job_id: str) -> Store:
-        """The same for the work on the job: its calls wait while the storage cannot be reached, as `outlast` does."""
-        return _LastingStore(self, job_id)
+    def retrying_store(self, job_id: str) -> Store:
+        """The same store for work on the job: calls are repeated by `retry_transient` while the storage cannot be reached."""
+        return _RetryingStore(self, job_id)
 
     def check_space(self) -> None:
         """StorageError when so little is free that the jobs database would soon be unable to write."""
@@ -95,7 +95,7 @@ class Workshop:
             )
 
 
-def outlast(shop: Workshop, call: Callable[[], T], job_id: str | None = None) -> T:
+def retry_transient(shop: Workshop, call: Callable[[], T], job_id: str | None = None) -> T:
     """The result of `call`, repeated while the database, the storage or a service cannot be reached.
 
     Raises ShutdownError if the process is to stop meanwhile and, where `job_id` is given, StoppedError if that job is to.
@@ -117,48 +117,48 @@ def outlast(shop: Workshop, call: Callable[[], T], job_id: str | None = None) ->
 
 
 def must_stop(shop: Workshop, job_id: str) -> bool:
-    """Whether work on the job is in vain. Work goes on while the database, which would say so, is away."""
+    """Whether the job was cancelled or deleted, or has failed. False while the database cannot be reached."""
     try:
         return shop.table.must_stop(job_id)
     except DatabaseUnavailableError:
         return False
 
 
-class _LastingStore(Store):
-    """A store whose calls are repeated one by one: work that made many would not get far if each made it begin again."""
+class _RetryingStore(Store):
+    """A store that repeats single calls, so that work of many calls need not begin again after an interruption."""
 
     def __init__(self, shop: Workshop, job_id: str) -> None:
         super().__init__(shop.store(job_id).location)
         self._shop, self._job_id = shop, job_id
 
-    def _outlast(self, call: Callable[[], T]) -> T:
-        return outlast(self._shop, call, self._job_id)
+    def _retry(self, call: Callable[[], T]) -> T:
+        return retry_transient(self._shop, call, self._job_id)
 
     def entries(self) -> list[str]:
-        return self._outlast(super().entries)
+        return self._retry(super().entries)
 
     def size(self, name: str) -> int | None:
-        return self._outlast(partial(super().size, name))
+        return self._retry(partial(super().size, name))
 
     @contextmanager
     def open(self, name: str) -> Iterator[IO[bytes]]:
         with ExitStack() as stack:
-            yield self._outlast(lambda: stack.enter_context(Store.open(self, name)))
+            yield self._retry(lambda: stack.enter_context(Store.open(self, name)))
 
     def read(self, name: str, *, limit: int | None = None) -> bytes:
-        return self._outlast(partial(super().read, name, limit=limit))
+        return self._retry(partial(super().read, name, limit=limit))
 
     def sha256(self, name: str) -> str:
-        return self._outlast(partial(super().sha256, name))
+        return self._retry(partial(super().sha256, name))
 
     def write(self, name: str, data: bytes) -> None:
-        self._outlast(partial(super().write, name, data))
+        self._retry(partial(super().write, name, data))
 
     def _put(self, temporary: Path, name: str) -> None:
-        self._outlast(partial(super()._put, temporary, name))
+        self._retry(partial(super()._put, temporary, name))
 
     def remove(self, name: str) -> None:
-        self._outlast(partial(super().remove, name))
+        self._retry(partial(super().remove, name))
 
 
 def patiently(

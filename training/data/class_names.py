@@ -20,7 +20,7 @@ _LONGEST_NAME = 64
 
 @dataclass(frozen=True)
 class ClassOrigin:
-    """`count` images whose `column` says `value` are of the class `class_name` ("" for none)."""
+    """`count` images with `value` in `column` have the class `class_name` ("" for none)."""
 
     column: str
     value: str
@@ -30,7 +30,7 @@ class ClassOrigin:
 
 @dataclass(frozen=True)
 class MapClass:
-    """How values become classes. `mapping` (value -> class, "" for none) comes first; `truth`: 0 and 1 are classes."""
+    """How values become classes. `mapping` (value -> class, "" for none) has precedence; `truth`: 0 is benign, 1 malignant."""
 
     where: Path
     column: str
@@ -40,7 +40,7 @@ class MapClass:
 
 
 def parse_mapping(texts: Sequence[str]) -> dict[str, str]:
-    """Of `VALUE=CLASS` each; the class may be empty, which leaves the images without one. DataError names a wrong one."""
+    """Parse texts `VALUE=CLASS`; an empty class leaves the images without one. DataError names a wrong text."""
     mapping: dict[str, str] = {}
     for text in texts:
         value, equals, class_name = text.rpartition("=")
@@ -53,10 +53,10 @@ def parse_mapping(texts: Sequence[str]) -> dict[str, str]:
 
 
 def class_of(values: Sequence[Sequence[str]], rule: MapClass) -> tuple[tuple[str, ...], tuple[ClassOrigin, ...]]:
-    """The class of each image ("" for none) and the table by which it came.
+    """The class of each image ("" for none), and how many images each value gave to which class.
 
     Values are compared without regard to case and outer or repeated spaces. Of several values of an image (a diagnosis
-    from general to special) any one that means melanoma decides.
+    from general to specific) any one that means melanoma decides.
 
     Raises:
         DataError: A value is not understood, or two values would become one class by accident.
@@ -81,7 +81,7 @@ def class_of(values: Sequence[Sequence[str]], rule: MapClass) -> tuple[tuple[str
 
 
 def contradiction(classes: Sequence[str], diagnoses: Sequence[str]) -> list[int]:
-    """Where a class and what a diagnosis says of melanoma are both known and differ. "malignant" alone says nothing."""
+    """Numbers of the images whose class contradicts their diagnosis. The diagnosis "malignant" alone contradicts nothing."""
     return [i for i, pair in enumerate(zip(classes, diagnoses, strict=True)) if all(pair) and pair[0] != pair[1]]
 
 
@@ -103,7 +103,7 @@ def _binary_names(counts: Mapping[tuple[str, ...], int], rule: MapClass) -> dict
     for row, count in counts.items():
         mapped = [rule.mapping[_folded(value)] for value in row if _folded(value) in rule.mapping]
         if mapped:
-            names[row] = mapped[-1]  # the most special one
+            names[row] = mapped[-1]  # the most specific one
             continue
         answers = {value: _binary_value(value, rule, len(row) > 1) for value in row}
         doubtful = [value for value, answer in answers.items() if answer is None]
@@ -142,7 +142,7 @@ def _unknown(unknown: Mapping[str, int], rule: MapClass) -> str:
 
 
 def _plain_names(counts: Mapping[tuple[str, ...], int], rule: MapClass) -> dict[tuple[str, ...], str]:
-    """Spellings that differ in case or spaces are one class, in lower case; other characters than a bundle allows go."""
+    """Spellings that differ in case or spaces are one class, in lower case; characters that a bundle refuses are removed."""
     spellings: dict[str, set[str]] = {}
     for row in counts:
         for value in row:
@@ -173,7 +173,7 @@ def _plain_names(counts: Mapping[tuple[str, ...], int], rule: MapClass) -> dict[
         if other != folded and not both_meant:
             raise DataError(
                 f"{rule.where}: {rule.column}: {quote(other)} and {quote(folded)} would both be the class {name}; "
-                f'tell them apart with --map "{escape(folded)}=CLASS"'
+                f'distinguish them with --map "{escape(folded)}=CLASS"'
             )
     names = {row: by_value[_folded(row[-1])] for row in counts}
     return _one_spelling(names)

@@ -1,4 +1,4 @@
-"""Tables beside the main one: they add patients and lesions, without which a split tears the images of one lesion apart."""
+"""Tables beside the main one: they add patients and lesions, without which a split could separate the images of one lesion."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def with_companions(table: Table, main: ImageFile | None, listing: Listing | Non
     """Add the patient and lesion columns of other tables with the same images; of X_Metadata.csv beside
     X_GroundTruth.csv all columns.
 
-    Looked at are the tables of the listing, and those in the folder of the main table.
+    Searches the tables of the listing, and those in the folder of the main table.
 
     Raises:
         DataError: Two rows of a table give one image different patients or lesions.

@@ -37,7 +37,7 @@ _MELANOMA_QUALIFIERS = frozenset({
     "uveal", "v", "verrucous", "with", "within",
 })  # fmt: skip
 
-# Words of which any one names another diagnosis. Plurals and spellings are listed: nothing is guessed from an ending.
+# Words that each name another diagnosis. Plurals and spellings are listed: nothing is guessed from an ending.
 _OTHER_WORDS = frozenset({
     "abrasions", "abscess", "acanthoma", "acanthomas", "acanthosis", "ack", "acne", "acrochordon", "acrochordons",
     "acropustulosis", "actinic", "adenoma", "adnexal", "aimp", "ak", "akiec", "albinism", "alopecia", "amyloidosis",
@@ -168,7 +168,7 @@ def is_melanoma(class_name: str) -> bool:
 
 
 def _resembles_melanoma(word: str) -> bool:
-    """Misspellings and other languages ("melanom", "melenoma", "melanome") are not to pass as another diagnosis."""
+    """Misspellings and other languages ("melanom", "melenoma", "melanome") must not pass as another diagnosis."""
     if word in _OTHER_WORDS or word in {"melanocytic", "melanocyte", "melanocytes", "melanin"}:
         return False
     return word.startswith(("melanom", "mélanom")) or _distance_at_most_two(word, "melanoma")

@@ -1,6 +1,6 @@
 """The files of a folder or zip: which are images, which are tables, and what is left out, with the reason.
 
-Folders and zips are listed alike. Links are followed, files that operating systems add are passed over. No image is opened.
+Folders and zips are listed alike. Links are followed, files that operating systems add are ignored. No image is opened.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Listing:
     archives: Mapping[str, ImageFile]
     ignored: Mapping[str, str]
     empty_folders: tuple[str, ...] = ()
-    files: int | None = None  # where images of archives are among the images: how many files there were without them
+    files: int | None = None  # if images inside archives are listed: the number of files without them
     _index: dict[str, list[str]] = field(default_factory=dict, compare=False, repr=False)
 
     @property

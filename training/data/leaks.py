@@ -84,7 +84,7 @@ def find_leaks(
     """
     if parts is not None:
         source = source.select(parts)
-    records, digests, hashes, features, broken = _looked_at(source.records, extractor, cache, progress)
+    records, digests, hashes, features, broken = _hash_and_embed(source.records, extractor, cache, progress)
     by_hash, by_embedding = hash_pairs(hashes, mirrors=mirrors), None
     candidates = by_hash
     if features is not None:
@@ -168,7 +168,7 @@ def write_cleaned(source: Source, parts: Mapping[str, str] | None, removed: set[
 
 
 @dataclass(frozen=True)
-class _Looked:
+class _HashedImage:
     """One image: the SHA-256 of its file and of its pixels, its hash, and its pixels if they are still to be embedded."""
 
     file: str
@@ -177,7 +177,7 @@ class _Looked:
     pixels: NDArray[np.uint8] | None
 
 
-def _looked_at(
+def _hash_and_embed(
     records: Sequence[Record], extractor: FeatureExtractor | None, cache: Path | None, progress: bool
 ) -> tuple[list[Record], list[str], NDArray[np.uint64], NDArray[np.float32] | None, list[tuple[str, str]]]:
     """Records that can be read, with the SHA-256 of their files, hashes and features; and (id, reason) of those that cannot.
@@ -188,13 +188,13 @@ def _looked_at(
     file = _cache_file(records, extractor, cache) if extractor and cache else None
     kept = None if file is None or rows is None else _kept_rows(file, rows)
 
-    def look(place: int) -> _Looked | str:
+    def hash_image(place: int) -> _HashedImage | str:
         try:
             data = records[place].read_bytes()
             pixels = square(data, SIDE)
             digest = hashlib.sha256(pixels.tobytes()).digest()
             known = extractor is None or (kept is not None and kept[place]["digest"].tobytes() == digest)
-            return _Looked(
+            return _HashedImage(
                 hashlib.sha256(data).hexdigest(), digest, perceptual_hashes([pixels])[0], None if known else pixels
             )
         except BROKEN_IMAGE as error:
@@ -212,19 +212,19 @@ def _looked_at(
 
     name = "hashing and embedding" if extractor else "hashing"
     with progress_bar(len(records), name, disable=None if progress else True) as bar:
-        for place, looked in enumerate(ahead(look, range(len(records)))):
+        for place, result in enumerate(ahead(hash_image, range(len(records)))):
             bar.update()
-            if isinstance(looked, str):
-                broken.append((records[place].id, looked))
+            if isinstance(result, str):
+                broken.append((records[place].id, result))
                 continue
-            good.append((records[place], looked.file, looked.hash))
+            good.append((records[place], result.file, result.hash))
             places.append(place)
             if rows is not None:
-                if looked.pixels is None and kept is not None:
+                if result.pixels is None and kept is not None:
                     rows[place] = kept[place]
-                elif looked.pixels is not None:
-                    waiting.append((place, looked.pixels))
-                rows["digest"][place] = np.frombuffer(looked.digest, np.uint8)
+                elif result.pixels is not None:
+                    waiting.append((place, result.pixels))
+                rows["digest"][place] = np.frombuffer(result.digest, np.uint8)
             if len(waiting) == CHUNK:
                 embed_waiting()
         embed_waiting()

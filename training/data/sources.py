@@ -1,4 +1,4 @@
-"""What users have, read as one thing: images with a table, class folders, an official StyleGAN zip, a data set of dermis.
+"""Sources of real images: images with a table, class folders, an official StyleGAN zip, a data set of dermis.
 
 A source lists its images with their classes, patients and lesions. It opens no image: `Record.read_bytes` does.
 """
@@ -89,7 +89,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Reading:
-    """How a source was read, for the user: what it was taken for, where classes come from, what was left out."""
+    """How a source was read, for the user: its layout, where classes come from, what was left out."""
 
     recognised: str
     files: int = 0
@@ -294,7 +294,7 @@ def _of_table(
         if not paths or listing is None:
             records.append(_record(plain, class_name, None, row))
             continue
-        # A bare name is the id as it stands; else the id follows from all images, the same in every part of a table.
+        # A name without a folder is the id; otherwise ids are chosen by all images, so that they are the same in every part.
         record_id = name if plain == name and "/" not in name else ids[paths[0]]
         used.add(paths[0])
         if _differ_in_folder(path, name, paths[0]):

@@ -55,7 +55,7 @@ _SYNONYMS: Mapping[str, tuple[str, ...]] = {**METADATA_COLUMNS, **GROUP_COLUMNS}
 _KNOWN = {
     *ID_COLUMNS, *CLASS_COLUMNS, *TWO_OF_2017, *_RIGHTS, *(name for names in _SYNONYMS.values() for name in names),
 }  # fmt: skip
-_DETAILED = re.compile(r"(?:diagnosis|iddx)_[1-9]")  # from general to special
+_DETAILED = re.compile(r"(?:diagnosis|iddx)_[1-9]")  # from general to specific
 # 0 and 1 in these columns, true and false alike, are benign and malignant; in others they are names like any other.
 _TRUTH_COLUMNS = frozenset(
     {"target", "benign_malignant", "malignant", "is_malignant", "melanoma", "is_melanoma", "mel"}
@@ -206,7 +206,7 @@ def value_of(row: Mapping[str, str], name: str) -> str:
 
 
 def read_grid(file: Path | ImageFile, most_rows: int | None = None) -> Grid:
-    """Decode and divide a table. Blank rows are left out, cells stripped. DataError if it is no readable CSV.
+    """Decode a table and split it into cells. Blank rows are left out, cells stripped. DataError if it is no readable CSV.
 
     `most_rows` reads the beginning only, to learn what the table is.
     """
@@ -266,7 +266,7 @@ def _text(file: Path | ImageFile, where: Path, *, beginning: bool) -> str:
         try:
             return data.decode(encoding)
         except UnicodeDecodeError as error:
-            if beginning and error.start > len(data) - 4:  # the piece ends within a letter
+            if beginning and error.start > len(data) - 4:  # the piece ends inside a character
                 return data[: error.start].decode(encoding)
     raise DataError(f"{where}: not a readable CSV; save it as CSV (UTF-8)")
 
@@ -345,7 +345,7 @@ def _id_column(
 
 
 def _values(where: Path, grid: Grid, column: str | None, binary: bool) -> tuple[str, list[Sequence[str]]]:
-    """The column (or columns, in words) that the classes come from, and each row's values, general before special."""
+    """The column (or columns, in words) that the classes come from, and each row's values, general before specific."""
     header = grid.header
     if column is not None:
         return column, [(value,) for value in grid.column(column)]

@@ -1,4 +1,4 @@
-"""What the pixels of training images tell of copies, for the radii of an index."""
+"""Find copies among training images by their pixels, for the radii of an index."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _QUALITY, _SIDE = 90, 32
 
 
 def find_copies(images: NDArray[np.uint8], embed: Callable[[NDArray[np.uint8]], NDArray[np.float32]]) -> Copies:
-    """Of images [N, R, R, 3]: embeddings of re-compressed ones, evenly chosen, and pairs with nearly the same hash.
+    """Embeddings of evenly chosen, re-compressed images of images [N, R, R, 3], and pairs with nearly the same hash.
 
     embed: uint8 [M, R, R, 3] -> features [M, dim].
     """

@@ -110,7 +110,7 @@ def _copy(network: str, source: nn.Module, target: nn.Module) -> Taken:
 
 
 def _scale(name: str, source: nn.Module, target: nn.Module) -> float:
-    """What a tensor is multiplied by, so that it means the same: layers store weights over their learning-rate multiplier."""
+    """The factor of a tensor that keeps the layer's function: layers store weights over their learning-rate multiplier."""
     layers = [network.get_submodule(name.rpartition(".")[0]) for network in (source, target)]
     theirs, ours = [layer.bias_gain if isinstance(layer, FullyConnectedLayer) else 1.0 for layer in layers]
     return theirs / ours

@@ -122,7 +122,7 @@ def test_an_error_is_one_line_on_stderr(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_wrong_command_is_told_once_what_may_be_meant(run: Run) -> None:
+def test_a_wrong_command_gets_one_suggestion(run: Run) -> None:
     status, out, err = run("dataset")
     assert (status, out) == (2, "") and err.startswith("error: No such command 'dataset'")
     assert err.count("datasets") <= 1 and "dermis-client --help" in err
@@ -131,7 +131,7 @@ def test_a_wrong_command_is_told_once_what_may_be_meant(run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "message", "told"),
+    ("field", "message", "expected"),
     [
         ("classifier.min_probability", "must be at most 1", "--min-probability: must be at most 1"),
         ("classifier.keep", "none was kept", "--keep: none was kept"),
@@ -145,15 +145,15 @@ def test_a_wrong_command_is_told_once_what_may_be_meant(run: Run) -> None:
         ),
     ],
 )
-def test_errors_name_the_option(gateway: FakeGateway, run: Run, field: str, message: str, told: str) -> None:
+def test_errors_name_the_option(gateway: FakeGateway, run: Run, field: str, message: str, expected: str) -> None:
     body = {"type": "urn:dermis:problem:invalid-request", "detail": f"{field}: {message}"}
     for detail in (body, {**body, "detail": "No.", "errors": [{"field": field, "message": message}]}):
         gateway.faults = [Fault("POST /v1/datasets", status=422, body=json.dumps(detail).encode())]
         status, _, err = run(*CREATE)
-        assert status == 1 and told in err
+        assert status == 1 and expected in err
 
 
-def test_a_reader_that_has_gone_ends_it_quietly(gateway: FakeGateway) -> None:
+def test_a_closed_pipe_ends_the_program_without_a_stack_trace(gateway: FakeGateway) -> None:
     for _ in range(30):
         gateway.finished()
     environment = os.environ | {"DERMIS_BASE_URL": gateway.url, "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -67,7 +67,7 @@ def test_an_event_of_endless_lines_is_refused_and_waiting_goes_on(gateway: FakeG
 
 
 @pytest.mark.parametrize("status", [400, 503])
-def test_an_endless_error_is_told_by_its_status(gateway: FakeGateway, status: int) -> None:
+def test_an_endless_error_is_reported_by_its_status(gateway: FakeGateway, status: int) -> None:
     gateway.faults = [Fault("GET /v1/models", times=99, endless=BLOCK, status=status)]
     with DermisClient(gateway.url, max_retries=0) as client, pytest.raises(errors.APIStatusError, match=str(status)):
         client.models.list()

@@ -38,11 +38,11 @@ _JSON = "application/json"
     description="""How near each image is to the nearest image that the generator was trained on, and whether it is authentic:
 farther from it than that one is from its own nearest other one (Alaa et al., arXiv 2102.08921).
 
-Send the JSON body of `/v1/images`: the images that it names are generated and compared. The answer says how near, never to
-which; distances are rounded.
+Send the JSON body of `/v1/images`: the images that it names are generated and compared. The answer never says which
+training image is near; distances are rounded.
 
-Where the operator has switched it on (`DERMIS_AUTHENTICITY_UPLOADS`; `uploads` in `/v1/models` tells), images can be sent
-instead, as for `/v1/classifications`. It is off by default (403 `uploads-disabled`), because a distance near 0 tells that an
+Where the operator has switched it on (`DERMIS_AUTHENTICITY_UPLOADS`; `uploads` in `/v1/models` shows it), images can be sent
+instead, as for `/v1/classifications`. It is off by default (403 `uploads-disabled`), because a distance near 0 shows that an
 image is a training image. Uploads are kept in memory only; nothing of them is logged, stored or echoed.""",
     response_model=AuthenticityList,
     openapi_extra=image_or_json_body("files", "ImagesRequest"),
@@ -103,7 +103,7 @@ async def _uploaded(request: Request, context: Context, model: str | None) -> tu
     if not context.settings.compares_uploads:
         raise ProblemError(
             "uploads-disabled",
-            "comparing uploaded images is switched off, as it tells whether an image is a training image; the operator of "
+            "comparing uploaded images is switched off, as it shows whether an image is a training image; the operator of "
             "the service can set DERMIS_AUTHENTICITY_UPLOADS=true. Generated images can be compared: send the JSON body of "
             "/v1/images",
         )

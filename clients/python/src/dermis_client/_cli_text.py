@@ -49,7 +49,7 @@ def encode(image: Image.Image, path: Path) -> bytes:
     return buffer.getvalue()
 
 
-# Options that are not called as the field of the API, dots and underscores aside.
+# Options whose names differ from the API's field by more than dots and underscores.
 _OPTIONS = {
     "classifier.keep": "keep",
     "classifier.score": "score",
@@ -82,7 +82,7 @@ _FILTER = "--keep, --threshold, --min-probability, --max-probability, --tries"
 
 
 def in_options(message: str) -> str:
-    """A message of the API with its fields called as the options: --min-probability for classifier.min_probability."""
+    """A message of the API with the names of options in place of fields: --min-probability for classifier.min_probability."""
 
     def option(match: re.Match[str]) -> str:
         name, rest = match[1], match[2].removeprefix(".")
@@ -95,7 +95,7 @@ def in_options(message: str) -> str:
 def usage_message(error: Exception) -> str | None:
     """What is wrong with how the program was called, "" if help has been printed; None for an error of another kind.
 
-    Typer raises exceptions of click, or of its own copy of click, so they are known by what they offer.
+    Typer raises exceptions of click, or of its own copy of click, so they are recognised by their attributes.
     """
     format_message = getattr(error, "format_message", None)
     if not callable(format_message):

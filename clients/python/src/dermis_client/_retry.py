@@ -10,7 +10,7 @@ import httpx
 
 FIRST_DELAY = 0.5  # seconds
 LONGEST_DELAY = 8.0
-FOREVER = 1e9  # seconds that are told of a longer Retry-After: a number that clocks can still add
+FOREVER = 1e9  # seconds; a longer Retry-After is cut to this, a number that clocks can still add
 LONGEST_RETRY_AFTER = 120.0  # a service that asks for more than this is left alone: the caller decides
 
 

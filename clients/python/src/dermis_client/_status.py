@@ -35,10 +35,10 @@ def problem_from(response: httpx.Response) -> Problem:
 
 
 def describe(problem: Problem) -> str:
-    """What is wrong, in one line: the detail, then each field's message that the detail does not already tell."""
+    """What is wrong, in one line: the detail, then each field's message that the detail does not already contain."""
     parts = [one_line(problem.detail or problem.title or "the service gave no reason")]
-    told = problem.detail or problem.title
-    fields = [error for error in problem.errors if error.message and error.message not in told]
+    summary = problem.detail or problem.title
+    fields = [error for error in problem.errors if error.message and error.message not in summary]
     for error in fields[:MOST_FIELDS]:
         parts.append(one_line(f"{error.field}: {error.message}" if error.field else error.message, 200))
     if len(fields) > MOST_FIELDS:

@@ -82,7 +82,7 @@ def _client(context: typer.Context, base_url: str | None) -> DermisClient:
 
 
 def _print(context: typer.Context, as_json: bool, value: Any, human: Callable[[], Iterable[str]]) -> None:
-    """Print a result: one JSON document, or lines for people. What would steer a terminal is escaped."""
+    """Print a result: one JSON document, or lines for people. Terminal control characters are escaped."""
     if as_json or context.obj[1]:
         typer.echo(printable_json(value))
         return

@@ -23,7 +23,7 @@ _FORMATS = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp"}
 
 
 def decode(content: bytes, name: str) -> Image.Image:
-    """An image file of a service, RGB. Raises IntegrityError, calling it `name`."""
+    """An image file of a service, RGB. Raises IntegrityError, which calls the file `name`."""
     try:
         image = Image.open(io.BytesIO(content), formats=["PNG", "JPEG", "WEBP"])
         if image.width * image.height > MOST_PIXELS:
