@@ -265,7 +265,7 @@ def test_isic_folder_is_read_cropped_and_labelled(tmp_path: Path) -> None:
         (lambda folder: (folder / "metadata.csv").unlink(), "metadata.csv"),
         (lambda folder: (folder / "images" / "ISIC_1.jpg").unlink(), "ISIC_1"),
         (lambda folder: (folder / "metadata.csv").write_text("isic_id,target\nISIC_1,\n"), "ISIC_1"),
-        (lambda folder: (folder / "metadata.csv").write_text("a,b\n1,2\n"), "isic_id"),
+        (lambda folder: (folder / "metadata.csv").write_text("a,b\n1,2\n"), "--image-column"),
         (lambda folder: (folder / "images" / "ISIC_1.jpg").write_bytes(b"\xff\xd8 broken"), "ISIC_1.jpg"),
     ],
 )

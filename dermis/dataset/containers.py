@@ -134,14 +134,15 @@ def _read_zip(file: IO[bytes]) -> Iterator[tuple[str, bytes]]:
     size = file.seek(0, io.SEEK_END)
     with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
-        if sum(info.file_size for info in members) > size:
-            raise ValueError("it would unpack to more than its own size")
         if len({info.filename for info in members}) != len(members):
             raise ValueError("a name is there more than once")
         for info in members:
+            if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
+                raise ValueError(f"{info.filename} is compressed or encrypted")
+        if sum(info.file_size for info in members) > size:
+            raise ValueError("it would unpack to more than its own size")
+        for info in members:
             if info.filename.startswith("images/"):
-                if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-                    raise ValueError(f"{info.filename} is compressed or encrypted")
                 _check_image_bytes(info.filename, info.file_size)
                 yield info.filename, archive.read(info)
 
