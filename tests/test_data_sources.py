@@ -313,6 +313,12 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
     table = _with_table(tmp_path / "t", "image,target\na,malignant\n", ())
     (table / "images").symlink_to(tmp_path / "store")
     assert _classes(read_source(table)) == {"a": "malignant"}
+    (tmp_path / "in" / "bcc").write_text(str(tmp_path / "store" / "mel"))
+    with pytest.raises(
+        DataError, match="the folder bcc has no image that can be read: bcc is a link that was saved as text"
+    ):
+        read_source(tmp_path / "in")
+    (tmp_path / "in" / "bcc").unlink()
     os.mkfifo(tmp_path / "in" / "nv" / "pipe.jpg")
     assert read_source(tmp_path / "in").reading.lost == {"nv/pipe.jpg": "not a regular file"}
     _image(tmp_path / "in" / "bkl" / "c.jpg")

@@ -31,12 +31,14 @@ _SYSTEM_NAMES = frozenset(
     {"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "lost+found", "__pycache__"}
 )
 _HEADER_BYTES = 32
+_LONGEST_PATH = 1024
 
 # Reasons why a file is not read, as reports show them.
 SYSTEM_FILE = "hidden or system file"
 NOT_AN_IMAGE = "not an image"
 NOT_READABLE = "a format that cannot be read"
 BROKEN_LINK = "link to a file that is not there"
+TEXT_LINK = "a link that was saved as text, as on a system without links"
 SPECIAL_FILE = "not a regular file"
 ARCHIVE = "an archive that is not read; unpack it"
 
@@ -186,10 +188,11 @@ def list_files(path: Path) -> Listing:
             header = _header(file)
             if is_image_header(header):
                 images[name] = file
+            elif not suffix and _is_text_link(file):
+                ignored[name] = TEXT_LINK
             elif not suffix and _is_text(header):
-                tables[name] = (
-                    file  # Harvard's HAM10000_metadata is a CSV without suffix; LICENSE is not, which shows later
-                )
+                # Harvard's HAM10000_metadata is a CSV without suffix; LICENSE is not, which shows later.
+                tables[name] = file
             elif not header:
                 ignored[name] = NOT_AN_IMAGE if not suffix else NOT_READABLE
             else:
@@ -300,6 +303,14 @@ def _header(file: ImageFile) -> bytes:
             return opened.read(_HEADER_BYTES)
     except (OSError, RuntimeError, NotImplementedError, zipfile.BadZipFile):
         return b""
+
+
+def _is_text_link(file: ImageFile) -> bool:
+    """Does a file hold nothing but a path? So git and some archivers save a link where the system has none."""
+    if file.member or file.path.stat().st_size > _LONGEST_PATH:
+        return False
+    text = file.read_bytes()
+    return _is_text(text) and b"/" in text and not set(text.strip()) & set(b"\r\n\t,;|")
 
 
 def _is_text(header: bytes) -> bool:

@@ -21,6 +21,7 @@ from training.data.files import (
     ARCHIVE,
     BROKEN_LINK,
     NOT_AN_IMAGE,
+    TEXT_LINK,
     ImageFile,
     Listing,
     list_files,
@@ -397,7 +398,7 @@ def _image_folder(path: Path, listing: Listing, options: _Options, *, chosen: bo
         check_class_folders(path, listing, below, prefix)
     inside_lost = {name.removeprefix(prefix): why for name, why in listing.lost.items() if name.startswith(prefix)}
     # Without a suffix it is a link to a folder.
-    gone = {name for name, why in inside_lost.items() if why == BROKEN_LINK and not {"/", "."} & set(name)}
+    gone = {name for name, why in inside_lost.items() if why in (BROKEN_LINK, TEXT_LINK) and not {"/", "."} & set(name)}
     for folder in sorted((folders_of(listing.lost, prefix) | gone) - below.keys()):
         first = next(name for name in listing.lost if f"{name}/".startswith(f"{prefix}{folder}/"))
         raise DataError(
