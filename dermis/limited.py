@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
 
-from dermis.errors import DermisError, escape
+from dermis.errors import QUOTED_CHARACTERS, DermisError, escape
 
 Reason = Literal["time", "memory", "crash"]
 
@@ -121,13 +121,14 @@ def _result(status: int, stdout: BinaryIO, stderr: BinaryIO, limits: Limits) -> 
         raise LimitError("time", f"took longer than {limit}", limit)
     if status != 0:
         stderr.seek(max(0, stderr.seek(0, os.SEEK_END) - _STDERR_BYTES))
-        last = escape(stderr.read(_STDERR_BYTES).decode("utf-8", "replace").strip())
+        text = stderr.read(_STDERR_BYTES).decode("utf-8", "replace").strip()
+        last = escape(text, 10 * _STDERR_BYTES)[-QUOTED_CHARACTERS:]  # the end says most
         raise LimitError("crash", f"ended with status {status} ({last or 'without a message'})")
     stdout.seek(0)
-    text = stdout.read(_MAX_RESULT_BYTES + 1)
-    if len(text) > _MAX_RESULT_BYTES:
+    result = stdout.read(_MAX_RESULT_BYTES + 1)
+    if len(result) > _MAX_RESULT_BYTES:
         raise LimitError("crash", f"returned more than {_MAX_RESULT_BYTES:,} bytes of text")
-    return text.decode("utf-8", "replace")
+    return result.decode("utf-8", "replace")
 
 
 # -- the process

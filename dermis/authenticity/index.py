@@ -178,6 +178,9 @@ def open_index(source: Bundle | str | Path, *, device: str = "auto", threads: in
     """
     import_faiss()
     folder, described, _ = open_index_folder(find_index(source))
+    known = None if isinstance(source, str | Path) else source.authenticity
+    if known is not None and known.digest != described.digest:
+        raise BundleError(f"{folder.where}: was changed since the bundle was opened; try again")
     record = described.files[INDEX]
     where = f"{folder.where}/{INDEX}"
     if record.bytes > most_bytes(described):
