@@ -336,7 +336,7 @@ def _check_class_names(names: Sequence[str], c_dim: int, where: str) -> None:
                 f"{where}: class name {quote(name)} must be letters, digits, space, dot, dash or underscore"
             )
     if len({name.casefold() for name in names}) != len(names):
-        raise BundleError(f"{where}: class names must differ, also without regard to case: {', '.join(names)}")
+        raise BundleError(f"{where}: class names must differ, also without regard to case: {escape(', '.join(names))}")
 
 
 def _part(

@@ -96,6 +96,28 @@ REFUSED: dict[str, tuple[bytes, str]] = {
         ),
         "ConstantOfShape with a shape that depends on the image's pixels",
     ),
+    # The smallest integer divided by -1 ends the process; here it would for an image whose first pixel is 128.
+    **{
+        f"{operator} of pixels": (
+            with_nodes(
+                node("Cast", ["images"], ["counts"], to=TensorProto.INT32),
+                node("Sub", ["least", "counts"], ["difference"]),
+                node(operator, ["difference", "minus"], ["quotient"]),
+                node("Cast", ["quotient"], ["quotients"], to=TensorProto.FLOAT),
+                node("ReduceSum", ["quotients"], ["more"], keepdims=0),
+                tensors=(constant("least", -(2**31) + 128, np.int32), constant("minus", -1, np.int32)),
+            ),
+            f"operator {operator} of integers that depend on the image's pixels",
+        )
+        for operator in ("Div", "Mod")
+    },
+    "a dropout of training": (
+        with_nodes(
+            node("Dropout", ["scale", "ratio", "training"], ["more"]),
+            tensors=(constant("ratio", 0.5, np.float32), constant("training", True, np.bool_)),
+        ),
+        "Dropout with a switch for training",
+    ),
     "ONNX Runtime's own format": (b"\x08\x0a\x12\x04ORTM" + GOOD, "is no ONNX file"),
     "nothing": (b"", "0 graphs"),
     "text": (b"version https://git-lfs.github.com/spec/v1", "is no ONNX file"),
@@ -121,6 +143,21 @@ def test_plain_graphs_pass() -> None:
     )
     check_graph(shapes, "c.onnx")
     try_graph(shapes, "c.onnx", size=SIZE, feature_dim=FEATURES, rows=2)
+
+
+def test_floating_point_may_be_divided_by_what_depends_on_pixels() -> None:
+    model = with_nodes(
+        node("Cast", ["images"], ["pixels"], to=TensorProto.FLOAT),
+        node("Split", ["pixels"], ["left", "right"], axis=1, num_outputs=2),
+        node("Add", ["right", "right"], ["twice"]),
+        node("Div", ["left", "twice"], ["ratio"]),
+        node("IsNaN", ["ratio"], ["undefined"]),
+        node("Where", ["undefined", "zero", "ratio"], ["ratios"]),
+        node("Mod", ["ratios", "left"], ["rest"], fmod=1),
+        node("ReduceSum", ["rest"], ["more"], keepdims=0),
+        tensors=(constant("zero", 0, np.float32),),
+    )
+    check_graph(model, "c.onnx")
 
 
 @settings(max_examples=300, deadline=None)

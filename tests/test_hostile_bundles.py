@@ -19,8 +19,11 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from commands.main import app
+from dermis.authenticity import index, index_check
 from dermis.bundle import load_generator, open_bundle
-from dermis.errors import DermisError
+from dermis.classifier.onnx_session import Classifier
+from dermis.errors import BundleError, DermisError
+from dermis.projection.encoder import load_encoder
 from services.models import Models
 from tiny import make_bundle
 from tiny_index import make_complete_bundle
@@ -155,6 +158,46 @@ def test_links_are_followed_within_the_folder_and_to_the_folder(bundle: Path, tm
     _record(bundle / "bundle.json", "COPY.md", (bundle / "MODEL_CARD.md").read_bytes())
     (tmp_path / "link").symlink_to(bundle)
     assert verify(bundle) == "" and open_bundle(tmp_path / "link").files["COPY.md"].bytes > 0
+
+
+# -- what changes between two looks at it
+
+
+@pytest.mark.parametrize("part", ["authenticity", "encoder", "classifier"])
+def test_a_part_that_is_exchanged_after_the_bundle_was_opened_is_refused(bundle: Path, part: str) -> None:
+    opened = open_bundle(bundle)
+    if part == "encoder":  # there is none in this bundle: one that appears is not read
+        (bundle / part).mkdir()
+        (bundle / part / PARTS[part]).write_text("{}")
+        assert load_encoder(opened, device="cpu") is None
+        return
+    descriptor = bundle / part / PARTS[part]
+    descriptor.write_bytes(descriptor.read_bytes() + b"\n")
+    if part == "authenticity":
+        with pytest.raises(BundleError, match="authenticity: was changed since the bundle was opened"):
+            index.open_index(opened, device="cpu")
+    else:
+        model = bundle / part / "classifier.onnx"
+        model.write_bytes(model.read_bytes()[:-1] + b"?")
+        with pytest.raises(BundleError, match="classifier.onnx: differs"):
+            Classifier(opened, device="cpu")
+
+
+def test_an_index_that_stays_on_disk_is_the_one_that_was_checked(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = bundle / "authenticity" / "index.faiss"
+    other = bundle.parent / "other"
+    shutil.copy(file, other)
+    monkeypatch.setattr(index, "_MAPPED_BYTES", 0)
+    opened = open_bundle(bundle)
+    assert index.open_index(opened, device="cpu").description.vectors == 30
+
+    def exchange(*arguments: Any) -> None:
+        index_check.check_index(*arguments)
+        other.replace(file)
+
+    monkeypatch.setattr(index, "check_index", exchange)
+    with pytest.raises(BundleError, match="index.faiss: was changed while it was read"):
+        index.open_index(opened, device="cpu")
 
 
 # -- headers of arrays

@@ -10,6 +10,7 @@ import os
 import shutil
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,9 @@ from typer.testing import CliRunner
 
 from commands.main import app
 from dermis.bundle import Bundle
-from dermis.dataset.reading import read_samples
+from dermis.dataset.reading import open_dataset, read_samples, samples_of
 from dermis.dataset.verify import verify
-from dermis.errors import DataError, DermisError
+from dermis.errors import DataError, DermisError, StorageError
 from test_dataset import make
 
 
@@ -104,6 +105,79 @@ def test_unpacked_images_are_regular_files_too(dataset: Callable[[str], Path], t
     assert verify(folder).changed == tuple(path.relative_to(folder).as_posix() for path in (first, second))
 
 
+def test_an_unpacked_image_with_the_checksum_of_another_is_changed(dataset: Callable[[str], Path]) -> None:
+    folder = dataset("imagefolder")
+    with zipfile.ZipFile(folder / "images.zip") as archive:
+        archive.extractall(folder, [name for name in archive.namelist() if name.startswith("images/")])
+    assert verify(folder).ok
+    image = min((folder / "images").rglob("*.png"))
+    data = image.read_bytes()
+    start = b"forged" + data[6:-4]
+    image.write_bytes(start + _ending(start, zlib.crc32(data)))
+    assert zlib.crc32(image.read_bytes()) == zlib.crc32(data) and image.stat().st_size == len(data)
+    assert verify(folder).changed == (image.relative_to(folder).as_posix(),)
+
+
+def _ending(start: bytes, crc: int) -> bytes:
+    """The four bytes after which the CRC-32 of all is `crc`. Each bit of them changes the sum by itself (it is linear)."""
+    base = zlib.crc32(start + bytes(4))
+    rows = [(zlib.crc32(start + (1 << bit).to_bytes(4, "little")) ^ base, 1 << bit) for bit in range(32)]
+    difference, ending = base ^ crc, 0
+    for place in range(32):
+        pivot = next(row for row in rows if row[0] >> place & 1)
+        rows = [(a ^ pivot[0], b ^ pivot[1]) if a >> place & 1 else (a, b) for a, b in rows if (a, b) != pivot]
+        if difference >> place & 1:
+            difference, ending = difference ^ pivot[0], ending ^ pivot[1]
+    return ending.to_bytes(4, "little")
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("case", ["bzip2", "encrypted", "twice"])
+def test_verify_unpacks_no_archive_of_any_kind(dataset: Callable[[str], Path], case: str, alone: bool) -> None:
+    folder = dataset("imagefolder")
+    path = folder / "images.zip"
+    with zipfile.ZipFile(path) as archive:
+        name, data = archive.namelist()[0], archive.read("metadata.csv")
+    with zipfile.ZipFile(path, "w") as archive:
+        # A block of bzip2 is unpacked as a whole, here into 64 MiB, whatever size the table of the zip states.
+        archive.writestr(
+            "metadata.csv",
+            data + bytes(64 << 20 if case == "bzip2" else 0),
+            zipfile.ZIP_BZIP2 if case == "bzip2" else None,
+        )
+        for _ in range(2 if case == "twice" else 1):
+            archive.writestr(name, b"x")
+        archive.writestr("padding", bytes(1 << 10))
+    if case == "encrypted":
+        packed = bytearray(path.read_bytes())
+        packed[packed.index(b"PK\x01\x02") + 8] |= 1
+        path.write_bytes(packed)
+    put(folder, "images.zip", path.read_bytes())
+    (folder / name).parent.mkdir(parents=True)
+    (folder / name).write_bytes(b"x")
+    with pytest.raises(StorageError, match="there more than once" if case == "twice" else "encrypted, or compressed"):
+        verify(path if alone else folder)
+
+
+@pytest.mark.parametrize("format_name", ["imagefolder", "webdataset", "parquet"])
+def test_what_is_read_is_what_was_verified(dataset: Callable[[str], Path], format_name: str) -> None:
+    folder = dataset(format_name)
+    manifest, rows = open_dataset(folder)
+    file = sorted(path for path in folder.iterdir() if path.name.startswith(("images.zip", "data-")))[0]
+    assert len(list(samples_of(folder, manifest, rows))) == 20
+    if format_name == "imagefolder":
+        with zipfile.ZipFile(file) as archive:
+            items = [(name, archive.read(name)) for name in archive.namelist()]
+        with zipfile.ZipFile(file, "w") as archive:
+            for name, content in items:
+                archive.writestr(name, content.replace(b"IDAT", b"IDAX"))
+    else:
+        file.write_bytes(file.read_bytes().replace(b"IDAT", b"IDAX"))
+    with pytest.raises(DataError, match="is not the image that metadata.csv lists"):
+        list(samples_of(folder, manifest, rows))
+
+
 def test_a_manifest_that_is_a_pipe_or_endless_is_refused(dataset: Callable[[str], Path]) -> None:
     folder = dataset("parquet")
     (folder / "manifest.json").unlink()
@@ -138,7 +212,7 @@ def _bomb(archive: zipfile.ZipFile, items: list[tuple[str, bytes]]) -> None:
 def _compressed(archive: zipfile.ZipFile, items: list[tuple[str, bytes]]) -> None:
     for name, data in items:
         archive.writestr(name, data, zipfile.ZIP_DEFLATED)
-    archive.writestr("padding", bytes(1 << 20))
+    archive.comment = bytes(60_000)  # or the zip would be smaller than what it holds
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")

@@ -11,6 +11,7 @@ import pickle
 import tarfile
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,9 @@ from typer.testing import CliRunner
 
 from commands.main import app
 from dermis.errors import BundleError
+from dermis.limited import Limits
 from dermis.official.convert import read_official
-from dermis.official.isolation import ReadLimits
+from dermis.official.isolation import DEFAULT_LIMITS
 from dermis.official.stored import write_stored
 from official_pickles import _official_names, generator, snapshot  # noqa: F401
 
@@ -91,7 +93,7 @@ FOREIGN: dict[str, tuple[Callable[[], bytes], str]] = {
 }
 
 
-def _refused(path: Path, match: str, limits: ReadLimits | None = None) -> str:
+def _refused(path: Path, match: str, limits: Limits = DEFAULT_LIMITS) -> str:
     with pytest.raises(BundleError, match=match) as caught:
         read_official(path, limits=limits)
     message = str(caught.value)
@@ -142,12 +144,12 @@ def test_keys_that_collide_are_refused_at_once(tmp_path: Path) -> None:
 def test_each_limit_is_an_error_that_names_it(tmp_path: Path) -> None:
     path = tmp_path / "x.pkl"
     path.write_bytes(_slow(2_400_000))
-    assert "1 seconds of processor time" in _refused(path, "--max-seconds", ReadLimits(cpu_seconds=1))
-    assert "more than 1 seconds," in _refused(path, "--max-seconds", ReadLimits(wall_seconds=1))
+    assert "1 seconds of processor time" in _refused(path, "--max-seconds", replace(DEFAULT_LIMITS, cpu_seconds=1))
+    assert "more than 1 seconds," in _refused(path, "--max-seconds", replace(DEFAULT_LIMITS, wall_seconds=1))
     path.write_bytes(b"\x80\x04\x8e" + (400 << 20).to_bytes(8, "little"))
     with path.open("ab") as file:
         file.truncate(500 << 20)  # a text of 400 MiB, mostly a hole in the file
-    assert "0.75 GiB of memory" in _refused(path, "--max-memory-gib", ReadLimits(memory_bytes=768 << 20))
+    assert "0.75 GiB of memory" in _refused(path, "--max-memory-gib", replace(DEFAULT_LIMITS, memory_bytes=768 << 20))
     options = ["bundle", "import", str(path), str(tmp_path / "out"), "--max-memory-gib", "0.75"]
     result = CliRunner().invoke(app, options)
     assert isinstance(result.exception, BundleError) and "0.75 GiB" in str(result.exception)

@@ -90,10 +90,10 @@ class Checker:
         threads: int | None = None,
     ) -> None:
         where = find_index(source)
-        self.index: Index = open_index(where, device=device, threads=threads)
+        self.index: Index = open_index(source, device=device, threads=threads)
         described = self.index.description
         if classifier is None and where.endswith("/authenticity"):
-            classifier = where.removesuffix("/authenticity")
+            classifier = where.removesuffix("/authenticity") if isinstance(source, str | Path) else source
         self._embedder = Embedder(described.extractor, classifier, device=device, threads=threads)
         if (self._embedder.identity, self._embedder.dim) != (described.extractor_identity, described.feature_dim):
             self.close()

@@ -178,24 +178,38 @@ def open_index(source: Bundle | str | Path, *, device: str = "auto", threads: in
     """
     import_faiss()
     folder, described, _ = open_index_folder(find_index(source))
+    known = None if isinstance(source, str | Path) else source.authenticity
+    if known is not None and known.digest != described.digest:
+        raise BundleError(f"{folder.where}: was changed since the bundle was opened; try again")
     record = described.files[INDEX]
     where = f"{folder.where}/{INDEX}"
     if record.bytes > most_bytes(described):
         raise BundleError(f"{where}: is larger than an index of its description can be; build the index again")
-    mapped, data = None, b""
-    if record.bytes > _MAPPED_BYTES and folder.local:
+    mapped = record.bytes > _MAPPED_BYTES and folder.local
+    data = (Path(folder.root) / INDEX).resolve() if mapped else folder.read(INDEX, record)
+    state = None
+    if isinstance(data, Path):
+        state = _state(data)
         folder.verify(INDEX, record)
-        mapped = str((Path(folder.root) / INDEX).resolve())
-    else:
-        data = folder.read(INDEX, record)
-    check_index(data, mapped, described, where)
+    check_index(data, described, where)
     try:
-        index = read(data, mapped)
+        index = read(data)
     except RuntimeError as error:
         raise BundleError(f"{where}: is no index of FAISS ({reason_of(error)})") from None
+    if isinstance(data, Path) and (state is None or _state(data) != state):
+        raise BundleError(f"{where}: was changed while it was read; try again")
     radii = _array(folder, described, RADII, (described.vectors,))
     held_out = _array(folder, described, HELD_OUT, (described.held_out, described.dim)) if described.held_out else None
     return Index(described, _on_device(index, device), radii, held_out, threads or available_cpus())
+
+
+def _state(path: Path) -> tuple[int, ...] | None:
+    """Differs if a file has been replaced or written to; None if there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _array(folder: Folder, described: IndexDescription, name: str, shape: tuple[int, ...]) -> Floats:

@@ -8,17 +8,18 @@ and searched where a crash, a time limit and a memory limit do no harm, and ever
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dermis.errors import BundleError, escape
-from dermis.limited import LimitError, run_limited
+from dermis.limited import LimitError, Limits, run_limited
 
 if TYPE_CHECKING:
     from dermis.authenticity.description import IndexDescription
 
-_SECONDS = 120  # of computing
+_CPU_SECONDS, _WALL_SECONDS = 120, 480
 _MEMORY_BYTES = 1 << 30
 _COPIES = 3  # of the file in memory at once
 _VECTOR_BYTES = 4096  # of an index for each vector, beside its components: the links of HNSW, identifiers
@@ -33,27 +34,26 @@ def most_bytes(described: IndexDescription) -> int:
     return 4 * numbers + described.vectors * _VECTOR_BYTES + _FIXED_BYTES
 
 
-def check_index(data: bytes, path: str | None, described: IndexDescription, where: str) -> None:
-    """BundleError, naming `where`, if an index in memory, or else in the file at `path`, is not what it should be."""
-    facts = {"path": path, "kind": described.kind, "vectors": described.vectors}
+def check_index(data: bytes | Path, described: IndexDescription, where: str) -> None:
+    """BundleError, naming `where`, if an index in memory or in a file is not what it should be."""
+    facts = {"kind": described.kind, "vectors": described.vectors}
     facts |= {"dim": described.dim, "feature_dim": described.feature_dim}
     memory = _MEMORY_BYTES + _COPIES * described.files["index.faiss"].bytes
+    limits = Limits(_CPU_SECONDS, _WALL_SECONDS, memory)
     try:
-        problem = run_limited(
-            f"{__name__}:problem_of", data, json.dumps(facts), seconds=_SECONDS, memory=memory, imports=["faiss"]
-        )
+        problem = run_limited(f"{__name__}:problem_of", data, json.dumps(facts), limits=limits, imports=["faiss"])
     except LimitError as error:
         problem = f"is not used: to read and search it {error}"
     if problem:
         raise BundleError(f"{where}: {problem}; build the index again")
 
 
-def problem_of(data: bytes, expected_json: str) -> str:
+def problem_of(data: bytes | Path, facts: str) -> str:
     """What is wrong with an index, "" if nothing. For the process with the limits."""
     expected = json.loads(expected_json)
     try:
-        index = read(data, expected["path"])
-        problem = _structure(index, expected).replace("{kind}", expected["kind"])
+        index = read(data)
+        problem = _structure(index, told).replace("{kind}", told["kind"])
         if not problem:
             index.search(np.zeros((1, expected["feature_dim"]), np.float32), 1)
     except RuntimeError as error:
@@ -61,12 +61,12 @@ def problem_of(data: bytes, expected_json: str) -> str:
     return problem
 
 
-def read(data: bytes, path: str | None) -> Any:
+def read(data: bytes | Path) -> Any:
     """The index in memory, or the one of a file, which stays there. RuntimeError if it is none."""
     import faiss
 
-    if path is not None:
-        return faiss.read_index(path, faiss.IO_FLAG_MMAP_IFC | faiss.IO_FLAG_READ_ONLY)
+    if isinstance(data, Path):
+        return faiss.read_index(str(data), faiss.IO_FLAG_MMAP_IFC | faiss.IO_FLAG_READ_ONLY)
     return faiss.deserialize_index(np.frombuffer(data, np.uint8))
 
 

@@ -3,7 +3,8 @@
 A graph of ONNX can loop for ever (Loop, Scan), carry code paths in subgraphs and functions, read files beside it (external
 data), and ask for memory by the pixels of an image (a shape that is computed). This module refuses all of that: operators
 are those of an allow-list, and no size of a result depends on the values of the input. So what a graph costs for one image
-is what it costs for any image, and trying it once, with limits, says what it needs (`dermis.classifier.graph_trial`).
+is what it costs for any image, and trying it once, with limits, says what it needs (`dermis.classifier.graph_trial`). Nor may
+pixels reach a division of integers: the smallest integer by -1 ends the process on x86, as 0 did in some versions.
 
 The file is a Protocol Buffers message: fields of a number, a wire type and a value. onnx.proto numbers the fields.
 """
@@ -57,6 +58,16 @@ _SHAPING: Mapping[str, tuple[int, ...]] = {
 }
 _SHAPE_OF = frozenset({"Shape", "Size"})  # their results come from shapes, whatever the values are
 _OWN_DOMAIN = ("", "ai.onnx")
+_DIVISIONS = frozenset({"Div", "Mod"})
+# The type of a result is that of the first input, but for these operators: that of another input, or never floating point.
+_TYPE_FROM: Mapping[str, int] = {"CastLike": 1, "OneHot": 2, "Where": 1}
+_NEVER_FLOATING = frozenset(
+    """
+    And ArgMax ArgMin ConvInteger DynamicQuantizeLinear Equal Greater GreaterOrEqual IsInf IsNaN Less LessOrEqual
+    MatMulInteger Not Or QLinearConv QLinearMatMul QuantizeLinear Shape Size Xor
+    """.split()  # noqa: SIM905
+)
+_FLOATING_TYPES = frozenset({1, 10, 11, 16})  # float32, float16, float64, bfloat16 in TensorProto.DataType
 
 _VARINT, _EIGHT_BYTES, _BYTES, _FOUR_BYTES = 0, 1, 2, 5
 # The fields that each message may have, by number. A file with any other field is refused.
@@ -136,6 +147,8 @@ class _Check:
     defined: set[str] = field(default_factory=lambda: {""})  # "" stands for an optional input that is left out
     by_image: set[str] = field(default_factory=set)
     """Names of values that depend on the values of the input."""
+    floating: set[str] = field(default_factory=set)
+    """Names of values that are certainly of a floating-point type."""
     fields: int = 0
 
     def model(self, model: memoryview) -> None:
@@ -151,7 +164,10 @@ class _Check:
             if name == "node":
                 nodes.append(_view(value))
             elif name == "initializer":
-                self.defined.add(self._tensor(_view(value)))
+                named, types = self._tensor(_view(value))
+                self.defined.add(named)
+                if _are_floating(types):
+                    self.floating.add(named)
             elif name == "input":
                 self.by_image.add(self._input(_view(value)))
         self.defined |= self.by_image
@@ -169,13 +185,16 @@ class _Check:
         inputs: list[str] = []
         outputs: list[str] = []
         single = {"op_type": "", "domain": ""}
+        types: list[int] = []  # that the attributes state
+        attributes = 0
         for name, value in self._message(node, "node", _NODE):
             if name == "input":
                 inputs.append(_text(value))
             elif name == "output":
                 outputs.append(_text(value))
             elif name == "attribute":
-                self._attribute(_view(value))
+                types += self._attribute(_view(value))
+                attributes += 1
             elif name in single:
                 if single[name]:
                     raise ValueError(f"is no ONNX file: a node has {name} more than once")
@@ -190,27 +209,61 @@ class _Check:
         shaping = [inputs[place] for place in _SHAPING.get(operator, ()) if place < len(inputs)]
         if any(name in self.by_image for name in shaping):
             raise ValueError(f"has the operator {operator} with a shape that depends on the image's pixels")
+        if operator == "Dropout" and len(inputs) > 2 and inputs[2]:
+            raise ValueError("has the operator Dropout with a switch for training, which makes it random")
+        divided = any(name in self.by_image for name in inputs) and not any(name in self.floating for name in inputs)
+        if operator in _DIVISIONS and divided:
+            raise ValueError(f"has the operator {operator} of integers that depend on the image's pixels")
         results = [name for name in outputs if name]
         if repeated := [name for name in results if name in self.defined]:
             raise ValueError(f"computes {escape(repeated[0])} more than once")
         self.defined.update(results)
         if operator not in _SHAPE_OF and any(name in self.by_image for name in inputs):
             self.by_image.update(results)
+        if self._is_floating(operator, inputs, types, attributes):
+            self.floating.update(results if operator == "Split" else [name for name in outputs[:1] if name])
 
-    def _attribute(self, attribute: memoryview) -> None:
+    def _is_floating(self, operator: str, inputs: list[str], types: list[int], attributes: int) -> bool:
+        """Whether the first result of a node is certainly of a floating-point type."""
+        if operator in _NEVER_FLOATING:
+            return False
+        if operator == "DequantizeLinear":
+            return True
+        if operator in ("Cast", "Constant"):
+            return _are_floating(types)
+        if operator == "ConstantOfShape":
+            return attributes == 0 or _are_floating(types)
+        place = _TYPE_FROM.get(operator, 0)
+        return place < len(inputs) and inputs[place] in self.floating
+
+    def _attribute(self, attribute: memoryview) -> list[int]:
+        """The types that it states: of a tensor, or what Cast makes."""
+        names: list[str] = []
+        whole: list[int] = []
+        types: list[int] = []
         for name, value in self._message(attribute, "attribute", _ATTRIBUTE):
             if name == "t":
-                self._tensor(_view(value))
+                types += self._tensor(_view(value))[1]
+            elif name == "name":
+                names.append(_text(value))
+            elif name == "i" and isinstance(value, int):
+                whole.append(value)
+        if len(names) != 1:
+            raise ValueError(f"is no ONNX file: an attribute has {len(names)} names")
+        return types + whole if names == ["to"] else types
 
-    def _tensor(self, tensor: memoryview) -> str:
-        """Its name. ValueError if its values are not in this file."""
-        tensor_name = ""
+    def _tensor(self, tensor: memoryview) -> tuple[str, list[int]]:
+        """Its name, and the type of its values. ValueError if they are not in this file."""
+        found = ""
+        types: list[int] = []
         for name, value in self._message(tensor, "tensor", _TENSOR):
             if name == "name":
-                tensor_name = _text(value)
+                found = _text(value)
+            elif name == "data_type" and isinstance(value, int):
+                types.append(value)
             elif name == "data_location" and value != 0:
                 raise ValueError("holds weights in another file (external data)")
-        return tensor_name
+        return found, types
 
     def _message(self, data: memoryview, kind: str, known: Mapping[int, str]) -> Iterator[tuple[str, int | memoryview]]:
         """Name and value of each field of a message: an integer, or the bytes. ValueError if a field is not known."""
@@ -236,6 +289,11 @@ class _Check:
                     raise ValueError("is no ONNX file, or ends early")
                 value, place = data[place : place + length], place + length
             yield known[number], value
+
+
+def _are_floating(types: list[int]) -> bool:
+    """Of the types that a file states for one value: of repeated fields one reader takes the first, another the last."""
+    return bool(types) and all(each in _FLOATING_TYPES for each in types)
 
 
 def _varint(data: memoryview, place: int) -> tuple[int, int]:

@@ -6,20 +6,24 @@ depend on the pixels.
 
 from __future__ import annotations
 
-import functools
+import hashlib
 from typing import Any
 
 import numpy as np
 
 from dermis.errors import BundleError, DermisError, escape
-from dermis.limited import LimitError, run_limited
+from dermis.limited import LimitError, Limits, run_limited
 
 CPU = "CPUExecutionProvider"
 
 _SECONDS, _SECONDS_OF_IMAGE = 30, 2  # of computing on one core
+_WALL_FACTOR = 4  # of the seconds of computing: the machine may be busy with other work
 _MEMORY_BYTES = 1 << 30
 _MEMORY_OF_MODEL = 6  # times its bytes: weights of 8 bits become float32, and exist twice while they do
 _MEMORY_OF_PIXEL = 1024  # bytes of intermediate results, 256 float maps as large as the image
+
+_passed: set[tuple[str, int, int, int]] = set()
+"""Graphs that this process has tried, by their SHA-256. One that failed is tried again: the machine may have been busy."""
 
 
 def import_onnxruntime() -> Any:
@@ -63,22 +67,20 @@ def problem_of(session: Any, size: int, feature_dim: int, rows: int) -> str:
 
 def try_graph(model: bytes, where: str, *, size: int, feature_dim: int, rows: int) -> None:
     """BundleError, naming `where`, unless a checked graph keeps the contract for `rows` images within the limits."""
-    problem = _problem(model, size, feature_dim, rows)
-    if problem:
-        raise BundleError(f"{where}: {problem}")
-
-
-@functools.lru_cache(maxsize=8)
-def _problem(model: bytes, size: int, feature_dim: int, rows: int) -> str:
+    key = (hashlib.sha256(model).hexdigest(), size, feature_dim, rows)
+    if key in _passed:
+        return
     memory = _MEMORY_BYTES + _MEMORY_OF_MODEL * len(model) + rows * size**2 * _MEMORY_OF_PIXEL
     seconds = _SECONDS + _SECONDS_OF_IMAGE * rows
+    limits = Limits(seconds, seconds * _WALL_FACTOR, memory)
     trial = f"{__name__}:run_once"
     try:
-        return run_limited(
-            trial, model, size, feature_dim, rows, seconds=seconds, memory=memory, imports=["onnxruntime"]
-        )
+        problem = run_limited(trial, model, size, feature_dim, rows, limits=limits, imports=["onnxruntime"])
     except LimitError as error:
-        return f"is not used: loading it and scoring {rows} image(s) {error}"
+        problem = f"is not used: loading it and scoring {rows} image(s) {error}"
+    if problem:
+        raise BundleError(f"{where}: {problem}")
+    _passed.add(key)
 
 
 def run_once(model: bytes, size: int, feature_dim: int, rows: int) -> str:

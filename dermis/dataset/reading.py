@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import re
 from collections.abc import Iterator, Mapping
@@ -35,7 +36,10 @@ def open_dataset(location: str | Path) -> tuple[Manifest, dict[str, Row]]:
     records = {file.name: file for file in manifest.files}
     if METADATA not in records or records[METADATA].bytes > _ROW_BYTES * (manifest.request.samples + 1):
         raise DataError(f"{location}: {MANIFEST} lists no {METADATA}, or one that is too large for its images")
-    return manifest, _rows(store.read(METADATA, limit=records[METADATA].bytes), store.where(METADATA))
+    table = store.read(METADATA, limit=records[METADATA].bytes)
+    if hashlib.sha256(table).hexdigest() != records[METADATA].sha256:
+        raise DataError(f"{store.where(METADATA)}: was changed while the dataset was read; try again")
+    return manifest, _rows(table, store.where(METADATA))
 
 
 def read_samples(location: str | Path) -> Iterator[tuple[Row, bytes]]:
@@ -85,4 +89,7 @@ def _of_container(layout: Plan, store: Store, container: str, rows: Mapping[str,
                 raise DataError(f"{store.where(container)}: cannot be read ({escape(error)})") from None
             if name not in rows:
                 raise DataError(f"{store.where(container)}: holds {escape(str(name))}, which {METADATA} does not list")
+            # The file that was verified may have been replaced since.
+            if rows[name].get("sha256") not in (None, hashlib.sha256(data).hexdigest()):
+                raise DataError(f"{store.where(container)}: {escape(name)} is not the image that {METADATA} lists")
             yield rows[name], data

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import os
 import zipfile
@@ -11,9 +10,10 @@ import zlib
 from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from dermis.dataset.manifest import ARCHIVE, MANIFEST, METADATA, read_manifest
-from dermis.dataset.store import Store
+from dermis.dataset.store import Store, hash_file
 from dermis.errors import StorageError, escape
 from dermis.files import NotRegularError, open_regular
 
@@ -76,7 +76,8 @@ def _sha256(store: Store, name: str) -> str | None:
 def _verify_archive(path: Path) -> Report:
     try:
         with zipfile.ZipFile(path) as archive:
-            sizes = {info.filename: info.file_size for info in archive.infolist()}
+            members = _members(archive)
+            sizes = {name: info.file_size for name, info in members.items()}
             if METADATA not in sizes or sum(sizes.values()) > 10 * path.stat().st_size:  # images do not shrink
                 raise StorageError(
                     f"{path}: is no {ARCHIVE} of a dataset; give the folder of the dataset, or its {ARCHIVE}"
@@ -85,9 +86,7 @@ def _verify_archive(path: Path) -> Report:
             hashes = {row["file_name"]: row["sha256"] for row in table}
             present = {name for name in sizes if name.startswith("images/")}
             changed = [
-                name
-                for name in sorted(present & hashes.keys())
-                if hashlib.sha256(archive.read(name)).hexdigest() != hashes[name]
+                name for name in sorted(present & hashes.keys()) if _digest(archive.open(members[name])) != hashes[name]
             ]
     except (zipfile.BadZipFile, zlib.error, OSError, ValueError, KeyError, NotImplementedError, csv.Error) as error:
         raise StorageError(f"{path}: cannot be read as the {ARCHIVE} of a dataset ({escape(error)})") from error
@@ -97,30 +96,45 @@ def _verify_archive(path: Path) -> Report:
 
 def _compare_unpacked(root: Path, unpacked: Set[str]) -> tuple[set[str], list[str]]:
     """The names that images.zip holds below images/, and those of them whose unpacked file is another."""
-    different = []
     with open_regular(root, ARCHIVE) as file:
         try:
             with zipfile.ZipFile(file) as archive:
-                members = {info.filename: info for info in archive.infolist() if info.filename.startswith("images/")}
-        except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+                members = {name: info for name, info in _members(archive).items() if name.startswith("images/")}
+                # By SHA-256: a file can be changed so that its CRC-32 and its size stay the same.
+                different = [
+                    name
+                    for name in sorted(unpacked & members.keys())
+                    if _unpacked_digest(root, name, members[name].file_size) != _digest(archive.open(members[name]))
+                ]
+        except (zipfile.BadZipFile, zlib.error, ValueError, NotImplementedError) as error:
             raise StorageError(f"{root / ARCHIVE}: is no zip file that can be read ({escape(error)})") from None
-    for name in sorted(unpacked & members.keys()):
-        if _crc(root, name, members[name].file_size) != members[name].CRC:
-            different.append(name)
     return set(members), different
 
 
-def _crc(root: Path, name: str, size: int) -> int | None:
-    """The checksum of an unpacked file; None if it is no regular file of `size` bytes."""
-    crc = 0
+def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    """The files of a zip by their name. ValueError if reading one of them could take any amount of memory, or is ambiguous."""
+    members: dict[str, zipfile.ZipInfo] = {}
+    for info in archive.infolist():
+        # Of bzip2 and LZMA zipfile unpacks whatever a block holds, before it counts.
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.flag_bits & 1:
+            raise ValueError(f"{info.filename} is encrypted, or compressed by another method than deflate")
+        if info.filename in members:
+            raise ValueError(f"{info.filename} is there more than once")
+        members[info.filename] = info
+    return members
+
+
+def _digest(file: IO[bytes]) -> str:
+    with file:
+        return hash_file(file)
+
+
+def _unpacked_digest(root: Path, name: str, size: int) -> str | None:
+    """The SHA-256 of an unpacked file; None if it is no regular file of `size` bytes."""
     try:
         with open_regular(root, name) as file:
-            if os.fstat(file.fileno()).st_size != size:
-                return None
-            while block := file.read(1 << 20):
-                crc = zlib.crc32(block, crc)
+            return _digest(file) if os.fstat(file.fileno()).st_size == size else None
     except NotRegularError:
         return None
     except OSError as error:
         raise StorageError(f"{root}/{escape(name)}: cannot be read: {error.strerror}") from None
-    return crc

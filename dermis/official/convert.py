@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dermis.errors import BundleError, escape, quote
+from dermis.limited import Limits
 from dermis.networks import FIR_TAPS, Discriminator, DiscriminatorConfig, Generator, GeneratorConfig, fir_filter
-from dermis.official.isolation import ReadLimits, store_isolated
+from dermis.official.isolation import DEFAULT_LIMITS, store_isolated
 from dermis.official.persisted import NO_STYLEGAN3
 from dermis.official.stored import StoredCheckpoint, StoredNetwork, read_stored, weights_file
 
@@ -81,14 +82,14 @@ class OfficialCheckpoint:
 
 
 def read_official(
-    path: str | Path, network: NetworkName = "G_ema", limits: ReadLimits | None = None
+    path: str | Path, network: NetworkName = "G_ema", limits: Limits = DEFAULT_LIMITS
 ) -> OfficialCheckpoint:
     """Read a StyleGAN2-ADA (PyTorch) `.pkl` without executing anything in it, in a separate process.
 
     Args:
         path: The file.
         network: The generator to take, the averaged one or the one that was trained.
-        limits: What reading may take; the defaults of `ReadLimits`.
+        limits: What reading may take; by default more than any official checkpoint needs.
 
     Returns:
         The networks in float32 and eval mode, without gradients. A discriminator of another architecture is left out, and
@@ -101,7 +102,7 @@ def read_official(
     path = Path(path)
     try:
         with tempfile.TemporaryDirectory(prefix="dermis-import-") as folder:
-            store_isolated(path, network, Path(folder), limits or ReadLimits())
+            store_isolated(path, network, Path(folder), limits)
             return build_networks(Path(folder), network)
     except BundleError as error:
         raise BundleError(f"{escape(path, 1000)}: {error}") from None

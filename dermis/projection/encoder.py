@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from dermis.devices import resolve_device
 from dermis.errors import BundleError, escape, quote
 from dermis.features import channels_last
-from dermis.folders import exists
 from dermis.imaging import Images
 from dermis.projection.encoder_description import DESCRIPTOR, WEIGHTS, EncoderDescription, open_encoder_folder
 from dermis.tensor_files import read_header, read_tensors
@@ -92,10 +91,12 @@ def load_encoder(bundle: Bundle, folder: str | Path | None = None, *, device: st
 
     BundleError if the encoder is damaged, or was trained for another generator.
     """
-    where = f"{bundle.location}/encoder" if folder is None else str(folder)
-    if folder is None and not exists(where, DESCRIPTOR):
+    if folder is None and bundle.encoder is None:
         return None
+    where = f"{bundle.location}/encoder" if folder is None else str(folder)
     opened, described, _ = open_encoder_folder(where)
+    if folder is None and bundle.encoder is not None and bundle.encoder.digest != described.digest:
+        raise BundleError(f"{where}: was changed since the bundle was opened; try again")
     if described.generator != bundle.files[GENERATOR].sha256:
         raise BundleError(f"{where}: was trained for another generator; train one for this: dermis train encoder")
     network = network_from(opened.read(WEIGHTS, described.files[WEIGHTS]), described, f"{where}/{WEIGHTS}")
