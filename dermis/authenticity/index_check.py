@@ -48,12 +48,12 @@ def check_index(data: bytes | Path, described: IndexDescription, where: str) -> 
         raise BundleError(f"{where}: {problem}; build the index again")
 
 
-def problem_of(data: bytes | Path, facts: str) -> str:
+def problem_of(data: bytes | Path, expected_json: str) -> str:
     """What is wrong with an index, "" if nothing. For the process with the limits."""
     expected = json.loads(expected_json)
     try:
         index = read(data)
-        problem = _structure(index, told).replace("{kind}", told["kind"])
+        problem = _structure(index, expected).replace("{kind}", expected["kind"])
         if not problem:
             index.search(np.zeros((1, expected["feature_dim"]), np.float32), 1)
     except RuntimeError as error:
