@@ -17,7 +17,7 @@ from commands.options import (
     MetadataOption,
     SourceArgument,
     check_maps,
-    describe_source,
+    read_described,
     read_options,
     show_preparation,
 )
@@ -25,7 +25,6 @@ from commands.options import (
 if TYPE_CHECKING:
     from training.data.inspection import Inspection
     from training.data.leaks import Leaks
-    from training.data.sources import Source
 
 data_app = typer.Typer(no_args_is_help=True, help="Download, inspect, split and prepare training images.")
 
@@ -70,7 +69,7 @@ def inspect(
     from training.data.inspection import inspect_source, write_inspection
 
     inspection = inspect_source(
-        _read(source, metadata, image_column, class_column, binary, maps, layout), workers=workers
+        read_described(source, metadata, image_column, class_column, binary, maps, layout), workers=workers
     )
     write_inspection(inspection, out)
     _show_inspection(inspection)
@@ -119,7 +118,7 @@ def leaks(
     target = out if split is None else out / "split"
     if remove and split is not None:
         check_empty(target)
-    images = _read(source, metadata, image_column, class_column, binary, maps, layout)
+    images = read_described(source, metadata, image_column, class_column, binary, maps, layout)
     parts = None if split is None else read_split(split)
     extractor = None
     if embedding != "none":
@@ -225,7 +224,7 @@ def split(
     from training.data.splits import check_empty, split_by_patient, write_split
 
     check_empty(out)
-    images = _read(source, metadata, image_column, class_column, binary, maps, layout)
+    images = read_described(source, metadata, image_column, class_column, binary, maps, layout)
     divided = split_by_patient(images.records, _part_sizes(parts), seed)
     write_split(images, divided, out)
     from rich.table import Table
@@ -305,32 +304,6 @@ def _show_leaks(found: Leaks, compared: bool) -> None:
             f"{pair.correlation:.2f}",
         )
     table_console().print(table)
-
-
-def _read(
-    path: Path,
-    metadata: Path | None,
-    image_column: str | None,
-    class_column: str | None,
-    binary: bool,
-    maps: list[str] | None,
-    layout: str | None,
-) -> Source:
-    """Read a source and say on stderr what it was taken for."""
-    from training.data.sources import read_source
-
-    options = read_options(
-        metadata=metadata,
-        image_column=image_column,
-        class_column=class_column,
-        binary=binary,
-        maps=maps,
-        layout=layout,
-    )
-    source = read_source(path, **options)
-    check_maps([source], maps)
-    typer.echo("\n".join(describe_source(source)), err=True)
-    return source
 
 
 def _part_sizes(text: str) -> dict[str, float]:

@@ -80,6 +80,35 @@ def check_maps(sources: Sequence[Source], maps: Sequence[str] | None) -> None:
             raise DataError(f"--map: no image has the value {value!r}")
 
 
+def read_described(
+    path: Path,
+    metadata: Path | None,
+    image_column: str | None,
+    class_column: str | None,
+    binary: bool,
+    maps: list[str] | None,
+    layout: str | None,
+    *,
+    quiet: bool = False,
+) -> Source:
+    """Read a source and, unless `quiet`, say on stderr what it was taken for."""
+    from training.data.sources import read_source
+
+    options = read_options(
+        metadata=metadata,
+        image_column=image_column,
+        class_column=class_column,
+        binary=binary,
+        maps=maps,
+        layout=layout,
+    )
+    source = read_source(path, **options)
+    check_maps([source], maps)
+    if not quiet:
+        typer.echo("\n".join(describe_source(source)), err=True)
+    return source
+
+
 def describe_source(source: Source) -> list[str]:
     """What a source was taken for, in lines: its layout, the origin of its classes, what was left out."""
     reading = source.reading

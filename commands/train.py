@@ -14,9 +14,7 @@ from commands.options import (
     LayoutOption,
     MapOption,
     MetadataOption,
-    check_maps,
-    describe_source,
-    read_options,
+    read_described,
 )
 
 train_app = typer.Typer(no_args_is_help=True, help="Train generators.")
@@ -107,7 +105,6 @@ def train_gan(
     from dermis.devices import resolve_device
     from dermis.errors import TrainingError
     from training.data.images import load_images
-    from training.data.sources import read_source as read_images
     from training.gan.best import Measurements
     from training.gan.config import automatic_precision, base_config
     from training.gan.journal import require_tensorboard
@@ -129,17 +126,9 @@ def train_gan(
         if precision == "auto":
             precision = automatic_precision(target)
         with ranks.one_after_another():
-            options = read_options(
-                metadata=metadata,
-                image_column=image_column,
-                class_column=class_column,
-                binary=binary,
-                maps=maps,
-                layout=layout,
+            images = read_described(
+                data, metadata, image_column, class_column, binary, maps, layout, quiet=not ranks.first
             )
-            images = read_images(data, **options)
-            check_maps([images], maps)
-            tell("\n".join(describe_source(images)))
             dataset = load_images(images, resolution, cache=cache)
         try:
             config = base_config(

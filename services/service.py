@@ -141,7 +141,7 @@ async def _running() -> AsyncIterator[Context]:
 
 @contextmanager
 def _announcing(stopping: threading.Event, pause_seconds: float) -> Iterator[None]:
-    """When the process is told to end, set `stopping` at once and let the server know after a pause.
+    """When the process gets a signal to end, set `stopping` at once and let the server know after a pause.
 
     In the pause /readyz fails while requests are still answered, so that whoever distributes them sends no more. Open streams
     end when `stopping` is set. A second signal ends the pause.

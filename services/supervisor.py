@@ -85,7 +85,7 @@ class _Times:
 
 
 def stop_pause(settings: Settings) -> float:
-    """Seconds for which a service that is told to stop still takes requests."""
+    """Seconds for which a service that is stopping still takes requests."""
     return min(settings.stop_pause_seconds, settings.shutdown_seconds / 4)
 
 

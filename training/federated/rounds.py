@@ -248,7 +248,7 @@ def _read(server: _Server, reply: Message, expected: Tensors) -> Sound:
     images = next(iter(metrics.values())).get(WEIGHT)
     member = server.state.members[str(reply.metadata.src_node_id)]
     if images != member.images:
-        raise RefusedError(f"claims {quote(images)} images, and had told of {member.images}")
+        raise RefusedError(f"claims {quote(images)} images, and announced {member.images}")
     tensors = decode(next(iter(arrays.values())), expected)
     check_finite(tensors)
     if server.federation.sends_changes:
