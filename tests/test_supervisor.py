@@ -8,8 +8,8 @@ import os
 import signal
 import socket
 import stat
+import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -38,14 +38,24 @@ def settings(tmp_path: Path) -> Settings:
     return Settings(_env_file=None, data_dir=tmp_path / "data", port=port, shutdown_seconds=4)
 
 
+SUPERVISOR = """
+import sys
+from pathlib import Path
+from services import supervisor
+from services.settings import Settings
+
+folder, port, seconds, run = sys.argv[1:]
+supervisor._command = lambda *_: [sys.executable, "-c", run]
+supervisor.worker_counts = lambda _: {"Generator": 2, supervisor.GATEWAY: 1}
+supervisor.serve(Settings(_env_file=None, data_dir=Path(folder), port=int(port), shutdown_seconds=int(seconds)))
+"""
+
+
 @pytest.fixture
-def programs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+def programs(tmp_path: Path) -> Iterator[Path]:
     """Workers run the program in this file, after they have noted their process id beside it."""
     program, started = tmp_path / "program.py", tmp_path / "started"
     started.mkdir()
-    run = f"import os; open(os.path.join({str(started)!r}, str(os.getpid())), 'w').close(); exec(open({str(program)!r}).read())"
-    monkeypatch.setattr(supervisor, "_command", lambda *_: [sys.executable, "-c", run])
-    monkeypatch.setattr(supervisor, "worker_counts", lambda _: {"Generator": 2, supervisor.GATEWAY: 1})
     yield program
     for pid in pids(program):
         with suppress(ProcessLookupError):
@@ -64,31 +74,30 @@ def gone(pid: int) -> bool:
     return False
 
 
-def run_until(settings: Settings, ready: Any, signals: tuple[signal.Signals, ...] = (signal.SIGTERM,)) -> float:
-    """Run the supervisor here, signal it when it is ready; the seconds that it then took to end."""
-    signalled_at: list[float] = []
-
-    def tell() -> None:
+def run_until(
+    settings: Settings, program: Path, ready: Any, signals: tuple[signal.Signals, ...] = (signal.SIGTERM,)
+) -> float:
+    """Run the supervisor in a process of its own, signal it when it is ready; the seconds that it then took to end."""
+    started = str(program.parent / "started")
+    run = f"import os; open(os.path.join({started!r}, str(os.getpid())), 'w').close(); exec(open({str(program)!r}).read())"
+    arguments = [str(settings.data_dir), str(settings.port), str(settings.shutdown_seconds), run]
+    command = [sys.executable, "-c", SUPERVISOR, *arguments]
+    with subprocess.Popen(command, cwd=Path(__file__).parents[1]) as process:
         try:
             wait_for(ready)
-        finally:
-            signalled_at.append(time.monotonic())
+            signalled_at = time.monotonic()
             for number in signals:
-                os.kill(os.getpid(), number)
+                process.send_signal(number)
                 time.sleep(0.5)
-
-    thread = threading.Thread(target=tell)
-    thread.start()
-    try:
-        supervisor.serve(settings)
-        return time.monotonic() - signalled_at[0]
-    finally:
-        thread.join()
+            assert process.wait(timeout=120) == 0
+            return time.monotonic() - signalled_at
+        finally:
+            process.kill()
 
 
 def test_processes_that_ignore_the_signal_are_killed_in_time(settings: Settings, programs: Path) -> None:
     programs.write_text(STUBBORN)
-    seconds = run_until(settings, lambda: len(pids(programs)) == 3)
+    seconds = run_until(settings, programs, lambda: len(pids(programs)) == 3)
     assert 2 < seconds < settings.shutdown_seconds + 5
     assert all(gone(pid) for pid in pids(programs))
     with socket.socket() as again:
@@ -99,7 +108,7 @@ def test_processes_that_ignore_the_signal_are_killed_in_time(settings: Settings,
 def test_a_second_signal_ends_the_waiting(settings: Settings, programs: Path) -> None:
     programs.write_text(STUBBORN)
     patient = settings.model_copy(update={"shutdown_seconds": 600})
-    assert run_until(patient, lambda: len(pids(programs)) == 3, (signal.SIGTERM, signal.SIGINT)) < 60
+    assert run_until(patient, programs, lambda: len(pids(programs)) == 3, (signal.SIGTERM, signal.SIGINT)) < 60
     assert all(gone(pid) for pid in pids(programs))
 
 
@@ -113,7 +122,7 @@ def test_a_process_that_dies_is_started_again(settings: Settings, programs: Path
             os.kill(killed[0], signal.SIGKILL)
         return len(pids(programs)) == 4
 
-    run_until(settings, another)
+    run_until(settings, programs, another)
     assert all(gone(pid) for pid in pids(programs))
 
 
@@ -143,17 +152,15 @@ def test_the_private_folder_is_private_and_goes_with_its_service(tmp_path: Path,
 @pytest.mark.parametrize("name", ["data", "d" * 120], ids=["short", "long"])
 def test_what_a_killed_service_left_is_removed_at_the_next_start(tmp_path: Path, name: str) -> None:
     data_dir = tmp_path / name
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        with scratch_folder(data_dir) as scratch:
-            (scratch.temporary / "upload").touch()
-            os.write(writer, os.fsencode(scratch.sockets))
-            os.kill(os.getpid(), signal.SIGKILL)
-    os.waitpid(child, 0)
-    left = Path(os.fsdecode(os.read(reader, 4096)))
-    for end in (reader, writer):
-        os.close(end)
+    program = (
+        "import os, signal, sys; from pathlib import Path; from services.scratch import scratch_folder\n"
+        "with scratch_folder(Path(sys.argv[1])) as scratch:\n"
+        "    (scratch.temporary / 'upload').touch(); print(scratch.sockets, flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    command = [sys.executable, "-c", program, str(data_dir)]
+    killed = subprocess.run(command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True)
+    left = Path(killed.stdout.strip())
     assert left.exists()
     with scratch_folder(data_dir) as scratch:
         assert list((data_dir / "run").glob("start-*")) == [scratch.folder]
