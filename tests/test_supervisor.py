@@ -27,7 +27,7 @@ from services.worker import TimeLimit
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="the service needs Unix sockets")
 
-STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(600)"
+STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); note(); time.sleep(600)"
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ supervisor.serve(Settings(_env_file=None, data_dir=Path(folder), port=int(port),
 
 @pytest.fixture
 def programs(tmp_path: Path) -> Iterator[Path]:
-    """Workers run the program in this file, after they have noted their process id beside it."""
+    """Workers run the program in this file, which notes their process id beside it by `note()` when it is ready."""
     program, started = tmp_path / "program.py", tmp_path / "started"
     started.mkdir()
     yield program
@@ -79,7 +79,8 @@ def run_until(
 ) -> float:
     """Run the supervisor in a process of its own, signal it when it is ready; the seconds that it then took to end."""
     started = str(program.parent / "started")
-    run = f"import os; open(os.path.join({started!r}, str(os.getpid())), 'w').close(); exec(open({str(program)!r}).read())"
+    run = f"import os; note = lambda: open(os.path.join({started!r}, str(os.getpid())), 'w').close(); "
+    run += f"exec(open({str(program)!r}).read())"
     arguments = [str(settings.data_dir), str(settings.port), str(settings.shutdown_seconds), run]
     command = [sys.executable, "-c", SUPERVISOR, *arguments]
     with subprocess.Popen(command, cwd=Path(__file__).parents[1]) as process:
@@ -113,7 +114,7 @@ def test_a_second_signal_ends_the_waiting(settings: Settings, programs: Path) ->
 
 
 def test_a_process_that_dies_is_started_again(settings: Settings, programs: Path) -> None:
-    programs.write_text("import time; time.sleep(600)")
+    programs.write_text("import time; note(); time.sleep(600)")
     killed: list[int] = []
 
     def another() -> bool:
