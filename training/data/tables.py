@@ -10,6 +10,7 @@ import csv
 import gzip
 import io
 import re
+import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -67,6 +68,7 @@ _NO_VALUE = frozenset({"", "na", "n/a", "nan", "none", "null", "unknown", "-"})
 _ISIC_NAME = re.compile(r"ISIC_\d{3,}(?:_downsampled)?(?:\.\w+)?", re.IGNORECASE)
 _EXCEL_TEXT = re.compile(r'^="(.*)"$')  # how ids keep their zeros in Excel
 _HEADERLESS = ("image", "target")
+_BEGINNING_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -135,9 +137,8 @@ def read_table(
     if binary and used in ("target", "label", "class", "benign_malignant", "malignant"):
         note = _compare(where, grid, names, classes, used, class_column is not None)
     rows = tuple(dict(zip(grid.header, row, strict=True)) for row in grid.cells)
-    shown = str(where.path) if isinstance(where, ImageFile) else where
     return Table(
-        Path(shown), id_column, used, tuple(names), tuple(ids), classes, rows, table_kind(grid.header), origins, note
+        where, id_column, used, tuple(names), tuple(ids), classes, rows, table_kind(grid.header), origins, note
     )
 
 
@@ -247,19 +248,28 @@ def read_grid(file: Path | ImageFile, most_rows: int | None = None) -> Grid:
     return Grid(tuple(header), tuple(cells), body[0][0] if body else 2)
 
 
+def _beginning(file: Path | ImageFile) -> bytes:
+    """The first bytes of a table, unpacked: those of a table beside the images are looked at without reading it whole."""
+    path, member = (file.path, file.member) if isinstance(file, ImageFile) else (file, "")
+    packed = (member or path.name).lower().endswith(".gz")
+    if member and isinstance(file, ImageFile):
+        data = file.read_bytes()
+        return (gzip.decompress(data) if packed else data)[:_BEGINNING_BYTES]
+    with gzip.open(path) if packed else path.open("rb") as opened:
+        return opened.read(_BEGINNING_BYTES)
+
+
 def _text(file: Path | ImageFile, where: Path, *, beginning: bool) -> str:
     try:
-        data = file.read_bytes()
-        if where.name.lower().endswith(".gz"):
+        data = _beginning(file) if beginning else file.read_bytes()
+        if where.name.lower().endswith(".gz") and not beginning:
             data = gzip.decompress(data)
     except FileNotFoundError:
         raise DataError(
             f"{where}: no such file; an ISIC folder has a CSV of its images, name it with --metadata"
         ) from None
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{where}: not a readable CSV ({error})") from error
-    if beginning:
-        data = data[: 1 << 16]
     if b"\0" in data[:4096] and not data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise DataError(f"{where}: not a readable CSV; save it as CSV (UTF-8)")
     for encoding in ("utf-16",) if data.startswith((b"\xff\xfe", b"\xfe\xff")) else ("utf-8-sig", "cp1252"):
@@ -295,8 +305,6 @@ def _header(cells: Sequence[str]) -> list[str]:
     for cell, name in zip(cells, plain, strict=True):
         known = name.upper() if upper and name.upper() in ONE_HOT_COLUMNS else name
         known = known if known in ONE_HOT_COLUMNS or name in _KNOWN or _DETAILED.fullmatch(name) else cell
-        if known in ("iddx full", "iddx_full"):
-            known = "iddx_full"
         header.append(_different(known or "unnamed", header))
     return header
 
