@@ -168,7 +168,7 @@ def gradient_errors(exact: Variant, ours: Variant, batch: Batch) -> dict[str, fl
     for each in (exact, ours):
         state, phases = each.state, each.phases
         runs = (
-            ("G", state.G, partial(phases.generator_main, z, c, 0.0)),
+            ("G", state.G, partial(phases.generator_main, z, c, 0.0, real)),
             ("D", state.D, partial(phases.discriminator_main, real, c, z, c, 0.0)),
         )
         with feature_layout(each.layout):

@@ -32,6 +32,7 @@ from commands.train import train_app
 from commands.train_classifier import train_classifier
 from commands.train_encoder import train_encoder
 from dermis import __version__
+from dermis.cpus import keep_freed_memory
 from dermis.errors import DermisError, escape
 
 app = typer.Typer(
@@ -83,6 +84,7 @@ def _root(
 
 def main() -> None:
     """Run the program: an error that the user can act on is one line on stderr and status 1, wrong usage status 2."""
+    keep_freed_memory()  # a command is one short-lived program that computes on large blocks
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # an old terminal may not have the letters of a class name

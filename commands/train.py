@@ -81,6 +81,19 @@ def train_gan(
     projected: Annotated[
         bool, typer.Option("--projected", help="Judge by features of a pretrained network: learns in far fewer kimg.")
     ] = False,
+    projected_levels: Annotated[int, typer.Option(help="Feature levels that it judges: 4, or 5 with a finer one.")] = 4,
+    projected_mbstd: Annotated[
+        bool, typer.Option("--projected-mbstd", help="Show its heads how much the images of a group differ.")
+    ] = False,
+    moments_weight: Annotated[
+        float, typer.Option(help="With --projected: match mean and covariance of its features; try 1 to 5.")
+    ] = 0.0,
+    relativistic: Annotated[
+        bool, typer.Option("--relativistic", help="Judge generated images against real ones in pairs, with R1 and R2.")
+    ] = False,
+    class_balance: Annotated[
+        float, typer.Option(help="0 shows the classes in their proportions, 1 all equally often.")
+    ] = 0.0,
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16 (the last on a GPU only).")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     compile_networks: Annotated[
@@ -153,6 +166,11 @@ def train_gan(
                 augment_kimg=100.0 if augment_kimg is None and source is not None else augment_kimg,
                 precision=precision,
                 projected=projected,
+                projected_levels=projected_levels,
+                projected_mbstd=projected_mbstd,
+                moments_weight=moments_weight,
+                relativistic=relativistic,
+                class_balance=class_balance,
                 seed=seed,
             )
             if augment_p is not None:

@@ -85,8 +85,9 @@ def test_the_automatic_rule_follows_the_batch_that_is_given() -> None:
 
 @pytest.mark.parametrize("name", BASES)
 def test_a_projected_run_has_no_gradient_penalties_whatever_its_base(name: str) -> None:
-    config = base_config(name, 256, 2, projected=True, pl_weight=2.0)
+    config = base_config(name, 256, 2, projected=True)
     assert (config.r1_gamma, config.pl_weight, config.augment_target) == (0.0, 0.0, None)
+    assert base_config(name, 256, 2, projected=True, pl_weight=2.0, r1_gamma=None).pl_weight == 2.0  # overrides stay
 
 
 def test_unusable_values_are_named() -> None:

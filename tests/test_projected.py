@@ -34,6 +34,13 @@ def test_every_image_has_logits_of_its_own(judge: ProjectedDiscriminator) -> Non
     assert not torch.allclose(together, judge(IMAGES, LABELS.flip(0)), atol=1e-3)  # the label matters
 
 
+def test_heads_can_see_how_much_a_group_differs() -> None:
+    torch.manual_seed(0)
+    judge = ProjectedDiscriminator(0, seed=3, mbstd_group_size=4).eval()
+    group, copies = judge(IMAGES, None), judge(IMAGES[:1].expand(4, -1, -1, -1), None)
+    assert not torch.allclose(group[0], copies[0], atol=1e-4), "the same image among others and among its copies"
+
+
 def test_the_seed_alone_decides_the_fixed_part(judge: ProjectedDiscriminator) -> None:
     same, other = (ProjectedDiscriminator(2, seed=seed).eval() for seed in (3, 4))
     same.load_state_dict(judge.state_dict())
@@ -63,7 +70,7 @@ def test_learns_while_the_features_stay_and_gradients_reach_the_images() -> None
     smooth = torch.nn.functional.interpolate(IMAGES[:, :, :4, :4], size=(16, 16), mode="bilinear")
     losses = []
     for _ in range(12):
-        loss = HINGE.fake(D(smooth, None)) + HINGE.real(D(IMAGES, None))
+        loss = HINGE.discriminator(D(smooth, None), D(IMAGES, None))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -71,18 +78,36 @@ def test_learns_while_the_features_stay_and_gradients_reach_the_images() -> None
     assert losses[0] > 1.5 and losses[-1] < 0.3
     assert all(torch.equal(a, b) for a, b in zip(before, D._fixed[0].state_dict().values(), strict=True))
     images = smooth.clone().requires_grad_(True)
-    HINGE.generator(D(images, None)).backward()
+    logits = D(images, None)
+    HINGE.generator(logits, logits).backward()
     assert images.grad is not None and (images.grad.flatten(1).norm(dim=1) > 0).all()
 
 
-def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"moments_weight": 1.0, "projected_levels": 5},
+        {"relativistic": True, "r1_gamma": 0.1, "projected_mbstd": True},
+    ],
+    ids=["usual", "moments", "relativistic"],
+)
+def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, object]
+) -> None:
+    monkeypatch.setattr("training.gan.moments.FEWEST", 0)  # or so short a run would never use them
+    monkeypatch.setattr("training.gan.step.MOMENTS_INTERVAL", 1)
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), dtype=np.uint8)
     dataset = ImageDataset(pixels, np.arange(8) % 2, ("benign", "malignant"), tuple(map(str, range(8))), "0" * 64)
-    small = {"z_dim": 8, "w_dim": 8, "channel_base": 64, "channel_max": 8, "batch": 2, "projected": True}
+    small = {"z_dim": 8, "w_dim": 8, "channel_base": 64, "channel_max": 8, "batch": 2, "projected": True} | options
     short, long = (auto_config(8, 2, total_kimg=kimg, **small) for kimg in (0.004, 0.008))
-    assert long.r1_gamma == long.pl_weight == 0 and long.augment_target is None
-    whole, _ = train(dataset, long, tmp_path / "whole", device=CPU, progress_bar=False)
+    assert long.pl_weight == 0 and long.augment_target is None
+    whole, progress = train(dataset, long, tmp_path / "whole", device=CPU, progress_bar=False)
     train(dataset, short, tmp_path / "parts", device=CPU, progress_bar=False)
     parts, _ = train(dataset, long, tmp_path / "parts", device=CPU, resume=True, progress_bar=False)
     for (name, a), b in zip(whole.state_dict().items(), parts.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
+    if "moments_weight" in options:
+        assert progress.stats["moments"] > 0
+    if "relativistic" in options:
+        assert progress.stats["r1"] > 0 and progress.stats["r2"] > 0

@@ -31,30 +31,31 @@ def _dataset() -> ImageDataset:
     return ImageDataset(images, labels, ("benign", "malignant"), tuple(map(str, range(24))), "0" * 64)
 
 
-def _config() -> GanConfig:
+def _config(**changes: object) -> GanConfig:
     """Every phase within four steps, every augmentation, two groups of the mini-batch standard deviation."""
     small = {"z_dim": 8, "w_dim": 8, "channel_base": 128, "channel_max": 8, "r1_gamma": 1.0, "learning_rate": 1e-3}
     lazy = {"r1_interval": 2, "pl_interval": 2, "augment": "bgcfnc", "augment_p": 0.5, "augment_kimg": 0.1}
-    return auto_config(16, 2, batch=8, total_kimg=0.032, **small, **lazy)
+    return auto_config(16, 2, batch=8, total_kimg=0.032, **(small | lazy | changes))
 
 
-def _one_rank(rank: int, count: int, port: int, out: Path) -> None:
+def _one_rank(rank: int, count: int, port: int, out: Path, changes: dict[str, object]) -> None:
     torch.set_num_threads(1)
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(count)}
     os.environ.update(address)
     with joined_ranks(CPU) as ranks:
-        train(_dataset(), _config(), out, device=CPU, ranks=ranks, progress_bar=False)
+        train(_dataset(), _config(**changes), out, device=CPU, ranks=ranks, progress_bar=False)
     # All is computed and written. An interpreter that ends beside another rank is now and then aborted by threads of torch's
     # ("terminate called without an active exception"), which is not what is tested.
     os._exit(0)
 
 
-def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
-    train(_dataset(), _config(), tmp_path / "one", device=CPU, progress_bar=False)
+@pytest.mark.parametrize("changes", [{}, {"relativistic": True, "class_balance": 0.5}], ids=["usual", "relativistic"])
+def test_two_processes_compute_what_one_does(tmp_path: Path, changes: dict[str, object]) -> None:
+    train(_dataset(), _config(**changes), tmp_path / "one", device=CPU, progress_bar=False)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    multiprocessing.spawn(_one_rank, (2, port, tmp_path / "two"), nprocs=2)
+    multiprocessing.spawn(_one_rank, (2, port, tmp_path / "two", changes), nprocs=2)
     logs = [(tmp_path / run / "log.jsonl").read_text().splitlines() for run in ("one", "two")]
     assert len(logs[0]) == len(logs[1]) == 4
     for one, two in zip(*[[json.loads(line) for line in log] for log in logs], strict=True):
@@ -62,8 +63,10 @@ def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
         assert two == pytest.approx(one, rel=1e-4)
     assert {"r1", "path_length_penalty", "r_t", "p"} <= {name for line in logs[1] for name in json.loads(line)}
     one, two = (load_file(tmp_path / run / "checkpoint.safetensors") for run in ("one", "two"))
+    # A pairing loss does not change when all logits rise: Adam then makes steps of the rounding of gradients that are zero.
+    atol = 5e-4 if changes else 1e-5
     for name, value in one.items():
-        assert torch.allclose(two[name], value, rtol=1e-4, atol=1e-5), name
+        assert torch.allclose(two[name], value, rtol=1e-4, atol=atol), name
     assert not (tmp_path / "two" / "checkpoint.partial").exists()
 
 

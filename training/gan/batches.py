@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from training.data.isic import ImageDataset
+from training.gan.config import GanConfig
 from training.gan.parallel import ALONE, Ranks
 
 
@@ -23,13 +24,28 @@ class Batch:
     labels: NDArray[np.int64]
 
 
-def batches(dataset: ImageDataset, seed: int, batch: int, start: int, ranks: Ranks = ALONE) -> Generator[Batch]:
+def class_weights(labels: NDArray[np.int64], config: GanConfig) -> NDArray[np.float64]:
+    """The chance [N] of every image where a class of n images is shown in proportion to n ** (1 - class_balance)."""
+    counts = np.bincount(labels)
+    weights: NDArray[np.float64] = counts[labels] ** -config.class_balance
+    return weights / weights.sum()
+
+
+def batches(
+    dataset: ImageDataset,
+    seed: int,
+    batch: int,
+    start: int,
+    ranks: Ranks = ALONE,
+    weights: NDArray[np.float64] | None = None,
+) -> Generator[Batch]:
     """The batches from position `start` (images shown before) on.
 
     While one is used, a thread reads the next from the memory-mapped array; for CUDA into pinned memory, from which the
-    copy to the GPU does not wait for it either. The order depends on the seed alone.
+    copy to the GPU does not wait for it either. The order depends on seed and weights alone; with `weights`, the chance of
+    every image, an epoch is that many independent draws.
     """
-    order = _Order(len(dataset.labels), seed)
+    order = _Order(len(dataset.labels), seed, weights)
     pinned = ranks.device.type == "cuda"
 
     def read(position: int) -> Batch:
@@ -46,10 +62,10 @@ def batches(dataset: ImageDataset, seed: int, batch: int, start: int, ranks: Ran
 
 
 class _Order:
-    """Which image stands where: each epoch is a permutation that follows from (seed, epoch)."""
+    """Which image stands where: each epoch is a permutation, or a sample, that follows from (seed, epoch)."""
 
-    def __init__(self, count: int, seed: int) -> None:
-        self.count, self.seed = count, seed
+    def __init__(self, count: int, seed: int, weights: NDArray[np.float64] | None = None) -> None:
+        self.count, self.seed, self.weights = count, seed, weights
         self.epochs: dict[int, NDArray[np.int64]] = {}
 
     def at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -62,4 +78,7 @@ class _Order:
     def _permutation(self, epoch: int) -> NDArray[np.int64]:
         if epoch in self.epochs:
             return self.epochs[epoch]
-        return np.random.default_rng([self.seed, epoch]).permutation(self.count)
+        rng = np.random.default_rng([self.seed, epoch])
+        if self.weights is None:
+            return rng.permutation(self.count)
+        return rng.choice(self.count, size=self.count, p=self.weights)

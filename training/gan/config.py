@@ -15,9 +15,10 @@ from training.gan.augment import AUGMENTATIONS
 
 Precision = Literal["fp32", "bf16", "fp16"]
 # What a run can never change on its way: the shape of the networks, and the seed of everything random.
+LEVELS = (4, 5)  # of the projected discriminator
 STRUCTURE = frozenset({
     "resolution", "c_dim", "seed", "z_dim", "w_dim", "mapping_layers", "channel_base", "channel_max", "conv_clamp",
-    "projected", "discriminator_mapping_layers",
+    "projected", "discriminator_mapping_layers", "projected_levels", "projected_mbstd",
 })  # fmt: skip
 
 
@@ -57,6 +58,11 @@ class GanConfig:
     # that computes what was computed before.
     projected: bool = False  # training.gan.projected's discriminator instead of StyleGAN2's
     discriminator_mapping_layers: int = 8  # 0 is the form of discriminators that were converted from TensorFlow
+    class_balance: float = 0.0  # classes are shown in proportion to n ** (1 - class_balance): 1 shows all alike
+    relativistic: bool = False  # training.gan.loss.RELATIVISTIC, with gradient penalties on real and generated images
+    projected_levels: int = 4  # feature levels that the projected discriminator judges
+    projected_mbstd: bool = False  # its heads see the standard deviation of groups of mbstd_group_size
+    moments_weight: float = 0.0  # of training.gan.moments, for the projected discriminator
 
     def __post_init__(self) -> None:
         if self.augment not in AUGMENTATIONS:
@@ -70,6 +76,14 @@ class GanConfig:
             raise TrainingError(f"augment_p: {self.augment_p} is not in [0, 1]")
         if self.precision not in get_args(Precision):
             raise TrainingError(f"precision: {self.precision!r} is none of {', '.join(get_args(Precision))}")
+        if not 0 <= self.class_balance <= 1:
+            raise TrainingError(f"class_balance: {self.class_balance} is not in [0, 1]")
+        if self.projected_levels not in LEVELS:
+            raise TrainingError(f"projected_levels: {self.projected_levels} is none of {LEVELS}")
+        if self.moments_weight < 0:
+            raise TrainingError(f"moments_weight: {self.moments_weight} must not be negative")
+        if not self.projected and (self.moments_weight or self.projected_mbstd or self.projected_levels != 4):
+            raise TrainingError("moments_weight, projected_mbstd and projected_levels need the projected discriminator")
         if self.total_kimg <= 0:
             raise TrainingError(f"kimg: {self.total_kimg} must be positive")
 
@@ -145,6 +159,14 @@ _STYLEGAN2 = _PAPER256 | {
     "r1_gamma": 10.0,
     "ema_kimg": 10.0,
 }
+_PROJECTED: dict[str, Any] = {
+    "r1_gamma": 0.0,
+    "pl_weight": 0.0,
+    "style_mixing_prob": 0.0,
+    "augment_target": None,
+    "augment": "blit",
+    "augment_p": 0.5,
+}
 _FIXED_BASES = {"paper256": _PAPER256, "stylegan2": _STYLEGAN2}
 BASES = ("auto", *_FIXED_BASES)
 
@@ -156,13 +178,12 @@ def base_config(name: str, resolution: int, c_dim: int, **overrides: Any) -> Gan
     paper256    the same paper's baseline for FFHQ and LSUN Cat at 256 px: eight GPUs, 25,000 kimg
     stylegan2   configuration F of arXiv 1912.04958, made for 1024 px
 
-    None of them chooses the augmentation. With `projected`, as in arXiv 2111.01007: no R1, no path length, no style
-    mixing, and augmentation of a fixed strength. TrainingError if there is no configuration of that name.
+    None of them chooses the augmentation. With `projected`, as in arXiv 2111.01007 and unless overridden: no R1, no path
+    length, no style mixing, and augmentation of a fixed strength. TrainingError if there is no configuration of that name.
     """
     given = {option: value for option, value in overrides.items() if value is not None}
     if given.get("projected"):
-        given |= {"r1_gamma": 0.0, "pl_weight": 0.0, "style_mixing_prob": 0.0, "augment_target": None}
-        given = {"augment": "blit", "augment_p": 0.5} | given
+        given = _PROJECTED | given
     if name == "auto":
         base = _auto(resolution, given.get("batch"))
     elif name in _FIXED_BASES:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from dermis.errors import TrainingError
 from dermis.networks import Generator
 from training.data.isic import ImageDataset
-from training.gan.batches import batches
+from training.gan.batches import batches, class_weights
 from training.gan.config import GanConfig
 from training.gan.health import Health
 from training.gan.journal import Journal
@@ -78,7 +78,8 @@ def train(
             begin(state)
         if ranks.first:
             (out / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-        phases = Phases(state.G, state.D, state.pl_mean, config, ranks, compiled=compile_networks)
+        weights = class_weights(dataset.labels, config) if config.class_balance else None
+        phases = Phases(state.G, state.D, state.pl_mean, config, ranks, compile_networks, state.moments)
         health = Health(checkpoint)
 
         def save() -> None:
@@ -96,7 +97,7 @@ def train(
         with (
             tqdm(total=total, initial=progress.nimg, unit="img", unit_scale=True, disable=quiet, smoothing=0.1) as bar,
             Journal(out, progress.nimg, enabled=ranks.first, tensorboard=tensorboard) as journal,
-            closing(batches(dataset, config.seed, config.batch, progress.nimg, ranks)) as real,
+            closing(batches(dataset, config.seed, config.batch, progress.nimg, ranks, weights)) as real,
             stop_requested(insist=ranks.count > 1) as stop,
         ):
             while progress.nimg < total:

@@ -19,6 +19,7 @@ from torch import Tensor
 from dermis.networks import Discriminator, Generator
 from training.gan.augment import AUGMENTATIONS, augment
 from training.gan.config import GanConfig
+from training.gan.moments import HALF_LIFE, FeatureMoments
 from training.gan.parallel import ALONE, Ranks
 from training.gan.projected import ProjectedDiscriminator
 
@@ -27,26 +28,35 @@ DTYPES: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "
 
 @dataclass(frozen=True)
 class AdversarialLoss:
-    """What generator and discriminator minimise, each a function of logits of any shape to a scalar."""
+    """What generator and discriminator minimise, each a function of logits of generated and of real images to a scalar.
 
-    generator: Callable[[Tensor], Tensor]
-    fake: Callable[[Tensor], Tensor]
-    real: Callable[[Tensor], Tensor]
+    Where `paired`, the generator's loss needs the real logits too, and the images of a pair are of one class.
+    """
+
+    generator: Callable[[Tensor, Tensor], Tensor]
+    discriminator: Callable[[Tensor, Tensor], Tensor]
+    paired: bool = False
 
 
 LOGISTIC = AdversarialLoss(
-    generator=lambda logits: F.softplus(-logits).mean(),
-    fake=lambda logits: F.softplus(logits).mean(),
-    real=lambda logits: F.softplus(-logits).mean(),
+    generator=lambda fake, real: F.softplus(-fake).mean(),
+    discriminator=lambda fake, real: F.softplus(fake).mean() + F.softplus(-real).mean(),
 )
 """The non-saturating logistic loss."""
 
 HINGE = AdversarialLoss(
-    generator=lambda logits: -logits.mean(),
-    fake=lambda logits: F.relu(1 + logits).mean(),
-    real=lambda logits: F.relu(1 - logits).mean(),
+    generator=lambda fake, real: -fake.mean(),
+    discriminator=lambda fake, real: F.relu(1 + fake).mean() + F.relu(1 - real).mean(),
 )
 """The hinge loss (Lim and Ye, arXiv 1705.02894), for `training.gan.projected`."""
+
+RELATIVISTIC = AdversarialLoss(
+    generator=lambda fake, real: F.softplus(real - fake).mean(),
+    discriminator=lambda fake, real: F.softplus(fake - real).mean(),
+    paired=True,
+)
+"""The relativistic pairing loss (Jolicoeur-Martineau, arXiv 1807.00734), of which R3GAN (Huang et al., arXiv 2501.05441)
+shows that it leaves no mode out: a generated image is judged against a real one, not against a fixed threshold."""
 
 
 @dataclass
@@ -63,16 +73,25 @@ class Phases:
     config: GanConfig
     ranks: Ranks = ALONE
     compiled: bool = False
+    moments: FeatureMoments | None = None
 
     def __post_init__(self) -> None:
         self._dtype = DTYPES[self.config.precision]
         self._augment = AUGMENTATIONS[self.config.augment]
-        self._adversarial = HINGE if self.config.projected else LOGISTIC
+        self.adversarial = HINGE if self.config.projected else LOGISTIC
+        if self.config.relativistic:
+            self.adversarial = RELATIVISTIC
         self._synthesis: Callable[..., Tensor] = self.G.synthesis
-        self._discriminate: Callable[..., Tensor] = self.D
+        self._discriminate: Callable[..., tuple[Tensor, Tensor | None]] = self._judged
         if self.compiled:  # dynamic shapes would slow down all for the sake of two batch sizes
             self._synthesis = torch.compile(self.G.synthesis, dynamic=False)
-            self._discriminate = torch.compile(self.D, dynamic=False)
+            self._discriminate = torch.compile(self._judged, dynamic=False)
+
+    def _judged(self, images: Tensor, c: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
+        """Logits, and the statistics of the discriminator's features where the moments need them."""
+        if self.moments is not None and isinstance(self.D, ProjectedDiscriminator):
+            return self.D.judged(images, c, dtype)
+        return self.D(images, c, dtype), None
 
     def _draw_styles(self, z: Tensor, c: Tensor, update_w_avg: bool = False) -> tuple[Tensor, list[Tensor | None]]:
         """Map z [N, z_dim] to ws, and draw noise for them.
@@ -91,13 +110,37 @@ class Phases:
         with self.ranks.draws(len(images)):
             return augment(images, p, self._augment).contiguous()
 
-    def generator_main(self, z: Tensor, c: Tensor, p: float) -> Tensor:
-        """Make D believe that G(z) is real. Returns the loss."""
+    def generator_main(self, z: Tensor, c: Tensor, p: float, real: Tensor) -> dict[str, Tensor]:
+        """Make D believe that G(z) is real; `real` images [n, 3, R, R] of the classes c are its pairs where the loss has them.
+
+        Returns:
+            The losses by their names in the log.
+        """
         ws, noise = self._draw_styles(z, c, update_w_avg=True)
-        fake = self._synthesis(ws, dtype=self._dtype, noise=noise)
-        loss = self._adversarial.generator(self._discriminate(self._transform(fake, p), c, self._dtype))
+        fake = self._transform(self._synthesis(ws, dtype=self._dtype, noise=noise), p)
+        if self.adversarial.paired:
+            fake_logits, real_logits, features, _ = self._judge_both(fake, self._transform(real, p), c, c)
+        else:
+            fake_logits, features = self._discriminate(fake, c, self._dtype)
+            real_logits = fake_logits.new_zeros(())
+        loss = self.adversarial.generator(fake_logits, real_logits)
+        losses = {"G": loss.detach()}
+        if self.moments is not None and features is not None:
+            distance = self.moments.loss(features, c)
+            losses["moments"] = distance.detach()
+            loss = loss + self.config.moments_weight * distance
         loss.backward()  # type: ignore[no-untyped-call]
-        return loss.detach()
+        return losses
+
+    def _judge_both(
+        self, fake: Tensor, real: Tensor, fake_c: Tensor, real_c: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Logits of generated and of real images, and their features, in one pass: every weight is converted once."""
+        groups = min(self.config.mbstd_group_size, len(fake))
+        images, c = _interleave(fake, real, groups), _interleave(fake_c, real_c, groups)
+        logits, features = self._discriminate(images, c, self._dtype)
+        fake_features, real_features = (None, None) if features is None else _separate(features, groups)
+        return *_separate(logits, groups), fake_features, real_features
 
     def generator_path_length(self, z: Tensor, c: Tensor) -> Tensor:
         """Penalise changes of |J_w^T y| from its running mean, y a random image of unit expected norm a pixel."""
@@ -118,23 +161,41 @@ class Phases:
         with torch.no_grad():
             ws, noise = self._draw_styles(z, c)
             fake = self._synthesis(ws, dtype=self._dtype, noise=noise)
-        # Both in one pass: every weight is converted and read once instead of twice.
-        groups = min(self.config.mbstd_group_size, len(z))
-        images = _interleave(self._transform(fake, p), self._transform(real, p), groups)
-        logits = self._discriminate(images, _interleave(c, real_c, groups), self._dtype)
-        fake_logits, real_logits = _separate(logits, groups)
-        loss = self._adversarial.fake(fake_logits) + self._adversarial.real(real_logits)
+        fake, real = self._transform(fake, p), self._transform(real, p)
+        fake_logits, real_logits, fake_features, real_features = self._judge_both(fake, real, c, real_c)
+        if self.moments is not None and fake_features is not None and real_features is not None:
+            decay, parts = 0.5 ** (self.config.batch / HALF_LIFE), self.ranks.count
+            changed = self.moments.update("fake", fake_features, c, decay, parts)
+            self.ranks.average_(changed + self.moments.update("real", real_features, real_c, decay, parts))
+        loss = self.adversarial.discriminator(fake_logits, real_logits)
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach(), real_logits.detach()
 
-    def discriminator_r1(self, real: Tensor, real_c: Tensor, p: float) -> Tensor:
-        """Penalise gamma / 2 |dD/dx|^2 on real images, through the augmentation. Returns |dD/dx|^2."""
-        real = real.detach().requires_grad_(True)
-        logits = self.D(self._transform(real, p), real_c, self._dtype)
-        (gradient,) = torch.autograd.grad(logits.sum(), real, create_graph=True)
-        penalty = gradient.square().sum(dim=(1, 2, 3)).mean()
+    def discriminator_penalty(self, images: Tensor, c: Tensor, p: float) -> Tensor:
+        """Penalise gamma / 2 |dD/dx|^2 on images, through the augmentation. Returns |dD/dx|^2.
+
+        R1 where the images are real, R2 where they are generated. x is the image; for the projected discriminator it is
+        the features that its heads judge, as the way from the image to these is fixed.
+        """
+        inputs: list[Tensor]
+        if isinstance(self.D, ProjectedDiscriminator):
+            with torch.no_grad():
+                mixed = self.D.mixed(self.D.stages(self._transform(images, p)))
+            inputs = [x.requires_grad_(True) for x in mixed]
+            logits = self.D.heads(inputs, c, self._dtype)
+        else:
+            inputs = [images.detach().requires_grad_(True)]
+            logits = self.D(self._transform(inputs[0], p), c, self._dtype)
+        gradients = torch.autograd.grad(logits.sum(), inputs, create_graph=True)
+        penalty = torch.stack([x.square().sum(dim=(1, 2, 3)).mean() for x in gradients]).sum()
         (penalty * (self.config.r1_gamma / 2 * self.config.r1_interval)).backward()  # type: ignore[no-untyped-call]
         return penalty.detach()
+
+    @torch.no_grad()
+    def generated(self, z: Tensor, c: Tensor) -> Tensor:
+        """Images [N, 3, R, R] of the generator as it is in training."""
+        ws, noise = self._draw_styles(z, c)
+        return self._synthesis(ws, dtype=self._dtype, noise=noise)
 
 
 def _interleave(a: Tensor, b: Tensor, groups: int) -> Tensor:

@@ -22,77 +22,124 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from dermis.features import channels_last, lite0_network
+from dermis.networks import minibatch_std
 
 INPUT_SIZE = 128  # pixels to which smaller images are enlarged for the backbone; a third of the cost of its own 224
 LEARNING_RATE = 0.002  # of Adam, for weights under spectral normalisation
-_FEATURES = (24, 40, 112, 320)  # channels of the backbone at 1/4, 1/8, 1/16 and 1/32
-_WIDTHS = (48, 96, 192, 256)  # channels after mixing
+_FEATURES = (16, 24, 40, 112, 320)  # channels of the backbone at 1/2, 1/4, 1/8, 1/16 and 1/32
+_WIDTHS = (24, 48, 96, 192, 256)  # channels after mixing
+STATISTICS = 2 * sum(_FEATURES[1:])  # mean and deviation of every channel at 1/4 to 1/32
 _MAX_WIDTH = 256
 _CMAP_DIM = 64
 
 
 class ProjectedDiscriminator(nn.Module):
-    """image [N, 3, H, W] and label c [N, c_dim] -> logits [N, 4], one a scale, fine to coarse.
+    """image [N, 3, H, W] and label c [N, c_dim] -> logits [N, levels], one a level, fine to coarse.
 
-    Unconditional if c_dim is 0. With labels, each scale's output is projected on an embedding of the label (Miyato and
+    Unconditional if c_dim is 0. With labels, each level's output is projected on an embedding of the label (Miyato and
     Koyama, arXiv 1802.05637). The backbone takes images in [-1, 1] as they are, those of less than INPUT_SIZE enlarged:
-    larger ones must not be reduced, or nobody would judge their detail. `resolution` is theirs, a power of two.
+    larger ones must not be reduced, or nothing would judge their detail.
+
+    Args:
+        c_dim: Number of classes.
+        seed: Decides the fixed random convolutions.
+        device: Where it computes.
+        resolution: Side of the images, a power of two.
+        levels: Feature levels that are judged; 5 adds the one at half the resolution.
+        mbstd_group_size: Size of the groups whose standard deviation each head sees (`minibatch_std`); 0: none.
     """
 
-    def __init__(self, c_dim: int, seed: int, device: torch.device | str = "cpu", resolution: int = INPUT_SIZE) -> None:
+    def __init__(
+        self,
+        c_dim: int,
+        seed: int,
+        device: torch.device | str = "cpu",
+        resolution: int = INPUT_SIZE,
+        levels: int = 4,
+        mbstd_group_size: int = 0,
+    ) -> None:
         super().__init__()
         self.c_dim = c_dim
         self.size = max(resolution, INPUT_SIZE)
         # In a tuple, and so no submodule: what never changes has no place among parameters, optimizers and checkpoints.
-        self._fixed = (channels_last(_Projection(seed).to(device)),)
+        self._fixed = (channels_last(_Projection(seed, levels).to(device)),)
         out_channels = _CMAP_DIM if c_dim > 0 else 1
-        sizes = [self.size // 2 ** (k + 2) for k in range(4)]
-        self.scales = nn.ModuleList(_Scale(w, size, out_channels) for w, size in zip(_WIDTHS, sizes, strict=True))
+        sizes = [self.size // 2 ** (5 - k) for k in reversed(range(levels))]
+        self.scales = nn.ModuleList(
+            _Scale(width, size, out_channels, mbstd_group_size)
+            for width, size in zip(_WIDTHS[-levels:], sizes, strict=True)
+        )
         if c_dim > 0:
             self.embed = nn.Linear(c_dim, _CMAP_DIM, bias=False)
         channels_last(self.to(device))
 
     def forward(self, img: Tensor, c: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
-        """`dtype` is the arithmetic of the scales' convolutions; the fixed part is float32."""
+        """`dtype` is the arithmetic of the heads' convolutions; the fixed part is float32."""
+        return self.heads(self.mixed(self.stages(img)), c, dtype)
+
+    def stages(self, img: Tensor) -> list[Tensor]:
+        """Feature maps of the pretrained backbone, fine to coarse, the last ones at 1/4, 1/8, 1/16 and 1/32."""
         x = F.interpolate(img.float(), size=(self.size, self.size), mode="bilinear", align_corners=False)
-        features = self._fixed[0](x.contiguous(memory_format=torch.channels_last))
-        with torch.autocast(img.device.type, dtype=dtype, enabled=dtype is not None):
-            outputs = [scale(y) for scale, y in zip(self.scales, features, strict=True)]
-        logits = torch.stack(outputs, dim=1).float()  # [N, 4, 1 or _CMAP_DIM]
+        stages: list[Tensor] = self._fixed[0].backbone(x.contiguous(memory_format=torch.channels_last))
+        return stages
+
+    def mixed(self, stages: list[Tensor]) -> list[Tensor]:
+        """The stages after the fixed random mixing: what the heads judge."""
+        mixed: list[Tensor] = self._fixed[0](stages)
+        return mixed
+
+    def heads(self, mixed: list[Tensor], c: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+        """Logits [N, levels] of mixed features; the only trained part."""
+        with torch.autocast(mixed[0].device.type, dtype=dtype, enabled=dtype is not None):
+            outputs = [scale(y) for scale, y in zip(self.scales, mixed, strict=True)]
+        logits = torch.stack(outputs, dim=1).float()  # [N, levels, 1 or _CMAP_DIM]
         if self.c_dim > 0:
             assert c is not None
             logits = logits * self.embed(c)[:, None] / math.sqrt(_CMAP_DIM)
         return logits.sum(dim=2)
 
+    def judged(self, img: Tensor, c: Tensor | None, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """Logits, and the statistics [N, STATISTICS] of the features that they come from."""
+        stages = self.stages(img)
+        return self.heads(self.mixed(stages), c, dtype), statistics(stages)
+
+
+def statistics(stages: list[Tensor]) -> Tensor:
+    """Mean and standard deviation over the pixels of every channel of the last four stages: [N, STATISTICS]."""
+    flat = [x.float().flatten(2) for x in stages[-4:]]
+    return torch.cat([x.mean(dim=2) for x in flat] + [(x.var(dim=2, correction=0) + 1e-6).sqrt() for x in flat], dim=1)
+
 
 class _Projection(nn.Module):
-    """Image [N, 3, S, S] -> mixed features at S/4, S/8, S/16 and S/32. Nothing here is ever trained."""
+    """Stages of the backbone -> the same, mixed across channels and from coarse to fine. Nothing here is ever trained."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, levels: int) -> None:
         super().__init__()
-        self.backbone = lite0_network(features_only=True, out_indices=(1, 2, 3, 4))
+        self.backbone = lite0_network(features_only=True, out_indices=tuple(range(5 - levels, 5)))
         generator = torch.Generator().manual_seed(seed)
+        features, widths = _FEATURES[-levels:], _WIDTHS[-levels:]
         self.across_channels = nn.ModuleList(
-            _random_conv(old, new, 1, generator) for old, new in zip(_FEATURES, _WIDTHS, strict=True)
+            _random_conv(old, new, 1, generator) for old, new in zip(features, widths, strict=True)
         )
         self.across_scales = nn.ModuleList(
-            _random_conv(coarse, fine, 3, generator) for fine, coarse in pairwise(_WIDTHS)
+            _random_conv(coarse, fine, 3, generator) for fine, coarse in pairwise(widths)
         )
         self.eval().requires_grad_(False)
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        mixed = [conv(y) for conv, y in zip(self.across_channels, self.backbone(x), strict=True)]
-        for k in (2, 1, 0):
+    def forward(self, stages: list[Tensor]) -> list[Tensor]:
+        mixed = [conv(y) for conv, y in zip(self.across_channels, stages, strict=True)]
+        for k in reversed(range(len(mixed) - 1)):
             coarse = F.interpolate(mixed[k + 1], scale_factor=2.0, mode="bilinear", align_corners=False)
             mixed[k] = mixed[k] + self.across_scales[k](coarse)
         return mixed
 
 
 class _Scale(nn.Module):
-    """Judge of one scale: features [N, C, size, size] -> [N, out_channels], by halving down to 4 px."""
+    """Judge of one level: features [N, C, size, size] -> [N, out_channels], by halving down to 4 px."""
 
-    def __init__(self, channels: int, size: int, out_channels: int) -> None:
+    def __init__(self, channels: int, size: int, out_channels: int, mbstd_group_size: int) -> None:
         super().__init__()
+        self.mbstd_group_size = mbstd_group_size
         layers: list[nn.Module] = []
         while size > 4:
             wider = min(2 * channels, _MAX_WIDTH)
@@ -100,11 +147,16 @@ class _Scale(nn.Module):
             channels, size = wider, size // 2
         if not layers:
             layers += _block(nn.Conv2d(channels, channels, 3, padding=1))
+        channels += mbstd_group_size > 0
         layers.append(spectral_norm(nn.Conv2d(channels, out_channels, 4)))
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.layers(x)
+        for layer in self.layers[:-1]:
+            x = layer(x)
+        if self.mbstd_group_size:
+            x = minibatch_std(x, self.mbstd_group_size, 1)
+        y: Tensor = self.layers[-1](x)
         return y.flatten(1)
 
 

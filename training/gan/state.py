@@ -16,8 +16,9 @@ from training.data.isic import ImageDataset
 from training.gan.augment import AdaptiveP
 from training.gan.checkpoint import load_checkpoint, read_state, save_checkpoint
 from training.gan.config import STRUCTURE, GanConfig
+from training.gan.moments import FeatureMoments
 from training.gan.projected import LEARNING_RATE as PROJECTED_RATE
-from training.gan.projected import ProjectedDiscriminator
+from training.gan.projected import STATISTICS, ProjectedDiscriminator
 
 
 @dataclass
@@ -49,10 +50,12 @@ class State:
     pl_mean: Tensor
     adaptive: AdaptiveP
     progress: Progress
+    moments: FeatureMoments | None = None  # where config.moments_weight asks for them
 
     @property
     def modules(self) -> dict[str, torch.nn.Module]:
-        return {"G": self.G, "D": self.D, "G_ema": self.G_ema}
+        modules: dict[str, torch.nn.Module] = {"G": self.G, "D": self.D, "G_ema": self.G_ema}
+        return modules if self.moments is None else modules | {"moments": self.moments}
 
     @property
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
@@ -65,7 +68,14 @@ def new_state(config: GanConfig, device: torch.device) -> State:
     G = Generator(config.generator).to(device)
     D: Discriminator | ProjectedDiscriminator
     if config.projected:
-        D = ProjectedDiscriminator(config.c_dim, config.seed, device, config.resolution)
+        D = ProjectedDiscriminator(
+            config.c_dim,
+            config.seed,
+            device,
+            config.resolution,
+            config.projected_levels,
+            config.mbstd_group_size if config.projected_mbstd else 0,
+        )
     else:
         D = Discriminator(config.discriminator).to(device)
     D_rate = PROJECTED_RATE if config.projected else config.learning_rate
@@ -78,6 +88,7 @@ def new_state(config: GanConfig, device: torch.device) -> State:
         pl_mean=torch.zeros((), device=device),
         adaptive=_adaptive(config),
         progress=Progress(),
+        moments=FeatureMoments(config.c_dim, STATISTICS, device) if config.moments_weight else None,
     )
 
 

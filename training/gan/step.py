@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from dermis.networks import Generator, one_hot
 from training.data.isic import ImageDataset
-from training.gan.batches import Batch
+from training.gan.batches import Batch, class_weights
 from training.gan.config import GanConfig
 from training.gan.loss import Phases
+from training.gan.moments import INTERVAL as MOMENTS_INTERVAL
 from training.gan.state import State
 
 
@@ -38,12 +39,25 @@ def training_step(
     torch.manual_seed((config.seed << 32) + progress.step + 1)
     real, real_c = _prepare(batch, config, phases)
     found: dict[str, Tensor] = {}
+    weights = None if config.class_balance == 0 else torch.from_numpy(class_weights(dataset.labels, config))
 
-    def latents() -> tuple[Tensor, Tensor]:
+    def latents(paired: bool = False) -> tuple[Tensor, Tensor]:
+        """z, and labels in the proportions in which real images are shown; `paired`: those of the real images."""
         with ranks.draws(n):
-            drawn = torch.randint(len(dataset.labels), (n,)).numpy()  # labels follow the training set's proportions
-            c = one_hot(dataset.labels[drawn], config.c_dim, device)
+            if paired:
+                c = real_c
+            else:
+                if weights is None:
+                    drawn = torch.randint(len(dataset.labels), (n,))
+                else:  # by the inverse of the cumulative weights: one uniform number a sample, as `ranks.draws` knows it
+                    drawn = torch.rand(n, dtype=torch.float64).contiguous()
+                    drawn = torch.searchsorted(weights.cumsum(0), drawn).clamp_max(len(weights) - 1)
+                c = one_hot(dataset.labels[drawn.numpy()], config.c_dim, device)
             return torch.randn(n, config.z_dim, device=device), c
+
+    paired = phases.adversarial.paired
+    if phases.moments is not None and progress.step % MOMENTS_INTERVAL == 0:
+        phases.moments.solve()
 
     def apply(optimizer: torch.optim.Adam, module: nn.Module, adjusted: bool = False) -> Tensor:
         gradients = [x.grad for x in module.parameters() if x.grad is not None]
@@ -58,7 +72,7 @@ def training_step(
         return norm
 
     state.D.requires_grad_(False)
-    found["G"] = phases.generator_main(*latents(), p)
+    found |= phases.generator_main(*latents(paired), p, real)
     found["G_gradient"] = apply(state.G_opt, state.G, adjusted=True)
     if config.pl_weight and progress.step % config.pl_interval == 0:
         z, c = latents()
@@ -67,10 +81,13 @@ def training_step(
         apply(state.G_opt, state.G)
     state.D.requires_grad_(True)
     state.G.requires_grad_(False)
-    found["D"], real_logits = phases.discriminator_main(real, real_c, *latents(), p)
+    found["D"], real_logits = phases.discriminator_main(real, real_c, *latents(paired), p)
     found["D_gradient"] = apply(state.D_opt, state.D, adjusted=True)
     if config.r1_gamma and progress.step % config.r1_interval == 0:
-        found["r1"] = phases.discriminator_r1(real, real_c, p)
+        found["r1"] = phases.discriminator_penalty(real, real_c, p)
+        if config.relativistic:
+            z, c = latents()
+            found["r2"] = phases.discriminator_penalty(phases.generated(z, c), c, p)
         apply(state.D_opt, state.D)
     state.G.requires_grad_(True)
 

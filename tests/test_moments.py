@@ -1,0 +1,85 @@
+"""Matching of feature moments: the transport map, and what a generator learns from the loss."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from training.gan import moments
+from training.gan.moments import FeatureMoments
+
+DIM, COUNT = 6, 8000
+
+
+def _classes() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Real and generated features [COUNT, DIM] with labels: other means a class, another covariance."""
+    random = torch.Generator().manual_seed(0)
+    labels = torch.nn.functional.one_hot(torch.arange(COUNT) % 2, 2).float()
+    mix = torch.eye(DIM) + 0.4 * torch.randn(DIM, DIM, generator=random)
+    real = torch.randn(COUNT, DIM, generator=random) @ mix + labels @ torch.tensor([[0.0] * DIM, [3.0] * DIM])
+    fake = 0.6 * torch.randn(COUNT, DIM, generator=random) + labels @ torch.tensor([[1.0] * DIM, [-1.0] * DIM])
+    return real, labels, fake, labels.flip(0)
+
+
+def _within(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Means of the classes, and the covariance within them."""
+    means = labels.T @ x / labels.sum(dim=0)[:, None]
+    return means, torch.cov((x - labels @ means).T)
+
+
+def test_the_transport_map_gives_generated_features_the_moments_of_real_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moments, "_RIDGE", 1e-6)
+    real, real_c, fake, fake_c = _classes()
+    matched = FeatureMoments(2, DIM)
+    for part in range(0, COUNT, 500):
+        rows = slice(part, part + 500)
+        matched.update("real", real[rows], real_c[rows], decay=1.0)
+        matched.update("fake", fake[rows], fake_c[rows], decay=1.0)
+    matched.solve()
+    scaled = fake * matched.scale
+    moved = fake_c @ matched.real_mean + (scaled - fake_c @ matched.fake_mean) @ matched.transport
+    for ours, theirs in zip(_within(moved, fake_c), _within(real * matched.scale, real_c), strict=True):
+        assert torch.allclose(ours, theirs, atol=2e-3)
+    assert matched.loss(fake, fake_c) == pytest.approx(float((scaled - moved).square().mean()), rel=1e-4)
+
+
+def test_no_moments_are_matched_before_enough_images_were_seen() -> None:
+    real, real_c, fake, fake_c = _classes()
+    matched = FeatureMoments(2, DIM)
+    few = moments.FEWEST // 2
+    for kind, x, c in (("real", real, real_c), ("fake", fake, fake_c)):
+        matched.update(kind, x[:few], c[:few], decay=1.0)
+    matched.solve()
+    assert float(matched.loss(fake, fake_c)) == 0.0
+
+
+def test_a_collapsed_generator_regains_the_variety_of_real_features() -> None:
+    real, real_c, _, c = _classes()
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(0.05 * torch.eye(DIM))  # one twentieth of the spread that it should have
+    bias = torch.nn.Parameter(torch.zeros(2, DIM))
+    optimizer = torch.optim.Adam([weight, bias], lr=0.02)
+    matched = FeatureMoments(2, DIM)
+    matched.update("real", real, real_c, decay=1.0)
+    for _ in range(400):
+        fake = torch.randn(COUNT, DIM) @ weight + c @ bias
+        matched.update("fake", fake.detach(), c, decay=0.5)
+        matched.solve()
+        loss = matched.loss(fake, c)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    means, covariance = _within(fake.detach(), c)
+    real_means, real_covariance = _within(real, real_c)
+    assert torch.allclose(means, real_means, atol=0.1)
+    assert (covariance - real_covariance).norm() < 0.1 * real_covariance.norm()
+
+
+def test_parts_of_a_batch_on_several_processes_add_up_to_the_whole() -> None:
+    real, c, *_ = _classes()
+    whole, *parts = (FeatureMoments(2, DIM) for _ in range(3))
+    whole.update("real", real[:8], c[:8], decay=0.5)
+    averaged = [part.update("real", real[rank:8:2], c[rank:8:2], decay=0.5, parts=2) for rank, part in enumerate(parts)]
+    for expected, one, two in zip((whole.real_count, whole.real_sum, whole.real_outer), *averaged, strict=True):
+        assert torch.allclose(expected, (one + two) / 2, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,104 @@
+"""Match the mean and the covariance of generated features to those of real ones: a second loss against lost variety.
+
+A discriminator judges images one by one, and a generator that shows only the most typical ones can satisfy it. What it then
+lacks stands in the covariance of its features. Between two Gaussians the optimal transport map is known in closed form
+(Dowson and Landau 1982; Peyré and Cuturi, arXiv 1803.00567, remark 2.31):
+
+    t(f) = m_r + T (f - m_g),   T = C_r^(1/2) (C_r^(1/2) C_g C_r^(1/2))^(-1/2) C_r^(1/2)
+
+with means m and covariances C of real (r) and generated (g) features. The loss is mean |f - t(f)|^2 over generated features f,
+with t held constant: its gradient is, up to a constant, that of the squared Fréchet distance between the two Gaussians. With
+labels, every class has its own means, and all share the covariance within classes.
+
+The moments are running averages over the batches that the discriminator sees, augmented as it sees them. The features are
+statistics of its fixed backbone, so distances in that feature space flatter a generator trained with this.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+HALF_LIFE = 2000  # images after which a batch counts half: long against the number of features, short against training
+FEWEST = 2000  # images from which on the moments are used
+INTERVAL = 64  # steps between two solutions for T
+_RIDGE = 0.01  # added to the variances, which are 1 for real features
+
+
+class FeatureMoments(nn.Module):
+    """Running moments of real and generated features, and the transport map between them. Everything is a buffer.
+
+    Args:
+        c_dim: Number of classes; 0 and 1 share one mean.
+        features: Length of a feature vector.
+        device: Where it computes.
+    """
+
+    def __init__(self, c_dim: int, features: int, device: torch.device | str = "cpu") -> None:
+        super().__init__()
+        self.classes = max(c_dim, 1)
+        for kind in ("real", "fake"):
+            self.register_buffer(f"{kind}_count", torch.zeros(self.classes, device=device))
+            self.register_buffer(f"{kind}_sum", torch.zeros(self.classes, features, device=device))
+            self.register_buffer(f"{kind}_outer", torch.zeros(features, features, device=device))
+            self.register_buffer(f"{kind}_mean", torch.zeros(self.classes, features, device=device))
+        self.register_buffer("scale", torch.ones(features, device=device))
+        self.register_buffer("transport", torch.eye(features, device=device))
+        self.register_buffer("ready", torch.zeros((), device=device))
+
+    @torch.no_grad()
+    def update(self, kind: str, features: Tensor, c: Tensor, decay: float, parts: int = 1) -> list[Tensor]:
+        """Add a batch of features [N, features] with labels c [N, c_dim], older ones multiplied by `decay`.
+
+        Args:
+            kind: "real" or "fake".
+            features: As `training.gan.projected.statistics` makes them.
+            c: Labels, one-hot.
+            decay: Weight of everything before.
+            parts: Processes that each add a part of the batch. The mean of their buffers is then that of the whole batch.
+
+        Returns:
+            The three buffers that changed.
+        """
+        c = c if c.shape[1] else torch.ones(len(c), 1, device=c.device)
+        buffers = [getattr(self, f"{kind}_{name}") for name in ("count", "sum", "outer")]
+        for buffer, value in zip(buffers, (c.sum(dim=0), c.T @ features, features.T @ features), strict=True):
+            buffer.mul_(decay).add_(value, alpha=parts)
+        return buffers
+
+    @torch.no_grad()
+    def solve(self) -> None:
+        """Compute means, scale and transport map of the moments as they are now."""
+        real_mean, real = self._gaussian("real")
+        fake_mean, fake = self._gaussian("fake")
+        scale = real.diagonal().clamp_min(1e-8).rsqrt()
+        ridge = _RIDGE * torch.eye(len(scale), dtype=real.dtype, device=real.device)
+        real = real * scale * scale[:, None] + ridge
+        fake = fake * scale * scale[:, None] + ridge
+        root = _power(real, 0.5)
+        transport = root @ _power(root @ fake @ root, -0.5) @ root
+        self.scale.copy_(scale)
+        self.real_mean.copy_(real_mean * scale)
+        self.fake_mean.copy_(fake_mean * scale)
+        self.transport.copy_(transport)
+        self.ready.fill_(float(min(self.real_count.sum(), self.fake_count.sum()) >= FEWEST))
+
+    def loss(self, features: Tensor, c: Tensor) -> Tensor:
+        """Mean squared distance of generated features [N, features] from where the transport map takes them."""
+        c = c if c.shape[1] else torch.ones(len(c), 1, device=c.device)
+        x = features * self.scale
+        with torch.no_grad():
+            target = c @ self.real_mean + (x - c @ self.fake_mean) @ self.transport
+        return (x - target).square().mean() * self.ready
+
+    def _gaussian(self, kind: str) -> tuple[Tensor, Tensor]:
+        """Means [classes, features] and the covariance within classes, in float64."""
+        count, total, outer = (getattr(self, f"{kind}_{name}").double() for name in ("count", "sum", "outer"))
+        mean = total / count.clamp_min(1e-8)[:, None]
+        return mean, (outer - mean.T @ (count[:, None] * mean)) / count.sum().clamp_min(1e-8)
+
+
+def _power(x: Tensor, exponent: float) -> Tensor:
+    """A power of a symmetric positive definite matrix."""
+    values, vectors = torch.linalg.eigh(x)
+    return (vectors * values.clamp_min(1e-10) ** exponent) @ vectors.T
