@@ -210,7 +210,10 @@ def split(
     source: SourceArgument,
     out: Annotated[Path, typer.Option(help="New folder: one CSV a part and split.json.")],
     parts: Annotated[
-        str, typer.Option(help="train-validation, hospitals, or NAME=SIZE,... with sizes in images or as shares.")
+        str,
+        typer.Option(
+            help="train-validation, train-validation-test, hospitals, or NAME=SIZE,... with sizes in images or as shares."
+        ),
     ] = "train-validation",
     seed: Annotated[int, typer.Option(help="Decides which patients go where.")] = 0,
     metadata: MetadataOption = None,
@@ -308,10 +311,10 @@ def _show_leaks(found: Leaks, compared: bool) -> None:
 
 def _part_sizes(text: str) -> dict[str, float]:
     from dermis.errors import DataError
-    from training.data.splits import HOSPITALS, TRAIN_VALIDATION
+    from training.data.splits import PRESETS
 
-    if text in ("train-validation", "hospitals"):
-        return dict(TRAIN_VALIDATION if text == "train-validation" else HOSPITALS)
+    if text in PRESETS:
+        return dict(PRESETS[text])
     sizes: dict[str, float] = {}
     for part in text.split(","):
         name, equals, size = (piece.strip() for piece in part.partition("="))
@@ -322,6 +325,6 @@ def _part_sizes(text: str) -> dict[str, float]:
         except ValueError:
             raise DataError(
                 f"--parts: {part.strip()!r} is not of the form NAME=SIZE, each name once; "
-                "or give train-validation or hospitals"
+                f"or give {' or '.join(PRESETS)}"
             ) from None
     return sizes

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from commands.main import app
 from dermis.errors import DataError
 from training.data.sources import Record, read_source
-from training.data.splits import HOSPITALS, TRAIN_VALIDATION, read_split, split_by_patient
+from training.data.splits import HOSPITALS, PRESETS, TRAIN_VALIDATION, read_split, split_by_patient
 
 TABLE = Path(__file__).parents[1] / ".." / "shared" / "data" / "ISIC_2020_Training_GroundTruth.csv.gz"
 
@@ -130,7 +130,7 @@ def test_command_writes_parts_that_read_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not TABLE.is_file(), reason="needs ../shared/data/ISIC_2020_Training_GroundTruth.csv.gz")
-@pytest.mark.parametrize("sizes", [TRAIN_VALIDATION, HOSPITALS], ids=["train-validation", "hospitals"])
+@pytest.mark.parametrize("sizes", PRESETS.values(), ids=PRESETS.keys())
 def test_isic_2020_is_split_within_one_per_cent(sizes: dict[str, float]) -> None:
     """Sizes within 1 %, the malignant share within 0.2 percentage points, no patient shared."""
     records = read_source(TABLE).records

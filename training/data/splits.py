@@ -23,7 +23,13 @@ from training.data.sources import SPLIT, Record, Source
 from training.data.tables import ID_COLUMNS, find_column, read_image_names
 
 TRAIN_VALIDATION: Mapping[str, float] = {"train": 0.8, "validation": 0.2}
+TRAIN_VALIDATION_TEST: Mapping[str, float] = {"train": 0.7, "validation": 0.1, "test": 0.2}
 HOSPITALS: Mapping[str, float] = {"hospital-1": 2_000, "hospital-2": 12_000, "hospital-3": 20_000}
+PRESETS: Mapping[str, Mapping[str, float]] = {
+    "train-validation": TRAIN_VALIDATION,
+    "train-validation-test": TRAIN_VALIDATION_TEST,
+    "hospitals": HOSPITALS,
+}
 REST = "rest"
 
 
