@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed-$(VARIANT)
 # Where `make demo-bundle` finds an ISIC-layout folder (images and metadata.csv).
 DATA ?= ../shared/data/dermoscopy
 
-.PHONY: setup serve test test-full ranges lint demo-bundle demo-classifier demo-latents clean
+.PHONY: setup serve test test-full ranges lint demo-split demo-bundle demo-classifier demo-latents clean
 
 setup: $(STAMP)
 
@@ -47,29 +47,32 @@ ranges: setup
 CREDIT := --licence CC-BY-NC-4.0 \
 	--attribution "HAM10000 (Tschandl et al. 2018, doi:10.1038/sdata.2018.161), ISIC 2018 test set (Codella et al. 2018), ISIC Archive"
 
-# How the bundle in bundles/demo was made: small images first, then twice their size. Stop it at any time with Ctrl-C; the
-# same command goes on.
-DEMO := --data $(DATA) --projected --batch 16 --channel-base 4096 --channel-max 256 --z-dim 256 --w-dim 256 --no-compile \
-	--name demo --resume $(CREDIT)
-demo-bundle: setup
-	$(BIN)/dermis train gan $(DEMO) --resolution 64 --out runs/demo-64 --kimg 58.4 --snapshot-kimg 5
-	$(BIN)/dermis train gan $(DEMO) --resolution 128 --out runs/demo --kimg 36.8 --snapshot-kimg 4 --from runs/demo-64/bundle
-	$(BIN)/dermis evaluate --bundle runs/demo/bundle --data $(DATA) --extractor lite0
+# How the bundle in bundles/demo was made. Images are divided once, by patient, before anything is trained: all parts of the
+# bundle learn from `train` alone, choices are made on `validation`, and `test` is held out and only measures.
+# Every step can be stopped with Ctrl-C; the same command continues it.
+SPLIT := runs/leaks/split
+LEARN := --data $(DATA) --metadata $(SPLIT)/train.csv
+demo-split: setup
+	test -d runs/split || $(BIN)/dermis data split $(DATA) --parts train-validation-test --out runs/split
+	test -d runs/leaks || $(BIN)/dermis data leaks $(DATA) --split runs/split --remove --out runs/leaks
+
+DEMO_KIMG ?= 100
+demo-bundle: demo-split
+	$(BIN)/dermis train gan $(LEARN) --resolution 128 --projected $(DEMO_RECIPE) --batch 16 --channel-base 4096 \
+		--channel-max 256 --z-dim 256 --w-dim 256 --no-compile --name demo --out runs/demo --kimg $(DEMO_KIMG) --snapshot-kimg 4 \
+		--resume $(CREDIT)
+	$(BIN)/dermis evaluate --bundle runs/demo/bundle $(LEARN) --holdout $(DATA) --holdout-metadata $(SPLIT)/test.csv
 	rm -rf bundles/demo && mkdir -p bundles && cp -r runs/demo/bundle bundles/demo
 
-# And its classifier: patients divided, near-duplicates across the parts removed.
-demo-classifier: setup
-	test -d runs/split || $(BIN)/dermis data split $(DATA) --parts train=0.65,validation=0.15,test=0.2 --out runs/split
-	test -d runs/leaks || $(BIN)/dermis data leaks $(DATA) --split runs/split --remove --out runs/leaks
-	$(BIN)/dermis train classifier --data $(DATA) --split runs/leaks/split --out runs/demo-classifier --name demo-classifier \
+demo-classifier: demo-split
+	$(BIN)/dermis train classifier --data $(DATA) --split $(SPLIT) --out runs/demo-classifier --name demo-classifier \
 		--architecture tf_efficientnet_lite0 --size 192 --freeze-stages 2 --weights-dtype int8 --resume $(CREDIT)
 	$(BIN)/dermis bundle attach-classifier bundles/demo runs/demo-classifier/classifier
 
-# And what belongs to its latent space: the index of its training images, an encoder, directions.
-demo-latents: setup
-	$(BIN)/dermis index build --data $(DATA) --bundle bundles/demo
-	$(BIN)/dermis train encoder --bundle bundles/demo --images $(DATA) --metadata runs/leaks/split/train.csv \
-		--held-out runs/leaks/split/test.csv --steps 3000 --warm-up 500 --distance lite0 --out runs/demo-encoder --resume --attach
+demo-latents: demo-split
+	$(BIN)/dermis index build $(LEARN) --held-out $(DATA) --held-out-metadata $(SPLIT)/test.csv --bundle bundles/demo
+	$(BIN)/dermis train encoder --bundle bundles/demo --images $(DATA) --metadata $(SPLIT)/train.csv \
+		--held-out $(SPLIT)/validation.csv --steps 3000 --warm-up 500 --distance lite0 --out runs/demo-encoder --resume --attach
 	$(BIN)/dermis directions fit bundles/demo
 
 clean:

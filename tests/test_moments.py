@@ -34,11 +34,12 @@ def test_the_transport_map_gives_generated_features_the_moments_of_real_ones(mon
     matched = FeatureMoments(2, DIM)
     for part in range(0, COUNT, 500):
         rows = slice(part, part + 500)
-        matched.update("real", real[rows], real_c[rows], decay=1.0)
-        matched.update("fake", fake[rows], fake_c[rows], decay=1.0)
+        matched.update("real", real[rows], real_c[rows], batch=0)
+        matched.update("fake", fake[rows], fake_c[rows], batch=0)
     matched.solve()
     scaled = fake * matched.scale
-    moved = fake_c @ matched.real_mean + (scaled - fake_c @ matched.fake_mean) @ matched.transport
+    fake_means, _ = _within(scaled, fake_c)
+    moved = fake_c @ matched.real_mean + (scaled - fake_c @ fake_means) @ matched.transport
     for ours, theirs in zip(_within(moved, fake_c), _within(real * matched.scale, real_c), strict=True):
         assert torch.allclose(ours, theirs, atol=2e-3)
     assert matched.loss(fake, fake_c) == pytest.approx(float((scaled - moved).square().mean()), rel=1e-4)
@@ -49,7 +50,7 @@ def test_no_moments_are_matched_before_enough_images_were_seen() -> None:
     matched = FeatureMoments(2, DIM)
     few = moments.FEWEST // 2
     for kind, x, c in (("real", real, real_c), ("fake", fake, fake_c)):
-        matched.update(kind, x[:few], c[:few], decay=1.0)
+        matched.update(kind, x[:few], c[:few], batch=0)
     matched.solve()
     assert float(matched.loss(fake, fake_c)) == 0.0
 
@@ -61,10 +62,10 @@ def test_a_collapsed_generator_regains_the_variety_of_real_features() -> None:
     bias = torch.nn.Parameter(torch.zeros(2, DIM))
     optimizer = torch.optim.Adam([weight, bias], lr=0.02)
     matched = FeatureMoments(2, DIM)
-    matched.update("real", real, real_c, decay=1.0)
+    matched.update("real", real, real_c, batch=0)
     for _ in range(400):
         fake = torch.randn(COUNT, DIM) @ weight + c @ bias
-        matched.update("fake", fake.detach(), c, decay=0.5)
+        matched.update("fake", fake.detach(), c, batch=moments.HALF_LIFE)
         matched.solve()
         loss = matched.loss(fake, c)
         optimizer.zero_grad()
@@ -79,7 +80,7 @@ def test_a_collapsed_generator_regains_the_variety_of_real_features() -> None:
 def test_parts_of_a_batch_on_several_processes_add_up_to_the_whole() -> None:
     real, c, *_ = _classes()
     whole, *parts = (FeatureMoments(2, DIM) for _ in range(3))
-    whole.update("real", real[:8], c[:8], decay=0.5)
-    averaged = [part.update("real", real[rank:8:2], c[rank:8:2], decay=0.5, parts=2) for rank, part in enumerate(parts)]
+    whole.update("real", real[:8], c[:8], batch=moments.HALF_LIFE)
+    averaged = [part.update("real", real[rank:8:2], c[rank:8:2], batch=moments.HALF_LIFE, parts=2) for rank, part in enumerate(parts)]
     for expected, one, two in zip((whole.real_count, whole.real_sum, whole.real_outer), *averaged, strict=True):
         assert torch.allclose(expected, (one + two) / 2, rtol=1e-5, atol=1e-5)

@@ -19,7 +19,7 @@ from torch import Tensor
 from dermis.networks import Discriminator, Generator
 from training.gan.augment import AUGMENTATIONS, augment
 from training.gan.config import GanConfig
-from training.gan.moments import HALF_LIFE, FeatureMoments
+from training.gan.moments import FeatureMoments
 from training.gan.parallel import ALONE, Ranks
 from training.gan.projected import ProjectedDiscriminator
 
@@ -164,9 +164,9 @@ class Phases:
         fake, real = self._transform(fake, p), self._transform(real, p)
         fake_logits, real_logits, fake_features, real_features = self._judge_both(fake, real, c, real_c)
         if self.moments is not None and fake_features is not None and real_features is not None:
-            decay, parts = 0.5 ** (self.config.batch / HALF_LIFE), self.ranks.count
-            changed = self.moments.update("fake", fake_features, c, decay, parts)
-            self.ranks.average_(changed + self.moments.update("real", real_features, real_c, decay, parts))
+            batch, parts = self.config.batch, self.ranks.count
+            changed = self.moments.update("fake", fake_features, c, batch, parts)
+            self.ranks.average_(changed + self.moments.update("real", real_features, real_c, batch, parts))
         loss = self.adversarial.discriminator(fake_logits, real_logits)
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach(), real_logits.detach()

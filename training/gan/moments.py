@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 HALF_LIFE = 2000  # images after which a batch counts half: long against the number of features, short against training
+RECENT_HALF_LIFE = 400  # the same of generated means: the loss pulls the other way only once they show what it has moved
 FEWEST = 2000  # images from which on the moments are used
 INTERVAL = 64  # steps between two solutions for T
 _RIDGE = 0.01  # added to the variances, which are 1 for real features
@@ -41,36 +42,43 @@ class FeatureMoments(nn.Module):
             self.register_buffer(f"{kind}_count", torch.zeros(self.classes, device=device))
             self.register_buffer(f"{kind}_sum", torch.zeros(self.classes, features, device=device))
             self.register_buffer(f"{kind}_outer", torch.zeros(features, features, device=device))
-            self.register_buffer(f"{kind}_mean", torch.zeros(self.classes, features, device=device))
+        self.register_buffer("recent_count", torch.zeros(self.classes, device=device))
+        self.register_buffer("recent_sum", torch.zeros(self.classes, features, device=device))
+        self.register_buffer("real_mean", torch.zeros(self.classes, features, device=device))
         self.register_buffer("scale", torch.ones(features, device=device))
         self.register_buffer("transport", torch.eye(features, device=device))
         self.register_buffer("ready", torch.zeros((), device=device))
 
     @torch.no_grad()
-    def update(self, kind: str, features: Tensor, c: Tensor, decay: float, parts: int = 1) -> list[Tensor]:
-        """Add a batch of features [N, features] with labels c [N, c_dim], older ones multiplied by `decay`.
+    def update(self, kind: str, features: Tensor, c: Tensor, batch: int, parts: int = 1) -> list[Tensor]:
+        """Add features [N, features] with labels c [N, c_dim].
 
         Args:
             kind: "real" or "fake".
             features: As `training.gan.projected.statistics` makes them.
             c: Labels, one-hot.
-            decay: Weight of everything before.
+            batch: Images of all processes together; they decide how much older ones still count.
             parts: Processes that each add a part of the batch. The mean of their buffers is then that of the whole batch.
 
         Returns:
-            The three buffers that changed.
+            The buffers that changed.
         """
         c = c if c.shape[1] else torch.ones(len(c), 1, device=c.device)
-        buffers = [getattr(self, f"{kind}_{name}") for name in ("count", "sum", "outer")]
-        for buffer, value in zip(buffers, (c.sum(dim=0), c.T @ features, features.T @ features), strict=True):
-            buffer.mul_(decay).add_(value, alpha=parts)
+        count, total, outer = c.sum(dim=0), c.T @ features, features.T @ features
+        changes = [(f"{kind}_count", count, HALF_LIFE), (f"{kind}_sum", total, HALF_LIFE), (f"{kind}_outer", outer, HALF_LIFE)]
+        if kind == "fake":
+            changes += [("recent_count", count, RECENT_HALF_LIFE), ("recent_sum", total, RECENT_HALF_LIFE)]
+        buffers = []
+        for name, value, half_life in changes:
+            buffer: Tensor = getattr(self, name)
+            buffers.append(buffer.mul_(0.5 ** (batch / half_life)).add_(value, alpha=parts))
         return buffers
 
     @torch.no_grad()
     def solve(self) -> None:
         """Compute means, scale and transport map of the moments as they are now."""
         real_mean, real = self._gaussian("real")
-        fake_mean, fake = self._gaussian("fake")
+        _, fake = self._gaussian("fake")
         scale = real.diagonal().clamp_min(1e-8).rsqrt()
         ridge = _RIDGE * torch.eye(len(scale), dtype=real.dtype, device=real.device)
         real = real * scale * scale[:, None] + ridge
@@ -79,7 +87,6 @@ class FeatureMoments(nn.Module):
         transport = root @ _power(root @ fake @ root, -0.5) @ root
         self.scale.copy_(scale)
         self.real_mean.copy_(real_mean * scale)
-        self.fake_mean.copy_(fake_mean * scale)
         self.transport.copy_(transport)
         self.ready.fill_(float(min(self.real_count.sum(), self.fake_count.sum()) >= FEWEST))
 
@@ -88,7 +95,8 @@ class FeatureMoments(nn.Module):
         c = c if c.shape[1] else torch.ones(len(c), 1, device=c.device)
         x = features * self.scale
         with torch.no_grad():
-            target = c @ self.real_mean + (x - c @ self.fake_mean) @ self.transport
+            fake_mean = self.recent_sum / self.recent_count.clamp_min(1e-8)[:, None] * self.scale
+            target = c @ self.real_mean + (x - c @ fake_mean) @ self.transport
         return (x - target).square().mean() * self.ready
 
     def _gaussian(self, kind: str) -> tuple[Tensor, Tensor]:
