@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dermis.bundle import Bundle
     from dermis.directions.direction import Direction
     from dermis.imaging import Images
+    from dermis.network_config import NoiseMode
     from dermis.networks import Generator
 
 directions_app = typer.Typer(no_args_is_help=True, help="Find meaningful directions of a generator; look at them.")
@@ -148,7 +149,10 @@ def strips(
         ws = given
         if ws is None:
             ws = synthesizer.ws([seed], [index], [label], truncation_psi=truncation_psi)[0]
-        rows = [synthesizer.images_from_ws(strip(ws, known[name], strengths)) for name in names]
+        # A sample keeps its own noise in all its images. A projection was made with the constant noise.
+        noise_mode: NoiseMode = "random" if given is None else "const"
+        named = {"seeds": [seed] * steps, "indices": [index] * steps}
+        rows = [synthesizer.images_from_ws(strip(ws, known[name], strengths), noise_mode, **named) for name in names]
     write_file(out, encode(contact_sheet(np.concatenate(rows), columns=steps), suffix))  # type: ignore[arg-type]
     typer.echo(f"{out}: {', '.join(names)}, from {-reach:g} to {reach:g}")
 
@@ -189,7 +193,7 @@ def _attributes(bundle: Bundle, generator: Generator, count: int, seed: int, dev
 
     w = sample_w(generator, count, seed=seed)
     found = []
-    for name, having in _labels(bundle, generator, w, device).items():
+    for name, having in _labels(bundle, generator, w, seed, device).items():
         try:
             found.append(hyperplane(name, w, having, layers=(0, generator.num_ws), seed=0))
         except RequestError as error:
@@ -198,9 +202,12 @@ def _attributes(bundle: Bundle, generator: Generator, count: int, seed: int, dev
 
 
 def _labels(
-    bundle: Bundle, generator: Generator, w: NDArray[np.float32], device: str
+    bundle: Bundle, generator: Generator, w: NDArray[np.float32], seed: int, device: str
 ) -> Mapping[str, NDArray[np.bool_]]:
-    """What the detectors and the bundle's classifier find in the images of w [N, w_dim]: bool [N] by attribute."""
+    """What the detectors and the bundle's classifier find in the images of w [N, w_dim]: bool [N] by attribute.
+
+    Image i has the noise of sample (seed, i).
+    """
     from concurrent.futures import ThreadPoolExecutor
 
     from tqdm import tqdm
@@ -223,7 +230,8 @@ def _labels(
     ):
         for start in range(0, len(w), 64):
             ws = np.repeat(w[start : start + 64, None], generator.num_ws, axis=1)
-            drawn = synthesizer.images_from_ws(ws)
+            indices = range(start, start + len(ws))
+            drawn = synthesizer.images_from_ws(ws, "random", seeds=[seed] * len(ws), indices=indices)
             drawn = drawn.repeat(3, axis=3) if drawn.shape[3] == 1 else drawn
             rows += pool.map(artefacts, drawn)
             if classifier is not None:

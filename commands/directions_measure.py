@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,11 +15,12 @@ import typer
 from commands.console import table_console
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from rich.table import Table
 
     from dermis.bundle import Bundle
     from dermis.directions.direction import Direction
-    from training.evaluation.disentanglement import Effect, Readings, Removal, Units, Ws
+    from training.evaluation.disentanglement import Effect, Look, Readings, Removal, Units, Ws
     from training.evaluation.readings import Reader
 
 
@@ -63,27 +65,33 @@ def measure(
     directions = _chosen(opened, direction)
     num_ws = opened.generator.num_ws
     with open_reader(opened, device=device) as reader:
-        ws = reader.ws(np.arange(baseline), seed=seed, truncation_psi=truncation_psi)
-        directions += random_directions(ws[:, 0], np.arange(baseline) % reader.classes, controls, num_ws=num_ws, seed=0)
+        indices = np.arange(baseline)
+        ws = reader.ws(indices, seed=seed, truncation_psi=truncation_psi)
+        directions += random_directions(ws[:, 0], indices % reader.classes, controls, num_ws=num_ws, seed=0)
         typer.echo(f"reading {baseline:,} unedited samples", err=True)
-        before = reader.read(ws)
+        before = reader.read(ws, indices, seed=seed)
         units = units_of(before)
         facts: dict[str, Any] = {
             "bundle": f"{opened.name}@{opened.digest}",
             "seed": seed,
             "truncation_psi": truncation_psi,
+            "noise_mode": "random",
             "baseline": baseline,
             "units": asdict(units),
         }
         if framed:
             both = [sign * value for value in strengths for sign in (1, -1)]
             # Samples beyond the baseline's: the units know nothing of the images that are moved.
-            found, looked = _framed(reader, samples, search=search, seed=seed + 1, truncation_psi=truncation_psi)
+            chosen, found, looked = _framed(
+                reader, samples, search=search, seed=seed + 1, truncation_psi=truncation_psi
+            )
             facts |= {"framed": len(found), "looked_at": looked}
-            facts |= _removals(found, directions, both, units, reader)
+            look = partial(reader.read, indices=chosen, seed=seed + 1)
+            facts |= _removals(found, directions, both, units, look)
         else:
             facts |= {"samples": samples, "strength": strengths[0]}
-            facts |= _effects(ws[:samples], directions, strengths[0], _first(before, samples), units, reader)
+            look = partial(reader.read, indices=indices[:samples], seed=seed)
+            facts |= _effects(ws[:samples], directions, strengths[0], _first(before, samples), units, look)
     if out is not None:
         from training.experiments.plan import write_beside
 
@@ -109,15 +117,18 @@ def _first(readings: Readings, count: int) -> Readings:
     return Readings({name: values[:count] for name, values in readings.attributes.items()}, readings.features[:count])
 
 
-def _framed(reader: Reader, count: int, *, search: int, seed: int, truncation_psi: float) -> tuple[Ws, int]:
-    """Style vectors of framed samples, and how many samples were looked at."""
+def _framed(
+    reader: Reader, count: int, *, search: int, seed: int, truncation_psi: float
+) -> tuple[NDArray[np.int64], Ws, int]:
+    """Indices and style vectors of framed samples, and how many samples were looked at."""
     from tqdm import tqdm
 
     from dermis.errors import RequestError
 
-    parts, looked = [], 0
+    chosen, parts, looked = [], [], 0
     with tqdm(total=search, desc="looking for frames", unit="img", disable=None) as bar:
-        for number, part in reader.find_framed(count, search=search, seed=seed, truncation_psi=truncation_psi):
+        for number, indices, part in reader.find_framed(count, search=search, seed=seed, truncation_psi=truncation_psi):
+            chosen.append(indices)
             parts.append(part)
             looked += number
             bar.update(number)
@@ -125,11 +136,11 @@ def _framed(reader: Reader, count: int, *, search: int, seed: int, truncation_ps
     if len(found) < 2:
         raise RequestError("--search", f"{len(found)} of {looked:,} samples have the frame; look in more")
     typer.echo(f"{len(found)} framed among {looked:,} samples", err=True)
-    return found, looked
+    return np.concatenate(chosen), found, looked
 
 
 def _effects(
-    ws: Ws, directions: Sequence[Direction], strength: float, before: Readings, units: Units, reader: Reader
+    ws: Ws, directions: Sequence[Direction], strength: float, before: Readings, units: Units, look: Look
 ) -> dict[str, Any]:
     from tqdm import tqdm
 
@@ -137,7 +148,7 @@ def _effects(
 
     effects = list(
         tqdm(
-            measure_effects(ws, directions, strength, before, units, reader.read),
+            measure_effects(ws, directions, strength, before, units, look),
             total=len(directions),
             desc="directions",
             disable=None,
@@ -153,7 +164,7 @@ def _effects(
 
 
 def _removals(
-    ws: Ws, directions: Sequence[Direction], strengths: Sequence[float], units: Units, reader: Reader
+    ws: Ws, directions: Sequence[Direction], strengths: Sequence[float], units: Units, look: Look
 ) -> dict[str, Any]:
     from tqdm import tqdm
 
@@ -162,9 +173,7 @@ def _removals(
 
     removals = list(
         tqdm(
-            measure_removals(
-                ws, "frame", THRESHOLDS["frame"], directions, strengths, reader.read(ws), units, reader.read
-            ),
+            measure_removals(ws, "frame", THRESHOLDS["frame"], directions, strengths, look(ws), units, look),
             total=len(directions) * len(strengths),
             desc="moves",
             disable=None,

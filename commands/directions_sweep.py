@@ -55,11 +55,14 @@ def sweep(
     if class_name is not None and class_name not in classes:
         raise RequestError("--class", f"{class_name!r} is unknown; this bundle has {', '.join(classes)}")
     labels = [i % len(classes) if class_name is None else classes.index(class_name) for i in range(samples)]
+    seeds, indices = [seed] * samples, range(index, index + samples)
     frames = []
     with Synthesizer(opened, device=device) as synthesizer:
-        ws = synthesizer.ws([seed] * samples, range(index, index + samples), labels, truncation_psi=truncation_psi)
+        ws = synthesizer.ws(seeds, indices, labels, truncation_psi=truncation_psi)
         for strength in tqdm(np.linspace(-reach, reach, steps).tolist(), desc="frames", disable=None):
-            drawn = synthesizer.images_from_ws(apply_edits(ws, [Edit(direction, strength)], known))
+            moved = apply_edits(ws, [Edit(direction, strength)], known)
+            # Every frame has the noise of its sample, so that the frames differ by the edit alone.
+            drawn = synthesizer.images_from_ws(moved, "random", seeds=seeds, indices=indices)
             drawn = drawn.repeat(3, axis=3) if drawn.shape[3] == 1 else drawn
             frames.append(contact_sheet(drawn, columns=4, padding=0))
     there_and_back = np.stack([*frames, *frames[-2:0:-1]])

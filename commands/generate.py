@@ -47,7 +47,10 @@ def generate(
     image_quality: Annotated[int | None, typer.Option(help="1 to 100, for jpeg and webp. Default 95.")] = None,
     truncation_psi: Annotated[float | None, typer.Option(help="1 (default) full variety ... 0 the mean image.")] = None,
     truncation_cutoff: Annotated[int | None, typer.Option(help="Style layers that are truncated; default all.")] = None,
-    noise_mode: Annotated[str | None, typer.Option(help="const (default), random or none.")] = None,
+    noise_mode: Annotated[
+        str | None,
+        typer.Option(help="random (default): each sample has its own; const: all have the same; none."),
+    ] = None,
     shard_size: Annotated[int | None, typer.Option(help="Images in a shard. Default 250.")] = None,
     keep: Annotated[
         str | None, typer.Option(help="all (default), or agreeing: images that the bundle's classifier agrees with.")

@@ -47,6 +47,19 @@ def noise_for(seed: int, index: int, resolutions: Sequence[int]) -> list[npt.NDA
     return [generator.standard_normal((size, size), dtype=np.float32) for size in resolutions]
 
 
+def noise_vectors(
+    seeds: Sequence[int], indices: Sequence[int], size: int, out: npt.NDArray[np.float32] | None = None
+) -> npt.NDArray[np.float32]:
+    """Noise vectors [N, size] of samples: row i holds the images of `noise_for`, each flattened, one after the other.
+
+    size: sum of R^2 over all resolutions R. out: where to write them, if it is there already.
+    """
+    vectors = np.empty((len(seeds), size), dtype=np.float32) if out is None else out
+    for row, seed, index in zip(vectors, seeds, indices, strict=True):
+        _generator(int(seed), int(index), _NOISE_STREAM).standard_normal(dtype=np.float32, out=row)
+    return vectors
+
+
 def partner_z(seed: int, index: int, number: int, z_dim: int) -> npt.NDArray[np.float32]:
     """The standard normal latent [z_dim] towards which neighbour `number` of sample (seed, index) lies.
 

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dermis.dataset.request import MAX_EDITS, NoiseMode
+from dermis.dataset.request import MAX_EDITS
 from dermis.directions.edit import Edit, bundle_offset
+from dermis.network_config import NoiseMode
 
 if TYPE_CHECKING:
     from dermis.bundle import Bundle
@@ -57,7 +58,7 @@ class Options:
     digest: str
     truncation_psi: float = 1.0
     truncation_cutoff: int | None = None
-    noise_mode: str = "const"
+    noise_mode: NoiseMode = "random"
     edits: Sequence[Edit] = ()
     directions: Sequence[str] = ()
     """Names of the bundle's directions, in the order of its file. Needed where there are edits."""

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dermis.latents import MAX_INDEX, MAX_SEED, noise_for, z_for
+from dermis.latents import MAX_INDEX, MAX_SEED, noise_for, noise_vectors, z_for
 
 seeds = st.integers(0, MAX_SEED)
 indices = st.integers(0, MAX_INDEX)
@@ -41,6 +41,13 @@ def test_noise_of_a_longer_list_begins_with_that_of_a_shorter_one() -> None:
     assert [n.shape for n in long] == [(4, 4), (8, 8), (8, 8), (16, 16)]
     assert all(np.array_equal(a, b) for a, b in zip(long, short, strict=False))
     assert not np.array_equal(long[1], long[2])
+
+
+def test_noise_vectors_are_the_noise_images_of_each_sample() -> None:
+    sizes = [4, 8, 8, 16]
+    vectors = noise_vectors([5, 6, 5], [9, 9, 1], sum(size**2 for size in sizes))
+    for vector, (seed, index) in zip(vectors, ((5, 9), (6, 9), (5, 1)), strict=True):
+        assert np.array_equal(vector, np.concatenate([image.ravel() for image in noise_for(seed, index, sizes)]))
 
 
 @pytest.mark.parametrize(("seed", "index"), [(-1, 0), (MAX_SEED + 1, 0), (0, -1), (0, MAX_INDEX + 1)])

@@ -71,7 +71,7 @@ def reference(
     name: str,
     index: int,
     label: int,
-    noise_mode: NoiseMode = "const",
+    noise_mode: NoiseMode = "random",
     truncation_psi: float = 1.0,
     truncation_cutoff: int | None = None,
 ) -> Image:

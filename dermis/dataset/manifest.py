@@ -24,7 +24,7 @@ from dermis.dataset.columns import columns
 from dermis.dataset.containers import Sample, add_to_zip, file_name, metadata_row, read_container
 from dermis.dataset.plan import Plan
 from dermis.dataset.privacy import Checks, Expose, PrivacyReport, PrivacyTally, report
-from dermis.dataset.request import ClassifierOptions, DatasetRequest
+from dermis.dataset.request import ClassifierOptions, DatasetRequest, StoredRequest
 from dermis.dataset.scoring import Tally, tally
 from dermis.dataset.shards import FileEntry, ShardRecord, find_shard
 from dermis.dataset.store import PARTIAL, Store, hash_file, storage_error, storage_errors
@@ -142,7 +142,7 @@ class _PrivacyDocument(_Strict):
 
 class _Document(_Strict):
     format_version: int = Field(ge=FORMAT_VERSION, le=FORMAT_VERSION)
-    request: DatasetRequest
+    request: StoredRequest
     bundle: _BundleDocument
     synthesizer: dict[str, str]
     plan: _PlanDocument

@@ -31,7 +31,11 @@ from dermis.imaging import encode
 from dermis.latent_neighbours import Anchor, Space, check_options, neighbours_of
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from dermis.bundle import Bundle
+    from dermis.imaging import Images
+    from dermis.network_config import NoiseMode
     from dermis.networks import Generator
     from dermis.synthesizer import Synthesizer
 
@@ -57,6 +61,8 @@ def write_neighbours(
 ) -> int:
     """Draw `count` neighbours of each anchor at `distance` (see `dermis.latent_neighbours`); returns how many images.
 
+    Neighbours of a sample have its noise, so that they differ from it by the latent alone. Those of given style vectors,
+    which have no noise of their own, have the constant noise.
     class_names: of the generator's labels, if the bundle has none. `done(n)` is called after n more. Refuses an `out` that
     exists. Raises DataError or StorageError.
     """
@@ -93,7 +99,7 @@ def write_neighbours(
             )
             for i, group in groupby(chunk, key=lambda task: task[0])
         ]
-        images = synthesizer.images_from_ws(np.concatenate(ws))
+        images = _images(synthesizer, np.concatenate(ws), [anchors[i] for i, _ in chunk])
         for task, image in zip(chunk, images, strict=True):
             hashes[task] = _write(partial / _file_name(task, anchors, names), encode(image))
         done(len(chunk))
@@ -105,6 +111,20 @@ def write_neighbours(
         (partial / _PLAN).replace(partial / DESCRIPTION)
         partial.rename(out)
     return len(tasks)
+
+
+def _images(synthesizer: Synthesizer, ws: NDArray[np.float32], anchors: Sequence[Anchor]) -> Images:
+    """uint8 [N, H, W, channels] of style vectors [N, num_ws, w_dim], each with the noise of its anchor."""
+    parts = []
+    for noise_mode, group in groupby(zip(ws, anchors, strict=True), key=lambda pair: _noise_mode(pair[1])):
+        rows, named = zip(*group, strict=True)
+        seeds, indices = [anchor.seed for anchor in named], [anchor.index for anchor in named]
+        parts.append(synthesizer.images_from_ws(np.stack(rows), noise_mode, seeds=seeds, indices=indices))
+    return np.concatenate(parts)
+
+
+def _noise_mode(anchor: Anchor) -> NoiseMode:
+    return "random" if anchor.ws is None else "const"
 
 
 def read_description(folder: Path) -> dict[str, Any]:
@@ -144,6 +164,7 @@ def _description(
                 "label": anchor.label,
                 "seed": anchor.seed,
                 "index": anchor.index,
+                "noise_mode": _noise_mode(anchor),  # absent in older files, all of whose images have the constant noise
                 "ws_sha256": None if anchor.ws is None else hashlib.sha256(anchor.ws.tobytes()).hexdigest(),
             }
             for anchor in anchors

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, model_validator
 
 from dermis.classifier.description import DEFAULT_THRESHOLD, THRESHOLD_PATTERN
 from dermis.directions.direction import NAME_PATTERN
 from dermis.directions.edit import MAX_STRENGTH, Edit, bundle_offset
 from dermis.errors import RequestError
 from dermis.latents import MAX_SEED
+from dermis.network_config import NoiseMode
 
 if TYPE_CHECKING:
     from dermis.bundle import Bundle
 
 DatasetFormat = Literal["imagefolder", "webdataset", "parquet"]
 ImageFormat = Literal["png", "jpeg", "webp"]
-NoiseMode = Literal["const", "random", "none"]
 
 UNCONDITIONAL_CLASS = "image"
 # Bounds of the format itself; what a service allows is for `check_against`, what a disk holds for the store.
@@ -157,7 +157,11 @@ class DatasetRequest(BaseModel):
     truncation_cutoff: int | None = Field(
         None, ge=0, le=64, description="Number of style layers that are truncated, from the coarsest; null for all."
     )
-    noise_mode: NoiseMode = Field("const", description="Noise inside the network: fixed, of each sample, or none.")
+    noise_mode: NoiseMode = Field(
+        "random",
+        description="Noise inside the network: random draws that of sample i from (seed, i), const gives all images the same, "
+        "none gives none.",
+    )
     format: DatasetFormat = Field("imagefolder", description="Files: one zip, tar shards, or Parquet shards.")
     image_format: ImageFormat = Field("png", description="Encoding of each image. PNG is lossless.")
     image_quality: int = Field(95, ge=1, le=100, description="Quality of JPEG and WebP; PNG takes no notice of it.")
@@ -208,6 +212,24 @@ class DatasetRequest(BaseModel):
         if self.tries > MAX_TRIES:
             raise ValueError(f"classifier.tries and privacy.tries together must not be above {MAX_TRIES + 1}")
         return self
+
+
+def _with_former_defaults(document: Any) -> Any:
+    return {"noise_mode": "const", **document} if isinstance(document, dict) else document
+
+
+StoredRequest = Annotated[DatasetRequest, BeforeValidator(_with_former_defaults)]
+"""A request in a manifest or in the jobs database.
+
+Requests are stored with all their options. One without a noise mode has the former default, const, so that it still means
+the same images.
+"""
+_STORED_REQUEST: TypeAdapter[DatasetRequest] = TypeAdapter(StoredRequest)
+
+
+def stored_request(document: Any) -> DatasetRequest:
+    """Read a `StoredRequest`. Raises pydantic.ValidationError."""
+    return _STORED_REQUEST.validate_python(document)
 
 
 def classes_of(bundle: Bundle) -> tuple[str, ...]:

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Self, get_args
 import numpy as np
 import numpy.typing as npt
 
+from dermis.cpus import available_cpus
 from dermis.errors import DermisError, RequestError
-from dermis.latents import noise_for, z_for
+from dermis.latents import noise_vectors, z_for
 from dermis.network_config import NoiseMode
 from dermis.synthesizer.backend import Backend, Bytes, Float
 from dermis.synthesizer.choice import make_ready
@@ -66,17 +67,24 @@ class Synthesizer:
 
         kept = cache if generator is None else None  # the caller's network may not be that of the bundle
         ready = make_ready(load, bundle.digest, device, backend, dtype, threads, kept)
-        self._config, self._w_avg, self._resolutions = ready.config, ready.w_avg, ready.resolutions
+        self._config, self._w_avg = ready.config, ready.w_avg
+        self._noise_size = sum(resolution**2 for resolution in ready.resolutions)
         self._backend: Backend = ready.backend
         constant: Float = np.tile(ready.constant_noise, (self._backend.micro_batch, 1))
         self._fixed_noise = {"const": constant, "none": np.zeros_like(constant)}
         self._pool = ThreadPoolExecutor(
             self._backend.workers, thread_name_prefix="synthesizer", initializer=self._backend.start_worker
         )
+        # A GPU draws a batch in less time than one core needs for its noise, so all cores share the rows of a batch.
+        # Where a batch is one image, the workers draw noise beside one another already.
+        cores = min(self._backend.micro_batch, available_cpus() if threads is None else threads)
+        self._noise_pool = ThreadPoolExecutor(cores, thread_name_prefix="noise") if cores > 1 else None
 
     def close(self) -> None:
         """Let the running calls finish, stop the workers and give their memory back. Images cannot be drawn after."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._noise_pool is not None:
+            self._noise_pool.shutdown(wait=True)
 
     def __enter__(self) -> Self:
         return self
@@ -113,14 +121,15 @@ class Synthesizer:
         *,
         truncation_psi: float = 1.0,
         truncation_cutoff: int | None = None,
-        noise_mode: NoiseMode = "const",
+        noise_mode: NoiseMode = "random",
         offset: Float | None = None,
     ) -> Bytes:
         """Images uint8 [N, H, W, channels] of N samples: z from (seed, index), class number label (0 if unconditional).
 
-        Truncation as in `MappingNetwork`. noise_mode "random" draws the noise from (seed, index) as well. offset
-        [num_ws, w_dim] is added to the truncated latents: the sum of edits (`dermis.directions.edit.offset_of`). RequestError
-        if the lists differ in length, a label is no class of the bundle or truncation_cutoff is negative.
+        Truncation as in `MappingNetwork`. noise_mode: "random" draws the noise of each sample from (seed, index), "const"
+        gives all images the noise maps that the generator has, "none" gives none. offset [num_ws, w_dim] is added to the
+        truncated latents: the sum of edits (`dermis.directions.edit.offset_of`). RequestError if the lists differ in
+        length, a label is no class of the bundle or truncation_cutoff is negative.
         """
         self._check(seeds, indices, labels, truncation_cutoff)
         added = None if offset is None else np.asarray(offset, np.float32)
@@ -199,7 +208,8 @@ class Synthesizer:
     ) -> Bytes:
         """Images uint8 [N, H, W, channels] of style vectors ws [N, num_ws, w_dim].
 
-        noise_mode "random" needs the seeds and indices that name the samples' noise.
+        noise_mode "random" needs the seeds and indices that name the samples' noise. It is not the default, since style
+        vectors alone, those of a projection for instance, name none.
         """
         ws = np.asarray(ws, dtype=np.float32)
         expected = (self._config.num_ws, self._config.w_dim)
@@ -220,8 +230,18 @@ class Synthesizer:
             raise RequestError("noise_mode", f'"{mode}" is none of {", ".join(get_args(NoiseMode))}')
         if mode != "random":
             return self._fixed_noise[mode]
-        drawn = (noise_for(seeds[i], indices[i], self._resolutions) for i in rows)
-        return self._padded(np.stack([np.concatenate([x.ravel() for x in maps]) for maps in drawn]))
+        noise = np.zeros((self.micro_batch, self._noise_size), np.float32)
+
+        def draw(place: int) -> None:
+            i = rows[place]
+            noise_vectors([seeds[i]], [indices[i]], self._noise_size, out=noise[place : place + 1])
+
+        if self._noise_pool is None:
+            for place in range(len(rows)):
+                draw(place)
+        else:
+            list(self._noise_pool.map(draw, range(len(rows))))
+        return noise
 
     def _padded(self, rows: npt.NDArray[np.float32]) -> Float:
         """Rows [n, ...] continued with zeros to [micro_batch, ...]."""

@@ -12,6 +12,7 @@ from dermis.directions.direction import NAME_PATTERN
 from dermis.directions.edit import MAX_STRENGTH
 from dermis.imaging import ImageFormat
 from dermis.latents import MAX_INDEX, MAX_SEED
+from dermis.network_config import NoiseMode
 from services.gateway.problems import Problem
 from services.gateway.schemas import Answer, ModelRef
 
@@ -65,7 +66,11 @@ class EditsRequest(BaseModel):
     sweep: Sweep | None = Field(None, description="Null: one image of each sample.")
     truncation_psi: float = Field(1.0, ge=0.0, le=2.0, allow_inf_nan=False)
     truncation_cutoff: int | None = Field(None, ge=0, le=1000)
-    noise_mode: Literal["const", "random", "none"] = "const"
+    noise_mode: NoiseMode | None = Field(
+        None,
+        description="Noise inside the network. Null: random for samples, which gives all images of a sample its own noise; "
+        "const for projections, since their latents carry no noise.",
+    )
     image_format: ImageFormat = "png"
     image_quality: int = Field(95, ge=1, le=100, description="Of JPEG and WebP.")
     frame_ms: int = Field(100, ge=20, le=5000, description="Of GIF: how long each strength is shown.")
@@ -77,6 +82,11 @@ class EditsRequest(BaseModel):
         if self.projections is not None and self.noise_mode == "random":
             raise ValueError("projections have no noise of their own; give noise_mode const or none")
         return self
+
+    @property
+    def noise(self) -> NoiseMode:
+        """The noise mode that the images are drawn with."""
+        return self.noise_mode or ("random" if self.projections is None else "const")
 
     @property
     def sources(self) -> int:

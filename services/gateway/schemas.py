@@ -12,10 +12,11 @@ from dermis.authenticity.description import IndexDescription
 from dermis.bundle import Bundle
 from dermis.classifier.description import NOTICE, Description
 from dermis.dataset.privacy import SHOWN
-from dermis.dataset.request import MAX_EDITS, DatasetRequest, EditOption, classes_of
+from dermis.dataset.request import MAX_EDITS, DatasetRequest, EditOption, classes_of, stored_request
 from dermis.explain.attribution import Method
 from dermis.imaging import ImageFormat
 from dermis.latents import MAX_INDEX, MAX_SEED
+from dermis.network_config import NoiseMode
 from services.gateway.problems import Problem
 from services.jobs.table import Job
 
@@ -113,7 +114,11 @@ class ImagesRequest(BaseModel):
     start_index: int = Field(0, ge=0, le=MAX_INDEX, description="Index of the first sample in the seed's sequence.")
     truncation_psi: float = Field(1.0, ge=0.0, le=2.0, allow_inf_nan=False)
     truncation_cutoff: int | None = Field(None, ge=0, le=1000)
-    noise_mode: Literal["const", "random", "none"] = "const"
+    noise_mode: NoiseMode = Field(
+        "random",
+        description="Noise inside the network: random draws that of each sample from its seed and index, const gives all "
+        "images the same, none gives none.",
+    )
     edits: list[EditOption] | None = Field(
         None, min_length=1, max_length=MAX_EDITS, description="Moves of every latent along directions of the model."
     )
@@ -293,7 +298,7 @@ def dataset_of(job: Job) -> Dataset:
     return Dataset(
         id=job.id,
         state=job.state,  # type: ignore[arg-type]
-        request=DatasetRequest.model_validate(job.request),
+        request=stored_request(job.request),
         model=ModelRef(name=job.model_name, digest=job.model_digest),
         progress=Progress(
             samples_done=job.samples_done,

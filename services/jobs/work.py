@@ -20,7 +20,7 @@ from dermis.classifier.preprocess import batch
 from dermis.classifier.scores import scores_of
 from dermis.dataset.manifest import finalize
 from dermis.dataset.plan import Plan, plan_for
-from dermis.dataset.request import DatasetRequest
+from dermis.dataset.request import stored_request
 from dermis.dataset.shards import write_shard
 from dermis.dataset.store import Store
 from dermis.errors import StorageError
@@ -206,7 +206,7 @@ def _problem_of_job(job_id: str, error: Exception) -> Problem:
 
 def _plan_of(shop: Workshop, job: Job) -> tuple[Bundle, Plan]:
     bundle = shop.models.serving(job.model_name, job.model_digest)
-    return bundle, plan_for(DatasetRequest.model_validate(job.request), bundle)
+    return bundle, plan_for(stored_request(job.request), bundle)
 
 
 class _Progress:
@@ -236,7 +236,7 @@ class _Synthesize:
     """The generator service as the function that shards call."""
 
     def __init__(self, shop: Workshop, job: Job, bundle: Bundle) -> None:
-        request = DatasetRequest.model_validate(job.request)
+        request = stored_request(job.request)
         self._shop, self._job_id, self._seed = shop, job.id, request.seed
         self._options = Options(
             bundle.digest,

@@ -30,6 +30,7 @@ from dermis.dataset.store import Store
 from dermis.errors import DataError
 from dermis.folders import exists
 from dermis.imaging import Images, decode
+from dermis.network_config import NoiseMode
 from training.classifier.data import CLASS_NAMES
 from training.data.diagnoses import is_melanoma
 from training.data.sources import read_source
@@ -37,6 +38,7 @@ from training.data.sources import read_source
 if TYPE_CHECKING:
     from dermis.synthesizer import Synthesizer
 
+_NOISE_MODE: NoiseMode = "random"
 _SAVE_EVERY = 512  # images; what is lost at most when drawing is stopped
 
 Count = dict[str, int]
@@ -173,6 +175,7 @@ def _of_bundle(bundle: Bundle, source: SyntheticSource, label: int, drawing: _Dr
                 indices=[2 * i + label for i in rows],
                 labels=[numbers[i % len(numbers)] for i in rows],
                 truncation_psi=drawing.truncation_psi,
+                noise_mode=_NOISE_MODE,
             )
             if drawn.shape[3] == 1:
                 drawn = drawn.repeat(3, axis=3)
@@ -186,10 +189,20 @@ def _of_bundle(bundle: Bundle, source: SyntheticSource, label: int, drawing: _Dr
         "digest": bundle.digest,
         "seed": drawing.seed,
         "truncation_psi": drawing.truncation_psi,
+        "noise_mode": _NOISE_MODE,
         "licence": bundle.provenance.get("licence", "unknown"),
         "trained_on": trained_on.get("sha256") if isinstance(trained_on, dict) else None,
     }
-    facts = [bundle.digest, drawing.seed, drawing.truncation_psi, numbers, label, drawing.size, drawing.device]
+    facts = [
+        bundle.digest,
+        drawing.seed,
+        drawing.truncation_psi,
+        _NOISE_MODE,
+        numbers,
+        label,
+        drawing.size,
+        drawing.device,
+    ]
     return _Stock(_digest(facts), label, None, produce, origin)
 
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dermis.features import FeatureExtractor
+from dermis.network_config import NoiseMode
 from dermis.synthesizer import Synthesizer
 from training.data.cache import new_array, read_array
 from training.data.embedding import embed_array, progress_bar
@@ -56,6 +57,7 @@ def generated_features(
     *,
     seed: int = 0,
     truncation_psi: float = 1.0,
+    noise_mode: NoiseMode = "random",
     bar: tqdm | None = None,
 ) -> NDArray[np.float32]:
     """Features [N, dim] of samples 0 ... N - 1 of the seed, sample i of class labels[i] (zeros if unconditional)."""
@@ -64,7 +66,9 @@ def generated_features(
         for start in range(0, len(labels), BATCH):
             indices = list(range(start, min(start + BATCH, len(labels))))
             classes = labels[indices].tolist()
-            yield synthesizer.images([seed] * len(indices), indices, classes, truncation_psi=truncation_psi)
+            yield synthesizer.images(
+                [seed] * len(indices), indices, classes, truncation_psi=truncation_psi, noise_mode=noise_mode
+            )
             if bar is not None:
                 bar.update(len(indices))
 

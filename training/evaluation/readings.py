@@ -24,7 +24,10 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class Reader:
-    """Draws a bundle's images and reads them. Sample i is of class i modulo the number of classes."""
+    """Draws a bundle's images and reads them. Sample i is of class i modulo the number of classes.
+
+    Style vectors come with the sample that they belong to, whose noise their images have, whatever moved them.
+    """
 
     synthesizer: Synthesizer
     classifier: Classifier | None
@@ -36,21 +39,22 @@ class Reader:
         labels = [int(index) % self.classes for index in indices]
         return self.synthesizer.ws([seed] * len(indices), indices.tolist(), labels, truncation_psi=truncation_psi)
 
-    def draw(self, ws: Ws) -> Images:
+    def draw(self, ws: Ws, indices: NDArray[np.int64], *, seed: int) -> Images:
         """uint8 [N, H, W, 3]."""
-        drawn = self.synthesizer.images_from_ws(ws)
+        drawn = self.synthesizer.images_from_ws(ws, "random", seeds=[seed] * len(ws), indices=indices.tolist())
         return drawn.repeat(3, axis=3) if drawn.shape[3] == 1 else drawn
 
-    def frames(self, ws: Ws) -> NDArray[np.float64]:
+    def frames(self, ws: Ws, indices: NDArray[np.int64], *, seed: int) -> NDArray[np.float64]:
         """The detector's score of the black frame alone, float64 [N]."""
-        return np.array(list(self.pool.map(frame_share, self.draw(ws))), np.float64)
+        return np.array(list(self.pool.map(frame_share, self.draw(ws, indices, seed=seed))), np.float64)
 
-    def read(self, ws: Ws) -> Readings:
+    def read(self, ws: Ws, indices: NDArray[np.int64], *, seed: int) -> Readings:
         """Scores of the detectors, and the classifier's calibrated probability and features."""
         attributes: dict[str, list[NDArray[np.float64]]] = {}
         features = []
         for start in range(0, len(ws), BATCH):
-            images = self.draw(ws[start : start + BATCH])
+            part = slice(start, start + BATCH)
+            images = self.draw(ws[part], indices[part], seed=seed)
             found = list(self.pool.map(detect_artefacts, images))
             for name in NAMES:
                 attributes.setdefault(name, []).append(np.array([getattr(each, name) for each in found], np.float64))
@@ -61,18 +65,20 @@ class Reader:
         wide = np.concatenate(features) if features else np.empty((len(ws), 0), np.float32)
         return Readings({name: np.concatenate(parts) for name, parts in attributes.items()}, wide)
 
-    def find_framed(self, count: int, *, search: int, seed: int, truncation_psi: float) -> Iterator[tuple[int, Ws]]:
-        """For each batch of up to `search` samples, how many were looked at, and ws of those with the frame; ends once
-        `count` were found, the last batch cut short."""
+    def find_framed(
+        self, count: int, *, search: int, seed: int, truncation_psi: float
+    ) -> Iterator[tuple[int, NDArray[np.int64], Ws]]:
+        """For each batch of up to `search` samples, how many were looked at, and indices and ws of those with the frame;
+        ends once `count` were found, the last batch cut short."""
         found = 0
         for start in range(0, search, BATCH):
             if found >= count:
                 return
             indices = np.arange(start, min(start + BATCH, search))
             ws = self.ws(indices, seed=seed, truncation_psi=truncation_psi)
-            framed = ws[self.frames(ws) >= THRESHOLDS["frame"]][: count - found]
+            framed = np.flatnonzero(self.frames(ws, indices, seed=seed) >= THRESHOLDS["frame"])[: count - found]
             found += len(framed)
-            yield len(indices), framed
+            yield len(indices), indices[framed], ws[framed]
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from dermis.errors import DataError
 from dermis.imaging import encode
+from dermis.network_config import NoiseMode
 
 if TYPE_CHECKING:
     from dermis.synthesizer import Synthesizer
@@ -74,6 +75,7 @@ class SurveyKey(BaseModel):
     size: int
     resolution: int
     truncation_psi: float
+    noise_mode: NoiseMode = "const"  # keys that do not state it are of surveys drawn with the constant noise
     pages: int
     class_names: list[str]
     with_diagnosis: bool
@@ -160,6 +162,7 @@ def create_survey(
         size=size,
         resolution=dataset.resolution,
         truncation_psi=truncation_psi,
+        noise_mode="random",
         pages=pages,
         class_names=list(bundle.class_names),
         with_diagnosis=with_diagnosis,
@@ -223,6 +226,7 @@ def _draw(
                 [slot.index for _, slot in part],
                 [slot.label for _, slot in part],
                 truncation_psi=truncation_psi,
+                noise_mode="random",
             )
             for (place, _), pixels in zip(part, drawn, strict=True):
                 images[place] = _resized(pixels, size)

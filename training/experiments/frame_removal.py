@@ -37,7 +37,9 @@ from dermis.classifier.description import NOTICE
 from dermis.classifier.preprocess import batch as squares
 from dermis.directions.edit import Edit, bundle_offset
 from dermis.errors import TrainingError
+from dermis.imaging import Images
 from dermis.metrics import classification as metrics
+from dermis.network_config import NoiseMode
 from dermis.synthesizer import Synthesizer
 from training.classifier.config import ClassifierConfig
 from training.classifier.data import CLASS_NAMES, RealData, RealPart
@@ -54,6 +56,7 @@ PLAN, RESULTS, TABLE = "plan.json", "results.json", "table.md"
 PAPER_ACCURACY = 0.87
 METRICS = ("auc", "accuracy", "balanced_accuracy")
 _TITLES = {"auc": "AUC", "accuracy": "accuracy", "balanced_accuracy": "balanced accuracy"}
+_NOISE_MODE: NoiseMode = "random"
 _CHUNK = 64
 _MOST_TRIES = 50  # latents looked at for each that is taken
 
@@ -139,7 +142,7 @@ def _draw(
             arrays = [stack.enter_context(new_array(files[arm, label], shape, np.uint8)) for arm in ARMS]
             tried[CLASS_NAMES[label]] = _draw_class(bundle, plan, numbers[label], arrays, device, progress_bar)
         write_beside(note, json.dumps(tried))
-    told = {name: value for name, value in asdict(plan).items() if name != "seeds"}
+    told = {"noise_mode": _NOISE_MODE, **{name: value for name, value in asdict(plan).items() if name != "seeds"}}
     origin = {"name": bundle.name, "digest": bundle.digest, "plan": told}
     found = {}
     for arm in ARMS:
@@ -168,6 +171,12 @@ def _draw_class(
             total=count, desc=CLASS_NAMES[int(is_melanoma(bundle.class_names[numbers[0]]))], disable=not progress_bar
         ) as bar,
     ):
+
+        def draw(ws: NDArray[np.float32], indices: Sequence[int]) -> Images:
+            """Images of style vectors, each with the noise of its sample, so that the arms differ by the moves alone."""
+            seeds = [plan.synthetic_seed] * len(indices)
+            return synthesizer.images_from_ws(ws, _NOISE_MODE, seeds=seeds, indices=indices)
+
         while done < count:
             if index >= _MOST_TRIES * count:
                 raise TrainingError(
@@ -178,19 +187,18 @@ def _draw_class(
             labels = [numbers[i % len(numbers)] for i in indices]
             ws = synthesizer.ws([plan.synthetic_seed] * _CHUNK, indices, labels, truncation_psi=plan.truncation_psi)
             index += _CHUNK
-            framed = synthesizer.images_from_ws(ws + moves[0])
+            framed = draw(ws + moves[0], indices)
             good = [i for i, image in enumerate(framed) if detect_artefacts(image).frame >= THRESHOLDS["frame"]]
             if not good:
                 continue
-            removed = synthesizer.images_from_ws(ws[good] + moves[1])
+            removed = draw(ws[good] + moves[1], [indices[i] for i in good])
             both = [k for k, image in enumerate(removed) if detect_artefacts(image).frame < THRESHOLDS["frame"]]
             both = both[: count - done]
             if not both:
                 continue
             chosen = [good[k] for k in both]
-            for array, images in zip(
-                arrays, (synthesizer.images_from_ws(ws[chosen]), framed[chosen], removed[both]), strict=True
-            ):
+            plain = draw(ws[chosen], [indices[i] for i in chosen])
+            for array, images in zip(arrays, (plain, framed[chosen], removed[both]), strict=True):
                 array[done : done + len(both)] = squares(images, size)
             done += len(both)
             bar.update(len(both))
@@ -303,6 +311,7 @@ def _remember(
         "weights": weights,
         "config": {name: value for name, value in config.to_dict().items() if name != "seed"},
         "plan": {name: value for name, value in asdict(plan).items() if name != "seeds"},
+        "noise_mode": _NOISE_MODE,
     }
     told = hashlib.sha256(json.dumps(now, sort_keys=True).encode()).hexdigest()
     file = out / PLAN

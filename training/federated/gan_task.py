@@ -21,9 +21,8 @@ from torch import Tensor, nn
 
 from dermis.errors import TrainingError
 from dermis.features import feature_extractor
-from dermis.latents import z_for
 from dermis.metrics import frechet_distance, kernel_distance
-from dermis.networks import Generator, one_hot
+from dermis.networks import Generator
 from training.data.images import ImageDataset
 from training.evaluation.features import labels_in_proportion, real_features
 from training.federated import memory
@@ -36,6 +35,7 @@ from training.gan.batches import batches
 from training.gan.health import Health
 from training.gan.loss import Phases
 from training.gan.parallel import Ranks
+from training.gan.snapshot import draw_samples
 from training.gan.state import State, load_state, new_state, save_state
 from training.gan.step import training_step
 from training.gan.transfer import read_source, transfer
@@ -192,16 +192,9 @@ def _images(federation: FederationConfig, site: Site) -> SiteImages:
     return site_images(site, federation.class_names, federation.binary, federation.resolution)
 
 
-@torch.no_grad()
 def _draw(generator: Generator, labels: NDArray[np.int64], seed: int, device: torch.device) -> list[NDArray[np.uint8]]:
-    drawn = []
-    for start in range(0, len(labels), _BATCH):
-        part = range(start, min(start + _BATCH, len(labels)))
-        z = torch.from_numpy(z_for(seed, part, generator.config.z_dim)).to(device)
-        c = one_hot(labels[start : part.stop], generator.config.c_dim, device)
-        x = (generator(z, c, noise_mode="const") + 1) * 127.5
-        drawn.append(x.clamp(0, 255).round().byte().permute(0, 2, 3, 1).cpu().numpy())
-    return drawn
+    parts = [range(start, min(start + _BATCH, len(labels))) for start in range(0, len(labels), _BATCH)]
+    return [draw_samples(generator, seed, part, labels[part.start : part.stop], device) for part in parts]
 
 
 def _optimizers(state: State, federation: FederationConfig) -> dict[str, torch.optim.Optimizer]:

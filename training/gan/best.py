@@ -66,7 +66,7 @@ class Measurements:
 
             def batch(start: int) -> NDArray[np.uint8]:
                 part = list(range(start, min(start + _BATCH, self.count)))
-                return synthesizer.images([0] * len(part), part, labels[part].tolist())
+                return synthesizer.images([0] * len(part), part, labels[part].tolist(), noise_mode="random")
 
             generated = self._space.over(batch(start) for start in range(0, self.count, _BATCH))
             identity = dict(synthesizer.identity)
@@ -80,6 +80,7 @@ class Measurements:
             "images": self.count,
             "seed": 0,
             "truncation_psi": 1.0,
+            "noise_mode": "random",
             "synthesizer": identity,
             "fid": frechet_distance(self._real, generated),
             "kid": kid,

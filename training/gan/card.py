@@ -116,7 +116,7 @@ Options that were changed on the way:
 
 def _order(classes: Mapping[str, int], c_dim: int) -> str:
     rows = f"Rows from top to bottom: {', '.join(classes)}. " if c_dim else ""
-    return f"{rows}The first samples of seed 0 at truncation_psi 1, not selected."
+    return f"{rows}The first samples of seed 0 at truncation_psi 1 and noise_mode random, not selected."
 
 
 def _measured(metrics: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
@@ -132,8 +132,10 @@ def _metrics(metrics: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
     head, *body = table_rows(metrics)
     table = "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body))
     level = f" Brackets are {metrics['interval_level']:.0%} intervals." if "interval_level" in metrics else ""
-    psi, space = f"{metrics['truncation_psi']:g}", metrics["extractor"]
-    return f"""{metrics["images"]:,} generated images (truncation_psi {psi}, seed {metrics["seed"]}) against
+    space = metrics["extractor"]
+    noise = f", noise_mode {metrics['noise_mode']}" if "noise_mode" in metrics else ""  # early versions do not state it
+    drawn = f"truncation_psi {metrics['truncation_psi']:g}{noise}, seed {metrics['seed']}"
+    return f"""{metrics["images"]:,} generated images ({drawn}) against
 {metrics["real_images"]:,} {kind} in the feature space `{space}`.{level}
 Numbers compare with those of the same space and of as many images only, never with a plain FID.{_flattery(space, provenance)}
 

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from dermis import __version__
 from dermis.bundle import check_names, write_bundle
 from dermis.devices import describe_hardware
 from dermis.errors import TrainingError
 from dermis.imaging import Images, contact_sheet, encode
-from dermis.latents import z_for
+from dermis.latents import noise_vectors, z_for
 from dermis.networks import Discriminator, Generator, one_hot
+from dermis.synthesizer.network import noise_resolutions, to_uint8
 from training.data.isic import ImageDataset
 from training.gan.best import Measurements
 from training.gan.card import model_card
@@ -94,19 +96,32 @@ def write_snapshot(
     return write
 
 
-@torch.no_grad()
 def sample_grid(G: Generator, device: torch.device) -> Images:
     """uint8 [n, H, W, 3]: the first samples of seed 0 of every class, class after class, in rows of `GRID`."""
     classes = max(G.config.c_dim, 1)
     per_class = GRID * max(GRID // classes, 1)
-    images = []
-    for label in range(classes):
-        z = torch.from_numpy(z_for(0, range(per_class), G.config.z_dim)).to(device)
-        c = one_hot([label] * per_class, G.config.c_dim, device)
-        images.append(G(z, c, noise_mode="const").cpu())
-    x = (torch.cat(images) + 1) * 127.5
-    grid: Images = x.clamp(0, 255).round().byte().permute(0, 2, 3, 1).numpy()
-    return grid
+    return np.concatenate(
+        [draw_samples(G, 0, range(per_class), [label] * per_class, device) for label in range(classes)]
+    )
+
+
+@torch.no_grad()
+def draw_samples(
+    G: Generator, seed: int, indices: Sequence[int], labels: Sequence[int] | NDArray[np.int64], device: torch.device
+) -> Images:
+    """uint8 [n, H, W, 3]: samples (seed, index), each with its own noise, as the product draws them.
+
+    By the network itself: a synthesizer, which compiles it first, is for more images than a few.
+    """
+    z = torch.from_numpy(z_for(seed, indices, G.config.z_dim)).to(device)
+    sizes = noise_resolutions(G)
+    vectors = torch.from_numpy(noise_vectors([seed] * len(indices), indices, sum(size**2 for size in sizes))).to(device)
+    parts = torch.split(vectors, [size**2 for size in sizes], dim=1)
+    noise = [part.reshape(-1, 1, size, size) for part, size in zip(parts, sizes, strict=True)]
+    images: Images = (
+        to_uint8(G.synthesis(G.mapping(z, one_hot(labels, G.config.c_dim, device)), noise=noise)).cpu().numpy()
+    )
+    return images
 
 
 def _provenance(

@@ -109,7 +109,7 @@ async def edit_images(request: Request, context: ContextDep) -> Response:
         images = np.stack(await draw_soon(context, lambda: context.generate(rows)))
     else:
         ws = _moved(wanted, bundle, strengths, await _latents(context, wanted.projections, bundle))
-        images = np.stack(await draw_soon(context, lambda: context.draw(bundle, ws, wanted.noise_mode)))
+        images = np.stack(await draw_soon(context, lambda: context.draw(bundle, ws, wanted.noise)))
     # Names of bundles are plain ASCII, so they fit a header.
     tell = {"X-Dermis-Model": f"{bundle.name}@{bundle.digest}", "Vary": "Accept"}
     if media_type != _JSON:
@@ -154,7 +154,7 @@ def _rows(wanted: EditsRequest, bundle: Bundle, strengths: list[float | None]) -
                 bundle.digest,
                 wanted.truncation_psi,
                 wanted.truncation_cutoff,
-                wanted.noise_mode,
+                wanted.noise,
                 edits=[option.edit for option in [*(wanted.edits or ()), *swept]],
                 directions=names,
             )

@@ -88,7 +88,8 @@ class AsyncEdits:
 
         samples: [(class, seed, index), ...]; or projections: [(projection id, place of the image), ...]. edits: {"direction":
         strength} or a list of {"direction", "strength", "layers": [first, last]}, strengths in standard deviations. sweep:
-        {"direction": name, "strengths": [...]} for each sample at every strength. Other options as for images.generate().
+        {"direction": name, "strengths": [...]} for each sample at every strength. Other options as for images.generate(),
+        but projections have no noise of their own: their noise_mode is "const" (default) or "none".
 
         Raises UnprocessableEntityError (`.errors` names the field), NotFoundError (model, projection), ConflictError (the
         projection has not ended), TooLargeError, IntegrityError, APIConnectionError.

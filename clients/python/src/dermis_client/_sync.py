@@ -117,12 +117,12 @@ class Datasets:
         classes: how many samples of each class, such as {"malignant": 500, "benign": 500}. seed: 0..2**63-1; the same
         request gives the same bytes. format: "imagefolder", "webdataset" or "parquet". image_format: "png", "jpeg" or
         "webp"; image_quality 1..100 for the last two. truncation_psi: 0..2, lower is more typical and less varied;
-        truncation_cutoff: in how many layers it holds. noise_mode: "const", "random" or "none". shard_size: samples a
-        shard. classifier: what the model's classifier does, such as {"keep": "agreeing", "tries": 8}. edits: as for
-        edits.create(). privacy: a gate against copies of training images, such as {"gate": "authentic", "on_reject":
-        "resample"}. What is left out takes the service's default. idempotency_key: a new one by default, so that a request
-        repeated after a lost answer makes no second dataset; give your own to hold that across programs. extra_body: further
-        fields of a newer service.
+        truncation_cutoff: in how many layers it holds. noise_mode: "random" (each sample has its own noise, from seed and
+        index), "const" (all have the same) or "none". shard_size: samples a shard. classifier: what the model's
+        classifier does, such as {"keep": "agreeing", "tries": 8}. edits: as for edits.create(). privacy: a gate against
+        copies of training images, such as {"gate": "authentic", "on_reject": "resample"}. What is left out takes the
+        service's default. idempotency_key: a new one by default, so that a request repeated after a lost answer makes no
+        second dataset; give your own to hold that across programs. extra_body: further fields of a newer service.
 
         Raises UnprocessableEntityError (`.errors` names the fields), TooLargeError, ConflictError, NotFoundError (the
         model), InvalidRequestError (nothing was sent), APIConnectionError.
@@ -248,7 +248,7 @@ class Images:
         edits: Sequence[Mapping[str, Any]] | Mapping[str, float] | None = None,
         extra_body: Mapping[str, Any] | None = None,
     ) -> ImagesResult:
-        """A few images now, class by class. Image i has the latent (seed, start_index + i).
+        """A few images now, class by class. Image i has the latent and the noise of (seed, start_index + i).
 
         The options are those of datasets.create(). Raises UnprocessableEntityError, TooLargeError (more than the
         service gives in one call), NotFoundError (the model), IntegrityError, APIConnectionError.

@@ -47,7 +47,10 @@ ImageFormat = Annotated[str | None, typer.Option("--image-format", help="png, jp
 Quality = Annotated[int | None, typer.Option("--image-quality", help="1 to 100, for jpeg and webp.")]
 Psi = Annotated[float | None, typer.Option("--truncation-psi", help="0 to 2; lower is more typical, less varied.")]
 Cutoff = Annotated[int | None, typer.Option("--truncation-cutoff", help="In how many layers truncation holds.")]
-Noise = Annotated[str | None, typer.Option("--noise-mode", help="const, random or none; default const.")]
+Noise = Annotated[
+    str | None,
+    typer.Option("--noise-mode", help="random (default): each image has its own; const: all have the same; none."),
+]
 Timeout = Annotated[float | None, typer.Option("--timeout", help="Stop waiting after so many seconds.")]
 Out = Annotated[Path, typer.Option("--out", help="The folder to download into.", show_default=False)]
 Extract = Annotated[bool, typer.Option("--extract", help="Also unpack images.zip into OUT/images.")]
