@@ -16,7 +16,7 @@ from torch import Tensor
 from dermis.errors import DermisError
 from dermis.features import FeatureExtractor
 from dermis.latents import z_for
-from dermis.metrics import frechet_distance, intervals, kernel_distance
+from dermis.metrics import frechet_distance, kernel_distance, kernels
 from dermis.metrics.alpha import alpha_precision, authentic, beta_recall, near_duplicates, same_distance
 from dermis.metrics.density import density_coverage, expected_coverage
 from dermis.metrics.fidelity import precision_recall
@@ -251,7 +251,7 @@ def _naive_mmd(x: Array, y: Array, origin_x: Array, origin_y: Array) -> float:
 
 
 def test_kernel_replicates_are_the_mmd_of_the_resampled_sets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(intervals, "KERNEL_ROWS", 7)  # more blocks than one
+    monkeypatch.setattr(kernels, "ROWS", 7)  # more blocks than one
     x, y = _normal(0, 30, 5), _normal(1, 20, 5) + 0.3
     kid, _ = kernel_distance(x[:20].astype(np.float32), y.astype(np.float32), subsets=1)
     assert kid == pytest.approx(_naive_mmd(x[:20], y, np.arange(20), np.arange(20)), abs=1e-5)
