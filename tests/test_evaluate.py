@@ -93,20 +93,33 @@ def test_command_measures_writes_and_shows(
         *("--ppl-paths", 40, "--report", tmp_path / "report"),
     )
     metrics = open_bundle(bundle.location).metrics
-    assert (metrics["extractor"], metrics["images"], metrics["real_images"]) == ("quarters", 60, 36)
-    assert {name: part["images"] for name, part in metrics["classes"].items()} == {"benign": 40, "malignant": 20}
-    for part in (metrics, *metrics["classes"].values()):
-        assert part["fid_interval"][0] < part["fid"] < part["fid_interval"][1]
-        assert part["kid_interval"][0] < part["kid"] < part["kid_interval"][1]
-        assert 0 < part["ppl"]["end"] != part["ppl"]["full"] > 0
+    assert (list(metrics["spaces"]), metrics["images"], metrics["real_images"]) == (["quarters"], 60, 36)
+    assert (metrics["holdout"]["images"], metrics["holdout"]["name"], metrics["noise_mode"]) == (36, "held", "random")
+    space = metrics["spaces"]["quarters"]
+    assert set(space["comparisons"]) == {"generated_training", "generated_holdout", "training_holdout"}
+    of_classes = space["classes"]
+    assert {name: parts["generated_holdout"]["images"] for name, parts in of_classes.items()} == {
+        "benign": 24,
+        "malignant": 12,
+    }
+    for part in (*space["comparisons"].values(), *(part for parts in of_classes.values() for part in parts.values())):
+        assert part["images"] == part["real_images"], "the sets of a comparison are of equal size"
+        for name in ("fd", "kid", "mmd"):
+            assert part[f"{name}_interval"][0] < part[name] < part[f"{name}_interval"][1]
+    assert {part["images"] for part in space["comparisons"].values()} == {36}
+    for part in (metrics["ppl"], *metrics["ppl"]["classes"].values()):
+        assert 0 < part["end"] != part["full"] > 0
     assert metrics["ppl"]["distance"] == "quarters"
-    assert metrics["precision"] > 0.8 < metrics["recall"], "real and generated images are of one distribution here"
-    assert metrics["holdout"]["test"]["p_value"] > 0.01, "and the generator is honest"
+    measured = space["comparisons"]["generated_holdout"]
+    assert measured["precision"] > 0.8 < measured["recall"], "real and generated images are of one distribution here"
+    assert space["copies"]["memorising"]["p_value"] > 0.01, "and the generator is honest"
     assert metrics["real_is_training_set"] is False
     card = open_bundle(bundle.location).model_card
     assert card.startswith(bundle.model_card), "what training did not write stays"
-    assert f"| FID@quarters | {metrics['fid']:.4g} [" in card
-    assert f"FID@quarters │ {metrics['fid']:.4g} [" in re.sub(" +", " ", output)
+    against = space["comparisons"]["generated_training"]["fd"]
+    assert f"| FD@quarters | {against:.4g} [" in card and "training images in the generator's place" not in card
+    assert f"FD@quarters │ {against:.4g} [" in re.sub(" +", " ", output)
+    assert "Held out: 36 real images (held)" in card and "not known whether the generator has seen" in card
     assert "is not the set that the bundle names" in output
     assert "Whether it memorises is not known" in re.sub(r"\s+", " ", output)
 
@@ -123,11 +136,12 @@ def test_command_measures_writes_and_shows(
     fast = _run("--bundle", bundle.location, *common, "--metrics", "fast")
     metrics = open_bundle(bundle.location).metrics
     assert "ppl" not in metrics
-    assert "density" not in metrics
+    part = metrics["spaces"]["quarters"]["comparisons"]["generated_training"]
+    assert "density" not in part and "mmd" not in part and "fld" not in part
     card = open_bundle(bundle.location).model_card
-    assert card.count("## Measured") == 1 and "PPL" not in card, "the section is renewed"
+    assert card.count("## Measured") == 1 and "path length" not in card, "the section is renewed"
     assert metrics["images"] == 36
-    assert "PPL" not in fast
+    assert "path length" not in fast
 
 
 def test_the_report_stays_out_of_the_bundle(tmp_path: Path, tiny_bundle: Bundle) -> None:
@@ -145,14 +159,16 @@ def _dataset(images: NDArray[np.uint8], labels: Sequence[int] = LABELS, prefix: 
 def test_a_generator_that_copies_is_told_and_shown(tiny_bundle: Bundle, generated: NDArray[np.uint8]) -> None:
     """Training images that are samples of the evaluated seed: the test finds them, the page shows them side by side."""
     with Synthesizer(tiny_bundle, device="cpu") as synthesizer:
-        images = synthesizer.images([0] * 36, list(range(36)), LABELS)
+        images = synthesizer.images([0] * 36, list(range(36)), LABELS, noise_mode="random")
     data, held = _dataset(images), _dataset(generated[36:], prefix="b")
-    found = evaluate_bundle(tiny_bundle, data, _space(), holdout=held, ppl_paths=10, device="cpu", page=True)
-    assert found.metrics["authenticity"] == 0
-    assert found.metrics["fid"] == pytest.approx(0, abs=1e-3)
-    assert found.metrics["holdout"]["test"]["p_value"] < 1e-3
-    assert found.metrics["holdout"]["test"]["nearer_train"] == 1
-    assert found.metrics["holdout"]["instead_of_generated"]["authenticity"] > 0.2
+    found = evaluate_bundle(tiny_bundle, data, [_space()], holdout=held, ppl_paths=10, device="cpu", page=True)
+    space = found.metrics["spaces"]["quarters"]
+    copied, numbers = space["copies"], space["comparisons"]
+    assert copied["authenticity"] == 0 and copied["holdout_authenticity"] > 0.2
+    assert numbers["generated_training"]["fd"] == pytest.approx(0, abs=1e-3)
+    assert copied["memorising"]["p_value"] < 1e-3 and copied["memorising"]["nearer_train"] == 1
+    assert copied["membership"]["auc"]["value"] > 0.95 and copied["membership"]["found_at_1_percent"]["value"] > 0.9
+    assert numbers["generated_holdout"]["fld_gap"] < 2 * numbers["training_holdout"]["fld_gap"] < 0
     assert json.loads(json.dumps(found.metrics, allow_nan=False)) == found.metrics, "a bundle takes plain JSON only"
     assert found.page is not None
     rows = [decode(base64.b64decode(x)) for x in re.findall(r"<figure><img[^>]*base64,([^\"]+)", found.page)]
@@ -169,13 +185,14 @@ def _records(ids: Sequence[str], patients: Sequence[str], lesions: Sequence[str]
 def test_patients_are_permuted_as_wholes(tiny_bundle: Bundle, generated: NDArray[np.uint8]) -> None:
     """Two patients a set: of 6 ways to call two of four training, even plain copies cannot be surer than 1 in 6."""
     with Synthesizer(tiny_bundle, device="cpu") as synthesizer:
-        images = synthesizer.images([0] * 36, list(range(36)), LABELS)
+        images = synthesizer.images([0] * 36, list(range(36)), LABELS, noise_mode="random")
     data, held = _dataset(images), _dataset(generated[36:], prefix="b")
     data = replace(data, records=_records(data.ids, ["P1"] * 18 + ["P2"] * 18, [""] * 36))
     held = replace(held, records=_records(held.ids, ["P3"] * 18 + [""] * 18, [""] * 18 + ["L4"] * 18))
-    found = evaluate_bundle(tiny_bundle, data, _space(), holdout=held, selection="fast", device="cpu")
+    found = evaluate_bundle(tiny_bundle, data, [_space()], holdout=held, selection="fast", device="cpu")
     assert found.metrics["holdout"]["patients"] == 2
-    assert found.metrics["holdout"]["test"]["p_value"] == pytest.approx(1 / 6, abs=0.03)
+    copied = found.metrics["spaces"]["quarters"]["copies"]
+    assert copied["memorising"]["p_value"] == pytest.approx(1 / 6, abs=0.03)
     text = json.dumps(found.metrics)
     assert not any(f'"{name}"' in text for name in ("P1", "P3", "L4", "a0", "b0")), "no identifier gets into a bundle"
 
@@ -227,15 +244,16 @@ HELD = {"images": 20, "patients": 7, "instead_of_generated": {"fid": 3.0, "kid":
 
 def test_card_tells_what_was_measured_and_what_not() -> None:
     card = model_card("m", _provenance(projected=True), EARLY)
-    assert "| FID@lite0 | 12 |" in card and "| KID@lite0 x 1000 | 100 |" in card, (
+    assert "| FD@lite0 | 12 |" in card and "| KID@lite0 x 1000 | 100 |" in card, (
         "also from before there were intervals"
     )
-    assert "60 training images in" in card and "flatters" in card and "nothing was tested for memorising" in card
+    assert "50 generated images" in card and "60 training images were compared" in card
+    assert "learnt to score well here" in card and "nothing was tested for memorising" in card
     later = EARLY | {"fid_interval": [11.0, 13.0], "holdout": HELD, "extractor": "inception"}
     card = model_card("m", _provenance(projected=True), later)
     assert "| FID@inception | 12 [11, 13] | 3 |" in card
     assert "It memorises" in card and "20 held-out ones (7 groups by patient or lesion)" in card
-    assert "flatters" not in card
+    assert "learnt to score well" not in card and "trained without this space" in card
     card = model_card("m", _provenance(), later | {"real_sha256": "6" * 64})
     assert "60 real images, which are not the training set," in card
     assert "It memorises" not in card and "Whether it memorises is not known" in card
@@ -245,8 +263,9 @@ def test_card_tells_what_was_measured_and_what_not() -> None:
 def test_cards_of_other_programs_get_the_section_too(told: dict[str, object]) -> None:
     section = renewed_card("# Theirs\n", told, EARLY)
     assert section.startswith("# Theirs\n\n## Measured\n\n50 generated images") and "not the training set" in section
+    assert "does not say whether" in section
     again = renewed_card(section + "\n## Contact\n\nWard 3\n", told, EARLY | {"fid": 7.0})
-    assert again.count("## Measured") == 1 and "| FID@lite0 | 7 |" in again and "| 12 |" not in again
+    assert again.count("## Measured") == 1 and "| FD@lite0 | 7 |" in again and "| 12 |" not in again
     assert again.endswith("\n\n## Contact\n\nWard 3\n")
     assert renewed_card(again, told, EARLY | {"fid": 7.0}) == again
 
@@ -274,18 +293,18 @@ def test_what_cannot_be_measured_is_refused_before_the_work(tiny_bundle: Bundle,
         ({"holdout": _dataset(generated[:5], LABELS[:5], "b")}, "--holdout: 5 images are too few"),
     ):
         with pytest.raises(DataError, match=complaint):
-            evaluate_bundle(tiny_bundle, data, _space(), device="cpu", **options)  # type: ignore[arg-type]
+            evaluate_bundle(tiny_bundle, data, [_space()], device="cpu", **options)  # type: ignore[arg-type]
     other = ImageDataset(data.images, data.labels, ("mole", "nevus"), data.ids, data.sha256)
     with pytest.raises(DataError, match="--data: has the classes .*mole"):
-        evaluate_bundle(tiny_bundle, other, _space(), device="cpu")
+        evaluate_bundle(tiny_bundle, other, [_space()], device="cpu")
 
 
 def test_a_class_with_few_images_counts_in_all_only(tiny_bundle: Bundle, generated: NDArray[np.uint8]) -> None:
     labels = [0] * 32 + [1] * 4
     found = evaluate_bundle(
-        tiny_bundle, _dataset(generated[:36], labels), _space(), selection="fast", device="cpu", count=50
+        tiny_bundle, _dataset(generated[:36], labels), [_space()], selection="fast", device="cpu", count=50
     )
-    assert list(found.metrics["classes"]) == ["benign"]
+    assert list(found.metrics["spaces"]["quarters"]["classes"]) == ["benign"]
     assert found.metrics["images"] == 50
     with pytest.raises(DataError, match="too few"):
         compare(np.zeros((4, 3), np.float32), np.zeros((40, 3), np.float32))

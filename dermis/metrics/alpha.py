@@ -63,7 +63,9 @@ def beta_recall(real: Features, generated: Features, k: int = DENSITY_K, known: 
     return Curve(LEVELS, _share_within(np.where(reached, from_centre[found.nearest_index], np.inf), limits))
 
 
-def authentic(training: Features, generated: Features, *, same: float = 0.0) -> NDArray[np.bool_]:
+def authentic(
+    training: Features, generated: Features, *, same: float = 0.0, known_radii: NDArray[np.float64] | None = None
+) -> NDArray[np.bool_]:
     """Which of the generated features [M, dim] are no noisy copies of training features [N, dim] (section 3.2).
 
     y is authentic if d(y, x*) > d(x*, X without x*), x* being the training image nearest to y: if some training image is
@@ -73,9 +75,13 @@ def authentic(training: Features, generated: Features, *, same: float = 0.0) -> 
 
     same: training images at most so far apart are one image and no neighbours of one another (`same_distance`). If all were
     there twice, every copy would be authentic otherwise. The paper does not do this, hence the default 0.
+
+    known_radii: the distance of each training image to its nearest neighbour [N], if it has been computed already.
     """
     distance, index = nearest(generated, training)
-    own = distinct_radii(training, same)[0] if same else radii(training, 1)
+    own = known_radii
+    if own is None:
+        own = distinct_radii(training, same)[0] if same else radii(training, 1)
     return np.asarray(distance[:, 0] > own[index[:, 0]])
 
 

@@ -65,7 +65,9 @@ def feature_likelihood(
     Raises ValueError if there are fewer than 2 training images or a set is empty.
     """
     if len(training) < 2 or not len(held_out) or not len(generated):
-        raise ValueError(f"{len(training)} training, {len(held_out)} held-out, {len(generated)} generated images: too few")
+        raise ValueError(
+            f"{len(training)} training, {len(held_out)} held-out, {len(generated)} generated images: too few"
+        )
     mean = training.mean(axis=0, dtype=np.float64)
     deviation = training.std(axis=0, dtype=np.float64)
     deviation[deviation < 1e-6 * max(float(deviation.max()), 1e-30)] = 1.0  # constant in all training images

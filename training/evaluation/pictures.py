@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from dermis.imaging import Images
 from dermis.latents import z_for
 from dermis.metrics.neighbours import Features, nearest
+from dermis.network_config import NoiseMode
 from dermis.networks import Generator, one_hot
 from dermis.synthesizer import Synthesizer
 
@@ -43,6 +44,7 @@ class Drawing:
     synthesizer: Synthesizer
     seed: int
     truncation_psi: float
+    noise_mode: NoiseMode = "random"
 
     def samples(self, label: int, count: int) -> Images:
         """The first `count` samples of one class, not selected."""
@@ -79,16 +81,18 @@ class Drawing:
     def interpolations(self, label: int, rows: int) -> Images:
         """Straight lines in w from sample 2i to sample 2i + 1 of one class, STEPS images a row."""
         first, last = (self._ws(range(k, 2 * rows, 2), [label] * rows) for k in (0, 1))
-        return self._walk(first, last)
+        return self._walk(first, last, range(0, 2 * rows, 2))
 
     def class_interpolations(self, start: int, end: int, rows: int) -> Images:
         """Straight lines in w from class `start` to class `end` with the same z, STEPS images a row."""
         first, last = (self._ws(range(rows), [label] * rows) for label in (start, end))
-        return self._walk(first, last)
+        return self._walk(first, last, range(rows))
 
     def _images(self, indices: range | list[int], labels: list[int]) -> Images:
         seeds = [self.seed] * len(labels)
-        return self.synthesizer.images(seeds, list(indices), labels, truncation_psi=self.truncation_psi)
+        return self.synthesizer.images(
+            seeds, list(indices), labels, truncation_psi=self.truncation_psi, noise_mode=self.noise_mode
+        )
 
     @torch.inference_mode()
     def _ws(self, indices: range, labels: list[int]) -> NDArray[np.float32]:
@@ -98,8 +102,15 @@ class Drawing:
         ws: NDArray[np.float32] = mapping(z, one_hot(labels, config.c_dim, device), self.truncation_psi).cpu().numpy()
         return ws
 
-    def _walk(self, first: NDArray[np.float32], last: NDArray[np.float32]) -> Images:
-        """Images along the lines from first [rows, num_ws, w_dim] to last, row after row."""
+    def _walk(self, first: NDArray[np.float32], last: NDArray[np.float32], indices: range) -> Images:
+        """Images along the lines from first [rows, num_ws, w_dim] to last, row after row.
+
+        Random noise is that of the first sample of a row, whose index `indices` has, in all images of the row: they differ
+        by w alone.
+        """
         t = np.linspace(0, 1, STEPS, dtype=np.float32)[:, None, None]
         ws = first[:, None] + t * (last - first)[:, None]
-        return self.synthesizer.images_from_ws(ws.reshape(-1, *first.shape[1:]))
+        named = [index for index in indices for _ in range(STEPS)]
+        return self.synthesizer.images_from_ws(
+            ws.reshape(-1, *first.shape[1:]), self.noise_mode, seeds=[self.seed] * len(named), indices=named
+        )
