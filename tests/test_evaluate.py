@@ -244,9 +244,7 @@ HELD = {"images": 20, "patients": 7, "instead_of_generated": {"fid": 3.0, "kid":
 
 def test_card_tells_what_was_measured_and_what_not() -> None:
     card = model_card("m", _provenance(projected=True), EARLY)
-    assert "| FD@lite0 | 12 |" in card and "| KID@lite0 x 1000 | 100 |" in card, (
-        "also from before there were intervals"
-    )
+    assert "| FD@lite0 | 12 |" in card and "| KID@lite0 x 1000 | 100 |" in card, "also from before there were intervals"
     assert "50 generated images" in card and "60 training images were compared" in card
     assert "learnt to score well here" in card and "nothing was tested for memorising" in card
     later = EARLY | {"fid_interval": [11.0, 13.0], "holdout": HELD, "extractor": "inception"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from dermis.metrics.kernels import Gaussian, polynomial, squared_discrepancies
+from dermis.metrics.kernels import Floats, polynomial, squared_discrepancies
 from dermis.metrics.neighbourhoods import compare_neighbourhoods
 
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
@@ -43,20 +43,19 @@ def kernel_distance(
     the subsets that torch-fidelity draws, so the numbers are its numbers but for rounding. The kernel is computed once
     for all subsets.
     """
-    size = min(len(real), len(generated), KID_SUBSET_SIZE)
-    rng = np.random.RandomState(0)
-    w, v = (np.zeros((subsets, len(features)), np.float32) for features in (real, generated))
-    for i in range(subsets):
-        for weights in (w, v):
-            weights[i, rng.choice(weights.shape[1], size, replace=False)] = 1
-    values = squared_discrepancies(real, generated, w, v, polynomial)
+    values = squared_discrepancies(real, generated, *subset_weights(len(real), len(generated), subsets), polynomial)
     return float(values.mean()), float(values.std())
 
 
-def gaussian_discrepancy(real: NDArray[np.float32], generated: NDArray[np.float32], kernel: Gaussian) -> float:
-    """Unbiased MMD^2 of features with a Gaussian kernel, of all images at once; 0 on average for equal distributions."""
-    w, v = (np.ones((1, len(features)), np.float32) for features in (real, generated))
-    return float(squared_discrepancies(kernel.prepare(real), kernel.prepare(generated), w, v, kernel)[0])
+def subset_weights(real: int, generated: int, subsets: int = KID_SUBSETS) -> tuple[Floats, Floats]:
+    """Which images are in the subsets of KID: 0 or 1, [subsets, real] and [subsets, generated]."""
+    size = min(real, generated, KID_SUBSET_SIZE)
+    rng = np.random.RandomState(0)
+    w, v = np.zeros((subsets, real), np.float32), np.zeros((subsets, generated), np.float32)
+    for i in range(subsets):
+        for weights in (w, v):
+            weights[i, rng.choice(weights.shape[1], size, replace=False)] = 1
+    return w, v
 
 
 def precision_recall(real: NDArray[np.float32], generated: NDArray[np.float32], k: int = 3) -> tuple[float, float]:

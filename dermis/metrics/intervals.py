@@ -15,8 +15,8 @@ import numpy as np
 import scipy.linalg
 from numpy.typing import NDArray
 
-from dermis.metrics.fidelity import frechet
-from dermis.metrics.kernels import Gaussian, Kernel, polynomial, squared_discrepancies
+from dermis.metrics.fidelity import frechet, subset_weights
+from dermis.metrics.kernels import Gaussian, polynomial, squared_discrepancies
 
 LEVEL = 0.95
 DIRECTIONS = 128
@@ -53,26 +53,43 @@ def frechet_interval(
     return _about(fid, drawn, float(drawn.mean() - frechet(x, y)))
 
 
-def kernel_interval(
-    real: NDArray[np.float32],
-    generated: NDArray[np.float32],
-    value: float,
-    replicates: int = 200,
-    seed: int = 0,
-    kernel: Kernel = polynomial,
-) -> Interval:
-    """Interval of `value`, a squared MMD of features [N, dim] and [M, dim] (KID by default), exact in all dimensions.
+@dataclass(frozen=True)
+class KernelEstimate:
+    """A squared MMD with its interval. deviation: over subsets, of KID only."""
 
-    How often a replicate drew each image are integer weights, so all replicates are computed from the kernel of the
-    whole sets, which is computed once. Pairs of an image with itself are left out, in a replicate as in the number
-    itself, so the bias is close to nothing.
+    value: float
+    interval: Interval
+    deviation: float = 0.0
+
+
+def kernel_estimate(
+    real: NDArray[np.float32], generated: NDArray[np.float32], replicates: int = 200, seed: int = 0
+) -> KernelEstimate:
+    """`fidelity.kernel_distance` of features [N, dim] and [M, dim] with its interval, exact in all dimensions.
+
+    How often a replicate drew each image are integer weights, so subsets and replicates are computed from one pass over
+    the kernel of the whole sets. Pairs of an image with itself are left out, in a replicate as in KID itself, so the bias
+    is close to nothing.
     """
-    if isinstance(kernel, Gaussian):
-        real, generated = kernel.prepare(real), kernel.prepare(generated)
+    rng = np.random.default_rng(seed)
+    drawn = _weights(len(real), replicates, rng), _weights(len(generated), replicates, rng)
+    subsets = subset_weights(len(real), len(generated))
+    w, v = (np.concatenate([of_subsets, all_drawn]) for of_subsets, all_drawn in zip(subsets, drawn, strict=True))
+    mmd = squared_discrepancies(real, generated, w, v, polynomial)
+    of_subsets, whole, of_replicates = np.split(mmd, [len(subsets[0]), len(subsets[0]) + 1])
+    value = float(of_subsets.mean())
+    interval = _about(value, of_replicates, float(of_replicates.mean() - whole[0]))
+    return KernelEstimate(value, interval, float(of_subsets.std()))
+
+
+def gaussian_estimate(
+    real: NDArray[np.float32], generated: NDArray[np.float32], kernel: Gaussian, replicates: int = 200, seed: int = 0
+) -> KernelEstimate:
+    """The unbiased MMD^2 of all images with a Gaussian kernel, 0 on average for equal distributions, with its interval."""
     rng = np.random.default_rng(seed)
     w, v = _weights(len(real), replicates, rng), _weights(len(generated), replicates, rng)
-    mmd = squared_discrepancies(real, generated, w, v, kernel)
-    return _about(value, mmd[1:], float(mmd[1:].mean() - mmd[0]))
+    mmd = squared_discrepancies(kernel.prepare(real), kernel.prepare(generated), w, v, kernel)
+    return KernelEstimate(float(mmd[0]), _about(float(mmd[0]), mmd[1:], float(mmd[1:].mean() - mmd[0])))
 
 
 def _weights(n: int, replicates: int, rng: np.random.Generator) -> NDArray[np.float32]:

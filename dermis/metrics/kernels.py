@@ -25,8 +25,12 @@ CMMD_BANDWIDTH = 10.0
 
 def polynomial(a: Floats, b: Floats) -> Floats:
     """(x.y / dim + 1)^3, the kernel of KID."""
-    value: Floats = a @ b.T / np.float32(a.shape[1]) + np.float32(1)
-    return value * value * value
+    value: Floats = a @ b.T
+    value /= np.float32(a.shape[1])
+    value += np.float32(1)
+    cube = value * value
+    cube *= value
+    return cube
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,13 @@ class Gaussian:
         return np.asarray(features / np.maximum(lengths, np.finfo(np.float32).tiny), np.float32)
 
     def __call__(self, a: Floats, b: Floats) -> Floats:
-        squared = np.square(a).sum(axis=1)[:, None] + np.square(b).sum(axis=1) - 2 * (a @ b.T)
-        return np.exp(-np.maximum(squared, 0) / np.float32(2 * self.bandwidth**2))
+        squared: Floats = a @ b.T
+        squared *= np.float32(-2)
+        squared += np.square(a).sum(axis=1)[:, None]
+        squared += np.square(b).sum(axis=1)
+        np.maximum(squared, 0, out=squared)
+        squared *= np.float32(-0.5 / self.bandwidth**2)
+        return np.exp(squared, out=squared)
 
 
 def cmmd_kernel() -> Gaussian:
@@ -79,15 +88,19 @@ def _mean_kernel(
 ) -> NDArray[np.float64]:
     """Means of the kernel less `offset` over i, j under each row of weights w [R, N], v [R, M].
 
-    own: b is the set a itself, and pairs with i = j are left out.
+    own: b is the set a itself with the same weights. Pairs with i = j are left out then, and of (i, j) and (j, i), which
+    are equal, one is computed.
     """
     total = np.zeros(len(w))
     for start in range(0, len(a), ROWS):
         rows = slice(start, start + ROWS)
-        values = kernel(a[rows], b) - offset
+        columns = slice(start, None) if own else slice(None)
+        values = kernel(a[rows], b[columns])
+        values -= offset
         if own:
-            values[np.arange(len(values)), np.arange(start, start + len(values))] = 0
-        total += np.einsum("rj,rj->r", w[:, rows].astype(np.float64), (v @ values.T).astype(np.float64))
+            np.fill_diagonal(values, 0)
+            values[:, len(values) :] *= 2
+        total += np.einsum("rj,rj->r", w[:, rows], v[:, columns] @ values.T, dtype=np.float64)
     sums: NDArray[np.float64] = w.sum(axis=1, dtype=np.float64) * v.sum(axis=1, dtype=np.float64)
     if own:
         sums -= np.square(w, dtype=np.float64).sum(axis=1)

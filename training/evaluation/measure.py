@@ -10,11 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dermis.errors import DataError
-from dermis.metrics import frechet_distance, kernel_distance
+from dermis.metrics import frechet_distance
 from dermis.metrics.alpha import alpha_precision, authentic, beta_recall, same_distance
 from dermis.metrics.density import expected_coverage
-from dermis.metrics.fidelity import gaussian_discrepancy
-from dermis.metrics.intervals import frechet_interval, kernel_interval
+from dermis.metrics.intervals import frechet_interval, gaussian_estimate, kernel_estimate
 from dermis.metrics.kernels import Gaussian, cmmd_kernel, median_kernel
 from dermis.metrics.likelihood import feature_likelihood
 from dermis.metrics.membership import membership_attack
@@ -61,9 +60,8 @@ def compare(
     if min(len(real), len(generated)) < FEWEST:
         raise DataError(f"{len(real)} real and {len(generated)} generated images are too few; give {FEWEST} or more")
     fd = frechet_distance(real, generated)
-    kid, kid_std = kernel_distance(real, generated)
     fd_interval = frechet_interval(real, generated, fd, REPLICATES)
-    kid_interval = kernel_interval(real, generated, kid, REPLICATES)
+    kid = kernel_estimate(real, generated, REPLICATES)
     near = compare_neighbourhoods(real, generated)
     metrics: dict[str, Any] = {
         "images": len(generated),
@@ -71,18 +69,17 @@ def compare(
         "fd": fd,
         "fd_interval": [fd_interval.low, fd_interval.high],
         "fd_bias": fd_interval.bias,
-        "kid": kid,
-        "kid_std": kid_std,
-        "kid_interval": [kid_interval.low, kid_interval.high],
+        "kid": kid.value,
+        "kid_std": kid.deviation,
+        "kid_interval": [kid.interval.low, kid.interval.high],
         "precision": near.precision,
         "recall": near.recall,
     }
     if selection == "fast":
         return metrics
     if kernel is not None:
-        mmd = gaussian_discrepancy(real, generated, kernel)
-        interval = kernel_interval(real, generated, mmd, REPLICATES, kernel=kernel)
-        metrics |= {"mmd": mmd, "mmd_interval": [interval.low, interval.high]}
+        mmd = gaussian_estimate(real, generated, kernel, REPLICATES)
+        metrics |= {"mmd": mmd.value, "mmd_interval": [mmd.interval.low, mmd.interval.high]}
     return metrics | {
         "density": near.density,
         "coverage": near.coverage,
