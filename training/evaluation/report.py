@@ -34,7 +34,7 @@ _LEGEND = """<p class="note">FD, KID and MMD tell how far the generated images a
 better. Precision, density and alpha-precision ask whether each generated image looks real; recall, coverage and beta-recall
 whether all kinds of real images are generated. FLD is 0 for images as good as real ones; a generalisation gap far below
 that of the training images in the generator's place means that training images are copied. What a perfect generator
-would score stands in the last column, if images were held out: real images in the generator's place.</p>"""
+would score stands in the column with real images in the generator's place, if images were held out.</p>"""
 
 
 def check_report_folder(report: Path, bundle: Path) -> None:

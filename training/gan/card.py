@@ -150,8 +150,8 @@ def _metrics(metrics: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
 
 
 _COLUMNS = (
-    "Every column compares as many images with as many others. The last column is the reference: training images stand "
-    "in the generator's place, so it shows what images score that are real."
+    "Every column compares as many images with as many others. The column with real images in the generator's place "
+    "is the reference: it shows what real images score, and a generator cannot be expected to score better."
 )
 
 
