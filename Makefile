@@ -54,7 +54,7 @@ DEMO := --data $(DATA) --projected --batch 16 --channel-base 4096 --channel-max 
 demo-bundle: setup
 	$(BIN)/dermis train gan $(DEMO) --resolution 64 --out runs/demo-64 --kimg 58.4 --snapshot-kimg 5
 	$(BIN)/dermis train gan $(DEMO) --resolution 128 --out runs/demo --kimg 36.8 --snapshot-kimg 4 --from runs/demo-64/bundle
-	$(BIN)/dermis evaluate --bundle runs/demo/bundle --data $(DATA) --extractor lite0
+	$(BIN)/dermis evaluate --bundle runs/demo/bundle --data $(DATA)
 	rm -rf bundles/demo && mkdir -p bundles && cp -r runs/demo/bundle bundles/demo
 
 # And its classifier: patients divided, near-duplicates across the parts removed.
