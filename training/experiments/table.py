@@ -78,7 +78,8 @@ def rows(outcome: Outcome) -> list[list[str]]:
     spaces = [_space(result)[0] for result in outcome.results.values()]
     space = f"@{spaces[0]}" if spaces else ""
     reported = [key for key in REPORTED if any(key in e.reported for e in outcome.experiments)]
-    ours = [_HEADINGS[key] + ("" if key == "ppl" else space) for key in REPORTED]
+    headings = _HEADINGS | ({} if space == "@inception" else {"fid": "FD"})
+    ours = [headings[key] + ("" if key == "ppl" else space) for key in REPORTED]
     ours[-1] += _distance(outcome.results)
     header = ["", "images", *ours, "s/kimg", *(f"reported {_HEADINGS[key]}" for key in reported)]
     table = [header]
@@ -141,7 +142,8 @@ def remarks(outcome: Outcome) -> list[str]:
     if first := next(iter(outcome.results.values()), None):
         lengths = sorted({result.kimg for result in outcome.results.values()})
         texts.append(
-            f"Trained for {' or '.join(f'{kimg:,.4g}' for kimg in lengths)} kimg. FID, KID, P and R in the feature space"
+            f"Trained for {' or '.join(f'{kimg:,.4g}' for kimg in lengths)} kimg. Fréchet"
+            " distance (FD, in the space inception the FID), KID, P and R in the feature space"
             f" {_space(first)[0]}, intervals of 95 %; s/kimg: seconds of training for a thousand images."
         )
     done = {e.title: outcome.results[e.name] for e in outcome.experiments if e.name in outcome.results}
