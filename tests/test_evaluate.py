@@ -350,6 +350,8 @@ def test_cards_of_other_programs_get_the_section_too(told: dict[str, object]) ->
     assert again.count("## Measured") == 1 and "| FD@lite0 | 7 |" in again and "| 12 |" not in again
     assert again.endswith("\n\n## Contact\n\nWard 3\n")
     assert renewed_card(again, told, EARLY | {"fid": 7.0}) == again
+    marked = section + "\n<!-- classifier: written by dermis -->\n## Classifier\n"
+    assert renewed_card(marked, told, EARLY) == marked, "the comment before the next section belongs to that one"
 
 
 def test_a_report_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
