@@ -61,7 +61,7 @@ demo-bundle: demo-split
 	$(BIN)/dermis train gan $(LEARN) --resolution 128 --projected $(DEMO_RECIPE) --batch 16 --channel-base 4096 \
 		--channel-max 256 --z-dim 256 --w-dim 256 --no-compile --name demo --out runs/demo --kimg $(DEMO_KIMG) --snapshot-kimg 4 \
 		--resume $(CREDIT)
-	$(BIN)/dermis evaluate --bundle runs/demo/bundle $(LEARN) --holdout $(DATA) --holdout-metadata $(SPLIT)/test.csv
+	$(BIN)/dermis evaluate --bundle runs/demo/bundle $(LEARN) --holdout-metadata $(SPLIT)/test.csv
 	rm -rf bundles/demo && mkdir -p bundles && cp -r runs/demo/bundle bundles/demo
 
 demo-classifier: demo-split

@@ -334,7 +334,7 @@ def _show(outcome: Outcome) -> None:
         console.print(table, "")
 
     if outcome.results:
-        space, distance = spaces[names.index("FID")], spaces[names.index("PPL")]
+        space, distance = spaces[names.index("P")], spaces[names.index("PPL")]
         show(f"Feature space {space}, PPL by {distance}", list(names[:split]), [line[:split] for line in body])
     if reported := [line[:1] + line[split:] for line in body if any(line[split:])]:
         columns = [name.removeprefix("reported ") for name in names[split:]]

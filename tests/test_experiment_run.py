@@ -110,7 +110,8 @@ def test_the_five_run_and_are_compared_with_the_paper(tmp_path: Path, data: Path
         assert (bundle.digest, dict(bundle.metrics)) == (found["bundle"], found["metrics"])
         assert found["metrics"]["real_is_training_set"]
         assert found["metrics"]["real_images"] == sum(found["images"].values())
-        assert set(found["metrics"].get("classes", {})) == ({"benign", "malignant"} if conditional else set())
+        classes = found["metrics"]["spaces"]["quarters"].get("classes", {})
+        assert set(classes) == ({"benign", "malignant"} if conditional else set())
     assert results["chosen"]["name"] in CONDITIONAL, "one that makes all classes"
 
     header, _, *rows = [
@@ -118,12 +119,13 @@ def test_the_five_run_and_are_compared_with_the_paper(tmp_path: Path, data: Path
         for line in (out / "table.md").read_text().splitlines()
         if line.startswith("|")
     ]
-    assert header[2:7] == ["KID (%)@quarters", "FID@quarters", "P@quarters", "R@quarters", "PPL@quarters"]
+    assert header[2:7] == ["KID (%)@quarters", "FD@quarters", "P@quarters", "R@quarters", "PPL@quarters"]
     reported = {row[0]: row[8:] for row in rows if not row[0].startswith("- ")}
     assert reported["cGAN w/o color"] == ["0.24", "7.02", "0.75", "0.44", "101"]
     assert reported["cGAN w/o augmentation"] == [""] * 5
     assert [row[0] for row in rows[2:5]] == ["cGAN", "- benign", "- malignant"]
-    kid = results["experiments"]["cgan"]["metrics"]["kid"]
+    measured = results["experiments"]["cgan"]["metrics"]["spaces"]["quarters"]
+    kid = measured["comparisons"]["generated_training"]["kid"]
     assert rows[2][2].startswith(f"{100 * kid:.4g} [")
     assert f"{100 * kid:.4g}" in result.output and "…" not in result.output, "all fits into 80 columns"
     assert "Feature space quarters, PPL by quarters" in result.output

@@ -16,16 +16,20 @@ from torch import Tensor
 from dermis.errors import DermisError
 from dermis.features import FeatureExtractor
 from dermis.latents import z_for
-from dermis.metrics import frechet_distance, intervals, kernel_distance
+from dermis.metrics import frechet_distance, kernel_distance, kernels
 from dermis.metrics.alpha import alpha_precision, authentic, beta_recall, near_duplicates, same_distance
 from dermis.metrics.density import density_coverage, expected_coverage
 from dermis.metrics.fidelity import precision_recall
-from dermis.metrics.intervals import frechet_interval, kernel_interval
+from dermis.metrics.intervals import frechet_interval, gaussian_estimate, kernel_estimate
+from dermis.metrics.kernels import cmmd_kernel, median_kernel
+from dermis.metrics.likelihood import feature_likelihood, fit_variances
+from dermis.metrics.membership import membership_attack
 from dermis.metrics.memorisation import memorisation_test
 from dermis.metrics.neighbours import nearest, radii, squared_distances
 from dermis.metrics.path_length import Sampling, path_length, path_lengths
 from dermis.metrics.perceptual import feature_distance
 from dermis.networks import Generator, GeneratorConfig, one_hot
+from dermis.vision import import_vision
 
 Array = NDArray[np.float64]
 
@@ -210,6 +214,62 @@ def test_memorisation_permutes_whole_patients() -> None:
         memorisation_test(generated, images[:148], images[148:], groups=names)
 
 
+# -- likelihood and membership
+
+
+def test_variances_of_known_mixtures() -> None:
+    """About one point the likeliest variance is the mean square; about two far clusters, each has that of its own."""
+    x = _normal(0, 500, 8)
+    squared = np.sum(x**2, axis=1, keepdims=True).astype(np.float32)
+    assert fit_variances(squared, 8) == pytest.approx(np.mean(x**2), rel=1e-5)
+    clusters = [_normal(0, 400, 8, 0.5), _normal(1, 100, 8, 2.0) + 100]
+    images, centres = np.concatenate(clusters), np.array([np.zeros(8), np.full(8, 100.0)])
+    variances = fit_variances((_distances(images, centres) ** 2).astype(np.float32), 8)
+    assert variances == pytest.approx([np.mean(clusters[0] ** 2), np.mean((clusters[1] - 100) ** 2)], rel=1e-4)
+
+
+def _clusters(seed: int, n: int, kinds: int = 4) -> Array:
+    """Images of so many of four kinds, on planes of 8 of 64 dimensions."""
+    rng = np.random.default_rng(seed)
+    plane, centres = _normal(100, 8, 64), 3 * _normal(101, 4, 64)
+    return centres[rng.integers(0, kinds, n)] + rng.normal(size=(n, 8)) @ plane + 0.3 * rng.normal(size=(n, 64))
+
+
+def test_feature_likelihood_tells_honest_samples_from_copies_and_from_lost_kinds() -> None:
+    training, held_out = _clusters(0, 600), _clusters(1, 300)
+    honest = feature_likelihood(training, held_out, _clusters(2, 600))
+    copier = feature_likelihood(training, held_out, training[:500])
+    dropper = feature_likelihood(training, held_out, _clusters(3, 600, kinds=2))
+    blurred = feature_likelihood(training, held_out, _clusters(4, 600) * 1.5)
+    assert honest.gaussians == 300
+    assert honest.fld == pytest.approx(0, abs=2)
+    assert honest.gap == pytest.approx(honest.reference_gap, abs=2)
+    assert copier.fld > honest.fld + 5 and copier.gap < honest.reference_gap - 30
+    assert dropper.fld > honest.fld + 5 and dropper.gap > honest.reference_gap - 5, "it forgets, but copies nothing"
+    assert blurred.fld > honest.fld + 5
+    half = feature_likelihood(training, held_out, np.concatenate([training[:150], _clusters(5, 150)]))
+    assert copier.gap < half.gap < honest.gap - 10
+    scaled = feature_likelihood(7 * training + 3, 7 * held_out + 3, 7 * _clusters(2, 600) + 3)
+    assert scaled.fld == pytest.approx(honest.fld, abs=1e-2), "units of features do not matter"
+    with pytest.raises(ValueError, match="too few"):
+        feature_likelihood(training[:1], held_out, training)
+
+
+def test_a_few_copies_show_at_few_false_alarms_though_not_in_the_area() -> None:
+    training, held_out, generated = _normal(0, 500, 16), _normal(1, 300, 16), _normal(2, 800, 16)
+    honest = membership_attack(training, held_out, generated)
+    assert honest is not None and honest.auc.low < 0.5 < honest.auc.high and honest.found_at_1_percent.low <= 0.01
+    generated[:25] = training[:25] + 0.01
+    some = membership_attack(training, held_out, generated)
+    assert some is not None and some.auc.value < 0.6 and some.found_at_1_percent.low > 0.02
+    everything = membership_attack(training, held_out, training)
+    assert everything is not None and everything.auc.value == everything.found_at_1_percent.value == 1.0
+    groups = [f"t{i // 250}" for i in range(500)] + [f"h{i // 150}" for i in range(300)]
+    grouped = membership_attack(training, held_out, _normal(2, 800, 16), groups=groups)
+    assert grouped is not None and grouped.auc.value == pytest.approx(honest.auc.value)
+    assert membership_attack(training[:19], held_out, generated) is None
+
+
 # -- distances of distributions
 
 
@@ -251,7 +311,7 @@ def _naive_mmd(x: Array, y: Array, origin_x: Array, origin_y: Array) -> float:
 
 
 def test_kernel_replicates_are_the_mmd_of_the_resampled_sets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(intervals, "KERNEL_ROWS", 7)  # more blocks than one
+    monkeypatch.setattr(kernels, "ROWS", 7)  # more blocks than one
     x, y = _normal(0, 30, 5), _normal(1, 20, 5) + 0.3
     kid, _ = kernel_distance(x[:20].astype(np.float32), y.astype(np.float32), subsets=1)
     assert kid == pytest.approx(_naive_mmd(x[:20], y, np.arange(20), np.arange(20)), abs=1e-5)
@@ -259,9 +319,53 @@ def test_kernel_replicates_are_the_mmd_of_the_resampled_sets(monkeypatch: pytest
     w, v = (rng.multinomial(n, np.full(n, 1 / n), size=200) for n in (30, 20))
     i, j = ([np.repeat(np.arange(weights.shape[1]), row) for row in weights] for weights in (w, v))
     naive = np.array([_naive_mmd(x[a], y[b], a, b) for a, b in zip(i, j, strict=True)])
-    interval = kernel_interval(x.astype(np.float32), y.astype(np.float32), 10.0, replicates=200, seed=0)
-    expected = 10 + np.quantile(naive - naive.mean(), [0.025, 0.975])
-    assert (interval.low, interval.high) == pytest.approx(tuple(expected), abs=1e-4)
+    found = kernel_estimate(x.astype(np.float32), y.astype(np.float32), replicates=200, seed=0)
+    expected = found.value + np.quantile(naive - naive.mean(), [0.025, 0.975])
+    assert (found.interval.low, found.interval.high) == pytest.approx(tuple(expected), abs=1e-4)
+    distance = kernel_distance(x.astype(np.float32), y.astype(np.float32))
+    assert (found.value, found.deviation) == pytest.approx(distance, abs=1e-6)
+
+
+def test_distances_are_those_of_torch_fidelity() -> None:
+    """In more dimensions than images, where covariances have no full rank."""
+    x, y = _normal(0, 60, 90).astype(np.float32), (_normal(1, 50, 90) * 1.2 + 0.1).astype(np.float32)
+    doubles = [torch.from_numpy(features.astype(np.float64)) for features in (x, y)]
+    fid, kid, prc = (import_vision(f"torch_fidelity.metric_{name}") for name in ("fid", "kid", "prc"))
+    statistics = [fid.fid_features_to_statistics(features) for features in doubles]
+    theirs = fid.fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
+    assert frechet_distance(x, y) == pytest.approx(theirs, rel=1e-5)
+    options = {"kid_subsets": 20, "kid_subset_size": 50, "rng_seed": 0, "verbose": False}
+    theirs = kid.kid_features_to_metric(torch.from_numpy(x), torch.from_numpy(y), **options)
+    ours = dict(zip(("mean", "std"), kernel_distance(x, y, subsets=20), strict=True))
+    assert [theirs[f"kernel_inception_distance_{key}"] for key in ours] == pytest.approx(list(ours.values()), abs=1e-6)
+    options = {"prc_neighborhood": 3, "prc_batch_size": 20, "save_cpu_ram": True, "verbose": False}
+    theirs = prc.prc_features_to_metric(*reversed(doubles), **options)
+    assert (theirs["precision"], theirs["recall"]) == pytest.approx(precision_recall(x, y))
+
+
+def test_gaussian_discrepancies_are_the_naive_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "ROWS", 7)
+    x, y = _normal(0, 30, 5) + 3, _normal(1, 20, 5) + 3.3
+    pairs = _distances(x, x)[np.triu_indices(30, 1)]
+
+    def naive(a: Array, b: Array, bandwidth: float) -> float:
+        kernel = {
+            (i, j): np.exp(-(_distances(p, q) ** 2) / (2 * bandwidth**2))
+            for i, p in enumerate((a, b))
+            for j, q in enumerate((a, b))
+        }
+        apart = [~np.eye(len(s), dtype=bool) for s in (a, b)]
+        return float(kernel[0, 0][apart[0]].mean() + kernel[1, 1][apart[1]].mean() - 2 * kernel[0, 1].mean())
+
+    median = median_kernel(x.astype(np.float32))
+    assert median is not None and median.bandwidth == pytest.approx(np.median(pairs), rel=1e-6)
+    found = gaussian_estimate(x.astype(np.float32), y.astype(np.float32), median, 20)
+    assert found.value == pytest.approx(naive(x, y, median.bandwidth), abs=1e-6)
+    assert found.interval.low < found.value < found.interval.high
+    of_unit_length = [features / np.linalg.norm(features, axis=1, keepdims=True) for features in (x, y)]
+    found = gaussian_estimate(x.astype(np.float32), y.astype(np.float32), cmmd_kernel(), 20)
+    assert found.value == pytest.approx(naive(*of_unit_length, 10.0), abs=1e-6)
+    assert median_kernel(np.ones((20, 3), np.float32)) is None
 
 
 def test_intervals_cover_what_they_claim() -> None:
@@ -280,8 +384,7 @@ def test_intervals_cover_what_they_claim() -> None:
 
     many = np.arange(2000)
     true_mmd = _naive_mmd(_normal(1000, 2000, dim), _normal(1001, 2000, dim) * 1.3 + 0.4, many, many)
-    kids = [kernel_distance(*pair, subsets=1)[0] for pair in sets]
-    kid_intervals = [kernel_interval(*p, kid, replicates=60) for p, kid in zip(sets, kids, strict=True)]
+    kid_intervals = [kernel_estimate(*pair, replicates=60).interval for pair in sets]
     assert sum(i.low <= true_mmd <= i.high for i in kid_intervals) >= 34
     assert abs(np.mean([i.bias for i in kid_intervals])) < 0.1 * true_mmd
 

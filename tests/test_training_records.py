@@ -110,7 +110,7 @@ def test_best_snapshot_is_kept_with_its_numbers(tmp_path: Path) -> None:
     best, last = open_bundle(tmp_path / "best"), open_bundle(tmp_path / "bundle")
     assert best.provenance["kimg"] == 0.008 and last.provenance["kimg"] == 0.016
     assert best.metrics["fid"] == measured[0]["fid"] and last.metrics["fid"] == measured[1]["fid"]
-    assert "FID@colours" in best.model_card
+    assert "FD@colours" in best.model_card
     assert load_generator(best).get_parameter("synthesis.b8.torgb.bias")[0] == pytest.approx(0.2, abs=1e-3)
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from dermis.authenticity.baseline import typical_distance
 from dermis.authenticity.verdict import SAME_SHARE
+from dermis.metrics.neighbourhoods import DENSITY_K, Neighbourhoods, compare_neighbourhoods
 from dermis.metrics.neighbours import Features, distinct_radii, nearest, radii
 
 LEVELS = np.linspace(0.0, 1.0, 101)
@@ -44,7 +45,7 @@ def alpha_precision(real: Features, generated: Features) -> Curve:
     return Curve(LEVELS, _share_within(_from(centre, generated), limits))
 
 
-def beta_recall(real: Features, generated: Features, k: int = 5) -> Curve:
+def beta_recall(real: Features, generated: Features, k: int = DENSITY_K, known: Neighbourhoods | None = None) -> Curve:
     """R_beta: the share of real features [N, dim] that a share beta of the generated ones [M, dim] represents.
 
     R_beta = P( |x - y*| <= NND_k(x) and |y* - c_g| <= r_beta ), with y* the generated image nearest to x, NND_k(x) the
@@ -52,15 +53,19 @@ def beta_recall(real: Features, generated: Features, k: int = 5) -> Curve:
     beta-quantile of |y - c_g|. With k = 1 even the true distribution reaches only R_1 = 1/2; with 5 it reaches 1 - 2^-5,
     so 5 is the default. In many dimensions images near the mean are the nearest ones of very many others, which lifts
     the curve of the true distribution above the diagonal too: compare it with that of held-out real images.
+
+    known: the neighbourhoods of these sets with this k, if they have been computed already.
     """
-    distance, index = nearest(real, generated)
+    found = compare_neighbourhoods(real, generated, k_precision=1, k_density=k) if known is None else known
     from_centre = _from(generated.mean(axis=0, dtype=np.float64), generated)
     limits = np.quantile(from_centre, LEVELS, method="inverted_cdf")
-    reached = distance[:, 0] <= radii(real, k)
-    return Curve(LEVELS, _share_within(np.where(reached, from_centre[index[:, 0]], np.inf), limits))
+    reached = found.nearest_distance <= found.real_radii
+    return Curve(LEVELS, _share_within(np.where(reached, from_centre[found.nearest_index], np.inf), limits))
 
 
-def authentic(training: Features, generated: Features, *, same: float = 0.0) -> NDArray[np.bool_]:
+def authentic(
+    training: Features, generated: Features, *, same: float = 0.0, known_radii: NDArray[np.float64] | None = None
+) -> NDArray[np.bool_]:
     """Which of the generated features [M, dim] are no noisy copies of training features [N, dim] (section 3.2).
 
     y is authentic if d(y, x*) > d(x*, X without x*), x* being the training image nearest to y: if some training image is
@@ -70,9 +75,13 @@ def authentic(training: Features, generated: Features, *, same: float = 0.0) -> 
 
     same: training images at most so far apart are one image and no neighbours of one another (`same_distance`). If all were
     there twice, every copy would be authentic otherwise. The paper does not do this, hence the default 0.
+
+    known_radii: the distance of each training image to its nearest neighbour [N], if it has been computed already.
     """
     distance, index = nearest(generated, training)
-    own = distinct_radii(training, same)[0] if same else radii(training, 1)
+    own = known_radii
+    if own is None:
+        own = distinct_radii(training, same)[0] if same else radii(training, 1)
     return np.asarray(distance[:, 0] > own[index[:, 0]])
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 
-from dermis.metrics.neighbours import Features, radii, squared_distances
+from dermis.metrics.neighbourhoods import DENSITY_K, PRECISION_K, compare_neighbourhoods
+from dermis.metrics.neighbours import Features
 
 
-def density_coverage(real: Features, generated: Features, k: int = 5) -> tuple[float, float]:
+def density_coverage(real: Features, generated: Features, k: int = DENSITY_K) -> tuple[float, float]:
     """Density and coverage of generated features [M, dim] with respect to real ones [N, dim] (equations 4 and 5).
 
         density  = 1/(kM) sum_j sum_i 1[ |y_j - x_i| <= NND_k(x_i) ]
@@ -19,16 +19,11 @@ def density_coverage(real: Features, generated: Features, k: int = 5) -> tuple[f
     Coverage lies in [0, 1] and is measured by real neighbourhoods, so outliers among the generated images gain nothing.
     For equal distributions the expectations are 1 and `expected_coverage(N, M, k)`, whatever the distribution.
     """
-    radius = torch.from_numpy(radii(real, k) ** 2)[:, None]
-    inside = covered = 0
-    for rows, squared in squared_distances(real, generated):
-        within = squared <= radius[rows]
-        inside += int(within.sum())
-        covered += int(within.any(dim=1).sum())
-    return inside / (k * len(generated)), covered / len(real)
+    found = compare_neighbourhoods(real, generated, k_precision=min(k, PRECISION_K), k_density=k)
+    return found.density, found.coverage
 
 
-def expected_coverage(real: int, generated: int, k: int = 5) -> float:
+def expected_coverage(real: int, generated: int, k: int = DENSITY_K) -> float:
     """The coverage that N real and M generated images of one continuous distribution have on average (lemma 2).
 
     x_i is not covered if its k nearest among the other N - 1 + M images are all real: the chance is

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Features = NDArray[np.float32] | NDArray[np.float64]
-BLOCK = 1 << 24
+BLOCK = 1 << 22
 ROUNDING = 1e-12  # of |a|^2 + |b|^2: what float64 cannot tell from zero over thousands of dimensions
 
 

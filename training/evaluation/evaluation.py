@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
@@ -19,19 +20,24 @@ from dermis.features import FeatureExtractor
 from dermis.metrics.intervals import LEVEL
 from dermis.metrics.path_length import PerceptualDistance, Sampling, path_lengths
 from dermis.metrics.perceptual import feature_distance, lpips
+from dermis.network_config import NoiseMode
 from dermis.networks import Generator
 from dermis.synthesizer import Synthesizer
 from training.data.embedding import progress_bar
 from training.data.isic import ImageDataset
 from training.evaluation import measure, pictures
-from training.evaluation.features import generated_features, labels_in_proportion, real_features
+from training.evaluation.features import labels_in_proportion
 from training.evaluation.holdout import check_holdout, groups_of
-from training.evaluation.measure import FEWEST, REPLICATES, Features, Selection
+from training.evaluation.measure import FEWEST, REPLICATES, ImageSets, Selection
+from training.evaluation.record import FORMAT_VERSION, discriminator_space
 from training.evaluation.report import report_page
-from training.evaluation.table import table_rows
+from training.evaluation.sets import Generation, all_features
 from training.gan.card import renewed_card, trained_on
 
 CLOSEST, UNSELECTED, GRID, WALKS = 12, 8, 32, 4
+# For one progress bar with a useful remaining time: work that takes as long as embedding one image counts 1.
+_COMPARED_PER_UNIT = 8  # images of a comparison
+_UNITS_OF_A_PATH = 4  # two images drawn and embedded
 
 
 @dataclass(frozen=True)
@@ -45,14 +51,16 @@ class Evaluation:
 def evaluate_bundle(
     bundle: Bundle,
     dataset: ImageDataset,
-    extractor: FeatureExtractor,
+    extractors: Sequence[FeatureExtractor],
     *,
     holdout: ImageDataset | None = None,
+    holdout_name: str = "",
     selection: Selection = "all",
     count: int | None = None,
     ppl_paths: int = 2000,
     seed: int = 0,
     truncation_psi: float = 1.0,
+    noise_modes: Sequence[NoiseMode] = ("random",),
     cache: Path | None = None,
     device: str = "auto",
     page: bool = False,
@@ -60,50 +68,78 @@ def evaluate_bundle(
     """Generate `count` images (as many as there are real ones if None) and compare them with the real ones.
 
     `dataset` should be what the generator was trained on, or authenticity and the test for memorising mean nothing;
-    metrics.json says whether it is. `holdout` are real images that it never saw. Path lengths (selection "all") are
-    measured by the extractor's features, or by LPIPS where the extractor takes 8-bit images only. Raises DataError if
-    classes do not fit or there are too few images, DermisError if weights cannot be had; both before the long work.
+    metrics.json says whether it is. `holdout` are real images that it never saw, and `holdout_name` what the card calls
+    them. Everything is measured in the space of each extractor, with the first of `noise_modes`; of the others, distances
+    are measured only. Path lengths (selection "all") are measured by LPIPS if the first extractor is `inception`, else by
+    the features of one extractor. Raises DataError if classes do not fit or there are too few images, DermisError if
+    weights cannot be had; both before the long work.
     """
     _check(bundle, dataset, holdout, count, ppl_paths)
     generator = load_generator(bundle).to(resolve_device(device))
-    distance = None
-    if selection == "all":
-        distance = lpips(resolve_device(device)) if extractor.embed is None else feature_distance(extractor)
+    judge = discriminator_space(bundle.provenance)
+    independent = next((i for i, extractor in enumerate(extractors) if extractor.name != judge), 0)
+    distance = _path_distance(extractors, independent, device) if selection == "all" else None
     names = bundle.class_names
     real_labels = dataset.labels if names else np.zeros_like(dataset.labels)
     labels = labels_in_proportion(real_labels, len(real_labels) if count is None else count)
-
+    generation = Generation(labels, seed, truncation_psi, noise_modes)
     groups = None if holdout is None else groups_of(dataset, holdout)
-    total = len(real_labels) + len(labels) + (0 if holdout is None else len(holdout.labels))
-    with Synthesizer(bundle, device=device) as synthesizer:
-        with progress_bar(total, "embedding") as bar:
-            real = real_features(dataset, extractor, cache, bar=bar)
-            held = None if holdout is None else real_features(holdout, extractor, cache, bar=bar)
-            generated = generated_features(
-                synthesizer, labels, extractor, seed=seed, truncation_psi=truncation_psi, bar=bar
-            )
+
+    embedding = len(extractors) * (len(real_labels) + (0 if holdout is None else len(holdout.labels)))
+    embedding += len(noise_modes) * len(labels) * (1 + len(extractors))
+    comparing = len(extractors) * _compared_images(len(real_labels), len(labels), holdout, names, len(noise_modes))
+    walking = 0 if distance is None else len(get_args(Sampling)) * ppl_paths * _UNITS_OF_A_PATH
+    with (
+        Synthesizer(bundle, device=device) as synthesizer,
+        progress_bar(embedding + comparing // _COMPARED_PER_UNIT + walking, "evaluating") as bar,
+    ):
+        sets = all_features(
+            synthesizer,
+            dataset,
+            holdout,
+            groups,
+            generation,
+            extractors,
+            conditional=bool(names),
+            cache=cache,
+            bar=bar,
+        )
         metrics: dict[str, Any] = {
-            "extractor": extractor.name,
-            "extractor_identity": extractor.identity,
+            "format_version": FORMAT_VERSION,
+            "images": len(labels),
+            "real_images": len(real_labels),
             "real_sha256": dataset.sha256,
             "real_is_training_set": trained_on(bundle.provenance) == dataset.sha256,
             "seed": seed,
             "truncation_psi": truncation_psi,
+            "noise_mode": noise_modes[0],
             "synthesizer": dict(synthesizer.identity),
             "interval_level": LEVEL,
             "bootstrap_replicates": REPLICATES,
-            **_compare(real, real_labels, generated, labels, held, names, selection, groups),
+            "spaces": {},
         }
         if holdout is not None:
-            metrics["holdout"]["sha256"] = holdout.sha256
+            metrics["holdout"] = {
+                "images": len(holdout.labels),
+                "patients": None if groups is None else len(set(groups[len(real_labels) :])),
+                "name": holdout_name,
+                "sha256": holdout.sha256,
+            }
+        compared = partial(_count_compared, bar)
+        for extractor, of_space in zip(extractors, sets, strict=True):
+            metrics["spaces"][extractor.name] = {
+                "identity": extractor.identity,
+                "trained_discriminator": None if judge is None else extractor.name == judge,
+                **measure.measure_space(extractor.name, of_space, names, selection, on_compared=compared),
+            }
         if distance is not None:
-            label = "lpips-vgg16" if extractor.embed is None else extractor.name
             path_labels = labels_in_proportion(real_labels, ppl_paths)
-            lengths = _path_lengths(generator, distance, path_labels, seed)
-            metrics["ppl"], by_class = measure.path_lengths_by_class(lengths, path_labels, names, label)
-            for name in by_class.keys() & metrics.get("classes", {}).keys():
-                metrics["classes"][name]["ppl"] = by_class[name]
-        html = _page(bundle, generator, synthesizer, dataset, real, generated, labels, metrics) if page else None
+            lengths = _path_lengths(generator, distance[1], path_labels, seed, bar)
+            metrics["ppl"] = measure.path_lengths_by_class(lengths, path_labels, names, distance[0])
+        bar.update(bar.total - bar.n)  # classes with too few images are not compared
+        html = None
+        if page:
+            html = _page(bundle, generator, synthesizer, dataset, sets[independent], metrics)
     return Evaluation(metrics, html)
 
 
@@ -137,41 +173,45 @@ def _check(
         raise DataError(f"--ppl-paths: {ppl_paths} paths are too few to measure anything; give {FEWEST} or more")
 
 
-def _compare(
-    real: Features,
-    real_labels: NDArray[np.int64],
-    generated: Features,
-    labels: NDArray[np.int64],
-    held: Features | None,
-    names: tuple[str, ...],
-    selection: Selection,
-    groups: Sequence[str] | None,
-) -> dict[str, Any]:
-    """`compare` of all, of every class that has enough images in both sets, and of the held-out images."""
-    with tqdm(total=1 + len(names) + (held is not None), desc="comparing", unit="set") as bar:
-        metrics = measure.compare(real, generated, selection)
-        bar.update()
-        if names:
-            metrics["classes"] = {}
-        for k, name in enumerate(names):
-            of_class = real[real_labels == k], generated[labels == k]
-            if min(map(len, of_class)) >= FEWEST:
-                metrics["classes"][name] = measure.compare(*of_class, selection)
-            bar.update()
-        if held is not None:
-            metrics["holdout"] = measure.compare_holdout(real, held, generated, selection, groups)
-            bar.update()
-    return metrics
+def _compared_images(
+    real: int, generated: int, holdout: ImageDataset | None, names: Sequence[str], noise_modes: int
+) -> int:
+    """The images on both sides of all comparisons in one space, if all classes have enough."""
+    classes = bool(names)  # all classes together have as many images as there are
+    if holdout is None:
+        return (real + generated) * (noise_modes + classes)
+    smallest = min(real, generated, len(holdout.labels))
+    return 2 * smallest * (3 + 2 * (noise_modes - 1) + 2 * classes)
+
+
+def _count_compared(bar: tqdm, images: int) -> None:
+    bar.update(images // _COMPARED_PER_UNIT)
+
+
+def _path_distance(
+    extractors: Sequence[FeatureExtractor], independent: int, device: str
+) -> tuple[str, PerceptualDistance]:
+    """The distance that path lengths are measured with, and its name."""
+    able = [extractor for extractor in (extractors[independent], *extractors) if extractor.embed is not None]
+    if extractors[0].name == "inception" or not able:
+        return "lpips-vgg16", lpips(resolve_device(device))
+    return able[0].name, feature_distance(able[0])
 
 
 def _path_lengths(
-    generator: Generator, distance: PerceptualDistance, labels: NDArray[np.int64], seed: int
+    generator: Generator, distance: PerceptualDistance, labels: NDArray[np.int64], seed: int, bar: tqdm
 ) -> dict[str, NDArray[np.float64]]:
-    with tqdm(total=2 * len(labels), desc="paths", unit="path") as bar:
-        return {
-            sampling: path_lengths(generator, distance, labels, sampling=sampling, seed=seed, on_batch=bar.update)
-            for sampling in get_args(Sampling)
-        }
+    return {
+        sampling: path_lengths(
+            generator,
+            distance,
+            labels,
+            sampling=sampling,
+            seed=seed,
+            on_batch=lambda paths: bar.update(paths * _UNITS_OF_A_PATH),
+        )
+        for sampling in get_args(Sampling)
+    }
 
 
 def _page(
@@ -179,17 +219,24 @@ def _page(
     generator: Generator,
     synthesizer: Synthesizer,
     dataset: ImageDataset,
-    real: Features,
-    generated: Features,
-    labels: NDArray[np.int64],
+    sets: ImageSets,
     metrics: dict[str, Any],
 ) -> str:
-    draw = pictures.Drawing(generator, synthesizer, metrics["seed"], metrics["truncation_psi"])
+    """The page, whose neighbours are those in the space of `sets`."""
+    mode: NoiseMode = metrics["noise_mode"]
+    draw = pictures.Drawing(generator, synthesizer, metrics["seed"], metrics["truncation_psi"], mode)
     classes = dict(enumerate(bundle.class_names)) or {0: "samples"}
     walks = {f"within {name}": draw.interpolations(label, WALKS) for label, name in classes.items()}
     for start, end in pairwise(classes):
         caption = f"from {classes[start]} to {classes[end]}, z kept"
         walks[caption] = draw.class_interpolations(start, end, WALKS)
-    closest, even = draw.matches(labels, generated, real, dataset.images, closest=CLOSEST, even=UNSELECTED)
+    closest, even = draw.matches(
+        sets.generated_labels,
+        sets.generated[mode],
+        sets.training,
+        dataset.images,
+        closest=CLOSEST,
+        even=UNSELECTED,
+    )
     samples = {name: draw.samples(label, GRID) for label, name in classes.items()}
-    return report_page(bundle.name, table_rows(metrics), metrics, bundle.class_names, samples, closest, even, walks)
+    return report_page(bundle.name, metrics, bundle.class_names, samples, closest, even, walks)

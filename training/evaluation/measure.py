@@ -1,100 +1,207 @@
-"""All numbers of an evaluation, as the JSON that a bundle's metrics.json holds."""
+"""The numbers of an evaluation in one feature space, as the JSON that metrics.json of a bundle holds for that space."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dermis.errors import DataError
-from dermis.metrics import frechet_distance, kernel_distance
-from dermis.metrics.alpha import alpha_precision, authentic, beta_recall, near_duplicates, same_distance
-from dermis.metrics.density import density_coverage, expected_coverage
-from dermis.metrics.fidelity import precision_recall
-from dermis.metrics.intervals import frechet_interval, kernel_interval
+from dermis.metrics import frechet_distance
+from dermis.metrics.alpha import alpha_precision, authentic, beta_recall, same_distance
+from dermis.metrics.density import expected_coverage
+from dermis.metrics.intervals import frechet_interval, gaussian_estimate, kernel_estimate
+from dermis.metrics.kernels import Gaussian, cmmd_kernel, median_kernel
+from dermis.metrics.likelihood import feature_likelihood
+from dermis.metrics.membership import membership_attack
 from dermis.metrics.memorisation import memorisation_test
+from dermis.metrics.neighbourhoods import compare_neighbourhoods
+from dermis.metrics.neighbours import distinct_radii
 from dermis.metrics.path_length import path_length
 
 Features = NDArray[np.float32]
+Labels = NDArray[np.int64]
 Selection = Literal["all", "fast"]
 FEWEST = 10  # images of a set: below, neighbourhoods and covariances say nothing
 REPLICATES = 200
+CLIP = "clip"  # the space whose MMD is the CMMD
+
+Comparison = tuple[str, Features, Features]
+"""A name in metrics.json, features of real images, and features of those that are compared with them."""
 
 
-def compare(real: Features, generated: Features, selection: Selection = "all") -> dict[str, Any]:
-    """Metrics of generated features [M, dim] against real ones [N, dim]; "fast" leaves the sample-level ones out.
+@dataclass(frozen=True)
+class ImageSets:
+    """Features of all images in one space, and the classes of the images; zeros where there are no classes.
 
-    Raises DataError if either set has fewer than FEWEST images.
+    generated holds samples 0 ... M - 1 of the seed, first with the noise of the evaluation, then with other noise.
+    groups are the patients of the training images, then of the held-out ones, or None if they are not known.
+    """
+
+    training: Features
+    training_labels: Labels
+    generated: Mapping[str, Features]
+    generated_labels: Labels
+    held_out: Features | None = None
+    held_out_labels: Labels | None = None
+    groups: Sequence[str] | None = None
+
+
+def compare(
+    real: Features, generated: Features, selection: Selection = "all", kernel: Gaussian | None = None
+) -> dict[str, Any]:
+    """Metrics of generated features [M, dim] against real ones [N, dim]. "fast": distances, precision and recall only.
+
+    kernel: of the MMD, which is left out without one. Raises DataError if either set has fewer than FEWEST images.
     """
     if min(len(real), len(generated)) < FEWEST:
         raise DataError(f"{len(real)} real and {len(generated)} generated images are too few; give {FEWEST} or more")
-    fid = frechet_distance(real, generated)
-    kid, kid_std = kernel_distance(real, generated)
-    fid_interval = frechet_interval(real, generated, fid, REPLICATES)
-    kid_interval = kernel_interval(real, generated, kid, REPLICATES)
-    precision, recall = precision_recall(real, generated)
+    fd = frechet_distance(real, generated)
+    fd_interval = frechet_interval(real, generated, fd, REPLICATES)
+    kid = kernel_estimate(real, generated, REPLICATES)
+    near = compare_neighbourhoods(real, generated)
     metrics: dict[str, Any] = {
         "images": len(generated),
         "real_images": len(real),
-        "fid": fid,
-        "fid_interval": [fid_interval.low, fid_interval.high],
-        "fid_bias": fid_interval.bias,
-        "kid": kid,
-        "kid_std": kid_std,
-        "kid_interval": [kid_interval.low, kid_interval.high],
-        "precision": precision,
-        "recall": recall,
+        "fd": fd,
+        "fd_interval": [fd_interval.low, fd_interval.high],
+        "fd_bias": fd_interval.bias,
+        "kid": kid.value,
+        "kid_std": kid.deviation,
+        "kid_interval": [kid.interval.low, kid.interval.high],
+        "precision": near.precision,
+        "recall": near.recall,
     }
-    if selection == "all":
-        density, coverage = density_coverage(real, generated)
-        metrics |= {
-            "density": density,
-            "coverage": coverage,
-            "expected_coverage": expected_coverage(len(real), len(generated)),
-            "alpha_precision": alpha_precision(real, generated).integrated,
-            "beta_recall": beta_recall(real, generated).integrated,
-            "authenticity": float(authentic(real, generated, same=same_distance(real)).mean()),
-            "real_near_duplicates": int(near_duplicates(real).sum()),
-        }
-    return metrics
+    if selection == "fast":
+        return metrics
+    if kernel is not None:
+        mmd = gaussian_estimate(real, generated, kernel, REPLICATES)
+        metrics |= {"mmd": mmd.value, "mmd_interval": [mmd.interval.low, mmd.interval.high]}
+    return metrics | {
+        "density": near.density,
+        "coverage": near.coverage,
+        "expected_coverage": expected_coverage(len(real), len(generated)),
+        "alpha_precision": alpha_precision(real, generated).integrated,
+        "beta_recall": beta_recall(real, generated, known=near).integrated,
+    }
 
 
-def compare_holdout(
-    real: Features,
-    holdout: Features,
-    generated: Features,
+def measure_space(
+    space: str,
+    sets: ImageSets,
+    class_names: Sequence[str] = (),
     selection: Selection = "all",
-    groups: Sequence[str] | None = None,
+    on_compared: Callable[[int], object] = lambda images: None,
 ) -> dict[str, Any]:
-    """What held-out real images [H, dim] score in the generator's place, and the test for memorising the real ones.
+    """All numbers of one space. on_compared is called with the number of images of each comparison that is done.
 
-    `groups` are the patients of the real images, then of the held-out ones: whole patients are permuted in the test.
+    With held-out images every comparison is of equal numbers of images on both sides, as many as the smallest set has,
+    chosen at random in the proportions of the classes. What concerns copies is measured on all images.
     """
-    test = memorisation_test(generated, real, holdout, groups=groups)
-    return {
-        "images": len(holdout),
-        "patients": None if groups is None else len(set(groups[len(real) :])),
-        "instead_of_generated": compare(real, holdout, selection),
-        "test": asdict(test),
-    }
+    kernel = cmmd_kernel() if space == CLIP else median_kernel(sets.training)
+    result: dict[str, Any] = {}
+    if selection == "all" and kernel is not None:
+        result["mmd_kernel"] = {"bandwidth": kernel.bandwidth, "unit_length": kernel.centre is None}
+
+    def measured(comparisons: Sequence[Comparison]) -> dict[str, dict[str, Any]]:
+        found = {}
+        for name, real, images in comparisons:
+            found[name] = compare(real, images, selection, kernel)
+            on_compared(len(real) + len(images))
+        return found
+
+    mode, *other_modes = sets.generated
+    result["comparisons"] = measured(_comparisons(sets, mode))
+    if other_modes:
+        result["other_noise"] = {
+            other: measured([each for each in _comparisons(sets, other) if each[0] != "training_holdout"])
+            for other in other_modes
+        }
+    if class_names:
+        result["classes"] = {}
+    for label, name in enumerate(class_names):
+        comparisons = _comparisons(sets, mode, label)
+        if all(min(len(real), len(images)) >= FEWEST for _, real, images in comparisons):
+            # Against the held-out images where there are any: three tables of every class are too much to read.
+            chosen = [each for each in comparisons if sets.held_out is None or each[0] != "generated_training"]
+            result["classes"][name] = measured(chosen)
+    if sets.held_out is not None and selection == "all":
+        found = feature_likelihood(sets.training, sets.held_out, sets.generated[mode])
+        result["fld_gaussians"] = found.gaussians
+        result["comparisons"]["generated_holdout"] |= {"fld": found.fld, "fld_gap": found.gap}
+        result["comparisons"]["training_holdout"] |= {"fld": 0.0, "fld_gap": found.reference_gap}
+    result["copies"] = _copies(sets, sets.generated[mode], selection)
+    return result
+
+
+def _comparisons(sets: ImageSets, mode: str, label: int | None = None) -> list[Comparison]:
+    """What is compared with what, of all images or of one class; equal numbers of each if images are held out."""
+    real, generated = sets.training, sets.generated[mode]
+    rows = [_of_class(labels, label) for labels in (sets.training_labels, sets.generated_labels)]
+    if sets.held_out is None or sets.held_out_labels is None:
+        return [("generated_training", real[rows[0]], generated[rows[1]])]
+    rows.append(_of_class(sets.held_out_labels, label))
+    labels = (sets.training_labels, sets.generated_labels, sets.held_out_labels)
+    count = min(map(len, rows))
+    real, generated, held_out = (
+        features[chosen[subset(of_set[chosen], count)]]
+        for features, chosen, of_set in zip((real, generated, sets.held_out), rows, labels, strict=True)
+    )
+    return [
+        ("generated_training", real, generated),
+        ("generated_holdout", held_out, generated),
+        ("training_holdout", held_out, real),
+    ]
+
+
+def subset(labels: Labels, count: int, seed: int = 0) -> NDArray[np.int64]:
+    """`count` different rows at random, with the classes in the proportions of `labels`, in ascending order."""
+    shuffled = np.random.default_rng(seed).permutation(len(labels))
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    return np.sort(by_class[np.linspace(0, len(labels) - 1, count).round().astype(np.int64)])
+
+
+def _of_class(labels: Labels, label: int | None) -> NDArray[np.int64]:
+    return np.arange(len(labels)) if label is None else np.flatnonzero(labels == label)
+
+
+def _copies(sets: ImageSets, generated: Features, selection: Selection) -> dict[str, Any]:
+    """What tells copies of training images: authenticity, and with held-out images the tests for memorising."""
+    training, held_out = sets.training, sets.held_out
+    result: dict[str, Any] = {}
+    if selection == "all":
+        same = same_distance(training)
+        radii, repeated = distinct_radii(training, same)
+        result["authenticity"] = float(authentic(training, generated, known_radii=radii).mean())
+        result["real_near_duplicates"] = int(repeated.sum())
+        if held_out is not None:
+            result["holdout_authenticity"] = float(authentic(training, held_out, known_radii=radii).mean())
+    if held_out is not None:
+        result["memorising"] = asdict(memorisation_test(generated, training, held_out, groups=sets.groups))
+        attack = membership_attack(training, held_out, generated, groups=sets.groups)
+        if attack is not None:
+            result["membership"] = asdict(attack)
+    return result
 
 
 def path_lengths_by_class(
-    lengths: Mapping[str, NDArray[np.float64]], labels: NDArray[np.int64], class_names: tuple[str, ...], distance: str
-) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    lengths: Mapping[str, NDArray[np.float64]], labels: Labels, class_names: Sequence[str], distance: str
+) -> dict[str, Any]:
     """PPL of raw lengths [N] by sampling ("end", "full"), overall and of every class, each with its standard error."""
 
     def summary(chosen: NDArray[np.bool_]) -> dict[str, Any]:
-        found: dict[str, Any] = {"distance": distance}
+        numbers: dict[str, Any] = {}
         for sampling, values in lengths.items():
             ppl = path_length(values[chosen])
-            found |= {sampling: ppl.mean, f"{sampling}_error": ppl.standard_error, "paths": ppl.paths}
-        return found
+            numbers |= {sampling: ppl.mean, f"{sampling}_error": ppl.standard_error, "paths": ppl.paths}
+        return numbers
 
-    everything = np.ones(len(labels), dtype=bool)
-    return summary(everything), {
-        name: summary(labels == k) for k, name in enumerate(class_names) if np.sum(labels == k) >= FEWEST
+    of_classes = {name: labels == k for k, name in enumerate(class_names)}
+    return {
+        "distance": distance,
+        **summary(np.ones(len(labels), dtype=bool)),
+        "classes": {name: summary(chosen) for name, chosen in of_classes.items() if chosen.sum() >= FEWEST},
     }

@@ -15,7 +15,7 @@ import numpy as np
 from dermis.errors import DermisError
 from dermis.imaging import Images, contact_sheet, encode
 from training.evaluation.pictures import STEPS, Match
-from training.evaluation.table import memorising
+from training.evaluation.table import copies, held_out_text, path_length_text, space_tables
 
 COLUMNS = 8
 _STYLE = """
@@ -30,11 +30,11 @@ figure { margin: 0 0 .8rem; display: flex; gap: 1rem; align-items: center; }
 figcaption { color: #55606e; font-size: .85rem; }
 """
 _OTHERS = "real images, which are <strong>not</strong> the set that the generator was trained on"
-_LEGEND = """<p class="note">FID and KID tell how far the generated images are from the real ones as a whole: lower is
+_LEGEND = """<p class="note">FD, KID and MMD tell how far the generated images are from the real ones as a whole: lower is
 better. Precision, density and alpha-precision ask whether each generated image looks real; recall, coverage and beta-recall
-whether all kinds of real images are drawn. Authenticity is low where images are copied. PPL is lower where images change
-smoothly. What can be reached stands under "held-out instead", if images were held out: real images in the generator's
-place.</p>"""
+whether all kinds of real images are generated. FLD is 0 for images as good as real ones; a generalisation gap far below
+that of the training images in the generator's place means that training images are copied. What a perfect generator
+would score stands in the column with real images in the generator's place, if images were held out.</p>"""
 
 
 def check_report_folder(report: Path, bundle: Path) -> None:
@@ -60,7 +60,6 @@ def write_report(folder: Path, page: str) -> Path:
 
 def report_page(
     name: str,
-    rows: Sequence[Sequence[str]],
     metrics: Mapping[str, Any],
     class_names: Sequence[str],
     samples: Mapping[str, Images],
@@ -68,14 +67,17 @@ def report_page(
     unselected: Sequence[Match],
     walks: Mapping[str, Images],
 ) -> str:
-    """The page. rows: the table of numbers, its header first. samples and walks: images by caption."""
+    """The page of metrics.json in version 2. samples and walks: images by caption."""
     side = next(iter(samples.values())).shape[1]
     scale = max(1, 128 // side)  # small images are drawn larger, pixel by pixel
     kind = "training" if metrics["real_is_training_set"] else "real"
-    space = html.escape(metrics["extractor"])
-    head, *body = rows
-    table = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in body)
-    header = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
+    spaces = "".join(
+        f'<h3>Feature space {html.escape(table.space)}</h3><p class="note">{html.escape(table.remark)}</p>'
+        + _table(table.rows)
+        + (f"<h4>By class</h4>{_table(table.class_rows)}" if table.class_rows else "")
+        for table in space_tables(metrics)
+    )
+    texts = "".join(f'<p class="note">{html.escape(text)}</p>' for text in copies(metrics))
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>Evaluation of {html.escape(name)}</title><style>{_STYLE}</style>
@@ -84,11 +86,14 @@ def report_page(
 this page; do not put it into a bundle or publish it.</p>
 <h2>Numbers</h2>
 <p class="note">{metrics["images"]:,} generated images (seed {metrics["seed"]}, truncation_psi
-{metrics["truncation_psi"]:g}) against {metrics["real_images"]:,} {"training images" if kind == "training" else _OTHERS},
-in the feature space <code>{space}</code>. Numbers of different spaces do not compare. In brackets: 95% intervals.</p>
-<table><tr>{header}</tr>{table}</table>
+{metrics["truncation_psi"]:g}, {metrics["noise_mode"]} noise) and {metrics["real_images"]:,}
+{"training images" if kind == "training" else _OTHERS}. Numbers of different spaces do not compare. In brackets: 95%
+intervals. {html.escape(held_out_text(metrics))}</p>
+{spaces}
 {_LEGEND}
-<p class="note"><strong>Copies of training images.</strong> {html.escape(memorising(metrics))}</p>
+<p class="note">{html.escape(path_length_text(metrics))}</p>
+<h2>Copies of training images</h2>
+{texts}
 <h2>Samples</h2>
 <p class="note">The first samples of the seed, not selected.</p>
 {"".join(_sheet(caption, images, COLUMNS, scale) for caption, images in samples.items())}
@@ -106,6 +111,13 @@ that memorises jumps from one training image to the next.</p>
 {"".join(_sheet(caption, images, STEPS, scale) for caption, images in walks.items())}
 </html>
 """
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    head, *body = rows
+    header = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
+    lines = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in body)
+    return f"<table><tr>{header}</tr>{lines}</table>"
 
 
 def _match(match: Match, class_names: Sequence[str], scale: int, kind: str) -> str:

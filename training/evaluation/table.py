@@ -1,42 +1,198 @@
-"""The numbers of an evaluation as text: rows for tables, and what the test for memorising says in plain words."""
+"""The numbers of an evaluation as text: tables of each feature space, and what concerns copies in plain words."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+from training.evaluation.record import COMPARISONS, read_metrics
 
 Part = Mapping[str, Any]
 MEMORISES, SUSPICIOUS = 0.001, 0.05  # p-values below which the test says so; see docs/evaluation.md
+_JUDGE = (
+    "The generator was trained against a discriminator that judges images by the features of this space, so it has "
+    "learnt to score well here: these numbers are better than the images are. Compare generators in another space."
+)
+_INDEPENDENT = "The generator was trained without this space, so its numbers are not flattered."
+_UNKNOWN = "The bundle does not say whether the generator was trained by the features of this space."
 
 
-def table_rows(metrics: Mapping[str, Any]) -> list[list[str]]:
-    """One metric a row, the header first; all images, every class and the held-out images a column.
+@dataclass(frozen=True)
+class SpaceTable:
+    """The numbers in one feature space. remark: what the space had to do with training.
 
-    A metric that was not measured is left out, a cell without a number is empty.
+    rows: a metric a row, the header first, a comparison a column. class_rows: the same, with the classes as columns;
+    empty if there are no classes.
     """
-    parts: dict[str, Part] = {"all": metrics, **metrics.get("classes", {})}
-    if "holdout" in metrics:
-        parts["held-out instead"] = metrics["holdout"]["instead_of_generated"]
-    rows = [[label, *(_cell(text, part) for part in parts.values())] for label, text in _lines(metrics["extractor"])]
-    return [["", *parts], *(row for row in rows if any(row[1:]))]
+
+    space: str
+    remark: str
+    rows: list[list[str]]
+    class_rows: list[list[str]]
 
 
-def memorising(metrics: Part) -> str:
-    """Whether the generator memorises, as far as was tested, in sentences for people who know no p-values."""
-    if "holdout" not in metrics:
-        return (
+def space_tables(metrics: Part, discriminator_space: str | None = None) -> list[SpaceTable]:
+    """A table for each space of metrics.json of any version. What was not measured has no row.
+
+    discriminator_space is that of `record.discriminator_space`, for metrics that do not have it.
+    """
+    known = read_metrics(metrics)
+    tables = []
+    for name, space in known["spaces"].items():
+        judged = space.get("trained_discriminator")
+        if judged is None and discriminator_space is not None:
+            judged = name == discriminator_space
+        remark = _UNKNOWN if judged is None else _JUDGE if judged else _INDEPENDENT
+        bandwidth = space.get("mmd_kernel", {}).get("bandwidth")
+        lines = _lines(name, bandwidth)
+        columns = _columns(known, space)
+        classes = {
+            f"{of_class}: {title}": part
+            for of_class, parts in space.get("classes", {}).items()
+            for title, part in _titled(parts, short=True).items()
+        }
+        tables.append(SpaceTable(name, remark, _rows(lines, columns), _rows(lines, classes) if classes else []))
+    return tables
+
+
+def copies(metrics: Part) -> list[str]:
+    """Whether the generator copies training images, as far as was tested: sentences for people who know no p-values."""
+    known = read_metrics(metrics)
+    if "holdout" not in known:
+        paragraphs = [
             "Nothing was held out, so nothing was tested for memorising: a distance to the training set does not tell a "
             "good generator from one that copies."
+        ]
+    else:
+        paragraphs = []
+    for name, space in known["spaces"].items():
+        numbers = space.get("copies", {})
+        sentences = []
+        if "memorising" in numbers:
+            sentences.append(_memorising(known, numbers["memorising"]))
+        if "membership" in numbers:
+            sentences.append(_membership(numbers["membership"]))
+        if "authenticity" in numbers:
+            sentences.append(_authenticity(numbers))
+        if sentences:
+            paragraphs.append(f"In {name}: {' '.join(sentences)}")
+    return paragraphs
+
+
+def path_length_text(metrics: Part) -> str:
+    """The perceptual path length in a sentence; "" if it was not measured."""
+    ppl = read_metrics(metrics).get("ppl")
+    if not ppl:
+        return ""
+
+    def both(part: Part) -> str:
+        return " and ".join(
+            f"{part[sampling]:.4g} ± {part[f'{sampling}_error']:.2g} {place}"
+            for sampling, place in (("end", "at the start of a path"), ("full", "anywhere along it"))
         )
+
+    classes = "; ".join(f"{name}: {both(part)}" for name, part in ppl.get("classes", {}).items())
+    return f"Perceptual path length in w, by {ppl['distance']}: {both(ppl)}{f' ({classes})' if classes else ''}."
+
+
+def held_out_text(metrics: Part) -> str:
+    """Which images were held out and what they were used for; "" if none were."""
+    known = read_metrics(metrics)
+    if "holdout" not in known:
+        return ""
+    held = known["holdout"]
+    patients = f" of {held['patients']:,} patients or lesions" if held.get("patients") else ""
+    name = f" ({held['name']})" if held.get("name") else ""
+    digest = f", sha256 {held['sha256'][:16]}" if held.get("sha256") else ""
+    text = f"Held out: {held['images']:,} real images{patients}{name}{digest}. "
+    if known.get("real_is_training_set"):
+        return text + (
+            "The generator was trained without them, and they chose nothing: neither the snapshot nor any option. They "
+            "serve these numbers only."
+        )
+    return text + (
+        "The real images that they are compared with are not the set that the bundle names as its training set, so "
+        "it is not known whether the generator has seen the held-out ones."
+    )
+
+
+def _columns(metrics: Part, space: Part) -> dict[str, Part]:
+    """The comparisons of all images by title, those with other noise last."""
+    known = bool(metrics.get("real_is_training_set"))
+    columns = _titled(space["comparisons"], training=known)
+    for mode, parts in space.get("other_noise", {}).items():
+        columns |= {f"{title}, {mode} noise": part for title, part in _titled(parts, training=known).items()}
+    return columns
+
+
+def _titled(parts: Mapping[str, Part], *, training: bool = True, short: bool = False) -> dict[str, Part]:
+    trained = "training images" if training else "real images"
+    if short:
+        titles = dict.fromkeys(COMPARISONS[:2], "generated") | dict.fromkeys(COMPARISONS[2:], "real in their place")
+    else:
+        titles = {
+            "generated_training": f"generated vs {trained}",
+            "generated_holdout": "generated vs held-out images",
+            "training_holdout": f"{trained} in the generator's place, vs held-out images",
+            "holdout_training": f"held-out images in the generator's place, vs {trained}",
+        }
+    return {titles[name]: parts[name] for name in COMPARISONS if name in parts}
+
+
+def _rows(lines: Sequence[tuple[str, Callable[[Part], str]]], columns: Mapping[str, Part]) -> list[list[str]]:
+    rows = [[label, *(_cell(text, part) for part in columns.values())] for label, text in lines]
+    return [["", *columns], *(row for row in rows if any(row[1:]))]
+
+
+def _lines(space: str, bandwidth: float | None) -> list[tuple[str, Callable[[Part], str]]]:
+    def share(key: str) -> Callable[[Part], str]:
+        return lambda part: f"{part[key]:.3f}"
+
+    def number(key: str) -> Callable[[Part], str]:
+        return lambda part: f"{part[key]:.2f}"
+
+    distance = "FID" if space == "inception" else "FD"
+    discrepancy = "CMMD" if space == "clip" else "MMD"
+    width = "" if bandwidth is None else f" (bandwidth {bandwidth:.3g})"
+    return [
+        ("images on each side", _sizes),
+        (f"{distance}@{space}", lambda part: _with_interval(part, "fd", 1)),
+        (f"KID@{space} x 1000", lambda part: _with_interval(part, "kid", 1000)),
+        (f"{discrepancy}@{space} x 1000{width}", lambda part: _with_interval(part, "mmd", 1000)),
+        (f"precision@{space}", share("precision")),
+        (f"recall@{space}", share("recall")),
+        (f"density@{space}", share("density")),
+        (f"coverage@{space}", lambda part: f"{part['coverage']:.3f} (expected {part['expected_coverage']:.3f})"),
+        (f"alpha-precision@{space}", share("alpha_precision")),
+        (f"beta-recall@{space}", share("beta_recall")),
+        (f"FLD@{space}", number("fld")),
+        (f"FLD generalisation gap@{space}", number("fld_gap")),
+    ]
+
+
+def _sizes(part: Part) -> str:
+    if part["images"] == part["real_images"]:
+        return f"{part['images']:,}"
+    return f"{part['images']:,} vs {part['real_images']:,}"
+
+
+def _with_interval(part: Part, key: str, factor: float) -> str:
+    value, interval = factor * part[key], part.get(f"{key}_interval")
+    if interval is None:  # measured on the way of a training, or by an early version
+        return f"{value:.4g}"
+    return f"{value:.4g} [{factor * interval[0]:.4g}, {factor * interval[1]:.4g}]"
+
+
+def _memorising(metrics: Part, test: Part) -> str:
     held = metrics["holdout"]
-    test, patients = held["test"], held.get("patients")
-    of_patients = f" ({patients:,} groups by patient or lesion)" if patients else ""
+    of_patients = f" ({held['patients']:,} groups by patient or lesion)" if held.get("patients") else ""
     numbers = (
         f"{test['nearer_train']:.1%} of the generated images are nearer to one of the {metrics['real_images']:,} real "
         f"images than to any of the {held['images']:,} held-out ones{of_patients}; {test['expected_nearer_train']:.1%} "
         f"are expected of an honest generator (p = {test['p_value']:.2g}, {test['permutations']:,} permutations)."
     )
-    if not metrics["real_is_training_set"]:
+    if not metrics.get("real_is_training_set"):
         verdict = "Whether it memorises is not known: the real images are not the set that it was trained on."
     elif test["p_value"] < MEMORISES:
         verdict = "It memorises: its images lie nearer to the training images than chance allows."
@@ -47,40 +203,20 @@ def memorising(metrics: Part) -> str:
     return f"{verdict} {numbers}"
 
 
-def _lines(space: str) -> list[tuple[str, Callable[[Part], str]]]:
-    def share(key: str) -> Callable[[Part], str]:
-        return lambda part: f"{part[key]:.3f}"
-
-    return [
-        ("images", lambda part: f"{part['images']:,}"),
-        ("real images", lambda part: f"{part['real_images']:,}"),
-        (
-            f"FID@{space}",
-            lambda part: _with_interval(part, "fid", 1),
-        ),
-        (f"KID@{space} x 1000", lambda part: _with_interval(part, "kid", 1000)),
-        (f"precision@{space}", share("precision")),
-        (f"recall@{space}", share("recall")),
-        (f"density@{space}", share("density")),
-        (f"coverage@{space}", lambda part: f"{part['coverage']:.3f} (expected {part['expected_coverage']:.3f})"),
-        (f"alpha-precision@{space}", share("alpha_precision")),
-        (f"beta-recall@{space}", share("beta_recall")),
-        (f"authenticity@{space}", share("authenticity")),
-        ("PPL w, end", lambda part: _ppl(part, "end")),
-        ("PPL w, full", lambda part: _ppl(part, "full")),
-    ]
+def _membership(attack: Part) -> str:
+    area, found = attack["auc"], attack["found_at_1_percent"]
+    return (
+        "Membership attack (a real image that lies near a generated one is taken for a training image): AUC "
+        f"{area['value']:.3f} [{area['low']:.3f}, {area['high']:.3f}], where guessing has 0.5; at 1 % false alarms it "
+        f"finds {found['value']:.1%} [{found['low']:.1%}, {found['high']:.1%}] of the training images, where guessing "
+        "finds 1 %."
+    )
 
 
-def _with_interval(part: Part, key: str, factor: float) -> str:
-    value, interval = factor * part[key], part.get(f"{key}_interval")
-    if interval is None:  # measured on the way of a training, or by an early version
-        return f"{value:.4g}"
-    return f"{value:.4g} [{factor * interval[0]:.4g}, {factor * interval[1]:.4g}]"
-
-
-def _ppl(part: Part, sampling: str) -> str:
-    ppl = part["ppl"]
-    return f"{ppl[sampling]:.4g} ± {ppl[f'{sampling}_error']:.2g} @{ppl['distance']}"
+def _authenticity(numbers: Part) -> str:
+    held = numbers.get("holdout_authenticity")
+    beside = "" if held is None else f"; held-out images in the generator's place have {held:.3f}"
+    return f"Authenticity {numbers['authenticity']:.3f}{beside}."
 
 
 def _cell(text: Callable[[Part], str], part: Part) -> str:

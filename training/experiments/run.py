@@ -87,7 +87,7 @@ def run_experiment(
     found = evaluate_bundle(
         open_bundle(folder / "bundle"),
         dataset,
-        measuring.extractor,
+        [measuring.extractor],
         holdout=task.holdout,
         count=measuring.samples,
         ppl_paths=measuring.ppl_paths,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from training.evaluation.record import first_space, read_metrics
 from training.experiments.choice import Candidate, Choice, choose
 from training.experiments.experiment import REPORTED, Experiment
 from training.experiments.plan import write_beside
@@ -42,9 +43,15 @@ def collect(out: Path, experiments: Sequence[Experiment]) -> Outcome:
 
 
 def _candidate(name: str, result: Result) -> Candidate:
-    metrics = result.metrics
-    fid_interval, kid_interval = ((low, high) for low, high in (metrics["fid_interval"], metrics["kid_interval"]))
-    return Candidate(name, metrics["fid"], fid_interval, metrics["kid"], kid_interval, result.seconds_per_kimg)
+    # Against the training images, never the held-out ones: those choose nothing.
+    numbers = _space(result)[1]["comparisons"]["generated_training"]
+    fid_interval, kid_interval = ((low, high) for low, high in (numbers["fd_interval"], numbers["kid_interval"]))
+    return Candidate(name, numbers["fd"], fid_interval, numbers["kid"], kid_interval, result.seconds_per_kimg)
+
+
+def _space(result: Result) -> tuple[str, Mapping[str, Any]]:
+    """The feature space that an experiment is measured in, and its numbers."""
+    return first_space(read_metrics(result.metrics))
 
 
 def write_outcome(out: Path, outcome: Outcome) -> None:
@@ -68,10 +75,11 @@ def write_outcome(out: Path, outcome: Outcome) -> None:
 
 def rows(outcome: Outcome) -> list[list[str]]:
     """Cells, the header first: a row an experiment; below one that is conditional, a row each of its classes."""
-    spaces = [result.metrics["extractor"] for result in outcome.results.values()]
+    spaces = [_space(result)[0] for result in outcome.results.values()]
     space = f"@{spaces[0]}" if spaces else ""
     reported = [key for key in REPORTED if any(key in e.reported for e in outcome.experiments)]
-    ours = [_HEADINGS[key] + ("" if key == "ppl" else space) for key in REPORTED]
+    headings = _HEADINGS | ({} if space == "@inception" else {"fid": "FD"})
+    ours = [headings[key] + ("" if key == "ppl" else space) for key in REPORTED]
     ours[-1] += _distance(outcome.results)
     header = ["", "images", *ours, "s/kimg", *(f"reported {_HEADINGS[key]}" for key in reported)]
     table = [header]
@@ -81,27 +89,30 @@ def rows(outcome: Outcome) -> list[list[str]]:
         if result is None:
             table.append([experiment.title, "not run", *[""] * (len(REPORTED) + 1), *theirs])
             continue
-        numbers = _numbers(result.metrics)
+        measured, ppl = _space(result)[1], read_metrics(result.metrics).get("ppl", {})
+        numbers = _numbers(measured["comparisons"]["generated_training"], ppl)
         table.append([experiment.title, *numbers, f"{result.seconds_per_kimg:.3g}", *theirs])
-        for name, part in result.metrics.get("classes", {}).items():
-            table.append([f"- {name}", *_numbers(part), "", *[""] * len(reported)])
+        for name, parts in measured.get("classes", {}).items():
+            of_class = parts.get("generated_training") or parts["generated_holdout"]
+            numbers = _numbers(of_class, ppl.get("classes", {}).get(name, {}))
+            table.append([f"- {name}", *numbers, "", *[""] * len(reported)])
     return table
 
 
 def _distance(results: Mapping[str, Result]) -> str:
     """Of the path lengths: they have a distance of their own."""
-    distances = [result.metrics["ppl"]["distance"] for result in results.values()]
+    distances = [read_metrics(result.metrics)["ppl"]["distance"] for result in results.values()]
     return f"@{distances[0]}" if distances else ""
 
 
-def _numbers(part: Mapping[str, Any]) -> list[str]:
+def _numbers(part: Mapping[str, Any], ppl: Mapping[str, Any]) -> list[str]:
     """Generated images; KID in % and FID, with their intervals; P, R; PPL (w, end) with its standard error."""
     kid, fid = (
         f"{factor * part[key]:.4g} [{factor * part[f'{key}_interval'][0]:.4g}, {factor * part[f'{key}_interval'][1]:.4g}]"
-        for key, factor in (("kid", 100), ("fid", 1))
+        for key, factor in (("kid", 100), ("fd", 1))
     )
-    ppl = f"{part['ppl']['end']:.4g} ± {part['ppl']['end_error']:.2g}" if "ppl" in part else ""
-    return [f"{part['images']:,}", kid, fid, f"{part['precision']:.3f}", f"{part['recall']:.3f}", ppl]
+    length = f"{ppl['end']:.4g} ± {ppl['end_error']:.2g}" if ppl else ""
+    return [f"{part['images']:,}", kid, fid, f"{part['precision']:.3f}", f"{part['recall']:.3f}", length]
 
 
 def markdown(outcome: Outcome) -> str:
@@ -131,11 +142,13 @@ def remarks(outcome: Outcome) -> list[str]:
     if first := next(iter(outcome.results.values()), None):
         lengths = sorted({result.kimg for result in outcome.results.values()})
         texts.append(
-            f"Trained for {' or '.join(f'{kimg:,.4g}' for kimg in lengths)} kimg. FID, KID, P and R in the feature space"
-            f" {first.metrics['extractor']}, intervals of 95 %; s/kimg: seconds of training for a thousand images."
+            f"Trained for {' or '.join(f'{kimg:,.4g}' for kimg in lengths)} kimg. Fréchet"
+            " distance (FD, in the space inception the FID), KID, P and R in the feature space"
+            f" {_space(first)[0]}, intervals of 95 %; s/kimg: seconds of training for a thousand images."
         )
-    tests = {e.title: outcome.results[e.name].metrics for e in outcome.experiments if e.name in outcome.results}
-    if memorising := [f"{title} {m['holdout']['test']['p_value']:.2g}" for title, m in tests.items() if "holdout" in m]:
+    done = {e.title: outcome.results[e.name] for e in outcome.experiments if e.name in outcome.results}
+    tests = {title: _space(result)[1].get("copies", {}).get("memorising") for title, result in done.items()}
+    if memorising := [f"{title} {test['p_value']:.2g}" for title, test in tests.items() if test]:
         texts.append(f"p of the test for memorising (below 0.001: it memorises): {', '.join(memorising)}.")
     if sources := sorted({e.source for e in outcome.experiments if e.reported}):
         texts.append(

@@ -6,9 +6,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from training.evaluation.table import memorising, table_rows
+from training.evaluation.record import discriminator_space, read_metrics
+from training.evaluation.table import copies, held_out_text, path_length_text, space_tables
 
-_MEASURED = re.compile(r"^## Measured\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+# Up to the next section, or to the comment with which a section of `dermis.bundle_card` begins.
+_MEASURED = re.compile(r"^## Measured\n.*?(?=^## |^<!-- |\Z)", re.MULTILINE | re.DOTALL)
 
 
 def model_card(name: str, provenance: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
@@ -124,30 +126,44 @@ def _measured(metrics: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
 
 
 def _metrics(metrics: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
-    if not metrics:
+    known = read_metrics(metrics)
+    if not known["spaces"]:
         return "Nothing has been measured on this bundle yet: run `dermis evaluate`."
-    same = metrics.get("real_sha256") == trained_on(provenance)
-    metrics = {"real_is_training_set": same, **metrics}  # those of training and of early versions do not say it
-    kind = "training images" if metrics["real_is_training_set"] else "real images, which are not the training set,"
-    head, *body = table_rows(metrics)
-    table = "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body))
-    level = f" Brackets are {metrics['interval_level']:.0%} intervals." if "interval_level" in metrics else ""
-    space = metrics["extractor"]
-    noise = f", noise_mode {metrics['noise_mode']}" if "noise_mode" in metrics else ""  # early versions do not state it
-    drawn = f"truncation_psi {metrics['truncation_psi']:g}{noise}, seed {metrics['seed']}"
-    return f"""{metrics["images"]:,} generated images ({drawn}) against
-{metrics["real_images"]:,} {kind} in the feature space `{space}`.{level}
-Numbers compare with those of the same space and of as many images only, never with a plain FID.{_flattery(space, provenance)}
+    # Those of training and of early versions do not say it.
+    known.setdefault("real_is_training_set", known.get("real_sha256") == trained_on(provenance))
+    kind = "training images" if known["real_is_training_set"] else "real images, which are not the training set,"
+    level = f" Brackets are {known['interval_level']:.0%} intervals." if "interval_level" in known else ""
+    parts = [
+        f"{known['images']:,} generated images (truncation_psi {known['truncation_psi']:g}, seed {known['seed']}, "
+        f"{known['noise_mode']} noise) and {known['real_images']:,} {kind} were compared by the features of a network, in "
+        f"{_count(known['spaces'])}.{level} Numbers compare with those of the same space and of as many images only."
+    ]
+    if held_out := held_out_text(known):
+        parts += [held_out, _COLUMNS if _has_reference(known) else ""]
+    for table in space_tables(known, discriminator_space(provenance)):
+        parts += [f"### Feature space `{table.space}`", table.remark, _markdown(table.rows)]
+        if table.class_rows:
+            parts += ["By class:", _markdown(table.class_rows)]
+    parts += ["### Copies of training images", *copies(known)]
+    if lengths := path_length_text(known):
+        parts += ["### Smoothness", lengths]
+    return "\n\n".join(part for part in parts if part)
 
-{table}
 
-{memorising(metrics)}"""
+_COLUMNS = (
+    "Every column compares as many images with as many others. The column with real images in the generator's place "
+    "is the reference: it shows what real images score, and a generator cannot be expected to score better."
+)
 
 
-def _flattery(space: str, provenance: Mapping[str, Any]) -> str:
-    configuration = _section(_section(provenance, "training"), "configuration")
-    if not configuration.get("projected") or space != "lite0":
-        return ""
-    return (
-        "\nThe generator was trained to please this very space, which flatters it here: measure it in another one too."
-    )
+def _has_reference(metrics: Mapping[str, Any]) -> bool:
+    return any("training_holdout" in space["comparisons"] for space in metrics["spaces"].values())
+
+
+def _count(spaces: Mapping[str, Any]) -> str:
+    return "one feature space" if len(spaces) == 1 else f"{len(spaces)} feature spaces"
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    head, *body = rows
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body))

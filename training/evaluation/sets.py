@@ -1,0 +1,139 @@
+"""Features of all image sets of an evaluation in several feature spaces, under one progress bar."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from dermis.errors import DermisError
+from dermis.features import FeatureExtractor, feature_extractor
+from dermis.network_config import NoiseMode
+from dermis.synthesizer import Synthesizer
+from training.data.isic import ImageDataset
+from training.evaluation.features import BATCH, real_features
+from training.evaluation.measure import Features, ImageSets, Labels
+
+DEFAULT_SPACES = ("lite0", "lite1")
+"""The space of the projected discriminator, as numbers in it are easy to compare with, and one that trains nothing."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What is generated: samples 0 ... N - 1 of a seed, sample i of class labels[i], with each kind of noise."""
+
+    labels: Labels
+    seed: int
+    truncation_psi: float
+    noise_modes: Sequence[NoiseMode]
+
+
+def load_spaces(names: Sequence[str], device: torch.device) -> tuple[list[FeatureExtractor], str]:
+    """The feature spaces of --extractor, or without names the default ones, and a remark on what is missing of those.
+
+    A name may hold several, with commas between them. Raises DermisError if one that was asked for cannot be had, or
+    is asked for twice.
+    """
+    chosen = [part for name in names for part in ([name] if name.startswith("timm:") else name.split(","))]
+    if chosen:
+        if len(set(chosen)) < len(chosen):
+            raise DermisError(f"--extractor: {max(chosen, key=chosen.count)} is given more than once")
+        return [feature_extractor(name, device) for name in chosen], ""
+    spaces, missing = [], []
+    for name in DEFAULT_SPACES:
+        try:
+            spaces.append(feature_extractor(name, device))
+        except (DermisError, ImportError) as error:
+            missing.append((name, str(error)))
+    if not spaces:
+        raise DermisError(f"--extractor: none of {', '.join(DEFAULT_SPACES)} can be loaded: {missing[0][1]}")
+    reasons = "; ".join(f"{name} cannot be loaded ({reason})" for name, reason in missing)
+    remark = f"--extractor: {reasons}; measuring in {spaces[0].name} only" if missing else ""
+    return spaces, remark
+
+
+def parse_noise_modes(names: Sequence[str]) -> list[NoiseMode]:
+    """The values of --noise-mode. Raises DermisError if one is none of the noise modes, or is given twice."""
+    modes = {mode: mode for mode in get_args(NoiseMode)}
+    for name in names:
+        if name not in modes:
+            raise DermisError(f"--noise-mode: {name!r} is none of {', '.join(modes)}")
+    if len(set(names)) < len(names):
+        raise DermisError(f"--noise-mode: {max(names, key=list(names).count)} is given more than once")
+    return [modes[name] for name in names]
+
+
+def all_features(
+    synthesizer: Synthesizer,
+    dataset: ImageDataset,
+    holdout: ImageDataset | None,
+    groups: Sequence[str] | None,
+    generation: Generation,
+    extractors: Sequence[FeatureExtractor],
+    *,
+    conditional: bool,
+    cache: Path | None,
+    bar: tqdm,
+) -> list[ImageSets]:
+    """The image sets in each space. Every generated image is drawn once, and embedded in all spaces.
+
+    `bar` counts an image for every space that it is embedded in, and generated ones once more for drawing them.
+    """
+
+    def labels_of(images: ImageDataset) -> Labels:
+        return images.labels if conditional else np.zeros_like(images.labels)
+
+    real = [real_features(dataset, extractor, cache, bar=bar) for extractor in extractors]
+    held_out = [
+        None if holdout is None else real_features(holdout, extractor, cache, bar=bar) for extractor in extractors
+    ]
+    generated = {
+        mode: _generated_features(synthesizer, generation, mode, extractors, bar) for mode in generation.noise_modes
+    }
+    return [
+        ImageSets(
+            training=real[i],
+            training_labels=labels_of(dataset),
+            generated={mode: features[i] for mode, features in generated.items()},
+            generated_labels=generation.labels,
+            held_out=held_out[i],
+            held_out_labels=None if holdout is None else labels_of(holdout),
+            groups=groups,
+        )
+        for i in range(len(extractors))
+    ]
+
+
+def _generated_features(
+    synthesizer: Synthesizer,
+    generation: Generation,
+    noise_mode: NoiseMode,
+    extractors: Sequence[FeatureExtractor],
+    bar: tqdm,
+) -> list[Features]:
+    """Features [N, dim] of the generated images in each space."""
+    parts: list[list[Features]] = [[] for _ in extractors]
+    for images in _drawn(synthesizer, generation, noise_mode):
+        bar.update(len(images))
+        for collected, extractor in zip(parts, extractors, strict=True):
+            collected.append(extractor.extract(images))
+            bar.update(len(images))
+    return [np.concatenate(collected) for collected in parts]
+
+
+def _drawn(synthesizer: Synthesizer, generation: Generation, noise_mode: NoiseMode) -> Iterator[NDArray[np.uint8]]:
+    for start in range(0, len(generation.labels), BATCH):
+        indices = list(range(start, min(start + BATCH, len(generation.labels))))
+        yield synthesizer.images(
+            [generation.seed] * len(indices),
+            indices,
+            generation.labels[indices].tolist(),
+            truncation_psi=generation.truncation_psi,
+            noise_mode=noise_mode,
+        )
