@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import warnings
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -137,7 +138,8 @@ class OpenvinoFeatures:
             "ENABLE_CPU_PINNING": False,
         }
         try:
-            with torch.no_grad(), own_logging():
+            with torch.no_grad(), own_logging(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of tracing: shapes are constants, which they are here
                 model = ov.convert_model(module.eval(), example_input=example, input=shapes)
             compiled = ov.Core().compile_model(model, "CPU", options)
             if not compiled.output(0).partial_shape[1].is_static:
