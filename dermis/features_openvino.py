@@ -24,6 +24,9 @@ Extract = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 Matrix = Callable[[int, int], NDArray[np.float32]]
 """(from, to) -> [to, from]: resizing along one side, as a product of matrices."""
 
+PRECISION = "f32"
+"""Of OpenVINO's arithmetic. "bf16" is faster where the processor has it, but moves features too far (docs/evaluation.md)."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -132,7 +135,7 @@ class OpenvinoFeatures:
             example = torch.zeros(1, 32, 32, 3, dtype=torch.uint8), torch.zeros(height, 32), torch.zeros(32, width)
             shapes = [([1, -1, -1, 3], ov.Type.u8), [height, -1], [-1, width]]
         options = {
-            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_PRECISION_HINT": PRECISION,
             "INFERENCE_NUM_THREADS": self._threads,
             "NUM_STREAMS": self._threads,
             "ENABLE_CPU_PINNING": False,
