@@ -224,7 +224,7 @@ def _clip(device: torch.device) -> FeatureExtractor:
     weights = io.BytesIO(preset_weights("clip"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TorchScript is deprecated, but it is what OpenAI publishes
-        state = torch.jit.load(weights, map_location="cpu").state_dict()
+        state = torch.jit.load(weights, map_location="cpu").state_dict()  # type: ignore[no-untyped-call]
     build = import_vision("torch_fidelity.feature_extractor_clip").build_model
     network = build(dict(state), torch.float32).visual.eval().requires_grad_(False).to(device)
     side = network.input_resolution
