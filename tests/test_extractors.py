@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 from urllib.error import URLError
@@ -14,6 +16,7 @@ import safetensors.torch
 import torch
 
 from dermis.errors import DermisError
+from dermis.feature_presets import PRESETS
 from dermis.features import feature_extractor
 from dermis.vision import import_vision
 
@@ -44,10 +47,14 @@ def test_lite0_tells_images_apart_and_the_same_from_floats() -> None:
 
 
 def test_weights_that_cannot_be_had_are_one_line_of_advice(offline: Path) -> None:
-    with pytest.raises(DermisError, match=r"no network.*--extractor lite0, or put weights-inception.* into ") as caught:
-        feature_extractor("inception")
-    assert "\n" not in str(caught.value)
-    with pytest.raises(DermisError, match="is none of inception, lite0, timm:MODEL"):
+    for name in ("inception", "dinov2", "clip"):
+        preset = PRESETS[name]
+        with pytest.raises(DermisError, match="no network.*--extractor lite0 or lite1, or put ") as caught:
+            feature_extractor(name)
+        message = str(caught.value)
+        assert "\n" not in message
+        assert all(part in message for part in (preset.file, preset.source, str(offline), preset.sha256))
+    with pytest.raises(DermisError, match="is none of inception, dinov2, clip, lite0, lite1, lite2, timm:MODEL"):
         feature_extractor("inceptoin")
     with pytest.raises(DermisError, match="timm has no model 'resnet_of_mine'"):
         feature_extractor("timm:resnet_of_mine")
@@ -63,12 +70,17 @@ def test_downloaded_weights_are_never_executed(offline: Path, tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)
     offline.mkdir(parents=True)
-    file = offline / "weights-inception-2015-12-05-6726825d.pth"
-    torch.save(_Trap(), file)
-    with pytest.raises(DermisError, match="the Inception weights cannot be had"):
-        feature_extractor("inception")
-    assert not Path("executed").exists()
-    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+    for name in ("inception", "dinov2"):
+        file = offline / PRESETS[name].file
+        torch.save(_Trap(), file)
+        with pytest.raises(DermisError, match="is not the file of weights"):
+            feature_extractor(name)
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        monkeypatch.setitem(PRESETS, name, replace(PRESETS[name], sha256=digest))
+        with pytest.raises(pickle.UnpicklingError, match="Weights only"):
+            feature_extractor(name)
+        assert not Path("executed").exists()
+        assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
     torch.load(file, weights_only=False)
     assert Path("executed").exists(), "the trap must be one"
 

