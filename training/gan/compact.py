@@ -102,8 +102,8 @@ def save_compact(
         packed = None if moments == "none" else _pack(stored, part_bytes, parts)
         kept = "none" if packed is None else "bf16"
     if kept == "none":
-        stored = {key: value for key, value in stored.items() if key.split("/")[0] not in optimizers}
-        same = {key: original for key, original in same.items() if key.split("/")[0] not in optimizers}
+        stored = {key: value for key, value in stored.items() if key.partition("/")[0] not in optimizers}
+        same = {key: original for key, original in same.items() if key.partition("/")[0] not in optimizers}
     packed = _pack(stored, part_bytes, parts)
     if packed is None:
         size = sum(map(_size, stored.values()))
@@ -182,13 +182,13 @@ def _beta1(optimizer: torch.optim.Optimizer) -> float:
 
 
 def _has_no_effect(key: str, unused: set[str]) -> bool:
-    return key.endswith("/exp_avg") and key.split("/")[0] in unused
+    return key.endswith("/exp_avg") and key.partition("/")[0] in unused
 
 
 def _narrow(key: str, value: Tensor, optimizers: Mapping[str, torch.optim.Optimizer]) -> Tensor:
     if value.dtype != torch.float32 or value.numel() <= _SMALL:
         return value
-    if key.split("/")[0] in optimizers:  # second moments span many powers of ten
+    if key.partition("/")[0] in optimizers:  # second moments span many powers of ten
         return value.bfloat16()
     return value.half() if value.abs().max() <= _LARGEST else value
 
@@ -210,7 +210,7 @@ def _without_copies(flat: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict
 
 
 def _pack(flat: Mapping[str, Tensor], part_bytes: int, parts: int) -> list[dict[str, Tensor]] | None:
-    """The tensors in at most `parts` groups, the largest first into the fullest group that has room; None if they do not fit."""
+    """The tensors in at most `parts` groups, the largest first into the fullest with room; None if they do not fit."""
     room = part_bytes - _HEADER_BYTES
     groups: list[dict[str, Tensor]] = []
     left: list[int] = []
