@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +89,15 @@ def test_round_trip_keeps_what_the_next_step_needs(tmp_path: Path, halfway: Stat
             assert torch.allclose(ours[index]["exp_avg_sq"], slots["exp_avg_sq"], rtol=2**-7, atol=0)
     assert resumed.progress == halfway.progress and resumed.adaptive == halfway.adaptive
     assert torch.equal(resumed.pl_mean, halfway.pl_mean)
+    start = [parameter.detach().clone() for parameter in halfway.G.parameters()]
+    whole = copy.deepcopy(halfway)
+    run(whole, config(), 1)
+    run(resumed, config(), 1)
+    steps = [
+        torch.cat([(after - before).flatten() for after, before in zip(state.G.parameters(), start, strict=True)])
+        for state in (whole, resumed)
+    ]
+    assert (steps[0] - steps[1]).norm() < 0.2 * steps[0].norm(), "the next step is nearly the same"
 
 
 def test_first_moments_are_stored_where_they_have_an_effect(tmp_path: Path) -> None:

@@ -200,7 +200,7 @@ def open_index(source: Bundle | str | Path, *, device: str = "auto", threads: in
         raise BundleError(f"{where}: was changed while it was read; try again")
     radii = _array(folder, described, RADII, (described.vectors,))
     held_out = _array(folder, described, HELD_OUT, (described.held_out, described.dim)) if described.held_out else None
-    return Index(described, _on_device(index, device), radii, held_out, threads or available_cpus())
+    return Index(described, on_device(index, device), radii, held_out, threads or available_cpus())
 
 
 def _state(path: Path) -> tuple[int, ...] | None:
@@ -221,7 +221,7 @@ def _array(folder: Folder, described: IndexDescription, name: str, shape: tuple[
     return numbers
 
 
-def _on_device(index: Any, device: str) -> Any:
+def on_device(index: Any, device: str) -> Any:
     """The index on a GPU if that is wanted and FAISS has one. A scalar quantiser's vectors cannot be read back from there."""
     faiss = import_faiss()
     gpus = faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0

@@ -151,7 +151,8 @@ def load_compact(
         same = json.loads(_header(path)["same"])
         with safe_open(path, framework="pt") as file:
             flat |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    flat |= {key: flat[original] for key, original in same.items() if original in flat}
+    # Copies: the optimizer counts up the step of every weight, and would count one shared tensor many times.
+    flat |= {key: flat[original].clone() for key, original in same.items()}
     for name, optimizer in optimizers.items():
         for key in [key for key in flat if key.startswith(f"{name}/") and key.endswith("/exp_avg_sq")]:
             if _beta1(optimizer) == 0:  # the optimizer wants the slot; what is in it has no effect
