@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed-$(VARIANT)
 # Where `make demo-bundle` finds an ISIC-layout folder (images and metadata.csv).
 DATA ?= ../shared/data/dermoscopy
 
-.PHONY: setup serve test test-full ranges lint demo-bundle demo-classifier demo-latents clean
+.PHONY: setup serve test test-full ranges lint demo-bundle demo-classifier demo-latents gpu-pack clean
 
 setup: $(STAMP)
 
@@ -71,6 +71,10 @@ demo-latents: setup
 	$(BIN)/dermis train encoder --bundle bundles/demo --images $(DATA) --metadata runs/leaks/split/train.csv \
 		--held-out runs/leaks/split/test.csv --steps 3000 --warm-up 500 --distance lite0 --out runs/demo-encoder --resume --attach
 	$(BIN)/dermis directions fit bundles/demo
+
+# What travels to a GPU machine without a network (docs/gpu.md), into the ignored folder gpu-pack.
+gpu-pack: setup
+	$(BIN)/python -m benchmarks.gpu.pack --data $(DATA) --train runs/leaks/split/train.csv --held-out runs/leaks/split/held-out.csv
 
 clean:
 	rm -rf $(VENV) .dermis build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

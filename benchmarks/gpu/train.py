@@ -120,8 +120,8 @@ class Run:
             taken = transfer(read_weights(Path(self.plan.start_from)), self.state)
             self.results.note("began", "; ".join(f"{each.network}: {each.share:.0%} of the weights" for each in taken))
 
-    def train(self, deadline: float) -> None:
-        """Steps until the deadline (time.monotonic) or SIGTERM, less the time that saving takes."""
+    def train(self, deadline: float, most_steps: int | None = None) -> None:
+        """Steps until the deadline (time.monotonic) or SIGTERM, less the time that saving takes; one at least."""
         state, config, progress = self.state, self.config, self.state.progress
         compiled = self.plan.compile and self.device.type == "cuda"
         phases = Phases(state.G, state.D, state.pl_mean, config, compiled=compiled)
@@ -134,7 +134,9 @@ class Run:
             stop_requested(insist=False) as stop,
         ):
             step = 0
-            while clock + 2 * self.save_seconds + 1 < deadline and not stop.is_set():
+            while step == 0 or not (
+                stop.is_set() or step == most_steps or clock + 2 * self.save_seconds + 1 > deadline
+            ):
                 if self.warm_up_steps and step <= self.warm_up_steps:
                     warm_up([state.G_opt, state.D_opt], step, self.warm_up_steps)
                 stats = training_step(state, phases, self.dataset, next(real), config)
@@ -149,13 +151,12 @@ class Run:
                     self.save()
                     saved = clock = time.monotonic()
             self.save()
-        if durations:
-            self.results.number("training, steps", step, "steps", kimg=progress.kimg, first_step_seconds=durations[0])
-            median = 1000 * statistics.median(durations) / config.batch
-            self.results.number(
-                f"training, {config.resolution} px, batch {config.batch}", median, "s/kimg", compiled=compiled,
-                precision=config.precision, projected=config.projected, seconds=progress.seconds,
-            )  # fmt: skip
+        self.results.number("training, steps", step, "steps", kimg=progress.kimg, first_step_seconds=durations[0])
+        median = 1000 * statistics.median(durations) / config.batch
+        self.results.number(
+            f"training, {config.resolution} px, batch {config.batch}", median, "s/kimg", compiled=compiled,
+            precision=config.precision, projected=config.projected, seconds=progress.seconds,
+        )  # fmt: skip
 
     def save(self) -> None:
         """The state first: a picture can be drawn from it later."""
@@ -185,6 +186,7 @@ def main() -> None:
     parser.add_argument("--resume", type=Path, help="folder with the state of an earlier run")
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--until", type=float, help="seconds since 1970, instead of --seconds: imports count too")
+    parser.add_argument("--steps", type=int, help="stop earlier, after so many steps")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--bundle", type=Path, metavar="RUN", help="only write the bundle and grid of --resume there")
     parser.add_argument("--name", default="gpu", help="of the bundle")
@@ -214,7 +216,7 @@ def main() -> None:
     results.note("training images", f"{len(dataset.labels)} of {len(dataset.class_names)} classes")
     run = Run(plan, config, dataset, results)
     run.begin(options.resume)
-    run.train(deadline)
+    run.train(deadline, options.steps)
 
 
 if __name__ == "__main__":
