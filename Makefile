@@ -74,7 +74,9 @@ demo-latents: setup
 
 # What travels to a GPU machine without a network (docs/gpu.md), into the ignored folder gpu-pack.
 gpu-pack: setup
-	$(BIN)/python -m benchmarks.gpu.pack --data $(DATA) --train runs/leaks/split/train.csv --held-out runs/leaks/split/held-out.csv
+	$(BIN)/python -m benchmarks.gpu.pack --data $(DATA) --train runs/leaks/split/train.csv \
+		--held-out runs/leaks/split/held-out.csv \
+		$(if $(wildcard ../shared/parity),--parity ../shared/parity)
 
 clean:
 	rm -rf $(VENV) .dermis build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

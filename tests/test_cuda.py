@@ -245,7 +245,7 @@ def test_a_run_is_stopped_saved_and_resumed(tmp_path: Path) -> None:
 @no_gpu
 def test_collective_calls_of_training_work_in_a_group_of_one() -> None:
     """What `Ranks` calls, by NCCL."""
-    dist.init_process_group("nccl", rank=0, world_size=1, store=dist.HashStore(), device_id=DEVICE_INDEX)
+    dist.init_process_group("nccl", rank=0, world_size=1, store=dist.HashStore(), device_id=torch.device("cuda", 0))
     try:
         x = torch.arange(4.0, device="cuda")
         dist.all_reduce(x)
@@ -255,9 +255,6 @@ def test_collective_calls_of_training_work_in_a_group_of_one() -> None:
         assert parts[0].tolist() == [0, 1, 2, 3]
     finally:
         dist.destroy_process_group()
-
-
-DEVICE_INDEX = torch.device("cuda", 0)
 
 
 # -- around the generator

