@@ -25,7 +25,7 @@ from dermis.latents import noise_for, z_for
 from dermis.networks import Generator, GeneratorConfig, NoiseMode, one_hot
 from dermis.synthesizer import Synthesizer, choice, cuda
 from dermis.synthesizer.model_cache import read_stages
-from dermis.synthesizer.network import blocks_of, convolutions_of, noise_resolutions, to_uint8
+from dermis.synthesizer.network import ImageStage, blocks_of, convolutions_of, noise_resolutions, to_uint8
 
 Image = npt.NDArray[np.uint8]
 HAS_OPENVINO = importlib.util.find_spec("openvino") is not None
@@ -250,6 +250,32 @@ def test_the_lanes_of_the_cuda_backend_keep_samples_apart(monkeypatch: pytest.Mo
         for noise, images in drawn.items():
             for i in (0, 5, backend.micro_batch + 1, count - 1):
                 assert difference(images[i], reference("conditional", i, labels[i], noise)).max() <= 1, (noise, i)
+
+
+def test_bundles_of_one_shape_share_compiled_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch compiles a function eight times at most; a server or a long training run draws with more bundles than that."""
+    from torch._dynamo import utils
+
+    stages: list[ImageStage] = []
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "none")
+    monkeypatch.setattr(torch, "compile", lambda stage, dynamic: stages.append(stage))
+    monkeypatch.setattr(cuda, "_recorded_lanes", lambda *_: [None])
+    for seed in range(3):
+        generator = copy.deepcopy(make_generator("unconditional"))
+        for block in blocks_of(generator):
+            for layer in convolutions_of(block):
+                layer.noise_strength.fill_(0.1 + seed)
+        cuda.cuda_backend(generator, torch.device("cpu"), torch.float32, threads=1)
+    monkeypatch.undo()
+    torch._dynamo.reset()
+    utils.counters.clear()
+    for stage in stages:
+        scales, noise = torch.ones(2, sum(stage.scale_sizes)), torch.zeros(2, sum(stage.noise_sizes))
+        with torch.inference_mode():
+            compiled = torch.compile(stage, dynamic=False, backend="eager")(scales, noise)
+            assert torch.equal(compiled, stage(scales, noise))
+    assert utils.counters["stats"]["unique_graphs"] == 1
 
 
 @needs_openvino

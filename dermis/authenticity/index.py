@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -60,6 +61,8 @@ class Index:
         self._index = index
         self._transforms = _transforms(index)
         self._threads = threads
+        # FAISS lets several threads search on a CPU, but not with the buffers of one GPU.
+        self._turn: AbstractContextManager[object] = Lock() if _is_on_gpu(index) else nullcontext()
 
     def nearest(self, features: Floats) -> Nearest:
         """The nearest training image of each row of features [N, feature_dim]. ValueError if they are of another shape."""
@@ -73,7 +76,8 @@ class Index:
         if not len(projected):
             return Nearest(np.empty(0, np.float32), np.empty(0, np.float32), projected, np.empty(0, np.int64))
         behind = self._index.index if isinstance(self._index, import_faiss().IndexPreTransform) else self._index
-        squared, neighbours = search(behind, projected, 1, self._threads)
+        with self._turn:
+            squared, neighbours = search(behind, projected, 1, self._threads)
         found = neighbours[:, 0]
         return Nearest(np.sqrt(np.maximum(squared[:, 0], 0)), self.radii[found], projected, found)
 
@@ -128,6 +132,11 @@ def base_of(index: Any) -> Any:
     """What holds the vectors, behind the transformation of queries."""
     faiss = import_faiss()
     return faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+
+
+def _is_on_gpu(index: Any) -> bool:
+    kind = getattr(import_faiss(), "GpuIndex", None)  # faiss-gpu alone has it
+    return kind is not None and isinstance(base_of(index), kind)
 
 
 def import_faiss() -> Any:

@@ -26,7 +26,7 @@ from dermis.synthesizer.network import ImageStage, MappingStage, StyleStage, con
 log = logging.getLogger(__name__)
 
 LANES = 3
-WORKERS = 8  # threads at most: they draw the random numbers and wait for a lane
+WORKERS = 16  # threads at most: they draw the random numbers and wait for a lane
 _WARM_UP = 3  # runs before recording, in which kernels are compiled and algorithms chosen
 
 Run = Callable[[], Tensor]
@@ -47,6 +47,8 @@ def cuda_backend(generator: Generator, device: torch.device, dtype: torch.dtype,
     mapping_stage = MappingStage(generator).to(device).eval()
     style_stage = StyleStage(generator).to(device).eval()
     image_stage = ImageStage(generator, dtype).to(device).eval()
+    # Numbers would be constants of the compiled code: each bundle would be compiled anew, and after eight none any more.
+    image_stage.strengths = [torch.tensor(strength, device=device) for strength in image_stage.strengths]
     batch = micro_batch_for(config.img_resolution)
     noise = constant_noise(generator).to(device).expand(batch, -1).contiguous()
 
