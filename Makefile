@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed-$(VARIANT)
 # Where `make demo-bundle` finds an ISIC-layout folder (images and metadata.csv).
 DATA ?= ../shared/data/dermoscopy
 
-.PHONY: setup serve test test-full ranges lint demo-split demo-bundle demo-classifier demo-latents clean
+.PHONY: setup serve test test-full ranges lint demo-split demo-bundle demo-classifier demo-latents gpu-pack clean
 
 setup: $(STAMP)
 
@@ -74,6 +74,11 @@ demo-latents: demo-split
 	$(BIN)/dermis train encoder --bundle bundles/demo --images $(DATA) --metadata $(SPLIT)/train.csv \
 		--held-out $(SPLIT)/validation.csv --steps 3000 --warm-up 500 --distance lite0 --out runs/demo-encoder --resume --attach
 	$(BIN)/dermis directions fit bundles/demo
+
+# What travels to a GPU machine without a network (docs/gpu.md), into the ignored folder gpu-pack.
+gpu-pack: demo-split
+	$(BIN)/python -m benchmarks.gpu.pack --data $(DATA) --train $(SPLIT)/train.csv --held-out $(SPLIT)/test.csv \
+		$(if $(wildcard ../shared/parity),--parity ../shared/parity)
 
 clean:
 	rm -rf $(VENV) .dermis build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -81,6 +81,9 @@ def test_parts_of_a_batch_on_several_processes_add_up_to_the_whole() -> None:
     real, c, *_ = _classes()
     whole, *parts = (FeatureMoments(2, DIM) for _ in range(3))
     whole.update("real", real[:8], c[:8], batch=moments.HALF_LIFE)
-    averaged = [part.update("real", real[rank:8:2], c[rank:8:2], batch=moments.HALF_LIFE, parts=2) for rank, part in enumerate(parts)]
+    averaged = [
+        part.update("real", real[rank:8:2], c[rank:8:2], batch=moments.HALF_LIFE, parts=2)
+        for rank, part in enumerate(parts)
+    ]
     for expected, one, two in zip((whole.real_count, whole.real_sum, whole.real_outer), *averaged, strict=True):
         assert torch.allclose(expected, (one + two) / 2, rtol=1e-5, atol=1e-5)

@@ -1,11 +1,13 @@
 """The networks agree with the official ones, and with their own definition.
 
-`../shared/parity` holds what the official networks compute from given weights; its README.md says how it was made.
+`../shared/parity`, or the folder DERMIS_PARITY, holds what the official networks compute from given weights; its README.md says
+how it was made.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +27,7 @@ from dermis.networks import (
     one_hot,
 )
 
-PARITY = Path(__file__).parents[2] / "shared" / "parity"
+PARITY = Path(os.environ.get("DERMIS_PARITY", Path(__file__).parents[2] / "shared" / "parity"))
 TOLERANCE = 1e-4
 needs_parity = pytest.mark.skipif(not PARITY.is_dir(), reason=f"the parity cases are not at {PARITY}")
 both = pytest.mark.parametrize(("kind", "c_dim"), [("cond", 2), ("uncond", 0)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.util
 import json
@@ -22,9 +23,9 @@ from dermis.devices import fast_dtype
 from dermis.errors import DermisError, RequestError
 from dermis.latents import noise_for, z_for
 from dermis.networks import Generator, GeneratorConfig, NoiseMode, one_hot
-from dermis.synthesizer import Synthesizer
+from dermis.synthesizer import Synthesizer, choice, cuda
 from dermis.synthesizer.model_cache import read_stages
-from dermis.synthesizer.network import blocks_of, convolutions_of, noise_resolutions, to_uint8
+from dermis.synthesizer.network import ImageStage, blocks_of, convolutions_of, noise_resolutions, to_uint8
 
 Image = npt.NDArray[np.uint8]
 HAS_OPENVINO = importlib.util.find_spec("openvino") is not None
@@ -223,17 +224,58 @@ def test_openvino_sends_no_usage_reports() -> None:
     assert not [name for name, module in sys.modules.items() if name.startswith("openvino_telemetry") and module]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_equals_the_network_whatever_the_batch() -> None:
+def test_the_lanes_of_the_cuda_backend_keep_samples_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, with recordings replaced by plain calls: buffers, threads and constant noise; the rest needs a GPU."""
+
+    class NoStream:
+        def wait_stream(self, other: object) -> None: ...
+
+    for name in ("device", "stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "Stream", NoStream)
+    monkeypatch.setattr(torch.cuda, "current_stream", NoStream)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "none")
+    monkeypatch.setattr(torch, "compile", lambda stage, dynamic: stage)
+    monkeypatch.setattr(cuda._Lane, "_record", cuda._Lane._plain)
     generator = make_generator("conditional")
-    synthesizer = Synthesizer(make_bundle(generator), device="cuda", generator=generator)
-    count = synthesizer.micro_batch + 3
-    labels = [i % 3 for i in range(count)]
-    together = synthesizer.images([7] * count, range(count), labels)
-    expected = np.stack([reference("conditional", i, label) for i, label in enumerate(labels)])
-    assert difference(together, expected).mean() < 2
-    for i in (0, 5, count - 1):
-        assert (synthesizer.images([7], [i], [labels[i]])[0] == together[i]).all()
+    backend = cuda.cuda_backend(generator, torch.device("cpu"), torch.float32, threads=4)
+    assert backend.workers == 4 > cuda.LANES
+    monkeypatch.setattr(choice, "_build", lambda *_: backend)
+    with Synthesizer(make_bundle(generator), device="cpu", generator=generator) as synthesizer:
+        count = 2 * backend.micro_batch + 3
+        labels = [i % 3 for i in range(count)]
+        drawn: dict[NoiseMode, Image] = {}
+        for noise in ("const", "random", "const"):
+            drawn[noise] = synthesizer.images([7] * count, range(count), labels, noise_mode=noise)
+        for noise, images in drawn.items():
+            for i in (0, 5, backend.micro_batch + 1, count - 1):
+                assert difference(images[i], reference("conditional", i, labels[i], noise)).max() <= 1, (noise, i)
+
+
+def test_bundles_of_one_shape_share_compiled_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch compiles a function eight times at most; a server or a long training run draws with more bundles than that."""
+    from torch._dynamo import utils
+
+    stages: list[ImageStage] = []
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "none")
+    monkeypatch.setattr(torch, "compile", lambda stage, dynamic: stages.append(stage))
+    monkeypatch.setattr(cuda, "_recorded_lanes", lambda *_: [None])
+    for seed in range(3):
+        generator = copy.deepcopy(make_generator("unconditional"))
+        for block in blocks_of(generator):
+            for layer in convolutions_of(block):
+                layer.noise_strength.fill_(0.1 + seed)
+        cuda.cuda_backend(generator, torch.device("cpu"), torch.float32, threads=1)
+    monkeypatch.undo()
+    torch._dynamo.reset()
+    utils.counters.clear()
+    for stage in stages:
+        scales, noise = torch.ones(2, sum(stage.scale_sizes)), torch.zeros(2, sum(stage.noise_sizes))
+        with torch.inference_mode():
+            compiled = torch.compile(stage, dynamic=False, backend="eager")(scales, noise)
+            assert torch.equal(compiled, stage(scales, noise))
+    assert utils.counters["stats"]["unique_graphs"] == 1
 
 
 @needs_openvino

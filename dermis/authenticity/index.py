@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -60,6 +61,8 @@ class Index:
         self._index = index
         self._transforms = _transforms(index)
         self._threads = threads
+        # FAISS lets several threads search on a CPU, but not with the buffers of one GPU.
+        self._turn: AbstractContextManager[object] = Lock() if _is_on_gpu(index) else nullcontext()
 
     def nearest(self, features: Floats) -> Nearest:
         """The nearest training image of each row of features [N, feature_dim]. ValueError if they are of another shape."""
@@ -73,7 +76,8 @@ class Index:
         if not len(projected):
             return Nearest(np.empty(0, np.float32), np.empty(0, np.float32), projected, np.empty(0, np.int64))
         behind = self._index.index if isinstance(self._index, import_faiss().IndexPreTransform) else self._index
-        squared, neighbours = search(behind, projected, 1, self._threads)
+        with self._turn:
+            squared, neighbours = search(behind, projected, 1, self._threads)
         found = neighbours[:, 0]
         return Nearest(np.sqrt(np.maximum(squared[:, 0], 0)), self.radii[found], projected, found)
 
@@ -128,6 +132,11 @@ def base_of(index: Any) -> Any:
     """What holds the vectors, behind the transformation of queries."""
     faiss = import_faiss()
     return faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+
+
+def _is_on_gpu(index: Any) -> bool:
+    kind = getattr(import_faiss(), "GpuIndex", None)  # faiss-gpu alone has it
+    return kind is not None and isinstance(base_of(index), kind)
 
 
 def import_faiss() -> Any:
@@ -200,7 +209,7 @@ def open_index(source: Bundle | str | Path, *, device: str = "auto", threads: in
         raise BundleError(f"{where}: was changed while it was read; try again")
     radii = _array(folder, described, RADII, (described.vectors,))
     held_out = _array(folder, described, HELD_OUT, (described.held_out, described.dim)) if described.held_out else None
-    return Index(described, _on_device(index, device), radii, held_out, threads or available_cpus())
+    return Index(described, on_device(index, device), radii, held_out, threads or available_cpus())
 
 
 def _state(path: Path) -> tuple[int, ...] | None:
@@ -221,7 +230,7 @@ def _array(folder: Folder, described: IndexDescription, name: str, shape: tuple[
     return numbers
 
 
-def _on_device(index: Any, device: str) -> Any:
+def on_device(index: Any, device: str) -> Any:
     """The index on a GPU if that is wanted and FAISS has one. A scalar quantiser's vectors cannot be read back from there."""
     faiss = import_faiss()
     gpus = faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0

@@ -245,27 +245,29 @@ class _Slots:
 
     def _latent_noise(self) -> Tensor:
         """Noise on w [N, 1 or num_ws, w_dim]: a function of the image and its step alone."""
-        noise = torch.zeros_like(self._values[0], requires_grad=False)
+        values = self._values[0]
+        noise = np.zeros(values.shape, np.float32)  # one copy to the device for all images
         for slot, number in enumerate(self._numbers):
             level = self._schedule.latent_noise_at(self._steps[slot])
             if number is not None and level > 0:
-                drawn = z_for(self._keys[slot], [1000 + self._taken[slot]], noise[slot].numel())
-                noise[slot] = torch.from_numpy(drawn).to(noise.device).view_as(noise[slot]) * (level * self._p._sigma)
-        return noise
+                drawn = z_for(self._keys[slot], [1000 + self._taken[slot]], noise[slot].size)
+                noise[slot] = drawn.reshape(noise[slot].shape) * np.float32(level * self._p._sigma)
+        return torch.from_numpy(noise).to(values.device)
 
     @torch.no_grad()
     def _adam(self, gradients: Sequence[Tensor]) -> None:
         """Kingma and Ba, arXiv 1412.6980, algorithm 1, each image with its own rate and count of steps."""
         counts = torch.tensor(self._taken, dtype=torch.float64) + 1
         rates = torch.tensor([self._schedule.rate_at(step) for step in self._steps], dtype=torch.float64)
-        size = (rates / (1 - _BETAS[0] ** counts)).float()
-        scale = (1 - _BETAS[1] ** counts).sqrt().reciprocal().float()
+        device = self._values[0].device
+        size = (rates / (1 - _BETAS[0] ** counts)).float().to(device)
+        scale = (1 - _BETAS[1] ** counts).sqrt().reciprocal().float().to(device)
         for value, gradient, first, second in zip(self._values, gradients, self._first, self._second, strict=True):
             shape = (-1, *[1] * (value.ndim - 1))
             first.lerp_(gradient, 1 - _BETAS[0])
             second.lerp_(gradient.square(), 1 - _BETAS[1])
-            root = second.sqrt() * scale.to(value.device).view(shape) + _EPSILON
-            value.sub_(size.to(value.device).view(shape) * first / root)
+            root = second.sqrt() * scale.view(shape) + _EPSILON
+            value.sub_(size.view(shape) * first / root)
 
     def _count(self, losses: Sequence[float]) -> None:
         """A step more for each; an image that no longer improves goes on to the ramp down."""

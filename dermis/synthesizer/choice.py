@@ -106,7 +106,7 @@ def _build(
             raise DermisError(f"backend: openvino runs on the CPU only, not on {resolved}; use torch or auto")
         from dermis.synthesizer.cuda import cuda_backend
 
-        return cuda_backend(generator, resolved, arithmetic)
+        return cuda_backend(generator, resolved, arithmetic, threads)
     if backend != "torch":
         try:
             from dermis.synthesizer.model_cache import write_stages

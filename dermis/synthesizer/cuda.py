@@ -1,8 +1,11 @@
-"""The CUDA backend: channels-last bfloat16, element-wise work fused by torch.compile, launches in one CUDA graph.
+"""The CUDA backend: channels-last bfloat16, element-wise work fused by torch.compile, launches in CUDA graphs.
 
 Only the image stage is compiled: it has no reductions but the convolutions, so that tuning changes its speed and not
 its values, and cuDNN is held to deterministic algorithms. Inductor keeps its compiled kernels on
 disk (TORCHINDUCTOR_CACHE_DIR), so only the first start on a machine compiles.
+
+A few lanes, each a stream with recordings and buffers of its own, work at the same time: while one draws, others copy their
+images to the host or wait for random numbers, which the host draws and which take it longer than the GPU takes to draw.
 """
 
 from __future__ import annotations
@@ -10,7 +13,9 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
+from queue import SimpleQueue
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,45 +25,67 @@ from dermis.synthesizer.network import ImageStage, MappingStage, StyleStage, con
 
 log = logging.getLogger(__name__)
 
+LANES = 3
+WORKERS = 16  # threads at most: they draw the random numbers and wait for a lane
+_WARM_UP = 3  # runs before recording, in which kernels are compiled and algorithms chosen
+
+Run = Callable[[], Tensor]
+
 
 def micro_batch_for(resolution: int) -> int:
     """Images a call: enough to fill a GPU, i.e. about a million pixels, at least 4 and at most 64 images."""
     return max(4, min(64, 2**20 // resolution**2))
 
 
-def cuda_backend(generator: Generator, device: torch.device, dtype: torch.dtype) -> Backend:
-    """Compile and record for `device`; where torch.compile cannot work (no Triton, say) run the stages as they are."""
+def cuda_backend(generator: Generator, device: torch.device, dtype: torch.dtype, threads: int) -> Backend:
+    """Compile and record for `device`; where torch.compile cannot work (no Triton, say) run the stages as they are.
+
+    `threads` are the CPU cores that may be used.
+    """
     generator = copy.deepcopy(generator).to(device)
-    mapping_stage = MappingStage(generator).eval()
+    config = generator.config
+    mapping_stage = MappingStage(generator).to(device).eval()
     style_stage = StyleStage(generator).to(device).eval()
     image_stage = ImageStage(generator, dtype).to(device).eval()
-    batch = micro_batch_for(generator.config.img_resolution)
+    # Numbers would be constants of the compiled code: each bundle would be compiled anew, and after eight none any more.
+    image_stage.strengths = [torch.tensor(strength, device=device) for strength in image_stage.strengths]
+    batch = micro_batch_for(config.img_resolution)
+    noise = constant_noise(generator).to(device).expand(batch, -1).contiguous()
 
-    def exact(run: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        flags = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
-        with torch.inference_mode(), torch.cuda.device(device), flags:
-            return run(*inputs)
+    def lane(stage: Callable[[Tensor, Tensor], Tensor], recorded: bool) -> _Lane:
+        return _Lane(
+            mapping_stage,
+            lambda ws, noise: stage(style_stage(ws), noise),
+            [torch.zeros(batch, config.z_dim, device=device), torch.zeros(batch, config.c_dim, device=device)],
+            [torch.zeros(batch, config.num_ws, config.w_dim, device=device), noise.clone()],
+            recorded,
+        )
 
-    noise = constant_noise(generator).expand(batch, -1).contiguous()
-    scales = exact(style_stage, torch.zeros(batch, generator.num_ws, generator.config.w_dim, device=device))
-    with torch.cuda.device(device):
-        name, recorded = "torch-compile", _recorded(torch.compile(image_stage, dynamic=False), exact, scales, noise)
-        if recorded is None:
-            name, recorded = "torch", _recorded(image_stage, exact, scales, noise)
-    image_run = image_stage if recorded is None else recorded
-    last: tuple[Float | None, Tensor] = (None, noise)  # constant noise is uploaded once, not for every batch
+    name, lanes = "torch-compile", _recorded_lanes(torch.compile(image_stage, dynamic=False), lane, device)
+    if not lanes:
+        name, lanes = "torch", _recorded_lanes(image_stage, lane, device)
+    if not lanes:
+        with torch.cuda.device(device):
+            lanes = [lane(image_stage, False)]
+    free: SimpleQueue[_Lane] = SimpleQueue()
+    for each in lanes:
+        free.put(each)
 
     def mapping(z: Float, c: Float) -> Float:
-        w: Float = exact(mapping_stage, torch.from_numpy(z).to(device), torch.from_numpy(c).to(device)).cpu().numpy()
-        return w
+        used = free.get()
+        try:
+            with torch.cuda.device(device):
+                return used.mapping(z, c)
+        finally:
+            free.put(used)
 
     def images(ws: Float, noise: Float) -> Bytes:
-        nonlocal last
-        if last[0] is not noise:
-            last = (noise, torch.from_numpy(noise).to(device))
-        scales = exact(style_stage, torch.from_numpy(ws).to(device))
-        pixels: Bytes = exact(image_run, scales, last[1]).cpu().numpy()
-        return pixels
+        used = free.get()
+        try:
+            with torch.cuda.device(device):
+                return used.images(ws, noise)
+        finally:
+            free.put(used)
 
     cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
     identity = {
@@ -67,32 +94,83 @@ def cuda_backend(generator: Generator, device: torch.device, dtype: torch.dtype)
         "cuda": str(torch.version.cuda),
         "cudnn": str(cudnn),
     }
-    return Backend(name, str(dtype).removeprefix("torch."), batch, 1, mapping, images, identity)
+    workers = max(len(lanes), min(threads, WORKERS))
+    return Backend(name, str(dtype).removeprefix("torch."), batch, workers, mapping, images, identity)
 
 
-def _recorded(
-    stage: Callable[..., Tensor], exact: Callable[..., Tensor], *examples: Tensor
-) -> Callable[..., Tensor] | None:
-    """`stage` as a CUDA graph with fixed buffers, replayed from any one thread at a time; None where it fails."""
-    inputs = [x.clone() for x in examples]
+def _recorded_lanes(
+    stage: Callable[..., Tensor], lane: Callable[[Callable[..., Tensor], bool], _Lane], device: torch.device
+) -> list[_Lane]:
+    """Lanes with this image stage as CUDA graphs; empty where that fails."""
     try:
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # compile and pick algorithms before recording
-            for _ in range(3):
-                exact(stage, *inputs)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            output = exact(stage, *inputs)
+        with torch.cuda.device(device):
+            return [lane(stage, True) for _ in range(LANES)]
     except Exception as error:  # compilers fail in many ways, and serving slowly is better than not at all
         log.warning("could not compile or record the image stage, running it more slowly: %s", error)
-        return None
+        return []
 
-    def replay(*values: Tensor) -> Tensor:
-        for buffer, value in zip(inputs, values, strict=True):
-            buffer.copy_(value)
-        graph.replay()
-        return output
 
-    return replay
+class _Lane:
+    """One stream with the stages' inputs and outputs at fixed places. Used by one thread at a time."""
+
+    def __init__(
+        self,
+        mapping: Callable[..., Tensor],
+        draw: Callable[..., Tensor],
+        mapping_inputs: list[Tensor],
+        image_inputs: list[Tensor],
+        recorded: bool,
+    ) -> None:
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._stream.wait_stream(torch.cuda.current_stream())  # the inputs and weights are made on that
+        self._mapping_inputs, self._image_inputs = mapping_inputs, image_inputs
+        self._last_noise: Float | None = None
+        prepare = self._record if recorded else self._plain
+        self._mapping = prepare(lambda: mapping(*mapping_inputs))
+        self._draw = prepare(lambda: draw(*image_inputs))
+
+    def mapping(self, z: Float, c: Float) -> Float:
+        """w of z and c."""
+        with torch.inference_mode(), torch.cuda.stream(self._stream):
+            for buffer, values in zip(self._mapping_inputs, (z, c), strict=True):
+                buffer.copy_(torch.from_numpy(values))
+            w: Float = self._mapping()
+            return w
+
+    def images(self, ws: Float, noise: Float) -> Bytes:
+        """Images of style vectors and noise. Constant noise, the same array, is uploaded once."""
+        with torch.inference_mode(), torch.cuda.stream(self._stream):
+            self._image_inputs[0].copy_(torch.from_numpy(ws))
+            if noise is not self._last_noise:
+                self._image_inputs[1].copy_(torch.from_numpy(noise))
+                self._last_noise = noise
+            pixels: Bytes = self._draw()
+            return pixels
+
+    def _exact(self, run: Run) -> Tensor:
+        flags = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+        with torch.inference_mode(), flags:
+            return run()
+
+    def _record(self, run: Run) -> Callable[[], np.ndarray]:
+        """`run` as a CUDA graph, and the copy of its output to the host."""
+        with torch.cuda.stream(self._stream):
+            for _ in range(_WARM_UP):
+                self._exact(run)
+        self._stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: other threads of the process may use the GPU meanwhile.
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            output = self._exact(run)
+        host = torch.empty(output.shape, dtype=output.dtype, pin_memory=True)
+
+        def replay() -> np.ndarray:
+            graph.replay()
+            host.copy_(output, non_blocking=True)
+            self._stream.synchronize()
+            return host.numpy().copy()
+
+        return replay
+
+    def _plain(self, run: Run) -> Callable[[], np.ndarray]:
+        return lambda: self._exact(run).cpu().numpy()

@@ -96,7 +96,7 @@ class ImageStage(nn.Module):
         self.clamp = generator.config.conv_clamp
         self.noise_sizes = [resolution**2 for resolution in noise_resolutions(generator)]
         self.scale_sizes: list[int] = []
-        self.strengths: list[float] = []
+        self.strengths: list[float | Tensor] = []
         self.up: list[list[bool]] = []
         blocks = blocks_of(generator)
         self.const = _weight(blocks[0].const[None], dtype)

@@ -29,13 +29,7 @@ def save_checkpoint(
 
     TrainingError, and the old one stays, if a value is not finite or the file cannot be written.
     """
-    flat: dict[str, Tensor] = {f"tensor/{name}": value for name, value in tensors.items()}
-    for name, module in modules.items():
-        flat |= {f"{name}/{key}": value for key, value in module.state_dict().items()}
-    for name, optimizer in optimizers.items():
-        for index, slots in optimizer.state_dict()["state"].items():
-            flat |= {f"{name}/{index}/{slot}": torch.as_tensor(value) for slot, value in slots.items()}
-    flat = {key: value.detach().cpu().contiguous().clone() for key, value in flat.items()}
+    flat = flatten(modules, optimizers, tensors)
     sick = next((key for key, value in flat.items() if not torch.isfinite(value).all()), None)
     if sick is not None:
         raise TrainingError(f"{path}: not saved, because {sick} has values that are not finite: the run has diverged")
@@ -47,6 +41,21 @@ def save_checkpoint(
         partial.unlink(missing_ok=True)
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise TrainingError(f"{path}: cannot save the checkpoint ({reason}); the last good one is kept") from error
+
+
+def flatten(
+    modules: Mapping[str, torch.nn.Module],
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    tensors: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """Copies of all tensors on the CPU, by the names under which `fill` takes them."""
+    flat: dict[str, Tensor] = {f"tensor/{name}": value for name, value in tensors.items()}
+    for name, module in modules.items():
+        flat |= {f"{name}/{key}": value for key, value in module.state_dict().items()}
+    for name, optimizer in optimizers.items():
+        for index, slots in optimizer.state_dict()["state"].items():
+            flat |= {f"{name}/{index}/{slot}": torch.as_tensor(value) for slot, value in slots.items()}
+    return {key: value.detach().cpu().contiguous().clone() for key, value in flat.items()}
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -71,6 +80,16 @@ def load_checkpoint(
     """Fill modules, optimizers and tensors in place."""
     with safe_open(path, framework="pt") as file:
         flat = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    fill(flat, modules, optimizers, tensors)
+
+
+def fill(
+    flat: Mapping[str, Tensor],
+    modules: Mapping[str, torch.nn.Module],
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Fill modules, optimizers and tensors in place with what `flatten` returned, in any floating-point format."""
     for name, module in modules.items():
         module.load_state_dict(_under(flat, name))
     for name, optimizer in optimizers.items():

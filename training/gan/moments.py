@@ -20,7 +20,9 @@ import torch
 from torch import Tensor, nn
 
 HALF_LIFE = 2000  # images after which a batch counts half: long against the number of features, short against training
-RECENT_HALF_LIFE = 400  # the same of generated means: the loss pulls the other way only once they show what it has moved
+RECENT_HALF_LIFE = (
+    400  # the same of generated means: the loss pulls the other way only once they show what it has moved
+)
 FEWEST = 2000  # images from which on the moments are used
 INTERVAL = 64  # steps between two solutions for T
 _RIDGE = 0.01  # added to the variances, which are 1 for real features
@@ -65,7 +67,11 @@ class FeatureMoments(nn.Module):
         """
         c = c if c.shape[1] else torch.ones(len(c), 1, device=c.device)
         count, total, outer = c.sum(dim=0), c.T @ features, features.T @ features
-        changes = [(f"{kind}_count", count, HALF_LIFE), (f"{kind}_sum", total, HALF_LIFE), (f"{kind}_outer", outer, HALF_LIFE)]
+        changes = [
+            (f"{kind}_count", count, HALF_LIFE),
+            (f"{kind}_sum", total, HALF_LIFE),
+            (f"{kind}_outer", outer, HALF_LIFE),
+        ]
         if kind == "fake":
             changes += [("recent_count", count, RECENT_HALF_LIFE), ("recent_sum", total, RECENT_HALF_LIFE)]
         buffers = []

@@ -94,13 +94,18 @@ def new_state(config: GanConfig, device: torch.device) -> State:
 
 def save_state(checkpoint: Path, state: State, config: GanConfig, dataset: ImageDataset) -> None:
     """Replace the checkpoint; TrainingError, and the old one stays, if a value is not finite or the disk is full."""
-    scalars = {
+    scalars = scalars_of(state, config, dataset)
+    save_checkpoint(checkpoint, state.modules, state.optimizers, {"pl_mean": state.pl_mean}, scalars)
+
+
+def scalars_of(state: State, config: GanConfig, dataset: ImageDataset) -> dict[str, Any]:
+    """What is saved of a state besides its tensors, as JSON holds it."""
+    return {
         "config": config.identity,
         "dataset_sha256": dataset.sha256,
         "adaptive": vars(state.adaptive),
         "progress": vars(state.progress),
     }
-    save_checkpoint(checkpoint, state.modules, state.optimizers, {"pl_mean": state.pl_mean}, scalars)
 
 
 def load_state(
@@ -111,11 +116,24 @@ def load_state(
     Changed options are noted in Progress.changes.
     """
     scalars = read_state(checkpoint)
+    changes = changes_since(checkpoint, scalars, config, dataset, allow_changes)
+    load_checkpoint(checkpoint, state.modules, state.optimizers, {"pl_mean": state.pl_mean})
+    restore_scalars(state, scalars, changes)
+
+
+def changes_since(
+    checkpoint: Path, scalars: dict[str, Any], config: GanConfig, dataset: ImageDataset, allow_changes: bool
+) -> dict[str, Any]:
+    """Our values of all options that differ from those of `scalars_of`. TrainingError as for `load_state`."""
     if scalars["dataset_sha256"] != dataset.sha256:
         raise TrainingError(f"{checkpoint}: was trained on other images than the folder given with --data")
     changes = config.changed_from(scalars["config"])
     _check_changes(checkpoint, changes, allow_changes)
-    load_checkpoint(checkpoint, state.modules, state.optimizers, {"pl_mean": state.pl_mean})
+    return changes
+
+
+def restore_scalars(state: State, scalars: dict[str, Any], changes: dict[str, Any]) -> None:
+    """Set the state's progress and augmentation strength; `changes` of options are noted in Progress.changes."""
     state.progress = progress = Progress(**scalars["progress"])
     progress.stopped = False
     if changes:

@@ -1,0 +1,269 @@
+"""A training run's state in few small files, for machines that are at hand for minutes and give little back.
+
+A checkpoint of `training.gan.checkpoint` resumes bit for bit and takes some 20 bytes a weight. This form takes 2 bytes for a
+weight of G, of G_ema and of D, and 2 for a second moment. What it loses:
+
+weights         rounded to float16: half a unit in the eleventh bit, less than a step of the optimizer changes
+first moments   nothing where beta1 is 0, since they are then the last gradient, which no later step uses; else bfloat16
+second moments  rounded to bfloat16, or left out, and then the optimizer begins again: see `warm_up`
+
+Tensors of a few thousand values (biases, noise strengths, averages) stay as they are, and so do values beyond float16.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dermis.errors import TrainingError, escape
+from training.data.isic import ImageDataset
+from training.gan.checkpoint import fill, flatten
+from training.gan.config import GanConfig
+from training.gan.state import State, changes_since, restore_scalars, scalars_of
+
+FORMAT = "dermis-gan-compact-1"
+Moments = Literal["auto", "bf16", "none"]
+PART_BYTES = 15 << 20
+PARTS = 4
+_SMALL = 4096  # values; a tensor of at most so many is stored as it is
+_LARGEST = 65504.0  # of float16
+_HEADER_BYTES = 64 << 10  # of a part, more than its JSON takes
+
+
+@dataclass(frozen=True)
+class CompactSummary:
+    """What was written, and what it lost."""
+
+    files: tuple[str, ...]
+    bytes: int
+    moments: str  # of the second order: bf16, or none
+    rounding: dict[str, float]  # of each network: |stored - exact| / |exact| over all its weights
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def save_compact_state(
+    folder: Path, state: State, config: GanConfig, dataset: ImageDataset, moments: Moments = "auto"
+) -> CompactSummary:
+    """`save_compact` of a training run."""
+    scalars = scalars_of(state, config, dataset)
+    return save_compact(folder, state.modules, state.optimizers, {"pl_mean": state.pl_mean}, scalars, moments=moments)
+
+
+def load_compact_state(folder: Path, state: State, config: GanConfig, dataset: ImageDataset) -> bool:
+    """Fill a new state in place; whether the optimizers have their moments, else call `warm_up` at every step.
+
+    Options may differ, as from one short run to the next, but not the networks' shape, the seed or the images
+    (TrainingError); Progress.changes notes what differs.
+    """
+    scalars, moments = read_compact_state(folder)
+    changes = changes_since(folder, scalars, config, dataset, allow_changes=True)
+    load_compact(folder, state.modules, state.optimizers, {"pl_mean": state.pl_mean})
+    restore_scalars(state, scalars, changes)
+    return moments != "none"
+
+
+def save_compact(
+    folder: Path,
+    modules: Mapping[str, torch.nn.Module],
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    *,
+    moments: Moments = "auto",
+    part_bytes: int = PART_BYTES,
+    parts: int = PARTS,
+) -> CompactSummary:
+    """Replace the folder by at most `parts` files of at most `part_bytes` each; an interruption leaves the old or the new.
+
+    moments "auto" keeps them where they fit. TrainingError if a value is not finite, or the networks alone do not fit.
+    """
+    exact = flatten(modules, optimizers, tensors)
+    broken = next((key for key, value in exact.items() if not torch.isfinite(value).all()), None)
+    if broken is not None:
+        raise TrainingError(
+            f"{folder}: not saved, because {broken} has values that are not finite: the run has diverged"
+        )
+    unused = {name for name, optimizer in optimizers.items() if _beta1(optimizer) == 0}
+    exact = {key: value for key, value in exact.items() if not _has_no_effect(key, unused)}
+    stored, same = _without_copies({key: _narrow(key, value, optimizers) for key, value in exact.items()})
+    kept: str = moments
+    if moments != "bf16":
+        packed = None if moments == "none" else _pack(stored, part_bytes, parts)
+        kept = "none" if packed is None else "bf16"
+    if kept == "none":
+        stored = {key: value for key, value in stored.items() if key.partition("/")[0] not in optimizers}
+        same = {key: original for key, original in same.items() if key.partition("/")[0] not in optimizers}
+    packed = _pack(stored, part_bytes, parts)
+    if packed is None:
+        size = sum(map(_size, stored.values()))
+        raise TrainingError(
+            f"{folder}: {size / 2**20:.1f} MiB do not fit into {parts} files of {part_bytes / 2**20:.1f} MiB; "
+            "choose smaller networks (channel_base, channel_max), or --moments none"
+        )
+    rounding = {name: _rounding(name, exact, stored, same) for name in modules}
+    header = {"format": FORMAT, "state": json.dumps(dict(state)), "moments": kept, "same": json.dumps(same)}
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    names = [f"state-{number}.safetensors" for number in range(len(packed))]
+    for number, (name, part) in enumerate(zip(names, packed, strict=True)):
+        save_file(part, partial / name, metadata=header | {"part": f"{number + 1}/{len(packed)}"})
+    size = sum((partial / name).stat().st_size for name in names)
+    _replace(partial, folder)
+    return CompactSummary(tuple(names), size, kept, rounding)
+
+
+def read_compact_state(folder: Path) -> tuple[dict[str, Any], str]:
+    """The scalars and whether second moments are kept ("bf16" or "none"); TrainingError if a part is missing or foreign."""
+    headers = [_header(path) for path in _parts(folder)]
+    count = len(headers)
+    first = headers[0]
+    places = [header.get("part") for header in headers]
+    if sorted(map(str, places)) != sorted(f"{number + 1}/{count}" for number in range(count)):
+        raise TrainingError(f"{folder}: has the parts {', '.join(map(str, places))}; all parts of one state are needed")
+    if any(header["state"] != first["state"] for header in headers):
+        raise TrainingError(f"{folder}: its files are of different states; copy all of one run's files again")
+    state: dict[str, Any] = json.loads(first["state"])
+    return state, first["moments"]
+
+
+def load_compact(
+    folder: Path,
+    modules: Mapping[str, torch.nn.Module],
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Fill modules, optimizers and tensors in place. Optimizers whose moments were left out stay as they are (new)."""
+    flat: dict[str, Tensor] = {}
+    same: dict[str, str] = {}
+    for path in _parts(folder):
+        same = json.loads(_header(path)["same"])
+        with safe_open(path, framework="pt") as file:
+            flat |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    # Copies: the optimizer counts up the step of every weight, and would count one shared tensor many times.
+    flat |= {key: flat[original].clone() for key, original in same.items()}
+    for name, optimizer in optimizers.items():
+        for key in [key for key in flat if key.startswith(f"{name}/") and key.endswith("/exp_avg_sq")]:
+            if _beta1(optimizer) == 0:  # the optimizer wants the slot; what is in it has no effect
+                flat[key.removesuffix("_sq")] = torch.zeros_like(flat[key], dtype=torch.float32)
+    present = {name: each for name, each in optimizers.items() if any(key.startswith(f"{name}/") for key in flat)}
+    try:
+        fill(flat, modules, present, tensors)
+    except (RuntimeError, KeyError) as error:
+        raise TrainingError(f"{folder}: does not fit these networks ({escape(str(error).splitlines()[0])})") from error
+
+
+def warm_up(optimizers: Sequence[torch.optim.Optimizer], step: int, steps: int) -> float:
+    """Set the learning rates for step 0, 1, ... after a resumption without moments; returns their factor.
+
+    Adam's first steps without a second moment go the whole rate in every weight, whatever its gradient; the rate therefore
+    rises evenly from 1 / steps to its own in `steps` steps. Choose as many as the moments average over, 1 / (1 - beta2).
+    """
+    factor = min((step + 1) / max(steps, 1), 1.0)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group.setdefault("full_rate", group["lr"])
+            group["lr"] = group["full_rate"] * factor
+    return factor
+
+
+def _beta1(optimizer: torch.optim.Optimizer) -> float:
+    return max(float(group["betas"][0]) for group in optimizer.param_groups)
+
+
+def _has_no_effect(key: str, unused: set[str]) -> bool:
+    return key.endswith("/exp_avg") and key.partition("/")[0] in unused
+
+
+def _narrow(key: str, value: Tensor, optimizers: Mapping[str, torch.optim.Optimizer]) -> Tensor:
+    if value.dtype != torch.float32 or value.numel() <= _SMALL:
+        return value
+    if key.partition("/")[0] in optimizers:  # second moments span many powers of ten
+        return value.bfloat16()
+    return value.half() if value.abs().max() <= _LARGEST else value
+
+
+def _without_copies(flat: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors that differ, and for each that equals an earlier one the name of that: buffers of G and G_ema."""
+    kept: dict[str, Tensor] = {}
+    same: dict[str, str] = {}
+    by_shape: dict[tuple[torch.Size, torch.dtype], list[str]] = {}
+    for key, value in flat.items():
+        alike = by_shape.setdefault((value.shape, value.dtype), [])
+        original = next((name for name in alike if torch.equal(kept[name], value)), None)
+        if original is None:
+            kept[key] = value
+            alike.append(key)
+        else:
+            same[key] = original
+    return kept, same
+
+
+def _pack(flat: Mapping[str, Tensor], part_bytes: int, parts: int) -> list[dict[str, Tensor]] | None:
+    """The tensors in at most `parts` groups, the largest first into the fullest with room; None if they do not fit."""
+    room = part_bytes - _HEADER_BYTES
+    groups: list[dict[str, Tensor]] = []
+    left: list[int] = []
+    for key, value in sorted(flat.items(), key=lambda item: -_size(item[1])):
+        size = _size(value) + 200  # bytes, and its entry in the header
+        places = [number for number, space in enumerate(left) if space >= size]
+        if not places:
+            if len(groups) == parts or size > room:
+                return None
+            groups.append({})
+            left.append(room)
+            places = [len(groups) - 1]
+        best = min(places, key=lambda number: left[number])
+        groups[best][key] = value
+        left[best] -= size
+    return groups
+
+
+def _size(value: Tensor) -> int:
+    return value.numel() * value.element_size()
+
+
+def _rounding(name: str, exact: Mapping[str, Tensor], stored: Mapping[str, Tensor], same: Mapping[str, str]) -> float:
+    keys = [key for key in exact if key.startswith(f"{name}/") and exact[key].is_floating_point()]
+    errors = [(stored[same.get(key, key)].double() - exact[key].double()).square().sum() for key in keys]
+    total = sum(float(exact[key].double().square().sum()) for key in keys)
+    return math.sqrt(sum(map(float, errors)) / max(total, 1e-300))
+
+
+def _parts(folder: Path) -> list[Path]:
+    found = sorted(folder.glob("state-*.safetensors"))
+    if not found:
+        raise TrainingError(f"{folder}: holds no state; its files are called state-0.safetensors and so on")
+    return found
+
+
+def _header(path: Path) -> dict[str, str]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata: dict[str, str] = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise TrainingError(f"{path}: not a readable part of a state ({escape(error)})") from error
+    if metadata.get("format") != FORMAT:
+        raise TrainingError(f"{path}: not a {FORMAT} file")
+    return metadata
+
+
+def _replace(partial: Path, folder: Path) -> None:
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
