@@ -1,9 +1,8 @@
-"""Features of real images, computed once for a data set and a feature space, and of generated ones."""
+"""Features of real images, computed once for a data set and a feature space, and the labels of generated ones."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +10,6 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dermis.features import FeatureExtractor
-from dermis.network_config import NoiseMode
-from dermis.synthesizer import Synthesizer
 from training.data.cache import new_array, read_array
 from training.data.embedding import embed_array, progress_bar
 from training.data.images import DECODER_VERSION
@@ -48,31 +45,6 @@ def real_features(
         with new_array(file, shape, np.float32) as array:
             array[:] = features
     return features
-
-
-def generated_features(
-    synthesizer: Synthesizer,
-    labels: NDArray[np.int64],
-    extractor: FeatureExtractor,
-    *,
-    seed: int = 0,
-    truncation_psi: float = 1.0,
-    noise_mode: NoiseMode = "random",
-    bar: tqdm | None = None,
-) -> NDArray[np.float32]:
-    """Features [N, dim] of samples 0 ... N - 1 of the seed, sample i of class labels[i] (zeros if unconditional)."""
-
-    def batches() -> Iterator[NDArray[np.uint8]]:
-        for start in range(0, len(labels), BATCH):
-            indices = list(range(start, min(start + BATCH, len(labels))))
-            classes = labels[indices].tolist()
-            yield synthesizer.images(
-                [seed] * len(indices), indices, classes, truncation_psi=truncation_psi, noise_mode=noise_mode
-            )
-            if bar is not None:
-                bar.update(len(indices))
-
-    return extractor.over(batches())
 
 
 def labels_in_proportion(labels: NDArray[np.int64], count: int) -> NDArray[np.int64]:

@@ -1,0 +1,183 @@
+"""Which training objective gives varied images: `python -m benchmarks.objectives --data FOLDER --split FOLDER --out FOLDER`.
+
+Trains one small generator for every objective and seed, each for the same time of the processor, and compares its images with
+the real ones of `train` and of `validation` in feature spaces that no discriminator has seen. The held-out part is not looked
+at: this program is there to choose. One JSON file a run is written to --out; runs that have one are skipped, so it can be
+stopped and started again. It prints the table of docs/training.md: mean and range over the seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from commands.options import read_described
+from dermis.cpus import keep_freed_memory
+from dermis.devices import describe_hardware
+from dermis.features import feature_extractor
+from dermis.metrics import frechet_distance
+from dermis.metrics.neighbourhoods import compare_neighbourhoods
+from dermis.networks import Generator, one_hot
+from training.data.images import ImageDataset, load_images
+from training.evaluation.features import labels_in_proportion, real_features
+from training.gan.batches import batches, class_weights
+from training.gan.config import automatic_precision, base_config
+from training.gan.loss import DTYPES, Phases
+from training.gan.state import State, new_state
+from training.gan.step import training_step
+
+SMALL: dict[str, Any] = {"channel_base": 4096, "channel_max": 256, "z_dim": 256, "w_dim": 256, "batch": 32}
+PROJECTED: dict[str, Any] = SMALL | {"projected": True}
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "stylegan2": SMALL,
+    "stylegan2, relativistic": SMALL | {"relativistic": True, "pl_weight": 0.0, "style_mixing_prob": 0.0},
+    "projected": PROJECTED,
+    "projected, batch 16": PROJECTED | {"batch": 16},
+    "projected, mbstd": PROJECTED | {"projected_mbstd": True},
+    "projected, 5 levels": PROJECTED | {"projected_levels": 5},
+    "projected, relativistic": PROJECTED | {"relativistic": True, "r1_gamma": 0.1},
+    "projected, z and w of 512": PROJECTED | {"z_dim": 512, "w_dim": 512},
+    "projected, style mixing": PROJECTED | {"style_mixing_prob": 0.9},
+    "projected, path length": PROJECTED | {"pl_weight": 2.0},
+    "projected, class balance 0.5": PROJECTED | {"class_balance": 0.5},
+    "projected, moments 0.5": PROJECTED | {"moments_weight": 0.5},
+    "projected, moments 2": PROJECTED | {"moments_weight": 2.0},
+}
+SPACES = ("lite1", "lite2")
+COUNT = 2000  # generated images
+_CPU = torch.device("cpu")
+
+
+def read_part(data: Path, split: Path, part: str, resolution: int, cache: Path) -> ImageDataset:
+    """The images of one part of a split."""
+    images = read_described(data, split / f"{part}.csv", None, None, False, None, None, quiet=True)
+    return load_images(images, resolution, cache=cache)
+
+
+def train_for(seconds: float, dataset: ImageDataset, options: dict[str, Any], seed: int) -> State:
+    """A state after so many seconds of the processor, with whole steps only."""
+    precision = automatic_precision(_CPU)
+    classes = len(dataset.class_names)
+    config = base_config("auto", dataset.resolution, classes, seed=seed, precision=precision, **options)
+    state = new_state(config, _CPU)
+    phases = Phases(state.G, state.D, state.pl_mean, config, moments=state.moments)
+    weights = class_weights(dataset.labels, config) if config.class_balance else None
+    begin = time.process_time()
+    with closing(batches(dataset, seed, config.batch, 0, weights=weights)) as real:
+        while time.process_time() - begin < seconds:
+            training_step(state, phases, dataset, next(real), config)
+    state.progress.seconds = time.process_time() - begin
+    return state
+
+
+@torch.no_grad()
+def draw(G: Generator, labels: NDArray[np.int64], seed: int = 7) -> NDArray[np.uint8]:
+    """uint8 images [N, R, R, 3] of these classes, each with noise of its own."""
+    torch.manual_seed(seed)
+    parts = []
+    for part in np.array_split(labels, -(-len(labels) // 32)):
+        z = torch.randn(len(part), G.config.z_dim)
+        images = G(z, one_hot(part, G.config.c_dim), noise_mode="random", dtype=DTYPES[automatic_precision(_CPU)])
+        parts.append((images * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy())
+    return np.concatenate(parts)
+
+
+def measure(images: NDArray[np.uint8], parts: dict[str, ImageDataset], cache: Path) -> dict[str, Any]:
+    """FD against `train`, precision, recall and coverage against as many images of both parts, in each space."""
+    numbers: dict[str, Any] = {}
+    for name in SPACES:
+        extractor = feature_extractor(name)
+        generated = np.concatenate([extractor.extract(x) for x in np.array_split(images, -(-len(images) // 32))])
+        real = {part: real_features(dataset, extractor, cache) for part, dataset in parts.items()}
+        numbers[name] = {"fd": frechet_distance(real["train"], generated)}
+        for part, features in real.items():
+            count = min(len(features), len(generated))
+            rng = np.random.default_rng(0)
+            sides = (x[rng.permutation(len(x))[:count]] for x in (features, generated))
+            near = compare_neighbourhoods(*sides)
+            numbers[name][part] = {key: getattr(near, key) for key in ("precision", "recall", "coverage")}
+    return numbers
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Markdown: one row an objective, mean (lowest to highest) over its seeds."""
+
+    def cell(rows: list[dict[str, Any]], *path: str, digits: int = 1) -> str:
+        values = []
+        for row in rows:
+            value: Any = row
+            for key in path:
+                value = value[key]
+            values.append(float(value))
+        mean = f"{statistics.fmean(values):.{digits}f}"
+        return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+    lines = [
+        "| objective | seeds | kimg | FD@lite1 | recall@lite1 | FD@lite2 | recall@lite2 | recall@lite1, validation |"
+    ]
+    lines += ["| --- | --- | --- | --- | --- | --- | --- | --- |"]
+    for name in OBJECTIVES:
+        rows = [row for row in results if row["objective"] == name]
+        if rows:
+            cells = [cell(rows, "kimg"), cell(rows, "lite1", "fd"), cell(rows, "lite1", "train", "recall", digits=3)]
+            cells += [cell(rows, "lite2", "fd"), cell(rows, "lite2", "train", "recall", digits=3)]
+            cells += [cell(rows, "lite1", "validation", "recall", digits=3)]
+            lines.append(f"| {name} | {len(rows)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run what is missing, then print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--data", type=Path, required=True, help="folder of images and their table")
+    parser.add_argument("--split", type=Path, required=True, help="folder with train.csv and validation.csv")
+    parser.add_argument("--out", type=Path, required=True, help="one JSON file a run")
+    parser.add_argument("--minutes", type=float, default=12.0, help="of the processor, a run")
+    parser.add_argument("--resolution", type=int, default=64)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--objectives", nargs="+", choices=list(OBJECTIVES), default=list(OBJECTIVES), metavar="NAME")
+    parser.add_argument("--cache", type=Path, default=Path(".dermis/cache"))
+    args = parser.parse_args()
+    keep_freed_memory()
+    torch.set_num_threads(1)  # time of the processor is then time of one core
+    args.out.mkdir(parents=True, exist_ok=True)
+    parts = {
+        part: read_part(args.data, args.split, part, args.resolution, args.cache) for part in ("train", "validation")
+    }
+    labels = np.random.default_rng(0).permutation(labels_in_proportion(parts["train"].labels, COUNT))
+    for seed in args.seeds:
+        for name in args.objectives:
+            file = args.out / f"{name.replace(', ', '-').replace(' ', '_')}-{seed}.json"
+            if file.exists():
+                continue
+            state = train_for(args.minutes * 60, parts["train"], OBJECTIVES[name], seed)
+            result = {
+                "objective": name,
+                "options": OBJECTIVES[name],
+                "seed": seed,
+                "resolution": args.resolution,
+                "hardware": describe_hardware(_CPU),
+                "kimg": state.progress.kimg,
+                "seconds": state.progress.seconds,
+                **measure(draw(state.G_ema, labels), parts, args.cache),
+            }
+            partial = file.with_suffix(".partial")
+            partial.write_text(json.dumps(result, indent=2) + "\n")
+            partial.replace(file)
+            print(
+                f"{name}, seed {seed}: {state.progress.kimg:.1f} kimg, FD@lite1 {result['lite1']['fd']:.1f}", flush=True
+            )
+    print(table([json.loads(file.read_text()) for file in sorted(args.out.glob("*.json"))]))
+
+
+if __name__ == "__main__":
+    main()
