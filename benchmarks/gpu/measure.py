@@ -260,7 +260,7 @@ def kernels(results: Results) -> None:
         ("generation", profile_generation(results.device, results.tiny)),
         ("training", profile_training(results.device, results.tiny)),
     ):
-        results.note(f"slowest kernels, {name}", f"{len(rows)} kernels in {len(rows)} rows", kernels=rows)
+        results.note(f"slowest kernels, {name}", f"{len(rows) - 1} are listed", kernels=rows)
 
 
 PARTS: dict[str, Callable[[Results], None]] = {
