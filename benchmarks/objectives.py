@@ -29,9 +29,9 @@ from dermis.metrics.neighbourhoods import compare_neighbourhoods
 from dermis.networks import Generator, one_hot
 from training.data.images import ImageDataset, load_images
 from training.evaluation.features import labels_in_proportion, real_features
-from training.gan.batches import batches, class_weights
+from training.gan.batches import batches
 from training.gan.config import automatic_precision, base_config
-from training.gan.loss import DTYPES, Phases
+from training.gan.loss import DTYPES
 from training.gan.state import State, new_state
 from training.gan.step import training_step
 
@@ -69,10 +69,9 @@ def train_for(seconds: float, dataset: ImageDataset, options: dict[str, Any], se
     classes = len(dataset.class_names)
     config = base_config("auto", dataset.resolution, classes, seed=seed, precision=precision, **options)
     state = new_state(config, _CPU)
-    phases = Phases(state.G, state.D, state.pl_mean, config, moments=state.moments)
-    weights = class_weights(dataset.labels, config) if config.class_balance else None
+    phases = state.phases(config)
     begin = time.process_time()
-    with closing(batches(dataset, seed, config.batch, 0, weights=weights)) as real:
+    with closing(batches(dataset, config, 0)) as real:
         while time.process_time() - begin < seconds:
             training_step(state, phases, dataset, next(real), config)
     state.progress.seconds = time.process_time() - begin

@@ -78,7 +78,7 @@ def variant(config: GanConfig, device: torch.device, *, plain: bool, compiled: b
     config = replace(config, precision="fp32") if plain else config
     state = new_state(config, device)
     state.adaptive.p, state.adaptive.target = STRENGTH, None
-    phases = Phases(state.G, state.D, state.pl_mean, config, compiled=compiled and not plain)
+    phases = state.phases(config, compiled=compiled and not plain)
     return Variant(config, state, phases, torch.contiguous_format if plain else networks.LAYOUT)
 
 

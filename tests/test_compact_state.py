@@ -20,7 +20,6 @@ from training.gan.compact import (
     warm_up,
 )
 from training.gan.config import GanConfig, auto_config
-from training.gan.loss import Phases
 from training.gan.state import State, new_state
 from training.gan.step import training_step
 
@@ -43,8 +42,8 @@ def config(**changes: object) -> GanConfig:
 def run(state: State, options: GanConfig, steps: int, warm_up_steps: int = 0) -> list[float]:
     """The discriminator's losses of `steps` more steps."""
     data = dataset()
-    phases = Phases(state.G, state.D, state.pl_mean, options)
-    real = batches(data, options.seed, options.batch, state.progress.nimg)
+    phases = state.phases(options)
+    real = batches(data, options, state.progress.nimg)
     losses = []
     for step in range(steps):
         if warm_up_steps:

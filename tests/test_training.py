@@ -23,7 +23,6 @@ from training.gan.checkpoint import read_state
 from training.gan.config import GanConfig, auto_config
 from training.gan.health import PATIENCE, Health
 from training.gan.loop import train
-from training.gan.loss import Phases
 from training.gan.snapshot import Origin, sample_grid, write_snapshot
 from training.gan.state import new_state, save_state
 from training.gan.step import training_step
@@ -149,10 +148,10 @@ def test_gradients_may_be_sick_for_a_while_but_not_for_ever(tmp_path: Path) -> N
 def test_one_sick_gradient_is_cleaned(tmp_path: Path) -> None:
     """A NaN in the gradient of one weight stops neither that weight for ever nor any other."""
     state, config = new_state(_config(0.004), CPU), _config(0.004)
-    phases = Phases(state.G, state.D, state.pl_mean, config)
+    phases = state.phases(config)
     weight = state.D.get_parameter("b4.out.weight")
     handle = weight.register_hook(lambda gradient: gradient.index_fill(1, torch.tensor([0]), math.nan))
-    with closing(batches(_dataset(), 0, config.batch, 0)) as real:
+    with closing(batches(_dataset(), config, 0)) as real:
         stats = training_step(state, phases, _dataset(), next(real), config)
         assert math.isnan(stats["D_gradient"]) and math.isfinite(stats["D"])
         handle.remove()

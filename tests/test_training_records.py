@@ -58,7 +58,7 @@ def test_batches_are_reshuffled_epochs_from_any_position() -> None:
     dataset.images[:, 0, 0, 0] = np.arange(16)  # every image carries its number
 
     def stream(start: int, count: int) -> list[int]:
-        source = batches(dataset, 3, 4, start)
+        source = batches(dataset, replace(_config(1.0), seed=3), start)
         found = [next(source) for _ in range(count)]
         source.close()
         numbers = [int(image[0, 0, 0]) for batch in found for image in batch.images]
@@ -68,6 +68,15 @@ def test_batches_are_reshuffled_epochs_from_any_position() -> None:
     whole = stream(0, 8)
     assert sorted(whole[:16]) == sorted(whole[16:]) == list(range(16)) and whole[:16] != whole[16:]
     assert stream(12, 5) == whole[12:]  # across the border of two epochs
+
+
+def test_balanced_batches_show_a_rare_class_as_often_as_the_others() -> None:
+    rare = replace(_dataset(), labels=np.array([1] * 2 + [0] * 14))
+    for balance, share in ((0.0, 1 / 8), (0.5, 2**0.5 / (2**0.5 + 14**0.5)), (1.0, 1 / 2)):
+        source = batches(rare, replace(_config(1.0), class_balance=balance), 0)
+        shown = np.concatenate([next(source).labels for _ in range(1000)])
+        source.close()
+        assert shown.mean() == pytest.approx(share, abs=0.03)
 
 
 def test_log_of_a_crashed_run_is_cut_back_to_its_checkpoint(tmp_path: Path) -> None:

@@ -21,7 +21,6 @@ from dermis.bundle import load_generator
 from dermis.networks import fir2d, fir_filter
 from training.gan.batches import batches
 from training.gan.config import GanConfig, base_config
-from training.gan.loss import Phases
 from training.gan.parallel import Ranks
 from training.gan.state import new_state
 from training.gan.step import training_step
@@ -85,8 +84,8 @@ def training_speed(config: GanConfig, device: torch.device, compiled: bool, want
         torch.cuda.reset_peak_memory_stats(device)
     state = new_state(config, device)
     state.adaptive.p, state.adaptive.target = STRENGTH, None
-    phases = Phases(state.G, state.D, state.pl_mean, config, compiled=compiled)
-    real = batches(dataset, config.seed, config.batch, 0, Ranks(device=device))
+    phases = state.phases(config, compiled=compiled)
+    real = batches(dataset, config, 0, Ranks(device=device))
 
     def steps(count: int) -> None:
         for _ in range(count):
@@ -173,7 +172,7 @@ def profile_training(device: torch.device, tiny: bool) -> list[dict[str, Any]]:
     dataset, batch = random_data(config, device)
     state = new_state(config, device)
     state.adaptive.p, state.adaptive.target = STRENGTH, None
-    phases = Phases(state.G, state.D, state.pl_mean, config)
+    phases = state.phases(config)
 
     def steps() -> None:
         for _ in range(1 if tiny else 4):

@@ -33,7 +33,6 @@ from training.gan.batches import batches
 from training.gan.compact import Moments, load_compact_state, save_compact_state, warm_up
 from training.gan.config import GanConfig, automatic_precision, base_config
 from training.gan.health import Health
-from training.gan.loss import Phases
 from training.gan.parallel import Ranks
 from training.gan.snapshot import GRID, Origin, sample_grid, write_snapshot
 from training.gan.state import State, new_state
@@ -124,13 +123,13 @@ class Run:
         """Steps until the deadline (time.monotonic) or SIGTERM, less the time that saving takes; one at least."""
         state, config, progress = self.state, self.config, self.state.progress
         compiled = self.plan.compile and self.device.type == "cuda"
-        phases = Phases(state.G, state.D, state.pl_mean, config, compiled=compiled)
+        phases = state.phases(config, compiled=compiled)
         health = Health(self.out / "state")
         ranks = Ranks(device=self.device)
         clock = saved = time.monotonic()
         durations: list[float] = []
         with (
-            closing(batches(self.dataset, config.seed, config.batch, progress.nimg, ranks)) as real,
+            closing(batches(self.dataset, config, progress.nimg, ranks)) as real,
             stop_requested(insist=False) as stop,
         ):
             step = 0

@@ -33,7 +33,6 @@ from training.federated.task import Order, Update
 from training.federated.wire import RefusedError, Tensors
 from training.gan.batches import batches
 from training.gan.health import Health
-from training.gan.loss import Phases
 from training.gan.parallel import Ranks
 from training.gan.snapshot import draw_samples
 from training.gan.state import State, load_state, new_state, save_state
@@ -138,10 +137,10 @@ def train(order: Order, site: Site) -> Update:
     state.progress.step = (order.round - 1) * federation.iterations
     state.progress.nimg = state.progress.step * config.batch
     start, totals = time.monotonic(), dict[str, list[float]]()
-    phases = Phases(state.G, state.D, state.pl_mean, local, Ranks(device=device))
+    phases = state.phases(local, Ranks(device=device))
     health = Health(checkpoint)
     adjust = proximal_pull((state.G, state.D), order.proximal_mu)
-    with closing(batches(dataset, local.seed, local.batch, state.progress.nimg, phases.ranks)) as real:
+    with closing(batches(dataset, local, state.progress.nimg, phases.ranks)) as real:
         for _ in range(federation.iterations):
             stats = training_step(state, phases, dataset, next(real), local, adjust)
             health.check(state.progress.kimg, stats)

@@ -27,25 +27,21 @@ class Batch:
 def class_weights(labels: NDArray[np.int64], config: GanConfig) -> NDArray[np.float64]:
     """The chance [N] of every image where a class of n images is shown in proportion to n ** (1 - class_balance)."""
     counts = np.bincount(labels)
-    weights: NDArray[np.float64] = counts[labels] ** -config.class_balance
-    return weights / weights.sum()
+    weights = np.asarray(counts[labels], dtype=np.float64) ** -config.class_balance
+    chances: NDArray[np.float64] = weights / weights.sum()
+    return chances
 
 
-def batches(
-    dataset: ImageDataset,
-    seed: int,
-    batch: int,
-    start: int,
-    ranks: Ranks = ALONE,
-    weights: NDArray[np.float64] | None = None,
-) -> Generator[Batch]:
+def batches(dataset: ImageDataset, config: GanConfig, start: int, ranks: Ranks = ALONE) -> Generator[Batch]:
     """The batches from position `start` (images shown before) on.
 
     While one is used, a thread reads the next from the memory-mapped array; for CUDA into pinned memory, from which the
-    copy to the GPU does not wait for it either. The order depends on seed and weights alone; with `weights`, the chance of
-    every image, an epoch is that many independent draws.
+    copy to the GPU does not wait for it either. The order depends on the seed and the balance of the classes alone; where
+    these are balanced, an epoch is as many independent draws as there are images.
     """
-    order = _Order(len(dataset.labels), seed, weights)
+    batch = config.batch
+    weights = class_weights(dataset.labels, config) if config.class_balance else None
+    order = _Order(len(dataset.labels), config.seed, weights)
     pinned = ranks.device.type == "cuda"
 
     def read(position: int) -> Batch:

@@ -19,11 +19,10 @@ from tqdm import tqdm
 from dermis.errors import TrainingError
 from dermis.networks import Generator
 from training.data.isic import ImageDataset
-from training.gan.batches import batches, class_weights
+from training.gan.batches import batches
 from training.gan.config import GanConfig
 from training.gan.health import Health
 from training.gan.journal import Journal
-from training.gan.loss import Phases
 from training.gan.parallel import Ranks
 from training.gan.state import Progress, State, load_state, new_state, save_state
 from training.gan.step import training_step
@@ -78,8 +77,7 @@ def train(
             begin(state)
         if ranks.first:
             (out / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-        weights = class_weights(dataset.labels, config) if config.class_balance else None
-        phases = Phases(state.G, state.D, state.pl_mean, config, ranks, compile_networks, state.moments)
+        phases = state.phases(config, ranks, compile_networks)
         health = Health(checkpoint)
 
         def save() -> None:
@@ -97,7 +95,7 @@ def train(
         with (
             tqdm(total=total, initial=progress.nimg, unit="img", unit_scale=True, disable=quiet, smoothing=0.1) as bar,
             Journal(out, progress.nimg, enabled=ranks.first, tensorboard=tensorboard) as journal,
-            closing(batches(dataset, config.seed, config.batch, progress.nimg, ranks, weights)) as real,
+            closing(batches(dataset, config, progress.nimg, ranks)) as real,
             stop_requested(insist=ranks.count > 1) as stop,
         ):
             while progress.nimg < total:

@@ -180,8 +180,8 @@ class Phases:
         inputs: list[Tensor]
         if isinstance(self.D, ProjectedDiscriminator):
             with torch.no_grad():
-                mixed = self.D.mixed(self.D.stages(self._transform(images, p)))
-            inputs = [x.requires_grad_(True) for x in mixed]
+                mixed = self.D.mixed(self.D.stages(self._transform(images, p), self._dtype), self._dtype)
+            inputs = [x.float().requires_grad_(True) for x in mixed]
             logits = self.D.heads(inputs, c, self._dtype)
         else:
             inputs = [images.detach().requires_grad_(True)]

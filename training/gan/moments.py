@@ -37,6 +37,15 @@ class FeatureMoments(nn.Module):
         device: Where it computes.
     """
 
+    real_count: Tensor
+    real_mean: Tensor
+    fake_count: Tensor
+    recent_count: Tensor
+    recent_sum: Tensor
+    scale: Tensor
+    transport: Tensor
+    ready: Tensor
+
     def __init__(self, c_dim: int, features: int, device: torch.device | str = "cpu") -> None:
         super().__init__()
         self.classes = max(c_dim, 1)
@@ -103,7 +112,8 @@ class FeatureMoments(nn.Module):
         with torch.no_grad():
             fake_mean = self.recent_sum / self.recent_count.clamp_min(1e-8)[:, None] * self.scale
             target = c @ self.real_mean + (x - c @ fake_mean) @ self.transport
-        return (x - target).square().mean() * self.ready
+        distance: Tensor = (x - target).square().mean()
+        return distance * self.ready
 
     def _gaussian(self, kind: str) -> tuple[Tensor, Tensor]:
         """Means [classes, features] and the covariance within classes, in float64."""
@@ -115,4 +125,5 @@ class FeatureMoments(nn.Module):
 def _power(x: Tensor, exponent: float) -> Tensor:
     """A power of a symmetric positive definite matrix."""
     values, vectors = torch.linalg.eigh(x)
-    return (vectors * values.clamp_min(1e-10) ** exponent) @ vectors.T
+    power: Tensor = (vectors * values.clamp_min(1e-10) ** exponent) @ vectors.T
+    return power

@@ -74,18 +74,21 @@ class ProjectedDiscriminator(nn.Module):
         channels_last(self.to(device))
 
     def forward(self, img: Tensor, c: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
-        """`dtype` is the arithmetic of the heads' convolutions; the fixed part is float32."""
-        return self.heads(self.mixed(self.stages(img)), c, dtype)
+        """`dtype` is the arithmetic of convolutions; that of the fixed ones only on a GPU (a CPU gains nothing by it)."""
+        return self.heads(self.mixed(self.stages(img, dtype), dtype), c, dtype)
 
-    def stages(self, img: Tensor) -> list[Tensor]:
+    def stages(self, img: Tensor, dtype: torch.dtype | None = None) -> list[Tensor]:
         """Feature maps of the pretrained backbone, fine to coarse, the last ones at 1/4, 1/8, 1/16 and 1/32."""
         x = F.interpolate(img.float(), size=(self.size, self.size), mode="bilinear", align_corners=False)
-        stages: list[Tensor] = self._fixed[0].backbone(x.contiguous(memory_format=torch.channels_last))
+        with torch.autocast(img.device.type, dtype=dtype, enabled=dtype is not None and img.is_cuda):
+            stages: list[Tensor] = self._fixed[0].backbone(x.contiguous(memory_format=torch.channels_last))
         return stages
 
-    def mixed(self, stages: list[Tensor]) -> list[Tensor]:
+    def mixed(self, stages: list[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
         """The stages after the fixed random mixing: what the heads judge."""
-        mixed: list[Tensor] = self._fixed[0](stages)
+        on_gpu = stages[0].is_cuda
+        with torch.autocast(stages[0].device.type, dtype=dtype, enabled=dtype is not None and on_gpu):
+            mixed: list[Tensor] = self._fixed[0](stages)
         return mixed
 
     def heads(self, mixed: list[Tensor], c: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
@@ -100,8 +103,8 @@ class ProjectedDiscriminator(nn.Module):
 
     def judged(self, img: Tensor, c: Tensor | None, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """Logits, and the statistics [N, STATISTICS] of the features that they come from."""
-        stages = self.stages(img)
-        return self.heads(self.mixed(stages), c, dtype), statistics(stages)
+        stages = self.stages(img, dtype)
+        return self.heads(self.mixed(stages, dtype), c, dtype), statistics(stages)
 
 
 def statistics(stages: list[Tensor]) -> Tensor:
@@ -152,11 +155,12 @@ class _Scale(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers[:-1]:
+        *layers, last = self.layers
+        for layer in layers:
             x = layer(x)
         if self.mbstd_group_size:
             x = minibatch_std(x, self.mbstd_group_size, 1)
-        y: Tensor = self.layers[-1](x)
+        y: Tensor = last(x)
         return y.flatten(1)
 
 

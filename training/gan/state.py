@@ -16,7 +16,9 @@ from training.data.isic import ImageDataset
 from training.gan.augment import AdaptiveP
 from training.gan.checkpoint import load_checkpoint, read_state, save_checkpoint
 from training.gan.config import STRUCTURE, GanConfig
+from training.gan.loss import Phases
 from training.gan.moments import FeatureMoments
+from training.gan.parallel import ALONE, Ranks
 from training.gan.projected import LEARNING_RATE as PROJECTED_RATE
 from training.gan.projected import STATISTICS, ProjectedDiscriminator
 
@@ -56,6 +58,10 @@ class State:
     def modules(self) -> dict[str, torch.nn.Module]:
         modules: dict[str, torch.nn.Module] = {"G": self.G, "D": self.D, "G_ema": self.G_ema}
         return modules if self.moments is None else modules | {"moments": self.moments}
+
+    def phases(self, config: GanConfig, ranks: Ranks = ALONE, compiled: bool = False) -> Phases:
+        """The training phases of these networks."""
+        return Phases(self.G, self.D, self.pl_mean, config, ranks, compiled, self.moments)
 
     @property
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
