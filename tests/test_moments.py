@@ -65,7 +65,7 @@ def test_a_collapsed_generator_regains_the_variety_of_real_features() -> None:
     matched.update("real", real, real_c, batch=0)
     for _ in range(400):
         fake = torch.randn(COUNT, DIM) @ weight + c @ bias
-        matched.update("fake", fake.detach(), c, batch=moments.HALF_LIFE)
+        matched.update("fake", fake.detach(), c, batch=moments.REAL_HALF_LIFE)
         matched.solve()
         loss = matched.loss(fake, c)
         optimizer.zero_grad()
@@ -80,9 +80,9 @@ def test_a_collapsed_generator_regains_the_variety_of_real_features() -> None:
 def test_parts_of_a_batch_on_several_processes_add_up_to_the_whole() -> None:
     real, c, *_ = _classes()
     whole, *parts = (FeatureMoments(2, DIM) for _ in range(3))
-    whole.update("real", real[:8], c[:8], batch=moments.HALF_LIFE)
+    whole.update("real", real[:8], c[:8], batch=moments.REAL_HALF_LIFE)
     averaged = [
-        part.update("real", real[rank:8:2], c[rank:8:2], batch=moments.HALF_LIFE, parts=2)
+        part.update("real", real[rank:8:2], c[rank:8:2], batch=moments.REAL_HALF_LIFE, parts=2)
         for rank, part in enumerate(parts)
     ]
     for expected, one, two in zip((whole.real_count, whole.real_sum, whole.real_outer), *averaged, strict=True):

@@ -10,8 +10,11 @@ with means m and covariances C of real (r) and generated (g) features. The loss 
 with t held constant: its gradient is, up to a constant, that of the squared Fréchet distance between the two Gaussians. With
 labels, every class has its own means, and all share the covariance within classes.
 
-The moments are running averages over the batches that the discriminator sees, augmented as it sees them. The features are
-statistics of its fixed backbone, so distances in that feature space flatter a generator trained with this.
+The moments are running averages over the batches that the discriminator sees, augmented as it sees them. A covariance of d
+features from N images has errors of the order d / N, and the loss would follow them: averages must be long. Those of the
+generator must also be of the generator as it is, so theirs are shorter, and its means, which need few images, shorter still.
+The features are statistics of the discriminator's fixed backbone, so distances in that feature space flatter a generator
+trained with this.
 """
 
 from __future__ import annotations
@@ -19,10 +22,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-HALF_LIFE = 2000  # images after which a batch counts half: long against the number of features, short against training
-RECENT_HALF_LIFE = (
-    400  # the same of generated means: the loss pulls the other way only once they show what it has moved
-)
+# Images after which a batch counts half.
+REAL_HALF_LIFE = 20_000
+FAKE_HALF_LIFE = 4000  # at most: it is FAKE_SHARE of the images so far, and an untrained generator is soon forgotten
+FAKE_SHARE = 0.2
+RECENT_HALF_LIFE = 400  # of generated means: the loss must see soon how far it has moved them
 FEWEST = 2000  # images from which on the moments are used
 INTERVAL = 64  # steps between two solutions for T
 _RIDGE = 0.01  # added to the variances, which are 1 for real features
@@ -45,6 +49,7 @@ class FeatureMoments(nn.Module):
     scale: Tensor
     transport: Tensor
     ready: Tensor
+    seen: Tensor
 
     def __init__(self, c_dim: int, features: int, device: torch.device | str = "cpu") -> None:
         super().__init__()
@@ -53,6 +58,7 @@ class FeatureMoments(nn.Module):
             self.register_buffer(f"{kind}_count", torch.zeros(self.classes, device=device))
             self.register_buffer(f"{kind}_sum", torch.zeros(self.classes, features, device=device))
             self.register_buffer(f"{kind}_outer", torch.zeros(features, features, device=device))
+        self.register_buffer("seen", torch.zeros(()))  # on the CPU, where it is needed
         self.register_buffer("recent_count", torch.zeros(self.classes, device=device))
         self.register_buffer("recent_sum", torch.zeros(self.classes, features, device=device))
         self.register_buffer("real_mean", torch.zeros(self.classes, features, device=device))
@@ -76,10 +82,14 @@ class FeatureMoments(nn.Module):
         """
         c = c if c.shape[1] else torch.ones(len(c), 1, device=c.device)
         count, total, outer = c.sum(dim=0), c.T @ features, features.T @ features
+        average = float(REAL_HALF_LIFE)
+        if kind == "fake":
+            self.seen += batch
+            average = min(FAKE_HALF_LIFE, max(RECENT_HALF_LIFE, FAKE_SHARE * float(self.seen)))
         changes = [
-            (f"{kind}_count", count, HALF_LIFE),
-            (f"{kind}_sum", total, HALF_LIFE),
-            (f"{kind}_outer", outer, HALF_LIFE),
+            (f"{kind}_count", count, average),
+            (f"{kind}_sum", total, average),
+            (f"{kind}_outer", outer, average),
         ]
         if kind == "fake":
             changes += [("recent_count", count, RECENT_HALF_LIFE), ("recent_sum", total, RECENT_HALF_LIFE)]
