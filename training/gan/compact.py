@@ -6,6 +6,7 @@ weight of G, of G_ema and of D, and 2 for a second moment. What it loses:
 weights         rounded to float16: half a unit in the eleventh bit, less than a step of the optimizer changes
 first moments   nothing where beta1 is 0, since they are then the last gradient, which no later step uses; else bfloat16
 second moments  rounded to bfloat16, or left out, and then the optimizer begins again: see `warm_up`
+feature moments (`training.gan.moments`) left out: the resumed run takes them from its first few thousand images
 
 Tensors of a few thousand values (biases, noise strengths, averages) stay as they are, and so do values beyond float16.
 """
@@ -58,7 +59,7 @@ def save_compact_state(
 ) -> CompactSummary:
     """`save_compact` of a training run."""
     scalars = scalars_of(state, config, dataset)
-    return save_compact(folder, state.modules, state.optimizers, {"pl_mean": state.pl_mean}, scalars, moments=moments)
+    return save_compact(folder, state.networks, state.optimizers, {"pl_mean": state.pl_mean}, scalars, moments=moments)
 
 
 def load_compact_state(folder: Path, state: State, config: GanConfig, dataset: ImageDataset) -> bool:
@@ -69,7 +70,7 @@ def load_compact_state(folder: Path, state: State, config: GanConfig, dataset: I
     """
     scalars, moments = read_compact_state(folder)
     changes = changes_since(folder, scalars, config, dataset, allow_changes=True)
-    load_compact(folder, state.modules, state.optimizers, {"pl_mean": state.pl_mean})
+    load_compact(folder, state.networks, state.optimizers, {"pl_mean": state.pl_mean})
     restore_scalars(state, scalars, changes)
     return moments != "none"
 

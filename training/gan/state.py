@@ -55,9 +55,12 @@ class State:
     moments: FeatureMoments | None = None  # where config.moments_weight asks for them
 
     @property
+    def networks(self) -> dict[str, torch.nn.Module]:
+        return {"G": self.G, "D": self.D, "G_ema": self.G_ema}
+
+    @property
     def modules(self) -> dict[str, torch.nn.Module]:
-        modules: dict[str, torch.nn.Module] = {"G": self.G, "D": self.D, "G_ema": self.G_ema}
-        return modules if self.moments is None else modules | {"moments": self.moments}
+        return self.networks if self.moments is None else self.networks | {"moments": self.moments}
 
     def phases(self, config: GanConfig, ranks: Ranks = ALONE, compiled: bool = False) -> Phases:
         """The training phases of these networks."""
