@@ -82,6 +82,9 @@ def train_gan(
         bool, typer.Option("--projected", help="Judge by features of a pretrained network: learns in far fewer kimg.")
     ] = False,
     projected_levels: Annotated[int, typer.Option(help="Feature levels that it judges: 4, or 5 with a finer one.")] = 4,
+    projected_input: Annotated[
+        int, typer.Option(help="Pixels to which it enlarges smaller images, from 128 on.")
+    ] = 128,
     projected_mbstd: Annotated[
         bool, typer.Option("--projected-mbstd", help="Show its heads how much the images of a group differ.")
     ] = False,
@@ -167,6 +170,7 @@ def train_gan(
                 precision=precision,
                 projected=projected,
                 projected_levels=projected_levels,
+                projected_input=projected_input,
                 projected_mbstd=projected_mbstd,
                 moments_weight=moments_weight,
                 relativistic=relativistic,

@@ -18,7 +18,7 @@ Precision = Literal["fp32", "bf16", "fp16"]
 LEVELS = (4, 5)  # of the projected discriminator
 STRUCTURE = frozenset({
     "resolution", "c_dim", "seed", "z_dim", "w_dim", "mapping_layers", "channel_base", "channel_max", "conv_clamp",
-    "projected", "discriminator_mapping_layers", "projected_levels", "projected_mbstd",
+    "projected", "discriminator_mapping_layers", "projected_levels", "projected_mbstd", "projected_input",
 })  # fmt: skip
 
 
@@ -62,6 +62,7 @@ class GanConfig:
     relativistic: bool = False  # training.gan.loss.RELATIVISTIC, with gradient penalties on real and generated images
     projected_levels: int = 4  # feature levels that the projected discriminator judges
     projected_mbstd: bool = False  # its heads see the standard deviation of groups of mbstd_group_size
+    projected_input: int = 128  # side to which it enlarges smaller images
     moments_weight: float = 0.0  # of training.gan.moments, for the projected discriminator
 
     def __post_init__(self) -> None:
@@ -80,6 +81,8 @@ class GanConfig:
             raise TrainingError(f"class_balance: {self.class_balance} is not in [0, 1]")
         if self.projected_levels not in LEVELS:
             raise TrainingError(f"projected_levels: {self.projected_levels} is none of {LEVELS}")
+        if self.projected_input < 128 or self.projected_input % 32:
+            raise TrainingError(f"projected_input: {self.projected_input} is no multiple of 32 from 128 on")
         if self.moments_weight < 0:
             raise TrainingError(f"moments_weight: {self.moments_weight} must not be negative")
         if not self.projected and (self.moments_weight or self.projected_mbstd or self.projected_levels != 4):

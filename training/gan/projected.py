@@ -24,7 +24,9 @@ from torch.nn.utils.parametrizations import spectral_norm
 from dermis.features import channels_last, lite0_network
 from dermis.networks import minibatch_std
 
-INPUT_SIZE = 128  # pixels to which smaller images are enlarged for the backbone; a third of the cost of its own 224
+INPUT_SIZE = (
+    128  # default of the pixels to which images are enlarged for the backbone: a third of the cost of its own 224
+)
 LEARNING_RATE = 0.002  # of Adam, for weights under spectral normalisation
 _FEATURES = (16, 24, 40, 112, 320)  # channels of the backbone at 1/2, 1/4, 1/8, 1/16 and 1/32
 _WIDTHS = (24, 48, 96, 192, 256)  # channels after mixing
@@ -37,7 +39,7 @@ class ProjectedDiscriminator(nn.Module):
     """image [N, 3, H, W] and label c [N, c_dim] -> logits [N, levels], one a level, fine to coarse.
 
     Unconditional if c_dim is 0. With labels, each level's output is projected on an embedding of the label (Miyato and
-    Koyama, arXiv 1802.05637). The backbone takes images in [-1, 1] as they are, those of less than INPUT_SIZE enlarged:
+    Koyama, arXiv 1802.05637). The backbone takes images in [-1, 1] as they are, those smaller than input_size enlarged:
     larger ones must not be reduced, or nothing would judge their detail.
 
     Args:
@@ -47,6 +49,7 @@ class ProjectedDiscriminator(nn.Module):
         resolution: Side of the images, a power of two.
         levels: Feature levels that are judged; 5 adds the one at half the resolution.
         mbstd_group_size: Size of the groups whose standard deviation each head sees (`minibatch_std`); 0: none.
+        input_size: Side to which smaller images are enlarged, a multiple of 32.
     """
 
     def __init__(
@@ -57,10 +60,11 @@ class ProjectedDiscriminator(nn.Module):
         resolution: int = INPUT_SIZE,
         levels: int = 4,
         mbstd_group_size: int = 0,
+        input_size: int = INPUT_SIZE,
     ) -> None:
         super().__init__()
         self.c_dim = c_dim
-        self.size = max(resolution, INPUT_SIZE)
+        self.size = max(resolution, input_size)
         # In a tuple, and so no submodule: what never changes has no place among parameters, optimizers and checkpoints.
         self._fixed = (channels_last(_Projection(seed, levels).to(device)),)
         out_channels = _CMAP_DIM if c_dim > 0 else 1
@@ -138,20 +142,20 @@ class _Projection(nn.Module):
 
 
 class _Scale(nn.Module):
-    """Judge of one level: features [N, C, size, size] -> [N, out_channels], by halving down to 4 px."""
+    """Judge of one level: features [N, C, size, size] -> [N, out_channels], by halving down to 4 to 7 px."""
 
     def __init__(self, channels: int, size: int, out_channels: int, mbstd_group_size: int) -> None:
         super().__init__()
         self.mbstd_group_size = mbstd_group_size
         layers: list[nn.Module] = []
-        while size > 4:
+        while size >= 8:
             wider = min(2 * channels, _MAX_WIDTH)
             layers += _block(nn.Conv2d(channels, wider, 4, stride=2, padding=1))
             channels, size = wider, size // 2
         if not layers:
             layers += _block(nn.Conv2d(channels, channels, 3, padding=1))
         channels += mbstd_group_size > 0
-        layers.append(spectral_norm(nn.Conv2d(channels, out_channels, 4)))
+        layers.append(spectral_norm(nn.Conv2d(channels, out_channels, size)))
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:

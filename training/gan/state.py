@@ -84,6 +84,7 @@ def new_state(config: GanConfig, device: torch.device) -> State:
             config.resolution,
             config.projected_levels,
             config.mbstd_group_size if config.projected_mbstd else 0,
+            config.projected_input,
         )
     else:
         D = Discriminator(config.discriminator).to(device)
