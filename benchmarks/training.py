@@ -29,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.generation import PRODUCT_SIZE, seconds
 from dermis import networks
+from dermis.cpus import keep_freed_memory
 from dermis.devices import describe_hardware, fast_dtype, resolve_device
 from dermis.networks import one_hot
 from training.data.isic import ImageDataset
@@ -216,6 +217,7 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true", help="ours without torch.compile")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
+    keep_freed_memory()  # as `dermis train gan` does
     device = resolve_device(options.device)
     precision = "bf16" if fast_dtype(device) == torch.bfloat16 else "fp32"
     found = []

@@ -59,7 +59,7 @@ def keep_freed_memory() -> bool:
     """Let this process keep the memory that it frees, and use it again, where the C library is glibc.
 
     By default glibc returns every large block to the kernel, and the next one costs a page fault for each 4 KB. Networks
-    on the CPU allocate and free such blocks at every layer: training at 128 px took 6 times as long (docs/benchmarks.md).
+    on the CPU allocate and free such blocks at every layer: training at 128 px took 2 to 6 times as long (docs/benchmarks.md).
     The process then holds what it needed at its peak until it ends.
 
     Returns:

@@ -22,6 +22,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricR
 from flwr.clientapp import ClientApp
 
 from dermis import __version__
+from dermis.cpus import keep_freed_memory
 from dermis.errors import DermisError
 from training.federated.config import FederationConfig, parse_run_config
 from training.federated.secure import SECURE_MODS, asks_for_masking
@@ -36,6 +37,7 @@ _LOG = logging.getLogger("dermis.federated")
 Handler = Callable[[Message, Context], Message]
 
 app = ClientApp()
+keep_freed_memory()  # each message is handled in a short-lived process, and training is most of what they do
 
 
 def versions() -> dict[str, str]:
