@@ -44,6 +44,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "projected, batch 16": PROJECTED | {"batch": 16},
     "projected, mbstd": PROJECTED | {"projected_mbstd": True},
     "projected, 5 levels": PROJECTED | {"projected_levels": 5},
+    "projected, input 224": PROJECTED | {"projected_input": 224},
     "projected, relativistic": PROJECTED | {"relativistic": True, "r1_gamma": 0.1},
     "projected, z and w of 512": PROJECTED | {"z_dim": 512, "w_dim": 512},
     "projected, style mixing": PROJECTED | {"style_mixing_prob": 0.9},
@@ -107,6 +108,14 @@ def measure(images: NDArray[np.uint8], parts: dict[str, ImageDataset], cache: Pa
     return numbers
 
 
+def check_same_run(file: Path, expected: dict[str, Any]) -> None:
+    """End the program if a result was measured in another way, since one table must not mix them."""
+    stored = json.loads(file.read_text())
+    for key, value in expected.items():
+        if stored[key] != value:
+            raise SystemExit(f"{file}: was measured with {key} {stored[key]}, not {value}; choose another --out")
+
+
 def table(results: list[dict[str, Any]]) -> str:
     """Markdown: one row an objective, mean (lowest to highest) over its seeds."""
 
@@ -157,6 +166,9 @@ def main() -> None:
         for name in args.objectives:
             file = args.out / f"{name.replace(', ', '-').replace(' ', '_')}-{seed}.json"
             if file.exists():
+                check_same_run(
+                    file, {"options": OBJECTIVES[name], "resolution": args.resolution, "minutes": args.minutes}
+                )
                 continue
             state = train_for(args.minutes * 60, parts["train"], OBJECTIVES[name], seed)
             result = {
@@ -164,6 +176,7 @@ def main() -> None:
                 "options": OBJECTIVES[name],
                 "seed": seed,
                 "resolution": args.resolution,
+                "minutes": args.minutes,
                 "hardware": describe_hardware(_CPU),
                 "kimg": state.progress.kimg,
                 "seconds": state.progress.seconds,

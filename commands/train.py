@@ -81,12 +81,15 @@ def train_gan(
     projected: Annotated[
         bool, typer.Option("--projected", help="Judge by features of a pretrained network: learns in far fewer kimg.")
     ] = False,
-    projected_levels: Annotated[int, typer.Option(help="Feature levels that it judges: 4, or 5 with a finer one.")] = 4,
+    projected_levels: Annotated[
+        int, typer.Option(help="With --projected: feature levels that are judged, 4 or 5.")
+    ] = 4,
     projected_input: Annotated[
-        int, typer.Option(help="Pixels to which it enlarges smaller images, from 128 on.")
+        int, typer.Option(help="With --projected: enlarge smaller images to this side; 224 suits it.")
     ] = 128,
     projected_mbstd: Annotated[
-        bool, typer.Option("--projected-mbstd", help="Show its heads how much the images of a group differ.")
+        bool,
+        typer.Option("--projected-mbstd", help="With --projected: show its heads how much images of a group differ."),
     ] = False,
     moments_weight: Annotated[
         float, typer.Option(help="With --projected: match mean and covariance of its features; try 1 to 5.")

@@ -12,8 +12,9 @@ from pathlib import Path
 # As Linux names them, the widest first: they decide the last bits of a result.
 _INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "sve2", "sve", "asimd")
 _NATIVE_BFLOAT16 = ("amx_bf16", "avx512_bf16", "bf16")
-# M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_TOP_PAD of glibc's malloc.h, in bytes.
-_MALLOC_OPTIONS = {-3: 1 << 30, -1: (1 << 31) - 1, -2: 64 << 20}
+# M_TRIM_THRESHOLD, M_TOP_PAD and M_MMAP_THRESHOLD of glibc's malloc.h, in bytes. Early versions of glibc refuse more than
+# 32 MiB for the last one, so it is set twice.
+_MALLOC_OPTIONS = ((-1, (1 << 31) - 1), (-2, 64 << 20), (-3, 32 << 20), (-3, 1 << 30))
 
 
 def available_cpus() -> int:
@@ -63,9 +64,9 @@ def keep_freed_memory() -> bool:
     The process then holds what it needed at its peak until it ends.
 
     Returns:
-        Whether the C library took the settings.
+        Whether the C library took all settings.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:  # musl, macOS
         return False
-    return all(mallopt(option, value) == 1 for option, value in _MALLOC_OPTIONS.items())
+    return all([mallopt(option, value) == 1 for option, value in _MALLOC_OPTIONS])  # noqa: C419 - set all of them

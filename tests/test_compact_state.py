@@ -185,3 +185,14 @@ def test_other_networks_and_other_images_are_refused(tmp_path: Path, halfway: St
     load_compact_state(tmp_path / "state", state, slower, dataset())
     assert state.progress.changes[-1]["after"] == {"learning_rate": 0.001}
     assert state.G_opt.param_groups[0]["lr"] == pytest.approx(0.001 * 4 / 5)
+
+
+def test_feature_moments_are_counted_anew(tmp_path: Path) -> None:
+    options = config(projected=True, moments_weight=1.0, r1_gamma=0.0, pl_weight=0.0)
+    state = trained(options, 2)
+    assert state.moments is not None and float(state.moments.seen) == 16
+    save_compact_state(tmp_path / "state", state, options, dataset())
+    resumed = new_state(options, CPU)
+    load_compact_state(tmp_path / "state", resumed, options, dataset())
+    assert resumed.moments is not None and float(resumed.moments.seen) == 0
+    assert np.isfinite(run(resumed, options, 2)).all()

@@ -175,17 +175,31 @@ def steps(state: State, options: GanConfig, count: int, compiled: bool = False) 
         return [training_step(state, phases, data, next(real), options) for _ in range(count)]
 
 
-KINDS = ["plain", "projected", "projected, varied"]
+KINDS = ["plain", "projected", "projected, varied", "projected, relativistic"]
 
 
 def options_of(kind: str, precision: Precision) -> GanConfig:
     if kind == "plain":
         return config(precision=precision, augment="bgc", augment_p=0.3, augment_target=None)
-    varied = (
-        {"moments_weight": 1.0, "projected_mbstd": True, "class_balance": 0.5} if kind == "projected, varied" else {}
-    )
-    projected = {"projected": True, "r1_gamma": 0.0, "pl_weight": 0.0, "augment": "blit", "augment_p": 0.5}
-    return config(precision=precision, **projected, **varied)
+    options: dict[str, object] = {
+        "projected": True,
+        "r1_gamma": 0.0,
+        "pl_weight": 0.0,
+        "augment": "blit",
+        "augment_p": 0.5,
+    }
+    if kind == "projected, varied":
+        options |= {"moments_weight": 1.0, "projected_mbstd": True, "class_balance": 0.5}
+    if kind == "projected, relativistic":
+        options |= {"relativistic": True, "r1_gamma": 0.1, "projected_levels": 5}
+    return config(precision=precision, **options)
+
+
+@pytest.fixture(autouse=True)
+def moments_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or so short runs would never use them."""
+    monkeypatch.setattr("training.gan.moments.FEWEST", 0)
+    monkeypatch.setattr("training.gan.step.MOMENTS_INTERVAL", 1)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -30,12 +30,14 @@ def _within(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def test_the_transport_map_gives_generated_features_the_moments_of_real_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(moments, "_RIDGE", 1e-6)
+    for name in ("REAL_HALF_LIFE", "FAKE_HALF_LIFE", "RECENT_HALF_LIFE"):
+        monkeypatch.setattr(moments, name, 1e12)  # nothing is forgotten
     real, real_c, fake, fake_c = _classes()
     matched = FeatureMoments(2, DIM)
     for part in range(0, COUNT, 500):
         rows = slice(part, part + 500)
-        matched.update("real", real[rows], real_c[rows], batch=0)
-        matched.update("fake", fake[rows], fake_c[rows], batch=0)
+        matched.update("real", real[rows], real_c[rows], batch=500)
+        matched.update("fake", fake[rows], fake_c[rows], batch=500)
     matched.solve()
     scaled = fake * matched.scale
     fake_means, _ = _within(scaled, fake_c)
@@ -50,7 +52,7 @@ def test_no_moments_are_matched_before_enough_images_were_seen() -> None:
     matched = FeatureMoments(2, DIM)
     few = moments.FEWEST // 2
     for kind, x, c in (("real", real, real_c), ("fake", fake, fake_c)):
-        matched.update(kind, x[:few], c[:few], batch=0)
+        matched.update(kind, x[:few], c[:few], batch=few)
     matched.solve()
     assert float(matched.loss(fake, fake_c)) == 0.0
 
@@ -62,7 +64,7 @@ def test_a_collapsed_generator_regains_the_variety_of_real_features() -> None:
     bias = torch.nn.Parameter(torch.zeros(2, DIM))
     optimizer = torch.optim.Adam([weight, bias], lr=0.02)
     matched = FeatureMoments(2, DIM)
-    matched.update("real", real, real_c, batch=0)
+    matched.update("real", real, real_c, batch=COUNT)
     for _ in range(400):
         fake = torch.randn(COUNT, DIM) @ weight + c @ bias
         matched.update("fake", fake.detach(), c, batch=moments.REAL_HALF_LIFE)
@@ -77,13 +79,33 @@ def test_a_collapsed_generator_regains_the_variety_of_real_features() -> None:
     assert (covariance - real_covariance).norm() < 0.1 * real_covariance.norm()
 
 
-def test_parts_of_a_batch_on_several_processes_add_up_to_the_whole() -> None:
-    real, c, *_ = _classes()
+def test_equal_distributions_are_left_as_they_are() -> None:
+    """What is matched already, but known from few images, must not be pulled far: sampling errors are no differences."""
+    random = torch.Generator().manual_seed(0)
+    dim = 2 * moments.COMPONENTS
+    spread = torch.linspace(0.1, 3, dim)
+    matched = FeatureMoments(0, dim)
+    for _ in range(150):
+        for kind in ("real", "fake"):
+            features = spread * torch.randn(64, dim, generator=random)
+            matched.update(kind, features, torch.zeros(64, 0), batch=64)
+    matched.solve()
+    assert float(matched.ready) == 1.0
+    assert float(matched.loss(spread * torch.randn(500, dim, generator=random), torch.zeros(500, 0))) < 0.02
+
+
+def test_parts_of_a_batch_on_several_processes_add_up_to_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moments, "REAL_HALF_LIFE", 16)
+    monkeypatch.setattr(moments, "RECENT_HALF_LIFE", 8)
+    real, c, fake, _ = _classes()
     whole, *parts = (FeatureMoments(2, DIM) for _ in range(3))
-    whole.update("real", real[:8], c[:8], batch=moments.REAL_HALF_LIFE)
-    averaged = [
-        part.update("real", real[rank:8:2], c[rank:8:2], batch=moments.REAL_HALF_LIFE, parts=2)
-        for rank, part in enumerate(parts)
-    ]
-    for expected, one, two in zip((whole.real_count, whole.real_sum, whole.real_outer), *averaged, strict=True):
-        assert torch.allclose(expected, (one + two) / 2, rtol=1e-5, atol=1e-5)
+    for step in range(3):
+        for kind, x in (("real", real), ("fake", fake)):
+            rows = slice(8 * step, 8 * step + 8)
+            expected = whole.update(kind, x[rows], c[rows], batch=8)
+            own = [part.update(kind, x[rows][r::2], c[rows][r::2], batch=8, parts=2) for r, part in enumerate(parts)]
+            for value, one, two in zip(expected, *own, strict=True):
+                assert torch.allclose(value, (one + two) / 2, rtol=1e-5, atol=1e-5)
+                mean = (one + two) / 2  # as Ranks.average_ does
+                one.copy_(mean), two.copy_(mean)
+    assert all(part.seen == whole.seen == 24 for part in parts)

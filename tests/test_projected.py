@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from dermis.errors import TrainingError
 from dermis.networks import one_hot
 from training.data.isic import ImageDataset
 from training.gan.config import auto_config
@@ -111,3 +112,30 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(
         assert progress.stats["moments"] > 0
     if "relativistic" in options:
         assert progress.stats["r1"] > 0 and progress.stats["r2"] > 0
+
+
+def test_feature_moments_can_begin_and_end_on_the_way(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), dtype=np.uint8)
+    dataset = ImageDataset(pixels, np.arange(8) % 2, ("benign", "malignant"), tuple(map(str, range(8))), "0" * 64)
+    small = {"z_dim": 8, "w_dim": 8, "channel_base": 64, "channel_max": 8, "batch": 2, "projected": True}
+    for kimg, weight in ((0.004, 0.0), (0.008, 2.0), (0.012, 0.0)):
+        config = auto_config(8, 2, total_kimg=kimg, moments_weight=weight, **small)
+        _, progress = train(dataset, config, tmp_path, device=CPU, resume=True, allow_changes=True, progress_bar=False)
+        assert progress.kimg == kimg and ("moments" in progress.stats) is (kimg > 0.004)
+    assert [change["after"] for change in progress.changes] == [{"moments_weight": 2.0}, {"moments_weight": 0.0}]
+
+
+def test_options_of_the_projected_discriminator_need_it() -> None:
+    for option, value in (
+        ("moments_weight", 1.0),
+        ("projected_mbstd", True),
+        ("projected_levels", 5),
+        ("projected_input", 224),
+    ):
+        with pytest.raises(TrainingError, match=f"{option}: needs the projected discriminator"):
+            auto_config(8, 2, **{option: value})
+    with pytest.raises(TrainingError, match="projected_input: 200 must be a multiple of 32"):
+        auto_config(8, 2, projected=True, projected_input=200)
+    with pytest.raises(TrainingError, match="r1_gamma: the relativistic loss needs gradient penalties"):
+        auto_config(8, 2, projected=True, relativistic=True, r1_gamma=0.0)
+    assert auto_config(8, 2, projected=True, relativistic=True).r1_gamma > 0

@@ -6,7 +6,7 @@ weight of G, of G_ema and of D, and 2 for a second moment. What it loses:
 weights         rounded to float16: half a unit in the eleventh bit, less than a step of the optimizer changes
 first moments   nothing where beta1 is 0, since they are then the last gradient, which no later step uses; else bfloat16
 second moments  rounded to bfloat16, or left out, and then the optimizer begins again: see `warm_up`
-feature moments (`training.gan.moments`) left out: the resumed run takes them from its first few thousand images
+feature moments (`training.gan.moments`) left out: the resumed run counts them anew, and uses them after 4,000 images
 
 Tensors of a few thousand values (biases, noise strengths, averages) stay as they are, and so do values beyond float16.
 """

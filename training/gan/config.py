@@ -14,8 +14,8 @@ from dermis.networks import DiscriminatorConfig, GeneratorConfig
 from training.gan.augment import AUGMENTATIONS
 
 Precision = Literal["fp32", "bf16", "fp16"]
-# What a run can never change on its way: the shape of the networks, and the seed of everything random.
 LEVELS = (4, 5)  # of the projected discriminator
+# What a run can never change on its way: the shape of the networks, and the seed of everything random.
 STRUCTURE = frozenset({
     "resolution", "c_dim", "seed", "z_dim", "w_dim", "mapping_layers", "channel_base", "channel_max", "conv_clamp",
     "projected", "discriminator_mapping_layers", "projected_levels", "projected_mbstd", "projected_input",
@@ -82,13 +82,22 @@ class GanConfig:
         if self.projected_levels not in LEVELS:
             raise TrainingError(f"projected_levels: {self.projected_levels} is none of {LEVELS}")
         if self.projected_input < 128 or self.projected_input % 32:
-            raise TrainingError(f"projected_input: {self.projected_input} is no multiple of 32 from 128 on")
+            raise TrainingError(f"projected_input: {self.projected_input} must be a multiple of 32, and at least 128")
+        if self.relativistic and self.r1_gamma == 0:
+            raise TrainingError("r1_gamma: the relativistic loss needs gradient penalties; give a value above 0")
         if self.moments_weight < 0:
             raise TrainingError(f"moments_weight: {self.moments_weight} must not be negative")
-        if not self.projected and (self.moments_weight or self.projected_mbstd or self.projected_levels != 4):
-            raise TrainingError("moments_weight, projected_mbstd and projected_levels need the projected discriminator")
+        defaults = {"moments_weight": 0, "projected_mbstd": False, "projected_levels": 4, "projected_input": 128}
+        for name, default in defaults.items():
+            if not self.projected and getattr(self, name) != default:
+                raise TrainingError(f"{name}: needs the projected discriminator (--projected)")
         if self.total_kimg <= 0:
             raise TrainingError(f"kimg: {self.total_kimg} must be positive")
+
+    @property
+    def group_size(self) -> int:
+        """Images whose standard deviation the discriminator sees; 1 where it judges each image alone."""
+        return self.mbstd_group_size if self.projected_mbstd or not self.projected else 1
 
     @property
     def generator(self) -> GeneratorConfig:
@@ -181,12 +190,13 @@ def base_config(name: str, resolution: int, c_dim: int, **overrides: Any) -> Gan
     paper256    the same paper's baseline for FFHQ and LSUN Cat at 256 px: eight GPUs, 25,000 kimg
     stylegan2   configuration F of arXiv 1912.04958, made for 1024 px
 
-    None of them chooses the augmentation. With `projected`, as in arXiv 2111.01007 and unless overridden: no R1, no path
-    length, no style mixing, and augmentation of a fixed strength. TrainingError if there is no configuration of that name.
+    None of them chooses the augmentation. With `projected`, as in arXiv 2111.01007 and unless overridden: no R1 (0.1 on the
+    features with `relativistic`), no path length, no style mixing, and augmentation of a fixed strength. TrainingError if
+    there is no configuration of that name.
     """
     given = {option: value for option, value in overrides.items() if value is not None}
     if given.get("projected"):
-        given = _PROJECTED | given
+        given = _PROJECTED | ({"r1_gamma": 0.1} if given.get("relativistic") else {}) | given
     if name == "auto":
         base = _auto(resolution, given.get("batch"))
     elif name in _FIXED_BASES:

@@ -1,9 +1,11 @@
-"""The four training phases of StyleGAN2-ADA, each a function that leaves gradients behind.
+"""The training phases, each a function that leaves gradients behind.
 
-Non-saturating logistic loss (Goodfellow et al. 2014), R1 gradient penalty (Mescheder et al., arXiv 1801.04406) and
-path-length regularisation (Karras et al., arXiv 1912.04958, section 3.2), the last two evaluated lazily: every
-`interval` steps with their loss multiplied by the interval. All losses are means over this rank's samples; averaging
-gradients over the ranks makes them means over the whole batch.
+The adversarial loss is the non-saturating logistic one (Goodfellow et al. 2014) for StyleGAN2's discriminator, the hinge loss
+for the projected one, or the pairing loss for either; feature moments (`training.gan.moments`) may be added. Gradient
+penalties (R1 on real images, Mescheder et al., arXiv 1801.04406; R2 on generated ones) and path-length regularisation (Karras
+et al., arXiv 1912.04958, section 3.2) are evaluated lazily: every `interval` steps with their loss multiplied by the
+interval. All losses are means over this rank's samples; averaging gradients over the ranks makes them means over the whole
+batch.
 """
 
 from __future__ import annotations
@@ -136,7 +138,7 @@ class Phases:
         self, fake: Tensor, real: Tensor, fake_c: Tensor, real_c: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Logits of generated and of real images, and their features, in one pass: every weight is converted once."""
-        groups = min(self.config.mbstd_group_size, len(fake))
+        groups = min(self.config.group_size, len(fake))
         images, c = _interleave(fake, real, groups), _interleave(fake_c, real_c, groups)
         logits, features = self._discriminate(images, c, self._dtype)
         fake_features, real_features = (None, None) if features is None else _separate(features, groups)
@@ -157,7 +159,12 @@ class Phases:
         return penalty.detach()
 
     def discriminator_main(self, real: Tensor, real_c: Tensor, z: Tensor, c: Tensor, p: float) -> tuple[Tensor, Tensor]:
-        """Tell real from generated. Returns the loss and D(real)."""
+        """Tell real from generated.
+
+        Returns:
+            The loss, and the logits that say how surely D knows real images: D(real), or for pairs, where logits have no
+            zero, D(real) - D(fake).
+        """
         with torch.no_grad():
             ws, noise = self._draw_styles(z, c)
             fake = self._synthesis(ws, dtype=self._dtype, noise=noise)
@@ -169,7 +176,7 @@ class Phases:
             self.ranks.average_(changed + self.moments.update("real", real_features, real_c, batch, parts))
         loss = self.adversarial.discriminator(fake_logits, real_logits)
         loss.backward()  # type: ignore[no-untyped-call]
-        return loss.detach(), real_logits.detach()
+        return loss.detach(), (real_logits - fake_logits if self.adversarial.paired else real_logits).detach()
 
     def discriminator_penalty(self, images: Tensor, c: Tensor, p: float) -> Tensor:
         """Penalise gamma / 2 |dD/dx|^2 on images, through the augmentation. Returns |dD/dx|^2.

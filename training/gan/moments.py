@@ -1,8 +1,8 @@
 """Match the mean and the covariance of generated features to those of real ones: a second loss against lost variety.
 
-A discriminator judges images one by one, and a generator that shows only the most typical ones can satisfy it. What it then
-lacks stands in the covariance of its features. Between two Gaussians the optimal transport map is known in closed form
-(Dowson and Landau 1982; Peyré and Cuturi, arXiv 1803.00567, remark 2.31):
+A discriminator judges images one by one, and a generator that shows only the most typical ones can satisfy it. The missing
+variety shows in the covariance of the features of its images. Between two Gaussians the optimal transport map is known in
+closed form (Dowson and Landau 1982; Peyré and Cuturi, arXiv 1803.00567, remark 2.31):
 
     t(f) = m_r + T (f - m_g),   T = C_r^(1/2) (C_r^(1/2) C_g C_r^(1/2))^(-1/2) C_r^(1/2)
 
@@ -10,11 +10,14 @@ with means m and covariances C of real (r) and generated (g) features. The loss 
 with t held constant: its gradient is, up to a constant, that of the squared Fréchet distance between the two Gaussians. With
 labels, every class has its own means, and all share the covariance within classes.
 
-The moments are running averages over the batches that the discriminator sees, augmented as it sees them. A covariance of d
-features from N images has errors of the order d / N, and the loss would follow them: averages must be long. Those of the
-generator must also be of the generator as it is, so theirs are shorter, and its means, which need few images, shorter still.
-The features are statistics of the discriminator's fixed backbone, so distances in that feature space flatter a generator
-trained with this.
+The moments are running averages over the batches that the discriminator sees, augmented as it sees them. The eigenvalues of
+a covariance of d features from N images have relative errors of the order sqrt(d / N), and the loss would follow these errors.
+So the averages are long, and T acts in the first COMPONENTS principal components of the real features alone; in the others
+it is the identity. The averages of generated features must also describe the generator as it is now: they are shorter, and
+those of its means, which need few images, shorter still.
+
+The features are statistics of the discriminator's fixed backbone, so distances in that feature space flatter a generator that
+was trained with this loss.
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ REAL_HALF_LIFE = 20_000
 FAKE_HALF_LIFE = 4000  # at most: it is FAKE_SHARE of the images so far, and an untrained generator is soon forgotten
 FAKE_SHARE = 0.2
 RECENT_HALF_LIFE = 400  # of generated means: the loss must see soon how far it has moved them
-FEWEST = 2000  # images from which on the moments are used
+FEWEST = 4000  # generated images after which the moments are used
+COMPONENTS = 128
 INTERVAL = 64  # steps between two solutions for T
 _RIDGE = 0.01  # added to the variances, which are 1 for real features
 
@@ -105,15 +109,18 @@ class FeatureMoments(nn.Module):
         real_mean, real = self._gaussian("real")
         _, fake = self._gaussian("fake")
         scale = real.diagonal().clamp_min(1e-8).rsqrt()
-        ridge = _RIDGE * torch.eye(len(scale), dtype=real.dtype, device=real.device)
-        real = real * scale * scale[:, None] + ridge
-        fake = fake * scale * scale[:, None] + ridge
-        root = _power(real, 0.5)
-        transport = root @ _power(root @ fake @ root, -0.5) @ root
+        real, fake = (x * scale * scale[:, None] for x in (real, fake))
+        values, vectors = torch.linalg.eigh(real)
+        count = min(COMPONENTS, len(values))
+        basis = vectors[:, -count:]  # eigenvalues ascend
+        identity = torch.eye(count, dtype=real.dtype, device=real.device)
+        root = torch.diag((values[-count:].clamp_min(0) + _RIDGE).sqrt())
+        within = root @ _power(root @ (basis.T @ fake @ basis + _RIDGE * identity) @ root, -0.5) @ root
+        transport = torch.eye(len(scale), dtype=real.dtype, device=real.device) + basis @ (within - identity) @ basis.T
         self.scale.copy_(scale)
         self.real_mean.copy_(real_mean * scale)
         self.transport.copy_(transport)
-        self.ready.fill_(float(min(self.real_count.sum(), self.fake_count.sum()) >= FEWEST))
+        self.ready.fill_(float(self.seen >= FEWEST))
 
     def loss(self, features: Tensor, c: Tensor) -> Tensor:
         """Mean squared distance of generated features [N, features] from where the transport map takes them."""

@@ -91,7 +91,7 @@ class Ranks:
 
     def check_batch(self, config: GanConfig) -> None:
         """TrainingError if the batch cannot be divided so that the ranks compute what one process would."""
-        group = 1 if config.projected and not config.projected_mbstd else min(config.mbstd_group_size, config.batch)
+        group = min(config.group_size, config.batch)
         shrink = config.pl_batch_shrink if config.pl_weight else 1
         unit = self.count * math.lcm(group, shrink)
         if self.count > 1 and config.batch % unit:

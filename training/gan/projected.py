@@ -1,14 +1,14 @@
 """A discriminator on the features of a pretrained network: Projected GAN (Sauer et al., arXiv 2111.01007).
 
 Judging features that already see edges, textures and shapes, it needs far fewer images than one that has to learn them.
-Four stages of a frozen EfficientNet-Lite0 are mixed by fixed random convolutions, across channels (CCM) and from coarse to
-fine across scales (CSM), so that no small part of the features decides; a small trained network judges each scale.
+Four or five stages of a frozen EfficientNet-Lite0 are mixed by fixed random convolutions, across channels (CCM) and from
+coarse to fine across scales (CSM), so that no small part of the features decides; a small trained network, a head, judges each.
 
-Its weakness: the generator learns to please this feature space, so distances in this space or near it flatter it.
+Its weakness: the generator is trained against this feature space, so distances in this space or near it flatter it.
 Evaluate in another one too.
 
-A training step differs from StyleGAN2's in the loss (`training.gan.loss.HINGE`) and in having no R1 penalty; the networks
-are called in the same way. Fixed parts are a function of the seed, no parameters, and in no state dict.
+A training step differs from StyleGAN2's in the loss (`training.gan.loss`) and, by default, in having no gradient penalty; the
+networks are called in the same way. The fixed parts follow from the seed; they are no parameters and in no state dict.
 """
 
 from __future__ import annotations
@@ -24,9 +24,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from dermis.features import channels_last, lite0_network
 from dermis.networks import minibatch_std
 
-INPUT_SIZE = (
-    128  # default of the pixels to which images are enlarged for the backbone: a third of the cost of its own 224
-)
+INPUT_SIZE = 128  # default side to which smaller images are enlarged: a third of the cost of the backbone's own 224
 LEARNING_RATE = 0.002  # of Adam, for weights under spectral normalisation
 _FEATURES = (16, 24, 40, 112, 320)  # channels of the backbone at 1/2, 1/4, 1/8, 1/16 and 1/32
 _WIDTHS = (24, 48, 96, 192, 256)  # channels after mixing

@@ -127,7 +127,9 @@ def load_state(
     """
     scalars = read_state(checkpoint)
     changes = changes_since(checkpoint, scalars, config, dataset, allow_changes)
-    load_checkpoint(checkpoint, state.modules, state.optimizers, {"pl_mean": state.pl_mean})
+    stored = scalars["config"].get("moments_weight", 0.0)  # without them, the feature moments begin now
+    modules = state.modules if stored else state.networks
+    load_checkpoint(checkpoint, modules, state.optimizers, {"pl_mean": state.pl_mean})
     restore_scalars(state, scalars, changes)
 
 
