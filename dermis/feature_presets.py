@@ -101,7 +101,7 @@ def preset_weights(name: str) -> bytes:
     """The content of a preset's file of weights, which is downloaded if it is not there.
 
     Raises:
-        DermisError: the file cannot be had, or is another one; the message says where it belongs and its SHA-256.
+        DermisError: the file cannot be loaded, or is another one; the message says where it belongs and its SHA-256.
     """
     preset = PRESETS[name]
     file = _file_in_package(preset) if preset.source.startswith("package: ") else _downloaded(name, preset)
@@ -113,7 +113,7 @@ def preset_weights(name: str) -> bytes:
     if digest != preset.sha256:
         raise DermisError(
             f"{file}: is not the file of weights that {name} stands for (SHA-256 {digest}, expected {preset.sha256}); "
-            f"delete it and get it anew from {preset.source}"
+            f"delete it, and download or install it again from {preset.source}"
         )
     return data
 
@@ -141,7 +141,7 @@ def _downloaded(name: str, preset: Preset) -> Path:
     except Exception as error:  # of the network, of the disk, or a file that is cut short
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise DermisError(
-            f"the weights of {name} cannot be had ({reason[0]}); give --extractor lite0 or lite1, or put "
+            f"the weights of {name} cannot be loaded ({reason[0]}); give --extractor lite0 or lite1, or put "
             f"{preset.file} from {preset.source} into {hub_folder()} (SHA-256 {preset.sha256})"
         ) from error
     return file

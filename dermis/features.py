@@ -87,7 +87,7 @@ class FeatureExtractor:
 
 
 def feature_extractor(name: str, device: torch.device | str = "cpu") -> FeatureExtractor:
-    """An extractor by its registered name, or timm:MODEL[@FILE]. DermisError if it or its weights cannot be had."""
+    """An extractor by its registered name, or timm:MODEL[@FILE]. DermisError if it or its weights cannot be loaded."""
     if name.startswith("timm:"):
         return _timm(name, torch.device(device))
     if name not in EXTRACTORS:
@@ -293,7 +293,8 @@ def _assembled(
     shift, scale = mean.to(device), std.to(device)
 
     def embed(images: Tensor) -> Tensor:
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        cudnn = torch.backends.cudnn
+        with cudnn.flags(cudnn.enabled, cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False):
             features: Tensor = network((resize(images, size).clamp(0, 255) - shift) / scale)
         return features.float()
 
@@ -340,7 +341,7 @@ def _digest(module: nn.Module) -> str:
 
 @contextmanager
 def published_weights(what: str, instead: str) -> Iterator[None]:
-    """Let a library fetch the weights it publishes; DermisError with advice if they cannot be had.
+    """Let a library fetch the weights it publishes; DermisError with advice if they cannot be loaded.
 
     They are read as tensors only. What libraries print while downloading is no output of ours.
     """
@@ -349,7 +350,7 @@ def published_weights(what: str, instead: str) -> Iterator[None]:
             yield
     except Exception as error:  # every hub raises errors of its own library
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise DermisError(f"{what} cannot be had ({reason[0]}); {instead}") from error
+        raise DermisError(f"{what} cannot be loaded ({reason[0]}); {instead}") from error
 
 
 @contextmanager

@@ -49,7 +49,7 @@ def _space(identity: str = "quarters/1") -> FeatureExtractor:
     def embed(x):  # type: ignore[no-untyped-def]
         return x.unflatten(3, (2, -1)).unflatten(2, (2, -1)).mean(dim=(3, 5)).flatten(1)
 
-    return FeatureExtractor("quarters", identity, 12, _colours, embed)
+    return FeatureExtractor("quarters" if identity == "quarters/1" else identity, identity, 12, _colours, embed)
 
 
 def _folder(out: Path, images: NDArray[np.uint8], labels: Sequence[int], first: int = 0) -> Path:
@@ -255,7 +255,7 @@ def test_card_tells_what_was_measured_and_what_not() -> None:
     card = model_card("m", _provenance(projected=True), later)
     assert "| FID@inception | 12 [11, 13] | 3 |" in card
     assert "It memorises" in card and "20 held-out ones (7 groups by patient or lesion)" in card
-    assert "learnt to score well" not in card and "trained without this space" in card
+    assert "learnt to score well" not in card and "The discriminator did not judge by this space" in card
     card = model_card("m", _provenance(), later | {"real_sha256": "6" * 64})
     assert "60 real images, which are not the training set," in card
     assert "It memorises" not in card and "Whether it memorises is not known" in card
@@ -297,12 +297,17 @@ def test_card_shows_held_out_columns_of_each_space() -> None:
     assert card.count(f"| generated vs training images | generated vs held-out images | {reference} |") == 2
     assert "| FD@lite0 | 7 | 5 [4, 6] | 1 [0.5, 1.5] |" in card
     assert "| MMD@lite0 x 1000 (bandwidth 16.2) |  | 2 | 2 |" in card and "| CMMD@clip x 1000" in card
-    assert "| FLD@clip |  | 1.50 | 0.00 |" in card
+    assert "| FLD@clip, of all images |  | 1.50 | 0.00 |" in card
     assert "| mole: generated | mole: real in their place |" in card
     assert "20 real images of 7 patients or lesions (held-out.csv), sha256 6666666666666666" in card
-    assert "trained without them, and they chose nothing" in card
+    assert "The training set does not contain them" in card and "is not recorded" in card
     judged, other = card.index("### Feature space `lite0`"), card.index("### Feature space `clip`")
-    assert judged < card.index("learnt to score well here") < other < card.index("trained without this space")
+    assert (
+        judged
+        < card.index("learnt to score well here")
+        < other
+        < card.index("The discriminator did not judge by this space")
+    )
     assert "AUC 0.520 [0.500, 0.540]" in card and "finds 3.0% [0.0%, 5.0%] of the training images" in card
     assert "Authenticity 0.700; held-out images in the generator's place have 0.800." in card
     unknown = model_card("m", _provenance(projected=True), measured | {"real_is_training_set": False})
@@ -446,7 +451,7 @@ def test_default_spaces_are_those_that_can_be_loaded(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(dermis.features.EXTRACTORS, "lite1", missing)
     spaces, remark = load_spaces([], cpu)
     assert [space.identity for space in spaces] == ["one"]
-    assert "lite1 cannot be loaded (no package of weights); measuring in quarters only" in remark
+    assert "lite1 cannot be loaded (no package of weights); measuring in one only" in remark
     with pytest.raises(DermisError, match="none of lite0, lite1"):
         load_spaces(["lite9"], cpu)
     with pytest.raises(DermisError, match="--extractor: lite0 is given more than once"):

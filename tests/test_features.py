@@ -260,7 +260,7 @@ def test_another_file_than_the_pinned_one_is_refused(tmp_path: Path, monkeypatch
         random_weights(name, tmp_path, monkeypatch)
         monkeypatch.setitem(PRESETS, name, replace(PRESETS[name], sha256=expected[name]))
         with pytest.raises(
-            DermisError, match=rf"SHA-256 [0-9a-f]{{64}}, expected {expected[name]}.*anew from https://"
+            DermisError, match=rf"SHA-256 [0-9a-f]{{64}}, expected {expected[name]}.*again from https://"
         ):
             feature_extractor(name)
     monkeypatch.setitem(PRESETS, "lite1", replace(PRESETS["lite1"], sha256="0" * 64))

@@ -202,6 +202,14 @@ def test_an_idempotency_key_gives_the_same_dataset_and_refuses_another_body(serv
     problem(odd, 422, "invalid-request")
 
 
+def test_an_idempotency_key_from_before_the_noise_default_changed_finds_its_dataset(served: Service) -> None:
+    headers = {"Idempotency-Key": "before"}
+    before = served.ask({"classes": {"benign": 1}, "noise_mode": "const"}, **headers)  # as the request was stored then
+    assert served.ask({"classes": {"benign": 1}}, **headers)["id"] == before["id"]
+    stated = {"classes": {"benign": 1}, "noise_mode": "random"}
+    problem(served.client.post("/v1/datasets", json=stated, headers=headers), 409, "idempotency-conflict")
+
+
 def test_events_tell_the_progress_and_end_with_the_dataset(served: Service) -> None:
     served.generator.gate.clear()
     asked = served.ask({"classes": {"benign": 40}, "shard_size": 20})

@@ -235,6 +235,17 @@ def _clusters(seed: int, n: int, kinds: int = 4) -> Array:
     return centres[rng.integers(0, kinds, n)] + rng.normal(size=(n, 8)) @ plane + 0.3 * rng.normal(size=(n, 64))
 
 
+def test_the_gap_of_honest_samples_is_that_of_real_images() -> None:
+    differences = []
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        training, held_out, generated = (rng.normal(size=(n, 32)).astype(np.float32) for n in (300, 150, 300))
+        numbers = feature_likelihood(training, held_out, generated, seed=seed)
+        differences.append((numbers.fld, numbers.gap - numbers.reference_gap))
+    fld, gap = np.mean(differences, axis=0)
+    assert abs(fld) < 1 and abs(gap) < 1
+
+
 def test_feature_likelihood_tells_honest_samples_from_copies_and_from_lost_kinds() -> None:
     training, held_out = _clusters(0, 600), _clusters(1, 300)
     honest = feature_likelihood(training, held_out, _clusters(2, 600))

@@ -12,11 +12,12 @@ too. In dim dimensions,
 
     FLD = 100/dim (mean over held-out x of -log p(x))  -  the same for real images in the generator's place
 
-where real images in the generator's place are one half of the training images, with variances fitted to the other
-half. So 0 is a generator as good as other real images, and more is worse. The generalisation gap is FLD of the training
-images less that of the held-out ones: the further below 0, the better the density explains the training images than
-images that it has not seen. It is below 0 for honest samples too, since the variances were fitted to the training images:
-compare it with the gap of the real images in the generator's place.
+where real images in the generator's place are one half of the training images, with variances fitted to the other half;
+those of the generated images are fitted to as many. Both are done with each half in turn, and averaged. So 0 is a generator as
+good as other real images, and more is worse. The generalisation gap is FLD of the training images less that of the held-out
+ones: the further below 0, the better the density explains the training images than images that it has not seen. It is below
+0 for honest samples too, since the variances were fitted to the training images: compare it with the gap of the real images
+in the generator's place.
 
 Features are first brought to mean 0 and deviation 1 of the training images in every dimension. Ours differs from the
 published program in three things: both mixtures have the same number of Gaussians (the fewer, the less likely is
@@ -77,13 +78,15 @@ def feature_likelihood(
     test = (held_out - mean) / deviation
 
     count = min(len(drawn), len(real) // 2)
-    fitted = [(drawn[:count], real[:MOST]), (real[:count], real[count:][:MOST])]
+    half = len(real) // 2
     costs = []
-    for centres, images in fitted:
-        squared = _squared(images, centres)
-        variances = fit_variances(squared, drawn.shape[1])
-        costs.append([_cost(values, variances, drawn.shape[1]) for values in (_squared(test, centres), squared)])
-    (on_test, on_train), (reference_test, reference_train) = costs
+    for own, other in ((real[:half], real[half:]), (real[half:], real[:half])):
+        for centres in (drawn[:count], other[:count]):
+            squared = _squared(own, centres)
+            variances = fit_variances(squared, drawn.shape[1])
+            costs.append([_cost(values, variances, drawn.shape[1]) for values in (_squared(test, centres), squared)])
+    on_test, on_train = np.mean(costs[0::2], axis=0).tolist()
+    reference_test, reference_train = np.mean(costs[1::2], axis=0).tolist()
     return FeatureLikelihood(on_test - reference_test, on_train - on_test, reference_train - reference_test, count)
 
 

@@ -4,13 +4,15 @@ The attack takes a real image for a training image if a generated one is near to
 4.2, without access to the generator): its score is the negative distance to the nearest generated image. An area under
 the ROC curve of 0.5 means that the generated images tell nothing, 1 that they tell everything. An average hides a few
 people who can be recognised with near certainty, so the rate of training images found at 1 % false alarms stands
-beside it (Carlini et al., arXiv 2112.03570): guessing finds 1 %.
+beside it (Carlini et al., arXiv 2112.03570). Guessing finds 1 % where there are many held-out images, and more where there
+are few, as the threshold lies at one of their scores.
 
 `dermis.authenticity.attack` runs the same attack for a dataset against an index, without patients and with the area alone.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,10 +28,14 @@ FEWEST = 20  # images of either kind
 
 @dataclass(frozen=True)
 class Membership:
-    """auc, found_at_1_percent: with their 95 % intervals. members, held_out: images that were attacked."""
+    """auc, found_at_1_percent: with their 95 % intervals. members, held_out: images that were attacked.
+
+    expected_at_1_percent: the share of training images that guessing finds on average.
+    """
 
     auc: Estimate
     found_at_1_percent: Estimate
+    expected_at_1_percent: float
     members: int
     held_out: int
 
@@ -53,7 +59,9 @@ def membership_attack(
     labels: NDArray[np.int64] = np.repeat(np.array([1, 0]), [len(training), len(held_out)])
     metrics = {"auc": auc, "found": _found}
     estimates = bootstrap(labels, -distances, metrics, groups=groups, replicates=replicates, seed=seed)
-    return Membership(estimates["auc"], estimates["found"], len(training), len(held_out))
+    # With k false alarms allowed, what scores above the (k + 1)-th best of H is found: (k + 1) / (H + 1) of all on average.
+    expected = (math.floor(FALSE_ALARMS * len(held_out) + 1e-9) + 1) / (len(held_out) + 1)
+    return Membership(estimates["auc"], estimates["found"], expected, len(training), len(held_out))
 
 
 def _found(labels: Labels, scores: Floats, weights: Floats | None = None) -> Floats:

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from dermis.dataset.manifest import MANIFEST, read_manifest
 from dermis.dataset.plan import plan_for
@@ -99,7 +99,8 @@ class DatasetJobs:
             raise RequestError("shard_size", message, kind="request-too-large")
         job_id = f"{PREFIX}{uuid.uuid4().hex}"
         body = request.model_dump(mode="json")
-        body_hash = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+        # A body without noise_mode meant const before that default changed; a repeated request must find its job.
+        earlier = [] if "noise_mode" in request.model_fields_set else [_hash_of(body | {"noise_mode": "const"})]
         self._shop.check_space()
         check_space(planned, self._shop.store(job_id), bundle.generator.img_resolution)
         self._shop.submitting.add(job_id)
@@ -110,7 +111,8 @@ class DatasetJobs:
                 model=(bundle.name, bundle.digest),
                 samples=planned.samples,
                 shards=planned.shards,
-                body_hash=body_hash,
+                body_hash=_hash_of(body),
+                earlier_hashes=earlier,
                 idempotency_key=idempotency_key,
                 max_active=settings.max_active_datasets,
                 owner=workflow.executor_id(),
@@ -170,3 +172,7 @@ class DatasetJobs:
     def open(self, job: Job, name: str) -> AbstractContextManager[IO[bytes]]:
         """One of `files`, open for reading and seeking."""
         return self._shop.store(job.id).open(name)
+
+
+def _hash_of(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

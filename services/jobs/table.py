@@ -8,7 +8,7 @@ Times are seconds since 1970 (UTC).
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -152,11 +152,14 @@ class JobTable:
         samples: int,
         shards: int,
         body_hash: str,
+        earlier_hashes: Sequence[str] = (),
         idempotency_key: str | None = None,
         max_active: int | None = None,
         owner: str | None = None,
     ) -> tuple[Job, bool]:
         """Insert a queued job; (job, True), or (the earlier job of this key, False). `owner` is the worker that submits it.
+
+        earlier_hashes: what body_hash was of the same body with the defaults of earlier versions.
 
         IdempotencyConflictError if the key was used with another body, TooManyActiveError at the limit.
         """
@@ -175,7 +178,7 @@ class JobTable:
         }
         try:
             with self._writing() as connection:
-                earlier = self._of_key(connection, idempotency_key, body_hash)
+                earlier = self._of_key(connection, idempotency_key, (body_hash, *earlier_hashes))
                 if earlier is not None:
                     return earlier, False
                 if max_active is not None:
@@ -188,19 +191,19 @@ class JobTable:
         except IntegrityError:
             # Two calls with one key at one moment (PostgreSQL): the other one won.
             with self._reading() as connection:
-                earlier = self._of_key(connection, idempotency_key, body_hash)
+                earlier = self._of_key(connection, idempotency_key, (body_hash, *earlier_hashes))
             if earlier is None:
                 raise
             return earlier, False
 
-    def _of_key(self, connection: sa.Connection, key: str | None, body_hash: str) -> Job | None:
+    def _of_key(self, connection: sa.Connection, key: str | None, body_hashes: Sequence[str]) -> Job | None:
         if key is None:
             return None
         row = connection.execute(sa.select(_jobs).where(_jobs.c.idempotency_key == key)).one_or_none()
         if row is None:
             return None
         job = Job(**row._mapping)
-        if job.body_hash != body_hash:
+        if job.body_hash not in body_hashes:
             raise IdempotencyConflictError
         return job
 

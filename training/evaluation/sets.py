@@ -37,14 +37,19 @@ class Generation:
 def load_spaces(names: Sequence[str], device: torch.device) -> tuple[list[FeatureExtractor], str]:
     """The feature spaces of --extractor, or without names the default ones, and a remark on what is missing of those.
 
-    A name may hold several, with commas between them. Raises DermisError if one that was asked for cannot be had, or
-    is asked for twice.
+    A name may hold several, with commas between them. Raises DermisError if one that was asked for cannot be loaded, or
+    two have the same name, under which their numbers would be stored.
     """
-    chosen = [part for name in names for part in ([name] if name.startswith("timm:") else name.split(","))]
+    chosen = [part.strip() for name in names for part in name.split(",")]
     if chosen:
         if len(set(chosen)) < len(chosen):
             raise DermisError(f"--extractor: {max(chosen, key=chosen.count)} is given more than once")
-        return [feature_extractor(name, device) for name in chosen], ""
+        loaded = [feature_extractor(name, device) for name in chosen]
+        labels = [extractor.name for extractor in loaded]
+        for given, label in zip(chosen, labels, strict=True):
+            if labels.count(label) > 1:
+                raise DermisError(f"--extractor: {given} has the same name as another one, {label}; rename its file")
+        return loaded, ""
     spaces, missing = [], []
     for name in DEFAULT_SPACES:
         try:

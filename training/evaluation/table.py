@@ -14,7 +14,10 @@ _JUDGE = (
     "The generator was trained against a discriminator that judges images by the features of this space, so it has "
     "learnt to score well here: these numbers are better than the images are. Compare generators in another space."
 )
-_INDEPENDENT = "The generator was trained without this space, so its numbers are not flattered."
+_INDEPENDENT = (
+    "The discriminator did not judge by this space. lite0, lite1 and lite2 are related, though: networks of one family, "
+    "trained on the same photographs."
+)
 _UNKNOWN = "The bundle does not say whether the generator was trained by the features of this space."
 
 
@@ -75,6 +78,11 @@ def copies(metrics: Part) -> list[str]:
             sentences.append(_membership(numbers["membership"]))
         if "authenticity" in numbers:
             sentences.append(_authenticity(numbers))
+        if sentences and not known.get("real_is_training_set"):
+            sentences.append(
+                "All of this is about the real images that were compared, which are not known to be the training set: "
+                "it says nothing about copies of training images."
+            )
         if sentences:
             paragraphs.append(f"In {name}: {' '.join(sentences)}")
     return paragraphs
@@ -108,8 +116,8 @@ def held_out_text(metrics: Part) -> str:
     text = f"Held out: {held['images']:,} real images{patients}{name}{digest}. "
     if known.get("real_is_training_set"):
         return text + (
-            "The generator was trained without them, and they chose nothing: neither the snapshot nor any option. They "
-            "serve these numbers only."
+            "The training set does not contain them, and the evaluation used them for these numbers only. Whether people "
+            "chose snapshots or options by them is not recorded."
         )
     return text + (
         "The real images that they are compared with are not the set that the bundle names as its training set, so "
@@ -166,8 +174,8 @@ def _lines(space: str, bandwidth: float | None) -> list[tuple[str, Callable[[Par
         (f"coverage@{space}", lambda part: f"{part['coverage']:.3f} (expected {part['expected_coverage']:.3f})"),
         (f"alpha-precision@{space}", share("alpha_precision")),
         (f"beta-recall@{space}", share("beta_recall")),
-        (f"FLD@{space}", number("fld")),
-        (f"FLD generalisation gap@{space}", number("fld_gap")),
+        (f"FLD@{space}, of all images", number("fld")),
+        (f"FLD generalisation gap@{space}, of all images", number("fld_gap")),
     ]
 
 
@@ -208,8 +216,8 @@ def _membership(attack: Part) -> str:
     return (
         "Membership attack (a real image that lies near a generated one is taken for a training image): AUC "
         f"{area['value']:.3f} [{area['low']:.3f}, {area['high']:.3f}], where guessing has 0.5; at 1 % false alarms it "
-        f"finds {found['value']:.1%} [{found['low']:.1%}, {found['high']:.1%}] of the training images, where guessing "
-        "finds 1 %."
+        f"finds {found['value']:.1%} [{found['low']:.1%}, {found['high']:.1%}] of the training images, where "
+        f"guessing finds {attack.get('expected_at_1_percent', 0.01):.1%}."
     )
 
 
