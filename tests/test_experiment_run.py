@@ -151,6 +151,31 @@ def test_the_five_run_and_are_compared_with_the_paper(tmp_path: Path, data: Path
         _run(out, _write(tmp_path / "others", 20, 13))
 
 
+def test_results_of_an_earlier_way_of_measuring_are_not_mixed_with_new_ones(tmp_path: Path, data: Path) -> None:
+    out, which = tmp_path / "out", ("cgan", "cgan-no-color")
+    _run(out, data, "--only", "cgan", which=which)
+    plan = json.loads((out / "plan.json").read_text())
+    assert (plan["measured"]["noise_mode"], plan["measured"]["metrics_format"]) == ("random", 2)
+    trained = (out / "cgan" / "log.jsonl").read_bytes()
+    for missing, former in (
+        (("noise_mode", "metrics_format"), "const noise and metrics of format 1"),
+        (("metrics_format",), "random noise and metrics of format 1"),
+    ):
+        measured = {key: value for key, value in plan["measured"].items() if key not in missing}
+        (out / "plan.json").write_text(json.dumps(plan | {"measured": measured}))
+        for name in ("cgan", "cgan-no-color"):
+            with pytest.raises(TrainingError, match=f"evaluated with {former}.*remove .*cgan/metrics.json to evaluate"):
+                _run(out, data, "--only", name, which=which)
+    assert not (out / "cgan-no-color").exists()
+
+    (out / "cgan" / "metrics.json").unlink()
+    result = _run(out, data, which=which)
+    assert result.exit_code == 0 and "done already" not in result.output
+    assert (out / "cgan" / "log.jsonl").read_bytes() == trained, "evaluated again without training"
+    assert json.loads((out / "plan.json").read_text())["measured"] == plan["measured"]
+    assert _run(out, data, which=which).output.count("done already") == 2
+
+
 def test_an_interrupted_run_goes_on_to_the_same_results(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
