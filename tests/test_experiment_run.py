@@ -210,6 +210,35 @@ def test_an_interrupted_run_goes_on_to_the_same_results(
     assert "| Both |" in (parts / "table.md").read_text()
 
 
+def test_with_held_out_images_all_rows_are_against_training_images(tmp_path: Path, data: Path) -> None:
+    out, which = tmp_path / "out", ("cgan-no-color",)
+    _run(out, data, "--holdout", _write(tmp_path / "held", 12, 10, first=32), which=which)
+
+    def distances() -> dict[str, tuple[str, str]]:
+        lines = [
+            line.strip("| ").split(" | ") for line in (out / "table.md").read_text().splitlines() if line[:1] == "|"
+        ]
+        return {line[0]: (line[1], line[3].split(" [")[0]) for line in lines[2:]}
+
+    def shown(part: dict[str, float]) -> tuple[str, str]:
+        return f"{part['images']}", f"{part['fd']:.4g}"
+
+    results = json.loads((out / "results.json").read_text())
+    space = results["experiments"]["cgan-no-color"]["metrics"]["spaces"]["quarters"]
+    rows = {"cGAN w/o color": space["comparisons"]} | {f"- {name}": part for name, part in space["classes"].items()}
+    assert set(rows) == {"cGAN w/o color", "- benign", "- malignant"}
+    assert distances() == {name: shown(parts["generated_training"]) for name, parts in rows.items()}
+    assert distances() != {name: shown(parts["generated_holdout"]) for name, parts in rows.items()}
+
+    file = out / "cgan-no-color" / "metrics.json"  # as an earlier version wrote it
+    former = json.loads(file.read_text())
+    for parts in former["metrics"]["spaces"]["quarters"]["classes"].values():
+        del parts["generated_training"]
+    file.write_text(json.dumps(former))
+    _run(out, data, "--holdout", tmp_path / "held", which=which)
+    assert "| - benign | not measured |  |" in (out / "table.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("benign", "malignant", "message"),
     [
