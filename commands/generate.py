@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -325,15 +325,18 @@ def _look_into(store: Store, planned: Plan) -> Manifest | None:
     # Listed first: whatever other processes at work on this dataset add later, they have written the mark before.
     entries = store.entries()
     begun = store.size(_BEGUN) is not None
-    if begun and store.read(_BEGUN) != _mark(planned):
-        raise StorageError(
-            f"{store.location}: holds the beginning of another dataset; choose another --out or remove it"
-        )
+    if begun and (mark := _read_mark(store.read(_BEGUN))).get("plan") != planned.digest:
+        differing = _differing_options(planned, _begun_request(mark, planned), mark.get("bundle"))
+        known = f"; it was begun {differing}: give the same to continue it," if differing else ";"
+        advice = f"{known} {'or ' if differing else ''}choose another --out or remove it"
+        raise StorageError(f"{store.location}: holds the beginning of another dataset{advice}")
     if store.size(MANIFEST) is not None:
         found = read_manifest(store)
         if found.plan_digest == planned.digest:
             return found
-        raise StorageError(f"{store.location}: holds another dataset; choose another --out or remove it")
+        differing = _differing_options(planned, found.request, found.bundle_digest)
+        known = f", made {differing}" if differing else ""
+        raise StorageError(f"{store.location}: holds another dataset{known}; choose another --out or remove it")
     if not begun and any(name != _BEGINNING[0] and not name.startswith(_BEGINNING[1]) for name in entries):
         raise StorageError(f"{store.location}: is not empty and no dataset of ours; choose another --out")
     return None
@@ -367,7 +370,73 @@ def _begin(store: Store, planned: Plan, reopen: bool) -> None:
 
 
 def _mark(planned: Plan) -> bytes:
-    return json.dumps({"plan": planned.digest}).encode()
+    content = {"plan": planned.digest, "bundle": planned.bundle_digest, "request": planned.request.model_dump()}
+    return json.dumps(content).encode()
+
+
+def _read_mark(content: bytes) -> dict[str, Any]:
+    """What `_mark` wrote; empty if it is damaged."""
+    try:
+        mark = json.loads(content)
+    except ValueError:
+        return {}
+    return mark if isinstance(mark, dict) else {}
+
+
+def _begun_request(mark: Mapping[str, Any], planned: Plan) -> DatasetRequest | None:
+    """The request that a dataset was begun with, None if it is not known.
+
+    Marks of earlier versions have only the digest of the plan. They are tried with each noise mode, as the default changed.
+    """
+    from typing import get_args
+
+    from pydantic import ValidationError
+
+    from dermis.dataset.request import DatasetRequest
+    from dermis.network_config import NoiseMode
+
+    if "request" in mark:
+        try:
+            return DatasetRequest.model_validate(mark["request"])
+        except ValidationError:
+            return None
+    requests = [planned.request.model_copy(update={"noise_mode": mode}) for mode in get_args(NoiseMode)]
+    return next((each for each in requests if replace(planned, request=each).digest == mark.get("plan")), None)
+
+
+def _differing_options(planned: Plan, former: DatasetRequest | None, bundle_digest: str | None) -> str:
+    """In words, with which other options a dataset was asked for than now; empty if that is not known.
+
+    bundle_digest: of the former bundle, None if it is the same.
+    """
+    if former is None:
+        return ""
+    before, now = _option_texts(former), _option_texts(planned.request)
+    given = [text for name, text in before.items() if now.get(name) != text]
+    if bundle_digest not in (None, planned.bundle_digest):
+        given.insert(0, f"--bundle of digest {escape(str(bundle_digest)[:12])}")
+    left_out = [name for name in now if name not in before]
+    parts = [f"{word} {', '.join(names)}" for word, names in (("with", given), ("without", left_out)) if names]
+    return " and ".join(parts)
+
+
+def _option_texts(request: DatasetRequest) -> dict[str, str]:
+    """By the name of an option, what to give on the command line for a request. Unused options are left out."""
+    values = request.model_dump(exclude={"model", "classes", "edits", "classifier", "privacy"}, exclude_none=True)
+    if request.classifier is not None:
+        values |= request.classifier.model_dump(exclude_defaults=True)
+    if request.privacy is not None:
+        privacy = request.privacy.model_dump()
+        values |= {("gate_tries" if name == "tries" else name): value for name, value in privacy.items()}
+    texts = {f"--{name.replace('_', '-')}": f"--{name.replace('_', '-')} {value}" for name, value in values.items()}
+    if texts.pop("--score", None):  # only where it differs from the default
+        texts["--no-score"] = "--no-score"
+    texts["--classes"] = "--classes " + ",".join(f"{name}={count}" for name, count in request.classes.items())
+    edits = [
+        f"--edit {edit.direction}={edit.strength}" + ("" if edit.layers is None else "@{}-{}".format(*edit.layers))
+        for edit in request.edits or ()
+    ]
+    return texts | ({"--edit": " ".join(edits)} if edits else {})
 
 
 def _compare(wanted: Manifest, made: Manifest) -> None:

@@ -106,6 +106,11 @@ def test_command_measures_writes_and_shows(
         "benign": 24,
         "malignant": 12,
     }
+    assert all(set(parts) == set(space["comparisons"]) for parts in of_classes.values())
+    class_head = space_tables(metrics)[0].class_rows[0]
+    assert class_head[1:] == [f"{name}: {what}" for name in of_classes for what in ("generated", "real in their place")]
+    class_fd = f"{of_classes['benign']['generated_holdout']['fd']:.4g} ["
+    assert space_tables(metrics)[0].class_rows[2][1].startswith(class_fd), "against held-out images where there are any"
     for part in (*space["comparisons"].values(), *(part for parts in of_classes.values() for part in parts.values())):
         assert part["images"] == part["real_images"], "the sets of a comparison are of equal size"
         for name in ("fd", "kid", "mmd"):

@@ -151,6 +151,31 @@ def test_the_five_run_and_are_compared_with_the_paper(tmp_path: Path, data: Path
         _run(out, _write(tmp_path / "others", 20, 13))
 
 
+def test_results_of_an_earlier_way_of_measuring_are_not_mixed_with_new_ones(tmp_path: Path, data: Path) -> None:
+    out, which = tmp_path / "out", ("cgan", "cgan-no-color")
+    _run(out, data, "--only", "cgan", which=which)
+    plan = json.loads((out / "plan.json").read_text())
+    assert (plan["measured"]["noise_mode"], plan["measured"]["metrics_format"]) == ("random", 2)
+    trained = (out / "cgan" / "log.jsonl").read_bytes()
+    for missing, former in (
+        (("noise_mode", "metrics_format"), "const noise and metrics of format 1"),
+        (("metrics_format",), "random noise and metrics of format 1"),
+    ):
+        measured = {key: value for key, value in plan["measured"].items() if key not in missing}
+        (out / "plan.json").write_text(json.dumps(plan | {"measured": measured}))
+        for name in ("cgan", "cgan-no-color"):
+            with pytest.raises(TrainingError, match=f"evaluated with {former}.*remove .*cgan/metrics.json to evaluate"):
+                _run(out, data, "--only", name, which=which)
+    assert not (out / "cgan-no-color").exists()
+
+    (out / "cgan" / "metrics.json").unlink()
+    result = _run(out, data, which=which)
+    assert result.exit_code == 0 and "done already" not in result.output
+    assert (out / "cgan" / "log.jsonl").read_bytes() == trained, "evaluated again without training"
+    assert json.loads((out / "plan.json").read_text())["measured"] == plan["measured"]
+    assert _run(out, data, which=which).output.count("done already") == 2
+
+
 def test_an_interrupted_run_goes_on_to_the_same_results(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,6 +208,35 @@ def test_an_interrupted_run_goes_on_to_the_same_results(
     assert again["chosen"] == {"name": "cgan-no-color", "reason": "the only one that makes all classes"}
     assert "p of the test for memorising" in (parts / "table.md").read_text()
     assert "| Both |" in (parts / "table.md").read_text()
+
+
+def test_with_held_out_images_all_rows_are_against_training_images(tmp_path: Path, data: Path) -> None:
+    out, which = tmp_path / "out", ("cgan-no-color",)
+    _run(out, data, "--holdout", _write(tmp_path / "held", 12, 10, first=32), which=which)
+
+    def distances() -> dict[str, tuple[str, str]]:
+        lines = [
+            line.strip("| ").split(" | ") for line in (out / "table.md").read_text().splitlines() if line[:1] == "|"
+        ]
+        return {line[0]: (line[1], line[3].split(" [")[0]) for line in lines[2:]}
+
+    def shown(part: dict[str, float]) -> tuple[str, str]:
+        return f"{part['images']}", f"{part['fd']:.4g}"
+
+    results = json.loads((out / "results.json").read_text())
+    space = results["experiments"]["cgan-no-color"]["metrics"]["spaces"]["quarters"]
+    rows = {"cGAN w/o color": space["comparisons"]} | {f"- {name}": part for name, part in space["classes"].items()}
+    assert set(rows) == {"cGAN w/o color", "- benign", "- malignant"}
+    assert distances() == {name: shown(parts["generated_training"]) for name, parts in rows.items()}
+    assert distances() != {name: shown(parts["generated_holdout"]) for name, parts in rows.items()}
+
+    file = out / "cgan-no-color" / "metrics.json"  # as an earlier version wrote it
+    former = json.loads(file.read_text())
+    for parts in former["metrics"]["spaces"]["quarters"]["classes"].values():
+        del parts["generated_training"]
+    file.write_text(json.dumps(former))
+    _run(out, data, "--holdout", tmp_path / "held", which=which)
+    assert "| - benign | not measured |  |" in (out / "table.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -217,6 +217,42 @@ def test_folders_and_bundles_are_not_mixed_up(
     assert "has no manifest.json" in run("verify", foreign)[2]
 
 
+@pytest.mark.parametrize("early", [False, True], ids=["with the request", "digest only"])
+def test_a_dataset_begun_with_the_former_default_names_the_option(
+    run: Run, painter: type[Painter], tiny_bundle: Bundle, tmp_path: Path, early: bool
+) -> None:
+    """The same command without the option is refused by the option, and continues with it; also with an early mark."""
+    out = tmp_path / "out"
+    asked = ("generate", "--bundle", tiny_bundle.location, "--classes", "benign=4", "--shard-size", 2, "--out", out)
+    const = ("--noise-mode", "const")
+    assert run(*asked, *const, "--only-shard", 0)[0] == 0
+    mark = out / ".partial" / "plan.json"
+    if early:
+        mark.write_text(json.dumps({"plan": json.loads(mark.read_text())["plan"]}))
+    begun = f"{out}: holds the beginning of another dataset; it was begun with --noise-mode const: give the same to"
+    status, _, err = run(*asked)
+    assert status == 1 and begun in err and "or choose another --out or remove it" in err
+    assert run(*asked, *const)[0] == 0
+    assert painter.drawn == 4, "the shard that was finished is kept"
+    status, _, err = run(*asked, "--seed", 3)
+    assert status == 1 and "holds another dataset, made with --seed 0, --noise-mode const; choose another --out" in err
+
+
+def test_options_that_differ_are_named_as_on_the_command_line(
+    run: Run, painter: type[Painter], tiny_bundle: Bundle, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    asked = ("generate", "--bundle", tiny_bundle.location, "--out", out, "--only-shard", 0)
+    assert run(*asked, "--classes", "malignant=2,benign=1", "--truncation-psi", 0.5)[0] == 0
+    err = run(*asked, "--classes", "benign=1", "--truncation-psi", 0.5, "--truncation-cutoff", 2)[2]
+    assert "it was begun with --classes benign=1,malignant=2 and without --truncation-cutoff: give the same" in err
+    other = make_bundle(tmp_path / "other", seed=1)
+    err = run(*asked, "--classes", "malignant=2,benign=1", "--truncation-psi", 0.5, "--bundle", other.location)[2]
+    assert f"it was begun with --bundle of digest {tiny_bundle.digest[:12]}: give the same" in err
+    (out / ".partial" / "plan.json").write_text("[")
+    assert "holds the beginning of another dataset; choose another --out" in run(*asked, "--classes", "benign=1")[2]
+
+
 def test_a_folder_that_cannot_be_made(run: Run, painter: type[Painter], tiny_bundle: Bundle, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     for out in (tmp_path / "file", tmp_path / "file" / "out"):

@@ -123,6 +123,22 @@ def test_best_snapshot_is_kept_with_its_numbers(tmp_path: Path) -> None:
     assert load_generator(best).get_parameter("synthesis.b8.torgb.bias")[0] == pytest.approx(0.2, abs=1e-3)
 
 
+@pytest.mark.usefixtures("colours")
+@pytest.mark.parametrize(
+    ("noise", "better"), [({}, True), ({"noise_mode": "const"}, True), ({"noise_mode": "random"}, False)]
+)
+def test_measurements_with_other_noise_are_not_compared(tmp_path: Path, noise: dict[str, str], better: bool) -> None:
+    """A line with an unbeatable distance keeps later snapshots from being the best only if it had the same noise."""
+    state = new_state(_config(0.008), CPU)
+    state.progress.nimg = 8
+    write_snapshot(_dataset(), _config(0.008), ORIGIN, CPU)(tmp_path, state)
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"nimg": 4, "fid": -1.0} | noise) + "\n")
+    measurements = Measurements(_dataset(), "fid", 0.004, 6, CPU, "colours")
+    _, best = measurements.record(tmp_path, Progress(nimg=8), tmp_path / "bundle")
+    assert best is better
+    assert list(_lines(tmp_path / "metrics.jsonl"))[1]["noise_mode"] == "random"
+
+
 def test_stopped_runs_are_not_measured_and_lost_positions_are_forgotten(tmp_path: Path) -> None:
     measurements = Measurements(_dataset(), "fid", 0.008, 6, CPU)
     (tmp_path / "metrics.jsonl").write_text('{"nimg": 8, "fid": 2.0}\n{"nimg": 20, "fid": 1.0}\n')

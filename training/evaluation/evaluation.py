@@ -181,7 +181,7 @@ def _compared_images(
     if holdout is None:
         return (real + generated) * (noise_modes + classes)
     smallest = min(real, generated, len(holdout.labels))
-    return 2 * smallest * (3 + 2 * (noise_modes - 1) + 2 * classes)
+    return 2 * smallest * (3 + 2 * (noise_modes - 1) + 3 * classes)
 
 
 def _count_compared(bar: tqdm, images: int) -> None:

@@ -125,9 +125,7 @@ def measure_space(
     for label, name in enumerate(class_names):
         comparisons = _comparisons(sets, mode, label)
         if all(min(len(real), len(images)) >= FEWEST for _, real, images in comparisons):
-            # Against the held-out images where there are any: three tables of every class are too much to read.
-            chosen = [each for each in comparisons if sets.held_out is None or each[0] != "generated_training"]
-            result["classes"][name] = measured(chosen)
+            result["classes"][name] = measured(comparisons)
     if sets.held_out is not None and selection == "all":
         found = feature_likelihood(sets.training, sets.held_out, sets.generated[mode])
         result["fld_gaussians"] = found.gaussians

@@ -53,10 +53,16 @@ def space_tables(metrics: Part, discriminator_space: str | None = None) -> list[
         classes = {
             f"{of_class}: {title}": part
             for of_class, parts in space.get("classes", {}).items()
-            for title, part in _titled(parts, short=True).items()
+            for title, part in _titled(_of_class(parts), short=True).items()
         }
         tables.append(SpaceTable(name, remark, _rows(lines, columns), _rows(lines, classes) if classes else []))
     return tables
+
+
+def _of_class(parts: Mapping[str, Part]) -> Mapping[str, Part]:
+    """The comparisons of a class to show: with held-out images where there are any, as three a class are too many."""
+    held_out = {name: part for name, part in parts.items() if name != "generated_training"}
+    return held_out or parts
 
 
 def copies(metrics: Part) -> list[str]:

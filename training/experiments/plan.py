@@ -17,14 +17,19 @@ import torch
 from dermis.bundle import check_names
 from dermis.errors import DataError, TrainingError, escape
 from dermis.features import FeatureExtractor
+from dermis.networks import NoiseMode
 from training.data.images import ImageDataset, load_images
 from training.data.sources import Source
 from training.evaluation.evaluation import check_images
 from training.evaluation.measure import FEWEST
+from training.evaluation.record import FORMAT_VERSION
 from training.experiments.experiment import TABLE1, Experiment, read_experiment
 from training.gan.config import GanConfig, automatic_precision
 
 PLAN = "plan.json"
+METRICS = "metrics.json"  # of an experiment that is done, in its folder
+NOISE_MODE: NoiseMode = "random"
+"""Noise of the generated images of every evaluation."""
 GROUPS = {"table1": TABLE1}
 _OPTION = {"total_kimg": "--kimg or --scale", "seed": "--seed", "resolution": "--resolution"}
 
@@ -152,10 +157,12 @@ def remember(out: Path, tasks: Sequence[Task], measuring: Measuring) -> None:
     if before:
         for option, value in measured.items():
             _same(out, option, before["measured"].get(option), value)
+        _check_comparable(out, before)
         for task in tasks:
             if stored := before["experiments"].get(task.experiment.name):
                 _check_same(out, task, stored)
         planned = before["experiments"] | planned
+    measured |= {"noise_mode": NOISE_MODE, "metrics_format": FORMAT_VERSION}
     write_beside(file, json.dumps({"measured": measured, "experiments": planned}, indent=2) + "\n")
 
 
@@ -189,6 +196,23 @@ def _check_same(out: Path, task: Task, stored: Mapping[str, Any]) -> None:
     changed = {"total_kimg": task.config.total_kimg} | task.config.changed_from(stored["config"])
     for option, value in changed.items():
         _same(out, f"{name}: {_OPTION.get(option, option)}", stored["config"].get(option), value)
+
+
+def _check_comparable(out: Path, before: Mapping[str, Any]) -> None:
+    """Refuse a folder whose experiments were evaluated by a version with other noise or other comparisons.
+
+    Version 1 of the metrics compared all images with all, version 2 compares equal numbers where images are held out.
+    A folder without evaluated experiments can go on.
+    """
+    measured = before["measured"]
+    noise_mode, version = measured.get("noise_mode", "const"), measured.get("metrics_format", 1)
+    evaluated = [out / name / METRICS for name in before["experiments"] if (out / name / METRICS).exists()]
+    if evaluated and (noise_mode, version) != (NOISE_MODE, FORMAT_VERSION):
+        raise TrainingError(
+            f"{out}: its experiments were evaluated with {noise_mode} noise and metrics of format {version}, which do not "
+            f"compare with the present {NOISE_MODE} noise and format {FORMAT_VERSION}; choose another --out, or remove "
+            f"{', '.join(map(str, evaluated))} to evaluate again without training"
+        )
 
 
 def _same(out: Path, what: str, before: object, now: object) -> None:

@@ -21,12 +21,10 @@ import torch
 from dermis.bundle import open_bundle
 from dermis.errors import TrainingError, escape
 from training.evaluation.evaluation import evaluate_bundle, keep_metrics
-from training.experiments.plan import Measuring, Task, write_beside
+from training.experiments.plan import METRICS, NOISE_MODE, Measuring, Task, write_beside
 from training.gan.config import GanConfig
 from training.gan.loop import train
 from training.gan.snapshot import Origin, write_snapshot
-
-METRICS = "metrics.json"
 
 
 @dataclass(frozen=True)
@@ -92,6 +90,7 @@ def run_experiment(
         count=measuring.samples,
         ppl_paths=measuring.ppl_paths,
         seed=config.seed,
+        noise_modes=[NOISE_MODE],
         cache=cache,
         device=str(device),
     )

@@ -93,8 +93,9 @@ def rows(outcome: Outcome) -> list[list[str]]:
         numbers = _numbers(measured["comparisons"]["generated_training"], ppl)
         table.append([experiment.title, *numbers, f"{result.seconds_per_kimg:.3g}", *theirs])
         for name, parts in measured.get("classes", {}).items():
-            of_class = parts.get("generated_training") or parts["generated_holdout"]
-            numbers = _numbers(of_class, ppl.get("classes", {}).get(name, {}))
+            # Earlier versions did not compare a class with its training images where others were held out.
+            part, length = parts.get("generated_training"), ppl.get("classes", {}).get(name, {})
+            numbers = ["not measured", *[""] * len(REPORTED)] if part is None else _numbers(part, length)
             table.append([f"- {name}", *numbers, "", *[""] * len(reported)])
     return table
 

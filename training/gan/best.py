@@ -18,6 +18,7 @@ from dermis.bundle import open_bundle
 from dermis.errors import TrainingError
 from dermis.features import FeatureExtractor, feature_extractor
 from dermis.metrics import frechet_distance, kernel_distance
+from dermis.networks import NoiseMode
 from dermis.synthesizer import Synthesizer
 from training.data.isic import ImageDataset
 from training.gan.journal import drop_after, position
@@ -25,6 +26,7 @@ from training.gan.state import Progress
 
 METRICS = ("fid", "kid")
 LOG = "metrics.jsonl"
+_NOISE_MODE: NoiseMode = "random"
 _BATCH = 32
 
 
@@ -66,7 +68,7 @@ class Measurements:
 
             def batch(start: int) -> NDArray[np.uint8]:
                 part = list(range(start, min(start + _BATCH, self.count)))
-                return synthesizer.images([0] * len(part), part, labels[part].tolist(), noise_mode="random")
+                return synthesizer.images([0] * len(part), part, labels[part].tolist(), noise_mode=_NOISE_MODE)
 
             generated = self._space.over(batch(start) for start in range(0, self.count, _BATCH))
             identity = dict(synthesizer.identity)
@@ -80,7 +82,7 @@ class Measurements:
             "images": self.count,
             "seed": 0,
             "truncation_psi": 1.0,
-            "noise_mode": "random",
+            "noise_mode": _NOISE_MODE,
             "synthesizer": identity,
             "fid": frechet_distance(self._real, generated),
             "kid": kid,
@@ -88,11 +90,18 @@ class Measurements:
         }
 
     def record(self, out: Path, progress: Progress, bundle: Path) -> tuple[dict[str, Any], bool]:
-        """Measure, append to metrics.jsonl, and tell whether it is better than all before."""
+        """Measure, append to metrics.jsonl, and tell whether it is better than all before with the same noise.
+
+        Lines without a noise mode were measured with the constant noise, the default of earlier versions.
+        """
         start = time.monotonic()
-        before = [json.loads(line).get(self.metric, math.inf) for line in _lines(out)]
+        lines = [json.loads(line) for line in _lines(out)]
+        before = [line.get(self.metric, math.inf) for line in lines if line.get("noise_mode", "const") == _NOISE_MODE]
         metrics = self.measure(bundle)
-        line = {"nimg": progress.nimg, **{name: metrics[name] for name in (*METRICS, "images", "extractor")}}
+        line = {
+            "nimg": progress.nimg,
+            **{name: metrics[name] for name in (*METRICS, "images", "extractor", "noise_mode")},
+        }
         with (out / LOG).open("a", encoding="utf-8") as log:
             log.write(json.dumps(line | {"seconds": round(time.monotonic() - start, 1)}) + "\n")
         return metrics, metrics[self.metric] < min(before, default=math.inf)
