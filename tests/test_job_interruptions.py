@@ -233,6 +233,7 @@ class ClientError(Exception):
         (OSError(errno.ENOSPC, "full"), False, "storage-full"),
         (OSError(errno.EDQUOT, "full"), True, "storage-full"),
         (OSError(errno.ESTALE, "stale"), False, "storage-unavailable"),
+        (OSError(errno.ENOTEMPTY, "written while it is removed"), False, "storage-unavailable"),
         (OSError(errno.EMFILE, "files"), False, "storage-unavailable"),
         (OSError(errno.EIO, "disk"), False, "storage"),
         (OSError(errno.EIO, "unknown code"), True, "storage-unavailable"),

@@ -21,13 +21,14 @@ PARTIAL = ".partial"
 """Folder of everything that is gone once the dataset is complete."""
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
-# A network file system that is away, a server that is restarting, too many open files: the same call may succeed later.
+# A network file system that is away, a server that is restarting, too many open files, a folder that somebody writes into while
+# it is removed: the same call may succeed later.
 _TRANSIENT = {
     number
     for number, name in errno.errorcode.items()
     if re.fullmatch(
         "EAGAIN|EBUSY|EINTR|EMFILE|ENFILE|ENETDOWN|ENETRESET|ENETUNREACH|ENOTCONN|ESHUTDOWN|EHOSTDOWN|EHOSTUNREACH|ESTALE|"
-        "EREMOTEIO|ECOMM|ECONNABORTED|ECONNREFUSED|ECONNRESET|EPIPE|ETIMEDOUT",
+        "EREMOTEIO|ECOMM|ENOTEMPTY|ECONNABORTED|ECONNREFUSED|ECONNRESET|EPIPE|ETIMEDOUT",
         name,
     )
 }
