@@ -102,17 +102,17 @@ def tracked_bytes() -> int:
     return sum(Path(name.decode()).stat().st_size for name in names if name and Path(name.decode()).exists())
 
 
-def divide(images: list[Encoded], rooms: tuple[int, int]) -> list[list[Encoded]]:
-    """The images in their order, as many into each archive as it has room for: rooms of the first one and of the others."""
+def divide(images: list[Encoded], capacities: tuple[int, int]) -> list[list[Encoded]]:
+    """The images in their order, as many into each archive as fit: bytes of the first one and of the others."""
     archives: list[list[Encoded]] = [[]]
-    left = rooms[0]
+    left = capacities[0]
     for image in images:
         size = len(image.data) + 2 * len(image.name) + 100  # an archive names each member twice
         if size > left:
             archives.append([])
-            left = rooms[1]
+            left = capacities[1]
             if size > left:
-                raise DermisError(f"--limit: leaves no room for {image.name}")
+                raise DermisError(f"--limit: leaves no space for {image.name}")
         archives[-1].append(image)
         left -= size
     return archives
@@ -160,8 +160,8 @@ def main() -> None:
             shutil.copy(case, first / "parity")
         print(f"parity: {len(cases)} files, {sum(case.stat().st_size for case in cases) / MIB:.1f} MiB")
     tree = tracked_bytes()
-    room = int(options.limit * MIB) - tree - 2 * MIB  # for the folders' own and the archive's directory
-    archives = divide(encoded, (room - sum(path.stat().st_size for path in [*wheels, *cases]), room))
+    capacity = int(options.limit * MIB) - tree - 2 * MIB  # for the folders' own and the archive's directory
+    archives = divide(encoded, (capacity - sum(path.stat().st_size for path in [*wheels, *cases]), capacity))
     for number, images in enumerate(archives, 1):
         folder = options.out / str(number)
         folder.mkdir(exist_ok=True)

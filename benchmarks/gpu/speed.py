@@ -77,7 +77,7 @@ def transfers(device: torch.device, tiny: bool) -> dict[str, float]:
 def training_speed(config: GanConfig, device: torch.device, compiled: bool, wanted_seconds: float) -> dict[str, float]:
     """Seconds for a thousand images over whole cycles of 16 steps, on random images read as a run reads them.
 
-    Steps before the first timed cycle compile and warm up; their time is told too.
+    Steps before the first timed cycle compile and warm up; their time is reported too.
     """
     dataset, _ = random_data(config, device)
     if device.type == "cuda":

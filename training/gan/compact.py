@@ -213,18 +213,18 @@ def _without_copies(flat: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict
 
 
 def _pack(flat: Mapping[str, Tensor], part_bytes: int, parts: int) -> list[dict[str, Tensor]] | None:
-    """The tensors in at most `parts` groups, the largest first into the fullest with room; None if they do not fit."""
-    room = part_bytes - _HEADER_BYTES
+    """The tensors in at most `parts` groups, the largest first into the fullest where it fits; None if they do not fit."""
+    space = part_bytes - _HEADER_BYTES
     groups: list[dict[str, Tensor]] = []
     left: list[int] = []
     for key, value in sorted(flat.items(), key=lambda item: -_size(item[1])):
         size = _size(value) + 200  # bytes, and its entry in the header
         places = [number for number, space in enumerate(left) if space >= size]
         if not places:
-            if len(groups) == parts or size > room:
+            if len(groups) == parts or size > space:
                 return None
             groups.append({})
-            left.append(room)
+            left.append(space)
             places = [len(groups) - 1]
         best = min(places, key=lambda number: left[number])
         groups[best][key] = value
