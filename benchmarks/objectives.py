@@ -18,20 +18,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from commands.options import read_described
 from dermis.cpus import keep_freed_memory
 from dermis.devices import describe_hardware
 from dermis.features import feature_extractor
 from dermis.metrics import frechet_distance
 from dermis.metrics.neighbourhoods import compare_neighbourhoods
-from dermis.networks import Generator, one_hot
-from training.data.images import ImageDataset, load_images
-from training.evaluation.features import labels_in_proportion, real_features
+from dermis.networks import Generator
+from training.data.isic import ImageDataset, load_isic
+from training.evaluation.features import BATCH, labels_in_proportion, real_features
+from training.experiments.plan import write_beside
 from training.gan.batches import batches
 from training.gan.config import automatic_precision, base_config
-from training.gan.loss import DTYPES
+from training.gan.snapshot import draw_samples
 from training.gan.state import State, new_state
 from training.gan.step import training_step
 
@@ -60,8 +59,7 @@ _CPU = torch.device("cpu")
 
 def read_part(data: Path, split: Path, part: str, resolution: int, cache: Path) -> ImageDataset:
     """The images of one part of a split."""
-    images = read_described(data, split / f"{part}.csv", None, None, False, None, None, quiet=True)
-    return load_images(images, resolution, cache=cache)
+    return load_isic(data, resolution, metadata=split / f"{part}.csv", cache=cache)
 
 
 def train_for(seconds: float, dataset: ImageDataset, options: dict[str, Any], seed: int) -> State:
@@ -79,24 +77,15 @@ def train_for(seconds: float, dataset: ImageDataset, options: dict[str, Any], se
     return state
 
 
-@torch.no_grad()
-def draw(G: Generator, labels: NDArray[np.int64], seed: int = 7) -> NDArray[np.uint8]:
-    """uint8 images [N, R, R, 3] of these classes, each with noise of its own."""
-    torch.manual_seed(seed)
-    parts = []
-    for part in np.array_split(labels, -(-len(labels) // 32)):
-        z = torch.randn(len(part), G.config.z_dim)
-        images = G(z, one_hot(part, G.config.c_dim), noise_mode="random", dtype=DTYPES[automatic_precision(_CPU)])
-        parts.append((images * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy())
-    return np.concatenate(parts)
-
-
-def measure(images: NDArray[np.uint8], parts: dict[str, ImageDataset], cache: Path) -> dict[str, Any]:
+def measure(G: Generator, parts: dict[str, ImageDataset], cache: Path) -> dict[str, Any]:
     """FD against `train`, precision, recall and coverage against as many images of both parts, in each space."""
+    labels = labels_in_proportion(parts["train"].labels, COUNT)
+    starts = range(0, COUNT, BATCH)
+    images = [draw_samples(G, 0, range(COUNT)[i : i + BATCH], labels[i : i + BATCH], _CPU) for i in starts]
     numbers: dict[str, Any] = {}
     for name in SPACES:
         extractor = feature_extractor(name)
-        generated = np.concatenate([extractor.extract(x) for x in np.array_split(images, -(-len(images) // 32))])
+        generated = extractor.over(images)
         real = {part: real_features(dataset, extractor, cache) for part, dataset in parts.items()}
         numbers[name] = {"fd": frechet_distance(real["train"], generated)}
         for part, features in real.items():
@@ -161,7 +150,6 @@ def main() -> None:
     parts = {
         part: read_part(args.data, args.split, part, args.resolution, args.cache) for part in ("train", "validation")
     }
-    labels = np.random.default_rng(0).permutation(labels_in_proportion(parts["train"].labels, COUNT))
     for seed in args.seeds:
         for name in args.objectives:
             file = args.out / f"{name.replace(', ', '-').replace(' ', '_')}-{seed}.json"
@@ -180,11 +168,9 @@ def main() -> None:
                 "hardware": describe_hardware(_CPU),
                 "kimg": state.progress.kimg,
                 "seconds": state.progress.seconds,
-                **measure(draw(state.G_ema, labels), parts, args.cache),
+                **measure(state.G_ema, parts, args.cache),
             }
-            partial = file.with_suffix(".partial")
-            partial.write_text(json.dumps(result, indent=2) + "\n")
-            partial.replace(file)
+            write_beside(file, json.dumps(result, indent=2) + "\n")
             print(
                 f"{name}, seed {seed}: {state.progress.kimg:.1f} kimg, FD@lite1 {result['lite1']['fd']:.1f}", flush=True
             )

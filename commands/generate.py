@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from commands.console import option_of
 from dermis.dataset.store import PARTIAL
 from dermis.errors import DermisError, RequestError, StorageError, escape
 
@@ -423,12 +424,12 @@ def _differing_options(planned: Plan, former: DatasetRequest | None, bundle_dige
 def _option_texts(request: DatasetRequest) -> dict[str, str]:
     """By the name of an option, what to give on the command line for a request. Unused options are left out."""
     values = request.model_dump(exclude={"model", "classes", "edits", "classifier", "privacy"}, exclude_none=True)
-    if request.classifier is not None:
-        values |= request.classifier.model_dump(exclude_defaults=True)
-    if request.privacy is not None:
-        privacy = request.privacy.model_dump()
-        values |= {("gate_tries" if name == "tries" else name): value for name, value in privacy.items()}
-    texts = {f"--{name.replace('_', '-')}": f"--{name.replace('_', '-')} {value}" for name, value in values.items()}
+    for name, part in (
+        ("classifier", request.classifier and request.classifier.model_dump(exclude_defaults=True)),
+        ("privacy", request.privacy and request.privacy.model_dump()),
+    ):
+        values |= {f"{name}.{field}": value for field, value in (part or {}).items()}
+    texts = {option_of(field): f"{option_of(field)} {value}" for field, value in values.items()}
     if texts.pop("--score", None):  # only where it differs from the default
         texts["--no-score"] = "--no-score"
     texts["--classes"] = "--classes " + ",".join(f"{name}={count}" for name, count in request.classes.items())

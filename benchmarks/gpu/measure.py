@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.generation import automatic_config, gflop_per_image, mean_difference, random_bundle, seconds
+from benchmarks.generation import DEMO, automatic_config, gflop_per_image, mean_difference, random_bundle, seconds
 from benchmarks.gpu.results import PROJECTED_IMAGES, TARGETS, Results
 from benchmarks.gpu.speed import matrix_rates, training_speed, transfers
 from dermis.bundle import Bundle, load_generator, open_bundle
@@ -25,7 +25,6 @@ from dermis.errors import DermisError
 from dermis.networks import GeneratorConfig
 from training.gan.config import GanConfig, base_config
 
-DEMO = Path("bundles/demo")
 TINY = GeneratorConfig(16, c_dim=2, z_dim=16, w_dim=16, mapping_layers=2, channel_base=256, channel_max=16)
 TEST_FILES = ("tests/test_cuda.py",)
 # A generator that a bundle of 16 MB holds, with the discriminator that it was trained with.

@@ -77,8 +77,8 @@ def feature_likelihood(
     drawn = ((generated - mean) / deviation)[rng.permutation(len(generated))]
     test = (held_out - mean) / deviation
 
-    count = min(len(drawn), len(real) // 2)
     half = len(real) // 2
+    count = min(len(drawn), half)
     costs = []
     for own, other in ((real[:half], real[half:]), (real[half:], real[:half])):
         for centres in (drawn[:count], other[:count]):

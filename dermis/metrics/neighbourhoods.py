@@ -8,10 +8,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dermis.metrics.neighbours import Features, nearest, squared_distances
+from dermis.metrics.neighbours import SLACK, Features, nearest, radii, squared_distances
 
 PRECISION_K, DENSITY_K = 3, 5
-_SLACK = 1 + 1e-9  # of a radius: what is exactly as far away counts as within, whichever way rounding went
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,8 @@ def compare_neighbourhoods(
 
     Raises ValueError if a set has too few images for its neighbourhoods.
     """
-    of_real = nearest(real, real, max(k_precision, k_density), exclude_self=True)[0] * _SLACK
-    of_generated = nearest(generated, generated, k_precision, exclude_self=True)[0][:, -1] * _SLACK
+    of_real = nearest(real, real, max(k_precision, k_density), exclude_self=True)[0] * SLACK
+    of_generated = radii(generated, k_precision)
     small = torch.from_numpy(of_real[:, k_precision - 1] ** 2)[:, None]
     large = torch.from_numpy(of_real[:, k_density - 1] ** 2)[:, None]
     own = torch.from_numpy(of_generated**2)
@@ -52,13 +51,13 @@ def compare_neighbourhoods(
         precise |= (squared <= small[rows]).any(dim=0)
         recalled += int((squared <= own).any(dim=1).sum())
         inside += int((squared <= large[rows]).sum())
-    radii = of_real[:, k_density - 1]
+    real_radii = of_real[:, k_density - 1]
     return Neighbourhoods(
         precision=float(precise.double().mean()),
         recall=recalled / len(real),
         density=inside / (k_density * len(generated)),
-        coverage=float(np.mean(distance <= radii)),
+        coverage=float(np.mean(distance <= real_radii)),
         nearest_distance=distance,
         nearest_index=index,
-        real_radii=radii,
+        real_radii=real_radii,
     )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 Features = NDArray[np.float32] | NDArray[np.float64]
 BLOCK = 1 << 22
+SLACK = 1 + 1e-9  # of a radius: what is exactly as far away counts as within, whichever way rounding went
 ROUNDING = 1e-12  # of |a|^2 + |b|^2: what float64 cannot tell from zero over thousands of dimensions
 
 
@@ -61,7 +62,7 @@ def radii(base: Features, k: int) -> NDArray[np.float64]:
 
     Longer by a part in 10^9, so that what is exactly as far away counts as within whichever way rounding went.
     """
-    return nearest(base, base, k, exclude_self=True)[0][:, -1] * (1 + 1e-9)
+    return nearest(base, base, k, exclude_self=True)[0][:, -1] * SLACK
 
 
 def distinct_radii(base: Features, same: float) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
@@ -75,4 +76,4 @@ def distinct_radii(base: Features, same: float) -> tuple[NDArray[np.float64], ND
         within = squared <= same**2
         near[rows] = within.any(dim=1).numpy()
         nearest[rows] = squared.masked_fill_(within, torch.inf).min(dim=1).values.sqrt().numpy()
-    return nearest * (1 + 1e-9), near
+    return nearest * SLACK, near

@@ -124,7 +124,7 @@ def _generated_features(
 ) -> list[Features]:
     """Features [N, dim] of the generated images in each space."""
     parts: list[list[Features]] = [[] for _ in extractors]
-    for images in _drawn(synthesizer, generation, noise_mode):
+    for images in drawn_batches(synthesizer, generation, noise_mode):
         bar.update(len(images))
         for collected, extractor in zip(parts, extractors, strict=True):
             collected.append(extractor.extract(images))
@@ -132,7 +132,10 @@ def _generated_features(
     return [np.concatenate(collected) for collected in parts]
 
 
-def _drawn(synthesizer: Synthesizer, generation: Generation, noise_mode: NoiseMode) -> Iterator[NDArray[np.uint8]]:
+def drawn_batches(
+    synthesizer: Synthesizer, generation: Generation, noise_mode: NoiseMode
+) -> Iterator[NDArray[np.uint8]]:
+    """The generated images, uint8 [n, H, W, channels] each."""
     for start in range(0, len(generation.labels), BATCH):
         indices = list(range(start, min(start + BATCH, len(generation.labels))))
         yield synthesizer.images(

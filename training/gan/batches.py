@@ -26,8 +26,8 @@ class Batch:
 
 def class_weights(labels: NDArray[np.int64], config: GanConfig) -> NDArray[np.float64]:
     """The chance [N] of every image where a class of n images is shown in proportion to n ** (1 - class_balance)."""
-    counts = np.bincount(labels)
-    weights = np.asarray(counts[labels], dtype=np.float64) ** -config.class_balance
+    counts = np.maximum(np.bincount(labels), 1)  # of a class without images, whose weight nobody takes
+    weights = (counts.astype(np.float64) ** -config.class_balance)[labels]
     chances: NDArray[np.float64] = weights / weights.sum()
     return chances
 

@@ -21,13 +21,14 @@ from dermis.metrics import frechet_distance, kernel_distance
 from dermis.networks import NoiseMode
 from dermis.synthesizer import Synthesizer
 from training.data.isic import ImageDataset
+from training.evaluation.features import BATCH, labels_in_proportion
+from training.evaluation.sets import Generation, drawn_batches
 from training.gan.journal import drop_after, position
 from training.gan.state import Progress
 
 METRICS = ("fid", "kid")
 LOG = "metrics.jsonl"
 _NOISE_MODE: NoiseMode = "random"
-_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -61,16 +62,11 @@ class Measurements:
     def measure(self, bundle: Path) -> dict[str, Any]:
         """What metrics.json of a bundle holds, of the classes in the proportions of the training set."""
         opened = open_bundle(bundle)
-        picks = np.linspace(0, len(self.dataset.labels) - 1, self.count).round().astype(int)
-        labels = np.sort(self.dataset.labels)[picks] if opened.class_names else np.zeros(self.count, dtype=int)
+        real_labels = self.dataset.labels if opened.class_names else np.zeros_like(self.dataset.labels)
+        generation = Generation(labels_in_proportion(real_labels, self.count), 0, 1.0, [_NOISE_MODE])
         threads = torch.get_num_threads()
         with Synthesizer(opened, device=str(self.device)) as synthesizer:
-
-            def batch(start: int) -> NDArray[np.uint8]:
-                part = list(range(start, min(start + _BATCH, self.count)))
-                return synthesizer.images([0] * len(part), part, labels[part].tolist(), noise_mode=_NOISE_MODE)
-
-            generated = self._space.over(batch(start) for start in range(0, self.count, _BATCH))
+            generated = self._space.over(drawn_batches(synthesizer, generation, _NOISE_MODE))
             identity = dict(synthesizer.identity)
         torch.set_num_threads(threads)  # drawing on the CPU takes one thread an image
         kid, kid_std = kernel_distance(self._real, generated)
@@ -80,8 +76,8 @@ class Measurements:
             "real_sha256": self.dataset.sha256,
             "real_images": len(self._real),
             "images": self.count,
-            "seed": 0,
-            "truncation_psi": 1.0,
+            "seed": generation.seed,
+            "truncation_psi": generation.truncation_psi,
             "noise_mode": _NOISE_MODE,
             "synthesizer": identity,
             "fid": frechet_distance(self._real, generated),
@@ -113,7 +109,7 @@ class Measurements:
     @cached_property
     def _real(self) -> NDArray[np.float32]:
         images = self.dataset.images
-        return self._space.over(images[i : i + _BATCH] for i in range(0, len(images), _BATCH))
+        return self._space.over(images[i : i + BATCH] for i in range(0, len(images), BATCH))
 
 
 def _lines(out: Path) -> list[str]:

@@ -29,10 +29,7 @@ def save_checkpoint(
 
     TrainingError, and the old one stays, if a value is not finite or the file cannot be written.
     """
-    flat = flatten(modules, optimizers, tensors)
-    sick = next((key for key, value in flat.items() if not torch.isfinite(value).all()), None)
-    if sick is not None:
-        raise TrainingError(f"{path}: not saved, because {sick} has values that are not finite: the run has diverged")
+    flat = flatten(modules, optimizers, tensors, path)
     partial = path.with_suffix(".partial")
     try:
         save_file(flat, partial, metadata={"format": FORMAT, "state": json.dumps(dict(state))})
@@ -47,28 +44,47 @@ def flatten(
     modules: Mapping[str, torch.nn.Module],
     optimizers: Mapping[str, torch.optim.Optimizer],
     tensors: Mapping[str, Tensor],
+    path: Path,
 ) -> dict[str, Tensor]:
-    """Copies of all tensors on the CPU, by the names under which `fill` takes them."""
+    """Copies of all tensors on the CPU, by the names under which `fill` takes them, to be saved at `path`.
+
+    TrainingError if a value is not finite.
+    """
     flat: dict[str, Tensor] = {f"tensor/{name}": value for name, value in tensors.items()}
     for name, module in modules.items():
         flat |= {f"{name}/{key}": value for key, value in module.state_dict().items()}
     for name, optimizer in optimizers.items():
         for index, slots in optimizer.state_dict()["state"].items():
             flat |= {f"{name}/{index}/{slot}": torch.as_tensor(value) for slot, value in slots.items()}
-    return {key: value.detach().cpu().contiguous().clone() for key, value in flat.items()}
+    flat = {key: value.detach().cpu().contiguous().clone() for key, value in flat.items()}
+    broken = next((key for key, value in flat.items() if not torch.isfinite(value).all()), None)
+    if broken is not None:
+        raise TrainingError(f"{path}: not saved, because {broken} has values that are not finite: the run has diverged")
+    return flat
 
 
 def read_state(path: Path) -> dict[str, Any]:
     """The scalars of a checkpoint; TrainingError if the file is none."""
+    state: dict[str, Any] = json.loads(read_header(path, FORMAT, "checkpoint")["state"])
+    return state
+
+
+def read_header(path: Path, expected_format: str, kind: str) -> dict[str, str]:
+    """The metadata of a safetensors file. TrainingError, which calls it a `kind`, if it has another format."""
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            metadata: dict[str, str] = file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise TrainingError(f"{path}: not a readable checkpoint ({escape(error)})") from error
-    if metadata.get("format") != FORMAT:
-        raise TrainingError(f"{path}: not a {FORMAT} file")
-    state: dict[str, Any] = json.loads(metadata["state"])
-    return state
+        raise TrainingError(f"{path}: not a readable {kind} ({escape(error)})") from error
+    if metadata.get("format") != expected_format:
+        raise TrainingError(f"{path}: not a {expected_format} file")
+    return metadata
+
+
+def read_flat(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file."""
+    with safe_open(path, framework="pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
 
 def load_checkpoint(
@@ -78,9 +94,7 @@ def load_checkpoint(
     tensors: Mapping[str, Tensor],
 ) -> None:
     """Fill modules, optimizers and tensors in place."""
-    with safe_open(path, framework="pt") as file:
-        flat = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    fill(flat, modules, optimizers, tensors)
+    fill(read_flat(path), modules, optimizers, tensors)
 
 
 def fill(

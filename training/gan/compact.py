@@ -22,13 +22,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from dermis.errors import TrainingError, escape
 from training.data.isic import ImageDataset
-from training.gan.checkpoint import fill, flatten
+from training.gan.checkpoint import fill, flatten, read_flat, read_header
 from training.gan.config import GanConfig
 from training.gan.state import State, changes_since, restore_scalars, scalars_of
 
@@ -90,12 +89,7 @@ def save_compact(
 
     moments "auto" keeps them where they fit. TrainingError if a value is not finite, or the networks alone do not fit.
     """
-    exact = flatten(modules, optimizers, tensors)
-    broken = next((key for key, value in exact.items() if not torch.isfinite(value).all()), None)
-    if broken is not None:
-        raise TrainingError(
-            f"{folder}: not saved, because {broken} has values that are not finite: the run has diverged"
-        )
+    exact = flatten(modules, optimizers, tensors, folder)
     unused = {name for name, optimizer in optimizers.items() if _beta1(optimizer) == 0}
     exact = {key: value for key, value in exact.items() if not _has_no_effect(key, unused)}
     stored, same = _without_copies({key: _narrow(key, value, optimizers) for key, value in exact.items()})
@@ -151,8 +145,7 @@ def load_compact(
     same: dict[str, str] = {}
     for path in _parts(folder):
         same = json.loads(_header(path)["same"])
-        with safe_open(path, framework="pt") as file:
-            flat |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        flat |= read_flat(path)
     # Copies: the optimizer counts up the step of every weight, and would count one shared tensor many times.
     flat |= {key: flat[original].clone() for key, original in same.items()}
     for name, optimizer in optimizers.items():
@@ -251,14 +244,7 @@ def _parts(folder: Path) -> list[Path]:
 
 
 def _header(path: Path) -> dict[str, str]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata: dict[str, str] = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise TrainingError(f"{path}: not a readable part of a state ({escape(error)})") from error
-    if metadata.get("format") != FORMAT:
-        raise TrainingError(f"{path}: not a {FORMAT} file")
-    return metadata
+    return read_header(path, FORMAT, "part of a state")
 
 
 def _replace(partial: Path, folder: Path) -> None:

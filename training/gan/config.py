@@ -87,9 +87,9 @@ class GanConfig:
             raise TrainingError("r1_gamma: the relativistic loss needs gradient penalties; give a value above 0")
         if self.moments_weight < 0:
             raise TrainingError(f"moments_weight: {self.moments_weight} must not be negative")
-        defaults = {"moments_weight": 0, "projected_mbstd": False, "projected_levels": 4, "projected_input": 128}
-        for name, default in defaults.items():
-            if not self.projected and getattr(self, name) != default:
+        defaults = _later_defaults()
+        for name in ("moments_weight", "projected_mbstd", "projected_levels", "projected_input"):
+            if not self.projected and getattr(self, name) != defaults[name]:
                 raise TrainingError(f"{name}: needs the projected discriminator (--projected)")
         if self.total_kimg <= 0:
             raise TrainingError(f"kimg: {self.total_kimg} must be positive")

@@ -165,10 +165,7 @@ class Phases:
             The loss, and the logits that say how surely D knows real images: D(real), or for pairs, where logits have no
             zero, D(real) - D(fake).
         """
-        with torch.no_grad():
-            ws, noise = self._draw_styles(z, c)
-            fake = self._synthesis(ws, dtype=self._dtype, noise=noise)
-        fake, real = self._transform(fake, p), self._transform(real, p)
+        fake, real = self._transform(self.generated(z, c), p), self._transform(real, p)
         fake_logits, real_logits, fake_features, real_features = self._judge_both(fake, real, c, real_c)
         if self.moments is not None and fake_features is not None and real_features is not None:
             batch, parts = self.config.batch, self.ranks.count
@@ -187,7 +184,7 @@ class Phases:
         inputs: list[Tensor]
         if isinstance(self.D, ProjectedDiscriminator):
             with torch.no_grad():
-                mixed = self.D.mixed(self.D.stages(self._transform(images, p), self._dtype), self._dtype)
+                _, mixed = self.D.features(self._transform(images, p), self._dtype)
             inputs = [x.float().requires_grad_(True) for x in mixed]
             logits = self.D.heads(inputs, c, self._dtype)
         else:

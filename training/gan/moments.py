@@ -45,9 +45,7 @@ class FeatureMoments(nn.Module):
         device: Where it computes.
     """
 
-    real_count: Tensor
     real_mean: Tensor
-    fake_count: Tensor
     recent_count: Tensor
     recent_sum: Tensor
     scale: Tensor
@@ -57,15 +55,15 @@ class FeatureMoments(nn.Module):
 
     def __init__(self, c_dim: int, features: int, device: torch.device | str = "cpu") -> None:
         super().__init__()
-        self.classes = max(c_dim, 1)
+        classes = max(c_dim, 1)
         for kind in ("real", "fake"):
-            self.register_buffer(f"{kind}_count", torch.zeros(self.classes, device=device))
-            self.register_buffer(f"{kind}_sum", torch.zeros(self.classes, features, device=device))
+            self.register_buffer(f"{kind}_count", torch.zeros(classes, device=device))
+            self.register_buffer(f"{kind}_sum", torch.zeros(classes, features, device=device))
             self.register_buffer(f"{kind}_outer", torch.zeros(features, features, device=device))
         self.register_buffer("seen", torch.zeros(()))  # on the CPU, where it is needed
-        self.register_buffer("recent_count", torch.zeros(self.classes, device=device))
-        self.register_buffer("recent_sum", torch.zeros(self.classes, features, device=device))
-        self.register_buffer("real_mean", torch.zeros(self.classes, features, device=device))
+        self.register_buffer("recent_count", torch.zeros(classes, device=device))
+        self.register_buffer("recent_sum", torch.zeros(classes, features, device=device))
+        self.register_buffer("real_mean", torch.zeros(classes, features, device=device))
         self.register_buffer("scale", torch.ones(features, device=device))
         self.register_buffer("transport", torch.eye(features, device=device))
         self.register_buffer("ready", torch.zeros((), device=device))
@@ -84,7 +82,7 @@ class FeatureMoments(nn.Module):
         Returns:
             The buffers that changed.
         """
-        c = c if c.shape[1] else torch.ones(len(c), 1, device=c.device)
+        c = _one_hot(c)
         count, total, outer = c.sum(dim=0), c.T @ features, features.T @ features
         average = float(REAL_HALF_LIFE)
         if kind == "fake":
@@ -115,7 +113,7 @@ class FeatureMoments(nn.Module):
         basis = vectors[:, -count:]  # eigenvalues ascend
         identity = torch.eye(count, dtype=real.dtype, device=real.device)
         root = torch.diag((values[-count:].clamp_min(0) + _RIDGE).sqrt())
-        within = root @ _power(root @ (basis.T @ fake @ basis + _RIDGE * identity) @ root, -0.5) @ root
+        within = root @ _inverse_root(root @ (basis.T @ fake @ basis + _RIDGE * identity) @ root) @ root
         transport = torch.eye(len(scale), dtype=real.dtype, device=real.device) + basis @ (within - identity) @ basis.T
         self.scale.copy_(scale)
         self.real_mean.copy_(real_mean * scale)
@@ -124,7 +122,7 @@ class FeatureMoments(nn.Module):
 
     def loss(self, features: Tensor, c: Tensor) -> Tensor:
         """Mean squared distance of generated features [N, features] from where the transport map takes them."""
-        c = c if c.shape[1] else torch.ones(len(c), 1, device=c.device)
+        c = _one_hot(c)
         x = features * self.scale
         with torch.no_grad():
             fake_mean = self.recent_sum / self.recent_count.clamp_min(1e-8)[:, None] * self.scale
@@ -139,8 +137,13 @@ class FeatureMoments(nn.Module):
         return mean, (outer - mean.T @ (count[:, None] * mean)) / count.sum().clamp_min(1e-8)
 
 
-def _power(x: Tensor, exponent: float) -> Tensor:
-    """A power of a symmetric positive definite matrix."""
+def _one_hot(c: Tensor) -> Tensor:
+    """Labels [N, c_dim] as [N, classes]: without labels all images are of one class."""
+    return c if c.shape[1] else torch.ones(len(c), 1, device=c.device)
+
+
+def _inverse_root(x: Tensor) -> Tensor:
+    """x^(-1/2) of a symmetric positive definite matrix."""
     values, vectors = torch.linalg.eigh(x)
-    power: Tensor = (vectors * values.clamp_min(1e-10) ** exponent) @ vectors.T
-    return power
+    root: Tensor = (vectors * values.clamp_min(1e-10) ** -0.5) @ vectors.T
+    return root

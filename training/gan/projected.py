@@ -77,21 +77,20 @@ class ProjectedDiscriminator(nn.Module):
 
     def forward(self, img: Tensor, c: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
         """`dtype` is the arithmetic of convolutions; that of the fixed ones only on a GPU (a CPU gains nothing by it)."""
-        return self.heads(self.mixed(self.stages(img, dtype), dtype), c, dtype)
+        return self.heads(self.features(img, dtype)[1], c, dtype)
 
-    def stages(self, img: Tensor, dtype: torch.dtype | None = None) -> list[Tensor]:
-        """Feature maps of the pretrained backbone, fine to coarse, the last ones at 1/4, 1/8, 1/16 and 1/32."""
+    def features(self, img: Tensor, dtype: torch.dtype | None = None) -> tuple[list[Tensor], list[Tensor]]:
+        """Feature maps of the pretrained backbone, fine to coarse, the last ones at 1/4, 1/8, 1/16 and 1/32 of the image.
+
+        Returns:
+            The maps as they are, and after the fixed random mixing: what the heads judge.
+        """
         x = F.interpolate(img.float(), size=(self.size, self.size), mode="bilinear", align_corners=False)
+        fixed = self._fixed[0]
         with torch.autocast(img.device.type, dtype=dtype, enabled=dtype is not None and img.is_cuda):
-            stages: list[Tensor] = self._fixed[0].backbone(x.contiguous(memory_format=torch.channels_last))
-        return stages
-
-    def mixed(self, stages: list[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
-        """The stages after the fixed random mixing: what the heads judge."""
-        on_gpu = stages[0].is_cuda
-        with torch.autocast(stages[0].device.type, dtype=dtype, enabled=dtype is not None and on_gpu):
-            mixed: list[Tensor] = self._fixed[0](stages)
-        return mixed
+            stages: list[Tensor] = fixed.backbone(x.contiguous(memory_format=torch.channels_last))
+            mixed: list[Tensor] = fixed(stages)
+        return stages, mixed
 
     def heads(self, mixed: list[Tensor], c: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
         """Logits [N, levels] of mixed features; the only trained part."""
@@ -105,8 +104,8 @@ class ProjectedDiscriminator(nn.Module):
 
     def judged(self, img: Tensor, c: Tensor | None, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """Logits, and the statistics [N, STATISTICS] of the features that they come from."""
-        stages = self.stages(img, dtype)
-        return self.heads(self.mixed(stages, dtype), c, dtype), statistics(stages)
+        stages, mixed = self.features(img, dtype)
+        return self.heads(mixed, c, dtype), statistics(stages)
 
 
 def statistics(stages: list[Tensor]) -> Tensor:

@@ -39,7 +39,7 @@ def training_step(
     torch.manual_seed((config.seed << 32) + progress.step + 1)
     real, real_c = _prepare(batch, config, phases)
     found: dict[str, Tensor] = {}
-    weights = None if config.class_balance == 0 else torch.from_numpy(class_weights(dataset.labels, config))
+    chances = torch.from_numpy(class_weights(dataset.labels, config)).cumsum(0) if config.class_balance else None
 
     def latents(paired: bool = False) -> tuple[Tensor, Tensor]:
         """z, and labels in the proportions in which real images are shown; `paired`: those of the real images."""
@@ -47,11 +47,11 @@ def training_step(
             if paired:
                 c = real_c
             else:
-                if weights is None:
+                if chances is None:
                     drawn = torch.randint(len(dataset.labels), (n,))
-                else:  # by the inverse of the cumulative weights: one uniform number a sample, as `ranks.draws` knows it
+                else:  # by the inverse of the cumulative chances: one uniform number a sample, as `ranks.draws` knows it
                     drawn = torch.rand(n, dtype=torch.float64).contiguous()
-                    drawn = torch.searchsorted(weights.cumsum(0), drawn).clamp_max(len(weights) - 1)
+                    drawn = torch.searchsorted(chances, drawn).clamp_max(len(chances) - 1)
                 c = one_hot(dataset.labels[drawn.numpy()], config.c_dim, device)
             return torch.randn(n, config.z_dim, device=device), c
 
