@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from torch import multiprocessing
 from dermis.errors import TrainingError
 from dermis.networks import minibatch_std
 from training.data.isic import ImageDataset
+from training.gan import state
 from training.gan.augment import AUGMENTATIONS, augment
 from training.gan.config import GanConfig, auto_config
 from training.gan.loop import train
@@ -38,11 +42,30 @@ def _config(**changes: object) -> GanConfig:
     return auto_config(16, 2, batch=8, total_kimg=0.032, **(small | lazy | changes))
 
 
+@contextmanager
+def _adam_in_proportion() -> Iterator[None]:
+    """Adam whose steps do not enlarge rounding.
+
+    With its usual epsilon a weight whose gradient is zero but for rounding moves as far as any other, so that the order of two
+    sums, which differs between processors, would decide where the training goes.
+    """
+    original = state._adam
+
+    def adam(module: torch.nn.Module, learning_rate: float, interval: int | None) -> torch.optim.Adam:
+        optimizer = original(module, learning_rate, interval)
+        for group in optimizer.param_groups:
+            group["eps"] = 0.01
+        return optimizer
+
+    with patch.object(state, "_adam", adam):
+        yield
+
+
 def _one_rank(rank: int, count: int, port: int, out: Path, changes: dict[str, object]) -> None:
     torch.set_num_threads(1)
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(count)}
     os.environ.update(address)
-    with joined_ranks(CPU) as ranks:
+    with joined_ranks(CPU) as ranks, _adam_in_proportion():
         train(_dataset(), _config(**changes), out, device=CPU, ranks=ranks, progress_bar=False)
     # All is computed and written. An interpreter that ends beside another rank is now and then aborted by threads of torch's
     # ("terminate called without an active exception"), which is not what is tested.
@@ -59,7 +82,8 @@ def _one_rank(rank: int, count: int, port: int, out: Path, changes: dict[str, ob
     ids=["usual", "relativistic", "projected"],
 )
 def test_two_processes_compute_what_one_does(tmp_path: Path, changes: dict[str, object]) -> None:
-    train(_dataset(), _config(**changes), tmp_path / "one", device=CPU, progress_bar=False)
+    with _adam_in_proportion():
+        train(_dataset(), _config(**changes), tmp_path / "one", device=CPU, progress_bar=False)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -68,10 +92,12 @@ def test_two_processes_compute_what_one_does(tmp_path: Path, changes: dict[str, 
     assert len(logs[0]) == len(logs[1]) == 4
     lines = list(zip(*[[json.loads(line) for line in log] for log in logs], strict=True))
     projected = "projected" in changes
-    # Through the pretrained network rounding is larger, and Adam's first steps enlarge that of small gradients.
+    # The generator's gradient goes through the kinks of the pretrained network: rounding moves some values to their other side.
     for one, two in lines[: 2 if projected else 4]:
         del one["seconds"], two["seconds"]
-        assert two == pytest.approx(one, rel=1e-3 if projected else 1e-4)
+        if projected:
+            assert two.pop("G_gradient") == pytest.approx(one.pop("G_gradient"), rel=1e-2)
+        assert two == pytest.approx(one, rel=1e-3 if projected else 1e-5)
     one, two = (load_file(tmp_path / run / "checkpoint.safetensors") for run in ("one", "two"))
     if projected:  # moments of real images, which do not depend on what was learnt
         assert float(one["moments/real_count"].sum()) > 31 and one["moments/seen"] == two["moments/seen"] == 32
@@ -79,9 +105,8 @@ def test_two_processes_compute_what_one_does(tmp_path: Path, changes: dict[str, 
             assert (two[name] - one[name]).norm() < 1e-4 * one[name].norm(), name
     else:
         assert {"r1", "path_length_penalty", "r_t", "p"} <= {name for line in logs[1] for name in json.loads(line)}
-        # A pairing loss does not change when all logits rise: Adam then makes steps of the rounding of zero gradients.
         for name, value in one.items():
-            assert torch.allclose(two[name], value, rtol=1e-4, atol=5e-4 if changes else 1e-5), name
+            assert torch.allclose(two[name], value, rtol=1e-4, atol=1e-6), name
     assert not (tmp_path / "two" / "checkpoint.partial").exists()
 
 
