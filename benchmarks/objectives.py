@@ -51,6 +51,10 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "projected, class balance 0.5": PROJECTED | {"class_balance": 0.5},
     "projected, moments 0.5": PROJECTED | {"moments_weight": 0.5},
     "projected, moments 2": PROJECTED | {"moments_weight": 2.0},
+    "projected, learning rate 0.001": PROJECTED | {"learning_rate": 0.001},
+    "projected, ema 1 kimg": PROJECTED | {"ema_kimg": 1.0},
+    "projected, recipe of the demo": PROJECTED
+    | {"projected_mbstd": True, "moments_weight": 6.0, "class_balance": 0.5, "learning_rate": 0.001, "batch": 16},
 }
 SPACES = ("lite1", "lite2")
 COUNT = 2000  # generated images
@@ -138,7 +142,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of images and their table")
     parser.add_argument("--split", type=Path, required=True, help="folder with train.csv and validation.csv")
     parser.add_argument("--out", type=Path, required=True, help="one JSON file a run")
-    parser.add_argument("--minutes", type=float, default=12.0, help="of the processor, a run")
+    parser.add_argument("--minutes", type=float, default=4.0, help="of the processor, a run")
     parser.add_argument("--resolution", type=int, default=64)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--objectives", nargs="+", choices=list(OBJECTIVES), default=list(OBJECTIVES), metavar="NAME")

@@ -63,6 +63,12 @@ def train_gan(
     learning_rate: Annotated[
         float | None, typer.Option(help="Of both networks; default follows the resolution.")
     ] = None,
+    final_learning_rate: Annotated[
+        float | None, typer.Option(help="Lower the learning rate to this value by --learning-rate-kimg.")
+    ] = None,
+    learning_rate_kimg: Annotated[
+        float, typer.Option(help="When --final-learning-rate is reached; constant from there on.")
+    ] = 0.0,
     r1_gamma: Annotated[float | None, typer.Option(help="R1 weight; default follows resolution and batch.")] = None,
     pl_weight: Annotated[
         float | None, typer.Option(help="Path-length weight; default 2, 0 leaves the phase out.")
@@ -163,6 +169,8 @@ def train_gan(
                 mapping_layers=mapping_layers,
                 discriminator_mapping_layers=discriminator_mapping_layers,
                 learning_rate=learning_rate,
+                final_learning_rate=final_learning_rate,
+                learning_rate_kimg=learning_rate_kimg,
                 r1_gamma=r1_gamma,
                 pl_weight=pl_weight,
                 mirror=mirror,

@@ -17,7 +17,7 @@ from training.gan.compact import (
     read_compact_state,
     save_compact,
     save_compact_state,
-    warm_up,
+    warm_up_factor,
 )
 from training.gan.config import GanConfig, auto_config
 from training.gan.state import State, new_state
@@ -46,9 +46,8 @@ def run(state: State, options: GanConfig, steps: int, warm_up_steps: int = 0) ->
     real = batches(data, options, state.progress.nimg)
     losses = []
     for step in range(steps):
-        if warm_up_steps:
-            warm_up([state.G_opt, state.D_opt], step, warm_up_steps)
-        losses.append(training_step(state, phases, data, next(real), options)["D"])
+        factor = warm_up_factor(step, warm_up_steps)
+        losses.append(training_step(state, phases, data, next(real), options, rate_factor=factor)["D"])
     real.close()
     return losses
 
@@ -184,6 +183,7 @@ def test_other_networks_and_other_images_are_refused(tmp_path: Path, halfway: St
     state = new_state(slower, CPU)
     load_compact_state(tmp_path / "state", state, slower, dataset())
     assert state.progress.changes[-1]["after"] == {"learning_rate": 0.001}
+    run(state, slower, 1)
     assert state.G_opt.param_groups[0]["lr"] == pytest.approx(0.001 * 4 / 5)
 
 

@@ -51,8 +51,8 @@ def _adam_in_proportion() -> Iterator[None]:
     """
     original = state._adam
 
-    def adam(module: torch.nn.Module, learning_rate: float, interval: int | None) -> torch.optim.Adam:
-        optimizer = original(module, learning_rate, interval)
+    def adam(module: torch.nn.Module, ratio: float) -> torch.optim.Adam:
+        optimizer = original(module, ratio)
         for group in optimizer.param_groups:
             group["eps"] = 0.01
         return optimizer

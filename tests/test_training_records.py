@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dermis import features
 from dermis.bundle import load_discriminator, load_generator, open_bundle
@@ -22,7 +23,7 @@ from training.gan.config import GanConfig, auto_config
 from training.gan.journal import Journal
 from training.gan.loop import train
 from training.gan.snapshot import Origin, write_snapshot
-from training.gan.state import Progress, new_state
+from training.gan.state import Progress, new_state, set_learning_rates
 
 CPU = torch.device("cpu")
 ORIGIN = Origin("moles", "folder", "CC0-1.0", "nobody")
@@ -77,6 +78,26 @@ def test_balanced_batches_show_a_rare_class_as_often_as_the_others() -> None:
         shown = np.concatenate([next(source).labels for _ in range(1000)])
         source.close()
         assert shown.mean() == pytest.approx(share, abs=0.03)
+
+
+def test_learning_rate_falls_to_its_final_value_and_survives_a_stop(tmp_path: Path) -> None:
+    schedule = {"learning_rate": 0.004, "final_learning_rate": 0.001, "learning_rate_kimg": 0.016, "pl_weight": 2.0}
+    config = replace(_config(0.012), **schedule)
+    state = new_state(config, CPU)
+    rates = []
+    for nimg in (0, 4, 8, 12, 16, 400):
+        state.progress.nimg = nimg
+        set_learning_rates(state, config)
+        rates.append(state.G_opt.param_groups[0]["lr"] * (config.pl_interval + 1) / config.pl_interval)
+    assert rates == pytest.approx([0.004 * 0.25 ** min(nimg / 16, 1) for nimg in (0, 4, 8, 12, 16, 400)])
+    train(_dataset(), replace(config, total_kimg=0.024), tmp_path / "whole", device=CPU, progress_bar=False)
+    for total_kimg in (0.012, 0.024):
+        longer = replace(config, total_kimg=total_kimg)
+        train(_dataset(), longer, tmp_path / "parts", device=CPU, resume=True, progress_bar=False)
+    whole, parts = (load_file(tmp_path / name / "checkpoint.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(parts[name], value) for name, value in whole.items())
+    with pytest.raises(TrainingError, match="learning_rate_kimg: give it"):
+        replace(config, learning_rate_kimg=0.0)
 
 
 def test_log_of_a_crashed_run_is_cut_back_to_its_checkpoint(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from training.data.images import load_images
 from training.data.isic import ImageDataset
 from training.data.sources import read_source
 from training.gan.batches import batches
-from training.gan.compact import Moments, load_compact_state, save_compact_state, warm_up
+from training.gan.compact import Moments, load_compact_state, save_compact_state, warm_up_factor
 from training.gan.config import GanConfig, automatic_precision, base_config
 from training.gan.health import Health
 from training.gan.parallel import Ranks
@@ -136,9 +136,8 @@ class Run:
             while step == 0 or not (
                 stop.is_set() or step == most_steps or clock + 2 * self.save_seconds + 1 > deadline
             ):
-                if self.warm_up_steps and step <= self.warm_up_steps:
-                    warm_up([state.G_opt, state.D_opt], step, self.warm_up_steps)
-                stats = training_step(state, phases, self.dataset, next(real), config)
+                factor = warm_up_factor(step, self.warm_up_steps)
+                stats = training_step(state, phases, self.dataset, next(real), config, rate_factor=factor)
                 now = time.monotonic()
                 durations.append(now - clock)
                 progress.seconds, clock = progress.seconds + now - clock, now

@@ -5,7 +5,7 @@ weight of G, of G_ema and of D, and 2 for a second moment. What it loses:
 
 weights         rounded to float16: half a unit in the eleventh bit, less than a step of the optimizer changes
 first moments   nothing where beta1 is 0, since they are then the last gradient, which no later step uses; else bfloat16
-second moments  rounded to bfloat16, or left out, and then the optimizer begins again: see `warm_up`
+second moments  rounded to bfloat16, or left out, and then the optimizer begins again: see `warm_up_factor`
 feature moments (`training.gan.moments`) left out: the resumed run counts them anew, and uses them after 4,000 images
 
 Tensors of a few thousand values (biases, noise strengths, averages) stay as they are, and so do values beyond float16.
@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -62,7 +62,7 @@ def save_compact_state(
 
 
 def load_compact_state(folder: Path, state: State, config: GanConfig, dataset: ImageDataset) -> bool:
-    """Fill a new state in place; whether the optimizers have their moments, else call `warm_up` at every step.
+    """Fill a new state in place; whether the optimizers have their moments, else give every step its `warm_up_factor`.
 
     Options may differ, as from one short run to the next, but not the networks' shape, the seed or the images
     (TrainingError); Progress.changes notes what differs.
@@ -159,18 +159,13 @@ def load_compact(
         raise TrainingError(f"{folder}: does not fit these networks ({escape(str(error).splitlines()[0])})") from error
 
 
-def warm_up(optimizers: Sequence[torch.optim.Optimizer], step: int, steps: int) -> float:
-    """Set the learning rates for step 0, 1, ... after a resumption without moments; returns their factor.
+def warm_up_factor(step: int, steps: int) -> float:
+    """Factor of the learning rates in step 0, 1, ... after a resumption without moments.
 
     Adam's first steps without a second moment go the whole rate in every weight, whatever its gradient; the rate therefore
     rises evenly from 1 / steps to its own in `steps` steps. Choose as many as the moments average over, 1 / (1 - beta2).
     """
-    factor = min((step + 1) / max(steps, 1), 1.0)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group.setdefault("full_rate", group["lr"])
-            group["lr"] = group["full_rate"] * factor
-    return factor
+    return min((step + 1) / max(steps, 1), 1.0)
 
 
 def _beta1(optimizer: torch.optim.Optimizer) -> float:

@@ -64,6 +64,10 @@ class GanConfig:
     projected_mbstd: bool = False  # its heads see the standard deviation of groups of mbstd_group_size
     projected_input: int = 128  # side to which it enlarges smaller images
     moments_weight: float = 0.0  # of training.gan.moments, for the projected discriminator
+    final_learning_rate: float | None = (
+        None  # reached at learning_rate_kimg, from learning_rate; None keeps it constant
+    )
+    learning_rate_kimg: float = 0.0
 
     def __post_init__(self) -> None:
         if self.augment not in AUGMENTATIONS:
@@ -91,8 +95,21 @@ class GanConfig:
         for name in ("moments_weight", "projected_mbstd", "projected_levels", "projected_input"):
             if not self.projected and getattr(self, name) != defaults[name]:
                 raise TrainingError(f"{name}: needs the projected discriminator (--projected)")
+        if self.learning_rate <= 0:
+            raise TrainingError(f"learning_rate: {self.learning_rate} must be above 0")
+        if self.final_learning_rate is not None and self.final_learning_rate <= 0:
+            raise TrainingError(f"final_learning_rate: {self.final_learning_rate} must be above 0")
+        if (self.final_learning_rate is None) != (self.learning_rate_kimg == 0) or self.learning_rate_kimg < 0:
+            raise TrainingError("learning_rate_kimg: give it (above 0) and final_learning_rate together, or neither")
         if self.total_kimg <= 0:
             raise TrainingError(f"kimg: {self.total_kimg} must be positive")
+
+    def learning_rate_at(self, nimg: int) -> float:
+        """Learning rate once `nimg` images were seen: a straight line of its logarithm, then constant."""
+        if self.final_learning_rate is None:
+            return self.learning_rate
+        share = min(nimg / (1000 * self.learning_rate_kimg), 1.0)
+        return float(self.learning_rate ** (1 - share) * self.final_learning_rate**share)
 
     @property
     def group_size(self) -> int:

@@ -88,13 +88,12 @@ def new_state(config: GanConfig, device: torch.device) -> State:
         )
     else:
         D = Discriminator(config.discriminator).to(device)
-    D_rate = PROJECTED_RATE if config.projected else config.learning_rate
     return State(
         G,
         D,
         G_ema=copy.deepcopy(G).eval().requires_grad_(False),
-        G_opt=_adam(G, config.learning_rate, config.pl_interval if config.pl_weight else None),
-        D_opt=_adam(D, D_rate, config.r1_interval if config.r1_gamma else None),
+        G_opt=_adam(G, _lazy_ratio(config.pl_interval, config.pl_weight)),
+        D_opt=_adam(D, _lazy_ratio(config.r1_interval, config.r1_gamma)),
         pl_mean=torch.zeros((), device=device),
         adaptive=_adaptive(config),
         progress=Progress(),
@@ -164,11 +163,29 @@ def _check_changes(checkpoint: Path, changes: dict[str, Any], allow: bool) -> No
         raise TrainingError(f"{checkpoint}: was trained with another {names}; use the same options{hint}")
 
 
-def _adam(module: torch.nn.Module, learning_rate: float, interval: int | None) -> torch.optim.Adam:
-    """Adam with beta (0, 0.99), corrected for lazy regularisation every `interval` steps (StyleGAN2, appendix B)."""
-    ratio = 1.0 if interval is None else interval / (interval + 1)
-    rate, betas = learning_rate * ratio, (0.0, 0.99**ratio)
-    return torch.optim.Adam(module.parameters(), lr=rate, betas=betas, eps=1e-8, fused=True)
+def set_learning_rates(state: State, config: GanConfig, factor: float = 1.0) -> None:
+    """Set the learning rates of the next step, `factor` times those of the configuration.
+
+    The projected discriminator has a constant rate of its own: its weights are under spectral normalisation.
+    """
+    rate = config.learning_rate_at(state.progress.nimg)
+    D_rate = PROJECTED_RATE if config.projected else rate
+    for optimizer, value, interval, weight in (
+        (state.G_opt, rate, config.pl_interval, config.pl_weight),
+        (state.D_opt, D_rate, config.r1_interval, config.r1_gamma),
+    ):
+        for group in optimizer.param_groups:
+            group["lr"] = value * _lazy_ratio(interval, weight) * factor
+
+
+def _lazy_ratio(interval: int, weight: float) -> float:
+    """Correction of Adam for regularisation every `interval` steps (StyleGAN2, appendix B); 1 without any."""
+    return interval / (interval + 1) if weight else 1.0
+
+
+def _adam(module: torch.nn.Module, ratio: float) -> torch.optim.Adam:
+    """Adam with beta (0, 0.99), corrected by `_lazy_ratio`; `set_learning_rates` gives it a rate before every step."""
+    return torch.optim.Adam(module.parameters(), betas=(0.0, 0.99**ratio), eps=1e-8, fused=True)
 
 
 def _adaptive(config: GanConfig) -> AdaptiveP:

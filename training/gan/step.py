@@ -16,7 +16,7 @@ from training.gan.batches import Batch, class_weights
 from training.gan.config import GanConfig
 from training.gan.loss import Phases
 from training.gan.moments import INTERVAL as MOMENTS_INTERVAL
-from training.gan.state import State
+from training.gan.state import State, set_learning_rates
 
 
 def training_step(
@@ -26,10 +26,12 @@ def training_step(
     batch: Batch,
     config: GanConfig,
     adjust: Callable[[nn.Module], None] | None = None,
+    rate_factor: float = 1.0,
 ) -> dict[str, float]:
     """Update the state, its position included. Returns losses, gradient norms and, when it was adjusted, r_t and p.
 
-    `adjust` may add to the gradients of a network (G, D) once its main phase is complete; the norms do not include it.
+    `rate_factor` multiplies the learning rates of this step (`training.gan.compact.warm_up_factor`). `adjust` may add to the
+    gradients of a network (G, D) once its main phase is complete; the norms do not include it.
 
     The numbers are those of the whole batch, the same on all ranks. Gradients that are not finite are cleaned as in the
     official code (NaN becomes 0, infinities 1e5); their norm then tells.
@@ -55,6 +57,7 @@ def training_step(
                 c = one_hot(dataset.labels[drawn.numpy()], config.c_dim, device)
             return torch.randn(n, config.z_dim, device=device), c
 
+    set_learning_rates(state, config, rate_factor)
     paired = phases.adversarial.paired
     if phases.moments is not None and progress.step % MOMENTS_INTERVAL == 0:
         phases.moments.solve()
