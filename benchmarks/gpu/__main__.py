@@ -11,6 +11,7 @@ finds at once into DIR/results.jsonl and on standard output; its other output go
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
 import subprocess
@@ -27,6 +28,7 @@ from benchmarks.gpu.results import append, read
 
 LOG_BYTES = 1 << 20  # of log.txt, the end of it
 GRACE_SECONDS = 15  # for saving, after SIGTERM
+TINY_SECONDS = 30  # of training with tiny sizes, which shows that it works, not what it learns
 LEAST_SECONDS = 10  # a part is not begun with less
 
 
@@ -143,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         statuses.append(run(part, min(part.seconds, left), options.out))
     if options.train:
         left = deadline - time.monotonic() - GRACE_SECONDS
-        part = train_part(options, max(left, LEAST_SECONDS))
+        part = train_part(options, min(max(left, LEAST_SECONDS), TINY_SECONDS if options.tiny else math.inf))
         statuses.append(run(part, part.seconds, options.out))
     shorten(options.out / "log.txt")
     missed = [line["name"] for line in read(options.out) if line.get("met") is False and not line.get("tiny")]
