@@ -100,6 +100,9 @@ def train_gan(
     moments_weight: Annotated[
         float, typer.Option(help="With --projected: match mean and covariance of its features; try 1 to 5.")
     ] = 0.0,
+    class_moments_weight: Annotated[
+        float, typer.Option(help="With --moments-weight: match how far the classes are apart; try 0.5.")
+    ] = 0.0,
     relativistic: Annotated[
         bool, typer.Option("--relativistic", help="Judge generated images against real ones in pairs, with R1 and R2.")
     ] = False,
@@ -184,6 +187,7 @@ def train_gan(
                 projected_input=projected_input,
                 projected_mbstd=projected_mbstd,
                 moments_weight=moments_weight,
+                class_moments_weight=class_moments_weight,
                 relativistic=relativistic,
                 class_balance=class_balance,
                 seed=seed,

@@ -44,7 +44,7 @@ def test_the_transport_map_gives_generated_features_the_moments_of_real_ones(mon
     moved = fake_c @ matched.real_mean + (scaled - fake_c @ fake_means) @ matched.transport
     for ours, theirs in zip(_within(moved, fake_c), _within(real * matched.scale, real_c), strict=True):
         assert torch.allclose(ours, theirs, atol=2e-3)
-    assert matched.loss(fake, fake_c) == pytest.approx(float((scaled - moved).square().mean()), rel=1e-4)
+    assert matched.losses(fake, fake_c)[0] == pytest.approx(float((scaled - moved).square().mean()), rel=1e-4)
 
 
 def test_no_moments_are_matched_before_enough_images_were_seen() -> None:
@@ -54,7 +54,7 @@ def test_no_moments_are_matched_before_enough_images_were_seen() -> None:
     for kind, x, c in (("real", real, real_c), ("fake", fake, fake_c)):
         matched.update(kind, x[:few], c[:few], batch=few)
     matched.solve()
-    assert float(matched.loss(fake, fake_c)) == 0.0
+    assert float(matched.losses(fake, fake_c)[0]) == 0.0
 
 
 def test_a_collapsed_generator_regains_the_variety_of_real_features() -> None:
@@ -69,7 +69,7 @@ def test_a_collapsed_generator_regains_the_variety_of_real_features() -> None:
         fake = torch.randn(COUNT, DIM) @ weight + c @ bias
         matched.update("fake", fake.detach(), c, batch=moments.REAL_HALF_LIFE)
         matched.solve()
-        loss = matched.loss(fake, c)
+        loss = matched.losses(fake, c)[0]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -77,6 +77,38 @@ def test_a_collapsed_generator_regains_the_variety_of_real_features() -> None:
     real_means, real_covariance = _within(real, real_c)
     assert torch.allclose(means, real_means, atol=0.1)
     assert (covariance - real_covariance).norm() < 0.1 * real_covariance.norm()
+
+
+def test_classes_become_as_distinct_as_real_ones_and_no_more() -> None:
+    real, real_c, _, c = _classes()
+    matched = FeatureMoments(2, DIM)
+    matched.update("real", real, real_c, batch=COUNT)
+    torch.manual_seed(0)
+    (low, high), covariance = _within(real, real_c)
+    axis = torch.linalg.solve(covariance, high - low)  # Fisher's linear discriminant
+    expected = float((high - low) @ axis)
+    for start in (0.0, 3.0):  # times the difference of the real classes
+        shift = torch.nn.Parameter(start * torch.stack([low, high]))
+        optimizer = torch.optim.Adam([shift], lr=0.02)
+        for _ in range(300):
+            fake = torch.randn(COUNT, DIM) @ torch.linalg.cholesky(covariance).T + c @ shift
+            matched.update("fake", fake.detach(), c, batch=moments.REAL_HALF_LIFE)
+            matched.solve()
+            loss = matched.losses(fake, c)[1]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        low_fake, high_fake = _within(fake.detach(), c)[0]
+        assert float((high_fake - low_fake) @ axis) == pytest.approx(expected, rel=0.1)
+
+
+def test_checkpoints_without_separating_directions_are_continued() -> None:
+    state = FeatureMoments(2, DIM).state_dict()
+    del state["separation"]
+    matched = FeatureMoments(2, DIM)
+    matched.separation.fill_(1.0)
+    matched.load_state_dict(state)
+    assert not matched.separation.any()
 
 
 def test_equal_distributions_are_left_as_they_are() -> None:
@@ -91,7 +123,7 @@ def test_equal_distributions_are_left_as_they_are() -> None:
             matched.update(kind, features, torch.zeros(64, 0), batch=64)
     matched.solve()
     assert float(matched.ready) == 1.0
-    assert float(matched.loss(spread * torch.randn(500, dim, generator=random), torch.zeros(500, 0))) < 0.02
+    assert float(matched.losses(spread * torch.randn(500, dim, generator=random), torch.zeros(500, 0))[0]) < 0.02
 
 
 def test_parts_of_a_batch_on_several_processes_add_up_to_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,6 +68,9 @@ class GanConfig:
         None  # reached at learning_rate_kimg, from learning_rate; None keeps it constant
     )
     learning_rate_kimg: float = 0.0
+    class_moments_weight: float = (
+        0.0  # of the distance in the directions that separate the classes; needs moments_weight
+    )
 
     def __post_init__(self) -> None:
         if self.augment not in AUGMENTATIONS:
@@ -89,8 +92,11 @@ class GanConfig:
             raise TrainingError(f"projected_input: {self.projected_input} must be a multiple of 32, and at least 128")
         if self.relativistic and self.r1_gamma == 0:
             raise TrainingError("r1_gamma: the relativistic loss needs gradient penalties; give a value above 0")
-        if self.moments_weight < 0:
-            raise TrainingError(f"moments_weight: {self.moments_weight} must not be negative")
+        for name in ("moments_weight", "class_moments_weight"):
+            if getattr(self, name) < 0:
+                raise TrainingError(f"{name}: {getattr(self, name)} must not be negative")
+        if self.class_moments_weight and not (self.moments_weight and self.c_dim > 1):
+            raise TrainingError("class_moments_weight: needs moments_weight above 0 and at least two classes")
         defaults = _later_defaults()
         for name in ("moments_weight", "projected_mbstd", "projected_levels", "projected_input"):
             if not self.projected and getattr(self, name) != defaults[name]:

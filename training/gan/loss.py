@@ -128,9 +128,12 @@ class Phases:
         loss = self.adversarial.generator(fake_logits, real_logits)
         losses = {"G": loss.detach()}
         if self.moments is not None and features is not None:
-            distance = self.moments.loss(features, c)
+            distance, class_distance = self.moments.losses(features, c)
             losses["moments"] = distance.detach()
             loss = loss + self.config.moments_weight * distance
+            if self.config.class_moments_weight:
+                losses["class_moments"] = class_distance.detach()
+                loss = loss + self.config.class_moments_weight * class_distance
         loss.backward()  # type: ignore[no-untyped-call]
         return losses
 

@@ -16,6 +16,11 @@ So the averages are long, and T acts in the first COMPONENTS principal component
 it is the identity. The averages of generated features must also describe the generator as it is now: they are shorter, and
 those of its means, which need few images, shorter still.
 
+Where classes differ little compared with the variety within each, their difference is a small part of that distance, and a
+generator learns it last. A second distance therefore counts only the directions that separate the classes best: those of
+linear discriminant analysis (Fisher 1936), in units of the standard deviation within classes. It asks generated images of a
+class to be as far from those of the others as real ones are, not farther.
+
 The features are statistics of the discriminator's fixed backbone, so distances in that feature space flatter a generator that
 was trained with this loss.
 """
@@ -50,6 +55,7 @@ class FeatureMoments(nn.Module):
     recent_sum: Tensor
     scale: Tensor
     transport: Tensor
+    separation: Tensor
     ready: Tensor
     seen: Tensor
 
@@ -66,6 +72,8 @@ class FeatureMoments(nn.Module):
         self.register_buffer("real_mean", torch.zeros(classes, features, device=device))
         self.register_buffer("scale", torch.ones(features, device=device))
         self.register_buffer("transport", torch.eye(features, device=device))
+        self.register_buffer("separation", torch.zeros(features, classes, device=device))
+        self.register_load_state_dict_pre_hook(_add_separation)  # type: ignore[no-untyped-call]
         self.register_buffer("ready", torch.zeros((), device=device))
 
     @torch.no_grad()
@@ -103,7 +111,7 @@ class FeatureMoments(nn.Module):
 
     @torch.no_grad()
     def solve(self) -> None:
-        """Compute means, scale and transport map of the moments as they are now."""
+        """Compute means, scale, transport map and separating directions of the moments as they are now."""
         real_mean, real = self._gaussian("real")
         _, fake = self._gaussian("fake")
         scale = real.diagonal().clamp_min(1e-8).rsqrt()
@@ -115,26 +123,40 @@ class FeatureMoments(nn.Module):
         root = torch.diag((values[-count:].clamp_min(0) + _RIDGE).sqrt())
         within = root @ _inverse_root(root @ (basis.T @ fake @ basis + _RIDGE * identity) @ root) @ root
         transport = torch.eye(len(scale), dtype=real.dtype, device=real.device) + basis @ (within - identity) @ basis.T
+        whitening = basis * (values[-count:].clamp_min(0) + _RIDGE).rsqrt()
+        centred = (real_mean - real_mean.mean(dim=0)) * scale
+        _, singular, directions = torch.linalg.svd(centred @ whitening, full_matrices=False)
+        separating = whitening @ directions.T * (singular > 1e-6)  # [features, min(classes, components)]
+        self.separation[:, : separating.shape[1]] = separating
         self.scale.copy_(scale)
         self.real_mean.copy_(real_mean * scale)
         self.transport.copy_(transport)
         self.ready.fill_(float(self.seen >= FEWEST))
 
-    def loss(self, features: Tensor, c: Tensor) -> Tensor:
-        """Mean squared distance of generated features [N, features] from where the transport map takes them."""
+    def losses(self, features: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean squared distance of generated features [N, features] from where the transport map takes them.
+
+        Returns:
+            That over all features, and the sum over the directions that separate the classes.
+        """
         c = _one_hot(c)
         x = features * self.scale
         with torch.no_grad():
             fake_mean = self.recent_sum / self.recent_count.clamp_min(1e-8)[:, None] * self.scale
             target = c @ self.real_mean + (x - c @ fake_mean) @ self.transport
-        distance: Tensor = (x - target).square().mean()
-        return distance * self.ready
+        difference = (x - target) * self.ready
+        return difference.square().mean(), (difference @ self.separation).square().sum(dim=1).mean()
 
     def _gaussian(self, kind: str) -> tuple[Tensor, Tensor]:
         """Means [classes, features] and the covariance within classes, in float64."""
         count, total, outer = (getattr(self, f"{kind}_{name}").double() for name in ("count", "sum", "outer"))
         mean = total / count.clamp_min(1e-8)[:, None]
         return mean, (outer - mean.T @ (count[:, None] * mean)) / count.sum().clamp_min(1e-8)
+
+
+def _add_separation(module: FeatureMoments, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Checkpoints from before the separating directions have none: they are zero until the next `solve`."""
+    state.setdefault(f"{prefix}separation", torch.zeros_like(module.separation))
 
 
 def _one_hot(c: Tensor) -> Tensor:
