@@ -67,7 +67,7 @@ demo-bundle: demo-split
 
 demo-classifier: demo-split
 	$(BIN)/dermis train classifier --data $(DATA) --split $(SPLIT) --out runs/demo-classifier --name demo-classifier \
-		--architecture tf_efficientnet_lite0 --size 192 --freeze-stages 2 --weights-dtype int8 --resume $(CREDIT)
+		--architecture tf_efficientnet_lite0 --size 128 --freeze-stages 1 --weights-dtype int8 --resume $(CREDIT)
 	$(BIN)/dermis bundle attach-classifier bundles/demo runs/demo-classifier/classifier
 
 demo-latents: demo-split

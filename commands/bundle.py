@@ -131,6 +131,13 @@ def attach_classifier(
         typer.echo(
             f"warning: the generator has {names}, the classifier {', '.join(amended.classifier.class_names)}", err=True
         )
+    size, resolution = amended.classifier.input.size, amended.generator.img_resolution
+    if size > resolution:  # it learnt from detail that generated images lack, and calls few of them positive
+        typer.echo(
+            f"warning: the classifier sees {size} px, the generator draws {resolution}: its numbers for generated images will "
+            f"be too low; train it with --size {resolution}",
+            err=True,
+        )
     typer.echo(f"{bundle}: {amended.name}@{amended.digest} with classifier {amended.classifier.digest}")
 
 

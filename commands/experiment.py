@@ -103,7 +103,10 @@ def run(
     settings: SettingsOption = None,
     seed: SeedOption = None,
     extractor: Annotated[
-        str, typer.Option(help="Feature space: inception, lite0 or timm:MODEL[@FILE.safetensors].")
+        str,
+        typer.Option(
+            help="Feature space: inception, dinov2, clip, lite0, lite1, lite2 or timm:MODEL[@FILE.safetensors]."
+        ),
     ] = "inception",
     samples: Annotated[
         int | None,

@@ -38,7 +38,10 @@ def build(
     ] = None,
     extractor: Annotated[
         str,
-        typer.Option(help="auto (the bundle's classifier, if it has one, else inception), lite0, inception, timm:..."),
+        typer.Option(
+            help="auto (the bundle's classifier, if it has one, else inception), inception, dinov2, clip, lite0, lite1, "
+            "lite2 or timm:MODEL."
+        ),
     ] = "auto",
     classifier: Annotated[
         Path | None, typer.Option(help="Folder of a classifier for --extractor classifier, if there is no bundle.")

@@ -164,6 +164,9 @@ def test_attaching_on_the_command_line(tmp_path: Path) -> None:
     assert CliRunner().invoke(app, ["bundle", "verify", str(tmp_path / "b")]).exit_code == 0
     shown = json.loads(CliRunner().invoke(app, ["bundle", "show", str(tmp_path / "b")]).output)
     assert shown["classifier"]["digest"] == described.digest
+    make_classifier(tmp_path / "fine", size=2 * open_bundle(tmp_path / "b").generator.img_resolution)
+    finer = CliRunner().invoke(app, ["bundle", "attach-classifier", str(tmp_path / "b"), str(tmp_path / "fine")])
+    assert finer.exit_code == 0 and "warning: the classifier sees" in finer.output
     before = open_bundle(tmp_path / "b").digest
     write_classifier(tmp_path / "bad", describe(), b"no graph", "# Bad\n")
     refused = CliRunner().invoke(app, ["bundle", "attach-classifier", str(tmp_path / "b"), str(tmp_path / "bad")])

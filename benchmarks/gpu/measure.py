@@ -30,6 +30,7 @@ TEST_FILES = ("tests/test_cuda.py",)
 # A generator that a bundle of 16 MB holds, with the discriminator that it was trained with.
 PROJECTED: dict[str, Any] = {
     "projected": True, "batch": 64, "channel_base": 8192, "channel_max": 256, "z_dim": 256, "w_dim": 256,
+    "projected_mbstd": True, "moments_weight": 6.0, "class_moments_weight": 0.5,
 }  # fmt: skip
 
 
