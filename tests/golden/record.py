@@ -48,7 +48,7 @@ FILES = {
     "dataset": "dataset.json",
 }
 # Rich and Typer adapt their output to the terminal and to continuous integration.
-_TERMINAL = {"COLUMNS": "100", "LINES": "50", "TERM": "dumb", "NO_COLOR": "1", "PYTHONIOENCODING": "utf-8"}
+_TERMINAL = {"COLUMNS": "1000", "LINES": "50", "TERM": "dumb", "NO_COLOR": "1", "PYTHONIOENCODING": "utf-8"}
 _UNSET = ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "TERMINAL_WIDTH", "_TYPER_FORCE_DISABLE_TERMINAL")
 # The fewest instructions that the libraries can be limited to, so that processors of different age round in the same way.
 _ARITHMETIC = {
@@ -113,9 +113,15 @@ def _help() -> str:
     texts = []
     for name, program in (("dermis", dermis), ("dermis-client", dermis_client)):
         for path in _command_paths(program.app, name):
-            lines = [line.rstrip() for line in _printed(program.main, [*path, "--help"]).strip().splitlines()]
+            printed = _printed(program.main, [*path, "--help"])
+            lines = filter(None, map(_without_layout, printed.splitlines()))
             texts.append("\n".join([f"$ {' '.join(path)} --help", *lines, ""]))
     return "\n".join(texts)
+
+
+def _without_layout(line: str) -> str:
+    """A line of a help text without the widths of columns and frames, which change with every other line."""
+    return re.sub(r"\s+", " ", re.sub("─+", "─", line)).strip(" │╭╮╰╯─")
 
 
 def _command_paths(app: Any, name: str) -> Iterator[list[str]]:
