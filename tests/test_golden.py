@@ -13,7 +13,14 @@ _SHOWN_LINES = 60
 
 
 def _compare(section: str) -> None:
-    recorded, present = path_of(section).read_text(encoding="utf-8"), compute(section)
+    recorded = path_of(section).read_text(encoding="utf-8")
+    problem, present = "", ""
+    try:
+        present = compute(section)
+    except RuntimeError as error:
+        problem = str(error)
+    if problem:
+        pytest.fail(problem, pytrace=False)
     if present == recorded:
         return
     lines = difflib.unified_diff(recorded.splitlines(), present.splitlines(), "recorded", "present", lineterm="", n=2)

@@ -32,6 +32,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -58,7 +59,7 @@ _ARITHMETIC = {
     "OMP_NUM_THREADS": "1",
     "CUDA_VISIBLE_DEVICES": "",
 }
-_TIMEOUT_SECONDS = 300.0
+_TIMEOUT_SECONDS = 900.0
 
 
 def path_of(section: str) -> Path:
@@ -70,7 +71,7 @@ def compute(section: str) -> str:
     """The present text of a section, computed in another process.
 
     Raises:
-        RuntimeError: The process failed; the message has what it wrote to stderr.
+        RuntimeError: The process failed; the message says why.
     """
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith("DERMIS_") and name not in _UNSET
@@ -89,7 +90,8 @@ def compute(section: str) -> str:
             check=False,
         )
         if done.returncode != 0:
-            raise RuntimeError(f"the section {section} cannot be computed:\n{done.stderr[-4000:]}")
+            reason = output.read_text(encoding="utf-8") if output.exists() else f"\n{done.stderr[-4000:]}"
+            raise RuntimeError(f"the section {section} cannot be computed: {reason}")
         return output.read_text(encoding="utf-8")
 
 
@@ -243,7 +245,6 @@ _UNKNOWN = {
     "name": "unknown",
 }
 _DATASET = {
-    "classes": {"benign": 3, "malignant": 2},
     "seed": 5,
     "shard_size": 2,
     "classifier": {"tries": 1},
@@ -256,15 +257,20 @@ def _routes() -> str:
     from dermis.bundle import open_bundle
     from service_kit import service
 
-    direction = open_bundle(DEMO).directions[0].name
+    bundle = open_bundle(DEMO)
+    direction, (first_class, second_class, *_) = bundle.directions[0].name, bundle.class_names
+    whole = _DATASET | {
+        "classes": {first_class: 3, second_class: 2},
+        "edits": [{"direction": direction, "strength": 0.5}],
+    }
     answers: dict[str, Any] = {}
-    with service(DEMO, Path("data").absolute(), default_model="demo", max_projection_images=2) as running:
+    with service(DEMO, Path("data").absolute(), default_model=bundle.name, max_projection_images=2) as running:
         running.generator.failures += [RuntimeError("broken")]
-        failed = running.wait(running.ask(_DATASET | {"classes": {"benign": 1}}))["id"]
-        made = running.wait(running.ask(_DATASET | {"edits": [{"direction": direction, "strength": 0.5}]}))["id"]
-        projected = _project(running)
+        failed = running.wait(running.ask(_DATASET | {"classes": {first_class: 1}}))["id"]
+        made = running.wait(running.ask(whole))["id"]
+        projected = _project(running, first_class)
         running.projector.failures += [RuntimeError("broken")]
-        failed_projection = _project(running)
+        failed_projection = _project(running, first_class)
         files = [each["name"] for each in running.client.get(f"/v1/datasets/{made}/files").json()["data"]]
         projection = running.client.get(f"/v1/projections/{projected}").json()
         results = [each.rpartition("/")[2] for each in projection["data"][0]["files"].values()]
@@ -277,7 +283,7 @@ def _routes() -> str:
             "/v1/projections/{projection_id}/files/{name}": [
                 {"projection_id": projected, "name": each} for each in results
             ],
-            "/v1/models/{name}": [{"name": "demo"}],
+            "/v1/models/{name}": [{"name": bundle.name}],
             "/docs/{name}": [{"name": "swagger-ui.css"}],
         }
         queries = {
@@ -294,7 +300,7 @@ def _routes() -> str:
             if "{" not in route:
                 urls = {route + query: route + query for query in ("", *queries.get(route, ()))}
             elif route not in requests:
-                raise RuntimeError(f"GET {route} is new: say in {FOLDER.name}/record.py with which values to call it")
+                raise RuntimeError(f"GET {route} is new: add the values to call it with in {__file__}, `_routes`")
             else:
                 urls = {f"{route} {number}": route.format(**values) for number, values in enumerate(requests[route], 1)}
                 first = requests[route][0]
@@ -314,7 +320,7 @@ def _get_routes(router: Any) -> Iterator[str]:
             yield route.path
 
 
-def _project(running: Any) -> str:
+def _project(running: Any, class_name: str) -> str:
     """Project one image; the id of the projection once it has ended."""
     import numpy as np
 
@@ -323,7 +329,7 @@ def _project(running: Any) -> str:
 
     image = encode(np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8))
     response = running.client.post(
-        "/v1/projections?steps=2&start=mean&class=benign", content=image, headers={"Content-Type": "image/png"}
+        f"/v1/projections?steps=2&start=mean&class={class_name}", content=image, headers={"Content-Type": "image/png"}
     )
     if response.status_code != 202:
         raise RuntimeError(response.text)
@@ -380,7 +386,7 @@ def _text(value: str) -> str:
 
 # -- dataset
 
-_CLASSES = "malignant=15,benign=25"
+_COUNTS = (25, 15)
 _FORMATS = ("imagefolder", "webdataset", "parquet")
 _LIBRARIES = ("torch", "numpy", "onnxruntime", "faiss-cpu", "pillow", "pyarrow")
 _FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
@@ -410,7 +416,8 @@ def _dataset() -> str:
     from dermis.bundle import open_bundle
 
     bundle = open_bundle(DEMO)
-    options = ["--bundle", str(DEMO), "--classes", _CLASSES, "--seed", "7", "--shard-size", "16", "--device", "cpu"]
+    classes = ",".join(f"{name}={count}" for name, count in zip(bundle.class_names, _COUNTS, strict=True))
+    options = ["--bundle", str(DEMO), "--classes", classes, "--seed", "7", "--shard-size", "16", "--device", "cpu"]
     options += ["--keep", "agreeing", "--tries", "4", "--gate", "authentic", "--gate-tries", "4"]
     options += ["--edit", f"{bundle.directions[0].name}=0.5"]
     formats: dict[str, Any] = {}
@@ -483,15 +490,26 @@ def main() -> None:
         parser.error(f"unknown section {unknown[0]}; choose from {', '.join(FILES)}")
     if arguments.write is not None:
         (section,) = arguments.sections
-        arguments.write.write_text(_SECTIONS[section](), encoding="utf-8")
+        try:
+            arguments.write.write_text(_SECTIONS[section](), encoding="utf-8")
+        except RuntimeError as error:
+            arguments.write.write_text(str(error), encoding="utf-8")
+            raise
         return
-    for section in arguments.sections or FILES:
-        started = time.monotonic()
-        text, path = compute(section), path_of(section)
-        changed = not path.exists() or path.read_text(encoding="utf-8") != text
-        path.write_text(text, encoding="utf-8")
-        state = "changed" if changed else "unchanged"
-        print(f"{path.relative_to(ROOT)}: {state}, {time.monotonic() - started:.0f} s", flush=True)
+    with ThreadPoolExecutor(2) as pool:  # most of the time one section keeps one core busy
+        try:
+            for report in pool.map(_record, arguments.sections or FILES):
+                print(report, flush=True)
+        except RuntimeError as error:
+            sys.exit(f"error: {error}")
+
+
+def _record(section: str) -> str:
+    started = time.monotonic()
+    text, path = compute(section), path_of(section)
+    state = "unchanged" if path.exists() and path.read_text(encoding="utf-8") == text else "changed"
+    path.write_text(text, encoding="utf-8")
+    return f"{path.relative_to(ROOT)}: {state}, {time.monotonic() - started:.0f} s"
 
 
 if __name__ == "__main__":
