@@ -47,22 +47,26 @@ ranges: setup
 CREDIT := --licence CC-BY-NC-4.0 \
 	--attribution "HAM10000 (Tschandl et al. 2018, doi:10.1038/sdata.2018.161), ISIC 2018 test set (Codella et al. 2018), ISIC Archive"
 
-# How the next bundle in bundles/demo is made (the present one is older: docs/training.md). Images are divided once, by patient,
-# before anything is trained: all parts of the bundle learn from `train` alone, choices are made on `validation`, and `test`
-# is held out and only measures. Every step can be stopped with Ctrl-C; the same command continues it.
+# How bundles/demo is made (its card lists every option, and when it was changed). Images are divided once, by patient, before
+# anything is trained: all parts of the bundle learn from `train` alone, choices are made on `validation`, and `test` is held
+# out and only measures. Every step can be stopped with Ctrl-C; the same command continues it.
 SPLIT := runs/leaks/split
 LEARN := --data $(DATA) --metadata $(SPLIT)/train.csv
 demo-split: setup
 	test -d runs/split || $(BIN)/dermis data split $(DATA) --parts train-validation-test --out runs/split
 	test -d runs/leaks || $(BIN)/dermis data leaks $(DATA) --split runs/split --remove --out runs/leaks
 
-# First with the usual learning rate, then with a smaller one, which brings most of the variety.
+# In three parts, each with a smaller learning rate: that brings most of the variety.
 DEMO := $(LEARN) --resolution 128 --projected --projected-mbstd --class-balance 0.5 --batch 16 --channel-base 4096 --channel-max 256 \
 	--z-dim 256 --w-dim 256 --no-compile --name demo --out runs/demo --snapshot-kimg 4 --resume --allow-changes $(CREDIT)
+define demo-part
+	test -f runs/demo/part-$(1) || { $(BIN)/dermis train gan $(DEMO) --kimg $(1) $(2) && touch runs/demo/part-$(1); }
+endef
 demo-bundle: demo-split
-	test -f runs/demo/first-part || { $(BIN)/dermis train gan $(DEMO) --kimg 40 --moments-weight 3 && touch runs/demo/first-part; }
-	$(BIN)/dermis train gan $(DEMO) --kimg 100 --moments-weight 6 --learning-rate 0.001
-	$(BIN)/dermis evaluate --bundle runs/demo/bundle $(LEARN) --holdout-metadata $(SPLIT)/test.csv
+	$(call demo-part,41,--moments-weight 3)
+	$(call demo-part,82,--moments-weight 6 --learning-rate 0.001)
+	$(call demo-part,101.3,--moments-weight 6 --learning-rate 0.0004 --class-moments-weight 0.5)
+	$(BIN)/dermis evaluate --bundle runs/demo/bundle $(LEARN) --holdout-metadata $(SPLIT)/test.csv --noise-mode random --noise-mode const
 	rm -rf bundles/demo && mkdir -p bundles && cp -r runs/demo/bundle bundles/demo
 
 demo-classifier: demo-split

@@ -12,6 +12,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,6 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     | {"projected_mbstd": True, "moments_weight": 6.0, "class_balance": 0.5, "learning_rate": 0.001, "batch": 16},
 }
 SPACES = ("lite1", "lite2")
-COUNT = 2000  # generated images
 _CPU = torch.device("cpu")
 
 
@@ -81,13 +81,15 @@ def train_for(seconds: float, dataset: ImageDataset, options: dict[str, Any], se
     return state
 
 
-def measure(G: Generator, parts: dict[str, ImageDataset], cache: Path) -> dict[str, Any]:
+def measure(
+    G: Generator, parts: dict[str, ImageDataset], spaces: Sequence[str], generated_images: int, cache: Path
+) -> dict[str, Any]:
     """FD against `train`, precision, recall and coverage against as many images of both parts, in each space."""
-    labels = labels_in_proportion(parts["train"].labels, COUNT)
-    starts = range(0, COUNT, BATCH)
-    images = [draw_samples(G, 0, range(COUNT)[i : i + BATCH], labels[i : i + BATCH], _CPU) for i in starts]
+    labels = labels_in_proportion(parts["train"].labels, generated_images)
+    indices = range(generated_images)
+    images = [draw_samples(G, 0, indices[i : i + BATCH], labels[i : i + BATCH], _CPU) for i in indices[::BATCH]]
     numbers: dict[str, Any] = {}
-    for name in SPACES:
+    for name in spaces:
         extractor = feature_extractor(name)
         generated = extractor.over(images)
         real = {part: real_features(dataset, extractor, cache) for part, dataset in parts.items()}
@@ -122,16 +124,16 @@ def table(results: list[dict[str, Any]]) -> str:
         mean = f"{statistics.fmean(values):.{digits}f}"
         return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
-    lines = [
-        "| objective | seeds | kimg | FD@lite1 | recall@lite1 | FD@lite2 | recall@lite2 | recall@lite1, validation |"
-    ]
-    lines += ["| --- | --- | --- | --- | --- | --- | --- | --- |"]
+    spaces = results[0]["spaces"] if results else []
+    columns = [f"{column}@{space}" for space in spaces for column in ("FD", "recall", "validation recall")]
+    lines = [f"| objective | seeds | kimg | {' | '.join(columns)} |", "|" + " --- |" * (3 + len(columns))]
     for name in OBJECTIVES:
         rows = [row for row in results if row["objective"] == name]
         if rows:
-            cells = [cell(rows, "kimg"), cell(rows, "lite1", "fd"), cell(rows, "lite1", "train", "recall", digits=3)]
-            cells += [cell(rows, "lite2", "fd"), cell(rows, "lite2", "train", "recall", digits=3)]
-            cells += [cell(rows, "lite1", "validation", "recall", digits=3)]
+            cells = [cell(rows, "kimg")]
+            for space in spaces:
+                cells.append(cell(rows, space, "fd"))
+                cells += [cell(rows, space, part, "recall", digits=3) for part in ("train", "validation")]
             lines.append(f"| {name} | {len(rows)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -146,6 +148,8 @@ def main() -> None:
     parser.add_argument("--resolution", type=int, default=64)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--objectives", nargs="+", choices=list(OBJECTIVES), default=list(OBJECTIVES), metavar="NAME")
+    parser.add_argument("--spaces", nargs="+", default=list(SPACES), help="feature spaces that trained nothing")
+    parser.add_argument("--count", type=int, default=2000, help="generated images that are compared")
     parser.add_argument("--cache", type=Path, default=Path(".dermis/cache"))
     args = parser.parse_args()
     keep_freed_memory()
@@ -154,29 +158,29 @@ def main() -> None:
     parts = {
         part: read_part(args.data, args.split, part, args.resolution, args.cache) for part in ("train", "validation")
     }
+    how = {name: getattr(args, name) for name in ("resolution", "minutes", "spaces", "count")}
     for seed in args.seeds:
         for name in args.objectives:
             file = args.out / f"{name.replace(', ', '-').replace(' ', '_')}-{seed}.json"
             if file.exists():
-                check_same_run(
-                    file, {"options": OBJECTIVES[name], "resolution": args.resolution, "minutes": args.minutes}
-                )
+                check_same_run(file, how | {"options": OBJECTIVES[name]})
                 continue
             state = train_for(args.minutes * 60, parts["train"], OBJECTIVES[name], seed)
             result = {
                 "objective": name,
                 "options": OBJECTIVES[name],
                 "seed": seed,
-                "resolution": args.resolution,
-                "minutes": args.minutes,
+                **how,
                 "hardware": describe_hardware(_CPU),
                 "kimg": state.progress.kimg,
                 "seconds": state.progress.seconds,
-                **measure(state.G_ema, parts, args.cache),
+                **measure(state.G_ema, parts, args.spaces, args.count, args.cache),
             }
             write_beside(file, json.dumps(result, indent=2) + "\n")
             print(
-                f"{name}, seed {seed}: {state.progress.kimg:.1f} kimg, FD@lite1 {result['lite1']['fd']:.1f}", flush=True
+                f"{name}, seed {seed}: {state.progress.kimg:.1f} kimg, "
+                + ", ".join(f"FD@{space} {result[space]['fd']:.1f}" for space in args.spaces),
+                flush=True,
             )
     print(table([json.loads(file.read_text()) for file in sorted(args.out.glob("*.json"))]))
 
