@@ -82,7 +82,7 @@ def test_many_images_go_in_several_calls_and_come_back_in_order(
 def test_large_images_share_a_call_only_up_to_its_size(
     gateway: FakeGateway, client: DermisClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_uploads, "MOST_BYTES", 1000)
+    monkeypatch.setattr(_uploads, "MAX_BYTES", 1000)
     client.classifications.create([image(9) + bytes(size) for size in (400, 400, 400, 2000, 10)])
     assert [len(parts) for parts in gateway.uploads] == [2, 1, 1, 1]
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
+import graphlib
 import inspect
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import dermis_client
 import httpx
 import pytest
-from dermis_client import AsyncDermisClient, DermisClient, _async, _datasets, _sync, errors
+from dermis_client import AsyncDermisClient, DermisClient, errors, resources
+from dermis_client.resources import datasets
 from fake_gateway import FakeGateway, Fault
 
 CLASSES = {"malignant": 2, "benign": 1}
@@ -56,14 +60,39 @@ def test_the_same_asynchronously(gateway: FakeGateway, tmp_path: Any) -> None:
     assert dermis_client.verify(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["Dataset", "Datasets", "Images", "Models", "DermisClient"])
-def test_both_clients_have_one_shape(name: str) -> None:
-    sync, twin = getattr(_sync, name), getattr(_async, f"Async{name}")
+RESOURCES = ["datasets", "images", "classifications", "authenticity", "edits", "projections", "models"]
+
+
+@pytest.mark.parametrize("name", ["Dataset", "DermisClient", *(name.capitalize() for name in RESOURCES)])
+def test_both_clients_have_the_same_methods_and_arguments(name: str) -> None:
+    module = dermis_client if hasattr(dermis_client, f"Async{name}") else getattr(resources, name.lower())
+    sync, twin = getattr(module, name), getattr(module, f"Async{name}")
     methods = {n for n, m in vars(sync).items() if inspect.isfunction(m) and not n.startswith("_")}
     assert methods == {n for n, m in vars(twin).items() if inspect.isfunction(m) and not n.startswith("_")}
     for method in methods | {"__init__"}:
         ours, theirs = (inspect.signature(getattr(owner, method)).parameters for owner in (sync, twin))
         assert {n: p.default for n, p in ours.items()} == {n: p.default for n, p in theirs.items()}, method
+
+
+def test_shared_modules_do_not_import_resources_and_no_import_is_cyclic() -> None:
+    root = Path(dermis_client.__file__).parent
+    modules = {
+        ".".join(("dermis_client", *path.relative_to(root).with_suffix("").parts)).removesuffix(".__init__"): path
+        for path in root.rglob("*.py")
+    }
+    imports: dict[str, set[str]] = {}
+    for name, path in modules.items():
+        targets = set()
+        for node in ast.parse(path.read_text()).body:  # imports of `if TYPE_CHECKING:` are nested, so not counted
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dermis_client"):
+                submodules = {f"{node.module}.{alias.name}" for alias in node.names} & modules.keys()
+                targets |= submodules or {str(node.module)}
+        imports[name] = targets
+    resource_users = {name for name, targets in imports.items() if any(".resources" in target for target in targets)}
+    assert {name for name in resource_users if ".resources" not in name} == {
+        "dermis_client", "dermis_client._client", "dermis_client.cli",
+    }  # fmt: skip
+    graphlib.TopologicalSorter(imports).prepare()  # raises CycleError
 
 
 def test_importing_needs_nothing_of_the_service() -> None:
@@ -321,7 +350,7 @@ def test_delete_stops_a_running_dataset_first(gateway: FakeGateway) -> None:
 
 
 def test_a_running_delete_has_an_end(gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_datasets, "DELETE_PATIENCE", 0.0)
+    monkeypatch.setattr(datasets, "DELETE_TIMEOUT", 0.0)
     monkeypatch.setattr(gateway, "tick", lambda dataset: None)
     with DermisClient(gateway.url) as client, pytest.raises(errors.WaitTimeoutError):
         client.datasets.create(CLASSES).delete()

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from dermis_client import AsyncDermisClient, Dataset, DermisClient, DownloadProgress, verify
-from dermis_client._partfile import PartFile
+from dermis_client._files import PartFile
 from dermis_client.errors import APIStatusError, ConflictError, DownloadError, IntegrityError
 from fake_gateway import FakeGateway, Fault
 

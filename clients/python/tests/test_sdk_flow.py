@@ -11,10 +11,10 @@ from typing import Any
 
 import httpx
 import pytest
-from dermis_client import _downloads, _flow, _names, _retry, _sse
-from dermis_client._flow import Api, Request
+from dermis_client import _downloads, _events, _files, _flow, _retry
+from dermis_client._flow import Request
 from dermis_client.errors import APIConnectionError, DownloadError, ServerError
-from dermis_client.models import DatasetFile, DatasetRecord
+from dermis_client.models import DatasetFile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -128,7 +128,7 @@ def test_events_come_out_the_same_however_the_bytes_are_cut(end: str, cuts: list
         text += "".join(f"data: {line}{end}" for line in data.split("\n")) + f"id: 1{end}{end}: beat{end}{end}"
     raw = text.encode() + f"event: unfinished{end}data: x".encode()
     marks = sorted({0, len(raw), *(min(c, len(raw)) for c in cuts)})
-    decoder = _sse.Decoder()
+    decoder = _events.Decoder()
     got = [message for a, b in itertools.pairwise(marks) for message in decoder.feed(raw[a:b])]
     assert [(m.event, m.data) for m in got] == EVENTS
 
@@ -138,7 +138,7 @@ def test_events_come_out_the_same_however_the_bytes_are_cut(end: str, cuts: list
 
 @given(st.text(max_size=30))
 def test_a_safe_name_stays_in_its_folder(name: str) -> None:
-    if _names.is_safe(name):
+    if _files.is_safe_name(name):
         assert Path("/folder", name).resolve().parent == Path("/folder").resolve()
         assert Path(name).name == name and not set(name) & set('/\\:*?"<>|\0 ') and name not in (".", "..")
 
@@ -148,12 +148,12 @@ def test_a_safe_name_stays_in_its_folder(name: str) -> None:
     ["", ".", "..", "../x", "/etc/passwd", "a/b", "a\\b", "C:x", "x\0", ".bashrc", "CON", "nul.txt", "x.", "a" * 201],
 )
 def test_unsafe_names(name: str) -> None:
-    assert not _names.is_safe(name)
+    assert not _files.is_safe_name(name)
 
 
 def test_names_that_the_service_uses_are_safe() -> None:
     for name in ("images.zip", "data-00000-of-00004.tar", "manifest.json", "README.md", "metadata.csv", "preview.png"):
-        assert _names.is_safe(name)
+        assert _files.is_safe_name(name)
 
 
 # Downloads under any sequence of cuts
@@ -165,7 +165,7 @@ FILE = DatasetFile(name="x.bin", bytes=len(CONTENT), sha256=hashlib.sha256(CONTE
 def download(folder: Path, network: Callable[[Request], httpx.Response]) -> World:
     world = World(network)
     plan = _downloads.Plan("ds_1", folder, (FILE,), (FILE,), _downloads.Tally(lambda _: None))
-    world.run(_downloads.fetch(Api(DatasetRecord.model_validate, 3), plan, FILE))
+    world.run(_downloads.fetch(plan, FILE, 3))
     return world
 
 

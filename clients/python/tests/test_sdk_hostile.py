@@ -18,8 +18,8 @@ from typing import Any
 
 import httpx
 import pytest
-from dermis_client import DermisClient, _answers, _datasets, _retry, cli, errors, extract_images, verify
-from dermis_client._foreign import load_json, one_line, printable_json
+from dermis_client import DermisClient, _response_body, _retry, cli, errors, extract_images, verify
+from dermis_client._untrusted import MAX_LIST_BYTES, load_json, one_line, printable_json
 from fake_gateway import FakeGateway, Fault, png
 
 Call = Callable[[DermisClient, Path], Any]
@@ -112,7 +112,7 @@ def test_a_packed_answer_of_usual_size_is_read(gateway: FakeGateway) -> None:
 def test_an_answer_that_trickles_is_given_up(gateway: FakeGateway) -> None:
     seconds = iter(range(0, 100_000, 10))
     answer = httpx.Response(200, request=httpx.Request("GET", gateway.url))
-    body = _answers.Body(answer, MIB, timeout=60, clock=lambda: float(next(seconds)))
+    body = _response_body.Body(answer, MIB, timeout=60, clock=lambda: float(next(seconds)))
     with pytest.raises(httpx.ReadTimeout):
         for _ in range(10):
             body.feed(b" ")
@@ -145,7 +145,7 @@ def test_no_retry_after_stops_the_program(gateway: FakeGateway, after: str) -> N
     with DermisClient(gateway.url) as client, pytest.raises(errors.ServerError) as caught:
         client.models.list()
     assert time.monotonic() - began < 30
-    assert caught.value.retry_after is None or caught.value.retry_after <= _retry.FOREVER
+    assert caught.value.retry_after is None or caught.value.retry_after <= _retry.MAX_SECONDS
 
 
 # What is no answer
@@ -260,7 +260,7 @@ def test_a_manifest_that_is_huge_is_not_fetched(gateway: FakeGateway, tmp_path: 
     with DermisClient(gateway.url) as client, pytest.raises(errors.IntegrityError, match="too large"):
         client.datasets.download(identifier, tmp_path)
     with (tmp_path / "manifest.json").open("wb") as file:
-        file.truncate(_datasets.MOST_LIST_BYTES + 1)
+        file.truncate(MAX_LIST_BYTES + 1)
     with pytest.raises(errors.IntegrityError, match="MiB"):
         verify(tmp_path)
 

@@ -13,8 +13,8 @@ from typing import Annotated, Any
 import typer
 from PIL import Image
 
-from dermis_client._foreign import one_line
 from dermis_client._status import describe
+from dermis_client._untrusted import one_line
 from dermis_client.errors import InvalidRequestError
 from dermis_client.folders import VerifyReport
 from dermis_client.latent import AuthenticityResult, Direction, Projection

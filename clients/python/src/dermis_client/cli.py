@@ -13,15 +13,16 @@ from typing import Annotated, Any
 import typer
 
 from dermis_client import _cli_text as text
-from dermis_client._foreign import one_line, printable, printable_json
-from dermis_client._sync import Dataset, DermisClient
+from dermis_client._client import DermisClient
+from dermis_client._files import write_atomically
+from dermis_client._untrusted import one_line, printable, printable_json
 from dermis_client._version import __version__
-from dermis_client._writing import write_whole
 from dermis_client.errors import DermisError, InvalidRequestError
 from dermis_client.folders import extract_images
 from dermis_client.folders import verify as verify_folder
+from dermis_client.resources.dataset_records import Dataset
 
-LONGEST_LINE = 10_000  # characters of a printed line
+MAX_LINE_LENGTH = 10_000  # characters of a printed line
 app = typer.Typer(
     name="dermis-client",
     help="Ask a dermis service for synthetic dermoscopy.",
@@ -90,7 +91,7 @@ def _print(context: typer.Context, as_json: bool, value: Any, human: Callable[[]
         typer.echo(printable_json(value))
         return
     for line in human():
-        typer.echo("\n".join(printable(part[:LONGEST_LINE]) for part in line.split("\n")))
+        typer.echo("\n".join(printable(part[:MAX_LINE_LENGTH]) for part in line.split("\n")))
 
 
 def _note(message: str) -> None:
@@ -313,7 +314,7 @@ def images(
         )
     written = result.save(out) if out is not None else []
     if grid is not None:
-        write_whole(grid, text.encode(result.grid(), grid))
+        write_atomically(grid, text.encode(result.grid(), grid))
         written.append(grid)
     answer = {
         "model": result.model.model_dump(mode="json"),
@@ -429,7 +430,7 @@ def edit_images(
         )
     written = result.save(out) if out is not None else []
     if strip is not None:
-        write_whole(strip, text.encode(result.strip(), strip))
+        write_atomically(strip, text.encode(result.strip(), strip))
         written.append(strip)
     answer = {"model": result.model.model_dump(mode="json"), "files": [str(path) for path in written]}
     _print(context, as_json, answer, lambda: map(str, written))
