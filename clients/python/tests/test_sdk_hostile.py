@@ -1,4 +1,4 @@
-"""A service that is broken or means harm: bounded memory, an error of our own, and nothing that steers the terminal."""
+"""A broken or hostile service: bounded memory, an error of this package, no control characters on the terminal."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_an_endless_answer_is_refused_after_a_few_megabytes(gateway: FakeGateway
     with DermisClient(gateway.url) as client, pytest.raises(errors.DermisError):
         call(client, tmp_path / "out")
     assert 0 < gateway.endless_bytes < 90 * MIB
-    assert len(gateway.requests(match)) == 1  # and not asked for again
+    assert len(gateway.requests(match)) == 1  # and not requested again
 
 
 def test_an_event_of_endless_lines_is_refused_and_waiting_goes_on(gateway: FakeGateway) -> None:
@@ -109,7 +109,7 @@ def test_a_packed_answer_of_usual_size_is_read(gateway: FakeGateway) -> None:
             client.models.list()
 
 
-def test_an_answer_that_trickles_is_given_up(gateway: FakeGateway) -> None:
+def test_a_response_that_is_too_slow_is_refused(gateway: FakeGateway) -> None:
     seconds = iter(range(0, 100_000, 10))
     answer = httpx.Response(200, request=httpx.Request("GET", gateway.url))
     body = _response_body.Body(answer, MIB, timeout=60, clock=lambda: float(next(seconds)))
@@ -118,7 +118,7 @@ def test_an_answer_that_trickles_is_given_up(gateway: FakeGateway) -> None:
             body.feed(b" ")
 
 
-def test_a_list_that_goes_in_circles_ends(gateway: FakeGateway) -> None:
+def test_a_list_with_repeated_cursors_ends(gateway: FakeGateway) -> None:
     for _ in range(3):
         gateway.create({"classes": {"benign": 1}, "seed": 0})
     pages = iter(range(10**6))
@@ -148,14 +148,14 @@ def test_no_retry_after_stops_the_program(gateway: FakeGateway, after: str) -> N
     assert caught.value.retry_after is None or caught.value.retry_after <= _retry.MAX_SECONDS
 
 
-# What is no answer
+# Responses that are not valid
 
 
 @pytest.mark.parametrize(
     "text",
     ["NaN", "[Infinity]", '{"a": -Infinity}', "1e999", "[" * 100 + "]" * 100, "[" * 10**6, '"\ud800', "1" * 5000],
 )
-def test_what_is_no_json_of_ours_is_refused(text: str) -> None:
+def test_invalid_json_is_refused(text: str) -> None:
     with pytest.raises(ValueError):
         load_json(text)
 

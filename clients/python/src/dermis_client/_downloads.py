@@ -171,7 +171,7 @@ def _missing_files(folder: Path, files: list[DatasetFile], overwrite: bool) -> l
         foreign = [file.name for file in existing if not _is_intact(folder / file.name, file)]
         if foreign and not same_dataset and not overwrite:
             raise DownloadError(
-                f"{folder} already has another {foreign[0]}: choose another folder, or say that it may be overwritten"
+                f"{folder} already has another {foreign[0]}: choose another folder, or allow it to be overwritten"
             )
         partial_bytes = sum(_size(folder / f"{file.name}.part") for file in differing)
         needed = sum(file.bytes for file in differing) - partial_bytes
@@ -215,7 +215,7 @@ def _compare_manifest(path: Path, files: list[DatasetFile]) -> None:
     listed = {file.name: file for file in files if file.name != MANIFEST}
     for name in sorted(in_manifest.keys() ^ listed.keys()):
         where, lacks = (MANIFEST, "the service's list") if name in in_manifest else ("the service's list", MANIFEST)
-        raise IntegrityError(f"{one_line(name, 120)} stands in {where} but not in {lacks}", name=name)
+        raise IntegrityError(f"{one_line(name, 120)} is in {where} but not in {lacks}", name=name)
     for name, file in listed.items():
         if (in_manifest[name].bytes, in_manifest[name].sha256) != (file.bytes, file.sha256):
             raise IntegrityError(
@@ -306,12 +306,14 @@ def _open_rest(plan: Plan, file: DatasetFile, part: PartFile, max_retries: int) 
     response = stream.response
     if response.status_code == 206 and part.size:
         if _content_range(response) != (part.size, file.bytes):
-            raise IntegrityError(f"{file.name}: the service sent another range than asked for", name=file.name)
+            raise IntegrityError(f"{file.name}: the service sent another range than requested", name=file.name)
     elif response.status_code == 200:
         _restart(part, plan.tally)
         length = response.headers.get("content-length")
         if length is not None and length != str(file.bytes):
-            raise IntegrityError(f"{file.name}: has {length} bytes there, {file.bytes} were listed", name=file.name)
+            raise IntegrityError(
+                f"{file.name}: the service sends {length} bytes, but listed {file.bytes}", name=file.name
+            )
     else:
         raise IntegrityError(f"{file.name}: the service answered {response.status_code} to a download", name=file.name)
     return stream

@@ -116,7 +116,7 @@ class PartFile:
         self._file = FileIO(os.open(self.path, os.O_RDWR | os.O_CREAT | _O_BINARY, 0o666), "r+")
         if not stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
             self._file.close()
-            raise OSError(errno.EINVAL, f"{self.path.name} is no regular file; remove it")
+            raise OSError(errno.EINVAL, f"{self.path.name} is not a regular file; remove it")
         self.size = 0
         self._hash = hashlib.sha256()
         if os.fstat(self._file.fileno()).st_size > max_bytes:

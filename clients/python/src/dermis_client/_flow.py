@@ -225,7 +225,9 @@ def connection_error(error: httpx.RequestError, operation: Request | str) -> API
     reason = one_line(str(error)) or type(error).__name__
     failure: APIConnectionError
     if isinstance(error, httpx.TimeoutException):
-        failure = APITimeoutError(f"no answer in time from {url} ({operation}: {reason}); is it busy? raise `timeout`")
+        failure = APITimeoutError(
+            f"no answer in time from {url} ({operation}: {reason}); is it busy? increase `timeout`"
+        )
     elif isinstance(error, httpx.ConnectError):
         failure = APIConnectionError(f"cannot reach {url} ({reason}); is the service running, is base_url right?")
     else:

@@ -1,6 +1,6 @@
 """Progress bars on stderr, or the caller's own function.
 
-Each context manager takes the `progress` argument of a public method and gives a function to report progress to: the
+Each context manager takes the `progress` argument of a public method and yields a function that reports progress: the
 caller's function, that of a progress bar (True), or one that does nothing (False).
 """
 
@@ -118,7 +118,7 @@ def download_progress(
 
 @contextmanager
 def count_progress(progress: bool | Callable[[int, int], None], label: str) -> Iterator[Callable[[int, int], None]]:
-    """Report (done, total); `label` stands before the bar."""
+    """Report (done, total); `label` is shown before the bar."""
     if callable(progress):
         yield progress
     elif not progress:

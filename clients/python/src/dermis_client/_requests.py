@@ -137,6 +137,6 @@ def job_path(kind: Literal["dataset", "projection"], job_id: str, *rest: str) ->
     """
     if not isinstance(job_id, str) or not _ID.fullmatch(job_id):
         raise InvalidRequestError(
-            f"{kind} id: {job_id!r} is not one (they look like {_ID_PREFIX[kind]}_0123456789abcdef...)"
+            f"{kind} id: {job_id!r} is not valid (ids look like {_ID_PREFIX[kind]}_0123456789abcdef...)"
         )
     return "/".join([f"/v1/{kind}s", job_id, *(quote(part, safe="") for part in rest)])

@@ -46,7 +46,9 @@ class Body:
         self._size, self._began = 0, clock()
         encoding = response.headers.get("content-encoding", "identity").strip().lower()
         if encoding not in {"identity", "gzip", "x-gzip"} and response.is_success:
-            raise APIResponseError(f"{response.url} gave an answer packed as {one_line(encoding, 100)}: not asked for")
+            raise APIResponseError(
+                f"{response.url} gave an answer with the encoding {one_line(encoding, 100)}, which was not requested"
+            )
         self._decompressor = zlib.decompressobj(wbits=31) if encoding.endswith("gzip") else None
         self.incomplete = True
 

@@ -58,7 +58,7 @@ def error_from(response: httpx.Response) -> errors.APIStatusError:
         label += f", request {one_line(request_id, 100)}"
     where = "" if problem.detail or problem.errors else f" from {response.request.method} {response.url}"
     if response.is_redirect:
-        where += f", sent on to {one_line(response.headers.get('location', '?'))}: give that as base_url"
+        where += f", redirected to {one_line(response.headers.get('location', '?'))}: give that as base_url"
     return kind(
         f"{describe(problem)}{where} ({label})",
         problem=problem,

@@ -117,12 +117,12 @@ def _read_manifest(root: Path) -> Manifest:
     path = root / MANIFEST
     try:
         if path.exists() and not path.is_file():
-            raise ValueError("it is no regular file")
+            raise ValueError("it is not a regular file")
         if path.stat().st_size > MAX_LIST_BYTES:
             raise ValueError(f"it has more than {MAX_LIST_BYTES >> 20} MiB")
         return Manifest.model_validate(load_json(path.read_bytes()))
     except FileNotFoundError as error:
-        raise IntegrityError(f"{root} has no {MANIFEST}: it is no dataset folder", name=MANIFEST) from error
+        raise IntegrityError(f"{root} has no {MANIFEST}: it is not a dataset folder", name=MANIFEST) from error
     except OSError as error:
         raise IntegrityError(f"{root / MANIFEST} cannot be read ({error.strerror})", name=MANIFEST) from error
     except ValueError as error:
@@ -157,7 +157,7 @@ def extract_images(folder: str | os.PathLike[str]) -> Path:
         if target.exists():
             if _is_unpacked(root, members):
                 return target
-            raise DownloadError(f"{target} exists and is not what {ARCHIVE} holds: remove it and unpack again")
+            raise DownloadError(f"{target} exists and differs from {ARCHIVE}: remove it and unpack again")
         temporary = Path(tempfile.mkdtemp(prefix=".images-", dir=root))
         try:
             for member in members:
@@ -220,7 +220,7 @@ def _extract(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> N
         while block := source.read(_BLOCK):  # checks the CRC at the end
             remaining -= len(block)
             if remaining < 0:
-                raise zipfile.BadZipFile(f"{member.filename} is longer than it says")
+                raise zipfile.BadZipFile(f"{member.filename} is longer than its header says")
             file.write(block)
 
 

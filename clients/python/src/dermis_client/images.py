@@ -17,7 +17,7 @@ from dermis_client._untrusted import one_line
 from dermis_client.errors import DermisError, IntegrityError
 from dermis_client.models import Answer, Count, ModelRef
 
-MAX_PIXELS = 200_000_000  # of an image or a sheet: 0.6 GB in memory
+MAX_PIXELS = 200_000_000  # of an image or a sheet; 0.6 GB in memory
 _FORMATS = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp"}
 
 
@@ -53,7 +53,7 @@ def sheet(images: Sequence[Image.Image], columns: int, gap: int) -> Image.Image:
         DermisError: There are no images, or the sheet is too large.
     """
     if not images:
-        raise DermisError("there are no images to lay out")
+        raise DermisError("there are no images to arrange")
     if columns < 1 or gap < 0:
         raise DermisError("columns: must be at least 1, gap at least 0")
     width, height = max(image.width for image in images), max(image.height for image in images)

@@ -25,7 +25,7 @@ class AuthenticityModel(ModelRef):
 
 
 class Verdict(Answer):
-    """How near one image is to its nearest training image.
+    """The comparison of one image with its nearest training image.
 
     Attributes:
         index: Position of the image in the caller's list.
@@ -69,7 +69,7 @@ class Direction(Answer):
 
     Attributes:
         name: Name of the direction.
-        method: How it was found, such as "sefa".
+        method: Method that computed it, such as "sefa".
         layers: First and last layer that it applies to.
         scale: Standard deviation of w along the direction: the length of a step of strength 1.
         facts: Further properties.

@@ -51,7 +51,12 @@ _FileList = list[DatasetFile]  # `list` is a method in the classes below
 
 @dataclass(frozen=True)
 class Api(Generic[D]):
-    """What the flows need of their client: `parse_dataset` returns records that are bound to it."""
+    """The context of the flows.
+
+    Attributes:
+        parse_dataset: Converts JSON to a record that is bound to the client.
+        max_retries: Further attempts after a failed request.
+    """
 
     parse_dataset: Callable[[Any], D]
     max_retries: int
@@ -110,7 +115,7 @@ def _items(page: Any) -> list[Any]:
 def _page(api: Api[D], page: Any) -> tuple[list[D], str | None]:
     cursor = page.get("next_cursor") if isinstance(page, dict) else None
     if not (cursor is None or (isinstance(cursor, str) and cursor.isascii() and len(cursor) <= 1000)):
-        raise ValueError('its "next_cursor" is not one')
+        raise ValueError('its "next_cursor" is not valid')
     return [api.parse_dataset(item) for item in _items(page)], cursor
 
 
@@ -151,7 +156,7 @@ def wait(
             done = last.progress
             state = f"is {one_line(last.state, 40)}, {done.samples_done} of {done.samples_total}"
         return WaitTimeoutError(
-            f"{dataset_id} {state} after {timeout:g} s of waiting; it goes on: wait for it again", last
+            f"{dataset_id} {state} after {timeout:g} s of waiting; it continues: wait for it again", last
         )
 
     dataset = yield from wait_until_finished(
@@ -223,7 +228,7 @@ def delete(api: Api[D], dataset_id: str) -> Flow[None]:
                     return
             if (yield from now()) - began > DELETE_TIMEOUT:
                 raise WaitTimeoutError(
-                    f"{dataset_id} is still {one_line(dataset.state, 40)}; delete it again in a while", dataset
+                    f"{dataset_id} is still {one_line(dataset.state, 40)}; delete it again later", dataset
                 )
             yield from sleep(DELETE_PAUSE)
             dataset = yield from retrieve(api, dataset_id)

@@ -28,7 +28,7 @@ def list_models(max_retries: int) -> Flow[list[Model]]:
 def retrieve_model(name: str, max_retries: int) -> Flow[Model]:
     """GET /v1/models/{name}."""
     if not name or name in {".", ".."}:
-        raise InvalidRequestError(f"model: {name!r} is no model's name")
+        raise InvalidRequestError(f"model: {name!r} is not a model name")
     response = yield from call(Request("GET", f"/v1/models/{quote(name, safe='')}"), max_retries)
     return parse(response, Model.model_validate)
 

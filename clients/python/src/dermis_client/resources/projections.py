@@ -88,7 +88,7 @@ def wait_for_projection(
         return parse((yield from call(request, 0)), Projection.model_validate)
 
     def timeout_error(_: Projection | None) -> WaitTimeoutError:
-        return WaitTimeoutError(f"{projection_id} goes on after {timeout:g} s of waiting: wait for it again", None)
+        return WaitTimeoutError(f"{projection_id} continues after {timeout:g} s of waiting: wait for it again", None)
 
     projection = yield from wait_until_finished(
         poll,
