@@ -51,8 +51,8 @@ def served(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 @pytest.fixture
 def client(served: tuple[Parts, str]) -> Iterator[DermisClient]:
-    with DermisClient(served[1], max_retries=0) as found:
-        yield found
+    with DermisClient(served[1], max_retries=0) as sdk:
+        yield sdk
 
 
 @pytest.fixture
@@ -66,14 +66,14 @@ def files(tmp_path: Path) -> list[Path]:
 
 
 def test_verdicts_come_in_order_and_by_name(client: DermisClient, files: list[Path]) -> None:
-    told: list[tuple[int, int]] = []
-    result = client.authenticity.check(files, progress=lambda done, total: told.append((done, total)))
+    reports: list[tuple[int, int]] = []
+    result = client.authenticity.check(files, progress=lambda done, total: reports.append((done, total)))
     assert [one.name for one in result] == [str(path) for path in files] and [one.index for one in result] == [
         *range(20)
     ]
     assert [one.distance for one in result][:2] == [0, 0] and not result[0].authentic and not result[1].authentic
     assert 0 < result.authentic_share < 1
-    assert told[-1] == (20, 20) and len(told) == 2
+    assert reports[-1] == (20, 20) and len(reports) == 2
     with pytest.raises(UnsupportedMediaTypeError, match=r"files\[1\]"):
         client.authenticity.check([files[0], b"GIF89a"])
     generated = client.authenticity.check_generated({"benign": 3}, seed=5, edits={"axis-0": 1.0})
@@ -119,8 +119,8 @@ def test_a_projection_from_files_to_files(
     assert done.state == "succeeded" and seen[-1] == 1 and done.data is not None
     written = client.projections.download(begun.id, tmp_path / "out")
     assert [path.name for path in written][:3] == ["0000.png", "0000.safetensors", "0000.gif"]
-    found = from_bytes((tmp_path / "out" / "0002.safetensors").read_bytes(), "x")[0]
-    assert np.array_equal(found.image, decode((tmp_path / "out" / "0002.png").read_bytes()))
+    latent = from_bytes((tmp_path / "out" / "0002.safetensors").read_bytes(), "x")[0]
+    assert np.array_equal(latent.image, decode((tmp_path / "out" / "0002.png").read_bytes()))
     client.projections.delete(begun.id)
     with pytest.raises(NotFoundError):
         client.projections.retrieve(begun.id)

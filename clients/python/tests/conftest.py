@@ -1,4 +1,4 @@
-"""The SDK's tests: a fake gateway that keeps the HTTP contract, and pauses short enough for tests."""
+"""Fixtures of the SDK's tests: a fake gateway that keeps the HTTP contract, and short pauses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "src")]
 
-from dermis_client import _datasets, _retry  # noqa: E402
+from dermis_client import _retry  # noqa: E402
+from dermis_client.resources import datasets  # noqa: E402
 from fake_gateway import FakeGateway  # noqa: E402
 
 
@@ -18,7 +19,7 @@ from fake_gateway import FakeGateway  # noqa: E402
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_retry, "FIRST_DELAY", 0.01)
     monkeypatch.setattr(_retry, "LONGEST_DELAY", 0.02)
-    monkeypatch.setattr(_datasets, "DELETE_PAUSE", 0.01)
+    monkeypatch.setattr(datasets, "DELETE_PAUSE", 0.01)
     for name in ("DERMIS_BASE_URL", "DERMIS_API_KEY"):
         monkeypatch.delenv(name, raising=False)
 

@@ -1,4 +1,4 @@
-"""A small HTTP server that answers as the gateway's contract says, and misbehaves where a test asks it to."""
+"""A small HTTP server that follows the gateway's contract, with faults that a test can add."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MODEL = {"name": "demo", "digest": "d" * 64}
 
 @dataclass
 class Fault:
-    """What goes wrong with the next `times` requests whose "METHOD path" matches `match`."""
+    """A fault of the next `times` requests whose "METHOD path" matches `match`."""
 
     match: str
     times: int = 1
@@ -75,7 +75,7 @@ def dataset_files(request: dict[str, Any]) -> dict[str, bytes]:
 
 
 class FakeGateway:
-    """with FakeGateway() as gateway: ... gateway.url; every dataset takes `ticks` looks to finish."""
+    """with FakeGateway() as gateway: ... gateway.url; every dataset finishes after `ticks` requests."""
 
     def __init__(self) -> None:
         self.ticks = 3
@@ -158,7 +158,7 @@ class FakeGateway:
         return self.datasets[identifier]
 
     def tick(self, dataset: dict[str, Any]) -> None:
-        """One look later."""
+        """Advance a dataset by one step."""
         with self.lock:
             progress = dataset["progress"]
             if dataset["state"] in STATES:
@@ -288,7 +288,7 @@ class Handler(BaseHTTPRequestHandler):
             cut(self.connection)
 
     def _route(self, method: str, segments: list[str], query: dict[str, str], body: bytes) -> dict[str, Any] | None:
-        """Answer; an event stream's dataset is returned instead, to be served without the lock."""
+        """Send a response; for an event stream return its dataset instead, to be sent without the lock."""
         match (method, segments):
             case ("GET", ["v1", "models"]):
                 self._json(200, {"object": "list", "data": [self._model()]})
@@ -344,9 +344,9 @@ class Handler(BaseHTTPRequestHandler):
             if errors:
                 self._json(status, problem(status, kind, f"{errors[0]['field']}: is no image", errors=errors))
                 return
-        wanted = query.get("threshold", "default")
+        threshold_name = query.get("threshold", "default")
         names = {"default": 0.5, "sensitivity_90": 0.25}
-        value = names[wanted] if wanted in names else float(wanted)
+        value = names[threshold_name] if threshold_name in names else float(threshold_name)
         data: list[dict[str, Any]] = [
             {
                 "index": i,
@@ -363,7 +363,7 @@ class Handler(BaseHTTPRequestHandler):
                     "method": query["heat_map"], "scale": 0.5, "media_type": "image/png",
                     "sha256": sha256(picture), "b64": base64.b64encode(picture).decode(),
                 }  # fmt: skip
-        threshold = {"name": wanted if wanted in names else None, "value": value}
+        threshold = {"name": threshold_name if threshold_name in names else None, "value": value}
         answer = {"object": "list", "model": MODEL | {"classifier": self.fake.classifier}, "data": data}
         self._json(
             200, answer | {"positive_class": "malignant", "threshold": threshold, "notice": "Not a medical device."}
@@ -387,11 +387,11 @@ class Handler(BaseHTTPRequestHandler):
         self._json(202, dataset, {"Location": f"/v1/datasets/{dataset['id']}"})
 
     def _list(self, query: dict[str, str]) -> None:
-        found = [d for d in reversed(self.fake.datasets.values()) if query.get("state") in (None, d["state"])]
+        matching = [d for d in reversed(self.fake.datasets.values()) if query.get("state") in (None, d["state"])]
         start, limit = int(query.get("cursor", 0)), int(query.get("limit", 20))
         assert 1 <= limit <= 100
-        following = str(start + limit) if start + limit < len(found) else None
-        self._json(200, {"object": "list", "data": found[start : start + limit], "next_cursor": following})
+        following = str(start + limit) if start + limit < len(matching) else None
+        self._json(200, {"object": "list", "data": matching[start : start + limit], "next_cursor": following})
 
     def _dataset(self, method: str, dataset: dict[str, Any], rest: list[str]) -> dict[str, Any] | None:
         identifier = dataset["id"]
@@ -429,13 +429,13 @@ class Handler(BaseHTTPRequestHandler):
     def _file(self, data: bytes) -> None:
         etag = f'"{sha256(data)}"'
         headers = {"ETag": etag, "Accept-Ranges": "bytes"}
-        wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        if not wanted or self.fault.whole or self.headers.get("If-Range", etag) != etag:
+        byte_range = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        if not byte_range or self.fault.whole or self.headers.get("If-Range", etag) != etag:
             self._answer(200, data, "application/octet-stream", headers)
-        elif int(wanted[1]) >= len(data):
+        elif int(byte_range[1]) >= len(data):
             self._answer(416, b"", "application/problem+json", {"Content-Range": f"bytes */{len(data)}"})
         else:
-            start = int(wanted[1])
+            start = int(byte_range[1])
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
             self._answer(206, data[start:], "application/octet-stream", headers)
 

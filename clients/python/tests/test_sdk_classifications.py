@@ -70,19 +70,19 @@ def test_thresholds_are_names_or_numbers(client: DermisClient) -> None:
 def test_many_images_go_in_several_calls_and_come_back_in_order(
     gateway: FakeGateway, client: DermisClient, folder: list[Path]
 ) -> None:
-    told: list[tuple[int, int]] = []
-    result = client.classifications.create(folder, progress=lambda done, total: told.append((done, total)))
+    reports: list[tuple[int, int]] = []
+    result = client.classifications.create(folder, progress=lambda done, total: reports.append((done, total)))
     assert [one.index for one in result] == list(range(40))
     assert [round(one.probability * 255) for one in result] == list(range(10, 50))
     assert [len(parts) for parts in gateway.uploads] == [16, 16, 8]
-    assert told == [(16, 40), (32, 40), (40, 40)]
+    assert reports == [(16, 40), (32, 40), (40, 40)]
     assert "Jane" not in str(gateway.uploads)  # what files are called stays with the caller
 
 
 def test_large_images_share_a_call_only_up_to_its_size(
     gateway: FakeGateway, client: DermisClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_uploads, "MOST_BYTES", 1000)
+    monkeypatch.setattr(_uploads, "MAX_BYTES", 1000)
     client.classifications.create([image(9) + bytes(size) for size in (400, 400, 400, 2000, 10)])
     assert [len(parts) for parts in gateway.uploads] == [2, 1, 1, 1]
 

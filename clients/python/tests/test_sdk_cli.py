@@ -38,7 +38,7 @@ def run(gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 CREATE = ("datasets", "create", "--classes", "malignant=2,benign=2", "--seed", "7")
 
 
-def test_the_story_from_a_shell(gateway: FakeGateway, run: Run, tmp_path: Path) -> None:
+def test_commands_from_create_to_delete(gateway: FakeGateway, run: Run, tmp_path: Path) -> None:
     out = tmp_path / "lesions"
     status, printed, err = run(*CREATE, "--format", "imagefolder", "--wait", "--out", str(out), "--extract")
     assert status == 0 and "error" not in err
@@ -65,7 +65,7 @@ def test_the_story_from_a_shell(gateway: FakeGateway, run: Run, tmp_path: Path) 
     assert not gateway.datasets
 
 
-def test_a_filter_is_sent_as_it_was_asked_for(gateway: FakeGateway, run: Run) -> None:
+def test_filter_options_are_sent_unchanged(gateway: FakeGateway, run: Run) -> None:
     assert run(*CREATE, "--keep", "agreeing", "--tries", "8", "--min-probability", "0.25")[0] == 0
     assert run(*CREATE, "--no-score")[0] == 0
     assert run(*CREATE)[0] == 0
@@ -116,9 +116,9 @@ def test_an_error_is_one_line_on_stderr(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], status: int, message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    told = run(*arguments)
-    assert told[:2] == (status, "")
-    assert re.fullmatch(r"error: [^\n]+\n", told[2]) and message in told[2]
+    result = run(*arguments)
+    assert result[:2] == (status, "")
+    assert re.fullmatch(r"error: [^\n]+\n", result[2]) and message in result[2]
     assert not list(tmp_path.iterdir())
 
 
@@ -172,7 +172,7 @@ def test_a_failed_dataset_is_an_error(gateway: FakeGateway, run: Run) -> None:
 
 
 @pytest.mark.parametrize("stage", ["waiting", "downloading"])
-def test_ctrl_c_tells_how_to_go_on(gateway: FakeGateway, tmp_path: Path, stage: str) -> None:
+def test_ctrl_c_prints_how_to_continue(gateway: FakeGateway, tmp_path: Path, stage: str) -> None:
     if stage == "waiting":
         gateway.ticks, gateway.tick_seconds = 4, 60.0
     else:

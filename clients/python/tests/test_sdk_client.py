@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
+import graphlib
 import inspect
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import dermis_client
 import httpx
 import pytest
-from dermis_client import AsyncDermisClient, DermisClient, _async, _datasets, _sync, errors
+from dermis_client import AsyncDermisClient, DermisClient, errors, resources
+from dermis_client.resources import datasets
 from fake_gateway import FakeGateway, Fault
 
 CLASSES = {"malignant": 2, "benign": 1}
@@ -37,7 +41,7 @@ def test_a_dataset_from_request_to_folder(gateway: FakeGateway, tmp_path: Any) -
 
 
 def test_the_same_asynchronously(gateway: FakeGateway, tmp_path: Any) -> None:
-    async def story() -> None:
+    async def scenario() -> None:
         async with AsyncDermisClient(gateway.url) as client:
             dataset = await client.datasets.create(classes=CLASSES, seed=7)
             events = [event async for event in dataset.events()]
@@ -45,20 +49,24 @@ def test_the_same_asynchronously(gateway: FakeGateway, tmp_path: Any) -> None:
             done = await dataset.wait()
             result = await done.download(tmp_path, extract=True)
             assert len(result.files) == 5
-            assert [found.id async for found in client.datasets.list()] == [dataset.id]
+            assert [record.id async for record in client.datasets.list()] == [dataset.id]
             assert [model.name for model in await client.models.list()] == ["demo"]
             assert len(await client.images.generate({"benign": 2})) == 2
             await done.delete()
             with pytest.raises(errors.NotFoundError):
                 await done.refresh()
 
-    asyncio.run(story())
+    asyncio.run(scenario())
     assert dermis_client.verify(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["Dataset", "Datasets", "Images", "Models", "DermisClient"])
-def test_both_clients_have_one_shape(name: str) -> None:
-    sync, twin = getattr(_sync, name), getattr(_async, f"Async{name}")
+RESOURCES = ["datasets", "images", "classifications", "authenticity", "edits", "projections", "models"]
+
+
+@pytest.mark.parametrize("name", ["Dataset", "DermisClient", *(name.capitalize() for name in RESOURCES)])
+def test_both_clients_have_the_same_methods_and_arguments(name: str) -> None:
+    module = dermis_client if hasattr(dermis_client, f"Async{name}") else getattr(resources, name.lower())
+    sync, twin = getattr(module, name), getattr(module, f"Async{name}")
     methods = {n for n, m in vars(sync).items() if inspect.isfunction(m) and not n.startswith("_")}
     assert methods == {n for n, m in vars(twin).items() if inspect.isfunction(m) and not n.startswith("_")}
     for method in methods | {"__init__"}:
@@ -66,13 +74,34 @@ def test_both_clients_have_one_shape(name: str) -> None:
         assert {n: p.default for n, p in ours.items()} == {n: p.default for n, p in theirs.items()}, method
 
 
+def test_shared_modules_do_not_import_resources_and_no_import_is_cyclic() -> None:
+    root = Path(dermis_client.__file__).parent
+    modules = {
+        ".".join(("dermis_client", *path.relative_to(root).with_suffix("").parts)).removesuffix(".__init__"): path
+        for path in root.rglob("*.py")
+    }
+    imports: dict[str, set[str]] = {}
+    for name, path in modules.items():
+        targets = set()
+        for node in ast.parse(path.read_text()).body:  # imports of `if TYPE_CHECKING:` are nested, so not counted
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dermis_client"):
+                submodules = {f"{node.module}.{alias.name}" for alias in node.names} & modules.keys()
+                targets |= submodules or {str(node.module)}
+        imports[name] = targets
+    resource_users = {name for name, targets in imports.items() if any(".resources" in target for target in targets)}
+    assert {name for name in resource_users if ".resources" not in name} == {
+        "dermis_client", "dermis_client._client", "dermis_client.cli",
+    }  # fmt: skip
+    graphlib.TopologicalSorter(imports).prepare()  # raises CycleError
+
+
 def test_importing_needs_nothing_of_the_service() -> None:
     code = (
         "import sys, dermis_client; heavy = {'torch', 'numpy', 'pandas', 'dermis', 'services'};"
         "print(sorted(heavy & sys.modules.keys()))"
     )
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert told.stdout.strip() == "[]"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 # Retries and idempotency
@@ -133,7 +162,7 @@ def test_a_wrong_field_is_named(gateway: FakeGateway) -> None:
     assert not gateway.datasets
 
 
-def test_what_cannot_be_sent_is_refused_here(gateway: FakeGateway) -> None:
+def test_invalid_arguments_are_refused_before_sending(gateway: FakeGateway) -> None:
     with DermisClient(gateway.url) as client:
         for call in (
             lambda: client.datasets.create({}),
@@ -198,7 +227,7 @@ def test_listing_fetches_pages_as_needed(gateway: FakeGateway) -> None:
         assert list(client.datasets.list(state="failed")) == []
 
 
-def test_images_are_pictures_with_their_coordinates(gateway: FakeGateway, tmp_path: Any) -> None:
+def test_images_have_class_seed_and_index(gateway: FakeGateway, tmp_path: Any) -> None:
     with DermisClient(gateway.url) as client:
         result = client.images.generate({"malignant": 2, "benign": 3}, seed=1, start_index=10)
         assert [(image.class_name, image.index) for image in result] == [
@@ -254,11 +283,11 @@ def test_waiting_survives_a_restart(gateway: FakeGateway) -> None:
     assert len(gateway.requests(".*/events")) >= 2
 
 
-def test_waiting_gives_up_when_told(gateway: FakeGateway) -> None:
+def test_waiting_ends_at_the_timeout(gateway: FakeGateway) -> None:
     gateway.ticks = 10**6
     with DermisClient(gateway.url, max_retries=0) as client:
         dataset = client.datasets.create({"benign": 10**6})
-        with pytest.raises(errors.WaitTimeoutError, match="goes on") as caught:
+        with pytest.raises(errors.WaitTimeoutError, match="continues") as caught:
             dataset.wait(timeout=0.1, poll_interval=0.02)
         assert caught.value.dataset is not None and caught.value.dataset.state == "running"
         gateway.stop()
@@ -270,7 +299,7 @@ def test_waiting_gives_up_when_told(gateway: FakeGateway) -> None:
             dataset.wait()
 
 
-def test_waiting_for_what_fails_or_is_cancelled(gateway: FakeGateway) -> None:
+def test_waiting_raises_for_failed_and_cancelled_datasets(gateway: FakeGateway) -> None:
     gateway.outcome = "failed"
     with DermisClient(gateway.url) as client:
         with pytest.raises(errors.DatasetFailed, match="disk is full") as caught:
@@ -321,13 +350,13 @@ def test_delete_stops_a_running_dataset_first(gateway: FakeGateway) -> None:
 
 
 def test_a_running_delete_has_an_end(gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_datasets, "DELETE_PATIENCE", 0.0)
+    monkeypatch.setattr(datasets, "DELETE_TIMEOUT", 0.0)
     monkeypatch.setattr(gateway, "tick", lambda dataset: None)
     with DermisClient(gateway.url) as client, pytest.raises(errors.WaitTimeoutError):
         client.datasets.create(CLASSES).delete()
 
 
-def test_a_client_of_ones_own_stays_open(gateway: FakeGateway) -> None:
+def test_the_callers_http_client_stays_open(gateway: FakeGateway) -> None:
     with httpx.Client() as http:
         with DermisClient(gateway.url, http_client=http) as client:
             client.models.list()

@@ -1,4 +1,4 @@
-"""Downloads over real connections that break, lie or meet a folder in use."""
+"""Downloads over real connections that break, with wrong content, and into folders in use."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from dermis_client import AsyncDermisClient, Dataset, DermisClient, DownloadProgress, verify
-from dermis_client._partfile import PartFile
+from dermis_client._files import PartFile
 from dermis_client.errors import APIStatusError, ConflictError, DownloadError, IntegrityError
 from fake_gateway import FakeGateway, Fault
 
@@ -47,9 +47,9 @@ def test_a_cut_download_goes_on_from_where_it_ended(gateway: FakeGateway, fetch:
     gateway.faults = [Fault("GET .*images.zip", times=4, cut=50_000)]  # more cuts than retries, each with progress
     reports: list[DownloadProgress] = []
     result = fetch(identifier, tmp_path, progress=reports.append)
-    asked = gateway.requests("images.zip")
-    assert [headers.get("range") for headers in asked[:2]] == [None, "bytes=50000-"]
-    assert len(asked) == 5 and "identity" in asked[0]["accept-encoding"]
+    requests = gateway.requests("images.zip")
+    assert [headers.get("range") for headers in requests[:2]] == [None, "bytes=50000-"]
+    assert len(requests) == 5 and "identity" in requests[0]["accept-encoding"]
     assert verify(tmp_path) and not list(tmp_path.glob("*.part"))
     total = sum(path.stat().st_size for path in result.files)
     assert result.bytes_received == total
@@ -96,7 +96,7 @@ def test_wrong_bytes_never_get_their_name(gateway: FakeGateway, fetch: Fetch, tm
 
 
 @pytest.mark.parametrize(
-    ("told", "message"),
+    ("changes", "message"),
     [
         ({"sha256": "0" * 64}, "manifest.json and the service's list"),
         ({"bytes": 3}, "manifest.json and the service's list"),
@@ -108,10 +108,10 @@ def test_wrong_bytes_never_get_their_name(gateway: FakeGateway, fetch: Fetch, tm
     ],
 )
 def test_a_list_that_is_wrong_or_dangerous(
-    gateway: FakeGateway, fetch: Fetch, tmp_path: Path, told: dict[str, Any], message: str
+    gateway: FakeGateway, fetch: Fetch, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     identifier = gateway.finished()
-    gateway.listed = {"preview.png": told}
+    gateway.listed = {"preview.png": changes}
     with pytest.raises(IntegrityError, match=message):
         fetch(identifier, tmp_path / "in")
     assert not gateway.requests("images.zip")  # nothing large was fetched before it was noticed
@@ -127,7 +127,7 @@ def test_more_bytes_than_listed(gateway: FakeGateway, fetch: Fetch, tmp_path: Pa
     assert not (tmp_path / "preview.png").exists()
 
 
-def test_files_of_others_are_not_replaced_unasked(gateway: FakeGateway, fetch: Fetch, tmp_path: Path) -> None:
+def test_foreign_files_are_replaced_only_with_overwrite(gateway: FakeGateway, fetch: Fetch, tmp_path: Path) -> None:
     identifier = gateway.finished()
     (tmp_path / "README.md").write_text("my own notes")
     with pytest.raises(DownloadError, match="another README.md"):
@@ -184,7 +184,7 @@ def test_a_disk_that_fills_up(
 @pytest.mark.skipif(not Path("/dev/zero").exists(), reason="this system has no /dev/zero")
 def test_a_part_that_is_no_file(gateway: FakeGateway, fetch: Fetch, tmp_path: Path) -> None:
     (tmp_path / "preview.png.part").symlink_to("/dev/zero")
-    with pytest.raises(DownloadError, match="no regular file"):
+    with pytest.raises(DownloadError, match="not a regular file"):
         fetch(gateway.finished(), tmp_path)
 
 
@@ -237,7 +237,7 @@ def test_leaving_an_asynchronous_download_leaves_no_task_behind(gateway: FakeGat
     assert verify(tmp_path)
 
 
-def test_a_record_from_nowhere_can_do_nothing() -> None:
+def test_a_record_without_a_client_is_refused() -> None:
     request = {"model": "demo", "classes": {"a": 1}}
     with pytest.raises(ValueError, match="no client"):
         Dataset.model_validate({"id": "ds_1", "state": "queued", "request": request}).refresh()

@@ -1,4 +1,4 @@
-"""The flows and pure parts alone, with no network and a clock of their own."""
+"""Flows and pure functions without a network, with a virtual clock."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from typing import Any
 
 import httpx
 import pytest
-from dermis_client import _downloads, _flow, _names, _retry, _sse
-from dermis_client._flow import Api, Request
+from dermis_client import _downloads, _events, _files, _flow, _retry
+from dermis_client._flow import Request
 from dermis_client.errors import APIConnectionError, DownloadError, ServerError
-from dermis_client.models import DatasetFile, DatasetRecord
+from dermis_client.models import DatasetFile
+from dermis_client.resources import projections
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 
-class World:
+class VirtualClockRunner:
     """Runs a flow with a virtual clock; `answer` is the network: it returns a response, or raises httpx's errors."""
 
     def __init__(self, answer: Callable[[Request], httpx.Response]) -> None:
@@ -64,12 +65,21 @@ def respond(status: int, **headers: str) -> httpx.Response:
 
 def test_retry_after_is_honoured_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = [respond(503, retry_after="7"), respond(429, retry_after="3"), respond(200)]
-    world = World(lambda _: answers.pop(0))
-    assert world.run(_flow.call(Request("GET", "/v1/x"), 4)).status_code == 200
-    assert world.pauses == [7.0, 3.0]
-    with pytest.raises(ServerError) as caught:  # it asks for an hour: that is the caller's to decide
-        World(lambda _: respond(503, retry_after="3600")).run(_flow.call(Request("GET", "/v1/x"), 4))
+    runner = VirtualClockRunner(lambda _: answers.pop(0))
+    assert runner.run(_flow.call(Request("GET", "/v1/x"), 4)).status_code == 200
+    assert runner.pauses == [7.0, 3.0]
+    with pytest.raises(ServerError) as caught:  # one hour: the caller decides
+        VirtualClockRunner(lambda _: respond(503, retry_after="3600")).run(_flow.call(Request("GET", "/v1/x"), 4))
     assert caught.value.retry_after == 3600
+
+
+def test_waiting_for_a_projection_honours_retry_after() -> None:
+    done = {"id": "pr_1", "state": "succeeded", "model": {"name": "m", "digest": "d"}}
+    responses = [respond(503, retry_after="7"), httpx.Response(200, json=done, request=REQUEST)]
+    runner = VirtualClockRunner(lambda _: responses.pop(0))
+    options: dict[str, Any] = {"timeout": None, "poll_interval": 1.0, "patience": 300.0, "report": lambda record: None}
+    assert runner.run(projections.wait_for_projection("pr_1", **options)).finished
+    assert runner.pauses == [7.0]
 
 
 @pytest.mark.parametrize(
@@ -81,7 +91,7 @@ def test_retry_after_is_honoured_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) 
         (httpx.UnsupportedProtocol("gopher"), True, 1),
     ],
 )
-def test_what_may_have_arrived_is_sent_again_only_if_harmless(
+def test_only_idempotent_requests_are_repeated_after_a_broken_connection(
     error: httpx.RequestError, idempotent: bool, tries: int
 ) -> None:
     sent = []
@@ -91,7 +101,7 @@ def test_what_may_have_arrived_is_sent_again_only_if_harmless(
         raise error
 
     with pytest.raises(APIConnectionError):
-        World(network).run(_flow.call(Request("POST", "/v1/x", idempotent=idempotent), 3))
+        VirtualClockRunner(network).run(_flow.call(Request("POST", "/v1/x", idempotent=idempotent), 3))
     assert len(sent) == tries
     assert _retry.after_status(500, idempotent=idempotent) is idempotent
     assert _retry.after_status(503, idempotent=False)
@@ -128,7 +138,7 @@ def test_events_come_out_the_same_however_the_bytes_are_cut(end: str, cuts: list
         text += "".join(f"data: {line}{end}" for line in data.split("\n")) + f"id: 1{end}{end}: beat{end}{end}"
     raw = text.encode() + f"event: unfinished{end}data: x".encode()
     marks = sorted({0, len(raw), *(min(c, len(raw)) for c in cuts)})
-    decoder = _sse.Decoder()
+    decoder = _events.Decoder()
     got = [message for a, b in itertools.pairwise(marks) for message in decoder.feed(raw[a:b])]
     assert [(m.event, m.data) for m in got] == EVENTS
 
@@ -138,7 +148,7 @@ def test_events_come_out_the_same_however_the_bytes_are_cut(end: str, cuts: list
 
 @given(st.text(max_size=30))
 def test_a_safe_name_stays_in_its_folder(name: str) -> None:
-    if _names.is_safe(name):
+    if _files.is_safe_name(name):
         assert Path("/folder", name).resolve().parent == Path("/folder").resolve()
         assert Path(name).name == name and not set(name) & set('/\\:*?"<>|\0 ') and name not in (".", "..")
 
@@ -148,12 +158,12 @@ def test_a_safe_name_stays_in_its_folder(name: str) -> None:
     ["", ".", "..", "../x", "/etc/passwd", "a/b", "a\\b", "C:x", "x\0", ".bashrc", "CON", "nul.txt", "x.", "a" * 201],
 )
 def test_unsafe_names(name: str) -> None:
-    assert not _names.is_safe(name)
+    assert not _files.is_safe_name(name)
 
 
 def test_names_that_the_service_uses_are_safe() -> None:
     for name in ("images.zip", "data-00000-of-00004.tar", "manifest.json", "README.md", "metadata.csv", "preview.png"):
-        assert _names.is_safe(name)
+        assert _files.is_safe_name(name)
 
 
 # Downloads under any sequence of cuts
@@ -162,11 +172,11 @@ CONTENT = bytes(range(256)) * 4
 FILE = DatasetFile(name="x.bin", bytes=len(CONTENT), sha256=hashlib.sha256(CONTENT).hexdigest())
 
 
-def download(folder: Path, network: Callable[[Request], httpx.Response]) -> World:
-    world = World(network)
+def download(folder: Path, network: Callable[[Request], httpx.Response]) -> VirtualClockRunner:
+    runner = VirtualClockRunner(network)
     plan = _downloads.Plan("ds_1", folder, (FILE,), (FILE,), _downloads.Tally(lambda _: None))
-    world.run(_downloads.fetch(Api(DatasetRecord.model_validate, 3), plan, FILE))
-    return world
+    runner.run(_downloads.fetch(plan, FILE, 3))
+    return runner
 
 
 @settings(max_examples=60, deadline=None)
@@ -174,7 +184,7 @@ def download(folder: Path, network: Callable[[Request], httpx.Response]) -> Worl
     steps=st.lists(st.tuples(st.integers(0, 400), st.sampled_from(["cut", "end", "busy", "whole"])), max_size=6),
     before=st.none() | st.integers(0, len(CONTENT)) | st.binary(max_size=1500),
 )
-def test_a_download_ends_right_or_says_so(
+def test_a_download_is_complete_or_raises(
     tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[int, str]], before: int | bytes | None
 ) -> None:
     folder = tmp_path_factory.mktemp("cuts")

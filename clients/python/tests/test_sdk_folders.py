@@ -1,4 +1,4 @@
-"""Checking and unpacking a downloaded folder, with archives that mean harm."""
+"""Verify and unpack a downloaded folder, with hostile archives among them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def folder(tmp_path: Path) -> Path:
     return root
 
 
-def test_verify_tells_changed_missing_and_extra(folder: Path) -> None:
+def test_verify_lists_changed_missing_and_extra(folder: Path) -> None:
     assert verify(folder).ok and verify(folder).checked == 4
     data = bytearray((folder / "images.zip").read_bytes())
     data[100] ^= 1

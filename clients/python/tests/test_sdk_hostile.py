@@ -1,4 +1,4 @@
-"""A service that is broken or means harm: bounded memory, an error of our own, and nothing that steers the terminal."""
+"""A broken or hostile service: bounded memory, an error of this package, no control characters on the terminal."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from typing import Any
 
 import httpx
 import pytest
-from dermis_client import DermisClient, _answers, _datasets, _retry, cli, errors, extract_images, verify
-from dermis_client._foreign import load_json, one_line, printable_json
+from dermis_client import DermisClient, _response_body, _retry, cli, errors, extract_images, verify
+from dermis_client._untrusted import MAX_LIST_BYTES, load_json, one_line, printable_json
 from fake_gateway import FakeGateway, Fault, png
 
 Call = Callable[[DermisClient, Path], Any]
@@ -53,7 +53,7 @@ def test_an_endless_answer_is_refused_after_a_few_megabytes(gateway: FakeGateway
     with DermisClient(gateway.url) as client, pytest.raises(errors.DermisError):
         call(client, tmp_path / "out")
     assert 0 < gateway.endless_bytes < 90 * MIB
-    assert len(gateway.requests(match)) == 1  # and not asked for again
+    assert len(gateway.requests(match)) == 1  # and not requested again
 
 
 def test_an_event_of_endless_lines_is_refused_and_waiting_goes_on(gateway: FakeGateway) -> None:
@@ -109,16 +109,16 @@ def test_a_packed_answer_of_usual_size_is_read(gateway: FakeGateway) -> None:
             client.models.list()
 
 
-def test_an_answer_that_trickles_is_given_up(gateway: FakeGateway) -> None:
+def test_a_response_that_is_too_slow_is_refused(gateway: FakeGateway) -> None:
     seconds = iter(range(0, 100_000, 10))
     answer = httpx.Response(200, request=httpx.Request("GET", gateway.url))
-    body = _answers.Body(answer, MIB, timeout=60, clock=lambda: float(next(seconds)))
+    body = _response_body.Body(answer, MIB, timeout=60, clock=lambda: float(next(seconds)))
     with pytest.raises(httpx.ReadTimeout):
         for _ in range(10):
             body.feed(b" ")
 
 
-def test_a_list_that_goes_in_circles_ends(gateway: FakeGateway) -> None:
+def test_a_list_with_repeated_cursors_ends(gateway: FakeGateway) -> None:
     for _ in range(3):
         gateway.create({"classes": {"benign": 1}, "seed": 0})
     pages = iter(range(10**6))
@@ -145,17 +145,17 @@ def test_no_retry_after_stops_the_program(gateway: FakeGateway, after: str) -> N
     with DermisClient(gateway.url) as client, pytest.raises(errors.ServerError) as caught:
         client.models.list()
     assert time.monotonic() - began < 30
-    assert caught.value.retry_after is None or caught.value.retry_after <= _retry.FOREVER
+    assert caught.value.retry_after is None or caught.value.retry_after <= _retry.MAX_SECONDS
 
 
-# What is no answer
+# Responses that are not valid
 
 
 @pytest.mark.parametrize(
     "text",
     ["NaN", "[Infinity]", '{"a": -Infinity}', "1e999", "[" * 100 + "]" * 100, "[" * 10**6, '"\ud800', "1" * 5000],
 )
-def test_what_is_no_json_of_ours_is_refused(text: str) -> None:
+def test_invalid_json_is_refused(text: str) -> None:
     with pytest.raises(ValueError):
         load_json(text)
 
@@ -260,7 +260,7 @@ def test_a_manifest_that_is_huge_is_not_fetched(gateway: FakeGateway, tmp_path: 
     with DermisClient(gateway.url) as client, pytest.raises(errors.IntegrityError, match="too large"):
         client.datasets.download(identifier, tmp_path)
     with (tmp_path / "manifest.json").open("wb") as file:
-        file.truncate(_datasets.MOST_LIST_BYTES + 1)
+        file.truncate(MAX_LIST_BYTES + 1)
     with pytest.raises(errors.IntegrityError, match="MiB"):
         verify(tmp_path)
 

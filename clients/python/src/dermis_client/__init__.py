@@ -1,4 +1,4 @@
-"""A client of the dermis service: synthetic dermoscopy, as datasets or a few images at a time.
+"""Client of the dermis service, which generates synthetic dermoscopy: datasets, or a few images at a time.
 
 from dermis_client import DermisClient
 
@@ -8,10 +8,8 @@ dataset.wait(progress=True)
 dataset.download("lesions", extract=True)
 """
 
-from dermis_client._async import AsyncDataset, AsyncDermisClient
-from dermis_client._datasets import DatasetEvent
+from dermis_client._client import AsyncDermisClient, DermisClient
 from dermis_client._downloads import Download, DownloadProgress
-from dermis_client._sync import Dataset, DermisClient
 from dermis_client._version import __version__
 from dermis_client.errors import (
     APIConnectionError,
@@ -61,6 +59,7 @@ from dermis_client.models import (
     Problem,
     Progress,
 )
+from dermis_client.resources.dataset_records import AsyncDataset, Dataset, DatasetEvent
 
 __all__ = [
     "APIConnectionError",

@@ -1,4 +1,4 @@
-"""What `dermis-client` reads and prints, apart from its commands."""
+"""Parsers for option values of `dermis-client`, and the text that it prints."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Annotated, Any
 import typer
 from PIL import Image
 
-from dermis_client._foreign import one_line
 from dermis_client._status import describe
+from dermis_client._untrusted import one_line
 from dermis_client.errors import InvalidRequestError
 from dermis_client.folders import VerifyReport
 from dermis_client.latent import AuthenticityResult, Direction, Projection
@@ -22,20 +22,20 @@ from dermis_client.models import ClassificationsResult, DatasetRecord, Model
 
 
 def parse_classes(text: str) -> dict[str, int]:
-    """{"malignant": 500, "benign": 500} from "malignant=500,benign=500". Raises InvalidRequestError."""
+    """Parse "malignant=500,benign=500" to {"malignant": 500, "benign": 500}. Raises InvalidRequestError."""
     classes: dict[str, int] = {}
     for part in text.split(","):
         name, equals, count = (piece.strip() for piece in part.rpartition("="))
         if not (equals and name and count.removeprefix("-").isdecimal() and count.isascii()):
             raise InvalidRequestError(f"--classes: {part!r} is not CLASS=COUNT; write malignant=500,benign=500")
         if name in classes:
-            raise InvalidRequestError(f"--classes: {name} is there twice")
+            raise InvalidRequestError(f"--classes: {name} occurs twice")
         classes[name] = int(count)
     return classes
 
 
 def format_of(path: Path) -> str:
-    """Pillow's name of the format that the path's suffix asks for. Raises InvalidRequestError."""
+    """Return Pillow's name of the format for the path's suffix. Raises InvalidRequestError."""
     formats = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
     if path.suffix.lower() not in formats:
         raise InvalidRequestError(f"--grid: {path.name} must end in .png, .jpg or .webp")
@@ -43,13 +43,13 @@ def format_of(path: Path) -> str:
 
 
 def encode(image: Image.Image, path: Path) -> bytes:
-    """The image as a file of format_of(path)."""
+    """Encode an image in the format of the path's suffix."""
     buffer = io.BytesIO()
     image.save(buffer, format_of(path))
     return buffer.getvalue()
 
 
-# Options whose names differ from the API's field by more than dots and underscores.
+# Options whose names differ from the field of the API by more than dots and underscores.
 _OPTIONS = {
     "classifier.keep": "keep",
     "classifier.score": "score",
@@ -82,7 +82,7 @@ _FILTER = "--keep, --threshold, --min-probability, --max-probability, --tries"
 
 
 def in_options(message: str) -> str:
-    """A message of the API with the names of options in place of fields: --min-probability for classifier.min_probability."""
+    """Replace the API's field names in a message by options: --min-probability for classifier.min_probability."""
 
     def option(match: re.Match[str]) -> str:
         name, rest = match[1], match[2].removeprefix(".")
@@ -93,9 +93,12 @@ def in_options(message: str) -> str:
 
 
 def usage_message(error: Exception) -> str | None:
-    """What is wrong with how the program was called, "" if help has been printed; None for an error of another kind.
+    """Return the message of a usage error.
 
     Typer raises exceptions of click, or of its own copy of click, so they are recognised by their attributes.
+
+    Returns:
+        The message; "" if help has been printed; None if it is not a usage error.
     """
     format_message = getattr(error, "format_message", None)
     if not callable(format_message):
@@ -111,7 +114,7 @@ def usage_message(error: Exception) -> str | None:
 
 @contextmanager
 def hint(message: str) -> Iterator[None]:
-    """On Ctrl-C say how to go on, then leave with status 130."""
+    """On Ctrl-C, print how to continue and exit with status 130."""
     try:
         yield
     except KeyboardInterrupt:
@@ -120,14 +123,15 @@ def hint(message: str) -> Iterator[None]:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    """Lines with aligned columns."""
+    """Format lines with aligned columns."""
     cells = [list(header), *([one_line(cell) for cell in row] for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     for row in cells:
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
 
 
-def models(found: Sequence[Model]) -> Iterator[str]:
+def models(offered: Sequence[Model]) -> Iterator[str]:
+    """Format the list of models."""
     rows = (
         (
             f"{model.name} *" if model.default else model.name,
@@ -137,7 +141,7 @@ def models(found: Sequence[Model]) -> Iterator[str]:
             model.licence or "?",
             model.digest[:12],
         )
-        for model in found
+        for model in offered
     )
     return table(("MODEL", "PIXELS", "CLASSES", "KIMG", "LICENCE", "DIGEST"), rows)
 
@@ -149,48 +153,48 @@ EditOption = Annotated[
 
 
 def parse_edits(texts: Sequence[str] | None) -> list[dict[str, Any]] | None:
-    """[{"direction", "strength", "layers"}] of --edit. Raises InvalidRequestError."""
-    found: list[dict[str, Any]] = []
-    for one in texts or ():
-        match = re.fullmatch(r"([^=]+)=([+-]?[0-9]*\.?[0-9]+)(?:@([0-9]+)-([0-9]+))?", one)
+    """Parse the values of --edit to [{"direction", "strength", "layers"}]. Raises InvalidRequestError."""
+    edits: list[dict[str, Any]] = []
+    for text in texts or ():
+        match = re.fullmatch(r"([^=]+)=([+-]?[0-9]*\.?[0-9]+)(?:@([0-9]+)-([0-9]+))?", text)
         if match is None:
-            raise InvalidRequestError(f"--edit: {one!r} is not of the form DIRECTION=STRENGTH[@FIRST-LAST]")
+            raise InvalidRequestError(f"--edit: {text!r} is not of the form DIRECTION=STRENGTH[@FIRST-LAST]")
         layers = None if match[3] is None else [int(match[3]), int(match[4])]
-        found.append({"direction": match[1], "strength": float(match[2]), "layers": layers})
-    return found or None
+        edits.append({"direction": match[1], "strength": float(match[2]), "layers": layers})
+    return edits or None
 
 
-def parse_sample(told: str) -> tuple[str, int, int]:
-    """(class, seed, index) of --sample. Raises InvalidRequestError."""
-    match = re.fullmatch(r"(.+):([0-9]+):([0-9]+)", told)
+def parse_sample(text: str) -> tuple[str, int, int]:
+    """Parse a value of --sample to (class, seed, index). Raises InvalidRequestError."""
+    match = re.fullmatch(r"(.+):([0-9]+):([0-9]+)", text)
     if match is None:
-        raise InvalidRequestError(f"--sample: {told!r} is not of the form CLASS:SEED:INDEX")
+        raise InvalidRequestError(f"--sample: {text!r} is not of the form CLASS:SEED:INDEX")
     return match[1], int(match[2]), int(match[3])
 
 
-def parse_projection(told: str) -> tuple[str, int]:
-    """(id, image) of --projection. Raises InvalidRequestError."""
-    name, _, image = told.partition(":")
+def parse_projection(text: str) -> tuple[str, int]:
+    """Parse a value of --projection to (id, position of the image). Raises InvalidRequestError."""
+    name, _, image = text.partition(":")
     if not name or not (image or "0").isdecimal():
-        raise InvalidRequestError(f"--projection: {told!r} is not of the form ID:IMAGE")
+        raise InvalidRequestError(f"--projection: {text!r} is not of the form ID:IMAGE")
     return name, int(image or 0)
 
 
-def parse_sweep(told: str | None) -> dict[str, Any] | None:
-    """{"direction", "strengths"} of --sweep. Raises InvalidRequestError."""
-    if told is None:
+def parse_sweep(text: str | None) -> dict[str, Any] | None:
+    """Parse the value of --sweep to {"direction", "strengths"}. Raises InvalidRequestError."""
+    if text is None:
         return None
     number = r"([+-]?[0-9]*\.?[0-9]+)"
-    match = re.fullmatch(rf"([^=]+)={number}:{number}:([0-9]+)", told)
+    match = re.fullmatch(rf"([^=]+)={number}:{number}:([0-9]+)", text)
     if match is None or not 2 <= int(match[4]) <= 256:
-        raise InvalidRequestError(f"--sweep: {told!r} is not of the form DIRECTION=FROM:TO:STEPS, of 2 to 256 steps")
+        raise InvalidRequestError(f"--sweep: {text!r} is not of the form DIRECTION=FROM:TO:STEPS, of 2 to 256 steps")
     first, last, steps = float(match[2]), float(match[3]), int(match[4])
     strengths = [round(first + (last - first) * k / (steps - 1), 6) for k in range(steps)]
     return {"direction": match[1], "strengths": strengths}
 
 
 def parse_threshold(text: str | None) -> str | float | None:
-    """A number where the text is one, else the text, which is a name."""
+    """Return a number if the text is one, otherwise the text, which is a name."""
     try:
         return None if text is None else float(text)
     except ValueError:
@@ -201,26 +205,30 @@ _CLASSIFICATION = ("file", "probability", "calibrated", "class")
 
 
 def classifications(result: ClassificationsResult) -> Iterator[str]:
-    rows = ((one.name, f"{one.probability:.4f}", f"{one.calibrated:.4f}", one.class_name) for one in result)
+    """Format classifications as a table, followed by the threshold and the classifier."""
+    rows = ((item.name, f"{item.probability:.4f}", f"{item.calibrated:.4f}", item.class_name) for item in result)
     yield from table([name.upper() for name in _CLASSIFICATION], rows)
     name = f" ({result.threshold.name})" if result.threshold.name else ""
-    told = f"{result.model.name}@{result.model.digest[:12]}, classifier {result.model.classifier[:12]}"
-    yield one_line(f"{result.positive_class} from {result.threshold.value:g}{name} calibrated; {told}")
+    origin = f"{result.model.name}@{result.model.digest[:12]}, classifier {result.model.classifier[:12]}"
+    yield one_line(f"{result.positive_class} from {result.threshold.value:g}{name} calibrated; {origin}")
 
 
 def classifications_csv(result: ClassificationsResult) -> Iterator[str]:
+    """Format classifications as CSV."""
     buffer = io.StringIO(newline="")
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(_CLASSIFICATION)
-    writer.writerows((one.name, one.probability, one.calibrated, one.class_name) for one in result)
+    writer.writerows((item.name, item.probability, item.calibrated, item.class_name) for item in result)
     yield buffer.getvalue().removesuffix("\n")
 
 
 def counts(classes: Mapping[str, int]) -> str:
+    """Format the number of images of each class."""
     return ",".join(f"{name}={count}" for name, count in classes.items())
 
 
-def datasets(found: Sequence[DatasetRecord]) -> Iterator[str]:
+def datasets(records: Sequence[DatasetRecord]) -> Iterator[str]:
+    """Format the list of datasets."""
     rows = (
         (
             dataset.id,
@@ -230,12 +238,13 @@ def datasets(found: Sequence[DatasetRecord]) -> Iterator[str]:
             dataset.request.format,
             f"{dataset.created_at:%Y-%m-%d %H:%M}" if dataset.created_at else "?",
         )
-        for dataset in found
+        for dataset in records
     )
     return table(("DATASET", "STATE", "DONE", "CLASSES", "FORMAT", "CREATED (UTC)"), rows)
 
 
 def dataset(record: DatasetRecord) -> Iterator[str]:
+    """Format a dataset with its request."""
     done, model = record.progress, record.model
     yield f"{record.id} {record.state}"
     yield f"samples  {done.samples_done} of {done.samples_total}"
@@ -257,6 +266,7 @@ def dataset(record: DatasetRecord) -> Iterator[str]:
 
 
 def created(record: DatasetRecord, download: Mapping[str, Any] | None) -> Iterator[str]:
+    """Format the state of a dataset, and its download or the next command."""
     yield f"{record.id} {record.state}"
     if download is not None:
         yield from downloaded(download)
@@ -267,45 +277,47 @@ def created(record: DatasetRecord, download: Mapping[str, Any] | None) -> Iterat
 
 
 def downloaded(download: Mapping[str, Any]) -> Iterator[str]:
+    """Format the result of a download."""
     files, count = download["files"], download["images_count"]
-    kept = "images.zip" if "images.zip" in files else "data files"
+    container = "images.zip" if "images.zip" in files else "data files"
     images = "images" if count is None else f"{count:,} images"
-    yield f"{download['folder']}: {images} in {kept}, {len(files)} files, every hash right"
+    yield f"{download['folder']}: {images} in {container}, {len(files)} files, every hash right"
     if "images" in download:
         yield f"images unpacked into {download['images']}"
-    elif kept == "images.zip":
+    elif container == "images.zip":
         yield "unpack the images: download again with --extract, or unzip images.zip"
 
 
 def verified(report: VerifyReport) -> Iterator[str]:
-    for what, names in (("changed", report.changed), ("missing", report.missing), ("extra", report.extra)):
+    """Format the differences between a folder and its manifest."""
+    for difference, names in (("changed", report.changed), ("missing", report.missing), ("extra", report.extra)):
         for name in names:
-            yield one_line(f"{what} {name}")
+            yield one_line(f"{difference} {name}")
     if report.ok:
         kind = "images" if report.folder.is_file() else "files"
         yield f"{report.folder}: {report.checked} {kind}, every hash right"
 
 
 def verdicts(result: AuthenticityResult) -> Iterator[str]:
-    """A line an image, and what they come to."""
-    for one in result:
-        word = "authentic" if one.authentic else "too near"
-        yield one_line(f"{word:<10}{one.distance:5.2f}  percentile {one.percentile:3}  {one.name}")
+    """Format a line for each image, and the share of authentic images."""
+    for verdict in result:
+        word = "authentic" if verdict.authentic else "too near"
+        yield one_line(f"{word:<10}{verdict.distance:5.2f}  percentile {verdict.percentile:3}  {verdict.name}")
     yield f"{result.authentic_share:.0%} of {len(result)} authentic"
 
 
-def directions(found: Sequence[Direction]) -> Iterator[str]:
-    """A line a direction."""
-    for one in found:
-        yield one_line(f"{one.name:<24}{one.method:<13}layers {one.layers[0]}-{one.layers[1]}")
+def directions(offered: Sequence[Direction]) -> Iterator[str]:
+    """Format a line for each direction."""
+    for item in offered:
+        yield one_line(f"{item.name:<24}{item.method:<13}layers {item.layers[0]}-{item.layers[1]}")
 
 
-def projected(found: Projection, files: Sequence[Path], kept: bool) -> Iterator[str]:
-    """A line an image."""
-    for image in found.data or ():
+def projected(record: Projection, files: Sequence[Path], kept: bool) -> Iterator[str]:
+    """Format a line for each image, and the next command if the projection is kept."""
+    for image in record.data or ():
         yield one_line(
             f"{image.index:04d}  {image.distance_name} {image.distance:.3f}  pixel error {image.pixel_error:.1f}  "
             f"{files[image.index] if image.index < len(files) else '?'}"
         )
     if kept:
-        yield f"edit it: dermis-client edit --projection {found.id}:0 --sweep DIRECTION=-3:3:7 --strip strip.png"
+        yield f"edit it: dermis-client edit --projection {record.id}:0 --sweep DIRECTION=-3:3:7 --strip strip.png"

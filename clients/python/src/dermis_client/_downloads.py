@@ -1,4 +1,4 @@
-"""Downloading a dataset's files as flows: resuming, verified, safe against what a service might send."""
+"""Flows that download a dataset's files: resumable, verified, and safe against a hostile service."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from pathlib import Path
 
 import httpx
 
-from dermis_client import _datasets, _names, _requests, _retry
+from dermis_client import _retry
+from dermis_client._files import PartFile, check_names, sha256_of
 from dermis_client._flow import (
-    Api,
-    D,
     Flow,
     Request,
     Stream,
@@ -27,21 +26,25 @@ from dermis_client._flow import (
     read,
     sleep,
 )
-from dermis_client._foreign import MOST_LIST_BYTES, load_json, one_line
-from dermis_client._partfile import PartFile, sha256_of
+from dermis_client._requests import job_path, whole
+from dermis_client._untrusted import MAX_LIST_BYTES, load_json, one_line
 from dermis_client.errors import APIStatusError, DownloadError, IntegrityError
 from dermis_client.models import DatasetFile, Manifest
 
 MANIFEST = "manifest.json"
 METADATA = "metadata.csv"
-STALL = 60.0  # seconds without a byte before a download counts as cut
+STALL_TIMEOUT = 60.0  # seconds without a byte before the connection is considered broken
 
 
 @dataclass(frozen=True)
 class Download:
-    """A downloaded dataset. files: every file's path, in the service's order; bytes_received: over the network, now.
+    """A downloaded dataset.
 
-    images: how many images the files hold, by metadata.csv; None if that is missing or cannot be read.
+    Attributes:
+        folder: The folder of the files.
+        files: Path of every file, in the service's order.
+        bytes_received: Bytes that this call received over the network.
+        images: Number of images according to metadata.csv; None if that file is missing or cannot be read.
     """
 
     folder: Path
@@ -52,7 +55,7 @@ class Download:
 
 @dataclass(frozen=True)
 class DownloadProgress:
-    """How far a download is; what lay in the folder already counts as done."""
+    """Progress of a download. Files and bytes that were already in the folder count as done."""
 
     files_done: int
     files_total: int
@@ -62,7 +65,7 @@ class DownloadProgress:
 
 @dataclass
 class Tally:
-    """Adds up progress from several files at once; threads may share it."""
+    """Sums up the progress of several files. Threads may share it."""
 
     report: Callable[[DownloadProgress], None]
     files_total: int = 0
@@ -73,6 +76,7 @@ class Tally:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, *, files: int = 0, size: int = 0, received: int = 0) -> None:
+        """Add files, bytes on disk and bytes received, and report the sum."""
         with self._lock:
             self.files_done += files
             self.bytes_done += size
@@ -82,7 +86,15 @@ class Tally:
 
 @dataclass(frozen=True)
 class Plan:
-    """What download() has to do, after a look at the service's list and at the folder."""
+    """The work of one download.
+
+    Attributes:
+        dataset_id: The dataset.
+        folder: The target folder.
+        files: All files of the dataset.
+        missing: Those that remain to be fetched.
+        tally: Sums up the progress.
+    """
 
     dataset_id: str
     folder: Path
@@ -91,50 +103,78 @@ class Plan:
     tally: Tally
 
     def result(self) -> Download:
+        """Return the result of the finished download."""
         paths = tuple(self.folder / file.name for file in self.files)
-        return Download(self.folder, paths, self.tally.received, _rows(self.folder / METADATA))
+        return Download(self.folder, paths, self.tally.received, _row_count(self.folder / METADATA))
+
+
+def worker_count(parallel: int) -> int:
+    """Return the number of simultaneous downloads, 1 to 32.
+
+    Raises:
+        InvalidRequestError: It is not a whole number.
+    """
+    return min(max(whole("parallel", parallel), 1), 32)
 
 
 def prepare(
-    api: Api[D], dataset_id: str, folder: Path, overwrite: bool, report: Callable[[DownloadProgress], None]
+    dataset_id: str,
+    files: list[DatasetFile],
+    folder: Path,
+    *,
+    overwrite: bool,
+    max_retries: int,
+    report: Callable[[DownloadProgress], None],
 ) -> Flow[Plan]:
-    """List the files, check their names, look what the folder has, fetch the manifest and compare it with the list."""
-    files = yield from _datasets.files(api, dataset_id)
-    _names.check((file.name for file in files), f"the service's list for {dataset_id}")
+    """Check file names, find out which files the folder lacks, fetch the manifest and compare it with the list.
+
+    Args:
+        dataset_id: The dataset.
+        files: The service's list of its files.
+        folder: The target folder, which is created.
+        overwrite: Whether files of another dataset in the folder may be replaced.
+        max_retries: Connections in a row without a byte before giving up.
+        report: Called with the progress.
+
+    Raises:
+        DownloadError: The folder cannot be written, is too small, or has files of another dataset.
+        IntegrityError: The list is not safe, or the manifest differs from it.
+    """
+    check_names((file.name for file in files), f"the service's list for {dataset_id}")
     manifest = next((file for file in files if file.name == MANIFEST), None)
-    if manifest is not None and manifest.bytes > MOST_LIST_BYTES:
+    if manifest is not None and manifest.bytes > MAX_LIST_BYTES:
         raise IntegrityError(f"the {MANIFEST} of {dataset_id} has {_amount(manifest.bytes)}: too large", name=MANIFEST)
     if manifest is None:
         raise IntegrityError(f"the service lists no {MANIFEST} for {dataset_id}", name=MANIFEST)
-    missing = yield from compute(partial(_survey, folder, files, overwrite))
+    missing = yield from compute(partial(_missing_files, folder, files, overwrite))
     tally = Tally(report, files_total=len(files), bytes_total=sum(file.bytes for file in files))
     tally.add(
         files=len(files) - len(missing),
         size=tally.bytes_total - sum(file.bytes for file in missing),
     )
     plan = Plan(dataset_id, folder, tuple(files), tuple(file for file in missing if file != manifest), tally)
-    # The manifest comes first: it is checked before the large files are fetched, and marks the folder as its own.
+    # The manifest comes first: it is checked before large files are fetched, and shows which dataset the folder has.
     if manifest in missing:
-        yield from fetch(api, plan, manifest)
-    yield from compute(partial(_compare, folder / MANIFEST, files))
+        yield from fetch(plan, manifest, max_retries)
+    yield from compute(partial(_compare_manifest, folder / MANIFEST, files))
     return plan
 
 
-def _survey(folder: Path, files: list[DatasetFile], overwrite: bool) -> list[DatasetFile]:
-    """The files that the folder does not hold intact. Refuses to replace files that are not this dataset's."""
+def _missing_files(folder: Path, files: list[DatasetFile], overwrite: bool) -> list[DatasetFile]:
+    """Return the files that the folder lacks or has with other content. Files of another dataset are refused."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        differing = [file for file in files if not _holds(folder / file.name, file)]
-        ours = any(file.name == MANIFEST for file in files if file not in differing)
-        # Looked at again: another download into this folder may have put a file there since.
-        there_now = [file for file in differing if (folder / file.name).exists()]
-        foreign = [file.name for file in there_now if not _holds(folder / file.name, file)]
-        if foreign and not ours and not overwrite:
+        differing = [file for file in files if not _is_intact(folder / file.name, file)]
+        same_dataset = any(file.name == MANIFEST for file in files if file not in differing)
+        # Checked again: another download into this folder may have completed a file in the meantime.
+        existing = [file for file in differing if (folder / file.name).exists()]
+        foreign = [file.name for file in existing if not _is_intact(folder / file.name, file)]
+        if foreign and not same_dataset and not overwrite:
             raise DownloadError(
-                f"{folder} already has another {foreign[0]}: choose another folder, or say that it may be overwritten"
+                f"{folder} already has another {foreign[0]}: choose another folder, or allow it to be overwritten"
             )
-        there = sum(_size(folder / f"{file.name}.part") for file in differing)
-        needed = sum(file.bytes for file in differing) - there
+        partial_bytes = sum(_size(folder / f"{file.name}.part") for file in differing)
+        needed = sum(file.bytes for file in differing) - partial_bytes
         free = shutil.disk_usage(folder).free
     except OSError as error:
         raise _disk_error(folder, error) from error
@@ -143,8 +183,8 @@ def _survey(folder: Path, files: list[DatasetFile], overwrite: bool) -> list[Dat
     return differing
 
 
-def _rows(table: Path) -> int | None:
-    """Rows of a CSV file below its header; None if it cannot be read."""
+def _row_count(table: Path) -> int | None:
+    """Return the number of rows of a CSV file, without its header; None if it cannot be read."""
     try:
         with table.open(newline="", encoding="utf-8") as file:
             return max(sum(1 for row in csv.reader(file) if row) - 1, 0)
@@ -152,7 +192,7 @@ def _rows(table: Path) -> int | None:
         return None
 
 
-def _holds(path: Path, file: DatasetFile) -> bool:
+def _is_intact(path: Path, file: DatasetFile) -> bool:
     return path.is_file() and _size(path) == file.bytes and sha256_of(path) == file.sha256
 
 
@@ -163,41 +203,46 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _compare(path: Path, files: list[DatasetFile]) -> None:
-    """The manifest must name the same files, sizes and hashes as the service's list."""
+def _compare_manifest(path: Path, files: list[DatasetFile]) -> None:
+    """Raise IntegrityError unless the manifest has the same names, sizes and hashes as the service's list."""
     try:
         manifest = Manifest.model_validate(load_json(path.read_bytes()))
     except OSError as error:
         raise _disk_error(path, error) from error
     except ValueError as error:
         raise IntegrityError(f"{MANIFEST} cannot be read ({one_line(str(error))})", name=MANIFEST) from error
-    named = {file.name: file for file in manifest.files}
+    in_manifest = {file.name: file for file in manifest.files}
     listed = {file.name: file for file in files if file.name != MANIFEST}
-    for name in sorted(named.keys() ^ listed.keys()):
-        where, lacks = (MANIFEST, "the service's list") if name in named else ("the service's list", MANIFEST)
-        raise IntegrityError(f"{one_line(name, 120)} stands in {where} but not in {lacks}", name=name)
+    for name in sorted(in_manifest.keys() ^ listed.keys()):
+        where, lacks = (MANIFEST, "the service's list") if name in in_manifest else ("the service's list", MANIFEST)
+        raise IntegrityError(f"{one_line(name, 120)} is in {where} but not in {lacks}", name=name)
     for name, file in listed.items():
-        if (named[name].bytes, named[name].sha256) != (file.bytes, file.sha256):
+        if (in_manifest[name].bytes, in_manifest[name].sha256) != (file.bytes, file.sha256):
             raise IntegrityError(
                 f"{name}: {MANIFEST} and the service's list give different sizes or hashes",
                 name=name,
-                expected=named[name].sha256,
+                expected=in_manifest[name].sha256,
                 actual=file.sha256,
             )
 
 
-def fetch(api: Api[D], plan: Plan, file: DatasetFile) -> Flow[None]:
-    """Go on from NAME.part, verify, put it in place. If this fails, what has arrived stays for the next try."""
+def fetch(plan: Plan, file: DatasetFile, max_retries: int) -> Flow[None]:
+    """Resume from NAME.part, verify the content and publish it. After a failure NAME.part is kept for the next attempt.
+
+    Raises:
+        DownloadError: The connection breaks again and again, or the file cannot be written.
+        IntegrityError: The content is not what the service listed.
+    """
     target = plan.folder / file.name
     part: PartFile | None = None
     try:
         part = yield from compute(partial(PartFile, target, file.bytes))
         plan.tally.add(size=part.size)
-        yield from _complete(api, plan, file, part)
+        yield from _complete(plan, file, part, max_retries)
         if part.hexdigest() != file.sha256 and part.resumed:
-            # The beginning was of something else (an older dataset in the same folder): once more, from the start.
+            # NAME.part was the beginning of another file (an older dataset in the same folder): fetch the whole file.
             _restart(part, plan.tally)
-            yield from _complete(api, plan, file, part)
+            yield from _complete(plan, file, part, max_retries)
         if part.hexdigest() != file.sha256:
             actual = part.hexdigest()
             part.discard()
@@ -216,13 +261,13 @@ def fetch(api: Api[D], plan: Plan, file: DatasetFile) -> Flow[None]:
     plan.tally.add(files=1)
 
 
-def _complete(api: Api[D], plan: Plan, file: DatasetFile, part: PartFile) -> Flow[None]:
-    """Read until the part has all its bytes, going on after every cut; only so many cuts in a row without a byte."""
-    fruitless = 0
+def _complete(plan: Plan, file: DatasetFile, part: PartFile, max_retries: int) -> Flow[None]:
+    """Read until the part is complete, and connect again when the connection breaks."""
+    attempts = 0  # in a row without a byte
     while part.size < file.bytes:
         before = part.size
         try:
-            stream = yield from _open_rest(api, plan, file, part)
+            stream = yield from _open_rest(plan, file, part, max_retries)
             while piece := (yield from read(stream)):
                 if part.size + len(piece) > file.bytes:
                     part.discard()
@@ -235,45 +280,47 @@ def _complete(api: Api[D], plan: Plan, file: DatasetFile, part: PartFile) -> Flo
             reason: Exception | None = None
         except httpx.RequestError as error:
             reason = connection_error(error, f"file {file.name}")
-        fruitless = 0 if part.size > before else fruitless + 1
-        if fruitless > api.max_retries:
+        attempts = 0 if part.size > before else attempts + 1
+        if attempts > max_retries:
             raise DownloadError(
                 f"{file.name}: the connection keeps breaking after {_amount(part.size)} of {_amount(file.bytes)}; "
                 "download again to go on from there"
             ) from reason
-        yield from sleep(_retry.delay(fruitless) or 0.0)
+        yield from sleep(_retry.delay(attempts) or 0.0)
 
 
-def _open_rest(api: Api[D], plan: Plan, file: DatasetFile, part: PartFile) -> Flow[Stream]:
-    """Open the rest of a file; if the service sends the whole instead, the part starts anew."""
-    # "identity": ranges, sizes and hashes are those of the file, not of a compressed form of it.
+def _open_rest(plan: Plan, file: DatasetFile, part: PartFile, max_retries: int) -> Flow[Stream]:
+    """Open the rest of a file; if the service sends the whole file instead, restart the part."""
+    # "identity": ranges, sizes and hashes are those of the uncompressed file.
     headers = {"Accept": "*/*", "Accept-Encoding": "identity"}
     if part.size:
         headers |= {"Range": f"bytes={part.size}-", "If-Range": f'"{file.sha256}"'}
-    path = _requests.dataset_path(plan.dataset_id, "files", file.name)
+    path = job_path("dataset", plan.dataset_id, "files", file.name)
     try:
-        stream = yield from open_stream(Request("GET", path, headers=headers, read_timeout=STALL), api.max_retries)
+        stream = yield from open_stream(Request("GET", path, headers=headers, read_timeout=STALL_TIMEOUT), max_retries)
     except APIStatusError as error:
         if error.status_code != 416 or not part.size:
             raise
         _restart(part, plan.tally)
-        return (yield from _open_rest(api, plan, file, part))
+        return (yield from _open_rest(plan, file, part, max_retries))
     response = stream.response
     if response.status_code == 206 and part.size:
-        if _range_start(response) != (part.size, file.bytes):
-            raise IntegrityError(f"{file.name}: the service sent another range than asked for", name=file.name)
+        if _content_range(response) != (part.size, file.bytes):
+            raise IntegrityError(f"{file.name}: the service sent another range than requested", name=file.name)
     elif response.status_code == 200:
         _restart(part, plan.tally)
         length = response.headers.get("content-length")
         if length is not None and length != str(file.bytes):
-            raise IntegrityError(f"{file.name}: has {length} bytes there, {file.bytes} were listed", name=file.name)
+            raise IntegrityError(
+                f"{file.name}: the service sends {length} bytes, but listed {file.bytes}", name=file.name
+            )
     else:
         raise IntegrityError(f"{file.name}: the service answered {response.status_code} to a download", name=file.name)
     return stream
 
 
-def _range_start(response: httpx.Response) -> tuple[int, int] | None:
-    """(first byte, whole size) of a 206 answer."""
+def _content_range(response: httpx.Response) -> tuple[int, int] | None:
+    """Return (first byte, size of the whole file) of a 206 response; None if it has no valid Content-Range."""
     match = re.fullmatch(r"bytes (\d{1,18})-\d{1,18}/(\d{1,18})", response.headers.get("content-range", ""))
     return (int(match[1]), int(match[2])) if match else None
 
@@ -288,7 +335,7 @@ def _disk_error(path: Path, error: OSError) -> DownloadError:
 
 
 def _amount(size: int) -> str:
-    """A size for people: bytes below 10 kB, else kB, MB or GB with one decimal."""
+    """Format a size: bytes below 10 kB, otherwise kB, MB or GB with one decimal."""
     if size < 10_000:
         return f"{size} bytes"
     for unit, factor in (("GB", 1e9), ("MB", 1e6)):

@@ -1,11 +1,11 @@
-"""Every operation of the client, written once, without I/O.
+"""The engine of the client's operations: flows, which are written once and do no I/O themselves.
 
-A flow is a generator: it yields what it wants done (send this request, read this stream, sleep) and receives the
-outcome, or the exception, where it yielded. `_transport.py` runs a flow with blocking or with asynchronous I/O, and a
-test can run it with no I/O at all and a clock of its own. So retries, paging, waiting and resuming exist in one place.
+A flow is a generator. It yields effects (send a request, read a stream, sleep) and receives the result of each, or its
+exception. `_transport.py` performs the effects with blocking or with asynchronous I/O; a test can perform them without
+I/O and with its own clock. So retries, paging, waiting and resuming are each implemented once.
 
-    def hello(api: Api[D]) -> Flow[str]:
-        response = yield from call(Request("GET", "/v1/hello"), api.max_retries)
+    def hello(max_retries: int) -> Flow[str]:
+        response = yield from call(Request("GET", "/v1/hello"), max_retries)
         return response.text
 """
 
@@ -13,33 +13,43 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import httpx
 
 from dermis_client import _retry, _status
-from dermis_client._answers import MOST_BYTES
-from dermis_client._foreign import load_json, one_line
+from dermis_client._response_body import MAX_BYTES
+from dermis_client._untrusted import load_json, one_line
 from dermis_client.errors import APIConnectionError, APIResponseError, APIStatusError, APITimeoutError
-from dermis_client.models import DatasetRecord
 
 T = TypeVar("T")
-D = TypeVar("D", bound=DatasetRecord)
 
 
 @dataclass(frozen=True)
 class Request:
-    """A request before it meets an HTTP client. path is relative to the base URL; read_timeout in seconds."""
+    """A request, independent of the HTTP client.
+
+    Attributes:
+        method: HTTP method.
+        path: Path relative to the base URL.
+        params: Query parameters.
+        headers: Further headers.
+        json: The JSON body, if any.
+        files: (file name, content) of each part of a multipart form; every part has the field name "files".
+        idempotent: Whether sending it twice has the same effect as sending it once.
+        read_timeout: Seconds; None for the client's own timeout.
+        max_bytes: Size limit of a response that is read as a whole.
+    """
 
     method: str
     path: str
     params: Mapping[str, str | int] = field(default_factory=dict)
     headers: Mapping[str, str] = field(default_factory=dict)
     json: Any = None
-    files: Sequence[tuple[str, bytes]] = ()  # sent as a form, each as a part called "files" under this file name
-    idempotent: bool = True  # sending it twice does no more than sending it once
-    read_timeout: float | None = None  # None: the client's own
-    most: int = MOST_BYTES  # bytes of the answer, where it is read as a whole
+    files: Sequence[tuple[str, bytes]] = ()
+    idempotent: bool = True
+    read_timeout: float | None = None
+    max_bytes: int = MAX_BYTES
 
     def __str__(self) -> str:
         return f"{self.method} {self.path}"
@@ -47,7 +57,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Stream:
-    """An open answer whose body is read piece by piece. pieces belongs to the transport."""
+    """An open response whose body is read in pieces. `pieces` belongs to the transport."""
 
     response: httpx.Response
     pieces: Any
@@ -55,54 +65,54 @@ class Stream:
 
 @dataclass(frozen=True)
 class Send:
-    """Send and read the whole body -> httpx.Response."""
+    """Send a request and read the whole body; the result is an httpx.Response."""
 
     request: Request
 
 
 @dataclass(frozen=True)
 class Open:
-    """Send and leave the body to be read (an error's body is read) -> Stream."""
+    """Send a request and leave the body unread, except that of an error; the result is a Stream."""
 
     request: Request
 
 
 @dataclass(frozen=True)
 class Read:
-    """The next bytes of the body as they were sent -> bytes, b"" at the end."""
+    """Read the next bytes of a body as they were sent; the result is bytes, b"" at the end."""
 
     stream: Stream
 
 
 @dataclass(frozen=True)
 class Close:
-    """Close a stream early -> None. Streams still open when the flow ends are closed by the transport."""
+    """Close a stream early. The transport closes streams that are still open when the flow ends."""
 
     stream: Stream
 
 
 @dataclass(frozen=True)
 class Sleep:
-    """Wait so many seconds -> None."""
+    """Wait for a number of seconds."""
 
     seconds: float
 
 
 @dataclass(frozen=True)
 class Now:
-    """Seconds of a clock that only goes forward -> float."""
+    """Read a monotonic clock; the result is a float in seconds."""
 
 
 @dataclass(frozen=True)
 class Compute:
-    """Call a function that may take long (hashing, disk), off the event loop if there is one -> its result."""
+    """Call a function that may take long (hashing, disk), outside of the event loop if there is one."""
 
     function: Callable[[], Any]
 
 
 @dataclass(frozen=True)
 class Emit:
-    """Hand an item to whoever iterates -> None."""
+    """Give an item to the caller that iterates over the flow."""
 
     item: Any
 
@@ -113,74 +123,85 @@ Flow: TypeAlias = Generator[Effect, Any, T]
 
 @dataclass(frozen=True)
 class Return:
-    """The end of a flow, with its value; see advance()."""
+    """The end of a flow, with its return value; see advance()."""
 
     value: Any
 
 
-def advance(flow: Flow[Any], answer: Any, failure: Exception | None) -> Effect | Return:
-    """Go on to the flow's next effect with the outcome of the last one: an answer, or a failure raised inside it."""
+def advance(flow: Flow[Any], result: Any, failure: Exception | None) -> Effect | Return:
+    """Resume a flow and return its next effect.
+
+    Args:
+        flow: The flow.
+        result: The result of its last effect; None at the start.
+        failure: The exception of its last effect, which is raised inside the flow; None if there was none.
+
+    Returns:
+        The next effect, or `Return` at the end of the flow.
+    """
     try:
-        return flow.send(answer) if failure is None else flow.throw(failure)
+        return flow.send(result) if failure is None else flow.throw(failure)
     except StopIteration as end:
         return Return(end.value)
 
 
-@dataclass(frozen=True)
-class Api(Generic[D]):
-    """What the flows need of their client. parse_dataset gives records bound to that client."""
-
-    parse_dataset: Callable[[Any], D]
-    max_retries: int
-
-
 def sleep(seconds: float) -> Flow[None]:
+    """Wait for a number of seconds."""
     yield Sleep(seconds)
 
 
 def now() -> Flow[float]:
+    """Return the seconds of a monotonic clock."""
     seconds: float = yield Now()
     return seconds
 
 
 def compute(function: Callable[[], T]) -> Flow[T]:
+    """Call a function that may take long and return its result."""
     result: T = yield Compute(function)
     return result
 
 
 def read(stream: Stream) -> Flow[bytes]:
+    """Return the next bytes of a stream, b"" at its end."""
     piece: bytes = yield Read(stream)
     return piece
 
 
 def close(stream: Stream) -> Flow[None]:
+    """Close a stream early."""
     yield Close(stream)
 
 
 def call(request: Request, max_retries: int) -> Flow[httpx.Response]:
-    """Send until answered, with retries. Raises APIStatusError, APIConnectionError, APITimeoutError."""
-    response: httpx.Response = yield from _answered(Send(request), max_retries)
+    """Send a request, with retries, and return the response with its whole body.
+
+    Raises:
+        APIStatusError: The response has an error status.
+        APIConnectionError: There was no response (APITimeoutError: not in time).
+    """
+    response: httpx.Response = yield from _with_retries(Send(request), max_retries)
     return response
 
 
 def open_stream(request: Request, max_retries: int) -> Flow[Stream]:
-    """Open until answered, with retries; the body is read by read(). Raises like call()."""
-    stream: Stream = yield from _answered(Open(request), max_retries)
+    """Send a request, with retries, and return its open stream, for read(). Raises the errors of call()."""
+    stream: Stream = yield from _with_retries(Open(request), max_retries)
     return stream
 
 
-def _answered(effect: Send | Open, max_retries: int) -> Flow[Any]:
+def _with_retries(effect: Send | Open, max_retries: int) -> Flow[Any]:
     request, attempt = effect.request, 0
     while True:
         failure: APIConnectionError | APIStatusError
         try:
-            answer = yield effect
+            outcome = yield effect
         except httpx.RequestError as error:
             failure, retry = connection_error(error, request), _retry.after_error(error, request.idempotent)
         else:
-            response = answer.response if isinstance(answer, Stream) else answer
+            response = outcome.response if isinstance(outcome, Stream) else outcome
             if response.is_success:
-                return answer
+                return outcome
             failure = _status.error_from(response)
             retry = _retry.after_status(response.status_code, request.idempotent)
         delay = _retry.delay(attempt, failure.retry_after if isinstance(failure, APIStatusError) else None)
@@ -190,8 +211,13 @@ def _answered(effect: Send | Open, max_retries: int) -> Flow[Any]:
         attempt += 1
 
 
-def connection_error(error: httpx.RequestError, what: Request | str) -> APIConnectionError:
-    """Our error for one of httpx's, chained to it."""
+def connection_error(error: httpx.RequestError, operation: Request | str) -> APIConnectionError:
+    """Convert an error of httpx; it becomes the cause of the new one.
+
+    Args:
+        error: The error of httpx.
+        operation: What was attempted, for the message.
+    """
     try:
         url = str(error.request.url)
     except RuntimeError:  # httpx: the request was not set
@@ -199,20 +225,30 @@ def connection_error(error: httpx.RequestError, what: Request | str) -> APIConne
     reason = one_line(str(error)) or type(error).__name__
     failure: APIConnectionError
     if isinstance(error, httpx.TimeoutException):
-        failure = APITimeoutError(f"no answer in time from {url} ({what}: {reason}); is it busy? raise `timeout`")
+        failure = APITimeoutError(
+            f"no answer in time from {url} ({operation}: {reason}); is it busy? increase `timeout`"
+        )
     elif isinstance(error, httpx.ConnectError):
         failure = APIConnectionError(f"cannot reach {url} ({reason}); is the service running, is base_url right?")
     else:
-        failure = APIConnectionError(f"the connection to {url} broke ({what}: {reason})")
+        failure = APIConnectionError(f"the connection to {url} broke ({operation}: {reason})")
     failure.__cause__ = error
     return failure
 
 
 def parse(response: httpx.Response, model: Callable[[Any], T]) -> T:
-    """The JSON body through `model`. Raises APIResponseError if it is not what a dermis service answers."""
+    """Parse a JSON body.
+
+    Args:
+        response: A response with its whole body.
+        model: Converts the parsed JSON; raises ValueError if it is not as expected.
+
+    Raises:
+        APIResponseError: The body is not what a dermis service sends.
+    """
     try:
         return model(load_json(response.content))
-    except ValueError as error:  # json and pydantic both raise ValueErrors
+    except ValueError as error:  # json and pydantic both raise subclasses of ValueError
         reason = one_line(str(error))
         raise APIResponseError(
             f"{response.url} gave an answer that this client does not understand ({reason}); is base_url right?"

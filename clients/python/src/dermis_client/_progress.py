@@ -1,4 +1,8 @@
-"""Progress bars on stderr, or the caller's own function."""
+"""Progress bars on stderr, or the caller's own function.
+
+Each context manager takes the `progress` argument of a public method and yields a function that reports progress: the
+caller's function, that of a progress bar (True), or one that does nothing (False).
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from dermis_client._downloads import DownloadProgress
-from dermis_client._foreign import one_line
+from dermis_client._untrusted import one_line
 from dermis_client.latent import Projection
 from dermis_client.models import DatasetRecord
 
@@ -16,11 +20,11 @@ R = TypeVar("R")
 
 @contextmanager
 def dataset_progress(progress: bool | Callable[[R], None]) -> Iterator[Callable[[R], None]]:
-    """A function to call with every record of a dataset: the caller's, a bar's (True), or an idle one (False)."""
+    """Report records of a dataset."""
     if callable(progress):
         yield progress
     elif not progress:
-        yield _nothing
+        yield _ignore
     else:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn
@@ -51,11 +55,11 @@ def dataset_progress(progress: bool | Callable[[R], None]) -> Iterator[Callable[
 
 @contextmanager
 def projection_progress(progress: bool | Callable[[Projection], None]) -> Iterator[Callable[[Projection], None]]:
-    """A function to call with every record of a projection: the caller's, a bar's (True), or an idle one (False)."""
+    """Report records of a projection."""
     if callable(progress):
         yield progress
     elif not progress:
-        yield _nothing
+        yield _ignore
     else:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -85,11 +89,11 @@ def projection_progress(progress: bool | Callable[[Projection], None]) -> Iterat
 def download_progress(
     progress: bool | Callable[[DownloadProgress], None],
 ) -> Iterator[Callable[[DownloadProgress], None]]:
-    """A function to call as bytes arrive: the caller's, a bar's (True), or an idle one (False)."""
+    """Report files and bytes of a download."""
     if callable(progress):
         yield progress
     elif not progress:
-        yield _nothing
+        yield _ignore
     else:
         from rich.console import Console
         from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
@@ -113,12 +117,12 @@ def download_progress(
 
 
 @contextmanager
-def count_progress(progress: bool | Callable[[int, int], None], what: str) -> Iterator[Callable[[int, int], None]]:
-    """A function to call with (done, total): the caller's, a bar's (True), or an idle one (False)."""
+def count_progress(progress: bool | Callable[[int, int], None], label: str) -> Iterator[Callable[[int, int], None]]:
+    """Report (done, total); `label` is shown before the bar."""
     if callable(progress):
         yield progress
     elif not progress:
-        yield _nothing
+        yield _ignore
     else:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -130,11 +134,11 @@ def count_progress(progress: bool | Callable[[int, int], None], what: str) -> It
             TimeRemainingColumn(),
             console=Console(stderr=True),
         ) as bars:
-            task = bars.add_task(what, total=None)
+            task = bars.add_task(label, total=None)
             yield lambda done, total: bars.update(task, completed=done, total=total)
 
 
-def _nothing(*_: object) -> None:
+def _ignore(*_: object) -> None:
     pass
 
 

@@ -1,25 +1,28 @@
-"""Build requests from arguments, refusing what cannot be sent. Pure functions; the service judges everything else."""
+"""Check arguments and build paths and request bodies. Pure functions; the service validates everything else."""
 
 from __future__ import annotations
 
 import math
 import operator
 import re
-import uuid
 from collections.abc import Mapping, Sequence
-from typing import Any, SupportsIndex
+from typing import Any, Literal, SupportsIndex
 from urllib.parse import quote, urlsplit
 
-from dermis_client._answers import MOST_BYTES
-from dermis_client._flow import Request
+from dermis_client._response_body import MAX_BYTES
 from dermis_client.errors import InvalidRequestError
 
-_MOST_IMAGE_BYTES = 20 << 20  # an image of 2048 x 2048 px that does not compress, as base64
+_MAX_IMAGE_BYTES = 20 << 20  # an image of 2048 x 2048 px that does not compress, as base64
 _ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
+_ID_PREFIX = {"dataset": "ds", "projection": "pr"}
 
 
 def base_url_from(url: str) -> str:
-    """The base URL without a trailing slash. Raises InvalidRequestError unless it is http(s)://host[:port][/prefix]."""
+    """Return the base URL without a trailing slash.
+
+    Raises:
+        InvalidRequestError: It is not http(s)://host[:port][/prefix].
+    """
     try:
         parts = urlsplit(url)
         usable = parts.scheme in {"http", "https"} and bool(parts.hostname) and (parts.port or 1) > 0
@@ -31,14 +34,22 @@ def base_url_from(url: str) -> str:
 
 
 def whole(field: str, value: SupportsIndex) -> int:
-    """An int from anything that is a whole number (NumPy's too). Raises InvalidRequestError naming the field."""
+    """Return an int from any whole number, NumPy's included.
+
+    Raises:
+        InvalidRequestError: The value is not a whole number; the message names the field.
+    """
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise InvalidRequestError(f"{field}: must be a whole number, not {value!r}")
     return operator.index(value)
 
 
 def finite(field: str, value: float) -> float:
-    """A finite float. Raises InvalidRequestError naming the field."""
+    """Return a finite float.
+
+    Raises:
+        InvalidRequestError: The value is not a finite number; the message names the field.
+    """
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -49,16 +60,30 @@ def finite(field: str, value: float) -> float:
 
 
 def counts(classes: Mapping[str, SupportsIndex]) -> dict[str, int]:
-    """The `classes` field, in the order given."""
+    """Return the field `classes`, in the caller's order.
+
+    Raises:
+        InvalidRequestError: There is no class, or a count is not a whole number.
+    """
     if not isinstance(classes, Mapping) or not classes:
         raise InvalidRequestError('classes: give at least one class and its count, such as {"malignant": 500}')
     return {str(name): whole(f"classes.{name}", count) for name, count in classes.items()}
 
 
-def body(
+def generation_body(
     classes: Mapping[str, SupportsIndex], seed: SupportsIndex, extra_body: Mapping[str, Any] | None, **options: Any
 ) -> dict[str, Any]:
-    """A request's JSON body. Options that are None are left out: the service's defaults hold."""
+    """Return the JSON body of a request that generates images.
+
+    Args:
+        classes: Number of images of each class.
+        seed: The seed.
+        extra_body: Further fields, which replace options of the same name.
+        **options: Further fields. None leaves a field out, so that the service's default applies.
+
+    Raises:
+        InvalidRequestError: A number is not valid.
+    """
     result: dict[str, Any] = {"classes": counts(classes), "seed": whole("seed", seed)}
     for name, value in (options | dict(extra_body or {})).items():
         if value is None:
@@ -72,79 +97,15 @@ def body(
     return result
 
 
-def most_bytes(images: int) -> int:
-    """Bytes of an answer with so many images in it, at most."""
-    return MOST_BYTES + max(images, 0) * _MOST_IMAGE_BYTES
-
-
-def create_dataset(json: Mapping[str, Any], idempotency_key: str | None) -> Request:
-    """POST /v1/datasets with a key, so that a repeated request never makes a second dataset."""
-    key = checked_key(idempotency_key or uuid.uuid4().hex)
-    return Request("POST", "/v1/datasets", headers={"Idempotency-Key": key}, json=json)
-
-
-def checked_key(key: str) -> str:
-    """An idempotency key. Raises InvalidRequestError if it cannot be one."""
-    if not key.isascii() or not key.isprintable() or len(key) > 200:
-        raise InvalidRequestError("idempotency_key: must be up to 200 printable ASCII characters")
-    return key
-
-
-def projection_path(projection_id: str, *rest: str) -> str:
-    """/v1/projections/{id}[/...]. Raises InvalidRequestError for what can be no id: it would name another path."""
-    if not isinstance(projection_id, str) or not _ID.fullmatch(projection_id):
-        raise InvalidRequestError(
-            f"projection id: {projection_id!r} is not one (they look like pr_0123456789abcdef...)"
-        )
-    return "/".join(["/v1/projections", projection_id, *(quote(part, safe="") for part in rest)])
-
-
-def projection(**options: Any) -> dict[str, str]:
-    """The query of /v1/projections. Options that are None are left out."""
-    params: dict[str, str] = {}
-    for name, value in options.items():
-        if value is None:
-            continue
-        if name == "steps":
-            params[name] = str(whole(name, value))
-        elif name == "video":
-            params[name] = "true" if value else "false"
-        else:
-            params[name] = str(value)
-    return params
-
-
-def edits_body(
-    samples: Sequence[tuple[str, int, int]] | None,
-    projections: Sequence[tuple[str, int]] | None,
-    sweep: Mapping[str, Any] | None,
-    extra_body: Mapping[str, Any] | None,
-    **options: Any,
-) -> dict[str, Any]:
-    """The body of /v1/edits. Raises InvalidRequestError unless there are either samples or projections."""
-    if bool(samples) == bool(projections):
-        raise InvalidRequestError("give samples=[(class, seed, index), ...] or projections=[(id, image), ...]")
-    result: dict[str, Any] = {}
-    if samples:
-        result["samples"] = [
-            {"class": str(name), "seed": whole("samples.seed", seed), "index": whole("samples.index", index)}
-            for name, seed, index in samples
-        ]
-    if projections:
-        result["projections"] = [
-            {"id": name, "image": whole("projections.image", image)} for name, image in projections
-        ]
-    if sweep is not None:
-        strengths = [finite("sweep.strengths", strength) for strength in sweep.get("strengths", ())]
-        result["sweep"] = {**sweep, "strengths": strengths}
-    for name, value in (options | dict(extra_body or {})).items():
-        if value is not None:
-            result[name] = finite(name, value) if name == "truncation_psi" else value
-    return result
-
-
 def edit_options(edits: Sequence[Mapping[str, Any]] | Mapping[str, float] | None) -> list[dict[str, Any]] | None:
-    """The field `edits`: as the API has it, from a list of options or from {"direction": strength}."""
+    """Return the field `edits` as the API expects it.
+
+    Args:
+        edits: {"direction": strength}, or a list of {"direction", "strength", "layers"}, or None.
+
+    Raises:
+        InvalidRequestError: A strength is not a finite number.
+    """
     if edits is None:
         return None
     if isinstance(edits, Mapping):
@@ -152,37 +113,30 @@ def edit_options(edits: Sequence[Mapping[str, Any]] | Mapping[str, float] | None
     return [{**option, "strength": finite("edits.strength", option.get("strength", math.nan))} for option in edits]
 
 
-def dataset_path(dataset_id: str, *rest: str) -> str:
-    """/v1/datasets/{id}[/...]. Raises InvalidRequestError for what can be no id: it would name another path."""
-    if not isinstance(dataset_id, str) or not _ID.fullmatch(dataset_id):
-        raise InvalidRequestError(f"dataset id: {dataset_id!r} is not one (they look like ds_0123456789abcdef...)")
-    return "/".join(["/v1/datasets", dataset_id, *(quote(part, safe="") for part in rest)])
+def max_response_bytes(images: int) -> int:
+    """Return the size limit of a response that contains this number of images."""
+    return MAX_BYTES + max(images, 0) * _MAX_IMAGE_BYTES
 
 
-def model_path(name: str) -> str:
-    """/v1/models/{name}."""
-    if not name or name in {".", ".."}:
-        raise InvalidRequestError(f"model: {name!r} is no model's name")
-    return f"/v1/models/{quote(name, safe='')}"
+def checked_key(key: str) -> str:
+    """Return an idempotency key.
+
+    Raises:
+        InvalidRequestError: The key is not valid.
+    """
+    if not key.isascii() or not key.isprintable() or len(key) > 200:
+        raise InvalidRequestError("idempotency_key: must be up to 200 printable ASCII characters")
+    return key
 
 
-def classification(model: str | None, threshold: str | float | None, heat_map: str | None = None) -> dict[str, str]:
-    """The query of /v1/classifications. Raises InvalidRequestError for a threshold that is neither name nor 0..1."""
-    params: dict[str, str] = {}
-    if model is not None:
-        params["model"] = model
-    if heat_map is not None:
-        params["heat_map"] = heat_map
-    if isinstance(threshold, str):
-        params["threshold"] = threshold
-    elif threshold is not None:
-        number = finite("threshold", threshold)
-        if not 0.0 <= number <= 1.0:
-            raise InvalidRequestError(f"threshold: must be from 0 to 1, or a name, not {threshold!r}")
-        params["threshold"] = repr(number)
-    return params
+def job_path(kind: Literal["dataset", "projection"], job_id: str, *rest: str) -> str:
+    """Return /v1/datasets/{id}[/...] or /v1/projections/{id}[/...].
 
-
-def workers(parallel: int) -> int:
-    """How many downloads at a time, 1..32."""
-    return min(max(whole("parallel", parallel), 1), 32)
+    Raises:
+        InvalidRequestError: The id is not valid; the path could lead to another resource.
+    """
+    if not isinstance(job_id, str) or not _ID.fullmatch(job_id):
+        raise InvalidRequestError(
+            f"{kind} id: {job_id!r} is not valid (ids look like {_ID_PREFIX[kind]}_0123456789abcdef...)"
+        )
+    return "/".join([f"/v1/{kind}s", job_id, *(quote(part, safe="") for part in rest)])

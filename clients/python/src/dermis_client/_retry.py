@@ -1,4 +1,4 @@
-"""When to try again, and after how long. Pure functions."""
+"""Rules for retries: which failures, and after how long. Pure functions."""
 
 from __future__ import annotations
 
@@ -9,28 +9,33 @@ from email.utils import parsedate_to_datetime
 import httpx
 
 FIRST_DELAY = 0.5  # seconds
-LONGEST_DELAY = 8.0
-FOREVER = 1e9  # seconds; a longer Retry-After is cut to this, a number that clocks can still add
-LONGEST_RETRY_AFTER = 120.0  # a service that asks for more than this is left alone: the caller decides
+LONGEST_DELAY = 8.0  # seconds
+MAX_SECONDS = 1e9  # a longer Retry-After is reduced to this, so that clock arithmetic cannot overflow
+LONGEST_RETRY_AFTER = 120.0  # seconds; no retry if the service asks for more: the caller decides
 
 
 def after_status(status: int, idempotent: bool) -> bool:
-    """Whether an answer is worth another try: the service was busy or away, or it failed and asking is harmless."""
+    """Return whether to retry after this HTTP status: always if the service was busy, else only an idempotent request."""
     return status in {408, 429, 502, 503, 504} or (status == 500 and idempotent)
 
 
 def after_error(error: httpx.RequestError, idempotent: bool) -> bool:
-    """Whether a broken connection is worth another try: always if nothing can have been sent yet, else if harmless."""
+    """Return whether to retry after this error: always if nothing was sent yet, else only an idempotent request."""
     if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout):
         return True
     return idempotent and isinstance(error, httpx.TransportError) and not isinstance(error, httpx.UnsupportedProtocol)
 
 
 def delay(attempt: int, retry_after: float | None = None, jitter: float | None = None) -> float | None:
-    """Seconds to wait after failed attempt 0, 1, 2...: doubling, with jitter, never less than the service asked for.
+    """Return the seconds to wait after a failed attempt: exponential backoff with jitter.
 
-    jitter: 0..1, drawn anew by default, so that many clients of one service do not come back at one moment.
-    None means: it asked for longer than LONGEST_RETRY_AFTER, do not try again.
+    Args:
+        attempt: Number of the failed attempt, from 0.
+        retry_after: Seconds that the service asked to wait; the delay is never shorter.
+        jitter: 0 to 1; by default random, so that many clients of one service do not return at the same moment.
+
+    Returns:
+        Seconds, or None if the service asked for more than LONGEST_RETRY_AFTER: do not retry.
     """
     longest = min(FIRST_DELAY * 2.0 ** min(attempt, 30), LONGEST_DELAY)
     own = longest * (0.5 + 0.5 * (random.random() if jitter is None else jitter))
@@ -40,16 +45,16 @@ def delay(attempt: int, retry_after: float | None = None, jitter: float | None =
 
 
 def parse_retry_after(value: str | None, now: datetime | None = None) -> float | None:
-    """Seconds from a Retry-After header, in either of its forms (seconds, HTTP date); None if absent or unreadable."""
+    """Return the seconds of a Retry-After header (a number or an HTTP date); None if it is absent or invalid."""
     if not value:
         return None
     text = value.strip()
     if text.isascii() and text.isdigit():
-        return min(float(text), FOREVER)
+        return min(float(text), MAX_SECONDS)
     try:
         moment = parsedate_to_datetime(text)
     except (ValueError, TypeError, OverflowError):
         return None
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=UTC)
-    return min(max(0.0, (moment - (now or datetime.now(UTC))).total_seconds()), FOREVER)
+    return min(max(0.0, (moment - (now or datetime.now(UTC))).total_seconds()), MAX_SECONDS)

@@ -1,12 +1,12 @@
-"""Turn an error answer into the exception that fits it. Pure functions."""
+"""Convert error responses to exceptions. Pure functions."""
 
 from __future__ import annotations
 
 import httpx
 
 from dermis_client import errors
-from dermis_client._foreign import load_json, one_line
 from dermis_client._retry import parse_retry_after
+from dermis_client._untrusted import load_json, one_line
 from dermis_client.models import Problem
 
 _BY_STATUS: dict[int, type[errors.APIStatusError]] = {
@@ -18,13 +18,11 @@ _BY_STATUS: dict[int, type[errors.APIStatusError]] = {
     422: errors.UnprocessableEntityError,
     429: errors.RateLimitError,
 }
-
-
-MOST_FIELDS = 10  # of a problem's wrong fields, those that a message names
+MAX_FIELDS = 10  # invalid fields that a message names
 
 
 def problem_from(response: httpx.Response) -> Problem:
-    """The problem document of an answer; one made from the status line if the body holds none (a proxy's page, say)."""
+    """Return the problem document of a response; if the body has none (as a proxy's page), one from the status line."""
     try:
         body = load_json(response.content)
         if isinstance(body, dict):
@@ -35,21 +33,21 @@ def problem_from(response: httpx.Response) -> Problem:
 
 
 def describe(problem: Problem) -> str:
-    """What is wrong, in one line: the detail, then each field's message that the detail does not already contain."""
+    """Describe a problem in one line: its detail, then each field's message that the detail does not contain."""
     parts = [one_line(problem.detail or problem.title or "the service gave no reason")]
     summary = problem.detail or problem.title
     fields = [error for error in problem.errors if error.message and error.message not in summary]
-    for error in fields[:MOST_FIELDS]:
+    for error in fields[:MAX_FIELDS]:
         parts.append(one_line(f"{error.field}: {error.message}" if error.field else error.message, 200))
-    if len(fields) > MOST_FIELDS:
-        parts.append(f"and {len(fields) - MOST_FIELDS} more")
+    if len(fields) > MAX_FIELDS:
+        parts.append(f"and {len(fields) - MAX_FIELDS} more")
     if len(parts) > 1 and not problem.detail:
         parts = parts[1:]
     return "; ".join([*(part.rstrip(".") for part in parts[:-1]), parts[-1]])
 
 
 def error_from(response: httpx.Response) -> errors.APIStatusError:
-    """The exception for an answer that is no success. The body must have been read."""
+    """Return the exception for an error response whose body has been read."""
     problem, status = problem_from(response), response.status_code
     request_id = problem.request_id or response.headers.get("x-request-id")
     kind = errors.ServerError if status >= 500 else _BY_STATUS.get(status, errors.APIStatusError)
@@ -60,7 +58,7 @@ def error_from(response: httpx.Response) -> errors.APIStatusError:
         label += f", request {one_line(request_id, 100)}"
     where = "" if problem.detail or problem.errors else f" from {response.request.method} {response.url}"
     if response.is_redirect:
-        where += f", sent on to {one_line(response.headers.get('location', '?'))}: give that as base_url"
+        where += f", redirected to {one_line(response.headers.get('location', '?'))}: give that as base_url"
     return kind(
         f"{describe(problem)}{where} ({label})",
         problem=problem,

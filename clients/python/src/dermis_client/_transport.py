@@ -1,4 +1,4 @@
-"""The only module that does network I/O: runs flows over httpx, blocking or asynchronous."""
+"""Run flows over httpx, blocking or asynchronous. No other module does network I/O."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from typing import Any, TypeVar, assert_never
 import httpx
 
 from dermis_client import _requests
-from dermis_client._answers import Body
 from dermis_client._flow import (
     Close,
     Compute,
@@ -34,18 +33,26 @@ from dermis_client._flow import (
     Stream,
     advance,
 )
+from dermis_client._response_body import Body
 from dermis_client._version import __version__
 from dermis_client.errors import DermisError, InvalidRequestError
 
 T = TypeVar("T")
 CONNECT_TIMEOUT = 5.0  # seconds
-MOST_REDIRECTS = 10
+MAX_REDIRECTS = 10
 DEFAULT_BASE_URL = "http://127.0.0.1:3000"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a client was made with. timeout: seconds a single request may stay without an answer."""
+    """The settings of a client.
+
+    Attributes:
+        base_url: Address of the service, without a trailing slash.
+        api_key: Bearer token, if any.
+        timeout: Seconds that a single request may wait for a response.
+        max_retries: Further attempts after a failed one.
+    """
 
     base_url: str
     api_key: str | None
@@ -57,7 +64,11 @@ class Settings:
 
 
 def settings(base_url: str | None, api_key: str | None, timeout: float, max_retries: int) -> Settings:
-    """Fill in the environment (DERMIS_BASE_URL, DERMIS_API_KEY) and check. Raises InvalidRequestError."""
+    """Check the arguments of a client and fill in DERMIS_BASE_URL and DERMIS_API_KEY from the environment.
+
+    Raises:
+        InvalidRequestError: A value is not valid.
+    """
     url = _requests.base_url_from(base_url or os.environ.get("DERMIS_BASE_URL") or DEFAULT_BASE_URL)
     key = api_key or os.environ.get("DERMIS_API_KEY") or None
     if key is not None and not (key.isascii() and key.isprintable()):
@@ -72,7 +83,7 @@ def settings(base_url: str | None, api_key: str | None, timeout: float, max_retr
 def _build(http: httpx.Client | httpx.AsyncClient, settings: Settings, request: Request) -> httpx.Request:
     headers = {
         "Accept": "application/json",
-        "Accept-Encoding": "gzip",  # what Body unpacks within its bounds
+        "Accept-Encoding": "gzip",  # the encoding that Body decompresses within its limits
         "User-Agent": f"dermis-client/{__version__} python/{platform.python_version()}",
     }
     if settings.api_key is not None:
@@ -90,18 +101,18 @@ def _build(http: httpx.Client | httpx.AsyncClient, settings: Settings, request: 
 
 
 def _redirected(request: Request, response: httpx.Response) -> httpx.Request | None:
-    """Where a redirect leads; None if this is none. Only a GET is followed: a redirected POST would become a GET."""
+    """Return the request that a redirect asks for, if any. Only GET is followed: a redirected POST would become a GET."""
     return response.next_request if request.method == "GET" else None
 
 
 async def _no_pieces() -> AsyncIterator[bytes]:
-    nothing: tuple[bytes, ...] = ()
-    for piece in nothing:
+    empty: tuple[bytes, ...] = ()
+    for piece in empty:
         yield piece
 
 
 class SyncTransport:
-    """Runs flows in the calling thread; several threads may use one at the same time."""
+    """Runs flows in the calling thread. Several threads may share one transport."""
 
     def __init__(self, settings: Settings, http: httpx.Client | None) -> None:
         self.settings = settings
@@ -109,24 +120,30 @@ class SyncTransport:
         self._owned = http is None
 
     def close(self) -> None:
+        """Close the HTTP client, unless the caller supplied it."""
         if self._owned:
             self.http.close()
 
     def run(self, flow: Flow[T], stop: threading.Event | None = None) -> T:
-        """Run a flow to its end and return its value. stop: ends it at its next effect with DermisError."""
+        """Run a flow to its end and return its value.
+
+        Args:
+            flow: The flow.
+            stop: When set, the flow ends at its next effect with DermisError.
+        """
         with closing(self._steps(flow, stop)) as steps:
             value: T = next(step.value for step in steps if isinstance(step, Return))
             return value
 
     def iterate(self, flow: Flow[None]) -> Iterator[Any]:
-        """Run a flow and yield what it emits; leaving the loop early closes its streams."""
+        """Run a flow and yield the items that it emits. Leaving the loop early closes its streams."""
         with closing(self._steps(flow, None)) as steps:
             for step in steps:
                 if isinstance(step, Emit):
                     yield step.item
 
     def run_all(self, flows: Sequence[Flow[None]], parallel: int) -> None:
-        """Run flows in up to `parallel` threads; the first failure, or Ctrl-C, stops them all and is raised."""
+        """Run flows in up to `parallel` threads. The first failure, or Ctrl-C, stops all of them and is raised."""
         waiting: queue.SimpleQueue[Flow[None]] = queue.SimpleQueue()
         outcomes: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
         stop = threading.Event()
@@ -144,7 +161,7 @@ class SyncTransport:
                 else:
                     outcomes.put(None)
 
-        # Daemons, so that a stalled connection cannot hold the program back after Ctrl-C.
+        # Daemon threads, so that a stalled connection does not keep the program running after Ctrl-C.
         threads = [threading.Thread(target=work, daemon=True) for _ in range(min(parallel, len(flows)))]
         try:
             for thread in threads:
@@ -160,43 +177,43 @@ class SyncTransport:
 
     def _steps(self, flow: Flow[Any], stop: threading.Event | None) -> Generator[Emit | Return, None, None]:
         with ExitStack() as opened, closing(flow):
-            answer: Any = None
+            result: Any = None
             failure: Exception | None = None
             while True:
-                step = advance(flow, answer, failure)
+                step = advance(flow, result, failure)
                 if isinstance(step, Return):
                     yield step
                     return
-                answer = failure = None
+                result = failure = None
                 if isinstance(step, Emit):
                     yield step
                     continue
                 if stop is not None and stop.is_set():
                     raise DermisError("stopped")
                 try:
-                    answer = self._perform(step, opened)
+                    result = self._perform(step, opened)
                 except Exception as error:
                     failure = error
 
     def _send(self, request: Request) -> httpx.Response:
-        """The answer with its body unread. Follows redirects itself: httpx would read the whole body of each first."""
+        """Return the response with its body unread. Redirects are followed here: httpx would read each body completely."""
         response = self.http.send(_build(self.http, self.settings, request), stream=True, follow_redirects=False)
         for count in itertools.count():
             if (following := _redirected(request, response)) is None:
                 return response
             response.close()
-            if count == MOST_REDIRECTS:
-                raise httpx.TooManyRedirects(f"more than {MOST_REDIRECTS} redirects", request=response.request)
+            if count == MAX_REDIRECTS:
+                raise httpx.TooManyRedirects(f"more than {MAX_REDIRECTS} redirects", request=response.request)
             response = self.http.send(following, stream=True, follow_redirects=False)
         raise AssertionError("the loop has no other end")
 
     def _read_whole(self, request: Request, response: httpx.Response) -> httpx.Response:
-        if response.is_stream_consumed:  # of a transport that had the whole answer in memory, as in tests
+        if response.is_stream_consumed:  # the HTTP client had the whole body in memory, as test transports do
             return response
-        body = Body(response, request.most, request.read_timeout or self.settings.timeout)
+        body = Body(response, request.max_bytes, request.read_timeout or self.settings.timeout)
         for piece in response.iter_raw():
             body.feed(piece)
-            if not body.wanted:
+            if not body.incomplete:
                 break
         return body.response()
 
@@ -229,7 +246,7 @@ class SyncTransport:
 
 
 class AsyncTransport:
-    """Runs flows on the event loop; what takes long on disk goes to threads."""
+    """Runs flows on the event loop; slow work on disk runs in threads."""
 
     def __init__(self, settings: Settings, http: httpx.AsyncClient | None) -> None:
         self.settings = settings
@@ -237,6 +254,7 @@ class AsyncTransport:
         self._owned = http is None
 
     async def close(self) -> None:
+        """Close the HTTP client, unless the caller supplied it."""
         if self._owned:
             await self.http.aclose()
 
@@ -250,14 +268,14 @@ class AsyncTransport:
         raise AssertionError("a flow ends with a value")
 
     async def iterate(self, flow: Flow[None]) -> AsyncIterator[Any]:
-        """Run a flow and yield what it emits; leaving the loop early closes its streams."""
+        """Run a flow and yield the items that it emits. Leaving the loop early closes its streams."""
         async with aclosing(self._steps(flow)) as steps:
             async for step in steps:
                 if isinstance(step, Emit):
                     yield step.item
 
     async def run_all(self, flows: Sequence[Flow[None]], parallel: int) -> None:
-        """Run up to `parallel` flows at a time; the first failure, or a cancellation, stops them all and is raised."""
+        """Run up to `parallel` flows at a time. The first failure, or a cancellation, stops all of them and is raised."""
         waiting = iter(flows)
 
         async def work() -> None:
@@ -275,41 +293,41 @@ class AsyncTransport:
     async def _steps(self, flow: Flow[Any]) -> AsyncGenerator[Emit | Return, None]:
         async with AsyncExitStack() as opened:
             opened.callback(flow.close)
-            answer: Any = None
+            result: Any = None
             failure: Exception | None = None
             while True:
-                step = advance(flow, answer, failure)
+                step = advance(flow, result, failure)
                 if isinstance(step, Return):
                     yield step
                     return
-                answer = failure = None
+                result = failure = None
                 if isinstance(step, Emit):
                     yield step
                     continue
                 try:
-                    answer = await self._perform(step, opened)
+                    result = await self._perform(step, opened)
                 except Exception as error:
                     failure = error
 
     async def _send(self, request: Request) -> httpx.Response:
-        """As SyncTransport._send."""
+        """See SyncTransport._send."""
         response = await self.http.send(_build(self.http, self.settings, request), stream=True, follow_redirects=False)
         for count in itertools.count():
             if (following := _redirected(request, response)) is None:
                 return response
             await response.aclose()
-            if count == MOST_REDIRECTS:
-                raise httpx.TooManyRedirects(f"more than {MOST_REDIRECTS} redirects", request=response.request)
+            if count == MAX_REDIRECTS:
+                raise httpx.TooManyRedirects(f"more than {MAX_REDIRECTS} redirects", request=response.request)
             response = await self.http.send(following, stream=True, follow_redirects=False)
         raise AssertionError("the loop has no other end")
 
     async def _read_whole(self, request: Request, response: httpx.Response) -> httpx.Response:
         if response.is_stream_consumed:
             return response
-        body = Body(response, request.most, request.read_timeout or self.settings.timeout)
+        body = Body(response, request.max_bytes, request.read_timeout or self.settings.timeout)
         async for piece in response.aiter_raw():
             body.feed(piece)
-            if not body.wanted:
+            if not body.incomplete:
                 break
         return body.response()
 

@@ -1,4 +1,4 @@
-"""Images on their way to the service: read, cut into calls that it takes, and errors told by the caller's own names."""
+"""Upload images: read them, divide them among requests that the service accepts, name the caller's files in errors."""
 
 from __future__ import annotations
 
@@ -15,88 +15,114 @@ from dermis_client.errors import APIStatusError, InvalidRequestError, TooLargeEr
 Source: TypeAlias = str | os.PathLike[str] | bytes | IO[bytes]
 R = TypeVar("R")
 
-# What every service takes unless its operator has set less; a call that is too large all the same is halved.
-MOST_FILES = 16
-MOST_BYTES = 16 << 20
+# Every service accepts this much unless its operator has set less; a request that is still too large is divided.
+MAX_FILES = 16
+MAX_BYTES = 16 << 20
 
 _FIELD = re.compile(r"files\[(\d+)\]")
 
 
 @dataclass(frozen=True)
 class File:
-    """An image as it is sent."""
+    """An image to upload.
 
-    place: int  # in the whole list
+    Attributes:
+        position: Its position in the caller's list.
+        name: Its path, or files[position].
+        content: Its bytes.
+    """
+
+    position: int
     name: str
     content: bytes
 
 
 def sources_of(files: Source | Sequence[Source]) -> list[Source]:
-    """The images as a list; one alone becomes a list of one. Raises InvalidRequestError if there are none."""
-    found = [files] if isinstance(files, str | bytes | os.PathLike) or hasattr(files, "read") else list(files)
-    if not found:
+    """Return the images as a list; a single image becomes a list of one.
+
+    Raises:
+        InvalidRequestError: There are no images.
+    """
+    single = isinstance(files, str | bytes | os.PathLike) or hasattr(files, "read")
+    sources = [files] if single else list(files)  # type: ignore[arg-type]  # hasattr narrows nothing
+    if not sources:
         raise InvalidRequestError("files: give at least one image")
-    return found  # type: ignore[return-value]  # hasattr narrows nothing
+    return sources  # type: ignore[return-value]
 
 
-def in_calls(
+def upload(
     sources: Sequence[Source],
-    most: int,
+    max_files: int,
     send: Callable[[Sequence[File]], Flow[R]],
     report: Callable[[int, int], None],
 ) -> Flow[list[R]]:
-    """`send` of all images in calls of at most `most`, halved where the service takes less. `report` gets (done, total)."""
+    """Send images in as many requests as needed; a request that is too large for the service is divided.
+
+    Args:
+        sources: The images.
+        max_files: Images in one request.
+        send: Sends one request.
+        report: Called with (done, total) after each request.
+
+    Returns:
+        The result of each request, in order.
+    """
     results: list[R] = []
-    waiting: list[File] = []
-    for place, source in enumerate(sources):
-        file = yield from read_file(place, source)
-        if waiting and (len(waiting) == most or sum(len(w.content) for w in waiting) + len(file.content) > MOST_BYTES):
-            results += yield from _halved(waiting, send)
-            report(place, len(sources))
-            waiting = []
-        waiting.append(file)
-    results += yield from _halved(waiting, send)
+    batch: list[File] = []
+    for position, source in enumerate(sources):
+        file = yield from read_file(position, source)
+        if batch and (len(batch) == max_files or sum(len(f.content) for f in batch) + len(file.content) > MAX_BYTES):
+            results += yield from _send_divided(batch, send)
+            report(position, len(sources))
+            batch = []
+        batch.append(file)
+    results += yield from _send_divided(batch, send)
     report(len(sources), len(sources))
     return results
 
 
-def _halved(files: Sequence[File], send: Callable[[Sequence[File]], Flow[R]]) -> Generator[Any, Any, list[R]]:
-    """One call, or halves of it where the service takes less at a time."""
+def _send_divided(files: Sequence[File], send: Callable[[Sequence[File]], Flow[R]]) -> Generator[Any, Any, list[R]]:
+    """Send one request, or its halves where the service accepts less."""
     try:
         return [(yield from send(files))]
     except TooLargeError as error:
         if len(files) == 1 or error.kind == "image-too-large":
-            raise told_by_name(error, files) from error
+            raise with_file_names(error, files) from error
         half = len(files) // 2
-        first = yield from _halved(files[:half], send)
-        return first + (yield from _halved(files[half:], send))
+        first = yield from _send_divided(files[:half], send)
+        return first + (yield from _send_divided(files[half:], send))
     except APIStatusError as error:
-        raise told_by_name(error, files) from error
+        raise with_file_names(error, files) from error
 
 
-def parts_of(files: Sequence[File]) -> list[tuple[str, bytes]]:
-    """The parts of a form. What files are called stays here: names may tell who is on them."""
+def form_parts(files: Sequence[File]) -> list[tuple[str, bytes]]:
+    """Return the parts of a form. File names are not sent: they may contain names of patients."""
     return [(f"image-{i}", file.content) for i, file in enumerate(files)]
 
 
-def read_file(place: int, source: Source) -> Flow[File]:
+def read_file(position: int, source: Source) -> Flow[File]:
+    """Read one image.
+
+    Raises:
+        InvalidRequestError: It cannot be read.
+    """
     if isinstance(source, bytes):
-        return File(place, f"files[{place}]", source)
+        return File(position, f"files[{position}]", source)
     if isinstance(source, str | os.PathLike):
         path = Path(source)
         try:
             content = yield from compute(path.read_bytes)
         except OSError as error:
             raise InvalidRequestError(f"{path}: cannot be read ({error.strerror or error})") from error
-        return File(place, str(path), content)
+        return File(position, str(path), content)
     content = yield from compute(source.read)
     if not isinstance(content, bytes):
-        raise InvalidRequestError(f"files[{place}]: open it in binary mode")
-    return File(place, f"files[{place}]", content)
+        raise InvalidRequestError(f"files[{position}]: open it in binary mode")
+    return File(position, f"files[{position}]", content)
 
 
-def told_by_name(error: APIStatusError, files: Sequence[File]) -> APIStatusError:
-    """The same error, speaking of the caller's files where the service spoke of the parts of one call."""
+def with_file_names(error: APIStatusError, files: Sequence[File]) -> APIStatusError:
+    """Return the same error with the caller's file names and positions in place of those of one request."""
 
     def file_of(match: re.Match[str]) -> File | None:
         number = int(match[1])
@@ -106,14 +132,16 @@ def told_by_name(error: APIStatusError, files: Sequence[File]) -> APIStatusError
         file = file_of(match)
         return file.name if file else match[0]
 
-    def place(match: re.Match[str]) -> str:
+    def field(match: re.Match[str]) -> str:
         file = file_of(match)
-        return f"files[{file.place}]" if file else match[0]
+        return f"files[{file.position}]" if file else match[0]
 
     problem = error.problem.model_copy(
         update={
             "detail": _FIELD.sub(name, error.problem.detail),
-            "errors": [one.model_copy(update={"field": _FIELD.sub(place, one.field)}) for one in error.problem.errors],
+            "errors": [
+                item.model_copy(update={"field": _FIELD.sub(field, item.field)}) for item in error.problem.errors
+            ],
         }
     )
     return type(error)(

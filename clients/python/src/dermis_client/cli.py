@@ -1,4 +1,4 @@
-"""`dermis-client`: the same from a shell. Results on stdout, progress and errors on stderr."""
+"""The command line `dermis-client`. Results are on stdout, progress and errors on stderr."""
 
 from __future__ import annotations
 
@@ -13,45 +13,50 @@ from typing import Annotated, Any
 import typer
 
 from dermis_client import _cli_text as text
-from dermis_client._foreign import one_line, printable, printable_json
-from dermis_client._sync import Dataset, DermisClient
+from dermis_client._client import DermisClient
+from dermis_client._files import write_atomically
+from dermis_client._untrusted import one_line, printable, printable_json
 from dermis_client._version import __version__
-from dermis_client._writing import write_whole
 from dermis_client.errors import DermisError, InvalidRequestError
 from dermis_client.folders import extract_images
 from dermis_client.folders import verify as verify_folder
+from dermis_client.resources.dataset_records import Dataset
 
-LONGEST_LINE = 10_000  # characters of a printed line
+MAX_LINE_LENGTH = 10_000  # characters of a printed line
 app = typer.Typer(
     name="dermis-client",
-    help="Ask a dermis service for synthetic dermoscopy.",
+    help="Generate and download synthetic dermoscopy with a dermis service.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-datasets = typer.Typer(help="Make, watch, download and remove datasets.", no_args_is_help=True)
+datasets = typer.Typer(help="Create, watch, download and delete datasets.", no_args_is_help=True)
 app.add_typer(datasets, name="datasets")
 
 BaseUrl = Annotated[
     str | None,
-    typer.Option("--base-url", envvar="DERMIS_BASE_URL", help="Where the service is; default http://127.0.0.1:3000."),
+    typer.Option("--base-url", envvar="DERMIS_BASE_URL", help="Address of the service; default http://127.0.0.1:3000."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
-Id = Annotated[str, typer.Argument(metavar="ID", help="The dataset's id, ds_...", show_default=False)]
+Id = Annotated[str, typer.Argument(metavar="ID", help="Id of the dataset, ds_...", show_default=False)]
 Classes = Annotated[
-    str, typer.Option("--classes", help="How many of each: malignant=500,benign=500.", show_default=False)
+    str, typer.Option("--classes", help="Number of images of each class: malignant=500,benign=500.", show_default=False)
 ]
 Seed = Annotated[int, typer.Option("--seed", help="0 to 2^63 - 1; the same request gives the same images.")]
-Model = Annotated[str | None, typer.Option("--model", help="Default: the service's.")]
+Model = Annotated[str | None, typer.Option("--model", help="Name of the model; default: the service's.")]
 ImageFormat = Annotated[str | None, typer.Option("--image-format", help="png, jpeg or webp; default png.")]
 Quality = Annotated[int | None, typer.Option("--image-quality", help="1 to 100, for jpeg and webp.")]
-Psi = Annotated[float | None, typer.Option("--truncation-psi", help="0 to 2; lower is more typical, less varied.")]
-Cutoff = Annotated[int | None, typer.Option("--truncation-cutoff", help="In how many layers truncation holds.")]
+Psi = Annotated[
+    float | None, typer.Option("--truncation-psi", help="0 to 2; lower values give more typical, less varied images.")
+]
+Cutoff = Annotated[int | None, typer.Option("--truncation-cutoff", help="Number of layers that truncation applies to.")]
 Noise = Annotated[
     str | None,
-    typer.Option("--noise-mode", help="random (default): each image has its own; const: all have the same; none."),
+    typer.Option(
+        "--noise-mode", help="random (default): each image has its own noise; const: all have the same; none."
+    ),
 ]
-Timeout = Annotated[float | None, typer.Option("--timeout", help="Stop waiting after so many seconds.")]
+Timeout = Annotated[float | None, typer.Option("--timeout", help="Stop waiting after this number of seconds.")]
 Out = Annotated[Path, typer.Option("--out", help="The folder to download into.", show_default=False)]
 Extract = Annotated[bool, typer.Option("--extract", help="Also unpack images.zip into OUT/images.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files of another dataset in the folder.")]
@@ -73,47 +78,47 @@ def _root(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Ask a dermis service for synthetic dermoscopy."""
+    """Generate and download synthetic dermoscopy with a dermis service."""
     context.obj = (base_url, as_json)
 
 
 def _client(context: typer.Context, base_url: str | None) -> DermisClient:
-    """--base-url may stand before or after the command's name; the later one wins."""
+    """Create a client. --base-url may be before or after the name of the command; the later one is used."""
     explicit = context.get_parameter_source("base_url")
-    given = base_url if explicit is not None and explicit.name == "COMMANDLINE" else None
-    return DermisClient(given or context.obj[0] or base_url)
+    own_option = base_url if explicit is not None and explicit.name == "COMMANDLINE" else None
+    return DermisClient(own_option or context.obj[0] or base_url)
 
 
-def _print(context: typer.Context, as_json: bool, value: Any, human: Callable[[], Iterable[str]]) -> None:
-    """Print a result: one JSON document, or lines for people. Terminal control characters are escaped."""
+def _print(context: typer.Context, as_json: bool, value: Any, lines: Callable[[], Iterable[str]]) -> None:
+    """Print a result as one JSON document or as lines of text. Terminal control characters are escaped."""
     if as_json or context.obj[1]:
         typer.echo(printable_json(value))
         return
-    for line in human():
-        typer.echo("\n".join(printable(part[:LONGEST_LINE]) for part in line.split("\n")))
+    for line in lines():
+        typer.echo("\n".join(printable(part[:MAX_LINE_LENGTH]) for part in line.split("\n")))
 
 
 def _note(message: str) -> None:
-    """A line on stderr."""
+    """Print a line on stderr."""
     typer.echo(one_line(message, limit=2000), err=True)
 
 
 def _fetch(dataset: Dataset, out: Path, extract: bool, overwrite: bool, parallel: int) -> dict[str, Any]:
-    with text.hint(f"download interrupted; go on with: dermis-client datasets download {dataset.id} --out {out}"):
+    with text.hint(f"download interrupted; resume with: dermis-client datasets download {dataset.id} --out {out}"):
         result = dataset.download(out, parallel=parallel, overwrite=overwrite, progress=True)
-        answer: dict[str, Any] = {"folder": str(result.folder), "files": [path.name for path in result.files]}
-        answer["images_count"] = result.images
+        output: dict[str, Any] = {"folder": str(result.folder), "files": [path.name for path in result.files]}
+        output["images_count"] = result.images
         if extract:
-            answer["images"] = str(extract_images(result.folder))
-        return answer
+            output["images"] = str(extract_images(result.folder))
+        return output
 
 
 @app.command()
 def models(context: typer.Context, base_url: BaseUrl = None, as_json: Json = False) -> None:
-    """The models that the service offers."""
+    """List the models that the service offers."""
     with _client(context, base_url) as client:
-        found = client.models.list()
-    _print(context, as_json, [model.model_dump(mode="json") for model in found], lambda: text.models(found))
+        offered = client.models.list()
+    _print(context, as_json, [model.model_dump(mode="json") for model in offered], lambda: text.models(offered))
 
 
 @datasets.command()
@@ -122,7 +127,7 @@ def create(
     classes: Classes,
     seed: Seed = 0,
     model: Model = None,
-    format: Annotated[  # noqa: A002  the option's own name
+    format: Annotated[  # noqa: A002  the name of the option
         str | None, typer.Option("--format", help="imagefolder, webdataset or parquet; default imagefolder.")
     ] = None,
     image_format: ImageFormat = None,
@@ -134,28 +139,37 @@ def create(
     keep: Annotated[
         str | None, typer.Option("--keep", help="all, or agreeing: images that the model's classifier agrees with.")
     ] = None,
-    threshold: Annotated[str | None, typer.Option("--threshold", help="The classifier's threshold by name.")] = None,
-    min_probability: Annotated[float | None, typer.Option("--min-probability", help="Of images to keep.")] = None,
-    max_probability: Annotated[float | None, typer.Option("--max-probability", help="Of images to keep.")] = None,
-    tries: Annotated[int | None, typer.Option("--tries", help="Latents to try for an image until one is kept.")] = None,
+    threshold: Annotated[str | None, typer.Option("--threshold", help="Name of a threshold of the classifier.")] = None,
+    min_probability: Annotated[
+        float | None, typer.Option("--min-probability", help="Lowest probability of images to keep.")
+    ] = None,
+    max_probability: Annotated[
+        float | None, typer.Option("--max-probability", help="Highest probability of images to keep.")
+    ] = None,
+    tries: Annotated[
+        int | None, typer.Option("--tries", help="Latents to try for each image until one is kept.")
+    ] = None,
     score: Annotated[
-        bool | None, typer.Option("--score/--no-score", help="The classifier's probability as a column.")
+        bool | None, typer.Option("--score/--no-score", help="Add the classifier's probability as a column.")
     ] = None,
     edit: text.EditOption = None,
     gate: Annotated[
         str | None, typer.Option("--gate", help="Compare with the training images: authentic or min_distance.")
     ] = None,
-    percentile: Annotated[float | None, typer.Option("--percentile", help="Of --gate min_distance; default 1.")] = None,
+    percentile: Annotated[
+        float | None, typer.Option("--percentile", help="Percentile for --gate min_distance; default 1.")
+    ] = None,
     on_reject: Annotated[
-        str | None, typer.Option("--on-reject", help="Of images that fail: resample (default), drop or flag.")
+        str | None, typer.Option("--on-reject", help="Action for images that fail: resample (default), drop or flag.")
     ] = None,
     gate_tries: Annotated[
-        int | None, typer.Option("--gate-tries", help="Images that may be rejected for a sample.")
+        int | None, typer.Option("--gate-tries", help="Maximum number of rejected images for a sample.")
     ] = None,
     idempotency_key: Annotated[
-        str | None, typer.Option("--idempotency-key", help="The same key and request never make a second dataset.")
+        str | None,
+        typer.Option("--idempotency-key", help="A repeated request with the same key creates no second dataset."),
     ] = None,
-    wait: Annotated[bool, typer.Option("--wait", help="Wait until it has finished.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait until the dataset has finished.")] = False,
     timeout: Timeout = None,
     out: Annotated[Path | None, typer.Option("--out", help="Wait, then download into this folder.")] = None,
     extract: Extract = False,
@@ -164,7 +178,7 @@ def create(
     base_url: BaseUrl = None,
     as_json: Json = False,
 ) -> None:
-    """Ask for a dataset; with --wait or --out stay until it is there."""
+    """Create a dataset; with --wait or --out, wait until it has finished."""
     if extract and out is None:
         raise InvalidRequestError("--extract: needs --out, the folder to download into")
     classifier = {
@@ -175,11 +189,11 @@ def create(
         "max_probability": max_probability,
         "tries": tries,
     }
-    asked = {name: value for name, value in classifier.items() if value is not None}
+    classifier_options = {name: value for name, value in classifier.items() if value is not None}
     gating = {"gate": gate, "percentile": percentile, "on_reject": on_reject, "tries": gate_tries}
-    privacy = {name: value for name, value in gating.items() if value is not None}
+    gate_options = {name: value for name, value in gating.items() if value is not None}
     with _client(context, base_url) as client:
-        with text.hint("interrupted; it may have been asked for already, see: dermis-client datasets list"):
+        with text.hint("interrupted; the dataset may have been created already, see: dermis-client datasets list"):
             dataset = client.datasets.create(
                 text.parse_classes(classes),
                 seed=seed,
@@ -191,38 +205,42 @@ def create(
                 truncation_cutoff=truncation_cutoff,
                 noise_mode=noise_mode,
                 shard_size=shard_size,
-                classifier=asked or None,
+                classifier=classifier_options or None,
                 edits=text.parse_edits(edit),
-                privacy=privacy or None,
+                privacy=gate_options or None,
                 idempotency_key=idempotency_key,
             )
         if wait or out is not None:
             _note(dataset.id)
-            with text.hint(f"interrupted; {dataset.id} goes on, wait for it: dermis-client datasets wait {dataset.id}"):
+            with text.hint(
+                f"interrupted; {dataset.id} continues, wait for it with: dermis-client datasets wait {dataset.id}"
+            ):
                 dataset = dataset.wait(progress=True, timeout=timeout)
-        answer = dataset.model_dump(mode="json")
+        output = dataset.model_dump(mode="json")
         if out is not None:
-            answer["download"] = _fetch(dataset, out, extract, overwrite, parallel)
-    _print(context, as_json, answer, lambda: text.created(dataset, answer.get("download")))
+            output["download"] = _fetch(dataset, out, extract, overwrite, parallel)
+    _print(context, as_json, output, lambda: text.created(dataset, output.get("download")))
 
 
 @datasets.command("list")
 def list_datasets(
     context: typer.Context,
-    state: Annotated[str | None, typer.Option("--state", help="Only those: queued, running, succeeded...")] = None,
-    limit: Annotated[int, typer.Option("--limit", help="At most so many.")] = 20,
+    state: Annotated[
+        str | None, typer.Option("--state", help="Only datasets in this state: queued, running, succeeded...")
+    ] = None,
+    limit: Annotated[int, typer.Option("--limit", help="Maximum number of datasets.")] = 20,
     base_url: BaseUrl = None,
     as_json: Json = False,
 ) -> None:
-    """Datasets, newest first."""
+    """List datasets, newest first."""
     with _client(context, base_url) as client:
-        found = list(client.datasets.list(state=state, limit=limit))
-    _print(context, as_json, [dataset.model_dump(mode="json") for dataset in found], lambda: text.datasets(found))
+        records = list(client.datasets.list(state=state, limit=limit))
+    _print(context, as_json, [record.model_dump(mode="json") for record in records], lambda: text.datasets(records))
 
 
 @datasets.command()
 def show(context: typer.Context, dataset_id: Id, base_url: BaseUrl = None, as_json: Json = False) -> None:
-    """One dataset: its state, progress and request."""
+    """Show a dataset: its state, progress and request."""
     with _client(context, base_url) as client:
         dataset = client.datasets.retrieve(dataset_id)
     _print(context, as_json, dataset.model_dump(mode="json"), lambda: text.dataset(dataset))
@@ -232,10 +250,10 @@ def show(context: typer.Context, dataset_id: Id, base_url: BaseUrl = None, as_js
 def wait_for(
     context: typer.Context, dataset_id: Id, timeout: Timeout = None, base_url: BaseUrl = None, as_json: Json = False
 ) -> None:
-    """Watch a dataset until it has finished."""
+    """Wait until a dataset has finished."""
     with (
         _client(context, base_url) as client,
-        text.hint(f"interrupted; {dataset_id} goes on, wait for it: dermis-client datasets wait {dataset_id}"),
+        text.hint(f"interrupted; {dataset_id} continues, wait for it with: dermis-client datasets wait {dataset_id}"),
     ):
         dataset = client.datasets.wait(dataset_id, progress=True, timeout=timeout)
     _print(context, as_json, dataset.model_dump(mode="json"), lambda: text.created(dataset, None))
@@ -252,11 +270,11 @@ def download(
     base_url: BaseUrl = None,
     as_json: Json = False,
 ) -> None:
-    """Fetch a dataset's files, going on where an earlier download ended, and check every hash."""
+    """Download the files of a dataset, resume an interrupted download, and verify every hash."""
     with _client(context, base_url) as client:
         dataset = client.datasets.retrieve(dataset_id)
-        answer = _fetch(dataset, out, extract, overwrite, parallel)
-    _print(context, as_json, answer, lambda: text.downloaded(answer))
+        output = _fetch(dataset, out, extract, overwrite, parallel)
+    _print(context, as_json, output, lambda: text.downloaded(output))
 
 
 @datasets.command()
@@ -269,7 +287,7 @@ def cancel(context: typer.Context, dataset_id: Id, base_url: BaseUrl = None, as_
 
 @datasets.command()
 def delete(context: typer.Context, dataset_id: Id, base_url: BaseUrl = None, as_json: Json = False) -> None:
-    """Remove a dataset and its files from the service; a running one is stopped first."""
+    """Delete a dataset and its files from the service; a running one is stopped first."""
     with _client(context, base_url) as client:
         client.datasets.delete(dataset_id)
     _print(context, as_json, {"id": dataset_id, "deleted": True}, lambda: [f"{dataset_id} deleted"])
@@ -293,11 +311,11 @@ def images(
     base_url: BaseUrl = None,
     as_json: Json = False,
 ) -> None:
-    """A few images now."""
+    """Generate a few images."""
     if out is None and grid is None:
         raise InvalidRequestError("give --out FOLDER for the images, --grid FILE.png for a contact sheet, or both")
     if grid is not None:
-        text.format_of(grid)  # refuse a wrong suffix before anything is asked for
+        text.format_of(grid)  # refuse a wrong suffix before any request is sent
     with _client(context, base_url) as client:
         result = client.images.generate(
             text.parse_classes(classes),
@@ -313,14 +331,14 @@ def images(
         )
     written = result.save(out) if out is not None else []
     if grid is not None:
-        write_whole(grid, text.encode(result.grid(), grid))
+        write_atomically(grid, text.encode(result.grid(), grid))
         written.append(grid)
-    answer = {
+    output = {
         "model": result.model.model_dump(mode="json"),
         "images": [image.model_dump(mode="json", by_alias=True, exclude={"content"}) for image in result],
         "files": [str(path) for path in written],
     }
-    _print(context, as_json, answer, lambda: map(str, written))
+    _print(context, as_json, output, lambda: map(str, written))
 
 
 @app.command()
@@ -329,28 +347,34 @@ def classify(
     files: Annotated[list[Path], typer.Argument(help="Images: PNG, JPEG or WebP.", show_default=False)],
     model: Model = None,
     threshold: Annotated[
-        str | None, typer.Option("--threshold", help="A name of the model's, or a number 0 to 1; default: its own.")
+        str | None,
+        typer.Option("--threshold", help="Name of a threshold, or a number 0 to 1; default: the classifier's own."),
     ] = None,
     heat_maps: Annotated[
         Path | None, typer.Option("--heat-maps", help="Also write a heat map of every image into this folder.")
     ] = None,
-    method: Annotated[str, typer.Option("--method", help="Of --heat-maps: xrai or integrated-gradients.")] = "xrai",
+    method: Annotated[
+        str, typer.Option("--method", help="Method for --heat-maps: xrai or integrated-gradients.")
+    ] = "xrai",
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV instead of text.")] = False,
     base_url: BaseUrl = None,
     as_json: Json = False,
 ) -> None:
-    """What the service's classifier says of images."""
+    """Classify images with the classifier of a model."""
     with _client(context, base_url) as client:
-        wanted = text.parse_threshold(threshold)
         result = client.classifications.create(
-            files, model=model, threshold=wanted, heat_map=method if heat_maps else None, progress=True
+            files,
+            model=model,
+            threshold=text.parse_threshold(threshold),
+            heat_map=method if heat_maps else None,
+            progress=True,
         )
     written = result.save_heat_maps(heat_maps) if heat_maps else []
     lines = text.classifications_csv if as_csv else text.classifications
-    answer = result.model_dump(mode="json", by_alias=True, exclude={"data": {"__all__": {"heat_map": {"content"}}}})
+    output = result.model_dump(mode="json", by_alias=True, exclude={"data": {"__all__": {"heat_map": {"content"}}}})
     if heat_maps:
-        answer["files"] = [str(path) for path in written]
-    _print(context, as_json, answer, lambda: lines(result))
+        output["files"] = [str(path) for path in written]
+    _print(context, as_json, output, lambda: lines(result))
     if written:
         _note(f"{len(written)} heat maps in {heat_maps}")
     _note(result.notice)
@@ -361,19 +385,19 @@ def authenticity(
     context: typer.Context,
     files: Annotated[
         list[Path] | None,
-        typer.Argument(help="Images: PNG, JPEG or WebP, where the service takes them.", show_default=False),
+        typer.Argument(help="Images: PNG, JPEG or WebP, if the service compares uploads.", show_default=False),
     ] = None,
     classes: Annotated[
-        str | None, typer.Option("--classes", help="Instead of files: generate these, as malignant=2,benign=2.")
+        str | None, typer.Option("--classes", help="Compare generated images instead of files: malignant=2,benign=2.")
     ] = None,
     seed: Seed = 0,
     model: Model = None,
     base_url: BaseUrl = None,
     as_json: Json = False,
 ) -> None:
-    """How near images are to the training images of a model.
+    """Compare images with the training images of a model.
 
-    Services compare files only if their operator has switched that on; generated images always.
+    A service compares files only if its operator has enabled that; generated images are always compared.
     """
     if bool(files) == bool(classes):
         raise InvalidRequestError("give image files, or --classes CLASS=COUNT for images that the service generates")
@@ -387,24 +411,25 @@ def authenticity(
 
 @app.command()
 def directions(context: typer.Context, model: Model = None, base_url: BaseUrl = None, as_json: Json = False) -> None:
-    """The directions along which a model's images can be moved."""
+    """List the directions along which images of a model can be moved."""
     with _client(context, base_url) as client:
-        found = client.edits.directions(model)
-    _print(context, as_json, [one.model_dump(mode="json") for one in found], lambda: text.directions(found))
+        offered = client.edits.directions(model)
+    _print(context, as_json, [item.model_dump(mode="json") for item in offered], lambda: text.directions(offered))
 
 
 @app.command("edit")
 def edit_images(
     context: typer.Context,
     sample: Annotated[
-        list[str] | None, typer.Option("--sample", help="CLASS:SEED:INDEX, as malignant:0:7; may be repeated.")
+        list[str] | None, typer.Option("--sample", help="CLASS:SEED:INDEX, such as malignant:0:7; may be repeated.")
     ] = None,
     projection: Annotated[
         list[str] | None, typer.Option("--projection", help="ID:IMAGE of a finished projection; may be repeated.")
     ] = None,
     edit: text.EditOption = None,
     sweep: Annotated[
-        str | None, typer.Option("--sweep", help="DIRECTION=FROM:TO:STEPS, as sefa-1=-3:3:7: each sample at each.")
+        str | None,
+        typer.Option("--sweep", help="DIRECTION=FROM:TO:STEPS, such as sefa-1=-3:3:7: every sample at each strength."),
     ] = None,
     model: Model = None,
     truncation_psi: Psi = None,
@@ -420,8 +445,8 @@ def edit_images(
         text.format_of(strip)
     with _client(context, base_url) as client:
         result = client.edits.create(
-            samples=[text.parse_sample(one) for one in sample or ()] or None,
-            projections=[text.parse_projection(one) for one in projection or ()] or None,
+            samples=[text.parse_sample(item) for item in sample or ()] or None,
+            projections=[text.parse_projection(item) for item in projection or ()] or None,
             edits=text.parse_edits(edit),
             sweep=text.parse_sweep(sweep),
             model=model,
@@ -429,10 +454,10 @@ def edit_images(
         )
     written = result.save(out) if out is not None else []
     if strip is not None:
-        write_whole(strip, text.encode(result.strip(), strip))
+        write_atomically(strip, text.encode(result.strip(), strip))
         written.append(strip)
-    answer = {"model": result.model.model_dump(mode="json"), "files": [str(path) for path in written]}
-    _print(context, as_json, answer, lambda: map(str, written))
+    output = {"model": result.model.model_dump(mode="json"), "files": [str(path) for path in written]}
+    _print(context, as_json, output, lambda: map(str, written))
 
 
 @app.command()
@@ -442,26 +467,28 @@ def project(
     out: Out,
     model: Model = None,
     schedule: Annotated[str | None, typer.Option("--schedule", help="fast (default) or official.")] = None,
-    steps: Annotated[int | None, typer.Option("--steps", help="Default: as the schedule has it.")] = None,
-    class_name: Annotated[str | None, typer.Option("--class", help="Of all images; default: the likeliest.")] = None,
-    video: Annotated[bool, typer.Option("--video", help="Also a GIF of each image's way.")] = False,
-    keep: Annotated[bool, typer.Option("--keep", help="Leave the projection on the service, to edit it.")] = False,
+    steps: Annotated[int | None, typer.Option("--steps", help="Optimisation steps; default: the schedule's.")] = None,
+    class_name: Annotated[
+        str | None, typer.Option("--class", help="Class of all images; default: the most probable.")
+    ] = None,
+    video: Annotated[bool, typer.Option("--video", help="Also make a GIF of each optimisation.")] = False,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the projection on the service, to edit it.")] = False,
     base_url: BaseUrl = None,
     as_json: Json = False,
 ) -> None:
-    """Find the latents whose images come nearest to these, fetch them, and delete them from the service."""
+    """Find the latents whose images are nearest to these, download them, and delete them from the service."""
     with _client(context, base_url) as client:
-        found = client.projections.create(
+        record = client.projections.create(
             files, model=model, schedule=schedule, steps=steps, class_name=class_name, video=video or None
         )
-        _note(found.id)
-        with text.hint(f"interrupted; {found.id} goes on until it is deleted or expires"):
-            found = client.projections.wait(found.id, progress=True)
-            written = client.projections.download(found.id, out)
+        _note(record.id)
+        with text.hint(f"interrupted; {record.id} continues until it is deleted or expires"):
+            record = client.projections.wait(record.id, progress=True)
+            written = client.projections.download(record.id, out)
         if not keep:
-            client.projections.delete(found.id)
-    answer = {**found.model_dump(mode="json"), "downloaded": [str(path) for path in written]}
-    _print(context, as_json, answer, lambda: text.projected(found, files, keep))
+            client.projections.delete(record.id)
+    output = {**record.model_dump(mode="json"), "downloaded": [str(path) for path in written]}
+    _print(context, as_json, output, lambda: text.projected(record, files, keep))
 
 
 @app.command()
@@ -472,23 +499,26 @@ def verify(
 ) -> None:
     """Check a downloaded folder against its manifest.json; needs no service."""
     report = verify_folder(folder)
-    answer = {**asdict(report), "folder": str(folder), "ok": report.ok}
-    _print(context, as_json, answer, lambda: text.verified(report))
+    output = {**asdict(report), "folder": str(folder), "ok": report.ok}
+    _print(context, as_json, output, lambda: text.verified(report))
     if not report.ok:
         raise typer.Exit(1)
 
 
 def main() -> None:
-    """Run the program: an error is one line on stderr and status 1 (wrong usage 2), Ctrl-C a hint and status 130."""
+    """Run the program.
+
+    The exit status is 0, 1 after an error, 2 for wrong usage, or 130 after Ctrl-C. An error is one line on stderr.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # an old terminal may not have the letters of a class name
+            stream.reconfigure(errors="backslashreplace")  # a terminal may lack the letters of a class name
     try:
         status = app(standalone_mode=False)
         sys.stdout.flush()
-    except BrokenPipeError:  # as `dermis-client ... | head` leaves it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is written at the exit
-        sys.exit(1)  # as Typer does where it meets the same
+    except BrokenPipeError:  # the reader has ended, as with `dermis-client ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for output at exit
+        sys.exit(1)  # as Typer does in this case
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(_fail("interrupted", 130))
     except (DermisError, OSError) as error:

@@ -1,18 +1,18 @@
-"""Every error this package raises on purpose. Each message is one readable line that says what to do.
+"""The errors that this package raises. Each message is one line that says what to do.
 
 DermisError
-    InvalidRequestError         refused here, before anything was sent
-    APIConnectionError          no answer: refused, cut, unknown host
-        APITimeoutError         no answer in time
-    APIResponseError            an answer this client does not understand
-    APIStatusError              an answer with an error status; carries the problem document
+    InvalidRequestError         refused before anything was sent
+    APIConnectionError          no response: connection refused or broken, unknown host
+        APITimeoutError         no response in time
+    APIResponseError            a response that is not one of a dermis service
+    APIStatusError              a response with an error status; has the problem document
         BadRequestError (400)  NotFoundError (404)  ConflictError (409)  RateLimitError (429)  ServerError (5xx)
         UnprocessableEntityError (422)
             TooLargeError       413, or more samples than the service allows
         UnsupportedMediaTypeError (415)
     DatasetFailed  DatasetCancelled  ProjectionFailed  WaitTimeoutError     from wait()
-    DownloadError               files could not be fetched, kept or unpacked
-    IntegrityError              what arrived, or lies on disk, is not what it should be
+    DownloadError               a file could not be fetched, written or unpacked
+    IntegrityError              received or stored bytes are not the expected ones
 """
 
 from __future__ import annotations
@@ -25,30 +25,33 @@ if TYPE_CHECKING:
 
 
 class DermisError(Exception):
-    """Base of every error of this package; `str(error)` is one line, fit to be shown to a user."""
+    """Base class of all errors of this package; `str(error)` is one line that can be shown to a user."""
 
 
 class InvalidRequestError(DermisError, ValueError):
-    """An argument that cannot be sent at all; nothing was sent."""
+    """An argument cannot be sent; nothing was sent."""
 
 
 class APIConnectionError(DermisError):
-    """The service did not answer: connection refused or cut, host unknown, TLS failure."""
+    """The service did not respond: connection refused or broken, unknown host, TLS failure."""
 
 
 class APITimeoutError(APIConnectionError):
-    """The service did not answer in time."""
+    """The service did not respond in time."""
 
 
 class APIResponseError(DermisError):
-    """The answer is not one of a dermis service (often: another program listens at this address)."""
+    """The response is not one of a dermis service; often another program listens at this address."""
 
 
 class APIStatusError(DermisError):
-    """The service answered with an error status.
+    """The service responded with an error status.
 
-    problem: the RFC 9457 document, filled from the status line if the body held none. status_code: HTTP status.
-    request_id: what to quote to the operator, if the service gave one. retry_after: seconds, if it asked to wait.
+    Attributes:
+        problem: The RFC 9457 problem document; made from the status line if the body has none.
+        status_code: HTTP status.
+        request_id: Id of the request in the service's log, if the service sent one.
+        retry_after: Seconds that the service asked to wait, if it did.
     """
 
     def __init__(
@@ -68,12 +71,12 @@ class APIStatusError(DermisError):
 
     @property
     def kind(self) -> str:
-        """The stable short name of the problem, such as "unknown-class" or "dataset-not-ready"; "" if none."""
+        """Stable short name of the problem, such as "unknown-class" or "dataset-not-ready"; "" if there is none."""
         return self.problem.kind
 
     @property
     def errors(self) -> list[FieldError]:
-        """The offending fields, each with `field` (dotted path) and `message`; may be empty."""
+        """The invalid fields, each with `field` (dotted path) and `message`; may be empty."""
         return self.problem.errors
 
 
@@ -82,23 +85,23 @@ class BadRequestError(APIStatusError):
 
 
 class NotFoundError(APIStatusError):
-    """404: no such dataset, file or model."""
+    """404: the service has no such dataset, projection, file or model."""
 
 
 class ConflictError(APIStatusError):
-    """409: the dataset is not ready, or an idempotency key was used again with another request."""
+    """409: the dataset or projection is not ready, or an idempotency key was used with another request."""
 
 
 class UnprocessableEntityError(APIStatusError):
-    """422: a value is wrong; `errors` names the fields."""
+    """422: a value is not valid; `errors` names the fields."""
 
 
 class TooLargeError(UnprocessableEntityError):
-    """More was asked or sent than the service allows (413, or 422 of kind "request-too-large")."""
+    """413, or 422 of kind "request-too-large": the request exceeds a limit of the service."""
 
 
 class UnsupportedMediaTypeError(APIStatusError):
-    """415: what was sent is of no kind that the service reads; for uploads, no PNG, JPEG or WebP image."""
+    """415: the service does not accept this type of content; an upload is not a PNG, JPEG or WebP image."""
 
 
 class RateLimitError(APIStatusError):
@@ -109,8 +112,8 @@ class ServerError(APIStatusError):
     """5xx: the service failed, is overloaded (503) or out of space (507)."""
 
 
-class DatasetFailed(DermisError):  # noqa: N818  reads as the state it reports
-    """wait() ended because the dataset failed. `dataset` is its last record, `problem` the reason if known."""
+class DatasetFailed(DermisError):  # noqa: N818  named after the state
+    """wait() ended because the dataset failed. dataset: its last record."""
 
     def __init__(self, message: str, dataset: DatasetRecord) -> None:
         super().__init__(message)
@@ -118,19 +121,20 @@ class DatasetFailed(DermisError):  # noqa: N818  reads as the state it reports
 
     @property
     def problem(self) -> Problem | None:
+        """The reason, if the service sent one."""
         return self.dataset.error
 
 
-class DatasetCancelled(DermisError):  # noqa: N818  reads as the state it reports
-    """wait() ended because the dataset was cancelled. `dataset` is its last record."""
+class DatasetCancelled(DermisError):  # noqa: N818  named after the state
+    """wait() ended because the dataset was cancelled. dataset: its last record."""
 
     def __init__(self, message: str, dataset: DatasetRecord) -> None:
         super().__init__(message)
         self.dataset = dataset
 
 
-class ProjectionFailed(DermisError):  # noqa: N818  reads as the state it reports
-    """wait() ended because the projection failed. `projection` is its last record."""
+class ProjectionFailed(DermisError):  # noqa: N818  named after the state
+    """wait() ended because the projection failed. projection: its last record."""
 
     def __init__(self, message: str, projection: Projection) -> None:
         super().__init__(message)
@@ -138,7 +142,7 @@ class ProjectionFailed(DermisError):  # noqa: N818  reads as the state it report
 
 
 class WaitTimeoutError(DermisError, TimeoutError):
-    """wait(timeout=...) ended before the dataset did; the dataset goes on. `dataset`: its last record, if any."""
+    """The timeout of wait() expired; the dataset or projection continues. dataset: its last record, if known."""
 
     def __init__(self, message: str, dataset: DatasetRecord | None) -> None:
         super().__init__(message)
@@ -146,13 +150,16 @@ class WaitTimeoutError(DermisError, TimeoutError):
 
 
 class DownloadError(DermisError):
-    """A file could not be fetched, written or unpacked. What has arrived is kept, and the next try goes on from it."""
+    """A file could not be fetched, written or unpacked. Received bytes are kept, and the next attempt resumes there."""
 
 
 class IntegrityError(DermisError):
-    """Bytes that are not what the service or the manifest says they are, or a file name that is not safe to write.
+    """Bytes differ from the hash of the service or the manifest, or a file name is not safe to write.
 
-    name: the file or sample concerned. expected, actual: SHA-256 in hex where the hashes differ, else None.
+    Attributes:
+        name: The file or sample.
+        expected: Expected SHA-256 in hex, if the hashes differ.
+        actual: Actual SHA-256 in hex, if the hashes differ.
     """
 
     def __init__(self, message: str, *, name: str, expected: str | None = None, actual: str | None = None) -> None:

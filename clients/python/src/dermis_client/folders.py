@@ -1,4 +1,4 @@
-"""What one can do with a downloaded folder without the service: check it against its manifest, unpack its images."""
+"""Verify a downloaded folder against its manifest and unpack its images, without a service."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from dermis_client import _names
-from dermis_client._foreign import MOST_LIST_BYTES, load_json, one_line
-from dermis_client._partfile import sha256_of
+from dermis_client._files import check_names, is_safe_name, sha256_of
+from dermis_client._untrusted import MAX_LIST_BYTES, load_json, one_line
 from dermis_client.errors import DownloadError, IntegrityError
 from dermis_client.models import Manifest
 
@@ -30,7 +29,15 @@ _BLOCK = 1 << 20
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What verify() found: file names relative to the folder, sorted. True if the folder is as it should be."""
+    """The result of verify(), which is true if nothing is wrong. File names are relative to the folder and sorted.
+
+    Attributes:
+        folder: The folder, or the archive.
+        checked: Number of files in the manifest, or of images in an archive.
+        changed: Files with another size or SHA-256.
+        missing: Files that do not exist.
+        extra: Files that the manifest does not list.
+    """
 
     folder: Path
     checked: int
@@ -40,6 +47,7 @@ class VerifyReport:
 
     @property
     def ok(self) -> bool:
+        """Whether no file is changed, missing or extra."""
         return not (self.changed or self.missing or self.extra)
 
     def __bool__(self) -> bool:
@@ -47,17 +55,22 @@ class VerifyReport:
 
 
 def verify(folder: str | os.PathLike[str]) -> VerifyReport:
-    """Compare every file of a downloaded dataset with the size and SHA-256 in its manifest.json.
+    """Compare every file of a downloaded dataset with the size and SHA-256 in its manifest.json; needs no service.
 
-    If images.zip has been unpacked by extract_images(), the unpacked images are compared with it too. Raises
-    IntegrityError if manifest.json is missing or unreadable. Needs no service. Of an images.zip alone, the images are
-    compared with the hashes in the metadata.csv inside it.
+    If extract_images() has unpacked images.zip, the unpacked images are compared with it too.
+
+    Args:
+        folder: The folder of the dataset, or a single images.zip, whose images are compared with the hashes in its
+            metadata.csv.
+
+    Raises:
+        IntegrityError: manifest.json, or the archive, is missing or cannot be read.
     """
     root = Path(folder)
     if root.is_file():
         return _verify_archive(root)
     listed = {file.name: file for file in _read_manifest(root).files}
-    _names.check(listed, MANIFEST)
+    check_names(listed, MANIFEST)
     changed: list[str] = []
     missing: list[str] = []
     for name, file in listed.items():
@@ -74,7 +87,7 @@ def verify(folder: str | os.PathLike[str]) -> VerifyReport:
                 extra.discard(member.filename)
                 if not _is_own_file(root, root / member.filename):
                     (changed if os.path.lexists(root / member.filename) else missing).append(member.filename)
-                elif not _same(root / member.filename, member):
+                elif not _is_same(root / member.filename, member):
                     changed.append(member.filename)
     return VerifyReport(root, len(listed), tuple(sorted(changed)), tuple(sorted(missing)), tuple(sorted(extra)))
 
@@ -104,12 +117,12 @@ def _read_manifest(root: Path) -> Manifest:
     path = root / MANIFEST
     try:
         if path.exists() and not path.is_file():
-            raise ValueError("it is no regular file")
-        if path.stat().st_size > MOST_LIST_BYTES:
-            raise ValueError(f"it has more than {MOST_LIST_BYTES >> 20} MiB")
+            raise ValueError("it is not a regular file")
+        if path.stat().st_size > MAX_LIST_BYTES:
+            raise ValueError(f"it has more than {MAX_LIST_BYTES >> 20} MiB")
         return Manifest.model_validate(load_json(path.read_bytes()))
     except FileNotFoundError as error:
-        raise IntegrityError(f"{root} has no {MANIFEST}: it is no dataset folder", name=MANIFEST) from error
+        raise IntegrityError(f"{root} has no {MANIFEST}: it is not a dataset folder", name=MANIFEST) from error
     except OSError as error:
         raise IntegrityError(f"{root / MANIFEST} cannot be read ({error.strerror})", name=MANIFEST) from error
     except ValueError as error:
@@ -117,11 +130,21 @@ def _read_manifest(root: Path) -> Manifest:
 
 
 def extract_images(folder: str | os.PathLike[str]) -> Path:
-    """Unpack FOLDER/images.zip into FOLDER/images/<class>/, as torchvision's ImageFolder reads it; returns that path.
+    """Unpack FOLDER/images.zip to FOLDER/images/<class>/, the layout of torchvision's ImageFolder.
 
-    Only the images leave the archive, and none can leave the folder: an archive with an unsafe name, a link, an
-    encrypted member, or far more content than its own size is refused. Done before with the same result: nothing
-    happens. Nothing half-unpacked stays behind. Raises DownloadError, IntegrityError.
+    Only images are unpacked, and only into the folder: an archive with an unsafe name, a link, an encrypted member, or
+    far more content than its own size is refused. If the images are already unpacked, nothing happens. After a failure
+    no unpacked file is left.
+
+    Args:
+        folder: The folder of the dataset.
+
+    Returns:
+        FOLDER/images.
+
+    Raises:
+        DownloadError: There is no images.zip, FOLDER/images has other content, or a file cannot be written.
+        IntegrityError: The archive is damaged or not safe.
     """
     root = Path(folder)
     target = root / IMAGES
@@ -132,9 +155,9 @@ def extract_images(folder: str | os.PathLike[str]) -> Path:
         if not members:
             raise IntegrityError(f"{root / ARCHIVE} holds no images", name=ARCHIVE)
         if target.exists():
-            if _unpacked(root, members):
+            if _is_unpacked(root, members):
                 return target
-            raise DownloadError(f"{target} exists and is not what {ARCHIVE} holds: remove it and unpack again")
+            raise DownloadError(f"{target} exists and differs from {ARCHIVE}: remove it and unpack again")
         temporary = Path(tempfile.mkdtemp(prefix=".images-", dir=root))
         try:
             for member in members:
@@ -152,14 +175,14 @@ def extract_images(folder: str | os.PathLike[str]) -> Path:
 def _open_archive(path: Path) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:  # names that are no text, versions
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:  # invalid names, unknown versions
         raise IntegrityError(f"{path} cannot be read as a zip file ({one_line(str(error))})", name=path.name) from error
 
 
 def _image_members(archive: zipfile.ZipFile) -> Iterator[zipfile.ZipInfo]:
-    """The members images/<class>/<file>, each checked. Anything else unsafe in the archive is refused as well."""
+    """Yield the members images/<class>/<file>. Raises IntegrityError for any unsafe member of the archive."""
     size = Path(archive.filename or "").stat().st_size
-    if sum(member.file_size for member in archive.infolist()) > 10 * size:  # images do not shrink; a bomb does
+    if sum(member.file_size for member in archive.infolist()) > 10 * size:  # images hardly compress; a zip bomb does
         raise IntegrityError(f"{archive.filename} would unpack to far more than its own size", name=ARCHIVE)
     seen: set[str] = set()
     for member in archive.infolist():
@@ -177,39 +200,37 @@ def _image_members(archive: zipfile.ZipFile) -> Iterator[zipfile.ZipInfo]:
 
 
 def _safe_part(part: str) -> bool:
-    """One folder or file name. Class names may hold spaces and any script's letters, nothing that leaves the folder."""
+    """Return whether a folder or file name is safe. Class names may have spaces and letters of any script."""
     plain = part.isprintable() and not part.startswith(".") and not part.endswith((".", " "))
-    return (
-        plain and not set(part) & set('/\\:*?"<>|') and (not part.isascii() or _names.is_safe(part.replace(" ", "_")))
-    )
+    return plain and not set(part) & set('/\\:*?"<>|') and (not part.isascii() or is_safe_name(part.replace(" ", "_")))
 
 
 def _is_own_file(root: Path, path: Path) -> bool:
-    """Whether a path is a regular file inside the folder; a link is what it leads to, which may lie elsewhere."""
+    """Return whether a path is a regular file inside the folder, after links have been resolved."""
     try:
         return path.is_file() and path.resolve().is_relative_to(root.resolve())
-    except (OSError, RuntimeError):  # a link that leads to itself
+    except (OSError, RuntimeError):  # a link to itself
         return False
 
 
 def _extract(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    left = member.file_size
+    remaining = member.file_size
     with archive.open(member) as source, path.open("xb") as file:
         while block := source.read(_BLOCK):  # checks the CRC at the end
-            left -= len(block)
-            if left < 0:
-                raise zipfile.BadZipFile(f"{member.filename} is longer than it says")
+            remaining -= len(block)
+            if remaining < 0:
+                raise zipfile.BadZipFile(f"{member.filename} is longer than its header says")
             file.write(block)
 
 
-def _unpacked(root: Path, members: list[zipfile.ZipInfo]) -> bool:
+def _is_unpacked(root: Path, members: list[zipfile.ZipInfo]) -> bool:
     present = {path.relative_to(root).as_posix() for path in (root / IMAGES).rglob("*") if not path.is_dir()}
-    named = {member.filename for member in members}
-    return present == named and all(_same(root / member.filename, member) for member in members)
+    expected = {member.filename for member in members}
+    return present == expected and all(_is_same(root / member.filename, member) for member in members)
 
 
-def _same(path: Path, member: zipfile.ZipInfo) -> bool:
+def _is_same(path: Path, member: zipfile.ZipInfo) -> bool:
     if path.stat().st_size != member.file_size:
         return False
     crc = 0

@@ -1,8 +1,7 @@
-"""What `client.images.generate(...)` returns: images with the latents' coordinates that made them."""
+"""Results of `client.images.generate(...)`, and functions to decode and arrange images."""
 
 from __future__ import annotations
 
-import hashlib
 import io
 import math
 import os
@@ -13,80 +12,103 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 from pydantic import Base64Bytes, Field
 
-from dermis_client._foreign import one_line
-from dermis_client._writing import write_whole
+from dermis_client._files import check_sha256, write_atomically
+from dermis_client._untrusted import one_line
 from dermis_client.errors import DermisError, IntegrityError
 from dermis_client.models import Answer, Count, ModelRef
 
-MOST_PIXELS = 200_000_000  # of an image or a sheet: 0.6 GB in memory
+MAX_PIXELS = 200_000_000  # of an image or a sheet; 0.6 GB in memory
 _FORMATS = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp"}
 
 
 def decode(content: bytes, name: str) -> Image.Image:
-    """An image file of a service, RGB. Raises IntegrityError, which calls the file `name`."""
+    """Decode an image file of a service to RGB.
+
+    Args:
+        content: PNG, JPEG or WebP.
+        name: Name of the file in the error message.
+
+    Raises:
+        IntegrityError: It cannot be decoded.
+    """
     try:
         image = Image.open(io.BytesIO(content), formats=["PNG", "JPEG", "WEBP"])
-        if image.width * image.height > MOST_PIXELS:
+        if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels")
         return image.convert("RGB")
-    # SyntaxError: Pillow's word for a broken PNG.
+    # SyntaxError: raised by Pillow for a broken PNG.
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise IntegrityError(f"{name}: cannot be decoded ({one_line(str(error))})", name=name) from error
 
 
-def sheet(pictures: Sequence[Image.Image], across: int, gap: int) -> Image.Image:
-    """Pictures row by row, `across` in each, `gap` pixels between them. Raises DermisError if that is nothing or huge."""
-    if not pictures:
-        raise DermisError("there are no images to lay out")
-    if across < 1 or gap < 0:
+def sheet(images: Sequence[Image.Image], columns: int, gap: int) -> Image.Image:
+    """Arrange images row by row on a white sheet.
+
+    Args:
+        images: The images.
+        columns: Images in a row.
+        gap: Pixels between images.
+
+    Raises:
+        DermisError: There are no images, or the sheet is too large.
+    """
+    if not images:
+        raise DermisError("there are no images to arrange")
+    if columns < 1 or gap < 0:
         raise DermisError("columns: must be at least 1, gap at least 0")
-    width, height = max(p.width for p in pictures), max(p.height for p in pictures)
-    down = math.ceil(len(pictures) / across)
-    size = (across * (width + gap) - gap, down * (height + gap) - gap)
-    if size[0] * size[1] > MOST_PIXELS:
+    width, height = max(image.width for image in images), max(image.height for image in images)
+    rows = math.ceil(len(images) / columns)
+    size = (columns * (width + gap) - gap, rows * (height + gap) - gap)
+    if size[0] * size[1] > MAX_PIXELS:
         raise DermisError(f"a sheet of {size[0]} x {size[1]} pixels is too large; save the images one by one")
-    laid = Image.new("RGB", size, "white")
-    for position, picture in enumerate(pictures):
-        row, column = divmod(position, across)
-        laid.paste(picture, (column * (width + gap), row * (height + gap)))
-    return laid
+    result = Image.new("RGB", size, "white")
+    for position, image in enumerate(images):
+        row, column = divmod(position, columns)
+        result.paste(image, (column * (width + gap), row * (height + gap)))
+    return result
 
 
 class GeneratedImage(Answer):
-    """One image. Its latent follows from (seed, index); class_name is what it was asked to show."""
+    """One generated image.
+
+    Attributes:
+        class_name: The requested class.
+        seed: With `index`, determines latent and noise.
+        index: Index of the image.
+        media_type: Media type of the content.
+        sha256: SHA-256 of the content, in hex.
+        content: The encoded image file.
+    """
 
     class_name: str = Field(alias="class")
     seed: Count
     index: Count
     media_type: str
     sha256: str
-    content: Base64Bytes = Field(alias="b64", repr=False)  # the encoded file, as it would be written to disk
+    content: Base64Bytes = Field(alias="b64", repr=False)
 
     @property
     def image(self) -> Image.Image:
-        """The image, RGB, decoded anew at every access."""
+        """The image in RGB, decoded at every access."""
         return decode(self.content, f"image {self.index}")
 
     @property
     def file_name(self) -> str:
-        """A name that tells class, seed and index, such as malignant_1_00000000.png."""
+        """A name of class, seed and index, such as malignant_1_00000000.png."""
         name = re.sub(r"[^A-Za-z0-9-]+", "-", self.class_name)[:80].strip("-") or "image"
         return f"{name}_{self.seed}_{self.index:08d}.{_FORMATS.get(self.media_type, 'bin')}"
 
     def check(self) -> None:
-        """Raise IntegrityError unless the content has the SHA-256 that the service named."""
-        actual = hashlib.sha256(self.content).hexdigest()
-        if actual != self.sha256:
-            raise IntegrityError(
-                f"image {self.index}: arrived with SHA-256 {actual[:12]}..., expected {self.sha256[:12]}...",
-                name=str(self.index),
-                expected=self.sha256,
-                actual=actual,
-            )
+        """Compare the content with the SHA-256 that the service sent.
+
+        Raises:
+            IntegrityError: They differ.
+        """
+        check_sha256(self.content, self.sha256, f"image {self.index}", str(self.index))
 
 
 class ImagesResult(Answer):
-    """The images of one call, in order, and the model that made them. A sequence of GeneratedImage."""
+    """The images of one call, in order, and the model that generated them: a sequence of GeneratedImage."""
 
     model: ModelRef
     data: list[GeneratedImage]
@@ -106,14 +128,26 @@ class ImagesResult(Answer):
         return [item.image for item in self.data]
 
     def grid(self, columns: int | None = None, *, gap: int = 2) -> Image.Image:
-        """A contact sheet, row by row, near square unless `columns` is given; gap in pixels between images."""
-        across = math.ceil(math.sqrt(len(self.data))) if columns is None else columns
-        return sheet(self.images, across, gap)
+        """Arrange the images on a contact sheet, row by row.
+
+        Args:
+            columns: Images in a row; by default as many as make the sheet nearly square.
+            gap: Pixels between images.
+        """
+        width = math.ceil(math.sqrt(len(self.data))) if columns is None else columns
+        return sheet(self.images, width, gap)
 
     def save(self, folder: str | os.PathLike[str]) -> list[Path]:
-        """Write every image as it came, under its file_name; returns the paths. Raises DownloadError."""
+        """Write every image file, unchanged, under its `file_name`.
+
+        Returns:
+            The paths.
+
+        Raises:
+            DownloadError: A file cannot be written.
+        """
         root = Path(folder)
         paths = [root / item.file_name for item in self.data]
         for path, item in zip(paths, self.data, strict=True):
-            write_whole(path, item.content)
+            write_atomically(path, item.content)
         return paths

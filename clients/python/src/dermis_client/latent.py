@@ -1,8 +1,7 @@
-"""What the latent space's part of the client returns: verdicts, directions, edited images, projections."""
+"""Results of `client.authenticity`, `client.edits` and `client.projections`."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator
 from datetime import datetime
@@ -12,8 +11,7 @@ from typing import Any
 from PIL import Image
 from pydantic import Base64Bytes, Field
 
-from dermis_client._writing import write_whole
-from dermis_client.errors import IntegrityError
+from dermis_client._files import check_sha256, write_atomically
 from dermis_client.images import decode, sheet
 from dermis_client.models import Answer, Count, ModelRef, Problem
 
@@ -21,17 +19,21 @@ _SUFFIXES = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp"}
 
 
 class AuthenticityModel(ModelRef):
-    """Whose training images were compared with, and by which index (SHA-256 of its authenticity.json)."""
+    """The model whose training images were compared. index: SHA-256 of its authenticity.json."""
 
     index: str
 
 
 class Verdict(Answer):
-    """How near one image is to the nearest training image.
+    """The comparison of one image with its nearest training image.
 
-    index: its place in the list that was given; name: its path, or files[index]. authentic: whether it is farther from that
-    image than that one is from its own nearest other one. distance: rounded. percentile: 0..100, the share of training images
-    whose own nearest other one is nearer than that.
+    Attributes:
+        index: Position of the image in the caller's list.
+        name: Path of the image, or files[index].
+        authentic: Whether the image is farther from its nearest training image than that image is from its own nearest
+            neighbour among the training images.
+        distance: Distance to the nearest training image, rounded.
+        percentile: 0 to 100: percentage of training images whose own nearest neighbour is nearer than `distance`.
     """
 
     index: Count
@@ -42,7 +44,7 @@ class Verdict(Answer):
 
 
 class AuthenticityResult(Answer):
-    """One Verdict an image, in order. A sequence of them."""
+    """The verdict on each image, in order: a sequence of Verdict."""
 
     model: AuthenticityModel
     data: list[Verdict]
@@ -58,12 +60,20 @@ class AuthenticityResult(Answer):
 
     @property
     def authentic_share(self) -> float:
-        """0..1: the share of authentic images."""
+        """The share of authentic images, 0 to 1."""
         return sum(verdict.authentic for verdict in self.data) / len(self.data) if self.data else 0.0
 
 
 class Direction(Answer):
-    """A direction of a model's latent space. scale: standard deviation of w along it, what a strength of 1 moves by."""
+    """A direction of a model's latent space.
+
+    Attributes:
+        name: Name of the direction.
+        method: Method that computed it, such as "sefa".
+        layers: First and last layer that it applies to.
+        scale: Standard deviation of w along the direction: the length of a step of strength 1.
+        facts: Further properties.
+    """
 
     name: str
     method: str
@@ -73,39 +83,44 @@ class Direction(Answer):
 
 
 class EditedImage(Answer):
-    """One image after its edits. sample: place of the sample or projection in the request; strength: of the sweep."""
+    """One edited image.
+
+    Attributes:
+        sample: Position of the sample or projection in the request.
+        strength: Strength of the sweep, if there is one.
+        media_type: Media type of the content.
+        sha256: SHA-256 of the content, in hex.
+        content: The encoded image file.
+    """
 
     sample: Count
     strength: float | None = None
     media_type: str
     sha256: str
-    content: Base64Bytes = Field(alias="b64", repr=False)  # the encoded file, as it would be written to disk
+    content: Base64Bytes = Field(alias="b64", repr=False)
 
     @property
     def image(self) -> Image.Image:
-        """The image, RGB, decoded anew at every access."""
+        """The image in RGB, decoded at every access."""
         return decode(self.content, f"image {self.file_name}")
 
     @property
     def file_name(self) -> str:
-        """A name that tells sample and strength, such as 0002_+1.50.png."""
-        told = "" if self.strength is None else f"_{self.strength:+.2f}"
-        return f"{self.sample:04d}{told}.{_SUFFIXES.get(self.media_type, 'bin')}"
+        """A name of sample and strength, such as 0002_+1.50.png."""
+        strength = "" if self.strength is None else f"_{self.strength:+.2f}"
+        return f"{self.sample:04d}{strength}.{_SUFFIXES.get(self.media_type, 'bin')}"
 
     def check(self) -> None:
-        """Raise IntegrityError unless the content has the SHA-256 that the service named."""
-        actual = hashlib.sha256(self.content).hexdigest()
-        if actual != self.sha256:
-            raise IntegrityError(
-                f"image {self.file_name}: arrived with SHA-256 {actual[:12]}..., expected {self.sha256[:12]}...",
-                name=self.file_name,
-                expected=self.sha256,
-                actual=actual,
-            )
+        """Compare the content with the SHA-256 that the service sent.
+
+        Raises:
+            IntegrityError: They differ.
+        """
+        check_sha256(self.content, self.sha256, f"image {self.file_name}", self.file_name)
 
 
 class EditsResult(Answer):
-    """The images of one call, sample after sample, strength after strength. A sequence of EditedImage."""
+    """The images of one call, by sample and then by strength: a sequence of EditedImage."""
 
     model: ModelRef
     data: list[EditedImage]
@@ -120,20 +135,27 @@ class EditsResult(Answer):
         return self.data[position]
 
     def strip(self, *, gap: int = 2) -> Image.Image:
-        """A sheet with a row for each sample and a column for each strength; gap in pixels between images."""
+        """Arrange the images on a sheet: a row for each sample, a column for each strength, `gap` pixels between images."""
         rows = len({item.sample for item in self.data})
         return sheet([item.image for item in self.data], -(-len(self.data) // max(rows, 1)), gap)
 
     def save(self, folder: str | os.PathLike[str]) -> list[Path]:
-        """Write every image as it came, under its file_name; returns the paths. Raises DownloadError."""
+        """Write every image file, unchanged, under its `file_name`.
+
+        Returns:
+            The paths.
+
+        Raises:
+            DownloadError: A file cannot be written.
+        """
         paths = [Path(folder) / item.file_name for item in self.data]
         for path, item in zip(paths, self.data, strict=True):
-            write_whole(path, item.content)
+            write_atomically(path, item.content)
         return paths
 
 
 class ProjectionProgress(Answer):
-    """How far a projection is; steps are of all images together."""
+    """Progress of a projection. Steps are the sum over all images."""
 
     images_done: Count = 0
     images_total: Count = 0
@@ -143,12 +165,23 @@ class ProjectionProgress(Answer):
 
     @property
     def fraction(self) -> float:
-        """Done over total, 0..1."""
+        """The share of steps done, 0 to 1."""
         return min(1.0, self.steps_done / self.steps_total) if self.steps_total else 0.0
 
 
 class ProjectedImage(Answer):
-    """One image's projection. distance: in the space of distance_name; pixel_error: 0..255. files: paths by kind."""
+    """The projection of one image.
+
+    Attributes:
+        index: Position of the image in the request.
+        distance: Distance between the image and its projection, in the features that `distance_name` names.
+        distance_name: Name of the distance.
+        pixel_error: Error of a pixel, 0 to 255.
+        steps: Optimisation steps.
+        start: Where the optimisation started.
+        space: Latent space.
+        files: Path of each kind of file.
+    """
 
     index: Count
     distance: float
@@ -161,7 +194,7 @@ class ProjectedImage(Answer):
 
 
 class Projection(Answer):
-    """A projection job at one moment. data: one entry for each image, None before it has succeeded."""
+    """A projection at one moment. data: the projection of each image; None until the job has succeeded."""
 
     id: str
     state: str
@@ -180,5 +213,5 @@ class Projection(Answer):
 
     @property
     def finished(self) -> bool:
-        """Whether the state will not change any more: succeeded or failed."""
+        """Whether the state is final: succeeded or failed."""
         return self.state in {"succeeded", "failed"}

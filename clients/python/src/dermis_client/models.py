@@ -1,8 +1,7 @@
-"""What the service answers, as typed and frozen pydantic models; fields of a later service are kept, not refused."""
+"""Responses of the service as typed, frozen pydantic models. Fields of a newer service are kept."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Iterator
@@ -12,25 +11,22 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Base64Bytes, BaseModel, ConfigDict, Field
 
-from dermis_client._writing import write_whole
-from dermis_client.errors import IntegrityError
+from dermis_client._files import check_sha256, write_atomically
 
 DatasetState = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
 FINISHED: frozenset[str] = frozenset({"succeeded", "failed", "cancelled"})
-
-
-Whole = Annotated[int, Field(ge=-(2**63), lt=2**63)]  # what fits in 64 bits: more would be too long for a file's name
+Whole = Annotated[int, Field(ge=-(2**63), lt=2**63)]  # 64 bits: a larger number would be too long for a file name
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class Answer(BaseModel):
-    """Base of all: frozen, tolerant of fields that this version does not know (they stay readable as attributes)."""
+    """Base of all responses: frozen. Fields that this version does not know are readable as attributes."""
 
     model_config = ConfigDict(extra="allow", frozen=True, populate_by_name=True, allow_inf_nan=False)
 
 
 class FieldError(Answer):
-    """One wrong value of a request. field: its dotted path, such as "classes.melanoma"."""
+    """One invalid value of a request. field: its dotted path, such as "classes.melanoma"."""
 
     field: str = ""
     message: str = ""
@@ -54,14 +50,14 @@ class Problem(Answer):
 
 
 class ModelRef(Answer):
-    """Which model made something. digest: SHA-256 of its bundle.json, the identity of the whole bundle."""
+    """The model that made a result. digest: SHA-256 of its bundle.json, which identifies the bundle."""
 
     name: str
     digest: str
 
 
 class ModelClassifier(Answer):
-    """The classifier of a model. thresholds: by name, on the calibrated probability. input_size in px."""
+    """The classifier of a model. thresholds: calibrated probabilities by name; input_size: in pixels."""
 
     digest: str
     architecture: str | None = None
@@ -74,7 +70,7 @@ class ModelClassifier(Answer):
 
 
 class Model(ModelRef):
-    """A generator that the service offers. card (markdown) comes only from `models.retrieve(name)`."""
+    """A generator that the service offers. card: Markdown, only from `models.retrieve(name)`."""
 
     default: bool = False
     resolution: Count | None = None
@@ -87,60 +83,70 @@ class Model(ModelRef):
     kimg: float | None = None
     metrics: dict[str, Any] = {}
     classifier: ModelClassifier | None = None
-    authenticity: dict[str, Any] | None = None  # the index of its training images, if it has one; "uploads": compared?
+    authenticity: dict[str, Any] | None = None  # its index of training images; "uploads": whether uploads are compared
     directions: list[str] = []
     card: str | None = None
 
 
 class ClassificationModel(ModelRef):
-    """Which bundle classified images, and with which classifier (SHA-256 of its classifier.json)."""
+    """The bundle that classified images. classifier: SHA-256 of its classifier.json."""
 
     classifier: str
 
 
 class Threshold(Answer):
-    """What the calibrated probability was compared with; name is None if a number was given."""
+    """The threshold of the calibrated probability. name: None if the request contained a number."""
 
     name: str | None = None
     value: float
 
 
 class HeatMap(Answer):
-    """What of an image speaks for the positive class and what against it, as a picture (PNG).
+    """A picture of the areas of an image that speak for and against the positive class, from `create(heat_map="xrai")`.
 
-    scale: logits for each 1 % of the area that have full colour. Made by `create(..., heat_map="xrai")`.
+    Attributes:
+        method: "xrai" or "integrated-gradients".
+        scale: Logits for each 1 % of the area at which the colour is saturated.
+        media_type: Media type of the content.
+        sha256: SHA-256 of the content, in hex.
+        content: The PNG file.
     """
 
     method: str
     scale: float
     media_type: str = "image/png"
     sha256: str
-    content: Base64Bytes = Field(alias="b64", repr=False)  # the file, as `save` writes it
+    content: Base64Bytes = Field(alias="b64", repr=False)
 
     def check(self) -> None:
-        """Raise IntegrityError unless the content has the SHA-256 that the service named."""
-        actual = hashlib.sha256(self.content).hexdigest()
-        if actual != self.sha256:
-            raise IntegrityError(
-                f"heat map: arrived with SHA-256 {actual[:12]}..., expected {self.sha256[:12]}...",
-                name="heat map",
-                expected=self.sha256,
-                actual=actual,
-            )
+        """Compare the content with the SHA-256 that the service sent.
+
+        Raises:
+            IntegrityError: They differ.
+        """
+        check_sha256(self.content, self.sha256, "heat map", "heat map")
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the PNG, there whole or not at all. Raises DownloadError."""
+        """Write the PNG.
+
+        Raises:
+            DownloadError: It cannot be written; no incomplete file is left.
+        """
         target = Path(path)
-        write_whole(target, self.content)
+        write_atomically(target, self.content)
         return target
 
 
 class Classification(Answer):
-    """What the classifier says of one image.
+    """The classification of one image.
 
-    index: its place in the list that was given. name: its path, or files[index] where it has none. probability, calibrated:
-    0..1, of the positive class. class_name: positive from the threshold on (by the calibrated one). heat_map: where it was
-    asked for.
+    Attributes:
+        index: Position of the image in the caller's list.
+        name: Path of the image, or files[index].
+        probability: Probability of the positive class, 0 to 1.
+        calibrated: Calibrated probability of the positive class, 0 to 1.
+        class_name: The positive class if `calibrated` is at least the threshold.
+        heat_map: The heat map, if requested.
     """
 
     index: Count
@@ -152,9 +158,14 @@ class Classification(Answer):
 
 
 class ClassificationsResult(Answer):
-    """What `client.classifications.create(...)` returns: one Classification an image, in order. A sequence of them.
+    """The classification of each image, in order: a sequence of Classification.
 
-    notice: what these numbers are not for.
+    Attributes:
+        model: The bundle and its classifier.
+        positive_class: The class that the probabilities refer to.
+        threshold: The threshold of the calibrated probability.
+        data: The classifications.
+        notice: The purposes that the results must not be used for.
     """
 
     model: ClassificationModel
@@ -173,16 +184,23 @@ class ClassificationsResult(Answer):
         return self.data[position]
 
     def save_heat_maps(self, folder: str | os.PathLike[str]) -> list[Path]:
-        """Write every heat map as FOLDER/<place>-<name of the image>.png; returns the paths. Raises DownloadError."""
+        """Write every heat map as FOLDER/<index>-<name of the image>.png.
+
+        Returns:
+            The paths.
+
+        Raises:
+            DownloadError: A file cannot be written.
+        """
         return [
-            one.heat_map.save(Path(folder) / f"{one.index:04d}-{_stem(one.name)}.png")
-            for one in self.data
-            if one.heat_map is not None
+            item.heat_map.save(Path(folder) / f"{item.index:04d}-{_stem(item.name)}.png")
+            for item in self.data
+            if item.heat_map is not None
         ]
 
 
 class DatasetRequest(Answer):
-    """The request as the service understood it, defaults filled in."""
+    """The request of a dataset, with the service's defaults."""
 
     model: str
     classes: dict[str, Count]
@@ -192,7 +210,7 @@ class DatasetRequest(Answer):
 
 
 class Progress(Answer):
-    """How far a dataset is. images_per_second and eta_seconds are None until the service can tell."""
+    """Progress of a dataset. images_per_second and eta_seconds are None until the service can estimate them."""
 
     samples_done: Count = 0
     samples_total: Count = 0
@@ -203,15 +221,15 @@ class Progress(Answer):
 
     @property
     def fraction(self) -> float:
-        """Done over total, 0..1."""
+        """The share of samples done, 0 to 1."""
         return min(1.0, self.samples_done / self.samples_total) if self.samples_total else 0.0
 
 
 class DatasetRecord(Answer):
-    """A dataset as the service describes it at one moment; `Dataset` and `AsyncDataset` add the actions."""
+    """A dataset at one moment. `Dataset` and `AsyncDataset` add methods."""
 
     id: str
-    state: DatasetState | str  # a later service may know more states
+    state: DatasetState | str  # a newer service may have further states
     request: DatasetRequest
     model: ModelRef | None = None
     progress: Progress = Progress()
@@ -223,12 +241,12 @@ class DatasetRecord(Answer):
 
     @property
     def finished(self) -> bool:
-        """Whether the state will not change any more: succeeded, failed or cancelled."""
+        """Whether the state is final: succeeded, failed or cancelled."""
         return self.state in FINISHED
 
 
 class DatasetFile(Answer):
-    """One file of a finished dataset. sha256 in hex."""
+    """One file of a finished dataset. sha256: in hex."""
 
     name: str
     bytes: Count
@@ -238,7 +256,7 @@ class DatasetFile(Answer):
 
 
 class ManifestFile(Answer):
-    """One entry of manifest.json. sha256 in hex."""
+    """One entry of manifest.json. sha256: in hex."""
 
     name: str
     bytes: Count
@@ -246,12 +264,12 @@ class ManifestFile(Answer):
 
 
 class Manifest(Answer):
-    """The part of manifest.json that this client checks; the rest (request, bundle, plan) stays readable as extras."""
+    """The fields of manifest.json that this client checks; others are readable as attributes."""
 
     format_version: Whole
     files: list[ManifestFile]
 
 
 def _stem(name: str) -> str:
-    """The last part of a path without its suffix, of characters that every file system takes."""
+    """Return the file name of a path without its suffix, in characters that every file system accepts."""
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(name).stem).strip("-.") or "image"

@@ -1,4 +1,4 @@
-"""Text and JSON from a service or a file: safe to print, safe to read. Pure functions."""
+"""Text and JSON from a service or a file, made safe to print and to parse. Pure functions."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ import json
 import math
 from typing import Any, NoReturn
 
-MOST_LIST_BYTES = 64 << 20  # of the list of a dataset's files, and of its manifest.json: some 200,000 files
-MOST_DEPTH = 64  # levels of JSON; an answer of a dermis service has less than 10
+MAX_LIST_BYTES = 64 << 20  # the list of a dataset's files and its manifest.json: about 200,000 files
+MAX_DEPTH = 64  # nesting levels of JSON; responses of a dermis service have fewer than 10
 
 
 def printable(text: str) -> str:
-    """The text with every character escaped that a terminal would obey and not show, such as \\x1b, and line breaks."""
+    """Escape line breaks and every other character that is not printable, such as \\x1b."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def one_line(text: str, limit: int = 500) -> str:
-    """The text as one printable line of at most `limit` characters: line breaks become spaces, the rest is escaped."""
+    """Return the text as one printable line of at most `limit` characters; line breaks become spaces."""
     flat = printable(" ".join(text[: 4 * limit].split()))
     return flat if len(flat) <= limit and len(text) <= 4 * limit else flat[: limit - 3] + "..."
 
 
 def printable_json(value: Any) -> str:
-    """JSON for people and programs: letters of every script as they are, other characters escaped as JSON does."""
+    """Return indented JSON in which letters of every script stay and characters that are not printable are escaped."""
     text = json.dumps(value, indent=2, ensure_ascii=False)
     return "".join(c if c.isprintable() or c == "\n" else _json_escape(c) for c in text)
 
@@ -35,13 +35,17 @@ def _json_escape(character: str) -> str:
 
 
 def load_json(text: bytes | str) -> Any:
-    """The JSON value in an answer. Raises ValueError, also for what is no JSON (NaN), infinite or nested too deeply."""
+    """Parse JSON strictly.
+
+    Raises:
+        ValueError: The text is not valid JSON, holds NaN or an infinite number, or is nested too deeply.
+    """
     try:
-        value = json.loads(text, parse_constant=_no_number, parse_float=_finite)
+        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     level = [value]
-    for _ in range(MOST_DEPTH):
+    for _ in range(MAX_DEPTH):
         level = [
             child
             for item in level
@@ -54,8 +58,8 @@ def load_json(text: bytes | str) -> Any:
     raise ValueError("it is nested too deeply")
 
 
-def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number of JSON")
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a number of JSON")
 
 
 def _finite(text: str) -> float:

@@ -1,0 +1,150 @@
+"""The blocking and the asynchronous client, each of which holds its resources."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Self
+
+import httpx
+
+from dermis_client._transport import AsyncTransport, SyncTransport, settings
+from dermis_client.resources.authenticity import AsyncAuthenticity, Authenticity
+from dermis_client.resources.classifications import AsyncClassifications, Classifications
+from dermis_client.resources.datasets import AsyncDatasets, Datasets
+from dermis_client.resources.edits import AsyncEdits, Edits
+from dermis_client.resources.images import AsyncImages, Images
+from dermis_client.resources.models import AsyncModels, Models
+from dermis_client.resources.projections import AsyncProjections, Projections
+
+
+class DermisClient:
+    """A blocking connection to a dermis service. Threads may share it.
+
+        with DermisClient("http://127.0.0.1:3000") as client:
+            dataset = client.datasets.create(classes={"malignant": 500, "benign": 500}, seed=7)
+            dataset.wait(progress=True)
+            dataset.download("lesions")
+
+    Attributes:
+        datasets: Generate, follow and download datasets.
+        images: Generate a few images in one call.
+        classifications: Classify images.
+        authenticity: Compare images with the training images of a model.
+        edits: Move images along directions of the latent space.
+        projections: Find the latents of images.
+        models: The models that the service offers.
+    """
+
+    datasets: Datasets
+    images: Images
+    classifications: Classifications
+    authenticity: Authenticity
+    edits: Edits
+    projections: Projections
+    models: Models
+
+    def __init__(
+        self,
+        base_url: str | None = None,
+        *,
+        api_key: str | None = None,
+        timeout: float = 120.0,
+        max_retries: int = 3,
+        http_client: httpx.Client | None = None,
+    ) -> None:
+        """Create a client; it connects at the first request.
+
+        Args:
+            base_url: Address of the service; by default DERMIS_BASE_URL from the environment, or
+                http://127.0.0.1:3000.
+            api_key: Sent as a bearer token; by default DERMIS_API_KEY from the environment, or none.
+            timeout: Seconds that a request may wait for a response.
+            max_retries: Further attempts after a broken connection or a busy service, with growing pauses.
+            http_client: Your own httpx.Client, for instance with a proxy. This client does not close it.
+
+        Raises:
+            InvalidRequestError: An argument is not valid.
+        """
+        transport = SyncTransport(settings(base_url, api_key, timeout, max_retries), http_client)
+        self._transport = transport
+        self.datasets, self.images, self.models = Datasets(transport), Images(transport), Models(transport)
+        self.classifications, self.authenticity = Classifications(transport), Authenticity(transport)
+        self.edits, self.projections = Edits(transport), Projections(transport)
+
+    @property
+    def base_url(self) -> str:
+        """Address of the service, without a trailing slash."""
+        return self._transport.settings.base_url
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._transport.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"DermisClient({self._transport.settings!r})"
+
+
+class AsyncDermisClient:
+    """A connection to a dermis service for asyncio; attributes as for DermisClient.
+
+    async with AsyncDermisClient("http://127.0.0.1:3000") as client:
+        dataset = await client.datasets.create(classes={"malignant": 500, "benign": 500}, seed=7)
+        await dataset.wait(progress=True)
+        await dataset.download("lesions")
+    """
+
+    datasets: AsyncDatasets
+    images: AsyncImages
+    classifications: AsyncClassifications
+    authenticity: AsyncAuthenticity
+    edits: AsyncEdits
+    projections: AsyncProjections
+    models: AsyncModels
+
+    def __init__(
+        self,
+        base_url: str | None = None,
+        *,
+        api_key: str | None = None,
+        timeout: float = 120.0,
+        max_retries: int = 3,
+        http_client: httpx.AsyncClient | None = None,
+    ) -> None:
+        """Create a client; arguments and errors as for DermisClient."""
+        transport = AsyncTransport(settings(base_url, api_key, timeout, max_retries), http_client)
+        self._transport = transport
+        self.datasets, self.images, self.models = (
+            AsyncDatasets(transport),
+            AsyncImages(transport),
+            AsyncModels(transport),
+        )
+        self.classifications, self.authenticity = AsyncClassifications(transport), AsyncAuthenticity(transport)
+        self.edits, self.projections = AsyncEdits(transport), AsyncProjections(transport)
+
+    @property
+    def base_url(self) -> str:
+        """Address of the service, without a trailing slash."""
+        return self._transport.settings.base_url
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._transport.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def __repr__(self) -> str:
+        return f"AsyncDermisClient({self._transport.settings!r})"

@@ -1,0 +1,151 @@
+"""client.authenticity: compare images with the training images of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, SupportsIndex
+
+from dermis_client import _requests
+from dermis_client._flow import Flow, Request, call, parse
+from dermis_client._progress import count_progress
+from dermis_client._transport import AsyncTransport, SyncTransport
+from dermis_client._uploads import MAX_FILES, File, Source, form_parts, sources_of, upload
+from dermis_client.errors import APIResponseError, DermisError
+from dermis_client.latent import AuthenticityResult
+
+# Flows
+
+
+def check_files(
+    sources: Sequence[Source], model: str | None, max_retries: int, report: Callable[[int, int], None]
+) -> Flow[AuthenticityResult]:
+    """POST /v1/authenticity with uploads, in as many requests as needed."""
+    params = {} if model is None else {"model": model}
+    results = yield from upload(sources, MAX_FILES, partial(_check_batch, params, max_retries), report)
+    if any(result.model != results[0].model for result in results):
+        raise DermisError("the service changed its index while the images were sent; send them again")
+    return results[0].model_copy(update={"data": [verdict for result in results for verdict in result.data]})
+
+
+def _check_batch(params: dict[str, str], max_retries: int, files: Sequence[File]) -> Flow[AuthenticityResult]:
+    request = Request("POST", "/v1/authenticity", params=params, files=form_parts(files))
+    result = parse((yield from call(request, max_retries)), AuthenticityResult.model_validate)
+    if len(result) != len(files):
+        raise APIResponseError(f"the service gave {len(result)} answers for {len(files)} images; is base_url right?")
+    named = [
+        verdict.model_copy(update={"index": file.position, "name": file.name})
+        for verdict, file in zip(result.data, files, strict=True)
+    ]
+    return result.model_copy(update={"data": named})
+
+
+def check_generated(body: Mapping[str, Any], max_retries: int) -> Flow[AuthenticityResult]:
+    """POST /v1/authenticity with the body of /v1/images."""
+    response = yield from call(Request("POST", "/v1/authenticity", json=body), max_retries)
+    return parse(response, AuthenticityResult.model_validate)
+
+
+class Authenticity:
+    """Compare images with training images: `client.authenticity` of a DermisClient."""
+
+    def __init__(self, transport: SyncTransport) -> None:
+        self._transport, self._max_retries = transport, transport.settings.max_retries
+
+    def check(
+        self,
+        files: Source | Sequence[Source],
+        *,
+        model: str | None = None,
+        progress: bool | Callable[[int, int], None] = False,
+    ) -> AuthenticityResult:
+        """Measure how near images are to the training images of a model, in as many requests as the service needs.
+
+        A service compares uploads only if its operator has enabled that; `client.models.retrieve(name).authenticity`
+        shows it in the field "uploads".
+
+        Args:
+            files: Paths, bytes or files open for reading: PNG, JPEG or WebP. File names are not sent.
+            model: Name of the model; by default the service's.
+            progress: True for a progress bar on stderr, or a function that is called with (done, total).
+
+        Raises:
+            APIStatusError: Of kind "uploads-disabled": the operator has not enabled it.
+            UnprocessableEntityError: An image cannot be used; `errors` names `files[i]`, the message names the path.
+            UnsupportedMediaTypeError: A file is not an image.
+            TooLargeError: An image is too large for the service.
+            NotFoundError: The service has no such model.
+            InvalidRequestError: A file cannot be read.
+            APIConnectionError: The service did not respond.
+        """
+        sources = sources_of(files)
+        with count_progress(progress, "comparing") as report:
+            return self._transport.run(check_files(sources, model, self._max_retries, report))
+
+    def check_generated(
+        self,
+        classes: Mapping[str, SupportsIndex],
+        *,
+        seed: SupportsIndex = 0,
+        start_index: SupportsIndex | None = None,
+        model: str | None = None,
+        truncation_psi: float | None = None,
+        edits: Sequence[Mapping[str, Any]] | Mapping[str, float] | None = None,
+        extra_body: Mapping[str, Any] | None = None,
+    ) -> AuthenticityResult:
+        """Measure the same for the images that `Images.generate` returns for these arguments, without fetching them.
+
+        Arguments and errors are those of `Images.generate`.
+        """
+        body = _requests.generation_body(
+            classes,
+            seed,
+            extra_body,
+            start_index=start_index,
+            model=model,
+            truncation_psi=truncation_psi,
+            edits=_requests.edit_options(edits),
+        )
+        return self._transport.run(check_generated(body, self._max_retries))
+
+
+class AsyncAuthenticity:
+    """Compare images with training images: `client.authenticity` of an AsyncDermisClient."""
+
+    def __init__(self, transport: AsyncTransport) -> None:
+        self._transport, self._max_retries = transport, transport.settings.max_retries
+
+    async def check(
+        self,
+        files: Source | Sequence[Source],
+        *,
+        model: str | None = None,
+        progress: bool | Callable[[int, int], None] = False,
+    ) -> AuthenticityResult:
+        """Measure how near images are to training images; see `Authenticity.check` for arguments and errors."""
+        sources = sources_of(files)
+        with count_progress(progress, "comparing") as report:
+            return await self._transport.run(check_files(sources, model, self._max_retries, report))
+
+    async def check_generated(
+        self,
+        classes: Mapping[str, SupportsIndex],
+        *,
+        seed: SupportsIndex = 0,
+        start_index: SupportsIndex | None = None,
+        model: str | None = None,
+        truncation_psi: float | None = None,
+        edits: Sequence[Mapping[str, Any]] | Mapping[str, float] | None = None,
+        extra_body: Mapping[str, Any] | None = None,
+    ) -> AuthenticityResult:
+        """Measure the same for generated images; see `Authenticity.check_generated` for arguments and errors."""
+        body = _requests.generation_body(
+            classes,
+            seed,
+            extra_body,
+            start_index=start_index,
+            model=model,
+            truncation_psi=truncation_psi,
+            edits=_requests.edit_options(edits),
+        )
+        return await self._transport.run(check_generated(body, self._max_retries))

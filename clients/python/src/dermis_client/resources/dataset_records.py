@@ -1,0 +1,164 @@
+"""Records of datasets with methods that act on them, each of which calls client.datasets."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+
+from pydantic import PrivateAttr
+
+from dermis_client._downloads import Download, DownloadProgress
+from dermis_client.errors import InvalidRequestError
+from dermis_client.models import DatasetFile, DatasetRecord
+
+if TYPE_CHECKING:
+    from dermis_client.resources.datasets import AsyncDatasets, Datasets
+
+D = TypeVar("D", bound=DatasetRecord)
+
+
+@dataclass(frozen=True)
+class DatasetEvent(Generic[D]):
+    """One event of a dataset.
+
+    Attributes:
+        event: "progress", or the name of the final state.
+        dataset: The record at that moment.
+    """
+
+    event: str
+    dataset: D
+
+
+class Dataset(DatasetRecord):
+    """A dataset at one moment, with methods that act on it. A record does not change: methods return new records."""
+
+    _resource: Any = PrivateAttr(default=None)
+
+    @classmethod
+    def _bound(cls, resource: Datasets, payload: Any) -> Dataset:
+        """Parse a record and bind it to the `datasets` of a client."""
+        dataset = cls.model_validate(payload)
+        dataset._resource = resource
+        return dataset
+
+    @property
+    def _datasets(self) -> Datasets:
+        if self._resource is None:
+            raise InvalidRequestError("this dataset came from no client; use client.datasets.retrieve(id)")
+        return cast("Datasets", self._resource)
+
+    def refresh(self) -> Dataset:
+        """Retrieve the current record; see `Datasets.retrieve`."""
+        return self._datasets.retrieve(self.id)
+
+    def wait(
+        self,
+        *,
+        progress: bool | Callable[[Dataset], None] = False,
+        timeout: float | None = None,
+        poll_interval: float = 2.0,
+        patience: float = 300.0,
+    ) -> Dataset:
+        """Wait until the dataset has succeeded; see `Datasets.wait` for arguments and errors."""
+        return self._datasets.wait(
+            self.id, progress=progress, timeout=timeout, poll_interval=poll_interval, patience=patience
+        )
+
+    def download(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        parallel: int = 4,
+        overwrite: bool = False,
+        extract: bool = False,
+        progress: bool | Callable[[DownloadProgress], None] = False,
+    ) -> Download:
+        """Download all files; see `Datasets.download` for arguments and errors."""
+        return self._datasets.download(
+            self.id, folder, parallel=parallel, overwrite=overwrite, extract=extract, progress=progress
+        )
+
+    def files(self) -> list[DatasetFile]:
+        """List the files; see `Datasets.files`."""
+        return self._datasets.files(self.id)
+
+    def events(self) -> Iterator[DatasetEvent[Dataset]]:
+        """Iterate over the changes until the dataset has finished; see `Datasets.events`."""
+        return self._datasets.events(self.id)
+
+    def cancel(self) -> Dataset:
+        """Stop the dataset if it has not finished; see `Datasets.cancel`."""
+        return self._datasets.cancel(self.id)
+
+    def delete(self) -> None:
+        """Delete the dataset with its files; see `Datasets.delete`."""
+        self._datasets.delete(self.id)
+
+
+class AsyncDataset(DatasetRecord):
+    """A dataset at one moment, with methods that act on it. A record does not change: methods return new records."""
+
+    _resource: Any = PrivateAttr(default=None)
+
+    @classmethod
+    def _bound(cls, resource: AsyncDatasets, payload: Any) -> AsyncDataset:
+        """Parse a record and bind it to the `datasets` of a client."""
+        dataset = cls.model_validate(payload)
+        dataset._resource = resource
+        return dataset
+
+    @property
+    def _datasets(self) -> AsyncDatasets:
+        if self._resource is None:
+            raise InvalidRequestError("this dataset came from no client; use client.datasets.retrieve(id)")
+        return cast("AsyncDatasets", self._resource)
+
+    async def refresh(self) -> AsyncDataset:
+        """Retrieve the current record; see `Datasets.retrieve`."""
+        return await self._datasets.retrieve(self.id)
+
+    async def wait(
+        self,
+        *,
+        progress: bool | Callable[[AsyncDataset], None] = False,
+        timeout: float | None = None,
+        poll_interval: float = 2.0,
+        patience: float = 300.0,
+    ) -> AsyncDataset:
+        """Wait until the dataset has succeeded; see `Datasets.wait` for arguments and errors."""
+        return await self._datasets.wait(
+            self.id, progress=progress, timeout=timeout, poll_interval=poll_interval, patience=patience
+        )
+
+    async def download(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        parallel: int = 4,
+        overwrite: bool = False,
+        extract: bool = False,
+        progress: bool | Callable[[DownloadProgress], None] = False,
+    ) -> Download:
+        """Download all files; see `Datasets.download` for arguments and errors."""
+        return await self._datasets.download(
+            self.id, folder, parallel=parallel, overwrite=overwrite, extract=extract, progress=progress
+        )
+
+    async def files(self) -> list[DatasetFile]:
+        """List the files; see `Datasets.files`."""
+        return await self._datasets.files(self.id)
+
+    def events(self) -> AsyncIterator[DatasetEvent[AsyncDataset]]:
+        """Iterate over the changes until the dataset has finished; see `Datasets.events`."""
+        return self._datasets.events(self.id)
+
+    async def cancel(self) -> AsyncDataset:
+        """Stop the dataset if it has not finished; see `Datasets.cancel`."""
+        return await self._datasets.cancel(self.id)
+
+    async def delete(self) -> None:
+        """Delete the dataset with its files; see `Datasets.delete`."""
+        await self._datasets.delete(self.id)

@@ -1,0 +1,176 @@
+"""client.edits: move images along directions of the latent space."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dermis_client._flow import Flow, Request, call, parse
+from dermis_client._requests import edit_options, finite, max_response_bytes, whole
+from dermis_client._transport import AsyncTransport, SyncTransport
+from dermis_client.errors import InvalidRequestError
+from dermis_client.latent import Direction, EditsResult
+from dermis_client.models import Answer
+
+
+class _Directions(Answer):
+    data: list[Direction]
+
+
+# Flows
+
+
+def list_directions(model: str | None, max_retries: int) -> Flow[list[Direction]]:
+    """GET /v1/directions."""
+    params = {} if model is None else {"model": model}
+    response = yield from call(Request("GET", "/v1/directions", params=params), max_retries)
+    return parse(response, _Directions.model_validate).data
+
+
+def create_edits(body: Mapping[str, Any], max_retries: int) -> Flow[EditsResult]:
+    """POST /v1/edits. The same request gives the same images, so it may be repeated after any failure."""
+    strengths = len((body.get("sweep") or {}).get("strengths", ())) or 1
+    max_bytes = max_response_bytes(len(body.get("samples") or body.get("projections") or ()) * strengths)
+    response = yield from call(Request("POST", "/v1/edits", json=body, max_bytes=max_bytes), max_retries)
+    result = parse(response, EditsResult.model_validate)
+    for image in result.data:
+        image.check()
+    return result
+
+
+def edits_body(
+    samples: Sequence[tuple[str, int, int]] | None,
+    projections: Sequence[tuple[str, int]] | None,
+    sweep: Mapping[str, Any] | None,
+    extra_body: Mapping[str, Any] | None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Return the body of /v1/edits; options that are None are left out.
+
+    Raises:
+        InvalidRequestError: There are neither samples nor projections, or both, or a number is not valid.
+    """
+    if bool(samples) == bool(projections):
+        raise InvalidRequestError("give samples=[(class, seed, index), ...] or projections=[(id, image), ...]")
+    result: dict[str, Any] = {}
+    if samples:
+        result["samples"] = [
+            {"class": str(name), "seed": whole("samples.seed", seed), "index": whole("samples.index", index)}
+            for name, seed, index in samples
+        ]
+    if projections:
+        result["projections"] = [
+            {"id": name, "image": whole("projections.image", image)} for name, image in projections
+        ]
+    if sweep is not None:
+        strengths = [finite("sweep.strengths", strength) for strength in sweep.get("strengths", ())]
+        result["sweep"] = {**sweep, "strengths": strengths}
+    for name, value in (options | dict(extra_body or {})).items():
+        if value is not None:
+            result[name] = finite(name, value) if name == "truncation_psi" else value
+    return result
+
+
+class Edits:
+    """Move images along directions: `client.edits` of a DermisClient."""
+
+    def __init__(self, transport: SyncTransport) -> None:
+        self._transport, self._max_retries = transport, transport.settings.max_retries
+
+    def directions(self, model: str | None = None) -> list[Direction]:
+        """List the directions of a model.
+
+        Args:
+            model: Name of the model; by default the service's.
+
+        Raises:
+            NotFoundError: The service has no such model.
+        """
+        return self._transport.run(list_directions(model, self._max_retries))
+
+    def create(
+        self,
+        *,
+        samples: Sequence[tuple[str, int, int]] | None = None,
+        projections: Sequence[tuple[str, int]] | None = None,
+        edits: Sequence[Mapping[str, Any]] | Mapping[str, float] | None = None,
+        sweep: Mapping[str, Any] | None = None,
+        model: str | None = None,
+        truncation_psi: float | None = None,
+        noise_mode: str | None = None,
+        image_format: str | None = None,
+        extra_body: Mapping[str, Any] | None = None,
+    ) -> EditsResult:
+        """Generate images whose latents are moved along directions. Give either samples or projections.
+
+        Args:
+            samples: (class, seed, index) of each sample.
+            projections: (id of the projection, position of the image in it) of each image.
+            edits: {"direction": strength}, or a list of {"direction": name, "strength": number, "layers": [first, last]}.
+                Strengths are in standard deviations.
+            sweep: {"direction": name, "strengths": [...]}: each sample at every strength.
+            model: Name of the model; by default the service's.
+            truncation_psi: See `Images.generate`.
+            noise_mode: See `Images.generate`. Projections have no noise of their own: "const" (default) or "none".
+            image_format: See `Images.generate`.
+            extra_body: Further fields, for a newer service.
+
+        Raises:
+            UnprocessableEntityError: A value is not valid; `errors` names the field.
+            NotFoundError: The service has no such model or projection.
+            ConflictError: The projection has not finished.
+            TooLargeError: More images than the service generates in one call.
+            IntegrityError: An image does not have the SHA-256 that the service sent.
+            InvalidRequestError: An argument cannot be sent; nothing was sent.
+            APIConnectionError: The service did not respond.
+        """
+        body = edits_body(
+            samples,
+            projections,
+            sweep,
+            extra_body,
+            edits=edit_options(edits),
+            model=model,
+            truncation_psi=truncation_psi,
+            noise_mode=noise_mode,
+            image_format=image_format,
+        )
+        return self._transport.run(create_edits(body, self._max_retries))
+
+
+class AsyncEdits:
+    """Move images along directions: `client.edits` of an AsyncDermisClient."""
+
+    def __init__(self, transport: AsyncTransport) -> None:
+        self._transport, self._max_retries = transport, transport.settings.max_retries
+
+    async def directions(self, model: str | None = None) -> list[Direction]:
+        """List the directions of a model; see `Edits.directions`."""
+        return await self._transport.run(list_directions(model, self._max_retries))
+
+    async def create(
+        self,
+        *,
+        samples: Sequence[tuple[str, int, int]] | None = None,
+        projections: Sequence[tuple[str, int]] | None = None,
+        edits: Sequence[Mapping[str, Any]] | Mapping[str, float] | None = None,
+        sweep: Mapping[str, Any] | None = None,
+        model: str | None = None,
+        truncation_psi: float | None = None,
+        noise_mode: str | None = None,
+        image_format: str | None = None,
+        extra_body: Mapping[str, Any] | None = None,
+    ) -> EditsResult:
+        """Generate edited images; see `Edits.create` for arguments and errors."""
+        body = edits_body(
+            samples,
+            projections,
+            sweep,
+            extra_body,
+            edits=edit_options(edits),
+            model=model,
+            truncation_psi=truncation_psi,
+            noise_mode=noise_mode,
+            image_format=image_format,
+        )
+        return await self._transport.run(create_edits(body, self._max_retries))

@@ -1,0 +1,124 @@
+"""client.images: a few images in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, SupportsIndex
+
+from dermis_client import _requests
+from dermis_client._flow import Flow, Request, call, parse
+from dermis_client._transport import AsyncTransport, SyncTransport
+from dermis_client.images import ImagesResult
+
+# Flows
+
+
+def generate(body: Mapping[str, Any], max_retries: int) -> Flow[ImagesResult]:
+    """POST /v1/images. The same request gives the same images, so it may be repeated after any failure."""
+    max_bytes = _requests.max_response_bytes(sum(body["classes"].values()))
+    response = yield from call(Request("POST", "/v1/images", json=body, max_bytes=max_bytes), max_retries)
+    result = parse(response, ImagesResult.model_validate)
+    for image in result.data:
+        image.check()
+    return result
+
+
+class Images:
+    """Generate a few images: `client.images` of a DermisClient."""
+
+    def __init__(self, transport: SyncTransport) -> None:
+        self._transport, self._max_retries = transport, transport.settings.max_retries
+
+    def generate(
+        self,
+        classes: Mapping[str, SupportsIndex],
+        *,
+        seed: SupportsIndex = 0,
+        start_index: SupportsIndex | None = None,
+        model: str | None = None,
+        truncation_psi: float | None = None,
+        truncation_cutoff: SupportsIndex | None = None,
+        noise_mode: str | None = None,
+        image_format: str | None = None,
+        image_quality: SupportsIndex | None = None,
+        edits: Sequence[Mapping[str, Any]] | Mapping[str, float] | None = None,
+        extra_body: Mapping[str, Any] | None = None,
+    ) -> ImagesResult:
+        """Generate a few images, class by class.
+
+        Image i has the latent and the noise of (seed, start_index + i). An option that is None takes the service's
+        default.
+
+        Args:
+            classes: Number of images of each class, such as {"malignant": 4, "benign": 4}.
+            seed: 0 to 2**63 - 1. The same request gives the same images.
+            start_index: Index of the first image.
+            model: Name of the model.
+            truncation_psi: 0 to 2. Lower values give more typical and less varied images.
+            truncation_cutoff: Number of layers that truncation applies to.
+            noise_mode: "random" (each image has its own noise), "const" (all have the same) or "none".
+            image_format: "png", "jpeg" or "webp".
+            image_quality: 1 to 100, for "jpeg" and "webp".
+            edits: Edits of every image; see `Edits.create`.
+            extra_body: Further fields, for a newer service.
+
+        Raises:
+            UnprocessableEntityError: A value is not valid; `errors` names the field.
+            TooLargeError: More images than the service generates in one call.
+            NotFoundError: The service has no such model.
+            IntegrityError: An image does not have the SHA-256 that the service sent.
+            InvalidRequestError: An argument cannot be sent; nothing was sent.
+            APIConnectionError: The service did not respond.
+        """
+        body = _requests.generation_body(
+            classes,
+            seed,
+            extra_body,
+            start_index=start_index,
+            model=model,
+            truncation_psi=truncation_psi,
+            truncation_cutoff=truncation_cutoff,
+            noise_mode=noise_mode,
+            image_format=image_format,
+            image_quality=image_quality,
+            edits=_requests.edit_options(edits),
+        )
+        return self._transport.run(generate(body, self._max_retries))
+
+
+class AsyncImages:
+    """Generate a few images: `client.images` of an AsyncDermisClient."""
+
+    def __init__(self, transport: AsyncTransport) -> None:
+        self._transport, self._max_retries = transport, transport.settings.max_retries
+
+    async def generate(
+        self,
+        classes: Mapping[str, SupportsIndex],
+        *,
+        seed: SupportsIndex = 0,
+        start_index: SupportsIndex | None = None,
+        model: str | None = None,
+        truncation_psi: float | None = None,
+        truncation_cutoff: SupportsIndex | None = None,
+        noise_mode: str | None = None,
+        image_format: str | None = None,
+        image_quality: SupportsIndex | None = None,
+        edits: Sequence[Mapping[str, Any]] | Mapping[str, float] | None = None,
+        extra_body: Mapping[str, Any] | None = None,
+    ) -> ImagesResult:
+        """Generate a few images; see `Images.generate` for arguments and errors."""
+        body = _requests.generation_body(
+            classes,
+            seed,
+            extra_body,
+            start_index=start_index,
+            model=model,
+            truncation_psi=truncation_psi,
+            truncation_cutoff=truncation_cutoff,
+            noise_mode=noise_mode,
+            image_format=image_format,
+            image_quality=image_quality,
+            edits=_requests.edit_options(edits),
+        )
+        return await self._transport.run(generate(body, self._max_retries))

@@ -1,0 +1,74 @@
+"""client.models: the models that a service offers."""
+
+from __future__ import annotations
+
+from urllib.parse import quote
+
+from dermis_client._flow import Flow, Request, call, parse
+from dermis_client._transport import AsyncTransport, SyncTransport
+from dermis_client.errors import InvalidRequestError
+from dermis_client.models import Answer, Model
+
+_ModelList = list[Model]  # `list` is a method in the classes below
+
+
+class _Page(Answer):
+    data: list[Model]
+
+
+# Flows
+
+
+def list_models(max_retries: int) -> Flow[list[Model]]:
+    """GET /v1/models."""
+    response = yield from call(Request("GET", "/v1/models"), max_retries)
+    return parse(response, _Page.model_validate).data
+
+
+def retrieve_model(name: str, max_retries: int) -> Flow[Model]:
+    """GET /v1/models/{name}."""
+    if not name or name in {".", ".."}:
+        raise InvalidRequestError(f"model: {name!r} is not a model name")
+    response = yield from call(Request("GET", f"/v1/models/{quote(name, safe='')}"), max_retries)
+    return parse(response, Model.model_validate)
+
+
+class Models:
+    """The models of a service: `client.models` of a DermisClient."""
+
+    def __init__(self, transport: SyncTransport) -> None:
+        self._transport, self._max_retries = transport, transport.settings.max_retries
+
+    def list(self) -> _ModelList:
+        """List the models that the service offers.
+
+        Returns:
+            The models, without their cards.
+        """
+        return self._transport.run(list_models(self._max_retries))
+
+    def retrieve(self, name: str) -> Model:
+        """Retrieve one model with its card.
+
+        Args:
+            name: Name of the model.
+
+        Raises:
+            NotFoundError: The service has no such model.
+        """
+        return self._transport.run(retrieve_model(name, self._max_retries))
+
+
+class AsyncModels:
+    """The models of a service: `client.models` of an AsyncDermisClient."""
+
+    def __init__(self, transport: AsyncTransport) -> None:
+        self._transport, self._max_retries = transport, transport.settings.max_retries
+
+    async def list(self) -> _ModelList:
+        """List the models; see `Models.list`."""
+        return await self._transport.run(list_models(self._max_retries))
+
+    async def retrieve(self, name: str) -> Model:
+        """Retrieve one model with its card; see `Models.retrieve`."""
+        return await self._transport.run(retrieve_model(name, self._max_retries))
