@@ -455,7 +455,7 @@ def test_a_second_worker_that_fails_on_an_ended_job_changes_nothing(tmp_path: Pa
     table = JobTable(f"sqlite:///{tmp_path}/jobs.sqlite")
     table.open()
     for job_id in ("ds_1", "ds_2"):
-        table.create(job_id, {}, model=("tiny", "0"), samples=1, shards=1, body_hash="a")
+        table.create(job_id, {}, kind="dataset", model=("tiny", "0"), samples=1, shards=1, body_hash="a")
     table.finish("ds_1", "succeeded")
     table.record_error("ds_1", {"title": "late"})
     table.record_error("ds_2", {"title": "early"})

@@ -184,7 +184,9 @@ def table(tmp_path: Path) -> JobTable:
 
 
 def create(table: JobTable, job_id: str, **values: Any) -> tuple[Job, bool]:
-    return table.create(job_id, {}, model=("tiny", "0"), samples=10, shards=2, **({"body_hash": "a"} | values))
+    return table.create(
+        job_id, {}, kind="dataset", model=("tiny", "0"), samples=10, shards=2, **({"body_hash": "a"} | values)
+    )
 
 
 def test_the_table_keeps_keys_and_limits(table: JobTable) -> None:

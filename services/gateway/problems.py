@@ -77,7 +77,7 @@ class Problem(BaseModel):
     title: str = Field(description="The kind in words.")
     status: int = Field(description="The HTTP status.")
     detail: str = Field(description="What is wrong here and what to do about it.")
-    instance: str = Field(description="Path of the request or of the dataset.")
+    instance: str = Field(description="Path of the request, or of the dataset or projection that failed.")
     request_id: str | None = Field(None, description="Id of the request, also in the X-Request-Id header and the log.")
     errors: list[FieldError] = Field(default_factory=list, description="The fields at fault, if fields are.")
 

@@ -29,7 +29,6 @@ from services.jobs.table import Job
 from services.jobs.workshop import StoppedError, Workshop, ask, must_stop, patiently, retry_transient
 from services.projections import Projected, Task
 
-PREFIX = "pr_"
 SHARD = 8
 LISTING = "projections.json"
 _TELL_SECONDS = 1.0
@@ -55,11 +54,6 @@ class ProjectionOptions(BaseModel):
         return Schedule(
             **{**base.__dict__, "steps": self.steps, "space": self.space, "start": self.start},
         )
-
-
-def is_projection(job_id: str) -> bool:
-    """Whether a job is a projection and no dataset."""
-    return job_id.startswith(PREFIX)
 
 
 def shards_of(images: int) -> int:

@@ -18,7 +18,7 @@ from dermis.errors import DermisError
 from services.gateway.dependencies import FileInfo
 from services.gateway.problems import ProblemError
 from services.jobs import projecting, removal, work, workflow
-from services.jobs.projecting import PREFIX, ProjectionOptions
+from services.jobs.projecting import ProjectionOptions
 from services.jobs.table import IdempotencyConflictError, Job, TooManyActiveError
 from services.jobs.workshop import Workshop
 from services.settings import Settings
@@ -37,7 +37,7 @@ class ProjectionJobs:
     ) -> Job:
         """Start a job on uint8 squares [R, R, 3] at the generator's resolution, or find the one that this key started."""
         shop = self._shop
-        job_id = f"{PREFIX}{uuid.uuid4().hex}"
+        job_id = f"pr_{uuid.uuid4().hex}"
         body = options.model_dump(mode="json")
         told = hashlib.sha256(json.dumps([body, bundle.digest], sort_keys=True).encode())
         for image in images:
@@ -48,6 +48,7 @@ class ProjectionJobs:
             job, new = shop.table.create(
                 job_id,
                 body,
+                kind="projection",
                 model=(bundle.name, bundle.digest),
                 samples=options.images * options.steps,
                 shards=projecting.shards_of(options.images),
@@ -85,8 +86,8 @@ class ProjectionJobs:
             raise
 
     def get(self, job_id: str) -> Job | None:
-        """The job, or None."""
-        return self._shop.table.get(job_id)
+        """The projection job, or None."""
+        return self._shop.table.get(job_id, "projection")
 
     def cancel_or_delete(self, job_id: str) -> Job | None:
         """Ask an active job to stop and return it; remove an ended one with its files and return None."""
@@ -113,4 +114,4 @@ class ProjectionJobs:
 
     def count_by_state(self) -> Mapping[str, int]:
         """How many projections are in each state."""
-        return self._shop.table.count_by_state(PREFIX)
+        return self._shop.table.count_by_state("projection")

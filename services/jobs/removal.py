@@ -7,7 +7,6 @@ import time
 
 from dermis.errors import StorageError
 from services.jobs import work, workflow
-from services.jobs.projecting import PREFIX
 from services.jobs.table import Job
 from services.jobs.workshop import Workshop
 
@@ -29,7 +28,7 @@ def cancel_or_delete(shop: Workshop, job_id: str) -> Job | None:
 def expire_projections(shop: Workshop, keep_seconds: float) -> None:
     """Remove the projections that ended so long ago, as nobody may come back for them, and what is left of deleted ones."""
     now = time.time()
-    for job in shop.table.ended_before(PREFIX, now):
+    for job in shop.table.ended_before("projection", now):
         if job.state != "cancelled" and (job.finished_at or now) > now - keep_seconds:
             continue
         logger.info("projection expired", extra={"projection": job.id})

@@ -29,7 +29,6 @@ from services.settings import Settings
 
 logger = logging.getLogger("dermis.jobs")
 
-PREFIX = "ds_"
 _LISTINGS_KEPT = 64
 
 
@@ -97,7 +96,7 @@ class DatasetJobs:
                 f"{planned.shards} shards; at most {settings.max_shards_per_dataset} are allowed: choose larger ones"
             )
             raise RequestError("shard_size", message, kind="request-too-large")
-        job_id = f"{PREFIX}{uuid.uuid4().hex}"
+        job_id = f"ds_{uuid.uuid4().hex}"
         body = request.model_dump(mode="json")
         # A body without noise_mode meant const before that default changed; a repeated request must find its job.
         earlier = [] if "noise_mode" in request.model_fields_set else [_hash_of(body | {"noise_mode": "const"})]
@@ -108,6 +107,7 @@ class DatasetJobs:
             job, new = self._table.create(
                 job_id,
                 body,
+                kind="dataset",
                 model=(bundle.name, bundle.digest),
                 samples=planned.samples,
                 shards=planned.shards,
@@ -133,20 +133,21 @@ class DatasetJobs:
     def not_ready(self) -> str | None:
         """Why jobs cannot be taken or shown now; None if they can."""
         try:
-            self._table.count_by_state()
+            self._table.count_by_state("dataset")
         except Exception as error:  # whatever the driver raises
             logger.warning("jobs database", extra={"error": str(error), "cause": str(error.__cause__)[:200]})
             return "the jobs database cannot be reached"
         return None
 
     def get(self, job_id: str) -> Job | None:
-        return self._table.get(job_id)
+        """The dataset job, or None."""
+        return self._table.get(job_id, "dataset")
 
     def page(self, limit: int, *, before: int | None = None, state: str | None = None) -> list[Job]:
-        return self._table.page(PREFIX, limit, before=before, state=state)
+        return self._table.page("dataset", limit, before=before, state=state)
 
     def count_by_state(self) -> Mapping[str, int]:
-        return self._table.count_by_state(PREFIX)
+        return self._table.count_by_state("dataset")
 
     def cancel_or_delete(self, job_id: str) -> Job | None:
         """Ask an active job to stop and return it; remove an ended one with its files and return None."""

@@ -11,12 +11,15 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
+from services.jobs import schema
 from services.jobs.database import database_errors, make_engine, schema_lock
+
+Kind = Literal["dataset", "projection"]
 
 ACTIVE = ("queued", "running", "cancelling")
 STATES = (*ACTIVE, "succeeded", "failed", "cancelled")
@@ -32,6 +35,7 @@ _jobs = sa.Table(
     _metadata,
     sa.Column("sequence", sa.Integer, primary_key=True, autoincrement=True),  # order of arrival, for the cursor
     sa.Column("id", sa.String(40), nullable=False, unique=True),
+    sa.Column("kind", sa.String(16)),  # never null: a trigger completes what a worker of version 0.1.0 inserts
     sa.Column("state", sa.String(16), nullable=False, index=True),
     sa.Column("request", sa.JSON, nullable=False),
     sa.Column("model_name", sa.String(64), nullable=False),
@@ -76,6 +80,7 @@ class Job:
 
     sequence: int
     id: str
+    kind: Kind
     state: str
     request: Mapping[str, Any]
     model_name: str
@@ -125,14 +130,19 @@ class TooManyActiveError(Exception):
 
 
 class JobTable:
-    """The tables behind one SQLAlchemy URL. `open` makes them where they are missing."""
+    """The tables behind one SQLAlchemy URL. `open` creates or upgrades them."""
 
     def __init__(self, url: str) -> None:
         self._engine = make_engine(url)
 
     def open(self) -> None:
+        """Create the tables, or upgrade those of an earlier version.
+
+        Raises:
+            SchemaTooNewError: If a newer version of dermis has upgraded them.
+        """
         with self.schema_lock(), self._writing() as connection:
-            _metadata.create_all(connection)
+            schema.upgrade(connection)
 
     def schema_lock(self) -> AbstractContextManager[None]:
         """Hold this while tables may be created, also those of DBOS: other processes may start at the same moment."""
@@ -148,6 +158,7 @@ class JobTable:
         job_id: str,
         request: Mapping[str, Any],
         *,
+        kind: Kind,
         model: tuple[str, str],
         samples: int,
         shards: int,
@@ -165,6 +176,7 @@ class JobTable:
         """
         values = {
             "id": job_id,
+            "kind": kind,
             "state": "queued",
             "request": dict(request),
             "model_name": model[0],
@@ -182,8 +194,7 @@ class JobTable:
                 if earlier is not None:
                     return earlier, False
                 if max_active is not None:
-                    alike = _jobs.c.id.startswith(job_id[:3], autoescape=True)
-                    active = sa.select(sa.func.count()).where(_jobs.c.state.in_(ACTIVE), alike)
+                    active = sa.select(sa.func.count()).where(_jobs.c.state.in_(ACTIVE), _jobs.c.kind == kind)
                     if (connection.scalar(active) or 0) >= max_active:
                         raise TooManyActiveError
                 connection.execute(sa.insert(_jobs).values(values))
@@ -207,14 +218,18 @@ class JobTable:
             raise IdempotencyConflictError
         return job
 
-    def get(self, job_id: str) -> Job | None:
+    def get(self, job_id: str, kind: Kind | None = None) -> Job | None:
+        """The job; None if there is none, or only one of another kind than `kind`."""
+        query = sa.select(_jobs).where(_jobs.c.id == job_id)
+        if kind is not None:
+            query = query.where(_jobs.c.kind == kind)
         with self._reading() as connection:
-            row = connection.execute(sa.select(_jobs).where(_jobs.c.id == job_id)).one_or_none()
+            row = connection.execute(query).one_or_none()
         return None if row is None else Job(**row._mapping)
 
-    def page(self, prefix: str, limit: int, *, before: int | None = None, state: str | None = None) -> list[Job]:
-        """Jobs whose ids begin so, newest first; `before` is the sequence number that the page ends above."""
-        query = sa.select(_jobs).where(_jobs.c.id.startswith(prefix, autoescape=True))
+    def page(self, kind: Kind, limit: int, *, before: int | None = None, state: str | None = None) -> list[Job]:
+        """Jobs of a kind, newest first; `before` is the sequence number that the page ends above."""
+        query = sa.select(_jobs).where(_jobs.c.kind == kind)
         query = query.order_by(_jobs.c.sequence.desc()).limit(limit)
         if before is not None:
             query = query.where(_jobs.c.sequence < before)
@@ -229,16 +244,14 @@ class JobTable:
         with self._reading() as connection:
             return [Job(**row._mapping) for row in connection.execute(query)]
 
-    def ended_before(self, prefix: str, moment: float) -> list[Job]:
-        """Jobs whose ids begin so that had ended by then, seconds since 1970."""
-        query = sa.select(_jobs).where(_jobs.c.id.startswith(prefix, autoescape=True), _jobs.c.finished_at < moment)
+    def ended_before(self, kind: Kind, moment: float) -> list[Job]:
+        """Jobs of a kind that had ended by then, seconds since 1970."""
+        query = sa.select(_jobs).where(_jobs.c.kind == kind, _jobs.c.finished_at < moment)
         with self._reading() as connection:
             return [Job(**row._mapping) for row in connection.execute(query)]
 
-    def count_by_state(self, prefix: str = "") -> dict[str, int]:
-        query = sa.select(_jobs.c.state, sa.func.count()).group_by(_jobs.c.state)
-        if prefix:
-            query = query.where(_jobs.c.id.startswith(prefix, autoescape=True))
+    def count_by_state(self, kind: Kind) -> dict[str, int]:
+        query = sa.select(_jobs.c.state, sa.func.count()).where(_jobs.c.kind == kind).group_by(_jobs.c.state)
         with self._reading() as connection:
             found = {row[0]: row[1] for row in connection.execute(query)}
         return {state: found.get(state, 0) for state in STATES}

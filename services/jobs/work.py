@@ -52,7 +52,7 @@ def make_shard(shop: Workshop, job_id: str, shard: int) -> str:
     if job is None or shop.table.must_stop(job_id):
         return "stopped"
     try:
-        if projecting.is_projection(job_id):
+        if job.kind == "projection":
             projecting.make_shard(shop, job, shard)
         else:
             _make_dataset_shard(shop, job, shard)
@@ -64,7 +64,7 @@ def make_shard(shop: Workshop, job_id: str, shard: int) -> str:
         if not must_stop(
             shop, job_id
         ):  # otherwise the files were removed during this shard, because another one failed
-            _fail(shop, job_id, error)
+            _fail(shop, job, error)
         return "stopped"
     return "finished"
 
@@ -96,7 +96,7 @@ def finish(shop: Workshop, job_id: str) -> str:
         return "gone" if job is None else job.state
     if not shop.table.must_stop(job_id):
         try:
-            if projecting.is_projection(job_id):
+            if job.kind == "projection":
                 projecting.finish(shop, job)
             else:
                 _finish_dataset(shop, job)
@@ -105,7 +105,7 @@ def finish(shop: Workshop, job_id: str) -> str:
         except Exception as error:
             if is_transient(error):
                 raise
-            _fail(shop, job_id, error)
+            _fail(shop, job, error)
         else:
             job = shop.table.finish(job_id, "succeeded")
     return end(shop, job_id, job)
@@ -138,11 +138,11 @@ def _finish_dataset(shop: Workshop, job: Job) -> None:
     )
 
 
-def note_failure(shop: Workshop, job_id: str, why: str, kind: str = "internal") -> None:
+def note_failure(shop: Workshop, job: Job, why: str, kind: str = "internal") -> None:
     """Note that a job cannot go on; `end` or `finish` ends it. `why` is for callers."""
-    logger.error("job given up", extra={"job": job_id, "why": why})
-    document = problem(kind, why, path_of(job_id))
-    shop.table.record_error(job_id, document.model_dump(exclude_none=True))
+    logger.error("job given up", extra={"job": job.id, "why": why})
+    document = problem(kind, why, path_of(job))
+    shop.table.record_error(job.id, document.model_dump(exclude_none=True))
 
 
 def remove_files(shop: Workshop, job_id: str) -> None:
@@ -155,9 +155,9 @@ def has_inputs(shop: Workshop, job: Job) -> bool:
     return projecting.has_inputs(shop.store(job.id), projecting.ProjectionOptions.model_validate(job.request))
 
 
-def path_of(job_id: str) -> str:
+def path_of(job: Job) -> str:
     """The path of a job in the API."""
-    return f"/v1/{'projections' if projecting.is_projection(job_id) else 'datasets'}/{job_id}"
+    return f"/v1/{'projections' if job.kind == 'projection' else 'datasets'}/{job.id}"
 
 
 def _clear(shop: Workshop, job_id: str) -> None:
@@ -170,30 +170,30 @@ def _clear(shop: Workshop, job_id: str) -> None:
         logger.error("files not removed", extra={"job": job_id, "error": str(error)})
 
 
-def _fail(shop: Workshop, job_id: str, error: Exception) -> None:
+def _fail(shop: Workshop, job: Job, error: Exception) -> None:
     """Note why the job fails; `finish` clears up after it."""
-    document = _problem_of_job(job_id, error)
+    document = _problem_of_job(job, error)
     kind = document.type.rpartition(":")[2]
     if kind == "internal":
-        logger.error("job failed", extra={"job": job_id}, exc_info=error)
+        logger.error("job failed", extra={"job": job.id}, exc_info=error)
     else:
-        logger.warning("job failed", extra={"job": job_id, "kind": kind, "error": str(error)})
+        logger.warning("job failed", extra={"job": job.id, "kind": kind, "error": str(error)})
     note = document.model_dump(exclude_none=True)
 
     def record() -> None:
         try:
-            shop.table.record_error(job_id, note)
+            shop.table.record_error(job.id, note)
         except Exception as full:
             if is_transient(full) or not is_disk_full(full):
                 raise
             # The note itself needs disk space, so remove the files first; they are to be removed anyway.
-            remove_files(shop, job_id)
-            shop.table.record_error(job_id, note)
+            remove_files(shop, job.id)
+            shop.table.record_error(job.id, note)
 
     retry_transient(shop, record)
 
 
-def _problem_of_job(job_id: str, error: Exception) -> Problem:
+def _problem_of_job(job: Job, error: Exception) -> Problem:
     """Why a job failed, for callers: no place where the service keeps anything, no text of a driver or a library."""
     cause = problem_of(error)
     detail = cause.detail
@@ -201,7 +201,7 @@ def _problem_of_job(job_id: str, error: Exception) -> Problem:
         detail = "a service that this needs could not do its part for some minutes; the log has more; ask for it again"
     elif cause.kind == "internal":
         detail = "the service failed; the log has more under the id of this job"
-    return problem(cause.kind, detail, path_of(job_id), errors=cause.errors)
+    return problem(cause.kind, detail, path_of(job), errors=cause.errors)
 
 
 def _plan_of(shop: Workshop, job: Job) -> tuple[Bundle, Plan]:

@@ -19,8 +19,7 @@ from dbos import error as dbos_error
 from services.errors import DatabaseUnavailableError
 from services.jobs import work
 from services.jobs.database import UNREACHABLE, database_errors
-from services.jobs.projecting import is_projection
-from services.jobs.table import Job
+from services.jobs.table import Job, Kind
 from services.jobs.workshop import ShutdownError, Workshop, retry_transient
 
 logger = logging.getLogger("dermis.jobs")
@@ -32,6 +31,7 @@ APPLICATION_VERSION = "1"
 _DATASETS = "dermis-datasets"
 _SHARDS = "dermis-shards"
 _PROJECTIONS = "dermis-projections"  # its own, so that datasets do not wait for what takes minutes
+_SHARD_QUEUES: dict[Kind, str] = {"dataset": _SHARDS, "projection": _PROJECTIONS}
 _POLL_SECONDS = 0.2
 _STUCK_SWEEPS = 2
 # A job that takes its process down with it must not do so for ever.
@@ -138,7 +138,7 @@ def sweep(leases_hold: bool = True) -> None:
         ours = status.executor_id == _executor_id
         if _is_stuck(status.workflow_id) if ours else leases_hold and status.executor_id not in alive:
             logger.warning("workflow resumed", extra={"workflow": status.workflow_id, "worker": status.executor_id})
-            DBOS.resume_workflow(status.workflow_id, queue_name=_queue_of(status.workflow_id))
+            DBOS.resume_workflow(status.workflow_id, queue_name=status.queue_name)
     for job in shop.table.active():
         ours = job.owner == _executor_id
         if job.id not in shop.submitting and (ours or (leases_hold and job.owner not in alive)):
@@ -156,21 +156,21 @@ def _go_on(shop: Workshop, job: Job) -> None:
         return
     if status is None:
         # It was never enqueued: the process or its connection ended first.
-        if is_projection(job.id) and job.state == "queued" and not work.has_inputs(shop, job):
+        if job.kind == "projection" and job.state == "queued" and not work.has_inputs(shop, job):
             shop.table.release_key(job.id)
-            _give_up(shop, job.id, "the images did not arrive completely; send them again", "upload-interrupted")
+            _give_up(shop, job, "the images did not arrive completely; send them again", "upload-interrupted")
         else:
             submit(job)
         return
     if status.status in ("PENDING", "ENQUEUED", "DELAYED"):
         lost = _shard_workflows(job.id, "ERROR")
         if lost and not _may_restart(job.id):
-            work.note_failure(shop, job.id, "its shards failed again and again; ask for it again")
+            work.note_failure(shop, job, "its shards failed again and again; ask for it again")
         elif lost:
             logger.warning("shards started again", extra={"job": job.id, "shards": len(lost)})
             DBOS.delete_workflows(lost)
             for workflow_id in lost:
-                _enqueue_shard(job.id, int(workflow_id.rpartition("-")[2]))
+                _enqueue_shard(job.id, job.kind, int(workflow_id.rpartition("-")[2]))
         return
     if status.status in ("ERROR", "SUCCESS") and _may_restart(job.id):
         # No outcome of a job makes its workflow fail, so this is what became of the database or of DBOS's tables.
@@ -179,15 +179,15 @@ def _go_on(shop: Workshop, job: Job) -> None:
         DBOS.delete_workflows([job.id, *(each for each in _shard_workflows(job.id) if each not in at_work)])
         submit(job)
         return
-    _give_up(shop, job.id, f"its workflow ended as {status.status}; ask for it again")
+    _give_up(shop, job, f"its workflow ended as {status.status}; ask for it again")
 
 
-def _give_up(shop: Workshop, job_id: str, why: str, kind: str = "internal") -> None:
+def _give_up(shop: Workshop, job: Job, why: str, kind: str = "internal") -> None:
     """End a job as failed: at once, or in a later sweep where shards still have to see that they are to stop."""
-    work.note_failure(shop, job_id, why, kind)
-    _cancel_queued(job_id)
-    if not _shard_workflows(job_id, "PENDING"):
-        work.end(shop, job_id)
+    work.note_failure(shop, job, why, kind)
+    _cancel_queued(job.id)
+    if not _shard_workflows(job.id, "PENDING"):
+        work.end(shop, job.id)
 
 
 def _cancel_queued(job_id: str) -> None:
@@ -202,12 +202,6 @@ def _may_restart(job_id: str) -> bool:
     return _restarts[job_id] <= _MAX_RESTARTS
 
 
-def _queue_of(workflow_id: str) -> str:
-    if "-" not in workflow_id:
-        return _DATASETS
-    return _PROJECTIONS if is_projection(workflow_id) else _SHARDS
-
-
 def _is_stuck(workflow_id: str) -> bool:
     """Whether DBOS takes a workflow for running here though it has not for several sweeps: its outcome was not recorded."""
     with _running_lock:
@@ -220,10 +214,11 @@ def _is_stuck(workflow_id: str) -> bool:
 def _dataset_workflow(job_id: str, shards: int) -> str:
     """All of one job. The order of its steps is fixed by its arguments, as replay after a crash needs it."""
     with _running_here(job_id) as shop:
-        retry_transient(shop, lambda: shop.table.own(job_id, _executor_id))
+        job = retry_transient(shop, lambda: shop.table.own(job_id, _executor_id))
         retry_transient(shop, lambda: shop.table.restart_rate(job_id))
         for shard in range(shards):
-            _enqueue_shard(job_id, shard)
+            # Shards of a job that was deleted stop at once. They are enqueued all the same, as a replay needs the same steps.
+            _enqueue_shard(job_id, "dataset" if job is None else job.kind, shard)
         _wait_for_shards(job_id)
         return _finish(job_id)
 
@@ -269,7 +264,7 @@ def _are_shards_over(shop: Workshop, job_id: str, check_workflows: bool) -> bool
         # What failed is started again by `sweep`.
         if not check_workflows or _shard_workflows(job_id, "ENQUEUED", "PENDING", "ERROR") or _is_whole(job_id):
             return False
-        work.note_failure(shop, job_id, "its shards ended without a result; ask for it again")
+        work.note_failure(shop, job, "its shards ended without a result; ask for it again")
         return True
 
 
@@ -284,11 +279,11 @@ def _is_whole(job_id: str) -> bool:
     return job is not None and job.shards_done == job.shards_total
 
 
-def _enqueue_shard(job_id: str, shard: int) -> None:
+def _enqueue_shard(job_id: str, kind: Kind, shard: int) -> None:
     # Shard 0 of every job goes before shard 1 of any: a small job does not wait for a large one to end.
     workflow_id = _shard_workflow_id(job_id, shard)
     with SetWorkflowID(workflow_id), SetEnqueueOptions(priority=shard + 1):
-        DBOS.enqueue_workflow(_queue_of(workflow_id), _shard_workflow, job_id, shard)
+        DBOS.enqueue_workflow(_SHARD_QUEUES[kind], _shard_workflow, job_id, shard)
 
 
 def _shard_workflow_id(job_id: str, shard: int) -> str:
