@@ -24,7 +24,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from dermis import __version__
 from dermis.classifier.description import NOTICE
 from dermis.dataset.request import DatasetRequest
-from services.gateway import metrics, origins, problems
+from services import metrics
+from services.gateway import origins, problems
 from services.gateway.dependencies import Context
 from services.gateway.latent_schemas import EditsRequest
 from services.gateway.problems import problem_response
@@ -119,11 +120,11 @@ class RequestMiddleware:
         try:
             await self._app(scope, receive, send_with_id)
         except Exception as error:
-            found = problems.problem_of(error)
-            if found.kind == "internal":
+            cause = problems.problem_of(error)
+            if cause.kind == "internal":
                 logger.exception("request failed", extra={"id": request_id})
             if status == 0:
-                response = problem_response(Request(scope), found.kind, found.detail, headers=found.headers)
+                response = problem_response(Request(scope), cause.kind, cause.detail, headers=cause.headers)
                 await response(scope, receive, send_with_id)
         finally:
             seconds = time.perf_counter() - started

@@ -15,12 +15,10 @@ from numpy.typing import NDArray
 
 from dermis.bundle import Bundle
 from dermis.errors import DermisError
-from services.gateway.dependencies import FileInfo
-from services.gateway.problems import ProblemError
 from services.jobs import projecting, removal, work, workflow
 from services.jobs.projecting import ProjectionOptions
-from services.jobs.table import IdempotencyConflictError, Job, TooManyActiveError
-from services.jobs.workshop import Workshop
+from services.jobs.table import Job
+from services.jobs.workshop import FileInfo, Workshop
 from services.settings import Settings
 
 logger = logging.getLogger("dermis.jobs")
@@ -61,14 +59,6 @@ class ProjectionJobs:
             if new:
                 self._write_inputs(job_id, images)
                 workflow.submit(job)
-        except IdempotencyConflictError:
-            raise ProblemError(
-                "idempotency-conflict", "this Idempotency-Key was used for another request; use a new one"
-            ) from None
-        except TooManyActiveError:
-            most = self._settings.max_active_projections
-            detail = f"{most} projections are queued or running; try again when one has ended"
-            raise ProblemError("too-many-requests", detail, headers={"Retry-After": "30"}) from None
         finally:
             shop.submitting.discard(job_id)
         return job

@@ -19,12 +19,10 @@ from dermis.dataset.plan import plan_for
 from dermis.dataset.request import DatasetRequest, check_against
 from dermis.dataset.shards import check_space
 from dermis.errors import RequestError
-from services.gateway.dependencies import FileInfo
-from services.gateway.problems import ProblemError
 from services.jobs import removal, work, workflow
 from services.jobs.lease import Lease, executor_slot
-from services.jobs.table import IdempotencyConflictError, Job, JobTable, TooManyActiveError
-from services.jobs.workshop import ShutdownError, Workshop
+from services.jobs.table import Job, JobTable
+from services.jobs.workshop import FileInfo, ShutdownError, Workshop
 from services.settings import Settings
 
 logger = logging.getLogger("dermis.jobs")
@@ -119,13 +117,6 @@ class DatasetJobs:
             )
             if new:
                 workflow.submit(job)
-        except IdempotencyConflictError:
-            raise ProblemError(
-                "idempotency-conflict", "this Idempotency-Key was used for another request; use a new one"
-            ) from None
-        except TooManyActiveError:
-            detail = f"{settings.max_active_datasets} datasets are queued or running; try again when one has ended"
-            raise ProblemError("too-many-requests", detail, headers={"Retry-After": "30"}) from None
         finally:
             self._shop.submitting.discard(job_id)
         return job

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
+from dermis.errors import DermisError
 from services.jobs import schema
 from services.jobs.database import database_errors, make_engine, schema_lock
 
@@ -121,12 +122,12 @@ class Job:
         return (self.samples_total - self.samples_done) / self.rate
 
 
-class IdempotencyConflictError(Exception):
-    """The key belongs to a request with another body."""
+class IdempotencyConflictError(DermisError):
+    """The idempotency key was used for a request with another body."""
 
 
-class TooManyActiveError(Exception):
-    """As many jobs are active as the service allows."""
+class TooManyActiveError(DermisError):
+    """As many jobs of a kind are active as the service allows."""
 
 
 class JobTable:
@@ -196,7 +197,9 @@ class JobTable:
                 if max_active is not None:
                     active = sa.select(sa.func.count()).where(_jobs.c.state.in_(ACTIVE), _jobs.c.kind == kind)
                     if (connection.scalar(active) or 0) >= max_active:
-                        raise TooManyActiveError
+                        raise TooManyActiveError(
+                            f"{max_active} {kind}s are queued or running; try again when one has ended"
+                        )
                 connection.execute(sa.insert(_jobs).values(values))
                 return _job(connection, job_id), True
         except IntegrityError:
@@ -215,7 +218,7 @@ class JobTable:
             return None
         job = Job(**row._mapping)
         if job.body_hash not in body_hashes:
-            raise IdempotencyConflictError
+            raise IdempotencyConflictError("the idempotency key was used for another request")
         return job
 
     def get(self, job_id: str, kind: Kind | None = None) -> Job | None:

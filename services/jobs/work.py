@@ -25,8 +25,6 @@ from dermis.dataset.shards import write_shard
 from dermis.dataset.store import Store
 from dermis.errors import StorageError
 from services.errors import DatabaseUnavailableError, InferenceUnavailableError, is_transient
-from services.gateway.metrics import dataset_samples
-from services.gateway.problems import Problem, is_disk_full, problem, problem_of
 from services.jobs import projecting
 from services.jobs.table import Job
 from services.jobs.workshop import (
@@ -38,6 +36,8 @@ from services.jobs.workshop import (
     patiently,
     retry_transient,
 )
+from services.metrics import dataset_samples
+from services.problems import Problem, is_disk_full, problem, problem_of
 from services.samples import Image, Options, pack
 
 logger = logging.getLogger("dermis.jobs")

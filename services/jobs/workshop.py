@@ -57,6 +57,15 @@ class ShutdownError(BaseException):
 
 
 @dataclass(frozen=True)
+class FileInfo:
+    """One file of a job that has succeeded."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Workshop:
     """What the work needs, from the composition root."""
 
