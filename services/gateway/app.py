@@ -43,6 +43,7 @@ from services.gateway.routes import (
 )
 from services.gateway.routes.answers import PROBLEM_CONTENT
 from services.gateway.schemas import Dataset, ImagesRequest
+from services.problems import KINDS
 from services.settings import Settings
 
 logger = logging.getLogger("dermis.http")
@@ -179,7 +180,7 @@ def _add_refusals(document: dict[str, Any]) -> None:
             if method.upper() not in origins.SAFE_METHODS:
                 kinds.append("cross-origin")
             for kind in kinds:
-                status, title = problems.KINDS[kind]
+                status, title = KINDS[kind]
                 entry = operation["responses"].setdefault(str(status), {"description": "", "content": PROBLEM_CONTENT})
                 text = f"{title} (`{kind}`)"
                 if text not in entry["description"]:

@@ -22,9 +22,9 @@ from services.gateway.bodies import read_bytes
 from services.gateway.comparisons import Comparisons
 from services.gateway.heat_maps import HeatMaps
 from services.gateway.uploads import Uploads
-from services.jobs.projecting import ProjectionOptions
+from services.jobs.context import FileInfo
+from services.jobs.projection import ProjectionOptions
 from services.jobs.table import Job
-from services.jobs.workshop import FileInfo
 from services.models import Models
 from services.pixels import Classify, FindNearest
 from services.problems import FieldError, ProblemError, field_errors, invalid_request
@@ -39,10 +39,10 @@ M = TypeVar("M", bound=BaseModel)
 
 
 class Jobs(Protocol):
-    """The dataset jobs, as the routes see them. Blocking; call them in a thread."""
+    """The dataset jobs that routes need (`services.jobs.service.DatasetJobs`). Blocking; call them in a thread."""
 
     def submit(self, request: DatasetRequest, idempotency_key: str | None) -> Job:
-        """Start a job, or find the one of this key. See `services.jobs.service.DatasetJobs.submit`."""
+        """Start a job, or return the one that this key started. See `services.jobs.service.DatasetJobs.submit`."""
 
     def get(self, job_id: str) -> Job | None:
         """The job, or None."""
@@ -64,12 +64,12 @@ class Jobs(Protocol):
 
 
 class Projections(Protocol):
-    """The projection jobs, as the routes see them. Blocking; call them in a thread."""
+    """The projection jobs that routes need (`services.jobs.service.ProjectionJobs`). Blocking; call them in a thread."""
 
     def submit(
         self, bundle: Bundle, options: ProjectionOptions, images: Sequence[NDArray[np.uint8]], key: str | None = None
     ) -> Job:
-        """Start a job, or find the one of this key. See `services.jobs.service.ProjectionJobs.submit`."""
+        """Start a job, or return the one that this key started. See `services.jobs.service.ProjectionJobs.submit`."""
 
     def get(self, job_id: str) -> Job | None:
         """The job, or None."""
@@ -78,7 +78,7 @@ class Projections(Protocol):
         """Ask an active job to stop and return it; remove an ended one with its files and return None."""
 
     def results(self, job: Job) -> list[Mapping[str, Any]]:
-        """Of a succeeded job, of each image its facts and its files."""
+        """The results of a succeeded job: one row per image, with the names of its files."""
 
     def latents(self, job: Job, image: int) -> NDArray[np.float32]:
         """ws [num_ws, w_dim] of one image of a succeeded job."""

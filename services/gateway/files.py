@@ -11,7 +11,7 @@ from typing import IO
 
 from starlette.responses import Response, StreamingResponse
 
-from services.jobs.workshop import FileInfo
+from services.jobs.context import FileInfo
 from services.problems import ProblemError
 
 OpenFile = Callable[[], AbstractContextManager[IO[bytes]]]

@@ -32,7 +32,7 @@ from services.gateway.routes.answers import content, headers, json_body, problem
 from services.gateway.routes.projections import ready_projection
 from services.gateway.sampling import check_classes, check_cutoff, check_edits, draw_soon
 from services.gateway.schemas import ModelRef
-from services.jobs.projecting import ProjectionOptions
+from services.jobs.projection import ProjectionOptions
 from services.problems import ProblemError
 from services.samples import Options, Samples, pack
 

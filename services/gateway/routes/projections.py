@@ -20,7 +20,7 @@ from services.gateway.latent_schemas import ProjectedImage, ProjectionJob, Proje
 from services.gateway.routes.answers import content, headers, image_body, problems
 from services.gateway.schemas import ModelRef
 from services.gateway.uploads import Limit
-from services.jobs.projecting import SHARD, ProjectionOptions
+from services.jobs.projection import IMAGES_PER_SHARD, ProjectionOptions
 from services.jobs.table import Job
 from services.problems import Problem, ProblemError
 from services.settings import Settings
@@ -224,7 +224,7 @@ async def _shown(context: Context, job: Job) -> ProjectionJob:
         start=options.start,
         model=ModelRef(name=job.model_name, digest=job.model_digest),
         progress=ProjectionProgress(
-            images_done=min(options.images, job.shards_done * SHARD),
+            images_done=min(options.images, job.shards_done * IMAGES_PER_SHARD),
             images_total=options.images,
             steps_done=job.samples_done,
             steps_total=job.samples_total,
