@@ -183,7 +183,11 @@ def _continue(ctx: JobContext, job: Job) -> None:
         else:
             submit(job)
         return
+    # Shards that run again while `finish` collects their files would write files that nothing removes.
+    is_whole = now.shards_done == now.shards_total
     if status.status in ("PENDING", "ENQUEUED", "DELAYED"):
+        if is_whole:
+            return
         failed = _shard_workflows(job.id, "ERROR")
         if failed and not _may_restart(job.id):
             execution.record_failure(ctx, job, "its shards failed again and again; ask for it again")
@@ -196,8 +200,8 @@ def _continue(ctx: JobContext, job: Job) -> None:
     if status.status in ("ERROR", "SUCCESS") and _may_restart(job.id):
         # No outcome of a job makes its workflow fail, so this is what became of the database or of DBOS's tables.
         logger.warning("job started again", extra={"job": job.id, "status": status.status, "error": str(status.error)})
-        unfinished = set(_shard_workflows(job.id, "PENDING", "ENQUEUED"))
-        DBOS.delete_workflows([job.id, *(each for each in _shard_workflows(job.id) if each not in unfinished)])
+        kept = set(_shard_workflows(job.id) if is_whole else _shard_workflows(job.id, "PENDING", "ENQUEUED"))
+        DBOS.delete_workflows([job.id, *(each for each in _shard_workflows(job.id) if each not in kept)])
         submit(job)
         return
     _give_up(ctx, job, f"its workflow ended as {status.status}; ask for it again")
