@@ -19,8 +19,8 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
-from services.gateway.problems import PROBLEM_MEDIA_TYPE, problem
 from services.gateway.routes.health import PATHS as HEALTH_PATHS
+from services.problems import PROBLEM_MEDIA_TYPE, problem
 from services.settings import Settings, settings_of_process
 
 logger = logging.getLogger("dermis.connections")

@@ -17,14 +17,14 @@ from dermis.explain.attribution import Method
 from services import pixels
 from services.connection import Connection
 from services.errors import InferenceFailedError, InferenceUnavailableError, NotInstalledError
-from services.gateway.metrics import (
+from services.heat_maps import HeatMap
+from services.metrics import (
     heat_maps_made,
     images_classified,
     images_compared,
     images_generated,
     images_projected,
 )
-from services.heat_maps import HeatMap
 from services.models import Models
 from services.projections import Projected, Task
 from services.samples import Image, Samples, to_bytes

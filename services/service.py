@@ -28,10 +28,9 @@ from services.gateway.dependencies import Context
 from services.gateway.heat_maps import HeatMaps
 from services.gateway.uploads import Uploads
 from services.generator import Generator
-from services.jobs.projection_jobs import ProjectionJobs
-from services.jobs.service import DatasetJobs
+from services.jobs.context import JobContext
+from services.jobs.service import JobService
 from services.jobs.table import JobTable
-from services.jobs.workshop import Workshop
 from services.models import Models
 from services.orphans import exit_with_parent
 from services.projector import Projector
@@ -68,7 +67,7 @@ async def _running() -> AsyncIterator[Context]:
     projector = RemoteProjector(here.projector.to_async, models)
     uploads = Uploads(_settings)
     stopping = threading.Event()
-    shop = Workshop(
+    ctx = JobContext(
         table=JobTable(_settings.jobs_url),
         models=models,
         generate=generator.images,
@@ -86,7 +85,7 @@ async def _running() -> AsyncIterator[Context]:
         min_free_bytes=_settings.min_free_bytes,
         stopping=stopping,
     )
-    jobs = DatasetJobs(_settings, shop)
+    jobs = JobService(_settings, ctx)
 
     parts = (generator, classifier, authenticity, explainer, projector)
     readiness_reason: str | None = ""
@@ -121,8 +120,8 @@ async def _running() -> AsyncIterator[Context]:
             yield Context(
                 settings=_settings,
                 models=models,
-                jobs=jobs,
-                projections=ProjectionJobs(_settings, shop),
+                jobs=jobs.datasets,
+                projections=jobs.projections,
                 generate=generator.images,
                 draw=generator.draw,
                 classify=classifier.logits,

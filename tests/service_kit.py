@@ -38,10 +38,9 @@ from services.gateway.dependencies import Context
 from services.gateway.heat_maps import HeatMaps
 from services.gateway.uploads import Uploads
 from services.heat_maps import HeatMap
-from services.jobs.projection_jobs import ProjectionJobs
-from services.jobs.service import DatasetJobs
+from services.jobs.context import JobContext
+from services.jobs.service import JobService
 from services.jobs.table import JobTable
-from services.jobs.workshop import Workshop
 from services.models import Models
 from services.projections import Projected, Task
 from services.samples import Image, Options, Samples, pack
@@ -182,10 +181,10 @@ class Service:
     classifier: LocalClassifier
     explainer: FakeExplainer
     projector: LocalProjector
-    jobs: DatasetJobs
+    jobs: JobService
     models: Models
     settings: Settings
-    shop: Workshop
+    ctx: JobContext
 
     def ask(self, body: Mapping[str, Any], **headers: str) -> dict[str, Any]:
         """Ask for a dataset that is accepted."""
@@ -233,7 +232,7 @@ class Parts:
     projector: LocalProjector
     models: Models
     settings: Settings
-    running: list[tuple[DatasetJobs, Workshop]] = field(default_factory=list)
+    running: list[tuple[JobService, JobContext]] = field(default_factory=list)
 
 
 def assemble(bundles: Path | str, data_dir: Path, **settings: Any) -> Parts:
@@ -248,7 +247,7 @@ def assemble(bundles: Path | str, data_dir: Path, **settings: Any) -> Parts:
     @asynccontextmanager
     async def running() -> AsyncIterator[Context]:
         uploads = Uploads(values)
-        shop = Workshop(
+        ctx = JobContext(
             table=JobTable(values.jobs_url),
             models=models,
             generate=generator.images,
@@ -265,8 +264,8 @@ def assemble(bundles: Path | str, data_dir: Path, **settings: Any) -> Parts:
             storage=values.storage,
             min_free_bytes=values.min_free_bytes,
         )
-        jobs = DatasetJobs(values, shop)
-        parts.running.append((jobs, shop))
+        jobs = JobService(values, ctx)
+        parts.running.append((jobs, ctx))
 
         async def not_ready() -> str | None:
             return "; ".join(models.check().values()) or await asyncio.to_thread(jobs.not_ready)
@@ -279,8 +278,8 @@ def assemble(bundles: Path | str, data_dir: Path, **settings: Any) -> Parts:
             yield Context(
                 settings=values,
                 models=models,
-                jobs=jobs,
-                projections=ProjectionJobs(values, shop),
+                jobs=jobs.datasets,
+                projections=jobs.projections,
                 generate=generator.images,
                 draw=draw_ws,
                 classify=classifier.logits,
@@ -290,7 +289,7 @@ def assemble(bundles: Path | str, data_dir: Path, **settings: Any) -> Parts:
                 heat_maps=HeatMaps(values, explainer.heat_map),
                 not_ready=not_ready,
                 not_alive=not_alive,
-                stopping=shop.stopping,
+                stopping=ctx.stopping,
             )
         finally:
             uploads.close()
@@ -320,7 +319,7 @@ def service(bundles: Path | str, data_dir: Path, **settings: Any) -> Iterator[Se
     """A service in this process, running."""
     parts = assemble(bundles, data_dir, **settings)
     with TestClient(parts.app, base_url="http://localhost", raise_server_exceptions=False) as client:
-        jobs, shop = parts.running[0]
+        jobs, ctx = parts.running[0]
         try:
             yield Service(
                 client,
@@ -331,7 +330,7 @@ def service(bundles: Path | str, data_dir: Path, **settings: Any) -> Iterator[Se
                 jobs,
                 parts.models,
                 parts.settings,
-                shop,
+                ctx,
             )
         finally:
             parts.generator.gate.set()

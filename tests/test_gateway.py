@@ -298,7 +298,7 @@ def test_what_is_wrong_with_an_images_request_is_named(served: Service, body: di
 
 def test_a_generator_that_is_away_or_fails_is_told_apart(served: Service) -> None:
     # A dataset of an earlier test that is still at work would meet the failures in place of these calls.
-    wait_for(lambda: not any(job.active for job in served.jobs.page(100)))
+    wait_for(lambda: not any(job.active for job in served.jobs.datasets.page(100)))
     served.generator.failures.append(InferenceUnavailableError("the generator does not answer"))
     away = served.client.post("/v1/images", json={"classes": {"benign": 1}})
     problem(away, 503, "not-ready")

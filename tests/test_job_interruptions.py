@@ -26,7 +26,7 @@ from flaky_storage import EndpointConnectionError, failing
 from postgres import Postgres, running_postgres
 from service_kit import Service, make_directly, service, wait_for
 from services.errors import DatabaseUnavailableError, InferenceUnavailableError, InferenceUnreachableError
-from services.jobs import projecting, work, workflow, workshop
+from services.jobs import context, execution, projection, workflow
 from services.jobs.database import database_errors
 from services.jobs.lease import Lease
 from services.jobs.table import JobTable
@@ -49,7 +49,7 @@ def storage() -> Iterator[None]:
 
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workshop, "_FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(context, "_FIRST_PAUSE_SECONDS", 0.01)
 
 
 def stored(running: Service, job_id: str) -> dict[str, bytes]:
@@ -147,12 +147,12 @@ START = """
 import sys, threading
 from pathlib import Path
 from types import SimpleNamespace
-from services.jobs.service import DatasetJobs
+from services.jobs.service import JobService
 from services.jobs.table import JobTable
 from services.settings import Settings
 settings = Settings(_env_file=None, data_dir=Path(sys.argv[1]), database_url=sys.argv[2] or None)
-shop = SimpleNamespace(table=JobTable(settings.jobs_url), stopping=threading.Event(), submitting=set())
-jobs = DatasetJobs(settings, shop)
+ctx = SimpleNamespace(table=JobTable(settings.jobs_url), stopping=threading.Event(), submitting=set())
+jobs = JobService(settings, ctx)
 print("starting", flush=True)
 sys.stdin.readline()
 jobs.start()
@@ -356,11 +356,11 @@ def test_a_projection_whose_upload_was_interrupted_fails_and_may_be_asked_for_ag
                 write(store, name, data)
 
             patch.setattr(Store, "write", killed)
-            patch.setattr(work, "remove_files", lambda *_: (_ for _ in ()).throw(DermisError("killed")))
+            patch.setattr(execution, "remove_files", lambda *_: (_ for _ in ()).throw(DermisError("killed")))
             files = [("files", (f"{i}.png", encode(np.zeros((9, 9, 3), np.uint8)), "image/png")) for i in range(2)]
             sent = running.client.post("/v1/projections?steps=3", files=files, headers={"Idempotency-Key": "k"})
             assert sent.status_code == 500
-        left = running.shop.table.active()[0]
+        left = running.ctx.table.active()[0]
         workflow.sweep()
         job = running.client.get(f"/v1/projections/{left.id}").json()
         assert (job["state"], job["error"]["type"]) == ("failed", "urn:dermis:problem:upload-interrupted")
@@ -375,14 +375,14 @@ def test_a_projection_whose_images_are_still_arriving_is_left_alone(
     tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arriving, arrived = threading.Event(), threading.Event()
-    write_inputs = projecting.write_inputs
+    write_inputs = projection.write_inputs
 
     def slowly(*arguments: Any) -> None:
         arriving.set()
         arrived.wait(60)
         write_inputs(*arguments)
 
-    monkeypatch.setattr(projecting, "write_inputs", slowly)
+    monkeypatch.setattr(projection, "write_inputs", slowly)
     with service(tiny_bundle.location, tmp_path / "data") as running:
         jobs: list[dict[str, Any]] = []
         sender = threading.Thread(target=lambda: jobs.append(project(running)))
@@ -398,9 +398,15 @@ def test_a_workflow_that_ended_in_an_error_is_started_again_and_keeps_what_is_fi
     tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failures = {"shard": 1, "finish": 1}
+    repeated_shards: list[int] = []
 
     def failing_once(name: str, function: Callable[..., str]) -> Callable[..., str]:
         def call(*arguments: Any) -> str:
+            if not failures["finish"]:
+                if name == "shard":
+                    repeated_shards.append(arguments[2])
+                else:
+                    time.sleep(1)  # time for shards that would run beside it, and write files that it does not remove
             if failures[name] and (name == "finish" or arguments[2] == 7):
                 failures[name] -= 1
                 raise psycopg.errors.ReadOnlySqlTransaction("as DBOS passes it on")
@@ -408,17 +414,18 @@ def test_a_workflow_that_ended_in_an_error_is_started_again_and_keeps_what_is_fi
 
         return call
 
-    monkeypatch.setattr(work, "make_shard", failing_once("shard", work.make_shard))
-    monkeypatch.setattr(work, "finish", failing_once("finish", work.finish))
+    monkeypatch.setattr(execution, "run_shard", failing_once("shard", execution.run_shard))
+    monkeypatch.setattr(execution, "finish", failing_once("finish", execution.finish))
     with service(tiny_bundle.location, tmp_path / "data", lease_seconds=1) as running:
         dataset = running.wait(running.ask(REQUEST))
         assert dataset["state"] == "succeeded", dataset
         assert failures == {"shard": 0, "finish": 0}
+        assert repeated_shards == []
         assert stored(running, dataset["id"]) == expected(tiny_bundle, tmp_path / "direct")
         assert running.generator.calls == 12
 
 
-@pytest.mark.parametrize("step", ["make_shard", "finish"])
+@pytest.mark.parametrize("step", ["run_shard", "finish"])
 def test_a_workflow_that_fails_for_ever_is_given_up(
     tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
@@ -427,7 +434,7 @@ def test_a_workflow_that_fails_for_ever_is_given_up(
     def broken(*_: Any) -> str:
         raise RuntimeError("a fault of ours")
 
-    monkeypatch.setattr(work, step, broken)
+    monkeypatch.setattr(execution, step, broken)
     with service(tiny_bundle.location, tmp_path / "data", lease_seconds=1) as running:
         dataset = running.wait(running.ask(REQUEST))
         assert dataset["state"] == "failed"
@@ -441,11 +448,11 @@ def test_a_sweep_that_looked_just_before_a_job_ended_leaves_its_files(
     with service(tiny_bundle.location, tmp_path / "data") as running:
         running.generator.gate.clear()
         asked = running.ask(REQUEST)
-        seen = running.shop.table.active()
+        seen = running.ctx.table.active()
         running.generator.gate.set()
         assert running.wait(asked)["state"] == "succeeded"
         wait_for(lambda: (status := workflow.DBOS.get_workflow_status(asked["id"])) and status.status == "SUCCESS")
-        monkeypatch.setattr(running.shop.table, "active", lambda: seen)
+        monkeypatch.setattr(running.ctx.table, "active", lambda: seen)
         workflow.sweep()
         assert running.client.get(asked["links"]["self"]).json()["state"] == "succeeded"
         assert stored(running, asked["id"]) == expected(tiny_bundle, tmp_path / "direct")
@@ -455,7 +462,7 @@ def test_a_second_worker_that_fails_on_an_ended_job_changes_nothing(tmp_path: Pa
     table = JobTable(f"sqlite:///{tmp_path}/jobs.sqlite")
     table.open()
     for job_id in ("ds_1", "ds_2"):
-        table.create(job_id, {}, model=("tiny", "0"), samples=1, shards=1, body_hash="a")
+        table.create(job_id, {}, kind="dataset", model=("tiny", "0"), samples=1, shards=1, body_hash="a")
     table.finish("ds_1", "succeeded")
     table.record_error("ds_1", {"title": "late"})
     table.record_error("ds_2", {"title": "early"})
@@ -470,7 +477,7 @@ def test_a_second_worker_that_fails_on_an_ended_job_changes_nothing(tmp_path: Pa
 def test_a_service_that_does_not_answer_is_waited_for_longer_than_one_that_cannot(
     tiny_bundle: Bundle, tmp_path: Path, hurried: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workshop, "_PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(context, "_UNAVAILABLE_SECONDS", 0.0)
     few = REQUEST | {"shard_size": 100}
     with service(tiny_bundle.location, tmp_path / "data", shard_concurrency=1) as running:
         running.generator.failures += [InferenceUnreachableError("restarting")] * 5

@@ -16,7 +16,7 @@ from dermis.dataset.store import Store
 from dermis.dataset.verify import verify
 from service_kit import Service, make_directly, service, wait_for
 from services.errors import InferenceFailedError, InferenceUnavailableError
-from services.jobs import workflow, workshop
+from services.jobs import context, workflow
 from services.jobs.lease import executor_slot
 from services.jobs.table import IdempotencyConflictError, Job, JobTable, TooManyActiveError
 
@@ -135,7 +135,7 @@ def test_a_disk_that_is_nearly_full_refuses_new_work(tiny_bundle: Bundle, tmp_pa
 def test_a_generator_that_comes_back_is_waited_for_and_one_that_keeps_failing_is_not(
     tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workshop, "_FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(context, "_FIRST_PAUSE_SECONDS", 0.01)
     few = REQUEST | {"shard_size": 50}
     with service(tiny_bundle.location, tmp_path / "data", shard_concurrency=1) as running:
         running.generator.failures += [InferenceUnavailableError("restarting"), InferenceFailedError("once")]
@@ -184,7 +184,9 @@ def table(tmp_path: Path) -> JobTable:
 
 
 def create(table: JobTable, job_id: str, **values: Any) -> tuple[Job, bool]:
-    return table.create(job_id, {}, model=("tiny", "0"), samples=10, shards=2, **({"body_hash": "a"} | values))
+    return table.create(
+        job_id, {}, kind="dataset", model=("tiny", "0"), samples=10, shards=2, **({"body_hash": "a"} | values)
+    )
 
 
 def test_the_table_keeps_keys_and_limits(table: JobTable) -> None:

@@ -22,7 +22,6 @@ from dermis.projection.result import from_bytes
 from dermis.synthesizer import Synthesizer
 from service_kit import Service, service, wait_for
 from services.errors import InferenceUnavailableError
-from services.jobs.removal import expire_projections
 from tiny import make_bundle
 from tiny_index import make_complete_bundle
 
@@ -134,17 +133,17 @@ def test_stopping_removes_the_images_at_once(running: Service) -> None:
     assert running.client.delete(f"/v1/projections/{job['id']}").status_code == 404
     wait_for(lambda: running.projector.cancelled and stored(running, job) == [])
     running.projector.gate.set()
-    wait_for(lambda: not running.shop.table.active())
-    expire_projections(running.shop, 3600)
-    assert running.shop.table.get(job["id"]) is None
+    wait_for(lambda: not running.ctx.table.active())
+    running.jobs.projections.remove_expired(3600)
+    assert running.ctx.table.get(job["id"]) is None
 
 
 def test_ended_projections_expire_and_datasets_do_not(running: Service) -> None:
     job = wait(running, ask(running, noise(1)))
     dataset = running.wait(running.ask({"model": "tiny", "classes": {"benign": 1}}))
-    expire_projections(running.shop, 3600)
+    running.jobs.projections.remove_expired(3600)
     assert running.client.get(f"/v1/projections/{job['id']}").json()["expires_at"] > job["finished_at"]
-    expire_projections(running.shop, -1)
+    running.jobs.projections.remove_expired(-1)
     assert running.client.get(f"/v1/projections/{job['id']}").status_code == 404
     assert stored(running, job) == []
     assert running.client.get(dataset["links"]["self"]).status_code == 200
@@ -155,7 +154,7 @@ def test_a_job_goes_on_after_a_restart(bundle: Bundle, tmp_path: Path) -> None:
         first.projector.gate.clear()
         job = ask(first, noise(9))
         wait_for(lambda: first.projector.calls == 1)
-        first.shop.stopping.set()
+        first.ctx.stopping.set()
     with service(bundle.location, tmp_path / "data") as second:
         found = wait(second, job)
         assert found["state"] == "succeeded" and len(found["data"]) == 9
@@ -212,10 +211,10 @@ def test_images_that_cannot_be_kept_leave_no_job(running: Service, monkeypatch: 
     def full(*_: object) -> None:
         raise StorageError("the storage is full", kind="storage-full")
 
-    monkeypatch.setattr("services.jobs.projecting.write_inputs", full)
+    monkeypatch.setattr("services.jobs.projection.write_inputs", full)
     files = [("files", ("x.png", encode(noise(1)[0]), "image/png"))]
     assert running.client.post("/v1/projections", files=files).status_code == 507
-    assert running.shop.table.active() == [] and not list(Path(running.settings.storage).iterdir())
+    assert running.ctx.table.active() == [] and not list(Path(running.settings.storage).iterdir())
 
 
 def test_a_projector_that_cannot_tell_its_progress_is_no_failure(running: Service) -> None:
@@ -223,7 +222,7 @@ def test_a_projector_that_cannot_tell_its_progress_is_no_failure(running: Servic
         raise InferenceUnavailableError("no answer")
 
     running.projector.gate.clear()
-    object.__setattr__(running.shop, "projection_steps", silent)
+    object.__setattr__(running.ctx, "projection_steps", silent)
     job = ask(running, noise(1))
     wait_for(lambda: running.projector.calls == 1)
     time.sleep(1.5)  # it has been asked by then

@@ -391,8 +391,8 @@ def test_an_upload_that_does_not_arrive_is_given_up(tmp_path: Path) -> None:
 
     from starlette.requests import Request
 
-    from services.gateway.problems import ProblemError
     from services.gateway.uploads import Uploads
+    from services.problems import ProblemError
     from services.settings import Settings
 
     async def never() -> Any:

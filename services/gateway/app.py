@@ -24,7 +24,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from dermis import __version__
 from dermis.classifier.description import NOTICE
 from dermis.dataset.request import DatasetRequest
-from services.gateway import metrics, origins, problems
+from services import metrics
+from services.gateway import origins, problems
 from services.gateway.dependencies import Context
 from services.gateway.latent_schemas import EditsRequest
 from services.gateway.problems import problem_response
@@ -42,6 +43,7 @@ from services.gateway.routes import (
 )
 from services.gateway.routes.answers import PROBLEM_CONTENT
 from services.gateway.schemas import Dataset, ImagesRequest
+from services.problems import KINDS
 from services.settings import Settings
 
 logger = logging.getLogger("dermis.http")
@@ -119,11 +121,11 @@ class RequestMiddleware:
         try:
             await self._app(scope, receive, send_with_id)
         except Exception as error:
-            found = problems.problem_of(error)
-            if found.kind == "internal":
+            cause = problems.problem_of(error)
+            if cause.kind == "internal":
                 logger.exception("request failed", extra={"id": request_id})
             if status == 0:
-                response = problem_response(Request(scope), found.kind, found.detail, headers=found.headers)
+                response = problem_response(Request(scope), cause.kind, cause.detail, headers=cause.headers)
                 await response(scope, receive, send_with_id)
         finally:
             seconds = time.perf_counter() - started
@@ -178,7 +180,7 @@ def _add_refusals(document: dict[str, Any]) -> None:
             if method.upper() not in origins.SAFE_METHODS:
                 kinds.append("cross-origin")
             for kind in kinds:
-                status, title = problems.KINDS[kind]
+                status, title = KINDS[kind]
                 entry = operation["responses"].setdefault(str(status), {"description": "", "content": PROBLEM_CONTENT})
                 text = f"{title} (`{kind}`)"
                 if text not in entry["description"]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from starlette.requests import ClientDisconnect, Request
 
-from services.gateway.problems import ProblemError
+from services.problems import ProblemError
 
 
 async def read_bytes(request: Request, limit: int) -> bytes:

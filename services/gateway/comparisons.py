@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from services.gateway.problems import ProblemError
+from services.problems import ProblemError
 
 _WINDOW_SECONDS = 60.0
 

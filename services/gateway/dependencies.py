@@ -21,37 +21,28 @@ from dermis.dataset.request import DatasetRequest
 from services.gateway.bodies import read_bytes
 from services.gateway.comparisons import Comparisons
 from services.gateway.heat_maps import HeatMaps
-from services.gateway.problems import FieldError, ProblemError, field_errors, invalid_request
 from services.gateway.uploads import Uploads
-from services.jobs.projecting import ProjectionOptions
+from services.jobs.context import FileInfo
+from services.jobs.projection import ProjectionOptions
 from services.jobs.table import Job
 from services.models import Models
 from services.pixels import Classify, FindNearest
+from services.problems import FieldError, ProblemError, field_errors, invalid_request
 from services.samples import Draw, Generate
 from services.settings import Settings
 
 _MAX_DEPTH = 32
 _KEY = re.compile(r"[\x21-\x7e]{1,255}")
-_DATASET_ID = re.compile(r"ds_[0-9a-f]{32}")
-_PROJECTION_ID = re.compile(r"pr_[0-9a-f]{32}")
+_JOB_ID = re.compile(r"[a-z]{2}_[0-9a-f]{32}")
 
 M = TypeVar("M", bound=BaseModel)
 
 
-@dataclass(frozen=True)
-class FileInfo:
-    """One file of a finished dataset, as its manifest lists it."""
-
-    name: str
-    bytes: int
-    sha256: str
-
-
 class Jobs(Protocol):
-    """The dataset jobs, as the routes see them. Blocking; call them in a thread."""
+    """The dataset jobs that routes need (`services.jobs.service.DatasetJobs`). Blocking; call them in a thread."""
 
     def submit(self, request: DatasetRequest, idempotency_key: str | None) -> Job:
-        """Start a job, or find the one of this key. RequestError, BundleError or ProblemError if it cannot be."""
+        """Start a job, or return the one that this key started. See `services.jobs.service.DatasetJobs.submit`."""
 
     def get(self, job_id: str) -> Job | None:
         """The job, or None."""
@@ -73,12 +64,12 @@ class Jobs(Protocol):
 
 
 class Projections(Protocol):
-    """The projection jobs, as the routes see them. Blocking; call them in a thread."""
+    """The projection jobs that routes need (`services.jobs.service.ProjectionJobs`). Blocking; call them in a thread."""
 
     def submit(
         self, bundle: Bundle, options: ProjectionOptions, images: Sequence[NDArray[np.uint8]], key: str | None = None
     ) -> Job:
-        """Start a job, or find the one of this key. ProblemError if it cannot be."""
+        """Start a job, or return the one that this key started. See `services.jobs.service.ProjectionJobs.submit`."""
 
     def get(self, job_id: str) -> Job | None:
         """The job, or None."""
@@ -87,7 +78,7 @@ class Projections(Protocol):
         """Ask an active job to stop and return it; remove an ended one with its files and return None."""
 
     def results(self, job: Job) -> list[Mapping[str, Any]]:
-        """Of a succeeded job, of each image its facts and its files."""
+        """The results of a succeeded job: one row per image, with the names of its files."""
 
     def latents(self, job: Job, image: int) -> NDArray[np.float32]:
         """ws [num_ws, w_dim] of one image of a succeeded job."""
@@ -233,14 +224,9 @@ def idempotency_key(
 IdempotencyKey = Annotated[str | None, Depends(idempotency_key)]
 
 
-def is_dataset_id(value: str) -> bool:
-    """Whether `value` has the form of a dataset's id."""
-    return _DATASET_ID.fullmatch(value) is not None
-
-
-def is_projection_id(value: str) -> bool:
-    """Whether `value` has the form of a projection's id."""
-    return _PROJECTION_ID.fullmatch(value) is not None
+def is_job_id(value: str) -> bool:
+    """Whether `value` has the form of a job's id, so that it can be looked up. The table has the kind of the job."""
+    return _JOB_ID.fullmatch(value) is not None
 
 
 def negotiate(accept: str | None, offers: Sequence[str]) -> str | None:

@@ -11,8 +11,8 @@ from typing import IO
 
 from starlette.responses import Response, StreamingResponse
 
-from services.gateway.dependencies import FileInfo
-from services.gateway.problems import ProblemError
+from services.jobs.context import FileInfo
+from services.problems import ProblemError
 
 OpenFile = Callable[[], AbstractContextManager[IO[bytes]]]
 

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from dermis.bundle import Bundle
 from dermis.errors import RequestError
 from dermis.explain.attribution import Method
-from services.gateway.problems import ProblemError
 from services.heat_maps import Explain, HeatMap
+from services.problems import ProblemError
 from services.settings import Settings
 
 _BUSY = {"Retry-After": "10"}

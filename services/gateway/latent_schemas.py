@@ -13,8 +13,8 @@ from dermis.directions.edit import MAX_STRENGTH
 from dermis.imaging import ImageFormat
 from dermis.latents import MAX_INDEX, MAX_SEED
 from dermis.network_config import NoiseMode
-from services.gateway.problems import Problem
 from services.gateway.schemas import Answer, ModelRef
+from services.problems import Problem
 
 
 class EditedProjection(BaseModel):

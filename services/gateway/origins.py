@@ -19,7 +19,8 @@ from urllib.parse import urlsplit
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from services.gateway.problems import ProblemError, problem_response
+from services.gateway.problems import problem_response
+from services.problems import ProblemError
 from services.settings import Settings
 
 # Orchestrators probe by the address of the pod or the container; the answers hold nothing that is private.

@@ -10,7 +10,7 @@ from dermis.dataset.request import EditOption, classes_of
 from dermis.directions.edit import bundle_offset
 from dermis.errors import RequestError
 from services.gateway.dependencies import Context
-from services.gateway.problems import ProblemError
+from services.problems import ProblemError
 from services.samples import Image
 
 _BUSY = {"Retry-After": "5"}

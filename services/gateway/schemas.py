@@ -17,8 +17,8 @@ from dermis.explain.attribution import Method
 from dermis.imaging import ImageFormat
 from dermis.latents import MAX_INDEX, MAX_SEED
 from dermis.network_config import NoiseMode
-from services.gateway.problems import Problem
 from services.jobs.table import Job
+from services.problems import Problem
 
 State = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
 

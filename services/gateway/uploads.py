@@ -24,7 +24,7 @@ from dermis.imaging import Images
 from dermis.reading import FORMATS, ImageError
 from services.gateway.bodies import read_bytes
 from services.gateway.decoding import Decoder
-from services.gateway.problems import FieldError, ProblemError, invalid_request
+from services.problems import FieldError, ProblemError, invalid_request
 from services.settings import Settings
 
 FIELD = "files"

@@ -1,4 +1,4 @@
-"""The connection to the jobs database: the engine, what its errors mean, and the lock under which tables are created."""
+"""The connection to the jobs database: the engine, its transient errors, and the lock for changes of the schema."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _CONNECT_SECONDS = 10
 _SCHEMA_LOCK = 0x6465726D6973  # any number that no other application on the database uses
 _SCHEMA_LOCK_SECONDS = 300.0
 _SCHEMA_POLL_SECONDS = 0.2
-_READ_ONLY = "25006"  # a standby answers, as during a failover
+_READ_ONLY = "25006"  # SQLSTATE of a standby server, which responds during a failover
 
 
 def make_engine(url: str) -> sa.Engine:
-    """The engine of the jobs table on SQLite or PostgreSQL."""
+    """Create the SQLAlchemy engine for a URL of SQLite or PostgreSQL."""
     parsed = sa.make_url(url)
     if parsed.get_backend_name() != "sqlite":
         arguments = {} if "connect_timeout" in parsed.query else {"connect_timeout": _CONNECT_SECONDS}
@@ -32,13 +32,13 @@ def make_engine(url: str) -> sa.Engine:
 
     @sa.event.listens_for(engine, "connect")
     def _on_connect(connection: Any, _record: Any) -> None:
-        connection.isolation_level = None  # transactions begin where we say so, below
+        connection.isolation_level = None  # _on_begin starts transactions, not the driver
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=NORMAL")
 
     @sa.event.listens_for(engine, "begin")
     def _on_begin(connection: sa.Connection) -> None:
-        # A write takes SQLite's one write lock first: a read that later turns into a write could not wait for it.
+        # A write takes SQLite's only write lock at once: a read that later turns into a write could not wait for it.
         write = connection.get_execution_options().get("dermis_write", False)
         connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
 
@@ -47,7 +47,7 @@ def make_engine(url: str) -> sa.Engine:
 
 @contextmanager
 def database_errors() -> Iterator[None]:
-    """Raise DatabaseUnavailableError for what the same call may not raise later: a lost connection, a lock, a restart."""
+    """Raise DatabaseUnavailableError for transient errors: a lost connection, a lock, a restart of the server."""
     try:
         yield
     except sa.exc.SQLAlchemyError as error:
@@ -57,13 +57,13 @@ def database_errors() -> Iterator[None]:
 
 
 def _is_interruption(error: sa.exc.SQLAlchemyError) -> bool:
-    """Whether an error says that the database is away, restarting, locked or too busy."""
-    if isinstance(error, sa.exc.TimeoutError):  # every connection is in use
+    """Whether an error says that the database cannot be reached, restarts, is locked or is too busy."""
+    if isinstance(error, sa.exc.TimeoutError):  # all connections are in use
         return True
     if not isinstance(error, sa.exc.DBAPIError):
         return False
     text = str(error.orig)
-    if "database or disk is full" in text or "no such table" in text:  # SQLite's, of the same class as a lock
+    if "database or disk is full" in text or "no such table" in text:  # SQLite has one class for these and for locks
         return False
     if error.connection_invalidated or isinstance(error, sa.exc.OperationalError | sa.exc.InterfaceError):
         return True
@@ -72,9 +72,12 @@ def _is_interruption(error: sa.exc.SQLAlchemyError) -> bool:
 
 @contextmanager
 def schema_lock(engine: sa.Engine) -> Iterator[None]:
-    """Let one process at a time create or migrate tables, our own and those of DBOS.
+    """Let only one process at a time create or change tables, our own and those of DBOS.
 
-    SQLite needs none: a transaction that creates tables takes its write lock first.
+    On SQLite this does nothing: a transaction that changes tables takes the write lock first.
+
+    Raises:
+        DatabaseUnavailableError: If another process has held the lock for minutes.
     """
     if engine.dialect.name != "postgresql":
         yield
@@ -84,12 +87,12 @@ def schema_lock(engine: sa.Engine) -> Iterator[None]:
     with connection:
         deadline = time.monotonic() + _SCHEMA_LOCK_SECONDS
         try:
-            # Asked for again and again: DBOS creates indexes concurrently, which waits for every statement that is at work,
-            # one that waits for this lock included.
+            # Polled, because DBOS creates indexes concurrently, which waits for all running statements of other
+            # processes, and so for one that waits for this lock.
             while not connection.scalar(sa.text("SELECT pg_try_advisory_lock(:key)"), {"key": _SCHEMA_LOCK}):
                 if time.monotonic() > deadline:
                     raise DatabaseUnavailableError("another process has been creating tables for minutes; start again")
                 time.sleep(_SCHEMA_POLL_SECONDS)
             yield
         finally:
-            connection.invalidate()  # closes the connection, which frees the lock even if the server has gone meanwhile
+            connection.invalidate()  # closes the connection, which releases the lock even if the server was lost meanwhile

@@ -1,9 +1,9 @@
-"""Who is alive: a stable name for each worker process, a lease that it renews, and the taking over of dead workers' jobs.
+"""Names and leases of workers, which show whose unfinished jobs another worker has to take over.
 
-DBOS recovers a process's workflows only when a process of the same name starts again. So a worker's name must come back
-after a crash, and must never be borne by two live processes; and where the name does not come back (the machine is gone),
-another worker has to take over. Hence a numbered slot under an operating system lock, which dies with its process, and a
-lease in the jobs database, which runs out.
+DBOS recovers the workflows of a process only when a process of the same name starts again. A worker therefore needs the same
+name after a crash, and no two running processes may have the same name: the name contains a numbered slot, which a process
+holds by a lock of the operating system that ends with it. If a name does not come back (the machine is gone), another worker
+takes over when the lease in the jobs database has run out.
 """
 
 from __future__ import annotations
@@ -27,7 +27,12 @@ logger = logging.getLogger("dermis.jobs")
 
 @contextmanager
 def executor_slot(data_dir: Path, name: str | None = None) -> Iterator[str]:
-    """Hold a worker name that no other live process on this machine holds: `name`, or host name and slot number."""
+    """Hold a worker name that no other running process on this machine holds.
+
+    Args:
+        data_dir: The data folder of the service, which gets the lock files.
+        name: The name, if the operator has set one. Default: the host name and a slot number.
+    """
     if name is not None:
         yield name
         return
@@ -43,11 +48,11 @@ def executor_slot(data_dir: Path, name: str | None = None) -> Iterator[str]:
     try:
         yield f"{host}-{slot}"
     finally:
-        lock.close()  # and with it the lock
+        lock.close()  # this releases the lock
 
 
 def try_lock(path: Path) -> IO[str] | None:
-    """The file at `path` with a lock on it that ends with the process; None if another process has it."""
+    """Open the file at `path` with a lock that ends with the process; None if another process holds the lock."""
     file = path.open("a+", encoding="ascii")
     try:
         if os.name == "nt":
@@ -65,10 +70,14 @@ def try_lock(path: Path) -> IO[str] | None:
 
 
 class Lease:
-    """Renews this worker's lease three times in its length, and calls `sweep` as often, each in a thread of its own.
+    """Renews the lease of this worker three times in its length, and calls `sweep` as often, each in a thread of its own.
 
-    The argument of `sweep` says whether the leases of other workers show which of them are alive. It is False for the length
-    of a lease after the database could not be reached, because no worker could renew its lease.
+    Args:
+        table: The jobs table.
+        executor_id: The name of this worker.
+        seconds: The length of the lease.
+        sweep: Called with True if the leases of other workers show which of them are alive. It is called with False for the
+            length of a lease after the database could not be reached, because no worker could renew its lease.
     """
 
     def __init__(self, table: JobTable, executor_id: str, seconds: float, sweep: Callable[[bool], None]) -> None:
@@ -78,28 +87,29 @@ class Lease:
         self._sweep = sweep
         self._stopped = threading.Event()
         self._trusted_from = float("-inf")
-        # Apart, as a sweep may wait for the database for long after it is back.
+        # Two threads, because a sweep may wait for the database for a long time after it is back.
         self._threads = [
             threading.Thread(target=target, name=f"dermis-{name}", daemon=True)
-            for name, target in (("lease", self._renew_for_ever), ("sweep", self._sweep_for_ever))
+            for name, target in (("lease", self._renew_repeatedly), ("sweep", self._sweep_repeatedly))
         ]
 
     def start(self) -> None:
+        """Start both threads."""
         for thread in self._threads:
             thread.start()
 
-    def _renew_for_ever(self) -> None:
+    def _renew_repeatedly(self) -> None:
         pause = self._seconds / 3
         while not self._stopped.wait(pause):
             try:
                 self._table.renew_lease(self._executor_id, self._seconds)
                 pause = self._seconds / 3
-            except Exception as error:  # a database away for a while must not end the lease for ever
+            except Exception as error:  # an interruption of the database must not end this thread
                 logger.warning("lease not renewed", extra={"error": str(error)})
                 self._trusted_from = time.monotonic() + self._seconds
                 pause = min(1.0, self._seconds / 3)
 
-    def _sweep_for_ever(self) -> None:
+    def _sweep_repeatedly(self) -> None:
         while not self._stopped.wait(self._seconds / 3):
             try:
                 self._sweep(time.monotonic() >= self._trusted_from)
@@ -107,7 +117,7 @@ class Lease:
                 logger.warning("sweep not finished", extra={"error": str(error)})
 
     def stop(self) -> None:
-        """End the threads and give the lease up, so that others need not wait for it."""
+        """End the threads and the lease, so that other workers need not wait until it runs out."""
         self._stopped.set()
         for thread in self._threads:
             if thread.is_alive():

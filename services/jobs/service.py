@@ -1,4 +1,4 @@
-"""Dataset jobs as the gateway sees them: submit, look, stop, fetch. Puts the table, the workflow and the store together."""
+"""The jobs of one process: its life, and what the gateway does with datasets and projections."""
 
 from __future__ import annotations
 
@@ -7,55 +7,60 @@ import hashlib
 import json
 import logging
 import re
+import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from dermis.bundle import Bundle
 from dermis.dataset.manifest import MANIFEST, read_manifest
 from dermis.dataset.plan import plan_for
 from dermis.dataset.request import DatasetRequest, check_against
 from dermis.dataset.shards import check_space
-from dermis.errors import RequestError
-from services.gateway.dependencies import FileInfo
-from services.gateway.problems import ProblemError
-from services.jobs import removal, work, workflow
+from dermis.errors import DermisError, RequestError, StorageError
+from services.jobs import execution, projection, workflow
+from services.jobs.context import FileInfo, JobContext, ShutdownError
 from services.jobs.lease import Lease, executor_slot
-from services.jobs.table import IdempotencyConflictError, Job, JobTable, TooManyActiveError
-from services.jobs.workshop import ShutdownError, Workshop
+from services.jobs.projection import ProjectionOptions
+from services.jobs.table import Job
 from services.settings import Settings
 
 logger = logging.getLogger("dermis.jobs")
 
-PREFIX = "ds_"
-_LISTINGS_KEPT = 64
+_CACHED_LISTINGS = 64
 
 
-class DatasetJobs:
-    """The jobs of one process. `start` and `stop` bracket its life; every method blocks and may be called in any thread."""
+class JobService:
+    """The worker of this process, with the datasets and projections that it serves to the gateway.
 
-    def __init__(self, settings: Settings, shop: Workshop) -> None:
-        self._settings = settings
-        self._shop = shop
-        self._table: JobTable = shop.table
+    `start` and `stop` bracket its life. Every method blocks and may be called in any thread.
+    """
+
+    def __init__(self, settings: Settings, ctx: JobContext) -> None:
+        self._settings, self._ctx = settings, ctx
         self._stack = contextlib.ExitStack()
-        self._listings: OrderedDict[str, list[FileInfo]] = OrderedDict()
+        self.datasets = DatasetJobs(settings, ctx)
+        self.projections = ProjectionJobs(settings, ctx)
 
     def start(self) -> None:
-        """Take a worker name, launch the workflows, and go on with what was left unfinished."""
-        settings = self._settings
+        """Take a worker name, upgrade the database, launch the workflows, and continue unfinished jobs."""
+        settings, table = self._settings, self._ctx.table
         if settings.storage_url is None:
             Path(settings.storage).mkdir(parents=True, exist_ok=True)
         executor_id = self._stack.enter_context(executor_slot(settings.data_dir, settings.executor_id))
-        self._table.open()
-        self._remove_orphans()
-        # The lease first: others then know this worker for alive when its workflows start.
-        self._table.renew_lease(executor_id, settings.lease_seconds)
-        with self._table.schema_lock():
+        table.open()
+        self._remove_files_without_job()
+        # Before the workflows start, so that other workers do not take this one for dead.
+        table.renew_lease(executor_id, settings.lease_seconds)
+        with table.schema_lock():
             workflow.start(
-                self._shop,
+                self._ctx,
                 url=settings.jobs_url,
                 executor_id=executor_id,
                 shard_concurrency=settings.shard_concurrency,
@@ -65,113 +70,243 @@ class DatasetJobs:
         def sweep(leases_hold: bool) -> None:
             with contextlib.suppress(ShutdownError):
                 workflow.sweep(leases_hold)
-            removal.expire_projections(self._shop, settings.projection_keep_seconds)
+            self.projections.remove_expired(settings.projection_keep_seconds)
 
-        lease = Lease(self._table, executor_id, settings.lease_seconds, sweep)
+        lease = Lease(table, executor_id, settings.lease_seconds, sweep)
         self._stack.callback(lease.stop)
         lease.start()
 
     def stop(self) -> None:
-        """Stop between two batches. Unfinished jobs go on at the next start, or at another worker."""
+        """Stop between two batches. Unfinished jobs continue at the next start, or at another worker."""
         workflow.stop()
         self._stack.close()
-        self._table.close()
+        self._ctx.table.close()
 
-    def _remove_orphans(self) -> None:
+    def not_ready(self) -> str | None:
+        """Why jobs cannot be accepted or shown now; None if they can."""
+        try:
+            self._ctx.table.count_by_state("dataset")
+        except Exception as error:  # whatever the driver raises
+            logger.warning("jobs database", extra={"error": str(error), "cause": str(error.__cause__)[:200]})
+            return "the jobs database cannot be reached"
+        return None
+
+    def _remove_files_without_job(self) -> None:
         """Remove the files of jobs that are not in the table, where both belong to this service alone."""
         if self._settings.storage_url is not None or self._settings.database_url is not None:
             return
         for folder in Path(self._settings.storage).iterdir():
-            if re.fullmatch(r"(ds|pr)_[0-9a-f]{32}", folder.name) and self._table.get(folder.name) is None:
+            if re.fullmatch(r"(ds|pr)_[0-9a-f]{32}", folder.name) and self._ctx.table.get(folder.name) is None:
                 logger.warning("files without a job removed", extra={"job": folder.name})
-                work.remove_files(self._shop, folder.name)
+                execution.remove_files(self._ctx, folder.name)
+
+
+class DatasetJobs:
+    """The dataset jobs. Every method blocks and may be called in any thread."""
+
+    def __init__(self, settings: Settings, ctx: JobContext) -> None:
+        self._settings, self._ctx = settings, ctx
+        self._listings: OrderedDict[str, list[FileInfo]] = OrderedDict()
 
     def submit(self, request: DatasetRequest, idempotency_key: str | None = None) -> Job:
-        """Start a job, or find the one that this key started."""
-        settings = self._settings
-        bundle = self._shop.models.serving(request.model)
+        """Start a job, or return the one that this key started.
+
+        Raises:
+            RequestError: If the model cannot do what the request asks for.
+            BundleError: If the model cannot be served.
+            IdempotencyConflictError: If the key was used for another request.
+            TooManyActiveError: If as many datasets are active as the settings allow.
+            StorageError: If there is not enough space.
+            DatabaseUnavailableError: If the database cannot be reached.
+        """
+        settings, ctx = self._settings, self._ctx
+        bundle = ctx.models.serving(request.model)
         check_against(request, bundle, settings.max_samples_per_dataset)
-        planned = plan_for(request, bundle)
-        if planned.shards > settings.max_shards_per_dataset:
-            message = (
-                f"{planned.shards} shards; at most {settings.max_shards_per_dataset} are allowed: choose larger ones"
-            )
+        plan = plan_for(request, bundle)
+        if plan.shards > settings.max_shards_per_dataset:
+            message = f"{plan.shards} shards; at most {settings.max_shards_per_dataset} are allowed: choose larger ones"
             raise RequestError("shard_size", message, kind="request-too-large")
-        job_id = f"{PREFIX}{uuid.uuid4().hex}"
+        job_id = f"ds_{uuid.uuid4().hex}"
         body = request.model_dump(mode="json")
-        # A body without noise_mode meant const before that default changed; a repeated request must find its job.
-        earlier = [] if "noise_mode" in request.model_fields_set else [_hash_of(body | {"noise_mode": "const"})]
-        self._shop.check_space()
-        check_space(planned, self._shop.store(job_id), bundle.generator.img_resolution)
-        self._shop.submitting.add(job_id)
-        try:
-            job, new = self._table.create(
+        # A body without noise_mode meant const before that default changed; a repeated request must get its job.
+        earlier_hashes = [] if "noise_mode" in request.model_fields_set else [_hash_of(body | {"noise_mode": "const"})]
+        ctx.check_space()
+        check_space(plan, ctx.store(job_id), bundle.generator.img_resolution)
+        with _submitting(ctx, job_id):
+            job, new = ctx.table.create(
                 job_id,
                 body,
+                kind="dataset",
                 model=(bundle.name, bundle.digest),
-                samples=planned.samples,
-                shards=planned.shards,
+                samples=plan.samples,
+                shards=plan.shards,
                 body_hash=_hash_of(body),
-                earlier_hashes=earlier,
+                earlier_hashes=earlier_hashes,
                 idempotency_key=idempotency_key,
                 max_active=settings.max_active_datasets,
                 owner=workflow.executor_id(),
             )
             if new:
                 workflow.submit(job)
-        except IdempotencyConflictError:
-            raise ProblemError(
-                "idempotency-conflict", "this Idempotency-Key was used for another request; use a new one"
-            ) from None
-        except TooManyActiveError:
-            detail = f"{settings.max_active_datasets} datasets are queued or running; try again when one has ended"
-            raise ProblemError("too-many-requests", detail, headers={"Retry-After": "30"}) from None
-        finally:
-            self._shop.submitting.discard(job_id)
         return job
 
-    def not_ready(self) -> str | None:
-        """Why jobs cannot be taken or shown now; None if they can."""
-        try:
-            self._table.count_by_state()
-        except Exception as error:  # whatever the driver raises
-            logger.warning("jobs database", extra={"error": str(error), "cause": str(error.__cause__)[:200]})
-            return "the jobs database cannot be reached"
-        return None
-
     def get(self, job_id: str) -> Job | None:
-        return self._table.get(job_id)
+        """The dataset job, or None."""
+        return self._ctx.table.get(job_id, "dataset")
 
     def page(self, limit: int, *, before: int | None = None, state: str | None = None) -> list[Job]:
-        return self._table.page(PREFIX, limit, before=before, state=state)
+        """Dataset jobs, newest first.
+
+        Args:
+            limit: The maximum number of jobs.
+            before: The sequence number below which the page begins.
+            state: Only jobs in this state.
+        """
+        return self._ctx.table.page("dataset", limit, before=before, state=state)
 
     def count_by_state(self) -> Mapping[str, int]:
-        return self._table.count_by_state(PREFIX)
+        """The number of datasets in each state."""
+        return self._ctx.table.count_by_state("dataset")
 
     def cancel_or_delete(self, job_id: str) -> Job | None:
         """Ask an active job to stop and return it; remove an ended one with its files and return None."""
-        job = removal.cancel_or_delete(self._shop, job_id)
+        job = workflow.cancel_or_delete(self._ctx, job_id)
         if job is None:
             self._listings.pop(job_id, None)
         return job
 
     def files(self, job: Job) -> list[FileInfo]:
-        """The files of a succeeded job: those that its manifest lists, and the manifest."""
-        known = self._listings.get(job.id)
-        if known is None:
-            store = self._shop.store(job.id)
+        """The files of a job that has succeeded: those that its manifest lists, and the manifest."""
+        listing = self._listings.get(job.id)
+        if listing is None:
+            store = self._ctx.store(job.id)
             data = store.read(MANIFEST)
             manifest = read_manifest(store)
-            known = [FileInfo(file.name, file.bytes, file.sha256) for file in manifest.files]
-            known.append(FileInfo(MANIFEST, len(data), hashlib.sha256(data).hexdigest()))
-            self._listings[job.id] = known
-            while len(self._listings) > _LISTINGS_KEPT:
+            listing = [FileInfo(file.name, file.bytes, file.sha256) for file in manifest.files]
+            listing.append(FileInfo(MANIFEST, len(data), hashlib.sha256(data).hexdigest()))
+            self._listings[job.id] = listing
+            while len(self._listings) > _CACHED_LISTINGS:
                 self._listings.popitem(last=False)
-        return known
+        return listing
 
     def open(self, job: Job, name: str) -> AbstractContextManager[IO[bytes]]:
         """One of `files`, open for reading and seeking."""
-        return self._shop.store(job.id).open(name)
+        return self._ctx.store(job.id).open(name)
+
+
+class ProjectionJobs:
+    """The projection jobs. Every method blocks and may be called in any thread."""
+
+    def __init__(self, settings: Settings, ctx: JobContext) -> None:
+        self._settings, self._ctx = settings, ctx
+
+    def submit(
+        self, bundle: Bundle, options: ProjectionOptions, images: Sequence[NDArray[np.uint8]], key: str | None = None
+    ) -> Job:
+        """Start a job, or return the one that this key started.
+
+        Args:
+            bundle: The model to project with.
+            options: The request.
+            images: uint8 squares [R, R, 3] at the resolution of the generator.
+            key: The idempotency key of the caller.
+
+        Raises:
+            IdempotencyConflictError: If the key was used for another request.
+            TooManyActiveError: If as many projections are active as the settings allow.
+            StorageError: If the images cannot be stored.
+            DatabaseUnavailableError: If the database cannot be reached.
+        """
+        ctx = self._ctx
+        job_id = f"pr_{uuid.uuid4().hex}"
+        body = options.model_dump(mode="json")
+        digest = hashlib.sha256(json.dumps([body, bundle.digest], sort_keys=True).encode())
+        for image in images:
+            digest.update(image.tobytes())
+        ctx.check_space()
+        with _submitting(ctx, job_id):
+            job, new = ctx.table.create(
+                job_id,
+                body,
+                kind="projection",
+                model=(bundle.name, bundle.digest),
+                samples=options.images * options.steps,
+                shards=projection.shards_of(options.images),
+                body_hash=digest.hexdigest(),
+                idempotency_key=key,
+                max_active=self._settings.max_active_projections,
+                owner=workflow.executor_id(),
+            )
+            # The row comes first: after a crash, only a row says that there are images to remove.
+            if new:
+                self._write_inputs(job_id, images)
+                workflow.submit(job)
+        return job
+
+    def _write_inputs(self, job_id: str, images: Sequence[NDArray[np.uint8]]) -> None:
+        """Store the images of a new job; if that fails, remove the job."""
+        try:
+            projection.write_inputs(self._ctx.store(job_id), images)
+        except BaseException:
+            try:
+                execution.remove_files(self._ctx, job_id)
+                self._ctx.table.delete(job_id)
+            except DermisError as error:  # the next sweep ends the job and removes its files
+                logger.warning("projection not removed", extra={"projection": job_id, "error": str(error)})
+            raise
+
+    def get(self, job_id: str) -> Job | None:
+        """The projection job, or None."""
+        return self._ctx.table.get(job_id, "projection")
+
+    def count_by_state(self) -> Mapping[str, int]:
+        """The number of projections in each state."""
+        return self._ctx.table.count_by_state("projection")
+
+    def cancel_or_delete(self, job_id: str) -> Job | None:
+        """Ask an active job to stop and return it; remove an ended one with its files and return None."""
+        return workflow.cancel_or_delete(self._ctx, job_id)
+
+    def remove_expired(self, keep_seconds: float) -> None:
+        """Remove projections that ended more than `keep_seconds` ago, and the rest of those that were deleted."""
+        now = time.time()
+        for job in self._ctx.table.ended_before("projection", now):
+            if job.state != "cancelled" and (job.finished_at or now) > now - keep_seconds:
+                continue
+            logger.info("projection expired", extra={"projection": job.id})
+            try:
+                workflow.cancel_or_delete(self._ctx, job.id)
+            except StorageError as error:  # continue with the others; this one is removed by a later call
+                logger.warning("projection not removed", extra={"projection": job.id, "error": str(error)})
+
+    def results(self, job: Job) -> list[Mapping[str, Any]]:
+        """The results of a job that has succeeded: one row per image, with the names of its files."""
+        return projection.results(self._ctx.store(job.id))
+
+    def latents(self, job: Job, image: int) -> NDArray[np.float32]:
+        """ws [num_ws, w_dim] of one image of a job that has succeeded."""
+        return projection.latents(self._ctx.store(job.id), image)
+
+    def file(self, job: Job, name: str) -> FileInfo | None:
+        """One of the files of `results`, or None."""
+        if not any(name in row["files"] for row in self.results(job)):
+            return None
+        store = self._ctx.store(job.id)
+        return FileInfo(name, store.size(name) or 0, store.sha256(name))
+
+    def open(self, job: Job, name: str) -> AbstractContextManager[IO[bytes]]:
+        """A file of the job, open for reading and seeking."""
+        return self._ctx.store(job.id).open(name)
+
+
+@contextmanager
+def _submitting(ctx: JobContext, job_id: str) -> Iterator[None]:
+    """Keep sweeps away from a job that has a row and no workflow yet."""
+    ctx.submitting.add(job_id)
+    try:
+        yield
+    finally:
+        ctx.submitting.discard(job_id)
 
 
 def _hash_of(body: dict[str, Any]) -> str:

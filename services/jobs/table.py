@@ -1,8 +1,10 @@
-"""The jobs table: what was asked, how far it is, how it ended. SQLAlchemy Core on SQLite or PostgreSQL.
+"""The jobs table: the request, progress and outcome of each job. SQLAlchemy Core on SQLite or PostgreSQL.
 
-DBOS keeps the durable workflow; this table keeps what people see and what outlives a workflow. Every method is one short
-transaction, safe to call from any thread and any process, and raises DatabaseUnavailableError while the database is away.
-Times are seconds since 1970 (UTC).
+DBOS stores the durable workflow; this table stores what people see, and what is kept when the workflow has ended. Each method
+is one short transaction, may be called from any thread and process, and raises DatabaseUnavailableError while the database
+cannot be reached. Times are seconds since 1970 (UTC).
+
+A change of a table here needs a revision in `migrations/versions` (see `schema`).
 """
 
 from __future__ import annotations
@@ -11,17 +13,21 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
+from dermis.errors import DermisError
+from services.jobs import schema
 from services.jobs.database import database_errors, make_engine, schema_lock
+
+Kind = Literal["dataset", "projection"]
 
 ACTIVE = ("queued", "running", "cancelling")
 STATES = (*ACTIVE, "succeeded", "failed", "cancelled")
 
-# Weight of the newest measurement in the running images/s, and the shortest time that makes one.
+# Weight of the newest measurement in the smoothed images/s, and the shortest time of a measurement.
 _RATE_WEIGHT = 0.3
 _RATE_SECONDS = 1.0
 
@@ -32,6 +38,7 @@ _jobs = sa.Table(
     _metadata,
     sa.Column("sequence", sa.Integer, primary_key=True, autoincrement=True),  # order of arrival, for the cursor
     sa.Column("id", sa.String(40), nullable=False, unique=True),
+    sa.Column("kind", sa.String(16)),  # never null: a trigger completes what a worker of version 0.1.0 inserts
     sa.Column("state", sa.String(16), nullable=False, index=True),
     sa.Column("request", sa.JSON, nullable=False),
     sa.Column("model_name", sa.String(64), nullable=False),
@@ -41,7 +48,7 @@ _jobs = sa.Table(
     sa.Column("samples_done", sa.Integer, nullable=False, default=0),
     sa.Column("shards_done", sa.Integer, nullable=False, default=0),
     sa.Column("rate", sa.Float),  # images/s, smoothed
-    sa.Column("rate_time", sa.Float),  # when, and at how many samples, `rate` was last brought up to date
+    sa.Column("rate_time", sa.Float),  # when, and at how many samples, `rate` was last updated
     sa.Column("rate_samples", sa.Integer),
     sa.Column("error", sa.JSON(none_as_null=True)),
     sa.Column("owner", sa.String(140)),  # the worker that runs the workflow; its lease is in `dermis_workers`
@@ -50,7 +57,7 @@ _jobs = sa.Table(
     sa.Column("created_at", sa.Float, nullable=False),
     sa.Column("started_at", sa.Float),
     sa.Column("finished_at", sa.Float),
-    sqlite_autoincrement=True,  # a deleted job's number is never given again, so a cursor stays true
+    sqlite_autoincrement=True,  # numbers of deleted jobs are not used again, so cursors stay valid
 )
 
 _shards = sa.Table(
@@ -72,10 +79,11 @@ _workers = sa.Table(
 
 @dataclass(frozen=True)
 class Job:
-    """One job as it stands now. Of a projection `samples` are steps of images."""
+    """One job, as it was read. The `samples` of a projection are optimisation steps, summed over its images."""
 
     sequence: int
     id: str
+    kind: Kind
     state: str
     request: Mapping[str, Any]
     model_name: str
@@ -97,11 +105,12 @@ class Job:
 
     @property
     def active(self) -> bool:
+        """Whether the job has not ended."""
         return self.state in ACTIVE
 
     @property
     def images_per_second(self) -> float | None:
-        """Images/s: smoothed over the last seconds while running, the mean of the whole run once it is over."""
+        """Images/s: smoothed over the last seconds while the job runs, the mean of the whole run once it has ended."""
         if self.active:
             return self.rate
         if self.started_at is None or self.finished_at is None or self.finished_at <= self.started_at:
@@ -110,35 +119,41 @@ class Job:
 
     @property
     def eta_seconds(self) -> float | None:
-        """Seconds until the last sample, at the present rate; None while nothing is known."""
+        """Seconds until the last sample at the present rate; None while there is no rate."""
         if self.state != "running" or not self.rate:
             return None
         return (self.samples_total - self.samples_done) / self.rate
 
 
-class IdempotencyConflictError(Exception):
-    """The key belongs to a request with another body."""
+class IdempotencyConflictError(DermisError):
+    """The idempotency key was used for a request with another body."""
 
 
-class TooManyActiveError(Exception):
-    """As many jobs are active as the service allows."""
+class TooManyActiveError(DermisError):
+    """As many jobs of a kind are active as the service allows."""
 
 
 class JobTable:
-    """The tables behind one SQLAlchemy URL. `open` makes them where they are missing."""
+    """The tables behind one SQLAlchemy URL. `open` creates or upgrades them."""
 
     def __init__(self, url: str) -> None:
         self._engine = make_engine(url)
 
     def open(self) -> None:
+        """Create the tables, or upgrade those of an earlier version.
+
+        Raises:
+            SchemaTooNewError: If a newer version of dermis has upgraded them.
+        """
         with self.schema_lock(), self._writing() as connection:
-            _metadata.create_all(connection)
+            schema.upgrade(connection)
 
     def schema_lock(self) -> AbstractContextManager[None]:
-        """Hold this while tables may be created, also those of DBOS: other processes may start at the same moment."""
+        """A lock for creating or changing tables, also those of DBOS: several processes may start at the same moment."""
         return schema_lock(self._engine)
 
     def close(self) -> None:
+        """Close all connections."""
         self._engine.dispose()
 
     # Requests
@@ -148,6 +163,7 @@ class JobTable:
         job_id: str,
         request: Mapping[str, Any],
         *,
+        kind: Kind,
         model: tuple[str, str],
         samples: int,
         shards: int,
@@ -157,14 +173,31 @@ class JobTable:
         max_active: int | None = None,
         owner: str | None = None,
     ) -> tuple[Job, bool]:
-        """Insert a queued job; (job, True), or (the earlier job of this key, False). `owner` is the worker that submits it.
+        """Insert a queued job.
 
-        earlier_hashes: what body_hash was of the same body with the defaults of earlier versions.
+        Args:
+            job_id: The new id.
+            request: The request, as JSON.
+            kind: The kind of the job.
+            model: Name and digest of the bundle.
+            samples: Number of samples in total.
+            shards: Number of shards.
+            body_hash: Hash of the request, compared when an idempotency key is used again.
+            earlier_hashes: Hashes of the same request with the defaults of earlier versions.
+            idempotency_key: The caller's name for the request.
+            max_active: The maximum number of active jobs of this kind, this one included.
+            owner: The worker that submits the job.
 
-        IdempotencyConflictError if the key was used with another body, TooManyActiveError at the limit.
+        Returns:
+            (job, True), or (the earlier job of this key, False).
+
+        Raises:
+            IdempotencyConflictError: If the key was used with another body.
+            TooManyActiveError: At the limit.
         """
         values = {
             "id": job_id,
+            "kind": kind,
             "state": "queued",
             "request": dict(request),
             "model_name": model[0],
@@ -178,25 +211,26 @@ class JobTable:
         }
         try:
             with self._writing() as connection:
-                earlier = self._of_key(connection, idempotency_key, (body_hash, *earlier_hashes))
+                earlier = self._by_key(connection, idempotency_key, (body_hash, *earlier_hashes))
                 if earlier is not None:
                     return earlier, False
                 if max_active is not None:
-                    alike = _jobs.c.id.startswith(job_id[:3], autoescape=True)
-                    active = sa.select(sa.func.count()).where(_jobs.c.state.in_(ACTIVE), alike)
+                    active = sa.select(sa.func.count()).where(_jobs.c.state.in_(ACTIVE), _jobs.c.kind == kind)
                     if (connection.scalar(active) or 0) >= max_active:
-                        raise TooManyActiveError
+                        raise TooManyActiveError(
+                            f"{max_active} {kind}s are queued or running; try again when one has ended"
+                        )
                 connection.execute(sa.insert(_jobs).values(values))
                 return _job(connection, job_id), True
         except IntegrityError:
-            # Two calls with one key at one moment (PostgreSQL): the other one won.
+            # Two calls with the same key at the same moment (PostgreSQL): the other one has inserted its job.
             with self._reading() as connection:
-                earlier = self._of_key(connection, idempotency_key, (body_hash, *earlier_hashes))
+                earlier = self._by_key(connection, idempotency_key, (body_hash, *earlier_hashes))
             if earlier is None:
                 raise
             return earlier, False
 
-    def _of_key(self, connection: sa.Connection, key: str | None, body_hashes: Sequence[str]) -> Job | None:
+    def _by_key(self, connection: sa.Connection, key: str | None, body_hashes: Sequence[str]) -> Job | None:
         if key is None:
             return None
         row = connection.execute(sa.select(_jobs).where(_jobs.c.idempotency_key == key)).one_or_none()
@@ -204,17 +238,21 @@ class JobTable:
             return None
         job = Job(**row._mapping)
         if job.body_hash not in body_hashes:
-            raise IdempotencyConflictError
+            raise IdempotencyConflictError("the idempotency key was used for another request")
         return job
 
-    def get(self, job_id: str) -> Job | None:
+    def get(self, job_id: str, kind: Kind | None = None) -> Job | None:
+        """The job; None if there is none, or only one of another kind than `kind`."""
+        query = sa.select(_jobs).where(_jobs.c.id == job_id)
+        if kind is not None:
+            query = query.where(_jobs.c.kind == kind)
         with self._reading() as connection:
-            row = connection.execute(sa.select(_jobs).where(_jobs.c.id == job_id)).one_or_none()
+            row = connection.execute(query).one_or_none()
         return None if row is None else Job(**row._mapping)
 
-    def page(self, prefix: str, limit: int, *, before: int | None = None, state: str | None = None) -> list[Job]:
-        """Jobs whose ids begin so, newest first; `before` is the sequence number that the page ends above."""
-        query = sa.select(_jobs).where(_jobs.c.id.startswith(prefix, autoescape=True))
+    def page(self, kind: Kind, limit: int, *, before: int | None = None, state: str | None = None) -> list[Job]:
+        """Jobs of a kind, newest first, with sequence numbers below `before`."""
+        query = sa.select(_jobs).where(_jobs.c.kind == kind)
         query = query.order_by(_jobs.c.sequence.desc()).limit(limit)
         if before is not None:
             query = query.where(_jobs.c.sequence < before)
@@ -229,22 +267,21 @@ class JobTable:
         with self._reading() as connection:
             return [Job(**row._mapping) for row in connection.execute(query)]
 
-    def ended_before(self, prefix: str, moment: float) -> list[Job]:
-        """Jobs whose ids begin so that had ended by then, seconds since 1970."""
-        query = sa.select(_jobs).where(_jobs.c.id.startswith(prefix, autoescape=True), _jobs.c.finished_at < moment)
+    def ended_before(self, kind: Kind, moment: float) -> list[Job]:
+        """Jobs of a kind that had ended by then, seconds since 1970."""
+        query = sa.select(_jobs).where(_jobs.c.kind == kind, _jobs.c.finished_at < moment)
         with self._reading() as connection:
             return [Job(**row._mapping) for row in connection.execute(query)]
 
-    def count_by_state(self, prefix: str = "") -> dict[str, int]:
-        query = sa.select(_jobs.c.state, sa.func.count()).group_by(_jobs.c.state)
-        if prefix:
-            query = query.where(_jobs.c.id.startswith(prefix, autoescape=True))
+    def count_by_state(self, kind: Kind) -> dict[str, int]:
+        """The number of jobs of a kind in each state."""
+        query = sa.select(_jobs.c.state, sa.func.count()).where(_jobs.c.kind == kind).group_by(_jobs.c.state)
         with self._reading() as connection:
-            found = {row[0]: row[1] for row in connection.execute(query)}
-        return {state: found.get(state, 0) for state in STATES}
+            counts = {row[0]: row[1] for row in connection.execute(query)}
+        return {state: counts.get(state, 0) for state in STATES}
 
     def request_cancel(self, job_id: str) -> Job | None:
-        """Ask an active job to stop; its workers see it between batches. Other jobs are left as they are."""
+        """Ask an active job to stop, which its workers notice between batches. A job that has ended is not changed."""
         with self._writing() as connection:
             connection.execute(
                 sa.update(_jobs).where(_jobs.c.id == job_id, _jobs.c.state.in_(ACTIVE)).values(state="cancelling")
@@ -252,18 +289,19 @@ class JobTable:
             return _job_or_none(connection, job_id)
 
     def mark_deleted(self, job_id: str) -> None:
-        """Note that the files of an ended job are about to be removed: from now on it shows none."""
+        """Record that the files of an ended job are about to be removed, so that none are listed from now on."""
         with self._writing() as connection:
             connection.execute(
                 sa.update(_jobs).where(_jobs.c.id == job_id, _jobs.c.state.not_in(ACTIVE)).values(state="cancelled")
             )
 
     def release_key(self, job_id: str) -> None:
-        """Let the idempotency key of a job be used again."""
+        """Make the idempotency key of a job free for another request."""
         with self._writing() as connection:
             connection.execute(sa.update(_jobs).where(_jobs.c.id == job_id).values(idempotency_key=None))
 
     def delete(self, job_id: str) -> None:
+        """Delete the rows of a job."""
         with self._writing() as connection:
             connection.execute(sa.delete(_shards).where(_shards.c.job_id == job_id))
             connection.execute(sa.delete(_jobs).where(_jobs.c.id == job_id))
@@ -271,26 +309,26 @@ class JobTable:
     # Work
 
     def own(self, job_id: str, executor_id: str) -> Job | None:
-        """Note which worker runs the job's workflow."""
+        """Record which worker runs the workflow of a job."""
         with self._writing() as connection:
             connection.execute(sa.update(_jobs).where(_jobs.c.id == job_id).values(owner=executor_id))
             return _job_or_none(connection, job_id)
 
     def must_stop(self, job_id: str) -> bool:
-        """Whether work on the job is in vain: it is being cancelled, has failed, has ended or is gone."""
+        """Whether work on the job should stop: it is being cancelled, has failed, has ended or does not exist."""
         query = sa.select(_jobs.c.state, _jobs.c.error.is_not(None)).where(_jobs.c.id == job_id)
         with self._reading() as connection:
             row = connection.execute(query).one_or_none()
         return row is None or row[0] not in ("queued", "running") or bool(row[1])
 
     def record_error(self, job_id: str, error: Mapping[str, Any]) -> None:
-        """Note why an active job will fail; the first reason stays."""
-        place = (_jobs.c.id == job_id) & _jobs.c.error.is_(None) & _jobs.c.state.in_(ACTIVE)
+        """Record why an active job will fail. The first reason is kept."""
+        condition = (_jobs.c.id == job_id) & _jobs.c.error.is_(None) & _jobs.c.state.in_(ACTIVE)
         with self._writing() as connection:
-            connection.execute(sa.update(_jobs).where(place).values(error=dict(error)))
+            connection.execute(sa.update(_jobs).where(condition).values(error=dict(error)))
 
     def progress(self, job_id: str, shard: int, samples_done: int, *, finished: bool = False) -> None:
-        """Bring one shard's count up to date, and with it the job's sums and its rate."""
+        """Update the count of one shard, and with it the sums and the rate of the job."""
         now = time.time()
         with self._writing() as connection:
             query = sa.select(_jobs).where(_jobs.c.id == job_id).with_for_update()
@@ -298,8 +336,8 @@ class JobTable:
             if row is None:
                 return
             job = Job(**row._mapping)
-            place = (_shards.c.job_id == job_id) & (_shards.c.shard == shard)
-            before = connection.execute(sa.select(_shards).where(place)).one_or_none()
+            is_shard = (_shards.c.job_id == job_id) & (_shards.c.shard == shard)
+            before = connection.execute(sa.select(_shards).where(is_shard)).one_or_none()
             if before is None:
                 connection.execute(
                     sa.insert(_shards).values(job_id=job_id, shard=shard, samples_done=samples_done, finished=finished)
@@ -308,7 +346,9 @@ class JobTable:
                 # Two workers on one shard (after a lease ran out): a finished shard stays finished.
                 finished = finished or before.finished
                 samples_done = max(samples_done, before.samples_done) if before.finished else samples_done
-                connection.execute(sa.update(_shards).where(place).values(samples_done=samples_done, finished=finished))
+                connection.execute(
+                    sa.update(_shards).where(is_shard).values(samples_done=samples_done, finished=finished)
+                )
             total = job.samples_done + samples_done - (before.samples_done if before is not None else 0)
             values: dict[str, Any] = {
                 "samples_done": total,
@@ -320,7 +360,7 @@ class JobTable:
             connection.execute(sa.update(_jobs).where(_jobs.c.id == job_id).values(values))
 
     def restart_rate(self, job_id: str) -> None:
-        """Forget the rate: a worker starts on the job, after a pause of unknown length."""
+        """Discard the rate, because a worker continues the job after a pause of unknown length."""
         with self._writing() as connection:
             connection.execute(
                 sa.update(_jobs)
@@ -329,38 +369,41 @@ class JobTable:
             )
 
     def finish(self, job_id: str, state: str) -> Job | None:
-        """End an active job as `state`, and return it as it is then.
+        """End an active job with `state`.
 
-        One that has ended already stays as it is, and so does one that is to succeed but has an error noted.
+        A job that has ended already is not changed, nor is one that would succeed but has an error recorded.
+
+        Returns:
+            The job as it is then, or None if it does not exist.
         """
-        place = (_jobs.c.id == job_id) & _jobs.c.state.in_(ACTIVE)
+        condition = (_jobs.c.id == job_id) & _jobs.c.state.in_(ACTIVE)
         if state == "succeeded":
-            place &= _jobs.c.error.is_(None)
+            condition &= _jobs.c.error.is_(None)
         values: dict[str, Any] = {"state": state, "finished_at": time.time(), "rate": None}
         with self._writing() as connection:
-            if connection.execute(sa.update(_jobs).where(place).values(values)).rowcount:
+            if connection.execute(sa.update(_jobs).where(condition).values(values)).rowcount:
                 connection.execute(sa.delete(_shards).where(_shards.c.job_id == job_id))
             return _job_or_none(connection, job_id)
 
     # Leases
 
     def renew_lease(self, executor_id: str, seconds: float) -> None:
-        """Say that the worker lives; others leave its work alone for `seconds`."""
+        """Extend the lease of a worker: other workers leave its work alone for `seconds`."""
         values = {"lease_until": time.time() + seconds}
         with self._writing() as connection:
-            found = connection.execute(
+            updated = connection.execute(
                 sa.update(_workers).where(_workers.c.executor_id == executor_id).values(values)
             ).rowcount
-            if not found:
+            if not updated:
                 connection.execute(sa.insert(_workers).values(executor_id=executor_id, **values))
 
     def drop_lease(self, executor_id: str) -> None:
-        """Say that the worker stops now: its work may be taken at once."""
+        """End the lease of a worker: its work may be taken over at once."""
         with self._writing() as connection:
             connection.execute(sa.update(_workers).where(_workers.c.executor_id == executor_id).values(lease_until=0.0))
 
     def live_workers(self) -> set[str]:
-        """Names of the workers that live. Rows whose lease ran out are removed."""
+        """Names of the workers whose lease has not run out. Rows of the others are removed."""
         with self._writing() as connection:
             connection.execute(sa.delete(_workers).where(_workers.c.lease_until < time.time()))
             return set(connection.execute(sa.select(_workers.c.executor_id)).scalars())
@@ -381,7 +424,7 @@ class JobTable:
 
 
 def _rate(job: Job, total: int, now: float) -> dict[str, Any]:
-    """The new rate columns: an exponential mean of images/s over pieces of at least a second."""
+    """New values of the rate columns: an exponential mean of images/s over intervals of at least a second."""
     if job.state == "queued" or job.rate_time is None or job.rate_samples is None:
         return {"rate_time": now, "rate_samples": total}
     seconds, images = now - job.rate_time, total - job.rate_samples

@@ -1,7 +1,7 @@
-"""DBOS, and all that we ask of it: a dataset workflow that enqueues shard workflows, waits for them and finishes.
+"""The only module that uses DBOS: a workflow per job that enqueues a workflow per shard, waits for them and finishes the job.
 
-Nothing outside this module knows DBOS. It is one instance a process; `start` and `stop` are its life. Workflows name their
-job only, so that what they need (the Workshop) can be another one after a restart.
+DBOS has one instance per process; `start` and `stop` bracket its life. The arguments of a workflow are ids only, so that a
+restarted process can continue it with another `JobContext`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 
@@ -17,29 +17,30 @@ from dbos import DBOS, DBOSConfig, SetEnqueueOptions, SetWorkflowID
 from dbos import error as dbos_error
 
 from services.errors import DatabaseUnavailableError
-from services.jobs import work
+from services.jobs import execution
+from services.jobs.context import JobContext, ShutdownError, retry_transient
 from services.jobs.database import UNREACHABLE, database_errors
-from services.jobs.projecting import is_projection
-from services.jobs.table import Job
-from services.jobs.workshop import ShutdownError, Workshop, retry_transient
+from services.jobs.table import Job, Kind
 
 logger = logging.getLogger("dermis.jobs")
 
 # DBOS recovers workflows of its own application version only. Raise this when the steps of a workflow change, not before:
-# jobs begun under another version would wait for a worker that still has it.
+# jobs that began under another version would wait for a worker of that version. The names of workflows, steps and queues
+# below are stored with the jobs as well.
 APPLICATION_VERSION = "1"
 
-_DATASETS = "dermis-datasets"
-_SHARDS = "dermis-shards"
-_PROJECTIONS = "dermis-projections"  # its own, so that datasets do not wait for what takes minutes
+_JOB_QUEUE = "dermis-datasets"  # the name is from the time before projections
+# Projections have a queue of their own, so that datasets do not wait for work that takes minutes.
+_SHARD_QUEUES: Mapping[Kind, str] = {"dataset": "dermis-shards", "projection": "dermis-projections"}
 _POLL_SECONDS = 0.2
+_CHECK_SECONDS = 5.0
 _STUCK_SWEEPS = 2
-# A job that takes its process down with it must not do so for ever.
+# Limits for a job that ends the process each time it runs.
 _MAX_RECOVERIES = 100
 _MAX_RESTARTS = 20
 _REPEAT_SECONDS = 10.0
 
-_shop: Workshop | None = None
+_ctx: JobContext | None = None
 _executor_id = ""
 _running: set[str] = set()
 _running_lock = threading.Lock()
@@ -47,35 +48,43 @@ _idle_sweeps: dict[str, int] = {}
 _restarts: dict[str, int] = {}
 
 
-class _Quieter(logging.Filter):
-    """Drops DBOS's stack traces of workflows that we cancelled, and messages that it repeats.
+class _RepetitionFilter(logging.Filter):
+    """Drops the stack traces that DBOS logs for workflows that we cancelled, and messages that it repeats.
 
-    While the database cannot be reached, its threads log that about twenty times a second.
+    While the database cannot be reached, the threads of DBOS log that about twenty times a second.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._said = float("-inf")
+        self._last_logged = float("-inf")
 
     def filter(self, record: logging.LogRecord) -> bool:
-        kind = record.exc_info[0] if record.exc_info else None
-        if kind is not None and issubclass(kind, _CANCELLED):
+        error_type = record.exc_info[0] if record.exc_info else None
+        if error_type is not None and issubclass(error_type, _CANCELLED):
             return False
         if record.levelno <= logging.WARNING and "OperationalError" in str(record.msg):
-            if time.monotonic() - self._said < _REPEAT_SECONDS:
+            if time.monotonic() - self._last_logged < _REPEAT_SECONDS:
                 return False
-            self._said = time.monotonic()
+            self._last_logged = time.monotonic()
         return True
 
 
 _CANCELLED = (dbos_error.DBOSAwaitedWorkflowCancelledError, dbos_error.DBOSWorkflowCancelledError)
-_quieter = _Quieter()  # one object, so that adding it twice adds it once
+_repetition_filter = _RepetitionFilter()  # one object, so that adding it twice adds it once
 
 
-def start(shop: Workshop, *, url: str, executor_id: str, shard_concurrency: int, max_active: int) -> None:
-    """Launch DBOS on the database at `url` and go on with what this executor left behind. Not from an event loop."""
-    global _shop, _executor_id
-    _shop, _executor_id = shop, executor_id
+def start(ctx: JobContext, *, url: str, executor_id: str, shard_concurrency: int, max_active: int) -> None:
+    """Launch DBOS and continue the workflows that this worker left unfinished. Not to be called on an event loop.
+
+    Args:
+        ctx: The context of the jobs.
+        url: SQLAlchemy URL of the database.
+        executor_id: The name of this worker.
+        shard_concurrency: Shards of datasets that this worker runs at the same time.
+        max_active: Jobs whose workflow this worker runs at the same time.
+    """
+    global _ctx, _executor_id
+    _ctx, _executor_id = ctx, executor_id
     _idle_sweeps.clear()
     _restarts.clear()
     config: DBOSConfig = {
@@ -85,26 +94,30 @@ def start(shop: Workshop, *, url: str, executor_id: str, shard_concurrency: int,
         "executor_id": executor_id,
         "log_level": "WARNING",
     }
-    logging.getLogger("dbos").addFilter(_quieter)
+    logging.getLogger("dbos").addFilter(_repetition_filter)
     DBOS(config=config)
     DBOS.launch()
-    for queue, concurrency in ((_DATASETS, max_active), (_SHARDS, shard_concurrency), (_PROJECTIONS, 1)):
+    for queue, concurrency in (
+        (_JOB_QUEUE, max_active),
+        (_SHARD_QUEUES["dataset"], shard_concurrency),
+        (_SHARD_QUEUES["projection"], 1),
+    ):
         DBOS.register_queue(
             queue, worker_concurrency=concurrency, polling_interval_sec=_POLL_SECONDS, on_conflict="always_update"
         )
 
 
 def stop() -> None:
-    """Stop working. What is unfinished stays so in the database, for the next start or another worker."""
-    global _shop  # noqa: PLW0603
-    if _shop is None:
+    """Stop working. Unfinished work stays in the database, for the next start or another worker."""
+    global _ctx  # noqa: PLW0603
+    if _ctx is None:
         return
-    _shop.stopping.set()
+    _ctx.stopping.set()
     deadline = time.monotonic() + 30
     while _running and time.monotonic() < deadline:
         time.sleep(0.02)
     DBOS.destroy()
-    _shop = None
+    _ctx = None
 
 
 def executor_id() -> str:
@@ -113,81 +126,93 @@ def executor_id() -> str:
 
 
 def submit(job: Job) -> None:
-    """Enqueue the job's workflow; a second time changes nothing. If the database prevents it now, `sweep` does it later."""
+    """Enqueue the workflow of a job, unless it is enqueued. If the database prevents it, `sweep` does it later."""
     try:
         with _database(), SetWorkflowID(job.id):
-            DBOS.enqueue_workflow(_DATASETS, _dataset_workflow, job.id, job.shards_total)
+            DBOS.enqueue_workflow(_JOB_QUEUE, _job_workflow, job.id, job.shards_total)
     except DatabaseUnavailableError as error:
         logger.warning("job not enqueued yet", extra={"job": job.id, "error": str(error)})
 
 
-def forget(job_id: str) -> None:
-    """Remove a job's workflows from DBOS's tables."""
+def cancel_or_delete(ctx: JobContext, job_id: str) -> Job | None:
+    """Ask an active job to stop and return it; remove an ended one with its files and workflows and return None."""
+    job = ctx.table.request_cancel(job_id)
+    if job is not None and job.active:
+        return job
+    ctx.table.mark_deleted(job_id)  # first: a job must not look complete when only a part of its files is left
+    execution.remove_files(ctx, job_id)
     with _database():
         DBOS.delete_workflows([job_id, *_shard_workflows(job_id)])
+    ctx.table.delete(job_id)
+    return None
 
 
 def sweep(leases_hold: bool = True) -> None:
-    """Resume work that no worker does: workflows of dead workers, stuck ones of our own, jobs without a workflow.
+    """Resume work that no worker does: workflows of dead workers, stuck ones of this worker, jobs without a workflow.
 
-    Without `leases_hold` the leases of other workers do not tell whether they live, and their work is left alone.
+    Args:
+        leases_hold: Whether the leases of other workers show which of them are alive. If not, their work is left alone.
     """
-    shop = _workshop()
-    alive = shop.table.live_workers() | {_executor_id}
+    ctx = _context()
+    alive = ctx.table.live_workers() | {_executor_id}
     for status in DBOS.list_workflows(status="PENDING", load_input=False, load_output=False):
         ours = status.executor_id == _executor_id
         if _is_stuck(status.workflow_id) if ours else leases_hold and status.executor_id not in alive:
             logger.warning("workflow resumed", extra={"workflow": status.workflow_id, "worker": status.executor_id})
-            DBOS.resume_workflow(status.workflow_id, queue_name=_queue_of(status.workflow_id))
-    for job in shop.table.active():
+            DBOS.resume_workflow(status.workflow_id, queue_name=status.queue_name)
+    for job in ctx.table.active():
         ours = job.owner == _executor_id
-        if job.id not in shop.submitting and (ours or (leases_hold and job.owner not in alive)):
+        if job.id not in ctx.submitting and (ours or (leases_hold and job.owner not in alive)):
             try:
-                _go_on(shop, job)
-            except Exception as error:  # the other jobs are to go on all the same
+                _continue(ctx, job)
+            except Exception as error:  # the other jobs are continued all the same
                 logger.warning("job not resumed", extra={"job": job.id, "error": str(error)})
 
 
-def _go_on(shop: Workshop, job: Job) -> None:
-    """Go on with an active job whose workflow is missing, or has ended without an outcome of the job."""
+def _continue(ctx: JobContext, job: Job) -> None:
+    """Continue an active job whose workflow is missing, or has ended without an outcome of the job."""
     status = DBOS.get_workflow_status(job.id)
-    now = shop.table.get(job.id)
+    now = ctx.table.get(job.id)
     if now is None or not now.active:  # it has ended since the list of active ones was read
         return
     if status is None:
         # It was never enqueued: the process or its connection ended first.
-        if is_projection(job.id) and job.state == "queued" and not work.has_inputs(shop, job):
-            shop.table.release_key(job.id)
-            _give_up(shop, job.id, "the images did not arrive completely; send them again", "upload-interrupted")
+        if job.state == "queued" and not execution.KINDS[job.kind].has_inputs(ctx, job):
+            ctx.table.release_key(job.id)
+            _give_up(ctx, job, "the images did not arrive completely; send them again", "upload-interrupted")
         else:
             submit(job)
         return
+    # Shards that run again while `finish` collects their files would write files that nothing removes.
+    is_whole = now.shards_done == now.shards_total
     if status.status in ("PENDING", "ENQUEUED", "DELAYED"):
-        lost = _shard_workflows(job.id, "ERROR")
-        if lost and not _may_restart(job.id):
-            work.note_failure(shop, job.id, "its shards failed again and again; ask for it again")
-        elif lost:
-            logger.warning("shards started again", extra={"job": job.id, "shards": len(lost)})
-            DBOS.delete_workflows(lost)
-            for workflow_id in lost:
-                _enqueue_shard(job.id, int(workflow_id.rpartition("-")[2]))
+        if is_whole:
+            return
+        failed = _shard_workflows(job.id, "ERROR")
+        if failed and not _may_restart(job.id):
+            execution.record_failure(ctx, job, "its shards failed again and again; ask for it again")
+        elif failed:
+            logger.warning("shards started again", extra={"job": job.id, "shards": len(failed)})
+            DBOS.delete_workflows(failed)
+            for workflow_id in failed:
+                _enqueue_shard(job.id, job.kind, int(workflow_id.rpartition("-")[2]))
         return
     if status.status in ("ERROR", "SUCCESS") and _may_restart(job.id):
         # No outcome of a job makes its workflow fail, so this is what became of the database or of DBOS's tables.
         logger.warning("job started again", extra={"job": job.id, "status": status.status, "error": str(status.error)})
-        at_work = set(_shard_workflows(job.id, "PENDING", "ENQUEUED"))
-        DBOS.delete_workflows([job.id, *(each for each in _shard_workflows(job.id) if each not in at_work)])
+        kept = set(_shard_workflows(job.id) if is_whole else _shard_workflows(job.id, "PENDING", "ENQUEUED"))
+        DBOS.delete_workflows([job.id, *(each for each in _shard_workflows(job.id) if each not in kept)])
         submit(job)
         return
-    _give_up(shop, job.id, f"its workflow ended as {status.status}; ask for it again")
+    _give_up(ctx, job, f"its workflow ended as {status.status}; ask for it again")
 
 
-def _give_up(shop: Workshop, job_id: str, why: str, kind: str = "internal") -> None:
-    """End a job as failed: at once, or in a later sweep where shards still have to see that they are to stop."""
-    work.note_failure(shop, job_id, why, kind)
-    _cancel_queued(job_id)
-    if not _shard_workflows(job_id, "PENDING"):
-        work.end(shop, job_id)
+def _give_up(ctx: JobContext, job: Job, reason: str, problem_kind: str = "internal") -> None:
+    """End a job as failed: now, or in a later sweep if shards are running, which have to notice that they are to stop."""
+    execution.record_failure(ctx, job, reason, problem_kind)
+    _cancel_queued(job.id)
+    if not _shard_workflows(job.id, "PENDING"):
+        execution.end(ctx, job.id)
 
 
 def _cancel_queued(job_id: str) -> None:
@@ -197,19 +222,13 @@ def _cancel_queued(job_id: str) -> None:
 
 
 def _may_restart(job_id: str) -> bool:
-    """Whether workflows of a job that failed are started again: a limited number of times, as the fault may be in our code."""
+    """Whether failed workflows of a job are started again: a limited number of times, as the fault may be in our code."""
     _restarts[job_id] = _restarts.get(job_id, 0) + 1
     return _restarts[job_id] <= _MAX_RESTARTS
 
 
-def _queue_of(workflow_id: str) -> str:
-    if "-" not in workflow_id:
-        return _DATASETS
-    return _PROJECTIONS if is_projection(workflow_id) else _SHARDS
-
-
 def _is_stuck(workflow_id: str) -> bool:
-    """Whether DBOS takes a workflow for running here though it has not for several sweeps: its outcome was not recorded."""
+    """Whether DBOS has taken a workflow for running here in several sweeps though it was not: its end was not recorded."""
     with _running_lock:
         idle = workflow_id not in _running
     _idle_sweeps[workflow_id] = _idle_sweeps.get(workflow_id, 0) + 1 if idle else 0
@@ -217,13 +236,14 @@ def _is_stuck(workflow_id: str) -> bool:
 
 
 @DBOS.workflow(name="dermis.dataset", max_recovery_attempts=_MAX_RECOVERIES)
-def _dataset_workflow(job_id: str, shards: int) -> str:
-    """All of one job. The order of its steps is fixed by its arguments, as replay after a crash needs it."""
-    with _running_here(job_id) as shop:
-        retry_transient(shop, lambda: shop.table.own(job_id, _executor_id))
-        retry_transient(shop, lambda: shop.table.restart_rate(job_id))
+def _job_workflow(job_id: str, shards: int) -> str:
+    """One job of any kind. A replay after a crash repeats its steps, so their order depends on the arguments alone."""
+    with _running_here(job_id) as ctx:
+        job = retry_transient(ctx, lambda: ctx.table.own(job_id, _executor_id))
+        retry_transient(ctx, lambda: ctx.table.restart_rate(job_id))
         for shard in range(shards):
-            _enqueue_shard(job_id, shard)
+            # Also for a job that was deleted, whose shards stop at once, because a replay needs the same steps.
+            _enqueue_shard(job_id, "dataset" if job is None else job.kind, shard)
         _wait_for_shards(job_id)
         return _finish(job_id)
 
@@ -231,64 +251,69 @@ def _dataset_workflow(job_id: str, shards: int) -> str:
 @DBOS.workflow(name="dermis.shard", max_recovery_attempts=_MAX_RECOVERIES)
 def _shard_workflow(job_id: str, shard: int) -> str:
     with _running_here(_shard_workflow_id(job_id, shard)):
-        return _make_shard(job_id, shard)
+        return _run_shard(job_id, shard)
 
 
 @DBOS.step(name="dermis.make_shard")
-def _make_shard(job_id: str, shard: int) -> str:
-    shop = _workshop()
-    return retry_transient(shop, lambda: work.make_shard(shop, job_id, shard))
+def _run_shard(job_id: str, shard: int) -> str:
+    ctx = _context()
+    return retry_transient(ctx, lambda: execution.run_shard(ctx, job_id, shard))
 
 
 @DBOS.step(name="dermis.wait_for_shards")
 def _wait_for_shards(job_id: str) -> None:
-    """Return when every shard is finished, or when the job is to stop and no shard is at work any more."""
-    shop = _workshop()
+    """Return when every shard is finished, or when the job is to stop and no shard is running."""
+    ctx = _context()
     last_check = time.monotonic()
-    while not shop.stopping.wait(_POLL_SECONDS):
-        check_workflows = time.monotonic() - last_check > 5
+    while not ctx.stopping.wait(_POLL_SECONDS):
+        check_workflows = time.monotonic() - last_check > _CHECK_SECONDS
         if check_workflows:
             last_check = time.monotonic()
-        if retry_transient(shop, partial(_are_shards_over, shop, job_id, check_workflows)):
+        if retry_transient(ctx, partial(_are_shards_over, ctx, job_id, check_workflows)):
             return
     raise ShutdownError
 
 
-def _are_shards_over(shop: Workshop, job_id: str, check_workflows: bool) -> bool:
-    """Whether no shard is left to wait for. `check_workflows`: also look at the states of their workflows."""
+def _are_shards_over(ctx: JobContext, job_id: str, check_workflows: bool) -> bool:
+    """Whether there is no shard left to wait for.
+
+    Args:
+        ctx: The context of the jobs.
+        job_id: The job.
+        check_workflows: Look also at the states of the shards' workflows.
+    """
     with _database():
-        job = shop.table.get(job_id)
+        job = ctx.table.get(job_id)
         if job is None:
             return True
-        if shop.table.must_stop(job_id):
-            # The queued ones need not start; those at work see for themselves that they are to stop.
+        if ctx.table.must_stop(job_id):
+            # The queued ones need not start; the running ones notice by themselves that they are to stop.
             _cancel_queued(job_id)
             return not _shard_workflows(job_id, "PENDING")
         if job.shards_done == job.shards_total:
             return True
-        # What failed is started again by `sweep`.
+        # `sweep` starts failed ones again.
         if not check_workflows or _shard_workflows(job_id, "ENQUEUED", "PENDING", "ERROR") or _is_whole(job_id):
             return False
-        work.note_failure(shop, job_id, "its shards ended without a result; ask for it again")
+        execution.record_failure(ctx, job, "its shards ended without a result; ask for it again")
         return True
 
 
 @DBOS.step(name="dermis.finish")
 def _finish(job_id: str) -> str:
-    shop = _workshop()
-    return retry_transient(shop, lambda: work.finish(shop, job_id))
+    ctx = _context()
+    return retry_transient(ctx, lambda: execution.finish(ctx, job_id))
 
 
 def _is_whole(job_id: str) -> bool:
-    job = _workshop().table.get(job_id)
+    job = _context().table.get(job_id)
     return job is not None and job.shards_done == job.shards_total
 
 
-def _enqueue_shard(job_id: str, shard: int) -> None:
+def _enqueue_shard(job_id: str, kind: Kind, shard: int) -> None:
     # Shard 0 of every job goes before shard 1 of any: a small job does not wait for a large one to end.
-    workflow_id = _shard_workflow_id(job_id, shard)
-    with SetWorkflowID(workflow_id), SetEnqueueOptions(priority=shard + 1):
-        DBOS.enqueue_workflow(_queue_of(workflow_id), _shard_workflow, job_id, shard)
+    with SetWorkflowID(_shard_workflow_id(job_id, shard)), SetEnqueueOptions(priority=shard + 1):
+        DBOS.enqueue_workflow(_SHARD_QUEUES[kind], _shard_workflow, job_id, shard)
 
 
 def _shard_workflow_id(job_id: str, shard: int) -> str:
@@ -296,15 +321,15 @@ def _shard_workflow_id(job_id: str, shard: int) -> str:
 
 
 def _shard_workflows(job_id: str, *states: str) -> list[str]:
-    found = DBOS.list_workflows(
+    statuses = DBOS.list_workflows(
         workflow_id_prefix=f"{job_id}-", status=list(states) or None, load_input=False, load_output=False
     )
-    return [status.workflow_id for status in found]
+    return [status.workflow_id for status in statuses]
 
 
 @contextmanager
 def _database() -> Iterator[None]:
-    """Raise DatabaseUnavailableError for what DBOS raises while the database is away. It waits for most of that itself."""
+    """Raise DatabaseUnavailableError for errors of DBOS while the database cannot be reached; most it waits out itself."""
     with database_errors():
         try:
             yield
@@ -313,18 +338,18 @@ def _database() -> Iterator[None]:
 
 
 @contextmanager
-def _running_here(workflow_id: str) -> Iterator[Workshop]:
-    shop = _workshop()
+def _running_here(workflow_id: str) -> Iterator[JobContext]:
+    ctx = _context()
     with _running_lock:
         _running.add(workflow_id)
     try:
-        yield shop
+        yield ctx
     finally:
         with _running_lock:
             _running.discard(workflow_id)
 
 
-def _workshop() -> Workshop:
-    if _shop is None:
+def _context() -> JobContext:
+    if _ctx is None:
         raise ShutdownError
-    return _shop
+    return _ctx

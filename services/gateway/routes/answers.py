@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from dermis.reading import FORMATS
-from services.gateway.problems import KINDS, PROBLEM_MEDIA_TYPE
+from services.problems import KINDS, PROBLEM_MEDIA_TYPE
 
 Responses = dict[int | str, dict[str, Any]]
 
 PROBLEM_CONTENT = {PROBLEM_MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
 _HEADERS = {
-    "Location": "Path of the dataset.",
+    "Location": "Path of the dataset or projection.",
     "Retry-After": "Seconds after which to try again.",
     "ETag": "Hash of the file, in quotes.",
     "Accept-Ranges": "bytes",

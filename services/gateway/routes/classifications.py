@@ -20,7 +20,6 @@ from dermis.classifier.scores import scores_of
 from dermis.errors import RequestError
 from dermis.explain.attribution import Method
 from services.gateway.dependencies import ContextDep, negotiate
-from services.gateway.problems import ProblemError
 from services.gateway.routes.answers import content, headers, image_body, problems
 from services.gateway.schemas import (
     Classification,
@@ -31,6 +30,7 @@ from services.gateway.schemas import (
 )
 from services.gateway.uploads import Limit
 from services.heat_maps import MEDIA_TYPE, HeatMap
+from services.problems import ProblemError
 
 router = APIRouter(prefix="/v1/classifications", tags=["classifications"])
 

@@ -13,12 +13,12 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from dermis.dataset.request import DatasetRequest
-from services.gateway.dependencies import Context, ContextDep, IdempotencyKey, is_dataset_id, read_model
+from services.gateway.dependencies import Context, ContextDep, IdempotencyKey, is_job_id, read_model
 from services.gateway.events import progress_events
-from services.gateway.problems import FieldError, ProblemError, invalid_request
 from services.gateway.routes.answers import headers, json_body, problems
 from services.gateway.schemas import Dataset, DatasetList, State, dataset_of
 from services.jobs.table import Job
+from services.problems import FieldError, ProblemError, invalid_request
 
 router = APIRouter(prefix="/v1/datasets", tags=["datasets"])
 
@@ -48,7 +48,7 @@ def _link(operation: str) -> dict[str, Any]:
 
 async def find_job(context: Context, dataset_id: str) -> Job:
     """The job, or the problem that there is none."""
-    job = await asyncio.to_thread(context.jobs.get, dataset_id) if is_dataset_id(dataset_id) else None
+    job = await asyncio.to_thread(context.jobs.get, dataset_id) if is_job_id(dataset_id) else None
     if job is None:
         raise ProblemError("not-found", f"there is no dataset {dataset_id[:100]}")
     return job

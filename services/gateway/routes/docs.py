@@ -11,7 +11,7 @@ from fastapi.openapi.docs import get_swagger_ui_html
 from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
 
-from services.gateway.problems import ProblemError
+from services.problems import ProblemError
 
 router = APIRouter(include_in_schema=False)
 

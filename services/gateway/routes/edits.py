@@ -28,12 +28,12 @@ from services.gateway.latent_schemas import (
     EditsRequest,
     ModelDirection,
 )
-from services.gateway.problems import ProblemError
 from services.gateway.routes.answers import content, headers, json_body, problems
 from services.gateway.routes.projections import ready_projection
 from services.gateway.sampling import check_classes, check_cutoff, check_edits, draw_soon
 from services.gateway.schemas import ModelRef
-from services.jobs.projecting import ProjectionOptions
+from services.jobs.projection import ProjectionOptions
+from services.problems import ProblemError
 from services.samples import Options, Samples, pack
 
 router = APIRouter(tags=["edits"])

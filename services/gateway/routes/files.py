@@ -11,11 +11,11 @@ from starlette.responses import Response
 
 from services.gateway.dependencies import Context, ContextDep
 from services.gateway.files import MEDIA_TYPES, file_response, media_type_of
-from services.gateway.problems import ProblemError
 from services.gateway.routes.answers import Responses, content, headers, problems
 from services.gateway.routes.datasets import find_job
 from services.gateway.schemas import DatasetFile, DatasetFileList
 from services.jobs.table import Job
+from services.problems import ProblemError
 
 router = APIRouter(prefix="/v1/datasets/{dataset_id}/files", tags=["datasets"])
 

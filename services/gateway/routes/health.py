@@ -7,11 +7,11 @@ import asyncio
 from fastapi import APIRouter
 from starlette.responses import Response
 
-from services.gateway import metrics
+from services import metrics
 from services.gateway.dependencies import ContextDep
-from services.gateway.problems import ProblemError
 from services.gateway.routes.answers import problems
 from services.gateway.schemas import Health
+from services.problems import ProblemError
 
 PATHS = ("/livez", "/readyz", "/healthz", "/metrics")
 

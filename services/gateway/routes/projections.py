@@ -14,15 +14,15 @@ from starlette.responses import Response
 from dermis.dataset.request import classes_of
 from dermis.errors import RequestError
 from dermis.projection.schedule import SCHEDULES
-from services.gateway.dependencies import Context, ContextDep, IdempotencyKey, is_projection_id
+from services.gateway.dependencies import Context, ContextDep, IdempotencyKey, is_job_id
 from services.gateway.files import MEDIA_TYPES, file_response
 from services.gateway.latent_schemas import ProjectedImage, ProjectionJob, ProjectionProgress
-from services.gateway.problems import Problem, ProblemError
 from services.gateway.routes.answers import content, headers, image_body, problems
 from services.gateway.schemas import ModelRef
 from services.gateway.uploads import Limit
-from services.jobs.projecting import SHARD, ProjectionOptions
+from services.jobs.projection import IMAGES_PER_SHARD, ProjectionOptions
 from services.jobs.table import Job
+from services.problems import Problem, ProblemError
 from services.settings import Settings
 
 router = APIRouter(prefix="/v1/projections", tags=["projections"])
@@ -177,8 +177,7 @@ async def download_projection_file(projection_id: str, name: str, request: Reque
 
 async def find_projection(context: Context, projection_id: str) -> Job:
     """The job, or the problem that there is none: one that was deleted at work is gone at once."""
-    found = is_projection_id(projection_id)
-    job = await asyncio.to_thread(context.projections.get, projection_id) if found else None
+    job = await asyncio.to_thread(context.projections.get, projection_id) if is_job_id(projection_id) else None
     if job is None or job.state in ("cancelling", "cancelled"):
         raise ProblemError("not-found", f"there is no projection {projection_id[:100]}")
     return job
@@ -225,7 +224,7 @@ async def _shown(context: Context, job: Job) -> ProjectionJob:
         start=options.start,
         model=ModelRef(name=job.model_name, digest=job.model_digest),
         progress=ProjectionProgress(
-            images_done=min(options.images, job.shards_done * SHARD),
+            images_done=min(options.images, job.shards_done * IMAGES_PER_SHARD),
             images_total=options.images,
             steps_done=job.samples_done,
             steps_total=job.samples_total,

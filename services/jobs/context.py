@@ -1,4 +1,4 @@
-"""What the work on jobs needs, and how it waits: for services through their restarts, never longer than the job is wanted."""
+"""What the work on a job gets from the composition root, and how it waits for services, the database and the storage."""
 
 from __future__ import annotations
 
@@ -39,66 +39,88 @@ logger = logging.getLogger("dermis.jobs")
 
 T = TypeVar("T")
 
-# The time for a service that answers that it cannot do what it is asked for (a model that was not loaded). One that does not
-# answer is waited for without a limit, because its supervisor starts it again.
-_PATIENCE_SECONDS = 300.0
-_FAILURES = 3
+# How long a service may answer that it is unavailable (a model that was not loaded). One that does not answer at all is waited
+# for without a limit, because its supervisor starts it again.
+_UNAVAILABLE_SECONDS = 300.0
+_MAX_FAILURES = 3
 _FIRST_PAUSE_SECONDS = 0.5
 _LONGEST_PAUSE_SECONDS = 10.0
 POLL_SECONDS = 0.25
 
 
 class StoppedError(Exception):
-    """The job is to stop: it was cancelled or deleted, or has failed elsewhere."""
+    """Work on a job has to stop: the job was cancelled or deleted, or has failed elsewhere."""
 
 
 class ShutdownError(BaseException):
-    """The process is to stop. Not an Exception, for DBOS must not record it as the outcome of the workflow."""
+    """The process has to stop. Not an Exception, so that DBOS does not record it as the outcome of a workflow."""
 
 
 @dataclass(frozen=True)
-class Workshop:
-    """What the work needs, from the composition root."""
+class FileInfo:
+    """One file of a job that has succeeded."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class JobContext:
+    """What the work on jobs needs, from the composition root."""
 
     table: JobTable
     models: Models
     generate: Generate
-    identity: Callable[[str], Awaitable[Mapping[str, str]]]  # by bundle digest: what runs it, for the manifest
+    identity: Callable[[str], Awaitable[Mapping[str, str]]]
+    """By bundle digest: the software and device that generate, for the manifest."""
     classify: Classify
     classifier_identity: Callable[[Bundle], Awaitable[Mapping[str, str]]]
     nearest: FindNearest
     expose: Callable[[Bundle, NDArray[np.float32]], Awaitable[Exposure]]
     index_identity: Callable[[Bundle], Awaitable[Mapping[str, str]]]
     project: Project
-    projection_steps: Callable[[str], Awaitable[int]]  # by ticket: steps done of a call of `project`
+    projection_steps: Callable[[str], Awaitable[int]]
+    """By ticket: the steps that a call of `project` has done."""
     cancel_projection: Callable[[str], Awaitable[None]]
-    loop: asyncio.AbstractEventLoop  # where these run
+    loop: asyncio.AbstractEventLoop
+    """The event loop that runs the calls above."""
     storage: str
     min_free_bytes: int = 0
     stopping: threading.Event = field(default_factory=threading.Event)
-    submitting: set[str] = field(default_factory=set)  # ids of jobs that calls in work are about to submit
+    submitting: set[str] = field(default_factory=set)
+    """Ids of jobs that are being created, and whose workflow is about to be enqueued."""
 
     def store(self, job_id: str) -> Store:
-        """Where the job's files lie."""
+        """The store of the job's files."""
         return Store(f"{self.storage.rstrip('/')}/{job_id}")
 
     def retrying_store(self, job_id: str) -> Store:
-        """The same store for work on the job: calls are repeated by `retry_transient` while the storage cannot be reached."""
+        """The same store, with each call repeated by `retry_transient` while the storage cannot be reached."""
         return _RetryingStore(self, job_id)
 
     def check_space(self) -> None:
-        """StorageError when so little is free that the jobs database would soon be unable to write."""
+        """Refuse work while so little space is free that the jobs database could soon not be written.
+
+        Raises:
+            StorageError: If less than `min_free_bytes` are free.
+        """
         free = Store(self.storage).free_bytes()
         if free is not None and free < self.min_free_bytes:
-            raise StorageError(
-                f"the storage of the datasets has {free >> 20} MiB left; free some space and ask again", "storage-full"
-            )
+            raise StorageError(f"the storage has {free >> 20} MiB left; free some space and try again", "storage-full")
 
 
-def retry_transient(shop: Workshop, call: Callable[[], T], job_id: str | None = None) -> T:
-    """The result of `call`, repeated while the database, the storage or a service cannot be reached.
+def retry_transient(ctx: JobContext, call: Callable[[], T], job_id: str | None = None) -> T:
+    """Repeat `call` while the database, the storage or a service cannot be reached, and return its result.
 
-    Raises ShutdownError if the process is to stop meanwhile and, where `job_id` is given, StoppedError if that job is to.
+    Args:
+        ctx: The context of the jobs.
+        call: What to repeat. Errors that are not transient are raised.
+        job_id: A job that ends the waiting when it is to stop.
+
+    Raises:
+        ShutdownError: If the process is to stop.
+        StoppedError: If the job `job_id` is to stop.
     """
     pause = _FIRST_PAUSE_SECONDS
     while True:
@@ -109,17 +131,17 @@ def retry_transient(shop: Workshop, call: Callable[[], T], job_id: str | None = 
                 raise
             cause = error.__cause__ or error
             logger.warning("work waits", extra={"error": str(error), "cause": str(cause).partition("\n")[0][:200]})
-        if shop.stopping.wait(pause):
+        if ctx.stopping.wait(pause):
             raise ShutdownError
-        if job_id is not None and must_stop(shop, job_id):
+        if job_id is not None and must_stop(ctx, job_id):
             raise StoppedError
         pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
 
-def must_stop(shop: Workshop, job_id: str) -> bool:
+def must_stop(ctx: JobContext, job_id: str) -> bool:
     """Whether the job was cancelled or deleted, or has failed. False while the database cannot be reached."""
     try:
-        return shop.table.must_stop(job_id)
+        return ctx.table.must_stop(job_id)
     except DatabaseUnavailableError:
         return False
 
@@ -127,12 +149,12 @@ def must_stop(shop: Workshop, job_id: str) -> bool:
 class _RetryingStore(Store):
     """A store that repeats single calls, so that work of many calls need not begin again after an interruption."""
 
-    def __init__(self, shop: Workshop, job_id: str) -> None:
-        super().__init__(shop.store(job_id).location)
-        self._shop, self._job_id = shop, job_id
+    def __init__(self, ctx: JobContext, job_id: str) -> None:
+        super().__init__(ctx.store(job_id).location)
+        self._ctx, self._job_id = ctx, job_id
 
     def _retry(self, call: Callable[[], T]) -> T:
-        return retry_transient(self._shop, call, self._job_id)
+        return retry_transient(self._ctx, call, self._job_id)
 
     def entries(self) -> list[str]:
         return self._retry(super().entries)
@@ -161,48 +183,67 @@ class _RetryingStore(Store):
         self._retry(partial(super().remove, name))
 
 
-def patiently(
-    shop: Workshop, job_id: str, call: Callable[[], Awaitable[Any]], while_waiting: Callable[[], None] | None = None
+def call_with_retry(
+    ctx: JobContext, job_id: str, call: Callable[[], Awaitable[Any]], while_waiting: Callable[[], None] | None = None
 ) -> Any:
-    """The answer of a service, through its restarts; ends early when the job or the process is to end.
+    """Call an inference service, repeatedly while it restarts, and return its response.
 
-    `while_waiting` is called a few times a second; an exception from it gives the call up.
+    Args:
+        ctx: The context of the jobs.
+        job_id: The job that needs the response.
+        call: Makes one call, on the event loop.
+        while_waiting: Is called several times a second; an exception that it raises cancels the call.
+
+    Raises:
+        InferenceUnavailableError: If the service has answered for minutes that it is unavailable.
+        InferenceFailedError: If the service has failed repeatedly.
+        ShutdownError: If the process is to stop.
+        StoppedError: If the job is to stop.
     """
-    deadline = time.monotonic() + _PATIENCE_SECONDS
+    deadline = time.monotonic() + _UNAVAILABLE_SECONDS
     failures, pause = 0, _FIRST_PAUSE_SECONDS
     while True:
         try:
-            return ask(shop, call(), while_waiting)
+            return run_on_loop(ctx, call(), while_waiting)
         except InferenceUnreachableError:
-            deadline = time.monotonic() + _PATIENCE_SECONDS
+            deadline = time.monotonic() + _UNAVAILABLE_SECONDS
         except InferenceUnavailableError:
             if time.monotonic() > deadline:
                 raise
         except InferenceFailedError:
             failures += 1
-            if failures >= _FAILURES:
+            if failures >= _MAX_FAILURES:
                 raise
-        if shop.stopping.wait(pause):
+        if ctx.stopping.wait(pause):
             raise ShutdownError
-        if must_stop(shop, job_id):
+        if must_stop(ctx, job_id):
             raise StoppedError
         pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
 
-def ask(shop: Workshop, awaitable: Awaitable[Any], while_waiting: Callable[[], None] | None = None) -> Any:
-    """Wait in a worker's thread for what happens on the event loop; ShutdownError if the process is to stop meanwhile."""
+def run_on_loop(ctx: JobContext, awaitable: Awaitable[Any], while_waiting: Callable[[], None] | None = None) -> Any:
+    """Await something on the event loop, from the thread of a worker.
+
+    Args:
+        ctx: The context of the jobs.
+        awaitable: What to await.
+        while_waiting: As for `call_with_retry`.
+
+    Raises:
+        ShutdownError: If the process is to stop.
+    """
 
     async def call() -> Any:
         return await awaitable
 
-    future: Future[Any] = asyncio.run_coroutine_threadsafe(call(), shop.loop)
+    future: Future[Any] = asyncio.run_coroutine_threadsafe(call(), ctx.loop)
     while True:
         try:
             return future.result(timeout=POLL_SECONDS)
         except FutureTimeoutError:
             if future.done():  # the call itself timed out
                 raise
-            if shop.stopping.is_set():
+            if ctx.stopping.is_set():
                 future.cancel()
                 raise ShutdownError from None
             if while_waiting is not None:

@@ -1,0 +1,170 @@
+"""The work of a dataset job: generate the images of a shard, and assemble the files at the end.
+
+This module implements `services.jobs.execution.JobKind`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dermis.authenticity.index import Nearest
+from dermis.bundle import Bundle
+from dermis.classifier.preprocess import batch
+from dermis.classifier.scores import scores_of
+from dermis.dataset.manifest import finalize
+from dermis.dataset.plan import Plan, plan_for
+from dermis.dataset.request import stored_request
+from dermis.dataset.shards import write_shard
+from services.errors import DatabaseUnavailableError
+from services.jobs.context import (
+    POLL_SECONDS,
+    JobContext,
+    ShutdownError,
+    StoppedError,
+    call_with_retry,
+    must_stop,
+    retry_transient,
+)
+from services.jobs.table import Job
+from services.metrics import dataset_samples
+from services.samples import Image, Options, pack
+
+
+def path(job_id: str) -> str:
+    """The path of a dataset in the API."""
+    return f"/v1/datasets/{job_id}"
+
+
+def has_inputs(ctx: JobContext, job: Job) -> bool:
+    """True: a dataset needs nothing but its request."""
+    return True
+
+
+def run_shard(ctx: JobContext, job: Job, shard: int) -> None:
+    """Generate, classify, compare and encode the images of a shard, and write its file.
+
+    Raises:
+        StoppedError: If the job is to stop.
+    """
+    bundle, plan = _plan_of(ctx, job)
+    progress = _Progress(ctx, job.id, shard)
+    progress(0)
+    record = write_shard(
+        plan,
+        shard,
+        _Synthesize(ctx, job, bundle),
+        ctx.retrying_store(job.id),
+        score=_Score(ctx, job, bundle) if plan.scored else None,
+        examine=_Examine(ctx, job, bundle) if plan.gated else None,
+        identity=_identity(ctx, job.id, bundle, plan),
+        on_batch=progress,
+    )
+    retry_transient(ctx, lambda: ctx.table.progress(job.id, shard, len(record.images), finished=True))
+
+
+def finish(ctx: JobContext, job: Job) -> None:
+    """Write the metadata, the card and the manifest of a dataset whose shards are complete.
+
+    Raises:
+        StoppedError: If the job is to stop.
+    """
+    bundle, plan = _plan_of(ctx, job)
+    finalize(
+        plan,
+        ctx.retrying_store(job.id),
+        bundle,
+        _identity(ctx, job.id, bundle, plan),
+        lambda embeddings: call_with_retry(ctx, job.id, lambda: ctx.expose(bundle, embeddings)),
+    )
+
+
+def _plan_of(ctx: JobContext, job: Job) -> tuple[Bundle, Plan]:
+    bundle = ctx.models.serving(job.model_name, job.model_digest)
+    return bundle, plan_for(stored_request(job.request), bundle)
+
+
+class _Progress:
+    """Called after each batch with the number of samples done: updates the jobs table, and stops the shard if it has to."""
+
+    def __init__(self, ctx: JobContext, job_id: str, shard: int) -> None:
+        self._ctx, self._job_id, self._shard = ctx, job_id, shard
+        self._last_update = float("-inf")
+        self._done = 0
+
+    def __call__(self, done: int) -> None:
+        if self._ctx.stopping.is_set():
+            raise ShutdownError
+        dataset_samples.inc(max(0, done - self._done))
+        self._done = done
+        if time.monotonic() - self._last_update < POLL_SECONDS:
+            return
+        self._last_update = time.monotonic()
+        self._ctx.check_space()
+        with suppress(DatabaseUnavailableError):  # the end of the shard waits for the database
+            self._ctx.table.progress(self._job_id, self._shard, done)
+        if must_stop(self._ctx, self._job_id):
+            raise StoppedError
+
+
+class _Synthesize:
+    """The generator service as the function that `write_shard` calls."""
+
+    def __init__(self, ctx: JobContext, job: Job, bundle: Bundle) -> None:
+        request = stored_request(job.request)
+        self._ctx, self._job_id, self._seed = ctx, job.id, request.seed
+        self._options = Options(
+            bundle.digest,
+            request.truncation_psi,
+            request.truncation_cutoff,
+            request.noise_mode,
+            edits=request.moves,
+            directions=[direction.name for direction in bundle.directions],
+        )
+
+    def __call__(self, indices: Sequence[int], labels: Sequence[int]) -> NDArray[np.uint8]:
+        rows = pack(self._options, self._seed, indices, labels)
+        images: list[Image] = call_with_retry(self._ctx, self._job_id, lambda: self._ctx.generate(rows))
+        return np.stack(images)
+
+
+class _Score:
+    """The classifier service as the function that `write_shard` calls."""
+
+    def __init__(self, ctx: JobContext, job: Job, bundle: Bundle) -> None:
+        assert bundle.classifier is not None
+        self._ctx, self._job_id, self._bundle, self._classifier = ctx, job.id, bundle, bundle.classifier
+
+    def __call__(self, images: NDArray[np.uint8]) -> NDArray[np.float64]:
+        inputs = batch(images, self._classifier.input.size)
+        logits = call_with_retry(self._ctx, self._job_id, lambda: self._ctx.classify(self._bundle, inputs))
+        return scores_of(logits, self._classifier.temperature).calibrated
+
+
+class _Examine:
+    """The authenticity service as the function that `write_shard` calls."""
+
+    def __init__(self, ctx: JobContext, job: Job, bundle: Bundle) -> None:
+        assert bundle.authenticity is not None
+        self._ctx, self._job_id, self._bundle, self._index = ctx, job.id, bundle, bundle.authenticity
+
+    def __call__(self, images: NDArray[np.uint8]) -> Nearest:
+        inputs = batch(images, self._index.resolution)
+        nearest: Nearest = call_with_retry(self._ctx, self._job_id, lambda: self._ctx.nearest(self._bundle, inputs))
+        return nearest
+
+
+def _identity(ctx: JobContext, job_id: str, bundle: Bundle, plan: Plan) -> Mapping[str, str]:
+    """Software and devices of the services that the plan needs, for the manifest."""
+    identity: Mapping[str, str] = call_with_retry(ctx, job_id, lambda: ctx.identity(bundle.digest))
+    if plan.scored:
+        classifier: Mapping[str, str] = call_with_retry(ctx, job_id, lambda: ctx.classifier_identity(bundle))
+        identity = {**identity, **classifier}
+    if plan.gated:
+        index: Mapping[str, str] = call_with_retry(ctx, job_id, lambda: ctx.index_identity(bundle))
+        identity = {**identity, **index}
+    return identity

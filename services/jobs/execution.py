@@ -1,0 +1,187 @@
+"""Run the shards and the end of a job of any kind, and record its outcome. `workflow` makes this durable.
+
+Every function here may run again after a crash, and may run twice at once after a lease ran out: shards are idempotent and
+files are put into place atomically.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Protocol
+
+from dermis.dataset.store import Store
+from dermis.errors import StorageError
+from services.errors import InferenceUnavailableError, is_transient
+from services.jobs import dataset, projection
+from services.jobs.context import JobContext, StoppedError, must_stop, retry_transient
+from services.jobs.table import Job, Kind
+from services.problems import Problem, is_disk_full, problem, problem_of
+
+logger = logging.getLogger("dermis.jobs")
+
+
+class JobKind(Protocol):
+    """What one kind of job does. Each implementation is a module."""
+
+    def path(self, job_id: str) -> str:
+        """The path of the job in the API."""
+
+    def has_inputs(self, ctx: JobContext, job: Job) -> bool:
+        """Whether everything that the job works on is stored."""
+
+    def run_shard(self, ctx: JobContext, job: Job, shard: int) -> None:
+        """Do one shard and record its progress in the table.
+
+        Raises:
+            StoppedError: If the job is to stop.
+        """
+
+    def finish(self, ctx: JobContext, job: Job) -> None:
+        """Complete the files of a job whose shards are all finished.
+
+        Raises:
+            StoppedError: If the job is to stop.
+        """
+
+
+KINDS: Mapping[Kind, JobKind] = {"dataset": dataset, "projection": projection}
+
+
+def run_shard(ctx: JobContext, job_id: str, shard: int) -> str:
+    """Do one shard of a job.
+
+    Returns:
+        "finished", or "stopped" if the job is to stop; a failure is recorded in the table.
+
+    Raises:
+        ShutdownError: If the process is to stop.
+        Exception: A transient error (`services.errors.is_transient`), which is never the outcome of a job.
+    """
+    job = ctx.table.get(job_id)
+    if job is None or ctx.table.must_stop(job_id):
+        return "stopped"
+    try:
+        KINDS[job.kind].run_shard(ctx, job, shard)
+    except StoppedError:
+        return "stopped"
+    except Exception as error:
+        if is_transient(error):
+            raise
+        # Otherwise another shard has failed, and the files of this one were removed while it ran.
+        if not must_stop(ctx, job_id):
+            _fail(ctx, job, error)
+        return "stopped"
+    return "finished"
+
+
+def finish(ctx: JobContext, job_id: str) -> str:
+    """End a job none of whose shards is running: complete its files, or remove them if it failed or was cancelled.
+
+    Returns:
+        The last state of the job, or "gone".
+
+    Raises:
+        ShutdownError: If the process is to stop.
+        Exception: A transient error; the call may then be repeated.
+    """
+    job = ctx.table.get(job_id)
+    if job is None or not job.active:
+        return "gone" if job is None else job.state
+    if not ctx.table.must_stop(job_id):
+        try:
+            KINDS[job.kind].finish(ctx, job)
+        except StoppedError:
+            pass
+        except Exception as error:
+            if is_transient(error):
+                raise
+            _fail(ctx, job, error)
+        else:
+            job = ctx.table.finish(job_id, "succeeded")
+    return end(ctx, job_id, job)
+
+
+def end(ctx: JobContext, job_id: str, job: Job | None = None) -> str:
+    """End a job that did not succeed, unless another worker has ended it. None of its shards may be running.
+
+    Args:
+        ctx: The context of the jobs.
+        job_id: The job.
+        job: The job as it was last read.
+
+    Returns:
+        The last state of the job, or "gone".
+    """
+    if job is None or job.active:
+        job = ctx.table.get(job_id)
+    if job is not None and job.active:
+        # The reason is in the table already, so it is kept if this process ends here.
+        _try_remove_files(ctx, job_id)
+        job = ctx.table.finish(job_id, "cancelled" if job.state == "cancelling" else "failed")
+    state = "gone" if job is None else job.state
+    logger.info("job ended", extra={"job": job_id, "state": state})
+    return state
+
+
+def record_failure(ctx: JobContext, job: Job, reason: str, problem_kind: str = "internal") -> None:
+    """Record that a job cannot continue; `end` or `finish` ends it.
+
+    Args:
+        ctx: The context of the jobs.
+        job: The job.
+        reason: Why, for callers of the API.
+        problem_kind: The kind of the problem document (`services.problems.KINDS`).
+    """
+    logger.error("job given up", extra={"job": job.id, "why": reason})
+    document = problem(problem_kind, reason, KINDS[job.kind].path(job.id))
+    ctx.table.record_error(job.id, document.model_dump(exclude_none=True))
+
+
+def remove_files(ctx: JobContext, job_id: str) -> None:
+    """Remove all files of a job, if there are any."""
+    Store(ctx.storage).remove(job_id)
+
+
+def _try_remove_files(ctx: JobContext, job_id: str) -> None:
+    """Remove the files of a job that is about to end; files that cannot be removed do not prevent its end."""
+    try:
+        remove_files(ctx, job_id)
+    except StorageError as error:
+        if is_transient(error):
+            raise
+        logger.error("files not removed", extra={"job": job_id, "error": str(error)})
+
+
+def _fail(ctx: JobContext, job: Job, error: Exception) -> None:
+    """Record why a job fails; `finish` ends it and removes its files."""
+    document = _problem_of_job(job, error)
+    kind = document.type.rpartition(":")[2]
+    if kind == "internal":
+        logger.error("job failed", extra={"job": job.id}, exc_info=error)
+    else:
+        logger.warning("job failed", extra={"job": job.id, "kind": kind, "error": str(error)})
+    fields = document.model_dump(exclude_none=True)
+
+    def record() -> None:
+        try:
+            ctx.table.record_error(job.id, fields)
+        except Exception as full:
+            if is_transient(full) or not is_disk_full(full):
+                raise
+            # The record itself needs disk space, so remove the files first; they are to be removed anyway.
+            remove_files(ctx, job.id)
+            ctx.table.record_error(job.id, fields)
+
+    retry_transient(ctx, record)
+
+
+def _problem_of_job(job: Job, error: Exception) -> Problem:
+    """Why a job failed, for callers: without any path of the service and without the text of a driver or a library."""
+    cause = problem_of(error)
+    detail = cause.detail
+    if isinstance(error, InferenceUnavailableError):
+        detail = "a service that this needs could not do its part for some minutes; the log has more; ask for it again"
+    elif cause.kind == "internal":
+        detail = "the service failed; the log has more under the id of this job"
+    return problem(cause.kind, detail, KINDS[job.kind].path(job.id), errors=cause.errors)

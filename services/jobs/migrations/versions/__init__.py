@@ -1,0 +1,1 @@
+"""One module per revision of the schema. A released revision is never changed: add a new one."""

@@ -1,0 +1,183 @@
+"""The work of a projection job: project the images of a shard at once, and list the results at the end.
+
+This module implements `services.jobs.execution.JobKind`. Uploaded images are kept in the folder of the job, as squares at the
+resolution of the generator, until the job has ended; then they are removed. They are stored nowhere else.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+from dermis.bundle import Bundle
+from dermis.dataset.request import classes_of
+from dermis.dataset.store import PARTIAL, Store
+from dermis.errors import DataError
+from dermis.imaging import decode, encode
+from dermis.projection.result import facts_of, from_bytes
+from dermis.projection.schedule import SCHEDULES, Schedule, Space, Start
+from services.errors import DatabaseUnavailableError, InferenceFailedError, InferenceUnavailableError
+from services.jobs.context import JobContext, StoppedError, call_with_retry, must_stop, retry_transient, run_on_loop
+from services.jobs.table import Job
+from services.projections import Projected, Task
+
+IMAGES_PER_SHARD = 8
+LISTING = "projections.json"
+_REPORT_SECONDS = 1.0
+
+
+class ProjectionOptions(BaseModel):
+    """The request of a projection job, without its images."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schedule: Literal["fast", "official"] = "fast"
+    steps: int
+    space: Space
+    start: Start
+    class_name: str | None = None
+    video: bool = False
+    images: int
+
+    @property
+    def resolved(self) -> Schedule:
+        """The schedule with the options that replace parts of it."""
+        base = SCHEDULES[self.schedule]
+        return Schedule(
+            **{**base.__dict__, "steps": self.steps, "space": self.space, "start": self.start},
+        )
+
+
+def path(job_id: str) -> str:
+    """The path of a projection in the API."""
+    return f"/v1/projections/{job_id}"
+
+
+def shards_of(images: int) -> int:
+    """Number of shards of a job of so many images."""
+    return -(-images // IMAGES_PER_SHARD)
+
+
+def write_inputs(store: Store, images: Sequence[NDArray[np.uint8]]) -> None:
+    """Store the images of a job, uint8 squares [R, R, 3]."""
+    for number, image in enumerate(images):
+        store.write(_input_name(number), encode(image))
+
+
+def has_inputs(ctx: JobContext, job: Job) -> bool:
+    """Whether `write_inputs` has stored all images of the job."""
+    store = ctx.store(job.id)
+    options = ProjectionOptions.model_validate(job.request)
+    return all(store.size(_input_name(number)) is not None for number in range(options.images))
+
+
+def run_shard(ctx: JobContext, job: Job, shard: int) -> None:
+    """Project the images of a shard, unless their results are stored.
+
+    Raises:
+        StoppedError: If the job is to stop.
+    """
+    options = ProjectionOptions.model_validate(job.request)
+    bundle = ctx.models.serving(job.model_name, job.model_digest)
+    store = ctx.retrying_store(job.id)
+    numbers = range(shard * IMAGES_PER_SHARD, min((shard + 1) * IMAGES_PER_SHARD, options.images))
+    if not all(_is_done(store, number) for number in numbers):
+        ctx.table.progress(job.id, shard, 0)
+        projected = _project(ctx, job, shard, bundle, options, store, numbers)
+        for number, files in zip(numbers, projected, strict=True):
+            store.write(f"{number:05d}.png", files.image)
+            if files.video is not None:
+                store.write(f"{number:05d}.gif", files.video)
+            store.write(_result_name(number), files.result)  # the last one: an image that has it is done
+    retry_transient(ctx, lambda: ctx.table.progress(job.id, shard, len(numbers) * options.steps, finished=True))
+
+
+def _project(
+    ctx: JobContext,
+    job: Job,
+    shard: int,
+    bundle: Bundle,
+    options: ProjectionOptions,
+    store: Store,
+    numbers: Sequence[int],
+) -> list[Projected]:
+    images = np.stack([decode(store.read(_input_name(number))) for number in numbers])
+    label = None if options.class_name is None else classes_of(bundle).index(options.class_name)
+    task = Task(options.resolved, options.video)
+    ticket = uuid.uuid4().hex
+    last_report = time.monotonic()
+
+    def report() -> None:
+        nonlocal last_report
+        if time.monotonic() - last_report < _REPORT_SECONDS:
+            return
+        last_report = time.monotonic()
+        stop = must_stop(ctx, job.id)
+        # A failure of the service ends the call of `project` itself, and without the database the work continues.
+        with suppress(InferenceUnavailableError, InferenceFailedError, DatabaseUnavailableError):
+            if stop:
+                run_on_loop(ctx, ctx.cancel_projection(ticket))
+            else:
+                ctx.table.progress(job.id, shard, run_on_loop(ctx, ctx.projection_steps(ticket)))
+        if stop:
+            raise StoppedError
+
+    projected: list[Projected] = call_with_retry(
+        ctx, job.id, lambda: ctx.project(bundle, images, [label] * len(images), task, ticket), report
+    )
+    return projected
+
+
+def finish(ctx: JobContext, job: Job) -> None:
+    """List the results, and remove the uploaded images.
+
+    Raises:
+        StoppedError: If the job is to stop.
+    """
+    options = ProjectionOptions.model_validate(job.request)
+    store = ctx.retrying_store(job.id)
+    rows = []
+    for number in range(options.images):
+        result, _ = from_bytes(store.read(_result_name(number)), _result_name(number))
+        files = [_result_name(number), f"{number:05d}.png", *([f"{number:05d}.gif"] if options.video else [])]
+        rows.append({"index": number, **facts_of(result), "files": files})
+    store.write(LISTING, json.dumps(rows).encode())
+    store.remove(PARTIAL)
+
+
+def results(store: Store) -> list[Mapping[str, Any]]:
+    """The results of a job that has succeeded: one row per image, with the names of its files."""
+    rows: list[Mapping[str, Any]] = json.loads(store.read(LISTING))
+    return rows
+
+
+def latents(store: Store, number: int) -> NDArray[np.float32]:
+    """ws [num_ws, w_dim] of one image of a job that has succeeded."""
+    return from_bytes(store.read(_result_name(number)), _result_name(number))[0].ws
+
+
+def _is_done(store: Store, number: int) -> bool:
+    name = _result_name(number)
+    if store.size(name) is None:
+        return False
+    try:
+        from_bytes(store.read(name), name)
+    except DataError:
+        return False
+    return True
+
+
+def _input_name(number: int) -> str:
+    return f"{PARTIAL}/input-{number:05d}.png"
+
+
+def _result_name(number: int) -> str:
+    return f"{number:05d}.safetensors"
