@@ -30,7 +30,7 @@ def evaluate(
     extractor: Annotated[
         list[str] | None,
         typer.Option(
-            help="Feature space, such as inception, lite0 or timm:MODEL[@FILE.safetensors]; may be repeated, or hold "
+            help="Feature space, such as inception, lite0 or timm:MODEL\\[@FILE.safetensors]; may be repeated, or hold "
             "several with commas between them. Default: lite0 and lite1."
         ),
     ] = None,

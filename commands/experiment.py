@@ -105,7 +105,7 @@ def run(
     extractor: Annotated[
         str,
         typer.Option(
-            help="Feature space: inception, dinov2, clip, lite0, lite1, lite2 or timm:MODEL[@FILE.safetensors]."
+            help="Feature space: inception, dinov2, clip, lite0, lite1, lite2 or timm:MODEL\\[@FILE.safetensors]."
         ),
     ] = "inception",
     samples: Annotated[
