@@ -50,7 +50,7 @@ ranges: setup
 CREDIT := --licence CC-BY-NC-4.0 \
 	--attribution "HAM10000 (Tschandl et al. 2018, doi:10.1038/sdata.2018.161), ISIC 2018 test set (Codella et al. 2018), ISIC Archive"
 
-# How bundles/demo is made (its card lists every option, and when it was changed). Images are divided once, by patient, before
+# How bundles/demo is made (its card lists every option and each change). Images are divided once, by patient, before
 # anything is trained: all parts of the bundle learn from `train` alone, choices are made on `validation`, and `test` is held
 # out and only measures. Every step can be stopped with Ctrl-C; the same command continues it.
 SPLIT := runs/leaks/split
@@ -59,7 +59,7 @@ demo-split: setup
 	test -d runs/split || $(BIN)/dermis data split $(DATA) --parts train-validation-test --out runs/split
 	test -d runs/leaks || $(BIN)/dermis data leaks $(DATA) --split runs/split --remove --out runs/leaks
 
-# In three parts, each with a smaller learning rate: that brings most of the variety.
+# In three parts with falling learning rates.
 DEMO := $(LEARN) --resolution 128 --projected --projected-mbstd --class-balance 0.5 --batch 16 --channel-base 4096 --channel-max 256 \
 	--z-dim 256 --w-dim 256 --no-compile --name demo --out runs/demo --snapshot-kimg 4 --resume --allow-changes $(CREDIT)
 define demo-part

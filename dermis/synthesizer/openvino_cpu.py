@@ -45,14 +45,23 @@ class Stages:
     models: Mapping[str, Any]  # of STAGES: openvino.Model
 
 
+_filling_types = threading.Lock()
+
+
 def import_openvino() -> Any:
     """openvino without its usage reports: it would send events to an analytics host, at its import and later.
 
     A module of None makes the import of openvino_telemetry fail, for which openvino has a stub that sends nothing.
+
+    The first conversion of an element type fills a static table of the binding (OpenVINO 2026.4). Two threads that do this at
+    once can wait for each other forever: one holds the interpreter's lock and waits for the table, the other fills the table
+    and waits for the interpreter's lock. So the table is filled here, by one thread.
     """
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     import openvino
 
+    with _filling_types:
+        openvino.Type.f32.to_dtype()
     return openvino
 
 
