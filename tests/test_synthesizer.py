@@ -202,10 +202,11 @@ def test_first_use_of_openvino_by_many_threads_does_not_deadlock() -> None:
     code = """
 import sys, threading
 from dermis.synthesizer.openvino_cpu import import_openvino
+openvino = import_openvino()
 together = threading.Barrier(24)
 def first_use():
     together.wait()
-    import_openvino().Type.f32.to_dtype()
+    openvino.Type.f32.to_dtype()
 sys.setswitchinterval(1e-6)
 threads = [threading.Thread(target=first_use) for _ in range(24)]
 for thread in threads: thread.start()
