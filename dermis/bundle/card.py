@@ -1,14 +1,41 @@
-"""The section of a bundle's card on what its latent space comes with: index, encoder, directions."""
+"""The sections of a bundle's card on its parts: one on the classifier, one on index, encoder and directions."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dermis.authenticity.description import IndexDescription
-from dermis.directions.direction import Direction
-from dermis.projection.encoder_description import EncoderDescription
+from dermis.bundle.classifier import CLASSIFIER_CARD, NOTICE, Description
+from dermis.bundle.directions import Direction
+from dermis.bundle.encoder import EncoderDescription
+from dermis.bundle.index import IndexDescription
 
-_BEGIN, _END = "<!-- latent space: written by dermis -->", "<!-- end of latent space -->"
+_CLASSIFIER_BEGIN, _CLASSIFIER_END = "<!-- classifier: written by dermis -->", "<!-- end of classifier -->"
+_LATENT_BEGIN, _LATENT_END = "<!-- latent space: written by dermis -->", "<!-- end of latent space -->"
+
+
+def with_classifier_section(card: str, classifier: Description | None) -> str:
+    """Replace the section on the classifier in a bundle's card.
+
+    Args:
+        card: The card, with or without such a section.
+        classifier: The classifier of the bundle; None removes the section.
+    """
+    before, begin, rest = card.partition(_CLASSIFIER_BEGIN)
+    after = rest.partition(_CLASSIFIER_END)[2].lstrip("\n") if begin else ""
+    if classifier is None:
+        return before.rstrip("\n") + "\n" + ("\n" + after if after else "") if begin else card
+    thresholds = ", ".join(f"{name} {value:.4g}" for name, value in sorted(classifier.thresholds.items()))
+    section = f"""{_CLASSIFIER_BEGIN}
+## Classifier
+
+**{NOTICE}**
+
+`classifier/` tells {classifier.positive_class} from {classifier.class_names[0]}: {classifier.architecture} on
+{classifier.input.size} px, temperature {classifier.temperature:.4g}, thresholds on the calibrated probability: {thresholds}.
+[Its card](classifier/{CLASSIFIER_CARD}) says what it was trained on and what was measured.
+{_CLASSIFIER_END}
+"""
+    return before.rstrip("\n") + "\n\n" + section + ("\n" + after if after else "")
 
 
 def with_latent_section(
@@ -17,13 +44,20 @@ def with_latent_section(
     encoder: EncoderDescription | None,
     directions: Sequence[Direction],
 ) -> str:
-    """A card with the section in place of the one that it may have; without, if there is nothing to tell."""
-    before, begin, rest = card.partition(_BEGIN)
-    after = rest.partition(_END)[2].lstrip("\n") if begin else ""
-    told = [text for text in (_index(index), _encoder(encoder), _directions(directions)) if text]
+    """Replace the section on the latent space in a bundle's card.
+
+    Args:
+        card: The card, with or without such a section.
+        index: The index of the bundle, or None.
+        encoder: The encoder of the bundle, or None.
+        directions: The directions of the bundle. Without directions, index and encoder the section is removed.
+    """
+    before, begin, rest = card.partition(_LATENT_BEGIN)
+    after = rest.partition(_LATENT_END)[2].lstrip("\n") if begin else ""
+    paragraphs = [text for text in (_index(index), _encoder(encoder), _directions(directions)) if text]
     kept = before.rstrip("\n") + "\n"
-    if told:
-        kept += "\n" + "\n\n".join([f"{_BEGIN}\n## Latent space", *told]) + f"\n{_END}\n"
+    if paragraphs:
+        kept += "\n" + "\n\n".join([f"{_LATENT_BEGIN}\n## Latent space", *paragraphs]) + f"\n{_LATENT_END}\n"
     return kept + ("\n" + after if after else "")
 
 

@@ -1,9 +1,9 @@
-"""What an encoder is: encoder.json, and the folder that it describes.
+"""The folder of an encoder, which encoder.json describes.
 
-    encoder.json         the network, the generator that it is for, how it was trained, SHA-256 of the others
-    encoder.safetensors  its weights and the basis of the latents that it gives, as float16
+    encoder.json         the network, the generator that it belongs to, how it was trained, SHA-256 of the others
+    encoder.safetensors  weights and the basis of the latents, as float16
 
-The folder stands alone or in a bundle as `encoder/`. `docs/bundles.md` documents it.
+The folder stands alone, or in a bundle as `encoder/`. `docs/bundles.md` documents it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 
 from pydantic import Field
 
+from dermis.bundle.folder import DescriptorModel, FileRecord, Folder, Part, open_folder, parse_descriptor, write_folder
 from dermis.errors import BundleError
-from dermis.folders import DescriptorModel, FileRecord, Folder, open_folder, parse_descriptor, write_folder
 
 ENCODER_FORMAT = 1
 DESCRIPTOR = "encoder.json"
@@ -26,27 +26,27 @@ WEIGHTS = "encoder.safetensors"
 
 @dataclass(frozen=True)
 class EncoderDescription:
-    """An encoder without its weights. `files` and `digest` are known once it is written."""
+    """An encoder without its weights. `files` and `digest` are empty until it is written."""
 
     backbone: str
-    """"small", or timm:MODEL."""
+    """The network: "small", or timm:MODEL."""
     size: int
-    """Pixels to which images are brought first."""
+    """Side, px, to which images are resized first."""
     components: int
-    """Dimensions of w that it moves in, the principal components of the generator's latents."""
+    """Number of principal components of the generator's w that span the encoder's latents."""
     num_ws: int
     w_dim: int
     generator: str
-    """SHA-256 (hex) of the generator.safetensors that it was trained for: to another one its latents mean nothing."""
+    """SHA-256 (hex) of the generator.safetensors that it was trained for. It cannot be used with another generator."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, FileRecord] = field(default_factory=dict)
     digest: str = ""
-    """SHA-256 (hex) of encoder.json: the identity of the whole encoder."""
+    """SHA-256 (hex) of encoder.json. It identifies the whole encoder."""
 
 
 class _Descriptor(DescriptorModel):
-    """encoder.json."""
+    """The fields of encoder.json."""
 
     backbone: str = Field(pattern=r"^(small|timm:[A-Za-z0-9_.-]{1,100})$")
     size: int = Field(ge=16, le=1024)
@@ -59,29 +59,44 @@ class _Descriptor(DescriptorModel):
 
 
 def read_encoder_files(location: str | Path) -> tuple[EncoderDescription, dict[str, bytes]]:
-    """A verified encoder and all its files by name, encoder.json among them. Raises BundleError."""
-    folder, described, text = open_encoder_folder(location)
-    files = {name: folder.read(name, record) for name, record in described.files.items()}
-    return described, {DESCRIPTOR: text, **files}
+    """Read and verify an encoder's folder.
+
+    Returns:
+        The description, and the content of all files by name with encoder.json among them.
+
+    Raises:
+        BundleError: A file is missing, changed or not listed, or encoder.json is malformed.
+    """
+    folder, description, text = open_encoder_folder(location)
+    files = {name: folder.read(name, record) for name, record in description.files.items()}
+    return description, {DESCRIPTOR: text, **files}
 
 
 def open_encoder_folder(location: str | Path) -> tuple[Folder, EncoderDescription, bytes]:
-    """The folder (or fsspec URL), what it says of itself, and encoder.json; weights are verified as they are read.
+    """Open an encoder in a folder or at an fsspec URL. The weights are verified when they are read.
 
-    Raises BundleError.
+    Returns:
+        The folder, the description, and the bytes of encoder.json.
+
+    Raises:
+        BundleError: encoder.json is missing or malformed, or the folder has other files than it lists.
     """
     folder = open_folder(location, "encoder", DESCRIPTOR)
     text = folder.read_descriptor()
-    described = parse(text, f"{folder.where}/{DESCRIPTOR}")
-    folder.check_listing(described.files)
-    return folder, described, text
+    description = parse(text, f"{folder.where}/{DESCRIPTOR}")
+    folder.check_listing(description.files)
+    return folder, description, text
 
 
 def write_encoder_folder(
-    out: str | Path, described: EncoderDescription, weights: bytes, *, replace: bool = False
+    out: str | Path, description: EncoderDescription, weights: bytes, *, replace: bool = False
 ) -> EncoderDescription:
-    """Write an encoder's folder and open it again; it appears whole or not at all. Raises BundleError."""
-    fields = asdict(described)
+    """Write an encoder's folder and open it. The folder appears completely or not at all.
+
+    Raises:
+        BundleError: `out` exists and may not be replaced, or the folder cannot be written.
+    """
+    fields = asdict(description)
     del fields["files"], fields["digest"]
     fields["format_version"] = ENCODER_FORMAT
     write_folder(Path(out), "encoder", DESCRIPTOR, fields, {WEIGHTS: weights}, replace=replace)
@@ -89,21 +104,32 @@ def write_encoder_folder(
 
 
 def parse(text: bytes, where: str) -> EncoderDescription:
-    """encoder.json as a description. BundleError, naming `where` and the field, if it is none."""
-    found = parse_descriptor(text, where, ENCODER_FORMAT, _Descriptor)
-    if found.components > found.w_dim:
-        raise BundleError(f"{where}: components: {found.components} are more than w has dimensions")
-    if WEIGHTS not in found.records:
+    """Parse encoder.json.
+
+    Args:
+        text: The bytes of the file.
+        where: Name of the file for errors.
+
+    Raises:
+        BundleError: The text is not a valid encoder.json. The message names the field.
+    """
+    fields = parse_descriptor(text, where, ENCODER_FORMAT, _Descriptor)
+    if fields.components > fields.w_dim:
+        raise BundleError(f"{where}: components: {fields.components} are more than w has dimensions")
+    if WEIGHTS not in fields.records:
         raise BundleError(f"{where}: files does not list {WEIGHTS}; get the encoder again")
     return EncoderDescription(
-        backbone=found.backbone,
-        size=found.size,
-        components=found.components,
-        num_ws=found.num_ws,
-        w_dim=found.w_dim,
-        generator=found.generator,
-        provenance=found.provenance,
-        metrics=found.metrics,
-        files=found.records,
+        backbone=fields.backbone,
+        size=fields.size,
+        components=fields.components,
+        num_ws=fields.num_ws,
+        w_dim=fields.w_dim,
+        generator=fields.generator,
+        provenance=fields.provenance,
+        metrics=fields.metrics,
+        files=fields.records,
         digest=hashlib.sha256(text).hexdigest(),
     )
+
+
+ENCODER_PART = Part("encoder", DESCRIPTOR, parse, read_encoder_files)

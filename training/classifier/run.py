@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dermis import __version__
-from dermis.classifier.description import Description, InputSpec, write_classifier
+from dermis.bundle.classifier import Description, InputSpec, write_classifier
 from dermis.classifier.scores import scores_of, sigmoid
 from dermis.classifier.torch_network import TorchClassifier, normalisation
 from dermis.devices import describe_hardware
