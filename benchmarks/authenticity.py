@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from dermis.authenticity.build import new_index
 from dermis.authenticity.checker import Checker
-from dermis.authenticity.description import Kind
 from dermis.authenticity.index import import_faiss, products_of_matrices, search
 from dermis.bundle import open_bundle
+from dermis.bundle.index import Kind
 from dermis.cpus import available_cpus
 from dermis.synthesizer import Synthesizer
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dermis.classifier.description import MODEL, Description, InputSpec, read_model, write_classifier
+from dermis.bundle.classifier import MODEL, Description, InputSpec, read_model, write_classifier
 from dermis.classifier.onnx_session import Classifier, find_classifier
 from dermis.classifier.preprocess import to_input
 from dermis.classifier.scores import sigmoid

@@ -38,7 +38,7 @@ def classify(
     """
     from tqdm import tqdm
 
-    from dermis.classifier.description import NOTICE
+    from dermis.bundle.classifier import NOTICE
     from dermis.classifier.onnx_session import Classifier
     from dermis.cpus import available_cpus
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from dermis.bundle import Bundle
-    from dermis.directions.direction import Direction
+    from dermis.bundle.directions import Direction
     from dermis.imaging import Images
     from dermis.network_config import NoiseMode
     from dermis.networks import Generator

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from dermis.bundle import Bundle
-    from dermis.directions.direction import Direction
+    from dermis.bundle.directions import Direction
     from training.evaluation.disentanglement import Effect, Look, Readings, Removal, Units, Ws
     from training.evaluation.readings import Reader
 

@@ -56,7 +56,7 @@ def concepts(
     """
     from tqdm import tqdm
 
-    from dermis.classifier.description import NOTICE
+    from dermis.bundle.classifier import NOTICE
     from dermis.classifier.onnx_session import Classifier
     from dermis.classifier.torch_network import load_torch_classifier
     from dermis.errors import DataError

@@ -59,7 +59,7 @@ def edge_cases(
     Of real images those of validation and test count, since on images that it learnt from a classifier has few.
     """
     from commands.classify import threshold_value
-    from dermis.classifier.description import NOTICE
+    from dermis.bundle.classifier import NOTICE
     from dermis.classifier.onnx_session import Classifier
     from dermis.explain.edge_cases import Criteria, edge_case_rows, edge_case_sheet, to_csv
     from dermis.imaging import encode

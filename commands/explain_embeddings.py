@@ -14,7 +14,7 @@ import typer
 from dermis.errors import DataError
 
 if TYPE_CHECKING:
-    from dermis.classifier.description import Description
+    from dermis.bundle.classifier import Description
     from dermis.explain.embeddings import Embedded
 
 PAGE, FEATURES, METADATA, PROJECTOR = "index.html", "features.npz", "metadata.csv", "projector"
@@ -57,7 +57,7 @@ def embeddings(
     from commands.explain_edge_cases import write_files
     from commands.explain_images import added_images, dataset_images, embedded, generated_images, parts_of, real_images
     from dermis.bundle import open_bundle
-    from dermis.classifier.description import NOTICE
+    from dermis.bundle.classifier import NOTICE
     from dermis.classifier.onnx_session import Classifier
     from dermis.explain.embeddings import GENERATED, ITERATIONS, map_in_3d, open_tsne
     from dermis.explain.embeddings_page import NEIGHBOURS, SPRITE_SIDE, embeddings_page

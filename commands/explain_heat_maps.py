@@ -23,7 +23,7 @@ from dermis.errors import DataError, RequestError, StorageError
 from dermis.files import write_file
 
 if TYPE_CHECKING:
-    from dermis.classifier.description import Description
+    from dermis.bundle.classifier import Description
     from dermis.explain.attribution import Attribution, Explainer, Method
     from dermis.explain.page import Entry
     from dermis.imaging import Images
@@ -70,7 +70,7 @@ def heat_maps(
     """
     from tqdm import tqdm
 
-    from dermis.classifier.description import NOTICE
+    from dermis.bundle.classifier import NOTICE
     from dermis.classifier.onnx_session import find_classifier
     from dermis.explain.attribution import METHODS, Explainer, require_packages
 

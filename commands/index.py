@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from dermis.authenticity.description import IndexDescription
     from dermis.bundle import Bundle
+    from dermis.bundle.index import IndexDescription
     from dermis.imaging import Images
 
 index_app = typer.Typer(no_args_is_help=True, help="The index of training images against which copies are found.")
@@ -66,8 +66,8 @@ def build(
 
     from dermis.authenticity.build import FEWEST_APPROXIMATE, Storage, build_index, write_index
     from dermis.authenticity.checker import CLASSIFIER, Embedder
-    from dermis.authenticity.description import Kind, Metric
     from dermis.bundle import open_bundle
+    from dermis.bundle.index import Kind, Metric
     from dermis.errors import RequestError
     from training.data.embedding import embed_array, progress_bar
     from training.data.isic import load_isic

@@ -1,7 +1,7 @@
-"""dermis: synthetic dermoscopy that people can trust. The domain library: no web, no training loop, no command line.
+"""dermis: synthetic dermoscopy. The library: no web framework, no training loop, no command line.
 
-Import the room you need (`dermis.bundle`, `dermis.synthesizer`, `dermis.dataset`, ...): this module imports nothing
-heavy.
+Import the package that you need (`dermis.bundle`, `dermis.synthesizer`, `dermis.dataset`, ...). This module imports
+nothing.
 """
 
 __version__ = "0.1.0"

@@ -1,12 +1,13 @@
-"""Reading regular files only, and writing a file so that it is there whole or not at all."""
+"""Reading regular files only, and writing files completely or not at all."""
 
 from __future__ import annotations
 
 import errno
 import os
 import stat
+import uuid
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -75,18 +76,45 @@ def names_below(root: Path) -> Iterator[str]:
             yield prefix
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Write beside its place, then rename; folders are made. StorageError if it cannot be written."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+@contextmanager
+def atomic_write(path: Path, *, concurrent: bool = False) -> Iterator[Path]:
+    """Give a temporary path in the same folder, which replaces `path` if the block ends without an exception.
+
+    After an exception the temporary file is removed and `path` is as it was. A killed process can leave the temporary
+    file.
+
+    Args:
+        path: The file to write. Its folder must exist when the block writes.
+        concurrent: Whether other threads or processes may write `path` at the same time. The name of the temporary file
+            is then unique. Otherwise it is always the same, so that the next write replaces one that was left.
+
+    Yields:
+        The temporary path. Its suffix is always .partial: name the format to libraries that choose it by the suffix.
+
+    Raises:
+        OSError: The file cannot be written or replaced.
+    """
+    partial = path.with_name(f".{uuid.uuid4().hex if concurrent else path.name}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(data)
+        yield partial
         partial.replace(path)
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be written: {error.strerror}") from None
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file completely or not at all. Missing folders are made.
+
+    Raises:
+        StorageError: The file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path, concurrent=True) as partial:
+            partial.write_bytes(data)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def _check_regular(mode: int) -> None:

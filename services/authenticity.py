@@ -16,10 +16,10 @@ import numpy as np
 
 from dermis.authenticity.attack import exposure
 from dermis.authenticity.checker import Checker
-from dermis.authenticity.description import DESCRIPTOR
+from dermis.bundle.folder import exists
+from dermis.bundle.index import DESCRIPTOR
 from dermis.cpus import available_cpus
 from dermis.errors import DermisError
-from dermis.folders import exists
 from services import logs, pixels
 from services.data_folder import restrict_new_files
 from services.models import locate, without_place

@@ -12,11 +12,11 @@ from typing import Any
 import bentoml
 import numpy as np
 
-from dermis.classifier.description import DESCRIPTOR
+from dermis.bundle.classifier import DESCRIPTOR
+from dermis.bundle.folder import exists
 from dermis.classifier.onnx_session import Classifier as Session
 from dermis.cpus import available_cpus
 from dermis.errors import DermisError
-from dermis.folders import exists
 from services import logs, pixels
 from services.data_folder import restrict_new_files
 from services.models import locate, without_place

@@ -15,12 +15,12 @@ from typing import Any
 import bentoml
 import numpy as np
 
-from dermis.classifier.description import DESCRIPTOR, open_classifier
+from dermis.bundle.classifier import DESCRIPTOR, open_classifier
+from dermis.bundle.folder import exists
 from dermis.cpus import available_cpus
 from dermis.errors import DermisError
 from dermis.explain.attribution import Explainer as Loaded
 from dermis.explain.attribution import Method, missing_packages
-from dermis.folders import exists
 from services import heat_maps, logs
 from services.callers import CallerGoneError, CallerMiddleware, check_caller
 from services.data_folder import restrict_new_files

@@ -21,10 +21,10 @@ from dermis.authenticity.attack import attack, attacked, identifiability, neares
 from dermis.authenticity.baseline import Copies
 from dermis.authenticity.build import build_index, write_index
 from dermis.authenticity.checker import Checker, Embedder
-from dermis.authenticity.description import DESCRIPTOR, INDEX, RADII
 from dermis.authenticity.index import Index, open_index
 from dermis.authenticity.verdict import stands_on, verdicts_of, weakness
 from dermis.bundle import Bundle, amend_bundle, open_bundle
+from dermis.bundle.index import DESCRIPTOR, INDEX, RADII
 from dermis.classifier.preprocess import batch as squares
 from dermis.errors import BundleError, DermisError, RequestError
 from dermis.imaging import encode

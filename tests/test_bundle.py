@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import dermis.bundle
 from commands.main import app
 from dermis.bundle import (
     BUNDLE_FORMAT,
@@ -269,3 +271,25 @@ def test_parts_come_and_go_and_the_card_says_so(tmp_path: Path) -> None:
     assert isinstance(refused.exception, RequestError) and "has no authenticity" in str(refused.exception)
     last = amend_bundle(left, remove=["classifier"])
     assert last.model_card == bare.model_card
+
+
+# -- structure
+
+
+def _imports(file: Path) -> set[str]:
+    """Modules of dermis that a file imports, also inside functions and under TYPE_CHECKING."""
+    modules: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module is not None, f"{file}: imports are absolute"
+            modules |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return modules
+
+
+def test_the_format_imports_none_of_the_packages_whose_files_it_describes() -> None:
+    format_folder = Path(dermis.bundle.__file__).parent
+    for file in format_folder.glob("*.py"):
+        for package in ("classifier", "authenticity", "projection", "directions"):
+            assert not any(f"{name}.".startswith(f"dermis.{package}.") for name in _imports(file)), file.name

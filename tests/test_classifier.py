@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from commands.main import app
 from dermis.bundle import amend_bundle, open_bundle
-from dermis.classifier.description import NOTICE, InputSpec, open_classifier, write_classifier
+from dermis.bundle.classifier import NOTICE, InputSpec, open_classifier, write_classifier
 from dermis.classifier.onnx_session import Classifier
 from dermis.classifier.preprocess import to_input
 from dermis.classifier.scores import scores_of

@@ -22,7 +22,7 @@ from torch import multiprocessing
 from typer.testing import CliRunner
 
 from commands.main import app
-from dermis.classifier.description import MODEL, open_classifier
+from dermis.bundle.classifier import MODEL, open_classifier
 from dermis.classifier.onnx_session import Classifier
 from dermis.classifier.torch_network import load_torch_classifier, read_weights
 from dermis.errors import BundleError, DermisError, TrainingError
@@ -351,7 +351,7 @@ def test_a_finished_run_is_measured_again_with_another_threshold(trained: Path, 
 def test_weights_of_another_network_are_not_taken(trained: Path) -> None:
     from dataclasses import replace
 
-    from dermis.classifier.description import write_classifier
+    from dermis.bundle.classifier import write_classifier
 
     described = replace(open_classifier(trained / "classifier"), architecture="resnet50")
     data = (trained / "classifier" / MODEL).read_bytes()

@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 from commands import classify
 from commands.main import app
 from dermis.bundle import amend_bundle
-from dermis.classifier.description import NOTICE
+from dermis.bundle.classifier import NOTICE
 from dermis.classifier.onnx_session import Classifier
 from dermis.errors import BundleError, DermisError
 from dermis.reading import read_image

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from commands.main import app
-from dermis.classifier.description import write_classifier
+from dermis.bundle.classifier import write_classifier
 from dermis.classifier.torch_network import TorchClassifier
 from dermis.errors import DataError, DermisError
 from dermis.explain.counterfactual import change, corners, with_corners, zoomed

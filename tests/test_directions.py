@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 
 from commands.main import app
 from dermis.bundle import Bundle, amend_bundle, load_generator, open_bundle
-from dermis.directions.direction import Direction, from_bytes, oriented, to_bytes
+from dermis.bundle.directions import Direction, decode_directions, encode_directions
 from dermis.directions.edit import Edit, apply_edits, offset_of, strip
-from dermis.directions.fit import class_means, ganspace, hyperplane, sample_w, sefa
+from dermis.directions.fit import class_means, ganspace, hyperplane, oriented, sample_w, sefa
 from dermis.errors import BundleError, RequestError
 from dermis.networks import Generator
 from tiny import make_bundle
@@ -107,12 +107,12 @@ def test_directions_survive_the_bundle_and_change_its_digest(bundle: Bundle, tmp
 
 
 def test_a_damaged_file_is_refused_by_its_name() -> None:
-    data = to_bytes([axis(0), axis(1)])
+    data = encode_directions([axis(0), axis(1)])
     for broken in (data[:-3], data.replace(b"axis-1", b"axis-9", 1), b""):
         with pytest.raises(BundleError, match="somewhere"):
-            from_bytes(broken, "somewhere", w_dim=W_DIM, num_ws=NUM_WS)
+            decode_directions(broken, "somewhere", w_dim=W_DIM, num_ws=NUM_WS)
     with pytest.raises(BundleError, match="somewhere"):
-        from_bytes(data, "somewhere", w_dim=W_DIM, num_ws=2)
+        decode_directions(data, "somewhere", w_dim=W_DIM, num_ws=2)
 
 
 # -- moving along them

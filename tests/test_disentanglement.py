@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from commands.main import app
 from dermis.bundle import amend_bundle
-from dermis.directions.direction import Direction
+from dermis.bundle.directions import Direction
 from dermis.errors import RequestError
 from tiny import make_bundle
 from tiny_classifier import make_classifier

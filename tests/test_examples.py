@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 from dermis.bundle import amend_bundle, open_bundle
-from dermis.directions.direction import Direction, oriented
+from dermis.bundle.directions import Direction
+from dermis.directions.fit import oriented
 from official_pickles import _official_names, save, snapshot  # noqa: F401  a fixture that gives pickles official names
 from service_kit import assemble, listening
 from test_heat_maps import classifier  # noqa: F401  a fixture

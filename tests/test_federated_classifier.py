@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from dermis.classifier.description import read_classifier_files
+from dermis.bundle.classifier import read_classifier_files
 from dermis.classifier.torch_network import TorchClassifier
 from dermis.errors import TrainingError
 from dermis.metrics.classification import auc

@@ -12,8 +12,9 @@ import torch
 from numpy.typing import NDArray
 
 from dermis.bundle import amend_bundle
-from dermis.directions.direction import Direction, oriented
+from dermis.bundle.directions import Direction
 from dermis.directions.edit import Edit, offset_of
+from dermis.directions.fit import oriented
 from dermis.errors import RequestError, TrainingError
 from dermis.synthesizer import Synthesizer
 from tiny import make_bundle

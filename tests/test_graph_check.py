@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
+from dermis.bundle.classifier import write_classifier
 from dermis.classifier import graph_trial
-from dermis.classifier.description import write_classifier
 from dermis.classifier.graph_check import OPERATORS, check_graph
 from dermis.classifier.graph_trial import try_graph
 from dermis.classifier.onnx_session import Classifier

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from dermis.bundle import amend_bundle
-from dermis.classifier.description import NOTICE
+from dermis.bundle.classifier import NOTICE
 from dermis.classifier.preprocess import to_input
 from dermis.explain.attribution import Explainer
 from dermis.imaging import decode, encode

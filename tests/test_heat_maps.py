@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from commands.main import app
-from dermis.classifier.description import NOTICE, Description, InputSpec, write_classifier
+from dermis.bundle.classifier import NOTICE, Description, InputSpec, write_classifier
 from dermis.classifier.onnx_session import Classifier
 from dermis.classifier.preprocess import to_input
 from dermis.errors import DermisError

@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 
 from commands.main import app
 from dermis.bundle import Bundle, amend_bundle, load_generator
+from dermis.bundle.directions import Direction
 from dermis.dataset.manifest import parse_manifest
 from dermis.dataset.neighbours import write_neighbours
 from dermis.dataset.request import DatasetRequest, stored_request
-from dermis.directions.direction import Direction
 from dermis.directions.edit import Edit, bundle_offset
 from dermis.imaging import Images, decode
 from dermis.latent_neighbours import Anchor, neighbours_of

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image, ImageFile
 
 from dermis.bundle import amend_bundle
-from dermis.classifier.description import NOTICE
+from dermis.bundle.classifier import NOTICE
 from dermis.classifier.onnx_session import Classifier
 from dermis.classifier.preprocess import to_input
 from dermis.reading import ImageError, read_image

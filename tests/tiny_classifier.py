@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from dermis.classifier.description import Description, InputSpec, write_classifier
+from dermis.bundle.classifier import Description, InputSpec, write_classifier
 
 SIZE, FEATURES = 16, 4
 

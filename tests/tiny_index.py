@@ -9,7 +9,8 @@ import numpy as np
 from dermis.authenticity.build import build_index, write_index
 from dermis.authenticity.checker import Embedder
 from dermis.bundle import Bundle, amend_bundle
-from dermis.directions.direction import Direction, oriented
+from dermis.bundle.directions import Direction
+from dermis.directions.fit import oriented
 from dermis.imaging import Images
 from tiny import make_bundle
 from tiny_classifier import make_classifier

@@ -25,6 +25,7 @@ import torch
 from benchmarks.gpu.results import Results
 from dermis.devices import resolve_device
 from dermis.errors import TrainingError
+from dermis.files import write_file
 from dermis.imaging import contact_sheet, encode
 from training.data.images import load_images
 from training.data.isic import ImageDataset
@@ -160,20 +161,14 @@ class Run:
         """The state first: a picture can be drawn from it later."""
         start = time.monotonic()
         summary = save_compact_state(self.out / "state", self.state, self.config, self.dataset, self.plan.moments)
-        write_atomically(self.out / "training.jsonl", "".join(f"{line}\n" for line in self.lines[-LOG_LINES:]).encode())
+        write_file(self.out / "training.jsonl", "".join(f"{line}\n" for line in self.lines[-LOG_LINES:]).encode())
         grid = contact_sheet(sample_grid(self.state.G_ema, self.device), columns=GRID)
-        write_atomically(self.out / "grid.webp", encode(grid, "webp", 85))
+        write_file(self.out / "grid.webp", encode(grid, "webp", 85))
         self.save_seconds = time.monotonic() - start
         self.results.number(
             f"state at {self.state.progress.kimg:.1f} kimg", summary.bytes / 2**20, "MiB", files=len(summary.files),
             second_moments=summary.moments, rounding=summary.rounding, save_seconds=round(self.save_seconds, 2),
         )  # fmt: skip
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(data)
-    partial.replace(path)
 
 
 def main() -> None:

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from dermis.authenticity.description import Duplicates
 from dermis.authenticity.index import Floats, import_faiss, products_of_matrices, search
 from dermis.authenticity.verdict import SAME_SHARE
+from dermis.bundle.index import Duplicates
 from dermis.errors import RequestError
 
 MOST_COPY_SHARE = 0.5

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dermis.authenticity.baseline import Copies, baseline
-from dermis.authenticity.description import (
+from dermis.authenticity.index import Floats, Index, base_of, import_faiss, prepared, products_of_matrices
+from dermis.bundle.index import (
     HELD_OUT,
     INDEX,
     PERCENTILES,
@@ -22,7 +23,6 @@ from dermis.authenticity.description import (
     Metric,
     write_index_folder,
 )
-from dermis.authenticity.index import Floats, Index, base_of, import_faiss, prepared, products_of_matrices
 from dermis.cpus import available_cpus
 from dermis.errors import RequestError
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from dermis.authenticity.description import IndexDescription
 from dermis.authenticity.index import Index, Nearest, find_index, open_index
 from dermis.authenticity.verdict import Verdicts, verdicts_of
+from dermis.bundle.index import IndexDescription
 from dermis.classifier.preprocess import batch as squares
 from dermis.errors import BundleError
 from dermis.imaging import Images

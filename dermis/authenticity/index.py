@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dermis.authenticity.description import HELD_OUT, INDEX, RADII, IndexDescription, open_index_folder
 from dermis.authenticity.index_check import check_index, most_bytes, read, reason_of
+from dermis.bundle.index import HELD_OUT, INDEX, RADII, IndexDescription, open_index_folder
 from dermis.cpus import available_cpus
 from dermis.errors import BundleError, DermisError
 from dermis.tensor_files import MAX_HEADER_BYTES, read_array
 
 if TYPE_CHECKING:
     from dermis.bundle import Bundle
-    from dermis.folders import Folder
+    from dermis.bundle.folder import Folder
 
 Floats = NDArray[np.float32]
 
@@ -164,7 +164,7 @@ def products_of_matrices() -> Iterator[None]:
 
 def find_index(source: Bundle | str | Path) -> str:
     """The folder of a bundle's index, or of one that stands alone. BundleError if the bundle has none."""
-    from dermis.folders import exists
+    from dermis.bundle.folder import exists
 
     none = "has no index of its training images; make one: dermis index build"
     if not isinstance(source, str | Path):

@@ -17,7 +17,7 @@ from dermis.errors import BundleError, escape
 from dermis.limited import LimitError, Limits, run_limited
 
 if TYPE_CHECKING:
-    from dermis.authenticity.description import IndexDescription
+    from dermis.bundle.index import IndexDescription
 
 _CPU_SECONDS, _WALL_SECONDS = 120, 480
 _MEMORY_BYTES = 1 << 30

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dermis.authenticity.description import PERCENTILES, IndexDescription
 from dermis.authenticity.index import Nearest
+from dermis.bundle.index import PERCENTILES, IndexDescription
 
 SAME_SHARE = 0.05
 """Of the typical distance: images nearer than that are one image. It is well above the rounding to 8 bits (0.005 of it)

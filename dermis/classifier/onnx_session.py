@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from dermis.classifier.description import DESCRIPTOR, MODEL, Description, open_classifier, read_model
+from dermis.bundle.classifier import DESCRIPTOR, MODEL, Description, open_classifier, read_model
+from dermis.bundle.folder import exists
 from dermis.classifier.graph_check import check_graph
 from dermis.classifier.graph_trial import CPU, first_line, import_onnxruntime, new_session, problem_of, try_graph
 from dermis.classifier.preprocess import batch
 from dermis.classifier.scores import Scores, scores_of
 from dermis.cpus import available_cpus
 from dermis.errors import BundleError, DermisError
-from dermis.folders import exists
 from dermis.imaging import Images
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dermis.classifier.description import MODEL, read_model
+from dermis.bundle.classifier import MODEL, read_model
 from dermis.classifier.graph_check import check_graph
 from dermis.classifier.onnx_session import find_classifier
 from dermis.errors import BundleError, DermisError, escape, quote

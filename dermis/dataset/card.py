@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from dermis.classifier.description import DEFAULT_THRESHOLD, NOTICE
+from dermis.bundle.classifier import DEFAULT_THRESHOLD, NOTICE
 from dermis.dataset.columns import feature_kinds, features_code, features_yaml
 from dermis.dataset.containers import SOURCE
 from dermis.dataset.plan import Plan

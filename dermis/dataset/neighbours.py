@@ -27,6 +27,7 @@ from dermis.dataset.columns import COLUMNS
 from dermis.dataset.containers import SOURCE, folder_name
 from dermis.dataset.store import storage_errors
 from dermis.errors import DataError, StorageError
+from dermis.files import atomic_write
 from dermis.imaging import encode
 from dermis.latent_neighbours import Anchor, Space, check_options, neighbours_of
 
@@ -194,11 +195,9 @@ def _drawn(
 
 
 def _write(path: Path, data: bytes) -> str:
-    """Write a file whole; its SHA-256."""
-    beside = path.with_name(f".{path.name}.part")
-    with storage_errors(str(path)):
-        beside.write_bytes(data)
-        beside.replace(path)
+    """Write a file completely or not at all and return its SHA-256 (hex)."""
+    with storage_errors(str(path)), atomic_write(path) as partial:
+        partial.write_bytes(data)
     return hashlib.sha256(data).hexdigest()
 
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dermis.authenticity.description import IndexDescription
-from dermis.classifier.description import Description
+from dermis.bundle.classifier import Description
+from dermis.bundle.index import IndexDescription
 from dermis.dataset.request import DatasetRequest, classes_of
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from dermis.authenticity.attack import Exposure
-from dermis.authenticity.description import PERCENTILES, IndexDescription
 from dermis.authenticity.index import Floats, Nearest
 from dermis.authenticity.verdict import stands_on, verdicts_of, weakness
+from dermis.bundle.index import PERCENTILES, IndexDescription
 from dermis.dataset.plan import Plan
 from dermis.imaging import Images
 

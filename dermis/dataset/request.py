@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, model_validator
 
-from dermis.classifier.description import DEFAULT_THRESHOLD, THRESHOLD_PATTERN
-from dermis.directions.direction import NAME_PATTERN
+from dermis.bundle.classifier import DEFAULT_THRESHOLD, THRESHOLD_PATTERN
+from dermis.bundle.directions import NAME_PATTERN
 from dermis.directions.edit import MAX_STRENGTH, Edit, bundle_offset
 from dermis.errors import RequestError
 from dermis.latents import MAX_SEED

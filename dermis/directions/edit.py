@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from dermis.directions.direction import Direction
+from dermis.bundle.directions import Direction
 from dermis.errors import RequestError
 
 if TYPE_CHECKING:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dermis.directions.direction import Direction, oriented
+from dermis.bundle.directions import Direction, Vector
 from dermis.errors import DermisError, RequestError
 from dermis.latents import z_for
 from dermis.networks import Generator, one_hot
@@ -39,6 +39,17 @@ def style_weights(generator: Generator, layers: tuple[int, int]) -> NDArray[np.f
     rows = [layer.affine.weight * layer.affine.weight_gain for layer in convolutions[layers[0] : layers[1]]]
     found: NDArray[np.float64] = torch.cat(rows).detach().cpu().double().numpy()
     return found
+
+
+def oriented(vector: NDArray[np.floating[Any]]) -> Vector:
+    """Scale a vector to length 1 and turn it so that its largest component is positive.
+
+    The sign of an eigenvector is arbitrary; this rule makes it reproducible.
+    """
+    exact = np.asarray(vector, dtype=np.float64)
+    exact = exact / np.linalg.norm(exact)
+    turned: Vector = (exact * np.sign(exact[np.argmax(np.abs(exact))])).astype(np.float32)
+    return turned
 
 
 def sefa(generator: Generator, w: Ws, *, layers: tuple[int, int], count: int, prefix: str = "sefa") -> list[Direction]:

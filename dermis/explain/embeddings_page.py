@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dermis.classifier.description import NOTICE, Description
+from dermis.bundle.classifier import NOTICE, Description
 from dermis.errors import DataError
 from dermis.explain.embeddings import GENERATED, Embedded
 from dermis.imaging import Images, contact_sheet, encode

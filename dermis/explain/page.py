@@ -7,7 +7,7 @@ import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dermis.classifier.description import NOTICE, Description
+from dermis.bundle.classifier import NOTICE, Description
 from dermis.explain.attribution import STEPS, Attribution, Method
 from dermis.explain.rendering import (
     SALIENT_PERCENT,

@@ -10,6 +10,7 @@ import numpy as np
 from dermis.dataset.store import storage_errors
 from dermis.explain.embeddings import Embedded
 from dermis.explain.embeddings_page import sprite
+from dermis.files import atomic_write
 from dermis.imaging import encode
 
 TENSORS, METADATA, SPRITE, CONFIG = "tensors.tsv", "metadata.tsv", "sprite.png", "projector_config.pbtxt"
@@ -49,6 +50,5 @@ def write_projector(folder: Path, embedded: Embedded, predicted: list[str]) -> N
     with storage_errors(str(folder)):
         folder.mkdir(parents=True, exist_ok=True)
         for name, data in files.items():
-            beside = folder / f".{name}.part"
-            beside.write_bytes(data)
-            beside.replace(folder / name)
+            with atomic_write(folder / name) as partial:
+                partial.write_bytes(data)

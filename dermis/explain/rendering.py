@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from dermis.classifier.description import NOTICE
+from dermis.bundle.classifier import NOTICE
 from dermis.explain.attribution import Attribution
 from dermis.imaging import Images
 

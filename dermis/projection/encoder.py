@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from dermis.bundle.encoder import DESCRIPTOR, WEIGHTS, EncoderDescription, open_encoder_folder
 from dermis.devices import resolve_device
 from dermis.errors import BundleError, escape, quote
 from dermis.features import channels_last
 from dermis.imaging import Images
-from dermis.projection.encoder_description import DESCRIPTOR, WEIGHTS, EncoderDescription, open_encoder_folder
 from dermis.tensor_files import read_header, read_tensors
 from dermis.vision import import_vision
 

@@ -22,7 +22,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dermis import __version__
-from dermis.classifier.description import NOTICE
+from dermis.bundle.classifier import NOTICE
 from dermis.dataset.request import DatasetRequest
 from services import metrics
 from services.gateway import origins, problems

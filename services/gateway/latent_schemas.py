@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from dermis.bundle.directions import NAME_PATTERN
 from dermis.dataset.request import MAX_EDITS, EditOption
-from dermis.directions.direction import NAME_PATTERN
 from dermis.directions.edit import MAX_STRENGTH
 from dermis.imaging import ImageFormat
 from dermis.latents import MAX_INDEX, MAX_SEED

@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from dermis.authenticity.description import IndexDescription
 from dermis.bundle import Bundle
-from dermis.classifier.description import NOTICE, Description
+from dermis.bundle.classifier import NOTICE, Description
+from dermis.bundle.index import IndexDescription
 from dermis.dataset.privacy import SHOWN
 from dermis.dataset.request import MAX_EDITS, DatasetRequest, EditOption, classes_of, stored_request
 from dermis.explain.attribution import Method

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dermis.classifier.description import NOTICE, Description
+from dermis.bundle.classifier import NOTICE, Description
 from training.classifier.evaluate import FEWEST
 
 _METRICS = {

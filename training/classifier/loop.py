@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from dermis.classifier.torch_network import TorchClassifier
 from dermis.errors import TrainingError
+from dermis.files import atomic_write
 from dermis.metrics.classification import auc
 from training.classifier.batches import TrainingSet, epoch_order, read_ahead, to_float, turned
 from training.classifier.config import ClassifierConfig
@@ -255,9 +256,8 @@ def all_features(network: TorchClassifier, training: TrainingSet, ranks: Ranks, 
 
 
 def _write_log(path: Path, progress: Progress) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in progress.history), encoding="utf-8")
-    partial.replace(path)
+    with atomic_write(path) as partial:
+        partial.write_text("".join(json.dumps(row) + "\n" for row in progress.history), encoding="utf-8")
 
 
 @contextmanager

@@ -15,11 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dermis import __version__
-from dermis.classifier.description import Description, InputSpec, write_classifier
+from dermis.bundle.classifier import Description, InputSpec, write_classifier
 from dermis.classifier.scores import scores_of, sigmoid
 from dermis.classifier.torch_network import TorchClassifier, normalisation
 from dermis.devices import describe_hardware
 from dermis.errors import TrainingError
+from dermis.files import atomic_write
 from training.classifier.batches import TrainingSet
 from training.classifier.calibration import DEFAULT, THRESHOLDS
 from training.classifier.card import classifier_card
@@ -237,6 +238,5 @@ def _write_predictions(
 
 
 def _write_text(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    with atomic_write(path) as partial:
+        partial.write_text(text, encoding="utf-8")

@@ -23,12 +23,12 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dermis.bundle import DESCRIPTOR, Bundle, open_bundle
+from dermis.bundle.folder import exists
 from dermis.classifier.preprocess import to_input
 from dermis.dataset.manifest import MANIFEST, METADATA
 from dermis.dataset.reading import open_dataset, samples_of
 from dermis.dataset.store import Store
 from dermis.errors import DataError
-from dermis.folders import exists
 from dermis.imaging import Images, decode
 from dermis.network_config import NoiseMode
 from training.classifier.data import CLASS_NAMES

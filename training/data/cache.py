@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from numpy.lib.format import open_memmap
 from numpy.typing import DTypeLike, NDArray
 
 from dermis.errors import DataError
+from dermis.files import atomic_write
 
 
 def read_array(file: Path, shape: tuple[int, ...], *, mapped: bool = False) -> NDArray[Any] | None:
@@ -26,27 +27,22 @@ def read_array(file: Path, shape: tuple[int, ...], *, mapped: bool = False) -> N
 
 @contextmanager
 def new_array(file: Path, shape: tuple[int, ...], dtype: DTypeLike) -> Iterator[NDArray[Any]]:
-    """An array to fill, which lies on disk and not in memory; it becomes `file` at the end, if nothing was raised.
+    """Give an array on disk to fill, which becomes `file` if the block ends without an exception.
 
-    DataError if the folder cannot be written or the disk is full.
+    Raises:
+        DataError: The folder cannot be written or the disk is full.
     """
-    partial = file.with_suffix(f".{os.getpid()}.npy")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        array = open_memmap(partial, "w+", dtype, shape)
-        _take_room(partial)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
-        raise DataError(
-            f"--cache: {file.parent}: cannot be written ({error.strerror}); choose another folder"
-        ) from None
-    try:
+    with atomic_write(file, concurrent=True) as partial:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            array = open_memmap(partial, "w+", dtype, shape)
+            _take_room(partial)
+        except OSError as error:
+            raise DataError(
+                f"--cache: {file.parent}: cannot be written ({error.strerror}); choose another folder"
+            ) from None
         yield array
         array.flush()
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _take_room(file: Path) -> None:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dermis.errors import DataError
+from dermis.files import atomic_write
 from dermis.imaging import encode
 from dermis.reading import read_training_image
 from training.data.artefacts import NAMES, THRESHOLDS, Artefacts, Summary, artefact_sheet, detect_artefacts, summarise
@@ -98,9 +99,8 @@ def write_inspection(inspection: Inspection, out: Path) -> None:
             classes = [_class(record) for record in inspection.seen]
             sheet = artefact_sheet(lambda i: _pixels(inspection.seen[i]), inspection.artefacts, classes)
             (out / "contact-sheet.png").write_bytes(encode(sheet))
-        report = out / ".report.json.partial"
-        report.write_text(json.dumps(_report(inspection), indent=2) + "\n", encoding="utf-8")
-        report.replace(out / "report.json")
+        with atomic_write(out / "report.json") as report:
+            report.write_text(json.dumps(_report(inspection), indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise DataError(f"{out}: cannot be written ({error.strerror})") from error
 

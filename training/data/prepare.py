@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import shutil
-import threading
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from dermis.errors import DataError
+from dermis.files import atomic_write
 from dermis.reading import ImageError
 from training.data.card import data_card
 from training.data.images import BROKEN_IMAGE, DECODER_VERSION, in_threads, square
@@ -159,9 +159,8 @@ def _make_images(
         buffer = io.BytesIO()
         # Uncompressed, as the official tool writes: fast to read in training, and the same bytes by any zlib.
         Image.fromarray(pixels).save(buffer, "png", compress_level=0)
-        partial = file.with_suffix(f".{threading.get_ident()}")
-        partial.write_bytes(buffer.getvalue())
-        partial.replace(file)
+        with atomic_write(file, concurrent=True) as partial:
+            partial.write_bytes(buffer.getvalue())
         return file
 
     made, broken = [], []

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dermis.errors import DataError
+from dermis.files import atomic_write
 from training.data.sources import SPLIT, Record, Source
 from training.data.tables import ID_COLUMNS, find_column, read_image_names
 
@@ -290,14 +291,13 @@ def write_records(file: Path, records: Sequence[Record], source: Source) -> None
 
 
 def write_rows(file: Path, columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> None:
-    """A CSV, written beside and moved into place."""
+    """Write a CSV file completely or not at all."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text.getvalue(), encoding="utf-8")
-    partial.replace(file)
+    with atomic_write(file) as partial:
+        partial.write_text(text.getvalue(), encoding="utf-8")
 
 
 def read_split(folder: Path) -> dict[str, str]:

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 
 from dermis import __version__
 from dermis.bundle import Bundle, load_generator
+from dermis.bundle.encoder import EncoderDescription, write_encoder_folder
 from dermis.devices import describe_hardware, resolve_device
 from dermis.errors import TrainingError
 from dermis.networks import Generator
 from dermis.projection.encoder import GENERATOR, EncoderNetwork, network_from
-from dermis.projection.encoder_description import EncoderDescription, write_encoder_folder
 from dermis.projection.perceptual import Perceptual, perceptual
 from training.data.images import ImageDataset
 from training.encoder.config import EncoderConfig

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dermis.directions.direction import Direction
+from dermis.bundle.directions import Direction
 from dermis.directions.edit import Edit, apply_edits
 from training.data.artefacts import wilson_interval
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import base64
 import html
-import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dermis.errors import DermisError
+from dermis.files import atomic_write
 from dermis.imaging import Images, contact_sheet, encode
 from training.evaluation.pictures import STEPS, Match
 from training.evaluation.table import copies, held_out_text, path_length_text, space_tables
@@ -44,18 +43,15 @@ def check_report_folder(report: Path, bundle: Path) -> None:
 
 
 def write_report(folder: Path, page: str) -> Path:
-    """folder/index.html, written beside and renamed. Returns its path."""
-    partial = folder / f".index.{os.getpid()}.html"
+    """Write folder/index.html and return its path."""
+    path = folder / "index.html"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        partial.write_text(page, encoding="utf-8")
-        partial.replace(folder / "index.html")
+        with atomic_write(path, concurrent=True) as partial:
+            partial.write_text(page, encoding="utf-8")
     except OSError as error:
         raise DermisError(f"--report: {folder}: cannot be written: {error.strerror}") from None
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-    return folder / "index.html"
+    return path
 
 
 def report_page(

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dermis.classifier.description import NOTICE
+from dermis.bundle.classifier import NOTICE
 from dermis.metrics import classification as metrics
 from training.classifier.data import RealPart
 from training.experiments.edge_case_runs import Run

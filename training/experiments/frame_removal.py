@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dermis.bundle import Bundle
-from dermis.classifier.description import NOTICE
+from dermis.bundle.classifier import NOTICE
 from dermis.classifier.preprocess import batch as squares
 from dermis.directions.edit import Edit, bundle_offset
 from dermis.errors import TrainingError

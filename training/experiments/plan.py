@@ -6,7 +6,6 @@ A folder of experiments remembers it in plan.json: the same command goes on, ano
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from dermis.bundle import check_names
 from dermis.errors import DataError, TrainingError, escape
 from dermis.features import FeatureExtractor
+from dermis.files import atomic_write
 from dermis.networks import NoiseMode
 from training.data.images import ImageDataset, load_images
 from training.data.sources import Source
@@ -167,14 +167,16 @@ def remember(out: Path, tasks: Sequence[Task], measuring: Measuring) -> None:
 
 
 def write_beside(file: Path, text: str) -> None:
-    """Write a file under another name, then rename it. TrainingError if it cannot be written."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    """Write a text file completely or not at all. Missing folders are made.
+
+    Raises:
+        TrainingError: The file cannot be written.
+    """
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(file)
+        with atomic_write(file, concurrent=True) as partial:
+            partial.write_text(text, encoding="utf-8")
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise TrainingError(f"{file}: cannot be written ({error.strerror})") from None
 
 

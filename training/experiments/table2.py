@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dermis.bundle import DESCRIPTOR
+from dermis.bundle.folder import exists
 from dermis.errors import TrainingError
-from dermis.folders import exists
 from training.classifier.config import ClassifierConfig
 from training.classifier.data import RealData
 from training.classifier.run import ClassifierData, Origin, train_classifier

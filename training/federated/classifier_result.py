@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dermis import __version__
-from dermis.classifier.description import Description, InputSpec, write_classifier
+from dermis.bundle.classifier import Description, InputSpec, write_classifier
 from dermis.classifier.torch_network import normalisation
 from dermis.errors import TrainingError
 from training.classifier.batches import TrainingSet

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from dermis.errors import TrainingError, escape
+from dermis.files import atomic_write
 from training.federated.config import FederationConfig
 from training.federated.wire import Tensors
 
@@ -58,7 +59,11 @@ class GlobalState:
 
 
 def save_global(out: Path, state: GlobalState, federation: FederationConfig) -> None:
-    """Replace the file. TrainingError, and the old one stays, if it cannot be written."""
+    """Replace the file of the global state.
+
+    Raises:
+        TrainingError: The file cannot be written. The file of the round before is kept.
+    """
     flat = {f"global/{name}": value for name, value in state.tensors.items()}
     flat |= {f"strategy/{name}": value for name, value in state.strategy.items()}
     scalars = {
@@ -71,14 +76,13 @@ def save_global(out: Path, state: GlobalState, federation: FederationConfig) -> 
         "privacy": state.privacy,
         "config": federation.identity,
     }
-    path, partial = out / FILE, out / f".{FILE}.partial"
+    path = out / FILE
     try:
         out.mkdir(parents=True, exist_ok=True)
         contiguous = {name: value.contiguous().clone() for name, value in flat.items()}
-        save_file(contiguous, partial, metadata={"format": FORMAT, "state": json.dumps(scalars)})
-        partial.replace(path)
+        with atomic_write(path) as partial:
+            save_file(contiguous, partial, metadata={"format": FORMAT, "state": json.dumps(scalars)})
     except OSError as error:
-        partial.unlink(missing_ok=True)
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise TrainingError(f"{path}: cannot save the round ({reason}); the one before is kept") from error
 

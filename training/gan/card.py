@@ -9,7 +9,7 @@ from typing import Any
 from training.evaluation.record import discriminator_space, read_metrics
 from training.evaluation.table import copies, held_out_text, path_length_text, space_tables
 
-# Up to the next section, or to the comment with which a section of `dermis.bundle_card` begins.
+# Up to the next section, or to the comment with which a section of `dermis.bundle.card` begins.
 _MEASURED = re.compile(r"^## Measured\n.*?(?=^## |^<!-- |\Z)", re.MULTILINE | re.DOTALL)
 
 

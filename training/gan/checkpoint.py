@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dermis.errors import TrainingError, escape
+from dermis.files import atomic_write
 
 FORMAT = "dermis-gan-checkpoint-1"
 
@@ -25,17 +26,16 @@ def save_checkpoint(
     tensors: Mapping[str, Tensor],
     state: Mapping[str, Any],
 ) -> None:
-    """Write beside the old checkpoint, then replace it: a crash leaves one of the two, whole.
+    """Write a checkpoint completely or not at all.
 
-    TrainingError, and the old one stays, if a value is not finite or the file cannot be written.
+    Raises:
+        TrainingError: A value is not finite or the file cannot be written. An older checkpoint is kept.
     """
     flat = flatten(modules, optimizers, tensors, path)
-    partial = path.with_suffix(".partial")
     try:
-        save_file(flat, partial, metadata={"format": FORMAT, "state": json.dumps(dict(state))})
-        partial.replace(path)
+        with atomic_write(path) as partial:
+            save_file(flat, partial, metadata={"format": FORMAT, "state": json.dumps(dict(state))})
     except OSError as error:
-        partial.unlink(missing_ok=True)
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise TrainingError(f"{path}: cannot save the checkpoint ({reason}); the last good one is kept") from error
 

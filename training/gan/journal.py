@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from dermis.errors import TrainingError
+from dermis.files import atomic_write
 from dermis.imaging import Images
 from training.gan.state import Progress
 
@@ -85,15 +86,14 @@ def _writer(out: Path, purge_step: int | None = None) -> Any:
 
 
 def drop_after(log: Path, nimg: int) -> None:
-    """Remove lines of positions beyond nimg: a run that crashed had gone further than its checkpoint."""
+    """Remove lines of positions beyond nimg, which a run wrote after its last checkpoint."""
     if not log.exists():
         return
     lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
     kept = [line for line in lines if position(line) <= nimg]
     if len(kept) < len(lines):
-        partial = log.with_suffix(".partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        partial.replace(log)
+        with atomic_write(log) as partial:
+            partial.write_text("".join(kept), encoding="utf-8")
 
 
 def position(line: str) -> float:

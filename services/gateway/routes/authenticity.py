@@ -11,10 +11,10 @@ from fastapi import APIRouter, Query
 from starlette.requests import Request
 from starlette.responses import Response
 
-from dermis.authenticity.description import IndexDescription
 from dermis.authenticity.index import Nearest
 from dermis.authenticity.verdict import verdicts_of
 from dermis.bundle import Bundle
+from dermis.bundle.index import IndexDescription
 from dermis.classifier.preprocess import batch
 from dermis.errors import RequestError
 from dermis.imaging import Images

@@ -1,6 +1,6 @@
-"""A named direction in w, and the file of a bundle that keeps them.
+"""Named directions of w, and directions.safetensors, the file of a bundle that stores them.
 
-directions.safetensors holds one unit vector float32 [w_dim] a direction; its metadata holds the rest as JSON.
+The file has one unit vector float32 [w_dim] for each direction. Its metadata has the other fields as JSON.
 """
 
 from __future__ import annotations
@@ -27,67 +27,73 @@ Vector = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Direction:
-    """A unit vector of w, the layers that it is for, and how far w usually goes along it."""
+    """A unit vector of w, the layers that it applies to, and how much w varies along it."""
 
     name: str
     vector: Vector
     """float32 [w_dim], of length 1."""
     layers: tuple[int, int]
-    """First and last + 1 of the style vectors that it moves, from the coarsest; (0, num_ws) for all."""
+    """First and last + 1 of the style vectors that it changes, from the coarsest; (0, num_ws) for all."""
     scale: float
-    """Standard deviation of w along the vector: what a strength of 1 moves by."""
+    """Standard deviation of w along the vector: the step of an edit with strength 1."""
     method: Method
     facts: Mapping[str, float | str] = field(default_factory=dict)
-    """What was measured when it was found, for instance the share of the variance."""
+    """Measurements from the fit, for instance the share of the variance."""
 
 
-def oriented(vector: NDArray[np.floating[Any]]) -> Vector:
-    """The unit vector, turned so that its largest component is positive: eigenvectors have no sign of their own."""
-    exact = np.asarray(vector, dtype=np.float64)
-    exact = exact / np.linalg.norm(exact)
-    turned: Vector = (exact * np.sign(exact[np.argmax(np.abs(exact))])).astype(np.float32)
-    return turned
+def encode_directions(directions: Sequence[Direction]) -> bytes:
+    """Return the content of directions.safetensors.
 
-
-def to_bytes(directions: Sequence[Direction]) -> bytes:
-    """directions.safetensors. BundleError if two have one name."""
+    Raises:
+        BundleError: Two directions have the same name.
+    """
     import safetensors.numpy
 
     names = [direction.name for direction in directions]
     if twice := {name for name in names if names.count(name) > 1}:
         raise BundleError(f"directions: {min(twice)} is there twice; give each a name of its own")
-    told = [
+    rows = [
         {"name": d.name, "layers": list(d.layers), "scale": d.scale, "method": d.method, "facts": dict(d.facts)}
         for d in directions
     ]
     data: bytes = safetensors.numpy.save(
         {d.name: np.ascontiguousarray(d.vector) for d in directions},
-        metadata={_METADATA: json.dumps(told, allow_nan=False, separators=(",", ":"))},
+        metadata={_METADATA: json.dumps(rows, allow_nan=False, separators=(",", ":"))},
     )
     return data
 
 
-def from_bytes(data: bytes, where: str, *, w_dim: int, num_ws: int) -> tuple[Direction, ...]:
-    """The directions of a file, in its order. BundleError, naming `where`, if they are none of such a generator."""
+def decode_directions(data: bytes, where: str, *, w_dim: int, num_ws: int) -> tuple[Direction, ...]:
+    """Read the directions of a file, in the order of the file.
+
+    Args:
+        data: Content of the file.
+        where: Name of the file for errors.
+        w_dim: Dimensions of the generator's w.
+        num_ws: Number of the generator's style vectors.
+
+    Raises:
+        BundleError: The file is malformed, or its directions do not fit the generator.
+    """
     vectors, header = read_vectors(data, where), read_header(data, where)
     if _METADATA not in header.metadata:
         raise BundleError(f"{where}: holds no directions; fit them again")
     try:
         rows = _Rows.model_validate({"rows": parse_json(header.metadata[_METADATA].encode())}).rows
-        found = tuple(_direction(row, vectors, w_dim, num_ws) for row in rows)
+        directions = tuple(_direction(row, vectors, w_dim, num_ws) for row in rows)
     except ValidationError as error:
         first = error.errors()[0]
         field = escape(".".join(map(str, first["loc"][1:])))
         raise BundleError(f"{where}: {field}: {first['msg']}; fit the directions again") from None
     except ValueError as error:
         raise BundleError(f"{where}: holds no directions of this generator ({error}); fit them again") from None
-    if len(found) != len(vectors) or len({direction.name for direction in found}) != len(found):
+    if len(directions) != len(vectors) or len({direction.name for direction in directions}) != len(directions):
         raise BundleError(f"{where}: vectors and descriptions differ; fit the directions again")
-    return found
+    return directions
 
 
 class _Row(BaseModel):
-    """A direction without its vector."""
+    """The fields of a direction without its vector."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
     name: str = Field(pattern=f"^{NAME_PATTERN}$")
@@ -102,7 +108,7 @@ class _Rows(BaseModel):
 
 
 def _direction(row: _Row, vectors: Mapping[str, NDArray[Any]], w_dim: int, num_ws: int) -> Direction:
-    """ValueError if something does not hold."""
+    """Join a row with its vector. Raises ValueError if they do not fit the generator."""
     vector, (first, last) = vectors.get(row.name), row.layers
     if vector is None:
         raise ValueError(f"{row.name} has no vector")

@@ -1,12 +1,12 @@
-"""What an index of training embeddings is: authenticity.json, and the folder that it describes.
+"""The folder of an index of training images, which authenticity.json describes.
 
     authenticity.json   the feature space, how it is stored, counts, the real-to-real baseline, SHA-256 of the others
-    index.faiss         the training images' embeddings
-    radii.npy           float32 [vectors]: distance to the nearest other training image that is no near-duplicate
+    index.faiss         embeddings of the training images
+    radii.npy           float32 [vectors]: distance to the nearest other training image that is not a near-duplicate
     held_out.npy        float32 [held_out, dim], optional: embeddings of real images that the generator never saw
 
-It names no image: the order of the vectors in the index could identify images, but it is not recorded.
-The folder stands alone or in a bundle as `authenticity/`. `docs/bundles.md` documents it.
+No file names an image. The order of the vectors could identify images, but it is not recorded.
+The folder stands alone, or in a bundle as `authenticity/`. `docs/bundles.md` documents it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from dermis.bundle.folder import DescriptorModel, FileRecord, Folder, Part, open_folder, parse_descriptor, write_folder
 from dermis.errors import BundleError, quote
-from dermis.folders import DescriptorModel, FileRecord, Folder, open_folder, parse_descriptor, write_folder
 
 INDEX_FORMAT = 2
 OLDEST_FORMAT = 1  # without `duplicates` and `exact_radii`
@@ -35,10 +35,10 @@ Metric = Literal["cosine", "l2"]
 
 @dataclass(frozen=True)
 class Duplicates:
-    """Training images that count as one image, so that neither is a neighbour of the other. Distances are in the index's space.
+    """Near-duplicates among the training images. They count as one image: none is a neighbour of another.
 
     Two images are near-duplicates if they are at most `same_distance` apart, or if they have nearly the same perceptual
-    hash and are at most `copy_distance` apart.
+    hash and are at most `copy_distance` apart. Distances are in the space of the index.
     """
 
     images: int
@@ -48,57 +48,57 @@ class Duplicates:
     largest: int
     """Images of the largest group; 0 if there is none."""
     distinct: int
-    """Images that are left if every group of near-duplicates, patient and lesion counts once."""
+    """Number of images if every group of near-duplicates, of one patient and of one lesion counts once."""
     held_out: int
     """Held-out images at most `same_distance` from a training image."""
     typical_distance: float
     """Median distance of two training images."""
     same_distance: float
     copy_distance: float
-    """99th percentile of the distances of re-compressed copies to their originals, bounded; 0 if no pixels were compared."""
+    """99th percentile of the distances of re-compressed copies to their originals, bounded. 0 if no pixels were compared."""
     copy_median: float
     """Median distance of re-compressed copies to their originals."""
     copies: int
-    """Training images of which a re-compressed copy was measured."""
+    """Training images for which a re-compressed copy was measured."""
     copies_nearer: float
-    """Share of these copies whose distance to the nearest training image is below the first percentile of the radii."""
+    """Share of these copies that are nearer to a training image than the first percentile of the radii."""
 
 
 @dataclass(frozen=True)
 class IndexDescription:
-    """An index without its vectors. `files` and `digest` are known once it is written."""
+    """An index without its vectors. `files` and `digest` are empty until it is written."""
 
     extractor: str
-    """Name of the feature space: "classifier" (that of the bundle), or one of `dermis.features`."""
+    """Name of the feature space: "classifier" (the bundle's classifier), or a feature space of `dermis.features`."""
     extractor_identity: str
-    """Changes with its weights and its resizing; an index is of no use with another one."""
+    """Changes with the weights and the resizing of the extractor. The index cannot be used with another extractor."""
     feature_dim: int
-    """Of the embeddings as the extractor gives them."""
+    """Dimensions of the extractor's embeddings."""
     dim: int
-    """As they are stored, after the projection on principal components; feature_dim if there is none."""
+    """Dimensions of the stored embeddings: after the projection on principal components, or feature_dim without one."""
     metric: Metric
-    """cosine: embeddings are brought to length 1 first; distances are then Euclidean, sqrt(2 - 2 cos)."""
+    """cosine: embeddings are scaled to length 1 first; distances are then Euclidean, sqrt(2 - 2 cos)."""
     kind: Kind
     resolution: int
-    """Pixels to which every image is brought before the extractor: the generator's, for training images had no more."""
+    """Side, px, to which every image is resized before the extractor: that of the training images of the generator."""
     vectors: int
     held_out: int
     explained: float
-    """Share of the embeddings' variance that is stored."""
+    """Share of the embeddings' variance that the stored embeddings keep."""
     radii: tuple[float, ...]
-    """Percentiles 0, 1, ..., 100 of the training images' distances to their nearest other one: the real-to-real baseline.
+    """Percentiles 0, 1, ..., 100 of the distances of training images to the nearest other one: the real-to-real baseline.
 
-    Near-duplicates do not count as others, nor do images of the same patient or lesion where these are known."""
+    Near-duplicates do not count as other images, nor do images of the same patient or lesion where these are known."""
     held_out_distances: tuple[float, ...]
-    """The same of the held-out images' distances to their nearest training image; empty if there are none."""
+    """The same percentiles for held-out images and their nearest training image; empty without held-out images."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     duplicates: Duplicates | None = None
-    """None in an index of format 1: its radii may be those of duplicates."""
+    """None in an index of format 1, whose radii may be distances to duplicates."""
     exact_radii: float | None = None
-    """Share of the radii that an exact search confirms: 1 if it computed them all. None in an index of format 1."""
+    """Share of the radii that an exact search confirms: 1 if exact search computed all. None in an index of format 1."""
     files: Mapping[str, FileRecord] = field(default_factory=dict)
     digest: str = ""
-    """SHA-256 (hex) of authenticity.json: the identity of the whole index."""
+    """SHA-256 (hex) of authenticity.json. It identifies the whole index."""
 
 
 class _Duplicates(BaseModel):
@@ -117,7 +117,7 @@ class _Duplicates(BaseModel):
 
 
 class _Descriptor(DescriptorModel):
-    """authenticity.json."""
+    """The fields of authenticity.json."""
 
     extractor: str = Field(pattern=r"^[ -~]{1,200}$")
     extractor_identity: str = Field(pattern=r"^[ -~]{1,400}$")
@@ -137,42 +137,65 @@ class _Descriptor(DescriptorModel):
 
 
 def read_index_files(location: str | Path) -> tuple[IndexDescription, dict[str, bytes]]:
-    """A verified index and all its files by name, authenticity.json among them. Raises BundleError."""
-    folder, described, text = open_index_folder(location)
-    files = {name: folder.read(name, record) for name, record in described.files.items()}
-    return described, {DESCRIPTOR: text, **files}
+    """Read and verify an index's folder.
+
+    Returns:
+        The description, and the content of all files by name with authenticity.json among them.
+
+    Raises:
+        BundleError: A file is missing, changed or not listed, or authenticity.json is malformed.
+    """
+    folder, description, text = open_index_folder(location)
+    files = {name: folder.read(name, record) for name, record in description.files.items()}
+    return description, {DESCRIPTOR: text, **files}
 
 
 def open_index_folder(location: str | Path) -> tuple[Folder, IndexDescription, bytes]:
-    """The folder (or fsspec URL), what it says of itself, and authenticity.json; other files are verified as they are read.
+    """Open an index in a folder or at an fsspec URL. The other files are verified when they are read.
 
-    Raises BundleError.
+    Returns:
+        The folder, the description, and the bytes of authenticity.json.
+
+    Raises:
+        BundleError: authenticity.json is missing or malformed, or the folder has other files than it lists.
     """
     folder = open_folder(location, "index", DESCRIPTOR)
     text = folder.read_descriptor()
-    described = parse(text, f"{folder.where}/{DESCRIPTOR}")
-    folder.check_listing(described.files)
-    return folder, described, text
+    description = parse(text, f"{folder.where}/{DESCRIPTOR}")
+    folder.check_listing(description.files)
+    return folder, description, text
 
 
 def write_index_folder(
-    out: str | Path, described: IndexDescription, files: Mapping[str, bytes], *, replace: bool = False
+    out: str | Path, description: IndexDescription, files: Mapping[str, bytes], *, replace: bool = False
 ) -> IndexDescription:
-    """Write an index's folder and open it again; it appears whole or not at all. Raises BundleError."""
-    fields = asdict(described)
+    """Write an index's folder and open it. The folder appears completely or not at all.
+
+    Raises:
+        BundleError: `out` exists and may not be replaced, the description is not valid, or the folder cannot be written.
+    """
+    fields = asdict(description)
     del fields["files"], fields["digest"]
-    _check(described, DESCRIPTOR)
+    _check(description, DESCRIPTOR)
     write_folder(Path(out), "index", DESCRIPTOR, {"format_version": INDEX_FORMAT, **fields}, files, replace=replace)
     return open_index_folder(out)[1]
 
 
 def parse(text: bytes, where: str) -> IndexDescription:
-    """authenticity.json as a description. BundleError, naming `where` and the field, if it is none."""
+    """Parse authenticity.json.
+
+    Args:
+        text: The bytes of the file.
+        where: Name of the file for errors.
+
+    Raises:
+        BundleError: The text is not a valid authenticity.json. The message names the field.
+    """
     fields = parse_descriptor(text, where, _format_of(text), _Descriptor)
     for name, value, kind in (("metric", fields.metric, Metric), ("kind", fields.kind, Kind)):
         if value not in get_args(kind):
             raise BundleError(f"{where}: {name}: {quote(value)} is none of {', '.join(get_args(kind))}")
-    described = IndexDescription(
+    description = IndexDescription(
         extractor=fields.extractor,
         extractor_identity=fields.extractor_identity,
         feature_dim=fields.feature_dim,
@@ -191,32 +214,35 @@ def parse(text: bytes, where: str) -> IndexDescription:
         files=fields.records,
         digest=hashlib.sha256(text).hexdigest(),
     )
-    _check(described, where)
-    for name in (INDEX, RADII, *([HELD_OUT] if described.held_out else [])):
-        if name not in described.files:
+    _check(description, where)
+    for name in (INDEX, RADII, *([HELD_OUT] if description.held_out else [])):
+        if name not in description.files:
             raise BundleError(f"{where}: files does not list {name}; get the index again")
-    return described
+    return description
 
 
 def _format_of(text: bytes) -> int:
-    """The format by which a descriptor is read: the one that it names, if that is an older one that is still supported."""
+    """Return the format version that the text names if it is an older, supported one; otherwise the newest."""
     try:
         version = json.loads(text).get("format_version")
-    except (ValueError, RecursionError, AttributeError):  # it is no descriptor, which its parser says
+    except (ValueError, RecursionError, AttributeError):  # not a descriptor: parsing it reports why
         return INDEX_FORMAT
     return version if type(version) is int and OLDEST_FORMAT <= version < INDEX_FORMAT else INDEX_FORMAT
 
 
-def _check(described: IndexDescription, where: str) -> None:
-    """BundleError if the fields contradict one another."""
-    if described.duplicates is not None and described.duplicates.images > described.vectors:
+def _check(description: IndexDescription, where: str) -> None:
+    """Raise BundleError if fields contradict each other."""
+    if description.duplicates is not None and description.duplicates.images > description.vectors:
         raise BundleError(f"{where}: duplicates: more images than vectors")
-    if described.dim > described.feature_dim:
-        raise BundleError(f"{where}: dim: {described.dim} is above feature_dim")
-    wanted = {"radii": described.radii, **({"held_out_distances": described.held_out_distances})}
-    for name, values in wanted.items():
-        empty = name == "held_out_distances" and not described.held_out
+    if description.dim > description.feature_dim:
+        raise BundleError(f"{where}: dim: {description.dim} is above feature_dim")
+    percentiles = {"radii": description.radii, "held_out_distances": description.held_out_distances}
+    for name, values in percentiles.items():
+        empty = name == "held_out_distances" and not description.held_out
         if len(values) != (0 if empty else len(PERCENTILES)):
             raise BundleError(f"{where}: {name}: must be the percentiles 0 to 100")
         if any(value < 0 for value in values) or list(values) != sorted(values):
             raise BundleError(f"{where}: {name}: must rise from at least 0")
+
+
+INDEX_PART = Part("authenticity", DESCRIPTOR, parse, read_index_files)

@@ -1,10 +1,11 @@
-"""Folders that are verified as a whole: a JSON descriptor lists SHA-256 and size of every other file.
+"""Verified folders: a JSON descriptor lists the SHA-256 and the size of every other file.
 
-Bundles and classifiers are such folders. Reading goes through fsspec, so a folder may be an `s3://` prefix; writing is
-local, and a folder appears whole or not at all.
+A bundle is such a folder, and so is each of its parts (classifier, index, encoder) when it stands alone. Folders are read
+through fsspec, so a folder may be an `s3://` prefix. They are written locally, and a folder appears completely or not at
+all.
 
-A folder may be untrusted. Only regular files that its descriptor lists are opened, no more of a file is read than
-its record says, and what the descriptor says is checked before it is used.
+A folder may be untrusted. Only regular files that its descriptor lists are opened, no more of a file is read than its
+record allows, and the fields of the descriptor are checked before they are used.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, Generic, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -33,10 +34,11 @@ _MAX_DESCRIPTOR_BYTES = 4 << 20
 _MAX_FILES = 10_000
 _MAX_NAME = 200
 _MAX_FILE_BYTES = 1 << 36
-_MAX_MEMORY_BYTES = 1 << 34  # of a file that is read as a whole, where the caller knows no smaller limit
+_MAX_MEMORY_BYTES = 1 << 34  # largest file that is read into memory where the caller sets no smaller limit
 _PIECE = 8 << 20
 
-Descriptor = TypeVar("Descriptor", bound="DescriptorModel")
+DescriptorT = TypeVar("DescriptorT", bound="DescriptorModel")
+DescriptionT_co = TypeVar("DescriptionT_co", bound="PartDescription", covariant=True)
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class _File(BaseModel):
 
 
 class DescriptorModel(BaseModel):
-    """What every descriptor holds; that of a bundle or a classifier adds its own fields."""
+    """The fields that every descriptor has. Each kind of folder adds its own."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
     format_version: int
@@ -62,13 +64,50 @@ class DescriptorModel(BaseModel):
 
     @property
     def records(self) -> dict[str, FileRecord]:
-        """The listed files, by name."""
+        """The records of the listed files, by name."""
         return {name: FileRecord(file.sha256, file.bytes) for name, file in sorted(self.files.items())}
+
+
+class PartDescription(Protocol):
+    """The fields that the description of every part of a bundle has."""
+
+    @property
+    def files(self) -> Mapping[str, FileRecord]:
+        """Records of the part's files without its descriptor, by name inside the part."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the part's descriptor."""
+
+
+@dataclass(frozen=True)
+class Part(Generic[DescriptionT_co]):
+    """A kind of folder that stands inside a bundle or alone, with a descriptor of its own.
+
+    Attributes:
+        name: Name of the folder inside a bundle.
+        descriptor: File name of the descriptor.
+        parse: Turns the bytes of a descriptor into a description. Its second argument is the name of the file for errors.
+        read: Verifies a folder that stands alone and returns its description and all its files by name.
+    """
+
+    name: str
+    descriptor: str
+    parse: Callable[[bytes, str], DescriptionT_co]
+    read: Callable[[str | Path], tuple[DescriptionT_co, dict[str, bytes]]]
 
 
 @dataclass(frozen=True)
 class Folder:
-    """A place to read from. `where` is its name in errors, `kind` what should be there ("bundle")."""
+    """A folder to read from.
+
+    Attributes:
+        where: Path or URL as errors name it.
+        kind: What the folder should hold, for errors: "bundle", "classifier", "index" or "encoder".
+        descriptor: File name of its descriptor.
+        fs: fsspec file system.
+        root: Path of the folder in `fs`.
+    """
 
     where: str
     kind: str
@@ -77,7 +116,11 @@ class Folder:
     root: str
 
     def read_descriptor(self) -> bytes:
-        """The descriptor's bytes, unparsed. BundleError if it is missing or far too large."""
+        """Read the descriptor without parsing it.
+
+        Raises:
+            BundleError: It is missing or far too large.
+        """
         with self._open(self.descriptor) as file:
             data = _read_at_most(file, _MAX_DESCRIPTOR_BYTES + 1)
         if len(data) > _MAX_DESCRIPTOR_BYTES:
@@ -88,7 +131,11 @@ class Folder:
         return data
 
     def read(self, name: str, record: FileRecord, *, limit: int = _MAX_MEMORY_BYTES) -> bytes:
-        """A listed file. BundleError if it is missing, differs from its record, or is larger than `limit` bytes."""
+        """Read a listed file into memory.
+
+        Raises:
+            BundleError: The file is missing, differs from its record, or is larger than `limit` bytes.
+        """
         if record.bytes > limit:
             raise BundleError(
                 f"{self._place(name)}: is larger than it may be ({limit:,} bytes); get the {self.kind} again"
@@ -100,7 +147,11 @@ class Folder:
         return data
 
     def verify(self, name: str, record: FileRecord) -> None:
-        """BundleError if a listed file is missing or differs from its record; it is read piece by piece and not kept."""
+        """Compare a listed file with its record, reading it in pieces.
+
+        Raises:
+            BundleError: The file is missing or differs from its record.
+        """
         digest, size = hashlib.sha256(), 0
         with self._open(name, record) as file:
             while size <= record.bytes and (piece := file.read(_PIECE)):
@@ -110,7 +161,11 @@ class Folder:
             raise self._differs(name)
 
     def check_listing(self, files: Mapping[str, FileRecord]) -> None:
-        """BundleError if a file is there that is not listed, or listed and not there."""
+        """Compare the files that are present with those that the descriptor lists.
+
+        Raises:
+            BundleError: A file is present but not listed, or listed but not present.
+        """
         try:
             names = names_below(Path(self.root)) if self.local else self._remote_names()
             present = set(itertools.islice(names, 2 * _MAX_FILES)) - {self.descriptor}
@@ -127,7 +182,7 @@ class Folder:
 
     @property
     def local(self) -> bool:
-        """Whether the folder is one of this machine."""
+        """Whether the folder is on a local file system."""
         from fsspec.implementations.local import LocalFileSystem
 
         return isinstance(self.fs, LocalFileSystem)
@@ -137,7 +192,7 @@ class Folder:
 
     @contextmanager
     def _open(self, name: str, record: FileRecord | None = None) -> Iterator[BinaryIO]:
-        """Open a file for reading; errors, also those inside the block, become a BundleError."""
+        """Open a file for reading. Every error, also one inside the `with` block, becomes a BundleError."""
         try:
             if self.local:
                 with open_regular(self.root, name) as file:
@@ -167,7 +222,7 @@ class Folder:
 
 
 def _read_at_most(file: BinaryIO, limit: int) -> bytes:
-    """Up to `limit` bytes, in pieces: a remote file system may reserve memory for all that it is asked for."""
+    """Read up to `limit` bytes in pieces, because a remote file system may reserve memory for the size of one read."""
     pieces, size = [], 0
     while size < limit and (piece := file.read(min(_PIECE, limit - size))):
         pieces.append(piece)
@@ -176,7 +231,11 @@ def _read_at_most(file: BinaryIO, limit: int) -> bytes:
 
 
 def open_folder(location: str | Path, kind: str, descriptor: str) -> Folder:
-    """The folder at a path or an fsspec URL; nothing is read yet. BundleError if no file system serves the URL."""
+    """Make a `Folder` of a path or an fsspec URL. Nothing is read yet.
+
+    Raises:
+        BundleError: No file system serves the URL.
+    """
     import fsspec
 
     where = str(location).rstrip("/")
@@ -188,7 +247,7 @@ def open_folder(location: str | Path, kind: str, descriptor: str) -> Folder:
 
 
 def exists(location: str | Path, descriptor: str) -> bool:
-    """Whether there is a descriptor of this name at `location`."""
+    """Whether `location` has a descriptor of this file name."""
     folder = open_folder(location, "", descriptor)
     try:
         return bool(folder.fs.exists(f"{folder.root}/{descriptor}"))
@@ -196,8 +255,18 @@ def exists(location: str | Path, descriptor: str) -> bool:
         return False
 
 
-def parse_descriptor(text: bytes, where: str, version: int, model: type[Descriptor]) -> Descriptor:
-    """A descriptor's JSON as `model`. BundleError, naming `where` and the field, if it is not or is a newer format."""
+def parse_descriptor(text: bytes, where: str, version: int, model: type[DescriptorT]) -> DescriptorT:
+    """Parse and check the JSON of a descriptor.
+
+    Args:
+        text: The bytes of the descriptor.
+        where: Name of the file for errors.
+        version: The only format version that is accepted.
+        model: The fields of the descriptor.
+
+    Raises:
+        BundleError: The text is not such a descriptor or has another format version. The message names the field.
+    """
     try:
         raw = parse_json(text)
     except ValueError as error:
@@ -222,7 +291,11 @@ def parse_descriptor(text: bytes, where: str, version: int, model: type[Descript
 
 
 def to_json(value: Mapping[str, Any], what: str) -> bytes:
-    """JSON whose bytes depend on the content alone. BundleError, naming `what`, if the value cannot be JSON."""
+    """Encode a value as JSON whose bytes depend on the content alone.
+
+    Raises:
+        BundleError: The value cannot be JSON. The message begins with `what`.
+    """
     try:
         return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n").encode()
     except (TypeError, ValueError) as error:
@@ -232,9 +305,18 @@ def to_json(value: Mapping[str, Any], what: str) -> bytes:
 def write_folder(
     out: Path, kind: str, descriptor: str, fields: Mapping[str, Any], files: Mapping[str, bytes], *, replace: bool
 ) -> None:
-    """Write `files` and a descriptor of `fields` and their records. The folder appears whole or not at all.
+    """Write a folder with a descriptor. The folder appears completely or not at all.
 
-    Refuses an existing `out` unless `replace`, and then one that has no such descriptor. Raises BundleError.
+    Args:
+        out: Path of the folder.
+        kind: What the folder holds, for errors.
+        descriptor: File name of the descriptor.
+        fields: Fields of the descriptor without `files`, which is added.
+        files: Content of the other files, by name.
+        replace: Whether an existing folder that has such a descriptor is replaced.
+
+    Raises:
+        BundleError: `out` exists and may not be replaced, a name is not allowed, or the folder cannot be written.
     """
     for name in files:
         if not _is_inside(name) or name == descriptor:
@@ -268,7 +350,7 @@ def write_folder(
 
 
 def _put(fresh: Path, out: Path, kind: str, descriptor: str) -> None:
-    """Rename `fresh` to `out`; what stood there is moved aside first and comes back if the rename fails."""
+    """Rename `fresh` to `out`. A folder that exists there is moved aside first and restored if the rename fails."""
     if not out.exists():
         fresh.rename(out)
         return
@@ -281,7 +363,7 @@ def _put(fresh: Path, out: Path, kind: str, descriptor: str) -> None:
     finally:
         if not out.exists():
             (old / out.name).rename(out)
-        shutil.rmtree(old, ignore_errors=True)  # not reached if the old folder could not come back
+        shutil.rmtree(old, ignore_errors=True)  # not reached if the old folder could not be restored
 
 
 def _is_inside(name: str) -> bool:

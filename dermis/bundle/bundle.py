@@ -1,44 +1,35 @@
-"""Bundles: what training hands to serving, one folder that is verified as a whole.
-
-    bundle.json               format, name, network configs, class names, provenance, SHA-256 and size of every file
-    generator.safetensors     weights under the official StyleGAN2-ADA key names, stored as float32 or float16
-    discriminator.safetensors optional, for transfer learning
-    classifier/               optional: a classifier, verified also by itself (`dermis.classifier.description`)
-    encoder/                  optional: images to latents, for projections (`dermis.projection.encoder_description`)
-    authenticity/             optional: an index of the training images' embeddings (`dermis.authenticity.description`)
-    directions.safetensors    optional: named directions of w (`dermis.directions.direction`)
-    metrics.json              what was measured, empty if nothing was
-    MODEL_CARD.md             and the pictures that it shows
-
-The SHA-256 of bundle.json is the identity of the whole: it covers every other file through the hashes it holds.
-Nothing in a bundle is ever unpickled or executed, and files that it does not list are not read: a bundle may be
-untrusted. `docs/bundles.md` documents the format.
-"""
+"""Bundles: opening, loading, writing and changing them. The package's docstring describes the folder."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_type_hints
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from dermis.authenticity import description as indices
-from dermis.authenticity.description import IndexDescription
-from dermis.bundle_card import with_latent_section
-from dermis.classifier import description as classifiers
-from dermis.classifier.description import Description
-from dermis.directions import direction as direction_files
-from dermis.directions.direction import Direction
+from dermis.bundle.card import with_classifier_section, with_latent_section
+from dermis.bundle.classifier import CLASSIFIER_PART, Description
+from dermis.bundle.directions import Direction, decode_directions, encode_directions
+from dermis.bundle.encoder import ENCODER_PART, EncoderDescription
+from dermis.bundle.folder import (
+    DescriptionT_co,
+    DescriptorModel,
+    FileRecord,
+    Part,
+    PartDescription,
+    open_folder,
+    parse_descriptor,
+    to_json,
+    write_folder,
+)
+from dermis.bundle.index import INDEX_PART, IndexDescription
 from dermis.errors import BundleError, escape, quote
-from dermis.folders import DescriptorModel, FileRecord, open_folder, parse_descriptor, to_json, write_folder
 from dermis.network_config import DiscriminatorConfig, GeneratorConfig
-from dermis.projection import encoder_description as encoders
-from dermis.projection.encoder_description import EncoderDescription
 from dermis.strict_json import parse_json
 from dermis.tensor_files import MAX_HEADER_BYTES, read_tensors
 
@@ -56,23 +47,22 @@ CARD = "MODEL_CARD.md"
 DIRECTIONS = "directions.safetensors"
 
 NAME_PATTERN = r"[a-z0-9][a-z0-9._-]{0,63}"
-MAX_SMALL_BYTES = 16 << 20  # of what is parsed when a bundle is opened: descriptors, metrics, the card, directions
 CLASS_PATTERN = r"[A-Za-z0-9][A-Za-z0-9 _.-]{0,63}"  # class names become folder names of generated datasets
 WeightsDtype = Literal["fp32", "fp16"]
-_MAX_INTEGER = 1 << 53  # of a network's configuration; what is too large for its weights is refused when they load
+_MAX_SMALL_BYTES = 16 << 20  # limit of each file that opening parses: descriptors, metrics, card, directions
+_MAX_INTEGER = 1 << 53  # limit in a network's configuration; weights of another size are refused when they are loaded
 Network = TypeVar("Network", bound="nn.Module")
-DescribedT = TypeVar("DescribedT", bound="Described")
 ConfigT = TypeVar("ConfigT", "GeneratorConfig", "DiscriminatorConfig")
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A verified bundle: what bundle.json and the card say. `load_generator` reads the weights."""
+    """A verified bundle without its weights, which `load_generator` reads."""
 
     location: str
     name: str
     digest: str
-    """SHA-256 (hex) of bundle.json: the identity of the whole bundle."""
+    """SHA-256 (hex) of bundle.json. It identifies the whole bundle."""
     generator: GeneratorConfig
     discriminator: DiscriminatorConfig | None
     class_names: tuple[str, ...]
@@ -87,34 +77,11 @@ class Bundle:
     directions: tuple[Direction, ...] = ()
 
 
-class Described(Protocol):
-    """What every part of a bundle says of itself."""
-
-    @property
-    def files(self) -> Mapping[str, FileRecord]: ...
-    @property
-    def digest(self) -> str: ...
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A folder inside a bundle that could also stand alone, with a descriptor of its own."""
-
-    descriptor: str
-    parse: Callable[[bytes, str], Described]
-    read: Callable[[str | Path], tuple[Described, dict[str, bytes]]]
-    """Verifies a folder that stands alone: its description, and all its files by name."""
-
-
-_PARTS: Mapping[str, _Part] = {
-    "classifier": _Part(classifiers.DESCRIPTOR, classifiers.parse, classifiers.read_classifier_files),
-    "authenticity": _Part(indices.DESCRIPTOR, indices.parse, indices.read_index_files),
-    "encoder": _Part(encoders.DESCRIPTOR, encoders.parse, encoders.read_encoder_files),
-}
+_PARTS: Mapping[str, Part[PartDescription]] = {part.name: part for part in (CLASSIFIER_PART, INDEX_PART, ENCODER_PART)}
 
 
 class _Descriptor(DescriptorModel):
-    """bundle.json."""
+    """The fields of bundle.json."""
 
     name: str = Field(pattern=f"^{NAME_PATTERN}$")
     generator: dict[str, Any]
@@ -124,10 +91,11 @@ class _Descriptor(DescriptorModel):
 
 
 def open_bundle(location: str | Path) -> Bundle:
-    """Read a bundle from a folder or an fsspec URL and verify every file of it.
+    """Open a bundle in a folder or at an fsspec URL and verify every file of it.
 
-    Raises `BundleError` if bundle.json is absent, malformed or newer than this code, if a file is missing, changed or
-    not listed, or if the configuration contradicts itself.
+    Raises:
+        BundleError: bundle.json is missing, malformed or of a newer format; a file is missing, changed or not listed; or
+            the configuration contradicts itself.
     """
     folder = open_folder(location, "bundle", DESCRIPTOR)
     where, text = folder.where, folder.read_descriptor()
@@ -140,10 +108,10 @@ def open_bundle(location: str | Path) -> Bundle:
     files = descriptor.records
     folder.check_listing(files)
     small: dict[str, bytes] = {}
-    wanted = (METRICS, CARD, DIRECTIONS, *(f"{key}/{part.descriptor}" for key, part in _PARTS.items()))
+    parsed = (METRICS, CARD, DIRECTIONS, *(f"{key}/{part.descriptor}" for key, part in _PARTS.items()))
     for name, record in files.items():
-        if name in wanted:
-            small[name] = folder.read(name, record, limit=MAX_SMALL_BYTES)
+        if name in parsed:
+            small[name] = folder.read(name, record, limit=_MAX_SMALL_BYTES)
         else:
             folder.verify(name, record)
     try:
@@ -167,22 +135,30 @@ def open_bundle(location: str | Path) -> Bundle:
         metrics=metrics,
         model_card=card,
         files=files,
-        classifier=_part("classifier", Description, files, small, where),
-        authenticity=_part("authenticity", IndexDescription, files, small, where),
-        encoder=_part("encoder", EncoderDescription, files, small, where),
+        classifier=_part(CLASSIFIER_PART, files, small, where),
+        authenticity=_part(INDEX_PART, files, small, where),
+        encoder=_part(ENCODER_PART, files, small, where),
         directions=_directions(small, where, generator),
     )
 
 
 def load_generator(bundle: Bundle) -> Generator:
-    """The generator in float32, in eval mode, without gradients. The very bytes that are loaded are hashed first."""
+    """Load the generator in float32, in eval mode, without gradients.
+
+    Raises:
+        BundleError: The weights were changed after the bundle was opened, or do not fit the configuration.
+    """
     from dermis.networks import Generator
 
     return _load(bundle, GENERATOR, Generator, bundle.generator)
 
 
 def load_discriminator(bundle: Bundle) -> Discriminator:
-    """The discriminator in float32, in eval mode, without gradients; `BundleError` if the bundle has none."""
+    """Load the discriminator in float32, in eval mode, without gradients.
+
+    Raises:
+        BundleError: The bundle has no discriminator, or its weights were changed or do not fit the configuration.
+    """
     from dermis.networks import Discriminator
 
     if bundle.discriminator is None:
@@ -204,11 +180,24 @@ def write_bundle(
     weights_dtype: WeightsDtype = "fp32",
     replace: bool = False,
 ) -> Bundle:
-    """Write a bundle folder and open it again. The folder appears whole or not at all.
+    """Write a bundle's folder and open it. The folder appears completely or not at all.
 
-    `images` are the files that the card shows, by name. Refuses an existing `out` unless `replace`. A conditional
-    generator without `class_names` gets class0, class1, ...; `weights_dtype` fp16 halves the size (weights are loaded
-    back as float32). Raises `BundleError` for bad names, weights that are not finite, or provenance that is not JSON.
+    Args:
+        out: Path of the folder.
+        name: Name of the bundle.
+        generator: The generator.
+        class_names: Name of each label. If empty, a conditional generator gets class0, class1, ...
+        provenance: How the generator was trained, as JSON values.
+        metrics: Measurements, as JSON values.
+        model_card: The model card in Markdown.
+        discriminator: The discriminator, for transfer learning.
+        images: Files that the card shows, by name.
+        weights_dtype: "fp16" halves the size. Weights are always loaded as float32.
+        replace: Whether an existing bundle at `out` is replaced.
+
+    Raises:
+        BundleError: `out` exists and may not be replaced, a name is not allowed, weights are not finite, or `provenance`
+            or `metrics` are not JSON.
     """
     names = list(class_names) or [f"class{i}" for i in range(generator.config.c_dim)]
     files = {
@@ -239,22 +228,33 @@ def amend_bundle(
     directions: Sequence[Direction] | None = None,
     remove: Sequence[str] = (),
 ) -> Bundle:
-    """Write new metrics, a new card, a new name, parts (their folders, by name) or directions into a local bundle.
+    """Change a local bundle. Files that no argument names keep their bytes.
 
-    Every other file stays as it is, to the byte. A part ("classifier", ...) or directions replace those that are there; those
-    named in `remove` go. The card has a section on the classifier and one on the other parts, if there are any. Raises
-    BundleError.
+    The sections of the card on the classifier and on the other parts are written again if a part or the card changes.
+
+    Args:
+        bundle: The bundle to change.
+        metrics: New content of metrics.json.
+        model_card: New model card.
+        name: New name of the bundle.
+        parts: Folders to attach, by the part's name: "classifier", "authenticity" or "encoder". A part that is already in
+            the bundle is replaced.
+        directions: New directions. They replace all that the bundle has.
+        remove: Names of parts to remove, or "directions".
+
+    Raises:
+        BundleError: The bundle is not local, a folder in `parts` is not such a part, or the bundle cannot be written.
     """
     if "://" in bundle.location:
         raise BundleError(f"{bundle.location}: only a bundle in a local folder can be changed; copy it first")
     folder = open_folder(bundle.location, "bundle", DESCRIPTOR)
     files = {key: folder.read(key, record) for key, record in bundle.files.items()}
-    described: dict[str, Described | None] = {key: getattr(bundle, key) for key in _PARTS}
+    descriptions: dict[str, PartDescription | None] = {key: getattr(bundle, key) for key in _PARTS}
     for name_of_part in remove:
-        described[name_of_part] = None
+        descriptions[name_of_part] = None
         files = {key: data for key, data in files.items() if not key.startswith(f"{name_of_part}/")}
     for name_of_part, place in (parts or {}).items():
-        described[name_of_part], data_of = _PARTS[name_of_part].read(place)
+        descriptions[name_of_part], data_of = _PARTS[name_of_part].read(place)
         files = {key: data for key, data in files.items() if not key.startswith(f"{name_of_part}/")}
         files |= {f"{name_of_part}/{key}": data for key, data in data_of.items()}
     if "directions" in remove:
@@ -262,13 +262,13 @@ def amend_bundle(
     if directions is not None:
         files.pop(DIRECTIONS, None)
         if directions:
-            files[DIRECTIONS] = direction_files.to_bytes(directions)
+            files[DIRECTIONS] = encode_directions(directions)
     if metrics is not None:
         files[METRICS] = to_json(dict(metrics), METRICS)
     kept = bundle.directions if directions is None else directions
-    changed = any(described[key] is not getattr(bundle, key) for key in _PARTS) or kept is not bundle.directions
+    changed = any(descriptions[key] is not getattr(bundle, key) for key in _PARTS) or kept is not bundle.directions
     if model_card is not None or changed:
-        files[CARD] = _card(bundle.model_card if model_card is None else model_card, described, kept).encode()
+        files[CARD] = _card(bundle.model_card if model_card is None else model_card, descriptions, kept).encode()
     fields = {
         "name": name or bundle.name,
         "generator": asdict(bundle.generator),
@@ -279,13 +279,13 @@ def amend_bundle(
     return _write(Path(bundle.location), fields, files, replace=True)
 
 
-def _card(card: str, described: Mapping[str, Described | None], directions: Sequence[Direction]) -> str:
-    """The card with a section on each part."""
-    classifier, index, encoder = described["classifier"], described["authenticity"], described["encoder"]
+def _card(card: str, descriptions: Mapping[str, PartDescription | None], directions: Sequence[Direction]) -> str:
+    """Write the sections on the parts into the card."""
+    classifier, index, encoder = descriptions["classifier"], descriptions["authenticity"], descriptions["encoder"]
     assert classifier is None or isinstance(classifier, Description)
     assert index is None or isinstance(index, IndexDescription)
     assert encoder is None or isinstance(encoder, EncoderDescription)
-    card = classifiers.with_card_section(card, classifier)
+    card = with_classifier_section(card, classifier)
     return with_latent_section(card, index, encoder, directions)
 
 
@@ -300,7 +300,11 @@ def _configs(descriptor: _Descriptor, where: str) -> tuple[GeneratorConfig, Disc
 
 
 def _config(kind: type[ConfigT], values: Mapping[str, Any], where: str) -> ConfigT:
-    """A configuration of exactly its fields, each of its own type. BundleError, naming the field."""
+    """Make a configuration from the values of its fields.
+
+    Raises:
+        BundleError: A field is missing, unknown or of another type. The message names the field.
+    """
     hints = get_type_hints(kind)
     required = {field.name for field in fields(kind) if field.default is MISSING}
     if unknown := sorted(values.keys() - hints.keys()):
@@ -321,7 +325,11 @@ def _config(kind: type[ConfigT], values: Mapping[str, Any], where: str) -> Confi
 
 
 def check_names(name: str, class_names: Sequence[str], c_dim: int) -> None:
-    """`BundleError` if a bundle of `c_dim` classes cannot be called so."""
+    """Check the names of a bundle and its classes.
+
+    Raises:
+        BundleError: `name` or a class name is not allowed, or the number of class names is not `c_dim`.
+    """
     if not re.fullmatch(NAME_PATTERN, name):
         raise BundleError(f"name: {quote(name)} must match {NAME_PATTERN}")
     _check_class_names(class_names, c_dim, "class_names")
@@ -340,37 +348,46 @@ def _check_class_names(names: Sequence[str], c_dim: int, where: str) -> None:
 
 
 def _part(
-    key: str, kind: type[DescribedT], files: Mapping[str, FileRecord], small: Mapping[str, bytes], where: str
-) -> DescribedT | None:
-    """The description of a part, if it is there. Its own listing must be that of the bundle."""
-    part = _PARTS[key]
-    there = {name.split("/", 1)[1]: record for name, record in files.items() if name.startswith(f"{key}/")}
-    if not there:
+    part: Part[DescriptionT_co], files: Mapping[str, FileRecord], small: Mapping[str, bytes], where: str
+) -> DescriptionT_co | None:
+    """Parse the description of a part.
+
+    Args:
+        part: The part.
+        files: Records of the bundle's files.
+        small: Content of the files that are parsed, by name.
+        where: Path or URL of the bundle.
+
+    Returns:
+        The description, None if the bundle does not have this part.
+
+    Raises:
+        BundleError: The descriptor is missing or malformed, or lists other files than bundle.json.
+    """
+    records = {name.split("/", 1)[1]: record for name, record in files.items() if name.startswith(f"{part.name}/")}
+    if not records:
         return None
-    name = f"{key}/{part.descriptor}"
+    name = f"{part.name}/{part.descriptor}"
     if name not in small:
         raise BundleError(f"{where}/{DESCRIPTOR}: files does not list {name}; get the bundle again")
-    described = part.parse(small[name], f"{where}/{name}")
-    del there[part.descriptor]
-    if dict(described.files) != there:
-        raise BundleError(f"{where}/{name}: lists other files than {DESCRIPTOR} does; attach the {key} again")
-    assert isinstance(described, kind)
-    return described
+    description = part.parse(small[name], f"{where}/{name}")
+    del records[part.descriptor]
+    if dict(description.files) != records:
+        raise BundleError(f"{where}/{name}: lists other files than {DESCRIPTOR} does; attach the {part.name} again")
+    return description
 
 
 def _directions(small: Mapping[str, bytes], where: str, config: GeneratorConfig) -> tuple[Direction, ...]:
     if DIRECTIONS not in small:
         return ()
-    return direction_files.from_bytes(
-        small[DIRECTIONS], f"{where}/{DIRECTIONS}", w_dim=config.w_dim, num_ws=config.num_ws
-    )
+    return decode_directions(small[DIRECTIONS], f"{where}/{DIRECTIONS}", w_dim=config.w_dim, num_ws=config.num_ws)
 
 
 def _load(bundle: Bundle, file: str, network: type[Network], config: Any) -> Network:
     import torch
 
     where = f"{bundle.location}/{file}"
-    # On "meta" a network of any size costs nothing until its shapes are known to agree with the file.
+    # On the device "meta" a network takes no memory: its shapes are compared with those of the file first.
     try:
         with torch.device("meta"):
             model = network(config)
@@ -378,14 +395,16 @@ def _load(bundle: Bundle, file: str, network: type[Network], config: Any) -> Net
     except (RuntimeError, TypeError, ValueError, ArithmeticError, MemoryError) as error:
         reason = escape(error)
         raise BundleError(f"{bundle.location}/{DESCRIPTOR}: describes an impossible network ({reason})") from None
-    most = 4 * sum(math.prod(shape) for shape in expected.values()) + MAX_HEADER_BYTES
-    data = open_folder(bundle.location, "bundle", DESCRIPTOR).read(file, bundle.files[file], limit=most)
+    limit = 4 * sum(math.prod(shape) for shape in expected.values()) + MAX_HEADER_BYTES
+    data = open_folder(bundle.location, "bundle", DESCRIPTOR).read(file, bundle.files[file], limit=limit)
     state = read_tensors(data, where)
     actual = {key: tuple(value.shape) for key, value in state.items()}
     if expected != actual:
-        odd = sorted(key for key in expected.keys() | actual.keys() if expected.get(key) != actual.get(key))
-        first = f"{odd[0]} is {actual.get(odd[0], 'absent')}, the configuration says {expected.get(odd[0], 'absent')}"
-        raise BundleError(f"{where}: {len(odd)} tensors do not fit {DESCRIPTOR}: {escape(first)}")
+        keys = sorted(key for key in expected.keys() | actual.keys() if expected.get(key) != actual.get(key))
+        first = (
+            f"{keys[0]} is {actual.get(keys[0], 'absent')}, the configuration says {expected.get(keys[0], 'absent')}"
+        )
+        raise BundleError(f"{where}: {len(keys)} tensors do not fit {DESCRIPTOR}: {escape(first)}")
     model.load_state_dict({key: value.to(torch.float32) for key, value in state.items()}, assign=True)
     return model.requires_grad_(False).eval()
 

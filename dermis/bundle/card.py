@@ -1,0 +1,103 @@
+"""The sections of a bundle's card on its parts: one on the classifier, one on index, encoder and directions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dermis.bundle.classifier import CLASSIFIER_CARD, NOTICE, Description
+from dermis.bundle.directions import Direction
+from dermis.bundle.encoder import EncoderDescription
+from dermis.bundle.index import IndexDescription
+
+_CLASSIFIER_BEGIN, _CLASSIFIER_END = "<!-- classifier: written by dermis -->", "<!-- end of classifier -->"
+_LATENT_BEGIN, _LATENT_END = "<!-- latent space: written by dermis -->", "<!-- end of latent space -->"
+
+
+def with_classifier_section(card: str, classifier: Description | None) -> str:
+    """Replace the section on the classifier in a bundle's card.
+
+    Args:
+        card: The card, with or without such a section.
+        classifier: The classifier of the bundle; None removes the section.
+    """
+    before, begin, rest = card.partition(_CLASSIFIER_BEGIN)
+    after = rest.partition(_CLASSIFIER_END)[2].lstrip("\n") if begin else ""
+    if classifier is None:
+        return before.rstrip("\n") + "\n" + ("\n" + after if after else "") if begin else card
+    thresholds = ", ".join(f"{name} {value:.4g}" for name, value in sorted(classifier.thresholds.items()))
+    section = f"""{_CLASSIFIER_BEGIN}
+## Classifier
+
+**{NOTICE}**
+
+`classifier/` tells {classifier.positive_class} from {classifier.class_names[0]}: {classifier.architecture} on
+{classifier.input.size} px, temperature {classifier.temperature:.4g}, thresholds on the calibrated probability: {thresholds}.
+[Its card](classifier/{CLASSIFIER_CARD}) says what it was trained on and what was measured.
+{_CLASSIFIER_END}
+"""
+    return before.rstrip("\n") + "\n\n" + section + ("\n" + after if after else "")
+
+
+def with_latent_section(
+    card: str,
+    index: IndexDescription | None,
+    encoder: EncoderDescription | None,
+    directions: Sequence[Direction],
+) -> str:
+    """Replace the section on the latent space in a bundle's card.
+
+    Args:
+        card: The card, with or without such a section.
+        index: The index of the bundle, or None.
+        encoder: The encoder of the bundle, or None.
+        directions: The directions of the bundle. Without directions, index and encoder the section is removed.
+    """
+    before, begin, rest = card.partition(_LATENT_BEGIN)
+    after = rest.partition(_LATENT_END)[2].lstrip("\n") if begin else ""
+    paragraphs = [text for text in (_index(index), _encoder(encoder), _directions(directions)) if text]
+    kept = before.rstrip("\n") + "\n"
+    if paragraphs:
+        kept += "\n" + "\n\n".join([f"{_LATENT_BEGIN}\n## Latent space", *paragraphs]) + f"\n{_LATENT_END}\n"
+    return kept + ("\n" + after if after else "")
+
+
+def _index(index: IndexDescription | None) -> str:
+    if index is None:
+        return ""
+    held = f"and {index.held_out:,} held-out images" if index.held_out else "and of no held-out images"
+    return f"""`authenticity/` holds embeddings of {index.vectors:,} training images {held}, in the feature space
+`{index.extractor}` ({index.metric}, {index.dim} dimensions): images can be compared with them. Half of the training images are
+nearer than {index.radii[50]:.3f} to another one, 1 % nearer than {index.radii[1]:.3f}{_near_duplicates(index)}.
+**Whoever has these files can find out whether an image was a training image**; remove them where this must stay secret:
+`dermis bundle detach`."""
+
+
+def _near_duplicates(index: IndexDescription) -> str:
+    if index.duplicates is None:
+        return ""
+    return (
+        f"\n({index.duplicates.images:,} near-duplicates among them, which count as {index.duplicates.groups:,} images)"
+    )
+
+
+def _encoder(encoder: EncoderDescription | None) -> str:
+    if encoder is None:
+        return ""
+    images = encoder.provenance.get("images")
+    learnt = f"{images['count']:,} real images and generated ones" if images else "generated images"
+    measured = encoder.metrics.get("held_out") or encoder.metrics.get("generated")
+    result = ""
+    if measured:
+        kind = "real images that it did not learn from" if encoder.metrics.get("held_out") else "generated images"
+        result = (
+            f" Of {measured['images']:,} {kind}\nits latents are {measured['encoded']:.2f} away in the distance "
+            f"`{encoder.metrics['distance']}`, the mean latent {measured['mean_start']:.2f}."
+        )
+    return f"`encoder/` gives latents for projections to start from, learnt from {learnt}.{result}"
+
+
+def _directions(directions: Sequence[Direction]) -> str:
+    if not directions:
+        return ""
+    names = ", ".join(f"`{direction.name}`" for direction in directions)
+    return f"`directions.safetensors` holds {len(directions)} directions to edit along: {names}."

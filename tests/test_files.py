@@ -1,0 +1,60 @@
+"""Files are written completely or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dermis.errors import StorageError
+from dermis.files import atomic_write, write_file
+
+
+@pytest.mark.parametrize("concurrent", [False, True])
+@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_else(
+    tmp_path: Path, concurrent: bool, failure: BaseException
+) -> None:
+    path = tmp_path / "file.json"
+    path.write_text("old")
+    with pytest.raises(type(failure)), atomic_write(path, concurrent=concurrent) as partial:
+        partial.write_text("ne")
+        raise failure
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_concurrent_writers_do_not_mix_their_files(tmp_path: Path) -> None:
+    path = tmp_path / "file.json"
+    with atomic_write(path, concurrent=True) as first, atomic_write(path, concurrent=True) as second:
+        second.write_text("second")
+        first.write_text("first")
+    assert path.read_text() == "first"  # the last to finish
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_next_write_replaces_what_a_killed_process_left(tmp_path: Path) -> None:
+    path = tmp_path / "file.json"
+    left: list[Path] = []
+    with atomic_write(path) as partial:
+        partial.write_text("new")
+        left.append(partial)
+    left[0].write_text("left by a process that was killed, and longer")
+    with atomic_write(path) as partial:
+        partial.write_text("newer")
+    assert path.read_text() == "newer"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_name_of_the_longest_length_can_be_written(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / ("x" * 251 + ".txt")
+    write_file(path, b"content")
+    assert path.read_bytes() == b"content"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_write_file_names_the_file_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StorageError, match="file/below: cannot be written: "):
+        write_file(tmp_path / "file" / "below", b"content")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
