@@ -18,23 +18,18 @@ import bentoml
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services import logs
-from services.authenticity import Authenticity
-from services.classifier import Classifier
+from services.composition import compose
 from services.data_folder import prepare_data_folder, restrict_new_files
-from services.explainer import Explainer
 from services.gateway.app import create_app
-from services.gateway.comparisons import Comparisons
 from services.gateway.dependencies import Context
-from services.gateway.heat_maps import HeatMaps
-from services.gateway.uploads import Uploads
-from services.generator import Generator
-from services.jobs.context import JobContext
-from services.jobs.service import JobService
-from services.jobs.table import JobTable
+from services.inference.authenticity import Authenticity
+from services.inference.classifier import Classifier
+from services.inference.client import InferenceClients
+from services.inference.explainer import Explainer
+from services.inference.generator import Generator
+from services.inference.projector import Projector
 from services.models import Models
-from services.orphans import exit_with_parent
-from services.projector import Projector
-from services.remote import RemoteAuthenticity, RemoteClassifier, RemoteExplainer, RemoteGenerator, RemoteProjector
+from services.parent_watchdog import exit_with_parent
 from services.settings import SettingsError, settings_of_process
 from services.supervisor import serve_bento, stop_pause
 from services.worker import cancel_timers_of_requests
@@ -59,83 +54,12 @@ async def _running() -> AsyncIterator[Context]:
     models = await asyncio.to_thread(Models, _settings.bundles, _settings.default_model)
     for location, problem in models.check().items():
         logger.error("model not served", extra={"location": location, "problem": problem})
-    here = bentoml.get_current_service()
-    generator = RemoteGenerator(here.generator.to_async, models)
-    classifier = RemoteClassifier(here.classifier.to_async, models)
-    authenticity = RemoteAuthenticity(here.authenticity.to_async, models)
-    explainer = RemoteExplainer(here.explainer.to_async, models)
-    projector = RemoteProjector(here.projector.to_async, models)
-    uploads = Uploads(_settings)
-    stopping = threading.Event()
-    ctx = JobContext(
-        table=JobTable(_settings.jobs_url),
-        models=models,
-        generate=generator.images,
-        identity=generator.identity,
-        classify=classifier.logits,
-        classifier_identity=classifier.identity,
-        nearest=authenticity.nearest,
-        expose=authenticity.expose,
-        index_identity=authenticity.identity,
-        project=projector.project,
-        projection_steps=projector.steps,
-        cancel_projection=projector.cancel,
-        loop=asyncio.get_running_loop(),
-        storage=_settings.storage,
-        min_free_bytes=_settings.min_free_bytes,
-        stopping=stopping,
-    )
-    jobs = JobService(_settings, ctx)
-
-    parts = (generator, classifier, authenticity, explainer, projector)
-    readiness_reason: str | None = ""
-
-    async def not_ready() -> str | None:
-        if stopping.is_set():
-            return "the service is stopping"
-        problems = await asyncio.to_thread(models.check)
-        if problems:
-            return "; ".join(problems.values())
-        problem = await asyncio.to_thread(jobs.not_ready)
-        if problem is not None:
-            return problem
-        found = await asyncio.gather(*(part.not_ready() for part in parts))
-        return "; ".join(filter(None, found)) or None
-
-    async def readiness() -> str | None:
-        nonlocal readiness_reason
-        reason = await not_ready()
-        if reason != readiness_reason:
-            logger.log(logging.WARNING if reason else logging.INFO, "readiness", extra={"missing": reason or "nothing"})
-            readiness_reason = reason
-        return reason
-
-    async def not_alive() -> str | None:
-        found = await asyncio.gather(*(part.not_alive() for part in parts))
-        return "; ".join(filter(None, found)) or None
-
-    with _announcing(stopping, stop_pause(_settings)):
-        await asyncio.to_thread(jobs.start)
-        try:
-            yield Context(
-                settings=_settings,
-                models=models,
-                jobs=jobs.datasets,
-                projections=jobs.projections,
-                generate=generator.images,
-                draw=generator.draw,
-                classify=classifier.logits,
-                nearest=authenticity.nearest,
-                comparisons=Comparisons(_settings.max_compared_per_minute),
-                uploads=uploads,
-                heat_maps=HeatMaps(_settings, explainer.heat_map),
-                not_ready=readiness,
-                not_alive=not_alive,
-                stopping=stopping,
-            )
-        finally:
-            uploads.close()
-            await asyncio.to_thread(jobs.stop)
+    service = bentoml.get_current_service()
+    inference = InferenceClients.connect(lambda name: getattr(service, name).to_async, models)
+    composition = compose(_settings, models, inference)
+    with _announcing(composition.context.stopping, stop_pause(_settings)):
+        async with composition.running() as context:
+            yield context
 
 
 @contextmanager

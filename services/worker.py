@@ -12,7 +12,7 @@ import sys
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from services.orphans import exit_with_parent
+from services.parent_watchdog import exit_with_parent
 
 
 def main() -> None:

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from dermis.bundle import Bundle
 from dermis.errors import RequestError
 from dermis.explain.attribution import Method
-from services.heat_maps import Explain, HeatMap
+from services.inference.client import ExplainerClient
+from services.inference.heat_maps import HeatMap
 from services.problems import ProblemError
 from services.settings import Settings
 
@@ -22,8 +23,8 @@ _BUSY = {"Retry-After": "10"}
 class HeatMaps:
     """Asks the explainer for heat maps. Use it on one event loop."""
 
-    def __init__(self, settings: Settings, explain: Explain) -> None:
-        self._settings, self._explain = settings, explain
+    def __init__(self, settings: Settings, explainer: ExplainerClient) -> None:
+        self._settings, self._explainer = settings, explainer
         self._calls = 0
 
     @contextmanager
@@ -51,7 +52,7 @@ class HeatMaps:
 
         async def make_all() -> None:
             for image in images:
-                made.append(await self._explain(bundle, method, image))
+                made.append(await self._explainer.heat_map(bundle, method, image))
 
         work = asyncio.ensure_future(make_all())
         leaving = asyncio.ensure_future(disconnected())

@@ -10,8 +10,8 @@ from dermis.dataset.request import EditOption, classes_of
 from dermis.directions.edit import bundle_offset
 from dermis.errors import RequestError
 from services.gateway.dependencies import Context
+from services.inference.samples import Image
 from services.problems import ProblemError
-from services.samples import Image
 
 _BUSY = {"Retry-After": "5"}
 _in_work = 0

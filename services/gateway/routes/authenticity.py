@@ -121,7 +121,7 @@ async def _generated(request: Request, context: Context) -> tuple[Bundle, IndexD
     bundle = await asyncio.to_thread(context.models.serving, wanted.model or context.models.default)
     described = _index_of(bundle)
     rows = rows_of(wanted, bundle, class_of_each(wanted, bundle, context.settings.max_images))
-    images = np.stack(await draw_soon(context, lambda: context.generate(rows)))
+    images = np.stack(await draw_soon(context, lambda: context.inference.generator.images(rows)))
     colour = images.repeat(3, axis=3) if images.shape[3] == 1 else images
     return bundle, described, await _nearest(context, bundle, batch(colour, described.resolution))
 
@@ -129,7 +129,7 @@ async def _generated(request: Request, context: Context) -> tuple[Bundle, IndexD
 async def _nearest(context: Context, bundle: Bundle, inputs: Images) -> Nearest:
     try:
         async with asyncio.timeout(context.settings.image_timeout_seconds):
-            return await context.nearest(bundle, inputs)
+            return await context.inference.authenticity.nearest(bundle, inputs)
     except TimeoutError:
         raise ProblemError("overloaded", "the comparison is busy; try again", headers=_BUSY) from None
 

@@ -29,7 +29,7 @@ from services.gateway.schemas import (
     ThresholdUsed,
 )
 from services.gateway.uploads import Limit
-from services.heat_maps import MEDIA_TYPE, HeatMap
+from services.inference.heat_maps import MEDIA_TYPE, HeatMap
 from services.problems import ProblemError
 
 router = APIRouter(prefix="/v1/classifications", tags=["classifications"])
@@ -123,7 +123,7 @@ async def classify_images(
         inputs = np.stack(await context.uploads.images(request, described.input.size, limit))
         try:
             async with asyncio.timeout(context.settings.image_timeout_seconds):
-                logits = await context.classify(bundle, inputs)
+                logits = await context.inference.classifier.logits(bundle, inputs)
         except TimeoutError:
             raise ProblemError("overloaded", "the classifier is busy; try again", headers=_BUSY) from None
         made: Sequence[HeatMap | None] = [None] * len(inputs)
