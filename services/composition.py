@@ -8,9 +8,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from services.gateway.comparisons import Comparisons
 from services.gateway.dependencies import Context
 from services.gateway.heat_maps import HeatMaps
+from services.gateway.limits import Limits
 from services.gateway.uploads import Uploads
 from services.inference.client import InferenceClients
 from services.jobs.context import JobContext
@@ -64,7 +64,7 @@ def compose(settings: Settings, models: Models, inference: InferenceClients) -> 
         jobs=jobs.datasets,
         projections=jobs.projections,
         inference=inference,
-        comparisons=Comparisons(settings.max_compared_per_minute),
+        limits=Limits.of(settings),
         uploads=Uploads(settings),
         heat_maps=HeatMaps(settings, inference.explainer),
         not_ready=_readiness(job_context, jobs),

@@ -20,6 +20,7 @@ from PIL import Image
 from dermis.bundle import amend_bundle
 from dermis.classifier.description import NOTICE
 from dermis.classifier.preprocess import to_input
+from dermis.errors import RequestError
 from dermis.explain.attribution import Explainer
 from dermis.imaging import decode, encode
 from service_kit import Service, assemble, listening, service, wait_for
@@ -227,8 +228,8 @@ def test_heat_maps_can_be_switched_off(tmp_path: Path, served: Service) -> None:
     from services.settings import Settings
 
     off = HeatMaps(Settings(_env_file=None, max_heat_map_images=0), served.explainer)
-    with pytest.raises(Exception, match="makes no heat maps"), off.place():
-        pass
+    with pytest.raises(RequestError, match="makes no heat maps"):
+        off.check_enabled()
 
 
 def test_the_remote_explainer_says_why_there_is_none(served: Service) -> None:

@@ -19,8 +19,8 @@ from starlette.requests import Request
 from dermis.bundle import Bundle
 from dermis.dataset.request import DatasetRequest
 from services.gateway.bodies import read_bytes
-from services.gateway.comparisons import Comparisons
 from services.gateway.heat_maps import HeatMaps
+from services.gateway.limits import Limits
 from services.gateway.uploads import Uploads
 from services.inference.client import InferenceClients
 from services.jobs.context import FileInfo
@@ -101,7 +101,7 @@ class Context:
     jobs: Jobs
     projections: Projections
     inference: InferenceClients
-    comparisons: Comparisons
+    limits: Limits
     uploads: Uploads
     heat_maps: HeatMaps
     not_ready: Callable[[], Awaitable[str | None]]  # None when ready, else what is missing

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import ExitStack
 from typing import Annotated
 
 import numpy as np
@@ -109,10 +108,9 @@ async def _uploaded(request: Request, context: Context, model: str | None) -> tu
         )
     bundle = await asyncio.to_thread(context.models.serving, model or context.models.default)
     described = _index_of(bundle)
-    with ExitStack() as places:
-        places.enter_context(context.uploads.place())
+    with context.limits.uploads.hold():
         inputs = np.stack(await context.uploads.images(request, described.resolution))
-        context.comparisons.add(len(inputs))
+        context.limits.comparisons.add(len(inputs))
         return bundle, described, await _nearest(context, bundle, inputs)
 
 

@@ -112,14 +112,15 @@ async def classify_images(
             "model", f"{bundle.name} has no classifier; /v1/models tells which have one", "no-classifier"
         )
     used = _threshold(described, threshold)
-    with ExitStack() as places:
+    with ExitStack() as stack:
         limit = None
         if heat_map is not None:
-            places.enter_context(context.heat_maps.place())
+            context.heat_maps.check_enabled()
+            stack.enter_context(context.limits.heat_maps.hold())
             limit = Limit(context.settings.max_heat_map_images, " with heat_map")
             if media_type == MEDIA_TYPE:
                 limit = Limit(1, f" with Accept: {MEDIA_TYPE}")
-        places.enter_context(context.uploads.place())
+        stack.enter_context(context.limits.uploads.hold())
         inputs = np.stack(await context.uploads.images(request, described.input.size, limit))
         try:
             async with asyncio.timeout(context.settings.image_timeout_seconds):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import datetime
-from contextlib import ExitStack
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query
@@ -110,8 +109,7 @@ async def create_projection(
     if wanted_steps > settings.max_projection_steps:
         message = f"at most {settings.max_projection_steps} steps are made of one image"
         raise RequestError("steps", message, "request-too-large")
-    with ExitStack() as places:
-        places.enter_context(context.uploads.place())
+    with context.limits.uploads.hold():
         limit = Limit(settings.max_projection_images, " of a projection")
         images = await context.uploads.images(request, bundle.generator.img_resolution, limit)
         options = ProjectionOptions(
