@@ -1,6 +1,6 @@
-"""The composition root: the gateway in front, all other services behind it, in one BentoML deployment.
+"""The BentoML application: the gateway, which is public, and the inference services, which only the gateway can reach.
 
-`python -m services.serve` runs it, with a message for people; `bentoml serve services.service:Gateway` does so without.
+`python -m services.serve` runs it and prints a message; `bentoml serve services.service:Gateway` runs it without one.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _FOREVER_SECONDS = 1e9  # routes have limits of their own
 
 @asynccontextmanager
 async def _running() -> AsyncIterator[Context]:
-    """Everything that the routes need, started; stopped again when the service ends."""
+    """Start everything that the routes need, and stop it when the service ends."""
     logs.configure(_settings.log_level)
     exit_with_parent()
     restrict_new_files()
@@ -64,10 +64,14 @@ async def _running() -> AsyncIterator[Context]:
 
 @contextmanager
 def _announcing(stopping: threading.Event, pause_seconds: float) -> Iterator[None]:
-    """When the process gets a signal to end, set `stopping` at once and let the server know after a pause.
+    """Delay signals to end: set `stopping` at once, and pass the signal to the server after a pause.
 
-    In the pause /readyz fails while requests are still answered, so that whoever distributes them sends no more. Open streams
+    During the pause /readyz fails while requests are still answered, so that a load balancer sends no more. Open streams
     end when `stopping` is set. A second signal ends the pause.
+
+    Args:
+        stopping: The event to set.
+        pause_seconds: Length of the pause.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -100,7 +104,7 @@ app = create_app(_settings, _running)
 
 
 class GatewayOnly:
-    """ASGI middleware that gives every request to the gateway: BentoML's own routes are not for the public."""
+    """ASGI middleware that sends every request to the gateway, because the routes of BentoML must not be public."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._bento = app
@@ -122,15 +126,18 @@ class GatewayOnly:
 
 @bentoml.service(
     name="gateway",
-    workers=1,  # it also works on the dataset jobs; more of them are more deployments on one database
+    workers=1,  # it also runs the jobs; to scale, run more deployments on one database
     traffic={"timeout": _FOREVER_SECONDS},
     http={"host": _settings.host, "port": _settings.port},
     metrics={"enabled": False},
     logging={"access": {"enabled": False}},
 )
-@bentoml.asgi_app(app, path="/", name="gateway")  # BentoML starts and stops what is mounted with the service
+@bentoml.asgi_app(app, path="/", name="gateway")  # BentoML starts and stops mounted applications with the service
 class Gateway:
-    """The public HTTP API. It has no endpoints of BentoML's own."""
+    """The public HTTP API. It has no BentoML endpoints.
+
+    The names of the attributes are the fields of `services.inference.client.InferenceClients`.
+    """
 
     generator = bentoml.depends(Generator)
     classifier = bentoml.depends(Classifier)
@@ -139,8 +146,8 @@ class Gateway:
     projector = bentoml.depends(Projector)
 
 
-# BentoML looks these up after it has imported this module. `bentoml serve` would listen on further TCP ports by itself.
+# BentoML uses these after it has imported this module. Without them `bentoml serve` would listen on further TCP ports.
 _bentoml_impl.server.serve_http = serve_bento
 cancel_timers_of_requests()
 
-Gateway.add_asgi_middleware(GatewayOnly)  # type: ignore[attr-defined]  # a BentoML service by now
+Gateway.add_asgi_middleware(GatewayOnly)  # type: ignore[attr-defined]  # the class is a BentoML service now

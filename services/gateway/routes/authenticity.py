@@ -19,7 +19,7 @@ from dermis.errors import RequestError
 from dermis.imaging import Images
 from services.gateway.dependencies import Context, ContextDep, negotiate, read_model
 from services.gateway.latent_schemas import AuthenticityList, AuthenticityModel, AuthenticityVerdict
-from services.gateway.routes.answers import headers, image_or_json_body, problems
+from services.gateway.openapi import headers, image_or_json_body, problems
 from services.gateway.routes.images import class_of_each, rows_of
 from services.gateway.sampling import draw_soon
 from services.gateway.schemas import ImagesRequest

@@ -20,7 +20,7 @@ from dermis.classifier.scores import scores_of
 from dermis.errors import RequestError
 from dermis.explain.attribution import Method
 from services.gateway.dependencies import ContextDep, negotiate
-from services.gateway.routes.answers import content, headers, image_body, problems
+from services.gateway.openapi import content, headers, image_body, problems
 from services.gateway.schemas import (
     Classification,
     ClassificationHeatMap,

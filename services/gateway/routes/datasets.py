@@ -14,7 +14,7 @@ from starlette.responses import Response, StreamingResponse
 from dermis.dataset.request import DatasetRequest
 from services.gateway.dependencies import Context, ContextDep, IdempotencyKey, is_job_id, read_model
 from services.gateway.events import progress_events
-from services.gateway.routes.answers import headers, json_body, problems
+from services.gateway.openapi import headers, json_body, problems
 from services.gateway.schemas import Dataset, DatasetList, State, dataset_of
 from services.jobs.table import Job
 from services.problems import FieldError, ProblemError, invalid_request

@@ -28,7 +28,7 @@ from services.gateway.latent_schemas import (
     EditsRequest,
     ModelDirection,
 )
-from services.gateway.routes.answers import content, headers, json_body, problems
+from services.gateway.openapi import content, headers, json_body, problems
 from services.gateway.routes.projections import ready_projection
 from services.gateway.sampling import check_classes, check_cutoff, check_edits, draw_soon
 from services.gateway.schemas import ModelRef

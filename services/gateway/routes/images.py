@@ -18,7 +18,7 @@ from dermis.errors import RequestError
 from dermis.imaging import MEDIA_TYPES, ImageFormat, contact_sheet, encode
 from dermis.latents import MAX_INDEX
 from services.gateway.dependencies import ContextDep, negotiate, read_model
-from services.gateway.routes.answers import content, headers, json_body, problems
+from services.gateway.openapi import content, headers, json_body, problems
 from services.gateway.sampling import check_classes, check_cutoff, check_edits, draw_soon
 from services.gateway.schemas import ImagesRequest, ModelRef, Sample, SampleList
 from services.inference.samples import Image, Options, Samples, pack

@@ -16,7 +16,7 @@ from dermis.projection.schedule import SCHEDULES
 from services.gateway.dependencies import Context, ContextDep, IdempotencyKey, is_job_id
 from services.gateway.files import MEDIA_TYPES, file_response
 from services.gateway.latent_schemas import ProjectedImage, ProjectionJob, ProjectionProgress
-from services.gateway.routes.answers import content, headers, image_body, problems
+from services.gateway.openapi import content, headers, image_body, problems
 from services.gateway.schemas import ModelRef
 from services.gateway.uploads import Limit
 from services.jobs.projection import IMAGES_PER_SHARD, ProjectionOptions
