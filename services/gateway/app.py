@@ -1,7 +1,7 @@
 """The gateway: a FastAPI application around an injected `Context`.
 
-The routes are in `routes/`. Every error becomes a problem document. A middleware gives each request an id, a log line and a place
-in the metrics.
+The routes are in `routes/`. Every error becomes a problem document. A middleware gives each request an id and observes it in
+the log and the metrics.
 """
 
 from __future__ import annotations
