@@ -346,8 +346,7 @@ def test_calls_beyond_the_limit_are_told_to_come_again(served: Service, monkeypa
             await asyncio.sleep(0.01)
         return np.zeros(1, np.float32)
 
-    context = served.client.app.state.context  # type: ignore[attr-defined]
-    object.__setattr__(context, "classify", waits)
+    monkeypatch.setattr(served.classifier, "logits", waits)
     answers: list[Any] = []
     threads = [threading.Thread(target=lambda: answers.append(send(served, picture()))) for _ in range(2)]
     try:
@@ -362,7 +361,7 @@ def test_calls_beyond_the_limit_are_told_to_come_again(served: Service, monkeypa
         gate.set()
         for thread in threads:
             thread.join()
-        object.__setattr__(context, "classify", served.classifier.logits)
+        monkeypatch.undo()
     assert [answer.status_code for answer in answers] == [200, 200]
     assert send(served, picture()).status_code == 200
 
