@@ -382,6 +382,7 @@ def test_models_tell_what_classifies(served: Service) -> None:
     assert (tiny["classifier"]["input_size"], tiny["classifier"]["metrics"]) == (SIZE, {"auc": 0.5})
     assert NOTICE in served.client.get("/v1/models/tiny").json()["card"]
     assert NOTICE in served.client.get("/openapi.json").json()["info"]["description"]
+    assert send(served, picture()).status_code == 200
     assert 'route="/v1/classifications"' in served.client.get("/metrics").text
 
 
