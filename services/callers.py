@@ -1,4 +1,4 @@
-"""Whether the caller of a request still waits for the answer, so that long work can be cancelled."""
+"""Notice that the caller of a request has closed the connection, so that long work can be cancelled."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Prometheus metrics. BentoML runs several processes, which share their counts through files (PROMETHEUS_MULTIPROC_DIR)."""
+"""Prometheus metrics. BentoML runs several processes, which share their counts through files (PROMETHEUS_MULTIPROC_DIR).
+
+The metrics of the inference services are in `services.inference.client`.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,6 @@ from prometheus_client.registry import Collector
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
-images_generated = Counter("dermis_images_generated_total", "Images that the generator has made.", ["model"])
-images_classified = Counter("dermis_images_classified_total", "Images that the classifier has scored.", ["model"])
-images_compared = Counter("dermis_images_compared_total", "Images compared with the training images.", ["model"])
-images_projected = Counter("dermis_images_projected_total", "Images projected to latents.", ["model"])
-heat_maps_made = Counter("dermis_heat_maps_total", "Heat maps that the explainer has made.", ["model", "method"])
 request_seconds = Histogram(
     "dermis_http_request_duration_seconds",
     "Time from a request to the last byte of its answer.",

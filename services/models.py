@@ -1,6 +1,6 @@
-"""The bundles that this deployment serves: opened and verified at the start, watched for changes while it runs.
+"""The bundles that this deployment serves: opened and verified at the start, checked for changes while it runs.
 
-Knows no torch: it reads bundle.json, the model card and hashes, and leaves the weights to the generator.
+This module does not import torch: it reads bundle.json, the model card and hashes. The generator loads the weights.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dermis.errors import BundleError, DermisError, RequestError
 # A changed file is noticed at the next request after this many seconds.
 _CHECK_SECONDS = 5.0
 
-# Whatever is wrong with one bundle, the others are served.
+# Errors of one bundle; the other bundles are served.
 _UNUSABLE = (DermisError, OSError, ValueError, RuntimeError, MemoryError)
 
 _Fingerprint = tuple[tuple[str, int, int], ...]
@@ -31,25 +31,25 @@ class _Watched:
 
 
 def locate(locations: Sequence[str]) -> list[str]:
-    """The bundles at these places: a local folder that is none itself stands for the bundles in it, by name."""
-    found: list[str] = []
+    """The locations of bundles. A local folder that is not a bundle is replaced by the bundles in it, sorted by name."""
+    bundles: list[str] = []
     for location in locations:
         folder = Path(location)
         if "://" in location or (folder / DESCRIPTOR).exists() or not folder.is_dir():
-            found.append(location)
+            bundles.append(location)
         else:
             inside = [str(path.parent) for path in sorted(folder.glob(f"*/{DESCRIPTOR}"))]
-            found += inside or [location]
-    return found
+            bundles += inside or [location]
+    return bundles
 
 
 def without_place(error: Exception, location: str) -> str:
-    """What is wrong with the bundle at `location`, for callers: where the service keeps it is for the log."""
+    """The text of an error for callers: without the location of the bundle, which only the log shows."""
     return str(error).replace(location.rstrip("/"), Path(location).name)
 
 
 class Models:
-    """The served bundles by name. One that cannot be opened is not served; `check` tells why, and the rest is."""
+    """The served bundles by name. A bundle that cannot be opened is not served, and `check` says why; the others are served."""
 
     def __init__(self, locations: Sequence[str], default: str = "demo") -> None:
         self._watched: dict[str, _Watched] = {}
@@ -72,12 +72,17 @@ class Models:
 
     @property
     def bundles(self) -> list[Bundle]:
-        """Every bundle that was opened at the start, the default first, whether or not it is intact now."""
-        found = [watched.bundle for watched in self._watched.values()]
-        return sorted(found, key=lambda bundle: bundle.name != self.default)
+        """Every bundle that was opened at the start, the default first, even if its files have changed since."""
+        bundles = [watched.bundle for watched in self._watched.values()]
+        return sorted(bundles, key=lambda bundle: bundle.name != self.default)
 
     def find(self, name: str) -> Bundle:
-        """The bundle called `name`; RequestError (unknown-model) if there is none, BundleError if it is broken."""
+        """The bundle called `name`.
+
+        Raises:
+            RequestError: If there is none (unknown-model).
+            BundleError: If it could not be opened.
+        """
         if name in self._watched:
             return self._watched[name].bundle
         for location, problem in self._broken.items():
@@ -87,9 +92,15 @@ class Models:
         raise RequestError("model", f"unknown model; this service has {known}", kind="unknown-model")
 
     def serving(self, name: str, digest: str | None = None) -> Bundle:
-        """The bundle called `name`, if it is what was opened at the start, and is the one of `digest` if that is given.
+        """The bundle called `name`, if its files have not changed since the start.
 
-        RequestError if there is none of that name, BundleError if its files changed or it is another one.
+        Args:
+            name: Name of the bundle.
+            digest: The digest that the bundle must have; None allows each.
+
+        Raises:
+            RequestError: If there is no bundle of this name.
+            BundleError: If its files have changed or it has another digest.
         """
         bundle = self.find(name)
         if digest is not None and digest != bundle.digest:
@@ -103,20 +114,17 @@ class Models:
         return bundle
 
     def check(self) -> dict[str, str]:
-        """Problems by name of bundle (by place, of one never opened); empty when all is well.
-
-        Looks at the files at most every few seconds.
-        """
+        """Problems by name of the bundle, or by location if it could not be opened. The files are checked every few seconds."""
         with self._lock:
             if time.monotonic() - self._checked >= _CHECK_SECONDS:
                 for name, watched in self._watched.items():
-                    _look_again(name, watched)
+                    _check_again(name, watched)
                 self._checked = time.monotonic()
             problems = {name: watched.problem for name, watched in self._watched.items() if watched.problem is not None}
             return self._broken | problems
 
 
-def _look_again(name: str, watched: _Watched) -> None:
+def _check_again(name: str, watched: _Watched) -> None:
     try:
         fingerprint = _fingerprint(watched.bundle.location)
         if fingerprint == watched.fingerprint and watched.problem is None:
@@ -134,13 +142,13 @@ def _look_again(name: str, watched: _Watched) -> None:
 
 
 def _fingerprint(location: str) -> _Fingerprint | None:
-    """Names, sizes and times of a local bundle's files: cheap to compare. None for remote storage, read once at start."""
+    """Names, sizes and times of the files of a local bundle. None for remote storage, which is read at the start only."""
     if "://" in location:
         return None
     root = Path(location)
-    found = [path for path in root.rglob("*") if path.is_file()] if root.is_dir() else []
+    paths = [path for path in root.rglob("*") if path.is_file()] if root.is_dir() else []
     return tuple(
         (path.relative_to(root).as_posix(), stat.st_size, stat.st_mtime_ns)
-        for path in sorted(found)
+        for path in sorted(paths)
         for stat in (path.stat(),)
     )

@@ -1,6 +1,6 @@
-"""The composition root: the gateway in front, all other services behind it, in one BentoML deployment.
+"""The BentoML application: the gateway, which is public, and the inference services, which only the gateway can reach.
 
-`python -m services.serve` runs it, with a message for people; `bentoml serve services.service:Gateway` does so without.
+`python -m services.serve` runs it and prints a message; `bentoml serve services.service:Gateway` runs it without one.
 """
 
 from __future__ import annotations
@@ -18,23 +18,18 @@ import bentoml
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services import logs
-from services.authenticity import Authenticity
-from services.classifier import Classifier
+from services.composition import compose
 from services.data_folder import prepare_data_folder, restrict_new_files
-from services.explainer import Explainer
 from services.gateway.app import create_app
-from services.gateway.comparisons import Comparisons
 from services.gateway.dependencies import Context
-from services.gateway.heat_maps import HeatMaps
-from services.gateway.uploads import Uploads
-from services.generator import Generator
-from services.jobs.context import JobContext
-from services.jobs.service import JobService
-from services.jobs.table import JobTable
+from services.inference.authenticity import Authenticity
+from services.inference.classifier import Classifier
+from services.inference.client import InferenceClients
+from services.inference.explainer import Explainer
+from services.inference.generator import Generator
+from services.inference.projector import Projector
 from services.models import Models
-from services.orphans import exit_with_parent
-from services.projector import Projector
-from services.remote import RemoteAuthenticity, RemoteClassifier, RemoteExplainer, RemoteGenerator, RemoteProjector
+from services.parent_watchdog import exit_with_parent
 from services.settings import SettingsError, settings_of_process
 from services.supervisor import serve_bento, stop_pause
 from services.worker import cancel_timers_of_requests
@@ -47,7 +42,7 @@ _FOREVER_SECONDS = 1e9  # routes have limits of their own
 
 @asynccontextmanager
 async def _running() -> AsyncIterator[Context]:
-    """Everything that the routes need, started; stopped again when the service ends."""
+    """Start everything that the routes need, and stop it when the service ends."""
     logs.configure(_settings.log_level)
     exit_with_parent()
     restrict_new_files()
@@ -59,91 +54,24 @@ async def _running() -> AsyncIterator[Context]:
     models = await asyncio.to_thread(Models, _settings.bundles, _settings.default_model)
     for location, problem in models.check().items():
         logger.error("model not served", extra={"location": location, "problem": problem})
-    here = bentoml.get_current_service()
-    generator = RemoteGenerator(here.generator.to_async, models)
-    classifier = RemoteClassifier(here.classifier.to_async, models)
-    authenticity = RemoteAuthenticity(here.authenticity.to_async, models)
-    explainer = RemoteExplainer(here.explainer.to_async, models)
-    projector = RemoteProjector(here.projector.to_async, models)
-    uploads = Uploads(_settings)
-    stopping = threading.Event()
-    ctx = JobContext(
-        table=JobTable(_settings.jobs_url),
-        models=models,
-        generate=generator.images,
-        identity=generator.identity,
-        classify=classifier.logits,
-        classifier_identity=classifier.identity,
-        nearest=authenticity.nearest,
-        expose=authenticity.expose,
-        index_identity=authenticity.identity,
-        project=projector.project,
-        projection_steps=projector.steps,
-        cancel_projection=projector.cancel,
-        loop=asyncio.get_running_loop(),
-        storage=_settings.storage,
-        min_free_bytes=_settings.min_free_bytes,
-        stopping=stopping,
-    )
-    jobs = JobService(_settings, ctx)
-
-    parts = (generator, classifier, authenticity, explainer, projector)
-    readiness_reason: str | None = ""
-
-    async def not_ready() -> str | None:
-        if stopping.is_set():
-            return "the service is stopping"
-        problems = await asyncio.to_thread(models.check)
-        if problems:
-            return "; ".join(problems.values())
-        problem = await asyncio.to_thread(jobs.not_ready)
-        if problem is not None:
-            return problem
-        found = await asyncio.gather(*(part.not_ready() for part in parts))
-        return "; ".join(filter(None, found)) or None
-
-    async def readiness() -> str | None:
-        nonlocal readiness_reason
-        reason = await not_ready()
-        if reason != readiness_reason:
-            logger.log(logging.WARNING if reason else logging.INFO, "readiness", extra={"missing": reason or "nothing"})
-            readiness_reason = reason
-        return reason
-
-    async def not_alive() -> str | None:
-        found = await asyncio.gather(*(part.not_alive() for part in parts))
-        return "; ".join(filter(None, found)) or None
-
-    with _announcing(stopping, stop_pause(_settings)):
-        await asyncio.to_thread(jobs.start)
-        try:
-            yield Context(
-                settings=_settings,
-                models=models,
-                jobs=jobs.datasets,
-                projections=jobs.projections,
-                generate=generator.images,
-                draw=generator.draw,
-                classify=classifier.logits,
-                nearest=authenticity.nearest,
-                comparisons=Comparisons(_settings.max_compared_per_minute),
-                uploads=uploads,
-                heat_maps=HeatMaps(_settings, explainer.heat_map),
-                not_ready=readiness,
-                not_alive=not_alive,
-                stopping=stopping,
-            )
-        finally:
-            uploads.close()
-            await asyncio.to_thread(jobs.stop)
+    service = bentoml.get_current_service()
+    inference = InferenceClients.connect(lambda name: getattr(service, name).to_async, models)
+    composition = compose(_settings, models, inference)
+    with _announcing(composition.context.stopping, stop_pause(_settings)):
+        async with composition.running() as context:
+            yield context
 
 
 @contextmanager
 def _announcing(stopping: threading.Event, pause_seconds: float) -> Iterator[None]:
-    """When the process gets a signal to end, set `stopping` at once and let the server know after a pause.
+    """Delay signals to end: set `stopping` at once, and pass the signal to the server after a pause.
 
-    In the pause /readyz fails while requests are still answered, so that whoever distributes them sends no more. Open streams
+    During the pause /readyz fails while requests are still answered, so that a load balancer sends no more. Open streams
     end when `stopping` is set. A second signal ends the pause.
+
+    Args:
+        stopping: The event to set.
+        pause_seconds: Length of the pause.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -176,7 +104,7 @@ app = create_app(_settings, _running)
 
 
 class GatewayOnly:
-    """ASGI middleware that gives every request to the gateway: BentoML's own routes are not for the public."""
+    """ASGI middleware that sends every request to the gateway, because the routes of BentoML must not be public."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._bento = app
@@ -198,15 +126,18 @@ class GatewayOnly:
 
 @bentoml.service(
     name="gateway",
-    workers=1,  # it also works on the dataset jobs; more of them are more deployments on one database
+    workers=1,  # it also runs the jobs; to scale, run more deployments on one database
     traffic={"timeout": _FOREVER_SECONDS},
     http={"host": _settings.host, "port": _settings.port},
     metrics={"enabled": False},
     logging={"access": {"enabled": False}},
 )
-@bentoml.asgi_app(app, path="/", name="gateway")  # BentoML starts and stops what is mounted with the service
+@bentoml.asgi_app(app, path="/", name="gateway")  # BentoML starts and stops mounted applications with the service
 class Gateway:
-    """The public HTTP API. It has no endpoints of BentoML's own."""
+    """The public HTTP API. It has no BentoML endpoints.
+
+    The names of the attributes are the fields of `services.inference.client.InferenceClients`.
+    """
 
     generator = bentoml.depends(Generator)
     classifier = bentoml.depends(Classifier)
@@ -215,8 +146,8 @@ class Gateway:
     projector = bentoml.depends(Projector)
 
 
-# BentoML looks these up after it has imported this module. `bentoml serve` would listen on further TCP ports by itself.
+# BentoML uses these after it has imported this module. Without them `bentoml serve` would listen on further TCP ports.
 _bentoml_impl.server.serve_http = serve_bento
 cancel_timers_of_requests()
 
-Gateway.add_asgi_middleware(GatewayOnly)  # type: ignore[attr-defined]  # a BentoML service by now
+Gateway.add_asgi_middleware(GatewayOnly)  # type: ignore[attr-defined]  # the class is a BentoML service now

@@ -25,7 +25,7 @@ from pathlib import Path
 from types import FrameType
 
 from dermis.errors import DermisError
-from services import logs
+from services import inference, logs
 from services.scratch import Scratch, scratch_folder
 from services.settings import REPOSITORY, Settings, SettingsError
 
@@ -41,15 +41,8 @@ _WAKE_SECONDS = 1.0
 
 
 def worker_counts(settings: Settings) -> Mapping[str, int]:
-    """How many processes each service has, by the name that BentoML knows it by."""
-    return {
-        "Generator": settings.generator_workers,
-        "Classifier": settings.classifier_workers,
-        "Authenticity": settings.authenticity_workers,
-        "Explainer": settings.explainer_workers,
-        "Projector": 1,
-        GATEWAY: 1,
-    }
+    """The number of processes of each service, by its BentoML name."""
+    return {**inference.worker_counts(settings), GATEWAY: 1}
 
 
 @dataclass

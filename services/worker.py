@@ -12,11 +12,11 @@ import sys
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from services.orphans import exit_with_parent
+from services.parent_watchdog import exit_with_parent
 
 
 def main() -> None:
-    """Serve until a signal to stop, or until the supervisor has ended."""
+    """Serve until a signal to stop or the end of the supervisor."""
     exit_with_parent(int(sys.argv.pop(1)))  # before the slow imports
     import uvicorn.protocols.http.auto
     from _bentoml_impl.worker import service  # type: ignore[import-untyped]
@@ -33,7 +33,7 @@ def main() -> None:
 def cancel_timers_of_requests() -> None:
     """Replace BentoML's middleware of time limits by one that cancels its timer when a request ends.
 
-    BentoML's own schedules a callback for the end of the limit and never cancels it, so the request stays in memory until then.
+    That of BentoML schedules a callback for the end of the limit and never cancels it, so a request stays in memory until then.
     """
     from bentoml._internal.server.http import traffic
 
@@ -41,7 +41,7 @@ def cancel_timers_of_requests() -> None:
 
 
 class TimeLimit:
-    """ASGI middleware: 504 for a request whose answer has not begun after `timeout` seconds."""
+    """ASGI middleware: status 504 for a request whose response has not begun after `timeout` seconds."""
 
     def __init__(self, app: ASGIApp, timeout: float) -> None:
         self._app = app
@@ -57,7 +57,7 @@ class TimeLimit:
             nonlocal begun
             begun = True
             if not limit.expired():
-                limit.reschedule(None)  # an answer may take as long as it likes
+                limit.reschedule(None)  # a response has no time limit once it has begun
             await send(message)
 
         try:

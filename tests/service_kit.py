@@ -31,19 +31,17 @@ from dermis.dataset.store import Store
 from dermis.imaging import encode
 from dermis.projection.projector import Projector
 from dermis.synthesizer import Synthesizer
-from services import projections
+from services.composition import compose
 from services.gateway.app import create_app
-from services.gateway.comparisons import Comparisons
 from services.gateway.dependencies import Context
-from services.gateway.heat_maps import HeatMaps
-from services.gateway.uploads import Uploads
-from services.heat_maps import HeatMap
+from services.inference import projections
+from services.inference.client import InferenceClients
+from services.inference.heat_maps import HeatMap
+from services.inference.projections import ProjectionFiles, ProjectionTask
+from services.inference.samples import Image, Options, Samples, pack
 from services.jobs.context import JobContext
 from services.jobs.service import JobService
-from services.jobs.table import JobTable
 from services.models import Models
-from services.projections import Projected, Task
-from services.samples import Image, Options, Samples, pack
 from services.settings import Settings
 
 IDENTITY = {"device": "fake"}
@@ -60,15 +58,19 @@ def draw(rows: Samples) -> list[Image]:
     return [np.random.default_rng(key).integers(0, 256, (16, 16, 3), dtype=np.uint8) for key in keys]
 
 
-async def draw_ws(bundle: Bundle, ws: NDArray[np.float32], _noise_mode: str) -> list[Image]:
-    """The real generator's images."""
-    with Synthesizer(bundle, device="cpu", threads=1) as synthesizer:
-        return list(synthesizer.images_from_ws(ws))
+class LocalClient:
+    """An inference service that is always ready."""
+
+    async def not_ready(self) -> str | None:
+        return None
+
+    async def not_alive(self) -> str | None:
+        return None
 
 
 @dataclass
-class FakeGenerator:
-    """`draw`, that can be made to wait or to fail."""
+class FakeGenerator(LocalClient):
+    """The function `draw` as a generator. It can be made to wait or to fail. Style vectors go to the real generator."""
 
     gate: threading.Event = field(default_factory=threading.Event)
     failures: list[Exception] = field(default_factory=list)
@@ -85,12 +87,16 @@ class FakeGenerator:
             raise self.failures.pop(0)
         return draw(rows)
 
-    async def identity(self, _digest: str) -> Mapping[str, str]:
+    async def draw(self, bundle: Bundle, ws: NDArray[np.float32], _noise_mode: str) -> list[Image]:
+        with Synthesizer(bundle, device="cpu", threads=1) as synthesizer:
+            return list(synthesizer.images_from_ws(ws))
+
+    async def identity(self, _bundle: Bundle) -> Mapping[str, str]:
         return IDENTITY
 
 
 @dataclass
-class LocalClassifier:
+class LocalClassifier(LocalClient):
     """The classifiers of bundles in this process, that can be made to fail."""
 
     failures: list[Exception] = field(default_factory=list)
@@ -106,7 +112,7 @@ class LocalClassifier:
 
 
 @dataclass
-class LocalAuthenticity:
+class LocalAuthenticity(LocalClient):
     """The indexes of bundles in this process."""
 
     async def nearest(self, bundle: Bundle, inputs: NDArray[np.uint8]) -> Nearest:
@@ -121,7 +127,7 @@ class LocalAuthenticity:
 
 
 @dataclass
-class LocalProjector:
+class LocalProjector(LocalClient):
     """Bundles in this process, projected to with few steps. It can be made to wait or to fail."""
 
     gate: threading.Event = field(default_factory=threading.Event)
@@ -134,8 +140,8 @@ class LocalProjector:
         self.gate.set()
 
     async def project(
-        self, bundle: Bundle, images: NDArray[np.uint8], labels: Sequence[int | None], task: Task, ticket: str
-    ) -> list[Projected]:
+        self, bundle: Bundle, images: NDArray[np.uint8], labels: Sequence[int | None], task: ProjectionTask, ticket: str
+    ) -> list[ProjectionFiles]:
         self.calls += 1
         self.steps_done[ticket] = 1
         while not self.gate.is_set():
@@ -153,7 +159,7 @@ class LocalProjector:
 
 
 @dataclass
-class FakeExplainer:
+class FakeExplainer(LocalClient):
     """A heat map is the image itself. It can be made to wait or to fail."""
 
     gate: threading.Event = field(default_factory=threading.Event)
@@ -241,59 +247,22 @@ def assemble(bundles: Path | str, data_dir: Path, **settings: Any) -> Parts:
         _env_file=None, bundles=tuple(str(bundles).split(",")), data_dir=data_dir, min_free_bytes=0, **settings
     )
     models = Models(values.bundles, values.default_model)
-    generator, classifier, explainer = FakeGenerator(), LocalClassifier(), FakeExplainer()
-    authenticity, projector = LocalAuthenticity(), LocalProjector()
+    generator, classifier, explainer, projector = FakeGenerator(), LocalClassifier(), FakeExplainer(), LocalProjector()
+
+    inference = InferenceClients(
+        generator=generator,  # type: ignore[arg-type]
+        classifier=classifier,  # type: ignore[arg-type]
+        authenticity=LocalAuthenticity(),  # type: ignore[arg-type]
+        explainer=explainer,  # type: ignore[arg-type]
+        projector=projector,  # type: ignore[arg-type]
+    )
 
     @asynccontextmanager
     async def running() -> AsyncIterator[Context]:
-        uploads = Uploads(values)
-        ctx = JobContext(
-            table=JobTable(values.jobs_url),
-            models=models,
-            generate=generator.images,
-            identity=generator.identity,
-            classify=classifier.logits,
-            classifier_identity=classifier.identity,
-            nearest=authenticity.nearest,
-            expose=authenticity.expose,
-            index_identity=authenticity.identity,
-            project=projector.project,
-            projection_steps=projector.steps,
-            cancel_projection=projector.cancel,
-            loop=asyncio.get_running_loop(),
-            storage=values.storage,
-            min_free_bytes=values.min_free_bytes,
-        )
-        jobs = JobService(values, ctx)
-        parts.running.append((jobs, ctx))
-
-        async def not_ready() -> str | None:
-            return "; ".join(models.check().values()) or await asyncio.to_thread(jobs.not_ready)
-
-        async def not_alive() -> str | None:
-            return None
-
-        await asyncio.to_thread(jobs.start)
-        try:
-            yield Context(
-                settings=values,
-                models=models,
-                jobs=jobs.datasets,
-                projections=jobs.projections,
-                generate=generator.images,
-                draw=draw_ws,
-                classify=classifier.logits,
-                nearest=authenticity.nearest,
-                comparisons=Comparisons(values.max_compared_per_minute),
-                uploads=uploads,
-                heat_maps=HeatMaps(values, explainer.heat_map),
-                not_ready=not_ready,
-                not_alive=not_alive,
-                stopping=ctx.stopping,
-            )
-        finally:
-            uploads.close()
-            await asyncio.to_thread(jobs.stop)
+        composition = compose(values, models, inference)
+        parts.running.append((composition.jobs, composition.job_context))
+        async with composition.running() as context:
+            yield context
 
     parts = Parts(create_app(values, running), generator, classifier, explainer, projector, models, values)
     return parts

@@ -22,7 +22,7 @@ from dermis.classifier.preprocess import to_input
 from dermis.classifier.scores import scores_of
 from dermis.errors import BundleError, DermisError, RequestError
 from dermis.imaging import Images, encode
-from services import pixels
+from services.inference import pixels
 from tiny import make_bundle
 from tiny_classifier import FEATURES, SIZE, describe, make_classifier, make_model
 from training.data.images import square

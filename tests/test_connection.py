@@ -9,8 +9,8 @@ import aiohttp
 import pytest
 from bentoml.exceptions import BentoMLException, ServiceUnavailable
 
-from services.connection import Connection
 from services.errors import InferenceFailedError, InferenceUnavailableError
+from services.inference.connection import Connection
 
 
 class _Client:

@@ -20,12 +20,13 @@ from PIL import Image
 from dermis.bundle import amend_bundle
 from dermis.bundle.classifier import NOTICE
 from dermis.classifier.preprocess import to_input
+from dermis.errors import RequestError
 from dermis.explain.attribution import Explainer
 from dermis.imaging import decode, encode
 from service_kit import Service, assemble, listening, service, wait_for
 from services.callers import CallerGoneError, CallerMiddleware, check_caller
 from services.errors import InferenceFailedError, InferenceUnavailableError, NotInstalledError
-from services.remote import RemoteExplainer
+from services.inference.client import ExplainerClient
 from test_heat_maps import classifier  # noqa: F401  a fixture
 from test_service_end_to_end import Launched, free_port, launch  # noqa: F401  a fixture
 from tiny import make_bundle
@@ -226,9 +227,9 @@ def test_heat_maps_can_be_switched_off(tmp_path: Path, served: Service) -> None:
     from services.gateway.heat_maps import HeatMaps
     from services.settings import Settings
 
-    off = HeatMaps(Settings(_env_file=None, max_heat_map_images=0), served.explainer.heat_map)
-    with pytest.raises(Exception, match="makes no heat maps"), off.place():
-        pass
+    off = HeatMaps(Settings(_env_file=None, max_heat_map_images=0), served.explainer)
+    with pytest.raises(RequestError, match="makes no heat maps"):
+        off.check_enabled()
 
 
 def test_the_remote_explainer_says_why_there_is_none(served: Service) -> None:
@@ -239,7 +240,7 @@ def test_the_remote_explainer_says_why_there_is_none(served: Service) -> None:
             return self.answer
 
     client, bundle = Client(), served.models.bundles[0]
-    remote = RemoteExplainer(client, served.models)
+    remote = ExplainerClient(client, served.models)
 
     def ask(**answer: Any) -> Any:
         client.answer = answer

@@ -137,7 +137,7 @@ def test_without_its_packages_it_says_what_to_install(monkeypatch: pytest.Monkey
 
 def test_knowing_of_heat_maps_loads_neither_torch_nor_saliency() -> None:
     program = (
-        "import sys, dermis.explain.rendering, services.heat_maps, services.gateway.heat_maps;"
+        "import sys, dermis.explain.rendering, services.inference.heat_maps, services.gateway.heat_maps;"
         "sys.exit(bool({'torch', 'saliency', 'captum', 'skimage'} & sys.modules.keys()))"
     )
     assert subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[1]).returncode == 0

@@ -20,7 +20,7 @@ from dermis.authenticity.checker import Checker
 from dermis.bundle import Bundle
 from dermis.imaging import Images, decode, encode
 from service_kit import Service, draw, service
-from services.samples import Options, pack
+from services.inference.samples import Options, pack
 from tiny import make_bundle
 from tiny_index import make_complete_bundle
 

@@ -32,7 +32,7 @@ from dermis.synthesizer.choice import Ready
 from service_kit import make_directly, service
 from services.gateway.latent_schemas import EditsRequest
 from services.gateway.schemas import ImagesRequest
-from services.samples import Options, pack, run
+from services.inference.samples import Options, pack, run
 from tiny import make_bundle
 from training.evaluation.pictures import STEPS, Drawing
 from training.gan.snapshot import sample_grid

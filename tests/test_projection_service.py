@@ -217,12 +217,12 @@ def test_images_that_cannot_be_kept_leave_no_job(running: Service, monkeypatch: 
     assert running.ctx.table.active() == [] and not list(Path(running.settings.storage).iterdir())
 
 
-def test_a_projector_that_cannot_tell_its_progress_is_no_failure(running: Service) -> None:
+def test_projection_succeeds_while_its_progress_is_unknown(running: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     async def silent(_ticket: str) -> int:
         raise InferenceUnavailableError("no answer")
 
     running.projector.gate.clear()
-    object.__setattr__(running.ctx, "projection_steps", silent)
+    monkeypatch.setattr(running.projector, "steps", silent)
     job = ask(running, noise(1))
     wait_for(lambda: running.projector.calls == 1)
     time.sleep(1.5)  # it has been asked by then

@@ -346,8 +346,7 @@ def test_calls_beyond_the_limit_are_told_to_come_again(served: Service, monkeypa
             await asyncio.sleep(0.01)
         return np.zeros(1, np.float32)
 
-    context = served.client.app.state.context  # type: ignore[attr-defined]
-    object.__setattr__(context, "classify", waits)
+    monkeypatch.setattr(served.classifier, "logits", waits)
     answers: list[Any] = []
     threads = [threading.Thread(target=lambda: answers.append(send(served, picture()))) for _ in range(2)]
     try:
@@ -362,7 +361,7 @@ def test_calls_beyond_the_limit_are_told_to_come_again(served: Service, monkeypa
         gate.set()
         for thread in threads:
             thread.join()
-        object.__setattr__(context, "classify", served.classifier.logits)
+        monkeypatch.undo()
     assert [answer.status_code for answer in answers] == [200, 200]
     assert send(served, picture()).status_code == 200
 
@@ -383,6 +382,7 @@ def test_models_tell_what_classifies(served: Service) -> None:
     assert (tiny["classifier"]["input_size"], tiny["classifier"]["metrics"]) == (SIZE, {"auc": 0.5})
     assert NOTICE in served.client.get("/v1/models/tiny").json()["card"]
     assert NOTICE in served.client.get("/openapi.json").json()["info"]["description"]
+    assert send(served, picture()).status_code == 200
     assert 'route="/v1/classifications"' in served.client.get("/metrics").text
 
 

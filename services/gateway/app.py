@@ -1,7 +1,7 @@
 """The gateway: a FastAPI application around an injected `Context`.
 
-Routes stand in `routes/`; every error becomes a problem document; one middleware gives each request its id, its line in
-the log and its place in the metrics.
+The routes are in `routes/`. Every error becomes a problem document. A middleware gives each request an id and observes it in
+the log and the metrics.
 """
 
 from __future__ import annotations
@@ -10,24 +10,20 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Any
 
 from fastapi import FastAPI
-from fastapi.openapi.utils import get_openapi
-from pydantic.json_schema import models_json_schema
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dermis import __version__
 from dermis.bundle.classifier import NOTICE
-from dermis.dataset.request import DatasetRequest
 from services import metrics
 from services.gateway import origins, problems
 from services.gateway.dependencies import Context
-from services.gateway.latent_schemas import EditsRequest
+from services.gateway.openapi import openapi_document
 from services.gateway.problems import problem_response
 from services.gateway.routes import (
     authenticity,
@@ -41,9 +37,6 @@ from services.gateway.routes import (
     models,
     projections,
 )
-from services.gateway.routes.answers import PROBLEM_CONTENT
-from services.gateway.schemas import Dataset, ImagesRequest
-from services.problems import KINDS
 from services.settings import Settings
 
 logger = logging.getLogger("dermis.http")
@@ -61,7 +54,13 @@ is to ask for. Every error is a problem document (RFC 9457).
 
 
 def create_app(settings: Settings, running: Callable[[], AbstractAsyncContextManager[Context]]) -> FastAPI:
-    """The application. `running` brackets its life: it gives what the routes need, once all of that has started."""
+    """Make the application.
+
+    Args:
+        settings: The settings of the service.
+        running: Context manager around the life of the application: it starts what the routes need, gives the context, and
+            stops everything at the end.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -83,7 +82,7 @@ def create_app(settings: Settings, running: Callable[[], AbstractAsyncContextMan
     problems.install(app)
     for routes in (datasets, files, images, edits, projections, classifications, authenticity, models, health, docs):
         app.include_router(routes.router)
-    app.openapi = lambda: _openapi(app, settings)  # type: ignore[method-assign]
+    app.openapi = lambda: openapi_document(app, settings)  # type: ignore[method-assign]
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -98,7 +97,7 @@ def create_app(settings: Settings, running: Callable[[], AbstractAsyncContextMan
 
 
 class RequestMiddleware:
-    """Request id in and out, one log line, one observation, and a problem document for what nobody else caught."""
+    """ASGI middleware: request ids, one log line and one observation per request, and problem documents for other errors."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -129,11 +128,11 @@ class RequestMiddleware:
                 await response(scope, receive, send_with_id)
         finally:
             seconds = time.perf_counter() - started
-            # The route's template, not the path: in the metrics ids would make a series each, and in the log the id of a
-            # projection is all that its owner has to keep secret.
+            # The template of the route, not the path: in the metrics each id would make a series, and the id of a projection is
+            # secret, so it must not be in the log.
             route = getattr(scope.get("route"), "path", None) or "unknown"
             metrics.request_seconds.labels(scope["method"], route, str(status)).observe(seconds)
-            # Probes come every few seconds; a change of readiness is logged once, where it is found.
+            # Probes come every few seconds. Changes of readiness are logged by `services.composition`.
             level = logging.DEBUG if route in health.PATHS else logging.INFO
             fields = {"method": scope["method"], "route": route, "status": status, "ms": seconds * 1000}
             logger.log(
@@ -146,53 +145,3 @@ def _request_id(scope: Scope) -> str:
         if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
             return str(value.decode("ascii"))
     return uuid.uuid4().hex
-
-
-def _openapi(app: FastAPI, settings: Settings) -> dict[str, Any]:
-    """The OpenAPI document, with the bodies that routes read by themselves (strictly) added to the components."""
-    if app.openapi_schema is None:
-        document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-        template = "#/components/schemas/{model}"
-        bodies = models_json_schema(
-            [
-                (DatasetRequest, "validation"),
-                (ImagesRequest, "validation"),
-                (EditsRequest, "validation"),
-                (Dataset, "serialization"),
-            ],
-            ref_template=template,
-        )[1]
-        schemas: dict[str, Any] = document.setdefault("components", {}).setdefault("schemas", {})
-        added: Mapping[str, Any] = bodies.get("$defs", {})
-        for name, schema in added.items():
-            schemas.setdefault(name, schema)
-        _add_refusals(document)
-        _add_limits(document, settings)
-        app.openapi_schema = document
-    return app.openapi_schema
-
-
-def _add_refusals(document: dict[str, Any]) -> None:
-    """Document what every route may answer before it is reached (`OriginMiddleware`)."""
-    for path, operations in document["paths"].items():
-        for method, operation in operations.items():
-            kinds = [] if path in origins.PROBES else ["bad-request", "untrusted-host"]
-            if method.upper() not in origins.SAFE_METHODS:
-                kinds.append("cross-origin")
-            for kind in kinds:
-                status, title = KINDS[kind]
-                entry = operation["responses"].setdefault(str(status), {"description": "", "content": PROBLEM_CONTENT})
-                text = f"{title} (`{kind}`)"
-                if text not in entry["description"]:
-                    entry["description"] = "; ".join(filter(None, (entry["description"], text)))
-
-
-def _add_limits(document: dict[str, Any], settings: Settings) -> None:
-    """Describe how many images an upload may have in this service."""
-    of_path = {"/v1/projections": settings.max_projection_images}
-    for path, operations in document["paths"].items():
-        form = operations.get("post", {}).get("requestBody", {}).get("content", {}).get("multipart/form-data")
-        if form is not None:
-            most = min(settings.max_upload_images, of_path.get(path, settings.max_upload_images))
-            for images in form["schema"]["properties"].values():
-                images["maxItems"] = max(1, most)

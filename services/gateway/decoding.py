@@ -21,7 +21,7 @@ import numpy as np
 from dermis.imaging import Images
 from dermis.reading import ImageError, ImageErrorKind, read_image
 from services.errors import InferenceUnavailableError
-from services.orphans import exit_with_parent
+from services.parent_watchdog import exit_with_parent
 from services.settings import REPOSITORY
 
 logger = logging.getLogger("dermis.uploads")

@@ -1,4 +1,4 @@
-"""What routes need: the context that the composition root injects, strict JSON bodies, and content negotiation."""
+"""What routes need: the injected context, strict JSON bodies, and content negotiation."""
 
 from __future__ import annotations
 
@@ -19,16 +19,15 @@ from starlette.requests import Request
 from dermis.bundle import Bundle
 from dermis.dataset.request import DatasetRequest
 from services.gateway.bodies import read_bytes
-from services.gateway.comparisons import Comparisons
 from services.gateway.heat_maps import HeatMaps
+from services.gateway.limits import Limits
 from services.gateway.uploads import Uploads
+from services.inference.client import InferenceClients
 from services.jobs.context import FileInfo
 from services.jobs.projection import ProjectionOptions
 from services.jobs.table import Job
 from services.models import Models
-from services.pixels import Classify, FindNearest
 from services.problems import FieldError, ProblemError, field_errors, invalid_request
-from services.samples import Draw, Generate
 from services.settings import Settings
 
 _MAX_DEPTH = 32
@@ -95,17 +94,14 @@ class Projections(Protocol):
 
 @dataclass(frozen=True)
 class Context:
-    """What the composition root gives to the routes."""
+    """What the routes need. `services.composition` makes it."""
 
     settings: Settings
     models: Models
     jobs: Jobs
     projections: Projections
-    generate: Generate
-    draw: Draw
-    classify: Classify
-    nearest: FindNearest
-    comparisons: Comparisons
+    inference: InferenceClients
+    limits: Limits
     uploads: Uploads
     heat_maps: HeatMaps
     not_ready: Callable[[], Awaitable[str | None]]  # None when ready, else what is missing

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import suppress
 
 from services.errors import DatabaseUnavailableError
@@ -16,10 +16,11 @@ POLL_SECONDS = 0.5
 HEARTBEAT_SECONDS = 15.0
 
 
-async def progress_events(context: Context, job: Job, closed: Callable[[], None]) -> AsyncIterator[str]:
+async def progress_events(context: Context, job: Job) -> AsyncIterator[str]:
     """Events of one dataset: `progress` on every change, then one named succeeded, failed or cancelled, then the end.
 
-    A client that comes back with Last-Event-ID needs no replay: every event holds the whole state.
+    A client that connects again with Last-Event-ID needs no earlier events: every event contains the whole state. The call must
+    be counted in `context.limits.event_streams`; the end of the stream releases it.
     """
     try:
         shown: tuple[object, ...] | None = None
@@ -37,12 +38,12 @@ async def progress_events(context: Context, job: Job, closed: Callable[[], None]
                 yield ": still here\n\n"
                 sent = time.monotonic()
             if context.stopping.is_set():
-                return  # the client comes back to whoever serves next
+                return  # the client connects again, to the process that serves then
             await asyncio.sleep(POLL_SECONDS)
-            with suppress(DatabaseUnavailableError):  # the stream goes on when the database is back
+            with suppress(DatabaseUnavailableError):  # the stream continues when the database can be reached again
                 current = await asyncio.to_thread(context.jobs.get, job.id)
     finally:
-        closed()
+        context.limits.event_streams.release()
 
 
 def _event(name: str, job: Job) -> str:

@@ -1,4 +1,4 @@
-"""Images for the routes that answer with them at once: few calls at a time, each within a time limit."""
+"""Images for the routes that return them at once, within limits of calls and time; checks of their options."""
 
 from __future__ import annotations
 
@@ -10,29 +10,34 @@ from dermis.dataset.request import EditOption, classes_of
 from dermis.directions.edit import bundle_offset
 from dermis.errors import RequestError
 from services.gateway.dependencies import Context
+from services.inference.samples import Image
 from services.problems import ProblemError
-from services.samples import Image
-
-_BUSY = {"Retry-After": "5"}
-_in_work = 0
 
 
 async def draw_soon(context: Context, draw: Callable[[], Awaitable[list[Image]]]) -> list[Image]:
-    """What `draw` gives. ProblemError if too many calls wait already, or if it takes too long."""
-    global _in_work  # noqa: PLW0603
-    if _in_work >= context.settings.max_waiting_image_calls:
-        raise ProblemError("overloaded", "too many calls are waiting for images", headers=_BUSY)
-    _in_work += 1
-    try:
-        return await asyncio.wait_for(draw(), context.settings.image_timeout_seconds)
-    except TimeoutError:
-        raise ProblemError("overloaded", "the generator is busy; try again or ask for fewer", headers=_BUSY) from None
-    finally:
-        _in_work -= 1
+    """Return the images of `draw`.
+
+    Raises:
+        ProblemError: If too many calls are waiting for images, or if it takes too long.
+    """
+    with context.limits.images.hold():
+        try:
+            return await asyncio.wait_for(draw(), context.settings.image_timeout_seconds)
+        except TimeoutError:
+            detail = "the generator is busy; try again or ask for fewer"
+            raise ProblemError("overloaded", detail, headers={"Retry-After": "5"}) from None
 
 
 def check_classes(names: Mapping[str, str], bundle: Bundle) -> None:
-    """RequestError if a class is none of the bundle's; `names` tells each one's field."""
+    """Check the names of classes.
+
+    Args:
+        names: Name of the class by field of the request.
+        bundle: The model.
+
+    Raises:
+        RequestError: If the model has no such class.
+    """
     known = classes_of(bundle)
     for field, name in names.items():
         if name not in known:
@@ -40,12 +45,12 @@ def check_classes(names: Mapping[str, str], bundle: Bundle) -> None:
 
 
 def check_cutoff(truncation_cutoff: int | None, bundle: Bundle) -> None:
-    """RequestError if the bundle has fewer style layers."""
+    """Raise RequestError if the bundle has fewer style layers."""
     if truncation_cutoff is not None and truncation_cutoff > bundle.generator.num_ws:
         message = f"this model has {bundle.generator.num_ws} style layers"
         raise RequestError("truncation_cutoff", message, "invalid-request")
 
 
 def check_edits(edits: Sequence[EditOption], bundle: Bundle) -> None:
-    """RequestError, naming the field, if the bundle lacks a direction or the layers."""
+    """Raise RequestError with the field if the bundle lacks a direction or layers."""
     bundle_offset(bundle, [option.edit for option in edits])

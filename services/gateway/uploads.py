@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from queue import SimpleQueue
 
@@ -29,7 +28,6 @@ from services.settings import Settings
 
 FIELD = "files"
 MULTIPART = "multipart/form-data"
-_BUSY = {"Retry-After": "5"}
 _KINDS = {"unsupported": "unsupported-media-type", "too-large": "image-too-large", "unusable": "unusable-image"}
 
 # Pillow logs what EXIF says at DEBUG, python-multipart what a malformed body has at WARNING.
@@ -46,7 +44,7 @@ class Limit:
 
 
 class Uploads:
-    """Reads uploads: a bounded number of calls at a time, a bounded number of images decoded at a time."""
+    """Reads uploads and decodes a limited number of images at the same time."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -55,18 +53,6 @@ class Uploads:
         self._idle: SimpleQueue[Decoder] = SimpleQueue()
         for decoder in self._decoders:
             self._idle.put(decoder)
-        self._calls = 0
-
-    @contextmanager
-    def place(self) -> Iterator[None]:
-        """A place among the calls in work, to be held as long as anything of the upload is. ProblemError if all are taken."""
-        if self._calls >= self._settings.max_upload_calls:
-            raise ProblemError("overloaded", "too many calls with uploads are in work; try again", headers=_BUSY)
-        self._calls += 1
-        try:
-            yield
-        finally:
-            self._calls -= 1
 
     async def images(self, request: Request, size: int, limit: Limit | None = None) -> list[Images]:
         """Every image of the upload as its largest centred square, uint8 [size, size, 3], in order.

@@ -1,4 +1,4 @@
-"""What the work on a job gets from the composition root, and how it waits for services, the database and the storage."""
+"""What the work on jobs needs, and how it waits for inference services, the database and the storage."""
 
 from __future__ import annotations
 
@@ -6,20 +6,15 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-
-from dermis.authenticity.attack import Exposure
-from dermis.bundle import Bundle
 from dermis.dataset.store import Store
 from dermis.errors import StorageError
 from services.errors import (
@@ -29,11 +24,9 @@ from services.errors import (
     InferenceUnreachableError,
     is_transient,
 )
+from services.inference.client import InferenceClients
 from services.jobs.table import JobTable
 from services.models import Models
-from services.pixels import Classify, FindNearest
-from services.projections import Project
-from services.samples import Generate
 
 logger = logging.getLogger("dermis.jobs")
 
@@ -67,24 +60,13 @@ class FileInfo:
 
 @dataclass(frozen=True)
 class JobContext:
-    """What the work on jobs needs, from the composition root."""
+    """What the work on jobs needs. `services.composition` makes it."""
 
     table: JobTable
     models: Models
-    generate: Generate
-    identity: Callable[[str], Awaitable[Mapping[str, str]]]
-    """By bundle digest: the software and device that generate, for the manifest."""
-    classify: Classify
-    classifier_identity: Callable[[Bundle], Awaitable[Mapping[str, str]]]
-    nearest: FindNearest
-    expose: Callable[[Bundle, NDArray[np.float32]], Awaitable[Exposure]]
-    index_identity: Callable[[Bundle], Awaitable[Mapping[str, str]]]
-    project: Project
-    projection_steps: Callable[[str], Awaitable[int]]
-    """By ticket: the steps that a call of `project` has done."""
-    cancel_projection: Callable[[str], Awaitable[None]]
+    inference: InferenceClients
     loop: asyncio.AbstractEventLoop
-    """The event loop that runs the calls above."""
+    """The event loop that runs the calls of `inference`."""
     storage: str
     min_free_bytes: int = 0
     stopping: threading.Event = field(default_factory=threading.Event)
@@ -184,8 +166,8 @@ class _RetryingStore(Store):
 
 
 def call_with_retry(
-    ctx: JobContext, job_id: str, call: Callable[[], Awaitable[Any]], while_waiting: Callable[[], None] | None = None
-) -> Any:
+    ctx: JobContext, job_id: str, call: Callable[[], Awaitable[T]], while_waiting: Callable[[], None] | None = None
+) -> T:
     """Call an inference service, repeatedly while it restarts, and return its response.
 
     Args:
@@ -221,7 +203,7 @@ def call_with_retry(
         pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
 
-def run_on_loop(ctx: JobContext, awaitable: Awaitable[Any], while_waiting: Callable[[], None] | None = None) -> Any:
+def run_on_loop(ctx: JobContext, awaitable: Awaitable[T], while_waiting: Callable[[], None] | None = None) -> T:
     """Await something on the event loop, from the thread of a worker.
 
     Args:
@@ -233,10 +215,10 @@ def run_on_loop(ctx: JobContext, awaitable: Awaitable[Any], while_waiting: Calla
         ShutdownError: If the process is to stop.
     """
 
-    async def call() -> Any:
+    async def call() -> T:
         return await awaitable
 
-    future: Future[Any] = asyncio.run_coroutine_threadsafe(call(), ctx.loop)
+    future: Future[T] = asyncio.run_coroutine_threadsafe(call(), ctx.loop)
     while True:
         try:
             return future.result(timeout=POLL_SECONDS)

@@ -21,6 +21,7 @@ from dermis.dataset.plan import Plan, plan_for
 from dermis.dataset.request import stored_request
 from dermis.dataset.shards import write_shard
 from services.errors import DatabaseUnavailableError
+from services.inference.samples import Options, pack
 from services.jobs.context import (
     POLL_SECONDS,
     JobContext,
@@ -32,7 +33,6 @@ from services.jobs.context import (
 )
 from services.jobs.table import Job
 from services.metrics import dataset_samples
-from services.samples import Image, Options, pack
 
 
 def path(job_id: str) -> str:
@@ -79,7 +79,7 @@ def finish(ctx: JobContext, job: Job) -> None:
         ctx.retrying_store(job.id),
         bundle,
         _identity(ctx, job.id, bundle, plan),
-        lambda embeddings: call_with_retry(ctx, job.id, lambda: ctx.expose(bundle, embeddings)),
+        lambda embeddings: call_with_retry(ctx, job.id, lambda: ctx.inference.authenticity.expose(bundle, embeddings)),
     )
 
 
@@ -128,8 +128,8 @@ class _Synthesize:
 
     def __call__(self, indices: Sequence[int], labels: Sequence[int]) -> NDArray[np.uint8]:
         rows = pack(self._options, self._seed, indices, labels)
-        images: list[Image] = call_with_retry(self._ctx, self._job_id, lambda: self._ctx.generate(rows))
-        return np.stack(images)
+        generator = self._ctx.inference.generator
+        return np.stack(call_with_retry(self._ctx, self._job_id, lambda: generator.images(rows)))
 
 
 class _Score:
@@ -141,7 +141,8 @@ class _Score:
 
     def __call__(self, images: NDArray[np.uint8]) -> NDArray[np.float64]:
         inputs = batch(images, self._classifier.input.size)
-        logits = call_with_retry(self._ctx, self._job_id, lambda: self._ctx.classify(self._bundle, inputs))
+        classifier = self._ctx.inference.classifier
+        logits = call_with_retry(self._ctx, self._job_id, lambda: classifier.logits(self._bundle, inputs))
         return scores_of(logits, self._classifier.temperature).calibrated
 
 
@@ -154,17 +155,16 @@ class _Examine:
 
     def __call__(self, images: NDArray[np.uint8]) -> Nearest:
         inputs = batch(images, self._index.resolution)
-        nearest: Nearest = call_with_retry(self._ctx, self._job_id, lambda: self._ctx.nearest(self._bundle, inputs))
-        return nearest
+        authenticity = self._ctx.inference.authenticity
+        return call_with_retry(self._ctx, self._job_id, lambda: authenticity.nearest(self._bundle, inputs))
 
 
 def _identity(ctx: JobContext, job_id: str, bundle: Bundle, plan: Plan) -> Mapping[str, str]:
     """Software and devices of the services that the plan needs, for the manifest."""
-    identity: Mapping[str, str] = call_with_retry(ctx, job_id, lambda: ctx.identity(bundle.digest))
+    inference = ctx.inference
+    identity = call_with_retry(ctx, job_id, lambda: inference.generator.identity(bundle))
     if plan.scored:
-        classifier: Mapping[str, str] = call_with_retry(ctx, job_id, lambda: ctx.classifier_identity(bundle))
-        identity = {**identity, **classifier}
+        identity = {**identity, **call_with_retry(ctx, job_id, lambda: inference.classifier.identity(bundle))}
     if plan.gated:
-        index: Mapping[str, str] = call_with_retry(ctx, job_id, lambda: ctx.index_identity(bundle))
-        identity = {**identity, **index}
+        identity = {**identity, **call_with_retry(ctx, job_id, lambda: inference.authenticity.identity(bundle))}
     return identity

@@ -25,9 +25,9 @@ from dermis.imaging import decode, encode
 from dermis.projection.result import facts_of, from_bytes
 from dermis.projection.schedule import SCHEDULES, Schedule, Space, Start
 from services.errors import DatabaseUnavailableError, InferenceFailedError, InferenceUnavailableError
+from services.inference.projections import ProjectionFiles, ProjectionTask
 from services.jobs.context import JobContext, StoppedError, call_with_retry, must_stop, retry_transient, run_on_loop
 from services.jobs.table import Job
-from services.projections import Projected, Task
 
 IMAGES_PER_SHARD = 8
 LISTING = "projections.json"
@@ -108,10 +108,10 @@ def _project(
     options: ProjectionOptions,
     store: Store,
     numbers: Sequence[int],
-) -> list[Projected]:
+) -> list[ProjectionFiles]:
     images = np.stack([decode(store.read(_input_name(number))) for number in numbers])
     label = None if options.class_name is None else classes_of(bundle).index(options.class_name)
-    task = Task(options.resolved, options.video)
+    task = ProjectionTask(options.resolved, options.video)
     ticket = uuid.uuid4().hex
     last_report = time.monotonic()
 
@@ -124,16 +124,18 @@ def _project(
         # A failure of the service ends the call of `project` itself, and without the database the work continues.
         with suppress(InferenceUnavailableError, InferenceFailedError, DatabaseUnavailableError):
             if stop:
-                run_on_loop(ctx, ctx.cancel_projection(ticket))
+                run_on_loop(ctx, ctx.inference.projector.cancel(ticket))
             else:
-                ctx.table.progress(job.id, shard, run_on_loop(ctx, ctx.projection_steps(ticket)))
+                ctx.table.progress(job.id, shard, run_on_loop(ctx, ctx.inference.projector.steps(ticket)))
         if stop:
             raise StoppedError
 
-    projected: list[Projected] = call_with_retry(
-        ctx, job.id, lambda: ctx.project(bundle, images, [label] * len(images), task, ticket), report
+    return call_with_retry(
+        ctx,
+        job.id,
+        lambda: ctx.inference.projector.project(bundle, images, [label] * len(images), task, ticket),
+        report,
     )
-    return projected
 
 
 def finish(ctx: JobContext, job: Job) -> None:

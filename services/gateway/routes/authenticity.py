@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import ExitStack
 from typing import Annotated
 
 import numpy as np
@@ -20,7 +19,7 @@ from dermis.errors import RequestError
 from dermis.imaging import Images
 from services.gateway.dependencies import Context, ContextDep, negotiate, read_model
 from services.gateway.latent_schemas import AuthenticityList, AuthenticityModel, AuthenticityVerdict
-from services.gateway.routes.answers import headers, image_or_json_body, problems
+from services.gateway.openapi import headers, image_or_json_body, problems
 from services.gateway.routes.images import class_of_each, rows_of
 from services.gateway.sampling import draw_soon
 from services.gateway.schemas import ImagesRequest
@@ -109,10 +108,9 @@ async def _uploaded(request: Request, context: Context, model: str | None) -> tu
         )
     bundle = await asyncio.to_thread(context.models.serving, model or context.models.default)
     described = _index_of(bundle)
-    with ExitStack() as places:
-        places.enter_context(context.uploads.place())
+    with context.limits.uploads.hold():
         inputs = np.stack(await context.uploads.images(request, described.resolution))
-        context.comparisons.add(len(inputs))
+        context.limits.comparisons.add(len(inputs))
         return bundle, described, await _nearest(context, bundle, inputs)
 
 
@@ -121,7 +119,7 @@ async def _generated(request: Request, context: Context) -> tuple[Bundle, IndexD
     bundle = await asyncio.to_thread(context.models.serving, wanted.model or context.models.default)
     described = _index_of(bundle)
     rows = rows_of(wanted, bundle, class_of_each(wanted, bundle, context.settings.max_images))
-    images = np.stack(await draw_soon(context, lambda: context.generate(rows)))
+    images = np.stack(await draw_soon(context, lambda: context.inference.generator.images(rows)))
     colour = images.repeat(3, axis=3) if images.shape[3] == 1 else images
     return bundle, described, await _nearest(context, bundle, batch(colour, described.resolution))
 
@@ -129,7 +127,7 @@ async def _generated(request: Request, context: Context) -> tuple[Bundle, IndexD
 async def _nearest(context: Context, bundle: Bundle, inputs: Images) -> Nearest:
     try:
         async with asyncio.timeout(context.settings.image_timeout_seconds):
-            return await context.nearest(bundle, inputs)
+            return await context.inference.authenticity.nearest(bundle, inputs)
     except TimeoutError:
         raise ProblemError("overloaded", "the comparison is busy; try again", headers=_BUSY) from None
 

@@ -20,7 +20,7 @@ from dermis.classifier.scores import scores_of
 from dermis.errors import RequestError
 from dermis.explain.attribution import Method
 from services.gateway.dependencies import ContextDep, negotiate
-from services.gateway.routes.answers import content, headers, image_body, problems
+from services.gateway.openapi import content, headers, image_body, problems
 from services.gateway.schemas import (
     Classification,
     ClassificationHeatMap,
@@ -29,7 +29,7 @@ from services.gateway.schemas import (
     ThresholdUsed,
 )
 from services.gateway.uploads import Limit
-from services.heat_maps import MEDIA_TYPE, HeatMap
+from services.inference.heat_maps import MEDIA_TYPE, HeatMap
 from services.problems import ProblemError
 
 router = APIRouter(prefix="/v1/classifications", tags=["classifications"])
@@ -112,18 +112,19 @@ async def classify_images(
             "model", f"{bundle.name} has no classifier; /v1/models tells which have one", "no-classifier"
         )
     used = _threshold(described, threshold)
-    with ExitStack() as places:
+    with ExitStack() as stack:
         limit = None
         if heat_map is not None:
-            places.enter_context(context.heat_maps.place())
+            context.heat_maps.check_enabled()
+            stack.enter_context(context.limits.heat_maps.hold())
             limit = Limit(context.settings.max_heat_map_images, " with heat_map")
             if media_type == MEDIA_TYPE:
                 limit = Limit(1, f" with Accept: {MEDIA_TYPE}")
-        places.enter_context(context.uploads.place())
+        stack.enter_context(context.limits.uploads.hold())
         inputs = np.stack(await context.uploads.images(request, described.input.size, limit))
         try:
             async with asyncio.timeout(context.settings.image_timeout_seconds):
-                logits = await context.classify(bundle, inputs)
+                logits = await context.inference.classifier.logits(bundle, inputs)
         except TimeoutError:
             raise ProblemError("overloaded", "the classifier is busy; try again", headers=_BUSY) from None
         made: Sequence[HeatMap | None] = [None] * len(inputs)

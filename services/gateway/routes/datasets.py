@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-import threading
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
@@ -15,7 +14,7 @@ from starlette.responses import Response, StreamingResponse
 from dermis.dataset.request import DatasetRequest
 from services.gateway.dependencies import Context, ContextDep, IdempotencyKey, is_job_id, read_model
 from services.gateway.events import progress_events
-from services.gateway.routes.answers import headers, json_body, problems
+from services.gateway.openapi import headers, json_body, problems
 from services.gateway.schemas import Dataset, DatasetList, State, dataset_of
 from services.jobs.table import Job
 from services.problems import FieldError, ProblemError, invalid_request
@@ -36,9 +35,6 @@ _EVENT = {
         },
     },
 }
-
-_streams_open = 0
-_streams_lock = threading.Lock()
 
 
 def _link(operation: str) -> dict[str, Any]:
@@ -150,22 +146,12 @@ async def delete_dataset(dataset_id: str, context: ContextDep) -> Dataset | Resp
 async def watch_dataset(dataset_id: str, context: ContextDep) -> Response:
     """Progress as it happens, until the dataset has ended."""
     job = await find_job(context, dataset_id)
-    global _streams_open  # noqa: PLW0603
-    with _streams_lock:
-        if _streams_open >= context.settings.max_event_streams:
-            raise ProblemError("too-many-requests", "too many event streams are open", headers={"Retry-After": "10"})
-        _streams_open += 1
+    context.limits.event_streams.acquire()
     return StreamingResponse(
-        progress_events(context, job, _stream_closed),
+        progress_events(context, job),
         media_type="text/event-stream",
         headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
     )
-
-
-def _stream_closed() -> None:
-    global _streams_open  # noqa: PLW0603
-    with _streams_lock:
-        _streams_open -= 1
 
 
 def make_cursor(sequence: int) -> str:

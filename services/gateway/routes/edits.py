@@ -28,13 +28,13 @@ from services.gateway.latent_schemas import (
     EditsRequest,
     ModelDirection,
 )
-from services.gateway.routes.answers import content, headers, json_body, problems
+from services.gateway.openapi import content, headers, json_body, problems
 from services.gateway.routes.projections import ready_projection
 from services.gateway.sampling import check_classes, check_cutoff, check_edits, draw_soon
 from services.gateway.schemas import ModelRef
+from services.inference.samples import Options, Samples, pack
 from services.jobs.projection import ProjectionOptions
 from services.problems import ProblemError
-from services.samples import Options, Samples, pack
 
 router = APIRouter(tags=["edits"])
 
@@ -106,10 +106,10 @@ async def edit_images(request: Request, context: ContextDep) -> Response:
     _check(wanted, bundle, len(strengths), context.settings.max_images)
     if wanted.projections is None:
         rows = _rows(wanted, bundle, strengths)
-        images = np.stack(await draw_soon(context, lambda: context.generate(rows)))
+        images = np.stack(await draw_soon(context, lambda: context.inference.generator.images(rows)))
     else:
         ws = _moved(wanted, bundle, strengths, await _latents(context, wanted.projections, bundle))
-        images = np.stack(await draw_soon(context, lambda: context.draw(bundle, ws, wanted.noise)))
+        images = np.stack(await draw_soon(context, lambda: context.inference.generator.draw(bundle, ws, wanted.noise)))
     # Names of bundles are plain ASCII, so they fit a header.
     tell = {"X-Dermis-Model": f"{bundle.name}@{bundle.digest}", "Vary": "Accept"}
     if media_type != _JSON:

@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from services.gateway.dependencies import Context, ContextDep
 from services.gateway.files import MEDIA_TYPES, file_response, media_type_of
-from services.gateway.routes.answers import Responses, content, headers, problems
+from services.gateway.openapi import Responses, content, headers, problems
 from services.gateway.routes.datasets import find_job
 from services.gateway.schemas import DatasetFile, DatasetFileList
 from services.jobs.table import Job

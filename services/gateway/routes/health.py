@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from services import metrics
 from services.gateway.dependencies import ContextDep
-from services.gateway.routes.answers import problems
+from services.gateway.openapi import problems
 from services.gateway.schemas import Health
 from services.problems import ProblemError
 

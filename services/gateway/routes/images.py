@@ -18,11 +18,11 @@ from dermis.errors import RequestError
 from dermis.imaging import MEDIA_TYPES, ImageFormat, contact_sheet, encode
 from dermis.latents import MAX_INDEX
 from services.gateway.dependencies import ContextDep, negotiate, read_model
-from services.gateway.routes.answers import content, headers, json_body, problems
+from services.gateway.openapi import content, headers, json_body, problems
 from services.gateway.sampling import check_classes, check_cutoff, check_edits, draw_soon
 from services.gateway.schemas import ImagesRequest, ModelRef, Sample, SampleList
+from services.inference.samples import Image, Options, Samples, pack
 from services.problems import ProblemError
-from services.samples import Image, Options, Samples, pack
 
 router = APIRouter(prefix="/v1/images", tags=["images"])
 
@@ -67,7 +67,7 @@ async def generate_images(request: Request, context: ContextDep) -> Response:
     bundle = await asyncio.to_thread(context.models.serving, wanted.model or context.models.default)
     names = class_of_each(wanted, bundle, context.settings.max_images)
     rows = rows_of(wanted, bundle, names)
-    images = await draw_soon(context, lambda: context.generate(rows))
+    images = await draw_soon(context, lambda: context.inference.generator.images(rows))
     # Names of bundles are plain ASCII, so they fit a header.
     tell = {"X-Dermis-Model": f"{bundle.name}@{bundle.digest}", "Vary": "Accept"}
     if media_type != "application/json":

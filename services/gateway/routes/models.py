@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from services.gateway.dependencies import ContextDep
-from services.gateway.routes.answers import problems
+from services.gateway.openapi import problems
 from services.gateway.schemas import ModelList, ModelWithCard, model_of, model_with_card_of
 
 router = APIRouter(prefix="/v1/models", tags=["models"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import datetime
-from contextlib import ExitStack
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query
@@ -17,7 +16,7 @@ from dermis.projection.schedule import SCHEDULES
 from services.gateway.dependencies import Context, ContextDep, IdempotencyKey, is_job_id
 from services.gateway.files import MEDIA_TYPES, file_response
 from services.gateway.latent_schemas import ProjectedImage, ProjectionJob, ProjectionProgress
-from services.gateway.routes.answers import content, headers, image_body, problems
+from services.gateway.openapi import content, headers, image_body, problems
 from services.gateway.schemas import ModelRef
 from services.gateway.uploads import Limit
 from services.jobs.projection import IMAGES_PER_SHARD, ProjectionOptions
@@ -110,8 +109,7 @@ async def create_projection(
     if wanted_steps > settings.max_projection_steps:
         message = f"at most {settings.max_projection_steps} steps are made of one image"
         raise RequestError("steps", message, "request-too-large")
-    with ExitStack() as places:
-        places.enter_context(context.uploads.place())
+    with context.limits.uploads.hold():
         limit = Limit(settings.max_projection_images, " of a projection")
         images = await context.uploads.images(request, bundle.generator.img_resolution, limit)
         options = ProjectionOptions(

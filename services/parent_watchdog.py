@@ -1,7 +1,7 @@
-"""Worker processes that end with the process that started them.
+"""End a worker process when the process that started it has ended.
 
-A supervisor that is killed cannot stop its workers. They would go on holding the port, the worker's name and the database,
-and the service could not be started again.
+A supervisor that is killed cannot stop its workers. They would keep the port, the name of the worker and the database, and the
+service could not be started again.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ _watching = threading.Lock()
 
 
 def exit_with_parent(parent: int | None = None) -> None:
-    """From now on, end this process at once when its parent is gone. Work is durable, so nothing is lost by it.
+    """Watch the parent from now on, and end this process at once when it has ended. Work is durable, so nothing is lost.
 
     Args:
-        parent: Process id of the parent, which may be gone already; by default the parent that the process has now.
+        parent: Process id of the parent, which may have ended already; by default the current parent.
     """
     if not _watching.acquire(blocking=False):
         return

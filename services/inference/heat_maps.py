@@ -1,15 +1,13 @@
-"""The format between gateway and explainer: one image in, one picture out."""
+"""What the explainer and its client exchange: one image in, one heat map out."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-from dermis.bundle import Bundle
 
 if TYPE_CHECKING:
     from dermis.explain.attribution import Explainer, Method
@@ -19,20 +17,31 @@ MEDIA_TYPE = "image/png"
 
 @dataclass(frozen=True)
 class HeatMap:
-    """A picture, PNG, and the size of an attribution that has full colour, in logits for each 1 % of the area."""
+    """A heat map.
+
+    Attributes:
+        content: The picture, PNG.
+        scale: The attribution that has full colour, in logits for each 1 % of the area.
+    """
 
     content: bytes
     scale: float
 
 
-Explain = Callable[[Bundle, "Method", NDArray[np.uint8]], Awaitable[HeatMap]]
-"""(bundle with a classifier, method, uint8 [S, S, 3]) -> its heat map."""
-
-
 def make(
     explainer: Explainer, method: Method, image: NDArray[np.uint8], check: Callable[[], None] = lambda: None
 ) -> Mapping[str, Any]:
-    """The fields of a HeatMap. `check` is called between steps; an exception from it gives the work up."""
+    """Make a heat map.
+
+    Args:
+        explainer: What attributes.
+        method: The method of attribution.
+        image: uint8 [S, S, 3] at the size of the classifier.
+        check: Is called between steps; an exception that it raises ends the work.
+
+    Returns:
+        The fields of a `HeatMap`.
+    """
     from dermis.explain.rendering import LEAST_SIDE, full_colour, heat_map, per_percent, to_png
 
     attribution = explainer.attribute(image, method, check=check)

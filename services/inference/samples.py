@@ -1,11 +1,11 @@
-"""The format between gateway and generator: one row for each sample in, one uint8 image for each sample out.
+"""What the generator and its client exchange: one row per sample in, one uint8 image per sample out.
 
-A row says everything that its image depends on, so that rows of different callers may share a batch.
+A row contains everything that its image depends on, so that rows of different callers can be in one batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,23 +17,22 @@ from dermis.directions.edit import Edit, bundle_offset
 from dermis.network_config import NoiseMode
 
 if TYPE_CHECKING:
-    from dermis.bundle import Bundle
     from dermis.synthesizer import Synthesizer
 
 NOISE_MODES: tuple[NoiseMode, ...] = ("const", "random", "none")
 
 EDIT = np.dtype(
     [
-        ("direction", "<u2"),  # number in the bundle's file, plus 1; 0: no edit, and none after it
+        ("direction", "<u2"),  # number in the file of the bundle, plus 1; 0 means no edit, and no further ones
         ("strength", "<f8"),
-        ("first", "<i2"),  # -1: the direction's own layers
+        ("first", "<i2"),  # -1: the layers of the direction
         ("last", "<i2"),
     ]
 )
 
 SAMPLE = np.dtype(
     [
-        ("model", "S64"),  # digest of the bundle: a name could mean another bundle to another process
+        ("model", "S64"),  # digest of the bundle; its name could mean another bundle in another process
         ("seed", "<i8"),
         ("index", "<i8"),
         ("label", "<i4"),
@@ -46,14 +45,20 @@ SAMPLE = np.dtype(
 
 Samples = NDArray[Any]  # [N] of dtype SAMPLE
 Image = NDArray[np.uint8]  # [H, W, 3]
-Generate = Callable[[Samples], Awaitable[list[Image]]]
-Draw = Callable[["Bundle", NDArray[np.float32], str], Awaitable[list[Image]]]
-"""(bundle, ws [N, num_ws, w_dim], noise mode) -> images."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the samples of one call have in common."""
+    """The options that all samples of a call share.
+
+    Attributes:
+        digest: Digest of the bundle.
+        truncation_psi: Truncation.
+        truncation_cutoff: Number of layers that are truncated; None means all.
+        noise_mode: The noise of the generator.
+        edits: Edits of the latents.
+        directions: Names of the directions of the bundle, in the order of its file; required if there are edits.
+    """
 
     digest: str
     truncation_psi: float = 1.0
@@ -61,11 +66,20 @@ class Options:
     noise_mode: NoiseMode = "random"
     edits: Sequence[Edit] = ()
     directions: Sequence[str] = ()
-    """Names of the bundle's directions, in the order of its file. Needed where there are edits."""
 
 
 def pack(options: Options, seeds: int | Sequence[int], indices: Sequence[int], labels: Sequence[int]) -> Samples:
-    """Rows of one call. `seeds` is one seed for all samples or one for each. ValueError if a direction is unknown."""
+    """Make the rows of a call.
+
+    Args:
+        options: The options of all samples.
+        seeds: One seed for all samples, or one for each.
+        indices: Index of each sample.
+        labels: Class number of each sample.
+
+    Raises:
+        ValueError: If a direction is unknown.
+    """
     rows = np.zeros(len(indices), SAMPLE)
     rows["model"] = options.digest.encode("ascii")
     rows["seed"] = seeds
@@ -74,14 +88,14 @@ def pack(options: Options, seeds: int | Sequence[int], indices: Sequence[int], l
     rows["truncation_psi"] = options.truncation_psi
     rows["truncation_cutoff"] = -1 if options.truncation_cutoff is None else options.truncation_cutoff
     rows["noise_mode"] = NOISE_MODES.index(options.noise_mode)
-    for place, edit in enumerate(options.edits):
+    for position, edit in enumerate(options.edits):
         number = options.directions.index(edit.direction) + 1
-        rows["edits"][:, place] = np.array((number, edit.strength, *(edit.layers or (-1, -1))), EDIT)
+        rows["edits"][:, position] = np.array((number, edit.strength, *(edit.layers or (-1, -1))), EDIT)
     return rows
 
 
 def to_bytes(rows: Samples) -> NDArray[np.uint8]:
-    """Rows as uint8 [N, SAMPLE.itemsize], the form in which they travel."""
+    """Rows as uint8 [N, SAMPLE.itemsize], as they are sent."""
     return rows.view(np.uint8).reshape(len(rows), SAMPLE.itemsize)
 
 
@@ -91,54 +105,62 @@ def from_bytes(data: NDArray[np.uint8]) -> Samples:
 
 
 def run(synthesizers: Mapping[str, Synthesizer], rows: Samples) -> list[Image | str]:
-    """Images of `rows`, in their order; rows with equal options run together.
+    """Generate the images of rows. Rows with equal options run together.
 
-    In place of an image there may be the reason why it cannot be had: other callers' rows of the batch are not to suffer.
+    Args:
+        synthesizers: The loaded generators by digest of the bundle.
+        rows: Rows of `pack`.
+
+    Returns:
+        An image per row, or a text with the reason why there is none: the rows of other callers in the batch must not fail.
     """
-    images: list[Any] = [None] * len(rows)
-    for places in _groups(rows):
-        first = rows[places[0]]
+    results: list[Any] = [None] * len(rows)
+    for positions in _groups(rows):
+        first = rows[positions[0]]
         digest = bytes(first["model"]).decode("ascii")
         synthesizer = synthesizers.get(digest)
         if synthesizer is None:
-            made: Any = [f"the generator has no model with digest {digest[:12]}; restart the service to load it"] * len(
-                places
-            )
+            images: Any = [missing(digest)] * len(positions)
         else:
             cutoff = int(first["truncation_cutoff"])
-            made = synthesizer.images(
-                rows["seed"][places].tolist(),
-                rows["index"][places].tolist(),
-                rows["label"][places].tolist(),
+            images = synthesizer.images(
+                rows["seed"][positions].tolist(),
+                rows["index"][positions].tolist(),
+                rows["label"][positions].tolist(),
                 truncation_psi=float(first["truncation_psi"]),
                 truncation_cutoff=None if cutoff < 0 else cutoff,
                 noise_mode=NOISE_MODES[int(first["noise_mode"])],
                 offset=_offset(synthesizer, first["edits"]),
             )
-        for place, image in zip(places, made, strict=True):
-            images[place] = image
-    return images
+        for position, image in zip(positions, images, strict=True):
+            results[position] = image
+    return results
 
 
-def _offset(synthesizer: Synthesizer, edits: NDArray[Any]) -> NDArray[np.float32] | None:
+def missing(digest: str) -> str:
+    """The reason why the generator cannot use the bundle with this digest."""
+    return f"the generator has no model with digest {digest[:12]}; restart the service to load it"
+
+
+def _offset(synthesizer: Synthesizer, rows: NDArray[Any]) -> NDArray[np.float32] | None:
     """What the edits of a row add to its latent; None if it has none."""
     bundle = synthesizer.bundle
-    wanted = [
+    edits = [
         Edit(bundle.directions[int(number) - 1].name, float(strength), None if first < 0 else (int(first), int(last)))
-        for number, strength, first, last in edits.tolist()
+        for number, strength, first, last in rows.tolist()
         if number > 0
     ]
-    if not wanted:
+    if not edits:
         return None
-    return bundle_offset(bundle, wanted)
+    return bundle_offset(bundle, edits)
 
 
 def _groups(rows: Samples) -> list[list[int]]:
-    """Places of the rows that differ in nothing but seed, index and label."""
+    """Positions of the rows that differ only in seed, index and label."""
     groups: dict[bytes, list[int]] = {}
     shared = rows.copy()
     for name in ("seed", "index", "label"):
         shared[name] = 0
-    for place in range(len(rows)):
-        groups.setdefault(shared[place].tobytes(), []).append(place)
+    for position in range(len(rows)):
+        groups.setdefault(shared[position].tobytes(), []).append(position)
     return list(groups.values())

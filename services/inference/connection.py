@@ -1,4 +1,4 @@
-"""A called service as the gateway sees it: a call may wait, may fail, and says which of the two it was."""
+"""Calls of inference services. Their errors say whether a service cannot be reached now or has failed."""
 
 from __future__ import annotations
 
@@ -14,47 +14,54 @@ from services.errors import InferenceFailedError, InferenceUnavailableError, Inf
 
 _DESCRIBE_SECONDS = 4.0  # less than the probes in k8s/dermis.yaml wait
 _FRESH_SECONDS = 2.0
-# A service that has been away for so long will not come back by itself.
+# A service that has not answered for so long needs a restart.
 _LOST_SECONDS = 600.0
 
 
 class Connection:
-    """Calls to one service through BentoML's asynchronous client. Use it on one event loop.
+    """Calls one service. Use it on one event loop.
 
-    The service has a method `describe`. `name` is what it is called in messages, as in "the generator".
+    Args:
+        client: BentoML's asynchronous client of the service, which has a method `describe`.
+        name: What the service is called in messages, such as "the generator".
     """
 
     def __init__(self, client: Any, name: str) -> None:
         self.name = name
         self._client = client
-        self._described: Mapping[str, Any] | None = None
-        self._described_at = float("-inf")
-        self._seen = time.monotonic()
+        self._description: Mapping[str, Any] | None = None
+        self._description_time = float("-inf")
+        self._last_response = time.monotonic()
 
     async def call(self, method: str, *arguments: Any) -> Any:
-        """The method's answer. InferenceUnavailableError or InferenceFailedError."""
+        """Call a method of the service.
+
+        Raises:
+            InferenceUnreachableError: If the service does not answer or is overloaded.
+            InferenceFailedError: If the service failed.
+        """
         try:
             result = await getattr(self._client, method)(*arguments)
         except ServiceUnavailable:
             raise InferenceUnreachableError(f"{self.name} is overloaded; try again") from None
         except BentoMLException as error:
             raise InferenceFailedError(f"{self.name} failed: {error}") from error
-        # A service that dies in the middle of an answer is a ClientError and no OSError.
+        # A service that ends in the middle of a response causes a ClientError, which is no OSError.
         except (ClientError, OSError, EOFError, TimeoutError) as error:
             raise InferenceUnreachableError(f"{self.name} does not answer; try again") from error
-        self._seen = time.monotonic()
+        self._last_response = time.monotonic()
         return result
 
     async def describe(self) -> Mapping[str, Any]:
-        """What the service says of itself, not older than a few seconds. Errors as in `call`."""
+        """The description that the service gives of its models, at most a few seconds old. It raises what `call` raises."""
         now = time.monotonic()
-        if self._described is None or now - self._described_at > _FRESH_SECONDS:
-            self._described = await self.call("describe")
-            self._described_at = now
-        return self._described
+        if self._description is None or now - self._description_time > _FRESH_SECONDS:
+            self._description = await self.call("describe")
+            self._description_time = now
+        return self._description
 
     async def describe_soon(self) -> Mapping[str, Any] | None:
-        """As `describe`, or None if it does not answer in the time of a probe."""
+        """Like `describe`; None if the service does not answer within the time of a probe."""
         try:
             async with asyncio.timeout(_DESCRIBE_SECONDS):
                 return await self.describe()
@@ -63,7 +70,7 @@ class Connection:
 
     @property
     def not_alive(self) -> str | None:
-        """Why only a restart can help; None if the service answered lately or may yet."""
-        if time.monotonic() - self._seen < _LOST_SECONDS:
+        """Why only a restart can help; None if the service answered recently or may answer later."""
+        if time.monotonic() - self._last_response < _LOST_SECONDS:
             return None
         return f"{self.name} has not answered for {_LOST_SECONDS:.0f} s"

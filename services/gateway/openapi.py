@@ -1,0 +1,137 @@
+"""The OpenAPI document, and the parts of it that routes write: each status that a route can return, and no other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic.json_schema import models_json_schema
+
+from dermis.dataset.request import DatasetRequest
+from dermis.reading import FORMATS
+from services.gateway import origins
+from services.gateway.latent_schemas import EditsRequest
+from services.gateway.schemas import Dataset, ImagesRequest
+from services.problems import KINDS, PROBLEM_MEDIA_TYPE
+from services.settings import Settings
+
+Responses = dict[int | str, dict[str, Any]]
+
+_PROBLEM_CONTENT = {PROBLEM_MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+_HEADERS = {
+    "Location": "Path of the dataset or projection.",
+    "Retry-After": "Seconds after which to try again.",
+    "ETag": "Hash of the file, in quotes.",
+    "Accept-Ranges": "bytes",
+    "Content-Range": "Which bytes of how many.",
+    "Content-Disposition": "A name to save the file under.",
+    "X-Dermis-Model": "Name and digest of the model, as name@digest.",
+    "X-Dermis-Classification": "Class, calibrated probability and threshold of the image that a picture is of.",
+    "X-Dermis-Notice": "What the classifier is not for.",
+}
+
+
+def problems(*kinds: str) -> Responses:
+    """Documentation of the problems that a route can return. `internal` is always among them."""
+    responses: Responses = {}
+    for kind in (*kinds, "internal"):
+        status, title = KINDS[kind]
+        known = responses.setdefault(status, {"description": "", "content": _PROBLEM_CONTENT})
+        known["description"] = "; ".join(filter(None, (known["description"], f"{title} (`{kind}`)")))
+        if status in (429, 503):
+            known["headers"] = headers("Retry-After")
+    return responses
+
+
+def headers(*names: str) -> dict[str, Any]:
+    """Documentation of response headers."""
+    return {name: {"description": _HEADERS[name], "schema": {"type": "string"}} for name in names}
+
+
+def content(*media_types: str) -> dict[str, Any]:
+    """Documentation of a response that is a file of one of these types."""
+    binary = {"type": "string", "format": "binary"}
+    return {kind: {"schema": {} if kind == "application/json" else binary} for kind in media_types}
+
+
+def json_body(model: str) -> dict[str, Any]:
+    """Documentation of a body that the route parses itself, as the component `model`."""
+    schema = {"$ref": f"#/components/schemas/{model}"}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def image_body(field: str) -> dict[str, Any]:
+    """Documentation of a body of uploaded images: multipart parts named `field`, or one image as the body."""
+    image = {"type": "string", "format": "binary"}
+    form = {
+        "type": "object",
+        "properties": {field: {"type": "array", "items": image, "minItems": 1, "description": "PNG, JPEG or WebP."}},
+        "required": [field],
+        "additionalProperties": False,
+    }
+    # A route looks at the content of a part only; this lists the types that it can have.
+    encoding = {field: {"contentType": ", ".join(FORMATS.values())}}
+    kinds = {
+        "multipart/form-data": {"schema": form, "encoding": encoding},
+        **{kind: {"schema": image} for kind in FORMATS.values()},
+    }
+    return {"requestBody": {"required": True, "content": kinds}}
+
+
+def image_or_json_body(field: str, model: str) -> dict[str, Any]:
+    """Documentation of a body that is either uploaded images or the component `model`."""
+    body = image_body(field)
+    body["requestBody"]["content"].update(json_body(model)["requestBody"]["content"])
+    return body
+
+
+def openapi_document(app: FastAPI, settings: Settings) -> dict[str, Any]:
+    """The OpenAPI document. It includes the bodies that routes parse themselves, which FastAPI does not know."""
+    if app.openapi_schema is None:
+        document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+        template = "#/components/schemas/{model}"
+        bodies = models_json_schema(
+            [
+                (DatasetRequest, "validation"),
+                (ImagesRequest, "validation"),
+                (EditsRequest, "validation"),
+                (Dataset, "serialization"),
+            ],
+            ref_template=template,
+        )[1]
+        schemas: dict[str, Any] = document.setdefault("components", {}).setdefault("schemas", {})
+        added: Mapping[str, Any] = bodies.get("$defs", {})
+        for name, schema in added.items():
+            schemas.setdefault(name, schema)
+        _add_refusals(document)
+        _add_limits(document, settings)
+        app.openapi_schema = document
+    return app.openapi_schema
+
+
+def _add_refusals(document: dict[str, Any]) -> None:
+    """Document the responses of `OriginMiddleware`, which every operation can have."""
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            kinds = [] if path in origins.PROBES else ["bad-request", "untrusted-host"]
+            if method.upper() not in origins.SAFE_METHODS:
+                kinds.append("cross-origin")
+            for kind in kinds:
+                status, title = KINDS[kind]
+                entry = operation["responses"].setdefault(str(status), {"description": "", "content": _PROBLEM_CONTENT})
+                text = f"{title} (`{kind}`)"
+                if text not in entry["description"]:
+                    entry["description"] = "; ".join(filter(None, (entry["description"], text)))
+
+
+def _add_limits(document: dict[str, Any], settings: Settings) -> None:
+    """Document how many images an upload may have in this service."""
+    of_path = {"/v1/projections": settings.max_projection_images}
+    for path, operations in document["paths"].items():
+        form = operations.get("post", {}).get("requestBody", {}).get("content", {}).get("multipart/form-data")
+        if form is not None:
+            most = min(settings.max_upload_images, of_path.get(path, settings.max_upload_images))
+            for images in form["schema"]["properties"].values():
+                images["maxItems"] = max(1, most)

@@ -1,0 +1,78 @@
+"""The index of training images as a BentoML service: rows of pixels in, distances out.
+
+Calls of several callers run as one batch. It returns the distance to the nearest training image and never which one that is.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import bentoml
+import numpy as np
+
+from dermis.authenticity.attack import exposure
+from dermis.authenticity.checker import Checker
+from dermis.bundle.folder import exists
+from dermis.bundle.index import DESCRIPTOR
+from dermis.cpus import available_cpus
+from services.inference import pixels
+from services.inference.base import InferenceService, batch_api, inference_service, part_folder
+from services.settings import settings_of_process
+
+_settings = settings_of_process()
+
+
+@inference_service("Authenticity", _settings.authenticity_workers)
+class Authenticity(InferenceService[Checker]):
+    """The indexes of all served bundles that have one."""
+
+    logger = logging.getLogger("dermis.authenticity")
+    failure = "index not loaded"
+
+    def has_model(self, location: str) -> bool:
+        """Whether the bundle has an index."""
+        return exists(part_folder(location, "authenticity"), DESCRIPTOR)
+
+    def load(self, location: str) -> tuple[str, Checker]:
+        """Load an index. Calls name it by its own digest, which the bundle that the gateway has verified contains."""
+        started = time.perf_counter()
+        threads = max(1, available_cpus() // _settings.authenticity_workers)
+        checker = Checker(location, device=_settings.device, threads=threads)
+        self.logger.info("index loaded", extra=dict(checker.identity) | {"seconds": time.perf_counter() - started})
+        return checker.description.digest, checker
+
+    def identity(self, model: Checker) -> Mapping[str, str]:
+        """The software and the device that compare images."""
+        return model.identity
+
+    @batch_api
+    def nearest(self, rows: np.ndarray) -> list[Any]:  # BentoML reads these types
+        """Compare images with the training images.
+
+        Args:
+            rows: uint8 [N, length], see `services.inference.pixels`.
+
+        Returns:
+            float32 [2 + dim] per row (`pixels.find_nearest`), or a text with the reason why there is none.
+        """
+        return list(pixels.find_nearest(self._models, rows))
+
+    @bentoml.api
+    def expose(self, digest: str, embeddings: np.ndarray) -> dict[str, Any]:
+        """Measure what a dataset reveals about the training images.
+
+        Args:
+            digest: Digest of the index.
+            embeddings: float32 [N, dim] of all images of the dataset.
+
+        Returns:
+            The fields of an `Exposure`, or "problem" with the reason why there is none.
+        """
+        checker = self._models.get(digest)
+        if checker is None:
+            return {"problem": pixels.missing("index", digest)}
+        return asdict(exposure(checker.index, embeddings))

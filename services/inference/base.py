@@ -1,0 +1,126 @@
+"""Base of the inference services: the start of a process, the models that it loads, and the description of them.
+
+The services exchange pickled bodies, as BentoML services do among themselves. They listen on Unix sockets in a private folder
+only; everything public belongs to the gateway.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Generic, TypeVar
+
+import bentoml
+
+from dermis.errors import DermisError
+from services import logs
+from services.data_folder import restrict_new_files
+from services.models import locate, without_place
+from services.parent_watchdog import exit_with_parent
+from services.settings import settings_of_process
+
+CALL_SECONDS = 300.0
+# What may go wrong with the files of one bundle.
+LOAD_ERRORS = (DermisError, OSError, RuntimeError, MemoryError)
+_NICE = 10
+_settings = settings_of_process()
+
+ModelT = TypeVar("ModelT")
+ServiceT = TypeVar("ServiceT")
+
+
+def inference_service(
+    name: str, workers: int, *, call_seconds: float = CALL_SECONDS, **options: Any
+) -> Callable[[type[ServiceT]], type[ServiceT]]:
+    """Decorator that makes a class an inference service.
+
+    Args:
+        name: The BentoML name, which is also a key of `services.inference.worker_counts`.
+        workers: Number of processes.
+        call_seconds: Time limit of a call.
+        **options: Further options of `bentoml.service`.
+    """
+    decorator: Callable[[type[ServiceT]], type[ServiceT]] = bentoml.service(
+        name=name,
+        workers=workers,
+        traffic={"timeout": call_seconds},
+        # By default the caller closes its connections every 100 calls, including those with calls that are not finished.
+        runner_connection={"max_requests": 10**9, "max_age": 1e9},
+        logging={"access": {"enabled": False}},
+        **options,
+    )
+    return decorator
+
+
+# A method whose concurrent calls run as one batch. It takes an array with one row per input and returns a list with one result
+# per row. The latency is not a delay but the age at which BentoML refuses a call; the gateway limits how many calls wait.
+batch_api = bentoml.api(
+    batchable=True, max_batch_size=_settings.max_batch_size, max_latency_ms=int(CALL_SECONDS * 1000)
+)
+
+
+class InferenceService(Generic[ModelT]):
+    """Base class of the inference services. A bundle whose model cannot be loaded does not stop the others.
+
+    Attributes:
+        logger: The logger of the service.
+        failure: Log message for a model that cannot be loaded.
+    """
+
+    logger: ClassVar[logging.Logger]
+    failure: ClassVar[str]
+
+    def __init__(self) -> None:
+        logs.configure(_settings.log_level)
+        exit_with_parent()
+        restrict_new_files()
+        self._models: dict[str, ModelT] = {}
+        self._problems: list[str] = []
+        for location in locate(_settings.bundles):
+            if not self.has_model(location):
+                continue
+            try:
+                digest, model = self.load(location)
+            except LOAD_ERRORS as error:
+                self.logger.error(self.failure, extra={"location": location, "error": str(error)})
+                self._problems.append(without_place(error, location))
+                continue
+            self._models[digest] = model
+
+    def has_model(self, location: str) -> bool:
+        """Whether the bundle has a model of this kind. One without it is not a problem."""
+        return True
+
+    def load(self, location: str) -> tuple[str, ModelT]:
+        """The model of the bundle at `location`, and the digest by which calls name it.
+
+        Raises:
+            Exception: One of `LOAD_ERRORS`.
+        """
+        raise NotImplementedError
+
+    def identity(self, model: ModelT) -> Mapping[str, str]:
+        """The software and the device that run the model, for manifests."""
+        return {}
+
+    @bentoml.api
+    async def describe(self) -> dict[str, Any]:  # on the event loop, so that probes do not wait for other calls
+        """The loaded models.
+
+        Returns:
+            {"identities": {digest: identity}, "problems": [...]}.
+        """
+        identities = {digest: dict(self.identity(model)) for digest, model in self._models.items()}
+        return {"identities": identities, "problems": self._problems}
+
+
+def part_folder(location: str, part: str) -> str:
+    """The folder of a part of the bundle at `location`, such as its classifier."""
+    return f"{location.rstrip('/')}/{part}"
+
+
+def lower_priority() -> None:
+    """Let all other work run before that of this thread and, on Linux, of the threads that torch starts from it."""
+    if hasattr(os, "setpriority"):
+        os.setpriority(os.PRIO_PROCESS, 0, _NICE)

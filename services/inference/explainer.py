@@ -1,0 +1,99 @@
+"""The explainer as a BentoML service: one image in, its heat map out. Each process runs one call at a time.
+
+Torch and the network are loaded at the first call.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import Any
+
+import bentoml
+import numpy as np
+
+from dermis.bundle.classifier import DESCRIPTOR, open_classifier
+from dermis.bundle.folder import exists
+from dermis.cpus import available_cpus
+from dermis.explain.attribution import Explainer as LoadedExplainer
+from dermis.explain.attribution import Method, missing_packages
+from services.callers import CallerGoneError, CallerMiddleware, check_caller
+from services.inference import heat_maps
+from services.inference.base import LOAD_ERRORS, InferenceService, inference_service, lower_priority, part_folder
+from services.models import without_place
+from services.settings import settings_of_process
+
+_settings = settings_of_process()
+
+
+@inference_service("Explainer", _settings.explainer_workers, threads=1)
+class Explainer(InferenceService[str]):
+    """Heat maps for the classifiers of all served bundles that have one. `_models` holds the folders of the classifiers."""
+
+    logger = logging.getLogger("dermis.explainer")
+    failure = "classifier not found"
+
+    def __init__(self) -> None:
+        self._explainers: dict[str, LoadedExplainer] = {}
+        self._loading = threading.Lock()
+        super().__init__()
+
+    def has_model(self, location: str) -> bool:
+        """Whether the bundle has a classifier."""
+        return exists(part_folder(location, "classifier"), DESCRIPTOR)
+
+    def load(self, location: str) -> tuple[str, str]:
+        """Read the digest of a classifier, and remember its folder."""
+        folder = part_folder(location, "classifier")
+        return open_classifier(folder).digest, folder
+
+    @bentoml.api
+    def explain(self, digest: str, method: str, image: np.ndarray) -> dict[str, Any]:  # BentoML reads these types
+        """Make a heat map. The call ends early when the caller closes the connection, so that later calls do not wait for it.
+
+        Args:
+            digest: Digest of the classifier.
+            method: A `dermis.explain.attribution.Method`.
+            image: uint8 [S, S, 3] at the size of the classifier.
+
+        Returns:
+            The fields of a `HeatMap`, or "missing" or "problem" with the reason why there is none.
+        """
+        lower_priority()
+        try:
+            check_caller()  # the connection may have been closed while the call waited for the only thread
+            return self._explain(digest, method, image)
+        except CallerGoneError:
+            self.logger.info("heat map given up, nobody waits for it")
+            return {"problem": "nobody waits for this heat map any more"}
+
+    def _explain(self, digest: str, method: str, image: np.ndarray) -> dict[str, Any]:
+        missing = missing_packages()
+        if missing is not None:
+            return {"missing": missing}
+        folder = self._models.get(digest)
+        if folder is None:
+            return {"problem": f"the explainer has no classifier {digest[:12]}; restart the service to load it"}
+        try:
+            explainer = self._explainer(digest, folder)
+        except LOAD_ERRORS as error:
+            self.logger.error("network not loaded", extra={"location": folder, "error": str(error)})
+            return {"problem": without_place(error, folder.removesuffix("/classifier"))}
+        checked_method: Method = "xrai" if method == "xrai" else "integrated-gradients"
+        return dict(heat_maps.make(explainer, checked_method, image, check_caller))
+
+    def _explainer(self, digest: str, folder: str) -> LoadedExplainer:
+        with self._loading:
+            if digest not in self._explainers:
+                import torch
+
+                started = time.perf_counter()
+                torch.set_num_threads(max(1, available_cpus() // _settings.explainer_workers))
+                self._explainers[digest] = LoadedExplainer(folder, device=_settings.device)
+                fields = {"classifier": digest[:12], "seconds": time.perf_counter() - started}
+                self.logger.info("network loaded", extra=fields)
+            return self._explainers[digest]
+
+
+Explainer.add_asgi_middleware(CallerMiddleware)  # type: ignore[attr-defined]  # the class is a BentoML service now

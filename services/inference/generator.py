@@ -1,0 +1,94 @@
+"""The generator as a BentoML service: rows of samples in, images out. Calls of several callers run as one batch."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import bentoml
+import numpy as np
+
+from dermis.bundle import open_bundle
+from dermis.cpus import available_cpus
+from services.inference import samples
+from services.inference.base import InferenceService, batch_api, inference_service
+from services.settings import settings_of_process
+
+if TYPE_CHECKING:
+    from dermis.synthesizer import Synthesizer
+
+_settings = settings_of_process()
+
+
+@inference_service("Generator", _settings.generator_workers)
+class Generator(InferenceService["Synthesizer"]):
+    """The generators of all served bundles."""
+
+    logger = logging.getLogger("dermis.generator")
+    failure = "model not loaded"
+
+    def load(self, location: str) -> tuple[str, Synthesizer]:
+        """Load a generator and make one image with it: the first image is slow, and no caller is to wait for it."""
+        from dermis.synthesizer import Synthesizer
+
+        started = time.perf_counter()
+        bundle = open_bundle(location)
+        synthesizer = Synthesizer(
+            bundle,
+            device=_device(),
+            backend=_settings.backend,
+            threads=max(1, available_cpus() // _settings.generator_workers),
+            cache=_settings.data_dir / "cache" / "generators",
+        )
+        synthesizer.images([0], [0], [0])
+        fields = {"model": bundle.name, "digest": bundle.digest[:12], "seconds": time.perf_counter() - started}
+        self.logger.info("model loaded", extra=fields | dict(synthesizer.identity))
+        return bundle.digest, synthesizer
+
+    def identity(self, model: Synthesizer) -> Mapping[str, str]:
+        """The software and the device that generate images."""
+        return model.identity
+
+    @batch_api
+    def generate(self, rows: np.ndarray) -> list[Any]:  # BentoML reads these types
+        """Generate images.
+
+        Args:
+            rows: uint8 [N, SAMPLE.itemsize], see `services.inference.samples`.
+
+        Returns:
+            An image uint8 [H, W, 3] per row, or a text with the reason why there is none.
+        """
+        return list(samples.run(self._models, samples.from_bytes(rows)))
+
+    @bentoml.api
+    def draw(self, digest: str, ws: np.ndarray, noise_mode: str) -> Any:
+        """Generate images from style vectors.
+
+        Args:
+            digest: Digest of the bundle.
+            ws: float32 [N, num_ws, w_dim].
+            noise_mode: "none"; anything else means "const".
+
+        Returns:
+            Images uint8 [N, H, W, 3], or a text with the reason why there are none.
+        """
+        synthesizer = self._models.get(digest)
+        if synthesizer is None:
+            return samples.missing(digest)
+        return synthesizer.images_from_ws(ws, "none" if noise_mode == "none" else "const")
+
+
+def _device() -> str:
+    """The device of this process. Several processes on a machine with several GPUs use them in turn."""
+    if _settings.device != "auto" or _settings.generator_workers == 1:
+        return _settings.device
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if gpus < 2:
+        return "auto"
+    index: int = bentoml.server_context.worker_index or 1
+    return f"cuda:{(index - 1) % gpus}"

@@ -1,0 +1,108 @@
+"""What the classifier, the index and their clients exchange: one row per image in, one result per image out.
+
+A row is the digest of the classifier or index, followed by the pixels at its size and by zeros. All rows of a deployment have
+the same length, so that rows of different callers and models can be in one batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from dermis.authenticity.checker import Checker
+    from dermis.classifier.onnx_session import Classifier
+
+_DIGEST = 64
+
+
+def row_bytes(sides: Iterable[int]) -> int:
+    """Length of a row that has space for an image of each of these sides in px."""
+    return _DIGEST + max((side**2 * 3 for side in sides), default=0)
+
+
+def pack(digest: str, inputs: NDArray[np.uint8], length: int) -> NDArray[np.uint8]:
+    """Make rows.
+
+    Args:
+        digest: Digest of the classifier or index.
+        inputs: uint8 [N, S, S, 3].
+        length: Length of a row, see `row_bytes`.
+
+    Returns:
+        uint8 [N, length].
+    """
+    rows = np.zeros((len(inputs), length), np.uint8)
+    rows[:, :_DIGEST] = np.frombuffer(digest.encode("ascii"), np.uint8)
+    flat = inputs.reshape(len(inputs), -1)
+    rows[:, _DIGEST : _DIGEST + flat.shape[1]] = flat
+    return rows
+
+
+def run(classifiers: Mapping[str, Classifier], rows: NDArray[np.uint8]) -> list[float | str]:
+    """Classify the images of rows.
+
+    Args:
+        classifiers: The loaded classifiers by digest.
+        rows: Rows of `pack`.
+
+    Returns:
+        A logit per row, or a text with the reason why there is none.
+    """
+    results: list[float | str] = [""] * len(rows)
+    for digest, positions in _positions(rows).items():
+        classifier = classifiers.get(digest)
+        logits: Sequence[float | str]
+        if classifier is None:
+            logits = [missing("classifier", digest)] * len(positions)
+        else:
+            logits = classifier.logits(_images(rows[positions], classifier.description.input.size)).tolist()
+        for position, logit in zip(positions, logits, strict=True):
+            results[position] = logit
+    return results
+
+
+def find_nearest(checkers: Mapping[str, Checker], rows: NDArray[np.uint8]) -> list[NDArray[np.float32] | str]:
+    """Compare the images of rows with training images.
+
+    Args:
+        checkers: The loaded indexes by digest.
+        rows: Rows of `pack`.
+
+    Returns:
+        float32 [2 + dim] per row: distance, radius and embedding (`dermis.authenticity.index.Nearest`), or a text with the
+        reason why there is none. The number of the nearest training image is not returned.
+    """
+    results: list[NDArray[np.float32] | str] = [""] * len(rows)
+    for digest, positions in _positions(rows).items():
+        checker = checkers.get(digest)
+        if checker is None:
+            for position in positions:
+                results[position] = missing("index", digest)
+            continue
+        nearest = checker.nearest(_images(rows[positions], checker.description.resolution))
+        for position, distance, radius, embedding in zip(
+            positions, nearest.distances, nearest.radii, nearest.embeddings, strict=True
+        ):
+            results[position] = np.concatenate([distance[None], radius[None], embedding])
+    return results
+
+
+def missing(kind: str, digest: str) -> str:
+    """The reason why a service cannot use the classifier or index with this digest."""
+    return f"the service has no {kind} {digest[:12]}; restart the service to load it"
+
+
+def _positions(rows: NDArray[np.uint8]) -> dict[str, list[int]]:
+    """The positions of the rows with each digest."""
+    positions: dict[str, list[int]] = {}
+    for position, row in enumerate(rows):
+        positions.setdefault(row[:_DIGEST].tobytes().decode("ascii"), []).append(position)
+    return positions
+
+
+def _images(rows: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    return rows[:, _DIGEST : _DIGEST + side**2 * 3].reshape(len(rows), side, side, 3)

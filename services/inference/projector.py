@@ -1,0 +1,128 @@
+"""The projector as a BentoML service: a few images in, their latents out. It runs one call at a time.
+
+Torch and the generator are loaded at the first call. Images are in memory only, for the time of the call.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import bentoml
+import numpy as np
+
+from dermis.bundle import Bundle, open_bundle
+from dermis.cpus import available_cpus
+from dermis.errors import RequestError
+from services.inference import projections
+from services.inference.base import LOAD_ERRORS, InferenceService, inference_service, lower_priority
+from services.models import without_place
+from services.settings import settings_of_process
+
+if TYPE_CHECKING:
+    from dermis.projection.projector import Projector as LoadedProjector
+
+CALL_SECONDS = 3600.0
+_settings = settings_of_process()
+
+
+class _CancelledError(Exception):
+    """The call was cancelled."""
+
+
+@inference_service("Projector", 1, call_seconds=CALL_SECONDS, threads=1)
+class Projector(InferenceService[Bundle]):
+    """Projection to the generators of all served bundles."""
+
+    logger = logging.getLogger("dermis.projector")
+    failure = "model not found"
+
+    def __init__(self) -> None:
+        self._projectors: dict[str, LoadedProjector] = {}
+        self._loading = threading.Lock()
+        self._steps: dict[str, int] = {}
+        self._cancelled: set[str] = set()
+        super().__init__()
+
+    def load(self, location: str) -> tuple[str, Bundle]:
+        """Open a bundle, without loading its networks."""
+        bundle = open_bundle(location)
+        return bundle.digest, bundle
+
+    @bentoml.api
+    def project(  # BentoML reads these types
+        self, digest: str, images: np.ndarray, labels: list[int], task: dict[str, Any], ticket: str
+    ) -> dict[str, Any]:
+        """Project images.
+
+        Args:
+            digest: Digest of the bundle.
+            images: uint8 [N, R, R, 3] at the resolution of the generator.
+            labels: Class number of each image; -1 if it is not known.
+            task: The fields of a `projections.ProjectionTask`.
+            ticket: Names this call for `steps` and `cancel`.
+
+        Returns:
+            "projected" with the fields of a `projections.ProjectionFiles` per image, or "problem" or "refused" with the reason.
+        """
+        lower_priority()
+        bundle = self._models.get(digest)
+        if bundle is None:
+            return {"problem": f"the projector has no model {digest[:12]}; restart the service to load it"}
+
+        def on_steps(steps: int) -> None:
+            if ticket in self._cancelled:
+                raise _CancelledError
+            self._steps[ticket] = steps
+
+        try:
+            projector = self._projector(bundle)
+            known_labels = [None if label < 0 else label for label in labels]
+            results = projections.run(
+                projector, images, known_labels, projections.ProjectionTask.from_dict(task), on_steps
+            )
+        except _CancelledError:
+            return {"problem": "the projection was cancelled"}
+        except RequestError as error:
+            return {"refused": error.message, "field": error.field}
+        except ImportError as error:
+            return {"refused": f"the service lacks a package that projections need ({error})"}
+        except LOAD_ERRORS as error:
+            self.logger.error("projection failed", extra={"model": bundle.name, "error": str(error)})
+            return {"problem": without_place(error, bundle.location)}
+        finally:
+            self._steps.pop(ticket, None)
+            self._cancelled.discard(ticket)
+        return {"projected": [asdict(result) for result in results]}
+
+    @bentoml.api
+    async def steps(self, ticket: str) -> int:  # on the event loop, so that it does not wait for the call to end
+        """The sum of the steps of all images of a running call; 0 before its begin and after its end."""
+        return self._steps.get(ticket, 0)
+
+    @bentoml.api
+    async def cancel(self, ticket: str) -> None:
+        """End a call at its next step."""
+        if ticket in self._steps:
+            self._cancelled.add(ticket)
+
+    def _projector(self, bundle: Bundle) -> LoadedProjector:
+        with self._loading:
+            if bundle.digest not in self._projectors:
+                import torch
+
+                from dermis.projection.encoder import load_encoder
+                from dermis.projection.projector import Projector as LoadedProjector
+
+                started = time.perf_counter()
+                torch.set_num_threads(available_cpus())
+                encoder = load_encoder(bundle, device=_settings.device)
+                self._projectors[bundle.digest] = LoadedProjector(
+                    bundle, distance=_settings.projection_distance, device=_settings.device, encode=encoder
+                )
+                fields = {"model": bundle.name, "seconds": time.perf_counter() - started}
+                self.logger.info("projector loaded", extra=fields)
+            return self._projectors[bundle.digest]
