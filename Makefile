@@ -29,7 +29,7 @@ lint: setup
 	$(BIN)/mypy --strict clients/python/src/dermis_client
 
 # One torch thread a process: several processes are faster than several threads.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist worksteal
 
 test: lint
 	$(PYTEST) -m "not full"
