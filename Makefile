@@ -27,6 +27,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mypy --strict clients/python/src/dermis_client
+	$(BIN)/lint-imports --no-logo --no-cache
 
 # One torch thread a process: several processes are faster than several threads.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist worksteal
