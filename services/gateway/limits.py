@@ -21,7 +21,7 @@ class Limiter:
     Args:
         limit: The maximum number of calls.
         kind: Kind of the problem document of a refused call (`services.problems.KINDS`).
-        detail: What a refused call is told.
+        detail: Message of the refusal.
         retry_after: Seconds after which a refused call may be repeated.
     """
 
