@@ -21,7 +21,15 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from dermis.bundle.folder import DescriptorModel, FileRecord, Folder, Part, open_folder, parse_descriptor, write_folder
+from dermis.bundle.folder import (
+    DescriptorModel,
+    FileRecord,
+    Part,
+    open_folder,
+    parse_descriptor,
+    read_part,
+    write_folder,
+)
 from dermis.errors import BundleError, RequestError
 
 CLASSIFIER_FORMAT = 1
@@ -132,7 +140,7 @@ def open_classifier(location: str | Path) -> Description:
     Raises:
         BundleError: A file is missing, changed or not listed, or classifier.json is malformed.
     """
-    return _open(location)[1]
+    return read_classifier_files(location)[0]
 
 
 def read_classifier_files(location: str | Path) -> tuple[Description, dict[str, bytes]]:
@@ -144,9 +152,7 @@ def read_classifier_files(location: str | Path) -> tuple[Description, dict[str, 
     Raises:
         BundleError: As `open_classifier`.
     """
-    folder, description, text = _open(location)
-    files = {name: folder.read(name, record) for name, record in description.files.items()}
-    return description, {DESCRIPTOR: text, **files}
+    return read_part(location, "classifier", DESCRIPTOR, parse)
 
 
 def read_model(location: str | Path, description: Description) -> bytes:
@@ -229,16 +235,6 @@ def parse(text: bytes, where: str) -> Description:
         if name not in description.files:
             raise BundleError(f"{where}: files does not list {name}; get the classifier again")
     return description
-
-
-def _open(location: str | Path) -> tuple[Folder, Description, bytes]:
-    folder = open_folder(location, "classifier", DESCRIPTOR)
-    text = folder.read_descriptor()
-    description = parse(text, f"{folder.where}/{DESCRIPTOR}")
-    folder.check_listing(description.files)
-    for name, record in description.files.items():
-        folder.read(name, record)
-    return folder, description, text
 
 
 def _check(description: Description, where: str) -> None:

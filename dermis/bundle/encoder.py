@@ -16,7 +16,16 @@ from typing import Any
 
 from pydantic import Field
 
-from dermis.bundle.folder import DescriptorModel, FileRecord, Folder, Part, open_folder, parse_descriptor, write_folder
+from dermis.bundle.folder import (
+    DescriptorModel,
+    FileRecord,
+    Folder,
+    Part,
+    open_part,
+    parse_descriptor,
+    read_part,
+    write_folder,
+)
 from dermis.errors import BundleError
 
 ENCODER_FORMAT = 1
@@ -67,9 +76,7 @@ def read_encoder_files(location: str | Path) -> tuple[EncoderDescription, dict[s
     Raises:
         BundleError: A file is missing, changed or not listed, or encoder.json is malformed.
     """
-    folder, description, text = open_encoder_folder(location)
-    files = {name: folder.read(name, record) for name, record in description.files.items()}
-    return description, {DESCRIPTOR: text, **files}
+    return read_part(location, "encoder", DESCRIPTOR, parse)
 
 
 def open_encoder_folder(location: str | Path) -> tuple[Folder, EncoderDescription, bytes]:
@@ -81,11 +88,7 @@ def open_encoder_folder(location: str | Path) -> tuple[Folder, EncoderDescriptio
     Raises:
         BundleError: encoder.json is missing or malformed, or the folder has other files than it lists.
     """
-    folder = open_folder(location, "encoder", DESCRIPTOR)
-    text = folder.read_descriptor()
-    description = parse(text, f"{folder.where}/{DESCRIPTOR}")
-    folder.check_listing(description.files)
-    return folder, description, text
+    return open_part(location, "encoder", DESCRIPTOR, parse)
 
 
 def write_encoder_folder(

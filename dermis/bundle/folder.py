@@ -38,6 +38,7 @@ _MAX_MEMORY_BYTES = 1 << 34  # largest file that is read into memory where the c
 _PIECE = 8 << 20
 
 DescriptorT = TypeVar("DescriptorT", bound="DescriptorModel")
+DescriptionT = TypeVar("DescriptionT", bound="PartDescription")
 DescriptionT_co = TypeVar("DescriptionT_co", bound="PartDescription", covariant=True)
 
 
@@ -244,6 +245,46 @@ def open_folder(location: str | Path, kind: str, descriptor: str) -> Folder:
     except (ValueError, ImportError, OSError) as error:
         raise BundleError(f"{where}: {error}") from None
     return Folder(where, kind, descriptor, fs, root.rstrip("/"))
+
+
+def open_part(
+    location: str | Path, kind: str, descriptor: str, parse: Callable[[bytes, str], DescriptionT]
+) -> tuple[Folder, DescriptionT, bytes]:
+    """Open the folder of a part. The files that the descriptor lists are verified when they are read.
+
+    Args:
+        location: A folder or an fsspec URL.
+        kind: What the folder holds, for errors.
+        descriptor: Name of the file that describes it.
+        parse: Makes a description of the descriptor's bytes and of its name for errors.
+
+    Returns:
+        The folder, the description, and the bytes of the descriptor.
+
+    Raises:
+        BundleError: The descriptor is missing or malformed, or the folder has other files than it lists.
+    """
+    folder = open_folder(location, kind, descriptor)
+    text = folder.read_descriptor()
+    description = parse(text, f"{folder.where}/{descriptor}")
+    folder.check_listing(description.files)
+    return folder, description, text
+
+
+def read_part(
+    location: str | Path, kind: str, descriptor: str, parse: Callable[[bytes, str], DescriptionT]
+) -> tuple[DescriptionT, dict[str, bytes]]:
+    """Open the folder of a part as `open_part` does, and read and verify all of its files.
+
+    Returns:
+        The description, and the content of all files by name with the descriptor among them.
+
+    Raises:
+        BundleError: As `open_part`, or a file is missing or changed.
+    """
+    folder, description, text = open_part(location, kind, descriptor, parse)
+    files = {name: folder.read(name, record) for name, record in description.files.items()}
+    return description, {descriptor: text, **files}
 
 
 def exists(location: str | Path, descriptor: str) -> bool:

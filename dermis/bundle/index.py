@@ -20,7 +20,16 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from dermis.bundle.folder import DescriptorModel, FileRecord, Folder, Part, open_folder, parse_descriptor, write_folder
+from dermis.bundle.folder import (
+    DescriptorModel,
+    FileRecord,
+    Folder,
+    Part,
+    open_part,
+    parse_descriptor,
+    read_part,
+    write_folder,
+)
 from dermis.errors import BundleError, quote
 
 INDEX_FORMAT = 2
@@ -145,9 +154,7 @@ def read_index_files(location: str | Path) -> tuple[IndexDescription, dict[str, 
     Raises:
         BundleError: A file is missing, changed or not listed, or authenticity.json is malformed.
     """
-    folder, description, text = open_index_folder(location)
-    files = {name: folder.read(name, record) for name, record in description.files.items()}
-    return description, {DESCRIPTOR: text, **files}
+    return read_part(location, "index", DESCRIPTOR, parse)
 
 
 def open_index_folder(location: str | Path) -> tuple[Folder, IndexDescription, bytes]:
@@ -159,11 +166,7 @@ def open_index_folder(location: str | Path) -> tuple[Folder, IndexDescription, b
     Raises:
         BundleError: authenticity.json is missing or malformed, or the folder has other files than it lists.
     """
-    folder = open_folder(location, "index", DESCRIPTOR)
-    text = folder.read_descriptor()
-    description = parse(text, f"{folder.where}/{DESCRIPTOR}")
-    folder.check_listing(description.files)
-    return folder, description, text
+    return open_part(location, "index", DESCRIPTOR, parse)
 
 
 def write_index_folder(
