@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed-$(VARIANT)
 # Where `make demo-bundle` finds an ISIC-layout folder (images and metadata.csv).
 DATA ?= ../shared/data/dermoscopy
 
-.PHONY: setup serve test test-full ranges lint demo-split demo-bundle demo-classifier demo-latents gpu-pack clean
+.PHONY: setup serve test test-full ranges wheels lint demo-split demo-bundle demo-classifier demo-latents gpu-pack clean
 
 setup: $(STAMP)
 
@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt clients/python/pyproject.toml
 	touch $@
 
 serve: setup
-	$(BIN)/python -m services.serve
+	$(BIN)/dermis serve
 
 lint: setup
 	$(BIN)/ruff check .
@@ -37,6 +37,16 @@ test: lint
 
 test-full: lint
 	$(PYTEST)
+
+# Wheels of dermis, dermis-client and the demo bundle, into dist/. They are built from a copy: a build leaves files behind.
+wheels: setup
+	rm -rf dist build/wheels && mkdir -p build/wheels
+	git ls-files -z -- '*.py' '*.pyi' '*.typed' '*.toml' '*.html' docs/package.md LICENSE clients/python bundles training dermis \
+		| xargs -0 cp --parents -t build/wheels
+	for project in . clients/python bundles; do \
+		$(BIN)/pip wheel -q --no-deps --no-build-isolation -w dist "build/wheels/$$project" || exit 1; done
+	rm -rf build/wheels
+	ls dist
 
 # The newest versions that the ranges of pyproject.toml allow, installed and imported in a new environment (several GB); with
 # RESOLUTION=lowest-direct the lowest ones. For the client `make test-full` does both.

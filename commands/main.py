@@ -27,6 +27,7 @@ from commands.federate_site import check, join, key
 from commands.generate import generate, verify
 from commands.index import index_app
 from commands.project import project
+from commands.serve import serve as serve_http
 from commands.survey import survey_app
 from commands.train import train_app
 from commands.train_classifier import train_classifier
@@ -40,7 +41,6 @@ app = typer.Typer(
     help="Synthetic dermoscopy: train generators, make and verify datasets.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
 
 app.add_typer(data_app, name="data")
@@ -67,6 +67,7 @@ app.command()(classify)
 app.command()(evaluate)
 app.command()(generate)
 app.command()(verify)
+app.command("serve")(serve_http)
 
 
 def _show_version(value: bool) -> None:

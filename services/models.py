@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dermis.bundle import DESCRIPTOR, Bundle, open_bundle
+from dermis.bundle.installed import how_to_get_bundles, resolve_bundle
 from dermis.errors import BundleError, DermisError, RequestError
+from services.settings import SettingsError
 
 # A changed file is noticed at the next request after this many seconds.
 _CHECK_SECONDS = 5.0
@@ -31,9 +33,13 @@ class _Watched:
 
 
 def locate(locations: Sequence[str]) -> list[str]:
-    """The locations of bundles. A local folder that is not a bundle is replaced by the bundles in it, sorted by name."""
+    """The locations of bundles.
+
+    The name of an installed bundle is replaced by its folder, and a local folder that is not a bundle by the bundles in it,
+    sorted by name.
+    """
     bundles: list[str] = []
-    for location in locations:
+    for location in map(str, map(resolve_bundle, locations)):
         folder = Path(location)
         if "://" in location or (folder / DESCRIPTOR).exists() or not folder.is_dir():
             bundles.append(location)
@@ -41,6 +47,17 @@ def locate(locations: Sequence[str]) -> list[str]:
             inside = [str(path.parent) for path in sorted(folder.glob(f"*/{DESCRIPTOR}"))]
             bundles += inside or [location]
     return bundles
+
+
+def refuse_no_bundle(locations: Sequence[str]) -> None:
+    """Refuse to start a service without a bundle. What is at a URL is not looked at.
+
+    Raises:
+        SettingsError: No location holds a bundle.
+    """
+    located = locate(locations)
+    if not any("://" in location or (Path(location) / DESCRIPTOR).exists() for location in located):
+        raise SettingsError(f"DERMIS_BUNDLES: there is no bundle at {', '.join(located)}; {how_to_get_bundles()}")
 
 
 def without_place(error: Exception, location: str) -> str:

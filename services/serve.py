@@ -1,4 +1,4 @@
-"""`python -m services.serve`: the service on this machine, with a message when it is ready."""
+"""`dermis serve` and `python -m services.serve`: the service on this machine, with a message when it is ready."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from typing import Any
 
 from dermis import __version__
@@ -25,24 +26,40 @@ _LONGEST_POLL_SECONDS = 2.0
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run until told to stop. 0 after that, 2 if it cannot start (with one line that says why)."""
+    """Run the service until a signal stops it.
+
+    Returns:
+        The exit status: 0 after a stop, 2 if the service cannot start (one line on stderr says why).
+    """
     parser = argparse.ArgumentParser(prog="services.serve", description="Serve dermis on this machine.")
     parser.add_argument("--table", action="store_true", help="print the settings as a Markdown table and exit")
     for name, field in Settings.model_fields.items():
         parser.add_argument(
             f"--{name.replace('_', '-')}", metavar="VALUE", help=(field.description or "").replace("%", "%%")
         )
-    given = vars(parser.parse_args(arguments))
-    if given.pop("table"):
+    options = vars(parser.parse_args(arguments))
+    if options.pop("table"):
         print(settings_table())
         return 0
+    return serve(options)
+
+
+def serve(options: Mapping[str, str | None]) -> int:
+    """Run the service until a signal stops it.
+
+    Args:
+        options: Values of settings by name, as in the environment; None leaves a setting as it is.
+
+    Returns:
+        The exit status, as of `main`.
+    """
     if os.name != "posix":
         print("dermis: the service needs Unix sockets and signals; run it on Linux or macOS", file=sys.stderr)
         return 2
     from services import supervisor
 
     # The processes of the service read the environment, so that is where command line values go.
-    os.environ.update({f"DERMIS_{name.upper()}": value for name, value in given.items() if value is not None})
+    os.environ.update({f"DERMIS_{name.upper()}": value for name, value in options.items() if value is not None})
     restrict_new_files()
     try:
         settings = read_settings()
@@ -63,7 +80,9 @@ def main(arguments: list[str] | None = None) -> int:
 def _prepare(settings: Settings) -> None:
     """Find what would stop the service from starting while it can still be said in one line."""
     from services.jobs.table import JobTable
+    from services.models import refuse_no_bundle
 
+    refuse_no_bundle(settings.bundles)
     prepare_data_folder(settings)
     try:
         table = JobTable(settings.jobs_url)

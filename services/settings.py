@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from dermis.bundle.installed import installed_bundles
 from dermis.errors import DermisError
 
 _TRUSTED_HOST = re.compile(
@@ -17,6 +18,11 @@ _TRUSTED_HOST = re.compile(
 )
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def default_bundles() -> tuple[str, ...]:
+    """What is served unless a setting says otherwise: all bundles that have a name here."""
+    return tuple(map(str, installed_bundles().values())) or (str(Path("bundles").absolute()),)
 
 
 class SettingsError(DermisError):
@@ -42,8 +48,9 @@ class Settings(BaseSettings):
 
     # What it serves
     bundles: Annotated[tuple[str, ...], NoDecode] = Field(
-        (str(REPOSITORY / "bundles"),),
-        description="Bundles to serve, separated by commas: folders, folders of bundles, or fsspec URLs. Default: bundles.",
+        default_factory=default_bundles,
+        description="Bundles to serve, separated by commas: folders, folders of bundles, fsspec URLs, or names of installed "
+        "bundles. Default: the folder `bundles` of the repository, else the installed bundles.",
     )
     default_model: str = Field(
         "demo", description="Model of requests that name none. If it is not served, the first model is."

@@ -276,7 +276,8 @@ class _Supervisor:
 
 def _command(service: str, number: int, listener: int, options: Sequence[str]) -> list[str]:
     """The command line of one process. `listener` is the file descriptor that it listens on."""
-    command = [sys.executable, "-m", "services.worker", str(os.getpid()), SERVICE]
+    # -P: a folder `services` in the working directory is not imported in place of ours.
+    command = [sys.executable, "-P", "-m", "services.worker", str(os.getpid()), SERVICE]
     command += ["--service-name", service, "--fd", str(listener), "--worker-id", str(number)]
     return [*command, "--backlog", str(_BACKLOG), "--args", "{}", *options]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from pathlib import Path
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -23,6 +24,8 @@ def main() -> None:
 
     from services.supervisor import GATEWAY
 
+    # BentoML puts the working directory first, unless it is on the path already. Modules there must not hide ours.
+    sys.path.append(str(Path.cwd()))
     if sys.argv[sys.argv.index("--service-name") + 1] == GATEWAY:
         from services.connections import BoundedProtocol
 

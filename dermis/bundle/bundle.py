@@ -28,6 +28,7 @@ from dermis.bundle.folder import (
     write_folder,
 )
 from dermis.bundle.index import INDEX_PART, IndexDescription
+from dermis.bundle.installed import DESCRIPTOR, resolve_bundle
 from dermis.errors import BundleError, escape, quote
 from dermis.network_config import DiscriminatorConfig, GeneratorConfig
 from dermis.strict_json import parse_json
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from dermis.networks import Discriminator, Generator
 
 BUNDLE_FORMAT = 1
-DESCRIPTOR = "bundle.json"
 GENERATOR = "generator.safetensors"
 DISCRIMINATOR = "discriminator.safetensors"
 METRICS = "metrics.json"
@@ -91,13 +91,16 @@ class _Descriptor(DescriptorModel):
 
 
 def open_bundle(location: str | Path) -> Bundle:
-    """Open a bundle in a folder or at an fsspec URL and verify every file of it.
+    """Open a bundle and verify every file of it.
+
+    Args:
+        location: A folder, an fsspec URL, or the name of an installed bundle such as `demo`.
 
     Raises:
         BundleError: bundle.json is missing, malformed or of a newer format; a file is missing, changed or not listed; or
             the configuration contradicts itself.
     """
-    folder = open_folder(location, "bundle", DESCRIPTOR)
+    folder = open_folder(resolve_bundle(location), "bundle", DESCRIPTOR)
     where, text = folder.where, folder.read_descriptor()
     descriptor = parse_descriptor(text, f"{where}/{DESCRIPTOR}", BUNDLE_FORMAT, _Descriptor)
     generator, discriminator = _configs(descriptor, where)

@@ -100,7 +100,7 @@ class Decoder:
         self.close()
         path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
         process = subprocess.Popen(
-            [sys.executable, "-m", "services.gateway.decoding"],
+            [sys.executable, "-P", "-m", "services.gateway.decoding"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -28,7 +28,6 @@ app = typer.Typer(
     help="Generate and download synthetic dermoscopy with a dermis service.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
 datasets = typer.Typer(help="Create, watch, download and delete datasets.", no_args_is_help=True)
 app.add_typer(datasets, name="datasets")
