@@ -6,6 +6,7 @@ escape sequences, or be as long as the file.
 
 from __future__ import annotations
 
+import importlib.metadata
 import reprlib
 
 QUOTED_CHARACTERS = 200  # of foreign text, at most, in a message
@@ -98,3 +99,17 @@ class _ShortRepr(reprlib.Repr):
 
 
 _SHORT = _ShortRepr()
+
+
+def install_command(extra: str) -> str:
+    """The pip command that installs the packages of an extra, such as `pip install "captum>=0.9"`.
+
+    The packages are named, as dermis itself may have been installed from a file or from a checkout.
+    """
+    try:
+        requirements = importlib.metadata.requires("dermis") or []
+    except importlib.metadata.PackageNotFoundError:  # the code alone, as in a Bento
+        requirements = []
+    parts = (requirement.partition(";") for requirement in requirements)
+    names = [name.strip() for name, _, marker in parts if f'extra == "{extra}"' in marker]
+    return "pip install " + (" ".join(f'"{name}"' for name in names) or f'"dermis[{extra}]"')

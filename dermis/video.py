@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from dermis.errors import DermisError
+from dermis.errors import DermisError, install_command
 from dermis.imaging import Images, animation
 
 VideoFormat = Literal["gif", "mp4"]
@@ -29,7 +29,7 @@ def _mp4(frames: Images, fps: float) -> bytes:
     try:
         from imageio_ffmpeg import write_frames
     except ImportError as error:
-        raise DermisError(f'MP4 needs ffmpeg ({error}); pip install "dermis[video]", or ask for .gif') from error
+        raise DermisError(f"MP4 needs ffmpeg ({error}); {install_command('video')}, or ask for .gif") from error
     height, width = frames.shape[1:3]
     even = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")  # H.264 wants even sides
     with tempfile.TemporaryDirectory() as folder:

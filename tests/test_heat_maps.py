@@ -131,7 +131,7 @@ def test_without_its_packages_it_says_what_to_install(monkeypatch: pytest.Monkey
     monkeypatch.setattr(
         attribution.importlib.util, "find_spec", lambda name: None if name == "saliency" else find(name)
     )
-    with pytest.raises(DermisError, match=r'saliency: pip install "dermis\[explain\]"'):
+    with pytest.raises(DermisError, match=r'saliency: pip install "captum>'):
         Explainer(classifier)
 
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from dermis.authenticity.index_check import check_index, most_bytes, read, reason_of
 from dermis.bundle.index import HELD_OUT, INDEX, RADII, IndexDescription, open_index_folder
 from dermis.cpus import available_cpus
-from dermis.errors import BundleError, DermisError
+from dermis.errors import BundleError, DermisError, install_command
 from dermis.tensor_files import MAX_HEADER_BYTES, read_array
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def import_faiss() -> Any:
     try:
         import faiss
     except ImportError as error:
-        raise DermisError(f'authenticity needs FAISS ({error}); pip install "dermis[cpu]" or "dermis[gpu]"') from error
+        raise DermisError(f"authenticity needs FAISS ({error}); {install_command('cpu')}") from error
     # Above this many queries distances would come from a product of matrices, which rounds otherwise in other company.
     if faiss.cvar.distance_compute_blas_threshold != _BUILDING:
         faiss.cvar.distance_compute_blas_threshold = _NEVER

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dermis.errors import BundleError, DermisError, escape
+from dermis.errors import BundleError, DermisError, escape, install_command
 from dermis.limited import LimitError, Limits, run_limited
 
 CPU = "CPUExecutionProvider"
@@ -31,9 +31,7 @@ def import_onnxruntime() -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        raise DermisError(
-            f'the classifier needs ONNX Runtime ({error}); pip install "dermis[cpu]" or "dermis[gpu]"'
-        ) from error
+        raise DermisError(f"the classifier needs ONNX Runtime ({error}); {install_command('cpu')}") from error
     return onnxruntime
 
 

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from dermis.bundle.directions import Direction, Vector
-from dermis.errors import DermisError, RequestError
+from dermis.errors import DermisError, RequestError, install_command
 from dermis.latents import z_for
 from dermis.networks import Generator, one_hot
 
@@ -141,7 +141,7 @@ def hyperplane(name: str, w: Ws, attribute: NDArray[np.bool_], *, layers: tuple[
         from sklearn.metrics import balanced_accuracy_score
         from sklearn.model_selection import train_test_split
     except ImportError as error:
-        raise DermisError(f'attributes need scikit-learn ({error}); pip install "dermis[edit]"') from error
+        raise DermisError(f"attributes need scikit-learn ({error}); {install_command('edit')}") from error
 
     having = int(attribute.sum())
     if min(having, len(attribute) - having) < FEWEST:

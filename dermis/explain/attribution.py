@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dermis.classifier.preprocess import to_input
-from dermis.errors import DermisError
+from dermis.errors import DermisError, install_command
 from dermis.imaging import Images
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def missing_packages() -> str | None:
     """What to install before heat maps can be made, or None. Imports nothing."""
     wanted = ("torch", "timm", "captum", "onnx", "saliency")
     missing = [name for name in wanted if importlib.util.find_spec(name) is None]
-    return f'heat maps need the package {" and ".join(missing)}: pip install "dermis[explain]"' if missing else None
+    return f"heat maps need the package {' and '.join(missing)}: {install_command('explain')}" if missing else None
 
 
 def require_packages() -> None:

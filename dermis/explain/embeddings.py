@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dermis.classifier.preprocess import to_input
-from dermis.errors import DataError, DermisError
+from dermis.errors import DataError, DermisError, install_command
 from dermis.explain.nearest import unit
 from dermis.imaging import Images
 
@@ -161,7 +161,7 @@ def open_tsne() -> Any:
     try:
         import openTSNE
     except ImportError as error:
-        raise DermisError(f'embeddings need openTSNE ({error}); pip install "dermis[explain]"') from error
+        raise DermisError(f"embeddings need openTSNE ({error}); {install_command('explain')}") from error
     return openTSNE
 
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor, nn
 
-from dermis.errors import DermisError
+from dermis.errors import DermisError, install_command
 from dermis.imaging import Images
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def tcav(
         from captum.concept import TCAV
         from captum.concept import Concept as CaptumConcept
     except ImportError as error:
-        raise DermisError(f'TCAV needs captum ({error}): pip install "dermis[explain]"') from error
+        raise DermisError(f"TCAV needs captum ({error}): {install_command('explain')}") from error
     staged = _Staged(network, layers)
     x = _tensor(inputs)
     for number, concept in enumerate(concepts):

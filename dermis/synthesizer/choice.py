@@ -120,7 +120,7 @@ def _build(
         except _NO_OPENVINO as error:
             if backend == "openvino":
                 raise DermisError(
-                    f'backend: openvino does not work here ({error}); pip install "dermis[cpu]", or use auto or torch'
+                    f"backend: openvino does not work here ({error}); pip install openvino, or use auto or torch"
                 ) from error
             log.warning("OpenVINO does not work here, drawing with torch at about two thirds of the speed: %s", error)
     from dermis.synthesizer.torch_cpu import torch_backend

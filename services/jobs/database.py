@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -96,3 +97,21 @@ def schema_lock(engine: sa.Engine) -> Iterator[None]:
             yield
         finally:
             connection.invalidate()  # closes the connection, which releases the lock even if the server was lost meanwhile
+
+
+def complete_sqlite() -> None:
+    """Define `unixepoch('subsec')` in SQLite before 3.42, which does not have it.
+
+    DBOS uses it from Python 3.12 on in defaults of its tables; without it each insertion fails. Debian 12 has SQLite 3.40.
+    """
+    if sqlite3.sqlite_version_info < (3, 42) and not sa.event.contains(sa.Engine, "connect", _define_unixepoch):
+        sa.event.listen(sa.Engine, "connect", _define_unixepoch)
+
+
+def _define_unixepoch(connection: Any, _record: object) -> None:
+    if hasattr(connection, "create_function"):  # SQLite
+        connection.create_function("unixepoch", -1, _unixepoch)
+
+
+def _unixepoch(*modifiers: str) -> float | int:
+    return round(time.time(), 3) if "subsec" in modifiers else int(time.time())

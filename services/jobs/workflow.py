@@ -19,7 +19,7 @@ from dbos import error as dbos_error
 from services.errors import DatabaseUnavailableError
 from services.jobs import execution
 from services.jobs.context import JobContext, ShutdownError, retry_transient
-from services.jobs.database import UNREACHABLE, database_errors
+from services.jobs.database import UNREACHABLE, complete_sqlite, database_errors
 from services.jobs.table import Job, Kind
 
 logger = logging.getLogger("dermis.jobs")
@@ -95,6 +95,7 @@ def start(ctx: JobContext, *, url: str, executor_id: str, shard_concurrency: int
         "log_level": "WARNING",
     }
     logging.getLogger("dbos").addFilter(_repetition_filter)
+    complete_sqlite()
     DBOS(config=config)
     DBOS.launch()
     for queue, concurrency in (

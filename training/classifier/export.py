@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dermis.classifier.torch_network import SCALE, TorchClassifier
-from dermis.errors import TrainingError
+from dermis.errors import TrainingError, install_command
 from training.classifier.config import WeightsDtype
 from training.classifier.network import as_stored, eight_bit, is_large
 
@@ -28,7 +28,7 @@ def require_onnx() -> None:
     """TrainingError if the packages that export needs are not installed."""
     for package in ("onnx", "onnxscript"):
         if importlib.util.find_spec(package) is None:
-            raise TrainingError(f'export needs the package {package}: pip install "dermis[train]"')
+            raise TrainingError(f"export needs the package {package}: {install_command('train')}")
 
 
 def to_onnx(network: TorchClassifier, size: int, weights_dtype: WeightsDtype = "fp16") -> bytes:
@@ -67,7 +67,7 @@ def run_onnx(model: bytes, images: NDArray[np.uint8]) -> NDArray[np.float64]:
     try:
         import onnxruntime as ort
     except ImportError as error:
-        raise TrainingError(f'export checks itself with ONNX Runtime ({error}); pip install "dermis[cpu]"') from error
+        raise TrainingError(f"export checks itself with ONNX Runtime ({error}); {install_command('cpu')}") from error
     options = ort.SessionOptions()
     options.log_severity_level = 4
     session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])

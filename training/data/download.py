@@ -16,7 +16,7 @@ from pathlib import Path
 
 import httpx
 
-from dermis.errors import DataError
+from dermis.errors import DataError, install_command
 
 API = "https://api.isic-archive.com/api/v2"
 _SPARE = 0.02  # of free space, for metadata and the file system's own
@@ -69,7 +69,7 @@ def download(collections: Sequence[Collection], out: Path) -> dict[str, int]:
     # Beside our own Python, where it was installed, even if that environment is not activated.
     program = shutil.which("isic") or shutil.which("isic", path=str(Path(sys.executable).parent))
     if program is None:
-        raise DataError('the program `isic` is not installed; install it with: pip install "dermis[data]"')
+        raise DataError(f"the program `isic` is not installed; install it with: {install_command('data')}")
     offers = {collection: ask_archive(collection) for collection in collections}
     missing = {each: offer for each, offer in offers.items() if count_whole(out / each.name) != offer.images}
     _check_space(out, missing)

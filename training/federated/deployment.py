@@ -19,7 +19,7 @@ from typing import Any
 
 import tomli_w
 
-from dermis.errors import TrainingError, escape
+from dermis.errors import TrainingError, escape, install_command
 from dermis.files import write_file
 from training.federated.client_app import versions
 from training.federated.config import FederationConfig
@@ -204,5 +204,5 @@ def program(name: str) -> str:
     """A program of Flower's, beside the Python that runs. TrainingError if it is not installed."""
     path = Path(sys.executable).with_name(name)
     if not path.exists():
-        raise TrainingError(f"{name}: is not installed; pip install 'dermis[federated]'")
+        raise TrainingError(f"{name}: is not installed; {install_command('federated')}")
     return str(path)
