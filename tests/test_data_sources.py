@@ -187,7 +187,7 @@ def test_the_image_column_can_be_named_and_is_proposed(tmp_path: Path) -> None:
         ("image,target,Target\na,benign,malignant\n", "two columns target have different values"),
         ("image,target\na,0\nb,2\n", "target has '2' beside '0'.*--map"),
         ("image,target\na,0.2\nb,0.9\n", "'0.2' is a measurement or probability"),
-        ("image,target\na,benign\na.jpg,benign\n", "a stands in more than one row"),
+        ("image,target\na,benign\na.jpg,benign\n", "a is in more than one row"),
     ],
 )
 def test_rows_that_cannot_be_right_are_named(tmp_path: Path, table: str, message: str) -> None:
@@ -212,7 +212,7 @@ def test_lesions_of_another_table_keep_images_together(tmp_path: Path) -> None:
     for lesion in range(3):
         assert len({parts[f"ISIC_{i}"] for i in range(4 * lesion, 4 * lesion + 4)}) == 1
     (folder / "Truth" / "Groupings.csv").write_text("image,lesion_id\nISIC_1,A\nISIC_1,B\n")
-    with pytest.raises(DataError, match="ISIC_1 stands in two rows with different lesion_id"):
+    with pytest.raises(DataError, match="ISIC_1 is in two rows with different lesion_id"):
         read_source(folder)
 
 

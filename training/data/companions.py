@@ -109,5 +109,5 @@ def _by_image(file: ImageFile, grid: Grid, id_column: str, columns: list[str]) -
         key = plain_id(image)
         if values.setdefault(key, row) != row:
             where = file.path / file.member if file.member else file.path
-            raise DataError(f"{where}: {key} stands in two rows with different {', '.join(columns)}; keep one of them")
+            raise DataError(f"{where}: {key} is in two rows with different {', '.join(columns)}; keep one of them")
     return values

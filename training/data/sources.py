@@ -303,7 +303,7 @@ def _of_table(
         records.append(_record(record_id, class_name, listing.images[paths[0]], row))
     repeated = [name for name, count in Counter(record.id for record in records).items() if count > 1]
     if repeated:
-        raise DataError(f"{table.file}: {escape(repeated[0])} stands in more than one row; keep one of them")
+        raise DataError(f"{table.file}: {escape(repeated[0])} is in more than one row; keep one of them")
     notes = [table.note] if table.note else []
     notes += companions.notes
     if elsewhere:
