@@ -260,7 +260,7 @@ def test_card_tells_what_was_measured_and_what_not() -> None:
     card = model_card("m", _provenance(projected=True), later)
     assert "| FID@inception | 12 [11, 13] | 3 |" in card
     assert "It memorises" in card and "20 held-out ones (7 groups by patient or lesion)" in card
-    assert "learnt to score well" not in card and "The discriminator did not judge by this space" in card
+    assert "learnt to score well" not in card and "The discriminator did not use this space" in card
     card = model_card("m", _provenance(), later | {"real_sha256": "6" * 64})
     assert "60 real images, which are not the training set," in card
     assert "It memorises" not in card and "Whether it memorises is not known" in card
@@ -311,7 +311,7 @@ def test_card_shows_held_out_columns_of_each_space() -> None:
         judged
         < card.index("learnt to score well here")
         < other
-        < card.index("The discriminator did not judge by this space")
+        < card.index("The discriminator did not use this space")
     )
     assert "AUC 0.520 [0.500, 0.540]" in card and "finds 3.0% [0.0%, 5.0%] of the training images" in card
     assert "Authenticity 0.700; held-out images in the generator's place have 0.800." in card
