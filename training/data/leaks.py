@@ -59,7 +59,7 @@ class Leaks:
 
     records: tuple[Record, ...]
     parts: tuple[str, ...]  # of each record; "" without a split
-    pairs: tuple[Pair, ...]  # pairs across parts first, then by correlation, the highest first
+    pairs: tuple[Pair, ...]  # across parts first, then identical files, then by falling correlation
     broken: tuple[tuple[str, str], ...]  # (id, reason) of images that cannot be read
 
     @property

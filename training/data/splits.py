@@ -231,7 +231,7 @@ def _move(state: _Assignment, rng: np.random.Generator) -> bool:
 
 
 def _exchange(state: _Assignment, rng: np.random.Generator) -> bool:
-    """Exchange groups of two parts where no single move reduces the cost. Returns whether any were exchanged."""
+    """Exchange groups of two parts if this reduces the cost. Returns whether any were exchanged."""
     exchanged = False
     for a in range(len(state.ideal)):
         for b in range(a + 1, len(state.ideal)):
