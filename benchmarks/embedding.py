@@ -25,8 +25,9 @@ import dermis.features
 import dermis.features_openvino
 from dermis.cpus import available_cpus
 from dermis.features import FeatureExtractor, feature_extractor
-from training.data.embedding import ahead, embed_array, progress_bar
-from training.data.images import square
+from dermis.reading import read_training_image
+from training.data.embedding import embed_array, progress_bar
+from training.data.images import in_threads
 
 IMAGES = Path("../shared/data/dermoscopy/images")
 COUNT = 300
@@ -62,7 +63,7 @@ def drawn(seed: int) -> bytes:
 def before(files: list[bytes], extractor: FeatureExtractor) -> Floats:
     """Decoding and network take turns."""
     return extractor.over(
-        np.stack([square(data, SIDE) for data in files[start : start + _BATCH]])
+        np.stack([read_training_image(data, SIDE) for data in files[start : start + _BATCH]])
         for start in range(0, len(files), _BATCH)
     )
 
@@ -72,7 +73,7 @@ def now(files: list[bytes], extractor: FeatureExtractor) -> Floats:
     parts: list[Floats] = []
     waiting: list[NDArray[np.uint8]] = []
     with progress_bar(len(files), "embedding", disable=True) as bar:
-        for image in ahead(lambda data: square(data, SIDE), files):
+        for image in in_threads(lambda data: read_training_image(data, SIDE), files):
             waiting.append(image)
             if len(waiting) == 64:
                 parts.append(embed_array(np.stack(waiting), extractor.extract, bar))

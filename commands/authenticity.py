@@ -274,7 +274,7 @@ def _chunks(
 ) -> Iterator[tuple[list[Path], NDArray[np.uint8]]]:
     """Files and their squares [N, size, size, 3], read ahead in threads; those that cannot be read go to `bad`."""
     from dermis.reading import ImageError, read_training_image
-    from training.data.embedding import ahead
+    from training.data.images import in_threads
 
     def read(path: Path) -> Images | str:
         try:
@@ -284,7 +284,7 @@ def _chunks(
 
     paths: list[Path] = []
     squares: list[Images] = []
-    for path, image in zip(files, ahead(read, files), strict=True):
+    for path, image in zip(files, in_threads(read, files), strict=True):
         if isinstance(image, str):
             bad.append((path, image))
         else:

@@ -138,9 +138,11 @@ def _artefacts(source: Source, table: Path | None, threads: int | None) -> list[
 
 def _images(records: Sequence[Record], side: int) -> Images:
     """uint8 [N, S, S, 3] as the classifier sees them."""
-    from training.data.images import square
+    from dermis.reading import read_training_image
 
-    return np.stack([square(record.image.read_bytes(), side) for record in records if record.image is not None])
+    return np.stack(
+        [read_training_image(record.image.read_bytes(), side) for record in records if record.image is not None]
+    )
 
 
 def _frames(

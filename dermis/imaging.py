@@ -90,6 +90,11 @@ def contact_sheet(images: Images, columns: int = 8, padding: int = 2, background
     return np.pad(sheet, ((0, padding), (0, padding), (0, 0)), constant_values=background)
 
 
+def as_rgb(images: Images) -> Images:
+    """Images [N, H, W, 1] or [N, H, W, 3] as RGB [N, H, W, 3]."""
+    return images.repeat(3, axis=3) if images.shape[3] == 1 else images
+
+
 def thumbnail(image: Images, size: int) -> Images:
     """uint8 [H, W, 3] with its longer side at most `size` pixels."""
     from PIL import Image

@@ -22,10 +22,10 @@ from dermis.classifier.preprocess import to_input
 from dermis.classifier.scores import scores_of
 from dermis.errors import BundleError, DermisError, RequestError
 from dermis.imaging import Images, encode
+from dermis.reading import read_training_image
 from services.inference import pixels
 from tiny import make_bundle
 from tiny_classifier import FEATURES, SIZE, describe, make_classifier, make_model
-from training.data.images import square
 
 
 def images(count: int = 5) -> list[Images]:
@@ -179,7 +179,7 @@ def test_attaching_on_the_command_line(tmp_path: Path) -> None:
 
 def test_the_pixels_are_those_of_data_prepare() -> None:
     for image in images(3):
-        assert (to_input(image, SIZE) == square(encode(image), SIZE)).all()
+        assert (to_input(image, SIZE) == read_training_image(encode(image), SIZE)).all()
 
 
 def test_the_centre_counts_and_the_right_size_is_left_alone() -> None:

@@ -175,7 +175,7 @@ def test_the_image_column_can_be_named_and_is_proposed(tmp_path: Path) -> None:
     (folder / "metadata.csv").write_text("image,target,file_name\n1,benign,a.jpg\n2,malignant,b.jpg\n")
     assert _classes(read_source(folder)) == {"a": "benign", "b": "malignant"}, "the column that names the images"
     (folder / "metadata.csv").write_text("image,target\nx1,benign\nx2,malignant\n")
-    with pytest.raises(DataError, match=r"none of its 2 images .* image says 'x1', a file there is 'a.jpg'"):
+    with pytest.raises(DataError, match=r"none of its 2 images .* image has 'x1', a file there is 'a.jpg'"):
         read_source(folder)
 
 
@@ -187,7 +187,7 @@ def test_the_image_column_can_be_named_and_is_proposed(tmp_path: Path) -> None:
         ("image,target,Target\na,benign,malignant\n", "two columns target have different values"),
         ("image,target\na,0\nb,2\n", "target has '2' beside '0'.*--map"),
         ("image,target\na,0.2\nb,0.9\n", "'0.2' is a measurement or probability"),
-        ("image,target\na,benign\na.jpg,benign\n", "a stands in more than one row"),
+        ("image,target\na,benign\na.jpg,benign\n", "a is in more than one row"),
     ],
 )
 def test_rows_that_cannot_be_right_are_named(tmp_path: Path, table: str, message: str) -> None:
@@ -212,7 +212,7 @@ def test_lesions_of_another_table_keep_images_together(tmp_path: Path) -> None:
     for lesion in range(3):
         assert len({parts[f"ISIC_{i}"] for i in range(4 * lesion, 4 * lesion + 4)}) == 1
     (folder / "Truth" / "Groupings.csv").write_text("image,lesion_id\nISIC_1,A\nISIC_1,B\n")
-    with pytest.raises(DataError, match="ISIC_1 stands in two rows with different lesion_id"):
+    with pytest.raises(DataError, match="ISIC_1 is in two rows with different lesion_id"):
         read_source(folder)
 
 
@@ -344,7 +344,7 @@ LAYOUTS: dict[str, tuple[tuple[str, ...], dict[str, str], str]] = {
                             "test, train look like parts .* each with mel, nv.*--layout"),
     "hospitals": (("one/nv/a.jpg", "one/mel/b.jpg", "two/nv/c.jpg", "two/mel/d.jpg"), {},
                   "the classes may be one, two, or the folders mel, nv"),
-    "no table": (("HAM_images_part_1/a.jpg", "HAM_images_part_2/b.jpg"), {}, "no names of classes.*--metadata"),
+    "no table": (("HAM_images_part_1/a.jpg", "HAM_images_part_2/b.jpg"), {}, "not names of classes.*--metadata"),
     "one folder": (("nv/a.jpg",), {"mel/readme.txt": "none"}, "only one folder has images, nv"),
     "two tables": (("a.jpg", "b.jpg"), {"p.csv": "image,dx\na,nv\n", "q.csv": "image,dx\nb,mel\n"},
                    "p.csv and q.csv.*--metadata"),
@@ -356,7 +356,7 @@ LAYOUTS: dict[str, tuple[tuple[str, ...], dict[str, str], str]] = {
     "StyleGAN without labels": (("00000/a.png", "00001/b.png"), {}, "--layout stylegan"),
     "a table without classes": (("nv/a.jpg", "mel/b.jpg"), {"metadata.csv": "image,age\na,4\nb,5\n"}, "no column of classes"),
     "images of another part": (("test/1.jpg", "test/2.jpg"), {"t.csv": "path,dx\ntrain/1.jpg,nv\ntrain/2.jpg,mel\n"},
-                               "train/1.jpg is not there"),
+                               "train/1.jpg does not exist"),
     "HAM10000 ": (("a.jpg", "b.jpg"), {"metadata.csv": "image_id,lesion_id,age\na,1,4\n",
                   "gt.csv": "image_id,lesion_id,dx\na,1,nv\nb,2,mel\n", "sample_submission.csv": "image,target\na,0\n"}, ""),
     "images with a table": (("train/a.jpg", "train/b.jpg"),

@@ -110,6 +110,7 @@ def test_controls_lie_where_w_lies_and_know_nothing_of_the_classes() -> None:
     found = random_directions(w, labels, 4, num_ws=NUM_WS, seed=0)
     assert [d.name for d in found] == [f"random-{k}" for k in (1, 2, 3, 4)]
     for each in found:
+        assert each.method == "random"
         assert np.linalg.norm(each.vector[:2]) == pytest.approx(1, abs=1e-5) and abs(each.vector[7]) < 1e-5
         assert each.scale == pytest.approx(0.5, rel=0.1)
     assert not np.allclose(found[0].vector, found[1].vector)

@@ -128,7 +128,7 @@ def test_command_measures_writes_and_shows(
     against = space["comparisons"]["generated_training"]["fd"]
     assert f"| FD@quarters | {against:.4g} [" in card and "| real images in the generator's place, vs held-out" in card
     assert f"FD@quarters │ {against:.4g} [" in re.sub(" +", " ", output)
-    assert "Held out: 36 real images (held)" in card and "not known whether the generator has seen" in card
+    assert "Held out: 36 real images (held)" in card and "not known whether the generator was trained on" in card
     assert "is not the set that the bundle names" in output
     assert "Whether it memorises is not known" in re.sub(r"\s+", " ", output)
 
@@ -255,12 +255,12 @@ def test_card_tells_what_was_measured_and_what_not() -> None:
     card = model_card("m", _provenance(projected=True), EARLY)
     assert "| FD@lite0 | 12 |" in card and "| KID@lite0 x 1000 | 100 |" in card, "also from before there were intervals"
     assert "50 generated images" in card and "60 training images were compared" in card
-    assert "learnt to score well here" in card and "nothing was tested for memorising" in card
+    assert "learnt to score well here" in card and "memorising was not tested" in card
     later = EARLY | {"fid_interval": [11.0, 13.0], "holdout": HELD, "extractor": "inception"}
     card = model_card("m", _provenance(projected=True), later)
     assert "| FID@inception | 12 [11, 13] | 3 |" in card
     assert "It memorises" in card and "20 held-out ones (7 groups by patient or lesion)" in card
-    assert "learnt to score well" not in card and "The discriminator did not judge by this space" in card
+    assert "learnt to score well" not in card and "The discriminator did not use this space" in card
     card = model_card("m", _provenance(), later | {"real_sha256": "6" * 64})
     assert "60 real images, which are not the training set," in card
     assert "It memorises" not in card and "Whether it memorises is not known" in card
@@ -311,12 +311,12 @@ def test_card_shows_held_out_columns_of_each_space() -> None:
         judged
         < card.index("learnt to score well here")
         < other
-        < card.index("The discriminator did not judge by this space")
+        < card.index("The discriminator did not use this space")
     )
     assert "AUC 0.520 [0.500, 0.540]" in card and "finds 3.0% [0.0%, 5.0%] of the training images" in card
     assert "Authenticity 0.700; held-out images in the generator's place have 0.800." in card
     unknown = model_card("m", _provenance(projected=True), measured | {"real_is_training_set": False})
-    assert "they chose nothing" not in unknown and "not known whether the generator has seen" in unknown
+    assert "they chose nothing" not in unknown and "not known whether the generator was trained on" in unknown
 
 
 def test_spaces_of_a_generator_that_was_projected_at_first() -> None:

@@ -455,9 +455,9 @@ def test_errors_name_the_file(run: Run, survey: Path, tmp_path: Path) -> None:
     odd = simulated(name, {"001": "real"})
     odd["answers"][0]["diagnosis"] = "freckle"
     cases: list[tuple[object, str]] = [
-        ("{", "is no file of answers: Invalid JSON"),
-        ("[" * 100_000, "is no file of answers"),
-        ([], "is no file of answers"),
+        ("{", "is not a file of answers: Invalid JSON"),
+        ("[" * 100_000, "is not a file of answers"),
+        ([], "is not a file of answers"),
         (simulated("ffff", {"001": "real"}), "answers survey ffff, but the key is of survey"),
         (simulated(name, {"099": "real"}), "an image '099' that the survey does not have"),
         (twice, "answers image 001 twice"),
@@ -476,7 +476,7 @@ def test_errors_name_the_file(run: Run, survey: Path, tmp_path: Path) -> None:
         ((key, one, two), f"{two}: has answers of 'ann', as has {one}"),
         ((key, tmp_path / "none.json"), f"{tmp_path / 'none.json'}: No such file"),
         ((tmp_path / "none.json", one), "none.json: No such file or directory; give the key.json"),
-        ((one, one), f"{one}: is no key of a survey"),
+        ((one, one), f"{one}: is not the key of a survey"),
     ):
         status, _, err = run("survey", "score", *arguments)
         assert status == 1 and message in err and err.count("\n") == 1
@@ -541,7 +541,7 @@ def test_the_page_in_a_browser(survey: Path, tmp_path: Path) -> None:
         page.wait_for_timeout(300)
         context.close()
         context, page = opened()
-        page.click("text=Go on as Dr. Ann O'Nym (5 of 12 answered)")
+        page.click("text=Continue as Dr. Ann O'Nym (5 of 12 answered)")
         assert page.inner_text("#where") == "Image 6 of 12"
         for _ in order[5:11]:
             for stroke in ("r", "2", "b", "Enter"):

@@ -23,7 +23,7 @@ from PIL import Image
 
 from dermis.errors import DermisError
 from dermis.imaging import Images
-from training.data.images import square
+from dermis.reading import read_training_image
 from training.data.sources import Record, read_source
 
 MIB = 2**20
@@ -56,7 +56,7 @@ class Encoded:
 
 
 def encode(record: Record, part: str, size: int, quality: int) -> Encoded:
-    pixels = square(record.read_bytes(), size)
+    pixels = read_training_image(record.read_bytes(), size)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "WEBP", quality=quality, method=6)
     decoded = np.asarray(Image.open(io.BytesIO(buffer.getvalue())).convert("RGB"))

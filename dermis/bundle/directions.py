@@ -19,7 +19,7 @@ from dermis.strict_json import parse_json
 from dermis.tensor_files import read_header, read_vectors
 
 NAME_PATTERN = r"[a-z0-9][a-z0-9._-]{0,63}"
-Method = Literal["sefa", "ganspace", "class-means", "hyperplane"]
+Method = Literal["sefa", "ganspace", "class-means", "hyperplane", "random"]
 _METADATA = "directions"
 
 Vector = NDArray[np.float32]

@@ -1,7 +1,7 @@
-"""What is in a dermoscopic image beside skin: the black frame of the dermatoscope, rulers, hair, ink.
+"""Detect artefacts in dermoscopic images: the black frame of the dermatoscope, rulers, hair, ink.
 
-Simple detectors with documented thresholds, meant to measure the bias of a collection and not to judge one image.
-docs/artefacts.md tells how good they are.
+The detectors are simple and have documented thresholds. They measure the bias of a collection and do not judge one image.
+docs/artefacts.md reports how good they are.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dermis.imaging import thumbnail
 NAMES = ("frame", "ruler", "hair", "ink")
 # Set by eye on ../shared/data/dermoscopy (docs/artefacts.md).
 THRESHOLDS = {"frame": 0.003, "ruler": 0.6, "hair": 0.02, "ink": 0.005}
-SIDE = 224  # px of the shorter side at which an image is looked at; all lengths below are in these pixels
+SIDE = 224  # px of the shorter side to which images are resized; all lengths below are in these pixels
 
 Floats = NDArray[np.float32]
 Mask = NDArray[np.bool_]
@@ -28,23 +28,23 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Artefacts:
-    """Scores in [0, 1] of one image. An artefact counts as found where its score is at least its threshold."""
+    """Scores in [0, 1] of one image. An artefact is found if its score is at least its threshold."""
 
-    frame: float  # share of the image that is near-black and hangs together with a corner
+    frame: float  # share of the image in near-black regions that are connected to a corner
     ruler: float  # regularity of the most regular row of dark marks: the least autocorrelation at 1, 2, 3 pitches
     hair: float  # share of the image under long thin dark lines
-    ink: float  # share of the image in blue, purple or green that is not in its middle
+    ink: float  # share of the image that is blue, purple or green and not in its middle
 
     @property
     def found(self) -> tuple[str, ...]:
-        """Names of the artefacts found, in the order of NAMES."""
+        """Names of the artefacts whose score reaches the threshold, in the order of NAMES."""
         return tuple(name for name in NAMES if getattr(self, name) >= THRESHOLDS[name])
 
 
 def detect_artefacts(image: NDArray[np.uint8]) -> Artefacts:
-    """Scores of one RGB image uint8 [H, W, 3] of any size; it is looked at with its shorter side at 224 px.
+    """Compute the scores of one RGB image uint8 [H, W, 3] of any size, resized so that its shorter side is 224 px.
 
-    Whether a crop shows the frame depends on the crop: pass images as they will be used.
+    Cropping can remove the frame, so pass images as they will be used.
     """
     rgb = _at_working_size(image)
     lines = _thin_dark_lines(rgb)
@@ -57,7 +57,7 @@ def detect_artefacts(image: NDArray[np.uint8]) -> Artefacts:
 
 
 def frame_share(image: NDArray[np.uint8]) -> float:
-    """`detect_artefacts(image).frame` alone, twenty times as fast."""
+    """Compute `detect_artefacts(image).frame` only, twenty times as fast."""
     return float(_frame(_at_working_size(image)).mean())
 
 
@@ -69,10 +69,10 @@ def _at_working_size(image: NDArray[np.uint8]) -> Floats:
 
 
 def _thin_dark_lines(rgb: Floats) -> tuple[Floats, Floats]:
-    """Black-hat of the red channel, [H, W]: how much darker than what is around it. Structures under 7 and under 9 px.
+    """Black-hat transform of the red channel, [H, W]: darkness relative to the surroundings. Structures under 7 and 9 px.
 
-    The idea of DullRazor (Lee et al., Comput. Biol. Med. 27, 1997). In the red channel alone, because hair and print are
-    dark in it, while blood vessels are nearly invisible and the pigment network is faint.
+    After DullRazor (Lee et al., Comput. Biol. Med. 27, 1997). Only the red channel is used: hair and print are dark in it,
+    while blood vessels are nearly invisible and the pigment network is faint.
     """
     red = rgb[..., 0]
     fine, wide = (ndimage.grey_closing(red, size=(size, size)) - red for size in (7, 9))
@@ -83,7 +83,7 @@ def _thin_dark_lines(rgb: Floats) -> tuple[Floats, Floats]:
 
 
 def _frame(rgb: Floats) -> Mask:
-    """Regions with a corner of the image in them where all channels are under 35 % of the bright part of the image."""
+    """Regions that include a corner of the image and are darker than 35 % of its bright part in all channels."""
     brightest = ndimage.uniform_filter(rgb.max(axis=2), 3)
     regions, _ = ndimage.label(brightest < 0.35 * np.percentile(brightest, 80))
     with_corner = {int(regions[y, x]) for y in (0, -1) for x in (0, -1)} - {0}
@@ -112,7 +112,7 @@ def _ruler(lines: Floats) -> float:
 def _regularity(rows: Floats, window: int, pitches: NDArray[np.int64]) -> float:
     """The most regular of all windows of the rows [n, W], in [0, 1]."""
     windows = np.lib.stride_tricks.sliding_window_view(rows, window, axis=1)[:, :: window // 3].reshape(-1, window)
-    windows = windows[windows.mean(axis=1) > 2]  # grey levels: the rest is faint texture
+    windows = windows[windows.mean(axis=1) > 2]  # in grey levels; others are faint texture
     if len(windows) == 0:
         return 0.0
     windows = windows - windows.mean(axis=1, keepdims=True)
@@ -130,10 +130,10 @@ def _regularity(rows: Floats, window: int, pitches: NDArray[np.int64]) -> float:
 
 
 def _hair(dark: Mask) -> Mask:
-    """Pixels on straight runs of 31 px, in any of 16 directions, that are dark for 85 % and lie free.
+    """Pixels on straight runs of 31 px, in any of 16 directions, that are at least 85 % dark and isolated.
 
-    Free: of the runs 5 px to either side at most 35 % is dark. That leaves out networks and other texture, and so does
-    the rule that connected runs must reach over 40 px.
+    A run is isolated if at most 35 % of the parallel runs 5 px to either side is dark. This excludes networks and other
+    texture, as does the condition that connected runs extend over at least 40 px.
     """
     dark[:3] = dark[-3:] = dark[:, :3] = dark[:, -3:] = False
     half, aside = 15, 5
@@ -165,18 +165,18 @@ def _hair(dark: Mask) -> Mask:
 
 
 def _ink(rgb: Floats) -> Mask:
-    """Pixels that are blue, purple or green both as they are and beside the skin, bright, and not part of a lesion.
+    """Bright pixels that are blue, purple or green, both absolutely and relative to the skin, and not part of a lesion.
 
-    Skin is the image from its 70th to its 98th percentile of brightness. A region with more than a fifth of its ink in
-    the middle of the image is taken for a blue lesion.
+    Skin is the part of the image between the 70th and the 98th percentile of brightness. A region with more than a fifth of
+    its ink in the middle of the image counts as a blue lesion.
     """
-    rgb = ndimage.uniform_filter(rgb, (3, 3, 1)) + 4  # not to divide by nothing, nor to trust the hue of black
+    rgb = ndimage.uniform_filter(rgb, (3, 3, 1)) + 4  # avoids division by 0, and the unreliable hue of black
     brightness = rgb.max(axis=2)
     low, high = np.percentile(brightness, [70, 98])
     skin = np.median(rgb[(brightness >= low) & (brightness <= high)], axis=0)
     red, cool = rgb[..., 0], rgb[..., 1:].max(axis=2)
-    cool_beside_skin = (rgb[..., 1:] / skin[1:]).max(axis=2)
-    ink = (cool > 1.4 * red) & (cool_beside_skin > 1.5 * red / skin[0]) & (cool_beside_skin > 0.6)
+    relative_cool = (rgb[..., 1:] / skin[1:]).max(axis=2)
+    ink = (cool > 1.4 * red) & (relative_cool > 1.5 * red / skin[0]) & (relative_cool > 0.6)
     regions, number = ndimage.label(ndimage.binary_dilation(ink, iterations=2))
     y, x = np.mgrid[: ink.shape[0], : ink.shape[1]] - np.array(ink.shape).reshape(2, 1, 1) / 2
     middle = np.hypot(y, x) < 0.28 * SIDE
@@ -191,36 +191,40 @@ def _ink(rgb: Floats) -> Mask:
 
 @dataclass(frozen=True)
 class Share:
-    """How many images of one class show one artefact."""
+    """Share of the images of one class that show one artefact."""
 
     artefact: str
     class_name: str
     count: int
     total: int
     share: float
-    low: float  # Wilson 95 % interval
+    low: float  # 95 % interval, by Wilson
     high: float
-    risk_ratio: float | None  # this class's share over the share in all other classes; None where they have none
+    risk_ratio: float | None  # share of this class over the share of all others; None if that is 0
 
 
 @dataclass(frozen=True)
 class Association:
-    """How closely one artefact goes with the classes."""
+    """Association of one artefact with the classes."""
 
     artefact: str
-    cramers_v: float  # 0: independent, 1: the artefact tells the class
+    cramers_v: float  # 0: independent; 1: the artefact determines the class
     p_value: float  # chi-square test of independence, without continuity correction
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Shares and associations of all artefacts: what `dermis data inspect` tells."""
+    """Shares and associations of all artefacts."""
 
-    shares: tuple[Share, ...]  # every artefact of NAMES, and for it every class in alphabetical order
-    associations: tuple[Association, ...]  # one for every artefact of NAMES
+    shares: tuple[Share, ...]  # for each artefact of NAMES, each class in alphabetical order
+    associations: tuple[Association, ...]  # one for each artefact of NAMES
 
     def share(self, artefact: str, class_name: str) -> Share:
-        """The share of one artefact in one class; KeyError if there is none."""
+        """The share of one artefact in one class.
+
+        Raises:
+            KeyError: There is no such artefact or class.
+        """
         for entry in self.shares:
             if (entry.artefact, entry.class_name) == (artefact, class_name):
                 return entry
@@ -228,20 +232,22 @@ class Summary:
 
 
 def summarise(artefacts: Sequence[Artefacts], classes: Sequence[str]) -> Summary:
-    """Counts and shares of every artefact in every class, and how closely both go together.
+    """Compute the shares of artefacts in classes, and their association.
 
-    `classes` names the class of every image; anything else that splits the images (their source, say) does as well.
+    Args:
+        artefacts: Scores of each image.
+        classes: Class of each image, or another group, such as its source.
     """
     if len(artefacts) != len(classes) or not classes:
         raise ValueError(f"{len(artefacts)} images and {len(classes)} classes; need one class an image, and an image")
     names = sorted(set(classes))
-    of = np.array([names.index(name) for name in classes])
-    totals = np.bincount(of, minlength=len(names))
+    labels = np.array([names.index(name) for name in classes])
+    totals = np.bincount(labels, minlength=len(names))
     shares: list[Share] = []
     associations: list[Association] = []
     for artefact in NAMES:
-        found = np.array([artefact in image.found for image in artefacts])
-        counts = np.bincount(of[found], minlength=len(names))
+        shows = np.array([artefact in image.found for image in artefacts])
+        counts = np.bincount(labels[shows], minlength=len(names))
         for name, count, total in zip(names, counts.tolist(), totals.tolist(), strict=True):
             elsewhere, others = int(counts.sum()) - count, len(classes) - total
             ratio = (count / total) / (elsewhere / others) if elsewhere else None
@@ -276,9 +282,15 @@ def artefact_sheet(
     size: int = 112,
     seed: int = 0,
 ) -> NDArray[np.uint8]:
-    """A labelled contact sheet, uint8 [H, W, 3]: a row for every artefact and class, up to `examples` images drawn at random.
+    """Make a labelled contact sheet uint8 [H, W, 3] with a row of random examples for each artefact and class.
 
-    `load(i)` gives image i as uint8 [H, W, 3], of any size; only the images shown are loaded.
+    Args:
+        load: Loads image i as uint8 [H, W, 3] of any size. Only the examples are loaded.
+        artefacts: Scores of each image.
+        classes: Class of each image.
+        examples: Number of images in a row, at most.
+        size: Size of an image in pixels.
+        seed: Of the random choice.
     """
     random = np.random.default_rng(seed)
     names = sorted(set(classes))
@@ -289,10 +301,10 @@ def artefact_sheet(
     rows = [(artefact, name) for artefact in NAMES for name in names]
     for row, (artefact, name) in enumerate(rows):
         of_class = [i for i, own in enumerate(classes) if own == name]
-        having = [i for i in of_class if artefact in artefacts[i].found]
+        with_artefact = [i for i in of_class if artefact in artefacts[i].found]
         top = row * (size + gap)
-        pen.text((4, top + 4), f"{artefact}\n{name}\n{len(having)} of {len(of_class)}", fill="black")
-        shown = sorted(random.permutation(having)[:examples].tolist())
-        for column, i in enumerate(shown):
+        pen.text((4, top + 4), f"{artefact}\n{name}\n{len(with_artefact)} of {len(of_class)}", fill="black")
+        selected = sorted(random.permutation(with_artefact)[:examples].tolist())
+        for column, i in enumerate(selected):
             sheet.paste(Image.fromarray(thumbnail(load(i), size)), (margin + column * (size + gap), top))
     return np.asarray(sheet)

@@ -1,4 +1,4 @@
-"""Arrays kept on disk between runs: each appears whole or not at all, and a damaged one counts as absent."""
+"""Arrays kept on disk between runs. They are written completely or not at all, and a damaged one counts as missing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,16 @@ from dermis.files import atomic_write
 
 
 def read_array(file: Path, shape: tuple[int, ...], *, mapped: bool = False) -> NDArray[Any] | None:
-    """The array in a .npy file; None if there is none of this shape. `mapped` leaves it on disk, read-only."""
+    """Read the array in a .npy file.
+
+    Args:
+        file: The file.
+        shape: Expected shape.
+        mapped: Whether to map it into memory, read-only, instead of reading it.
+
+    Returns:
+        The array; None if the file is missing, damaged, or has another shape.
+    """
     try:
         array: NDArray[Any] = np.load(file, mmap_mode="r" if mapped else None)
     except (OSError, ValueError, EOFError):
@@ -36,7 +45,7 @@ def new_array(file: Path, shape: tuple[int, ...], dtype: DTypeLike) -> Iterator[
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             array = open_memmap(partial, "w+", dtype, shape)
-            _take_room(partial)
+            _reserve_space(partial)
         except OSError as error:
             raise DataError(
                 f"--cache: {file.parent}: cannot be written ({error.strerror}); choose another folder"
@@ -45,8 +54,8 @@ def new_array(file: Path, shape: tuple[int, ...], dtype: DTypeLike) -> Iterator[
         array.flush()
 
 
-def _take_room(file: Path) -> None:
-    """Written through the map, a full disk would end the program (SIGBUS). Here it is an OSError (not so on macOS)."""
+def _reserve_space(file: Path) -> None:
+    """Allocate the file on the disk, except on macOS. Otherwise a full disk would end the program (SIGBUS) later."""
     if hasattr(os, "posix_fallocate"):
         with file.open("r+b") as whole:
             os.posix_fallocate(whole.fileno(), 0, file.stat().st_size)

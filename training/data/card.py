@@ -1,4 +1,4 @@
-"""The data card of a prepared data set: what is in it, from where, under which conditions, and what is missing."""
+"""The data card of a prepared data set: its images, their sources, conditions of use, and missing metadata."""
 
 from __future__ import annotations
 
@@ -17,7 +17,17 @@ def data_card(
     licence: str,
     attribution: str,
 ) -> str:
-    """Markdown. rows are those of the data set's metadata.csv; says nothing that does not follow from the arguments."""
+    """Make the card in Markdown. It depends on the arguments only.
+
+    Args:
+        name: Name of the data set.
+        rows: Rows of its metadata.csv.
+        skipped: Number of images that were skipped.
+        resolution: Side of the images in pixels.
+        sha256: Of ids, classes and files.
+        licence: Of the images.
+        attribution: Of the images; "" if not stated.
+    """
     classes = sorted({row["class"] for row in rows})
     sources = sorted({row["source"] for row in rows})
     count = Counter((row["source"], row["class"]) for row in rows)
@@ -37,7 +47,7 @@ def data_card(
     return f"""# {name}
 
 Dermoscopy images for training generators: {len(rows):,} images of {resolution} x {resolution} px, centre-cropped to a
-square and resized with a Lanczos filter. **Real images of patients**: not to be shared beyond their licence.
+square and resized with a Lanczos filter. **Real images of patients**: share them only as their licence allows.
 
 ## Images
 
@@ -61,23 +71,23 @@ square and resized with a Lanczos filter. **Real images of patients**: not to be
 {_rights(rows)}
 ## Files
 
-| member | what |
+| member | content |
 | --- | --- |
 | `00000/img00000000.png`, ... | the images, uncompressed RGB, numbered in the order of their ids |
 | `dataset.json` | `labels`: class number of each image in alphabetical order of the classes, or null without classes |
 | `metadata.csv` | a row for each image: id, class, patient, lesion, source and what else is known |
-| `skipped.csv` | images that were left out, and why (if there were any) |
+| `skipped.csv` | images that were skipped, and the reasons (if there were any) |
 
 sha256 of ids, classes and files: `{sha256}`
 """
 
 
 def _skipped(skipped: int) -> str:
-    return f"{skipped:,} images were skipped: `skipped.csv` says why." if skipped else "No image was skipped."
+    return f"{skipped:,} images were skipped; `skipped.csv` states the reasons." if skipped else "No image was skipped."
 
 
 def _rights(rows: Sequence[Mapping[str, str]]) -> str:
-    """What the ISIC Archive says of single images."""
+    """Rows with the licences and attributions of single images, which the ISIC Archive states."""
     lines = []
     for column, title in (("copyright_license", "licence of the image"), ("attribution", "attributed to")):
         for value, number in sorted(Counter(row.get(column, "") for row in rows).items()):

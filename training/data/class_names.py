@@ -1,4 +1,4 @@
-"""From the values of a table, or the names of folders, to classes: by an explicit table that is shown to the user."""
+"""Map values of a table, or names of folders, to classes."""
 
 from __future__ import annotations
 
@@ -13,34 +13,38 @@ from dermis.errors import DataError, escape, quote
 from training.data.diagnoses import BENIGN, MALIGNANT, binary_class, is_no, is_yes
 
 _NO_CLASS = frozenset({"", "na", "n/a", "nan", "none", "null"})
-_NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9 ._-]+")  # what the name of a class in a bundle may not have
+_NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9 ._-]+")  # not allowed in names of classes in a bundle
 _LONGEST_LIST = 10
 _LONGEST_NAME = 64
 
 
 @dataclass(frozen=True)
 class ClassOrigin:
-    """`count` images with `value` in `column` have the class `class_name` ("" for none)."""
+    """Class of the images with one value in a column."""
 
     column: str
     value: str
-    class_name: str
-    count: int
+    class_name: str  # "" for no class
+    count: int  # number of these images
 
 
 @dataclass(frozen=True)
 class MapClass:
-    """How values become classes. `mapping` (value -> class, "" for none) has precedence; `truth`: 0 is benign, 1 malignant."""
+    """Rules by which values become classes."""
 
     where: Path
     column: str
-    binary: bool
-    truth: bool
-    mapping: Mapping[str, str]
+    binary: bool  # classes are malignant (melanoma) and benign
+    truth: bool  # 0 means benign, 1 malignant
+    mapping: Mapping[str, str]  # class by value ("" for none); takes precedence
 
 
 def parse_mapping(texts: Sequence[str]) -> dict[str, str]:
-    """Parse texts `VALUE=CLASS`; an empty class leaves the images without one. DataError names a wrong text."""
+    """Parse texts of the form VALUE=CLASS. With an empty class, images have no class.
+
+    Raises:
+        DataError: A text has another form, or a value has two classes.
+    """
     mapping: dict[str, str] = {}
     for text in texts:
         value, equals, class_name = text.rpartition("=")
@@ -53,10 +57,17 @@ def parse_mapping(texts: Sequence[str]) -> dict[str, str]:
 
 
 def class_of(values: Sequence[Sequence[str]], rule: MapClass) -> tuple[tuple[str, ...], tuple[ClassOrigin, ...]]:
-    """The class of each image ("" for none), and how many images each value gave to which class.
+    """Determine the class of each image.
 
-    Values are compared without regard to case and outer or repeated spaces. Of several values of an image (a diagnosis
-    from general to specific) any one that means melanoma decides.
+    Values are compared without regard to case and to outer or repeated spaces. An image with several values (a diagnosis from
+    general to specific) is malignant if any of them means melanoma.
+
+    Args:
+        values: One or more values of each image.
+        rule: The rules.
+
+    Returns:
+        The class of each image ("" for none), and the number of images by value and class.
 
     Raises:
         DataError: A value is not understood, or two values would become one class by accident.
@@ -68,8 +79,8 @@ def class_of(values: Sequence[Sequence[str]], rule: MapClass) -> tuple[tuple[str
     others = sorted(value for value in unmapped - truths if _is_number(value))
     if rule.truth and truths and others:
         raise DataError(
-            f"{rule.where}: {rule.column} has {quote(others[0])} beside {', '.join(map(quote, sorted(truths)))}, which by "
-            "themselves are benign and malignant; say what they are with --map VALUE=CLASS"
+            f"{rule.where}: {rule.column} has {quote(others[0])} beside {', '.join(map(quote, sorted(truths)))}, which alone "
+            "mean benign and malignant; state their classes with --map VALUE=CLASS"
         )
     names = _binary_names(counts, rule) if rule.binary else _plain_names(counts, rule)
     origins: Counter[tuple[str, str]] = Counter()
@@ -81,7 +92,7 @@ def class_of(values: Sequence[Sequence[str]], rule: MapClass) -> tuple[tuple[str
 
 
 def contradiction(classes: Sequence[str], diagnoses: Sequence[str]) -> list[int]:
-    """Numbers of the images whose class contradicts their diagnosis. The diagnosis "malignant" alone contradicts nothing."""
+    """Indices of the images whose class contradicts their diagnosis. An empty class or diagnosis contradicts nothing."""
     return [i for i, pair in enumerate(zip(classes, diagnoses, strict=True)) if all(pair) and pair[0] != pair[1]]
 
 
@@ -125,7 +136,7 @@ def _binary_value(value: str, rule: MapClass, one_of_several: bool) -> str | Non
         return ""
     if is_yes(value) or is_no(value):
         return (MALIGNANT if is_yes(value) else BENIGN) if rule.truth else None
-    if one_of_several and _folded(value) == MALIGNANT:  # the most general of the Archive's levels: it may be any cancer
+    if one_of_several and _folded(value) == MALIGNANT:  # the most general level of the Archive: can be any cancer
         return ""
     return binary_class(value)
 
@@ -136,13 +147,16 @@ def _unknown(unknown: Mapping[str, int], rule: MapClass) -> str:
     more = f" and {len(listed) - _LONGEST_LIST} more" if len(listed) > _LONGEST_LIST else ""
     example = escape(listed[0][0])
     return (
-        f"{rule.where}: {rule.column}: not known to be melanoma or not: {shown}{more}; say what it is with "
+        f"{rule.where}: {rule.column}: not known to be melanoma or not: {shown}{more}; state the class with "
         f'--map "{example}=benign", --map "{example}=malignant" or, for no class, --map "{example}="'
     )
 
 
 def _plain_names(counts: Mapping[tuple[str, ...], int], rule: MapClass) -> dict[tuple[str, ...], str]:
-    """Spellings that differ in case or spaces are one class, in lower case; characters that a bundle refuses are removed."""
+    """Class of each row of values without the binary rule.
+
+    Spellings that differ in case or spaces are one class, in lower case. Characters that bundles do not allow are removed.
+    """
     spellings: dict[str, set[str]] = {}
     for row in counts:
         for value in row:
@@ -169,8 +183,8 @@ def _plain_names(counts: Mapping[tuple[str, ...], int], rule: MapClass) -> dict[
     taken: dict[str, str] = {}
     for folded, name in sorted(by_value.items()):
         other = taken.setdefault(name.casefold(), folded)
-        both_meant = {folded, other} & rule.mapping.keys() or not name or name in (BENIGN, MALIGNANT)
-        if other != folded and not both_meant:
+        intended = {folded, other} & rule.mapping.keys() or not name or name in (BENIGN, MALIGNANT)
+        if other != folded and not intended:
             raise DataError(
                 f"{rule.where}: {rule.column}: {quote(other)} and {quote(folded)} would both be the class {name}; "
                 f'distinguish them with --map "{escape(folded)}=CLASS"'
@@ -180,7 +194,7 @@ def _plain_names(counts: Mapping[tuple[str, ...], int], rule: MapClass) -> dict[
 
 
 def _one_spelling(names: dict[tuple[str, ...], str]) -> dict[tuple[str, ...], str]:
-    """`Benign` of one value and `benign` of another (a mapped one, or a number) are one class."""
+    """Make names that differ in case one class: `Benign` of one value, and `benign` of a mapped value or a number."""
     variants: dict[str, set[str]] = {}
     for name in names.values():
         variants.setdefault(name.casefold(), set()).add(name)

@@ -1,4 +1,4 @@
-"""Tables beside the main one: they add patients and lesions, without which a split could separate the images of one lesion."""
+"""Tables beside the main one, which add patients and lesions: a split needs them to keep images of one lesion together."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from training.data.tables import (
 
 @dataclass(frozen=True)
 class Companions:
-    """The rows of the main table with what other tables add, and which of these were used, or not and why."""
+    """Rows of the main table with the columns of other tables."""
 
     rows: tuple[dict[str, str], ...]
-    notes: tuple[str, ...]
+    notes: tuple[str, ...]  # for the user, about the tables that were used
 
 
 def with_companions(table: Table, main: ImageFile | None, listing: Listing | None = None) -> Companions:
-    """Add the patient and lesion columns of other tables with the same images; of X_Metadata.csv beside
-    X_GroundTruth.csv all columns.
+    """Add the patient and lesion columns of other tables with the same images.
 
-    Searches the tables of the listing, and those in the folder of the main table.
+    All columns are added from X_Metadata.csv beside X_GroundTruth.csv. The other tables are those of the listing, and those in
+    the folder of the main table.
 
     Raises:
         DataError: Two rows of a table give one image different patients or lesions.
@@ -46,8 +46,8 @@ def with_companions(table: Table, main: ImageFile | None, listing: Listing | Non
         id_column = find_column(header, ID_COLUMNS)
         if id_column is None:
             continue
-        everything = _is_metadata_of(name, table.file.name)
-        columns = _added(header, id_column, table, everything)
+        all_columns = _is_metadata_of(name, table.file.name)
+        columns = _added_columns(header, id_column, table, all_columns)
         if not columns:
             continue
         grid = read_grid(file)
@@ -90,15 +90,15 @@ def _is_metadata_of(name: str, main: str) -> bool:
     return "GroundTruth" in main and Path(name).name == main.replace("GroundTruth", "Metadata")
 
 
-def _added(header: tuple[str, ...], id_column: str, table: Table, everything: bool) -> list[str]:
-    """Columns that the main table lacks: of groups, if it has no such column under another name, or all."""
-    have = set(table.rows[0])
-    if everything:
-        return [column for column in header if column != id_column and column not in have]
+def _added_columns(header: tuple[str, ...], id_column: str, table: Table, all_columns: bool) -> list[str]:
+    """Columns to add: all that the main table lacks, or those of patients and lesions if it has none under any name."""
+    present = set(table.rows[0])
+    if all_columns:
+        return [column for column in header if column != id_column and column not in present]
     columns = []
     for names in GROUP_COLUMNS.values():
         column = find_column(header, names)
-        if column is not None and column != id_column and not have & set(names):
+        if column is not None and column != id_column and not present & set(names):
             columns.append(column)
     return columns
 
@@ -109,5 +109,5 @@ def _by_image(file: ImageFile, grid: Grid, id_column: str, columns: list[str]) -
         key = plain_id(image)
         if values.setdefault(key, row) != row:
             where = file.path / file.member if file.member else file.path
-            raise DataError(f"{where}: {key} stands in two rows with different {', '.join(columns)}; keep one of them")
+            raise DataError(f"{where}: {key} is in two rows with different {', '.join(columns)}; keep one of them")
     return values

@@ -1,6 +1,7 @@
 """Concept sets for TCAV: images that show an artefact, and others of the same sources and classes that do not.
 
-Without that match a set of framed images would mostly be a set of old melanomas, and its direction one of these.
+Without matched sources and classes, a set of framed images would mostly consist of old melanomas, and its direction would be
+that of old melanomas.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ FEWEST = 20
 
 @dataclass(frozen=True)
 class ConceptRecords:
-    """Records that show the artefact `name`, and counter-sets, each with as many of every source and class."""
+    """Records that show an artefact, and counter-sets with the same numbers of records of each source and class."""
 
     name: str
     shown: tuple[Record, ...]
@@ -35,24 +36,35 @@ def mine_concepts(
     counters: int = 12,
     seed: int = 0,
 ) -> tuple[list[ConceptRecords], list[str]]:
-    """Sets of `size` images or, of a rare artefact, as many as there are; and why other artefacts are left out.
+    """Choose the images of concept sets at random.
 
-    A counter-set is drawn without replacement from images in which the detector finds nothing of the artefact. Images whose
-    source and class have too few of these are left out.
+    A counter-set is drawn without replacement from images in which the detector does not find the artefact. Images whose source
+    and class have too few of these are left out.
+
+    Args:
+        records: The images.
+        artefacts: Scores of each image.
+        names: The artefacts.
+        size: Number of images of a set, or fewer for a rare artefact.
+        counters: Number of counter-sets.
+        seed: Of the random numbers.
+
+    Returns:
+        The sets, and for each artefact without a set the reason.
     """
-    found, left_out = [], []
+    concepts, left_out = [], []
     for name in names:
         rng = np.random.default_rng([seed, NAMES.index(name)])
-        having: dict[tuple[str, str], list[Record]] = defaultdict(list)
-        lacking: dict[tuple[str, str], list[Record]] = defaultdict(list)
+        positives: dict[tuple[str, str], list[Record]] = defaultdict(list)
+        negatives: dict[tuple[str, str], list[Record]] = defaultdict(list)
         for record, scores in zip(records, artefacts, strict=True):
             group = record.row.get("source", ""), record.class_name
-            (having if name in scores.found else lacking)[group].append(record)
-        shown = [(group, i) for group in sorted(having) for i in range(min(len(having[group]), len(lacking[group])))]
+            (positives if name in scores.found else negatives)[group].append(record)
+        shown = [
+            (group, i) for group in sorted(positives) for i in range(min(len(positives[group]), len(negatives[group])))
+        ]
         if len(shown) < FEWEST:
-            left_out.append(
-                f"{name}: {len(shown)} images show it that have others to compare with; {FEWEST} are needed"
-            )
+            left_out.append(f"{name}: {len(shown)} images show it and have others to compare with; {FEWEST} are needed")
             continue
         chosen = [shown[i] for i in sorted(rng.permutation(len(shown))[:size])]
         number: dict[tuple[str, str], int] = defaultdict(int)
@@ -60,11 +72,11 @@ def mine_concepts(
             number[group] += 1
         sets = []
         for _ in range(counters):
-            drawn = [
-                lacking[group][i]
+            counter_set = [
+                negatives[group][i]
                 for group, count in sorted(number.items())
-                for i in rng.permutation(len(lacking[group]))[:count]
+                for i in rng.permutation(len(negatives[group]))[:count]
             ]
-            sets.append(tuple(drawn))
-        found.append(ConceptRecords(name, tuple(having[group][i] for group, i in chosen), tuple(sets)))
-    return found, left_out
+            sets.append(tuple(counter_set))
+        concepts.append(ConceptRecords(name, tuple(positives[group][i] for group, i in chosen), tuple(sets)))
+    return concepts, left_out

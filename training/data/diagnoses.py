@@ -1,7 +1,7 @@
-"""What a diagnosis or class name says about melanoma: an explicit vocabulary, with no default class.
+"""Whether a diagnosis or class name means melanoma: an explicit vocabulary, without a default class.
 
-`binary_class` understands the terms of the ISIC challenges and the ISIC Archive, HAM10000, PAD-UFES-20, DDI, BCN20000,
-derm7pt and Fitzpatrick17k. A term that it does not know has no answer: the caller asks the user to map it.
+`binary_class` knows the terms of the ISIC challenges and the ISIC Archive, HAM10000, PAD-UFES-20, DDI, BCN20000, derm7pt and
+Fitzpatrick17k. For other terms it returns None, and the caller asks the user to map them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _NO = frozenset({"0", "0.0", "false", "no", "f", "n"})
 _MELANOMA_WORDS = frozenset({"melanoma", "melanomas", "mel", "lmm", "ssm"})
 # Further terms that mean melanoma as a whole. Lentigo maligna is melanoma in situ.
 _MELANOMA_TERMS = frozenset({"lentigo maligna", "alm", "nm"})
-# What may stand beside a melanoma word without changing what it says.
+# Words that can be beside a melanoma word without changing its meaning.
 _MELANOMA_QUALIFIERS = frozenset({
     "a", "acral", "advanced", "alm", "amelanotic", "and", "arising", "associated", "balloon", "blue", "breslow", "cell",
     "cells", "childhood", "clark", "congenital", "cutaneous", "cutis", "depth", "desmoplastic", "dx", "early", "equal",
@@ -37,7 +37,7 @@ _MELANOMA_QUALIFIERS = frozenset({
     "uveal", "v", "verrucous", "with", "within",
 })  # fmt: skip
 
-# Words that each name another diagnosis. Plurals and spellings are listed: nothing is guessed from an ending.
+# Words that each name another diagnosis. Plurals and spellings are listed, and not derived from endings.
 _OTHER_WORDS = frozenset({
     "abrasions", "abscess", "acanthoma", "acanthomas", "acanthosis", "ack", "acne", "acrochordon", "acrochordons",
     "acropustulosis", "actinic", "adenoma", "adnexal", "aimp", "ak", "akiec", "albinism", "alopecia", "amyloidosis",
@@ -70,13 +70,13 @@ _OTHER_WORDS = frozenset({
     "trichofolliculoma", "ulcer", "ulcerations", "urticaria", "vasc", "vascular", "vasculitis", "verruca", "verrucae",
     "verrucas", "vitiligo", "wart", "warts", "xanthelasma", "xanthogranuloma", "xanthoma", "xanthomas", "xerosis",
 })  # fmt: skip
-# Classes of a kind, which say "not melanoma" although they name no diagnosis.
+# Classes that mean "not melanoma" although they name no diagnosis.
 _OTHER_TERMS = frozenset({
     "benign", "other", "others", "non neoplastic", "nonneoplastic", "normal", "healthy", "normal skin", "healthy skin",
     "misc", "miscellaneous", "non malignant", "nonmalignant", "not malignant", "no cancer", "mole", "moles",
 })  # fmt: skip
 _PROLIFERATION = frozenset({"proliferation", "proliferations"})
-# "Malignant proliferation" may be a melanoma, unless its tissue says that it is not.
+# "Malignant proliferation" can be a melanoma, unless its tissue excludes that.
 _TISSUES = frozenset(
     {"epidermal", "adnexal", "follicular", "dermal", "soft", "lymphocytic", "vascular", "neural", "mesenchymal"}
 )
@@ -109,10 +109,12 @@ def is_no(value: str) -> bool:
 
 
 def binary_class(value: str) -> BinaryClass | None:
-    """ "malignant" if a value says melanoma, "benign" if it says another diagnosis, "" if it says that there is none.
+    """Class of a diagnosis.
 
-    None if it is not understood: unknown words, a doubtful diagnosis ("melanoma vs nevus"), a negation of something
-    else. "malignant" and "benign" by themselves are taken as the two classes that they name.
+    Returns:
+        "malignant" for melanoma (or the word "malignant" alone), "benign" for another diagnosis (or the word "benign" alone),
+        "" for a missing diagnosis, and None for a value that is not understood: unknown words, a doubtful diagnosis ("melanoma
+        vs nevus"), or a negation of something else.
     """
     words = plain_words(value)
     if not words or words in _NO_DIAGNOSIS:
@@ -147,7 +149,7 @@ def binary_class(value: str) -> BinaryClass | None:
         tokens = [token for token in tokens if token not in neutral]
         if not tokens:
             return BENIGN
-    # "or" between two other diagnoses, as in the Archive's "Nevus, Atypical, Dysplastic, or Clark", leaves no doubt.
+    # "or" between two other diagnoses, as in "Nevus, Atypical, Dysplastic, or Clark" of the Archive, is not a doubt.
     if _NEGATION.search(rest) or _UNCERTAIN.search(re.sub(r"\bor\b", " ", rest)):
         return None
     if "benign" in tokens:
@@ -160,22 +162,22 @@ def binary_class(value: str) -> BinaryClass | None:
 
 
 def is_melanoma(class_name: str) -> bool:
-    """Does the name of a class mean melanoma? Its numbers are those of ISIC's `target`: 1 is, 0 is not.
+    """Whether the name of a class means melanoma. As in the `target` of ISIC, 1 does and 0 does not.
 
-    A name that is not understood does not; ask `binary_class` where that would decide a label.
+    False for a name that is not understood; use `binary_class` where this would decide a label.
     """
     return is_yes(class_name) or binary_class(class_name) == MALIGNANT
 
 
 def _resembles_melanoma(word: str) -> bool:
-    """Misspellings and other languages ("melanom", "melenoma", "melanome") must not pass as another diagnosis."""
+    """Whether a word can be melanoma in another spelling or language ("melanom", "melenoma", "melanome")."""
     if word in _OTHER_WORDS or word in {"melanocytic", "melanocyte", "melanocytes", "melanin"}:
         return False
     return word.startswith(("melanom", "mélanom")) or _distance_at_most_two(word, "melanoma")
 
 
 def _distance_at_most_two(a: str, b: str) -> bool:
-    """Is the edit distance of two words at most 2?"""
+    """Whether the edit distance of two words is at most 2."""
     if abs(len(a) - len(b)) > 2:
         return False
     row = list(range(len(b) + 1))

@@ -1,7 +1,7 @@
-"""Download collections of the ISIC Archive with the Archive's own tool, isic-cli, and check that they arrived whole.
+"""Download collections of the ISIC Archive with its own tool, isic-cli, and check that they are complete.
 
-isic-cli skips the images that are there already, so a run that was stopped goes on; but it passes over images that
-fail, which is why every row of its metadata.csv is looked for afterwards.
+isic-cli skips images that exist already, so an interrupted run continues. It also skips images that fail: therefore every row
+of its metadata.csv is checked afterwards.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ import httpx
 from dermis.errors import DataError, install_command
 
 API = "https://api.isic-archive.com/api/v2"
-_SPARE = 0.02  # of free space, for metadata and the file system's own
+_SPARE = 0.02  # share of the free space that is left for metadata and the file system
 
 
 @dataclass(frozen=True)
 class Collection:
-    """What to ask the Archive for. collection_id as `isic collection list` shows it; search in the Archive's syntax."""
+    """A part of the Archive."""
 
     name: str
-    collection_id: int
-    search: str = ""
+    collection_id: int  # as in `isic collection list`
+    search: str = ""  # in the syntax of the Archive; "" for the whole collection
 
 
 # "Challenge 2020: Training" and the melanomas of "Challenge 2019: Training": 33,126 + 4,522 images in the paper.
@@ -45,14 +45,18 @@ PAPER = ("isic-2020", "isic-2019-melanoma")
 
 @dataclass(frozen=True)
 class Offer:
-    """How much the Archive has of a collection."""
+    """Size of a collection in the Archive."""
 
     images: int
     bytes: int
 
 
 def find_collection(name: str) -> Collection:
-    """One of COLLECTIONS by its name, or any by its number. DataError otherwise."""
+    """Get one of COLLECTIONS by its name, or any collection by its number.
+
+    Raises:
+        DataError: The name is not known.
+    """
     if name in COLLECTIONS:
         return COLLECTIONS[name]
     if name.isascii() and name.isdigit():
@@ -61,31 +65,40 @@ def find_collection(name: str) -> Collection:
 
 
 def download(collections: Sequence[Collection], out: Path) -> dict[str, int]:
-    """Download each collection into OUT/<name>: images, metadata.csv, attribution.txt, licenses/. Images of each.
+    """Download each collection into `out`/NAME: images, metadata.csv, attribution.txt, licenses/.
 
-    The Archive's tool shows its own progress bar. A collection that is there whole is left alone. Raises DataError if
-    the tool or the network is missing, the disk is too small, the tool fails or images did not arrive.
+    The tool shows its own progress bar. Complete collections are not downloaded again.
+
+    Returns:
+        Number of images of each collection.
+
+    Raises:
+        DataError: The tool or the network is missing, the disk is too small, the tool fails, or images are missing afterwards.
     """
-    # Beside our own Python, where it was installed, even if that environment is not activated.
+    # The folder of our own Python is searched too: its environment is not necessarily activated.
     program = shutil.which("isic") or shutil.which("isic", path=str(Path(sys.executable).parent))
     if program is None:
         raise DataError(f"the program `isic` is not installed; install it with: {install_command('data')}")
     offers = {collection: ask_archive(collection) for collection in collections}
-    missing = {each: offer for each, offer in offers.items() if count_whole(out / each.name) != offer.images}
+    missing = {each: offer for each, offer in offers.items() if count_complete(out / each.name) != offer.images}
     _check_space(out, missing)
     for collection in missing:
         _run(program, collection, out / collection.name)
-        there, offer = count_whole(out / collection.name), offers[collection]
-        if there != offer.images:
+        present, offer = count_complete(out / collection.name), offers[collection]
+        if present != offer.images:
             raise DataError(
-                f"{out / collection.name}: {offer.images - (there or 0):,} of {offer.images:,} images did not arrive; "
+                f"{out / collection.name}: {offer.images - (present or 0):,} of {offer.images:,} images did not arrive; "
                 "run the same command again"
             )
     return {collection.name: offer.images for collection, offer in offers.items()}
 
 
 def ask_archive(collection: Collection) -> Offer:
-    """Count and size of a collection, from the Archive's public API. DataError if it cannot be reached."""
+    """Get the number of images and the size of a collection from the public API of the Archive.
+
+    Raises:
+        DataError: The Archive cannot be reached or refuses.
+    """
     query = {"query": collection.search, "collections": str(collection.collection_id)}
     try:
         with httpx.Client(base_url=API, timeout=30, follow_redirects=True) as client:
@@ -98,15 +111,15 @@ def ask_archive(collection: Collection) -> Offer:
     return Offer(int(count), int(size))
 
 
-def count_whole(folder: Path) -> int | None:
-    """Images of a downloaded folder, if every row of its metadata.csv has one; fewer if not; None without the table."""
+def count_complete(folder: Path) -> int | None:
+    """Number of rows of metadata.csv in a downloaded folder that have an image; None without the table."""
     try:
         with (folder / "metadata.csv").open(newline="", encoding="utf-8") as file:
             ids = [row["isic_id"] for row in csv.DictReader(file)]
-        there = {path.stem for path in folder.iterdir() if path.suffix != ".csv" and path.stat().st_size > 0}
+        present = {path.stem for path in folder.iterdir() if path.suffix != ".csv" and path.stat().st_size > 0}
     except (OSError, KeyError):
         return None
-    return sum(name in there for name in ids)
+    return sum(name in present for name in ids)
 
 
 def _check_space(out: Path, missing: Mapping[Collection, Offer]) -> None:
@@ -116,11 +129,11 @@ def _check_space(out: Path, missing: Mapping[Collection, Offer]) -> None:
     free = shutil.disk_usage(folder).free
     needed = 0
     for collection, offer in missing.items():
-        there = out / collection.name
-        arrived = sum(path.stat().st_size for path in there.iterdir()) if there.is_dir() else 0
+        target = out / collection.name
+        arrived = sum(path.stat().st_size for path in target.iterdir()) if target.is_dir() else 0
         needed += max(0, offer.bytes - arrived)
     if needed > free * (1 - _SPARE):
-        raise DataError(f"{out}: {needed / 1e9:.1f} GB are to come, but only {free / 1e9:.1f} GB are free")
+        raise DataError(f"{out}: {needed / 1e9:.1f} GB are needed, but only {free / 1e9:.1f} GB are free")
 
 
 def _run(program: str, collection: Collection, folder: Path) -> None:
@@ -128,10 +141,10 @@ def _run(program: str, collection: Collection, folder: Path) -> None:
     if collection.search:
         command += ["--search", collection.search]
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # No input: the tool must not wait for answers, nor send its bug reports.
+    # No input, so that the tool neither waits for answers nor offers to send bug reports.
     status = subprocess.run([*command, str(folder)], stdin=subprocess.DEVNULL, check=False).returncode
     if status:
         raise DataError(
             f"{folder}: `isic image download` failed with status {status}, its message is above; "
-            "run the same command again to go on"
+            "run the same command again to continue"
         )

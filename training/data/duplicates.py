@@ -1,9 +1,9 @@
-"""Near-duplicates: copies of one image and repeated photographs of one lesion.
+"""Find near-duplicates: copies of one image and repeated photographs of one lesion.
 
-A near-duplicate that stands in training and in validation makes every score too good, and a generator that is trained
-on copies learns to repeat them. Perceptual hashes find copies, embeddings find other views of a lesion; both also pair
-strangers that look alike, so `confirmed` lays the two images of a pair over each other and keeps those that match.
-All pairs are compared, in blocks: 40,000 images need about 1 GB, never an N x N matrix.
+Near-duplicates across training and validation make every score too good, and a generator that is trained on copies learns to
+repeat them. Perceptual hashes find copies, and embeddings find other views of a lesion. Both also propose pairs of different
+lesions that look similar, so `confirmed` aligns the two images of a pair and keeps those that match. All pairs are compared, in
+blocks: 40,000 images need about 1 GB, and no N x N matrix is made.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from tqdm import tqdm
 
-# Set by eye on ../shared/data/dermoscopy (docs/artefacts.md): the first two admit candidates, the third decides.
+# Set by eye on a collection of dermoscopy (docs/artefacts.md): the first two select candidates, the third decides.
 HASH_DISTANCE = 10  # of 64 bits
 EMBEDDING_SIMILARITY = 0.32  # cosine of whitened lite0 features
-CORRELATION = 0.8  # of the textures of two images laid over each other
+CORRELATION = 0.8  # of the textures of two aligned images
 
 Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Pairs of images, i < j, in ascending order of (i, j). All three arrays have length P."""
+    """Pairs of images, i < j, in ascending order of (i, j). All arrays have the length P."""
 
     i: NDArray[np.int64]
     j: NDArray[np.int64]
-    distance: NDArray[np.float64]  # differing bits, or 1 - cosine similarity, or 1 - correlation: as the maker says
+    distance: NDArray[np.float64]  # differing bits, 1 - cosine similarity, or 1 - correlation; see the function
 
     def __len__(self) -> int:
         return len(self.i)
@@ -45,12 +45,18 @@ class Pairs:
 
 
 def perceptual_hashes(images: Iterable[NDArray[np.uint8]]) -> NDArray[np.uint64]:
-    """pHash of RGB images [H, W, 3] of any sizes: uint64 [N], one bit for each of 64 low frequencies.
+    """Compute the perceptual hashes (pHash) of images.
 
-    Luminance at 32 x 32 px, type-II DCT, the signs of the coefficients of frequencies 1 to 8 in both directions: the
-    hash of Zauner, "Implementation and benchmarking of perceptual image hash functions" (2010), section 3.2.1, with
-    two changes. The threshold is zero instead of the median, so that mirroring an image flips known bits (`mirrored`).
-    And local contrast is normalised first: otherwise any two small dark lesions on plain skin have nearly the same hash.
+    Luminance at 32 x 32 px, type-II DCT, the signs of the coefficients of frequencies 1 to 8 in both directions: the hash of
+    Zauner, "Implementation and benchmarking of perceptual image hash functions" (2010), section 3.2.1, with two changes. The
+    threshold is zero instead of the median, so that mirroring an image flips known bits (`mirrored`). Local contrast is
+    normalised first: otherwise all small dark lesions on plain skin have similar hashes.
+
+    Args:
+        images: RGB images [H, W, 3] of any sizes.
+
+    Returns:
+        uint64 [N], one bit for each of 64 low frequencies.
     """
     return np.array([_hash(image) for image in images], dtype=np.uint64)
 
@@ -64,9 +70,15 @@ def _hash(image: NDArray[np.uint8]) -> int:
 
 
 def mirrored(hashes: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """uint64 [N] -> [N, 4]: the hashes of the images as they are, mirrored left-right, top-bottom, and in both ways.
+    """Compute the hashes of mirrored images from those of the images.
 
-    Mirroring a signal changes the signs of its odd DCT-II coefficients and nothing else, so no image is needed.
+    Mirroring a signal changes only the signs of its odd DCT-II coefficients.
+
+    Args:
+        hashes: uint64 [N].
+
+    Returns:
+        uint64 [N, 4]: of the images as they are, mirrored left-right, mirrored top-bottom, and mirrored in both ways.
     """
     odd = np.broadcast_to(np.arange(1, 9) % 2 == 1, (8, 8))
     masks = [np.zeros((8, 8), bool), odd, odd.T, odd ^ odd.T]
@@ -74,10 +86,16 @@ def mirrored(hashes: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def hash_pairs(hashes: NDArray[np.uint64], max_distance: int = HASH_DISTANCE, *, mirrors: bool = False) -> Pairs:
-    """All pairs of hashes [N] that differ in at most `max_distance` of 64 bits; distance is their number.
+    """Find all pairs of similar hashes.
 
-    `mirrors`: also find images that are each other's mirror image, or turned by 180 degrees (the least distance of
-    the four positions counts).
+    Args:
+        hashes: uint64 [N].
+        max_distance: Largest number of differing bits, of 64.
+        mirrors: Whether to find images that are mirrored or turned by 180 degrees, too. The smallest distance of the four
+            positions is used.
+
+    Returns:
+        The pairs; their distance is the number of differing bits.
     """
     if not 0 <= max_distance <= 64:
         raise ValueError(f"max_distance {max_distance} is not between 0 and 64 bits")
@@ -97,11 +115,18 @@ def hash_pairs(hashes: NDArray[np.uint64], max_distance: int = HASH_DISTANCE, *,
 
 
 def embedding_pairs(features: Floats, min_similarity: float = EMBEDDING_SIMILARITY, *, components: int = 512) -> Pairs:
-    """All pairs of features [N, dim] with a cosine similarity of at least `min_similarity`; distance is 1 - similarity.
+    """Find all pairs of similar features.
 
-    Features are whitened first over their `components` strongest principal components (at most N / 10; 0 leaves them
-    as they are): it takes away what all dermoscopic images share (Jégou & Chum, "Negative evidences and co-occurences
-    in image retrieval", ECCV 2012, section 4).
+    Features are whitened first, which removes what all dermoscopic images have in common (Jégou & Chum, "Negative evidences and
+    co-occurences in image retrieval", ECCV 2012, section 4).
+
+    Args:
+        features: [N, dim].
+        min_similarity: Smallest cosine similarity of whitened features.
+        components: Number of principal components for whitening, at most N / 10; 0 for no whitening.
+
+    Returns:
+        The pairs; their distance is 1 - similarity.
     """
     x = _whitened(features, min(components, len(features) // 10))
     unit = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
@@ -117,7 +142,7 @@ def _whitened(features: Floats, components: int) -> Floats:
     if components < 2:
         return features
     centred = features - features.mean(axis=0)
-    # By the covariance, so that 40,000 images cost a [dim, dim] matrix and not an SVD of all features.
+    # From the covariance, a [dim, dim] matrix, instead of an SVD of all features.
     variances, axes = np.linalg.eigh((centred.T @ centred).astype(np.float64) / len(features))
     kept = slice(-min(components, features.shape[1]), None)
     scale = axes[:, kept] / np.sqrt(np.maximum(variances[kept], 1e-9 * variances[-1]))
@@ -125,7 +150,7 @@ def _whitened(features: Floats, components: int) -> Floats:
     return whitened
 
 
-# --- Confirmation: lay one image over the other
+# --- Confirmation: align two images
 
 _COARSE, _FINE = 48, 128  # pixels a side
 _SCALES = np.exp(np.linspace(-np.log(1.7), np.log(1.7), 11))
@@ -140,10 +165,17 @@ def confirmed(
     mirrors: bool = False,
     progress: bool = True,
 ) -> Pairs:
-    """The pairs whose images match when laid over each other; distance is 1 - correlation.
+    """Keep the pairs whose images match when aligned.
 
-    load(k) gives image k as uint8 [H, W, 3], of any size. `mirrors`: also try the second image mirrored and turned by
-    180 degrees, at four times the cost.
+    Args:
+        pairs: Proposed pairs.
+        load: Loads image k as uint8 [H, W, 3] of any size.
+        min_correlation: Smallest correlation of the aligned images.
+        mirrors: Whether to try the second image mirrored and turned by 180 degrees, too, at four times the cost.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The pairs that match; their distance is 1 - correlation.
     """
     textures = lru_cache(maxsize=2048)(lambda k: _textures(load(k)))
     flips = [(1, 1), (1, -1), (-1, 1), (-1, -1)] if mirrors else [(1, 1)]
@@ -161,17 +193,17 @@ def confirmed(
 
 
 def correlation(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
-    """How well two RGB images [H, W, 3] match when laid over each other: normalised cross-correlation, at most 1.
+    """Normalised cross-correlation of two RGB images [H, W, 3] when aligned, at most 1.
 
-    A central disc of either image is looked for in the other one: shifted by up to a quarter of the side, turned by up
-    to 40 degrees, scaled by up to 1.7; first at 48 px, then, around the best positions, at 128 px. What is compared is
-    texture with its local contrast normalised, so that two dark blobs on plain skin do not match. Mirror images do not.
+    A central disc of each image is searched for in the other one: shifted by up to a quarter of the side, turned by up to 40
+    degrees, scaled by up to 1.7; first at 48 px and then, around the best positions, at 128 px. Textures with normalised local
+    contrast are compared, so that two dark spots on plain skin do not match. Mirror images do not match either.
     """
     return _correlation(_textures(a), _textures(b))
 
 
 def _textures(image: NDArray[np.uint8]) -> tuple[Floats, Floats]:
-    """The image's band-passed luminance over its local deviation, float32 [48, 48] and [128, 128]."""
+    """Band-passed luminance of an image over its local deviation, float32 [48, 48] and [128, 128]."""
     return _texture(_luminance(image, _COARSE), 0.8, 4, 6, 4), _texture(_luminance(image, _FINE), 1.2, 6, 12, 3)
 
 
@@ -184,9 +216,9 @@ def _texture(grey: NDArray[np.float64], fine: float, coarse: float, window: floa
 def _correlation(a: tuple[Floats, Floats], b: tuple[Floats, Floats]) -> float:
     grid = [(scale, turn) for scale in _SCALES for turn in _TURNS]
     forth, back = _best_shifts(a[0], b[0], grid), _best_shifts(b[0], a[0], grid)
-    # The disc of the closer view lies inside the wider one: that direction matches better.
+    # The disc of the closer view is inside the wider view, so that direction matches better.
     template, image, coarse = (a[1], b[1], forth) if forth.max() >= back.max() else (b[1], a[1], back)
-    if coarse.max() < 0.65:  # true pairs reach 0.73 and more; most strangers need not be looked at closely
+    if coarse.max() < 0.65:  # true pairs reach 0.73; most others are excluded here
         return min(float(coarse.max()), 0.5)
     near = [grid[k] for k in np.argsort(-coarse)[:4]]
     offsets = [(scale, np.deg2rad(turn)) for scale in (0.97, 1, 1.03) for turn in (-3, 0, 3)]
@@ -194,7 +226,7 @@ def _correlation(a: tuple[Floats, Floats], b: tuple[Floats, Floats]) -> float:
 
 
 def _best_shifts(template: Floats, image: Floats, poses: list[tuple[float, float]]) -> Floats:
-    """[len(poses)]: for every (scale, turn) of the image, the highest correlation over all shifts of the disc.
+    """Highest correlation over all shifts of the disc, for every pose (scale, turn) of the image: [len(poses)].
 
     Normalised cross-correlation under a mask, by FFT (Padfield, IEEE Trans. Image Process. 21 (2012), eq. 8).
     """
@@ -203,7 +235,7 @@ def _best_shifts(template: Floats, image: Floats, poses: list[tuple[float, float
     area = mask.sum()
     template = mask * (template - (template * mask).sum() / area)
     posed = np.stack([_posed(image, scale, turn) for scale, turn in poses])
-    size = (fft.next_fast_len(side * 3 // 2),) * 2  # shifts beyond the quarter may wrap round: they are not looked at
+    size = (fft.next_fast_len(side * 3 // 2),) * 2  # larger shifts than a quarter wrap around; they are not used
 
     def correlated(spectrum: NDArray[np.complex64], kernel: Floats) -> Floats:
         full: Floats = fft.irfft2(spectrum * np.conj(fft.rfft2(kernel, size)), size)
@@ -211,7 +243,7 @@ def _best_shifts(template: Floats, image: Floats, poses: list[tuple[float, float
 
     spectrum = fft.rfft2(posed, size)
     sums, squares = correlated(spectrum, mask), correlated(fft.rfft2(posed**2, size), mask)
-    floor = 0.1 * area * (posed**2).mean(axis=(1, 2), keepdims=True) + 1e-6  # plain regions must not divide by nothing
+    floor = 0.1 * area * (posed**2).mean(axis=(1, 2), keepdims=True) + 1e-6  # avoids division by 0 in plain regions
     spread = np.sqrt(np.maximum(squares - sums**2 / area, floor) * ((template**2).sum() + 1e-6))
     match = correlated(spectrum, template) / spread
     reach = side // 4
@@ -229,7 +261,7 @@ def _disc(side: int) -> Floats:
 
 
 def _posed(image: Floats, scale: float, turn: float) -> Floats:
-    """The image turned and scaled about its centre, zero outside."""
+    """An image turned and scaled about its centre, zero outside."""
     matrix = scale * np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
     centre = np.full(2, (len(image) - 1) / 2)
     posed: Floats = ndimage.affine_transform(image, matrix, centre - matrix @ centre, order=1)
@@ -239,29 +271,36 @@ def _posed(image: Floats, scale: float, turn: float) -> Floats:
 # --- Pairs
 
 
-def union(*found: Pairs) -> Pairs:
-    """Pairs that any of several searches found, each once, with the distance of the first search that has it."""
-    i, j, distance = (np.concatenate([getattr(pairs, name) for pairs in found]) for name in ("i", "j", "distance"))
+def union(*searches: Pairs) -> Pairs:
+    """Pairs of several searches, each once, with the distance of the first search that has it."""
+    i, j, distance = (np.concatenate([getattr(pairs, name) for pairs in searches]) for name in ("i", "j", "distance"))
     _, first = np.unique(np.stack([i, j]), axis=1, return_index=True)
     return Pairs(i[first], j[first], distance[first])
 
 
 def groups(pairs: Pairs) -> list[list[int]]:
-    """Connected components of the pairs: each a sorted list of at least two images, in order of their first."""
+    """Connected components of the pairs: sorted lists of at least two images, ordered by their first image."""
     members, ends = np.unique(np.concatenate([pairs.i, pairs.j]), return_inverse=True)
     size = (len(members), len(members))
     graph = coo_array((np.ones(len(pairs)), (ends[: len(pairs)], ends[len(pairs) :])), shape=size)
     number, component = connected_components(graph, directed=False)
-    found: list[list[int]] = [[] for _ in range(number)]
-    for member, of in zip(members.tolist(), component.tolist(), strict=True):
-        found[of].append(member)
-    return sorted(found)
+    components: list[list[int]] = [[] for _ in range(number)]
+    for member, index in zip(members.tolist(), component.tolist(), strict=True):
+        components[index].append(member)
+    return sorted(components)
 
 
 def _pairs_in_blocks(
     number: int, distances: Callable[[int, int], NDArray[np.uint8] | Floats], limit: float, block: int
 ) -> Pairs:
-    """Pairs with distance <= limit. distances(start, stop) -> [stop - start, number - start]: these against all later."""
+    """Find the pairs with a distance of at most `limit`.
+
+    Args:
+        number: Number of images.
+        distances: Returns the distances [stop - start, number - start] of images start to stop - 1 to those from start on.
+        limit: Largest distance.
+        block: Number of images in a call of `distances`.
+    """
     i, j, distance = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros(0)]
     for start in range(0, number, block):
         near = distances(start, min(start + block, number))
@@ -274,7 +313,7 @@ def _pairs_in_blocks(
 
 
 def _luminance(image: NDArray[np.uint8], side: int) -> NDArray[np.float64]:
-    """[side, side]: areas are averaged when shrinking, so that a shift by a pixel changes little."""
+    """Luminance [side, side] of an image. Areas are averaged when shrinking, so that a shift by a pixel changes little."""
     grey = Image.fromarray(image).convert("L")
     method = Image.Resampling.BOX if min(grey.size) >= side else Image.Resampling.BICUBIC
     return np.asarray(grey.resize((side, side), method), dtype=np.float64)

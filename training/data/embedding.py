@@ -1,49 +1,42 @@
-"""Embedding of many images: files are read and decoded in threads ahead of the network, under one progress bar."""
+"""Embed many images in batches, under a progress bar."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from dermis.cpus import available_cpus
+from dermis.imaging import Images
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-Images = NDArray[np.uint8]
 Extract = Callable[[Images], NDArray[np.float32]]
 
-CHUNK = 64  # images of one call of the network
-AHEAD = 4 * CHUNK  # decoded images that wait for it
+CHUNK = 64  # images in one call of the network
 
 
 def progress_bar(total: int, name: str, *, disable: bool | None = None) -> tqdm:
-    """Of images; it shows the remaining time. It is left out where stderr is no terminal, unless `disable` says otherwise."""
+    """A progress bar that counts images and shows the remaining time.
+
+    Args:
+        total: Number of images.
+        name: Text before the bar.
+        disable: Whether to hide the bar; None hides it where stderr is not a terminal.
+    """
     return tqdm(total=total, desc=name, unit="img", disable=disable, smoothing=0.05)
 
 
-def ahead(function: Callable[[Item], Result], items: Sequence[Item], waiting: int = AHEAD) -> Iterator[Result]:
-    """Results in the order of items, computed in threads, at most `waiting` of them ahead of the one that is asked for."""
-    pool = ThreadPoolExecutor(available_cpus())
-    futures: deque[Future[Result]] = deque()
-    try:
-        for item in items:
-            futures.append(pool.submit(function, item))
-            if len(futures) > waiting:
-                yield futures.popleft().result()
-        while futures:
-            yield futures.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 def embed_array(images: Images, extract: Extract, bar: tqdm) -> NDArray[np.float32]:
-    """Features [N, dim] of decoded images [N, H, W, 3], N at least 1, which may lie on disk."""
+    """Embed decoded images.
+
+    Args:
+        images: [N, H, W, 3], N at least 1; can be a memory map.
+        extract: Computes features [n, dim] of n images.
+        bar: Counts the images.
+
+    Returns:
+        Features [N, dim].
+    """
     parts = []
     for start in range(0, len(images), CHUNK):
         parts.append(extract(np.ascontiguousarray(images[start : start + CHUNK])))

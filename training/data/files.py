@@ -1,6 +1,6 @@
-"""The files of a folder or zip: which are images, which are tables, and what is left out, with the reason.
+"""List the files of a folder or zip: images, tables, archives, and files that are left out, with the reason.
 
-Folders and zips are listed alike. Links are followed, files that operating systems add are ignored. No image is opened.
+Links are followed, and files that operating systems add are ignored. No image is opened.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dermis.errors import DataError, escape
 from dermis.reading import IMAGE_SUFFIXES, is_image_header
 
 TABLE_SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tab")
-# Files that go with data sets and are no images, so that leaving them out is no loss.
+# Files of data sets that are not images, so that no image is lost when they are left out.
 _TEXT_SUFFIXES = frozenset({
     ".txt", ".md", ".rst", ".json", ".jsonl", ".yaml", ".yml", ".xml", ".html", ".htm", ".pdf", ".doc", ".docx", ".xls",
     ".xlsx", ".ods", ".py", ".ipynb", ".log", ".bib", ".toml", ".sha256", ".md5", ".js", ".css",
@@ -45,17 +45,21 @@ ARCHIVE = "an archive that is not read; unpack it"
 
 @dataclass(frozen=True)
 class ImageFile:
-    """Where an image is: a file, or a member of the zip, tar or Parquet file at `path` (of the last: a row's number)."""
+    """Place of an image: a file, or a member of an archive."""
 
     path: Path
-    member: str = ""
+    member: str = ""  # name in the zip or tar file at `path`, or row number in the Parquet file
 
     @property
     def name(self) -> str:
         return PurePosixPath(self.member).name if self.member else self.path.name
 
     def read_bytes(self) -> bytes:
-        """The file's content. DataError if it cannot be read."""
+        """Read the content.
+
+        Raises:
+            DataError: It cannot be read.
+        """
         try:
             if not self.member:
                 return self.path.read_bytes()
@@ -80,7 +84,7 @@ class ImageFile:
             raise DataError(f"{self.path / self.member}: cannot be read ({error})") from error
 
     def stamp(self) -> str:
-        """Changes when the file does: place, size and time of the last change."""
+        """Place, size and time of the last change as a text, which changes when the file does."""
         status = self.path.stat()
         place = str(self.path.resolve()).encode(errors="backslashreplace").decode()
         return f"{place}\t{self.member}\t{status.st_size}\t{status.st_mtime_ns}"
@@ -88,42 +92,42 @@ class ImageFile:
 
 @dataclass(frozen=True)
 class Listing:
-    """The files of a folder or zip by their path in it, with slashes. `ignored` gives the reason of each that is left out."""
+    """The files of a folder or zip by their path in it, with slashes."""
 
     root: Path
     images: Mapping[str, ImageFile]
     tables: Mapping[str, ImageFile]
     archives: Mapping[str, ImageFile]
-    ignored: Mapping[str, str]
+    ignored: Mapping[str, str]  # reason of each file that is left out
     empty_folders: tuple[str, ...] = ()
-    files: int | None = None  # if images inside archives are listed: the number of files without them
+    files: int | None = None  # number of files without images inside archives, if these are listed
     _index: dict[str, list[str]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def seen(self) -> int:
-        """How many files there are, without those of the operating system."""
+        """Number of files, without those of the operating system."""
         if self.files is not None:
             return self.files
         return len(self.images) + len(self.tables) + len(self.archives) + len(self.lost) + len(self.passed_over)
 
     @property
     def lost(self) -> dict[str, str]:
-        """Files that may well be images and cannot be read, with the reason."""
+        """Files that may be images and cannot be read, with the reason."""
         return {name: why for name, why in self.ignored.items() if why not in (SYSTEM_FILE, NOT_AN_IMAGE)}
 
     @property
     def passed_over(self) -> list[str]:
-        """Files that are no images: texts, documents."""
+        """Files that are not images: texts, documents."""
         return [name for name, why in self.ignored.items() if why == NOT_AN_IMAGE]
 
     def ids(self) -> dict[str, str]:
-        """An id for each image: its name without the suffix; its path where names repeat, with the suffix if need be."""
+        """Id of each image: its name without suffix or, if names repeat, its path without suffix; with suffix if needed."""
         ids = {path: PurePosixPath(path).stem for path in self.images}
         for longer in (without_suffix, str):
             repeated = {name for name, count in Counter(ids.values()).items() if count > 1}
             if not repeated:
                 break
-            # Paths for all: an id must not depend on which other images there are by chance of one name.
+            # Paths for all images, so that an id does not depend on whether another image has the same name.
             ids = {
                 path: longer(path) if longer is without_suffix or name in repeated else name
                 for path, name in ids.items()
@@ -131,17 +135,14 @@ class Listing:
         return ids
 
     def find(self, name: str) -> list[str]:
-        """Paths of the images that a table may mean by `name`: a path or its end, a file name, either without suffix."""
+        """Paths of the images that a name in a table can mean: a path, its end, or a file name, with or without suffix."""
         if not self._index:
             for path in self.images:
                 composed = unicodedata.normalize("NFC", path)  # macOS writes an umlaut as two characters
                 last = PurePosixPath(composed).name
                 for key in {composed, without_suffix(composed), last, without_suffix(last)}:
                     self._index.setdefault(key, []).append(path)
-                    if key.casefold() != key:
-                        self._index.setdefault("\0" + key.casefold(), []).append(path)
-                    else:
-                        self._index.setdefault("\0" + key, []).append(path)
+                    self._index.setdefault("\0" + key.casefold(), []).append(path)
         composed = unicodedata.normalize("NFC", name.replace("\\", "/"))
         steps = [part for part in composed.split("/") if part not in ("", ".", "..")]
         for prefix in ("", "\0"):
@@ -160,13 +161,17 @@ def has_image_suffix(name: str) -> bool:
 
 
 def plain_id(value: str) -> str:
-    """A table's name of an image without folders and without the suffix of an image."""
+    """Name of an image in a table without folders and suffix."""
     name = value.strip().replace("\\", "/").rstrip("/").rpartition("/")[2]
     return PurePosixPath(name).stem if has_image_suffix(name) else name
 
 
 def list_files(path: Path) -> Listing:
-    """List a folder, or a zip. Raises DataError if it, or a folder in it, cannot be listed."""
+    """List a folder or a zip.
+
+    Raises:
+        DataError: It, or a folder in it, cannot be listed.
+    """
     images: dict[str, ImageFile] = {}
     tables: dict[str, ImageFile] = {}
     archives: dict[str, ImageFile] = {}
@@ -184,14 +189,14 @@ def list_files(path: Path) -> Listing:
             archives[name] = file
         elif suffix in _TEXT_SUFFIXES:
             ignored[name] = NOT_AN_IMAGE
-        else:  # no suffix, or one that says nothing: what the file holds decides
+        else:  # no known suffix: the content decides
             header = _header(file)
             if is_image_header(header):
                 images[name] = file
             elif not suffix and _is_text_link(file):
                 ignored[name] = TEXT_LINK
             elif not suffix and _is_text(header):
-                # Harvard's HAM10000_metadata is a CSV without suffix; LICENSE is not, which shows later.
+                # HAM10000_metadata of Harvard is a CSV without suffix. Other texts, as LICENSE, are excluded later.
                 tables[name] = file
             elif not header:
                 ignored[name] = NOT_AN_IMAGE if not suffix else NOT_READABLE
@@ -201,7 +206,11 @@ def list_files(path: Path) -> Listing:
 
 
 def list_members(archive: ImageFile) -> dict[str, ImageFile]:
-    """Images inside a zip, tar or Parquet file of a folder, by their name in it. DataError if it cannot be read."""
+    """List the images inside a zip, tar or Parquet file of a folder by their names in it.
+
+    Raises:
+        DataError: It cannot be read.
+    """
     path = archive.path
     if archive.member:
         raise DataError(f"{path / archive.member}: an archive inside a zip is not read; unpack it")
@@ -217,7 +226,7 @@ def list_members(archive: ImageFile) -> dict[str, ImageFile]:
             with zipfile.ZipFile(path) as opened:
                 names = [info.filename for info in opened.infolist() if not info.is_dir()]
     except (OSError, ValueError, KeyError, zipfile.BadZipFile, tarfile.TarError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); remove it or get it again") from error
+        raise DataError(f"{path}: cannot be read ({error}); remove it or download it again") from error
     members: dict[str, ImageFile] = {}
     for name in names:
         plain = _member_path(name)
@@ -229,7 +238,7 @@ def list_members(archive: ImageFile) -> dict[str, ImageFile]:
 
 
 def _entries(path: Path, empty: list[str]) -> Iterator[tuple[str, ImageFile, str]]:
-    """Path, file and the reason to leave it out ("" to read it), in the order of the paths."""
+    """Path and file in the order of the paths, with the reason to leave the file out ("" to read it)."""
     if path.is_dir():
         yield from _walk(path, "", (), empty)
         return
@@ -248,7 +257,7 @@ def _entries(path: Path, empty: list[str]) -> Iterator[tuple[str, ImageFile, str
 
 def _walk(folder: Path, prefix: str, above: Sequence[str], empty: list[str]) -> Iterator[tuple[str, ImageFile, str]]:
     real = os.path.realpath(folder)
-    if real in above:  # a link to a folder that it lies in
+    if real in above:  # a link to a folder that contains it
         return
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
@@ -263,7 +272,7 @@ def _walk(folder: Path, prefix: str, above: Sequence[str], empty: list[str]) -> 
                 yield name, file, SYSTEM_FILE
             continue
         try:
-            mode = os.stat(file.path).st_mode  # noqa: PTH116 - of what a link leads to
+            mode = os.stat(file.path).st_mode  # noqa: PTH116 - of the target of a link
         except OSError:
             yield name, file, BROKEN_LINK
             continue
@@ -274,7 +283,7 @@ def _walk(folder: Path, prefix: str, above: Sequence[str], empty: list[str]) -> 
 
 
 def _printable(name: str) -> str:
-    """A name whose bytes are not UTF-8 as Latin-1, in which older systems wrote it: tables and reports are UTF-8."""
+    """Decode a name that is not UTF-8 as Latin-1, the encoding of older systems, as tables and reports are UTF-8."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -283,7 +292,7 @@ def _printable(name: str) -> str:
 
 
 def _member_path(name: str) -> str:
-    """A member's path with slashes and without "./"; UTF-8 that a zip does not declare as such (see cp437) is decoded."""
+    """Path of a member with slashes and without "./". UTF-8 that the zip does not declare (see cp437) is decoded."""
     if not name.isascii():
         with contextlib.suppress(UnicodeError):
             name = name.encode("cp437").decode()
@@ -306,7 +315,7 @@ def _header(file: ImageFile) -> bytes:
 
 
 def _is_text_link(file: ImageFile) -> bool:
-    """Does a file hold nothing but a path? So git and some archivers save a link where the system has none."""
+    """Whether a file contains only a path, as git and some archivers write links on systems without links."""
     if file.member or file.path.stat().st_size > _LONGEST_PATH:
         return False
     text = file.read_bytes()
@@ -323,13 +332,13 @@ def without_suffix(path: str) -> str:
 
 @lru_cache(maxsize=8)
 def _open_zip(path: Path, changed: int, process: int) -> zipfile.ZipFile:
-    """One handle a file and process: its threads may share it, forked processes may not."""
+    """One handle for each process: threads can share it, but forked processes cannot. `changed` is part of the key only."""
     return zipfile.ZipFile(path)
 
 
 @lru_cache(maxsize=64)
 def _tar_members(path: Path, changed: int) -> dict[str, tuple[int, int]]:
-    """Start and size of each file: threads cannot share a handle of tarfile's."""
+    """Start and size of each file, as threads cannot share a handle of tarfile."""
     with tarfile.open(path, "r:") as tar:
         return {member.name: (member.offset_data, member.size) for member in tar if member.isfile()}
 

@@ -1,4 +1,4 @@
-"""Class folders: which folders may be classes, and which look like parts of a data set, patients, containers or masks."""
+"""Decide whether folders are classes, or look like parts of a data set, patients, containers or masks."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _MASK = re.compile(r"(.+?)[ _-](?:segmentation|seg|masks?|superpixels|lesion|roi
 _PARTS = frozenset(
     {"train", "training", "val", "valid", "validation", "test", "testing", "holdout", "held-out", "held_out", "heldout"}
 )
-# Names of folders that hold images of all classes, as publishers pack them.
+# Names of folders with images of all classes in published data sets.
 CONTAINERS = re.compile(
     r"(.*[_ -])?(images?|imgs?|input|jpe?gs?|pngs?|photos?|data)([_ -]?(part|resized)?[_ -]?\d*)?", re.IGNORECASE
 )
 
 
 def wrapper(listing: Listing) -> str:
-    """The folder around the class folders: "data/" where all images are in data/benign, data/malignant."""
+    """The folder that contains the class folders: "data/" if all images are in data/benign and data/malignant."""
     prefix = ""
     while True:
         inside = [name.removeprefix(prefix) for name in listing.images]
@@ -32,14 +32,24 @@ def wrapper(listing: Listing) -> str:
 
 
 def check_class_folders(path: Path, listing: Listing, below: Mapping[str, set[str]], prefix: str) -> None:
-    """DataError where the folders may well be something else than classes."""
+    """Check that folders are not likely to be something else than classes.
+
+    Args:
+        path: The source, for messages.
+        listing: Its files.
+        below: Folders that can be classes, each with the names of the folders inside that have images ("" for none).
+        prefix: Folder that contains them.
+
+    Raises:
+        DataError: The folders may be something else.
+    """
     tables = unused_tables(listing)
     seen = f" ({'; '.join(tables)})" if tables else ""
-    choice = "--layout imagefolder takes the folders for classes all the same"
+    choice = "--layout imagefolder uses the folders as classes"
     nested = next((name for name in sorted(listing.ignored) if name.endswith("/dataset.json")), None)
     if nested is not None:
         raise DataError(
-            f"{path}: holds a StyleGAN data set in a folder, {escape(nested)}; give that folder, or a zip of what is in it "
+            f"{path}: contains a StyleGAN data set in a folder, {escape(nested)}; give that folder, or a zip of its content "
             f"({choice})"
         )
     if all(re.fullmatch(r"\d{5}", name) for name in below):
@@ -63,9 +73,9 @@ def check_class_folders(path: Path, listing: Listing, below: Mapping[str, set[st
     shared = set.intersection(*inner)
     parts = sorted(name for name in below if is_part(name))
     if parts and (len(parts) > 1 or shared):
-        what = f", each with {', '.join(sorted(shared))}," if shared else ""
+        content = f", each with {', '.join(sorted(shared))}," if shared else ""
         raise DataError(
-            f"{path}: {prefix}{names} look like parts of a data set{what} and not like classes; give one of them, as in "
+            f"{path}: {prefix}{names} look like parts of a data set{content} and not like classes; give one of them, as in "
             f"{path / prefix / parts[0]} ({choice})"
         )
     if len(shared) > 1 and all("" not in folders for folders in below.values()):
@@ -75,7 +85,7 @@ def check_class_folders(path: Path, listing: Listing, below: Mapping[str, set[st
         )
     if all(CONTAINERS.fullmatch(name) for name in below):
         raise DataError(
-            f"{path}: {names} are no names of classes, and no table names their images{seen}; name a table with "
+            f"{path}: {names} are not names of classes, and no table names their images{seen}; name a table with "
             f"--metadata ({choice})"
         )
     if _one_form(below) or all(folder and folder.startswith(top) for top, all_in in below.items() for folder in all_in):
@@ -86,12 +96,12 @@ def check_class_folders(path: Path, listing: Listing, below: Mapping[str, set[st
 
 
 def is_part(folder: str) -> bool:
-    """Is a folder named as a part of a data set: train, test_resized, Validation 2?"""
+    """Whether a folder has the name of a part of a data set: train, test_resized, Validation 2."""
     return folder.casefold() in _PARTS or not _PARTS.isdisjoint(re.split(r"[\W\d_]+", folder.casefold()))
 
 
 def _one_form(folders: Iterable[str]) -> bool:
-    """Do folders differ in a number alone: patient_1, patient_2? Not so where they say that it is that of a class."""
+    """Whether folders differ in a number only, as patient_1 and patient_2, unless the name says that it is a class."""
     forms = {re.sub(r"\d+", "0", name) for name in folders}
     form = next(iter(forms)).casefold()
     named = re.search(r"class|label|categor|type|grade|stage|level|group|cluster", form)
@@ -99,33 +109,34 @@ def _one_form(folders: Iterable[str]) -> bool:
 
 
 def _masks(listing: Listing) -> list[tuple[str, str]]:
-    """Images that are named as masks of others, each with the other one."""
+    """Images with names of masks, each with the image that it is a mask of."""
     by_name = {without_suffix(name): name for name in sorted(listing.images)}
     matches = ((name, _MASK.fullmatch(without_suffix(name))) for name in sorted(listing.images))
     return [(name, by_name[match[1]]) for name, match in matches if match and match[1] in by_name]
 
 
-def why_no_class_folders(path: Path, listing: Listing, astray: Sequence[str]) -> str:
+def why_no_class_folders(path: Path, listing: Listing, outside: Sequence[str]) -> str:
+    """Message for a source without class folders. `outside` are images that are not in a sub-folder."""
     if not listing.images:
         lost = next(iter(listing.lost.items()), None)
-        what = f"; {len(listing.lost):,} files cannot be read, the first, {lost[0]}, is {lost[1]}" if lost else ""
-        return f"{path}: there are no images in it{what}"
+        reason = f"; {len(listing.lost):,} files cannot be read, the first, {lost[0]}, is {lost[1]}" if lost else ""
+        return f"{path}: there are no images in it{reason}"
     folders = {name for name in listing.images if "/" in name}
     tables = "; ".join(unused_tables(listing))
     if folders:
         return (
-            f"{path}: read as one sub-folder a class, but {len(astray)} images lie outside of them, the first is {astray[0]}"
-            + (f" ({tables})" if tables else "")
+            f"{path}: read as one sub-folder for each class, but {len(outside)} images are outside of them, the first is "
+            f"{outside[0]}" + (f" ({tables})" if tables else "")
         )
     return (
-        f"{path / 'metadata.csv'}: no such file, and no other table names the {len(astray):,} images and their classes"
+        f"{path / 'metadata.csv'}: no such file, and no other table names the {len(outside):,} images and their classes"
         + (f" ({tables})" if tables else "")
-        + "; name a table with --metadata, or give a folder with one sub-folder a class, or a StyleGAN zip"
+        + "; name a table with --metadata, or give a folder with one sub-folder for each class, or a StyleGAN zip"
     )
 
 
 def unused_tables(listing: Listing) -> list[str]:
-    """Tables that were not read, each with its columns."""
+    """Notes on tables that were not read, with their columns."""
     others = (".xlsx", ".xls", ".ods", ".jsonl")
     notes = [f"{escape(name)} is not read; save it as CSV" for name in listing.passed_over if name.endswith(others)]
     for name, file in listing.tables.items():
@@ -142,5 +153,6 @@ def unused_tables(listing: Listing) -> list[str]:
 
 
 def folders_of(names: Iterable[str], prefix: str) -> set[str]:
+    """Names of the folders directly below `prefix` that contain these files."""
     inside = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
     return {name.partition("/")[0] for name in inside if "/" in name}

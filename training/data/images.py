@@ -1,11 +1,11 @@
-"""Decode a source into memory at one resolution. Decoded images are cached, keyed by the content of every file."""
+"""Decode the images of a source at one resolution. Decoded images are cached under the content of all files."""
 
 from __future__ import annotations
 
 import hashlib
-import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -14,15 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from dermis.cpus import available_cpus
 from dermis.errors import DataError
 from dermis.reading import ImageError, read_training_image
 from training.data.cache import new_array, read_array
 from training.data.sources import Record, Source
 
-# What a file raises that cannot be read or decoded.
+# Raised for a file that cannot be read or decoded.
 BROKEN_IMAGE = (DataError, ImageError, OSError)
-# Of the decoder: images that were decoded otherwise (EXIF orientation, 16 bits) are made again.
+# Part of the keys of caches: images that an earlier decoder read differently (EXIF orientation, 16 bits) are decoded again.
 DECODER_VERSION = 2
+_AHEAD = 256  # results of threads that wait until they are asked for
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -30,15 +32,15 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class ImageDataset:
-    """Decoded training images. images uint8 [N, R, R, 3]; labels int64 [N], indices into class_names."""
+    """Decoded training images."""
 
-    images: NDArray[np.uint8]
-    labels: NDArray[np.int64]
+    images: NDArray[np.uint8]  # [N, R, R, 3]
+    labels: NDArray[np.int64]  # [N], indices into class_names
     class_names: tuple[str, ...]
     ids: tuple[str, ...]
-    sha256: str  # of every (id, class, file content): the identity of the training set
-    records: tuple[Record, ...] = ()  # what the source says of every image; empty if the images come from no source
-    contents: tuple[str, ...] = ()  # SHA-256 of every file, likewise
+    sha256: str  # of (id, class, file content) of all images: the identity of the training set
+    records: tuple[Record, ...] = ()  # of the images in the source; empty if the images come from no source
+    contents: tuple[str, ...] = ()  # SHA-256 of each file; empty if the images come from no source
 
     @property
     def resolution(self) -> int:
@@ -46,10 +48,18 @@ class ImageDataset:
 
 
 def load_images(source: Source, resolution: int, *, cache: Path | None = None, progress: bool = True) -> ImageDataset:
-    """Centre-crop every image to a square, resize it (Lanczos) and return all with their classes, in order of ids.
+    """Decode all images of a source as centred squares, resized by Lanczos, in the order of their ids.
 
-    A StyleGAN data set without labels has the one class "unlabelled". Raises DataError if an image is missing, broken
-    or without a class.
+    A StyleGAN data set without labels has one class, "unlabelled".
+
+    Args:
+        source: The images.
+        resolution: Side of the squares in pixels.
+        cache: Folder where decoded images are kept between runs.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        DataError: An image is missing, broken or without a class.
     """
     records = source.records
     class_names = source.class_names
@@ -71,7 +81,7 @@ def load_images(source: Source, resolution: int, *, cache: Path | None = None, p
 
 
 def content_digest(records: Sequence[Record], contents: Sequence[str]) -> str:
-    """The identity of a set: SHA-256 of (id, class, SHA-256 of the file) of its records, which are in the order of ids."""
+    """Identity of a set: SHA-256 of (id, class, SHA-256 of the file) of its records, which are in the order of their ids."""
     digest = hashlib.sha256()
     for record, content in zip(records, contents, strict=True):
         digest.update(f"{record.id}\t{record.class_name}\t{content}\n".encode())
@@ -81,17 +91,26 @@ def content_digest(records: Sequence[Record], contents: Sequence[str]) -> str:
 def in_threads(
     function: Callable[[Item], Result], items: Sequence[Item], workers: int | None = None
 ) -> Iterator[Result]:
-    """Results in the order of items. After Ctrl-C only what has begun is finished, not all that is waiting."""
-    pool = ThreadPoolExecutor(workers or os.cpu_count())
+    """Call a function in threads and yield its results in the order of the items.
+
+    A limited number of results is computed ahead. After Ctrl-C only calls that have begun are finished.
+
+    Args:
+        function: The function, called with one item.
+        items: The items.
+        workers: Number of threads; by default, one for each processor.
+    """
+    pool = ThreadPoolExecutor(workers or available_cpus())
+    futures: deque[Future[Result]] = deque()
     try:
-        yield from pool.map(function, items)
+        for item in items:
+            futures.append(pool.submit(function, item))
+            if len(futures) > _AHEAD:
+                yield futures.popleft().result()
+        while futures:
+            yield futures.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def square(data: bytes, resolution: int) -> NDArray[np.uint8]:
-    """uint8 [R, R, 3] of an encoded image: its largest centred square, resized (Lanczos). Raises ImageError."""
-    return read_training_image(data, resolution)
 
 
 def _check_classes(source: Source) -> None:
@@ -125,12 +144,12 @@ def _cached_images(
 
 
 def _decode_all(records: Sequence[Record], images: NDArray[np.uint8], progress: bool) -> None:
-    """Fill images [N, R, R, 3] with those of the records."""
+    """Decode the images of the records into images [N, R, R, 3]."""
     broken: list[str] = []
 
     def decode(i: int) -> None:
         try:
-            images[i] = square(records[i].read_bytes(), images.shape[1])
+            images[i] = read_training_image(records[i].read_bytes(), images.shape[1])
         except BROKEN_IMAGE as error:
             image = records[i].image
             broken.append(f"{image.name if image else records[i].id}, which {error}")

@@ -1,7 +1,8 @@
-"""What a collection is made of: classes, sizes, what its metadata lack, and what goes with a class beside the lesion."""
+"""Inspect a collection: classes, sizes, missing metadata, and artefacts that are associated with classes."""
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import os
@@ -10,7 +11,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +29,18 @@ from training.data.splits import write_rows
 from training.data.tables import METADATA_COLUMNS, value_of
 
 CHECKED = ("patient_id", "lesion_id", *METADATA_COLUMNS)
-_ONE_PROCESS = 64  # images: below, starting processes takes longer than looking at them
+_ONE_PROCESS = 64  # for fewer images, starting processes takes longer than the measurement
 _NO_CLASS = "(no class)"
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """All that `dermis data inspect` tells. seen are the records that could be opened; sizes and artefacts are theirs."""
+    """Results of `dermis data inspect`."""
 
     source: Source
     classes: Mapping[str, int]
     missing: Mapping[str, Mapping[str, int]]  # column -> class -> images without a value
-    seen: tuple[Record, ...]
+    seen: tuple[Record, ...]  # whose images could be opened; sizes and artefacts are theirs
     sizes: Mapping[tuple[int, int], int]  # (width, height) -> images
     artefacts: tuple[Artefacts, ...]
     by_class: Summary | None  # None if no image could be opened
@@ -49,9 +49,9 @@ class Inspection:
 
 
 def inspect_source(source: Source, *, workers: int | None = None, progress: bool = True) -> Inspection:
-    """Open every image of a source, measure it and count. Images that are missing or broken are listed, not refused.
+    """Open and measure every image of a source. Images that are missing or broken are listed.
 
-    Of a table alone only the metadata are counted.
+    Of a table without images, only the metadata are counted.
     """
     records = source.records
     missing = {
@@ -62,8 +62,8 @@ def inspect_source(source: Source, *, workers: int | None = None, progress: bool
     artefacts: list[Artefacts] = []
     sizes: Counter[tuple[int, int]] = Counter()
     broken: list[tuple[str, str]] = []
-    looked_at = () if source.layout == "table" else records
-    for record, result in zip(looked_at, _looked_at(looked_at, workers, progress), strict=True):
+    with_images = () if source.layout == "table" else records
+    for record, result in zip(with_images, _measure_all(with_images, workers, progress), strict=True):
         if isinstance(result, str):
             broken.append((record.id, result))
         else:
@@ -86,7 +86,11 @@ def inspect_source(source: Source, *, workers: int | None = None, progress: bool
 
 
 def write_inspection(inspection: Inspection, out: Path) -> None:
-    """report.json, artefacts.csv (scores of each image) and contact-sheet.png (examples of each artefact and class)."""
+    """Write artefacts.csv (scores of each image), contact-sheet.png (examples) and report.json.
+
+    Raises:
+        DataError: A file cannot be written.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
         if inspection.seen:
@@ -98,33 +102,34 @@ def write_inspection(inspection: Inspection, out: Path) -> None:
             write_rows(out / "artefacts.csv", ("id", "class", *NAMES, "found"), rows)
             classes = [_class(record) for record in inspection.seen]
             sheet = artefact_sheet(lambda i: _pixels(inspection.seen[i]), inspection.artefacts, classes)
-            (out / "contact-sheet.png").write_bytes(encode(sheet))
-        with atomic_write(out / "report.json") as report:
-            report.write_text(json.dumps(_report(inspection), indent=2) + "\n", encoding="utf-8")
+            with atomic_write(out / "contact-sheet.png") as partial:
+                partial.write_bytes(encode(sheet))
+        with atomic_write(out / "report.json") as partial:
+            partial.write_text(json.dumps(_report(inspection), indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise DataError(f"{out}: cannot be written ({error.strerror})") from error
 
 
-def _looked_at(
+def _measure_all(
     records: Sequence[Record], workers: int | None, progress: bool
 ) -> list[tuple[tuple[int, int], Artefacts] | str]:
-    show = partial(tqdm, desc="inspecting", total=len(records), disable=not progress, unit="img")
+    show = functools.partial(tqdm, desc="inspecting", total=len(records), disable=not progress, unit="img")
     workers = workers or os.cpu_count() or 1
-    # A record's metadata row need not travel to the other process.
+    # Without the metadata, which the other processes do not need.
     bare = [Record(record.id, "", "", "", record.image, {}) for record in records]
     if workers == 1 or len(records) < _ONE_PROCESS:
-        return list(show(map(_look_at, bare)))
-    # Spawned, not forked: the program may have threads by now. Ctrl-C is for this process alone.
+        return list(show(map(_measure, bare)))
+    # Spawned, not forked, as this process can have threads. Only this process handles Ctrl-C.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
     try:
-        return list(show(pool.map(_look_at, bare, chunksize=16)))
+        return list(show(pool.map(_measure, bare, chunksize=16)))
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _look_at(record: Record) -> tuple[tuple[int, int], Artefacts] | str:
-    """(width, height) and artefacts of one image, or why it cannot be opened."""
+def _measure(record: Record) -> tuple[tuple[int, int], Artefacts] | str:
+    """(width, height) and artefacts of one image, or the reason why it cannot be opened."""
     try:
         pixels = _pixels(record)
     except BROKEN_IMAGE as error:

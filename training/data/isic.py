@@ -1,4 +1,4 @@
-"""From a path to decoded training images in one call."""
+"""Read and decode training images in one call."""
 
 from __future__ import annotations
 
@@ -19,5 +19,5 @@ def load_isic(
     progress: bool = True,
     **options: Unpack[ReadOptions],
 ) -> ImageDataset:
-    """`read_source` and `load_images`: any of the layouts that `read_source` knows, an ISIC folder first of all."""
+    """Call `read_source` with the options, and `load_images` with the result."""
     return load_images(read_source(folder, **options), resolution, cache=cache, progress=progress)

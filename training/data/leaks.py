@@ -1,4 +1,4 @@
-"""Near-duplicates in a source and across the parts of a split: found, put in order, and taken out."""
+"""Find and remove near-duplicates in a source and across the parts of a split."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dermis.errors import DataError
+from dermis.reading import read_training_image
 from training.data.cache import new_array, read_array
 from training.data.duplicates import (
     CORRELATION,
@@ -23,15 +24,15 @@ from training.data.duplicates import (
     perceptual_hashes,
     union,
 )
-from training.data.embedding import CHUNK, ahead, progress_bar
-from training.data.images import BROKEN_IMAGE, square
+from training.data.embedding import CHUNK, progress_bar
+from training.data.images import BROKEN_IMAGE, in_threads
 from training.data.sources import Record, Source
 from training.data.splits import describe_split, group_of, write_records, write_rows, write_split
 
-if TYPE_CHECKING:  # importing it takes torch, which the hash does without
+if TYPE_CHECKING:  # importing it loads torch, which the hash does not need
     from dermis.features import FeatureExtractor
 
-SIDE = 224  # px: near-duplicates are looked for in the centred square that training sees, at this size
+SIDE = 224  # px of the compared images, which are the centred squares that training uses
 COLUMNS = (
     *("id_a", "id_b", "part_a", "part_b", "class_a", "class_b"),
     *("same_patient", "identical", "correlation", "hash_distance", "similarity"),
@@ -40,26 +41,26 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Pair:
-    """Two near-duplicates: a and b index `Leaks.records`."""
+    """Two near-duplicates; a and b are indices into `Leaks.records`."""
 
     a: int
     b: int
     across: bool  # in two parts of the split
     same_patient: bool  # or lesion, by the metadata
     identical: bool  # the same file
-    correlation: float  # of the two laid over each other, at most 1
-    hash_distance: int | None  # bits of 64, if the hash made them a candidate
-    similarity: float | None  # cosine of whitened features, if the embedding did
+    correlation: float  # of the two images when aligned, at most 1
+    hash_distance: int | None  # differing bits of 64; None if the hash did not propose the pair
+    similarity: float | None  # cosine of whitened features; None if the embedding did not propose the pair
 
 
 @dataclass(frozen=True)
 class Leaks:
-    """Pairs across parts first, then the closest first. parts are '' without a split; broken is (id, reason)."""
+    """Near-duplicates among the records of a source."""
 
     records: tuple[Record, ...]
-    parts: tuple[str, ...]
-    pairs: tuple[Pair, ...]
-    broken: tuple[tuple[str, str], ...]
+    parts: tuple[str, ...]  # of each record; "" without a split
+    pairs: tuple[Pair, ...]  # across parts first, then identical files, then by falling correlation
+    broken: tuple[tuple[str, str], ...]  # (id, reason) of images that cannot be read
 
     @property
     def across(self) -> tuple[Pair, ...]:
@@ -76,11 +77,18 @@ def find_leaks(
     cache: Path | None = None,
     progress: bool = True,
 ) -> Leaks:
-    """Compare every image with every other by perceptual hash and, with an extractor, by embedding; confirm what is near.
+    """Propose pairs by perceptual hash and by embedding, and keep those whose images match when aligned.
 
-    `parts` gives the part of each id, as `read_split` does; the images in no part are left out. Images that are missing
-    or broken are left out and listed. `mirrors` also finds copies that are mirrored or turned by 180 degrees. Features
-    are kept in `cache` by the images' pixels and the extractor, so that only images that have changed are embedded again.
+    Images that are missing or broken are left out and listed.
+
+    Args:
+        source: The images.
+        parts: Part of each id, as of `read_split`; images in no part are left out.
+        extractor: Feature space that proposes pairs; None for the hash alone.
+        min_correlation: Smallest correlation of a pair that counts.
+        mirrors: Whether to find copies that are mirrored or turned by 180 degrees, too.
+        cache: Folder for features, stored with the hash of the pixels, so that only changed images are embedded again.
+        progress: Whether to show progress bars.
     """
     if parts is not None:
         source = source.select(parts)
@@ -90,32 +98,32 @@ def find_leaks(
     if features is not None:
         by_embedding = embedding_pairs(features)
         candidates = union(by_hash, by_embedding)
-    near = confirmed(candidates, lambda i: _pixels(records[i]), min_correlation, mirrors=mirrors, progress=progress)
+    matches = confirmed(candidates, lambda i: _pixels(records[i]), min_correlation, mirrors=mirrors, progress=progress)
     bits, similar = _by_ends(by_hash), _by_ends(by_embedding) if by_embedding else {}
-    of = tuple(parts[record.id] if parts else "" for record in records)
+    part_of = tuple(parts[record.id] if parts else "" for record in records)
     groups = group_of(records)
     pairs = [
         Pair(
             a,
             b,
-            across=of[a] != of[b],
+            across=part_of[a] != part_of[b],
             same_patient=groups[a] == groups[b],
             identical=digests[a] == digests[b],
             correlation=1 - distance,
             hash_distance=int(bits[a, b]) if (a, b) in bits else None,
             similarity=1 - similar[a, b] if (a, b) in similar else None,
         )
-        for (a, b), distance in _by_ends(near).items()
+        for (a, b), distance in _by_ends(matches).items()
     ]
     pairs.sort(key=lambda pair: (not pair.across, not pair.identical, -pair.correlation, pair.a, pair.b))
-    return Leaks(tuple(records), of, tuple(pairs), tuple(broken))
+    return Leaks(tuple(records), part_of, tuple(pairs), tuple(broken))
 
 
 def surplus(leaks: Leaks, *, within_parts: bool = True) -> set[str]:
-    """Ids to remove so that no pair is left; without `within_parts`, no pair across parts.
+    """Ids to remove so that no pair is left or, without `within_parts`, no pair across parts.
 
-    Images are kept in order, the smallest part first and then by id, unless a near-duplicate is kept already: a held-out
-    part stays whole and the training part gives way.
+    Images are visited from the smallest part to the largest, then by id. An image is kept unless one of its
+    near-duplicates is kept already. So held-out parts stay complete, and images are removed from the training part.
     """
     sizes = Counter(leaks.parts)
     neighbours: dict[int, set[int]] = {}
@@ -131,7 +139,11 @@ def surplus(leaks: Leaks, *, within_parts: bool = True) -> set[str]:
 
 
 def write_leaks(leaks: Leaks, file: Path) -> None:
-    """The pairs as a CSV, in their order. DataError if it cannot be written."""
+    """Write the pairs as a CSV in their order.
+
+    Raises:
+        DataError: The file cannot be written.
+    """
     rows = []
     for pair in leaks.pairs:
         a, b = leaks.records[pair.a], leaks.records[pair.b]
@@ -151,13 +163,13 @@ def write_leaks(leaks: Leaks, file: Path) -> None:
 
 
 def write_cleaned(source: Source, parts: Mapping[str, str] | None, removed: set[str], out: Path) -> None:
-    """The source's rows without the removed: a split folder like the one given, or cleaned.csv in `out` without one."""
+    """Write the rows of a source without the removed ids: a split folder if there are parts, else `out`/cleaned.csv."""
     kept = source.select(parts if parts else [record.id for record in source.records])
     kept = kept.select(record.id for record in kept.records if record.id not in removed)
     if parts:
         targets = {name: float(count) for name, count in Counter(parts.values()).items()}
-        of = [parts[record.id] for record in kept.records]
-        write_split(kept, describe_split(kept.records, of, targets), out)
+        part_of = [parts[record.id] for record in kept.records]
+        write_split(kept, describe_split(kept.records, part_of, targets), out)
         return
     file = out / "cleaned.csv"
     try:
@@ -169,20 +181,22 @@ def write_cleaned(source: Source, parts: Mapping[str, str] | None, removed: set[
 
 @dataclass(frozen=True)
 class _HashedImage:
-    """One image: the SHA-256 of its file and of its pixels, its hash, and its pixels if they are still to be embedded."""
+    """Hashes of one image."""
 
-    file: str
-    digest: bytes
+    file: str  # SHA-256 of the file
+    digest: bytes  # SHA-256 of the pixels
     hash: np.uint64
-    pixels: NDArray[np.uint8] | None
+    pixels: NDArray[np.uint8] | None  # None if they need not be embedded
 
 
 def _hash_and_embed(
     records: Sequence[Record], extractor: FeatureExtractor | None, cache: Path | None, progress: bool
 ) -> tuple[list[Record], list[str], NDArray[np.uint64], NDArray[np.float32] | None, list[tuple[str, str]]]:
-    """Records that can be read, with the SHA-256 of their files, hashes and features; and (id, reason) of those that cannot.
+    """Read, hash and embed images. Each file is read and decoded once, in threads ahead of the network.
 
-    Each file is read and decoded once, in threads ahead of the network.
+    Returns:
+        Of the images that can be read: records, SHA-256 of the files, perceptual hashes, and features [N, dim] (None
+        without an extractor). Of the others: (id, reason).
     """
     rows = np.zeros(len(records), _row(extractor)) if extractor else None
     file = _cache_file(records, extractor, cache) if extractor and cache else None
@@ -191,7 +205,7 @@ def _hash_and_embed(
     def hash_image(place: int) -> _HashedImage | str:
         try:
             data = records[place].read_bytes()
-            pixels = square(data, SIDE)
+            pixels = read_training_image(data, SIDE)
             digest = hashlib.sha256(pixels.tobytes()).digest()
             known = extractor is None or (kept is not None and kept[place]["digest"].tobytes() == digest)
             return _HashedImage(
@@ -212,7 +226,7 @@ def _hash_and_embed(
 
     name = "hashing and embedding" if extractor else "hashing"
     with progress_bar(len(records), name, disable=None if progress else True) as bar:
-        for place, result in enumerate(ahead(hash_image, range(len(records)))):
+        for place, result in enumerate(in_threads(hash_image, range(len(records)))):
             bar.update()
             if isinstance(result, str):
                 broken.append((records[place].id, result))
@@ -239,7 +253,7 @@ def _hash_and_embed(
 
 
 def _row(extractor: FeatureExtractor) -> np.dtype[np.void]:
-    """What the cache holds of an image: the SHA-256 of its pixels, all zero where it could not be read, and its features."""
+    """Type of a row of the cache: SHA-256 of the pixels (zeros if the image could not be read), and features."""
     return np.dtype([("digest", np.uint8, (32,)), ("features", np.float32, (extractor.dim,))])
 
 
@@ -249,13 +263,13 @@ def _cache_file(records: Sequence[Record], extractor: FeatureExtractor, cache: P
 
 
 def _kept_rows(file: Path, like: NDArray[np.void]) -> NDArray[np.void] | None:
-    """The cache's rows of the same images, whose files may have changed since; None if there are none."""
+    """Rows of the cache for the same images, whose files can have changed since; None if there are none."""
     kept: NDArray[np.void] | None = read_array(file, like.shape)
     return kept if kept is not None and kept.dtype == like.dtype else None
 
 
 def _pixels(record: Record) -> NDArray[np.uint8]:
-    return square(record.read_bytes(), SIDE)
+    return read_training_image(record.read_bytes(), SIDE)
 
 
 def _by_ends(pairs: Pairs) -> dict[tuple[int, int], float]:

@@ -1,12 +1,11 @@
-"""Sources to one file: a zip that the official StyleGAN code reads, with our table and data card inside.
+"""Write sources as one zip that the official StyleGAN code reads, with a table of metadata and a data card.
 
-Each image is made once, in a work folder beside the zip; a run that is stopped goes on from there. The zip's bytes
-follow from the images, their metadata and the options alone.
+Each image is converted once, in a work folder beside the zip, and an interrupted run continues from there. The bytes of
+the zip depend on the images, their metadata and the options only.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import io
 import json
@@ -21,19 +20,19 @@ from tqdm import tqdm
 
 from dermis.errors import DataError
 from dermis.files import atomic_write
-from dermis.reading import ImageError
+from dermis.reading import ImageError, read_training_image
 from training.data.card import data_card
-from training.data.images import BROKEN_IMAGE, DECODER_VERSION, in_threads, square
+from training.data.images import BROKEN_IMAGE, DECODER_VERSION, in_threads
 from training.data.sources import Record, Source
-from training.data.tables import METADATA_COLUMNS, value_of
+from training.data.tables import METADATA_COLUMNS, csv_text, value_of
 
 COLUMNS = ("file_name", "isic_id", "class", "label", "patient_id", "lesion_id", *METADATA_COLUMNS, "source")
-RIGHTS = ("copyright_license", "attribution")  # of each image, where the ISIC Archive tells
+RIGHTS = ("copyright_license", "attribution")  # of single images, in tables of the ISIC Archive
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """An image that is not in the data set, and why."""
+    """An image that was left out of the data set, and the reason."""
 
     id: str
     source: str
@@ -42,11 +41,11 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is in a prepared zip. sha256 is that of `ImageDataset`: ids, classes and files."""
+    """Content of a prepared zip."""
 
     path: Path
-    sha256: str
-    classes: Mapping[str, int]
+    sha256: str  # as of `ImageDataset`: of ids, classes and files
+    classes: Mapping[str, int]  # number of images by class
     images: int
     skipped: tuple[Skipped, ...]
 
@@ -77,40 +76,54 @@ def prepare(
     workers: int | None = None,
     progress: bool = True,
 ) -> Prepared:
-    """Centre-crop, resize (Lanczos) and write all images of all sources, in the order of their ids, as `out`.
+    """Crop, resize (Lanczos) and write all images of all sources into the zip `out`, in the order of their ids.
 
-    Members: `00000/img00000000.png` (uncompressed RGB), `dataset.json` (labels, or null if nothing has a class),
-    `metadata.csv`, `README.md` (the data card) and, if images were skipped, `skipped.csv`, which also lies beside the
-    zip. Images that are missing or cannot be decoded are skipped, with `skip_unlabelled` also those without a class;
-    `strict` refuses to skip. Raises DataError if `out` exists, an id comes twice, or only some images have a class.
+    Members of the zip: `00000/img00000000.png`, ... (uncompressed RGB), `dataset.json` (labels, or null if no image has a
+    class), `metadata.csv`, `README.md` (the data card) and, if images were skipped, `skipped.csv`, which is also written
+    beside the zip. Images that are missing or cannot be decoded are skipped.
+
+    Args:
+        sources: The images.
+        out: The zip, which must not exist.
+        resolution: Side of the images in pixels.
+        licence: For the data card.
+        attribution: For the data card.
+        skip_unlabelled: Skip images without a class.
+        strict: Write no zip if an image would be skipped.
+        workers: Number of threads; by default, one for each processor.
+        progress: Whether to show progress bars.
+
+    Raises:
+        DataError: `out` exists, two images have the same id, or only some of the images have a class.
     """
     if out.suffix != ".zip" or resolution < 1:
         raise DataError(f"{out}: the data set is a .zip of images of at least 1 px, not {resolution} px")
     if out.exists():
         raise DataError(f"{out}: exists already; choose another --out or remove it")
     items, skipped = _labelled(_merged(sources), skip_unlabelled)
-    for source in sources:  # files that may be images, which no table has to name
+    for source in sources:  # unreadable files that may be images, which are not necessarily in a table
         skipped += [Skipped(name, _name(source), why) for name, why in source.reading.lost.items()]
     work = out.with_name(f"{out.name}.partial")
     try:
         work.mkdir(parents=True, exist_ok=True)
-        made, broken = _make_images(items, resolution, work, workers, progress)
+        converted, broken = _convert_images(items, resolution, work, workers, progress)
     except OSError as error:
-        raise DataError(f"{work}: cannot be written ({error.strerror}); the same command goes on") from error
+        raise DataError(f"{work}: cannot be written ({error.strerror}); the same command continues") from error
     skipped = sorted([*skipped, *broken], key=lambda each: each.id)
     report = out.with_suffix(".skipped.csv")
     try:
         report.unlink(missing_ok=True)
         if skipped:
-            report.write_text(_skipped_table(skipped), encoding="utf-8", newline="")
+            with atomic_write(report) as partial:
+                partial.write_bytes(_skipped_table(skipped).encode())
         if strict and skipped:
             raise DataError(f"{len(skipped)} images would be skipped, see {report}; replace them or leave out --strict")
-        if not made:
+        if not converted:
             raise DataError(f"{out}: not one image can be used, see {report}")
-        prepared = _write_zip(made, skipped, out, work, resolution, licence, attribution, progress)
+        prepared = _write_zip(converted, skipped, out, resolution, licence, attribution, progress)
         shutil.rmtree(work)
     except OSError as error:
-        raise DataError(f"{out}: cannot be written ({error.strerror}); the same command goes on") from error
+        raise DataError(f"{out}: cannot be written ({error.strerror}); the same command continues") from error
     return prepared
 
 
@@ -138,12 +151,12 @@ def _labelled(items: list[_Item], skip_unlabelled: bool) -> tuple[list[_Item], l
     return [item for item in items if item.record.class_name], skipped
 
 
-def _make_images(
+def _convert_images(
     items: Sequence[_Item], resolution: int, work: Path, workers: int | None, progress: bool
 ) -> tuple[list[tuple[_Item, Path]], list[Skipped]]:
-    """One PNG a usable item in the work folder, named by what it was made of, so that a restart can tell it is there."""
+    """Write a PNG for each usable item into the work folder, under the hash of its origin, so that a restart finds it."""
 
-    def make(item: _Item) -> Path | Skipped:
+    def convert(item: _Item) -> Path | Skipped:
         try:
             if item.record.image is None:
                 return Skipped(item.record.id, item.source_name, "there is no such image")
@@ -151,43 +164,41 @@ def _make_images(
             file = work / f"{hashlib.sha256(stamp.encode()).hexdigest()[:32]}.png"
             if file.exists():
                 return file
-            pixels = square(item.record.read_bytes(), resolution)
+            pixels = read_training_image(item.record.read_bytes(), resolution)
         except BROKEN_IMAGE as error:
-            # Not the text of other errors: it has places and addresses, which must not be in the bytes of the zip.
+            # Other errors contain paths, which must not be in the bytes of the zip.
             reason = str(error) if isinstance(error, ImageError) else "the file cannot be read"
             return Skipped(item.record.id, item.source_name, reason)
         buffer = io.BytesIO()
-        # Uncompressed, as the official tool writes: fast to read in training, and the same bytes by any zlib.
+        # Uncompressed, as the official tool writes: fast to read, and the same bytes with any version of zlib.
         Image.fromarray(pixels).save(buffer, "png", compress_level=0)
         with atomic_write(file, concurrent=True) as partial:
             partial.write_bytes(buffer.getvalue())
         return file
 
-    made, broken = [], []
-    results = tqdm(in_threads(make, items, workers), "images", len(items), disable=not progress, unit="img")
+    converted, broken = [], []
+    results = tqdm(in_threads(convert, items, workers), "images", len(items), disable=not progress, unit="img")
     for item, result in zip(items, results, strict=True):
         if isinstance(result, Skipped):
             broken.append(result)
         else:
-            made.append((item, result))
-    return made, broken
+            converted.append((item, result))
+    return converted, broken
 
 
 def _write_zip(
-    made: Sequence[tuple[_Item, Path]],
+    converted: Sequence[tuple[_Item, Path]],
     skipped: Sequence[Skipped],
     out: Path,
-    work: Path,
     resolution: int,
     licence: str,
     attribution: str,
     progress: bool,
 ) -> Prepared:
-    class_names = sorted({item.record.class_name for item, _ in made} - {""})
+    class_names = sorted({item.record.class_name for item, _ in converted} - {""})
     rows, labels, digest = [], [], hashlib.sha256()
-    partial = work / "dataset.zip"
-    with zipfile.ZipFile(partial, "w") as archive:
-        for i, (item, file) in enumerate(tqdm(made, "writing", disable=not progress, unit="img")):
+    with atomic_write(out) as partial, zipfile.ZipFile(partial, "w") as archive:
+        for i, (item, file) in enumerate(tqdm(converted, "writing", disable=not progress, unit="img")):
             name, record = f"{i // 1000:05d}/img{i:08d}.png", item.record
             data = file.read_bytes()
             _add(archive, name, data)
@@ -197,18 +208,17 @@ def _write_zip(
             digest.update(f"{record.id}\t{record.class_name}\t{hashlib.sha256(data).hexdigest()}\n".encode())
         columns = [*COLUMNS, *(column for column in RIGHTS if any(row[column] for row in rows))]
         _add(archive, "dataset.json", json.dumps({"labels": labels if class_names else None}).encode())
-        _add(archive, "metadata.csv", _table(columns, rows).encode())
+        _add(archive, "metadata.csv", csv_text(columns, rows).encode())
         if skipped:
             _add(archive, "skipped.csv", _skipped_table(skipped).encode())
         card = data_card(out.stem, rows, len(skipped), resolution, digest.hexdigest(), licence, attribution)
         _add(archive, "README.md", card.encode())
-    partial.replace(out)
     classes = {name: sum(row["class"] == name for row in rows) for name in class_names}
     return Prepared(out, digest.hexdigest(), classes, len(rows), tuple(skipped))
 
 
 def _add(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
-    info = zipfile.ZipInfo(name)  # dated 1980, as time must not be in the bytes
+    info = zipfile.ZipInfo(name)  # dated 1980, so that the bytes do not depend on the time
     info.create_system = 3
     info.external_attr = 0o644 << 16
     archive.writestr(info, data)
@@ -229,12 +239,5 @@ def _row(file_name: str, item: _Item, label: str) -> dict[str, str]:
 
 
 def _skipped_table(skipped: Sequence[Skipped]) -> str:
-    return _table(("isic_id", "source", "reason"), [{"isic_id": s.id, **vars(s)} for s in skipped])
-
-
-def _table(columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> str:
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    rows = [{"isic_id": each.id, "source": each.source, "reason": each.reason} for each in skipped]
+    return csv_text(("isic_id", "source", "reason"), rows)

@@ -1,6 +1,6 @@
 """Sources of real images: images with a table, class folders, an official StyleGAN zip, a data set of dermis.
 
-A source lists its images with their classes, patients and lesions. It opens no image: `Record.read_bytes` does.
+A source lists its images with their classes, patients and lesions. Images are read later, by `Record.read_bytes`.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ from training.data.tables import (
 )
 
 Layout = Literal["isic", "imagefolder", "stylegan", "table"]
-LAYOUTS: tuple[str, ...] = get_args(Layout)[:3]  # that the user can choose
-SPLIT = "split.json"  # in a folder that `dermis data split` wrote
+LAYOUTS: tuple[str, ...] = get_args(Layout)[:3]  # choices of --layout
+SPLIT = "split.json"  # in a folder of `dermis data split`
 MANIFEST = "manifest.json"  # of a data set that dermis generated
 
 
@@ -69,20 +69,21 @@ class ReadOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Record:
-    """One image of a source. class_name, patient_id and lesion_id are '' where unknown; row is the original metadata.
-
-    image is None where the table names an image that is not there.
-    """
+    """One image of a source. class_name, patient_id and lesion_id are "" if not known."""
 
     id: str
     class_name: str
     patient_id: str
     lesion_id: str
-    image: ImageFile | None
-    row: Mapping[str, str] = field(compare=False, repr=False)
+    image: ImageFile | None  # None if the table names an image that does not exist
+    row: Mapping[str, str] = field(compare=False, repr=False)  # original metadata
 
     def read_bytes(self) -> bytes:
-        """The encoded image. DataError if it is missing or cannot be read."""
+        """Read the encoded image.
+
+        Raises:
+            DataError: It is missing or cannot be read.
+        """
         if self.image is None:
             raise DataError(f"{self.id}: there is no such image")
         return self.image.read_bytes()
@@ -90,28 +91,26 @@ class Record:
 
 @dataclass(frozen=True)
 class Reading:
-    """How a source was read, for the user: its layout, where classes come from, what was left out."""
+    """How a source was read, for the user: its layout, the origin of classes, files that were left out."""
 
     recognised: str
     files: int = 0
     origins: tuple[ClassOrigin, ...] = ()
     not_listed: tuple[str, ...] = ()  # images that the table does not name
-    lost: Mapping[str, str] = field(
-        default_factory=dict
-    )  # files that may be images and cannot be read, with the reason
-    passed_over: tuple[str, ...] = ()  # texts and other files that are no images
+    lost: Mapping[str, str] = field(default_factory=dict)  # reason of each file that may be an image and cannot be read
+    passed_over: tuple[str, ...] = ()  # texts and other files that are not images
     notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Source:
-    """Images in the order of their ids. Label k of a record is class_names[k]; both are empty if nothing has a class."""
+    """Images in the order of their ids."""
 
-    path: Path  # the folder, zip or CSV that was given
+    path: Path  # folder, zip or CSV
     layout: Layout
     table: Path | None  # the CSV, if one was read
     class_column: str  # of the table; "" without classes
-    class_names: tuple[str, ...]
+    class_names: tuple[str, ...]  # in the order of labels; empty without classes
     records: tuple[Record, ...]
     reading: Reading = Reading("")
 
@@ -119,38 +118,45 @@ class Source:
         return tuple(record for record in self.records if record.class_name == class_name)
 
     def select(self, ids: Iterable[str]) -> Source:
-        """The records with these ids, under the same class names. DataError if one is not there."""
-        wanted = set(ids)
-        records = tuple(record for record in self.records if record.id in wanted)
-        if len(records) < len(wanted):
-            absent = sorted(wanted.difference(record.id for record in records))
+        """The source with the records of these ids only, and the same class names.
+
+        Raises:
+            DataError: There is no record with one of the ids.
+        """
+        selection = set(ids)
+        records = tuple(record for record in self.records if record.id in selection)
+        if len(records) < len(selection):
+            absent = sorted(selection.difference(record.id for record in records))
             raise DataError(
-                f"{self.path}: {len(absent)} of the images asked for are not there, the first is {escape(absent[0])}"
+                f"{self.path}: {len(absent)} of the selected images do not exist, the first is {escape(absent[0])}"
             )
         return replace(self, records=records)
 
     def with_classes(self, class_names: Sequence[str]) -> Source:
-        """The records of these classes, labelled in this order. DataError if there is not one image of a class.
+        """The source with the records of these classes only, labelled in this order.
 
-        Names are compared without regard to case: another part of the same data may have them in another spelling.
+        Names are compared without regard to case, as another part of the same data can have another spelling.
+
+        Raises:
+            DataError: A class has no image.
         """
-        spelled = {name.casefold(): name for name in class_names}
-        there = {name: spelled[name.casefold()] for name in self.class_names if name.casefold() in spelled}
+        spellings = {name.casefold(): name for name in class_names}
+        renamed = {name: spellings[name.casefold()] for name in self.class_names if name.casefold() in spellings}
         for name in class_names:
-            if name not in there.values() or not any(there.get(record.class_name) == name for record in self.records):
+            if not any(renamed.get(record.class_name) == name for record in self.records):
                 known = ", ".join(self.class_names) or "none"
                 raise DataError(f"{self.path}: has no image of the class {name}; its classes are {known}")
         records = tuple(
-            replace(record, class_name=there[record.class_name])
+            replace(record, class_name=renamed[record.class_name])
             for record in self.records
-            if record.class_name in there
+            if record.class_name in renamed
         )
         return replace(self, class_names=tuple(class_names), records=records)
 
 
 @dataclass(frozen=True)
 class _Options:
-    """How the user wants a source to be read."""
+    """Options of `read_source`."""
 
     metadata: Path | None
     class_column: str | None
@@ -184,17 +190,18 @@ def read_source(
     """List the images at `path`.
 
     Args:
-        path: A folder or zip with images and a CSV (see `training.data.tables`), with one folder a class, or with
+        path: A folder or zip with images and a CSV (see `training.data.tables`), with one folder for each class, or with
             dataset.json (StyleGAN); a data set of `dermis generate`; or a CSV alone, whose images are then missing.
-        metadata: The CSV; of a StyleGAN data set it selects the images that it lists.
-        class_column: Its column of classes.
-        image_column: Its column of images.
-        binary: Turn diagnoses into malignant (melanoma) and benign (anything else).
+        metadata: The CSV. For a StyleGAN data set, it selects the images that it lists.
+        class_column: Column of classes in the CSV.
+        image_column: Column of images in the CSV.
+        binary: Whether diagnoses become malignant (melanoma) and benign (all others).
         mapping: Classes by value, as of `parse_mapping`.
-        layout: "isic" (a table), "imagefolder" or "stylegan", where it is not to be recognised.
+        layout: "isic" (a table), "imagefolder" or "stylegan"; None to recognise it.
 
     Raises:
-        DataError: There are no images, their classes are not understood, or the layout is ambiguous; says what to do.
+        DataError: There are no images, their classes are not understood, or the layout is ambiguous. The message says what
+            to do.
     """
     if layout is not None and layout not in LAYOUTS:
         raise DataError(f"--layout: {layout!r} is none of {', '.join(LAYOUTS)}")
@@ -229,7 +236,7 @@ def read_source(
 def _with_table(path: Path, file: Path | ImageFile, listing: Listing, options: _Options) -> Source:
     generated = MANIFEST in listing.ignored
     if generated or not listing.images:
-        # The images of a generated data set, or of HAM10000 as downloaded, are in archives beside the table.
+        # The images of a generated data set, or of HAM10000 in its original form, are in archives beside the table.
         members: dict[str, ImageFile] = {}
         for archive in listing.archives.values():
             members.update(list_members(archive))
@@ -245,7 +252,7 @@ def _with_table(path: Path, file: Path | ImageFile, listing: Listing, options: _
     if missing == len(source.records) and listing.images:
         example = next(iter(listing.images))
         raise DataError(
-            f"{table.file}: none of its {missing:,} images is in {path}; {table.id_column} says "
+            f"{table.file}: none of its {missing:,} images is in {path}; {table.id_column} has "
             f"{quote(table.names[0])}, a file there is {quote(example)}; name another column with --image-column, "
             "or another table with --metadata"
         )
@@ -264,14 +271,14 @@ def _folder_in(root: Path, table: ImageFile) -> str:
 
 
 def _check_no_classes(source: Source, listing: Listing) -> None:
-    """DataError if a table without classes names images in folders that may be their classes."""
+    """Refuse a table without classes, if its images are in folders that may be their classes."""
     prefix = wrapper(listing)
     folders = folders_of(listing.images, prefix)
     if len(folders) < 2 or any(is_part(name) or CONTAINERS.fullmatch(name) for name in folders):
         return
     raise DataError(
-        f"{source.table}: has no column of classes, and its images lie in the folders {escape(', '.join(sorted(folders)))}; "
-        "take these for classes with --layout imagefolder, name a column with --class-column, or read the images without "
+        f"{source.table}: has no column of classes, and its images are in the folders {escape(', '.join(sorted(folders)))}; "
+        "use these as classes with --layout imagefolder, name a column with --class-column, or read the images without "
         "classes with --layout isic"
     )
 
@@ -279,10 +286,10 @@ def _check_no_classes(source: Source, listing: Listing) -> None:
 def _of_table(
     path: Path, layout: Layout, table: Table, listing: Listing | None, companions: Companions, beside: str = ""
 ) -> Source:
-    """Records of a table's rows. Of images of one name those in `beside`, the folder of the table, are meant."""
+    """Make a source from the rows of a table. Of images with the same name, those in the folder `beside` are used."""
     ids = {} if listing is None else listing.ids()
     plain_ids = table.ids
-    if listing is None and len(set(plain_ids)) < len(plain_ids):  # as of a listing: paths where names repeat
+    if listing is None and len(set(plain_ids)) < len(plain_ids):  # paths if names repeat, as in a listing
         plain_ids = tuple(without_suffix(name.replace("\\", "/")) for name in table.names)
     records, used, elsewhere = [], set(), []
     for name, plain, class_name, row in zip(table.names, plain_ids, table.classes, companions.rows, strict=True):
@@ -295,7 +302,7 @@ def _of_table(
         if not paths or listing is None:
             records.append(_record(plain, class_name, None, row))
             continue
-        # A name without a folder is the id; otherwise ids are chosen by all images, so that they are the same in every part.
+        # A name without a folder is the id. Other ids depend on all images, so that they are the same in every part.
         record_id = name if plain == name and "/" not in name else ids[paths[0]]
         used.add(paths[0])
         if _differ_in_folder(path, name, paths[0]):
@@ -303,13 +310,13 @@ def _of_table(
         records.append(_record(record_id, class_name, listing.images[paths[0]], row))
     repeated = [name for name, count in Counter(record.id for record in records).items() if count > 1]
     if repeated:
-        raise DataError(f"{table.file}: {escape(repeated[0])} stands in more than one row; keep one of them")
+        raise DataError(f"{table.file}: {escape(repeated[0])} is in more than one row; keep one of them")
     notes = [table.note] if table.note else []
     notes += companions.notes
     if elsewhere:
         name, file = elsewhere[0]
         notes.append(
-            f"{len(elsewhere):,} images lie in other folders than the table says, the first, {escape(name)}, is {escape(file)}"
+            f"{len(elsewhere):,} images are in other folders than in the table, the first, {escape(name)}, is {escape(file)}"
         )
     reading = _reading(
         listing,
@@ -323,20 +330,25 @@ def _of_table(
 
 
 def _differ_in_folder(path: Path, name: str, file: str) -> bool:
-    """Does a table name another folder for an image than it is in? DataError if they are parts of a data set."""
-    said, is_in = (PurePosixPath(each.replace("\\", "/")).parent.name.casefold() for each in (name, file))
-    if is_part(said) and is_part(is_in) and said != is_in:
+    """Whether a table names another folder for an image than the one that it is in.
+
+    Raises:
+        DataError: The folders are different parts of a data set.
+    """
+    in_table, actual = (PurePosixPath(each.replace("\\", "/")).parent.name.casefold() for each in (name, file))
+    if is_part(in_table) and is_part(actual) and in_table != actual:
         raise DataError(
-            f"{path}: {escape(name)} is not there, and {escape(file)} is of another part of the data set; give the folder or "
-            "the table of this part"
+            f"{path}: {escape(name)} does not exist, and {escape(file)} is in another part of the data set; give the folder "
+            "or the table of this part"
         )
-    return bool(said and is_in and said != is_in)
+    return bool(in_table and actual and in_table != actual)
 
 
 def _find_table(path: Path, listing: Listing, class_column: str | None) -> ImageFile | None:
-    """metadata.csv, unless another has the classes, else the only table that names images here and their classes.
+    """Find the table of a source.
 
-    Those in the folder itself come first.
+    It is metadata.csv, if it has the classes; otherwise the only table that names images of the source and their classes, with
+    preference for tables in the folder itself.
 
     Raises:
         DataError: There are several.
@@ -349,11 +361,11 @@ def _find_table(path: Path, listing: Listing, class_column: str | None) -> Image
             if has_classes(read_grid(main, most_rows=1).header):
                 return main
         except DataError:
-            return main  # reading all of it says what is wrong
+            return main  # reading all of it raises the error
     candidates: dict[str, ImageFile] = {}
     for name, file in listing.tables.items():
         if (PurePosixPath(name).parent / SPLIT).as_posix() in listing.ignored:
-            continue  # a part of a split, which is read with --metadata
+            continue  # part of a split, which is read with --metadata
         if PurePosixPath(name).name.casefold().startswith("sample_submission"):
             continue  # of a Kaggle competition: its values are placeholders
         try:
@@ -369,7 +381,7 @@ def _find_table(path: Path, listing: Listing, class_column: str | None) -> Image
     if len(chosen) > 1:
         raise DataError(f"{path}: {' and '.join(sorted(chosen))} both have classes; choose one with --metadata")
     if not at_top and chosen and listing.images and not _names_images(next(iter(chosen.values())), listing):
-        return main  # the other is a table somewhere below that has nothing to do with these images
+        return main  # the other table is below and of other images
     if main is not None:
         return next((file for file in chosen.values() if _names_images(file, listing)), main)
     return next(iter(chosen.values()), None)
@@ -383,13 +395,13 @@ def _names_images(file: ImageFile, listing: Listing) -> bool:
 
 
 def _image_folder(path: Path, listing: Listing, options: _Options, *, chosen: bool) -> Source:
-    """One sub-folder a class; an image's id is its name, or its path where names repeat."""
+    """Read one sub-folder for each class. The id of an image is its name, or its path if names repeat."""
     listing = replace(listing, archives={}, ignored={**listing.ignored, **dict.fromkeys(listing.archives, ARCHIVE)})
     prefix = wrapper(listing)
     inside = {name.removeprefix(prefix): name for name in listing.images}
-    astray = [name for name in inside if "/" not in name]
-    if not listing.images or astray:
-        raise DataError(why_no_class_folders(path, listing, astray))
+    outside = [name for name in inside if "/" not in name]
+    if not listing.images or outside:
+        raise DataError(why_no_class_folders(path, listing, outside))
     below: dict[str, set[str]] = {}
     for name in inside:
         top, _, rest = name.partition("/")
@@ -397,9 +409,11 @@ def _image_folder(path: Path, listing: Listing, options: _Options, *, chosen: bo
     if not chosen:
         check_class_folders(path, listing, below, prefix)
     inside_lost = {name.removeprefix(prefix): why for name, why in listing.lost.items() if name.startswith(prefix)}
-    # Without a suffix it is a link to a folder.
-    gone = {name for name, why in inside_lost.items() if why in (BROKEN_LINK, TEXT_LINK) and not {"/", "."} & set(name)}
-    for folder in sorted((folders_of(listing.lost, prefix) | gone) - below.keys()):
+    # A broken link without a suffix is a link to a folder.
+    missing = {
+        name for name, why in inside_lost.items() if why in (BROKEN_LINK, TEXT_LINK) and not {"/", "."} & set(name)
+    }
+    for folder in sorted((folders_of(listing.lost, prefix) | missing) - below.keys()):
         first = next(name for name in listing.lost if f"{name}/".startswith(f"{prefix}{folder}/"))
         raise DataError(
             f"{path}: the folder {prefix}{folder} has no image that can be read: {escape(first)} is {listing.lost[first]}; "
@@ -424,32 +438,32 @@ def _image_folder(path: Path, listing: Listing, options: _Options, *, chosen: bo
 
 
 def _is_plain_zip(listing: Listing) -> bool:
-    """Is a zip without dataset.json one of StyleGAN's: no folders, or only the numbered ones of its tool?"""
+    """Whether a zip without dataset.json is of StyleGAN: no folders, or only the numbered ones of its tool."""
     folders = {PurePosixPath(name).parent.as_posix() for name in listing.images}
     return bool(listing.images) and all(re.fullmatch(r"\.|\d{5}", folder) for folder in folders)
 
 
 def _stylegan(path: Path, listing: Listing, options: _Options) -> Source:
-    """Images with dataset.json. Our own metadata.csv inside, if there, gives ids, class names, patients and lesions."""
+    """Read images with dataset.json. Ids, class names, patients and lesions are from our metadata.csv inside, if it exists."""
     images = listing.images
     if not images:
-        raise DataError(f"{path}: holds no images")
+        raise DataError(f"{path}: contains no images")
     labels = _labels(path, listing)
     unknown = sorted(labels.keys() - set(images))
     if unknown:
-        raise DataError(f"{path}: dataset.json has a label for {escape(unknown[0])}, which is not there")
+        raise DataError(f"{path}: dataset.json has a label for {escape(unknown[0])}, which does not exist")
     rows = _own_rows(path, listing)
     names = {labels[file]: row["class"] for file, row in rows.items() if file in labels and row.get("class")}
     if options.binary and labels and not names and not options.mapping:
         numbers = ", ".join(map(str, sorted(set(labels.values()))))
         raise DataError(
-            f"{path}: its labels are numbers ({numbers}), so nothing tells melanoma from others; say which is which with "
+            f"{path}: its labels are numbers ({numbers}), which do not say what is melanoma; state the classes with "
             '--map "0=benign" --map "1=malignant"'
         )
-    said = {file: names.get(label, str(label)) for file, label in labels.items()}
+    label_names = {file: names.get(label, str(label)) for file, label in labels.items()}
     rule = MapClass(path, "label", binary=options.binary, truth=False, mapping=options.mapping)
     files = sorted(images)
-    classes, origins = class_of([(said.get(file, ""),) for file in files], rule)
+    classes, origins = class_of([(label_names.get(file, ""),) for file in files], rule)
     records = []
     for file, class_name in zip(files, classes, strict=True):
         row = rows.get(file, {"image": PurePosixPath(file).with_suffix("").as_posix()})
@@ -464,7 +478,7 @@ def _stylegan(path: Path, listing: Listing, options: _Options) -> Source:
 
 
 def _labels(path: Path, listing: Listing) -> dict[str, int]:
-    """Labels by member: numbers, or lists with a single 1; empty if the data set has none, or no dataset.json."""
+    """Read the labels by member: numbers, or lists with a single 1. Empty if there are none, or no dataset.json."""
     if "dataset.json" not in listing.ignored:
         return {}
     try:
@@ -473,13 +487,13 @@ def _labels(path: Path, listing: Listing) -> dict[str, int]:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(
             f'{path}: dataset.json is not of the form {{"labels": [["name.png", 0], ...]}}; correct it, '
-            "or, if this is no StyleGAN data set, choose --layout isic or --layout imagefolder"
+            "or, if this is not a StyleGAN data set, choose --layout isic or --layout imagefolder"
         ) from error
     numbers = {name: _label(label) for name, label in pairs.items()}
     wrong = [name for name, number in numbers.items() if number is None]
     if wrong:
         raise DataError(
-            f"{path}: the label of {escape(wrong[0])} in dataset.json is no class number: {quote(pairs[wrong[0]])}"
+            f"{path}: the label of {escape(wrong[0])} in dataset.json is not a class number: {quote(pairs[wrong[0]])}"
         )
     return {name: number for name, number in numbers.items() if number is not None}
 
@@ -511,7 +525,7 @@ def _text(path: Path, member: str) -> str:
 
 
 def _selected(source: Source, metadata: Path, image_column: str | None) -> Source:
-    """The records that a table lists, by their ids or by what the table calls them."""
+    """Select the records that a table lists by their ids or by their names in the table."""
     names, plain_ids = read_image_names(metadata, image_column)
     known = {record.id for record in source.records}
     ids = [name if name in known else plain for name, plain in zip(names, plain_ids, strict=True)]
@@ -544,7 +558,7 @@ def _source(
     records: Iterable[Record],
     reading: Reading,
 ) -> Source:
-    # By id: the order of files must not decide the order of training.
+    # By id, so that the order of training does not depend on the order of files.
     ordered = tuple(sorted(records, key=lambda record: record.id))
     return Source(path, layout, table, column, names, ordered, reading)
 

@@ -1,13 +1,12 @@
-"""Divide images into parts by patient: no patient in two parts, every part of its size and with the classes of the whole.
+"""Divide images into parts by patient: no patient is in two parts, and parts have the required sizes and the same classes.
 
-Assigning whole patients so that sizes and class counts come out right is a multi-way number partitioning problem. It is
-solved by a greedy pass in random order, then by moving and exchanging patients between parts as long as that helps.
+Assigning whole patients so that sizes and class counts are as required is a multi-way number partitioning problem. It is
+solved by a greedy pass in random order, and then by moving and exchanging patients between parts while this reduces the
+error.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 from dermis.errors import DataError
 from dermis.files import atomic_write
 from training.data.sources import SPLIT, Record, Source
-from training.data.tables import ID_COLUMNS, find_column, read_image_names
+from training.data.tables import ID_COLUMNS, csv_text, find_column, read_image_names
 
 TRAIN_VALIDATION: Mapping[str, float] = {"train": 0.8, "validation": 0.2}
 TRAIN_VALIDATION_TEST: Mapping[str, float] = {"train": 0.7, "validation": 0.1, "test": 0.2}
@@ -33,45 +32,51 @@ PRESETS: Mapping[str, Mapping[str, float]] = {
 }
 REST = "rest"
 
-
-_ROUNDS = 50  # of improvement; a table of 33,000 images needs fewer than ten
-_CANDIDATES = 64  # patients that an exchange is tried with
+_ROUNDS = 50  # of moves and exchanges; a table of 33,000 images needs fewer than ten
+_CANDIDATES = 64  # patients of each part that are tried for an exchange
 _GROUP_WEIGHT = 0.2
 
 
 @dataclass(frozen=True)
-class Part:
-    """What a part of a split has, beside what it should have."""
+class SplitPart:
+    """Counts of one part of a split."""
 
     name: str
-    target: float  # images
+    target: float  # required number of images
     images: int
     groups: int
     classes: Mapping[str, int]
 
     def share(self, class_name: str) -> float:
-        """Of the part's images, in 0..1."""
+        """Share of a class among the images of the part, in [0, 1]."""
         return self.classes[class_name] / self.images if self.images else 0.0
 
 
 @dataclass(frozen=True)
 class Split:
-    """parts[i] is the name of the part that record i is in; REST is what is left over where the sizes ask for less."""
+    """Assignment of records to parts, with counts."""
 
-    parts: tuple[str, ...]
-    summary: tuple[Part, ...]
-    whole: Part
-    seed: int | None  # None if the parts were changed after
+    parts: tuple[str, ...]  # name of the part of each record; REST for records beyond the required sizes
+    summary: tuple[SplitPart, ...]
+    whole: SplitPart
+    seed: int | None  # None if the parts were changed afterwards
 
 
 def split_by_patient(records: Sequence[Record], sizes: Mapping[str, float], seed: int = 0) -> Split:
     """Assign every record to one of the parts named in `sizes`.
 
-    Sizes are images, or shares of the whole where all are at most 1. Sizes that ask for more than there is are scaled
-    down together; if they ask for less, the remainder is the part "rest". Records of one patient, or of one lesion,
-    stay together; a record with neither stands alone. Parts get each class (unlabelled records count as one) in the
-    proportion of the whole, as closely as whole patients allow. A pure function: the order of the records does not
-    matter. Raises DataError if the sizes make no sense or there are fewer patients than parts.
+    Records of one patient, or of one lesion, are in the same part; a record with neither is a group of its own. Parts have
+    each class (unlabelled records count as one) in the proportion of the whole, as closely as whole patients allow. The
+    result depends on the arguments only, and not on the order of the records.
+
+    Args:
+        records: The images.
+        sizes: Numbers of images by part, or shares of the whole if all are at most 1. Numbers that add up to more than
+            there are images are scaled down together; if they add up to fewer, the other images are the part "rest".
+        seed: Of the random order.
+
+    Raises:
+        DataError: The sizes are not valid, or there are fewer patients than parts.
     """
     if not records:
         raise DataError("there are no images to split")
@@ -94,22 +99,29 @@ def split_by_patient(records: Sequence[Record], sizes: Mapping[str, float], seed
 def describe_split(
     records: Sequence[Record], parts: Sequence[str], targets: Mapping[str, float], seed: int | None = None
 ) -> Split:
-    """Count what every part of a split has. parts[i] is that of records[i]; targets name the parts in their order."""
+    """Count images, groups and classes of every part of a split.
+
+    Args:
+        records: All images.
+        parts: Name of the part of each record.
+        targets: Required number of images by part, in the order of the parts.
+        seed: Of the split; None if the parts were changed afterwards.
+    """
     groups = group_of(records)
     classes = Counter((part, record.class_name) for part, record in zip(parts, records, strict=True))
     members = Counter(part for part, _ in set(zip(parts, groups, strict=True)))
     class_names = sorted({record.class_name for record in records})
     summary = []
     for name, target in targets.items():
-        has = {cls: classes[name, cls] for cls in class_names}
-        summary.append(Part(name, target, sum(has.values()), members[name], has))
+        counts = {cls: classes[name, cls] for cls in class_names}
+        summary.append(SplitPart(name, target, sum(counts.values()), members[name], counts))
     totals = dict(sorted(Counter(record.class_name for record in records).items()))
-    whole = Part("whole", float(len(records)), len(records), len(set(groups)), totals)
+    whole = SplitPart("whole", float(len(records)), len(records), len(set(groups)), totals)
     return Split(tuple(parts), tuple(summary), whole, seed)
 
 
 def part_targets(sizes: Mapping[str, float], images: int) -> dict[str, float]:
-    """Images that each part should have; "rest" is added if the sizes leave some over."""
+    """Required number of images by part, with the part "rest" if the sizes do not cover all images."""
     if not sizes or REST in sizes or not all(np.isfinite(size) and size > 0 for size in sizes.values()):
         raise DataError(f"parts need names other than {REST!r} and sizes above 0, not {dict(sizes)}")
     shares = all(size <= 1 for size in sizes.values())
@@ -122,9 +134,9 @@ def part_targets(sizes: Mapping[str, float], images: int) -> dict[str, float]:
 
 
 def group_of(records: Sequence[Record]) -> list[str]:
-    """A name of the group of each record: records that share a patient or a lesion, also through others, share it.
+    """Name of the group of each record. Records that share a patient or a lesion, directly or through others, have one group.
 
-    Thus an image whose patient is not known stays with the known patient of the same lesion.
+    So an image without a known patient is in the group of the patient with the same lesion.
     """
     parent: dict[str, str] = {}
 
@@ -147,115 +159,117 @@ def group_of(records: Sequence[Record]) -> list[str]:
 
 
 def assign(counts: NDArray[np.int64], targets: NDArray[np.float64], seed: int) -> NDArray[np.int64]:
-    """Part of every group. counts int [groups, classes]: images; targets float [parts]: images of each part.
+    """Assign groups of images to parts.
 
-    Minimises the sum of (images - wanted)^2 / wanted over parts, and over parts and classes: the chi-square distance to
-    the ideal split, in which a rare class counts as much as a common one. With a small weight it also counts the
-    groups, for else a small part would be filled with patients of few images.
+    Minimises the sum of (images - ideal)^2 / ideal over parts, and over parts and classes: the chi-square distance to the
+    ideal split, in which a rare class has the same influence as a common one. The number of groups is included with a
+    small weight: otherwise a small part would consist of patients with few images.
+
+    Args:
+        counts: [groups, classes], numbers of images.
+        targets: [parts], required numbers of images.
+        seed: Of the random order.
+
+    Returns:
+        Part of every group, [groups].
     """
     rng = np.random.default_rng(seed)
-    amounts = np.column_stack([counts, counts.sum(axis=1), np.ones(len(counts))])  # [groups, classes, size, 1]
-    wanted = targets[:, None] * amounts.sum(axis=0) / counts.sum()  # the same columns for each part
-    weight = 1.0 / np.maximum(wanted, 1e-9)
+    amounts = np.column_stack([counts, counts.sum(axis=1), np.ones(len(counts))])
+    ideal = targets[:, None] * amounts.sum(axis=0) / counts.sum()
+    weight = 1.0 / np.maximum(ideal, 1e-9)
     weight[:, -1] *= _GROUP_WEIGHT
-    have = np.zeros_like(wanted)
-    part = np.zeros(len(counts), dtype=np.int64)
+    state = _Assignment(amounts, ideal, weight, np.zeros_like(ideal), np.zeros(len(counts), dtype=np.int64))
     for g in rng.permutation(len(counts)):
-        part[g] = np.argmin(_cost_of_adding(amounts[g], have - wanted, weight))
-        have[part[g]] += amounts[g]
+        state.part[g] = np.argmin(_cost_of_adding(amounts[g], state.totals - ideal, weight))
+        state.totals[state.part[g]] += amounts[g]
     for _ in range(_ROUNDS):
-        moved = _move(amounts, have, wanted, weight, part, rng)
-        exchanged = _exchange(amounts, have, wanted, weight, part, rng)
+        moved = _move(state, rng)
+        exchanged = _exchange(state, rng)
         if not moved and not exchanged:
             break
-    _fill_empty(amounts, have, wanted, weight, part)
-    return part
+    _fill_empty(state)
+    return state.part
+
+
+@dataclass(frozen=True)
+class _Assignment:
+    """Groups and their parts. Columns are the classes, the number of images and the number of groups."""
+
+    amounts: NDArray[np.float64]  # [groups, columns]
+    ideal: NDArray[np.float64]  # [parts, columns]
+    weight: NDArray[np.float64]  # [parts, columns]
+    totals: NDArray[np.float64]  # [parts, columns], changed with every move
+    part: NDArray[np.int64]  # [groups], changed with every move
+
+    def move(self, group: int, part: int) -> None:
+        self.totals[self.part[group]] -= self.amounts[group]
+        self.totals[part] += self.amounts[group]
+        self.part[group] = part
 
 
 def _cost_of_adding(
     amount: NDArray[np.float64], excess: NDArray[np.float64], weight: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """Change of sum(weight * excess^2) over the last axis when `amount` is added."""
+    """Change of sum(weight * excess^2) over the last axis if `amount` is added."""
     change: NDArray[np.float64] = (weight * amount * (2 * excess + amount)).sum(axis=-1)
     return change
 
 
-def _move(
-    amounts: NDArray[np.float64],
-    have: NDArray[np.float64],
-    wanted: NDArray[np.float64],
-    weight: NDArray[np.float64],
-    part: NDArray[np.int64],
-    rng: np.random.Generator,
-) -> bool:
-    """Move each group, in random order, to the part where it fits best. Was any moved?"""
+def _move(state: _Assignment, rng: np.random.Generator) -> bool:
+    """Move each group, in random order, to the part where it fits best. Returns whether any group was moved."""
     moved = False
-    for g in rng.permutation(len(amounts)):
-        source, excess = part[g], have - wanted
-        change = _cost_of_adding(amounts[g], excess, weight)
-        change += _cost_of_adding(-amounts[g], excess[source], weight[source])
+    for g in rng.permutation(len(state.amounts)):
+        amount, source, excess = state.amounts[g], state.part[g], state.totals - state.ideal
+        change = _cost_of_adding(amount, excess, state.weight)
+        change += _cost_of_adding(-amount, excess[source], state.weight[source])
         change[source] = 0.0
         target = int(np.argmin(change))
         if change[target] < -1e-9:
-            have[source] -= amounts[g]
-            have[target] += amounts[g]
-            part[g] = target
+            state.move(g, target)
             moved = True
     return moved
 
 
-def _exchange(
-    amounts: NDArray[np.float64],
-    have: NDArray[np.float64],
-    wanted: NDArray[np.float64],
-    weight: NDArray[np.float64],
-    part: NDArray[np.int64],
-    rng: np.random.Generator,
-) -> bool:
-    """Exchange groups of two parts where that helps, which mends what no single move can. Was any exchanged?"""
+def _exchange(state: _Assignment, rng: np.random.Generator) -> bool:
+    """Exchange groups of two parts if this reduces the cost. Returns whether any were exchanged."""
     exchanged = False
-    for a in range(len(wanted)):
-        for b in range(a + 1, len(wanted)):
-            in_a, in_b = (rng.permutation(np.flatnonzero(part == p))[:_CANDIDATES] for p in (a, b))
+    for a in range(len(state.ideal)):
+        for b in range(a + 1, len(state.ideal)):
+            in_a, in_b = (rng.permutation(np.flatnonzero(state.part == p))[:_CANDIDATES] for p in (a, b))
             if not len(in_a) or not len(in_b):
                 continue
-            amount = amounts[in_b][None] - amounts[in_a][:, None]  # [in_a, in_b, columns]: what a would gain
-            change = _cost_of_adding(amount, have[a] - wanted[a], weight[a])
-            change += _cost_of_adding(-amount, have[b] - wanted[b], weight[b])
+            excess = state.totals - state.ideal
+            gain = state.amounts[in_b][None] - state.amounts[in_a][:, None]  # of part a, [in_a, in_b, columns]
+            change = _cost_of_adding(gain, excess[a], state.weight[a])
+            change += _cost_of_adding(-gain, excess[b], state.weight[b])
             i, j = np.unravel_index(int(np.argmin(change)), change.shape)
             if change[i, j] < -1e-9:
-                have[a] += amount[i, j]
-                have[b] -= amount[i, j]
-                part[in_a[i]], part[in_b[j]] = b, a
+                state.move(in_a[i], b)
+                state.move(in_b[j], a)
                 exchanged = True
     return exchanged
 
 
-def _fill_empty(
-    amounts: NDArray[np.float64],
-    have: NDArray[np.float64],
-    wanted: NDArray[np.float64],
-    weight: NDArray[np.float64],
-    part: NDArray[np.int64],
-) -> None:
-    """A part that is smaller than the smallest patient would be empty: give it the patient that does least harm."""
-    for p in range(len(wanted)):
+def _fill_empty(state: _Assignment) -> None:
+    """Move one patient, the one with the smallest cost, to each part that is empty because it is smaller than any patient."""
+    part = state.part
+    for p in range(len(state.ideal)):
         if (part == p).any():
             continue
-        groups = np.flatnonzero(np.bincount(part, minlength=len(wanted))[part] > 1)
-        excess = have - wanted
-        change = _cost_of_adding(amounts[groups], excess[p], weight[p])
-        change += _cost_of_adding(-amounts[groups], excess[part[groups]], weight[part[groups]])
-        g = groups[int(np.argmin(change))]
-        have[part[g]] -= amounts[g]
-        have[p] += amounts[g]
-        part[g] = p
+        groups = np.flatnonzero(np.bincount(part, minlength=len(state.ideal))[part] > 1)
+        amount, source, excess = state.amounts[groups], part[groups], state.totals - state.ideal
+        change = _cost_of_adding(amount, excess[p], state.weight[p])
+        change += _cost_of_adding(-amount, excess[source], state.weight[source])
+        state.move(groups[int(np.argmin(change))], p)
 
 
 def write_split(source: Source, split: Split, out: Path) -> None:
-    """A CSV of its rows for each part, and split.json, written last. DataError if the folder is not empty.
+    """Write a CSV for each part, and then split.json.
 
-    A CSV has the columns that the source has, so `--metadata OUT/train.csv` beside the same source reads that part.
+    A CSV has the columns of the source, so `--metadata OUT/train.csv` beside the same source reads that part.
+
+    Raises:
+        DataError: The folder is not empty or cannot be written.
     """
     check_empty(out)
     try:
@@ -263,23 +277,28 @@ def write_split(source: Source, split: Split, out: Path) -> None:
         for part in split.summary:
             records = [record for record, name in zip(source.records, split.parts, strict=True) if name == part.name]
             write_records(out / f"{part.name}.csv", records, source)
-        summary = {"source": source.path.name, "seed": split.seed, "whole": _described(split.whole, split.whole)}
-        summary["parts"] = {part.name: _described(part, split.whole) for part in split.summary}
-        (out / SPLIT).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        summary = {"source": source.path.name, "seed": split.seed, "whole": _summary(split.whole, split.whole)}
+        summary["parts"] = {part.name: _summary(part, split.whole) for part in split.summary}
+        with atomic_write(out / SPLIT) as partial:
+            partial.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise DataError(f"{out}: cannot be written ({error.strerror})") from error
 
 
 def check_empty(out: Path) -> None:
-    """DataError unless a split can be written there: a split is not to be mixed with an older one."""
+    """Check that a folder is empty or does not exist, so that a split is not mixed with an earlier one.
+
+    Raises:
+        DataError: It is not empty.
+    """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out}: is not empty; choose another --out or remove it")
 
 
 def write_records(file: Path, records: Sequence[Record], source: Source) -> None:
-    """A CSV of the records' rows, with the columns of all rows of the source; read beside it, it gives these records.
+    """Write the rows of records as a CSV with the columns of all rows of the source, to be used as its `--metadata`.
 
-    Where the table calls images otherwise than by their ids (by paths, say), the ids come first, as `isic_id`.
+    If the table does not name images by their ids (but by paths, for instance), the first column is `isic_id` with the ids.
     """
     columns = list(dict.fromkeys(column for record in source.records for column in record.row))
     id_column = find_column(columns, ID_COLUMNS)
@@ -292,16 +311,16 @@ def write_records(file: Path, records: Sequence[Record], source: Source) -> None
 
 def write_rows(file: Path, columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> None:
     """Write a CSV file completely or not at all."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
     with atomic_write(file) as partial:
-        partial.write_text(text.getvalue(), encoding="utf-8")
+        partial.write_text(csv_text(columns, rows), encoding="utf-8")
 
 
 def read_split(folder: Path) -> dict[str, str]:
-    """Part of each id in a folder that `write_split` wrote. DataError if it is none or an id is in two parts."""
+    """Read the part of each id from a folder that `write_split` wrote.
+
+    Raises:
+        DataError: The folder has no split, or an id is in two parts.
+    """
     try:
         names = list(json.loads((folder / SPLIT).read_text(encoding="utf-8"))["parts"])
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -315,7 +334,7 @@ def read_split(folder: Path) -> dict[str, str]:
     return parts
 
 
-def _described(part: Part, whole: Part) -> dict[str, Any]:
+def _summary(part: SplitPart, whole: SplitPart) -> dict[str, Any]:
     return {
         "images": part.images,
         "wanted": round(part.target, 2),

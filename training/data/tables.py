@@ -1,7 +1,7 @@
-"""Tables of images: which columns name the image, its class, its patient, and how their values become classes.
+"""Tables of images: the columns that name the image, its class and its patient, and how their values become classes.
 
-Understood are the CSVs of the ISIC challenges of 2016 to 2020 and 2024 (SLICE-3D), of HAM10000, BCN20000, PAD-UFES-20, DDI,
-derm7pt and Fitzpatrick17k, and of the ISIC Archive's own download tool.
+The CSVs of these sources are known: the ISIC challenges of 2016 to 2020 and 2024 (SLICE-3D), HAM10000, BCN20000,
+PAD-UFES-20, DDI, derm7pt, Fitzpatrick17k, and the download tool of the ISIC Archive.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from training.data.class_names import ClassOrigin, MapClass, class_of, contradic
 from training.data.diagnoses import binary_class, is_no, is_yes
 from training.data.files import TABLE_SUFFIXES, ImageFile, plain_id
 
-# In the order of preference. They are compared in lower case, with one underscore for what is no letter or digit.
+# In order of preference. Names are compared in lower case, with one underscore in place of other characters than letters
+# and digits.
 ID_COLUMNS = (
     "isic_id", "image_name", "image", "image_id", "file_name", "filename", "file", "img_id", "img_name", "img", "image_path",
     "img_path", "file_path", "filepath", "path", "imagename", "imageid", "isic", "ddi_file", "bcn_filename", "md5hash",
@@ -34,7 +35,7 @@ CLASS_COLUMNS = (
 ONE_HOT_COLUMNS = ("MEL", "NV", "BCC", "AK", "AKIEC", "BKL", "DF", "VASC", "SCC", "UNK")
 TWO_OF_2017 = ("melanoma", "seborrheic_keratosis")  # neither is a nevus
 
-# What the tables call the same thing.
+# Columns with the same meaning under different names.
 METADATA_COLUMNS: Mapping[str, tuple[str, ...]] = {
     "diagnosis": (
         "diagnosis", "dx", "diagnosis_3", "diagnosis_2", "diagnosis_1", "diagnostic", "disease", "iddx_full", "iddx_3",
@@ -57,43 +58,43 @@ _KNOWN = {
     *ID_COLUMNS, *CLASS_COLUMNS, *TWO_OF_2017, *_RIGHTS, *(name for names in _SYNONYMS.values() for name in names),
 }  # fmt: skip
 _DETAILED = re.compile(r"(?:diagnosis|iddx)_[1-9]")  # from general to specific
-# 0 and 1 in these columns, true and false alike, are benign and malignant; in others they are names like any other.
+# In these columns 0 and 1, or false and true, mean benign and malignant. In other columns they are names of classes.
 _TRUTH_COLUMNS = frozenset(
     {"target", "benign_malignant", "malignant", "is_malignant", "melanoma", "is_melanoma", "mel"}
 )
 _BINARY_COLUMNS = ("target", "melanoma", "is_melanoma", "dx", "diagnosis", "diagnostic", "disease", "class", "label")
-# Columns whose values name a diagnosis, held against a class that another column gives.
+# Columns of diagnoses, which are compared with the classes of another column.
 _DIAGNOSIS_COLUMNS = ("iddx_full", "diagnosis_3", "diagnosis", "dx", "diagnostic", "disease")
 _NO_VALUE = frozenset({"", "na", "n/a", "nan", "none", "null", "unknown", "-"})
 _ISIC_NAME = re.compile(r"ISIC_\d{3,}(?:_downsampled)?(?:\.\w+)?", re.IGNORECASE)
-_EXCEL_TEXT = re.compile(r'^="(.*)"$')  # how ids keep their zeros in Excel
+_EXCEL_TEXT = re.compile(r'^="(.*)"$')  # so that Excel keeps the leading zeros of ids
 _HEADERLESS = ("image", "target")
 _BEGINNING_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of a CSV in file order. classes are '' where a row has none; class_column is '' if the table has no class."""
+    """Rows of a CSV in the order of the file."""
 
     file: Path
     id_column: str
-    class_column: str
-    names: tuple[str, ...]  # of the images, as the table has them
-    ids: tuple[str, ...]  # the same without folders and suffixes
-    classes: tuple[str, ...]
+    class_column: str  # "" if the table has no classes
+    names: tuple[str, ...]  # of the images, as in the table
+    ids: tuple[str, ...]  # names without folders and suffixes
+    classes: tuple[str, ...]  # "" for a row without a class
     rows: tuple[dict[str, str], ...]
-    kind: str = ""  # "ISIC 2018 task 3", ...; "" if the columns are those of no known data set
+    kind: str = ""  # for instance "ISIC 2018 task 3"; "" if it is not the table of a known data set
     origins: tuple[ClassOrigin, ...] = ()  # how values became classes
-    note: str = ""  # what the user should know about the classes
+    note: str = ""  # for the user, about the classes
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A CSV as it is: header (known columns under the names above) and rows of as many cells."""
+    """Cells of a CSV."""
 
-    header: tuple[str, ...]
-    cells: tuple[tuple[str, ...], ...]
-    first_row: int  # of the file: 2 after a header
+    header: tuple[str, ...]  # known columns have the names above
+    cells: tuple[tuple[str, ...], ...]  # one tuple for each row, as long as the header
+    first_row: int  # line number of the first row in the file: 2 after a header
 
     def column(self, name: str) -> list[str]:
         i = self.header.index(name)
@@ -109,18 +110,21 @@ def read_table(
     mapping: Mapping[str, str] | None = None,
     count_images: Callable[[Sequence[str]], int] | None = None,
 ) -> Table:
-    """Read a table with one row an image: comma, semicolon, tab or bar between the cells, also compressed by gzip.
+    """Read a table with one row for each image.
+
+    Cells are separated by commas, semicolons, tabs or vertical bars. The file can be compressed by gzip.
 
     Args:
         file: The table.
-        class_column: Column of the classes; default: the first of CLASS_COLUMNS, else the one-hot columns of a challenge.
+        class_column: Column of the classes; by default, the first of CLASS_COLUMNS or, without one, the one-hot columns of
+            a challenge.
         binary: Classes are "malignant" (melanoma) and "benign" (every other diagnosis), as in the ISIC 2020 challenge.
-        image_column: Column that names the images; default: the first of ID_COLUMNS, or the one that names most of them.
-        mapping: Classes by value; before everything else.
-        count_images: How many of these names are images; None if there are no images to compare with.
+        image_column: Column that names the images; by default, the one of ID_COLUMNS that names most images.
+        mapping: Classes by value; takes precedence over all other rules.
+        count_images: Counts the names that are images; None if there are no images to compare with.
 
     Raises:
-        DataError: Names the file and the column, row or value at fault.
+        DataError: The table is not valid; the message names the file and the column, row or value.
     """
     where = file.path / file.member if isinstance(file, ImageFile) else file
     grid = read_grid(file)
@@ -143,7 +147,7 @@ def read_table(
 
 
 def read_image_names(file: Path, image_column: str | None = None) -> tuple[list[str], list[str]]:
-    """The names of the images of a table, and the same without folders and suffixes. Its classes need not be understood."""
+    """Read the names of the images of a table, and their ids (without folders and suffixes), but not the classes."""
     _, names, ids = _images(file, read_grid(file), image_column, None)
     return names, ids
 
@@ -151,7 +155,7 @@ def read_image_names(file: Path, image_column: str | None = None) -> tuple[list[
 def _images(
     where: Path, grid: Grid, image_column: str | None, count_images: Callable[[Sequence[str]], int] | None
 ) -> tuple[str, list[str], list[str]]:
-    """The column of the images, their names, and their ids. DataError if one is missing or stands in two rows."""
+    """The column that names the images, their names, and their ids. DataError if a name is missing or repeated."""
     id_column = _id_column(where, grid, image_column, count_images)
     names = grid.column(id_column)
     for number, name in enumerate(names):
@@ -159,7 +163,7 @@ def _images(
             raise DataError(f"{where}: row {grid.first_row + number} has no {id_column}; remove the row or fill it in")
     repeated = [name for name, count in Counter(names).items() if count > 1]
     if repeated:
-        raise DataError(f"{where}: {escape(repeated[0])} stands in more than one row; keep one of them")
+        raise DataError(f"{where}: {escape(repeated[0])} is in more than one row; keep one of them")
     if not names:
         raise DataError(f"{where}: no rows")
     return id_column, names, [name if id_column == "isic_id" else plain_id(name) for name in names]
@@ -178,7 +182,7 @@ def has_classes(header: Sequence[str]) -> bool:
 
 
 def table_kind(header: Sequence[str]) -> str:
-    """Which data set's table has these columns; "" if none is known."""
+    """Name of the known data set whose table has these columns, or ""."""
     columns = set(header)
     known: tuple[tuple[str, set[str]], ...] = (
         ("ISIC 2019", {"image", "MEL", "NV", "UNK"}),
@@ -198,7 +202,7 @@ def table_kind(header: Sequence[str]) -> str:
 
 
 def value_of(row: Mapping[str, str], name: str) -> str:
-    """A row's value under whichever column of this meaning it has, or under its own name; '' if missing or unknown."""
+    """Value of a row in a column with this name or another name of the same meaning; "" if missing or unknown."""
     for column in _SYNONYMS.get(name, (name,)):
         value = row.get(column, "").strip()
         if value.lower() not in _NO_VALUE:
@@ -207,18 +211,22 @@ def value_of(row: Mapping[str, str], name: str) -> str:
 
 
 def read_grid(file: Path | ImageFile, most_rows: int | None = None) -> Grid:
-    """Decode a table and split it into cells. Blank rows are left out, cells stripped. DataError if it is no readable CSV.
+    """Decode a table and split it into stripped cells, without blank rows.
 
-    `most_rows` reads the beginning only, to learn what the table is.
+    Args:
+        file: The table.
+        most_rows: Read only the beginning of the file, up to this number of rows; None for the whole file.
+
+    Raises:
+        DataError: The file is not a readable CSV.
     """
     where = file.path / file.member if isinstance(file, ImageFile) else file
     text = _text(file, where, beginning=most_rows is not None)
-    if stated := re.match(
-        r"sep=(.)\s*[\r\n]", text, re.IGNORECASE
-    ):  # for Excel; the empty line keeps row numbers right
-        text = "\n" + text[stated.end() :]
+    declaration = re.match(r"sep=(.)\s*[\r\n]", text, re.IGNORECASE)  # for Excel
+    if declaration:
+        text = "\n" + text[declaration.end() :]  # the empty line keeps row numbers right
     lines = io.StringIO(text, newline="")
-    delimiter = stated[1] if stated else _delimiter(text)
+    delimiter = declaration[1] if declaration else _delimiter(text)
     try:
         reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
         rows: list[tuple[int, list[str]]] = []
@@ -249,7 +257,7 @@ def read_grid(file: Path | ImageFile, most_rows: int | None = None) -> Grid:
 
 
 def _beginning(file: Path | ImageFile) -> bytes:
-    """The first bytes of a table, unpacked: those of a table beside the images are looked at without reading it whole."""
+    """The first bytes of a table, decompressed."""
     path, member = (file.path, file.member) if isinstance(file, ImageFile) else (file, "")
     packed = (member or path.name).lower().endswith(".gz")
     if member and isinstance(file, ImageFile):
@@ -276,7 +284,7 @@ def _text(file: Path | ImageFile, where: Path, *, beginning: bool) -> str:
         try:
             return data.decode(encoding)
         except UnicodeDecodeError as error:
-            if beginning and error.start > len(data) - 4:  # the piece ends inside a character
+            if beginning and error.start > len(data) - 4:  # cut inside a character
                 return data[: error.start].decode(encoding)
     raise DataError(f"{where}: not a readable CSV; save it as CSV (UTF-8)")
 
@@ -289,27 +297,27 @@ def _delimiter(text: str) -> str:
             counts[delimiter] = len(next(csv.reader([line], delimiter=delimiter)))
         except (csv.Error, StopIteration):
             counts[delimiter] = 0
-    return max(counts, key=lambda each: counts[each])  # the first of equals: the comma
+    return max(counts, key=lambda each: counts[each])  # of equal counts the first one: the comma
 
 
 def _has_no_header(first: Sequence[str]) -> bool:
-    """The ground truth of ISIC 2016 begins with its first image."""
+    """Whether a table begins with its first image, as the ground truth of ISIC 2016 does."""
     return len(first) == 2 and _ISIC_NAME.fullmatch(first[0]) is not None
 
 
 def _header(cells: Sequence[str]) -> list[str]:
-    """Known columns under their own names; empty and repeated names made different."""
+    """Names of columns: known ones in the spelling above, empty and repeated ones made unique."""
     plain = [re.sub(r"[\W_]+", "_", cell.casefold()).strip("_") for cell in cells]
     upper = {"mel", "nv"} <= set(plain)
     header: list[str] = []
     for cell, name in zip(cells, plain, strict=True):
         known = name.upper() if upper and name.upper() in ONE_HOT_COLUMNS else name
         known = known if known in ONE_HOT_COLUMNS or name in _KNOWN or _DETAILED.fullmatch(name) else cell
-        header.append(_different(known or "unnamed", header))
+        header.append(_unique(known or "unnamed", header))
     return header
 
 
-def _different(name: str, taken: Sequence[str]) -> str:
+def _unique(name: str, taken: Sequence[str]) -> str:
     number = 2
     result = name
     while result in taken:
@@ -349,11 +357,11 @@ def _id_column(
     if count_images is None or len(known) == 1:
         return known[0]
     counts = {name: count_images(grid.column(name)) for name in known}
-    return max(known, key=lambda name: counts[name])  # the first of equals
+    return max(known, key=lambda name: counts[name])  # of equal counts the first one
 
 
 def _values(where: Path, grid: Grid, column: str | None, binary: bool) -> tuple[str, list[Sequence[str]]]:
-    """The column (or columns, in words) that the classes come from, and each row's values, general before specific."""
+    """The column of the classes (or a description of several), and the values of each row, from general to specific."""
     header = grid.header
     if column is not None:
         return column, [(value,) for value in grid.column(column)]
@@ -370,9 +378,7 @@ def _values(where: Path, grid: Grid, column: str | None, binary: bool) -> tuple[
             return "MEL, NV, ...", [(code,) for code in _one_hot(where, grid)]
         chosen = find_column(header, _BINARY_COLUMNS) or next(iter(detailed), None)
         if chosen is None:
-            raise DataError(
-                f"{where}: no diagnosis to tell melanoma by; name its column with --class-column ({_columns(grid)})"
-            )
+            raise DataError(f"{where}: no column with a diagnosis; name it with --class-column ({_columns(grid)})")
         return chosen, [(value,) for value in grid.column(chosen)]
     if set(TWO_OF_2017) <= set(header):
         return ", ".join(TWO_OF_2017), [(name,) for name in _two_of_2017(where, grid)]
@@ -392,7 +398,7 @@ def _is_one_hot(columns: Sequence[str]) -> bool:
 
 
 def _named_one_hot(grid: Grid) -> list[str]:
-    """The class of each row where all columns but those of ids are named after classes, as Roboflow writes them; else empty."""
+    """The class of each row if all columns except ids are named after classes, as in tables of Roboflow; otherwise empty."""
     ids = {*ID_COLUMNS, *(name for group in GROUP_COLUMNS.values() for name in group)}
     names = [name for name in grid.header if name not in ids]
     if len(names) < 2 or _is_one_hot(names) or not all(map(binary_class, names)):
@@ -432,7 +438,22 @@ def _two_of_2017(where: Path, grid: Grid) -> list[str]:
 
 
 def _compare(where: Path, grid: Grid, names: Sequence[str], classes: Sequence[str], column: str, chosen: bool) -> str:
-    """DataError if a diagnosis contradicts the class; a note if the user chose the column of the class."""
+    """Compare classes with the diagnoses of another column.
+
+    Args:
+        where: The table, for messages.
+        grid: Its cells.
+        names: Names of the images.
+        classes: Classes of the images.
+        column: Column of the classes.
+        chosen: Whether the user chose that column.
+
+    Returns:
+        A note about contradictions; "" if there are none.
+
+    Raises:
+        DataError: There are contradictions, and the user did not choose the column.
+    """
     other = find_column([name for name in grid.header if name != column], _DIAGNOSIS_COLUMNS)
     if other is None:
         return ""
@@ -451,3 +472,12 @@ def _compare(where: Path, grid: Grid, names: Sequence[str], classes: Sequence[st
 
 def is_table(name: str) -> bool:
     return name.lower().endswith(TABLE_SUFFIXES)
+
+
+def csv_text(columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> str:
+    """A CSV with these columns. Cells that a row lacks are empty, and other cells of a row are left out."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, restval="", extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

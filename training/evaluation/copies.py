@@ -10,24 +10,27 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dermis.authenticity.baseline import Copies
+from dermis.imaging import decode
 from training.data.duplicates import hash_pairs, perceptual_hashes
 from training.data.images import in_threads
 
 HASH_DISTANCE = 6
-"""Of 64 bits. Copies of 100 images, re-compressed at full size to JPEG 50, differed in at most 5, at half the size in at
-most 7; of 595 different images of the shared collection no nearest neighbours differ in fewer than 14."""
+"""Differing bits of 64 in the hashes of copies, at most. Copies of 100 images, saved as JPEG 50, differed in at most 5 bits
+at full size, and in at most 7 at half the size. Nearest neighbours among 595 different images differed in at least 14."""
 CORRELATION = 0.985
-"""Of the two images' pixels at 32 px. Re-compressed copies reach it (at JPEG 50: 99 of 100 do), drawn pictures of different
-lesions with nearly the same hash do not."""
+"""Of the pixels of copies at 32 px, at least. Copies that were compressed again reach it (99 of 100 at JPEG 50); images of
+different lesions with similar hashes do not."""
 MEASURED = 256
-"""Images that are re-compressed to learn how far a copy is from its original."""
+"""Images that are compressed again to measure the distance of a copy to its original."""
 _QUALITY, _SIDE = 90, 32
 
 
 def find_copies(images: NDArray[np.uint8], embed: Callable[[NDArray[np.uint8]], NDArray[np.float32]]) -> Copies:
-    """Embeddings of evenly chosen, re-compressed images of images [N, R, R, 3], and pairs with nearly the same hash.
+    """Embed copies of some training images that were compressed again, and find pairs with similar hashes.
 
-    embed: uint8 [M, R, R, 3] -> features [M, dim].
+    Args:
+        images: Training images [N, R, R, 3]. Copies are made of up to MEASURED of them, at equal intervals.
+        embed: Computes features [M, dim] of images uint8 [M, R, R, 3].
     """
     chosen = np.unique(np.linspace(0, len(images) - 1, min(len(images), MEASURED)).round().astype(np.int64))
     features = embed(np.stack([recompressed(images[i]) for i in chosen]))
@@ -40,15 +43,14 @@ def find_copies(images: NDArray[np.uint8], embed: Callable[[NDArray[np.uint8]], 
 
 
 def recompressed(image: NDArray[np.uint8], quality: int = _QUALITY) -> NDArray[np.uint8]:
-    """uint8 [R, R, 3] as it comes back from a JPEG file."""
+    """An image uint8 [R, R, 3] after it was saved as JPEG."""
     file = io.BytesIO()
     Image.fromarray(image).save(file, "JPEG", quality=quality)
-    with Image.open(file) as again:
-        return np.asarray(again.convert("RGB"))
+    return decode(file.getvalue())
 
 
 def _correlation(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
-    """Pearson's, of the pixels of two images at 32 px, the mean of each channel taken away."""
+    """Pearson's correlation of the pixels of two images at 32 px, after the mean of each channel is subtracted."""
     small = [
         np.asarray(Image.fromarray(image).resize((_SIDE, _SIDE), Image.Resampling.BOX), dtype=np.float64)
         for image in (a, b)

@@ -1,7 +1,8 @@
-"""How much of what a direction changes is what it is meant to change; and which directions take something away.
+"""Measure disentanglement: which attributes a direction changes, and which directions remove an attribute.
 
-The same latents are looked at before and after a move, so every change is paired. Attributes come in units of their own
-standard deviation over unedited samples. Directions drawn at random are the control: what any move of that length does.
+The same latents are measured before and after a move, so all changes are paired. Changes of an attribute are in units of
+its standard deviation over unedited samples. Random directions are the controls: they show the effect of any move of the
+same length.
 """
 
 from __future__ import annotations
@@ -19,109 +20,115 @@ from training.data.artefacts import wilson_interval
 Floats = NDArray[np.float64]
 Ws = NDArray[np.float32]
 
-CLEAR = 2.0  # standard errors that a shift must be from nothing to be called one
-ENOUGH = 0.9  # share of the images from which something must vanish for a move to count as removing it
+CLEAR = 2.0  # standard errors: smaller shifts do not count
+ENOUGH = 0.9  # share of the images in which an attribute must disappear for a move to count as a removal
 
 
 @dataclass(frozen=True)
 class Readings:
-    """What is seen in N images: float64 [N] by attribute, and features float32 [N, D] (D is 0 without a classifier)."""
+    """Measurements of N images."""
 
-    attributes: Mapping[str, Floats]
-    features: NDArray[np.float32]
+    attributes: Mapping[str, Floats]  # float64 [N] by attribute
+    features: NDArray[np.float32]  # [N, D]; D is 0 without a classifier
 
 
 Look = Callable[[Ws], Readings]
-"""Draws style vectors [N, num_ws, w_dim] and reads the images."""
+"""Measures the images of style vectors [N, num_ws, w_dim]."""
 
 
 @dataclass(frozen=True)
 class Units:
-    """Standard deviation of each attribute over unedited samples (0: always the same), and what a change of identity is
-    compared with: the mean cosine distance between two different samples (0: without features)."""
+    """Units of changes, from unedited samples."""
 
-    deviations: Mapping[str, float]
-    identity: float
+    deviations: Mapping[str, float]  # standard deviation by attribute; 0 if it is the same in all samples
+    identity: float  # mean cosine distance between the features of two different samples; 0 without features
 
 
 @dataclass(frozen=True)
 class Shift:
-    """Change of one attribute, in standard deviations. value: half of plus less minus; error: its standard error."""
+    """Change of one attribute, in standard deviations."""
 
-    value: float
-    error: float
+    value: float  # (plus - minus) / 2
+    error: float  # standard error of `value`
     plus: float
     minus: float
 
     @property
     def clear(self) -> bool:
-        """Whether it is more than chance: twice its standard error."""
+        """Whether it is larger than chance explains: more than twice its standard error."""
         return abs(self.value) > CLEAR * self.error
 
 
 @dataclass(frozen=True)
 class Effect:
-    """What a direction does at plus and minus a strength. identity: 0 the same image, 1 as far as another sample."""
+    """Changes along a direction, at plus and minus a strength."""
 
     direction: str
     strength: float
-    shifts: Mapping[str, Shift]
-    identity: float | None
+    shifts: Mapping[str, Shift]  # by attribute
+    identity: float | None  # 0: the same image; 1: as different as another sample
 
     @property
     def most_moved(self) -> str | None:
-        """The attribute with the greatest clear shift, if any is clear."""
+        """The attribute with the largest clear shift; None if no shift is clear."""
         clear = [name for name, shift in self.shifts.items() if shift.clear]
         return max(clear, key=lambda name: abs(self.shifts[name].value), default=None)
 
     def share(self, attribute: str) -> float | None:
-        """Of all that the attributes move, how much is this one: 1 perfectly disentangled; None if nothing moves."""
+        """Share of one attribute in the shifts of all: 1 if it alone changes; None if no attribute changes."""
         total = sum(abs(shift.value) for shift in self.shifts.values())
         return abs(self.shifts[attribute].value) / total if total and attribute in self.shifts else None
 
 
 @dataclass(frozen=True)
 class Removal:
-    """What a move does to images that have something. share: of them, those that have it no longer; 95 % by Wilson.
-
-    others: mean change of every other attribute, in standard deviations. confirmed: the share among the half of the
-    images by which the best move is not chosen.
-    """
+    """Effect of a move on images that have an attribute."""
 
     direction: str
     strength: float
-    removed: int
+    removed: int  # images that no longer have the attribute
     images: int
-    low: float
+    low: float  # 95 % interval of `share`, by Wilson
     high: float
-    chosen_by: float
-    confirmed: float
-    others: Mapping[str, float]
+    chosen_by: float  # share in the half of the images by which the best move is chosen
+    confirmed: float  # share in the other half
+    others: Mapping[str, float]  # mean change of every other attribute, in standard deviations
     identity: float | None
 
     @property
     def share(self) -> float:
+        """Share of the images that no longer have the attribute."""
         return self.removed / self.images
 
 
 def units_of(readings: Readings) -> Units:
-    """Of unedited samples, at least two."""
+    """Compute the units of changes from the measurements of at least two unedited samples."""
     features = _unit(readings.features)
     count, identity = len(features), 0.0
     if features.shape[1]:
         total = features.sum(axis=0)
-        identity = float(
-            1 - (total @ total - count) / (count * (count - 1))
-        )  # mean over all pairs of different samples
+        # The mean over all pairs of different samples.
+        identity = float(1 - (total @ total - count) / (count * (count - 1)))
     return Units({name: float(np.std(values, ddof=1)) for name, values in readings.attributes.items()}, identity)
 
 
 def measure_effects(
     ws: Ws, directions: Sequence[Direction], strength: float, before: Readings, units: Units, look: Look
 ) -> Iterator[Effect]:
-    """An effect for each direction, as each is measured. `before` is what is seen in ws [N, num_ws, w_dim], N >= 2.
+    """Measure the effect of each direction.
 
     Attributes that are the same in every unedited sample have no unit and are left out.
+
+    Args:
+        ws: Style vectors [N, num_ws, w_dim], N at least 2.
+        directions: The directions.
+        strength: Of the moves, in both senses.
+        before: Measurements of the images of `ws`.
+        units: Units of the changes.
+        look: Measures the images of moved style vectors.
+
+    Yields:
+        The effect of each direction, as soon as it is measured.
     """
     for direction in directions:
         plus, minus = (look(_moved(ws, direction, sign * strength)) for sign in (1, -1))
@@ -133,8 +140,8 @@ def measure_effects(
                 half = (up - down) / 2
                 error = float(half.std(ddof=1) / len(half) ** 0.5)
                 shifts[name] = Shift(float(half.mean()), error, float(up.mean()), float(down.mean()))
-        apart = [_apart(before, after, units) for after in (plus, minus)]
-        identity = None if apart[0] is None or apart[1] is None else (apart[0] + apart[1]) / 2
+        distances = [_identity_change(before, after, units) for after in (plus, minus)]
+        identity = None if distances[0] is None or distances[1] is None else (distances[0] + distances[1]) / 2
         yield Effect(direction.name, strength, shifts, identity)
 
 
@@ -148,9 +155,23 @@ def measure_removals(
     units: Units,
     look: Look,
 ) -> Iterator[Removal]:
-    """What every direction and strength does to ws [N, num_ws, w_dim] of images whose attribute is at least the threshold.
+    """Measure how often each direction and strength removes an attribute.
 
-    ValueError if there are fewer than two, or one does not have it.
+    Args:
+        ws: Style vectors [N, num_ws, w_dim] of images whose attribute is at least the threshold, N at least 2.
+        attribute: The attribute.
+        threshold: Smallest value of images that have the attribute.
+        directions: The directions.
+        strengths: Of the moves; each is tried with each direction.
+        before: Measurements of the images of `ws`.
+        units: Units of the changes.
+        look: Measures the images of moved style vectors.
+
+    Yields:
+        The result of each move, as soon as it is measured.
+
+    Raises:
+        ValueError: There are fewer than two images, or one does not have the attribute.
     """
     if len(ws) < 2 or (before.attributes[attribute] < threshold).any():
         raise ValueError(f"needs two images or more, all with the attribute {attribute}")
@@ -174,46 +195,59 @@ def measure_removals(
                 float(gone[::2].mean()),
                 float(gone[1::2].mean()),
                 others,
-                _apart(before, after, units),
+                _identity_change(before, after, units),
             )
 
 
 def best_removal(removals: Sequence[Removal]) -> Removal:
-    """Of the moves that remove it from 90 % of every second image, the one that changes least else; if there is none, the
-    one that removes most. Least: in identity, where that is known, else in the other attributes."""
+    """Choose the best move by the first half of the measurements (`chosen_by`).
 
-    def price(removal: Removal) -> float:
+    Among the moves with a share of at least 90 %, the best is the one that changes the images least otherwise: by identity
+    if it is known, or by the other attributes. Without such a move it is the one with the largest share.
+    """
+
+    def side_effect(removal: Removal) -> float:
         return removal.identity if removal.identity is not None else sum(map(abs, removal.others.values()))
 
     if enough := [removal for removal in removals if removal.chosen_by >= ENOUGH]:
-        return min(enough, key=price)
-    return max(removals, key=lambda removal: (removal.chosen_by, -price(removal)))
+        return min(enough, key=side_effect)
+    return max(removals, key=lambda removal: (removal.chosen_by, -side_effect(removal)))
 
 
 def random_directions(w: Ws, labels: NDArray[np.int64], count: int, *, num_ws: int, seed: int) -> list[Direction]:
-    """Controls: unit vectors that are drawn as w [N, w_dim] itself is spread within its classes, and so are about as long a
-    way for an image as the directions that were found.
+    """Draw random directions, the controls of a measurement.
 
-    Their method says "ganspace", as a file knows no word for them; they are never written to one.
+    They are normally distributed with the covariance of w within classes, so that a step along them moves an image about
+    as far as a step along a fitted direction.
+
+    Args:
+        w: [N, w_dim].
+        labels: Class of each row of w, [N].
+        count: Number of directions.
+        num_ws: Number of style vectors of the generator; the directions change all of them.
+        seed: Of the random numbers.
+
+    Returns:
+        Directions with the method "random", named random-1, random-2, ...
     """
     rng = np.random.default_rng(seed)
     centred = w.astype(np.float64)
     for label in np.unique(labels):
         centred[labels == label] -= centred[labels == label].mean(axis=0)
-    found = []
-    for place in range(count):
-        drawn = rng.normal(size=len(w)) @ centred  # normal, with the covariance of w
-        vector = (drawn / np.linalg.norm(drawn)).astype(np.float32)
-        found.append(Direction(f"random-{place + 1}", vector, (0, num_ws), float((centred @ vector).std()), "ganspace"))
-    return found
+    directions = []
+    for i in range(count):
+        sample = rng.normal(size=len(w)) @ centred  # normal, with the covariance of w
+        vector = (sample / np.linalg.norm(sample)).astype(np.float32)
+        directions.append(Direction(f"random-{i + 1}", vector, (0, num_ws), float((centred @ vector).std()), "random"))
+    return directions
 
 
 def _moved(ws: Ws, direction: Direction, strength: float) -> Ws:
     return apply_edits(ws, [Edit(direction.name, strength)], {direction.name: direction})
 
 
-def _apart(before: Readings, after: Readings, units: Units) -> float | None:
-    """Mean cosine distance of the same samples before and after, in units of two different samples."""
+def _identity_change(before: Readings, after: Readings, units: Units) -> float | None:
+    """Mean cosine distance between the same samples before and after, relative to that of two different samples."""
     if not units.identity:
         return None
     cosine = (_unit(before.features) * _unit(after.features)).sum(axis=1)

@@ -1,4 +1,4 @@
-"""One evaluation from a bundle and real images to the numbers and, if asked for, the page."""
+"""Evaluate a bundle against real images: the numbers and, on request, the page."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ from training.evaluation.sets import Generation, all_features
 from training.gan.card import renewed_card, trained_on
 
 CLOSEST, UNSELECTED, GRID, WALKS = 12, 8, 32, 4
-# For one progress bar with a useful remaining time: work that takes as long as embedding one image counts 1.
+# Units of the progress bar: embedding one image is 1, so that the remaining time is useful.
 _COMPARED_PER_UNIT = 8  # images of a comparison
-_UNITS_OF_A_PATH = 4  # two images drawn and embedded
+_UNITS_OF_A_PATH = 4  # two images generated and embedded
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """metrics: what metrics.json of the bundle is to hold. page: HTML that shows training images, or None."""
+    """Result of an evaluation."""
 
-    metrics: dict[str, Any]
-    page: str | None
+    metrics: dict[str, Any]  # for metrics.json of the bundle
+    page: str | None  # HTML that shows training images
 
 
 def evaluate_bundle(
@@ -65,19 +65,37 @@ def evaluate_bundle(
     device: str = "auto",
     page: bool = False,
 ) -> Evaluation:
-    """Generate `count` images (as many as there are real ones if None) and compare them with the real ones.
+    """Generate images and compare them with real ones. All arguments are checked before the long work.
 
-    `dataset` should be what the generator was trained on, or authenticity and the test for memorising mean nothing;
-    metrics.json says whether it is. `holdout` are real images that it never saw, and `holdout_name` what the card calls
-    them. Everything is measured in the space of each extractor, with the first of `noise_modes`; of the others, distances
-    are measured only. Path lengths (selection "all") are measured by LPIPS if the first extractor is `inception`, else by
-    the features of one extractor. Raises DataError if classes do not fit or there are too few images, DermisError if
-    weights cannot be had; both before the long work.
+    Path lengths (selection "all") are measured by LPIPS if the first extractor is `inception`, otherwise by the features of
+    one extractor.
+
+    Args:
+        bundle: The generator.
+        dataset: The training images. With others, authenticity and the test for memorising say nothing about copies;
+            metrics.json states which images they are.
+        extractors: The feature spaces.
+        holdout: Real images that were not used in training.
+        holdout_name: Name of the held-out images for the card.
+        selection: "fast" for distances, precision, recall and the tests for copies only.
+        count: Number of generated images; None for as many as in `dataset`.
+        ppl_paths: Number of paths of the perceptual path length.
+        seed: Of the generated images.
+        truncation_psi: Of the generated images.
+        noise_modes: Noise of the generated images. Everything is measured with the first mode, and only comparisons with
+            the others.
+        cache: Folder for features of real images.
+        device: Where the networks run.
+        page: Whether to make the page.
+
+    Raises:
+        DataError: Classes do not fit, there are too few images, or held-out images were used in training.
+        DermisError: Weights cannot be loaded.
     """
     _check(bundle, dataset, holdout, count, ppl_paths)
     generator = load_generator(bundle).to(resolve_device(device))
-    judge = discriminator_space(bundle.provenance)
-    independent = next((i for i, extractor in enumerate(extractors) if extractor.name != judge), 0)
+    judging_space = discriminator_space(bundle.provenance)
+    independent = next((i for i, extractor in enumerate(extractors) if extractor.name != judging_space), 0)
     distance = _path_distance(extractors, independent, device) if selection == "all" else None
     names = bundle.class_names
     real_labels = dataset.labels if names else np.zeros_like(dataset.labels)
@@ -125,12 +143,12 @@ def evaluate_bundle(
                 "name": holdout_name,
                 "sha256": holdout.sha256,
             }
-        compared = partial(_count_compared, bar)
+        on_compared = partial(_count_compared, bar)
         for extractor, of_space in zip(extractors, sets, strict=True):
             metrics["spaces"][extractor.name] = {
                 "identity": extractor.identity,
-                "trained_discriminator": None if judge is None else extractor.name == judge,
-                **measure.measure_space(extractor.name, of_space, names, selection, on_compared=compared),
+                "trained_discriminator": None if judging_space is None else extractor.name == judging_space,
+                **measure.measure_space(extractor.name, of_space, names, selection, on_compared=on_compared),
             }
         if distance is not None:
             path_labels = labels_in_proportion(real_labels, ppl_paths)
@@ -150,11 +168,15 @@ def keep_metrics(bundle: Bundle, metrics: Mapping[str, Any]) -> Bundle:
 
 
 def check_images(dataset: ImageDataset, holdout: ImageDataset | None, trained_on: str | None = None) -> None:
-    """DataError if these images are too few to measure anything, or held-out ones are not held out (`check_holdout`)."""
-    for what, images in (("--data", dataset), ("--holdout", holdout)):
+    """Check the numbers of images, and that held-out images were not used in training (`check_holdout`).
+
+    Raises:
+        DataError: A check fails.
+    """
+    for option, images in (("--data", dataset), ("--holdout", holdout)):
         if images is not None and len(images.labels) < FEWEST:
             raise DataError(
-                f"{what}: {len(images.labels)} images are too few to measure anything; give {FEWEST} or more"
+                f"{option}: {len(images.labels)} images are too few to measure anything; give {FEWEST} or more"
             )
     if holdout is not None:
         check_holdout(dataset, holdout, trained_on)
@@ -163,9 +185,9 @@ def check_images(dataset: ImageDataset, holdout: ImageDataset | None, trained_on
 def _check(
     bundle: Bundle, dataset: ImageDataset, holdout: ImageDataset | None, count: int | None, ppl_paths: int
 ) -> None:
-    for what, images in (("--data", dataset), ("--holdout", holdout)):
+    for option, images in (("--data", dataset), ("--holdout", holdout)):
         if images is not None and bundle.class_names and images.class_names != bundle.class_names:
-            raise DataError(f"{what}: has the classes {images.class_names}, but the bundle {bundle.class_names}")
+            raise DataError(f"{option}: has the classes {images.class_names}, but the bundle {bundle.class_names}")
     check_images(dataset, holdout, trained_on(bundle.provenance))
     if count is not None and count < FEWEST:
         raise DataError(f"--count: {count} images are too few to measure anything; give {FEWEST} or more")
@@ -176,8 +198,8 @@ def _check(
 def _compared_images(
     real: int, generated: int, holdout: ImageDataset | None, names: Sequence[str], noise_modes: int
 ) -> int:
-    """The images on both sides of all comparisons in one space, if all classes have enough."""
-    classes = bool(names)  # all classes together have as many images as there are
+    """Number of images on both sides of all comparisons in one space, if all classes have enough images."""
+    classes = bool(names)  # the classes together have as many images as the set
     if holdout is None:
         return (real + generated) * (noise_modes + classes)
     smallest = min(real, generated, len(holdout.labels))
@@ -192,10 +214,10 @@ def _path_distance(
     extractors: Sequence[FeatureExtractor], independent: int, device: str
 ) -> tuple[str, PerceptualDistance]:
     """The distance that path lengths are measured with, and its name."""
-    able = [extractor for extractor in (extractors[independent], *extractors) if extractor.embed is not None]
-    if extractors[0].name == "inception" or not able:
+    differentiable = [each for each in (extractors[independent], *extractors) if each.embed is not None]
+    if extractors[0].name == "inception" or not differentiable:
         return "lpips-vgg16", lpips(resolve_device(device))
-    return able[0].name, feature_distance(able[0])
+    return differentiable[0].name, feature_distance(differentiable[0])
 
 
 def _path_lengths(
@@ -222,7 +244,7 @@ def _page(
     sets: ImageSets,
     metrics: dict[str, Any],
 ) -> str:
-    """The page, whose neighbours are those in the space of `sets`."""
+    """Make the page, with neighbours in the space of `sets`."""
     mode: NoiseMode = metrics["noise_mode"]
     draw = pictures.Drawing(generator, synthesizer, metrics["seed"], metrics["truncation_psi"], mode)
     classes = dict(enumerate(bundle.class_names)) or {0: "samples"}

@@ -1,4 +1,4 @@
-"""Features of real images, computed once for a data set and a feature space, and the labels of generated ones."""
+"""Features of real images, kept between runs, and labels of generated images."""
 
 from __future__ import annotations
 
@@ -25,10 +25,16 @@ def real_features(
     *,
     bar: tqdm | None = None,
 ) -> NDArray[np.float32]:
-    """Features [N, dim] of all images, from the cache if it has them; `bar` counts the images that are embedded.
+    """Features [N, dim] of all images of a data set.
 
-    The key is the content of the data set (ids, classes and files), the resolution, and the identity of the extractor
-    (its weights and its resizing), so nothing that changes a feature can leave a stale one behind.
+    The key in the cache consists of the content of the data set (ids, classes and files), the resolution, and the identity
+    of the extractor (its weights and its resizing), that is, of everything that the features depend on.
+
+    Args:
+        dataset: The images.
+        extractor: The feature space.
+        cache: Folder for features.
+        bar: Counts the images that are embedded.
     """
     key = hashlib.sha256(
         f"{dataset.sha256}/{dataset.resolution}/{extractor.identity}/{DECODER_VERSION}".encode()
@@ -37,7 +43,7 @@ def real_features(
     shape = (len(dataset.labels), extractor.dim)
     bar = progress_bar(len(dataset.labels), "embedding", disable=True) if bar is None else bar
     if file is not None and (kept := read_array(file, shape)) is not None:
-        bar.total -= len(kept)  # they take no time, and would make the remaining time of the others look short
+        bar.total -= len(kept)  # they take no time and would distort the remaining time of the others
         bar.refresh()
         return kept
     features = embed_array(dataset.images, extractor.extract, bar)
@@ -48,6 +54,6 @@ def real_features(
 
 
 def labels_in_proportion(labels: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    """`count` labels, sorted, with the classes as they are mixed in `labels`, so that the mix adds to no distance."""
-    mixed: NDArray[np.int64] = np.sort(labels)[np.linspace(0, len(labels) - 1, count).round().astype(int)]
-    return mixed
+    """`count` labels, sorted, with the classes in the proportions of `labels`, so that proportions add to no distance."""
+    result: NDArray[np.int64] = np.sort(labels)[np.linspace(0, len(labels) - 1, count).round().astype(int)]
+    return result

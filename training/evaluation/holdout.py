@@ -1,4 +1,4 @@
-"""Are held-out images really held out? And which images belong to one patient?"""
+"""Check that held-out images were not used in training, and group images by patient."""
 
 from __future__ import annotations
 
@@ -8,10 +8,16 @@ from training.data.splits import group_of
 
 
 def check_holdout(dataset: ImageDataset, holdout: ImageDataset, trained_on: str | None) -> None:
-    """DataError if the generator has seen held-out images or patients, as far as ids, files and hashes tell.
+    """Check that the generator was not trained on held-out images or patients, as far as ids, files and hashes show.
 
-    `trained_on` is the SHA-256 of the training set that the bundle names. It also tells a holdout that was split off
-    after training, if `dataset` and `holdout` are the two parts of that set.
+    Args:
+        dataset: The images of --data.
+        holdout: The images of --holdout.
+        trained_on: SHA-256 of the training set that the bundle names. It also reveals held-out images that were split off
+            after training, if both sets together are that training set.
+
+    Raises:
+        DataError: Images, patients or lesions are in both sets, or the bundle was trained on the held-out images.
     """
     if both := set(dataset.ids) & set(holdout.ids):
         raise DataError(f"--holdout: {len(both)} of its images are in --data too, the first is {min(both)}")
@@ -37,9 +43,9 @@ def check_holdout(dataset: ImageDataset, holdout: ImageDataset, trained_on: str 
 
 
 def groups_of(dataset: ImageDataset, holdout: ImageDataset | None = None) -> list[str] | None:
-    """The patient (or lesion, or image alone) of every image of the one, then of the other set, or None if unknown.
+    """The patient (or lesion, or image) of every image of the first set, then of the second; None if not known.
 
-    Of both at once, as two images may share a patient through a third one only.
+    Both sets are grouped together, as two images can share a patient through a third one only.
     """
     sets = [dataset] if holdout is None else [dataset, holdout]
     records = [record for each in sets for record in each.records]
@@ -49,7 +55,7 @@ def groups_of(dataset: ImageDataset, holdout: ImageDataset | None = None) -> lis
 
 
 def _together(dataset: ImageDataset, holdout: ImageDataset) -> str:
-    """`ImageDataset.sha256` of both sets as one."""
+    """`ImageDataset.sha256` of the union of both sets."""
     records = (*dataset.records, *holdout.records)
     pairs = sorted(zip(records, (*dataset.contents, *holdout.contents), strict=True), key=lambda pair: pair[0].id)
     return content_digest([record for record, _ in pairs], [content for _, content in pairs])

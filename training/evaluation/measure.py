@@ -1,4 +1,4 @@
-"""The numbers of an evaluation in one feature space, as the JSON that metrics.json of a bundle holds for that space."""
+"""The numbers of an evaluation in one feature space, in the form of metrics.json."""
 
 from __future__ import annotations
 
@@ -25,44 +25,47 @@ from dermis.metrics.path_length import path_length
 Features = NDArray[np.float32]
 Labels = NDArray[np.int64]
 Selection = Literal["all", "fast"]
-FEWEST = 10  # images of a set: below, neighbourhoods and covariances say nothing
+FEWEST = 10  # images of a set: with fewer, neighbourhoods and covariances have no meaning
 REPLICATES = 200
 CLIP = "clip"  # the space whose MMD is the CMMD
 
 Comparison = tuple[str, Features, Features]
-"""A name in metrics.json, features of real images, and features of those that are compared with them."""
+"""A name in metrics.json, features of real images, and features of the images that are compared with them."""
 
 
 @dataclass(frozen=True)
 class ImageSets:
-    """Features of all images in one space, and the classes of the images; zeros where there are no classes.
-
-    generated holds samples 0 ... M - 1 of the seed, first with the noise of the evaluation, then with other noise.
-    groups are the patients of the training images, then of the held-out ones, or None if they are not known.
-    """
+    """Features of all images in one space, and the classes of the images (zeros if there are no classes)."""
 
     training: Features
     training_labels: Labels
-    generated: Mapping[str, Features]
+    generated: Mapping[str, Features]  # samples 0 ... M - 1 by noise mode; the first mode is that of the evaluation
     generated_labels: Labels
     held_out: Features | None = None
     held_out_labels: Labels | None = None
-    groups: Sequence[str] | None = None
+    groups: Sequence[str] | None = None  # patients of the training, then of the held-out images; None if not known
 
 
 def compare(
     real: Features, generated: Features, selection: Selection = "all", kernel: Gaussian | None = None
 ) -> dict[str, Any]:
-    """Metrics of generated features [M, dim] against real ones [N, dim]. "fast": distances, precision and recall only.
+    """Compute the metrics of generated images against real ones.
 
-    kernel: of the MMD, which is left out without one. Raises DataError if either set has fewer than FEWEST images.
+    Args:
+        real: Features [N, dim].
+        generated: Features [M, dim].
+        selection: "fast" for distances, precision and recall only.
+        kernel: Of the MMD; None for no MMD.
+
+    Raises:
+        DataError: A set has fewer than FEWEST images.
     """
     if min(len(real), len(generated)) < FEWEST:
         raise DataError(f"{len(real)} real and {len(generated)} generated images are too few; give {FEWEST} or more")
     fd = frechet_distance(real, generated)
     fd_interval = frechet_interval(real, generated, fd, REPLICATES)
     kid = kernel_estimate(real, generated, REPLICATES)
-    near = compare_neighbourhoods(real, generated)
+    neighbourhoods = compare_neighbourhoods(real, generated)
     metrics: dict[str, Any] = {
         "images": len(generated),
         "real_images": len(real),
@@ -72,8 +75,8 @@ def compare(
         "kid": kid.value,
         "kid_std": kid.deviation,
         "kid_interval": [kid.interval.low, kid.interval.high],
-        "precision": near.precision,
-        "recall": near.recall,
+        "precision": neighbourhoods.precision,
+        "recall": neighbourhoods.recall,
     }
     if selection == "fast":
         return metrics
@@ -81,11 +84,11 @@ def compare(
         mmd = gaussian_estimate(real, generated, kernel, REPLICATES)
         metrics |= {"mmd": mmd.value, "mmd_interval": [mmd.interval.low, mmd.interval.high]}
     return metrics | {
-        "density": near.density,
-        "coverage": near.coverage,
+        "density": neighbourhoods.density,
+        "coverage": neighbourhoods.coverage,
         "expected_coverage": expected_coverage(len(real), len(generated)),
         "alpha_precision": alpha_precision(real, generated).integrated,
-        "beta_recall": beta_recall(real, generated, known=near).integrated,
+        "beta_recall": beta_recall(real, generated, known=neighbourhoods).integrated,
     }
 
 
@@ -94,12 +97,19 @@ def measure_space(
     sets: ImageSets,
     class_names: Sequence[str] = (),
     selection: Selection = "all",
-    on_compared: Callable[[int], object] = lambda images: None,
+    on_compared: Callable[[int], object] = lambda _: None,
 ) -> dict[str, Any]:
-    """All numbers of one space. on_compared is called with the number of images of each comparison that is done.
+    """Compute all numbers of one space.
 
-    With held-out images every comparison is of equal numbers of images on both sides, as many as the smallest set has,
-    chosen at random in the proportions of the classes. What concerns copies is measured on all images.
+    If there are held-out images, every comparison is of equal numbers of images on both sides: as many as the smallest set
+    has, chosen at random in the proportions of the classes. The tests for copies use all images.
+
+    Args:
+        space: Name of the space.
+        sets: The images.
+        class_names: Names of the classes; empty without classes.
+        selection: "fast" for distances, precision, recall and the tests for copies only.
+        on_compared: Called after each comparison with its number of images.
     """
     kernel = cmmd_kernel() if space == CLIP else median_kernel(sets.training)
     result: dict[str, Any] = {}
@@ -107,11 +117,11 @@ def measure_space(
         result["mmd_kernel"] = {"bandwidth": kernel.bandwidth, "unit_length": kernel.centre is None}
 
     def measured(comparisons: Sequence[Comparison]) -> dict[str, dict[str, Any]]:
-        found = {}
+        numbers = {}
         for name, real, images in comparisons:
-            found[name] = compare(real, images, selection, kernel)
+            numbers[name] = compare(real, images, selection, kernel)
             on_compared(len(real) + len(images))
-        return found
+        return numbers
 
     mode, *other_modes = sets.generated
     result["comparisons"] = measured(_comparisons(sets, mode))
@@ -127,16 +137,16 @@ def measure_space(
         if all(min(len(real), len(images)) >= FEWEST for _, real, images in comparisons):
             result["classes"][name] = measured(comparisons)
     if sets.held_out is not None and selection == "all":
-        found = feature_likelihood(sets.training, sets.held_out, sets.generated[mode])
-        result["fld_gaussians"] = found.gaussians
-        result["comparisons"]["generated_holdout"] |= {"fld": found.fld, "fld_gap": found.gap}
-        result["comparisons"]["training_holdout"] |= {"fld": 0.0, "fld_gap": found.reference_gap}
+        likelihood = feature_likelihood(sets.training, sets.held_out, sets.generated[mode])
+        result["fld_gaussians"] = likelihood.gaussians
+        result["comparisons"]["generated_holdout"] |= {"fld": likelihood.fld, "fld_gap": likelihood.gap}
+        result["comparisons"]["training_holdout"] |= {"fld": 0.0, "fld_gap": likelihood.reference_gap}
     result["copies"] = _copies(sets, sets.generated[mode], selection)
     return result
 
 
 def _comparisons(sets: ImageSets, mode: str, label: int | None = None) -> list[Comparison]:
-    """What is compared with what, of all images or of one class; equal numbers of each if images are held out."""
+    """The comparisons of all images or of one class, with equal numbers on both sides if images are held out."""
     real, generated = sets.training, sets.generated[mode]
     rows = [_of_class(labels, label) for labels in (sets.training_labels, sets.generated_labels)]
     if sets.held_out is None or sets.held_out_labels is None:
@@ -167,7 +177,7 @@ def _of_class(labels: Labels, label: int | None) -> NDArray[np.int64]:
 
 
 def _copies(sets: ImageSets, generated: Features, selection: Selection) -> dict[str, Any]:
-    """What tells copies of training images: authenticity, and with held-out images the tests for memorising."""
+    """Numbers on copies of training images: authenticity and, with held-out images, the tests for memorising."""
     training, held_out = sets.training, sets.held_out
     result: dict[str, Any] = {}
     if selection == "all":
@@ -188,7 +198,14 @@ def _copies(sets: ImageSets, generated: Features, selection: Selection) -> dict[
 def path_lengths_by_class(
     lengths: Mapping[str, NDArray[np.float64]], labels: Labels, class_names: Sequence[str], distance: str
 ) -> dict[str, Any]:
-    """PPL of raw lengths [N] by sampling ("end", "full"), overall and of every class, each with its standard error."""
+    """Perceptual path lengths of all images and of each class, with standard errors.
+
+    Args:
+        lengths: Squared speeds [N] of the paths by sampling ("end", "full").
+        labels: Classes of the paths, [N].
+        class_names: Names of the classes; empty without classes.
+        distance: Name of the perceptual distance.
+    """
 
     def summary(chosen: NDArray[np.bool_]) -> dict[str, Any]:
         numbers: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""What the evaluation page shows: samples, samples beside their nearest training images, walks through w."""
+"""Images for the evaluation page: samples, samples beside their nearest training images, interpolations in w."""
 
 from __future__ import annotations
 
@@ -21,24 +21,21 @@ STEPS = 9
 
 @dataclass(frozen=True)
 class Match:
-    """A generated image with the training images nearest to it, nearest first.
-
-    closeness is the distance to the nearest over that to the last of them: near 1 where the sample is one of many, 0
-    for a copy. It is told from the last one, not from the second, so that a copy of an image that the training set
-    holds twice shows too.
-    """
+    """A generated image with the training images nearest to it."""
 
     sample: int
     label: int
     image: Images
-    neighbours: Images
-    distances: NDArray[np.float64]
+    neighbours: Images  # nearest first
+    distances: NDArray[np.float64]  # to the neighbours
     closeness: float
+    """Distance to the nearest neighbour over the distance to the last one: near 1 for one image among many, 0 for a copy.
+    The last neighbour is used, not the second, to detect copies of images that the training set contains twice."""
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """Draws the pictures of one generator, all from one seed and at one truncation. uint8 [N, H, W, channels]."""
+    """Generates images uint8 [N, H, W, channels] with one seed and one truncation."""
 
     generator: Generator
     synthesizer: Synthesizer
@@ -60,31 +57,36 @@ class Drawing:
         closest: int,
         even: int,
     ) -> tuple[list[Match], list[Match]]:
-        """The `closest` samples that are most like copies, and `even` ones spread evenly over all, not selected.
+        """Find samples that are most like copies, and others at equal intervals, not selected.
 
-        generated [M, dim] are the features of samples 0 ... M - 1, of classes labels [M]; real [N, dim] those of
-        real_images [N, H, W, 3].
+        Args:
+            labels: Classes of samples 0 ... M - 1, [M].
+            generated: Their features, [M, dim].
+            real: Features of real images, [N, dim].
+            real_images: The real images, [N, H, W, 3].
+            closest: Number of samples that are most like copies.
+            even: Number of others.
         """
         distances, indices = nearest(generated, real, min(NEIGHBOURS, len(real)))
         closeness = distances[:, 0] / np.maximum(distances[:, -1], np.finfo(float).tiny)
 
-        def match(chosen: list[int]) -> list[Match]:
-            images = self._images(chosen, labels[chosen].tolist())
+        def match(samples: list[int]) -> list[Match]:
+            images = self._images(samples, labels[samples].tolist())
             return [
                 Match(i, int(labels[i]), image, real_images[indices[i]], distances[i], float(closeness[i]))
-                for i, image in zip(chosen, images, strict=True)
+                for i, image in zip(samples, images, strict=True)
             ]
 
         spread = np.linspace(0, len(labels) - 1, min(even, len(labels))).round().astype(int)
         return match(np.argsort(closeness)[:closest].tolist()), match(spread.tolist())
 
     def interpolations(self, label: int, rows: int) -> Images:
-        """Straight lines in w from sample 2i to sample 2i + 1 of one class, STEPS images a row."""
+        """Straight lines in w from sample 2i to sample 2i + 1 of one class, with STEPS images in a row."""
         first, last = (self._ws(range(k, 2 * rows, 2), [label] * rows) for k in (0, 1))
         return self._walk(first, last, range(0, 2 * rows, 2))
 
     def class_interpolations(self, start: int, end: int, rows: int) -> Images:
-        """Straight lines in w from class `start` to class `end` with the same z, STEPS images a row."""
+        """Straight lines in w from class `start` to class `end` with the same z, with STEPS images in a row."""
         first, last = (self._ws(range(rows), [label] * rows) for label in (start, end))
         return self._walk(first, last, range(rows))
 
@@ -103,14 +105,16 @@ class Drawing:
         return ws
 
     def _walk(self, first: NDArray[np.float32], last: NDArray[np.float32], indices: range) -> Images:
-        """Images along the lines from first [rows, num_ws, w_dim] to last, row after row.
+        """Images along straight lines, row after row. The images of a row have the same noise, so they differ by w only.
 
-        Random noise is that of the first sample of a row, whose index `indices` has, in all images of the row: they differ
-        by w alone.
+        Args:
+            first: Style vectors at the start of each row, [rows, num_ws, w_dim].
+            last: Style vectors at the end of each row.
+            indices: Samples whose noise the rows have.
         """
         t = np.linspace(0, 1, STEPS, dtype=np.float32)[:, None, None]
         ws = first[:, None] + t * (last - first)[:, None]
-        named = [index for index in indices for _ in range(STEPS)]
+        repeated = [index for index in indices for _ in range(STEPS)]
         return self.synthesizer.images_from_ws(
-            ws.reshape(-1, *first.shape[1:]), self.noise_mode, seeds=[self.seed] * len(named), indices=named
+            ws.reshape(-1, *first.shape[1:]), self.noise_mode, seeds=[self.seed] * len(repeated), indices=repeated
         )

@@ -1,22 +1,22 @@
-"""metrics.json of a bundle in its present form, whichever version of the program wrote it.
+"""Read metrics.json of a bundle in any version as the present version.
 
 Version 2, which `dermis evaluate` writes:
 
     format_version               2
     images, real_images          generated images, and real ones of --data
-    holdout                      images, patients, name, sha256; missing if nothing was held out
+    holdout                      images, patients, name, sha256; missing if no images were held out
     noise_mode                   of the generated images
     ppl                          perceptual path length: distance, end, full, their errors, paths, classes
     spaces.NAME                  one feature space
-        identity                 of the network's weights and the resizing
-        trained_discriminator    whether the generator's discriminator judged by this space; null if not known
+        identity                 of the weights of the network and the resizing
+        trained_discriminator    whether the discriminator used this space; null if not known
         comparisons.COMPARISON   numbers of one pair of image sets, by `COMPARISONS`
         other_noise.MODE         the comparisons of generated images with other noise
         classes.CLASS            the comparisons of one class
         copies                   authenticity, memorising, membership
 
-Version 1, which has no format_version, held one space, its numbers at the top, the Fréchet distance as "fid", and the
-held-out images compared with the training images. `dermis train gan --metric` still writes its few numbers so.
+Version 1 has no format_version. It has one space, with its numbers at the top and the Fréchet distance as "fid", and
+compares the held-out images with the training images. `dermis train gan --metric` still writes its numbers in this form.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any
 Metrics = Mapping[str, Any]
 FORMAT_VERSION = 2
 COMPARISONS = ("generated_training", "generated_holdout", "training_holdout", "holdout_training")
-"""What is compared with what; the first in the place of generated images. The last one is of version 1 only."""
+"""Pairs of image sets: the one in the place of generated images, and the real one. The last pair is in version 1 only."""
 _RENAMED = {"fid": "fd", "fid_interval": "fd_interval", "fid_bias": "fd_bias"}
 _NUMBERS = (
     *("images", "real_images", *_RENAMED, "kid", "kid_std", "kid_interval", "precision", "recall"),
@@ -36,7 +36,7 @@ _NUMBERS = (
 
 
 def read_metrics(metrics: Metrics) -> dict[str, Any]:
-    """Metrics of any version as version 2; without spaces if it is of none."""
+    """Convert metrics of any version to version 2; without spaces if they are not of a known version."""
     spaces = metrics.get("spaces")
     if isinstance(spaces, Mapping):
         return dict(metrics)
@@ -46,11 +46,11 @@ def read_metrics(metrics: Metrics) -> dict[str, Any]:
     copies = {key: metrics[key] for key in ("authenticity", "real_near_duplicates") if key in metrics}
     comparisons = {"generated_training": _numbers(metrics)}
     if held:
-        instead = held["instead_of_generated"]
-        comparisons["holdout_training"] = _numbers(instead)
+        reference = held["instead_of_generated"]
+        comparisons["holdout_training"] = _numbers(reference)
         copies["memorising"] = held["test"]
-        if "authenticity" in instead:
-            copies["holdout_authenticity"] = instead["authenticity"]
+        if "authenticity" in reference:
+            copies["holdout_authenticity"] = reference["authenticity"]
     classes = metrics.get("classes", {})
     space = {
         "identity": metrics.get("extractor_identity"),
@@ -69,14 +69,18 @@ def read_metrics(metrics: Metrics) -> dict[str, Any]:
 
 
 def first_space(metrics: Metrics) -> tuple[str, dict[str, Any]]:
-    """Name and numbers of the first space of metrics of version 2. KeyError if there is none."""
+    """Name and numbers of the first space of metrics of version 2.
+
+    Raises:
+        KeyError: There are no spaces.
+    """
     for name, space in metrics["spaces"].items():
         return name, space
     raise KeyError("spaces")
 
 
 def discriminator_space(provenance: Metrics) -> str | None:
-    """The feature space that the generator's discriminator judged by, "" if by none; None if the bundle does not say."""
+    """The feature space of the generator's discriminator; "" if it used none, and None if the provenance does not say."""
     training = provenance.get("training")
     configuration = training.get("configuration") if isinstance(training, Mapping) else None
     if not isinstance(configuration, Mapping):

@@ -1,4 +1,4 @@
-"""The evaluation page: one HTML file that needs nothing else. It shows training images, so it is no part of a bundle."""
+"""The evaluation page: one HTML file without other files. It shows training images, so it is not part of a bundle."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from dermis.errors import DermisError
 from dermis.files import atomic_write
-from dermis.imaging import Images, contact_sheet, encode
+from dermis.imaging import Images, as_rgb, contact_sheet, encode
 from training.evaluation.pictures import STEPS, Match
 from training.evaluation.table import copies, held_out_text, path_length_text, space_tables
 
@@ -29,21 +29,31 @@ figure { margin: 0 0 .8rem; display: flex; gap: 1rem; align-items: center; }
 figcaption { color: #55606e; font-size: .85rem; }
 """
 _OTHERS = "real images, which are <strong>not</strong> the set that the generator was trained on"
-_LEGEND = """<p class="note">FD, KID and MMD tell how far the generated images are from the real ones as a whole: lower is
-better. Precision, density and alpha-precision ask whether each generated image looks real; recall, coverage and beta-recall
-whether all kinds of real images are generated. FLD is 0 for images as good as real ones; a generalisation gap far below
-that of the training images in the generator's place means that training images are copied. What a perfect generator
-would score stands in the column with real images in the generator's place, if images were held out.</p>"""
+_LEGEND = """<p class="note">FD, KID and MMD measure how far the generated images are from the real ones as a whole: lower is
+better. Precision, density and alpha-precision measure whether each generated image looks real; recall, coverage and
+beta-recall whether all kinds of real images are generated. FLD is 0 for images as good as real ones; a generalisation gap far
+below that of the training images in the generator's place means that training images are copied. If images were held out, the
+column with real images in the generator's place shows the score of a perfect generator.</p>"""
 
 
 def check_report_folder(report: Path, bundle: Path) -> None:
-    """Refuse, before anything is computed, a folder inside the bundle: bundles are shared, training images are not."""
+    """Check that the folder of the page is not inside the bundle: bundles are shared, training images are not.
+
+    Raises:
+        DermisError: It is inside the bundle.
+    """
     if report.resolve().is_relative_to(bundle.resolve()):
-        raise DermisError(f"--report: {report} lies inside the bundle; the page shows training images, keep it apart")
+        raise DermisError(
+            f"--report: {report} lies inside the bundle; the page shows training images, choose another folder"
+        )
 
 
 def write_report(folder: Path, page: str) -> Path:
-    """Write folder/index.html and return its path."""
+    """Write `folder`/index.html and return its path.
+
+    Raises:
+        DermisError: The file cannot be written.
+    """
     path = folder / "index.html"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -63,9 +73,22 @@ def report_page(
     unselected: Sequence[Match],
     walks: Mapping[str, Images],
 ) -> str:
-    """The page of metrics.json in version 2. samples and walks: images by caption."""
+    """Make the page.
+
+    Args:
+        name: Name of the bundle.
+        metrics: metrics.json in version 2.
+        class_names: Names of the classes; empty without classes.
+        samples: Generated images by caption.
+        closest: The samples that are most like copies.
+        unselected: Other samples.
+        walks: Images of interpolations by caption, row after row.
+
+    Returns:
+        HTML.
+    """
     side = next(iter(samples.values())).shape[1]
-    scale = max(1, 128 // side)  # small images are drawn larger, pixel by pixel
+    scale = max(1, 128 // side)  # small images are enlarged without interpolation
     kind = "training" if metrics["real_is_training_set"] else "real"
     spaces = "".join(
         f'<h3>Feature space {html.escape(table.space)}</h3><p class="note">{html.escape(table.remark)}</p>'
@@ -78,12 +101,12 @@ def report_page(
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>Evaluation of {html.escape(name)}</title><style>{_STYLE}</style>
 <h1>Evaluation of {html.escape(name)}</h1>
-<p class="warning"><strong>This page shows training images.</strong> Whoever may not see the training data may not see
-this page; do not put it into a bundle or publish it.</p>
+<p class="warning"><strong>This page shows training images.</strong> Only people who are allowed to see the training data are
+allowed to see this page; do not put it into a bundle or publish it.</p>
 <h2>Numbers</h2>
 <p class="note">{metrics["images"]:,} generated images (seed {metrics["seed"]}, truncation_psi
 {metrics["truncation_psi"]:g}, {metrics["noise_mode"]} noise) and {metrics["real_images"]:,}
-{"training images" if kind == "training" else _OTHERS}. Numbers of different spaces do not compare. In brackets: 95%
+{"training images" if kind == "training" else _OTHERS}. Numbers of different spaces cannot be compared. In brackets: 95%
 intervals. {html.escape(held_out_text(metrics))}</p>
 {spaces}
 {_LEGEND}
@@ -96,14 +119,14 @@ intervals. {html.escape(held_out_text(metrics))}</p>
 <h2>Most like a copy</h2>
 <p class="note">The generated images (left) that are nearer to one {kind} image than to others, beside the
 {len(closest[0].distances)} nearest {kind} images. Closeness is the distance to the first of them over that to the last:
-near 1 for one image among many, 0 for a copy. Look whether the first one shows the same lesion.</p>
+near 1 for one image among many, 0 for a copy. Check whether the first one shows the same lesion.</p>
 {"".join(_match(match, class_names, scale, kind) for match in closest)}
 <h2>Nearest {kind} images of other samples</h2>
-<p class="note">Samples spread evenly over all that were generated, not selected.</p>
+<p class="note">Samples at equal intervals among all generated ones, not selected.</p>
 {"".join(_match(match, class_names, scale, kind) for match in unselected)}
 <h2>Interpolations</h2>
-<p class="note">Straight lines in w between two samples. A generator that knows the distribution changes smoothly; one
-that memorises jumps from one training image to the next.</p>
+<p class="note">Straight lines in w between two samples. The images of a generator that has learnt the distribution change
+smoothly; those of one that memorises jump from one training image to the next.</p>
 {"".join(_sheet(caption, images, STEPS, scale) for caption, images in walks.items())}
 </html>
 """
@@ -118,7 +141,7 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 
 def _match(match: Match, class_names: Sequence[str], scale: int, kind: str) -> str:
     gap = np.full((match.image.shape[0], 4, 3), 255, dtype=np.uint8)
-    row = np.concatenate([_rgb(match.image[None])[0], gap, *_rgb(match.neighbours)], axis=1)
+    row = np.concatenate([as_rgb(match.image[None])[0], gap, *as_rgb(match.neighbours)], axis=1)
     distances = ", ".join(f"{d:.2f}" for d in match.distances)
     of_class = f" of {html.escape(class_names[match.label])}" if class_names else ""
     alt = f"sample {match.sample} beside its nearest {kind} images"
@@ -127,13 +150,9 @@ def _match(match: Match, class_names: Sequence[str], scale: int, kind: str) -> s
 
 
 def _sheet(caption: str, images: Images, columns: int, scale: int) -> str:
-    return f"<h3>{html.escape(caption)}</h3>{_picture(contact_sheet(_rgb(images), columns), scale, caption)}"
+    return f"<h3>{html.escape(caption)}</h3>{_picture(contact_sheet(as_rgb(images), columns), scale, caption)}"
 
 
 def _picture(image: Images, scale: int, alt: str) -> str:
     data = base64.b64encode(encode(image)).decode()
     return f'<img alt="{html.escape(alt)}" width="{image.shape[1] * scale}" src="data:image/png;base64,{data}">'
-
-
-def _rgb(images: Images) -> Images:
-    return images.repeat(3, axis=3) if images.shape[3] == 1 else images

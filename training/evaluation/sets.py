@@ -21,24 +21,31 @@ from training.evaluation.features import BATCH, real_features
 from training.evaluation.measure import Features, ImageSets, Labels
 
 DEFAULT_SPACES = ("lite0", "lite1")
-"""The space of the projected discriminator, as numbers in it are easy to compare with, and one that trains nothing."""
+"""The space of the projected discriminator, which most results are measured in, and one that no training uses."""
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What is generated: samples 0 ... N - 1 of a seed, sample i of class labels[i], with each kind of noise."""
+    """Options of the generated images: samples 0 ... N - 1 of a seed, with each kind of noise."""
 
-    labels: Labels
+    labels: Labels  # [N], classes of the samples
     seed: int
     truncation_psi: float
     noise_modes: Sequence[NoiseMode]
 
 
 def load_spaces(names: Sequence[str], device: torch.device) -> tuple[list[FeatureExtractor], str]:
-    """The feature spaces of --extractor, or without names the default ones, and a remark on what is missing of those.
+    """Load the feature spaces of --extractor or, without names, those of the default that can be loaded.
 
-    A name may hold several, with commas between them. Raises DermisError if one that was asked for cannot be loaded, or
-    two have the same name, under which their numbers would be stored.
+    Args:
+        names: Values of the option, each with one name or several separated by commas.
+        device: Where the networks run.
+
+    Returns:
+        The spaces, and a remark on default spaces that cannot be loaded; "" if there are none.
+
+    Raises:
+        DermisError: A named space cannot be loaded, or two have the same name, under which their numbers would be stored.
     """
     chosen = [part.strip() for name in names for part in name.split(",")]
     if chosen:
@@ -46,9 +53,9 @@ def load_spaces(names: Sequence[str], device: torch.device) -> tuple[list[Featur
             raise DermisError(f"--extractor: {max(chosen, key=chosen.count)} is given more than once")
         loaded = [feature_extractor(name, device) for name in chosen]
         labels = [extractor.name for extractor in loaded]
-        for given, label in zip(chosen, labels, strict=True):
+        for name, label in zip(chosen, labels, strict=True):
             if labels.count(label) > 1:
-                raise DermisError(f"--extractor: {given} has the same name as another one, {label}; rename its file")
+                raise DermisError(f"--extractor: {name} has the same name as another one, {label}; rename its file")
         return loaded, ""
     spaces, missing = [], []
     for name in DEFAULT_SPACES:
@@ -64,7 +71,11 @@ def load_spaces(names: Sequence[str], device: torch.device) -> tuple[list[Featur
 
 
 def parse_noise_modes(names: Sequence[str]) -> list[NoiseMode]:
-    """The values of --noise-mode. Raises DermisError if one is none of the noise modes, or is given twice."""
+    """Check the values of --noise-mode.
+
+    Raises:
+        DermisError: A value is not a noise mode, or is repeated.
+    """
     modes = {mode: mode for mode in get_args(NoiseMode)}
     for name in names:
         if name not in modes:
@@ -86,9 +97,21 @@ def all_features(
     cache: Path | None,
     bar: tqdm,
 ) -> list[ImageSets]:
-    """The image sets in each space. Every generated image is drawn once, and embedded in all spaces.
+    """Compute the features of all images in each space. Every image is generated once for all spaces.
 
-    `bar` counts an image for every space that it is embedded in, and generated ones once more for drawing them.
+    Args:
+        synthesizer: Of the bundle.
+        dataset: The training images.
+        holdout: Held-out images.
+        groups: Patients of the training images, then of the held-out images.
+        generation: Options of the generated images.
+        extractors: The spaces.
+        conditional: Whether the generator has classes.
+        cache: Folder for features of real images.
+        bar: Counts each image once for every space and, if it is generated, once more.
+
+    Returns:
+        The image sets of each space.
     """
 
     def labels_of(images: ImageDataset) -> Labels:
@@ -135,7 +158,7 @@ def _generated_features(
 def drawn_batches(
     synthesizer: Synthesizer, generation: Generation, noise_mode: NoiseMode
 ) -> Iterator[NDArray[np.uint8]]:
-    """The generated images, uint8 [n, H, W, channels] each."""
+    """Generate images in batches uint8 [n, H, W, channels]."""
     for start in range(0, len(generation.labels), BATCH):
         indices = list(range(start, min(start + BATCH, len(generation.labels))))
         yield synthesizer.images(

@@ -1,11 +1,11 @@
-"""The expert survey of the paper (arXiv 2208.11702): can people tell generated from real dermoscopy?
+"""The expert survey of the paper (arXiv 2208.11702): can people distinguish generated from real dermoscopy?
 
-    for-experts/index.html    one page that shows the images, asks and keeps the answers; needs no network
+    for-experts/index.html    a page that shows the images, asks the questions and keeps the answers, without a network
     for-experts/images/*.png  the same images as files, for other survey tools
-    secret/key.json           which image is which: not for the experts
+    secret/key.json           which images are real: not for the experts
 
-Half of the images are real and half generated, with the same classes in both halves. Whatever could tell the halves
-apart besides their content is the same for both: resolution, resizing, encoder, file sizes, names and order.
+Half of the images are real and half generated, with the same classes in both halves. Except for their content, both halves
+are alike: resolution, resizing, encoder, file sizes, names and order give no information.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tqdm import tqdm
 
 from dermis.errors import DataError
-from dermis.imaging import encode
+from dermis.imaging import centre_square, encode
 from dermis.network_config import NoiseMode
 
 if TYPE_CHECKING:
@@ -41,32 +41,32 @@ FOR_EXPERTS = "for-experts"
 KEY = "secret/key.json"
 Truth = Literal["real", "generated"]
 
-# Streams of random numbers: what one of them is used for does not shift the others.
+# Separate streams of random numbers, so that a change in the use of one does not change the others.
 _REAL, _MIX, _ORDER = 0, 1, 2
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One image of a survey before it is drawn: row `index` of the real images or sample `index` of the seed."""
+    """One planned image of a survey."""
 
     truth: Truth
     label: int
-    index: int
+    index: int  # row of the real images, or sample of the seed
 
 
 class KeyImage(BaseModel):
-    """What the key says of one image. `source` is the real image's id; `index` the sample of the survey's seed."""
+    """One image in the key."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
     truth: Truth
     class_name: str
     sha256: str
-    source: str | None = None
-    index: int | None = None
+    source: str | None = None  # id of a real image
+    index: int | None = None  # sample of the seed of a generated image
 
 
 class SurveyKey(BaseModel):
-    """secret/key.json."""
+    """Content of secret/key.json."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
     format_version: Literal[1] = 1
@@ -75,7 +75,7 @@ class SurveyKey(BaseModel):
     size: int
     resolution: int
     truncation_psi: float
-    noise_mode: NoiseMode = "const"  # keys that do not state it are of surveys drawn with the constant noise
+    noise_mode: NoiseMode = "const"  # surveys whose keys do not state it have the constant noise
     pages: int
     class_names: list[str]
     with_diagnosis: bool
@@ -88,35 +88,41 @@ class SurveyKey(BaseModel):
 def plan_survey(
     labels: NDArray[np.int64], class_names: Sequence[str], count: int, seed: int, *, equal_classes: bool = False
 ) -> tuple[Slot, ...]:
-    """Choose `count` images, half of them real, and mix them: a function of the arguments alone.
+    """Choose images, half of them real, and shuffle them. The result depends on the arguments only.
 
-    labels int64 [N] are the classes of the real images, indices into `class_names`; all 0 without classes. Both halves
-    have the classes in the proportions of `labels` (largest remainders decide the last images), or as many of each
-    with `equal_classes`; the real ones are drawn without replacement. DataError if `count` is odd or asks for more than
-    there are.
+    Args:
+        labels: Classes of the real images, int64 [N], indices into `class_names`; all 0 without classes.
+        class_names: Names of the classes.
+        count: Number of images. Real ones are drawn without replacement.
+        seed: Of the random numbers.
+        equal_classes: Whether both halves have the same number of images of each class. Otherwise they have the proportions
+            of `labels` (largest remainders decide the last images).
+
+    Raises:
+        DataError: `count` is odd, or there are too few real images.
     """
     if count < 2 or count % 2:
         raise DataError(f"--count: must be even and at least 2, as half are real; got {count}")
     half = count // 2
     available = np.bincount(labels, minlength=len(class_names))
     shares = (available > 0) / (available > 0).sum() if equal_classes else available / available.sum()
-    wanted = _apportion(shares, half)
-    if (short := np.flatnonzero(wanted > available)).size:
+    counts = _apportion(shares, half)
+    if (short := np.flatnonzero(counts > available)).size:
         k = int(short[0])
         kind = f"real {class_names[k]} images" if class_names else "real images"
-        raise DataError(f"--count: {count} takes {wanted[k]} {kind}, but there are {available[k]}")
+        raise DataError(f"--count: {count} takes {counts[k]} {kind}, but there are {available[k]}")
     rng = np.random.default_rng([seed, _REAL])
     slots: list[Slot] = []
-    for label, number in enumerate(wanted.tolist()):
+    for label, number in enumerate(counts.tolist()):
         rows = rng.choice(np.flatnonzero(labels == label), number, replace=False)
         slots += [Slot("real", label, row) for row in rows.tolist()]
-    slots += [Slot("generated", label, i) for i, label in enumerate(np.repeat(np.arange(len(wanted)), wanted).tolist())]
+    slots += [Slot("generated", label, i) for i, label in enumerate(np.repeat(np.arange(len(counts)), counts).tolist())]
     order = np.random.default_rng([seed, _MIX]).permutation(count)
     return tuple(slots[i] for i in order)
 
 
 def _apportion(shares: NDArray[np.float64], total: int) -> NDArray[np.int64]:
-    """Whole numbers with the sum `total`, as near to shares * total as they can be (Hamilton's method)."""
+    """Whole numbers with the sum `total` that are nearest to shares * total (Hamilton's method)."""
     exact = shares * total
     numbers = np.floor(exact + 1e-9).astype(np.int64)
     order = np.argsort(-(exact - numbers), kind="stable")
@@ -138,16 +144,34 @@ def create_survey(
     data_name: str = "",
     progress: bool = True,
 ) -> SurveyKey:
-    """Draw the planned images, write the folder `out` and return its key. The folder appears whole or not at all.
+    """Generate the planned images and write the folder of the survey completely or not at all.
 
-    `size` is the side in pixels of the images that experts see. With `pages` > 1 there is a page for each expert,
-    page-1.html and so on, each in an order of its own, so that the same images do not meet everyone tired. DataError
-    if `out` exists, if the generator draws no colour, or if there are no classes to ask for.
+    Args:
+        slots: The planned images.
+        dataset: The real images.
+        synthesizer: Of the bundle.
+        out: The folder, which must not exist.
+        seed: Of the plan and the generated images.
+        size: Side in pixels of the images that experts see.
+        pages: Number of pages, one for each expert. Each has its own order, so that not all experts see the same images
+            when they are tired.
+        with_diagnosis: Whether experts are asked for the class.
+        truncation_psi: Of the generated images.
+        data_name: Name of the real images for the key.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The key.
+
+    Raises:
+        DataError: `out` exists, the generator has no colours, or there are no classes to ask for.
     """
     bundle = synthesizer.bundle
     check_new(out)
     if bundle.generator.img_channels != 3:
-        raise DataError(f"{bundle.location}: draws images without colour, which real ones have; a survey needs colour")
+        raise DataError(
+            f"{bundle.location}: generates images without colour, but real ones have colour; use another bundle"
+        )
     if with_diagnosis and len(bundle.class_names) < 2:
         raise DataError(f"--with-diagnosis: {bundle.location} has no classes to choose from")
     if pages < 1 or size < 16:
@@ -179,23 +203,31 @@ def create_survey(
 
 
 def check_new(out: Path) -> None:
-    """DataError if there is something at `out` already: keys and answers are not to be written over."""
+    """Check that `out` does not exist, so that no keys and answers are overwritten.
+
+    Raises:
+        DataError: It exists.
+    """
     if out.exists():
         raise DataError(f"{out}: exists already; choose another --out or remove it")
 
 
 def read_key(path: Path) -> SurveyKey:
-    """DataError naming the file if it is absent or no key."""
+    """Read key.json.
+
+    Raises:
+        DataError: The file is missing or not a key; the message names it.
+    """
     try:
         return SurveyKey.model_validate_json(path.read_bytes())
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}; give the key.json of the survey's secret folder") from None
     except ValidationError as error:
-        raise DataError(f"{path}: is no key of a survey: {first_fault(error)}") from None
+        raise DataError(f"{path}: is not the key of a survey: {first_fault(error)}") from None
 
 
 def first_fault(error: ValidationError) -> str:
-    """The first thing that pydantic found wrong, in one line: where, and what."""
+    """The first error of pydantic in one line: field and message."""
     fault = error.errors()[0]
     where = ".".join(str(part) for part in fault["loc"])
     return f"{where}: {fault['msg']}" if where else fault["msg"]
@@ -210,40 +242,38 @@ def _draw(
     size: int,
     progress: bool,
 ) -> NDArray[np.uint8]:
-    """The images uint8 [count, size, size, 3] in the order of the slots."""
+    """Make the images uint8 [count, size, size, 3] in the order of the slots."""
     images = np.empty((len(slots), size, size, 3), dtype=np.uint8)
     batch = synthesizer.preferred_batch
-    generated = [(place, slot) for place, slot in enumerate(slots) if slot.truth == "generated"]
+    generated = [(i, slot) for i, slot in enumerate(slots) if slot.truth == "generated"]
     with tqdm(total=len(slots), desc="drawing", unit="img", disable=not progress) as bar:
-        for place, slot in enumerate(slots):
+        for i, slot in enumerate(slots):
             if slot.truth == "real":
-                images[place] = _resized(dataset.images[slot.index], size)
+                images[i] = _resized(dataset.images[slot.index], size)
                 bar.update()
         for start in range(0, len(generated), batch):
             part = generated[start : start + batch]
-            drawn = synthesizer.images(
+            batch_images = synthesizer.images(
                 [seed] * len(part),
                 [slot.index for _, slot in part],
                 [slot.label for _, slot in part],
                 truncation_psi=truncation_psi,
                 noise_mode="random",
             )
-            for (place, _), pixels in zip(part, drawn, strict=True):
-                images[place] = _resized(pixels, size)
+            for (i, _), pixels in zip(part, batch_images, strict=True):
+                images[i] = _resized(pixels, size)
             bar.update(len(part))
     return images
 
 
 def _resized(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    if pixels.shape[0] == size:
-        return pixels
-    return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.LANCZOS))
+    return np.asarray(centre_square(Image.fromarray(pixels), size))
 
 
 def _equally_long(pngs: Sequence[bytes]) -> list[bytes]:
-    """Files of one length: each gets a private chunk of zeros before its last one, IEND, which viewers skip.
+    """Pad PNG files to one length with a private chunk of zeros before the last chunk, IEND. Viewers ignore it.
 
-    Otherwise their sizes would tell how noisy the images are, and generators differ from cameras in that.
+    Otherwise the sizes would show how noisy the images are, which differs between generators and cameras.
     """
     end, kind, longest = 12, b"paDd", max(map(len, pngs))
     padded = []
@@ -266,7 +296,7 @@ def _key_image(slot: Slot, dataset: ImageDataset, class_names: Sequence[str], da
 
 
 def _identity(encoded: Mapping[str, bytes], with_diagnosis: bool) -> str:
-    """Names the survey in pages, answers and key. Made of what the experts have anyway, so it tells them nothing."""
+    """Identity of the survey in pages, answers and key. It follows from what the experts have, so it reveals nothing."""
     digest = hashlib.sha256(json.dumps({"with_diagnosis": with_diagnosis}).encode())
     for name, data in encoded.items():
         digest.update(name.encode() + hashlib.sha256(data).digest())
@@ -295,7 +325,7 @@ def _write(out: Path, key: SurveyKey, encoded: Mapping[str, bytes]) -> None:
 
 
 def _page(key: SurveyKey, encoded: Mapping[str, bytes], page: int) -> str:
-    """The page as it is handed out. It is made of names and images: of the key, only what every expert may know."""
+    """Make a page for experts, from names and images. Of the key, it has only what every expert can know."""
     names = list(encoded)
     order = np.random.default_rng([key.seed, _ORDER, page]).permutation(len(names))
     survey = {

@@ -1,7 +1,7 @@
-"""What the answers to a survey say: how well experts tell generated from real images, and how far they agree.
+"""Score a survey: how well experts distinguish generated from real images, and how far they agree.
 
-"Generated" is the positive answer: sensitivity is the share of generated images that were called generated,
-specificity the share of real images that were called real. Chance is 50 %. `docs/survey.md` explains every number.
+"Generated" is the positive answer: sensitivity is the share of generated images that were called generated, specificity the
+share of real images that were called real. Chance is 50 %. `docs/survey.md` explains all numbers.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ PAPER_ACCURACY = 0.54  # four experts, 200 images, arXiv 2208.11702
 RESAMPLES = 10_000
 
 
-class Answer(BaseModel):
-    """One line of an answers file."""
+class SurveyAnswer(BaseModel):
+    """One answer in a file of answers."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
     image: str
@@ -37,7 +37,7 @@ class Answer(BaseModel):
 
 
 class Answers(BaseModel):
-    """answers-NAME.json, as the page writes it."""
+    """Content of answers-NAME.json, which the page writes."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
     format_version: Literal[1]
@@ -46,12 +46,12 @@ class Answers(BaseModel):
     expert: str = Field(pattern=r"^[^\x00-\x1f\x7f]{1,64}$")
     started: str | None
     saved: str
-    answers: list[Answer] = Field(min_length=1)
+    answers: list[SurveyAnswer] = Field(min_length=1)
 
 
 @dataclass(frozen=True)
 class Rate:
-    """`count` of `total`, their share, and its 95 % confidence interval; None without any."""
+    """A share with its 95 % confidence interval; None if `total` is 0."""
 
     count: int
     total: int
@@ -62,28 +62,29 @@ class Rate:
 
 @dataclass(frozen=True)
 class Rates:
-    """Accuracy, and the rates that make it up."""
+    """Accuracy and the rates that it consists of."""
 
     accuracy: Rate
     sensitivity: Rate
     specificity: Rate
     called_generated: Rate
-    """Response bias: the share of "generated" among the answers, whatever the images were."""
+    """Response bias: the share of "generated" among all answers."""
 
 
 @dataclass(frozen=True)
 class ExpertScore:
-    """One expert. `missing` images were not answered and count nowhere else."""
+    """Score of one expert."""
 
     expert: str
     missing: int
+    """Images without an answer, which are not in the other numbers."""
     rates: Rates
     p_value: float
     """Two-sided exact binomial test of the accuracy against 50 %."""
     d_prime: float
     criterion: float
     auc: float | None
-    """Area under the ROC curve of the answers weighed by confidence; None where a confidence is missing."""
+    """Area under the ROC curve of the answers weighted by confidence; None if a confidence is missing."""
     median_seconds: float
     diagnosis_real: Rate | None
     diagnosis_generated: Rate | None
@@ -91,19 +92,20 @@ class ExpertScore:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Between experts, on the images that every one of them answered; pairs on those that both did."""
+    """Agreement of the experts."""
 
     images: int
+    """Images that all experts answered."""
     observed: float | None
-    """Mean share of pairs of experts who said the same."""
+    """Mean share of pairs of experts with the same answer."""
     fleiss_kappa: float | None
     pairs: tuple[tuple[str, str, float | None], ...]
-    """Cohen's kappa of every two."""
+    """Cohen's kappa of every two experts, on the images that both answered."""
 
 
 @dataclass(frozen=True)
 class SurveyScore:
-    """All experts together (over all answers), and each alone."""
+    """Score of all experts together (over all answers), and of each."""
 
     survey: str
     images: int
@@ -115,22 +117,26 @@ class SurveyScore:
     median_seconds: float
     paper_accuracy: float
     called_generated: dict[str, tuple[int, int]]
-    """Of each image: how many called it generated, and how many answered."""
+    """For each image, how many experts called it generated, and how many answered."""
 
 
 def read_answers(paths: Sequence[Path], key: SurveyKey) -> tuple[Answers, ...]:
-    """Answers of one survey. DataError naming the file if one is malformed, of another survey, or an expert's second."""
-    read: dict[str, Path] = {}
-    found = []
+    """Read the answers to one survey.
+
+    Raises:
+        DataError: A file is malformed, of another survey, or the second one of an expert; the message names it.
+    """
+    files: dict[str, Path] = {}
+    result = []
     for path in paths:
         answers = _read_one(path, key)
-        if answers.expert in read:
+        if answers.expert in files:
             raise DataError(
-                f"{path}: has answers of {quote(answers.expert)}, as has {read[answers.expert]}; give one of them"
+                f"{path}: has answers of {quote(answers.expert)}, as has {files[answers.expert]}; give one of them"
             )
-        read[answers.expert] = path
-        found.append(answers)
-    return tuple(found)
+        files[answers.expert] = path
+        result.append(answers)
+    return tuple(result)
 
 
 def _read_one(path: Path, key: SurveyKey) -> Answers:
@@ -139,7 +145,7 @@ def _read_one(path: Path, key: SurveyKey) -> Answers:
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from None
     except ValidationError as error:
-        raise DataError(f"{path}: is no file of answers: {first_fault(error)}") from None
+        raise DataError(f"{path}: is not a file of answers: {first_fault(error)}") from None
     if answers.survey != key.survey:
         raise DataError(f"{path}: answers survey {answers.survey}, but the key is of survey {key.survey}")
     seen: set[str] = set()
@@ -157,28 +163,28 @@ def _read_one(path: Path, key: SurveyKey) -> Answers:
 
 
 def score_survey(key: SurveyKey, answers: Sequence[Answers]) -> SurveyScore:
-    """Score one or more experts. The intervals and p-values speak of these experts on other images of the same kind."""
+    """Score one or more experts. The intervals and p-values are about these experts and other images of the same kind."""
     names = list(key.images)
     generated = np.array([image.truth == "generated" for image in key.images.values()])
     classes = np.array([image.class_name for image in key.images.values()])
-    place = {name: i for i, name in enumerate(names)}
+    column = {name: i for i, name in enumerate(names)}
     called = np.full((len(answers), len(names)), -1)  # [experts, images]: 1 called generated, 0 real, -1 not answered
     for row, expert in zip(called, answers, strict=True):
         for answer in expert.answers:
-            row[place[answer.image]] = answer.answer == "generated"
+            row[column[answer.image]] = answer.answer == "generated"
     experts = tuple(_score_expert(key, a, row, generated) for a, row in zip(answers, called, strict=True))
-    votes, given = (called == 1).sum(axis=0), (called >= 0).sum(axis=0)
+    votes, answer_counts = (called == 1).sum(axis=0), (called >= 0).sum(axis=0)
     return SurveyScore(
         survey=key.survey,
         images=len(names),
         rates=_rates(called, generated),
-        p_value=permutation_p_value(votes, given, generated, classes),
+        p_value=permutation_p_value(votes, answer_counts, generated, classes),
         classes={name: _rates(called[:, classes == name], generated[classes == name]) for name in key.class_names},
         experts=experts,
         agreement=_agreement([a.expert for a in answers], called) if len(answers) > 1 else None,
         median_seconds=float(np.median([answer.seconds for a in answers for answer in a.answers])),
         paper_accuracy=PAPER_ACCURACY,
-        called_generated={name: (int(votes[i]), int(given[i])) for i, name in enumerate(names)},
+        called_generated={name: (int(votes[i]), int(answer_counts[i])) for i, name in enumerate(names)},
     )
 
 
@@ -189,9 +195,9 @@ def _score_expert(
     d_prime, criterion = signal_detection(rates.sensitivity, rates.specificity)
 
     def diagnosis(truth: Truth) -> Rate | None:
-        given = [a for a in answers.answers if a.diagnosis is not None and key.images[a.image].truth == truth]
-        right = sum(a.diagnosis == key.images[a.image].class_name for a in given)
-        return wilson(right, len(given)) if given else None
+        diagnoses = [a for a in answers.answers if a.diagnosis is not None and key.images[a.image].truth == truth]
+        right = sum(a.diagnosis == key.images[a.image].class_name for a in diagnoses)
+        return wilson(right, len(diagnoses)) if diagnoses else None
 
     return ExpertScore(
         expert=answers.expert,
@@ -208,14 +214,19 @@ def _score_expert(
 
 
 def _rates(called: NDArray[np.int_], generated: NDArray[np.bool_]) -> Rates:
-    """Of answers [experts, images] (1 generated, 0 real, -1 none) to images that are generated or not."""
+    """Rates of a set of answers.
+
+    Args:
+        called: Answers [experts, images]: 1 generated, 0 real, -1 no answer.
+        generated: Whether each image is generated, [images].
+    """
     answered = called >= 0
-    given, right = answered.sum(axis=0), ((called == generated) & answered).sum(axis=0)
+    answers, right = answered.sum(axis=0), ((called == generated) & answered).sum(axis=0)
     return Rates(
-        accuracy=clustered_rate(right, given, generated),
-        sensitivity=clustered_rate(right[generated], given[generated], generated[generated]),
-        specificity=clustered_rate(right[~generated], given[~generated], generated[~generated]),
-        called_generated=clustered_rate((called == 1).sum(axis=0), given, generated),
+        accuracy=clustered_rate(right, answers, generated),
+        sensitivity=clustered_rate(right[generated], answers[generated], generated[generated]),
+        specificity=clustered_rate(right[~generated], answers[~generated], generated[~generated]),
+        called_generated=clustered_rate((called == 1).sum(axis=0), answers, generated),
     )
 
 
@@ -228,13 +239,18 @@ def wilson(count: int, total: int) -> Rate:
 
 
 def clustered_rate(count: NDArray[np.int_], total: NDArray[np.int_], half: NDArray[np.bool_]) -> Rate:
-    """Share sum(count) / sum(total), where image i got `total[i]` answers and `count[i]` of them are of the kind.
+    """Share of answers of one kind, with an interval for answers that are clustered by image.
 
-    Several experts' answers to one image are not independent, so the interval is that of a cluster bootstrap:
-    percentiles of the share over RESAMPLES draws of whole images with replacement, within the real and the generated
-    half (Davison and Hinkley, Bootstrap Methods and their Application, 1997, sections 3.8 and 5.3). Where no image got
-    more than one answer they are independent and the interval is Wilson's. Where all or none are of the kind,
-    resampling shows no spread, and the interval is Wilson's as if every image had been answered once.
+    Answers of several experts to one image are not independent, so the interval is that of a cluster bootstrap: percentiles
+    of the share over RESAMPLES draws of whole images with replacement, within the real and the generated half (Davison and
+    Hinkley, Bootstrap Methods and their Application, 1997, sections 3.8 and 5.3). If no image has more than one answer, the
+    answers are independent, and the interval is Wilson's. If all or no answers are of the kind, resampling shows no
+    spread, and the interval is Wilson's for one answer to each image.
+
+    Args:
+        count: Answers of the kind for each image, [images].
+        total: All answers for each image, [images].
+        half: Whether each image is generated, [images].
     """
     count, half, total = count[total > 0], half[total > 0], total[total > 0]
     hits, answers = int(count.sum()), int(total.sum())
@@ -245,23 +261,28 @@ def clustered_rate(count: NDArray[np.int_], total: NDArray[np.int_], half: NDArr
         return Rate(hits, answers, hits / answers, once.low, once.high)
     rng = np.random.default_rng(0)
     parts = (np.flatnonzero(half), np.flatnonzero(~half))
-    drawn = np.concatenate([rng.choice(part, (RESAMPLES, len(part))) for part in parts if part.size], axis=1)
-    low, high = np.quantile(count[drawn].sum(axis=1) / total[drawn].sum(axis=1), (0.025, 0.975))
+    resampled = np.concatenate([rng.choice(part, (RESAMPLES, len(part))) for part in parts if part.size], axis=1)
+    low, high = np.quantile(count[resampled].sum(axis=1) / total[resampled].sum(axis=1), (0.025, 0.975))
     return Rate(hits, answers, hits / answers, float(low), float(high))
 
 
 def permutation_p_value(
-    votes: NDArray[np.int_], given: NDArray[np.int_], generated: NDArray[np.bool_], classes: NDArray[np.str_]
+    votes: NDArray[np.int_], answers: NDArray[np.int_], generated: NDArray[np.bool_], classes: NDArray[np.str_]
 ) -> float:
-    """Two-sided p-value of "the answers have nothing to do with the truth", for all experts together.
+    """Two-sided p-value of the hypothesis that the answers are independent of the truth, for all experts together.
 
-    Image i was called generated by `votes[i]` of the `given[i]` experts who answered it. Which images are generated is
-    permuted within each class, as the seed might have mixed them, RESAMPLES times; p is the share of permutations,
-    the true one among them, whose number of right answers is as far from its expectation (Phipson and Smyth, SAGMB 9,
-    2010, article 39). Experts may favour one answer, and agree on images, as they like.
+    Which images are generated is permuted within each class, RESAMPLES times. p is the share of permutations, including the
+    true one, whose number of right answers is as far from its expectation (Phipson and Smyth, SAGMB 9, 2010, article 39). The
+    test is valid for experts who favour one answer, or who agree on images.
+
+    Args:
+        votes: Number of experts who called each image generated, [images].
+        answers: Number of experts who answered each image, [images].
+        generated: Whether each image is generated, [images].
+        classes: Class of each image, [images].
     """
-    # A right answer more for "generated", one less for "real": all that permuting changes is the sum of these.
-    gain = (2 * votes - given).astype(np.float64)
+    # Right answers to an image if it is generated, less those if it is real. Permutations change only their sum.
+    gain = (2 * votes - answers).astype(np.float64)
     rng = np.random.default_rng(0)
     observed, expected, permuted = 0.0, 0.0, np.zeros(RESAMPLES)
     for name in np.unique(classes):
@@ -277,8 +298,8 @@ def signal_detection(sensitivity: Rate, specificity: Rate) -> tuple[float, float
     """d' and criterion c of equal-variance signal detection: d' = z(H) - z(F), c = -(z(H) + z(F)) / 2.
 
     H is the rate of "generated" for generated images and F for real ones, each with 0.5 added to its count and 1 to its
-    total, so that rates of 0 and 1 stay finite (Hautus, Behavior Research Methods 27, 1995, 46-51). c < 0: leans to
-    "generated".
+    total, so that the results for rates of 0 and 1 are finite (Hautus, Behavior Research Methods 27, 1995, 46-51). c < 0 means
+    a preference for "generated".
     """
     hit = stats.norm.ppf((sensitivity.count + 0.5) / (sensitivity.total + 1))
     false_alarm = stats.norm.ppf((specificity.total - specificity.count + 0.5) / (specificity.total + 1))
@@ -286,7 +307,7 @@ def signal_detection(sensitivity: Rate, specificity: Rate) -> tuple[float, float
 
 
 def _auc(key: SurveyKey, answers: Answers) -> float | None:
-    """P(a generated image is held for more surely generated than a real one), ties one half: Mann-Whitney U / (n m)."""
+    """Probability that a generated image is rated higher than a real one, ties one half: Mann-Whitney U / (n m)."""
     ratings: dict[Truth, list[float]] = {"real": [], "generated": []}
     for answer in answers.answers:
         if answer.confidence is None:
@@ -323,11 +344,19 @@ def _observed_agreement(counts: NDArray[np.int_]) -> float:
 
 
 def fleiss_kappa(counts: NDArray[np.int_]) -> float | None:
-    """Fleiss' kappa of counts [images, categories]: how many of the n raters put image i into category j.
+    """Fleiss' kappa, (P - P_e) / (1 - P_e).
 
-    kappa = (P - P_e) / (1 - P_e), with P the mean over images of sum_j n_ij (n_ij - 1) / (n (n - 1)) and P_e the sum
-    over categories of their squared shares (Fleiss, Psychological Bulletin 76, 1971, 378-382, equations 1 to 7). None
-    without images or where all ratings are the same. ValueError if images differ in their number of raters.
+    P is the mean over images of sum_j n_ij (n_ij - 1) / (n (n - 1)), and P_e the sum over categories of their squared shares
+    (Fleiss, Psychological Bulletin 76, 1971, 378-382, equations 1 to 7).
+
+    Args:
+        counts: Number of raters n_ij who chose category j for image i, [images, categories].
+
+    Returns:
+        Kappa; None without images or if all ratings are the same.
+
+    Raises:
+        ValueError: Images differ in their number of raters.
     """
     if len(counts) == 0:
         return None
@@ -338,10 +367,16 @@ def fleiss_kappa(counts: NDArray[np.int_]) -> float | None:
 
 
 def cohen_kappa(table: NDArray[np.int_]) -> float | None:
-    """Cohen's kappa of a table [categories, categories] of two raters' answers: (p_o - p_e) / (1 - p_e).
+    """Cohen's kappa of two raters, (p_o - p_e) / (1 - p_e).
 
-    p_o is the share on the diagonal, p_e that expected from the margins (Cohen, Educational and Psychological
-    Measurement 20, 1960, 37-46, equation 1). None for an empty table or where both gave one and the same answer only.
+    p_o is the share on the diagonal, and p_e that expected from the margins (Cohen, Educational and Psychological Measurement
+    20, 1960, 37-46, equation 1).
+
+    Args:
+        table: Number of images by the answers of both raters, [categories, categories].
+
+    Returns:
+        Kappa; None for an empty table or if both raters gave one answer only.
     """
     if table.sum() == 0:
         return None

@@ -1,4 +1,4 @@
-"""The numbers of an evaluation as text: tables of each feature space, and what concerns copies in plain words."""
+"""The numbers of an evaluation as text: tables of each feature space, and sentences about copies."""
 
 from __future__ import annotations
 
@@ -9,44 +9,42 @@ from typing import Any
 from training.evaluation.record import COMPARISONS, read_metrics
 
 Part = Mapping[str, Any]
-MEMORISES, SUSPICIOUS = 0.001, 0.05  # p-values below which the test says so; see docs/evaluation.md
+MEMORISES, SUSPICIOUS = 0.001, 0.05  # p-values below which the text says so; see docs/evaluation.md
 _JUDGE = (
     "The generator was trained against a discriminator that judges images by the features of this space, so it has "
     "learnt to score well here: these numbers are better than the images are. Compare generators in another space."
 )
 _INDEPENDENT = (
-    "The discriminator did not judge by this space. lite0, lite1 and lite2 are related, though: networks of one family, "
-    "trained on the same photographs."
+    "The discriminator did not use this space. But lite0, lite1 and lite2 are related: networks of one family, trained on "
+    "the same photographs."
 )
 _UNKNOWN = "The bundle does not say whether the generator was trained by the features of this space."
 
 
 @dataclass(frozen=True)
 class SpaceTable:
-    """The numbers in one feature space. remark: what the space had to do with training.
-
-    rows: a metric a row, the header first, a comparison a column. class_rows: the same, with the classes as columns;
-    empty if there are no classes.
-    """
+    """The numbers in one feature space."""
 
     space: str
-    remark: str
-    rows: list[list[str]]
-    class_rows: list[list[str]]
+    remark: str  # whether the space was used in training
+    rows: list[list[str]]  # the header, then a row for each metric, with a column for each comparison
+    class_rows: list[list[str]]  # the same with columns for the classes; empty without classes
 
 
 def space_tables(metrics: Part, discriminator_space: str | None = None) -> list[SpaceTable]:
-    """A table for each space of metrics.json of any version. What was not measured has no row.
+    """Make a table for each space. Metrics that were not measured have no row.
 
-    discriminator_space is that of `record.discriminator_space`, for metrics that do not have it.
+    Args:
+        metrics: metrics.json of any version.
+        discriminator_space: Result of `record.discriminator_space`, for metrics that do not contain it.
     """
     known = read_metrics(metrics)
     tables = []
     for name, space in known["spaces"].items():
-        judged = space.get("trained_discriminator")
-        if judged is None and discriminator_space is not None:
-            judged = name == discriminator_space
-        remark = _UNKNOWN if judged is None else _JUDGE if judged else _INDEPENDENT
+        trained = space.get("trained_discriminator")
+        if trained is None and discriminator_space is not None:
+            trained = name == discriminator_space
+        remark = _UNKNOWN if trained is None else _JUDGE if trained else _INDEPENDENT
         bandwidth = space.get("mmd_kernel", {}).get("bandwidth")
         lines = _lines(name, bandwidth)
         columns = _columns(known, space)
@@ -60,17 +58,17 @@ def space_tables(metrics: Part, discriminator_space: str | None = None) -> list[
 
 
 def _of_class(parts: Mapping[str, Part]) -> Mapping[str, Part]:
-    """The comparisons of a class to show: with held-out images where there are any, as three a class are too many."""
+    """The comparisons of a class to show: those with held-out images if there are any, as three columns are too many."""
     held_out = {name: part for name, part in parts.items() if name != "generated_training"}
     return held_out or parts
 
 
 def copies(metrics: Part) -> list[str]:
-    """Whether the generator copies training images, as far as was tested: sentences for people who know no p-values."""
+    """Sentences on whether the generator copies training images, as far as it was tested, for readers without statistics."""
     known = read_metrics(metrics)
     if "holdout" not in known:
         paragraphs = [
-            "Nothing was held out, so nothing was tested for memorising: a distance to the training set does not tell a "
+            "No images were held out, so memorising was not tested: a distance to the training set cannot distinguish a "
             "good generator from one that copies."
         ]
     else:
@@ -86,8 +84,8 @@ def copies(metrics: Part) -> list[str]:
             sentences.append(_authenticity(numbers))
         if sentences and not known.get("real_is_training_set"):
             sentences.append(
-                "All of this is about the real images that were compared, which are not known to be the training set: "
-                "it says nothing about copies of training images."
+                "These numbers are about the real images that were compared, which are not known to be the training set: "
+                "they say nothing about copies of training images."
             )
         if sentences:
             paragraphs.append(f"In {name}: {' '.join(sentences)}")
@@ -95,7 +93,7 @@ def copies(metrics: Part) -> list[str]:
 
 
 def path_length_text(metrics: Part) -> str:
-    """The perceptual path length in a sentence; "" if it was not measured."""
+    """A sentence on the perceptual path length; "" if it was not measured."""
     ppl = read_metrics(metrics).get("ppl")
     if not ppl:
         return ""
@@ -111,7 +109,7 @@ def path_length_text(metrics: Part) -> str:
 
 
 def held_out_text(metrics: Part) -> str:
-    """Which images were held out and what they were used for; "" if none were."""
+    """Sentences on the held-out images and their use; "" if there were none."""
     known = read_metrics(metrics)
     if "holdout" not in known:
         return ""
@@ -122,17 +120,17 @@ def held_out_text(metrics: Part) -> str:
     text = f"Held out: {held['images']:,} real images{patients}{name}{digest}. "
     if known.get("real_is_training_set"):
         return text + (
-            "The training set does not contain them, and the evaluation used them for these numbers only. Whether people "
-            "chose snapshots or options by them is not recorded."
+            "The training set does not contain them, and the evaluation used them for these numbers only. Whether snapshots "
+            "or options were chosen with them is not recorded."
         )
     return text + (
-        "The real images that they are compared with are not the set that the bundle names as its training set, so "
-        "it is not known whether the generator has seen the held-out ones."
+        "The real images that they are compared with are not the training set that the bundle names, so it is not known "
+        "whether the generator was trained on the held-out ones."
     )
 
 
 def _columns(metrics: Part, space: Part) -> dict[str, Part]:
-    """The comparisons of all images by title, those with other noise last."""
+    """The comparisons of all images by title; those with other noise are last."""
     known = bool(metrics.get("real_is_training_set"))
     columns = _titled(space["comparisons"], training=known)
     for mode, parts in space.get("other_noise", {}).items():
@@ -193,7 +191,7 @@ def _sizes(part: Part) -> str:
 
 def _with_interval(part: Part, key: str, factor: float) -> str:
     value, interval = factor * part[key], part.get(f"{key}_interval")
-    if interval is None:  # measured on the way of a training, or by an early version
+    if interval is None:  # measured during a training, or by an early version
         return f"{value:.4g}"
     return f"{value:.4g} [{factor * interval[0]:.4g}, {factor * interval[1]:.4g}]"
 
@@ -209,28 +207,28 @@ def _memorising(metrics: Part, test: Part) -> str:
     if not metrics.get("real_is_training_set"):
         verdict = "Whether it memorises is not known: the real images are not the set that it was trained on."
     elif test["p_value"] < MEMORISES:
-        verdict = "It memorises: its images lie nearer to the training images than chance allows."
+        verdict = "It memorises: its images are nearer to the training images than chance explains."
     elif test["p_value"] < SUSPICIOUS:
         verdict = "It may memorise: measure again with more held-out images or another seed."
     else:
-        verdict = "No sign of memorising was found; a few copies among many images can escape the test."
+        verdict = "No sign of memorising; the test can miss a few copies among many images."
     return f"{verdict} {numbers}"
 
 
 def _membership(attack: Part) -> str:
-    area, found = attack["auc"], attack["found_at_1_percent"]
+    area, recall = attack["auc"], attack["found_at_1_percent"]
     return (
         "Membership attack (a real image that lies near a generated one is taken for a training image): AUC "
         f"{area['value']:.3f} [{area['low']:.3f}, {area['high']:.3f}], where guessing has 0.5; at 1 % false alarms it "
-        f"finds {found['value']:.1%} [{found['low']:.1%}, {found['high']:.1%}] of the training images, where "
+        f"finds {recall['value']:.1%} [{recall['low']:.1%}, {recall['high']:.1%}] of the training images, where "
         f"guessing finds {attack.get('expected_at_1_percent', 0.01):.1%}."
     )
 
 
 def _authenticity(numbers: Part) -> str:
     held = numbers.get("holdout_authenticity")
-    beside = "" if held is None else f"; held-out images in the generator's place have {held:.3f}"
-    return f"Authenticity {numbers['authenticity']:.3f}{beside}."
+    reference = "" if held is None else f"; held-out images in the generator's place have {held:.3f}"
+    return f"Authenticity {numbers['authenticity']:.3f}{reference}."
 
 
 def _cell(text: Callable[[Part], str], part: Part) -> str:
