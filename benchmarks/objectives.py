@@ -32,7 +32,7 @@ from training.experiments.plan import write_beside
 from training.gan.batches import batches
 from training.gan.config import automatic_precision, base_config
 from training.gan.snapshot import draw_samples
-from training.gan.state import State, new_state
+from training.gan.state import GanState, new_state
 from training.gan.step import training_step
 
 SMALL: dict[str, Any] = {"channel_base": 4096, "channel_max": 256, "z_dim": 256, "w_dim": 256, "batch": 32}
@@ -66,7 +66,7 @@ def read_part(data: Path, split: Path, part: str, resolution: int, cache: Path) 
     return load_isic(data, resolution, metadata=split / f"{part}.csv", cache=cache)
 
 
-def train_for(seconds: float, dataset: ImageDataset, options: dict[str, Any], seed: int) -> State:
+def train_for(seconds: float, dataset: ImageDataset, options: dict[str, Any], seed: int) -> GanState:
     """A state after so many seconds of the processor, with whole steps only."""
     precision = automatic_precision(_CPU)
     classes = len(dataset.class_names)

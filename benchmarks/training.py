@@ -36,7 +36,7 @@ from training.data.isic import ImageDataset
 from training.gan.batches import Batch
 from training.gan.config import GanConfig, base_config
 from training.gan.loss import Phases
-from training.gan.state import State, new_state
+from training.gan.state import GanState, new_state
 from training.gan.step import training_step
 
 RESOLUTIONS = (64, 128, 256)
@@ -55,7 +55,7 @@ class Variant:
     """A way of training the same networks."""
 
     config: GanConfig
-    state: State
+    state: GanState
     phases: Phases
     layout: torch.memory_format
 

@@ -19,9 +19,9 @@ from benchmarks.generation import automatic_config, random_bundle, seconds
 from benchmarks.training import STRENGTH, random_data
 from dermis.bundle import load_generator
 from dermis.networks import fir2d, fir_filter
+from training.distributed import Ranks
 from training.gan.batches import batches
 from training.gan.config import GanConfig, base_config
-from training.gan.parallel import Ranks
 from training.gan.state import new_state
 from training.gan.step import training_step
 

@@ -30,13 +30,13 @@ from dermis.imaging import contact_sheet, encode
 from training.data.images import load_images
 from training.data.isic import ImageDataset
 from training.data.sources import read_source
+from training.distributed import Ranks
 from training.gan.batches import batches
 from training.gan.compact import Moments, load_compact_state, save_compact_state, warm_up_factor
 from training.gan.config import GanConfig, automatic_precision, base_config
 from training.gan.health import Health
-from training.gan.parallel import Ranks
-from training.gan.snapshot import GRID, Origin, sample_grid, write_snapshot
-from training.gan.state import State, new_state
+from training.gan.snapshot import GRID, GeneratorOrigin, sample_grid, write_snapshot
+from training.gan.state import GanState, new_state
 from training.gan.step import training_step
 from training.gan.transfer import read_source as read_weights
 from training.gan.transfer import transfer
@@ -104,7 +104,7 @@ class Run:
     def __init__(self, plan: TrainingPlan, config: GanConfig, dataset: ImageDataset, results: Results) -> None:
         self.plan, self.config, self.dataset, self.results = plan, config, dataset, results
         self.out, self.device = results.out, results.device
-        self.state: State = new_state(config, self.device)
+        self.state: GanState = new_state(config, self.device)
         self.lines: list[str] = []
         self.save_seconds = 0.0
         self.warm_up_steps = 0
@@ -131,7 +131,7 @@ class Run:
         durations: list[float] = []
         with (
             closing(batches(self.dataset, config, progress.nimg, ranks)) as real,
-            stop_requested(insist=False) as stop,
+            stop_requested(ignore_repeated=False) as stop,
         ):
             step = 0
             while step == 0 or not (
@@ -199,7 +199,7 @@ def main() -> None:
         options.bundle.mkdir(parents=True, exist_ok=True)
         run.begin(options.resume)
         source = options.data.name if options.data else "noise"
-        origin = Origin(options.name, source, options.licence, options.attribution)
+        origin = GeneratorOrigin(options.name, source, options.licence, options.attribution)
         write_snapshot(dataset, config, origin, device)(options.bundle, run.state)
         return
     if options.out is None:
