@@ -57,7 +57,7 @@ def test_the_same_network_is_taken_whole(whole: Bundle) -> None:
         ({"resolution": 8}, "", ""),
         ({"c_dim": 3}, "mapping.embed.weight", "another shape"),
         ({"c_dim": 0}, "mapping.fc0.weight", "another shape"),
-        ({"mapping_layers": 3}, "mapping.fc1.weight", "mapping has 2 layers and ours 3"),
+        ({"mapping_layers": 3}, "mapping.fc1.weight", "mapping has 2 layers and this one 3"),
     ],
 )
 def test_what_does_not_fit_stays_new_and_is_told(
