@@ -20,7 +20,7 @@ KIND = "classifier"  # in checkpoints
 
 @dataclass
 class ClassifierProgress:
-    """How far a run has come. A checkpoint stores it beside the tensors."""
+    """How far a run has come. A checkpoint stores it with the tensors."""
 
     epoch: int = 0  # the current one, or the next one between two epochs
     step: int = 0  # finished steps of this epoch

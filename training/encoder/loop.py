@@ -39,7 +39,7 @@ _STREAM = 7  # makes seeds that differ from those of datasets, so that no datase
 
 @dataclass
 class EncoderProgress:
-    """How far a run has come. A checkpoint stores it beside the tensors."""
+    """How far a run has come. A checkpoint stores it with the tensors."""
 
     step: int = 0
     seconds: float = 0.0

@@ -25,7 +25,7 @@ from training.gan.projected import STATISTICS, ProjectedDiscriminator
 
 @dataclass
 class GanProgress:
-    """How far a run has come. A checkpoint stores it beside the tensors."""
+    """How far a run has come. A checkpoint stores it with the tensors."""
 
     step: int = 0
     nimg: int = 0  # real images shown to the discriminator
