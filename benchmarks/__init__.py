@@ -1,1 +1,1 @@
-"""Programs that measure, one for each claim; each prints a table, or JSON with --json."""
+"""Benchmarks: one program for each claim. Each prints a table, or JSON with --json."""

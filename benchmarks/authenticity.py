@@ -1,9 +1,10 @@
-"""What comparing with training images costs: `python -m benchmarks.authenticity [--json] [--bundle B] [--large]`.
+"""Cost of comparing with training images: `python -m benchmarks.authenticity [--json] [--bundle B] [--large]`.
 
-First the bundle's own index: looking 40,000 images up against generating them. Generation and embedding are measured on a few
-hundred images and extrapolated, as each image costs the same; looking up is measured on 40,000 vectors. Then indexes of 1
-million vectors (10 million with --large) in 128 dimensions by kind: clustered random vectors, 8 bits a number, as a bundle
-stores them. Recall is of the true nearest neighbour, of queries near the vectors.
+First the bundle's own index: the time to search for the nearest neighbours of 40,000 images, and the time to generate these
+images. Generation and embedding are measured on a few hundred images and extrapolated, as each image takes the same time;
+the search is measured on 40,000 vectors. Then each kind of index with 1 million vectors (10 million with --large) in 128
+dimensions: clustered random vectors, stored in 8 bits per number as in a bundle. Recall is the share of queries near the
+vectors for which the true nearest neighbour was found.
 """
 
 from __future__ import annotations
@@ -37,19 +38,19 @@ Floats = NDArray[np.float32]
 
 
 def clustered(count: int, seed: int) -> Floats:
-    """float32 [count, 128]: 1,000 clusters, as embeddings have them, of vectors of length about 1."""
+    """float32 [count, 128]: vectors of length about 1 in 1,000 clusters, similar to embeddings."""
     rng = np.random.default_rng(seed)
     centres = np.random.default_rng(0).normal(size=(1000, DIM)).astype(np.float32) / DIM**0.5
-    found: Floats = centres[rng.integers(0, len(centres), count)]
-    found += 0.5 * rng.standard_normal((count, DIM), dtype=np.float32) / DIM**0.5
-    return found
+    vectors: Floats = centres[rng.integers(0, len(centres), count)]
+    vectors += 0.5 * rng.standard_normal((count, DIM), dtype=np.float32) / DIM**0.5
+    return vectors
 
 
-def of_a_bundle(bundle: Path, threads: int) -> dict[str, Any]:
-    """Generation, embedding and look-up of 40,000 images with a bundle's index."""
-    opened = open_bundle(bundle)
-    classes = max(opened.generator.c_dim, 1)
-    with Synthesizer(opened, threads=threads) as synthesizer, Checker(opened, threads=threads) as checker:
+def measure_bundle(path: Path, threads: int) -> dict[str, Any]:
+    """Measure generation, embedding and search of 40,000 images with a bundle's index."""
+    bundle = open_bundle(path)
+    classes = max(bundle.generator.c_dim, 1)
+    with Synthesizer(bundle, threads=threads) as synthesizer, Checker(bundle, threads=threads) as checker:
         labels = [i % classes for i in range(GENERATED)]
         images = synthesizer.images([1] * GENERATED, range(GENERATED), labels)  # warms up
         start = time.perf_counter()
@@ -65,11 +66,11 @@ def of_a_bundle(bundle: Path, threads: int) -> dict[str, Any]:
         start = time.perf_counter()
         checker.index.nearest(rows)
         look_up = time.perf_counter() - start
-    described = checker.description
+    description = checker.description
     return {
-        "bundle": f"{opened.name}@{opened.digest[:12]}",
-        "vectors": described.vectors,
-        "kind": described.kind,
+        "bundle": f"{bundle.name}@{bundle.digest[:12]}",
+        "vectors": description.vectors,
+        "kind": description.kind,
         "images": DATASET,
         "generate_seconds": generate,
         "embed_seconds": embed,
@@ -78,8 +79,8 @@ def of_a_bundle(bundle: Path, threads: int) -> dict[str, Any]:
     }
 
 
-def of_a_kind(kind: Kind, count: int, exact: NDArray[np.int64], queries: Floats, threads: int) -> dict[str, Any]:
-    """Building an index of `count` vectors and searching it."""
+def measure_kind(kind: Kind, count: int, exact: NDArray[np.int64], queries: Floats, threads: int) -> dict[str, Any]:
+    """Measure building an index of `count` vectors and searching it."""
     faiss = import_faiss()
     start = time.perf_counter()
     index = new_index(kind, DIM, "8bit", count)
@@ -92,7 +93,7 @@ def of_a_kind(kind: Kind, count: int, exact: NDArray[np.int64], queries: Floats,
     size = len(faiss.serialize_index(index)) if count <= _PIECE else None
     search(index, queries[:10], 1, threads)
     start = time.perf_counter()
-    _, found = search(index, queries, 1, threads)
+    _, nearest = search(index, queries, 1, threads)
     batch = (time.perf_counter() - start) / len(queries)
     start = time.perf_counter()
     for query in queries[:50]:
@@ -103,7 +104,7 @@ def of_a_kind(kind: Kind, count: int, exact: NDArray[np.int64], queries: Floats,
         "vectors": count,
         "build_seconds": build,
         "bytes": size,
-        "recall_at_1": float((found[:, 0] == exact).mean()),
+        "recall_at_1": float((nearest[:, 0] == exact).mean()),
         "milliseconds_alone": 1000 * single,
         "milliseconds_in_a_batch": 1000 * batch,
     }
@@ -113,29 +114,29 @@ def of_a_kind(kind: Kind, count: int, exact: NDArray[np.int64], queries: Floats,
 
 
 def exact_neighbours(count: int, queries: Floats) -> NDArray[np.int64]:
-    """The true nearest vectors, by looking at all in float32."""
+    """The true nearest vectors, by comparing with all vectors in float32."""
     faiss = import_faiss()
     best = np.full(len(queries), np.inf, np.float32)
     number = np.zeros(len(queries), np.int64)
     for piece in range(0, count, _PIECE):
         base = clustered(min(_PIECE, count - piece), seed=100 + piece // _PIECE)
         with products_of_matrices():
-            squared, found = faiss.knn(queries, base, 1)
-        nearer = squared[:, 0] < best
-        best[nearer], number[nearer] = squared[nearer, 0], found[nearer, 0] + piece
+            squared, nearest = faiss.knn(queries, base, 1)
+        improved = squared[:, 0] < best
+        best[improved], number[improved] = squared[improved, 0], nearest[improved, 0] + piece
     return number
 
 
 def run(bundle: Path, counts: list[int], threads: int) -> dict[str, Any]:
-    """All measurements."""
-    document: dict[str, Any] = {"cores": threads, "own": of_a_bundle(bundle, threads), "kinds": []}
+    """Run all measurements."""
+    document: dict[str, Any] = {"cores": threads, "own": measure_bundle(bundle, threads), "kinds": []}
     for count in counts:
         queries = clustered(QUERIES, seed=100)  # the first vectors of the index ...
         queries = queries + 0.1 * np.random.default_rng(5).standard_normal(queries.shape, dtype=np.float32) / DIM**0.5
         exact = exact_neighbours(count, queries)
         kinds: tuple[Kind, ...] = ("flat", "hnsw", "ivf") if count <= _PIECE else ("ivf",)
         for kind in kinds:
-            document["kinds"].append(of_a_kind(kind, count, exact, queries, threads))
+            document["kinds"].append(measure_kind(kind, count, exact, queries, threads))
     return document
 
 
@@ -145,7 +146,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON only")
     parser.add_argument("--bundle", type=Path, default=BUNDLE)
     parser.add_argument("--vectors", type=int, default=1_000_000)
-    parser.add_argument("--large", action="store_true", help="10 million vectors too (about 3 GB)")
+    parser.add_argument("--large", action="store_true", help="also 10 million vectors (about 3 GB)")
     arguments = parser.parse_args()
     counts = [arguments.vectors] + ([10_000_000] if arguments.large else [])
     document = run(arguments.bundle, counts, available_cpus())
@@ -157,7 +158,9 @@ def main() -> None:
     print(
         f"  {own['images']:,} images: generated {own['generate_seconds']:.0f} s, embedded {own['embed_seconds']:.0f} s,"
     )
-    print(f"  looked up {own['look_up_seconds']:.1f} s, which is {own['look_up_share']:.1%} of generating them")
+    print(
+        f"  searched {own['look_up_seconds']:.1f} s, which is {own['look_up_share']:.1%} of the time to generate them"
+    )
     print(f"{'':<6}{'vectors':>12}{'build s':>9}{'MB':>8}{'recall@1':>10}{'ms alone':>10}{'ms in 1000':>12}")
     for row in document["kinds"]:
         size = "-" if row["bytes"] is None else f"{row['bytes'] / 1e6:.0f}"

@@ -1,9 +1,9 @@
-"""How fast images are classified: `python -m benchmarks.classification [--json] [--classifier DIR] [--architecture NAME]`.
+"""Speed of classification: `python -m benchmarks.classification [--json] [--classifier DIR] [--architecture NAME]`.
 
-The serving path (ONNX Runtime, one image a core) is compared in one run with the same weights as an eager float32 torch
-network at its best batch size, and with ONNX Runtime as it comes (a batch at a time, all cores on it). Rounds of all of them
-alternate and the best of each counts, so that another program's burst does not tilt the ratios. Without --classifier a
-network of the architecture with random weights is exported first: speed does not depend on their values.
+The serving path (ONNX Runtime, one image per core) is compared in one run with the same weights in an eager float32 torch
+network at its best batch size, and with the default use of ONNX Runtime (all cores on one batch). Rounds of all of them
+alternate and the best of each counts, so that short activity of other programs does not distort the ratios. Without
+--classifier a network with random weights is exported first: speed does not depend on their values.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ REQUIRED_AGREEMENT = 1e-4
 
 
 def random_classifier(out: Path, architecture: str, size: int) -> Description:
-    """A classifier's folder as training writes one, with random weights."""
+    """Write a classifier's folder in the form of training, with random weights."""
     from training.classifier.config import ClassifierConfig
     from training.classifier.export import to_onnx
     from training.classifier.network import finished_network, new_network
 
     network = finished_network(new_network(ClassifierConfig(architecture, size), weights="none"), 0.0)
-    described = Description(
+    description = Description(
         architecture=architecture,
         input=InputSpec(size, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
         class_names=("benign", "malignant"),
@@ -50,7 +50,7 @@ def random_classifier(out: Path, architecture: str, size: int) -> Description:
         feature_dim=network.head.in_features,
         provenance={"data": "none: random weights"},
     )
-    return write_classifier(out, described, to_onnx(network, size), "# Random weights\n\nFor measuring speed only.\n")
+    return write_classifier(out, description, to_onnx(network, size), "# Random weights\n\nFor measuring speed only.\n")
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -60,7 +60,7 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def best_rates(jobs: dict[str, tuple[int, Callable[[], object]]], rounds: int) -> dict[str, float]:
-    """Images/s of each job (how many images, what runs): the best of alternating rounds, the first of which warms up."""
+    """Images/s of each job (number of images, function): the best of alternating rounds, after one to warm up."""
     rates = dict.fromkeys(jobs, 0.0)
     for turn in range(rounds + 1):
         for name, (count, run) in jobs.items():
@@ -70,15 +70,15 @@ def best_rates(jobs: dict[str, tuple[int, Callable[[], object]]], rounds: int) -
 
 
 def measure(folder: str, images: int, rounds: int) -> dict[str, Any]:
-    """All numbers of one classifier, on the CPU."""
-    described, location = find_classifier(folder)
-    size, cores = described.input.size, available_cpus()
+    """Measure one classifier on the CPU."""
+    description, location = find_classifier(folder)
+    size, cores = description.input.size, available_cpus()
     rng = np.random.default_rng(0)
     inputs: Images = rng.integers(0, 256, (images, size, size, 3), dtype=np.uint8)
     photograph: Images = rng.integers(0, 256, (*PHOTOGRAPH, 3), dtype=np.uint8)
     torch.set_num_threads(cores)
     eager = load_torch_classifier(location)
-    plain = _plain_session(read_model(location, described), cores)
+    plain = _plain_session(read_model(location, description), cores)
     with Classifier(location, device="cpu") as classifier:
         jobs: dict[str, tuple[int, Callable[[], object]]] = {
             "serving": (images, lambda: classifier.logits(inputs)),
@@ -110,9 +110,9 @@ def measure(folder: str, images: int, rounds: int) -> dict[str, Any]:
         "eager_fp32_images_per_second": {str(batch): rates[f"eager_{batch}"] for batch in BATCHES},
         "onnxruntime_images_per_second": {str(batch): rates[f"plain_{batch}"] for batch in BATCHES},
         "resizing_seconds": 1 / rates["resizing"],
-        "architecture": described.architecture,
+        "architecture": description.architecture,
         "size": size,
-        "model_megabytes": described.files[MODEL].bytes / 1e6,
+        "model_megabytes": description.files[MODEL].bytes / 1e6,
         "images": images,
         "cpus": cores,
         "versions": {"onnxruntime": identity["onnxruntime"], "torch": torch.__version__},
@@ -120,7 +120,7 @@ def measure(folder: str, images: int, rounds: int) -> dict[str, Any]:
 
 
 def _eager(network: TorchClassifier, inputs: Images) -> Any:
-    """float32 logits [N] of uint8 [N, S, S, 3]."""
+    """Logits float32 [N] of images uint8 [N, S, S, 3]."""
     with torch.inference_mode():
         return network(torch.from_numpy(inputs).permute(0, 3, 1, 2).float())[0].numpy()
 
@@ -138,19 +138,19 @@ def _plain_session(model: bytes, cores: int) -> Any:
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def show(found: dict[str, Any]) -> None:
+def show(result: dict[str, Any]) -> None:
     def rates(by_batch: dict[str, float]) -> str:
         return ", ".join(f"{rate:.1f} (batch {batch})" for batch, rate in by_batch.items())
 
     rows = {
-        "classifier": f"{found['architecture']}, {found['size']} px, {found['model_megabytes']:.1f} MB",
-        "serving, images/s": f"{found['images_per_second']:.1f} on {found['cpus']} CPUs",
-        "eager float32, images/s": rates(found["eager_fp32_images_per_second"]),
-        "ONNX Runtime, images/s": rates(found["onnxruntime_images_per_second"]),
-        "times eager": f"{found['ratio_to_eager_fp32']:.2f} (one image: {found['ratio_of_one_image']:.2f})",
-        "times ONNX Runtime": f"{found['ratio_to_onnxruntime_in_batches']:.2f}",
-        "one image, ms": f"{1000 * found['one_image_seconds']:.1f}, resizing {1000 * found['resizing_seconds']:.1f}",
-        "largest difference": f"{found['largest_difference_of_probabilities']:.1e} (allowed {REQUIRED_AGREEMENT:.0e})",
+        "classifier": f"{result['architecture']}, {result['size']} px, {result['model_megabytes']:.1f} MB",
+        "serving, images/s": f"{result['images_per_second']:.1f} on {result['cpus']} CPUs",
+        "eager float32, images/s": rates(result["eager_fp32_images_per_second"]),
+        "ONNX Runtime, images/s": rates(result["onnxruntime_images_per_second"]),
+        "times eager": f"{result['ratio_to_eager_fp32']:.2f} (one image: {result['ratio_of_one_image']:.2f})",
+        "times ONNX Runtime": f"{result['ratio_to_onnxruntime_in_batches']:.2f}",
+        "one image, ms": f"{1000 * result['one_image_seconds']:.1f}, resizing {1000 * result['resizing_seconds']:.1f}",
+        "largest difference": f"{result['largest_difference_of_probabilities']:.1e} (allowed {REQUIRED_AGREEMENT:.0e})",
     }
     print("\n".join(f"{name:<26}  {value}" for name, value in rows.items()))
 
@@ -161,7 +161,7 @@ def main() -> None:
     parser.add_argument("--classifier", help="a classifier's folder, or a bundle with one")
     parser.add_argument("--architecture", default="efficientnet_b2", help="of the network with random weights")
     parser.add_argument("--size", type=int, default=256, help="px, of the network with random weights")
-    parser.add_argument("--images", type=int, default=64, help="in a round")
+    parser.add_argument("--images", type=int, default=64, help="images in a round")
     parser.add_argument("--rounds", type=int, default=4)
     options = parser.parse_args()
     if options.images < max(BATCHES):
@@ -169,8 +169,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if options.classifier is None:
             random_classifier(Path(folder) / "classifier", options.architecture, options.size)
-        found = measure(options.classifier or f"{folder}/classifier", options.images, options.rounds)
-    print(json.dumps(found)) if options.json else show(found)
+        result = measure(options.classifier or f"{folder}/classifier", options.images, options.rounds)
+    print(json.dumps(result)) if options.json else show(result)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What a dataset job costs beside its images: `python -m benchmarks.dataset_job [--json] [--bundle DIR] [--images N]`.
+"""Overhead of a dataset job over generation: `python -m benchmarks.dataset_job [--json] [--bundle DIR] [--images N]`.
 
-A real service is launched on a free port. Rounds alternate between the generator alone (this process, same backend, the
-jobs' batch size) and a job asked for over HTTP: shards encoded, hashed and written, files assembled, and downloaded. The
-job's clock runs from the request to the moment its state is "succeeded"; the download is timed by itself. The best round
-of each counts, so that another program's burst does not tilt the fraction.
+A real service is started on a free port. Rounds alternate between the generator alone (in this process, with the backend and
+batch size of the jobs) and a job requested over HTTP: shards are encoded, hashed and written, files assembled, and
+downloaded. The job's time runs from the request until its state is "succeeded"; the download is timed separately. The best
+round of each counts, so that short activity of other programs does not distort the fraction.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _START_SECONDS = 300
 
 @contextmanager
 def launched(bundle: Bundle, folder: Path) -> Iterator[httpx.Client]:
-    """The service on `bundle`, ready, with its data in `folder`."""
+    """Start the service with `bundle` and its data in `folder`, and yield a client once it is ready."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -69,7 +69,7 @@ def wait_until_ready(client: httpx.Client, process: subprocess.Popen[bytes], log
 
 
 def generator_rate(synthesizer: Synthesizer, count: int) -> float:
-    """Images/s of the generator alone, in batches as the shards ask for them."""
+    """Images/s of the generator alone, in batches of the size that shards use."""
     labels = [i % max(1, len(synthesizer.bundle.class_names)) for i in range(BATCH)]
     start = time.perf_counter()
     for first in range(0, count, BATCH):
@@ -78,17 +78,17 @@ def generator_rate(synthesizer: Synthesizer, count: int) -> float:
 
 
 def job_rate(client: httpx.Client, bundle: Bundle, count: int, seed: int) -> tuple[float, float]:
-    """(images/s from the request to the finished dataset, MB/s of downloading and hashing it)."""
+    """Images/s from the request to the finished dataset, and MB/s of downloading and hashing it."""
     classes = classes_of(bundle)
     counts = {name: count // len(classes) + (i < count % len(classes)) for i, name in enumerate(classes)}
-    # What scoring costs is another question (benchmarks/classification.py).
-    unscored = {"classifier": {"score": False}} if bundle.classifier else {}
+    # Scoring is measured in benchmarks/classification.py.
+    no_scores = {"classifier": {"score": False}} if bundle.classifier else {}
     start = time.time()
-    answer = client.post("/v1/datasets", json={"classes": counts, "seed": seed, **unscored})
-    answer.raise_for_status()
-    job = answer.json()
+    response = client.post("/v1/datasets", json={"classes": counts, "seed": seed, **no_scores})
+    response.raise_for_status()
+    job = response.json()
     while job["state"] in ("queued", "running"):
-        time.sleep(0.5)  # asking takes time from the job; the moment that counts is in the answer
+        time.sleep(0.5)  # polling slows the job down; the time of its end is in the response
         job = client.get(job["links"]["self"]).json()
     if job["state"] != "succeeded":
         raise SystemExit(f"the job ended as {job['state']}: {job['error']}")
@@ -100,7 +100,7 @@ def job_rate(client: httpx.Client, bundle: Bundle, count: int, seed: int) -> tup
             for piece in stream.iter_bytes():
                 digest.update(piece)
         if digest.hexdigest() != file["sha256"]:
-            raise SystemExit(f"{file['name']} is not what the service says")
+            raise SystemExit(f"{file['name']}: its SHA-256 differs from the one that the service states")
         size += file["bytes"]
     rate = size / 1e6 / (time.perf_counter() - start)
     client.delete(job["links"]["self"])
@@ -108,7 +108,7 @@ def job_rate(client: httpx.Client, bundle: Bundle, count: int, seed: int) -> tup
 
 
 def measure(bundle: Bundle, images: int | None, seconds: float, rounds: int) -> dict[str, Any]:
-    """All numbers of one bundle; `images` a job, or as many as the generator makes in `seconds`."""
+    """Measure one bundle, with jobs of `images`, or of as many images as the generator makes in `seconds`."""
     with Synthesizer(bundle) as synthesizer, tempfile.TemporaryDirectory() as folder:
         identity = dict(synthesizer.identity)
         generator_rate(synthesizer, BATCH)
@@ -138,14 +138,14 @@ def measure(bundle: Bundle, images: int | None, seconds: float, rounds: int) -> 
     }
 
 
-def show(found: dict[str, Any]) -> None:
+def show(result: dict[str, Any]) -> None:
     rows = {
-        "generator": f"{found['bundle']}, {found['resolution']} px, on {found['device']} ({found['cpus']} CPUs)",
-        "generator alone, images/s": f"{found['generator_images_per_second']:.1f} (batch {found['batch']})",
-        "job, images/s": f"{found['job_images_per_second']:.1f} ({found['images']} images)",
-        "fraction": f"{found['fraction_of_generator_rate']:.1%} (required {REQUIRED_FRACTION:.0%})",
-        "download, MB/s": f"{found['download_megabytes_per_second']:.0f}",
-        "met": "yes" if found["met"] else "NO",
+        "generator": f"{result['bundle']}, {result['resolution']} px, on {result['device']} ({result['cpus']} CPUs)",
+        "generator alone, images/s": f"{result['generator_images_per_second']:.1f} (batch {result['batch']})",
+        "job, images/s": f"{result['job_images_per_second']:.1f} ({result['images']} images)",
+        "fraction": f"{result['fraction_of_generator_rate']:.1%} (required {REQUIRED_FRACTION:.0%})",
+        "download, MB/s": f"{result['download_megabytes_per_second']:.0f}",
+        "met": "yes" if result["met"] else "NO",
     }
     print("\n".join(f"{name:<26}  {value}" for name, value in rows.items()), end="\n\n")
 
@@ -155,23 +155,23 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     parser.add_argument("--resolution", type=int, default=256, help="of the network with random weights")
     parser.add_argument(
-        "--bundle", help=f"a trained bundle, measured as well and reported as `trained` ({DEMO} if it exists)"
+        "--bundle", help=f"a trained bundle, which is also measured and reported as `trained` ({DEMO} if it exists)"
     )
-    parser.add_argument("--images", type=int, help="in one job; default: as many as the generator makes in --seconds")
+    parser.add_argument("--images", type=int, help="in one job; default: what the generator makes in --seconds")
     parser.add_argument("--seconds", type=float, default=15.0)
     parser.add_argument("--rounds", type=int, default=2)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         bundle = random_bundle(Path(folder) / "random", automatic_config(options.resolution))
-        found = measure(bundle, options.images, options.seconds, options.rounds)
+        result = measure(bundle, options.images, options.seconds, options.rounds)
     trained = options.bundle or (str(DEMO) if DEMO.exists() else None)
     if trained is not None:
-        found["trained"] = measure(open_bundle(trained), options.images, options.seconds, options.rounds)
+        result["trained"] = measure(open_bundle(trained), options.images, options.seconds, options.rounds)
     if options.json:
-        print(json.dumps(found))
+        print(json.dumps(result))
         return
-    for result in [found, *([found["trained"]] if "trained" in found else [])]:
-        show(result)
+    for row in [result, *([result["trained"]] if "trained" in result else [])]:
+        show(row)
 
 
 if __name__ == "__main__":

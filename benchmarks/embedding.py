@@ -1,10 +1,10 @@
 """Speed of embedding real images: `python -m benchmarks.embedding [--json] [--images FOLDER] [--extractor E ...] [--count N]`.
 
-The path that `dermis evaluate`, `index build` and `data leaks` take from image files to features, beside the one that they
-took before: files decoded one after another in the same thread, then torch, 32 images at a time. Both are measured in one run,
-taking turns, so that other work on the machine falls on both. Without a folder of images, JPEG files are drawn. `--extractor`
-may be repeated. How far the features of both paths are apart is printed too, and with `--bfloat16` how far those of a third
-are, which computes in bfloat16.
+The path of `dermis evaluate`, `index build` and `data leaks` from image files to features ("now") is compared with an earlier
+one ("before"), which decodes files one after another in the same thread and runs torch on 32 images at a time. Both are
+measured in one run, alternately, so that other work on the machine affects both. Without a folder of images, synthetic JPEG
+files are used. `--extractor` can be repeated. The differences between the features of both paths are printed, and with
+`--bfloat16` those of a third path, which computes in bfloat16.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ Floats = NDArray[np.float32]
 
 
 def files_of(folder: Path | None, count: int) -> tuple[list[bytes], str]:
-    """Encoded images, evenly chosen, and where they are from."""
+    """Encoded images, evenly chosen from the folder, and their source in words."""
     paths = [] if folder is None or not folder.is_dir() else sorted(path for path in folder.iterdir() if path.is_file())
     if paths:
         chosen = np.unique(np.linspace(0, len(paths) - 1, min(count, len(paths))).round().astype(int))
         return [paths[i].read_bytes() for i in chosen], folder.name if folder is not None else ""
-    return [drawn(seed) for seed in range(count)], "drawn, 600 x 450 px"
+    return [synthetic_jpeg(seed) for seed in range(count)], "synthetic, 600 x 450 px"
 
 
-def drawn(seed: int) -> bytes:
+def synthetic_jpeg(seed: int) -> bytes:
     """A JPEG file with a dark disc on noise."""
     from PIL import Image
 
@@ -61,7 +61,7 @@ def drawn(seed: int) -> bytes:
 
 
 def before(files: list[bytes], extractor: FeatureExtractor) -> Floats:
-    """Decoding and network take turns."""
+    """Decode a batch, then run the network, in one thread."""
     return extractor.over(
         np.stack([read_training_image(data, SIDE) for data in files[start : start + _BATCH]])
         for start in range(0, len(files), _BATCH)
@@ -69,7 +69,7 @@ def before(files: list[bytes], extractor: FeatureExtractor) -> Floats:
 
 
 def now(files: list[bytes], extractor: FeatureExtractor) -> Floats:
-    """Decoding in threads ahead of the network."""
+    """Decode in threads while the network runs."""
     parts: list[Floats] = []
     waiting: list[NDArray[np.uint8]] = []
     with progress_bar(len(files), "embedding", disable=True) as bar:
@@ -84,13 +84,13 @@ def now(files: list[bytes], extractor: FeatureExtractor) -> Floats:
 
 
 def bfloat16(files: list[bytes], extractor: FeatureExtractor) -> Floats:
-    """Like `now`, in bfloat16, which is compiled at the first call."""
+    """The path `now` in bfloat16, which is compiled at the first call."""
     with patch.object(dermis.features_openvino, "PRECISION", "bf16"):
         return now(files, extractor)
 
 
 def agreement(features: Floats, reference: Floats) -> dict[str, float]:
-    """How far features of the same images are apart, and the Fréchet distance between the two sets."""
+    """Differences between features of the same images, and the Fréchet distance between the two sets."""
     lengths = np.linalg.norm(reference, axis=1)
     cosines = (features * reference).sum(axis=1) / (np.linalg.norm(features, axis=1) * lengths)
     return {
@@ -101,7 +101,7 @@ def agreement(features: Floats, reference: Floats) -> dict[str, float]:
 
 
 def _frechet_distance(x: Floats, y: Floats) -> float:
-    """Of two sets of equally many features, by the singular values of an [N, N] matrix: N is small here."""
+    """Fréchet distance of two sets of N features, by the singular values of an [N, N] matrix, as N is small here."""
     first, second = ((z - z.mean(axis=0)).astype(np.float64) / (len(z) - 1) ** 0.5 for z in (x, y))
     shared = np.linalg.svd(first @ second.T, compute_uv=False).sum()
     between = np.square(x.mean(axis=0, dtype=np.float64) - y.mean(axis=0, dtype=np.float64)).sum()
@@ -109,7 +109,7 @@ def _frechet_distance(x: Floats, y: Floats) -> float:
 
 
 def run(folder: Path | None, extractor: str, count: int, rounds: int, *, with_bfloat16: bool = False) -> dict[str, Any]:
-    """Images a second of each path, the median of `rounds`, and how far features are from those of the earlier path."""
+    """Measure images/s of each path (median of `rounds`), and the differences of features from the earlier path."""
     files, source = files_of(folder, count)
     new = feature_extractor(extractor)
     with patch.object(dermis.features, "have_openvino", lambda: False):
@@ -146,10 +146,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print JSON only")
     parser.add_argument("--images", type=Path, default=IMAGES, help="folder of image files")
-    parser.add_argument("--extractor", action="append", help="default: lite0; may be repeated")
+    parser.add_argument("--extractor", action="append", help="default: lite0; can be repeated")
     parser.add_argument("--count", type=int, default=COUNT)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--bfloat16", action="store_true", help="also in bfloat16, where the processor has it")
+    parser.add_argument("--bfloat16", action="store_true", help="also in bfloat16, if the processor has it")
     arguments = parser.parse_args()
     documents = []
     for name in arguments.extractor or ["lite0"]:
@@ -162,17 +162,17 @@ def main() -> None:
 
 
 def show(document: dict[str, Any]) -> None:
-    """Print one space's measurements as text."""
+    """Print the measurements of one feature space as text."""
     print(f"{document['images']} images ({document['source']}), {document['extractor']}, {document['cores']} cores")
     print(f"{'':<10}{'by':<22}{'images/s':>9}  times as fast")
     for name, backend in document["backends"].items():
         rounds = ", ".join(map(str, document["rounds"][name]))
         rate, ratio = document["images_per_second"][name], document["times_as_fast"][name]
         print(f"{name:<10}{backend:<22}{rate:>9.1f}  {ratio:.1f} (rounds: {rounds})")
-    for name, apart in document["agreement"].items():
+    for name, difference in document["agreement"].items():
         print(
-            f"{name}: features differ by {apart['largest_difference']:.1e} of their length at most, smallest cosine "
-            f"{apart['smallest_cosine']:.7f}, Fréchet distance {apart['frechet_distance']:.4f}"
+            f"{name}: features differ by at most {difference['largest_difference']:.1e} of their length, smallest cosine "
+            f"{difference['smallest_cosine']:.7f}, Fréchet distance {difference['frechet_distance']:.4f}"
         )
 
 

@@ -1,9 +1,9 @@
-"""What a round costs in a real federation on one machine: Flower's server and members as programs, TLS, keys, loopback.
+"""Time of a round in a real federation on one machine: Flower's server and clients as programs, TLS, keys, loopback.
 
-    python -m benchmarks.federation --rounds 2                      # tiny networks: what Flower itself takes
+    python -m benchmarks.federation --rounds 2                      # tiny networks: the overhead of Flower
     python -m benchmarks.federation --large --wire-dtype fp16       # two networks of 30 and 31 million weights
 
-Members train on generated images, one step a round, so that what is measured is the exchange.
+Clients train on synthetic images, with one step per round, so that the exchange is measured.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import IO, Any
 
 TINY = "batch=4 z_dim=8 w_dim=8 channel_base=64 channel_max=8"
-# 30.3 million weights in the generator, 31.2 in the discriminator; nothing that only takes time.
+# 30.3 million weights in the generator, 31.2 in the discriminator; no options that make only training slower.
 LARGE = "batch=1 channel_base=32768 channel_max=512 pl_weight=0 r1_gamma=0 augment=none mapping_layers=8"
 
 
 @dataclass
 class Loopback:
-    """A server and its members, each a program of its own, with everything they say in `folder`."""
+    """A server and its clients, each a program of its own, with their logs in `folder`."""
 
     folder: Path
     port: int
@@ -44,13 +44,13 @@ class Loopback:
         return self.folder / "invitation.toml"
 
     def call(self, *arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
-        """One `dermis federate` command to its end."""
+        """Run a `dermis federate` command and wait for its end."""
         return subprocess.run(
             self._command(arguments), capture_output=True, text=True, timeout=timeout, check=False, cwd=self.folder
         )
 
     def start(self, name: str, *arguments: str) -> None:
-        """One `dermis federate` command in the background, in a session of its own."""
+        """Start a `dermis federate` command in the background, in a session of its own."""
         log = (self.folder / f"{name}.log").open("ab")
         self.logs.append(log)
         self.running[name] = subprocess.Popen(
@@ -58,14 +58,14 @@ class Loopback:
         )
 
     def kill(self, name: str) -> None:
-        """As if its machine had lost power: the program and all that it started."""
+        """Kill a program and all that it started, as if its machine had lost power."""
         process = self.running.pop(name)
-        # Flower's helpers end by themselves when their parent is gone; a killed machine would not wait for that.
+        # Flower's child processes end when their parent has ended, but only after some time.
         subprocess.run(["pkill", "-KILL", "-s", str(process.pid)], check=False)
         process.wait()
 
     def serve(self) -> None:
-        """Start the server and wait until it answers."""
+        """Start the server and wait until it accepts connections."""
         self.start("serve", "serve", str(self.server), "--host", "127.0.0.1")
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
@@ -79,7 +79,7 @@ class Loopback:
         raise TimeoutError((self.folder / "serve.log").read_text())
 
     def join(self, number: int, data: Path, *options: str) -> None:
-        """Start member `number` (from 1) with this data."""
+        """Start client `number` (from 1) with this data."""
         key, state = self.folder / f"member-{number}.key", self.folder / f"state-{number}"
         self.start(
             f"member-{number}", "join", str(self.invitation), "--data", str(data), "--key", str(key), "--state", str(state),
@@ -92,39 +92,41 @@ class Loopback:
 
 @contextmanager
 def loopback(folder: Path, members: int, *invite: str) -> Iterator[Loopback]:
-    """A running server in `folder` with the keys of `members` registered. All programs are ended at the end."""
+    """Start a server in `folder` and register the keys of `members` clients. All programs are ended at the end."""
     port = free_ports()
-    made = Loopback(folder, port)
-    _succeed(made.call("init", str(made.server), "--host", "127.0.0.1", "--port", str(port)))
+    network = Loopback(folder, port)
+    _succeed(network.call("init", str(network.server), "--host", "127.0.0.1", "--port", str(port)))
     try:
-        made.serve()
+        network.serve()
         for number in range(1, members + 1):
             key = folder / f"member-{number}.key"
-            _succeed(made.call("key", str(key)))
-            _succeed(made.call("register", str(made.server), f"{key}.pub", "--name", f"hospital {number}"))
-        _succeed(made.call("invite", str(made.server), "--out", str(made.invitation), "--min-images", "10", *invite))
-        yield made
+            _succeed(network.call("key", str(key)))
+            _succeed(network.call("register", str(network.server), f"{key}.pub", "--name", f"hospital {number}"))
+        _succeed(
+            network.call("invite", str(network.server), "--out", str(network.invitation), "--min-images", "10", *invite)
+        )
+        yield network
     finally:
-        for name in list(made.running):
-            made.kill(name)
-        for log in made.logs:
+        for name in list(network.running):
+            network.kill(name)
+        for log in network.logs:
             log.close()
 
 
 def free_ports() -> int:
-    """A port that is free together with the next twenty, as far as can be known."""
+    """A port that is free. The next twenty are used too, and are only assumed to be free."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return min(int(probe.getsockname()[1]), 60000)
 
 
-def _succeed(done: subprocess.CompletedProcess[str]) -> None:
-    if done.returncode:
-        raise RuntimeError(done.stdout + done.stderr)
+def _succeed(completed: subprocess.CompletedProcess[str]) -> None:
+    if completed.returncode:
+        raise RuntimeError(completed.stdout + completed.stderr)
 
 
 def main() -> None:
-    """Run and print."""
+    """Run the measurements and print them."""
     from training.federated.dry_round import write_images
     from training.federated.rounds import read_rounds
 
@@ -134,36 +136,36 @@ def main() -> None:
     parser.add_argument("--large", action="store_true", help="two networks of 30 and 31 million weights, 256 px")
     parser.add_argument("--wire-dtype", default="fp32")
     parser.add_argument("--json", action="store_true")
-    given = parser.parse_args()
-    size = 256 if given.large else 8
+    options = parser.parse_args()
+    size = 256 if options.large else 8
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_images(folder / "data", 24, size, ("benign", "malignant"))
-        with loopback(folder, given.members) as made:
-            for number in range(1, given.members + 1):
-                made.join(number, folder / "data", "--validation", "0")
+        with loopback(folder, options.members) as federation:
+            for number in range(1, options.members + 1):
+                federation.join(number, folder / "data", "--validation", "0")
             start = time.monotonic()
-            done = made.call(
-                "run", str(made.server), "--rounds", str(given.rounds), "--iterations", "1", "--resolution", str(size),
-                "--federation", f"options={LARGE if given.large else TINY}", "--federation", "evaluate_rounds=0",
-                "--federation", f"wire_dtype={given.wire_dtype}", "--federation", f"clients={given.members}",
-                "--federation", f"min_clients={given.members}", "--federation", "precision=fp32", timeout=3600,
+            completed = federation.call(
+                "run", str(federation.server), "--rounds", str(options.rounds), "--iterations", "1", "--resolution", str(size),
+                "--federation", f"options={LARGE if options.large else TINY}", "--federation", "evaluate_rounds=0",
+                "--federation", f"wire_dtype={options.wire_dtype}", "--federation", f"clients={options.members}",
+                "--federation", f"min_clients={options.members}", "--federation", "precision=fp32", timeout=3600,
             )  # fmt: skip
-            _succeed(done)
-            lines = read_rounds(made.server / "runs" / "federation")
-            found: dict[str, Any] = {
-                "members": given.members,
-                "wire_dtype": given.wire_dtype,
+            _succeed(completed)
+            lines = read_rounds(federation.server / "runs" / "federation")
+            result: dict[str, Any] = {
+                "members": options.members,
+                "wire_dtype": options.wire_dtype,
                 "megabytes_down": round(lines[-1]["bytes_down"] / 1e6, 1),
                 "megabytes_up": round(lines[-1]["bytes_up"] / 1e6, 1),
                 "seconds_a_round": [line["seconds"] for line in lines],
                 "training_seconds": [max(m["seconds"] for m in line["members"].values()) for line in lines],
                 "seconds_in_all": round(time.monotonic() - start, 1),
             }
-    if given.json:
-        print(json.dumps(found))
+    if options.json:
+        print(json.dumps(result))
         return
-    for name, value in found.items():
+    for name, value in result.items():
         print(f"{name.replace('_', ' '):20} {value}")
 
 

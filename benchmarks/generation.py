@@ -1,10 +1,9 @@
-"""How fast the serving path draws images: `python -m benchmarks.generation [--json] [--resolution N] [--bundle DIR]`.
+"""Speed of the serving path: `python -m benchmarks.generation [--json] [--resolution N] [--bundle DIR]`.
 
-The work is the "automatic" StyleGAN2-ADA configuration of the resolution, 256 px unless told otherwise, with random
-weights. Rates are compared within one run: with the plain eager float32 network at its best batch size, and with the
-device's limit, i.e. the rate of a large matrix product in the arithmetic that the device does fastest (bfloat16 where
-it has units for it). Rounds of all of them alternate and the best of each counts, so that another program's burst does
-not tilt the ratio.
+The network is the "automatic" StyleGAN2-ADA configuration of the resolution (default 256 px) with random weights. Rates are
+compared within one run: with the plain eager float32 network at its best batch size, and with the device's limit, which is
+the rate of a large matrix product in the device's fastest arithmetic (bfloat16 if it has units for it). Rounds of all of
+them alternate and the best of each counts, so that short activity of other programs does not distort the ratio.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ REQUIRED_FRACTION = {"bfloat16": 0.4, "float16": 0.4, "float32": 0.6}  # of the 
 
 @dataclass(frozen=True)
 class Target:
-    """What is measured on what."""
+    """A generator, and how it is run."""
 
     bundle: Bundle
     generator: Generator  # float32, on the CPU
@@ -56,12 +55,12 @@ class Target:
 
 
 def automatic_config(resolution: int) -> GeneratorConfig:
-    """The official automatic configuration: half the channels below 512 px, two mapping layers; two classes."""
+    """The official automatic configuration (half the channels below 512 px, two mapping layers) with two classes."""
     return GeneratorConfig(resolution, c_dim=2, mapping_layers=2, channel_base=32768 if resolution >= 512 else 16384)
 
 
 def random_generator(config: GeneratorConfig) -> Generator:
-    """Random weights; the RGB layers are turned down so that the images are not saturated."""
+    """A generator with random weights. Those of the RGB layers are reduced so that images are not saturated."""
     torch.manual_seed(0)
     generator = Generator(config).eval().requires_grad_(False)
     for block in blocks_of(generator):
@@ -72,7 +71,7 @@ def random_generator(config: GeneratorConfig) -> Generator:
 
 
 def random_bundle(out: Path, config: GeneratorConfig) -> Bundle:
-    """A real bundle in a folder, so that starting up includes reading and verifying it."""
+    """Write a bundle to a folder, so that the start includes reading and verifying it."""
     return write_bundle(
         out,
         name="random",
@@ -84,7 +83,7 @@ def random_bundle(out: Path, config: GeneratorConfig) -> Bundle:
 
 
 def gflop_per_image(generator: Generator) -> float:
-    """Floating-point operations / 1e9 of the 3x3 and 1x1 convolutions as the network defines them, nothing else."""
+    """Floating-point operations / 1e9 of the 3x3 and 1x1 convolutions of the network, and nothing else."""
     macs = 0
     for block in blocks_of(generator):
         for layer in convolutions_of(block):
@@ -104,11 +103,11 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
 
 
 def measure_rates(target: Target, synthesizer: Synthesizer, device: torch.device, rounds: int) -> dict[str, Any]:
-    """Best rates of the matrix product, the eager network and the serving path over alternating rounds."""
+    """Best rates of the matrix product, the eager network and the serving path in alternating rounds."""
     dtype = fast_dtype(device) if target.dtype == "auto" else getattr(torch, target.dtype)
     size = PRODUCT_SIZE[device.type]
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    transposed = right.t()  # the other layout: which one a library likes better is not known beforehand
+    transposed = right.t()  # the other layout; which one is faster depends on the library
     config = target.generator.config
     eager = target.generator.to(device)
     count = 8 * synthesizer.preferred_batch
@@ -161,7 +160,7 @@ def mean_difference(generator: Generator, synthesizer: Synthesizer, per_class: i
 
 
 def start_up(bundle: str, device: str, backend: str, dtype: str, cache: Path) -> None:
-    """What a fresh process does until its first image; prints the seconds as JSON."""
+    """Start a synthesizer in a new process up to its first image, and print the seconds as JSON."""
     start = time.perf_counter()
     synthesizer = Synthesizer(open_bundle(bundle), device=device, backend=backend, dtype=dtype, cache=cache)
     ready = time.perf_counter()
@@ -170,8 +169,8 @@ def start_up(bundle: str, device: str, backend: str, dtype: str, cache: Path) ->
 
 
 def measure_start_up(target: Target) -> dict[str, dict[str, float]]:
-    """Cold: nothing converted or compiled on disk. Warm: a second process after it. "total" includes Python and its imports."""
-    found = {}
+    """Seconds of a cold start (nothing converted or compiled on disk) and of a second, warm one; "total" includes imports."""
+    times = {}
     with tempfile.TemporaryDirectory() as cache:
         environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
         command = [sys.executable, "-m", "benchmarks.generation", "--start-up", "--bundle", target.bundle.location]
@@ -180,12 +179,12 @@ def measure_start_up(target: Target) -> dict[str, dict[str, float]]:
         for name in ("cold", "warm"):
             start = time.perf_counter()
             output = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
-            found[name] = {"total": time.perf_counter() - start, **json.loads(output.splitlines()[-1])}
-    return found
+            times[name] = {"total": time.perf_counter() - start, **json.loads(output.splitlines()[-1])}
+    return times
 
 
 def measure(target: Target, device: torch.device, rounds: int) -> dict[str, Any]:
-    """Everything about one generator; see `main` for the names."""
+    """Measure one generator."""
     with target.synthesizer() as synthesizer:
         rates = measure_rates(target, synthesizer, device, rounds)
         difference = mean_difference(target.generator, synthesizer, per_class=8)
@@ -215,35 +214,38 @@ def measure(target: Target, device: torch.device, rounds: int) -> dict[str, Any]
     }
 
 
-def table(found: dict[str, Any]) -> list[tuple[str, str]]:
-    eager = found["eager_fp32_images_per_second"]
+def table(result: dict[str, Any]) -> list[tuple[str, str]]:
+    eager = result["eager_fp32_images_per_second"]
     best = max(eager, key=eager.get)
     return [
-        ("generator", f"{found['bundle']}, {found['resolution']} px, {found['gflop_per_image']:.1f} GFLOP an image"),
-        ("ran on", f"{found['backend']}, {found['dtype']}, {found['processor']} ({found['cpus']} CPUs)"),
-        ("versions", ", ".join(f"{name} {version}" for name, version in found["versions"].items())),
-        ("matrix product, GFLOP/s", f"{found['limit_gflop_per_second']:.0f} ({found['limit_arithmetic']})"),
+        (
+            "generator",
+            f"{result['bundle']}, {result['resolution']} px, {result['gflop_per_image']:.1f} GFLOP per image",
+        ),
+        ("machine", f"{result['backend']}, {result['dtype']}, {result['processor']} ({result['cpus']} CPUs)"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in result["versions"].items())),
+        ("matrix product, GFLOP/s", f"{result['limit_gflop_per_second']:.0f} ({result['limit_arithmetic']})"),
         *(
             (f"eager fp32, batch {batch}, images/s", f"{rate:.1f}" + (" (best)" if batch == best else ""))
             for batch, rate in eager.items()
         ),
         (
             "serving, images/s",
-            f"{found['images_per_second']:.1f} (with constant noise {found['const_noise_images_per_second']:.1f}); "
-            f"one image alone in {found['one_image_seconds']:.3f} s",
+            f"{result['images_per_second']:.1f} (with constant noise {result['const_noise_images_per_second']:.1f}); "
+            f"a single image takes {result['one_image_seconds']:.3f} s",
         ),
-        ("times eager fp32", f"{found['ratio_to_eager_fp32']:.2f} (required {REQUIRED_RATIO:.0f}, or:)"),
-        ("of the limit", f"{found['fraction_of_limit']:.0%} (required {found['required_fraction']:.0%})"),
-        ("mean difference from fp32", f"{found['mean_abs_diff']:.2f} / 255 (allowed {ALLOWED_DIFFERENCE:.0f})"),
+        ("times eager fp32", f"{result['ratio_to_eager_fp32']:.2f} (required: {REQUIRED_RATIO:.0f}, or the next row)"),
+        ("fraction of the limit", f"{result['fraction_of_limit']:.0%} (required: {result['required_fraction']:.0%})"),
+        ("mean difference from fp32", f"{result['mean_abs_diff']:.2f} / 255 (allowed {ALLOWED_DIFFERENCE:.0f})"),
         *(
             (
                 f"{name} start, s",
-                f"{times['total']:.1f} (of it bundle and compilation {times['ready']:.1f}, "
+                f"{times['total']:.1f} (bundle and compilation {times['ready']:.1f}, "
                 f"first image {times['first_image']:.2f})",
             )
-            for name, times in found["start_up_seconds"].items()
+            for name, times in result["start_up_seconds"].items()
         ),
-        ("met", "yes" if found["met"] else "NO"),
+        ("met", "yes" if result["met"] else "NO"),
     ]
 
 
@@ -252,7 +254,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     parser.add_argument("--resolution", type=int, default=256, help="of the network with random weights")
     parser.add_argument(
-        "--bundle", help=f"a trained bundle, measured as well and reported as `trained` ({DEMO} if it exists)"
+        "--bundle", help=f"a trained bundle, which is also measured and reported as `trained` ({DEMO} if it exists)"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--backend", default="auto", help="auto, openvino or torch")
@@ -268,17 +270,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         bundle = random_bundle(Path(folder) / "random", automatic_config(options.resolution))
         target = Target(bundle, load_generator(bundle), options.device, options.backend, options.dtype)
-        found = measure(target, device, options.rounds)
+        result = measure(target, device, options.rounds)
     trained = options.bundle or (str(DEMO) if DEMO.exists() else None)
     if trained is not None:
         bundle = open_bundle(trained)
         target = Target(bundle, load_generator(bundle), options.device, options.backend, options.dtype)
-        found["trained"] = measure(target, device, options.rounds)
+        result["trained"] = measure(target, device, options.rounds)
     if options.json:
-        print(json.dumps(found))
+        print(json.dumps(result))
         return
-    for result in [found, *([found["trained"]] if "trained" in found else [])]:
-        rows = table(result)
+    for each in [result, *([result["trained"]] if "trained" in result else [])]:
+        rows = table(each)
         width = max(len(name) for name, _ in rows)
         print("\n".join(f"{name:<{width}}  {value}" for name, value in rows), end="\n\n")
 

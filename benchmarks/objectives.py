@@ -1,8 +1,8 @@
-"""Which training objective gives varied images: `python -m benchmarks.objectives --data FOLDER --split FOLDER --out FOLDER`.
+"""Comparison of training objectives: `python -m benchmarks.objectives --data FOLDER --split FOLDER --out FOLDER`.
 
-Trains one small generator for every objective and seed, each for the same time of the processor, and compares its images with
-the real ones of `train` and of `validation` in feature spaces that no discriminator has seen. The held-out part is not looked
-at: this program is there to choose. One JSON file a run is written to --out; runs that have one are skipped, so it can be
+Trains one small generator for every objective and seed, each for the same processor time, and compares its images with the
+real ones of `train` and of `validation` in feature spaces that no discriminator uses. The held-out part is not used, because
+this program serves to choose. Each run writes one JSON file to --out. Runs that have one are skipped, so the program can be
 stopped and started again. It prints the table of docs/training.md: mean and range over the seeds.
 """
 
@@ -32,7 +32,7 @@ from training.experiments.plan import write_beside
 from training.gan.batches import batches
 from training.gan.config import automatic_precision, base_config
 from training.gan.snapshot import draw_samples
-from training.gan.state import State, new_state
+from training.gan.state import GanState, new_state
 from training.gan.step import training_step
 
 SMALL: dict[str, Any] = {"channel_base": 4096, "channel_max": 256, "z_dim": 256, "w_dim": 256, "batch": 32}
@@ -62,12 +62,12 @@ _CPU = torch.device("cpu")
 
 
 def read_part(data: Path, split: Path, part: str, resolution: int, cache: Path) -> ImageDataset:
-    """The images of one part of a split."""
+    """Read the images of one part of a split."""
     return load_isic(data, resolution, metadata=split / f"{part}.csv", cache=cache)
 
 
-def train_for(seconds: float, dataset: ImageDataset, options: dict[str, Any], seed: int) -> State:
-    """A state after so many seconds of the processor, with whole steps only."""
+def train_for(seconds: float, dataset: ImageDataset, options: dict[str, Any], seed: int) -> GanState:
+    """Train for at least `seconds` of processor time, in whole steps."""
     precision = automatic_precision(_CPU)
     classes = len(dataset.class_names)
     config = base_config("auto", dataset.resolution, classes, seed=seed, precision=precision, **options)
@@ -84,7 +84,7 @@ def train_for(seconds: float, dataset: ImageDataset, options: dict[str, Any], se
 def measure(
     G: Generator, parts: dict[str, ImageDataset], spaces: Sequence[str], generated_images: int, cache: Path
 ) -> dict[str, Any]:
-    """FD against `train`, precision, recall and coverage against as many images of both parts, in each space."""
+    """FD against `train`; precision, recall and coverage against equal numbers of images of both parts; in each space."""
     labels = labels_in_proportion(parts["train"].labels, generated_images)
     indices = range(generated_images)
     images = [draw_samples(G, 0, indices[i : i + BATCH], labels[i : i + BATCH], _CPU) for i in indices[::BATCH]]
@@ -104,7 +104,7 @@ def measure(
 
 
 def check_same_run(file: Path, expected: dict[str, Any]) -> None:
-    """End the program if a result was measured in another way, since one table must not mix them."""
+    """End the program if a result was measured with other options, since one table must not mix them."""
     stored = json.loads(file.read_text())
     for key, value in expected.items():
         if stored[key] != value:
@@ -112,7 +112,7 @@ def check_same_run(file: Path, expected: dict[str, Any]) -> None:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Markdown: one row an objective, mean (lowest to highest) over its seeds."""
+    """Markdown with one row for each objective: mean (lowest to highest) over its seeds."""
 
     def cell(rows: list[dict[str, Any]], *path: str, digits: int = 1) -> str:
         values = []
@@ -143,34 +143,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--data", type=Path, required=True, help="folder of images and their table")
     parser.add_argument("--split", type=Path, required=True, help="folder with train.csv and validation.csv")
-    parser.add_argument("--out", type=Path, required=True, help="one JSON file a run")
-    parser.add_argument("--minutes", type=float, default=4.0, help="of the processor, a run")
+    parser.add_argument("--out", type=Path, required=True, help="folder for one JSON file of each run")
+    parser.add_argument("--minutes", type=float, default=4.0, help="processor time of each run")
     parser.add_argument("--resolution", type=int, default=64)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--objectives", nargs="+", choices=list(OBJECTIVES), default=list(OBJECTIVES), metavar="NAME")
-    parser.add_argument("--spaces", nargs="+", default=list(SPACES), help="feature spaces that trained nothing")
+    parser.add_argument("--spaces", nargs="+", default=list(SPACES), help="feature spaces that no training used")
     parser.add_argument("--count", type=int, default=2000, help="generated images that are compared")
     parser.add_argument("--cache", type=Path, default=Path(".dermis/cache"))
     args = parser.parse_args()
     keep_freed_memory()
-    torch.set_num_threads(1)  # time of the processor is then time of one core
+    torch.set_num_threads(1)  # processor time is then the time of one core
     args.out.mkdir(parents=True, exist_ok=True)
     parts = {
         part: read_part(args.data, args.split, part, args.resolution, args.cache) for part in ("train", "validation")
     }
-    how = {name: getattr(args, name) for name in ("resolution", "minutes", "spaces", "count")}
+    settings = {name: getattr(args, name) for name in ("resolution", "minutes", "spaces", "count")}
     for seed in args.seeds:
         for name in args.objectives:
             file = args.out / f"{name.replace(', ', '-').replace(' ', '_')}-{seed}.json"
             if file.exists():
-                check_same_run(file, how | {"options": OBJECTIVES[name]})
+                check_same_run(file, settings | {"options": OBJECTIVES[name]})
                 continue
             state = train_for(args.minutes * 60, parts["train"], OBJECTIVES[name], seed)
             result = {
                 "objective": name,
                 "options": OBJECTIVES[name],
                 "seed": seed,
-                **how,
+                **settings,
                 "hardware": describe_hardware(_CPU),
                 "kimg": state.progress.kimg,
                 "seconds": state.progress.seconds,

@@ -1,10 +1,10 @@
-"""How fast images are projected: `python -m benchmarks.projection [--json] [--bundle B] [--images DIR] [--distance NAME]`.
+"""Speed of projection: `python -m benchmarks.projection [--json] [--bundle B] [--images DIR] [--distance NAME]`.
 
-The official schedule (1,000 steps in w from the mean, float32, one image at a time) against ours, on the same images, in the
-same distance: the official schedule with many images at once, the short schedule from the mean, and from the encoder. The
-official one takes about a minute an image on a CPU, so it is measured on `--official` images only, and every comparison of
-quality is on those. Steps of a schedule all cost the same, so a rate does not depend on which images they are. Without
---images the bundle's own generated images are projected: easier ones, good for speed only.
+The official schedule (1,000 steps in w from the mean, float32, one image at a time) is compared with those of dermis, on the
+same images and in the same distance: the official schedule with many images at once, the short schedule from the mean, and
+the short one from the encoder. The official one takes about a minute per image on a CPU, so it is measured only on
+`--official` images, and quality is compared on these. All steps of a schedule take the same time, so a rate does not depend
+on the images. Without --images, generated images of the bundle are projected. These are easier, so use them only for speed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 def targets_of(bundle: Bundle, folder: Path | None, count: int) -> list[Images]:
-    """Real images evenly spread over a folder, or generated ones."""
+    """Real images, evenly chosen from a folder, or generated ones."""
     size = bundle.generator.img_resolution
     if folder is None:
         from dermis.synthesizer import Synthesizer
@@ -52,18 +52,20 @@ def targets_of(bundle: Bundle, folder: Path | None, count: int) -> list[Images]:
 
 
 def lpips_or_none(device: str) -> Perceptual | None:
-    """LPIPS on VGG16, where its weights can be had."""
+    """LPIPS on VGG16, or None if its weights are not available."""
     try:
         return perceptual("vgg16", resolve_device(device))
     except DermisError:
         return None
 
 
-def mean_distance(distance: Perceptual, images: Sequence[Images], found: Sequence[Projection], device: str) -> float:
-    """Mean of a distance between images and their projections."""
+def mean_distance(
+    distance: Perceptual, images: Sequence[Images], projections: Sequence[Projection], device: str
+) -> float:
+    """Mean distance between images and their projections."""
     rows = [
         distance.embed(torch.from_numpy(np.stack(group)).permute(0, 3, 1, 2).float().to(resolve_device(device)))
-        for group in (images, [each.image for each in found])
+        for group in (images, [each.image for each in projections])
     ]
     return float((rows[0] - rows[1]).square().sum(dim=1).mean())
 
@@ -77,12 +79,12 @@ def measure(
     lpips: Perceptual | None,
     device: str,
 ) -> dict[str, Any]:
-    """One way to project, on all of `images`; its quality is that on the first `shared`."""
-    list(projector.project([Target(images[0])], replace(schedule, steps=3)))  # what is compiled or allocated once
+    """Measure the speed of one schedule on all of `images`, and its quality on the first `shared` of them."""
+    list(projector.project([Target(images[0])], replace(schedule, steps=3)))  # compiles and allocates
     start = time.perf_counter()
-    done = dict(projector.project([Target(image) for image in images], schedule))
+    by_number = dict(projector.project([Target(image) for image in images], schedule))
     seconds = time.perf_counter() - start
-    found = [done[number] for number in range(shared)]
+    projections = [by_number[number] for number in range(shared)]
     return {
         "name": name,
         "images": len(images),
@@ -90,14 +92,14 @@ def measure(
         "space": schedule.space,
         "start": schedule.start,
         "seconds_per_image": seconds / len(images),
-        "distance": float(np.mean([each.distance for each in found])),
-        "pixel_error": float(np.mean([each.pixel_error for each in found])),
-        "lpips": None if lpips is None else mean_distance(lpips, images[:shared], found, device),
+        "distance": float(np.mean([each.distance for each in projections])),
+        "pixel_error": float(np.mean([each.pixel_error for each in projections])),
+        "lpips": None if lpips is None else mean_distance(lpips, images[:shared], projections, device),
     }
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """All measurements, the official schedule first."""
+    """Run all measurements, the official schedule first."""
     bundle = open_bundle(arguments.bundle)
     generator = load_generator(bundle)
     images = targets_of(bundle, arguments.images, max(arguments.count, arguments.official))
@@ -140,8 +142,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON only")
     parser.add_argument("--bundle", type=Path, default=BUNDLE)
     parser.add_argument("--images", type=Path, help="folder of real images")
-    parser.add_argument("--count", type=int, default=16, help="images of the faster ways")
-    parser.add_argument("--official", type=int, default=4, help="images of the official schedule")
+    parser.add_argument("--count", type=int, default=16, help="number of images for the faster schedules")
+    parser.add_argument("--official", type=int, default=4, help="number of images for the official schedule")
     parser.add_argument("--distance", default="lite0", help="lite0 or vgg16")
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
@@ -153,10 +155,10 @@ def main() -> None:
     print(f"{document['bundle']}, {document['resolution']} px, {kind} images, {document['hardware']}")
     print(f"{'':<30}{'s/image':>9}{'ratio':>7}{document['distance']:>9}{'pixels':>8}{'LPIPS':>8}")
     for row in document["ways"]:
-        lpips_told = "-" if row["lpips"] is None else f"{row['lpips']:.3f}"
+        lpips_text = "-" if row["lpips"] is None else f"{row['lpips']:.3f}"
         print(
             f"{row['name']:<30}{row['seconds_per_image']:>9.2f}{row['ratio']:>7.1f}{row['distance']:>9.3f}"
-            f"{row['pixel_error']:>8.1f}{lpips_told:>8}"
+            f"{row['pixel_error']:>8.1f}{lpips_text:>8}"
         )
     ratio = document["ratio_to_official_schedule"]
     print(f"ratio_to_official_schedule at equal or better distance: {'none' if ratio is None else f'{ratio:.1f}'}")

@@ -1,13 +1,13 @@
-"""How fast a generator is trained: `python -m benchmarks.training [--json] [--resolution N ...] [--device cpu]`.
+"""Speed of training a generator: `python -m benchmarks.training [--json] [--resolution N ...] [--device cpu]`.
 
-The work is a full training step of the "automatic" StyleGAN2-ADA configuration on random images: generator and
-discriminator, path length every 4 steps and R1 every 16, augmentation at p = 0.2, optimizers and the average. Over 16
-steps these are 12 plain ones, 3 with path length and 1 with both; one of each kind is timed, and weighted so.
+A full training step of the "automatic" StyleGAN2-ADA configuration on random images is measured: generator and
+discriminator, path length every 4 steps and R1 every 16, augmentation at p = 0.2, optimizers and the average. Of 16 steps 12
+are plain, 3 have path length and 1 has both; one of each kind is timed, and they are weighted by these numbers.
 
-Compared within one run are the plain network (eager, float32, torch's default layout) and what `dermis train gan` does
-by default on the device, in alternating rounds of which the median counts; and with the device's limit, the rate of a
-large matrix product in its fastest arithmetic. The batch is smaller than the automatic one on a CPU, where the official
-code was measured with the same (`--batch` changes it).
+Within one run, the default of `dermis train gan` on this device ("ours") is compared with the plain network (eager, float32,
+torch's default layout), in alternating rounds of which the median counts, and with the device's limit, which is the rate of
+a large matrix product in its fastest arithmetic. On a CPU the batch is smaller than the automatic one, because the official
+code was measured with this size (`--batch` changes it).
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from training.data.isic import ImageDataset
 from training.gan.batches import Batch
 from training.gan.config import GanConfig, base_config
 from training.gan.loss import Phases
-from training.gan.state import State, new_state
+from training.gan.state import GanState, new_state
 from training.gan.step import training_step
 
 RESOLUTIONS = (64, 128, 256)
 CPU_BATCH = {64: 8, 128: 8, 256: 4}
 STRENGTH = 0.2  # of the augmentation
 REQUIRED_RATIO, REQUIRED_SECONDS_PER_KIMG = 2.5, {256: 5.0}
-# Of the official code, as reported: images/s of G main and D main alone on another 2-core CPU; sec/kimg on one V100.
+# Reported speed of the official code: images/s of G main and D main alone on another 2-core CPU; sec/kimg on one V100.
 OFFICIAL_CPU = {64: 0.68, 128: 0.44, 256: 0.29}
 OFFICIAL_V100 = {128: (12.8, 13.7), 256: (21.6, 24.2)}
-KINDS = {"main": 1, "path length": 4, "both": 16}  # of steps, each with a position at which it is due
+KINDS = {"main": 1, "path length": 4, "both": 16}  # kinds of steps, each with a position at which it is due
 WEIGHTS = {"main": 12, "path length": 3, "both": 1}
 
 
@@ -55,7 +55,7 @@ class Variant:
     """A way of training the same networks."""
 
     config: GanConfig
-    state: State
+    state: GanState
     phases: Phases
     layout: torch.memory_format
 
@@ -75,7 +75,7 @@ def feature_layout(layout: torch.memory_format) -> Iterator[None]:
 
 
 def variant(config: GanConfig, device: torch.device, *, plain: bool, compiled: bool) -> Variant:
-    """The same seed, and so the same weights, for all of them."""
+    """Make a variant. All of them have the same seed, and so the same weights."""
     config = replace(config, precision="fp32") if plain else config
     state = new_state(config, device)
     state.adaptive.p, state.adaptive.target = STRENGTH, None
@@ -84,7 +84,7 @@ def variant(config: GanConfig, device: torch.device, *, plain: bool, compiled: b
 
 
 def random_data(config: GanConfig, device: torch.device) -> tuple[ImageDataset, Batch]:
-    """Blurred noise, so that the augmentation has something to interpolate, and alternating labels."""
+    """A dataset and a batch of blurred noise, on which interpolation works as on images, with alternating labels."""
     count, size = config.batch, config.resolution
     coarse = torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     images = torch.nn.functional.interpolate(coarse, size=(size, size), mode="bilinear").mul(255).byte()
@@ -94,7 +94,7 @@ def random_data(config: GanConfig, device: torch.device) -> tuple[ImageDataset, 
 
 
 def measure(config: GanConfig, device: torch.device, rounds: int, compiled: bool) -> dict[str, Any]:
-    """Everything about one resolution; see `table` for the meaning."""
+    """Measure one resolution; `table` explains the numbers."""
     dataset, batch = random_data(config, device)
     variants = {
         "eager_fp32": variant(config, device, plain=True, compiled=False),
@@ -104,7 +104,7 @@ def measure(config: GanConfig, device: torch.device, rounds: int, compiled: bool
     work: dict[str, float] = {}
     times: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in KINDS} for name in variants}
     limit = 0.0
-    for turn in range(rounds + 1):  # the first round warms up, compiles and counts
+    for turn in range(rounds + 1):  # the first round warms up, compiles and counts operations
         for kind in KINDS:
             for name, each in variants.items():
                 run = partial(each.step, kind, dataset, batch)
@@ -137,12 +137,12 @@ def measure(config: GanConfig, device: torch.device, rounds: int, compiled: bool
 
 
 def _cycle(kinds: Mapping[str, float]) -> float:
-    """The mean step: what one of each kind takes, in the proportions of 16 steps."""
+    """The mean over steps of all kinds, weighted as in 16 steps."""
     return sum(WEIGHTS[kind] * value for kind, value in kinds.items()) / sum(WEIGHTS.values())
 
 
 def flops(run: Callable[[], None]) -> float:
-    """Floating-point operations of the convolutions and matrix products that `run` calls, gradients included."""
+    """Floating-point operations of the convolutions and matrix products in `run`, including gradients."""
     with FlopCounterMode(display=False) as counter:
         run()
     return float(counter.get_total_flops())
@@ -158,14 +158,14 @@ def product_rate(device: torch.device) -> float:
 
 
 def gradient_errors(exact: Variant, ours: Variant, batch: Batch) -> dict[str, float]:
-    """|g - g'| / |g| of the main phases' gradients, g of all of a network's weights in plain float32, g' in ours.
+    """|g - g'| / |g| for the gradients of the main phases: g in plain float32, g' in ours, over all weights of a network.
 
-    Without augmentation, whose random numbers depend on the layout.
+    There is no augmentation, because its random numbers depend on the layout.
     """
     device, n = exact.state.pl_mean.device, len(batch.labels)
     z, c = torch.randn(n, exact.config.z_dim, device=device), one_hot(batch.labels, exact.config.c_dim, device)
     real = batch.images.permute(0, 3, 1, 2).float() / 127.5 - 1
-    found: dict[str, list[torch.Tensor]] = {"G": [], "D": []}
+    by_network: dict[str, list[torch.Tensor]] = {"G": [], "D": []}
     for each in (exact, ours):
         state, phases = each.state, each.phases
         runs = (
@@ -177,33 +177,36 @@ def gradient_errors(exact: Variant, ours: Variant, batch: Batch) -> dict[str, fl
                 torch.manual_seed(1)
                 run()
                 gradients = [x.grad.flatten() for x in network.parameters() if x.grad is not None]
-                found[name].append(torch.cat(gradients))
+                by_network[name].append(torch.cat(gradients))
                 state.G.zero_grad(set_to_none=True)
                 state.D.zero_grad(set_to_none=True)
-    return {name: float((a - b).norm() / a.norm()) for name, (a, b) in found.items()}
+    return {name: float((a - b).norm() / a.norm()) for name, (a, b) in by_network.items()}
 
 
-def table(found: dict[str, Any], device: torch.device) -> list[tuple[str, str]]:
-    resolution = found["resolution"]
-    what = f"batch {found['batch']}, {found['precision']}{', compiled' if found['compiled'] else ''}"
+def table(result: dict[str, Any], device: torch.device) -> list[tuple[str, str]]:
+    resolution = result["resolution"]
+    options = f"batch {result['batch']}, {result['precision']}{', compiled' if result['compiled'] else ''}"
     rows = [
-        (f"{resolution} px", what),
-        ("eager fp32, images/s", f"{found['eager_fp32_images_per_second']:.2f}"),
-        ("ours, images/s", f"{found['images_per_second']:.2f} ({found['seconds_per_kimg']:.1f} sec/kimg)"),
-        ("times eager fp32", f"{found['ratio_to_eager_fp32']:.2f} (required {REQUIRED_RATIO})"),
-        ("of the limit", f"{found['fraction_of_limit']:.0%} of {found['limit_gflop_per_second']:.0f} GFLOP/s"),
+        (f"{resolution} px", options),
+        ("eager fp32, images/s", f"{result['eager_fp32_images_per_second']:.2f}"),
+        ("ours, images/s", f"{result['images_per_second']:.2f} ({result['seconds_per_kimg']:.1f} sec/kimg)"),
+        ("times eager fp32", f"{result['ratio_to_eager_fp32']:.2f} (required {REQUIRED_RATIO})"),
+        (
+            "fraction of the limit",
+            f"{result['fraction_of_limit']:.0%} of {result['limit_gflop_per_second']:.0f} GFLOP/s",
+        ),
         *(
-            (f"a step, {kind}, s", f"{found['seconds']['eager_fp32'][kind]:.3f} / {found['seconds']['ours'][kind]:.3f}")
+            (f"step, {kind}, s", f"{result['seconds']['eager_fp32'][kind]:.3f} / {result['seconds']['ours'][kind]:.3f}")
             for kind in KINDS
         ),
-        ("gradients off by", ", ".join(f"{name} {error:.1%}" for name, error in found["gradient_error"].items())),
+        ("error of gradients", ", ".join(f"{name} {error:.1%}" for name, error in result["gradient_error"].items())),
     ]
     if device.type == "cuda" and resolution in OFFICIAL_V100:
         low, high = OFFICIAL_V100[resolution]
         rows.append(("official, one V100", f"{low} to {high} sec/kimg"))
     elif device.type == "cpu" and resolution in OFFICIAL_CPU:
-        ours = found["main_phases_images_per_second"]
-        official = f"{OFFICIAL_CPU[resolution]} reported of the official code on another 2-core CPU"
+        ours = result["main_phases_images_per_second"]
+        official = f"{OFFICIAL_CPU[resolution]} reported for the official code on another 2-core CPU"
         rows.append(("G and D main alone, images/s", f"{ours:.2f} ({official})"))
     return rows
 
@@ -220,19 +223,21 @@ def main() -> None:
     keep_freed_memory()  # as `dermis train gan` does
     device = resolve_device(options.device)
     precision = "bf16" if fast_dtype(device) == torch.bfloat16 else "fp32"
-    found = []
+    results = []
     for resolution in options.resolution:
         batch = options.batch or (CPU_BATCH.get(resolution, 4) if device.type == "cpu" else None)
         config = base_config("auto", resolution, 2, batch=batch, precision=precision)
-        found.append(measure(config, device, options.rounds, compiled=not options.no_compile))
+        results.append(measure(config, device, options.rounds, compiled=not options.no_compile))
         if not options.json:
-            rows = table(found[-1], device)
+            rows = table(results[-1], device)
             width = max(len(name) for name, _ in rows)
             print("\n".join(f"{name:<{width}}  {value}" for name, value in rows), end="\n\n", flush=True)
     if options.json:
         machine = {"device": describe_hardware(device), "cpus": os.cpu_count(), "torch": torch.__version__}
-        ratios = {str(each["resolution"]): each["ratio_to_eager_fp32"] for each in found}
-        print(json.dumps({"ratio_to_eager_fp32": ratios, **machine, "python": platform.python_version(), "at": found}))
+        ratios = {str(each["resolution"]): each["ratio_to_eager_fp32"] for each in results}
+        print(
+            json.dumps({"ratio_to_eager_fp32": ratios, **machine, "python": platform.python_version(), "at": results})
+        )
 
 
 if __name__ == "__main__":

@@ -177,7 +177,7 @@ def run(
     from training.experiments.plan import Measuring, configure, plan_tasks, read_experiments, remember
     from training.experiments.run import read_result, run_experiment
     from training.experiments.table import collect, write_outcome
-    from training.gan.snapshot import Origin
+    from training.gan.snapshot import GeneratorOrigin
 
     if "table2" in which:
         from commands.experiment_table2 import run_table2
@@ -294,7 +294,7 @@ def run(
             typer.echo(f"{head} done already", err=True)
             continue
         typer.echo(f"{head} {len(task.dataset.labels):,} images, {task.config.total_kimg:,.4g} kimg", err=True)
-        origin = Origin(name, data.resolve().name, licence, attribution)
+        origin = GeneratorOrigin(name, data.resolve().name, licence, attribution)
         try:
             result = run_experiment(
                 task,

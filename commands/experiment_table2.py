@@ -44,12 +44,12 @@ def run_table2(
     from training.classifier.config import ClassifierConfig
     from training.classifier.data import load_real
     from training.classifier.export import require_onnx
-    from training.classifier.run import Origin
+    from training.classifier.run import ClassifierOrigin
+    from training.distributed import joined_ranks
     from training.experiments.experiment import parse_settings
     from training.experiments.scenarios import TABLE2
     from training.experiments.table2 import plan_tasks, read_generators, read_runs, remember, run_tasks
     from training.experiments.worth import compare, remarks, write_worth
-    from training.gan.parallel import joined_ranks
 
     require_onnx()
     names = [scenario.name for scenario in TABLE2]
@@ -94,7 +94,7 @@ def run_table2(
             )
             if ranks.first:
                 remember(out, tasks, config, seeds, weights)
-        origin = Origin("", "", licence, attribution)
+        origin = ClassifierOrigin("", "", licence, attribution)
         wanted = [task for task in tasks if not only or task.scenario.name in only]
         done = run_tasks(out, wanted, config, seeds, weights=weights, origin=origin, ranks=ranks, tell=tell)
         if not ranks.first:

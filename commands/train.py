@@ -133,14 +133,14 @@ def train_gan(
     from dermis.devices import resolve_device
     from dermis.errors import TrainingError
     from training.data.images import load_images
+    from training.distributed import joined_ranks
     from training.gan.best import Measurements
-    from training.gan.config import automatic_precision, base_config
-    from training.gan.journal import require_tensorboard
+    from training.gan.config import automatic_batch, automatic_precision, base_config
     from training.gan.loop import train
-    from training.gan.parallel import automatic_batch, joined_ranks
-    from training.gan.snapshot import Origin, write_snapshot
-    from training.gan.state import State
+    from training.gan.snapshot import GeneratorOrigin, write_snapshot
+    from training.gan.state import GanState
     from training.gan.transfer import read_source, transfer
+    from training.tensorboard import require_tensorboard
 
     if tensorboard:
         require_tensorboard()
@@ -202,11 +202,11 @@ def train_gan(
         where = f"{ranks.count} x {target.type}" if ranks.count > 1 else str(target)
         tell(f"{len(dataset.labels)} images, {len(dataset.class_names)} classes, {precision} on {where}")
 
-        def begin(state: State) -> None:
+        def begin(state: GanState) -> None:
             if source is not None:
                 tell("\n".join(map(str, transfer(read_source(source), state))))
 
-        origin = Origin(name or out.name, data.resolve().name, licence, attribution)
+        origin = GeneratorOrigin(name or out.name, data.resolve().name, licence, attribution)
         _, progress = train(
             dataset,
             config,

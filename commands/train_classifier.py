@@ -19,7 +19,7 @@ from commands.options import (
 
 if TYPE_CHECKING:
     from training.classifier.data import RealData
-    from training.classifier.run import Trained
+    from training.classifier.run import TrainedClassifier
     from training.classifier.synthetic import SyntheticImages
 
 
@@ -98,10 +98,10 @@ def train_classifier(
     from training.classifier.config import ClassifierConfig
     from training.classifier.data import load_real
     from training.classifier.export import require_onnx
-    from training.classifier.run import ClassifierData, Origin
+    from training.classifier.run import ClassifierData, ClassifierOrigin
     from training.classifier.run import train_classifier as run
-    from training.gan.journal import require_tensorboard
-    from training.gan.parallel import joined_ranks
+    from training.distributed import joined_ranks
+    from training.tensorboard import require_tensorboard
 
     require_onnx()
     if tensorboard:
@@ -164,13 +164,13 @@ def train_classifier(
             used,
             config,
             out,
-            origin=Origin(name or out.name, scenario, licence, attribution),
+            origin=ClassifierOrigin(name or out.name, scenario, licence, attribution),
             ranks=ranks,
             weights=weights,
             default_threshold=default_threshold,
             resume=resume,
             tensorboard=tensorboard,
-            tell=tell,
+            on_phase=tell,
         )
         if result is None and ranks.first:
             tell("stopped and saved; the same command with --resume goes on")
@@ -220,12 +220,12 @@ def _tell_data(tell: Callable[[str], None], real: RealData, made: SyntheticImage
         tell(f"synthetic: {each['images']:,} {each['class']} of {each['name']}")
 
 
-def _print(result: Trained) -> None:
-    from training.classifier.card import shown
+def _print(result: TrainedClassifier) -> None:
+    from training.classifier.card import with_interval
 
     test = result.description.metrics["test"]
     typer.echo(f"test: {test['images']:,} images, {test['positive']:,} malignant; in brackets 95 % intervals")
     for metric, estimate in test["metrics"].items():
-        typer.echo(f"{metric.replace('_', ' '):30} {shown(estimate)}")
+        typer.echo(f"{metric.replace('_', ' '):30} {with_interval(estimate)}")
     hours, epochs = result.progress.seconds / 3600, result.progress.epoch
     typer.echo(f"{result.folder}: {epochs} epochs in {hours:.2f} h. Not a medical device.")

@@ -21,7 +21,7 @@ from training.data.images import load_images
 from training.data.sources import read_source
 from training.gan.config import base_config
 from training.gan.loop import train
-from training.gan.snapshot import Origin, write_snapshot
+from training.gan.snapshot import GeneratorOrigin, write_snapshot
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
     dataset = load_images(read_source(args.data), args.resolution)
     width = {"channel_base": args.channels * 16, "channel_max": args.channels, "z_dim": 64, "w_dim": 64}
     config = base_config("auto", args.resolution, len(dataset.class_names), total_kimg=args.kimg, batch=16, **width)
-    origin = Origin(name="example", dataset_name=args.data.name, licence="unknown", attribution="")
+    origin = GeneratorOrigin(name="example", dataset_name=args.data.name, licence="unknown", attribution="")
     train(dataset, config, args.out, device=device, on_snapshot=write_snapshot(dataset, config, origin, device))
 
     bundle = open_bundle(args.out / "bundle")

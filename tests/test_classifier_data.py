@@ -29,13 +29,13 @@ from dermis.synthesizer import Synthesizer
 from tiny import make_bundle
 from tiny_skin import make_skin
 from training.classifier import synthetic as synthetic_module
-from training.classifier.batches import TrainingSet, epoch_order, turned
+from training.classifier.batches import TrainingSet, epoch_order, rotated_and_flipped
 from training.classifier.config import ClassifierConfig
 from training.classifier.data import RealData, age_band, load_real
 from training.classifier.run import ClassifierData
 from training.classifier.synthetic import SyntheticSource, load_synthetic, parse_source
 from training.data.isic import load_isic
-from training.gan.parallel import ALONE, Ranks
+from training.distributed import ALONE, Ranks
 
 SIZE = 16
 
@@ -322,7 +322,7 @@ def test_sampling_shows_the_classes_equally_often() -> None:
 def test_turning_and_flipping_only_moves_pixels() -> None:
     torch.manual_seed(0)
     images = torch.rand(64, 3, 9, 9) * 255
-    flipped = turned(images, rotation=0, flips=True)
+    flipped = rotated_and_flipped(images, rotation=0, flips=True)
     kinds = []
     for image, found in zip(images, flipped, strict=True):
         options = [image, image.flip(2), image.flip(1), image.flip(1, 2)]
@@ -333,10 +333,10 @@ def test_turning_and_flipping_only_moves_pixels() -> None:
     # About the centre: a bright middle stays there, at any angle, mirrored or not.
     y, x = np.mgrid[:33, :33] - 16
     disc = torch.from_numpy(np.where(np.hypot(y, x) < 8, 200.0, 50.0)).float().expand(16, 3, 33, 33)
-    round_ones = turned(disc, rotation=180, flips=True)
+    round_ones = rotated_and_flipped(disc, rotation=180, flips=True)
     assert float((round_ones - disc).abs().mean()) < 3
     assert round_ones.min() >= 0 and round_ones.max() <= 255
-    assert torch.allclose(turned(images, rotation=1e-6, flips=False), images, atol=0.05)
+    assert torch.allclose(rotated_and_flipped(images, rotation=1e-6, flips=False), images, atol=0.05)
 
 
 def test_an_image_set_is_read_in_any_order() -> None:

@@ -27,13 +27,14 @@ from dermis.classifier.onnx_session import Classifier
 from dermis.classifier.torch_network import load_torch_classifier, read_weights
 from dermis.errors import BundleError, DermisError, TrainingError
 from tiny_skin import make_skin
+from training.checkpoint import CHECKPOINT
 from training.classifier import loop
 from training.classifier.batches import TrainingSet
 from training.classifier.config import ClassifierConfig
 from training.classifier.data import RealData, load_real
-from training.classifier.network import eight_bit, finished_network, freeze, learning_mode, new_network
-from training.classifier.state import CHECKPOINT, Progress
-from training.gan.parallel import ALONE, joined_ranks
+from training.classifier.network import eight_bit, finished_network, freeze, new_network, set_train_mode
+from training.classifier.state import ClassifierProgress
+from training.distributed import ALONE, joined_ranks
 
 SIZE = 32
 TINY = "test_efficientnet"  # timm's own, for tests
@@ -53,14 +54,16 @@ def config(**options: Any) -> ClassifierConfig:
     return ClassifierConfig(**{"architecture": TINY, "size": SIZE, "batch": 8, "epochs": 2, **options})
 
 
-def run(real: RealData, out: Path, options: ClassifierConfig, *, resume: bool = False, **more: Any) -> Progress:
+def run(
+    real: RealData, out: Path, options: ClassifierConfig, *, resume: bool = False, **more: Any
+) -> ClassifierProgress:
     training = TrainingSet((real.train.images,), real.train.labels)
     network = new_network(options, "none")
     settings = {"data": "d", "ranks": ALONE, "progress_bar": False, **more}
     return loop.train(network, training, real.validation, options, out, resume=resume, **settings)[1]
 
 
-def untimed(progress: Progress) -> list[dict[str, float]]:
+def untimed(progress: ClassifierProgress) -> list[dict[str, float]]:
     return [{name: value for name, value in row.items() if name != "seconds"} for row in progress.history]
 
 
@@ -95,7 +98,7 @@ def test_stopped_and_resumed_is_bit_for_bit_the_same(
 
 def test_what_does_not_fit_is_not_resumed(real: RealData, tmp_path: Path) -> None:
     run(real, tmp_path / "r", config(epochs=1))
-    with pytest.raises(TrainingError, match="holds a run already; add --resume"):
+    with pytest.raises(TrainingError, match="already holds a run; add --resume"):
         run(real, tmp_path / "r", config(epochs=1))
     with pytest.raises(TrainingError, match="trained with another dropout, learning_rate"):
         run(real, tmp_path / "r", config(epochs=1, dropout=0.5, learning_rate=1e-3), resume=True)
@@ -197,7 +200,7 @@ def test_a_finished_network_computes_what_the_trained_one_did(architecture: str)
     network = new_network(options, "none")
     torch.manual_seed(1)
     images = torch.rand(8, 3, SIZE, SIZE) * 255
-    learning_mode(network, [])
+    set_train_mode(network, [])
     for _ in range(3):
         network(images)  # lets batch norms see something
     network.eval()

@@ -20,7 +20,7 @@ from training.gan.compact import (
     warm_up_factor,
 )
 from training.gan.config import GanConfig, auto_config
-from training.gan.state import State, new_state
+from training.gan.state import GanState, new_state
 from training.gan.step import training_step
 
 CPU = torch.device("cpu")
@@ -39,7 +39,7 @@ def config(**changes: object) -> GanConfig:
     return auto_config(16, 2, total_kimg=1.0, **(small | changes))
 
 
-def run(state: State, options: GanConfig, steps: int, warm_up_steps: int = 0) -> list[float]:
+def run(state: GanState, options: GanConfig, steps: int, warm_up_steps: int = 0) -> list[float]:
     """The discriminator's losses of `steps` more steps."""
     data = dataset()
     phases = state.phases(options)
@@ -52,19 +52,19 @@ def run(state: State, options: GanConfig, steps: int, warm_up_steps: int = 0) ->
     return losses
 
 
-def trained(options: GanConfig, steps: int) -> State:
+def trained(options: GanConfig, steps: int) -> GanState:
     state = new_state(options, CPU)
     run(state, options, steps)
     return state
 
 
 @pytest.fixture(scope="module")
-def halfway() -> State:
+def halfway() -> GanState:
     torch.set_num_threads(1)
     return trained(config(), 40)
 
 
-def test_round_trip_keeps_what_the_next_step_needs(tmp_path: Path, halfway: State) -> None:
+def test_round_trip_keeps_what_the_next_step_needs(tmp_path: Path, halfway: GanState) -> None:
     summary = save_compact_state(tmp_path / "state", halfway, config(), dataset())
     assert summary.moments == "bf16"
     assert max(summary.rounding.values()) < 2**-11
@@ -145,7 +145,7 @@ def test_resumed_losses_stay_within_the_noise_of_an_uninterrupted_run(tmp_path: 
     assert abs(float(np.mean(run(broken, options, half))) - expected) > noise, "a lost discriminator must be noticed"
 
 
-def test_parts_are_small_and_belong_together(tmp_path: Path, halfway: State) -> None:
+def test_parts_are_small_and_belong_together(tmp_path: Path, halfway: GanState) -> None:
     parts = {"part_bytes": 250_000, "parts": 4}
     scalars = {"config": {}, "progress": {}}
     summary = save_compact(tmp_path / "a", halfway.modules, halfway.optimizers, {}, scalars, **parts)
@@ -161,7 +161,7 @@ def test_parts_are_small_and_belong_together(tmp_path: Path, halfway: State) -> 
         read_compact_state(tmp_path / "a")
 
 
-def test_moments_are_left_out_where_they_do_not_fit_and_networks_never(tmp_path: Path, halfway: State) -> None:
+def test_moments_are_left_out_where_they_do_not_fit_and_networks_never(tmp_path: Path, halfway: GanState) -> None:
     whole = save_compact(tmp_path / "a", halfway.modules, halfway.optimizers, {}, {}, moments="bf16")
     less = save_compact(tmp_path / "a", halfway.modules, halfway.optimizers, {}, {}, moments="none")
     assert whole.moments == "bf16" and less.moments == "none" and less.bytes < whole.bytes
@@ -174,7 +174,7 @@ def test_moments_are_left_out_where_they_do_not_fit_and_networks_never(tmp_path:
     assert {file.name: file.read_bytes() for file in (tmp_path / "a").iterdir()} == before, "the old one stays"
 
 
-def test_other_networks_and_other_images_are_refused(tmp_path: Path, halfway: State) -> None:
+def test_other_networks_and_other_images_are_refused(tmp_path: Path, halfway: GanState) -> None:
     save_compact_state(tmp_path / "state", halfway, config(), dataset())
     other = config(channel_base=256)
     with pytest.raises(TrainingError, match="channel_base"):

@@ -26,12 +26,12 @@ from test_synthesizer import make_bundle, make_generator
 from test_synthesizer import reference as expected_image
 from tiny import make_bundle as write_tiny_bundle
 from training.data.isic import ImageDataset
+from training.distributed import Ranks
 from training.gan.batches import batches
 from training.gan.compact import load_compact_state, save_compact_state
 from training.gan.config import GanConfig, Precision, auto_config
 from training.gan.loop import train
-from training.gan.parallel import Ranks
-from training.gan.state import State, new_state
+from training.gan.state import GanState, new_state
 from training.gan.step import training_step
 
 CPU = torch.device("cpu")
@@ -168,7 +168,7 @@ def test_two_synthesizers_can_be_made_and_used_at_the_same_time() -> None:
 # -- training
 
 
-def steps(state: State, options: GanConfig, count: int, compiled: bool = False) -> list[dict[str, float]]:
+def steps(state: GanState, options: GanConfig, count: int, compiled: bool = False) -> list[dict[str, float]]:
     data = dataset()
     phases = state.phases(options, compiled=compiled)
     with closing(batches(data, options, state.progress.nimg, Ranks(device=DEVICE))) as real:

@@ -114,7 +114,7 @@ def test_a_crash_or_a_hang_of_one_part_does_not_end_the_others(
 def test_nothing_is_begun_without_time_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "parts_of", lambda _: [command.Part("late", 30, ("-c", "pass"))])
     command.main(["--minutes", "0.3", "--out", str(tmp_path / "out"), "--tiny"])
-    assert read(tmp_path / "out")[0]["status"].startswith("not begun")
+    assert read(tmp_path / "out")[0]["status"].startswith("not started")
 
 
 def test_numbers_stand_beside_their_targets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

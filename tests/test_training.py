@@ -16,14 +16,14 @@ from PIL import Image
 from dermis.bundle import load_generator, open_bundle
 from dermis.errors import BundleError, DataError, TrainingError
 from dermis.imaging import contact_sheet, decode
+from training.checkpoint import read_state
 from training.data.isic import ImageDataset, load_isic
 from training.gan.augment import AdaptiveP
 from training.gan.batches import batches
-from training.gan.checkpoint import read_state
 from training.gan.config import GanConfig, auto_config
 from training.gan.health import PATIENCE, Health
 from training.gan.loop import train
-from training.gan.snapshot import Origin, sample_grid, write_snapshot
+from training.gan.snapshot import GeneratorOrigin, sample_grid, write_snapshot
 from training.gan.state import new_state, save_state
 from training.gan.step import training_step
 
@@ -75,7 +75,7 @@ def test_two_trainings_cannot_run_in_one_folder(tmp_path: Path) -> None:
     met = []
 
     def meanwhile(out: Path, state: object) -> None:
-        with pytest.raises(TrainingError, match="another training is going on") as caught:
+        with pytest.raises(TrainingError, match="another training is running") as caught:
             train(_dataset(), _config(0.004), out, device=CPU, resume=True, progress_bar=False)
         met.append(str(caught.value))
 
@@ -89,7 +89,7 @@ def test_two_trainings_cannot_run_in_one_folder(tmp_path: Path) -> None:
 def test_options_changed_on_the_way_are_told_in_the_card(tmp_path: Path) -> None:
     train(_dataset(), _config(0.004), tmp_path, device=CPU, progress_bar=False)
     changed = replace(_config(0.008, batch=2, mbstd_group_size=2, r1_gamma=0.5, augment_p=0.25), augment_target=None)
-    origin = Origin("moles", "folder", "CC0-1.0", "nobody")
+    origin = GeneratorOrigin("moles", "folder", "CC0-1.0", "nobody")
     _, progress = train(
         _dataset(),
         changed,
@@ -192,7 +192,7 @@ def test_generator_learns_the_colour_of_each_class(tmp_path: Path) -> None:
 
 def test_run_leaves_a_bundle_that_generates_what_its_card_shows(tmp_path: Path) -> None:
     dataset, config = _dataset(), _config(0.008)
-    origin = Origin("tiny", "folder", "CC0-1.0", "nobody")
+    origin = GeneratorOrigin("tiny", "folder", "CC0-1.0", "nobody")
     generator, _ = train(
         dataset,
         config,
@@ -216,7 +216,7 @@ def test_run_leaves_a_bundle_that_generates_what_its_card_shows(tmp_path: Path) 
 
 def test_names_that_no_bundle_can_have_are_refused_before_training() -> None:
     with pytest.raises(BundleError, match="name"):
-        write_snapshot(_dataset(), _config(1.0), Origin("My Demo", "folder", "", ""), CPU)
+        write_snapshot(_dataset(), _config(1.0), GeneratorOrigin("My Demo", "folder", "", ""), CPU)
 
 
 def test_adaptive_p_follows_the_sign_of_real_logits() -> None:

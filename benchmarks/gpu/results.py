@@ -1,4 +1,4 @@
-"""What a run has measured: one JSON line a number in results.jsonl, written at once, and one line on standard output."""
+"""The results of a run: each number is written immediately, as a JSON line of results.jsonl and on standard output."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dermis.devices import describe_hardware
 
 FILE = "results.jsonl"
 PROJECTED_IMAGES = 12_000
-# What is wanted of an H100 or faster; other machines are measured against the same numbers.
+# Targets for an H100 or faster. Other machines are compared with the same numbers.
 TARGETS = {
     "share_of_bf16_limit": 0.30,
     "training_256_seconds_per_kimg": 5.0,
@@ -24,7 +24,7 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Results:
-    """Where a part of the run writes its numbers, and the machine that they are of."""
+    """Where a part of the run writes its numbers, and the device that they belong to."""
 
     out: Path
     part: str
@@ -41,30 +41,30 @@ class Results:
         at_most: float | None = None,
         **details: Any,
     ) -> None:
-        """One measured number, beside its target where it has one."""
-        card = describe_hardware(self.device)
-        line: dict[str, Any] = {"part": self.part, "name": name, "value": value, "unit": unit, "device": card}
-        shown = f"{name}: {_short(value)} {unit} [{card}]"
+        """Write a measured number, with its target if it has one."""
+        hardware = describe_hardware(self.device)
+        line: dict[str, Any] = {"part": self.part, "name": name, "value": value, "unit": unit, "device": hardware}
+        text = f"{name}: {_short(value)} {unit} [{hardware}]"
         target = at_least if at_most is None else at_most
         if target is not None:
             met = value >= target if at_most is None else value <= target
             bound = "at least" if at_most is None else "at most"
             line |= {"target": target, "bound": bound, "met": met}
-            shown += f" (target {bound} {_short(target)}: {'met' if met else 'missed'})"
+            text += f" (target {bound} {_short(target)}: {'met' if met else 'missed'})"
         if self.tiny:
             line["tiny"] = True
-            shown += " (tiny sizes: says nothing about speed)"
+            text += " (tiny sizes: says nothing about speed)"
         append(self.out, line | details)
-        print(shown, flush=True)
+        print(text, flush=True)
 
     def note(self, name: str, reason: str, **details: Any) -> None:
-        """Something that was not measured, or that is no number."""
+        """Write a result that is not a number, or the reason why something was not measured."""
         append(self.out, {"part": self.part, "name": name, "note": reason} | details)
         print(f"{name}: {reason}", flush=True)
 
 
 def append(out: Path, line: dict[str, Any]) -> None:
-    """Add a line that survives whatever happens to this process next."""
+    """Add a line and write it to the disk, so that it is kept if this process crashes."""
     with (out / FILE).open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
         file.flush()
@@ -72,7 +72,7 @@ def append(out: Path, line: dict[str, Any]) -> None:
 
 
 def read(out: Path) -> list[dict[str, Any]]:
-    """All lines of a run."""
+    """Read all lines of a run."""
     path = out / FILE
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 

@@ -1,4 +1,4 @@
-"""What the parts of the run time: matrix products, copies, training steps, kernels."""
+"""Measurements of speed: matrix products, copies, training steps, kernels."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from benchmarks.generation import automatic_config, random_bundle, seconds
 from benchmarks.training import STRENGTH, random_data
 from dermis.bundle import load_generator
 from dermis.networks import fir2d, fir_filter
+from training.distributed import Ranks
 from training.gan.batches import batches
 from training.gan.config import GanConfig, base_config
-from training.gan.parallel import Ranks
 from training.gan.state import new_state
 from training.gan.step import training_step
 
-CYCLE = 16  # steps after which all phases have been due, in the proportions of a long run
+CYCLE = 16  # steps in which all phases have run, in the proportions of a long run
 SLOWEST = 20
 
 
 def matrix_rates(device: torch.device, tiny: bool, only: str | None = None) -> dict[str, float]:
-    """GFLOP/s of a large matrix product, by arithmetic."""
+    """GFLOP/s of a large matrix product in each arithmetic."""
     size = 256 if tiny else 8192
     names = ["bfloat16"] if only else ["bfloat16", "float16", "float32"]
     rates = {}
@@ -46,7 +46,7 @@ def matrix_rates(device: torch.device, tiny: bool, only: str | None = None) -> d
 
 
 def _rate(left: Tensor, right: Tensor, device: torch.device) -> float:
-    """The better of two layouts; the mean of ten products, since a GPU's clock needs a while."""
+    """GFLOP/s in the better of two layouts, from the mean of ten products, because a GPU raises its clock slowly."""
     times = []
     for other in (right, right.t(), right, right.t()):
         times.append(seconds(lambda other=other: [left @ other for _ in range(10)], device) / 10)  # type: ignore[misc]
@@ -54,7 +54,7 @@ def _rate(left: Tensor, right: Tensor, device: torch.device) -> float:
 
 
 def transfers(device: torch.device, tiny: bool) -> dict[str, float]:
-    """GB/s of copies on the device (bytes read and written), and between it and the host."""
+    """GB/s of copies on the device (bytes read and written), and between device and host."""
     count = 2**16 if tiny else 2**28
     rates = {}
     inside, target = (torch.zeros(count, dtype=torch.float32, device=device) for _ in range(2))
@@ -74,10 +74,11 @@ def transfers(device: torch.device, tiny: bool) -> dict[str, float]:
     return rates
 
 
-def training_speed(config: GanConfig, device: torch.device, compiled: bool, wanted_seconds: float) -> dict[str, float]:
-    """Seconds for a thousand images over whole cycles of 16 steps, on random images read as a run reads them.
+def training_speed(config: GanConfig, device: torch.device, compiled: bool, least_seconds: float) -> dict[str, float]:
+    """Seconds for a thousand images over whole cycles of 16 steps, on random images that are read as in a run.
 
-    Steps before the first timed cycle compile and warm up; their time is reported too.
+    Steps before the first timed cycle compile and warm up; their time is reported separately. Cycles are repeated for at least
+    `least_seconds`.
     """
     dataset, _ = random_data(config, device)
     if device.type == "cuda":
@@ -92,26 +93,26 @@ def training_speed(config: GanConfig, device: torch.device, compiled: bool, want
             training_step(state, phases, dataset, next(real), config)
 
     try:
-        first = seconds(lambda: steps(1 if wanted_seconds == 0 else CYCLE + 1), device)
+        first = seconds(lambda: steps(1 if least_seconds == 0 else CYCLE + 1), device)
         cycles: list[float] = []
-        while not cycles or sum(cycles) < wanted_seconds:
+        while not cycles or sum(cycles) < least_seconds:
             cycles.append(seconds(lambda: steps(CYCLE), device))
     finally:
         real.close()
-    found = {
+    result = {
         "seconds_per_kimg": 1000 * statistics.median(cycles) / (CYCLE * config.batch),
         "first_steps_seconds": first,
         "cycles": len(cycles),
     }
     if device.type == "cuda":
-        found["peak_memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
-    return found
+        result["peak_memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
+    return result
 
 
 def filter_times(device: torch.device, tiny: bool) -> dict[str, float]:
-    """Milliseconds of the low-pass filter behind a doubled feature map: as the networks apply it, and in other ways.
+    """Milliseconds of the low-pass filter after an upsampled feature map, in several implementations.
 
-    It has few operations, so that a good kernel takes little more than reading and writing the map once.
+    The filter has few operations, so a good kernel takes little more than the time to read and write the map once.
     """
     n, channels, size = (1, 4, 16) if tiny else (16, 64, 256)
     dtype = torch.float32 if tiny else torch.bfloat16
@@ -129,28 +130,33 @@ def filter_times(device: torch.device, tiny: bool) -> dict[str, float]:
     def depthwise(x: Tensor) -> Tensor:
         return fir2d(x, filter_, padding=1, gain=4.0)
 
-    ways: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
+    implementations: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
         "depthwise convolution, channels last": (depthwise, last),
         "depthwise convolution, channels first": (depthwise, x),
         "sums of shifted maps": (shifted, last),
     }
     if not tiny:
-        ways["sums of shifted maps, compiled"] = (torch.compile(shifted, dynamic=False), last)
+        implementations["sums of shifted maps, compiled"] = (torch.compile(shifted, dynamic=False), last)
     times = {}
     with torch.no_grad():
         exact = depthwise(x).float()
-        for name, (way, example) in ways.items():
-            difference = (way(example).float() - exact).abs().max().item()
+        for name, (apply, example) in implementations.items():
+            difference = (apply(example).float() - exact).abs().max().item()
             if difference > 0.1:
-                raise AssertionError(f"{name} computes something else: {difference}")
-            times[name] = 1000 * min(seconds(lambda: [way(example) for _ in range(10)], device) for _ in range(3)) / 10  # noqa: B023
+                raise AssertionError(f"{name}: the result differs by {difference}")
+            ten = partial(_repeat, 10, apply, example)
+            times[name] = 1000 * min(seconds(ten, device) for _ in range(3)) / 10
         if device.type == "cuda":
             times["a copy of the map, for comparison"] = 1000 * min(seconds(last.clone, device) for _ in range(10))
     return times
 
 
+def _repeat(count: int, apply: Callable[[Tensor], Tensor], example: Tensor) -> list[Tensor]:
+    return [apply(example) for _ in range(count)]
+
+
 def profile_generation(device: torch.device, tiny: bool) -> list[dict[str, Any]]:
-    """The slowest kernels of a few batches of the serving path."""
+    """The slowest kernels in a few batches of the serving path."""
     from dermis.synthesizer import Synthesizer
 
     with tempfile.TemporaryDirectory() as folder:
@@ -159,14 +165,14 @@ def profile_generation(device: torch.device, tiny: bool) -> list[dict[str, Any]]
         with Synthesizer(bundle, backend="torch" if tiny else "auto", **options) as synthesizer:
             count = synthesizer.micro_batch
             ws = synthesizer.ws([0] * count, range(count), [0] * count)
-            # In this thread: the profiler does not see what the synthesizer's own threads call.
+            # Called in this thread, because the profiler does not see the synthesizer's own threads.
             draw, noise = synthesizer._backend.images, synthesizer._fixed_noise["const"]
             draw(ws, noise)
             return _slowest(lambda: [draw(ws, noise) for _ in range(1 if tiny else 10)], device)
 
 
 def profile_training(device: torch.device, tiny: bool) -> list[dict[str, Any]]:
-    """The slowest kernels of one cycle of training steps, eager, so that they have names."""
+    """The slowest kernels in a few eager training steps; compiled ones would have no names."""
     small: dict[str, Any] = {"channel_base": 256, "channel_max": 16, "batch": 4} if tiny else {}
     config = base_config("auto", 16 if tiny else 256, 2, precision="fp32" if tiny else "bf16", **small)
     dataset, batch = random_data(config, device)

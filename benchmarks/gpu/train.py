@@ -1,10 +1,10 @@
-"""Train for a given time and leave a state that the next run goes on with.
+"""Train for a given time and write a state that the next run continues.
 
     python -m benchmarks.gpu.train CONFIG.toml --data FOLDER --out DIR --seconds S [--resume STATE]
     python -m benchmarks.gpu.train CONFIG.toml --data FOLDER --resume STATE --bundle RUN
 
-The second makes a bundle of a state, on any machine. Into DIR go state/state-*.safetensors (training.gan.compact),
-grid.webp and training.jsonl (a line a step, the end of it), each replaced every `snapshot_seconds`.
+The second command makes a bundle from a state, on any machine. DIR gets state/state-*.safetensors (training.gan.compact),
+grid.webp and training.jsonl (one line for each of the last steps), each replaced every `snapshot_seconds`.
 """
 
 from __future__ import annotations
@@ -30,30 +30,30 @@ from dermis.imaging import contact_sheet, encode
 from training.data.images import load_images
 from training.data.isic import ImageDataset
 from training.data.sources import read_source
+from training.distributed import Ranks
 from training.gan.batches import batches
 from training.gan.compact import Moments, load_compact_state, save_compact_state, warm_up_factor
 from training.gan.config import GanConfig, automatic_precision, base_config
 from training.gan.health import Health
-from training.gan.parallel import Ranks
-from training.gan.snapshot import GRID, Origin, sample_grid, write_snapshot
-from training.gan.state import State, new_state
+from training.gan.snapshot import GRID, GeneratorOrigin, sample_grid, write_snapshot
+from training.gan.state import GanState, new_state
 from training.gan.step import training_step
 from training.gan.transfer import read_source as read_weights
 from training.gan.transfer import transfer
 from training.interrupt import stop_requested
 
-LOG_LINES = 20_000  # of training.jsonl
+LOG_LINES = 20_000  # that training.jsonl keeps
 TINY: dict[str, Any] = {"channel_base": 256, "channel_max": 16, "z_dim": 16, "w_dim": 16, "batch": 4}
 
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """The options of a TOML file. `gan` has fields of GanConfig; what it leaves out follows `base`."""
+    """The options of a TOML file. `gan` has fields of GanConfig; the others follow `base`."""
 
     resolution: int
     base: str = "auto"
     conditional: bool = True
-    start_from: str | None = None  # a bundle or an official .pkl, for a run that resumes nothing
+    start_from: str | None = None  # a bundle or an official .pkl, for a run that does not resume
     compile: bool = True
     snapshot_seconds: float = 75.0
     moments: Moments = "auto"
@@ -66,7 +66,7 @@ class TrainingPlan:
 
 
 def read_plan(path: Path) -> TrainingPlan:
-    """TrainingError if the file is no TOML or has an option that there is not."""
+    """Read a plan. Raises TrainingError if the file is not TOML or has an unknown option."""
     try:
         options = tomllib.loads(path.read_text(encoding="utf-8"))
         return TrainingPlan(**options)
@@ -75,7 +75,7 @@ def read_plan(path: Path) -> TrainingPlan:
 
 
 def config_of(plan: TrainingPlan, dataset: ImageDataset, device: torch.device, tiny: bool) -> GanConfig:
-    """The configuration; on a CPU in float32, with `tiny` of small networks."""
+    """The configuration of a plan for this device. `tiny` uses small networks in float32."""
     options: dict[str, Any] = {"precision": automatic_precision(device), "total_kimg": 1e6} | plan.gan
     if tiny:
         options |= TINY | {"precision": "fp32"}
@@ -87,7 +87,7 @@ def config_of(plan: TrainingPlan, dataset: ImageDataset, device: torch.device, t
 
 
 def load_data(folder: Path | None, resolution: int, tiny: bool) -> ImageDataset:
-    """The images, or coloured noise where a tiny run has none."""
+    """Read the images. A tiny run without a folder gets coloured noise."""
     if folder is not None:
         return load_images(read_source(folder), 16 if tiny else resolution, progress=False)
     if not tiny:
@@ -99,29 +99,31 @@ def load_data(folder: Path | None, resolution: int, tiny: bool) -> ImageDataset:
 
 
 class Run:
-    """A training run that saves by the clock."""
+    """A training run that saves at intervals of time."""
 
     def __init__(self, plan: TrainingPlan, config: GanConfig, dataset: ImageDataset, results: Results) -> None:
         self.plan, self.config, self.dataset, self.results = plan, config, dataset, results
         self.out, self.device = results.out, results.device
-        self.state: State = new_state(config, self.device)
+        self.state: GanState = new_state(config, self.device)
         self.lines: list[str] = []
         self.save_seconds = 0.0
         self.warm_up_steps = 0
 
     def begin(self, resume: Path | None) -> None:
-        """Fill the state: of an earlier run, of a bundle's weights, or with random ones."""
+        """Fill the state from an earlier run or with a bundle's weights. Otherwise it keeps its random weights."""
         if resume is not None:
-            kept = load_compact_state(resume, self.state, self.config, self.dataset)
-            self.warm_up_steps = 0 if kept else self.plan.warm_up_steps
-            how = "with their moments" if kept else f"without moments, {self.warm_up_steps} steps of warm-up"
-            self.results.note("resumed", f"at {self.state.progress.kimg:.1f} kimg, optimizers {how}")
+            has_moments = load_compact_state(resume, self.state, self.config, self.dataset)
+            self.warm_up_steps = 0 if has_moments else self.plan.warm_up_steps
+            moments = "with their moments" if has_moments else f"without moments, {self.warm_up_steps} steps of warm-up"
+            self.results.note("resumed", f"at {self.state.progress.kimg:.1f} kimg, optimizers {moments}")
         elif self.plan.start_from is not None:
-            taken = transfer(read_weights(Path(self.plan.start_from)), self.state)
-            self.results.note("began", "; ".join(f"{each.network}: {each.share:.0%} of the weights" for each in taken))
+            networks = transfer(read_weights(Path(self.plan.start_from)), self.state)
+            self.results.note(
+                "began", "; ".join(f"{each.network}: {each.share:.0%} of the weights" for each in networks)
+            )
 
     def train(self, deadline: float, most_steps: int | None = None) -> None:
-        """Steps until the deadline (time.monotonic) or SIGTERM, less the time that saving takes; one at least."""
+        """Train at least one step, until the deadline (time.monotonic) minus the time for saving, or until SIGTERM."""
         state, config, progress = self.state, self.config, self.state.progress
         compiled = self.plan.compile and self.device.type == "cuda"
         phases = state.phases(config, compiled=compiled)
@@ -131,7 +133,7 @@ class Run:
         durations: list[float] = []
         with (
             closing(batches(self.dataset, config, progress.nimg, ranks)) as real,
-            stop_requested(insist=False) as stop,
+            stop_requested(ignore_repeated=False) as stop,
         ):
             step = 0
             while step == 0 or not (
@@ -158,7 +160,7 @@ class Run:
         )  # fmt: skip
 
     def save(self) -> None:
-        """The state first: a picture can be drawn from it later."""
+        """Write the state first, since a grid can be made from it later."""
         start = time.monotonic()
         summary = save_compact_state(self.out / "state", self.state, self.config, self.dataset, self.plan.moments)
         write_file(self.out / "training.jsonl", "".join(f"{line}\n" for line in self.lines[-LOG_LINES:]).encode())
@@ -175,14 +177,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--data", type=Path, help="training images: anything that dermis reads")
+    parser.add_argument("--data", type=Path, help="training images: any source that dermis reads")
     parser.add_argument("--resume", type=Path, help="folder with the state of an earlier run")
     parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--until", type=float, help="seconds since 1970, instead of --seconds: imports count too")
-    parser.add_argument("--steps", type=int, help="stop earlier, after so many steps")
+    parser.add_argument("--until", type=float, help="seconds since 1970, instead of --seconds; includes imports")
+    parser.add_argument("--steps", type=int, help="stop after this many steps")
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--bundle", type=Path, metavar="RUN", help="only write the bundle and grid of --resume there")
-    parser.add_argument("--name", default="gpu", help="of the bundle")
+    parser.add_argument(
+        "--bundle", type=Path, metavar="RUN", help="only write bundle and grid of --resume to this folder"
+    )
+    parser.add_argument("--name", default="gpu", help="name of the bundle")
     parser.add_argument("--licence", default="unknown")
     parser.add_argument("--attribution", default="")
     options = parser.parse_args()
@@ -199,7 +203,7 @@ def main() -> None:
         options.bundle.mkdir(parents=True, exist_ok=True)
         run.begin(options.resume)
         source = options.data.name if options.data else "noise"
-        origin = Origin(options.name, source, options.licence, options.attribution)
+        origin = GeneratorOrigin(options.name, source, options.licence, options.attribution)
         write_snapshot(dataset, config, origin, device)(options.bundle, run.state)
         return
     if options.out is None:

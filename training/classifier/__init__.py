@@ -1,1 +1,1 @@
-"""Train a classifier of dermoscopy images, measure it and export it for services."""
+"""Training, measurement and export of classifiers of dermoscopy images."""

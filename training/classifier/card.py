@@ -1,4 +1,4 @@
-"""The card of a trained classifier: what it is for, what it was trained on, and every number that was measured."""
+"""The card of a trained classifier: its use, training data, training and measurements."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _METRICS = {
 _ATTRIBUTES = {"source": "Source", "sex": "Sex", "age": "Age (years)", "site": "Site"}
 
 
-def classifier_card(name: str, described: Description) -> str:
-    """Markdown for CLASSIFIER_CARD.md. Says nothing that is not in the description."""
-    origin, measured = described.provenance, described.metrics
+def classifier_card(name: str, description: Description) -> str:
+    """Markdown for CLASSIFIER_CARD.md, from the description alone."""
+    origin, measured = description.provenance, description.metrics
     test, validation, run = measured["test"], measured["validation"], origin["training"]
     raw = test["uncalibrated"]
     options = "\n".join(f"| `{key}` | {value} |" for key, value in run["configuration"].items())
@@ -29,15 +29,15 @@ def classifier_card(name: str, described: Description) -> str:
 
 **{NOTICE}**
 
-Tells malignant (melanoma) from benign (any other diagnosis) in dermoscopy images: {described.architecture} on
-{described.input.size} px, {described.feature_dim} features, weights stored as {described.weights_dtype}.
+Distinguishes malignant (melanoma) from benign (any other diagnosis) in dermoscopy images: {description.architecture} on
+{description.input.size} px, {description.feature_dim} features, weights stored as {description.weights_dtype}.
 
 ## Use
 
-For research on dermoscopy and on what synthetic data is worth. Not for diagnosis, triage or any decision about a person.
-It knows dermoscopy of single lesions like those that it was trained on; of anything else (clinical photographs, other
-skin types, other devices, no lesion at all) its numbers mean nothing, and it does not say so. It may go by what is beside
-the lesion (frame, ruler, ink) where that goes with a class in the training images.
+For research on dermoscopy and on the value of synthetic data. Not for diagnosis, triage or any decision about a person.
+It was trained on dermoscopy of single lesions. For anything else (clinical photographs, other skin types, other devices, no
+lesion at all) its numbers mean nothing, and it gives no warning. It can depend on what is beside the lesion (frame, ruler,
+ink) if that occurs more often with one class in the training images.
 
 Melanoma is only one of the cancers: basal cell carcinoma and others count as benign here.
 
@@ -50,7 +50,7 @@ Melanoma is only one of the cancers: basal cell carcinoma and others count as be
 | | |
 | --- | --- |
 | scenario | {origin["scenario"]} |
-| began with | {_start(run["weights"])} |
+| first weights | {_start(run["weights"])} |
 {_length(run)}| hardware | {run["hardware"]} |
 | wall time | {origin["hours"]:,.2f} hours |
 | dermis | {origin["code_version"]} |
@@ -61,9 +61,9 @@ Melanoma is only one of the cancers: basal cell carcinoma and others count as be
 
 ## Measured
 
-On {test["images"]:,} real images of {test["patients"]:,} patients (or lesions, where patients are not known) that had no
-part in training, {test["positive"]:,} of them malignant. Intervals are 95 %, by bootstrap over patients. They do not cover
-what another collection would bring.
+On {test["images"]:,} real images of {test["patients"]:,} patients (or lesions, if patients are not known) that were not used
+in training, {test["positive"]:,} of them malignant. Intervals are 95 %, by bootstrap over patients. They do not cover
+differences between this collection and others.
 
 | metric | value | 95 % |
 | --- | --- | --- |
@@ -71,7 +71,7 @@ what another collection would bring.
 
 Probabilities are calibrated by temperature scaling on the validation part, T = {measured["temperature"]:.3f}; without it
 the calibration error is {raw["calibration_error"]["value"]:.3f}, the Brier score {raw["brier"]["value"]:.3f}.
-They hold where malignant images are as frequent as here ({test["positive"] / test["images"]:.1%}).
+They are valid where malignant images are as frequent as here ({test["positive"] / test["images"]:.1%}).
 
 ## Thresholds
 
@@ -91,7 +91,7 @@ class is too small for numbers.
 """
 
 
-def shown(estimate: Mapping[str, float]) -> str:
+def with_interval(estimate: Mapping[str, float]) -> str:
     """A number with its interval, as in "0.912 (0.88 to 0.94)"."""
     return f"{estimate['value']:.3f} ({estimate['low']:.2f} to {estimate['high']:.2f})"
 
@@ -116,12 +116,14 @@ def _data(origin: Mapping[str, Any]) -> str:
         "Weights trained on these images carry the same licence conditions.",
     ]
     if data["configuration"] == "synthetic":
-        lines.append("No real image of the training part was learnt from: only the synthetic ones below.")
+        lines.append(
+            "The classifier was trained on the synthetic images below, and on no real image of the training part."
+        )
     if data["synthetic"]:
         lines += ["", "| synthetic images | class | number | identity |", "| --- | --- | --- | --- |"]
         lines += [
-            f"| {each['kind']} {each['name']} | {each['class']} | {each['images']:,} | `{each['digest'][:16]}` |"
-            for each in data["synthetic"]
+            f"| {source['kind']} {source['name']} | {source['class']} | {source['images']:,} | `{source['digest'][:16]}` |"
+            for source in data["synthetic"]
         ]
         lines += ["", _warning(data["generator_saw_training_part_only"])]
     return "\n".join(lines)
@@ -132,8 +134,7 @@ def _identity(counts: Mapping[str, Any]) -> str:
 
 
 def _length(run: Mapping[str, Any]) -> str:
-    """Epochs; a federation has none, and tells of its rounds."""
-    if "epochs" not in run:
+    if "epochs" not in run:  # a federation has rounds instead
         return ""
     return (
         f"| epochs | {run['epochs']}, the best by {run['configuration']['monitor']} on validation was "
@@ -143,10 +144,10 @@ def _length(run: Mapping[str, Any]) -> str:
 
 def _warning(clean: bool) -> str:
     if clean:
-        return "The generators were trained on exactly the real training part above: no test image is behind them."
+        return "The generators were trained on exactly the real training part above, and on no test image."
     return (
-        "**The generators were trained on other images than exactly the training part above, or that is not known: they "
-        "may have seen images of the test part, and then the numbers below are too good.**"
+        "**The generators were trained on other images than exactly the training part above, or that is not known. If "
+        "these included images of the test part, the numbers below are too good.**"
     )
 
 
@@ -154,32 +155,32 @@ def _start(weights: str) -> str:
     return {"imagenet": "weights of ImageNet", "none": "random weights"}.get(weights, f"the weights {weights}")
 
 
-def _rows(names: Mapping[str, str], found: Mapping[str, Mapping[str, float]]) -> str:
+def _rows(names: Mapping[str, str], estimates: Mapping[str, Mapping[str, float]]) -> str:
     return "\n".join(
-        f"| {title} | {found[key]['value']:.3f} | {found[key]['low']:.3f} to {found[key]['high']:.3f} |"
+        f"| {title} | {estimates[key]['value']:.3f} | {estimates[key]['low']:.3f} to {estimates[key]['high']:.3f} |"
         for key, title in names.items()
     )
 
 
 def _thresholds(measured: Mapping[str, Any]) -> str:
     rows = []
-    for name, found in measured["test"]["at_thresholds"].items():
-        rates = " | ".join(shown(found[rate]) for rate in ("sensitivity", "specificity", "accuracy"))
+    for name, estimates in measured["test"]["at_thresholds"].items():
+        rates = " | ".join(with_interval(estimates[rate]) for rate in ("sensitivity", "specificity", "accuracy"))
         rows.append(f"| `{name}` | {measured['thresholds'][name]:.4f} | {rates} |")
     return "\n".join(rows)
 
 
 def _breakdown(groups: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     tables = []
-    for attribute, found in groups.items():
+    for attribute, group_rows in groups.items():
         rows = [
             f"| {_ATTRIBUTES.get(attribute, attribute)} | images | malignant | AUC | sensitivity | specificity |",
             "| --- | --- | --- | --- | --- | --- |",
         ]
-        for value, row in found.items():
+        for value, row in group_rows.items():
             rates = ["too few", "", ""]
             if "too_few" not in row:
-                rates = [shown(row[rate]) for rate in ("auc", "sensitivity", "specificity")]
+                rates = [with_interval(row[rate]) for rate in ("auc", "sensitivity", "specificity")]
             rows.append(f"| {value} | {row['images']:,} | {row['positive']:,} | {' | '.join(rates)} |")
         tables.append("\n".join(rows))
     return "\n\n".join(tables)

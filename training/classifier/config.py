@@ -1,8 +1,7 @@
-"""Everything that decides what a classifier's training computes, beside the images."""
+"""Everything except the images that decides what a classifier's training computes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -12,13 +11,13 @@ Balance = Literal["none", "weights", "sampling"]
 Monitor = Literal["auc", "loss"]
 Precision = Literal["fp32", "bf16"]
 WeightsDtype = Literal["fp16", "int8"]
-# What a resumed run may have otherwise: its length, when it ends, and how its result is stored.
+# Options that can change when a run is resumed: its length, when it ends, and how its result is stored.
 _FREE = ("epochs", "patience", "weights_dtype")
 
 
 @dataclass(frozen=True)
 class ClassifierConfig:
-    """Hyper-parameters of one run; the defaults are those of arXiv 2208.11702 as far as it tells them."""
+    """Hyper-parameters of one run. The defaults are those of arXiv 2208.11702 as far as it states them."""
 
     architecture: str = "efficientnet_b2"
     size: int = 256
@@ -27,18 +26,18 @@ class ClassifierConfig:
     epochs: int = 20
     learning_rate: float = 5e-4
     plateau_factor: float = 0.2
-    plateau_patience: int = 1  # epochs without a better monitor before the rate is reduced, beyond the first
-    patience: int = 3  # epochs without a better monitor before the run ends
+    plateau_patience: int = 1  # the rate is reduced after more than this many epochs without a better monitor
+    patience: int = 3  # the run ends after this many epochs without a better monitor
     monitor: Monitor = "auc"
     balance: Balance = "weights"
-    rotation: float = 180.0  # degrees at most, either way; 0: none
+    rotation: float = 180.0  # largest angle in degrees, in both directions; 0: none
     flips: bool = True
     dropout: float = 0.2
-    freeze_stages: int = 0  # the stem and so many stages keep their weights
-    head_only: bool = False  # all but the last layer keeps its weights
-    epoch_images: int | None = None  # images an epoch; None: all of the training part
+    freeze_stages: int = 0  # the stem and this many stages keep their weights
+    head_only: bool = False  # all layers but the last one keep their weights
+    epoch_images: int | None = None  # number of images in an epoch; None: all of the training part
     precision: Precision = "fp32"
-    weights_dtype: WeightsDtype = "fp16"  # of the exported file; what is measured has the rounding in it
+    weights_dtype: WeightsDtype = "fp16"  # of the exported file; measurements include the rounding
 
     def __post_init__(self) -> None:
         limits = {
@@ -72,7 +71,7 @@ class ClassifierConfig:
 
     @property
     def cached_features(self) -> bool:
-        """Whether the features of every training image can be computed once: nothing below the head ever changes."""
+        """Whether the features of every training image can be computed once, because only the last layer changes."""
         return self.head_only and not self.augmented
 
     def to_dict(self) -> dict[str, Any]:
@@ -80,10 +79,5 @@ class ClassifierConfig:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What must not change when a run is resumed."""
+        """The options that must not change when a run is resumed."""
         return {name: value for name, value in self.to_dict().items() if name not in _FREE}
-
-    def changed_from(self, stored: Mapping[str, Any]) -> list[str]:
-        """Names of the options that differ from `stored`, the identity of a checkpoint."""
-        now = self.identity
-        return sorted(name for name in now.keys() | stored.keys() if now.get(name) != stored.get(name))

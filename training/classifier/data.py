@@ -1,4 +1,4 @@
-"""Real images of a classifier: divided by patient into training, validation and test, decoded once.
+"""Real images for a classifier: divided by patient into training, validation and test, and decoded once.
 
 Classes are benign and malignant (melanoma, as in `dermis data prepare --binary`). Validation and test are always real.
 """
@@ -29,10 +29,15 @@ ATTRIBUTES = ("source", "sex", "age", "site")
 
 @dataclass(frozen=True)
 class RealPart:
-    """Images uint8 [N, S, S, 3], labels int64 [N] (1: malignant), ids, patients, and what a breakdown is made by.
+    """One part of the real images.
 
-    groups[i] names the patient of image i (or the lesion, or the image itself where neither is known); attributes[name][i]
-    is one of ATTRIBUTES or "unknown". sha256 is that of `ImageDataset`: ids, classes and files.
+    Args:
+        images: uint8 [N, S, S, 3].
+        labels: int64 [N], 1 for malignant.
+        ids: Id of each image.
+        groups: Patient of each image; the lesion, or the image itself, if the patient is not known.
+        attributes: Values of each attribute of ATTRIBUTES, one for each image; "unknown" if it is not stated.
+        sha256: That of `ImageDataset`: of ids, classes and files.
     """
 
     images: NDArray[np.uint8]
@@ -54,13 +59,13 @@ class RealPart:
 
 @dataclass(frozen=True)
 class RealData:
-    """The three parts, and how they came about."""
+    """The three parts of the real images."""
 
     name: str
     train: RealPart
     validation: RealPart
     test: RealPart
-    split: str  # in words, for the card
+    split: str  # how they were divided, in words for the card
 
     @property
     def parts(self) -> dict[str, RealPart]:
@@ -80,9 +85,19 @@ def load_real(
 ) -> RealData:
     """Read a source, divide it and decode it at `size` px.
 
-    `split` is a folder that `dermis data split` (or `leaks --remove`) wrote with the parts train, validation and test; of
-    images that are in no part none is used. Without it the source is divided by patient in `shares`, which depends on
-    `split_seed` alone. Raises DataError if a part lacks one of the classes.
+    Args:
+        path: The source.
+        size: Side of the decoded images in pixels.
+        split: Folder that `dermis data split` (or `leaks --remove`) wrote, with the parts train, validation and test. Images
+            that are in no part are not used. None: the source is divided by patient into `shares`.
+        shares: Share of each part.
+        split_seed: Seed of the division into shares.
+        cache: Folder for decoded images.
+        progress: Show progress bars.
+        options: How to read the source.
+
+    Raises:
+        DataError: The source cannot be used, or a part lacks one of the classes.
     """
     options["binary"] = True
     source = read_source(path, **options)
@@ -90,18 +105,18 @@ def load_real(
     if absent:
         raise DataError(f"{path}: has no {absent[0]} images; a classifier learns from both classes")
     parts = _parts(source, split, shares, split_seed)
-    found = {}
+    decoded = {}
     for name, ids in parts.items():
         part = _part(source.select(ids), size, cache, progress)
         if 0 in part.classes.values():
             raise DataError(f"{path}: the part {name} has {part.classes}; each part needs images of both classes")
-        found[name] = part
+        decoded[name] = part
     how = f"as in the split `{split.resolve().name}`" if split else f"by patient, seed {split_seed}"
-    return RealData(path.resolve().name, found["train"], found["validation"], found["test"], how)
+    return RealData(path.resolve().name, decoded["train"], decoded["validation"], decoded["test"], how)
 
 
 def age_band(age: str) -> str:
-    """The band of an age in years, like "30 to 49"; "unknown" if it is no number."""
+    """The band of an age in years, such as "30 to 49"; "unknown" if it is not a number."""
     try:
         years = float(age)
     except ValueError:
@@ -118,28 +133,28 @@ def _parts(
     """Ids of each part."""
     if split is None:
         names: Sequence[str] = split_by_patient(source.records, shares, split_seed).parts
-        of = dict(zip((record.id for record in source.records), names, strict=True))
+        part_of = dict(zip((record.id for record in source.records), names, strict=True))
     else:
-        of = read_split(split)
-    sizes = Counter(of.values())
+        part_of = read_split(split)
+    sizes = Counter(part_of.values())
     absent = [name for name in SHARES if not sizes[name]]
     if absent:
         raise DataError(
             f"{split or source.path}: has no part {absent[0]}; make the three parts with "
             "dermis data split --parts train=0.65,validation=0.15,test=0.2"
         )
-    _check_groups(source, of)
-    return {name: tuple(sorted(key for key, part in of.items() if part == name)) for name in SHARES}
+    _check_groups(source, part_of)
+    return {name: tuple(sorted(key for key, part in part_of.items() if part == name)) for name in SHARES}
 
 
-def _check_groups(source: Source, of: Mapping[str, str]) -> None:
-    """DataError if a patient is in two parts: the test would then be of no use."""
-    part_of: dict[str, str] = {}
+def _check_groups(source: Source, part_of: Mapping[str, str]) -> None:
+    """Raise DataError if a patient is in two parts, since the test would then not be independent."""
+    part_of_group: dict[str, str] = {}
     for record, group in zip(source.records, group_of(source.records), strict=True):
-        part = of.get(record.id, "")
-        if part in SHARES and part_of.setdefault(group, part) != part:
+        part = part_of.get(record.id, "")
+        if part in SHARES and part_of_group.setdefault(group, part) != part:
             raise DataError(
-                f"{record.id}: its {group} is both in {part_of[group]} and in {part}; split by patient with "
+                f"{record.id}: its {group} is both in {part_of_group[group]} and in {part}; split by patient with "
                 "dermis data split"
             )
 

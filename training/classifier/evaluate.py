@@ -1,4 +1,4 @@
-"""What a finished classifier reaches on images that took no part in its making, in whole and by groups of patients."""
+"""Measurements of a finished classifier on images that it was not trained on, for all images and by group."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dermis.metrics import classification as metrics
 from training.classifier.calibration import THRESHOLDS, calibrated, choose_thresholds, fit_temperature
 from training.classifier.data import RealPart
 
-FEWEST = 10  # images of each class, below which a group's numbers would say nothing
+FEWEST = 10  # a group with fewer images of a class is too small for numbers
 
 Floats = NDArray[np.float64]
 _RANKING: Mapping[str, metrics.Metric] = {
@@ -30,19 +30,26 @@ def evaluate(
     default_threshold: str,
     replicates: int = metrics.REPLICATES,
 ) -> dict[str, Any]:
-    """Temperature and thresholds from the validation part, all numbers of the test part. logits float64 [N] of both.
+    """Choose temperature and thresholds on the validation part, and measure on the test part.
 
-    JSON: {"temperature", "thresholds", "validation": {"auc"}, "test": {"images", "positive", "patients", "metrics",
-    "at_thresholds", "breakdown"}}; a metric is {"value", "low", "high"} (95 %).
+    Args:
+        parts: The parts "validation" and "test".
+        logits: float64 [N] of each part.
+        default_threshold: Name of the threshold that is the default.
+        replicates: Number of bootstrap replicates.
+
+    Returns:
+        JSON: {"temperature", "thresholds", "validation": {"auc"}, "test": {"images", "positive", "patients", "metrics",
+        "at_thresholds", "breakdown"}}; a metric is {"value", "low", "high"} (95 %).
     """
     validation, test = parts["validation"], parts["test"]
     temperature = fit_temperature(validation.labels, logits["validation"])
     thresholds = choose_thresholds(validation.labels, calibrated(logits["validation"], temperature), default_threshold)
     probabilities = calibrated(logits["test"], temperature)
     uncalibrated = calibrated(logits["test"], 1.0)
-    # Ranks by logits: probabilities near 0 and 1 are rounded together.
-    found = _measured(test.labels, logits["test"], test.groups, _RANKING, replicates)
-    found |= _measured(test.labels, probabilities, test.groups, _whole(thresholds), replicates)
+    # Metrics of the order use logits: rounding makes different probabilities near 0 and 1 equal.
+    all_images = _measured(test.labels, logits["test"], test.groups, _RANKING, replicates)
+    all_images |= _measured(test.labels, probabilities, test.groups, _calibrated_metrics(thresholds), replicates)
     raw = {"calibration_error": metrics.calibration_error, "brier": metrics.brier}
     return {
         "temperature": temperature,
@@ -51,7 +58,7 @@ def evaluate(
         "validation": {**_counts(validation), "auc": float(metrics.auc(validation.labels, logits["validation"])[0])},
         "test": {
             **_counts(test),
-            "metrics": found,
+            "metrics": all_images,
             "uncalibrated": _measured(test.labels, uncalibrated, test.groups, raw, replicates),
             "at_thresholds": {
                 name: _measured(test.labels, probabilities, test.groups, _at(thresholds[name]), replicates)
@@ -65,29 +72,30 @@ def evaluate(
 def breakdown(
     part: RealPart, logits: Floats, temperature: float, threshold: float, replicates: int = metrics.REPLICATES
 ) -> dict[str, dict[str, Any]]:
-    """For each attribute each of its groups: images, positives, and unless these are too few AUC, sensitivity and
-    specificity at the threshold. A group with fewer than 10 images of either class has {"too_few": true} instead.
+    """Numbers of each group of each attribute: images, positives, AUC, sensitivity and specificity at the threshold.
+
+    A group with fewer than FEWEST images of a class has {"too_few": true} instead of the last three.
     """
     probabilities = calibrated(logits, temperature)
     rates = {name: rate for name, rate in _at(threshold).items() if name in ("sensitivity", "specificity")}
-    found: dict[str, dict[str, Any]] = {}
+    rows: dict[str, dict[str, Any]] = {}
     for attribute, values in part.attributes.items():
-        found[attribute] = {}
+        rows[attribute] = {}
         for value in sorted(set(values)):
-            of = np.flatnonzero(np.array(values) == value)
-            labels = part.labels[of]
-            row: dict[str, Any] = {"images": len(of), "positive": int(labels.sum())}
+            members = np.flatnonzero(np.array(values) == value)
+            labels = part.labels[members]
+            row: dict[str, Any] = {"images": len(members), "positive": int(labels.sum())}
             if min(row["positive"], row["images"] - row["positive"]) < FEWEST:
                 row["too_few"] = True
             else:
-                groups = [part.groups[i] for i in of]
-                row |= _measured(labels, logits[of], groups, {"auc": metrics.auc}, replicates)
-                row |= _measured(labels, probabilities[of], groups, rates, replicates)
-            found[attribute][value] = row
-    return found
+                groups = [part.groups[i] for i in members]
+                row |= _measured(labels, logits[members], groups, {"auc": metrics.auc}, replicates)
+                row |= _measured(labels, probabilities[members], groups, rates, replicates)
+            rows[attribute][value] = row
+    return rows
 
 
-def _whole(thresholds: Mapping[str, float]) -> dict[str, metrics.Metric]:
+def _calibrated_metrics(thresholds: Mapping[str, float]) -> dict[str, metrics.Metric]:
     return {
         "accuracy": metrics.accuracy,
         "balanced_accuracy": functools.partial(metrics.balanced_accuracy, threshold=thresholds["default"]),
@@ -110,11 +118,11 @@ def _measured(
     labels: NDArray[np.int64],
     probabilities: Floats,
     groups: Sequence[str],
-    wanted: Mapping[str, metrics.Metric],
+    functions: Mapping[str, metrics.Metric],
     replicates: int,
 ) -> dict[str, dict[str, float]]:
-    found = metrics.bootstrap(labels, probabilities, wanted, groups=groups, replicates=replicates)
-    return {name: asdict(estimate) for name, estimate in found.items()}
+    estimates = metrics.bootstrap(labels, probabilities, functions, groups=groups, replicates=replicates)
+    return {name: asdict(estimate) for name, estimate in estimates.items()}
 
 
 def _counts(part: RealPart) -> dict[str, int]:

@@ -21,22 +21,30 @@ from training.classifier.config import WeightsDtype
 from training.classifier.network import as_stored, eight_bit, is_large
 
 OPSET = 18
-TOLERANCE = 1e-4  # of probabilities, between torch and ONNX Runtime
+TOLERANCE = 1e-4  # largest difference of probabilities between torch and ONNX Runtime
 
 
 def require_onnx() -> None:
-    """TrainingError if the packages that export needs are not installed."""
+    """Raise TrainingError if the packages that export needs are not installed."""
     for package in ("onnx", "onnxscript"):
         if importlib.util.find_spec(package) is None:
             raise TrainingError(f"export needs the package {package}: {install_command('train')}")
 
 
 def to_onnx(network: TorchClassifier, size: int, weights_dtype: WeightsDtype = "fp16") -> bytes:
-    """The graph of a `finished_network`: images uint8 [N, S, S, 3] -> logit float32 [N], features float32 [N, D].
+    """Export a `finished_network` as a graph: images uint8 [N, S, S, 3] -> logit float32 [N], features float32 [N, D].
 
-    Weights stand in it under the names of the backbone's state_dict, as float16 where that holds them exactly, or the
-    large ones as int8 beside their scales (NAME.scale). They become float32 as the graph is loaded. The bytes depend on
-    network, size, dtype and library versions alone.
+    Weights have the names of the backbone's state_dict. They are stored as float16 if that is exact; with "int8", large
+    weights are stored as int8 with their scales (NAME.scale). They become float32 when the graph is loaded. The bytes
+    depend on network, size, dtype and library versions alone.
+
+    Args:
+        network: The network.
+        size: Side S of the images.
+        weights_dtype: How weights are stored.
+
+    Raises:
+        TrainingError: A package that export needs is not installed.
     """
     require_onnx()
     import onnx
@@ -57,13 +65,13 @@ def to_onnx(network: TorchClassifier, size: int, weights_dtype: WeightsDtype = "
     model = program.model_proto
     weights = {name: value.detach() for name, value in network.backbone.state_dict().items()}
     _store_weights(model.graph, weights, weights_dtype)
-    _forget_origin(model)
+    _remove_metadata(model)
     onnx.checker.check_model(model)
     return bytes(model.SerializeToString(deterministic=True))
 
 
 def run_onnx(model: bytes, images: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """Logits float64 [N] by ONNX Runtime on the CPU. TrainingError if it is not installed."""
+    """Compute logits float64 [N] with ONNX Runtime on the CPU. Raises TrainingError if it is not installed."""
     try:
         import onnxruntime as ort
     except ImportError as error:
@@ -76,21 +84,21 @@ def run_onnx(model: bytes, images: NDArray[np.uint8]) -> NDArray[np.float64]:
 
 
 class _Graph(nn.Module):
-    """What the file computes."""
+    """The computation that is exported."""
 
     def __init__(self, network: TorchClassifier) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        found: tuple[Tensor, Tensor] = self.network(images.permute(0, 3, 1, 2).float())
-        return found
+        logit_and_features: tuple[Tensor, Tensor] = self.network(images.permute(0, 3, 1, 2).float())
+        return logit_and_features
 
 
 def _store_weights(graph: Any, weights: dict[str, Tensor], weights_dtype: WeightsDtype) -> None:
-    """Give the weights their own names and store them in 16 or 8 bits, behind the nodes that make float32 of them.
+    """Rename the weights and store them in 16 or 8 bits, with nodes that convert them to float32.
 
-    Not DequantizeLinear: ONNX Runtime would keep that in the graph and run it again for every image.
+    DequantizeLinear is not used, because ONNX Runtime would keep it in the graph and run it for every image.
     """
     from onnx import TensorProto, helper, numpy_helper
 
@@ -102,7 +110,7 @@ def _store_weights(graph: Any, weights: dict[str, Tensor], weights_dtype: Weight
     graph.initializer.extend(kept)
     for name, value in weights.items():
         stored, scales = _smallest(value, weights_dtype)
-        # The exporter keeps one of several weights with the same values: the others stand here for readers only.
+        # The exporter uses one of several weights with the same values; the others are stored for readers only.
         graph.initializer.append(numpy_helper.from_array(stored.contiguous().numpy(), name))
         if scales is not None:
             graph.initializer.append(numpy_helper.from_array(scales.contiguous().numpy(), name + SCALE))
@@ -123,7 +131,7 @@ def _store_weights(graph: Any, weights: dict[str, Tensor], weights_dtype: Weight
 
 
 def _smallest(value: Tensor, weights_dtype: WeightsDtype) -> tuple[Tensor, Tensor | None]:
-    """A weight as it is stored, and its scales if that is int8; as it is where nothing smaller holds it exactly."""
+    """A weight as it is stored, and its scales if that is int8. It stays float32 if nothing smaller is exact."""
     if weights_dtype == "int8" and is_large(value):
         values, integers, scales = eight_bit(value)
         if torch.equal(values, value):
@@ -132,19 +140,19 @@ def _smallest(value: Tensor, weights_dtype: WeightsDtype) -> tuple[Tensor, Tenso
     return (stored if torch.equal(stored.float(), value) else value), None
 
 
-def _forget_origin(model: Any) -> None:
-    """Drop what the exporter notes of the place and the code that it ran from."""
+def _remove_metadata(model: Any) -> None:
+    """Remove the exporter's notes, which contain paths and code of this machine."""
     graph = model.graph
     model.doc_string = graph.doc_string = ""
     graph.name = "classifier"
-    for place in (model, graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
-        del place.metadata_props[:]
-        place.doc_string = ""
+    for item in (model, graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        del item.metadata_props[:]
+        item.doc_string = ""
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter's progress and its warnings about itself are no output of ours."""
+    """Suppress the exporter's progress messages and its warnings about itself."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

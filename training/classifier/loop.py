@@ -1,7 +1,7 @@
 """The training loop of a classifier: from images and a configuration to the network of the best epoch.
 
-A run that is stopped, anywhere, and resumed computes what an uninterrupted one would have computed, bit for bit on the
-CPU with the same number of threads and processes.
+A run that is stopped at any step and resumed computes the same as an uninterrupted one, bit for bit on the CPU with the same
+number of threads and processes.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from dermis.classifier.torch_network import TorchClassifier
 from dermis.errors import TrainingError
 from dermis.files import atomic_write
 from dermis.metrics.classification import auc
-from training.classifier.batches import TrainingSet, epoch_order, read_ahead, to_float, turned
+from training.checkpoint import checkpoint_path
+from training.classifier.batches import TrainingSet, epoch_order, read_ahead, rotated_and_flipped, to_float
 from training.classifier.config import ClassifierConfig
 from training.classifier.data import RealPart
-from training.classifier.network import freeze, learning_mode
-from training.classifier.state import CHECKPOINT, Progress, State, load_state, new_state, save_state
-from training.gan.journal import require_tensorboard
-from training.gan.parallel import Ranks
+from training.classifier.network import freeze, set_train_mode
+from training.classifier.state import ClassifierProgress, ClassifierState, load_state, new_state, save_state
+from training.distributed import Ranks
 from training.interrupt import stop_requested
+from training.tensorboard import open_writer
 
 EVALUATION_BATCH = 64
 
@@ -48,40 +49,59 @@ def train(
     tensorboard: bool = False,
     progress_bar: bool = True,
     features: tuple[Tensor, Tensor] | None = None,
-) -> tuple[TorchClassifier, Progress]:
-    """Train until `epochs` or until the monitor has not improved for `patience` of them; the best epoch's network.
+) -> tuple[TorchClassifier, ClassifierProgress]:
+    """Train until `epochs`, or until the monitor has not improved for `patience` epochs.
 
-    Writes into `out`: checkpoint.safetensors after each epoch, log.jsonl (one line an epoch), config.json. `data`
-    identifies the images, for a resumed run. SIGINT and SIGTERM finish the step, save and return. A run that has ended
-    already returns what it had. `features` [N, D] of the training and of the validation images spare a run with
-    `cached_features` computing them. Raises TrainingError if the loss is not finite or the checkpoint does not fit.
+    SIGINT and SIGTERM finish the step, save and return. Resuming a run that has ended returns its result.
+
+    Args:
+        network: The network to train, in place.
+        training: Training images.
+        validation: The images on which every epoch is measured.
+        config: Hyper-parameters.
+        out: Folder of the run. It gets checkpoint.safetensors after each epoch, log.jsonl (one line for each epoch) and
+            config.json.
+        data: Digest of the images. A run is resumed only with the same one.
+        ranks: The processes; the first one writes.
+        resume: Continue the run that is in `out`.
+        tensorboard: Write TensorBoard's event files.
+        progress_bar: Show progress bars.
+        features: Features [N, D] of the training and of the validation images, if they are known, for a run with
+            `cached_features`.
+
+    Returns:
+        The network of the best epoch, and the progress of the run.
+
+    Raises:
+        TrainingError: The loss is not finite, or the checkpoint has other images or options.
     """
-    if (out / CHECKPOINT).exists() and not resume:
-        raise TrainingError(f"{out}: holds a run already; add --resume to go on with it, or choose another --out")
+    checkpoint = checkpoint_path(out, resume=resume)
     network.to(ranks.device)
     frozen = freeze(network, config)
     state = new_state(network, config)
-    if (out / CHECKPOINT).exists():
-        load_state(out, state, config, data)
+    if checkpoint.exists():
+        load_state(checkpoint, state, config, data)
     if ranks.first:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
     progress = state.progress
     if config.cached_features and features is None:
         measured = TrainingSet((validation.images,), validation.labels)
-        features = tuple(all_features(network, each, ranks, progress_bar) for each in (training, measured))  # type: ignore[assignment]
-    learnt, seen = features if config.cached_features and features is not None else (None, None)
+        features = tuple(all_features(network, images, ranks, progress_bar) for images in (training, measured))  # type: ignore[assignment]
+    training_features, validation_features = (
+        features if config.cached_features and features is not None else (None, None)
+    )
     quiet = not (progress_bar and ranks.first)
     clock = time.monotonic()
     with (
-        stop_requested(insist=ranks.count > 1) as stop,
-        _curves(out, progress.epoch, ranks.first and tensorboard) as curves,
+        stop_requested(ignore_repeated=ranks.count > 1) as stop,
+        _tensorboard_curves(out, progress.epoch, ranks.first and tensorboard) as add_points,
     ):
         while not _ended(progress, config):
             order = epoch_order(training.labels, config, progress.epoch, ranks)
-            learning_mode(network, frozen)
+            set_train_mode(network, frozen)
             with (
-                closing(training_batches(training, learnt, order[progress.step :], ranks)) as steps,
+                closing(training_batches(training, training_features, order[progress.step :], ranks)) as steps,
                 tqdm(
                     total=len(order),
                     initial=progress.step,
@@ -105,12 +125,12 @@ def train(
             if progress.step < len(order):
                 progress.stopped = True
             else:
-                _end_epoch(state, validation, seen, config, ranks, len(order), clock)
+                _end_epoch(state, validation, validation_features, config, ranks, len(order), clock)
                 clock = time.monotonic()
-                curves(progress)
+                add_points(progress)
                 progress.stopped = ranks.any(stop.is_set()) and not _ended(progress, config)
             if ranks.first:
-                save_state(out, state, config, data)
+                save_state(checkpoint, state, config, data)
                 _write_log(out / "log.jsonl", progress)
             if progress.stopped:
                 break
@@ -119,23 +139,23 @@ def train(
 
 @torch.inference_mode()
 def logits_of(network: TorchClassifier, images: NDArray[np.uint8], device: torch.device) -> NDArray[np.float64]:
-    """float64 [N] of uint8 [N, S, S, 3], in eval mode and float32."""
+    """Logits float64 [N] of images uint8 [N, S, S, 3], computed in eval mode and float32."""
     network.to(device).eval()
-    found = [
+    logits = [
         network(to_float(torch.tensor(images[i : i + EVALUATION_BATCH], device=device)))[0].cpu()
         for i in range(0, len(images), EVALUATION_BATCH)
     ]
-    return torch.cat(found).double().numpy()
+    return torch.cat(logits).double().numpy()
 
 
 @torch.inference_mode()
 def logits_of_features(network: TorchClassifier, features: Tensor) -> NDArray[np.float64]:
-    """float64 [N] of features [N, D] on the network's device, in eval mode."""
+    """Logits float64 [N] of features [N, D] on the network's device, computed in eval mode."""
     return network.eval().logit(features).cpu().double().numpy()
 
 
 def class_weights(labels: NDArray[np.int64], config: ClassifierConfig) -> tuple[float, float]:
-    """Weights of benign and malignant images in the loss: with `balance` "weights" each class weighs half of all."""
+    """Weights of benign and malignant images in the loss. With `balance` "weights" each class has half of the weight."""
     if config.balance != "weights":
         return 1.0, 1.0
     share = float(labels.mean())
@@ -143,14 +163,14 @@ def class_weights(labels: NDArray[np.int64], config: ClassifierConfig) -> tuple[
 
 
 def seen_share(training: TrainingSet, config: ClassifierConfig) -> float:
-    """Share of positives as the loss sees it."""
+    """Share of positives that the loss sees."""
     return training.positive_share if config.balance == "none" else 0.5
 
 
 def training_batches(
     training: TrainingSet, features: Tensor | None, order: NDArray[np.int64], ranks: Ranks
 ) -> Generator[tuple[NDArray[np.int64], Tensor]]:
-    """Indices and images (or cached features) of each step."""
+    """Yield indices [n] and images (or cached features) of each step."""
     if features is None:
         yield from read_ahead(training, order, ranks)
     else:
@@ -160,7 +180,7 @@ def training_batches(
 
 
 def training_step(
-    state: State,
+    state: ClassifierState,
     images: Tensor,
     labels: NDArray[np.int64],
     config: ClassifierConfig,
@@ -168,13 +188,20 @@ def training_step(
     ranks: Ranks,
     adjust: Callable[[nn.Module], None] | None = None,
 ) -> None:
-    """One step of Adam; everything random in it follows from seed, epoch, step and rank.
+    """Take one step of Adam. Everything random in it follows from seed, epoch, step and rank.
 
-    `adjust` may add to the network's gradients before they are used.
+    Args:
+        state: Network, optimizer and progress.
+        images: This rank's images uint8 [n, S, S, 3], or their features [n, D] with `cached_features`.
+        labels: Their labels int64 [n].
+        config: Hyper-parameters.
+        training: All training images, whose labels decide the weights of the classes.
+        ranks: The processes.
+        adjust: Adds to the network's gradients before they are used.
     """
     network, progress = state.network, state.progress
-    place = (progress.epoch << 20) + progress.step * ranks.count + ranks.rank + 1
-    torch.manual_seed((config.seed << 32) + place)
+    position = (progress.epoch << 20) + progress.step * ranks.count + ranks.rank + 1
+    torch.manual_seed((config.seed << 32) + position)
     y = torch.from_numpy(labels).to(images.device)
     weights = torch.tensor(class_weights(training.labels, config), device=images.device)[y]
     with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
@@ -183,7 +210,7 @@ def training_step(
         else:
             x = to_float(images)
             if config.augmented:
-                x = turned(x, config.rotation, config.flips)
+                x = rotated_and_flipped(x, config.rotation, config.flips)
             with torch.set_grad_enabled(not config.head_only):
                 features = network.pooled(network.maps(x))
         logits = network.logit(F.dropout(features, config.dropout))
@@ -200,7 +227,7 @@ def training_step(
 
 
 def _end_epoch(
-    state: State,
+    state: ClassifierState,
     validation: RealPart,
     features: Tensor | None,
     config: ClassifierConfig,
@@ -208,9 +235,9 @@ def _end_epoch(
     steps: int,
     clock: float,
 ) -> None:
-    """Measure on the validation part, keep the network if it is the best so far, and lower the rate if it is time."""
+    """Measure on the validation part, keep the network if it is the best so far, and update the learning rate."""
     progress, network = state.progress, state.network
-    # Batch norms average the images of their own process only.
+    # The running averages of batch norms are of the images of one process only.
     ranks.average_([buffer for buffer in network.buffers() if buffer.is_floating_point()])
     if features is not None:
         logits = logits_of_features(network, features)
@@ -237,7 +264,7 @@ def _end_epoch(
     progress.epoch, progress.step, progress.loss_sum = progress.epoch + 1, 0, 0.0
 
 
-def _ended(progress: Progress, config: ClassifierConfig) -> bool:
+def _ended(progress: ClassifierProgress, config: ClassifierConfig) -> bool:
     if progress.epoch >= config.epochs:
         return True
     return progress.epoch > 0 and progress.epoch - 1 - progress.best_epoch >= config.patience
@@ -245,34 +272,32 @@ def _ended(progress: Progress, config: ClassifierConfig) -> bool:
 
 @torch.no_grad()
 def all_features(network: TorchClassifier, training: TrainingSet, ranks: Ranks, progress_bar: bool) -> Tensor:
-    """Features [N, D] of all images, for runs in which they never change."""
+    """Features [N, D] of all images, for runs in which they do not change."""
     network.to(ranks.device).eval()
     starts = range(0, len(training), EVALUATION_BATCH)
-    found = []
+    features = []
     for i in tqdm(starts, "features", disable=not (progress_bar and ranks.first)):
         images = training.read(np.arange(i, min(i + EVALUATION_BATCH, len(training))))
-        found.append(network(to_float(torch.from_numpy(images).to(ranks.device)))[1])
-    return torch.cat(found)
+        features.append(network(to_float(torch.from_numpy(images).to(ranks.device)))[1])
+    return torch.cat(features)
 
 
-def _write_log(path: Path, progress: Progress) -> None:
+def _write_log(path: Path, progress: ClassifierProgress) -> None:
     with atomic_write(path) as partial:
         partial.write_text("".join(json.dumps(row) + "\n" for row in progress.history), encoding="utf-8")
 
 
 @contextmanager
-def _curves(out: Path, epoch: int, wanted: bool) -> Iterator[Callable[[Progress], None]]:
-    """Writes TensorBoard's points of the epoch that has just ended, if wanted; those that a resumed run makes again go."""
-    if not wanted:
+def _tensorboard_curves(out: Path, epoch: int, enabled: bool) -> Iterator[Callable[[ClassifierProgress], None]]:
+    """Yield a function that adds the points of a finished epoch. Points after `epoch` of an interrupted run are hidden."""
+    if not enabled:
         yield lambda progress: None
         return
-    require_tensorboard()
-    from torch.utils.tensorboard import SummaryWriter
 
-    def write(progress: Progress) -> None:
+    def write(progress: ClassifierProgress) -> None:
         for name, value in progress.history[-1].items():
             if name != "epoch":
                 writer.add_scalar(name, value, progress.epoch)
 
-    with SummaryWriter(str(out / "tensorboard"), purge_step=epoch + 1) as writer:
+    with open_writer(out, purge_step=epoch + 1) as writer:
         yield write

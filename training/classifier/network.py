@@ -1,4 +1,4 @@
-"""A classifier's network: how it begins, what of it learns, and what becomes of it when it has learnt."""
+"""The network of a classifier: its first weights, which of them are trained, and its finished form for export."""
 
 from __future__ import annotations
 
@@ -19,11 +19,16 @@ LITE0 = "tf_efficientnet_lite0"
 
 
 def new_network(config: ClassifierConfig, weights: str = "imagenet") -> TorchClassifier:
-    """The network as it begins, with a new last layer that follows from the seed, normalised as the model wants it.
+    """Make the network of a new run, with a new last layer that follows from the seed and the model's normalisation.
 
-    weights: "imagenet" (downloaded once; of tf_efficientnet_lite0 they come with a Python package), "none", or a
-    .safetensors file with the model's weights. DermisError if they cannot be had, TrainingError if the architecture
-    cannot be exported.
+    Args:
+        config: Hyper-parameters.
+        weights: "imagenet" (downloaded once; those of tf_efficientnet_lite0 come with a Python package), "none", or a
+            .safetensors file with the model's weights.
+
+    Raises:
+        DermisError: The weights cannot be read.
+        TrainingError: The architecture cannot be exported.
     """
     architecture = config.architecture
     torch.manual_seed(config.seed)
@@ -47,9 +52,9 @@ def new_network(config: ClassifierConfig, weights: str = "imagenet") -> TorchCla
 
 
 def freeze(network: TorchClassifier, config: ClassifierConfig) -> list[nn.Module]:
-    """Take the weights that the configuration does not train out of the gradient; returns their modules.
+    """Exclude the weights that the configuration does not train from the gradient, and return their modules.
 
-    Their batch norms must stay in eval mode, so call `learning_mode` with them.
+    Their batch norms must stay in eval mode, so call `set_train_mode` with them.
     """
     backbone = network.backbone
     if config.head_only:
@@ -73,25 +78,26 @@ def freeze(network: TorchClassifier, config: ClassifierConfig) -> list[nn.Module
     return frozen
 
 
-def learning_mode(network: TorchClassifier, frozen: list[nn.Module]) -> None:
-    """Train mode, but for what is frozen."""
+def set_train_mode(network: TorchClassifier, frozen: list[nn.Module]) -> None:
+    """Set the network to train mode, except the frozen modules."""
     network.train()
     for module in frozen:
         module.eval()
 
 
 def prior_shift(seen_share: float, real_share: float) -> float:
-    """What to add to a logit learnt where positives had `seen_share`, for images of which they have `real_share`.
+    """The number to add to a logit when the share of positives changes from `seen_share` in training to `real_share`.
 
-    Bayes' rule for a change of class frequencies alone (Elkan 2001; Saerens et al. 2002). Moves no image past another.
+    Bayes' rule for a change of class frequencies alone (Elkan 2001; Saerens et al. 2002). The order of images stays.
     """
     return math.log(real_share / (1 - real_share)) - math.log(seen_share / (1 - seen_share))
 
 
 def finished_network(network: TorchClassifier, shift: float, weights_dtype: WeightsDtype = "fp16") -> TorchClassifier:
-    """A copy as it will be exported: batch norms folded, `shift` added to the logit, weights as they will be stored.
+    """A copy for export: batch norms folded, `shift` added to the logit, weights rounded as they will be stored.
 
-    That is as float16 holds them, or the large ones (`is_large`) as 8-bit integers times a scale an output channel.
+    Weights are rounded to float16; with "int8", large ones (`is_large`) to 8-bit integers times a scale of each output
+    channel.
     """
     finished = copy.deepcopy(network).cpu().float().eval().requires_grad_(False)
     fold_batch_norms(finished.backbone)
@@ -105,21 +111,21 @@ def finished_network(network: TorchClassifier, shift: float, weights_dtype: Weig
 
 
 def as_stored(weights: Tensor) -> Tensor:
-    """float16 of weights, or themselves where it cannot hold them."""
+    """Weights as float16; unchanged if float16 cannot represent one of them."""
     half = weights.half()
     return half if bool(torch.isfinite(half).all()) else weights
 
 
 def is_large(weights: Tensor) -> bool:
-    """Whether a weight is worth eight bits: matrices and dense convolutions, which hold nearly all of a network."""
+    """Whether a weight is a matrix or a dense convolution: these are nearly all of a network."""
     return weights.ndim >= 2 and weights.numel() >= 4096
 
 
 def eight_bit(weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(values, integers int8, scales float32 [O, 1, ...]) with values = integers * scales, O output channels.
+    """(values, integers int8, scales float32 [O, 1, ...]) with values = integers * scales, for O output channels.
 
-    The scale is the largest weight of the channel over 127, rounded up to 11 bits: so the products are exact in float32,
-    and weights that were rounded before come out as they are.
+    The scale is the largest weight of the channel over 127, rounded up to 11 bits, so that the products are exact in float32
+    and rounding a second time changes nothing.
     """
     wide = weights.detach().float()
     largest = wide.abs().amax(dim=tuple(range(1, wide.ndim)), keepdim=True) / 127
@@ -130,41 +136,41 @@ def eight_bit(weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _in_order(backbone: nn.Module) -> list[tuple[nn.Module, bool]]:
-    """The backbone's parts from the image on, and of each whether it is a stage; those before the first are the stem."""
-    found: list[tuple[nn.Module, bool]] = []
+    """The modules of the backbone in the order of the computation, each with whether it is a stage, up to the last stage."""
+    modules: list[tuple[nn.Module, bool]] = []
     for name, child in backbone.named_children():
         if name in ("blocks", "stages"):
-            found += [(stage, True) for stage in child.children()]
+            modules += [(stage, True) for stage in child.children()]
         else:
-            found.append((child, bool(re.fullmatch(r"(layer|inception)\d\w*", name))))
-    last = max((i for i, (_, is_stage) in enumerate(found) if is_stage), default=-1)
-    return found[: last + 1]
+            modules.append((child, bool(re.fullmatch(r"(layer|inception)\d\w*", name))))
+    last = max((i for i, (_, is_stage) in enumerate(modules) if is_stage), default=-1)
+    return modules[: last + 1]
 
 
 @torch.no_grad()
 def _check_exportable(network: TorchClassifier, config: ClassifierConfig) -> None:
-    """TrainingError, before hours of training, if folding batch norms would change what the network computes."""
+    """Raise TrainingError, before hours of training, if folding batch norms would change the output of the network."""
     trial = copy.deepcopy(network).eval()
     draws = torch.Generator().manual_seed(0)
-    for name, buffer in trial.named_buffers():  # fresh batch norms do nothing, and would hide a mistake
+    for name, buffer in trial.named_buffers():  # new batch norms do nothing, and would hide a difference
         if name.endswith("running_mean"):
             buffer.add_(torch.rand(buffer.shape, generator=draws) / 10)
         elif name.endswith("running_var"):
             buffer.mul_(torch.rand(buffer.shape, generator=draws) / 2 + 0.75)
     images = torch.rand(2, 3, config.size, config.size, generator=draws) * 255
-    why = ""
+    reason = ""
     try:
         maps = trial.maps(images)
         before = trial(images)[1]
         fold_batch_norms(trial.backbone)
         after = trial(images)[1]
     except (RuntimeError, AttributeError, TypeError, ValueError, AssertionError) as error:  # each network has its own
-        why = str(error).partition("\n")[0]
+        reason = str(error).partition("\n")[0]
     else:
         left = [module for module in trial.modules() if isinstance(module, nn.BatchNorm2d)]
         if maps.ndim != 4 or not isinstance(trial.head, nn.Linear):
-            why = "it is no convolutional network with one last linear layer"
+            reason = "it is not a convolutional network with one last linear layer"
         elif left or not torch.allclose(before, after, rtol=1e-3, atol=1e-4 * float(before.abs().max())):
-            why = "its batch norms do not follow its convolutions"
-    if why:
-        raise TrainingError(f"architecture: {config.architecture} cannot be trained here at {config.size} px: {why}")
+            reason = "its batch norms do not follow its convolutions"
+    if reason:
+        raise TrainingError(f"architecture: {config.architecture} cannot be trained here at {config.size} px: {reason}")

@@ -1,4 +1,4 @@
-"""One run from images to a measured, calibrated and exported classifier."""
+"""One run: from images to a measured, calibrated and exported classifier."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from training.classifier.evaluate import evaluate
 from training.classifier.export import TOLERANCE, require_onnx, run_onnx, to_onnx
 from training.classifier.loop import logits_of, seen_share, train
 from training.classifier.network import finished_network, new_network, prior_shift
-from training.classifier.state import Progress
+from training.classifier.state import ClassifierProgress
 from training.classifier.synthetic import SyntheticImages
-from training.gan.parallel import Ranks
+from training.distributed import Ranks
 
 Configuration = Literal["real", "synthetic", "augmented"]
 FOLDER = "classifier"
@@ -41,7 +41,7 @@ CHECKED = 64  # test images on which the exported file is compared with torch
 
 @dataclass(frozen=True)
 class ClassifierData:
-    """What a run learns from: `configuration` of real and synthetic images, and the real ones it is measured on."""
+    """The images of a run: real and synthetic training images by `configuration`, and real ones to measure on."""
 
     configuration: Configuration
     real: RealData
@@ -59,7 +59,7 @@ class ClassifierData:
 
     @property
     def training(self) -> TrainingSet:
-        """The images to learn from."""
+        """The training images."""
         arrays, labels = [], []
         if self.configuration != "synthetic":
             arrays.append(self.real.train.images)
@@ -71,23 +71,23 @@ class ClassifierData:
 
     @property
     def digest(self) -> str:
-        """Changes when any image, class or part does."""
+        """SHA-256 that changes with any image, class or part."""
         parts = {name: part.sha256 for name, part in self.real.parts.items()}
-        synthetic = [dict(each) for each in self.synthetic.origin] if self.synthetic else []
-        facts = [self.configuration, parts, synthetic]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        synthetic = [dict(source) for source in self.synthetic.origin] if self.synthetic else []
+        content = [self.configuration, parts, synthetic]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
     def generator_saw_training_part_only(self) -> bool:
-        """Whether every synthetic image is of a bundle that was trained on exactly the real training part."""
+        """Whether every synthetic image is from a bundle that was trained on exactly the real training part."""
         return self.synthetic is not None and all(
             each.get("trained_on") == self.real.train.sha256 for each in self.synthetic.origin
         )
 
 
 @dataclass(frozen=True)
-class Origin:
-    """What a classifier tells of its making beyond what the run itself knows."""
+class ClassifierOrigin:
+    """The name of a classifier, and the part of its provenance that the user states."""
 
     name: str
     scenario: str
@@ -96,12 +96,12 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class Trained:
-    """A run that came to its end: the classifier's folder, what it says, and how the training went."""
+class TrainedClassifier:
+    """The result of a finished run: the classifier's folder and description, and the progress of the training."""
 
     folder: Path
     description: Description
-    progress: Progress
+    progress: ClassifierProgress
 
 
 def train_classifier(
@@ -109,20 +109,36 @@ def train_classifier(
     config: ClassifierConfig,
     out: Path,
     *,
-    origin: Origin,
+    origin: ClassifierOrigin,
     ranks: Ranks,
     weights: str = "imagenet",
     default_threshold: str = DEFAULT,
     resume: bool = False,
     tensorboard: bool = False,
     progress_bar: bool = True,
-    tell: Callable[[str], None] = lambda text: None,
-) -> Trained | None:
-    """Train, calibrate and choose thresholds on validation, measure on test, export; None if the user stopped it.
+    on_phase: Callable[[str], None] = lambda text: None,
+) -> TrainedClassifier | None:
+    """Train, calibrate and choose thresholds on validation images, measure on test images, and export.
 
-    `out` gets what `train` writes, predictions.csv (of validation and test), evaluation.json, and the folder `classifier`,
-    which is replaced. Of several processes the first writes, and alone returns what came of it. Raises TrainingError,
-    before it begins where it can.
+    Args:
+        data: The images.
+        config: Hyper-parameters.
+        out: Folder of the run. It gets the files of `train`, predictions.csv (of validation and test), evaluation.json, and
+            the folder `classifier`, which is replaced.
+        origin: Name and stated provenance.
+        ranks: The processes; the first one writes.
+        weights: First weights, as for `new_network`.
+        default_threshold: Name of the threshold that is the default.
+        resume: Continue the run that is in `out`.
+        tensorboard: Write TensorBoard's event files.
+        progress_bar: Show progress bars.
+        on_phase: Called with the name of each phase after the training.
+
+    Returns:
+        The result; None if the user stopped the training, or on all ranks but the first.
+
+    Raises:
+        TrainingError: An option is not valid (before the training, if possible), or the training or export failed.
     """
     require_onnx()
     if default_threshold not in THRESHOLDS:
@@ -146,7 +162,7 @@ def train_classifier(
     )
     if progress.stopped or not ranks.first:
         return None
-    tell("measuring")
+    on_phase("measuring")
     shift = prior_shift(seen_share(training, config), data.real.validation.positive_share)
     finished = finished_network(best, shift, config.weights_dtype)
     parts = {name: data.real.parts[name] for name in ("validation", "test")}
@@ -155,22 +171,22 @@ def train_classifier(
     metrics = evaluate(parts, logits, default_threshold=default_threshold)
     _write_predictions(out / "predictions.csv", data.real, logits, metrics)
     _write_text(out / "evaluation.json", json.dumps(metrics, indent=2) + "\n")
-    tell("exporting")
+    on_phase("exporting")
     model = to_onnx(finished, config.size, config.weights_dtype)
     check_agreement(model, data.real.test.images[:CHECKED], logits["test"][:CHECKED])
-    described = _describe(data, config, origin, weights, finished, progress, metrics, ranks)
-    card = classifier_card(origin.name, described)
-    described = write_classifier(out / FOLDER, described, model, card, replace=(out / FOLDER).exists())
-    return Trained(out / FOLDER, described, progress)
+    description = _describe(data, config, origin, weights, finished, progress, metrics, ranks)
+    card = classifier_card(origin.name, description)
+    description = write_classifier(out / FOLDER, description, model, card, replace=(out / FOLDER).exists())
+    return TrainedClassifier(out / FOLDER, description, progress)
 
 
 def _describe(
     data: ClassifierData,
     config: ClassifierConfig,
-    origin: Origin,
+    origin: ClassifierOrigin,
     weights: str,
     network: TorchClassifier,
-    progress: Progress,
+    progress: ClassifierProgress,
     metrics: Mapping[str, Any],
     ranks: Ranks,
 ) -> Description:
@@ -180,7 +196,7 @@ def _describe(
         "configuration": data.configuration,
         "split": real.split,
         "parts": {name: {**part.classes, "sha256": part.sha256} for name, part in real.parts.items()},
-        "synthetic": [dict(each) for each in data.synthetic.origin] if data.synthetic else [],
+        "synthetic": [dict(source) for source in data.synthetic.origin] if data.synthetic else [],
         "generator_saw_training_part_only": data.generator_saw_training_part_only,
     }
     training = {
@@ -215,17 +231,28 @@ def _describe(
 
 
 def check_agreement(model: bytes, images: NDArray[np.uint8], logits: NDArray[np.float64]) -> None:
-    apart = float(np.abs(sigmoid(run_onnx(model, images)) - sigmoid(logits)).max())
-    if not apart <= TOLERANCE:
+    """Raise TrainingError if the probabilities of the exported file differ from those of torch.
+
+    Args:
+        model: The ONNX file.
+        images: uint8 [N, S, S, 3].
+        logits: float64 [N], computed by torch.
+    """
+    difference = float(np.abs(sigmoid(run_onnx(model, images)) - sigmoid(logits)).max())
+    if not difference <= TOLERANCE:
         raise TrainingError(
-            f"the exported file's probabilities are up to {apart:.1e} off torch's; the classifier is not written"
+            f"the exported file's probabilities differ by up to {difference:.1e} from those of torch; the classifier is "
+            "not written"
         )
 
 
 def _write_predictions(
     path: Path, real: RealData, logits: Mapping[str, NDArray[np.float64]], metrics: Mapping[str, Any]
 ) -> None:
-    """Every image of validation and test, for edge cases and comparisons. It names images: it is no part of a bundle."""
+    """Write the scores of all images of validation and test, for edge cases and comparisons.
+
+    The file contains names of images, and is therefore not a part of a bundle.
+    """
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("isic_id", "part", "label", "logit", "probability", "calibrated"))

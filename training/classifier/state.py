@@ -1,11 +1,10 @@
-"""What a classifier's run changes as it trains, and its checkpoint."""
+"""The state of a classifier's training, and its checkpoint."""
 
 from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -13,44 +12,44 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from dermis.classifier.torch_network import TorchClassifier
 from dermis.errors import TrainingError
+from training.checkpoint import load_checkpoint, read_state_of_kind, save_checkpoint
 from training.classifier.config import ClassifierConfig
-from training.gan.checkpoint import load_checkpoint, read_state, save_checkpoint
 
-CHECKPOINT = "checkpoint.safetensors"
+KIND = "classifier"  # in checkpoints
 
 
 @dataclass
-class Progress:
-    """Where a run stands; what a checkpoint stores besides tensors."""
+class ClassifierProgress:
+    """How far a run has come. A checkpoint stores it with the tensors."""
 
-    epoch: int = 0  # the one that is running, or would be next
-    step: int = 0  # done of it
+    epoch: int = 0  # the current one, or the next one between two epochs
+    step: int = 0  # finished steps of this epoch
     loss_sum: float = 0.0  # over these steps
     seconds: float = 0.0
     images: int = 0  # shown so far
     best_epoch: int = -1
     best_value: float = 0.0  # of the monitor
     stopped: bool = False  # by the user, before the end
-    history: list[dict[str, float]] = field(default_factory=list)  # one row a finished epoch
+    history: list[dict[str, float]] = field(default_factory=list)  # one row for each finished epoch
 
 
 @dataclass
-class State:
+class ClassifierState:
     """Everything that a checkpoint holds. `best` is the network of the best epoch so far."""
 
     network: TorchClassifier
     best: TorchClassifier
     optimizer: torch.optim.Adam
     scheduler: ReduceLROnPlateau
-    progress: Progress
+    progress: ClassifierProgress
 
     @property
     def modules(self) -> dict[str, nn.Module]:
         return {"network": self.network, "best": self.best}
 
 
-def new_state(network: TorchClassifier, config: ClassifierConfig) -> State:
-    """The state of a run that begins with this network, whose frozen weights need no gradient."""
+def new_state(network: TorchClassifier, config: ClassifierConfig) -> ClassifierState:
+    """The state of a new run with this network. Its weights that require no gradient are not trained."""
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=config.learning_rate)
     scheduler = ReduceLROnPlateau(
@@ -60,33 +59,35 @@ def new_state(network: TorchClassifier, config: ClassifierConfig) -> State:
         patience=config.plateau_patience,
         threshold=0.0,
     )
-    return State(network, copy.deepcopy(network), optimizer, scheduler, Progress())
+    return ClassifierState(network, copy.deepcopy(network), optimizer, scheduler, ClassifierProgress())
 
 
-def save_state(out: Path, state: State, config: ClassifierConfig, data: str) -> None:
-    """Replace the checkpoint. `data` identifies the images. TrainingError, and the old one stays, if it cannot be."""
+def save_state(checkpoint: Path, state: ClassifierState, config: ClassifierConfig, data: str) -> None:
+    """Replace the checkpoint.
+
+    Args:
+        checkpoint: The file.
+        state: What to save.
+        config: The options of the run.
+        data: Digest of the images.
+
+    Raises:
+        TrainingError: A value is not finite or the file cannot be written. The old checkpoint is kept.
+    """
     scalars = {
-        "kind": "classifier",
+        "kind": KIND,
         "config": config.identity,
         "data": data,
         "progress": vars(state.progress),
         "scheduler": state.scheduler.state_dict(),
         "learning_rate": state.optimizer.param_groups[0]["lr"],
     }
-    save_checkpoint(out / CHECKPOINT, state.modules, {"optimizer": state.optimizer}, {}, scalars)
+    save_checkpoint(checkpoint, state.modules, {"optimizer": state.optimizer}, {}, scalars)
 
 
-def load_state(out: Path, state: State, config: ClassifierConfig, data: str) -> None:
-    """Fill the state in place. TrainingError if the checkpoint is of other images or options."""
-    checkpoint = out / CHECKPOINT
-    scalars: dict[str, Any] = read_state(checkpoint)
-    if scalars.get("kind") != "classifier":
-        raise TrainingError(f"{checkpoint}: is the checkpoint of a generator; choose another --out")
-    changed = config.changed_from(scalars["config"])
-    if changed:
-        raise TrainingError(
-            f"{checkpoint}: was trained with another {', '.join(changed)}; use the same options or another --out"
-        )
+def load_state(checkpoint: Path, state: ClassifierState, config: ClassifierConfig, data: str) -> None:
+    """Fill a new state in place with a checkpoint. Raises TrainingError if it is of other images or options."""
+    scalars = read_state_of_kind(checkpoint, KIND, config.identity)
     if scalars["data"] != data:
         raise TrainingError(
             f"{checkpoint}: was trained on other images or another split; use the same or another --out"
@@ -94,5 +95,5 @@ def load_state(out: Path, state: State, config: ClassifierConfig, data: str) -> 
     load_checkpoint(checkpoint, state.modules, {"optimizer": state.optimizer}, {})
     state.scheduler.load_state_dict(scalars["scheduler"])
     state.optimizer.param_groups[0]["lr"] = scalars["learning_rate"]
-    state.progress = Progress(**scalars["progress"])
+    state.progress = ClassifierProgress(**scalars["progress"])
     state.progress.stopped = False

@@ -1,6 +1,7 @@
-"""Synthetic images of a classifier's training part: drawn from a bundle as they are needed, or taken from a dataset.
+"""Synthetic training images for a classifier: generated with a bundle, or read from a dataset.
 
-Decoded or drawn once, at the classifier's size, into a file that the next run finds; drawing that was stopped goes on.
+They are generated or decoded once, at the classifier's size, into a cache file that later runs use. Generation that was
+interrupted continues.
 """
 
 from __future__ import annotations
@@ -39,14 +40,14 @@ if TYPE_CHECKING:
     from dermis.synthesizer import Synthesizer
 
 _NOISE_MODE: NoiseMode = "random"
-_SAVE_EVERY = 512  # images; what is lost at most when drawing is stopped
+_SAVE_EVERY = 512  # images; an interruption loses at most this many
 
 Count = dict[str, int]
 
 
 @dataclass(frozen=True)
 class SyntheticSource:
-    """A bundle or a generated dataset (folder or images.zip). class_name: what all its images are, None to ask it."""
+    """A bundle or a generated dataset (folder or images.zip). class_name: that of all its images; None: the source's own."""
 
     location: str
     class_name: str | None = None
@@ -54,7 +55,7 @@ class SyntheticSource:
 
 @dataclass(frozen=True)
 class SyntheticImages:
-    """Images uint8 [N, S, S, 3] and labels int64 [N]; `origin` says for the card where they come from."""
+    """Arrays of images uint8 [n, S, S, 3], the labels of all images, and for the card the source of each array."""
 
     images: tuple[NDArray[np.uint8], ...]
     labels: tuple[int, ...]
@@ -62,18 +63,18 @@ class SyntheticImages:
 
 
 @dataclass(frozen=True)
-class _Stock:
-    """What one source has of one class. `produce(start)` yields uint8 [n, S, S, 3] from image `start` on."""
+class _ClassImages:
+    """The images of one class in one source. `produce(start)` yields uint8 [n, S, S, 3], starting with image `start`."""
 
-    key: str
+    key: str  # digest of everything that the images depend on
     label: int
-    available: int | None  # None: as many as are asked for
+    available: int | None  # number of images; None: unlimited
     produce: Callable[[int], Generator[Images]]
     origin: Mapping[str, Any] = field(default_factory=dict)
 
 
 def parse_source(text: str) -> SyntheticSource:
-    """A source as it is written on the command line: LOCATION, or benign=LOCATION or malignant=LOCATION."""
+    """Parse a source from the command line: LOCATION, benign=LOCATION or malignant=LOCATION."""
     name, equals, location = text.partition("=")
     return SyntheticSource(location, name) if equals and name in CLASS_NAMES else SyntheticSource(text)
 
@@ -89,54 +90,69 @@ def load_synthetic(
     device: str = "auto",
     progress: bool = True,
 ) -> SyntheticImages:
-    """So many images of each class in `counts`, at `size` px.
+    """Generate or read synthetic images.
 
-    Of a bundle, image i of label k has its latent from (seed, 2 i + k), so a larger count begins with the images of a
-    smaller one; of a dataset the first images of the class are taken. Several sources of one class give equal shares.
-    An unconditional bundle needs its class_name. Raises DataError, StorageError or BundleError.
+    Image i of label k of a bundle has its latent from (seed, 2 i + k), so a larger count begins with the images of a smaller
+    one. Of a dataset, the first images of the class are used. Several sources of one class contribute equal shares.
+
+    Args:
+        sources: Bundles and datasets. The source of an unconditional bundle needs its class_name.
+        counts: Number of images of each class.
+        size: Side of the images in pixels.
+        seed: Seed of generated images.
+        truncation_psi: Truncation of generated images.
+        cache: Folder for the images.
+        device: Where to generate.
+        progress: Show progress bars.
+
+    Raises:
+        DataError: A source has no classes or too few images.
+        BundleError: A bundle cannot be read.
+        StorageError: A dataset cannot be read.
     """
     if not sources:
         raise DataError("synthetic: name a bundle or a generated dataset to take the images from")
     cache.mkdir(parents=True, exist_ok=True)
     images, labels, origin = [], [], []
-    with _Drawing(size, seed, truncation_psi, device) as drawing:
+    with _Generation(size, seed, truncation_psi, device) as generation:
         for label, class_name in enumerate(CLASS_NAMES):
-            wanted = counts.get(class_name, 0)
-            if not wanted:
+            total = counts.get(class_name, 0)
+            if not total:
                 continue
-            found = [_stock(source, label, drawing) for source in sources]
-            stocks = [stock for stock in found if stock is not None]
-            if not stocks:
+            by_source = [_class_images(source, label, generation) for source in sources]
+            parts = [part for part in by_source if part is not None]
+            if not parts:
                 raise DataError(
                     f"synthetic: no source has {class_name} images; give one more, or {class_name}=LOCATION"
                 )
-            for i, stock in enumerate(stocks):
-                count = wanted // len(stocks) + (i < wanted % len(stocks))
-                if stock.available is not None and stock.available < count:
+            for i, part in enumerate(parts):
+                count = total // len(parts) + (i < total % len(parts))
+                if part.available is not None and part.available < count:
                     raise DataError(
-                        f"{stock.origin['name']}: has {stock.available:,} {class_name} images, {count:,} are asked for; "
+                        f"{part.origin['name']}: has {part.available:,} {class_name} images, {count:,} are asked for; "
                         "give a smaller count or a larger dataset"
                     )
-                images.append(_cached(stock, count, size, cache, progress))
+                images.append(_cached(part, count, size, cache, progress))
                 labels += [label] * count
-                origin.append({**stock.origin, "class": class_name, "images": count})
+                origin.append({**part.origin, "class": class_name, "images": count})
     return SyntheticImages(tuple(images), tuple(labels), tuple(origin))
 
 
-class _Drawing:
-    """How images are drawn; each generator is made ready once, when it is first needed, for all its classes."""
+class _Generation:
+    """The options of generation, and the synthesizers, each of which is made when it is first needed."""
 
     def __init__(self, size: int, seed: int, truncation_psi: float, device: str) -> None:
         self.size, self.seed, self.truncation_psi, self.device = size, seed, truncation_psi, device
-        self._ready: dict[str, Synthesizer] = {}
+        self._synthesizers: dict[str, Synthesizer] = {}
         self._open = ExitStack()
 
     def synthesizer(self, bundle: Bundle) -> Synthesizer:
         from dermis.synthesizer import Synthesizer
 
-        if bundle.digest not in self._ready:
-            self._ready[bundle.digest] = self._open.enter_context(Synthesizer(bundle, device=self.device))
-        return self._ready[bundle.digest]
+        if bundle.digest not in self._synthesizers:
+            synthesizer = self._open.enter_context(Synthesizer(bundle, device=self.device))
+            self._synthesizers[bundle.digest] = synthesizer
+        return self._synthesizers[bundle.digest]
 
     def __enter__(self) -> Self:
         return self
@@ -145,15 +161,16 @@ class _Drawing:
         self._open.close()
 
 
-def _stock(source: SyntheticSource, label: int, drawing: _Drawing) -> _Stock | None:
+def _class_images(source: SyntheticSource, label: int, generation: _Generation) -> _ClassImages | None:
+    """The images of a class in a source; None if it has none."""
     if source.class_name not in (None, CLASS_NAMES[label]):
         return None
     if exists(source.location, DESCRIPTOR):
-        return _of_bundle(open_bundle(source.location), source, label, drawing)
-    return _of_dataset(source, label, drawing.size)
+        return _of_bundle(open_bundle(source.location), source, label, generation)
+    return _of_dataset(source, label, generation.size)
 
 
-def _of_bundle(bundle: Bundle, source: SyntheticSource, label: int, drawing: _Drawing) -> _Stock | None:
+def _of_bundle(bundle: Bundle, source: SyntheticSource, label: int, generation: _Generation) -> _ClassImages | None:
     if source.class_name is None and not bundle.class_names:
         raise DataError(
             f"{bundle.location}: its generator has no classes; say which its images are: benign={bundle.location} or "
@@ -166,20 +183,20 @@ def _of_bundle(bundle: Bundle, source: SyntheticSource, label: int, drawing: _Dr
         return None
 
     def produce(start: int) -> Generator[Images]:
-        synthesizer = drawing.synthesizer(bundle)
+        synthesizer = generation.synthesizer(bundle)
         batch = synthesizer.preferred_batch
         while True:
             rows = range(start, start + batch)
-            drawn = synthesizer.images(
-                seeds=[drawing.seed] * batch,
+            images = synthesizer.images(
+                seeds=[generation.seed] * batch,
                 indices=[2 * i + label for i in rows],
                 labels=[numbers[i % len(numbers)] for i in rows],
-                truncation_psi=drawing.truncation_psi,
+                truncation_psi=generation.truncation_psi,
                 noise_mode=_NOISE_MODE,
             )
-            if drawn.shape[3] == 1:
-                drawn = drawn.repeat(3, axis=3)
-            yield np.stack([to_input(image, drawing.size) for image in drawn])
+            if images.shape[3] == 1:
+                images = images.repeat(3, axis=3)
+            yield np.stack([to_input(image, generation.size) for image in images])
             start += batch
 
     trained_on = bundle.provenance.get("dataset")
@@ -187,50 +204,56 @@ def _of_bundle(bundle: Bundle, source: SyntheticSource, label: int, drawing: _Dr
         "kind": "bundle",
         "name": bundle.name,
         "digest": bundle.digest,
-        "seed": drawing.seed,
-        "truncation_psi": drawing.truncation_psi,
+        "seed": generation.seed,
+        "truncation_psi": generation.truncation_psi,
         "noise_mode": _NOISE_MODE,
         "licence": bundle.provenance.get("licence", "unknown"),
         "trained_on": trained_on.get("sha256") if isinstance(trained_on, dict) else None,
     }
-    facts = [
+    content = [
         bundle.digest,
-        drawing.seed,
-        drawing.truncation_psi,
+        generation.seed,
+        generation.truncation_psi,
         _NOISE_MODE,
         numbers,
         label,
-        drawing.size,
-        drawing.device,
+        generation.size,
+        generation.device,
     ]
-    return _Stock(_digest(facts), label, None, produce, origin)
+    return _ClassImages(_digest(content), label, None, produce, origin)
 
 
-def _of_dataset(source: SyntheticSource, label: int, size: int) -> _Stock | None:
-    """A dataset of `dermis generate`, its images.zip alone, or any folder with one sub-folder a class."""
+def _of_dataset(source: SyntheticSource, label: int, size: int) -> _ClassImages | None:
+    """Images of a dataset of `dermis generate`, of its images.zip alone, or of a folder with one sub-folder per class."""
     counts, name, digest, read = _open_dataset(Path(source.location))
     names = [each for each in counts if source.class_name is not None or is_melanoma(each) == bool(label)]
     if not names:
         return None
 
     def produce(start: int) -> Generator[Images]:
-        chosen = 0
+        position = 0
         for class_name, data in read():
             if class_name in names:
-                if chosen >= start:
+                if position >= start:
                     yield to_input(decode(data()), size)[None]
-                chosen += 1
+                position += 1
 
     origin = {"kind": "dataset", "name": name, "digest": digest}
-    return _Stock(_digest([digest, names, label, size]), label, sum(counts[each] for each in names), produce, origin)
+    available = sum(counts[each] for each in names)
+    return _ClassImages(_digest([digest, names, label, size]), label, available, produce, origin)
 
 
 _Read = Callable[[], Iterator[tuple[str, Callable[[], bytes]]]]
-"""Yields the class of each image and a function that gives its bytes."""
+"""Yields the class of each image, and a function that returns its bytes."""
 
 
 def _open_dataset(path: Path) -> tuple[Count, str, str, _Read]:
-    """Images of each class, the dataset's name, its identity, and how to go through it. DataError or StorageError."""
+    """The number of images of each class, the name of the dataset, its digest, and a function that reads all images.
+
+    Raises:
+        DataError: It is not a dataset with classes.
+        StorageError: It cannot be read.
+    """
     if path.is_dir() and (path / MANIFEST).is_file():
         return _finished_dataset(path)
     if path.is_file() and zipfile.is_zipfile(path):
@@ -242,7 +265,7 @@ def _open_dataset(path: Path) -> tuple[Count, str, str, _Read]:
                 return _counted(classes.values()), path.name, digest, lambda: _zip_images(path, classes)
     source = read_source(path, binary=True)
     if not source.class_names:
-        raise DataError(f"{path}: its images have no classes; a synthetic source tells benign from malignant")
+        raise DataError(f"{path}: its images have no classes; a synthetic source needs benign and malignant")
     digest = _digest([record.image.stamp() for record in source.records if record.image])
     records = [record for record in source.records if record.image]
     return (
@@ -272,7 +295,7 @@ def _zip_images(path: Path, classes: Mapping[str, str]) -> Iterator[tuple[str, C
 
 
 def _classes(table: bytes) -> dict[str, str]:
-    """Class of each file that a generated dataset's metadata.csv names."""
+    """The class of each file in the metadata.csv of a generated dataset."""
     rows = csv.DictReader(io.StringIO(table.decode(), newline=""))
     return {row["file_name"]: row["target"] for row in rows}
 
@@ -285,20 +308,20 @@ def _counted(names: Iterable[str]) -> Count:
     return dict(Counter(names))
 
 
-def _digest(facts: Sequence[Any]) -> str:
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+def _digest(content: Sequence[Any]) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _cached(stock: _Stock, count: int, size: int, cache: Path, progress: bool) -> NDArray[np.uint8]:
-    """The first `count` images of a stock, memory-mapped from the cache, drawn or decoded where they are not there."""
-    file = cache / f"synthetic-{stock.key[:16]}-{count}.npy"
+def _cached(part: _ClassImages, count: int, size: int, cache: Path, progress: bool) -> NDArray[np.uint8]:
+    """The first `count` images, memory-mapped from the cache. They are generated or decoded if they are not cached."""
+    file = cache / f"synthetic-{part.key[:16]}-{count}.npy"
     if not file.exists():
         partial, done = file.with_suffix(".partial"), file.with_suffix(".done")
         start = int(done.read_text()) if done.exists() and partial.exists() else 0
         images = open_memmap(partial, "r+" if start else "w+", dtype=np.uint8, shape=(count, size, size, 3))
         with (
-            closing(stock.produce(start)) as batches,
-            tqdm(total=count, initial=start, desc=CLASS_NAMES[stock.label], unit="img", disable=not progress) as bar,
+            closing(part.produce(start)) as batches,
+            tqdm(total=count, initial=start, desc=CLASS_NAMES[part.label], unit="img", disable=not progress) as bar,
         ):
             saved = start
             while start < count:
@@ -314,5 +337,5 @@ def _cached(stock: _Stock, count: int, size: int, cache: Path, progress: bool) -
         del images
         partial.replace(file)
         done.unlink(missing_ok=True)
-    found: NDArray[np.uint8] = np.load(file, mmap_mode="r")
-    return found
+    cached: NDArray[np.uint8] = np.load(file, mmap_mode="r")
+    return cached

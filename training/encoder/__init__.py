@@ -1,1 +1,1 @@
-"""Training of encoders: images to latents of one generator, for projections to start from."""
+"""Training of encoders: networks from an image to a latent of one generator, from which projections can start."""

@@ -1,14 +1,13 @@
-"""Everything that decides what an encoder's training computes, beside the generator and the images."""
+"""Everything except the generator and the images that decides what an encoder's training computes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from dermis.errors import TrainingError
 
-_LENGTH = ("steps",)  # what a resumed run may have otherwise
+_FREE = ("steps",)  # options that can change when a run is resumed
 
 
 @dataclass(frozen=True)
@@ -21,10 +20,10 @@ class EncoderConfig:
     steps: int = 3000
     batch: int = 16
     learning_rate: float = 1e-3
-    warm_up: int = 600  # steps that regress latents alone, of generated images, before images are compared
+    warm_up: int = 600  # first steps, which only regress the latents of generated images
     distance: str = "vgg16"
-    real_share: float = 0.75  # of a batch after that, where there are real images
-    pixels: float = 5.0  # weight of the mean squared error of pixels, in -1..1, beside the perceptual distance
+    real_share: float = 0.75  # share of real images in a batch after the warm-up, if there are real images
+    pixels: float = 5.0  # weight of the mean squared error of pixels (in -1..1); the perceptual distance has weight 1
     prior: float = 0.05  # weight of the mean square of the coordinates of real images
     seed: int = 0
 
@@ -40,10 +39,5 @@ class EncoderConfig:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What must not change when a run is resumed."""
-        return {name: value for name, value in asdict(self).items() if name not in _LENGTH}
-
-    def changed_from(self, stored: Mapping[str, Any]) -> list[str]:
-        """Names of the options that differ from `stored`, the identity of a checkpoint."""
-        now = self.identity
-        return sorted(name for name in now.keys() | stored.keys() if now.get(name) != stored.get(name))
+        """The options that must not change when a run is resumed."""
+        return {name: value for name, value in asdict(self).items() if name not in _FREE}

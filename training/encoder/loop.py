@@ -1,9 +1,9 @@
-"""The loop: generated images teach the encoder their latents, real ones what comes of its latents.
+"""The training loop of an encoder, which learns from generated images and, optionally, from real ones.
 
-First a regression on generated images, whose latents are known. Then every image, real or generated, is encoded and drawn
-again, and the loss is what is lost on the way (perceptual distance and pixels), with a weak pull of real images' latents
-towards the mean and, for generated ones, the regression. (In the manner of Richardson et al., "Encoding in Style", arXiv
-2008.00951, with an encoder small enough to start an optimisation and no more.)
+The first steps regress the latents of generated images, which are known. After them every image, real or generated, is
+encoded and reconstructed with the generator. The loss is then the perceptual distance and the pixel error between image and
+reconstruction, a weak prior that keeps the latents of real images near the mean, and the regression for generated images.
+(After Richardson et al., "Encoding in Style", arXiv 2008.00951, with a small encoder that only has to start an optimisation.)
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,19 +27,19 @@ from dermis.latents import z_for
 from dermis.networks import Generator, one_hot
 from dermis.projection.encoder import EncoderNetwork
 from dermis.projection.perceptual import Perceptual, perceptual
+from training.checkpoint import checkpoint_path, load_checkpoint, read_state_of_kind, save_checkpoint
 from training.encoder.config import EncoderConfig
-from training.gan.checkpoint import load_checkpoint, read_state, save_checkpoint
 from training.interrupt import stop_requested
 
-CHECKPOINT = "checkpoint.safetensors"
+KIND = "encoder"  # in checkpoints
 _BASIS_SAMPLES = 10_000
 _SAVE_SECONDS = 120.0
-_STREAM = 7  # of the seed: latents that no dataset draws, as datasets count from index 0 of their seeds
+_STREAM = 7  # makes seeds that differ from those of datasets, so that no dataset has the same latents
 
 
 @dataclass
-class Progress:
-    """Where a run stands; what a checkpoint stores besides tensors."""
+class EncoderProgress:
+    """How far a run has come. A checkpoint stores it with the tensors."""
 
     step: int = 0
     seconds: float = 0.0
@@ -48,7 +47,7 @@ class Progress:
 
 
 def new_network(generator: Generator, config: EncoderConfig) -> EncoderNetwork:
-    """An encoder that gives the mean latent, with the basis of this generator."""
+    """Make an untrained encoder, whose output is the mean latent, with the basis of this generator."""
     device = generator.mapping.w_avg.device
     components = min(config.components, generator.config.w_dim)
     w = torch.from_numpy(latents(generator, range(_BASIS_SAMPLES), config.seed)).double()
@@ -70,28 +69,38 @@ def train(
     identity: str,
     resume: bool = False,
     progress_bar: bool = True,
-) -> Progress:
-    """Train `network` in place until `steps`. real: uint8 [N, R, R, 3] at the generator's resolution, or None.
+) -> EncoderProgress:
+    """Train `network` in place until `steps`.
 
-    Writes checkpoint.safetensors and log.jsonl into `out`. `identity` names generator and images, for a resumed run.
-    SIGINT and SIGTERM finish the step, save and return. A run that is stopped and resumed computes what an uninterrupted
-    one would have, bit for bit on the CPU. TrainingError if the loss is not finite or the checkpoint does not fit.
+    SIGINT and SIGTERM finish the step, save and return. A run that is stopped and resumed computes the same as an
+    uninterrupted one, bit for bit on the CPU.
+
+    Args:
+        generator: The generator whose latents the encoder finds.
+        network: The encoder.
+        real: Real images uint8 [N, R, R, 3] at the generator's resolution, or None.
+        config: Hyper-parameters.
+        out: Folder of the run. It gets checkpoint.safetensors and log.jsonl.
+        identity: Digest of generator and images. A run is resumed only with the same one.
+        resume: Continue the run that is in `out`.
+        progress_bar: Show a progress bar.
+
+    Raises:
+        TrainingError: The loss is not finite, or the checkpoint has another generator, other images or options.
     """
     device = generator.mapping.w_avg.device
     dtype = None if fast_dtype(device) == torch.float32 else fast_dtype(device)
     distance = perceptual(config.distance, device, dtype)
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=1e-4)
-    progress = Progress()
-    checkpoint = out / CHECKPOINT
-    if checkpoint.exists() and not resume:
-        raise TrainingError(f"{out}: holds a run already; add --resume to go on with it, or choose another --out")
+    progress = EncoderProgress()
+    checkpoint = checkpoint_path(out, resume=resume)
     out.mkdir(parents=True, exist_ok=True)
     if checkpoint.exists():
         _load(checkpoint, network, optimizer, progress, config, identity)
     mode = "a" if progress.step else "w"
     saved = clock = time.monotonic()
     with (
-        stop_requested(insist=False) as stop,
+        stop_requested(ignore_repeated=False) as stop,
         (out / "log.jsonl").open(mode, encoding="utf-8") as log,
         tqdm(
             total=config.steps,
@@ -132,7 +141,7 @@ def train(
 
 
 def _rate(config: EncoderConfig, step: int) -> float:
-    """Up in 100 steps, then down along a cosine."""
+    """The learning rate of a step: it rises linearly in 100 steps and falls along a cosine."""
     return config.learning_rate * min(1.0, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * step / config.steps))
 
 
@@ -145,41 +154,39 @@ def _losses(
     distance: Perceptual,
     dtype: torch.dtype | None,
 ) -> dict[str, Tensor]:
-    """The terms of the loss of a step, which depend on step and seed alone."""
+    """The terms of the loss of a step. Everything random in them follows from seed and step."""
     device = generator.mapping.w_avg.device
     rng = np.random.default_rng([config.seed, step])
-    drawing = step >= config.warm_up
-    ours = config.batch - (round(config.batch * config.real_share) if drawing and real is not None else 0)
-    images, wanted = [], torch.empty(0, network.num_ws, len(network.basis), device=device)
-    if ours:
-        ws = _mixed_latents(generator, config, step, ours, rng)
+    reconstructing = step >= config.warm_up
+    generated = config.batch - (round(config.batch * config.real_share) if reconstructing and real is not None else 0)
+    images, target = [], torch.empty(0, network.num_ws, len(network.basis), device=device)
+    if generated:
+        ws = _mixed_latents(generator, config, step, generated, rng)
         with torch.no_grad():
-            images.append(draw(generator, ws, dtype).clamp(0, 255))
+            images.append(synthesize(generator, ws, dtype).clamp(0, 255))
         norms = network.basis.square().sum(dim=1)
-        wanted = (ws - network.mean) @ network.basis.T / norms
-    if real is not None and ours < config.batch:
-        chosen = _turned(
-            real[np.sort(rng.choice(len(real), config.batch - ours, replace=len(real) < config.batch))], rng
-        )
-        images.append(torch.tensor(chosen, device=device).permute(0, 3, 1, 2).float())
+        target = (ws - network.mean) @ network.basis.T / norms
+    if real is not None and generated < config.batch:
+        chosen = real[np.sort(rng.choice(len(real), config.batch - generated, replace=len(real) < config.batch))]
+        images.append(torch.tensor(_rotated_and_flipped(chosen, rng), device=device).permute(0, 3, 1, 2).float())
     batch = torch.cat(images)
     coordinates = network.coordinates(batch)
     terms = {}
-    if ours:
-        weight = 1.0 if not drawing else 0.1
-        terms["latent"] = weight * (coordinates[:ours] - wanted).square().mean()
-    if drawing:
-        again = draw(generator, network.latents(coordinates), dtype)
-        terms["perceptual"] = (distance.embed(again) - distance.embed(batch)).square().sum(dim=1).mean()
-        terms["pixels"] = config.pixels * ((again - batch) / 127.5).square().mean()
+    if generated:
+        weight = 1.0 if not reconstructing else 0.1
+        terms["latent"] = weight * (coordinates[:generated] - target).square().mean()
+    if reconstructing:
+        reconstruction = synthesize(generator, network.latents(coordinates), dtype)
+        terms["perceptual"] = (distance.embed(reconstruction) - distance.embed(batch)).square().sum(dim=1).mean()
+        terms["pixels"] = config.pixels * ((reconstruction - batch) / 127.5).square().mean()
         terms["prior"] = (
-            config.prior * coordinates[ours:].square().mean() if ours < len(batch) else coordinates.sum() * 0
+            config.prior * coordinates[generated:].square().mean() if generated < len(batch) else coordinates.sum() * 0
         )
     return terms
 
 
-def draw(generator: Generator, ws: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Images float [N, 3, R, R] in 0..255, not clamped."""
+def synthesize(generator: Generator, ws: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Images float [N, 3, R, R] in about 0..255, not clamped, of ws [N, num_ws, w_dim], with constant noise."""
     image: Tensor = generator.synthesis(ws, noise_mode="const", dtype=dtype)
     return (image + 1) * 127.5
 
@@ -187,49 +194,49 @@ def draw(generator: Generator, ws: Tensor, dtype: torch.dtype | None) -> Tensor:
 def _mixed_latents(
     generator: Generator, config: EncoderConfig, step: int, count: int, rng: np.random.Generator
 ) -> Tensor:
-    """ws [count, num_ws, w_dim]: half of them of two latents, the second from a random layer on, so that W+ is seen too."""
+    """ws [count, num_ws, w_dim], of which about half change to a second w at a random layer, for training with W+."""
     first = step * config.batch
     w, other = (latents(generator, range(first, first + count), config.seed, stream=stream) for stream in (1, 2))
     ws = np.repeat(w[:, None], generator.num_ws, axis=1)
-    for row, place in enumerate(rng.integers(1, 2 * generator.num_ws, count)):
-        ws[row, place:] = other[row]
+    for row, layer in enumerate(rng.integers(1, 2 * generator.num_ws, count)):
+        ws[row, layer:] = other[row]
     return torch.from_numpy(ws).to(generator.mapping.w_avg.device)
 
 
 def latents(generator: Generator, indices: Sequence[int], seed: int, *, stream: int = 0) -> NDArray[np.float32]:
-    """w [N, w_dim] of samples of a stream of the seed, the classes taking turns."""
+    """w [N, w_dim] of these indices in one of the seed's independent streams. The class of index i is i modulo c_dim."""
     device = generator.mapping.w_avg.device
     classes = generator.config.c_dim
-    found = []
+    parts = []
     for start in range(0, len(indices), 1000):
-        part = indices[start : start + 1000]
-        z = torch.from_numpy(z_for(seed * 8 + _STREAM + stream, part, generator.config.z_dim)).to(device)
-        c = one_hot([index % classes for index in part], classes, device) if classes else None
+        chunk = indices[start : start + 1000]
+        z = torch.from_numpy(z_for(seed * 8 + _STREAM + stream, chunk, generator.config.z_dim)).to(device)
+        c = one_hot([index % classes for index in chunk], classes, device) if classes else None
         with torch.no_grad():
-            found.append(generator.mapping(z, c)[:, 0].cpu().numpy())
-    return np.concatenate(found)
+            parts.append(generator.mapping(z, c)[:, 0].cpu().numpy())
+    return np.concatenate(parts)
 
 
-def _turned(images: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Flipped and turned by quarters: a lesion has no right side up."""
-    found = images.copy()
+def _rotated_and_flipped(images: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Rotate by quarter turns and flip at random, since a lesion has no upright position."""
+    result = images.copy()
     for row, (turns, flip) in enumerate(
         zip(rng.integers(0, 4, len(images)), rng.integers(0, 2, len(images)), strict=True)
     ):
-        image = np.rot90(found[row], turns)
-        found[row] = image[:, ::-1] if flip else image
-    return found
+        image = np.rot90(result[row], turns)
+        result[row] = image[:, ::-1] if flip else image
+    return result
 
 
 def _save(
     path: Path,
     network: EncoderNetwork,
     optimizer: torch.optim.Optimizer,
-    progress: Progress,
+    progress: EncoderProgress,
     config: EncoderConfig,
     identity: str,
 ) -> None:
-    scalars = {"kind": "encoder", "config": config.identity, "identity": identity, "progress": vars(progress)}
+    scalars = {"kind": KIND, "config": config.identity, "identity": identity, "progress": vars(progress)}
     save_checkpoint(path, {"network": network}, {"optimizer": optimizer}, {}, scalars)
 
 
@@ -237,16 +244,11 @@ def _load(
     path: Path,
     network: EncoderNetwork,
     optimizer: torch.optim.Optimizer,
-    progress: Progress,
+    progress: EncoderProgress,
     config: EncoderConfig,
     identity: str,
 ) -> None:
-    scalars: dict[str, Any] = read_state(path)
-    if scalars.get("kind") != "encoder":
-        raise TrainingError(f"{path}: is no checkpoint of an encoder; choose another --out")
-    changed = config.changed_from(scalars["config"])
-    if changed:
-        raise TrainingError(f"{path}: was trained with another {', '.join(changed)}; use the same or another --out")
+    scalars = read_state_of_kind(path, KIND, config.identity)
     if scalars["identity"] != identity:
         raise TrainingError(f"{path}: was trained for another generator or on other images; choose another --out")
     load_checkpoint(path, {"network": network}, {"optimizer": optimizer}, {})

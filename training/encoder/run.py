@@ -1,4 +1,4 @@
-"""One run from a bundle and real images to a measured encoder's folder."""
+"""One run: from a bundle and real images to the folder of a measured encoder."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from dermis.projection.encoder import GENERATOR, EncoderNetwork, network_from
 from dermis.projection.perceptual import Perceptual, perceptual
 from training.data.images import ImageDataset
 from training.encoder.config import EncoderConfig
-from training.encoder.loop import Progress, draw, latents, new_network, train
+from training.encoder.loop import EncoderProgress, latents, new_network, synthesize, train
 
 FOLDER = "encoder"
 MEASURED = 256  # images of each kind
-_UNSEEN = 3  # stream of latents that training does not draw
+_UNSEEN = 3  # stream of latents that training does not use
 
 
 @dataclass(frozen=True)
-class Trained:
-    """A run that came to its end."""
+class TrainedEncoder:
+    """The result of a finished run."""
 
     folder: Path
     description: EncoderDescription
-    progress: Progress
+    progress: EncoderProgress
 
 
 def train_encoder(
@@ -50,29 +50,42 @@ def train_encoder(
     device: str = "auto",
     resume: bool = False,
     progress_bar: bool = True,
-) -> Trained | None:
-    """Train and measure an encoder for a bundle's generator; None if the user stopped it.
+) -> TrainedEncoder | None:
+    """Train and measure an encoder for the generator of a bundle.
 
-    `out` gets what `train` writes and the folder `encoder`, which is replaced. real: images to learn from beside generated
-    ones; held_out: others, to measure on; both at the generator's resolution. Raises TrainingError.
+    Args:
+        bundle: The bundle.
+        config: Hyper-parameters.
+        out: Folder of the run. It gets the files of `train`, and the folder `encoder`, which is replaced.
+        real: Real training images at the generator's resolution. Generated images are always used.
+        held_out: Other real images at this resolution, to measure on.
+        device: Where to compute.
+        resume: Continue the run that is in `out`.
+        progress_bar: Show a progress bar.
+
+    Returns:
+        The result; None if the user stopped the training.
+
+    Raises:
+        TrainingError: The images cannot be used, or the training failed.
     """
     for name, images in (("images", real), ("held-out", held_out)):
         if images is not None and images.resolution != bundle.generator.img_resolution:
             raise TrainingError(f"{name}: {images.resolution} px images for a generator of another resolution")
     if real is not None and held_out is not None and (both := set(real.contents) & set(held_out.contents)):
-        raise TrainingError(f"held-out: {len(both)} of its files are in --images too; hold other images out")
+        raise TrainingError(f"held-out: {len(both)} of its files are also in --images; choose other held-out images")
     target = resolve_device(device)
     generator = load_generator(bundle).to(target)
     network = new_network(generator, config)
-    facts = {"generator": bundle.files[GENERATOR].sha256, "images": real.sha256 if real else None}
-    identity = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    digests = {"generator": bundle.files[GENERATOR].sha256, "images": real.sha256 if real else None}
+    identity = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
     pixels = None if real is None else real.images
     progress = train(
         generator, network, pixels, config, out, identity=identity, resume=resume, progress_bar=progress_bar
     )
     if progress.stopped:
         return None
-    described = EncoderDescription(
+    description = EncoderDescription(
         backbone=config.backbone,
         size=config.size,
         components=len(network.basis),
@@ -91,29 +104,32 @@ def train_encoder(
     weights = safetensors.torch.save(
         {name: value.detach().cpu().half().contiguous() for name, value in network.state_dict().items()}
     )
-    stored = network_from(weights, described, "encoder.safetensors").to(target).eval()
+    stored = network_from(weights, description, "encoder.safetensors").to(target).eval()
     metrics = _measure(generator, stored, held_out, config)
-    described = EncoderDescription(**{**vars(described), "metrics": metrics})
+    description = EncoderDescription(**{**vars(description), "metrics": metrics})
     folder = out / FOLDER
-    return Trained(folder, write_encoder_folder(folder, described, weights, replace=folder.exists()), progress)
+    description = write_encoder_folder(folder, description, weights, replace=folder.exists())
+    return TrainedEncoder(folder, description, progress)
 
 
 @torch.inference_mode()
 def _measure(
     generator: Generator, network: EncoderNetwork, held_out: ImageDataset | None, config: EncoderConfig
 ) -> Mapping[str, Any]:
-    """Mean distance and pixel error of encoded images, drawn again, and of the mean image in their place."""
+    """Mean distance and pixel error between images and their reconstructions from the encoder and from the mean latent."""
     device = generator.mapping.w_avg.device
     distance = perceptual(config.distance, device)
     w = torch.from_numpy(latents(generator, range(MEASURED), config.seed, stream=_UNSEEN)).to(device)
-    ours = [draw(generator, part[:, None].expand(-1, generator.num_ws, -1), None) for part in torch.split(w, 32)]
-    found = {"distance": config.distance, "generated": _compare(generator, network, torch.cat(ours), distance)}
+    images = [
+        synthesize(generator, part[:, None].expand(-1, generator.num_ws, -1), None) for part in torch.split(w, 32)
+    ]
+    metrics = {"distance": config.distance, "generated": _compare(generator, network, torch.cat(images), distance)}
     if held_out is not None:
         chosen = np.unique(np.linspace(0, len(held_out.ids) - 1, MEASURED).round().astype(int))
-        images: NDArray[np.uint8] = held_out.images[chosen]
-        real = torch.tensor(images, device=device).permute(0, 3, 1, 2).float()
-        found["held_out"] = _compare(generator, network, real, distance)
-    return found
+        pixels: NDArray[np.uint8] = held_out.images[chosen]
+        real = torch.tensor(pixels, device=device).permute(0, 3, 1, 2).float()
+        metrics["held_out"] = _compare(generator, network, real, distance)
+    return metrics
 
 
 def _compare(
@@ -121,12 +137,12 @@ def _compare(
 ) -> dict[str, float]:
     sums = np.zeros(4)
     for part in torch.split(images.clamp(0, 255), 32):
-        wanted = distance.embed(part)
+        target = distance.embed(part)
         centre = network.mean.expand(len(part), generator.num_ws, -1)
-        for place, ws in enumerate((network(part), centre)):
-            again = draw(generator, ws, None)
-            sums[2 * place] += (distance.embed(again) - wanted).square().sum().item()
-            sums[2 * place + 1] += (again.clamp(0, 255) - part).square().mean(dim=(1, 2, 3)).sqrt().sum().item()
+        for row, ws in enumerate((network(part), centre)):
+            image = synthesize(generator, ws, None)
+            sums[2 * row] += (distance.embed(image) - target).square().sum().item()
+            sums[2 * row + 1] += (image.clamp(0, 255) - part).square().mean(dim=(1, 2, 3)).sqrt().sum().item()
     names = ("encoded", "encoded_pixel_error", "mean_start", "mean_start_pixel_error")
     return {
         "images": len(images),

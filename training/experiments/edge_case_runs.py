@@ -22,8 +22,8 @@ from training.classifier.loop import all_features, logits_of, logits_of_features
 from training.classifier.network import new_network, prior_shift
 from training.classifier.synthetic import SyntheticImages
 from training.data.cache import new_array, read_array
+from training.distributed import Ranks
 from training.experiments.plan import write_beside
-from training.gan.parallel import Ranks
 
 Floats = NDArray[np.float64]
 

@@ -40,9 +40,9 @@ from training.classifier.config import ClassifierConfig
 from training.classifier.data import CLASS_NAMES, RealData
 from training.classifier.synthetic import SyntheticImages, SyntheticSource, load_synthetic
 from training.data.diagnoses import is_melanoma
+from training.distributed import Ranks
 from training.experiments.edge_case_runs import Learner, Run
 from training.experiments.plan import write_beside
-from training.gan.parallel import Ranks
 
 ARMS = ("real", "random", "neighbours")
 NEIGHBOURS, PLAN = "neighbours", "plan.json"

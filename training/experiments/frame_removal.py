@@ -47,9 +47,9 @@ from training.classifier.synthetic import SyntheticImages
 from training.data.artefacts import THRESHOLDS, detect_artefacts
 from training.data.cache import new_array, read_array
 from training.data.diagnoses import is_melanoma
+from training.distributed import Ranks
 from training.experiments.edge_case_runs import Learner, Run
 from training.experiments.plan import write_beside
-from training.gan.parallel import Ranks
 
 ARMS = ("plain", "framed", "removed")
 PLAN, RESULTS, TABLE = "plan.json", "results.json", "table.md"

@@ -24,7 +24,7 @@ from training.evaluation.evaluation import evaluate_bundle, keep_metrics
 from training.experiments.plan import METRICS, NOISE_MODE, Measuring, Task, write_beside
 from training.gan.config import GanConfig
 from training.gan.loop import train
-from training.gan.snapshot import Origin, write_snapshot
+from training.gan.snapshot import GeneratorOrigin, write_snapshot
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def run_experiment(
     task: Task,
     folder: Path,
     measuring: Measuring,
-    origin: Origin,
+    origin: GeneratorOrigin,
     *,
     device: torch.device,
     cache: Path | None = None,

@@ -22,11 +22,11 @@ from dermis.bundle.folder import exists
 from dermis.errors import TrainingError
 from training.classifier.config import ClassifierConfig
 from training.classifier.data import RealData
-from training.classifier.run import ClassifierData, Origin, train_classifier
+from training.classifier.run import ClassifierData, ClassifierOrigin, train_classifier
 from training.classifier.synthetic import SyntheticImages, SyntheticSource, load_synthetic, parse_source
+from training.distributed import Ranks
 from training.experiments.plan import PLAN, write_beside
 from training.experiments.scenarios import GENERATORS, Scenario, sources_of_table1
-from training.gan.parallel import Ranks
 
 DONE = "done.json"
 _PREDICTIONS = "predictions.csv"
@@ -141,7 +141,7 @@ def run_tasks(
     seeds: Sequence[int],
     *,
     weights: str,
-    origin: Origin,
+    origin: ClassifierOrigin,
     ranks: Ranks,
     tell: Callable[[str], None],
     progress_bar: bool = True,

@@ -19,21 +19,21 @@ from torch import Tensor
 from dermis.classifier.torch_network import TorchClassifier
 from dermis.errors import TrainingError
 from dermis.metrics.classification import auc
+from training.checkpoint import load_checkpoint, save_checkpoint
 from training.classifier.batches import TrainingSet, epoch_order
 from training.classifier.config import ClassifierConfig
 from training.classifier.data import CLASS_NAMES, RealData
 from training.classifier.loop import all_features, logits_of, training_batches, training_step
-from training.classifier.network import finished_network, freeze, learning_mode, new_network
-from training.classifier.state import State, new_state
+from training.classifier.network import finished_network, freeze, new_network, set_train_mode
+from training.classifier.state import ClassifierState, new_state
 from training.data.cache import new_array, read_array
+from training.distributed import Ranks
 from training.federated import memory
 from training.federated.config import FederationConfig, classifier_config
 from training.federated.proximal import proximal_pull
 from training.federated.site import Site, site_classifier_data, site_seed, use_device
 from training.federated.task import Order, Update
 from training.federated.wire import Tensors
-from training.gan.checkpoint import load_checkpoint, save_checkpoint
-from training.gan.parallel import Ranks
 
 EDGE, STEP = 25.0, 0.01  # logits are counted from -EDGE to EDGE in steps
 BINS = round(2 * EDGE / STEP)
@@ -95,7 +95,7 @@ def train(order: Order, site: Site) -> Update:
     training = TrainingSet((real.train.images,), real.train.labels)
     features = _features(network, training, site, order.run, ranks) if config.cached_features else None
     start, before = time.monotonic(), (order.round - 1) * federation.iterations
-    learning_mode(network, frozen)
+    set_train_mode(network, frozen)
     losses = _steps(state, training, features, local, before, federation.iterations, order.proximal_mu, ranks)
     save_checkpoint(
         memory.path_of(site, order.run, order.round), {}, {"optimizer": state.optimizer}, {}, {"kind": "member"}
@@ -137,7 +137,7 @@ def count(federation: FederationConfig, site: Site, tensors: Tensors) -> Tensors
 
 
 def _steps(
-    state: State,
+    state: ClassifierState,
     training: TrainingSet,
     features: Tensor | None,
     config: ClassifierConfig,

@@ -24,6 +24,7 @@ from dermis.features import feature_extractor
 from dermis.metrics import frechet_distance, kernel_distance
 from dermis.networks import Generator
 from training.data.images import ImageDataset
+from training.distributed import Ranks
 from training.evaluation.features import labels_in_proportion, real_features
 from training.federated import memory
 from training.federated.config import FederationConfig, gan_config
@@ -33,9 +34,8 @@ from training.federated.task import Order, Update
 from training.federated.wire import RefusedError, Tensors
 from training.gan.batches import batches
 from training.gan.health import Health
-from training.gan.parallel import Ranks
 from training.gan.snapshot import draw_samples
-from training.gan.state import State, load_state, new_state, save_state
+from training.gan.state import GanState, load_state, new_state, save_state
 from training.gan.step import training_step
 from training.gan.transfer import read_source, transfer
 
@@ -71,7 +71,7 @@ def shapes(federation: FederationConfig) -> Tensors:
     return travelling(new_state(gan_config(federation, device), device), federation)
 
 
-def travelling(state: State, federation: FederationConfig) -> Tensors:
+def travelling(state: GanState, federation: FederationConfig) -> Tensors:
     """What is exchanged, by name, as tensors on the CPU; a change of them changes nothing."""
     networks: dict[str, nn.Module] = {"G": state.G, "G_ema": state.G_ema}
     if federation.share == "both":
@@ -91,7 +91,7 @@ def travelling(state: State, federation: FederationConfig) -> Tensors:
 
 
 @torch.no_grad()
-def take(state: State, federation: FederationConfig, tensors: Tensors) -> None:
+def take(state: GanState, federation: FederationConfig, tensors: Tensors) -> None:
     """Put what was received into the state; what it does not hold stays. RefusedError if it does not fit."""
     mine = travelling(state, federation)
     if mine.keys() != tensors.keys() or any(mine[name].shape != tensors[name].shape for name in mine):
@@ -196,7 +196,7 @@ def _draw(generator: Generator, labels: NDArray[np.int64], seed: int, device: to
     return [draw_samples(generator, seed, part, labels[part.start : part.stop], device) for part in parts]
 
 
-def _optimizers(state: State, federation: FederationConfig) -> dict[str, torch.optim.Optimizer]:
+def _optimizers(state: GanState, federation: FederationConfig) -> dict[str, torch.optim.Optimizer]:
     both = federation.share == "both"
     return {name: each for name, each in state.optimizers.items() if both or name == "G_opt"}
 

@@ -22,6 +22,7 @@ from flwr.serverapp.strategy import Strategy
 
 from dermis.errors import TrainingError, escape, quote
 from dermis.files import write_file
+from training.checkpoint import locked
 from training.federated.client_app import ARRAYS, CONFIG, versions
 from training.federated.config import FederationConfig, classifier_config, gan_config
 from training.federated.counting import CountingGrid
@@ -40,7 +41,6 @@ from training.federated.strategies import (
 )
 from training.federated.task import Task, task_of
 from training.federated.wire import RefusedError, Tensors, check_finite, decode, encode, unpack
-from training.gan.loop import locked
 
 ROUNDS = "rounds.jsonl"
 STATUS = "status.json"

@@ -1,4 +1,4 @@
-"""Real images in the order in which a run sees them: an endless sequence of reshuffled epochs, read ahead."""
+"""Real images in the order in which a run sees them: an endless sequence of shuffled epochs, read in advance."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from training.data.isic import ImageDataset
+from training.distributed import ALONE, Ranks
 from training.gan.config import GanConfig
-from training.gan.parallel import ALONE, Ranks
 
 
 @dataclass(frozen=True)
 class Batch:
-    """This rank's part of one step's images: uint8 [n, R, R, 3] on its device, labels int64 [n]."""
+    """This rank's part of the images of one step: uint8 [n, R, R, 3] on its device, labels int64 [n]."""
 
     images: Tensor
     labels: NDArray[np.int64]
 
 
 def class_weights(labels: NDArray[np.int64], config: GanConfig) -> NDArray[np.float64]:
-    """The chance [N] of every image where a class of n images is shown in proportion to n ** (1 - class_balance)."""
-    counts = np.maximum(np.bincount(labels), 1)  # of a class without images, whose weight nobody takes
+    """Probability [N] of every image if a class of n images is shown in proportion to n ** (1 - class_balance)."""
+    counts = np.maximum(np.bincount(labels), 1)  # 1 for a class without images, whose weight is not used
     weights = (counts.astype(np.float64) ** -config.class_balance)[labels]
-    chances: NDArray[np.float64] = weights / weights.sum()
-    return chances
+    probabilities: NDArray[np.float64] = weights / weights.sum()
+    return probabilities
 
 
 def batches(dataset: ImageDataset, config: GanConfig, start: int, ranks: Ranks = ALONE) -> Generator[Batch]:
-    """The batches from position `start` (images shown before) on.
+    """Yield batches, starting after `start` images.
 
-    While one is used, a thread reads the next from the memory-mapped array; for CUDA into pinned memory, from which the
-    copy to the GPU does not wait for it either. The order depends on the seed and the balance of the classes alone; where
-    these are balanced, an epoch is as many independent draws as there are images.
+    While a batch is used, a thread reads the next one from the memory-mapped array. For CUDA it is read into pinned memory,
+    from which it is copied to the GPU asynchronously. The order depends on the seed and on `class_balance` alone. With
+    `class_balance`, an epoch consists of as many independent draws as there are images.
     """
     batch = config.batch
     weights = class_weights(dataset.labels, config) if config.class_balance else None
@@ -58,7 +58,7 @@ def batches(dataset: ImageDataset, config: GanConfig, start: int, ranks: Ranks =
 
 
 class _Order:
-    """Which image stands where: each epoch is a permutation, or a sample, that follows from (seed, epoch)."""
+    """The order of the images: each epoch is a permutation, or a sample, that follows from (seed, epoch)."""
 
     def __init__(self, count: int, seed: int, weights: NDArray[np.float64] | None = None) -> None:
         self.count, self.seed, self.weights = count, seed, weights
@@ -66,10 +66,10 @@ class _Order:
 
     def at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Indices of the images at these ascending positions."""
-        epochs, places = np.divmod(positions, self.count)
+        epochs, offsets = np.divmod(positions, self.count)
         needed = {int(epoch) for epoch in epochs}
         self.epochs = {epoch: self._permutation(epoch) for epoch in needed}
-        return np.array([self.epochs[int(e)][i] for e, i in zip(epochs, places, strict=True)])
+        return np.array([self.epochs[int(e)][i] for e, i in zip(epochs, offsets, strict=True)])
 
     def _permutation(self, epoch: int) -> NDArray[np.int64]:
         if epoch in self.epochs:

@@ -1,4 +1,4 @@
-"""Measure the generator while it trains, and tell which snapshot was the best so far."""
+"""Measure the generator during training, and find out which snapshot is the best so far."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from training.data.isic import ImageDataset
 from training.evaluation.features import BATCH, labels_in_proportion
 from training.evaluation.sets import Generation, drawn_batches
 from training.gan.journal import drop_after, position
-from training.gan.state import Progress
+from training.gan.state import GanProgress
 
 METRICS = ("fid", "kid")
 LOG = "metrics.jsonl"
@@ -35,7 +35,7 @@ _NOISE_MODE: NoiseMode = "random"
 class Measurements:
     """Distance `metric` in the feature space `extractor` between the training set and `count` generated images.
 
-    Every `kimg` thousand images, and at the end. What was measured stands in metrics.jsonl, one line a measurement.
+    It is measured every `kimg` thousand images and at the end. metrics.jsonl gets one line for each measurement.
     """
 
     dataset: ImageDataset
@@ -51,8 +51,8 @@ class Measurements:
         if self.kimg <= 0 or self.count < 2:
             raise TrainingError("--metric-kimg must be positive, --metric-count at least 2")
 
-    def due(self, out: Path, progress: Progress, total_kimg: float) -> bool:
-        """Whether it is time again. Not when the user waits for a run to stop."""
+    def due(self, out: Path, progress: GanProgress, total_kimg: float) -> bool:
+        """Whether to measure now. Never when the user waits for a run to stop."""
         drop_after(out / LOG, progress.nimg)
         if progress.nimg == 0 or progress.stopped:
             return False
@@ -60,7 +60,7 @@ class Measurements:
         return progress.nimg - last >= self.kimg * 1000 or progress.kimg >= total_kimg
 
     def measure(self, bundle: Path) -> dict[str, Any]:
-        """What metrics.json of a bundle holds, of the classes in the proportions of the training set."""
+        """The content of metrics.json for a bundle. Classes are generated in the proportions of the training set."""
         opened = open_bundle(bundle)
         real_labels = self.dataset.labels if opened.class_names else np.zeros_like(self.dataset.labels)
         generation = Generation(labels_in_proportion(real_labels, self.count), 0, 1.0, [_NOISE_MODE])
@@ -68,7 +68,7 @@ class Measurements:
         with Synthesizer(opened, device=str(self.device)) as synthesizer:
             generated = self._space.over(drawn_batches(synthesizer, generation, _NOISE_MODE))
             identity = dict(synthesizer.identity)
-        torch.set_num_threads(threads)  # drawing on the CPU takes one thread an image
+        torch.set_num_threads(threads)  # a synthesizer on the CPU generates each image with one thread
         kid, kid_std = kernel_distance(self._real, generated)
         return {
             "extractor": self._space.name,
@@ -85,10 +85,12 @@ class Measurements:
             "kid_std": kid_std,
         }
 
-    def record(self, out: Path, progress: Progress, bundle: Path) -> tuple[dict[str, Any], bool]:
-        """Measure, append to metrics.jsonl, and tell whether it is better than all before with the same noise.
+    def record(self, out: Path, progress: GanProgress, bundle: Path) -> tuple[dict[str, Any], bool]:
+        """Measure, and append a line to metrics.jsonl.
 
-        Lines without a noise mode were measured with the constant noise, the default of earlier versions.
+        Returns:
+            The metrics, and whether `metric` is better than in all earlier lines with the same noise. Lines without a noise
+            mode were measured with constant noise, the default of earlier versions.
         """
         start = time.monotonic()
         lines = [json.loads(line) for line in _lines(out)]

@@ -1,4 +1,4 @@
-"""The model card of a trained generator: what it was really trained on, how long, on what, and what was measured."""
+"""The model card of a trained generator: its training data, training and measurements."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 from training.evaluation.record import discriminator_space, read_metrics
 from training.evaluation.table import copies, held_out_text, path_length_text, space_tables
 
-# Up to the next section, or to the comment with which a section of `dermis.bundle.card` begins.
+# Ends at the next section, or at the comment with which a section of `dermis.bundle.card` begins.
 _MEASURED = re.compile(r"^## Measured\n.*?(?=^## |^<!-- |\Z)", re.MULTILINE | re.DOTALL)
 
 
 def model_card(name: str, provenance: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
-    """Markdown for MODEL_CARD.md. Says nothing that is not in the provenance or in the metrics."""
+    """Markdown for MODEL_CARD.md, from the provenance and the metrics alone."""
     data, run = provenance["dataset"], provenance["training"]
     options = run["configuration"]
     classes = ", ".join(f"{cls} ({count:,})" for cls, count in data["classes"].items())
@@ -62,28 +62,28 @@ Weights trained on these images carry the same licence conditions.
 
 
 def renewed_card(card: str, provenance: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
-    """A card with its section "Measured" renewed or, if it has none, added; the rest stays, whoever wrote it."""
+    """Replace the section "Measured" of a card, or add it. The rest of the card is kept, also if it was edited by hand."""
     section = _measured(metrics, provenance)
-    found = _MEASURED.search(card)
-    if found is None:
+    old = _MEASURED.search(card)
+    if old is None:
         return f"{card.rstrip()}\n\n{section}"
-    after = card[found.end() :]
-    return card[: found.start()] + section + ("\n" + after if after else "")
+    after = card[old.end() :]
+    return card[: old.start()] + section + ("\n" + after if after else "")
 
 
 def trained_on(provenance: Mapping[str, Any]) -> str | None:
-    """SHA-256 of the training set (`ImageDataset.sha256`), if the bundle tells it."""
+    """SHA-256 of the training set (`ImageDataset.sha256`); None if the bundle does not state it."""
     return _section(provenance, "dataset").get("sha256")
 
 
 def _section(provenance: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """What other programs write there may be missing, or anything at all."""
+    # In bundles of other programs the section can be missing or of another type.
     section = provenance.get(key)
     return section if isinstance(section, Mapping) else {}
 
 
 def _identity(data: Mapping[str, Any]) -> str:
-    """Nobody knows the images of a federation, and so not their digest either."""
+    # The images of a federation are not known in one place, so they have no digest.
     return f"| sha256 of ids, classes and files | `{data['sha256']}` |\n" if "sha256" in data else ""
 
 
@@ -108,7 +108,7 @@ def _changes(changes: Sequence[Mapping[str, Any]]) -> str:
         return ""
     table = "\n".join(rows)
     return f"""
-Options that were changed on the way:
+Options that were changed during training:
 
 | at kimg | option | before | after |
 | --- | --- | --- | --- |
@@ -126,26 +126,27 @@ def _measured(metrics: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
 
 
 def _metrics(metrics: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
-    known = read_metrics(metrics)
-    if not known["spaces"]:
+    measured = read_metrics(metrics)
+    if not measured["spaces"]:
         return "Nothing has been measured on this bundle yet: run `dermis evaluate`."
-    # Those of training and of early versions do not say it.
-    known.setdefault("real_is_training_set", known.get("real_sha256") == trained_on(provenance))
-    kind = "training images" if known["real_is_training_set"] else "real images, which are not the training set,"
-    level = f" Brackets are {known['interval_level']:.0%} intervals." if "interval_level" in known else ""
+    # Metrics of training and of early versions do not state it.
+    measured.setdefault("real_is_training_set", measured.get("real_sha256") == trained_on(provenance))
+    kind = "training images" if measured["real_is_training_set"] else "real images, which are not the training set,"
+    level = f" Brackets are {measured['interval_level']:.0%} intervals." if "interval_level" in measured else ""
     parts = [
-        f"{known['images']:,} generated images (truncation_psi {known['truncation_psi']:g}, seed {known['seed']}, "
-        f"{known['noise_mode']} noise) and {known['real_images']:,} {kind} were compared by the features of a network, in "
-        f"{_count(known['spaces'])}.{level} Numbers compare with those of the same space and of as many images only."
+        f"{measured['images']:,} generated images (truncation_psi {measured['truncation_psi']:g}, seed {measured['seed']}, "
+        f"{measured['noise_mode']} noise) and {measured['real_images']:,} {kind} were compared by the features of a "
+        f"network, in {_count(measured['spaces'])}.{level} Compare these numbers only with those of the same space and of "
+        "the same number of images."
     ]
-    if held_out := held_out_text(known):
-        parts += [held_out, _COLUMNS if _has_reference(known) else ""]
-    for table in space_tables(known, discriminator_space(provenance)):
+    if held_out := held_out_text(measured):
+        parts += [held_out, _COLUMNS if _has_reference(measured) else ""]
+    for table in space_tables(measured, discriminator_space(provenance)):
         parts += [f"### Feature space `{table.space}`", table.remark, _markdown(table.rows)]
         if table.class_rows:
             parts += ["By class:", _markdown(table.class_rows)]
-    parts += ["### Copies of training images", *copies(known)]
-    if lengths := path_length_text(known):
+    parts += ["### Copies of training images", *copies(measured)]
+    if lengths := path_length_text(measured):
         parts += ["### Smoothness", lengths]
     return "\n\n".join(part for part in parts if part)
 

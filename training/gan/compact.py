@@ -1,14 +1,14 @@
-"""A training run's state in few small files, for machines that are at hand for minutes and give little back.
+"""The state of a training run in a few small files, for machines that are available for minutes and return little data.
 
-A checkpoint of `training.gan.checkpoint` resumes bit for bit and takes some 20 bytes a weight. This form takes 2 bytes for a
-weight of G, of G_ema and of D, and 2 for a second moment. What it loses:
+A checkpoint of `training.checkpoint` resumes bit for bit and takes about 20 bytes for each weight. This form takes 2 bytes
+for each weight of G, of G_ema and of D, and 2 for each second moment. It loses:
 
 weights         rounded to float16: half a unit in the eleventh bit, less than a step of the optimizer changes
-first moments   nothing where beta1 is 0, since they are then the last gradient, which no later step uses; else bfloat16
-second moments  rounded to bfloat16, or left out, and then the optimizer begins again: see `warm_up_factor`
-feature moments (`training.gan.moments`) left out: the resumed run counts them anew, and uses them after 4,000 images
+first moments   rounded to bfloat16; nothing if beta1 is 0, since they are then the last gradient, which no later step uses
+second moments  rounded to bfloat16, or left out, and then the optimizer starts from zero: see `warm_up_factor`
+feature moments (`training.gan.moments`) left out: the resumed run starts them again, and uses them after 4,000 images
 
-Tensors of a few thousand values (biases, noise strengths, averages) stay as they are, and so do values beyond float16.
+Tensors of a few thousand values (biases, noise strengths, averages) and values beyond float16 are stored exactly.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dermis.errors import TrainingError, escape
+from training.checkpoint import fill, flatten, read_flat, read_header
 from training.data.isic import ImageDataset
-from training.gan.checkpoint import fill, flatten, read_flat, read_header
 from training.gan.config import GanConfig
-from training.gan.state import State, changes_since, restore_scalars, scalars_of
+from training.gan.state import GanState, changes_since, restore_scalars, scalars_of
 
 FORMAT = "dermis-gan-compact-1"
 Moments = Literal["auto", "bf16", "none"]
 PART_BYTES = 15 << 20
 PARTS = 4
-_SMALL = 4096  # values; a tensor of at most so many is stored as it is
+_SMALL = 4096  # values; a tensor of at most this many is stored exactly
 _LARGEST = 65504.0  # of float16
-_HEADER_BYTES = 64 << 10  # of a part, more than its JSON takes
+_HEADER_BYTES = 64 << 10  # of each part, more than its JSON takes
 
 
 @dataclass(frozen=True)
 class CompactSummary:
-    """What was written, and what it lost."""
+    """The files of a compact state, and their rounding errors."""
 
     files: tuple[str, ...]
     bytes: int
-    moments: str  # of the second order: bf16, or none
+    moments: str  # second moments: "bf16" or "none"
     rounding: dict[str, float]  # of each network: |stored - exact| / |exact| over all its weights
 
     def to_dict(self) -> dict[str, Any]:
@@ -54,18 +54,21 @@ class CompactSummary:
 
 
 def save_compact_state(
-    folder: Path, state: State, config: GanConfig, dataset: ImageDataset, moments: Moments = "auto"
+    folder: Path, state: GanState, config: GanConfig, dataset: ImageDataset, moments: Moments = "auto"
 ) -> CompactSummary:
-    """`save_compact` of a training run."""
+    """Save the state of a training run with `save_compact`."""
     scalars = scalars_of(state, config, dataset)
     return save_compact(folder, state.networks, state.optimizers, {"pl_mean": state.pl_mean}, scalars, moments=moments)
 
 
-def load_compact_state(folder: Path, state: State, config: GanConfig, dataset: ImageDataset) -> bool:
-    """Fill a new state in place; whether the optimizers have their moments, else give every step its `warm_up_factor`.
+def load_compact_state(folder: Path, state: GanState, config: GanConfig, dataset: ImageDataset) -> bool:
+    """Fill a new state in place. GanProgress.changes lists the options that differ.
 
-    Options may differ, as from one short run to the next, but not the networks' shape, the seed or the images
-    (TrainingError); Progress.changes notes what differs.
+    Returns:
+        Whether the optimizers have their second moments. If not, multiply the rates of every step by `warm_up_factor`.
+
+    Raises:
+        TrainingError: The shape of the networks, the seed or the images differ.
     """
     scalars, moments = read_compact_state(folder)
     changes = changes_since(folder, scalars, config, dataset, allow_changes=True)
@@ -85,9 +88,20 @@ def save_compact(
     part_bytes: int = PART_BYTES,
     parts: int = PARTS,
 ) -> CompactSummary:
-    """Replace the folder by at most `parts` files of at most `part_bytes` each; an interruption leaves the old or the new.
+    """Replace the folder by at most `parts` files of at most `part_bytes` each. An interruption leaves the old or the new.
 
-    moments "auto" keeps them where they fit. TrainingError if a value is not finite, or the networks alone do not fit.
+    Args:
+        folder: The folder to write.
+        modules: Networks by name.
+        optimizers: Optimizers by name.
+        tensors: Further tensors by name.
+        state: Everything else, as JSON can hold it.
+        moments: Whether to store second moments; "auto" stores them if they fit.
+        part_bytes: The largest size of a file.
+        parts: The largest number of files.
+
+    Raises:
+        TrainingError: A value is not finite, or the networks do not fit even without moments.
     """
     exact = flatten(modules, optimizers, tensors, folder)
     unused = {name for name, optimizer in optimizers.items() if _beta1(optimizer) == 0}
@@ -121,13 +135,19 @@ def save_compact(
 
 
 def read_compact_state(folder: Path) -> tuple[dict[str, Any], str]:
-    """The scalars and whether second moments are kept ("bf16" or "none"); TrainingError if a part is missing or foreign."""
+    """Read the scalars, and whether second moments are stored ("bf16" or "none").
+
+    Raises:
+        TrainingError: A part is missing, or belongs to another state.
+    """
     headers = [_header(path) for path in _parts(folder)]
     count = len(headers)
     first = headers[0]
-    places = [header.get("part") for header in headers]
-    if sorted(map(str, places)) != sorted(f"{number + 1}/{count}" for number in range(count)):
-        raise TrainingError(f"{folder}: has the parts {', '.join(map(str, places))}; all parts of one state are needed")
+    numbers = [header.get("part") for header in headers]
+    if sorted(map(str, numbers)) != sorted(f"{number + 1}/{count}" for number in range(count)):
+        raise TrainingError(
+            f"{folder}: has the parts {', '.join(map(str, numbers))}; all parts of one state are needed"
+        )
     if any(header["state"] != first["state"] for header in headers):
         raise TrainingError(f"{folder}: its files are of different states; copy all of one run's files again")
     state: dict[str, Any] = json.loads(first["state"])
@@ -140,17 +160,17 @@ def load_compact(
     optimizers: Mapping[str, torch.optim.Optimizer],
     tensors: Mapping[str, Tensor],
 ) -> None:
-    """Fill modules, optimizers and tensors in place. Optimizers whose moments were left out stay as they are (new)."""
+    """Fill modules, optimizers and tensors in place. Optimizers without stored moments are left unchanged."""
     flat: dict[str, Tensor] = {}
     same: dict[str, str] = {}
     for path in _parts(folder):
         same = json.loads(_header(path)["same"])
         flat |= read_flat(path)
-    # Copies: the optimizer counts up the step of every weight, and would count one shared tensor many times.
+    # Clones: the optimizer increments the step of every weight, and would increment a shared tensor many times.
     flat |= {key: flat[original].clone() for key, original in same.items()}
     for name, optimizer in optimizers.items():
         for key in [key for key in flat if key.startswith(f"{name}/") and key.endswith("/exp_avg_sq")]:
-            if _beta1(optimizer) == 0:  # the optimizer wants the slot; what is in it has no effect
+            if _beta1(optimizer) == 0:  # the optimizer needs the slot, but its value has no effect
                 flat[key.removesuffix("_sq")] = torch.zeros_like(flat[key], dtype=torch.float32)
     present = {name: each for name, each in optimizers.items() if any(key.startswith(f"{name}/") for key in flat)}
     try:
@@ -160,10 +180,11 @@ def load_compact(
 
 
 def warm_up_factor(step: int, steps: int) -> float:
-    """Factor of the learning rates in step 0, 1, ... after a resumption without moments.
+    """Factor of the learning rates in step 0, 1, ... after resuming without moments.
 
-    Adam's first steps without a second moment go the whole rate in every weight, whatever its gradient; the rate therefore
-    rises evenly from 1 / steps to its own in `steps` steps. Choose as many as the moments average over, 1 / (1 - beta2).
+    Without a second moment, Adam's first steps change every weight by the full rate, whatever its gradient. The rate
+    therefore rises linearly from 1 / steps of its value to its full value in `steps` steps. Choose `steps` as the number of
+    steps that the moments average over, 1 / (1 - beta2).
     """
     return min((step + 1) / max(steps, 1), 1.0)
 
@@ -179,44 +200,51 @@ def _has_no_effect(key: str, unused: set[str]) -> bool:
 def _narrow(key: str, value: Tensor, optimizers: Mapping[str, torch.optim.Optimizer]) -> Tensor:
     if value.dtype != torch.float32 or value.numel() <= _SMALL:
         return value
-    if key.partition("/")[0] in optimizers:  # second moments span many powers of ten
+    if key.partition("/")[0] in optimizers:  # second moments have a larger range than float16
         return value.bfloat16()
     return value.half() if value.abs().max() <= _LARGEST else value
 
 
 def _without_copies(flat: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors that differ, and for each that equals an earlier one the name of that: buffers of G and G_ema."""
+    """Remove tensors that equal an earlier one, such as buffers of G_ema that equal those of G.
+
+    Returns:
+        The tensors that are left, and the name of the equal earlier tensor by the name of each removed one.
+    """
     kept: dict[str, Tensor] = {}
     same: dict[str, str] = {}
     by_shape: dict[tuple[torch.Size, torch.dtype], list[str]] = {}
     for key, value in flat.items():
-        alike = by_shape.setdefault((value.shape, value.dtype), [])
-        original = next((name for name in alike if torch.equal(kept[name], value)), None)
+        candidates = by_shape.setdefault((value.shape, value.dtype), [])
+        original = next((name for name in candidates if torch.equal(kept[name], value)), None)
         if original is None:
             kept[key] = value
-            alike.append(key)
+            candidates.append(key)
         else:
             same[key] = original
     return kept, same
 
 
 def _pack(flat: Mapping[str, Tensor], part_bytes: int, parts: int) -> list[dict[str, Tensor]] | None:
-    """The tensors in at most `parts` groups, the largest first into the fullest where it fits; None if they do not fit."""
-    space = part_bytes - _HEADER_BYTES
+    """Divide the tensors into at most `parts` groups; None if they do not fit.
+
+    Tensors are taken by decreasing size, each into the fullest group that can hold it.
+    """
+    capacity = part_bytes - _HEADER_BYTES
     groups: list[dict[str, Tensor]] = []
-    left: list[int] = []
+    free: list[int] = []
     for key, value in sorted(flat.items(), key=lambda item: -_size(item[1])):
-        size = _size(value) + 200  # bytes, and its entry in the header
-        places = [number for number, space in enumerate(left) if space >= size]
-        if not places:
-            if len(groups) == parts or size > space:
+        size = _size(value) + 200  # bytes, with its entry in the header
+        candidates = [number for number, space in enumerate(free) if space >= size]
+        if not candidates:
+            if len(groups) == parts or size > capacity:
                 return None
             groups.append({})
-            left.append(space)
-            places = [len(groups) - 1]
-        best = min(places, key=lambda number: left[number])
-        groups[best][key] = value
-        left[best] -= size
+            free.append(capacity)
+            candidates = [len(groups) - 1]
+        fullest = min(candidates, key=lambda number: free[number])
+        groups[fullest][key] = value
+        free[fullest] -= size
     return groups
 
 
@@ -232,10 +260,10 @@ def _rounding(name: str, exact: Mapping[str, Tensor], stored: Mapping[str, Tenso
 
 
 def _parts(folder: Path) -> list[Path]:
-    found = sorted(folder.glob("state-*.safetensors"))
-    if not found:
+    paths = sorted(folder.glob("state-*.safetensors"))
+    if not paths:
         raise TrainingError(f"{folder}: holds no state; its files are called state-0.safetensors and so on")
-    return found
+    return paths
 
 
 def _header(path: Path) -> dict[str, str]:

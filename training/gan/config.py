@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
@@ -15,7 +16,7 @@ from training.gan.augment import AUGMENTATIONS
 
 Precision = Literal["fp32", "bf16", "fp16"]
 LEVELS = (4, 5)  # of the projected discriminator
-# What a run can never change on its way: the shape of the networks, and the seed of everything random.
+# Options that a resumed run can never change: the shape of the networks, and the seed of everything random.
 STRUCTURE = frozenset({
     "resolution", "c_dim", "seed", "z_dim", "w_dim", "mapping_layers", "channel_base", "channel_max", "conv_clamp",
     "projected", "discriminator_mapping_layers", "projected_levels", "projected_mbstd", "projected_input",
@@ -24,7 +25,7 @@ STRUCTURE = frozenset({
 
 @dataclass(frozen=True)
 class GanConfig:
-    """Hyper-parameters of one run. None follows the official automatic rule for the resolution (`auto_config`)."""
+    """Hyper-parameters of one run. `auto_config` chooses them by the official rule for the resolution."""
 
     resolution: int
     c_dim: int
@@ -54,23 +55,21 @@ class GanConfig:
     augment_p: float = 0.0
     augment_kimg: float = 500.0
     precision: Precision = "fp32"
-    # Options from here on are younger than the first checkpoints: see `identity`. Add new ones below, with a default
-    # that computes what was computed before.
-    projected: bool = False  # training.gan.projected's discriminator instead of StyleGAN2's
-    discriminator_mapping_layers: int = 8  # 0 is the form of discriminators that were converted from TensorFlow
-    class_balance: float = 0.0  # classes are shown in proportion to n ** (1 - class_balance): 1 shows all alike
+    # Options from here on did not exist when the first checkpoints were written: see `identity`. Add new ones below, with
+    # a default that computes what was computed before.
+    projected: bool = False  # the discriminator of training.gan.projected instead of StyleGAN2's
+    discriminator_mapping_layers: int = 8  # 0 in discriminators that were converted from TensorFlow
+    class_balance: float = 0.0  # a class of n images is shown in proportion to n ** (1 - class_balance); 1: all equally
     relativistic: bool = False  # training.gan.loss.RELATIVISTIC, with gradient penalties on real and generated images
     projected_levels: int = 4  # feature levels that the projected discriminator judges
-    projected_mbstd: bool = False  # its heads see the standard deviation of groups of mbstd_group_size
+    projected_mbstd: bool = False  # whether its heads see the standard deviation of groups of mbstd_group_size
     projected_input: int = 128  # side to which it enlarges smaller images
     moments_weight: float = 0.0  # of training.gan.moments, for the projected discriminator
-    final_learning_rate: float | None = (
-        None  # reached at learning_rate_kimg, from learning_rate; None keeps it constant
-    )
+    # Reached at learning_rate_kimg, starting from learning_rate; None keeps the rate constant.
+    final_learning_rate: float | None = None
     learning_rate_kimg: float = 0.0
-    class_moments_weight: float = (
-        0.0  # of the distance in the directions that separate the classes; needs moments_weight
-    )
+    # Of the distance in the directions that separate the classes; needs moments_weight.
+    class_moments_weight: float = 0.0
 
     def __post_init__(self) -> None:
         if self.augment not in AUGMENTATIONS:
@@ -110,8 +109,19 @@ class GanConfig:
         if self.total_kimg <= 0:
             raise TrainingError(f"kimg: {self.total_kimg} must be positive")
 
+    def check_processes(self, count: int) -> None:
+        """Raise TrainingError if `count` processes cannot divide the batch and compute what one process would."""
+        group = min(self.group_size, self.batch)
+        shrink = self.pl_batch_shrink if self.pl_weight else 1
+        unit = count * math.lcm(group, shrink)
+        if count > 1 and self.batch % unit:
+            raise TrainingError(
+                f"batch: {self.batch} must be a multiple of {unit} for {count} processes: each takes whole "
+                f"groups of {group} (mbstd_group_size), divisible by {shrink} (pl_batch_shrink)"
+            )
+
     def learning_rate_at(self, nimg: int) -> float:
-        """Learning rate once `nimg` images were seen: a straight line of its logarithm, then constant."""
+        """Learning rate after `nimg` images: its logarithm changes linearly until learning_rate_kimg, then not at all."""
         if self.final_learning_rate is None:
             return self.learning_rate
         share = min(nimg / (1000 * self.learning_rate_kimg), 1.0)
@@ -119,7 +129,7 @@ class GanConfig:
 
     @property
     def group_size(self) -> int:
-        """Images whose standard deviation the discriminator sees; 1 where it judges each image alone."""
+        """Number of images whose standard deviation the discriminator sees; 1 if it judges each image alone."""
         return self.mbstd_group_size if self.projected_mbstd or not self.projected else 1
 
     @property
@@ -152,24 +162,24 @@ class GanConfig:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What must not change when a run is resumed: all but its length.
+        """The options that must not change when a run is resumed: all but its length.
 
-        Options younger than the first checkpoints are left out where they stand at their defaults, so that a run from
+        Options that the first checkpoints did not have are left out if they have their defaults, so that a run that began
         before them is still the same run.
         """
         later = _later_defaults()
-        given = {name: value for name, value in self.to_dict().items() if name != "total_kimg"}
-        return {name: value for name, value in given.items() if name not in later or value != later[name]}
+        options = {name: value for name, value in self.to_dict().items() if name != "total_kimg"}
+        return {name: value for name, value in options.items() if name not in later or value != later[name]}
 
     def changed_from(self, stored: Mapping[str, Any]) -> dict[str, Any]:
-        """Our values of all options that differ from `stored`, the identity of a checkpoint of any age."""
+        """This configuration's values of all options that differ from `stored`, the `identity` of a checkpoint."""
         before = _later_defaults() | dict(stored)
         now = _later_defaults() | self.identity
         return {name: value for name, value in now.items() if name not in before or before[name] != value}
 
 
 def _later_defaults() -> dict[str, Any]:
-    """Defaults of the options that are younger than the first checkpoints, which end with `precision`."""
+    """Defaults of the options that the first checkpoints did not have: those after `precision`."""
     names = [field.name for field in fields(GanConfig)]
     return {field.name: field.default for field in fields(GanConfig)[names.index("precision") + 1 :]}
 
@@ -207,35 +217,48 @@ BASES = ("auto", *_FIXED_BASES)
 
 
 def base_config(name: str, resolution: int, c_dim: int, **overrides: Any) -> GanConfig:
-    """A configuration by its official name; `overrides` are GanConfig fields, those that are None are left to it.
+    """A configuration by its official name.
 
     auto        batch, learning rate, gamma and average follow the resolution, for one GPU (arXiv 2006.06676, appendix C)
     paper256    the same paper's baseline for FFHQ and LSUN Cat at 256 px: eight GPUs, 25,000 kimg
     stylegan2   configuration F of arXiv 1912.04958, made for 1024 px
 
-    None of them chooses the augmentation. With `projected`, as in arXiv 2111.01007 and unless overridden: no R1 (0.1 on the
-    features with `relativistic`), no path length, no style mixing, and augmentation of a fixed strength. TrainingError if
-    there is no configuration of that name.
+    None of them chooses the augmentation. `projected` changes defaults as in arXiv 2111.01007: no R1 (0.1 on the features
+    with `relativistic`), no path length, no style mixing, and augmentation of a fixed strength.
+
+    Args:
+        name: One of the names above.
+        resolution: Side of the images in pixels.
+        c_dim: Number of classes; 0 for an unconditional generator.
+        overrides: Fields of GanConfig. A value of None leaves the field to the configuration.
+
+    Raises:
+        TrainingError: There is no configuration of that name, or a value is not valid.
     """
-    given = {option: value for option, value in overrides.items() if value is not None}
-    if given.get("projected"):
-        given = _PROJECTED | ({"r1_gamma": 0.1} if given.get("relativistic") else {}) | given
+    options = {option: value for option, value in overrides.items() if value is not None}
+    if options.get("projected"):
+        options = _PROJECTED | ({"r1_gamma": 0.1} if options.get("relativistic") else {}) | options
     if name == "auto":
-        base = _auto(resolution, given.get("batch"))
+        base = _auto(resolution, options.get("batch"))
     elif name in _FIXED_BASES:
         base = _FIXED_BASES[name]
     else:
         raise TrainingError(f"base: {name!r} is none of {', '.join(BASES)}")
-    return GanConfig(resolution=resolution, c_dim=c_dim, **(base | given))
+    return GanConfig(resolution=resolution, c_dim=c_dim, **(base | options))
 
 
 def auto_config(resolution: int, c_dim: int, **overrides: Any) -> GanConfig:
-    """`base_config` of the name auto."""
+    """The `base_config` named "auto"."""
     return base_config("auto", resolution, c_dim, **overrides)
 
 
+def automatic_batch(resolution: int, count: int) -> int | None:
+    """The official batch for `count` GPUs: the sum of the batches for one GPU, at most 64. None for one GPU."""
+    return None if count == 1 else max(min(count * min(4096 // resolution, 32), 64), count)
+
+
 def automatic_precision(device: torch.device) -> Precision:
-    """bf16 where the device multiplies it natively, else fp32."""
+    """bf16 if the device multiplies it natively, otherwise fp32."""
     return "bf16" if fast_dtype(device) == torch.bfloat16 else "fp32"
 
 

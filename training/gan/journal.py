@@ -1,8 +1,7 @@
-"""What a run tells while it trains: log.jsonl, one line a step, and TensorBoard's event files if wanted."""
+"""The log of a run: log.jsonl with one line for each step, and TensorBoard's event files on request."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 from collections.abc import Mapping
@@ -10,28 +9,31 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from dermis.errors import TrainingError
 from dermis.files import atomic_write
 from dermis.imaging import Images
-from training.gan.state import Progress
+from training.gan.state import GanProgress
+from training.tensorboard import open_writer
 
 POINT_EVERY = 20  # steps between two points of a TensorBoard curve
 
 
 class Journal:
-    """Goes on at position `nimg`: what a crashed run wrote beyond it is dropped. Does nothing unless `enabled`."""
+    """Continue the log in the run folder `out` after `nimg` images.
+
+    Later lines, which a run wrote before it crashed, are removed. Nothing is written unless `enabled`.
+    """
 
     def __init__(self, out: Path, nimg: int, *, enabled: bool = True, tensorboard: bool = False) -> None:
         self.log: TextIO | None = None
         self.board: Any = None
         self.last: tuple[int, float] | None = None  # images and seconds at the last point
         if enabled:
-            self.board = _writer(out, purge_step=nimg + 1) if tensorboard else None
+            self.board = open_writer(out, purge_step=nimg + 1) if tensorboard else None
             drop_after(out / "log.jsonl", nimg)
             self.log = (out / "log.jsonl").open("a", encoding="utf-8")
 
-    def write(self, progress: Progress, stats: Mapping[str, float]) -> None:
-        """The numbers of one step. Those that are not finite are left out: JSON has no such numbers."""
+    def write(self, progress: GanProgress, stats: Mapping[str, float]) -> None:
+        """Write the statistics of one step. Values that are not finite are left out, since JSON has none."""
         if self.log is not None:
             finite = {name: value for name, value in stats.items() if math.isfinite(value)}
             line = {"nimg": progress.nimg, "seconds": round(progress.seconds, 2), **finite}
@@ -39,13 +41,13 @@ class Journal:
         if self.board is not None and progress.step % POINT_EVERY == 0:
             self._point(progress)
 
-    def _point(self, progress: Progress) -> None:
+    def _point(self, progress: GanProgress) -> None:
         now = (progress.nimg, progress.seconds)
         if self.last is not None:
             images, seconds = now[0] - self.last[0], now[1] - self.last[1]
             self.board.add_scalar("speed/images per second", images / max(seconds, 1e-9), progress.nimg)
         self.last = now
-        for name, value in progress.stats.items():  # phases that are not due every step show their latest value
+        for name, value in progress.stats.items():  # phases that do not run in every step show their latest value
             group = "augmentation" if name in ("r_t", "p") else "gradient" if name.endswith("_gradient") else "loss"
             self.board.add_scalar(f"{group}/{name.removesuffix('_gradient')}", value, progress.nimg)
 
@@ -66,27 +68,14 @@ class Journal:
 
 
 def show_in_tensorboard(out: Path, grid: Images, nimg: int) -> None:
-    """Put a picture [H, W, 3] beside the curves of the run in `out`."""
-    board = _writer(out)
+    """Add a sample grid [H, W, 3] to the TensorBoard files of the run in `out`."""
+    board = open_writer(out)
     board.add_image("samples", grid, nimg, dataformats="HWC")
     board.close()
 
 
-def require_tensorboard() -> None:
-    """TrainingError if the package is not installed."""
-    if importlib.util.find_spec("tensorboard") is None:
-        raise TrainingError("--tensorboard: needs the package tensorboard: pip install tensorboard")
-
-
-def _writer(out: Path, purge_step: int | None = None) -> Any:
-    require_tensorboard()
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(out / "tensorboard"), purge_step=purge_step)
-
-
 def drop_after(log: Path, nimg: int) -> None:
-    """Remove lines of positions beyond nimg, which a run wrote after its last checkpoint."""
+    """Remove the lines of more than `nimg` images, which a run wrote after its last checkpoint."""
     if not log.exists():
         return
     lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -97,7 +86,7 @@ def drop_after(log: Path, nimg: int) -> None:
 
 
 def position(line: str) -> float:
-    """Images seen at a line of a log; infinity if the line is cut off."""
+    """Number of images at a line of a log; infinity if the line is incomplete."""
     try:
         return float(json.loads(line)["nimg"])
     except (ValueError, KeyError, TypeError):

@@ -5,12 +5,10 @@ A run that is stopped and resumed computes what an uninterrupted one would have 
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import torch
@@ -18,18 +16,18 @@ from tqdm import tqdm
 
 from dermis.errors import TrainingError
 from dermis.networks import Generator
+from training.checkpoint import checkpoint_path, locked
 from training.data.isic import ImageDataset
+from training.distributed import Ranks
 from training.gan.batches import batches
 from training.gan.config import GanConfig
 from training.gan.health import Health
 from training.gan.journal import Journal
-from training.gan.parallel import Ranks
-from training.gan.state import Progress, State, load_state, new_state, save_state
+from training.gan.state import GanProgress, GanState, load_state, new_state, save_state
 from training.gan.step import training_step
 from training.interrupt import stop_requested
 
-Snapshot = Callable[[Path, State], None]
-_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}  # some cluster file systems have none
+Snapshot = Callable[[Path, GanState], None]
 
 
 def train(
@@ -43,29 +41,40 @@ def train(
     allow_changes: bool = False,
     compile_networks: bool = False,
     snapshot_kimg: float = 20.0,
-    begin: Callable[[State], None] | None = None,
+    begin: Callable[[GanState], None] | None = None,
     on_snapshot: Snapshot | None = None,
     tensorboard: bool = False,
     progress_bar: bool = True,
-) -> tuple[Generator, Progress]:
-    """Train until config.total_kimg; returns the averaged generator (G_ema) and where the run stands.
+) -> tuple[Generator, GanProgress]:
+    """Train until config.total_kimg, or until SIGINT or SIGTERM: these finish the step, save and return.
 
-    Writes into `out`: checkpoint.safetensors, log.jsonl, config.json, and calls on_snapshot(out, state) at the start,
-    every snapshot_kimg and at the end. `begin` may fill the state of a new run with weights of another. `ranks` are those
-    of several processes, of which only the first writes and calls on_snapshot. SIGINT and SIGTERM finish the step, save
-    and return.
+    Args:
+        dataset: Training images.
+        config: Hyper-parameters.
+        out: Folder of the run. It gets checkpoint.safetensors, log.jsonl and config.json.
+        device: Where to compute.
+        ranks: Several processes, of which only the first writes and calls `on_snapshot`. None: this process alone.
+        resume: Continue the run that is in `out`.
+        allow_changes: Resume with options other than those that the run began with. GanProgress.changes lists them.
+        compile_networks: Compile the networks with torch.compile.
+        snapshot_kimg: Thousands of images between two checkpoints.
+        begin: Fills the state of a new run, for instance with the weights of another.
+        on_snapshot: Called with `out` and the state at the start, with every checkpoint and at the end.
+        tensorboard: Write TensorBoard's event files.
+        progress_bar: Show a progress bar.
 
-    Raises TrainingError if another training is going on in `out`, the run diverges (the last checkpoint is kept) or the
-    checkpoint does not fit: a run is resumed with the options that it began with, unless `allow_changes`, which notes
-    what changed in Progress.changes.
+    Returns:
+        The averaged generator (G_ema), and the progress of the run.
+
+    Raises:
+        TrainingError: Another training is running in `out`, the run diverges (the last checkpoint is kept), or the
+            checkpoint has other images or options.
     """
-    checkpoint = out / "checkpoint.safetensors"
-    if checkpoint.exists() and not resume:
-        raise TrainingError(f"{out}: holds a run already; add --resume to go on with it, or choose another --out")
+    checkpoint = checkpoint_path(out, resume=resume)
     if config.precision == "fp16" and device.type == "cpu":
         raise TrainingError("precision: fp16 needs a GPU; use bf16 or fp32 on the CPU")
     ranks = ranks or Ranks(device=device)
-    ranks.check_batch(config)
+    config.check_processes(ranks.count)
 
     state = new_state(config, device)
     if ranks.first:
@@ -96,7 +105,7 @@ def train(
             tqdm(total=total, initial=progress.nimg, unit="img", unit_scale=True, disable=quiet, smoothing=0.1) as bar,
             Journal(out, progress.nimg, enabled=ranks.first, tensorboard=tensorboard) as journal,
             closing(batches(dataset, config, progress.nimg, ranks)) as real,
-            stop_requested(insist=ranks.count > 1) as stop,
+            stop_requested(ignore_repeated=ranks.count > 1) as stop,
         ):
             while progress.nimg < total:
                 stats = training_step(state, phases, dataset, next(real), config)
@@ -118,19 +127,3 @@ def train(
                     next_snapshot += snapshot_kimg * 1000
             save()
     return state.G_ema, progress
-
-
-@contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Keep other trainings out of the run folder. The kernel lets go when this process ends, however it ends."""
-    with (out / "lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise TrainingError(
-                f"{out}: another training is going on in this folder; wait for it or stop it, or choose another --out"
-            ) from None
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise TrainingError(f"{out / 'lock'}: cannot be locked ({error.strerror})") from None
-        yield

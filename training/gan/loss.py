@@ -1,7 +1,7 @@
-"""The training phases, each a function that leaves gradients behind.
+"""The phases of a training step. Each is a function that adds to the gradients of a network.
 
 The adversarial loss is the non-saturating logistic one (Goodfellow et al. 2014) for StyleGAN2's discriminator, the hinge loss
-for the projected one, or the pairing loss for either; feature moments (`training.gan.moments`) may be added. Gradient
+for the projected one, or the pairing loss for either; feature moments (`training.gan.moments`) can be added. Gradient
 penalties (R1 on real images, Mescheder et al., arXiv 1801.04406; R2 on generated ones) and path-length regularisation (Karras
 et al., arXiv 1912.04958, section 3.2) are evaluated lazily: every `interval` steps with their loss multiplied by the
 interval. All losses are means over this rank's samples; averaging gradients over the ranks makes them means over the whole
@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dermis.networks import Discriminator, Generator
+from training.distributed import ALONE, Ranks
 from training.gan.augment import AUGMENTATIONS, augment
 from training.gan.config import GanConfig
 from training.gan.moments import FeatureMoments
-from training.gan.parallel import ALONE, Ranks
 from training.gan.projected import ProjectedDiscriminator
 
 DTYPES: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -30,9 +30,9 @@ DTYPES: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "
 
 @dataclass(frozen=True)
 class AdversarialLoss:
-    """What generator and discriminator minimise, each a function of logits of generated and of real images to a scalar.
+    """The losses of generator and discriminator: functions of the logits of generated and of real images to a scalar.
 
-    Where `paired`, the generator's loss needs the real logits too, and the images of a pair are of one class.
+    If `paired`, the generator's loss needs the real logits too, and the images of a pair are of one class.
     """
 
     generator: Callable[[Tensor, Tensor], Tensor]
@@ -57,16 +57,16 @@ RELATIVISTIC = AdversarialLoss(
     discriminator=lambda fake, real: F.softplus(fake - real).mean(),
     paired=True,
 )
-"""The relativistic pairing loss (Jolicoeur-Martineau, arXiv 1807.00734), of which R3GAN (Huang et al., arXiv 2501.05441)
-shows that it leaves no mode out: a generated image is judged against a real one, not against a fixed threshold."""
+"""The relativistic pairing loss (Jolicoeur-Martineau, arXiv 1807.00734). It compares a generated image with a real one and
+not with a fixed threshold. R3GAN (Huang et al., arXiv 2501.05441) shows that it drops no mode."""
 
 
 @dataclass
 class Phases:
-    """The networks and settings that every phase uses. `pl_mean` is the running mean path length, updated in place.
+    """The phases, with the networks and settings that all of them use. The running mean path length `pl_mean` is updated.
 
-    `compiled` compiles what the main phases call. The phases with second derivatives stay eager: compiled graphs have
-    no such thing. Random numbers are drawn outside of compiled graphs, so that both draw the same.
+    `compiled` compiles the networks in the main phases. The phases with second derivatives stay eager, because compiled
+    graphs do not support these. Random numbers are drawn outside of compiled graphs, so that both draw the same.
     """
 
     G: Generator
@@ -85,12 +85,12 @@ class Phases:
             self.adversarial = RELATIVISTIC
         self._synthesis: Callable[..., Tensor] = self.G.synthesis
         self._discriminate: Callable[..., tuple[Tensor, Tensor | None]] = self._judged
-        if self.compiled:  # dynamic shapes would slow down all for the sake of two batch sizes
+        if self.compiled:  # there are only two batch sizes, and dynamic shapes would slow down both
             self._synthesis = torch.compile(self.G.synthesis, dynamic=False)
             self._discriminate = torch.compile(self._judged, dynamic=False)
 
     def _judged(self, images: Tensor, c: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
-        """Logits, and the statistics of the discriminator's features where the moments need them."""
+        """Logits, and the statistics of the discriminator's features if the moments need them."""
         if self.moments is not None and isinstance(self.D, ProjectedDiscriminator):
             return self.D.judged(images, c, dtype)
         return self.D(images, c, dtype), None
@@ -98,7 +98,7 @@ class Phases:
     def _draw_styles(self, z: Tensor, c: Tensor, update_w_avg: bool = False) -> tuple[Tensor, list[Tensor | None]]:
         """Map z [N, z_dim] to ws, and draw noise for them.
 
-        With probability style_mixing_prob the layers from a random one on follow a second z.
+        With probability style_mixing_prob, a random layer and those after it follow a second z.
         """
         with self.ranks.draws(len(z)):
             ws: Tensor = self.G.mapping(z, c, update_w_avg=update_w_avg)
@@ -113,7 +113,13 @@ class Phases:
             return augment(images, p, self._augment).contiguous()
 
     def generator_main(self, z: Tensor, c: Tensor, p: float, real: Tensor) -> dict[str, Tensor]:
-        """Make D believe that G(z) is real; `real` images [n, 3, R, R] of the classes c are its pairs where the loss has them.
+        """The generator's loss: D should take G(z) for real.
+
+        Args:
+            z: Latents [n, z_dim].
+            c: Labels [n, c_dim].
+            p: Augmentation strength.
+            real: Images [n, 3, R, R] of the classes c, which a paired loss compares with the generated ones.
 
         Returns:
             The losses by their names in the log.
@@ -140,7 +146,7 @@ class Phases:
     def _judge_both(
         self, fake: Tensor, real: Tensor, fake_c: Tensor, real_c: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Logits of generated and of real images, and their features, in one pass: every weight is converted once."""
+        """Logits of generated and of real images, and their features, in one pass that converts every weight once."""
         groups = min(self.config.group_size, len(fake))
         images, c = _interleave(fake, real, groups), _interleave(fake_c, real_c, groups)
         logits, features = self._discriminate(images, c, self._dtype)
@@ -148,7 +154,7 @@ class Phases:
         return *_separate(logits, groups), fake_features, real_features
 
     def generator_path_length(self, z: Tensor, c: Tensor) -> Tensor:
-        """Penalise changes of |J_w^T y| from its running mean, y a random image of unit expected norm a pixel."""
+        """Penalise deviations of |J_w^T y| from its running mean; y is a random image with unit expected norm per pixel."""
         ws, noise = self._draw_styles(z, c)
         images = self.G.synthesis(ws, dtype=self._dtype, noise=noise)
         with self.ranks.draws(len(z)):
@@ -162,11 +168,11 @@ class Phases:
         return penalty.detach()
 
     def discriminator_main(self, real: Tensor, real_c: Tensor, z: Tensor, c: Tensor, p: float) -> tuple[Tensor, Tensor]:
-        """Tell real from generated.
+        """The discriminator's loss: it should distinguish real from generated images.
 
         Returns:
-            The loss, and the logits that say how surely D knows real images: D(real), or for pairs, where logits have no
-            zero, D(real) - D(fake).
+            The loss, and the logits from which the augmentation strength follows: D(real), or D(real) - D(fake) for a
+            paired loss, whose logits have no fixed zero.
         """
         fake, real = self._transform(self.generated(z, c), p), self._transform(real, p)
         fake_logits, real_logits, fake_features, real_features = self._judge_both(fake, real, c, real_c)
@@ -181,8 +187,8 @@ class Phases:
     def discriminator_penalty(self, images: Tensor, c: Tensor, p: float) -> Tensor:
         """Penalise gamma / 2 |dD/dx|^2 on images, through the augmentation. Returns |dD/dx|^2.
 
-        R1 where the images are real, R2 where they are generated. x is the image; for the projected discriminator it is
-        the features that its heads judge, as the way from the image to these is fixed.
+        This is R1 if the images are real, R2 if they are generated. x is the image; for the projected discriminator it is
+        the features that its heads judge, because the mapping from the image to these is fixed.
         """
         inputs: list[Tensor]
         if isinstance(self.D, ProjectedDiscriminator):
@@ -200,15 +206,15 @@ class Phases:
 
     @torch.no_grad()
     def generated(self, z: Tensor, c: Tensor) -> Tensor:
-        """Images [N, 3, R, R] of the generator as it is in training."""
+        """Generate images [N, 3, R, R] with the generator in training mode."""
         ws, noise = self._draw_styles(z, c)
         return self._synthesis(ws, dtype=self._dtype, noise=noise)
 
 
 def _interleave(a: Tensor, b: Tensor, groups: int) -> Tensor:
-    """Two batches [N, ...] as one [2N, ...] in which no group of `minibatch_std` holds samples of both.
+    """Join two batches [N, ...] to one [2N, ...] in which no group of `minibatch_std` holds samples of both.
 
-    Its groups of size `groups` are the columns of the batch written in `groups` rows: a fills the first columns.
+    If the batch is written in `groups` rows, the groups of `minibatch_std` are its columns: a fills the first columns.
     """
     rows = [x.reshape(groups, len(x) // groups, *x.shape[1:]) for x in (a, b)]
     return torch.cat(rows, dim=1).reshape(2 * len(a), *a.shape[1:])

@@ -1,8 +1,8 @@
-"""Match the mean and the covariance of generated features to those of real ones: a second loss against lost variety.
+"""Match the mean and the covariance of generated features to those of real ones: a second loss against missing variety.
 
-A discriminator judges images one by one, and a generator that shows only the most typical ones can satisfy it. The missing
-variety shows in the covariance of the features of its images. Between two Gaussians the optimal transport map is known in
-closed form (Dowson and Landau 1982; Peyré and Cuturi, arXiv 1803.00567, remark 2.31):
+A discriminator judges each image alone, and a generator can satisfy it with only the most typical images. The missing
+variety is visible in the covariance of the features of generated images. The optimal transport map between two Gaussians is
+known in closed form (Dowson and Landau 1982; Peyré and Cuturi, arXiv 1803.00567, remark 2.31):
 
     t(f) = m_r + T (f - m_g),   T = C_r^(1/2) (C_r^(1/2) C_g C_r^(1/2))^(-1/2) C_r^(1/2)
 
@@ -10,19 +10,19 @@ with means m and covariances C of real (r) and generated (g) features. The loss 
 with t held constant: its gradient is, up to a constant, that of the squared Fréchet distance between the two Gaussians. With
 labels, every class has its own means, and all share the covariance within classes.
 
-The moments are running averages over the batches that the discriminator sees, augmented as it sees them. The eigenvalues of
-a covariance of d features from N images have relative errors of the order sqrt(d / N), and the loss would follow these errors.
-So the averages are long, and T acts in the first COMPONENTS principal components of the real features alone; in the others
-it is the identity. The averages of generated features must also describe the generator as it is now: they are shorter, and
-those of its means, which need few images, shorter still.
+The moments are running averages over the augmented batches that the discriminator sees. The eigenvalues of a covariance of d
+features from N images have relative errors of the order sqrt(d / N), and the loss would follow these errors. Therefore the
+averages are long, and T acts only in the first COMPONENTS principal components of the real features; in the others it is
+the identity. The averages of generated features must also describe the current generator: they are shorter, and those of its
+means, which need few images, are the shortest.
 
-Where classes differ little compared with the variety within each, their difference is a small part of that distance, and a
-generator learns it last. A second distance therefore counts only the directions that separate the classes best: those of
-linear discriminant analysis (Fisher 1936), in units of the standard deviation within classes. It asks generated images of a
-class to be as far from those of the others as real ones are, not farther.
+If classes differ little compared with the variety within each class, their difference is a small part of that distance, and
+a generator learns it last. A second distance therefore counts only the directions that separate the classes best: those of
+linear discriminant analysis (Fisher 1936), in units of the standard deviation within classes. It is zero when the generated
+images of a class are as far from those of the other classes as real ones are.
 
-The features are statistics of the discriminator's fixed backbone, so distances in that feature space flatter a generator that
-was trained with this loss.
+The features are statistics of the discriminator's fixed backbone, so a generator that was trained with this loss has
+distances in that feature space that are too good.
 """
 
 from __future__ import annotations
@@ -30,11 +30,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-# Images after which a batch counts half.
+# Half-lives in images: a batch counts half after this many further images.
 REAL_HALF_LIFE = 20_000
-FAKE_HALF_LIFE = 4000  # at most: it is FAKE_SHARE of the images so far, and an untrained generator is soon forgotten
+FAKE_HALF_LIFE = (
+    4000  # at most; it is FAKE_SHARE of the images so far, so that the untrained generator soon counts little
+)
 FAKE_SHARE = 0.2
-RECENT_HALF_LIFE = 400  # of generated means: the loss must see soon how far it has moved them
+RECENT_HALF_LIFE = 400  # of generated means; short, so that the loss soon sees how far it has moved them
 FEWEST = 4000  # generated images after which the moments are used
 COMPONENTS = 128
 INTERVAL = 64  # steps between two solutions for T
@@ -45,9 +47,9 @@ class FeatureMoments(nn.Module):
     """Running moments of real and generated features, and the transport map between them. Everything is a buffer.
 
     Args:
-        c_dim: Number of classes; 0 and 1 share one mean.
+        c_dim: Number of classes; with 0 or 1 there is one mean.
         features: Length of a feature vector.
-        device: Where it computes.
+        device: Where to compute.
     """
 
     real_mean: Tensor
@@ -66,7 +68,7 @@ class FeatureMoments(nn.Module):
             self.register_buffer(f"{kind}_count", torch.zeros(classes, device=device))
             self.register_buffer(f"{kind}_sum", torch.zeros(classes, features, device=device))
             self.register_buffer(f"{kind}_outer", torch.zeros(features, features, device=device))
-        self.register_buffer("seen", torch.zeros(()))  # on the CPU, where it is needed
+        self.register_buffer("seen", torch.zeros(()))  # on the CPU, where it is read in every step
         self.register_buffer("recent_count", torch.zeros(classes, device=device))
         self.register_buffer("recent_sum", torch.zeros(classes, features, device=device))
         self.register_buffer("real_mean", torch.zeros(classes, features, device=device))
@@ -82,10 +84,10 @@ class FeatureMoments(nn.Module):
 
         Args:
             kind: "real" or "fake".
-            features: As `training.gan.projected.statistics` makes them.
+            features: Statistics as `training.gan.projected.statistics` returns them.
             c: Labels, one-hot.
-            batch: Images of all processes together; they decide how much older ones still count.
-            parts: Processes that each add a part of the batch. The mean of their buffers is then that of the whole batch.
+            batch: Number of images of all processes together, which decides how much older images count.
+            parts: Number of processes that each add a part of the batch. The mean of their buffers is that of the batch.
 
         Returns:
             The buffers that changed.
@@ -111,7 +113,7 @@ class FeatureMoments(nn.Module):
 
     @torch.no_grad()
     def solve(self) -> None:
-        """Compute means, scale, transport map and separating directions of the moments as they are now."""
+        """Compute means, scale, transport map and separating directions from the current moments."""
         real_mean, real = self._gaussian("real")
         _, fake = self._gaussian("fake")
         scale = real.diagonal().clamp_min(1e-8).rsqrt()
@@ -134,10 +136,10 @@ class FeatureMoments(nn.Module):
         self.ready.fill_(float(self.seen >= FEWEST))
 
     def losses(self, features: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean squared distance of generated features [N, features] from where the transport map takes them.
+        """Mean squared distance between generated features [N, features] and their images under the transport map.
 
         Returns:
-            That over all features, and the sum over the directions that separate the classes.
+            The mean over all features, and the sum over the directions that separate the classes.
         """
         c = _one_hot(c)
         x = features * self.scale
@@ -155,12 +157,12 @@ class FeatureMoments(nn.Module):
 
 
 def _add_separation(module: FeatureMoments, state: dict[str, Tensor], prefix: str, *_: object) -> None:
-    """Checkpoints from before the separating directions have none: they are zero until the next `solve`."""
+    # Checkpoints of early versions have no separating directions: they are zero until the next `solve`.
     state.setdefault(f"{prefix}separation", torch.zeros_like(module.separation))
 
 
 def _one_hot(c: Tensor) -> Tensor:
-    """Labels [N, c_dim] as [N, classes]: without labels all images are of one class."""
+    """Labels [N, c_dim] as [N, classes]. Without labels, all images are of one class."""
     return c if c.shape[1] else torch.ones(len(c), 1, device=c.device)
 
 

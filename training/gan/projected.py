@@ -1,14 +1,15 @@
 """A discriminator on the features of a pretrained network: Projected GAN (Sauer et al., arXiv 2111.01007).
 
-Judging features that already see edges, textures and shapes, it needs far fewer images than one that has to learn them.
-Four or five stages of a frozen EfficientNet-Lite0 are mixed by fixed random convolutions, across channels (CCM) and from
-coarse to fine across scales (CSM), so that no small part of the features decides; a small trained network, a head, judges each.
+It judges features that already represent edges, textures and shapes, and therefore needs far fewer images than a
+discriminator that has to learn them. Four or five stages of a frozen EfficientNet-Lite0 are mixed by fixed random
+convolutions, across channels (CCM) and from coarse to fine across scales (CSM), so that the decision does not depend on a
+small part of the features. A small trained network, a head, judges each mixed stage.
 
-Its weakness: the generator is trained against this feature space, so distances in this space or near it flatter it.
-Evaluate in another one too.
+The generator is trained against this feature space, so its distances in this space or a similar one are too good. Evaluate
+it in another space too.
 
 A training step differs from StyleGAN2's in the loss (`training.gan.loss`) and, by default, in having no gradient penalty; the
-networks are called in the same way. The fixed parts follow from the seed; they are no parameters and in no state dict.
+networks are called in the same way. The fixed parts follow from the seed: they are not parameters and not in the state dict.
 """
 
 from __future__ import annotations
@@ -34,19 +35,19 @@ _CMAP_DIM = 64
 
 
 class ProjectedDiscriminator(nn.Module):
-    """image [N, 3, H, W] and label c [N, c_dim] -> logits [N, levels], one a level, fine to coarse.
+    """image [N, 3, H, W] and label c [N, c_dim] -> logits [N, levels], one for each level, fine to coarse.
 
     Unconditional if c_dim is 0. With labels, each level's output is projected on an embedding of the label (Miyato and
-    Koyama, arXiv 1802.05637). The backbone takes images in [-1, 1] as they are, those smaller than input_size enlarged:
-    larger ones must not be reduced, or nothing would judge their detail.
+    Koyama, arXiv 1802.05637). The backbone takes images in [-1, 1]. Images smaller than input_size are enlarged; larger ones
+    are not reduced, since otherwise nothing would judge their detail.
 
     Args:
         c_dim: Number of classes.
         seed: Decides the fixed random convolutions.
         device: Where it computes.
         resolution: Side of the images, a power of two.
-        levels: Feature levels that are judged; 5 adds the one at half the resolution.
-        mbstd_group_size: Size of the groups whose standard deviation each head sees (`minibatch_std`); 0: none.
+        levels: Number of feature levels that are judged, 4 or 5; 5 adds the one at half the resolution.
+        mbstd_group_size: Size of the groups whose standard deviation each head sees (`minibatch_std`); 0 for none.
         input_size: Side to which smaller images are enlarged, a multiple of 32.
     """
 
@@ -63,7 +64,7 @@ class ProjectedDiscriminator(nn.Module):
         super().__init__()
         self.c_dim = c_dim
         self.size = max(resolution, input_size)
-        # In a tuple, and so no submodule: what never changes has no place among parameters, optimizers and checkpoints.
+        # A module in a tuple is not a submodule: the fixed part must not be in parameters, optimizers and checkpoints.
         self._fixed = (channels_last(_Projection(seed, levels).to(device)),)
         out_channels = _CMAP_DIM if c_dim > 0 else 1
         sizes = [self.size // 2 ** (5 - k) for k in reversed(range(levels))]
@@ -76,14 +77,14 @@ class ProjectedDiscriminator(nn.Module):
         channels_last(self.to(device))
 
     def forward(self, img: Tensor, c: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
-        """`dtype` is the arithmetic of convolutions; that of the fixed ones only on a GPU (a CPU gains nothing by it)."""
+        """Judge images. `dtype` is the arithmetic of convolutions, of the fixed ones only on a GPU (no gain on a CPU)."""
         return self.heads(self.features(img, dtype)[1], c, dtype)
 
     def features(self, img: Tensor, dtype: torch.dtype | None = None) -> tuple[list[Tensor], list[Tensor]]:
         """Feature maps of the pretrained backbone, fine to coarse, the last ones at 1/4, 1/8, 1/16 and 1/32 of the image.
 
         Returns:
-            The maps as they are, and after the fixed random mixing: what the heads judge.
+            The maps of the backbone, and the maps after the fixed random mixing, which the heads judge.
         """
         x = F.interpolate(img.float(), size=(self.size, self.size), mode="bilinear", align_corners=False)
         fixed = self._fixed[0]
@@ -93,7 +94,7 @@ class ProjectedDiscriminator(nn.Module):
         return stages, mixed
 
     def heads(self, mixed: list[Tensor], c: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
-        """Logits [N, levels] of mixed features; the only trained part."""
+        """Logits [N, levels] of mixed features. This is the only trained part."""
         with torch.autocast(mixed[0].device.type, dtype=dtype, enabled=dtype is not None):
             outputs = [scale(y) for scale, y in zip(self.scales, mixed, strict=True)]
         logits = torch.stack(outputs, dim=1).float()  # [N, levels, 1 or _CMAP_DIM]
@@ -103,7 +104,7 @@ class ProjectedDiscriminator(nn.Module):
         return logits.sum(dim=2)
 
     def judged(self, img: Tensor, c: Tensor | None, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-        """Logits, and the statistics [N, STATISTICS] of the features that they come from."""
+        """Logits [N, levels], and the statistics [N, STATISTICS] of the features from which they are computed."""
         stages, mixed = self.features(img, dtype)
         return self.heads(mixed, c, dtype), statistics(stages)
 
@@ -115,7 +116,7 @@ def statistics(stages: list[Tensor]) -> Tensor:
 
 
 class _Projection(nn.Module):
-    """Stages of the backbone -> the same, mixed across channels and from coarse to fine. Nothing here is ever trained."""
+    """Stages of the backbone -> stages mixed across channels and from coarse to fine. Nothing here is trained."""
 
     def __init__(self, seed: int, levels: int) -> None:
         super().__init__()
@@ -139,7 +140,7 @@ class _Projection(nn.Module):
 
 
 class _Scale(nn.Module):
-    """Judge of one level: features [N, C, size, size] -> [N, out_channels], by halving down to 4 to 7 px."""
+    """Head of one level: features [N, C, size, size] -> [N, out_channels], halved in size down to 4 to 7 px."""
 
     def __init__(self, channels: int, size: int, out_channels: int, mbstd_group_size: int) -> None:
         super().__init__()
@@ -166,7 +167,7 @@ class _Scale(nn.Module):
 
 
 def _block(conv: nn.Conv2d) -> list[nn.Module]:
-    # Groups instead of a batch norm: an image's logit must not depend on how a batch is split over processes.
+    # A group norm instead of a batch norm, because a logit must not depend on how a batch is divided over processes.
     return [spectral_norm(conv), nn.GroupNorm(8, conv.out_channels), nn.LeakyReLU(0.2, inplace=True)]
 
 

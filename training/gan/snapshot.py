@@ -1,4 +1,4 @@
-"""What a run leaves for people to look at and for services to load: a sample grid and a bundle."""
+"""The results of a run: a grid of samples to look at, and a bundle for services to load."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from training.gan.best import Measurements
 from training.gan.card import model_card
 from training.gan.config import GanConfig
 from training.gan.journal import show_in_tensorboard
-from training.gan.state import Progress, State
+from training.gan.state import GanProgress, GanState
 
-GRID = 8  # images a row, and rows unless there are more classes
+GRID = 8  # images in a row; also the number of rows unless there are more classes
 
 
 @dataclass(frozen=True)
-class Origin:
-    """What a bundle tells of its making beyond what the run itself knows."""
+class GeneratorOrigin:
+    """The part of a bundle's provenance that the user states."""
 
     name: str
     dataset_name: str
@@ -42,17 +42,27 @@ class Origin:
 def write_snapshot(
     dataset: ImageDataset,
     config: GanConfig,
-    origin: Origin,
+    origin: GeneratorOrigin,
     device: torch.device,
     *,
     with_discriminator: bool = False,
     measurements: Measurements | None = None,
     tensorboard: bool = False,
-) -> Callable[[Path, State], None]:
-    """The callback of `train` that writes samples-<kimg>.png and, once anything was learnt, the folder `bundle`.
+) -> Callable[[Path, GanState], None]:
+    """Return the callback of `train` that writes samples-<kimg>.png and, after the first step, the folder `bundle`.
 
-    With `measurements` the best snapshot is kept as the folder `best`. Names that a bundle cannot have, and a
-    discriminator that it cannot hold, are refused here, before hours of training.
+    Args:
+        dataset: Training images.
+        config: Hyper-parameters of the run.
+        origin: The stated part of the provenance.
+        device: Where the networks are.
+        with_discriminator: Add the discriminator to the bundle.
+        measurements: Measure the snapshots and keep the best one as the folder `best`.
+        tensorboard: Add the grid to TensorBoard's files.
+
+    Raises:
+        DermisError: A bundle cannot have this name, or cannot hold this discriminator. Raised here and not by the callback,
+            so that it comes before hours of training.
     """
     class_names = dataset.class_names if config.c_dim else ()
     check_names(origin.name, class_names, config.c_dim)
@@ -61,7 +71,7 @@ def write_snapshot(
             "--with-discriminator: a bundle cannot hold a projected discriminator; leave one of them out"
         )
 
-    def bundle(folder: Path, state: State, picture: bytes, metrics: Mapping[str, Any]) -> None:
+    def bundle(folder: Path, state: GanState, picture: bytes, metrics: Mapping[str, Any]) -> None:
         provenance = _provenance(dataset, config, origin, device, state.progress)
         write_bundle(
             folder,
@@ -77,11 +87,11 @@ def write_snapshot(
             replace=True,
         )
 
-    def write(out: Path, state: State) -> None:
+    def write(out: Path, state: GanState) -> None:
         progress = state.progress
         grid = contact_sheet(sample_grid(state.G_ema, device), columns=GRID)
         (out / f"samples-{progress.nimg // 1000:06d}.png").write_bytes(encode(grid))
-        picture = encode(grid, "webp", 75)  # a twentieth of the PNG, and a bundle is to be small
+        picture = encode(grid, "webp", 75)  # a twentieth of the PNG's size, to keep the bundle small
         if tensorboard:
             show_in_tensorboard(out, grid, progress.nimg)
         if progress.nimg == 0:
@@ -97,7 +107,7 @@ def write_snapshot(
 
 
 def sample_grid(G: Generator, device: torch.device) -> Images:
-    """uint8 [n, H, W, 3]: the first samples of seed 0 of every class, class after class, in rows of `GRID`."""
+    """The first samples of seed 0 of every class, in rows of `GRID`, as uint8 [n, H, W, 3]. Classes follow each other."""
     classes = max(G.config.c_dim, 1)
     per_class = GRID * max(GRID // classes, 1)
     return np.concatenate(
@@ -109,9 +119,19 @@ def sample_grid(G: Generator, device: torch.device) -> Images:
 def draw_samples(
     G: Generator, seed: int, indices: Sequence[int], labels: Sequence[int] | NDArray[np.int64], device: torch.device
 ) -> Images:
-    """uint8 [n, H, W, 3]: samples (seed, index), each with its own noise, as the product draws them.
+    """Generate samples as a dataset has them: from (seed, index), each with its own noise.
 
-    By the network itself: a synthesizer, which compiles it first, is for more images than a few.
+    The network is called directly: a synthesizer compiles it first, which takes too long for a few images.
+
+    Args:
+        G: The generator.
+        seed: Seed of all samples.
+        indices: Index of each sample.
+        labels: Class of each sample.
+        device: Where the generator is.
+
+    Returns:
+        Images uint8 [n, H, W, 3].
     """
     z = torch.from_numpy(z_for(seed, indices, G.config.z_dim)).to(device)
     sizes = noise_resolutions(G)
@@ -125,7 +145,7 @@ def draw_samples(
 
 
 def _provenance(
-    dataset: ImageDataset, config: GanConfig, origin: Origin, device: torch.device, progress: Progress
+    dataset: ImageDataset, config: GanConfig, origin: GeneratorOrigin, device: torch.device, progress: GanProgress
 ) -> dict[str, Any]:
     counts = np.bincount(dataset.labels, minlength=len(dataset.class_names))
     return {

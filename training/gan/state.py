@@ -1,4 +1,4 @@
-"""What a run changes as it trains: networks, optimizers, path-length mean, augmentation strength, position."""
+"""The state of a run, which changes in training: networks, optimizers, path-length mean, augmentation strength, progress."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from torch import Tensor
 
 from dermis.errors import TrainingError
 from dermis.networks import Discriminator, Generator
+from training.checkpoint import load_checkpoint, read_state, save_checkpoint
 from training.data.isic import ImageDataset
+from training.distributed import ALONE, Ranks
 from training.gan.augment import AdaptiveP
-from training.gan.checkpoint import load_checkpoint, read_state, save_checkpoint
 from training.gan.config import STRUCTURE, GanConfig
 from training.gan.loss import Phases
 from training.gan.moments import FeatureMoments
-from training.gan.parallel import ALONE, Ranks
 from training.gan.projected import LEARNING_RATE as PROJECTED_RATE
 from training.gan.projected import STATISTICS, ProjectedDiscriminator
 
 
 @dataclass
-class Progress:
-    """Where a run stands; what a checkpoint stores besides tensors."""
+class GanProgress:
+    """How far a run has come. A checkpoint stores it with the tensors."""
 
     step: int = 0
-    nimg: int = 0
+    nimg: int = 0  # real images shown to the discriminator
     seconds: float = 0.0
     stopped: bool = False  # by the user, before total_kimg
-    stats: dict[str, float] = field(default_factory=dict)
-    changes: list[dict[str, Any]] = field(default_factory=list)  # of options on the way: {"kimg", "before", "after"}
-    started_from: dict[str, Any] = field(default_factory=dict)  # the weights that a run began with; see transfer.py
+    stats: dict[str, float] = field(default_factory=dict)  # the latest value of each
+    changes: list[dict[str, Any]] = field(default_factory=list)  # options that changed: {"kimg", "before", "after"}
+    started_from: dict[str, Any] = field(default_factory=dict)  # source of the first weights; see transfer.py
 
     @property
     def kimg(self) -> float:
@@ -41,7 +41,7 @@ class Progress:
 
 
 @dataclass
-class State:
+class GanState:
     """Everything that a checkpoint holds."""
 
     G: Generator
@@ -51,8 +51,8 @@ class State:
     D_opt: torch.optim.Adam
     pl_mean: Tensor
     adaptive: AdaptiveP
-    progress: Progress
-    moments: FeatureMoments | None = None  # where config.moments_weight asks for them
+    progress: GanProgress
+    moments: FeatureMoments | None = None  # only with config.moments_weight
 
     @property
     def networks(self) -> dict[str, torch.nn.Module]:
@@ -71,8 +71,8 @@ class State:
         return {"G_opt": self.G_opt, "D_opt": self.D_opt}
 
 
-def new_state(config: GanConfig, device: torch.device) -> State:
-    """Random weights of config.seed."""
+def new_state(config: GanConfig, device: torch.device) -> GanState:
+    """The state of a new run, with random weights that follow from config.seed."""
     torch.manual_seed(config.seed)
     G = Generator(config.generator).to(device)
     D: Discriminator | ProjectedDiscriminator
@@ -88,7 +88,7 @@ def new_state(config: GanConfig, device: torch.device) -> State:
         )
     else:
         D = Discriminator(config.discriminator).to(device)
-    return State(
+    return GanState(
         G,
         D,
         G_ema=copy.deepcopy(G).eval().requires_grad_(False),
@@ -96,19 +96,23 @@ def new_state(config: GanConfig, device: torch.device) -> State:
         D_opt=_adam(D, _lazy_ratio(config.r1_interval, config.r1_gamma)),
         pl_mean=torch.zeros((), device=device),
         adaptive=_adaptive(config),
-        progress=Progress(),
+        progress=GanProgress(),
         moments=FeatureMoments(config.c_dim, STATISTICS, device) if config.moments_weight else None,
     )
 
 
-def save_state(checkpoint: Path, state: State, config: GanConfig, dataset: ImageDataset) -> None:
-    """Replace the checkpoint; TrainingError, and the old one stays, if a value is not finite or the disk is full."""
+def save_state(checkpoint: Path, state: GanState, config: GanConfig, dataset: ImageDataset) -> None:
+    """Replace the checkpoint.
+
+    Raises:
+        TrainingError: A value is not finite or the file cannot be written. The old checkpoint is kept.
+    """
     scalars = scalars_of(state, config, dataset)
     save_checkpoint(checkpoint, state.modules, state.optimizers, {"pl_mean": state.pl_mean}, scalars)
 
 
-def scalars_of(state: State, config: GanConfig, dataset: ImageDataset) -> dict[str, Any]:
-    """What is saved of a state besides its tensors, as JSON holds it."""
+def scalars_of(state: GanState, config: GanConfig, dataset: ImageDataset) -> dict[str, Any]:
+    """The part of a state that is not tensors, as JSON can hold it."""
     return {
         "config": config.identity,
         "dataset_sha256": dataset.sha256,
@@ -118,16 +122,17 @@ def scalars_of(state: State, config: GanConfig, dataset: ImageDataset) -> dict[s
 
 
 def load_state(
-    checkpoint: Path, state: State, config: GanConfig, dataset: ImageDataset, allow_changes: bool = False
+    checkpoint: Path, state: GanState, config: GanConfig, dataset: ImageDataset, allow_changes: bool = False
 ) -> None:
-    """Fill the state in place. TrainingError if the checkpoint is of other images or, unless `allow_changes`, options.
+    """Fill a new state in place with a checkpoint. GanProgress.changes lists the options that changed.
 
-    Changed options are noted in Progress.changes.
+    Raises:
+        TrainingError: The checkpoint is of other images, or of other options without `allow_changes`.
     """
     scalars = read_state(checkpoint)
     changes = changes_since(checkpoint, scalars, config, dataset, allow_changes)
-    stored = scalars["config"].get("moments_weight", 0.0)  # without them, the feature moments begin now
-    modules = state.modules if stored else state.networks
+    has_moments = scalars["config"].get("moments_weight", 0.0)  # if not, the feature moments begin now
+    modules = state.modules if has_moments else state.networks
     load_checkpoint(checkpoint, modules, state.optimizers, {"pl_mean": state.pl_mean})
     restore_scalars(state, scalars, changes)
 
@@ -135,17 +140,25 @@ def load_state(
 def changes_since(
     checkpoint: Path, scalars: dict[str, Any], config: GanConfig, dataset: ImageDataset, allow_changes: bool
 ) -> dict[str, Any]:
-    """Our values of all options that differ from those of `scalars_of`. TrainingError as for `load_state`."""
+    """The values in `config` of all options that differ from the stored ones. Raises TrainingError as `load_state` does.
+
+    Args:
+        checkpoint: The file or folder, for the error message.
+        scalars: The stored result of `scalars_of`.
+        config: The options of the run that resumes.
+        dataset: Its images.
+        allow_changes: Whether options can differ.
+    """
     if scalars["dataset_sha256"] != dataset.sha256:
-        raise TrainingError(f"{checkpoint}: was trained on other images than the folder given with --data")
+        raise TrainingError(f"{checkpoint}: was trained on other images than those of --data")
     changes = config.changed_from(scalars["config"])
     _check_changes(checkpoint, changes, allow_changes)
     return changes
 
 
-def restore_scalars(state: State, scalars: dict[str, Any], changes: dict[str, Any]) -> None:
-    """Set the state's progress and augmentation strength; `changes` of options are noted in Progress.changes."""
-    state.progress = progress = Progress(**scalars["progress"])
+def restore_scalars(state: GanState, scalars: dict[str, Any], changes: dict[str, Any]) -> None:
+    """Set the state's progress and augmentation strength, and add `changes` of options to GanProgress.changes."""
+    state.progress = progress = GanProgress(**scalars["progress"])
     progress.stopped = False
     if changes:
         before = {name: scalars["config"].get(name) for name in changes}
@@ -159,14 +172,14 @@ def _check_changes(checkpoint: Path, changes: dict[str, Any], allow: bool) -> No
     structural = changes.keys() & STRUCTURE
     if structural or (changes and not allow):
         names = ", ".join(sorted(structural or changes))
-        hint = "" if structural else ", or add --allow-changes to go on with the new ones"
+        hint = "" if structural else ", or add --allow-changes to continue with the new ones"
         raise TrainingError(f"{checkpoint}: was trained with another {names}; use the same options{hint}")
 
 
-def set_learning_rates(state: State, config: GanConfig, factor: float = 1.0) -> None:
-    """Set the learning rates of the next step, `factor` times those of the configuration.
+def set_learning_rates(state: GanState, config: GanConfig, factor: float = 1.0) -> None:
+    """Set the learning rates of the next step to `factor` times those of the configuration.
 
-    The projected discriminator has a constant rate of its own: its weights are under spectral normalisation.
+    The projected discriminator has a constant rate of its own, because its weights are under spectral normalisation.
     """
     rate = config.learning_rate_at(state.progress.nimg)
     D_rate = PROJECTED_RATE if config.projected else rate
@@ -179,12 +192,12 @@ def set_learning_rates(state: State, config: GanConfig, factor: float = 1.0) -> 
 
 
 def _lazy_ratio(interval: int, weight: float) -> float:
-    """Correction of Adam for regularisation every `interval` steps (StyleGAN2, appendix B); 1 without any."""
+    """Correction of Adam for regularisation every `interval` steps (StyleGAN2, appendix B); 1 without regularisation."""
     return interval / (interval + 1) if weight else 1.0
 
 
 def _adam(module: torch.nn.Module, ratio: float) -> torch.optim.Adam:
-    """Adam with beta (0, 0.99), corrected by `_lazy_ratio`; `set_learning_rates` gives it a rate before every step."""
+    """Adam with beta (0, 0.99), corrected by `_lazy_ratio`. `set_learning_rates` sets its rate before every step."""
     return torch.optim.Adam(module.parameters(), betas=(0.0, 0.99**ratio), eps=1e-8, fused=True)
 
 

@@ -1,4 +1,4 @@
-"""One training step: every phase that is due, with its optimizer, and the averages that follow.
+"""One training step: every phase that is due, with its optimizer, and the update of the averages.
 
 Everything random in a step follows from (seed, step).
 """
@@ -16,11 +16,11 @@ from training.gan.batches import Batch, class_weights
 from training.gan.config import GanConfig
 from training.gan.loss import Phases
 from training.gan.moments import INTERVAL as MOMENTS_INTERVAL
-from training.gan.state import State, set_learning_rates
+from training.gan.state import GanState, set_learning_rates
 
 
 def training_step(
-    state: State,
+    state: GanState,
     phases: Phases,
     dataset: ImageDataset,
     batch: Batch,
@@ -28,33 +28,42 @@ def training_step(
     adjust: Callable[[nn.Module], None] | None = None,
     rate_factor: float = 1.0,
 ) -> dict[str, float]:
-    """Update the state, its position included. Returns losses, gradient norms and, when it was adjusted, r_t and p.
+    """Update the state and its progress.
 
-    `rate_factor` multiplies the learning rates of this step (`training.gan.compact.warm_up_factor`). `adjust` may add to the
-    gradients of a network (G, D) once its main phase is complete; the norms do not include it.
+    Gradients that are not finite are replaced as in the official code (NaN by 0, infinities by 1e5). The returned norm is
+    that before the replacement.
 
-    The numbers are those of the whole batch, the same on all ranks. Gradients that are not finite are cleaned as in the
-    official code (NaN becomes 0, infinities 1e5); their norm then tells.
+    Args:
+        state: Networks, optimizers, averages and progress.
+        phases: The losses of these networks.
+        dataset: Training images, whose labels decide the classes that are generated.
+        batch: This rank's part of the real images.
+        config: Hyper-parameters.
+        adjust: Adds to the gradients of a network (G, D) after its main phase. The norms do not include it.
+        rate_factor: Factor of the learning rates of this step (`training.gan.compact.warm_up_factor`).
+
+    Returns:
+        Losses, gradient norms and, if p was adjusted, r_t and p: of the whole batch, the same on all ranks.
     """
     ranks, progress, p = phases.ranks, state.progress, state.adaptive.p
     n, device = config.batch // ranks.count, state.pl_mean.device
     torch.manual_seed((config.seed << 32) + progress.step + 1)
     real, real_c = _prepare(batch, config, phases)
-    found: dict[str, Tensor] = {}
-    chances = torch.from_numpy(class_weights(dataset.labels, config)).cumsum(0) if config.class_balance else None
+    statistics: dict[str, Tensor] = {}
+    cumulative = torch.from_numpy(class_weights(dataset.labels, config)).cumsum(0) if config.class_balance else None
 
     def latents(paired: bool = False) -> tuple[Tensor, Tensor]:
-        """z, and labels in the proportions in which real images are shown; `paired`: those of the real images."""
+        """Draw z, and labels in the proportions in which real images are shown, or `paired` those of the real images."""
         with ranks.draws(n):
             if paired:
                 c = real_c
             else:
-                if chances is None:
-                    drawn = torch.randint(len(dataset.labels), (n,))
-                else:  # by the inverse of the cumulative chances: one uniform number a sample, as `ranks.draws` knows it
-                    drawn = torch.rand(n, dtype=torch.float64).contiguous()
-                    drawn = torch.searchsorted(chances, drawn).clamp_max(len(chances) - 1)
-                c = one_hot(dataset.labels[drawn.numpy()], config.c_dim, device)
+                if cumulative is None:
+                    indices = torch.randint(len(dataset.labels), (n,))
+                else:  # by inverting the cumulative distribution: one uniform number per sample, as `ranks.draws` needs
+                    uniform = torch.rand(n, dtype=torch.float64).contiguous()
+                    indices = torch.searchsorted(cumulative, uniform).clamp_max(len(cumulative) - 1)
+                c = one_hot(dataset.labels[indices.numpy()], config.c_dim, device)
             return torch.randn(n, config.z_dim, device=device), c
 
     set_learning_rates(state, config, rate_factor)
@@ -75,29 +84,29 @@ def training_step(
         return norm
 
     state.D.requires_grad_(False)
-    found |= phases.generator_main(*latents(paired), p, real)
-    found["G_gradient"] = apply(state.G_opt, state.G, adjusted=True)
+    statistics |= phases.generator_main(*latents(paired), p, real)
+    statistics["G_gradient"] = apply(state.G_opt, state.G, adjusted=True)
     if config.pl_weight and progress.step % config.pl_interval == 0:
         z, c = latents()
         shrunk = max(n // config.pl_batch_shrink, 1)
-        found["path_length_penalty"] = phases.generator_path_length(z[:shrunk], c[:shrunk])
+        statistics["path_length_penalty"] = phases.generator_path_length(z[:shrunk], c[:shrunk])
         apply(state.G_opt, state.G)
     state.D.requires_grad_(True)
     state.G.requires_grad_(False)
-    found["D"], real_logits = phases.discriminator_main(real, real_c, *latents(paired), p)
-    found["D_gradient"] = apply(state.D_opt, state.D, adjusted=True)
+    statistics["D"], real_logits = phases.discriminator_main(real, real_c, *latents(paired), p)
+    statistics["D_gradient"] = apply(state.D_opt, state.D, adjusted=True)
     if config.r1_gamma and progress.step % config.r1_interval == 0:
-        found["r1"] = phases.discriminator_penalty(real, real_c, p)
+        statistics["r1"] = phases.discriminator_penalty(real, real_c, p)
         if config.relativistic:
             z, c = latents()
-            found["r2"] = phases.discriminator_penalty(phases.generated(z, c), c, p)
+            statistics["r2"] = phases.discriminator_penalty(phases.generated(z, c), c, p)
         apply(state.D_opt, state.D)
     state.G.requires_grad_(True)
 
     ranks.average_([state.G.mapping.w_avg])
     update_ema(state.G_ema, state.G, config, progress.nimg)
-    values = ranks.mean(torch.stack(list(found.values())).float()).tolist()  # waits for the device, once a step
-    stats = dict(zip(found, values, strict=True))
+    values = ranks.mean(torch.stack(list(statistics.values())).float()).tolist()  # waits for the device, once per step
+    stats = dict(zip(statistics, values, strict=True))
     state.adaptive.observe(ranks.gather(real_logits))
     r_t = state.adaptive.update(progress.step + 1, config.batch)
     if r_t is not None:
@@ -108,7 +117,7 @@ def training_step(
 
 
 def _prepare(batch: Batch, config: GanConfig, phases: Phases) -> tuple[Tensor, Tensor]:
-    """Images in [-1, 1] [n, 3, R, R], mirrored at random if so configured, and labels [n, c_dim]."""
+    """Images [n, 3, R, R] in [-1, 1], mirrored at random if config.mirror, and labels [n, c_dim]."""
     x = batch.images.permute(0, 3, 1, 2).float() / 127.5 - 1
     if config.mirror:
         with phases.ranks.draws(len(x)):
@@ -119,7 +128,7 @@ def _prepare(batch: Batch, config: GanConfig, phases: Phases) -> tuple[Tensor, T
 
 @torch.no_grad()
 def update_ema(G_ema: Generator, G: Generator, config: GanConfig, nimg: int) -> None:
-    """Average of the weights with a half-life of ema_kimg, shorter early on (ema_rampup times the images seen)."""
+    """Update the average of the weights, with a half-life of ema_kimg, at most ema_rampup times the images so far."""
     half_life = config.ema_kimg * 1000
     if config.ema_rampup is not None:
         half_life = min(half_life, nimg * config.ema_rampup)

@@ -1,7 +1,7 @@
-"""Begin a run with the weights of another: of a bundle, or of an official checkpoint.
+"""Start a run with the weights of another network: of a bundle, or of an official checkpoint.
 
-Tensors are taken by name and shape. Names tell the resolution of a block, so that a network of another resolution gives
-its blocks from 4 px up to the smaller of the two.
+Tensors are copied if name and shape are the same. Names contain the resolution of a block, so from a network of another
+resolution the blocks from 4 px up to the smaller resolution are copied.
 """
 
 from __future__ import annotations
@@ -17,42 +17,42 @@ from dermis.errors import TrainingError, escape
 from dermis.networks import Discriminator, FullyConnectedLayer, Generator, MappingNetwork
 from dermis.official.convert import read_official
 from training.gan.projected import ProjectedDiscriminator
-from training.gan.state import State
+from training.gan.state import GanState
 
 
 @dataclass(frozen=True)
-class Source:
-    """Networks to begin with."""
+class WeightSource:
+    """Networks from which weights are copied."""
 
     path: Path
     name: str
     digest: str  # of the bundle, or SHA-256 of the file
     G: Generator
     D: Discriminator | None
-    no_discriminator: str  # why there is none
+    no_discriminator: str  # the reason, if there is none
 
 
 @dataclass(frozen=True)
-class Taken:
-    """What became of one network. `left` names tensors that keep their random values, each with the reason."""
+class Transferred:
+    """The result for one network. `left` has the tensors that keep their random values, each with the reason."""
 
     network: str
-    share: float  # of its weights, by number
+    share: float  # number of copied weights over number of weights
     left: dict[str, str]
 
     def __str__(self) -> str:
-        text = f"{self.network}: {self.share:.0%} of the weights taken"
+        text = f"{self.network}: {self.share:.0%} of the weights copied"
         reasons: dict[str, list[str]] = {}
         for name, reason in self.left.items():
             reasons.setdefault(reason, []).append(name)
         return "\n".join([text, *(f"  new, {reason}: {_abridge(names)}" for reason, names in reasons.items())])
 
 
-def read_source(path: Path) -> Source:
-    """A bundle's folder or an official .pkl. BundleError if it is neither."""
+def read_source(path: Path) -> WeightSource:
+    """Read the folder of a bundle or an official .pkl. Raises BundleError if it is neither."""
     if path.is_file() or path.suffix == ".pkl":
         official = read_official(path)
-        return Source(
+        return WeightSource(
             path,
             escape(path.name),
             official.sha256,
@@ -62,25 +62,29 @@ def read_source(path: Path) -> Source:
         )
     bundle = open_bundle(path)
     discriminator = load_discriminator(bundle) if bundle.discriminator else None
-    return Source(path, bundle.name, bundle.digest, load_generator(bundle), discriminator, "the bundle has none")
+    return WeightSource(path, bundle.name, bundle.digest, load_generator(bundle), discriminator, "the bundle has none")
 
 
-def transfer(source: Source, state: State) -> list[Taken]:
-    """Copy what fits into G, G_ema and D, and note the source in the state's progress.
+def transfer(source: WeightSource, state: GanState) -> list[Transferred]:
+    """Copy the tensors that fit into G, G_ema and D, and record the source in the state's progress.
 
-    Returns what was taken of G and of D. TrainingError if nothing of G fits.
+    Returns:
+        The results for G and for D.
+
+    Raises:
+        TrainingError: No weight of G fits.
     """
     G = _copy("G", source.G, state.G)
     if G.share == 0:
         raise TrainingError(
-            f"--from: {source.path}: no weight of it fits this generator (a network of {_describe(source.G)}, ours of "
-            f"{_describe(state.G)}); choose its --channel-base, --channel-max, --z-dim and --w-dim"
+            f"--from: {source.path}: no weight of it fits this generator (its network has {_describe(source.G)}, this "
+            f"one {_describe(state.G)}); choose its --channel-base, --channel-max, --z-dim and --w-dim"
         )
     _copy("G_ema", source.G, state.G_ema)
     if source.D is None:
-        D = Taken("D", 0.0, {"all": source.no_discriminator})
+        D = Transferred("D", 0.0, {"all": source.no_discriminator})
     elif isinstance(state.D, ProjectedDiscriminator):
-        D = Taken("D", 0.0, {"all": "this run's discriminator is a projected one"})
+        D = Transferred("D", 0.0, {"all": "this run's discriminator is a projected one"})
     else:
         D = _copy("D", source.D, state.D)
     state.progress.started_from = {
@@ -93,7 +97,7 @@ def transfer(source: Source, state: State) -> list[Taken]:
 
 
 @torch.no_grad()
-def _copy(network: str, source: nn.Module, target: nn.Module) -> Taken:
+def _copy(network: str, source: nn.Module, target: nn.Module) -> Transferred:
     theirs, ours = source.state_dict(), target.state_dict()
     depths = [_mapping_layers(module) for module in (source, target)]
     option = "--discriminator-mapping-layers" if network == "D" else "--mapping-layers"
@@ -105,21 +109,21 @@ def _copy(network: str, source: nn.Module, target: nn.Module) -> Taken:
         else:
             value.copy_(theirs[name] * _scale(name, source, target))
     weights = {name: value.numel() for name, value in target.named_parameters() if value.ndim > 1}
-    taken = sum(size for name, size in weights.items() if name not in left)
-    return Taken(network, taken / sum(weights.values()), left)
+    copied = sum(size for name, size in weights.items() if name not in left)
+    return Transferred(network, copied / sum(weights.values()), left)
 
 
 def _scale(name: str, source: nn.Module, target: nn.Module) -> float:
-    """The factor of a tensor that keeps the layer's function: layers store weights over their learning-rate multiplier."""
+    """Factor of a tensor that keeps the layer's function: layers store weights divided by their learning-rate multiplier."""
     layers = [network.get_submodule(name.rpartition(".")[0]) for network in (source, target)]
     theirs, ours = [layer.bias_gain if isinstance(layer, FullyConnectedLayer) else 1.0 for layer in layers]
     return theirs / ours
 
 
 def _misfit(name: str, theirs: Tensor | None, ours: Tensor, depths: list[int], option: str) -> str:
-    """Why a tensor is not taken; empty if it is."""
-    if name.startswith("mapping.") and depths[0] != depths[1]:  # a part of a longer chain of layers means nothing
-        return f"as the source's mapping has {depths[0]} layers and ours {depths[1]} ({option})"
+    """The reason why a tensor is not copied; empty if it is."""
+    if name.startswith("mapping.") and depths[0] != depths[1]:  # some layers of a deeper mapping are of no use
+        return f"as the source's mapping has {depths[0]} layers and this one {depths[1]} ({option})"
     if theirs is None:
         return "not in the source"
     return "" if theirs.shape == ours.shape else "of another shape in the source"

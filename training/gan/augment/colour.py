@@ -1,6 +1,6 @@
 """Colour transforms, composed into one affine map of RGB in homogeneous coordinates (arXiv 2006.06676, appendix B).
 
-Grey, the direction (1, 1, 1) / sqrt(3), is the axis of luma: it is kept by hue and saturation, reversed by the flip.
+Grey, the direction (1, 1, 1) / sqrt(3), is the axis of luma: hue and saturation keep it, the flip reverses it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which transforms take part, how strong they are, and the official groups of them."""
+"""Which transforms are used and how strong they are, and the official groups of transforms."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Weights in [0, 1] by which p is multiplied, 0 = off, and the official strengths (appendix B)."""
+    """Factors of p in [0, 1] for each transform (0: off), and the official strengths (appendix B)."""
 
     xflip: float = 0.0
     rotate90: float = 0.0
@@ -34,7 +34,7 @@ class AugmentConfig:
     hue_max: float = 1.0  # of half a turn
     saturation_std: float = 1.0  # of log2
     filter_std: float = 1.0  # of log2
-    noise_std: float = 0.1  # of the half-normal that sigma is drawn from
+    noise_std: float = 0.1  # of the half-normal distribution of sigma
     cutout_size: float = 0.5  # of the image's side
 
 

@@ -1,9 +1,9 @@
 """Image-space filtering, noise and cutout (arXiv 2006.06676, appendix B).
 
 The filter amplifies or weakens four octaves. They come from the sym2 wavelet (Daubechies, Ten Lectures on Wavelets):
-its low-pass is orthonormal, so the autocorrelation L(z) and its mirror image L(-z) sum to 1, and so do the four bands
+its low-pass filter is orthonormal, so the autocorrelation L(z) and its mirror image L(-z) sum to 1, and so do the four bands
     L(z) L(z^2) L(z^4),   L(z) L(z^2) (1 - L(z^4)),   L(z) (1 - L(z^2)),   1 - L(z)
-(up to pi/8, pi/4, pi/2 and pi). All are symmetric: nothing is shifted, and equal gains leave the image as it is.
+(up to pi/8, pi/4, pi/2 and pi). All are symmetric, so nothing is shifted, and equal gains do not change the image.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from torch import Tensor
 from training.gan.augment.config import AugmentConfig
 
 SYM2_AUTOCORRELATION = np.array([-1, 0, 9, 16, 9, 0, -1]) / 32
-BAND_POWER = (10 / 13, 1 / 13, 1 / 13, 1 / 13)  # share of each band in an image with a 1/f spectrum
+BAND_POWER = (10 / 13, 1 / 13, 1 / 13, 1 / 13)  # share of each band in the power of an image with a 1/f spectrum
 
 
 def random_gains(n: int, p: float, config: AugmentConfig) -> Tensor:
     """Amplitude gains [N, 4] of the bands, lowest first. float32 on the CPU.
 
-    Each band is chosen on its own, and the four gains are then rescaled so that the expected power stays the same.
+    Each band is chosen independently, and the four gains are then rescaled so that the expected power stays the same.
     """
     chosen = torch.rand(n, len(BAND_POWER)) < p * config.filter
-    drawn = torch.exp2(torch.randn(n, len(BAND_POWER)) * config.filter_std)
-    gain = torch.where(chosen, drawn, torch.ones_like(drawn))
+    gain = torch.exp2(torch.randn(n, len(BAND_POWER)) * config.filter_std)
+    gain = torch.where(chosen, gain, torch.ones_like(gain))
     # Changing band i alone changes the power from 1 to 1 - power_i + power_i gain_i^2.
     power = torch.tensor(BAND_POWER) * (gain.square() - 1) + 1
     return gain * power.prod(dim=1, keepdim=True).rsqrt()
@@ -37,7 +37,7 @@ def random_gains(n: int, p: float, config: AugmentConfig) -> Tensor:
 def amplify_bands(images: Tensor, gains: Tensor) -> Tensor:
     """Filter images [N, C, R, R], reflected at their borders, along both axes with band gains [N, 4].
 
-    On R samples a filter with its borders is an R x R matrix, so all images are filtered by two batched products.
+    A filter of R samples with reflected borders is an R x R matrix, so two batched products filter all images.
     """
     bands = _band_matrices(images.shape[-1], images.dtype, images.device)
     gains = gains.to(images.dtype).to(images.device, non_blocking=True)
@@ -47,11 +47,13 @@ def amplify_bands(images: Tensor, gains: Tensor) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _band_matrices(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The four bands [4, size, size] as maps of `size` samples with reflected borders."""
+    """The filters of the four bands as matrices [4, size, size] with reflected borders."""
     taps = band_taps()
     reach = taps.shape[1] // 2
     position = np.arange(size)[:, None] + np.arange(-reach, reach + 1)
-    source = np.abs((position + size - 1) % (2 * size - 2) - (size - 1))  # reflected, the border sample not repeated
+    source = np.abs(
+        (position + size - 1) % (2 * size - 2) - (size - 1)
+    )  # reflected without repeating the border sample
     matrices = np.zeros((len(taps), size, size))
     for matrix, band in zip(matrices, taps, strict=True):
         np.add.at(matrix, (np.arange(size)[:, None], source), band)
@@ -77,7 +79,7 @@ def _centred(taps: NDArray[np.float64], length: int) -> NDArray[np.float64]:
 
 
 def add_noise(images: Tensor, p: float, config: AugmentConfig) -> Tensor:
-    """Add white Gaussian noise whose sigma is half-normal, one sigma an image."""
+    """Add white Gaussian noise to images [N, C, H, W], with one half-normal sigma for each image."""
     n = images.shape[0]
     sigma = torch.randn(n).abs() * config.noise_std * (torch.rand(n) < p * config.noise)
     sigma = sigma.to(images.dtype).to(images.device, non_blocking=True)
@@ -85,7 +87,7 @@ def add_noise(images: Tensor, p: float, config: AugmentConfig) -> Tensor:
 
 
 def cut_out(images: Tensor, p: float, config: AugmentConfig) -> Tensor:
-    """Set a square to 0. Its centre is uniform over the image [N, C, H, W], so that it may stick out at the borders."""
+    """Set a square of each image [N, C, H, W] to 0. Its centre is uniform over the image, so the border can cut it off."""
     n, _, height, width = images.shape
     centre = torch.rand(2, n, 1)
     chosen = torch.rand(n, 1) < p * config.cutout

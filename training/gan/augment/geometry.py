@@ -79,13 +79,13 @@ def _translation(shift: Tensor) -> Tensor:
 def warp(images: Tensor, matrix: Tensor) -> Tensor:
     """Resample [N, C, R, R] through [N, 3, 3] (output to input positions in pixels, centre = 0).
 
-    Reflected borders, two times over-sampling with the sym6 low-pass before and after bilinear look-up, so that
-    neither enlarging nor shrinking aliases.
+    Borders are reflected. Images are over-sampled twice, with the sym6 low-pass filter before and after the bilinear
+    look-up, so that neither enlarging nor shrinking aliases.
     """
     size, matrix = images.shape[-1], matrix.to(images.dtype)
     taps = torch.tensor(SYM6, dtype=images.dtype)
     taps = taps / taps.sum()
-    # The filter delays by its centroid, 5.1 fine samples; both uses are compensated, so nothing is shifted.
+    # The filter delays by its centroid, 5.1 fine samples. Both uses are compensated, so nothing is shifted.
     delay = float((taps * torch.arange(len(SYM6))).sum())
     margin = _margin(matrix, size)
     taps, matrix = (tensor.to(images.device, non_blocking=True) for tensor in (taps, matrix))
@@ -102,7 +102,7 @@ def warp(images: Tensor, matrix: Tensor) -> Tensor:
 
 
 def _margin(matrix: Tensor, size: int) -> int:
-    """Reflected pixels needed on each side so that no look-up leaves the image; at most one image's width."""
+    """Number of reflected pixels on each side that keeps all look-ups inside the image; at most the image's width."""
     filter_reach = len(SYM6) // 4
     half = size / 2 + filter_reach
     corners = matrix.new_tensor([[-half, -half, 1], [half, -half, 1], [-half, half, 1], [half, half, 1]])
@@ -132,9 +132,9 @@ def _filter(x: Tensor, taps: Tensor, padding: int) -> Tensor:
 
 
 class _Resample(torch.autograd.Function):
-    """Bilinear look-up with an adjoint that is itself differentiable: torch has no second derivative of grid_sample.
+    """Bilinear look-up whose adjoint can be differentiated, as torch has no second derivative of grid_sample.
 
-    The look-up is linear in x, so the derivative of the adjoint is the look-up again. The grid gets no gradient.
+    The look-up is linear in x, so the derivative of the adjoint is the look-up. The grid gets no gradient.
     """
 
     @staticmethod
@@ -153,7 +153,7 @@ class _ResampleAdjoint(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, grad: Tensor, grid: Tensor, shape: torch.Size) -> Tensor:
         ctx.save_for_backward(grid)
-        x = grad.new_empty(1).expand(shape)  # only its shape is read: the gradient does not depend on x
+        x = grad.new_empty(1).expand(shape)  # the gradient does not depend on x; only the shape is read
         grad_x, _ = torch.ops.aten.grid_sampler_2d_backward(grad, x, grid, 0, 0, False, [True, False])
         return grad_x  # type: ignore[no-any-return]
 

@@ -1,4 +1,4 @@
-"""The transforms one after another, in the order of the paper's figure of the whole pipeline."""
+"""All transforms, in the order of the paper's figure of the pipeline."""
 
 from __future__ import annotations
 
@@ -11,10 +11,15 @@ from training.gan.augment.geometry import random_transform, warp
 
 
 def augment(images: Tensor, p: float, config: AugmentConfig) -> Tensor:
-    """Transform float images [N, 3, R, R] in about [-1, 1] with strength p in [0, 1]; p = 0 returns them as they are.
+    """Transform images at random.
 
-    Transforms that are off draw no random numbers. All random numbers but the noise's are drawn on the CPU, so that on
-    a GPU nothing waits for the device.
+    Transforms that are off draw no random numbers. All random numbers except the noise are drawn on the CPU, so that
+    nothing waits for a GPU.
+
+    Args:
+        images: Float [N, 3, R, R], about -1 to 1.
+        p: Strength in [0, 1]. 0 returns the images unchanged.
+        config: The transforms.
     """
     if p <= 0:
         return images

@@ -1,4 +1,4 @@
-"""How strongly a run augments: the probability p of every transform, fixed or following the discriminator."""
+"""The augmentation strength of a run: the probability p of every transform, fixed or controlled by the discriminator."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 @dataclass
 class AdaptiveP:
-    """Augmentation strength p, steered so that the discriminator's sign on real images averages `target`.
+    """Augmentation strength p, controlled so that the mean sign of the discriminator on real images becomes `target`.
 
-    r_t = E[sign(D(real))] (paper, equation 1). Every `interval` steps p moves by batch * interval / (kimg * 1000)
-    towards the target. A fixed p has target None.
+    r_t = E[sign(D(real))] (paper, equation 1). Every `interval` steps p changes by batch * interval / (kimg * 1000),
+    upwards if r_t is above the target. A fixed p has target None.
     """
 
     p: float = 0.0
@@ -24,11 +24,12 @@ class AdaptiveP:
     sign_count: int = 0
 
     def observe(self, real_logits: Tensor) -> None:
+        """Add logits of real images to r_t."""
         self.sign_sum += float(real_logits.detach().sign().sum())
         self.sign_count += real_logits.numel()
 
     def update(self, step: int, batch: int) -> float | None:
-        """Adjust p at the end of every interval-th step; returns r_t then, else None."""
+        """Adjust p at the end of every interval-th step. Returns r_t if it did, otherwise None."""
         if self.target is None or step % self.interval or not self.sign_count:
             return None
         r_t = self.sign_sum / self.sign_count

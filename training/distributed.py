@@ -1,18 +1,17 @@
-"""One run on several processes, one a GPU, as `torchrun` starts them: they compute what one process would.
+"""One training in several processes, one for each GPU, as `torchrun` starts them: they compute what one process would.
 
-Rank r of `count` has the samples r, r + count, r + 2 count, ... of every batch. Taken so, and not in blocks, the groups of
-the mini-batch standard deviation, whose members are equally far apart, each lie on one rank as long as its part of the
-batch is a multiple of the group's size. Every rank draws the random numbers of the whole batch and keeps its own, so
-that a run does not depend on how many ranks it has.
+Rank r of `count` has the samples r, r + count, r + 2 count, ... of every batch. The members of a group of the mini-batch
+standard deviation are equally far apart in the batch. With this division, and not with blocks, each group lies on one rank
+as long as the rank's part of the batch is a multiple of the group's size. Every rank draws the random numbers of the whole
+batch and keeps its own, so that a run does not depend on the number of ranks.
 
-Gradients are averaged explicitly, one collective call a phase over one flat tensor. DistributedDataParallel would have
-to hook into a `forward` that our phases do not go through (they call mapping, synthesis and discriminator in turn), and
-its hooks would fire in the inner gradients of R1 and path length, which belong to one rank.
+Gradients are averaged explicitly, with one collective call for each phase over one flat tensor. DistributedDataParallel
+would need a `forward` that the phases of a GAN do not use (they call mapping, synthesis and discriminator in turn), and its
+hooks would fire in the inner gradients of R1 and path length, which belong to one rank.
 """
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -26,14 +25,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from dermis.errors import TrainingError
-from training.gan.config import GanConfig
 
-TIMEOUT = timedelta(hours=2)  # how long the others wait while rank 0 decodes images, saves and measures
+TIMEOUT = timedelta(hours=2)  # how long the other ranks wait while rank 0 decodes images, saves and measures
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place among `count`. Alone it needs no process group, and nothing here costs it anything."""
+    """This process among `count` processes. A single process needs no process group, and its calls here cost nothing."""
 
     rank: int = 0
     count: int = 1
@@ -41,7 +39,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is the rank that writes files and talks."""
+        """Whether this is the rank that writes files and prints."""
         return self.rank == 0
 
     def own(self, x: Any) -> Any:
@@ -49,7 +47,7 @@ class Ranks:
         return x[self.rank :: self.count]
 
     def draws(self, n: int) -> AbstractContextManager[object]:
-        """Random tensors drawn inside for this rank's n samples are its part of what one process would draw."""
+        """A context in which random tensors for this rank's n samples are its part of what one process would draw."""
         return nullcontext() if self.count == 1 else _OwnDraws(self, n)
 
     def mean(self, x: Tensor) -> Tensor:
@@ -69,11 +67,11 @@ class Ranks:
             x.copy_(mean.view_as(x))
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank; all get the same answer."""
+        """Whether the flag is set on any rank; all ranks get the same answer."""
         return float(self.mean(torch.tensor(float(flag), device=self.device))) > 0
 
     def gather(self, x: Tensor) -> Tensor:
-        """The tensors [n, ...] of all ranks, one rank after another."""
+        """The tensors [n, ...] of all ranks as [count * n, ...], in the order of the ranks."""
         if self.count == 1:
             return x
         parts = [torch.empty_like(x) for _ in range(self.count)]
@@ -82,38 +80,28 @@ class Ranks:
 
     @contextmanager
     def one_after_another(self) -> Iterator[None]:
-        """Rank 0 runs the block before the others, so that they find what it has put into a cache."""
+        """Run the block on rank 0 before the other ranks, so that they can use what it has put into a cache."""
         if self.count > 1 and not self.first:
             dist.barrier()
         yield
         if self.count > 1 and self.first:
             dist.barrier()
 
-    def check_batch(self, config: GanConfig) -> None:
-        """TrainingError if the batch cannot be divided so that the ranks compute what one process would."""
-        group = min(config.group_size, config.batch)
-        shrink = config.pl_batch_shrink if config.pl_weight else 1
-        unit = self.count * math.lcm(group, shrink)
-        if self.count > 1 and config.batch % unit:
-            raise TrainingError(
-                f"batch: {config.batch} must be a multiple of {unit} for {self.count} processes: each takes whole "
-                f"groups of {group} (mbstd_group_size), divisible by {shrink} (pl_batch_shrink)"
-            )
-
 
 ALONE = Ranks()
 
 
-def automatic_batch(resolution: int, count: int) -> int | None:
-    """The official batch for several GPUs: that of one for each, 64 at most. None for one: the configuration's own."""
-    return None if count == 1 else max(min(count * min(4096 // resolution, 32), 64), count)
-
-
 @contextmanager
 def joined_ranks(device: torch.device, environment: Mapping[str, str] = os.environ) -> Iterator[Ranks]:
-    """Join the processes that `torchrun` started; without it, a lone rank on `device`.
+    """Join the processes that `torchrun` started.
 
-    On CUDA each takes the GPU of its LOCAL_RANK and they talk by NCCL, elsewhere by gloo.
+    Args:
+        device: Where to compute. On CUDA each process takes the GPU of its LOCAL_RANK and they communicate with NCCL,
+            elsewhere with gloo.
+        environment: The variables that `torchrun` sets. Without them this process is the only one.
+
+    Raises:
+        TrainingError: There are fewer GPUs than processes.
     """
     count = int(environment.get("WORLD_SIZE", "1"))
     if count == 1:
@@ -137,10 +125,10 @@ _LIKE: tuple[Callable[..., Tensor], ...] = (torch.rand_like, torch.randn_like)
 
 
 class _OwnDraws(TorchFunctionMode):
-    """Draws for a local batch become draws for the whole batch, of which the rank's own samples are kept.
+    """Draw random tensors for the whole batch instead of the rank's part, and keep the rank's own samples.
 
-    The batch is the first dimension of size n. Tensors without one (a single choice for all samples) are drawn as they
-    are, alike on all ranks, because all have the same seed and make the same draws.
+    The batch is the first dimension of size n. Tensors without such a dimension (one choice for all samples) are drawn
+    unchanged. They are equal on all ranks, because all ranks have the same seed and make the same draws.
     """
 
     def __init__(self, ranks: Ranks, n: int) -> None:
@@ -151,7 +139,7 @@ class _OwnDraws(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         options = dict(kwargs or {})
-        if func in _LIKE:  # not by shape alone: the layout in memory decides the order of the numbers
+        if func in _LIKE:  # a shape is not enough: the layout in memory decides the order of the numbers
             return self.ranks.own(func(torch.cat([args[0]] * self.ranks.count), *args[1:], **options))
         if func not in _FACTORIES:
             return func(*args, **options)
