@@ -1,4 +1,4 @@
-"""`dermis classify`: a classifier's scores of image files, without a service."""
+"""`dermis classify`: classify image files without a service."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from commands.options import ClassifierOption, DeviceOption, ThreadsOption, ThresholdOption
 from dermis.errors import DataError, RequestError
 from dermis.files import write_file
 
@@ -26,11 +27,11 @@ _CHUNK = 64  # images in memory at a time, at the classifier's size
 
 def classify(
     images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.", show_default=False)],
-    classifier: Annotated[str, typer.Option(help="Bundle with a classifier, or a classifier's folder, or fsspec URL.")],
-    out: Annotated[Path | None, typer.Option(help="Write this .csv or .json file; default: CSV on stdout.")] = None,
-    threshold: Annotated[str, typer.Option(help="Name of one of the classifier's thresholds, or 0 to 1.")] = "default",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    threads: Annotated[int | None, typer.Option(help="CPU cores to use; default: all.")] = None,
+    classifier: ClassifierOption,
+    out: Annotated[Path | None, typer.Option(help="File to write, .csv or .json; default: CSV on stdout.")] = None,
+    threshold: ThresholdOption = "default",
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
 ) -> None:
     """Score images: probability, calibrated probability and class. Not a medical device.
 
@@ -78,15 +79,15 @@ def classify(
         raise DataError(f"{len(bad):,} of {len(files):,} images could not be read and are left out")
 
 
-def image_files(given: Sequence[Path]) -> list[Path]:
-    """Files as they are, folders as the images below them, in order of their names; each once.
+def image_files(paths: Sequence[Path]) -> list[Path]:
+    """List image files, each once; a folder stands for the images below it, in order of their names.
 
-    Files below a folder that may be images and cannot be read are named on stderr.
+    Files below a folder that look like images but cannot be read are named on stderr.
     """
     from training.data.files import list_files
 
     files: list[Path] = []
-    for path in given:
+    for path in paths:
         if not path.is_dir():
             files.append(path)
             continue
@@ -102,14 +103,14 @@ def image_files(given: Sequence[Path]) -> list[Path]:
 def _scores(
     session: Classifier, limit: float, files: Sequence[Path], pool: ThreadPoolExecutor, bad: list[tuple[Path, str]]
 ) -> Iterator[dict[str, Any]]:
-    """Rows of the files that can be read; the others go to `bad`."""
-    described = session.description
+    """Classify the files that can be read and yield their rows; the others are added to `bad`."""
+    description = session.description
 
     def read(path: Path) -> Images | ImageError | OSError:
         from dermis.reading import ImageError, read_training_image
 
         try:
-            return read_training_image(path.read_bytes(), size=described.input.size)
+            return read_training_image(path.read_bytes(), size=description.input.size)
         except (ImageError, OSError) as error:
             return error
 
@@ -124,12 +125,12 @@ def _scores(
     scores = session.classify(inputs, features=False)
     pairs = zip(paths, scores.probabilities.tolist(), scores.calibrated.tolist(), strict=True)
     for path, probability, calibrated in pairs:
-        label = described.class_at(calibrated, limit)
-        yield dict(zip(_COLUMNS, (str(path), probability, calibrated, label), strict=True))
+        class_name = description.class_at(calibrated, limit)
+        yield dict(zip(_COLUMNS, (str(path), probability, calibrated, class_name), strict=True))
 
 
 def threshold_value(text: str) -> str | float:
-    """The number that `--threshold` is, or the name."""
+    """Parse `--threshold`: a number, or the name of a threshold."""
     try:
         return float(text)
     except ValueError:
