@@ -162,9 +162,12 @@ def attach_classifier(
 @bundle_app.command("detach")
 def detach(
     bundle: BundleFolderArgument,
-    parts: Annotated[list[BundlePart], typer.Argument(help="Parts to remove.", show_default=False)],
+    parts: Annotated[list[BundlePart], typer.Argument(metavar="PART...", help="Parts to remove.", show_default=False)],
 ) -> None:
-    """Remove parts from a bundle, such as the index of training images before it is shared. It gets a new digest."""
+    """Remove parts from a bundle: classifier, authenticity, encoder or directions. It gets a new digest.
+
+    authenticity is the index of training images, which can be removed before a bundle is shared.
+    """
     from dermis.bundle import amend_bundle, open_bundle
     from dermis.errors import RequestError
 

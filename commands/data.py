@@ -98,7 +98,9 @@ def find_duplicates(
     split: PartsOption = None,
     remove: Annotated[
         bool,
-        typer.Option("--remove", help="Write a split without them to OUT/split, or without --split OUT/cleaned.csv."),
+        typer.Option(
+            "--remove", help="Write the split without duplicates to OUT/split, or without --split to OUT/cleaned.csv."
+        ),
     ] = False,
     within_parts: Annotated[
         bool, typer.Option("--within-parts", help="With --split and --remove: remove duplicates within a part, too.")
@@ -122,7 +124,7 @@ def find_duplicates(
 ) -> None:
     """Find near-duplicates, those across the parts of a split first.
 
-    Of duplicates across parts --remove keeps the one in the smallest part.
+    --remove keeps the duplicate that is in the smallest part.
     """
     from training.data.duplicates import CORRELATION
     from training.data.leaks import find_leaks, surplus, write_cleaned, write_leaks

@@ -211,8 +211,8 @@ def _warn(description: IndexDescription, data: str) -> None:
     if duplicates is not None and duplicates.images:
         typer.echo(
             f"{duplicates.images:,} of the {description.vectors:,} training images are near-duplicates, in "
-            f"{duplicates.groups:,} groups. Each group counts as one image in the radii, but a generator memorises such images more easily: remove "
-            f"them with `dermis data leaks {data} --remove` and train on the rest",
+            f"{duplicates.groups:,} groups. Each group counts as one image in the radii, but a generator memorises such images "
+            f"more easily: remove them with `dermis data leaks {data} --remove` and train on the rest",
             err=True,
         )
     if duplicates is not None and duplicates.held_out:

@@ -108,7 +108,7 @@ def table1(
             show_default=False,
         ),
     ] = None,
-    only: Annotated[list[str] | None, typer.Option(help="Run only this one of them now; may be repeated.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Run only this experiment now; may be repeated.")] = None,
     scale: ScaleOption = 1.0,
     kimg: KimgOption = None,
     resolution: ResolutionOption = None,
@@ -136,7 +136,7 @@ def table1(
 ) -> None:
     """Train and evaluate generators one after another, choose the best and print the table.
 
-    Without arguments these are the paper's five. Ctrl-C saves; the same command continues, without what is done.
+    Without arguments these are the paper's five. Ctrl-C saves; the same command continues and skips what is done.
     """
     from dermis.devices import resolve_device
     from dermis.errors import TrainingError

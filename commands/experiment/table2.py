@@ -61,7 +61,7 @@ def table2(
 ) -> None:
     """Train classifiers on real images, on synthetic ones and on both, several seeds each, and compare them.
 
-    Scenarios whose generator is not given are left out. Ctrl-C saves; the same command continues, without what is done.
+    Scenarios whose generator is not given are left out. Ctrl-C saves; the same command continues and skips what is done.
     Not a medical device.
     """
     from dermis.devices import resolve_device
