@@ -64,17 +64,17 @@ def check(
         raise RequestError("--out", f"{out.name} must end in .csv")
     files = image_files(images)
     rows: list[dict[str, Any]] = []
-    bad: list[tuple[Path, str]] = []
+    unreadable: list[tuple[Path, str]] = []
     with Checker(bundle, device=device) as checker, tqdm(total=len(files), unit="img", disable=None) as bar:
-        for paths, squares in _chunks(files, checker.description.resolution, bad):
+        for paths, squares in _chunks(files, checker.description.resolution, unreadable):
             verdicts = checker.check(squares)
             columns = (verdicts.authentic, verdicts.distances, verdicts.percentiles, verdicts.radii)
             for path, authentic, *numbers in zip(paths, *(column.tolist() for column in columns), strict=True):
                 row = (str(path), int(authentic), *(round(number, 4) for number in numbers))
                 rows.append(dict(zip(_COLUMNS, row, strict=True)))
             bar.update(len(paths))
-    for path, why in bad:
-        typer.echo(f"{path}: {why}", err=True)
+    for path, problem in unreadable:
+        typer.echo(f"{path}: {problem}", err=True)
     text = _csv(rows)
     if out is None:
         typer.echo(text, nl=False)
@@ -90,8 +90,8 @@ def check(
     typer.echo(f"baseline: {stands_on(checker.description)}", err=True)
     if (reason := weakness(checker.description)) is not None:
         typer.echo(f"warning: copies may pass: {reason}", err=True)
-    if bad:
-        raise DataError(f"{len(bad):,} of {len(files):,} images could not be read and are left out")
+    if unreadable:
+        raise DataError(f"{len(unreadable):,} of {len(files):,} images could not be read and are left out")
     if strict and copies:
         raise typer.Exit(2)
 
@@ -283,9 +283,9 @@ def _sheet(audit: ProjectionAudit, targets: Images, projected: Images) -> bytes:
 
 
 def _chunks(
-    files: Sequence[Path], size: int, bad: list[tuple[Path, str]]
+    files: Sequence[Path], size: int, unreadable: list[tuple[Path, str]]
 ) -> Iterator[tuple[list[Path], NDArray[np.uint8]]]:
-    """Read images [N, size, size, 3] in threads; those that cannot be read are added to `bad`."""
+    """Read images [N, size, size, 3] in threads; those that cannot be read are added to `unreadable`."""
     from dermis.reading import ImageError, read_training_image
     from training.data.embedding import ahead
 
@@ -299,7 +299,7 @@ def _chunks(
     squares: list[Images] = []
     for path, image in zip(files, ahead(read, files), strict=True):
         if isinstance(image, str):
-            bad.append((path, image))
+            unreadable.append((path, image))
         else:
             paths.append(path)
             squares.append(image)

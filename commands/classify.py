@@ -47,7 +47,7 @@ def classify(
         raise RequestError("--out", f"{out.name} must end in .csv or .json")
     files = image_files(images)
     rows: list[dict[str, Any]] = []
-    bad: list[tuple[Path, str]] = []
+    unreadable: list[tuple[Path, str]] = []
     with Classifier(classifier, device=device, threads=threads) as session:
         limit = session.description.threshold(threshold_value(threshold))
         with (
@@ -56,7 +56,7 @@ def classify(
         ):
             for start in range(0, len(files), _CHUNK):
                 chunk = files[start : start + _CHUNK]
-                rows += _scores(session, limit, chunk, pool, bad)
+                rows += _scores(session, limit, chunk, pool, unreadable)
                 bar.update(len(chunk))
         document = {
             "classifier": session.description.digest,
@@ -65,8 +65,8 @@ def classify(
             "data": rows,
             "notice": NOTICE,
         }
-    for path, why in bad:
-        typer.echo(f"{path}: {why}", err=True)
+    for path, reason in unreadable:
+        typer.echo(f"{path}: {reason}", err=True)
     if out is None:
         typer.echo(_csv(rows), nl=False)
     else:
@@ -75,8 +75,8 @@ def classify(
         write_file(out, text.encode())
         typer.echo(f"{out}: {len(rows):,} images, {document['positive_class']} from {limit:g} calibrated", err=True)
     typer.echo(NOTICE, err=True)
-    if bad:
-        raise DataError(f"{len(bad):,} of {len(files):,} images could not be read and are left out")
+    if unreadable:
+        raise DataError(f"{len(unreadable):,} of {len(files):,} images could not be read and are left out")
 
 
 def image_files(paths: Sequence[Path]) -> list[Path]:
@@ -92,8 +92,8 @@ def image_files(paths: Sequence[Path]) -> list[Path]:
             files.append(path)
             continue
         listing = list_files(path)
-        for name, why in listing.lost.items():
-            typer.echo(f"{path / name}: left out: {why}", err=True)
+        for name, reason in listing.lost.items():
+            typer.echo(f"{path / name}: left out: {reason}", err=True)
         if not listing.images:
             raise DataError(f"{path}: has no images (PNG, JPEG, WebP, TIFF, ...)")
         files += [file.path for file in listing.images.values()]
@@ -101,9 +101,13 @@ def image_files(paths: Sequence[Path]) -> list[Path]:
 
 
 def _scores(
-    session: Classifier, limit: float, files: Sequence[Path], pool: ThreadPoolExecutor, bad: list[tuple[Path, str]]
+    session: Classifier,
+    limit: float,
+    files: Sequence[Path],
+    pool: ThreadPoolExecutor,
+    unreadable: list[tuple[Path, str]],
 ) -> Iterator[dict[str, Any]]:
-    """Classify the files that can be read and yield their rows; the others are added to `bad`."""
+    """Classify the files that can be read and yield their rows; the others are added to `unreadable`."""
     description = session.description
 
     def read(path: Path) -> Images | ImageError | OSError:
@@ -118,7 +122,7 @@ def _scores(
     inputs: list[Images] = []
     for path, image in zip(files, pool.map(read, files), strict=True):
         if isinstance(image, Exception):
-            bad.append((path, getattr(image, "strerror", None) or str(image)))
+            unreadable.append((path, getattr(image, "strerror", None) or str(image)))
         else:
             paths.append(path)
             inputs.append(image)

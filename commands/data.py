@@ -274,7 +274,7 @@ def _show_inspection(inspection: Inspection) -> None:
     console, classes = table_console(), inspection.classes
     total = sum(classes.values())
     if inspection.by_class:
-        framed = [inspection.by_class.share("frame", name) for name in classes if name in _seen_classes(inspection)]
+        framed = [inspection.by_class.share("frame", name) for name in classes if name in _read_classes(inspection)]
         association = next(each for each in inspection.by_class.associations if each.artefact == "frame")
         shares = ", ".join(f"{100 * each.share:.1f} % of {each.class_name}" for each in framed)
         console.print(f"[bold]Black frame: {shares}[/bold] (Cramér's V {association.cramers_v:.2f})")
@@ -285,10 +285,10 @@ def _show_inspection(inspection: Inspection) -> None:
         table.add_row(f"no {column}", *cells, f"{100 * sum(counts.values()) / total:.1f} %")
     console.print(table)
     if inspection.by_class:
-        seen = _seen_classes(inspection)
-        table = Table("artefact", *seen, "Cramér's V", "p", title="Images with artefacts (95 % interval)")
+        names = _read_classes(inspection)
+        table = Table("artefact", *names, "Cramér's V", "p", title="Images with artefacts (95 % interval)")
         for association in inspection.by_class.associations:
-            shares_of = [inspection.by_class.share(association.artefact, name) for name in seen]
+            shares_of = [inspection.by_class.share(association.artefact, name) for name in names]
             cells = [f"{100 * each.share:.1f} % ({100 * each.low:.1f} to {100 * each.high:.1f})" for each in shares_of]
             table.add_row(association.artefact, *cells, f"{association.cramers_v:.2f}", f"{association.p_value:.1g}")
         console.print(table)
@@ -305,7 +305,7 @@ def _show_inspection(inspection: Inspection) -> None:
         console.print(f"Sizes in px: {listed}" + (f" and {len(sizes) - 5} more" if len(sizes) > 5 else ""))
 
 
-def _seen_classes(inspection: Inspection) -> list[str]:
+def _read_classes(inspection: Inspection) -> list[str]:
     """Classes of the images that could be opened; others have no shares."""
     return sorted({each.class_name for each in inspection.by_class.shares}) if inspection.by_class else []
 

@@ -89,17 +89,17 @@ def project(
     _begin(out, opened, projector, settings)
     results = _result_files(files, images, out)
     label = None if class_name is None else classes.index(class_name)
-    bad: list[tuple[Path, str]] = []
+    unreadable: list[tuple[Path, str]] = []
     try:
-        _run(projector, settings, files, results, label, video, bad)
+        _run(projector, settings, files, results, label, video, unreadable)
     except KeyboardInterrupt:
         typer.echo(f"\nstopped; run the same command again to continue {out}", err=True)
         raise typer.Exit(130) from None
-    for path, why in bad:
-        typer.echo(f"{path}: {why}", err=True)
-    _summarise(out, files, results, {path for path, _ in bad}, opened.generator.img_resolution)
-    if bad:
-        raise DataError(f"{len(bad):,} of {len(files):,} images could not be read and are left out")
+    for path, reason in unreadable:
+        typer.echo(f"{path}: {reason}", err=True)
+    _summarise(out, files, results, {path for path, _ in unreadable}, opened.generator.img_resolution)
+    if unreadable:
+        raise DataError(f"{len(unreadable):,} of {len(files):,} images could not be read and are left out")
 
 
 def _schedule(
@@ -171,7 +171,7 @@ def _run(
     results: Sequence[Path],
     label: int | None,
     video: VideoFormat | None,
-    bad: list[tuple[Path, str]],
+    unreadable: list[tuple[Path, str]],
 ) -> None:
     from tqdm import tqdm
 
@@ -191,7 +191,7 @@ def _run(
                 data = files[place].read_bytes()
                 image = read_training_image(data, size=size)
             except (ImageError, OSError) as error:
-                bad.append((files[place], getattr(error, "strerror", None) or str(error)))
+                unreadable.append((files[place], getattr(error, "strerror", None) or str(error)))
                 bar.update()
                 continue
             begun.append((place, hashlib.sha256(data).hexdigest()))

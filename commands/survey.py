@@ -161,15 +161,15 @@ def _expert_table(result: SurveyScore) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    asked = any(expert.diagnosis_real or expert.diagnosis_generated for expert in result.experts)
-    table = Table("expert", "open", "p", "d'", "c", "AUC", "s", title="experts" + ", diagnosis in %" * asked)
-    if asked:
+    has_diagnosis = any(expert.diagnosis_real or expert.diagnosis_generated for expert in result.experts)
+    table = Table("expert", "open", "p", "d'", "c", "AUC", "s", title="experts" + ", diagnosis in %" * has_diagnosis)
+    if has_diagnosis:
         table.add_column("diagnosis right: real")
         table.add_column("generated")
     for expert in result.experts:
         row = [escape(expert.expert), str(expert.missing), _p(expert.p_value), _number(expert.d_prime)]
         row += [_number(expert.criterion), _number(expert.auc), f"{expert.median_seconds:.1f}"]
-        if asked:
+        if has_diagnosis:
             row += [_percent(rate) if rate else "-" for rate in (expert.diagnosis_real, expert.diagnosis_generated)]
         table.add_row(*row)
     return table

@@ -74,7 +74,7 @@ def measure(
         typer.echo(f"reading {baseline:,} unedited samples", err=True)
         before = reader.read(ws, indices, seed=seed)
         units = units_of(before)
-        facts: dict[str, Any] = {
+        document: dict[str, Any] = {
             "bundle": f"{opened.name}@{opened.digest}",
             "seed": seed,
             "truncation_psi": truncation_psi,
@@ -88,17 +88,17 @@ def measure(
             chosen, framed_ws, searched = _framed(
                 reader, samples, search=search, seed=seed + 1, truncation_psi=truncation_psi
             )
-            facts |= {"framed": len(framed_ws), "looked_at": searched}
+            document |= {"framed": len(framed_ws), "looked_at": searched}
             look = partial(reader.read, indices=chosen, seed=seed + 1)
-            facts |= _removals(framed_ws, directions, both, units, look)
+            document |= _removals(framed_ws, directions, both, units, look)
         else:
-            facts |= {"samples": samples, "strength": strengths[0]}
+            document |= {"samples": samples, "strength": strengths[0]}
             look = partial(reader.read, indices=indices[:samples], seed=seed)
-            facts |= _effects(ws[:samples], directions, strengths[0], _first(before, samples), units, look)
+            document |= _effects(ws[:samples], directions, strengths[0], _first(before, samples), units, look)
     if out is not None:
         from training.experiments.plan import write_beside
 
-        write_beside(out, json.dumps(facts, indent=2, allow_nan=False) + "\n")
+        write_beside(out, json.dumps(document, indent=2, allow_nan=False) + "\n")
         typer.echo(f"{out} written", err=True)
 
 

@@ -61,7 +61,7 @@ def concepts(
     seed: Annotated[int, typer.Option(help="Seed of the choice of images.")] = 0,
     threads: ThreadsOption = None,
 ) -> None:
-    """Test with concept activation vectors, and by painting frames onto images. Not a medical device.
+    """Test what a classifier uses, by concept activation vectors and by painting frames onto images. Not a medical device.
 
     Images with a concept are found by the detectors of `dermis data inspect`; those of the counter-sets are of the same
     sources and classes.

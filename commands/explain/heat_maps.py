@@ -94,14 +94,14 @@ def heat_maps(
 
     files = images or []
     cases = _cases_of_files(files) if data is None else _cases_of_source(data, metadata, predictions, description)
-    bad: list[tuple[str, str]] = []
+    unreadable: list[tuple[str, str]] = []
     if predictions is None:
-        cases = _scored(cases, classifier, description.input.size, bad)
+        cases = _scored(cases, classifier, description.input.size, unreadable)
     chosen = sorted(cases, key=lambda case: _edge_order(case, description, limit))[:count]
     explainer: Explainer | None = None
     entries = []
     for case in tqdm(chosen, unit="img", disable=None):
-        image = _read(case, description.input.size, bad)
+        image = _read(case, description.input.size, unreadable)
         if image is None:
             continue
         file = out / _NUMBERS / f"{_file_name(case.name)}-{_key(description, method, image)}.npz"
@@ -112,19 +112,19 @@ def heat_maps(
             _save(file, attribution)
         entries.append(_entry(case, description, limit, attribution, predictions))
     if not entries:
-        raise DataError("no image could be read; " + "; ".join(f"{name}: {why}" for name, why in bad[:3]))
+        raise DataError("no image could be read; " + "; ".join(f"{name}: {reason}" for name, reason in unreadable[:3]))
     if pictures:
         _write_pictures(out / _PICTURES, entries)
     from dermis.explain.page import heat_map_page
 
     page = heat_map_page(description, method, (threshold, limit), entries, len(cases))
     write_file(out / _PAGE, page.encode())
-    for name, why in bad:
-        typer.echo(f"{name}: {why}", err=True)
+    for name, reason in unreadable:
+        typer.echo(f"{name}: {reason}", err=True)
     typer.echo(f"{out / _PAGE}: {len(entries):,} heat maps; the page shows the images", err=True)
     typer.echo(NOTICE, err=True)
-    if bad:
-        raise DataError(f"{len(bad):,} images could not be read and are left out")
+    if unreadable:
+        raise DataError(f"{len(unreadable):,} images could not be read and are left out")
 
 
 def _cases_of_files(images: Sequence[Path]) -> list[_Case]:
@@ -178,8 +178,8 @@ def _read_predictions(path: Path) -> dict[str, float]:
     return probabilities
 
 
-def _scored(cases: Sequence[_Case], classifier: str, size: int, bad: list[tuple[str, str]]) -> list[_Case]:
-    """Classify the cases that can be read; the others are added to `bad`."""
+def _scored(cases: Sequence[_Case], classifier: str, size: int, unreadable: list[tuple[str, str]]) -> list[_Case]:
+    """Classify the cases that can be read; the others are added to `unreadable`."""
     from tqdm import tqdm
 
     from dermis.classifier.onnx_session import Classifier
@@ -189,7 +189,7 @@ def _scored(cases: Sequence[_Case], classifier: str, size: int, bad: list[tuple[
     with Classifier(classifier, device="cpu") as session, tqdm(total=len(cases), unit="img", disable=None) as bar:
         for start in range(0, len(cases), _CHUNK):
             chunk = cases[start : start + _CHUNK]
-            read = [(case, image) for case in chunk if (image := _read(case, size, bad)) is not None]
+            read = [(case, image) for case in chunk if (image := _read(case, size, unreadable)) is not None]
             scores = session.classify([image for _, image in read], features=False)
             pairs = zip(read, scores.probabilities.tolist(), strict=True)
             scored += [replace(case, probability=probability) for (case, _), probability in pairs]
@@ -197,14 +197,14 @@ def _scored(cases: Sequence[_Case], classifier: str, size: int, bad: list[tuple[
     return scored
 
 
-def _read(case: _Case, size: int, bad: list[tuple[str, str]]) -> Images | None:
-    """Read an image at the classifier's size; if that fails, add the reason to `bad` and return None."""
+def _read(case: _Case, size: int, unreadable: list[tuple[str, str]]) -> Images | None:
+    """Read an image at the classifier's size; if that fails, add the reason to `unreadable` and return None."""
     from dermis.reading import ImageError, read_training_image
 
     try:
         return read_training_image(case.read(), size=size)
     except (ImageError, DataError, OSError) as error:
-        bad.append((case.name, getattr(error, "strerror", None) or str(error)))
+        unreadable.append((case.name, getattr(error, "strerror", None) or str(error)))
         return None
 
 
