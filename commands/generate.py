@@ -151,9 +151,7 @@ def generate(
             )
         request = former.request
     elif classes is None:
-        raise RequestError(
-            "--classes", f"give the number of images of each class, for instance --classes {_example(opened)}"
-        )
+        raise RequestError("--classes", f"say how many of each, for instance --classes {_example(opened)}")
     else:
         if filtering:
             fields["classifier"] = filtering
@@ -209,7 +207,7 @@ def verify(
     if not report.ok:
         raise typer.Exit(1)
     kind = "images" if Path(folder).is_file() else "files"
-    typer.echo(f"{folder}: {report.checked} {kind}, all hashes match")
+    typer.echo(f"{folder}: {report.checked} {kind}, every hash right")
 
 
 @contextmanager
@@ -359,14 +357,14 @@ def _existing_manifest(store: Store, planned: Plan) -> Manifest | None:
         differing = _differing_options(planned, _begun_request(mark, planned), mark.get("bundle"))
         known = f"; it was begun {differing}: give the same to continue it," if differing else ";"
         advice = f"{known} {'or ' if differing else ''}choose another --out or remove it"
-        raise StorageError(f"{store.location}: has another dataset that was begun{advice}")
+        raise StorageError(f"{store.location}: holds the beginning of another dataset{advice}")
     if store.size(MANIFEST) is not None:
         manifest = read_manifest(store)
         if manifest.plan_digest == planned.digest:
             return manifest
         differing = _differing_options(planned, manifest.request, manifest.bundle_digest)
         known = f", made {differing}" if differing else ""
-        raise StorageError(f"{store.location}: has another dataset{known}; choose another --out or remove it")
+        raise StorageError(f"{store.location}: holds another dataset{known}; choose another --out or remove it")
     if not begun and any(name != _BEGINNING[0] and not name.startswith(_BEGINNING[1]) for name in entries):
         raise StorageError(f"{store.location}: is not empty and has no dataset; choose another --out")
     return None

@@ -178,7 +178,6 @@ def test_what_a_kill_or_a_neighbour_leaves_at_the_start_is_no_hindrance(
         (("--classes", "benign"), "NAME=COUNT"),
         ((), "--classes: say how many"),
         (("--classes", "benign=1", "--seed", "-1"), "--seed"),
-        (("--classes", "benign=1", "--format", "rar"), "--format"),
         (("--classes", "benign=1", "--truncation-psi", "nan"), "--truncation-psi"),
         (("--classes", "benign=1", "--only-shard", "3"), "--only-shard: 3 is not in 0 to 0"),
         (("--manifest", "nowhere.json"), "nowhere.json: No such file"),
@@ -196,6 +195,13 @@ def test_errors_are_one_line_and_leave_nothing(
     assert (status, printed) == (1, "")
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err
     assert not out.exists()
+
+
+@pytest.mark.parametrize("option", ["--format", "--image-format", "--noise-mode", "--keep", "--gate", "--on-reject"])
+def test_values_that_an_option_does_not_offer_are_wrong_usage(run: Run, tmp_path: Path, option: str) -> None:
+    status, printed, err = run("generate", "--classes", "benign=1", option, "rar", "--out", tmp_path / "out")
+    assert (status, printed) == (2, "")
+    assert err.count("\n") == 1 and option in err and "'rar' is not one of" in err
 
 
 def test_folders_and_bundles_are_not_mixed_up(
