@@ -275,17 +275,13 @@ def test_a_folder_that_cannot_be_made(run: Run, painter: type[Painter], tiny_bun
             ("--min-probability", "0.6", "--max-probability", "0.5"),
             "--min-probability must not be above --max-probability",
         ),
-        (("--keep", "some"), "error: --keep: "),
         (("--tries", "0"), "error: --tries: "),
         (("--tries", "3"), "--tries"),
-        (("--gate", "none"), "error: --gate: "),
         (("--gate", "authentic", "--gate-tries", "99"), "error: --gate-tries: "),
         (("--gate", "authentic", "--percentile", "-1"), "error: --percentile: "),
-        (("--on-reject", "keep"), "error: --on-reject: "),
         (("--edit", "nowhere=1e9"), "error: --edit: "),
         (("--image-quality", "0"), "error: --image-quality: "),
         (("--truncation-psi", "nan"), "error: --truncation-psi: "),
-        (("--format", "rar"), "error: --format: "),
         (("--min-probability", "0.5"), "--min-probability"),  # the bundle has no classifier
     ],
 )

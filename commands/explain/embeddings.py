@@ -152,7 +152,7 @@ def embeddings(
     write_files(out, files)
     typer.echo(f"{len(images):,} images; the page has {len(page) / 1e6:.1f} MB and needs no network", err=True)
     if any(item.kind != GENERATED for item in images.items):
-        typer.echo(f"{out}: shows real images, so protect it as you protect them", err=True)
+        typer.echo(f"{out}: shows training images or patients, so protect it as you protect them", err=True)
     typer.echo(NOTICE, err=True)
 
 
