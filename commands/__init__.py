@@ -1,1 +1,1 @@
-"""The `dermis` program: a composition root over `dermis` and `training`."""
+"""The `dermis` program, whose commands use the packages `dermis` and `training`."""

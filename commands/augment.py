@@ -1,4 +1,4 @@
-"""`dermis augment ...`: more synthetic images where a classifier needs them."""
+"""`dermis augment ...`: additional synthetic images near those that a classifier finds difficult."""
 
 from __future__ import annotations
 
@@ -7,49 +7,75 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from commands.explain_edge_cases import AgreementOption, NeighboursOption, OddsOption
+from commands.options import (
+    AgreementOption,
+    DeviceOption,
+    GeneratorOption,
+    NeighbourDistanceOption,
+    NeighboursOption,
+    NeighbourSpaceOption,
+    OddsOption,
+    ThreadsOption,
+    TruncationOption,
+)
 from dermis.errors import DataError, escape
 
 if TYPE_CHECKING:
     from dermis.bundle import Bundle
     from dermis.latent_neighbours import Anchor
 
-augment_app = typer.Typer(no_args_is_help=True, help="Make synthetic images where a classifier needs them.")
+augment_app = typer.Typer(
+    no_args_is_help=True, help="Make synthetic images near those that a classifier finds difficult."
+)
 
 
 @augment_app.callback()
 def _root() -> None:
-    """Make synthetic images where a classifier needs them."""
+    """Make synthetic images near those that a classifier finds difficult."""
 
 
 @augment_app.command("edge-cases")
 def augment_edge_cases(
-    generator: Annotated[str, typer.Option(help="A bundle; benign=... or malignant=... if it has no classes.")],
-    out: Annotated[Path, typer.Option(help="Folder of class sub-folders; `dermis train classifier` takes it.")],
+    generator: GeneratorOption,
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="New folder with a sub-folder for each class; `dermis train classifier --synthetic` reads it."
+        ),
+    ],
     count: Annotated[int, typer.Option(help="Neighbours of each edge case.")],
-    distance: Annotated[float, typer.Option(help="Relative: |w' - w| = DISTANCE |w - w_avg|, or in z of |z|.")] = 0.1,
-    space: Annotated[str, typer.Option(help="w, or z (along the sphere; not for projections).")] = "w",
+    distance: NeighbourDistanceOption = 0.1,
+    space: NeighbourSpaceOption = "w",
     classifier: Annotated[
-        str | None, typer.Option(help="Find edge cases of this classifier among images that are drawn.")
+        str | None,
+        typer.Option(help="Use edge cases of this classifier (bundle, folder or fsspec URL) among generated images."),
     ] = None,
-    generate: Annotated[int, typer.Option(help="Images to draw and look at.")] = 1000,
-    seed: Annotated[int, typer.Option(help="Of these images; of the neighbours of projections.")] = 0,
+    generate: Annotated[
+        int, typer.Option(help="With --classifier: images to generate, among which edge cases are searched.")
+    ] = 1000,
+    seed: Annotated[int, typer.Option(help="Seed of these images, or of the neighbours of projections.")] = 0,
     cases: Annotated[
-        Path | None, typer.Option(help="Instead: edge-cases.csv of `dermis explain edge-cases` on generated images.")
+        Path | None,
+        typer.Option(help="Use the edge-cases.csv that `dermis explain edge-cases` wrote for generated images."),
     ] = None,
     projections: Annotated[
         Path | None,
-        typer.Option(help="Instead: .npz with ws and classes (ids) of projected images, or a folder of them."),
+        typer.Option(help="Use projected images: an .npz with ws, classes and optionally ids, or a folder of them."),
     ] = None,
-    most: Annotated[int | None, typer.Option(help="Edge cases at most, those of the highest score first.")] = None,
+    most: Annotated[
+        int | None, typer.Option(help="Maximum number of edge cases, those with the highest score first.")
+    ] = None,
     neighbours: NeighboursOption = 15,
     agreement: AgreementOption = 0.6,
     odds: OddsOption = 1.5,
-    truncation_psi: Annotated[float, typer.Option(help="Of the images that are drawn, or were for --cases.")] = 1.0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    threads: Annotated[int | None, typer.Option(help="CPU cores to use; default: all.")] = None,
+    truncation_psi: TruncationOption = 1.0,
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
 ) -> None:
-    """Draw latent neighbours of edge cases. Labels are those of the generator's condition. Ctrl-C: run it again to go on."""
+    """Generate latent neighbours of edge cases, with the labels that the generator is conditioned on.
+
+    Give one of --classifier, --cases and --projections. After Ctrl-C the same command continues.
+    """
     from tqdm import tqdm
 
     from dermis.bundle import load_generator, open_bundle
@@ -58,7 +84,7 @@ def augment_edge_cases(
     from dermis.synthesizer import Synthesizer
     from training.classifier.synthetic import parse_source
 
-    if sum(given is not None for given in (classifier, cases, projections)) != 1:
+    if sum(source is not None for source in (classifier, cases, projections)) != 1:
         raise DataError("give one of --classifier, --cases and --projections")
     if out.exists():
         raise DataError(f"--out: {out} exists already; choose another folder or remove it")
@@ -68,16 +94,16 @@ def augment_edge_cases(
     names = bundle.class_names or ((source.class_name,) if source.class_name else ())
     if not names:
         raise DataError(
-            f"{bundle.location}: its generator has no classes; write benign={bundle.location}, or malignant="
+            f"{bundle.location}: its generator has no classes; give benign={bundle.location} or malignant={bundle.location}"
         )
     if projections is not None:
         config = bundle.generator
         anchors = read_projections(projections, names, config.num_ws, config.w_dim, seed=seed)[:most]
     elif cases is not None:
-        anchors = _listed(cases, bundle, most)
+        anchors = _anchors_of_csv(cases, bundle, most)
     else:
         assert classifier is not None
-        anchors = _found(
+        anchors = _anchors_of_classifier(
             classifier, generator, generate, seed, truncation_psi, (neighbours, agreement, odds), most, device, threads
         )
     network = load_generator(bundle)
@@ -85,7 +111,7 @@ def augment_edge_cases(
         Synthesizer(bundle, device=device, threads=threads, generator=network) as synthesizer,
         tqdm(total=len(anchors) * count, desc="neighbours", unit="img", disable=None) as bar,
     ):
-        made = write_neighbours(
+        images = write_neighbours(
             out,
             bundle,
             network,
@@ -93,17 +119,17 @@ def augment_edge_cases(
             anchors,
             count=count,
             distance=distance,
-            space=space,  # type: ignore[arg-type]
+            space=space,
             truncation_psi=truncation_psi,
             class_names=names,
             done=bar.update,
         )
     classes = [names[anchor.label] for anchor in anchors]
-    of = ", ".join(f"{classes.count(name):,} {name}" for name in names)
-    typer.echo(f"{out}: {made:,} neighbours of {len(anchors):,} edge cases ({of})", err=True)
+    counts = ", ".join(f"{classes.count(name):,} {name}" for name in names)
+    typer.echo(f"{out}: {images:,} neighbours of {len(anchors):,} edge cases ({counts})", err=True)
 
 
-def _found(
+def _anchors_of_classifier(
     classifier: str,
     generator: str,
     generate: int,
@@ -114,14 +140,14 @@ def _found(
     device: str,
     threads: int | None,
 ) -> list[Anchor]:
-    """Edge cases of a classifier among images that are drawn now."""
-    from commands.explain_edge_cases import drawn_and_embedded, scored, summary
+    """Find edge cases of a classifier among newly generated images."""
+    from commands.explain.edge_cases import generate_and_embed, score_images, summary
     from dermis.classifier.onnx_session import Classifier
     from dermis.explain.edge_cases import Criteria
 
     limits = Criteria(*criteria)
     with Classifier(classifier, device=device, threads=threads) as session:
-        drawn = drawn_and_embedded(
+        images = generate_and_embed(
             session,
             generator,
             generate,
@@ -131,14 +157,14 @@ def _found(
             device=device,
             threads=threads,
         )
-        described = session.description
-    scores = scored(drawn, described.class_names, described.threshold(), limits)
-    typer.echo(summary(drawn, scores), err=True)
-    return anchors_of([vars(drawn.items[i]) for i in scores.order[:most]])
+        description = session.description
+    scores = score_images(images, description.class_names, description.threshold(), limits)
+    typer.echo(summary(images, scores), err=True)
+    return anchors_of([vars(images.items[i]) for i in scores.order[:most]])
 
 
-def _listed(cases: Path, bundle: Bundle, most: int | None) -> list[Anchor]:
-    """Edge cases of a CSV."""
+def _anchors_of_csv(cases: Path, bundle: Bundle, most: int | None) -> list[Anchor]:
+    """Read edge cases of generated images from a CSV."""
     from dermis.explain.edge_cases import from_csv
 
     try:
@@ -148,15 +174,15 @@ def _listed(cases: Path, bundle: Bundle, most: int | None) -> list[Anchor]:
     for row in rows:
         if not (row["seed"] and row["index"] and row["label"]):
             raise DataError(
-                f"{cases}: {row['id']} is no generated image, so its latent is not known; see --projections"
+                f"{cases}: {row['id']} is not a generated image, so its latent is not known; see --projections"
             )
         if row["source"] != bundle.name:
-            raise DataError(f"{cases}: {row['id']} is of the bundle {row['source']}, not of {bundle.name}")
+            raise DataError(f"{cases}: {row['id']} was generated by the bundle {row['source']}, not by {bundle.name}")
     return anchors_of(rows[:most])
 
 
 def anchors_of(rows: list[dict[str, str]] | list[dict[str, object]]) -> list[Anchor]:
-    """Anchors of generated images, by id, label, seed and index."""
+    """Make anchors from the id, label, seed and index of generated images."""
     from dermis.latent_neighbours import Anchor
 
     return [Anchor(str(r["id"]), int(str(r["label"])), int(str(r["seed"])), int(str(r["index"]))) for r in rows]

@@ -1,4 +1,4 @@
-"""`dermis authenticity ...`: are images copies of what a generator was trained on?"""
+"""`dermis authenticity ...`: compare images with the training images of a generator to find copies."""
 
 from __future__ import annotations
 
@@ -14,6 +14,17 @@ import numpy as np
 import typer
 
 from commands.classify import image_files
+from commands.options import (
+    DEMO_BUNDLE,
+    BundleOption,
+    DeviceOption,
+    OutFolderOption,
+    PerceptualOption,
+    SampleSeedOption,
+    ScheduleOption,
+    StepsOption,
+)
+from commands.project import project
 from dermis.errors import DataError, RequestError
 from dermis.files import write_file
 
@@ -30,20 +41,19 @@ authenticity_app = typer.Typer(no_args_is_help=True, help="Find images that are 
 _COLUMNS = ("file", "authentic", "distance", "percentile", "radius")
 _CHUNK = 64
 _PAIRS = 8
-_BundleOption = Annotated[str, typer.Option(help="Bundle folder or fsspec URL, with an index.")]
 
 
 @authenticity_app.command("check")
 def check(
     images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.", show_default=False)],
-    bundle: _BundleOption = "bundles/demo",
-    out: Annotated[Path | None, typer.Option(help="Write this .csv file; default: CSV on stdout.")] = None,
+    bundle: BundleOption = DEMO_BUNDLE,
+    out: Annotated[Path | None, typer.Option(help="File to write, .csv; default: CSV on stdout.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with status 2 if an image is not authentic.")] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: DeviceOption = "auto",
 ) -> None:
-    """Compare images with the training images: how near is each to the nearest one, and is it authentic?
+    """Compare images with the training images: the distance to the nearest one, and whether the image is authentic.
 
-    Images that cannot be read are named and left out, and the exit status is 1.
+    The bundle needs an index. Images that cannot be read are named and left out, and the exit status is 1.
     """
     from tqdm import tqdm
 
@@ -54,17 +64,17 @@ def check(
         raise RequestError("--out", f"{out.name} must end in .csv")
     files = image_files(images)
     rows: list[dict[str, Any]] = []
-    bad: list[tuple[Path, str]] = []
+    unreadable: list[tuple[Path, str]] = []
     with Checker(bundle, device=device) as checker, tqdm(total=len(files), unit="img", disable=None) as bar:
-        for paths, squares in _chunks(files, checker.description.resolution, bad):
-            found = checker.check(squares)
-            columns = (found.authentic, found.distances, found.percentiles, found.radii)
+        for paths, squares in _chunks(files, checker.description.resolution, unreadable):
+            verdicts = checker.check(squares)
+            columns = (verdicts.authentic, verdicts.distances, verdicts.percentiles, verdicts.radii)
             for path, authentic, *numbers in zip(paths, *(column.tolist() for column in columns), strict=True):
-                told = (str(path), int(authentic), *(round(number, 4) for number in numbers))
-                rows.append(dict(zip(_COLUMNS, told, strict=True)))
+                row = (str(path), int(authentic), *(round(number, 4) for number in numbers))
+                rows.append(dict(zip(_COLUMNS, row, strict=True)))
             bar.update(len(paths))
-    for path, why in bad:
-        typer.echo(f"{path}: {why}", err=True)
+    for path, problem in unreadable:
+        typer.echo(f"{path}: {problem}", err=True)
     text = _csv(rows)
     if out is None:
         typer.echo(text, nl=False)
@@ -80,8 +90,8 @@ def check(
     typer.echo(f"baseline: {stands_on(checker.description)}", err=True)
     if (reason := weakness(checker.description)) is not None:
         typer.echo(f"warning: copies may pass: {reason}", err=True)
-    if bad:
-        raise DataError(f"{len(bad):,} of {len(files):,} images could not be read and are left out")
+    if unreadable:
+        raise DataError(f"{len(unreadable):,} of {len(files):,} images could not be read and are left out")
     if strict and copies:
         raise typer.Exit(2)
 
@@ -89,22 +99,23 @@ def check(
 @authenticity_app.command("audit")
 def audit(
     images: Annotated[list[Path], typer.Option(help="Training images: a folder, or files; may be repeated.")],
-    out: Annotated[Path, typer.Option(help="Folder of the report. One that was begun is continued.")],
-    bundle: _BundleOption = "bundles/demo",
-    count: Annotated[int, typer.Option(help="Real images to project, spread evenly; 0 for all.")] = 200,
-    samples: Annotated[int, typer.Option(help="Images to generate and compare, the classes taking turns.")] = 2000,
-    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
-    schedule: Annotated[str, typer.Option(help="fast or official, as in `dermis project`.")] = "fast",
-    steps: Annotated[int | None, typer.Option(help="Default: as the schedule has it.")] = None,
-    distance: Annotated[str, typer.Option(help="auto, vgg16 or lite0, as in `dermis project`.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    out: OutFolderOption,
+    bundle: BundleOption = DEMO_BUNDLE,
+    count: Annotated[int, typer.Option(help="Number of training images to project, spread evenly; 0 for all.")] = 200,
+    samples: Annotated[
+        int, typer.Option(help="Number of images to generate and compare, of all classes in turn.")
+    ] = 2000,
+    seed: SampleSeedOption = 0,
+    schedule: ScheduleOption = "fast",
+    steps: StepsOption = None,
+    distance: PerceptualOption = "auto",
+    device: DeviceOption = "auto",
 ) -> None:
-    """The paper's audit: project training images, compare features; then samples, and the attacks.
+    """Audit a bundle as in the paper: compare projections of training images, and samples, with the training images.
 
-    Writes REPORT.md, audit.json, projections.csv and pairs.png (the closest and the farthest projections beside their
-    targets: real images, for your eyes only) into --out, and the projections into --out/projections.
+    The bundle needs an index. Writes REPORT.md, audit.json, projections.csv and pairs.png (the closest and the farthest
+    projections beside their targets, which are real images) into --out, and the projections into --out/projections.
     """
-    from commands.project import project
     from dermis.authenticity.audit import audit_projections, audit_samples
     from dermis.authenticity.checker import Checker
     from dermis.bundle import open_bundle
@@ -132,13 +143,15 @@ def audit(
             device=device,
         )
         targets, projected, names = _pairs_of(files, out / "projections", checker.description.resolution)
-        found = audit_projections(checker.index, checker.embed(targets), checker.embed(projected))
-        drawn = audit_samples(checker.index, _sampled(checker, opened, samples, seed, device))
-        write_file(out / "projections.csv", _csv(list(_audit_rows(names, found)), columns=_AUDIT_COLUMNS).encode())
-        document = _document(checker, opened, found, drawn, samples)
+        projection_audit = audit_projections(checker.index, checker.embed(targets), checker.embed(projected))
+        sample_audit = audit_samples(checker.index, _sampled(checker, opened, samples, seed, device))
+        write_file(
+            out / "projections.csv", _csv(list(_audit_rows(names, projection_audit)), columns=_AUDIT_COLUMNS).encode()
+        )
+        document = _document(checker, opened, projection_audit, sample_audit, samples)
     write_file(out / "audit.json", (json.dumps(document, indent=2) + "\n").encode())
     write_file(out / "REPORT.md", _report(document).encode())
-    write_file(out / "pairs.png", _sheet(found, targets, projected))
+    write_file(out / "pairs.png", _sheet(projection_audit, targets, projected))
     typer.echo(_report(document).split("\n\n")[1])
     typer.echo(f"Baseline: {document['baseline']['stands_on']}.")
     if document["baseline"]["weakness"]:
@@ -149,15 +162,15 @@ def audit(
 _AUDIT_COLUMNS = ("file", "cosine_distance", "distance", "percentile", "nearest_is_target", "too_close")
 
 
-def _audit_rows(names: Sequence[str], found: ProjectionAudit) -> Iterator[dict[str, Any]]:
-    columns = (found.cosine, found.verdicts.distances, found.verdicts.percentiles, found.own, found.too_close)
+def _audit_rows(names: Sequence[str], audit: ProjectionAudit) -> Iterator[dict[str, Any]]:
+    columns = (audit.cosine, audit.verdicts.distances, audit.verdicts.percentiles, audit.own, audit.too_close)
     for name, cosine, distance, percentile, own, close in zip(names, *(c.tolist() for c in columns), strict=True):
-        told = (name, round(cosine, 5), round(distance, 4), round(percentile, 2), int(own), int(close))
-        yield dict(zip(_AUDIT_COLUMNS, told, strict=True))
+        row = (name, round(cosine, 5), round(distance, 4), round(percentile, 2), int(own), int(close))
+        yield dict(zip(_AUDIT_COLUMNS, row, strict=True))
 
 
 def _pairs_of(files: Sequence[Path], folder: Path, size: int) -> tuple[Images, Images, list[str]]:
-    """Targets and projections, uint8 [N, R, R, 3], and the targets' names."""
+    """Read targets and projections, uint8 [N, R, R, 3], and the names of the targets."""
     from dermis.projection.result import from_bytes
     from dermis.reading import read_training_image
 
@@ -170,7 +183,7 @@ def _pairs_of(files: Sequence[Path], folder: Path, size: int) -> tuple[Images, I
 
 
 def _sampled(checker: Checker, bundle: Bundle, count: int, seed: int, device: str) -> NDArray[np.float32]:
-    """Features of generated samples, the classes taking turns."""
+    """Features [N, D] of generated samples, of all classes in turn."""
     from tqdm import tqdm
 
     from dermis.dataset.request import classes_of
@@ -181,87 +194,87 @@ def _sampled(checker: Checker, bundle: Bundle, count: int, seed: int, device: st
     with Synthesizer(bundle, device=device) as synthesizer:
         for start in tqdm(range(0, count, _CHUNK), "samples", unit="batch", disable=None):
             indices = range(start, min(start + _CHUNK, count))
-            drawn = synthesizer.images([seed] * len(indices), indices, [i % classes for i in indices])
-            parts.append(checker.embed(drawn))
+            images = synthesizer.images([seed] * len(indices), indices, [i % classes for i in indices])
+            parts.append(checker.embed(images))
     return np.concatenate(parts)
 
 
 def _document(
-    checker: Checker, bundle: Bundle, found: ProjectionAudit, drawn: SampleAudit, samples: int
+    checker: Checker, bundle: Bundle, projections: ProjectionAudit, sample_audit: SampleAudit, samples: int
 ) -> dict[str, Any]:
     from dermis.authenticity.audit import spread
     from dermis.authenticity.verdict import stands_on, weakness
 
-    described = checker.description
-    duplicates = described.duplicates
+    description = checker.description
+    duplicates = description.duplicates
     return {
         "bundle": {"name": bundle.name, "digest": bundle.digest},
-        "index": {"digest": described.digest, "extractor": described.extractor, "vectors": described.vectors},
+        "index": {"digest": description.digest, "extractor": description.extractor, "vectors": description.vectors},
         "projections": {
-            "count": len(found.cosine),
-            "cosine_distance": spread(found.cosine),
-            "nearest_distance": spread(found.verdicts.distances),
-            "nearest_is_target": int(found.own.sum()),
-            "too_close": int(found.too_close.sum()),
-            "too_close_to_target": int((found.too_close & found.own).sum()),
+            "count": len(projections.cosine),
+            "cosine_distance": spread(projections.cosine),
+            "nearest_distance": spread(projections.verdicts.distances),
+            "nearest_is_target": int(projections.own.sum()),
+            "too_close": int(projections.too_close.sum()),
+            "too_close_to_target": int((projections.too_close & projections.own).sum()),
         },
-        "samples": {"count": samples, **asdict(drawn)},
+        "samples": {"count": samples, **asdict(sample_audit)},
         "baseline": {
-            **{f"p{percentile}": described.radii[percentile] for percentile in (1, 5, 25, 50, 75, 95)},
-            "stands_on": stands_on(described),
-            "weakness": weakness(described),
+            **{f"p{percentile}": description.radii[percentile] for percentile in (1, 5, 25, 50, 75, 95)},
+            "stands_on": stands_on(description),
+            "weakness": weakness(description),
             "duplicates": None if duplicates is None else asdict(duplicates),
         },
     }
 
 
 def _report(document: dict[str, Any]) -> str:
-    """The report in words."""
-    of, drawn = document["projections"], document["samples"]
-    cosine, attack = of["cosine_distance"], drawn["exposure"]["attack"]
-    share = of["too_close_to_target"] / of["count"]
-    told = [
+    """Write the report in Markdown."""
+    audit, samples = document["projections"], document["samples"]
+    cosine, attack = audit["cosine_distance"], samples["exposure"]["attack"]
+    share = audit["too_close_to_target"] / audit["count"]
+    paragraphs = [
         f"# Audit of {document['bundle']['name']} ({document['bundle']['digest'][:12]})",
-        f"{of['count']:,} training images were projected. Cosine distance of a projection's features "
+        f"{audit['count']:,} training images were projected. Cosine distance of a projection's features "
         f"({document['index']['extractor']}) from its target's: mean {cosine['mean']:.4f}, median {cosine['p50']:.4f}, "
         f"least {cosine['p0']:.4f}, 1 % below {cosine['p1']:.4f}.\n"
-        f"Of {of['nearest_is_target']:,} projections the nearest of all {document['index']['vectors']:,} training images is "
-        f"the target. {of['too_close']:,} are too close to a training image (nearer than that one is to its own nearest other "
-        f"one), {of['too_close_to_target']:,} of them to their own target: {share:.1%}.",
-        "A projection that is too close to its target means that the generator can draw this training image again, if it is "
-        "asked for it with a gradient. That is a weaker thing than drawing it by chance, for which see the samples; but the "
-        "images that it happens to are the ones to look at first (`pairs.png`, left pairs).",
+        f"For {audit['nearest_is_target']:,} projections the nearest of all {document['index']['vectors']:,} training images "
+        f"is the target. {audit['too_close']:,} are too close to a training image (nearer than that one is to its own nearest "
+        f"other one), {audit['too_close_to_target']:,} of them to their own target: {share:.1%}.",
+        "A projection that is too close to its target means that the generator can reproduce this training image if a gradient "
+        "leads to it. That is weaker evidence of copying than a sample that is too close (see below), but these images should "
+        "be looked at first (`pairs.png`, left pairs).",
         f"Baseline: {document['baseline']['stands_on']}.",
         *([f"**Copies may pass: {document['baseline']['weakness']}.**"] if document["baseline"]["weakness"] else []),
         "## Samples",
-        f"Of {drawn['count']:,} generated images {drawn['authentic']:.1%} are authentic, and {drawn['too_near']:.2%} are "
+        f"Of {samples['count']:,} generated images {samples['authentic']:.1%} are authentic, and {samples['too_near']:.2%} are "
         "nearer to a training image than 99 % of the training images are to any other.",
     ]
-    if drawn["held_out_authentic"] is not None:
-        told.append(
-            f"For comparison, of real images that the generator never saw {drawn['held_out_authentic']:.1%} are authentic and "
-            f"{drawn['held_out_too_near']:.2%} that near: what an honest generator should score."
+    if samples["held_out_authentic"] is not None:
+        paragraphs.append(
+            f"For comparison, of held-out real images {samples['held_out_authentic']:.1%} are authentic, and "
+            f"{samples['held_out_too_near']:.2%} are that near. A generator that copies nothing should have similar numbers."
         )
-    told.append(
-        f"Identifiability: {drawn['exposure']['identifiability']:.1%} of the training images are nearer to a sample than to "
+    paragraphs.append(
+        f"Identifiability: {samples['exposure']['identifiability']:.1%} of the training images are nearer to a sample than to "
         "any other training image."
     )
     if attack is None:
-        told.append("The index has no held-out images, so membership inference was not measured.")
+        paragraphs.append("The index has no held-out images, so membership inference was not measured.")
     else:
         verdict = "better than guessing" if attack["low"] > 0.5 else "no better than guessing"
-        told.append(
+        paragraphs.append(
             f"Membership inference by distance: AUC {attack['auc']:.3f} (95 % interval {attack['low']:.3f} to "
             f"{attack['high']:.3f}; {attack['members']:,} training and {attack['held_out']:,} held-out images), {verdict}."
         )
-    return "\n\n".join(told) + "\n"
+    return "\n\n".join(paragraphs) + "\n"
 
 
-def _sheet(found: ProjectionAudit, targets: Images, projected: Images) -> bytes:
-    """Closest pairs on the left, farthest on the right: target, projection, target, projection."""
+def _sheet(audit: ProjectionAudit, targets: Images, projected: Images) -> bytes:
+    """Contact sheet with the closest pairs of target and projection on the left and the farthest on the right."""
     from dermis.imaging import contact_sheet, encode
 
-    order = np.argsort(found.cosine, kind="stable")
+    order = np.argsort(audit.cosine, kind="stable")
     closest, farthest = order[:_PAIRS], order[::-1][:_PAIRS]
     cells = []
     for near, far in zip(closest, farthest, strict=True):
@@ -270,9 +283,9 @@ def _sheet(found: ProjectionAudit, targets: Images, projected: Images) -> bytes:
 
 
 def _chunks(
-    files: Sequence[Path], size: int, bad: list[tuple[Path, str]]
+    files: Sequence[Path], size: int, unreadable: list[tuple[Path, str]]
 ) -> Iterator[tuple[list[Path], NDArray[np.uint8]]]:
-    """Files and their squares [N, size, size, 3], read ahead in threads; those that cannot be read go to `bad`."""
+    """Read images [N, size, size, 3] in threads; those that cannot be read are added to `unreadable`."""
     from dermis.reading import ImageError, read_training_image
     from training.data.images import in_threads
 
@@ -286,7 +299,7 @@ def _chunks(
     squares: list[Images] = []
     for path, image in zip(files, in_threads(read, files), strict=True):
         if isinstance(image, str):
-            bad.append((path, image))
+            unreadable.append((path, image))
         else:
             paths.append(path)
             squares.append(image)

@@ -1,18 +1,30 @@
-"""`dermis bundle ...`: import official checkpoints, show and verify bundles, give them a classifier."""
+"""`dermis bundle ...`: import official checkpoints, show and verify bundles, attach and detach parts."""
 
 from __future__ import annotations
 
 import re
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+from commands.options import AttributionOption, BundleArgument, BundleFolderArgument
 
 if TYPE_CHECKING:
     from dermis.bundle import Bundle
     from dermis.official.convert import OfficialCheckpoint
 
-bundle_app = typer.Typer(no_args_is_help=True, help="Import, show and verify bundles, give them a classifier.")
+bundle_app = typer.Typer(no_args_is_help=True, help="Import, show and verify bundles, attach and detach parts.")
+
+
+class BundlePart(StrEnum):
+    """Parts of a bundle that can be removed."""
+
+    CLASSIFIER = "classifier"
+    AUTHENTICITY = "authenticity"
+    ENCODER = "encoder"
+    DIRECTIONS = "directions"
 
 
 @bundle_app.command("import")
@@ -20,18 +32,25 @@ def import_checkpoint(
     checkpoint: Annotated[Path, typer.Argument(help="Official .pkl file of StyleGAN2 (PyTorch).", show_default=False)],
     out: Annotated[Path, typer.Argument(help="Folder of the new bundle.", show_default=False)],
     name: Annotated[str | None, typer.Option(help="Name of the bundle; default: the folder's name.")] = None,
-    class_names: Annotated[str, typer.Option(help="Names of the labels 0, 1, ..., e.g. benign,malignant.")] = "",
+    class_names: Annotated[str, typer.Option(help="Names of the labels 0, 1, ..., such as benign,malignant.")] = "",
     licence: Annotated[str, typer.Option(help="Licence of the weights.")] = "unknown",
-    attribution: Annotated[str, typer.Option(help="Whom users of the weights must credit.")] = "",
-    network: Annotated[str, typer.Option(help="G_ema (the averaged generator) or G.")] = "G_ema",
-    weights_dtype: Annotated[str, typer.Option(help="How weights are stored: fp32 or fp16 (half the size).")] = "fp32",
+    attribution: AttributionOption = "",
+    network: Annotated[
+        Literal["G_ema", "G"], typer.Option(help="Generator to import: G_ema (averaged weights) or G.")
+    ] = "G_ema",
+    weights_dtype: Annotated[
+        Literal["fp32", "fp16"], typer.Option(help="How weights are stored: fp32 or fp16 (half the size).")
+    ] = "fp32",
     require_discriminator: Annotated[
-        bool, typer.Option("--require-discriminator", help="Fail where the discriminator cannot be imported.")
+        bool, typer.Option("--require-discriminator", help="Fail if the discriminator cannot be imported.")
     ] = False,
     max_seconds: Annotated[
-        int, typer.Option(min=1, help="Processor seconds for reading the file; elapsed time may be 5 times that.")
+        int,
+        typer.Option(
+            min=1, help="Limit of processor seconds for reading the file; the limit of elapsed time is 5 times as high."
+        ),
     ] = 120,
-    max_memory_gib: Annotated[float, typer.Option(min=0.25, help="GiB of memory for reading the file.")] = 4,
+    max_memory_gib: Annotated[float, typer.Option(min=0.25, help="Limit of memory for reading the file, in GiB.")] = 4,
 ) -> None:
     """Turn an official checkpoint into a bundle. Nothing in the checkpoint is executed."""
     from dermis.bundle import check_names, write_bundle
@@ -39,61 +58,57 @@ def import_checkpoint(
     from dermis.limited import Limits
     from dermis.official.convert import read_official
 
-    if network not in ("G_ema", "G"):
-        raise BundleError(f"--network: must be G_ema or G, not {network!r}")
-    if weights_dtype not in ("fp32", "fp16"):
-        raise BundleError(f"--weights-dtype: must be fp32 or fp16, not {weights_dtype!r}")
     if out.exists():
         raise BundleError(f"{out}: exists already; choose another folder or remove it")
     limits = Limits(max_seconds, 5 * max_seconds, int(max_memory_gib * (1 << 30)))
-    read = read_official(checkpoint, cast(Literal["G_ema", "G"], network), limits)
-    if read.discriminator is None:
+    official = read_official(checkpoint, network, limits)
+    if official.discriminator is None:
         if require_discriminator:
-            raise BundleError(f"{checkpoint}: no discriminator can be imported: {read.no_discriminator}")
-        typer.echo(f"warning: {checkpoint}: imported without a discriminator: {read.no_discriminator}", err=True)
-    config = read.generator.config
+            raise BundleError(f"{checkpoint}: no discriminator can be imported: {official.no_discriminator}")
+        typer.echo(f"warning: {checkpoint}: imported without a discriminator: {official.no_discriminator}", err=True)
+    config = official.generator.config
     names = [part.strip() for part in class_names.split(",")] if class_names else []
     names = names or [f"class{i}" for i in range(config.c_dim)]
     bundle_name = name or re.sub(r"[^a-z0-9._-]+", "-", out.absolute().name.lower()).strip("._-")
     check_names(bundle_name, names, config.c_dim)
-    provenance = _provenance(checkpoint, network, read, licence, attribution)
+    provenance = _provenance(checkpoint, network, official, licence, attribution)
     bundle = write_bundle(
         out,
         name=bundle_name,
-        generator=read.generator,
+        generator=official.generator,
         class_names=names,
         provenance=provenance,
         model_card=_card(bundle_name, names, config.img_resolution, provenance),
-        discriminator=read.discriminator,
-        weights_dtype=cast(Literal["fp32", "fp16"], weights_dtype),
+        discriminator=official.discriminator,
+        weights_dtype=weights_dtype,
     )
     typer.echo(f"{out}: {bundle.name}@{bundle.digest}")
 
 
 @bundle_app.command("show")
 def show(
-    bundle: Annotated[str, typer.Argument(help="Folder or fsspec URL of a bundle.", show_default=False)],
+    bundle: BundleArgument,
 ) -> None:
-    """Verify a bundle and print what it is, as JSON."""
+    """Verify a bundle and print its description as JSON."""
     import json
     from dataclasses import asdict
 
     from dermis.bundle import open_bundle
 
     opened = open_bundle(bundle)
-    facts = asdict(opened)
-    facts["directions"] = [direction.name for direction in opened.directions]
-    facts["model_card"] = opened.model_card.split("\n", 1)[0]
-    text = json.dumps(facts, indent=2, ensure_ascii=False)
-    # Some characters beyond ASCII control a terminal, too; letters of all scripts stay as they are.
+    description = asdict(opened)
+    description["directions"] = [direction.name for direction in opened.directions]
+    description["model_card"] = opened.model_card.split("\n", 1)[0]
+    text = json.dumps(description, indent=2, ensure_ascii=False)
+    # Some characters beyond ASCII control a terminal as well; letters of all scripts are printed unchanged.
     typer.echo("".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text))
 
 
 @bundle_app.command("verify")
 def verify(
-    bundle: Annotated[str, typer.Argument(help="Folder or fsspec URL of a bundle.", show_default=False)],
+    bundle: BundleArgument,
 ) -> None:
-    """Check every file of a bundle against bundle.json, and that its networks and its index load."""
+    """Check every file of a bundle against bundle.json, and that its networks and its index can be loaded."""
     from dermis.bundle import load_discriminator, load_generator, open_bundle
     from dermis.projection.encoder import load_encoder
 
@@ -111,10 +126,13 @@ def verify(
 
 @bundle_app.command("attach-classifier")
 def attach_classifier(
-    bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.", show_default=False)],
-    classifier: Annotated[Path, typer.Argument(help="Folder of the classifier.", show_default=False)],
+    bundle: BundleFolderArgument,
+    classifier: Annotated[
+        Path,
+        typer.Argument(help="Folder of the classifier, as `dermis train classifier` writes it.", show_default=False),
+    ],
 ) -> None:
-    """Put a classifier into a bundle, in place of the one that it may have. The bundle gets a new digest."""
+    """Put a classifier into a bundle, in place of an earlier one. The bundle gets a new digest."""
     from dermis.bundle import amend_bundle, open_bundle
 
     opened = open_bundle(bundle)
@@ -123,7 +141,7 @@ def attach_classifier(
     index = amended.authenticity
     if index is not None and index.extractor == "classifier" and opened.classifier != amended.classifier:
         typer.echo(
-            "warning: its index was built with the classifier before; dermis index build makes it anew", err=True
+            "warning: its index was built with the former classifier; build it again with dermis index build", err=True
         )
     assert amended.classifier is not None
     if not set(amended.class_names) <= set(amended.classifier.class_names):
@@ -132,9 +150,9 @@ def attach_classifier(
             f"warning: the generator has {names}, the classifier {', '.join(amended.classifier.class_names)}", err=True
         )
     size, resolution = amended.classifier.input.size, amended.generator.img_resolution
-    if size > resolution:  # it learnt from detail that generated images lack, and calls few of them positive
+    if size > resolution:  # it was trained on detail that generated images lack, and predicts too few positives
         typer.echo(
-            f"warning: the classifier sees {size} px, the generator draws {resolution}: its numbers for generated images will "
+            f"warning: the classifier's input has {size} px, generated images have {resolution}: their probabilities will "
             f"be too low; train it with --size {resolution}",
             err=True,
         )
@@ -143,40 +161,33 @@ def attach_classifier(
 
 @bundle_app.command("detach")
 def detach(
-    bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.", show_default=False)],
-    parts: Annotated[
-        list[str], typer.Argument(help="classifier, authenticity, encoder or directions.", show_default=False)
-    ],
+    bundle: BundleFolderArgument,
+    parts: Annotated[list[BundlePart], typer.Argument(metavar="PART...", help="Parts to remove.", show_default=False)],
 ) -> None:
-    """Take parts out of a bundle, for instance the index of training images before it is shared. It gets a new digest."""
+    """Remove parts from a bundle: classifier, authenticity, encoder or directions. It gets a new digest.
+
+    authenticity is the index of training images, which can be removed before a bundle is shared.
+    """
     from dermis.bundle import amend_bundle, open_bundle
     from dermis.errors import RequestError
 
     opened = open_bundle(bundle)
-    there = {
-        "classifier": opened.classifier,
-        "authenticity": opened.authenticity,
-        "encoder": opened.encoder,
-        "directions": opened.directions,
-    }
     for part in parts:
-        if part not in there:
-            raise RequestError("parts", f"{part!r} is none of {', '.join(there)}")
-        if not there[part]:
+        if not getattr(opened, part):
             raise RequestError("parts", f"{bundle} has no {part}")
     amended = amend_bundle(opened, remove=parts)
     typer.echo(f"{bundle}: {amended.name}@{amended.digest} without {', '.join(parts)}")
 
 
 def _try_classifier(source: Bundle | Path) -> None:
-    """BundleError if ONNX Runtime cannot run it."""
+    """Raise BundleError if ONNX Runtime cannot run the classifier."""
     from dermis.classifier.onnx_session import Classifier
 
     Classifier(source, device="cpu", threads=1).close()
 
 
 def _try_index(source: Bundle) -> None:
-    """BundleError if FAISS cannot read and search it; a warning where FAISS is not installed."""
+    """Raise BundleError if FAISS cannot read and search the index; warn if FAISS is not installed."""
     import importlib.util
 
     from dermis.authenticity.index import open_index
@@ -188,21 +199,21 @@ def _try_index(source: Bundle) -> None:
 
 
 def _provenance(
-    checkpoint: Path, network: str, read: OfficialCheckpoint, licence: str, attribution: str
+    checkpoint: Path, network: str, official: OfficialCheckpoint, licence: str, attribution: str
 ) -> dict[str, Any]:
     from dermis import __version__
     from dermis.errors import escape
 
     kimg = re.fullmatch(r"network-snapshot-(\d{6})", checkpoint.stem)  # how official training names its files
-    path = read.training_set.get("path")
+    path = official.training_set.get("path")
     return {
         "source": {
             "format": "StyleGAN2-ADA (PyTorch) pickle",
             "file": escape(checkpoint.name),
-            "sha256": read.sha256,
+            "sha256": official.sha256,
             "network": network,
         },
-        # The folder a data set lay in is nobody's business but its owner's.
+        # The name only: the folder of a data set is private to its owner.
         "dataset": {"name": escape(re.split(r"[/\\]", path)[-1])} if isinstance(path, str) else None,
         "kimg": int(kimg[1]) if kimg else None,
         "licence": licence,
@@ -212,7 +223,7 @@ def _provenance(
 
 
 def _cell(text: str) -> str:
-    """Foreign text for a Markdown table: it adds no column, link or HTML element."""
+    """Escape foreign text for a Markdown table, so that it adds no column, link or HTML element."""
     return re.sub(r"([\\`*\[\]<>|&])", r"\\\1", text)
 
 

@@ -1,4 +1,4 @@
-"""`dermis classify`: a classifier's scores of image files, without a service."""
+"""`dermis classify`: classify image files without a service."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from commands.options import ClassifierOption, DeviceOption, ThreadsOption, ThresholdOption
 from dermis.errors import DataError, RequestError
 from dermis.files import write_file
 
@@ -26,11 +27,11 @@ _CHUNK = 64  # images in memory at a time, at the classifier's size
 
 def classify(
     images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.", show_default=False)],
-    classifier: Annotated[str, typer.Option(help="Bundle with a classifier, or a classifier's folder, or fsspec URL.")],
-    out: Annotated[Path | None, typer.Option(help="Write this .csv or .json file; default: CSV on stdout.")] = None,
-    threshold: Annotated[str, typer.Option(help="Name of one of the classifier's thresholds, or 0 to 1.")] = "default",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    threads: Annotated[int | None, typer.Option(help="CPU cores to use; default: all.")] = None,
+    classifier: ClassifierOption,
+    out: Annotated[Path | None, typer.Option(help="File to write, .csv or .json; default: CSV on stdout.")] = None,
+    threshold: ThresholdOption = "default",
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
 ) -> None:
     """Score images: probability, calibrated probability and class. Not a medical device.
 
@@ -46,7 +47,7 @@ def classify(
         raise RequestError("--out", f"{out.name} must end in .csv or .json")
     files = image_files(images)
     rows: list[dict[str, Any]] = []
-    bad: list[tuple[Path, str]] = []
+    unreadable: list[tuple[Path, str]] = []
     with Classifier(classifier, device=device, threads=threads) as session:
         limit = session.description.threshold(threshold_value(threshold))
         with (
@@ -55,7 +56,7 @@ def classify(
         ):
             for start in range(0, len(files), _CHUNK):
                 chunk = files[start : start + _CHUNK]
-                rows += _scores(session, limit, chunk, pool, bad)
+                rows += _scores(session, limit, chunk, pool, unreadable)
                 bar.update(len(chunk))
         document = {
             "classifier": session.description.digest,
@@ -64,8 +65,8 @@ def classify(
             "data": rows,
             "notice": NOTICE,
         }
-    for path, why in bad:
-        typer.echo(f"{path}: {why}", err=True)
+    for path, reason in unreadable:
+        typer.echo(f"{path}: {reason}", err=True)
     if out is None:
         typer.echo(_csv(rows), nl=False)
     else:
@@ -74,25 +75,25 @@ def classify(
         write_file(out, text.encode())
         typer.echo(f"{out}: {len(rows):,} images, {document['positive_class']} from {limit:g} calibrated", err=True)
     typer.echo(NOTICE, err=True)
-    if bad:
-        raise DataError(f"{len(bad):,} of {len(files):,} images could not be read and are left out")
+    if unreadable:
+        raise DataError(f"{len(unreadable):,} of {len(files):,} images could not be read and are left out")
 
 
-def image_files(given: Sequence[Path]) -> list[Path]:
-    """Files as they are, folders as the images below them, in order of their names; each once.
+def image_files(paths: Sequence[Path]) -> list[Path]:
+    """List image files, each once; a folder stands for the images below it, in order of their names.
 
-    Files below a folder that may be images and cannot be read are named on stderr.
+    Files below a folder that look like images but cannot be read are named on stderr.
     """
     from training.data.files import list_files
 
     files: list[Path] = []
-    for path in given:
+    for path in paths:
         if not path.is_dir():
             files.append(path)
             continue
         listing = list_files(path)
-        for name, why in listing.lost.items():
-            typer.echo(f"{path / name}: left out: {why}", err=True)
+        for name, reason in listing.lost.items():
+            typer.echo(f"{path / name}: left out: {reason}", err=True)
         if not listing.images:
             raise DataError(f"{path}: has no images (PNG, JPEG, WebP, TIFF, ...)")
         files += [file.path for file in listing.images.values()]
@@ -100,16 +101,20 @@ def image_files(given: Sequence[Path]) -> list[Path]:
 
 
 def _scores(
-    session: Classifier, limit: float, files: Sequence[Path], pool: ThreadPoolExecutor, bad: list[tuple[Path, str]]
+    session: Classifier,
+    limit: float,
+    files: Sequence[Path],
+    pool: ThreadPoolExecutor,
+    unreadable: list[tuple[Path, str]],
 ) -> Iterator[dict[str, Any]]:
-    """Rows of the files that can be read; the others go to `bad`."""
-    described = session.description
+    """Classify the files that can be read and yield their rows; the others are added to `unreadable`."""
+    description = session.description
 
     def read(path: Path) -> Images | ImageError | OSError:
         from dermis.reading import ImageError, read_training_image
 
         try:
-            return read_training_image(path.read_bytes(), size=described.input.size)
+            return read_training_image(path.read_bytes(), size=description.input.size)
         except (ImageError, OSError) as error:
             return error
 
@@ -117,19 +122,19 @@ def _scores(
     inputs: list[Images] = []
     for path, image in zip(files, pool.map(read, files), strict=True):
         if isinstance(image, Exception):
-            bad.append((path, getattr(image, "strerror", None) or str(image)))
+            unreadable.append((path, getattr(image, "strerror", None) or str(image)))
         else:
             paths.append(path)
             inputs.append(image)
     scores = session.classify(inputs, features=False)
     pairs = zip(paths, scores.probabilities.tolist(), scores.calibrated.tolist(), strict=True)
     for path, probability, calibrated in pairs:
-        label = described.class_at(calibrated, limit)
-        yield dict(zip(_COLUMNS, (str(path), probability, calibrated, label), strict=True))
+        class_name = description.class_at(calibrated, limit)
+        yield dict(zip(_COLUMNS, (str(path), probability, calibrated, class_name), strict=True))
 
 
 def threshold_value(text: str) -> str | float:
-    """The number that `--threshold` is, or the name."""
+    """Parse `--threshold`: a number, or the name of a threshold."""
     try:
         return float(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Printing for all commands: tables that keep their width in a pipe, and one-line errors that name options."""
+"""Output of all commands: tables that keep their width in a pipe, and one-line errors that name options."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from dermis.errors import DermisError, RequestError
 if TYPE_CHECKING:
     from rich.console import Console
 
-_UNLIMITED = 10_000  # characters; rich would otherwise take 80 where it finds no terminal
+_UNLIMITED = 10_000  # characters; rich assumes 80 without a terminal
 
-# Options whose names differ from the field of the request.
+# Options whose names differ from the fields of the request.
 _OPTIONS = {
     "classifier.keep": "--keep",
     "classifier.score": "--score",
@@ -36,7 +36,7 @@ _WORD = re.compile(r"(?<![\w.-])(" + "|".join(re.escape(name) for name in _FIELD
 
 
 def table_console(*, stderr: bool = False) -> Console:
-    """A console for tables and their captions: as wide as the terminal, without limit in a pipe or a file."""
+    """Create a console for tables: as wide as the terminal, or of unlimited width in a pipe or a file."""
     from rich.console import Console
 
     console = Console(stderr=stderr)
@@ -46,7 +46,7 @@ def table_console(*, stderr: bool = False) -> Console:
 
 
 def option_of(field: str) -> str:
-    """The command-line option of a field of a request, such as --gate-tries for privacy.tries."""
+    """Return the command-line option of a field of a request, such as --gate-tries for privacy.tries."""
     if field.startswith("-"):
         return field
     if field.startswith("classes."):
@@ -57,7 +57,7 @@ def option_of(field: str) -> str:
 
 
 def error_message(error: DermisError) -> str:
-    """The message of an error, with the names of options in place of fields."""
+    """Return the message of an error, with the names of options in place of fields."""
     if not isinstance(error, RequestError):
         return str(error)
     message = _WORD.sub(lambda match: option_of(match[1]), error.message.removeprefix("Value error, "))
@@ -65,7 +65,7 @@ def error_message(error: DermisError) -> str:
 
 
 def usage_message(error: Exception) -> str | None:
-    """What is wrong with how the program was called, "" if help has been printed; None for an error of another kind.
+    """Return the message of a usage error, "" if help has been printed; None for an error of another kind.
 
     Typer raises exceptions of click, or of its own copy of click, so they are recognised by their attributes.
     """
@@ -76,6 +76,6 @@ def usage_message(error: Exception) -> str | None:
     if not message or "Usage:" in message:  # called without a command
         print(message, file=sys.stderr)
         return ""
-    message = re.sub(r"( Did you mean [^?]*\?)\1", r"\1", " ".join(message.split()))  # Typer repeats what click says
+    message = re.sub(r"( Did you mean [^?]*\?)\1", r"\1", " ".join(message.split()))  # Typer repeats click's suggestion
     program = getattr(getattr(error, "ctx", None), "command_path", None)
     return f"{message.rstrip('.')}; see: {program} --help" if program else message

@@ -9,18 +9,21 @@ import typer
 
 from commands.console import table_console
 from commands.options import (
+    CACHE,
+    AttributionOption,
     BinaryOption,
+    CacheOption,
     ClassColumnOption,
+    DeviceOption,
     ImageColumnOption,
     LayoutOption,
+    LicenceOption,
     MapOption,
     MetadataOption,
+    PartsOption,
     SourceArgument,
-    check_maps,
-    read_described,
-    read_options,
-    show_preparation,
 )
+from commands.sources import check_maps, read_and_report, read_options, show_preparation
 
 if TYPE_CHECKING:
     from training.data.inspection import Inspection
@@ -35,19 +38,22 @@ def download(
     collection: Annotated[
         list[str] | None,
         typer.Option(
-            help="isic-2020, isic-2019-melanoma, isic-2019, ham10000 or a number of `isic collection list`; may be "
+            help="isic-2020, isic-2019-melanoma, isic-2019, ham10000, or a number from `isic collection list`; may be "
             "repeated. Default: the paper's set, the first two."
         ),
     ] = None,
 ) -> None:
-    """Download the paper's images, or other collections, from the ISIC Archive. The same command goes on."""
+    """Download the paper's images, or other collections, from the ISIC Archive.
+
+    After an interruption the same command continues.
+    """
     from training.data.download import PAPER, find_collection
     from training.data.download import download as download_all
 
     try:
         images = download_all([find_collection(name) for name in dict.fromkeys(collection or PAPER)], out)
     except KeyboardInterrupt:
-        typer.echo("stopped; the same command goes on", err=True)
+        typer.echo("stopped; run the same command again to continue", err=True)
         raise typer.Exit(130) from None
     for name, count in images.items():
         typer.echo(f"{out / name}: {count:,} images")
@@ -63,13 +69,15 @@ def inspect(
     binary: BinaryOption = False,
     maps: MapOption = None,
     layout: LayoutOption = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: one a processor.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Number of processes; default: one for each processor.")
+    ] = None,
 ) -> None:
-    """Show class balance, sizes, missing metadata and artefacts: above all, how many images of a class are framed."""
+    """Show class balance, sizes, missing metadata and artefacts, first of all the share of framed images in each class."""
     from training.data.inspection import inspect_source, write_inspection
 
     inspection = inspect_source(
-        read_described(source, metadata, image_column, class_column, binary, maps, layout), workers=workers
+        read_and_report(source, metadata, image_column, class_column, binary, maps, layout), workers=workers
     )
     write_inspection(inspection, out)
     _show_inspection(inspection)
@@ -84,25 +92,29 @@ def inspect(
 
 
 @data_app.command("leaks")
-def leaks(
+def find_duplicates(
     source: SourceArgument,
-    out: Annotated[Path, typer.Option(help="Folder for leaks.csv and what --remove writes.")],
-    split: Annotated[Path | None, typer.Option(help="Folder that `dermis data split` wrote.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for leaks.csv and for the files of --remove.")],
+    split: PartsOption = None,
     remove: Annotated[
-        bool, typer.Option("--remove", help="Write a cleaned split (OUT/split), or OUT/cleaned.csv without --split.")
+        bool,
+        typer.Option(
+            "--remove", help="Write the split without duplicates to OUT/split, or without --split to OUT/cleaned.csv."
+        ),
     ] = False,
     within_parts: Annotated[
-        bool, typer.Option("--within-parts", help="With --split and --remove: also those inside one part.")
+        bool, typer.Option("--within-parts", help="With --split and --remove: remove duplicates within a part, too.")
     ] = False,
     embedding: Annotated[
-        str, typer.Option(help="Feature space that finds what the hash does not; none leaves it out.")
+        str, typer.Option(help="Feature space that finds duplicates which the hash misses; none to use the hash only.")
     ] = "lite0",
     min_correlation: Annotated[
-        float | None, typer.Option(min=0.5, max=1, help="Of two images laid over each other; default: 0.8.")
+        float | None,
+        typer.Option(min=0.5, max=1, help="Correlation above which two aligned images are duplicates; default: 0.8."),
     ] = None,
-    mirrors: Annotated[bool, typer.Option("--mirrors", help="Also find mirrored and turned copies; slower.")] = False,
-    cache: Annotated[Path, typer.Option(help="Where features are kept.")] = Path(".dermis/cache"),
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    mirrors: Annotated[bool, typer.Option("--mirrors", help="Also find mirrored and rotated copies; slower.")] = False,
+    cache: CacheOption = CACHE,
+    device: DeviceOption = "auto",
     metadata: MetadataOption = None,
     image_column: ImageColumnOption = None,
     class_column: ClassColumnOption = None,
@@ -110,7 +122,10 @@ def leaks(
     maps: MapOption = None,
     layout: LayoutOption = None,
 ) -> None:
-    """Find near-duplicates, those across the parts of a split first. Removing spares the smallest part."""
+    """Find near-duplicates, those across the parts of a split first.
+
+    --remove keeps the duplicate that is in the smallest part.
+    """
     from training.data.duplicates import CORRELATION
     from training.data.leaks import find_leaks, surplus, write_cleaned, write_leaks
     from training.data.splits import check_empty, read_split
@@ -118,7 +133,7 @@ def leaks(
     target = out if split is None else out / "split"
     if remove and split is not None:
         check_empty(target)
-    images = read_described(source, metadata, image_column, class_column, binary, maps, layout)
+    images = read_and_report(source, metadata, image_column, class_column, binary, maps, layout)
     parts = None if split is None else read_split(split)
     extractor = None
     if embedding != "none":
@@ -126,7 +141,7 @@ def leaks(
         from dermis.features import feature_extractor
 
         extractor = feature_extractor(embedding, resolve_device(device))
-    found = find_leaks(
+    leaks = find_leaks(
         images,
         parts,
         extractor=extractor,
@@ -134,36 +149,49 @@ def leaks(
         mirrors=mirrors,
         cache=cache,
     )
-    write_leaks(found, out / "leaks.csv")
-    _show_leaks(found, embedding != "none")
+    write_leaks(leaks, out / "leaks.csv")
+    _show_leaks(leaks, embedding != "none")
     typer.echo(f"written to {out / 'leaks.csv'}", err=True)
     if remove:
-        removed = surplus(found, within_parts=within_parts or parts is None)
+        removed = surplus(leaks, within_parts=within_parts or parts is None)
         write_cleaned(images, parts, removed, target)
-        typer.echo(f"{len(removed):,} of {len(found.records):,} images removed; the others are in {target}")
-    if found.broken:
-        typer.echo(f"{len(found.broken):,} images cannot be read, the first is {found.broken[0][0]}", err=True)
+        typer.echo(f"{len(removed):,} of {len(leaks.records):,} images removed; the others are in {target}")
+    if leaks.broken:
+        typer.echo(f"{len(leaks.broken):,} images cannot be read, the first is {leaks.broken[0][0]}", err=True)
         raise typer.Exit(3)
 
 
 @data_app.command("prepare")
 def prepare(
-    sources: Annotated[list[Path], typer.Argument(help="One or more sources, as for `split`; ids must differ.")],
-    out: Annotated[Path, typer.Option(help="The data set: a new .zip.")],
+    sources: Annotated[
+        list[Path], typer.Argument(help="One or more sources, as for `dermis data split`; their ids must differ.")
+    ],
+    out: Annotated[Path, typer.Option(help="New .zip for the data set.")],
     resolution: Annotated[int, typer.Option(help="Image side in pixels.")] = 256,
-    licence: Annotated[str, typer.Option(help="Licence of the images, for the data card.")] = "unknown",
-    attribution: Annotated[str, typer.Option(help="Whom users must credit, for the data card.")] = "",
-    metadata: Annotated[list[Path] | None, typer.Option(help="CSV of the images; once for each source.")] = None,
+    licence: LicenceOption = "unknown",
+    attribution: AttributionOption = "",
+    metadata: Annotated[
+        list[Path] | None, typer.Option(help="CSV of the images; give it once for each source.")
+    ] = None,
     image_column: ImageColumnOption = None,
     class_column: ClassColumnOption = None,
     binary: BinaryOption = False,
     maps: MapOption = None,
     layout: LayoutOption = None,
-    skip_unlabelled: Annotated[bool, typer.Option("--skip-unlabelled", help="Leave out images with no class.")] = False,
-    strict: Annotated[bool, typer.Option("--strict", help="Refuse to leave out images that are broken.")] = False,
-    workers: Annotated[int | None, typer.Option(min=1, help="Threads; default: one a processor.")] = None,
+    skip_unlabelled: Annotated[
+        bool, typer.Option("--skip-unlabelled", help="Leave out images without a class.")
+    ] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Fail if an image is broken, instead of leaving it out.")
+    ] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Number of threads; default: one for each processor.")
+    ] = None,
 ) -> None:
-    """Centre-crop, resize and write one StyleGAN zip. Exit status 3 if images were skipped; Ctrl-C, and it goes on."""
+    """Centre-crop and resize images, and write one StyleGAN zip.
+
+    The exit status is 3 if images were skipped. After Ctrl-C the same command continues.
+    """
     from dermis.errors import DataError
     from training.data.prepare import prepare as prepare_zip
     from training.data.sources import read_source
@@ -171,7 +199,7 @@ def prepare(
     if metadata and len(metadata) != len(sources):
         raise DataError(f"--metadata: {len(metadata)} tables for {len(sources)} sources; give it once for each")
     tables: list[Path | None] = [*metadata] if metadata else [None] * len(sources)
-    read = []
+    loaded = []
     for path, table in zip(sources, tables, strict=True):
         options = read_options(
             metadata=table,
@@ -181,11 +209,11 @@ def prepare(
             maps=maps,
             layout=layout,
         )
-        read.append(read_source(path, **options))
-    check_maps(read, maps)
+        loaded.append(read_source(path, **options))
+    check_maps(loaded, maps)
     try:
         prepared = prepare_zip(
-            read,
+            loaded,
             out,
             resolution,
             licence=licence,
@@ -195,9 +223,9 @@ def prepare(
             workers=workers,
         )
     except KeyboardInterrupt:
-        typer.echo(f"stopped; the same command goes on with what is in {out}.partial", err=True)
+        typer.echo(f"stopped; run the same command again to continue with {out}.partial", err=True)
         raise typer.Exit(130) from None
-    show_preparation(read, prepared)
+    show_preparation(loaded, prepared)
     classes = ", ".join(f"{count:,} {name}" for name, count in prepared.classes.items()) or "no classes"
     typer.echo(f"{out}: {prepared.images:,} images ({classes}), sha256 {prepared.sha256}")
     if prepared.skipped:
@@ -208,14 +236,14 @@ def prepare(
 @data_app.command("split")
 def split(
     source: SourceArgument,
-    out: Annotated[Path, typer.Option(help="New folder: one CSV a part and split.json.")],
+    out: Annotated[Path, typer.Option(help="New folder for a CSV of each part and split.json.")],
     parts: Annotated[
         str,
         typer.Option(
-            help="train-validation, train-validation-test, hospitals, or NAME=SIZE,... with sizes in images or as shares."
+            help="train-validation, train-validation-test, hospitals, or NAME=SIZE,... with numbers of images or shares."
         ),
     ] = "train-validation",
-    seed: Annotated[int, typer.Option(help="Decides which patients go where.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the division.")] = 0,
     metadata: MetadataOption = None,
     image_column: ImageColumnOption = None,
     class_column: ClassColumnOption = None,
@@ -223,18 +251,18 @@ def split(
     maps: MapOption = None,
     layout: LayoutOption = None,
 ) -> None:
-    """Divide images by patient, with the classes in the same proportions in every part."""
+    """Divide images by patient, with the same proportions of the classes in every part."""
     from training.data.splits import check_empty, split_by_patient, write_split
 
     check_empty(out)
-    images = read_described(source, metadata, image_column, class_column, binary, maps, layout)
-    divided = split_by_patient(images.records, _part_sizes(parts), seed)
-    write_split(images, divided, out)
+    images = read_and_report(source, metadata, image_column, class_column, binary, maps, layout)
+    division = split_by_patient(images.records, _part_sizes(parts), seed)
+    write_split(images, division, out)
     from rich.table import Table
 
-    names = [name or "(no class)" for name in divided.whole.classes]
-    table = Table("part", "images", "wanted", "groups", *names)
-    for part in (*divided.summary, divided.whole):
+    names = [name or "(no class)" for name in division.whole.classes]
+    table = Table("part", "images", "target", "groups", *names)
+    for part in (*division.summary, division.whole):
         shares = [f"{count:,} ({100 * part.share(name):.2f} %)" for name, count in part.classes.items()]
         table.add_row(part.name, f"{part.images:,}", f"{part.target:,.0f}", f"{part.groups:,}", *shares)
     table_console().print(table)
@@ -246,7 +274,7 @@ def _show_inspection(inspection: Inspection) -> None:
     console, classes = table_console(), inspection.classes
     total = sum(classes.values())
     if inspection.by_class:
-        framed = [inspection.by_class.share("frame", name) for name in classes if name in _seen_classes(inspection)]
+        framed = [inspection.by_class.share("frame", name) for name in classes if name in _read_classes(inspection)]
         association = next(each for each in inspection.by_class.associations if each.artefact == "frame")
         shares = ", ".join(f"{100 * each.share:.1f} % of {each.class_name}" for each in framed)
         console.print(f"[bold]Black frame: {shares}[/bold] (Cramér's V {association.cramers_v:.2f})")
@@ -257,10 +285,10 @@ def _show_inspection(inspection: Inspection) -> None:
         table.add_row(f"no {column}", *cells, f"{100 * sum(counts.values()) / total:.1f} %")
     console.print(table)
     if inspection.by_class:
-        seen = _seen_classes(inspection)
-        table = Table("artefact", *seen, "Cramér's V", "p", title="Images with artefacts (95 % interval)")
+        names = _read_classes(inspection)
+        table = Table("artefact", *names, "Cramér's V", "p", title="Images with artefacts (95 % interval)")
         for association in inspection.by_class.associations:
-            shares_of = [inspection.by_class.share(association.artefact, name) for name in seen]
+            shares_of = [inspection.by_class.share(association.artefact, name) for name in names]
             cells = [f"{100 * each.share:.1f} % ({100 * each.low:.1f} to {100 * each.high:.1f})" for each in shares_of]
             table.add_row(association.artefact, *cells, f"{association.cramers_v:.2f}", f"{association.p_value:.1g}")
         console.print(table)
@@ -277,32 +305,32 @@ def _show_inspection(inspection: Inspection) -> None:
         console.print(f"Sizes in px: {listed}" + (f" and {len(sizes) - 5} more" if len(sizes) > 5 else ""))
 
 
-def _seen_classes(inspection: Inspection) -> list[str]:
+def _read_classes(inspection: Inspection) -> list[str]:
     """Classes of the images that could be opened; others have no shares."""
     return sorted({each.class_name for each in inspection.by_class.shares}) if inspection.by_class else []
 
 
-def _show_leaks(found: Leaks, compared: bool) -> None:
+def _show_leaks(leaks: Leaks, compared: bool) -> None:
     from rich.table import Table
 
-    by_hash = sum(pair.hash_distance is not None for pair in found.pairs)
-    by_embedding = sum(pair.similarity is not None for pair in found.pairs)
-    touched = len({i for pair in found.pairs for i in (pair.a, pair.b)})
+    by_hash = sum(pair.hash_distance is not None for pair in leaks.pairs)
+    by_embedding = sum(pair.similarity is not None for pair in leaks.pairs)
+    touched = len({i for pair in leaks.pairs for i in (pair.a, pair.b)})
     typer.echo(
-        f"{len(found.pairs):,} pairs of near-duplicates among {len(found.records):,} images ({touched:,} of them in a "
+        f"{len(leaks.pairs):,} pairs of near-duplicates among {len(leaks.records):,} images ({touched:,} of them in a "
         f"pair): {by_hash:,} found by hash, {by_embedding:,} by embedding{'' if compared else ' (left out)'}, "
-        f"{sum(pair.identical for pair in found.pairs):,} identical files"
+        f"{sum(pair.identical for pair in leaks.pairs):,} identical files"
     )
-    if any(found.parts):
-        typer.echo(f"{len(found.across):,} pairs across parts")
-    if not found.pairs:
+    if any(leaks.parts):
+        typer.echo(f"{len(leaks.across):,} pairs across parts")
+    if not leaks.pairs:
         return
     table = Table("image", "near-duplicate", "parts", "same patient", "correlation", title="First pairs")
-    for pair in found.pairs[:10]:
+    for pair in leaks.pairs[:10]:
         table.add_row(
-            found.records[pair.a].id,
-            found.records[pair.b].id,
-            " / ".join(filter(None, (found.parts[pair.a], found.parts[pair.b]))),
+            leaks.records[pair.a].id,
+            leaks.records[pair.b].id,
+            " / ".join(filter(None, (leaks.parts[pair.a], leaks.parts[pair.b]))),
             "yes" if pair.same_patient else "no",
             f"{pair.correlation:.2f}",
         )

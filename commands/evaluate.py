@@ -1,4 +1,4 @@
-"""`dermis evaluate`: measure a bundle against real images and write the numbers into it."""
+"""`dermis evaluate`: compare generated with real images and write the numbers into the bundle."""
 
 from __future__ import annotations
 
@@ -9,6 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from commands.console import table_console
+from commands.options import (
+    CACHE,
+    CacheOption,
+    ClassColumnOption,
+    DataOption,
+    DeviceOption,
+    HoldoutMetadataOption,
+    MetadataOption,
+    PplPathsOption,
+    SampleSeedOption,
+    TruncationOption,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,48 +29,49 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    bundle: Annotated[Path, typer.Option(help="Bundle folder; its metrics.json and card are renewed.")],
-    data: Annotated[
-        Path, typer.Option(help="Real images that it was trained on: a folder of images and metadata.csv.")
-    ],
+    bundle: Annotated[Path, typer.Option(help="Folder of the bundle; its metrics.json and card are replaced.")],
+    data: DataOption,
     holdout: Annotated[
         Path | None,
         typer.Option(
-            help="Real images that it never saw, split off at random; --data if only --holdout-metadata is given."
+            help="Held-out real images, from the same population; default: --data if --holdout-metadata is given."
         ),
     ] = None,
     extractor: Annotated[
         list[str] | None,
         typer.Option(
-            help="Feature space, such as inception, lite0 or timm:MODEL\\[@FILE.safetensors]; may be repeated, or hold "
-            "several with commas between them. Default: lite0 and lite1."
+            help="Feature space, such as inception, lite0 or timm:MODEL\\[@FILE.safetensors]; may be repeated, or be "
+            "several separated by commas. Default: lite0 and lite1."
         ),
     ] = None,
     metrics: Annotated[
-        Literal["all", "fast"], typer.Option(help="all, or fast: Fréchet distance, KID, precision and recall.")
+        Literal["all", "fast"], typer.Option(help="all, or fast: only Fréchet distance, KID, precision and recall.")
     ] = "all",
     noise_mode: Annotated[
         list[str] | None,
         typer.Option(
-            help="Noise of the generated images: random (default), const or none; repeated, all are compared."
+            help="Noise of the generated images: random (default), const or none; repeat it to compare several."
         ),
     ] = None,
     report: Annotated[
-        Path | None, typer.Option(help="Folder for a page with pictures. It shows training images.")
+        Path | None, typer.Option(help="Folder for a web page with pictures. It shows training images.")
     ] = None,
-    count: Annotated[int | None, typer.Option(help="Generated images; default: as many as real ones.")] = None,
-    ppl_paths: Annotated[int, typer.Option(help="Paths of the perceptual path length; publications use 50000.")] = 2000,
-    truncation_psi: Annotated[float, typer.Option(help="As in generation.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the generated images.")] = 0,
-    class_column: Annotated[str | None, typer.Option(help="CSV column of the classes.")] = None,
-    metadata: Annotated[Path | None, typer.Option(help="CSV of --data, if it is not its metadata.csv.")] = None,
-    holdout_metadata: Annotated[
-        Path | None, typer.Option(help="CSV of --holdout, for instance of the same folder.")
+    count: Annotated[
+        int | None, typer.Option(help="Number of generated images; default: as many as real ones.")
     ] = None,
-    cache: Annotated[Path, typer.Option(help="Where decoded images and features are kept.")] = Path(".dermis/cache"),
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    ppl_paths: PplPathsOption = 2000,
+    truncation_psi: TruncationOption = 1.0,
+    seed: SampleSeedOption = 0,
+    class_column: ClassColumnOption = None,
+    metadata: MetadataOption = None,
+    holdout_metadata: HoldoutMetadataOption = None,
+    cache: CacheOption = CACHE,
+    device: DeviceOption = "auto",
 ) -> None:
-    """Distances, variety and copying of generated against real images, overall and per class, in feature spaces."""
+    """Measure distance, variety and copying of generated images, overall and for each class, in feature spaces.
+
+    --data are the images that the bundle was trained on.
+    """
     from dermis.bundle import open_bundle
     from dermis.devices import resolve_device
     from training.data.isic import load_isic
@@ -71,7 +84,7 @@ def evaluate(
         check_report_folder(report, bundle)
     noise_modes = parse_noise_modes(noise_mode or ["random"])
     opened = open_bundle(bundle)
-    # Weights may have to be downloaded: before the long work.
+    # Before the long work, since weights may have to be downloaded.
     spaces, remark = load_spaces(extractor or [], resolve_device(device))
     if remark:
         typer.echo(remark, err=True)
@@ -99,7 +112,7 @@ def evaluate(
     keep_metrics(opened, result.metrics)
     _show(console, result.metrics)
     if report is not None and result.page is not None:
-        console.print(f"{write_report(report, result.page)}: shows training images, keep it as you keep them")
+        console.print(f"{write_report(report, result.page)}: shows training images, so protect it as you protect them")
 
 
 def _show(console: Console, metrics: Mapping[str, Any]) -> None:

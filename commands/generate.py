@@ -1,4 +1,4 @@
-"""`dermis generate` and `dermis verify`: datasets without a service, by the service's own plan and shards."""
+"""`dermis generate` and `dermis verify`: make and check datasets without a service, with the same plan and shards."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from commands.console import option_of
+from commands.options import DEMO_BUNDLE, BundleOption, DeviceOption, NoiseModeOption, OptionalTruncationOption
+from dermis.dataset.request import DatasetFormat, ImageFormat
 from dermis.dataset.store import PARTIAL
 from dermis.errors import DermisError, RequestError, StorageError, escape
 
@@ -27,61 +29,80 @@ if TYPE_CHECKING:
     from dermis.dataset.store import Store
     from dermis.synthesizer import Synthesizer
 
-DEMO = Path("bundles/demo")
 _BEGUN = f"{PARTIAL}/plan.json"
-# What a process that was killed before it could write _BEGUN, or one that starts beside us, has in the folder.
+# Entries of a process that was killed before it could write _BEGUN, or of one that starts at the same time.
 _BEGINNING = (f"{PARTIAL}/", f"{PARTIAL}/writing-")
 
 
 def generate(
-    out: Annotated[str, typer.Option(help="Folder or fsspec URL of the dataset. One that was begun is continued.")],
-    bundle: Annotated[str, typer.Option(help="Bundle folder or fsspec URL.")] = str(DEMO),
-    classes: Annotated[str | None, typer.Option(help="Images of each class, as malignant=500,benign=500.")] = None,
+    out: Annotated[
+        str, typer.Option(help="Folder or fsspec URL of the dataset. A dataset that was begun is continued.")
+    ],
+    bundle: BundleOption = DEMO_BUNDLE,
+    classes: Annotated[
+        str | None, typer.Option(help="Number of images of each class, such as malignant=500,benign=500.")
+    ] = None,
     manifest: Annotated[
-        Path | None, typer.Option(help="Make the dataset of this manifest.json again; instead of all options below.")
+        Path | None,
+        typer.Option(help="Make the dataset of this manifest.json again, which replaces the options below."),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Sample i has its latent from (seed, i). Default 0.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed: sample i has its latent from (seed, i). Default 0.")] = None,
     file_format: Annotated[
-        str | None, typer.Option("--format", help="imagefolder (default), webdataset or parquet.")
+        DatasetFormat | None, typer.Option("--format", help="Format of the dataset. Default imagefolder.")
     ] = None,
-    image_format: Annotated[str | None, typer.Option(help="png (default), jpeg or webp.")] = None,
-    image_quality: Annotated[int | None, typer.Option(help="1 to 100, for jpeg and webp. Default 95.")] = None,
-    truncation_psi: Annotated[float | None, typer.Option(help="1 (default) full variety ... 0 the mean image.")] = None,
-    truncation_cutoff: Annotated[int | None, typer.Option(help="Style layers that are truncated; default all.")] = None,
-    noise_mode: Annotated[
-        str | None,
-        typer.Option(help="random (default): each sample has its own; const: all have the same; none."),
+    image_format: Annotated[ImageFormat | None, typer.Option(help="Format of the images. Default png.")] = None,
+    image_quality: Annotated[int | None, typer.Option(help="Quality of jpeg and webp, 1 to 100. Default 95.")] = None,
+    truncation_psi: OptionalTruncationOption = None,
+    truncation_cutoff: Annotated[
+        int | None, typer.Option(help="Number of style layers that are truncated. Default: all.")
     ] = None,
+    noise_mode: NoiseModeOption = None,
     shard_size: Annotated[int | None, typer.Option(help="Images in a shard. Default 250.")] = None,
     keep: Annotated[
-        str | None, typer.Option(help="all (default), or agreeing: images that the bundle's classifier agrees with.")
+        Literal["all", "agreeing"] | None,
+        typer.Option(help="all (default), or agreeing: only images whose class the bundle's classifier confirms."),
     ] = None,
-    threshold: Annotated[str | None, typer.Option(help="The classifier's threshold that it agrees by.")] = None,
-    min_probability: Annotated[float | None, typer.Option(help="Least probability of images to keep.")] = None,
-    max_probability: Annotated[float | None, typer.Option(help="Greatest probability of images to keep.")] = None,
-    tries: Annotated[int | None, typer.Option(help="Latents to try for an image until one is kept. Default 1.")] = None,
+    threshold: Annotated[
+        str | None, typer.Option(help="With --keep agreeing: name of the classifier's threshold.")
+    ] = None,
+    min_probability: Annotated[float | None, typer.Option(help="Minimum probability of the images to keep.")] = None,
+    max_probability: Annotated[float | None, typer.Option(help="Maximum probability of the images to keep.")] = None,
+    tries: Annotated[
+        int | None, typer.Option(help="Maximum number of latents to try for an image, until one is kept. Default 1.")
+    ] = None,
     edit: Annotated[
         list[str] | None,
-        typer.Option(help="Move latents: DIRECTION=STRENGTH, or DIRECTION=STRENGTH@FIRST-LAST; may be repeated."),
+        typer.Option(help="Edit images: DIRECTION=STRENGTH, or DIRECTION=STRENGTH@FIRST-LAST; may be repeated."),
     ] = None,
     gate: Annotated[
-        str | None, typer.Option(help="Compare images with the training images: authentic or min_distance.")
+        Literal["authentic", "min_distance"] | None,
+        typer.Option(help="Condition on the distance of an image to the training images."),
     ] = None,
-    percentile: Annotated[float | None, typer.Option(help="Of min_distance. Default 1.")] = None,
-    on_reject: Annotated[str | None, typer.Option(help="resample (default), drop or flag images that fail.")] = None,
-    gate_tries: Annotated[int | None, typer.Option(help="Images that may be rejected for a sample. Default 8.")] = None,
+    percentile: Annotated[float | None, typer.Option(help="Percentile for --gate min_distance. Default 1.")] = None,
+    on_reject: Annotated[
+        Literal["resample", "drop", "flag"] | None,
+        typer.Option(help="What happens to images that the gate rejects. Default resample."),
+    ] = None,
+    gate_tries: Annotated[
+        int | None, typer.Option(help="Maximum number of rejected images for a sample. Default 8.")
+    ] = None,
     score: Annotated[
-        bool | None, typer.Option("--score/--no-score", help="The classifier's probability as a column. Default: yes.")
+        bool | None,
+        typer.Option("--score/--no-score", help="Write the classifier's probability as a column. Default: yes."),
     ] = None,
     only_shard: Annotated[
-        list[int] | None, typer.Option(help="Make this shard (from 0) only, without finishing; may be repeated.")
+        list[int] | None,
+        typer.Option(help="Make only this shard (the first is 0), without finishing; may be repeated."),
     ] = None,
     finalize_only: Annotated[
-        bool, typer.Option("--finalize", help="Only assemble the dataset from shards that were made elsewhere.")
+        bool, typer.Option("--finalize", help="Only assemble the dataset from shards that exist.")
     ] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: DeviceOption = "auto",
 ) -> None:
-    """Make a dataset from a bundle. Stopped at any point, the same command goes on; the files come out the same."""
+    """Make a dataset from a bundle.
+
+    If it is stopped at any point, the same command continues, and the files are the same as without the stop.
+    """
     from dermis.bundle import open_bundle
     from dermis.dataset.manifest import parse_manifest, synthesizer_identity
     from dermis.dataset.plan import plan_for
@@ -107,43 +128,43 @@ def generate(
         "max_probability": max_probability,
         "tries": tries,
     }
-    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    fields: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     privacy = {"gate": gate, "percentile": percentile, "on_reject": on_reject, "tries": gate_tries}
     filtering = {name: value for name, value in classifier.items() if value is not None}
     gating = {name: value for name, value in privacy.items() if value is not None}
     if edit:
-        given["edits"] = [_parse_edit(text) for text in edit]
+        fields["edits"] = [_parse_edit(text) for text in edit]
     opened = open_bundle(bundle)
-    wanted: Manifest | None = None
+    former: Manifest | None = None
     if manifest is not None:
-        if classes is not None or given or filtering or gating:
+        if classes is not None or fields or filtering or gating:
             words = {"edits": "edit", "tries": "gate-tries"}
-            extra = sorted({*(words.get(name, name) for name in (*given, *gating)), *filtering})
-            named = ", ".join(["classes"] * (classes is not None) + extra).replace("_", "-")
-            raise RequestError("--manifest", f"says everything; leave out --{named.replace(', ', ', --')}")
-        wanted = parse_manifest(_read(manifest), str(manifest))
-        if wanted.bundle_digest != opened.digest:
+            extra = sorted({*(words.get(name, name) for name in (*fields, *gating)), *filtering})
+            names = ", ".join(["classes"] * (classes is not None) + extra).replace("_", "-")
+            raise RequestError("--manifest", f"says everything; leave out --{names.replace(', ', ', --')}")
+        former = parse_manifest(_read(manifest), str(manifest))
+        if former.bundle_digest != opened.digest:
             raise RequestError(
                 "--bundle",
-                f"{manifest} was made with bundle {wanted.bundle_name} of digest {wanted.bundle_digest[:12]}, but "
+                f"{manifest} was made with bundle {former.bundle_name} of digest {former.bundle_digest[:12]}, but "
                 f"{bundle} has {opened.digest[:12]}; give the bundle that made it",
             )
-        request = wanted.request
+        request = former.request
     elif classes is None:
         raise RequestError("--classes", f"say how many of each, for instance --classes {_example(opened)}")
     else:
         if filtering:
-            given["classifier"] = filtering
+            fields["classifier"] = filtering
         if gating:
-            given["privacy"] = gating
-        request = _request({"model": opened.name, "classes": _parse_classes(classes), **given})
+            fields["privacy"] = gating
+        request = _request({"model": opened.name, "classes": _parse_classes(classes), **fields})
     check_against(request, opened, max_samples=10**8)
     planned, store = plan_for(request, opened), Store(out)
     shards = list(range(planned.shards)) if only_shard is None else only_shard
     for shard in shards:
         if not 0 <= shard < planned.shards:
             raise RequestError("--only-shard", f"{shard} is not in 0 to {planned.shards - 1}")
-    found = _look_into(store, planned)
+    existing = _existing_manifest(store, planned)
     finish = only_shard is None or finalize_only
     try:
         with (
@@ -151,32 +172,32 @@ def generate(
             _scoring(planned, opened, device) as scorer,
             _checking(planned, opened, device) as checker,
         ):
-            machine = Machine(synthesizer, scorer, checker)
-            identity = synthesizer_identity(machine.identity)
-            if wanted is not None and (differing := _differences(wanted.synthesizer, identity)):
+            models = Models(synthesizer, scorer, checker)
+            identity = synthesizer_identity(models.identity)
+            if former is not None and (differing := _differences(former.synthesizer, identity)):
                 typer.echo(f"warning: the bytes may differ from those of the manifest: {differing}", err=True)
-            if found is not None and _is_whole(found, store, identity):
-                made: Manifest | None = found
-            elif found is not None and finalize_only:
+            if existing is not None and _is_complete(existing, store, identity):
+                result: Manifest | None = existing
+            elif existing is not None and finalize_only:
                 raise StorageError(f"{out}: is finished, but damaged; leave out --finalize to make it again")
             else:
-                _begin(store, planned, reopen=found is not None)
-                made = _make(planned, store, opened, machine, () if finalize_only else shards, finish)
+                _begin(store, planned, reopen=existing is not None)
+                result = _make(planned, store, opened, models, () if finalize_only else shards, finish)
     except KeyboardInterrupt:
-        typer.echo(f"\nstopped; the same command goes on with {out}", err=True)
+        typer.echo(f"\nstopped; run the same command again to continue {out}", err=True)
         raise typer.Exit(130) from None
-    if made is None:
+    if result is None:
         typer.echo(f"{out}: shard {', '.join(map(str, shards))} of {planned.shards} ready; --finalize when all are")
         return
-    typer.echo(f"{out}: {_told(planned, made)} in {_containers(planned)}; check them with: dermis verify {out}")
-    if wanted is not None:
-        _compare(wanted, made)
+    typer.echo(f"{out}: {_summary(planned, result)} in {_containers(planned)}; check them with: dermis verify {out}")
+    if former is not None:
+        _compare(former, result)
 
 
 def verify(
     folder: Annotated[str, typer.Argument(help="Folder or fsspec URL of a dataset, or its images.zip.")],
 ) -> None:
-    """Check every file of a dataset against its manifest.json; lists what is changed, missing or extra."""
+    """Check every file of a dataset against its manifest.json, and list changed, missing and extra files."""
     from dermis.dataset.verify import verify as verify_dataset
 
     report = verify_dataset(folder)
@@ -191,7 +212,7 @@ def verify(
 
 @contextmanager
 def _scoring(planned: Plan, bundle: Bundle, device: str) -> Iterator[Classifier | None]:
-    """The bundle's classifier, where the plan has scores."""
+    """Open the bundle's classifier if the plan needs scores."""
     if not planned.scored:
         yield None
         return
@@ -203,7 +224,7 @@ def _scoring(planned: Plan, bundle: Bundle, device: str) -> Iterator[Classifier 
 
 @contextmanager
 def _checking(planned: Plan, bundle: Bundle, device: str) -> Iterator[Checker | None]:
-    """The bundle's index, where the plan has a gate."""
+    """Open the bundle's index if the plan has a gate."""
     if not planned.gated:
         yield None
         return
@@ -214,8 +235,8 @@ def _checking(planned: Plan, bundle: Bundle, device: str) -> Iterator[Checker | 
 
 
 @dataclass(frozen=True)
-class Machine:
-    """What makes a dataset's images, scores them and compares them."""
+class Models:
+    """The models that make a dataset: generator, classifier and index of training images."""
 
     synthesizer: Synthesizer
     scorer: Classifier | None
@@ -223,23 +244,26 @@ class Machine:
 
     @property
     def identity(self) -> dict[str, str]:
+        """Everything that the bytes of the dataset depend on, by name."""
         parts = [part.identity for part in (self.synthesizer, self.scorer, self.checker) if part is not None]
         return {key: value for part in parts for key, value in part.items()}
 
 
-def _told(planned: Plan, made: Manifest) -> str:
-    """How many images there are, and what the filter did if there was one."""
+def _summary(planned: Plan, manifest: Manifest) -> str:
+    """State the number of images, and the effects of filter and gate."""
     rejections: list[str] = []
     images = planned.samples
-    if planned.filtered and made.classifier is not None:
-        images = sum(tally.images for tally in made.classifier.values())
-        rejections.append(f"{sum(tally.rejected for tally in made.classifier.values()):,} rejected by the filter")
-    if made.privacy is not None:
-        images = sum(tally.images for tally in made.privacy.classes.values())
-        rejections.append(f"{sum(tally.rejected for tally in made.privacy.classes.values()):,} rejected by the gate")
-        rejections.append(f"{made.privacy.after:.1%} authentic, of all that were drawn {made.privacy.before:.1%}")
-        if made.privacy.weakness is not None:
-            rejections.append(f"warning: copies may pass the gate: {made.privacy.weakness}")
+    if planned.filtered and manifest.classifier is not None:
+        images = sum(tally.images for tally in manifest.classifier.values())
+        rejections.append(f"{sum(tally.rejected for tally in manifest.classifier.values()):,} rejected by the filter")
+    if manifest.privacy is not None:
+        images = sum(tally.images for tally in manifest.privacy.classes.values())
+        rejections.append(
+            f"{sum(tally.rejected for tally in manifest.privacy.classes.values()):,} rejected by the gate"
+        )
+        rejections.append(f"{manifest.privacy.after:.1%} authentic, before the gate {manifest.privacy.before:.1%}")
+        if manifest.privacy.weakness is not None:
+            rejections.append(f"warning: copies may pass the gate: {manifest.privacy.weakness}")
     if images < planned.samples:
         rejections.append(f"{planned.samples - images:,} missing")
     return f"{images:,} images" + (f" ({', '.join(rejections)})" if rejections else "")
@@ -259,7 +283,7 @@ def _make(
     planned: Plan,
     store: Store,
     bundle: Bundle,
-    machine: Machine,
+    models: Models,
     shards: Sequence[int],
     finish: bool,
 ) -> Manifest | None:
@@ -272,10 +296,9 @@ def _make(
     from dermis.directions.edit import bundle_offset
 
     request = planned.request
-    synthesizer, scorer, checker = machine.synthesizer, machine.scorer, machine.checker
+    synthesizer, scorer, checker = models.synthesizer, models.scorer, models.checker
     if shards:
         check_space(planned, store, bundle.generator.img_resolution)
-
     offset = bundle_offset(bundle, request.moves) if request.moves else None
 
     def synthesize(indices: Sequence[int], labels: Sequence[int]) -> Any:
@@ -309,21 +332,25 @@ def _make(
                 store,
                 score=score,
                 examine=None if checker is None else checker.nearest,
-                identity=machine.identity,
+                identity=models.identity,
                 on_batch=advance,
                 batch_size=batch,
             )
     if not finish:
         return None
     expose = None if checker is None else partial(exposure, checker.index)
-    return finalize(planned, store, bundle, machine.identity, expose)
+    return finalize(planned, store, bundle, models.identity, expose)
 
 
-def _look_into(store: Store, planned: Plan) -> Manifest | None:
-    """The manifest, if this very dataset lies here finished; None if its beginning does, or nothing. Refuses the rest."""
+def _existing_manifest(store: Store, planned: Plan) -> Manifest | None:
+    """Return the manifest if this dataset is finished here; None if it was begun or the folder is empty.
+
+    Raises:
+        StorageError: The folder has another dataset or other files.
+    """
     from dermis.dataset.manifest import MANIFEST, read_manifest
 
-    # Listed first: whatever other processes at work on this dataset add later, they have written the mark before.
+    # Listed first: other processes that work on this dataset write the mark before they add anything else.
     entries = store.entries()
     begun = store.size(_BEGUN) is not None
     if begun and (mark := _read_mark(store.read(_BEGUN))).get("plan") != planned.digest:
@@ -332,36 +359,40 @@ def _look_into(store: Store, planned: Plan) -> Manifest | None:
         advice = f"{known} {'or ' if differing else ''}choose another --out or remove it"
         raise StorageError(f"{store.location}: holds the beginning of another dataset{advice}")
     if store.size(MANIFEST) is not None:
-        found = read_manifest(store)
-        if found.plan_digest == planned.digest:
-            return found
-        differing = _differing_options(planned, found.request, found.bundle_digest)
+        manifest = read_manifest(store)
+        if manifest.plan_digest == planned.digest:
+            return manifest
+        differing = _differing_options(planned, manifest.request, manifest.bundle_digest)
         known = f", made {differing}" if differing else ""
         raise StorageError(f"{store.location}: holds another dataset{known}; choose another --out or remove it")
     if not begun and any(name != _BEGINNING[0] and not name.startswith(_BEGINNING[1]) for name in entries):
-        raise StorageError(f"{store.location}: is not empty and no dataset of ours; choose another --out")
+        raise StorageError(f"{store.location}: is not empty and has no dataset; choose another --out")
     return None
 
 
-def _is_whole(found: Manifest, store: Store, identity: Mapping[str, str]) -> bool:
-    """Is a finished dataset still what its manifest says? StorageError if another synthesizer made it."""
+def _is_complete(manifest: Manifest, store: Store, identity: Mapping[str, str]) -> bool:
+    """Check a finished dataset against its manifest.
+
+    Raises:
+        StorageError: It was made by another synthesizer.
+    """
     from dermis.dataset.verify import verify as verify_dataset
 
-    if differing := _differences(found.synthesizer, identity):
+    if differing := _differences(manifest.synthesizer, identity):
         raise StorageError(
             f"{store.location}: is finished, made by another synthesizer: {differing}; choose another --out or remove it"
         )
-    report, listed = verify_dataset(store.location), {file.name for file in found.files}
+    report, listed = verify_dataset(store.location), {file.name for file in manifest.files}
     damaged = sorted(listed.intersection(report.changed + report.missing))
     if damaged:
         typer.echo(f"{store.location}: finished, but changed or missing: {', '.join(damaged)}", err=True)
         return False
-    store.remove(PARTIAL)  # left if the run was killed right after the manifest
+    store.remove(PARTIAL)  # it remains if the run was killed right after it wrote the manifest
     return True
 
 
 def _begin(store: Store, planned: Plan, reopen: bool) -> None:
-    """Mark the folder as the beginning of this dataset. Of a finished one the manifest goes: its files will change."""
+    """Mark the folder as the beginning of this dataset; remove the manifest of a finished one, as its files will change."""
     from dermis.dataset.manifest import MANIFEST
 
     if store.size(_BEGUN) is None:
@@ -376,7 +407,7 @@ def _mark(planned: Plan) -> bytes:
 
 
 def _read_mark(content: bytes) -> dict[str, Any]:
-    """What `_mark` wrote; empty if it is damaged."""
+    """Parse a mark of `_mark`; empty if it is damaged."""
     try:
         mark = json.loads(content)
     except ValueError:
@@ -385,9 +416,9 @@ def _read_mark(content: bytes) -> dict[str, Any]:
 
 
 def _begun_request(mark: Mapping[str, Any], planned: Plan) -> DatasetRequest | None:
-    """The request that a dataset was begun with, None if it is not known.
+    """Return the request that a dataset was begun with, None if it is not known.
 
-    Marks of earlier versions have only the digest of the plan. They are tried with each noise mode, as the default changed.
+    Marks of earlier versions have only the digest of the plan. Each noise mode is tried for them, as the default changed.
     """
     from typing import get_args
 
@@ -406,23 +437,24 @@ def _begun_request(mark: Mapping[str, Any], planned: Plan) -> DatasetRequest | N
 
 
 def _differing_options(planned: Plan, former: DatasetRequest | None, bundle_digest: str | None) -> str:
-    """In words, with which other options a dataset was asked for than now; empty if that is not known.
+    """Describe the options of a former request that differ from the present ones; empty if they are not known.
 
-    bundle_digest: of the former bundle, None if it is the same.
+    Args:
+        bundle_digest: Digest of the former bundle; None if it is the same.
     """
     if former is None:
         return ""
     before, now = _option_texts(former), _option_texts(planned.request)
-    given = [text for name, text in before.items() if now.get(name) != text]
+    added = [text for name, text in before.items() if now.get(name) != text]
     if bundle_digest not in (None, planned.bundle_digest):
-        given.insert(0, f"--bundle of digest {escape(str(bundle_digest)[:12])}")
+        added.insert(0, f"--bundle of digest {escape(str(bundle_digest)[:12])}")
     left_out = [name for name in now if name not in before]
-    parts = [f"{word} {', '.join(names)}" for word, names in (("with", given), ("without", left_out)) if names]
+    parts = [f"{word} {', '.join(names)}" for word, names in (("with", added), ("without", left_out)) if names]
     return " and ".join(parts)
 
 
 def _option_texts(request: DatasetRequest) -> dict[str, str]:
-    """By the name of an option, what to give on the command line for a request. Unused options are left out."""
+    """Return the command-line options of a request, by name. Unused options are left out."""
     values = request.model_dump(exclude={"model", "classes", "edits", "classifier", "privacy"}, exclude_none=True)
     for name, part in (
         ("classifier", request.classifier and request.classifier.model_dump(exclude_defaults=True)),
@@ -440,10 +472,11 @@ def _option_texts(request: DatasetRequest) -> dict[str, str]:
     return texts | ({"--edit": " ".join(edits)} if edits else {})
 
 
-def _compare(wanted: Manifest, made: Manifest) -> None:
-    if wanted.files == made.files:
+def _compare(former: Manifest, repeated: Manifest) -> None:
+    """Report whether a repeated dataset is the same as the former one; DermisError if it should be and is not."""
+    if former.files == repeated.files:
         typer.echo("every file is the same as in the manifest, byte for byte")
-    elif wanted.synthesizer != made.synthesizer:
+    elif former.synthesizer != repeated.synthesizer:
         typer.echo("the bytes differ from those of the manifest, as another machine made it", err=True)
     else:
         raise DermisError(
@@ -452,7 +485,7 @@ def _compare(wanted: Manifest, made: Manifest) -> None:
 
 
 def _differences(there: Mapping[str, str], here: Mapping[str, str]) -> str:
-    """In words, how the synthesizer of a manifest differs from ours; empty if it does not."""
+    """Describe how the synthesizer of a manifest differs from the present one; empty if it does not."""
     keys = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
     return "; ".join(f"{key} {there.get(key, '-')} there, {here.get(key, '-')} here" for key in keys)
 
@@ -475,12 +508,12 @@ def _parse_classes(text: str) -> dict[str, int]:
 
 
 def _parse_edit(text: str) -> dict[str, Any]:
-    found = re.fullmatch(r"(?P<name>[^=]+)=(?P<strength>[+-]?[0-9.]+)(@(?P<first>\d+)-(?P<last>\d+))?", text)
+    match = re.fullmatch(r"(?P<name>[^=]+)=(?P<strength>[+-]?[0-9.]+)(@(?P<first>\d+)-(?P<last>\d+))?", text)
     try:
-        if found is None:
+        if match is None:
             raise ValueError
-        layers = None if found["first"] is None else [int(found["first"]), int(found["last"])]
-        return {"direction": found["name"], "strength": float(found["strength"]), "layers": layers}
+        layers = None if match["first"] is None else [int(match["first"]), int(match["last"])]
+        return {"direction": match["name"], "strength": float(match["strength"]), "layers": layers}
     except ValueError:
         message = f"{text!r} is not of the form DIRECTION=STRENGTH or DIRECTION=STRENGTH@FIRST-LAST"
         raise RequestError("--edit", message) from None

@@ -1,14 +1,16 @@
-"""`dermis index ...`: the index of a training set's embeddings, against which generated images are checked."""
+"""`dermis index ...`: the index of training images with which generated images are compared."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from commands.console import table_console
+from commands.options import CACHE, CacheOption, ClassColumnOption, DataOption, DeviceOption, MetadataOption
+from dermis.bundle.index import Metric
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,56 +20,59 @@ if TYPE_CHECKING:
     from dermis.bundle.index import IndexDescription
     from dermis.imaging import Images
 
-index_app = typer.Typer(no_args_is_help=True, help="The index of training images against which copies are found.")
+index_app = typer.Typer(
+    no_args_is_help=True, help="Build and show the index of training images, which finds copies of them."
+)
 
 
 @index_app.command("build")
 def build(
-    data: Annotated[
-        Path, typer.Option(help="The images that the generator was trained on: anything that `dermis data` reads.")
-    ],
+    data: DataOption,
     bundle: Annotated[
-        Path | None, typer.Option(help="Bundle that gets the index, which then has a new digest.")
+        Path | None, typer.Option(help="Folder of the bundle for the index; it gets a new digest.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Instead of a bundle: a folder for the index alone.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the index alone, without a bundle.")] = None,
     held_out: Annotated[
-        Path | None, typer.Option(help="Real images that the generator never saw: they make attacks measurable.")
+        Path | None,
+        typer.Option(help="Held-out images: real ones that the generator was not trained on, to measure attacks."),
     ] = None,
-    held_out_metadata: Annotated[
-        Path | None, typer.Option(help="CSV of --held-out, if it is not its metadata.csv.")
-    ] = None,
+    held_out_metadata: Annotated[Path | None, typer.Option(help="CSV of the held-out images.")] = None,
     extractor: Annotated[
         str,
         typer.Option(
-            help="auto (the bundle's classifier, if it has one, else inception), inception, dinov2, clip, lite0, lite1, "
-            "lite2 or timm:MODEL."
+            help="Feature space: auto (the bundle's classifier if it has one, otherwise inception), inception, dinov2, clip, "
+            "lite0, lite1, lite2 or timm:MODEL."
         ),
     ] = "auto",
     classifier: Annotated[
-        Path | None, typer.Option(help="Folder of a classifier for --extractor classifier, if there is no bundle.")
+        Path | None, typer.Option(help="Folder of a classifier whose features are used, without a bundle.")
     ] = None,
-    resolution: Annotated[int, typer.Option(help="Of the images, if there is no bundle to tell.")] = 256,
-    metric: Annotated[str, typer.Option(help="cosine or l2.")] = "cosine",
+    resolution: Annotated[int, typer.Option(help="Side of the images in pixels, without a bundle.")] = 256,
+    metric: Annotated[Metric, typer.Option(help="Distance of features.")] = "cosine",
     dim: Annotated[int, typer.Option(help="Principal components to keep; 0 keeps all dimensions.")] = 128,
-    storage: Annotated[str, typer.Option(help="8bit or float (four times as large).")] = "8bit",
-    kind: Annotated[str, typer.Option(help="auto, flat (exact), hnsw or ivf.")] = "auto",
+    storage: Annotated[
+        Literal["8bit", "float"], typer.Option(help="How vectors are stored: 8bit, or float (four times as large).")
+    ] = "8bit",
+    kind: Annotated[
+        Literal["auto", "flat", "ivf", "hnsw"], typer.Option(help="Kind of the FAISS index; flat is exact.")
+    ] = "auto",
     groups: Annotated[
         bool,
-        typer.Option(help="Other images of one patient or lesion, where the table tells, do not count as neighbours."),
+        typer.Option(help="Images of the same patient or lesion, if the CSV names them, do not count as neighbours."),
     ] = True,
-    metadata: Annotated[Path | None, typer.Option(help="CSV of --data, if it is not its metadata.csv.")] = None,
-    class_column: Annotated[str | None, typer.Option(help="CSV column of the classes.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    cache: Annotated[Path, typer.Option(help="Where decoded images are kept.")] = Path(".dermis/cache"),
+    metadata: MetadataOption = None,
+    class_column: ClassColumnOption = None,
+    device: DeviceOption = "auto",
+    cache: CacheOption = CACHE,
     replace: Annotated[bool, typer.Option("--replace", help="Replace the index in --out.")] = False,
 ) -> None:
-    """Embed all training images and keep them as an index, in a bundle or by itself. It names no image."""
-    from typing import get_args
+    """Build an index of the embeddings of all training images, in a bundle or alone. It contains no names of images.
 
-    from dermis.authenticity.build import FEWEST_APPROXIMATE, Storage, build_index, write_index
+    --data are the images that the generator was trained on.
+    """
+    from dermis.authenticity.build import FEWEST_APPROXIMATE, build_index, write_index
     from dermis.authenticity.checker import CLASSIFIER, Embedder
     from dermis.bundle import open_bundle
-    from dermis.bundle.index import Kind, Metric
     from dermis.errors import RequestError
     from training.data.embedding import embed_array, progress_bar
     from training.data.isic import load_isic
@@ -76,14 +81,7 @@ def build(
     from training.gan.card import trained_on
 
     if (bundle is None) == (out is None):
-        raise RequestError("--bundle", "give either a bundle that gets the index, or --out for the index alone")
-    for name, value, known in (
-        ("--metric", metric, get_args(Metric)),
-        ("--storage", storage, get_args(Storage)),
-        ("--kind", kind, ("auto", *get_args(Kind))),
-    ):
-        if value not in known:
-            raise RequestError(name, f"{value!r} is none of {', '.join(known)}")
+        raise RequestError("--bundle", "give either a bundle for the index, or --out for the index alone")
     if dim < 0:
         raise RequestError("--dim", "must be at least 0")
     if out is not None and out.exists() and not replace:
@@ -95,13 +93,13 @@ def build(
     size = resolution if opened is None else opened.generator.img_resolution
     dataset = load_isic(data, size, class_column=class_column, metadata=metadata, cache=cache)
     held = None
-    named = None if opened is None else trained_on(opened.provenance)
+    training_set = None if opened is None else trained_on(opened.provenance)
     if held_out is not None:
         held = load_isic(held_out, size, class_column=class_column, metadata=held_out_metadata, cache=cache)
-        check_holdout(dataset, held, named)
-    if named is not None and named != dataset.sha256:
+        check_holdout(dataset, held, training_set)
+    if training_set is not None and training_set != dataset.sha256:
         typer.echo("warning: --data is not the set that the bundle names as its training set", err=True)
-    of_whom = groups_of(dataset, held)
+    image_groups = groups_of(dataset, held)
     total = len(dataset.images) + (0 if held is None else len(held.images)) + min(len(dataset.images), MEASURED)
     with progress_bar(total, "embedding") as bar:
 
@@ -118,47 +116,47 @@ def build(
         extractor_identity=embedder.identity,
         resolution=size,
         held_out=held_features,
-        groups=of_whom[: len(features)] if groups and of_whom is not None else None,
+        groups=image_groups[: len(features)] if groups and image_groups is not None else None,
         copies=copies,
-        metric=metric,  # type: ignore[arg-type]
-        kind=kind,  # type: ignore[arg-type]
+        metric=metric,
+        kind=kind,
         dim=dim or None,
-        storage=storage,  # type: ignore[arg-type]
+        storage=storage,
         provenance={
-            "dataset": {"name": data.name, "sha256": dataset.sha256, "is_training_set": named == dataset.sha256},
-            "grouped": groups and of_whom is not None,
+            "dataset": {"name": data.name, "sha256": dataset.sha256, "is_training_set": training_set == dataset.sha256},
+            "grouped": groups and image_groups is not None,
         },
     )
     if opened is None:
         assert out is not None
         write_index(out, built, replace=replace)
-        where = str(out)
+        destination = str(out)
     else:
-        where = _attach(opened, built)
-    _tell(built[0])
+        destination = _attach(opened, built)
+    _show(built[0])
     if kind not in ("auto", built[0].kind):
         typer.echo(
-            f"--kind {kind}: fewer than {FEWEST_APPROXIMATE:,} images, so the index looks at all of them (flat)",
+            f"--kind {kind}: fewer than {FEWEST_APPROXIMATE:,} images, so the index compares all of them (flat)",
             err=True,
         )
     _warn(built[0], str(data))
-    typer.echo(where)
+    typer.echo(destination)
 
 
 @index_app.command("show")
 def show(
     source: Annotated[str, typer.Argument(help="Folder or fsspec URL of a bundle or an index.", show_default=False)],
 ) -> None:
-    """Verify an index and say what it holds."""
+    """Verify an index and show its content."""
     from dermis.authenticity.index import open_index
 
-    described = open_index(source, device="cpu").description
-    _tell(described)
-    _warn(described, "IMAGES")
+    description = open_index(source, device="cpu").description
+    _show(description)
+    _warn(description, "IMAGES")
 
 
 def _attach(bundle: Bundle, built: tuple[IndexDescription, Mapping[str, bytes]]) -> str:
-    """Put the index into the bundle; its new name and digest."""
+    """Put the index into the bundle; return the location, name and new digest."""
     from tempfile import TemporaryDirectory
 
     from dermis.authenticity.build import write_index
@@ -170,24 +168,24 @@ def _attach(bundle: Bundle, built: tuple[IndexDescription, Mapping[str, bytes]])
     return f"{bundle.location}: {amended.name}@{amended.digest}"
 
 
-def _tell(described: IndexDescription) -> None:
+def _show(description: IndexDescription) -> None:
     from rich.table import Table
 
     table = Table(show_header=False)
-    megabytes = sum(file.bytes for file in described.files.values()) / 1e6
+    megabytes = sum(file.bytes for file in description.files.values()) / 1e6
     rows = {
-        "training images": f"{described.vectors:,}",
-        "held-out images": f"{described.held_out:,}" if described.held_out else "none: attacks cannot be measured",
-        "feature space": f"{described.extractor}, {described.feature_dim} dimensions, {described.metric}",
-        "stored": f"{described.dim} principal components ({described.explained:.1%} of the variance), {described.kind}"
+        "training images": f"{description.vectors:,}",
+        "held-out images": f"{description.held_out:,}" if description.held_out else "none: attacks cannot be measured",
+        "feature space": f"{description.extractor}, {description.feature_dim} dimensions, {description.metric}",
+        "stored": f"{description.dim} principal components ({description.explained:.1%} of the variance), {description.kind}"
         + (f", {megabytes:.2f} MB" if megabytes else ""),
-        "to the nearest other training image": f"median {described.radii[50]:.4f}, 1 % below {described.radii[1]:.4f}",
+        "to the nearest other training image": f"median {description.radii[50]:.4f}, 1 % below {description.radii[1]:.4f}",
     }
-    if described.held_out:
-        values = described.held_out_distances
+    if description.held_out:
+        values = description.held_out_distances
         rows["held-out to nearest training image"] = f"median {values[50]:.4f}, 1 % below {values[1]:.4f}"
-    duplicates = described.duplicates
-    rows["near-duplicates"] = "not looked for: the index is of an older version"
+    duplicates = description.duplicates
+    rows["near-duplicates"] = "not searched: the index is of an older version"
     if duplicates is not None:
         rows["near-duplicates"] = (
             f"{duplicates.images:,} images in {duplicates.groups:,} groups, {duplicates.largest:,} in the largest; each group "
@@ -205,16 +203,16 @@ def _tell(described: IndexDescription) -> None:
     table_console().print(table)
 
 
-def _warn(described: IndexDescription, data: str) -> None:
-    """What is wrong with the training images or the baseline, on stderr."""
+def _warn(description: IndexDescription, data: str) -> None:
+    """Print weaknesses of the training images and of the baseline on stderr."""
     from dermis.authenticity.verdict import weakness
 
-    duplicates = described.duplicates
+    duplicates = description.duplicates
     if duplicates is not None and duplicates.images:
         typer.echo(
-            f"{duplicates.images:,} of the {described.vectors:,} training images are near-duplicates, in {duplicates.groups:,} "
-            "groups. Each group counts as one image in the radii, but a generator memorises such images sooner: remove "
-            f"them with `dermis data leaks {data} --remove` and train on the rest",
+            f"{duplicates.images:,} of the {description.vectors:,} training images are near-duplicates, in "
+            f"{duplicates.groups:,} groups. Each group counts as one image in the radii, but a generator memorises such images "
+            f"more easily: remove them with `dermis data leaks {data} --remove` and train on the rest",
             err=True,
         )
     if duplicates is not None and duplicates.held_out:
@@ -223,5 +221,5 @@ def _warn(described: IndexDescription, data: str) -> None:
             "than they are; find them with `dermis data leaks`",
             err=True,
         )
-    if (reason := weakness(described)) is not None:
+    if (reason := weakness(description)) is not None:
         typer.echo(f"warning: copies may pass: {reason}", err=True)

@@ -15,23 +15,16 @@ from commands.classify import classify
 from commands.console import error_message, usage_message
 from commands.data import data_app
 from commands.directions import directions_app
-from commands.directions_measure import measure
-from commands.directions_sweep import sweep
 from commands.evaluate import evaluate
 from commands.experiment import experiment_app
-from commands.experiment_edge_cases import edge_cases_experiment
 from commands.explain import explain_app
 from commands.federate import federate_app
-from commands.federate_server import init, invite, register, run_federation, serve
-from commands.federate_site import check, join, key
 from commands.generate import generate, verify
 from commands.index import index_app
 from commands.project import project
 from commands.serve import serve as serve_http
 from commands.survey import survey_app
 from commands.train import train_app
-from commands.train_classifier import train_classifier
-from commands.train_encoder import train_encoder
 from dermis import __version__
 from dermis.cpus import keep_freed_memory
 from dermis.errors import DermisError, escape
@@ -44,21 +37,13 @@ app = typer.Typer(
 )
 
 app.add_typer(data_app, name="data")
-train_app.command("classifier")(train_classifier)
-train_app.command("encoder")(train_encoder)
 app.add_typer(train_app, name="train")
-experiment_app.command("edge-cases")(edge_cases_experiment)
 app.add_typer(experiment_app, name="experiment")
-for command in (init, serve, invite, register, key, check, join):
-    federate_app.command()(command)
-federate_app.command("run")(run_federation)
 app.add_typer(federate_app, name="federate")
 app.add_typer(bundle_app, name="bundle")
 app.add_typer(explain_app, name="explain")
 app.add_typer(augment_app, name="augment")
 app.add_typer(survey_app, name="survey")
-directions_app.command("measure")(measure)
-directions_app.command("sweep")(sweep)
 app.add_typer(directions_app, name="directions")
 app.add_typer(index_app, name="index")
 app.add_typer(authenticity_app, name="authenticity")
@@ -84,16 +69,16 @@ def _root(
 
 
 def main() -> None:
-    """Run the program: an error that the user can act on is one line on stderr and status 1, wrong usage status 2."""
-    keep_freed_memory()  # a command is one short-lived program that computes on large blocks
+    """Run the program. Errors that the user can correct are one line on stderr: status 1, or 2 for wrong usage."""
+    keep_freed_memory()  # a command is one short-lived process that computes on large blocks
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # an old terminal may not have the letters of a class name
+            stream.reconfigure(errors="backslashreplace")  # an old terminal cannot show all letters of a class name
     try:
         status = app(standalone_mode=False)
         sys.stdout.flush()
-    except BrokenPipeError:  # as `dermis ... | head` leaves it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is written at the exit
+    except BrokenPipeError:  # for instance `dermis ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes what Python writes at exit
         sys.exit(1)
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(_fail("interrupted", 130))

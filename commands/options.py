@@ -1,170 +1,180 @@
-"""Options that several commands share: how training images are read, and what is said about them."""
+"""Options and arguments that several commands have in common: one name, one type and one text for each."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from commands.console import table_console
-from dermis.errors import escape, quote
+from dermis.network_config import NoiseMode
 
-if TYPE_CHECKING:
-    from training.data.prepare import Prepared
-    from training.data.sources import ReadOptions, Source
+DEMO_BUNDLE = "bundles/demo"
+CACHE = Path(".dermis/cache")
+
+# Machine
+
+DeviceOption = Annotated[str, typer.Option(help="Where to compute: auto (a GPU if there is one), cpu or cuda.")]
+ThreadsOption = Annotated[int | None, typer.Option(help="CPU threads; default: one for each core.")]
+CacheOption = Annotated[Path, typer.Option(help="Folder in which decoded images and features are kept.")]
+CompileOption = Annotated[
+    bool | None,
+    typer.Option("--compile/--no-compile", help="Compile the main phases with torch.compile; default: on CUDA."),
+]
+
+# Bundles and classifiers
+
+BundleArgument = Annotated[str, typer.Argument(help="Folder or fsspec URL of a bundle.", show_default=False)]
+BundleFolderArgument = Annotated[Path, typer.Argument(help="Folder of the bundle.", show_default=False)]
+BundleOption = Annotated[str, typer.Option(help="Folder or fsspec URL of a bundle.")]
+ClassifierOption = Annotated[
+    str, typer.Option(help="Folder or fsspec URL of a bundle with a classifier, or of a classifier.")
+]
+ThresholdOption = Annotated[
+    str, typer.Option(help="Name of one of the classifier's thresholds, or a number from 0 to 1.")
+]
+
+# Real images
 
 SourceArgument = Annotated[
     Path,
     typer.Argument(help="Folder or zip with images and a CSV, or with class folders; a StyleGAN zip; or a CSV alone."),
 ]
+_DATA = "Real images: a folder, zip or CSV that `dermis data` can read."
+DataOption = Annotated[Path, typer.Option(help=_DATA)]
+OptionalDataOption = Annotated[Path | None, typer.Option(help=_DATA)]
 MetadataOption = Annotated[
-    Path | None, typer.Option(help="CSV of the images; default: metadata.csv, or the only one with classes.")
+    Path | None, typer.Option(help="CSV of the images; default: metadata.csv, or the only CSV that has classes.")
 ]
-ClassColumnOption = Annotated[str | None, typer.Option(help="CSV column of the classes; default: target, ...")]
+ClassColumnOption = Annotated[
+    str | None, typer.Option(help="CSV column of the classes; default: target, diagnosis or another usual name.")
+]
 ImageColumnOption = Annotated[
-    str | None, typer.Option(help="CSV column that names the images; default: isic_id, image, file_name, ...")
+    str | None, typer.Option(help="CSV column that names the images; default: isic_id, image or another usual name.")
 ]
 BinaryOption = Annotated[
     bool, typer.Option("--binary", help="Two classes: malignant (melanoma) and benign (every other diagnosis).")
 ]
 MapOption = Annotated[
     list[str] | None,
-    typer.Option("--map", help='Class of a value, as in "AIMP=benign"; "VALUE=" for no class. May be repeated.'),
+    typer.Option("--map", help='Class of a value, such as "AIMP=benign"; "VALUE=" for no class. May be repeated.'),
 ]
 LayoutOption = Annotated[
-    str | None, typer.Option(help="isic (a table), imagefolder or stylegan, where the source is not recognised.")
+    Literal["isic", "imagefolder", "stylegan"] | None,
+    typer.Option(help="Layout of the source, if it is not recognised."),
+]
+HoldoutOption = Annotated[
+    Path | None, typer.Option(help="Held-out images: real ones that the generator was not trained on.")
+]
+HoldoutMetadataOption = Annotated[Path | None, typer.Option(help="CSV of the held-out images.")]
+
+# Splits
+
+SplitOption = Annotated[
+    Path | None,
+    typer.Option(help="Folder of `dermis data split` with train, validation and test; default: divide by patient."),
+]
+SplitSeedOption = Annotated[
+    int, typer.Option(help="Without --split: seed of the division by patient into 65, 15 and 20 %.")
+]
+PartsOption = Annotated[
+    Path | None, typer.Option(help="Folder of `dermis data split`, which names the part of each image.")
+]
+PredictionsOption = Annotated[
+    Path | None,
+    typer.Option(help="predictions.csv of the classifier's training, which names the part of each image."),
 ]
 
-_MOST_ORIGINS = 40
-_MOST_NAMES = 3
+# Results
 
+OutFolderOption = Annotated[Path, typer.Option(help="Folder of the results. A folder that was begun is continued.")]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")]
+LicenceOption = Annotated[str, typer.Option(help="Licence of the images; it is recorded with the result.")]
+AttributionOption = Annotated[str, typer.Option(help="Who must be credited; it is recorded with the result.")]
 
-def read_options(
-    *,
-    metadata: Path | None = None,
-    class_column: str | None = None,
-    image_column: str | None = None,
-    binary: bool = False,
-    maps: Sequence[str] | None = None,
-    layout: str | None = None,
-) -> ReadOptions:
-    """The options as `read_source` takes them. Raises DataError if a --map is not of the form VALUE=CLASS."""
-    from training.data.class_names import parse_mapping
+# Training
 
-    return {
-        "metadata": metadata,
-        "class_column": class_column,
-        "image_column": image_column,
-        "binary": binary,
-        "mapping": parse_mapping(maps or []),
-        "layout": layout,
-    }
+TrainingSeedOption = Annotated[int, typer.Option(help="Seed of everything random.")]
+SettingsOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="OPTION=VALUE of the training, such as batch=16; may be repeated."),
+]
+TensorboardOption = Annotated[bool, typer.Option(help="Also write TensorBoard files into the run folder.")]
+ExtractorOption = Annotated[
+    str,
+    typer.Option(
+        help="Feature space: inception, dinov2, clip, lite0, lite1, lite2 or timm:MODEL\\[@FILE.safetensors]."
+    ),
+]
+PplPathsOption = Annotated[int, typer.Option(help="Paths of the perceptual path length; publications use 50000.")]
+PerceptualOption = Annotated[
+    Literal["auto", "vgg16", "lite0"],
+    typer.Option(help="Perceptual distance: vgg16 (LPIPS), lite0, or auto: vgg16 if its weights are available."),
+]
 
+# Training of a classifier
 
-def check_maps(sources: Sequence[Source], maps: Sequence[str] | None) -> None:
-    """DataError if a --map names a value that no image has: a misspelled value would otherwise be ignored silently."""
-    from dermis.errors import DataError
-    from training.data.class_names import parse_mapping
+ArchitectureOption = Annotated[str, typer.Option(help="A convolutional network of timm, or googlenet.")]
+WeightsOption = Annotated[
+    str, typer.Option(help="Initial weights: imagenet (downloaded), none, or a .safetensors file.")
+]
+ClassifierSizeOption = Annotated[int, typer.Option(help="Side in pixels of the classifier's input.")]
+EpochsOption = Annotated[int, typer.Option(help="Maximum number of epochs.")]
+PatienceOption = Annotated[int, typer.Option(help="Epochs without improvement on validation before a run ends.")]
+ClassifierBatchOption = Annotated[int, typer.Option(help="Images in a step, over all processes.")]
+ClassifierRateOption = Annotated[
+    float, typer.Option(help="Learning rate of Adam; it is reduced to a fifth on a plateau.")
+]
+RotationOption = Annotated[float, typer.Option(help="Rotate training images by up to this many degrees.")]
+FlipsOption = Annotated[bool, typer.Option(help="Flip training images at random.")]
+FreezeStagesOption = Annotated[int, typer.Option(help="Keep the weights of the stem and of this many stages fixed.")]
+HeadOnlyOption = Annotated[
+    bool, typer.Option("--head-only", help="Train the last layer only; fastest with --rotation 0 --no-flips.")
+]
 
-    values = {
-        part.casefold()
-        for source in sources
-        for origin in source.reading.origins
-        for part in (origin.value, *origin.value.split(" / "))
-    }
-    for value in parse_mapping(maps or []):
-        if value not in values:
-            raise DataError(f"--map: no image has the value {value!r}")
+# Generated images
 
+_TRUNCATION = "Truncation of the latents: 1 for full variety, 0 for the mean image."
+TruncationOption = Annotated[float, typer.Option(help=_TRUNCATION)]
+OptionalTruncationOption = Annotated[float | None, typer.Option(help=f"{_TRUNCATION} Default 1.")]
+SampleSeedOption = Annotated[int, typer.Option(help="Seed of the generated images.")]
+_GENERATOR = "Bundle that generates images; benign=BUNDLE or malignant=BUNDLE if it has no classes."
+GeneratorOption = Annotated[str, typer.Option(help=_GENERATOR)]
+OptionalGeneratorOption = Annotated[str | None, typer.Option(help=_GENERATOR)]
+GenerateOption = Annotated[int, typer.Option(help="Images to generate with --generator.")]
+DatasetOption = Annotated[Path | None, typer.Option(help="A dataset of `dermis generate`.")]
+NoiseModeOption = Annotated[
+    NoiseMode | None,
+    typer.Option(help="random (default): each image has its own noise; const: all have the same; none: no noise."),
+]
 
-def read_described(
-    path: Path,
-    metadata: Path | None,
-    image_column: str | None,
-    class_column: str | None,
-    binary: bool,
-    maps: list[str] | None,
-    layout: str | None,
-    *,
-    quiet: bool = False,
-) -> Source:
-    """Read a source and, unless `quiet`, say on stderr what it was taken for."""
-    from training.data.sources import read_source
+# Projection
 
-    options = read_options(
-        metadata=metadata,
-        image_column=image_column,
-        class_column=class_column,
-        binary=binary,
-        maps=maps,
-        layout=layout,
-    )
-    source = read_source(path, **options)
-    check_maps([source], maps)
-    if not quiet:
-        typer.echo("\n".join(describe_source(source)), err=True)
-    return source
+ScheduleOption = Annotated[
+    Literal["fast", "official"],
+    typer.Option(help="Schedule of the optimisation: fast, or official (that of StyleGAN2: 1,000 steps in w)."),
+]
+StepsOption = Annotated[int | None, typer.Option(help="Number of steps; default: that of the schedule.")]
 
+# Directions
 
-def describe_source(source: Source) -> list[str]:
-    """What a source was taken for, in lines: its layout, the origin of its classes, what was left out."""
-    reading = source.reading
-    lines = [f"recognised: {reading.recognised}" + (f" (table {source.table.name})" if source.table else "")]
-    lines += list(reading.notes)
-    renamed = [
-        f"{quote(origin.value)} -> {origin.class_name}"
-        for origin in reading.origins
-        if origin.class_name and origin.value != origin.class_name
-    ]
-    if renamed:
-        lines.append(f"classes of {source.class_column}: {_some(renamed, _MOST_ORIGINS)}")
-    if reading.not_listed:
-        lines.append(f"{len(reading.not_listed):,} images that the table does not name: {_some(reading.not_listed)}")
-    if reading.lost:
-        lines.append(
-            f"{len(reading.lost):,} files cannot be read: {_some([f'{n} ({w})' for n, w in reading.lost.items()])}"
-        )
-    return lines
+DirectionsOption = Annotated[
+    list[str] | None, typer.Option(help="Name of a direction; may be repeated. Default: all of the bundle.")
+]
+ReachOption = Annotated[float, typer.Option(help="Strengths run from minus to plus this many standard deviations.")]
 
+# Edge cases
 
-def show_preparation(sources: Sequence[Source], prepared: Prepared) -> None:
-    """The table that ends a preparation: files, images read, images skipped by reason, classes and where they are from."""
-    from rich.table import Table
-
-    console = table_console()
-    table = Table("files", "", "", title=str(prepared.path))
-    for source in sources:
-        typer.echo("\n".join([f"{source.path}: recognised: {source.reading.recognised}", *source.reading.notes]))
-    table.add_row("files seen", f"{sum(source.reading.files for source in sources):,}", "")
-    table.add_row("images read", f"{prepared.images:,}", "")
-    reasons = Counter(each.reason for each in prepared.skipped)
-    for reason, count in reasons.most_common():
-        first = next(each.id for each in prepared.skipped if each.reason == reason)
-        table.add_row(f"skipped: {reason}", f"{count:,}", f"first: {escape(first)}")
-    for name, values in (
-        ("not named by the table", [name for source in sources for name in source.reading.not_listed]),
-        ("no images", [name for source in sources for name in source.reading.passed_over]),
-    ):
-        if values:
-            table.add_row(name, f"{len(values):,}", _some(values))
-    console.print(table)
-    classes = Table("class", "images", "from", title="Classes")
-    for name, count in prepared.classes.items():
-        origins = [
-            f"{origin.column}={quote(origin.value)} ({origin.count:,})"
-            for source in sources
-            for origin in source.reading.origins
-            if origin.class_name == name
-        ]
-        classes.add_row(name, f"{count:,}", _some(origins, _MOST_ORIGINS))
-    if prepared.classes:
-        console.print(classes)
-
-
-def _some(names: Sequence[str], most: int = _MOST_NAMES) -> str:
-    return ", ".join(escape(name) for name in names[:most]) + (
-        f" and {len(names) - most:,} more" if len(names) > most else ""
-    )
+NeighboursOption = Annotated[int, typer.Option(help="Nearest neighbours, by cosine similarity, that are compared.")]
+AgreementOption = Annotated[
+    float,
+    typer.Option(help="Between clusters: at most this share of the neighbours, weighted by class, has the same class."),
+]
+OddsOption = Annotated[float, typer.Option(help="Near the threshold: odds within this factor of the threshold's odds.")]
+NeighbourDistanceOption = Annotated[
+    float, typer.Option(help="Relative distance of the neighbours: |w' - w| / |w - w_avg|, or |z' - z| / |z| in z.")
+]
+NeighbourSpaceOption = Annotated[
+    Literal["w", "z"],
+    typer.Option(help="Latent space of the neighbours: w, or z (along the sphere; not for projections)."),
+]

@@ -1,4 +1,4 @@
-"""`dermis survey ...`: make a survey of real and generated images for experts, and score their answers."""
+"""`dermis survey ...`: create a survey of real and generated images for experts, and score their answers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from commands.console import table_console
+from commands.options import (
+    CACHE,
+    DEMO_BUNDLE,
+    BundleOption,
+    CacheOption,
+    ClassColumnOption,
+    DataOption,
+    DeviceOption,
+    MetadataOption,
+    TruncationOption,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -19,33 +30,32 @@ survey_app = typer.Typer(no_args_is_help=True, help="Ask experts which images ar
 
 @survey_app.command("create")
 def create(
-    data: Annotated[
-        Path, typer.Option(help="Real images: ISIC folder with its CSV, folder of class folders, or StyleGAN zip.")
-    ],
-    out: Annotated[Path, typer.Option(help="New folder: for-experts/ to hand out, secret/ to keep.")],
-    bundle: Annotated[str, typer.Option(help="Bundle folder or fsspec URL.")] = "bundles/demo",
-    count: Annotated[int, typer.Option(help="Images, half of them real.")] = 200,
+    data: DataOption,
+    out: Annotated[Path, typer.Option(help="New folder: for-experts/ to distribute, secret/ to keep.")],
+    bundle: BundleOption = DEMO_BUNDLE,
+    count: Annotated[int, typer.Option(help="Number of images, half of them real.")] = 200,
     seed: Annotated[
         int | None,
-        typer.Option(help="Decides everything; as secret as the key. Default: a random one, kept in the key."),
+        typer.Option(help="Seed of everything, as secret as the key. Default: a random one, stored in the key."),
     ] = None,
-    experts: Annotated[int, typer.Option(help="Pages, each for one expert with an order of its own.")] = 1,
+    experts: Annotated[int, typer.Option(help="Number of pages, each with its own order, for one expert.")] = 1,
     with_diagnosis: Annotated[bool, typer.Option("--with-diagnosis", help="Ask for the class as well.")] = False,
     equal_classes: Annotated[
-        bool, typer.Option("--equal-classes", help="As many images of each class; default: in the data's proportions.")
+        bool,
+        typer.Option(
+            "--equal-classes", help="Use equal numbers of images of each class; default: the proportions of --data."
+        ),
     ] = False,
     size: Annotated[
-        int | None, typer.Option(help="Side of the images in pixels. Default: the bundle's, at least 256.")
+        int | None, typer.Option(help="Side of the images in pixels; default: that of the bundle, at least 256.")
     ] = None,
-    truncation_psi: Annotated[float, typer.Option(help="As in generation.")] = 1.0,
-    class_column: Annotated[str | None, typer.Option(help="CSV column of the classes.")] = None,
-    metadata: Annotated[
-        Path | None, typer.Option(help="CSV of the images; of one part of a split, say. Default: metadata.csv.")
-    ] = None,
-    cache: Annotated[Path, typer.Option(help="Where decoded images are kept.")] = Path(".dermis/cache"),
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    truncation_psi: TruncationOption = 1.0,
+    class_column: ClassColumnOption = None,
+    metadata: MetadataOption = None,
+    cache: CacheOption = CACHE,
+    device: DeviceOption = "auto",
 ) -> None:
-    """Make a blinded set of real and generated images, a web page that asks about them, and the key to the answers."""
+    """Create a blinded set of real and generated images, a web page that asks about them, and the key with the solution."""
     import secrets
 
     import numpy as np
@@ -66,8 +76,8 @@ def create(
     resolution = opened.generator.img_resolution
     dataset = load_isic(data, resolution, class_column=class_column, metadata=metadata, cache=cache)
     if opened.class_names and dataset.class_names != opened.class_names:
-        theirs, ours = (", ".join(names) for names in (dataset.class_names, opened.class_names))
-        raise DataError(f"--data: {data}: has the classes {theirs}, but the bundle {ours}")
+        data_classes, bundle_classes = (", ".join(names) for names in (dataset.class_names, opened.class_names))
+        raise DataError(f"--data: {data}: has the classes {data_classes}, but the bundle {bundle_classes}")
     labels = dataset.labels if opened.class_names else np.zeros_like(dataset.labels)
     slots = plan_survey(labels, opened.class_names, count, seed, equal_classes=equal_classes)
     with Synthesizer(opened, device=device) as synthesizer:
@@ -86,17 +96,17 @@ def create(
     pages = sorted((out / FOR_EXPERTS).glob("*.html"))
     megabytes = max(page.stat().st_size for page in pages) / 1e6
     typer.echo(f"survey {key.survey}: {count} images, {len(pages)} page(s) of {megabytes:.1f} MB")
-    typer.echo(f"hand out: {out / FOR_EXPERTS}")
+    typer.echo(f"distribute: {out / FOR_EXPERTS}")
     typer.echo(f"keep secret: {out / KEY}")
 
 
 @survey_app.command("score")
 def score(
     key: Annotated[Path, typer.Argument(help="secret/key.json of the survey.", show_default=False)],
-    answers: Annotated[list[Path], typer.Argument(help="The experts' answers-NAME.json.", show_default=False)],
-    as_json: Annotated[bool, typer.Option("--json", help="Print every number as JSON instead of tables.")] = False,
+    answers: Annotated[list[Path], typer.Argument(help="Files answers-NAME.json of the experts.", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print all numbers as JSON instead of tables.")] = False,
 ) -> None:
-    """Accuracy with its confidence interval, rates per class, response bias and agreement between experts."""
+    """Compute accuracy with its confidence interval, rates for each class, response bias and agreement of experts."""
     import json
     from dataclasses import asdict
 
@@ -109,7 +119,7 @@ def score(
     result = score_survey(opened, read_answers(answers, opened))
     for expert in result.experts:
         if expert.missing:
-            typer.echo(f"warning: {expert.expert} left {expert.missing} of {result.images} images open", err=True)
+            typer.echo(f"warning: {expert.expert} did not answer {expert.missing} of {result.images} images", err=True)
     if as_json:
         typer.echo(json.dumps(asdict(result), indent=2, ensure_ascii=False))
         return
@@ -151,15 +161,15 @@ def _expert_table(result: SurveyScore) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    asked = any(expert.diagnosis_real or expert.diagnosis_generated for expert in result.experts)
-    table = Table("expert", "open", "p", "d'", "c", "AUC", "s", title="experts" + ", diagnosis in %" * asked)
-    if asked:
+    has_diagnosis = any(expert.diagnosis_real or expert.diagnosis_generated for expert in result.experts)
+    table = Table("expert", "open", "p", "d'", "c", "AUC", "s", title="experts" + ", diagnosis in %" * has_diagnosis)
+    if has_diagnosis:
         table.add_column("diagnosis right: real")
         table.add_column("generated")
     for expert in result.experts:
         row = [escape(expert.expert), str(expert.missing), _p(expert.p_value), _number(expert.d_prime)]
         row += [_number(expert.criterion), _number(expert.auc), f"{expert.median_seconds:.1f}"]
-        if asked:
+        if has_diagnosis:
             row += [_percent(rate) if rate else "-" for rate in (expert.diagnosis_real, expert.diagnosis_generated)]
         table.add_row(*row)
     return table

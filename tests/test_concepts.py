@@ -169,4 +169,4 @@ def test_command_mines_tests_and_writes(tmp_path: Path) -> None:
     again = CliRunner().invoke(app, list(map(str, line)))
     assert isinstance(again.exception, DataError) and "is not empty" in str(again.exception)
     wrong = CliRunner().invoke(app, [*map(str, line), "--out", "x", "--artefacts", str(tmp_path / "set/metadata.csv")])
-    assert isinstance(wrong.exception, DataError) and "is no artefacts.csv" in str(wrong.exception)
+    assert isinstance(wrong.exception, DataError) and "is not an artefacts.csv" in str(wrong.exception)

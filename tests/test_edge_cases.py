@@ -155,7 +155,7 @@ def test_the_command_lists_the_parts_that_were_not_learnt_from(tmp_path: Path, m
         ("", "give one of"),
         (" --data skin --generator bundle", "give one of"),
         (" --data skin --part test", "--predictions or --split"),
-        (" --generator bundle --part test", "of the images of --data"),
+        (" --generator bundle --part test", "--part need --data"),
     ):
         assert what in str(run.invoke(app, f"{base} --out x{wrong}".split()).exception)
     assert not Path("x").exists()

@@ -1,4 +1,4 @@
-"""`dermis experiment run`: the paper's experiments end to end on procedural lesions, resumed, refused, and the choice."""
+"""`dermis experiment table1`: the paper's experiments end to end on procedural lesions, resumed, refused, and the choice."""
 
 from __future__ import annotations
 
@@ -74,11 +74,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training.gan.loop, "time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
 
 
-def _run(out: Path, data: Path, *arguments: object, which: tuple[str, ...] = ("table1",)) -> Result:
+def _run(out: Path, data: Path, *arguments: object, which: tuple[str, ...] = ()) -> Result:
     settings = (part for option in TINY for part in ("--set", option))
     fixed = ("--data", data, "--out", out, "--resolution", 16, "--scale", 0.032 / 25000, *settings)
     measured = ("--extractor", "quarters", "--samples", 32, "--ppl-paths", 10, "--cache", out.parent / "cache")
-    line = ["experiment", "run", *which, *fixed, *measured, "--device", "cpu", *arguments]
+    line = ["experiment", "table1", *which, *fixed, *measured, "--device", "cpu", *arguments]
     result = CliRunner().invoke(app, list(map(str, line)), env={"COLUMNS": "80"})
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
@@ -196,7 +196,7 @@ def test_an_interrupted_run_goes_on_to_the_same_results(
     parts = tmp_path / "parts"
     stopped = _run(parts, data, *holdout, which=which)
     assert stopped.exit_code == 130
-    assert "mine: stopped and saved; the same command goes on" in stopped.output
+    assert "mine: stopped and saved; run the same command again" in stopped.output
     assert (parts / "cgan-no-color" / "metrics.json").exists()
     assert not (parts / "mine" / "metrics.json").exists()
     assert not (parts / "results.json").exists()
@@ -292,6 +292,23 @@ def test_show_tells_the_configuration_as_it_would_be_trained() -> None:
     assert "reported fid         7.02" in shown
     listed = CliRunner().invoke(app, ["experiment", "list"], env={"COLUMNS": "200"}).output
     assert all(name in listed for name in TABLE1)
+
+
+@pytest.mark.parametrize(
+    ("former", "command"),
+    [
+        (("table1", "--data", "x"), "table1`"),
+        (("mine.toml", "table1", "--data", "x"), "table1 mine.toml ...`"),
+        (("table2", "--seeds", "3"), "table2`"),
+        (("hospitals",), "hospitals`"),
+        (("frame-removal", "--direction", "sefa-1"), "frame-removal`"),
+    ],
+)
+def test_the_former_run_command_names_its_replacement(former: tuple[str, ...], command: str) -> None:
+    result = CliRunner().invoke(app, ["experiment", "run", *former])
+    assert result.exit_code == 2
+    assert f"was replaced by `dermis experiment {command}" in result.output
+    assert " run " not in CliRunner().invoke(app, ["experiment", "--help"], env={"COLUMNS": "200"}).output
 
 
 def _candidate(name: str, fid: float, kid: float, seconds: float, width: float = 1.0) -> Candidate:

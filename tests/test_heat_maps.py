@@ -236,10 +236,9 @@ def test_what_cannot_be_is_refused_at_once(classifier: Path, tmp_path: Path) -> 
     (tmp_path / "none.csv").write_text(header)
     skin, common = ("--data", str(tmp_path / "skin")), ("--classifier", str(classifier))
     for arguments, message in (
-        ((*skin, "--out", str(tmp_path / "used")), "thesis.txt; name a new folder"),
-        ((*skin, "--out", str(classifier / "page")), "keep it apart"),
+        ((*skin, "--out", str(tmp_path / "used")), "thesis.txt; choose a new folder"),
+        ((*skin, "--out", str(classifier / "page")), "outside of the bundle"),
         (("--out", str(tmp_path / "o")), "give image files or folders, or --data"),
-        ((*skin, "--method", "gradcam", "--out", str(tmp_path / "o")), "none of xrai"),
         ((*skin, "--predictions", str(tmp_path / "none.csv"), "--out", str(tmp_path / "o")), "no image of the part"),
         ((*skin, "--predictions", str(tmp_path / "other.csv"), "--out", str(tmp_path / "o")), "of this classifier"),
         ((*skin, "--predictions", str(tmp_path / "no.csv"), "--out", str(tmp_path / "o")), "No such file"),

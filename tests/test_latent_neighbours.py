@@ -197,8 +197,8 @@ def test_the_command_makes_neighbours_of_listed_and_of_projected_cases(
     Path("real.csv").write_text(to_csv([row | {"seed": ""}]))
     Path("other.csv").write_text(to_csv([row | {"source": "another"}]))
     for wrong, what in (
-        ("--cases real.csv", "no generated image"),
-        ("--cases other.csv", "not of tiny"),
+        ("--cases real.csv", "not a generated image"),
+        ("--cases other.csv", "not by tiny"),
         ("", "give one of"),
         ("--cases cases.csv --distance 0", "distance"),
     ):

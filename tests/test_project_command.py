@@ -92,7 +92,7 @@ def test_it_goes_on_where_it_stopped(
 
     monkeypatch.setattr(Projector, "project", stops_after_two)
     stopped = project(bundle, folder, out)
-    assert stopped.exit_code == 130 and "goes on" in stopped.output
+    assert stopped.exit_code == 130 and "again to continue" in stopped.output
     first = {name: (out / name).stat().st_mtime_ns for name in results(out)}
     assert len(first) == 2
     (out / "1.safetensors").write_bytes(b"half a file")  # as a crash of the disk may leave it
@@ -116,10 +116,8 @@ def test_what_cannot_be_read_is_named_and_left_out(bundle: Bundle, folder: Path,
 @pytest.mark.parametrize(
     ("options", "field"),
     [
-        (("--schedule", "slow"), "--schedule"),
         (("--start", "encoder"), "start"),
         (("--class", "naevus"), "--class"),
-        (("--video", "avi"), "--video"),
         (("--steps", 0), "steps"),
     ],
 )
@@ -128,6 +126,9 @@ def test_what_cannot_be_done_is_refused(
 ) -> None:
     refused = project(bundle, folder, tmp_path / "out", *options)
     assert isinstance(refused.exception, RequestError) and field in str(refused.exception)
+    for wrong in (("--schedule", "slow"), ("--video", "avi")):
+        refused = project(bundle, folder, tmp_path / "out", *wrong)
+        assert refused.exit_code == 2 and wrong[0] in refused.output
 
 
 @settings(max_examples=25, deadline=None)

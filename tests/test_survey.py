@@ -423,7 +423,7 @@ def test_from_folder_to_score(run: Run, tiny_bundle: Bundle, folder: Path, tmp_p
     bob = write(tmp_path / "answers-bob.json", simulated(page["survey"], {**truth, first: lie[first]}, "[b]bob[/b]"))
     lazy = write(tmp_path / "answers-eve.json", simulated(page["survey"], {second: lie[second]}, "eve"))
     status, printed, err = run("survey", "score", out / "secret/key.json", ann, bob, lazy, "--json")
-    assert status == 0 and err == "warning: eve left 11 of 12 images open\n"
+    assert status == 0 and err == "warning: eve did not answer 11 of 12 images\n"
     score = json.loads(printed)
     assert (score["rates"]["accuracy"]["count"], score["rates"]["accuracy"]["total"]) == (23, 25)
     assert [expert["rates"]["accuracy"]["count"] for expert in score["experts"]] == [12, 11, 0]

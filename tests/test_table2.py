@@ -35,7 +35,7 @@ def skin(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _run(skin: Path, out: Path, *more: object) -> Result:
     settings = [text for setting in SETTINGS for text in ("--set", setting)]
     fixed = ["--data", skin, "--out", out, "--resolution", 32, "--scale", 16 / 55_000, "--weights", "none", *settings]
-    line = ["experiment", "run", "table2", *fixed, "--device", "cpu", "--cache", out.parent / "cache", *more]
+    line = ["experiment", "table2", *fixed, "--device", "cpu", "--cache", out.parent / "cache", *more]
     result = CliRunner().invoke(app, list(map(str, line)), env={"COLUMNS": "160"})
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
@@ -88,7 +88,7 @@ def test_a_stopped_run_is_gone_on_with(skin: Path, tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(table2, "train_classifier", stopping)
     stopped = _run(skin, tmp_path / "t2", "--seeds", "2")
-    assert stopped.exit_code == 130 and "the same command goes on" in stopped.output
+    assert stopped.exit_code == 130 and "run the same command again" in stopped.output
     assert not (tmp_path / "t2" / "table.md").exists()
     done = _run(skin, tmp_path / "t2", "--seeds", "2")
     assert done.exit_code == 0 and calls == ["seed-0", "seed-1", "seed-1"]
@@ -99,12 +99,12 @@ def test_what_is_wrong_is_named(skin: Path, tmp_path: Path, tiny_bundle: Bundle)
         (("--generator", tiny_bundle.location), "--generator .*: must be NAME=SOURCE"),
         (("--generators", tmp_path), "has no finished experiment of table1"),
         (("--only", "nothing"), "--only: nothing is none of real, synth-gan"),
-        (("--kimg", 1), "table2: takes no --kimg"),
         (("--set", "size=8"), "--set size: give --resolution"),
         (("--set", "colour=8"), "--set colour: unknown option; known are architecture"),
     ):
         with pytest.raises(TrainingError, match=message):
             _run(skin, tmp_path / "t2", *more)
+    assert _run(skin, tmp_path / "t2", "--kimg", "1").exit_code == 2, "an option of another experiment"
     assert not (tmp_path / "t2").exists()
 
 

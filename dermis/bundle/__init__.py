@@ -23,7 +23,6 @@ from __future__ import annotations
 from dermis.bundle.bundle import (
     BUNDLE_FORMAT,
     CARD,
-    DESCRIPTOR,
     GENERATOR,
     METRICS,
     Bundle,
@@ -34,6 +33,7 @@ from dermis.bundle.bundle import (
     open_bundle,
     write_bundle,
 )
+from dermis.bundle.installed import DESCRIPTOR
 
 __all__ = [
     "BUNDLE_FORMAT",

@@ -51,5 +51,5 @@ _OF_TABLE1: Mapping[str, Mapping[str, str]] = {  # which runs of table 1 draw wh
 
 
 def sources_of_table1(generator: str) -> Mapping[str, str]:
-    """Folders of `experiment run table1` whose bundles together are this generator, by class ("" for all classes)."""
+    """Folders of `experiment table1` whose bundles together are this generator, by class ("" for all classes)."""
     return _OF_TABLE1[generator]

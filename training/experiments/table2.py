@@ -53,7 +53,7 @@ class Run:
 
 
 def read_generators(given: Sequence[str], table1: Path | None) -> dict[str, list[SyntheticSource]]:
-    """Sources by generator: of a folder of `experiment run table1`, and from texts like "cgan=BUNDLE" or
+    """Sources by generator: of a folder of `experiment table1`, and from texts like "cgan=BUNDLE" or
     "gan=benign=BUNDLE", which win. TrainingError names what is not understood.
     """
     found: dict[str, list[SyntheticSource]] = {}

@@ -1,48 +1,61 @@
-"""`dermis train ...`: from a folder of images to a run folder and a bundle."""
+"""`dermis train gan`: from a folder of images to a run folder and a bundle."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from commands.options import (
+    CACHE,
+    AttributionOption,
     BinaryOption,
+    CacheOption,
     ClassColumnOption,
+    CompileOption,
+    DataOption,
+    DeviceOption,
     ImageColumnOption,
     LayoutOption,
+    LicenceOption,
     MapOption,
     MetadataOption,
-    read_described,
+    ResumeOption,
+    TensorboardOption,
+    TrainingSeedOption,
 )
+from commands.sources import read_and_report
 
-train_app = typer.Typer(no_args_is_help=True, help="Train generators.")
 
-
-@train_app.command("gan")
 def train_gan(
-    data: Annotated[Path, typer.Option(help="ISIC folder with its CSV, folder of class folders, or StyleGAN zip.")],
+    data: DataOption,
     out: Annotated[Path, typer.Option(help="Run folder: checkpoint, log, sample grids, bundle.")],
     resolution: Annotated[int, typer.Option(help="Image side in pixels, a power of two.")] = 64,
-    base: Annotated[str, typer.Option(help="Configuration to start from: auto, paper256 or stylegan2.")] = "auto",
+    base: Annotated[
+        Literal["auto", "paper256", "stylegan2"], typer.Option(help="Configuration that the other options change.")
+    ] = "auto",
     kimg: Annotated[
-        float | None, typer.Option(help="Length: thousands of real images shown to the discriminator; default 1000.")
+        float | None,
+        typer.Option(help="Length: thousands of real images shown to the discriminator; default 1000."),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    resume: ResumeOption = False,
     allow_changes: Annotated[
-        bool, typer.Option("--allow-changes", help="Resume with other options than before; the card tells of it.")
+        bool, typer.Option("--allow-changes", help="Resume with other options than before; the card lists the changes.")
     ] = False,
     source: Annotated[
-        Path | None, typer.Option("--from", help="Begin with the weights of a bundle or an official .pkl.")
+        Path | None, typer.Option("--from", help="Initial weights: a bundle or an official .pkl.")
     ] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the bundle; default: the run folder's name.")] = None,
-    licence: Annotated[str, typer.Option(help="Licence of the training images, carried by the weights.")] = "unknown",
-    attribution: Annotated[str, typer.Option(help="Whom users of the weights must credit.")] = "",
+    name: Annotated[str | None, typer.Option(help="Name of the bundle; default: name of the run folder.")] = None,
+    licence: LicenceOption = "unknown",
+    attribution: AttributionOption = "",
     with_discriminator: Annotated[
-        bool, typer.Option("--with-discriminator", help="Put the discriminator into the bundle, for others to go on.")
+        bool,
+        typer.Option(
+            "--with-discriminator", help="Put the discriminator into the bundle, to continue training from it."
+        ),
     ] = False,
-    conditional: Annotated[bool, typer.Option(help="Learn one class label an image.")] = True,
+    conditional: Annotated[bool, typer.Option(help="Train with the class of each image as its label.")] = True,
     metadata: MetadataOption = None,
     image_column: ImageColumnOption = None,
     class_column: ClassColumnOption = None,
@@ -50,83 +63,93 @@ def train_gan(
     maps: MapOption = None,
     layout: LayoutOption = None,
     batch: Annotated[
-        int | None, typer.Option(help="Images a step, of all GPUs; default follows the resolution.")
+        int | None, typer.Option(help="Images in a step, over all GPUs; the default depends on the resolution.")
     ] = None,
     channel_base: Annotated[int | None, typer.Option(help="Network width; default 16384 (32768 from 512 px).")] = None,
-    channel_max: Annotated[int | None, typer.Option(help="Most channels of a layer; default 512.")] = None,
-    z_dim: Annotated[int | None, typer.Option(help="Size of z; default 512.")] = None,
-    w_dim: Annotated[int | None, typer.Option(help="Size of w; default 512.")] = None,
-    mapping_layers: Annotated[int | None, typer.Option(help="Depth of the mapping network; default 2.")] = None,
+    channel_max: Annotated[int | None, typer.Option(help="Maximum number of channels of a layer; default 512.")] = None,
+    z_dim: Annotated[int | None, typer.Option(help="Dimensions of z; default 512.")] = None,
+    w_dim: Annotated[int | None, typer.Option(help="Dimensions of w; default 512.")] = None,
+    mapping_layers: Annotated[int | None, typer.Option(help="Layers of the mapping network; default 2.")] = None,
     discriminator_mapping_layers: Annotated[
-        int, typer.Option(min=0, max=64, help="Depth of the discriminator's mapping network of labels.")
+        int, typer.Option(min=0, max=64, help="Layers of the discriminator's mapping network for labels.")
     ] = 8,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Of both networks; default follows the resolution.")
+        float | None, typer.Option(help="Learning rate of both networks; the default depends on the resolution.")
     ] = None,
     final_learning_rate: Annotated[
-        float | None, typer.Option(help="Lower the learning rate to this value by --learning-rate-kimg.")
+        float | None, typer.Option(help="Lower the learning rate to this value until --learning-rate-kimg.")
     ] = None,
     learning_rate_kimg: Annotated[
-        float, typer.Option(help="When --final-learning-rate is reached; constant from there on.")
+        float, typer.Option(help="Length after which --final-learning-rate is reached; constant from there on.")
     ] = 0.0,
-    r1_gamma: Annotated[float | None, typer.Option(help="R1 weight; default follows resolution and batch.")] = None,
+    r1_gamma: Annotated[
+        float | None, typer.Option(help="Weight of R1; the default depends on resolution and batch.")
+    ] = None,
     pl_weight: Annotated[
-        float | None, typer.Option(help="Path-length weight; default 2, 0 leaves the phase out.")
+        float | None, typer.Option(help="Weight of path-length regularisation; default 2, 0 for none.")
     ] = None,
     mirror: Annotated[bool, typer.Option(help="Flip training images horizontally at random.")] = True,
     augment: Annotated[
-        str | None, typer.Option(help="none, blit, geom, color, ..., bg, bgc, ... bgcfnc; default bg, projected blit.")
+        str | None,
+        typer.Option(help="none, blit, geom, color, ..., bg, bgc, ... bgcfnc; default bg, with --projected blit."),
     ] = None,
     augment_target: Annotated[float | None, typer.Option(help="Target of E[sign(D(real))]; default 0.6.")] = None,
     augment_p: Annotated[
         float | None, typer.Option(help="Fixed augmentation strength instead of an adaptive one.")
     ] = None,
     augment_kimg: Annotated[
-        float | None, typer.Option(help="Speed: kimg in which p can go from 0 to 1; default 500, with --from 100.")
+        float | None,
+        typer.Option(help="Length in kimg over which p can rise from 0 to 1; default 500, with --from 100."),
     ] = None,
     projected: Annotated[
-        bool, typer.Option("--projected", help="Judge by features of a pretrained network: learns in far fewer kimg.")
+        bool,
+        typer.Option("--projected", help="Discriminate in features of a pretrained network: needs far fewer kimg."),
     ] = False,
     projected_levels: Annotated[
-        int, typer.Option(help="With --projected: feature levels that are judged, 4 or 5.")
+        int, typer.Option(help="With --projected: number of feature levels to discriminate, 4 or 5.")
     ] = 4,
     projected_input: Annotated[
-        int, typer.Option(help="With --projected: enlarge smaller images to this side; 224 suits it.")
+        int, typer.Option(help="With --projected: side to which smaller images are enlarged; 224 suits the network.")
     ] = 128,
     projected_mbstd: Annotated[
         bool,
-        typer.Option("--projected-mbstd", help="With --projected: show its heads how much images of a group differ."),
+        typer.Option(
+            "--projected-mbstd", help="With --projected: show its heads how much the images of a group differ."
+        ),
     ] = False,
     moments_weight: Annotated[
-        float, typer.Option(help="With --projected: match mean and covariance of its features; try 1 to 5.")
+        float,
+        typer.Option(help="With --projected: weight of matching mean and covariance of the features; try 1 to 5."),
     ] = 0.0,
     class_moments_weight: Annotated[
-        float, typer.Option(help="With --moments-weight: match how far the classes are apart; try 0.5.")
+        float, typer.Option(help="With --moments-weight: weight of matching the distance of the classes; try 0.5.")
     ] = 0.0,
     relativistic: Annotated[
-        bool, typer.Option("--relativistic", help="Judge generated images against real ones in pairs, with R1 and R2.")
+        bool,
+        typer.Option("--relativistic", help="Compare generated with real images in pairs, regularised by R1 and R2."),
     ] = False,
     class_balance: Annotated[
         float, typer.Option(help="0 shows the classes in their proportions, 1 all equally often.")
     ] = 0.0,
-    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16 (the last on a GPU only).")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    compile_networks: Annotated[
-        bool | None, typer.Option("--compile/--no-compile", help="torch.compile the main phases; default: on CUDA.")
-    ] = None,
-    snapshot_kimg: Annotated[float, typer.Option(help="Checkpoint, grid and bundle every so many kimg.")] = 20.0,
-    tensorboard: Annotated[bool, typer.Option(help="Curves and grids for TensorBoard, in the run folder.")] = False,
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16", "fp16"], typer.Option(help="Arithmetic; fp16 on a GPU only.")
+    ] = "auto",
+    device: DeviceOption = "auto",
+    compile_networks: CompileOption = None,
+    snapshot_kimg: Annotated[float, typer.Option(help="Interval in kimg of checkpoint, grid and bundle.")] = 20.0,
+    tensorboard: TensorboardOption = False,
     metric: Annotated[
-        str | None, typer.Option(help="fid or kid: measure at snapshots and keep the best as the bundle `best`.")
+        Literal["fid", "kid"] | None,
+        typer.Option(help="Measure this at snapshots and keep the best generator as the bundle `best`."),
     ] = None,
-    metric_kimg: Annotated[float, typer.Option(help="Measure every so many kimg.")] = 50.0,
+    metric_kimg: Annotated[float, typer.Option(help="Interval in kimg of the measurements.")] = 50.0,
     metric_count: Annotated[int, typer.Option(help="Generated images of a measurement.")] = 2000,
-    seed: Annotated[int, typer.Option(help="Decides everything random.")] = 0,
-    cache: Annotated[Path, typer.Option(help="Where decoded images are kept.")] = Path(".dermis/cache"),
+    seed: TrainingSeedOption = 0,
+    cache: CacheOption = CACHE,
 ) -> None:
-    """Train StyleGAN2-ADA on a folder of dermoscopy images and write a bundle. Ctrl-C saves; --resume goes on.
+    """Train StyleGAN2-ADA on dermoscopy images and write a bundle. Ctrl-C saves; --resume continues.
 
-    Under `torchrun` it uses one GPU a process.
+    Under `torchrun` each process uses one GPU.
     """
     from dataclasses import replace
 
@@ -146,7 +169,7 @@ def train_gan(
         require_tensorboard()
     with joined_ranks(resolve_device(device)) as ranks:
 
-        def tell(text: str) -> None:
+        def report(text: str) -> None:
             if ranks.first:
                 typer.echo(text, err=True)
 
@@ -154,7 +177,7 @@ def train_gan(
         if precision == "auto":
             precision = automatic_precision(target)
         with ranks.one_after_another():
-            images = read_described(
+            images = read_and_report(
                 data, metadata, image_column, class_column, binary, maps, layout, quiet=not ranks.first
             )
             dataset = load_images(images, resolution, cache=cache)
@@ -199,12 +222,12 @@ def train_gan(
             _ = config.generator, config.discriminator
         except ValueError as error:
             raise TrainingError(str(error)) from error
-        where = f"{ranks.count} x {target.type}" if ranks.count > 1 else str(target)
-        tell(f"{len(dataset.labels)} images, {len(dataset.class_names)} classes, {precision} on {where}")
+        hardware = f"{ranks.count} x {target.type}" if ranks.count > 1 else str(target)
+        report(f"{len(dataset.labels)} images, {len(dataset.class_names)} classes, {precision} on {hardware}")
 
         def begin(state: GanState) -> None:
             if source is not None:
-                tell("\n".join(map(str, transfer(read_source(source), state))))
+                report("\n".join(map(str, transfer(read_source(source), state))))
 
         origin = GeneratorOrigin(name or out.name, data.resolve().name, licence, attribution)
         _, progress = train(
@@ -230,7 +253,7 @@ def train_gan(
             tensorboard=tensorboard,
         )
     if progress.stopped:
-        tell(f"stopped at {progress.kimg:.1f} kimg and saved; the same command with --resume goes on")
+        report(f"stopped at {progress.kimg:.1f} kimg and saved; run the same command with --resume to continue")
         raise typer.Exit(130)
     if ranks.first:
         typer.echo(f"{out}: {progress.kimg:.1f} kimg in {progress.seconds / 3600:.2f} h; bundle in {out / 'bundle'}")

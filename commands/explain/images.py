@@ -1,4 +1,4 @@
-"""The images that `dermis explain embeddings`, `edge-cases` and `dermis augment` look at, with what is known of them."""
+"""Image sets of `dermis explain embeddings`, `explain edge-cases` and `augment`: real, generated and other images."""
 
 from __future__ import annotations
 
@@ -22,15 +22,20 @@ _CHUNK = 64  # images in memory at a time
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """So many images, read or drawn as they are asked for. `read(size)` may make them that small as it decodes them."""
+class ImageSet:
+    """Images that are read or generated on demand.
+
+    Attributes:
+        count: Number of images.
+        read: Iterates over the images. Its argument is a side in pixels to which it can reduce them as it decodes.
+    """
 
     count: int
     read: Callable[[int], Iterator[tuple[Item, Images]]]
 
 
-def embedded(classifier: Classifier, sets: Sequence[Pictures], *, thumbnail: int) -> Embedded:
-    """All images of all sets, with a progress bar."""
+def embed_sets(classifier: Classifier, sets: Sequence[ImageSet], *, thumbnail: int) -> Embedded:
+    """Embed all images of all sets by a classifier, with a progress bar."""
     from tqdm import tqdm
 
     from dermis.explain.embeddings import embed
@@ -42,7 +47,7 @@ def embedded(classifier: Classifier, sets: Sequence[Pictures], *, thumbnail: int
 
 
 def binary_class(name: str, class_names: tuple[str, str]) -> str:
-    """A class by the classifier's names: itself if it is one, else melanoma is label 1 and any other diagnosis label 0."""
+    """Map a class to the classifier's: the class itself if it is one, label 1 for melanoma, label 0 for other diagnoses."""
     from training.data.diagnoses import is_melanoma
 
     if not name or name in class_names:
@@ -50,8 +55,8 @@ def binary_class(name: str, class_names: tuple[str, str]) -> str:
     return class_names[int(is_melanoma(name))]
 
 
-def parts_of(predictions: Path | None, split: Path | None) -> dict[str, str]:
-    """The part of each image by id: of a run's predictions.csv, or of a split's folder. DataError if it cannot be read."""
+def read_parts(predictions: Path | None, split: Path | None) -> dict[str, str]:
+    """Read the part of each image, by id, from the predictions.csv of a training or from the folder of a split."""
     from training.data.splits import read_split
 
     if split is not None:
@@ -63,7 +68,7 @@ def parts_of(predictions: Path | None, split: Path | None) -> dict[str, str]:
             return {row["isic_id"]: row["part"] for row in csv.DictReader(file)}
     except (OSError, KeyError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(
-            f"{predictions}: is no predictions.csv of `dermis train classifier` ({type(error).__name__}: {error})"
+            f"{predictions}: is not a predictions.csv of `dermis train classifier` ({type(error).__name__}: {error})"
         ) from None
 
 
@@ -76,18 +81,26 @@ def real_images(
     parts: dict[str, str] | None = None,
     only: Sequence[str] = (),
     kind: str = REAL,
-) -> Pictures:
-    """Images of any source that `dermis data` reads; of the parts `only`, if any are named. DataError if none is left."""
+) -> ImageSet:
+    """Images of a source that `dermis data` can read.
+
+    Args:
+        parts: The part of each image, by id.
+        only: Parts to use; all if empty.
+
+    Raises:
+        DataError: There are no images.
+    """
     from training.data.sources import read_source
     from training.data.splits import group_of
     from training.data.tables import value_of
 
     source = read_source(data, metadata=metadata, class_column=class_column)
-    of = parts or {}
+    part_of = parts or {}
     groups = group_of(source.records)
     chosen = []
     for record, group in zip(source.records, groups, strict=True):
-        part = of.get(record.id, "")
+        part = part_of.get(record.id, "")
         if record.image is None or (only and part not in only):
             continue
         item = Item(
@@ -102,7 +115,7 @@ def real_images(
     if not chosen:
         where = f" in the parts {', '.join(only)}" if only else ""
         raise DataError(f"{data}: has no images{where}")
-    return Pictures(len(chosen), lambda size: _decoded(chosen, size))
+    return ImageSet(len(chosen), lambda size: _decoded(chosen, size))
 
 
 def generated_images(
@@ -114,15 +127,19 @@ def generated_images(
     seed: int,
     truncation_psi: float = 1.0,
     class_name: str | None = None,
-) -> Pictures:
-    """The first `count` samples of a seed, the generator's classes in turn: sample i is of class number i mod classes.
+) -> ImageSet:
+    """The first `count` samples of a seed, of the generator's classes in turn: sample i has label i mod classes.
 
-    class_name says what an unconditional generator draws. DataError if nothing does.
+    Args:
+        class_name: Class of the images of an unconditional generator.
+
+    Raises:
+        DataError: The class of the images is not known.
     """
     names = bundle.class_names or ((class_name,) if class_name else ())
     if not names:
         raise DataError(
-            f"{bundle.location}: its generator has no classes; say which its images are: benign={bundle.location} or "
+            f"{bundle.location}: its generator has no classes; give the class of its images: benign={bundle.location} or "
             f"malignant={bundle.location}"
         )
     if count < 1:
@@ -133,10 +150,10 @@ def generated_images(
         for start in range(0, count, batch):
             indices = range(start, min(start + batch, count))
             labels = [i % len(names) for i in indices]
-            drawn = synthesizer.images([seed] * len(indices), indices, labels, truncation_psi=truncation_psi)
-            if drawn.shape[3] == 1:
-                drawn = drawn.repeat(3, axis=3)
-            for i, label, image in zip(indices, labels, drawn, strict=True):
+            images = synthesizer.images([seed] * len(indices), indices, labels, truncation_psi=truncation_psi)
+            if images.shape[3] == 1:
+                images = images.repeat(3, axis=3)
+            for i, label, image in zip(indices, labels, images, strict=True):
                 yield (
                     Item(
                         id=f"GEN_{seed}_{i:08d}",
@@ -150,11 +167,11 @@ def generated_images(
                     image,
                 )
 
-    return Pictures(count, read)
+    return ImageSet(count, read)
 
 
-def dataset_images(location: Path, class_names: tuple[str, str]) -> Pictures:
-    """Every image of a dataset of `dermis generate`."""
+def dataset_images(location: Path, class_names: tuple[str, str]) -> ImageSet:
+    """All images of a dataset of `dermis generate`."""
     from dermis.dataset.reading import open_dataset, samples_of
 
     manifest, rows = open_dataset(location)
@@ -180,11 +197,11 @@ def dataset_images(location: Path, class_names: tuple[str, str]) -> Pictures:
                 raise DataError(f"{location}: {escape(row['file_name'])} {error}") from None
             yield item(row), image
 
-    return Pictures(len(rows), read)
+    return ImageSet(len(rows), read)
 
 
-def added_images(text: str, class_names: tuple[str, str]) -> Pictures:
-    """KIND=FOLDER: more images, of a kind of their own ("projected"); with classes if the folder tells them."""
+def added_images(text: str, class_names: tuple[str, str]) -> ImageSet:
+    """Images of another kind from KIND=FOLDER, such as projected=FOLDER; with classes if the folder names them."""
     kind, equals, folder = text.partition("=")
     if not equals or not kind or not folder:
         raise DataError(f"--add: {text!r} is not of the form KIND=FOLDER, such as projected=projections")
@@ -203,7 +220,7 @@ def added_images(text: str, class_names: tuple[str, str]) -> Pictures:
             raise
         ids = listing.ids()
         chosen = [(Item(f"{kind}:{ids[name]}", kind), file.read_bytes) for name, file in listing.images.items()]
-        return Pictures(len(chosen), lambda size: _decoded(chosen, size))
+        return ImageSet(len(chosen), lambda size: _decoded(chosen, size))
 
 
 def _decoded(chosen: Sequence[tuple[Item, Callable[[], bytes]]], size: int) -> Iterator[tuple[Item, Images]]:

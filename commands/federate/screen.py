@@ -1,4 +1,4 @@
-"""A federation on one screen: what it is doing, its members, and the latest rounds."""
+"""View of a federation in the terminal: its phase, its clients and the latest rounds."""
 
 from __future__ import annotations
 
@@ -20,11 +20,15 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 _SHOWN = 12  # latest rounds
-_STALE = 600.0  # seconds without a word after which the screen says so
+_STALE = 600.0  # seconds without an update after which the view says so
 
 
 def view(out: Path) -> RenderableType:
-    """The screen, from status.json and rounds.jsonl. DermisError if the folder has no federation."""
+    """Render the view from status.json and rounds.jsonl.
+
+    Raises:
+        TrainingError: The folder has no federation.
+    """
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -34,8 +38,8 @@ def view(out: Path) -> RenderableType:
     status, lines = _status(out), read_rounds(out)
     members = status.get("members", {})
     done, rounds = status.get("round", 0), status.get("rounds", 0)
-    ended = {line["round"]: line for line in lines if "seconds" in line}
-    recent = [line["seconds"] for line in list(ended.values())[-5:]]
+    finished = {line["round"]: line for line in lines if "seconds" in line}
+    recent = [line["seconds"] for line in list(finished.values())[-5:]]
     left = (
         f", about {sum(recent) / len(recent) * (rounds - done) / 60:.0f} min left" if recent and done < rounds else ""
     )
@@ -44,7 +48,7 @@ def view(out: Path) -> RenderableType:
         "finished",
         "stopped",
     ):
-        head += f"; nothing was heard of it for {age / 60:.0f} min"
+        head += f"; no update for {age / 60:.0f} min"
     table = Table(box=None, padding=(0, 1, 0, 0))
     for column in ("round", *(f"{name}\n{images:,} images" for name, images in members.items()), "MB", "s"):
         table.add_column(column, justify="left" if column == "round" else "right")
@@ -56,7 +60,7 @@ def view(out: Path) -> RenderableType:
     parts: list[Any] = [Text(head, style="bold"), table]
     if members:
         parts.append(
-            Text("losses of G / D (or the classifier), then FID (or AUC) on the member's validation images", "dim")
+            Text("losses of G / D (or the classifier), then FID (or AUC) on the client's validation images", "dim")
         )
     if error := status.get("error"):
         parts.append(Text(error, style="red"))
@@ -65,18 +69,18 @@ def view(out: Path) -> RenderableType:
 
 @contextmanager
 def screen(out: Path) -> Iterator[Callable[[str], None]]:
-    """Shows the federation while the block runs; on something else than a terminal, one line a round instead."""
+    """Show the federation while the block runs; without a terminal, print one line for each round instead."""
     logging.getLogger("flwr").setLevel(logging.WARNING)
     if not sys.stderr.isatty():
         yield lambda text: typer.echo(text, err=True)
         return
     from rich.live import Live
 
-    ended = threading.Event()
+    stopped = threading.Event()
     with Live(console=table_console(stderr=True), refresh_per_second=2) as live:
 
         def refresh() -> None:
-            while not ended.wait(0.5):
+            while not stopped.wait(0.5):
                 if (out / "status.json").exists():
                     live.update(view(out))
 
@@ -85,14 +89,14 @@ def screen(out: Path) -> Iterator[Callable[[str], None]]:
         try:
             yield live.console.print
         finally:
-            ended.set()
+            stopped.set()
             thread.join()
             if (out / "status.json").exists():
                 live.update(view(out))
 
 
 def follow(out: Path, *, once: bool) -> None:
-    """Show the screen until the federation has ended; once only, if asked or if there is no terminal."""
+    """Show the view until the federation has ended; only once if `once`, or without a terminal."""
     from rich.live import Live
 
     console = table_console()
@@ -109,10 +113,10 @@ def _status(out: Path) -> dict[str, Any]:
     from dermis.errors import TrainingError
 
     try:
-        found: dict[str, Any] = json.loads((out / "status.json").read_text(encoding="utf-8"))
+        status: dict[str, Any] = json.loads((out / "status.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise TrainingError(f"{out}: holds no federation; name the folder that it was given as `out`") from None
-    return found
+        raise TrainingError(f"{out}: has no federation; give the folder that is its `out`") from None
+    return status
 
 
 def _cell(line: dict[str, Any], name: str) -> str:

@@ -1,4 +1,4 @@
-"""`dermis federate ...` at a hospital: its key, whether it can join, and joining."""
+"""`dermis federate key`, `check` and `join`: a client of a federation, such as a hospital."""
 
 from __future__ import annotations
 
@@ -8,26 +8,29 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from commands.console import table_console
+from commands.options import ClassColumnOption, DataOption, DeviceOption, MetadataOption
 
 if TYPE_CHECKING:
     from training.federated.site import Site
 
-InvitationArgument = Annotated[Path, typer.Argument(help="The server's invitation.")]
-DataOption = Annotated[Path, typer.Option(help="This hospital's images: anything that `dermis data` reads.")]
-KeyOption = Annotated[Path, typer.Option(help="This hospital's private key, made by dermis federate key.")]
-StateOption = Annotated[Path, typer.Option(help="Folder for what is kept between rounds; it never leaves.")]
-MetadataOption = Annotated[Path | None, typer.Option(help="CSV file; default: metadata.csv in --data.")]
-ClassColumnOption = Annotated[str | None, typer.Option(help="CSV column of the classes; default: target, ...")]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-ThreadsOption = Annotated[int, typer.Option(help="Most threads on a CPU; 0: no limit.")]
+InvitationArgument = Annotated[
+    Path, typer.Argument(help="File that the server's operators sent (`dermis federate invite`).")
+]
+KeyOption = Annotated[Path, typer.Option(help="Private key of this site, made by `dermis federate key`.")]
+StateOption = Annotated[Path, typer.Option(help="Folder for the state between rounds; it is never sent.")]
+ThreadsOption = Annotated[int, typer.Option(help="Maximum number of CPU threads; 0: no limit.")]
 
 
-def key(out: Annotated[Path, typer.Argument(help="File for the private key; the public one gets .pub.")]) -> None:
-    """Make this hospital's key. Send the .pub to the server's people; the other never leaves."""
+def key(
+    out: Annotated[
+        Path, typer.Argument(help="File for the private key; the public key is written beside it with the suffix .pub.")
+    ],
+) -> None:
+    """Make the keys of this site. Send the .pub file to the server's operators; the private key is never sent."""
     from training.federated.keys import write_member_key
 
     public = write_member_key(out)
-    typer.echo(f"{public}: send this one to the server's people; {out} stays here")
+    typer.echo(f"{public}: send this file to the server's operators; keep {out} here")
 
 
 def check(
@@ -40,9 +43,9 @@ def check(
     device: DeviceOption = "auto",
     threads: ThreadsOption = 0,
 ) -> None:
-    """Can this site join? Versions, server, key, images, a round on generated images, memory, disk: one screen.
+    """Check whether this site can join: versions, server, key, images, a round on generated images, memory and disk.
 
-    No image of a patient is opened; they are counted by their table.
+    No image of a patient is opened: images are counted from the CSV.
     """
     import logging
 
@@ -52,21 +55,21 @@ def check(
     from training.federated.deployment import read_invitation
 
     logging.getLogger("flwr").setLevel(logging.ERROR)
-    asked = read_invitation(invitation)
+    content = read_invitation(invitation)
     table = Table(box=None, show_header=False, padding=(0, 1, 0, 0))
     marks = {True: "[green]ok[/green]", False: "[red]no[/red]", None: "[yellow]?[/yellow]"}
-    good = True
+    passed = True
     site = _site(data, state, metadata, class_column, device, threads)
     console = table_console()
-    with console.status("looking"):
-        for finding in check_site(asked, site, key):
-            good = good and finding.ok is True
+    with console.status("checking"):
+        for finding in check_site(content, site, key):
+            passed = passed and finding.ok is True
             table.add_row(marks[finding.ok], finding.what, finding.says)
     console.print(table)
-    if not good:
+    if not passed:
         raise typer.Exit(1)
-    given = {"--data": data, "--metadata": metadata, "--class-column": class_column, "--key": key, "--state": state}
-    options = " ".join(f"{name} {value}" for name, value in given.items() if value is not None)
+    values = {"--data": data, "--metadata": metadata, "--class-column": class_column, "--key": key, "--state": state}
+    options = " ".join(f"{name} {value}" for name, value in values.items() if value is not None)
     typer.echo(f"this site can join: dermis federate join {invitation} {options}")
 
 
@@ -77,16 +80,20 @@ def join(
     state: StateOption = Path(".dermis/federated"),
     metadata: MetadataOption = None,
     class_column: ClassColumnOption = None,
-    validation: Annotated[float, typer.Option(help="Share of the images, by patient, that only measures.")] = 0.2,
+    validation: Annotated[
+        float, typer.Option(help="Share of the images, by patient, that is used only for measuring.")
+    ] = 0.2,
     require_secure_aggregation: Annotated[
         bool,
-        typer.Option("--require-secure-aggregation", help="Take no part where the server sees this site's update."),
+        typer.Option(
+            "--require-secure-aggregation", help="Refuse to take part where the server can see the update of this site."
+        ),
     ] = False,
     device: DeviceOption = "auto",
     threads: ThreadsOption = 0,
-    port: Annotated[int, typer.Option(help="Of this member's own processes, on loopback.")] = 9094,
+    port: Annotated[int, typer.Option(help="Port of this client's own processes, on loopback.")] = 9094,
 ) -> None:
-    """Run Flower's SuperNode with this hospital's images, until Ctrl-C. It calls out only, and comes back after a break."""
+    """Run Flower's SuperNode with the images of this site, until Ctrl-C. It opens outgoing connections only, and reconnects."""
     import subprocess
     from dataclasses import replace
 
@@ -94,16 +101,16 @@ def join(
     from dermis.files import write_file
     from training.federated.deployment import environment, read_invitation, supernode_command
 
-    asked = read_invitation(invitation)
+    content = read_invitation(invitation)
     site = _site(data, state, metadata, class_column, device, threads)
     site = replace(site, validation=validation, require_secure_aggregation=require_secure_aggregation)
     if not data.exists():
-        raise TrainingError(f"{data}: no such folder; --data names this hospital's images")
+        raise TrainingError(f"{data}: no such folder; --data is the folder with the images of this site")
     if not key.is_file():
         raise TrainingError(f"{key}: no such file; dermis federate key makes one")
     certificate = state / "ca.pem"
-    write_file(certificate, asked.certificate.encode())
-    command = supernode_command(asked, certificate, key, site, port)
+    write_file(certificate, content.certificate.encode())
+    command = supernode_command(content, certificate, key, site, port)
     node = subprocess.Popen(command, env=environment(state / "flower"))
     try:
         code = node.wait()
@@ -111,7 +118,7 @@ def join(
         node.wait()
         return
     if code:
-        raise TrainingError(f"Flower's SuperNode ended with {code}; what it says stands above")
+        raise TrainingError(f"Flower's SuperNode ended with status {code}; its messages are above")
 
 
 def _site(data: Path, state: Path, metadata: Path | None, class_column: str | None, device: str, threads: int) -> Site:

@@ -1,4 +1,4 @@
-"""`dermis explain concepts`: does a classifier use the black frame, rulers, hair or ink?"""
+"""`dermis explain concepts`: test whether a classifier uses the black frame, rulers, hair or ink."""
 
 from __future__ import annotations
 
@@ -13,6 +13,13 @@ import numpy as np
 import typer
 
 from commands.console import table_console
+from commands.options import (
+    ClassColumnOption,
+    ClassifierOption,
+    DataOption,
+    MetadataOption,
+    ThreadsOption,
+)
 
 if TYPE_CHECKING:
     from dermis.classifier.onnx_session import Classifier
@@ -27,32 +34,37 @@ SHARE = 0.03  # of the image under painted corners: real frames have 0.028 on av
 
 
 def concepts(
-    classifier: Annotated[str, typer.Option(help="Bundle with a classifier, or a classifier's folder, or fsspec URL.")],
-    data: Annotated[Path, typer.Option(help="Real images: anything that `dermis data` reads.")],
-    out: Annotated[Path, typer.Option(help="New folder: concepts.json, table.md, a contact sheet a concept.")],
+    classifier: ClassifierOption,
+    data: DataOption,
+    out: Annotated[
+        Path, typer.Option(help="New folder for concepts.json, table.md and a contact sheet of each concept.")
+    ],
     split: Annotated[
         Path | None,
-        typer.Option(help="Folder of `dermis data split`: concepts from train and validation, inputs from test."),
+        typer.Option(help="Folder of `dermis data split`: concepts are from train and validation, inputs from test."),
     ] = None,
-    metadata: Annotated[Path | None, typer.Option(help="CSV file; default: metadata.csv in --data.")] = None,
-    class_column: Annotated[str | None, typer.Option(help="CSV column of the diagnosis; default: target, ...")] = None,
-    size: Annotated[int, typer.Option(min=20, help="Images of a concept, and of each counter-set.")] = 40,
-    counters: Annotated[int, typer.Option(min=3, help="Counter-sets, each with a vector of its own.")] = 12,
-    inputs: Annotated[int, typer.Option(min=10, help="Images of the positive class whose logit is looked at.")] = 60,
+    metadata: MetadataOption = None,
+    class_column: ClassColumnOption = None,
+    size: Annotated[int, typer.Option(min=20, help="Number of images of a concept, and of each counter-set.")] = 40,
+    counters: Annotated[int, typer.Option(min=3, help="Number of counter-sets; each gives a concept vector.")] = 12,
+    inputs: Annotated[
+        int, typer.Option(min=10, help="Number of images of the positive class whose logits are analysed.")
+    ] = 60,
     artefacts: Annotated[
         Path | None,
-        typer.Option(help="artefacts.csv of `dermis data inspect --out`: saves looking at all images again."),
+        typer.Option(help="artefacts.csv of `dermis data inspect`, so that the images need not be inspected again."),
     ] = None,
     layer: Annotated[
         list[str] | None,
-        typer.Option(help="Module of the backbone, or last; may be repeated. Default: two of the last."),
+        typer.Option(help="Module of the backbone, or last; may be repeated. Default: two of the last modules."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the images that are drawn.")] = 0,
-    threads: Annotated[int | None, typer.Option(help="CPU cores to use; default: all.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the choice of images.")] = 0,
+    threads: ThreadsOption = None,
 ) -> None:
-    """Test with concept activation vectors, and by painting frames onto images. Not a medical device.
+    """Test what a classifier uses, by concept activation vectors and by painting frames onto images. Not a medical device.
 
-    Concepts are mined by the detectors of `dermis data inspect`; counter-sets are of the same sources and classes.
+    Images with a concept are found by the detectors of `dermis data inspect`; those of the counter-sets are of the same
+    sources and classes.
     """
     from tqdm import tqdm
 
@@ -70,11 +82,11 @@ def concepts(
     layers = layer or layer_names(network)
     source = read_source(data, metadata=metadata, class_column=class_column, binary=True)
     part_of = read_split(split) if split is not None else {}
-    seen = _artefacts(source, artefacts, threads)
-    pool = [pair for pair in seen if split is None or part_of.get(pair[0].id) in ("train", "validation")]
-    tested = [pair for pair in seen if split is None or part_of.get(pair[0].id) == "test"]
+    inspected = _artefacts(source, artefacts, threads)
+    pool = [pair for pair in inspected if split is None or part_of.get(pair[0].id) in ("train", "validation")]
+    tested = [pair for pair in inspected if split is None or part_of.get(pair[0].id) == "test"]
     mined, left_out = mine_concepts(
-        [record for record, _ in pool], [found for _, found in pool], size=size, counters=counters, seed=seed
+        [record for record, _ in pool], [detected for _, detected in pool], size=size, counters=counters, seed=seed
     )
     for text in left_out:
         typer.echo(f"left out: {text}", err=True)
@@ -85,7 +97,7 @@ def concepts(
         chosen = [record for record, _ in tested if record.class_name == positive]
         order = np.random.default_rng(seed).permutation(len(chosen))[:inputs]
         if len(order) < 10:
-            raise DataError(f"{data}: {len(order)} images of {positive} to look at; 10 are needed")
+            raise DataError(f"{data}: {len(order)} images of {positive} to analyse; 10 are needed")
         x = _images([chosen[i] for i in sorted(order)], side)
         tests: list[ConceptTest] = []
         sets = [
@@ -104,7 +116,7 @@ def concepts(
         "inputs": len(x),
         "positive_class": positive,
         "tests": [asdict(test) | {"difference": test.difference, "verdict": test.verdict} for test in tests],
-        "frame": {name: asdict(found) for name, found in changes.items()},
+        "frame": {name: asdict(change) for name, change in changes.items()},
         "left_out": left_out,
         "notice": NOTICE,
     }
@@ -115,25 +127,27 @@ def concepts(
 
 
 def _artefacts(source: Source, table: Path | None, threads: int | None) -> list[tuple[Record, Artefacts]]:
-    """What the detectors say of every image that can be read."""
+    """Detect artefacts in all readable images, or read them from the CSV of an inspection."""
     from dermis.errors import DataError, escape
     from training.data.artefacts import NAMES, Artefacts
     from training.data.inspection import inspect_source
 
     if table is None:
-        looked = inspect_source(source, workers=threads)
-        return list(zip(looked.seen, looked.artefacts, strict=True))
+        inspection = inspect_source(source, workers=threads)
+        return list(zip(inspection.seen, inspection.artefacts, strict=True))
     try:
         with table.open(newline="", encoding="utf-8") as file:
-            found = {row["id"]: Artefacts(*(float(row[name]) for name in NAMES)) for row in csv.DictReader(file)}
+            by_id = {row["id"]: Artefacts(*(float(row[name]) for name in NAMES)) for row in csv.DictReader(file)}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"--artefacts: {table}: is no artefacts.csv of `dermis data inspect` ({escape(error)})"
+            f"--artefacts: {table}: is not an artefacts.csv of `dermis data inspect` ({escape(error)})"
         ) from None
-    seen = [(record, found[record.id]) for record in source.records if record.id in found and record.image is not None]
-    if not seen:
-        raise DataError(f"--artefacts: {table}: is of other images than {source.path}")
-    return seen
+    inspected = [
+        (record, by_id[record.id]) for record in source.records if record.id in by_id and record.image is not None
+    ]
+    if not inspected:
+        raise DataError(f"--artefacts: {table}: lists other images than those of {source.path}")
+    return inspected
 
 
 def _images(records: Sequence[Record], side: int) -> Images:
@@ -148,45 +162,46 @@ def _images(records: Sequence[Record], side: int) -> Images:
 def _frames(
     session: Classifier, tested: Sequence[tuple[Record, Any]], groups: dict[str, str], side: int
 ) -> dict[str, Change]:
-    """What painted and cropped frames do to the calibrated probability of the tested images."""
-    from dermis.explain.counterfactual import change, with_corners, zoomed
+    """Measure how painting and cropping frames changes the calibrated probability of the tested images."""
+    from dermis.explain.counterfactual import Fill, change, with_corners, zoomed
 
-    framed = [record for record, found in tested if "frame" in found.found]
-    plain = [record for record, found in tested if "frame" not in found.found]
+    framed = [record for record, artefacts in tested if "frame" in artefacts.found]
+    plain = [record for record, artefacts in tested if "frame" not in artefacts.found]
 
     def probability(images: Images) -> np.ndarray[Any, np.dtype[np.float64]]:
         return session.classify(images, features=False).calibrated
 
-    found = {}
+    fills: dict[str, Fill] = {"black corners painted": "black", "skin-coloured corners painted": "skin"}
+    changes = {}
     if plain:
         images, patients = _images(plain, side), [groups[record.id] for record in plain]
         before = probability(images)
-        for name, fill in (("black corners painted", "black"), ("skin-coloured corners painted", "skin")):
-            after = probability(with_corners(images, SHARE, fill))  # type: ignore[arg-type]
-            found[name] = change(before, after, patients)
+        for name, fill in fills.items():
+            after = probability(with_corners(images, SHARE, fill))
+            changes[name] = change(before, after, patients)
     if framed:
         images, patients = _images(framed, side), [groups[record.id] for record in framed]
-        found["framed images zoomed, frame gone"] = change(probability(images), probability(zoomed(images)), patients)
-        matched = _like(framed, plain)
+        changes["framed images zoomed, frame gone"] = change(probability(images), probability(zoomed(images)), patients)
+        matched = _matched(framed, plain)
         if matched:
             images, patients = _images(matched, side), [groups[record.id] for record in matched]
             name = "frameless ones of the same sources and classes zoomed"
-            found[name] = change(probability(images), probability(zoomed(images)), patients)
-    return found
+            changes[name] = change(probability(images), probability(zoomed(images)), patients)
+    return changes
 
 
-def _like(framed: Sequence[Record], plain: Sequence[Record]) -> list[Record]:
-    """As many of `plain` of every source and class as there are of `framed`, as far as there are."""
+def _matched(framed: Sequence[Record], plain: Sequence[Record]) -> list[Record]:
+    """Choose from `plain` as many images of each source and class as `framed` has, or as many as there are."""
     from collections import Counter
 
-    wanted = Counter((record.row.get("source", ""), record.class_name) for record in framed)
-    found = []
+    missing = Counter((record.row.get("source", ""), record.class_name) for record in framed)
+    chosen = []
     for i in np.random.default_rng(0).permutation(len(plain)):
         group = plain[i].row.get("source", ""), plain[i].class_name
-        if wanted[group] > 0:
-            wanted[group] -= 1
-            found.append(plain[i])
-    return found
+        if missing[group] > 0:
+            missing[group] -= 1
+            chosen.append(plain[i])
+    return chosen
 
 
 def _rows(tests: Sequence[ConceptTest]) -> list[list[str]]:
@@ -221,7 +236,10 @@ def _change_rows(changes: dict[str, Change]) -> list[list[str]]:
 def _show(console: Any, tests: Sequence[ConceptTest], changes: dict[str, Change], positive: str) -> None:
     from rich.table import Table
 
-    for title, rows in ((f"Does it use the concept for {positive}?", _rows(tests)), ("Frames", _change_rows(changes))):
+    for title, rows in (
+        (f"Does the classifier use the concept for {positive}?", _rows(tests)),
+        ("Frames", _change_rows(changes)),
+    ):
         table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
         for name in rows[0]:
             table.add_column(name, overflow="fold")
@@ -239,7 +257,7 @@ def _write(
     side: int,
     positive: str,
 ) -> None:
-    """The folder, whole or not at all."""
+    """Write the folder, completely or not at all."""
     import shutil
 
     from dermis.errors import StorageError
@@ -250,9 +268,9 @@ def _write(
         [
             "# Concepts",
             f"**{document['notice']}**",
-            f"TCAV scores towards {positive} over {document['inputs']} images of it.",
+            f"TCAV scores towards {positive}, over {document['inputs']} images of that class.",
             markdown_table(_rows(tests)),
-            f"Frames: what the calibrated probability of {positive} does.",
+            f"Frames: change of the calibrated probability of {positive}.",
             markdown_table(_change_rows(changes)),
             *(f"Left out: {reason}." for reason in document["left_out"]),
         ]

@@ -1,4 +1,4 @@
-"""`dermis directions measure`: what directions change beside what they are meant to, and which remove the black frame."""
+"""`dermis directions measure`: the effects of directions on attributes, and which of them remove the black frame."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 import typer
 
 from commands.console import table_console
+from commands.options import BundleArgument, DeviceOption, DirectionsOption, TruncationOption
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -25,25 +26,27 @@ if TYPE_CHECKING:
 
 
 def measure(
-    bundle: Annotated[str, typer.Argument(help="Folder or fsspec URL of a bundle.", show_default=False)],
+    bundle: BundleArgument,
     out: Annotated[Path | None, typer.Option(help="JSON file for the numbers.", show_default=False)] = None,
-    direction: Annotated[
-        list[str] | None, typer.Option(help="Name of a direction; may be repeated. Default: all of them.")
-    ] = None,
+    direction: DirectionsOption = None,
     strength: Annotated[
         list[float] | None,
-        typer.Option(help="Standard deviations, both ways. Default 3; with --framed 2, 4, 6: may be repeated there."),
+        typer.Option(
+            help="Standard deviations, in both directions. Default 3; with --framed 2, 4 and 6, and it may be repeated."
+        ),
     ] = None,
-    samples: Annotated[int, typer.Option(help="Samples that are moved; with --framed framed ones to find.")] = 64,
-    baseline: Annotated[int, typer.Option(help="Unedited samples that the units are of.")] = 500,
+    samples: Annotated[int, typer.Option(help="Samples to move; with --framed the number of framed ones.")] = 64,
+    baseline: Annotated[int, typer.Option(help="Unedited samples whose standard deviations are the units.")] = 500,
     framed: Annotated[
-        bool, typer.Option("--framed", help="Find samples with the black frame, and what takes it away.")
+        bool, typer.Option("--framed", help="Move samples with the black frame, and measure which moves remove it.")
     ] = False,
-    search: Annotated[int, typer.Option(help="--framed: samples to look for frames in, at most.")] = 5000,
-    controls: Annotated[int, typer.Option(help="Random directions to measure as well.")] = 3,
-    seed: Annotated[int, typer.Option(help="Of the samples: 0, 1, 2, ..., the classes taking turns.")] = 1000,
-    truncation_psi: Annotated[float, typer.Option(help="Of the samples.")] = 1.0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    search: Annotated[
+        int, typer.Option(help="With --framed: maximum number of samples among which framed ones are searched.")
+    ] = 5000,
+    controls: Annotated[int, typer.Option(help="Random directions to measure as controls.")] = 3,
+    seed: Annotated[int, typer.Option(help="Seed of the samples, which have all classes in turn.")] = 1000,
+    truncation_psi: TruncationOption = 1.0,
+    device: DeviceOption = "auto",
 ) -> None:
     """Move samples along each direction and report what changes, in standard deviations of unedited samples.
 
@@ -71,7 +74,7 @@ def measure(
         typer.echo(f"reading {baseline:,} unedited samples", err=True)
         before = reader.read(ws, indices, seed=seed)
         units = units_of(before)
-        facts: dict[str, Any] = {
+        document: dict[str, Any] = {
             "bundle": f"{opened.name}@{opened.digest}",
             "seed": seed,
             "truncation_psi": truncation_psi,
@@ -81,21 +84,21 @@ def measure(
         }
         if framed:
             both = [sign * value for value in strengths for sign in (1, -1)]
-            # Samples beyond the baseline's: the units know nothing of the images that are moved.
-            chosen, found, looked = _framed(
+            # Other samples than the baseline's, so that the units do not depend on the images that are moved.
+            chosen, framed_ws, searched = _framed(
                 reader, samples, search=search, seed=seed + 1, truncation_psi=truncation_psi
             )
-            facts |= {"framed": len(found), "looked_at": looked}
+            document |= {"framed": len(framed_ws), "looked_at": searched}
             look = partial(reader.read, indices=chosen, seed=seed + 1)
-            facts |= _removals(found, directions, both, units, look)
+            document |= _removals(framed_ws, directions, both, units, look)
         else:
-            facts |= {"samples": samples, "strength": strengths[0]}
+            document |= {"samples": samples, "strength": strengths[0]}
             look = partial(reader.read, indices=indices[:samples], seed=seed)
-            facts |= _effects(ws[:samples], directions, strengths[0], _first(before, samples), units, look)
+            document |= _effects(ws[:samples], directions, strengths[0], _first(before, samples), units, look)
     if out is not None:
         from training.experiments.plan import write_beside
 
-        write_beside(out, json.dumps(facts, indent=2, allow_nan=False) + "\n")
+        write_beside(out, json.dumps(document, indent=2, allow_nan=False) + "\n")
         typer.echo(f"{out} written", err=True)
 
 
@@ -120,23 +123,27 @@ def _first(readings: Readings, count: int) -> Readings:
 def _framed(
     reader: Reader, count: int, *, search: int, seed: int, truncation_psi: float
 ) -> tuple[NDArray[np.int64], Ws, int]:
-    """Indices and style vectors of framed samples, and how many samples were looked at."""
+    """Search framed samples.
+
+    Returns:
+        Their indices, their style vectors, and the number of samples that were searched.
+    """
     from tqdm import tqdm
 
     from dermis.errors import RequestError
 
-    chosen, parts, looked = [], [], 0
-    with tqdm(total=search, desc="looking for frames", unit="img", disable=None) as bar:
+    chosen, parts, searched = [], [], 0
+    with tqdm(total=search, desc="searching frames", unit="img", disable=None) as bar:
         for number, indices, part in reader.find_framed(count, search=search, seed=seed, truncation_psi=truncation_psi):
             chosen.append(indices)
             parts.append(part)
-            looked += number
+            searched += number
             bar.update(number)
-    found = np.concatenate(parts)
-    if len(found) < 2:
-        raise RequestError("--search", f"{len(found)} of {looked:,} samples have the frame; look in more")
-    typer.echo(f"{len(found)} framed among {looked:,} samples", err=True)
-    return np.concatenate(chosen), found, looked
+    ws = np.concatenate(parts)
+    if len(ws) < 2:
+        raise RequestError("--search", f"{len(ws)} of {searched:,} samples have the frame; search more")
+    typer.echo(f"{len(ws)} framed among {searched:,} samples", err=True)
+    return np.concatenate(chosen), ws, searched
 
 
 def _effects(
@@ -179,9 +186,9 @@ def _removals(
             disable=None,
         )
     )
-    own = [removal for removal in removals if not removal.direction.startswith("random-")]
+    candidates = [removal for removal in removals if not removal.direction.startswith("random-")]
     _print(_removal_table(removals))
-    best = best_removal(own)
+    best = best_removal(candidates)
     typer.echo(
         f"best: {best.direction}={best.strength:+g}: {best.removed} of {best.images} frames vanish"
         f" ({best.low:.0%} to {best.high:.0%}); {best.confirmed:.0%} of the half that it was not chosen by"
@@ -190,7 +197,7 @@ def _removals(
 
 
 def _effect_table(effects: Sequence[Effect], units: Units) -> Table:
-    """Half of what plus less minus does; brackets where chance would do as much."""
+    """Half the difference between moving by plus and by minus; in brackets where it is within chance."""
     names = [name for name, deviation in units.deviations.items() if deviation > 0]
     table = _table("direction", *names, "identity", "moves most", "share")
     for each in effects:
@@ -208,7 +215,7 @@ def _effect_table(effects: Sequence[Effect], units: Units) -> Table:
 
 
 def _removal_table(removals: Sequence[Removal]) -> Table:
-    """Of each direction the move that removes most, best direction first."""
+    """The move of each direction that removes most frames, best direction first."""
     best: dict[str, Removal] = {}
     for each in removals:
         known = best.get(each.direction)
@@ -238,9 +245,7 @@ def _table(*columns: str) -> Table:
 
 
 def _print(table: Table) -> None:
-
-    console = table_console()
-    console.print(table)
+    table_console().print(table)
 
 
 def _cell(value: float, clear: bool) -> str:

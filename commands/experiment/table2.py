@@ -1,43 +1,68 @@
-"""`dermis experiment run table2`: what synthetic images are worth to a classifier."""
+"""`dermis experiment table2`: classifiers trained with and without synthetic images, compared on real ones."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from commands.console import table_console
+from commands.options import (
+    CACHE,
+    AttributionOption,
+    CacheOption,
+    ClassColumnOption,
+    DataOption,
+    DeviceOption,
+    LicenceOption,
+    MetadataOption,
+    SettingsOption,
+    SplitOption,
+    TruncationOption,
+    WeightsOption,
+)
 
 if TYPE_CHECKING:
     from training.experiments.worth import Row
 
 
-def run_table2(
-    data: Path,
-    out: Path,
-    *,
-    only: Sequence[str] | None,
-    scale: float,
-    size: int | None,
-    settings: Sequence[str] | None,
-    seeds: Sequence[int],
-    generator: Sequence[str],
-    generators: Path | None,
-    split: Path | None,
-    metadata: Path | None,
-    class_column: str | None,
-    weights: str,
-    truncation_psi: float,
-    licence: str,
-    attribution: str,
-    device: str,
-    cache: Path,
+def table2(
+    data: DataOption,
+    out: Annotated[Path, typer.Option(help="Folder for the runs and the table.")],
+    generator: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=SOURCE: the bundle or dataset of gan, cgan or cgan-no-color; gan=benign=SOURCE and "
+            "gan=malignant=SOURCE for two of one class. May be repeated."
+        ),
+    ] = None,
+    generators: Annotated[
+        Path | None, typer.Option(help="Folder of `dermis experiment table1` with the generators.")
+    ] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Train only this scenario now; may be repeated.")] = None,
+    scale: Annotated[float, typer.Option(help="Factor for the numbers of synthetic images.")] = 1.0,
+    seeds: Annotated[int, typer.Option(help="Classifiers in each scenario; more can be added later.")] = 3,
+    seed: Annotated[int, typer.Option(help="Seed of the first classifier; the others have the next ones.")] = 0,
+    split: SplitOption = None,
+    metadata: MetadataOption = None,
+    class_column: ClassColumnOption = None,
+    resolution: Annotated[
+        int | None, typer.Option(help="Side in pixels of the classifier's input; default 256.")
+    ] = None,
+    settings: SettingsOption = None,
+    weights: WeightsOption = "imagenet",
+    truncation_psi: TruncationOption = 1.0,
+    licence: LicenceOption = "unknown",
+    attribution: AttributionOption = "",
+    device: DeviceOption = "auto",
+    cache: CacheOption = CACHE,
 ) -> None:
-    """Train classifiers in the scenarios whose generators are given, and print what came of them beside the paper's numbers.
+    """Train classifiers on real images, on synthetic ones and on both, several seeds each, and compare them.
 
-    Ctrl-C saves; the same command goes on, and passes over what is done.
+    Scenarios whose generator is not given are left out. Ctrl-C saves; the same command continues and skips what is done.
+    Not a medical device.
     """
     from dermis.devices import resolve_device
     from dermis.errors import TrainingError
@@ -57,16 +82,17 @@ def run_table2(
         raise TrainingError(f"--only: {min(unknown)} is none of {', '.join(names)}")
     if not scale > 0:
         raise TrainingError(f"--scale: {scale:g} must be positive")
-    if not seeds:
+    if seeds < 1:
         raise TrainingError("--seeds: must be at least 1")
-    given = parse_settings(settings or [], ClassifierConfig)
-    config = ClassifierConfig(**given | ({} if size is None else {"size": size}))
-    sources = read_generators(generator, generators)
+    overrides = parse_settings(settings or [], ClassifierConfig)
+    config = ClassifierConfig(**overrides | ({} if resolution is None else {"size": resolution}))
+    sources = read_generators(generator or [], generators)
     if absent := sorted({each.generator for each in TABLE2 if each.generator} - sources.keys()):
         typer.echo(f"left out, as no --generator is given: scenarios of {', '.join(absent)}", err=True)
+    seed_range = range(seed, seed + seeds)
     with joined_ranks(resolve_device(device)) as ranks:
 
-        def tell(text: str) -> None:
+        def report(text: str) -> None:
             if ranks.first:
                 typer.echo(text, err=True)
 
@@ -93,25 +119,25 @@ def run_table2(
                 progress=ranks.first,
             )
             if ranks.first:
-                remember(out, tasks, config, seeds, weights)
+                remember(out, tasks, config, seed_range, weights)
         origin = ClassifierOrigin("", "", licence, attribution)
-        wanted = [task for task in tasks if not only or task.scenario.name in only]
-        done = run_tasks(out, wanted, config, seeds, weights=weights, origin=origin, ranks=ranks, tell=tell)
+        selected = [task for task in tasks if not only or task.scenario.name in only]
+        done = run_tasks(out, selected, config, seed_range, weights=weights, origin=origin, ranks=ranks, tell=report)
         if not ranks.first:
             return
         if not done:
-            tell("stopped and saved; the same command goes on")
+            report("stopped and saved; run the same command again to continue")
             raise typer.Exit(130)
     runs = {task.scenario.name: read_runs(out, task.scenario, real.test.ids) for task in tasks}
     rows = compare(runs, {task.scenario.name: len(task.data.training) for task in tasks}, real.test)
-    warned = [
+    uncertain = [
         task.scenario.title
         for task in tasks
         if runs[task.scenario.name]
         and task.data.synthetic is not None
         and not task.data.generator_saw_training_part_only
     ]
-    texts = remarks(rows, warned, real.test)
+    texts = remarks(rows, uncertain, real.test)
     write_worth(out, rows, texts)
     _show(rows, texts)
     typer.echo(f"{out / 'table.md'} and {out / 'results.json'} written", err=True)

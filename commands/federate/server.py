@@ -1,4 +1,4 @@
-"""`dermis federate ...` at the server of a federation: its folder, its programs, its members, its runs."""
+"""`dermis federate init`, `serve`, `invite`, `register` and `run`: the server of a federation."""
 
 from __future__ import annotations
 
@@ -7,42 +7,42 @@ from typing import Annotated
 
 import typer
 
-from commands.federate import (
-    AttributionOption,
+from commands.federate.options import (
     FederationOption,
     IterationsOption,
-    LicenceOption,
     NameOption,
     ResolutionOption,
     RoundsOption,
     SeedOption,
-    SettingsOption,
     StartOption,
     StrategyOption,
     TaskOption,
-    federation_of,
+    federation_config,
 )
+from commands.options import AttributionOption, LicenceOption, SettingsOption
 
-ServerArgument = Annotated[Path, typer.Argument(help="The server's folder.")]
+ServerArgument = Annotated[Path, typer.Argument(help="Folder of the server.")]
 
 
 def init(
     server: ServerArgument,
-    host: Annotated[list[str], typer.Option(help="Name or address that members reach it by; may be repeated.")],
-    port: Annotated[int, typer.Option(help="Port for members; Flower itself takes the next one, on loopback.")] = 8800,
+    host: Annotated[
+        list[str], typer.Option(help="Name or address under which clients reach the server; may be repeated.")
+    ],
+    port: Annotated[int, typer.Option(help="Port for clients; Flower uses the next one, on loopback.")] = 8800,
 ) -> None:
-    """Make a server's folder: certificates, Flower's settings."""
+    """Create the folder of a server, with its certificates and Flower's settings."""
     from training.federated.deployment import new_server
 
-    made = new_server(server, host, port)
-    typer.echo(f"{server}: start it with dermis federate serve {server}; members will call {host[0]}:{made.port}")
+    created = new_server(server, host, port)
+    typer.echo(f"{server}: start it with dermis federate serve {server}; clients connect to {host[0]}:{created.port}")
 
 
 def serve(
     server: ServerArgument,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "0.0.0.0",  # noqa: S104
 ) -> None:
-    """Run Flower's SuperLink, and before it a door that lets members in and nobody else. Ctrl-C ends both."""
+    """Run Flower's SuperLink behind a proxy that admits registered clients only. Ctrl-C ends both."""
     import subprocess
 
     import uvicorn
@@ -66,7 +66,7 @@ def serve(
             log_level="warning",
         )
         if (code := superlink.poll()) not in (None, 0, -2, -15):
-            raise TrainingError(f"{server}: Flower's server ended with {code}; what it says stands above")
+            raise TrainingError(f"{server}: Flower's server ended with status {code}; its messages are above")
     finally:
         superlink.terminate()
         superlink.wait()
@@ -74,10 +74,12 @@ def serve(
 
 def register(
     server: ServerArgument,
-    public_key: Annotated[Path, typer.Argument(help="Public key that a member sent.")],
-    name: Annotated[str, typer.Option(help="What the server's people call it; stays here.")] = "",
+    public_key: Annotated[Path, typer.Argument(help="Public key that a client sent.")],
+    name: Annotated[
+        str, typer.Option(help="Name of the client for the server's operators; it stays on the server.")
+    ] = "",
 ) -> None:
-    """Let a member in."""
+    """Register a client, so that it can join."""
     from training.federated.deployment import open_server
     from training.federated.deployment import register as run
 
@@ -87,8 +89,8 @@ def register(
 
 def invite(
     server: ServerArgument,
-    out: Annotated[Path, typer.Option(help="File for members; nothing in it is secret.")],
-    min_images: Annotated[int, typer.Option(help="Fewest images of a member.")] = 100,
+    out: Annotated[Path, typer.Option(help="File for the clients; nothing in it is secret.")],
+    min_images: Annotated[int, typer.Option(help="Minimum number of images of a client.")] = 100,
     task: TaskOption = "gan",
     rounds: RoundsOption = 100,
     iterations: IterationsOption = 100,
@@ -98,10 +100,10 @@ def invite(
     options: FederationOption = None,
     seed: SeedOption = 0,
 ) -> None:
-    """Write what a site must know to check itself and to join: address, certificate, versions, and the training's size."""
+    """Write the file that a site needs to check itself and to join: address, certificate, versions and size of the training."""
     from training.federated.deployment import open_server, write_invitation
 
-    federation = federation_of(
+    federation = federation_config(
         settings,
         options,
         task=task,
@@ -112,7 +114,7 @@ def invite(
         seed=seed,
     )
     write_invitation(out, open_server(server), federation, min_images)
-    typer.echo(f"{out}: give it to the sites, for dermis federate check and join")
+    typer.echo(f"{out}: send it to the sites, for dermis federate check and join")
 
 
 def run_federation(
@@ -130,9 +132,9 @@ def run_federation(
     licence: LicenceOption = "unknown",
     attribution: AttributionOption = "",
 ) -> None:
-    """Train with the members that are online; goes on with what SERVER/runs/NAME holds.
+    """Train with the clients that are online; a run that is in SERVER/runs/NAME is continued.
 
-    Ctrl-C ends the showing, not the run: `flwr stop` ends a run, and the same command goes on with it.
+    Ctrl-C ends the display, not the run. `flwr stop` ends a run; the same command continues it.
     """
     import json
     import subprocess
@@ -142,7 +144,7 @@ def run_federation(
     from training.federated.deployment import open_server, run_command
 
     opened = open_server(server)
-    federation = federation_of(
+    federation = federation_config(
         settings,
         options,
         task=task,
@@ -162,14 +164,14 @@ def run_federation(
         try:
             code = subprocess.run(command, env=opened.environment, check=False).returncode
         except KeyboardInterrupt:
-            typer.echo(f"the run goes on; watch it with dermis federate watch {out}", err=True)
+            typer.echo(f"the run continues; watch it with dermis federate watch {out}", err=True)
             raise typer.Exit(130) from None
     if code:
-        raise TrainingError(f"{server}: Flower did not take the run; is dermis federate serve running?")
+        raise TrainingError(f"{server}: Flower did not accept the run; is dermis federate serve running?")
     try:
         status = json.loads((out / "status.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise TrainingError(f"{out}: nothing was begun; what Flower says stands above") from None
+        raise TrainingError(f"{out}: the run did not begin; Flower's messages are above") from None
     if status["phase"] != "finished":
-        raise TrainingError(f"{out}: {status.get('error', status['phase'])}; the same command goes on with it")
-    typer.echo(f"{out}: {status['round']} rounds, {len(status['members'])} members")
+        raise TrainingError(f"{out}: {status.get('error', status['phase'])}; run the same command again to continue")
+    typer.echo(f"{out}: {status['round']} rounds, {len(status['members'])} clients")
