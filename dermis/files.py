@@ -1,4 +1,4 @@
-"""Reading regular files only, and writing files completely or not at all."""
+"""Read regular files only, write files completely or not at all, and lock them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+from filelock import FileLock, Timeout
 
 from dermis.errors import StorageError
 
@@ -115,6 +117,29 @@ def write_file(path: Path, data: bytes) -> None:
             partial.write_bytes(data)
     except OSError as error:
         raise StorageError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def try_lock(path: Path) -> FileLock | None:
+    """Lock a file until `release` is called on the lock or this process ends, however it ends.
+
+    The file is made if it is missing, and stays. A link in its place is not followed.
+
+    Args:
+        path: The lock file. Its folder must exist.
+
+    Returns:
+        The lock, or None if another process, or another lock of this process, holds it.
+
+    Raises:
+        OSError: The file cannot be opened, or its file system has no locks.
+    """
+    # Not thread_local: another thread may release it. A lock that does not end with the process is no substitute.
+    lock = FileLock(path, blocking=False, thread_local=False, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        return None
+    return lock
 
 
 def _check_regular(mode: int) -> None:

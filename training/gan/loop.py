@@ -6,7 +6,6 @@ A run that is stopped and resumed computes what an uninterrupted one would have 
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from dermis.errors import TrainingError
+from dermis.files import try_lock
 from dermis.networks import Generator
 from training.data.isic import ImageDataset
 from training.gan.batches import batches
@@ -123,14 +123,18 @@ def train(
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
     """Keep other trainings out of the run folder. The kernel lets go when this process ends, however it ends."""
-    with (out / "lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise TrainingError(
-                f"{out}: another training is going on in this folder; wait for it or stop it, or choose another --out"
-            ) from None
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise TrainingError(f"{out / 'lock'}: cannot be locked ({error.strerror})") from None
+    try:
+        lock = try_lock(out / "lock")
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise TrainingError(f"{out / 'lock'}: cannot be locked ({error.strerror})") from None
         yield
+        return
+    if lock is None:
+        raise TrainingError(
+            f"{out}: another training is going on in this folder; wait for it or stop it, or choose another --out"
+        )
+    try:
+        yield
+    finally:
+        lock.release()
