@@ -158,8 +158,8 @@ def _audit_rows(names: Sequence[str], found: ProjectionAudit) -> Iterator[dict[s
 
 def _pairs_of(files: Sequence[Path], folder: Path, size: int) -> tuple[Images, Images, list[str]]:
     """Targets and projections, uint8 [N, R, R, 3], and the targets' names."""
+    from dermis.image_reading import read_training_image
     from dermis.projection.result import from_bytes
-    from dermis.reading import read_training_image
 
     targets, projected = [], []
     for file in files:
@@ -273,7 +273,7 @@ def _chunks(
     files: Sequence[Path], size: int, bad: list[tuple[Path, str]]
 ) -> Iterator[tuple[list[Path], NDArray[np.uint8]]]:
     """Files and their squares [N, size, size, 3], read ahead in threads; those that cannot be read go to `bad`."""
-    from dermis.reading import ImageError, read_training_image
+    from dermis.image_reading import ImageError, read_training_image
     from training.data.embedding import ahead
 
     def read(path: Path) -> Images | str:

@@ -14,7 +14,7 @@ import typer
 from dermis.errors import DataError
 
 if TYPE_CHECKING:
-    from dermis.bundle.classifier import Description
+    from dermis.bundle.classifier import ClassifierDescription
     from dermis.explain.embeddings import Embedded
 
 PAGE, FEATURES, METADATA, PROJECTOR = "index.html", "features.npz", "metadata.csv", "projector"
@@ -133,7 +133,7 @@ def embeddings(
     typer.echo(NOTICE, err=True)
 
 
-def _reasons(found: Embedded, described: Description, threshold: float) -> list[str]:
+def _reasons(found: Embedded, described: ClassifierDescription, threshold: float) -> list[str]:
     """Why each image is an edge case among those of its kind that have a class; "" if it is none."""
     from dermis.explain.edge_cases import Criteria, edge_scores, labels_of
 

@@ -23,7 +23,7 @@ from dermis.errors import DataError, RequestError, StorageError
 from dermis.files import write_file
 
 if TYPE_CHECKING:
-    from dermis.bundle.classifier import Description
+    from dermis.bundle.classifier import ClassifierDescription
     from dermis.explain.attribution import Attribution, Explainer, Method
     from dermis.explain.page import Entry
     from dermis.imaging import Images
@@ -126,7 +126,9 @@ def _of_files(images: Sequence[Path]) -> list[_Case]:
     return [_Case(path.absolute().relative_to(common).as_posix(), path.read_bytes, "") for path in files]
 
 
-def _of_source(data: Path, metadata: Path | None, predictions: Path | None, described: Description) -> list[_Case]:
+def _of_source(
+    data: Path, metadata: Path | None, predictions: Path | None, described: ClassifierDescription
+) -> list[_Case]:
     """The images of a source under the classifier's class names; with `predictions` those of its test part, scored."""
     from training.data.sources import read_source
 
@@ -189,7 +191,7 @@ def _scored(cases: Sequence[_Case], classifier: str, size: int, bad: list[tuple[
 
 def _read(case: _Case, size: int, bad: list[tuple[str, str]]) -> Images | None:
     """The image at the classifier's size, or None; the reason then goes to `bad`."""
-    from dermis.reading import ImageError, read_training_image
+    from dermis.image_reading import ImageError, read_training_image
 
     try:
         return read_training_image(case.read(), size=size)
@@ -198,7 +200,7 @@ def _read(case: _Case, size: int, bad: list[tuple[str, str]]) -> Images | None:
         return None
 
 
-def _calibrated(probability: float, described: Description) -> float:
+def _calibrated(probability: float, described: ClassifierDescription) -> float:
     from dermis.classifier.scores import sigmoid
 
     return float(sigmoid(np.array(_logit(probability) / described.temperature)))
@@ -209,7 +211,7 @@ def _logit(probability: float) -> float:
     return math.log(inside / (1 - inside))
 
 
-def _edge(case: _Case, described: Description, limit: float) -> tuple[bool, float, str]:
+def _edge(case: _Case, described: ClassifierDescription, limit: float) -> tuple[bool, float, str]:
     """Sorts mistakes before the others, sure mistakes before unsure ones, and the others by nearness to the threshold."""
     calibrated = _calibrated(case.probability, described)
     distance = abs(_logit(calibrated) - _logit(limit))
@@ -217,7 +219,9 @@ def _edge(case: _Case, described: Description, limit: float) -> tuple[bool, floa
     return (not wrong, -distance if wrong else distance, case.name)
 
 
-def _entry(case: _Case, described: Description, limit: float, found: Attribution, predictions: Path | None) -> Entry:
+def _entry(
+    case: _Case, described: ClassifierDescription, limit: float, found: Attribution, predictions: Path | None
+) -> Entry:
     """What the page says of one image, by the logit that the heat map explains."""
     from dermis.classifier.scores import scores_of
     from dermis.explain.page import Entry
@@ -234,7 +238,7 @@ def _entry(case: _Case, described: Description, limit: float, found: Attribution
     return Entry(case.name, probability, calibrated, name, case.label or None, found)
 
 
-def _key(described: Description, method: str, image: Images) -> str:
+def _key(described: ClassifierDescription, method: str, image: Images) -> str:
     """What an attribution depends on."""
     from dermis.explain.attribution import STEPS, VERSION
 

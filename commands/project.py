@@ -167,10 +167,10 @@ def _run(
 ) -> None:
     from tqdm import tqdm
 
+    from dermis.image_reading import ImageError, read_training_image
     from dermis.imaging import encode
     from dermis.projection.projector import Target
     from dermis.projection.result import to_bytes
-    from dermis.reading import ImageError, read_training_image
     from dermis.video import encode_video
 
     size = projector.bundle.generator.img_resolution
@@ -224,9 +224,9 @@ def _read(result: Path) -> tuple[Projection, dict[str, str]]:
 
 def _summarise(out: Path, files: Sequence[Path], results: Sequence[Path], left_out: set[Path], size: int) -> None:
     """The table, the sheet of pairs, and a line on the screen."""
+    from dermis.image_reading import read_training_image
     from dermis.imaging import contact_sheet, encode
     from dermis.projection.result import facts_of
-    from dermis.reading import read_training_image
 
     rows: list[dict[str, Any]] = []
     pairs: list[Images] = []

@@ -33,7 +33,7 @@ _OUT_OF_MEMORY = 77  # exit status of the process
 
 
 @dataclass(frozen=True)
-class Limits:
+class ProcessLimits:
     """What a function may take. Windows has none of these limits but that of wall time, macOS none of memory."""
 
     cpu_seconds: int
@@ -59,7 +59,7 @@ class LimitError(DermisError):
 
 
 def run_limited(
-    function: str, data: bytes | Path, *arguments: int | float | str, limits: Limits, imports: Sequence[str] = ()
+    function: str, data: bytes | Path, *arguments: int | float | str, limits: ProcessLimits, imports: Sequence[str] = ()
 ) -> str:
     """Call a function in a separate process and return the text that it returns.
 
@@ -111,7 +111,7 @@ def _import_path() -> list[str]:
     return entries if root in entries else [root, *entries]
 
 
-def _result(status: int, stdout: BinaryIO, stderr: BinaryIO, limits: Limits) -> str:
+def _result(status: int, stdout: BinaryIO, stderr: BinaryIO, limits: ProcessLimits) -> str:
     """What the function returned. LimitError if the process ended otherwise."""
     if status == _OUT_OF_MEMORY:
         limit = f"{limits.memory_bytes / (1 << 30):,.3g} GiB of memory"

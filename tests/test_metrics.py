@@ -29,7 +29,7 @@ from dermis.metrics.neighbours import nearest, radii, squared_distances
 from dermis.metrics.path_length import Sampling, path_length, path_lengths
 from dermis.metrics.perceptual import feature_distance
 from dermis.networks import Generator, GeneratorConfig, one_hot
-from dermis.vision import import_vision
+from dermis.torchvision_compat import import_vision
 
 Array = NDArray[np.float64]
 

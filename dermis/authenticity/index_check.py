@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dermis.errors import BundleError, escape
-from dermis.limited import LimitError, Limits, run_limited
+from dermis.limited import LimitError, ProcessLimits, run_limited
 
 if TYPE_CHECKING:
     from dermis.bundle.index import IndexDescription
@@ -39,7 +39,7 @@ def check_index(data: bytes | Path, described: IndexDescription, where: str) -> 
     facts = {"kind": described.kind, "vectors": described.vectors}
     facts |= {"dim": described.dim, "feature_dim": described.feature_dim}
     memory = _MEMORY_BYTES + _COPIES * described.files["index.faiss"].bytes
-    limits = Limits(_CPU_SECONDS, _WALL_SECONDS, memory)
+    limits = ProcessLimits(_CPU_SECONDS, _WALL_SECONDS, memory)
     try:
         problem = run_limited(f"{__name__}:problem_of", data, json.dumps(facts), limits=limits, imports=["faiss"])
     except LimitError as error:

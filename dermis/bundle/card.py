@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dermis.bundle.classifier import CLASSIFIER_CARD, NOTICE, Description
+from dermis.bundle.classifier import CLASSIFIER_CARD, NOTICE, ClassifierDescription
 from dermis.bundle.directions import Direction
 from dermis.bundle.encoder import EncoderDescription
 from dermis.bundle.index import IndexDescription
@@ -13,7 +13,7 @@ _CLASSIFIER_BEGIN, _CLASSIFIER_END = "<!-- classifier: written by dermis -->", "
 _LATENT_BEGIN, _LATENT_END = "<!-- latent space: written by dermis -->", "<!-- end of latent space -->"
 
 
-def with_classifier_section(card: str, classifier: Description | None) -> str:
+def with_classifier_section(card: str, classifier: ClassifierDescription | None) -> str:
     """Replace the section on the classifier in a bundle's card.
 
     Args:

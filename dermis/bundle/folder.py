@@ -82,7 +82,7 @@ class PartDescription(Protocol):
 
 
 @dataclass(frozen=True)
-class Part(Generic[DescriptionT_co]):
+class BundlePart(Generic[DescriptionT_co]):
     """A kind of folder that stands inside a bundle or alone, with a descriptor of its own.
 
     Attributes:

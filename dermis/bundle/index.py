@@ -21,10 +21,10 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field
 
 from dermis.bundle.folder import (
+    BundlePart,
     DescriptorModel,
     FileRecord,
     Folder,
-    Part,
     open_part,
     parse_descriptor,
     read_part,
@@ -125,7 +125,7 @@ class _Duplicates(BaseModel):
     copies_nearer: float = Field(ge=0, le=1)
 
 
-class _Descriptor(DescriptorModel):
+class _IndexDescriptor(DescriptorModel):
     """The fields of authenticity.json."""
 
     extractor: str = Field(pattern=r"^[ -~]{1,200}$")
@@ -194,7 +194,7 @@ def parse(text: bytes, where: str) -> IndexDescription:
     Raises:
         BundleError: The text is not a valid authenticity.json. The message names the field.
     """
-    fields = parse_descriptor(text, where, _format_of(text), _Descriptor)
+    fields = parse_descriptor(text, where, _format_of(text), _IndexDescriptor)
     for name, value, kind in (("metric", fields.metric, Metric), ("kind", fields.kind, Kind)):
         if value not in get_args(kind):
             raise BundleError(f"{where}: {name}: {quote(value)} is none of {', '.join(get_args(kind))}")
@@ -248,4 +248,4 @@ def _check(description: IndexDescription, where: str) -> None:
             raise BundleError(f"{where}: {name}: must rise from at least 0")
 
 
-INDEX_PART = Part("authenticity", DESCRIPTOR, parse, read_index_files)
+INDEX_PART = BundlePart("authenticity", DESCRIPTOR, parse, read_index_files)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dermis.errors import BundleError, DermisError, escape
-from dermis.limited import LimitError, Limits, run_limited
+from dermis.limited import LimitError, ProcessLimits, run_limited
 
 CPU = "CPUExecutionProvider"
 
@@ -72,7 +72,7 @@ def try_graph(model: bytes, where: str, *, size: int, feature_dim: int, rows: in
         return
     memory = _MEMORY_BYTES + _MEMORY_OF_MODEL * len(model) + rows * size**2 * _MEMORY_OF_PIXEL
     seconds = _SECONDS + _SECONDS_OF_IMAGE * rows
-    limits = Limits(seconds, seconds * _WALL_FACTOR, memory)
+    limits = ProcessLimits(seconds, seconds * _WALL_FACTOR, memory)
     trial = f"{__name__}:run_once"
     try:
         problem = run_limited(trial, model, size, feature_dim, rows, limits=limits, imports=["onnxruntime"])

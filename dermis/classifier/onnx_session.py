@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from dermis.bundle.classifier import DESCRIPTOR, MODEL, Description, open_classifier, read_model
+from dermis.bundle.classifier import DESCRIPTOR, MODEL, ClassifierDescription, open_classifier, read_model
 from dermis.bundle.folder import exists
 from dermis.classifier.graph_check import check_graph
 from dermis.classifier.graph_trial import CPU, first_line, import_onnxruntime, new_session, problem_of, try_graph
@@ -120,7 +120,7 @@ class Classifier:
         return columns[0], columns[1] if features else None
 
 
-def find_classifier(source: Bundle | str | Path) -> tuple[Description, str]:
+def find_classifier(source: Bundle | str | Path) -> tuple[ClassifierDescription, str]:
     """The verified description, and the folder that holds it, of a bundle's classifier or of one that stands alone.
 
     A path is a classifier's folder or a bundle's. BundleError if there is none.

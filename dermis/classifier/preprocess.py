@@ -1,6 +1,6 @@
 """From any image to the pixels that a classifier sees, the same for training, ONNX, services and datasets.
 
-Whoever still has a Pillow image (`dermis.reading`) calls `dermis.imaging.centre_square`, which does the work here too.
+Whoever still has a Pillow image (`dermis.image_reading`) calls `dermis.imaging.centre_square`, which does the work here too.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from dermis.classifier.graph_check import check_graph
 from dermis.classifier.onnx_session import find_classifier
 from dermis.errors import BundleError, DermisError, escape, quote
 from dermis.features import fold_batch_norms
-from dermis.vision import import_vision
+from dermis.torchvision_compat import import_vision
 
 if TYPE_CHECKING:
     from dermis.bundle import Bundle

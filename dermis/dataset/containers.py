@@ -24,7 +24,7 @@ SOURCE = "dermis-synthetic"
 
 
 @dataclass(frozen=True)
-class Sample:
+class DatasetSample:
     """One encoded image. `sha256` (hex) is that of `data`; None where all candidates of the sample were rejected."""
 
     index: int
@@ -41,7 +41,7 @@ _ROW_GROUP = 100
 
 _MAX_IMAGE_BYTES = 256 << 20
 
-Add = Callable[[Sequence[Sample]], None]
+Add = Callable[[Sequence[DatasetSample]], None]
 
 
 def container_name(plan: Plan, shard: int) -> str | None:
@@ -68,7 +68,7 @@ def file_name(plan: Plan, index: int, label: int) -> str:
     return name
 
 
-def metadata_row(plan: Plan, sample: Sample) -> dict[str, str | int | float]:
+def metadata_row(plan: Plan, sample: DatasetSample) -> dict[str, str | int | float]:
     """A sample's row of metadata.csv, by column."""
     known: dict[str, str | int | float | None] = {
         "isic_id": sample_id(sample.index),
@@ -123,7 +123,7 @@ def add_to_zip(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
 def _write_zip(plan: Plan, path: Path) -> Iterator[Add]:
     with zipfile.ZipFile(path, "w") as archive:
 
-        def add(samples: Sequence[Sample]) -> None:
+        def add(samples: Sequence[DatasetSample]) -> None:
             for sample in samples:
                 add_to_zip(archive, file_name(plan, sample.index, sample.label), sample.data)
 
@@ -151,7 +151,7 @@ def _read_zip(file: IO[bytes]) -> Iterator[tuple[str, bytes]]:
 def _write_tar(plan: Plan, path: Path) -> Iterator[Add]:
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
 
-        def add(samples: Sequence[Sample]) -> None:
+        def add(samples: Sequence[DatasetSample]) -> None:
             for sample in samples:
                 row = {key: value for key, value in metadata_row(plan, sample).items() if value != ""}
                 key = sample_id(sample.index)
@@ -197,7 +197,7 @@ def _write_parquet(plan: Plan, path: Path) -> Iterator[Add]:
             writer.write_table(pa.Table.from_pylist(rows[:_ROW_GROUP], schema=schema))
             del rows[:_ROW_GROUP]
 
-        def add(samples: Sequence[Sample]) -> None:
+        def add(samples: Sequence[DatasetSample]) -> None:
             for sample in samples:
                 row: dict[str, Any] = metadata_row(plan, sample)
                 row["image"] = {"bytes": sample.data, "path": row["file_name"]}

@@ -21,7 +21,7 @@ from dermis import __version__
 from dermis.authenticity.attack import Attack, Exposure
 from dermis.dataset.card import dataset_card
 from dermis.dataset.columns import columns
-from dermis.dataset.containers import Sample, add_to_zip, file_name, metadata_row, read_container
+from dermis.dataset.containers import DatasetSample, add_to_zip, file_name, metadata_row, read_container
 from dermis.dataset.plan import Plan
 from dermis.dataset.privacy import Checks, Expose, PrivacyReport, PrivacyTally, report
 from dermis.dataset.request import ClassifierOptions, DatasetRequest, StoredRequest
@@ -288,17 +288,17 @@ def _records(plan: Plan, store: Store, identity: Mapping[str, str]) -> Iterator[
         yield record
 
 
-def _samples(plan: Plan, record: ShardRecord) -> Iterator[Sample]:
+def _samples(plan: Plan, record: ShardRecord) -> Iterator[DatasetSample]:
     """A shard's samples without their bytes, those that were all rejected among them."""
     labels, count = plan.labels(record.shard), len(record.images)
     probabilities, tries = record.probabilities or (None,) * count, record.tries or (1,) * count
     checks = record.checks or (None,) * count
     facts = zip(plan.shard(record.shard), labels, record.images, probabilities, tries, checks, strict=True)
     for index, label, sha256, probability, tried, checked in facts:
-        yield Sample(index, label, sha256, probability=probability, tries=tried, checks=checked)
+        yield DatasetSample(index, label, sha256, probability=probability, tries=tried, checks=checked)
 
 
-def _kept(plan: Plan, record: ShardRecord) -> Iterator[Sample]:
+def _kept(plan: Plan, record: ShardRecord) -> Iterator[DatasetSample]:
     return (sample for sample in _samples(plan, record) if sample.sha256 is not None)
 
 

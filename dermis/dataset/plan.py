@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dermis.bundle.classifier import Description
+from dermis.bundle.classifier import ClassifierDescription
 from dermis.bundle.index import IndexDescription
 from dermis.dataset.request import DatasetRequest, classes_of
 
@@ -34,7 +34,7 @@ class Plan:
     request: DatasetRequest
     bundle_digest: str
     class_names: tuple[str, ...]
-    classifier: Description | None = None
+    classifier: ClassifierDescription | None = None
     """The bundle's. It is in the bundle's digest, so it is not in that of the plan."""
     authenticity: IndexDescription | None = None
     """The bundle's, likewise."""
@@ -117,7 +117,7 @@ def plan(
     request: DatasetRequest,
     bundle_digest: str,
     class_names: Sequence[str],
-    classifier: Description | None = None,
+    classifier: ClassifierDescription | None = None,
     authenticity: IndexDescription | None = None,
 ) -> Plan:
     """The plan of a request from what it depends on. `class_names`: the model's, in label order."""

@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from dermis.dataset.containers import Sample, container_name, container_writer
+from dermis.dataset.containers import DatasetSample, container_name, container_writer
 from dermis.dataset.plan import BATCH, Plan
 from dermis.dataset.privacy import Checks, Examine, Verdict
 from dermis.dataset.request import DatasetRequest
@@ -70,7 +70,7 @@ def write_shard(
             on_batch(len(found.images))
         return found
     name = shard_file(plan, shard)
-    made: list[Sample] = []
+    made: list[DatasetSample] = []
     with storage_errors(store.where(name), only_full=True), store.writing(name) as path:
         with container_writer(plan, path) as add:
             for samples in _encoded_batches(plan, shard, synthesize, score, examine, batch_size):
@@ -134,13 +134,13 @@ def _to_sidecar(plan: Plan, identity: Mapping[str, str] | None, record: ShardRec
 
 def _encoded_batches(
     plan: Plan, shard: int, synthesize: Synthesize, score: Score | None, examine: Examine | None, batch_size: int
-) -> Iterator[list[Sample]]:
+) -> Iterator[list[DatasetSample]]:
     """Batches in order. While one is generated, threads encode the one before (they release the interpreter's lock)."""
     labels = plan.labels(shard)
     start = plan.shard(shard).start
     pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="dermis-encode")
     try:
-        encoding: list[Future[Sample]] = []
+        encoding: list[Future[DatasetSample]] = []
         for batch in plan.batches(shard, batch_size):
             batch_labels = [labels[index - start] for index in batch]
             draws = draw(plan, batch, batch_labels, synthesize, score, examine)
@@ -156,11 +156,13 @@ def _encoded_batches(
         pool.shutdown(cancel_futures=True)
 
 
-def _encode(request: DatasetRequest, index: int, label: int, drawn: Draw) -> Sample:
+def _encode(request: DatasetRequest, index: int, label: int, drawn: Draw) -> DatasetSample:
     if drawn.image is None:
-        return Sample(index, label, None, tries=drawn.tries, checks=drawn.checks)
+        return DatasetSample(index, label, None, tries=drawn.tries, checks=drawn.checks)
     data = encode(drawn.image, request.image_format, request.image_quality)
-    return Sample(index, label, hashlib.sha256(data).hexdigest(), data, drawn.probability, drawn.tries, drawn.checks)
+    return DatasetSample(
+        index, label, hashlib.sha256(data).hexdigest(), data, drawn.probability, drawn.tries, drawn.checks
+    )
 
 
 def check_space(plan: Plan, store: Store, resolution: int) -> None:

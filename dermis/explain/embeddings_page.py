@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dermis.bundle.classifier import NOTICE, Description
+from dermis.bundle.classifier import NOTICE, ClassifierDescription
 from dermis.errors import DataError
 from dermis.explain.embeddings import GENERATED, Embedded
 from dermis.imaging import Images, contact_sheet, encode
@@ -33,7 +33,7 @@ def embeddings_page(
     positions: NDArray[np.float32],
     similarities: NDArray[np.float32],
     neighbours: NDArray[np.int64],
-    described: Description,
+    described: ClassifierDescription,
     *,
     title: str,
     threshold: float,

@@ -7,7 +7,7 @@ import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dermis.bundle.classifier import NOTICE, Description
+from dermis.bundle.classifier import NOTICE, ClassifierDescription
 from dermis.explain.attribution import STEPS, Attribution, Method
 from dermis.explain.rendering import (
     SALIENT_PERCENT,
@@ -61,7 +61,7 @@ class Entry:
 
 
 def heat_map_page(
-    described: Description,
+    described: ClassifierDescription,
     method: Method,
     threshold: tuple[str, float],
     entries: Sequence[Entry],
@@ -106,7 +106,7 @@ tells what this network computes. It does not tell what is true of the skin, nor
 """
 
 
-def _figure(entry: Entry, described: Description) -> str:
+def _figure(entry: Entry, described: ClassifierDescription) -> str:
     found, name = entry.found, entry.name
     pictures = (
         (found.image, f"{name} as the classifier sees it"),

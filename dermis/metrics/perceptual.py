@@ -9,7 +9,7 @@ from torch import Tensor
 from dermis.errors import DermisError
 from dermis.features import FeatureExtractor, hub_folder, published_weights
 from dermis.metrics.path_length import PerceptualDistance
-from dermis.vision import import_vision
+from dermis.torchvision_compat import import_vision
 
 
 def lpips(device: torch.device | str = "cpu") -> PerceptualDistance:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dermis.errors import BundleError, escape, quote
-from dermis.limited import Limits
+from dermis.limited import ProcessLimits
 from dermis.networks import FIR_TAPS, Discriminator, DiscriminatorConfig, Generator, GeneratorConfig, fir_filter
 from dermis.official.isolation import DEFAULT_LIMITS, store_isolated
 from dermis.official.persisted import NO_STYLEGAN3
@@ -82,7 +82,7 @@ class OfficialCheckpoint:
 
 
 def read_official(
-    path: str | Path, network: NetworkName = "G_ema", limits: Limits = DEFAULT_LIMITS
+    path: str | Path, network: NetworkName = "G_ema", limits: ProcessLimits = DEFAULT_LIMITS
 ) -> OfficialCheckpoint:
     """Read a StyleGAN2-ADA (PyTorch) `.pkl` without executing anything in it, in a separate process.
 

@@ -11,15 +11,15 @@ import stat
 from pathlib import Path
 
 from dermis.errors import BundleError, escape
-from dermis.limited import LimitError, Limits, run_limited
+from dermis.limited import LimitError, ProcessLimits, run_limited
 from dermis.official.stored import write_stored
 
 # The largest official checkpoints (1024 px, 380 MB) need a small part of it. The file itself counts, as it is mapped.
-DEFAULT_LIMITS = Limits(cpu_seconds=120, wall_seconds=600, memory_bytes=4 << 30)
+DEFAULT_LIMITS = ProcessLimits(cpu_seconds=120, wall_seconds=600, memory_bytes=4 << 30)
 _OPTIONS = {"time": "--max-seconds", "memory": "--max-memory-gib"}
 
 
-def store_isolated(path: Path, generator: str, folder: Path, limits: Limits) -> None:
+def store_isolated(path: Path, generator: str, folder: Path, limits: ProcessLimits) -> None:
     """`stored.write_stored` in a process of its own.
 
     Raises:

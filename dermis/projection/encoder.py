@@ -24,7 +24,7 @@ from dermis.errors import BundleError, escape, quote
 from dermis.features import channels_last
 from dermis.imaging import Images
 from dermis.tensor_files import read_header, read_tensors
-from dermis.vision import import_vision
+from dermis.torchvision_compat import import_vision
 
 if TYPE_CHECKING:
     from dermis.bundle import Bundle

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dermis.errors import DermisError
 from dermis.features import channels_last, hub_folder, lite0_network, published_weights
-from dermis.vision import import_vision
+from dermis.torchvision_compat import import_vision
 
 MAX_SIZE = 256  # larger images are averaged down to it, as in StyleGAN2's appendix D
 DEFAULT = "vgg16"

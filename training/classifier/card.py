@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dermis.bundle.classifier import NOTICE, Description
+from dermis.bundle.classifier import NOTICE, ClassifierDescription
 from training.classifier.evaluate import FEWEST
 
 _METRICS = {
@@ -19,7 +19,7 @@ _METRICS = {
 _ATTRIBUTES = {"source": "Source", "sex": "Sex", "age": "Age (years)", "site": "Site"}
 
 
-def classifier_card(name: str, described: Description) -> str:
+def classifier_card(name: str, described: ClassifierDescription) -> str:
     """Markdown for CLASSIFIER_CARD.md. Says nothing that is not in the description."""
     origin, measured = described.provenance, described.metrics
     test, validation, run = measured["test"], measured["validation"], origin["training"]

@@ -30,7 +30,7 @@ from dermis.dataset.reading import open_dataset, samples_of
 from dermis.dataset.store import Store
 from dermis.errors import DataError
 from dermis.imaging import Images, decode
-from dermis.network_config import NoiseMode
+from dermis.network_config import DEFAULT_NOISE_MODE
 from training.classifier.data import CLASS_NAMES
 from training.data.diagnoses import is_melanoma
 from training.data.sources import read_source
@@ -38,7 +38,6 @@ from training.data.sources import read_source
 if TYPE_CHECKING:
     from dermis.synthesizer import Synthesizer
 
-_NOISE_MODE: NoiseMode = "random"
 _SAVE_EVERY = 512  # images; what is lost at most when drawing is stopped
 
 Count = dict[str, int]
@@ -175,7 +174,7 @@ def _of_bundle(bundle: Bundle, source: SyntheticSource, label: int, drawing: _Dr
                 indices=[2 * i + label for i in rows],
                 labels=[numbers[i % len(numbers)] for i in rows],
                 truncation_psi=drawing.truncation_psi,
-                noise_mode=_NOISE_MODE,
+                noise_mode=DEFAULT_NOISE_MODE,
             )
             if drawn.shape[3] == 1:
                 drawn = drawn.repeat(3, axis=3)
@@ -189,7 +188,7 @@ def _of_bundle(bundle: Bundle, source: SyntheticSource, label: int, drawing: _Dr
         "digest": bundle.digest,
         "seed": drawing.seed,
         "truncation_psi": drawing.truncation_psi,
-        "noise_mode": _NOISE_MODE,
+        "noise_mode": DEFAULT_NOISE_MODE,
         "licence": bundle.provenance.get("licence", "unknown"),
         "trained_on": trained_on.get("sha256") if isinstance(trained_on, dict) else None,
     }
@@ -197,7 +196,7 @@ def _of_bundle(bundle: Bundle, source: SyntheticSource, label: int, drawing: _Dr
         bundle.digest,
         drawing.seed,
         drawing.truncation_psi,
-        _NOISE_MODE,
+        DEFAULT_NOISE_MODE,
         numbers,
         label,
         drawing.size,

@@ -18,7 +18,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 from dermis.errors import DataError, escape
-from dermis.reading import IMAGE_SUFFIXES, is_image_header
+from dermis.image_reading import IMAGE_SUFFIXES, is_image_header
 
 TABLE_SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tab")
 # Files that go with data sets and are no images, so that leaving them out is no loss.

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dermis.errors import DataError
-from dermis.reading import ImageError, read_training_image
+from dermis.image_reading import ImageError, read_training_image
 from training.data.cache import new_array, read_array
 from training.data.sources import Record, Source
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from dermis.errors import DataError
 from dermis.files import atomic_write
-from dermis.reading import ImageError
+from dermis.image_reading import ImageError
 from training.data.card import data_card
 from training.data.images import BROKEN_IMAGE, DECODER_VERSION, in_threads, square
 from training.data.sources import Record, Source
