@@ -226,7 +226,7 @@ def _summarise(out: Path, files: Sequence[Path], results: Sequence[Path], left_o
     """The table, the sheet of pairs, and a line on the screen."""
     from dermis.image_reading import read_training_image
     from dermis.imaging import contact_sheet, encode
-    from dermis.projection.result import facts_of
+    from dermis.projection.result import fields_of
 
     rows: list[dict[str, Any]] = []
     pairs: list[Images] = []
@@ -234,7 +234,7 @@ def _summarise(out: Path, files: Sequence[Path], results: Sequence[Path], left_o
         if file in left_out:
             continue
         found, _ = _read(result)
-        rows.append({"file": str(file), "result": result.relative_to(out).as_posix(), **facts_of(found)})
+        rows.append({"file": str(file), "result": result.relative_to(out).as_posix(), **fields_of(found)})
         if len(pairs) < 2 * _PAIRS:
             pairs += [read_training_image(file.read_bytes(), size=size), found.image]
     if not rows:

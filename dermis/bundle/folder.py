@@ -139,7 +139,7 @@ class Folder:
         """
         if record.bytes > limit:
             raise BundleError(
-                f"{self._place(name)}: is larger than it may be ({limit:,} bytes); get the {self.kind} again"
+                f"{self._place(name)}: is larger than allowed ({limit:,} bytes); get the {self.kind} again"
             )
         with self._open(name, record) as file:
             data = file.read(record.bytes + 1) if self.local else _read_at_most(file, record.bytes + 1)

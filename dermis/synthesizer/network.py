@@ -1,4 +1,4 @@
-"""The generator in the form that serves: the same values as `dermis.networks`, laid out for an inference compiler.
+"""The generator for inference: the same values as `dermis.networks`, in a form that compilers optimise well.
 
 Three differences from `SynthesisNetwork`. Everything that depends on the style vectors alone (the layers' affine maps
 and demodulation coefficients) is computed first, in float32, so that the large graph sees only per-channel scales.
@@ -16,18 +16,18 @@ from dermis.networks import LRELU_SLOPE, SQRT2, Generator, SynthesisLayer, ToRGB
 
 
 def noise_resolutions(generator: Generator) -> list[int]:
-    """Height of every layer's noise map, in the order of the noise vector: 4, 8, 8, 16, 16, ..."""
+    """Return the height of every layer's noise map, in the order of the noise vector: 4, 8, 8, 16, 16, ..."""
     return [layer.resolution for block in generator.synthesis.blocks for layer in block.layers]
 
 
 def constant_noise(generator: Generator) -> Tensor:
-    """The noise vector [1, sum of R^2] of the generator's own buffers (noise_mode "const")."""
+    """Return the noise vector [1, sum of R^2] from the generator's buffers, for noise_mode "const"."""
     layers = (layer for block in generator.synthesis.blocks for layer in block.layers)
     return torch.cat([layer.noise_const.flatten() for layer in layers])[None].float()
 
 
 class MappingStage(nn.Module):
-    """z [N, z_dim], c [N, c_dim] -> w [N, w_dim], before truncation (an unconditional generator ignores c)."""
+    """z [N, z_dim], c [N, c_dim] -> w [N, w_dim], not truncated. An unconditional generator ignores c."""
 
     def __init__(self, generator: Generator) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ class ImageStage(nn.Module):
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Float [N, C, H, W] in [-1, 1] -> uint8 [N, H, W, C]: round(clip((x + 1) 127.5, 0, 255))."""
+    """Convert float images [N, C, H, W] in [-1, 1] to uint8 [N, H, W, C]: round(clip((x + 1) 127.5, 0, 255))."""
     return ((images.permute(0, 2, 3, 1) + 1.0) * 127.5).clamp(0.0, 255.0).round().to(torch.uint8)
 
 
