@@ -279,8 +279,8 @@ def _write_pictures(folder: Path, entries: Sequence[Entry]) -> None:
         for old in folder.glob("[0-9][0-9][0-9][0-9]-*.png"):
             old.unlink()
     for place, entry in enumerate(entries):
-        side = max(LEAST_SIDE, len(entry.found.image))
-        write_file(folder / f"{place:04d}-{_file_name(entry.name)}.png", to_png(heat_map(entry.found, side)))
+        side = max(LEAST_SIDE, len(entry.attribution.image))
+        write_file(folder / f"{place:04d}-{_file_name(entry.name)}.png", to_png(heat_map(entry.attribution, side)))
 
 
 def _check_out(out: Path, classifier: str) -> None:
