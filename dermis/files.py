@@ -35,23 +35,27 @@ _FLAGS = (
 
 
 class NotRegularError(OSError):
-    """What lies under a name is no regular file, or lies in another folder."""
+    """A name does not belong to a regular file, or belongs to one in another folder."""
 
 
 def open_regular(root: str | Path, name: str) -> BinaryIO:
     """Open the regular file `name` inside the folder `root`; `root` itself may be a link.
 
     A link is followed only to a regular file inside the same folder. Named pipes, devices, sockets and folders are refused
-    without opening them, so that reading ends and its length is that of the file. Raises OSError, of these NotRegularError.
+    without opening them, so that reading ends after the length of the file.
+
+    Raises:
+        NotRegularError: There is no regular file of this name in the folder.
+        OSError: The file cannot be opened.
     """
     top = os.path.realpath(root)
-    path = os.path.realpath(os.path.join(top, name))  # noqa: PTH118  (Path would not keep what `name` says)
+    path = os.path.realpath(os.path.join(top, name))  # noqa: PTH118  (Path would normalise `name`)
     if not path.startswith(top.rstrip(os.sep) + os.sep):
         raise NotRegularError(errno.EPERM, "is a link out of its folder; copy the file itself there")
     _check_regular(os.lstat(path).st_mode)
     handle = os.open(path, _FLAGS)
     try:
-        _check_regular(os.fstat(handle).st_mode)  # again: it may have been replaced in the meantime
+        _check_regular(os.fstat(handle).st_mode)  # again, because it can have been replaced since
         return os.fdopen(handle, "rb")
     except BaseException:
         os.close(handle)
@@ -59,9 +63,12 @@ def open_regular(root: str | Path, name: str) -> BinaryIO:
 
 
 def names_below(root: Path) -> Iterator[str]:
-    """Relative names, with slashes, of everything below a folder that is no folder; empty folders end with a slash.
+    """Yield the relative names, with slashes, of all files below a folder, and of empty folders with a slash at the end.
 
-    Links to folders are named and not followed. Raises OSError.
+    Links to folders are not followed: their own name is yielded.
+
+    Raises:
+        OSError: A folder cannot be read.
     """
     pending = [""]
     while pending:

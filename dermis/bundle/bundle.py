@@ -267,10 +267,14 @@ def amend_bundle(
             files[DIRECTIONS] = encode_directions(directions)
     if metrics is not None:
         files[METRICS] = to_json(dict(metrics), METRICS)
-    kept = bundle.directions if directions is None else directions
-    changed = any(descriptions[key] is not getattr(bundle, key) for key in _PARTS) or kept is not bundle.directions
+    new_directions = bundle.directions if directions is None else directions
+    changed = (
+        any(descriptions[key] is not getattr(bundle, key) for key in _PARTS) or new_directions is not bundle.directions
+    )
     if model_card is not None or changed:
-        files[CARD] = _card(bundle.model_card if model_card is None else model_card, descriptions, kept).encode()
+        files[CARD] = _card(
+            bundle.model_card if model_card is None else model_card, descriptions, new_directions
+        ).encode()
     fields = {
         "name": name or bundle.name,
         "generator": asdict(bundle.generator),

@@ -64,8 +64,8 @@ def with_latent_section(
 def _index(index: IndexDescription | None) -> str:
     if index is None:
         return ""
-    held = f"and {index.held_out:,} held-out images" if index.held_out else "and of no held-out images"
-    return f"""`authenticity/` holds embeddings of {index.vectors:,} training images {held}, in the feature space
+    held_out = f"and {index.held_out:,} held-out images" if index.held_out else "and of no held-out images"
+    return f"""`authenticity/` holds embeddings of {index.vectors:,} training images {held_out}, in the feature space
 `{index.extractor}` ({index.metric}, {index.dim} dimensions): images can be compared with them. Half of the training images are
 nearer than {index.radii[50]:.3f} to another one, 1 % nearer than {index.radii[1]:.3f}{_near_duplicates(index)}.
 **Whoever has these files can find out whether an image was a training image**; remove them where this must stay secret:

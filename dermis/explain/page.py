@@ -127,7 +127,8 @@ def _figure(entry: Entry, description: ClassifierDescription) -> str:
     scale = per_percent(attribution, full_colour(attribution))
     return f"""<figure>{shown}<figcaption><strong>{html.escape(name)}</strong><br>{html.escape(entry.class_name)}, calibrated
 {entry.calibrated:.3f} (probability {entry.probability:.3f}){label}{wrong}<br>
-<span class="note">logit {attribution.logit:.2f}, of the baselines {attribution.baseline:.2f}<br>full colour: &plusmn;{scale:.2g} logits for each 1 % of the area<br>right:
+<span class="note">logit {attribution.logit:.2f}, of the baselines {attribution.baseline:.2f}<br>
+full colour: &plusmn;{scale:.2g} logits for each 1 % of the area<br>right:
 {salient_mask(attribution).mean():.0%} of the area</span></figcaption></figure>
 """
 

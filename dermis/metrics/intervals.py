@@ -83,7 +83,7 @@ def kernel_estimate(
 def gaussian_estimate(
     real: NDArray[np.float32], generated: NDArray[np.float32], kernel: Gaussian, replicates: int = 200, seed: int = 0
 ) -> KernelEstimate:
-    """Compute the unbiased MMD^2 of all images with a Gaussian kernel, and its interval. Its mean is 0 for equal distributions."""
+    """Compute the unbiased MMD^2 with a Gaussian kernel and its interval. Its mean is 0 for equal distributions."""
     rng = np.random.default_rng(seed)
     w, v = _weights(len(real), replicates, rng), _weights(len(generated), replicates, rng)
     mmd = squared_discrepancies(kernel.prepare(real), kernel.prepare(generated), w, v, kernel)
