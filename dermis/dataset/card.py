@@ -129,9 +129,9 @@ def dataset_card(
 
 The first images of each class, class after class, not selected.
 
-**Every image is synthetic**: drawn by the generator `{bundle.name}`, it shows no real person.
+**Every image is synthetic**: made by the generator `{bundle.name}`, it shows no real person.
 **Not for diagnosis**: class names say which class the generator was asked for, not what a dermatologist would see, and
-the images carry the biases of the data that the generator learnt from. {_checked(privacy)}{_edited(plan)}
+the images have the biases of the data that the generator was trained on. {_checked(privacy)}{_edited(plan)}
 
 | class | images |
 | --- | --- |
@@ -178,34 +178,32 @@ def _classifier_section(plan: Plan, tallies: Mapping[str, Tally] | None) -> str:
     section = f"""
 ## Classifier
 
-`probability` is what the bundle's classifier says of each image before it was encoded: the calibrated probability of
-{plan.classifier.positive_class}. It agrees with the class of an image if that is on the right side of its threshold
-`{threshold}` ({plan.classifier.threshold(threshold):.4g}). The classifier is `{plan.classifier.architecture}`, SHA-256
-`{plan.classifier.digest}`. {NOTICE}
+`probability` is the calibrated probability of {plan.classifier.positive_class} by the bundle's classifier,
+for each image before it was encoded. The classifier agrees with the class of an image if this probability is on the
+right side of the threshold `{threshold}` ({plan.classifier.threshold(threshold):.4g}). The classifier is
+`{plan.classifier.architecture}`, SHA-256 `{plan.classifier.digest}`. {NOTICE}
 
 | class | images | classifier agrees | drawn | rejected |
 | --- | --- | --- | --- | --- |
 {rows}
 """
     if options is not None and options.filters:
-        kept = ["which the classifier agrees with"] if options.keep == "agreeing" else []
+        kept = ["to which the classifier gives their class"] if options.keep == "agreeing" else []
         if options.min_probability > 0 or options.max_probability < 1:
-            kept.append(f"of a probability from {options.min_probability:g} to {options.max_probability:g}")
+            kept.append(f"with a probability from {options.min_probability:g} to {options.max_probability:g}")
         missing = plan.samples - sum(class_tally.images for class_tally in tallies.values())
         section += f"""
 **Filtered**: only images {" and ".join(kept)} were kept, from up to {options.tries} latents for each.
-{missing:,} of {plan.samples:,} images are missing, as none of theirs was kept. What a filter rejects is variety: these
-are images that suit this classifier, and whatever learns from them learns less of the rest. Of an image that was not
-the first try, `index` is that of its latent, 2^34 higher for every further try.
+{missing:,} of {plan.samples:,} images are missing, as all their candidates were rejected. A filter reduces variety: these
+images suit this classifier, and a model that is trained on them learns less of the others. `index` is that of the latent of
+the kept candidate: 2^34 higher for every further try.
 """
     return section
 
 
 def _checked(privacy: PrivacyReport | None) -> str:
     if privacy is None:
-        return (
-            "Whether single images resemble training images\ntoo closely has not been checked by making this dataset."
-        )
+        return "Whether single images are too similar to training\nimages has not been checked for this dataset."
     return "Every image was compared\nwith the training images: see Privacy."
 
 
@@ -255,7 +253,7 @@ def _privacy_section(plan: Plan, privacy: PrivacyReport | None) -> str:
     if attack is not None:
         beyond = "more often than by chance" if attack.succeeds else "no better than by chance"
         attack_text = (
-            f"An attacker who takes a real image for a training image if one of these is near to it is right {beyond}:\n"
+            f"An attacker who takes a real image for a training image if a synthetic one is near to it is right {beyond}:\n"
             f"AUC {attack.auc:.3f} (95 % interval {attack.low:.3f} to {attack.high:.3f}), of {attack.members:,} training and "
             f"{attack.held_out:,} held-out images."
         )
@@ -267,7 +265,7 @@ def _privacy_section(plan: Plan, privacy: PrivacyReport | None) -> str:
 
 Every image was compared with the generator's training images, in the feature space of the bundle's index (SHA-256
 `{privacy.index}`). An image is authentic if it is farther from its nearest training image than that one is from its own
-nearest other one (Alaa et al., arXiv 2102.08921). The gate asked of each to be {gate}; what was not
+nearest other one (Alaa et al., arXiv 2102.08921). The gate requires that it is {gate}; an image that was not
 {outcomes[options.on_reject]}. {missing:,} of {plan.samples:,} images are missing.
 
 **Authentic: {privacy.before:.1%} of the images that were compared, {privacy.after:.1%} of those in the dataset.**
@@ -276,7 +274,7 @@ nearest other one (Alaa et al., arXiv 2102.08921). The gate asked of each to be 
 | --- | --- | --- | --- | --- | --- | --- |
 {classes}
 
-Distances to the nearest training image, at percentiles, beside those of training images to their nearest other one:
+Percentiles of the distances to the nearest training image, and of those of training images to their nearest other one:
 
 | | {head} |
 | --- | {" | ".join("---" for _ in SHOWN)} |
@@ -288,8 +286,8 @@ Identifiability: {privacy.exposure.identifiability:.1%} of the training images a
 other training image (Yoon et al., ADS-GAN); it grows with the number of images.
 {attack_text}
 
-`nearest_distance`, `distance_percentile` and `authentic` say it of each image. A gate finds copies of whole images in one
-feature space; it is no proof that nothing of a patient can be learnt from a dataset.
+`nearest_distance`, `distance_percentile` and `authentic` have the result of each image. A gate finds copies of whole images
+in one feature space; it does not prove that nothing about a patient can be learnt from a dataset.
 """
 
 

@@ -203,12 +203,12 @@ def _begin(partial: Path, plan: str) -> None:
     _write(partial / _PLAN, plan.encode())
 
 
-Task = tuple[int, int]
+_Task = tuple[int, int]
 
 
 def _finished_images(
-    partial: Path, tasks: Sequence[Task], anchors: Sequence[Anchor], names: Sequence[str]
-) -> Iterator[tuple[Task, str]]:
+    partial: Path, tasks: Sequence[_Task], anchors: Sequence[Anchor], names: Sequence[str]
+) -> Iterator[tuple[_Task, str]]:
     """Yield the images that exist already, with their SHA-256."""
     for task in tasks:
         path = partial / _file_name(task, anchors, names)
@@ -223,15 +223,15 @@ def _write(path: Path, data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _id(task: Task) -> str:
+def _id(task: _Task) -> str:
     return f"NBR_{task[0]:05d}_{task[1]:03d}"
 
 
-def _file_name(task: Task, anchors: Sequence[Anchor], names: Sequence[str]) -> str:
+def _file_name(task: _Task, anchors: Sequence[Anchor], names: Sequence[str]) -> str:
     return f"{folder_name(names[anchors[task[0]].label])}/{_id(task)}.png"
 
 
-def _table(tasks: Sequence[Task], anchors: Sequence[Anchor], names: Sequence[str], hashes: dict[Task, str]) -> str:
+def _table(tasks: Sequence[_Task], anchors: Sequence[Anchor], names: Sequence[str], hashes: dict[_Task, str]) -> str:
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, (*COLUMNS, "anchor", "neighbour"), restval="", lineterminator="\n")
     writer.writeheader()
