@@ -39,7 +39,7 @@ class NotRegularError(OSError):
 
 
 def open_regular(root: str | Path, name: str) -> BinaryIO:
-    """Open the regular file `name` inside the folder `root`; `root` itself may be a link.
+    """Open the regular file `name` inside the folder `root`; `root` itself can be a link.
 
     A link is followed only to a regular file inside the same folder. Named pipes, devices, sockets and folders are refused
     without opening them, so that reading ends after the length of the file.
@@ -94,7 +94,7 @@ def atomic_write(path: Path, *, concurrent: bool = False) -> Iterator[Path]:
 
     Args:
         path: The file to write. Its folder must exist when the block writes.
-        concurrent: Whether other threads or processes may write `path` at the same time. The name of the temporary file
+        concurrent: Whether other threads or processes can write `path` at the same time. The name of the temporary file
             is then unique. Otherwise it is always the same, so that the next write replaces one that was left.
 
     Yields:
@@ -140,7 +140,7 @@ def try_lock(path: Path) -> FileLock | None:
     Raises:
         OSError: The file cannot be opened, or its file system has no locks.
     """
-    # Not thread_local: another thread may release it. A lock that does not end with the process is no substitute.
+    # Not thread_local: another thread can release it. The fallback is a lock that would not end with the process.
     lock = FileLock(path, blocking=False, thread_local=False, fallback_to_soft=False)
     try:
         lock.acquire()

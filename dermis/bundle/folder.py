@@ -1,10 +1,10 @@
 """Verified folders: a JSON descriptor lists the SHA-256 and the size of every other file.
 
 A bundle is such a folder, and so is each of its parts (classifier, index, encoder) when it stands alone. Folders are read
-through fsspec, so a folder may be an `s3://` prefix. They are written locally, and a folder appears completely or not at
+through fsspec, so a folder can be an `s3://` prefix. They are written locally, and a folder appears completely or not at
 all.
 
-A folder may be untrusted. Only regular files that its descriptor lists are opened, no more of a file is read than its
+A folder can be untrusted. Only regular files that its descriptor lists are opened, no more of a file is read than its
 record allows, and the fields of the descriptor are checked before they are used.
 """
 
@@ -223,7 +223,7 @@ class Folder:
 
 
 def _read_at_most(file: BinaryIO, limit: int) -> bytes:
-    """Read up to `limit` bytes in pieces, because a remote file system may reserve memory for the size of one read."""
+    """Read up to `limit` bytes in pieces, because a remote file system can reserve memory for the size of one read."""
     pieces, size = [], 0
     while size < limit and (piece := file.read(min(_PIECE, limit - size))):
         pieces.append(piece)

@@ -102,7 +102,7 @@ class IndexDescription:
     """The same percentiles for held-out images and their nearest training image; empty without held-out images."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     duplicates: Duplicates | None = None
-    """None in an index of format 1, whose radii may be distances to duplicates."""
+    """None in an index of format 1, whose radii can be distances to duplicates."""
     exact_radii: float | None = None
     """Share of the radii that an exact search confirms: 1 if exact search computed all. None in an index of format 1."""
     files: Mapping[str, FileRecord] = field(default_factory=dict)

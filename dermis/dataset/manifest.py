@@ -297,7 +297,7 @@ def _finished(plan: Plan, store: Store, identity: Mapping[str, str]) -> Manifest
     try:
         manifest = read_manifest(store)
     except StorageError as error:
-        if error.kind != "storage":  # the storage cannot be reached, so it may exist
+        if error.kind != "storage":  # the storage cannot be reached, so it can exist
             raise
         return None
     same = manifest.plan_digest == plan.digest and dict(manifest.synthesizer) == synthesizer_identity(identity)

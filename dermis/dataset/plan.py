@@ -25,7 +25,7 @@ _STRIDE = 1 << 34  # MAX_TRIES of them cover all indices of latents
 
 @dataclass(frozen=True)
 class Plan:
-    """Samples 0 .. samples - 1, cut into shards of `request.shard_size` (the last may be smaller).
+    """Samples 0 .. samples - 1, cut into shards of `request.shard_size` (the last can be smaller).
 
     `request.classes` is in the order of `class_names`, so that the order of a user's request makes no difference. A label
     is a position in `class_names`, which has all classes of the model.

@@ -65,7 +65,7 @@ class ClassifierOptions(BaseModel):
         return self.keep != "all" or self.min_probability > 0 or self.max_probability < 1
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _check_filter(self) -> Self:
         if self.min_probability > self.max_probability:
             raise ValueError("min_probability must not be above max_probability")
         if self.filters and not self.score:
@@ -126,7 +126,7 @@ class PrivacyOptions(BaseModel):
         8,
         ge=1,
         le=16,
-        description="For resample: images that may be rejected for a sample before it is missing.",
+        description="For resample: images that can be rejected for a sample before it is missing.",
     )
 
     @property
@@ -212,7 +212,7 @@ class DatasetRequest(BaseModel):
         return tuple(option.edit for option in self.edits or ())
 
     @model_validator(mode="after")
-    def _within_the_latents(self) -> Self:
+    def _check_tries(self) -> Self:
         if self.tries > MAX_TRIES:
             raise ValueError(f"classifier.tries and privacy.tries together must not be above {MAX_TRIES + 1}")
         return self

@@ -94,11 +94,6 @@ def authentic(
     return np.asarray(distance[:, 0] > own[index[:, 0]])
 
 
-def near_duplicates(features: Features) -> NDArray[np.bool_]:
-    """Find features [N, dim] that have another one nearer than a twentieth of the median distance; bool [N]."""
-    return distinct_radii(features, same_distance(features))[1]
-
-
 def same_distance(features: Features) -> float:
     """Return the distance up to which two features of [N, dim] count as one image, as in `dermis.authenticity.baseline`."""
     return SAME_SHARE * typical_distance(features)
