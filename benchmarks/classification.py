@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dermis.bundle.classifier import MODEL, Description, InputSpec, read_model, write_classifier
+from dermis.bundle.classifier import MODEL, ClassifierDescription, InputSpec, read_model, write_classifier
 from dermis.classifier.onnx_session import Classifier, find_classifier
 from dermis.classifier.preprocess import to_input
 from dermis.classifier.scores import sigmoid
@@ -32,14 +32,14 @@ PHOTOGRAPH = (450, 600)  # height and width of most images in HAM10000
 REQUIRED_AGREEMENT = 1e-4
 
 
-def random_classifier(out: Path, architecture: str, size: int) -> Description:
+def random_classifier(out: Path, architecture: str, size: int) -> ClassifierDescription:
     """Write a classifier's folder in the form of training, with random weights."""
     from training.classifier.config import ClassifierConfig
     from training.classifier.export import to_onnx
     from training.classifier.network import finished_network, new_network
 
     network = finished_network(new_network(ClassifierConfig(architecture, size), weights="none"), 0.0)
-    description = Description(
+    description = ClassifierDescription(
         architecture=architecture,
         input=InputSpec(size, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
         class_names=("benign", "malignant"),

@@ -25,7 +25,7 @@ import dermis.features
 import dermis.features_openvino
 from dermis.cpus import available_cpus
 from dermis.features import FeatureExtractor, feature_extractor
-from dermis.reading import read_training_image
+from dermis.image_reading import read_training_image
 from training.data.embedding import embed_array, progress_bar
 from training.data.images import in_threads
 

@@ -29,7 +29,7 @@ from dermis.devices import fast_dtype, resolve_device
 from dermis.latents import z_for
 from dermis.networks import Generator, GeneratorConfig, one_hot
 from dermis.synthesizer import Synthesizer
-from dermis.synthesizer.network import blocks_of, convolutions_of, to_uint8
+from dermis.synthesizer.network import to_uint8
 
 DEMO = Path("bundles/demo")
 EAGER_BATCHES = (1, 2, 4, 8)
@@ -63,9 +63,9 @@ def random_generator(config: GeneratorConfig) -> Generator:
     """A generator with random weights. Those of the RGB layers are reduced so that images are not saturated."""
     torch.manual_seed(0)
     generator = Generator(config).eval().requires_grad_(False)
-    for block in blocks_of(generator):
+    for block in generator.synthesis.blocks:
         block.torgb.weight.mul_(0.1)
-        for layer in convolutions_of(block):
+        for layer in block.layers:
             layer.noise_strength.fill_(0.1)
     return generator
 
@@ -85,8 +85,8 @@ def random_bundle(out: Path, config: GeneratorConfig) -> Bundle:
 def gflop_per_image(generator: Generator) -> float:
     """Floating-point operations / 1e9 of the 3x3 and 1x1 convolutions of the network, and nothing else."""
     macs = 0
-    for block in blocks_of(generator):
-        for layer in convolutions_of(block):
+    for block in generator.synthesis.blocks:
+        for layer in block.layers:
             macs += layer.weight.numel() * (layer.resolution // layer.up) ** 2
         macs += block.torgb.weight.numel() * block.conv1.resolution**2
     return 2 * macs / 1e9

@@ -44,7 +44,7 @@ def targets_of(bundle: Bundle, folder: Path | None, count: int) -> list[Images]:
         with Synthesizer(bundle) as synthesizer:
             classes = max(bundle.generator.c_dim, 1)
             return list(synthesizer.images([99] * count, range(count), [i % classes for i in range(count)]))
-    from dermis.reading import read_image
+    from dermis.image_reading import read_image
 
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
     chosen = [files[i] for i in np.linspace(0, len(files) - 1, count).round().astype(int)]

@@ -171,8 +171,8 @@ def _audit_rows(names: Sequence[str], audit: ProjectionAudit) -> Iterator[dict[s
 
 def _pairs_of(files: Sequence[Path], folder: Path, size: int) -> tuple[Images, Images, list[str]]:
     """Read targets and projections, uint8 [N, R, R, 3], and the names of the targets."""
+    from dermis.image_reading import read_training_image
     from dermis.projection.result import from_bytes
-    from dermis.reading import read_training_image
 
     targets, projected = [], []
     for file in files:
@@ -286,7 +286,7 @@ def _chunks(
     files: Sequence[Path], size: int, unreadable: list[tuple[Path, str]]
 ) -> Iterator[tuple[list[Path], NDArray[np.uint8]]]:
     """Read images [N, size, size, 3] in threads; those that cannot be read are added to `unreadable`."""
-    from dermis.reading import ImageError, read_training_image
+    from dermis.image_reading import ImageError, read_training_image
     from training.data.images import in_threads
 
     def read(path: Path) -> Images | str:

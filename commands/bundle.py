@@ -55,12 +55,12 @@ def import_checkpoint(
     """Turn an official checkpoint into a bundle. Nothing in the checkpoint is executed."""
     from dermis.bundle import check_names, write_bundle
     from dermis.errors import BundleError
-    from dermis.limited import Limits
+    from dermis.limited import ProcessLimits
     from dermis.official.convert import read_official
 
     if out.exists():
         raise BundleError(f"{out}: exists already; choose another folder or remove it")
-    limits = Limits(max_seconds, 5 * max_seconds, int(max_memory_gib * (1 << 30)))
+    limits = ProcessLimits(max_seconds, 5 * max_seconds, int(max_memory_gib * (1 << 30)))
     official = read_official(checkpoint, network, limits)
     if official.discriminator is None:
         if require_discriminator:

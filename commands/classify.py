@@ -18,8 +18,8 @@ from dermis.files import write_file
 
 if TYPE_CHECKING:
     from dermis.classifier.onnx_session import Classifier
+    from dermis.image_reading import ImageError
     from dermis.imaging import Images
-    from dermis.reading import ImageError
 
 _COLUMNS = ("file", "probability", "calibrated", "class")
 _CHUNK = 64  # images in memory at a time, at the classifier's size
@@ -111,7 +111,7 @@ def _scores(
     description = session.description
 
     def read(path: Path) -> Images | ImageError | OSError:
-        from dermis.reading import ImageError, read_training_image
+        from dermis.image_reading import ImageError, read_training_image
 
         try:
             return read_training_image(path.read_bytes(), size=description.input.size)

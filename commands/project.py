@@ -175,10 +175,10 @@ def _run(
 ) -> None:
     from tqdm import tqdm
 
+    from dermis.image_reading import ImageError, read_training_image
     from dermis.imaging import encode
     from dermis.projection.projector import Target
     from dermis.projection.result import to_bytes
-    from dermis.reading import ImageError, read_training_image
     from dermis.video import encode_video
 
     size = projector.bundle.generator.img_resolution
@@ -231,9 +231,9 @@ def _read(result: Path) -> tuple[Projection, dict[str, str]]:
 
 def _summarise(out: Path, files: Sequence[Path], results: Sequence[Path], left_out: set[Path], size: int) -> None:
     """Write the table and the sheet of pairs, and print a summary."""
+    from dermis.image_reading import read_training_image
     from dermis.imaging import contact_sheet, encode
-    from dermis.projection.result import facts_of
-    from dermis.reading import read_training_image
+    from dermis.projection.result import fields_of
 
     rows: list[dict[str, Any]] = []
     pairs: list[Images] = []
@@ -241,7 +241,7 @@ def _summarise(out: Path, files: Sequence[Path], results: Sequence[Path], left_o
         if file in left_out:
             continue
         projection, _ = _read(result)
-        rows.append({"file": str(file), "result": result.relative_to(out).as_posix(), **facts_of(projection)})
+        rows.append({"file": str(file), "result": result.relative_to(out).as_posix(), **fields_of(projection)})
         if len(pairs) < 2 * _PAIRS:
             pairs += [read_training_image(file.read_bytes(), size=size), projection.image]
     if not rows:

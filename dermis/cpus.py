@@ -1,4 +1,4 @@
-"""How many processors can be used, and which instructions they have. Imports no torch."""
+"""Number of usable processors, and their instructions. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import platform
 from functools import lru_cache
 from pathlib import Path
 
-# As Linux names them, the widest first: they decide the last bits of a result.
+# By their names in Linux, the widest first. They decide the last bits of a result.
 _INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "sve2", "sve", "asimd")
 _NATIVE_BFLOAT16 = ("amx_bf16", "avx512_bf16", "bf16")
 # M_TRIM_THRESHOLD, M_TOP_PAD and M_MMAP_THRESHOLD of glibc's malloc.h, in bytes. Early versions of glibc refuse more than
@@ -18,17 +18,17 @@ _MALLOC_OPTIONS = ((-1, (1 << 31) - 1), (-2, 64 << 20), (-3, 32 << 20), (-3, 1 <
 
 
 def available_cpus() -> int:
-    """Processors that this process may use: its affinity mask, and the quota of its control group (version 2)."""
+    """Return the number of processors that this process can use, by its affinity mask and control group (version 2)."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         return max(1, min(count, math.ceil(int(quota) / int(period))))
-    except (OSError, ValueError):  # no such file, or "max": no quota
+    except (OSError, ValueError):  # no such file, or "max", which means no quota
         return count
 
 
 def cpu_identity() -> dict[str, str]:
-    """What decides the last bits of a result on a CPU: the processor and the widest instructions it has."""
+    """Return what decides the last bits of a result on a CPU: the processor and its widest instructions."""
     name, flags = _processor()
     known = {"avx512f": "avx512_f", "asimd": "neon"}
     widest = next((flag for flag in _INSTRUCTIONS if flag in flags), "baseline")
@@ -36,14 +36,14 @@ def cpu_identity() -> dict[str, str]:
 
 
 def has_native_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16 natively; False where this is not known."""
+    """Whether the processor multiplies bfloat16 natively; False if this is not known."""
     _, flags = _processor()
     return any(flag in flags for flag in _NATIVE_BFLOAT16)
 
 
 @lru_cache(maxsize=1)
 def _processor() -> tuple[str, frozenset[str]]:
-    """Name and instruction flags as /proc/cpuinfo has them; elsewhere the name alone."""
+    """Return name and instruction flags from /proc/cpuinfo; on other systems the name alone."""
     fields: dict[str, str] = {}
     try:
         for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
@@ -57,11 +57,11 @@ def _processor() -> tuple[str, frozenset[str]]:
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep the memory that it frees, and use it again, where the C library is glibc.
+    """Let this process keep freed memory for reuse, if the C library is glibc.
 
     By default glibc returns every large block to the kernel, and the next one costs a page fault for each 4 KB. Networks
     on the CPU allocate and free such blocks at every layer: training at 128 px took 2 to 6 times as long (docs/benchmarks.md).
-    The process then holds what it needed at its peak until it ends.
+    The process then keeps its peak memory until it ends.
 
     Returns:
         Whether the C library took all settings.

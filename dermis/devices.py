@@ -1,4 +1,4 @@
-"""Which device to run on, and which arithmetic it does fast."""
+"""Choose a device, and the arithmetic that is fast on it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ from dermis.errors import DermisError
 
 
 def resolve_device(device: str) -> torch.device:
-    """The device named "auto" (CUDA where present, else the CPU) or as torch names it; DermisError if it is not there."""
+    """Return a device by name.
+
+    Args:
+        device: "auto" (CUDA if present, otherwise the CPU), or a name of torch.
+
+    Raises:
+        DermisError: The device does not exist.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -25,14 +32,14 @@ def resolve_device(device: str) -> torch.device:
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the device multiplies it natively, else float32."""
+    """Return bfloat16 if the device multiplies it natively, otherwise float32."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     return torch.bfloat16 if has_native_bfloat16() else torch.float32
 
 
 def describe_hardware(device: torch.device) -> str:
-    """One line for a model card: the GPU's name, or the processor and the number of threads."""
+    """Describe a device in one line: the name of the GPU, or the processor and the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()

@@ -13,15 +13,15 @@ QUOTED_CHARACTERS = 200  # of foreign text, at most, in a message
 
 
 class DermisError(Exception):
-    """Something the user can mend; the message names the field or file and says what to do."""
+    """An error that the user can correct. The message names the field or file and says what to do."""
 
 
 class BundleError(DermisError):
-    """A bundle or an official checkpoint is unreadable, incomplete, tampered with or unsafe."""
+    """A bundle or an official checkpoint cannot be read, or is incomplete, changed or unsafe."""
 
 
 class RequestError(DermisError):
-    """A request that cannot be served as asked. `field` is the dotted path of the offending value."""
+    """A request that cannot be served. `field` is the path of the wrong value, with dots."""
 
     def __init__(self, field: str, message: str, kind: str = "invalid-request") -> None:
         super().__init__(f"{field}: {message}")
@@ -33,7 +33,7 @@ class RequestError(DermisError):
 class StorageError(DermisError):
     """Reading or writing files failed.
 
-    `kind` is "storage-full", "storage-unavailable" (the storage cannot be reached at the moment: the same call may succeed
+    `kind` is "storage-full", "storage-unavailable" (the storage cannot be reached at the moment; the same call can succeed
     later), or "storage" (permission, a missing or damaged file).
     """
 
@@ -47,11 +47,11 @@ class DataError(DermisError):
 
 
 class TrainingError(DermisError):
-    """Training cannot start, resume or go on."""
+    """Training cannot start, resume or continue."""
 
 
 def escape(text: object, limit: int = QUOTED_CHARACTERS) -> str:
-    """Foreign text on one line, for a message, a log or a card.
+    """Make foreign text safe for one line of a message, a log or a card.
 
     Args:
         text: A text, or an object (an exception) whose `str` is shown.
@@ -67,7 +67,7 @@ def escape(text: object, limit: int = QUOTED_CHARACTERS) -> str:
 
 
 def quote(value: object, limit: int = QUOTED_CHARACTERS) -> str:
-    """A foreign value as a short literal, for a message: a text in quotation marks, else Python's notation.
+    """Write a foreign value as a short literal for a message: text in quotation marks, other values in Python's notation.
 
     Args:
         value: A text, number, or small container of them.
@@ -83,7 +83,7 @@ def quote(value: object, limit: int = QUOTED_CHARACTERS) -> str:
 
 
 class _ShortRepr(reprlib.Repr):
-    """reprlib's, with bounds for the two types for which it writes out the whole value first."""
+    """reprlib's class with limits for the two types that it writes out completely first."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
-"""The named feature spaces: which network each is, what it was trained on, and the one file of weights that it takes.
+"""The named feature spaces: network, training images, and file of weights of each.
 
-A file is read whole and its SHA-256 compared before anything of it is loaded. Files in Python packages are there already;
-the others are downloaded once into torch's folder of downloads, under the names that torch-fidelity and torch.hub use, and
-can be put there by hand on a machine without a network.
+The SHA-256 of a whole file is compared before anything of it is loaded. Files of Python packages are installed with them.
+The others are downloaded once into torch's download folder, under the names that torch-fidelity and torch.hub use; on a machine
+without a network they can be put there by hand.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dermis.errors import DermisError
 
 @dataclass(frozen=True)
 class Preset:
-    """What a named feature space is.
+    """A named feature space.
 
     Attributes:
         network: name of the network in timm or torch-fidelity.
@@ -94,11 +94,11 @@ PRESETS: dict[str, Preset] = {
     "lite1": _lite(1, 240, "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850"),
     "lite2": _lite(2, 260, "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"),
 }
-"""The projected discriminator of `dermis train` judges by features of lite0, so lite0 flatters its generators."""
+"""The projected discriminator of `dermis train` uses features of lite0, so lite0 favours its generators."""
 
 
 def preset_weights(name: str) -> bytes:
-    """The content of a preset's file of weights, which is downloaded if it is not there.
+    """Return the content of a preset's file of weights, which is downloaded if it is missing.
 
     Raises:
         DermisError: the file cannot be loaded, or is another one; the message says where it belongs and its SHA-256.
@@ -119,7 +119,7 @@ def preset_weights(name: str) -> bytes:
 
 
 def hub_folder() -> Path:
-    """Where torch keeps the weights that libraries download."""
+    """Return the folder in which torch stores downloaded weights."""
     return Path(torch.hub.get_dir()) / "checkpoints"
 
 
@@ -138,7 +138,7 @@ def _downloaded(name: str, preset: Preset) -> Path:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(preset.source, str(file), preset.sha256, progress=sys.stderr.isatty())
-    except Exception as error:  # of the network, of the disk, or a file that is cut short
+    except Exception as error:  # errors of the network or the disk, or a truncated file
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise DermisError(
             f"the weights of {name} cannot be loaded ({reason[0]}); give --extractor lite0 or lite1, or put "

@@ -5,10 +5,10 @@ lite0, lite1, lite2             EfficientNet-Lite trained on ImageNet; their wei
 timm:MODEL                      any model of timm with its pretrained weights; downloads them once
 timm:MODEL@FILE.safetensors     the same with your own weights
 
-`dermis.feature_presets` says of every named space what it is and which file of weights it takes.
+`dermis.feature_presets` lists the named spaces with their files of weights.
 
-All arithmetic is float32, on every device: no TF32, bfloat16 or int8, which move features too far (docs/evaluation.md).
-So the arithmetic needs no place in an extractor's identity.
+All arithmetic is float32, on every device: no TF32, bfloat16 or int8, which change features too much (docs/evaluation.md).
+So the identity of an extractor does not name the arithmetic.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from dermis.errors import DermisError
 from dermis.feature_presets import PRESETS, hub_folder, preset_weights
 from dermis.features_openvino import Extract, OpenvinoFeatures, have_openvino
-from dermis.vision import import_vision
+from dermis.torchvision_compat import import_vision
 
 Network = TypeVar("Network", bound=nn.Module)
 Resize = Callable[[Tensor, tuple[int, int]], Tensor]
-"""float images [N, C, H, W] and (h, w) -> [N, C, h, w]; linear in the images."""
+"""Float images [N, C, H, W] and (h, w) -> [N, C, h, w]; linear in the images."""
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -59,11 +59,16 @@ __all__ = [
 
 @dataclass(frozen=True)
 class FeatureExtractor:
-    """uint8 images [N, H, W, 3] -> float32 features [N, dim]. `identity` changes with the weights or the resizing.
+    """A function from images to features.
 
-    `embed` does the same for float images [N, 3, H, W] in 0..255, neither rounded nor clamped, on the extractor's
-    device; None where the network takes 8-bit images only. On a CPU `extract` runs by OpenVINO, where it is installed:
-    its features agree with torch's to a few parts in a million of their length, so both have one identity.
+    Attributes:
+        name: Name of the feature space.
+        identity: Changes with the weights and the resizing.
+        dim: Number of features.
+        extract: uint8 images [N, H, W, 3] -> float32 features [N, dim]. On a CPU it runs with OpenVINO if that is
+            installed. Its features differ from torch's by a few millionths of their length, so both have one identity.
+        embed: The same for float images [N, 3, H, W] in 0..255, which are neither rounded nor clamped, on the extractor's
+            device; None if the network takes only 8-bit images.
     """
 
     name: str
@@ -74,7 +79,7 @@ class FeatureExtractor:
 
     @property
     def backend(self) -> str:
-        """What runs `extract`, with its version: it decides the last bits of the features."""
+        """Name and version of the library that runs `extract`, which decides the last bits of features."""
         if isinstance(self.extract, OpenvinoFeatures):
             from importlib.metadata import version
 
@@ -82,12 +87,20 @@ class FeatureExtractor:
         return f"torch {torch.__version__}"
 
     def over(self, batches: Iterable[NDArray[np.uint8]]) -> NDArray[np.float32]:
-        """Features of many batches, stacked [total, dim]."""
+        """Extract features of many batches, uint8 [N, H, W, 3] each, stacked to [total, dim]."""
         return np.concatenate([self.extract(batch) for batch in batches])
 
 
 def feature_extractor(name: str, device: torch.device | str = "cpu") -> FeatureExtractor:
-    """An extractor by its registered name, or timm:MODEL[@FILE]. DermisError if it or its weights cannot be loaded."""
+    """Load an extractor.
+
+    Args:
+        name: A name in `EXTRACTORS`, or timm:MODEL[@FILE.safetensors].
+        device: Where it runs.
+
+    Raises:
+        DermisError: There is no such extractor, or its weights are not available.
+    """
     if name.startswith("timm:"):
         return _timm(name, torch.device(device))
     if name not in EXTRACTORS:
@@ -98,9 +111,9 @@ def feature_extractor(name: str, device: torch.device | str = "cpu") -> FeatureE
 
 
 def _lite(name: str) -> Callable[[torch.device], FeatureExtractor]:
-    """ImageNet-pretrained EfficientNet-Lite, pooled features before the classifier, images resized bicubically.
+    """Make a loader of EfficientNet-Lite with ImageNet weights: pooled features, images resized bicubically.
 
-    The weights come inside a Python package, so these spaces need no model hub.
+    A Python package has the weights, so that these spaces need no model hub.
     """
 
     def load(device: torch.device) -> FeatureExtractor:
@@ -114,15 +127,15 @@ def _lite(name: str) -> Callable[[torch.device], FeatureExtractor]:
 
 
 def lite0_network(**options: Any) -> nn.Module:
-    """timm's tf_efficientnet_lite0 without its classifier, ImageNet weights, frozen, in eval mode.
+    """Load timm's tf_efficientnet_lite0 without its classifier, with ImageNet weights, without gradients, in eval mode.
 
-    `options` go to timm.create_model (features_only, out_indices). Images are [N, 3, H, W] in [-1, 1].
+    Its images are [N, 3, H, W] in [-1, 1]. `options` are those of timm.create_model (features_only, out_indices).
     """
     return _lite_network("lite0", **options)
 
 
 def lite0_state() -> dict[str, Tensor]:
-    """The same weights by timm's names, batch norms apart, without the classifier."""
+    """Return these weights by timm's names, with batch norms that are not folded, without the classifier."""
     return _lite_state("lite0")
 
 
@@ -136,20 +149,20 @@ def _lite_network(name: str, **options: Any) -> nn.Module:
 def _lite_state(name: str) -> dict[str, Tensor]:
     state = _tensors(name)
     whole = import_vision("timm").create_model(PRESETS[name].network, num_classes=0).state_dict()
-    # The package names its tensors otherwise, but keeps timm's order and shapes; the last two are the classifier.
+    # The package has other names than timm, but the same order and shapes; the last two tensors are the classifier.
     return dict(zip(whole, list(state.values())[: len(whole)], strict=True))
 
 
 def _tensors(name: str) -> dict[str, Tensor]:
-    """The tensors in a preset's file of weights, by the names in the file."""
+    """Return the tensors in a preset's file of weights, by the names in the file."""
     state: dict[str, Tensor] = torch.load(io.BytesIO(preset_weights(name)), map_location="cpu", weights_only=True)
     return state
 
 
 def fold_batch_norms(network: nn.Module) -> nn.Module:
-    """Every frozen batch norm that follows a convolution becomes part of it: the same values in a third of the time.
+    """Fold every batch norm that follows a convolution into it: the same values in a third of the time.
 
-    In place, on a network in eval mode; also where the norm's module is timm's that has the activation inside.
+    The network, which must be in eval mode, is changed in place. timm's norms with an activation are supported as well.
     """
     children: list[tuple[str, Any]] = list(network.named_children())
     for (_, conv), (name, norm) in pairwise(children):
@@ -164,27 +177,27 @@ def fold_batch_norms(network: nn.Module) -> nn.Module:
 
 
 def channels_last(network: Network) -> Network:
-    """Lay the convolutions' weights out as their kernels want them; the same network again."""
+    """Convert the weights of convolutions to the fast memory layout, in place, and return the network."""
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network
 
 
 def _inception(device: torch.device) -> FeatureExtractor:
-    """The Inception-v3 that FID is defined with, pooled features [2048], as ported by torch-fidelity."""
+    """Load the Inception-v3 of FID in torch-fidelity's port, with 2,048 pooled features."""
     inception = import_vision("torch_fidelity.feature_extractor_inceptionv3").FeatureExtractorInceptionV3
     weights = io.BytesIO(preset_weights("inception"))
     with tensors_only():
         module = inception("inception-v3-compat", ["2048"], feature_extractor_weights_path=weights)
-    # Its layers in their order, all but the last one, which is the classifier.
+    # All layers in order, except the last one, which is the classifier.
     network = nn.Sequential(*list(module.children())[:-1], nn.Flatten(1)).eval().requires_grad_(False).to(device)
     identity = f"inception-v3-compat/{_digest(module)}/299-bilinear-tensorflow1"
     half = torch.full((3, 1, 1), 128.0)
     space = _assembled("inception", identity, device, network, (299, 299), _bilinear_of_tensorflow, half, half)
-    return replace(space, embed=None)  # path lengths beside its FID are by LPIPS, as in publications
+    return replace(space, embed=None)  # path lengths that are reported with its FID use LPIPS, as in publications
 
 
 def _dinov2(device: torch.device) -> FeatureExtractor:
-    """DINOv2's ViT-B/14 as torch-fidelity uses it: the class token after the last norm, images of 224 px.
+    """Load DINOv2's ViT-B/14 as in torch-fidelity: the class token after the last norm, images of 224 px.
 
     torch-fidelity runs DINOv2's own code, downloaded from its repository. Here timm's network computes the same.
     """
@@ -205,7 +218,7 @@ def _dinov2(device: torch.device) -> FeatureExtractor:
 
 
 def _positions(table: Tensor, side: int) -> Tensor:
-    """DINOv2's position embeddings [1, 1 + n * n, width] for side * side patches, resized as its own code does.
+    """Resize DINOv2's position embeddings [1, 1 + n * n, width] to side * side patches as DINOv2's code does.
 
     Its scale is a little larger than the ratio of the sides. The first embedding is that of the class token.
     """
@@ -219,7 +232,7 @@ def _positions(table: Tensor, side: int) -> Tensor:
 
 
 def _clip(device: torch.device) -> FeatureExtractor:
-    """The image half of OpenAI's CLIP ViT-B/32 as torch-fidelity uses it: projected features, images of 224 px."""
+    """Load the image encoder of OpenAI's CLIP ViT-B/32 as in torch-fidelity: projected features, images of 224 px."""
     preset = PRESETS["clip"]
     weights = io.BytesIO(preset_weights("clip"))
     with warnings.catch_warnings():
@@ -234,7 +247,7 @@ def _clip(device: torch.device) -> FeatureExtractor:
 
 
 def _timm(name: str, device: torch.device) -> FeatureExtractor:
-    """timm:MODEL or timm:MODEL@FILE: pooled features before the classifier, in the model's own size, mean and deviation.
+    """Load timm:MODEL or timm:MODEL@FILE: pooled features before the classifier, with the model's size and normalisation.
 
     FILE must be safetensors, which holds numbers only. Pickles (.pth, .pt, .bin) and TorchScript can run code when they
     are opened and are refused.
@@ -253,14 +266,18 @@ def _timm(name: str, device: torch.device) -> FeatureExtractor:
     data = timm.data.resolve_data_config({}, model=network)
     size = tuple(data["input_size"][1:])
     mean, std = (torch.tensor(data[key])[:, None, None] * 255 for key in ("mean", "std"))
-    # Told apart by their identity; the label needs no path of somebody's machine.
+    # The identity distinguishes them; the label must not have a path of this machine.
     label = f"timm:{model}" + ("@" + Path(file).name if file else "")
     identity = f"{model}/{_digest(network)}/{size[0]}x{size[1]}-bicubic-antialias"
     return _assembled(label, identity, device, network, size, _bicubic, mean, std)
 
 
 def load_safetensors(network: nn.Module, file: Path) -> None:
-    """All tensors of the network from a file; what the file has beyond them (a classifier) is left out."""
+    """Load all tensors of a network from a file. Further tensors in the file, such as a classifier, are ignored.
+
+    Raises:
+        DermisError: The file cannot be read, or lacks a tensor.
+    """
     import safetensors
     import safetensors.torch
 
@@ -289,7 +306,7 @@ def _assembled(
     mean: Tensor,
     std: Tensor,
 ) -> FeatureExtractor:
-    """An extractor of a network on `device` that takes images of `size`, normalised by mean and std [3, 1, 1] of 0..255."""
+    """Make the extractor of a network for images of `size`, normalised by mean and std [3, 1, 1] of values in 0..255."""
     shift, scale = mean.to(device), std.to(device)
 
     def embed(images: Tensor) -> Tensor:
@@ -320,19 +337,19 @@ def _by_torch(embed: Callable[[Tensor], Tensor], device: torch.device) -> Extrac
 
 
 def _bicubic(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Torch's antialiased bicubic resizing, which may leave 0..255 at edges."""
+    """Resize by torch's antialiased bicubic filter, whose results can be outside of 0..255 at edges."""
     return F.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False)
 
 
 def _bilinear_of_tensorflow(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """The bilinear resizing of TensorFlow 1, with which FID's Inception was trained."""
+    """Resize by the bilinear filter of TensorFlow 1, with which FID's Inception was trained."""
     resize = import_vision("torch_fidelity.interpolate_compat_tensorflow").interpolate_bilinear_2d_like_tensorflow1x
     resized: Tensor = resize(images, size=size, align_corners=False)
     return resized
 
 
 def _digest(module: nn.Module) -> str:
-    """The first 16 hex digits of the SHA-256 of all tensors of a network, by name."""
+    """Return the first 16 hex digits of the SHA-256 of all tensors of a network, in the order of their names."""
     digest = hashlib.sha256()
     for key, value in module.state_dict().items():
         digest.update(key.encode() + value.cpu().contiguous().numpy().tobytes())
@@ -341,21 +358,26 @@ def _digest(module: nn.Module) -> str:
 
 @contextmanager
 def published_weights(what: str, instead: str) -> Iterator[None]:
-    """Let a library fetch the weights it publishes; DermisError with advice if they cannot be loaded.
+    """Let a library download its published weights in the block. They are read as tensors only, and nothing is printed.
 
-    They are read as tensors only. What libraries print while downloading is no output of ours.
+    Args:
+        what: The weights, for the error.
+        instead: What the user can do instead, for the error.
+
+    Raises:
+        DermisError: The weights cannot be loaded.
     """
     try:
         with tensors_only(), redirect_stdout(io.StringIO()):
             yield
-    except Exception as error:  # every hub raises errors of its own library
+    except Exception as error:  # every hub has exceptions of its own library
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise DermisError(f"{what} cannot be loaded ({reason[0]}); {instead}") from error
 
 
 @contextmanager
 def tensors_only() -> Iterator[None]:
-    """torch.load builds tensors only, also where a library asks for the mode that runs code of the file."""
+    """Let torch.load build tensors only in the block, even if a library requests the mode that runs code of the file."""
     key = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(key)
     os.environ[key] = "1"

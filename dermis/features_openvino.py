@@ -1,7 +1,7 @@
-"""Features on a CPU by OpenVINO: the same numbers as torch's to a few parts in a million, in a quarter of the time.
+"""Features on a CPU with OpenVINO: within a few millionths of torch's, in a quarter of the time.
 
-Each image runs by itself on one core, as many at a time as there are cores. No sum is split over cores, so an image's features
-depend neither on the images beside it nor on the number of cores, and they are the same in every run. Sums are float32.
+Each image is computed on one core, and as many at the same time as there are cores. No sum is split over cores, so the features
+of an image depend neither on other images nor on the number of cores, and are the same in every run. Sums are float32.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from dermis.cpus import available_cpus
 
 Extract = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 Matrix = Callable[[int, int], NDArray[np.float32]]
-"""(from, to) -> [to, from]: resizing along one side, as a product of matrices."""
+"""(from, to) -> [to, from]: the matrix that resizes along one side."""
 
 PRECISION = "f32"
-"""Of OpenVINO's arithmetic. "bf16" is faster where the processor has it, but moves features too far (docs/evaluation.md)."""
+"""Precision of OpenVINO. "bf16" is faster on some processors, but changes features too much (docs/evaluation.md)."""
 
 _log = logging.getLogger(__name__)
 
 
 class _Features(nn.Module):
-    """uint8 [1, H, W, 3], rows [h, H] and columns [W, w] that resize it -> features [1, dim]."""
+    """uint8 [1, H, W, 3], and matrices rows [h, H] and columns [W, w] that resize it -> features [1, dim]."""
 
     mean: Tensor
     std: Tensor
@@ -39,7 +39,7 @@ class _Features(nn.Module):
     def __init__(self, network: nn.Module, mean: Tensor, std: Tensor) -> None:
         super().__init__()
         self.network = network
-        self.register_buffer("mean", mean.clone())  # tracing refuses a tensor that has two names
+        self.register_buffer("mean", mean.clone())  # tracing refuses a tensor with two names
         self.register_buffer("std", std.clone())
 
     def forward(self, image: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ class _Features(nn.Module):
 
 
 class _Unresized(nn.Module):
-    """The same of images that have the network's size already, which saves a sixth of the time of a small network."""
+    """`_Features` of images that have the network's size already, which saves a sixth of the time of a small network."""
 
     def __init__(self, features: _Features) -> None:
         super().__init__()
@@ -62,11 +62,18 @@ class _Unresized(nn.Module):
 
 
 class OpenvinoFeatures:
-    """uint8 images [N, H, W, 3] -> float32 [N, dim]. Safe to call from several threads.
+    """Function from uint8 images [N, H, W, 3] to features float32 [N, dim]. Safe to call from several threads.
 
-    network: float32 [N, 3, h, w], normalised by mean and std (of 0..255, [3, 1, 1]) -> [N, dim]; size is (h, w), and matrix
-    resizes to it. It is compiled at the first call, in about a second: once for images of that size, once for all others.
-    Where OpenVINO cannot compile it, `otherwise` computes the features.
+    The network is compiled at the first call, in about a second: once for images of its size, once for all others.
+
+    Args:
+        network: Normalised float32 [N, 3, h, w] -> [N, dim].
+        size: (h, w).
+        matrix: Gives the matrices that resize to `size`.
+        mean: Mean of the channels, [3, 1, 1], of values in 0..255.
+        std: Standard deviation of the channels, [3, 1, 1], of values in 0..255.
+        otherwise: Computes features if OpenVINO cannot compile the network.
+        threads: Images that are computed at the same time; None for the number of cores that this process can use.
     """
 
     def __init__(
@@ -85,13 +92,13 @@ class OpenvinoFeatures:
         self._matrix = lru_cache(maxsize=8)(matrix)
         self._otherwise = otherwise
         self._threads = threads or available_cpus()
-        self._compiled: dict[bool, Any] = {}  # by whether it resizes
+        self._compiled: dict[bool, Any] = {}  # key: whether it resizes
         self._failed = False
         self._lock = threading.Lock()
-        self._queues = threading.local()  # a queue serves one call at a time, so every thread has its own
+        self._queues = threading.local()  # a queue can serve one call at a time, so every thread has its own
 
     def __call__(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Features of uint8 images [N, H, W, 3], N at least 1."""
+        """Compute features of uint8 images [N, H, W, 3], with N at least 1."""
         resize = images.shape[1:3] != self._size
         with self._lock:
             if resize not in self._compiled and not self._failed:
@@ -142,12 +149,12 @@ class OpenvinoFeatures:
         }
         try:
             with torch.no_grad(), own_logging(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of tracing: shapes are constants, which they are here
+                warnings.simplefilter("ignore")  # tracing warns that shapes are constants, which is correct here
                 model = ov.convert_model(module.eval(), example_input=example, input=shapes)
             compiled = ov.Core().compile_model(model, "CPU", options)
             if not compiled.output(0).partial_shape[1].is_static:
                 raise RuntimeError("the number of features is not known")
-        except Exception as error:  # its converter raises errors of many kinds on operations that it does not know
+        except Exception as error:  # the converter has many exceptions for operations that it does not know
             self._failed = True
             reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
             _log.warning("OpenVINO cannot compile this feature space (%s); torch computes it, more slowly", reason)
@@ -156,7 +163,7 @@ class OpenvinoFeatures:
 
 
 def have_openvino() -> bool:
-    """Whether it is installed; it belongs to the extra `cpu`."""
+    """Whether OpenVINO is installed; it belongs to the extra `cpu`."""
     from importlib.util import find_spec
 
     return find_spec("openvino") is not None

@@ -1,4 +1,4 @@
-"""Reading regular files only, and writing files completely or not at all."""
+"""Read regular files only, write files completely or not at all, and lock them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+from filelock import FileLock, Timeout
 
 from dermis.errors import StorageError
 
@@ -33,23 +35,27 @@ _FLAGS = (
 
 
 class NotRegularError(OSError):
-    """What lies under a name is no regular file, or lies in another folder."""
+    """A name does not belong to a regular file, or belongs to one in another folder."""
 
 
 def open_regular(root: str | Path, name: str) -> BinaryIO:
-    """Open the regular file `name` inside the folder `root`; `root` itself may be a link.
+    """Open the regular file `name` inside the folder `root`; `root` itself can be a link.
 
     A link is followed only to a regular file inside the same folder. Named pipes, devices, sockets and folders are refused
-    without opening them, so that reading ends and its length is that of the file. Raises OSError, of these NotRegularError.
+    without opening them, so that reading ends after the length of the file.
+
+    Raises:
+        NotRegularError: There is no regular file of this name in the folder.
+        OSError: The file cannot be opened.
     """
     top = os.path.realpath(root)
-    path = os.path.realpath(os.path.join(top, name))  # noqa: PTH118  (Path would not keep what `name` says)
+    path = os.path.realpath(os.path.join(top, name))  # noqa: PTH118  (Path would normalise `name`)
     if not path.startswith(top.rstrip(os.sep) + os.sep):
         raise NotRegularError(errno.EPERM, "is a link out of its folder; copy the file itself there")
     _check_regular(os.lstat(path).st_mode)
     handle = os.open(path, _FLAGS)
     try:
-        _check_regular(os.fstat(handle).st_mode)  # again: it may have been replaced in the meantime
+        _check_regular(os.fstat(handle).st_mode)  # again, because it can have been replaced since
         return os.fdopen(handle, "rb")
     except BaseException:
         os.close(handle)
@@ -57,9 +63,12 @@ def open_regular(root: str | Path, name: str) -> BinaryIO:
 
 
 def names_below(root: Path) -> Iterator[str]:
-    """Relative names, with slashes, of everything below a folder that is no folder; empty folders end with a slash.
+    """Yield the relative names, with slashes, of all files below a folder, and of empty folders with a slash at the end.
 
-    Links to folders are named and not followed. Raises OSError.
+    Links to folders are not followed: their own name is yielded.
+
+    Raises:
+        OSError: A folder cannot be read.
     """
     pending = [""]
     while pending:
@@ -85,7 +94,7 @@ def atomic_write(path: Path, *, concurrent: bool = False) -> Iterator[Path]:
 
     Args:
         path: The file to write. Its folder must exist when the block writes.
-        concurrent: Whether other threads or processes may write `path` at the same time. The name of the temporary file
+        concurrent: Whether other threads or processes can write `path` at the same time. The name of the temporary file
             is then unique. Otherwise it is always the same, so that the next write replaces one that was left.
 
     Yields:
@@ -115,6 +124,29 @@ def write_file(path: Path, data: bytes) -> None:
             partial.write_bytes(data)
     except OSError as error:
         raise StorageError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def try_lock(path: Path) -> FileLock | None:
+    """Lock a file until `release` is called on the lock or this process ends, however it ends.
+
+    The file is made if it is missing, and stays. A link in its place is not followed.
+
+    Args:
+        path: The lock file. Its folder must exist.
+
+    Returns:
+        The lock, or None if another process, or another lock of this process, holds it.
+
+    Raises:
+        OSError: The file cannot be opened, or its file system has no locks.
+    """
+    # Not thread_local: another thread can release it. The fallback is a lock that would not end with the process.
+    lock = FileLock(path, blocking=False, thread_local=False, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        return None
+    return lock
 
 
 def _check_regular(mode: int) -> None:

@@ -1,4 +1,4 @@
-"""Encode and decode 8-bit RGB images, and lay many out on one sheet."""
+"""Encode and decode 8-bit RGB images, and arrange images on a sheet."""
 
 from __future__ import annotations
 
@@ -18,21 +18,24 @@ Images = npt.NDArray[np.uint8]
 MEDIA_TYPES: Mapping[ImageFormat, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 SUFFIXES: Mapping[ImageFormat, str] = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 
-# zlib's run-length strategy looks for no matches beyond runs: on dermoscopy at 64 and 256 px it is as small as level 6
-# of the default strategy, at a fifth of its time, and gives the same bytes whichever match finder zlib was built with.
+# zlib's run-length strategy matches only runs. On dermoscopy of 64 and 256 px its result is as small as level 6 of the
+# default strategy, in a fifth of the time, and its bytes do not depend on the match finder of the zlib build.
 _PNG_OPTIONS = {"compress_level": 1, "compress_type": 3}
 
 
 def encode(image: Images, image_format: ImageFormat = "png", quality: int = 95) -> bytes:
-    """uint8 [H, W, 3] (or [H, W, 1], made grey RGB) as a file's bytes: the same ones every time.
+    """Encode an image. The same image always gives the same bytes.
 
-    `quality` (1..100) is for JPEG and WebP.
+    Args:
+        image: uint8 [H, W, 3], or [H, W, 1], which is encoded as grey RGB.
+        image_format: "png", "jpeg" or "webp".
+        quality: 1..100, for JPEG and WebP.
     """
     from PIL import Image
 
     options: dict[str, Any] = _PNG_OPTIONS
     if image_format == "jpeg":
-        options = {"quality": quality, "subsampling": 0}  # 4:4:4, as colour is what dermoscopy is about
+        options = {"quality": quality, "subsampling": 0}  # 4:4:4, because colour matters in dermoscopy
     elif image_format == "webp":
         options = {"quality": quality, "method": 2}
     if image.shape[2] == 1:
@@ -43,7 +46,7 @@ def encode(image: Images, image_format: ImageFormat = "png", quality: int = 95) 
 
 
 def animation(frames: Images, frame_ms: int) -> bytes:
-    """uint8 [N, H, W, 3] as a GIF that loops for ever: at most 256 colours a frame, the same bytes every time."""
+    """Encode frames uint8 [N, H, W, 3] as an endless GIF with at most 256 colours for each frame. Bytes are always the same."""
     from PIL import Image
 
     pictures = [Image.fromarray(frame).quantize(256) for frame in frames]
@@ -55,7 +58,7 @@ def animation(frames: Images, frame_ms: int) -> bytes:
 
 
 def decode(data: bytes) -> Images:
-    """uint8 [H, W, 3] of an image that dermis wrote. Not for uploads: it knows no limits."""
+    """Decode an image that dermis wrote to uint8 [H, W, 3]. It has no limits, so it is not for uploads."""
     from PIL import Image
 
     with Image.open(io.BytesIO(data)) as image:
@@ -63,7 +66,7 @@ def decode(data: bytes) -> Images:
 
 
 def centre_square(image: Image.Image, size: int) -> Image.Image:
-    """An RGB image's largest centred square at `size` px, by Pillow's antialiased Lanczos filter; as it is if it is that."""
+    """Crop an RGB image to its largest centred square and resize it to `size` px with Pillow's antialiased Lanczos filter."""
     from PIL.Image import Resampling
 
     if image.size == (size, size):
@@ -74,9 +77,16 @@ def centre_square(image: Image.Image, size: int) -> Image.Image:
 
 
 def contact_sheet(images: Images, columns: int = 8, padding: int = 2, background: int = 255) -> Images:
-    """uint8 [N, H, W, 3] as one sheet, row by row, with `padding` pixels between and around the images.
+    """Arrange images on a sheet, row by row. The last row is filled with background.
 
-    Fewer images than `columns` make a narrower sheet; the last row is filled up with background.
+    Args:
+        images: uint8 [N, H, W, 3].
+        columns: Images in a row. With fewer images the sheet is narrower.
+        padding: Pixels between and around the images.
+        background: Grey value of the background.
+
+    Raises:
+        ValueError: There is no image or no column.
     """
     number, height, width, channels = images.shape
     if number == 0 or columns < 1:
@@ -96,7 +106,7 @@ def as_rgb(images: Images) -> Images:
 
 
 def thumbnail(image: Images, size: int) -> Images:
-    """uint8 [H, W, 3] with its longer side at most `size` pixels."""
+    """Reduce an image uint8 [H, W, 3] so that its longer side has at most `size` pixels."""
     from PIL import Image
 
     if max(image.shape[:2]) <= size:

@@ -1,16 +1,16 @@
 """Neighbours of latents at a given distance.
 
-"At distance d" means a relative Euclidean distance, which needs no unit and fits any generator:
+"At distance d" means a relative Euclidean distance, which has no unit and is the same for every generator:
 
     in w    |w' - w| = d |w - w_avg|     w' = w + d |w - w_avg| u, with u the unit vector from w to a partner's w
     in z    |z' - z| = d |z|             z' is z turned towards a partner on the sphere through z
 
 The partner is another latent of the same class, drawn for (seed, index, number of the neighbour) by
-`dermis.latents.partner_z`. So a neighbour lies where the generator puts images: a direction drawn evenly from all of w
-would mostly be one in which images hardly vary. In w the distance is taken over all style vectors at once, hence the same
-for a projected image, whose style vectors differ.
+`dermis.latents.partner_z`. So a neighbour is in the region of the generator's images: along most directions of a uniform
+distribution on w images hardly vary. In w the distance is measured over all style vectors together, also for a projected
+image, whose style vectors differ.
 
-arXiv 2208.11702 makes neighbours "at distance 0.1" of projected images and does not say in which measure; this is ours.
+arXiv 2208.11702 makes neighbours "at distance 0.1" of projected images without naming a measure; this one was chosen here.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 
 Space = Literal["w", "z"]
 Floats = NDArray[np.float32]
-FARTHEST = {"w": 10.0, "z": 2.0}  # on a sphere nothing is farther than its diameter
+FARTHEST = {"w": 10.0, "z": 2.0}  # the largest distance on a sphere is its diameter
 
 
 @dataclass(frozen=True)
 class Anchor:
-    """What neighbours are made of: sample (seed, index) of class number `label`, or a given ws [num_ws, w_dim].
+    """A latent whose neighbours are made: sample (seed, index) of class number `label`, or a given ws [num_ws, w_dim].
 
-    A given ws is not truncated again; its partners are those of (seed, index).
+    A given ws is not truncated again. Its partners are those of (seed, index).
     """
 
     id: str
@@ -49,7 +49,7 @@ class Anchor:
 
 
 def w_neighbour(ws: Floats, w_avg: Floats, partner: Floats, distance: float) -> Floats:
-    """ws' of ws and partner [num_ws, w_dim], w_avg [w_dim]: |ws' - ws| = distance |ws - w_avg| over all elements."""
+    """Return ws' for ws and partner [num_ws, w_dim], w_avg [w_dim]: |ws' - ws| = distance |ws - w_avg| over all elements."""
     start, middle = ws.astype(np.float64), w_avg.astype(np.float64)
     towards = partner.astype(np.float64) - start
     length = float(np.linalg.norm(towards))
@@ -60,7 +60,7 @@ def w_neighbour(ws: Floats, w_avg: Floats, partner: Floats, distance: float) -> 
 
 
 def z_neighbour(z: Floats, partner: Floats, distance: float) -> Floats:
-    """z' of z and partner [z_dim], with |z'| = |z| and |z' - z| = distance |z|, a chord of the sphere: at most 2."""
+    """Return z' for z and partner [z_dim] with |z'| = |z| and |z' - z| = distance |z|, a chord of the sphere: at most 2."""
     if not 0 <= distance <= FARTHEST["z"]:
         raise ValueError(f"distance must be from 0 to 2; got {distance}")
     start = z.astype(np.float64)
@@ -82,9 +82,23 @@ def neighbours_of(
     space: Space = "w",
     truncation_psi: float = 1.0,
 ) -> Floats:
-    """Style vectors [len(numbers), num_ws, w_dim] of the neighbours with these numbers; truncated as the anchor is.
+    """Compute the style vectors of neighbours of an anchor.
 
-    In w the anchor is truncated and then left, in z the neighbour is truncated. DataError if the options do not fit.
+    Neighbours are truncated like the anchor: in w the anchor is truncated before the step, in z the neighbour after it.
+
+    Args:
+        generator: The generator.
+        anchor: The anchor.
+        numbers: Numbers of the neighbours.
+        distance: Relative distance of the neighbours to the anchor.
+        space: The latent space of that distance.
+        truncation_psi: Truncation.
+
+    Returns:
+        float32 [len(numbers), num_ws, w_dim].
+
+    Raises:
+        DataError: The distance or space is not possible.
     """
     check_options(distance, space)
     config = generator.config
@@ -96,12 +110,12 @@ def neighbours_of(
         turned = np.stack([z_neighbour(z, partner, distance) for partner in partners])
         return map_to_ws(generator, turned, anchor.label, truncation_psi)
     ws, w_avg = anchor_ws(generator, anchor, truncation_psi), generator.mapping.w_avg.numpy()
-    found = map_to_ws(generator, partners, anchor.label, truncation_psi)
-    return np.stack([w_neighbour(ws, w_avg, partner, distance) for partner in found])
+    partner_ws = map_to_ws(generator, partners, anchor.label, truncation_psi)
+    return np.stack([w_neighbour(ws, w_avg, partner, distance) for partner in partner_ws])
 
 
 def anchor_ws(generator: Generator, anchor: Anchor, truncation_psi: float = 1.0) -> Floats:
-    """Style vectors [num_ws, w_dim] of the anchor itself."""
+    """Return the style vectors [num_ws, w_dim] of the anchor."""
     if anchor.ws is not None:
         return anchor.ws
     z = z_for(anchor.seed, [anchor.index], generator.config.z_dim)
@@ -110,7 +124,7 @@ def anchor_ws(generator: Generator, anchor: Anchor, truncation_psi: float = 1.0)
 
 
 def map_to_ws(generator: Generator, z: Floats, label: int, truncation_psi: float = 1.0) -> Floats:
-    """Style vectors [N, num_ws, w_dim] of latents [N, z_dim] of one class."""
+    """Compute style vectors [N, num_ws, w_dim] of latents [N, z_dim] of one class."""
     import torch
 
     config = generator.config
@@ -123,10 +137,20 @@ def map_to_ws(generator: Generator, z: Floats, label: int, truncation_psi: float
 
 
 def read_projections(path: Path, class_names: Sequence[str], num_ws: int, w_dim: int, *, seed: int = 0) -> list[Anchor]:
-    """Anchors of a .npz of projected images, or of all in a folder of such files, in order of their names.
+    """Read anchors from projected images.
 
-    A file holds `ws` float [N, num_ws, w_dim] (or [N, w_dim]) and `classes`, N names of the generator's classes; `ids`
-    names the images, else they are numbered. Anchor number i of all has its partners from (seed, i). Raises DataError.
+    A file has `ws` float [N, num_ws, w_dim] (or [N, w_dim]) and `classes`, N names of the generator's classes. `ids` names
+    the images; without it they are numbered. Anchor number i has its partners from (seed, i).
+
+    Args:
+        path: A .npz file, or a folder of such files, which are read in the order of their names.
+        class_names: Names of the generator's classes.
+        num_ws: Number of its style vectors.
+        w_dim: Dimensions of its w.
+        seed: Seed of the partners.
+
+    Raises:
+        DataError: A file cannot be read, or does not fit the generator.
     """
     files = sorted(path.glob("*.npz")) if path.is_dir() else [path]
     if not files:
@@ -134,8 +158,8 @@ def read_projections(path: Path, class_names: Sequence[str], num_ws: int, w_dim:
     anchors: list[Anchor] = []
     for file in files:
         try:
-            with np.load(file, allow_pickle=False) as found:
-                arrays = {name: found[name] for name in ("ws", "classes", "ids") if name in found}
+            with np.load(file, allow_pickle=False) as file_arrays:
+                arrays = {name: file_arrays[name] for name in ("ws", "classes", "ids") if name in file_arrays}
         except (OSError, ValueError, EOFError) as error:
             raise DataError(f"{file}: cannot be read as .npz ({escape(error)})") from None
         if absent := {"ws", "classes"} - arrays.keys():
@@ -159,7 +183,7 @@ def read_projections(path: Path, class_names: Sequence[str], num_ws: int, w_dim:
 
 
 def check_options(distance: float, space: str) -> None:
-    """DataError if the distance or the space cannot be."""
+    """Raise DataError if the distance or the space is not possible."""
     if space not in get_args(Space):
         raise DataError(f"space: {space!r} is none of {', '.join(get_args(Space))}")
     if not 0 < distance <= FARTHEST[space]:

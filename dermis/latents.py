@@ -1,7 +1,7 @@
-"""Latents and noise from a counter-based generator: sample (seed, index) is the same whatever is drawn around it.
+"""Latents and noise from a counter-based generator: a sample depends on (seed, index) alone.
 
 Philox (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) is keyed with the seed and the stream,
-and its 256-bit counter starts at index << 64, so every sample owns 2**64 blocks of each stream. No sample depends on
+and its 256-bit counter starts at index << 64, so every sample has 2**64 blocks of each stream. No sample depends on
 batch size, shard order, the number of workers or a restart.
 """
 
@@ -31,7 +31,19 @@ def _generator(seed: int, index: int, stream: int, number: int = 0) -> np.random
 
 
 def z_for(seed: int, indices: Sequence[int] | npt.NDArray[np.integer], z_dim: int) -> npt.NDArray[np.float32]:
-    """Standard normal latents [N, z_dim], one row an index. ValueError if seed or an index is out of range."""
+    """Draw standard normal latents.
+
+    Args:
+        seed: The seed, from 0 to MAX_SEED.
+        indices: Indices [N], from 0 to MAX_INDEX.
+        z_dim: Dimensions of z.
+
+    Returns:
+        float32 [N, z_dim], one row for each index.
+
+    Raises:
+        ValueError: The seed or an index is out of range.
+    """
     z = np.empty((len(indices), z_dim), dtype=np.float32)
     for row, index in zip(z, indices, strict=True):
         _generator(int(seed), int(index), _Z_STREAM).standard_normal(dtype=np.float32, out=row)
@@ -39,9 +51,12 @@ def z_for(seed: int, indices: Sequence[int] | npt.NDArray[np.integer], z_dim: in
 
 
 def noise_for(seed: int, index: int, resolutions: Sequence[int]) -> list[npt.NDArray[np.float32]]:
-    """Standard normal noise images [R, R], one for each R in resolutions, from a stream of their own.
+    """Draw standard normal noise maps float32 [R, R], one for each R in `resolutions`, from their own stream.
 
-    They are drawn one after the other, so a longer list begins with the images of a shorter one.
+    They are drawn one after the other, so a longer list begins with the maps of a shorter one.
+
+    Raises:
+        ValueError: The seed or the index is out of range.
     """
     generator = _generator(int(seed), int(index), _NOISE_STREAM)
     return [generator.standard_normal((size, size), dtype=np.float32) for size in resolutions]
@@ -50,9 +65,16 @@ def noise_for(seed: int, index: int, resolutions: Sequence[int]) -> list[npt.NDA
 def noise_vectors(
     seeds: Sequence[int], indices: Sequence[int], size: int, out: npt.NDArray[np.float32] | None = None
 ) -> npt.NDArray[np.float32]:
-    """Noise vectors [N, size] of samples: row i holds the images of `noise_for`, each flattened, one after the other.
+    """Draw noise vectors. Row i has the maps of `noise_for`, each flattened, one after the other.
 
-    size: sum of R^2 over all resolutions R. out: where to write them, if it is there already.
+    Args:
+        seeds: Seeds [N].
+        indices: Indices [N].
+        size: Sum of R^2 over all resolutions R.
+        out: Array float32 [N, size] to write to; None for a new one.
+
+    Returns:
+        float32 [N, size].
     """
     vectors = np.empty((len(seeds), size), dtype=np.float32) if out is None else out
     for row, seed, index in zip(vectors, seeds, indices, strict=True):
@@ -61,9 +83,12 @@ def noise_vectors(
 
 
 def partner_z(seed: int, index: int, number: int, z_dim: int) -> npt.NDArray[np.float32]:
-    """The standard normal latent [z_dim] towards which neighbour `number` of sample (seed, index) lies.
+    """Draw the standard normal latent [z_dim] towards which neighbour `number` of sample (seed, index) lies.
 
-    From a stream of its own: no partner is a sample, and no two neighbours share one.
+    Partners have their own stream: no partner is a sample, and no two neighbours have the same partner.
+
+    Raises:
+        ValueError: The seed, the index or the number is out of range.
     """
     if number < 0:
         raise ValueError(f"number must be at least 0; got {number}")

@@ -1,7 +1,7 @@
-"""Run a function on data of strangers in a process of its own, with limits of time and memory.
+"""Run a function on untrusted data in a separate process with limits of time and memory.
 
-The process starts isolated: variables such as PYTHONPATH and PYTHONHASHSEED have no effect, so that nobody can choose keys that
-collide, and the folder that it happens to be started in is not on its import path.
+The process is isolated: variables such as PYTHONPATH and PYTHONHASHSEED have no effect, so that nobody can choose keys that
+collide, and the working folder is not on its import path.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ _OUT_OF_MEMORY = 77  # exit status of the process
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What a function may take. Windows has none of these limits but that of wall time, macOS none of memory."""
+class ProcessLimits:
+    """Limits of a function. Windows supports only the limit of wall time; macOS does not support that of memory."""
 
     cpu_seconds: int
-    """Processor time from the moment at which the function starts."""
+    """Processor time from the start of the function."""
     wall_seconds: int
-    """Time from the start of the process; more than `cpu_seconds`, as the machine may be busy with other work."""
+    """Time from the start of the process; more than `cpu_seconds`, because the machine can be busy with other work."""
     memory_bytes: int
-    """Address space beside what the process has when the function starts. A file counts as far as it is mapped."""
+    """Address space in addition to that of the process when the function starts. Mapped parts of a file count."""
 
 
 class LimitError(DermisError):
@@ -59,19 +59,19 @@ class LimitError(DermisError):
 
 
 def run_limited(
-    function: str, data: bytes | Path, *arguments: int | float | str, limits: Limits, imports: Sequence[str] = ()
+    function: str, data: bytes | Path, *arguments: int | float | str, limits: ProcessLimits, imports: Sequence[str] = ()
 ) -> str:
     """Call a function in a separate process and return the text that it returns.
 
     Args:
         function: "module:name" of a function that takes the data and the arguments.
-        data: What strangers wrote: bytes, or the file that the function opens itself.
-        arguments: Anything else that it needs.
-        limits: What it may take.
-        imports: Modules to import before the limits apply, as large libraries take address space of their own.
+        data: The untrusted data: bytes, or a file that the function opens.
+        arguments: Further arguments.
+        limits: Limits of time and memory.
+        imports: Modules to import before the limits apply, because large libraries need address space.
 
     Raises:
-        LimitError: It did not return.
+        LimitError: The function did not return.
     """
     path = str(data.absolute()) if isinstance(data, Path) else None
     command = [
@@ -83,7 +83,7 @@ def run_limited(
         json.dumps([function, limits.cpu_seconds, limits.memory_bytes, list(imports), path, *arguments]),
     ]
     try:
-        # In files, as the memory of this process is not limited.
+        # Written to files, because the memory of this process is not limited.
         with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
             done = subprocess.run(
                 command,
@@ -105,14 +105,14 @@ def run_limited(
 
 
 def _import_path() -> list[str]:
-    """The import path of this process, without "", which stands for the working folder."""
+    """Return the import path of this process without "", the working folder."""
     entries = [entry for entry in sys.path if Path(entry).is_absolute()]
     root = str(Path(__file__).resolve().parents[1])
     return entries if root in entries else [root, *entries]
 
 
-def _result(status: int, stdout: BinaryIO, stderr: BinaryIO, limits: Limits) -> str:
-    """What the function returned. LimitError if the process ended otherwise."""
+def _result(status: int, stdout: BinaryIO, stderr: BinaryIO, limits: ProcessLimits) -> str:
+    """Return the result of the function, or raise LimitError if the process ended in another way."""
     if status == _OUT_OF_MEMORY:
         limit = f"{limits.memory_bytes / (1 << 30):,.3g} GiB of memory"
         raise LimitError("memory", f"needs more than {limit}", limit)
@@ -122,7 +122,7 @@ def _result(status: int, stdout: BinaryIO, stderr: BinaryIO, limits: Limits) -> 
     if status != 0:
         stderr.seek(max(0, stderr.seek(0, os.SEEK_END) - _STDERR_BYTES))
         text = stderr.read(_STDERR_BYTES).decode("utf-8", "replace").strip()
-        last = escape(text, 10 * _STDERR_BYTES)[-QUOTED_CHARACTERS:]  # the end says most
+        last = escape(text, 10 * _STDERR_BYTES)[-QUOTED_CHARACTERS:]  # the end is most informative
         raise LimitError("crash", f"ended with status {status} ({last or 'without a message'})")
     stdout.seek(0)
     result = stdout.read(_MAX_RESULT_BYTES + 1)
@@ -135,9 +135,9 @@ def _result(status: int, stdout: BinaryIO, stderr: BinaryIO, limits: Limits) -> 
 
 
 def _serve() -> None:
-    """Call the function that the command line names; what it returns goes to standard output."""
+    """Call the function that the command line names, and write its result to standard output."""
     function, cpu_seconds, memory_bytes, imports, path, *arguments = json.loads(sys.argv[2])
-    answers = os.fdopen(os.dup(1), "wb")  # libraries may print to standard output
+    answers = os.fdopen(os.dup(1), "wb")  # libraries can print to standard output
     os.dup2(2, 1)
     module, _, name = function.partition(":")
     call = getattr(importlib.import_module(module), name)
@@ -154,17 +154,17 @@ def _serve() -> None:
         if error.errno == errno.ENOMEM:  # a file could not be mapped
             os._exit(_OUT_OF_MEMORY)
         raise
-    os._exit(0)  # what native libraries do as they are unloaded is of no interest
+    os._exit(0)  # errors of native libraries when they are unloaded do not matter
 
 
 def _limit(cpu_seconds: int, memory_bytes: int) -> None:
-    """Set limits for this process, as far as the system has them and no stricter one is set already."""
+    """Set limits for this process, if the system has them and no stricter limit is set."""
     try:
         import resource
     except ImportError:  # Windows
         return
     seconds = math.ceil(time.process_time()) + cpu_seconds
-    # SIGXCPU at the first number says what happened; the second one ends a process that goes on all the same.
+    # SIGXCPU at the first number reports the cause; the second one ends a process that continues nevertheless.
     limits = {resource.RLIMIT_CORE: (0, 0), resource.RLIMIT_CPU: (seconds, seconds + 5)}
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[0])

@@ -1,6 +1,6 @@
-"""The configurations of the networks. Imports no torch: a bundle is described and served without it.
+"""Configurations of the networks. Imports no torch, which describing and serving a bundle does not need.
 
-`dermis.networks` builds the networks and has these names as well.
+`dermis.networks` builds the networks and exports these names as well.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 NoiseMode = Literal["const", "random", "none"]
+DEFAULT_NOISE_MODE: NoiseMode = "random"  # of datasets, and of images that are generated to train on and to measure
 
 
 @dataclass(frozen=True)
 class GeneratorConfig:
-    """What determines the generator's parameter shapes and arithmetic. Field names follow the official arguments.
+    """The options that determine shapes and arithmetic of a generator. Their names are those of the official arguments.
 
-    `num_fp16_res` highest resolutions run in float16 on CUDA (float32 elsewhere); `conv_clamp` bounds their
-    activations to +-conv_clamp. `c_dim` = 0 means unconditional.
+    The `num_fp16_res` highest resolutions run in float16 on CUDA (float32 elsewhere); `conv_clamp` limits their activations
+    to +-conv_clamp. `c_dim` = 0 means unconditional.
     """
 
     img_resolution: int
@@ -42,17 +43,17 @@ class GeneratorConfig:
 
     @property
     def num_ws(self) -> int:
-        """Number of style vectors: two a resolution, i.e. 2 log2(resolution) - 2 (paper: 14 at 256 px)."""
+        """Number of style vectors: two for each resolution, that is 2 log2(resolution) - 2 (paper: 14 at 256 px)."""
         return 2 * int(math.log2(self.img_resolution)) - 2
 
 
 @dataclass(frozen=True)
 class DiscriminatorConfig:
-    """What determines the discriminator's parameter shapes and arithmetic; see `GeneratorConfig`.
+    """The options that determine shapes and arithmetic of a discriminator; see `GeneratorConfig`.
 
-    `cmap_dim` None means channels at 4 px when conditional, 0 otherwise (the official rule). `mbstd_group_size`
-    None takes the whole batch as one group. Without mapping layers (`mapping_layers` 0, as the official conversion from
-    TensorFlow writes it) the normalised embedding of the label is the projection vector.
+    `cmap_dim` None means the channels at 4 px if conditional, 0 otherwise (the official rule). `mbstd_group_size` None means
+    one group of the whole batch. Without mapping layers (`mapping_layers` 0, as in the official conversion from TensorFlow)
+    the normalised embedding of the label is the projection vector.
     """
 
     img_resolution: int
@@ -92,5 +93,5 @@ def _check_sizes(config: GeneratorConfig | DiscriminatorConfig, least_layers: in
 
 
 def channels_at(config: GeneratorConfig | DiscriminatorConfig, resolution: int) -> int:
-    """Channels of the feature maps at a resolution."""
+    """Return the channels of the feature maps at a resolution."""
     return min(config.channel_base // resolution, config.channel_max)

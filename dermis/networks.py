@@ -1,16 +1,15 @@
 """StyleGAN2 generator and discriminator, one file, top to bottom.
 
 Written from Karras et al., "Analyzing and Improving the Image Quality of StyleGAN" (arXiv 1912.04958) and
-"Training Generative Adversarial Networks with Limited Data" (arXiv 2006.06676). Parameters and buffers carry the
-names of the official StyleGAN2-ADA state dicts, so that official weights load as they are, and the outputs agree
-with the official networks to 1e-4 (`tests/test_networks.py`).
+"Training Generative Adversarial Networks with Limited Data" (arXiv 2006.06676). Parameters and buffers have the
+names of the official StyleGAN2-ADA state dicts, so that official weights can be loaded unchanged. Outputs agree with those
+of the official networks to 1e-4 (`tests/test_networks.py`).
 
 Shapes: N batch, C channels, H = W = resolution. Images are float [N, img_channels, H, W] in about [-1, 1].
 
-Two choices differ in form, not in value, from a literal reading of the paper. Weight modulation is applied to the
-activations (scale by the style before the convolution, by the demodulation coefficient after it), so that one
-ordinary convolution serves the whole batch and compiles well. And the low-pass filter of a resampling is a depthwise
-convolution instead of a custom kernel.
+Two parts differ from the paper in form, but not in value. Weight modulation is applied to the activations (scaled by the
+style before the convolution, and by the demodulation coefficient after it), so that one ordinary convolution computes the
+whole batch and compiles well. The low-pass filter of a resampling is a depthwise convolution instead of a custom kernel.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Under their own names also here: who builds a network needs its configuration.
+# Exported here as well, because building a network needs its configuration.
 from dermis.network_config import DiscriminatorConfig as DiscriminatorConfig  # noqa: PLC0414
 from dermis.network_config import GeneratorConfig as GeneratorConfig  # noqa: PLC0414
 from dermis.network_config import NoiseMode as NoiseMode  # noqa: PLC0414
 from dermis.network_config import channels_at
 
 FIR_TAPS = (1.0, 3.0, 3.0, 1.0)
-LAYOUT = torch.channels_last  # of feature maps: what convolutions are fastest in, on CPUs and GPUs
+LAYOUT = torch.channels_last  # memory layout of feature maps in which convolutions are fastest, on CPUs and GPUs
 LRELU_SLOPE = 0.2
 SQRT2 = math.sqrt(2.0)
 
@@ -41,7 +40,7 @@ def _resolutions(img_resolution: int) -> list[int]:
 
 
 def _first_fp16_resolution(config: GeneratorConfig | DiscriminatorConfig) -> float:
-    """Blocks at or above this resolution run in float16; never below 8 px (the official rule)."""
+    """Return the resolution from which blocks run in float16, at least 8 px (the official rule)."""
     if config.num_fp16_res == 0:
         return math.inf
     return max(config.img_resolution * 2.0 ** (1 - config.num_fp16_res), 8.0)
@@ -51,7 +50,7 @@ def _first_fp16_resolution(config: GeneratorConfig | DiscriminatorConfig) -> flo
 
 
 def fir_filter(taps: Sequence[float] = FIR_TAPS) -> Tensor:
-    """Separable low-pass filter as a [k, k] kernel with unit sum."""
+    """Return the separable low-pass filter as a kernel [k, k] with sum 1."""
     line = torch.tensor(taps, dtype=torch.float32)
     kernel = torch.outer(line, line)
     return kernel / kernel.sum()
@@ -60,8 +59,8 @@ def fir_filter(taps: Sequence[float] = FIR_TAPS) -> Tensor:
 class _Filter(torch.autograd.Function):
     """Depthwise convolution of x [N, C, H, W] with one constant kernel [k, k], as conv2d does it (a correlation).
 
-    Its gradient is the same operation with the kernel turned round, to any order. torch's own second gradient of a
-    depthwise convolution goes through the channels one by one, which took half the time of the R1 penalty.
+    Its gradient is the same operation with the flipped kernel, to any order. torch's second gradient of a depthwise
+    convolution computes the channels one by one, which took half the time of the R1 penalty.
     """
 
     @staticmethod
@@ -85,7 +84,7 @@ def fir2d(x: Tensor, f: Tensor, padding: int, gain: float = 1.0) -> Tensor:
 
 
 def upsample2d(x: Tensor, f: Tensor) -> Tensor:
-    """Twice the resolution: zero insertion, then the filter with gain 4 (which keeps the mean)."""
+    """Double the resolution: insert zeros, then apply the filter with gain 4, which keeps the mean."""
     weight = (f * 4.0).to(x.dtype)[None, None].expand(x.shape[1], 1, -1, -1)
     return F.conv_transpose2d(x, weight, stride=2, padding=f.shape[0] // 2 - 1, groups=x.shape[1])
 
@@ -96,16 +95,16 @@ def normalize_2nd_moment(x: Tensor) -> Tensor:
 
 
 def _lrelu(x: Tensor, clamp: float | None = None) -> Tensor:
-    """Leaky ReLU of an already scaled x, clamped to +-clamp.
+    """Apply leaky ReLU to an already scaled x and clamp it to +-clamp.
 
-    The variance-preserving gain sqrt(2) is folded into the weights and biases before it (leaky ReLU is positively
-    homogeneous), which saves a pass over every feature map.
+    The gain sqrt(2), which keeps the variance, is part of the weights and biases before it (leaky ReLU is positively
+    homogeneous). This saves a pass over every feature map.
     """
     return _clamp(F.leaky_relu(x, LRELU_SLOPE), clamp)
 
 
 def _clamp(x: Tensor, bound: float | None) -> Tensor:
-    """x clamped to +-bound. The gradient of hardtanh is one pass over the feature map, that of clamp four."""
+    """Clamp x to +-bound. The gradient of hardtanh needs one pass over the feature map, that of clamp four."""
     return x if bound is None else F.hardtanh(x, -bound, bound)
 
 
@@ -176,10 +175,10 @@ class Conv2dLayer(nn.Module):
 
 
 class MappingNetwork(nn.Module):
-    """z [N, z_dim] and label c [N, c_dim] -> ws [N, num_ws, w_dim] (or [N, w_dim] where num_ws is None).
+    """z [N, z_dim] and label c [N, c_dim] -> ws [N, num_ws, w_dim] (or [N, w_dim] if num_ws is None).
 
-    Truncation (StyleGAN, arXiv 1812.04948, section B) moves the first `truncation_cutoff` style vectors (all, if
-    None) towards the running mean `w_avg`: w_avg + truncation_psi (w - w_avg).
+    Truncation (StyleGAN, arXiv 1812.04948, section B) moves the first `truncation_cutoff` style vectors (None:
+    all) towards the running mean `w_avg`: w_avg + truncation_psi (w - w_avg).
     """
 
     w_avg: Tensor
@@ -250,13 +249,13 @@ class MappingNetwork(nn.Module):
 def modulated_conv2d(
     x: Tensor, weight: Tensor, styles: Tensor, f: Tensor, demodulate: bool = True, up: int = 1, gain: float = 1.0
 ) -> Tensor:
-    """Convolution with per-sample weights w_ijk = s_i w_ijk, demodulated to unit norm (StyleGAN2, equations 1 to 3).
+    """Convolve with per-sample weights w_ijk = s_i w_ijk, demodulated to unit norm (StyleGAN2, equations 1 to 3).
 
     x [N, in, H, W], weight [out, in, k, k], styles [N, in] -> [N, out, up H, up W]. With up = 2 a transposed
     convolution of stride 2 is followed by the low-pass filter f with gain 4. Demodulated outputs are scaled by `gain`.
     """
     if x.dtype == torch.float16 and demodulate:
-        # Demodulation cancels any common scale, so normalise both factors to stay far from float16's limits.
+        # Demodulation cancels a common scale, so both factors are normalised to stay far from float16's limits.
         weight = weight / (weight.norm(float("inf"), dim=(1, 2, 3), keepdim=True) * math.sqrt(weight[0].numel()))
         styles = styles / styles.norm(float("inf"), dim=1, keepdim=True)
     coefficients = None
@@ -298,7 +297,7 @@ class SynthesisLayer(nn.Module):
         self.register_buffer("resample_filter", fir_filter())
 
     def draw_noise(self, mode: NoiseMode, n: int) -> Tensor | None:
-        """Noise maps [n or 1, 1, R, R]."""
+        """Return noise maps [n or 1, 1, R, R], or None for mode "none"."""
         if mode == "random":
             return torch.randn(n, 1, self.resolution, self.resolution, device=self.noise_const.device)
         return self.noise_const[None, None] if mode == "const" else None
@@ -351,6 +350,7 @@ class SynthesisBlock(nn.Module):
 
     @property
     def layers(self) -> list[SynthesisLayer]:
+        """The convolutions, in order."""
         return [self.conv1] if self.in_channels == 0 else [self.conv0, self.conv1]
 
     def forward(
@@ -375,7 +375,7 @@ class SynthesisBlock(nn.Module):
 
 
 def _block_dtype(use_fp16: bool, device: torch.device, dtype: torch.dtype | None) -> torch.dtype:
-    """The arithmetic of a block: what the caller asks, else float16 where configured and the device has it."""
+    """Return the arithmetic of a block: `dtype` if it is given, float16 if configured and on CUDA, otherwise float32."""
     if dtype is not None:
         return dtype
     return torch.float16 if use_fp16 and device.type == "cuda" else torch.float32
@@ -384,8 +384,8 @@ def _block_dtype(use_fp16: bool, device: torch.device, dtype: torch.dtype | None
 class SynthesisNetwork(nn.Module):
     """ws [N, num_ws, w_dim] -> float32 image [N, img_channels, H, W].
 
-    `dtype` overrides the arithmetic of the blocks from 8 px on (torch.float32 forces full precision, torch.bfloat16
-    is the CPU's fast path); None follows the configuration. The 4 px block is always float32.
+    `dtype` overrides the arithmetic of the blocks from 8 px on (torch.float32 for full precision, torch.bfloat16 for
+    fast computation on a CPU); None follows the configuration. The 4 px block is always float32.
     """
 
     def __init__(self, config: GeneratorConfig) -> None:
@@ -400,11 +400,11 @@ class SynthesisNetwork(nn.Module):
 
     @property
     def blocks(self) -> list[SynthesisBlock]:
-        """From 4 px up to the image."""
+        """The blocks, from 4 px to the image."""
         return [getattr(self, f"b{resolution}") for resolution in self.block_resolutions]
 
     def draw_noise(self, mode: NoiseMode, n: int) -> list[Tensor | None]:
-        """The noise maps of a batch of n, one a layer, from 4 px up."""
+        """Return the noise maps of a batch of n, one for each layer, from 4 px upwards."""
         return [layer.draw_noise(mode, n) for block in self.blocks for layer in block.layers]
 
     def forward(
@@ -414,7 +414,7 @@ class SynthesisNetwork(nn.Module):
         dtype: torch.dtype | None = None,
         noise: Sequence[Tensor | None] | None = None,
     ) -> Tensor:
-        """`noise` are maps as `draw_noise` makes them, for a caller that draws them itself."""
+        """Generate images. `noise` are maps in the form of `draw_noise`; None draws them by `noise_mode`."""
         ws = ws.float()
         noise = self.draw_noise(noise_mode, len(ws)) if noise is None else noise
         x: Tensor | None = None
@@ -467,7 +467,7 @@ class Generator(nn.Module):
 
 
 class DiscriminatorBlock(nn.Module):
-    """Residual block: two 3x3 convolutions beside a 1x1 skip, each halving the resolution once."""
+    """Residual block: two 3x3 convolutions and a 1x1 skip connection, each of which halves the resolution."""
 
     resample_filter: Tensor
 
@@ -569,7 +569,7 @@ class Discriminator(nn.Module):
 
 
 def one_hot(labels: Sequence[int] | np.ndarray, c_dim: int, device: torch.device | str = "cpu") -> Tensor:
-    """Class numbers [N] -> c [N, c_dim] float32 (shape [N, 0] for an unconditional network)."""
+    """Encode class numbers [N] as c, float32 [N, c_dim] ([N, 0] for an unconditional network)."""
     index = torch.as_tensor(np.asarray(labels, dtype=np.int64), device=device)
     if c_dim == 0:
         return torch.zeros(len(index), 0, device=device)

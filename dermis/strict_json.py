@@ -1,4 +1,4 @@
-"""JSON of files that other people wrote: bounded, without repeated keys, with finite numbers of 64 bits."""
+"""Parse untrusted JSON: limited depth, no repeated keys, and only finite numbers of 64 bits."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from dermis.errors import escape
 
 MAX_DEPTH = 64
 _LEAST, _GREATEST = -(1 << 63), (1 << 63) - 1
-_INTEGER_DIGITS = 20  # no 64-bit integer with its sign is longer
+_INTEGER_DIGITS = 20  # the longest 64-bit integer, with its sign
 
 
 def parse_json(data: bytes) -> Any:
-    """The document of UTF-8 bytes. ValueError, naming the field where there is one, if it cannot be used.
+    """Parse a document of UTF-8 bytes.
 
-    Python's parser alone accepts a repeated key, NaN, numbers of any size and half of a surrogate pair, and ends in a
-    RecursionError where values are nested deeply. The caller limits the number of bytes.
+    Python's parser accepts repeated keys, NaN, numbers of any size and half of a surrogate pair, and raises RecursionError if
+    values are nested deeply. The caller limits the number of bytes.
+
+    Raises:
+        ValueError: The document cannot be used. The message names the field if there is one.
     """
     try:
         value = json.loads(
@@ -47,12 +50,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _integer(text: str) -> int | float:
-    # Python refuses integers of thousands of digits with a message that names no field; infinity is refused below.
+    # Python's error for integers of thousands of digits names no field. As infinity they are refused below.
     return int(text) if len(text) <= _INTEGER_DIGITS else math.inf
 
 
 def _problem(value: Any, depth: int) -> tuple[list[str], str] | None:
-    """The keys that lead to the first unusable value, innermost first, and what is wrong with it."""
+    """Return the keys to the first unusable value, innermost first, and what is wrong with it."""
     if depth > MAX_DEPTH:
         return [], f"values are nested more than {MAX_DEPTH} deep"
     if isinstance(value, str):

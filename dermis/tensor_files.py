@@ -1,4 +1,4 @@
-"""Arrays of files that other people wrote: .npy and safetensors, their headers checked before anything is allocated."""
+"""Read untrusted arrays (.npy, safetensors). Headers are checked before memory is allocated."""
 
 from __future__ import annotations
 
@@ -21,20 +21,24 @@ if TYPE_CHECKING:
 MAX_HEADER_BYTES = 4 << 20
 _MAX_TENSORS = 20_000
 _FLOATS: Mapping[str, int] = {"F16": 2, "F32": 4}
-"""Types that bundles store, and their bytes."""
+"""Types of numbers in bundles, with their sizes in bytes."""
 _NPY_HEADER_BYTES = 10_000
 _METADATA = "__metadata__"
 
 
 def read_array(data: bytes, where: str, shape: tuple[int, ...], dtypes: Sequence[str] = ("<f4", "<f2")) -> NDArray[Any]:
-    """The array of an .npy file. BundleError, naming `where`, unless it has this shape and one of these types."""
+    """Read the array of an .npy file.
+
+    Raises:
+        BundleError: It has another shape or type, or the file is damaged. The message begins with `where`.
+    """
     expected = f"{' or '.join(np.dtype(dtype).name for dtype in dtypes)} of shape {shape}"
     file = io.BytesIO(data)
     try:
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         actual_shape, fortran, dtype = read(file, max_header_size=_NPY_HEADER_BYTES)
-    except Exception as error:  # numpy evaluates the header as a Python literal, whose errors share no class
+    except Exception as error:  # numpy evaluates the header as a Python literal, whose exceptions have no common class
         raise BundleError(f"{where}: is no .npy file of {expected} ({escape(error)})") from None
     if actual_shape != shape or dtype not in [np.dtype(each) for each in dtypes] or (fortran and len(shape) > 1):
         actual = escape(f"{dtype} of shape {actual_shape}")
@@ -49,7 +53,7 @@ def read_array(data: bytes, where: str, shape: tuple[int, ...], dtypes: Sequence
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """What a safetensors file says of its tensors: shapes by name, and its metadata."""
+    """The header of a safetensors file: shapes of tensors by name, and metadata."""
 
     shapes: Mapping[str, tuple[int, ...]]
     metadata: Mapping[str, str]
@@ -63,7 +67,12 @@ class _Entry(BaseModel):
 
 
 def read_header(data: bytes, where: str) -> TensorHeader:
-    """The header of a safetensors file. BundleError unless its tensors are floats that fill the file without a gap."""
+    """Read the header of a safetensors file.
+
+    Raises:
+        BundleError: The header is not valid, or its tensors are not floats that fill the file without a gap. The message
+            begins with `where`.
+    """
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length > min(MAX_HEADER_BYTES, len(data) - 8):
         raise BundleError(
@@ -98,7 +107,11 @@ def read_header(data: bytes, where: str) -> TensorHeader:
 
 
 def read_tensors(data: bytes, where: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. BundleError, naming `where`, as `read_header`."""
+    """Read the tensors of a safetensors file.
+
+    Raises:
+        BundleError: As `read_header`.
+    """
     import safetensors
     import safetensors.torch
 
@@ -111,7 +124,11 @@ def read_tensors(data: bytes, where: str) -> dict[str, Tensor]:
 
 
 def read_vectors(data: bytes, where: str) -> dict[str, NDArray[Any]]:
-    """The same as NumPy arrays, without torch."""
+    """Read the tensors of a safetensors file as NumPy arrays, without torch.
+
+    Raises:
+        BundleError: As `read_header`.
+    """
     import safetensors
     import safetensors.numpy
 

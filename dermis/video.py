@@ -1,4 +1,4 @@
-"""Frames as something that moves: GIF by Pillow, MP4 by ffmpeg."""
+"""Encode frames as a video: GIF by Pillow, MP4 by ffmpeg."""
 
 from __future__ import annotations
 
@@ -16,9 +16,16 @@ MEDIA_TYPES = {"gif": "image/gif", "mp4": "video/mp4"}
 
 
 def encode_video(frames: Images, kind: VideoFormat, *, frame_ms: int = 100) -> bytes:
-    """uint8 frames [N, H, W, 3] as a file's bytes. MP4 (H.264) plays everywhere; GIF loops, in 256 colours.
+    """Encode frames as MP4 (H.264) or as an endless GIF of 256 colours.
 
-    DermisError if MP4 is wanted and imageio-ffmpeg is not installed.
+    Args:
+        frames: uint8 [N, H, W, 3].
+        kind: The format.
+        frame_ms: Duration of a frame in milliseconds.
+
+    Raises:
+        ValueError: There is no frame.
+        DermisError: imageio-ffmpeg, which MP4 needs, is not installed.
     """
     if len(frames) == 0:
         raise ValueError("a video needs at least one frame")
@@ -29,9 +36,9 @@ def _mp4(frames: Images, fps: float) -> bytes:
     try:
         from imageio_ffmpeg import write_frames
     except ImportError as error:
-        raise DermisError(f"MP4 needs ffmpeg ({error}); {install_command('video')}, or ask for .gif") from error
+        raise DermisError(f"MP4 needs ffmpeg ({error}); {install_command('video')}, or use .gif") from error
     height, width = frames.shape[1:3]
-    even = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")  # H.264 wants even sides
+    even = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")  # H.264 needs even sides
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "video.mp4"
         writer = write_frames(

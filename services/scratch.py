@@ -6,7 +6,6 @@ service has left is removed at the next start: its lock is free then.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import socket
@@ -15,8 +14,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
+from filelock import FileLock
+
+from dermis.files import try_lock
 from services.settings import SettingsError
 
 _PREFIX = "start-"
@@ -49,18 +50,17 @@ def scratch_folder(data_dir: Path) -> Iterator[Scratch]:
     runs = data_dir.absolute() / "run"
     runs.mkdir(parents=True, exist_ok=True)
     runs.chmod(0o700)
-    with (runs / ".lock").open("a") as guard:
-        fcntl.flock(guard, fcntl.LOCK_EX)  # another start may be making its folder
+    with FileLock(runs / ".lock", fallback_to_soft=False):  # another start may be making its folder
         _remove_stale(runs)
         folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=runs))
-        lock = (folder / _LOCK).open("a")
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock = FileLock(folder / _LOCK, thread_local=False, fallback_to_soft=False)
+        lock.acquire()
     try:
         (folder / "tmp").mkdir(mode=0o700)
         yield Scratch(folder, _make_sockets_folder(folder), folder / "tmp")
     finally:
         _remove(folder)
-        lock.close()
+        lock.release()
 
 
 def _make_sockets_folder(folder: Path) -> Path:
@@ -95,24 +95,11 @@ def _takes_sockets(folder: Path) -> bool:
 
 def _remove_stale(runs: Path) -> None:
     for folder in runs.glob(f"{_PREFIX}*"):
-        lock = _free_lock(folder / _LOCK)
-        if lock is not None:
-            with lock:
+        with suppress(OSError):  # the folder has just been removed
+            lock = try_lock(folder / _LOCK)
+            if lock is not None:  # the service that made it has ended
                 _remove(folder)
-
-
-def _free_lock(path: Path) -> IO[str] | None:
-    """The lock, held by us now; None while the service that made it lives."""
-    try:
-        lock = path.open("a")
-    except OSError:  # the folder has just been removed
-        return None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.close()
-        return None
-    return lock
+                lock.release()
 
 
 def _remove(folder: Path) -> None:

@@ -21,8 +21,8 @@ from dermis.classifier.onnx_session import Classifier
 from dermis.classifier.preprocess import to_input
 from dermis.classifier.scores import scores_of
 from dermis.errors import BundleError, DermisError, RequestError
+from dermis.image_reading import read_training_image
 from dermis.imaging import Images, encode
-from dermis.reading import read_training_image
 from services.inference import pixels
 from tiny import make_bundle
 from tiny_classifier import FEATURES, SIZE, describe, make_classifier, make_model

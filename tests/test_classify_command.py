@@ -16,7 +16,7 @@ from dermis.bundle import amend_bundle
 from dermis.bundle.classifier import NOTICE
 from dermis.classifier.onnx_session import Classifier
 from dermis.errors import BundleError, DermisError
-from dermis.reading import read_image
+from dermis.image_reading import read_image
 from pictures import BAD, picture, with_exif
 from tiny import make_bundle
 from tiny_classifier import make_classifier

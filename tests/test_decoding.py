@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dermis.reading import MAX_PIXELS, ImageError, read_image
+from dermis.image_reading import MAX_PIXELS, ImageError, read_image
 from pictures import BAD, picture, scans
 from services.gateway import decoding
 from services.gateway.decoding import Decoder

@@ -18,7 +18,7 @@ import torch
 from dermis.errors import DermisError
 from dermis.feature_presets import PRESETS
 from dermis.features import feature_extractor
-from dermis.vision import import_vision
+from dermis.torchvision_compat import import_vision
 
 MODEL = "test_resnet.r160_in1k"  # timm's own miniature for tests
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 40, 40, 3), dtype=np.uint8)

@@ -19,7 +19,7 @@ from dermis.errors import DermisError
 from dermis.feature_presets import PRESETS, preset_weights
 from dermis.features import _by_torch, _positions, feature_extractor
 from dermis.features_openvino import OpenvinoFeatures
-from dermis.vision import import_vision
+from dermis.torchvision_compat import import_vision
 
 LITE = ["lite0", "lite1", "lite2"]
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from dermis.errors import StorageError
-from dermis.files import atomic_write, write_file
+from dermis.files import atomic_write, try_lock, write_file
 
 
 @pytest.mark.parametrize("concurrent", [False, True])
@@ -58,3 +60,32 @@ def test_write_file_names_the_file_that_cannot_be_written(tmp_path: Path) -> Non
     with pytest.raises(StorageError, match="file/below: cannot be written: "):
         write_file(tmp_path / "file" / "below", b"content")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_lock_excludes_other_processes_and_ends_with_its_process(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    holder = (
+        "import sys; from pathlib import Path; from dermis.files import try_lock\n"
+        "lock = try_lock(Path(sys.argv[1])); print(lock is not None, flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", holder, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "True\n"
+        assert try_lock(path) is None
+        process.kill()
+    lock = try_lock(path)
+    assert lock is not None
+    assert try_lock(path) is None, "another lock of the same process"
+    lock.release()
+    again = try_lock(path)
+    assert again is not None
+    again.release()
+
+
+def test_lock_does_not_follow_a_link(tmp_path: Path) -> None:
+    (tmp_path / "lock").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="symbolic link"):
+        try_lock(tmp_path / "lock")
+    assert not (tmp_path / "elsewhere").exists()

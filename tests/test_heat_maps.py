@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from commands.main import app
-from dermis.bundle.classifier import NOTICE, Description, InputSpec, write_classifier
+from dermis.bundle.classifier import NOTICE, ClassifierDescription, InputSpec, write_classifier
 from dermis.classifier.onnx_session import Classifier
 from dermis.classifier.preprocess import to_input
 from dermis.errors import DermisError
@@ -58,7 +58,7 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A network of timm's with random weights, exported as a trained one is."""
     config = ClassifierConfig(architecture="test_efficientnet", size=SIZE)
     network = finished_network(new_network(config, "none"), 0.0)
-    described = Description(
+    described = ClassifierDescription(
         "test_efficientnet",
         InputSpec(SIZE, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
         ("benign", "malignant"),

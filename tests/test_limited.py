@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from dermis.limited import LimitError, Limits, run_limited
+from dermis.limited import LimitError, ProcessLimits, run_limited
 
-LIMITS = Limits(cpu_seconds=20, wall_seconds=60, memory_bytes=1 << 30)
+LIMITS = ProcessLimits(cpu_seconds=20, wall_seconds=60, memory_bytes=1 << 30)
 
 
 def surroundings(data: bytes | Path, word: str) -> str:
@@ -71,7 +71,7 @@ def test_the_process_depends_on_nothing_around_it(tmp_path: Path, monkeypatch: p
         ("talk", LIMITS, "crash", "returned more than"),
     ],
 )
-def test_each_end_is_an_error_that_names_it(how: str, limits: Limits, reason: str, message: str) -> None:
+def test_each_end_is_an_error_that_names_it(how: str, limits: ProcessLimits, reason: str, message: str) -> None:
     with pytest.raises(LimitError, match=message) as caught:
         run_limited(f"{__name__}:misbehave", b"", how, limits=limits)
     assert caught.value.reason == reason and bool(caught.value.limit) == (reason != "crash")

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 from commands.main import app
 from dermis.errors import BundleError
-from dermis.limited import Limits
+from dermis.limited import ProcessLimits
 from dermis.official.convert import read_official
 from dermis.official.isolation import DEFAULT_LIMITS
 from dermis.official.stored import write_stored
@@ -93,7 +93,7 @@ FOREIGN: dict[str, tuple[Callable[[], bytes], str]] = {
 }
 
 
-def _refused(path: Path, match: str, limits: Limits = DEFAULT_LIMITS) -> str:
+def _refused(path: Path, match: str, limits: ProcessLimits = DEFAULT_LIMITS) -> str:
     with pytest.raises(BundleError, match=match) as caught:
         read_official(path, limits=limits)
     message = str(caught.value)

@@ -18,10 +18,10 @@ from commands.main import app
 from dermis.authenticity.checker import Checker
 from dermis.bundle import Bundle
 from dermis.errors import DataError, RequestError, StorageError
+from dermis.image_reading import read_image
 from dermis.imaging import Images, decode, encode
 from dermis.projection.projector import Projector
 from dermis.projection.result import Projection, from_bytes, to_bytes
-from dermis.reading import read_image
 from tiny_index import make_complete_bundle
 
 pytest.importorskip("faiss", reason="FAISS is not installed")

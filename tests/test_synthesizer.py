@@ -25,7 +25,7 @@ from dermis.latents import noise_for, z_for
 from dermis.networks import Generator, GeneratorConfig, NoiseMode, one_hot
 from dermis.synthesizer import Synthesizer, choice, cuda
 from dermis.synthesizer.model_cache import read_stages
-from dermis.synthesizer.network import ImageStage, blocks_of, convolutions_of, noise_resolutions, to_uint8
+from dermis.synthesizer.network import ImageStage, noise_resolutions, to_uint8
 
 Image = npt.NDArray[np.uint8]
 HAS_OPENVINO = importlib.util.find_spec("openvino") is not None
@@ -80,7 +80,7 @@ def reference(
     generator = make_generator(name)
     if noise_mode == "random":
         generator = copy.deepcopy(generator)
-        layers = [layer for block in blocks_of(generator) for layer in convolutions_of(block)]
+        layers = [layer for block in generator.synthesis.blocks for layer in block.layers]
         for layer, noise in zip(layers, noise_for(7, index, noise_resolutions(generator)), strict=True):
             layer.noise_const.copy_(torch.from_numpy(noise))
         noise_mode = "const"
@@ -286,8 +286,8 @@ def test_bundles_of_one_shape_share_compiled_code(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(cuda, "_recorded_lanes", lambda *_: [None])
     for seed in range(3):
         generator = copy.deepcopy(make_generator("unconditional"))
-        for block in blocks_of(generator):
-            for layer in convolutions_of(block):
+        for block in generator.synthesis.blocks:
+            for layer in block.layers:
                 layer.noise_strength.fill_(0.1 + seed)
         cuda.cuda_backend(generator, torch.device("cpu"), torch.float32, threads=1)
     monkeypatch.undo()

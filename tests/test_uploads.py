@@ -17,7 +17,7 @@ from dermis.bundle import amend_bundle
 from dermis.bundle.classifier import NOTICE
 from dermis.classifier.onnx_session import Classifier
 from dermis.classifier.preprocess import to_input
-from dermis.reading import ImageError, read_image
+from dermis.image_reading import ImageError, read_image
 from pictures import (
     BAD,
     PIXELS,

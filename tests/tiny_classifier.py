@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from dermis.bundle.classifier import Description, InputSpec, write_classifier
+from dermis.bundle.classifier import ClassifierDescription, InputSpec, write_classifier
 
 SIZE, FEATURES = 16, 4
 
@@ -56,7 +56,7 @@ def make_model(size: int = SIZE, *, seed: int = 0, **change: Any) -> bytes:
     return bytes(model.SerializeToString())
 
 
-def describe(size: int = SIZE, **change: Any) -> Description:
+def describe(size: int = SIZE, **change: Any) -> ClassifierDescription:
     """The description of `make_model`."""
     values: dict[str, Any] = {
         "architecture": "tiny",
@@ -70,9 +70,9 @@ def describe(size: int = SIZE, **change: Any) -> Description:
         "provenance": {"licence": "CC0-1.0"},
         "metrics": {"auc": 0.5},
     }
-    return Description(**values | change)
+    return ClassifierDescription(**values | change)
 
 
-def make_classifier(out: Path, *, size: int = SIZE, seed: int = 0, **change: Any) -> Description:
+def make_classifier(out: Path, *, size: int = SIZE, seed: int = 0, **change: Any) -> ClassifierDescription:
     """The folder of a tiny classifier."""
     return write_classifier(out, describe(size, **change), make_model(size, seed=seed), "# Tiny classifier\n")

@@ -7,7 +7,6 @@ the scalars as JSON in its metadata.
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -21,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dermis.errors import TrainingError, escape
-from dermis.files import atomic_write
+from dermis.files import atomic_write, try_lock
 
 CHECKPOINT = "checkpoint.safetensors"  # in the folder of a run
 FORMAT = "dermis-gan-checkpoint-1"  # of all trainings; the name is older than the others
@@ -198,14 +197,18 @@ def locked(out: Path) -> Iterator[None]:
     Raises:
         TrainingError: Another training holds the lock, or the file cannot be locked.
     """
-    with (out / "lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise TrainingError(
-                f"{out}: another training is running in this folder; wait for it or stop it, or choose another --out"
-            ) from None
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise TrainingError(f"{out / 'lock'}: cannot be locked ({error.strerror})") from None
+    try:
+        lock = try_lock(out / "lock")
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise TrainingError(f"{out / 'lock'}: cannot be locked ({error.strerror})") from None
         yield
+        return
+    if lock is None:
+        raise TrainingError(
+            f"{out}: another training is running in this folder; wait for it or stop it, or choose another --out"
+        )
+    try:
+        yield
+    finally:
+        lock.release()

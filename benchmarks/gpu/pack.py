@@ -22,8 +22,8 @@ import numpy as np
 from PIL import Image
 
 from dermis.errors import DermisError
+from dermis.image_reading import read_training_image
 from dermis.imaging import Images
-from dermis.reading import read_training_image
 from training.data.sources import Record, read_source
 
 MIB = 2**20

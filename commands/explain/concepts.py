@@ -152,7 +152,7 @@ def _artefacts(source: Source, table: Path | None, threads: int | None) -> list[
 
 def _images(records: Sequence[Record], side: int) -> Images:
     """uint8 [N, S, S, 3] as the classifier sees them."""
-    from dermis.reading import read_training_image
+    from dermis.image_reading import read_training_image
 
     return np.stack(
         [read_training_image(record.image.read_bytes(), side) for record in records if record.image is not None]

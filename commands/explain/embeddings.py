@@ -30,7 +30,7 @@ from commands.options import (
 from dermis.errors import DataError
 
 if TYPE_CHECKING:
-    from dermis.bundle.classifier import Description
+    from dermis.bundle.classifier import ClassifierDescription
     from dermis.explain.embeddings import Embedded
 
 PAGE, FEATURES, METADATA, PROJECTOR = "index.html", "features.npz", "metadata.csv", "projector"
@@ -156,7 +156,7 @@ def embeddings(
     typer.echo(NOTICE, err=True)
 
 
-def _reasons(images: Embedded, description: Description, threshold: float) -> list[str]:
+def _reasons(images: Embedded, description: ClassifierDescription, threshold: float) -> list[str]:
     """Reasons why each image is an edge case among the classified images of its kind; "" if it is none."""
     from dermis.explain.edge_cases import Criteria, edge_scores, labels_of
 

@@ -32,7 +32,7 @@ from dermis.errors import DataError, RequestError, StorageError
 from dermis.files import write_file
 
 if TYPE_CHECKING:
-    from dermis.bundle.classifier import Description
+    from dermis.bundle.classifier import ClassifierDescription
     from dermis.explain.attribution import Attribution, Explainer, Method
     from dermis.explain.page import Entry
     from dermis.imaging import Images
@@ -135,7 +135,7 @@ def _cases_of_files(images: Sequence[Path]) -> list[_Case]:
 
 
 def _cases_of_source(
-    data: Path, metadata: Path | None, predictions: Path | None, description: Description
+    data: Path, metadata: Path | None, predictions: Path | None, description: ClassifierDescription
 ) -> list[_Case]:
     """Images of a source with the classifier's class names; with `predictions` those of the test part, with probabilities."""
     from training.data.sources import read_source
@@ -199,7 +199,7 @@ def _scored(cases: Sequence[_Case], classifier: str, size: int, unreadable: list
 
 def _read(case: _Case, size: int, unreadable: list[tuple[str, str]]) -> Images | None:
     """Read an image at the classifier's size; if that fails, add the reason to `unreadable` and return None."""
-    from dermis.reading import ImageError, read_training_image
+    from dermis.image_reading import ImageError, read_training_image
 
     try:
         return read_training_image(case.read(), size=size)
@@ -208,7 +208,7 @@ def _read(case: _Case, size: int, unreadable: list[tuple[str, str]]) -> Images |
         return None
 
 
-def _calibrated(probability: float, description: Description) -> float:
+def _calibrated(probability: float, description: ClassifierDescription) -> float:
     from dermis.classifier.scores import sigmoid
 
     return float(sigmoid(np.array(_logit(probability) / description.temperature)))
@@ -219,7 +219,7 @@ def _logit(probability: float) -> float:
     return math.log(inside / (1 - inside))
 
 
-def _edge_order(case: _Case, description: Description, limit: float) -> tuple[bool, float, str]:
+def _edge_order(case: _Case, description: ClassifierDescription, limit: float) -> tuple[bool, float, str]:
     """Sort key: wrong predictions first, the most certain ones before others; then by distance from the threshold."""
     calibrated = _calibrated(case.probability, description)
     distance = abs(_logit(calibrated) - _logit(limit))
@@ -228,7 +228,7 @@ def _edge_order(case: _Case, description: Description, limit: float) -> tuple[bo
 
 
 def _entry(
-    case: _Case, description: Description, limit: float, attribution: Attribution, predictions: Path | None
+    case: _Case, description: ClassifierDescription, limit: float, attribution: Attribution, predictions: Path | None
 ) -> Entry:
     """Entry of the page for one image, with the probability of the logit that the heat map explains."""
     from dermis.classifier.scores import scores_of
@@ -246,7 +246,7 @@ def _entry(
     return Entry(case.name, probability, calibrated, name, case.label or None, attribution)
 
 
-def _key(description: Description, method: str, image: Images) -> str:
+def _key(description: ClassifierDescription, method: str, image: Images) -> str:
     """Hash of everything that an attribution depends on."""
     from dermis.explain.attribution import STEPS, VERSION
 
@@ -287,8 +287,8 @@ def _write_pictures(folder: Path, entries: Sequence[Entry]) -> None:
         for old in folder.glob("[0-9][0-9][0-9][0-9]-*.png"):
             old.unlink()
     for place, entry in enumerate(entries):
-        side = max(LEAST_SIDE, len(entry.found.image))
-        write_file(folder / f"{place:04d}-{_file_name(entry.name)}.png", to_png(heat_map(entry.found, side)))
+        side = max(LEAST_SIDE, len(entry.attribution.image))
+        write_file(folder / f"{place:04d}-{_file_name(entry.name)}.png", to_png(heat_map(entry.attribution, side)))
 
 
 def _check_out(out: Path, classifier: str) -> None:

@@ -188,7 +188,7 @@ def dataset_images(location: Path, class_names: tuple[str, str]) -> ImageSet:
         )
 
     def read(size: int) -> Iterator[tuple[Item, Images]]:
-        from dermis.reading import ImageError, read_image
+        from dermis.image_reading import ImageError, read_image
 
         for row, data in samples_of(location, manifest, rows):
             try:
@@ -225,7 +225,7 @@ def added_images(text: str, class_names: tuple[str, str]) -> ImageSet:
 
 def _decoded(chosen: Sequence[tuple[Item, Callable[[], bytes]]], size: int) -> Iterator[tuple[Item, Images]]:
     from dermis.cpus import available_cpus
-    from dermis.reading import ImageError, read_training_image
+    from dermis.image_reading import ImageError, read_training_image
 
     def decode(pair: tuple[Item, Callable[[], bytes]]) -> Any:
         try:

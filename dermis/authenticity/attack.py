@@ -1,8 +1,8 @@
-"""What an attacker learns who holds the generated images: who was in the training set?
+"""Membership inference by distance: what generated images disclose of the training set.
 
-Membership inference by distance: a real image is taken for a training image if a generated one is near to it. Its score is
-the negative distance to the nearest generated image; the AUC of training against held-out images is 0.5 for a generator that
-tells nothing, and 1 for one that copies. (The black-box attack of Chen et al., arXiv 1909.03935, section 4.2.)
+The attacker, who has only generated images, takes a real image for a training image if a generated one is near to it. Its score
+is the negative distance to the nearest generated image. The AUC of training against held-out images is 0.5 for a generator
+that discloses nothing, and 1 for one that copies. (The black-box attack of Chen et al., arXiv 1909.03935, section 4.2.)
 """
 
 from __future__ import annotations
@@ -15,13 +15,21 @@ from numpy.typing import NDArray
 
 from dermis.authenticity.index import Floats, Index, import_faiss
 
-MOST = 10_000  # real images of either kind that are attacked
-FEWEST = 20
+MOST = 10_000  # largest number of training images, and of held-out images, in an attack
+FEWEST = 20  # images of each kind that an attack needs
 
 
 @dataclass(frozen=True)
 class Attack:
-    """auc, low and high: of telling training from held-out images, with its 95 % interval."""
+    """Result of an attack.
+
+    Attributes:
+        auc: AUC of training against held-out images.
+        low: Lower end of its 95 % interval.
+        high: Upper end of its 95 % interval.
+        members: Number of training images.
+        held_out: Number of held-out images.
+    """
 
     auc: float
     low: float
@@ -31,16 +39,25 @@ class Attack:
 
     @property
     def succeeds(self) -> bool:
-        """Whether the attack is better than guessing beyond chance."""
+        """Whether the attack is better than guessing, beyond chance."""
         return self.low > 0.5
 
 
 def attack(members: Floats, held_out: Floats, *, seed: int = 0) -> Attack:
-    """The attack, from distances [M] of training and [H] of held-out images to their nearest generated ones.
+    """Measure how well distances separate training images from held-out ones.
 
-    ValueError if there are fewer than 20 of either.
+    Args:
+        members: Distances [M] of training images to the nearest generated image.
+        held_out: Distances [H] of held-out images to the nearest generated image.
+        seed: Seed of the bootstrap.
+
+    Raises:
+        ValueError: There are fewer than 20 of either.
     """
-    from dermis.metrics.classification import auc, bootstrap  # its package loads torch, which the gateway does without
+    from dermis.metrics.classification import (
+        auc,
+        bootstrap,
+    )  # its package imports torch, which the gateway does not need
 
     if min(len(members), len(held_out)) < FEWEST:
         raise ValueError(f"{len(members)} and {len(held_out)} images; at least {FEWEST} of each are needed")
@@ -51,64 +68,76 @@ def attack(members: Floats, held_out: Floats, *, seed: int = 0) -> Attack:
 
 
 def identifiability(radii: Floats, to_generated: Floats) -> float:
-    """The share of training images that are nearer to a generated image than to any other training image.
+    """Return the share of training images that are nearer to a generated image than to any other training image.
 
-    Yoon et al., "Anonymization through data synthesis using generative adversarial networks (ADS-GAN)", definition 1; both
-    [N]. The more generated images, the larger it is; compare sets of the size of the training set.
+    Yoon et al., "Anonymization through data synthesis using generative adversarial networks (ADS-GAN)", definition 1. It
+    grows with the number of generated images; compare sets of the size of the training set.
+
+    Args:
+        radii: Distance [N] of each training image to the nearest other one.
+        to_generated: Distance [N] of each training image to the nearest generated image.
     """
     return float((to_generated < radii).mean())
 
 
 class NearestGenerated:
-    """The distance of each of some real images to the nearest of all generated ones, which come in pieces."""
+    """Distances of real images to the nearest generated image, which is searched in parts.
+
+    Args:
+        real: Embeddings [M, dim] of the real images.
+    """
 
     def __init__(self, real: Floats) -> None:
         self._real = np.ascontiguousarray(real, np.float32)
         self.distances: Floats = np.full(len(real), np.inf, np.float32)
 
     def add(self, generated: Floats) -> None:
-        """Generated images' embeddings [N, dim], in the space of the real ones."""
+        """Take embeddings [N, dim] of further generated images into account."""
         if len(generated):
             squared, _ = import_faiss().knn(self._real, np.ascontiguousarray(generated, np.float32), 1)
             self.merge(np.sqrt(np.maximum(squared[:, 0], 0)))
 
     def merge(self, distances: NDArray[np.floating]) -> None:
-        """Distances [M] that another piece of work has found."""
+        """Take distances [M] to other generated images into account."""
         self.distances = np.minimum(self.distances, distances.astype(np.float32))
 
 
 def attacked(count: int, *, most: int = MOST) -> NDArray[np.int64]:
-    """Numbers of the real images that are attacked: all, or so many evenly spread."""
+    """Return the numbers of the real images to attack: all, or `most` evenly spread ones."""
     return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(np.int64))
 
 
 @dataclass(frozen=True)
 class Exposure:
-    """What a set of generated images tells of the training set."""
+    """What a set of generated images discloses of the training set."""
 
     identifiability: float
     """0..1: the share of training images that are nearer to a generated image than to any other training image."""
     attack: Attack | None
-    """Membership inference; None where the index has no held-out images."""
+    """Membership inference; None if the index has no held-out images."""
 
 
 def exposure(index: Index, generated: Floats) -> Exposure:
-    """Identifiability and the attack, of generated images' embeddings [N, dim] in the index's space.
+    """Measure identifiability and the attack.
 
-    Of at most 10,000 training images and as many held-out ones, evenly chosen.
+    At most 10,000 training images and as many held-out ones are used, evenly chosen.
+
+    Args:
+        index: The index of the training images.
+        generated: Embeddings [N, dim] of generated images in the space of the index.
     """
     chosen = attacked(index.description.vectors)
     members = nearest_generated(index.stored(chosen), [generated])
-    found = None
+    result = None
     if index.held_out is not None and min(len(index.held_out), len(chosen)) >= FEWEST:
         others = index.held_out[attacked(len(index.held_out))]
-        found = attack(members, nearest_generated(others, [generated]))
-    return Exposure(identifiability(index.radii[chosen], members), found)
+        result = attack(members, nearest_generated(others, [generated]))
+    return Exposure(identifiability(index.radii[chosen], members), result)
 
 
 def nearest_generated(real: Floats, generated: Iterable[Floats]) -> Floats:
-    """Distances [M] of real embeddings [M, dim] to the nearest generated ones."""
-    found = NearestGenerated(real)
+    """Return the distances [M] of real embeddings [M, dim] to the nearest of the generated ones, parts [N, dim]."""
+    nearest = NearestGenerated(real)
     for piece in generated:
-        found.add(piece)
-    return found.distances
+        nearest.add(piece)
+    return nearest.distances

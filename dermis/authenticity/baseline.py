@@ -1,9 +1,9 @@
-"""The real-to-real baseline: each training image's distance to its nearest neighbour; near-duplicates count as one image.
+"""The real-to-real baseline: distance of each training image to its nearest other one (radius). Near-duplicates are grouped.
 
-The distance of two copies of an image does not say how similar the images of two patients are. If copies counted as
-neighbours, two per cent of them would bring the first percentile of the radii to zero, and every copy of a training image
-would pass a gate that is based on it. So near-duplicates, and images of one patient or lesion where the table names them,
-form a group (a connected component), and the radius of an image is the distance to the nearest image outside it.
+The distance of two copies of an image says nothing about how similar images of two patients are. If copies counted as
+neighbours, two per cent of them would make the first percentile of the radii zero, and every copy of a training image would
+pass a gate that is based on it. So near-duplicates, and images of one patient or lesion if these are known, form a group (a
+connected component), and the radius of an image is its distance to the nearest image of another group.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from dermis.bundle.index import Duplicates
 from dermis.errors import RequestError
 
 MOST_COPY_SHARE = 0.5
-"""Of the typical distance: images farther apart than that are never copies, however far re-compression moves an image."""
+"""Share of the typical distance beyond which images are never copies, however far re-compression moves an image."""
 COPY_PERCENTILE = 99
-EXACT_RADII = 200_000  # vectors up to which all radii are computed by comparing every two images
-_VERIFIED = 1000
-_PAIRS = 2000  # images whose distances give the typical distance
-_FIRST, _BLOCK = 16, 1 << 23  # neighbours looked at first; numbers of one search
+EXACT_RADII = 200_000  # largest number of vectors for which every pair is compared
+_VERIFIED = 1000  # radii that an exact search checks
+_PAIRS = 2000  # images from which the typical distance is computed
+_FIRST, _BLOCK = 16, 1 << 23  # neighbours of the first search; largest number of results of one search
 
 Pairs = NDArray[np.int64]
 
@@ -37,8 +37,10 @@ Pairs = NDArray[np.int64]
 class Copies:
     """Measurements on the pixels of training images, to find copies.
 
-    features: [S, feature_dim] of re-compressed training images; of: [S], their numbers. alike: [P, 2], pairs of training
-    images with nearly the same perceptual hash.
+    Attributes:
+        features: Features [S, feature_dim] of re-compressed training images.
+        of: Numbers [S] of these images in the training set.
+        alike: Pairs [P, 2] of training images with nearly the same perceptual hash.
     """
 
     features: Floats
@@ -48,7 +50,13 @@ class Copies:
 
 @dataclass(frozen=True)
 class Baseline:
-    """radii [N], the near-duplicates among the images, and the share of the radii that an exact search confirms."""
+    """The baseline of N training images.
+
+    Attributes:
+        radii: Distance [N] of each image to the nearest one of another group.
+        duplicates: Near-duplicates among the images.
+        exact: Share of the radii that an exact search confirms.
+    """
 
     radii: Floats
     duplicates: Duplicates
@@ -64,10 +72,18 @@ def baseline(
     copy_distances: Floats | None,
     threads: int,
 ) -> Baseline:
-    """The baseline of a FAISS index of N vectors; rows [N, dim] are the same embeddings in its space, not rounded.
+    """Compute the baseline of an index.
 
-    alike: pairs [P, 2] with nearly the same pixels. copy_distances: of re-compressed images from their originals.
-    RequestError if so many images are near-duplicates that no radius can be trusted.
+    Args:
+        base: FAISS index of N vectors.
+        rows: The same embeddings [N, dim] in the space of the index, not rounded.
+        groups: Patient or lesion of each image, if known.
+        alike: Pairs [P, 2] of images with nearly the same pixels.
+        copy_distances: Distances of re-compressed images to their originals.
+        threads: CPU cores to use.
+
+    Raises:
+        RequestError: So many images are near-duplicates that no radius can be trusted.
     """
     count = len(rows)
     typical = typical_distance(rows)
@@ -113,7 +129,7 @@ def baseline(
 
 
 def typical_distance(rows: NDArray[np.floating]) -> float:
-    """Median distance of two of the rows [N, dim], of at most 2,000 evenly chosen ones."""
+    """Return the median distance between two rows of [N, dim], from at most 2,000 evenly chosen ones."""
     chosen = rows[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), _PAIRS)).round().astype(np.int64))]
     x = chosen.astype(np.float64) - chosen.mean(axis=0, dtype=np.float64)
     norms = (x**2).sum(axis=1)
@@ -123,7 +139,7 @@ def typical_distance(rows: NDArray[np.floating]) -> float:
 
 
 def _exact(base: Any, width: int) -> Any:
-    """An index of the same vectors that compares with each of them: the index itself if it does."""
+    """Return an index of the same vectors that searches exactly, which can be `base` itself."""
     faiss = import_faiss()
     if isinstance(base, faiss.IndexFlat | faiss.IndexScalarQuantizer):
         return base
@@ -133,7 +149,7 @@ def _exact(base: Any, width: int) -> Any:
 
 
 def _near_pairs(index: Any, rows: Floats, limit: float, threads: int) -> Pairs:
-    """Pairs [P, 2] of rows at most `limit` from a vector of the index. RequestError if a row has more than N / 2 of them."""
+    """Find pairs [P, 2] at most `limit` apart. Raises RequestError if a row has more than N / 2 such neighbours."""
     count = len(rows)
     pairs = [np.empty((0, 2), np.int64)]
     pending = np.arange(count)
@@ -155,7 +171,7 @@ def _near_pairs(index: Any, rows: Floats, limit: float, threads: int) -> Pairs:
 
 
 def _radii(index: Any, rows: Floats, group: NDArray[np.int64], threads: int) -> Floats:
-    """The distance [N] of each row to the nearest vector of another group; there are at least two groups."""
+    """Return the distance [N] of each row to the nearest vector of another group. There must be at least two groups."""
     radii = np.zeros(len(rows), np.float32)
     pending = np.arange(len(rows))
     k = min(_FIRST, len(rows))
@@ -166,7 +182,7 @@ def _radii(index: Any, rows: Floats, group: NDArray[np.int64], threads: int) -> 
             known = other.any(axis=1)
             first = other.argmax(axis=1)
             radii[numbers[known]] = distances[known, first[known]]
-            if k == len(rows):  # an approximate index gave fewer than it has: the farthest is a lower bound
+            if k == len(rows):  # an approximate index returned fewer vectors than it has: the farthest is a lower bound
                 reached = np.where(neighbours >= 0, distances, 0).max(axis=1)
                 radii[numbers[~known]] = reached[~known]
             else:
@@ -177,7 +193,7 @@ def _radii(index: Any, rows: Floats, group: NDArray[np.int64], threads: int) -> 
 
 
 def _searches(index: Any, rows: Floats, numbers: NDArray[np.int64], k: int, threads: int) -> Any:
-    """(numbers, distances [n, k], neighbours [n, k]) of rows, so many at a time that they fit into memory."""
+    """Search in parts that fit into memory. Yields (numbers [n], distances [n, k], neighbours [n, k])."""
     step = max(1, _BLOCK // k)
     for start in range(0, len(numbers), step):
         part = numbers[start : start + step]
@@ -186,7 +202,7 @@ def _searches(index: Any, rows: Floats, numbers: NDArray[np.int64], k: int, thre
 
 
 def _confirmed(base: Any, rows: Floats, group: NDArray[np.int64], radii: Floats) -> float:
-    """The share of 1,000 evenly chosen radii that an exact search confirms within 1 %."""
+    """Return the share of 1,000 evenly chosen radii that an exact search confirms within 1 %."""
     faiss = import_faiss()
     chosen = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), _VERIFIED)).round().astype(np.int64))
     best = np.full(len(chosen), np.inf)
@@ -203,7 +219,7 @@ def _confirmed(base: Any, rows: Floats, group: NDArray[np.int64], radii: Floats)
 
 
 def _components(count: int, pairs: Pairs) -> NDArray[np.int64]:
-    """[count]: the number of the connected component of each image."""
+    """Return the number of the connected component of each image, [count]."""
     graph = coo_array((np.ones(len(pairs), np.int8), (pairs[:, 0], pairs[:, 1])), shape=(count, count))
     number: NDArray[np.int64] = connected_components(graph, directed=False)[1].astype(np.int64)
     return number

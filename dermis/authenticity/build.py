@@ -1,4 +1,4 @@
-"""Building an index from embeddings of a training set."""
+"""Build an index from embeddings of a training set."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from dermis.cpus import available_cpus
 from dermis.errors import RequestError
 
 Storage = Literal["8bit", "float"]
-EXACT = 200_000  # vectors up to which every one is looked at
-GRAPH = 2_000_000  # up to which a graph of neighbours is quickest; beyond it, lists need far less memory
-FEWEST_APPROXIMATE = 25_000  # below, lists (IVF) have too few vectors to be trained on, and an exact search is as fast
+EXACT = 200_000  # largest number of vectors for an exact search
+GRAPH = 2_000_000  # largest number of vectors for a graph; above it, lists need much less memory
+FEWEST_APPROXIMATE = 25_000  # with fewer vectors, lists (IVF) cannot be trained well, and an exact search is as fast
 DIM = 128
-_TRAINING = 200_000
+_TRAINING = 200_000  # vectors that quantizer, components and lists are trained on
 _IMAGES_PER_DIM = 20
 
 
@@ -51,30 +51,47 @@ def build_index(
     provenance: Mapping[str, Any] | None = None,
     threads: int | None = None,
 ) -> tuple[IndexDescription, dict[str, bytes]]:
-    """The description and the files (for `write_index_folder`) of an index of features [N, feature_dim].
+    """Build an index.
 
-    held_out: features of real images that the generator never saw, for attacks. groups: the lesion or patient of each
-    image: an image's radius is then its distance to the nearest image of another group, so that pictures of one lesion do not
-    make it tiny. copies: measurements on the pixels; near-duplicates, which never count as neighbours, are found by
-    distance alone without it. dim: principal components to keep; None keeps all dimensions, as do fewer than 20 images for
-    each. storage:
-    8 bits a number, or float32. kind: "auto" looks at every vector up to 200,000, then walks a graph (HNSW), and searches
-    lists (IVF) beyond 2 million; below 25,000 vectors the index is flat whatever was asked for. The bytes depend on the
-    arguments and library versions alone. RequestError if there are too few images, or too few different ones.
+    The bytes of the files depend on the arguments and library versions alone.
+
+    Args:
+        features: Features [N, feature_dim] of the training images.
+        extractor: Name of the feature space.
+        extractor_identity: Identity of the extractor; see `IndexDescription`.
+        resolution: Side in px to which images are resized before the extractor.
+        held_out: Features [H, feature_dim] of real images that the generator never saw, for attacks.
+        groups: Lesion or patient of each image. The radius of an image is then its distance to the nearest image of another
+            group, so that pictures of one lesion do not make it tiny.
+        copies: Measurements on the pixels. Without them near-duplicates, which never count as neighbours, are found by
+            distance alone.
+        metric: "cosine" or "l2".
+        kind: "auto" searches exactly up to 200,000 vectors, with a graph (HNSW) up to 2 million, and with lists (IVF) above.
+            With fewer than 25,000 vectors the index is always flat.
+        dim: Principal components to keep. None keeps all dimensions, as do fewer than 20 images for each component.
+        storage: 8 bits for each number, or float32.
+        provenance: Origin of the images, as JSON values.
+        threads: CPU cores to use; None for all that this process can use.
+
+    Returns:
+        The description, and the files for `write_index_folder`.
+
+    Raises:
+        RequestError: There are too few images, or too few different ones.
     """
     rows = prepared(features, metric)
     if len(rows) < 2 or not np.isfinite(rows).all():
         raise RequestError("images", f"{len(rows)} images; an index needs at least 2, with finite features")
     if groups is not None and (len(groups) != len(rows) or len(set(groups)) < 2):
         raise RequestError("groups", "must name the group of every image, and at least two of them")
-    # The components of few images hold those images whole and others in part: everything else would look like a copy.
+    # Components of few images represent these images exactly and others poorly, so that other images would look like copies.
     width = rows.shape[1] if dim is None or len(rows) < _IMAGES_PER_DIM * dim else min(dim, rows.shape[1])
     chosen: Kind = kind if kind != "auto" else "flat" if len(rows) <= EXACT else "hnsw" if len(rows) <= GRAPH else "ivf"
     if len(rows) < FEWEST_APPROXIMATE:
         chosen = "flat"
     threads = threads or available_cpus()
     index, explained = _index(rows, width, chosen, storage, threads)
-    described = IndexDescription(
+    description = IndexDescription(
         extractor=extractor,
         extractor_identity=extractor_identity,
         feature_dim=rows.shape[1],
@@ -89,10 +106,10 @@ def build_index(
         held_out_distances=(),
         provenance=dict(provenance or {}),
     )
-    unjudged = Index(described, index, np.zeros(len(rows), np.float32), None, threads)
-    projected = unjudged.projected(features)
-    copied = None if copies is None or not len(copies.of) else unjudged.projected(copies.features)
-    found = baseline(
+    unscored = Index(description, index, np.zeros(len(rows), np.float32), None, threads)
+    projected = unscored.projected(features)
+    copied = None if copies is None or not len(copies.of) else unscored.projected(copies.features)
+    result = baseline(
         base_of(index),
         projected,
         groups=groups,
@@ -102,41 +119,45 @@ def build_index(
         else np.linalg.norm(copied - projected[copies.of], axis=1),
         threads=threads,
     )
-    duplicates = found.duplicates
-    described = replace(described, radii=_percentiles(found.radii), exact_radii=found.exact)
+    duplicates = result.duplicates
+    description = replace(description, radii=_percentiles(result.radii), exact_radii=result.exact)
     if copied is not None:
-        nearest = unjudged.nearest_of_projected(copied).distances
-        duplicates = replace(duplicates, copies_nearer=float((nearest < described.radii[1]).mean()))
-    files = {INDEX: _serialised(index), RADII: _npy(found.radii)}
+        nearest = unscored.nearest_of_projected(copied).distances
+        duplicates = replace(duplicates, copies_nearer=float((nearest < description.radii[1]).mean()))
+    files = {INDEX: _serialised(index), RADII: _npy(result.radii)}
     if held_out is not None and len(held_out):
-        others = unjudged.projected(held_out)
-        distances = unjudged.nearest_of_projected(others).distances
+        others = unscored.projected(held_out)
+        distances = unscored.nearest_of_projected(others).distances
         files[HELD_OUT] = _npy(others.astype(np.float16))
-        described = replace(described, held_out_distances=_percentiles(distances))
+        description = replace(description, held_out_distances=_percentiles(distances))
         duplicates = replace(duplicates, held_out=int((distances <= duplicates.same_distance).sum()))
-    return replace(described, duplicates=duplicates), files
+    return replace(description, duplicates=duplicates), files
 
 
 def write_index(out: str | Path, built: tuple[IndexDescription, Mapping[str, bytes]], *, replace: bool = False) -> None:
-    """Write what `build_index` gave as a folder of its own. Raises BundleError."""
+    """Write the result of `build_index` as a folder.
+
+    Raises:
+        BundleError: `out` exists and may not be replaced, or cannot be written.
+    """
     write_index_folder(out, built[0], built[1], replace=replace)
 
 
 def _index(rows: Floats, width: int, kind: Kind, storage: Storage, threads: int) -> tuple[Any, float]:
-    """A trained index with all rows in it, and the share of variance that its projection keeps."""
+    """Return a trained index with all rows, and the share of variance that its projection keeps."""
     faiss = import_faiss()
     faiss.omp_set_num_threads(threads)
     base = new_index(kind, width, storage, len(rows))
-    learnt = rows if len(rows) <= _TRAINING else rows[np.random.default_rng(0).permutation(len(rows))[:_TRAINING]]
+    sample = rows if len(rows) <= _TRAINING else rows[np.random.default_rng(0).permutation(len(rows))[:_TRAINING]]
     index, explained = base, 1.0
     if width < rows.shape[1]:
         components = faiss.PCAMatrix(rows.shape[1], width)
-        components.train(np.ascontiguousarray(learnt))
+        components.train(np.ascontiguousarray(sample))
         values = faiss.vector_to_array(components.eigenvalues).astype(np.float64)
         explained = float(np.clip(values[:width].sum() / max(values.sum(), 1e-30), 0, 1))
         index = faiss.IndexPreTransform(_linear(components, rows.shape[1], width), base)
     with products_of_matrices():
-        index.train(np.ascontiguousarray(learnt))
+        index.train(np.ascontiguousarray(sample))
         index.add(rows)
     if kind == "ivf":
         base.make_direct_map()
@@ -144,7 +165,7 @@ def _index(rows: Floats, width: int, kind: Kind, storage: Storage, threads: int)
 
 
 def new_index(kind: Kind, width: int, storage: Storage, count: int) -> Any:
-    """An empty index of a kind for about `count` vectors of `width` dimensions, with our parameters."""
+    """Make an empty index for about `count` vectors of `width` dimensions."""
     faiss = import_faiss()
     eight = faiss.ScalarQuantizer.QT_8bit
     if kind == "flat":
@@ -155,17 +176,17 @@ def new_index(kind: Kind, width: int, storage: Storage, count: int) -> Any:
         return graph
     lists = int(4 * count**0.5)
     coarse = faiss.IndexFlatL2(width)
-    found = (
+    index = (
         faiss.IndexIVFScalarQuantizer(coarse, width, lists, eight)
         if storage == "8bit"
         else faiss.IndexIVFFlat(coarse, width, lists)
     )
-    found.nprobe = max(1, min(64, lists // 16))
-    return found
+    index.nprobe = max(1, min(64, lists // 16))
+    return index
 
 
 def _linear(components: Any, wide: int, width: int) -> Any:
-    """The projection alone: FAISS would store all components of a PCAMatrix, ten times as much."""
+    """Return the projection without the other components, which a PCAMatrix would store: ten times as much."""
     faiss = import_faiss()
     matrix = faiss.vector_to_array(components.A).reshape(-1, wide)[:width]
     linear = faiss.LinearTransform(wide, width, True)

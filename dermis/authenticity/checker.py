@@ -1,4 +1,4 @@
-"""From pixels to verdicts: a bundle's index together with the network that makes embeddings for it.
+"""Verdicts on images: a bundle's index together with the network that computes embeddings for it.
 
 with Checker("bundles/demo") as checker:
     checker.check(images).authentic  # uint8 [H, W, 3] of any sizes
@@ -28,7 +28,17 @@ _BATCH = 32
 
 
 class Embedder:
-    """Images to features by the name of a feature space; "classifier" is that of a bundle or of a classifier's folder."""
+    """Computes features of images in a feature space.
+
+    Args:
+        name: Name of the feature space. "classifier" is that of `classifier`.
+        classifier: A bundle with a classifier, or the folder of a classifier or of a bundle.
+        device: "auto", "cpu" or a CUDA device.
+        threads: CPU cores to use; None for all that this process can use.
+
+    Raises:
+        BundleError: The feature space needs a classifier and there is none.
+    """
 
     def __init__(
         self, name: str, classifier: Bundle | str | Path | None, *, device: str = "auto", threads: int | None = None
@@ -37,7 +47,7 @@ class Embedder:
         self._extract: Callable[[Images], NDArray[np.float32]]
         self._close: Callable[[], None] = lambda: None
         self.backend: str | None = None
-        """What computes the features, if there are several implementations: verdicts may differ in the last bits."""
+        """The implementation that computes the features, if there are several. Verdicts can differ in the last bits."""
         if name == CLASSIFIER:
             from dermis.classifier.onnx_session import Classifier
 
@@ -61,7 +71,15 @@ class Embedder:
             self.backend = extractor.backend
 
     def embed(self, images: Sequence[Images] | Images, resolution: int) -> NDArray[np.float32]:
-        """float32 [N, dim] of uint8 images [H, W, 3] of any sizes, each brought to a square of `resolution` px first."""
+        """Compute features.
+
+        Args:
+            images: uint8 images [H, W, 3] of any sizes, or one array [N, H, W, 3].
+            resolution: Side in px of the square to which each image is cropped and resized first.
+
+        Returns:
+            float32 [N, dim].
+        """
         rows = [
             self._extract(squares(images[start : start + _BATCH], resolution))
             for start in range(0, len(images), _BATCH)
@@ -69,16 +87,21 @@ class Embedder:
         return np.concatenate(rows) if rows else np.empty((0, self.dim), np.float32)
 
     def close(self) -> None:
-        """Stop its threads, where it has some."""
+        """Stop the threads of the network."""
         self._close()
 
 
 class Checker:
-    """Checks images against the training set of a bundle, or of an index that stands alone.
+    """Compares images with a training set. Safe to call from several threads.
 
-    classifier: what makes the embeddings of an index that stands alone, if it is of the space "classifier". device and
-    threads as for `Index` and `Classifier`. Safe to call from several threads. Raises BundleError if there is no index, or if
-    it was built with other weights than are there.
+    Args:
+        source: A bundle, or the folder or fsspec URL of a bundle or of an index.
+        classifier: The classifier that computes embeddings, for an index outside of a bundle in the space "classifier".
+        device: "auto", "cpu" or a CUDA device.
+        threads: CPU cores to use; None for all that this process can use.
+
+    Raises:
+        BundleError: There is no index, or it was built with other weights than those of the extractor.
     """
 
     def __init__(
@@ -91,23 +114,24 @@ class Checker:
     ) -> None:
         where = find_index(source)
         self.index: Index = open_index(source, device=device, threads=threads)
-        described = self.index.description
+        description = self.index.description
         if classifier is None and where.endswith("/authenticity"):
             classifier = where.removesuffix("/authenticity") if isinstance(source, str | Path) else source
-        self._embedder = Embedder(described.extractor, classifier, device=device, threads=threads)
-        if (self._embedder.identity, self._embedder.dim) != (described.extractor_identity, described.feature_dim):
+        self._embedder = Embedder(description.extractor, classifier, device=device, threads=threads)
+        if (self._embedder.identity, self._embedder.dim) != (description.extractor_identity, description.feature_dim):
             self.close()
             raise BundleError(
-                f"{where}: was built with another {described.extractor} than is here; build it again: dermis index build"
+                f"{where}: was built with another {description.extractor} than is here; build it again: dermis index build"
             )
 
     @property
     def description(self) -> IndexDescription:
+        """The description of the index."""
         return self.index.description
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """What decides verdicts, beside the images and the kind of machine."""
+        """All that decides verdicts besides the images and the kind of machine."""
         from dermis.authenticity.index import import_faiss
 
         versions = {"authenticity": self.description.digest, "faiss": str(import_faiss().__version__)}
@@ -115,19 +139,19 @@ class Checker:
         return versions if backend is None else {**versions, "features": backend}
 
     def embed(self, images: Sequence[Images] | Images) -> NDArray[np.float32]:
-        """float32 [N, feature_dim] of uint8 images [H, W, 3] of any sizes, or of one array [N, H, W, 3]."""
+        """Compute features float32 [N, feature_dim] of uint8 images [H, W, 3] of any sizes, or of an array [N, H, W, 3]."""
         return self._embedder.embed(images, self.description.resolution)
 
     def nearest(self, images: Sequence[Images] | Images) -> Nearest:
-        """The nearest training image of each; an image's result does not depend on the images beside it."""
+        """Find the nearest training image of each image. The result of an image does not depend on the other images."""
         return self.index.nearest(self.embed(images))
 
     def check(self, images: Sequence[Images] | Images) -> Verdicts:
-        """Verdicts on uint8 images [H, W, 3] of any sizes, or on one array [N, H, W, 3]."""
+        """Return verdicts on uint8 images [H, W, 3] of any sizes, or on an array [N, H, W, 3]."""
         return verdicts_of(self.nearest(images), self.description)
 
     def close(self) -> None:
-        """Let go of the network."""
+        """Stop the threads of the network."""
         self._embedder.close()
 
     def __enter__(self) -> Self:

@@ -1,7 +1,7 @@
-"""Nearest training images, by FAISS.
+"""Search for nearest training images with FAISS.
 
-The embeddings are brought to length 1 (cosine), projected on their principal components and stored in 8 bits a number: the
-index transforms queries itself. All distances and radii are of that stored space, so that they can be compared.
+Embeddings are scaled to length 1 (cosine), projected on their principal components, and stored with 8 bits for each number.
+The index transforms queries in the same way. All distances and radii are in the stored space, so they can be compared.
 """
 
 from __future__ import annotations
@@ -29,60 +29,64 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float32]
 
-_NEVER, _BUILDING = 1 << 30, 20  # queries from which on FAISS uses them; 20 is its own
-_MAPPED_BYTES = 512 << 20  # a larger index of a local folder stays on disk
+_NEVER, _BUILDING = 1 << 30, 20  # number of queries from which FAISS multiplies matrices; 20 is its default
+_MAPPED_BYTES = 512 << 20  # a larger index in a local folder stays on disk
 
 
 @dataclass(frozen=True)
 class Nearest:
-    """For each of N queries its nearest training image: never to leave the process but as distances."""
+    """The nearest training image of each of N queries. Only distances may leave the process."""
 
     distances: Floats
-    """[N], Euclidean, in the index's space."""
+    """[N]: Euclidean distances in the space of the index."""
     radii: Floats
-    """[N]: how far that training image is from its own nearest other one."""
+    """[N]: distance of that training image to its own nearest other one."""
     embeddings: Floats
-    """[N, dim]: the queries in the index's space, not rounded."""
+    """[N, dim]: the queries in the space of the index, not rounded."""
     neighbours: NDArray[np.int64] | None = None
-    """[N]: its number in the index; None where another process has searched."""
+    """[N]: its number in the index; None if another process has searched."""
 
 
 class Index:
-    """A training set's embeddings. Safe to search from several threads."""
+    """Embeddings of a training set. Safe to search from several threads. `open_index` makes one."""
 
     def __init__(
         self, description: IndexDescription, index: Any, radii: Floats, held_out: Floats | None, threads: int
     ) -> None:
         self.description = description
         self.radii = radii
-        """float32 [vectors], in the index's order."""
+        """float32 [vectors], in the order of the index."""
         self.held_out = held_out
-        """float32 [held_out, dim] in the index's space, or None."""
+        """float32 [held_out, dim] in the space of the index, or None."""
         self._index = index
         self._transforms = _transforms(index)
         self._threads = threads
-        # FAISS lets several threads search on a CPU, but not with the buffers of one GPU.
+        # Several threads can search with FAISS on a CPU, but not with the buffers of one GPU.
         self._turn: AbstractContextManager[object] = Lock() if _is_on_gpu(index) else nullcontext()
 
     def nearest(self, features: Floats) -> Nearest:
-        """The nearest training image of each row of features [N, feature_dim]. ValueError if they are of another shape."""
+        """Find the nearest training image of each row of features [N, feature_dim].
+
+        Raises:
+            ValueError: The features have another shape.
+        """
         rows = prepared(features, self.description.metric)
         if rows.ndim != 2 or rows.shape[1] != self.description.feature_dim:
             raise ValueError(f"features {rows.shape}; this index takes [N, {self.description.feature_dim}]")
         return self.nearest_of_projected(self.projected(features))
 
     def nearest_of_projected(self, projected: Floats) -> Nearest:
-        """The same of rows [N, dim] that are in the index's space already."""
+        """Find the nearest training image of each row [N, dim] in the space of the index."""
         if not len(projected):
             return Nearest(np.empty(0, np.float32), np.empty(0, np.float32), projected, np.empty(0, np.int64))
-        behind = self._index.index if isinstance(self._index, import_faiss().IndexPreTransform) else self._index
+        index = self._index.index if isinstance(self._index, import_faiss().IndexPreTransform) else self._index
         with self._turn:
-            squared, neighbours = search(behind, projected, 1, self._threads)
-        found = neighbours[:, 0]
-        return Nearest(np.sqrt(np.maximum(squared[:, 0], 0)), self.radii[found], projected, found)
+            squared, neighbours = search(index, projected, 1, self._threads)
+        numbers = neighbours[:, 0]
+        return Nearest(np.sqrt(np.maximum(squared[:, 0], 0)), self.radii[numbers], projected, numbers)
 
     def stored(self, numbers: NDArray[np.int64]) -> Floats:
-        """The embeddings of training images by their numbers [N], as they are stored: float32 [N, dim]."""
+        """Return the stored embeddings, float32 [N, dim], of training images by their numbers [N]."""
         base = base_of(self._index)
         rows = np.empty((len(numbers), self.description.dim), np.float32)
         for row, number in zip(rows, numbers, strict=True):
@@ -90,18 +94,18 @@ class Index:
         return rows
 
     def projected(self, features: Floats) -> Floats:
-        """Features [N, feature_dim] in the index's space, [N, dim], not rounded."""
+        """Transform features [N, feature_dim] into the space of the index, [N, dim], not rounded."""
         rows = prepared(features, self.description.metric)
         if not len(rows):
             return np.empty((0, self.description.dim), np.float32)
         for matrix, shift in self._transforms:
-            # Sums of products, each by itself: a product of matrices rounds otherwise in other company.
+            # einsum sums each row by itself; the rounding of a matrix product depends on the other rows.
             rows = np.einsum("nd,kd->nk", rows, matrix) + shift
         return rows
 
 
 def prepared(features: Floats, metric: str) -> Floats:
-    """Features as the index takes them: of length 1 if the metric is cosine."""
+    """Prepare features for the index: scale them to length 1 if the metric is cosine."""
     rows = np.ascontiguousarray(features, dtype=np.float32)
     if metric == "cosine":
         rows = rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), np.float32(1e-12))
@@ -109,7 +113,7 @@ def prepared(features: Floats, metric: str) -> Floats:
 
 
 def search(index: Any, rows: Floats, k: int, threads: int) -> tuple[Floats, NDArray[np.int64]]:
-    """Squared distances and numbers [N, k] of the k nearest vectors."""
+    """Return squared distances and numbers, [N, k] each, of the k nearest vectors."""
     faiss = import_faiss()
     faiss.omp_set_num_threads(threads)
     squared, numbers = index.search(rows, k)
@@ -117,35 +121,39 @@ def search(index: Any, rows: Floats, k: int, threads: int) -> tuple[Floats, NDAr
 
 
 def _transforms(index: Any) -> list[tuple[Floats, Floats]]:
-    """The linear maps before an index: matrix [out, in] and shift [out] (or [1]) of each."""
+    """Return the linear maps of an index: matrix [out, in] and shift [out] (or [1]) of each."""
     faiss = import_faiss()
-    found = []
+    transforms = []
     for k in range(index.chain.size()) if isinstance(index, faiss.IndexPreTransform) else ():
         linear = faiss.downcast_VectorTransform(index.chain.at(k))
         matrix = faiss.vector_to_array(linear.A).reshape(linear.d_out, linear.d_in)
         shift = faiss.vector_to_array(linear.b) if linear.have_bias else np.zeros(1, np.float32)
-        found.append((np.ascontiguousarray(matrix, np.float32), np.asarray(shift, np.float32)))
-    return found
+        transforms.append((np.ascontiguousarray(matrix, np.float32), np.asarray(shift, np.float32)))
+    return transforms
 
 
 def base_of(index: Any) -> Any:
-    """What holds the vectors, behind the transformation of queries."""
+    """Return the index that stores the vectors, without the transformation of queries."""
     faiss = import_faiss()
     return faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
 
 
 def _is_on_gpu(index: Any) -> bool:
-    kind = getattr(import_faiss(), "GpuIndex", None)  # faiss-gpu alone has it
+    kind = getattr(import_faiss(), "GpuIndex", None)  # only faiss-gpu has it
     return kind is not None and isinstance(base_of(index), kind)
 
 
 def import_faiss() -> Any:
-    """FAISS, or a DermisError that says how to get it."""
+    """Import FAISS, with the settings on which results depend.
+
+    Raises:
+        DermisError: FAISS is not installed. The message says how to get it.
+    """
     try:
         import faiss
     except ImportError as error:
         raise DermisError(f"authenticity needs FAISS ({error}); {install_command('cpu')}") from error
-    # Above this many queries distances would come from a product of matrices, which rounds otherwise in other company.
+    # From this number of queries on, FAISS multiplies matrices, whose rounding depends on the other queries.
     if faiss.cvar.distance_compute_blas_threshold != _BUILDING:
         faiss.cvar.distance_compute_blas_threshold = _NEVER
     return faiss
@@ -153,7 +161,7 @@ def import_faiss() -> Any:
 
 @contextmanager
 def products_of_matrices() -> Iterator[None]:
-    """Inside, FAISS may compute distances by products of matrices: several times as fast, for building an index."""
+    """Let FAISS compute distances by matrix products inside the block: several times as fast, for building an index."""
     faiss = import_faiss()
     faiss.cvar.distance_compute_blas_threshold = _BUILDING
     try:
@@ -163,7 +171,11 @@ def products_of_matrices() -> Iterator[None]:
 
 
 def find_index(source: Bundle | str | Path) -> str:
-    """The folder of a bundle's index, or of one that stands alone. BundleError if the bundle has none."""
+    """Return the folder of the index of a bundle, or of an index outside of a bundle.
+
+    Raises:
+        BundleError: The bundle has no index.
+    """
     from dermis.bundle.folder import exists
 
     none = "has no index of its training images; make one: dermis index build"
@@ -180,19 +192,27 @@ def find_index(source: Bundle | str | Path) -> str:
 
 
 def open_index(source: Bundle | str | Path, *, device: str = "auto", threads: int | None = None) -> Index:
-    """The index of a bundle, or of a folder or fsspec URL; every file is verified.
+    """Open an index and verify every file of it.
 
-    device: "auto" uses a GPU where FAISS has one, "cpu" none. An index of more than half a gigabyte in a local folder stays on
-    disk and is mapped. Raises BundleError if it is not what it says, DermisError if FAISS or the device cannot be had.
+    An index of more than half a gigabyte in a local folder stays on disk and is mapped into memory.
+
+    Args:
+        source: A bundle, or the folder or fsspec URL of a bundle or of an index.
+        device: "auto" uses a GPU if FAISS has one; "cpu" uses none.
+        threads: CPU cores to use; None for all that this process can use.
+
+    Raises:
+        BundleError: There is no index, or a file differs from the description.
+        DermisError: FAISS is not installed, or the device does not exist.
     """
     import_faiss()
-    folder, described, _ = open_index_folder(find_index(source))
+    folder, description, _ = open_index_folder(find_index(source))
     known = None if isinstance(source, str | Path) else source.authenticity
-    if known is not None and known.digest != described.digest:
+    if known is not None and known.digest != description.digest:
         raise BundleError(f"{folder.where}: was changed since the bundle was opened; try again")
-    record = described.files[INDEX]
+    record = description.files[INDEX]
     where = f"{folder.where}/{INDEX}"
-    if record.bytes > most_bytes(described):
+    if record.bytes > most_bytes(description):
         raise BundleError(f"{where}: is larger than an index of its description can be; build the index again")
     mapped = record.bytes > _MAPPED_BYTES and folder.local
     data = (Path(folder.root) / INDEX).resolve() if mapped else folder.read(INDEX, record)
@@ -200,20 +220,22 @@ def open_index(source: Bundle | str | Path, *, device: str = "auto", threads: in
     if isinstance(data, Path):
         state = _state(data)
         folder.verify(INDEX, record)
-    check_index(data, described, where)
+    check_index(data, description, where)
     try:
         index = read(data)
     except RuntimeError as error:
         raise BundleError(f"{where}: is no index of FAISS ({reason_of(error)})") from None
     if isinstance(data, Path) and (state is None or _state(data) != state):
         raise BundleError(f"{where}: was changed while it was read; try again")
-    radii = _array(folder, described, RADII, (described.vectors,))
-    held_out = _array(folder, described, HELD_OUT, (described.held_out, described.dim)) if described.held_out else None
-    return Index(described, on_device(index, device), radii, held_out, threads or available_cpus())
+    radii = _array(folder, description, RADII, (description.vectors,))
+    held_out = (
+        _array(folder, description, HELD_OUT, (description.held_out, description.dim)) if description.held_out else None
+    )
+    return Index(description, on_device(index, device), radii, held_out, threads or available_cpus())
 
 
 def _state(path: Path) -> tuple[int, ...] | None:
-    """Differs if a file has been replaced or written to; None if there is none."""
+    """Return values that change if a file is replaced or written to; None if there is no file."""
     try:
         status = path.stat()
     except OSError:
@@ -221,17 +243,20 @@ def _state(path: Path) -> tuple[int, ...] | None:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def _array(folder: Folder, described: IndexDescription, name: str, shape: tuple[int, ...]) -> Floats:
+def _array(folder: Folder, description: IndexDescription, name: str, shape: tuple[int, ...]) -> Floats:
     where = f"{folder.where}/{name}"
     limit = 4 * math.prod(shape) + MAX_HEADER_BYTES
-    numbers = np.asarray(read_array(folder.read(name, described.files[name], limit=limit), where, shape), np.float32)
+    numbers = np.asarray(read_array(folder.read(name, description.files[name], limit=limit), where, shape), np.float32)
     if not np.isfinite(numbers).all():
         raise BundleError(f"{where}: must be finite numbers; build the index again")
     return numbers
 
 
 def on_device(index: Any, device: str) -> Any:
-    """The index on a GPU if that is wanted and FAISS has one. A scalar quantiser's vectors cannot be read back from there."""
+    """Move an index to a GPU if `device` allows it and FAISS has one.
+
+    Only IVF indexes are moved: vectors of a scalar quantizer cannot be read back from a GPU.
+    """
     faiss = import_faiss()
     gpus = faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
     if device.startswith("cuda") and not gpus:

@@ -1,8 +1,8 @@
-"""Check in a separate process that index.faiss is what its description says, before this process reads it.
+"""Check in a separate process that index.faiss fits its description, before this process reads it.
 
-FAISS trusts most counts and numbers that a file holds: a wrong one reserves any amount of memory or reads beyond the end of
-an array when the index is searched, and some kinds of index name another file that is then opened. So the file is first read
-and searched where a crash, a time limit and a memory limit do no harm, and every number that searching relies on is checked.
+FAISS trusts most numbers in a file: a wrong one can reserve any amount of memory, or let a search read beyond the end of an
+array, and some kinds of index name another file that is then opened. So a separate process with limits of time and memory
+reads and searches the file first, and every number on which a search depends is checked.
 """
 
 from __future__ import annotations
@@ -14,34 +14,38 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dermis.errors import BundleError, escape
-from dermis.limited import LimitError, Limits, run_limited
+from dermis.limited import LimitError, ProcessLimits, run_limited
 
 if TYPE_CHECKING:
     from dermis.bundle.index import IndexDescription
 
 _CPU_SECONDS, _WALL_SECONDS = 120, 480
 _MEMORY_BYTES = 1 << 30
-_COPIES = 3  # of the file in memory at once
-_VECTOR_BYTES = 4096  # of an index for each vector, beside its components: the links of HNSW, identifiers
+_COPIES = 3  # of the file that are in memory at the same time
+_VECTOR_BYTES = 4096  # for each vector besides its components: links of HNSW, identifiers
 _FIXED_BYTES = 64 << 20
-_MOST_EFFORT = 1 << 16  # lists or nodes that a search looks at
+_MOST_EFFORT = 1 << 16  # lists or nodes that one search visits
 _OTHER_KIND = "is not of the kind {kind} as dermis builds it"
 
 
-def most_bytes(described: IndexDescription) -> int:
-    """An upper bound for the size of an index of this description, in bytes."""
-    numbers = described.vectors * described.dim * 2 + described.feature_dim * (described.dim + 2)
-    return 4 * numbers + described.vectors * _VECTOR_BYTES + _FIXED_BYTES
+def most_bytes(description: IndexDescription) -> int:
+    """Return an upper bound for the size of index.faiss in bytes."""
+    numbers = description.vectors * description.dim * 2 + description.feature_dim * (description.dim + 2)
+    return 4 * numbers + description.vectors * _VECTOR_BYTES + _FIXED_BYTES
 
 
-def check_index(data: bytes | Path, described: IndexDescription, where: str) -> None:
-    """BundleError, naming `where`, if an index in memory or in a file is not what it should be."""
-    facts = {"kind": described.kind, "vectors": described.vectors}
-    facts |= {"dim": described.dim, "feature_dim": described.feature_dim}
-    memory = _MEMORY_BYTES + _COPIES * described.files["index.faiss"].bytes
-    limits = Limits(_CPU_SECONDS, _WALL_SECONDS, memory)
+def check_index(data: bytes | Path, description: IndexDescription, where: str) -> None:
+    """Check an index in memory or in a file.
+
+    Raises:
+        BundleError: It does not fit the description. The message begins with `where`.
+    """
+    expected = {"kind": description.kind, "vectors": description.vectors}
+    expected |= {"dim": description.dim, "feature_dim": description.feature_dim}
+    memory = _MEMORY_BYTES + _COPIES * description.files["index.faiss"].bytes
+    limits = ProcessLimits(_CPU_SECONDS, _WALL_SECONDS, memory)
     try:
-        problem = run_limited(f"{__name__}:problem_of", data, json.dumps(facts), limits=limits, imports=["faiss"])
+        problem = run_limited(f"{__name__}:problem_of", data, json.dumps(expected), limits=limits, imports=["faiss"])
     except LimitError as error:
         problem = f"is not used: to read and search it {error}"
     if problem:
@@ -49,7 +53,7 @@ def check_index(data: bytes | Path, described: IndexDescription, where: str) -> 
 
 
 def problem_of(data: bytes | Path, expected_json: str) -> str:
-    """What is wrong with an index, "" if nothing. For the process with the limits."""
+    """Return what is wrong with an index, or "". It runs in the process with limits."""
     expected = json.loads(expected_json)
     try:
         index = read(data)
@@ -62,7 +66,7 @@ def problem_of(data: bytes | Path, expected_json: str) -> str:
 
 
 def read(data: bytes | Path) -> Any:
-    """The index in memory, or the one of a file, which stays there. RuntimeError if it is none."""
+    """Read an index from memory, or map one of a file. Raises RuntimeError if it is not an index."""
     import faiss
 
     if isinstance(data, Path):
@@ -71,7 +75,7 @@ def read(data: bytes | Path) -> Any:
 
 
 def reason_of(error: RuntimeError) -> str:
-    """What FAISS says is wrong, without the place in its source."""
+    """Return the message of an error of FAISS without the location in its source."""
     return escape(str(error).rpartition("Error: ")[2].strip())
 
 
@@ -118,7 +122,7 @@ def _transforms(index: Any, feature_dim: int, dim: int) -> str:
 
 
 def _codes(base: Any, vectors: int) -> str:
-    """What is wrong with an index that stores its vectors in one array; "" if nothing."""
+    """Return what is wrong with an index that stores its vectors in one array, or ""."""
     import faiss
 
     if type(base) in (faiss.IndexFlat, faiss.IndexFlatL2):
@@ -142,7 +146,7 @@ def _quantizer_fits(quantizer: Any, dim: int) -> bool:
 
 
 def _graph(graph: Any, vectors: int) -> str:
-    """What is wrong with an HNSW graph: links must lead to vectors, and each vector has the links of its level."""
+    """Return what is wrong with an HNSW graph, or "". Links must lead to vectors, and each vector has links of its level."""
     import faiss
 
     levels = faiss.vector_to_array(graph.levels)
@@ -180,7 +184,7 @@ def _graph(graph: Any, vectors: int) -> str:
 
 
 def _lists(base: Any, dim: int, vectors: int) -> str:
-    """What is wrong with the lists of IVF: they must hold every vector once, and know the list of each vector."""
+    """Return what is wrong with the lists of IVF, or "". They must have every vector once, and know the list of each."""
     import faiss
 
     coarse, lists = faiss.downcast_index(base.quantizer), faiss.downcast_InvertedLists(base.invlists)

@@ -11,7 +11,7 @@
     MODEL_CARD.md             the model card, and the pictures that it shows
 
 The SHA-256 of bundle.json identifies the bundle: bundle.json contains the hashes of all other files. Nothing in a bundle
-is unpickled or executed, and files that it does not list are not read: a bundle may be untrusted. `docs/bundles.md`
+is unpickled or executed, and files that it does not list are not read: a bundle can be untrusted. `docs/bundles.md`
 documents the format.
 
 This package describes files. The packages that run them (`dermis.classifier`, `dermis.authenticity`, `dermis.projection`,

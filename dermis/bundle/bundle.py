@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_type_hints
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from dermis.bundle.card import with_classifier_section, with_latent_section
-from dermis.bundle.classifier import CLASSIFIER_PART, Description
+from dermis.bundle.classifier import CLASSIFIER_PART, ClassifierDescription
 from dermis.bundle.directions import Direction, decode_directions, encode_directions
 from dermis.bundle.encoder import ENCODER_PART, EncoderDescription
 from dermis.bundle.folder import (
+    BundlePart,
     DescriptionT_co,
     DescriptorModel,
     FileRecord,
-    Part,
     PartDescription,
     open_folder,
     parse_descriptor,
@@ -71,16 +71,18 @@ class Bundle:
     metrics: Mapping[str, Any]
     model_card: str
     files: Mapping[str, FileRecord]
-    classifier: Description | None = None
+    classifier: ClassifierDescription | None = None
     authenticity: IndexDescription | None = None
     encoder: EncoderDescription | None = None
     directions: tuple[Direction, ...] = ()
 
 
-_PARTS: Mapping[str, Part[PartDescription]] = {part.name: part for part in (CLASSIFIER_PART, INDEX_PART, ENCODER_PART)}
+_PARTS: Mapping[str, BundlePart[PartDescription]] = {
+    part.name: part for part in (CLASSIFIER_PART, INDEX_PART, ENCODER_PART)
+}
 
 
-class _Descriptor(DescriptorModel):
+class _BundleDescriptor(DescriptorModel):
     """The fields of bundle.json."""
 
     name: str = Field(pattern=f"^{NAME_PATTERN}$")
@@ -102,7 +104,7 @@ def open_bundle(location: str | Path) -> Bundle:
     """
     folder = open_folder(resolve_bundle(location), "bundle", DESCRIPTOR)
     where, text = folder.where, folder.read_descriptor()
-    descriptor = parse_descriptor(text, f"{where}/{DESCRIPTOR}", BUNDLE_FORMAT, _Descriptor)
+    descriptor = parse_descriptor(text, f"{where}/{DESCRIPTOR}", BUNDLE_FORMAT, _BundleDescriptor)
     generator, discriminator = _configs(descriptor, where)
     _check_class_names(descriptor.class_names, generator.c_dim, f"{where}/{DESCRIPTOR}")
     for name in (GENERATOR, METRICS, CARD) + ((DISCRIMINATOR,) if discriminator else ()):
@@ -268,10 +270,14 @@ def amend_bundle(
             files[DIRECTIONS] = encode_directions(directions)
     if metrics is not None:
         files[METRICS] = to_json(dict(metrics), METRICS)
-    kept = bundle.directions if directions is None else directions
-    changed = any(descriptions[key] is not getattr(bundle, key) for key in _PARTS) or kept is not bundle.directions
+    new_directions = bundle.directions if directions is None else directions
+    changed = (
+        any(descriptions[key] is not getattr(bundle, key) for key in _PARTS) or new_directions is not bundle.directions
+    )
     if model_card is not None or changed:
-        files[CARD] = _card(bundle.model_card if model_card is None else model_card, descriptions, kept).encode()
+        files[CARD] = _card(
+            bundle.model_card if model_card is None else model_card, descriptions, new_directions
+        ).encode()
     fields = {
         "name": name or bundle.name,
         "generator": asdict(bundle.generator),
@@ -285,7 +291,7 @@ def amend_bundle(
 def _card(card: str, descriptions: Mapping[str, PartDescription | None], directions: Sequence[Direction]) -> str:
     """Write the sections on the parts into the card."""
     classifier, index, encoder = descriptions["classifier"], descriptions["authenticity"], descriptions["encoder"]
-    assert classifier is None or isinstance(classifier, Description)
+    assert classifier is None or isinstance(classifier, ClassifierDescription)
     assert index is None or isinstance(index, IndexDescription)
     assert encoder is None or isinstance(encoder, EncoderDescription)
     card = with_classifier_section(card, classifier)
@@ -295,7 +301,7 @@ def _card(card: str, descriptions: Mapping[str, PartDescription | None], directi
 # -- reading
 
 
-def _configs(descriptor: _Descriptor, where: str) -> tuple[GeneratorConfig, DiscriminatorConfig | None]:
+def _configs(descriptor: _BundleDescriptor, where: str) -> tuple[GeneratorConfig, DiscriminatorConfig | None]:
     generator = _config(GeneratorConfig, descriptor.generator, f"{where}/{DESCRIPTOR}: generator")
     if descriptor.discriminator is None:
         return generator, None
@@ -351,7 +357,7 @@ def _check_class_names(names: Sequence[str], c_dim: int, where: str) -> None:
 
 
 def _part(
-    part: Part[DescriptionT_co], files: Mapping[str, FileRecord], small: Mapping[str, bytes], where: str
+    part: BundlePart[DescriptionT_co], files: Mapping[str, FileRecord], small: Mapping[str, bytes], where: str
 ) -> DescriptionT_co | None:
     """Parse the description of a part.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dermis.bundle.classifier import CLASSIFIER_CARD, NOTICE, Description
+from dermis.bundle.classifier import CLASSIFIER_CARD, NOTICE, ClassifierDescription
 from dermis.bundle.directions import Direction
 from dermis.bundle.encoder import EncoderDescription
 from dermis.bundle.index import IndexDescription
@@ -13,7 +13,7 @@ _CLASSIFIER_BEGIN, _CLASSIFIER_END = "<!-- classifier: written by dermis -->", "
 _LATENT_BEGIN, _LATENT_END = "<!-- latent space: written by dermis -->", "<!-- end of latent space -->"
 
 
-def with_classifier_section(card: str, classifier: Description | None) -> str:
+def with_classifier_section(card: str, classifier: ClassifierDescription | None) -> str:
     """Replace the section on the classifier in a bundle's card.
 
     Args:
@@ -30,9 +30,9 @@ def with_classifier_section(card: str, classifier: Description | None) -> str:
 
 **{NOTICE}**
 
-`classifier/` tells {classifier.positive_class} from {classifier.class_names[0]}: {classifier.architecture} on
+`classifier/` distinguishes {classifier.positive_class} from {classifier.class_names[0]}: {classifier.architecture} on
 {classifier.input.size} px, temperature {classifier.temperature:.4g}, thresholds on the calibrated probability: {thresholds}.
-[Its card](classifier/{CLASSIFIER_CARD}) says what it was trained on and what was measured.
+[Its card](classifier/{CLASSIFIER_CARD}) describes its training and its measurements.
 {_CLASSIFIER_END}
 """
     return before.rstrip("\n") + "\n\n" + section + ("\n" + after if after else "")
@@ -64,11 +64,11 @@ def with_latent_section(
 def _index(index: IndexDescription | None) -> str:
     if index is None:
         return ""
-    held = f"and {index.held_out:,} held-out images" if index.held_out else "and of no held-out images"
-    return f"""`authenticity/` holds embeddings of {index.vectors:,} training images {held}, in the feature space
+    held_out = f"and {index.held_out:,} held-out images" if index.held_out else "and no held-out images"
+    return f"""`authenticity/` holds embeddings of {index.vectors:,} training images {held_out}, in the feature space
 `{index.extractor}` ({index.metric}, {index.dim} dimensions): images can be compared with them. Half of the training images are
 nearer than {index.radii[50]:.3f} to another one, 1 % nearer than {index.radii[1]:.3f}{_near_duplicates(index)}.
-**Whoever has these files can find out whether an image was a training image**; remove them where this must stay secret:
+**With these files anyone can find out whether an image was a training image**; remove them if this must stay secret:
 `dermis bundle detach`."""
 
 
@@ -88,12 +88,12 @@ def _encoder(encoder: EncoderDescription | None) -> str:
     measured = encoder.metrics.get("held_out") or encoder.metrics.get("generated")
     result = ""
     if measured:
-        kind = "real images that it did not learn from" if encoder.metrics.get("held_out") else "generated images"
+        kind = "real images that it was not trained on" if encoder.metrics.get("held_out") else "generated images"
         result = (
             f" Of {measured['images']:,} {kind}\nits latents are {measured['encoded']:.2f} away in the distance "
             f"`{encoder.metrics['distance']}`, the mean latent {measured['mean_start']:.2f}."
         )
-    return f"`encoder/` gives latents for projections to start from, learnt from {learnt}.{result}"
+    return f"`encoder/` gives latents from which projections can start. It was trained on {learnt}.{result}"
 
 
 def _directions(directions: Sequence[Direction]) -> str:

@@ -22,9 +22,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from dermis.bundle.folder import (
+    BundlePart,
     DescriptorModel,
     FileRecord,
-    Part,
     open_folder,
     parse_descriptor,
     read_part,
@@ -65,7 +65,7 @@ class InputSpec:
 
 
 @dataclass(frozen=True)
-class Description:
+class ClassifierDescription:
     """A classifier without its weights. `files` and `digest` are empty until it is written."""
 
     architecture: str
@@ -119,7 +119,7 @@ class _Input(BaseModel):
     crop: str
 
 
-class _Descriptor(DescriptorModel):
+class _ClassifierDescriptor(DescriptorModel):
     """The fields of classifier.json."""
 
     architecture: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,100}$")
@@ -134,7 +134,7 @@ class _Descriptor(DescriptorModel):
     metrics: dict[str, Any]
 
 
-def open_classifier(location: str | Path) -> Description:
+def open_classifier(location: str | Path) -> ClassifierDescription:
     """Open a classifier in a folder or at an fsspec URL and verify every file of it.
 
     Raises:
@@ -143,7 +143,7 @@ def open_classifier(location: str | Path) -> Description:
     return read_classifier_files(location)[0]
 
 
-def read_classifier_files(location: str | Path) -> tuple[Description, dict[str, bytes]]:
+def read_classifier_files(location: str | Path) -> tuple[ClassifierDescription, dict[str, bytes]]:
     """Read and verify a classifier's folder.
 
     Returns:
@@ -155,7 +155,7 @@ def read_classifier_files(location: str | Path) -> tuple[Description, dict[str, 
     return read_part(location, "classifier", DESCRIPTOR, parse)
 
 
-def read_model(location: str | Path, description: Description) -> bytes:
+def read_model(location: str | Path, description: ClassifierDescription) -> bytes:
     """Read classifier.onnx from the folder at `location` and compare it with its record.
 
     Raises:
@@ -166,13 +166,13 @@ def read_model(location: str | Path, description: Description) -> bytes:
 
 def write_classifier(
     out: str | Path,
-    description: Description,
+    description: ClassifierDescription,
     model: bytes,
     card: str,
     *,
     pictures: Mapping[str, bytes] | None = None,
     replace: bool = False,
-) -> Description:
+) -> ClassifierDescription:
     """Write a classifier's folder and open it. The folder appears completely or not at all.
 
     Args:
@@ -199,7 +199,7 @@ def write_classifier(
     return open_classifier(out)
 
 
-def parse(text: bytes, where: str) -> Description:
+def parse(text: bytes, where: str) -> ClassifierDescription:
     """Parse classifier.json.
 
     Args:
@@ -209,8 +209,8 @@ def parse(text: bytes, where: str) -> Description:
     Raises:
         BundleError: The text is not a valid classifier.json. The message names the field.
     """
-    fields = parse_descriptor(text, where, CLASSIFIER_FORMAT, _Descriptor)
-    description = Description(
+    fields = parse_descriptor(text, where, CLASSIFIER_FORMAT, _ClassifierDescriptor)
+    description = ClassifierDescription(
         architecture=fields.architecture,
         input=InputSpec(
             size=fields.input.size,
@@ -237,7 +237,7 @@ def parse(text: bytes, where: str) -> Description:
     return description
 
 
-def _check(description: Description, where: str) -> None:
+def _check(description: ClassifierDescription, where: str) -> None:
     """Raise BundleError if fields contradict each other or need a newer dermis."""
 
     def refuse(what: str) -> None:
@@ -261,4 +261,4 @@ def _check(description: Description, where: str) -> None:
             refuse(f"thresholds.{name}: names are {THRESHOLD_PATTERN}, values from 0 to 1")
 
 
-CLASSIFIER_PART = Part("classifier", DESCRIPTOR, parse, read_classifier_files)
+CLASSIFIER_PART = BundlePart("classifier", DESCRIPTOR, parse, read_classifier_files)

@@ -17,10 +17,10 @@ from typing import Any
 from pydantic import Field
 
 from dermis.bundle.folder import (
+    BundlePart,
     DescriptorModel,
     FileRecord,
     Folder,
-    Part,
     open_part,
     parse_descriptor,
     read_part,
@@ -54,7 +54,7 @@ class EncoderDescription:
     """SHA-256 (hex) of encoder.json. It identifies the whole encoder."""
 
 
-class _Descriptor(DescriptorModel):
+class _EncoderDescriptor(DescriptorModel):
     """The fields of encoder.json."""
 
     backbone: str = Field(pattern=r"^(small|timm:[A-Za-z0-9_.-]{1,100})$")
@@ -116,7 +116,7 @@ def parse(text: bytes, where: str) -> EncoderDescription:
     Raises:
         BundleError: The text is not a valid encoder.json. The message names the field.
     """
-    fields = parse_descriptor(text, where, ENCODER_FORMAT, _Descriptor)
+    fields = parse_descriptor(text, where, ENCODER_FORMAT, _EncoderDescriptor)
     if fields.components > fields.w_dim:
         raise BundleError(f"{where}: components: {fields.components} are more than w has dimensions")
     if WEIGHTS not in fields.records:
@@ -135,4 +135,4 @@ def parse(text: bytes, where: str) -> EncoderDescription:
     )
 
 
-ENCODER_PART = Part("encoder", DESCRIPTOR, parse, read_encoder_files)
+ENCODER_PART = BundlePart("encoder", DESCRIPTOR, parse, read_encoder_files)

@@ -1,10 +1,10 @@
 """Verified folders: a JSON descriptor lists the SHA-256 and the size of every other file.
 
 A bundle is such a folder, and so is each of its parts (classifier, index, encoder) when it stands alone. Folders are read
-through fsspec, so a folder may be an `s3://` prefix. They are written locally, and a folder appears completely or not at
+through fsspec, so a folder can be an `s3://` prefix. They are written locally, and a folder appears completely or not at
 all.
 
-A folder may be untrusted. Only regular files that its descriptor lists are opened, no more of a file is read than its
+A folder can be untrusted. Only regular files that its descriptor lists are opened, no more of a file is read than its
 record allows, and the fields of the descriptor are checked before they are used.
 """
 
@@ -82,7 +82,7 @@ class PartDescription(Protocol):
 
 
 @dataclass(frozen=True)
-class Part(Generic[DescriptionT_co]):
+class BundlePart(Generic[DescriptionT_co]):
     """A kind of folder that stands inside a bundle or alone, with a descriptor of its own.
 
     Attributes:
@@ -139,7 +139,7 @@ class Folder:
         """
         if record.bytes > limit:
             raise BundleError(
-                f"{self._place(name)}: is larger than it may be ({limit:,} bytes); get the {self.kind} again"
+                f"{self._place(name)}: is larger than allowed ({limit:,} bytes); get the {self.kind} again"
             )
         with self._open(name, record) as file:
             data = file.read(record.bytes + 1) if self.local else _read_at_most(file, record.bytes + 1)
@@ -223,7 +223,7 @@ class Folder:
 
 
 def _read_at_most(file: BinaryIO, limit: int) -> bytes:
-    """Read up to `limit` bytes in pieces, because a remote file system may reserve memory for the size of one read."""
+    """Read up to `limit` bytes in pieces, because a remote file system can reserve memory for the size of one read."""
     pieces, size = [], 0
     while size < limit and (piece := file.read(min(_PIECE, limit - size))):
         pieces.append(piece)

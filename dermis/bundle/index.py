@@ -21,10 +21,10 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field
 
 from dermis.bundle.folder import (
+    BundlePart,
     DescriptorModel,
     FileRecord,
     Folder,
-    Part,
     open_part,
     parse_descriptor,
     read_part,
@@ -102,7 +102,7 @@ class IndexDescription:
     """The same percentiles for held-out images and their nearest training image; empty without held-out images."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     duplicates: Duplicates | None = None
-    """None in an index of format 1, whose radii may be distances to duplicates."""
+    """None in an index of format 1, whose radii can be distances to duplicates."""
     exact_radii: float | None = None
     """Share of the radii that an exact search confirms: 1 if exact search computed all. None in an index of format 1."""
     files: Mapping[str, FileRecord] = field(default_factory=dict)
@@ -125,7 +125,7 @@ class _Duplicates(BaseModel):
     copies_nearer: float = Field(ge=0, le=1)
 
 
-class _Descriptor(DescriptorModel):
+class _IndexDescriptor(DescriptorModel):
     """The fields of authenticity.json."""
 
     extractor: str = Field(pattern=r"^[ -~]{1,200}$")
@@ -194,7 +194,7 @@ def parse(text: bytes, where: str) -> IndexDescription:
     Raises:
         BundleError: The text is not a valid authenticity.json. The message names the field.
     """
-    fields = parse_descriptor(text, where, _format_of(text), _Descriptor)
+    fields = parse_descriptor(text, where, _format_of(text), _IndexDescriptor)
     for name, value, kind in (("metric", fields.metric, Metric), ("kind", fields.kind, Kind)):
         if value not in get_args(kind):
             raise BundleError(f"{where}: {name}: {quote(value)} is none of {', '.join(get_args(kind))}")
@@ -248,4 +248,4 @@ def _check(description: IndexDescription, where: str) -> None:
             raise BundleError(f"{where}: {name}: must rise from at least 0")
 
 
-INDEX_PART = Part("authenticity", DESCRIPTOR, parse, read_index_files)
+INDEX_PART = BundlePart("authenticity", DESCRIPTOR, parse, read_index_files)

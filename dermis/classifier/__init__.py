@@ -1,1 +1,1 @@
-"""Classifiers: what one is, the pixels that it sees, and running it. No training, no web."""
+"""Classifiers: preparing images, checking a graph, and scoring with ONNX Runtime or torch."""

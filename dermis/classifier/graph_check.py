@@ -1,10 +1,10 @@
 """Check that an ONNX file is a plain feed-forward graph, without the package onnx, which serving does not install.
 
-A graph of ONNX can loop for ever (Loop, Scan), carry code paths in subgraphs and functions, read files beside it (external
-data), and ask for memory by the pixels of an image (a shape that is computed). This module refuses all of that: operators
-are those of an allow-list, and no size of a result depends on the values of the input. So what a graph costs for one image
-is what it costs for any image, and trying it once, with limits, says what it needs (`dermis.classifier.graph_trial`). Nor may
-pixels reach a division of integers: the smallest integer by -1 ends the process on x86, as 0 did in some versions.
+A graph of ONNX can loop without end (Loop, Scan), have subgraphs and functions, read other files (external data), and need an
+amount of memory that depends on the pixels of an image (a computed shape). This module refuses all of that: operators must be
+in an allow-list, and no size of a result can depend on the values of the input. So a graph costs the same for every image,
+and one trial with limits shows what it needs (`dermis.classifier.graph_trial`). Integers that depend on pixels must not be
+divided: dividing the smallest integer by -1 ends the process on x86, as division by 0 did in some versions.
 
 The file is a Protocol Buffers message: fields of a number, a wire type and a value. onnx.proto numbers the fields.
 """
@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 
 from dermis.errors import BundleError, escape
 
-MAX_MODEL_BYTES = 1 << 31  # of a message of Protocol Buffers
-_MAX_FIELDS = 2_000_000  # read of one file; the demo's classifier has 5,031
+MAX_MODEL_BYTES = 1 << 31  # the limit of Protocol Buffers
+_MAX_FIELDS = 2_000_000  # of one file; the demo's classifier has 5,031
 
-# Operators of ONNX's own domain whose cost is known from the shapes of their inputs. Not here, and not to be added: Loop,
-# Scan, If and SequenceMap (subgraphs); NonZero, Unique, Compress, NonMaxSuppression (results sized by values); sequences,
-# optional values and strings; random numbers, by which an image's score would change from run to run.
+# Operators of ONNX's own domain whose cost follows from the shapes of their inputs. These must not be added: Loop, Scan,
+# If and SequenceMap (subgraphs); NonZero, Unique, Compress, NonMaxSuppression (results sized by values); sequences,
+# optional values and strings; random numbers, with which an image's score would change from run to run.
 OPERATORS = frozenset(
     """
     Abs Acos Acosh Add AffineGrid And ArgMax ArgMin Asin Asinh Atan Atanh Attention AveragePool BatchNormalization BitShift
@@ -37,7 +37,7 @@ OPERATORS = frozenset(
     ThresholdedRelu Tile TopK Transpose Trilu Unsqueeze Upsample Where Xor
     """.split()  # noqa: SIM905  (easier to read than two hundred quoted names)
 )
-# Inputs by position whose values decide the shape of the result. They must not come from the values of an image.
+# Inputs, by position, whose values decide the shape of the result. They must not depend on the values of an image.
 _SHAPING: Mapping[str, tuple[int, ...]] = {
     "AffineGrid": (1,),
     "ConstantOfShape": (0,),
@@ -56,10 +56,10 @@ _SHAPING: Mapping[str, tuple[int, ...]] = {
     "Upsample": (1,),
     **{name: (1,) for name in OPERATORS if name.startswith("Reduce")},
 }
-_SHAPE_OF = frozenset({"Shape", "Size"})  # their results come from shapes, whatever the values are
+_SHAPE_OF = frozenset({"Shape", "Size"})  # their results depend on shapes alone
 _OWN_DOMAIN = ("", "ai.onnx")
 _DIVISIONS = frozenset({"Div", "Mod"})
-# The type of a result is that of the first input, but for these operators: that of another input, or never floating point.
+# The type of a result is that of the first input, except for these operators: that of another input, or never floating point.
 _TYPE_FROM: Mapping[str, int] = {"CastLike": 1, "OneHot": 2, "Where": 1}
 _NEVER_FLOATING = frozenset(
     """
@@ -133,7 +133,11 @@ _REFUSED: Mapping[tuple[str, int], str] = {
 
 
 def check_graph(model: bytes, where: str) -> None:
-    """BundleError, naming `where`, if an ONNX file is anything but a plain graph. Nothing is run or copied."""
+    """Check that an ONNX file is a plain graph. Nothing is run or copied.
+
+    Raises:
+        BundleError: It is not. The message begins with `where`.
+    """
     try:
         _Check().model(memoryview(model))
     except ValueError as error:
@@ -142,11 +146,11 @@ def check_graph(model: bytes, where: str) -> None:
 
 @dataclass
 class _Check:
-    """The check of one file. Its methods raise ValueError with what is wrong."""
+    """The check of one file. Its methods raise ValueError with a description of the fault."""
 
-    defined: set[str] = field(default_factory=lambda: {""})  # "" stands for an optional input that is left out
+    defined: set[str] = field(default_factory=lambda: {""})  # "" means an optional input that is left out
     by_image: set[str] = field(default_factory=set)
-    """Names of values that depend on the values of the input."""
+    """Names of values that depend on the pixels of the image."""
     floating: set[str] = field(default_factory=set)
     """Names of values that are certainly of a floating-point type."""
     fields: int = 0
@@ -154,11 +158,11 @@ class _Check:
     def model(self, model: memoryview) -> None:
         if len(model) > MAX_MODEL_BYTES:
             raise ValueError(f"is larger than {MAX_MODEL_BYTES:,} bytes")
-        if bytes(model[4:8]) == b"ORTM":  # a format of ONNX Runtime, which it would recognise by these letters
+        if bytes(model[4:8]) == b"ORTM":  # a format of ONNX Runtime, which it recognises by these letters
             raise ValueError("is no ONNX file")
         graphs = [value for name, value in self._message(model, "model", _MODEL) if name == "graph"]
         if len(graphs) != 1:
-            raise ValueError(f"is no ONNX file: it holds {len(graphs)} graphs, not one")
+            raise ValueError(f"is no ONNX file: it has {len(graphs)} graphs, not one")
         nodes = []
         for name, value in self._message(_view(graphs[0]), "graph", _GRAPH):
             if name == "node":
@@ -174,9 +178,9 @@ class _Check:
         for node in nodes:
             self._node(node)
 
-    def _input(self, described: memoryview) -> str:
-        """The name of an input. The rest of its description is its type, which ONNX Runtime checks."""
-        names = [value for name, value in self._message(described, "input", _INPUT) if name == "name"]
+    def _input(self, message: memoryview) -> str:
+        """Return the name of an input. ONNX Runtime checks its type."""
+        names = [value for name, value in self._message(message, "input", _INPUT) if name == "name"]
         if len(names) != 1:
             raise ValueError("is no ONNX file: an input has no name")
         return _text(names[0])
@@ -185,7 +189,7 @@ class _Check:
         inputs: list[str] = []
         outputs: list[str] = []
         single = {"op_type": "", "domain": ""}
-        types: list[int] = []  # that the attributes state
+        types: list[int] = []  # in the attributes
         attributes = 0
         for name, value in self._message(node, "node", _NODE):
             if name == "input":
@@ -206,7 +210,7 @@ class _Check:
             raise ValueError(f"has the operator {escape(operator)}, which is not allowed")
         if unknown := [name for name in inputs if name not in self.defined]:
             raise ValueError(f"uses {escape(unknown[0])} before it is computed")
-        shaping = [inputs[place] for place in _SHAPING.get(operator, ()) if place < len(inputs)]
+        shaping = [inputs[position] for position in _SHAPING.get(operator, ()) if position < len(inputs)]
         if any(name in self.by_image for name in shaping):
             raise ValueError(f"has the operator {operator} with a shape that depends on the image's pixels")
         if operator == "Dropout" and len(inputs) > 2 and inputs[2]:
@@ -233,11 +237,11 @@ class _Check:
             return _are_floating(types)
         if operator == "ConstantOfShape":
             return attributes == 0 or _are_floating(types)
-        place = _TYPE_FROM.get(operator, 0)
-        return place < len(inputs) and inputs[place] in self.floating
+        position = _TYPE_FROM.get(operator, 0)
+        return position < len(inputs) and inputs[position] in self.floating
 
     def _attribute(self, attribute: memoryview) -> list[int]:
-        """The types that it states: of a tensor, or what Cast makes."""
+        """Return the types in an attribute: that of a tensor, or the result of Cast."""
         names: list[str] = []
         whole: list[int] = []
         types: list[int] = []
@@ -253,26 +257,26 @@ class _Check:
         return types + whole if names == ["to"] else types
 
     def _tensor(self, tensor: memoryview) -> tuple[str, list[int]]:
-        """Its name, and the type of its values. ValueError if they are not in this file."""
-        found = ""
+        """Return name and types of a tensor. Raises ValueError if its values are in another file."""
+        tensor_name = ""
         types: list[int] = []
         for name, value in self._message(tensor, "tensor", _TENSOR):
             if name == "name":
-                found = _text(value)
+                tensor_name = _text(value)
             elif name == "data_type" and isinstance(value, int):
                 types.append(value)
             elif name == "data_location" and value != 0:
-                raise ValueError("holds weights in another file (external data)")
-        return found, types
+                raise ValueError("has weights in another file (external data)")
+        return tensor_name, types
 
     def _message(self, data: memoryview, kind: str, known: Mapping[int, str]) -> Iterator[tuple[str, int | memoryview]]:
-        """Name and value of each field of a message: an integer, or the bytes. ValueError if a field is not known."""
-        place = 0
-        while place < len(data):
+        """Yield name and value, an integer or bytes, of each field of a message. Raises ValueError if a field is not known."""
+        position = 0
+        while position < len(data):
             self.fields += 1
             if self.fields > _MAX_FIELDS:
                 raise ValueError(f"has more than {_MAX_FIELDS:,} parts")
-            key, place = _varint(data, place)
+            key, position = _varint(data, position)
             number, wire = key >> 3, key & 7
             if number not in known:
                 if (kind, number) in _REFUSED:
@@ -280,32 +284,32 @@ class _Check:
                 raise ValueError(f"is no ONNX file, or has a feature that is not allowed (field {number} of a {kind})")
             value: int | memoryview
             if wire == _VARINT:
-                value, place = _varint(data, place)
+                value, position = _varint(data, position)
             else:
                 length = {_EIGHT_BYTES: 8, _FOUR_BYTES: 4}.get(wire)
                 if wire == _BYTES:
-                    length, place = _varint(data, place)
-                if length is None or length > len(data) - place:
+                    length, position = _varint(data, position)
+                if length is None or length > len(data) - position:
                     raise ValueError("is no ONNX file, or ends early")
-                value, place = data[place : place + length], place + length
+                value, position = data[position : position + length], position + length
             yield known[number], value
 
 
 def _are_floating(types: list[int]) -> bool:
-    """Of the types that a file states for one value: of repeated fields one reader takes the first, another the last."""
+    """Whether all types that a file has for one value are floating point: of repeated fields, readers take different ones."""
     return bool(types) and all(each in _FLOATING_TYPES for each in types)
 
 
-def _varint(data: memoryview, place: int) -> tuple[int, int]:
+def _varint(data: memoryview, position: int) -> tuple[int, int]:
     value = 0
     for shift in range(0, 70, 7):
-        if place >= len(data):
+        if position >= len(data):
             break
-        byte = data[place]
-        place += 1
+        byte = data[position]
+        position += 1
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
-            return value, place
+            return value, position
     raise ValueError("is no ONNX file, or ends early")
 
 

@@ -1,4 +1,4 @@
-"""A classifier made ready to run with ONNX Runtime. Imports no torch.
+"""Score images with a classifier by ONNX Runtime. Imports no torch.
 
 with Classifier("bundles/demo") as classifier:
     scores = classifier.classify(images)  # uint8 [H, W, 3] of any sizes
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from dermis.bundle.classifier import DESCRIPTOR, MODEL, Description, open_classifier, read_model
+from dermis.bundle.classifier import DESCRIPTOR, MODEL, ClassifierDescription, open_classifier, read_model
 from dermis.bundle.folder import exists
 from dermis.classifier.graph_check import check_graph
 from dermis.classifier.graph_trial import CPU, first_line, import_onnxruntime, new_session, problem_of, try_graph
@@ -37,14 +37,20 @@ _CUDA_BATCH = 32
 
 
 class Classifier:
-    """Scores images. An image's numbers do not depend on the images beside it, nor on the number of threads.
+    """Scores images. Safe to call from several threads.
 
-    On a CPU each image runs by itself on one core, and `threads` of them at a time (all cores that this process may use
-    if None); on CUDA in batches of one fixed size. Safe to call from several threads.
+    The result of an image does not depend on other images or on the number of threads. On a CPU each image is computed on
+    one core; on CUDA images are computed in batches of a fixed size.
 
-    source: a bundle, or the folder or fsspec URL of a classifier or of a bundle. device: "auto" (CUDA where ONNX Runtime
-    has it and it works, else the CPU), "cpu", "cuda" or "cuda:1". Raises BundleError if the source has no classifier that is
-    whole, DermisError if the device cannot be had.
+    Args:
+        source: A bundle, or the folder or fsspec URL of a classifier or of a bundle.
+        device: "auto" (CUDA if it works with ONNX Runtime, otherwise the CPU), "cpu", "cuda" or "cuda:1".
+        threads: Images that are computed at the same time on a CPU; None for the number of cores that this process can
+            use.
+
+    Raises:
+        BundleError: The source has no classifier, or a damaged one.
+        DermisError: The device or ONNX Runtime is not available.
     """
 
     def __init__(self, source: Bundle | str | Path, *, device: str = "auto", threads: int | None = None) -> None:
@@ -67,12 +73,12 @@ class Classifier:
 
     @property
     def device(self) -> str:
-        """Where it runs: "cuda" or "cpu"."""
+        """The device that is used: "cuda" or "cpu"."""
         return "cuda" if self._session.get_providers()[0] == _CUDA else "cpu"
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """What decides the last bits of the numbers, beside the images and the kind of machine."""
+        """All that decides the last bits of scores besides the images and the kind of machine."""
         import onnxruntime
 
         return {
@@ -82,16 +88,21 @@ class Classifier:
         }
 
     def classify(self, images: Sequence[Images] | Images, *, features: bool = True) -> Scores:
-        """Scores of uint8 images [H, W, 3] of any sizes, or of one array [N, H, W, 3]. Without features if not asked."""
-        logits, found = self._run(batch(images, self.description.input.size), features)
-        return scores_of(logits, self.description.temperature, found)
+        """Score images.
+
+        Args:
+            images: uint8 images [H, W, 3] of any sizes, or one array [N, H, W, 3].
+            features: Whether features are returned as well.
+        """
+        logits, pooled = self._run(batch(images, self.description.input.size), features)
+        return scores_of(logits, self.description.temperature, pooled)
 
     def logits(self, inputs: Images) -> NDArray[np.float32]:
-        """float32 [N] of uint8 [N, S, S, 3] at the classifier's own size."""
+        """Compute logits float32 [N] of uint8 images [N, S, S, 3] of the classifier's size."""
         return self._run(inputs, features=False)[0]
 
     def close(self) -> None:
-        """Let the running calls finish and stop the threads."""
+        """Wait for the running calls and stop the threads."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def __enter__(self) -> Self:
@@ -111,8 +122,8 @@ class Classifier:
             padding = self._rows - len(rows)
             if padding:
                 rows = np.concatenate([rows, np.zeros((padding, size, size, 3), np.uint8)])
-            found: list[NDArray[np.float32]] = self._session.run(names, {"images": np.ascontiguousarray(rows)})
-            return [part[: len(part) - padding] for part in found]
+            outputs: list[NDArray[np.float32]] = self._session.run(names, {"images": np.ascontiguousarray(rows)})
+            return [part[: len(part) - padding] for part in outputs]
 
         parts = list(self._pool.map(run, range(0, len(inputs), self._rows)))
         empty = [np.empty(0, np.float32), np.empty((0, self.description.feature_dim), np.float32)]
@@ -120,10 +131,17 @@ class Classifier:
         return columns[0], columns[1] if features else None
 
 
-def find_classifier(source: Bundle | str | Path) -> tuple[Description, str]:
-    """The verified description, and the folder that holds it, of a bundle's classifier or of one that stands alone.
+def find_classifier(source: Bundle | str | Path) -> tuple[ClassifierDescription, str]:
+    """Find and verify the classifier of a bundle, or a classifier outside of a bundle.
 
-    A path is a classifier's folder or a bundle's. BundleError if there is none.
+    Args:
+        source: A bundle, or the folder or fsspec URL of a classifier or of a bundle.
+
+    Returns:
+        The description, and the folder of the classifier.
+
+    Raises:
+        BundleError: There is no classifier, or it is damaged.
     """
     none = "has no classifier; add one: dermis bundle attach-classifier BUNDLE FOLDER"
     if not isinstance(source, str | Path):
@@ -143,21 +161,21 @@ def _has_cuda(device: str) -> bool:
 
 
 def _session(model: bytes, device: str, where: str) -> Any:
-    # Exhaustive search would pick algorithms by their time, and so another one in the next process.
+    # An exhaustive search chooses algorithms by time, and so not the same in every process.
     number = device.partition(":")[2] or "0"
     cuda = (_CUDA, {"device_id": number, "cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"})
     providers: list[Any] = [CPU]
     if _has_cuda(device):
         providers = [cuda, CPU]
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
-            import_onnxruntime().preload_dlls()  # CUDA's libraries as pip installs them; torch has not loaded them
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints missing libraries
+            import_onnxruntime().preload_dlls()  # CUDA's libraries from pip, which torch has not loaded here
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             session = new_session(model, providers)
-    except Exception as error:  # ONNX Runtime's errors share no class
+    except Exception as error:  # ONNX Runtime's exceptions have no common class
         raise BundleError(f"{where}: ONNX Runtime does not take it: {first_line(error)}") from None
-    # Asked for and built in is not yet working: without the libraries of CUDA it falls back to the CPU.
+    # Without CUDA's libraries ONNX Runtime falls back to the CPU, although it was built with CUDA.
     if device.startswith("cuda") and session.get_providers()[0] != _CUDA:
         raise DermisError(f"device: {device} asked for, but ONNX Runtime sees no CUDA device here; use cpu or auto")
     return session

@@ -1,6 +1,6 @@
-"""From any image to the pixels that a classifier sees, the same for training, ONNX, services and datasets.
+"""Prepare images for a classifier, in the same way for training, ONNX, services and datasets.
 
-Whoever still has a Pillow image (`dermis.reading`) calls `dermis.imaging.centre_square`, which does the work here too.
+For a Pillow image (`dermis.image_reading`) use `dermis.imaging.centre_square`, which this module uses too.
 """
 
 from __future__ import annotations
@@ -13,9 +13,16 @@ from dermis.imaging import Images, centre_square
 
 
 def to_input(image: Images, size: int) -> Images:
-    """uint8 [S, S, 3] of uint8 [H, W, 3]: the largest centred square, resized with Pillow's antialiased Lanczos filter.
+    """Crop an image to its largest centred square and resize it with Pillow's antialiased Lanczos filter.
 
-    The same pixels as `dermis data prepare` makes. An image of the right size stays as it is.
+    The pixels are those of `dermis data prepare`. An image of the right size is returned unchanged.
+
+    Args:
+        image: uint8 [H, W, 3].
+        size: Side S of the result, px.
+
+    Returns:
+        uint8 [S, S, 3].
     """
     from PIL import Image
 
@@ -27,7 +34,7 @@ def to_input(image: Images, size: int) -> Images:
 
 
 def batch(images: Sequence[Images] | Images, size: int) -> Images:
-    """uint8 [N, S, S, 3] of images of any sizes."""
+    """Apply `to_input` to images of any sizes; uint8 [N, S, S, 3]."""
     if not len(images):
         return np.empty((0, size, size, 3), np.uint8)
     return np.stack([to_input(image, size) for image in images])

@@ -1,4 +1,4 @@
-"""What a classifier says of images, from its logits."""
+"""Scores of a classifier, from its logits."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from numpy.typing import ArrayLike, NDArray
 
 @dataclass(frozen=True)
 class Scores:
-    """Of N images, in order. logits float32 [N]; probabilities and calibrated float64 [N]; features float32 [N, D]."""
+    """Scores of N images, in order: logits float32 [N]; probabilities and calibrated float64 [N]; features float32 [N, D]."""
 
     logits: NDArray[np.float32]
     probabilities: NDArray[np.float64]
-    """sigmoid(logit): of the positive class, as the network has it."""
+    """sigmoid(logit): probability of the positive class, not calibrated."""
     calibrated: NDArray[np.float64]
-    """sigmoid(logit / temperature): what thresholds are compared with."""
+    """sigmoid(logit / temperature): the calibrated probability, to which thresholds apply."""
     features: NDArray[np.float32]
-    """Pooled last convolutional layer; D is 0 where they were not asked for."""
+    """Pooled last convolutional layer; D is 0 if features were not requested."""
 
 
 def scores_of(logits: ArrayLike, temperature: float, features: NDArray[np.float32] | None = None) -> Scores:
-    """Scores of logits [N]."""
+    """Compute scores from logits [N]."""
     values = np.asarray(logits, dtype=np.float32)
     exact = values.astype(np.float64)
-    found = np.empty((len(values), 0), np.float32) if features is None else features
-    return Scores(values, sigmoid(exact), sigmoid(exact / temperature), found)
+    pooled = np.empty((len(values), 0), np.float32) if features is None else features
+    return Scores(values, sigmoid(exact), sigmoid(exact / temperature), pooled)
 
 
 def sigmoid(x: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -1,8 +1,8 @@
 """A classifier as a torch network: for training, and for explanations, which need gradients and inner layers.
 
-timm's networks by their names, and torchvision's GoogLeNet as `googlenet`, behind one interface. The weights of a finished
-classifier are read out of its ONNX file, where they stand under the names of the network's own state_dict once its
-batch norms are folded into the convolutions.
+timm's networks by their names, and torchvision's GoogLeNet as `googlenet`, have one interface. The weights of a finished
+classifier are read from its ONNX file, which has them under the names of the network's state_dict after its batch norms were
+folded into the convolutions.
 """
 
 from __future__ import annotations
@@ -18,20 +18,23 @@ from dermis.classifier.graph_check import check_graph
 from dermis.classifier.onnx_session import find_classifier
 from dermis.errors import BundleError, DermisError, escape, quote
 from dermis.features import fold_batch_norms
-from dermis.vision import import_vision
+from dermis.torchvision_compat import import_vision
 
 if TYPE_CHECKING:
     from dermis.bundle import Bundle
 
 GOOGLENET = "googlenet"
-SCALE = ".scale"  # behind the name of a weight that is stored as int8: its scale an output channel
+SCALE = ".scale"  # suffix of the name of a weight that is stored as int8: its scale for each output channel
 Colour = tuple[float, float, float]
 
 
 class TorchClassifier(nn.Module):
-    """One logit an image. Images are float [N, 3, S, S] with values 0..255; normalisation is inside.
+    """A network with one logit for each image. Images are float [N, 3, S, S] in 0..255; the network normalises them.
 
-    backbone: what `new_backbone` gives; mean and std of values 0..1.
+    Args:
+        backbone: A network of `new_backbone`.
+        mean: Mean of each channel, of values in 0..1.
+        std: Standard deviation of each channel, of values in 0..1.
     """
 
     scale: Tensor
@@ -45,37 +48,42 @@ class TorchClassifier(nn.Module):
         self.register_buffer("offset", torch.tensor(mean).view(1, 3, 1, 1) / deviation, persistent=False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [N] and pooled features [N, D]."""
+        """Compute logits [N] and pooled features [N, D]."""
         features = self.pooled(self.maps(images))
         return self.logit(features), features
 
     def maps(self, images: Tensor) -> Tensor:
-        """What the last convolutional layer gives, with its activation, [N, D, h, w]."""
-        found: Tensor = self.backbone.forward_features(images * self.scale - self.offset)
-        return found
+        """Compute the activations of the last convolutional layer, [N, D, h, w]."""
+        result: Tensor = self.backbone.forward_features(images * self.scale - self.offset)
+        return result
 
     def pooled(self, maps: Tensor) -> Tensor:
-        """Features [N, D] of maps."""
-        found: Tensor = self.backbone.forward_head(maps, pre_logits=True)
-        return found
+        """Pool maps [N, D, h, w] to features [N, D]."""
+        features: Tensor = self.backbone.forward_head(maps, pre_logits=True)
+        return features
 
     def logit(self, features: Tensor) -> Tensor:
-        """[N] of features [N, D]."""
-        found: Tensor = self.head(features)[:, 0]
-        return found
+        """Compute logits [N] from features [N, D]."""
+        logits: Tensor = self.head(features)[:, 0]
+        return logits
 
     @property
     def head(self) -> nn.Linear:
         """The last layer, from features to the logit."""
-        found: nn.Linear = self.backbone.get_classifier()
-        return found
+        layer: nn.Linear = self.backbone.get_classifier()
+        return layer
 
 
 def new_backbone(architecture: str, *, pretrained: bool = False, outputs: int = 1) -> nn.Module:
-    """A network by timm's name of it, or `googlenet`, with `outputs` outputs (0: without its last layer).
+    """Make a network.
 
-    Random weights, or with `pretrained` the published ones, which are downloaded once. DermisError if there is no such
-    convolutional network.
+    Args:
+        architecture: Name of a convolutional network in timm, or `googlenet`.
+        pretrained: Whether it gets the published weights, which are downloaded once, instead of random ones.
+        outputs: Number of outputs; 0 for none, that is without the last layer.
+
+    Raises:
+        DermisError: There is no such convolutional network.
     """
     if architecture == GOOGLENET:
         return _googlenet(pretrained, outputs)
@@ -91,37 +99,43 @@ def new_backbone(architecture: str, *, pretrained: bool = False, outputs: int = 
 
 
 def normalisation(architecture: str, backbone: nn.Module) -> tuple[Colour, Colour]:
-    """Mean and standard deviation that the network was made for, of values 0..1 (RGB)."""
-    if architecture == GOOGLENET:  # torchvision's `transform_input` brings ImageNet's down to these
+    """Return mean and standard deviation (RGB, of values in 0..1) with which the network was trained."""
+    if architecture == GOOGLENET:  # torchvision's `transform_input` converts ImageNet's values to these
         return (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
     config = import_vision("timm").data.resolve_data_config({}, model=backbone)
     return tuple(map(float, config["mean"])), tuple(map(float, config["std"]))  # type: ignore[return-value]
 
 
 def load_torch_classifier(source: Bundle | str | Path) -> TorchClassifier:
-    """The very weights of a bundle's classifier, or of a classifier's folder, in float32 and eval mode, frozen.
+    """Load a classifier as a torch network in float32 and eval mode, without gradients of its weights.
 
-    On images of the classifier's size it gives what `onnx_session.Classifier` gives, but for rounding. BundleError if
-    there is none or its graph does not hold the weights of its architecture.
+    Its results on images of the classifier's size are those of `onnx_session.Classifier`, but for rounding.
+
+    Args:
+        source: A bundle, or the folder or fsspec URL of a classifier or of a bundle.
+
+    Raises:
+        BundleError: There is no classifier, or its graph does not have the weights of its architecture.
     """
-    described, location = find_classifier(source)
+    description, location = find_classifier(source)
     where = f"{location}/{MODEL}"
-    weights = read_weights(read_model(location, described), where)
-    # Shapes first, where they cost nothing: the file may name the largest network that there is.
+    weights = read_weights(read_model(location, description), where)
+    # Shapes are compared without memory first, because the file can name a network of any size.
     with torch.device("meta"):
-        own = fold_batch_norms(new_backbone(described.architecture).eval()).state_dict()
+        own = fold_batch_norms(new_backbone(description.architecture).eval()).state_dict()
     odd = [name for name, value in own.items() if name not in weights or weights[name].shape != value.shape]
     if odd:
-        raise BundleError(f"{where}: lacks {len(odd)} weights of {described.architecture}, the first is {odd[0]}")
-    backbone = fold_batch_norms(new_backbone(described.architecture).eval())
+        raise BundleError(f"{where}: lacks {len(odd)} weights of {description.architecture}, the first is {odd[0]}")
+    backbone = fold_batch_norms(new_backbone(description.architecture).eval())
     backbone.load_state_dict({name: weights[name] for name in own})
-    return TorchClassifier(backbone, described.input.mean, described.input.std).eval().requires_grad_(False)
+    return TorchClassifier(backbone, description.input.mean, description.input.std).eval().requires_grad_(False)
 
 
 def read_weights(model: bytes, where: str) -> dict[str, Tensor]:
-    """The initializers of an ONNX file as float32 tensors, by name, 8-bit ones times their scales.
+    """Read the initializers of an ONNX file as float32 tensors by name, 8-bit ones multiplied by their scales.
 
-    BundleError if it cannot be read.
+    Raises:
+        BundleError: The file cannot be read. The message begins with `where`.
     """
     try:
         import onnx
@@ -129,9 +143,9 @@ def read_weights(model: bytes, where: str) -> dict[str, Tensor]:
         raise DermisError(f"reading weights needs the package onnx ({error}): pip install onnx") from error
     check_graph(model, where)
     try:
-        found = onnx.load_model_from_string(model).graph.initializer
-        arrays = {value.name: onnx.numpy_helper.to_array(value) for value in found}
-    except Exception as error:  # protobuf's and numpy's errors share no class
+        initializers = onnx.load_model_from_string(model).graph.initializer
+        arrays = {value.name: onnx.numpy_helper.to_array(value) for value in initializers}
+    except Exception as error:  # exceptions of protobuf and numpy have no common class
         raise BundleError(f"{where}: is no ONNX graph: {escape(error)}") from None
     weights = {name: torch.from_numpy(value.astype("float32")) for name, value in arrays.items()}
     for name in [name for name in weights if name + SCALE in weights]:
@@ -143,10 +157,10 @@ def read_weights(model: bytes, where: str) -> dict[str, Tensor]:
 
 
 def _googlenet(pretrained: bool, outputs: int) -> nn.Module:
-    """torchvision's GoogLeNet (Szegedy et al., arXiv 1409.4842) without its auxiliary classifiers."""
+    """Make torchvision's GoogLeNet (Szegedy et al., arXiv 1409.4842) without its auxiliary classifiers."""
     models = import_vision("torchvision.models")
     if pretrained:
-        network = models.googlenet(weights="IMAGENET1K_V1")  # refuses aux_logits=False, and then leaves them out
+        network = models.googlenet(weights="IMAGENET1K_V1")  # refuses aux_logits=False, but removes them itself
     else:
         network = models.googlenet(weights=None, aux_logits=False, transform_input=False, init_weights=True)
     network.fc = nn.Linear(network.fc.in_features, outputs) if outputs else nn.Identity()
@@ -154,7 +168,7 @@ def _googlenet(pretrained: bool, outputs: int) -> nn.Module:
 
 
 class _PooledGoogLeNet(nn.Module):
-    """timm's interface, under torchvision's names of the weights."""
+    """GoogLeNet with timm's interface and torchvision's names of the weights."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -170,8 +184,8 @@ class _PooledGoogLeNet(nn.Module):
 
     def forward_head(self, maps: Tensor, pre_logits: bool = True) -> Tensor:
         features = maps.mean((2, 3))
-        found: Tensor = features if pre_logits else self.get_submodule("fc")(features)
-        return found
+        result: Tensor = features if pre_logits else self.get_submodule("fc")(features)
+        return result
 
     def get_classifier(self) -> nn.Module:
         return self.get_submodule("fc")

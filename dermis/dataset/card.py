@@ -17,7 +17,7 @@ from dermis.imaging import SUFFIXES
 if TYPE_CHECKING:
     from dermis.bundle import Bundle
 
-# Licences that the Hub knows by an identifier of its own; every other one is "other" with its name.
+# Licences for which the Hub has an identifier; all others are "other" with their name.
 _LICENCES = ("cc-by-nc-4.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-sa-4.0", "cc0-1.0", "apache-2.0", "mit")
 
 _FOLDER = """```python
@@ -78,10 +78,26 @@ dataset = load_dataset("parquet", data_files="data-*.parquet", split="train")
 def dataset_card(
     plan: Plan, bundle: Bundle, tallies: Mapping[str, Tally] | None = None, privacy: PrivacyReport | None = None
 ) -> str:
-    """Markdown. Says nothing that is not in the plan, in the bundle or in what the classifier and the gate gave; no date."""
+    """Write the card of a dataset.
+
+    It depends on the arguments alone: it has no date.
+
+    Args:
+        plan: The plan of the dataset.
+        bundle: The bundle whose generator made the images.
+        tallies: Results of the classifier by class, if the images were scored.
+        privacy: Results of the gate, if the images were compared with the training images.
+
+    Returns:
+        Markdown with YAML front matter.
+    """
     request = plan.request
-    told_of = tallies if tallies is not None else privacy.classes if privacy is not None else None
-    counts = dict(request.classes) if told_of is None else {name: found.images for name, found in told_of.items()}
+    by_class = tallies if tallies is not None else privacy.classes if privacy is not None else None
+    counts = (
+        dict(request.classes)
+        if by_class is None
+        else {name: class_result.images for name, class_result in by_class.items()}
+    )
     samples = sum(counts.values())
     licence = str(bundle.provenance.get("licence") or "unknown")
     attribution = str(bundle.provenance.get("attribution") or "not stated")
@@ -102,7 +118,7 @@ def dataset_card(
         options["edits"] = [edit.model_dump() for edit in request.edits]
     if request.privacy is not None:
         options["privacy"] = request.privacy.model_dump()
-    told = "\n".join(f"| `{name}` | {json.dumps(value)} |" for name, value in options.items())
+    option_rows = "\n".join(f"| `{name}` | {json.dumps(value)} |" for name, value in options.items())
     return f"""---
 {_front_matter(plan, licence, samples)}
 ---
@@ -113,9 +129,9 @@ def dataset_card(
 
 The first images of each class, class after class, not selected.
 
-**Every image is synthetic**: drawn by the generator `{bundle.name}`, it shows the skin of nobody.
+**Every image is synthetic**: made by the generator `{bundle.name}`, it shows no real person.
 **Not for diagnosis**: class names say which class the generator was asked for, not what a dermatologist would see, and
-the images carry the biases of the data that the generator learnt from. {_checked(privacy)}{_edited(plan)}
+the images have the biases of the data that the generator was trained on. {_checked(privacy)}{_edited(plan)}
 
 | class | images |
 | --- | --- |
@@ -128,7 +144,7 @@ Images are RGB, {size} x {size} px, {request.image_format.upper()}.
 {_loading(plan)}
 
 `metadata.csv` has the ISIC Archive's columns (`isic_id`, `patient_id`, `diagnosis`, `target`, `age_approx`, `sex`,
-`anatom_site`), empty where an image of nobody has no value, and `source` ({SOURCE}), `file_name`, `label`, `seed`,
+`anatom_site`), empty where a synthetic image has no value, and `source` ({SOURCE}), `file_name`, `label`, `seed`,
 `index` and the `sha256` of each image file.
 {_classifier_section(plan, tallies)}{_privacy_section(plan, privacy)}
 ## Origin
@@ -138,7 +154,7 @@ Images are RGB, {size} x {size} px, {request.image_format.upper()}.
 | generator | `{bundle.name}`, SHA-256 `{bundle.digest}` |
 | licence of its training data, carried by its images | {licence} |
 | attribution | {attribution} |
-{told}
+{option_rows}
 
 `manifest.json` lists every file with its SHA-256 and is enough to make the dataset again:
 
@@ -153,43 +169,41 @@ def _classifier_section(plan: Plan, tallies: Mapping[str, Tally] | None) -> str:
     if tallies is None or plan.classifier is None:
         return ""
     options = plan.request.classifier
-    wanted = DEFAULT_THRESHOLD if options is None else options.threshold
+    threshold = DEFAULT_THRESHOLD if options is None else options.threshold
     rows = "\n".join(
-        f"| {name} | {found.images:,} | {'-' if found.agreeing is None else f'{found.agreeing:,}'} | "
-        f"{found.drawn:,} | {found.rejected:,} |"
-        for name, found in tallies.items()
+        f"| {name} | {class_tally.images:,} | {'-' if class_tally.agreeing is None else f'{class_tally.agreeing:,}'} | "
+        f"{class_tally.drawn:,} | {class_tally.rejected:,} |"
+        for name, class_tally in tallies.items()
     )
-    told = f"""
+    section = f"""
 ## Classifier
 
-`probability` is what the bundle's classifier says of each image before it was encoded: the calibrated probability of
-{plan.classifier.positive_class}. It agrees with the class of an image if that is on the right side of its threshold
-`{wanted}` ({plan.classifier.threshold(wanted):.4g}). The classifier is `{plan.classifier.architecture}`, SHA-256
-`{plan.classifier.digest}`. {NOTICE}
+`probability` is the calibrated probability of {plan.classifier.positive_class} by the bundle's classifier,
+for each image before it was encoded. The classifier agrees with the class of an image if this probability is on the
+right side of the threshold `{threshold}` ({plan.classifier.threshold(threshold):.4g}). The classifier is
+`{plan.classifier.architecture}`, SHA-256 `{plan.classifier.digest}`. {NOTICE}
 
 | class | images | classifier agrees | drawn | rejected |
 | --- | --- | --- | --- | --- |
 {rows}
 """
     if options is not None and options.filters:
-        kept = ["which the classifier agrees with"] if options.keep == "agreeing" else []
+        kept = ["to which the classifier gives their class"] if options.keep == "agreeing" else []
         if options.min_probability > 0 or options.max_probability < 1:
-            kept.append(f"of a probability from {options.min_probability:g} to {options.max_probability:g}")
-        missing = plan.samples - sum(found.images for found in tallies.values())
-        told += f"""
+            kept.append(f"with a probability from {options.min_probability:g} to {options.max_probability:g}")
+        missing = plan.samples - sum(class_tally.images for class_tally in tallies.values())
+        section += f"""
 **Filtered**: only images {" and ".join(kept)} were kept, from up to {options.tries} latents for each.
-{missing:,} of {plan.samples:,} images are missing, as none of theirs was kept. What a filter rejects is variety: these
-are images that suit this classifier, and whatever learns from them learns less of the rest. Of an image that was not
-the first try, `index` is that of its latent, 2^34 higher for every further try.
+{missing:,} of {plan.samples:,} images are missing, as all their candidates were rejected. A filter reduces variety: these
+images suit this classifier, and a model that is trained on them learns less of the others. `index` is that of the latent of
+the kept candidate: 2^34 higher for every further try.
 """
-    return told
+    return section
 
 
 def _checked(privacy: PrivacyReport | None) -> str:
     if privacy is None:
-        return (
-            "Whether single images resemble training images\ntoo closely has not been checked by making this dataset."
-        )
+        return "Whether single images are too similar to training\nimages has not been checked for this dataset."
     return "Every image was compared\nwith the training images: see Privacy."
 
 
@@ -208,7 +222,7 @@ def _privacy_section(plan: Plan, privacy: PrivacyReport | None) -> str:
     if options.gate == "min_distance":
         gate = f"at least as far from it as percentile {options.percentile:g} of the training images' own distances"
         gate += "" if privacy.limit is None else f" ({privacy.limit:.4f})"
-    became = {
+    outcomes = {
         "resample": f"was replaced by the image of another latent, of up to {options.tries} for each",
         "drop": "is missing",
         "flag": "is there, flagged in the column `gate`",
@@ -216,22 +230,30 @@ def _privacy_section(plan: Plan, privacy: PrivacyReport | None) -> str:
     classes = "\n".join(
         f"| {name} | "
         + " | ".join(
-            f"{count:,}" for count in (of.images, of.authentic, of.seen, of.seen_authentic, of.rejected, of.flagged)
+            f"{count:,}"
+            for count in (
+                class_tally.images,
+                class_tally.authentic,
+                class_tally.seen,
+                class_tally.seen_authentic,
+                class_tally.rejected,
+                class_tally.flagged,
+            )
         )
         + " |"
-        for name, of in privacy.classes.items()
+        for name, class_tally in privacy.classes.items()
     )
-    missing = plan.samples - sum(of.images for of in privacy.classes.values())
+    missing = plan.samples - sum(class_tally.images for class_tally in privacy.classes.values())
     head = " | ".join(f"{percentile} %" for percentile in SHOWN)
-    generated, real = (" | ".join(f"{x:.4f}" for x in of) for of in (privacy.distances, privacy.baseline))
+    generated, real = (" | ".join(f"{x:.4f}" for x in distances) for distances in (privacy.distances, privacy.baseline))
     attack = privacy.exposure.attack
-    told = (
+    attack_text = (
         "Whether an attacker can tell training images from others was not measured: the index has no held-out images."
     )
     if attack is not None:
         beyond = "more often than by chance" if attack.succeeds else "no better than by chance"
-        told = (
-            f"An attacker who takes a real image for a training image if one of these is near to it is right {beyond}:\n"
+        attack_text = (
+            f"An attacker who takes a real image for a training image if a synthetic one is near to it is right {beyond}:\n"
             f"AUC {attack.auc:.3f} (95 % interval {attack.low:.3f} to {attack.high:.3f}), of {attack.members:,} training and "
             f"{attack.held_out:,} held-out images."
         )
@@ -243,8 +265,8 @@ def _privacy_section(plan: Plan, privacy: PrivacyReport | None) -> str:
 
 Every image was compared with the generator's training images, in the feature space of the bundle's index (SHA-256
 `{privacy.index}`). An image is authentic if it is farther from its nearest training image than that one is from its own
-nearest other one (Alaa et al., arXiv 2102.08921). The gate asked of each to be {gate}; what was not
-{became[options.on_reject]}. {missing:,} of {plan.samples:,} images are missing.
+nearest other one (Alaa et al., arXiv 2102.08921). The gate requires that it is {gate}; an image that was not
+{outcomes[options.on_reject]}. {missing:,} of {plan.samples:,} images are missing.
 
 **Authentic: {privacy.before:.1%} of the images that were compared, {privacy.after:.1%} of those in the dataset.**
 
@@ -252,7 +274,7 @@ nearest other one (Alaa et al., arXiv 2102.08921). The gate asked of each to be 
 | --- | --- | --- | --- | --- | --- | --- |
 {classes}
 
-Distances to the nearest training image, at percentiles, beside those of training images to their nearest other one:
+Percentiles of the distances to the nearest training image, and of those of training images to their nearest other one:
 
 | | {head} |
 | --- | {" | ".join("---" for _ in SHOWN)} |
@@ -262,15 +284,15 @@ Distances to the nearest training image, at percentiles, beside those of trainin
 {baseline}
 Identifiability: {privacy.exposure.identifiability:.1%} of the training images are nearer to one of these images than to any
 other training image (Yoon et al., ADS-GAN); it grows with the number of images.
-{told}
+{attack_text}
 
-`nearest_distance`, `distance_percentile` and `authentic` say it of each image. A gate finds copies of whole images in one
-feature space; it is no proof that nothing of a patient can be learnt from a dataset.
+`nearest_distance`, `distance_percentile` and `authentic` have the result of each image. A gate finds copies of whole images
+in one feature space; it does not prove that nothing about a patient can be learnt from a dataset.
 """
 
 
 def _loading(plan: Plan) -> str:
-    """How to read the files, in code that can be run as it is in the dataset's folder."""
+    """Return the section on reading the files, whose code runs in the folder of the dataset."""
     return _LOADING[plan.request.format].format(
         features=features_code(feature_kinds(plan), plan.class_names),
         class_names=json.dumps(list(plan.class_names)),
@@ -300,11 +322,11 @@ def _front_matter(plan: Plan, licence: str, samples: int) -> str:
 
 
 def _size_category(samples: int) -> str:
-    """The Hub's names for sizes."""
+    """Return the Hub's name for the size of a dataset."""
     below = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M", 10_000_000: "1M<n<10M"}
     return next((name for limit, name in below.items() if samples < limit), "10M<n<100M")
 
 
 def _pattern(shards: int) -> str:
-    """Brace pattern of all tar files."""
+    """Return the brace pattern that matches all tar files."""
     return f"data-{{00000..{shards - 1:05d}}}-of-{shards:05d}.tar" if shards > 1 else "data-00000-of-00001.tar"

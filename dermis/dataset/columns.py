@@ -1,4 +1,4 @@
-"""The type of every column of a dataset, in the forms that readers need: Arrow, Hugging Face YAML, JSON and Python.
+"""Types of the columns of a dataset, for Arrow and as YAML, JSON and Python of Hugging Face.
 
 A type is the name of an Arrow type, `IMAGE`, `LABEL` (a number that stands for a class name), or a mapping of fields.
 """
@@ -29,14 +29,14 @@ COLUMNS = (
     "index",
     "sha256",
 )
-PROBABILITY = "probability"  # one more column where the images are scored
-# More where they are compared with the training images.
+PROBABILITY = "probability"  # a further column if the images are scored
+# Further columns if the images are compared with the training images
 PRIVACY = ("nearest_distance", "distance_percentile", "authentic", "gate")
 
 IMAGE, LABEL = "image", "label"
 Kind = str | Mapping[str, str]
 
-# Columns that are empty for images of nobody have the type that they have in the ISIC Archive's metadata.
+# Columns that are empty for synthetic images have the type that they have in the ISIC Archive's metadata.
 _KINDS: dict[str, str] = {
     **dict.fromkeys(COLUMNS, "string"),
     "age_approx": "float64",
@@ -50,12 +50,12 @@ _EMPTY = ("patient_id", "diagnosis", "age_approx", "sex", "anatom_site")
 
 
 def columns(plan: Plan) -> tuple[str, ...]:
-    """Columns of metadata.csv."""
+    """Return the columns of metadata.csv."""
     return (*COLUMNS, *([PROBABILITY] if plan.scored else []), *(PRIVACY if plan.gated else []))
 
 
 def feature_kinds(plan: Plan) -> dict[str, Kind]:
-    """Type of every column that the Hugging Face `datasets` library gives for a dataset of this plan's format."""
+    """Return the type of every column as the Hugging Face `datasets` library reads the plan's format."""
     table = {name: _KINDS[name] for name in columns(plan)}
     if plan.request.format == "imagefolder":
         return {"image": IMAGE, "label": LABEL, **_without(table, "file_name", "label")}
@@ -71,13 +71,13 @@ def _without(kinds: Mapping[str, str], *names: str) -> dict[str, str]:
 
 
 def features_json(kinds: Mapping[str, str], class_names: Sequence[str]) -> dict[str, Any]:
-    """Value of `info.features` in the `huggingface` metadata of an Arrow schema."""
+    """Return the value of `info.features` in the `huggingface` metadata of an Arrow schema."""
     special = {IMAGE: {"_type": "Image"}, LABEL: {"names": list(class_names), "_type": "ClassLabel"}}
     return {name: special.get(kind, {"dtype": kind, "_type": "Value"}) for name, kind in kinds.items()}
 
 
 def features_yaml(kinds: Mapping[str, Kind], class_names: Sequence[str], indent: str = "") -> list[str]:
-    """Lines of the list `features` in the front matter of a dataset card."""
+    """Return the lines of the list `features` in the front matter of a dataset card."""
     lines = []
     for name, kind in kinds.items():
         lines.append(f"{indent}- name: {json.dumps(name)}")
@@ -92,7 +92,7 @@ def features_yaml(kinds: Mapping[str, Kind], class_names: Sequence[str], indent:
 
 
 def features_code(kinds: Mapping[str, Kind], class_names: Sequence[str]) -> str:
-    """The Python expression of the `Features` object, for code that imports the names that it uses from `datasets`."""
+    """Return a Python expression of the `Features` object. It uses names of `datasets` without a prefix."""
     return f"Features({_code(kinds, class_names, '')})"
 
 

@@ -1,6 +1,6 @@
-"""The three kinds of file that hold a dataset's images: zip, tar (WebDataset) and Parquet (Hugging Face).
+"""Files that hold the images of a dataset: zip, tar (WebDataset) and Parquet (Hugging Face).
 
-Everything that could vary is fixed (dates, owners, modes, order, compression), so the same samples give the same bytes.
+Dates, owners, modes, order and compression are fixed, so that the same samples give the same bytes.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ SOURCE = "dermis-synthetic"
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One encoded image. `sha256` (hex) is that of `data`; None where all candidates of the sample were rejected."""
+class DatasetSample:
+    """An encoded image with its results. `sha256` (hex) is that of `data`; None if all candidates were rejected."""
 
     index: int
     label: int
@@ -36,22 +36,22 @@ class Sample:
     checks: Checks | None = None
 
 
-# Rows of a Parquet row group: what a reader holds in memory at once. Fixed, as the bytes of the file depend on it.
+# Rows of a Parquet row group, which a reader holds in memory at once. The bytes of the file depend on it.
 _ROW_GROUP = 100
 
 _MAX_IMAGE_BYTES = 256 << 20
 
-Add = Callable[[Sequence[Sample]], None]
+Add = Callable[[Sequence[DatasetSample]], None]
 
 
 def container_name(plan: Plan, shard: int) -> str | None:
-    """Name of the final file that a shard becomes; None where shards are pieces of one images.zip."""
+    """Return the name of the final file of a shard; None if shards are parts of one images.zip."""
     suffix = {"imagefolder": None, "webdataset": "tar", "parquet": "parquet"}[plan.request.format]
     return suffix and f"data-{shard:05d}-of-{plan.shards:05d}.{suffix}"
 
 
 def folder_name(class_name: str) -> str:
-    """The class as the name of a folder on any system: other characters are percent-encoded."""
+    """Make a class name a folder name that works on every system: other characters are percent-encoded."""
     safe = "".join(c if c.isalnum() or c in " -_()+,.=" else _percent(c) for c in class_name)
     return _percent(safe[0]) + safe[1:] if safe.startswith(".") else safe
 
@@ -61,15 +61,15 @@ def _percent(text: str) -> str:
 
 
 def file_name(plan: Plan, index: int, label: int) -> str:
-    """Where an image lies inside the zip, the tar file or (as its recorded path) the Parquet row."""
+    """Return the path of an image inside the zip or tar file, or as the Parquet row records it."""
     name = sample_id(index) + SUFFIXES[plan.request.image_format]
     if plan.request.format == "imagefolder":
         return f"images/{folder_name(plan.class_names[label])}/{name}"
     return name
 
 
-def metadata_row(plan: Plan, sample: Sample) -> dict[str, str | int | float]:
-    """A sample's row of metadata.csv, by column."""
+def metadata_row(plan: Plan, sample: DatasetSample) -> dict[str, str | int | float]:
+    """Return the row of a sample in metadata.csv, by column."""
     known: dict[str, str | int | float | None] = {
         "isic_id": sample_id(sample.index),
         "target": plan.class_names[sample.label],
@@ -83,24 +83,40 @@ def metadata_row(plan: Plan, sample: Sample) -> dict[str, str | int | float]:
     }
     if sample.checks is not None and sample.checks.verdict is not None:
         verdict = sample.checks.verdict
-        told = (verdict.distance, verdict.percentile, int(verdict.authentic), "passed" if verdict.passed else "flagged")
-        known.update(zip(PRIVACY, told, strict=True))
+        values = (
+            verdict.distance,
+            verdict.percentile,
+            int(verdict.authentic),
+            "passed" if verdict.passed else "flagged",
+        )
+        known.update(zip(PRIVACY, values, strict=True))
     row = {column: known.get(column) for column in columns(plan)}
     return {column: "" if value is None else value for column, value in row.items()}
 
 
 def container_writer(plan: Plan, path: Path) -> AbstractContextManager[Add]:
-    """Open a new container at a local path; the value is a function that appends samples to it, in order."""
+    """Open a new container at a local path.
+
+    Returns:
+        A context manager that gives a function, which appends samples in order.
+    """
     return {"imagefolder": _write_zip, "webdataset": _write_tar, "parquet": _write_parquet}[plan.request.format](
         plan, path
     )
 
 
 def read_container(plan: Plan, file: IO[bytes]) -> Iterator[tuple[str, bytes]]:
-    """Each image's file name and bytes, in order, one at a time in memory (Parquet: one batch).
+    """Read the images of a container in order. One image is in memory at a time (Parquet: one batch).
 
-    Files are read as dermis writes them: images as they are, not compressed, each under a name of its own, so that what
-    comes out is no larger than the file. Raises OSError, ValueError or a library's own error if it is another or damaged.
+    Only files as dermis writes them are read: with images that are not compressed again and have different names. So the
+    images together are never larger than the file.
+
+    Yields:
+        File name and bytes of each image.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is not such a file. The libraries of the formats have further errors for damaged files.
     """
     readers = {"imagefolder": _read_zip, "webdataset": _read_tar, "parquet": _read_parquet}
     return readers[plan.request.format](file)
@@ -112,7 +128,7 @@ def _check_image_bytes(name: str, size: int) -> None:
 
 
 def add_to_zip(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
-    """Append a file as it is (images do not compress) under a fixed date and mode."""
+    """Append a file without compression, with a fixed date and mode."""
     info = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
     info.create_system = 3  # Unix, on every system
     info.external_attr = 0o100644 << 16
@@ -123,7 +139,7 @@ def add_to_zip(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
 def _write_zip(plan: Plan, path: Path) -> Iterator[Add]:
     with zipfile.ZipFile(path, "w") as archive:
 
-        def add(samples: Sequence[Sample]) -> None:
+        def add(samples: Sequence[DatasetSample]) -> None:
             for sample in samples:
                 add_to_zip(archive, file_name(plan, sample.index, sample.label), sample.data)
 
@@ -151,7 +167,7 @@ def _read_zip(file: IO[bytes]) -> Iterator[tuple[str, bytes]]:
 def _write_tar(plan: Plan, path: Path) -> Iterator[Add]:
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
 
-        def add(samples: Sequence[Sample]) -> None:
+        def add(samples: Sequence[DatasetSample]) -> None:
             for sample in samples:
                 row = {key: value for key, value in metadata_row(plan, sample).items() if value != ""}
                 key = sample_id(sample.index)
@@ -171,7 +187,7 @@ def _read_tar(file: IO[bytes]) -> Iterator[tuple[str, bytes]]:
     seen: set[str] = set()
     with tarfile.open(fileobj=file, mode="r:") as archive:
         for info in archive:
-            if info.name in seen:  # also where an offset leads back, which would never end
+            if info.name in seen:  # an offset that points back would repeat members without end
                 raise ValueError(f"{info.name} is there more than once")
             seen.add(info.name)
             if not info.isreg() or info.issparse():
@@ -197,7 +213,7 @@ def _write_parquet(plan: Plan, path: Path) -> Iterator[Add]:
             writer.write_table(pa.Table.from_pylist(rows[:_ROW_GROUP], schema=schema))
             del rows[:_ROW_GROUP]
 
-        def add(samples: Sequence[Sample]) -> None:
+        def add(samples: Sequence[DatasetSample]) -> None:
             for sample in samples:
                 row: dict[str, Any] = metadata_row(plan, sample)
                 row["image"] = {"bytes": sample.data, "path": row["file_name"]}
@@ -211,10 +227,10 @@ def _write_parquet(plan: Plan, path: Path) -> Iterator[Add]:
 
 
 def _parquet_schema(plan: Plan) -> Any:
-    """Arrow schema whose metadata makes `datasets` decode images and name the labels."""
+    """Return an Arrow schema whose metadata lets `datasets` decode images and name the labels."""
     import pyarrow as pa
 
-    kinds = {name: str(kind) for name, kind in feature_kinds(plan).items()}  # no column of a Parquet file has fields
+    kinds = {name: str(kind) for name, kind in feature_kinds(plan).items()}  # columns of a Parquet file have no fields
     types = {IMAGE: pa.struct({"bytes": pa.binary(), "path": pa.string()}), LABEL: pa.int64()}
     fields = [(name, types.get(kind) or pa.type_for_alias(kind)) for name, kind in kinds.items()]
     info = {"info": {"features": features_json(kinds, plan.class_names)}}
@@ -226,10 +242,10 @@ def _read_parquet(file: IO[bytes]) -> Iterator[tuple[str, bytes]]:
 
     table = pq.ParquetFile(file)
     for group in range(table.metadata.num_row_groups):
-        described = table.metadata.row_group(group)
-        for place in range(described.num_columns):
-            column = described.column(place)
-            # A dictionary holds an image once for any number of rows.
+        row_group = table.metadata.row_group(group)
+        for position in range(row_group.num_columns):
+            column = row_group.column(position)
+            # A dictionary stores an image once for any number of rows, so that reading could need any amount of memory.
             if column.path_in_schema == "image.bytes" and (
                 column.compression != "UNCOMPRESSED" or any("DICTIONARY" in name for name in column.encodings)
             ):

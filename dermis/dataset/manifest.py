@@ -1,6 +1,6 @@
-"""From finished shards to a dataset: the last files, and manifest.json, which lists them all and comes last.
+"""Finish a dataset from its shards. manifest.json, which lists all files, is written last.
 
-There is no date anywhere: the same plan, bundle and synthesizer give the same bytes.
+No file has a date: the same plan, bundle and synthesizer give the same bytes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dermis import __version__
 from dermis.authenticity.attack import Attack, Exposure
 from dermis.dataset.card import dataset_card
 from dermis.dataset.columns import columns
-from dermis.dataset.containers import Sample, add_to_zip, file_name, metadata_row, read_container
+from dermis.dataset.containers import DatasetSample, add_to_zip, file_name, metadata_row, read_container
 from dermis.dataset.plan import Plan
 from dermis.dataset.privacy import Checks, Expose, PrivacyReport, PrivacyTally, report
 from dermis.dataset.request import ClassifierOptions, DatasetRequest, StoredRequest
@@ -41,14 +41,14 @@ METADATA = "metadata.csv"
 PREVIEW = "preview.png"
 CARD = "README.md"
 FORMAT_VERSION = 1
-MAX_MANIFEST_BYTES = 256 << 20  # that of the largest dataset has 60
+MAX_MANIFEST_BYTES = 256 << 20  # that of the largest dataset has 60 MiB
 
 PREVIEW_COLUMNS, PREVIEW_IMAGES, PREVIEW_SIDE = 8, 64, 128
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What manifest.json says: enough to make the dataset again, and to verify it."""
+    """The content of manifest.json, with which the dataset can be made again and verified."""
 
     request: DatasetRequest
     bundle_name: str
@@ -59,11 +59,12 @@ class Manifest:
     shards: int
     files: tuple[FileEntry, ...]
     classifier: Mapping[str, Tally] | None = None
-    """By class, what the classifier did; None if it had no part."""
+    """Results of the classifier by class; None if images were not scored."""
     privacy: PrivacyReport | None = None
-    """What the comparison with the training images gave; None if there was none."""
+    """Results of the comparison with the training images; None if there was none."""
 
     def to_json(self) -> bytes:
+        """Encode the manifest. The same manifest gives the same bytes."""
         document: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "request": self.request.model_dump(),
@@ -73,7 +74,7 @@ class Manifest:
             "files": [asdict(file) for file in self.files],
         }
         if self.classifier is not None:
-            document["classifier"] = {name: asdict(found) for name, found in self.classifier.items()}
+            document["classifier"] = {name: asdict(class_tally) for name, class_tally in self.classifier.items()}
         if self.privacy is not None:
             document["privacy"] = asdict(self.privacy)
         return (json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
@@ -152,18 +153,30 @@ class _Document(_Strict):
 
 
 def synthesizer_identity(identity: Mapping[str, str]) -> dict[str, str]:
-    """What, besides request and bundle, decides a dataset's bytes: the machine's identities, our version."""
+    """Return all that decides the bytes of a dataset besides request and bundle: identities of the machine, and version."""
     return {**identity, "dermis": __version__}
 
 
 def finalize(
     plan: Plan, store: Store, bundle: Bundle, identity: Mapping[str, str], expose: Expose | None = None
 ) -> Manifest:
-    """Write metadata.csv, preview.png, README.md, images.zip where the format has one, and at last manifest.json.
+    """Write metadata.csv, preview.png, README.md, images.zip if the format has one, and then manifest.json.
 
-    `expose` is needed if `plan.gated`. Every shard must have been written with the same `identity`. May be run again after a
-    crash; a dataset that is complete already is left as it is. Raises StorageError, having written nothing, if a shard is
-    missing or damaged; RequestError if the request's filter or gate has left no image at all.
+    It can be run again after a crash. A dataset that is complete is not changed.
+
+    Args:
+        plan: The plan of the dataset, all shards of which are finished.
+        store: Where the dataset is stored.
+        bundle: The bundle whose generator made the images.
+        identity: Identity of synthesizer, classifier and index, with which all shards were made.
+        expose: Measures what the images disclose of the training set; required if `plan.gated`.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        StorageError: A shard is missing or damaged (nothing is written then), or a file cannot be written.
+        RequestError: Filter or gate rejected all images.
     """
     if plan.gated and expose is None:
         raise ValueError("this plan has a gate, so it needs an index")
@@ -202,14 +215,26 @@ def finalize(
 
 
 def read_manifest(store: Store) -> Manifest:
-    """The manifest of a finished dataset. StorageError if there is none or it is damaged."""
+    """Read the manifest of a finished dataset.
+
+    Raises:
+        StorageError: There is none, or it is damaged.
+    """
     if store.size(MANIFEST) is None:
         raise StorageError(f"{store.location}: has no {MANIFEST}; is this the folder of a finished dataset?")
     return parse_manifest(store.read(MANIFEST, limit=MAX_MANIFEST_BYTES), store.where(MANIFEST))
 
 
 def parse_manifest(data: bytes, where: str) -> Manifest:
-    """StorageError, naming `where` and the field, if `data` is no manifest."""
+    """Parse manifest.json.
+
+    Args:
+        data: Content of the file.
+        where: Name of the file for errors.
+
+    Raises:
+        StorageError: It is not a manifest. The message names the field.
+    """
     try:
         document = _Document.model_validate(parse_json(data))
     except ValidationError as error:
@@ -234,7 +259,7 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
 
 
 def _check_document(document: _Document, where: str) -> None:
-    """StorageError if the fields contradict one another."""
+    """Raise StorageError if fields contradict each other."""
     names = document.bundle.class_names
     if len({file.name.casefold() for file in document.files}) != len(document.files):
         raise StorageError(f"{where}: files: a name is there more than once")
@@ -247,34 +272,36 @@ def _check_document(document: _Document, where: str) -> None:
         raise StorageError(f"{where}: plan: has other samples or shards than the request")
 
 
-def _tallies(found: Mapping[str, _TallyDocument]) -> dict[str, Tally]:
-    return {name: Tally(of.images, of.drawn, of.agreeing) for name, of in found.items()}
+def _tallies(documents: Mapping[str, _TallyDocument]) -> dict[str, Tally]:
+    return {name: Tally(document.images, document.drawn, document.agreeing) for name, document in documents.items()}
 
 
-def _privacy(found: _PrivacyDocument) -> PrivacyReport:
-    attack = None if found.exposure.attack is None else Attack(**found.exposure.attack.model_dump())
+def _privacy(document: _PrivacyDocument) -> PrivacyReport:
+    attack = None if document.exposure.attack is None else Attack(**document.exposure.attack.model_dump())
     return PrivacyReport(
-        index=found.index,
-        classes={name: PrivacyTally(**of.model_dump()) for name, of in found.classes.items()},
-        distances=tuple(found.distances),
-        baseline=tuple(found.baseline),
-        exposure=Exposure(found.exposure.identifiability, attack),
-        limit=found.limit,
-        stands_on=found.stands_on,
-        weakness=found.weakness,
+        index=document.index,
+        classes={
+            name: PrivacyTally(**class_document.model_dump()) for name, class_document in document.classes.items()
+        },
+        distances=tuple(document.distances),
+        baseline=tuple(document.baseline),
+        exposure=Exposure(document.exposure.identifiability, attack),
+        limit=document.limit,
+        stands_on=document.stands_on,
+        weakness=document.weakness,
     )
 
 
 def _finished(plan: Plan, store: Store, identity: Mapping[str, str]) -> Manifest | None:
-    """The manifest that is there, if it is of this very plan and identity; a damaged one is written anew."""
+    """Return the existing manifest if it is of this plan and identity. A damaged one is written again."""
     try:
-        found = read_manifest(store)
+        manifest = read_manifest(store)
     except StorageError as error:
-        if error.kind != "storage":  # it may be there: nobody can tell now
+        if error.kind != "storage":  # the storage cannot be reached, so it can exist
             raise
         return None
-    same = found.plan_digest == plan.digest and dict(found.synthesizer) == synthesizer_identity(identity)
-    return found if same else None
+    same = manifest.plan_digest == plan.digest and dict(manifest.synthesizer) == synthesizer_identity(identity)
+    return manifest if same else None
 
 
 def _records(plan: Plan, store: Store, identity: Mapping[str, str]) -> Iterator[ShardRecord]:
@@ -288,17 +315,17 @@ def _records(plan: Plan, store: Store, identity: Mapping[str, str]) -> Iterator[
         yield record
 
 
-def _samples(plan: Plan, record: ShardRecord) -> Iterator[Sample]:
-    """A shard's samples without their bytes, those that were all rejected among them."""
+def _samples(plan: Plan, record: ShardRecord) -> Iterator[DatasetSample]:
+    """Yield the samples of a shard without their bytes, including those whose candidates were all rejected."""
     labels, count = plan.labels(record.shard), len(record.images)
     probabilities, tries = record.probabilities or (None,) * count, record.tries or (1,) * count
     checks = record.checks or (None,) * count
-    facts = zip(plan.shard(record.shard), labels, record.images, probabilities, tries, checks, strict=True)
-    for index, label, sha256, probability, tried, checked in facts:
-        yield Sample(index, label, sha256, probability=probability, tries=tried, checks=checked)
+    rows = zip(plan.shard(record.shard), labels, record.images, probabilities, tries, checks, strict=True)
+    for index, label, sha256, probability, tried, checked in rows:
+        yield DatasetSample(index, label, sha256, probability=probability, tries=tried, checks=checked)
 
 
-def _kept(plan: Plan, record: ShardRecord) -> Iterator[Sample]:
+def _kept(plan: Plan, record: ShardRecord) -> Iterator[DatasetSample]:
     return (sample for sample in _samples(plan, record) if sample.sha256 is not None)
 
 
@@ -312,7 +339,7 @@ def _tally(plan: Plan, records: Sequence[ShardRecord]) -> dict[str, Tally]:
 
 
 def _checks(plan: Plan, records: Sequence[ShardRecord]) -> Iterator[tuple[int, Checks]]:
-    """Label and checks of every sample."""
+    """Yield label and checks of every sample."""
     for record in records:
         for sample in _samples(plan, record):
             assert sample.checks is not None
@@ -320,10 +347,10 @@ def _checks(plan: Plan, records: Sequence[ShardRecord]) -> Iterator[tuple[int, C
 
 
 def _check_some(plan: Plan, records: Sequence[ShardRecord]) -> None:
-    """RequestError if no image was kept."""
+    """Raise RequestError if no image was kept."""
     if any(sha256 is not None for record in records for sha256 in record.images):
         return
-    drawn = sum(sum(record.tries) for record in records)
+    candidates = sum(sum(record.tries) for record in records)
     by_gate = sum(checks.rejected for record in records for checks in record.checks)
     if by_gate == 0:
         options = plan.request.classifier
@@ -333,11 +360,11 @@ def _check_some(plan: Plan, records: Sequence[ShardRecord]) -> None:
             for name in ("keep", "min_probability", "max_probability")
             if options is not None and getattr(options, name) != getattr(defaults, name)
         ]
-        message = f"none of {drawn:,} images was kept; change {' or '.join(limiting)}, or allow more tries"
+        message = f"none of {candidates:,} images was kept; change {' or '.join(limiting)}, or allow more tries"
         raise RequestError(f"classifier.{limiting[0]}" if len(limiting) == 1 else "classifier", message)
     raise RequestError(
         "privacy.on_reject",
-        f"none of {drawn:,} images was kept, the gate rejected {by_gate:,}; this generator may copy its training images: "
+        f"none of {candidates:,} images was kept, the gate rejected {by_gate:,}; this generator may copy its training images: "
         "look at them with flag",
     )
 
@@ -352,13 +379,13 @@ def _metadata(plan: Plan, records: Sequence[ShardRecord]) -> bytes:
 
 
 def _images(plan: Plan, store: Store, record: ShardRecord) -> Iterator[tuple[str, bytes]]:
-    """Name and bytes of each image of a shard; whatever its library says of damage becomes a StorageError."""
+    """Yield name and bytes of each image of a shard. Errors of the format's library become StorageErrors."""
     with store.open(record.file.name) as file:
         images = read_container(plan, file)
         while True:
             try:
                 item = next(images, None)
-            except Exception as error:  # zipfile, tarfile and Arrow have an error class each; Arrow's has no number
+            except Exception as error:  # zipfile, tarfile and Arrow have different exceptions; Arrow's has no errno
                 place = store.where(record.file.name)
                 if not isinstance(error, OSError) or error.errno is not None:
                     failed = storage_error(error, place, remote=not store.local)
@@ -371,7 +398,7 @@ def _images(plan: Plan, store: Store, record: ShardRecord) -> Iterator[tuple[str
 
 
 def _write_archive(plan: Plan, store: Store, records: Sequence[ShardRecord], texts: Mapping[str, bytes]) -> FileEntry:
-    """images.zip from the fragments, the texts last."""
+    """Write images.zip from the parts, and the texts at its end."""
     with store.writing(ARCHIVE) as path:
         with storage_errors(store.where(ARCHIVE)), zipfile.ZipFile(path, "w") as archive:
             for record in records:
@@ -384,22 +411,22 @@ def _write_archive(plan: Plan, store: Store, records: Sequence[ShardRecord], tex
 
 
 def _preview(plan: Plan, store: Store, records: Sequence[ShardRecord]) -> Images:
-    """The first samples of each class, class after class, in whole rows where there are enough; at most 64."""
+    """Return thumbnails of the first samples of each class, at most 64, in complete rows if there are enough."""
     classes = list(plan.request.classes)[:PREVIEW_IMAGES]
     rows = max(PREVIEW_IMAGES // PREVIEW_COLUMNS // len(classes), 1)
     share = min(rows * PREVIEW_COLUMNS, max(PREVIEW_IMAGES // len(classes), 1))
-    wanted = {plan.class_names.index(name): min(share, plan.request.classes[name]) for name in classes}
-    found: dict[int, list[Any]] = {label: [] for label in wanted}
+    counts = {plan.class_names.index(name): min(share, plan.request.classes[name]) for name in classes}
+    images: dict[int, list[Any]] = {label: [] for label in counts}
     for record in records:
-        if all(len(found[label]) == count for label, count in wanted.items()):
+        if all(len(images[label]) == count for label, count in counts.items()):
             break
         chosen: dict[str, int] = {}
         for sample in _kept(plan, record):
             label = sample.label
-            already = sum(other == label for other in chosen.values())
-            if label in wanted and len(found[label]) + already < wanted[label]:
+            number = sum(other == label for other in chosen.values())
+            if label in counts and len(images[label]) + number < counts[label]:
                 chosen[file_name(plan, sample.index, label)] = label
         for name, data in _images(plan, store, record) if chosen else ():
             if name in chosen:
-                found[chosen[name]].append(thumbnail(decode(data), PREVIEW_SIDE))
-    return np.stack([image for label in wanted for image in found[label]])
+                images[chosen[name]].append(thumbnail(decode(data), PREVIEW_SIDE))
+    return np.stack([image for label in counts for image in images[label]])

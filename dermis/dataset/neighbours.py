@@ -1,11 +1,11 @@
-"""A folder of latent neighbours: images near given latents, in class sub-folders, with what makes them again.
+"""Write a folder of latent neighbours: images of latents near given ones (anchors), in a sub-folder for each class.
 
     benign/NBR_00000_000.png ...   neighbour 0 of anchor 0; `dermis train classifier --synthetic FOLDER` takes the folder
     metadata.csv                   the columns of every generated dataset, and `anchor` and `neighbour`
-    neighbours.json                bundle, distance, space, anchors: enough to make the images again
-    anchors.npz                    the given style vectors, where anchors are projections
+    neighbours.json                bundle, distance, space, anchors: all that is needed to make the images again
+    anchors.npz                    the style vectors of anchors that are projections
 
-It appears whole or not at all; what an interrupted call has drawn lies beside it and the same call goes on with it.
+The folder appears completely or not at all. Images of an interrupted call are kept beside it, and the same call continues.
 """
 
 from __future__ import annotations
@@ -60,12 +60,30 @@ def write_neighbours(
     class_names: Sequence[str] | None = None,
     done: Callable[[int], object] = lambda images: None,
 ) -> int:
-    """Draw `count` neighbours of each anchor at `distance` (see `dermis.latent_neighbours`); returns how many images.
+    """Generate neighbours of each anchor (see `dermis.latent_neighbours`) and write them to a folder.
 
-    Neighbours of a sample have its noise, so that they differ from it by the latent alone. Those of given style vectors,
-    which have no noise of their own, have the constant noise.
-    class_names: of the generator's labels, if the bundle has none. `done(n)` is called after n more. Refuses an `out` that
-    exists. Raises DataError or StorageError.
+    Neighbours of a sample have its noise, so that only the latent differs. Neighbours of style vectors have the constant
+    noise, because style vectors have no noise.
+
+    Args:
+        out: The folder. It must not exist.
+        bundle: The bundle of the generator.
+        generator: Its generator.
+        synthesizer: Its synthesizer.
+        anchors: The latents whose neighbours are generated.
+        count: Neighbours of each anchor.
+        distance: Distance of the neighbours to their anchor, in `space`.
+        space: The latent space.
+        truncation_psi: Truncation of anchors that are samples.
+        class_names: Names of the labels, if the bundle has none.
+        done: Called with the number of images after each batch.
+
+    Returns:
+        The number of images.
+
+    Raises:
+        DataError: An option is out of range, there is no anchor, or `out` exists.
+        StorageError: The folder cannot be written.
     """
     check_options(distance, space)
     if not 1 <= count <= MOST:
@@ -75,20 +93,20 @@ def write_neighbours(
     if out.exists():
         raise DataError(f"{out}: exists already; choose another --out or remove it")
     names = tuple(class_names or bundle.class_names)
-    described = _description(bundle, synthesizer, anchors, names, count, distance, space, truncation_psi)
-    text = json.dumps(described, indent=2, sort_keys=True) + "\n"
+    description = _description(bundle, synthesizer, anchors, names, count, distance, space, truncation_psi)
+    text = json.dumps(description, indent=2, sort_keys=True) + "\n"
     partial = out.with_name(f".{out.name}.partial")
     with storage_errors(str(partial)):
         _begin(partial, text)
         for label in sorted({anchor.label for anchor in anchors}):
             (partial / folder_name(names[label])).mkdir(exist_ok=True)
     tasks = [(i, number) for i in range(len(anchors)) for number in range(count)]
-    hashes = dict(_drawn(partial, tasks, anchors, names))
+    hashes = dict(_finished_images(partial, tasks, anchors, names))
     done(len(hashes))
-    left = [task for task in tasks if task not in hashes]
+    missing = [task for task in tasks if task not in hashes]
     step = synthesizer.preferred_batch * max(1, 32 // synthesizer.preferred_batch)
-    for start in range(0, len(left), step):
-        chunk = left[start : start + step]
+    for start in range(0, len(missing), step):
+        chunk = missing[start : start + step]
         ws = [
             neighbours_of(
                 generator,
@@ -106,16 +124,16 @@ def write_neighbours(
         done(len(chunk))
     with storage_errors(str(out)):
         (partial / METADATA).write_text(_table(tasks, anchors, names, hashes), encoding="utf-8")
-        given = {i: anchor.ws for i, anchor in enumerate(anchors) if anchor.ws is not None}
-        if given:
-            np.savez_compressed(partial / ANCHORS, ws=np.stack(list(given.values())), anchors=np.array(list(given)))
+        latents = {i: anchor.ws for i, anchor in enumerate(anchors) if anchor.ws is not None}
+        if latents:
+            np.savez_compressed(partial / ANCHORS, ws=np.stack(list(latents.values())), anchors=np.array(list(latents)))
         (partial / _PLAN).replace(partial / DESCRIPTION)
         partial.rename(out)
     return len(tasks)
 
 
 def _images(synthesizer: Synthesizer, ws: NDArray[np.float32], anchors: Sequence[Anchor]) -> Images:
-    """uint8 [N, H, W, channels] of style vectors [N, num_ws, w_dim], each with the noise of its anchor."""
+    """Generate images uint8 [N, H, W, channels] of style vectors [N, num_ws, w_dim], each with the noise of its anchor."""
     parts = []
     for noise_mode, group in groupby(zip(ws, anchors, strict=True), key=lambda pair: _noise_mode(pair[1])):
         rows, named = zip(*group, strict=True)
@@ -129,12 +147,16 @@ def _noise_mode(anchor: Anchor) -> NoiseMode:
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """neighbours.json. StorageError if it is missing or damaged."""
+    """Read neighbours.json.
+
+    Raises:
+        StorageError: It is missing or damaged.
+    """
     try:
-        found: dict[str, Any] = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        description: dict[str, Any] = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise StorageError(f"{folder}: has no {DESCRIPTION} that can be read ({error})") from None
-    return found
+    return description
 
 
 def _description(
@@ -165,7 +187,7 @@ def _description(
                 "label": anchor.label,
                 "seed": anchor.seed,
                 "index": anchor.index,
-                "noise_mode": _noise_mode(anchor),  # absent in older files, all of whose images have the constant noise
+                "noise_mode": _noise_mode(anchor),  # missing in older files, whose images have the constant noise
                 "ws_sha256": None if anchor.ws is None else hashlib.sha256(anchor.ws.tobytes()).hexdigest(),
             }
             for anchor in anchors
@@ -174,20 +196,20 @@ def _description(
 
 
 def _begin(partial: Path, plan: str) -> None:
-    """A folder to go on in: what another call had begun there is removed."""
+    """Prepare the folder of unfinished images. If it is of a call with other arguments, it is emptied."""
     if partial.exists() and (not (partial / _PLAN).is_file() or (partial / _PLAN).read_text(encoding="utf-8") != plan):
         shutil.rmtree(partial)
     partial.mkdir(parents=True, exist_ok=True)
     _write(partial / _PLAN, plan.encode())
 
 
-Task = tuple[int, int]
+_Task = tuple[int, int]
 
 
-def _drawn(
-    partial: Path, tasks: Sequence[Task], anchors: Sequence[Anchor], names: Sequence[str]
-) -> Iterator[tuple[Task, str]]:
-    """What is there already, with its SHA-256."""
+def _finished_images(
+    partial: Path, tasks: Sequence[_Task], anchors: Sequence[Anchor], names: Sequence[str]
+) -> Iterator[tuple[_Task, str]]:
+    """Yield the images that exist already, with their SHA-256."""
     for task in tasks:
         path = partial / _file_name(task, anchors, names)
         if path.is_file():
@@ -201,15 +223,15 @@ def _write(path: Path, data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _id(task: Task) -> str:
+def _id(task: _Task) -> str:
     return f"NBR_{task[0]:05d}_{task[1]:03d}"
 
 
-def _file_name(task: Task, anchors: Sequence[Anchor], names: Sequence[str]) -> str:
+def _file_name(task: _Task, anchors: Sequence[Anchor], names: Sequence[str]) -> str:
     return f"{folder_name(names[anchors[task[0]].label])}/{_id(task)}.png"
 
 
-def _table(tasks: Sequence[Task], anchors: Sequence[Anchor], names: Sequence[str], hashes: dict[Task, str]) -> str:
+def _table(tasks: Sequence[_Task], anchors: Sequence[Anchor], names: Sequence[str], hashes: dict[_Task, str]) -> str:
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, (*COLUMNS, "anchor", "neighbour"), restval="", lineterminator="\n")
     writer.writeheader()

@@ -1,4 +1,4 @@
-"""Which sample is of which class and lies in which shard: a pure function of the request and the model's classes."""
+"""The plan of a dataset: class and shard of every sample, as a pure function of the request and the model's classes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dermis.bundle.classifier import Description
+from dermis.bundle.classifier import ClassifierDescription
 from dermis.bundle.index import IndexDescription
 from dermis.dataset.request import DatasetRequest, classes_of
 
@@ -20,30 +20,30 @@ if TYPE_CHECKING:
     from dermis.bundle import Bundle
 
 BATCH = 32
-_STRIDE = 1 << 34  # MAX_TRIES of them fill the indices that latents may have
+_STRIDE = 1 << 34  # MAX_TRIES of them cover all indices of latents
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Samples 0 .. samples - 1, cut into shards of `request.shard_size` (the last may be smaller).
+    """Samples 0 .. samples - 1, cut into shards of `request.shard_size` (the last can be smaller).
 
-    `request.classes` stands in the order of `class_names`, so that the order in which a user named them makes no
-    difference. A label is a position in `class_names`, which holds all classes of the model.
+    `request.classes` is in the order of `class_names`, so that the order of a user's request makes no difference. A label
+    is a position in `class_names`, which has all classes of the model.
     """
 
     request: DatasetRequest
     bundle_digest: str
     class_names: tuple[str, ...]
-    classifier: Description | None = None
-    """The bundle's. It is in the bundle's digest, so it is not in that of the plan."""
+    classifier: ClassifierDescription | None = None
+    """The classifier of the bundle. The bundle's digest covers it, so the digest of the plan does not repeat it."""
     authenticity: IndexDescription | None = None
-    """The bundle's, likewise."""
+    """The index of the bundle, which the bundle's digest covers as well."""
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 that tells this plan from every other."""
-        facts = [self.request.model_dump(), self.bundle_digest, self.class_names]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        """SHA-256 that identifies the plan."""
+        fields = [self.request.model_dump(), self.bundle_digest, self.class_names]
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
     @property
     def samples(self) -> int:
@@ -51,13 +51,13 @@ class Plan:
 
     @property
     def scored(self) -> bool:
-        """Whether every image gets a probability by the classifier."""
+        """Whether the classifier scores every image."""
         options = self.request.classifier
         return self.classifier is not None and (options is None or options.score)
 
     @property
     def filtered(self) -> bool:
-        """Whether images may be rejected for their probability."""
+        """Whether images can be rejected because of their probability."""
         return self.scored and self.request.classifier is not None and self.request.classifier.filters
 
     @property
@@ -70,22 +70,26 @@ class Plan:
         return -(-self.samples // self.request.shard_size)
 
     def shard(self, shard: int) -> range:
-        """Indices of the samples in a shard."""
+        """Return the indices of the samples in a shard.
+
+        Raises:
+            IndexError: There is no such shard.
+        """
         if not 0 <= shard < self.shards:
             raise IndexError(f"shard {shard} of {self.shards}")
         start = shard * self.request.shard_size
         return range(start, min(start + self.request.shard_size, self.samples))
 
     def batches(self, shard: int, size: int = BATCH) -> list[range]:
-        """A shard's indices in pieces of `size`; the last may be smaller."""
+        """Split the indices of a shard into batches of `size`; the last one can be smaller."""
         indices = self.shard(shard)
         return [indices[start : start + size] for start in range(0, len(indices), size)]
 
     def counts(self, shard: int) -> list[int]:
-        """Samples of each requested class in a shard, in the order of `request.classes`.
+        """Count the samples of each requested class in a shard, in the order of `request.classes`.
 
-        Each differs by less than 1 from the class's share of the dataset, and over all shards they add up to the
-        request. With the classes laid end to end on a line, a shard takes the integer points of a grid of step
+        Each count differs by less than 1 from the class's share of the dataset, and the counts of all shards add up to
+        the request. With the classes placed one after the other on a line, a shard takes the integer points of a grid of step
         samples / shard_size; the grid's offset goes once through all multiples of 1 / (full shards), and the sum
         over these of floor(x + offset) is floor(x (full shards)): Hermite's identity.
         """
@@ -101,7 +105,7 @@ class Plan:
         return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
     def labels(self, shard: int) -> list[int]:
-        """Label of each sample of a shard, the classes evenly interleaved."""
+        """Return the label of each sample of a shard. Classes are evenly interleaved."""
         counts = self.counts(shard)
         places = np.concatenate([(np.arange(count) + 0.5) / max(count, 1) for count in counts])
         labels = np.repeat([self.class_names.index(name) for name in self.request.classes], counts)
@@ -109,7 +113,7 @@ class Plan:
 
 
 def plan_for(request: DatasetRequest, bundle: Bundle) -> Plan:
-    """The plan of a request that `check_against` has accepted for this bundle."""
+    """Plan a request that `check_against` has accepted for this bundle."""
     return plan(request, bundle.digest, classes_of(bundle), bundle.classifier, bundle.authenticity)
 
 
@@ -117,22 +121,30 @@ def plan(
     request: DatasetRequest,
     bundle_digest: str,
     class_names: Sequence[str],
-    classifier: Description | None = None,
+    classifier: ClassifierDescription | None = None,
     authenticity: IndexDescription | None = None,
 ) -> Plan:
-    """The plan of a request from what it depends on. `class_names`: the model's, in label order."""
+    """Plan a request from the properties of a bundle.
+
+    Args:
+        request: The request.
+        bundle_digest: SHA-256 (hex) of bundle.json.
+        class_names: Class names of the model, in the order of the labels.
+        classifier: The classifier of the bundle, if images are scored or filtered.
+        authenticity: The index of the bundle, if the request has a gate.
+    """
     names = tuple(class_names)
     ordered = {name: request.classes[name] for name in sorted(request.classes, key=names.index)}
     return Plan(request.model_copy(update={"classes": ordered}), bundle_digest, names, classifier, authenticity)
 
 
 def latent_index(index: int, attempt: int) -> int:
-    """Index of the latent that sample `index` has in its attempt 0, 1, ...: no two samples ever share one."""
+    """Return the index of the latent of sample `index` in attempt 0, 1, ... No two samples share a latent."""
     return index + attempt * _STRIDE
 
 
 def sample_id(index: int) -> str:
-    """The name of sample `index`, in the manner of ISIC."""
+    """Return the name of sample `index`, in the style of ISIC."""
     return f"SYN_{index:08d}"
 
 

@@ -1,7 +1,7 @@
-"""The gate in a dataset: how near is each image to the generator's training images, and may it stay?
+"""The gate of a dataset: a condition on the distance of every image to the generator's training images.
 
-Whether an image passes depends on its own pixels alone, so a gated dataset is a pure function of its request too. Of what the
-index tells, only rounded distances are written: how near an image is, never to which.
+Whether an image passes depends on its own pixels alone, so a gated dataset is a pure function of its request as well. Only
+rounded distances are written, and never to which training image they are.
 """
 
 from __future__ import annotations
@@ -20,43 +20,52 @@ from dermis.dataset.plan import Plan
 from dermis.imaging import Images
 
 Examine = Callable[[Images], Nearest]
-"""uint8 [N, H, W, 3] -> nearest training images, by the bundle's index."""
+"""Images, uint8 [N, H, W, 3] -> nearest training images by the bundle's index."""
 Expose = Callable[[Floats], Exposure]
-"""Embeddings [N, dim] of a whole dataset in the index's space -> what they tell of the training set."""
+"""Embeddings [N, dim] of a whole dataset in the space of the index -> what they disclose of the training set."""
 
 SHOWN = (1, 5, 25, 50, 75, 95)
-"""Percentiles of nearest distances that a dataset's report gives."""
+"""Percentiles of the nearest distances in the report of a dataset."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the index says of one image."""
+    """Result of the comparison of one image with the training images."""
 
     distance: float
-    """To the nearest training image, to two decimals."""
+    """Distance to the nearest training image, with two decimals."""
     percentile: int
-    """0..100: share of training images whose own nearest other one is nearer than that."""
+    """0..100: percentage of training images whose own nearest other one is nearer than `distance`."""
     authentic: bool
     passed: bool
-    """Whether the gate lets it through."""
+    """Whether the image meets the condition of the gate."""
     embedding: str
-    """float16 [dim] in the index's space, base64: for the report on the whole dataset, and kept no longer."""
+    """float16 [dim] in the space of the index, base64. It is removed when the report on the dataset is written."""
 
 
 @dataclass(frozen=True)
 class Checks:
-    """What the gate did for one sample: candidates that it saw, those that are authentic, those that it rejected."""
+    """Results of the gate for one sample: candidates that it checked, authentic ones, and rejected ones."""
 
     seen: int
     authentic: int
     rejected: int
     verdict: Verdict | None
-    """Of the image that is in the dataset; None if there is none."""
+    """The verdict on the image in the dataset; None if the sample is missing."""
 
 
 @dataclass(frozen=True)
 class PrivacyTally:
-    """How one class came out. `seen`: candidates that were compared with the training images."""
+    """Results of one class.
+
+    Attributes:
+        images: Images in the dataset.
+        seen: Candidates that were compared with the training images.
+        seen_authentic: Authentic ones of these candidates.
+        rejected: Candidates that the gate rejected.
+        authentic: Authentic images in the dataset.
+        flagged: Images in the dataset that do not meet the condition.
+    """
 
     images: int
     seen: int
@@ -68,7 +77,7 @@ class PrivacyTally:
 
 @dataclass(frozen=True)
 class PrivacyReport:
-    """What the comparison with the training images gave: in manifest.json and on the dataset's card."""
+    """Results of the comparison with the training images, for manifest.json and the dataset's card."""
 
     index: str
     """SHA-256 of authenticity.json."""
@@ -76,42 +85,42 @@ class PrivacyReport:
     distances: tuple[float, ...]
     """Percentiles `SHOWN` of the images' distances to their nearest training image."""
     baseline: tuple[float, ...]
-    """The same of the training images' distances to their nearest other one."""
+    """The same percentiles of the training images' distances to their nearest other one."""
     exposure: Exposure
     limit: float | None = None
-    """The distance that the gate min_distance requires, at its percentile of the baseline."""
+    """The distance that the gate min_distance requires; None for the gate authentic."""
     stands_on: str = ""
     """A sentence on the first percentile of the baseline, and on near-duplicates; empty in manifests of older versions."""
     weakness: str | None = None
-    """Why copies may pass the gate; None if there is no known reason."""
+    """Why copies can pass the gate; None if no reason is known."""
 
     @property
     def before(self) -> float:
-        """Share of authentic ones among all images that were compared, those that were rejected among them."""
-        seen = sum(found.seen for found in self.classes.values())
-        return sum(found.seen_authentic for found in self.classes.values()) / max(seen, 1)
+        """Share of authentic images among all that were compared, including rejected ones."""
+        seen = sum(class_tally.seen for class_tally in self.classes.values())
+        return sum(class_tally.seen_authentic for class_tally in self.classes.values()) / max(seen, 1)
 
     @property
     def after(self) -> float:
-        """Share of authentic ones among the images of the dataset."""
-        images = sum(found.images for found in self.classes.values())
-        return sum(found.authentic for found in self.classes.values()) / max(images, 1)
+        """Share of authentic images in the dataset."""
+        images = sum(class_tally.images for class_tally in self.classes.values())
+        return sum(class_tally.authentic for class_tally in self.classes.values()) / max(images, 1)
 
 
-def verdicts(plan: Plan, found: Nearest) -> list[Verdict]:
-    """Verdicts on images whose nearest training images are known."""
-    described, options = plan.authenticity, plan.request.privacy
-    assert described is not None and options is not None
-    judged = verdicts_of(found, described)
+def verdicts(plan: Plan, nearest: Nearest) -> list[Verdict]:
+    """Return the verdicts on images whose nearest training images are known."""
+    index, options = plan.authenticity, plan.request.privacy
+    assert index is not None and options is not None
+    judged = verdicts_of(nearest, index)
     passed = judged.authentic
     if options.gate == "min_distance":
-        passed = judged.distances >= least_distance(described, options.percentile)
+        passed = judged.distances >= least_distance(index, options.percentile)
     rows = zip(
         judged.distances.tolist(),
         judged.percentiles.tolist(),
         judged.authentic.tolist(),
         passed.tolist(),
-        found.embeddings.astype("<f2"),
+        nearest.embeddings.astype("<f2"),
         strict=True,
     )
     return [
@@ -120,44 +129,50 @@ def verdicts(plan: Plan, found: Nearest) -> list[Verdict]:
     ]
 
 
-def least_distance(described: IndexDescription, percentile: float) -> float:
-    """The distance at a percentile of the real-to-real baseline."""
-    return float(np.interp(percentile, PERCENTILES, described.radii))
+def least_distance(index: IndexDescription, percentile: float) -> float:
+    """Return the distance at a percentile (0..100) of the real-to-real baseline."""
+    return float(np.interp(percentile, PERCENTILES, index.radii))
 
 
 def report(plan: Plan, samples: Sequence[tuple[int, Checks]], expose: Expose) -> PrivacyReport:
-    """The report of a dataset from its samples' labels and checks; at least one image must be left."""
-    described, options = plan.authenticity, plan.request.privacy
-    assert described is not None and options is not None
+    """Make the report of a dataset.
+
+    Args:
+        plan: The plan of the dataset.
+        samples: Label and checks of every sample. At least one must have an image.
+        expose: Measures what the images disclose of the training set.
+    """
+    index, options = plan.authenticity, plan.request.privacy
+    assert index is not None and options is not None
     tallies: dict[str, PrivacyTally] = {}
     for name in plan.request.classes:
         label = plan.class_names.index(name)
-        checks = [found for of, found in samples if of == label]
-        kept = [found.verdict for found in checks if found.verdict is not None]
+        checks = [sample_checks for sample_label, sample_checks in samples if sample_label == label]
+        kept = [sample_checks.verdict for sample_checks in checks if sample_checks.verdict is not None]
         tallies[name] = PrivacyTally(
             images=len(kept),
-            seen=sum(found.seen for found in checks),
-            seen_authentic=sum(found.authentic for found in checks),
-            rejected=sum(found.rejected for found in checks),
+            seen=sum(sample_checks.seen for sample_checks in checks),
+            seen_authentic=sum(sample_checks.authentic for sample_checks in checks),
+            rejected=sum(sample_checks.rejected for sample_checks in checks),
             authentic=sum(verdict.authentic for verdict in kept),
             flagged=sum(not verdict.passed for verdict in kept),
         )
     kept = list(_kept(samples))
     distances = np.percentile([verdict.distance for verdict in kept], SHOWN)
     return PrivacyReport(
-        index=described.digest,
+        index=index.digest,
         classes=tallies,
         distances=tuple(round(float(value), 4) for value in distances),
-        baseline=tuple(round(least_distance(described, percentile), 4) for percentile in SHOWN),
+        baseline=tuple(round(least_distance(index, percentile), 4) for percentile in SHOWN),
         exposure=expose(np.stack([_embedding(verdict) for verdict in kept])),
-        limit=round(least_distance(described, options.percentile), 4) if options.gate == "min_distance" else None,
-        stands_on=stands_on(described),
-        weakness=weakness(described),
+        limit=round(least_distance(index, options.percentile), 4) if options.gate == "min_distance" else None,
+        stands_on=stands_on(index),
+        weakness=weakness(index),
     )
 
 
 def _kept(samples: Sequence[tuple[int, Checks]]) -> Iterator[Verdict]:
-    return (found.verdict for _, found in samples if found.verdict is not None)
+    return (checks.verdict for _, checks in samples if checks.verdict is not None)
 
 
 def _embedding(verdict: Verdict) -> Floats:

@@ -1,4 +1,4 @@
-"""The images of a finished dataset, with what its table says of each."""
+"""Read the images of a finished dataset with their rows of metadata.csv."""
 
 from __future__ import annotations
 
@@ -23,9 +23,17 @@ _ROW_BYTES = 4096  # of metadata.csv for one image, at most
 
 
 def open_dataset(location: str | Path) -> tuple[Manifest, dict[str, Row]]:
-    """The manifest of a dataset in a folder (or fsspec URL), every file verified, and its table's rows by file name.
+    """Verify every file of a dataset and read its manifest and table.
 
-    DataError if a file is not what the manifest says, StorageError if there is no manifest.
+    Args:
+        location: A folder or an fsspec URL.
+
+    Returns:
+        The manifest, and the rows of metadata.csv by file name.
+
+    Raises:
+        DataError: A file differs from the manifest.
+        StorageError: There is no manifest.
     """
     report = verify(location)
     if report.changed or report.missing:
@@ -43,12 +51,21 @@ def open_dataset(location: str | Path) -> tuple[Manifest, dict[str, Row]]:
 
 
 def read_samples(location: str | Path) -> Iterator[tuple[Row, bytes]]:
-    """The row of metadata.csv and the encoded image of every sample, in order. Raises as `open_dataset`."""
+    """Yield the row of metadata.csv and the encoded image of every sample, in order.
+
+    Raises:
+        DataError: A file differs from the manifest, or has other images than the table.
+        StorageError: There is no manifest.
+    """
     return samples_of(location, *open_dataset(location))
 
 
 def samples_of(location: str | Path, manifest: Manifest, rows: Mapping[str, Row]) -> Iterator[tuple[Row, bytes]]:
-    """The samples of a dataset that `open_dataset` has opened. DataError if a file holds other images than the table."""
+    """Yield the samples of a dataset that `open_dataset` has opened.
+
+    Raises:
+        DataError: A file has other images than the table.
+    """
     store = Store(location)
     layout = plan(manifest.request, manifest.bundle_digest, manifest.class_names)
     for file in manifest.files:
@@ -57,7 +74,7 @@ def samples_of(location: str | Path, manifest: Manifest, rows: Mapping[str, Row]
 
 
 def _rows(table: bytes, where: str) -> dict[str, Row]:
-    """Rows of metadata.csv by file name. DataError, naming `where`, if it is no such table."""
+    """Parse metadata.csv into rows by file name. Raises DataError, which names `where`, if it is not such a table."""
     try:
         reader = csv.DictReader(io.StringIO(table.decode(), newline=""), strict=True)
         if missing := [name for name in _COLUMNS if name not in (reader.fieldnames or ())]:
@@ -77,7 +94,7 @@ def _rows(table: bytes, where: str) -> dict[str, Row]:
 
 
 def _of_container(layout: Plan, store: Store, container: str, rows: Mapping[str, Row]) -> Iterator[tuple[Row, bytes]]:
-    """The samples of one file. Errors of its library, such as damage, become a DataError."""
+    """Yield the samples of one file. Errors of the format's library become DataErrors."""
     with store.open(container) as file:
         images = read_container(layout, file)
         while True:
@@ -85,11 +102,11 @@ def _of_container(layout: Plan, store: Store, container: str, rows: Mapping[str,
                 name, data = next(images)
             except StopIteration:
                 return
-            except Exception as error:  # zipfile, tarfile and Arrow have an error class each
+            except Exception as error:  # zipfile, tarfile and Arrow have different exceptions
                 raise DataError(f"{store.where(container)}: cannot be read ({escape(error)})") from None
             if name not in rows:
                 raise DataError(f"{store.where(container)}: holds {escape(str(name))}, which {METADATA} does not list")
-            # The file that was verified may have been replaced since.
+            # The file can have been replaced after it was verified.
             if rows[name].get("sha256") not in (None, hashlib.sha256(data).hexdigest()):
                 raise DataError(f"{store.where(container)}: {escape(name)} is not the image that {METADATA} lists")
             yield rows[name], data

@@ -1,4 +1,4 @@
-"""What a user asks for: how many images of each class, how they are drawn, and in which files they come."""
+"""A request for a dataset: images of each class, how they are generated, and in which files they are stored."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DatasetFormat = Literal["imagefolder", "webdataset", "parquet"]
 ImageFormat = Literal["png", "jpeg", "webp"]
 
 UNCONDITIONAL_CLASS = "image"
-# Bounds of the format itself; what a service allows is for `check_against`, what a disk holds for the store.
+# Limits of the format. `check_against` checks the limits of a service, `check_space` those of the storage.
 MAX_COUNT = 10**8
 MAX_CLASSES = 1000
 MAX_TRIES = 64
@@ -31,15 +31,15 @@ Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 
 
 class ClassifierOptions(BaseModel):
-    """What the bundle's classifier does for a dataset: a column `probability`, and a filter on it."""
+    """Options of scoring the images with the bundle's classifier, and of filtering them by the result."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     score: bool = Field(True, description="Whether images are scored at all; scoring takes time.")
     keep: Literal["all", "agreeing"] = Field(
         "all",
-        description="Images to keep: all, or those that the classifier gives the class that they were drawn for. "
-        "Filtering narrows the variety.",
+        description="Images to keep: all, or those to which the classifier gives the class that was requested. "
+        "Filtering reduces variety.",
     )
     threshold: str = Field(
         DEFAULT_THRESHOLD,
@@ -56,16 +56,16 @@ class ClassifierOptions(BaseModel):
         1,
         ge=1,
         le=MAX_TRIES,
-        description="Latents that are tried for each image until one is kept. If none is, the image is missing.",
+        description="Latents to try for each image until one is kept. If none is kept, the image is missing.",
     )
 
     @property
     def filters(self) -> bool:
-        """Whether images may be rejected."""
+        """Whether the filter can reject images."""
         return self.keep != "all" or self.min_probability > 0 or self.max_probability < 1
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _check_filter(self) -> Self:
         if self.min_probability > self.max_probability:
             raise ValueError("min_probability must not be above max_probability")
         if self.filters and not self.score:
@@ -76,7 +76,7 @@ class ClassifierOptions(BaseModel):
 
 
 class EditOption(BaseModel):
-    """One move of every latent along a direction of the bundle."""
+    """An edit of every latent of a dataset along a direction of the bundle."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -96,54 +96,59 @@ class EditOption(BaseModel):
 
     @property
     def edit(self) -> Edit:
-        """The same as `dermis.directions` has it."""
+        """This edit in the form that `dermis.directions` takes."""
         return Edit(self.direction, self.strength, None if self.layers is None else (self.layers[0], self.layers[1]))
 
 
 class PrivacyOptions(BaseModel):
-    """What the bundle's index of training images does for a dataset: four columns, and a gate."""
+    """Options of comparing the images with the training images, and of the gate on the result."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     gate: Literal["authentic", "min_distance"] = Field(
         "authentic",
-        description="What an image must be: authentic, that is farther from its nearest training image than that one is from "
-        "its own nearest other one; or at least as far from it as the percentile says.",
+        description="Condition on an image. authentic: it is farther from its nearest training image than that one is from its "
+        "own nearest other training image. min_distance: it is at least as far from it as the percentile says.",
     )
     percentile: float = Field(
         1.0,
         ge=0,
         le=100,
         allow_inf_nan=False,
-        description="For min_distance: percentile of the distances of training images to their nearest other one.",
+        description="For min_distance: percentile of the distances of training images to the nearest other training image.",
     )
     on_reject: Literal["resample", "drop", "flag"] = Field(
         "resample",
-        description="What becomes of other images: the next latent is tried, or the image is missing, or it stays and says "
-        "so.",
+        description="What to do with other images. resample: try the next latent. drop: leave the image out. flag: keep it, "
+        "and flag it in the metadata.",
     )
     tries: int = Field(
         8,
         ge=1,
         le=16,
-        description="For resample: images that may be rejected for a sample before it is missing.",
+        description="For resample: images that can be rejected for a sample before it is missing.",
     )
 
     @property
     def most(self) -> int:
-        """Images of one sample that may be rejected before it is missing."""
+        """Candidates that the gate can reject before an image is missing."""
         return self.tries if self.on_reject == "resample" else 1
 
 
 class DatasetRequest(BaseModel):
-    """A dataset, as asked for. Together with a bundle it determines every file, byte for byte, on one kind of machine.
+    """A request for a dataset. With a bundle it determines every byte of the dataset on one kind of machine.
 
-    Types are strict: neither true nor "3" nor 3.0 is a count. Raises pydantic.ValidationError.
+    Types are strict: true, "3" and 3.0 are not counts.
+
+    Raises:
+        pydantic.ValidationError: A field is unknown, missing or not allowed.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    model: str = Field("demo", min_length=1, max_length=64, description="Name of the model (bundle) that draws them.")
+    model: str = Field(
+        "demo", min_length=1, max_length=64, description="Name of the model (bundle) that generates them."
+    )
     classes: dict[ClassName, Count] = Field(
         min_length=1,
         max_length=MAX_CLASSES,
@@ -159,14 +164,14 @@ class DatasetRequest(BaseModel):
     )
     noise_mode: NoiseMode = Field(
         "random",
-        description="Noise inside the network: random draws that of sample i from (seed, i), const gives all images the same, "
-        "none gives none.",
+        description="Noise in the layers of the network. random: drawn for sample i from (seed, i). const: the same for all "
+        "images. none: no noise.",
     )
     format: DatasetFormat = Field("imagefolder", description="Files: one zip, tar shards, or Parquet shards.")
     image_format: ImageFormat = Field("png", description="Encoding of each image. PNG is lossless.")
-    image_quality: int = Field(95, ge=1, le=100, description="Quality of JPEG and WebP; PNG takes no notice of it.")
+    image_quality: int = Field(95, ge=1, le=100, description="Quality of JPEG and WebP. PNG ignores it.")
     shard_size: int = Field(250, ge=1, le=10_000, description="Images in a shard: the unit of work and of recovery.")
-    # Left out where it is not asked for, so that requests without it keep the digest that they always had.
+    # Not serialised if it is null, so that requests without it keep the digest that they had before the field existed.
     classifier: ClassifierOptions | None = Field(
         None,
         exclude_if=lambda value: value is None,
@@ -178,8 +183,7 @@ class DatasetRequest(BaseModel):
         min_length=1,
         max_length=MAX_EDITS,
         exclude_if=lambda value: value is None,
-        description="Moves of every latent along directions of the model, after truncation; their order makes no difference "
-        "but of rounding.",
+        description="Edits of every latent along directions of the model, after truncation. Their order changes only rounding.",
     )
     privacy: PrivacyOptions | None = Field(
         None,
@@ -194,21 +198,21 @@ class DatasetRequest(BaseModel):
 
     @property
     def tries(self) -> int:
-        """Most candidates of an image: each of classifier and gate may reject so many, the one less that is the last."""
+        """Largest number of candidates of an image: the limits of classifier and gate less 1, as they share the last one."""
         return self.classifier_tries + (self.privacy.most if self.privacy else 1) - 1
 
     @property
     def classifier_tries(self) -> int:
-        """Candidates of an image that the classifier may reject before it is missing."""
+        """Candidates that the classifier can reject before an image is missing."""
         return self.classifier.tries if self.classifier else 1
 
     @property
     def moves(self) -> tuple[Edit, ...]:
-        """The edits as `dermis.directions` has them."""
+        """The edits in the form that `dermis.directions` takes."""
         return tuple(option.edit for option in self.edits or ())
 
     @model_validator(mode="after")
-    def _within_the_latents(self) -> Self:
+    def _check_tries(self) -> Self:
         if self.tries > MAX_TRIES:
             raise ValueError(f"classifier.tries and privacy.tries together must not be above {MAX_TRIES + 1}")
         return self
@@ -221,24 +225,37 @@ def _with_former_defaults(document: Any) -> Any:
 StoredRequest = Annotated[DatasetRequest, BeforeValidator(_with_former_defaults)]
 """A request in a manifest or in the jobs database.
 
-Requests are stored with all their options. One without a noise mode has the former default, const, so that it still means
-the same images.
+Requests are stored with all their options. A request without a noise mode gets the former default, const, so that it
+still describes the same images.
 """
 _STORED_REQUEST: TypeAdapter[DatasetRequest] = TypeAdapter(StoredRequest)
 
 
 def stored_request(document: Any) -> DatasetRequest:
-    """Read a `StoredRequest`. Raises pydantic.ValidationError."""
+    """Read a `StoredRequest`.
+
+    Raises:
+        pydantic.ValidationError: The document is not a request.
+    """
     return _STORED_REQUEST.validate_python(document)
 
 
 def classes_of(bundle: Bundle) -> tuple[str, ...]:
-    """Class names that a request may use, in the order of the labels."""
+    """Return the class names that a request can use, in the order of the labels."""
     return bundle.class_names or (UNCONDITIONAL_CLASS,)
 
 
 def check_against(request: DatasetRequest, bundle: Bundle, max_samples: int) -> None:
-    """RequestError, naming the field, if this bundle or this limit cannot serve the request."""
+    """Check a request against a bundle and a limit.
+
+    Args:
+        request: The request.
+        bundle: The bundle that will generate the images.
+        max_samples: Largest number of images of a dataset.
+
+    Raises:
+        RequestError: The bundle has not what the request needs, or the request is too large. The error names the field.
+    """
     known = classes_of(bundle)
     for name in request.classes:
         if name not in known:
@@ -268,19 +285,19 @@ def check_against(request: DatasetRequest, bundle: Bundle, max_samples: int) -> 
 
 
 def _check_classifier(request: DatasetRequest, options: ClassifierOptions, bundle: Bundle) -> None:
-    described = bundle.classifier
-    if described is None:
+    classifier = bundle.classifier
+    if classifier is None:
         if options.score:
             raise RequestError("classifier", f"{bundle.name} has no classifier; leave it out", kind="no-classifier")
         return
     if options.keep != "agreeing":
         return
-    unknown = [name for name in request.classes if name not in described.class_names]
+    unknown = [name for name in request.classes if name not in classifier.class_names]
     if unknown:
-        known = ", ".join(described.class_names)
+        known = ", ".join(classifier.class_names)
         raise RequestError("classifier.keep", f"the classifier knows {known}; it cannot agree on {unknown[0]!r}")
     try:
-        described.threshold(options.threshold)
+        classifier.threshold(options.threshold)
     except RequestError as error:
         raise RequestError(
             "classifier.threshold", error.message.replace(", or give a number from 0 to 1", "")

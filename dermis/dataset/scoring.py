@@ -1,8 +1,8 @@
-"""From latents to the images of a dataset: candidates, until one is accepted by the classifier's filter and the privacy gate.
+"""Generate candidates of each sample until the classifier's filter and the privacy gate accept one.
 
-The filter comes first, and the gate sees what it accepts; each may reject so many candidates of a sample. Whether an image is
-kept depends on its own pixels alone, and the next candidate is the latent of the next counter: so a filtered dataset is as
-much a pure function of its request as any other.
+The filter is applied first, and the gate checks what it accepts. Each of them has a limit of candidates that it can reject
+per sample. Whether an image is kept depends on its own pixels alone, and the latent of the next candidate has a fixed
+index. So a filtered dataset is a pure function of its request as well.
 """
 
 from __future__ import annotations
@@ -18,28 +18,32 @@ from dermis.dataset.privacy import Checks, Examine, Verdict, verdicts
 from dermis.imaging import Images
 
 Synthesize = Callable[[Sequence[int], Sequence[int]], Images]
-"""(indices of latents, labels) -> uint8 [N, H, W, 3]."""
+"""(indices of latents [N], labels [N]) -> images, uint8 [N, H, W, 3]."""
 Score = Callable[[Images], npt.NDArray[np.float64]]
-"""uint8 [N, H, W, 3] -> calibrated probabilities [N] by the bundle's classifier."""
+"""Images, uint8 [N, H, W, 3] -> calibrated probabilities [N] by the bundle's classifier."""
 
-_DECIMALS = 6  # as written; what is kept is decided by what is written
+_DECIMALS = 6  # of a written probability; the filter decides by the rounded value
 
 
 @dataclass(frozen=True)
 class Draw:
-    """What became of one sample: its image after `tries` candidates, or none if all were rejected."""
+    """Result of one sample: the image after `tries` candidates, or None if all were rejected."""
 
     image: Images | None
     probability: float | None = None
     tries: int = 1
     checks: Checks | None = None
-    """What the gate did; None if there is none."""
+    """Results of the gate; None without a gate."""
 
 
 @dataclass(frozen=True)
 class Tally:
-    """How one class came out: images in the dataset, candidates that were drawn for them (without those that the privacy
-    gate rejected), and how many of the images the classifier gives this class (None where it does not know the class).
+    """Result of the classifier for one class.
+
+    Attributes:
+        images: Images in the dataset.
+        drawn: Candidates that were generated for them, without those that the privacy gate rejected.
+        agreeing: Images to which the classifier gives this class; None if it does not know the class.
     """
 
     images: int
@@ -54,7 +58,7 @@ class Tally:
 
 @dataclass
 class _Sample:
-    """A sample on its way."""
+    """A sample whose candidates are being generated."""
 
     index: int
     label: int
@@ -62,7 +66,7 @@ class _Sample:
     seen: int = 0
     authentic: int = 0
     rejected: int = 0
-    """By the gate."""
+    """Candidates that the gate rejected."""
 
 
 def draw(
@@ -73,34 +77,48 @@ def draw(
     score: Score | None = None,
     examine: Examine | None = None,
 ) -> list[Draw]:
-    """The samples of a batch, in order. `score` is needed where the plan has scores, `examine` where it has a gate."""
+    """Generate the samples of a batch.
+
+    Args:
+        plan: The plan of the dataset.
+        indices: Indices of the samples.
+        labels: Their labels.
+        synthesize: Generates images from indices of latents and labels.
+        score: Scores images; required if `plan.scored`.
+        examine: Compares images with the training images; required if `plan.gated`.
+
+    Returns:
+        The results, in the order of `indices`.
+    """
     if plan.scored and score is None:
         raise ValueError("this plan has scores, so it needs a classifier")
     if plan.gated and examine is None:
         raise ValueError("this plan has a gate, so it needs an index")
     samples = [_Sample(index, label) for index, label in zip(indices, labels, strict=True)]
     done: dict[int, Draw] = {}
-    while waiting := [sample for sample in samples if sample.index not in done]:
-        candidates = [latent_index(sample.index, sample.tries) for sample in waiting]
-        images = synthesize(candidates, [sample.label for sample in waiting])
+    while pending := [sample for sample in samples if sample.index not in done]:
+        candidates = [latent_index(sample.index, sample.tries) for sample in pending]
+        images = synthesize(candidates, [sample.label for sample in pending])
         colour = images.repeat(3, axis=3) if images.shape[3] == 1 else images
-        probabilities: list[float | None] = [None] * len(waiting)
+        probabilities: list[float | None] = [None] * len(pending)
         if plan.scored and score is not None:
             probabilities = np.round(score(colour), _DECIMALS).tolist()
-        accepted = [place for place, sample in enumerate(waiting) if _accepts(plan, sample.label, probabilities[place])]
-        judged: dict[int, Verdict] = {}
+        accepted = [
+            position for position, sample in enumerate(pending) if _accepts(plan, sample.label, probabilities[position])
+        ]
+        verdict_at: dict[int, Verdict] = {}
         if plan.gated and examine is not None and accepted:
-            judged = dict(zip(accepted, verdicts(plan, examine(colour[accepted])), strict=True))
-        for place, sample in enumerate(waiting):
+            verdict_at = dict(zip(accepted, verdicts(plan, examine(colour[accepted])), strict=True))
+        for position, sample in enumerate(pending):
             sample.tries += 1
-            verdict = judged.get(place)
+            verdict = verdict_at.get(position)
             if verdict is not None:
                 sample.seen += 1
                 sample.authentic += verdict.authentic
                 sample.rejected += not _stays(plan, verdict)
-            if place in accepted and (verdict is None or _stays(plan, verdict)):
+            if position in accepted and (verdict is None or _stays(plan, verdict)):
                 done[sample.index] = Draw(
-                    images[place], probabilities[place], sample.tries, _checks(plan, sample, verdict)
+                    images[position], probabilities[position], sample.tries, _checks(plan, sample, verdict)
                 )
             elif _spent(plan, sample):
                 done[sample.index] = Draw(None, None, sample.tries, _checks(plan, sample, None))
@@ -113,7 +131,7 @@ def _stays(plan: Plan, verdict: Verdict) -> bool:
 
 
 def _spent(plan: Plan, sample: _Sample) -> bool:
-    """Whether the classifier or the gate has rejected as many candidates as it may."""
+    """Whether the classifier or the gate has reached its limit of rejected candidates."""
     most = plan.request.privacy.most if plan.request.privacy is not None else 1
     by_classifier = sample.tries - sample.rejected
     return by_classifier >= plan.request.classifier_tries or (plan.gated and sample.rejected >= most)
@@ -124,7 +142,7 @@ def _checks(plan: Plan, sample: _Sample, verdict: Verdict | None) -> Checks | No
 
 
 def agrees(plan: Plan, label: int, probability: float) -> bool:
-    """Whether the classifier gives an image the class that it was drawn for, at the request's threshold."""
+    """Whether the classifier gives an image the class that was requested, at the threshold of the request."""
     assert plan.classifier is not None
     options = plan.request.classifier
     threshold = plan.classifier.threshold() if options is None else plan.classifier.threshold(options.threshold)
@@ -132,7 +150,13 @@ def agrees(plan: Plan, label: int, probability: float) -> bool:
 
 
 def tally(plan: Plan, outcomes: Mapping[str, Sequence[tuple[float | None, int]]]) -> dict[str, Tally]:
-    """By class, of each sample's probability (None: missing) and number of candidates, without those that the gate rejected."""
+    """Count the results by class.
+
+    Args:
+        plan: The plan of the dataset.
+        outcomes: By class name: probability of each sample (None if it is missing), and its number of candidates without
+            those that the gate rejected.
+    """
     assert plan.classifier is not None
     tallies: dict[str, Tally] = {}
     for name, samples in outcomes.items():
@@ -145,7 +169,7 @@ def tally(plan: Plan, outcomes: Mapping[str, Sequence[tuple[float | None, int]]]
 
 
 def _accepts(plan: Plan, label: int, probability: float | None) -> bool:
-    """By the classifier's filter."""
+    """Whether the classifier's filter accepts an image."""
     options = plan.request.classifier
     if options is None or probability is None:
         return True

@@ -1,4 +1,4 @@
-"""One shard: generate, encode, hash, write. An idempotent step of a few hundred images, whoever runs it."""
+"""Make one shard of a dataset: generate, encode, hash and write. The step is idempotent."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from dermis.dataset.containers import Sample, container_name, container_writer
+from dermis.dataset.containers import DatasetSample, container_name, container_writer
 from dermis.dataset.plan import BATCH, Plan
 from dermis.dataset.privacy import Checks, Examine, Verdict
 from dermis.dataset.request import DatasetRequest
@@ -31,10 +31,15 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """A finished shard: its file, and of every sample in order the SHA-256 of its image (None: all were rejected).
+    """A finished shard.
 
-    Where images are scored also their probabilities, where there is a gate what it did, and with either the number of
-    candidates that it took.
+    Attributes:
+        shard: Number of the shard, from 0.
+        file: The file of the shard.
+        images: SHA-256 (hex) of the image of every sample, in order; None if all its candidates were rejected.
+        probabilities: Probabilities of the samples, if they are scored.
+        tries: Number of candidates of each sample, if there is a filter or a gate.
+        checks: Results of the gate, if there is one.
     """
 
     shard: int
@@ -57,37 +62,48 @@ def write_shard(
     on_batch: Callable[[int], None] | None = None,
     batch_size: int = BATCH,
 ) -> ShardRecord:
-    """Make shard `shard` (from 0) unless it is there already, whole.
+    """Make a shard unless a complete one exists already.
 
-    `score` is needed if `plan.scored`, `examine` if `plan.gated`. `identity` is that of synthesizer, classifier and index: what
-    another machine or library version made is made again. `on_batch` gets the number of this shard's samples done so far,
-    after each batch (once for a shard that was there); an exception from it, as from `synthesize`, ends the work and leaves
-    no file. Raises StorageError.
+    An exception of a callback ends the work and leaves no file.
+
+    Args:
+        plan: The plan of the dataset.
+        shard: Number of the shard, from 0.
+        synthesize: Generates images from indices of latents and labels.
+        store: Where the dataset is stored.
+        score: Scores images; required if `plan.scored`.
+        examine: Compares images with the training images; required if `plan.gated`.
+        identity: Identity of synthesizer, classifier and index. A shard of another identity is made again.
+        on_batch: Called after each batch with the number of finished samples of this shard.
+        batch_size: Images that are generated at a time.
+
+    Raises:
+        StorageError: The shard cannot be written.
     """
-    found = find_shard(plan, shard, store, identity=identity)
-    if found is not None:
+    existing = find_shard(plan, shard, store, identity=identity)
+    if existing is not None:
         if on_batch is not None:
-            on_batch(len(found.images))
-        return found
+            on_batch(len(existing.images))
+        return existing
     name = shard_file(plan, shard)
-    made: list[Sample] = []
+    done: list[DatasetSample] = []
     with storage_errors(store.where(name), only_full=True), store.writing(name) as path:
         with container_writer(plan, path) as add:
             for samples in _encoded_batches(plan, shard, synthesize, score, examine, batch_size):
                 with storage_errors(store.where(name)):
                     add([sample for sample in samples if sample.sha256 is not None])
-                made.extend(replace(sample, data=b"") for sample in samples)
+                done.extend(replace(sample, data=b"") for sample in samples)
                 if on_batch is not None:
-                    on_batch(len(made))
+                    on_batch(len(done))
         with path.open("rb") as file:
             entry = FileEntry(name, path.stat().st_size, hash_file(file))
-    record = ShardRecord(shard, entry, tuple(sample.sha256 for sample in made))
+    record = ShardRecord(shard, entry, tuple(sample.sha256 for sample in done))
     if plan.scored or plan.gated:
-        record = replace(record, tries=tuple(sample.tries for sample in made))
+        record = replace(record, tries=tuple(sample.tries for sample in done))
     if plan.scored:
-        record = replace(record, probabilities=tuple(sample.probability for sample in made))
+        record = replace(record, probabilities=tuple(sample.probability for sample in done))
     if plan.gated:
-        record = replace(record, checks=tuple(sample.checks for sample in made if sample.checks is not None))
+        record = replace(record, checks=tuple(sample.checks for sample in done if sample.checks is not None))
     store.write(_sidecar(shard), _to_sidecar(plan, identity, record))
     return record
 
@@ -95,16 +111,19 @@ def write_shard(
 def find_shard(
     plan: Plan, shard: int, store: Store, *, identity: Mapping[str, str] | None = None
 ) -> ShardRecord | None:
-    """The record of a finished shard of this very plan and identity whose file is whole (it is hashed), else None."""
+    """Return the record of a finished shard, or None if it must be made.
+
+    The shard must be of the same plan and identity, and its file must have the recorded SHA-256.
+    """
     name = _sidecar(shard)
     if store.size(name) is None:
         return None
     try:
-        facts = json.loads(store.read(name))
-        file, images = FileEntry(**facts["file"]), tuple(facts["images"])
-        checks = tuple(_checks(row) for row in facts["checks"])
-        record = ShardRecord(shard, file, images, tuple(facts["probabilities"]), tuple(facts["tries"]), checks)
-        same = json.loads(_to_sidecar(plan, identity, record)) == facts
+        fields = json.loads(store.read(name))
+        file, images = FileEntry(**fields["file"]), tuple(fields["images"])
+        checks = tuple(_checks(row) for row in fields["checks"])
+        record = ShardRecord(shard, file, images, tuple(fields["probabilities"]), tuple(fields["tries"]), checks)
+        same = json.loads(_to_sidecar(plan, identity, record)) == fields
     except (ValueError, TypeError, KeyError):
         return None
     whole = file.name == shard_file(plan, shard) and len(images) == len(plan.shard(shard))
@@ -114,7 +133,7 @@ def find_shard(
 
 
 def shard_file(plan: Plan, shard: int) -> str:
-    """Name of the file that holds a shard: a final file, or a fragment of images.zip."""
+    """Return the name of the file that holds a shard: a final file, or a part of images.zip."""
     return container_name(plan, shard) or f"{PARTIAL}/shard-{shard:05d}.zip"
 
 
@@ -128,25 +147,25 @@ def _checks(row: Mapping[str, Any]) -> Checks:
 
 
 def _to_sidecar(plan: Plan, identity: Mapping[str, str] | None, record: ShardRecord) -> bytes:
-    facts = {"plan": plan.digest, "identity": dict(identity or {}), **asdict(record)}
-    return json.dumps(facts, sort_keys=True).encode()
+    fields = {"plan": plan.digest, "identity": dict(identity or {}), **asdict(record)}
+    return json.dumps(fields, sort_keys=True).encode()
 
 
 def _encoded_batches(
     plan: Plan, shard: int, synthesize: Synthesize, score: Score | None, examine: Examine | None, batch_size: int
-) -> Iterator[list[Sample]]:
-    """Batches in order. While one is generated, threads encode the one before (they release the interpreter's lock)."""
+) -> Iterator[list[DatasetSample]]:
+    """Yield batches in order. While one is generated, threads encode the previous one, without the interpreter's lock."""
     labels = plan.labels(shard)
     start = plan.shard(shard).start
     pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="dermis-encode")
     try:
-        encoding: list[Future[Sample]] = []
+        encoding: list[Future[DatasetSample]] = []
         for batch in plan.batches(shard, batch_size):
             batch_labels = [labels[index - start] for index in batch]
             draws = draw(plan, batch, batch_labels, synthesize, score, examine)
             following = [
-                pool.submit(_encode, plan.request, index, label, drawn)
-                for index, label, drawn in zip(batch, batch_labels, draws, strict=True)
+                pool.submit(_encode, plan.request, index, label, result)
+                for index, label, result in zip(batch, batch_labels, draws, strict=True)
             ]
             if encoding:
                 yield [future.result() for future in encoding]
@@ -156,22 +175,32 @@ def _encoded_batches(
         pool.shutdown(cancel_futures=True)
 
 
-def _encode(request: DatasetRequest, index: int, label: int, drawn: Draw) -> Sample:
-    if drawn.image is None:
-        return Sample(index, label, None, tries=drawn.tries, checks=drawn.checks)
-    data = encode(drawn.image, request.image_format, request.image_quality)
-    return Sample(index, label, hashlib.sha256(data).hexdigest(), data, drawn.probability, drawn.tries, drawn.checks)
+def _encode(request: DatasetRequest, index: int, label: int, result: Draw) -> DatasetSample:
+    if result.image is None:
+        return DatasetSample(index, label, None, tries=result.tries, checks=result.checks)
+    data = encode(result.image, request.image_format, request.image_quality)
+    return DatasetSample(
+        index, label, hashlib.sha256(data).hexdigest(), data, result.probability, result.tries, result.checks
+    )
 
 
 def check_space(plan: Plan, store: Store, resolution: int) -> None:
-    """StorageError if what is not there yet cannot fit. The estimate is a low one: nothing is refused in vain."""
+    """Check that the missing shards fit into the storage.
+
+    The estimate is a lower bound, so that nothing is refused that would fit.
+
+    Raises:
+        StorageError: There is too little free space.
+    """
     free = store.free_bytes()
     if free is None:
         return
     missing = sum(len(plan.shard(k)) for k in range(plan.shards) if store.size(_sidecar(k)) is None)
     need = missing * _bytes_per_image(plan.request, resolution)
     if plan.request.format == "imagefolder":
-        need += plan.samples * _bytes_per_image(plan.request, resolution)  # fragments and the zip stand side by side
+        need += plan.samples * _bytes_per_image(
+            plan.request, resolution
+        )  # the parts and the zip exist at the same time
     if need > free:
         message = (
             f"{store.location}: about {need / 1e6:,.0f} MB needed, {free / 1e6:,.0f} MB free; "
@@ -181,6 +210,6 @@ def check_space(plan: Plan, store: Store, resolution: int) -> None:
 
 
 def _bytes_per_image(request: DatasetRequest, resolution: int) -> int:
-    """Bytes that a dermoscopy image takes at least, measured at 64 to 256 px, with room for headers and metadata."""
+    """Return the least size of a dermoscopy image in bytes with headers and metadata, as measured at 64 to 256 px."""
     per_pixel = {"png": 1.0, "jpeg": 0.15, "webp": 0.1}[request.image_format]
     return int(per_pixel * resolution**2) + 500

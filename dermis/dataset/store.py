@@ -1,4 +1,4 @@
-"""Where a dataset lies: a local folder or an fsspec URL. A file is there whole or not at all."""
+"""Storage of a dataset: a local folder or an fsspec URL. Files are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from dermis.errors import DermisError, StorageError
 from dermis.files import names_below, open_regular
 
 PARTIAL = ".partial"
-"""Folder of everything that is gone once the dataset is complete."""
+"""Folder of the files that are removed when the dataset is complete."""
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
-# A network file system that is away, a server that is restarting, too many open files, a folder that somebody writes into while
-# it is removed: the same call may succeed later.
+# A network file system that cannot be reached, a server that restarts, too many open files, a folder that gets new files
+# while it is removed: the same call can succeed later.
 _TRANSIENT = {
     number
     for number, name in errno.errorcode.items()
@@ -39,10 +39,16 @@ _FINAL_NAMES = re.compile("Credential|Authenti|Validation|Profile|Region")
 
 
 class Store:
-    """A folder named by a local path or by a URL that fsspec understands (`s3://bucket/prefix`, `memory://name`)."""
+    """A folder to store a dataset in.
+
+    Args:
+        location: A local path, or a URL that fsspec knows (`s3://bucket/prefix`, `memory://name`).
+
+    Raises:
+        StorageError: The protocol of the URL is not installed.
+    """
 
     def __init__(self, location: str | Path) -> None:
-        """StorageError if the URL names a protocol that is not installed."""
         import fsspec
         from fsspec.implementations.local import LocalFileSystem
 
@@ -56,23 +62,23 @@ class Store:
             self._root = str(Path(location).absolute())
 
     def where(self, name: str) -> str:
-        """A file's place, for messages."""
+        """Return the path or URL of a file, for messages."""
         return f"{self.location.rstrip('/')}/{name}"
 
     def errors(self, name: str) -> AbstractContextManager[None]:
-        """Turn what the storage raises about the file `name` into a StorageError, whatever classes its driver has."""
+        """Turn exceptions of the storage about the file `name` into StorageErrors."""
         return storage_errors(self.where(name), remote=not self.local)
 
     @property
     def folder(self) -> Path | None:
-        """The folder itself, if it is a local one."""
+        """The folder, if it is local."""
         return Path(self._root) if self.local else None
 
     def _path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}"
 
     def entries(self) -> list[str]:
-        """Relative names of all files below, sorted; of empty folders too, with a slash at the end."""
+        """Return the relative names of all files, sorted. Names of empty folders are included, with a slash at the end."""
         with storage_errors(self.location, remote=not self.local):
             if self.local:
                 return sorted(names_below(Path(self._root))) if Path(self._root).is_dir() else []
@@ -83,7 +89,7 @@ class Store:
             return sorted(path.removeprefix(root) for path in self._fs.find(self._root))
 
     def size(self, name: str) -> int | None:
-        """Bytes of a file, or None if there is none."""
+        """Return the size of a file in bytes, or None if there is no such file."""
         with self.errors(name):
             try:
                 info: dict[str, Any] = self._fs.info(self._path(name))
@@ -93,31 +99,35 @@ class Store:
 
     @contextmanager
     def open(self, name: str) -> Iterator[IO[bytes]]:
-        """Read a file; it can seek. In a local folder only regular files of that folder are opened."""
+        """Open a file for reading and seeking. In a local folder only regular files of that folder are opened."""
         with self.errors(name):
             file = open_regular(self._root, name) if self.local else self._fs.open(self._path(name), "rb")
         with file:
             yield file
 
     def read(self, name: str, *, limit: int | None = None) -> bytes:
-        """All bytes of a small file. StorageError if there are more than `limit`."""
+        """Read a small file.
+
+        Raises:
+            StorageError: The file cannot be read, or is larger than `limit` bytes.
+        """
         with self.errors(name), self.open(name) as file:
             data: bytes = file.read() if limit is None else file.read(limit + 1)
         if limit is not None and len(data) > limit:
-            raise StorageError(f"{self.where(name)}: is larger than it may be ({limit:,} bytes)")
+            raise StorageError(f"{self.where(name)}: is larger than allowed ({limit:,} bytes)")
         return data
 
     def sha256(self, name: str) -> str:
-        """SHA-256 of a file, hex."""
+        """Return the SHA-256 (hex) of a file."""
         with self.errors(name), self.open(name) as file:
             return hash_file(file)
 
     @contextmanager
     def writing(self, name: str) -> Iterator[Path]:
-        """A local path to write to; what lies there becomes the file `name` if the block ends without an exception.
+        """Give a local path to write to, which becomes the file `name` if the block ends without an exception.
 
-        Locally that is a rename; for other storage the file is uploaded, so that it takes as much temporary space
-        (`tempfile.gettempdir()`; the service has a private one) as it is large.
+        A local file is renamed. For other storage it is uploaded from the temporary folder (`tempfile.gettempdir()`),
+        which needs enough space for it.
         """
         if not self.local:
             with storage_errors(tempfile.gettempdir()):
@@ -135,17 +145,17 @@ class Store:
                 Path(temporary).unlink(missing_ok=True)
 
     def _put(self, temporary: Path, name: str) -> None:
-        """Make a local file the file `name`."""
+        """Move or upload a local file to `name`."""
         with self.errors(name):
             if self.local:
                 with temporary.open("rb") as file:
-                    os.fsync(file.fileno())  # so that a power cut cannot leave the name without the bytes
+                    os.fsync(file.fileno())  # so that a power failure cannot leave the name without the content
                 temporary.replace(self._path(name))
             else:
                 self._fs.put_file(str(temporary), self._path(name))
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a small file. Unlike `writing` it needs no temporary file where the storage is not a local folder."""
+        """Write a small file. Unlike `writing` it needs no temporary file for storage that is not local."""
         if not self.local:
             with self.errors(name):
                 self._fs.pipe_file(self._path(name), data)
@@ -154,12 +164,12 @@ class Store:
             path.write_bytes(data)
 
     def remove(self, name: str) -> None:
-        """Remove a file or a whole folder, if it is there."""
+        """Remove a file, or a folder with its content, if it exists."""
         with self.errors(name), suppress(FileNotFoundError):
             self._fs.rm(self._path(name), recursive=True)
 
     def free_bytes(self) -> int | None:
-        """Free space for files here; None where nobody can tell (object storage)."""
+        """Return the free space in bytes; None if it is not known (object storage)."""
         if not self.local:
             return None
         folder = Path(self._root)
@@ -171,10 +181,12 @@ class Store:
 
 @contextmanager
 def storage_errors(place: str, *, only_full: bool = False, remote: bool = False) -> Iterator[None]:
-    """Turn what a storage raises into a StorageError that names the place and says what to do.
+    """Turn exceptions of a storage into StorageErrors.
 
-    `only_full` leaves all but a full disk as they are, for blocks that also run code of others. `remote` is for storage that
-    is not a local folder: its drivers have error classes of their own.
+    Args:
+        place: Path or URL, for messages.
+        only_full: Whether only errors about a full disk are turned, for blocks that also run other code.
+        remote: Whether the storage is not a local folder. Drivers of such storage have exceptions of their own.
     """
     try:
         yield
@@ -186,7 +198,7 @@ def storage_errors(place: str, *, only_full: bool = False, remote: bool = False)
 
 
 def storage_error(error: Exception, place: str, *, remote: bool) -> StorageError | None:
-    """The StorageError for an exception about `place`; None if it does not come from the storage."""
+    """Return the StorageError for an exception about `place`; None if it does not come from the storage."""
     if isinstance(error, DermisError) or (not isinstance(error, OSError) and not remote):
         return None
     number = error.errno if isinstance(error, OSError) else None
@@ -199,7 +211,7 @@ def storage_error(error: Exception, place: str, *, remote: bool) -> StorageError
     if isinstance(error, ConnectionError | TimeoutError) or number in _TRANSIENT:
         transient = True
     elif isinstance(error, OSError):
-        transient = remote and number in (None, errno.EIO)  # how s3fs and others pass on what they do not know
+        transient = remote and number in (None, errno.EIO)  # s3fs and others report unknown errors like this
     elif type(error).__module__ == "builtins":
         return None
     elif status is not None:
@@ -212,7 +224,7 @@ def storage_error(error: Exception, place: str, *, remote: bool) -> StorageError
 
 
 def _http_status(error: Exception) -> int | None:
-    """The HTTP status that a driver's exception carries, wherever its library puts it."""
+    """Return the HTTP status in an exception of a driver, if it has one."""
     response = getattr(error, "response", None)
     if isinstance(response, dict):
         response = response.get("ResponseMetadata", {})
@@ -232,7 +244,7 @@ def _status(value: object) -> int | None:
 
 
 def hash_file(file: IO[bytes]) -> str:
-    """SHA-256 of an open file, hex."""
+    """Return the SHA-256 (hex) of an open file."""
     digest = hashlib.sha256()
     while block := file.read(1 << 20):
         digest.update(block)

@@ -1,4 +1,4 @@
-"""Is a dataset what its manifest says? Every file is read and hashed."""
+"""Compare a dataset with its manifest. Every file is read and hashed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,14 @@ from dermis.files import NotRegularError, open_regular
 
 @dataclass(frozen=True)
 class Report:
-    """Names of files, sorted, relative to the dataset's folder."""
+    """Result of a verification. Names of files are sorted and relative to the folder of the dataset.
+
+    Attributes:
+        checked: Number of files that the manifest lists.
+        changed: Files that differ from the manifest, or are not regular files.
+        missing: Files that are listed but do not exist.
+        extra: Files that exist but are not listed.
+    """
 
     checked: int
     changed: tuple[str, ...] = ()
@@ -29,15 +36,22 @@ class Report:
 
     @property
     def ok(self) -> bool:
+        """Whether no file is changed, missing or extra."""
         return not (self.changed or self.missing or self.extra)
 
 
 def verify(location: str | Path) -> Report:
-    """Compare a folder (or fsspec URL) with its manifest.json. StorageError if there is none or it is damaged.
+    """Compare a dataset with its manifest.json.
 
-    images.zip may lie unpacked beside itself, as `images/`: the unpacked files are then compared with it. In a local folder
-    only regular files of that folder count: a named pipe, a device or a link out of the folder is reported as changed. If
-    `location` is an images.zip alone, its images are compared with the hashes in its metadata.csv.
+    If images.zip was unpacked to `images/` beside it, the unpacked files are compared with it. In a local folder, named
+    pipes, devices and links out of the folder are reported as changed.
+
+    Args:
+        location: A folder, an fsspec URL, or an images.zip alone, whose images are then compared with the hashes in its
+            metadata.csv.
+
+    Raises:
+        StorageError: There is no manifest, or it is damaged.
     """
     if Path(location).is_file() and zipfile.is_zipfile(location):
         return _verify_archive(Path(location))
@@ -64,7 +78,7 @@ def verify(location: str | Path) -> Report:
 
 
 def _sha256(store: Store, name: str) -> str | None:
-    """The hash of a file; None if it is no regular file of the folder."""
+    """Return the SHA-256 of a file; None if it is not a regular file of the folder."""
     try:
         return store.sha256(name)
     except StorageError as error:
@@ -95,12 +109,12 @@ def _verify_archive(path: Path) -> Report:
 
 
 def _compare_unpacked(root: Path, unpacked: Set[str]) -> tuple[set[str], list[str]]:
-    """The names that images.zip holds below images/, and those of them whose unpacked file is another."""
+    """Return the names in images.zip below images/, and those of them whose unpacked file differs."""
     with open_regular(root, ARCHIVE) as file:
         try:
             with zipfile.ZipFile(file) as archive:
                 members = {name: info for name, info in _members(archive).items() if name.startswith("images/")}
-                # By SHA-256: a file can be changed so that its CRC-32 and its size stay the same.
+                # By SHA-256, because a file can be changed without a change of its CRC-32 and size.
                 different = [
                     name
                     for name in sorted(unpacked & members.keys())
@@ -112,10 +126,10 @@ def _compare_unpacked(root: Path, unpacked: Set[str]) -> tuple[set[str], list[st
 
 
 def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
-    """The files of a zip by their name. ValueError if reading one of them could take any amount of memory, or is ambiguous."""
+    """Return the members of a zip by name. Raises ValueError if one could unpack to any size, or is ambiguous."""
     members: dict[str, zipfile.ZipInfo] = {}
     for info in archive.infolist():
-        # Of bzip2 and LZMA zipfile unpacks whatever a block holds, before it counts.
+        # zipfile unpacks a whole block of bzip2 or LZMA before it checks the size.
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.flag_bits & 1:
             raise ValueError(f"{info.filename} is encrypted, or compressed by another method than deflate")
         if info.filename in members:
@@ -130,7 +144,7 @@ def _digest(file: IO[bytes]) -> str:
 
 
 def _unpacked_digest(root: Path, name: str, size: int) -> str | None:
-    """The SHA-256 of an unpacked file; None if it is no regular file of `size` bytes."""
+    """Return the SHA-256 of an unpacked file; None if it is not a regular file of `size` bytes."""
     try:
         with open_regular(root, name) as file:
             return _digest(file) if os.fstat(file.fileno()).st_size == size else None

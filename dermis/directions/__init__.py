@@ -1,1 +1,1 @@
-"""Meaningful directions of a generator's latent space w: finding them, keeping them in a bundle, moving images along them."""
+"""Directions in a generator's latent space w: fit them, and edit latents along them."""

@@ -1,4 +1,4 @@
-"""Finding directions: from the generator's weights, from its own latents, from its classes, from attributes of its images."""
+"""Fit directions: from the generator's weights, its latents, its classes, or attributes of its images."""
 
 from __future__ import annotations
 
@@ -19,26 +19,40 @@ if TYPE_CHECKING:
 
 Ws = NDArray[np.float32]
 BATCH = 1024
-FEWEST = 20  # images with and without an attribute, below which a hyperplane says nothing
+FEWEST = 20  # images with and without an attribute that a hyperplane needs
 
 
 def sample_w(generator: Generator, count: int, *, seed: int, labels: Sequence[int] | None = None) -> Ws:
-    """float32 [count, w_dim]: w of the samples 0..count-1 of a seed, without truncation.
+    """Compute w of samples 0..count-1 of a seed, without truncation.
 
-    labels: class number of each; by default the classes take turns.
+    Args:
+        generator: The generator.
+        count: Number of samples.
+        seed: Their seed.
+        labels: Class number of each sample; by default classes alternate.
+
+    Returns:
+        float32 [count, w_dim].
     """
     return np.concatenate([part for part, _ in _batches(generator, count, seed, labels)])
 
 
 def style_weights(generator: Generator, layers: tuple[int, int]) -> NDArray[np.float64]:
-    """float64 [M, w_dim]: the affine maps from w to styles of these style vectors, stacked, as they are multiplied.
+    """Stack the affine maps from w to styles of some style vectors.
 
-    ToRGB layers are left out, as in SeFa: their styles do not reach the features.
+    ToRGB layers are left out, as in SeFa, because their styles do not change the features.
+
+    Args:
+        generator: The generator.
+        layers: First and last + 1 of the style vectors.
+
+    Returns:
+        float64 [M, w_dim], with the gain of equalised layers.
     """
     convolutions = [layer for block in generator.synthesis.blocks for layer in block.layers]
     rows = [layer.affine.weight * layer.affine.weight_gain for layer in convolutions[layers[0] : layers[1]]]
-    found: NDArray[np.float64] = torch.cat(rows).detach().cpu().double().numpy()
-    return found
+    weights: NDArray[np.float64] = torch.cat(rows).detach().cpu().double().numpy()
+    return weights
 
 
 def oriented(vector: NDArray[np.floating[Any]]) -> Vector:
@@ -53,11 +67,17 @@ def oriented(vector: NDArray[np.floating[Any]]) -> Vector:
 
 
 def sefa(generator: Generator, w: Ws, *, layers: tuple[int, int], count: int, prefix: str = "sefa") -> list[Direction]:
-    """The `count` directions that move the styles of `layers` most: eigenvectors of A^T A by falling eigenvalue.
+    """Fit the directions that change the styles of `layers` most: eigenvectors of A^T A.
 
     Closed-form factorisation (Shen and Zhou, arXiv 2007.06600, eq. 8). The rows of A are scaled to length 1 first, as its
-    authors do, so that no channel counts for more than another. `w` [N, w_dim] only sets the scale. The sign is that in
-    which the largest component is positive.
+    authors do, so that all channels count the same. The largest component of each direction is positive.
+
+    Args:
+        generator: The generator.
+        w: Latents [N, w_dim], from which only the scale is measured.
+        layers: First and last + 1 of the style vectors.
+        count: Number of directions, by falling eigenvalue.
+        prefix: Beginning of their names.
     """
     rows = style_weights(generator, layers)
     rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
@@ -72,11 +92,17 @@ def sefa(generator: Generator, w: Ws, *, layers: tuple[int, int], count: int, pr
 def ganspace(
     generator: Generator, *, samples: int, seed: int, count: int, layers: tuple[int, int] | None = None
 ) -> list[Direction]:
-    """The `count` main axes of w: principal components of `samples` latents, gathered batch by batch.
+    """Fit the principal components of w.
 
-    GANSpace (Haerkoenen et al., arXiv 2004.02546) for StyleGAN, whose w the components are of. Of a conditional
-    generator the classes' own means are taken out first, so that a component is no mere change of class. Sums are
-    exact in float64, so the result does not depend on the batches.
+    GANSpace (Haerkoenen et al., arXiv 2004.02546) for StyleGAN. For a conditional generator the mean of each class is
+    subtracted first, so that components are not differences of classes. Sums are in float64.
+
+    Args:
+        generator: The generator.
+        samples: Number of latents.
+        seed: Their seed.
+        count: Number of directions, by falling variance.
+        layers: First and last + 1 of the style vectors that the directions change; None for all.
     """
     width, classes = generator.config.w_dim, max(generator.config.c_dim, 1)
     number = np.zeros(classes)
@@ -106,9 +132,17 @@ def ganspace(
 
 
 def class_means(generator: Generator, class_names: Sequence[str], w: Ws, *, samples: int, seed: int) -> list[Direction]:
-    """From the mean of each class to that of each later one, of the same z under either label.
+    """Compute a direction from the mean of each class to that of each later class, with the same z for all classes.
 
-    RequestError if the generator has no classes.
+    Args:
+        generator: A conditional generator.
+        class_names: Names of its classes, for the names of the directions.
+        w: Latents [N, w_dim], from which only the scale is measured.
+        samples: Latents of each class.
+        seed: Their seed.
+
+    Raises:
+        RequestError: The generator has fewer than two classes.
     """
     if generator.config.c_dim < 2:
         raise RequestError("method", "class-means needs a generator of two classes or more")
@@ -116,25 +150,36 @@ def class_means(generator: Generator, class_names: Sequence[str], w: Ws, *, samp
         sample_w(generator, samples, seed=seed, labels=[label] * samples).astype(np.float64).mean(axis=0)
         for label in range(generator.config.c_dim)
     ]
-    found = []
+    directions = []
     for a in range(len(means)):
         for b in range(a + 1, len(means)):
-            way = means[b] - means[a]
-            length = float(np.linalg.norm(way))
+            difference = means[b] - means[a]
+            length = float(np.linalg.norm(difference))
             name = f"{_slug(class_names[a])}-to-{_slug(class_names[b])}"
-            vector = (way / length).astype(np.float32)
-            found.append(
+            vector = (difference / length).astype(np.float32)
+            directions.append(
                 _named(name, vector, (0, generator.num_ws), w, "class-means", distance=length / _deviation(w, vector))
             )
-    return found
+    return directions
 
 
 def hyperplane(name: str, w: Ws, attribute: NDArray[np.bool_], *, layers: tuple[int, int], seed: int = 0) -> Direction:
-    """The normal of the plane that divides w [N, w_dim] of images with an attribute from those without, towards it.
+    """Fit the normal of the plane that separates latents of images with an attribute from those without.
 
-    InterFaceGAN (Shen et al., arXiv 1907.10786), by logistic regression with the classes weighted alike. `facts` tell
-    the balanced accuracy on a fifth of the latents that was held out: near 0.5 the attribute is not linear in w, and the
-    direction means nothing. RequestError if fewer than 20 images have the attribute, or lack it.
+    InterFaceGAN (Shen et al., arXiv 1907.10786), by logistic regression with balanced classes. `facts` of the direction
+    have the balanced accuracy on a fifth of the latents that was held out: near 0.5 the attribute is not linear in w, and the
+    direction means nothing.
+
+    Args:
+        name: Name of the direction, which points to the attribute.
+        w: Latents [N, w_dim] of the images.
+        attribute: Whether each image has the attribute, [N].
+        layers: First and last + 1 of the style vectors that the direction changes.
+        seed: Seed of the split.
+
+    Raises:
+        RequestError: Fewer than 20 images have the attribute, or lack it.
+        DermisError: scikit-learn is not installed.
     """
     try:
         from sklearn.linear_model import LogisticRegression
@@ -151,9 +196,9 @@ def hyperplane(name: str, w: Ws, attribute: NDArray[np.bool_], *, layers: tuple[
         )
     standard = (w - w.mean(axis=0)) / w.std(axis=0)
     parts = train_test_split(standard, attribute, test_size=0.2, random_state=seed, stratify=attribute)
-    learn, held, learn_has, held_has = parts
-    model = LogisticRegression(C=0.01, class_weight="balanced", max_iter=2000).fit(learn, learn_has)
-    accuracy = float(balanced_accuracy_score(held_has, model.predict(held)))
+    train, test, train_has, test_has = parts
+    model = LogisticRegression(C=0.01, class_weight="balanced", max_iter=2000).fit(train, train_has)
+    accuracy = float(balanced_accuracy_score(test_has, model.predict(test)))
     normal = model.coef_[0] / w.std(axis=0)
     vector = (normal / np.linalg.norm(normal)).astype(np.float32)
     return _named(name, vector, layers, w, "hyperplane", accuracy=accuracy, images=len(w), having=having)
@@ -162,7 +207,7 @@ def hyperplane(name: str, w: Ws, attribute: NDArray[np.bool_], *, layers: tuple[
 def _batches(
     generator: Generator, count: int, seed: int, labels: Sequence[int] | None
 ) -> Iterator[tuple[Ws, NDArray[np.int64]]]:
-    """w and labels, batch by batch."""
+    """Yield w [n, w_dim] and labels [n] in batches."""
     device = generator.mapping.w_avg.device
     classes = max(generator.config.c_dim, 1)
     every = np.arange(count) % classes if labels is None else np.asarray(labels)

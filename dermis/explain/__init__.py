@@ -1,1 +1,1 @@
-"""What a classifier looks at. Needs the packages of the extra `explain`; no training, no web."""
+"""Explanations of a classifier: heat maps, embeddings, concepts and edge cases. Needs the extra `explain`."""

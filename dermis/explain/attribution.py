@@ -1,15 +1,15 @@
-"""Heat maps as numbers: how much each part of an image adds to a classifier's logit of the positive class.
+"""Attributions (heat maps as numbers): how much each part of an image adds to a classifier's logit of the positive class.
 
-Integrated gradients (Sundararajan et al., arXiv 1703.01365, eq. 1), by captum: along the straight line from a baseline to
-the image, the gradient times the difference. The baselines are black and white, as XRAI's authors use them, and the
-attributions of both are averaged; those of a pixel's three channels are added up.
+Integrated gradients (Sundararajan et al., arXiv 1703.01365, eq. 1), by captum: the gradient along the straight line from a
+baseline to the image, times the difference. The baselines are black and white, as XRAI's authors use them. The attributions
+of both are averaged, and those of the three channels of a pixel are added.
 
-XRAI (Kapishnikov et al., arXiv 1906.02825), by its authors' package `saliency`: the image is cut into overlapping segments
-at six scales, and the segments are taken in the order of their mean attribution; a pixel gets the mean over what its
-segment added. So a region stands out where pixels agree, which single pixels hardly show.
+XRAI (Kapishnikov et al., arXiv 1906.02825), by its authors' package `saliency`: the image is divided into overlapping segments
+at six scales, and the segments are added in the order of their mean attribution. A pixel gets the mean attribution of the
+pixels that its segment added. So regions become visible in which pixels agree, which single pixels hardly show.
 
-Both are complete: the attributions of an image sum up to its logit less the mean logit of the baselines, but for the error
-of numerical integration (`Attribution.gap`). They tell what this network computes, not what is true of the skin.
+Both are complete: the sum of an image's attributions is its logit less the mean logit of the baselines, but for the error of
+numerical integration (`Attribution.gap`). They describe what this network computes, not what is true of the skin.
 """
 
 from __future__ import annotations
@@ -35,36 +35,42 @@ if TYPE_CHECKING:
 Method = Literal["xrai", "integrated-gradients"]
 METHODS: tuple[Method, ...] = get_args(Method)
 STEPS = 64  # Gauss-Legendre points on each line
-VERSION = 1  # of the numbers: goes up whenever the same image and network would give others
+VERSION = 1  # of the numbers: raised by every change after which the same image and network have other attributions
 _BASELINES = (0.0, 255.0)
-_BATCH_PIXELS = 8 * 128 * 128  # what a step holds in memory for its backward pass is in proportion
+_BATCH_PIXELS = 8 * 128 * 128  # the memory of a step is proportional to it
 
 
 @dataclass(frozen=True)
 class Attribution:
-    """What the parts of one image add to the logit of the positive class. Above 0 speaks for it, below 0 against it."""
+    """Attribution of one image: values above 0 speak for the positive class, values below 0 against it."""
 
     method: Method
     image: Images
-    """uint8 [S, S, 3]: what the network saw."""
+    """uint8 [S, S, 3]: the input of the network."""
     values: NDArray[np.float32]
-    """[S, S], in logits a pixel."""
+    """[S, S]: logits of each pixel."""
     logit: float
     baseline: float
     """Mean logit of a black and a white image."""
 
     @property
     def gap(self) -> float:
-        """By how many logits the values miss `logit` - `baseline`: the error of numerical integration."""
+        """Difference in logits of the sum of `values` and `logit` - `baseline`: the error of numerical integration."""
         return float(self.values.sum(dtype=np.float64)) - (self.logit - self.baseline)
 
 
 class Explainer:
-    """A classifier as a torch network, ready to be explained. Safe to call from several threads.
+    """Computes attributions of a classifier. Safe to call from several threads.
 
-    source: a bundle, or the folder or fsspec URL of a classifier or of a bundle. device: "auto", "cpu", "cuda", ... On one
-    kind of machine, with one number of torch's threads, the same image gives the same bytes. Raises BundleError if the source
-    has no classifier that is whole, DermisError if a package or the device is missing.
+    On one kind of machine, and with one number of torch's threads, the same image gives the same bytes.
+
+    Args:
+        source: A bundle, or the folder or fsspec URL of a classifier or of a bundle.
+        device: "auto", "cpu" or a CUDA device.
+
+    Raises:
+        BundleError: The source has no classifier, or a damaged one.
+        DermisError: A package is not installed, or the device is not available.
     """
 
     def __init__(self, source: Bundle | str | Path, *, device: str = "cpu") -> None:
@@ -79,22 +85,25 @@ class Explainer:
     def attribute(
         self, image: Images, method: Method = "xrai", *, check: Callable[[], None] = lambda: None
     ) -> Attribution:
-        """The attribution of a uint8 image [H, W, 3] of any size: of its centred square, as the classifier sees it.
+        """Compute the attribution of an image.
 
-        check: called before every step; an exception from it gives the work up.
+        Args:
+            image: uint8 [H, W, 3] of any size. Its centred square is used, as for the classifier.
+            method: "xrai" or "integrated-gradients".
+            check: Called before every step. An exception from it ends the work.
         """
         return attribute(self._network, to_input(image, self.description.input.size), method, check=check)
 
 
 def missing_packages() -> str | None:
-    """What to install before heat maps can be made, or None. Imports nothing."""
-    wanted = ("torch", "timm", "captum", "onnx", "saliency")
-    missing = [name for name in wanted if importlib.util.find_spec(name) is None]
+    """Return what must be installed for heat maps, or None. Imports nothing."""
+    packages = ("torch", "timm", "captum", "onnx", "saliency")
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
     return f"heat maps need the package {' and '.join(missing)}: {install_command('explain')}" if missing else None
 
 
 def require_packages() -> None:
-    """DermisError if what heat maps need is not installed."""
+    """Raise DermisError if a package that heat maps need is not installed."""
     missing = missing_packages()
     if missing is not None:
         raise DermisError(missing)
@@ -108,9 +117,14 @@ def attribute(
     steps: int = STEPS,
     check: Callable[[], None] = lambda: None,
 ) -> Attribution:
-    """The attribution of uint8 [S, S, 3] for a network that gives (logits [N], ...) of float images [N, 3, S, S], 0..255.
+    """Compute the attribution of an image for a network.
 
-    check: as in `Explainer.attribute`.
+    Args:
+        network: Float images [N, 3, S, S] in 0..255 -> (logits [N], ...).
+        image: uint8 [S, S, 3].
+        method: "xrai" or "integrated-gradients".
+        steps: Points of the numerical integration for each baseline.
+        check: Called before every step. An exception from it ends the work.
     """
     if method not in METHODS:
         raise ValueError(f"{method!r} is none of {', '.join(METHODS)}")
@@ -124,7 +138,7 @@ def attribute(
 def _integrated_gradients(
     network: nn.Module, image: Images, steps: int, check: Callable[[], None]
 ) -> tuple[NDArray[np.float64], float, float]:
-    """float64 [S, S], and the logits of the image and, averaged, of the baselines."""
+    """Return attributions float64 [S, S], the logit of the image, and the mean logit of the baselines."""
     import torch
     from captum.attr import IntegratedGradients
 
@@ -138,25 +152,27 @@ def _integrated_gradients(
     x = torch.tensor(image, device=device).permute(2, 0, 1)[None].float()
     baselines = [torch.full_like(x, value) for value in _BASELINES]
     rows = max(1, _BATCH_PIXELS // (image.shape[0] * image.shape[1]))
-    found = [
+    attributions = [
         explained.attribute(x, baseline, n_steps=steps, method="gausslegendre", internal_batch_size=rows)
         for baseline in baselines
     ]
     with torch.inference_mode():
         logit = float(logits(x)[0])
         baseline = float(torch.cat([logits(each) for each in baselines]).double().mean())
-    mean = torch.stack(found).double().mean(0)[0].sum(0)
+    mean = torch.stack(attributions).double().mean(0)[0].sum(0)
     return mean.cpu().numpy(), logit, baseline
 
 
 def _xrai(image: Images, attributions: NDArray[np.float64]) -> NDArray[np.float64]:
-    """float64 [S, S]: the mean of `attributions` over each region, regions taken in the order of it."""
-    if int(image.min()) == int(image.max()):  # one colour has no segments, and the package would divide by zero
+    """Return float64 [S, S]: the mean of `attributions` in each region, with regions in the order of their mean."""
+    if int(image.min()) == int(
+        image.max()
+    ):  # an image of one colour has no segments, and the package would divide by zero
         return np.full_like(attributions, attributions.mean())
     import saliency.core as saliency
 
-    # The package would take the largest of the three channels. Their sum instead keeps the attributions complete.
-    found: NDArray[np.float64] = saliency.XRAI().GetMask(
+    # The package would use the largest of three channels. Their sum keeps the attributions complete.
+    regions: NDArray[np.float64] = saliency.XRAI().GetMask(
         image, None, base_attribution=np.repeat(attributions[..., None], 3, axis=2)
     )
-    return found
+    return regions

@@ -1,7 +1,7 @@
-"""What changes if only the frame changes? The same images with and without the dermatoscope's black corners.
+"""Counterfactual images: the same images with and without the black corners of a dermatoscope.
 
-A direct test beside TCAV: nothing but the corners differs, so what the probability does is due to them. Corners filled with
-skin are the control, as they hide as much of the image.
+This is a direct test besides TCAV: only the corners differ, so they cause every change of the probability. Corners in the
+colour of the skin are the control, because they hide as much of the image.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SOFT = 0.01  # of the side: width of the frame's edge
 
 @dataclass(frozen=True)
 class Change:
-    """Mean change of something over images, with its 95 % interval over patients, and the share of images that rose."""
+    """Mean change of a number over images, with its 95 % interval over patients, and the share of images in which it rose."""
 
     images: int
     mean: float
@@ -33,7 +33,7 @@ class Change:
 
 
 def corners(size: int, share: float) -> NDArray[np.float32]:
-    """float32 [size, size]: 1 outside the centred circle that leaves `share` (0 < share < 0.2) of the square, 0 inside."""
+    """Return float32 [size, size]: 1 outside of a centred circle, which is `share` (0 < share < 0.2) of the square."""
     y, x = np.mgrid[:size, :size] + 0.5
     distance = np.hypot(y - size / 2, x - size / 2) / size
 
@@ -46,7 +46,7 @@ def corners(size: int, share: float) -> NDArray[np.float32]:
 
 
 def with_corners(images: Images, share: float, fill: Fill) -> Images:
-    """Images uint8 [N, S, S, 3] whose corners are black, or of the mean colour of a ring inside them ("skin")."""
+    """Fill the corners of images uint8 [N, S, S, 3] with black, or with the mean colour of a ring inside them ("skin")."""
     mask = corners(images.shape[1], share)[None, ..., None]
     colour = np.full((len(images), 1, 1, 3), 4.0, np.float32)  # the frames of real images are not quite 0
     if fill == "skin":
@@ -57,25 +57,25 @@ def with_corners(images: Images, share: float, fill: Fill) -> Images:
 
 
 def zoomed(images: Images, share: float = 0.7) -> Images:
-    """The middle of images uint8 [N, S, S, 3], `share` of the side, at the old size: without the corners."""
+    """Crop images uint8 [N, S, S, 3] to their middle, `share` of the side, and resize them back: without corners."""
     from PIL import Image
 
     size = images.shape[1]
     edge = round(size * (1 - share) / 2)
     box = (edge, edge, size - edge, size - edge)
-    drawn = [Image.fromarray(image).resize((size, size), Image.Resampling.LANCZOS, box=box) for image in images]
-    return np.stack([np.asarray(image) for image in drawn])
+    resized = [Image.fromarray(image).resize((size, size), Image.Resampling.LANCZOS, box=box) for image in images]
+    return np.stack([np.asarray(image) for image in resized])
 
 
 def change(before: NDArray[np.float64], after: NDArray[np.float64], groups: Sequence[str], seed: int = 0) -> Change:
-    """How a number changed over the same images. The interval is by bootstrap: patients are drawn with replacement."""
+    """Measure how a number changed over the same images [N]. The interval is by bootstrap over patients (`groups`)."""
     difference = after - before
     _, patient = np.unique(np.array(groups), return_inverse=True)
     total = np.bincount(patient, difference)
     number = np.bincount(patient)
     rng = np.random.default_rng(seed)
-    drawn = rng.multinomial(len(total), np.full(len(total), 1 / len(total)), REPLICATES)
-    means = (drawn @ total) / (drawn @ number)
+    counts = rng.multinomial(len(total), np.full(len(total), 1 / len(total)), REPLICATES)
+    means = (counts @ total) / (counts @ number)
     low, high = np.quantile(means, (0.025, 0.975))
     rose = float((difference > 0).mean())
     return Change(len(difference), float(difference.mean()), float(low), float(high), rose)

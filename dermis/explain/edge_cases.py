@@ -1,10 +1,10 @@
 """Edge cases: images that a classifier gets wrong, is unsure of, or that lie between the clusters of the classes.
 
-Two numbers say how far an image is from its own class, each 1 deep inside it, 0.5 on the boundary, 0 deep in the other:
+Two numbers measure how well an image fits its class: 1 deep inside, 0.5 on the boundary, 0 deep in the other class.
 
     agreement   the share of the image's own class among its k nearest neighbours by cosine in the classifier's feature
-                space, each neighbour weighing one over the images of its class: else the rarer class would have none
-    own         the probability of the image's own class, where the odds at the threshold count as even:
+                space. The weight of a neighbour is one over the number of images of its class, for the rarer class
+    own         the probability of the image's own class, with the odds at the threshold counted as even:
                 sigmoid(+-(logit p - logit threshold)), of the calibrated probability p
 
 score = 1 - (agreement + own) / 2. Neighbours are never of the same patient (or lesion).
@@ -51,16 +51,21 @@ COLUMNS = (
     "label",
 )
 SHEET_NEIGHBOURS = 7
-_EDGE = 3  # px about each picture of the sheet, in the colour of its class
-_COLOURS = ((0, 114, 178), (213, 94, 0))  # of labels 0 and 1: blue and vermilion, told apart by the colour-blind
+_EDGE = 3  # width in px of the frame of each picture, in the colour of its class
+_COLOURS = (
+    (0, 114, 178),
+    (213, 94, 0),
+)  # of labels 0 and 1: blue and vermilion, which colour-blind people can distinguish
 
 
 @dataclass(frozen=True)
 class Criteria:
-    """When an image is an edge case.
+    """Criteria of an edge case.
 
-    neighbours: how many are looked at. agreement: it lies between clusters if at most so much of them are of its class.
-    odds: it is near the threshold if its odds are within this factor of the threshold's.
+    Attributes:
+        neighbours: Number of nearest neighbours that are compared.
+        agreement: An image lies between clusters if at most this share of its neighbours is of its class.
+        odds: An image is near the threshold if its odds are within this factor of those of the threshold.
     """
 
     neighbours: int = 15
@@ -78,7 +83,7 @@ class Criteria:
 
 @dataclass(frozen=True)
 class EdgeScores:
-    """Of N images: float64 [N], the three reasons bool [N], and the neighbours' indices and similarities [N, k]."""
+    """Scores of N images: float64 [N], the three reasons bool [N], and indices and similarities of neighbours [N, k]."""
 
     agreement: NDArray[np.float64]
     own: NDArray[np.float64]
@@ -90,26 +95,27 @@ class EdgeScores:
 
     @property
     def score(self) -> NDArray[np.float64]:
+        """[N]: 1 - (agreement + own) / 2."""
         return 1 - (self.agreement + self.own) / 2
 
     @property
     def is_edge(self) -> NDArray[np.bool_]:
-        """Whether there is a reason."""
+        """[N]: whether an image is an edge case."""
         return self.misclassified | self.near_threshold | self.between_clusters
 
     @property
     def order(self) -> NDArray[np.int64]:
-        """Indices of the edge cases, the highest score first."""
+        """Indices of the edge cases, with the highest score first."""
         return np.array([i for i in np.argsort(-self.score, kind="stable") if self.is_edge[i]], dtype=np.int64)
 
     def reasons(self, i: int) -> tuple[str, ...]:
-        """Why image i is an edge case; empty if it is none."""
-        found = (
+        """Return why image i is an edge case; empty if it is not one."""
+        reasons = (
             (MISCLASSIFIED, self.misclassified),
             (THRESHOLD, self.near_threshold),
             (NEIGHBOURS, self.between_clusters),
         )
-        return tuple(reason for reason, holds in found if holds[i])
+        return tuple(reason for reason, holds in reasons if holds[i])
 
 
 def edge_scores(
@@ -121,10 +127,18 @@ def edge_scores(
     *,
     groups: Sequence[str] | None = None,
 ) -> EdgeScores:
-    """Scores of images with features [N, D], labels [N] (0 or 1) and calibrated probabilities [N] of label 1.
+    """Score images.
 
-    All of them are one another's possible neighbours, but for those of one group. DataError if they are too few or of one
-    class only.
+    Args:
+        features: Features [N, D] of the classifier.
+        labels: Labels [N], 0 or 1.
+        calibrated: Calibrated probabilities [N] of label 1.
+        threshold: Threshold of the calibrated probability.
+        criteria: Criteria of an edge case.
+        groups: Patient or lesion of each image. Images of one group are not neighbours of each other.
+
+    Raises:
+        DataError: There are too few images, or images of one class only.
     """
     counts = np.bincount(labels, minlength=2)
     if not counts.all():
@@ -137,7 +151,9 @@ def edge_scores(
     weights = weight[labels[neighbours]]
     same = labels[neighbours] == labels[:, None]
     agreement = (weights * same).sum(axis=1) / weights.sum(axis=1)
-    margin = _logit(calibrated) - float(_logit(np.array([threshold]))[0])  # log of the odds over the threshold's
+    margin = _logit(calibrated) - float(
+        _logit(np.array([threshold]))[0]
+    )  # log of the ratio of the odds and those of the threshold
     own = sigmoid(np.where(labels == 1, margin, -margin))
     return EdgeScores(
         agreement=agreement,
@@ -151,18 +167,18 @@ def edge_scores(
 
 
 def labels_of(items: Sequence[Item], class_names: Sequence[str]) -> NDArray[np.int64]:
-    """0 or 1 of each image. DataError names one whose class is neither of the classifier's."""
+    """Return the label, 0 or 1, of each image. Raises DataError if the class of one is not a class of the classifier."""
     for item in items:
         if item.class_name not in class_names:
-            known = " nor ".join(class_names)
-            raise DataError(f"{item.id}: its class {quote(item.class_name or '(unknown)')} is neither {known}")
+            names = " nor ".join(class_names)
+            raise DataError(f"{item.id}: its class {quote(item.class_name or '(unknown)')} is neither {names}")
     return np.array([class_names.index(item.class_name) for item in items], dtype=np.int64)
 
 
 def edge_case_rows(
     embedded: Embedded, scores: EdgeScores, class_names: tuple[str, str], threshold: float
 ) -> list[dict[str, str]]:
-    """A row of COLUMNS for each edge case, the highest score first."""
+    """Make a row of COLUMNS for each edge case, with the highest score first."""
     rows = []
     for i in scores.order:
         item, p = embedded.items[i], float(embedded.calibrated[i])
@@ -191,7 +207,7 @@ def edge_case_rows(
 
 
 def to_csv(rows: Sequence[dict[str, str]]) -> str:
-    """Rows of COLUMNS as CSV."""
+    """Write rows of COLUMNS as CSV."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
@@ -200,7 +216,11 @@ def to_csv(rows: Sequence[dict[str, str]]) -> str:
 
 
 def from_csv(text: str, where: str) -> list[dict[str, str]]:
-    """Rows that `to_csv` wrote. DataError if a column is missing or there are no rows."""
+    """Read rows that `to_csv` wrote.
+
+    Raises:
+        DataError: A column is missing, or there are no rows.
+    """
     rows = list(csv.DictReader(io.StringIO(text, newline="")))
     if not rows:
         raise DataError(f"{where}: lists no edge cases")
@@ -210,7 +230,7 @@ def from_csv(text: str, where: str) -> list[dict[str, str]]:
 
 
 def edge_case_sheet(embedded: Embedded, scores: EdgeScores, class_names: Sequence[str], most: int) -> Images:
-    """The first `most` edge cases, a row each: the case, then its nearest neighbours, framed in the colour of its class."""
+    """Make a picture with a row for each of the first `most` edge cases: the case and its neighbours, framed by class."""
     labels = labels_of(embedded.items, class_names)
     shown = SHEET_NEIGHBOURS if scores.neighbours.shape[1] >= SHEET_NEIGHBOURS else scores.neighbours.shape[1]
     cells = [j for i in scores.order[:most] for j in (i, *scores.neighbours[i, :shown])]
@@ -228,7 +248,7 @@ def _framed(image: Images, colour: tuple[int, int, int]) -> Images:
 
 
 def _logit(p: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Log odds; those of 0 and 1 are as large as float64 tells them from the next."""
+    """Compute log odds. Those of 0 and 1 are those of the nearest other float64."""
     inside = p.clip(1e-15, 1 - 1e-15)
-    found: NDArray[np.float64] = np.log(inside) - np.log1p(-inside)
-    return found
+    odds: NDArray[np.float64] = np.log(inside) - np.log1p(-inside)
+    return odds

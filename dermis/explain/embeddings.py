@@ -1,7 +1,7 @@
-"""Where images lie in the space of a classifier's last convolutional layer, and a map of it in three dimensions.
+"""Embeddings of images in the feature space of a classifier, and a map of them in three dimensions.
 
-features = the pooled last layer of `dermis.classifier`, no torch needed; the map is t-SNE (van der Maaten and Hinton 2008)
-by openTSNE.
+Features are those of the pooled last convolutional layer (`dermis.classifier`, without torch). The map is t-SNE (van der
+Maaten and Hinton 2008) by openTSNE.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
     from dermis.classifier.onnx_session import Classifier
 
 REAL, GENERATED = "real", "generated"
-PRINCIPAL = 50  # dimensions that t-SNE sees at most
+PRINCIPAL = 50  # largest number of dimensions for t-SNE
 PERPLEXITY = 30.0
 ITERATIONS = (250, 500)  # with early exaggeration, and without
 THUMBNAIL = 48
 _CHUNK = 64  # images in memory at a time
-_FEWEST = 5  # points that t-SNE can spread
+_FEWEST = 5  # least number of points for t-SNE
 
 
 @dataclass(frozen=True)
 class Item:
-    """What is known of an image. class_name, source, part and group (patient or lesion) are "" where unknown.
+    """Metadata of an image. class_name, source, part and group (patient or lesion) are "" if unknown.
 
-    kind is "real", "generated", or whatever another set of images is called ("projected"). A generated one was drawn from
-    the latent (seed, index) as the generator's class number `label`.
+    kind is "real", "generated", or the name of another set of images, such as "projected". A generated image has the
+    latent (seed, index) and the generator's class number `label`.
     """
 
     id: str
@@ -51,21 +51,21 @@ class Item:
 
 @dataclass(frozen=True)
 class Embedded:
-    """N images as a classifier sees them, in order of `items`."""
+    """Features and probabilities of N images, in the order of `items`."""
 
     items: tuple[Item, ...]
     features: NDArray[np.float32]
-    """[N, D], pooled last convolutional layer."""
+    """[N, D]: the pooled last convolutional layer."""
     calibrated: NDArray[np.float64]
-    """[N], probability of the positive class."""
+    """[N]: calibrated probability of the positive class."""
     thumbnails: Images
-    """uint8 [N, T, T, 3], the largest centred square of each."""
+    """uint8 [N, T, T, 3]: the largest centred square of each image."""
 
     def __len__(self) -> int:
         return len(self.items)
 
     def select(self, rows: NDArray[np.int64]) -> Embedded:
-        """Some of them, in the order of `rows`."""
+        """Return some of the images, in the order of `rows`."""
         items = tuple(self.items[i] for i in rows)
         return Embedded(items, self.features[rows], self.calibrated[rows], self.thumbnails[rows])
 
@@ -77,9 +77,16 @@ def embed(
     thumbnail: int = THUMBNAIL,
     done: Callable[[int], object] = lambda count: None,
 ) -> Embedded:
-    """Run a classifier over images uint8 [H, W, 3], a few in memory at a time; `done(n)` is called after n more.
+    """Compute features and probabilities of images, of which a few are in memory at a time.
 
-    DataError if there is none, or an id comes twice.
+    Args:
+        classifier: The classifier.
+        pictures: Metadata and pixels, uint8 [H, W, 3] of any size, of each image.
+        thumbnail: Side of the thumbnails in px.
+        done: Called with the number of images after each part.
+
+    Raises:
+        DataError: There is no image, or two images have the same id.
     """
     size = classifier.description.input.size
     items: list[Item] = []
@@ -106,7 +113,7 @@ def embed(
     seen: set[str] = set()
     for item in items:
         if item.id in seen:
-            raise DataError(f"{item.id}: is the id of two images; name them apart")
+            raise DataError(f"{item.id}: is the id of two images; give them different ids")
         seen.add(item.id)
     return Embedded(tuple(items), np.concatenate(features), np.concatenate(calibrated), np.concatenate(thumbnails))
 
@@ -119,11 +126,25 @@ def map_in_3d(
     iterations: tuple[int, int] = ITERATIONS,
     done: Callable[[int], object] = lambda count: None,
 ) -> NDArray[np.float32]:
-    """t-SNE positions [N, 3] of features [N, D], centred, the farthest at distance 1 from the middle.
+    """Compute a map by t-SNE.
 
-    Rows are scaled to length 1 first, so that near means a large cosine, and reduced to their 50 principal components.
-    The perplexity is at most (N - 1) / 3, which t-SNE needs; fewer than five points lie on their principal components.
-    It runs on one core, where the same input and seed give the same positions. `done(n)` is called after n more iterations.
+    Rows are scaled to length 1 first, so that a small distance means a large cosine, and reduced to 50 principal
+    components. Fewer than five points are placed by their principal components. It runs on one core, so that the same input
+    and seed give the same positions.
+
+    Args:
+        features: Features [N, D].
+        seed: Seed of t-SNE.
+        perplexity: Perplexity; it is reduced to (N - 1) / 3 if it is larger.
+        iterations: Iterations with early exaggeration, and without.
+        done: Called with the number of iterations since the last call.
+
+    Returns:
+        Positions [N, 3], centred, with the farthest at distance 1.
+
+    Raises:
+        DataError: The perplexity is not above 1.
+        DermisError: openTSNE is not installed.
     """
     if not perplexity > 1:
         raise DataError(f"perplexity: {perplexity:g} must be above 1")
@@ -135,29 +156,33 @@ def map_in_3d(
     spread = float(start[:, 0].std()) or 1.0
     every = 10
 
-    def tell(iteration: int, error: float, embedding: Any) -> None:
+    def on_iterations(iteration: int, error: float, embedding: Any) -> None:
         done(every)
 
-    # Few distinct points (copies of one image) would fall on one another and never part again.
+    # Equal points (copies of one image) would stay in the same position.
     jitter = np.random.default_rng(seed).normal(scale=1e-6, size=start.shape)
-    found = tsne.TSNE(
+    positions = tsne.TSNE(
         n_components=3,
         perplexity=min(perplexity, (len(start) - 1) / 3),
         early_exaggeration_iter=iterations[0],
         n_iter=iterations[1],
         initialization=start / spread * 1e-4 + jitter,
         neighbors="exact",
-        negative_gradient_method="bh",  # the interpolation of FIt-SNE has two dimensions at most
+        negative_gradient_method="bh",  # the interpolation of FIt-SNE supports at most two dimensions
         n_jobs=1,
         random_state=seed,
-        callbacks=tell,
+        callbacks=on_iterations,
         callbacks_every_iters=every,
     ).fit(principal)
-    return _centred(np.asarray(found, np.float64))
+    return _centred(np.asarray(positions, np.float64))
 
 
 def open_tsne() -> Any:
-    """The module openTSNE. DermisError if it is not installed."""
+    """Import openTSNE.
+
+    Raises:
+        DermisError: It is not installed.
+    """
     try:
         import openTSNE
     except ImportError as error:
@@ -166,7 +191,7 @@ def open_tsne() -> Any:
 
 
 def _principal(x: NDArray[np.float64], most: int) -> NDArray[np.float64]:
-    """Principal components [N, at most `most`] of rows [N, D], the largest first, signs fixed."""
+    """Return at most `most` principal components of rows [N, D], the largest first, with fixed signs."""
     x = x - x.mean(axis=0)
     if len(x) >= x.shape[1]:
         values, vectors = np.linalg.eigh(x.T @ x)
@@ -174,12 +199,12 @@ def _principal(x: NDArray[np.float64], most: int) -> NDArray[np.float64]:
     else:
         axes = np.linalg.svd(x, full_matrices=False)[2][:most].T
     largest = axes[np.abs(axes).argmax(axis=0), np.arange(axes.shape[1])]
-    found: NDArray[np.float64] = x @ (axes * np.where(largest < 0, -1.0, 1.0))
-    return found
+    components: NDArray[np.float64] = x @ (axes * np.where(largest < 0, -1.0, 1.0))
+    return components
 
 
 def _columns(x: NDArray[np.float64], count: int) -> NDArray[np.float64]:
-    """The first columns of x, with zeros for those that it does not have."""
+    """Return the first `count` columns of x, with zeros for missing ones."""
     return np.pad(x[:, :count], ((0, 0), (0, max(0, count - x.shape[1]))))
 
 

@@ -1,7 +1,7 @@
 """One self-contained, interactive page of an embedding: rotate, zoom, colour, search, nearest neighbours.
 
-The page needs no network and asks for none. Thumbnails are one WebP picture inside it, a sprite of at most 8,192 px a side:
-28,900 images of 48 px, 65,536 of 32.
+The page works without a network. Its thumbnails are one WebP picture (sprite) of at most 8,192 px a side: 28,900 images of
+48 px, or 65,536 of 32 px.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dermis.bundle.classifier import NOTICE, Description
+from dermis.bundle.classifier import NOTICE, ClassifierDescription
 from dermis.errors import DataError
 from dermis.explain.embeddings import GENERATED, Embedded
 from dermis.imaging import Images, contact_sheet, encode
 
-SPRITE_SIDE = 8192  # px: what browsers, and TensorBoard, still decode everywhere
+SPRITE_SIDE = 8192  # px; all browsers, and TensorBoard, can decode it
 NEIGHBOURS = 9
 UNKNOWN = "unknown"
 QUALITY = 75
@@ -33,28 +33,39 @@ def embeddings_page(
     positions: NDArray[np.float32],
     similarities: NDArray[np.float32],
     neighbours: NDArray[np.int64],
-    described: Description,
+    description: ClassifierDescription,
     *,
     title: str,
     threshold: float,
     reasons: Sequence[str] | None = None,
 ) -> str:
-    """The page. positions [N, 3] within the unit ball; similarities and neighbours [N, K] by cosine of features.
+    """Make the page.
 
-    reasons: why each image is an edge case, "" if it is none. DataError if the thumbnails do not fit.
+    Args:
+        embedded: The images.
+        positions: Positions [N, 3] in the unit ball.
+        similarities: Similarities [N, K] to the nearest neighbours, by cosine of features.
+        neighbours: Their indices [N, K].
+        description: The classifier.
+        title: Title of the page.
+        threshold: Threshold of the calibrated probability.
+        reasons: Why each image is an edge case, "" if it is not one.
+
+    Raises:
+        DataError: The thumbnails do not fit into one picture.
     """
     sheet = sprite(embedded.thumbnails)
     items = embedded.items
     real = any(item.kind != GENERATED for item in items)
-    predicted = [described.class_at(p, threshold) for p in embedded.calibrated]
+    predicted = [description.class_at(p, threshold) for p in embedded.calibrated]
     classified = [
-        UNKNOWN if not item.class_name else "right" if item.class_name == said else "wrong"
-        for item, said in zip(items, predicted, strict=True)
+        UNKNOWN if not item.class_name else "right" if item.class_name == prediction else "wrong"
+        for item, prediction in zip(items, predicted, strict=True)
     ]
     categories = [
         _category("kind", [item.kind for item in items]),
-        _category("class", [item.class_name for item in items], described.class_names),
-        _category("predicted", predicted, described.class_names),
+        _category("class", [item.class_name for item in items], description.class_names),
+        _category("predicted", predicted, description.class_names),
         _category("classified", classified, colours={"right": _RIGHT, "wrong": _WRONG, UNKNOWN: _RIGHT}),
         _category("source", [item.source for item in items]),
         _category("part", [item.part for item in items]),
@@ -65,12 +76,12 @@ def embeddings_page(
         "title": title,
         "real": real,
         "warning": (
-            "This page shows training images, or images of patients. Whoever may not see the data may not see this page; do "
-            "not publish it or put it into a bundle."
+            "This page shows training images, or images of patients. Show it only to people who are allowed to see the data; "
+            "do not publish it or add it to a bundle."
             if real
             else "All images of this page are generated: they show no patient."
         ),
-        "notice": f"{NOTICE} Classifier: {described.architecture}, {described.digest[:12]}.",
+        "notice": f"{NOTICE} Classifier: {description.architecture}, {description.digest[:12]}.",
         "ids": [item.id for item in items],
         "side": int(embedded.thumbnails.shape[1]),
         "columns": _columns(len(items)),
@@ -86,7 +97,7 @@ def embeddings_page(
                 "values": _packed(embedded.calibrated, np.float32),
                 "low": 0,
                 "high": 1,
-                "note": f"calibrated, of {described.positive_class}; threshold {threshold:.3g}",
+                "note": f"calibrated, of {description.positive_class}; threshold {threshold:.3g}",
             }
         ],
         "colour": "class",
@@ -97,7 +108,11 @@ def embeddings_page(
 
 
 def sprite(thumbnails: Images) -> Images:
-    """uint8 [N, T, T, 3] as one picture, row by row, in as many columns as rows or one more. DataError if too large."""
+    """Arrange thumbnails uint8 [N, T, T, 3] in one picture that is nearly square.
+
+    Raises:
+        DataError: The picture would be too large.
+    """
     count, side = thumbnails.shape[:2]
     columns = _columns(count)
     if columns * side > SPRITE_SIDE:
@@ -117,7 +132,7 @@ def _columns(count: int) -> int:
 def _category(
     name: str, values: Sequence[str], first: Sequence[str] = (), colours: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """Labels in the order of `first`, then of the alphabet, "unknown" last; codes uint16 [N]."""
+    """Encode a column. Labels are in the order of `first`, then of the alphabet, with "unknown" last; codes are uint16 [N]."""
     named = [value or UNKNOWN for value in values]
     present = set(named)
     others = sorted(present - set(first) - {UNKNOWN})
@@ -125,17 +140,17 @@ def _category(
     if len(labels) > np.iinfo(np.uint16).max:
         raise DataError(f"{name}: {len(labels):,} different values are more than a page can show")
     code = {label: k for k, label in enumerate(labels)}
-    found: dict[str, Any] = {
+    category: dict[str, Any] = {
         "name": name,
         "labels": labels,
         "codes": _packed(np.array([code[value] for value in named]), np.uint16),
     }
     if colours is not None:
         palette = iter(("#d55e00", "#cc79a7", "#e69f00", "#009e73", "#56b4e9", "#882255", "#0072b2"))
-        found["colours"] = [colours[label] if label in colours else next(palette) for label in labels]
-    return found
+        category["colours"] = [colours[label] if label in colours else next(palette) for label in labels]
+    return category
 
 
 def _packed(values: NDArray[Any], dtype: type[np.generic]) -> str:
-    """Base64 of little-endian numbers, as JavaScript's typed arrays hold them."""
+    """Encode numbers in base64 and little-endian, as JavaScript's typed arrays store them."""
     return base64.b64encode(np.ascontiguousarray(values).astype(np.dtype(dtype).newbyteorder("<")).tobytes()).decode()

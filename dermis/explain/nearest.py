@@ -11,20 +11,28 @@ _ROWS = 512
 
 
 def unit(features: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Rows [N, D] scaled to length 1; a row of zeros stays as it is."""
+    """Scale rows [N, D] to length 1. A row of zeros is not changed."""
     x = features.astype(np.float64)
     length = np.linalg.norm(x, axis=1, keepdims=True)
-    found: NDArray[np.float64] = np.divide(x, length, out=np.zeros_like(x), where=length > 0)
-    return found
+    scaled: NDArray[np.float64] = np.divide(x, length, out=np.zeros_like(x), where=length > 0)
+    return scaled
 
 
 def nearest_by_cosine(
     features: NDArray[np.float32], k: int, *, groups: Sequence[str] | None = None
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Similarities [N, k], descending, and indices [N, k] of the k other rows of features [N, D] nearest to each.
+    """Find the k nearest other rows of each row.
 
-    With groups [N] rows of one group are no neighbours of one another ("" is no group). Of equals the first come first.
-    ValueError if a row has fewer than k others to offer.
+    Args:
+        features: Rows [N, D].
+        k: Number of neighbours.
+        groups: Group of each row, "" for none. Rows of one group are not neighbours of each other.
+
+    Returns:
+        Similarities [N, k], descending, and indices [N, k]. Equal similarities are in the order of indices.
+
+    Raises:
+        ValueError: A row has fewer than k possible neighbours.
     """
     x = unit(features)
     n = len(x)
@@ -47,10 +55,10 @@ def nearest_by_cosine(
 
 
 def _first(values: NDArray[np.float64], k: int) -> NDArray[np.int64]:
-    """Columns of the k largest of each row, in order; ties by column."""
+    """Return the columns of the k largest values of each row, in order. Equal values are in the order of columns."""
     limit = np.partition(values, values.shape[1] - k, axis=1)[:, values.shape[1] - k]
-    found = np.empty((len(values), k), np.int64)
+    columns = np.empty((len(values), k), np.int64)
     for i, row in enumerate(values):
         candidates = np.flatnonzero(row >= limit[i])
-        found[i] = candidates[np.argsort(-row[candidates], kind="stable")[:k]]
-    return found
+        columns[i] = candidates[np.argsort(-row[candidates], kind="stable")[:k]]
+    return columns

@@ -1,4 +1,4 @@
-"""A page of heat maps: one HTML file that needs nothing else. It shows the images themselves, so it goes where they may go."""
+"""A page of heat maps: one HTML file without other files. It shows the images, so it needs the same protection as they."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dermis.bundle.classifier import NOTICE, Description
+from dermis.bundle.classifier import NOTICE, ClassifierDescription
 from dermis.explain.attribution import STEPS, Attribution, Method
 from dermis.explain.rendering import (
     SALIENT_PERCENT,
@@ -21,7 +21,7 @@ from dermis.explain.rendering import (
 )
 from dermis.imaging import Images
 
-_WIDTH = 192  # of a picture on the page, px
+_WIDTH = 192  # width of a picture on the page, px
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #1c2430; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
@@ -37,7 +37,7 @@ figcaption .note { font-size: .85rem; }
 """
 _METHODS = {
     "xrai": "XRAI (Kapishnikov et al., arXiv 1906.02825): each region has the mean attribution of its pixels. Regions are "
-    "chosen by what speaks for the positive class; what is left at the end may be narrow strips, which mean little",
+    "chosen by what speaks for the positive class; the last ones can be narrow strips, which mean little",
     "integrated-gradients": "Integrated gradients (Sundararajan et al., arXiv 1703.01365), smoothed for the picture, as "
     "single pixels are mostly noise",
 }
@@ -45,50 +45,58 @@ _METHODS = {
 
 @dataclass(frozen=True)
 class Entry:
-    """One image of the page. `label` is the true class, or None if it is not known."""
+    """An image of the page. `label` is the true class, or None if it is not known."""
 
     name: str
     probability: float
     calibrated: float
     class_name: str
     label: str | None
-    found: Attribution
+    attribution: Attribution
 
     @property
     def wrong(self) -> bool:
-        """Whether the class is not the label."""
+        """Whether the classifier gave another class than the label."""
         return self.label is not None and self.label != self.class_name
 
 
 def heat_map_page(
-    described: Description,
+    description: ClassifierDescription,
     method: Method,
     threshold: tuple[str, float],
     entries: Sequence[Entry],
     total: int,
 ) -> str:
-    """The page of `entries` in their order. total: how many images they were chosen from. threshold: its name and value."""
+    """Make the page.
+
+    Args:
+        description: The classifier.
+        method: The method of the attributions.
+        threshold: Name and value of the threshold.
+        entries: The images, in the order of the page.
+        total: Number of images from which they were chosen.
+    """
     name, value = threshold
-    positive = html.escape(described.positive_class)
-    known = [entry for entry in entries if entry.label is not None]
+    positive = html.escape(description.positive_class)
+    labelled = [entry for entry in entries if entry.label is not None]
     wrong = sum(entry.wrong for entry in entries)
     mistakes = "Images that got the wrong class come first, the surest mistakes before the others. "
-    order = f"{mistakes if known else ''}{'Then come those' if known else 'First come those'} nearest to the threshold."
-    told = f" {wrong:,} of the {len(known):,} with a known class got the wrong one." if known else ""
-    gap = max((abs(entry.found.gap) for entry in entries), default=0.0)
+    order = f"{mistakes if labelled else ''}{'Then come those' if labelled else 'First come those'} nearest to the threshold."
+    mistake_count = f" {wrong:,} of the {len(labelled):,} with a known class got the wrong one." if labelled else ""
+    gap = max((abs(entry.attribution.gap) for entry in entries), default=0.0)
     named = f"{value:.4g}" if name == f"{value:g}" else f"{html.escape(name)}, {value:.4g}"
-    bar = _picture(legend(), 256, f"colours from against to for {described.positive_class}")
+    bar = _picture(legend(), 256, f"colours from against to for {description.positive_class}")
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>Heat maps</title><style>{_STYLE}</style>
 <h1>Heat maps</h1>
 <p class="warning"><strong>{html.escape(NOTICE)}</strong></p>
-<p class="warning"><strong>This page shows the images.</strong> Whoever may not see them may not see this page; do not publish
-it.</p>
-<p>{len(entries):,} of {total:,} images. {order}{told}</p>
+<p class="warning"><strong>This page shows the images.</strong> Show it only to people who are allowed to see the images; do not
+publish it.</p>
+<p>{len(entries):,} of {total:,} images. {order}{mistake_count}</p>
 <table>
-<tr><th>classifier</th><td>{html.escape(described.architecture)}, {described.input.size} px,
-<code>{described.digest[:12]}</code></td></tr>
+<tr><th>classifier</th><td>{html.escape(description.architecture)}, {description.input.size} px,
+<code>{description.digest[:12]}</code></td></tr>
 <tr><th>threshold</th><td>{named}, on the calibrated probability of {positive}</td></tr>
 <tr><th>method</th><td>{_METHODS[method]}</td></tr>
 <tr><th>baselines</th><td>a black and a white image, averaged; {STEPS} steps each. The attributions of an image sum up to its
@@ -96,31 +104,32 @@ logit less that of the baselines, here within {gap:.2g}</td></tr>
 </table>
 <h2>How to read it</h2>
 <p class="legend">against {positive} {bar} for {positive}</p>
-<p class="note">Left the image as the classifier sees it, in the middle what its parts add to the logit of {positive}, right the
-{SALIENT_PERCENT:g} % of the area, or as much more as whole regions take, that speak most for it. Each picture has its own
-scale: full colour is what 95 % of the area stay below, and stands beside it as logits for each 1 % of the area. A heat map
-tells what this network computes. It does not tell what is true of the skin, nor that the network is right.</p>
+<p class="note">Left: the input of the classifier. Middle: what its parts add to the logit of {positive}. Right: the
+{SALIENT_PERCENT:g} % of the area that speak most for it, or more so that regions are complete. Each picture has its own scale:
+95 % of the area are below full colour, whose value is beside the picture, in logits for each 1 % of the area. A heat map shows
+what this network computes. It does not show what is true of the skin, nor that the network is right.</p>
 <h2>Images</h2>
-{"".join(_figure(entry, described) for entry in entries)}
+{"".join(_figure(entry, description) for entry in entries)}
 </html>
 """
 
 
-def _figure(entry: Entry, described: Description) -> str:
-    found, name = entry.found, entry.name
+def _figure(entry: Entry, description: ClassifierDescription) -> str:
+    attribution, name = entry.attribution, entry.name
     pictures = (
-        (found.image, f"{name} as the classifier sees it"),
-        (heat_map(found), f"heat map of {name}"),
-        (salient_view(found), f"what of {name} speaks most for {described.positive_class}"),
+        (attribution.image, f"{name} as the classifier sees it"),
+        (heat_map(attribution), f"heat map of {name}"),
+        (salient_view(attribution), f"what of {name} speaks most for {description.positive_class}"),
     )
     shown = "".join(_picture(picture, _WIDTH, alt) for picture, alt in pictures)
     label = "" if entry.label is None else f"<br>label {html.escape(entry.label)}"
     wrong = ', <span class="wrong">wrong</span>' if entry.wrong else ""
-    scale = per_percent(found, full_colour(found))
+    scale = per_percent(attribution, full_colour(attribution))
     return f"""<figure>{shown}<figcaption><strong>{html.escape(name)}</strong><br>{html.escape(entry.class_name)}, calibrated
-{entry.calibrated:.3f} (probability {entry.probability:.3f}){label}{wrong}<br><span class="note">logit {found.logit:.2f}, of the
-baselines {found.baseline:.2f}<br>full colour: &plusmn;{scale:.2g} logits for each 1 % of the area<br>right:
-{salient_mask(found).mean():.0%} of the area</span></figcaption></figure>
+{entry.calibrated:.3f} (probability {entry.probability:.3f}){label}{wrong}<br>
+<span class="note">logit {attribution.logit:.2f}, of the baselines {attribution.baseline:.2f}<br>
+full colour: &plusmn;{scale:.2g} logits for each 1 % of the area<br>right:
+{salient_mask(attribution).mean():.0%} of the area</span></figcaption></figure>
 """
 
 

@@ -1,4 +1,4 @@
-"""An embedding as TensorBoard's projector reads it: `tensorboard --logdir FOLDER`, or four files to load by hand."""
+"""Write an embedding for TensorBoard's projector: `tensorboard --logdir FOLDER`, or four files to load by hand."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ _COLUMNS = ("id", "kind", "class", "source", "part", "predicted", "calibrated")
 
 
 def write_projector(folder: Path, embedded: Embedded, predicted: list[str]) -> None:
-    """Write the features [N, D] in full, what is known of each image, the sprite and the configuration.
+    """Write features [N, D], metadata of the images, thumbnails and configuration.
 
-    StorageError if the folder cannot be written, DataError if the sprite would be too large.
+    Raises:
+        StorageError: The folder cannot be written.
+        DataError: The picture of thumbnails would be too large.
     """
     picture = encode(sprite(embedded.thumbnails))
     side = embedded.thumbnails.shape[1]
     text = io.StringIO()
     np.savetxt(text, embedded.features, fmt="%.6g", delimiter="\t")
     rows = ["\t".join(_COLUMNS)]
-    for item, said, p in zip(embedded.items, predicted, embedded.calibrated, strict=True):
-        cells = (item.id, item.kind, item.class_name, item.source, item.part, said, f"{p:.6f}")
+    for item, prediction, p in zip(embedded.items, predicted, embedded.calibrated, strict=True):
+        cells = (item.id, item.kind, item.class_name, item.source, item.part, prediction, f"{p:.6f}")
         rows.append("\t".join(" ".join(cell.split()) for cell in cells))  # a tab or line break would end the cell
     config = f"""embeddings {{
   tensor_name: "classifier features"
@@ -45,7 +47,7 @@ def write_projector(folder: Path, embedded: Embedded, predicted: list[str]) -> N
         TENSORS: text.getvalue().encode(),
         METADATA: ("\n".join(rows) + "\n").encode(),
         SPRITE: picture,
-        CONFIG: config.encode(),  # last: without it the projector looks at nothing
+        CONFIG: config.encode(),  # last, because the projector reads no folder without it
     }
     with storage_errors(str(folder)):
         folder.mkdir(parents=True, exist_ok=True)

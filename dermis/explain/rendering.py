@@ -1,8 +1,8 @@
 """Heat maps as pictures: attributions over the image, and the regions that matter most.
 
-The colours are built in OKLab (Ottosson, 2020), where equal distances look equal: lightness and chroma grow in proportion
-to the attribution's size, from a dark neutral at 0 to light orange (for the positive class) or light blue (against it).
-Both arms have the same lightness, and differ for people who do not tell red from green.
+Colours are computed in OKLab (Ottosson, 2020), in which equal distances look equal: lightness and chroma are proportional to
+the size of the attribution, from a dark neutral at 0 to light orange (for the positive class) or light blue (against it).
+Both colours have the same lightness, and people with red-green colour blindness can distinguish them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dermis.explain.attribution import Attribution
 from dermis.imaging import Images
 
 SALIENT_PERCENT = 20.0
-LEAST_SIDE = 256  # of a picture that stands alone, px
+LEAST_SIDE = 256  # of a picture that is shown alone, px
 
 _LIGHTNESS = (0.22, 0.86)
 _CHROMA = 0.15
@@ -28,59 +28,59 @@ _OPACITY = (0.25, 0.75)  # of the colours over the image, from attribution 0 to 
 _QUANTILE = 0.95
 
 
-def full_colour(found: Attribution) -> float:
-    """The size of an attribution (logits a pixel) that gets full colour: exceeded by 5 % of the picture. 0 if all are 0."""
-    return float(np.quantile(np.abs(_shown(found)), _QUANTILE))
+def full_colour(attribution: Attribution) -> float:
+    """Return the attribution (logits of a pixel) of full colour, which 5 % of the picture exceed; 0 if all are 0."""
+    return float(np.quantile(np.abs(_smoothed(attribution)), _QUANTILE))
 
 
-def per_percent(found: Attribution, value: float) -> float:
-    """Logits a pixel as logits for each 1 % of the image's area, which does not depend on its size in px."""
-    return value * found.values.size / 100
+def per_percent(attribution: Attribution, value: float) -> float:
+    """Convert logits of a pixel to logits of 1 % of the image's area, which do not depend on its size in px."""
+    return value * attribution.values.size / 100
 
 
-def heat_map(found: Attribution, side: int | None = None) -> Images:
-    """uint8 [side, side, 3]: the image in grey under the attributions in colour. side: default that of the image."""
-    side = side or len(found.image)
-    scale = full_colour(found)
-    values = np.clip(_shown(found) / scale, -1, 1) if scale > 0 else np.zeros_like(found.values)
-    resample = Image.Resampling.NEAREST if found.method == "xrai" else Image.Resampling.BILINEAR
+def heat_map(attribution: Attribution, side: int | None = None) -> Images:
+    """Draw the image in grey under the attributions in colour, uint8 [side, side, 3]. `side` is by default the image's."""
+    side = side or len(attribution.image)
+    scale = full_colour(attribution)
+    values = np.clip(_smoothed(attribution) / scale, -1, 1) if scale > 0 else np.zeros_like(attribution.values)
+    resample = Image.Resampling.NEAREST if attribution.method == "xrai" else Image.Resampling.BILINEAR
     values = np.asarray(Image.fromarray(values.astype(np.float32)).resize((side, side), resample))
-    grey = np.asarray(Image.fromarray(_resized(found.image, side)).convert("L"), dtype=np.float64)[..., None]
+    grey = np.asarray(Image.fromarray(_resized(attribution.image, side)).convert("L"), dtype=np.float64)[..., None]
     low, high = _OPACITY
     opacity = (low + (high - low) * np.abs(values))[..., None]
     return _uint8((1 - opacity) * grey + opacity * 255 * colours(values))
 
 
-def salient_mask(found: Attribution, percent: float = SALIENT_PERCENT) -> NDArray[np.bool_]:
-    """bool [S, S]: at least `percent` % of the image, what speaks most for the positive class. Regions are kept whole."""
-    shown = _shown(found)
+def salient_mask(attribution: Attribution, percent: float = SALIENT_PERCENT) -> NDArray[np.bool_]:
+    """Return bool [S, S]: the at least `percent` % of the image that speak most for the positive class, in whole regions."""
+    shown = _smoothed(attribution)
     mask: NDArray[np.bool_] = shown >= np.quantile(shown, 1 - percent / 100)
     return mask
 
 
-def salient_view(found: Attribution, percent: float = SALIENT_PERCENT) -> Images:
-    """uint8 [S, S, 3]: the image where `salient_mask` is true, nearly white elsewhere."""
-    faded = 255 - (255 - found.image.astype(np.float64)) * 0.12
-    return _uint8(np.where(salient_mask(found, percent)[..., None], found.image, faded))
+def salient_view(attribution: Attribution, percent: float = SALIENT_PERCENT) -> Images:
+    """Draw the image, uint8 [S, S, 3], where `salient_mask` is true, and nearly white elsewhere."""
+    faded = 255 - (255 - attribution.image.astype(np.float64)) * 0.12
+    return _uint8(np.where(salient_mask(attribution, percent)[..., None], attribution.image, faded))
 
 
 def colours(values: NDArray[np.floating]) -> NDArray[np.float64]:
-    """RGB [..., 3], 0..1, of values [...] from -1 to 1."""
+    """Return RGB [..., 3] in 0..1 for values [...] from -1 to 1."""
     size = np.abs(values).astype(np.float64)
     lightness = _LIGHTNESS[0] + (_LIGHTNESS[1] - _LIGHTNESS[0]) * size
     hue = np.deg2rad(np.where(values < 0, *_HUES))
-    # Chroma rises to the middle and falls again, as sRGB has no strong light colours.
+    # Chroma rises to the middle and falls again, because sRGB has no light colours of high chroma.
     chroma = _CHROMA * np.sin(np.pi * np.minimum(size, 1) * 0.75)
     return _oklab_to_rgb(np.stack([lightness, chroma * np.cos(hue), chroma * np.sin(hue)], axis=-1))
 
 
 def legend(width: int = 256, height: int = 14) -> Images:
-    """uint8 [height, width, 3]: the colours from -1 (left) to 1."""
+    """Draw the colours from -1 (left) to 1 (right), uint8 [height, width, 3]."""
     return _uint8(np.broadcast_to(255 * colours(np.linspace(-1, 1, width)), (height, width, 3)))
 
 
 def to_png(picture: Images) -> bytes:
-    """uint8 [H, W, 3] as a PNG, the notice that this is no medical device as its comment: the same bytes every time."""
+    """Encode a picture uint8 [H, W, 3] as PNG, with the medical notice as its comment. The bytes are always the same."""
     text = PngInfo()
     text.add_text("Comment", NOTICE)
     buffer = io.BytesIO()
@@ -88,18 +88,18 @@ def to_png(picture: Images) -> bytes:
     return buffer.getvalue()
 
 
-def _shown(found: Attribution) -> NDArray[np.floating]:
-    """What is drawn: XRAI's regions as they are; integrated gradients smoothed, as single pixels are mostly noise."""
-    if found.method == "xrai":
-        return found.values
+def _smoothed(attribution: Attribution) -> NDArray[np.floating]:
+    """Return the values to draw: XRAI's regions unchanged, integrated gradients smoothed, as single pixels are mostly noise."""
+    if attribution.method == "xrai":
+        return attribution.values
     from scipy.ndimage import gaussian_filter
 
-    smooth: NDArray[np.floating] = gaussian_filter(found.values, sigma=len(found.values) / 32)
+    smooth: NDArray[np.floating] = gaussian_filter(attribution.values, sigma=len(attribution.values) / 32)
     return smooth
 
 
 def _oklab_to_rgb(lab: NDArray[np.float64]) -> NDArray[np.float64]:
-    """sRGB [..., 3], clipped to 0..1, of OKLab [..., 3] (the inverse matrices of its definition)."""
+    """Convert OKLab [..., 3] to sRGB [..., 3], clipped to 0..1, by the inverse matrices of its definition."""
     to_cones = np.array(
         [[1.0, 0.3963377774, 0.2158037573], [1.0, -0.1055613458, -0.0638541728], [1.0, -0.0894841775, -1.2914855480]]
     )
@@ -122,5 +122,5 @@ def _resized(image: Images, side: int) -> Images:
 
 
 def _uint8(values: NDArray[np.floating]) -> Images:
-    found: Images = np.rint(np.clip(values, 0, 255)).astype(np.uint8)
-    return found
+    pixels: Images = np.rint(np.clip(values, 0, 255)).astype(np.uint8)
+    return pixels

@@ -1,10 +1,10 @@
-"""Does a classifier use a concept? Testing with concept activation vectors (Kim et al., arXiv 1711.11279), by captum.
+"""Test whether a classifier uses a concept, by concept activation vectors (TCAV; Kim et al., arXiv 1711.11279) of captum.
 
-A linear model divides a layer's activations of images that show the concept from those of images that do not; its normal,
-towards the concept, is a concept activation vector (CAV). The TCAV score is the share of input images whose logit of the
-positive class grows along the CAV (eq. 2). One CAV says little: any two sets can be divided in so many dimensions. So
-there is one for each of several counter-sets, and as many between counter-sets alone, where there is nothing to find; a
-t-test tells whether the scores of both differ (section 3.2), and Holm's correction allows for the number of tests.
+A linear model separates the activations in a layer of images that show the concept from those of images that do not. Its
+normal, towards the concept, is a concept activation vector (CAV). The TCAV score is the share of input images whose logit of
+the positive class grows along the CAV (eq. 2). One CAV means little, because any two sets can be separated in so many
+dimensions. So there is a CAV for each of several counter-sets, and as many between two counter-sets (random CAVs). A t-test
+compares the scores of both (section 3.2), and Holm's correction accounts for the number of tests.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 
 LAST = "last"
 LEVEL = 0.05
-SEPARABLE = 0.7  # held-out accuracy of the CAVs, below which they are no direction of the concept
-APART = 0.1  # least difference of mean scores that counts: enough CAVs make any difference significant
+SEPARABLE = 0.7  # least held-out accuracy with which CAVs count as a direction of the concept
+APART = 0.1  # least difference of mean scores that counts, because with many CAVs every difference is significant
 _BATCH = 16
 
 
 @dataclass(frozen=True)
 class Concept:
-    """Images uint8 [n, S, S, 3] that show something, and counter-sets like them that do not; S is the classifier's size."""
+    """A concept: images uint8 [n, S, S, 3] that show it, and counter-sets that do not. S is the classifier's size."""
 
     name: str
     shown: Images
@@ -47,8 +47,10 @@ class Concept:
 
 @dataclass(frozen=True)
 class ConceptTest:
-    """Of one concept in one layer. scores, random: TCAV scores 0..1 of the CAVs against the counter-sets, and of those
-    between counter-sets; accuracy: mean of the CAVs on the fifth of the images that they were not fitted to.
+    """The test of one concept in one layer.
+
+    `scores` are the TCAV scores, 0..1, of the CAVs against the counter-sets, `random` those of the random CAVs. `accuracy` is
+    the mean accuracy of the CAVs on the fifth of the images that was held out.
     """
 
     concept: str
@@ -62,12 +64,12 @@ class ConceptTest:
 
     @property
     def difference(self) -> float:
-        """Mean score less that of the random CAVs."""
+        """Mean score less the mean score of the random CAVs."""
         return float(np.mean(self.scores) - np.mean(self.random))
 
     @property
     def verdict(self) -> str:
-        """In words, for people who know no p-values."""
+        """The result in words."""
         if self.accuracy < SEPARABLE:
             return "no direction of this layer"
         if self.p_corrected >= LEVEL or abs(self.difference) < APART:
@@ -76,23 +78,36 @@ class ConceptTest:
 
 
 def layer_names(network: TorchClassifier) -> list[str]:
-    """Layers to look at: the two stages before the last one, where the network tells its stages, else the last layer.
+    """Choose layers to test: the two stages before the last one if the network lists its stages, otherwise the last layer.
 
-    The last layer itself says little: the logit is linear in it, its gradient the same for every image, and so each CAV's
-    score 0 or 1.
+    The last layer means little: the logit is linear in it, so that the gradient is the same for every image and the score of
+    each CAV is 0 or 1.
     """
-    told = getattr(network.backbone, "feature_info", None) or []
-    stages = [info["module"] for info in told if isinstance(info, dict)]
+    feature_info = getattr(network.backbone, "feature_info", None) or []
+    stages = [info["module"] for info in feature_info if isinstance(info, dict)]
     return stages[-3:-1] or [LAST]
 
 
 def tcav(
     network: TorchClassifier, concepts: Sequence[Concept], inputs: Images, layers: Sequence[str], *, seed: int = 0
 ) -> Iterator[ConceptTest]:
-    """A test for each concept in each layer, in this order; corrected ones are for `corrected` to make.
+    """Test each concept in each layer.
 
-    inputs uint8 [N, S, S, 3], usually images of the positive class; layers: names of modules in the backbone, or "last".
-    The same on one kind of machine with one number of threads. DermisError if a layer is unknown or captum is missing.
+    Results are the same on one kind of machine with one number of threads. They are not corrected for the number of tests;
+    see `corrected`.
+
+    Args:
+        network: The classifier.
+        concepts: The concepts.
+        inputs: uint8 [N, S, S, 3], usually images of the positive class.
+        layers: Names of modules in the backbone, or "last".
+        seed: Seed of the splits.
+
+    Yields:
+        The tests, concept by concept.
+
+    Raises:
+        DermisError: A layer is unknown, or captum is not installed.
     """
     try:
         from captum.attr import LayerGradientXActivation
@@ -106,7 +121,7 @@ def tcav(
         sets = [concept.shown, *concept.counters]
         tokens = [CaptumConcept(i, f"{number}-{i}", _Batches(images)) for i, images in enumerate(sets)]
         against = [[tokens[0], counter] for counter in tokens[1:]]
-        # The first of each pair is the one whose score is read.
+        # The score of the first set of each pair is used.
         among = [[tokens[i], tokens[i % len(concept.counters) + 1]] for i in range(1, len(tokens))]
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -118,10 +133,10 @@ def tcav(
                 layer_attr_method=LayerGradientXActivation(staged, None, multiply_by_inputs=False),
                 save_path=folder,
             )
-            found = interpreter.interpret(x, [*against, *among])
+            results = interpreter.interpret(x, [*against, *among])
             for layer, module in staged.names.items():
                 key = ["-".join(str(token.id) for token in pair) for pair in (*against, *among)]
-                scores = [float(found[each][module]["sign_count"][0]) for each in key]
+                scores = [float(results[each][module]["sign_count"][0]) for each in key]
                 accuracies = [float(interpreter.cavs[each][module].stats["accuracy"]) for each in key[: len(against)]]
                 own, random = scores[: len(against)], scores[len(against) :]
                 yield ConceptTest(
@@ -136,7 +151,7 @@ def tcav(
 
 
 def corrected(tests: Sequence[ConceptTest]) -> list[ConceptTest]:
-    """The tests with Holm's step-down correction over all of them (Holm 1979)."""
+    """Apply Holm's step-down correction over all tests (Holm 1979)."""
     order = np.argsort([test.p_value for test in tests], kind="stable")
     p = np.array([test.p_value for test in tests])
     steps = np.maximum.accumulate(np.minimum(1.0, p[order] * (len(tests) - np.arange(len(tests)))))
@@ -146,7 +161,7 @@ def corrected(tests: Sequence[ConceptTest]) -> list[ConceptTest]:
 
 
 class _Staged(nn.Module):
-    """The classifier's logit alone, with its layers under names that captum finds. `names`: module by layer."""
+    """The classifier with its logit as the only output. `names` has the name of the module of each layer, for captum."""
 
     def __init__(self, network: TorchClassifier, layers: Sequence[str]) -> None:
         super().__init__()
@@ -160,13 +175,13 @@ class _Staged(nn.Module):
             self.names[layer] = LAST if layer == LAST else f"network.backbone.{layer}"
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits [N]."""
+        """Compute logits [N]."""
         network = self.network
         return network.logit(network.pooled(self.last(network.maps(images.requires_grad_()))))
 
 
 class _Batches:
-    """Images uint8 [n, S, S, 3] as float batches [b, 3, S, S], as often as they are asked for."""
+    """Images uint8 [n, S, S, 3] as float batches [b, 3, S, S], which can be iterated several times."""
 
     def __init__(self, images: Images) -> None:
         self.images = images
@@ -177,24 +192,24 @@ class _Batches:
 
 
 class _Ridge:
-    """captum's interface of a linear model: ridge regression on the two labels, which has one solution and is fast."""
+    """Ridge regression on the two labels with captum's interface of a linear model. It has one solution and is fast."""
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
         self._model: Any = None
 
     def train_and_eval(self, dataloader: DataLoader[Any], **_: Any) -> dict[str, float]:
-        """Fit four fifths of the activations; the accuracy on the others."""
+        """Fit four fifths of the activations and return the accuracy on the others."""
         from sklearn.linear_model import RidgeClassifier
         from sklearn.model_selection import train_test_split
 
         parts = list(dataloader)
         x = torch.cat([part[0] for part in parts]).numpy()
         y = torch.cat([part[1] for part in parts]).numpy()
-        learn, held, learn_y, held_y = train_test_split(x, y, test_size=0.2, random_state=self._seed, stratify=y)
-        scale = learn.std() or 1.0  # one number for all: the direction stays in the layer's own units
-        self._model = RidgeClassifier(alpha=1.0).fit(learn / scale, learn_y)
-        return {"accuracy": float(self._model.score(held / scale, held_y))}
+        train, test, train_y, test_y = train_test_split(x, y, test_size=0.2, random_state=self._seed, stratify=y)
+        scale = train.std() or 1.0  # one number for all dimensions keeps the direction in the units of the layer
+        self._model = RidgeClassifier(alpha=1.0).fit(train / scale, train_y)
+        return {"accuracy": float(self._model.score(test / scale, test_y))}
 
     def weights(self) -> Tensor:
         normal = torch.tensor(self._model.coef_).flatten()
@@ -209,9 +224,9 @@ def _tensor(images: Images) -> Tensor:
 
 
 def _p_value(scores: Sequence[float], random: Sequence[float]) -> float:
-    """Of a two-sided t-test with unequal variances (Welch); 1 if nothing varies and the means are equal."""
+    """Return the p-value of a two-sided t-test with unequal variances (Welch); 1 if all scores are equal."""
     a, b = np.array(scores), np.array(random)
     if np.ptp(a) == 0 and np.ptp(b) == 0:
         return 1.0 if a[0] == b[0] else 0.0
-    found: NDArray[np.float64] = stats.ttest_ind(a, b, equal_var=False).pvalue
-    return float(found)
+    p_value: NDArray[np.float64] = stats.ttest_ind(a, b, equal_var=False).pvalue
+    return float(p_value)

@@ -1,18 +1,20 @@
-"""How far generated images are from real ones, as numbers computed from features [N, dim] of both.
+"""Metrics that compare generated images with real ones by features [N, dim] of both, and metrics of classifiers.
 
     fidelity        Fréchet distance (FID), KID, precision and recall
     kernels         KID's and Gaussian kernels (MMD, CMMD), and squared discrepancies with them
     intervals       bootstrap confidence intervals of Fréchet and kernel distances
-    path_length     perceptual path length of a generator; perceptual: the distances it is measured with
+    path_length     perceptual path length of a generator
+    perceptual      the distances for path lengths
     alpha           alpha-precision, beta-recall, authenticity
     density         density and coverage
     likelihood      feature likelihood divergence (FLD) and its generalisation gap
-    memorisation    are generated images nearer to training images than to held-out ones?
-    membership      can an attacker tell training from held-out images?
+    memorisation    test whether generated images are nearer to training images than to held-out ones
+    membership      test whether an attacker can distinguish training from held-out images
     neighbourhoods  precision, recall, density and coverage of two sets from one pass over their distances
-    neighbours      the blocked nearest-neighbour search beneath all that compare distances
+    neighbours      exact nearest-neighbour search in blocks, which the metrics of distances use
+    classification  metrics of a classifier's probabilities, with intervals
 
-Features come from `dermis.features`; a number is always named with the space that it was computed in.
+Features come from `dermis.features`. A number is always reported with the space in which it was computed.
 """
 
 from dermis.metrics.fidelity import frechet_distance, kernel_distance

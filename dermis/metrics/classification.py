@@ -1,11 +1,11 @@
-"""How good the probabilities of a binary classifier are, with confidence intervals.
+"""Metrics of the probabilities of a binary classifier, with confidence intervals.
 
-labels are 0 or 1 [N] (1: positive), scores or probabilities float [N]. Every metric also takes weights [R, N] and then gives
-R values, one under each row of weights: that is how the bootstrap computes all its replicates at once.
+Labels are 0 or 1 [N] (1: positive), scores or probabilities are float [N]. Every metric also takes weights [R, N] and then
+returns R values, one for each row of weights, with which the bootstrap computes all its replicates at once.
 
-Intervals (95 %) are by a bootstrap that resamples patients, not images, as images of one patient are alike (Efron 1979;
-Field and Welsh 2007): with replacement, patients with a positive image and those without apart, so that every replicate
-has both classes. A percentile interval, but of the calibration error, see `bootstrap`.
+Intervals (95 %) are by a bootstrap that resamples patients, not images, because images of one patient are similar (Efron
+1979; Field and Welsh 2007). Patients with a positive image and those without are resampled separately, so that every
+replicate has both classes. Intervals are percentiles, except for the calibration error; see `bootstrap`.
 """
 
 from __future__ import annotations
@@ -37,73 +37,73 @@ class Estimate:
 
 
 def auc(labels: Labels, scores: Floats, weights: Floats | None = None) -> Floats:
-    """Area under the ROC curve: the chance that a positive scores above a negative, ties counting half."""
+    """Compute the area under the ROC curve: the probability that a positive scores above a negative. Ties count half."""
     positive, negative = _by_score(labels, scores, _rows(labels, weights))
     below = np.cumsum(negative, axis=1) - negative
     wins = (positive * (below + negative / 2)).sum(axis=1)
-    found: Floats = wins / (positive.sum(axis=1) * negative.sum(axis=1))
-    return found
+    area: Floats = wins / (positive.sum(axis=1) * negative.sum(axis=1))
+    return area
 
 
 def sensitivity_at_specificity(
     labels: Labels, scores: Floats, weights: Floats | None = None, *, specificity: float = 0.9
 ) -> Floats:
-    """The highest sensitivity of all thresholds whose specificity is at least this one; no interpolation."""
+    """Compute the highest sensitivity of all thresholds with at least this specificity, without interpolation."""
     positive, negative = _by_score(labels, scores, _rows(labels, weights))
-    # Column k: threshold at the k-th lowest score, which itself is called positive.
+    # Column k: the threshold is the k-th lowest score, which itself counts as positive.
     sensitivity = np.cumsum(positive[:, ::-1], axis=1)[:, ::-1] / positive.sum(axis=1, keepdims=True)
     alarms = np.cumsum(negative[:, ::-1], axis=1)[:, ::-1] / negative.sum(axis=1, keepdims=True)
-    found: Floats = np.where(alarms <= 1 - specificity + 1e-9, sensitivity, 0.0).max(axis=1)
-    return found
+    best: Floats = np.where(alarms <= 1 - specificity + 1e-9, sensitivity, 0.0).max(axis=1)
+    return best
 
 
 def sensitivity(
     labels: Labels, probabilities: Floats, weights: Floats | None = None, *, threshold: float = 0.5
 ) -> Floats:
-    """Share of positives with a probability of at least the threshold."""
+    """Compute the share of positives with a probability of at least the threshold."""
     return _share(probabilities >= threshold, labels == 1, _rows(labels, weights))
 
 
 def specificity(
     labels: Labels, probabilities: Floats, weights: Floats | None = None, *, threshold: float = 0.5
 ) -> Floats:
-    """Share of negatives with a probability below the threshold."""
+    """Compute the share of negatives with a probability below the threshold."""
     return _share(probabilities < threshold, labels == 0, _rows(labels, weights))
 
 
 def accuracy(labels: Labels, probabilities: Floats, weights: Floats | None = None, *, threshold: float = 0.5) -> Floats:
-    """Share of images on the right side of the threshold."""
+    """Compute the share of images on the right side of the threshold."""
     return _share((probabilities >= threshold) == (labels == 1), labels >= 0, _rows(labels, weights))
 
 
 def balanced_accuracy(
     labels: Labels, probabilities: Floats, weights: Floats | None = None, *, threshold: float = 0.5
 ) -> Floats:
-    """Mean of sensitivity and specificity."""
+    """Compute the mean of sensitivity and specificity."""
     both = [rate(labels, probabilities, weights, threshold=threshold) for rate in (sensitivity, specificity)]
     return (both[0] + both[1]) / 2
 
 
 def brier(labels: Labels, probabilities: Floats, weights: Floats | None = None) -> Floats:
-    """Mean squared distance of probability and label (Brier 1950): 0 is perfect."""
+    """Compute the mean squared difference of probability and label (Brier 1950): 0 is perfect."""
     w = _rows(labels, weights)
-    found: Floats = w @ np.square(probabilities - labels) / w.sum(axis=1)
-    return found
+    score: Floats = w @ np.square(probabilities - labels) / w.sum(axis=1)
+    return score
 
 
 def calibration_error(
     labels: Labels, probabilities: Floats, weights: Floats | None = None, *, bins: int = BINS
 ) -> Floats:
-    """Expected calibration error: over bins of equal width, the mean distance of probability and share of positives.
+    """Compute the expected calibration error: the mean difference of probability and share of positives over equal bins.
 
-    Of the positive class's probability (Naeini et al. 2015). Biased upwards, the more so the fewer images there are.
+    It is that of the positive class (Naeini et al. 2015). It is biased upwards, and more so for fewer images.
     """
     w = _rows(labels, weights)
-    place = np.minimum((probabilities * bins).astype(np.int64), bins - 1)
-    member = np.equal.outer(place, np.arange(bins)).astype(np.float64)  # [N, bins]
+    bin_of = np.minimum((probabilities * bins).astype(np.int64), bins - 1)
+    member = np.equal.outer(bin_of, np.arange(bins)).astype(np.float64)  # [N, bins]
     gap: Floats = np.abs((w * (probabilities - labels)) @ member)
-    found: Floats = gap.sum(axis=1) / w.sum(axis=1)
-    return found
+    error: Floats = gap.sum(axis=1) / w.sum(axis=1)
+    return error
 
 
 def bootstrap(
@@ -115,40 +115,50 @@ def bootstrap(
     replicates: int = REPLICATES,
     seed: int = 0,
 ) -> dict[str, Estimate]:
-    """Each metric with its interval. groups[i] is the patient of image i; None takes every image for a patient.
+    """Compute metrics with their intervals.
 
-    The interval is that of the replicates' percentiles, save for `calibration_error`, which resampling raises (it
-    repeats images): its replicates are first moved so that their mean is the value itself. ValueError if one of the
-    classes is missing.
+    Intervals are percentiles of the replicates. Resampling repeats images, which raises `calibration_error`, so its
+    replicates are shifted first so that their mean is the value.
+
+    Args:
+        labels: Labels [N], 0 or 1.
+        probabilities: Probabilities [N] of label 1.
+        metrics: The metrics by name.
+        groups: Patient of each image; None counts every image as a patient.
+        replicates: Number of replicates.
+        seed: Seed of the resampling.
+
+    Raises:
+        ValueError: One of the classes is missing.
     """
     if len(set(labels.tolist())) < 2:
         raise ValueError("metrics need images of both classes")
     weights = _resampled(labels, list(groups) if groups is not None else None, replicates, seed)
-    found = {}
+    estimates = {}
     for name, metric in metrics.items():
         value = float(metric(labels, probabilities, np.ones((1, len(labels))))[0])
         parts = [metric(labels, probabilities, weights[i : i + _ROWS]) for i in range(0, replicates, _ROWS)]
-        drawn = np.concatenate(parts)
+        replicate_values = np.concatenate(parts)
         if metric is calibration_error:
-            drawn = np.clip(drawn - drawn.mean() + value, 0, 1)
-        low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-        found[name] = Estimate(value, float(low), float(high))
-    return found
+            replicate_values = np.clip(replicate_values - replicate_values.mean() + value, 0, 1)
+        low, high = np.quantile(replicate_values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        estimates[name] = Estimate(value, float(low), float(high))
+    return estimates
 
 
 def _resampled(labels: Labels, groups: list[str] | None, replicates: int, seed: int) -> Floats:
-    """How often each image is in each replicate [replicates, N]."""
+    """Return how often each image is in each replicate, [replicates, N]."""
     names = groups or [str(i) for i in range(len(labels))]
     _, group = np.unique(names, return_inverse=True)
     ill = np.zeros(group.max() + 1, bool)
     ill[group[labels == 1]] = True
     rng = np.random.default_rng(seed)
-    drawn = np.zeros((replicates, len(ill)))
+    counts = np.zeros((replicates, len(ill)))
     for stratum in (np.flatnonzero(ill), np.flatnonzero(~ill)):
         if len(stratum):
-            drawn[:, stratum] = rng.multinomial(len(stratum), np.full(len(stratum), 1 / len(stratum)), replicates)
-    weights: Floats = drawn[:, group]
-    # Where every patient with a positive image is the same one, or has all the negatives, a class can be missing.
+            counts[:, stratum] = rng.multinomial(len(stratum), np.full(len(stratum), 1 / len(stratum)), replicates)
+    weights: Floats = counts[:, group]
+    # If only one patient has positive images, or these patients have all negatives, a class can be missing.
     both = (weights[:, labels == 1].sum(axis=1) > 0) & (weights[:, labels == 0].sum(axis=1) > 0)
     weights[~both] = 1.0
     return weights
@@ -159,12 +169,12 @@ def _rows(labels: Labels, weights: Floats | None) -> Floats:
 
 
 def _share(hit: NDArray[np.bool_], among: NDArray[np.bool_], weights: Floats) -> Floats:
-    found: Floats = weights @ (hit & among).astype(np.float64) / (weights @ among.astype(np.float64))
-    return found
+    share: Floats = weights @ (hit & among).astype(np.float64) / (weights @ among.astype(np.float64))
+    return share
 
 
 def _by_score(labels: Labels, scores: Floats, weights: Floats) -> tuple[Floats, Floats]:
-    """Weight of positives and of negatives at each different score, ascending, both [R, scores]."""
+    """Return the weights of positives and of negatives at each different score, ascending, both [R, scores]."""
     order = np.argsort(scores, kind="stable")
     starts = np.flatnonzero(np.diff(scores[order], prepend=-np.inf))
     w = weights[:, order]

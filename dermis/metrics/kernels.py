@@ -1,8 +1,8 @@
-"""Maximum mean discrepancy (MMD) with a kernel, of many weightings of two sets from one pass over the kernel.
+"""Maximum mean discrepancy (MMD) with a kernel, for many weightings of two sets in one pass over the kernel.
 
 KID is the squared MMD with the kernel (x.y / dim + 1)^3. CMMD (Jayasumana et al., arXiv 2401.09603) is the squared MMD
-with a Gaussian kernel of bandwidth 10 on CLIP embeddings of unit length. In other spaces such a bandwidth means
-nothing, and the bandwidth is the median distance of two real images (the median heuristic, Gretton et al. 2012).
+with a Gaussian kernel of bandwidth 10 on CLIP embeddings of unit length. In other spaces that bandwidth
+means nothing, and the median distance of two real images is used (the median heuristic, Gretton et al. 2012).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CMMD_BANDWIDTH = 10.0
 
 
 def polynomial(a: Floats, b: Floats) -> Floats:
-    """(x.y / dim + 1)^3, the kernel of KID."""
+    """Compute (x.y / dim + 1)^3, the kernel of KID."""
     value: Floats = a @ b.T
     value /= np.float32(a.shape[1])
     value += np.float32(1)
@@ -35,17 +35,17 @@ def polynomial(a: Floats, b: Floats) -> Floats:
 
 @dataclass(frozen=True)
 class Gaussian:
-    """exp(-|x - y|^2 / (2 bandwidth^2)) of features less `centre`, or of unit length.
+    """The kernel exp(-|x - y|^2 / (2 bandwidth^2)) of features less `centre`, or of unit length.
 
-    Distances do not depend on the centre, but their rounding in float32 does: features are all positive in most spaces.
+    Distances do not depend on the centre, but their rounding in float32 does, because features are positive in most spaces.
     """
 
     bandwidth: float
     centre: Floats | None
-    """Subtracted by `prepare`; None: `prepare` scales features to unit length instead."""
+    """Subtracted by `prepare`. If None, `prepare` scales features to unit length instead."""
 
     def prepare(self, features: NDArray[np.floating]) -> Floats:
-        """The features that the kernel is to be computed of."""
+        """Prepare features for the kernel."""
         if self.centre is not None:
             return np.asarray(features - self.centre, np.float32)
         lengths = np.linalg.norm(features, axis=1, keepdims=True)
@@ -62,22 +62,22 @@ class Gaussian:
 
 
 def cmmd_kernel() -> Gaussian:
-    """The kernel of CMMD: bandwidth 10, on embeddings of unit length."""
+    """Return the kernel of CMMD: bandwidth 10, on embeddings of unit length."""
     return Gaussian(CMMD_BANDWIDTH, None)
 
 
 def median_kernel(real: NDArray[np.float32]) -> Gaussian | None:
-    """A Gaussian kernel with the median distance of two of the real features [N, dim]; None if they are all equal."""
+    """Return a Gaussian kernel whose bandwidth is the median distance of real features [N, dim]; None if all are equal."""
     bandwidth = typical_distance(real)
     return Gaussian(bandwidth, real.mean(axis=0, dtype=np.float64).astype(np.float32)) if bandwidth > 0 else None
 
 
 def squared_discrepancies(x: Floats, y: Floats, w: Floats, v: Floats, kernel: Kernel) -> NDArray[np.float64]:
-    """Unbiased MMD^2 [R] of weighted sets: x [N, dim] under each row of w [R, N], y [M, dim] under that of v [R, M].
+    """Compute the unbiased MMD^2 [R] of weighted sets: x [N, dim] with each row of w [R, N], y [M, dim] with that of v [R, M].
 
-    Weights are numbers of times that an image is in a set. Pairs of an image with itself are left out.
+    A weight is the number of times that an image is in a set. Pairs of an image with itself are left out.
     """
-    # A constant in the kernel changes no MMD, but without it float32 sums lose fewer digits.
+    # A constant in the kernel does not change the MMD, but without it float32 sums lose fewer digits.
     offset = np.float32(kernel(x[:ROWS], y[:ROWS]).mean())
     within = _mean_kernel(x, x, w, w, kernel, offset, own=True) + _mean_kernel(y, y, v, v, kernel, offset, own=True)
     return within - 2 * _mean_kernel(x, y, w, v, kernel, offset, own=False)
@@ -86,10 +86,10 @@ def squared_discrepancies(x: Floats, y: Floats, w: Floats, v: Floats, kernel: Ke
 def _mean_kernel(
     a: Floats, b: Floats, w: Floats, v: Floats, kernel: Kernel, offset: np.float32, *, own: bool
 ) -> NDArray[np.float64]:
-    """Means of the kernel less `offset` over i, j under each row of weights w [R, N], v [R, M].
+    """Compute means of the kernel less `offset` over i, j with each row of weights w [R, N], v [R, M].
 
-    own: b is the set a itself with the same weights. Pairs with i = j are left out then, and of (i, j) and (j, i), which
-    are equal, one is computed.
+    If `own`, b is the set a with the same weights. Pairs with i = j are left out then, and only one of the equal pairs (i, j)
+    and (j, i) is computed.
     """
     total = np.zeros(len(w))
     for start in range(0, len(a), ROWS):

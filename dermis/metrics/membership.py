@@ -1,13 +1,13 @@
-"""Membership inference: can an attacker who holds the generated images tell who was in the training set?
+"""Membership inference: whether an attacker who has the generated images can find out who was in the training set.
 
 The attack takes a real image for a training image if a generated one is near to it (Chen et al., arXiv 1909.03935, section
 4.2, without access to the generator): its score is the negative distance to the nearest generated image. An area under
-the ROC curve of 0.5 means that the generated images tell nothing, 1 that they tell everything. An average hides a few
-people who can be recognised with near certainty, so the rate of training images found at 1 % false alarms stands
-beside it (Carlini et al., arXiv 2112.03570). Guessing finds 1 % where there are many held-out images, and more where there
-are few, as the threshold lies at one of their scores.
+the ROC curve of 0.5 means that the generated images disclose nothing, 1 that they disclose everything. An average hides a few
+people who can be recognised with near certainty, so the share of training images that are found at 1 % false alarms is
+reported as well (Carlini et al., arXiv 2112.03570). Guessing finds 1 % with many held-out images, and more with few, because
+the threshold is one of their scores.
 
-`dermis.authenticity.attack` runs the same attack for a dataset against an index, without patients and with the area alone.
+`dermis.authenticity.attack` runs the same attack for a dataset against an index, without patients and only with the area.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from dermis.metrics.classification import Estimate, Floats, Labels, auc, bootstr
 from dermis.metrics.neighbours import Features, nearest
 
 FALSE_ALARMS = 0.01
-FEWEST = 20  # images of either kind
+FEWEST = 20  # images of each kind that the attack needs
 
 
 @dataclass(frozen=True)
 class Membership:
-    """auc, found_at_1_percent: with their 95 % intervals. members, held_out: images that were attacked.
+    """Result of the attack.
 
-    expected_at_1_percent: the share of training images that guessing finds on average.
+    `auc` and `found_at_1_percent` have 95 % intervals. `expected_at_1_percent` is the share of training images that guessing
+    finds on average. `members` and `held_out` are numbers of attacked images.
     """
 
     auc: Estimate
@@ -49,9 +50,18 @@ def membership_attack(
     replicates: int = 1000,
     seed: int = 0,
 ) -> Membership | None:
-    """The attack on training [N, dim] and held-out images [H, dim]; None if there are fewer than 20 of either.
+    """Attack training [N, dim] and held-out images [H, dim] with generated ones [M, dim].
 
-    groups: the patient of every image, training images first: the bootstrap resamples whole patients.
+    Args:
+        training: Features of the training images.
+        held_out: Features of the held-out images.
+        generated: Features of the generated images.
+        groups: Patient of every image, training images first. The bootstrap resamples whole patients.
+        replicates: Replicates of the bootstrap.
+        seed: Its seed.
+
+    Returns:
+        The result; None if there are fewer than 20 images of either kind.
     """
     if min(len(training), len(held_out)) < FEWEST:
         return None
@@ -59,11 +69,11 @@ def membership_attack(
     labels: NDArray[np.int64] = np.repeat(np.array([1, 0]), [len(training), len(held_out)])
     metrics = {"auc": auc, "found": _found}
     estimates = bootstrap(labels, -distances, metrics, groups=groups, replicates=replicates, seed=seed)
-    # With k false alarms allowed, what scores above the (k + 1)-th best of H is found: (k + 1) / (H + 1) of all on average.
+    # With k false alarms allowed, images above the (k + 1)-th best score of H are found: on average (k + 1) / (H + 1) of all.
     expected = (math.floor(FALSE_ALARMS * len(held_out) + 1e-9) + 1) / (len(held_out) + 1)
     return Membership(estimates["auc"], estimates["found"], expected, len(training), len(held_out))
 
 
 def _found(labels: Labels, scores: Floats, weights: Floats | None = None) -> Floats:
-    """The share of training images that score above all but 1 % of the held-out ones."""
+    """Compute the share of training images that score above all but 1 % of the held-out ones."""
     return sensitivity_at_specificity(labels, scores, weights, specificity=1 - FALSE_ALARMS)

@@ -1,18 +1,17 @@
-"""Are generated images nearer to the training images than to held-out real ones? A test for memorising.
+"""A test for memorisation: whether generated images are nearer to training images than to held-out real ones.
 
-An honest generator knows the distribution, not the training set: training and held-out images are then exchangeable,
-and neither set is the nearer one but by chance. For every generated image y with nearest distances d_T to the training
-and d_H to the held-out images we take log(d_H / d_T), and the statistic is the mean. Each image is compared with
-itself, so bad images, far from everything, neither hide copies nor raise an alarm (as they can in comparing d_T of
-generated with d_T of held-out images, Meehan et al., arXiv 2004.05675). The logarithm lets few but close copies count:
-ranks (Wilcoxon) would see only that they are nearer, not by how much.
+For a generator that learnt only the distribution, training and held-out images are exchangeable, and neither set is nearer
+except by chance. For every generated image with nearest distances d_T to the training and d_H to the held-out images,
+log(d_H / d_T) is computed, and the statistic is its mean. Each image has its own ratio, so that bad images, far from
+everything, neither hide copies nor raise an alarm (as they can if d_T of generated images is compared with d_T of held-out
+images; Meehan et al., arXiv 2004.05675). With the logarithm few but close copies count: ranks (Wilcoxon) would not measure
+how much nearer they are.
 
-The p-value is by permutation (Fisher): which real images are called training is drawn anew, everything else stays. This
-is exact at any sizes of the sets. A Wilcoxon or Mann-Whitney p-value is not: it takes the generated images for
-independent, but they share their neighbours (a few real images are near to very many), and with enough of them it rejects
-honest generators too. It also needs sets of equal size, which would throw most of the training set away, and with it
-the copies. The test is the stronger the more held-out images there are: where 9 of 10 real images are training images,
-being near to one tells little.
+The p-value is by permutation (Fisher): real images are assigned to the training set at random, and all else is kept. It is
+exact for any sizes of the sets. A Wilcoxon or Mann-Whitney p-value is not: it assumes independent generated images, but they
+share their neighbours (a few real images are near to very many), and with enough of them it rejects generators that do not
+memorise. It also needs sets of equal size, so that most of the training set, and copies of it, would be ignored. The test is
+stronger with more held-out images: if 9 of 10 real images are training images, being near to one means little.
 """
 
 from __future__ import annotations
@@ -26,19 +25,19 @@ from numpy.typing import NDArray
 
 from dermis.metrics.neighbours import Features, nearest
 
-CENSORED = 1e-4  # the share of generated images whose nearest image of the other set may lie beyond the list searched
-FLOOR = 1e-3  # of the median distance to the nearest real image: what is nearer counts as this near
+CENSORED = 1e-4  # the share of generated images whose nearest image of the other set can be beyond the searched list
+FLOOR = 1e-3  # of the median distance to the nearest real image; smaller distances count as this one
 
 
 @dataclass(frozen=True)
 class MemorisationTest:
-    """p_value: the chance that an honest generator has so large a mean of log(d_H / d_T), or larger."""
+    """Result of the test. `p_value`: probability of at least this mean of log(d_H / d_T) without memorisation."""
 
     p_value: float
     log_ratio: float
     expected_log_ratio: float
     nearer_train: float
-    """The share of generated images that are nearer to a training image than to any held-out one."""
+    """Share of generated images that are nearer to a training image than to any held-out one."""
     expected_nearer_train: float
     permutations: int
 
@@ -54,10 +53,21 @@ def memorisation_test(
 ) -> MemorisationTest:
     """Test generated features [M, dim] against those of the training [N, dim] and the held-out images [H, dim].
 
-    N and H may differ. The images must have been split at random; if whole patients were, give the patient of every
-    image as `groups` (training first, then held-out), and patients are permuted. What is expected is the mean over the
-    permutations; the smallest p-value possible is 1 / (permutations + 1). One-sided: a generator that avoids the
-    training set is not flagged. Raises ValueError if a set is empty or a group stands on both sides.
+    N and H can differ. The images must have been split at random. Expected values are means over the permutations; the least
+    possible p-value is 1 / (permutations + 1). The test is one-sided: a generator that avoids the training set is not
+    flagged.
+
+    Args:
+        generated: Features [M, dim] of generated images.
+        train: Features [N, dim] of training images.
+        holdout: Features [H, dim] of held-out images.
+        groups: Patient of every image (training first, then held-out), if whole patients were split. Patients are then
+            permuted.
+        permutations: Number of permutations.
+        seed: Their seed.
+
+    Raises:
+        ValueError: A set is empty, or a patient is in both sets.
     """
     pool = np.concatenate([train, holdout])
     is_train = np.arange(len(pool)) < len(train)
@@ -76,19 +86,19 @@ def memorisation_test(
     def statistic(of_group: NDArray[np.bool_]) -> tuple[float, float]:
         of_neighbour = of_group[neighbour_group]
         nearest_is_train = of_neighbour[:, :1]
-        other = (of_neighbour != nearest_is_train).argmax(axis=1)  # 0 if there is none in the list
+        other = (of_neighbour != nearest_is_train).argmax(axis=1)  # 0 if the list has none
         other[other == 0] = k - 1
         gap = np.take_along_axis(log_distance, other[:, None], axis=1) - log_distance[:, :1]
         return float(np.where(nearest_is_train, gap, -gap).mean()), float(nearest_is_train.mean())
 
     observed, nearer = statistic(label)
     rng = np.random.default_rng(seed)
-    drawn = np.array([statistic(rng.permutation(label)) for _ in range(permutations)])
+    permuted = np.array([statistic(rng.permutation(label)) for _ in range(permutations)])
     return MemorisationTest(
-        p_value=float((1 + np.sum(drawn[:, 0] >= observed)) / (1 + permutations)),
+        p_value=float((1 + np.sum(permuted[:, 0] >= observed)) / (1 + permutations)),
         log_ratio=observed,
-        expected_log_ratio=float(drawn[:, 0].mean()),
+        expected_log_ratio=float(permuted[:, 0].mean()),
         nearer_train=nearer,
-        expected_nearer_train=float(drawn[:, 1].mean()),
+        expected_nearer_train=float(permuted[:, 1].mean()),
         permutations=permutations,
     )

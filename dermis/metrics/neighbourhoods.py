@@ -1,4 +1,4 @@
-"""Precision, recall, density and coverage of two sets at once: three matrices of distances, each computed once."""
+"""Precision, recall, density and coverage of two sets together. Each of the three distance matrices is computed once."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ PRECISION_K, DENSITY_K = 3, 5
 
 @dataclass(frozen=True)
 class Neighbourhoods:
-    """Shares of images in the neighbourhoods of others, and what beta-recall needs besides them."""
+    """Shares of images in the neighbourhoods of others, and further values that beta-recall needs."""
 
     precision: float
     recall: float
     density: float
     coverage: float
     nearest_distance: NDArray[np.float64]
-    """Of each real image to the generated one nearest to it [N]."""
+    """[N]: distance of each real image to its nearest generated image."""
     nearest_index: NDArray[np.int64]
-    """Of that generated image [N]."""
+    """[N]: index of that generated image."""
     real_radii: NDArray[np.float64]
-    """NND_k of the real images for the k of density [N]."""
+    """[N]: NND_k of the real images, with the k of density."""
 
 
 def compare_neighbourhoods(
     real: Features, generated: Features, *, k_precision: int = PRECISION_K, k_density: int = DENSITY_K
 ) -> Neighbourhoods:
-    """`fidelity.precision_recall` and `density.density_coverage` of real [N, dim] and generated features [M, dim].
+    """Compute `fidelity.precision_recall` and `density.density_coverage` of real [N, dim] and generated features [M, dim].
 
-    Raises ValueError if a set has too few images for its neighbourhoods.
+    Raises:
+        ValueError: A set has too few images for its neighbourhoods.
     """
     of_real = nearest(real, real, max(k_precision, k_density), exclude_self=True)[0] * SLACK
     of_generated = radii(generated, k_precision)

@@ -1,7 +1,7 @@
-"""Exact nearest neighbours and distances between large sets of features, block by block.
+"""Exact nearest neighbours and distances between large sets of features, in blocks.
 
-Everything is float64: squared distances come from |a|^2 + |b|^2 - 2ab, whose rounding in float32 would hide how near a
-copy is. A block is at most BLOCK distances, so 40,000 images against 40,000 need no more memory than the features.
+Everything is float64: squared distances are |a|^2 + |b|^2 - 2ab, whose rounding in float32 would hide how near a copy is. A
+block has at most BLOCK distances, so 40,000 images against 40,000 need no more memory than their features.
 """
 
 from __future__ import annotations
@@ -15,14 +15,18 @@ from torch import Tensor
 
 Features = NDArray[np.float32] | NDArray[np.float64]
 BLOCK = 1 << 22
-SLACK = 1 + 1e-9  # of a radius: what is exactly as far away counts as within, whichever way rounding went
-ROUNDING = 1e-12  # of |a|^2 + |b|^2: what float64 cannot tell from zero over thousands of dimensions
+SLACK = 1 + 1e-9  # factor of a radius, so that points at exactly this distance count as inside whatever the rounding is
+ROUNDING = 1e-12  # share of |a|^2 + |b|^2 that is not distinguishable from zero over thousands of dimensions
 
 
 def squared_distances(queries: Features, base: Features, block: int = BLOCK) -> Iterator[tuple[slice, Tensor]]:
-    """Squared Euclidean distances from rows of queries [N, dim] to all of base [M, dim], as (rows, [rows, M]) blocks.
+    """Compute squared Euclidean distances from queries [N, dim] to base [M, dim], in blocks. Equal vectors have exactly 0.
 
-    Equal vectors are at exactly 0. Raises ValueError if the sets are empty or of different dimension.
+    Yields:
+        A slice of rows, and their distances [rows, M].
+
+    Raises:
+        ValueError: A set is empty, or dimensions differ.
     """
     if queries.ndim != 2 or base.ndim != 2 or queries.shape[1] != base.shape[1] or not len(queries) or not len(base):
         raise ValueError(f"features of shape {queries.shape} and {base.shape} have no distances")
@@ -40,10 +44,19 @@ def squared_distances(queries: Features, base: Features, block: int = BLOCK) -> 
 def nearest(
     queries: Features, base: Features, k: int = 1, *, exclude_self: bool = False
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Distances [N, k], ascending, and indices [N, k] of the k nearest rows of base [M, dim] to queries [N, dim].
+    """Find the k nearest rows of base [M, dim] for each row of queries [N, dim].
 
-    exclude_self: queries and base are the same set, and row i is no neighbour of itself (a duplicate of it is).
-    Raises ValueError if base has fewer than k rows to offer.
+    Args:
+        queries: Rows [N, dim].
+        base: Rows [M, dim].
+        k: Number of neighbours.
+        exclude_self: Whether queries and base are the same set, and row i is not a neighbour of itself. Its duplicates are.
+
+    Returns:
+        Distances [N, k], ascending, and indices [N, k].
+
+    Raises:
+        ValueError: `base` has too few rows.
     """
     if k < 1 or k > len(base) - exclude_self:
         raise ValueError(f"{k} neighbours asked for among {len(base) - exclude_self}")
@@ -58,17 +71,20 @@ def nearest(
 
 
 def radii(base: Features, k: int) -> NDArray[np.float64]:
-    """NND_k [M]: the distance from each row of base [M, dim] to its k-th nearest other row.
+    """Compute NND_k [M]: the distance from each row of base [M, dim] to its k-th nearest other row.
 
-    Longer by a part in 10^9, so that what is exactly as far away counts as within whichever way rounding went.
+    It is larger by a factor of 1 + 1e-9, so that points at exactly this distance count as inside whatever the rounding is.
     """
     return nearest(base, base, k, exclude_self=True)[0][:, -1] * SLACK
 
 
 def distinct_radii(base: Features, same: float) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """[M]: the distance from each row of base [M, dim] to the nearest other one farther than `same`, and whether any is nearer.
+    """Compute the distance [M] from each row of base [M, dim] to the nearest other row farther than `same`.
 
-    Infinite where all others are within `same`. Longer by a part in 10^9, as in `radii`.
+    It is infinite if all others are within `same`, and larger by a factor of 1 + 1e-9, as in `radii`.
+
+    Returns:
+        The distances, and whether another row is within `same`, bool [M].
     """
     nearest, near = np.empty(len(base)), np.empty(len(base), dtype=bool)
     for rows, squared in squared_distances(base, base):

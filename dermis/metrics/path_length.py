@@ -1,7 +1,7 @@
-"""Perceptual path length (Karras et al., StyleGAN, arXiv 1812.04948, section 4.1): how smoothly images follow w.
+"""Perceptual path length (Karras et al., StyleGAN, arXiv 1812.04948, section 4.1): how smoothly images change with w.
 
-torch-fidelity's own PPL walks in z, draws classes evenly and compares 8-bit images, in which steps of 1e-4 are lost.
-So the walk is ours, and the perceptual distance is torch-fidelity's (LPIPS on VGG16) or that of a feature space.
+torch-fidelity's PPL follows paths in z, draws classes evenly and compares 8-bit images, in which steps of 1e-4 are lost. So
+the paths are computed here, and the perceptual distance is torch-fidelity's (LPIPS on VGG16) or that of a feature space.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from dermis.networks import Generator, one_hot
 
 Sampling = Literal["end", "full"]
 PerceptualDistance = Callable[[Tensor, Tensor], Tensor]
-"""Float images [N, 3, H, W] in 0..255, twice -> squared-like distances [N] (of second order in a small change)."""
+"""Two batches of float images [N, 3, H, W] in 0..255 -> distances [N], of second order in a small change."""
 
 EPSILON = 1e-4
-KEPT = (1.0, 99.0)  # percentiles: the paths outside are left out, as the official metric does
-MAX_SIDE = 256  # larger images are averaged down to it first, as the official metric does
+KEPT = (1.0, 99.0)  # percentiles outside of which paths are left out, as in the official metric
+MAX_SIDE = 256  # larger images are reduced to this size by averaging, as in the official metric
 
 
 @dataclass(frozen=True)
 class PathLength:
-    """The mean over the kept paths, and its standard error."""
+    """Mean over the kept paths, and its standard error."""
 
     mean: float
     standard_error: float
@@ -49,13 +49,13 @@ def path_lengths(
     batch: int = 16,
     on_batch: Callable[[int], object] = lambda done: None,
 ) -> NDArray[np.float64]:
-    """Lengths [N] of paths in w, one for every class label in `labels` [N] (zeros if unconditional). Their mean is PPL.
+    """Compute the lengths [N] of paths in w, one for each class in `labels` [N] (zeros if unconditional). Their mean is PPL.
 
         d( g(lerp(w1, w2, t)), g(lerp(w1, w2, t + epsilon)) ) / epsilon^2,   w1 = f(z1), w2 = f(z2)
 
-    t is 0 for sampling "end" (the one of the StyleGAN2 papers) and uniform in [0, 1] for "full". Both ends of a path have
-    the same class and the generator's constant noise. Runs in float32 on the generator's device, whatever the
-    bundle's fast path computes in: a step of 1e-4 is lost in bfloat16 and in TF32.
+    t is 0 for sampling "end" (as in the StyleGAN2 papers) and uniform in [0, 1] for "full". Both ends of a path have the
+    same class and the generator's constant noise. It runs in float32 on the generator's device, because a step of 1e-4 is
+    lost in bfloat16 and in TF32.
     """
     config, device = generator.config, generator.mapping.w_avg.device
     t_all = np.zeros(len(labels)) if sampling == "end" else np.random.default_rng(seed).random(len(labels))
@@ -77,7 +77,7 @@ def path_lengths(
 
 
 def path_length(lengths: NDArray[np.float64]) -> PathLength:
-    """PPL of raw lengths [N]: their mean without the least and the greatest per cent, and its standard error."""
+    """Compute PPL from lengths [N]: their mean without the lowest and the highest per cent, and its standard error."""
     low = np.percentile(lengths, KEPT[0], method="lower")
     high = np.percentile(lengths, KEPT[1], method="higher")
     kept = lengths[(lengths >= low) & (lengths <= high)]
@@ -85,7 +85,7 @@ def path_length(lengths: NDArray[np.float64]) -> PathLength:
 
 
 def _to_255(images: Tensor) -> Tensor:
-    """[N, C, H, W] in about [-1, 1] -> [N, 3, h, w] in about [0, 255], neither clamped nor rounded."""
+    """Convert images [N, C, H, W] in about [-1, 1] to [N, 3, h, w] in about [0, 255], neither clamped nor rounded."""
     side = images.shape[-1]
     if side > MAX_SIDE:
         images = F.avg_pool2d(images, side // MAX_SIDE)

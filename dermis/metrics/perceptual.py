@@ -1,4 +1,4 @@
-"""Perceptual distances for path lengths: float images [N, 3, H, W] in 0..255, twice -> [N]."""
+"""Perceptual distances for path lengths: two batches of float images [N, 3, H, W] in 0..255 -> [N]."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from torch import Tensor
 from dermis.errors import DermisError
 from dermis.features import FeatureExtractor, hub_folder, published_weights
 from dermis.metrics.path_length import PerceptualDistance
-from dermis.vision import import_vision
+from dermis.torchvision_compat import import_vision
 
 
 def lpips(device: torch.device | str = "cpu") -> PerceptualDistance:
-    """LPIPS on VGG16 (Zhang et al., arXiv 1801.03924), the distance that published PPLs use, by torch-fidelity.
+    """Load LPIPS on VGG16 (Zhang et al., arXiv 1801.03924) of torch-fidelity, the distance of published PPLs.
 
-    Downloads its weights once (540 MB); DermisError if they cannot be had.
+    Its weights (540 MB) are downloaded once.
+
+    Raises:
+        DermisError: The weights are not available.
     """
     files = "weights-vgg16-lpips.pth and vgg16-397923af.pth"
     with published_weights("the LPIPS weights", f"give --extractor lite0, or put {files} into {hub_folder()}"):
@@ -31,9 +34,12 @@ def lpips(device: torch.device | str = "cpu") -> PerceptualDistance:
 
 
 def feature_distance(extractor: FeatureExtractor) -> PerceptualDistance:
-    """Squared distance of features of unit length, |f(a)/|f(a)| - f(b)/|f(b)||^2, in 0 .. 4.
+    """Make the squared distance of features of unit length, |f(a)/|f(a)| - f(b)/|f(b)||^2, in 0 .. 4.
 
-    What LPIPS does in every layer, with the pooled features of one. DermisError if the extractor takes 8-bit images only.
+    LPIPS does the same in every layer; here it is done with pooled features.
+
+    Raises:
+        DermisError: The extractor takes only 8-bit images.
     """
     embed = extractor.embed
     if embed is None:

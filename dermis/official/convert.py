@@ -1,8 +1,8 @@
-"""From an official checkpoint to dermis's networks: configuration, cross-checks, weights.
+"""Convert an official checkpoint to dermis's networks: configuration, checks and weights.
 
-An option is what the file's constructor arguments say, else what the stored module says of itself, else the official
-default. Then the network is built without memory, and every stored attribute and every shape must agree with it:
-a checkpoint that the networks here would compute differently is refused, not approximated.
+An option is taken from the constructor arguments in the file; if it is not there, from the attributes of the stored module;
+otherwise it has the official default. Then the network is built without memory, and every stored attribute and shape must
+agree with it: a checkpoint that the networks here would compute differently is refused, not approximated.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dermis.errors import BundleError, escape, quote
-from dermis.limited import Limits
+from dermis.limited import ProcessLimits
 from dermis.networks import FIR_TAPS, Discriminator, DiscriminatorConfig, Generator, GeneratorConfig, fir_filter
 from dermis.official.isolation import DEFAULT_LIMITS, store_isolated
 from dermis.official.persisted import NO_STYLEGAN3
@@ -65,31 +65,31 @@ _COLOURS = {1: "grey images", 2: "images of two channels", 4: "images with a fou
 
 
 class UnsupportedNetworkError(BundleError):
-    """The checkpoint is sound, but `dermis.networks` cannot compute this network."""
+    """The checkpoint is valid, but `dermis.networks` cannot compute its network."""
 
 
 @dataclass(frozen=True)
 class OfficialCheckpoint:
-    """What was read from an official pickle."""
+    """The content of an official pickle."""
 
     generator: Generator
     discriminator: Discriminator | None
     no_discriminator: str
     """Why there is no discriminator; empty if there is one."""
     training_set: Mapping[str, Any]
-    """training_set_kwargs, as far as its values are text or numbers."""
+    """Those values of training_set_kwargs that are text or numbers."""
     sha256: str
 
 
 def read_official(
-    path: str | Path, network: NetworkName = "G_ema", limits: Limits = DEFAULT_LIMITS
+    path: str | Path, network: NetworkName = "G_ema", limits: ProcessLimits = DEFAULT_LIMITS
 ) -> OfficialCheckpoint:
     """Read a StyleGAN2-ADA (PyTorch) `.pkl` without executing anything in it, in a separate process.
 
     Args:
         path: The file.
-        network: The generator to take, the averaged one or the one that was trained.
-        limits: What reading may take; by default more than any official checkpoint needs.
+        network: The generator to read: the averaged one ("G_ema") or the trained one ("G").
+        limits: Limits of reading; by default more than any official checkpoint needs.
 
     Returns:
         The networks in float32 and eval mode, without gradients. A discriminator of another architecture is left out, and
@@ -114,7 +114,11 @@ def read_official(
 
 
 def build_networks(folder: Path, network: NetworkName) -> OfficialCheckpoint:
-    """The networks of a checkpoint that `stored.write_stored` wrote into a folder. BundleError if one cannot be built."""
+    """Build the networks of a checkpoint that `stored.write_stored` wrote into a folder.
+
+    Raises:
+        BundleError: A network cannot be built.
+    """
     stored = read_stored(folder)
     generator = _network(stored, network, folder, Generator)
     discriminator, reason = None, "it holds none"
@@ -154,7 +158,9 @@ def _network(checkpoint: StoredCheckpoint, what: str, folder: Path, kind: type[N
         message = f"{odd[0]} is {shapes.get(odd[0], 'absent')}, its options say {expected.get(odd[0], 'absent')}"
         raise UnsupportedNetworkError(f"{what}: {len(odd)} tensors do not fit the official networks: {message}")
     _check_attributes(model, stored, what)
-    weights = {key: value.clone() for key, value in load_file(weights_file(folder, what)).items()}  # no longer mapped
+    weights = {
+        key: value.clone() for key, value in load_file(weights_file(folder, what)).items()
+    }  # copies, so that the file is no longer mapped
     _check_weights(weights, what)
     model.load_state_dict(weights, assign=True)
     return model.requires_grad_(False).eval()
@@ -173,7 +179,7 @@ def _check_weights(weights: Mapping[str, Tensor], what: str) -> None:
 
 
 def _check_attributes(model: nn.Module, stored: StoredNetwork, what: str) -> None:
-    """Every attribute that decides the arithmetic must be, in the file, what the network here has."""
+    """Check that every attribute that decides the arithmetic is the same in the file and in the network here."""
     for path, ours in model.named_modules():
         if path not in stored.modules:
             raise BundleError(f"{what}: has no module {path}; the file is damaged or tampered with")
@@ -196,7 +202,7 @@ def _check_attributes(model: nn.Module, stored: StoredNetwork, what: str) -> Non
 
 def _generator_config(stored: StoredNetwork, what: str) -> GeneratorConfig:
     options = _arguments(stored, _GENERATOR_ARGUMENTS)
-    # StyleGAN2-ADA takes the options of the synthesis network as a dictionary, the StyleGAN3 repository one by one.
+    # StyleGAN2-ADA passes the options of the synthesis network as a dictionary, the StyleGAN3 repository one by one.
     _check_options(what, options, (*_GENERATOR_ARGUMENTS, *_SYNTHESIS_OPTIONS), "skip")
     synthesis = _nested(what, options, "synthesis_kwargs", _SYNTHESIS_OPTIONS, "skip")
     flat = {key: options[key] for key in _SYNTHESIS_OPTIONS if key in options}
@@ -209,7 +215,7 @@ def _generator_config(stored: StoredNetwork, what: str) -> GeneratorConfig:
     if channels != 3:
         makes = _COLOURS.get(channels, "images of another kind")
         raise UnsupportedNetworkError(
-            f"{what}: img_channels={channels} is not supported, only 3: it makes {makes}, and dermis draws RGB images; "
+            f"{what}: img_channels={channels} is not supported, only 3: it makes {makes}, and dermis generates RGB images; "
             "train on RGB images"
         )
     blocks = [f"synthesis.{name}" for name in stored.children("synthesis") if name.startswith("b")]
@@ -262,7 +268,7 @@ def _width(
 
 
 def _mapping(what: str, arguments: Mapping[str, Any], stored: StoredNetwork, least: int) -> dict[str, Any]:
-    """The options of the mapping network, which has at least `least` layers."""
+    """Return the options of the mapping network, which has at least `least` layers."""
     known = ("num_layers", "embed_features", "layer_features", "lr_multiplier", "w_avg_beta")
     options = _nested(what, arguments, "mapping_kwargs", known, None)
     layers = _integer(what, "num_layers", _mapping_option(arguments, stored, "num_layers", 8), least=least)
@@ -282,14 +288,14 @@ def _mapping_option(arguments: Mapping[str, Any], stored: StoredNetwork, key: st
 
 
 def _arguments(stored: StoredNetwork, names: Sequence[str]) -> dict[str, Any]:
-    """The constructor's arguments by name."""
+    """Return the arguments of the constructor by name."""
     if len(stored.positional) > len(names):
         raise BundleError(f"_init_args has more than {len(names)} arguments; the file is damaged or tampered with")
     return {**dict(zip(names, stored.positional, strict=False)), **stored.named}
 
 
 def _check_options(where: str, options: Mapping[str, Any], known: Sequence[str], architecture: str | None) -> None:
-    """Refuse what the networks here do not compute. `architecture` is the only one that has that option, if any."""
+    """Refuse options that the networks here do not support. `architecture` is the only allowed one of that option, if any."""
     fixed = _FIXED if architecture is None else {**_FIXED, "architecture": architecture}
     for key, value in options.items():
         if key in fixed:
@@ -304,7 +310,7 @@ def _check_options(where: str, options: Mapping[str, Any], known: Sequence[str],
 def _nested(
     what: str, arguments: Mapping[str, Any], key: str, known: Sequence[str], architecture: str | None
 ) -> dict[str, Any]:
-    """The options of a part of the network, which stand in the constructor's argument `key`."""
+    """Return the options of a part of the network, which are in the constructor's argument `key`."""
     options = arguments.get(key)
     if options is None:
         return {}

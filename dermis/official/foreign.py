@@ -1,4 +1,4 @@
-"""Recognise files that are no official checkpoints by their first bytes, so that errors can say what to do."""
+"""Recognise files that are not official checkpoints by their first bytes, so that errors can say what to do."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ _TORCH = (
 )
 _TORCH_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number of torch.save before 1.6
 _HTML = re.compile(rb"<(!doctype\s+html|html|head|body|meta|script|title|a|div|h1|center|p)\b", re.IGNORECASE)
-_PROTOCOL_0 = re.compile(rb"[(\]})]|c\S+(\n|$)")  # how a pickle of protocol 0 or 1 begins that holds more than a scalar
+_PROTOCOL_0 = re.compile(rb"[(\]})]|c\S+(\n|$)")  # beginnings of pickles of protocol 0 or 1 with more than a scalar
 
 
 def describe_foreign(stream: Stream, size: int) -> str:
-    """Why a file is certainly no official checkpoint; empty if it may be one.
+    """Return why a file is certainly not an official checkpoint; empty if it can be one.
 
     Args:
-        stream: The file at its beginning. Its position afterwards is anywhere.
+        stream: The file at its beginning. Its position is changed.
         size: Its size in bytes.
 
     Returns:

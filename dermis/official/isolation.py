@@ -1,7 +1,7 @@
 """Read an untrusted checkpoint in a separate process, with limits of time and memory.
 
-Nothing of the file is executed there either (`pickled.py`). The limits are for files that are made to take long or to
-need much memory; what comes back is JSON and safetensors in a temporary folder.
+Nothing of the file is executed there either (`pickled.py`). The limits are for files that are made to need much time or
+memory. The results are JSON and safetensors in a temporary folder.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ import stat
 from pathlib import Path
 
 from dermis.errors import BundleError, escape
-from dermis.limited import LimitError, Limits, run_limited
+from dermis.limited import LimitError, ProcessLimits, run_limited
 from dermis.official.stored import write_stored
 
-# The largest official checkpoints (1024 px, 380 MB) need a small part of it. The file itself counts, as it is mapped.
-DEFAULT_LIMITS = Limits(cpu_seconds=120, wall_seconds=600, memory_bytes=4 << 30)
+# The largest official checkpoints (1024 px, 380 MB) need a small part of this. The file counts, because it is mapped.
+DEFAULT_LIMITS = ProcessLimits(cpu_seconds=120, wall_seconds=600, memory_bytes=4 << 30)
 _OPTIONS = {"time": "--max-seconds", "memory": "--max-memory-gib"}
 
 
-def store_isolated(path: Path, generator: str, folder: Path, limits: Limits) -> None:
-    """`stored.write_stored` in a process of its own.
+def store_isolated(path: Path, generator: str, folder: Path, limits: ProcessLimits) -> None:
+    """Run `stored.write_stored` in a separate process with limits.
 
     Raises:
         BundleError: As `write_stored` does, or a limit was reached. The message does not name the file.
@@ -46,7 +46,7 @@ def store_isolated(path: Path, generator: str, folder: Path, limits: Limits) -> 
 
 
 def problem_of(path: Path, generator: str, folder: str) -> str:
-    """Write what a checkpoint holds into a folder. Returns why it cannot, "" if it can; for the process with the limits."""
+    """Write the content of a checkpoint into a folder. Returns why it failed, or "". It runs in the process with limits."""
     try:
         write_stored(path, generator, Path(folder))
     except BundleError as error:

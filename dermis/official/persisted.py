@@ -1,8 +1,8 @@
-"""From pickle records to arrays and to the objects that official checkpoints persist.
+"""Convert pickle records to arrays and to the persisted objects of official checkpoints.
 
 A network is one `torch_utils.persistence._reconstruct_persistent_obj` call per module; its state is the module's
-`__dict__`. Tensors arrive as views of storages, each stored as the bytes of a small torch file of its own. numpy is
-enough for them, so that the process that reads foreign files starts without torch.
+`__dict__`. Tensors are views of storages, each of which is stored as the bytes of a small torch file. They are read with
+numpy, so that the process that reads foreign files starts without torch.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ ALLOWED = (
     | frozenset(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in ("set", "frozenset"))
     | frozenset({"numpy.ndarray", "numpy.dtype", "builtins.bytearray"})
 )
-"""Every name that an official checkpoint may refer to. All are records here: none is ever imported or called."""
+"""Every name to which an official checkpoint can refer. All are records here: none is imported or called."""
 
 CLASSES = frozenset({
     "Generator", "MappingNetwork", "SynthesisNetwork", "SynthesisBlock", "SynthesisLayer", "ToRGBLayer",
@@ -68,7 +68,7 @@ NO_STYLEGAN3 = f"StyleGAN3 networks are not supported (StyleGAN3-T or -R); {SUPP
 _STYLEGAN3_CLASSES = frozenset({"SynthesisInput"})
 _STYLEGAN3_LAYER = re.compile(r"L\d+_\d+_\d+")  # number, size and channels
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")  # of a module or tensor
-_MAX_DEPTH = 16  # of modules within modules; an official network has 5
+_MAX_DEPTH = 16  # of nested modules; an official network has 5
 _MAX_MODULES = 10_000  # an official 1024 px network has some 100
 _MAX_CHARACTERS = 4096  # of a text in a configuration
 _MAX_ITEMS = 32  # of a list or dictionary in a configuration; small, because a pickle can share them many times
@@ -78,30 +78,34 @@ _LEGACY_PROTOCOL = 1001
 
 @dataclass(frozen=True)
 class Module:
-    """One persisted object: its class name and its `__dict__`, whose values are still records."""
+    """A persisted object: its class name and its `__dict__`, whose values are still records."""
 
     class_name: str
     state: dict[str, Any]
 
     def plain(self, name: str) -> Any:
-        """An attribute as a plain value, None if absent."""
+        """Return an attribute as a plain value; None if it is missing."""
         return plain(self.state.get(name))
 
     def children(self) -> dict[str, Any]:
-        found = mapping(self.state.get("_modules"), "_modules")
-        return {name: value for name, value in found.items() if value is not None}
+        modules = mapping(self.state.get("_modules"), "_modules")
+        return {name: value for name, value in modules.items() if value is not None}
 
 
 @dataclass
 class Checkpoint:
-    """The file's dictionary, read but not yet turned into arrays. `storages` keeps what was decoded, by record."""
+    """The dictionary of the file, not yet converted to arrays. `storages` has the decoded storages by record."""
 
     values: dict[str, Any]
     storages: dict[int, np.ndarray] = field(default_factory=dict)
 
 
 def read_checkpoint(stream: Stream) -> Checkpoint:
-    """Parse the file and look at every object in it. Raises `BundleError` for whatever has no place in one."""
+    """Parse the file and check every object in it.
+
+    Raises:
+        BundleError: The file has an object that does not belong into a checkpoint.
+    """
     root = read_pickle(stream, ALLOWED)
     if stream.read(1):
         raise BundleError("has data behind the end of the pickle; it is damaged or no StyleGAN2-ADA checkpoint")
@@ -143,7 +147,7 @@ def _meta(call: Call) -> dict[str, Any]:
 
 
 def module(value: Any, what: str) -> Module:
-    """A persisted object as a `Module`; `what` names it in errors."""
+    """Convert a persisted object to a `Module`. `what` names it in errors."""
     if not isinstance(value, Call) or value.name != PERSISTED:
         raise BundleError(f"{what} is no persisted network; is this an official StyleGAN2-ADA (PyTorch) checkpoint?")
     meta = _meta(value)
@@ -151,7 +155,7 @@ def module(value: Any, what: str) -> Module:
 
 
 def mapping(value: Any, what: str) -> dict[str, Any]:
-    """A dict, OrderedDict or EasyDict with string keys; its values stay as they are."""
+    """Convert a dict, OrderedDict or EasyDict with string keys. Values are not converted."""
     if isinstance(value, Call) and value.name in _MAPPINGS and not value.args:
         value = value.items
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
@@ -160,7 +164,7 @@ def mapping(value: Any, what: str) -> dict[str, Any]:
 
 
 def plain(value: Any, depth: int = 0) -> Any:
-    """Configuration values: numbers, strings, None, and short lists and dictionaries of them."""
+    """Convert a configuration value: a number, string, None, or a short list or dictionary of these."""
     if depth > 3:
         raise BundleError("nests its configuration deeper than any official checkpoint")
     if value is None or isinstance(value, bool | float):
@@ -197,7 +201,7 @@ def _numpy_scalar(dtype: Any, data: Any) -> Any:
 
 
 def _bytes(record: Any) -> Any:
-    """Bytes as pickle protocols below 3 write them; anything else as it is."""
+    """Decode bytes as pickle protocols below 3 write them. Other values are returned unchanged."""
     if isinstance(record, Call) and record.name == "_codecs.encode" and record.args[1:] == ("latin1",):
         text = record.args[0]
         try:
@@ -211,7 +215,7 @@ def _bytes(record: Any) -> Any:
 
 
 def modules(root: Module) -> dict[str, Module]:
-    """The network and all modules in it, by their path ("" is the network itself)."""
+    """Return the network and all modules in it, by path ("" is the network itself)."""
     by_path: dict[str, Module] = {}
     seen: set[int] = set()
     pending = [("", root)]
@@ -238,7 +242,7 @@ def _check_name(name: str, path: str) -> None:
 
 
 def tensors(network: Mapping[str, Module]) -> dict[str, Call]:
-    """Records of all parameters and persistent buffers of a network's modules, under their state_dict names."""
+    """Return the records of all parameters and persistent buffers of a network's modules, by their state_dict names."""
     return {
         f"{path}.{name}" if path else name: record
         for path, current in network.items()
@@ -247,9 +251,9 @@ def tensors(network: Mapping[str, Module]) -> dict[str, Call]:
 
 
 def _own_tensors(current: Module, path: str) -> dict[str, Call]:
-    found: dict[str, Call] = {}
+    tensors: dict[str, Call] = {}
     skipped = current.state.get("_non_persistent_buffers_set", set())
-    if isinstance(skipped, Call) and skipped.args:  # how older pickle protocols write a set
+    if isinstance(skipped, Call) and skipped.args:  # a set in older pickle protocols
         skipped = set(plain(skipped.args[0]))
     for kind in ("_parameters", "_buffers"):
         for name, value in mapping(current.state.get(kind), kind).items():
@@ -260,12 +264,12 @@ def _own_tensors(current: Module, path: str) -> dict[str, Call]:
                 continue
             if not isinstance(record, Call) or record.name not in _REBUILD:
                 raise BundleError(f"{path}.{name} is no tensor; the file is damaged or tampered with")
-            found[name] = record
-    return found
+            tensors[name] = record
+    return tensors
 
 
 def shape(record: Call, name: str) -> tuple[int, ...]:
-    """The shape that a tensor record claims."""
+    """Return the shape in a tensor record."""
     size = record.args[2] if len(record.args) >= 4 else None
     if isinstance(size, Call) and size.name == "torch.Size" and len(size.args) == 1:
         size = tuple(size.args[0]) if isinstance(size.args[0], list | tuple) else None
@@ -276,7 +280,7 @@ def shape(record: Call, name: str) -> tuple[int, ...]:
 
 
 def array(checkpoint: Checkpoint, record: Call, name: str) -> np.ndarray:
-    """A tensor record as a contiguous float32 array of its own."""
+    """Convert a tensor record to a new contiguous float32 array."""
     size, stride, offset = shape(record, name), record.args[3], record.args[1]
     storage = _storage(checkpoint, record.args[0], name)
     numbers = [offset, *stride] if isinstance(stride, tuple) and len(stride) == len(size) else [None]
@@ -309,7 +313,7 @@ def _storage(checkpoint: Checkpoint, record: Any, name: str) -> np.ndarray:
 
 
 def _read_storage(data: bytes) -> np.ndarray:
-    """The one storage of a torch file, in either of torch's two formats, as a flat array."""
+    """Read the only storage of a torch file, in either of torch's two formats, as a flat array."""
     if data[:4] == b"PK\x03\x04":
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
@@ -343,7 +347,7 @@ def _read_storage(data: bytes) -> np.ndarray:
 
 
 def _pid(value: Any) -> tuple[str, str, int]:
-    """(kind of storage, key, number of elements) of a torch storage reference."""
+    """Return (kind of storage, key, number of elements) of a torch storage reference."""
     pid = value.pid if isinstance(value, Persistent) else None
     if not isinstance(pid, tuple) or len(pid) not in (5, 6) or pid[0] != "storage" or (len(pid) == 6 and pid[5]):
         raise ValueError("no single storage")

@@ -1,9 +1,9 @@
 """Read a pickle as data: opcodes become plain values and `Call` records, and nothing is ever imported or called.
 
-The standard unpickler runs what a file asks for. This reader walks the opcodes with `pickletools.genops`, keeps a
-"call" (REDUCE, NEWOBJ, BUILD) as a record, and refuses every name that is not on the caller's list. Memory stays
-within a small multiple of the file: no opcode can ask for more than the bytes it brings. What a file can still do is take
-long, so the files of others are read in a process with limits (`isolation.py`).
+The standard unpickler runs what a file requests. This reader iterates over the opcodes with `pickletools.genops`, stores a
+"call" (REDUCE, NEWOBJ, BUILD) as a record, and refuses every name that is not on the caller's list. Memory is limited to a
+small multiple of the file: no opcode can request more than its own bytes. A file can still need much time, so foreign files
+are read in a process with limits (`isolation.py`).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Global:
 
 @dataclass(eq=False)
 class Call:
-    """What the pickle wanted to be called: "module.name"(*args), then its state and its dictionary items."""
+    """A call that the pickle requests: "module.name"(*args), then its state and its dictionary items."""
 
     name: str
     args: tuple[Any, ...]
@@ -54,16 +54,24 @@ class Call:
 
 @dataclass(frozen=True)
 class Persistent:
-    """A persistent id: how torch's files refer to their storages."""
+    """A persistent id, by which torch's files refer to their storages."""
 
     pid: Any
 
 
 def read_pickle(stream: Stream, allowed: Collection[str], persistent: bool = False) -> Any:
-    """The next pickle in `stream`, which is left behind its end.
+    """Read the next pickle in a stream. The stream is at the end of the pickle afterwards.
 
-    Returns None, bool, int, float, str, bytes, list, tuple, set, dict and the records above. Raises `BundleError` if a
-    name is not in `allowed`, if an opcode has no place in a checkpoint, or if the data are damaged.
+    Args:
+        stream: The stream.
+        allowed: Names that the pickle can refer to.
+        persistent: Whether it can have persistent ids.
+
+    Returns:
+        None, bool, int, float, str, bytes, list, tuple, set, dict, and the records above.
+
+    Raises:
+        BundleError: A name is not in `allowed`, an opcode does not belong into a checkpoint, or the data are damaged.
     """
     try:
         return _read(stream, allowed, persistent)
@@ -140,7 +148,7 @@ def _read(stream: Stream, allowed: Collection[str], persistent: bool) -> Any:
             return stack[0]
         elif op not in ("PROTO", "FRAME"):
             stack.append(_empty(op))
-    raise ValueError("no STOP")  # genops raises first; mypy cannot know
+    raise ValueError("no STOP")  # for mypy: genops raises first
 
 
 def _last(stack: list[Any], count: int) -> list[Any]:
@@ -150,7 +158,7 @@ def _last(stack: list[Any], count: int) -> list[Any]:
 
 
 def _empty(op: str) -> Any:
-    """A constant or an empty container; every opcode that is not handled ends here and is refused."""
+    """Return a constant or an empty container. Every other opcode is refused here."""
     if op in ("NONE", "NEWTRUE", "NEWFALSE"):
         return {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[op]
     if op in ("EMPTY_LIST", "EMPTY_TUPLE", "EMPTY_DICT", "EMPTY_SET"):
@@ -198,7 +206,7 @@ def _hashable(keys: list[Any]) -> list[Any]:
 
 
 def _key(key: Any) -> Any:
-    """Refuse keys whose hash is slow (a deeply shared tuple takes exponential time) or can be chosen to collide.
+    """Refuse keys whose hash is slow (a deeply shared tuple takes exponential time) or can be made to collide.
 
     The hash of a number is the number modulo 2^61 - 1: a dictionary of multiples of it takes quadratic time. The hashes of
     text and bytes depend on a random number of this process.

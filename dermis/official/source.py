@@ -1,8 +1,7 @@
-"""A static look at the Python source that official checkpoints carry. It is parsed, never compiled or executed.
+"""Check the Python source in official checkpoints. It is parsed, never compiled or executed.
 
-dermis does not need the source: it has its own networks. The look is for people: a checkpoint whose source would do
-more at import than define functions and classes has been tampered with, and they should know before another program
-runs it.
+dermis does not need the source, because it has its own networks. The check is a warning for users: a checkpoint whose source
+would do more at import than define functions and classes was tampered with, and another program would run it.
 """
 
 from __future__ import annotations
@@ -71,7 +70,7 @@ def _check_anywhere(node: ast.AST) -> None:
 
 
 def _check_body(body: list[ast.stmt]) -> None:
-    """The statements that an import would execute: those of the module and of its classes."""
+    """Check the statements that an import would execute: those of the module and of its classes."""
     for node in body:
         if isinstance(node, ast.Import | ast.ImportFrom | ast.Pass):
             continue

@@ -1,4 +1,4 @@
-"""The contents of a checkpoint as plain data, passed from the process that reads it to the one that uses it.
+"""The contents of a checkpoint as plain data, for the process that uses it.
 
 `write_stored` puts the networks of a pickle into a folder: their modules, attributes and options as JSON, their weights
 as safetensors. `read_stored` reads that folder. No pickle leaves the process that reads the foreign one.
@@ -37,13 +37,13 @@ ATTRIBUTES = (
     "resolution", "cmap_dim", "architecture", "activation", "up", "down", "conv_clamp", "use_fp16", "use_noise", "num_conv",
     "weight_gain", "bias_gain", "act_gain", "padding", "group_size", "num_channels",
 )  # fmt: skip
-"""The attributes of modules that say how a network computes."""
+"""Attributes of modules that decide how a network computes."""
 _MAX_RESULT_CHARACTERS = 16_000_000
 
 
 @dataclass(frozen=True)
 class StoredModule:
-    """One module of a network: the name of its class and those of `ATTRIBUTES` that it has."""
+    """A module of a network: the name of its class, and its values of `ATTRIBUTES`."""
 
     class_name: str
     attributes: Mapping[str, Any]
@@ -54,21 +54,21 @@ class StoredNetwork:
     """A network as the file describes it."""
 
     modules: Mapping[str, StoredModule]
-    """By path; "" is the network itself."""
+    """Modules by path; "" is the network itself."""
     positional: Sequence[Any]
-    """The constructor's arguments by position."""
+    """Arguments of the constructor by position."""
     named: Mapping[str, Any]
-    """The constructor's arguments by name."""
+    """Arguments of the constructor by name."""
     shapes: Mapping[str, Sequence[int]]
-    """Of all parameters and buffers, by their state_dict name."""
+    """Shapes of all parameters and buffers, by their state_dict name."""
 
     def attribute(self, path: str, name: str, default: Any = None) -> Any:
-        """An attribute of the module at `path`, `default` if there is no such module or attribute."""
+        """Return an attribute of the module at `path`, or `default` if there is no such module or attribute."""
         stored = self.modules.get(path)
         return default if stored is None else stored.attributes.get(name, default)
 
     def children(self, path: str = "") -> list[str]:
-        """The names of the modules directly within the one at `path`."""
+        """Return the names of the modules directly inside the one at `path`."""
         prefix = f"{path}." if path else ""
         below = [name.removeprefix(prefix) for name in self.modules if name and name.startswith(prefix)]
         return [name for name in below if "." not in name]
@@ -76,16 +76,16 @@ class StoredNetwork:
 
 @dataclass(frozen=True)
 class StoredCheckpoint:
-    """The networks of a file and what it says of its training set. The weights lie in `weights_file(folder, name)`."""
+    """The networks of a file, and its information on the training set. `weights_file(folder, name)` has the weights."""
 
     networks: Mapping[str, StoredNetwork]
     training_set: Mapping[str, Any]
-    """training_set_kwargs, as far as its values are text or numbers."""
+    """Those values of training_set_kwargs that are text or numbers."""
     sha256: str
 
 
 def weights_file(folder: Path, network: str) -> Path:
-    """Where `write_stored` puts the weights of a network."""
+    """Return the path of the weights of a network that `write_stored` wrote."""
     return folder / f"{network}.safetensors"
 
 
@@ -112,8 +112,10 @@ def write_stored(path: Path, generator: str, folder: Path) -> None:
         digest = hashlib.sha256(stream).hexdigest()
     values = checkpoint.values
     if values.get(generator) is None:
-        held = ", ".join(sorted(values)) if len(values) <= 20 else f"{len(values):,} other entries"
-        raise BundleError(f"has no {generator} (it holds {escape(held) or 'nothing'}); choose another network or file")
+        entries = ", ".join(sorted(values)) if len(values) <= 20 else f"{len(values):,} other entries"
+        raise BundleError(
+            f"has no {generator} (it holds {escape(entries) or 'nothing'}); choose another network or file"
+        )
     names = [name for name in (generator, "D") if values.get(name) is not None]
     result = StoredCheckpoint(
         {name: _store(checkpoint, values[name], name, size, folder) for name in names},
@@ -157,7 +159,7 @@ def _store(checkpoint: Checkpoint, record: Any, name: str, file_bytes: int, fold
 
 
 def _attribute(record: Any) -> Any:
-    """An attribute as a plain value; one that is none compares equal to nothing that a network here has."""
+    """Return an attribute as a plain value. One that is not plain becomes a text that equals no value of the networks here."""
     try:
         return plain(record)
     except BundleError as error:
@@ -174,7 +176,7 @@ def _training_set(record: Any) -> dict[str, Any]:
 
 
 def read_stored(folder: Path) -> StoredCheckpoint:
-    """What `write_stored` wrote into a folder."""
+    """Read what `write_stored` wrote into a folder."""
     content = json.loads((folder / RESULT).read_text())
     networks = {
         name: StoredNetwork(

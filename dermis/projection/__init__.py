@@ -1,1 +1,1 @@
-"""Real images in a generator's latent space: the latent whose image comes nearest to a given one."""
+"""Projection: find the latent whose image is nearest to a given real image."""

@@ -1,8 +1,8 @@
-"""An encoder: images to latents in one pass, near enough for a short optimisation to go on from.
+"""Encoders: networks from images to latents, from which a short optimisation can start.
 
-A convolutional network looks at the image and gives, for every style vector, coordinates in the principal components of the
-generator's w around its mean: ws[l] = mean + sum_k c[l, k] s_k b_k, with s_k the standard deviation along b_k. So a zero
-output is the mean image, and every output is of the size that latents have.
+For every style vector a convolutional network computes coordinates in the principal components of the generator's w around
+its mean: ws[l] = mean + sum_k c[l, k] s_k b_k, with s_k the standard deviation along b_k. So an output of zero is the mean
+image, and outputs have the scale of latents.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dermis.errors import BundleError, escape, quote
 from dermis.features import channels_last
 from dermis.imaging import Images
 from dermis.tensor_files import read_header, read_tensors
-from dermis.vision import import_vision
+from dermis.torchvision_compat import import_vision
 
 if TYPE_CHECKING:
     from dermis.bundle import Bundle
@@ -37,8 +37,14 @@ _WIDTHS = (32, 48, 80, 112, 160)
 class EncoderNetwork(nn.Module):
     """Float images [N, 3, H, W] in 0..255 -> ws [N, num_ws, w_dim].
 
-    basis [components, w_dim] holds s_k b_k, mean [w_dim] the centre. The last layer begins at zero, so an untrained
-    network gives the mean.
+    The last layer is zero at first, so that an untrained network gives the mean.
+
+    Args:
+        backbone: "small", or "timm:" and the name of a model of timm.
+        size: Side in px to which images are resized.
+        num_ws: Number of style vectors.
+        basis: s_k b_k, float [components, w_dim].
+        mean: Mean of w, float [w_dim].
     """
 
     basis: Tensor
@@ -55,15 +61,15 @@ class EncoderNetwork(nn.Module):
         self.register_buffer("mean", mean)
 
     def coordinates(self, images: Tensor) -> Tensor:
-        """[N, num_ws, components], about standard normal where images are the generator's own."""
+        """Compute coordinates [N, num_ws, components], about standard normal for images of the generator."""
         if images.shape[2:] != (self.size, self.size):
             images = F.interpolate(images, (self.size, self.size), mode="bilinear", antialias=True, align_corners=False)
         x = (images / 127.5 - 1).contiguous(memory_format=torch.channels_last)
-        found: Tensor = self.head(self.backbone(x).float()).view(len(images), self.num_ws, -1)
-        return found
+        coordinates: Tensor = self.head(self.backbone(x).float()).view(len(images), self.num_ws, -1)
+        return coordinates
 
     def latents(self, coordinates: Tensor) -> Tensor:
-        """ws [N, num_ws, w_dim] of coordinates."""
+        """Return ws [N, num_ws, w_dim] for coordinates [N, num_ws, components]."""
         return self.mean + coordinates @ self.basis
 
     def forward(self, images: Tensor) -> Tensor:
@@ -71,7 +77,7 @@ class EncoderNetwork(nn.Module):
 
 
 class Encoder:
-    """An encoder made ready to run: uint8 images [N, H, W, 3] -> float32 ws [N, num_ws, w_dim]."""
+    """A loaded encoder: uint8 images [N, H, W, 3] -> float32 ws [N, num_ws, w_dim]. `load_encoder` makes one."""
 
     def __init__(self, network: EncoderNetwork, description: EncoderDescription, device: torch.device) -> None:
         self.description = description
@@ -80,58 +86,71 @@ class Encoder:
 
     @torch.inference_mode()
     def __call__(self, images: Images, labels: Sequence[int | None] = ()) -> NDArray[np.float32]:
-        """ws of square images of one size. The class of an image is of no account: the encoder sees it."""
+        """Compute ws [N, num_ws, w_dim] of square images of one size. Labels are ignored: the class is visible."""
         x = torch.tensor(images, device=self._device).permute(0, 3, 1, 2).float()
-        found: NDArray[np.float32] = self._network(x).cpu().numpy()
-        return found
+        ws: NDArray[np.float32] = self._network(x).cpu().numpy()
+        return ws
 
 
 def load_encoder(bundle: Bundle, folder: str | Path | None = None, *, device: str = "auto") -> Encoder | None:
-    """The encoder of a bundle, or one of its own folder for this bundle; None if the bundle has none.
+    """Load the encoder of a bundle.
 
-    BundleError if the encoder is damaged, or was trained for another generator.
+    Args:
+        bundle: The bundle.
+        folder: Folder or fsspec URL of another encoder for this bundle.
+        device: "auto", "cpu" or a CUDA device.
+
+    Returns:
+        The encoder; None if the bundle has none and there is no `folder`.
+
+    Raises:
+        BundleError: The encoder is damaged, or was trained for another generator.
     """
     if folder is None and bundle.encoder is None:
         return None
     where = f"{bundle.location}/encoder" if folder is None else str(folder)
-    opened, described, _ = open_encoder_folder(where)
-    if folder is None and bundle.encoder is not None and bundle.encoder.digest != described.digest:
+    opened, description, _ = open_encoder_folder(where)
+    if folder is None and bundle.encoder is not None and bundle.encoder.digest != description.digest:
         raise BundleError(f"{where}: was changed since the bundle was opened; try again")
-    if described.generator != bundle.files[GENERATOR].sha256:
+    if description.generator != bundle.files[GENERATOR].sha256:
         raise BundleError(f"{where}: was trained for another generator; train one for this: dermis train encoder")
-    network = network_from(opened.read(WEIGHTS, described.files[WEIGHTS]), described, f"{where}/{WEIGHTS}")
-    return Encoder(network, described, resolve_device(device))
+    network = network_from(opened.read(WEIGHTS, description.files[WEIGHTS]), description, f"{where}/{WEIGHTS}")
+    return Encoder(network, description, resolve_device(device))
 
 
-def network_from(weights: bytes, described: EncoderDescription, where: str) -> EncoderNetwork:
-    """The network in float32 of the bytes of encoder.safetensors. BundleError if they do not fit the description."""
+def network_from(weights: bytes, description: EncoderDescription, where: str) -> EncoderNetwork:
+    """Build the network in float32 from the bytes of encoder.safetensors.
+
+    Raises:
+        BundleError: They do not fit the description. The message begins with `where`.
+    """
     header = read_header(weights, where)
     try:
-        # Shapes first: the description may ask for a network of any size.
+        # Shapes are compared without memory first, because a description can name a network of any size.
         with torch.device("meta"):
-            expected = {name: tuple(value.shape) for name, value in _untrained(described).state_dict().items()}
+            expected = {name: tuple(value.shape) for name, value in _untrained(description).state_dict().items()}
         if odd := sorted(name for name, _ in expected.items() ^ header.shapes.items()):
             raise BundleError(f"{where}: {len(odd)} tensors do not fit {DESCRIPTOR}, the first is {escape(odd[0])}")
-        network = _untrained(described)
+        network = _untrained(description)
         network.load_state_dict({name: value.float() for name, value in read_tensors(weights, where).items()})
         with torch.inference_mode():
-            network.eval()(torch.zeros(1, 3, described.size, described.size))
+            network.eval()(torch.zeros(1, 3, description.size, description.size))
     except BundleError:
         raise
-    except Exception as error:  # each network of timm has requirements of its own
+    except Exception as error:  # networks of timm have different requirements
         raise BundleError(
-            f"{where}: {described.backbone} of {described.size} px does not run ({escape(error)})"
+            f"{where}: {description.backbone} of {description.size} px does not run ({escape(error)})"
         ) from None
     return network
 
 
-def _untrained(described: EncoderDescription) -> EncoderNetwork:
-    shapes = torch.zeros(described.components, described.w_dim), torch.zeros(described.w_dim)
-    return EncoderNetwork(described.backbone, described.size, described.num_ws, *shapes)
+def _untrained(description: EncoderDescription) -> EncoderNetwork:
+    shapes = torch.zeros(description.components, description.w_dim), torch.zeros(description.w_dim)
+    return EncoderNetwork(description.backbone, description.size, description.num_ws, *shapes)
 
 
 def _small() -> tuple[nn.Module, int]:
-    """About half a million weights; halves the image five times."""
+    """Make a network of about half a million weights, which halves the image five times."""
     layers: list[nn.Module] = [nn.Conv2d(3, _WIDTHS[0], 3, 2, 1), nn.GroupNorm(8, _WIDTHS[0]), nn.SiLU()]
     for wide, wider in pairwise(_WIDTHS):
         layers += [_Residual(wide), nn.Conv2d(wide, wider, 3, 2, 1), nn.GroupNorm(8, wider), nn.SiLU()]
@@ -141,7 +160,7 @@ def _small() -> tuple[nn.Module, int]:
 
 
 class _Residual(nn.Module):
-    """x + its depthwise-separable convolution, expanded twice."""
+    """x plus its depthwise-separable convolution, with twice the channels inside."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -154,8 +173,8 @@ class _Residual(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = x + self.layers(x)
-        return found
+        result: Tensor = x + self.layers(x)
+        return result
 
 
 def _timm(model: str) -> tuple[nn.Module, int]:

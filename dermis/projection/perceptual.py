@@ -1,9 +1,9 @@
-"""Perceptual distances to minimise: embeddings in which the squared Euclidean distance is that of LPIPS, or like it.
+"""Perceptual distances to minimise: embeddings whose squared Euclidean distance is LPIPS or similar to it.
 
 vgg16   LPIPS on VGG16 (Zhang et al., arXiv 1801.03924), as StyleGAN2's projector uses it; downloads its weights once
-lite0   the same without learnt weights on the layers of EfficientNet-Lite0, whose weights come with a Python package
+lite0   the same on the layers of EfficientNet-Lite0 without learnt weights; a Python package has the weights of its network
 
-A distance is always told with the name of its space: numbers of two spaces cannot be compared.
+A distance is always reported with the name of its space, because numbers of two spaces cannot be compared.
 """
 
 from __future__ import annotations
@@ -18,17 +18,20 @@ from torch import Tensor
 
 from dermis.errors import DermisError
 from dermis.features import channels_last, hub_folder, lite0_network, published_weights
-from dermis.vision import import_vision
+from dermis.torchvision_compat import import_vision
 
-MAX_SIZE = 256  # larger images are averaged down to it, as in StyleGAN2's appendix D
+MAX_SIZE = 256  # larger images are reduced to this size by averaging, as in StyleGAN2's appendix D
 DEFAULT = "vgg16"
 
 
 @dataclass(frozen=True)
 class Perceptual:
-    """float images [N, 3, H, W] in 0..255 -> embeddings float32 [N, D]; D depends on the image size.
+    """A perceptual distance.
 
-    |embed(a) - embed(b)|^2 of a row is the distance of two images of one size. Gradients pass through.
+    Attributes:
+        name: Its name in `PERCEPTUALS`.
+        embed: Float images [N, 3, H, W] in 0..255 -> embeddings float32 [N, D]. D depends on the image size. The distance
+            of two images of one size is |embed(a) - embed(b)|^2. Gradients pass through.
     """
 
     name: str
@@ -36,9 +39,15 @@ class Perceptual:
 
 
 def perceptual(name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Perceptual:
-    """A distance by its name, on a device. `dtype`: arithmetic of its convolutions, float32 if None.
+    """Load a distance.
 
-    DermisError if there is none of this name or its weights cannot be had.
+    Args:
+        name: A name in `PERCEPTUALS`.
+        device: Where it runs.
+        dtype: Arithmetic of its convolutions; None for float32.
+
+    Raises:
+        DermisError: There is no such distance, or its weights are not available.
     """
     if name not in PERCEPTUALS:
         raise DermisError(f"distance: {name!r} is none of {', '.join(PERCEPTUALS)}")
@@ -59,8 +68,10 @@ Layers = Callable[[Tensor], tuple[Sequence[Tensor], Sequence[Tensor | None]]]
 
 
 def _rows(maps: Tensor, weight: Tensor | None) -> Tensor:
-    """Features [N, C, H, W] as rows whose squared distance is LPIPS's term of a layer (equation 1): the features of each
-    place at length 1, channels weighted by `weight` [C] (1 each if None), places averaged.
+    """Turn features [N, C, H, W] into rows whose squared distance is the term of a layer in LPIPS (equation 1).
+
+    The features of each position are scaled to length 1, channels are weighted by `weight` [C] (None: all 1), and positions
+    are averaged.
     """
     unit = F.normalize(maps.float(), dim=1, eps=1e-10)
     if weight is not None:

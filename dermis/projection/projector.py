@@ -1,9 +1,10 @@
-"""Projection: the latent whose image comes perceptually nearest to a real one, for many images at once.
+"""Projection: find the latents whose images are perceptually nearest to real ones, for many images at once.
 
 Karras et al., "Analyzing and Improving the Image Quality of StyleGAN" (arXiv 1912.04958), appendix D: Adam on w and on the
-noise maps, from the mean latent, with ramps of the learning rate, noise on w that fades, and noise maps kept white. Here a
-batch of images is worked on at once, each at its own step: losses are summed, not averaged, so that images do not touch
-one another, all noise is drawn for an image by its own pixels, and the place of a finished one is taken by the next.
+noise maps, from the mean latent, with ramps of the learning rate, noise on w that decreases to zero, and noise maps that are
+kept white. Here a batch of images is projected at once, each at its own step. Losses are summed, not averaged, and all noise
+of an image is drawn from its own pixels, so that images do not influence each other. The next image takes the slot of a
+finished one.
 """
 
 from __future__ import annotations
@@ -33,17 +34,22 @@ if TYPE_CHECKING:
     from dermis.bundle import Bundle
 
 Encode = Callable[[Images, Sequence[int | None]], NDArray[np.float32]]
-"""uint8 images [N, R, R, 3] and labels -> ws [N, num_ws, w_dim] to start from."""
+"""Images uint8 [N, R, R, 3] and labels [N] -> ws [N, num_ws, w_dim] to start from."""
 
 _MEAN_SAMPLES = 10_000  # as in appendix D
-_BETAS, _EPSILON = (0.9, 0.999), 1e-8  # Adam's own
-_BETTER = 0.999  # an image has improved when its loss is below this part of the least so far
+_BETAS, _EPSILON = (0.9, 0.999), 1e-8  # the defaults of Adam
+_BETTER = 0.999  # an image has improved if its loss is below this share of the least so far
 _CPU_BATCH, _GPU_BATCH = 8, 32
 
 
 @dataclass(frozen=True)
 class Target:
-    """An image to project: uint8 [H, W, 3] of any size; its class number, or None if unknown or there are no classes."""
+    """An image to project.
+
+    Attributes:
+        image: uint8 [H, W, 3] of any size.
+        label: Class number; None if it is unknown or the generator has no classes.
+    """
 
     image: Images
     label: int | None = None
@@ -52,10 +58,18 @@ class Target:
 class Projector:
     """Projects images with one generator and one distance.
 
-    distance: a name of `dermis.projection.perceptual`. batch_size: images in work at once, 8 on a CPU and 32 on a GPU if
-    None; it changes speed and last bits only. dtype: "auto" (bfloat16 where it is fast), "float32" or "bfloat16", of the
-    convolutions. encode: what gives latents to start from, where the schedule wants them. generator: the bundle's own
-    network, where the caller has it loaded. DermisError where one of them cannot be had.
+    Args:
+        bundle: The bundle of the generator.
+        distance: A name of `dermis.projection.perceptual`.
+        device: "auto", "cpu" or a CUDA device.
+        batch_size: Images that are projected at once; None for 8 on a CPU and 32 on a GPU. It changes only speed and the
+            last bits of results.
+        dtype: Arithmetic of the convolutions: "auto" (bfloat16 if it is fast), "float32" or "bfloat16".
+        generator: The generator of the bundle, if it is loaded already.
+        encode: Gives the latents to start from, for schedules that start from an encoder.
+
+    Raises:
+        DermisError: An option is not valid or not available here, or the generator is not RGB.
     """
 
     def __init__(
@@ -72,7 +86,7 @@ class Projector:
         from dermis.bundle import load_generator
 
         if bundle.generator.img_channels != 3:
-            raise DermisError(f"{bundle.location}: draws grey images; only RGB generators can be projected to")
+            raise DermisError(f"{bundle.location}: generates grey images; projection needs an RGB generator")
         if dtype not in ("auto", "float32", "bfloat16"):
             raise DermisError(f'dtype: "{dtype}" is none of auto, float32, bfloat16')
         self._device = resolve_device(device)
@@ -101,11 +115,20 @@ class Projector:
         on_step: Callable[[Sequence[tuple[int, int]]], None] | None = None,
         frame_every: int | None = None,
     ) -> Iterator[tuple[int, Projection]]:
-        """(position in `targets`, projection) of each, as they come to their end; `targets` are read as they are needed.
+        """Project images.
 
-        `on_step` gets (position, steps done) of the images in work after every step; an exception from it ends the work.
-        With `frame_every` a projection has its image of every so many steps as `frames`.
-        RequestError if a label is none of the generator's, or the schedule wants an encoder and there is none.
+        Args:
+            targets: The images. They are read when they are needed.
+            schedule: Steps, rates and the space that is searched.
+            on_step: Called after every step with (position in `targets`, steps done) of the current images. An exception
+                from it ends the work.
+            frame_every: Number of steps between two images in `frames` of a projection; None for no frames.
+
+        Yields:
+            Position in `targets` and projection of each image, in the order in which they finish.
+
+        Raises:
+            RequestError: A label is not a class of the generator, or the schedule needs an encoder and there is none.
         """
         if schedule.start == "encoder" and self._encode is None:
             raise RequestError("start", "there is no encoder for this bundle; start from the mean, or train an encoder")
@@ -118,22 +141,22 @@ class Projector:
             yield from slots.finished()
 
     def _draw(self, ws: Tensor, maps: Sequence[Tensor] | None) -> Tensor:
-        """Images float [N, 3, R, R] in 0..255, not clamped."""
+        """Generate images float [N, 3, R, R] in 0..255, not clamped."""
         image: Tensor = self._generator.synthesis(ws, noise_mode="const", dtype=self._dtype, noise=maps)
         return (image + 1.0) * 127.5
 
     def _class_of(self, embedding: Tensor) -> list[int]:
-        """For each row the class whose mean image is nearest."""
+        """Return for each row the class whose mean image is nearest."""
         if self._mean_embeddings is None:
             ws = self._means[:, None].expand(-1, self._generator.num_ws, -1)
             with torch.no_grad():
                 self._mean_embeddings = self._perceptual.embed(self._draw(ws, None))
-        found: list[int] = torch.cdist(embedding, self._mean_embeddings).argmin(dim=1).tolist()
-        return found
+        labels: list[int] = torch.cdist(embedding, self._mean_embeddings).argmin(dim=1).tolist()
+        return labels
 
 
 class _Slots:
-    """The images in work. Every tensor has the fixed batch as its first dimension; an empty slot computes for nothing."""
+    """The images that are being projected. The first dimension of every tensor is the batch; empty slots are computed too."""
 
     def __init__(self, projector: Projector, schedule: Schedule, frame_every: int | None) -> None:
         self._p, self._schedule, self._frame_every = projector, schedule, frame_every
@@ -157,11 +180,11 @@ class _Slots:
 
     @property
     def progress(self) -> list[tuple[int, int]]:
-        """(number of the image, virtual step) of each image in work."""
+        """(number of the image, step of the schedule) of each current image."""
         return [(number, step) for number, step in zip(self._numbers, self._steps, strict=True) if number is not None]
 
     def fill(self, waiting: Iterator[tuple[int, Target]]) -> bool:
-        """Put waiting images into empty slots; whether any image is in work."""
+        """Put waiting images into empty slots. Returns whether any slot has an image."""
         fresh: dict[int, Target] = {}
         for slot, number in enumerate(self._numbers):
             if number is None:
@@ -201,11 +224,11 @@ class _Slots:
             w = self._mean[slot] if start is None else start[slot].to(self._mean.device)
             self._values[0][slot] = w.mean(dim=0, keepdim=True) if self._schedule.space == "w" else w
             for number, noise in enumerate(self._values[1:]):
-                drawn = z_for(self._keys[slot], [number], noise[slot].numel())
-                noise[slot] = torch.from_numpy(drawn).to(noise.device).view_as(noise[slot])
+                values = z_for(self._keys[slot], [number], noise[slot].numel())
+                noise[slot] = torch.from_numpy(values).to(noise.device).view_as(noise[slot])
 
     def step(self) -> None:
-        """One step of Adam for every image."""
+        """Do one step of Adam for every image."""
         values = [value.requires_grad_() for value in self._values]
         w, maps = values[0], values[1:]
         ws = (w + self._latent_noise()).expand(-1, self._p._generator.num_ws, -1)
@@ -214,7 +237,7 @@ class _Slots:
         if self._schedule.pixels:
             error = (image - self._pixels).div(127.5).square().mean(dim=(1, 2, 3))
             loss = loss + self._schedule.pixels * error
-        seen = loss.detach()
+        fit = loss.detach()
         if self._schedule.prior:
             away = (w - self._mean) / self._p._deviation
             loss = loss + self._schedule.prior * away.square().mean(dim=(1, 2))
@@ -228,11 +251,11 @@ class _Slots:
         for noise in maps:
             noise.sub_(noise.mean(dim=(1, 2, 3), keepdim=True))
             noise.mul_((noise.square().mean(dim=(1, 2, 3), keepdim=True) + 1e-12).rsqrt())
-        self._count(seen.tolist())
+        self._count(fit.tolist())
 
     @torch.no_grad()
     def _film(self, image: Tensor) -> None:
-        """Keep a frame of the images whose step it is."""
+        """Keep a frame of each image that is due."""
         if self._frame_every is None:
             return
         filmed = [
@@ -244,19 +267,19 @@ class _Slots:
             self._frames[slot].append(frame)
 
     def _latent_noise(self) -> Tensor:
-        """Noise on w [N, 1 or num_ws, w_dim]: a function of the image and its step alone."""
+        """Draw noise for w [N, 1 or num_ws, w_dim], a function of the image and its step alone."""
         values = self._values[0]
         noise = np.zeros(values.shape, np.float32)  # one copy to the device for all images
         for slot, number in enumerate(self._numbers):
             level = self._schedule.latent_noise_at(self._steps[slot])
             if number is not None and level > 0:
-                drawn = z_for(self._keys[slot], [1000 + self._taken[slot]], noise[slot].size)
-                noise[slot] = drawn.reshape(noise[slot].shape) * np.float32(level * self._p._sigma)
+                values_of_slot = z_for(self._keys[slot], [1000 + self._taken[slot]], noise[slot].size)
+                noise[slot] = values_of_slot.reshape(noise[slot].shape) * np.float32(level * self._p._sigma)
         return torch.from_numpy(noise).to(values.device)
 
     @torch.no_grad()
     def _adam(self, gradients: Sequence[Tensor]) -> None:
-        """Kingma and Ba, arXiv 1412.6980, algorithm 1, each image with its own rate and count of steps."""
+        """Apply Adam (Kingma and Ba, arXiv 1412.6980, algorithm 1). Each image has its own rate and number of steps."""
         counts = torch.tensor(self._taken, dtype=torch.float64) + 1
         rates = torch.tensor([self._schedule.rate_at(step) for step in self._steps], dtype=torch.float64)
         device = self._values[0].device
@@ -270,7 +293,7 @@ class _Slots:
             value.sub_(size.view(shape) * first / root)
 
     def _count(self, losses: Sequence[float]) -> None:
-        """A step more for each; an image that no longer improves goes on to the ramp down."""
+        """Count a step for each image. One that no longer improves continues at the ramp down."""
         patience, ramp = self._schedule.patience, self._schedule.last_ramp
         for slot, loss in enumerate(losses):
             self._steps[slot] += 1
@@ -284,13 +307,13 @@ class _Slots:
 
     @torch.no_grad()
     def finished(self) -> list[tuple[int, Projection]]:
-        """The images that came to their end, which leave their slots."""
-        over = [
+        """Return the finished images and free their slots."""
+        done = [
             slot
             for slot, number in enumerate(self._numbers)
             if number is not None and self._steps[slot] >= self._schedule.steps
         ]
-        if not over:
+        if not done:
             return []
         w, maps = self._values[0], self._values[1:]
         ws = w.expand(-1, self._p._generator.num_ws, -1)
@@ -298,8 +321,8 @@ class _Slots:
         distances = (self._p._perceptual.embed(images) - self._target).square().sum(dim=1).tolist()
         pixels = to_uint8(images / 127.5 - 1).cpu().numpy()
         errors = (images.clamp(0, 255) - self._pixels).square().mean(dim=(1, 2, 3)).sqrt().tolist()
-        found = []
-        for slot in over:
+        projections = []
+        for slot in done:
             number = self._numbers[slot]
             assert number is not None
             self._numbers[slot] = None
@@ -315,25 +338,31 @@ class _Slots:
                 space=self._schedule.space,
                 frames=None if self._frame_every is None else np.stack([*self._frames[slot], pixels[slot]]),
             )
-            found.append((number, projection))
-        return found
+            projections.append((number, projection))
+        return projections
 
 
 def _autocorrelation(noise: Tensor) -> Tensor:
-    """Appendix D's regularisation of noise maps [N, 1, R, R], for each image [N]: squared mean products with the
-    neighbours to the right and below, at every resolution down to 8 px."""
+    """Return the regularisation of noise maps [N, 1, R, R] of appendix D, for each image [N].
+
+    It is the sum of the squared mean products with the neighbours to the right and below, at every resolution down to 8 px.
+    """
     total = torch.zeros(len(noise), device=noise.device)
     while True:
         for axis in (2, 3):
             total = total + (noise * noise.roll(1, axis)).mean(dim=(1, 2, 3)).square()
         if noise.shape[2] <= 8:
             return total
-        noise = torch.nn.functional.avg_pool2d(noise, 2) * 2  # white noise stays of variance 1
+        noise = torch.nn.functional.avg_pool2d(noise, 2) * 2  # keeps the variance of white noise at 1
 
 
 def _statistics(generator: Generator) -> tuple[Tensor, float, Tensor]:
-    """Means of w [classes, w_dim], sigma_w (the root of the mean squared distance from them), and the standard deviation of
-    each coordinate [w_dim], of 10,000 latents."""
+    """Measure w on 10,000 latents of each class.
+
+    Returns:
+        Means [classes, w_dim], sigma_w (the root of the mean squared distance to them), and the standard deviation of each
+        coordinate [w_dim].
+    """
     device = generator.mapping.w_avg.device
     classes = generator.config.c_dim
     parts: list[list[Tensor]] = [[] for _ in range(max(classes, 1))]

@@ -1,6 +1,7 @@
-"""How a projection proceeds: steps, rates, noise, and the space that is searched.
+"""Schedules of a projection: steps, rates, noise, and the space that is searched.
 
-OFFICIAL is StyleGAN2's (Karras et al., arXiv 1912.04958, appendix D). FAST reaches as far in a tenth of the time.
+OFFICIAL is that of StyleGAN2 (Karras et al., arXiv 1912.04958, appendix D). FAST reaches the same distance in a tenth of the
+time.
 """
 
 from __future__ import annotations
@@ -18,26 +19,30 @@ MAX_STEPS = 10_000
 
 @dataclass(frozen=True)
 class Schedule:
-    """All choices of a projection but the generator and the distance. Fractions are of `steps`. RequestError if impossible."""
+    """Options of a projection but the generator and the distance. Ramps are fractions of `steps`.
+
+    Raises:
+        RequestError: An option is out of range.
+    """
 
     steps: int = 1000
     learning_rate: float = 0.1
-    """Of Adam, at its highest."""
+    """Highest learning rate of Adam."""
     ramp_up: float = 0.05
     ramp_down: float = 0.25
     latent_noise: float = 0.05
     """Standard deviation of the noise on w at the start, in units of that of w."""
     noise_ramp: float = 0.75
-    """When the noise on w has gone to 0, quadratically."""
+    """Fraction of the steps after which the noise on w has decreased to 0, quadratically."""
     noise_maps: bool = True
-    """Whether the noise maps are searched too; if not they stay the generator's own."""
+    """Whether noise maps are optimised as well; otherwise those of the generator are used."""
     noise_regularisation: float = 1e5
     space: Space = "w"
     """w: one style vector for all layers. w+: one for each."""
     start: Start = "mean"
     prior: float = 0.0
-    """Weight of the mean squared distance of w from the mean, in units of its standard deviation: keeps w+ where images
-    can still be edited."""
+    """Weight of the mean squared distance of w from the mean, in units of its standard deviation. It keeps w+ in a region
+    where images can be edited."""
     pixels: float = 0.0
     """Weight of the mean squared error of pixels, in -1..1."""
     patience: int | None = None
@@ -60,14 +65,14 @@ class Schedule:
                 raise RequestError(name, "must be at least 0")
 
     def rate_at(self, step: int) -> float:
-        """Learning rate of step 0, 1, ...: up linearly, down along a cosine."""
+        """Return the learning rate of step 0, 1, ...: it rises linearly and falls along a cosine."""
         t = step / self.steps
         up = min(1.0, t / self.ramp_up) if self.ramp_up else 1.0
         down = min(1.0, (1.0 - t) / self.ramp_down) if self.ramp_down else 1.0
         return self.learning_rate * up * (0.5 - 0.5 * math.cos(math.pi * down))
 
     def latent_noise_at(self, step: int) -> float:
-        """Standard deviation of the noise on w, in units of that of w."""
+        """Return the standard deviation of the noise on w at a step, in units of that of w."""
         if not self.noise_ramp:
             return 0.0
         return self.latent_noise * max(0.0, 1.0 - step / self.steps / self.noise_ramp) ** 2

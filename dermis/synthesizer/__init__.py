@@ -1,4 +1,4 @@
-"""A bundle made ready to draw images fast, each a function of its own seed, index, label and options.
+"""Generate images from a bundle, fast. Each image is a function of its own seed, index, label and options.
 
 with Synthesizer(open_bundle("bundles/demo")) as synthesizer:
     pixels = synthesizer.images(seeds=[7, 7], indices=[0, 1], labels=[0, 1])  # uint8 [2, H, W, 3]
@@ -30,16 +30,24 @@ __all__ = ["Synthesizer"]
 
 
 class Synthesizer:
-    """Draws images from a bundle's generator.
+    """Generates images with the generator of a bundle. Safe to call from several threads.
 
-    The network always runs at the same batch, `micro_batch`, on rows that do not touch one another: an image is the
-    same, byte for byte, whatever it was asked together with, on one kind of machine (see `identity`). Safe to call
-    from several threads. A call with `preferred_batch` images, or a multiple, keeps the whole device busy.
+    The network always runs at one batch size, `micro_batch`, and its rows are independent. So on one kind of machine (see
+    `identity`) an image has the same bytes whatever other images are in the call. A call with a multiple of
+    `preferred_batch` images keeps the whole device busy.
 
-    device: "auto", "cpu" or a CUDA device. backend: "auto", "openvino" or "torch". dtype: "auto", "bfloat16" or
-    "float32" for the convolutions. threads: CPU cores to use, all that this process may if None. generator: the
-    bundle's own network, where the caller has it loaded. cache: folder for the converted network, with which the next
-    start on a CPU takes a second or two and no torch. DermisError where one of them cannot be had.
+    Args:
+        bundle: The bundle.
+        device: "auto", "cpu" or a CUDA device.
+        backend: "auto", "openvino" or "torch".
+        dtype: "auto", "bfloat16" or "float32", for the convolutions.
+        threads: CPU cores to use; None for all that this process can use.
+        generator: The generator of the bundle, if it is loaded already.
+        cache: Folder for the converted network. With it, the next start on a CPU takes a second or two and no torch.
+
+    Raises:
+        DermisError: Device, backend or dtype is unknown or not available here, or the bundle's images are neither grey
+            nor RGB.
     """
 
     def __init__(
@@ -65,8 +73,8 @@ class Synthesizer:
 
             return load_generator(bundle) if generator is None else generator
 
-        kept = cache if generator is None else None  # the caller's network may not be that of the bundle
-        ready = make_ready(load, bundle.digest, device, backend, dtype, threads, kept)
+        usable_cache = cache if generator is None else None  # the caller's network can differ from that of the bundle
+        ready = make_ready(load, bundle.digest, device, backend, dtype, threads, usable_cache)
         self._config, self._w_avg = ready.config, ready.w_avg
         self._noise_size = sum(resolution**2 for resolution in ready.resolutions)
         self._backend: Backend = ready.backend
@@ -75,13 +83,13 @@ class Synthesizer:
         self._pool = ThreadPoolExecutor(
             self._backend.workers, thread_name_prefix="synthesizer", initializer=self._backend.start_worker
         )
-        # A GPU draws a batch in less time than one core needs for its noise, so all cores share the rows of a batch.
-        # Where a batch is one image, the workers draw noise beside one another already.
+        # A GPU generates a batch in less time than one core needs for its noise, so all cores share the rows of a batch.
+        # If a batch is one image, the workers draw noise in parallel already.
         cores = min(self._backend.micro_batch, available_cpus() if threads is None else threads)
         self._noise_pool = ThreadPoolExecutor(cores, thread_name_prefix="noise") if cores > 1 else None
 
     def close(self) -> None:
-        """Let the running calls finish, stop the workers and give their memory back. Images cannot be drawn after."""
+        """Wait for the running calls, stop the workers and free their memory. No images can be generated afterwards."""
         self._pool.shutdown(wait=True, cancel_futures=True)
         if self._noise_pool is not None:
             self._noise_pool.shutdown(wait=True)
@@ -94,17 +102,17 @@ class Synthesizer:
 
     @property
     def micro_batch(self) -> int:
-        """Rows the compiled network runs at a time; smaller calls are padded."""
+        """Rows of one run of the network. Smaller calls are padded."""
         return self._backend.micro_batch
 
     @property
     def preferred_batch(self) -> int:
-        """Images in flight that keep the whole device busy."""
+        """Number of images that keeps the whole device busy."""
         return self._backend.micro_batch * self._backend.workers
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """What, besides the bundle and the request, decides the images' bytes: device, arithmetic, versions."""
+        """All that decides the bytes of images besides bundle and request: device, arithmetic and versions."""
         return {
             **self._backend.identity,
             "backend": self._backend.name,
@@ -124,12 +132,25 @@ class Synthesizer:
         noise_mode: NoiseMode = "random",
         offset: Float | None = None,
     ) -> Bytes:
-        """Images uint8 [N, H, W, channels] of N samples: z from (seed, index), class number label (0 if unconditional).
+        """Generate the images of N samples.
 
-        Truncation as in `MappingNetwork`. noise_mode: "random" draws the noise of each sample from (seed, index), "const"
-        gives all images the noise maps that the generator has, "none" gives none. offset [num_ws, w_dim] is added to the
-        truncated latents: the sum of edits (`dermis.directions.edit.offset_of`). RequestError if the lists differ in
-        length, a label is no class of the bundle or truncation_cutoff is negative.
+        Args:
+            seeds: Seed of each sample. z is drawn from (seed, index).
+            indices: Index of each sample.
+            labels: Class number of each sample; 0 for an unconditional generator.
+            truncation_psi: Factor of the distance of w from its mean.
+            truncation_cutoff: Number of style vectors that are truncated, from the coarsest; None for all.
+            noise_mode: "random" draws the noise of each sample from (seed, index), "const" uses the noise maps of the
+                generator for all images, "none" adds no noise.
+            offset: float32 [num_ws, w_dim], added to the truncated latents: the sum of edits
+                (`dermis.directions.edit.offset_of`).
+
+        Returns:
+            uint8 [N, H, W, channels].
+
+        Raises:
+            RequestError: The lists differ in length, a label is not a class of the bundle, truncation_cutoff is negative,
+                or `offset` has another shape.
         """
         self._check(seeds, indices, labels, truncation_cutoff)
         added = None if offset is None else np.asarray(offset, np.float32)
@@ -153,7 +174,14 @@ class Synthesizer:
         truncation_psi: float = 1.0,
         truncation_cutoff: int | None = None,
     ) -> Float:
-        """Style vectors float32 [N, num_ws, w_dim] of N samples, as `images` has them. RequestError as there."""
+        """Compute the style vectors of N samples, from which `images` generates. Arguments are those of `images`.
+
+        Returns:
+            float32 [N, num_ws, w_dim].
+
+        Raises:
+            RequestError: As `images`.
+        """
         self._check(seeds, indices, labels, truncation_cutoff)
         parts = [
             self._ws(rows, seeds, indices, labels, truncation_psi, truncation_cutoff)[: len(rows)]
@@ -186,7 +214,7 @@ class Synthesizer:
         truncation_psi: float,
         truncation_cutoff: int | None,
     ) -> Float:
-        """Style vectors [micro_batch, num_ws, w_dim] of a micro-batch."""
+        """Compute the style vectors [micro_batch, num_ws, w_dim] of a micro-batch."""
         z = np.concatenate([z_for(seeds[i], [indices[i]], self._config.z_dim) for i in rows])
         c = np.zeros((len(rows), self._config.c_dim), dtype=np.float32)
         if self._config.c_dim > 0:
@@ -206,10 +234,20 @@ class Synthesizer:
         seeds: Sequence[int] | None = None,
         indices: Sequence[int] | None = None,
     ) -> Bytes:
-        """Images uint8 [N, H, W, channels] of style vectors ws [N, num_ws, w_dim].
+        """Generate images of style vectors.
 
-        noise_mode "random" needs the seeds and indices that name the samples' noise. It is not the default, since style
-        vectors alone, those of a projection for instance, name none.
+        Args:
+            ws: float32 [N, num_ws, w_dim].
+            noise_mode: As for `images`. "random" needs `seeds` and `indices`. It is not the default, because style vectors
+                alone, such as those of a projection, have no noise.
+            seeds: Seed of each image's noise.
+            indices: Index of each image's noise.
+
+        Returns:
+            uint8 [N, H, W, channels].
+
+        Raises:
+            RequestError: `ws` has another shape, or random noise has no seeds and indices.
         """
         ws = np.asarray(ws, dtype=np.float32)
         expected = (self._config.num_ws, self._config.w_dim)
@@ -225,7 +263,7 @@ class Synthesizer:
         return self._map(render, len(ws))
 
     def _noise(self, mode: NoiseMode, rows: range, seeds: Sequence[int], indices: Sequence[int]) -> Float:
-        """The noise vectors [micro_batch, sum of R^2] of a micro-batch."""
+        """Return the noise vectors [micro_batch, sum of R^2] of a micro-batch."""
         if mode not in get_args(NoiseMode):
             raise RequestError("noise_mode", f'"{mode}" is none of {", ".join(get_args(NoiseMode))}')
         if mode != "random":
@@ -244,12 +282,12 @@ class Synthesizer:
         return noise
 
     def _padded(self, rows: npt.NDArray[np.float32]) -> Float:
-        """Rows [n, ...] continued with zeros to [micro_batch, ...]."""
+        """Pad rows [n, ...] with zeros to [micro_batch, ...]."""
         padding = [(0, self.micro_batch - len(rows))] + [(0, 0)] * (rows.ndim - 1)
         return np.ascontiguousarray(np.pad(rows, padding) if padding[0][1] else rows)
 
     def _map(self, render: Callable[[range], Bytes], count: int) -> Bytes:
-        """All images, micro-batch by micro-batch, on the backend's workers."""
+        """Generate `count` images in micro-batches on the backend's workers."""
         size = self._config.img_resolution
         starts = range(0, count, self.micro_batch)
         parts = list(self._pool.map(render, (range(i, min(i + self.micro_batch, count)) for i in starts)))

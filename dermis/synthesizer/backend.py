@@ -1,4 +1,4 @@
-"""What every backend offers."""
+"""The interface of backends, which run a generator on one kind of device."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Bytes = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Backend:
-    """A generator made ready to run at one fixed batch of `micro_batch` rows (N below).
+    """A generator that runs at one fixed batch size of `micro_batch` rows (N below).
 
-    Up to `workers` threads may call `mapping` and `images` at the same time. Each of them calls `start_worker` first,
-    and should live on, since backends keep buffers for every thread.
+    Up to `workers` threads can call `mapping` and `images` at the same time. Each of them calls `start_worker` first. They
+    should be long-lived, because backends keep buffers for every thread.
     """
 
     name: str

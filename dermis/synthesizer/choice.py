@@ -1,4 +1,4 @@
-"""Which backend a machine gets."""
+"""Choose the backend for a machine."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ log = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "openvino", "torch")
 DTYPES = ("auto", "bfloat16", "float32")
-# Where one of these is missing there is no CUDA device, and torch need not be asked.
+# Without any of these there is no CUDA device, and torch need not be imported to ask it.
 _CUDA_DEVICES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg")
-_NO_OPENVINO = (ImportError, OSError, RuntimeError)  # not installed, or no build of it works on this machine
+_NO_OPENVINO = (ImportError, OSError, RuntimeError)  # not installed, or its build does not work on this machine
 
 
 @dataclass(frozen=True)
 class Ready:
-    """A generator ready to draw: its backend, and what the synthesizer needs to know of it (see `openvino_cpu.Stages`)."""
+    """A generator that is ready to run, with the properties that the synthesizer needs (see `openvino_cpu.Stages`)."""
 
     backend: Backend
     config: GeneratorConfig
@@ -47,10 +47,13 @@ def make_ready(
     threads: int | None,
     cache: Path | None,
 ) -> Ready:
-    """The backend asked for; with "auto" the fastest that is installed. DermisError where it cannot be had.
+    """Make the requested backend; with "auto" the fastest that works here.
 
-    On a CPU that is OpenVINO, in bfloat16 where the processor multiplies it natively and in float32 elsewhere, or
-    torch if OpenVINO is missing. On CUDA it is torch. A converted generator in `cache` spares `load` and torch.
+    On a CPU that is OpenVINO, in bfloat16 if the processor multiplies it natively and else in float32, or torch if OpenVINO
+    does not work. On CUDA it is torch. With a converted generator in `cache`, `load` is not called and torch not imported.
+
+    Raises:
+        DermisError: Device, backend or dtype is unknown or not available here.
     """
     if backend not in BACKENDS:
         raise DermisError(f'backend: "{backend}" is none of {", ".join(BACKENDS)}')
@@ -60,16 +63,21 @@ def make_ready(
     if cpus < 1:
         raise DermisError(f"threads: must be at least 1; got {cpus}")
     bfloat16 = has_native_bfloat16() if dtype == "auto" else dtype == "bfloat16"
-    if cache is not None and backend != "torch" and _is_cpu(device) and (ready := _kept(cache, digest, bfloat16, cpus)):
+    if (
+        cache is not None
+        and backend != "torch"
+        and _is_cpu(device)
+        and (ready := _from_cache(cache, digest, bfloat16, cpus))
+    ):
         return ready
-    return _made(load(), digest, device, backend, dtype, cpus, cache)
+    return _from_network(load(), digest, device, backend, dtype, cpus, cache)
 
 
 def _is_cpu(device: str) -> bool:
     return device == "cpu" or (device == "auto" and not any(Path(name).exists() for name in _CUDA_DEVICES))
 
 
-def _kept(cache: Path, digest: str, bfloat16: bool, threads: int) -> Ready | None:
+def _from_cache(cache: Path, digest: str, bfloat16: bool, threads: int) -> Ready | None:
     try:
         from dermis.synthesizer.model_cache import read_stages
         from dermis.synthesizer.openvino_cpu import compile_stages
@@ -79,19 +87,19 @@ def _kept(cache: Path, digest: str, bfloat16: bool, threads: int) -> Ready | Non
             return None
         compiled = compile_stages(stages, bfloat16=bfloat16, threads=threads)
     except _NO_OPENVINO:
-        return None  # what is wrong is said where the network is converted
+        return None  # converting the network reports what is wrong
     return Ready(compiled, stages.config, stages.w_avg, stages.constant_noise, stages.resolutions)
 
 
-def _made(
+def _from_network(
     generator: Generator, digest: str, device: str, backend: str, dtype: str, threads: int, cache: Path | None
 ) -> Ready:
     from dermis.synthesizer.network import constant_noise, noise_resolutions
 
-    built = _build(generator, digest, device, backend, dtype, threads, cache)
+    compiled = _build(generator, digest, device, backend, dtype, threads, cache)
     w_avg: Float = generator.mapping.w_avg.detach().cpu().numpy().copy()
     noise: Float = constant_noise(generator).cpu().numpy()
-    return Ready(built, generator.config, w_avg, noise, tuple(noise_resolutions(generator)))
+    return Ready(compiled, generator.config, w_avg, noise, tuple(noise_resolutions(generator)))
 
 
 def _build(
@@ -122,7 +130,7 @@ def _build(
                 raise DermisError(
                     f"backend: openvino does not work here ({error}); pip install openvino, or use auto or torch"
                 ) from error
-            log.warning("OpenVINO does not work here, drawing with torch at about two thirds of the speed: %s", error)
+            log.warning("OpenVINO does not work here, using torch at about two thirds of the speed: %s", error)
     from dermis.synthesizer.torch_cpu import torch_backend
 
     return torch_backend(generator, arithmetic, threads)

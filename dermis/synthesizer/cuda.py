@@ -1,11 +1,11 @@
 """The CUDA backend: channels-last bfloat16, element-wise work fused by torch.compile, launches in CUDA graphs.
 
 Only the image stage is compiled: it has no reductions but the convolutions, so that tuning changes its speed and not
-its values, and cuDNN is held to deterministic algorithms. Inductor keeps its compiled kernels on
+its values, and cuDNN uses deterministic algorithms only. Inductor keeps its compiled kernels on
 disk (TORCHINDUCTOR_CACHE_DIR), so only the first start on a machine compiles.
 
-A few lanes, each a stream with recordings and buffers of its own, work at the same time: while one draws, others copy their
-images to the host or wait for random numbers, which the host draws and which take it longer than the GPU takes to draw.
+A few lanes, each a stream with recordings and buffers of its own, work at the same time: while one generates images, others
+copy theirs to the host or wait for random numbers. The host draws these more slowly than the GPU generates images.
 """
 
 from __future__ import annotations
@@ -33,21 +33,22 @@ Run = Callable[[], Tensor]
 
 
 def micro_batch_for(resolution: int) -> int:
-    """Images a call: enough to fill a GPU, i.e. about a million pixels, at least 4 and at most 64 images."""
+    """Return the images of one call: about a million pixels, which fill a GPU; from 4 to 64 images."""
     return max(4, min(64, 2**20 // resolution**2))
 
 
 def cuda_backend(generator: Generator, device: torch.device, dtype: torch.dtype, threads: int) -> Backend:
-    """Compile and record for `device`; where torch.compile cannot work (no Triton, say) run the stages as they are.
+    """Make the backend for a CUDA device.
 
-    `threads` are the CPU cores that may be used.
+    The stages are compiled and recorded. If torch.compile does not work (for instance without Triton), they run as they
+    are. `threads` is the number of CPU cores to use.
     """
     generator = copy.deepcopy(generator).to(device)
     config = generator.config
     mapping_stage = MappingStage(generator).to(device).eval()
     style_stage = StyleStage(generator).to(device).eval()
     image_stage = ImageStage(generator, dtype).to(device).eval()
-    # Numbers would be constants of the compiled code: each bundle would be compiled anew, and after eight none any more.
+    # Python numbers would be constants of the compiled code, so that each bundle would be compiled again, up to eight times.
     image_stage.strengths = [torch.tensor(strength, device=device) for strength in image_stage.strengths]
     batch = micro_batch_for(config.img_resolution)
     noise = constant_noise(generator).to(device).expand(batch, -1).contiguous()
@@ -101,17 +102,17 @@ def cuda_backend(generator: Generator, device: torch.device, dtype: torch.dtype,
 def _recorded_lanes(
     stage: Callable[..., Tensor], lane: Callable[[Callable[..., Tensor], bool], _Lane], device: torch.device
 ) -> list[_Lane]:
-    """Lanes with this image stage as CUDA graphs; empty where that fails."""
+    """Return lanes with this image stage as CUDA graphs; an empty list if recording fails."""
     try:
         with torch.cuda.device(device):
             return [lane(stage, True) for _ in range(LANES)]
-    except Exception as error:  # compilers fail in many ways, and serving slowly is better than not at all
+    except Exception as error:  # compilers fail in many ways, and slow service is better than none
         log.warning("could not compile or record the image stage, running it more slowly: %s", error)
         return []
 
 
 class _Lane:
-    """One stream with the stages' inputs and outputs at fixed places. Used by one thread at a time."""
+    """A stream with fixed buffers for the inputs and outputs of the stages. Used by one thread at a time."""
 
     def __init__(
         self,
@@ -122,7 +123,7 @@ class _Lane:
         recorded: bool,
     ) -> None:
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        self._stream.wait_stream(torch.cuda.current_stream())  # the inputs and weights are made on that
+        self._stream.wait_stream(torch.cuda.current_stream())  # on which inputs and weights are made
         self._mapping_inputs, self._image_inputs = mapping_inputs, image_inputs
         self._last_noise: Float | None = None
         prepare = self._record if recorded else self._plain
@@ -130,7 +131,7 @@ class _Lane:
         self._draw = prepare(lambda: draw(*image_inputs))
 
     def mapping(self, z: Float, c: Float) -> Float:
-        """w of z and c."""
+        """Compute w of z and c."""
         with torch.inference_mode(), torch.cuda.stream(self._stream):
             for buffer, values in zip(self._mapping_inputs, (z, c), strict=True):
                 buffer.copy_(torch.from_numpy(values))
@@ -138,7 +139,7 @@ class _Lane:
             return w
 
     def images(self, ws: Float, noise: Float) -> Bytes:
-        """Images of style vectors and noise. Constant noise, the same array, is uploaded once."""
+        """Generate images of style vectors and noise. Constant noise, which is always the same array, is uploaded once."""
         with torch.inference_mode(), torch.cuda.stream(self._stream):
             self._image_inputs[0].copy_(torch.from_numpy(ws))
             if noise is not self._last_noise:
@@ -153,13 +154,13 @@ class _Lane:
             return run()
 
     def _record(self, run: Run) -> Callable[[], np.ndarray]:
-        """`run` as a CUDA graph, and the copy of its output to the host."""
+        """Record `run` and the copy of its output to the host as a CUDA graph."""
         with torch.cuda.stream(self._stream):
             for _ in range(_WARM_UP):
                 self._exact(run)
         self._stream.synchronize()
         graph = torch.cuda.CUDAGraph()
-        # thread_local: other threads of the process may use the GPU meanwhile.
+        # thread_local: other threads of the process can use the GPU at the same time.
         with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             output = self._exact(run)
         host = torch.empty(output.shape, dtype=output.dtype, pin_memory=True)

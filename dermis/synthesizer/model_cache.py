@@ -1,7 +1,7 @@
-"""Converted generators on disk, so that a process starts drawing without torch, in a second or two.
+"""Converted generators on disk, with which a process starts in a second or two and without torch.
 
-An entry is keyed by the bundle's digest, the versions of everything that made it and the source of the networks: it is
-never stale. It lies in a folder that only its owner can write, and is not read from any other.
+The key of an entry is the bundle's digest, the versions of the packages that made it, and the source of the networks, so an
+entry is never outdated. Entries are read only from a folder that only its owner can write.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ log = logging.getLogger(__name__)
 _FORMAT = 1
 _DESCRIPTOR = "stages.json"
 _ARRAYS = "arrays.npz"
-_KEEP_SECONDS = 30 * 24 * 3600.0  # an entry that no process has read for so long is removed
-# What decides how a network is converted. A change of any of them makes other entries.
+_KEEP_SECONDS = 30 * 24 * 3600.0  # an entry that was not read for so long is removed
+# Modules that decide how a network is converted. A change of one of them leads to new entries.
 _SOURCES = ("networks.py", "network_config.py", "synthesizer/network.py", "synthesizer/openvino_cpu.py")
 
 
 def read_stages(folder: Path, digest: str) -> Stages | None:
-    """The converted generator of the bundle with this digest; None if it is not there, or not to be trusted."""
+    """Read the converted generator of a bundle by its digest; None if there is none, or it cannot be trusted."""
     try:
         entry = _entry(folder, digest)
         if not entry.is_dir() or not _is_private(entry):
@@ -58,7 +58,7 @@ def read_stages(folder: Path, digest: str) -> Stages | None:
 
 
 def write_stages(folder: Path, digest: str, stages: Stages) -> None:
-    """Keep a converted generator. A folder that cannot be written is no error: the next start is as slow as this one."""
+    """Write a converted generator. If the folder cannot be written, a warning is logged, and the next start is as slow."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         entry = _entry(folder, digest)
@@ -99,7 +99,7 @@ def _versions() -> str:
 
 @lru_cache(maxsize=8)
 def package_version(name: str) -> str:
-    """Version of an installed package, which is not imported; "none" without it."""
+    """Return the version of an installed package without importing it; "none" if it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -107,7 +107,7 @@ def package_version(name: str) -> str:
 
 
 def _is_private(entry: Path) -> bool:
-    """Does the entry belong to this user (or root), and can nobody else write it?"""
+    """Whether the entry belongs to this user or root, and nobody else can write it."""
     if os.name != "posix":
         return True
     for path in (entry, entry.parent):

@@ -1,4 +1,4 @@
-"""The generator in the form that serves: the same values as `dermis.networks`, laid out for an inference compiler.
+"""The generator for inference: the same values as `dermis.networks`, in a form that compilers optimise well.
 
 Three differences from `SynthesisNetwork`. Everything that depends on the style vectors alone (the layers' affine maps
 and demodulation coefficients) is computed first, in float32, so that the large graph sees only per-channel scales.
@@ -12,32 +12,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dermis.networks import LRELU_SLOPE, SQRT2, Generator, SynthesisBlock, SynthesisLayer, ToRGBLayer
-
-
-def blocks_of(generator: Generator) -> list[SynthesisBlock]:
-    """The synthesis blocks, from 4 px up to the image."""
-    synthesis = generator.synthesis
-    return [getattr(synthesis, f"b{resolution}") for resolution in synthesis.block_resolutions]
-
-
-def convolutions_of(block: SynthesisBlock) -> list[SynthesisLayer]:
-    return [block.conv1] if block.in_channels == 0 else [block.conv0, block.conv1]
+from dermis.networks import LRELU_SLOPE, SQRT2, Generator, SynthesisLayer, ToRGBLayer
 
 
 def noise_resolutions(generator: Generator) -> list[int]:
-    """Height of every layer's noise map, in the order of the noise vector: 4, 8, 8, 16, 16, ..."""
-    return [layer.resolution for block in blocks_of(generator) for layer in convolutions_of(block)]
+    """Return the height of every layer's noise map, in the order of the noise vector: 4, 8, 8, 16, 16, ..."""
+    return [layer.resolution for block in generator.synthesis.blocks for layer in block.layers]
 
 
 def constant_noise(generator: Generator) -> Tensor:
-    """The noise vector [1, sum of R^2] of the generator's own buffers (noise_mode "const")."""
-    layers = (layer for block in blocks_of(generator) for layer in convolutions_of(block))
+    """Return the noise vector [1, sum of R^2] from the generator's buffers, for noise_mode "const"."""
+    layers = (layer for block in generator.synthesis.blocks for layer in block.layers)
     return torch.cat([layer.noise_const.flatten() for layer in layers])[None].float()
 
 
 class MappingStage(nn.Module):
-    """z [N, z_dim], c [N, c_dim] -> w [N, w_dim], before truncation (an unconditional generator ignores c)."""
+    """z [N, z_dim], c [N, c_dim] -> w [N, w_dim], not truncated. An unconditional generator ignores c."""
 
     def __init__(self, generator: Generator) -> None:
         super().__init__()
@@ -58,8 +48,8 @@ class StyleStage(nn.Module):
         self.gains: list[float] = []
         self.has_energy: list[bool] = []
         first = 0
-        for block in blocks_of(generator):
-            for i, layer in enumerate(convolutions_of(block)):
+        for block in generator.synthesis.blocks:
+            for i, layer in enumerate(block.layers):
                 self._add(layer, first + i, 1.0)
             first += block.num_conv
             self._add(block.torgb, first, block.torgb.weight_gain)
@@ -98,12 +88,12 @@ class ImageStage(nn.Module):
         self.scale_sizes: list[int] = []
         self.strengths: list[float | Tensor] = []
         self.up: list[list[bool]] = []
-        blocks = blocks_of(generator)
+        blocks = generator.synthesis.blocks
         self.const = _weight(blocks[0].const[None], dtype)
         self.weights, self.biases, self.filters = nn.ParameterList(), nn.ParameterList(), nn.ParameterList()
         self.rgb_weights, self.rgb_biases = nn.ParameterList(), nn.ParameterList()
         for block in blocks:
-            for layer in convolutions_of(block):
+            for layer in block.layers:
                 out_channels, in_channels = layer.weight.shape[:2]
                 self.scale_sizes += [in_channels, out_channels]
                 self.strengths.append(float(layer.noise_strength) * SQRT2)
@@ -112,7 +102,7 @@ class ImageStage(nn.Module):
                 self.biases.append(_weight(layer.bias[:, None, None] * SQRT2, dtype))
                 fir = layer.resample_filter.flip(0, 1) * 4.0
                 self.filters.append(_weight(fir.expand(out_channels, 1, -1, -1) if up else fir[None, None], dtype))
-            self.up.append([layer.up == 2 for layer in convolutions_of(block)])
+            self.up.append([layer.up == 2 for layer in block.layers])
             self.scale_sizes.append(block.torgb.weight.shape[1])
             self.rgb_weights.append(_weight(block.torgb.weight, dtype))
             self.rgb_biases.append(_weight(block.torgb.bias[:, None, None], dtype))
@@ -151,7 +141,7 @@ class ImageStage(nn.Module):
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Float [N, C, H, W] in [-1, 1] -> uint8 [N, H, W, C]: round(clip((x + 1) 127.5, 0, 255))."""
+    """Convert float images [N, C, H, W] in [-1, 1] to uint8 [N, H, W, C]: round(clip((x + 1) 127.5, 0, 255))."""
     return ((images.permute(0, 2, 3, 1) + 1.0) * 127.5).clamp(0.0, 255.0).round().to(torch.uint8)
 
 

@@ -1,10 +1,10 @@
 """The CPU backend: OpenVINO compiles the stages in about a second and fuses everything around the convolutions.
 
-One image and one core a stream: images need no synchronisation with one another, batch 1 keeps the activations in the
-cache, and since no sum is ever split over cores, the bytes do not depend on how many there are.
+Each stream computes one image on one core: images need no synchronisation, a batch of 1 keeps the activations in the cache,
+and no sum is split over cores, so that the bytes do not depend on the number of cores.
 
-Converting the network needs torch and takes most of the start-up time, so `dermis.synthesizer.model_cache` keeps the result.
-Compiling it needs no torch, which this module therefore imports in `convert` alone.
+Converting the network needs torch and takes most of the start-up time, so `dermis.synthesizer.model_cache` stores the
+result. Compiling needs no torch, so only `convert` imports it.
 """
 
 from __future__ import annotations
@@ -33,9 +33,14 @@ STAGES = ("mapping", "styles", "images")
 
 @dataclass(frozen=True)
 class Stages:
-    """A generator in OpenVINO's form, and what else is needed to draw with it.
+    """A generator as models of OpenVINO.
 
-    w_avg float32 [w_dim]; constant_noise float32 [1, sum of R^2]; resolutions: height of each layer's noise map.
+    Attributes:
+        config: Configuration of the generator.
+        w_avg: Mean of w, float32 [w_dim].
+        constant_noise: float32 [1, sum of R^2].
+        resolutions: Height of the noise map of each layer.
+        models: Models of OpenVINO, by the names in STAGES.
     """
 
     config: GeneratorConfig
@@ -49,13 +54,13 @@ _filling_types = threading.Lock()
 
 
 def import_openvino() -> Any:
-    """openvino without its usage reports: it would send events to an analytics host, at its import and later.
+    """Import openvino without its usage reports, which it would send to an analytics host.
 
     A module of None makes the import of openvino_telemetry fail, for which openvino has a stub that sends nothing.
 
     The first conversion of an element type fills a static table of the binding (OpenVINO 2026.4). Two threads that do this at
-    once can wait for each other forever: one holds the interpreter's lock and waits for the table, the other fills the table
-    and waits for the interpreter's lock. So the table is filled here, by one thread.
+    the same time can wait for each other without end: one holds the interpreter's lock and waits for the table, the other
+    fills the table and waits for the interpreter's lock. So the table is filled here, by one thread.
     """
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     import openvino
@@ -67,7 +72,7 @@ def import_openvino() -> Any:
 
 @contextmanager
 def own_logging() -> Iterator[None]:
-    """Undo what OpenVINO's converter does to the root logger: it sets the level to ERROR and adds a handler of its own."""
+    """Restore the root logger, to which OpenVINO's converter adds a handler and whose level it sets to ERROR."""
     root = logging.getLogger()
     level, handlers = root.level, root.handlers[:]
     try:
@@ -78,7 +83,11 @@ def own_logging() -> Iterator[None]:
 
 
 def convert(generator: Generator) -> Stages:
-    """The stages of a network, traced by torch. ImportError if openvino is not installed."""
+    """Convert a generator, traced by torch.
+
+    Raises:
+        ImportError: openvino is not installed.
+    """
     import torch
 
     from dermis.synthesizer.network import ImageStage, MappingStage, StyleStage, constant_noise, noise_resolutions
@@ -106,7 +115,7 @@ def convert(generator: Generator) -> Stages:
 
 
 def compile_stages(stages: Stages, *, bfloat16: bool, threads: int) -> Backend:
-    """Compile for `threads` cores; `bfloat16` is the arithmetic of the convolutions where the processor has it."""
+    """Compile for `threads` cores. `bfloat16` allows this arithmetic in convolutions if the processor has it."""
     ov = import_openvino()
     core = ov.Core()
     bfloat16 = bfloat16 and "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")

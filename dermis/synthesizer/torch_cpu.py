@@ -1,7 +1,7 @@
-"""The CPU backend where OpenVINO does not work: the same stages, run by torch as they are.
+"""The CPU backend for machines on which OpenVINO does not work: torch runs the same stages.
 
-One image and one core a worker, as with OpenVINO: torch splits sums over its threads in some convolutions, so that with
-several threads an image the bytes would depend on their number.
+Each worker computes one image on one core, as with OpenVINO: torch splits sums over its threads in some convolutions, so
+that with several threads the bytes would depend on their number.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dermis.synthesizer.network import ImageStage, MappingStage, StyleStage
 
 
 def torch_backend(generator: Generator, dtype: torch.dtype, threads: int) -> Backend:
-    """`threads` workers of one core each. Nothing is compiled."""
+    """Make a backend of `threads` workers with one core each. Nothing is compiled."""
     mapping_stage = MappingStage(generator).eval()
     style_stage = StyleStage(generator).eval()
     image_stage = ImageStage(generator, dtype).eval()

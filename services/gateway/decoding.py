@@ -18,8 +18,8 @@ from typing import IO, cast, get_args
 
 import numpy as np
 
+from dermis.image_reading import ImageError, ImageErrorKind, read_image
 from dermis.imaging import Images
-from dermis.reading import ImageError, ImageErrorKind, read_image
 from services.errors import InferenceUnavailableError
 from services.parent_watchdog import exit_with_parent
 from services.settings import REPOSITORY
@@ -44,7 +44,7 @@ class Decoder:
         self._process: subprocess.Popen[bytes] | None = None
 
     def decode(self, data: bytes, size: int, max_pixels: int) -> Images:
-        """As `dermis.reading.read_image` in the other process. ImageError also if it takes too long or ends the process."""
+        """As `read_image` in the other process. ImageError also if it takes too long or ends the process."""
         process = self._running()
         late = threading.Event()
 

@@ -10,7 +10,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
 from dermis.dataset.request import DatasetRequest
-from dermis.reading import FORMATS
+from dermis.image_reading import FORMATS
 from services.gateway import origins
 from services.gateway.latent_schemas import EditsRequest
 from services.gateway.schemas import Dataset, ImagesRequest

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from dermis.bundle import Bundle
-from dermis.bundle.classifier import NOTICE, Description
+from dermis.bundle.classifier import NOTICE, ClassifierDescription
 from dermis.bundle.index import IndexDescription
 from dermis.dataset.privacy import SHOWN
 from dermis.dataset.request import MAX_EDITS, DatasetRequest, EditOption, classes_of, stored_request
@@ -359,7 +359,7 @@ def _authenticity_of(described: IndexDescription, uploads: bool) -> ModelAuthent
     )
 
 
-def _classifier_of(described: Description) -> ModelClassifier:
+def _classifier_of(described: ClassifierDescription) -> ModelClassifier:
     return ModelClassifier(
         digest=described.digest,
         architecture=described.architecture,

@@ -3,7 +3,7 @@
 A body is multipart/form-data with one or more parts called `files`, or one image by itself. Starlette's own form parser
 would put files above 1 MB into temporary files, so python-multipart, which it is built on, is used here directly: it finds
 the parts in a body that is in memory and not larger than the limit. What a file is called and what it says it is count for
-nothing; `dermis.reading` goes by its content.
+nothing; `dermis.image_reading` goes by its content.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
+from dermis.image_reading import FORMATS, ImageError
 from dermis.imaging import Images
-from dermis.reading import FORMATS, ImageError
 from services.gateway.bodies import read_bytes
 from services.gateway.decoding import Decoder
 from services.problems import FieldError, ProblemError, invalid_request

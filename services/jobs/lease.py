@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import re
 import socket
 import threading
@@ -18,8 +17,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
+from dermis.files import try_lock
 from services.jobs.table import JobTable
 
 logger = logging.getLogger("dermis.jobs")
@@ -48,25 +47,7 @@ def executor_slot(data_dir: Path, name: str | None = None) -> Iterator[str]:
     try:
         yield f"{host}-{slot}"
     finally:
-        lock.close()  # this releases the lock
-
-
-def try_lock(path: Path) -> IO[str] | None:
-    """Open the file at `path` with a lock that ends with the process; None if another process holds the lock."""
-    file = path.open("a+", encoding="ascii")
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        return None
-    return file
+        lock.release()
 
 
 class Lease:

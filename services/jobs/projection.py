@@ -22,7 +22,7 @@ from dermis.dataset.request import classes_of
 from dermis.dataset.store import PARTIAL, Store
 from dermis.errors import DataError
 from dermis.imaging import decode, encode
-from dermis.projection.result import facts_of, from_bytes
+from dermis.projection.result import fields_of, from_bytes
 from dermis.projection.schedule import SCHEDULES, Schedule, Space, Start
 from services.errors import DatabaseUnavailableError, InferenceFailedError, InferenceUnavailableError
 from services.inference.projections import ProjectionFiles, ProjectionTask
@@ -150,7 +150,7 @@ def finish(ctx: JobContext, job: Job) -> None:
     for number in range(options.images):
         result, _ = from_bytes(store.read(_result_name(number)), _result_name(number))
         files = [_result_name(number), f"{number:05d}.png", *([f"{number:05d}.gif"] if options.video else [])]
-        rows.append({"index": number, **facts_of(result), "files": files})
+        rows.append({"index": number, **fields_of(result), "files": files})
     store.write(LISTING, json.dumps(rows).encode())
     store.remove(PARTIAL)
 

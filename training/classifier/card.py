@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dermis.bundle.classifier import NOTICE, Description
+from dermis.bundle.classifier import NOTICE, ClassifierDescription
 from training.classifier.evaluate import FEWEST
 
 _METRICS = {
@@ -19,7 +19,7 @@ _METRICS = {
 _ATTRIBUTES = {"source": "Source", "sex": "Sex", "age": "Age (years)", "site": "Site"}
 
 
-def classifier_card(name: str, description: Description) -> str:
+def classifier_card(name: str, description: ClassifierDescription) -> str:
     """Markdown for CLASSIFIER_CARD.md, from the description alone."""
     origin, measured = description.provenance, description.metrics
     test, validation, run = measured["test"], measured["validation"], origin["training"]

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dermis import __version__
-from dermis.bundle.classifier import Description, InputSpec, write_classifier
+from dermis.bundle.classifier import ClassifierDescription, InputSpec, write_classifier
 from dermis.classifier.scores import scores_of, sigmoid
 from dermis.classifier.torch_network import TorchClassifier, normalisation
 from dermis.devices import describe_hardware
@@ -100,7 +100,7 @@ class TrainedClassifier:
     """The result of a finished run: the classifier's folder and description, and the progress of the training."""
 
     folder: Path
-    description: Description
+    description: ClassifierDescription
     progress: ClassifierProgress
 
 
@@ -189,7 +189,7 @@ def _describe(
     progress: ClassifierProgress,
     metrics: Mapping[str, Any],
     ranks: Ranks,
-) -> Description:
+) -> ClassifierDescription:
     real = data.real
     dataset = {
         "name": real.name,
@@ -208,7 +208,7 @@ def _describe(
         "hardware": (f"{ranks.count} x " if ranks.count > 1 else "") + describe_hardware(ranks.device),
     }
     mean, std = normalisation(config.architecture, network.backbone)
-    return Description(
+    return ClassifierDescription(
         architecture=config.architecture,
         input=InputSpec(config.size, mean, std),
         class_names=CLASS_NAMES,

@@ -31,7 +31,7 @@ from dermis.dataset.reading import open_dataset, samples_of
 from dermis.dataset.store import Store
 from dermis.errors import DataError
 from dermis.imaging import Images, decode
-from dermis.network_config import NoiseMode
+from dermis.network_config import DEFAULT_NOISE_MODE
 from training.classifier.data import CLASS_NAMES
 from training.data.diagnoses import is_melanoma
 from training.data.sources import read_source
@@ -39,7 +39,6 @@ from training.data.sources import read_source
 if TYPE_CHECKING:
     from dermis.synthesizer import Synthesizer
 
-_NOISE_MODE: NoiseMode = "random"
 _SAVE_EVERY = 512  # images; an interruption loses at most this many
 
 Count = dict[str, int]
@@ -192,7 +191,7 @@ def _of_bundle(bundle: Bundle, source: SyntheticSource, label: int, generation: 
                 indices=[2 * i + label for i in rows],
                 labels=[numbers[i % len(numbers)] for i in rows],
                 truncation_psi=generation.truncation_psi,
-                noise_mode=_NOISE_MODE,
+                noise_mode=DEFAULT_NOISE_MODE,
             )
             if images.shape[3] == 1:
                 images = images.repeat(3, axis=3)
@@ -206,7 +205,7 @@ def _of_bundle(bundle: Bundle, source: SyntheticSource, label: int, generation: 
         "digest": bundle.digest,
         "seed": generation.seed,
         "truncation_psi": generation.truncation_psi,
-        "noise_mode": _NOISE_MODE,
+        "noise_mode": DEFAULT_NOISE_MODE,
         "licence": bundle.provenance.get("licence", "unknown"),
         "trained_on": trained_on.get("sha256") if isinstance(trained_on, dict) else None,
     }
@@ -214,7 +213,7 @@ def _of_bundle(bundle: Bundle, source: SyntheticSource, label: int, generation: 
         bundle.digest,
         generation.seed,
         generation.truncation_psi,
-        _NOISE_MODE,
+        DEFAULT_NOISE_MODE,
         numbers,
         label,
         generation.size,

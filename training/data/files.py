@@ -18,7 +18,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 from dermis.errors import DataError, escape
-from dermis.reading import IMAGE_SUFFIXES, is_image_header
+from dermis.image_reading import IMAGE_SUFFIXES, is_image_header
 
 TABLE_SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tab")
 # Files of data sets that are not images, so that no image is lost when they are left out.

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from dermis.cpus import available_cpus
 from dermis.errors import DataError
-from dermis.reading import ImageError, read_training_image
+from dermis.image_reading import ImageError, read_training_image
 from training.data.cache import new_array, read_array
 from training.data.sources import Record, Source
 

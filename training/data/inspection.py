@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from dermis.errors import DataError
 from dermis.files import atomic_write
+from dermis.image_reading import read_training_image
 from dermis.imaging import encode
-from dermis.reading import read_training_image
 from training.data.artefacts import NAMES, THRESHOLDS, Artefacts, Summary, artefact_sheet, detect_artefacts, summarise
 from training.data.images import BROKEN_IMAGE
 from training.data.sources import Record, Source

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dermis.errors import DataError
-from dermis.reading import read_training_image
+from dermis.image_reading import read_training_image
 from training.data.cache import new_array, read_array
 from training.data.duplicates import (
     CORRELATION,

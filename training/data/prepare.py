@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from dermis.errors import DataError
 from dermis.files import atomic_write
-from dermis.reading import ImageError, read_training_image
+from dermis.image_reading import ImageError, read_training_image
 from training.data.card import data_card
 from training.data.images import BROKEN_IMAGE, DECODER_VERSION, in_threads
 from training.data.sources import Record, Source

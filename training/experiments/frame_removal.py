@@ -39,7 +39,7 @@ from dermis.directions.edit import Edit, bundle_offset
 from dermis.errors import TrainingError
 from dermis.imaging import Images
 from dermis.metrics import classification as metrics
-from dermis.network_config import NoiseMode
+from dermis.network_config import DEFAULT_NOISE_MODE
 from dermis.synthesizer import Synthesizer
 from training.classifier.config import ClassifierConfig
 from training.classifier.data import CLASS_NAMES, RealData, RealPart
@@ -56,7 +56,6 @@ PLAN, RESULTS, TABLE = "plan.json", "results.json", "table.md"
 PAPER_ACCURACY = 0.87
 METRICS = ("auc", "accuracy", "balanced_accuracy")
 _TITLES = {"auc": "AUC", "accuracy": "accuracy", "balanced_accuracy": "balanced accuracy"}
-_NOISE_MODE: NoiseMode = "random"
 _CHUNK = 64
 _MOST_TRIES = 50  # latents looked at for each that is taken
 
@@ -142,7 +141,10 @@ def _draw(
             arrays = [stack.enter_context(new_array(files[arm, label], shape, np.uint8)) for arm in ARMS]
             tried[CLASS_NAMES[label]] = _draw_class(bundle, plan, numbers[label], arrays, device, progress_bar)
         write_beside(note, json.dumps(tried))
-    told = {"noise_mode": _NOISE_MODE, **{name: value for name, value in asdict(plan).items() if name != "seeds"}}
+    told = {
+        "noise_mode": DEFAULT_NOISE_MODE,
+        **{name: value for name, value in asdict(plan).items() if name != "seeds"},
+    }
     origin = {"name": bundle.name, "digest": bundle.digest, "plan": told}
     found = {}
     for arm in ARMS:
@@ -175,7 +177,7 @@ def _draw_class(
         def draw(ws: NDArray[np.float32], indices: Sequence[int]) -> Images:
             """Images of style vectors, each with the noise of its sample, so that the arms differ by the moves alone."""
             seeds = [plan.synthetic_seed] * len(indices)
-            return synthesizer.images_from_ws(ws, _NOISE_MODE, seeds=seeds, indices=indices)
+            return synthesizer.images_from_ws(ws, DEFAULT_NOISE_MODE, seeds=seeds, indices=indices)
 
         while done < count:
             if index >= _MOST_TRIES * count:
@@ -311,7 +313,7 @@ def _remember(
         "weights": weights,
         "config": {name: value for name, value in config.to_dict().items() if name != "seed"},
         "plan": {name: value for name, value in asdict(plan).items() if name != "seeds"},
-        "noise_mode": _NOISE_MODE,
+        "noise_mode": DEFAULT_NOISE_MODE,
     }
     told = hashlib.sha256(json.dumps(now, sort_keys=True).encode()).hexdigest()
     file = out / PLAN

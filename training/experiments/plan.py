@@ -17,7 +17,7 @@ from dermis.bundle import check_names
 from dermis.errors import DataError, TrainingError, escape
 from dermis.features import FeatureExtractor
 from dermis.files import atomic_write
-from dermis.networks import NoiseMode
+from dermis.network_config import DEFAULT_NOISE_MODE
 from training.data.images import ImageDataset, load_images
 from training.data.sources import Source
 from training.evaluation.evaluation import check_images
@@ -28,7 +28,6 @@ from training.gan.config import GanConfig, automatic_precision
 
 PLAN = "plan.json"
 METRICS = "metrics.json"  # of an experiment that is done, in its folder
-NOISE_MODE: NoiseMode = "random"
 """Noise of the generated images of every evaluation."""
 GROUPS = {"table1": TABLE1}
 _OPTION = {"total_kimg": "--kimg or --scale", "seed": "--seed", "resolution": "--resolution"}
@@ -162,7 +161,7 @@ def remember(out: Path, tasks: Sequence[Task], measuring: Measuring) -> None:
             if stored := before["experiments"].get(task.experiment.name):
                 _check_same(out, task, stored)
         planned = before["experiments"] | planned
-    measured |= {"noise_mode": NOISE_MODE, "metrics_format": FORMAT_VERSION}
+    measured |= {"noise_mode": DEFAULT_NOISE_MODE, "metrics_format": FORMAT_VERSION}
     write_beside(file, json.dumps({"measured": measured, "experiments": planned}, indent=2) + "\n")
 
 
@@ -209,10 +208,10 @@ def _check_comparable(out: Path, before: Mapping[str, Any]) -> None:
     measured = before["measured"]
     noise_mode, version = measured.get("noise_mode", "const"), measured.get("metrics_format", 1)
     evaluated = [out / name / METRICS for name in before["experiments"] if (out / name / METRICS).exists()]
-    if evaluated and (noise_mode, version) != (NOISE_MODE, FORMAT_VERSION):
+    if evaluated and (noise_mode, version) != (DEFAULT_NOISE_MODE, FORMAT_VERSION):
         raise TrainingError(
             f"{out}: its experiments were evaluated with {noise_mode} noise and metrics of format {version}, which do not "
-            f"compare with the present {NOISE_MODE} noise and format {FORMAT_VERSION}; choose another --out, or remove "
+            f"compare with the present {DEFAULT_NOISE_MODE} noise and format {FORMAT_VERSION}; choose another --out, or remove "
             f"{', '.join(map(str, evaluated))} to evaluate again without training"
         )
 

@@ -20,8 +20,9 @@ import torch
 
 from dermis.bundle import open_bundle
 from dermis.errors import TrainingError, escape
+from dermis.network_config import DEFAULT_NOISE_MODE
 from training.evaluation.evaluation import evaluate_bundle, keep_metrics
-from training.experiments.plan import METRICS, NOISE_MODE, Measuring, Task, write_beside
+from training.experiments.plan import METRICS, Measuring, Task, write_beside
 from training.gan.config import GanConfig
 from training.gan.loop import train
 from training.gan.snapshot import GeneratorOrigin, write_snapshot
@@ -90,7 +91,7 @@ def run_experiment(
         count=measuring.samples,
         ppl_paths=measuring.ppl_paths,
         seed=config.seed,
-        noise_modes=[NOISE_MODE],
+        noise_modes=[DEFAULT_NOISE_MODE],
         cache=cache,
         device=str(device),
     )

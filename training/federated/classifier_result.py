@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dermis import __version__
-from dermis.bundle.classifier import Description, InputSpec, write_classifier
+from dermis.bundle.classifier import ClassifierDescription, InputSpec, write_classifier
 from dermis.classifier.torch_network import normalisation
 from dermis.errors import TrainingError
 from training.classifier.batches import TrainingSet
@@ -61,7 +61,7 @@ def finish(federation: FederationConfig, state: GlobalState, out: Path, counted:
     check_agreement(model, noise, logits_of(finished, noise, device))
     facts = federation_facts(federation, state)
     mean, std = normalisation(config.architecture, finished.backbone)
-    described = Description(
+    described = ClassifierDescription(
         architecture=config.architecture,
         input=InputSpec(config.size, mean, std),
         class_names=CLASS_NAMES,

@@ -18,7 +18,7 @@ from dermis.bundle import open_bundle
 from dermis.errors import TrainingError
 from dermis.features import FeatureExtractor, feature_extractor
 from dermis.metrics import frechet_distance, kernel_distance
-from dermis.networks import NoiseMode
+from dermis.network_config import DEFAULT_NOISE_MODE
 from dermis.synthesizer import Synthesizer
 from training.data.isic import ImageDataset
 from training.evaluation.features import BATCH, labels_in_proportion
@@ -28,7 +28,6 @@ from training.gan.state import GanProgress
 
 METRICS = ("fid", "kid")
 LOG = "metrics.jsonl"
-_NOISE_MODE: NoiseMode = "random"
 
 
 @dataclass(frozen=True)
@@ -63,10 +62,10 @@ class Measurements:
         """The content of metrics.json for a bundle. Classes are generated in the proportions of the training set."""
         opened = open_bundle(bundle)
         real_labels = self.dataset.labels if opened.class_names else np.zeros_like(self.dataset.labels)
-        generation = Generation(labels_in_proportion(real_labels, self.count), 0, 1.0, [_NOISE_MODE])
+        generation = Generation(labels_in_proportion(real_labels, self.count), 0, 1.0, [DEFAULT_NOISE_MODE])
         threads = torch.get_num_threads()
         with Synthesizer(opened, device=str(self.device)) as synthesizer:
-            generated = self._space.over(drawn_batches(synthesizer, generation, _NOISE_MODE))
+            generated = self._space.over(drawn_batches(synthesizer, generation, DEFAULT_NOISE_MODE))
             identity = dict(synthesizer.identity)
         torch.set_num_threads(threads)  # a synthesizer on the CPU generates each image with one thread
         kid, kid_std = kernel_distance(self._real, generated)
@@ -78,7 +77,7 @@ class Measurements:
             "images": self.count,
             "seed": generation.seed,
             "truncation_psi": generation.truncation_psi,
-            "noise_mode": _NOISE_MODE,
+            "noise_mode": DEFAULT_NOISE_MODE,
             "synthesizer": identity,
             "fid": frechet_distance(self._real, generated),
             "kid": kid,
@@ -94,7 +93,9 @@ class Measurements:
         """
         start = time.monotonic()
         lines = [json.loads(line) for line in _lines(out)]
-        before = [line.get(self.metric, math.inf) for line in lines if line.get("noise_mode", "const") == _NOISE_MODE]
+        before = [
+            line.get(self.metric, math.inf) for line in lines if line.get("noise_mode", "const") == DEFAULT_NOISE_MODE
+        ]
         metrics = self.measure(bundle)
         line = {
             "nimg": progress.nimg,

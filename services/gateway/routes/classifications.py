@@ -15,7 +15,7 @@ from fastapi import APIRouter, Query
 from starlette.requests import Request
 from starlette.responses import Response
 
-from dermis.bundle.classifier import DEFAULT_THRESHOLD, NOTICE, Description
+from dermis.bundle.classifier import DEFAULT_THRESHOLD, NOTICE, ClassifierDescription
 from dermis.classifier.scores import scores_of
 from dermis.errors import RequestError
 from dermis.explain.attribution import Method
@@ -173,7 +173,7 @@ def _heat_map(method: Method, made: HeatMap) -> ClassificationHeatMap:
     )
 
 
-def _threshold(described: Description, wanted: str) -> ThresholdUsed:
+def _threshold(described: ClassifierDescription, wanted: str) -> ThresholdUsed:
     """RequestError if it is neither one of the classifier's names nor a number from 0 to 1."""
     if wanted[0].isalpha():
         return ThresholdUsed(name=wanted, value=described.threshold(wanted))

@@ -1,4 +1,4 @@
-"""Import torchvision, timm and torch-fidelity beside any build of torch."""
+"""Import torchvision, timm and torch-fidelity with any build of torch."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _schemas: list[torch.library.Library] = []
 
 
 def import_vision(name: str) -> ModuleType:
-    """importlib.import_module(name) for a library that imports torchvision.
+    """Import a library that imports torchvision.
 
-    A torchvision built for CUDA fails to import beside a CPU torch, because its compiled operators are missing. None
-    of ours are used from it, so declaring the two operators that its import looks for is enough.
+    The import of a torchvision that was built for CUDA fails with a CPU build of torch, because its compiled operators are
+    missing. dermis does not use them, so it is enough to declare the two operators that the import needs.
     """
     try:
         importlib.import_module("torchvision")
@@ -27,4 +27,4 @@ def _declare_operators() -> None:
     library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
     for operator in ("nms", "qnms"):
         library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")  # type: ignore[no-untyped-call]
-    _schemas.append(library)  # a Library unregisters when it is collected
+    _schemas.append(library)  # a Library is unregistered when it is garbage-collected

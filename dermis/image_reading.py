@@ -1,8 +1,7 @@
-"""The one decoder of images from outside: uploads, training images, files on the command line; 8-bit RGB and nothing else.
+"""Decode untrusted images (uploads, training images, files on the command line) to 8-bit RGB.
 
-Uploads are PNG, JPEG or WebP; of training images everything is read that Pillow decodes as one still picture. Nothing of
-the file but its pixels is kept: no EXIF, no colour profile, no text. The size is looked up in the header before anything
-is decoded.
+Uploads must be PNG, JPEG or WebP. Training images can have every format that Pillow decodes as one still picture. Only the
+pixels are kept: no EXIF, no colour profile, no text. The size in the header is checked before anything is decoded.
 """
 
 from __future__ import annotations
@@ -22,19 +21,19 @@ if TYPE_CHECKING:
 MAX_PIXELS = 40_000_000
 FORMATS = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
 _FORMAT_NAMES = "PNG, JPEG or WebP"
-# Of training images: what Pillow decodes by itself, for the suffixes below.
+# Formats of training images: those that Pillow decodes without other packages, with the suffixes below.
 TRAINING_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "DIB", "GIF", "PPM", "JPEG2000", "AVIF", "TGA")
 IMAGE_SUFFIXES = frozenset({
     ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".tif", ".tiff", ".bmp", ".dib", ".gif",
     ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jpx", ".avif", ".tga",
 })  # fmt: skip
-MAX_TRAINING_PIXELS = 178_956_970  # Pillow's own limit; a camera's image has less
-# A JPEG may hold any number of scans, each as costly to decode as the whole image; encoders make about ten.
+MAX_TRAINING_PIXELS = 178_956_970  # Pillow's limit; images of cameras have fewer
+# A JPEG can have any number of scans, each as costly to decode as the whole image; encoders write about ten.
 _MAX_SCANS = 100
-# Decoders look at parts of a file one by one in Python. Writers make few: of PNG's chunks none has under 1 KiB on average.
+# Parts of a file are read one by one in Python. Encoders write few of them: chunks of PNG have more than 1 KiB on average.
 _MAX_PARTS = 1000
 _BYTES_A_CHUNK = 1024
-_MAX_STRAY_BYTES = 1 << 16  # of a JPEG: filling or garbage between its segments
+_MAX_STRAY_BYTES = 1 << 16  # of a JPEG: fill bytes or garbage between its segments
 _MAX_EXIF_ENTRIES = 1000
 _ORIENTATION = 0x0112  # EXIF's tag
 
@@ -42,9 +41,10 @@ ImageErrorKind = Literal["unsupported", "too-large", "unusable"]
 
 
 class ImageError(DermisError):
-    """An image that is not read. The message says why and what to do, but not which image: that is for the caller.
+    """An image that is refused. The message says why and what to do; the caller adds the name of the image.
 
-    kind: "unsupported" (no format that is read), "too-large" (pixels), "unusable" (empty, damaged, animated).
+    Attributes:
+        kind: "unsupported" (another format), "too-large" (pixels) or "unusable" (empty, damaged, animated).
     """
 
     def __init__(self, kind: ImageErrorKind, message: str) -> None:
@@ -59,20 +59,26 @@ def read_image(
     max_pixels: int = MAX_PIXELS,
     formats: Collection[str] = tuple(FORMATS),
 ) -> Images:
-    """uint8 [H, W, 3] of an encoded image, turned upright as its EXIF orientation says. Raises ImageError.
+    """Decode an image and rotate it by its EXIF orientation.
 
-    With `size` its largest centred square at that size (`dermis.imaging.centre_square`), in much less memory than the
-    whole would take: at most 12 bytes a pixel of the file, 4 for what most are (RGB, upright).
+    With `size` much less memory is needed than for the whole image: at most 12 bytes for each pixel of the file, and 4 for
+    most images (RGB, upright).
 
-    1-bit, grey, palette and CMYK images become RGB by Pillow's plain conversion, 16-bit ones by their upper byte;
-    transparency is left out, and colours show as they are stored. The pictures that phones hide behind the first one of
-    a JPEG are left out; files of several frames or pages are refused.
+    1-bit, grey, palette and CMYK images are converted to RGB by Pillow, 16-bit images by their upper byte. Transparency is
+    removed without changing colours. Further pictures in a JPEG, as phones add them, are ignored; files of several frames or
+    pages are refused.
 
     Args:
         data: The encoded image.
-        size: Side of the square in pixels; None for the whole image.
+        size: Side in px of the result, the largest centred square (`dermis.imaging.centre_square`); None for the whole image.
         max_pixels: Larger images are refused before they are decoded.
-        formats: Pillow's names of the formats that are read; by default those of uploads.
+        formats: Pillow's names of the allowed formats; by default those of uploads.
+
+    Returns:
+        uint8 [H, W, 3].
+
+    Raises:
+        ImageError: The image is refused.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -99,7 +105,7 @@ def read_image(
         raise
     except Image.DecompressionBombError:
         raise ImageError("too-large", f"has more than {max_pixels:,} pixels; scale it down") from None
-    except Exception as error:  # Pillow's plugins raise what they like
+    except Exception as error:  # Pillow's plugins have many exceptions
         if kind is None and isinstance(error, UnidentifiedImageError):
             raise ImageError("unsupported", f"is {_content(data)}, not an image that can be read") from None
         if "truncated" in str(error).lower():
@@ -110,19 +116,23 @@ def read_image(
 
 
 def read_training_image(data: bytes, size: int | None = None) -> Images:
-    """`read_image` for all formats of training images, with a limit of pixels that no camera's image reaches."""
+    """Decode an image with `read_image` in all formats of training images, with a limit of pixels above that of cameras.
+
+    Raises:
+        ImageError: The image is refused.
+    """
     return read_image(data, size=size, max_pixels=MAX_TRAINING_PIXELS, formats=TRAINING_FORMATS)
 
 
 def is_image_header(header: bytes) -> bool:
-    """Do the first 16 or more bytes of a file say that it is an image, whatever its name?"""
+    """Whether a file is an image by its first 16 or more bytes, whatever its name is."""
     return _format_of(header) is not None or header.startswith(
         (b"II*\0", b"MM\0*", b"GIF87a", b"GIF89a", b"\0\0\0\x0cjP  ")
     )
 
 
 def _content(data: bytes) -> str:
-    """A description of data that is not an image, for an error message."""
+    """Describe data that is not an image, for an error message."""
     start = data[:200].lstrip().lower()
     if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<")):
         return "a web page (HTML or XML)"
@@ -156,9 +166,9 @@ def _check_size(size: tuple[int, int] | None, max_pixels: int) -> None:
 
 
 def _header_size(data: bytes, kind: str) -> tuple[int, int] | None:
-    """Width and height as the header has them; None where it has none (the decoder will say so).
+    """Return width and height in the header; None if there are none, which the decoder will report.
 
-    Read here, as Pillow makes room for a WebP's whole canvas when it opens the file.
+    They are read here because Pillow allocates the whole canvas of a WebP when it opens the file.
     """
     if kind == "PNG":
         return _number(data[16:20]), _number(data[20:24])
@@ -173,7 +183,7 @@ def _header_size(data: bytes, kind: str) -> tuple[int, int] | None:
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """From the first frame header (SOF). ITU T.81, annex B."""
+    """Return the size in the first frame header (SOF; ITU T.81, annex B)."""
     for marker, start, end in _jpeg_segments(data):
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) and end - start >= 5:
             return _number(data[start + 3 : start + 5]), _number(data[start + 1 : start + 3])
@@ -181,7 +191,7 @@ def _jpeg_size(data: bytes) -> tuple[int, int] | None:
 
 
 def _check_parts(data: bytes, kind: str) -> None:
-    """ImageError if the file consists of so many parts that looking at them would take longer than decoding the pixels."""
+    """Raise ImageError if the file has so many parts that reading them would take longer than decoding the pixels."""
     parts: Iterator[tuple[bytes | int, int, int]] = iter(())
     if kind == "PNG":
         parts = _png_chunks(data)
@@ -198,7 +208,7 @@ def _check_parts(data: bytes, kind: str) -> None:
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Name, start and end of the content of each chunk up to IEND."""
+    """Yield name, start and end of the content of each chunk up to IEND."""
     place = 8
     while place + 12 <= len(data):
         name, start = data[place + 4 : place + 8], place + 8
@@ -209,7 +219,7 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
 
 
 def _webp_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Name, start and end of the content of each chunk."""
+    """Yield name, start and end of the content of each chunk."""
     place = 12
     while place + 8 <= len(data):
         start, size = place + 8, _number(data[place + 4 : place + 8], "little")
@@ -218,11 +228,11 @@ def _webp_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
 
 
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """Marker, start and end of the content of each segment up to the first scan. ImageError if too much is between them."""
+    """Yield marker, start and end of each segment up to the first scan. Raises ImageError if too much is between them."""
     place, stray = 2, 0
     while place + 4 <= len(data):
         marker = data[place + 1]
-        if data[place] != 0xFF or marker in (0x00, 0xFF):  # decoders skip garbage and filling byte by byte
+        if data[place] != 0xFF or marker in (0x00, 0xFF):  # decoders skip garbage and fill bytes one by one
             place, stray = place + 1, stray + 1
             if stray > _MAX_STRAY_BYTES:
                 raise ImageError("unusable", "has too many bytes that belong to no segment; save it again")
@@ -239,7 +249,7 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
 
 
 def _check_exif(block: bytes) -> None:
-    """ImageError if the first directory of an EXIF block has very many entries."""
+    """Raise ImageError if the first directory of an EXIF block has too many entries."""
     block = block.removeprefix(b"Exif\0\0").removeprefix(b"Exif\0\0")
     order: Literal["big", "little"] = "little" if block.startswith(b"II") else "big"
     place = _number(block[4:8], order)
@@ -255,21 +265,21 @@ def _number(data: bytes, order: Literal["big", "little"] = "big") -> int:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):  # Pillow would cut off at 255 what reaches to 65535
+    if image.mode.startswith("I;16"):  # Pillow would clip values of up to 65535 at 255
         from PIL import Image
 
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):  # of 32 bits, whose range is not known
+    if image.mode in ("I", "F"):  # 32 bits, whose range is not known
         raise ImageError("unusable", "has 32 bits a channel; save it with 8 bits")
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _orientation(image: Image.Image) -> int:
     try:
-        found = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # EXIF is often damaged, which is no reason to refuse the picture
+        orientation = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # EXIF is often damaged, which is not a reason to refuse the picture
         return 1
-    return found if isinstance(found, int) else 1
+    return orientation if isinstance(orientation, int) else 1
 
 
 def _upright(image: Image.Image, orientation: int) -> Image.Image:
