@@ -48,7 +48,7 @@ def without_place(error: Exception, location: str) -> str:
     return str(error).replace(location.rstrip("/"), Path(location).name)
 
 
-class Models:
+class ServedModels:
     """The served bundles by name. A bundle that cannot be opened is not served, and `check` says why; the others are served."""
 
     def __init__(self, locations: Sequence[str], default: str = "demo") -> None:

@@ -9,7 +9,7 @@ from contextlib import suppress
 
 from services.errors import DatabaseUnavailableError
 from services.gateway.dependencies import Context
-from services.gateway.schemas import dataset_of
+from services.gateway.schemas.datasets import dataset_of
 from services.jobs.table import Job
 
 POLL_SECONDS = 0.5

@@ -23,10 +23,10 @@ from dermis.explain.attribution import Method
 from services.errors import InferenceFailedError, InferenceUnavailableError, NotInstalledError
 from services.inference import pixels
 from services.inference.connection import Connection
-from services.inference.heat_maps import HeatMap
+from services.inference.heat_maps import EncodedHeatMap
 from services.inference.projections import ProjectionFiles, ProjectionTask
 from services.inference.samples import Image, Samples, to_bytes
-from services.models import Models
+from services.models import ServedModels
 
 images_generated = Counter("dermis_images_generated_total", "Images that the generator has made.", ["model"])
 images_classified = Counter("dermis_images_classified_total", "Images that the classifier has scored.", ["model"])
@@ -114,7 +114,7 @@ class GeneratorClient(InferenceClient):
     name = "the generator"
     needed_without_models = True
 
-    def __init__(self, client: Any, models: Models) -> None:
+    def __init__(self, client: Any, models: ServedModels) -> None:
         super().__init__(client, {bundle.digest: bundle.name for bundle in models.bundles})
         self._models = models
 
@@ -145,7 +145,7 @@ class ClassifierClient(InferenceClient):
 
     name = "the classifier"
 
-    def __init__(self, client: Any, models: Models) -> None:
+    def __init__(self, client: Any, models: ServedModels) -> None:
         super().__init__(client, {b.classifier.digest: b.name for b in models.bundles if b.classifier is not None})
         self._row_bytes = pixels.row_bytes(b.classifier.input.size for b in models.bundles if b.classifier)
 
@@ -178,7 +178,7 @@ class AuthenticityClient(InferenceClient):
 
     name = "the authenticity service"
 
-    def __init__(self, client: Any, models: Models) -> None:
+    def __init__(self, client: Any, models: ServedModels) -> None:
         super().__init__(client, {b.authenticity.digest: b.name for b in models.bundles if b.authenticity is not None})
         self._row_bytes = pixels.row_bytes(b.authenticity.resolution for b in models.bundles if b.authenticity)
 
@@ -222,10 +222,10 @@ class ExplainerClient(InferenceClient):
 
     name = "the explainer"
 
-    def __init__(self, client: Any, models: Models) -> None:
+    def __init__(self, client: Any, models: ServedModels) -> None:
         super().__init__(client, {b.classifier.digest: b.name for b in models.bundles if b.classifier is not None})
 
-    async def heat_map(self, bundle: Bundle, method: Method, image: NDArray[np.uint8]) -> HeatMap:
+    async def heat_map(self, bundle: Bundle, method: Method, image: NDArray[np.uint8]) -> EncodedHeatMap:
         """Make a heat map.
 
         Args:
@@ -243,7 +243,7 @@ class ExplainerClient(InferenceClient):
         if "problem" in response:
             raise InferenceUnavailableError(response["problem"])
         heat_maps_made.labels(bundle.name, method).inc()
-        return HeatMap(**response)
+        return EncodedHeatMap(**response)
 
 
 class ProjectorClient(InferenceClient):
@@ -252,7 +252,7 @@ class ProjectorClient(InferenceClient):
     name = "the projector"
     needed_without_models = True
 
-    def __init__(self, client: Any, models: Models) -> None:
+    def __init__(self, client: Any, models: ServedModels) -> None:
         super().__init__(client, {bundle.digest: bundle.name for bundle in models.bundles})
 
     async def project(
@@ -307,7 +307,7 @@ class InferenceClients:
     projector: ProjectorClient
 
     @classmethod
-    def connect(cls, client_of: Callable[[str], Any], models: Models) -> InferenceClients:
+    def connect(cls, client_of: Callable[[str], Any], models: ServedModels) -> InferenceClients:
         """Make the clients.
 
         Args:

@@ -23,7 +23,7 @@ _settings = settings_of_process()
 
 
 @inference_service("Generator", _settings.generator_workers)
-class Generator(InferenceService["Synthesizer"]):
+class GeneratorService(InferenceService["Synthesizer"]):
     """The generators of all served bundles."""
 
     logger = logging.getLogger("dermis.generator")

@@ -16,7 +16,7 @@ MEDIA_TYPE = "image/png"
 
 
 @dataclass(frozen=True)
-class HeatMap:
+class EncodedHeatMap:
     """A heat map.
 
     Attributes:
@@ -40,7 +40,7 @@ def make(
         check: Is called between steps; an exception that it raises ends the work.
 
     Returns:
-        The fields of a `HeatMap`.
+        The fields of an `EncodedHeatMap`.
     """
     from dermis.explain.rendering import LEAST_SIDE, full_colour, heat_map, per_percent, to_png
 

@@ -26,7 +26,7 @@ from services.errors import (
 )
 from services.inference.client import InferenceClients
 from services.jobs.table import JobTable
-from services.models import Models
+from services.models import ServedModels
 
 logger = logging.getLogger("dermis.jobs")
 
@@ -63,7 +63,7 @@ class JobContext:
     """What the work on jobs needs. `services.composition` makes it."""
 
     table: JobTable
-    models: Models
+    models: ServedModels
     inference: InferenceClients
     loop: asyncio.AbstractEventLoop
     """The event loop that runs the calls of `inference`."""
