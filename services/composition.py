@@ -32,7 +32,7 @@ class Composition:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[Context]:
-        """Start the jobs, give the context for the routes, and stop everything at the end."""
+        """Start the jobs, provide the context for the routes, and stop everything at the end."""
         await asyncio.to_thread(self.jobs.start)
         try:
             yield self.context
@@ -42,7 +42,7 @@ class Composition:
 
 
 def compose(settings: Settings, models: ServedModels, inference: InferenceClients) -> Composition:
-    """Make and connect the parts of the gateway process, without starting them. Call it on the event loop that runs them.
+    """Create and connect the parts of the gateway process, without starting them. Call it on the event loop that runs them.
 
     Args:
         settings: The settings of the service.

@@ -25,15 +25,19 @@ _LONGEST_POLL_SECONDS = 2.0
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run until told to stop. 0 after that, 2 if it cannot start (with one line that says why)."""
+    """Run the service until a signal to stop.
+
+    Returns:
+        The exit status: 0, or 2 if the service cannot start. One line on stderr then says why.
+    """
     parser = argparse.ArgumentParser(prog="services.serve", description="Serve dermis on this machine.")
     parser.add_argument("--table", action="store_true", help="print the settings as a Markdown table and exit")
     for name, field in Settings.model_fields.items():
         parser.add_argument(
             f"--{name.replace('_', '-')}", metavar="VALUE", help=(field.description or "").replace("%", "%%")
         )
-    given = vars(parser.parse_args(arguments))
-    if given.pop("table"):
+    options = vars(parser.parse_args(arguments))
+    if options.pop("table"):
         print(settings_table())
         return 0
     if os.name != "posix":
@@ -42,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     from services import supervisor
 
     # The processes of the service read the environment, so that is where command line values go.
-    os.environ.update({f"DERMIS_{name.upper()}": value for name, value in given.items() if value is not None})
+    os.environ.update({f"DERMIS_{name.upper()}": value for name, value in options.items() if value is not None})
     restrict_new_files()
     try:
         settings = read_settings()
@@ -61,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _prepare(settings: Settings) -> None:
-    """Find what would stop the service from starting while it can still be said in one line."""
+    """Check that the service can start, so that a failure is one line on stderr."""
     from services.jobs.table import JobTable
 
     prepare_data_folder(settings)
@@ -77,7 +81,7 @@ def _prepare(settings: Settings) -> None:
 
 
 def _wait_for_port(host: str, port: int) -> None:
-    """Return once the port is free. Processes of a service that was just killed need a moment to let go of it."""
+    """Return once the port is free. Processes of a service that was just killed need a moment to release it."""
     deadline = time.monotonic() + _PORT_SECONDS
     while True:
         try:
@@ -99,21 +103,21 @@ def _wait_for_port(host: str, port: int) -> None:
 
 
 def _announce(settings: Settings) -> None:
-    """Say when the service is ready, and what it lacks if it is not."""
+    """Print when the service is ready, and why it is not ready."""
     url = _url(settings)
     print(f"dermis {__version__}: starting on {url} (data in {settings.data_dir.absolute()})", flush=True)
-    said = ""
+    last_reason = ""
     pause = _POLL_SECONDS
     while True:
         time.sleep(pause)
         pause = min(1.1 * pause, _LONGEST_POLL_SECONDS)
-        status, answer = _get(f"{url}/readyz")
+        status, document = _get(f"{url}/readyz")
         if status == 200:
             break
-        reason = str(answer.get("detail", ""))
-        if reason not in ("", said) and "is starting" not in reason:
-            said = reason
-            print(f"dermis is up, but not ready: {reason}", file=sys.stderr, flush=True)
+        reason = str(document.get("detail", ""))
+        if reason not in ("", last_reason) and "is starting" not in reason:
+            last_reason = reason
+            print(f"dermis is running, but not ready: {reason}", file=sys.stderr, flush=True)
     models = _get(f"{url}/v1/models")[1].get("data", [])
     for model in models:
         shown = f"{model['resolution']} px; {', '.join(model['classes'])}"
@@ -121,7 +125,7 @@ def _announce(settings: Settings) -> None:
         print(f"  model    {model['name']} ({shown}{classifier})", flush=True)
     print(
         f"  API      {url}/v1\n  docs     {url}/docs\n  health   {url}/readyz\n"
-        f"dermis is ready at {url} (Ctrl-C stops it; unfinished datasets go on at the next start)",
+        f"dermis is ready at {url} (Ctrl-C stops it; unfinished datasets continue at the next start)",
         flush=True,
     )
 
@@ -132,10 +136,10 @@ def _url(settings: Settings) -> str:
 
 
 def _get(url: str) -> tuple[int, dict[str, Any]]:
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through a proxy to ourselves
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through a proxy
     try:
-        with opener.open(url, timeout=15) as answer:
-            return answer.status, json.load(answer)
+        with opener.open(url, timeout=15) as response:
+            return response.status, json.load(response)
     except urllib.error.HTTPError as error:
         try:
             return error.code, json.load(error)

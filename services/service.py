@@ -1,6 +1,6 @@
-"""The BentoML application: the gateway, which is public, and the inference services, which only the gateway can reach.
+"""The BentoML application: the public gateway, and the inference services, which only the gateway can reach.
 
-`python -m services.serve` runs it and prints a message; `bentoml serve services.service:Gateway` runs it without one.
+`python -m services.serve` runs it and prints its address; `bentoml serve services.service:Gateway` runs it without that.
 """
 
 from __future__ import annotations

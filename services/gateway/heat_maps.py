@@ -32,7 +32,7 @@ class HeatMaps:
             RequestError: If they are.
         """
         if self._settings.max_heat_map_images == 0:
-            raise RequestError("heat_map", "this service makes no heat maps; ask without")
+            raise RequestError("heat_map", "this service makes no heat maps; leave heat_map out")
 
     async def make(
         self, bundle: Bundle, method: Method, images: NDArray[np.uint8], disconnected: Callable[[], Awaitable[None]]

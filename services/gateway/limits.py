@@ -109,13 +109,13 @@ class GatewayLimits:
             uploads=Limiter(
                 settings.max_upload_calls,
                 "overloaded",
-                "too many calls with uploads are in work; try again",
+                "too many calls with uploads are being processed; try again",
                 retry_after=5,
             ),
             heat_maps=Limiter(
                 settings.max_heat_map_calls,
                 "overloaded",
-                "other calls wait for heat maps; try again, or ask without",
+                "too many calls with heat maps are being processed; try again, or leave heat_map out",
                 retry_after=10,
             ),
             event_streams=Limiter(

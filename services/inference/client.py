@@ -47,7 +47,7 @@ class InferenceClient:
     """
 
     name: ClassVar[str]
-    """What the service is called in messages."""
+    """The name of the service in messages."""
     needed_without_models: ClassVar[bool] = False
     """Whether the service must answer even if no served model needs it."""
 
@@ -73,7 +73,15 @@ class InferenceClient:
         return None if await self.not_ready() is None else self._connection.not_alive
 
     async def _identity(self, digest: str, missing: str) -> Mapping[str, str]:
-        """What runs the model with this digest, for manifests. `missing` begins the message if there is no such model."""
+        """The software and the device that run a model, for manifests.
+
+        Args:
+            digest: Digest of the model.
+            missing: Begin of the message if the service has no such model.
+
+        Raises:
+            InferenceUnavailableError: The service has no such model.
+        """
         description = await self._connection.describe()
         identity = description["identities"].get(digest)
         if identity is None:
@@ -87,8 +95,8 @@ class InferenceClient:
         Args:
             method: Name of the method.
             rows: One row per input.
-            results: What the method returns, for messages.
-            inputs: What the rows are, for messages.
+            results: Plural noun for the results, for messages.
+            inputs: Plural noun for the inputs, for messages.
 
         Returns:
             One result per row, in their order.
@@ -201,7 +209,7 @@ class AuthenticityClient(InferenceClient):
         return Nearest(table[:, 0], table[:, 1], table[:, 2:])
 
     async def expose(self, bundle: Bundle, embeddings: NDArray[np.float32]) -> Exposure:
-        """What the embeddings [N, dim] of a dataset reveal about the training images."""
+        """Measure what the embeddings [N, dim] of a dataset reveal about the training images."""
         assert bundle.authenticity is not None
         response = await self._connection.call("expose", bundle.authenticity.digest, embeddings)
         if "problem" in response:

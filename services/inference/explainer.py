@@ -64,8 +64,8 @@ class ExplainerService(InferenceService[str]):
             check_caller()  # the connection may have been closed while the call waited for the only thread
             return self._explain(digest, method, image)
         except CallerGoneError:
-            self.logger.info("heat map given up, nobody waits for it")
-            return {"problem": "nobody waits for this heat map any more"}
+            self.logger.info("heat map cancelled because its caller has disconnected")
+            return {"problem": "the heat map was cancelled because its caller has disconnected"}
 
     def _explain(self, digest: str, method: str, image: np.ndarray) -> dict[str, Any]:
         missing = missing_packages()

@@ -95,8 +95,8 @@ async def _compare_uploads(
     if not context.settings.compares_uploads:
         raise ProblemError(
             "uploads-disabled",
-            "comparing uploaded images is switched off, as it shows whether an image is a training image; the operator of "
-            "the service can set DERMIS_AUTHENTICITY_UPLOADS=true. Generated images can be compared: send the JSON body of "
+            "uploaded images are not compared, because the result shows whether an image is a training image; the operator of "
+            "the service can set DERMIS_AUTHENTICITY_UPLOADS=true. To compare generated images, send the JSON body of "
             "/v1/images",
         )
     bundle = await served_bundle(context, model)

@@ -120,7 +120,7 @@ def _check(body: EditsRequest, bundle: Bundle, strengths: int, max_images: int) 
     total = body.sources * strengths
     if total > max_images:
         field = "samples" if body.projections is None else "projections"
-        raise RequestError(field, f"{total} images asked for; at most {max_images} in one call", "request-too-large")
+        raise RequestError(field, f"{total} images requested; at most {max_images} in one call", "request-too-large")
     check_cutoff(body.truncation_cutoff, bundle)
     check_edits(body.edits or (), bundle)
     if body.sweep is not None:

@@ -84,7 +84,7 @@ def class_of_each(body: ImagesRequest, bundle: Bundle, max_images: int) -> list[
     check_classes({f"classes.{name}": name for name in body.classes}, bundle)
     total = sum(body.classes.values())
     if total > max_images:
-        message = f"{total} images asked for; at most {max_images} here, more as a dataset (POST /v1/datasets)"
+        message = f"{total} images requested; at most {max_images} here, more as a dataset (POST /v1/datasets)"
         raise RequestError("classes", message, "request-too-large")
     if body.start_index + total - 1 > MAX_INDEX:
         raise RequestError("start_index", f"the last index would pass {MAX_INDEX}", "invalid-request")

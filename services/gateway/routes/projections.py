@@ -98,7 +98,7 @@ async def create_projection(
     base = SCHEDULES[schedule]
     step_count = steps or base.steps
     if step_count > settings.max_projection_steps:
-        message = f"at most {settings.max_projection_steps} steps are made of one image"
+        message = f"at most {settings.max_projection_steps} steps are allowed for one image"
         raise RequestError("steps", message, "request-too-large")
     with context.limits.uploads.hold():
         limit = Limit(settings.max_projection_images, " of a projection")

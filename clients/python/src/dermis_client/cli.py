@@ -411,7 +411,7 @@ def authenticity(
 
 @app.command()
 def directions(context: typer.Context, model: Model = None, base_url: BaseUrl = None, as_json: Json = False) -> None:
-    """List the directions along which images of a model can be moved."""
+    """List the directions along which images of a model can be edited."""
     with _client(context, base_url) as client:
         offered = client.edits.directions(model)
     _print(context, as_json, [item.model_dump(mode="json") for item in offered], lambda: text.directions(offered))
@@ -438,7 +438,7 @@ def edit_images(
     base_url: BaseUrl = None,
     as_json: Json = False,
 ) -> None:
-    """Move images along directions."""
+    """Edit images along directions."""
     if out is None and strip is None:
         raise InvalidRequestError("give --out FOLDER for the images, --strip FILE.png for a sheet, or both")
     if strip is not None:
