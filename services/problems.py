@@ -40,7 +40,7 @@ KINDS: Mapping[str, tuple[int, str]] = {
     "unusable-image": (422, "An image cannot be used"),
     "no-classifier": (422, "The model has no classifier"),
     "no-index": (422, "The model has no index of its training images"),
-    "request-too-large": (422, "The request asks for too much"),
+    "request-too-large": (422, "The request exceeds a limit"),
     "too-many-requests": (429, "A limit of the service is reached"),
     "internal": (500, "Internal error"),
     "not-installed": (501, "The service lacks a package"),

@@ -223,7 +223,7 @@ class Settings(BaseSettings):
         description="Time after SIGTERM in which /readyz fails and requests are accepted; part of DERMIS_SHUTDOWN_SECONDS.",
     )
 
-    # What it tells
+    # Log
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least severe level logged.")
 
     @field_validator("bundles", "cors_origins", "trusted_hosts", mode="before")

@@ -15,7 +15,7 @@ async def read_bytes(request: Request, limit: int) -> bytes:
     """
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise ProblemError("unsupported-media-type", "send the body without a Content-Encoding")
-    too_large = ProblemError("too-large", f"the body may have at most {limit} bytes", headers={"Connection": "close"})
+    too_large = ProblemError("too-large", f"the body can have at most {limit} bytes", headers={"Connection": "close"})
     length = request.headers.get("content-length", "")
     if length.isdigit() and len(length) < 20 and int(length) > limit:
         raise too_large

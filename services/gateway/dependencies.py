@@ -137,7 +137,7 @@ def _check_tree(root: Any) -> None:
                 try:
                     value.encode("utf-8")
                 except UnicodeEncodeError:
-                    raise MalformedJSONError("a string holds half a surrogate pair") from None
+                    raise MalformedJSONError("a string contains half a surrogate pair") from None
         level = below
 
 

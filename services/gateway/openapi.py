@@ -143,7 +143,7 @@ def _add_refusals(document: dict[str, Any]) -> None:
 
 
 def _add_limits(document: dict[str, Any], settings: Settings) -> None:
-    """Document how many images an upload may have in this service."""
+    """Document the maximum number of images of an upload in this service."""
     limits = {"/v1/projections": settings.max_projection_images}
     for path, operations in document["paths"].items():
         form = operations.get("post", {}).get("requestBody", {}).get("content", {}).get("multipart/form-data")

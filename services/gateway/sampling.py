@@ -24,7 +24,7 @@ async def draw_soon(context: Context, draw: Callable[[], Awaitable[list[Image]]]
         try:
             return await asyncio.wait_for(draw(), context.settings.image_timeout_seconds)
         except TimeoutError:
-            detail = "the generator is busy; try again or ask for fewer"
+            detail = "the generator is busy; try again, or request fewer images"
             raise ProblemError("overloaded", detail, headers={"Retry-After": "5"}) from None
 
 

@@ -284,7 +284,7 @@ class ProjectorClient(InferenceClient):
             The files of each image, in their order.
 
         Raises:
-            RequestError: If the projector cannot do what the task asks for.
+            RequestError: If the projector cannot do the task.
         """
         numbers = [-1 if label is None else label for label in labels]
         response = await self._connection.call("project", bundle.digest, images, numbers, task.to_dict(), ticket)

@@ -28,7 +28,7 @@ _settings = settings_of_process()
 
 @inference_service("Explainer", _settings.explainer_workers, threads=1)
 class ExplainerService(InferenceService[str]):
-    """Heat maps for the classifiers of all served bundles that have one. `_models` holds the folders of the classifiers."""
+    """Heat maps for the classifiers of all served bundles that have one. `_models` contains the folders of the classifiers."""
 
     logger = logging.getLogger("dermis.explainer")
     failure = "classifier not found"

@@ -1,6 +1,6 @@
 """The only module that uses DBOS: a workflow per job that enqueues a workflow per shard, waits for them and finishes the job.
 
-DBOS has one instance per process; `start` and `stop` bracket its life. The arguments of a workflow are ids only, so that a
+DBOS has one instance per process, which `start` launches and `stop` ends. The arguments of a workflow are ids only, so that a
 restarted process can continue it with another `JobContext`.
 """
 
@@ -222,7 +222,7 @@ def _cancel_queued(job_id: str) -> None:
 
 
 def _may_restart(job_id: str) -> bool:
-    """Whether failed workflows of a job are started again: a limited number of times, as the fault may be in our code."""
+    """Whether to start failed workflows of a job again: a limited number of times, as the cause can be a bug."""
     _restarts[job_id] = _restarts.get(job_id, 0) + 1
     return _restarts[job_id] <= _MAX_RESTARTS
 

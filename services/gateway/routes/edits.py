@@ -114,7 +114,7 @@ def _check(body: EditsRequest, bundle: Bundle, strengths: int, max_images: int) 
     """Check a request.
 
     Raises:
-        RequestError: The request exceeds a limit, or the bundle cannot do what it asks for.
+        RequestError: The request exceeds a limit, or the bundle cannot serve it.
     """
     check_classes({f"samples.{i}.class": sample.class_ for i, sample in enumerate(body.samples or ())}, bundle)
     total = body.sources * strengths

@@ -79,7 +79,7 @@ def class_of_each(body: ImagesRequest, bundle: Bundle, max_images: int) -> list[
     """The class of each sample, in order.
 
     Raises:
-        RequestError: The request exceeds a limit, or the bundle cannot do what it asks for.
+        RequestError: The request exceeds a limit, or the bundle cannot serve it.
     """
     check_classes({f"classes.{name}": name for name in body.classes}, bundle)
     total = sum(body.classes.values())

@@ -12,7 +12,7 @@ from services.gateway.schemas.common import ModelRef, ResponseBody
 class AuthenticityModel(ModelRef):
     """The bundle with whose training images the images were compared, and its index."""
 
-    index: str = Field(description="SHA-256 of authenticity.json, which holds the SHA-256 of the index's files.")
+    index: str = Field(description="SHA-256 of authenticity.json, which contains the SHA-256 of the index's files.")
 
 
 class AuthenticityVerdict(ResponseBody):

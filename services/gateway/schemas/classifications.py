@@ -14,7 +14,7 @@ from services.gateway.schemas.common import ModelRef, ResponseBody
 class ClassificationModel(ModelRef):
     """The bundle and the classifier that classified the images."""
 
-    classifier: str = Field(description="SHA-256 of classifier.json, which holds the SHA-256 of the network.")
+    classifier: str = Field(description="SHA-256 of classifier.json, which contains the SHA-256 of the network.")
 
 
 class ThresholdUsed(ResponseBody):

@@ -20,7 +20,7 @@ class ModelRef(ResponseBody):
     """The bundle that made a result. Its digest identifies it; its name could be given to another bundle."""
 
     name: str
-    digest: str = Field(description="SHA-256 of bundle.json, which holds the SHA-256 of every file of the bundle.")
+    digest: str = Field(description="SHA-256 of bundle.json, which contains the SHA-256 of every file of the bundle.")
 
 
 class Health(ResponseBody):

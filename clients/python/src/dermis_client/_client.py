@@ -1,4 +1,4 @@
-"""The blocking and the asynchronous client, each of which holds its resources."""
+"""The blocking and the asynchronous client with their resources."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ class DownloadProgress:
 
 @dataclass
 class Tally:
-    """Sums up the progress of several files. Threads may share it."""
+    """Sums up the progress of several files. Threads can share it."""
 
     report: Callable[[DownloadProgress], None]
     files_total: int = 0

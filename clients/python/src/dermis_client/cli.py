@@ -421,10 +421,10 @@ def directions(context: typer.Context, model: Model = None, base_url: BaseUrl = 
 def edit_images(
     context: typer.Context,
     sample: Annotated[
-        list[str] | None, typer.Option("--sample", help="CLASS:SEED:INDEX, such as malignant:0:7; may be repeated.")
+        list[str] | None, typer.Option("--sample", help="CLASS:SEED:INDEX, such as malignant:0:7; can be repeated.")
     ] = None,
     projection: Annotated[
-        list[str] | None, typer.Option("--projection", help="ID:IMAGE of a finished projection; may be repeated.")
+        list[str] | None, typer.Option("--projection", help="ID:IMAGE of a finished projection; can be repeated.")
     ] = None,
     edit: text.EditOption = None,
     sweep: Annotated[
