@@ -1,4 +1,4 @@
-"""Train a small generator on a folder of images, and generate images with the bundle that comes out.
+"""Train a small generator on a folder of images, and generate images with its bundle.
 
     python examples/train_generator.py --data lesions/images --out runs/example
 

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 from services.gateway.dependencies import Context
 from services.gateway.heat_maps import HeatMaps
-from services.gateway.limits import Limits
+from services.gateway.limits import GatewayLimits
 from services.gateway.uploads import Uploads
 from services.inference.client import InferenceClients
 from services.jobs.context import JobContext
 from services.jobs.service import JobService
 from services.jobs.table import JobTable
-from services.models import Models
+from services.models import ServedModels
 from services.settings import Settings
 
 logger = logging.getLogger("dermis.service")
@@ -32,7 +32,7 @@ class Composition:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[Context]:
-        """Start the jobs, give the context for the routes, and stop everything at the end."""
+        """Start the jobs, provide the context for the routes, and stop everything at the end."""
         await asyncio.to_thread(self.jobs.start)
         try:
             yield self.context
@@ -41,8 +41,8 @@ class Composition:
             await asyncio.to_thread(self.jobs.stop)
 
 
-def compose(settings: Settings, models: Models, inference: InferenceClients) -> Composition:
-    """Make and connect the parts of the gateway process, without starting them. Call it on the event loop that runs them.
+def compose(settings: Settings, models: ServedModels, inference: InferenceClients) -> Composition:
+    """Create and connect the parts of the gateway process, without starting them. Call it on the event loop that runs them.
 
     Args:
         settings: The settings of the service.
@@ -64,7 +64,7 @@ def compose(settings: Settings, models: Models, inference: InferenceClients) -> 
         jobs=jobs.datasets,
         projections=jobs.projections,
         inference=inference,
-        limits=Limits.of(settings),
+        limits=GatewayLimits.of(settings),
         uploads=Uploads(settings),
         heat_maps=HeatMaps(settings, inference.explainer),
         not_ready=_readiness(job_context, jobs),

@@ -1,8 +1,8 @@
 """Limits on connections to the gateway: size and time of headers, progress of bodies, number of connections.
 
-uvicorn, which BentoML runs, has none of these. `BoundedProtocol` is its protocol with them. After it has refused a request it
-also continues to read for a while: a connection that is closed while the client still sends is reset, and the client then sees
-an error of the connection instead of the answer.
+uvicorn, which BentoML runs, has no such limits; `BoundedProtocol` adds them to its protocol. After it has refused a request, it
+continues to read for a while: a connection that is closed while the client still sends is reset, and the client gets a
+connection error instead of the response.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ logger = logging.getLogger("dermis.connections")
 
 _MIN_BODY_RATE = 1024.0  # bytes a second
 _TICK_SECONDS = 1.0
-# What a client may still send, and for how long, once its request has been answered.
+# Limits of the data that is read after the response, and of the time for it.
 _DRAIN_BYTES = 256 << 20
 _DRAIN_SECONDS = 30.0
 _LAST_REQUEST_SECONDS = 0.5  # for a request that is sent while the service closes its port
 # Connections above the limit that are accepted, to answer 503, or requests for the health of the service.
 _RESERVE = 64
-_FILES_KEPT = 256  # open files that are no connections, and no files that connections read
+_FILES_KEPT = 256  # open files other than connections and the files that they read
 
 
 def connection_limit(settings: Settings, open_files: int | None = None) -> int:
-    """How many connections the gateway takes: the number in the settings, or fewer if the limit of open files is low.
+    """The number of connections that the gateway accepts: that of the settings, or fewer if the limit of open files is low.
 
     Args:
         settings: The settings of the service.
@@ -84,11 +84,11 @@ class BoundedProtocol(HttpToolsProtocol):
         super().__init__(config, server_state, app_state, _loop)
         self._settings = settings_of_process()
         self._wire: asyncio.Transport
-        # Connections that ask nothing at the moment, the longest idle one first.
+        # Connections without a request, the one that has been idle for the longest time first.
         if not hasattr(server_state, "idle"):
             server_state.idle = {}  # type: ignore[attr-defined]
         self._idle: dict[BoundedProtocol, None] = server_state.idle  # type: ignore[attr-defined]
-        self._phase: Literal["head", "body", "answer"] = "head"
+        self._phase: Literal["head", "body", "response"] = "head"
         self._timer: asyncio.TimerHandle | None = None
         self._unparsed = 0  # bytes since the last that were part of a body or completed something
         self._head_bytes = 0
@@ -102,7 +102,7 @@ class BoundedProtocol(HttpToolsProtocol):
     # The connection
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """A client has connected: its first request must arrive in time, and the connection may replace an idle one."""
+        """Handle a new connection: its first request must arrive in time, and it may replace an idle connection."""
         self._wire = transport
         super().connection_made(_Transport(transport, self))  # type: ignore[arg-type]
         limit = connection_limit(self._settings)
@@ -118,14 +118,14 @@ class BoundedProtocol(HttpToolsProtocol):
         self._start_timer(self._settings.header_timeout_seconds, self._head_is_late)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The connection is gone."""
+        """Handle the end of the connection."""
         self._idle.pop(self, None)
         self._stop_timer()
         super().connection_lost(exc)
         self._unset_keepalive_if_required()
 
     def shutdown(self) -> None:
-        """The service stops: no further request, but for one that may be on its way already."""
+        """Stop: accept no further request, except one that may have been sent already."""
         if self.draining or (self.cycle is not None and not self.cycle.response_complete):
             super().shutdown()
             return
@@ -134,7 +134,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._start_timer(_LAST_REQUEST_SECONDS, self._wire.close)
 
     def give_way(self) -> None:
-        """Close this connection, which is idle, for a new one."""
+        """Close this idle connection, so that a new one can be accepted."""
         self._idle.pop(self, None)
         self.connections.discard(self)
         if self.draining or self._wire.get_write_buffer_size():
@@ -143,7 +143,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._wire.close()
 
     def close_when_read(self) -> None:
-        """Close the connection, once what the client still sends has been read, within limits."""
+        """Close the connection after the data that the client still sends has been read, within limits."""
         unread = self._phase == "body" and self.cycle is not None and self.cycle.response_complete
         if unread and not self.is_closing:
             self._drain()
@@ -154,7 +154,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self.draining = True
         self._set_idle()
         if self._wire.can_write_eof():  # not with TLS
-            self._wire.write_eof()  # the answer is complete, which the client may wait for
+            self._wire.write_eof()  # the client may wait for the end of the response
         self.flow.resume_reading()
         self._start_timer(_DRAIN_SECONDS, self._wire.abort)
 
@@ -165,7 +165,7 @@ class BoundedProtocol(HttpToolsProtocol):
     # Bytes
 
     def data_received(self, data: bytes) -> None:
-        """Parse what has come, within the limits."""
+        """Parse received bytes, within the limits."""
         if self.draining:
             self._count_drained(len(data))
             return
@@ -179,7 +179,7 @@ class BoundedProtocol(HttpToolsProtocol):
             else:
                 self._refuse("bad-request", "the request is not valid HTTP/1.1")
             return
-        except httptools.HttpParserUpgrade:  # an offer, which a server may ignore; what follows cannot be read
+        except httptools.HttpParserUpgrade:  # an offer that a server may ignore; the data after it cannot be parsed
             if self.cycle is not None:
                 self.cycle.keep_alive = False
         if self._unparsed > self._settings.max_header_bytes:
@@ -187,29 +187,29 @@ class BoundedProtocol(HttpToolsProtocol):
         elif self._timer is None and not self.draining:
             if self._phase == "body":
                 self._body_waited = 0.0
-                self._start_timer(_TICK_SECONDS, self._look_at_body)
+                self._start_timer(_TICK_SECONDS, self._check_body)
             elif self._unparsed:
                 self._start_timer(self._settings.header_timeout_seconds, self._head_is_late)
 
     def on_message_begin(self) -> None:
-        """The first byte of a request has come."""
+        """Handle the first byte of a request."""
         super().on_message_begin()
         self._phase = "head"
         self._head_bytes = self._body_bytes = 0
 
     def on_url(self, url: bytes) -> None:
-        """Some of the path has come."""
+        """Handle a part of the path."""
         self._count_head(len(url))
         super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """A header has come, or a trailer of a body, which is ignored: the application has its headers by then."""
+        """Handle a header. A trailer of a body is ignored, because the application already has its headers."""
         self._count_head(len(name) + len(value) + 4)
         if self._phase == "head":
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """The request begins."""
+        """Handle the end of the headers."""
         self._stop_timer()
         self._idle.pop(self, None)
         self._unparsed = 0
@@ -219,7 +219,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
-        """Some of the body has come."""
+        """Handle a part of the body."""
         self._unparsed = 0
         self._body_bytes += len(body)
         if self.cycle.response_complete:
@@ -227,18 +227,18 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """The whole request has come."""
+        """Handle the end of the request."""
         self._stop_timer()
         self._unparsed = 0
-        self._phase = "answer"
+        self._phase = "response"
         if self.cycle.response_complete and not self.is_closing:  # the application did not read the body
             self._set_idle()
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        """A request has been answered."""
+        """Handle the end of a response."""
         super().on_response_complete()
-        if self._phase == "answer" and not self.pipeline and not self.is_closing:
+        if self._phase == "response" and not self.pipeline and not self.is_closing:
             self._set_idle()
 
     @property
@@ -274,11 +274,11 @@ class BoundedProtocol(HttpToolsProtocol):
     def _head_is_late(self) -> None:
         self._timer = None
         if self.cycle is None or self.cycle.response_complete:
-            self._wire.close()  # without an answer: it may be a connection that a browser keeps ready
-        else:  # a request before it is still being answered
+            self._wire.close()  # without a response: browsers open connections in advance
+        else:  # the response to an earlier request is not complete
             self.cycle.keep_alive = False
 
-    def _look_at_body(self) -> None:
+    def _check_body(self) -> None:
         self._timer = None
         if self._phase != "body" or self._wire.is_closing():
             return
@@ -292,12 +292,12 @@ class BoundedProtocol(HttpToolsProtocol):
             if self._body_waited > self._settings.body_timeout_seconds + self._body_bytes / _MIN_BODY_RATE:
                 self._refuse("upload-timeout", "the body arrives too slowly")
                 return
-        self._start_timer(_TICK_SECONDS, self._look_at_body)
+        self._start_timer(_TICK_SECONDS, self._check_body)
 
     # Refusals
 
     def send_400_response(self, _msg: str) -> None:
-        """Refuse what is not HTTP."""
+        """Refuse data that is not HTTP."""
         self._refuse("bad-request", "the request is not valid HTTP/1.1")
 
     def _refuse_head(self) -> None:
@@ -309,10 +309,10 @@ class BoundedProtocol(HttpToolsProtocol):
         self._stop_timer()
         cycle = self.cycle
         if cycle is not None and not cycle.response_complete:
-            # Its application learns that the client is gone, and sends nothing more.
+            # The application sees that the client has disconnected, and sends nothing more.
             cycle.disconnected = True
             cycle.message_event.set()
-            if cycle.response_started or self._phase != "body":  # another answer cannot be put into the middle of one
+            if cycle.response_started or self._phase != "body":  # a response has begun, and another one cannot be sent
                 self._wire.abort()
                 return
         document = problem(kind, detail, self.scope["path"] if self._phase == "body" else "/")

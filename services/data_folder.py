@@ -1,6 +1,6 @@
 """Restrict the data folder to the service's account, and check that the packages of the storage are installed.
 
-Images of people pass through it: squares to be projected, results, the jobs database.
+It contains data of real people: images to be projected, results, the jobs database.
 """
 
 from __future__ import annotations
@@ -28,17 +28,16 @@ def restrict_new_files() -> None:
 
 
 def prepare_data_folder(settings: Settings) -> None:
-    """Make the data folder, correct the modes of what an earlier version wrote, and check the storage.
+    """Create the data folder, correct the modes of files of an earlier version, and check the storage.
 
-    SettingsError, in one line, if the service cannot work with these settings.
+    Raises:
+        SettingsError: The service cannot work with these settings.
     """
     folder = settings.data_dir
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if folder.stat().st_mode & stat.S_ISVTX:
-            raise SettingsError(
-                f"DERMIS_DATA_DIR: {folder} is for files of all accounts; name a folder of its own in it"
-            )
+            raise SettingsError(f"DERMIS_DATA_DIR: {folder} is shared by all accounts; choose a new folder inside it")
         if os.name == "posix":
             _restrict_modes(folder)
         probe = folder / f".{uuid.uuid4().hex}"
@@ -62,9 +61,9 @@ def _restrict_modes(folder: Path) -> None:
         for here, _, files in os.walk(os.path.realpath(folder / name)):
             paths += [Path(here), *(Path(here, file) for file in files)]
     open_to_others = [path for path in paths if not _restrict(path)]
-    if open_to_others:  # such as a volume whose root belongs to the orchestrator
+    if open_to_others:  # such as a volume whose root folder belongs to the orchestrator
         fields = {"location": str(open_to_others[0]), "number": len(open_to_others)}
-        logger.warning("other accounts may read what this one cannot change the mode of", extra=fields)
+        logger.warning("other accounts can read files whose mode cannot be changed", extra=fields)
 
 
 def _restrict(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""What calls to the inference services, to the jobs database and to the storage may end with."""
+"""Errors of calls to the inference services and to the jobs database."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ from dermis.errors import DermisError, StorageError
 
 
 class InferenceUnavailableError(DermisError):
-    """A called service cannot do what it was asked for now; it may do so later."""
+    """A called service cannot process the call now; it may be able to later."""
 
 
 class InferenceUnreachableError(InferenceUnavailableError):
-    """A called service did not answer at all: it is starting, restarting or overloaded."""
+    """A called service did not respond: it is starting, restarting or overloaded."""
 
 
 class InferenceFailedError(DermisError):
-    """A called service answered with an error of its own."""
+    """A called service failed."""
 
 
 class NotInstalledError(DermisError):
-    """A called service lacks a package that this needs; the operator has to install it."""
+    """A called service lacks a package that the call needs; the operator has to install it."""
 
 
 class DatabaseUnavailableError(DermisError):
-    """The jobs database cannot be reached at the moment, or is locked; nothing was lost."""
+    """The jobs database cannot be reached at the moment, or is locked. No data is lost."""
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same call may succeed later without anybody changing the request: never the outcome of a job."""
+    """Whether the same call may succeed later. A transient error is never the outcome of a job."""
     if isinstance(error, StorageError):
         return error.kind == "storage-unavailable"
     return isinstance(error, DatabaseUnavailableError | InferenceUnreachableError)

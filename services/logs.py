@@ -1,7 +1,7 @@
-"""One line for each event: time, level, logger, message and key=value pairs. Never a body, never an image.
+"""One log line for each event: time, level, logger, message and key=value pairs. Bodies and images are never logged.
 
-Who knows the id of a projection may fetch and delete it, so no log holds a whole id: of datasets and projections the first
-characters stay, which are enough to see which lines belong together.
+Everyone who knows the id of a projection can read and delete it, so ids of datasets and projections are shortened to their
+first characters, which are enough to see which lines belong together.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class LineFormatter(logging.Formatter):
 
 
 def configure(level: str) -> None:
-    """Send our loggers, and those of the libraries that talk in our name, to stderr as lines. May be called again."""
+    """Write the log of the service and of its libraries to stderr. Further calls replace the level."""
     handler = logging.StreamHandler()
     handler.set_name(_HANDLER_NAME)
     handler.setFormatter(LineFormatter())
@@ -45,7 +45,7 @@ def configure(level: str) -> None:
 
 
 def _plain(text: str) -> str:
-    """One line: control characters, which may come from a request or a file, written as escapes."""
+    """One line: control characters, which can come from a request or a file, are escaped."""
     text = text.replace("\\", "\\\\")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 

@@ -1,4 +1,4 @@
-"""Prometheus metrics. BentoML runs several processes, which share their counts through files (PROMETHEUS_MULTIPROC_DIR).
+"""Prometheus metrics. The processes of the service share their counts through files (PROMETHEUS_MULTIPROC_DIR).
 
 The metrics of the inference services are in `services.inference.client`.
 """
@@ -18,7 +18,7 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 request_seconds = Histogram(
     "dermis_http_request_duration_seconds",
-    "Time from a request to the last byte of its answer.",
+    "Time from a request to the last byte of its response.",
     ["method", "route", "status"],
     buckets=(0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0),
 )
@@ -26,7 +26,7 @@ dataset_samples = Counter("dermis_dataset_samples_total", "Images written into s
 
 
 class _Jobs(Collector):
-    """Jobs by state, counted in the database when asked: right whichever process answers."""
+    """Jobs by state, counted in the database at each request, so that every process gives the same numbers."""
 
     def __init__(self, kind: str, count: Callable[[], Mapping[str, int]]) -> None:
         self._kind, self._count = kind, count
@@ -36,7 +36,7 @@ class _Jobs(Collector):
         family = GaugeMetricFamily(name, f"{self._kind.capitalize()} jobs by state.", labels=["state"])
         try:
             counts = self._count()
-        except Exception:  # the other metrics are wanted most while the database is away
+        except Exception:  # the other metrics must be available while the database cannot be reached
             return
         for state, number in counts.items():
             family.add_metric([state], number)
@@ -44,7 +44,12 @@ class _Jobs(Collector):
 
 
 def render(datasets: Callable[[], Mapping[str, int]], projections: Callable[[], Mapping[str, int]]) -> bytes:
-    """All metrics of all processes in Prometheus's text format. The arguments count jobs by state."""
+    """Return the metrics of all processes in the text format of Prometheus.
+
+    Args:
+        datasets: Counts the datasets by state.
+        projections: Counts the projections by state.
+    """
     registry = CollectorRegistry()
     registry.register(_Jobs("dataset", datasets))
     registry.register(_Jobs("projection", projections))

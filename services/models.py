@@ -1,4 +1,4 @@
-"""The bundles that this deployment serves: opened and verified at the start, checked for changes while it runs.
+"""The served bundles: opened and verified at the start, and checked for changes while the service runs.
 
 This module does not import torch: it reads bundle.json, the model card and hashes. The generator loads the weights.
 """
@@ -61,12 +61,12 @@ def refuse_no_bundle(locations: Sequence[str]) -> None:
 
 
 def without_place(error: Exception, location: str) -> str:
-    """The text of an error for callers: without the location of the bundle, which only the log shows."""
+    """The text of an error for callers, without the location of the bundle, which only the log contains."""
     return str(error).replace(location.rstrip("/"), Path(location).name)
 
 
-class Models:
-    """The served bundles by name. A bundle that cannot be opened is not served, and `check` says why; the others are served."""
+class ServedModels:
+    """The served bundles by name. A bundle that cannot be opened is not served; `check` returns the reason."""
 
     def __init__(self, locations: Sequence[str], default: str = "demo") -> None:
         self._watched: dict[str, _Watched] = {}
@@ -78,11 +78,13 @@ class Models:
                 fingerprint = _fingerprint(location)
                 bundle = open_bundle(location)
             except _UNUSABLE as error:
-                self._broken[location] = f"{without_place(error, location)}; mend it and restart the service"
+                self._broken[location] = f"{without_place(error, location)}; repair it and restart the service"
                 continue
             if bundle.name in self._watched:
                 folder = Path(location).name
-                self._broken[location] = f"{folder}: is called {bundle.name!r}, as another bundle is; serve one of them"
+                self._broken[location] = (
+                    f"{folder}: another bundle is also called {bundle.name!r}; serve only one of them"
+                )
                 continue
             self._watched[bundle.name] = _Watched(bundle, fingerprint)
         self.default = default if default in self._watched else next(iter(self._watched), default)
@@ -113,7 +115,7 @@ class Models:
 
         Args:
             name: Name of the bundle.
-            digest: The digest that the bundle must have; None allows each.
+            digest: The digest that the bundle must have; None for any.
 
         Raises:
             RequestError: If there is no bundle of this name.
@@ -122,8 +124,8 @@ class Models:
         bundle = self.find(name)
         if digest is not None and digest != bundle.digest:
             raise BundleError(
-                f"model {name}: the job was asked of digest {digest[:12]}, but this service has {bundle.digest[:12]}; "
-                "serve the earlier bundle again or ask anew"
+                f"model {name}: the job was created for digest {digest[:12]}, but this service has {bundle.digest[:12]}; "
+                "serve the earlier bundle again, or create a new job"
             )
         problem = self.check().get(name)
         if problem is not None:

@@ -1,4 +1,4 @@
-"""RFC 9457 problem documents, their kinds, and which problem an error is."""
+"""RFC 9457 problem documents, their kinds, and the conversion of errors to problems."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _MAX_NAME = 100
 KINDS: Mapping[str, tuple[int, str]] = {
     "malformed-json": (400, "The body is not valid JSON"),
     "bad-request": (400, "The request cannot be understood"),
-    "cross-origin": (403, "Another origin may not do this"),
-    "uploads-disabled": (403, "Uploads are switched off here"),
-    "not-found": (404, "There is nothing here"),
+    "cross-origin": (403, "Other origins cannot change anything"),
+    "uploads-disabled": (403, "Uploads are disabled"),
+    "not-found": (404, "Not found"),
     "unknown-model": (404, "Unknown model"),
     "method-not-allowed": (405, "Method not allowed"),
     "not-acceptable": (406, "No acceptable representation"),
@@ -40,10 +40,10 @@ KINDS: Mapping[str, tuple[int, str]] = {
     "unusable-image": (422, "An image cannot be used"),
     "no-classifier": (422, "The model has no classifier"),
     "no-index": (422, "The model has no index of its training images"),
-    "request-too-large": (422, "The request asks for too much"),
-    "too-many-requests": (429, "The limit of what may be at work is reached"),
+    "request-too-large": (422, "The request exceeds a limit"),
+    "too-many-requests": (429, "A limit of the service is reached"),
     "internal": (500, "Internal error"),
-    "not-installed": (501, "The service lacks what this needs"),
+    "not-installed": (501, "The service lacks a package"),
     "model-unavailable": (503, "The model cannot be served"),
     "not-ready": (503, "The service is not ready"),
     "upload-interrupted": (503, "The upload was interrupted"),
@@ -53,28 +53,35 @@ KINDS: Mapping[str, tuple[int, str]] = {
 
 
 class FieldError(BaseModel):
-    """One thing that is wrong with one field."""
+    """One error in one field."""
 
     field: str = Field(description="Dotted path of the field, or the name of the parameter or header.")
-    message: str = Field(description="What is wrong with it.")
+    message: str = Field(description="The error in this field.")
 
 
 class Problem(BaseModel):
-    """What went wrong and what to do (RFC 9457)."""
+    """A problem document (RFC 9457): what is wrong, and what to do."""
 
     model_config = ConfigDict(extra="forbid")
 
     type: str = Field(description="urn:dermis:problem:<kind>; stable.", examples=["urn:dermis:problem:unknown-class"])
-    title: str = Field(description="The kind in words.")
+    title: str = Field(description="Short description of the kind.")
     status: int = Field(description="The HTTP status.")
-    detail: str = Field(description="What is wrong here and what to do about it.")
+    detail: str = Field(description="What is wrong with this request, and what to do.")
     instance: str = Field(description="Path of the request, or of the dataset or projection that failed.")
     request_id: str | None = Field(None, description="Id of the request, also in the X-Request-Id header and the log.")
-    errors: list[FieldError] = Field(default_factory=list, description="The fields at fault, if fields are.")
+    errors: list[FieldError] = Field(default_factory=list, description="The invalid fields, if any.")
 
 
 class ProblemError(DermisError):
-    """Raised anywhere below a route to answer with a problem document."""
+    """An error that the gateway answers with a problem document.
+
+    Attributes:
+        kind: A key of `KINDS`.
+        detail: What is wrong and what to do.
+        errors: The invalid fields.
+        headers: Further headers of the response.
+    """
 
     def __init__(
         self,
@@ -108,7 +115,12 @@ def problem(
 
 
 def field_errors(details: Iterable[Mapping[str, Any]], drop_first: bool = False) -> list[FieldError]:
-    """pydantic's error list as ours: dotted path and message, never the offending value itself."""
+    """Convert the errors of pydantic to dotted paths and messages, without the invalid values.
+
+    Args:
+        details: The errors of pydantic.
+        drop_first: Whether the first part of each location is left out, such as "query".
+    """
     errors: list[FieldError] = []
     for item in details:
         location = list(item.get("loc", ()))
@@ -126,7 +138,7 @@ def field_errors(details: Iterable[Mapping[str, Any]], drop_first: bool = False)
 
 
 def invalid_request(errors: Sequence[FieldError]) -> ProblemError:
-    """The problem of a body or parameter that fails validation; the detail repeats the first error."""
+    """The problem of a body or parameter that is not valid; its detail repeats the first error."""
     first = errors[0]
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     return ProblemError("invalid-request", f"{first.field}: {first.message}{more}", errors=errors)
@@ -136,7 +148,7 @@ def problem_of(error: Exception) -> ProblemError:
     """The problem that describes an error to a caller.
 
     Args:
-        error: An error of the library or of a called service. Its text is left out where it may name a place of the service.
+        error: An error of the library or of a called service. Its text is left out if it may contain a path of the service.
     """
     if isinstance(error, ProblemError):
         return error
@@ -150,28 +162,28 @@ def problem_of(error: Exception) -> ProblemError:
     if isinstance(error, InferenceUnavailableError | DatabaseUnavailableError):
         return ProblemError("not-ready", str(error), headers={"Retry-After": "5"})
     if isinstance(error, NotInstalledError):
-        return ProblemError("not-installed", f"{error}; tell the operator of this service")
+        return ProblemError("not-installed", f"{error}; ask the operator of this service to install it")
     if isinstance(error, StorageError):
-        # Its text names places, and may be a driver's: both are for the log.
+        # Its text contains paths, or is the message of a driver: both are for the log only.
         if error.kind == "storage-full":
             return ProblemError("storage-full", "the storage of the service is full; free some space and try again")
         if error.kind == "storage-unavailable":
             detail = "the storage of the service cannot be reached at the moment; try again"
             return ProblemError("not-ready", detail, headers={"Retry-After": "5"})
-        return ProblemError("internal", "the service cannot read or write its storage; the log has more")
+        return ProblemError("internal", "the service cannot read or write its storage; see its log")
     if is_disk_full(error):
         return ProblemError("storage-full", "the storage of the service is full; free some space and try again")
-    return ProblemError("internal", "the service failed to answer; the log has more under this request id")
+    return ProblemError("internal", "the service failed; its log has the details under this request id")
 
 
 def is_disk_full(error: BaseException) -> bool:
     """Whether an error or one of its causes says that no space is left."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT):
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
-        # What SQLite says; the driver's error carries no errno.
-        if "database or disk is full" in str(seen):
+        # The message of SQLite, whose errors have no errno.
+        if "database or disk is full" in str(cause):
             return True
-        seen = seen.__cause__ or seen.__context__
+        cause = cause.__cause__ or cause.__context__
     return False

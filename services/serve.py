@@ -78,7 +78,7 @@ def serve(options: Mapping[str, str | None]) -> int:
 
 
 def _prepare(settings: Settings) -> None:
-    """Find what would stop the service from starting while it can still be said in one line."""
+    """Check that the service can start, so that a failure is one line on stderr."""
     from services.jobs.table import JobTable
     from services.models import refuse_no_bundle
 
@@ -96,7 +96,7 @@ def _prepare(settings: Settings) -> None:
 
 
 def _wait_for_port(host: str, port: int) -> None:
-    """Return once the port is free. Processes of a service that was just killed need a moment to let go of it."""
+    """Return once the port is free. Processes of a service that was just killed need a moment to release it."""
     deadline = time.monotonic() + _PORT_SECONDS
     while True:
         try:
@@ -118,21 +118,21 @@ def _wait_for_port(host: str, port: int) -> None:
 
 
 def _announce(settings: Settings) -> None:
-    """Say when the service is ready, and what it lacks if it is not."""
+    """Print when the service is ready, and why it is not ready."""
     url = _url(settings)
     print(f"dermis {__version__}: starting on {url} (data in {settings.data_dir.absolute()})", flush=True)
-    said = ""
+    last_reason = ""
     pause = _POLL_SECONDS
     while True:
         time.sleep(pause)
         pause = min(1.1 * pause, _LONGEST_POLL_SECONDS)
-        status, answer = _get(f"{url}/readyz")
+        status, document = _get(f"{url}/readyz")
         if status == 200:
             break
-        reason = str(answer.get("detail", ""))
-        if reason not in ("", said) and "is starting" not in reason:
-            said = reason
-            print(f"dermis is up, but not ready: {reason}", file=sys.stderr, flush=True)
+        reason = str(document.get("detail", ""))
+        if reason not in ("", last_reason) and "is starting" not in reason:
+            last_reason = reason
+            print(f"dermis is running, but not ready: {reason}", file=sys.stderr, flush=True)
     models = _get(f"{url}/v1/models")[1].get("data", [])
     for model in models:
         shown = f"{model['resolution']} px; {', '.join(model['classes'])}"
@@ -140,7 +140,7 @@ def _announce(settings: Settings) -> None:
         print(f"  model    {model['name']} ({shown}{classifier})", flush=True)
     print(
         f"  API      {url}/v1\n  docs     {url}/docs\n  health   {url}/readyz\n"
-        f"dermis is ready at {url} (Ctrl-C stops it; unfinished datasets go on at the next start)",
+        f"dermis is ready at {url} (Ctrl-C stops it; unfinished datasets continue at the next start)",
         flush=True,
     )
 
@@ -151,10 +151,10 @@ def _url(settings: Settings) -> str:
 
 
 def _get(url: str) -> tuple[int, dict[str, Any]]:
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through a proxy to ourselves
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through a proxy
     try:
-        with opener.open(url, timeout=15) as answer:
-            return answer.status, json.load(answer)
+        with opener.open(url, timeout=15) as response:
+            return response.status, json.load(response)
     except urllib.error.HTTPError as error:
         try:
             return error.code, json.load(error)

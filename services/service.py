@@ -1,6 +1,6 @@
-"""The BentoML application: the gateway, which is public, and the inference services, which only the gateway can reach.
+"""The BentoML application: the public gateway, and the inference services, which only the gateway can reach.
 
-`python -m services.serve` runs it and prints a message; `bentoml serve services.service:Gateway` runs it without one.
+`python -m services.serve` runs it and prints its address; `bentoml serve services.service:Gateway` runs it without that.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from services.composition import compose
 from services.data_folder import prepare_data_folder, restrict_new_files
 from services.gateway.app import create_app
 from services.gateway.dependencies import Context
-from services.inference.authenticity import Authenticity
-from services.inference.classifier import Classifier
+from services.inference.authenticity import AuthenticityService
+from services.inference.classifier import ClassifierService
 from services.inference.client import InferenceClients
-from services.inference.explainer import Explainer
-from services.inference.generator import Generator
-from services.inference.projector import Projector
-from services.models import Models
+from services.inference.explainer import ExplainerService
+from services.inference.generator import GeneratorService
+from services.inference.projector import ProjectorService
+from services.models import ServedModels
 from services.parent_watchdog import exit_with_parent
 from services.settings import SettingsError, settings_of_process
 from services.supervisor import serve_bento, stop_pause
@@ -51,7 +51,7 @@ async def _running() -> AsyncIterator[Context]:
     except SettingsError as error:
         logger.error("cannot start", extra={"problem": str(error)})
         raise
-    models = await asyncio.to_thread(Models, _settings.bundles, _settings.default_model)
+    models = await asyncio.to_thread(ServedModels, _settings.bundles, _settings.default_model)
     for location, problem in models.check().items():
         logger.error("model not served", extra={"location": location, "problem": problem})
     service = bentoml.get_current_service()
@@ -139,11 +139,11 @@ class Gateway:
     The names of the attributes are the fields of `services.inference.client.InferenceClients`.
     """
 
-    generator = bentoml.depends(Generator)
-    classifier = bentoml.depends(Classifier)
-    authenticity = bentoml.depends(Authenticity)
-    explainer = bentoml.depends(Explainer)
-    projector = bentoml.depends(Projector)
+    generator = bentoml.depends(GeneratorService)
+    classifier = bentoml.depends(ClassifierService)
+    authenticity = bentoml.depends(AuthenticityService)
+    explainer = bentoml.depends(ExplainerService)
+    projector = bentoml.depends(ProjectorService)
 
 
 # BentoML uses these after it has imported this module. Without them `bentoml serve` would listen on further TCP ports.

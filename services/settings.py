@@ -1,4 +1,4 @@
-"""Every knob of the service in one class, read from `DERMIS_*` environment variables (and a `.env` file if there is one)."""
+"""All settings of the service in one class, read from `DERMIS_*` environment variables and from a file `.env`."""
 
 from __future__ import annotations
 
@@ -30,170 +30,207 @@ class SettingsError(DermisError):
 
 
 class Settings(BaseSettings):
-    """Settings of the gateway, the generator, the classifier, the explainer and the dataset jobs."""
+    """Settings of the gateway, the inference services and the jobs."""
 
     model_config = SettingsConfigDict(env_prefix="DERMIS_", env_file=".env", extra="ignore", frozen=True)
 
-    # Where it listens
-    host: str = Field("127.0.0.1", description="Address the gateway listens on. 0.0.0.0 opens it to the network.")
-    port: int = Field(3000, ge=1, le=65535, description="Port the gateway listens on.")
+    # Address
+    host: str = Field(
+        "127.0.0.1", description="Address that the gateway listens on. 0.0.0.0 makes it reachable from the network."
+    )
+    port: int = Field(3000, ge=1, le=65535, description="Port that the gateway listens on.")
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
-        (), description="Web origins that may call the API from a browser, separated by commas; `*` for any."
+        (), description="Web origins whose pages can call the API from a browser, separated by commas; `*` for any."
     )
     trusted_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
         description="Host names under which requests are answered, separated by commas, in addition to loopback and "
-        "`DERMIS_HOST`: `name`, `name:port`, `*.domain`, or `*` for any. Needed behind a proxy and if clients use a name.",
+        "`DERMIS_HOST`: `name`, `name:port`, `*.domain`, or `*` for any. Set it behind a proxy, or if clients use a name.",
     )
 
-    # What it serves
+    # Models and processes
     bundles: Annotated[tuple[str, ...], NoDecode] = Field(
         default_factory=default_bundles,
         description="Bundles to serve, separated by commas: folders, folders of bundles, fsspec URLs, or names of installed "
         "bundles. Default: the folder `bundles` of the repository, else the installed bundles.",
     )
     default_model: str = Field(
-        "demo", description="Model of requests that name none. If it is not served, the first model is."
+        "demo", description="Model for requests that name none. If it is not served, the first model is used."
     )
     device: str = Field(
-        "auto", description="Device of generator, classifier, index, explainer and projector: auto, cpu, ..."
+        "auto", description="Device of the generator, classifier, index, explainer and projector: auto, cpu or cuda."
     )
-    backend: str = Field("auto", description="How the generator runs: auto picks the fastest that works here.")
+    backend: str = Field(
+        "auto",
+        description="Implementation that runs the generator; auto chooses the fastest one that works on the machine.",
+    )
     generator_workers: int = Field(
-        1, ge=1, le=64, description="Generator processes. On a CPU each gets an equal share of the cores."
+        1, ge=1, le=64, description="Number of generator processes. On a CPU each uses an equal share of the cores."
     )
     classifier_workers: int = Field(
-        1, ge=1, le=64, description="Classifier processes. On a CPU each gets an equal share of the cores."
+        1, ge=1, le=64, description="Number of classifier processes. On a CPU each uses an equal share of the cores."
     )
     authenticity_workers: int = Field(
         1,
         ge=1,
         le=64,
-        description="Processes that compare images with the training images, each on its share of cores.",
+        description="Number of processes that compare images with training images; each uses an equal share of the cores.",
     )
     explainer_workers: int = Field(
-        1, ge=1, le=64, description="Explainer processes: each makes one heat map at a time, on its share of the cores."
+        1,
+        ge=1,
+        le=64,
+        description="Number of explainer processes; each makes one heat map at a time on an equal share of the cores.",
     )
     max_batch_size: int = Field(
-        64, ge=2, le=256, description="Most images that generator and classifier take in one batch across requests."
+        64,
+        ge=2,
+        le=256,
+        description="Maximum number of images of several requests in one batch of the generator or classifier.",
     )
 
-    # Where it keeps things
-    data_dir: Path = Field(Path(".dermis"), description="Folder of the database and, by default, of the datasets.")
+    # Storage
+    data_dir: Path = Field(
+        Path(".dermis"), description="Folder of the database, temporary files and, by default, datasets."
+    )
     storage_url: str | None = Field(
         None,
-        description="fsspec URL or folder of the datasets, such as s3://bucket/prefix. Default: data_dir/datasets.",
+        description="Folder or fsspec URL of the datasets, such as s3://bucket/prefix. Default: `datasets` in the data folder.",
     )
     database_url: str | None = Field(
-        None, description="SQLAlchemy URL of the jobs database (PostgreSQL at scale). Default: SQLite in data_dir."
+        None, description="SQLAlchemy URL of the jobs database, for PostgreSQL. Default: SQLite in the data folder."
     )
 
-    # How it works
+    # Jobs and time limits
     shard_concurrency: int = Field(
-        3, ge=1, le=64, description="Shards that one gateway process works on at once; 3 keep the generator busy."
+        3,
+        ge=1,
+        le=64,
+        description="Number of shards that one gateway process generates at the same time; 3 keep the generator busy.",
     )
     min_free_bytes: int = Field(
-        8 << 20, ge=0, description="Datasets fail before less than this is free, so that the database can still write."
+        8 << 20,
+        ge=0,
+        description="Free bytes of the storage below which datasets fail, so that the database can still be written.",
     )
     lease_seconds: float = Field(
-        30.0, ge=1.0, le=3600.0, description="A worker silent for this long is dead; a live one takes over its jobs."
+        30.0,
+        ge=1.0,
+        le=3600.0,
+        description="Time without a renewed lease after which a worker counts as dead and others take over its jobs.",
     )
     executor_id: str | None = Field(
         None,
         pattern=r"^[A-Za-z0-9._-]{1,100}$",
-        description="Name of this worker in the jobs database. Default: host name and a slot number.",
+        description="Name of this worker in the jobs database. Default: the host name and a slot number.",
     )
     image_timeout_seconds: float = Field(
         120.0,
         ge=1.0,
         le=270.0,
-        description="Longest time that a call may wait for the generator (/v1/images) or the classifier.",
+        description="Maximum time that a call waits for the generator (/v1/images) or the classifier.",
     )
     heat_map_timeout_seconds: float = Field(
-        100.0, ge=1.0, le=270.0, description="Longest time that the heat maps of one call may take, waiting included."
+        100.0,
+        ge=1.0,
+        le=270.0,
+        description="Maximum time for the heat maps of one call, including the time in the queue.",
     )
     upload_timeout_seconds: float = Field(
-        60.0, ge=1.0, le=3600.0, description="Longest time that uploaded images may take to arrive."
+        60.0, ge=1.0, le=3600.0, description="Maximum time in which uploaded images must arrive."
     )
     upload_decoders: int = Field(
-        2, ge=1, le=64, description="Processes that decode uploaded images; each needs up to 12 bytes a pixel."
+        2,
+        ge=1,
+        le=64,
+        description="Number of processes that decode uploaded images; each needs up to 12 bytes a pixel.",
     )
     upload_decode_seconds: float = Field(
-        20.0, ge=0.1, le=600.0, description="Longest time for decoding one uploaded image; then its process is ended."
+        20.0,
+        ge=0.1,
+        le=600.0,
+        description="Maximum time for decoding one uploaded image; after it, the decoding process is killed.",
     )
 
     projection_distance: Literal["lite0", "vgg16"] = Field(
-        "lite0", description="Distance that projections minimise; the weights of vgg16 (LPIPS) are downloaded once."
+        "lite0", description="Distance that projections minimise. The weights of vgg16 (LPIPS) are downloaded once."
     )
     projection_keep_seconds: float = Field(
-        86_400.0, ge=60.0, description="Projections that ended so long ago are deleted with their files."
+        86_400.0, ge=60.0, description="Time after its end at which a projection is deleted with its files."
     )
 
-    # What it allows
-    max_samples_per_dataset: int = Field(100_000, ge=1, description="Most images in one dataset.")
-    max_shards_per_dataset: int = Field(2_000, ge=1, description="Most shards in one dataset.")
-    max_active_datasets: int = Field(32, ge=1, description="Most datasets queued or running at one time.")
-    max_images: int = Field(64, ge=1, le=1024, description="Most images in one call of /v1/images.")
-    max_waiting_image_calls: int = Field(32, ge=1, description="Most calls of /v1/images in work at one time.")
-    max_body_bytes: int = Field(1 << 20, ge=1024, description="Largest request body in bytes.")
+    # Limits
+    max_samples_per_dataset: int = Field(100_000, ge=1, description="Maximum number of images in one dataset.")
+    max_shards_per_dataset: int = Field(2_000, ge=1, description="Maximum number of shards in one dataset.")
+    max_active_datasets: int = Field(32, ge=1, description="Maximum number of queued and running datasets.")
+    max_images: int = Field(64, ge=1, le=1024, description="Maximum number of images in one call of /v1/images.")
+    max_waiting_image_calls: int = Field(32, ge=1, description="Maximum number of calls of /v1/images at one time.")
+    max_body_bytes: int = Field(1 << 20, ge=1024, description="Maximum size of a request body in bytes.")
     max_upload_bytes: int = Field(
-        32 << 20, ge=1024, description="Largest upload in bytes: all images of a call together."
+        32 << 20, ge=1024, description="Maximum size of an upload in bytes: all images of a call together."
     )
-    max_upload_images: int = Field(32, ge=1, le=1024, description="Most images in one upload.")
-    max_upload_pixels: int = Field(40_000_000, ge=4096, description="Most pixels of one uploaded image, by its header.")
+    max_upload_images: int = Field(32, ge=1, le=1024, description="Maximum number of images in one upload.")
+    max_upload_pixels: int = Field(
+        40_000_000, ge=4096, description="Maximum number of pixels of one uploaded image, as its header states."
+    )
     max_upload_calls: int = Field(
-        8, ge=1, description="Most calls with uploads in work at one time; each holds its upload in memory."
+        8, ge=1, description="Maximum number of calls with uploads at one time; each keeps its upload in memory."
     )
     authenticity_uploads: bool = Field(
         False,
-        description="Whether /v1/authenticity compares uploaded images with the training images. Everyone who can send "
-        "requests can then find out whether an image that they have is a training image.",
+        description="Whether /v1/authenticity compares uploaded images with the training images. If so, everyone who can "
+        "send requests can find out whether an image is a training image.",
     )
     max_compared_per_minute: int = Field(
         600,
         ge=0,
-        description="Most uploaded images that are compared with the training images in a minute; 0 allows none.",
+        description="Maximum number of uploaded images that are compared with the training images in a minute; 0 for none.",
     )
     max_projection_images: int = Field(
-        32, ge=0, le=1024, description="Most images in one projection; 0 switches projections off."
+        32, ge=0, le=1024, description="Maximum number of images in one projection; 0 disables projections."
     )
-    max_projection_steps: int = Field(1000, ge=1, le=10_000, description="Most steps of one image.")
-    max_active_projections: int = Field(8, ge=1, description="Most projections queued or running at one time.")
+    max_projection_steps: int = Field(
+        1000, ge=1, le=10_000, description="Maximum number of optimisation steps of one image."
+    )
+    max_active_projections: int = Field(8, ge=1, description="Maximum number of queued and running projections.")
     max_heat_map_images: int = Field(
-        4, ge=0, le=64, description="Most images in a call that asks for heat maps; 0 switches heat maps off."
+        4, ge=0, le=64, description="Maximum number of images in a call with heat maps; 0 disables heat maps."
     )
     max_heat_map_calls: int = Field(
-        2, ge=1, description="Most calls that ask for heat maps in work at one time; they take seconds an image."
+        2, ge=1, description="Maximum number of calls with heat maps at one time; they take seconds an image."
     )
-    max_event_streams: int = Field(64, ge=1, description="Most event streams open at one time.")
+    max_event_streams: int = Field(64, ge=1, description="Maximum number of open event streams.")
     max_connections: int = Field(
         1000,
         ge=16,
         le=30_000,
-        description="Most open connections; fewer if the limit of open files is low. A new connection may replace an idle one.",
+        description="Maximum number of open connections; lower if the limit of open files is low. A new connection can replace "
+        "an idle one.",
     )
-    max_header_bytes: int = Field(65_536, ge=4096, le=1 << 20, description="Largest request line and headers in bytes.")
+    max_header_bytes: int = Field(
+        65_536, ge=4096, le=1 << 20, description="Maximum size of the request line and the headers in bytes."
+    )
     header_timeout_seconds: float = Field(
-        15.0, ge=1.0, le=3600.0, description="Longest time that the headers of a request may take to arrive."
+        15.0, ge=1.0, le=3600.0, description="Maximum time in which the headers of a request must arrive."
     )
     body_timeout_seconds: float = Field(
         15.0,
         ge=1.0,
         le=3600.0,
-        description="Longest wait for a request body, plus one second for each KiB that has arrived.",
+        description="Maximum time to wait for a request body, plus one second for each KiB that has arrived.",
     )
 
     shutdown_seconds: int = Field(
-        60, ge=1, le=3600, description="Longest time from SIGTERM or Ctrl-C to the end of every process of the service."
+        60, ge=1, le=3600, description="Maximum time from SIGTERM or Ctrl-C to the end of all processes of the service."
     )
     stop_pause_seconds: float = Field(
         1.0,
         ge=0.0,
         le=600.0,
-        description="Time after SIGTERM in which /readyz fails but requests are still taken; part of DERMIS_SHUTDOWN_SECONDS.",
+        description="Time after SIGTERM in which /readyz fails and requests are accepted; part of DERMIS_SHUTDOWN_SECONDS.",
     )
 
-    # What it tells
+    # Log
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least severe level logged.")
 
     @field_validator("bundles", "cors_origins", "trusted_hosts", mode="before")
@@ -228,24 +265,31 @@ class Settings(BaseSettings):
         """SQLAlchemy URL of the jobs database."""
         if self.database_url is None:
             return f"sqlite:///{(self.data_dir.absolute() / 'jobs.sqlite').as_posix()}"
-        # psycopg 3 is what is installed; a bare postgres:// URL would ask SQLAlchemy for psycopg2.
+        # psycopg 3 is installed; for postgres:// SQLAlchemy would use psycopg2.
         return re.sub(r"^postgres(ql)?://", "postgresql+psycopg://", self.database_url)
 
     @property
     def compares_uploads(self) -> bool:
-        """Whether uploaded images are compared with the training images at all."""
+        """Whether uploaded images are compared with the training images."""
         return self.authenticity_uploads and self.max_compared_per_minute > 0
 
     @property
     def storage(self) -> str:
-        """Root of the datasets: an fsspec URL or an absolute folder."""
+        """Root of the datasets and projections: an fsspec URL or an absolute folder."""
         if self.storage_url is not None:
             return self.storage_url
         return str(self.data_dir.absolute() / "datasets")
 
 
 def read_settings(**values: Any) -> Settings:
-    """Settings from the environment, overridden by `values`. SettingsError names the variable at fault."""
+    """Read the settings from the environment.
+
+    Args:
+        **values: Settings that replace those of the environment.
+
+    Raises:
+        SettingsError: A value is not valid; the message names its variable.
+    """
     try:
         return Settings(**values)
     except ValidationError as error:
@@ -263,7 +307,7 @@ def settings_of_process() -> Settings:
 
 
 def settings_table() -> str:
-    """The settings as a Markdown table: what docs/deployment.md shows."""
+    """The settings as the Markdown table of docs/deployment.md."""
     lines = ["| variable | default | meaning |", "| --- | --- | --- |"]
     for name, field in Settings.model_fields.items():
         shown = "" if name == "bundles" or field.default in (None, ()) else f"`{field.default}`"

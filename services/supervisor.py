@@ -1,8 +1,9 @@
-"""Starts the processes of the service, starts again those that die, and ends all of them within a stated time.
+"""Start the processes of the service, restart those that end, and stop all of them within a time limit.
 
-BentoML brings circus for this. It is not used: circus takes commands on TCP ports of the loopback address from any account of
-the machine, waits for a day before it kills a process, and drops a signal that arrives while it is busy. Here nothing
-listens but the gateway's port; the other services listen on Unix sockets in a folder that only this account can enter.
+BentoML uses circus for this. This module replaces it, because circus accepts commands from any account of the machine on TCP
+ports of the loopback address, waits for a day before it kills a process, and loses signals that arrive while it is busy. Here
+the port of the gateway is the only one; the other services listen on Unix sockets in a folder that only this account can
+enter.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ GATEWAY = "gateway"
 SERVICE = "services.service:Gateway"
 _BACKLOG = 2048
 _OPEN_FILES = 65_536
-_STEADY_SECONDS = 60.0  # a process that lived so long is started again at once
+_STEADY_SECONDS = 60.0  # a process that has run for so long is restarted without a pause
 _LONGEST_PAUSE_SECONDS = 30.0
 _WAKE_SECONDS = 1.0
 
@@ -63,7 +64,7 @@ class _Worker:
 
 @dataclass
 class _Times:
-    """How the seconds of a stop are divided."""
+    """The parts of the time limit of a stop, in seconds."""
 
     total: float
     pause: float
@@ -107,16 +108,20 @@ def serve(settings: Settings, *, gateway_options: Sequence[str] = ()) -> None:
 
 
 def refuse_tcp() -> None:
-    """SettingsError where the services behind the gateway would have to listen on TCP: they take pickled bodies."""
+    """Refuse to let the services behind the gateway listen on TCP, because they accept pickled bodies.
+
+    Raises:
+        SettingsError: BENTOML_NO_UDS is set.
+    """
     if "BENTOML_NO_UDS" in os.environ:
         raise SettingsError(
-            "BENTOML_NO_UDS: the services behind the gateway listen on Unix sockets only, as anybody who reaches them can "
-            "run code; unset it"
+            "BENTOML_NO_UDS: unset it. The services behind the gateway listen on Unix sockets only, because everyone who "
+            "can connect to them can run code"
         )
 
 
 def raise_open_files() -> int:
-    """Raise the limit of open files as far as this account may; the limit then."""
+    """Raise the limit of open files as far as this account is allowed to, and return it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     limit = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
     if soft != resource.RLIM_INFINITY and soft < limit:
@@ -126,7 +131,7 @@ def raise_open_files() -> int:
 
 
 def _numeric(host: str) -> str:
-    """The address that a host name stands for."""
+    """The address of a host name."""
     try:
         return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
     except OSError as error:
@@ -169,11 +174,11 @@ class _Supervisor:
         self._selector.register(self._woken, selectors.EVENT_READ)
 
     def run(self) -> None:
-        """Keep every process running until a signal says to stop."""
+        """Keep every process running until a signal to stop."""
         with self._handling_signals():
             while not self._signals:
                 for worker in self._workers:
-                    self._tend(worker)
+                    self._restart_if_ended(worker)
                 self._wait(_WAKE_SECONDS)
             try:
                 self._stop()
@@ -187,14 +192,14 @@ class _Supervisor:
         self._woken.close()
         self._waker.close()
 
-    def _tend(self, worker: _Worker) -> None:
+    def _restart_if_ended(self, worker: _Worker) -> None:
         now = time.monotonic()
         if worker.process is not None and worker.process.poll() is not None:
             _kill_group(worker.process.pid)  # processes that it started
             worker.deaths = 1 if now - worker.started > _STEADY_SECONDS else worker.deaths + 1
             pause = 0.0 if worker.deaths == 1 else min(_LONGEST_PAUSE_SECONDS, 2.0 ** (worker.deaths - 2))
             logger.error(
-                "a process of the service has ended and is started again",
+                "a process of the service has ended and is restarted",
                 extra={"service": worker.service, "status": worker.process.returncode, "pause": pause},
             )
             worker.process, worker.not_before = None, now + pause
@@ -217,9 +222,9 @@ class _Supervisor:
         )
 
     def _stop(self) -> None:
-        """End the gateway, whose open requests may still need the others; then these."""
+        """Stop the gateway first, because its open requests may need the other processes; then stop those."""
         began = time.monotonic()
-        # The gateway has the port until it stops listening; then new connections are refused and not left waiting.
+        # Without this copy of the socket, new connections are refused as soon as the gateway stops listening.
         self._listeners[GATEWAY].close()
         gateways = [worker for worker in self._workers if worker.service == GATEWAY]
         others = [worker for worker in self._workers if worker.service != GATEWAY]
@@ -227,7 +232,7 @@ class _Supervisor:
         self._end(others, min(time.monotonic() + self._times.services, began + self._times.total))
 
     def _end(self, workers: Sequence[_Worker], deadline: float) -> None:
-        """Tell processes to end, and kill those that have not by `deadline` or at a second signal."""
+        """Terminate processes, and kill those that are still running at `deadline` or at a second signal."""
         for worker in workers:
             if worker.alive and worker.process is not None:
                 worker.process.terminate()
@@ -235,7 +240,7 @@ class _Supervisor:
             left = deadline - time.monotonic()
             if left <= 0:
                 names = sorted({worker.service for worker in workers if worker.alive})
-                logger.warning("killed, as it did not end in time", extra={"services": ",".join(names)})
+                logger.warning("killed because they did not end in time", extra={"services": ",".join(names)})
                 break
             self._wait(min(left, _WAKE_SECONDS))
         self._kill(workers)
@@ -247,7 +252,7 @@ class _Supervisor:
                 worker.process.wait()
 
     def _wait(self, seconds: float) -> None:
-        """Sleep; a signal, also that of a process that ends, wakes it up."""
+        """Sleep until the time is over or a signal arrives, such as that of a process that ends."""
         if self._selector.select(seconds):
             with suppress(BlockingIOError):
                 while self._woken.recv(4096):
@@ -259,10 +264,10 @@ class _Supervisor:
             self._signals.append(number)
 
         def ignore(_number: int, _frame: FrameType | None) -> None:
-            """It wakes `_wait` up, no more."""
+            """Do nothing: the signal has ended `_wait`."""
 
         handlers = {signal.SIGTERM: note, signal.SIGINT: note, signal.SIGCHLD: ignore}
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # it is under nohup
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # it is ignored under nohup
             handlers[signal.SIGHUP] = note
         before_wakeup = signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
         before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
@@ -295,7 +300,7 @@ def _environment(settings: Settings, scratch: Scratch, addresses: Mapping[str, s
     metrics.mkdir(mode=0o700)
     data_dir = settings.data_dir.absolute()
     environment = {
-        # By default a folder with a known name in /tmp: whoever makes it first chooses the code that is run.
+        # The default is a folder with a known name in /tmp: an account that creates it first can choose the code that is run.
         "TORCHINDUCTOR_CACHE_DIR": str(data_dir / "cache" / "inductor"),
     } | os.environ
     path = environment.get("PYTHONPATH")
@@ -328,7 +333,7 @@ def serve_bento(
     reload: bool = False,
     **options: object,
 ) -> None:
-    """What `bentoml serve` calls: the same processes and the same limits as `python -m services.serve`.
+    """Run the same processes with the same limits as `python -m services.serve`. `bentoml serve` calls this function.
 
     Args:
         host: Address of the gateway; by default that of the settings.

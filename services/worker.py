@@ -34,9 +34,9 @@ def main() -> None:
 
 
 def cancel_timers_of_requests() -> None:
-    """Replace BentoML's middleware of time limits by one that cancels its timer when a request ends.
+    """Replace BentoML's middleware for time limits by one that cancels its timer when a request ends.
 
-    That of BentoML schedules a callback for the end of the limit and never cancels it, so a request stays in memory until then.
+    BentoML's own never cancels its timer, so every request stays in memory until the time limit.
     """
     from bentoml._internal.server.http import traffic
 

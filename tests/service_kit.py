@@ -36,12 +36,12 @@ from services.gateway.app import create_app
 from services.gateway.dependencies import Context
 from services.inference import projections
 from services.inference.client import InferenceClients
-from services.inference.heat_maps import HeatMap
+from services.inference.heat_maps import EncodedHeatMap
 from services.inference.projections import ProjectionFiles, ProjectionTask
 from services.inference.samples import Image, Options, Samples, pack
 from services.jobs.context import JobContext
 from services.jobs.service import JobService
-from services.models import Models
+from services.models import ServedModels
 from services.settings import Settings
 
 IDENTITY = {"device": "fake"}
@@ -169,13 +169,13 @@ class FakeExplainer(LocalClient):
     def __post_init__(self) -> None:
         self.gate.set()
 
-    async def heat_map(self, _bundle: Bundle, method: str, image: NDArray[np.uint8]) -> HeatMap:
+    async def heat_map(self, _bundle: Bundle, method: str, image: NDArray[np.uint8]) -> EncodedHeatMap:
         self.calls.append(method)
         while not self.gate.is_set():
             await asyncio.sleep(0.01)
         if self.failures:
             raise self.failures.pop(0)
-        return HeatMap(encode(image), 0.5)
+        return EncodedHeatMap(encode(image), 0.5)
 
 
 @dataclass
@@ -188,7 +188,7 @@ class Service:
     explainer: FakeExplainer
     projector: LocalProjector
     jobs: JobService
-    models: Models
+    models: ServedModels
     settings: Settings
     ctx: JobContext
 
@@ -236,7 +236,7 @@ class Parts:
     classifier: LocalClassifier
     explainer: FakeExplainer
     projector: LocalProjector
-    models: Models
+    models: ServedModels
     settings: Settings
     running: list[tuple[JobService, JobContext]] = field(default_factory=list)
 
@@ -246,7 +246,7 @@ def assemble(bundles: Path | str, data_dir: Path, **settings: Any) -> Parts:
     values = Settings(
         _env_file=None, bundles=tuple(str(bundles).split(",")), data_dir=data_dir, min_free_bytes=0, **settings
     )
-    models = Models(values.bundles, values.default_model)
+    models = ServedModels(values.bundles, values.default_model)
     generator, classifier, explainer, projector = FakeGenerator(), LocalClassifier(), FakeExplainer(), LocalProjector()
 
     inference = InferenceClients(

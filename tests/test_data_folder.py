@@ -57,7 +57,7 @@ def test_a_new_data_folder_is_closed(tmp_path: Path) -> None:
 
 def test_a_folder_of_all_accounts_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
     tmp_path.chmod(0o1777)
-    with pytest.raises(SettingsError, match="DERMIS_DATA_DIR.*of its own"):
+    with pytest.raises(SettingsError, match="DERMIS_DATA_DIR.*shared by all accounts"):
         prepare_data_folder(settings_of(tmp_path))
     assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o1777
 

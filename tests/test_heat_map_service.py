@@ -128,7 +128,7 @@ def test_few_calls_wait_for_heat_maps_and_none_for_ever(served: Service) -> None
     try:
         wait_for(lambda: served.explainer.calls)
         busy = send(served)
-        assert "other calls wait" in problem(busy, 503, "overloaded") and busy.headers["Retry-After"]
+        assert "too many calls with heat maps" in problem(busy, 503, "overloaded") and busy.headers["Retry-After"]
         assert send(served, query="").status_code == 200  # numbers do not wait for pictures
         first.join()
     finally:

@@ -24,7 +24,7 @@ from dermis.bundle import load_generator, open_bundle
 from dermis.classifier.onnx_session import Classifier
 from dermis.errors import BundleError, DermisError
 from dermis.projection.encoder import load_encoder
-from services.models import Models
+from services.models import ServedModels
 from tiny import make_bundle
 from tiny_index import make_complete_bundle
 
@@ -380,7 +380,7 @@ def test_a_refused_bundle_leaves_the_others_served(bundle: Path, tmp_path: Path)
     put(bundle, "metrics.json", b'{"a":' * 50_000 + b"1" + b"}" * 50_000)
     os.mkfifo(tmp_path / "bundle.json")
     good = make_bundle(tmp_path / "good", name="good")
-    models = Models([str(bundle), str(tmp_path / "good"), str(tmp_path)], "good")
+    models = ServedModels([str(bundle), str(tmp_path / "good"), str(tmp_path)], "good")
     assert [served.digest for served in models.bundles] == [good.digest]
     problems = models.check()
     assert set(problems) == {str(bundle), str(tmp_path)}

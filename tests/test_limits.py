@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from services.gateway.limits import ComparisonLimiter, Limiter, Limits
+from services.gateway.limits import ComparisonLimiter, GatewayLimits, Limiter
 from services.problems import ProblemError
 from services.settings import Settings
 
@@ -28,7 +28,7 @@ def test_failed_call_is_released() -> None:
 
 def test_gateways_of_one_process_count_separately() -> None:
     settings = Settings(_env_file=None, max_waiting_image_calls=1, max_event_streams=1)
-    first, second = Limits.of(settings), Limits.of(settings)
+    first, second = GatewayLimits.of(settings), GatewayLimits.of(settings)
     first.event_streams.acquire()
     second.event_streams.acquire()
     with first.images.hold(), second.images.hold():

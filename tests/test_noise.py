@@ -30,8 +30,8 @@ from dermis.synthesizer import Synthesizer
 from dermis.synthesizer.backend import Backend, Bytes, Float
 from dermis.synthesizer.choice import Ready
 from service_kit import make_directly, service
-from services.gateway.latent_schemas import EditsRequest
-from services.gateway.schemas import ImagesRequest
+from services.gateway.schemas.edits import EditsRequest
+from services.gateway.schemas.images import ImagesRequest
 from services.inference.samples import Options, pack, run
 from tiny import make_bundle
 from training.evaluation.pictures import STEPS, Drawing

@@ -43,12 +43,17 @@ logger = logging.getLogger("dermis.http")
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _EXPOSED = ["Location", "ETag", "Accept-Ranges", "Content-Range", "Retry-After", "X-Request-Id", "X-Dermis-Model"]
-_DESCRIPTION = f"""Synthetic dermoscopy: ask for images of lesions that no patient had.
+_DESCRIPTION = f"""Synthetic dermoscopy: generated images of skin lesions, which show no real patient.
 
-`POST /v1/datasets` makes a dataset in the background; `POST /v1/images` a few images at once; `POST /v1/classifications`
-says what a classifier makes of images that you send; `POST /v1/authenticity` how near they are to the training images;
-`POST /v1/projections` finds their latents; `POST /v1/edits` moves images along directions; `GET /v1/models` tells what there
-is to ask for. Every error is a problem document (RFC 9457).
+- `POST /v1/datasets` generates a dataset in the background.
+- `POST /v1/images` generates a few images.
+- `POST /v1/classifications` classifies uploaded images.
+- `POST /v1/authenticity` compares images with the training images.
+- `POST /v1/projections` finds the latents of uploaded images.
+- `POST /v1/edits` edits images along directions of the latent space.
+- `GET /v1/models` lists the models.
+
+Every error is a problem document (RFC 9457).
 
 **{NOTICE}**"""
 
@@ -58,8 +63,8 @@ def create_app(settings: Settings, running: Callable[[], AbstractAsyncContextMan
 
     Args:
         settings: The settings of the service.
-        running: Context manager around the life of the application: it starts what the routes need, gives the context, and
-            stops everything at the end.
+        running: Context manager of the time in which the application runs: it starts what the routes need, provides the
+            context, and stops everything at the end.
     """
 
     @asynccontextmanager
@@ -128,11 +133,11 @@ class RequestMiddleware:
                 await response(scope, receive, send_with_id)
         finally:
             seconds = time.perf_counter() - started
-            # The template of the route, not the path: in the metrics each id would make a series, and the id of a projection is
+            # The template of the route, not the path: each id would be a series of the metrics, and the id of a projection is
             # secret, so it must not be in the log.
             route = getattr(scope.get("route"), "path", None) or "unknown"
             metrics.request_seconds.labels(scope["method"], route, str(status)).observe(seconds)
-            # Probes come every few seconds. Changes of readiness are logged by `services.composition`.
+            # Probes are sent every few seconds. Changes of readiness are logged by `services.composition`.
             level = logging.DEBUG if route in health.PATHS else logging.INFO
             fields = {"method": scope["method"], "route": route, "status": status, "ms": seconds * 1000}
             logger.log(

@@ -8,10 +8,14 @@ from services.problems import ProblemError
 
 
 async def read_bytes(request: Request, limit: int) -> bytes:
-    """The body of a request, whatever it is, never more of it in memory than `limit` bytes."""
+    """Read the body of a request, and keep at most `limit` bytes of it in memory.
+
+    Raises:
+        ProblemError: The body is larger, is encoded, or ends early.
+    """
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise ProblemError("unsupported-media-type", "send the body without a Content-Encoding")
-    too_large = ProblemError("too-large", f"the body may have at most {limit} bytes", headers={"Connection": "close"})
+    too_large = ProblemError("too-large", f"the body can have at most {limit} bytes", headers={"Connection": "close"})
     length = request.headers.get("content-length", "")
     if length.isdigit() and len(length) < 20 and int(length) > limit:
         raise too_large

@@ -1,7 +1,7 @@
-"""Decode uploaded images in processes that can be ended, so that no file can keep a decoder busy for ever.
+"""Decode uploaded images in processes that can be killed, so that no file can occupy a decoder for ever.
 
 `python -m services.gateway.decoding` is such a process. It reads requests from its standard input and writes the pixels, or the
-reason why there are none, to its standard output. It never writes to a disk, and its messages go nowhere.
+reason why there are none, to its standard output. It does not write to a disk, and its messages are discarded.
 """
 
 from __future__ import annotations
@@ -26,25 +26,31 @@ from services.settings import REPOSITORY
 
 logger = logging.getLogger("dermis.uploads")
 
-_REQUEST = struct.Struct(">IQQ")  # side of the square, most pixels, bytes of the file that follow
-_ANSWER = struct.Struct(
-    ">BQ"
-)  # 0 for pixels, 1 for "out of memory", else 2 + number of an ImageErrorKind; bytes that follow
+_REQUEST = struct.Struct(">IQQ")  # side of the square, limit of pixels, bytes of the file that follow
+# 0 for pixels, 1 for "out of memory", otherwise 2 + number of an ImageErrorKind; bytes that follow
+_RESPONSE = struct.Struct(">BQ")
 _PIXELS, _NO_MEMORY, _FIRST_ERROR = 0, 1, 2
 _ERROR_KINDS: tuple[ImageErrorKind, ...] = get_args(ImageErrorKind)
-_START_SECONDS = 60.0  # for importing what decodes, on a busy machine
+_START_SECONDS = 60.0  # for the imports of the process, on a busy machine
 
 
 class Decoder:
-    """One decoding process, started when it is first needed and again after it was ended. Use it in one thread at a time."""
+    """One decoding process, which is started at the first call and after it has ended. Use it in one thread at a time.
+
+    Args:
+        seconds: Time limit for one image.
+    """
 
     def __init__(self, seconds: float) -> None:
-        """seconds: longest time for one image."""
         self._seconds = seconds
         self._process: subprocess.Popen[bytes] | None = None
 
     def decode(self, data: bytes, size: int, max_pixels: int) -> Images:
-        """As `read_image` in the other process. ImageError also if it takes too long or ends the process."""
+        """Call `dermis.image_reading.read_image` in the other process.
+
+        Raises:
+            ImageError: The image cannot be used, takes too long, or ends the process.
+        """
         process = self._running()
         late = threading.Event()
 
@@ -56,11 +62,11 @@ class Decoder:
         timer.daemon = True
         timer.start()
         try:
-            code, answer = self._ask(process, data, size, max_pixels)
+            code, payload = self._request(process, data, size, max_pixels)
         except (EOFError, OSError):
             self.close()
             if late.is_set():
-                logger.warning("decoder ended, it took too long", extra={"seconds": self._seconds})
+                logger.warning("decoder killed because it took too long", extra={"seconds": self._seconds})
                 message = f"takes longer than {self._seconds:g} s to decode; save it again as a plain PNG or JPEG"
                 raise ImageError("unusable", message) from None
             logger.error("decoder ended by itself", extra={"status": process.returncode})
@@ -70,22 +76,22 @@ class Decoder:
             raise
         finally:
             timer.cancel()
-        if late.is_set():  # the answer came just before
+        if late.is_set():  # the response arrived just before
             self.close()
         if code == _NO_MEMORY:
             raise MemoryError
         if code != _PIXELS:
-            raise ImageError(_ERROR_KINDS[code - _FIRST_ERROR], answer.decode())
-        return np.frombuffer(answer, np.uint8).reshape(size, size, 3)
+            raise ImageError(_ERROR_KINDS[code - _FIRST_ERROR], payload.decode())
+        return np.frombuffer(payload, np.uint8).reshape(size, size, 3)
 
     def interrupt(self) -> None:
-        """End the process, and so the call of `decode` that may be in work in another thread."""
+        """Kill the process, which ends a call of `decode` in another thread."""
         process = self._process
         if process is not None:
             process.kill()
 
     def close(self) -> None:
-        """End the process. `decode` may be used again."""
+        """Kill the process. A further call of `decode` starts a new one."""
         process, self._process = self._process, None
         if process is not None:
             process.kill()
@@ -118,13 +124,13 @@ class Decoder:
         return process
 
     @staticmethod
-    def _ask(process: subprocess.Popen[bytes], data: bytes, size: int, max_pixels: int) -> tuple[int, bytes]:
-        requests, answers = cast(IO[bytes], process.stdin), cast(IO[bytes], process.stdout)
+    def _request(process: subprocess.Popen[bytes], data: bytes, size: int, max_pixels: int) -> tuple[int, bytes]:
+        requests, responses = cast(IO[bytes], process.stdin), cast(IO[bytes], process.stdout)
         requests.write(_REQUEST.pack(size, max_pixels, len(data)))
         requests.write(data)
         requests.flush()
-        code, length = _ANSWER.unpack(_read(answers, _ANSWER.size))
-        return code, _read(answers, length)
+        code, length = _RESPONSE.unpack(_read(responses, _RESPONSE.size))
+        return code, _read(responses, length)
 
 
 def _read(pipe: IO[bytes], length: int) -> bytes:
@@ -134,20 +140,20 @@ def _read(pipe: IO[bytes], length: int) -> bytes:
     return data
 
 
-def serve(requests: IO[bytes], answers: IO[bytes]) -> None:
-    """Decode what `requests` asks for until it ends."""
-    answers.write(b"+")
-    answers.flush()
+def serve(requests: IO[bytes], responses: IO[bytes]) -> None:
+    """Decode the images of `requests` until its end."""
+    responses.write(b"+")
+    responses.flush()
     with suppress(EOFError):
         while True:
             size, max_pixels, length = _REQUEST.unpack(_read(requests, _REQUEST.size))
-            code, answer = _answer(_read(requests, length), size, max_pixels)
-            answers.write(_ANSWER.pack(code, len(answer)))
-            answers.write(answer)
-            answers.flush()
+            code, payload = _decode(_read(requests, length), size, max_pixels)
+            responses.write(_RESPONSE.pack(code, len(payload)))
+            responses.write(payload)
+            responses.flush()
 
 
-def _answer(data: bytes, size: int, max_pixels: int) -> tuple[int, bytes]:
+def _decode(data: bytes, size: int, max_pixels: int) -> tuple[int, bytes]:
     try:
         return _PIXELS, read_image(data, size=size, max_pixels=max_pixels).tobytes()
     except ImageError as error:
@@ -160,10 +166,10 @@ def main() -> None:
     """Serve the process that started this one."""
     exit_with_parent()
     warnings.simplefilter("ignore")
-    logging.disable()  # Pillow logs what EXIF says
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints must not get between the answers
-    serve(sys.stdin.buffer, answers)
+    logging.disable()  # Pillow logs values of EXIF
+    responses = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # the output of a library must not be mixed with the responses
+    serve(sys.stdin.buffer, responses)
 
 
 if __name__ == "__main__":

@@ -1,32 +1,27 @@
-"""What routes need: the injected context, strict JSON bodies, and content negotiation."""
+"""Dependencies of the routes: the injected context, strict JSON bodies, and content negotiation."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import IO, Annotated, Any, Protocol, TypeVar, cast
+from typing import Annotated, Any, TypeVar, cast
 
-import numpy as np
-from fastapi import Depends, Header
-from numpy.typing import NDArray
+from fastapi import Depends, Header, Query
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
 from dermis.bundle import Bundle
-from dermis.dataset.request import DatasetRequest
 from services.gateway.bodies import read_bytes
 from services.gateway.heat_maps import HeatMaps
-from services.gateway.limits import Limits
+from services.gateway.limits import GatewayLimits
 from services.gateway.uploads import Uploads
 from services.inference.client import InferenceClients
-from services.jobs.context import FileInfo
-from services.jobs.projection import ProjectionOptions
-from services.jobs.table import Job
-from services.models import Models
+from services.jobs.service import DatasetJobs, ProjectionJobs
+from services.models import ServedModels
 from services.problems import FieldError, ProblemError, field_errors, invalid_request
 from services.settings import Settings
 
@@ -37,76 +32,24 @@ _JOB_ID = re.compile(r"[a-z]{2}_[0-9a-f]{32}")
 M = TypeVar("M", bound=BaseModel)
 
 
-class Jobs(Protocol):
-    """The dataset jobs that routes need (`services.jobs.service.DatasetJobs`). Blocking; call them in a thread."""
-
-    def submit(self, request: DatasetRequest, idempotency_key: str | None) -> Job:
-        """Start a job, or return the one that this key started. See `services.jobs.service.DatasetJobs.submit`."""
-
-    def get(self, job_id: str) -> Job | None:
-        """The job, or None."""
-
-    def page(self, limit: int, *, before: int | None = None, state: str | None = None) -> list[Job]:
-        """Jobs, newest first."""
-
-    def cancel_or_delete(self, job_id: str) -> Job | None:
-        """Ask an active job to stop and return it; remove an ended one with its files and return None."""
-
-    def files(self, job: Job) -> list[FileInfo]:
-        """The files of a succeeded job."""
-
-    def open(self, job: Job, name: str) -> AbstractContextManager[IO[bytes]]:
-        """One of `files`, open for reading and seeking."""
-
-    def count_by_state(self) -> Mapping[str, int]:
-        """How many jobs are in each state."""
-
-
-class Projections(Protocol):
-    """The projection jobs that routes need (`services.jobs.service.ProjectionJobs`). Blocking; call them in a thread."""
-
-    def submit(
-        self, bundle: Bundle, options: ProjectionOptions, images: Sequence[NDArray[np.uint8]], key: str | None = None
-    ) -> Job:
-        """Start a job, or return the one that this key started. See `services.jobs.service.ProjectionJobs.submit`."""
-
-    def get(self, job_id: str) -> Job | None:
-        """The job, or None."""
-
-    def cancel_or_delete(self, job_id: str) -> Job | None:
-        """Ask an active job to stop and return it; remove an ended one with its files and return None."""
-
-    def results(self, job: Job) -> list[Mapping[str, Any]]:
-        """The results of a succeeded job: one row per image, with the names of its files."""
-
-    def latents(self, job: Job, image: int) -> NDArray[np.float32]:
-        """ws [num_ws, w_dim] of one image of a succeeded job."""
-
-    def file(self, job: Job, name: str) -> FileInfo | None:
-        """One of the files of `results`, or None."""
-
-    def open(self, job: Job, name: str) -> AbstractContextManager[IO[bytes]]:
-        """A file, open for reading and seeking."""
-
-    def count_by_state(self) -> Mapping[str, int]:
-        """How many projections are in each state."""
-
-
 @dataclass(frozen=True)
 class Context:
-    """What the routes need. `services.composition` makes it."""
+    """The parts of the service that the routes use. `services.composition` creates it.
+
+    The methods of `jobs` and `projections` block: call them in a thread.
+    """
 
     settings: Settings
-    models: Models
-    jobs: Jobs
-    projections: Projections
+    models: ServedModels
+    jobs: DatasetJobs
+    projections: ProjectionJobs
     inference: InferenceClients
-    limits: Limits
+    limits: GatewayLimits
     uploads: Uploads
     heat_maps: HeatMaps
-    not_ready: Callable[[], Awaitable[str | None]]  # None when ready, else what is missing
-    not_alive: Callable[[], Awaitable[str | None]]  # None when alive, else why the process should be restarted
-    stopping: threading.Event = field(default_factory=threading.Event)  # set when the process is asked to end
+    not_ready: Callable[[], Awaitable[str | None]]  # None if ready, otherwise the reason
+    not_alive: Callable[[], Awaitable[str | None]]  # None if alive, otherwise why to restart
+    stopping: threading.Event = field(default_factory=threading.Event)  # set when the process is to end
 
 
 def get_context(request: Request) -> Context:
@@ -115,14 +58,36 @@ def get_context(request: Request) -> Context:
 
 
 ContextDep = Annotated[Context, Depends(get_context)]
+ModelQuery = Annotated[
+    str | None, Query(max_length=64, description="Name of a served bundle; by default the default model.")
+]
+
+
+async def served_bundle(context: Context, model: str | None) -> Bundle:
+    """The served bundle with this name; the default one for None.
+
+    Raises:
+        RequestError: If there is no such bundle.
+        BundleError: If the bundle cannot be served.
+    """
+    return await asyncio.to_thread(context.models.serving, model or context.models.default)
+
+
+def model_header(bundle: Bundle) -> dict[str, str]:
+    """The response header that names the bundle. Names of bundles are ASCII."""
+    return {"X-Dermis-Model": f"{bundle.name}@{bundle.digest}"}
 
 
 class MalformedJSONError(ValueError):
-    """Bytes that are not the JSON we accept; the message says why."""
+    """Bytes that are not acceptable JSON; the message says why."""
 
 
 def parse_json(data: bytes) -> Any:
-    """JSON as RFC 8259 means it: UTF-8, no NaN or Infinity, no key twice, no lone surrogates, at most 32 levels deep."""
+    """Parse JSON strictly: UTF-8, no NaN or Infinity, no repeated keys, no lone surrogates, at most 32 levels.
+
+    Raises:
+        MalformedJSONError: The data is not such JSON.
+    """
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -146,7 +111,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in pairs:
         if key in result:
-            raise MalformedJSONError(f"the key {key[:100]!r} stands twice in one object")
+            raise MalformedJSONError(f"the key {key[:100]!r} occurs twice in one object")
         result[key] = value
     return result
 
@@ -172,12 +137,12 @@ def _check_tree(root: Any) -> None:
                 try:
                     value.encode("utf-8")
                 except UnicodeEncodeError:
-                    raise MalformedJSONError("a string holds half a surrogate pair") from None
+                    raise MalformedJSONError("a string contains half a surrogate pair") from None
         level = below
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """The body of a JSON request, never more of it in memory than `limit` bytes."""
+    """Read the body of a JSON request, at most `limit` bytes."""
     media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if media_type != "application/json" and not re.fullmatch(r"application/[\w.-]+\+json", media_type):
         raise ProblemError("unsupported-media-type", "send the body as application/json (header Content-Type)")
@@ -185,7 +150,16 @@ async def read_body(request: Request, limit: int) -> bytes:
 
 
 async def read_model(request: Request, model: type[M], defaults: Mapping[str, Any] | None = None) -> M:
-    """The JSON body as `model`, with `defaults` for fields that are not given."""
+    """Read the JSON body and validate it.
+
+    Args:
+        request: The request.
+        model: The model of the body.
+        defaults: Values of fields that the body does not contain.
+
+    Raises:
+        ProblemError: The body is not JSON or not valid.
+    """
     data = await read_body(request, get_context(request).settings.max_body_bytes)
     try:
         value = parse_json(data)
@@ -205,8 +179,8 @@ def idempotency_key(
         str | None,
         Header(
             alias="Idempotency-Key",
-            description="A name of yours for this request; sending it again gives the same job. 1 to 255 visible ASCII "
-            "characters.",
+            description="Your own name for this request. A second request with the same key returns the same job. 1 to 255 "
+            "visible ASCII characters.",
             json_schema_extra={"minLength": 1, "maxLength": 255, "pattern": r"^[\x21-\x7e]{1,255}$"},
         ),
     ] = None,
@@ -226,7 +200,12 @@ def is_job_id(value: str) -> bool:
 
 
 def negotiate(accept: str | None, offers: Sequence[str]) -> str | None:
-    """The media type of `offers` (best first) that an Accept header likes best; None if it likes none of them."""
+    """The media type that an Accept header prefers; None if it accepts none.
+
+    Args:
+        accept: The header; None or empty accepts everything.
+        offers: The available media types, the default first.
+    """
     if accept is None or not accept.strip():
         return offers[0]
     ranges = [parsed for part in accept.split(",") if (parsed := _media_range(part)) is not None]
@@ -236,6 +215,24 @@ def negotiate(accept: str | None, offers: Sequence[str]) -> str | None:
         if quality > best_quality:
             best, best_quality = offer, quality
     return best
+
+
+def choose_media_type(request: Request, offers: Sequence[str], more: str = "") -> str:
+    """The media type of the response that the Accept header of a request prefers.
+
+    Args:
+        request: The request.
+        offers: The available media types, the default first.
+        more: Text that the message of the refusal adds to the list of media types.
+
+    Raises:
+        ProblemError: The header accepts none of them.
+    """
+    media_type = negotiate(request.headers.get("accept"), offers)
+    if media_type is None:
+        separator = " and " if len(offers) == 2 else ", "
+        raise ProblemError("not-acceptable", f"this answers with {separator.join(offers)}{more}")
+    return media_type
 
 
 def _media_range(text: str) -> tuple[str, float] | None:
@@ -256,8 +253,8 @@ def _media_range(text: str) -> tuple[str, float] | None:
 def _quality(offer: str, ranges: list[tuple[str, float]]) -> float:
     """The quality of the most specific range that matches the offer."""
     kind = offer.split("/", maxsplit=1)[0]
-    for wanted in (offer, f"{kind}/*", "*/*"):
-        found = [quality for name, quality in ranges if name == wanted]
-        if found:
-            return max(found)
+    for pattern in (offer, f"{kind}/*", "*/*"):
+        qualities = [quality for name, quality in ranges if name == pattern]
+        if qualities:
+            return max(qualities)
     return 0.0

@@ -1,4 +1,4 @@
-"""A dataset's progress as server-sent events (WHATWG HTML, section 9.2)."""
+"""The progress of a dataset as server-sent events (WHATWG HTML, section 9.2)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import suppress
 
 from services.errors import DatabaseUnavailableError
 from services.gateway.dependencies import Context
-from services.gateway.schemas import dataset_of
+from services.gateway.schemas.datasets import dataset_of
 from services.jobs.table import Job
 
 POLL_SECONDS = 0.5
@@ -17,10 +17,10 @@ HEARTBEAT_SECONDS = 15.0
 
 
 async def progress_events(context: Context, job: Job) -> AsyncIterator[str]:
-    """Events of one dataset: `progress` on every change, then one named succeeded, failed or cancelled, then the end.
+    """Yield the events of one dataset: `progress` at every change, and at the end one named succeeded, failed or cancelled.
 
-    A client that connects again with Last-Event-ID needs no earlier events: every event contains the whole state. The call must
-    be counted in `context.limits.event_streams`; the end of the stream releases it.
+    A client that connects again with Last-Event-ID needs no earlier events, because every event contains the whole state. The
+    call must have been counted in `context.limits.event_streams`; the end of the stream releases it.
     """
     try:
         shown: tuple[object, ...] | None = None
@@ -38,7 +38,7 @@ async def progress_events(context: Context, job: Job) -> AsyncIterator[str]:
                 yield ": still here\n\n"
                 sent = time.monotonic()
             if context.stopping.is_set():
-                return  # the client connects again, to the process that serves then
+                return  # the client connects again, to the process that is running then
             await asyncio.sleep(POLL_SECONDS)
             with suppress(DatabaseUnavailableError):  # the stream continues when the database can be reached again
                 current = await asyncio.to_thread(context.jobs.get, job.id)
@@ -47,5 +47,5 @@ async def progress_events(context: Context, job: Job) -> AsyncIterator[str]:
 
 
 def _event(name: str, job: Job) -> str:
-    # JSON as pydantic writes it has no line breaks, so one data line holds it.
+    # The JSON of pydantic has no line breaks, so it is one line of data.
     return f"event: {name}\nid: {job.samples_done}\ndata: {dataset_of(job).model_dump_json(by_alias=True)}\n\n"

@@ -1,4 +1,4 @@
-"""Serving one file with validators and ranges (RFC 9110, sections 13 and 14)."""
+"""Responses with one file, with validators and ranges (RFC 9110, sections 13 and 14)."""
 
 from __future__ import annotations
 
@@ -35,30 +35,36 @@ _MEDIA_TYPES = {
 
 
 def media_type_of(name: str) -> str:
-    """Media type by the name's ending."""
+    """The media type for the suffix of a file name."""
     return _MEDIA_TYPES.get(PurePosixPath(name).suffix.lower(), "application/octet-stream")
 
 
-# What a dataset's files can be, without parameters.
+# The media types of files of a dataset or projection, without parameters.
 MEDIA_TYPES = sorted({media_type.split(";")[0] for media_type in _MEDIA_TYPES.values()} | {"application/octet-stream"})
 
 
 def byte_range(header: str | None, size: int) -> tuple[int, int] | None:
-    """The half-open range that a Range header asks of `size` bytes; None for the whole file.
+    """The half-open range that a Range header names; None for the whole file.
 
-    Several ranges, other units and what cannot be read ask for the whole file, as the RFC allows. ProblemError
-    (range-not-satisfiable) when the one range lies outside the file.
+    Several ranges, other units and malformed headers mean the whole file, as the RFC allows.
+
+    Args:
+        header: The header.
+        size: Size of the file in bytes.
+
+    Raises:
+        ProblemError: The range is outside of the file.
     """
-    found = _RANGE.fullmatch(header.strip()) if header is not None else None
-    if found is None or (not found[1] and not found[2]):
+    match = _RANGE.fullmatch(header.strip()) if header is not None else None
+    if match is None or (not match[1] and not match[2]):
         return None
-    if found[1]:
-        start = int(found[1])
-        stop = min(int(found[2]) + 1, size) if found[2] else size
-        if found[2] and int(found[2]) < start:
+    if match[1]:
+        start = int(match[1])
+        stop = min(int(match[2]) + 1, size) if match[2] else size
+        if match[2] and int(match[2]) < start:
             return None
     else:
-        start, stop = max(0, size - int(found[2])), size
+        start, stop = max(0, size - int(match[2])), size
     if start >= size or start >= stop:
         raise ProblemError(
             "range-not-satisfiable", f"the file has {size} bytes", headers={"Content-Range": f"bytes */{size}"}
@@ -67,7 +73,13 @@ def byte_range(header: str | None, size: int) -> tuple[int, int] | None:
 
 
 def matches(header: str | None, etag: str, *, weak: bool) -> bool:
-    """Whether a list of entity tags holds `etag`. `weak` ignores the W/ mark, as If-None-Match does and If-Range does not."""
+    """Whether a list of entity tags contains `etag`.
+
+    Args:
+        header: The list of entity tags.
+        etag: The entity tag of the file.
+        weak: Whether the prefix W/ is ignored, as If-None-Match does and If-Range does not.
+    """
     if header is None:
         return False
     tags = [tag.strip() for tag in header.split(",")]
@@ -75,7 +87,7 @@ def matches(header: str | None, etag: str, *, weak: bool) -> bool:
 
 
 def file_response(info: FileInfo, headers: Mapping[str, str], open_file: OpenFile, *, head: bool = False) -> Response:
-    """The answer to GET or HEAD of one immutable file."""
+    """The response to GET or HEAD of one immutable file."""
     etag = f'"{info.sha256}"'
     common = {
         "ETag": etag,
@@ -85,17 +97,17 @@ def file_response(info: FileInfo, headers: Mapping[str, str], open_file: OpenFil
     }
     if matches(headers.get("if-none-match"), etag, weak=True):
         return Response(status_code=304, headers=common)
-    wanted = None
+    requested = None
     if not head and ("if-range" not in headers or matches(headers["if-range"], etag, weak=False)):
-        wanted = byte_range(headers.get("range"), info.bytes)
-    start, stop = wanted or (0, info.bytes)
+        requested = byte_range(headers.get("range"), info.bytes)
+    start, stop = requested or (0, info.bytes)
     common |= {"Content-Length": str(stop - start), "Content-Type": media_type_of(info.name)}
     common["Content-Disposition"] = f'attachment; filename="{info.name}"'
     if head:
         return Response(headers=common)
-    if wanted is not None:
+    if requested is not None:
         common["Content-Range"] = f"bytes {start}-{stop - 1}/{info.bytes}"
-    status = 200 if wanted is None else 206
+    status = 200 if requested is None else 206
     return StreamingResponse(_read(open_file, start, stop), status_code=status, headers=common)
 
 
@@ -107,7 +119,7 @@ async def _read(open_file: OpenFile, start: int, stop: int) -> AsyncIterator[byt
         while start < stop:
             chunk = await asyncio.to_thread(file.read, min(_CHUNK, stop - start))
             if not chunk:
-                # Shorter than the manifest says: break the connection rather than end as if all were there.
+                # An error breaks the connection, so that the client does not take the file for complete.
                 raise OSError("a file of the dataset is shorter than its manifest says")
             start += len(chunk)
             yield chunk

@@ -1,4 +1,4 @@
-"""Heat maps for the routes, within a time limit. A heat map takes seconds."""
+"""Heat maps for the routes, within a time limit: a heat map takes seconds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dermis.bundle import Bundle
 from dermis.errors import RequestError
 from dermis.explain.attribution import Method
 from services.inference.client import ExplainerClient
-from services.inference.heat_maps import HeatMap
+from services.inference.heat_maps import EncodedHeatMap
 from services.problems import ProblemError
 from services.settings import Settings
 
@@ -32,11 +32,11 @@ class HeatMaps:
             RequestError: If they are.
         """
         if self._settings.max_heat_map_images == 0:
-            raise RequestError("heat_map", "this service makes no heat maps; ask without")
+            raise RequestError("heat_map", "this service makes no heat maps; leave heat_map out")
 
     async def make(
         self, bundle: Bundle, method: Method, images: NDArray[np.uint8], disconnected: Callable[[], Awaitable[None]]
-    ) -> list[HeatMap]:
+    ) -> list[EncodedHeatMap]:
         """Make heat maps, one after the other.
 
         When the time is over or the caller has closed the connection, the call of the explainer is cancelled, which ends the
@@ -51,11 +51,11 @@ class HeatMaps:
         Raises:
             ProblemError: If the heat maps take too long, or the caller has closed the connection.
         """
-        made: list[HeatMap] = []
+        pictures: list[EncodedHeatMap] = []
 
         async def make_all() -> None:
             for image in images:
-                made.append(await self._explainer.heat_map(bundle, method, image))
+                pictures.append(await self._explainer.heat_map(bundle, method, image))
 
         work = asyncio.ensure_future(make_all())
         disconnection = asyncio.ensure_future(disconnected())
@@ -64,7 +64,7 @@ class HeatMaps:
             await asyncio.wait({work, disconnection}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
             if work.done():
                 work.result()
-                return made
+                return pictures
             if disconnection.done():
                 raise ProblemError("bad-request", "the caller closed the connection before the heat maps were made")
         finally:
@@ -74,5 +74,7 @@ class HeatMaps:
         if len(images) == 1:
             detail = f"the heat map was not ready in {seconds:g} s; the service is busy, try again later"
         else:
-            detail = f"{len(made)} of {len(images)} heat maps were ready in {seconds:g} s; send fewer images in a call"
+            detail = (
+                f"{len(pictures)} of {len(images)} heat maps were ready in {seconds:g} s; send fewer images in a call"
+            )
         raise ProblemError("overloaded", detail, headers=_BUSY)

@@ -1,4 +1,4 @@
-"""Limits of what the gateway does at the same time and per minute. Above a limit a call is refused at once and never waits."""
+"""Limits of the calls at one time and of the comparisons per minute. A call above a limit is refused at once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _WINDOW_SECONDS = 60.0
 
 
 class Limiter:
-    """Limits how many calls are in work at the same time.
+    """Limits how many calls are processed at the same time.
 
     Args:
         limit: The maximum number of calls.
@@ -90,7 +90,7 @@ class ComparisonLimiter:
 
 
 @dataclass(frozen=True)
-class Limits:
+class GatewayLimits:
     """The limits of one gateway."""
 
     images: Limiter
@@ -100,7 +100,7 @@ class Limits:
     comparisons: ComparisonLimiter
 
     @classmethod
-    def of(cls, settings: Settings) -> Limits:
+    def of(cls, settings: Settings) -> GatewayLimits:
         """The limits of the settings."""
         return cls(
             images=Limiter(
@@ -109,13 +109,13 @@ class Limits:
             uploads=Limiter(
                 settings.max_upload_calls,
                 "overloaded",
-                "too many calls with uploads are in work; try again",
+                "too many calls with uploads are being processed; try again",
                 retry_after=5,
             ),
             heat_maps=Limiter(
                 settings.max_heat_map_calls,
                 "overloaded",
-                "other calls wait for heat maps; try again, or ask without",
+                "too many calls with heat maps are being processed; try again, or leave heat_map out",
                 retry_after=10,
             ),
             event_streams=Limiter(

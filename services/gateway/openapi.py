@@ -1,4 +1,4 @@
-"""The OpenAPI document, and the parts of it that routes write: each status that a route can return, and no other."""
+"""The OpenAPI document, and its parts that are written by the routes: every status that a route can return."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from pydantic.json_schema import models_json_schema
 from dermis.dataset.request import DatasetRequest
 from dermis.image_reading import FORMATS
 from services.gateway import origins
-from services.gateway.latent_schemas import EditsRequest
-from services.gateway.schemas import Dataset, ImagesRequest
+from services.gateway.schemas.datasets import Dataset
+from services.gateway.schemas.edits import EditsRequest
+from services.gateway.schemas.images import ImagesRequest
 from services.problems import KINDS, PROBLEM_MEDIA_TYPE
 from services.settings import Settings
 
@@ -25,18 +26,33 @@ _HEADERS = {
     "Retry-After": "Seconds after which to try again.",
     "ETag": "Hash of the file, in quotes.",
     "Accept-Ranges": "bytes",
-    "Content-Range": "Which bytes of how many.",
-    "Content-Disposition": "A name to save the file under.",
+    "Content-Range": "Range of the bytes, and the size of the file.",
+    "Content-Disposition": "Name of the file.",
     "X-Dermis-Model": "Name and digest of the model, as name@digest.",
-    "X-Dermis-Classification": "Class, calibrated probability and threshold of the image that a picture is of.",
-    "X-Dermis-Notice": "What the classifier is not for.",
+    "X-Dermis-Classification": "Class, calibrated probability and threshold of the image that the heat map explains.",
+    "X-Dermis-Notice": "Purposes that the results must not be used for.",
 }
+
+
+# Kinds of problems of routes that read uploaded images, and of routes that read a JSON body.
+UPLOAD_PROBLEMS = (
+    "bad-request",
+    "upload-timeout",
+    "too-large",
+    "image-too-large",
+    "unsupported-media-type",
+    "invalid-request",
+    "request-too-large",
+    "unusable-image",
+    "overloaded",
+)
+JSON_PROBLEMS = ("malformed-json", "too-large", "unsupported-media-type", "invalid-request")
 
 
 def problems(*kinds: str) -> Responses:
     """Documentation of the problems that a route can return. `internal` is always among them."""
     responses: Responses = {}
-    for kind in (*kinds, "internal"):
+    for kind in dict.fromkeys((*kinds, "internal")):
         status, title = KINDS[kind]
         known = responses.setdefault(status, {"description": "", "content": _PROBLEM_CONTENT})
         known["description"] = "; ".join(filter(None, (known["description"], f"{title} (`{kind}`)")))
@@ -71,7 +87,7 @@ def image_body(field: str) -> dict[str, Any]:
         "required": [field],
         "additionalProperties": False,
     }
-    # A route looks at the content of a part only; this lists the types that it can have.
+    # A route recognises images by their content; these are the types that it accepts.
     encoding = {field: {"contentType": ", ".join(FORMATS.values())}}
     kinds = {
         "multipart/form-data": {"schema": form, "encoding": encoding},
@@ -88,7 +104,7 @@ def image_or_json_body(field: str, model: str) -> dict[str, Any]:
 
 
 def openapi_document(app: FastAPI, settings: Settings) -> dict[str, Any]:
-    """The OpenAPI document. It includes the bodies that routes parse themselves, which FastAPI does not know."""
+    """The OpenAPI document, including the bodies that routes parse themselves, which FastAPI does not know."""
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
         template = "#/components/schemas/{model}"
@@ -127,11 +143,11 @@ def _add_refusals(document: dict[str, Any]) -> None:
 
 
 def _add_limits(document: dict[str, Any], settings: Settings) -> None:
-    """Document how many images an upload may have in this service."""
-    of_path = {"/v1/projections": settings.max_projection_images}
+    """Document the maximum number of images of an upload in this service."""
+    limits = {"/v1/projections": settings.max_projection_images}
     for path, operations in document["paths"].items():
         form = operations.get("post", {}).get("requestBody", {}).get("content", {}).get("multipart/form-data")
         if form is not None:
-            most = min(settings.max_upload_images, of_path.get(path, settings.max_upload_images))
+            limit = min(settings.max_upload_images, limits.get(path, settings.max_upload_images))
             for images in form["schema"]["properties"].values():
-                images["maxItems"] = max(1, most)
+                images["maxItems"] = max(1, limit)

@@ -1,10 +1,10 @@
-"""Refuse what a web page may make a browser send: requests under a foreign host name, changes from another origin.
+"""Refuse requests that a web page of another site can make a browser send: other host names, changes from other origins.
 
-A browser runs the pages of strangers on the machine or in the network where the service listens. By DNS rebinding such a
-page reaches the service under a name of its own and would count as the same origin, so the `Host` header is compared with
-the names that the service is known by. A cross-site form or script can send a request without reading the answer, so
-whatever changes something is refused if the browser says that it comes from another origin. Programs that are no browsers
-send neither `Origin` nor `Sec-Fetch-Site`.
+A browser runs pages of any site on the machine or in the network where the service listens. By DNS rebinding such a page
+reaches the service under a host name of its own, which the browser treats as the same origin. The `Host` header is therefore
+compared with the host names of the service. A form or script of another site can send a request without reading the response.
+Requests that change something are therefore refused if the browser says that they come from another origin. Programs other
+than browsers send neither `Origin` nor `Sec-Fetch-Site`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from services.gateway.problems import problem_response
 from services.problems import ProblemError
 from services.settings import Settings
 
-# Orchestrators probe by the address of the pod or the container; the answers hold nothing that is private.
+# Orchestrators send probes to the address of the pod or the container; the responses contain nothing private.
 PROBES = frozenset({"/livez", "/readyz", "/healthz"})
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 _AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9._-]{1,253})(?::([0-9]{1,5}))?")
@@ -40,7 +40,7 @@ class Authority:
 
 
 def parse_authority(text: str) -> Authority | None:
-    """`name`, `name:port`, `1.2.3.4:port` or `[::1]:port`; None for any other text."""
+    """Parse `name`, `name:port`, `1.2.3.4:port` or `[::1]:port`; None for any other text."""
     parts = _AUTHORITY.fullmatch(text)
     if parts is None or (parts[2] is not None and int(parts[2]) > 65535):
         return None
@@ -70,21 +70,21 @@ class TrustedHosts:
     def allows(self, authority: Authority) -> bool:
         """Whether a request with this `Host` is answered.
 
-        The port is compared only where the setting names one: whoever forwards a port reaches the service by another
-        number, and DNS rebinding needs a foreign name.
+        The port is compared only if the setting names one: a forwarded port can have another number, and DNS rebinding needs
+        another host name.
         """
         if self._any or authority.host == "localhost":
             return True
         address = _address(authority.host)
         if address is not None and (address.is_loopback or self._any_address):
-            return True  # no page can have a loopback or other numeric address for its own name
+            return True  # DNS rebinding needs a host name: a page cannot have a numeric address as its own name
         if authority in self._exact or Authority(authority.host, None) in self._exact:
             return True
         return authority.host.endswith(self._suffixes) if self._suffixes else False
 
 
 class OriginMiddleware:
-    """Answers 421 to requests under a foreign host name, 403 to changes that another origin's page asks for."""
+    """ASGI middleware: status 421 for requests under other host names, 403 for changes by pages of another origin."""
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app = app
@@ -107,12 +107,12 @@ class OriginMiddleware:
         values = _values(scope, b"host")
         authority = parse_authority(values[0]) if len(values) == 1 else None
         if authority is None:
-            raise ProblemError("bad-request", "send one Host header with a host name or address and perhaps a port")
+            raise ProblemError("bad-request", "send one Host header with a host name or address and, if needed, a port")
         if not self._hosts.allows(authority):
             raise ProblemError(
                 "untrusted-host",
-                f"this service does not answer as {authority.host[:_MAX_SHOWN]}; if that is one of its names, its "
-                "operator adds it to DERMIS_TRUSTED_HOSTS",
+                f"this service does not answer as {authority.host[:_MAX_SHOWN]}; if that is one of its names, ask its "
+                "operator to add it to DERMIS_TRUSTED_HOSTS",
             )
         return authority
 
@@ -125,15 +125,16 @@ class OriginMiddleware:
             shown = origins[0][:_MAX_SHOWN] if origins else "another site"
             raise ProblemError(
                 "cross-origin",
-                f"a page of {shown} may not change anything here; the operator of the service can allow an origin by "
+                f"a page of {shown} cannot change anything here; the operator of the service can allow its origin in "
                 "DERMIS_CORS_ORIGINS",
             )
 
 
 def _is_same(origins: Sequence[str], host: Authority) -> bool:
-    """Whether the one `Origin` names the host that the request was sent to.
+    """Whether there is one `Origin` and it names the host that the request was sent to.
 
-    The scheme only gives the default port: behind a proxy that ends TLS the service sees http where the browser has https.
+    The scheme is used for the default port only: behind a proxy that ends TLS, the service receives http and the browser uses
+    https.
     """
     try:
         (origin,) = map(urlsplit, origins)
@@ -141,7 +142,7 @@ def _is_same(origins: Sequence[str], host: Authority) -> bool:
         return False
     authority = parse_authority(origin.netloc)
     default = _DEFAULT_PORTS.get(origin.scheme)
-    if authority is None or default is None:  # among them "null": a sandboxed page, or one in a file
+    if authority is None or default is None:  # such as "null" of a sandboxed page or a local file
         return False
     return authority.host == host.host and (authority.port or default) == (host.port or default)
 

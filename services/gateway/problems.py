@@ -38,9 +38,9 @@ def problem_response(
     errors: Iterable[FieldError] = (),
     headers: Mapping[str, str] | None = None,
 ) -> Response:
-    """The answer to `request` that carries one problem document."""
+    """The response to `request` with a problem document."""
     document = problem(kind, detail, request.url.path, request.scope.get("request_id"), errors)
-    # ASCII escapes: a name echoed from the request may hold what UTF-8 cannot (a lone surrogate).
+    # ASCII escapes: a name from the request can contain a lone surrogate, which UTF-8 cannot encode.
     body = json.dumps(document.model_dump(exclude_none=True), ensure_ascii=True).encode("ascii")
     return Response(body, status_code=document.status, media_type=PROBLEM_MEDIA_TYPE, headers=dict(headers or {}))
 
@@ -56,7 +56,7 @@ def problem_of(error: Exception) -> ProblemError:
 
 
 def allowed_methods(request: Request) -> list[str]:
-    """Methods that any route knows for this path. Starlette's own Allow header lists those of one route only."""
+    """The methods of all routes of this path. Starlette's own Allow header lists those of one route only."""
     methods: set[str] = set()
     for route in request.app.routes:
         if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:
@@ -67,7 +67,7 @@ def allowed_methods(request: Request) -> list[str]:
 async def _on_error(request: Request, error: Exception) -> Response:
     cause = problem_of(error)
     if not isinstance(error, ProblemError) and KINDS[cause.kind][0] >= 500:
-        # The text of the error has what the answer leaves out: places, and what a driver said.
+        # The text of the error has details that the response does not: paths, and messages of a driver.
         fields = {"id": request.scope.get("request_id"), "kind": cause.kind, "error": str(error)}
         logger.warning("request failed", extra=fields)
     return problem_response(request, cause.kind, cause.detail, errors=cause.errors, headers=cause.headers)

@@ -1,4 +1,4 @@
-"""Images for the routes that return them at once, within limits of calls and time; checks of their options."""
+"""Images for the routes that return them in the response, within limits of calls and time; checks of their options."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from services.problems import ProblemError
 
 
 async def draw_soon(context: Context, draw: Callable[[], Awaitable[list[Image]]]) -> list[Image]:
-    """Return the images of `draw`.
+    """Return the images of `draw`, within the limits of calls and of time.
 
     Raises:
         ProblemError: If too many calls are waiting for images, or if it takes too long.
@@ -24,7 +24,7 @@ async def draw_soon(context: Context, draw: Callable[[], Awaitable[list[Image]]]
         try:
             return await asyncio.wait_for(draw(), context.settings.image_timeout_seconds)
         except TimeoutError:
-            detail = "the generator is busy; try again or ask for fewer"
+            detail = "the generator is busy; try again, or request fewer images"
             raise ProblemError("overloaded", detail, headers={"Retry-After": "5"}) from None
 
 

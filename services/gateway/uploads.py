@@ -1,9 +1,9 @@
-"""Uploaded images: read within limits, decoded in other processes, never written to a disk, never logged, never kept.
+"""Uploaded images: read within limits, decoded in other processes, and not written to a disk, logged or kept.
 
 A body is multipart/form-data with one or more parts called `files`, or one image by itself. Starlette's own form parser
-would put files above 1 MB into temporary files, so python-multipart, which it is built on, is used here directly: it finds
-the parts in a body that is in memory and not larger than the limit. What a file is called and what it says it is count for
-nothing; `dermis.image_reading` goes by its content.
+would write files above 1 MB to temporary files, so this module uses python-multipart directly, on which it is built. It
+finds the parts of a body that is in memory and within the limit. File names and declared media types are ignored;
+`dermis.image_reading` recognises images by their content.
 """
 
 from __future__ import annotations
@@ -30,14 +30,19 @@ FIELD = "files"
 MULTIPART = "multipart/form-data"
 _KINDS = {"unsupported": "unsupported-media-type", "too-large": "image-too-large", "unusable": "unusable-image"}
 
-# Pillow logs what EXIF says at DEBUG, python-multipart what a malformed body has at WARNING.
+# Pillow logs values of EXIF at DEBUG, python-multipart parts of a malformed body at WARNING.
 logging.getLogger("PIL").setLevel(logging.WARNING)
 logging.getLogger("python_multipart").setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True)
 class Limit:
-    """How many images a call may have. `reason` goes into the message, such as " with heat_map"."""
+    """The maximum number of images in a call.
+
+    Attributes:
+        images: The number.
+        reason: Text for the message of a refusal, such as " with heat_map".
+    """
 
     images: int
     reason: str = ""
@@ -55,31 +60,39 @@ class Uploads:
             self._idle.put(decoder)
 
     async def images(self, request: Request, size: int, limit: Limit | None = None) -> list[Images]:
-        """Every image of the upload as its largest centred square, uint8 [size, size, 3], in order.
+        """Read and decode the images of an upload. At most as many full-size images as decoders exist at one time.
 
-        `limit`: fewer images than the service takes otherwise, and what asks for that.
-        Never more full-size images exist than there are decoders. ProblemError names what is wrong: `files[2]` for the
-        third file, `body` for an image sent by itself.
+        Args:
+            request: The request.
+            size: Side of the squares in px.
+            limit: A lower limit than that of the settings.
+
+        Returns:
+            The largest centred square of each image, uint8 [size, size, 3], in order.
+
+        Raises:
+            ProblemError: The upload is not valid. The fields are `files[2]` for the third file, and `body` for an image that
+                is the body.
         """
         files, names = await self._files(request, limit)
         loop = asyncio.get_running_loop()
         decode = [loop.run_in_executor(self._threads, self._decode, files, i, size) for i in range(len(files))]
-        found = await asyncio.gather(*decode, return_exceptions=True)
+        outcomes = await asyncio.gather(*decode, return_exceptions=True)
         refused: list[tuple[str, ImageError]] = []
-        done: list[Images] = []
-        for name, outcome in zip(names, found, strict=True):
+        images: list[Images] = []
+        for name, outcome in zip(names, outcomes, strict=True):
             if isinstance(outcome, ImageError):
                 refused.append((name, outcome))
             elif isinstance(outcome, BaseException):
                 raise outcome
             else:
-                done.append(outcome)
+                images.append(outcome)
         if refused:
             raise _refusal(refused)
-        return done
+        return images
 
     def close(self) -> None:
-        """End the threads and processes."""
+        """End the threads and the processes."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         for decoder in self._decoders:
             decoder.interrupt()
@@ -88,15 +101,15 @@ class Uploads:
             decoder.close()
 
     def _decode(self, files: list[bytes], place: int, size: int) -> Images:
-        data, files[place] = files[place], b""  # let go of the encoded bytes as soon as may be
-        decoder = self._idle.get()  # there are as many as threads
+        data, files[place] = files[place], b""  # release the encoded bytes as soon as possible
+        decoder = self._idle.get()  # there is one for each thread
         try:
             return decoder.decode(data, size, self._settings.max_upload_pixels)
         finally:
             self._idle.put(decoder)
 
     async def _files(self, request: Request, limit: Limit | None) -> tuple[list[bytes], list[str]]:
-        """The encoded images of a request, and what each is called in problems."""
+        """The encoded images of a request, and the name of each in problem documents."""
         header = request.headers.get("content-type")
         kind, options = parse_options_header(header.encode("latin-1") if header else None)
         media_type = kind.decode("latin-1").strip().lower()
@@ -118,26 +131,27 @@ class Uploads:
             ) from None
         if media_type != MULTIPART:
             return [body], ["body"]
-        most = Limit(self._settings.max_upload_images)
-        if limit is not None and limit.images < most.images:
-            most = limit
-        files = await asyncio.to_thread(_split, body, options.get(b"boundary", b""), most)
+        lowest = Limit(self._settings.max_upload_images)
+        if limit is not None and limit.images < lowest.images:
+            lowest = limit
+        files = await asyncio.to_thread(_split, body, options.get(b"boundary", b""), lowest)
         if not files:
             raise invalid_request([FieldError(field=FIELD, message="send at least one image")])
         return files, [f"{FIELD}[{i}]" for i in range(len(files))]
 
 
 def _refusal(refused: Sequence[tuple[str, ImageError]]) -> ProblemError:
-    """One problem for all images that are refused; its kind is that of the first."""
+    """One problem for all refused images; its kind is that of the first."""
     errors = [FieldError(field=name, message=str(error)) for name, error in refused[:20]]
     more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
     return ProblemError(_KINDS[refused[0][1].kind], f"{errors[0].field}: {errors[0].message}{more}", errors=errors)
 
 
-def _split(body: bytes, boundary: bytes, most: Limit) -> list[bytes]:
-    """The content of every part `files` of a multipart body, at most `most`.
+def _split(body: bytes, boundary: bytes, limit: Limit) -> list[bytes]:
+    """The contents of the parts `files` of a multipart body.
 
-    ProblemError if it is no such body, has more parts, or parts of other names.
+    Raises:
+        ProblemError: The body is not multipart/form-data, has more parts than the limit, or parts of other names.
     """
     files: list[bytes] = []
     headers: list[list[bytes]] = []
@@ -145,9 +159,9 @@ def _split(body: bytes, boundary: bytes, most: Limit) -> list[bytes]:
     ended = False
 
     def begin() -> None:
-        if len(files) == most.images:
-            images = "1 image is" if most.images == 1 else f"{most.images} images are"
-            message = f"at most {images} taken in one call{most.reason}; send several calls"
+        if len(files) == limit.images:
+            images = "1 image is" if limit.images == 1 else f"{limit.images} images are"
+            message = f"at most {images} taken in one call{limit.reason}; send several calls"
             errors = [FieldError(field=FIELD, message=message)]
             raise ProblemError("request-too-large", f"{FIELD}: {message}", errors=errors)
         headers.clear()
@@ -166,8 +180,8 @@ def _split(body: bytes, boundary: bytes, most: Limit) -> list[bytes]:
         pieces.append(data[start:end])
 
     def headers_finished() -> None:
-        told = {name.lower(): value for name, value in headers}
-        options = parse_options_header(told.get(b"content-disposition"))[1]
+        fields = {name.lower(): value for name, value in headers}
+        options = parse_options_header(fields.get(b"content-disposition"))[1]
         name = options.get(b"name", b"").decode("utf-8", "replace")
         if name != FIELD:
             message = f"unknown part; images go into parts called {FIELD}, options into the query"

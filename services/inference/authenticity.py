@@ -27,7 +27,7 @@ _settings = settings_of_process()
 
 
 @inference_service("Authenticity", _settings.authenticity_workers)
-class Authenticity(InferenceService[Checker]):
+class AuthenticityService(InferenceService[Checker]):
     """The indexes of all served bundles that have one."""
 
     logger = logging.getLogger("dermis.authenticity")

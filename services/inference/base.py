@@ -21,7 +21,7 @@ from services.parent_watchdog import exit_with_parent
 from services.settings import settings_of_process
 
 CALL_SECONDS = 300.0
-# What may go wrong with the files of one bundle.
+# Errors in the files of one bundle.
 LOAD_ERRORS = (DermisError, OSError, RuntimeError, MemoryError)
 _NICE = 10
 _settings = settings_of_process()

@@ -14,7 +14,7 @@ import numpy as np
 
 from dermis.bundle.classifier import DESCRIPTOR
 from dermis.bundle.folder import exists
-from dermis.classifier.onnx_session import Classifier as Session
+from dermis.classifier.onnx_session import Classifier
 from dermis.cpus import available_cpus
 from services.inference import pixels
 from services.inference.base import InferenceService, batch_api, inference_service, part_folder
@@ -24,7 +24,7 @@ _settings = settings_of_process()
 
 
 @inference_service("Classifier", _settings.classifier_workers)
-class Classifier(InferenceService[Session]):
+class ClassifierService(InferenceService[Classifier]):
     """The classifiers of all served bundles that have one."""
 
     logger = logging.getLogger("dermis.classifier")
@@ -34,16 +34,16 @@ class Classifier(InferenceService[Session]):
         """Whether the bundle has a classifier."""
         return exists(part_folder(location, "classifier"), DESCRIPTOR)
 
-    def load(self, location: str) -> tuple[str, Session]:
+    def load(self, location: str) -> tuple[str, Classifier]:
         """Load a classifier. Calls name it by its own digest, which the bundle that the gateway has verified contains."""
         started = time.perf_counter()
         threads = max(1, available_cpus() // _settings.classifier_workers)
-        session = Session(part_folder(location, "classifier"), device=_settings.device, threads=threads)
+        session = Classifier(part_folder(location, "classifier"), device=_settings.device, threads=threads)
         fields = dict(session.identity) | {"seconds": time.perf_counter() - started}
         self.logger.info("classifier loaded", extra=fields)
         return session.description.digest, session
 
-    def identity(self, model: Session) -> Mapping[str, str]:
+    def identity(self, model: Classifier) -> Mapping[str, str]:
         """The software and the device that classify."""
         return model.identity
 

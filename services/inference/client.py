@@ -23,10 +23,10 @@ from dermis.explain.attribution import Method
 from services.errors import InferenceFailedError, InferenceUnavailableError, NotInstalledError
 from services.inference import pixels
 from services.inference.connection import Connection
-from services.inference.heat_maps import HeatMap
+from services.inference.heat_maps import EncodedHeatMap
 from services.inference.projections import ProjectionFiles, ProjectionTask
 from services.inference.samples import Image, Samples, to_bytes
-from services.models import Models
+from services.models import ServedModels
 
 images_generated = Counter("dermis_images_generated_total", "Images that the generator has made.", ["model"])
 images_classified = Counter("dermis_images_classified_total", "Images that the classifier has scored.", ["model"])
@@ -47,7 +47,7 @@ class InferenceClient:
     """
 
     name: ClassVar[str]
-    """What the service is called in messages."""
+    """The name of the service in messages."""
     needed_without_models: ClassVar[bool] = False
     """Whether the service must answer even if no served model needs it."""
 
@@ -73,7 +73,15 @@ class InferenceClient:
         return None if await self.not_ready() is None else self._connection.not_alive
 
     async def _identity(self, digest: str, missing: str) -> Mapping[str, str]:
-        """What runs the model with this digest, for manifests. `missing` begins the message if there is no such model."""
+        """The software and the device that run a model, for manifests.
+
+        Args:
+            digest: Digest of the model.
+            missing: Begin of the message if the service has no such model.
+
+        Raises:
+            InferenceUnavailableError: The service has no such model.
+        """
         description = await self._connection.describe()
         identity = description["identities"].get(digest)
         if identity is None:
@@ -87,8 +95,8 @@ class InferenceClient:
         Args:
             method: Name of the method.
             rows: One row per input.
-            results: What the method returns, for messages.
-            inputs: What the rows are, for messages.
+            results: Plural noun for the results, for messages.
+            inputs: Plural noun for the inputs, for messages.
 
         Returns:
             One result per row, in their order.
@@ -114,7 +122,7 @@ class GeneratorClient(InferenceClient):
     name = "the generator"
     needed_without_models = True
 
-    def __init__(self, client: Any, models: Models) -> None:
+    def __init__(self, client: Any, models: ServedModels) -> None:
         super().__init__(client, {bundle.digest: bundle.name for bundle in models.bundles})
         self._models = models
 
@@ -145,7 +153,7 @@ class ClassifierClient(InferenceClient):
 
     name = "the classifier"
 
-    def __init__(self, client: Any, models: Models) -> None:
+    def __init__(self, client: Any, models: ServedModels) -> None:
         super().__init__(client, {b.classifier.digest: b.name for b in models.bundles if b.classifier is not None})
         self._row_bytes = pixels.row_bytes(b.classifier.input.size for b in models.bundles if b.classifier)
 
@@ -178,7 +186,7 @@ class AuthenticityClient(InferenceClient):
 
     name = "the authenticity service"
 
-    def __init__(self, client: Any, models: Models) -> None:
+    def __init__(self, client: Any, models: ServedModels) -> None:
         super().__init__(client, {b.authenticity.digest: b.name for b in models.bundles if b.authenticity is not None})
         self._row_bytes = pixels.row_bytes(b.authenticity.resolution for b in models.bundles if b.authenticity)
 
@@ -201,7 +209,7 @@ class AuthenticityClient(InferenceClient):
         return Nearest(table[:, 0], table[:, 1], table[:, 2:])
 
     async def expose(self, bundle: Bundle, embeddings: NDArray[np.float32]) -> Exposure:
-        """What the embeddings [N, dim] of a dataset reveal about the training images."""
+        """Measure what the embeddings [N, dim] of a dataset reveal about the training images."""
         assert bundle.authenticity is not None
         response = await self._connection.call("expose", bundle.authenticity.digest, embeddings)
         if "problem" in response:
@@ -222,10 +230,10 @@ class ExplainerClient(InferenceClient):
 
     name = "the explainer"
 
-    def __init__(self, client: Any, models: Models) -> None:
+    def __init__(self, client: Any, models: ServedModels) -> None:
         super().__init__(client, {b.classifier.digest: b.name for b in models.bundles if b.classifier is not None})
 
-    async def heat_map(self, bundle: Bundle, method: Method, image: NDArray[np.uint8]) -> HeatMap:
+    async def heat_map(self, bundle: Bundle, method: Method, image: NDArray[np.uint8]) -> EncodedHeatMap:
         """Make a heat map.
 
         Args:
@@ -243,7 +251,7 @@ class ExplainerClient(InferenceClient):
         if "problem" in response:
             raise InferenceUnavailableError(response["problem"])
         heat_maps_made.labels(bundle.name, method).inc()
-        return HeatMap(**response)
+        return EncodedHeatMap(**response)
 
 
 class ProjectorClient(InferenceClient):
@@ -252,7 +260,7 @@ class ProjectorClient(InferenceClient):
     name = "the projector"
     needed_without_models = True
 
-    def __init__(self, client: Any, models: Models) -> None:
+    def __init__(self, client: Any, models: ServedModels) -> None:
         super().__init__(client, {bundle.digest: bundle.name for bundle in models.bundles})
 
     async def project(
@@ -276,7 +284,7 @@ class ProjectorClient(InferenceClient):
             The files of each image, in their order.
 
         Raises:
-            RequestError: If the projector cannot do what the task asks for.
+            RequestError: If the projector cannot do the task.
         """
         numbers = [-1 if label is None else label for label in labels]
         response = await self._connection.call("project", bundle.digest, images, numbers, task.to_dict(), ticket)
@@ -307,7 +315,7 @@ class InferenceClients:
     projector: ProjectorClient
 
     @classmethod
-    def connect(cls, client_of: Callable[[str], Any], models: Models) -> InferenceClients:
+    def connect(cls, client_of: Callable[[str], Any], models: ServedModels) -> InferenceClients:
         """Make the clients.
 
         Args:

@@ -23,7 +23,7 @@ class Connection:
 
     Args:
         client: BentoML's asynchronous client of the service, which has a method `describe`.
-        name: What the service is called in messages, such as "the generator".
+        name: The name of the service in messages, such as "the generator".
     """
 
     def __init__(self, client: Any, name: str) -> None:
@@ -53,7 +53,11 @@ class Connection:
         return result
 
     async def describe(self) -> Mapping[str, Any]:
-        """The description that the service gives of its models, at most a few seconds old. It raises what `call` raises."""
+        """The service's description of its models, at most a few seconds old.
+
+        Raises:
+            InferenceUnavailableError, InferenceFailedError: As for `call`.
+        """
         now = time.monotonic()
         if self._description is None or now - self._description_time > _FRESH_SECONDS:
             self._description = await self.call("describe")
@@ -61,7 +65,7 @@ class Connection:
         return self._description
 
     async def describe_soon(self) -> Mapping[str, Any] | None:
-        """Like `describe`; None if the service does not answer within the time of a probe."""
+        """Call `describe`; return None if the service does not answer within the time of a probe."""
         try:
             async with asyncio.timeout(_DESCRIBE_SECONDS):
                 return await self.describe()

@@ -16,8 +16,7 @@ import numpy as np
 from dermis.bundle.classifier import DESCRIPTOR, open_classifier
 from dermis.bundle.folder import exists
 from dermis.cpus import available_cpus
-from dermis.explain.attribution import Explainer as LoadedExplainer
-from dermis.explain.attribution import Method, missing_packages
+from dermis.explain.attribution import Explainer, Method, missing_packages
 from services.callers import CallerGoneError, CallerMiddleware, check_caller
 from services.inference import heat_maps
 from services.inference.base import LOAD_ERRORS, InferenceService, inference_service, lower_priority, part_folder
@@ -28,14 +27,14 @@ _settings = settings_of_process()
 
 
 @inference_service("Explainer", _settings.explainer_workers, threads=1)
-class Explainer(InferenceService[str]):
-    """Heat maps for the classifiers of all served bundles that have one. `_models` holds the folders of the classifiers."""
+class ExplainerService(InferenceService[str]):
+    """Heat maps for the classifiers of all served bundles that have one. `_models` contains the folders of the classifiers."""
 
     logger = logging.getLogger("dermis.explainer")
     failure = "classifier not found"
 
     def __init__(self) -> None:
-        self._explainers: dict[str, LoadedExplainer] = {}
+        self._explainers: dict[str, Explainer] = {}
         self._loading = threading.Lock()
         super().__init__()
 
@@ -58,15 +57,15 @@ class Explainer(InferenceService[str]):
             image: uint8 [S, S, 3] at the size of the classifier.
 
         Returns:
-            The fields of a `HeatMap`, or "missing" or "problem" with the reason why there is none.
+            The fields of an `EncodedHeatMap`, or "missing" or "problem" with the reason why there is none.
         """
         lower_priority()
         try:
             check_caller()  # the connection may have been closed while the call waited for the only thread
             return self._explain(digest, method, image)
         except CallerGoneError:
-            self.logger.info("heat map given up, nobody waits for it")
-            return {"problem": "nobody waits for this heat map any more"}
+            self.logger.info("heat map cancelled because its caller has disconnected")
+            return {"problem": "the heat map was cancelled because its caller has disconnected"}
 
     def _explain(self, digest: str, method: str, image: np.ndarray) -> dict[str, Any]:
         missing = missing_packages()
@@ -83,17 +82,17 @@ class Explainer(InferenceService[str]):
         checked_method: Method = "xrai" if method == "xrai" else "integrated-gradients"
         return dict(heat_maps.make(explainer, checked_method, image, check_caller))
 
-    def _explainer(self, digest: str, folder: str) -> LoadedExplainer:
+    def _explainer(self, digest: str, folder: str) -> Explainer:
         with self._loading:
             if digest not in self._explainers:
                 import torch
 
                 started = time.perf_counter()
                 torch.set_num_threads(max(1, available_cpus() // _settings.explainer_workers))
-                self._explainers[digest] = LoadedExplainer(folder, device=_settings.device)
+                self._explainers[digest] = Explainer(folder, device=_settings.device)
                 fields = {"classifier": digest[:12], "seconds": time.perf_counter() - started}
                 self.logger.info("network loaded", extra=fields)
             return self._explainers[digest]
 
 
-Explainer.add_asgi_middleware(CallerMiddleware)  # type: ignore[attr-defined]  # the class is a BentoML service now
+ExplainerService.add_asgi_middleware(CallerMiddleware)  # type: ignore[attr-defined]  # the class is a BentoML service now

@@ -23,14 +23,14 @@ _settings = settings_of_process()
 
 
 @inference_service("Generator", _settings.generator_workers)
-class Generator(InferenceService["Synthesizer"]):
+class GeneratorService(InferenceService["Synthesizer"]):
     """The generators of all served bundles."""
 
     logger = logging.getLogger("dermis.generator")
     failure = "model not loaded"
 
     def load(self, location: str) -> tuple[str, Synthesizer]:
-        """Load a generator and make one image with it: the first image is slow, and no caller is to wait for it."""
+        """Load a generator and generate one image, because the first image is slow and no caller should wait for it."""
         from dermis.synthesizer import Synthesizer
 
         started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What the explainer and its client exchange: one image in, one heat map out."""
+"""The format between the explainer and its client: one image in, one heat map out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MEDIA_TYPE = "image/png"
 
 
 @dataclass(frozen=True)
-class HeatMap:
+class EncodedHeatMap:
     """A heat map.
 
     Attributes:
@@ -34,13 +34,13 @@ def make(
     """Make a heat map.
 
     Args:
-        explainer: What attributes.
+        explainer: The explainer.
         method: The method of attribution.
         image: uint8 [S, S, 3] at the size of the classifier.
-        check: Is called between steps; an exception that it raises ends the work.
+        check: Called between steps; an exception that it raises ends the computation.
 
     Returns:
-        The fields of a `HeatMap`.
+        The fields of an `EncodedHeatMap`.
     """
     from dermis.explain.rendering import LEAST_SIDE, full_colour, heat_map, per_percent, to_png
 

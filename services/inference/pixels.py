@@ -1,4 +1,4 @@
-"""What the classifier, the index and their clients exchange: one row per image in, one result per image out.
+"""The format between the classifier or the index and their clients: one row per image in, one result per image out.
 
 A row is the digest of the classifier or index, followed by the pixels at its size and by zeros. All rows of a deployment have
 the same length, so that rows of different callers and models can be in one batch.

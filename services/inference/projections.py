@@ -1,4 +1,4 @@
-"""What the projector and its client exchange: squares of pixels in, files of projections out."""
+"""The format between the projector and its client: squares of pixels in, files of projections out."""
 
 from __future__ import annotations
 
@@ -60,11 +60,11 @@ def run(
     """Project the images of a call.
 
     Args:
-        projector: What projects.
+        projector: The projector.
         images: uint8 [N, R, R, 3] at the resolution of the generator.
         labels: Class number of each image, if it is known.
         task: The options.
-        on_steps: Is called with the sum of the steps that all images have done.
+        on_steps: Called with the sum of the steps that all images have done.
 
     Returns:
         The files of each image, in their order.

@@ -23,7 +23,7 @@ from services.models import without_place
 from services.settings import settings_of_process
 
 if TYPE_CHECKING:
-    from dermis.projection.projector import Projector as LoadedProjector
+    from dermis.projection.projector import Projector
 
 CALL_SECONDS = 3600.0
 _settings = settings_of_process()
@@ -34,14 +34,14 @@ class _CancelledError(Exception):
 
 
 @inference_service("Projector", 1, call_seconds=CALL_SECONDS, threads=1)
-class Projector(InferenceService[Bundle]):
+class ProjectorService(InferenceService[Bundle]):
     """Projection to the generators of all served bundles."""
 
     logger = logging.getLogger("dermis.projector")
     failure = "model not found"
 
     def __init__(self) -> None:
-        self._projectors: dict[str, LoadedProjector] = {}
+        self._projectors: dict[str, Projector] = {}
         self._loading = threading.Lock()
         self._steps: dict[str, int] = {}
         self._cancelled: set[str] = set()
@@ -109,18 +109,18 @@ class Projector(InferenceService[Bundle]):
         if ticket in self._steps:
             self._cancelled.add(ticket)
 
-    def _projector(self, bundle: Bundle) -> LoadedProjector:
+    def _projector(self, bundle: Bundle) -> Projector:
         with self._loading:
             if bundle.digest not in self._projectors:
                 import torch
 
                 from dermis.projection.encoder import load_encoder
-                from dermis.projection.projector import Projector as LoadedProjector
+                from dermis.projection.projector import Projector
 
                 started = time.perf_counter()
                 torch.set_num_threads(available_cpus())
                 encoder = load_encoder(bundle, device=_settings.device)
-                self._projectors[bundle.digest] = LoadedProjector(
+                self._projectors[bundle.digest] = Projector(
                     bundle, distance=_settings.projection_distance, device=_settings.device, encode=encoder
                 )
                 fields = {"model": bundle.name, "seconds": time.perf_counter() - started}

@@ -1,4 +1,4 @@
-"""What the generator and its client exchange: one row per sample in, one uint8 image per sample out.
+"""The format between the generator and its client: one row per sample in, one uint8 image per sample out.
 
 A row contains everything that its image depends on, so that rows of different callers can be in one batch.
 """
@@ -143,7 +143,7 @@ def missing(digest: str) -> str:
 
 
 def _offset(synthesizer: Synthesizer, rows: NDArray[Any]) -> NDArray[np.float32] | None:
-    """What the edits of a row add to its latent; None if it has none."""
+    """The sum of the edits of a row, which is added to its latent; None if it has no edits."""
     bundle = synthesizer.bundle
     edits = [
         Edit(bundle.directions[int(number) - 1].name, float(strength), None if first < 0 else (int(first), int(last)))

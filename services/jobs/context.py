@@ -1,4 +1,4 @@
-"""What the work on jobs needs, and how it waits for inference services, the database and the storage."""
+"""The context of the work on jobs, and the waiting for inference services, the database and the storage."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from services.errors import (
 )
 from services.inference.client import InferenceClients
 from services.jobs.table import JobTable
-from services.models import Models
+from services.models import ServedModels
 
 logger = logging.getLogger("dermis.jobs")
 
 T = TypeVar("T")
 
-# How long a service may answer that it is unavailable (a model that was not loaded). One that does not answer at all is waited
-# for without a limit, because its supervisor starts it again.
+# Limit for a service that answers that it is unavailable, as it did not load a model. For a service that does not answer at all
+# there is no limit, because its supervisor restarts it.
 _UNAVAILABLE_SECONDS = 300.0
 _MAX_FAILURES = 3
 _FIRST_PAUSE_SECONDS = 0.5
@@ -60,10 +60,10 @@ class FileInfo:
 
 @dataclass(frozen=True)
 class JobContext:
-    """What the work on jobs needs. `services.composition` makes it."""
+    """The parts of the service that the work on jobs uses. `services.composition` creates it."""
 
     table: JobTable
-    models: Models
+    models: ServedModels
     inference: InferenceClients
     loop: asyncio.AbstractEventLoop
     """The event loop that runs the calls of `inference`."""
@@ -97,7 +97,7 @@ def retry_transient(ctx: JobContext, call: Callable[[], T], job_id: str | None =
 
     Args:
         ctx: The context of the jobs.
-        call: What to repeat. Errors that are not transient are raised.
+        call: The function to repeat. Errors that are not transient are raised.
         job_id: A job that ends the waiting when it is to stop.
 
     Raises:
@@ -129,7 +129,7 @@ def must_stop(ctx: JobContext, job_id: str) -> bool:
 
 
 class _RetryingStore(Store):
-    """A store that repeats single calls, so that work of many calls need not begin again after an interruption."""
+    """A store that repeats single calls, so that work of many calls need not restart after an interruption."""
 
     def __init__(self, ctx: JobContext, job_id: str) -> None:
         super().__init__(ctx.store(job_id).location)
@@ -174,7 +174,7 @@ def call_with_retry(
         ctx: The context of the jobs.
         job_id: The job that needs the response.
         call: Makes one call, on the event loop.
-        while_waiting: Is called several times a second; an exception that it raises cancels the call.
+        while_waiting: Called several times a second; an exception that it raises cancels the call.
 
     Raises:
         InferenceUnavailableError: If the service has answered for minutes that it is unavailable.
@@ -208,7 +208,7 @@ def run_on_loop(ctx: JobContext, awaitable: Awaitable[T], while_waiting: Callabl
 
     Args:
         ctx: The context of the jobs.
-        awaitable: What to await.
+        awaitable: The awaitable.
         while_waiting: As for `call_with_retry`.
 
     Raises:

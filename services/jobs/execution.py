@@ -22,7 +22,7 @@ logger = logging.getLogger("dermis.jobs")
 
 
 class JobKind(Protocol):
-    """What one kind of job does. Each implementation is a module."""
+    """The work of one kind of job. Each implementation is a module."""
 
     def path(self, job_id: str) -> str:
         """The path of the job in the API."""
@@ -133,7 +133,7 @@ def record_failure(ctx: JobContext, job: Job, reason: str, problem_kind: str = "
         reason: Why, for callers of the API.
         problem_kind: The kind of the problem document (`services.problems.KINDS`).
     """
-    logger.error("job given up", extra={"job": job.id, "why": reason})
+    logger.error("job cannot continue", extra={"job": job.id, "reason": reason})
     document = problem(problem_kind, reason, KINDS[job.kind].path(job.id))
     ctx.table.record_error(job.id, document.model_dump(exclude_none=True))
 
@@ -181,7 +181,7 @@ def _problem_of_job(job: Job, error: Exception) -> Problem:
     cause = problem_of(error)
     detail = cause.detail
     if isinstance(error, InferenceUnavailableError):
-        detail = "a service that this needs could not do its part for some minutes; the log has more; ask for it again"
+        detail = "a service that the job needs was unavailable for some minutes; see the log; create the job again"
     elif cause.kind == "internal":
-        detail = "the service failed; the log has more under the id of this job"
+        detail = "the service failed; its log has the details under the id of this job"
     return problem(cause.kind, detail, KINDS[job.kind].path(job.id), errors=cause.errors)

@@ -62,7 +62,7 @@ def path(job_id: str) -> str:
 
 
 def shards_of(images: int) -> int:
-    """Number of shards of a job of so many images."""
+    """The number of shards of a job with this number of images."""
     return -(-images // IMAGES_PER_SHARD)
 
 

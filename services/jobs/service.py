@@ -39,7 +39,7 @@ _CACHED_LISTINGS = 64
 class JobService:
     """The worker of this process, with the datasets and projections that it serves to the gateway.
 
-    `start` and `stop` bracket its life. Every method blocks and may be called in any thread.
+    Call `start` first and `stop` last. Every method blocks and can be called in any thread.
     """
 
     def __init__(self, settings: Settings, ctx: JobContext) -> None:
@@ -102,7 +102,7 @@ class JobService:
 
 
 class DatasetJobs:
-    """The dataset jobs. Every method blocks and may be called in any thread."""
+    """The dataset jobs. Every method blocks and can be called in any thread."""
 
     def __init__(self, settings: Settings, ctx: JobContext) -> None:
         self._settings, self._ctx = settings, ctx
@@ -112,7 +112,7 @@ class DatasetJobs:
         """Start a job, or return the one that this key started.
 
         Raises:
-            RequestError: If the model cannot do what the request asks for.
+            RequestError: If the model cannot serve the request.
             BundleError: If the model cannot be served.
             IdempotencyConflictError: If the key was used for another request.
             TooManyActiveError: If as many datasets are active as the settings allow.
@@ -195,7 +195,7 @@ class DatasetJobs:
 
 
 class ProjectionJobs:
-    """The projection jobs. Every method blocks and may be called in any thread."""
+    """The projection jobs. Every method blocks and can be called in any thread."""
 
     def __init__(self, settings: Settings, ctx: JobContext) -> None:
         self._settings, self._ctx = settings, ctx

@@ -1,6 +1,6 @@
 """The jobs table: the request, progress and outcome of each job. SQLAlchemy Core on SQLite or PostgreSQL.
 
-DBOS stores the durable workflow; this table stores what people see, and what is kept when the workflow has ended. Each method
+DBOS stores the durable workflow; this table stores what callers see, and keeps it after the workflow has ended. Each method
 is one short transaction, may be called from any thread and process, and raises DatabaseUnavailableError while the database
 cannot be reached. Times are seconds since 1970 (UTC).
 

@@ -1,6 +1,6 @@
 """The only module that uses DBOS: a workflow per job that enqueues a workflow per shard, waits for them and finishes the job.
 
-DBOS has one instance per process; `start` and `stop` bracket its life. The arguments of a workflow are ids only, so that a
+DBOS has one instance per process, which `start` launches and `stop` ends. The arguments of a workflow are ids only, so that a
 restarted process can continue it with another `JobContext`.
 """
 
@@ -180,7 +180,7 @@ def _continue(ctx: JobContext, job: Job) -> None:
         # It was never enqueued: the process or its connection ended first.
         if job.state == "queued" and not execution.KINDS[job.kind].has_inputs(ctx, job):
             ctx.table.release_key(job.id)
-            _give_up(ctx, job, "the images did not arrive completely; send them again", "upload-interrupted")
+            _end_as_failed(ctx, job, "not all images were stored; send them again", "upload-interrupted")
         else:
             submit(job)
         return
@@ -191,7 +191,7 @@ def _continue(ctx: JobContext, job: Job) -> None:
             return
         failed = _shard_workflows(job.id, "ERROR")
         if failed and not _may_restart(job.id):
-            execution.record_failure(ctx, job, "its shards failed again and again; ask for it again")
+            execution.record_failure(ctx, job, "its shards failed repeatedly; create the job again")
         elif failed:
             logger.warning("shards started again", extra={"job": job.id, "shards": len(failed)})
             DBOS.delete_workflows(failed)
@@ -199,16 +199,16 @@ def _continue(ctx: JobContext, job: Job) -> None:
                 _enqueue_shard(job.id, job.kind, int(workflow_id.rpartition("-")[2]))
         return
     if status.status in ("ERROR", "SUCCESS") and _may_restart(job.id):
-        # No outcome of a job makes its workflow fail, so this is what became of the database or of DBOS's tables.
+        # No outcome of a job makes its workflow fail, so the cause is the database or the tables of DBOS.
         logger.warning("job started again", extra={"job": job.id, "status": status.status, "error": str(status.error)})
         kept = set(_shard_workflows(job.id) if is_whole else _shard_workflows(job.id, "PENDING", "ENQUEUED"))
         DBOS.delete_workflows([job.id, *(each for each in _shard_workflows(job.id) if each not in kept)])
         submit(job)
         return
-    _give_up(ctx, job, f"its workflow ended as {status.status}; ask for it again")
+    _end_as_failed(ctx, job, f"its workflow ended as {status.status}; create the job again")
 
 
-def _give_up(ctx: JobContext, job: Job, reason: str, problem_kind: str = "internal") -> None:
+def _end_as_failed(ctx: JobContext, job: Job, reason: str, problem_kind: str = "internal") -> None:
     """End a job as failed: now, or in a later sweep if shards are running, which have to notice that they are to stop."""
     execution.record_failure(ctx, job, reason, problem_kind)
     _cancel_queued(job.id)
@@ -223,13 +223,13 @@ def _cancel_queued(job_id: str) -> None:
 
 
 def _may_restart(job_id: str) -> bool:
-    """Whether failed workflows of a job are started again: a limited number of times, as the fault may be in our code."""
+    """Whether to start failed workflows of a job again: a limited number of times, as the cause can be a bug."""
     _restarts[job_id] = _restarts.get(job_id, 0) + 1
     return _restarts[job_id] <= _MAX_RESTARTS
 
 
 def _is_stuck(workflow_id: str) -> bool:
-    """Whether DBOS has taken a workflow for running here in several sweeps though it was not: its end was not recorded."""
+    """Whether in several sweeps DBOS listed a workflow as running here that was not: its end was not recorded."""
     with _running_lock:
         idle = workflow_id not in _running
     _idle_sweeps[workflow_id] = _idle_sweeps.get(workflow_id, 0) + 1 if idle else 0
@@ -296,7 +296,7 @@ def _are_shards_over(ctx: JobContext, job_id: str, check_workflows: bool) -> boo
         # `sweep` starts failed ones again.
         if not check_workflows or _shard_workflows(job_id, "ENQUEUED", "PENDING", "ERROR") or _is_whole(job_id):
             return False
-        execution.record_failure(ctx, job, "its shards ended without a result; ask for it again")
+        execution.record_failure(ctx, job, "its shards ended without a result; create the job again")
         return True
 
 
@@ -330,7 +330,7 @@ def _shard_workflows(job_id: str, *states: str) -> list[str]:
 
 @contextmanager
 def _database() -> Iterator[None]:
-    """Raise DatabaseUnavailableError for errors of DBOS while the database cannot be reached; most it waits out itself."""
+    """Raise DatabaseUnavailableError for errors of DBOS while the database cannot be reached. It handles most itself."""
     with database_errors():
         try:
             yield

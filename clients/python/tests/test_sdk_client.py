@@ -6,6 +6,7 @@ import ast
 import asyncio
 import graphlib
 import inspect
+import json
 import subprocess
 import sys
 import threading
@@ -51,6 +52,7 @@ def test_the_same_asynchronously(gateway: FakeGateway, tmp_path: Any) -> None:
             assert len(result.files) == 5
             assert [record.id async for record in client.datasets.list()] == [dataset.id]
             assert [model.name for model in await client.models.list()] == ["demo"]
+            assert (await client.models.default()).name == "demo"
             assert len(await client.images.generate({"benign": 2})) == 2
             await done.delete()
             with pytest.raises(errors.NotFoundError):
@@ -361,3 +363,17 @@ def test_the_callers_http_client_stays_open(gateway: FakeGateway) -> None:
         with DermisClient(gateway.url, http_client=http) as client:
             client.models.list()
         assert not http.is_closed
+
+
+def test_default_model_is_the_one_that_the_service_marks(gateway: FakeGateway) -> None:
+    models: list[dict[str, Any]] = [
+        {"name": name, "digest": name * 64, "default": name == "b"} for name in ("a", "b", "c")
+    ]
+    gateway.faults = [
+        Fault("GET /v1/models", status=200, body=json.dumps({"data": listed}).encode(), media_type="application/json")
+        for listed in (models, [])
+    ]
+    with DermisClient(gateway.url) as client:
+        assert client.models.default().name == "b"
+        with pytest.raises(errors.DermisError, match="no default model"):
+            client.models.default()

@@ -138,7 +138,7 @@ def test_events_come_out_the_same_however_the_bytes_are_cut(end: str, cuts: list
         text += "".join(f"data: {line}{end}" for line in data.split("\n")) + f"id: 1{end}{end}: beat{end}{end}"
     raw = text.encode() + f"event: unfinished{end}data: x".encode()
     marks = sorted({0, len(raw), *(min(c, len(raw)) for c in cuts)})
-    decoder = _events.Decoder()
+    decoder = _events.EventDecoder()
     got = [message for a, b in itertools.pairwise(marks) for message in decoder.feed(raw[a:b])]
     assert [(m.event, m.data) for m in got] == EVENTS
 

@@ -1,4 +1,4 @@
-"""/v1/classifications: what the classifier says of uploaded images."""
+"""/v1/classifications: classify uploaded images."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from fastapi import APIRouter, Query
 from starlette.requests import Request
 from starlette.responses import Response
 
-from dermis.bundle.classifier import DEFAULT_THRESHOLD, NOTICE, ClassifierDescription
+from dermis.bundle.classifier import DEFAULT_THRESHOLD, NOTICE
 from dermis.classifier.scores import scores_of
 from dermis.errors import RequestError
 from dermis.explain.attribution import Method
-from services.gateway.dependencies import ContextDep, negotiate
-from services.gateway.openapi import content, headers, image_body, problems
-from services.gateway.schemas import (
+from services.gateway.dependencies import ContextDep, ModelQuery, choose_media_type, model_header, served_bundle
+from services.gateway.openapi import UPLOAD_PROBLEMS, content, headers, image_body, problems
+from services.gateway.schemas.classifications import (
     Classification,
     ClassificationHeatMap,
     ClassificationList,
@@ -29,7 +29,7 @@ from services.gateway.schemas import (
     ThresholdUsed,
 )
 from services.gateway.uploads import Limit
-from services.inference.heat_maps import MEDIA_TYPE, HeatMap
+from services.inference.heat_maps import MEDIA_TYPE, EncodedHeatMap
 from services.problems import ProblemError
 
 router = APIRouter(prefix="/v1/classifications", tags=["classifications"])
@@ -46,35 +46,27 @@ _JSON = "application/json"
 **{NOTICE}**
 
 Send `multipart/form-data` with one part called `files` for each image, or one image as the body. PNG, JPEG and WebP are
-known by their content; the size in bytes and pixels is limited. Images are turned as their EXIF orientation says, made 8-bit
-RGB, cut to the largest centred square, and kept in memory only: nothing of them is logged, stored or echoed, not even
-their names.
+recognised by their content; the size in bytes and in pixels is limited. Images are rotated by their EXIF orientation,
+converted to 8-bit RGB, cropped to the largest centred square, and kept in memory only. They and their names are not logged,
+stored or sent back.
 
-With `heat_map` each image gets a picture of what of it speaks for the positive class and what against it. That takes
-seconds, so a call may have few images, and few calls are in work at a time.""",
+With `heat_map` the response contains a picture of the areas of each image that speak for and against the positive class. A
+heat map takes seconds, so the number of images in such a call and the number of such calls are limited.""",
     response_model=ClassificationList,
     openapi_extra=image_body("files"),
     responses={
         200: {
-            "description": "One entry for each image, in their order. With `heat_map`, one image and an Accept header that "
-            "prefers PNG: the heat map itself.",
+            "description": "One entry for each image, in their order. With `heat_map`, a single image and an Accept header "
+            "that prefers PNG, the heat map itself.",
             "content": content(MEDIA_TYPE),
             "headers": headers("X-Dermis-Model", "X-Dermis-Classification", "X-Dermis-Notice"),
         },
         **problems(
-            "bad-request",
+            *UPLOAD_PROBLEMS,
             "unknown-model",
             "not-acceptable",
-            "upload-timeout",
-            "too-large",
-            "image-too-large",
-            "unsupported-media-type",
-            "invalid-request",
-            "request-too-large",
-            "unusable-image",
             "no-classifier",
             "not-installed",
-            "overloaded",
             "not-ready",
             "model-unavailable",
         ),
@@ -83,9 +75,7 @@ seconds, so a call may have few images, and few calls are in work at a time.""",
 async def classify_images(
     request: Request,
     context: ContextDep,
-    model: Annotated[
-        str | None, Query(max_length=64, description="Name of a served bundle; the default one if left out.")
-    ] = None,
+    model: ModelQuery = None,
     threshold: Annotated[
         str,
         Query(
@@ -96,22 +86,20 @@ async def classify_images(
         ),
     ] = DEFAULT_THRESHOLD,
     heat_map: Annotated[
-        Method | None, Query(description="Also a heat map of each image, by this method; none if left out.")
+        Method | None, Query(description="Method of the heat map of each image; no heat maps by default.")
     ] = None,
 ) -> Response:
-    """Scores of uploaded images, and heat maps where they are asked for."""
+    """Classify uploaded images, with heat maps if the request contains `heat_map`."""
     offers = [_JSON, MEDIA_TYPE] if heat_map else [_JSON]
-    media_type = negotiate(request.headers.get("accept"), offers)
-    if media_type is None:
-        more = "" if heat_map else f", with heat_map also with {MEDIA_TYPE}"
-        raise ProblemError("not-acceptable", f"this answers with {' and '.join(offers)}{more}")
-    bundle = await asyncio.to_thread(context.models.serving, model or context.models.default)
-    described = bundle.classifier
-    if described is None:
+    more = "" if heat_map else f", with heat_map also with {MEDIA_TYPE}"
+    media_type = choose_media_type(request, offers, more)
+    bundle = await served_bundle(context, model)
+    classifier = bundle.classifier
+    if classifier is None:
         raise RequestError(
-            "model", f"{bundle.name} has no classifier; /v1/models tells which have one", "no-classifier"
+            "model", f"{bundle.name} has no classifier; /v1/models shows which models have one", "no-classifier"
         )
-    used = _threshold(described, threshold)
+    used_threshold = _threshold(classifier, threshold)
     with ExitStack() as stack:
         limit = None
         if heat_map is not None:
@@ -121,41 +109,44 @@ async def classify_images(
             if media_type == MEDIA_TYPE:
                 limit = Limit(1, f" with Accept: {MEDIA_TYPE}")
         stack.enter_context(context.limits.uploads.hold())
-        inputs = np.stack(await context.uploads.images(request, described.input.size, limit))
+        inputs = np.stack(await context.uploads.images(request, classifier.input.size, limit))
         try:
             async with asyncio.timeout(context.settings.image_timeout_seconds):
                 logits = await context.inference.classifier.logits(bundle, inputs)
         except TimeoutError:
             raise ProblemError("overloaded", "the classifier is busy; try again", headers=_BUSY) from None
-        made: Sequence[HeatMap | None] = [None] * len(inputs)
+        pictures: Sequence[EncodedHeatMap | None] = [None] * len(inputs)
         if heat_map is not None:
-            made = await context.heat_maps.make(bundle, heat_map, inputs, lambda: _disconnected(request))
-    scores = scores_of(logits, described.temperature)
+            pictures = await context.heat_maps.make(bundle, heat_map, inputs, lambda: _disconnected(request))
+    scores = scores_of(logits, classifier.temperature)
     pairs = zip(scores.probabilities.tolist(), scores.calibrated.tolist(), strict=True)
     data = [
         Classification(
-            **{"class": described.class_at(calibrated, used.value)},
+            **{"class": classifier.class_at(calibrated, used_threshold.value)},
             index=i,
             probability=probability,
             calibrated=calibrated,
             heat_map=None if heat_map is None or picture is None else _heat_map(heat_map, picture),
         )
-        for i, ((probability, calibrated), picture) in enumerate(zip(pairs, made, strict=True))
+        for i, ((probability, calibrated), picture) in enumerate(zip(pairs, pictures, strict=True))
     ]
-    # Names of bundles are plain ASCII, so they fit a header.
-    tell = {"X-Dermis-Model": f"{bundle.name}@{bundle.digest}", "Vary": "Accept"}
-    if media_type == MEDIA_TYPE and made[0] is not None:
-        told = f"class={quote(data[0].class_)}; calibrated={data[0].calibrated:.4f}; threshold={used.value:.4f}"
-        tell |= {"X-Dermis-Classification": told, "X-Dermis-Notice": NOTICE}
-        return Response(made[0].content, media_type=MEDIA_TYPE, headers=tell)
-    answer = ClassificationList(
-        model=ClassificationModel(name=bundle.name, digest=bundle.digest, classifier=described.digest),
-        positive_class=described.positive_class,
-        threshold=used,
+    response_headers = model_header(bundle) | {"Vary": "Accept"}
+    if media_type == MEDIA_TYPE and pictures[0] is not None:
+        first = data[0]
+        response_headers |= {
+            "X-Dermis-Classification": f"class={quote(first.class_)}; calibrated={first.calibrated:.4f}; "
+            f"threshold={used_threshold.value:.4f}",
+            "X-Dermis-Notice": NOTICE,
+        }
+        return Response(pictures[0].content, media_type=MEDIA_TYPE, headers=response_headers)
+    response_body = ClassificationList(
+        model=ClassificationModel(name=bundle.name, digest=bundle.digest, classifier=classifier.digest),
+        positive_class=classifier.positive_class,
+        threshold=used_threshold,
         data=data,
         notice=NOTICE,
     )
-    return Response(answer.model_dump_json(by_alias=True), media_type=_JSON, headers=tell)
+    return Response(response_body.model_dump_json(by_alias=True), media_type=_JSON, headers=response_headers)
 
 
 async def _disconnected(request: Request) -> None:
@@ -164,17 +155,21 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def _heat_map(method: Method, made: HeatMap) -> ClassificationHeatMap:
+def _heat_map(method: Method, picture: EncodedHeatMap) -> ClassificationHeatMap:
     return ClassificationHeatMap(
         method=method,
-        scale=made.scale,
-        sha256=hashlib.sha256(made.content).hexdigest(),
-        b64=base64.b64encode(made.content).decode("ascii"),
+        scale=picture.scale,
+        sha256=hashlib.sha256(picture.content).hexdigest(),
+        b64=base64.b64encode(picture.content).decode("ascii"),
     )
 
 
-def _threshold(described: ClassifierDescription, wanted: str) -> ThresholdUsed:
-    """RequestError if it is neither one of the classifier's names nor a number from 0 to 1."""
-    if wanted[0].isalpha():
-        return ThresholdUsed(name=wanted, value=described.threshold(wanted))
-    return ThresholdUsed(name=None, value=described.threshold(float(wanted)))
+def _threshold(classifier: ClassifierDescription, text: str) -> ThresholdUsed:
+    """The threshold that a query parameter names, or its number.
+
+    Raises:
+        RequestError: The classifier has no threshold of this name, or the number is not from 0 to 1.
+    """
+    if text[0].isalpha():
+        return ThresholdUsed(name=text, value=classifier.threshold(text))
+    return ThresholdUsed(name=None, value=classifier.threshold(float(text)))

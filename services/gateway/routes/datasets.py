@@ -1,4 +1,4 @@
-"""/v1/datasets: ask for a dataset, watch it, stop it."""
+"""/v1/datasets: create, list, follow and delete datasets."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from starlette.responses import Response, StreamingResponse
 from dermis.dataset.request import DatasetRequest
 from services.gateway.dependencies import Context, ContextDep, IdempotencyKey, is_job_id, read_model
 from services.gateway.events import progress_events
-from services.gateway.openapi import headers, json_body, problems
-from services.gateway.schemas import Dataset, DatasetList, State, dataset_of
+from services.gateway.openapi import JSON_PROBLEMS, headers, json_body, problems
+from services.gateway.schemas.datasets import Dataset, DatasetList, State, dataset_of
 from services.jobs.table import Job
 from services.problems import FieldError, ProblemError, invalid_request
 
 router = APIRouter(prefix="/v1/datasets", tags=["datasets"])
 
-# One event, as tools that know server-sent events read a schema of text/event-stream.
+# The schema of one event: tools that support server-sent events read the schema of text/event-stream so.
 _EVENT = {
     "type": "object",
     "required": ["event", "id", "data"],
@@ -38,12 +38,16 @@ _EVENT = {
 
 
 def _link(operation: str) -> dict[str, Any]:
-    """OpenAPI's way to say where the id of a new dataset can be used."""
+    """OpenAPI link: an operation that accepts the id of the new dataset."""
     return {"operationId": operation, "parameters": {"dataset_id": "$response.body#/id"}}
 
 
 async def find_job(context: Context, dataset_id: str) -> Job:
-    """The job, or the problem that there is none."""
+    """The job with this id.
+
+    Raises:
+        ProblemError: There is no such dataset.
+    """
     job = await asyncio.to_thread(context.jobs.get, dataset_id) if is_job_id(dataset_id) else None
     if job is None:
         raise ProblemError("not-found", f"there is no dataset {dataset_id[:100]}")
@@ -53,22 +57,19 @@ async def find_job(context: Context, dataset_id: str) -> Job:
 @router.post(
     "",
     status_code=202,
-    summary="Ask for a dataset",
+    summary="Create a dataset",
     response_model=Dataset,
     openapi_extra=json_body("DatasetRequest"),
     responses={
         202: {
-            "description": "The dataset, queued or further",
+            "description": "The dataset; it is queued, or in a later state if the idempotency key was used before",
             "headers": headers("Location"),
             "links": {name: _link(name) for name in ("get_dataset", "watch_dataset", "list_files", "delete_dataset")},
         },
         **problems(
-            "malformed-json",
+            *JSON_PROBLEMS,
             "unknown-model",
             "idempotency-conflict",
-            "too-large",
-            "unsupported-media-type",
-            "invalid-request",
             "unknown-class",
             "request-too-large",
             "too-many-requests",
@@ -79,9 +80,9 @@ async def find_job(context: Context, dataset_id: str) -> Job:
     },
 )
 async def create_dataset(request: Request, response: Response, context: ContextDep, key: IdempotencyKey) -> Dataset:
-    """Start making a dataset. The answer comes at once; the work goes on through crashes and restarts."""
-    wanted = await read_model(request, DatasetRequest, {"model": context.models.default})
-    job = await asyncio.to_thread(context.jobs.submit, wanted, key)
+    """Start a dataset, which is generated in the background. The job continues after crashes and restarts."""
+    body = await read_model(request, DatasetRequest, {"model": context.models.default})
+    job = await asyncio.to_thread(context.jobs.submit, body, key)
     response.headers["Location"] = f"/v1/datasets/{job.id}"
     return dataset_of(job)
 
@@ -89,14 +90,14 @@ async def create_dataset(request: Request, response: Response, context: ContextD
 @router.get("", summary="List the datasets", responses=problems("invalid-request", "not-ready"))
 async def list_datasets(
     context: ContextDep,
-    limit: Annotated[int, Query(ge=1, le=100, description="Most datasets on the page.")] = 20,
+    limit: Annotated[int, Query(ge=1, le=100, description="Maximum number of datasets on the page.")] = 20,
     cursor: Annotated[
         str | None,
-        Query(description="`next_cursor` of the page before.", json_schema_extra={"pattern": "^[A-Za-z0-9_-]{8}$"}),
+        Query(description="`next_cursor` of the previous page.", json_schema_extra={"pattern": "^[A-Za-z0-9_-]{8}$"}),
     ] = None,
     state: Annotated[State | None, Query(description="Only datasets in this state.")] = None,
 ) -> DatasetList:
-    """A page of datasets, newest first. Pages stay whole while datasets come and go."""
+    """List datasets, newest first. Datasets that are created or deleted between two pages do not shift the pages."""
     before = None if cursor is None else read_cursor(cursor)
     jobs = await asyncio.to_thread(context.jobs.page, limit + 1, before=before, state=state)
     page = jobs[:limit]
@@ -108,7 +109,7 @@ async def list_datasets(
 
 @router.get("/{dataset_id}", summary="Show a dataset", responses=problems("not-found", "not-ready"))
 async def get_dataset(dataset_id: str, context: ContextDep) -> Dataset:
-    """State and progress."""
+    """Show the state and progress of a dataset."""
     return dataset_of(await find_job(context, dataset_id))
 
 
@@ -118,13 +119,13 @@ async def get_dataset(dataset_id: str, context: ContextDep) -> Dataset:
     summary="Stop or delete a dataset",
     response_model=Dataset,
     responses={
-        202: {"description": "It was at work and stops now; its files are removed"},
-        204: {"description": "It had ended; its record and files are gone"},
+        202: {"description": "It was active and is being stopped; its files are removed"},
+        204: {"description": "It had ended; its record and files are deleted"},
         **problems("not-found", "not-ready"),
     },
 )
 async def delete_dataset(dataset_id: str, context: ContextDep) -> Dataset | Response:
-    """Stop a dataset that is being made, or delete one that has ended."""
+    """Stop an active dataset, or delete one that has ended."""
     await find_job(context, dataset_id)
     job = await asyncio.to_thread(context.jobs.cancel_or_delete, dataset_id)
     return Response(status_code=204) if job is None else dataset_of(job)
@@ -132,11 +133,11 @@ async def delete_dataset(dataset_id: str, context: ContextDep) -> Dataset | Resp
 
 @router.get(
     "/{dataset_id}/events",
-    summary="Watch a dataset",
+    summary="Follow a dataset",
     response_class=StreamingResponse,
     responses={
         200: {
-            "description": "Server-sent events: `progress` with the dataset as data, at last `succeeded`, `failed` or "
+            "description": "Server-sent events with the dataset as data: `progress`, and at the end `succeeded`, `failed` or "
             "`cancelled`",
             "content": {"text/event-stream": {"schema": _EVENT}},
         },
@@ -144,7 +145,7 @@ async def delete_dataset(dataset_id: str, context: ContextDep) -> Dataset | Resp
     },
 )
 async def watch_dataset(dataset_id: str, context: ContextDep) -> Response:
-    """Progress as it happens, until the dataset has ended."""
+    """Stream the progress until the dataset has ended."""
     job = await find_job(context, dataset_id)
     context.limits.event_streams.acquire()
     return StreamingResponse(
@@ -155,12 +156,16 @@ async def watch_dataset(dataset_id: str, context: ContextDep) -> Response:
 
 
 def make_cursor(sequence: int) -> str:
-    """An opaque cursor that continues below `sequence`."""
+    """An opaque cursor of the page that begins below `sequence`."""
     return base64.urlsafe_b64encode(sequence.to_bytes(6, "big")).decode("ascii")
 
 
 def read_cursor(cursor: str) -> int:
-    """The sequence number of a cursor of ours; ProblemError for any other text."""
+    """The sequence number of a cursor.
+
+    Raises:
+        ProblemError: The text is not a cursor of `make_cursor`.
+    """
     try:
         data = base64.b64decode(cursor.encode("ascii"), altchars=b"-_", validate=True)
     except (binascii.Error, ValueError):

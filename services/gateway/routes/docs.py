@@ -1,4 +1,4 @@
-"""The OpenAPI document and a page to read and try it."""
+"""The OpenAPI document, and Swagger UI to read and try the API."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _ASSETS = {"swagger-ui-bundle.js": "text/javascript", "swagger-ui.css": "text/cs
 
 
 def _asset_folder() -> Path | None:
-    """Swagger UI as BentoML carries it, so that the page works without the internet; None if it is not there."""
-    found = importlib.util.find_spec("bentoml")
-    if found is None or found.origin is None:
+    """The folder of the copy of Swagger UI in BentoML, with which the page needs no internet; None if there is none."""
+    spec = importlib.util.find_spec("bentoml")
+    if spec is None or spec.origin is None:
         return None
-    folder = Path(found.origin).parent / "_internal" / "server" / "static_content"
+    folder = Path(spec.origin).parent / "_internal" / "server" / "static_content"
     return folder if all((folder / name).is_file() for name in _ASSETS) else None
 
 
@@ -35,12 +35,12 @@ def openapi(request: Request) -> Response:
 
 @router.get("/docs")
 def docs(request: Request) -> HTMLResponse:
-    """Swagger UI on the OpenAPI document."""
-    where: dict[str, Any] = {}
+    """Swagger UI for the OpenAPI document."""
+    urls: dict[str, Any] = {}
     if _asset_folder() is not None:
-        where = {"swagger_js_url": "/docs/swagger-ui-bundle.js", "swagger_css_url": "/docs/swagger-ui.css"}
+        urls = {"swagger_js_url": "/docs/swagger-ui-bundle.js", "swagger_css_url": "/docs/swagger-ui.css"}
     return get_swagger_ui_html(
-        openapi_url="/openapi.json", title=f"{request.app.title} API", swagger_favicon_url="data:,", **where
+        openapi_url="/openapi.json", title=f"{request.app.title} API", swagger_favicon_url="data:,", **urls
     )
 
 

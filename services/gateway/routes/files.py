@@ -1,4 +1,4 @@
-"""/v1/datasets/{id}/files: fetch a finished dataset."""
+"""/v1/datasets/{id}/files: list and download the files of a finished dataset."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from services.gateway.dependencies import Context, ContextDep
 from services.gateway.files import MEDIA_TYPES, file_response, media_type_of
 from services.gateway.openapi import Responses, content, headers, problems
 from services.gateway.routes.datasets import find_job
-from services.gateway.schemas import DatasetFile, DatasetFileList
+from services.gateway.schemas.datasets import DatasetFile, DatasetFileList
 from services.jobs.table import Job
 from services.problems import ProblemError
 
@@ -22,7 +22,7 @@ router = APIRouter(prefix="/v1/datasets/{dataset_id}/files", tags=["datasets"])
 _FILE_HEADERS = headers("ETag", "Accept-Ranges", "Content-Disposition")
 _DOWNLOAD: Responses = {
     200: {"description": "The file", "content": content(*MEDIA_TYPES), "headers": _FILE_HEADERS},
-    304: {"description": "The file is the one that you have"},
+    304: {"description": "The file has not changed"},
     **problems("not-found", "not-ready", "dataset-not-ready"),
 }
 
@@ -38,7 +38,7 @@ async def _ready_job(context: Context, dataset_id: str) -> Job:
     "", summary="List the files of a dataset", responses=problems("not-found", "not-ready", "dataset-not-ready")
 )
 async def list_files(dataset_id: str, context: ContextDep) -> DatasetFileList:
-    """Every file with its size and hash."""
+    """List every file with its size and hash."""
     job = await _ready_job(context, dataset_id)
     files = await asyncio.to_thread(context.jobs.files, job)
     return DatasetFileList(
@@ -62,7 +62,7 @@ async def list_files(dataset_id: str, context: ContextDep) -> DatasetFileList:
     responses={
         **_DOWNLOAD,
         206: {
-            "description": "The bytes that the Range header asks for",
+            "description": "The bytes that the Range header names",
             "content": content(*MEDIA_TYPES),
             "headers": {**_FILE_HEADERS, **headers("Content-Range")},
         },
@@ -70,19 +70,19 @@ async def list_files(dataset_id: str, context: ContextDep) -> DatasetFileList:
     },
 )
 async def download_file(dataset_id: str, name: str, request: Request, context: ContextDep) -> Response:
-    """One file, or the range of it that a Range header asks for."""
+    """Download a file, or the range of it that a Range header names."""
     return await _file(dataset_id, name, request, context)
 
 
 @router.head("/{name}", summary="Size and hash of a file", response_class=Response, responses=_DOWNLOAD)
 async def head_file(dataset_id: str, name: str, request: Request, context: ContextDep) -> Response:
-    """The headers of a download without the file."""
+    """Return the headers of a download without the file."""
     return await _file(dataset_id, name, request, context)
 
 
 async def _file(dataset_id: str, name: str, request: Request, context: Context) -> Response:
     job = await _ready_job(context, dataset_id)
-    # Looked up in the manifest's list: a name never becomes a path that is not in it.
+    # The name is only compared with those in the manifest, and never used as a path.
     files = await asyncio.to_thread(context.jobs.files, job)
     info = next((file for file in files if file.name == name), None)
     if info is None:

@@ -1,4 +1,4 @@
-"""Health and metrics, for machines."""
+"""Health probes and metrics."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from starlette.responses import Response
 from services import metrics
 from services.gateway.dependencies import ContextDep
 from services.gateway.openapi import problems
-from services.gateway.schemas import Health
+from services.gateway.schemas.common import Health
 from services.problems import ProblemError
 
 PATHS = ("/livez", "/readyz", "/healthz", "/metrics")
@@ -20,7 +20,7 @@ router = APIRouter(tags=["health"])
 
 @router.get("/livez", summary="Whether the process is alive", responses=problems("not-ready"))
 async def livez(context: ContextDep) -> Health:
-    """200 unless the service cannot get well without a restart."""
+    """200 unless only a restart can repair the service."""
     reason = await context.not_alive()
     if reason is not None:
         raise ProblemError("not-ready", reason, headers={"Retry-After": "5"})
@@ -29,13 +29,13 @@ async def livez(context: ContextDep) -> Health:
 
 @router.get("/healthz", include_in_schema=False)
 async def healthz(context: ContextDep) -> Health:
-    """BentoML's other name for /livez."""
+    """The same as /livez, under the name that BentoML uses."""
     return await livez(context)
 
 
-@router.get("/readyz", summary="Whether the service can take work", responses=problems("not-ready"))
+@router.get("/readyz", summary="Whether the service can process requests", responses=problems("not-ready"))
 async def readyz(context: ContextDep) -> Health:
-    """200 once the generator answers, every model is intact and the jobs database can be read."""
+    """200 if the inference services answer, every bundle is intact and the jobs database can be read."""
     reason = await context.not_ready()
     if reason is not None:
         raise ProblemError("not-ready", reason, headers={"Retry-After": "5"})
@@ -52,6 +52,6 @@ async def readyz(context: ContextDep) -> Health:
     },
 )
 async def get_metrics(context: ContextDep) -> Response:
-    """Counts, latencies and jobs by state, in Prometheus's text format."""
+    """Counters, latencies and jobs by state, in the text format of Prometheus."""
     text = await asyncio.to_thread(metrics.render, context.jobs.count_by_state, context.projections.count_by_state)
     return Response(text, headers={"Content-Type": metrics.CONTENT_TYPE})

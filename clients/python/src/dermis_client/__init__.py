@@ -1,11 +1,14 @@
-"""Client of the dermis service, which generates synthetic dermoscopy: datasets, or a few images at a time.
+"""Client of the dermis service, which generates synthetic dermoscopy: datasets, or a few images in one call.
 
-from dermis_client import DermisClient
+Example:
+    ```python
+    from dermis_client import DermisClient
 
-client = DermisClient("http://127.0.0.1:3000")
-dataset = client.datasets.create(classes={"malignant": 500, "benign": 500}, seed=7)
-dataset.wait(progress=True)
-dataset.download("lesions", extract=True)
+    with DermisClient("http://127.0.0.1:3000") as client:
+        dataset = client.datasets.create(classes={"malignant": 500, "benign": 500}, seed=7)
+        dataset = dataset.wait(progress=True)
+        dataset.download("lesions", extract=True)
+    ```
 """
 
 from dermis_client._client import AsyncDermisClient, DermisClient

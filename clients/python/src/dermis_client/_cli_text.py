@@ -148,7 +148,7 @@ def models(offered: Sequence[Model]) -> Iterator[str]:
 
 EditOption = Annotated[
     list[str] | None,
-    typer.Option("--edit", help="DIRECTION=STRENGTH, or DIRECTION=STRENGTH@FIRST-LAST; may be repeated."),
+    typer.Option("--edit", help="DIRECTION=STRENGTH, or DIRECTION=STRENGTH@FIRST-LAST; can be repeated."),
 ]
 
 

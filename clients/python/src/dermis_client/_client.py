@@ -1,4 +1,4 @@
-"""The blocking and the asynchronous client, each of which holds its resources."""
+"""The blocking and the asynchronous client with their resources."""
 
 from __future__ import annotations
 
@@ -18,19 +18,22 @@ from dermis_client.resources.projections import AsyncProjections, Projections
 
 
 class DermisClient:
-    """A blocking connection to a dermis service. Threads may share it.
+    """A blocking client of a dermis service. Threads can share it.
 
+    Example:
+        ```python
         with DermisClient("http://127.0.0.1:3000") as client:
             dataset = client.datasets.create(classes={"malignant": 500, "benign": 500}, seed=7)
-            dataset.wait(progress=True)
+            dataset = dataset.wait(progress=True)
             dataset.download("lesions")
+        ```
 
     Attributes:
         datasets: Generate, follow and download datasets.
         images: Generate a few images in one call.
         classifications: Classify images.
         authenticity: Compare images with the training images of a model.
-        edits: Move images along directions of the latent space.
+        edits: Edit images along directions of the latent space.
         projections: Find the latents of images.
         models: The models that the service offers.
     """
@@ -93,12 +96,15 @@ class DermisClient:
 
 
 class AsyncDermisClient:
-    """A connection to a dermis service for asyncio; attributes as for DermisClient.
+    """A client of a dermis service for asyncio. Its attributes are those of `DermisClient`; most methods are coroutines.
 
-    async with AsyncDermisClient("http://127.0.0.1:3000") as client:
-        dataset = await client.datasets.create(classes={"malignant": 500, "benign": 500}, seed=7)
-        await dataset.wait(progress=True)
-        await dataset.download("lesions")
+    Example:
+        ```python
+        async with AsyncDermisClient("http://127.0.0.1:3000") as client:
+            dataset = await client.datasets.create(classes={"malignant": 500, "benign": 500}, seed=7)
+            dataset = await dataset.wait(progress=True)
+            await dataset.download("lesions")
+        ```
     """
 
     datasets: AsyncDatasets

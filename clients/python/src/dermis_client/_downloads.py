@@ -65,7 +65,7 @@ class DownloadProgress:
 
 @dataclass
 class Tally:
-    """Sums up the progress of several files. Threads may share it."""
+    """Sums up the progress of several files. Threads can share it."""
 
     report: Callable[[DownloadProgress], None]
     files_total: int = 0
@@ -153,7 +153,7 @@ def prepare(
         size=tally.bytes_total - sum(file.bytes for file in missing),
     )
     plan = Plan(dataset_id, folder, tuple(files), tuple(file for file in missing if file != manifest), tally)
-    # The manifest comes first: it is checked before large files are fetched, and shows which dataset the folder has.
+    # The manifest is fetched first: it is checked before large files are fetched, and shows which dataset the folder has.
     if manifest in missing:
         yield from fetch(plan, manifest, max_retries)
     yield from compute(partial(_compare_manifest, folder / MANIFEST, files))
@@ -284,7 +284,7 @@ def _complete(plan: Plan, file: DatasetFile, part: PartFile, max_retries: int) -
         if attempts > max_retries:
             raise DownloadError(
                 f"{file.name}: the connection keeps breaking after {_amount(part.size)} of {_amount(file.bytes)}; "
-                "download again to go on from there"
+                "download again to continue from there"
             ) from reason
         yield from sleep(_retry.delay(attempts) or 0.0)
 

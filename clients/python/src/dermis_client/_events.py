@@ -15,7 +15,7 @@ from dermis_client.errors import APIConnectionError, APIResponseError
 
 T = TypeVar("T")
 MAX_EVENT_BYTES = 1 << 20  # of one line, and of the data of one event
-MAX_SILENCE = 45.0  # seconds without a byte before a stream is considered broken; a heartbeat comes every 15 seconds
+MAX_SILENCE = 45.0  # seconds without a byte before a stream is considered broken; heartbeats are sent every 15 seconds
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Message:
 
 
 @dataclass
-class Decoder:
+class EventDecoder:
     """Divides a stream into messages. Its pieces may end anywhere, even inside a character or a CR LF."""
 
     _rest: bytes = b""
@@ -94,7 +94,7 @@ def open_events(path: str, max_retries: int) -> Flow[Stream]:
     return stream
 
 
-def next_events(stream: Stream, decoder: Decoder, parse: Callable[[Message], T]) -> Flow[list[T] | None]:
+def next_events(stream: Stream, decoder: EventDecoder, parse: Callable[[Message], T]) -> Flow[list[T] | None]:
     """Return the events in the next piece of a stream, often none; None at its end.
 
     Raises:
@@ -130,7 +130,7 @@ def emit_events(
     while True:
         failure: Exception = APIConnectionError(f"the event stream of {job_id} keeps closing early")
         try:
-            stream, decoder = (yield from open_events(path, max_retries)), Decoder()
+            stream, decoder = (yield from open_events(path, max_retries)), EventDecoder()
             while (events := (yield from next_events(stream, decoder, parse))) is not None:
                 for event in events:
                     yield Emit(event)

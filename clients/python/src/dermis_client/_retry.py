@@ -15,12 +15,12 @@ LONGEST_RETRY_AFTER = 120.0  # seconds; no retry if the service asks for more: t
 
 
 def after_status(status: int, idempotent: bool) -> bool:
-    """Return whether to retry after this HTTP status: always if the service was busy, else only an idempotent request."""
+    """Return whether to retry after this HTTP status: always if the service was busy, otherwise only an idempotent request."""
     return status in {408, 429, 502, 503, 504} or (status == 500 and idempotent)
 
 
 def after_error(error: httpx.RequestError, idempotent: bool) -> bool:
-    """Return whether to retry after this error: always if nothing was sent yet, else only an idempotent request."""
+    """Return whether to retry after this error: always if nothing was sent yet, otherwise only an idempotent request."""
     if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout):
         return True
     return idempotent and isinstance(error, httpx.TransportError) and not isinstance(error, httpx.UnsupportedProtocol)

@@ -44,7 +44,7 @@ DEFAULT_BASE_URL = "http://127.0.0.1:3000"
 
 
 @dataclass(frozen=True)
-class Settings:
+class ClientSettings:
     """The settings of a client.
 
     Attributes:
@@ -63,7 +63,7 @@ class Settings:
         return f"base_url={self.base_url!r}, timeout={self.timeout:g}, max_retries={self.max_retries}"
 
 
-def settings(base_url: str | None, api_key: str | None, timeout: float, max_retries: int) -> Settings:
+def settings(base_url: str | None, api_key: str | None, timeout: float, max_retries: int) -> ClientSettings:
     """Check the arguments of a client and fill in DERMIS_BASE_URL and DERMIS_API_KEY from the environment.
 
     Raises:
@@ -77,10 +77,10 @@ def settings(base_url: str | None, api_key: str | None, timeout: float, max_retr
     retries = _requests.whole("max_retries", max_retries)
     if seconds <= 0 or retries < 0:
         raise InvalidRequestError("timeout must be above 0, max_retries at least 0")
-    return Settings(url, key, seconds, retries)
+    return ClientSettings(url, key, seconds, retries)
 
 
-def _build(http: httpx.Client | httpx.AsyncClient, settings: Settings, request: Request) -> httpx.Request:
+def _build(http: httpx.Client | httpx.AsyncClient, settings: ClientSettings, request: Request) -> httpx.Request:
     headers = {
         "Accept": "application/json",
         "Accept-Encoding": "gzip",  # the encoding that Body decompresses within its limits
@@ -114,7 +114,7 @@ async def _no_pieces() -> AsyncIterator[bytes]:
 class SyncTransport:
     """Runs flows in the calling thread. Several threads may share one transport."""
 
-    def __init__(self, settings: Settings, http: httpx.Client | None) -> None:
+    def __init__(self, settings: ClientSettings, http: httpx.Client | None) -> None:
         self.settings = settings
         self.http = http or httpx.Client()
         self._owned = http is None
@@ -248,7 +248,7 @@ class SyncTransport:
 class AsyncTransport:
     """Runs flows on the event loop; slow work on disk runs in threads."""
 
-    def __init__(self, settings: Settings, http: httpx.AsyncClient | None) -> None:
+    def __init__(self, settings: ClientSettings, http: httpx.AsyncClient | None) -> None:
         self.settings = settings
         self.http = http or httpx.AsyncClient()
         self._owned = http is None

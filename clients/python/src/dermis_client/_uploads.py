@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import IO, Any, TypeAlias, TypeVar
 
 from dermis_client._flow import Flow, compute
-from dermis_client.errors import APIStatusError, InvalidRequestError, TooLargeError
+from dermis_client.errors import APIResponseError, APIStatusError, DermisError, InvalidRequestError, TooLargeError
+from dermis_client.latent import AuthenticityResult
+from dermis_client.models import ClassificationsResult
 
 Source: TypeAlias = str | os.PathLike[str] | bytes | IO[bytes]
 R = TypeVar("R")
+ResultT = TypeVar("ResultT", AuthenticityResult, ClassificationsResult)
 
 # Every service accepts this much unless its operator has set less; a request that is still too large is divided.
 MAX_FILES = 16
@@ -93,6 +96,38 @@ def _send_divided(files: Sequence[File], send: Callable[[Sequence[File]], Flow[R
         return first + (yield from _send_divided(files[half:], send))
     except APIStatusError as error:
         raise with_file_names(error, files) from error
+
+
+def with_names(result: ResultT, files: Sequence[File]) -> ResultT:
+    """Return the result of one request with the positions and names of the caller's files.
+
+    Raises:
+        APIResponseError: The result has another number of images than the request.
+    """
+    if len(result) != len(files):
+        raise APIResponseError(f"the service gave {len(result)} answers for {len(files)} images; is base_url right?")
+    named = [
+        item.model_copy(update={"index": file.position, "name": file.name})
+        for item, file in zip(result.data, files, strict=True)
+    ]
+    return result.model_copy(update={"data": named})
+
+
+def joined(results: Sequence[ResultT], changed: str, same: Callable[[ResultT], Any]) -> ResultT:
+    """Join the results of several requests.
+
+    Args:
+        results: The results, in order.
+        changed: Name of what must not change between the requests, for the error message.
+        same: Returns the parts of a result that must be equal in all results.
+
+    Raises:
+        DermisError: The parts differ.
+    """
+    first = results[0]
+    if any(same(result) != same(first) for result in results):
+        raise DermisError(f"the service changed its {changed} while the images were sent; send them again")
+    return first.model_copy(update={"data": [item for result in results for item in result.data]})
 
 
 def form_parts(files: Sequence[File]) -> list[tuple[str, bytes]]:

@@ -14,7 +14,7 @@ STATUS_TIMEOUT = 30.0  # seconds that a status request may take
 MAX_EMPTY_STREAMS = 2  # event streams in a row without an event, after which only status requests are used
 
 
-class Job(Protocol):
+class JobRecord(Protocol):
     """The record of a job at one moment."""
 
     @property
@@ -22,7 +22,7 @@ class Job(Protocol):
         """Whether the state is final."""
 
 
-J = TypeVar("J", bound=Job)
+J = TypeVar("J", bound=JobRecord)
 
 
 def wait_until_finished(

@@ -410,7 +410,7 @@ def authenticity(
 
 @app.command()
 def directions(context: typer.Context, model: Model = None, base_url: BaseUrl = None, as_json: Json = False) -> None:
-    """List the directions along which images of a model can be moved."""
+    """List the directions along which images of a model can be edited."""
     with _client(context, base_url) as client:
         offered = client.edits.directions(model)
     _print(context, as_json, [item.model_dump(mode="json") for item in offered], lambda: text.directions(offered))
@@ -420,10 +420,10 @@ def directions(context: typer.Context, model: Model = None, base_url: BaseUrl = 
 def edit_images(
     context: typer.Context,
     sample: Annotated[
-        list[str] | None, typer.Option("--sample", help="CLASS:SEED:INDEX, such as malignant:0:7; may be repeated.")
+        list[str] | None, typer.Option("--sample", help="CLASS:SEED:INDEX, such as malignant:0:7; can be repeated.")
     ] = None,
     projection: Annotated[
-        list[str] | None, typer.Option("--projection", help="ID:IMAGE of a finished projection; may be repeated.")
+        list[str] | None, typer.Option("--projection", help="ID:IMAGE of a finished projection; can be repeated.")
     ] = None,
     edit: text.EditOption = None,
     sweep: Annotated[
@@ -437,7 +437,7 @@ def edit_images(
     base_url: BaseUrl = None,
     as_json: Json = False,
 ) -> None:
-    """Move images along directions."""
+    """Edit images along directions."""
     if out is None and strip is None:
         raise InvalidRequestError("give --out FOLDER for the images, --strip FILE.png for a sheet, or both")
     if strip is not None:

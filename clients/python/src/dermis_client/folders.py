@@ -29,7 +29,7 @@ _BLOCK = 1 << 20
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """The result of verify(), which is true if nothing is wrong. File names are relative to the folder and sorted.
+    """The result of verify(), which is true if all files agree. File names are relative to the folder and sorted.
 
     Attributes:
         folder: The folder, or the archive.
@@ -62,6 +62,9 @@ def verify(folder: str | os.PathLike[str]) -> VerifyReport:
     Args:
         folder: The folder of the dataset, or a single images.zip, whose images are compared with the hashes in its
             metadata.csv.
+
+    Returns:
+        The report, which is true if all files agree with the manifest.
 
     Raises:
         IntegrityError: manifest.json, or the archive, is missing or cannot be read.

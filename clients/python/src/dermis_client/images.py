@@ -15,7 +15,7 @@ from pydantic import Base64Bytes, Field
 from dermis_client._files import check_sha256, write_atomically
 from dermis_client._untrusted import one_line
 from dermis_client.errors import DermisError, IntegrityError
-from dermis_client.models import Answer, Count, ModelRef
+from dermis_client.models import Count, ModelRef, ResponseRecord
 
 MAX_PIXELS = 200_000_000  # of an image or a sheet; 0.6 GB in memory
 _FORMATS = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp"}
@@ -68,7 +68,7 @@ def sheet(images: Sequence[Image.Image], columns: int, gap: int) -> Image.Image:
     return result
 
 
-class GeneratedImage(Answer):
+class GeneratedImage(ResponseRecord):
     """One generated image.
 
     Attributes:
@@ -107,7 +107,7 @@ class GeneratedImage(Answer):
         check_sha256(self.content, self.sha256, f"image {self.index}", str(self.index))
 
 
-class ImagesResult(Answer):
+class ImagesResult(ResponseRecord):
     """The images of one call, in order, and the model that generated them: a sequence of GeneratedImage."""
 
     model: ModelRef
@@ -131,14 +131,24 @@ class ImagesResult(Answer):
         """Arrange the images on a contact sheet, row by row.
 
         Args:
-            columns: Images in a row; by default as many as make the sheet nearly square.
+            columns: Images in a row; by default the sheet is nearly square.
             gap: Pixels between images.
+
+        Returns:
+            The sheet in RGB.
+
+        Raises:
+            DermisError: There are no images, or the sheet is too large.
+            IntegrityError: An image cannot be decoded.
         """
         width = math.ceil(math.sqrt(len(self.data))) if columns is None else columns
         return sheet(self.images, width, gap)
 
     def save(self, folder: str | os.PathLike[str]) -> list[Path]:
         """Write every image file, unchanged, under its `file_name`.
+
+        Args:
+            folder: The folder, which is created.
 
         Returns:
             The paths.

@@ -13,7 +13,7 @@ from pydantic import Base64Bytes, Field
 
 from dermis_client._files import check_sha256, write_atomically
 from dermis_client.images import decode, sheet
-from dermis_client.models import Answer, Count, ModelRef, Problem
+from dermis_client.models import Count, ModelRef, Problem, ResponseRecord
 
 _SUFFIXES = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp"}
 
@@ -24,7 +24,7 @@ class AuthenticityModel(ModelRef):
     index: str
 
 
-class Verdict(Answer):
+class Verdict(ResponseRecord):
     """The comparison of one image with its nearest training image.
 
     Attributes:
@@ -43,7 +43,7 @@ class Verdict(Answer):
     percentile: Count
 
 
-class AuthenticityResult(Answer):
+class AuthenticityResult(ResponseRecord):
     """The verdict on each image, in order: a sequence of Verdict."""
 
     model: AuthenticityModel
@@ -64,7 +64,7 @@ class AuthenticityResult(Answer):
         return sum(verdict.authentic for verdict in self.data) / len(self.data) if self.data else 0.0
 
 
-class Direction(Answer):
+class Direction(ResponseRecord):
     """A direction of a model's latent space.
 
     Attributes:
@@ -82,7 +82,7 @@ class Direction(Answer):
     facts: dict[str, Any] = Field(default_factory=dict)
 
 
-class EditedImage(Answer):
+class EditedImage(ResponseRecord):
     """One edited image.
 
     Attributes:
@@ -119,7 +119,7 @@ class EditedImage(Answer):
         check_sha256(self.content, self.sha256, f"image {self.file_name}", self.file_name)
 
 
-class EditsResult(Answer):
+class EditsResult(ResponseRecord):
     """The images of one call, by sample and then by strength: a sequence of EditedImage."""
 
     model: ModelRef
@@ -135,12 +135,26 @@ class EditsResult(Answer):
         return self.data[position]
 
     def strip(self, *, gap: int = 2) -> Image.Image:
-        """Arrange the images on a sheet: a row for each sample, a column for each strength, `gap` pixels between images."""
+        """Arrange the images on a sheet: a row for each sample, a column for each strength.
+
+        Args:
+            gap: Pixels between images.
+
+        Returns:
+            The sheet in RGB.
+
+        Raises:
+            DermisError: There are no images, or the sheet is too large.
+            IntegrityError: An image cannot be decoded.
+        """
         rows = len({item.sample for item in self.data})
         return sheet([item.image for item in self.data], -(-len(self.data) // max(rows, 1)), gap)
 
     def save(self, folder: str | os.PathLike[str]) -> list[Path]:
         """Write every image file, unchanged, under its `file_name`.
+
+        Args:
+            folder: The folder, which is created.
 
         Returns:
             The paths.
@@ -154,7 +168,7 @@ class EditsResult(Answer):
         return paths
 
 
-class ProjectionProgress(Answer):
+class ProjectionProgress(ResponseRecord):
     """Progress of a projection. Steps are the sum over all images."""
 
     images_done: Count = 0
@@ -169,7 +183,7 @@ class ProjectionProgress(Answer):
         return min(1.0, self.steps_done / self.steps_total) if self.steps_total else 0.0
 
 
-class ProjectedImage(Answer):
+class ProjectedImage(ResponseRecord):
     """The projection of one image.
 
     Attributes:
@@ -193,7 +207,7 @@ class ProjectedImage(Answer):
     files: dict[str, str] = Field(default_factory=dict)
 
 
-class Projection(Answer):
+class Projection(ResponseRecord):
     """A projection at one moment. data: the projection of each image; None until the job has succeeded."""
 
     id: str

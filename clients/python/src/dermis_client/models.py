@@ -19,20 +19,20 @@ Whole = Annotated[int, Field(ge=-(2**63), lt=2**63)]  # 64 bits: a larger number
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
-class Answer(BaseModel):
-    """Base of all responses: frozen. Fields that this version does not know are readable as attributes."""
+class ResponseRecord(BaseModel):
+    """Base of the records in responses: frozen. Fields that this version does not know are readable as attributes."""
 
     model_config = ConfigDict(extra="allow", frozen=True, populate_by_name=True, allow_inf_nan=False)
 
 
-class FieldError(Answer):
+class FieldError(ResponseRecord):
     """One invalid value of a request. field: its dotted path, such as "classes.melanoma"."""
 
     field: str = ""
     message: str = ""
 
 
-class Problem(Answer):
+class Problem(ResponseRecord):
     """An RFC 9457 problem document."""
 
     type: str = "about:blank"
@@ -49,14 +49,14 @@ class Problem(Answer):
         return "" if self.type == "about:blank" else self.type.rsplit(":", 1)[-1]
 
 
-class ModelRef(Answer):
+class ModelRef(ResponseRecord):
     """The model that made a result. digest: SHA-256 of its bundle.json, which identifies the bundle."""
 
     name: str
     digest: str
 
 
-class ModelClassifier(Answer):
+class ModelClassifier(ResponseRecord):
     """The classifier of a model. thresholds: calibrated probabilities by name; input_size: in pixels."""
 
     digest: str
@@ -94,14 +94,14 @@ class ClassificationModel(ModelRef):
     classifier: str
 
 
-class Threshold(Answer):
+class Threshold(ResponseRecord):
     """The threshold of the calibrated probability. name: None if the request contained a number."""
 
     name: str | None = None
     value: float
 
 
-class HeatMap(Answer):
+class HeatMap(ResponseRecord):
     """A picture of the areas of an image that speak for and against the positive class, from `create(heat_map="xrai")`.
 
     Attributes:
@@ -129,6 +129,12 @@ class HeatMap(Answer):
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the PNG.
 
+        Args:
+            path: The path of the file. Its folder is created.
+
+        Returns:
+            The path.
+
         Raises:
             DownloadError: It cannot be written; no incomplete file is left.
         """
@@ -137,7 +143,7 @@ class HeatMap(Answer):
         return target
 
 
-class Classification(Answer):
+class Classification(ResponseRecord):
     """The classification of one image.
 
     Attributes:
@@ -157,7 +163,7 @@ class Classification(Answer):
     heat_map: HeatMap | None = None
 
 
-class ClassificationsResult(Answer):
+class ClassificationsResult(ResponseRecord):
     """The classification of each image, in order: a sequence of Classification.
 
     Attributes:
@@ -186,6 +192,9 @@ class ClassificationsResult(Answer):
     def save_heat_maps(self, folder: str | os.PathLike[str]) -> list[Path]:
         """Write every heat map as FOLDER/<index>-<name of the image>.png.
 
+        Args:
+            folder: The folder, which is created.
+
         Returns:
             The paths.
 
@@ -199,7 +208,7 @@ class ClassificationsResult(Answer):
         ]
 
 
-class DatasetRequest(Answer):
+class DatasetRequest(ResponseRecord):
     """The request of a dataset, with the service's defaults."""
 
     model: str
@@ -209,7 +218,7 @@ class DatasetRequest(Answer):
     image_format: str = "png"
 
 
-class Progress(Answer):
+class Progress(ResponseRecord):
     """Progress of a dataset. images_per_second and eta_seconds are None until the service can estimate them."""
 
     samples_done: Count = 0
@@ -225,7 +234,7 @@ class Progress(Answer):
         return min(1.0, self.samples_done / self.samples_total) if self.samples_total else 0.0
 
 
-class DatasetRecord(Answer):
+class DatasetRecord(ResponseRecord):
     """A dataset at one moment. `Dataset` and `AsyncDataset` add methods."""
 
     id: str
@@ -245,7 +254,7 @@ class DatasetRecord(Answer):
         return self.state in FINISHED
 
 
-class DatasetFile(Answer):
+class DatasetFile(ResponseRecord):
     """One file of a finished dataset. sha256: in hex."""
 
     name: str
@@ -255,7 +264,7 @@ class DatasetFile(Answer):
     url: str | None = None
 
 
-class ManifestFile(Answer):
+class ManifestFile(ResponseRecord):
     """One entry of manifest.json. sha256: in hex."""
 
     name: str
@@ -263,7 +272,7 @@ class ManifestFile(Answer):
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
-class Manifest(Answer):
+class Manifest(ResponseRecord):
     """The fields of manifest.json that this client checks; others are readable as attributes."""
 
     format_version: Whole

@@ -10,8 +10,7 @@ from dermis_client import _requests
 from dermis_client._flow import Flow, Request, call, parse
 from dermis_client._progress import count_progress
 from dermis_client._transport import AsyncTransport, SyncTransport
-from dermis_client._uploads import MAX_FILES, File, Source, form_parts, sources_of, upload
-from dermis_client.errors import APIResponseError, DermisError
+from dermis_client._uploads import MAX_FILES, File, Source, form_parts, joined, sources_of, upload, with_names
 from dermis_client.latent import AuthenticityResult
 
 # Flows
@@ -23,21 +22,13 @@ def check_files(
     """POST /v1/authenticity with uploads, in as many requests as needed."""
     params = {} if model is None else {"model": model}
     results = yield from upload(sources, MAX_FILES, partial(_check_batch, params, max_retries), report)
-    if any(result.model != results[0].model for result in results):
-        raise DermisError("the service changed its index while the images were sent; send them again")
-    return results[0].model_copy(update={"data": [verdict for result in results for verdict in result.data]})
+    return joined(results, "index", lambda result: result.model)
 
 
 def _check_batch(params: dict[str, str], max_retries: int, files: Sequence[File]) -> Flow[AuthenticityResult]:
     request = Request("POST", "/v1/authenticity", params=params, files=form_parts(files))
     result = parse((yield from call(request, max_retries)), AuthenticityResult.model_validate)
-    if len(result) != len(files):
-        raise APIResponseError(f"the service gave {len(result)} answers for {len(files)} images; is base_url right?")
-    named = [
-        verdict.model_copy(update={"index": file.position, "name": file.name})
-        for verdict, file in zip(result.data, files, strict=True)
-    ]
-    return result.model_copy(update={"data": named})
+    return with_names(result, files)
 
 
 def check_generated(body: Mapping[str, Any], max_retries: int) -> Flow[AuthenticityResult]:
@@ -69,6 +60,9 @@ class Authenticity:
             model: Name of the model; by default the service's.
             progress: True for a progress bar on stderr, or a function that is called with (done, total).
 
+        Returns:
+            A verdict for each image, in order.
+
         Raises:
             APIStatusError: Of kind "uploads-disabled": the operator has not enabled it.
             UnprocessableEntityError: An image cannot be used; `errors` names `files[i]`, the message names the path.
@@ -95,7 +89,24 @@ class Authenticity:
     ) -> AuthenticityResult:
         """Measure the same for the images that `Images.generate` returns for these arguments, without fetching them.
 
-        Arguments and errors are those of `Images.generate`.
+        Args:
+            classes: Number of images of each class.
+            seed: 0 to 2**63 - 1.
+            start_index: Index of the first image.
+            model: Name of the model; by default the service's.
+            truncation_psi: See `Images.generate`.
+            edits: Edits of every image; see `Edits.create`.
+            extra_body: Further fields, for a newer service.
+
+        Returns:
+            A verdict for each image, in order.
+
+        Raises:
+            UnprocessableEntityError: A value is not valid; `errors` names the field.
+            TooLargeError: More images than the service generates in one call.
+            NotFoundError: The service has no such model.
+            InvalidRequestError: An argument cannot be sent; nothing was sent.
+            APIConnectionError: The service did not respond.
         """
         body = _requests.generation_body(
             classes,

@@ -9,8 +9,8 @@ from dermis_client._flow import Flow, Request, call, parse
 from dermis_client._progress import count_progress
 from dermis_client._requests import finite, max_response_bytes
 from dermis_client._transport import AsyncTransport, SyncTransport
-from dermis_client._uploads import MAX_FILES, File, Source, form_parts, sources_of, upload
-from dermis_client.errors import APIResponseError, DermisError, InvalidRequestError
+from dermis_client._uploads import MAX_FILES, File, Source, form_parts, joined, sources_of, upload, with_names
+from dermis_client.errors import APIResponseError, InvalidRequestError
 from dermis_client.models import ClassificationsResult
 
 # A heat map takes seconds, so each image has its own request and no request exceeds a time limit.
@@ -46,28 +46,19 @@ def classify(
     """POST /v1/classifications, in as many requests as needed; `report` is called with (done, total) after each."""
     max_files = MAX_HEAT_MAPS if "heat_map" in params else MAX_FILES
     results = yield from upload(sources, max_files, partial(_classify_batch, params, max_retries), report)
-    first = results[0]
-    if any((result.model, result.threshold) != (first.model, first.threshold) for result in results):
-        raise DermisError("the service changed its classifier while the images were sent; send them again")
-    return first.model_copy(update={"data": [item for result in results for item in result.data]})
+    return joined(results, "classifier", lambda result: (result.model, result.threshold))
 
 
 def _classify_batch(params: dict[str, str], max_retries: int, files: Sequence[File]) -> Flow[ClassificationsResult]:
     max_bytes = max_response_bytes(len(files) if "heat_map" in params else 0)
     request = Request("POST", "/v1/classifications", params=params, files=form_parts(files), max_bytes=max_bytes)
-    result = parse((yield from call(request, max_retries)), ClassificationsResult.model_validate)
-    if len(result) != len(files):
-        raise APIResponseError(f"the service gave {len(result)} answers for {len(files)} images; is base_url right?")
+    result = with_names(parse((yield from call(request, max_retries)), ClassificationsResult.model_validate), files)
     for item in result.data:
         if item.heat_map is not None:
             item.heat_map.check()
         elif "heat_map" in params:
             raise APIResponseError("the service made no heat map; it is older than this client")
-    named = [
-        item.model_copy(update={"index": file.position, "name": file.name})
-        for item, file in zip(result.data, files, strict=True)
-    ]
-    return result.model_copy(update={"data": named})
+    return result
 
 
 class Classifications:
@@ -95,6 +86,9 @@ class Classifications:
             heat_map: "xrai" or "integrated-gradients" for a picture of the areas that speak for and against the positive
                 class, which takes seconds an image.
             progress: True for a progress bar on stderr, or a function that is called with (done, total).
+
+        Returns:
+            A classification for each image, in order.
 
         Raises:
             UnprocessableEntityError: An image cannot be used; `errors` names `files[i]`, the message names the path.

@@ -19,7 +19,7 @@ import httpx
 
 from dermis_client import _retry
 from dermis_client._downloads import Download, DownloadProgress, Plan, fetch, prepare, worker_count
-from dermis_client._events import MAX_SILENCE, Decoder, Message, emit_events, next_events, open_events
+from dermis_client._events import MAX_SILENCE, EventDecoder, Message, emit_events, next_events, open_events
 from dermis_client._flow import Emit, Flow, Request, call, close, now, parse, sleep
 from dermis_client._progress import dataset_progress, download_progress
 from dermis_client._requests import checked_key, edit_options, generation_body, job_path
@@ -180,7 +180,7 @@ def _follow(api: Api[D], dataset_id: str, report: Callable[[D], None], deadline:
     """Report the records of one event stream and return the last one; stop early when the deadline is near."""
     last: D | None = None
     try:
-        stream, decoder = (yield from open_events(job_path("dataset", dataset_id, "events"), 0)), Decoder()
+        stream, decoder = (yield from open_events(job_path("dataset", dataset_id, "events"), 0)), EventDecoder()
         while (arrived := (yield from next_events(stream, decoder, partial(_event, api)))) is not None:
             for event in arrived:
                 last = event.dataset
@@ -194,7 +194,7 @@ def _follow(api: Api[D], dataset_id: str, report: Callable[[D], None], deadline:
 
 
 def cancel(api: Api[D], dataset_id: str) -> Flow[D]:
-    """Stop a queued or running dataset. A finished one is left as it is: DELETE would remove it, so check first."""
+    """Stop a queued or running dataset. DELETE would remove a finished one, so the state is checked first."""
     attempt = 0
     while True:
         dataset = yield from retrieve(api, dataset_id)
@@ -328,8 +328,16 @@ class Datasets:
     def retrieve(self, dataset_id: str) -> Dataset:
         """Retrieve the current record of a dataset.
 
+        Args:
+            dataset_id: Id of the dataset.
+
+        Returns:
+            The record.
+
         Raises:
             NotFoundError: The service has no such dataset.
+            InvalidRequestError: The id is not valid.
+            APIConnectionError: The service did not respond.
         """
         return self._transport.run(retrieve(self._api, dataset_id))
 
@@ -340,11 +348,24 @@ class Datasets:
             state: Only datasets in this state.
             limit: Maximum number of datasets.
             page_size: Datasets in one page.
+
+        Returns:
+            An iterator of datasets.
+
+        Raises:
+            UnprocessableEntityError: The state or the page size is not valid.
+            APIConnectionError: The service did not respond.
         """
         return self._transport.iterate(list_datasets(self._api, state, limit, page_size))
 
     def files(self, dataset_id: str) -> _FileList:
         """List the files of a dataset.
+
+        Args:
+            dataset_id: Id of the dataset.
+
+        Returns:
+            The files, with sizes and hashes.
 
         Raises:
             ConflictError: The dataset has not succeeded.
@@ -353,7 +374,19 @@ class Datasets:
         return self._transport.run(list_files(self._api, dataset_id))
 
     def events(self, dataset_id: str) -> Iterator[DatasetEvent[Dataset]]:
-        """Iterate over the changes of a dataset until it has finished. A broken stream is opened again."""
+        """Iterate over the changes of a dataset until it has finished. A broken stream is opened again.
+
+        Args:
+            dataset_id: Id of the dataset.
+
+        Returns:
+            An iterator of events. The last one has the final state.
+
+        Raises:
+            NotFoundError: The service has no such dataset.
+            RateLimitError: Too many event streams are open.
+            APIConnectionError: The stream breaks repeatedly.
+        """
         return self._transport.iterate(events(self._api, dataset_id))
 
     def wait(
@@ -373,6 +406,9 @@ class Datasets:
             timeout: Seconds for the whole wait; None for no limit.
             poll_interval: Seconds between status requests.
             patience: Seconds without any response before giving up; a shorter restart of the service is tolerated.
+
+        Returns:
+            The record of the dataset, which has succeeded.
 
         Raises:
             DatasetFailed: The dataset failed.
@@ -416,6 +452,9 @@ class Datasets:
             extract: Whether to unpack images.zip to FOLDER/images.
             progress: True for a progress bar on stderr, or a function. It is called from several threads, one at a time.
 
+        Returns:
+            The folder and the files.
+
         Raises:
             DownloadError: A file cannot be fetched or written.
             IntegrityError: A file or the manifest is not what the service listed.
@@ -433,19 +472,30 @@ class Datasets:
         return plan.result()
 
     def cancel(self, dataset_id: str) -> Dataset:
-        """Stop a queued or running dataset and remove what it has generated; a finished one is left as it is.
+        """Stop a queued or running dataset and remove its images. A finished dataset is not changed.
+
+        Args:
+            dataset_id: Id of the dataset.
+
+        Returns:
+            The record, in state "cancelling" or in a final state.
 
         Raises:
             NotFoundError: The service has no such dataset.
+            APIConnectionError: The service did not respond.
         """
         return self._transport.run(cancel(self._api, dataset_id))
 
     def delete(self, dataset_id: str) -> None:
         """Delete a dataset with its files; a running one is stopped first.
 
+        Args:
+            dataset_id: Id of the dataset.
+
         Raises:
             NotFoundError: The service has no such dataset.
             WaitTimeoutError: The dataset does not stop.
+            APIConnectionError: The service did not respond.
         """
         self._transport.run(delete(self._api, dataset_id))
 

@@ -1,4 +1,4 @@
-"""client.edits: move images along directions of the latent space."""
+"""client.edits: edit images along directions of the latent space."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from dermis_client._requests import edit_options, finite, max_response_bytes, wh
 from dermis_client._transport import AsyncTransport, SyncTransport
 from dermis_client.errors import InvalidRequestError
 from dermis_client.latent import Direction, EditsResult
-from dermis_client.models import Answer
+from dermis_client.models import ResponseRecord
 
 
-class _Directions(Answer):
+class _Directions(ResponseRecord):
     data: list[Direction]
 
 
@@ -72,7 +72,7 @@ def edits_body(
 
 
 class Edits:
-    """Move images along directions: `client.edits` of a DermisClient."""
+    """Edit images along directions: `client.edits` of a DermisClient."""
 
     def __init__(self, transport: SyncTransport) -> None:
         self._transport, self._max_retries = transport, transport.settings.max_retries
@@ -83,8 +83,12 @@ class Edits:
         Args:
             model: Name of the model; by default the service's.
 
+        Returns:
+            The directions, in the order of the bundle.
+
         Raises:
             NotFoundError: The service has no such model.
+            APIConnectionError: The service did not respond.
         """
         return self._transport.run(list_directions(model, self._max_retries))
 
@@ -101,7 +105,7 @@ class Edits:
         image_format: str | None = None,
         extra_body: Mapping[str, Any] | None = None,
     ) -> EditsResult:
-        """Generate images whose latents are moved along directions. Give either samples or projections.
+        """Generate images whose latents are edited along directions. Give either samples or projections.
 
         Args:
             samples: (class, seed, index) of each sample.
@@ -114,6 +118,9 @@ class Edits:
             noise_mode: See `Images.generate`. Projections have no noise of their own: "const" (default) or "none".
             image_format: See `Images.generate`.
             extra_body: Further fields, for a newer service.
+
+        Returns:
+            The images, by sample and then by strength.
 
         Raises:
             UnprocessableEntityError: A value is not valid; `errors` names the field.
@@ -139,7 +146,7 @@ class Edits:
 
 
 class AsyncEdits:
-    """Move images along directions: `client.edits` of an AsyncDermisClient."""
+    """Edit images along directions: `client.edits` of an AsyncDermisClient."""
 
     def __init__(self, transport: AsyncTransport) -> None:
         self._transport, self._max_retries = transport, transport.settings.max_retries

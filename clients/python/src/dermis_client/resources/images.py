@@ -62,6 +62,9 @@ class Images:
             edits: Edits of every image; see `Edits.create`.
             extra_body: Further fields, for a newer service.
 
+        Returns:
+            The images, in the order of the classes.
+
         Raises:
             UnprocessableEntityError: A value is not valid; `errors` names the field.
             TooLargeError: More images than the service generates in one call.

@@ -6,13 +6,13 @@ from urllib.parse import quote
 
 from dermis_client._flow import Flow, Request, call, parse
 from dermis_client._transport import AsyncTransport, SyncTransport
-from dermis_client.errors import InvalidRequestError
-from dermis_client.models import Answer, Model
+from dermis_client.errors import DermisError, InvalidRequestError
+from dermis_client.models import Model, ResponseRecord
 
 _ModelList = list[Model]  # `list` is a method in the classes below
 
 
-class _Page(Answer):
+class _Page(ResponseRecord):
     data: list[Model]
 
 
@@ -23,6 +23,15 @@ def list_models(max_retries: int) -> Flow[list[Model]]:
     """GET /v1/models."""
     response = yield from call(Request("GET", "/v1/models"), max_retries)
     return parse(response, _Page.model_validate).data
+
+
+def default_model(max_retries: int) -> Flow[Model]:
+    """GET /v1/models, and return the model that the service marks as its default."""
+    models = yield from list_models(max_retries)
+    default = next((model for model in models if model.default), None)
+    if default is None:
+        raise DermisError("the service has no default model: it serves no model, or is older than this client")
+    return default
 
 
 def retrieve_model(name: str, max_retries: int) -> Flow[Model]:
@@ -43,9 +52,24 @@ class Models:
         """List the models that the service offers.
 
         Returns:
-            The models, without their cards.
+            The models, the default one first, without their cards.
+
+        Raises:
+            APIConnectionError: The service did not respond.
         """
         return self._transport.run(list_models(self._max_retries))
+
+    def default(self) -> Model:
+        """Retrieve the model that the service uses for requests that name none.
+
+        Returns:
+            The model, without its card; `retrieve(model.name)` has the card.
+
+        Raises:
+            DermisError: The service serves no model.
+            APIConnectionError: The service did not respond.
+        """
+        return self._transport.run(default_model(self._max_retries))
 
     def retrieve(self, name: str) -> Model:
         """Retrieve one model with its card.
@@ -53,8 +77,13 @@ class Models:
         Args:
             name: Name of the model.
 
+        Returns:
+            The model.
+
         Raises:
             NotFoundError: The service has no such model.
+            InvalidRequestError: The name is empty or not a name.
+            APIConnectionError: The service did not respond.
         """
         return self._transport.run(retrieve_model(name, self._max_retries))
 
@@ -68,6 +97,10 @@ class AsyncModels:
     async def list(self) -> _ModelList:
         """List the models; see `Models.list`."""
         return await self._transport.run(list_models(self._max_retries))
+
+    async def default(self) -> Model:
+        """Retrieve the model for requests that name none; see `Models.default`."""
+        return await self._transport.run(default_model(self._max_retries))
 
     async def retrieve(self, name: str) -> Model:
         """Retrieve one model with its card; see `Models.retrieve`."""

@@ -187,8 +187,16 @@ class Projections:
     def retrieve(self, projection_id: str) -> Projection:
         """Retrieve the current record of a projection.
 
+        Args:
+            projection_id: Id of the projection.
+
+        Returns:
+            The record.
+
         Raises:
             NotFoundError: The service has no such projection.
+            InvalidRequestError: The id is not valid.
+            APIConnectionError: The service did not respond.
         """
         return self._transport.run(retrieve_projection(projection_id, self._max_retries))
 
@@ -209,6 +217,9 @@ class Projections:
             timeout: Seconds for the whole wait; None for no limit.
             poll_interval: Seconds between status requests.
             patience: Seconds without any response before giving up; a shorter restart of the service is tolerated.
+
+        Returns:
+            The record of the projection, which has succeeded.
 
         Raises:
             ProjectionFailed: The projection failed.
@@ -243,8 +254,12 @@ class Projections:
     def delete(self, projection_id: str) -> None:
         """Delete a projection with all its files, whether or not it has finished.
 
+        Args:
+            projection_id: Id of the projection.
+
         Raises:
             NotFoundError: The service has no such projection.
+            APIConnectionError: The service did not respond.
         """
         self._transport.run(delete_projection(projection_id, self._max_retries))
 

@@ -1,0 +1,37 @@
+"""Bodies of `/v1/authenticity`. A request is the body of `/v1/images`, or uploaded images."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from services.gateway.schemas.common import ModelRef, ResponseBody
+
+
+class AuthenticityModel(ModelRef):
+    """The bundle with whose training images the images were compared, and its index."""
+
+    index: str = Field(description="SHA-256 of authenticity.json, which contains the SHA-256 of the index's files.")
+
+
+class AuthenticityVerdict(ResponseBody):
+    """The comparison of one image with its nearest training image."""
+
+    index: int = Field(ge=0, description="Position of the image in the request, from 0.")
+    authentic: bool = Field(
+        description="Whether the image is farther from its nearest training image than that training image is from its own "
+        "nearest neighbour among the training images."
+    )
+    distance: float = Field(ge=0, description="Distance to the nearest training image, rounded to two decimals.")
+    percentile: int = Field(
+        ge=0, le=100, description="Percentage of training images whose own nearest neighbour is nearer than `distance`."
+    )
+
+
+class AuthenticityList(ResponseBody):
+    """Verdicts on the images of one call, in their order."""
+
+    object: Literal["list"] = "list"
+    model: AuthenticityModel
+    data: list[AuthenticityVerdict]

@@ -1,0 +1,62 @@
+"""Bodies of `/v1/images`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from dermis.dataset.request import MAX_EDITS, EditOption
+from dermis.imaging import ImageFormat
+from dermis.latents import MAX_INDEX, MAX_SEED
+from dermis.network_config import NoiseMode
+from services.gateway.schemas.common import ModelRef, ResponseBody
+
+
+class ImagesRequest(BaseModel):
+    """A few samples, class by class. Sample i of the call has the latent of (seed, start_index + i)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    model: str | None = Field(None, max_length=64, description="Name of a served bundle; null for the default one.")
+    classes: dict[Annotated[str, Field(max_length=200)], Annotated[int, Field(ge=1, le=10**8)]] = Field(
+        min_length=1,
+        max_length=1000,
+        description="Number of samples of each class.",
+        examples=[{"malignant": 2, "benign": 2}],
+    )
+    seed: int = Field(0, ge=0, le=MAX_SEED)
+    start_index: int = Field(0, ge=0, le=MAX_INDEX, description="Index of the first sample in the seed's sequence.")
+    truncation_psi: float = Field(1.0, ge=0.0, le=2.0, allow_inf_nan=False)
+    truncation_cutoff: int | None = Field(None, ge=0, le=1000)
+    noise_mode: NoiseMode = Field(
+        "random",
+        description="Noise inside the network. random: each sample has its own, from its seed and index; const: all samples "
+        "have the same; none: no noise.",
+    )
+    edits: list[EditOption] | None = Field(
+        None, min_length=1, max_length=MAX_EDITS, description="Edits of every latent along directions of the model."
+    )
+    image_format: ImageFormat = "png"
+    image_quality: int = Field(95, ge=1, le=100, description="Quality of JPEG and WebP.")
+
+
+class Sample(ResponseBody):
+    """One generated image."""
+
+    class_: str = Field(alias="class", serialization_alias="class")
+    seed: int
+    index: int
+    media_type: str
+    sha256: str = Field(description="SHA-256 of the decoded bytes.")
+    b64: str = Field(description="The image file in base64.")
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+
+
+class SampleList(ResponseBody):
+    """The images of one call."""
+
+    object: Literal["list"] = "list"
+    model: ModelRef
+    data: list[Sample]
