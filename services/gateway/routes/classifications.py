@@ -15,7 +15,7 @@ from fastapi import APIRouter, Query
 from starlette.requests import Request
 from starlette.responses import Response
 
-from dermis.bundle.classifier import DEFAULT_THRESHOLD, NOTICE
+from dermis.bundle.classifier import DEFAULT_THRESHOLD, NOTICE, ClassifierDescription
 from dermis.classifier.scores import scores_of
 from dermis.errors import RequestError
 from dermis.explain.attribution import Method
