@@ -56,7 +56,7 @@ def parse_sizes(text: str) -> list[float]:
 def federation_of(settings: Sequence[str] | None, options: Sequence[str] | None, **given: Any) -> FederationConfig:
     """From the options of a command, over which those of --federation win. TrainingError names what does not fit."""
     from training.federated.config import FederationConfig, parse_options
-    from training.federated.rounds import check_options
+    from training.federated.server.rounds import check_options
 
     federation = FederationConfig(**(given | {"options": " ".join(settings or [])} | parse_options(options or [])))
     check_options(federation)
@@ -98,8 +98,8 @@ def simulate(
 
     from commands.federate_screen import screen
     from training.data.sources import read_source
-    from training.federated.simulate import divide, hospital_sites, hospital_sizes, hospitals_of_split
-    from training.federated.simulate import simulate as run
+    from training.federated.simulation.simulate import divide, hospital_sites, hospital_sizes, hospitals_of_split
+    from training.federated.simulation.simulate import simulate as run
 
     parts = None if split is None else hospitals_of_split(split)
     wanted = parts or hospital_sizes(hospitals, parse_sizes(sizes))

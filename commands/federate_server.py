@@ -32,7 +32,7 @@ def init(
     port: Annotated[int, typer.Option(help="Port for members; Flower itself takes the next one, on loopback.")] = 8800,
 ) -> None:
     """Make a server's folder: certificates, Flower's settings."""
-    from training.federated.deployment import new_server
+    from training.federated.deployment.flower_programs import new_server
 
     made = new_server(server, host, port)
     typer.echo(f"{server}: start it with dermis federate serve {server}; members will call {host[0]}:{made.port}")
@@ -48,9 +48,9 @@ def serve(
     import uvicorn
 
     from dermis.errors import TrainingError
-    from training.federated.deployment import open_server, superlink_command
-    from training.federated.front_door import front_door
-    from training.federated.keys import CA, CERTIFICATE, KEY
+    from training.federated.deployment.fleet_proxy import front_door
+    from training.federated.deployment.flower_programs import open_server, superlink_command
+    from training.federated.deployment.keys import CA, CERTIFICATE, KEY
 
     opened = open_server(server)
     certificates = opened.certificates
@@ -78,8 +78,8 @@ def register(
     name: Annotated[str, typer.Option(help="What the server's people call it; stays here.")] = "",
 ) -> None:
     """Let a member in."""
-    from training.federated.deployment import open_server
-    from training.federated.deployment import register as run
+    from training.federated.deployment.flower_programs import open_server
+    from training.federated.deployment.flower_programs import register as run
 
     node = run(open_server(server), public_key, name)
     typer.echo(f"{public_key}: registered as node {node}")
@@ -99,7 +99,7 @@ def invite(
     seed: SeedOption = 0,
 ) -> None:
     """Write what a site must know to check itself and to join: address, certificate, versions, and the training's size."""
-    from training.federated.deployment import open_server, write_invitation
+    from training.federated.deployment.flower_programs import open_server, write_invitation
 
     federation = federation_of(
         settings,
@@ -139,7 +139,7 @@ def run_federation(
     import tempfile
 
     from dermis.errors import TrainingError
-    from training.federated.deployment import open_server, run_command
+    from training.federated.deployment.flower_programs import open_server, run_command
 
     opened = open_server(server)
     federation = federation_of(

@@ -24,7 +24,7 @@ ThreadsOption = Annotated[int, typer.Option(help="Most threads on a CPU; 0: no l
 
 def key(out: Annotated[Path, typer.Argument(help="File for the private key; the public one gets .pub.")]) -> None:
     """Make this hospital's key. Send the .pub to the server's people; the other never leaves."""
-    from training.federated.keys import write_member_key
+    from training.federated.deployment.keys import write_member_key
 
     public = write_member_key(out)
     typer.echo(f"{public}: send this one to the server's people; {out} stays here")
@@ -48,8 +48,8 @@ def check(
 
     from rich.table import Table
 
-    from training.federated.check import check_site
-    from training.federated.deployment import read_invitation
+    from training.federated.deployment.flower_programs import read_invitation
+    from training.federated.deployment.site_check import check_site
 
     logging.getLogger("flwr").setLevel(logging.ERROR)
     asked = read_invitation(invitation)
@@ -92,7 +92,7 @@ def join(
 
     from dermis.errors import TrainingError
     from dermis.files import write_file
-    from training.federated.deployment import environment, read_invitation, supernode_command
+    from training.federated.deployment.flower_programs import environment, read_invitation, supernode_command
 
     asked = read_invitation(invitation)
     site = _site(data, state, metadata, class_column, device, threads)

@@ -26,11 +26,10 @@ from dermis.errors import TrainingError
 from test_federated import _federation, _grid, _sites
 from tiny_skin import make_skin
 from training.experiments.hospitals import Point, levels, markdown, reached
-from training.federated.check import check_site
-from training.federated.client_app import app
+from training.federated.client.app import app
 from training.federated.config import FederationConfig, parse_options, parse_run_config
-from training.federated.counting import CountingGrid
-from training.federated.deployment import (
+from training.federated.deployment.fleet_proxy import front_door
+from training.federated.deployment.flower_programs import (
     APP,
     new_server,
     open_server,
@@ -39,14 +38,15 @@ from training.federated.deployment import (
     supernode_command,
     write_invitation,
 )
-from training.federated.front_door import front_door
-from training.federated.keys import CA, CERTIFICATE, KEY, write_certificates, write_member_key
-from training.federated.local_grid import LocalGrid
-from training.federated.rounds import read_rounds, run_federation
-from training.federated.simulate import divide, hospital_sizes, simulate
+from training.federated.deployment.keys import CA, CERTIFICATE, KEY, write_certificates, write_member_key
+from training.federated.deployment.site_check import check_site
+from training.federated.messages.serialization import RefusedError, changes, decode, encode, pack
+from training.federated.messages.traffic import CountingGrid
+from training.federated.server.rounds import read_rounds, run_federation
+from training.federated.server.strategies import Sound, aggregate, instructions, new_strategy
+from training.federated.simulation.local_grid import LocalGrid
+from training.federated.simulation.simulate import divide, hospital_sizes, simulate
 from training.federated.site import Site, parse_node_config
-from training.federated.strategies import Sound, aggregate, instructions, new_strategy
-from training.federated.wire import RefusedError, changes, decode, encode, pack
 
 Tensors = dict[str, torch.Tensor]
 
@@ -108,8 +108,8 @@ def _averaged(federation: FederationConfig, values: Mapping[str, tuple[float, in
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
     strategy = new_strategy(federation)
     list(instructions(strategy, 1, {"G/w": _tensors(start)["G/w"]}, [1, 2, 3], ConfigRecord()))
-    from training.federated.gan_task import optimised
-    from training.federated.strategies import through_strategy
+    from training.federated.server.strategies import through_strategy
+    from training.federated.tasks.gan import optimised
 
     found = aggregate(strategy, 1, _updates(values), lambda name: through_strategy(federation, optimised, name))
     assert found is not None
@@ -214,7 +214,9 @@ class _Silent(LocalGrid):
 
 
 def test_privacy_clips_adds_noise_and_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training.federated.classifier_result.finish", lambda federation, state, out, counted: out)
+    monkeypatch.setattr(
+        "training.federated.server.classifier_result.finish", lambda federation, state, out, counted: out
+    )
     data = make_skin(tmp_path / "skin", count=96)
     options = "batch=8 architecture=tf_efficientnet_lite0 head_only=true rotation=0 flips=false learning_rate=0.1"
     private = FederationConfig(
@@ -222,7 +224,7 @@ def test_privacy_clips_adds_noise_and_counts(tmp_path: Path, monkeypatch: pytest
         dp_noise=1e-3, dp_clip=0.01, wait_timeout=0.1,
     )  # fmt: skip
     sites = [Site(data, tmp_path / f"m{i}", seed_offset=i, device="cpu", cache=tmp_path / "cache") for i in range(3)]
-    from training.federated.classifier_task import begin
+    from training.federated.tasks.classifier import begin
 
     state = simulate(replace(private, rounds=1, dp_noise=1.0), sites, tmp_path / "noisy")
     first = read_rounds(tmp_path / "noisy")[0]["epsilon"]
@@ -415,7 +417,7 @@ def test_the_hospitals_experiment_goes_end_to_end(tmp_path: Path, monkeypatch: p
         """In the place of FID, whose square root of a matrix takes seconds."""
         return float(np.square(real.mean(axis=0) - generated.mean(axis=0)).sum())
 
-    monkeypatch.setattr("training.federated.gan_task.frechet_distance", fast)
+    monkeypatch.setattr("training.federated.tasks.gan.frechet_distance", fast)
     from training.data.sources import read_source
     from training.experiments.hospitals import plan, run_arm, write_results
 

@@ -22,12 +22,12 @@ from training.data.sources import Source
 from training.data.splits import write_rows
 from training.experiments.plan import write_beside
 from training.federated.config import FederationConfig, gan_config
-from training.federated.gan_result import averaged_generator
-from training.federated.gan_task import distances
-from training.federated.global_state import GlobalState
-from training.federated.rounds import read_rounds
-from training.federated.simulate import divide, hospital_sites, simulate
+from training.federated.server.gan_result import averaged_generator
+from training.federated.server.global_state import GlobalState
+from training.federated.server.rounds import read_rounds
+from training.federated.simulation.simulate import divide, hospital_sites, simulate
 from training.federated.site import Site, site_images
+from training.federated.tasks.gan import distances
 
 CENTRAL, FEDERATED = "central", "federated"
 FACTORS = (2.0, 1.5, 1.25, 1.1, 1.0)  # levels, as multiples of the best distance that every arm reaches

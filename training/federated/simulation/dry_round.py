@@ -14,8 +14,8 @@ import numpy as np
 
 from dermis.imaging import encode
 from training.federated.config import FederationConfig, classifier_config, gan_config
-from training.federated.rounds import read_rounds
-from training.federated.simulate import simulate
+from training.federated.server.rounds import read_rounds
+from training.federated.simulation.simulate import simulate
 from training.federated.site import Site, use_device
 
 _FEWEST = 40

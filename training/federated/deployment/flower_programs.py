@@ -21,12 +21,12 @@ import tomli_w
 
 from dermis.errors import TrainingError, escape
 from dermis.files import write_file
-from training.federated.client_app import versions
+from training.federated.client.app import versions
 from training.federated.config import FederationConfig
-from training.federated.keys import CA, CERTIFICATE, KEY, write_certificates
+from training.federated.deployment.keys import CA, CERTIFICATE, KEY, write_certificates
 from training.federated.site import Site
 
-APP = Path(__file__).parent / "flower-app"
+APP = Path(__file__).parents[1] / "flower-app"
 SETTINGS, CONNECTION = "server.toml", "federation"
 _LOOPBACK = "127.0.0.1"
 # For which a write to the database waits for another: Flower keeps arrays there, and SQLite's own 5 are too few.

@@ -25,10 +25,10 @@ from dermis import __version__
 from dermis.cpus import keep_freed_memory
 from dermis.errors import DermisError
 from training.federated.config import FederationConfig, parse_run_config
-from training.federated.secure import SECURE_MODS, asks_for_masking
+from training.federated.messages.secure_aggregation import SECURE_MODS, asks_for_masking
+from training.federated.messages.serialization import RefusedError, changes, check_finite, decode, encode, pack
 from training.federated.site import Site, parse_node_config
-from training.federated.task import Order, Task, task_of
-from training.federated.wire import RefusedError, changes, check_finite, decode, encode, pack
+from training.federated.tasks.task import Order, Task, task_of
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 FAILED = 1001  # the code of our own errors; Flower's end at 999

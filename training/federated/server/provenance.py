@@ -6,7 +6,7 @@ from pathlib import PurePath
 from typing import Any
 
 from training.federated.config import FederationConfig
-from training.federated.global_state import GlobalState
+from training.federated.server.global_state import GlobalState
 
 
 def federation_facts(federation: FederationConfig, state: GlobalState) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from flwr.server.workflow import SecAggPlusWorkflow
 from flwr.serverapp import Grid
 
 from training.federated.config import FederationConfig
-from training.federated.wire import RefusedError, Tensors, unpack
+from training.federated.messages.serialization import RefusedError, Tensors, unpack
 
 FEWEST = 3
 _THRESHOLD = 2 / 3  # of the members, who must answer to the end

@@ -25,12 +25,12 @@ from dermis.metrics import frechet_distance, kernel_distance
 from dermis.networks import Generator
 from training.data.images import ImageDataset
 from training.evaluation.features import labels_in_proportion, real_features
-from training.federated import memory
 from training.federated.config import FederationConfig, gan_config
-from training.federated.proximal import proximal_pull
+from training.federated.messages.serialization import RefusedError, Tensors
 from training.federated.site import Site, SiteImages, site_images, site_seed, use_device
-from training.federated.task import Order, Update
-from training.federated.wire import RefusedError, Tensors
+from training.federated.tasks import client_state
+from training.federated.tasks.proximal import proximal_pull
+from training.federated.tasks.task import Order, Update
 from training.gan.batches import batches
 from training.gan.health import Health
 from training.gan.parallel import Ranks
@@ -129,11 +129,11 @@ def train(order: Order, site: Site) -> Update:
     if len(dataset.labels) < config.batch:
         raise TrainingError(f"batch: {config.batch} is more than this hospital's {len(dataset.labels)} training images")
     state = new_state(config, device)
-    previous = memory.latest_before(site, order.run, order.round)
+    previous = client_state.latest_before(site, order.run, order.round)
     if previous is not None:
         load_state(previous, state, local, dataset)
     take(state, federation, order.tensors)
-    checkpoint = memory.path_of(site, order.run, order.round)
+    checkpoint = client_state.path_of(site, order.run, order.round)
     state.progress.step = (order.round - 1) * federation.iterations
     state.progress.nimg = state.progress.step * config.batch
     start, totals = time.monotonic(), dict[str, list[float]]()
@@ -148,7 +148,7 @@ def train(order: Order, site: Site) -> Update:
                 totals.setdefault(name, []).append(value)
     state.progress.seconds += time.monotonic() - start
     save_state(checkpoint, state, local, dataset)
-    memory.forget_old(site, order.run, order.round)
+    client_state.forget_old(site, order.run, order.round)
     found = {name: value for name, value in travelling(state, federation).items() if averaged(name)}
     means = {name: float(np.mean(values)) for name, values in totals.items() if not name.endswith("_gradient")}
     return Update(found, len(dataset.labels), means | {"seconds": time.monotonic() - start})

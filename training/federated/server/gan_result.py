@@ -13,9 +13,9 @@ from dermis.bundle import write_bundle
 from dermis.imaging import contact_sheet, encode
 from dermis.networks import Generator
 from training.federated.config import FederationConfig, gan_config
-from training.federated.facts import federation_facts, federation_section
-from training.federated.global_state import GlobalState
-from training.federated.wire import Tensors
+from training.federated.messages.serialization import Tensors
+from training.federated.server.global_state import GlobalState
+from training.federated.server.provenance import federation_facts, federation_section
 from training.gan.card import model_card
 from training.gan.snapshot import GRID, sample_grid
 

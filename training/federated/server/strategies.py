@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from dermis.errors import TrainingError
 from training.experiments.experiment import parse_bare
 from training.federated.config import SELECTING, FederationConfig, StrategyName
-from training.federated.wire import Tensors
+from training.federated.messages.serialization import Tensors
 
 STRATEGIES: Mapping[StrategyName, Callable[..., Strategy]] = {
     "fedavg": flower.FedAvg,

@@ -26,12 +26,12 @@ from training.classifier.loop import all_features, logits_of, training_batches, 
 from training.classifier.network import finished_network, freeze, learning_mode, new_network
 from training.classifier.state import State, new_state
 from training.data.cache import new_array, read_array
-from training.federated import memory
 from training.federated.config import FederationConfig, classifier_config
-from training.federated.proximal import proximal_pull
+from training.federated.messages.serialization import Tensors
 from training.federated.site import Site, site_classifier_data, site_seed, use_device
-from training.federated.task import Order, Update
-from training.federated.wire import Tensors
+from training.federated.tasks import client_state
+from training.federated.tasks.proximal import proximal_pull
+from training.federated.tasks.task import Order, Update
 from training.gan.checkpoint import load_checkpoint, save_checkpoint
 from training.gan.parallel import Ranks
 
@@ -88,7 +88,7 @@ def train(order: Order, site: Site) -> Update:
     network, frozen = _network(federation)
     network.to(device)
     state, ranks = new_state(network, local), Ranks(device=device)
-    previous = memory.latest_before(site, order.run, order.round)
+    previous = client_state.latest_before(site, order.run, order.round)
     if previous is not None:
         load_checkpoint(previous, {}, {"optimizer": state.optimizer}, {})
     _take(network, order.tensors)
@@ -98,9 +98,9 @@ def train(order: Order, site: Site) -> Update:
     learning_mode(network, frozen)
     losses = _steps(state, training, features, local, before, federation.iterations, order.proximal_mu, ranks)
     save_checkpoint(
-        memory.path_of(site, order.run, order.round), {}, {"optimizer": state.optimizer}, {}, {"kind": "member"}
+        client_state.path_of(site, order.run, order.round), {}, {"optimizer": state.optimizer}, {}, {"kind": "member"}
     )
-    memory.forget_old(site, order.run, order.round)
+    client_state.forget_old(site, order.run, order.round)
     stats = {"loss": losses / federation.iterations, "seconds": time.monotonic() - start}
     return Update(travelling(network, config), len(real.train.labels), stats)
 

@@ -13,10 +13,10 @@ from typing import Any
 
 from dermis.errors import DermisError, TrainingError
 from training.data.sources import read_source
-from training.federated.client_app import versions
+from training.federated.client.app import versions
 from training.federated.config import FederationConfig
-from training.federated.deployment import Invitation
-from training.federated.dry_round import DryRound, dry_round
+from training.federated.deployment.flower_programs import Invitation
+from training.federated.simulation.dry_round import DryRound, dry_round
 from training.federated.site import Site
 
 _SECONDS = 10.0

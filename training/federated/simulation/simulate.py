@@ -7,11 +7,11 @@ from pathlib import Path
 
 from training.data.sources import Source
 from training.data.splits import HOSPITALS, REST, read_split, split_by_patient, write_split
-from training.federated.client_app import app
+from training.federated.client.app import app
 from training.federated.config import FederationConfig
-from training.federated.global_state import GlobalState
-from training.federated.local_grid import LocalGrid
-from training.federated.rounds import OnRound, run_federation
+from training.federated.server.global_state import GlobalState
+from training.federated.server.rounds import OnRound, run_federation
+from training.federated.simulation.local_grid import LocalGrid
 from training.federated.site import Site
 
 SPLIT = "hospitals"

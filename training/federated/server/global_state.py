@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from dermis.errors import TrainingError, escape
 from dermis.files import atomic_write
 from training.federated.config import FederationConfig
-from training.federated.wire import Tensors
+from training.federated.messages.serialization import Tensors
 
 FORMAT = "dermis-federation-1"
 FILE = "federation.safetensors"

@@ -22,13 +22,14 @@ from flwr.serverapp.strategy import Strategy
 
 from dermis.errors import TrainingError, escape, quote
 from dermis.files import write_file
-from training.federated.client_app import ARRAYS, CONFIG, versions
+from training.federated.client.app import ARRAYS, CONFIG, versions
 from training.federated.config import FederationConfig, classifier_config, gan_config
-from training.federated.counting import CountingGrid
-from training.federated.global_state import GlobalState, Member, load_global, save_global
-from training.federated.privacy import privacy_spent, with_privacy, withdraw_release
-from training.federated.secure import secure_mean
-from training.federated.strategies import (
+from training.federated.messages.secure_aggregation import secure_mean
+from training.federated.messages.serialization import RefusedError, Tensors, check_finite, decode, encode, unpack
+from training.federated.messages.traffic import CountingGrid
+from training.federated.server.global_state import GlobalState, Member, load_global, save_global
+from training.federated.server.privacy import privacy_spent, with_privacy, withdraw_release
+from training.federated.server.strategies import (
     WEIGHT,
     Sound,
     aggregate,
@@ -38,8 +39,7 @@ from training.federated.strategies import (
     remind,
     through_strategy,
 )
-from training.federated.task import Task, task_of
-from training.federated.wire import RefusedError, Tensors, check_finite, decode, encode, unpack
+from training.federated.tasks.task import Task, task_of
 from training.gan.loop import locked
 
 ROUNDS = "rounds.jsonl"

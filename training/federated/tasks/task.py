@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from training.federated.config import FederationConfig, TaskName
+from training.federated.messages.serialization import Tensors
 from training.federated.site import Site
-from training.federated.wire import Tensors
 
 if TYPE_CHECKING:
-    from training.federated.global_state import GlobalState
+    from training.federated.server.global_state import GlobalState
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,8 @@ def task_of(federation: FederationConfig) -> Task:
 
 
 def _gan() -> Task:
-    from training.federated import gan_result, gan_task
+    from training.federated.server import gan_result
+    from training.federated.tasks import gan as gan_task
 
     return Task(
         gan_task.begin,
@@ -84,7 +85,8 @@ def _gan() -> Task:
 
 
 def _classifier() -> Task:
-    from training.federated import classifier_result, classifier_task
+    from training.federated.server import classifier_result
+    from training.federated.tasks import classifier as classifier_task
 
     return Task(
         classifier_task.begin,

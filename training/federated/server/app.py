@@ -10,7 +10,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from dermis.errors import TrainingError
 from training.federated.config import parse_run_config
-from training.federated.rounds import run_federation
+from training.federated.server.rounds import run_federation
 
 _LOG = logging.getLogger("flwr")  # which `flwr run --stream` shows
 app = ServerApp()

@@ -26,11 +26,11 @@ from training.classifier.export import to_onnx
 from training.classifier.loop import logits_of, seen_share
 from training.classifier.network import finished_network, prior_shift
 from training.classifier.run import check_agreement
-from training.federated.classifier_task import BINS, EDGE, STEP, global_network
 from training.federated.config import FederationConfig, classifier_config
-from training.federated.facts import federation_facts, federation_section
-from training.federated.global_state import GlobalState
-from training.federated.wire import Tensors
+from training.federated.messages.serialization import Tensors
+from training.federated.server.global_state import GlobalState
+from training.federated.server.provenance import federation_facts, federation_section
+from training.federated.tasks.classifier import BINS, EDGE, STEP, global_network
 
 FOLDER = "classifier"
 _PARTS = ("validation", "test")
