@@ -125,7 +125,7 @@ def _succeed(done: subprocess.CompletedProcess[str]) -> None:
 
 def main() -> None:
     """Run and print."""
-    from training.federated.server.rounds import read_rounds
+    from training.federated.server.record import read_rounds
     from training.federated.simulation.dry_round import write_images
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

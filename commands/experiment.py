@@ -75,11 +75,13 @@ def show(
 ) -> None:
     """One experiment with every option of its configuration, as `run` with the same options would train it."""
     from dermis.devices import resolve_device
-    from training.experiments.experiment import parse_settings, read_experiment
+    from training.experiments.experiment import read_experiment
     from training.experiments.plan import configure
+    from training.gan.config import GanConfig
+    from training.options import parse_settings
 
     experiment = read_experiment(name)
-    given = parse_settings(settings or [])
+    given = parse_settings(settings or [], GanConfig)
     config = configure(
         experiment, resolve_device(device), scale=scale, kimg=kimg, resolution=resolution, seed=seed, settings=given
     )
@@ -173,11 +175,12 @@ def run(
     from dermis.features import feature_extractor
     from dermis.metrics.perceptual import lpips
     from training.data.sources import Source, read_source
-    from training.experiments.experiment import parse_settings
     from training.experiments.plan import Measuring, configure, plan_tasks, read_experiments, remember
     from training.experiments.run import read_result, run_experiment
     from training.experiments.table import collect, write_outcome
+    from training.gan.config import GanConfig
     from training.gan.snapshot import Origin
+    from training.options import parse_settings
 
     if "table2" in which:
         from commands.experiment_table2 import run_table2
@@ -269,7 +272,7 @@ def run(
     names = [experiment.name for experiment in experiments]
     if unknown := set(only or ()) - set(names):
         raise TrainingError(f"--only: {min(unknown)} is none of {', '.join(names)}")
-    given = parse_settings(settings or [])
+    given = parse_settings(settings or [], GanConfig)
     configs = [
         configure(each, target, scale=scale, kimg=kimg, resolution=resolution, seed=seed, settings=given)
         for each in experiments

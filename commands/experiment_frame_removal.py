@@ -36,8 +36,8 @@ def run_frames(
     from dermis.errors import RequestError
     from training.classifier.config import ClassifierConfig
     from training.classifier.data import load_real
-    from training.experiments.experiment import parse_settings
     from training.experiments.frame_removal import TABLE, FramePlan, run_frame_removal, write_results
+    from training.options import parse_settings
 
     if len(generator) != 1:
         raise RequestError(

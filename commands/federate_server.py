@@ -32,7 +32,7 @@ def init(
     port: Annotated[int, typer.Option(help="Port for members; Flower itself takes the next one, on loopback.")] = 8800,
 ) -> None:
     """Make a server's folder: certificates, Flower's settings."""
-    from training.federated.deployment.flower_programs import new_server
+    from training.federated.deployment.server_folder import new_server
 
     made = new_server(server, host, port)
     typer.echo(f"{server}: start it with dermis federate serve {server}; members will call {host[0]}:{made.port}")
@@ -48,15 +48,16 @@ def serve(
     import uvicorn
 
     from dermis.errors import TrainingError
-    from training.federated.deployment.fleet_proxy import front_door
-    from training.federated.deployment.flower_programs import open_server, superlink_command
+    from training.federated.deployment.fleet_proxy import fleet_proxy
+    from training.federated.deployment.flower_programs import environment, superlink_command
     from training.federated.deployment.keys import CA, CERTIFICATE, KEY
+    from training.federated.deployment.server_folder import open_server
 
     opened = open_server(server)
     certificates = opened.certificates
-    superlink = subprocess.Popen(superlink_command(opened), env=opened.environment)
+    superlink = subprocess.Popen(superlink_command(opened), env=environment(opened.flower_home))
     try:
-        app = front_door(f"https://127.0.0.1:{opened.inner_port}", str(opened.inner_certificates / CA))
+        app = fleet_proxy(f"https://127.0.0.1:{opened.inner_port}", str(opened.inner_certificates / CA))
         uvicorn.run(
             app,
             host=host,
@@ -78,8 +79,8 @@ def register(
     name: Annotated[str, typer.Option(help="What the server's people call it; stays here.")] = "",
 ) -> None:
     """Let a member in."""
-    from training.federated.deployment.flower_programs import open_server
     from training.federated.deployment.flower_programs import register as run
+    from training.federated.deployment.server_folder import open_server
 
     node = run(open_server(server), public_key, name)
     typer.echo(f"{public_key}: registered as node {node}")
@@ -99,7 +100,8 @@ def invite(
     seed: SeedOption = 0,
 ) -> None:
     """Write what a site must know to check itself and to join: address, certificate, versions, and the training's size."""
-    from training.federated.deployment.flower_programs import open_server, write_invitation
+    from training.federated.deployment.invitation import write_invitation
+    from training.federated.deployment.server_folder import open_server
 
     federation = federation_of(
         settings,
@@ -139,7 +141,8 @@ def run_federation(
     import tempfile
 
     from dermis.errors import TrainingError
-    from training.federated.deployment.flower_programs import open_server, run_command
+    from training.federated.deployment.flower_programs import environment, run_command
+    from training.federated.deployment.server_folder import open_server
 
     opened = open_server(server)
     federation = federation_of(
@@ -160,7 +163,7 @@ def run_federation(
     with tempfile.TemporaryDirectory() as folder:
         command = run_command(opened, federation, Path(folder) / "run.toml")
         try:
-            code = subprocess.run(command, env=opened.environment, check=False).returncode
+            code = subprocess.run(command, env=environment(opened.flower_home), check=False).returncode
         except KeyboardInterrupt:
             typer.echo(f"the run goes on; watch it with dermis federate watch {out}", err=True)
             raise typer.Exit(130) from None

@@ -48,7 +48,7 @@ def check(
 
     from rich.table import Table
 
-    from training.federated.deployment.flower_programs import read_invitation
+    from training.federated.deployment.invitation import read_invitation
     from training.federated.deployment.site_check import check_site
 
     logging.getLogger("flwr").setLevel(logging.ERROR)
@@ -92,7 +92,8 @@ def join(
 
     from dermis.errors import TrainingError
     from dermis.files import write_file
-    from training.federated.deployment.flower_programs import environment, read_invitation, supernode_command
+    from training.federated.deployment.flower_programs import environment, supernode_command
+    from training.federated.deployment.invitation import read_invitation
 
     asked = read_invitation(invitation)
     site = _site(data, state, metadata, class_column, device, threads)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dermis.bundle import open_bundle
 from training.federated.config import FederationConfig
-from training.federated.server.rounds import read_rounds
+from training.federated.server.record import read_rounds
 from training.federated.simulation.simulate import simulate
 from training.federated.site import Site
 

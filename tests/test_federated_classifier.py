@@ -18,9 +18,9 @@ from tiny_skin import make_skin
 from training.classifier.data import load_real
 from training.classifier.loop import logits_of
 from training.federated.config import FederationConfig
-from training.federated.server.classifier_result import finish
+from training.federated.server.classifier_result import write_result
 from training.federated.server.global_state import GlobalState, Member
-from training.federated.server.rounds import read_rounds
+from training.federated.server.record import read_rounds
 from training.federated.simulation.simulate import simulate
 from training.federated.site import Site
 from training.federated.tasks.classifier import BINS, global_network
@@ -53,7 +53,7 @@ def skin(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def unexported(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exporting and measuring a result takes longest, and most tests look at weights."""
     monkeypatch.setattr(
-        "training.federated.server.classifier_result.finish", lambda federation, state, out, counted: out
+        "training.federated.server.classifier_result.write_result", lambda federation, state, out, counts: out
     )
 
 
@@ -121,6 +121,6 @@ def test_counts_of_another_form_are_refused(tmp_path: Path) -> None:
     for bad in (good[:, :-1], -good, good * 10**6):
         counts = {"member-1/validation": good, "member-1/test": bad}
         with pytest.raises(TrainingError, match="member-1: sent counts of another form"):
-            finish(_federation(), state, tmp_path, counts)
+            write_result(_federation(), state, tmp_path, counts)
     with pytest.raises(TrainingError, match="validation images together lack a class"):
-        finish(_federation(), state, tmp_path, {})
+        write_result(_federation(), state, tmp_path, {})

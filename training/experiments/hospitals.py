@@ -24,7 +24,7 @@ from training.experiments.plan import write_beside
 from training.federated.config import FederationConfig, gan_config
 from training.federated.server.gan_result import averaged_generator
 from training.federated.server.global_state import GlobalState
-from training.federated.server.rounds import read_rounds
+from training.federated.server.record import read_rounds
 from training.federated.simulation.simulate import divide, hospital_sites, simulate
 from training.federated.site import Site, site_images
 from training.federated.tasks.gan import distances

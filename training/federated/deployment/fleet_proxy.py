@@ -1,8 +1,8 @@
-"""What of Flower's server members can reach: its fleet interface, and nothing else.
+"""A proxy in front of Flower's server that passes on the requests of members (the fleet interface) and nothing else.
 
-Flower answers members, operators and its own processes on one port. Members prove who they are by their keys; the operators'
-interface asks nobody, and starts runs, which is to say programs at the members. So Flower listens on loopback, and this small
-server passes on what members send to it.
+Flower serves members, operators and its own processes on one port. Members authenticate with their keys; the interface of
+operators has no authentication, and starts runs, which are programs at the members. So Flower listens on loopback, and this
+proxy listens on the public port.
 """
 
 from __future__ import annotations
@@ -22,8 +22,13 @@ _MAX_BODY = 64 * 2**20  # Flower sends arrays in chunks of 5 MB
 _DROPPED = {"host", "connection", "content-length", "transfer-encoding", "keep-alive"}
 
 
-def front_door(upstream: str, certificate: str) -> Starlette:
-    """An ASGI application in front of `upstream` (https://host:port), whose certificate the file vouches for."""
+def fleet_proxy(upstream: str, certificate: str) -> Starlette:
+    """Return the proxy as an ASGI application.
+
+    Args:
+        upstream: Address of Flower's server, https://host:port.
+        certificate: PEM file of the authority that issued its certificate.
+    """
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -37,14 +42,16 @@ def front_door(upstream: str, certificate: str) -> Starlette:
         async for chunk in request.stream():
             body += chunk
             if len(body) > _MAX_BODY:
-                return PlainTextResponse("larger than any message of a member", 413)
+                return PlainTextResponse("the body is larger than any message of a member", 413)
         headers = {name: value for name, value in request.headers.items() if name.lower() not in _DROPPED}
         try:
-            answer = await request.app.state.client.post(request.url.path, content=bytes(body), headers=headers)
+            response = await request.app.state.client.post(request.url.path, content=bytes(body), headers=headers)
         except httpx.TransportError:
             return PlainTextResponse("Flower's server does not answer", 502)
-        kept = {name: value for name, value in answer.headers.items() if name.lower() not in _DROPPED}
-        return Response(answer.content, answer.status_code, {k: v for k, v in kept.items() if k != "content-encoding"})
+        kept = {name: value for name, value in response.headers.items() if name.lower() not in _DROPPED}
+        return Response(
+            response.content, response.status_code, {k: v for k, v in kept.items() if k != "content-encoding"}
+        )
 
     async def healthy(request: Request) -> Response:
         try:

@@ -1,9 +1,4 @@
-"""Flower's programs with the options that hospitals want: TLS, keys of members, no telemetry, nothing installed on the way.
-
-The server's folder: `server.toml`, `certificates/` (what members see), `superlink.db` (members' keys, messages in flight),
-`flower/` (Flower's own home, and the certificates of its loopback) and `runs/NAME` (state, record and result of a
-federation). A member gets an invitation, one TOML file.
-"""
+"""Command lines of Flower's programs: TLS, keys of members, no telemetry, and no installation of packages."""
 
 from __future__ import annotations
 
@@ -11,110 +6,25 @@ import json
 import os
 import subprocess
 import sys
-import tomllib
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import tomli_w
 
-from dermis.errors import TrainingError, escape
+from dermis.errors import TrainingError
 from dermis.files import write_file
-from training.federated.client.app import versions
 from training.federated.config import FederationConfig
-from training.federated.deployment.keys import CA, CERTIFICATE, KEY, write_certificates
+from training.federated.deployment.invitation import Invitation
+from training.federated.deployment.keys import CA, CERTIFICATE, KEY
+from training.federated.deployment.server_folder import CONNECTION, LOOPBACK, ServerFolder
 from training.federated.site import Site
 
 APP = Path(__file__).parents[1] / "flower-app"
-SETTINGS, CONNECTION = "server.toml", "federation"
-_LOOPBACK = "127.0.0.1"
-# For which a write to the database waits for another: Flower keeps arrays there, and SQLite's own 5 are too few.
+# How long a write to the database waits for another one: Flower stores arrays there, and SQLite's default of 5 s is too short.
 _DATABASE_SECONDS = 300
 
 
-@dataclass(frozen=True)
-class Server:
-    """A server's folder. Members reach `port`, where only what they need is answered; Flower itself listens on loopback."""
-
-    folder: Path
-    hosts: tuple[str, ...]
-    port: int
-
-    @property
-    def inner_port(self) -> int:
-        return self.port + 1
-
-    @property
-    def certificates(self) -> Path:
-        return self.folder / "certificates"
-
-    @property
-    def inner_certificates(self) -> Path:
-        return self.folder / "flower" / "certificates"
-
-    @property
-    def environment(self) -> dict[str, str]:
-        return environment(self.folder / "flower")
-
-    def run_folder(self, name: str) -> Path:
-        return (self.folder / "runs" / name).resolve()
-
-
-@dataclass(frozen=True)
-class Invitation:
-    """What a site must know to join; nothing of it is secret."""
-
-    address: str
-    certificate: str  # PEM of the authority
-    versions: Mapping[str, str]
-    federation: Mapping[str, Any]
-    min_images: int
-
-    @property
-    def config(self) -> FederationConfig:
-        return FederationConfig(**dict(self.federation))
-
-
-def new_server(folder: Path, hosts: Sequence[str], port: int) -> Server:
-    """Write the folder. Certificates that lie in its `certificates` already are used: an authority's own, say.
-
-    TrainingError if it is a server's already.
-    """
-    if (folder / SETTINGS).exists():
-        raise TrainingError(f"{folder}: is a server's folder already; start it with dermis federate serve {folder}")
-    if not hosts:
-        raise TrainingError("--host: give the name or address by which members reach the server")
-    if not 1 <= port < 65535:
-        raise TrainingError(f"--port: {port} is not from 1 to 65534")
-    server = Server(folder, tuple(hosts), port)
-    if not all((server.certificates / name).exists() for name in (CA, CERTIFICATE, KEY)):
-        write_certificates(server.certificates, hosts)
-    if not (server.inner_certificates / CA).exists():
-        write_certificates(server.inner_certificates, [_LOOPBACK, "localhost"])
-    connection = {
-        "address": f"{_LOOPBACK}:{server.inner_port}",
-        "root-certificates": str((server.inner_certificates / CA).resolve()),
-    }
-    home = {"superlink": {"default": CONNECTION, CONNECTION: connection}}
-    write_file(folder / "flower" / "config.toml", tomli_w.dumps(home).encode())
-    write_file(folder / SETTINGS, tomli_w.dumps({"hosts": list(hosts), "port": port}).encode())
-    return server
-
-
-def open_server(folder: Path) -> Server:
-    """TrainingError if it is no server's folder."""
-    try:
-        content = tomllib.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-        return Server(folder, tuple(content["hosts"]), int(content["port"]))
-    except (OSError, tomllib.TOMLDecodeError, KeyError, ValueError, TypeError) as error:
-        raise TrainingError(
-            f"{folder}: is no server's folder ({escape(error)}); dermis federate init makes one"
-        ) from None
-
-
 def environment(home: Path) -> dict[str, str]:
-    """For Flower's programs: its home, no telemetry, no look for updates, and its helpers on the path."""
+    """Return the environment of Flower's programs: their home, no telemetry, no check for updates, their folder on the path."""
     programs = str(Path(sys.executable).parent)
     return dict(os.environ) | {
         "FLWR_HOME": str(home.resolve()),
@@ -124,8 +34,11 @@ def environment(home: Path) -> dict[str, str]:
     }
 
 
-def superlink_command(server: Server) -> list[str]:
-    """Flower's server, on loopback: whoever reaches it may start runs, and so run what they like at the members."""
+def superlink_command(server: ServerFolder) -> list[str]:
+    """Return the command of Flower's server.
+
+    It listens on loopback: a caller who reaches it can start runs, and so execute code at the members.
+    """
     return [
         program("flower-superlink"),
         "--ssl-ca-certfile", str(server.inner_certificates / CA),
@@ -134,74 +47,76 @@ def superlink_command(server: Server) -> list[str]:
         "--enable-supernode-auth",
         "--disable-runtime-dependency-installation",
         "--database", f"sqlite:///{(server.folder / 'superlink.db').resolve()}?timeout={_DATABASE_SECONDS}",
-        "--host", _LOOPBACK,
+        "--host", LOOPBACK,
         "--port", str(server.inner_port),
     ]  # fmt: skip
 
 
 def supernode_command(invitation: Invitation, certificate: Path, key: Path, site: Site, port: int) -> list[str]:
-    """Flower's client at a hospital. It only calls out; `port` is for its own processes, on loopback."""
+    """Return the command of Flower's client at a member. It only makes outgoing connections.
+
+    Args:
+        invitation: Names the server.
+        certificate: PEM file of the invitation's certificate.
+        key: The member's private key.
+        site: The member's options.
+        port: For Flower's own processes, on loopback.
+    """
     config = " ".join(f"{name}={json.dumps(value)}" for name, value in site.to_node_config().items())
     return [
         program("flower-supernode"),
         "--superlink", invitation.address,
         "--root-certificates", str(certificate),
         "--auth-supernode-private-key", str(key),
-        "--host", _LOOPBACK,
+        "--host", LOOPBACK,
         "--port", str(port),
         "--node-config", config,
     ]  # fmt: skip
 
 
-def register(server: Server, public_key: Path, name: str) -> str:
-    """Let a member in by its public key; returns its node. TrainingError with what Flower says if it will not."""
-    command = [program("flwr"), "supernode", "register", str(public_key), CONNECTION, "--format", "json"]
-    done = subprocess.run(
-        [*command, *(["--name", name] if name else [])],
-        env=server.environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    try:
-        answer = json.loads(done.stdout[done.stdout.index("{") :])
-        return str(answer["node-id"])
-    except (ValueError, KeyError):
-        said = (done.stdout + done.stderr).strip() or "nothing"
-        raise TrainingError(f"{public_key}: is not registered; Flower says: {said}") from None
-
-
-def run_command(server: Server, federation: FederationConfig, overrides: Path) -> list[str]:
-    """`flwr run` with these options, which are written to the file `overrides`."""
+def run_command(server: ServerFolder, federation: FederationConfig, overrides: Path) -> list[str]:
+    """Return the command `flwr run` with the options of a federation, which are written to the file `overrides`."""
     values = federation.to_run_config() | {"out": str(server.run_folder(federation.name))}
     write_file(overrides, tomli_w.dumps(values).encode())
     return [program("flwr"), "run", str(APP), CONNECTION, "--run-config", str(overrides), "--stream"]
 
 
-def write_invitation(path: Path, server: Server, federation: FederationConfig, min_images: int) -> None:
-    """TrainingError if the file exists."""
-    if path.exists():
-        raise TrainingError(f"{path}: exists already; choose another name, or remove it")
-    certificate = (server.certificates / CA).read_text(encoding="utf-8")
-    address = f"{server.hosts[0]}:{server.port}"
-    invitation = Invitation(address, certificate, versions(), asdict(federation), min_images)
-    write_file(path, tomli_w.dumps(asdict(invitation)).encode())
+def register(server: ServerFolder, public_key: Path, name: str) -> str:
+    """Register a member's public key at a running server.
 
+    Args:
+        server: Its folder.
+        public_key: File with the key.
+        name: The member's name for the operators; empty for none.
 
-def read_invitation(path: Path) -> Invitation:
-    """TrainingError if it is none."""
+    Returns:
+        The member's node.
+
+    Raises:
+        TrainingError: Flower refuses; the message has its output.
+    """
+    command = [program("flwr"), "supernode", "register", str(public_key), CONNECTION, "--format", "json"]
+    done = subprocess.run(
+        [*command, *(["--name", name] if name else [])],
+        env=environment(server.flower_home),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     try:
-        invitation = Invitation(**tomllib.loads(path.read_text(encoding="utf-8")))
-        _ = invitation.config
-        return invitation
-    except (OSError, tomllib.TOMLDecodeError, TypeError, ValueError) as error:
-        raise TrainingError(
-            f"{path}: is no invitation ({escape(error)}); the server makes one with dermis federate invite"
-        ) from None
+        registered = json.loads(done.stdout[done.stdout.index("{") :])
+        return str(registered["node-id"])
+    except (ValueError, KeyError):
+        output = (done.stdout + done.stderr).strip() or "nothing"
+        raise TrainingError(f"{public_key}: is not registered; Flower says: {output}") from None
 
 
 def program(name: str) -> str:
-    """A program of Flower's, beside the Python that runs. TrainingError if it is not installed."""
+    """Return the path of one of Flower's programs, next to the running Python.
+
+    Raises:
+        TrainingError: It is not installed.
+    """
     path = Path(sys.executable).with_name(name)
     if not path.exists():
         raise TrainingError(f"{name}: is not installed; pip install 'dermis[federated]'")

@@ -1,6 +1,7 @@
-"""Keys and certificates of a federation: an authority with a server's certificate, and a key pair for each member.
+"""Keys and certificates of a federation: a certificate authority, the server's certificate, a key pair for each member.
 
-For trials and for organisations without an authority of their own. Where there is one, its certificates serve as well.
+They are for trials and for organisations without a certificate authority. Certificates of an existing authority can be used
+instead.
 """
 
 from __future__ import annotations
@@ -23,10 +24,17 @@ _DAYS = 825
 
 
 def write_certificates(out: Path, hosts: Sequence[str], days: int = _DAYS) -> None:
-    """ca.pem (for members), server.pem and server.key (of the server alone) in a new folder.
+    """Write ca.pem (for members), server.pem and server.key (for the server only).
 
-    `hosts` are the names and addresses that members reach the server by. The authority's own key is thrown away: nobody
-    can issue another certificate in its name. TrainingError if the folder holds any of these already.
+    The private key of the authority is not kept, so that no other certificate can be issued in its name.
+
+    Args:
+        out: The folder.
+        hosts: Names and addresses by which members reach the server.
+        days: Validity.
+
+    Raises:
+        TrainingError: The folder has one of these files already.
     """
     for name in (CA, CERTIFICATE, KEY):
         if (out / name).exists():
@@ -72,9 +80,13 @@ def write_certificates(out: Path, hosts: Sequence[str], days: int = _DAYS) -> No
 
 
 def write_member_key(out: Path) -> Path:
-    """A private key (P-384, OpenSSH format) in `out`, and the public one, which is returned, in out.pub.
+    """Write a private key (P-384, OpenSSH format) to `out` and the public key to out.pub.
 
-    The private key never leaves the member. TrainingError if either exists.
+    Returns:
+        The file of the public key.
+
+    Raises:
+        TrainingError: One of the files exists.
     """
     public = out.with_name(f"{out.name}.pub")
     for path in (out, public):
@@ -103,6 +115,6 @@ def _alternative(host: str) -> x509.GeneralName:
 
 
 def _write_secret(path: Path, content: bytes) -> None:
-    """Readable by its owner alone, from the first moment on."""
+    """Write a new file that only its owner can read, from its creation on."""
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(content)

@@ -1,4 +1,4 @@
-"""Can this site join? Every answer with what to do if not. Patients' images are counted, and not otherwise touched."""
+"""The check whether a site can join a federation, with what to do where it cannot. Patients' images are only counted."""
 
 from __future__ import annotations
 
@@ -13,19 +13,25 @@ from typing import Any
 
 from dermis.errors import DermisError, TrainingError
 from training.data.sources import read_source
-from training.federated.client.app import versions
 from training.federated.config import FederationConfig
-from training.federated.deployment.flower_programs import Invitation
+from training.federated.deployment.invitation import Invitation
+from training.federated.messages.replies import versions
 from training.federated.simulation.dry_round import DryRound, dry_round
 from training.federated.site import Site
 
-_SECONDS = 10.0
-_STATES = 3  # checkpoints of a member that lie on the disk at one time
+_CONNECT_SECONDS = 10.0
+_STATES = 3  # files of a member's state that are on the disk at the same time
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at. `ok` is None where it could not be, because something before it failed."""
+    """The result of one part of the check.
+
+    Attributes:
+        what: The part.
+        ok: None if it could not be checked, because another part failed.
+        says: What was found, or what to do.
+    """
 
     what: str
     ok: bool | None
@@ -33,33 +39,33 @@ class Finding:
 
 
 def check_site(invitation: Invitation, site: Site, key: Path) -> Iterator[Finding]:
-    """Look at everything, one after another; a failure of one does not hide the next."""
-    yield _looked_at("versions", lambda: _versions(invitation))
-    reached = _looked_at("server", lambda: _server(invitation))
-    yield reached
-    if reached.ok:
-        yield _looked_at("key", lambda: _key(invitation, key))
+    """Check all parts one after another. A part that fails does not stop the others."""
+    yield _check("versions", lambda: _versions(invitation))
+    server = _check("server", lambda: _server(invitation))
+    yield server
+    if server.ok:
+        yield _check("key", lambda: _key(invitation, key))
     else:
-        yield Finding("key", None, "cannot be asked about without the server")
-    yield _looked_at("images", lambda: _images(invitation, site))
+        yield Finding("key", None, "cannot be checked without the server")
+    yield _check("images", lambda: _images(invitation, site))
     trial: list[DryRound] = []
 
     def dry() -> str:
         trial.append(dry_round(invitation.config, site.device, site.threads))
-        return _told(trial[0], invitation.config)
+        return _duration_and_traffic(trial[0], invitation.config)
 
-    yield _looked_at("dry round", dry)
+    yield _check("dry round", dry)
     if trial:
-        yield _looked_at("memory", lambda: _memory(trial[0]))
-        yield _looked_at("disk", lambda: _disk(trial[0], site))
+        yield _check("memory", lambda: _memory(trial[0]))
+        yield _check("disk", lambda: _disk(trial[0], site))
     else:
-        yield Finding("memory", None, "is not known without the dry round")
-        yield Finding("disk", None, "is not known without the dry round")
+        yield Finding("memory", None, "is unknown without the dry round")
+        yield Finding("disk", None, "is unknown without the dry round")
 
 
-def _looked_at(what: str, look: Callable[[], str]) -> Finding:
+def _check(what: str, check: Callable[[], str]) -> Finding:
     try:
-        return Finding(what, True, look())
+        return Finding(what, True, check())
     except DermisError as error:
         return Finding(what, False, str(error))
 
@@ -77,7 +83,7 @@ def _server(invitation: Invitation) -> str:
     context = ssl.create_default_context(cadata=invitation.certificate)
     try:
         with (
-            socket.create_connection((host, int(port)), timeout=_SECONDS) as plain,
+            socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS) as plain,
             context.wrap_socket(plain, server_hostname=host) as secure,
         ):
             certificate = secure.getpeercert() or {}
@@ -85,17 +91,17 @@ def _server(invitation: Invitation) -> str:
     except ssl.SSLCertVerificationError as error:
         raise TrainingError(
             f"{invitation.address}: its certificate is not the invitation's ({error.verify_message}); ask the server's "
-            "people for a new invitation, and whether anybody stands in between"
+            "operators for a new invitation, and whether the connection is intercepted"
         ) from None
     except (OSError, ValueError) as error:
         raise TrainingError(
-            f"{invitation.address}: cannot be reached ({error}); ask your network's people to let this machine call "
+            f"{invitation.address}: cannot be reached ({error}); ask your network's operators to let this machine call "
             f"out to {host}, TCP port {port}"
         ) from None
 
 
 def _key(invitation: Invitation, key: Path) -> str:
-    """Come online for a moment with the key, as the SuperNode does, and go offline again."""
+    """Connect with the key as the SuperNode does, and disconnect."""
     import tempfile
 
     import httpx
@@ -110,9 +116,9 @@ def _key(invitation: Invitation, key: Path) -> str:
     try:
         private = load_ssh_private_key(key.read_bytes(), None)
     except (OSError, ValueError) as error:
-        raise TrainingError(f"{key}: no readable private key ({error}); dermis federate key makes one") from None
+        raise TrainingError(f"{key}: not a readable private key ({error}); dermis federate key makes one") from None
     if not isinstance(private, ec.EllipticCurvePrivateKey):
-        raise TrainingError(f"{key}: is no key on an elliptic curve; dermis federate key makes one")
+        raise TrainingError(f"{key}: is not a key on an elliptic curve; dermis federate key makes one")
     public = private.public_key()
     with tempfile.NamedTemporaryFile("w", suffix=".pem") as file:
         file.write(invitation.certificate)
@@ -132,11 +138,11 @@ def _key(invitation: Invitation, key: Path) -> str:
                 if "already" in error.response.text.lower():
                     return "is registered, and its SuperNode is running"
                 raise TrainingError(
-                    f"{key}: the server does not know it; send {key.name}.pub to the server's people, who let it in with "
+                    f"{key}: the server does not know it; send {key.name}.pub to the server's operators, who register it with "
                     "dermis federate register"
                 ) from None
             except httpx.TransportError as error:
-                raise TrainingError(f"{invitation.address}: broke off ({error}); try again") from None
+                raise TrainingError(f"{invitation.address}: the connection was lost ({error}); try again") from None
     return "is registered at the server"
 
 
@@ -150,7 +156,9 @@ def _images(invitation: Invitation, site: Site) -> str:
     )
     foreign = sorted(set(source.class_names) - set(federation.class_names))
     if foreign:
-        raise TrainingError(f"{site.data}: has the class {foreign[0]}; wanted are {', '.join(federation.class_names)}")
+        raise TrainingError(
+            f"{site.data}: has the class {foreign[0]}; the federation has {', '.join(federation.class_names)}"
+        )
     missing = [record.id for record in source.records if record.image is None]
     if missing:
         raise TrainingError(f"{site.data}: {len(missing)} images of the table are not there, the first is {missing[0]}")
@@ -165,28 +173,28 @@ def _images(invitation: Invitation, site: Site) -> str:
     return f"{classes}; {f'{patients:,} patients' if patients else 'patients are not known: each image counts as one'}"
 
 
-def _told(trial: DryRound, federation: FederationConfig) -> str:
+def _duration_and_traffic(trial: DryRound, federation: FederationConfig) -> str:
     minutes = trial.seconds_per_step * federation.iterations / 60
     return (
-        f"{trial.seconds_per_step:.2f} s a step, about {minutes:.1f} min a round; {trial.bytes_down / 1e6:.0f} MB come and "
-        f"{trial.bytes_up / 1e6:.0f} MB go in each"
+        f"{trial.seconds_per_step:.2f} s a step, about {minutes:.1f} min a round; {trial.bytes_down / 1e6:.0f} MB received and "
+        f"{trial.bytes_up / 1e6:.0f} MB sent in each"
     )
 
 
 def _memory(trial: DryRound) -> str:
     free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    wanted = trial.memory_bytes + 2 * trial.bytes_down
-    if free < wanted:
-        raise TrainingError(f"a round takes {wanted / 1e9:.1f} GB, and this machine has {free / 1e9:.1f}")
-    return f"a round takes {wanted / 1e9:.1f} of {free / 1e9:.1f} GB"
+    needed = trial.memory_bytes + 2 * trial.bytes_down
+    if free < needed:
+        raise TrainingError(f"a round takes {needed / 1e9:.1f} GB, and this machine has {free / 1e9:.1f}")
+    return f"a round takes {needed / 1e9:.1f} of {free / 1e9:.1f} GB"
 
 
 def _disk(trial: DryRound, site: Site) -> str:
-    place = next(folder for folder in (site.state, *site.state.resolve().parents) if folder.exists())
-    free = shutil.disk_usage(place).free
-    wanted = _STATES * 3 * trial.bytes_down
-    if free < wanted:
-        raise TrainingError(f"{place}: {wanted / 1e9:.1f} GB are wanted, and {free / 1e9:.1f} are free")
-    if not os.access(place, os.W_OK):
-        raise TrainingError(f"{place}: cannot be written to; give another --state")
-    return f"{wanted / 1e9:.2f} GB wanted, {free / 1e9:.1f} GB free in {place}"
+    folder = next(folder for folder in (site.state, *site.state.resolve().parents) if folder.exists())
+    free = shutil.disk_usage(folder).free
+    needed = _STATES * 3 * trial.bytes_down
+    if free < needed:
+        raise TrainingError(f"{folder}: {needed / 1e9:.1f} GB are needed, and {free / 1e9:.1f} are free")
+    if not os.access(folder, os.W_OK):
+        raise TrainingError(f"{folder}: cannot be written to; give another --state")
+    return f"{needed / 1e9:.2f} GB needed, {free / 1e9:.1f} GB free in {folder}"

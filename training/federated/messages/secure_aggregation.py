@@ -1,9 +1,9 @@
-"""Secure aggregation with Flower's SecAgg+ (Bell et al., ACM CCS 2020): the server learns the weighted mean alone.
+"""Secure aggregation with Flower's SecAgg+ (Bell et al., ACM CCS 2020): the server learns only the weighted mean.
 
-Members mask their weighted changes with secrets that they share pairwise; the masks cancel in the sum. If one dies in the
-middle, the others reveal its secrets, and only its. Flower 1.41 speaks the protocol in its older message formats: this
-module translates on both sides. It protects from a server that follows the protocol and looks at what it gets; a member
-refuses to take part with fewer than two others.
+Members mask their weighted changes with secrets that they share in pairs, and the masks cancel in the sum. If a member
+disconnects during the protocol, the others reveal the secrets of that member only. Flower 1.41 implements the protocol with
+its older message formats; this module converts on both sides. The protocol protects from a server that follows it but reads
+what it receives. A member refuses to take part with fewer than two others.
 """
 
 from __future__ import annotations
@@ -29,22 +29,26 @@ from training.federated.config import FederationConfig
 from training.federated.messages.serialization import RefusedError, Tensors, unpack
 
 FEWEST = 3
-_THRESHOLD = 2 / 3  # of the members, who must answer to the end
-_LEVELS = 2**22  # to which a change is rounded (at random, and so without bias)
+_THRESHOLD = 2 / 3  # share of the members that must reply in all stages
+_LEVELS = 2**22  # values to which a change is rounded; at random, so without bias
 
 
-def asks_for_masking(message: Message) -> bool:
-    """Whether a message is one of the protocol's."""
+def is_secure_message(message: Message) -> bool:
+    """Return whether a message belongs to the protocol."""
     return RECORD_KEY_CONFIGS in message.content.config_records
 
 
 def secure_mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """At a member: the protocol around the training, for messages that ask for it. RefusedError if it would hide nothing."""
-    if not asks_for_masking(message):
+    """Run the protocol around the training of a member, for messages that belong to it.
+
+    Raises:
+        RefusedError: The number of members or the threshold is so low that nothing would be hidden.
+    """
+    if not is_secure_message(message):
         return call_next(message, context)
-    asked = message.content.config_records[RECORD_KEY_CONFIGS]
-    if asked.get(Key.STAGE) == Stage.SETUP and (
-        cast(int, asked.get(Key.SAMPLE_NUMBER, 0)) < FEWEST or cast(int, asked.get(Key.THRESHOLD, 0)) < 2
+    request = message.content.config_records[RECORD_KEY_CONFIGS]
+    if request.get(Key.STAGE) == Stage.SETUP and (
+        cast(int, request.get(Key.SAMPLE_NUMBER, 0)) < FEWEST or cast(int, request.get(Key.THRESHOLD, 0)) < 2
     ):
         raise RefusedError("secure aggregation of fewer than 3 members, or with a threshold below 2, hides nothing")
     return secaggplus_mod(message, context, lambda m, c: _in_older_format(call_next(m, c)))
@@ -58,7 +62,7 @@ def _in_older_format(reply: Message) -> Message:
         raise RefusedError(reply.error.reason)
     tensors = unpack(next(iter(reply.content.array_records.values())))
     numbers = next(iter(reply.content.metric_records.values()))
-    # At least one dimension: Flower's arithmetic in place does nothing to arrays without any.
+    # At least one dimension: Flower's in-place arithmetic does not change arrays without dimensions.
     parameters = ndarrays_to_parameters([np.atleast_1d(tensors[name].numpy()) for name in sorted(tensors)])
     result = FitRes(Status(Code.OK, ""), parameters, cast(int, numbers["num-examples"]), {})
     reply.content = recorddict_compat.fitres_to_recorddict(result, keep_input=False)
@@ -67,7 +71,13 @@ def _in_older_format(reply: Message) -> Message:
 
 @dataclass(frozen=True)
 class SecureMean:
-    """changes: the mean weighted by images, None if too few answered to the end; images of each node that was heard."""
+    """The result of one round of the protocol.
+
+    Attributes:
+        changes: Mean of the members' changes, weighted by their images; None if too few replied in all stages.
+        images: Number of training images by node, of the nodes that replied.
+        failures: Error texts.
+    """
 
     changes: Tensors | None
     images: Mapping[int, int]
@@ -83,9 +93,16 @@ def secure_mean(
     shapes: Mapping[str, torch.Tensor],
     most_images: int,
 ) -> SecureMean:
-    """At the server: one round of the protocol with these nodes, each of which is sent `records`.
+    """Run one round of the protocol on the server.
 
-    `shapes` are tensors of the names and shapes that are averaged.
+    Args:
+        grid: The connection to the members.
+        federation: Options: the range of a change, the timeout.
+        round_number: From 1.
+        nodes: The members that take part.
+        records: Sent to each of them with the request to train.
+        shapes: Tensors with the names and shapes that are averaged.
+        most_images: Largest number of training images of a member.
     """
     strategy = _Collector(nodes)
     context = LegacyContext(
@@ -109,15 +126,15 @@ def secure_mean(
     if strategy.mean is None:
         return SecureMean(None, {}, failures)
     arrays = parameters_to_ndarrays(strategy.mean)
-    found = {
+    mean = {
         name: torch.from_numpy(array).to(shapes[name].dtype).reshape(shapes[name].shape)
         for name, array in zip(sorted(shapes), arrays, strict=True)
     }
-    return SecureMean(found, strategy.images, failures)
+    return SecureMean(mean, strategy.images, failures)
 
 
 class _Workflow(SecAggPlusWorkflow):
-    """The protocol with our own records in the message that asks for training. `failures` says what went wrong."""
+    """The protocol with our records in the message that asks for training. `failures` are its errors."""
 
     def __init__(self, records: Mapping[str, ArrayRecord | ConfigRecord], **options: Any) -> None:
         super().__init__(**options)
@@ -132,7 +149,7 @@ class _Workflow(SecAggPlusWorkflow):
 
 
 class _Collector:
-    """In the place of an older strategy: names the nodes, and keeps what the protocol found."""
+    """A strategy of the older interface that names the nodes and keeps the result of the protocol."""
 
     def __init__(self, nodes: Sequence[int]) -> None:
         self.nodes = nodes

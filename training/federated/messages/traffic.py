@@ -1,4 +1,4 @@
-"""How many bytes of records cross a grid. What the network's own protocols add is not in it."""
+"""The number of bytes that a grid sends and receives, without those of the network protocols."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from flwr.serverapp import Grid
 
 
 class Traffic(NamedTuple):
-    """Bytes from the server to all members, and back."""
+    """Bytes from the server to all members (`down`) and from them to the server (`up`)."""
 
     down: int = 0
     up: int = 0
 
 
 class CountingGrid:
-    """What the server needs of a Grid, counted."""
+    """A grid that counts the bytes of all records. It has only the methods that the server calls."""
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
@@ -34,10 +34,10 @@ class CountingGrid:
         return replies
 
     def take(self) -> Traffic:
-        """What has crossed since the last call."""
-        counted = Traffic(self._down, self._up)
+        """Return the traffic since the last call."""
+        traffic = Traffic(self._down, self._up)
         self._down = self._up = 0
-        return counted
+        return traffic
 
 
 def _bytes(content: RecordDict) -> int:

@@ -1,4 +1,4 @@
-"""Flower's ServerApp: runs the rounds, and leaves everything in the folder that the run's configuration names as `out`."""
+"""Flower's ServerApp: it runs the rounds in the folder that the run configuration names as `out`."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from dermis.cpus import keep_freed_memory
 from dermis.errors import TrainingError
 from training.federated.config import parse_run_config
 from training.federated.server.rounds import run_federation
 
-_LOG = logging.getLogger("flwr")  # which `flwr run --stream` shows
+_LOG = logging.getLogger("flwr")  # shown by `flwr run --stream`
 app = ServerApp()
+keep_freed_memory()
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Begin the federation, or go on with the one in `out`."""
+    """Start the federation, or continue the one in `out`."""
     out = context.run_config.get("out")
     if not isinstance(out, str) or not out:
         raise TrainingError("out: must name a folder of the server, as in --run-config 'out=\"/federation/first\"'")

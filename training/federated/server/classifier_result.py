@@ -1,8 +1,7 @@
-"""The classifier that a federation becomes: exported, calibrated and measured from counts that members sent.
+"""The classifier of a federation: exported, calibrated and measured from counts that members sent.
 
-Members count how many of their validation and test images have which logit. Added up, that gives every number that the
-images themselves would give, to the width of a bin; only which images are of one patient is not known, so that intervals are
-over images.
+Members count their validation and test images by class and logit. From the sums follow all numbers that the images would
+give, up to the width of a bin. The counts do not tell which images belong to the same patient, so intervals are over images.
 """
 
 from __future__ import annotations
@@ -29,26 +28,39 @@ from training.classifier.run import check_agreement
 from training.federated.config import FederationConfig, classifier_config
 from training.federated.messages.serialization import Tensors
 from training.federated.server.global_state import GlobalState
-from training.federated.server.provenance import federation_facts, federation_section
+from training.federated.server.provenance import federation_provenance, federation_section
 from training.federated.tasks.classifier import BINS, EDGE, STEP, global_network
 
 FOLDER = "classifier"
 _PARTS = ("validation", "test")
-_CHECKED = 4
+_CHECKED_IMAGES = 4
 
 
-def finish(federation: FederationConfig, state: GlobalState, out: Path, counted: Tensors | None) -> Path:
-    """Write (or replace) out/classifier; returns its folder. TrainingError if members' counts lack a class."""
+def write_result(federation: FederationConfig, state: GlobalState, out: Path, counts: Tensors) -> Path:
+    """Write or replace the folder `classifier` in `out`.
+
+    Args:
+        federation: Options.
+        state: The state after the last round.
+        out: The federation's folder.
+        counts: The members' counts (`tasks.classifier.count`), under "MEMBER/NAME".
+
+    Returns:
+        The classifier's folder.
+
+    Raises:
+        TrainingError: The counts have another form, or lack a class.
+    """
     config = classifier_config(federation)
-    counts = counted or {}
-    found = {part: _from_counts(counts, part) for part in _PARTS}
-    for part, (measured, _) in found.items():
-        if len(set(measured.labels)) < 2:
+    parts, logits = dict[str, RealPart](), dict[str, NDArray[np.float64]]()
+    for part in _PARTS:
+        parts[part], logits[part] = _from_counts(counts, part)
+    for part, images in parts.items():
+        if len(set(images.labels)) < 2:
             raise TrainingError(f"the members' {part} images together lack a class: nothing can be measured")
     train = _training_set(state)
-    shift = prior_shift(seen_share(train, config), found["validation"][0].positive_share)
-    parts = {part: measured for part, (measured, _) in found.items()}
-    logits = {part: values + shift for part, (_, values) in found.items()}
+    shift = prior_shift(seen_share(train, config), parts["validation"].positive_share)
+    logits = {part: values + shift for part, values in logits.items()}
     metrics = evaluate(parts, logits, default_threshold=DEFAULT)
     for part in _PARTS:
         patients = [int(v.sum()) for name, v in counts.items() if name.endswith(f"/{part}-patients")]
@@ -56,12 +68,12 @@ def finish(federation: FederationConfig, state: GlobalState, out: Path, counted:
     network = global_network(federation, state.tensors)
     finished = finished_network(network, shift, config.weights_dtype)
     model = to_onnx(finished, config.size, config.weights_dtype)
-    noise = np.random.default_rng(0).integers(0, 256, (_CHECKED, config.size, config.size, 3), dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, (_CHECKED_IMAGES, config.size, config.size, 3), dtype=np.uint8)
     device = next(finished.parameters()).device
     check_agreement(model, noise, logits_of(finished, noise, device))
-    facts = federation_facts(federation, state)
+    provenance = federation_provenance(federation, state)
     mean, std = normalisation(config.architecture, finished.backbone)
-    described = Description(
+    description = Description(
         architecture=config.architecture,
         input=InputSpec(config.size, mean, std),
         class_names=CLASS_NAMES,
@@ -81,11 +93,11 @@ def finish(federation: FederationConfig, state: GlobalState, out: Path, counted:
             },
             "training": {
                 "configuration": config.to_dict(),
-                "weights": _begun_with(federation),
+                "weights": _started_from(federation),
                 "images": federation.iterations * config.batch * sum(member.rounds for member in state.participants),
                 "hardware": "the members' own",
             },
-            "federation": facts,
+            "federation": provenance,
             "scenario": "federated",
             "hours": round(state.seconds / 3600, 3),
             "licence": federation.licence,
@@ -94,21 +106,21 @@ def finish(federation: FederationConfig, state: GlobalState, out: Path, counted:
         },
         metrics=metrics,
     )
-    card = classifier_card(federation.name, described)
-    card = card.replace("\n## Training\n", f"\n{federation_section(facts)}{_INTERVALS}\n## Training\n", 1)
+    card = classifier_card(federation.name, description)
+    card = card.replace("\n## Training\n", f"\n{federation_section(provenance)}{_INTERVALS}\n## Training\n", 1)
     card = card.replace("by bootstrap over patients", "by bootstrap over images", 1)
-    write_classifier(out / FOLDER, described, model, card, replace=(out / FOLDER).exists())
+    write_classifier(out / FOLDER, description, model, card, replace=(out / FOLDER).exists())
     return out / FOLDER
 
 
 _INTERVALS = """
-Measured from counts of logits that the members added up: intervals below are over images, since nobody but a member knows
-which of them are of one patient, and so are a little too narrow.
+Measured from the members' counts of logits. The intervals below are over images, because the counts do not tell which images
+belong to the same patient; so they are a little too narrow.
 """
 
 
 def _from_counts(counts: Tensors, part: str) -> tuple[RealPart, NDArray[np.float64]]:
-    """Labels and logits that have these counts, and of each the member."""
+    """Return images with the labels and members of these counts, without pixels, and their logits."""
     labels, logits, members = [np.zeros(0, np.int64)], [np.zeros(0)], list[str]()
     centres = (np.arange(BINS) + 0.5) * STEP - EDGE
     for name in sorted(name for name in counts if name.endswith(f"/{part}")):
@@ -122,12 +134,13 @@ def _from_counts(counts: Tensors, part: str) -> tuple[RealPart, NDArray[np.float
             members += [name.partition("/")[0]] * len(values)
     joined = np.concatenate(labels)
     groups = tuple(map(str, range(len(joined))))
-    part_of = RealPart(np.zeros((0, 1, 1, 3), np.uint8), joined, groups, groups, {"source": tuple(members)}, "")
-    return part_of, np.concatenate(logits)
+    no_pixels = np.zeros((0, 1, 1, 3), np.uint8)
+    images = RealPart(no_pixels, joined, groups, groups, {"source": tuple(members)}, "")
+    return images, np.concatenate(logits)
 
 
 def _training_set(state: GlobalState) -> TrainingSet:
-    """The members' training labels, for their numbers; no image is known here."""
+    """Return a training set with as many labels of each class as the members have, without pixels."""
     labels = np.repeat(np.arange(2, dtype=np.int64), [state.images_of(name) for name in CLASS_NAMES])
     return TrainingSet((np.zeros((0, 1, 1, 3), np.uint8),), labels)
 
@@ -136,6 +149,6 @@ def _classes(labels: NDArray[np.int64]) -> dict[str, Any]:
     return {name: int((labels == k).sum()) for k, name in enumerate(CLASS_NAMES)}
 
 
-def _begun_with(federation: FederationConfig) -> str:
+def _started_from(federation: FederationConfig) -> str:
     start = federation.start or "imagenet"
     return start if start in ("imagenet", "none") else Path(start).name

@@ -1,4 +1,4 @@
-"""The bundle that a federated generator becomes: an ordinary one, whose card tells of the federation but of no member."""
+"""The bundle of a federated generator: an ordinary bundle whose card describes the federation and names no member."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from dermis.imaging import contact_sheet, encode
 from dermis.networks import Generator
 from training.federated.config import FederationConfig, gan_config
 from training.federated.messages.serialization import Tensors
-from training.federated.server.global_state import GlobalState
-from training.federated.server.provenance import federation_facts, federation_section
+from training.federated.server.global_state import GlobalState, tensors_under
+from training.federated.server.provenance import federation_provenance, federation_section
 from training.gan.card import model_card
 from training.gan.snapshot import GRID, sample_grid
 
@@ -23,16 +23,19 @@ FOLDER = "bundle"
 
 
 def averaged_generator(federation: FederationConfig, tensors: Tensors) -> Generator:
-    """G_ema of the global state."""
+    """Return G_ema of the global tensors."""
     generator = Generator(gan_config(federation, torch.device("cpu")).generator)
-    generator.load_state_dict(_under(tensors, "G_ema/"))
+    generator.load_state_dict(tensors_under(tensors, "G_ema/"))
     return generator.eval().requires_grad_(False)
 
 
-def finish(federation: FederationConfig, state: GlobalState, out: Path, counted: Tensors | None) -> Path:
-    """Write (or replace) out/bundle and the grid of samples; returns the bundle's folder.
+def write_result(federation: FederationConfig, state: GlobalState, out: Path) -> Path:
+    """Write or replace the folder `bundle` and the grid of samples in `out`.
 
-    Without the discriminator, which knows more of the training images than the generator does.
+    The discriminator is left out, since more of the training images can be learnt from it than from the generator.
+
+    Returns:
+        The bundle's folder.
     """
     device = torch.device("cpu")
     generator = averaged_generator(federation, state.tensors)
@@ -55,7 +58,7 @@ def finish(federation: FederationConfig, state: GlobalState, out: Path, counted:
             "changes": [],
             "started_from": {},
         },
-        "federation": federation_facts(federation, state),
+        "federation": federation_provenance(federation, state),
         "licence": federation.licence,
         "attribution": federation.attribution,
         "code_version": __version__,
@@ -80,7 +83,3 @@ def finish(federation: FederationConfig, state: GlobalState, out: Path, counted:
 def _card(federation: FederationConfig, provenance: dict[str, Any]) -> str:
     card = model_card(federation.name, provenance, {})
     return card.replace("\n## Training\n", f"\n{federation_section(provenance['federation'])}\n## Training\n", 1)
-
-
-def _under(tensors: Tensors, prefix: str) -> Tensors:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -1,4 +1,4 @@
-"""What the server of a federation knows after a round, in one file that is replaced whole."""
+"""The state of a federation on the server after a round, in one file that is replaced as a whole."""
 
 from __future__ import annotations
 
@@ -22,24 +22,37 @@ FILE = "federation.safetensors"
 
 @dataclass(frozen=True)
 class Member:
-    """A member as the server knows it: a number in place of a name, and what it told of its data."""
+    """A member as the server knows it: a number in place of a name, and its numbers of images.
+
+    Attributes:
+        rounds: Rounds in which its update was valid.
+    """
 
     name: str
     images: int
     validation: int
     classes: dict[str, int]
-    rounds: int = 0  # in which its update was sound
+    rounds: int = 0
 
 
 @dataclass
 class GlobalState:
-    """After `round` rounds. `strategy` is what the strategy remembers, `privacy` what was spent."""
+    """The state after `round` rounds.
+
+    Attributes:
+        run: Identifies the federation.
+        tensors: The global tensors.
+        strategy: The state of the strategy (`strategies.strategy_state`).
+        members: By node.
+        seconds: Duration of all rounds.
+        privacy: The privacy spent so far (`privacy.privacy_spent`); None without differential privacy.
+    """
 
     run: str
     round: int
     tensors: Tensors
     strategy: Tensors = field(default_factory=dict)
-    members: dict[str, Member] = field(default_factory=dict)  # by node
+    members: dict[str, Member] = field(default_factory=dict)
     seconds: float = 0.0
     bytes_down: int = 0
     bytes_up: int = 0
@@ -47,14 +60,16 @@ class GlobalState:
 
     @property
     def participants(self) -> list[Member]:
-        """Members that have contributed, from the smallest."""
+        """Members that have contributed, ordered by their numbers of images."""
         return sorted((m for m in self.members.values() if m.rounds), key=lambda member: (member.images, member.name))
 
     @property
     def images(self) -> int:
+        """Training images of all participants."""
         return sum(member.images for member in self.participants)
 
     def images_of(self, class_name: str) -> int:
+        """Return the training images of one class of all participants."""
         return sum(member.classes[class_name] for member in self.participants)
 
 
@@ -88,7 +103,14 @@ def save_global(out: Path, state: GlobalState, federation: FederationConfig) -> 
 
 
 def load_global(out: Path, federation: FederationConfig) -> GlobalState | None:
-    """What was saved; None if nothing was. TrainingError if it is of other options, or no such file."""
+    """Read the saved state.
+
+    Returns:
+        The state; None if none was saved.
+
+    Raises:
+        TrainingError: The file cannot be read, or is of a federation with other options.
+    """
     path = out / FILE
     if not path.exists():
         return None
@@ -106,8 +128,11 @@ def load_global(out: Path, federation: FederationConfig) -> GlobalState | None:
             f"{out}: was begun with another {', '.join(changed)}; use the same options, or another folder"
         )
     members = {node: Member(**member) for node, member in scalars.pop("members").items()}
-    return GlobalState(tensors=_under(flat, "global/"), strategy=_under(flat, "strategy/"), members=members, **scalars)
+    return GlobalState(
+        tensors=tensors_under(flat, "global/"), strategy=tensors_under(flat, "strategy/"), members=members, **scalars
+    )
 
 
-def _under(flat: Tensors, prefix: str) -> Tensors:
-    return {name.removeprefix(prefix): value for name, value in flat.items() if name.startswith(prefix)}
+def tensors_under(tensors: Tensors, prefix: str) -> Tensors:
+    """Return the tensors whose names begin with `prefix`, by the rest of the name."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -1,8 +1,8 @@
 """Central differential privacy: Flower's wrapper around FedAvg, with its accountant.
 
-What is protected is a whole hospital's part in the weights that are released each round (neighbours differ by one
-member), not a patient's: with few members the noise that this takes is large. Numbers that are measured beside the weights
-(losses, validation) are outside of it.
+It protects the contribution of a whole member to the weights that are released each round (neighbouring data sets differ by
+one member), not that of a patient. With few members this needs much noise. Measured numbers (losses, validation) are not
+covered.
 """
 
 from __future__ import annotations
@@ -17,9 +17,18 @@ from training.federated.config import FederationConfig
 
 
 def with_privacy(strategy: Strategy, federation: FederationConfig, spent: dict[str, Any] | None) -> Strategy:
-    """The strategy as it is, or with clipping, noise and accounting if the federation asks for noise.
+    """Wrap a strategy with clipping, noise and accounting if the federation has noise.
 
-    `spent` is the accountant's state of earlier rounds. TrainingError if the accountant's package is missing.
+    Args:
+        strategy: FedAvg.
+        federation: Options.
+        spent: The accountant's state after earlier rounds; None before the first.
+
+    Returns:
+        The wrapped strategy; without noise the strategy as it is.
+
+    Raises:
+        TrainingError: The accountant's package is missing.
     """
     if not federation.dp_noise:
         return strategy
@@ -43,13 +52,13 @@ def with_privacy(strategy: Strategy, federation: FederationConfig, spent: dict[s
 
 
 def withdraw_release(strategy: Strategy, round_number: int) -> None:
-    """Nothing is released of a round that failed: it is asked for again, and accounted for once."""
+    """Cancel the accounting of a round that failed: nothing of it is released, and it is counted once when it is repeated."""
     if isinstance(strategy, DifferentialPrivacyServerSideFixedClipping):
         strategy.aggregate_train(round_number, [])
 
 
 def privacy_spent(strategy: Strategy) -> dict[str, Any] | None:
-    """{"epsilon", "delta", "releases"} so far, and the accountant's state; None without privacy."""
+    """Return "epsilon", "delta" and "releases" so far, and the accountant's state as "accountant"; None without privacy."""
     if not isinstance(strategy, DifferentialPrivacyServerSideFixedClipping) or strategy.accountant is None:
         return None
     spent = cast(Any, strategy.privacy_spent())

@@ -1,11 +1,11 @@
-"""Flower's strategies by name, and how the members' updates become the next global model.
+"""Flower's strategies by name, and the aggregation of the members' updates to the next global model.
 
-FedAvg and FedProx average everything with the members' numbers of images as weights. The strategies that mistrust members
-(median, trimmed mean, Krum) choose or rank everything, running averages included: what they keep out of the weights must not
-come in through G_ema. Those with an optimizer at the server (FedAdam, FedYogi, FedAdagrad, FedAvgM) move the weights with it,
-and take the weighted mean of running averages, which are no weights.
+FedAvg and FedProx average all tensors, weighted by the members' numbers of images. Strategies against hostile members
+(median, trimmed mean, Krum) select or rank all tensors, running averages included: values that they keep out of the weights
+must not enter through G_ema. Strategies with an optimizer on the server (FedAdam, FedYogi, FedAdagrad, FedAvgM) apply it to
+the weights only; running averages are averaged.
 
-Flower's strategies compute in float32, in the order of the members' names; the weighted mean beside them in float64.
+Flower's strategies compute in float32, in the order of the members' names; the other weighted means are computed in float64.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
 from dermis.errors import TrainingError
-from training.experiments.experiment import parse_bare
 from training.federated.config import SELECTING, FederationConfig, StrategyName
+from training.federated.messages.replies import WEIGHT, CheckedUpdate
 from training.federated.messages.serialization import Tensors
+from training.options import parse_assignments
 
 STRATEGIES: Mapping[StrategyName, Callable[..., Strategy]] = {
     "fedavg": flower.FedAvg,
@@ -39,23 +40,12 @@ STRATEGIES: Mapping[StrategyName, Callable[..., Strategy]] = {
     "krum": flower.Krum,
     "multikrum": flower.MultiKrum,
 }
-WEIGHT = "num-examples"
-_KEPT = ("m_t", "v_t", "momentum_vector")  # what strategies remember from round to round
-
-
-@dataclass(frozen=True)
-class Sound:
-    """A member's update that was checked. `message` is the reply it came in."""
-
-    member: str
-    message: Message
-    tensors: Tensors
-    images: int
+_STATE = ("m_t", "v_t", "momentum_vector")  # attributes of Flower's strategies that last over rounds
 
 
 @dataclass(frozen=True)
 class _Nodes:
-    """In the place of a Grid, of which strategies want to know the nodes only."""
+    """A substitute for a Grid, of which strategies use only the nodes."""
 
     ids: Sequence[int]
 
@@ -64,19 +54,29 @@ class _Nodes:
 
 
 def new_strategy(federation: FederationConfig) -> Strategy:
-    """Flower's strategy with the options given to it. TrainingError names one that it does not have."""
-    given = parse_bare(federation.strategy_options.split(), "strategy_options: ")
+    """Return Flower's strategy with the federation's options for it.
+
+    Raises:
+        TrainingError: The strategy does not have one of the options; the message names it.
+    """
+    options = parse_assignments(federation.strategy_options.split(), "strategy_options: ")
     if federation.strategy == "fedprox":
-        given = {"proximal_mu": 0.01} | given
-    ours = {"min_train_nodes": 1, "min_evaluate_nodes": 1, "min_available_nodes": 1, "weighted_by_key": WEIGHT}
+        options = {"proximal_mu": 0.01} | options
+    fixed = {"min_train_nodes": 1, "min_evaluate_nodes": 1, "min_available_nodes": 1, "weighted_by_key": WEIGHT}
     try:
-        return STRATEGIES[federation.strategy](**given, **ours)
+        return STRATEGIES[federation.strategy](**options, **fixed)
     except (TypeError, ValueError) as error:
         raise TrainingError(f"strategy_options: {federation.strategy}: {error}") from None
 
 
-def through_strategy(federation: FederationConfig, optimised: Callable[[str], bool], name: str) -> bool:
-    """Whether the strategy decides on this tensor, or else the weighted mean."""
+def strategy_decides(federation: FederationConfig, optimised: Callable[[str], bool], name: str) -> bool:
+    """Return whether the strategy computes the tensor of this name; the others are weighted means.
+
+    Args:
+        federation: Options.
+        optimised: Whether a server optimizer can move the tensor of a name (`FederatedTask.optimised`).
+        name: Name of the tensor.
+    """
     if federation.strategy in SELECTING or federation.dp_noise:
         return True
     return optimised(name)
@@ -85,7 +85,7 @@ def through_strategy(federation: FederationConfig, optimised: Callable[[str], bo
 def instructions(
     strategy: Strategy, round_number: int, weights: Tensors, nodes: Sequence[int], config: ConfigRecord
 ) -> list[Message]:
-    """The strategy's own messages for a round; their contents are its configuration, their arrays are not used."""
+    """Return the strategy's messages for a round. Only their configuration is used, not their arrays."""
     grid = cast(Grid, _Nodes(nodes))
     return list(strategy.configure_train(round_number, _arrays(weights), config, grid))
 
@@ -93,19 +93,26 @@ def instructions(
 def aggregate(
     strategy: Strategy,
     round_number: int,
-    updates: Sequence[Sound],
-    chosen: Callable[[str], bool],
+    updates: Sequence[CheckedUpdate],
+    decides: Callable[[str], bool],
     uniform: bool = False,
 ) -> Tensors | None:
-    """The next global tensors of all names that the updates have. `chosen` tells which ones the strategy decides on.
+    """Aggregate the updates of one round.
 
-    None if the strategy found that it cannot. `uniform` gives every member the same weight in the strategy.
+    Args:
+        strategy: Flower's strategy, after `instructions` of the same round.
+        round_number: From 1.
+        updates: At least one.
+        decides: Whether the strategy computes the tensor of a name; the others are weighted means.
+        uniform: Give every member the same weight in the strategy.
+
+    Returns:
+        The next global tensors, of all names in the updates; None if the strategy returns nothing.
     """
     ordered = sorted(updates, key=lambda update: update.member)
-    of = ordered[0].tensors
-    names = list(of)
-    found = _mean(ordered, [name for name in names if not chosen(name)])
-    decided = [name for name in names if chosen(name)]
+    first = ordered[0].tensors
+    means = _mean(ordered, [name for name in first if not decides(name)])
+    decided = [name for name in first if decides(name)]
     replies = []
     for update in ordered:
         weight = MetricRecord({WEIGHT: 1 if uniform else update.images})
@@ -115,42 +122,42 @@ def aggregate(
     result, _ = strategy.aggregate_train(round_number, replies)
     if result is None:
         return None
-    return found | {name: torch.from_numpy(result[name].numpy().copy()).to(of[name].dtype) for name in decided}
+    return means | {name: torch.from_numpy(result[name].numpy().copy()).to(first[name].dtype) for name in decided}
 
 
 def _arrays(tensors: Tensors) -> ArrayRecord:
-    """As Flower's strategies take them: an array for each weight."""
+    """Convert to the form that Flower's strategies take: one array for each tensor."""
     return ArrayRecord({name: Array(value.detach().cpu().numpy()) for name, value in tensors.items()})
 
 
-def _mean(updates: Sequence[Sound], names: Sequence[str]) -> Tensors:
+def _mean(updates: Sequence[CheckedUpdate], names: Sequence[str]) -> Tensors:
     total = sum(update.images for update in updates)
-    found = {}
+    means = {}
     for name in names:
         mean = sum(update.tensors[name].double() * (update.images / total) for update in updates)
-        found[name] = cast(torch.Tensor, mean).to(updates[0].tensors[name].dtype)
-    return found
+        means[name] = cast(torch.Tensor, mean).to(updates[0].tensors[name].dtype)
+    return means
 
 
-def remembered(strategy: Strategy, weights: Sequence[str]) -> Tensors:
-    """What the strategy must know to go on after a restart, by attribute and weight."""
-    found: dict[str, Any] = {}
-    for attribute in _KEPT:
+def strategy_state(strategy: Strategy, weights: Sequence[str]) -> Tensors:
+    """Return what the strategy needs to continue after a restart, under "ATTRIBUTE/WEIGHT"."""
+    state: dict[str, Any] = {}
+    for attribute in _STATE:
         value = getattr(strategy, attribute, None)
         arrays: Mapping[str, NDArray[Any]] = {}
         if isinstance(value, Mapping):
             arrays = value
         elif value is not None:  # FedAvgM keeps a list, in the order of the weights
             arrays = dict(zip(weights, value, strict=True))
-        found |= {f"{attribute}/{name}": torch.from_numpy(np.array(array)) for name, array in arrays.items()}
-    return found
+        state |= {f"{attribute}/{name}": torch.from_numpy(np.array(array)) for name, array in arrays.items()}
+    return state
 
 
-def remind(strategy: Strategy, tensors: Tensors, weights: Sequence[str]) -> None:
-    """Undo `remembered`."""
-    for attribute in _KEPT:
-        under = {key.partition("/")[2]: value for key, value in tensors.items() if key.startswith(f"{attribute}/")}
-        if not under:
+def restore_strategy(strategy: Strategy, tensors: Tensors, weights: Sequence[str]) -> None:
+    """Set the state of a strategy to `tensors`, which `strategy_state` returned."""
+    for attribute in _STATE:
+        values = {key.partition("/")[2]: value for key, value in tensors.items() if key.startswith(f"{attribute}/")}
+        if not values:
             continue
-        arrays = {name: under[name].numpy() for name in weights}
+        arrays = {name: values[name].numpy() for name in weights}
         setattr(strategy, attribute, arrays if attribute != "momentum_vector" else list(arrays.values()))

@@ -1,4 +1,4 @@
-"""A round on generated images: the real networks and batches, no patient's data, no network."""
+"""A trial round on generated images, with the real networks and batches, but without patients' data or a network."""
 
 from __future__ import annotations
 
@@ -14,16 +14,22 @@ import numpy as np
 
 from dermis.imaging import encode
 from training.federated.config import FederationConfig, classifier_config, gan_config
-from training.federated.server.rounds import read_rounds
+from training.federated.server.record import read_rounds
 from training.federated.simulation.simulate import simulate
 from training.federated.site import Site, use_device
 
-_FEWEST = 40
+_FEWEST_IMAGES = 40
 
 
 @dataclass(frozen=True)
 class DryRound:
-    """What a step took, how much memory the process came to hold, and what a member sends and receives in a round."""
+    """Measurements of a trial round.
+
+    Attributes:
+        memory_bytes: Largest resident memory of this process so far.
+        bytes_down: Received by a member in a round.
+        bytes_up: Sent by a member in a round.
+    """
 
     seconds_per_step: float
     memory_bytes: int
@@ -32,11 +38,20 @@ class DryRound:
 
 
 def dry_round(federation: FederationConfig, device: str, threads: int = 0) -> DryRound:
-    """One step of a lone member on generated images. Raises what a real round would."""
+    """Run one training step of a single member on generated images.
+
+    Args:
+        federation: Options.
+        device: auto, cpu or cuda.
+        threads: Threads of torch on a CPU; 0 for its default.
+
+    Raises:
+        DermisError: As in a real round.
+    """
     use_device(Site(Path(), Path(), device=device, threads=threads))
     cpu = use_device(Site(Path(), Path(), device="cpu"))
     batch = gan_config(federation, cpu).batch if federation.task == "gan" else classifier_config(federation).batch
-    lone = replace(
+    single = replace(
         federation,
         rounds=1,
         iterations=1,
@@ -52,10 +67,10 @@ def dry_round(federation: FederationConfig, device: str, threads: int = 0) -> Dr
     )
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        write_images(root / "data", max(_FEWEST, 3 * batch), federation.resolution, federation.class_names)
+        write_images(root / "data", max(_FEWEST_IMAGES, 3 * batch), federation.resolution, federation.class_names)
         site = Site(root / "data", root / "state", validation=0.0, seed_offset=0, device=device, threads=threads)
         start = time.monotonic()
-        simulate(lone, [site], root / "out")
+        simulate(single, [site], root / "out")
         line = read_rounds(root / "out")[-1]
         seconds = next(iter(line["members"].values())).get("seconds", time.monotonic() - start)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -63,7 +78,7 @@ def dry_round(federation: FederationConfig, device: str, threads: int = 0) -> Dr
 
 
 def write_images(folder: Path, count: int, size: int, class_names: tuple[str, ...]) -> None:
-    """Spots on skin, with a CSV: pixels of no patient."""
+    """Write generated images of dark spots on a light ground, and their CSV file."""
     rng = np.random.default_rng(0)
     (folder / "images").mkdir(parents=True)
     y, x = np.mgrid[:size, :size] / size - 0.5

@@ -1,7 +1,7 @@
-"""A whole federation in one process: the members' apps are called in turn, without Flower's servers and without Ray.
+"""A grid in one process: it calls the members' ClientApps one after another, without Flower's servers and without Ray.
 
-It is what simulations and tests run on. Server and members are the same code as in a real deployment, and messages hold the
-same arrays; only the network and the processes are missing.
+Simulations and tests use it. Server and members are the same code as in a deployment, and messages hold the same arrays;
+only the network and the processes are missing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,13 @@ _CRASHED = 1002
 
 
 class LocalGrid(Grid):
-    """Node i (from 1) has node_configs[i - 1]. What a member raises becomes its answer, as in a deployment."""
+    """A grid whose node i, from 1, is a member with `node_configs[i - 1]`.
+
+    An exception at a member becomes an error reply, as in a deployment.
+
+    Attributes:
+        connected: Nodes that receive messages; tests change it.
+    """
 
     def __init__(
         self, app: ClientApp, node_configs: Sequence[Mapping[str, Any]], run_config: Mapping[str, Any]
@@ -42,31 +48,31 @@ class LocalGrid(Grid):
             if node not in self.connected:
                 continue
             message.metadata.__dict__["_message_id"] = str(number)
-            message.content = _own_copy(message.content)
+            message.content = _copy(message.content)
             try:
                 replies.append(self.app(message, self.contexts[node]))
             except Exception as error:
                 replies.append(Message(Error(_CRASHED, f"{type(error).__name__}: {error}"), reply_to=message))
         return replies
 
-    # What our server never calls.
+    # The rest of the interface, which our server does not call.
     def set_run(self, run: Run) -> None: ...
 
     @property
     def run(self) -> Run:
-        raise RuntimeError("a local grid has no run of Flower's")
+        raise RuntimeError("a local grid has no Flower run")
 
     def create_message(self, *args: Any, **kwargs: Any) -> Message:
         return Message(*args, **kwargs)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        raise RuntimeError("a local grid answers at once: call send_and_receive")
+        raise RuntimeError("a local grid replies immediately: call send_and_receive")
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        raise RuntimeError("a local grid answers at once: call send_and_receive")
+        raise RuntimeError("a local grid replies immediately: call send_and_receive")
 
 
-def _own_copy(content: RecordDict) -> RecordDict:
-    """Each member gets records of its own, as over a network: handlers change them. Arrays are shared, and never changed."""
+def _copy(content: RecordDict) -> RecordDict:
+    """Copy the records for one member, since handlers change them. Arrays are shared, as nothing changes them."""
     copied: dict[str, Any] = {name: cast(Any, type(record))(dict(record)) for name, record in content.items()}
     return RecordDict(copied)

@@ -1,4 +1,4 @@
-"""Hospitals that are played on one machine: one source divided by patient, each part a member."""
+"""Simulated hospitals on one machine: one source of images divided by patient, each part a member."""
 
 from __future__ import annotations
 
@@ -18,17 +18,35 @@ SPLIT = "hospitals"
 
 
 def hospital_sizes(count: int, sizes: Sequence[float] = ()) -> dict[str, float]:
-    """Names and sizes: those given, the paper's if there are three, else equal ones."""
+    """Return proportions of images by the hospital's name.
+
+    Args:
+        count: Number of hospitals. Without `sizes`, three have the paper's sizes, and other numbers equal ones.
+        sizes: Proportions, one for each hospital.
+    """
     if sizes:
         return {f"hospital-{i}": size for i, size in enumerate(sizes, 1)}
     return dict(HOSPITALS) if count == 3 else {f"hospital-{i}": 1 / count for i in range(1, count + 1)}
 
 
 def divide(source: Source, sizes: Mapping[str, float], out: Path, seed: int = 0) -> dict[str, Path]:
-    """A CSV for each hospital in out/hospitals, written once: what is there is used again. DataError as of the split."""
+    """Divide images by patient among hospitals, as CSV files in out/hospitals. An existing division is used again.
+
+    Args:
+        source: The images.
+        sizes: Proportions by name.
+        out: Folder of the federation.
+        seed: Decides the division.
+
+    Returns:
+        The CSV file of each hospital.
+
+    Raises:
+        DataError: The images cannot be divided in this way.
+    """
     folder = out / SPLIT
     if not folder.exists():
-        # Sizes are proportions here: all images are given out.
+        # The sizes are proportions: every image belongs to a hospital.
         scale = len(source.records) / sum(sizes.values())
         targets = {name: size * scale for name, size in sizes.items()}
         write_split(source, split_by_patient(source.records, targets, seed), folder)
@@ -36,7 +54,11 @@ def divide(source: Source, sizes: Mapping[str, float], out: Path, seed: int = 0)
 
 
 def hospitals_of_split(folder: Path) -> dict[str, Path]:
-    """The CSV of each part that `dermis data split` wrote, but for the rest. DataError if the folder is no split."""
+    """Return the CSV file of each part that `dermis data split` wrote, except the rest.
+
+    Raises:
+        DataError: The folder is not a split.
+    """
     names = sorted(set(read_split(folder).values()) - {REST})
     return {name: folder / f"{name}.csv" for name in names}
 
@@ -52,7 +74,7 @@ def hospital_sites(
     device: str = "auto",
     threads: int = 0,
 ) -> dict[str, Site]:
-    """A site for each hospital. They have different seeds, and their states in out/members."""
+    """Return a site for each hospital, with different seeds and with their states in out/members."""
     return {
         name: Site(
             data,
@@ -77,6 +99,6 @@ def simulate(
     tell: Callable[[str], None] = lambda text: None,
     on_round: OnRound | None = None,
 ) -> GlobalState:
-    """`run_federation` with these members in this process. The same call goes on with what `out` holds."""
+    """Run `run_federation` with these members in this process. The same call continues a federation that was stopped."""
     grid = LocalGrid(app, [site.to_node_config() for site in sites], federation.to_run_config())
     return run_federation(grid, federation, out, tell=tell, on_round=on_round)

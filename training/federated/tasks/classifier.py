@@ -1,7 +1,7 @@
-"""Federated training of a classifier, at the server's beginning and at a member.
+"""Federated training of a classifier: the first weights on the server, training, measuring and counting at a member.
 
-What travels are the weights that are trained, by their names, and the running averages of batch norms that are not frozen.
-What is frozen is the same at all members, since they all begin with the same published weights.
+The tensors that are exchanged are the trained weights, by their names, and the running averages of batch norms that are not
+frozen. Frozen weights are the same at all members, since all start from the same published weights.
 """
 
 from __future__ import annotations
@@ -31,40 +31,42 @@ from training.federated.messages.serialization import Tensors
 from training.federated.site import Site, site_classifier_data, site_seed, use_device
 from training.federated.tasks import client_state
 from training.federated.tasks.proximal import proximal_pull
-from training.federated.tasks.task import Order, Update
+from training.federated.tasks.task import FederatedTask, TrainingOrder, Update
 from training.gan.checkpoint import load_checkpoint, save_checkpoint
 from training.gan.parallel import Ranks
 
-EDGE, STEP = 25.0, 0.01  # logits are counted from -EDGE to EDGE in steps
+EDGE, STEP = 25.0, 0.01  # logits are counted in bins of width STEP from -EDGE to EDGE
 BINS = round(2 * EDGE / STEP)
 
 
 def averaged(name: str) -> bool:
+    """Return whether members send back the tensor of this name: all do."""
     return True
 
 
 def optimised(name: str) -> bool:
+    """Return whether this is a weight, which a server optimizer can move, and not a running average."""
     return not name.endswith(("running_mean", "running_var"))
 
 
 def begin(federation: FederationConfig) -> Tensors:
-    """The published weights (or what `start` names) with a new last layer."""
+    """Return the published weights, or those that `start` names, with a new last layer."""
     network, _ = _network(federation)
-    return {name: value.clone() for name, value in travelling(network, classifier_config(federation)).items()}
+    return {name: value.clone() for name, value in exchanged(network, classifier_config(federation)).items()}
 
 
 @lru_cache(maxsize=2)
 def shapes(federation: FederationConfig) -> Tensors:
-    """Tensors of the names and shapes that are exchanged."""
+    """Return tensors with the names and shapes that are exchanged."""
     network, _ = _network(federation)
-    return travelling(network, classifier_config(federation))
+    return exchanged(network, classifier_config(federation))
 
 
-def travelling(network: TorchClassifier, config: ClassifierConfig) -> Tensors:
-    """What is exchanged, by name, as tensors on the CPU."""
+def exchanged(network: TorchClassifier, config: ClassifierConfig) -> Tensors:
+    """Return the tensors that are exchanged, by name, on the CPU."""
     frozen = {id(buffer) for module in freeze(network, config) for buffer in module.buffers()}
-    found = {name: value.detach().cpu() for name, value in network.named_parameters() if value.requires_grad}
-    return found | {
+    weights = {name: value.detach().cpu() for name, value in network.named_parameters() if value.requires_grad}
+    return weights | {
         name: buffer.detach().cpu()
         for name, buffer in network.named_buffers()
         if buffer.is_floating_point() and id(buffer) not in frozen and name.startswith("backbone.")
@@ -72,16 +74,16 @@ def travelling(network: TorchClassifier, config: ClassifierConfig) -> Tensors:
 
 
 def describe(federation: FederationConfig, site: Site) -> dict[str, int]:
-    """Training images, those of each class, and validation images."""
+    """Return the numbers of training images, of those in each class, and of validation images."""
     if federation.class_names != CLASS_NAMES:
-        raise TrainingError(f"classes: a classifier tells {', '.join(CLASS_NAMES)}; give these")
+        raise TrainingError(f"classes: a classifier distinguishes {', '.join(CLASS_NAMES)}; give these")
     real = _real(federation, site)
     per_class = {f"images-{name}": count for name, count in real.train.classes.items()}
     return {"images": len(real.train.labels), "validation": len(real.validation.labels), **per_class}
 
 
-def train(order: Order, site: Site) -> Update:
-    """Some steps of Adam from the global weights, with this hospital's images and its own optimizer."""
+def train(order: TrainingOrder, site: Site) -> Update:
+    """Train from the global weights for some steps of Adam, with this member's images and its own optimizer."""
     federation, device = order.federation, use_device(site)
     config, real = classifier_config(federation), _real(federation, site)
     local = replace(config, seed=site_seed(site, config.seed, real.train.sha256))
@@ -91,7 +93,7 @@ def train(order: Order, site: Site) -> Update:
     previous = client_state.latest_before(site, order.run, order.round)
     if previous is not None:
         load_checkpoint(previous, {}, {"optimizer": state.optimizer}, {})
-    _take(network, order.tensors)
+    _set_tensors(network, order.tensors)
     training = TrainingSet((real.train.images,), real.train.labels)
     features = _features(network, training, site, order.run, ranks) if config.cached_features else None
     start, before = time.monotonic(), (order.round - 1) * federation.iterations
@@ -102,11 +104,11 @@ def train(order: Order, site: Site) -> Update:
     )
     client_state.forget_old(site, order.run, order.round)
     stats = {"loss": losses / federation.iterations, "seconds": time.monotonic() - start}
-    return Update(travelling(network, config), len(real.train.labels), stats)
+    return Update(exchanged(network, config), len(real.train.labels), stats)
 
 
 def evaluate(federation: FederationConfig, site: Site, tensors: Tensors) -> dict[str, float]:
-    """Area under the ROC curve and log loss on this hospital's validation images."""
+    """Measure the area under the ROC curve and the log loss on this member's validation images."""
     device, part = use_device(site), _real(federation, site).validation
     network = global_network(federation, tensors)
     logits = logits_of(network, part.images, device)
@@ -119,21 +121,25 @@ def evaluate(federation: FederationConfig, site: Site, tensors: Tensors) -> dict
 
 
 def count(federation: FederationConfig, site: Site, tensors: Tensors) -> Tensors:
-    """How many validation and test images of each class have which logit: int64 [2, BINS], and how many patients.
+    """Count validation and test images by class and logit.
 
     The logits are those of the network as it will be stored.
+
+    Returns:
+        For each part, "validation" and "test", counts int64 [2, BINS], and under "PART-patients" the number of patients,
+        int64 [1].
     """
     device, real, config = use_device(site), _real(federation, site), classifier_config(federation)
     network = global_network(federation, tensors)
     finished = finished_network(network, 0.0, config.weights_dtype)
-    found: Tensors = {}
+    counts: Tensors = {}
     for name in ("validation", "test"):
         part = real.parts[name]
-        places = ((logits_of(finished, part.images, device) + EDGE) / STEP).clip(0, BINS - 1).astype(np.int64)
-        counts = [np.bincount(places[part.labels == label], minlength=BINS) for label in (0, 1)]
-        found[name] = torch.from_numpy(np.stack(counts).astype(np.int64))
-        found[f"{name}-patients"] = torch.tensor([len(set(part.groups))])
-    return found
+        bins = ((logits_of(finished, part.images, device) + EDGE) / STEP).clip(0, BINS - 1).astype(np.int64)
+        by_class = [np.bincount(bins[part.labels == label], minlength=BINS) for label in (0, 1)]
+        counts[name] = torch.from_numpy(np.stack(by_class).astype(np.int64))
+        counts[f"{name}-patients"] = torch.tensor([len(set(part.groups))])
+    return counts
 
 
 def _steps(
@@ -146,7 +152,7 @@ def _steps(
     mu: float,
     ranks: Ranks,
 ) -> float:
-    """`count` steps after the first `before` ones, which are numbered through all epochs. The sum of their losses."""
+    """Run `count` steps after the first `before` ones, numbered through all epochs; returns the sum of their losses."""
     progress, adjust, total, end = state.progress, proximal_pull([state.network], mu), 0.0, before + count
     while before < end:
         length = len(epoch_order(training.labels, config, 0, ranks))
@@ -163,9 +169,9 @@ def _steps(
 
 
 def global_network(federation: FederationConfig, tensors: Tensors) -> TorchClassifier:
-    """The network with these weights."""
+    """Return the network with these weights."""
     network, _ = _network(federation)
-    _take(network, tensors)
+    _set_tensors(network, tensors)
     return network
 
 
@@ -180,19 +186,19 @@ def _network(federation: FederationConfig) -> tuple[TorchClassifier, list[torch.
 
 @lru_cache(maxsize=1)
 def _template(federation: FederationConfig) -> TorchClassifier:
-    """Reading the published weights, and checking that they can be exported, takes longer than a copy."""
+    """Cached, since reading the published weights and checking that they can be exported takes longer than a copy."""
     return new_network(classifier_config(federation), federation.start or "imagenet")
 
 
 @torch.no_grad()
-def _take(network: TorchClassifier, tensors: Tensors) -> None:
-    mine = dict(network.named_parameters()) | dict(network.named_buffers())
+def _set_tensors(network: TorchClassifier, tensors: Tensors) -> None:
+    own = dict(network.named_parameters()) | dict(network.named_buffers())
     for name, value in tensors.items():
-        mine[name].copy_(value)
+        own[name].copy_(value)
 
 
 def _features(network: TorchClassifier, training: TrainingSet, site: Site, run: str, ranks: Ranks) -> Tensor:
-    """Features of all training images, which never change when the last layer alone is trained: computed once a run."""
+    """Return the features of all training images. They never change if only the last layer is trained: computed once a run."""
     file = site.state / run / "features.npy"
     shape = (len(training), network.head.in_features)
     array = read_array(file, shape)
@@ -201,3 +207,15 @@ def _features(network: TorchClassifier, training: TrainingSet, site: Site, run: 
         with new_array(file, shape, np.float32) as kept:
             kept[:] = array
     return torch.from_numpy(array).to(ranks.device)
+
+
+TASK = FederatedTask(
+    begin=begin,
+    shapes=shapes,
+    averaged=averaged,
+    optimised=optimised,
+    describe=describe,
+    train=train,
+    evaluate=evaluate,
+    count=count,
+)

@@ -1,7 +1,7 @@
-"""What a member keeps to itself between rounds: optimizers, and for a network that is not exchanged its weights.
+"""The state that a member keeps between rounds and does not send: optimizers, and the weights of networks not exchanged.
 
-One file a round, `round-000012.safetensors`, so that a round which is asked for again begins where it began before. The
-last two are kept.
+There is one file for each round, `round-000012.safetensors`, so that a repeated round starts from the same state as the
+first time. The last two files are kept.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ _PATTERN = re.compile(r"round-(\d{6})\.safetensors")
 
 
 def path_of(site: Site, run: str, round_number: int) -> Path:
-    """Where the state after a round lies."""
+    """Return the file of the state after a round. Its folder is created."""
     folder = site.state / run
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"round-{round_number:06d}.safetensors"
 
 
 def latest_before(site: Site, run: str, round_number: int) -> Path | None:
-    """The state after the last round that this member took part in before `round_number`; None if there is none."""
+    """Return the state after the last round before `round_number` that this member took part in; None if there is none."""
     earlier = [(number, path) for number, path in _states(site, run) if number < round_number]
     return max(earlier)[1] if earlier else None
 
 
 def forget_old(site: Site, run: str, round_number: int) -> None:
-    """Keep the states after this round and the ones before it that could be asked for again."""
+    """Delete all states but the one after this round and the one before it, from which the round can be repeated."""
     kept = sorted(number for number, _ in _states(site, run) if number <= round_number)[-_KEPT:]
     for number, path in _states(site, run):
         if number not in kept:
@@ -40,5 +40,5 @@ def _states(site: Site, run: str) -> list[tuple[int, Path]]:
     folder = site.state / run
     if not folder.is_dir():
         return []
-    found = [(_PATTERN.fullmatch(path.name), path) for path in folder.iterdir()]
-    return sorted((int(match[1]), path) for match, path in found if match)
+    matches = [(_PATTERN.fullmatch(path.name), path) for path in folder.iterdir()]
+    return sorted((int(match[1]), path) for match, path in matches if match)

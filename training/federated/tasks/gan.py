@@ -1,9 +1,10 @@
-"""Federated training of StyleGAN2-ADA, at the server's beginning and at a member.
+"""Federated training of StyleGAN2-ADA: the first weights on the server, training and measuring at a member.
 
-What travels, by name: "G/...", "G_ema/..." and "D/..." (unless only the generator is shared), "pl_mean" and "p", the
-strength of augmentation; with a shared optimizer also "G_opt/..." and "D_opt/...". All of it is averaged, running
-averages such as `w_avg` and G_ema included: they are linear in what they average. What never changes, the constant noise
-and the filters, goes out to the members, who must draw the same images, and does not come back.
+The tensors that are exchanged have the names "G/...", "G_ema/...", "D/..." (unless only the generator is shared),
+"pl_mean", and "p" (the strength of augmentation); with a shared optimizer also "G_opt/..." and "D_opt/...". All of them
+are averaged, also running averages such as `w_avg` and G_ema, which are linear in what they average. The constant noise and
+the filters never change: the server sends them, so that all members generate the same images, and members do not send
+them back.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from training.federated.messages.serialization import RefusedError, Tensors
 from training.federated.site import Site, SiteImages, site_images, site_seed, use_device
 from training.federated.tasks import client_state
 from training.federated.tasks.proximal import proximal_pull
-from training.federated.tasks.task import Order, Update
+from training.federated.tasks.task import FederatedTask, TrainingOrder, Update
 from training.gan.batches import batches
 from training.gan.health import Health
 from training.gan.parallel import Ranks
@@ -39,7 +40,7 @@ from training.gan.state import State, load_state, new_state, save_state
 from training.gan.step import training_step
 from training.gan.transfer import read_source, transfer
 
-FEWEST = 10  # validation images below which a distance says nothing
+FEWEST = 10  # validation images; with fewer a distance has no meaning
 _FIXED = ("noise_const", "resample_filter")
 _RUNNING = ("G_ema/", "G_opt/", "D_opt/", "pl_mean", "p")
 _BATCH = 32
@@ -47,54 +48,59 @@ _SLOTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 def averaged(name: str) -> bool:
+    """Return whether members send back the tensor of this name."""
     return not name.endswith(_FIXED)
 
 
 def optimised(name: str) -> bool:
-    """Weights of G and D: a server optimizer moves them, and leaves running averages to the mean."""
+    """Return whether this is a weight of G or D, which a server optimizer can move; running averages are always averaged."""
     return averaged(name) and not name.startswith(_RUNNING) and not name.endswith(("w_avg", "_u", "_v"))
 
 
 def begin(federation: FederationConfig) -> Tensors:
-    """Random weights of the federation's seed, or those of `start`."""
+    """Return random weights from the federation's seed, or those of `start`."""
     device = torch.device("cpu")
     state = new_state(gan_config(federation, device), device)
     if federation.start:
         transfer(read_source(Path(federation.start)), state)
-    return {name: value.clone() for name, value in travelling(state, federation).items()}
+    return {name: value.clone() for name, value in exchanged(state, federation).items()}
 
 
 @lru_cache(maxsize=2)
 def shapes(federation: FederationConfig) -> Tensors:
-    """Tensors of the names and shapes that are exchanged; what is in them means nothing."""
+    """Return tensors with the names and shapes that are exchanged; their values mean nothing."""
     device = torch.device("cpu")
-    return travelling(new_state(gan_config(federation, device), device), federation)
+    return exchanged(new_state(gan_config(federation, device), device), federation)
 
 
-def travelling(state: State, federation: FederationConfig) -> Tensors:
-    """What is exchanged, by name, as tensors on the CPU; a change of them changes nothing."""
+def exchanged(state: State, federation: FederationConfig) -> Tensors:
+    """Return the tensors that are exchanged, by name, on the CPU. On the CPU they can share memory with the state."""
     networks: dict[str, nn.Module] = {"G": state.G, "G_ema": state.G_ema}
     if federation.share == "both":
         networks["D"] = state.D
-    found = {
+    tensors = {
         f"{network}/{name}": value.detach().cpu()
         for network, module in networks.items()
         for name, value in module.state_dict().items()
         if value.is_floating_point()
     }
-    found["pl_mean"] = state.pl_mean.detach().cpu().reshape(1)
-    found["p"] = torch.tensor([state.adaptive.p], dtype=torch.float64)
+    tensors["pl_mean"] = state.pl_mean.detach().cpu().reshape(1)
+    tensors["p"] = torch.tensor([state.adaptive.p], dtype=torch.float64)
     if federation.optimizer == "shared":
         for name, optimizer in _optimizers(state, federation).items():
-            found |= {f"{name}/{key}": value for key, value in _slots(optimizer).items()}
-    return found
+            tensors |= {f"{name}/{key}": value for key, value in _slots(optimizer).items()}
+    return tensors
 
 
 @torch.no_grad()
-def take(state: State, federation: FederationConfig, tensors: Tensors) -> None:
-    """Put what was received into the state; what it does not hold stays. RefusedError if it does not fit."""
-    mine = travelling(state, federation)
-    if mine.keys() != tensors.keys() or any(mine[name].shape != tensors[name].shape for name in mine):
+def set_tensors(state: State, federation: FederationConfig, tensors: Tensors) -> None:
+    """Copy received tensors into the state; the rest of the state stays as it is.
+
+    Raises:
+        RefusedError: Names or shapes are not those of this federation's options.
+    """
+    own = exchanged(state, federation)
+    if own.keys() != tensors.keys() or any(own[name].shape != tensors[name].shape for name in own):
         raise RefusedError("the global model has other tensors than this federation's options make")
     for network, module in (("G", state.G), ("G_ema", state.G_ema), ("D", state.D)):
         for name, value in module.state_dict().items():
@@ -108,19 +114,19 @@ def take(state: State, federation: FederationConfig, tensors: Tensors) -> None:
 
 
 def describe(federation: FederationConfig, site: Site) -> dict[str, int]:
-    """Training images, those of each class, and validation images."""
+    """Return the numbers of training images, of those in each class, and of validation images."""
     images = _images(federation, site)
     counts = np.bincount(images.train.labels, minlength=len(federation.class_names))
     per_class = {f"images-{name}": int(count) for name, count in zip(federation.class_names, counts, strict=True)}
-    held = 0 if images.validation is None else len(images.validation.labels)
-    return {"images": len(images.train.labels), "validation": held, **per_class}
+    validation = 0 if images.validation is None else len(images.validation.labels)
+    return {"images": len(images.train.labels), "validation": validation, **per_class}
 
 
-def train(order: Order, site: Site) -> Update:
-    """Some iterations from the global state, with this hospital's images and its own optimizers.
+def train(order: TrainingOrder, site: Site) -> Update:
+    """Train from the global tensors for some iterations, with this member's images and its own optimizers.
 
-    Steps are numbered through all rounds, so that what is random in a round does not depend on which ones this member
-    took part in. A lone member computes what `training.gan.loop.train` does, bit for bit on the CPU.
+    Steps are numbered through all rounds, so that the random numbers of a round do not depend on which earlier rounds this
+    member took part in. A federation of one member computes the same as `training.gan.loop.train`, bit for bit on the CPU.
     """
     federation, device = order.federation, use_device(site)
     images = _images(federation, site)
@@ -132,7 +138,7 @@ def train(order: Order, site: Site) -> Update:
     previous = client_state.latest_before(site, order.run, order.round)
     if previous is not None:
         load_state(previous, state, local, dataset)
-    take(state, federation, order.tensors)
+    set_tensors(state, federation, order.tensors)
     checkpoint = client_state.path_of(site, order.run, order.round)
     state.progress.step = (order.round - 1) * federation.iterations
     state.progress.nimg = state.progress.step * config.batch
@@ -149,15 +155,18 @@ def train(order: Order, site: Site) -> Update:
     state.progress.seconds += time.monotonic() - start
     save_state(checkpoint, state, local, dataset)
     client_state.forget_old(site, order.run, order.round)
-    found = {name: value for name, value in travelling(state, federation).items() if averaged(name)}
+    tensors = {name: value for name, value in exchanged(state, federation).items() if averaged(name)}
     means = {name: float(np.mean(values)) for name, values in totals.items() if not name.endswith("_gradient")}
-    return Update(found, len(dataset.labels), means | {"seconds": time.monotonic() - start})
+    return Update(tensors, len(dataset.labels), means | {"seconds": time.monotonic() - start})
 
 
 def evaluate(federation: FederationConfig, site: Site, tensors: Tensors) -> dict[str, float]:
-    """Distances of the averaged generator's images to this hospital's validation images; empty if it has too few.
+    """Measure the distance of generated images to this member's validation images.
 
-    Classes are mixed as among the validation images. No image leaves: what is returned are the numbers.
+    The generated images have the same proportions of classes as the validation images.
+
+    Returns:
+        Numbers as of `distances`; none if there are fewer than `FEWEST` validation images.
     """
     device = use_device(site)
     images = _images(federation, site)
@@ -173,10 +182,14 @@ def evaluate(federation: FederationConfig, site: Site, tensors: Tensors) -> dict
 def distances(
     generator: Generator, real: ImageDataset, federation: FederationConfig, device: torch.device, site: Site
 ) -> dict[str, float]:
-    """FID and KID in the federation's feature space, of its number of generated images against `real`."""
+    """Compute FID and KID of generated images against `real`, in the federation's feature space.
+
+    Returns:
+        "fid", "kid", and the numbers of real ("images") and of generated images ("generated").
+    """
     space = feature_extractor(federation.extractor, device)
     labels = labels_in_proportion(real.labels, federation.evaluate_images)
-    generated = space.over(_draw(generator, labels, federation.seed, device))
+    generated = space.over(_generate(generator, labels, federation.seed, device))
     features = real_features(real, space, site.cache)
     kid, _ = kernel_distance(features, generated)
     return {
@@ -191,7 +204,9 @@ def _images(federation: FederationConfig, site: Site) -> SiteImages:
     return site_images(site, federation.class_names, federation.binary, federation.resolution)
 
 
-def _draw(generator: Generator, labels: NDArray[np.int64], seed: int, device: torch.device) -> list[NDArray[np.uint8]]:
+def _generate(
+    generator: Generator, labels: NDArray[np.int64], seed: int, device: torch.device
+) -> list[NDArray[np.uint8]]:
     parts = [range(start, min(start + _BATCH, len(labels))) for start in range(0, len(labels), _BATCH)]
     return [draw_samples(generator, seed, part, labels[part.start : part.stop], device) for part in parts]
 
@@ -202,16 +217,16 @@ def _optimizers(state: State, federation: FederationConfig) -> dict[str, torch.o
 
 
 def _slots(optimizer: torch.optim.Optimizer) -> Tensors:
-    """Adam's averages by parameter and name; zeros before the first step."""
-    found: Tensors = {}
+    """Return Adam's averages by the number of the parameter and their name; zeros before the first step."""
+    averages: Tensors = {}
     for i, parameter in enumerate(_parameters(optimizer)):
         slots = optimizer.state.get(parameter, {})
         for name in _SLOTS:
             empty = torch.zeros(1) if name == "step" else torch.zeros_like(parameter)
-            found[f"{i}/{name}"] = torch.as_tensor(slots.get(name, empty)).detach().cpu().float()
+            averages[f"{i}/{name}"] = torch.as_tensor(slots.get(name, empty)).detach().cpu().float()
             if name == "step":
-                found[f"{i}/{name}"] = found[f"{i}/{name}"].reshape(1)
-    return found
+                averages[f"{i}/{name}"] = averages[f"{i}/{name}"].reshape(1)
+    return averages
 
 
 def _fill_slots(optimizer: torch.optim.Optimizer, prefix: str, tensors: Tensors) -> None:
@@ -228,3 +243,14 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 def _fused(optimizer: torch.optim.Optimizer) -> bool:
     return bool(optimizer.param_groups[0].get("fused"))
+
+
+TASK = FederatedTask(
+    begin=begin,
+    shapes=shapes,
+    averaged=averaged,
+    optimised=optimised,
+    describe=describe,
+    train=train,
+    evaluate=evaluate,
+)

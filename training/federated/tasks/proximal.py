@@ -1,4 +1,4 @@
-"""FedProx at a member (Li et al., arXiv 1812.06127): weights are pulled towards the global ones that the round began with."""
+"""The proximal term of FedProx (Li et al., arXiv 1812.06127): it pulls weights towards the global weights of the round."""
 
 from __future__ import annotations
 
@@ -9,7 +9,17 @@ from torch import Tensor, nn
 
 
 def proximal_pull(modules: Iterable[nn.Module], mu: float) -> Callable[[nn.Module], None] | None:
-    """Adds the gradient of mu / 2 |w - w0|^2 to that of a module, w0 being its weights now. None if mu is 0."""
+    """Return a function that adds the gradient of the proximal term to the gradients of a module.
+
+    The term is mu / 2 * ||w - w0||^2, where w0 are the weights at the time of this call (eq. 2 of the paper).
+
+    Args:
+        modules: The networks that are trained.
+        mu: Strength of the term.
+
+    Returns:
+        The function, for one of these modules; None if mu is 0.
+    """
     if not mu:
         return None
     anchors: dict[nn.Module, list[Tensor]] = {

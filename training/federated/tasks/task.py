@@ -1,26 +1,28 @@
-"""What a federation can train, as the functions that its apps call: a generator or a classifier."""
+"""The interface of a training that a federation can run, and the implementation for each task."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-from training.federated.config import FederationConfig, TaskName
+from training.federated.config import FederationConfig
 from training.federated.messages.serialization import Tensors
 from training.federated.site import Site
 
-if TYPE_CHECKING:
-    from training.federated.server.global_state import GlobalState
-
 
 @dataclass(frozen=True)
-class Order:
-    """What the server asks of a member: train in `round` (from 1), from these tensors."""
+class TrainingOrder:
+    """The server's request to a member: train in a round, starting from the global tensors.
+
+    Attributes:
+        run: Identifies the federation, for the member's own state.
+        round: From 1.
+        tensors: The global tensors.
+        proximal_mu: Strength of the proximal term (FedProx); 0 for none.
+    """
 
     federation: FederationConfig
-    run: str  # identifies the federation, for the member's own state
+    run: str
     round: int
     tensors: Tensors
     proximal_mu: float = 0.0
@@ -28,7 +30,7 @@ class Order:
 
 @dataclass(frozen=True)
 class Update:
-    """A member's answer: all tensors that are averaged, and its numbers."""
+    """The result of a member's training: all tensors that are averaged, the number of training images, and statistics."""
 
     tensors: Tensors
     images: int
@@ -36,16 +38,18 @@ class Update:
 
 
 @dataclass(frozen=True)
-class Task:
+class FederatedTask:
     """Functions of one kind of training.
 
-    begin      the first global tensors, at the server
-    shapes     tensors of the names and shapes of those, whatever is in them, at a member
-    averaged   whether a tensor of this name comes back from members; the others stay as they began
-    optimised  whether a tensor of this name may be moved by a server optimizer: weights, not running averages
-    describe   what a member tells of its data: counts alone
-    train, evaluate, count   at a member; `count` returns integer arrays that members' answers are summed of
-    finish     write what the federation has come to (a bundle, a classifier) into a folder, and return its path
+    Attributes:
+        begin: Returns the first global tensors. Runs on the server.
+        shapes: Returns tensors with the names and shapes of the global tensors; their values mean nothing.
+        averaged: Whether members send back the tensor of this name; the others keep their first values.
+        optimised: Whether a server optimizer can move the tensor of this name: weights, not running averages.
+        describe: Returns the numbers of images of a member.
+        train: Trains at a member.
+        evaluate: Measures the global model at a member.
+        count: Returns arrays of integers that the server adds up over the members; None if the task has none.
     """
 
     begin: Callable[[FederationConfig], Tensors]
@@ -53,53 +57,6 @@ class Task:
     averaged: Callable[[str], bool]
     optimised: Callable[[str], bool]
     describe: Callable[[FederationConfig, Site], dict[str, int]]
-    train: Callable[[Order, Site], Update]
+    train: Callable[[TrainingOrder, Site], Update]
     evaluate: Callable[[FederationConfig, Site, Tensors], dict[str, float]]
-    count: Callable[[FederationConfig, Site, Tensors], Tensors] | None
-    finish: Callable[[FederationConfig, GlobalState, Path, Tensors | None], Path]
-    metric: str
-    """The measurement that curves show: "fid" (less is better) or "auc"."""
-
-
-def task_of(federation: FederationConfig) -> Task:
-    """The functions of the federation's task; imports what they need."""
-    return _TASKS[federation.task]()
-
-
-def _gan() -> Task:
-    from training.federated.server import gan_result
-    from training.federated.tasks import gan as gan_task
-
-    return Task(
-        gan_task.begin,
-        gan_task.shapes,
-        gan_task.averaged,
-        gan_task.optimised,
-        gan_task.describe,
-        gan_task.train,
-        gan_task.evaluate,
-        None,
-        gan_result.finish,
-        "fid",
-    )
-
-
-def _classifier() -> Task:
-    from training.federated.server import classifier_result
-    from training.federated.tasks import classifier as classifier_task
-
-    return Task(
-        classifier_task.begin,
-        classifier_task.shapes,
-        classifier_task.averaged,
-        classifier_task.optimised,
-        classifier_task.describe,
-        classifier_task.train,
-        classifier_task.evaluate,
-        classifier_task.count,
-        classifier_result.finish,
-        "auc",
-    )
-
-
-_TASKS: Mapping[TaskName, Callable[[], Task]] = {"gan": _gan, "classifier": _classifier}
+    count: Callable[[FederationConfig, Site, Tensors], Tensors] | None = None
