@@ -126,7 +126,7 @@ def _from_counts(counts: Tensors, part: str) -> tuple[RealPart, NDArray[np.float
     for name in sorted(name for name in counts if name.endswith(f"/{part}")):
         table = counts[name].numpy()
         if table.shape != (2, BINS) or table.dtype != np.int64 or table.min() < 0 or table.sum() > 10**8:
-            raise TrainingError(f"{name.partition('/')[0]}: sent counts of another form; its version may be another")
+            raise TrainingError(f"{name.partition('/')[0]}: sent counts of another form; its version possibly differs")
         for label in (0, 1):
             values = np.repeat(centres, table[label])
             logits.append(values)
