@@ -1,4 +1,4 @@
-"""Parts of a federation by themselves: arrays on the wire, means by hand, secure aggregation, privacy, keys, the door."""
+"""Parts of a federation: serialization, means computed by hand, secure aggregation, privacy, keys, the proxy."""
 
 from __future__ import annotations
 

@@ -140,7 +140,7 @@ def remarks(rows: Sequence[Row], warned: Sequence[str], test: RealPart) -> list[
         texts.append(f"AUC (%) from the worst to the best seed: {'; '.join(spread)}.")
     if warned:
         texts.append(
-            f"**{', '.join(warned)}: the generator was not trained on exactly the training part, or this is"
+            f"**{', '.join(warned)}: the generator was trained on other images than exactly the training part, or this is"
             " not known. If it was trained on test images, these numbers are too high.**"
         )
     texts.append(
