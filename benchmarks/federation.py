@@ -127,8 +127,8 @@ def _succeed(completed: subprocess.CompletedProcess[str]) -> None:
 
 def main() -> None:
     """Run the measurements and print them."""
-    from training.federated.dry_round import write_images
-    from training.federated.rounds import read_rounds
+    from training.federated.server.record import read_rounds
+    from training.federated.simulation.dry_round import write_images
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--members", type=int, default=3)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from dermis.bundle import open_bundle
 from training.federated.config import FederationConfig
-from training.federated.rounds import read_rounds
-from training.federated.simulate import simulate
+from training.federated.server.record import read_rounds
+from training.federated.simulation.simulate import simulate
 from training.federated.site import Site
 
 

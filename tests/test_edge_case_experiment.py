@@ -16,14 +16,14 @@ from tiny import make_bundle
 from tiny_skin import make_skin
 from training.classifier.config import ClassifierConfig
 from training.classifier.data import RealPart, load_real
-from training.experiments.edge_case_runs import Run
+from training.experiments.edge_case_runs import TrainedRun
 from training.experiments.edge_case_table import compare, markdown, write_results
-from training.experiments.edge_cases import EdgePlan, Measured, run_edge_cases
+from training.experiments.edge_cases import EdgeCaseResults, EdgePlan, run_edge_cases
 
 N = 400
 
 
-def planted() -> tuple[RealPart, Measured]:
+def planted() -> tuple[RealPart, EdgeCaseResults]:
     """Every fourth image an edge case, where `neighbours` is right more often; elsewhere all arms say the same."""
     rng = np.random.default_rng(0)
     labels = (np.arange(N) % 5 == 0).astype(np.int64)
@@ -37,17 +37,17 @@ def planted() -> tuple[RealPart, Measured]:
         "0",
     )
 
-    def run(seed: int, gain: float) -> Run:
+    def run(seed: int, gain: float) -> TrainedRun:
         base = np.random.default_rng(seed).normal(size=N)
         logits = base + np.where(edge, gain, 1.0) * (2 * labels - 1)
-        return Run(None, 0.0, 1.0, 0.5, 1 / (1 + np.exp(-logits)))  # type: ignore[arg-type]
+        return TrainedRun(None, 0.0, 1.0, 0.5, 1 / (1 + np.exp(-logits)))  # type: ignore[arg-type]
 
     runs = {
         arm: [run(seed, gain) for seed in range(4)]
         for arm, gain in (("real", 0.0), ("random", 0.0), ("neighbours", 1.0))
     }
     assert rng is not None
-    return part, Measured(edge, {"misclassified": 100}, {"benign": 3, "malignant": 4}, runs)
+    return part, EdgeCaseResults(edge, {"misclassified": 100}, {"benign": 3, "malignant": 4}, runs)
 
 
 def test_a_planted_gain_on_edge_cases_is_seen_there_and_nowhere_else() -> None:
@@ -112,7 +112,7 @@ def test_the_experiment_runs_resumes_and_refuses_other_options(tmp_path: Path, m
             raise KeyboardInterrupt
         return real_train(*args, **options)
 
-    def run(out: str, change: EdgePlan = plan) -> Measured | None:
+    def run(out: str, change: EdgePlan = plan) -> EdgeCaseResults | None:
         return run_edge_cases(
             real,
             bundle,

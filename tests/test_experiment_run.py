@@ -25,8 +25,10 @@ from lesions import framed, lesion
 from training.data.prepare import prepare
 from training.data.sources import read_source
 from training.experiments.choice import Candidate, choose
-from training.experiments.experiment import TABLE1, parse_settings, read_experiment
+from training.experiments.experiment import TABLE1, read_experiment
 from training.experiments.run import seconds_per_kimg
+from training.gan.config import GanConfig
+from training.options import parse_settings
 
 TINY = ("z_dim=8", "w_dim=8", "channel_base=128", "channel_max=8", "batch=8", "precision=fp32", "pl_interval=2")
 CONDITIONAL = ("cgan", "cgan-no-color", "cgan-no-augmentation")
@@ -276,7 +278,7 @@ def test_wrong_options_are_refused_by_name(
 
 def test_settings_are_written_as_in_toml() -> None:
     texts = ["batch=16", "learning_rate = 2e-3", "mirror=false", "augment=bgc", 'precision="fp32"', "r1_gamma=1"]
-    found = parse_settings(texts)
+    found = parse_settings(texts, GanConfig)
     assert found == {
         "batch": 16, "learning_rate": 0.002, "mirror": False, "augment": "bgc", "precision": "fp32", "r1_gamma": 1.0,
     }  # fmt: skip

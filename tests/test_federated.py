@@ -15,15 +15,16 @@ import torch
 from dermis.bundle import load_generator, open_bundle
 from dermis.errors import TrainingError
 from tiny_skin import make_skin
-from training.federated.client_app import app
+from training.federated.client.app import app
 from training.federated.config import FederationConfig, gan_config
-from training.federated.gan_result import averaged_generator
-from training.federated.global_state import GlobalState
-from training.federated.local_grid import LocalGrid
-from training.federated.rounds import read_rounds, run_federation
-from training.federated.simulate import simulate
+from training.federated.messages.serialization import pack, unpack
+from training.federated.server.gan_result import averaged_generator
+from training.federated.server.global_state import GlobalState
+from training.federated.server.record import read_rounds
+from training.federated.server.rounds import run_federation
+from training.federated.simulation.local_grid import LocalGrid
+from training.federated.simulation.simulate import simulate
 from training.federated.site import Site, site_images
-from training.federated.wire import pack, unpack
 from training.gan.loop import train
 
 CPU = torch.device("cpu")
@@ -294,8 +295,8 @@ def test_a_members_error_tells_the_server_neither_files_nor_images(skin: Path, t
 
 def test_members_of_another_version_are_refused(skin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     federation = _federation(clients=2, rounds=1)
-    monkeypatch.setattr("training.federated.client_app.__version__", "0.0.1")
-    monkeypatch.setattr("training.federated.rounds.versions", lambda: {"dermis": "0.1.0"})
+    monkeypatch.setattr("training.federated.messages.replies.__version__", "0.0.1")
+    monkeypatch.setattr("training.federated.server.rounds.versions", lambda: {"dermis": "0.1.0"})
     told: list[str] = []
     with pytest.raises(TrainingError, match="only 0 of at least 2"):
         run_federation(

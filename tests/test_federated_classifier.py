@@ -17,13 +17,13 @@ from dermis.metrics.classification import auc
 from tiny_skin import make_skin
 from training.classifier.data import load_real
 from training.classifier.loop import logits_of
-from training.federated.classifier_result import finish
-from training.federated.classifier_task import BINS, global_network
 from training.federated.config import FederationConfig
-from training.federated.global_state import GlobalState, Member
-from training.federated.rounds import read_rounds
-from training.federated.simulate import simulate
+from training.federated.server.classifier_result import write_result
+from training.federated.server.global_state import GlobalState, Member
+from training.federated.server.record import read_rounds
+from training.federated.simulation.simulate import simulate
 from training.federated.site import Site
+from training.federated.tasks.classifier import BINS, global_network
 
 OPTIONS = "batch=8 architecture=tf_efficientnet_lite0 learning_rate=0.003"
 HEAD = f"{OPTIONS} head_only=true rotation=0 flips=false"
@@ -52,7 +52,9 @@ def skin(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def unexported(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exporting and measuring a result takes longest, and most tests look at weights."""
-    monkeypatch.setattr("training.federated.classifier_result.finish", lambda federation, state, out, counted: out)
+    monkeypatch.setattr(
+        "training.federated.server.classifier_result.write_result", lambda federation, state, out, counts: out
+    )
 
 
 def _sites(data: Path, out: Path, seeds: tuple[int, ...] = (0, 1)) -> list[Site]:
@@ -102,7 +104,7 @@ def test_the_result_is_a_classifier_measured_as_its_images_would_be(skin: Path, 
 
 @pytest.mark.usefixtures("unexported")
 def test_proximal_pull_keeps_weights_nearer(skin: Path, tmp_path: Path) -> None:
-    from training.federated.classifier_task import begin
+    from training.federated.tasks.classifier import begin
 
     def moved(strategy: str, options: str) -> float:
         federation = _federation(rounds=1, strategy=strategy, strategy_options=options)
@@ -119,6 +121,6 @@ def test_counts_of_another_form_are_refused(tmp_path: Path) -> None:
     for bad in (good[:, :-1], -good, good * 10**6):
         counts = {"member-1/validation": good, "member-1/test": bad}
         with pytest.raises(TrainingError, match="member-1: sent counts of another form"):
-            finish(_federation(), state, tmp_path, counts)
+            write_result(_federation(), state, tmp_path, counts)
     with pytest.raises(TrainingError, match="validation images together lack a class"):
-        finish(_federation(), state, tmp_path, {})
+        write_result(_federation(), state, tmp_path, {})

@@ -14,7 +14,7 @@ import pytest
 from benchmarks.federation import TINY, Loopback, loopback
 from dermis.bundle import open_bundle
 from tiny_skin import make_skin
-from training.federated.rounds import read_rounds
+from training.federated.server.record import read_rounds
 
 OPTIONS = (
     "--resolution", "8", "--iterations", "2", "--federation", f"options={TINY}", "--federation", "evaluate_rounds=0",

@@ -1,4 +1,4 @@
-"""Parts of a federation by themselves: arrays on the wire, means by hand, secure aggregation, privacy, keys, the door."""
+"""Parts of a federation: serialization, means computed by hand, secure aggregation, privacy, keys, the proxy."""
 
 from __future__ import annotations
 
@@ -26,27 +26,23 @@ from dermis.errors import TrainingError
 from test_federated import _federation, _grid, _sites
 from tiny_skin import make_skin
 from training.experiments.hospitals import Point, levels, markdown, reached
-from training.federated.check import check_site
-from training.federated.client_app import app
+from training.federated.client.app import app
 from training.federated.config import FederationConfig, parse_options, parse_run_config
-from training.federated.counting import CountingGrid
-from training.federated.deployment import (
-    APP,
-    new_server,
-    open_server,
-    read_invitation,
-    superlink_command,
-    supernode_command,
-    write_invitation,
-)
-from training.federated.front_door import front_door
-from training.federated.keys import CA, CERTIFICATE, KEY, write_certificates, write_member_key
-from training.federated.local_grid import LocalGrid
-from training.federated.rounds import read_rounds, run_federation
-from training.federated.simulate import divide, hospital_sizes, simulate
+from training.federated.deployment.fleet_proxy import fleet_proxy
+from training.federated.deployment.flower_programs import APP, superlink_command, supernode_command
+from training.federated.deployment.invitation import read_invitation, write_invitation
+from training.federated.deployment.keys import CA, CERTIFICATE, KEY, write_certificates, write_member_key
+from training.federated.deployment.server_folder import new_server, open_server
+from training.federated.deployment.site_check import check_site
+from training.federated.messages.replies import CheckedUpdate
+from training.federated.messages.serialization import RefusedError, changes, decode, encode, pack
+from training.federated.messages.traffic import CountingGrid
+from training.federated.server.record import read_rounds
+from training.federated.server.rounds import run_federation
+from training.federated.server.strategies import aggregate, instructions, new_strategy
+from training.federated.simulation.local_grid import LocalGrid
+from training.federated.simulation.simulate import divide, hospital_sizes, simulate
 from training.federated.site import Site, parse_node_config
-from training.federated.strategies import Sound, aggregate, instructions, new_strategy
-from training.federated.wire import RefusedError, changes, decode, encode, pack
 
 Tensors = dict[str, torch.Tensor]
 
@@ -92,10 +88,10 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
             decode(record, like)
 
 
-def _updates(values: Mapping[str, tuple[float, int]]) -> list[Sound]:
+def _updates(values: Mapping[str, tuple[float, int]]) -> list[CheckedUpdate]:
     """Each member's weights, all of one value, and its images."""
     return [
-        Sound(name, Message(RecordDict(), dst_node_id=i, message_type="train"), _tensors(value), images)
+        CheckedUpdate(name, Message(RecordDict(), dst_node_id=i, message_type="train"), _tensors(value), images)
         for i, (name, (value, images)) in enumerate(values.items(), 1)
     ]
 
@@ -108,10 +104,10 @@ def _averaged(federation: FederationConfig, values: Mapping[str, tuple[float, in
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
     strategy = new_strategy(federation)
     list(instructions(strategy, 1, {"G/w": _tensors(start)["G/w"]}, [1, 2, 3], ConfigRecord()))
-    from training.federated.gan_task import optimised
-    from training.federated.strategies import through_strategy
+    from training.federated.server.strategies import strategy_decides
+    from training.federated.tasks.gan import optimised
 
-    found = aggregate(strategy, 1, _updates(values), lambda name: through_strategy(federation, optimised, name))
+    found = aggregate(strategy, 1, _updates(values), lambda name: strategy_decides(federation, optimised, name))
     assert found is not None
     return found
 
@@ -214,7 +210,9 @@ class _Silent(LocalGrid):
 
 
 def test_privacy_clips_adds_noise_and_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training.federated.classifier_result.finish", lambda federation, state, out, counted: out)
+    monkeypatch.setattr(
+        "training.federated.server.classifier_result.write_result", lambda federation, state, out, counts: out
+    )
     data = make_skin(tmp_path / "skin", count=96)
     options = "batch=8 architecture=tf_efficientnet_lite0 head_only=true rotation=0 flips=false learning_rate=0.1"
     private = FederationConfig(
@@ -222,7 +220,7 @@ def test_privacy_clips_adds_noise_and_counts(tmp_path: Path, monkeypatch: pytest
         dp_noise=1e-3, dp_clip=0.01, wait_timeout=0.1,
     )  # fmt: skip
     sites = [Site(data, tmp_path / f"m{i}", seed_offset=i, device="cpu", cache=tmp_path / "cache") for i in range(3)]
-    from training.federated.classifier_task import begin
+    from training.federated.tasks.classifier import begin
 
     state = simulate(replace(private, rounds=1, dp_noise=1.0), sites, tmp_path / "noisy")
     first = read_rounds(tmp_path / "noisy")[0]["epsilon"]
@@ -270,7 +268,7 @@ def test_flowers_table_is_the_configuration() -> None:
     assert flower["config"] == {"out": "", **FederationConfig().to_run_config()}
     given = FederationConfig(strategy="krum", dp_delta=1e-6, rounds=7)
     assert parse_run_config({"out": "x", **given.to_run_config()}) == given
-    with pytest.raises(TrainingError, match="rounds: must be int, not 'many'"):
+    with pytest.raises(TrainingError, match="rounds: must be a whole number, not 'many'"):
         parse_run_config({"rounds": "many"})
     with pytest.raises(TrainingError, match="--federation round: unknown option"):
         parse_options(["round=3"])
@@ -324,7 +322,7 @@ def test_the_door_lets_members_in_and_nobody_else(tmp_path: Path, monkeypatch: p
         httpx, "AsyncClient", lambda **kwargs: real(base_url=kwargs["base_url"], transport=httpx.MockTransport(flower))
     )
     write_certificates(tmp_path, ["localhost"])
-    with TestClient(front_door("https://127.0.0.1:1", str(tmp_path / CA))) as client:
+    with TestClient(fleet_proxy("https://127.0.0.1:1", str(tmp_path / CA))) as client:
         answer = client.post("/v1/fleet/pull-messages", content=b"\x08\x01", headers={"x-signature": "s"})
         assert (answer.status_code, answer.content, answer.headers["x-flower"]) == (401, b"who are you", "yes")
         assert (asked[0].url.path, asked[0].content) == ("/v1/fleet/pull-messages", b"\x08\x01")
@@ -415,7 +413,7 @@ def test_the_hospitals_experiment_goes_end_to_end(tmp_path: Path, monkeypatch: p
         """In the place of FID, whose square root of a matrix takes seconds."""
         return float(np.square(real.mean(axis=0) - generated.mean(axis=0)).sum())
 
-    monkeypatch.setattr("training.federated.gan_task.frechet_distance", fast)
+    monkeypatch.setattr("training.federated.tasks.gan.frechet_distance", fast)
     from training.data.sources import read_source
     from training.experiments.hospitals import plan, run_arm, write_results
 

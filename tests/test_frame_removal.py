@@ -23,13 +23,20 @@ from training.classifier.config import ClassifierConfig
 from training.classifier.data import RealPart, load_real
 from training.data.artefacts import Artefacts
 from training.experiments import frame_removal
-from training.experiments.edge_case_runs import Run
-from training.experiments.frame_removal import ARMS, FramePlan, Measured, compare, run_frame_removal, write_results
+from training.experiments.edge_case_runs import TrainedRun
+from training.experiments.frame_removal import (
+    ARMS,
+    FramePlan,
+    FrameRemovalResults,
+    compare,
+    run_frame_removal,
+    write_results,
+)
 
 N = 400
 
 
-def planted() -> tuple[RealPart, Measured]:
+def planted() -> tuple[RealPart, FrameRemovalResults]:
     """Where there is a frame, `removed` is right more often; elsewhere all arms say the same."""
     labels = (np.arange(N) % 5 == 0).astype(np.int64)
     framed = np.arange(N) % 4 == 0
@@ -37,12 +44,12 @@ def planted() -> tuple[RealPart, Measured]:
     names = tuple(map(str, range(N)))
     part = RealPart(images, labels, names, tuple(str(i // 2) for i in range(N)), {}, "0")
 
-    def run(seed: int, gain: float) -> Run:
+    def run(seed: int, gain: float) -> TrainedRun:
         logits = np.random.default_rng(seed).normal(size=N) + np.where(framed, gain, 1.0) * (2 * labels - 1)
-        return Run(None, 0.0, 1.0, 0.5, 1 / (1 + np.exp(-logits)))  # type: ignore[arg-type]
+        return TrainedRun(None, 0.0, 1.0, 0.5, 1 / (1 + np.exp(-logits)))  # type: ignore[arg-type]
 
     runs = {arm: [run(seed, 1.0 if arm == "removed" else 0.0) for seed in range(3)] for arm in ARMS}
-    return part, Measured(runs, framed, 1000)
+    return part, FrameRemovalResults(runs, framed, 1000)
 
 
 def test_a_planted_gain_on_framed_images_is_seen_there_and_nowhere_else(tmp_path: Path) -> None:
@@ -91,7 +98,7 @@ def test_arms_have_the_same_latents_and_differ_in_the_frame(
     real = load_real(skin, 32, cache=tmp_path / "cache", progress=False)
     plan = FramePlan("light", framing, -framing, per_class=12, seeds=1)
 
-    def run(plan: FramePlan) -> Measured | None:
+    def run(plan: FramePlan) -> FrameRemovalResults | None:
         return run_frame_removal(
             real,
             bundle,

@@ -21,7 +21,7 @@ from tiny_skin import make_skin
 from training.classifier.data import RealPart
 from training.experiments import table2
 from training.experiments.scenarios import TABLE2
-from training.experiments.table2 import Run, read_generators
+from training.experiments.table2 import ScenarioRun, read_generators
 from training.experiments.worth import compare
 
 SETTINGS = ("architecture=test_efficientnet", "batch=8", "epochs=1", "head_only=true", "rotation=0", "flips=false")
@@ -124,8 +124,8 @@ def test_a_planted_gain_is_found_with_its_interval() -> None:
     groups = tuple(f"p{i // 2}" for i in range(400))
     test = RealPart(np.empty((400, 1, 1, 3), np.uint8), labels, groups, groups, {}, "")
     noise = [rng.normal(size=400) for _ in range(2)]
-    blind = [Run(k, n, np.full(400, 0.3), 0.5) for k, n in enumerate(noise)]
-    sharp = [Run(0, labels * 10.0 + noise[0], labels * 0.9, 0.5)]
+    blind = [ScenarioRun(k, n, np.full(400, 0.3), 0.5) for k, n in enumerate(noise)]
+    sharp = [ScenarioRun(0, labels * 10.0 + noise[0], labels * 0.9, 0.5)]
     real, augmented = compare({"real": blind, "aug-cgan": sharp}, {"real": 1, "aug-cgan": 2}, test, replicates=200)
     assert real.gain is None and real.values["accuracy"].value == 0.5
     assert augmented.gain is not None and augmented.values["auc"].value == 1

@@ -59,8 +59,8 @@ def frame_removal(
     from dermis.devices import resolve_device
     from training.classifier.config import ClassifierConfig
     from training.classifier.data import load_real
-    from training.experiments.experiment import parse_settings
     from training.experiments.frame_removal import TABLE, FramePlan, run_frame_removal, write_results
+    from training.options import parse_settings
 
     bundle = open_bundle(generator)
     plan = FramePlan(

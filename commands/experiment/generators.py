@@ -76,8 +76,10 @@ def show(
 ) -> None:
     """Show an experiment with its whole configuration, as `table1` with the same options would train it."""
     from dermis.devices import resolve_device
-    from training.experiments.experiment import parse_settings, read_experiment
+    from training.experiments.experiment import read_experiment
     from training.experiments.plan import configure
+    from training.gan.config import GanConfig
+    from training.options import parse_settings
 
     experiment = read_experiment(name)
     config = configure(
@@ -87,7 +89,7 @@ def show(
         kimg=kimg,
         resolution=resolution,
         seed=seed,
-        settings=parse_settings(settings or []),
+        settings=parse_settings(settings or [], GanConfig),
     )
     kind = "conditional on" if experiment.conditional else "unconditional, trained on"
     typer.echo(f"{experiment.title} ({experiment.source}): {kind} {', '.join(experiment.classes)}")
@@ -143,18 +145,19 @@ def table1(
     from dermis.features import feature_extractor
     from dermis.metrics.perceptual import lpips
     from training.data.sources import Source, read_source
-    from training.experiments.experiment import parse_settings
     from training.experiments.plan import Measuring, configure, plan_tasks, read_experiments, remember
     from training.experiments.run import read_result, run_experiment
     from training.experiments.table import collect, write_outcome
+    from training.gan.config import GanConfig
     from training.gan.snapshot import GeneratorOrigin
+    from training.options import parse_settings
 
     target = resolve_device(device)
     experiments = read_experiments(which or ["table1"])
     names = [experiment.name for experiment in experiments]
     if unknown := set(only or ()) - set(names):
         raise TrainingError(f"--only: {min(unknown)} is none of {', '.join(names)}")
-    overrides = parse_settings(settings or [])
+    overrides = parse_settings(settings or [], GanConfig)
     configs = [
         configure(each, target, scale=scale, kimg=kimg, resolution=resolution, seed=seed, settings=overrides)
         for each in experiments

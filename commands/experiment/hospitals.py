@@ -61,7 +61,7 @@ def hospitals(
     from training.experiments.hospital_curves import draw_curves
     from training.experiments.hospitals import plan, run_arm, write_results
     from training.federated.config import FederationConfig, gan_config, parse_options
-    from training.federated.simulate import hospital_sizes
+    from training.federated.simulation.simulate import hospital_sizes
 
     logging.getLogger("flwr").setLevel(logging.WARNING)
     values: dict[str, Any] = {

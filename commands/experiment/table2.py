@@ -71,10 +71,10 @@ def table2(
     from training.classifier.export import require_onnx
     from training.classifier.run import ClassifierOrigin
     from training.distributed import joined_ranks
-    from training.experiments.experiment import parse_settings
     from training.experiments.scenarios import TABLE2
     from training.experiments.table2 import plan_tasks, read_generators, read_runs, remember, run_tasks
     from training.experiments.worth import compare, remarks, write_worth
+    from training.options import parse_settings
 
     require_onnx()
     names = [scenario.name for scenario in TABLE2]

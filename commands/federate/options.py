@@ -73,7 +73,7 @@ def federation_config(settings: Sequence[str] | None, options: Sequence[str] | N
         TrainingError: A value is invalid, or values do not go together; the message names them.
     """
     from training.federated.config import FederationConfig, parse_options
-    from training.federated.rounds import check_options
+    from training.federated.server.rounds import check_options
 
     federation = FederationConfig(**(values | {"options": " ".join(settings or [])} | parse_options(options or [])))
     check_options(federation)

@@ -33,7 +33,7 @@ def view(out: Path) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    from training.federated.rounds import read_rounds
+    from training.federated.server.record import read_rounds
 
     status, lines = _status(out), read_rounds(out)
     members = status.get("members", {})

@@ -32,7 +32,7 @@ def init(
     port: Annotated[int, typer.Option(help="Port for clients; Flower uses the next one, on loopback.")] = 8800,
 ) -> None:
     """Create the folder of a server, with its certificates and Flower's settings."""
-    from training.federated.deployment import new_server
+    from training.federated.deployment.server_folder import new_server
 
     created = new_server(server, host, port)
     typer.echo(f"{server}: start it with dermis federate serve {server}; clients connect to {host[0]}:{created.port}")
@@ -48,15 +48,16 @@ def serve(
     import uvicorn
 
     from dermis.errors import TrainingError
-    from training.federated.deployment import open_server, superlink_command
-    from training.federated.front_door import front_door
-    from training.federated.keys import CA, CERTIFICATE, KEY
+    from training.federated.deployment.fleet_proxy import fleet_proxy
+    from training.federated.deployment.flower_programs import environment, superlink_command
+    from training.federated.deployment.keys import CA, CERTIFICATE, KEY
+    from training.federated.deployment.server_folder import open_server
 
     opened = open_server(server)
     certificates = opened.certificates
-    superlink = subprocess.Popen(superlink_command(opened), env=opened.environment)
+    superlink = subprocess.Popen(superlink_command(opened), env=environment(opened.flower_home))
     try:
-        app = front_door(f"https://127.0.0.1:{opened.inner_port}", str(opened.inner_certificates / CA))
+        app = fleet_proxy(f"https://127.0.0.1:{opened.inner_port}", str(opened.inner_certificates / CA))
         uvicorn.run(
             app,
             host=host,
@@ -80,8 +81,8 @@ def register(
     ] = "",
 ) -> None:
     """Register a client, so that it can join."""
-    from training.federated.deployment import open_server
-    from training.federated.deployment import register as run
+    from training.federated.deployment.flower_programs import register as run
+    from training.federated.deployment.server_folder import open_server
 
     node = run(open_server(server), public_key, name)
     typer.echo(f"{public_key}: registered as node {node}")
@@ -101,7 +102,8 @@ def invite(
     seed: SeedOption = 0,
 ) -> None:
     """Write the file that a site needs to check itself and to join: address, certificate, versions and size of the training."""
-    from training.federated.deployment import open_server, write_invitation
+    from training.federated.deployment.invitation import write_invitation
+    from training.federated.deployment.server_folder import open_server
 
     federation = federation_config(
         settings,
@@ -141,7 +143,8 @@ def run_federation(
     import tempfile
 
     from dermis.errors import TrainingError
-    from training.federated.deployment import open_server, run_command
+    from training.federated.deployment.flower_programs import environment, run_command
+    from training.federated.deployment.server_folder import open_server
 
     opened = open_server(server)
     federation = federation_config(
@@ -162,7 +165,7 @@ def run_federation(
     with tempfile.TemporaryDirectory() as folder:
         command = run_command(opened, federation, Path(folder) / "run.toml")
         try:
-            code = subprocess.run(command, env=opened.environment, check=False).returncode
+            code = subprocess.run(command, env=environment(opened.flower_home), check=False).returncode
         except KeyboardInterrupt:
             typer.echo(f"the run continues; watch it with dermis federate watch {out}", err=True)
             raise typer.Exit(130) from None

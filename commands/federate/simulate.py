@@ -69,8 +69,8 @@ def simulate(
 
     from commands.federate.screen import screen
     from training.data.sources import read_source
-    from training.federated.simulate import divide, hospital_sites, hospital_sizes, hospitals_of_split
-    from training.federated.simulate import simulate as run
+    from training.federated.simulation.simulate import divide, hospital_sites, hospital_sizes, hospitals_of_split
+    from training.federated.simulation.simulate import simulate as run
 
     parts = None if split is None else hospitals_of_split(split)
     clients = parts or hospital_sizes(hospitals, parse_sizes(sizes))

@@ -27,7 +27,7 @@ def key(
     ],
 ) -> None:
     """Make the keys of this site. Send the .pub file to the server's operators; the private key is never sent."""
-    from training.federated.keys import write_member_key
+    from training.federated.deployment.keys import write_member_key
 
     public = write_member_key(out)
     typer.echo(f"{public}: send this file to the server's operators; keep {out} here")
@@ -51,8 +51,8 @@ def check(
 
     from rich.table import Table
 
-    from training.federated.check import check_site
-    from training.federated.deployment import read_invitation
+    from training.federated.deployment.invitation import read_invitation
+    from training.federated.deployment.site_check import check_site
 
     logging.getLogger("flwr").setLevel(logging.ERROR)
     content = read_invitation(invitation)
@@ -99,7 +99,8 @@ def join(
 
     from dermis.errors import TrainingError
     from dermis.files import write_file
-    from training.federated.deployment import environment, read_invitation, supernode_command
+    from training.federated.deployment.flower_programs import environment, supernode_command
+    from training.federated.deployment.invitation import read_invitation
 
     content = read_invitation(invitation)
     site = _site(data, state, metadata, class_column, device, threads)

@@ -1,1 +1,1 @@
-"""Experiments as files: what is trained on which images, and what the paper reported. `experiment` reads them."""
+"""The paper's experiments, as files or as programs: what is trained on which images, and tables of the results."""

@@ -1,4 +1,4 @@
-"""Which of several generators to take, as the paper did: by the lowest FID and KID, and among equals by speed."""
+"""The choice between generators, as in the paper: by the lowest FID and KID, and among equal ones by speed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class Candidate:
-    """FID and KID with their 95 % intervals (low, high), all of one feature space, and seconds per kimg of training."""
+    """FID and KID with their 95 % intervals (low, high), in one feature space, and seconds of training for one kimg."""
 
     name: str
     fid: float
@@ -22,18 +22,18 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Choice:
-    """The name of the chosen one, or None where there was none to choose from, and why."""
+    """The name of the chosen generator, or None if there are no candidates, and the reason."""
 
     name: str | None
     reason: str
 
 
 def choose(candidates: Sequence[Candidate]) -> Choice:
-    """The chosen candidate.
+    """Choose between candidates.
 
-    1. Those stay whose FID interval overlaps that of the lowest FID: the others are worse by more than chance.
-    2. Of these stay those whose KID interval overlaps that of the lowest KID among them.
-    3. Of these, which are of equal quality as far as was measured, the one that trained fastest.
+    1. Keep those whose FID interval overlaps that of the lowest FID: the others are worse by more than chance.
+    2. Of these, keep those whose KID interval overlaps that of the lowest KID among them.
+    3. Of these, whose quality is equal as far as it was measured, choose the one that trained fastest.
     """
     if not candidates:
         return Choice(None, "no generator makes all classes")
@@ -46,7 +46,7 @@ def choose(candidates: Sequence[Candidate]) -> Choice:
 def _overlapping(
     candidates: Sequence[Candidate], metric: Callable[[Candidate], tuple[float, Interval]]
 ) -> list[Candidate]:
-    """Those whose interval overlaps that of the lowest, which is among them."""
+    """Return the candidates whose interval overlaps that of the lowest, which is included."""
     low, high = min(map(metric, candidates))[1]
     return [c for c in candidates if metric(c)[1][0] <= high and metric(c)[1][1] >= low]
 
@@ -58,9 +58,9 @@ def _reasons(
         return ["the only one that makes all classes"]
     reasons = []
     if len(near_fid) < len(candidates):
-        reasons.append(_set_aside("FID", candidates, near_fid))
+        reasons.append(_excluded("FID", candidates, near_fid))
     if len(equal) < len(near_fid):
-        reasons.append(_set_aside("KID", near_fid, equal))
+        reasons.append(_excluded("KID", near_fid, equal))
     if len(equal) > 1:
         others = ", ".join(f"{c.name} {c.seconds_per_kimg:.3g}" for c in equal if c is not best)
         reasons.append(
@@ -73,6 +73,6 @@ def _reasons(
     return reasons
 
 
-def _set_aside(metric: str, before: Sequence[Candidate], after: Sequence[Candidate]) -> str:
+def _excluded(metric: str, before: Sequence[Candidate], after: Sequence[Candidate]) -> str:
     worse = ", ".join(c.name for c in before if c not in after)
     return f"the {metric} of {worse} is higher beyond the intervals"

@@ -1,4 +1,4 @@
-"""Runs of one classifier with different images and seeds, none exported; what they share is computed once."""
+"""Runs of one classifier with different images and seeds. They are not exported; shared features are computed once."""
 
 from __future__ import annotations
 
@@ -29,8 +29,13 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Run:
-    """A network that is trained, calibrated on validation, and what it says of the test images: calibrated [N]."""
+class TrainedRun:
+    """A trained network, calibrated on the validation images.
+
+    Attributes:
+        shift: Added to logits, for other proportions of classes.
+        calibrated: Calibrated probabilities of the test images [N].
+    """
 
     network: TorchClassifier
     shift: float
@@ -40,7 +45,10 @@ class Run:
 
 
 class Learner:
-    """Trains runs in folders of their own; where only the last layer learns, every image goes through the rest once."""
+    """Trains runs, each in its own folder.
+
+    If only the last layer is trained, the features of every image are computed once.
+    """
 
     def __init__(
         self,
@@ -56,22 +64,31 @@ class Learner:
         self.cache, self.progress_bar = cache, progress_bar
         self._known: dict[int, tuple[NDArray[np.uint8], torch.Tensor]] = {}
 
-    def run(self, name: str, seed: int, added: SyntheticImages | None = None, *, alone: bool = False) -> Run | None:
-        """Train on the real training part and what is added, or on that `alone`, unless that is done.
+    def run(
+        self, name: str, seed: int, added: SyntheticImages | None = None, *, alone: bool = False
+    ) -> TrainedRun | None:
+        """Train one run, or read it if it is finished.
 
-        None if the user stopped it.
+        Args:
+            name: Beginning of the folder's name.
+            seed: Seed of the run.
+            added: Generated images that are added to the real training part.
+            alone: Train on `added` only.
+
+        Returns:
+            The run; None if the user stopped it.
         """
         config, real = replace(self.config, seed=seed), self.real
         folder = self.out / f"{name}-{seed}"
         arrays = (*(() if alone else (real.train.images,)), *(added.images if added else ()))
-        learnt_from = [*(() if alone else (real.train.labels,)), np.array(added.labels if added else (), np.int64)]
-        labels = np.concatenate(learnt_from)
+        label_arrays = [*(() if alone else (real.train.labels,)), np.array(added.labels if added else (), np.int64)]
+        labels = np.concatenate(label_arrays)
         training = TrainingSet(arrays, labels)
         network = new_network(config, self.weights)
         features = None
         if config.cached_features:
-            learnt = torch.cat([self._features(network, array) for array in arrays])
-            features = learnt, self._features(network, real.validation.images)
+            training_features = torch.cat([self._features(network, array) for array in arrays])
+            features = training_features, self._features(network, real.validation.images)
         origin = [dict(each) for each in added.origin] if added else []
         facts = json.dumps([{part: each.sha256 for part, each in real.parts.items()}, origin], sort_keys=True)
         best, progress = train(
@@ -96,10 +113,10 @@ class Learner:
         rows = zip(real.test.ids, real.test.labels, on_test, strict=True)
         lines = [f"{image},{int(label)},{p:.6f}\n" for image, label, p in rows]
         write_beside(folder / "predictions.csv", "".join(["isic_id,label,calibrated\n", *lines]))
-        return Run(best, shift, temperature, thresholds["default"], on_test)
+        return TrainedRun(best, shift, temperature, thresholds["default"], on_test)
 
-    def embedded(self, run: Run, images: NDArray[np.uint8], items: Sequence[Item]) -> Embedded:
-        """Images uint8 [N, S, S, 3] as the network of a run sees them; without thumbnails."""
+    def embedded(self, run: TrainedRun, images: NDArray[np.uint8], items: Sequence[Item]) -> Embedded:
+        """Return features and probabilities of images uint8 [N, S, S, 3] under a run, without thumbnails."""
         features = self._features(run.network, images).cpu().numpy()
         probabilities = calibrated(self._logits(run.network, images) + run.shift, run.temperature)
         return Embedded(tuple(items), features, probabilities, np.empty((len(images), 0, 0, 3), np.uint8))
@@ -110,7 +127,7 @@ class Learner:
         return logits_of(network, images, self.ranks.device)
 
     def _features(self, network: TorchClassifier, images: NDArray[np.uint8]) -> torch.Tensor:
-        """Features [N, D]; remembered, here and on disk, where no run changes what comes before the last layer."""
+        """Return features float32 [N, D]; cached, in memory and on disk, if only the last layer is trained."""
         as_set = TrainingSet((images,), np.zeros(len(images), np.int64))
         if not self.config.cached_features:
             return all_features(network, as_set, self.ranks, self.progress_bar)
@@ -118,18 +135,18 @@ class Learner:
             facts = f"{self.config.architecture} {self.config.size} {_weights(network)} {_content(images)}"
             file = self.cache / f"edge-features-{hashlib.sha256(facts.encode()).hexdigest()[:24]}.npy"
             shape = (len(images), network.head.in_features)
-            found = read_array(file, shape)
-            if found is None:
-                found = all_features(network, as_set, self.ranks, self.progress_bar).cpu().numpy()
+            features = read_array(file, shape)
+            if features is None:
+                features = all_features(network, as_set, self.ranks, self.progress_bar).cpu().numpy()
                 with new_array(file, shape, np.float32) as array:
-                    array[:] = found
-            # The images too, so that no other array can come to have this id.
-            self._known[id(images)] = images, torch.from_numpy(found).to(self.ranks.device)
+                    array[:] = features
+            # The images are kept too, so that no other array can get this id.
+            self._known[id(images)] = images, torch.from_numpy(features).to(self.ranks.device)
         return self._known[id(images)][1]
 
 
 def _weights(network: TorchClassifier) -> str:
-    """SHA-256 of all weights but the last layer's."""
+    """Return the SHA-256 of all weights except those of the last layer."""
     head = {id(parameter) for parameter in network.head.parameters()}
     digest = hashlib.sha256()
     for value in (*network.backbone.parameters(), *network.backbone.buffers()):
@@ -139,7 +156,7 @@ def _weights(network: TorchClassifier) -> str:
 
 
 def _content(images: NDArray[np.uint8]) -> str:
-    """SHA-256 of images, a few in memory at a time."""
+    """Return the SHA-256 of images; they are read in parts, to limit the memory."""
     digest = hashlib.sha256(str(images.shape).encode())
     for start in range(0, len(images), 256):
         digest.update(np.ascontiguousarray(images[start : start + 256]).tobytes())

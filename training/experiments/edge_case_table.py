@@ -1,8 +1,8 @@
-"""What came of the experiment with edge cases: each arm on edge cases and on the rest, and paired differences.
+"""The results of the experiment with edge cases: each arm on edge cases and on the rest, and paired differences.
 
-A number of an arm is the mean over its seeds. Intervals (95 %) are by a bootstrap that draws patients, as
-`dermis.metrics.classification` does, and seeds; both arms of a difference see the same patients and the same seeds, so what
-is common to them cancels out.
+The number of an arm is the mean over its seeds. Intervals (95 %) are by a bootstrap that draws patients, as in
+`dermis.metrics.classification`, and seeds. Both arms of a difference have the same patients and the same seeds, so that
+their common variation cancels out.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from dermis.bundle.classifier import NOTICE
 from dermis.metrics import classification as metrics
 from training.classifier.data import RealPart
-from training.experiments.edge_case_runs import Run
-from training.experiments.edge_cases import ARMS, EdgePlan, Measured
+from training.experiments.edge_case_runs import TrainedRun
+from training.experiments.edge_cases import ARMS, EdgeCaseResults, EdgePlan
 from training.experiments.plan import write_beside
 
 RESULTS, TABLE = "results.json", "table.md"
@@ -34,41 +34,48 @@ Floats = NDArray[np.float64]
 Labels = NDArray[np.int64]
 
 
-def compare(part: RealPart, measured: Measured, *, replicates: int = metrics.REPLICATES) -> dict[str, Any]:
-    """By subset of the test images: images, positives, and for each metric every arm and every pair's difference.
+def compare(part: RealPart, measured: EdgeCaseResults, *, replicates: int = metrics.REPLICATES) -> dict[str, Any]:
+    """Compare the arms on subsets of the test images.
 
-    {"edge cases": {"images", "positive", "arms": {arm: {metric: estimate}}, "differences": {"neighbours - random": ...}}}; an
-    estimate is {"value", "low", "high"}. A subset without both classes has its counts only.
+    Args:
+        part: The test images.
+        measured: The finished experiment.
+        replicates: Number of bootstrap replicates.
+
+    Returns:
+        By subset: numbers of "images" and "positive" images; "arms": {arm: {metric: estimate}}; "differences":
+        {"neighbours - random": {metric: estimate}, ...}. An estimate is {"value", "low", "high"}. A subset without both
+        classes has only the numbers of images.
     """
-    chosen = {"edge cases": measured.edge, "the rest": ~measured.edge, "all": np.ones_like(measured.edge)}
-    found: dict[str, Any] = {}
-    for subset, mask in chosen.items():
+    masks = {"edge cases": measured.edge, "the rest": ~measured.edge, "all": np.ones_like(measured.edge)}
+    compared: dict[str, Any] = {}
+    for subset, mask in masks.items():
         rows = np.flatnonzero(mask)
         labels = part.labels[rows]
-        found[subset] = {"images": len(rows), "positive": int(labels.sum())}
+        compared[subset] = {"images": len(rows), "positive": int(labels.sum())}
         if len(set(labels.tolist())) < 2:
             continue
         groups = [part.groups[i] for i in rows]
-        wanted: dict[str, metrics.Metric] = {}
+        estimated: dict[str, metrics.Metric] = {}
         for metric in METRICS:
             for arm in ARMS:
-                wanted[f"{arm} {metric}"] = _over_seeds(metric, rows, measured.runs[arm], ())
+                estimated[f"{arm} {metric}"] = _over_seeds(metric, rows, measured.runs[arm], ())
             for first, second in PAIRS:
-                wanted[f"{first} - {second} {metric}"] = _over_seeds(
+                estimated[f"{first} - {second} {metric}"] = _over_seeds(
                     metric, rows, measured.runs[first], measured.runs[second]
                 )
-        estimates = metrics.bootstrap(labels, np.zeros(len(rows)), wanted, groups=groups, replicates=replicates)
-        found[subset]["arms"] = {
+        estimates = metrics.bootstrap(labels, np.zeros(len(rows)), estimated, groups=groups, replicates=replicates)
+        compared[subset]["arms"] = {
             arm: {metric: asdict(estimates[f"{arm} {metric}"]) for metric in METRICS} for arm in ARMS
         }
-        found[subset]["differences"] = {
+        compared[subset]["differences"] = {
             f"{a} - {b}": {metric: asdict(estimates[f"{a} - {b} {metric}"]) for metric in METRICS} for a, b in PAIRS
         }
-    return found
+    return compared
 
 
-def write_results(out: Path, part: RealPart, measured: Measured, plan: EdgePlan) -> str:
-    """out/results.json and out/table.md; returns the table."""
+def write_results(out: Path, part: RealPart, measured: EdgeCaseResults, plan: EdgePlan) -> str:
+    """Write out/results.json and out/table.md; returns the table."""
     compared = compare(part, measured)
     content = {
         "plan": asdict(plan),
@@ -82,15 +89,15 @@ def write_results(out: Path, part: RealPart, measured: Measured, plan: EdgePlan)
     return text
 
 
-def markdown(compared: Mapping[str, Any], measured: Measured, plan: EdgePlan) -> str:
-    """table.md."""
+def markdown(compared: Mapping[str, Any], measured: EdgeCaseResults, plan: EdgePlan) -> str:
+    """Return the content of table.md."""
     added = ", ".join(f"{count:,} {name}" for name, count in measured.added.items())
     reasons = ", ".join(f"{count:,} {name}" for name, count in measured.reasons.items())
     lines = [
         "# Retraining with neighbours of edge cases",
         "",
         f"{plan.seeds} seeds; `random` and `neighbours` learn from {added} more. Test images that are edge cases of the "
-        f"scout: {reasons} (one image may be several). In brackets 95 % intervals.",
+        f"scout: {reasons} (one image can have several reasons). In brackets 95 % intervals.",
     ]
     for metric in METRICS:
         better = "lower is better" if metric == "brier" else "higher is better"
@@ -113,15 +120,17 @@ def _signed(estimate: Mapping[str, float]) -> str:
     return f"{estimate['value']:+.4f} [{estimate['low']:+.4f}, {estimate['high']:+.4f}]"
 
 
-def _over_seeds(metric: str, rows: NDArray[np.int64], runs: Sequence[Run], less: Sequence[Run]) -> metrics.Metric:
-    """The mean over seeds of a metric of `runs`, less that of `less`, under each row of weights, which draws seeds too."""
+def _over_seeds(
+    metric: str, rows: NDArray[np.int64], runs: Sequence[TrainedRun], baseline: Sequence[TrainedRun]
+) -> metrics.Metric:
+    """Return the mean over seeds of a metric of `runs`, minus that of `baseline`. It draws seeds for each row of weights."""
     draws = np.random.default_rng(0)
 
     def value(labels: Labels, _: Floats, weights: Floats) -> Floats:
         by_seed = np.stack([_value(metric, labels, run, rows, weights) for run in runs])
-        if less:
-            by_seed -= np.stack([_value(metric, labels, run, rows, weights) for run in less])
-        if len(weights) == 1 and (weights == 1).all():  # the number itself, not a replicate
+        if baseline:
+            by_seed -= np.stack([_value(metric, labels, run, rows, weights) for run in baseline])
+        if len(weights) == 1 and (weights == 1).all():  # the estimate itself, not a replicate
             mean: Floats = by_seed.mean(axis=0)
             return mean
         seeds = draws.integers(0, len(runs), by_seed.shape)
@@ -131,7 +140,7 @@ def _over_seeds(metric: str, rows: NDArray[np.int64], runs: Sequence[Run], less:
     return value
 
 
-def _value(metric: str, labels: Labels, run: Run, rows: NDArray[np.int64], weights: Floats) -> Floats:
+def _value(metric: str, labels: Labels, run: TrainedRun, rows: NDArray[np.int64], weights: Floats) -> Floats:
     measure: dict[str, metrics.Metric] = {
         "auc": metrics.auc,
         "balanced_accuracy": functools.partial(metrics.balanced_accuracy, threshold=run.threshold),

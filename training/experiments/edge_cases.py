@@ -1,19 +1,20 @@
-"""Does retraining with latent neighbours of edge cases help on edge cases?
+"""The experiment whether retraining with latent neighbours of edge cases helps on edge cases.
 
-1. A scout learns from the real training part, with a seed that no other run has. Its edge cases among the test images are
-   what is measured; its edge cases among generated images are what neighbours are made of.
+1. A scout is trained on the real training part, with a seed that no other run has. Its edge cases among the test images are
+   the images that are measured; its edge cases among generated images are the anchors of the neighbours.
 2. Three arms are trained, each with every seed: `real`; `neighbours`, with neighbours of generated edge cases; and
    `random`, with as many other generated images of each class.
 3. Arms are compared on the same images, seed by seed.
 
-The scout is no arm: whoever chooses the images on which a run is wrong finds every other run better on them (regression
-to the mean). And `neighbours` has to beat `random`, not only `real`: more images may help wherever they lie.
+The scout is not an arm: on images that are selected because one run is wrong on them, every other run looks better
+(regression to the mean). `neighbours` has to be better than `random`, not only than `real`, since more images can help
+wherever they are in latent space.
 
-    plan.json        what the folder was begun with; the same command goes on, another is refused
+    plan.json        options and digests; the same command continues, another one is refused
     neighbours/      the images (`dermis.dataset.neighbours`)
-    ARM-SEED/        a run as `dermis train classifier` leaves it, with predictions.csv of the test part once it is done
+    ARM-SEED/        a run, as `dermis train classifier` writes it, with predictions.csv of the test part when it is finished
     edge-cases.csv   the test images that are edge cases, with reasons
-    results.json, table.md   what came of it (`training.experiments.edge_case_table`)
+    results.json, table.md   results (`training.experiments.edge_case_table`)
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from training.classifier.data import CLASS_NAMES, RealData
 from training.classifier.synthetic import SyntheticImages, SyntheticSource, load_synthetic
 from training.data.diagnoses import is_melanoma
 from training.distributed import Ranks
-from training.experiments.edge_case_runs import Learner, Run
+from training.experiments.edge_case_runs import Learner, TrainedRun
 from training.experiments.plan import write_beside
 
 ARMS = ("real", "random", "neighbours")
@@ -51,10 +52,15 @@ _POOL_SEED, _RANDOM_SEED = 0, 1  # of generated images: added to --synthetic-see
 
 @dataclass(frozen=True)
 class EdgePlan:
-    """What decides the experiment beside the images, the bundle and the classifier's configuration.
+    """Options of the experiment other than the images, the bundle and the classifier's configuration.
 
-    generate: images that edge cases are looked for in, half of each class. cases: edge cases at most, spread evenly over
-    their ranking; count: neighbours of each. seeds: runs of each arm, with the seeds 1 ... seeds; the scout has 0.
+    Attributes:
+        generate: Generated images that are searched for edge cases, half of each class.
+        cases: Largest number of edge cases, spread evenly over their ranking.
+        count: Neighbours of each edge case.
+        distance: Distance of a neighbour in latent space.
+        synthetic_seed: Seed of the generated images.
+        seeds: Runs of each arm, with the seeds 1 ... seeds; the scout has 0.
     """
 
     generate: int = 1000
@@ -74,17 +80,20 @@ class EdgePlan:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """The finished experiment, on the test images, of which `edge` [N] are the scout's edge cases.
+class EdgeCaseResults:
+    """The finished experiment.
 
-    reasons: how many there are of each. added: images that `random` and `neighbours` have more than `real`, by class. runs
-    by arm, in order of the seeds.
+    Attributes:
+        edge: Which test images are edge cases of the scout, bool [N].
+        reasons: Number of edge cases by reason.
+        added: Images by class that `random` and `neighbours` have in addition to `real`.
+        runs: By arm, in the order of the seeds.
     """
 
     edge: NDArray[np.bool_]
     reasons: Mapping[str, int]
     added: Mapping[str, int]
-    runs: Mapping[str, Sequence[Run]]
+    runs: Mapping[str, Sequence[TrainedRun]]
 
 
 def run_edge_cases(
@@ -99,10 +108,27 @@ def run_edge_cases(
     target: torch.device,
     cache: Path,
     progress_bar: bool = True,
-) -> Measured | None:
-    """Run what is not done yet; None if the user stopped a training, which the next call goes on with.
+) -> EdgeCaseResults | None:
+    """Run what is not finished.
 
-    Raises TrainingError if `out` was begun otherwise, and what training and drawing raise.
+    Args:
+        real: Real images.
+        bundle: The generator.
+        config: Options of the classifiers.
+        plan: Options of the experiment.
+        out: Its folder.
+        weights: Weights that the classifiers start from.
+        device: Device of the generator.
+        target: Device of the classifiers.
+        cache: Folder for images and features.
+        progress_bar: Show progress bars.
+
+    Returns:
+        The results; None if the user stopped a training, which the next call continues.
+
+    Raises:
+        TrainingError: `out` was begun with other options or images.
+        DermisError: As of training and generating.
     """
     _remember(out, real, bundle, config, plan, weights)
     learner = Learner(real, config, out, weights, Ranks(device=target), cache, progress_bar)
@@ -113,9 +139,9 @@ def run_edge_cases(
     scores = _scores(test, real.test.labels, scout.threshold, plan.criteria)
     rows = edge_case_rows(test, scores, CLASS_NAMES, scout.threshold)
     write_beside(out / "edge-cases.csv", to_csv(rows))
-    made = _neighbours(learner, scout, bundle, plan, out, device, progress_bar)
-    counts = {name: made.labels.count(label) for label, name in enumerate(CLASS_NAMES)}
-    other = load_synthetic(
+    neighbours = _neighbours(learner, scout, bundle, plan, out, device, progress_bar)
+    counts = {name: neighbours.labels.count(label) for label, name in enumerate(CLASS_NAMES)}
+    random_images = load_synthetic(
         [SyntheticSource(bundle.location)],
         counts,
         config.size,
@@ -125,38 +151,38 @@ def run_edge_cases(
         device=device,
         progress=progress_bar,
     )
-    added: dict[str, SyntheticImages | None] = {"real": None, "random": other, "neighbours": made}
-    runs: dict[str, list[Run]] = {arm: [] for arm in ARMS}
+    added: dict[str, SyntheticImages | None] = {"real": None, "random": random_images, "neighbours": neighbours}
+    runs: dict[str, list[TrainedRun]] = {arm: [] for arm in ARMS}
     for seed in range(1, plan.seeds + 1):
         for arm in ARMS:
-            found = learner.run(arm, seed, added[arm])
-            if found is None:
+            run = learner.run(arm, seed, added[arm])
+            if run is None:
                 return None
-            runs[arm].append(found)
-    why = {
+            runs[arm].append(run)
+    reasons = {
         "misclassified": int(scores.misclassified.sum()),
         "near the threshold": int(scores.near_threshold.sum()),
         "between clusters": int(scores.between_clusters.sum()),
     }
-    return Measured(scores.is_edge, why, counts, runs)
+    return EdgeCaseResults(scores.is_edge, reasons, counts, runs)
 
 
 def _neighbours(
     learner: Learner,
-    scout: Run,
+    scout: TrainedRun,
     bundle: Bundle,
     plan: EdgePlan,
     out: Path,
     device: str,
     progress_bar: bool,
 ) -> SyntheticImages:
-    """The neighbours of the scout's edge cases among generated images, drawn unless they are there."""
+    """Return the neighbours of the scout's edge cases among generated images; they are generated once."""
     size, folder = learner.config.size, out / NEIGHBOURS
     if not folder.exists():
-        wanted = {"benign": plan.generate - plan.generate // 2, "malignant": plan.generate // 2}
+        pool_counts = {"benign": plan.generate - plan.generate // 2, "malignant": plan.generate // 2}
         pool = load_synthetic(
             [SyntheticSource(bundle.location)],
-            wanted,
+            pool_counts,
             size,
             seed=plan.synthetic_seed + _POOL_SEED,
             truncation_psi=plan.truncation_psi,
@@ -178,27 +204,28 @@ def _neighbours(
                 space=plan.space,
                 truncation_psi=plan.truncation_psi,
             )
-    found = read_description(folder)
-    melanoma = [is_melanoma(found["bundle"]["class_names"][each["label"]]) for each in found["anchors"]]
+    description = read_description(folder)
+    class_names = description["bundle"]["class_names"]
+    melanoma = [is_melanoma(class_names[each["label"]]) for each in description["anchors"]]
     counts = {"benign": melanoma.count(False) * plan.count, "malignant": melanoma.count(True) * plan.count}
-    made = load_synthetic([SyntheticSource(str(folder))], counts, size, cache=learner.cache, progress=progress_bar)
-    # The folder's files have dates; what was drawn has none, and runs go on where the folder has been moved.
-    digest = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
-    return replace(made, origin=tuple({**each, "digest": digest} for each in made.origin))
+    images = load_synthetic([SyntheticSource(str(folder))], counts, size, cache=learner.cache, progress=progress_bar)
+    # The digest of the description, without dates and paths, so that runs continue after the folder was moved.
+    digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
+    return replace(images, origin=tuple({**each, "digest": digest} for each in images.origin))
 
 
 def _anchors(
     learner: Learner,
-    scout: Run,
+    scout: TrainedRun,
     bundle: Bundle,
     plan: EdgePlan,
     pool: SyntheticImages,
 ) -> list[Anchor]:
-    """Edge cases of the pool, `plan.cases` of them, spread evenly over their ranking."""
+    """Return at most `plan.cases` edge cases of the pool, spread evenly over their ranking."""
     seed = plan.synthetic_seed + _POOL_SEED
     numbers = [[k for k, name in enumerate(bundle.class_names) if is_melanoma(name) == bool(label)] for label in (0, 1)]
     items: list[Item] = []
-    for label, array in enumerate(pool.images):  # as `load_synthetic` draws them
+    for label, array in enumerate(pool.images):  # in the order of `load_synthetic`
         items += [
             Item(
                 f"GEN_{seed}_{2 * i + label:08d}",
@@ -212,23 +239,23 @@ def _anchors(
             for i in range(len(array))
         ]
     parts = [learner.embedded(scout, array, items[: len(array)]) for array in pool.images]
-    drawn = Embedded(
+    embedded = Embedded(
         tuple(items),
         np.concatenate([part.features for part in parts]),
         np.concatenate([part.calibrated for part in parts]),
         np.concatenate([part.thumbnails for part in parts]),
     )
-    scores = _scores(drawn, np.array(pool.labels, np.int64), scout.threshold, plan.criteria)
+    scores = _scores(embedded, np.array(pool.labels, np.int64), scout.threshold, plan.criteria)
     order = scores.order
     chosen = order[np.unique(np.linspace(0, len(order) - 1, min(plan.cases, len(order))).round().astype(int))]
     if not len(chosen):
-        raise TrainingError(f"generate: there is no edge case among {plan.generate} images; draw more")
+        raise TrainingError(f"generate: there is no edge case among {plan.generate} images; generate more")
     return [Anchor(item.id, int(item.label or 0), seed, int(item.index or 0)) for item in (items[i] for i in chosen)]
 
 
-def _scores(found: Embedded, labels: NDArray[np.int64], threshold: float, criteria: Criteria) -> EdgeScores:
-    groups = [item.group for item in found.items]
-    return edge_scores(found.features, labels, found.calibrated, threshold, criteria, groups=groups)
+def _scores(embedded: Embedded, labels: NDArray[np.int64], threshold: float, criteria: Criteria) -> EdgeScores:
+    groups = [item.group for item in embedded.items]
+    return edge_scores(embedded.features, labels, embedded.calibrated, threshold, criteria, groups=groups)
 
 
 def _items(real: RealData) -> list[Item]:
@@ -243,7 +270,7 @@ def _items(real: RealData) -> list[Item]:
 def _remember(
     out: Path, real: RealData, bundle: Bundle, config: ClassifierConfig, plan: EdgePlan, weights: str
 ) -> None:
-    """Write plan.json, or compare with it. TrainingError names what differs; only `seeds` may grow."""
+    """Write plan.json, or compare with it. TrainingError names what differs; only `seeds` can change."""
     if not bundle.class_names or len({is_melanoma(name) for name in bundle.class_names}) < 2:
         raise TrainingError(f"{bundle.location}: the experiment needs a generator of benign and malignant images")
     now: dict[str, Any] = {

@@ -1,19 +1,19 @@
-"""The paper's experiment with black frames: generated images are moved to where they have none, and learnt from.
+"""The paper's experiment with black frames: latents are moved so that the generated images have no frame.
 
-arXiv 2208.11702 shifts latents of framed images along a direction until the frame is gone, trains its classifier on 10,000 such
-images of each class and reports 87 % accuracy on real ones. Here three arms learn from images of the same latents, all
-synthetic, and are tested on real images:
+arXiv 2208.11702 moves latents of framed images along a direction until the frame is gone, trains its classifier on 10,000 such
+images of each class and reports 87 % accuracy on real ones. Here three arms are trained on generated images of the same latents
+and tested on real images:
 
-    plain     the latents as they are
-    framed    moved towards the frame, until the detector finds one
-    removed   moved the other way, and the detector finds none
+    plain     the latents unchanged
+    framed    moved towards the frame; the detector finds one
+    removed   moved in the opposite direction; the detector finds none
 
-A latent is taken only if both moves did what they were for, so the arms differ in the frame and in what else the direction
-moves, not in which latents they have.
+Only latents for which both moves succeed are used, so that the arms have the same latents and differ only in the frame and in
+what else the direction changes.
 
-    plan.json           what the folder was begun with; the same command goes on, another is refused
+    plan.json           options and digests; the same command continues, another one is refused
     drawn/              the images of each arm and class
-    ARM-SEED/           a run, with predictions.csv of the test part once it is done
+    ARM-SEED/           a run, with predictions.csv of the test part when it is finished
     results.json, table.md
 """
 
@@ -48,7 +48,7 @@ from training.data.artefacts import THRESHOLDS, detect_artefacts
 from training.data.cache import new_array, read_array
 from training.data.diagnoses import is_melanoma
 from training.distributed import Ranks
-from training.experiments.edge_case_runs import Learner, Run
+from training.experiments.edge_case_runs import Learner, TrainedRun
 from training.experiments.plan import write_beside
 
 ARMS = ("plain", "framed", "removed")
@@ -57,7 +57,7 @@ PAPER_ACCURACY = 0.87
 METRICS = ("auc", "accuracy", "balanced_accuracy")
 _TITLES = {"auc": "AUC", "accuracy": "accuracy", "balanced_accuracy": "balanced accuracy"}
 _CHUNK = 64
-_MOST_TRIES = 50  # latents looked at for each that is taken
+_MOST_TRIES = 50  # latents that are tried for each that is used
 
 Floats = NDArray[np.float64]
 Labels = NDArray[np.int64]
@@ -65,9 +65,14 @@ Labels = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class FramePlan:
-    """What decides the experiment beside the images, the bundle and the classifier's configuration.
+    """Options of the experiment other than the images, the bundle and the classifier's configuration.
 
-    per_class: images of each class in each arm. framing and removing: strengths along the direction. seeds: runs of each arm.
+    Attributes:
+        direction: Name of the direction in the bundle.
+        framing: Strength that adds a frame.
+        removing: Strength that removes it.
+        per_class: Images of each class in each arm.
+        seeds: Runs of each arm.
     """
 
     direction: str
@@ -85,10 +90,16 @@ class FramePlan:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """The finished experiment: runs by arm, in order of the seeds; which test images have a frame [N]; latents looked at."""
+class FrameRemovalResults:
+    """The finished experiment.
 
-    runs: Mapping[str, Sequence[Run]]
+    Attributes:
+        runs: By arm, in the order of the seeds.
+        test_framed: Which test images have a frame, bool [N].
+        tried: Number of latents that were tried.
+    """
+
+    runs: Mapping[str, Sequence[TrainedRun]]
     test_framed: NDArray[np.bool_]
     tried: int
 
@@ -105,30 +116,47 @@ def run_frame_removal(
     target: torch.device,
     cache: Path,
     progress_bar: bool = True,
-) -> Measured | None:
-    """Run what is not done yet; None if the user stopped a training, which the next call goes on with.
+) -> FrameRemovalResults | None:
+    """Run what is not finished.
 
-    Raises TrainingError if `out` was begun otherwise, RequestError if the bundle lacks the direction.
+    Args:
+        real: Real images.
+        bundle: The generator with its directions.
+        config: Options of the classifiers.
+        plan: Options of the experiment.
+        out: Its folder.
+        weights: Weights that the classifiers start from.
+        device: Device of the generator.
+        target: Device of the classifiers.
+        cache: Folder for features.
+        progress_bar: Show progress bars.
+
+    Returns:
+        The results; None if the user stopped a training, which the next call continues.
+
+    Raises:
+        TrainingError: `out` was begun with other options or images.
+        RequestError: The bundle does not have the direction.
     """
     _remember(out, real, bundle, config, plan, weights)
-    drawn, tried = _draw(bundle, plan, config.size, out / "drawn", device, progress_bar)
+    generated, tried = _generate(bundle, plan, config.size, out / "drawn", device, progress_bar)
     learner = Learner(real, config, out, weights, Ranks(device=target), cache, progress_bar)
-    runs: dict[str, list[Run]] = {arm: [] for arm in ARMS}
+    runs: dict[str, list[TrainedRun]] = {arm: [] for arm in ARMS}
     for seed in range(plan.seeds):
         for arm in ARMS:
-            found = learner.run(arm, seed, drawn[arm], alone=True)
-            if found is None:
+            run = learner.run(arm, seed, generated[arm], alone=True)
+            if run is None:
                 return None
-            runs[arm].append(found)
+            runs[arm].append(run)
     images = tqdm(real.test.images, "frames of test images", unit="img", disable=not progress_bar or None)
     framed = np.array([detect_artefacts(image).frame >= THRESHOLDS["frame"] for image in images])
-    return Measured(runs, framed, tried)
+    return FrameRemovalResults(runs, framed, tried)
 
 
-def _draw(
+def _generate(
     bundle: Bundle, plan: FramePlan, size: int, folder: Path, device: str, progress_bar: bool
 ) -> tuple[dict[str, SyntheticImages], int]:
-    """The images of each arm, and how many latents were looked at; kept in `folder` for the next call."""
+    """Return the images of each arm and the number of latents that were tried. They are kept in `folder` for the next call."""
     numbers = [[k for k, name in enumerate(bundle.class_names) if is_melanoma(name) == bool(label)] for label in (0, 1)]
     shape = (plan.per_class, size, size, 3)
     files = {(arm, label): folder / f"{arm}-{CLASS_NAMES[label]}.npy" for arm in ARMS for label in (0, 1)}
@@ -139,24 +167,24 @@ def _draw(
             continue
         with ExitStack() as stack:
             arrays = [stack.enter_context(new_array(files[arm, label], shape, np.uint8)) for arm in ARMS]
-            tried[CLASS_NAMES[label]] = _draw_class(bundle, plan, numbers[label], arrays, device, progress_bar)
+            tried[CLASS_NAMES[label]] = _generate_class(bundle, plan, numbers[label], arrays, device, progress_bar)
         write_beside(note, json.dumps(tried))
-    told = {
+    options = {
         "noise_mode": DEFAULT_NOISE_MODE,
         **{name: value for name, value in asdict(plan).items() if name != "seeds"},
     }
-    origin = {"name": bundle.name, "digest": bundle.digest, "plan": told}
-    found = {}
+    origin = {"name": bundle.name, "digest": bundle.digest, "plan": options}
+    arms = {}
     for arm in ARMS:
         images = [read_array(files[arm, label], shape, mapped=True) for label in (0, 1)]
         if images[0] is None or images[1] is None:
-            raise TrainingError(f"{folder}: holds damaged images; remove it")
+            raise TrainingError(f"{folder}: has damaged images; remove it")
         labels = [0] * plan.per_class + [1] * plan.per_class
-        found[arm] = SyntheticImages((images[0], images[1]), tuple(labels), ({**origin, "arm": arm},))
-    return found, sum(tried.values())
+        arms[arm] = SyntheticImages((images[0], images[1]), tuple(labels), ({**origin, "arm": arm},))
+    return arms, sum(tried.values())
 
 
-def _draw_class(
+def _generate_class(
     bundle: Bundle,
     plan: FramePlan,
     numbers: Sequence[int],
@@ -164,7 +192,7 @@ def _draw_class(
     device: str,
     progress_bar: bool,
 ) -> int:
-    """Fill the arms' arrays of one class; how many latents were looked at."""
+    """Fill the arms' arrays of one class; returns the number of latents that were tried."""
     moves = [bundle_offset(bundle, [Edit(plan.direction, by)]) for by in (plan.framing, plan.removing)]
     size, count, done, index = arrays[0].shape[1], len(arrays[0]), 0, 0
     with (
@@ -175,14 +203,14 @@ def _draw_class(
     ):
 
         def draw(ws: NDArray[np.float32], indices: Sequence[int]) -> Images:
-            """Images of style vectors, each with the noise of its sample, so that the arms differ by the moves alone."""
+            """Generate images of ws, each with the noise of its sample, so that the arms differ in the moves only."""
             seeds = [plan.synthetic_seed] * len(indices)
             return synthesizer.images_from_ws(ws, DEFAULT_NOISE_MODE, seeds=seeds, indices=indices)
 
         while done < count:
             if index >= _MOST_TRIES * count:
                 raise TrainingError(
-                    f"direction: {plan.direction} at {plan.framing:g} and {plan.removing:g} frames and unframes only "
+                    f"direction: {plan.direction} at {plan.framing:g} and {plan.removing:g} adds and removes a frame in only "
                     f"{done:,} of {index:,} images; choose another or other strengths (dermis directions measure --framed)"
                 )
             indices = range(index, index + _CHUNK)
@@ -190,15 +218,15 @@ def _draw_class(
             ws = synthesizer.ws([plan.synthetic_seed] * _CHUNK, indices, labels, truncation_psi=plan.truncation_psi)
             index += _CHUNK
             framed = draw(ws + moves[0], indices)
-            good = [i for i, image in enumerate(framed) if detect_artefacts(image).frame >= THRESHOLDS["frame"]]
-            if not good:
+            with_frame = [i for i, image in enumerate(framed) if detect_artefacts(image).frame >= THRESHOLDS["frame"]]
+            if not with_frame:
                 continue
-            removed = draw(ws[good] + moves[1], [indices[i] for i in good])
+            removed = draw(ws[with_frame] + moves[1], [indices[i] for i in with_frame])
             both = [k for k, image in enumerate(removed) if detect_artefacts(image).frame < THRESHOLDS["frame"]]
             both = both[: count - done]
             if not both:
                 continue
-            chosen = [good[k] for k in both]
+            chosen = [with_frame[k] for k in both]
             plain = draw(ws[chosen], [indices[i] for i in chosen])
             for array, images in zip(arrays, (plain, framed[chosen], removed[both]), strict=True):
                 array[done : done + len(both)] = squares(images, size)
@@ -207,84 +235,94 @@ def _draw_class(
     return index
 
 
-def compare(test: RealPart, measured: Measured, *, replicates: int = metrics.REPLICATES) -> dict[str, Any]:
-    """By subset of the real test images (all, with a frame, without) and arm: each metric with its interval.
+def compare(test: RealPart, measured: FrameRemovalResults, *, replicates: int = metrics.REPLICATES) -> dict[str, Any]:
+    """Compare the arms on subsets of the real test images: all, with a frame, without.
 
-    Means over the seeds; intervals (95 %) by a bootstrap over patients. `difference`: removed less framed, and less plain,
-    with the same patients on both sides.
+    Numbers are means over the seeds; intervals (95 %) are by a bootstrap over patients, with the same patients in both arms
+    of a difference.
+
+    Args:
+        test: The test images.
+        measured: The finished experiment.
+        replicates: Number of bootstrap replicates.
+
+    Returns:
+        By subset: numbers of "images" and "malignant" images, and estimates under "METRIC ARM" and
+        "METRIC removed - ARM". Subsets without both classes are left out.
     """
     subsets = {
         "all": np.ones(len(test.labels), bool),
         "with a frame": measured.test_framed,
         "without": ~measured.test_framed,
     }
-    found: dict[str, Any] = {}
+    compared: dict[str, Any] = {}
     for name, chosen in subsets.items():
         labels = test.labels[chosen]
         if len(set(labels.tolist())) < 2:
             continue
         groups = [group for group, one in zip(test.groups, chosen, strict=True) if one]
-        wanted: dict[str, metrics.Metric] = {}
+        estimated: dict[str, metrics.Metric] = {}
         for metric in METRICS:
             means = {arm: _mean_over(measured.runs[arm], metric, chosen) for arm in ARMS}
-            wanted |= {f"{metric} {arm}": means[arm] for arm in ARMS}
+            estimated |= {f"{metric} {arm}": means[arm] for arm in ARMS}
             for other in ("framed", "plain"):
-                wanted[f"{metric} removed - {other}"] = _difference(means["removed"], means[other])
+                estimated[f"{metric} removed - {other}"] = _difference(means["removed"], means[other])
         scores = measured.runs["plain"][0].calibrated[chosen]
-        estimates = metrics.bootstrap(labels, scores, wanted, groups=groups, replicates=replicates)
-        found[name] = {
+        estimates = metrics.bootstrap(labels, scores, estimated, groups=groups, replicates=replicates)
+        compared[name] = {
             "images": len(labels),
             "malignant": int(labels.sum()),
             **{key: asdict(estimate) for key, estimate in estimates.items()},
         }
-    return found
+    return compared
 
 
-def write_results(out: Path, test: RealPart, measured: Measured, plan: FramePlan) -> str:
-    """results.json and table.md; the latter's text."""
-    found = compare(test, measured)
+def write_results(out: Path, test: RealPart, measured: FrameRemovalResults, plan: FramePlan) -> str:
+    """Write results.json and table.md; returns the table."""
+    compared = compare(test, measured)
     document = {
         "plan": asdict(plan),
         "latents_looked_at": measured.tried,
         "paper_accuracy": PAPER_ACCURACY,
-        "subsets": found,
+        "subsets": compared,
         "notice": NOTICE,
     }
     write_beside(out / RESULTS, json.dumps(document, indent=2) + "\n")
     lines = [
-        f"Classifiers learnt from {plan.per_class:,} generated images of each class alone, {plan.seeds} seeds; tested on real "
-        f"images. Both moves along {plan.direction} ({plan.framing:+g} for the frame, {plan.removing:+g} against it) did what "
-        f"they were for with {2 * plan.per_class:,} of {measured.tried:,} latents. Brackets: 95 % intervals.",
+        f"Classifiers were trained on {plan.per_class:,} generated images of each class, no real images, with {plan.seeds} "
+        f"seeds, and tested on real images. Both moves along {plan.direction} ({plan.framing:+g} adds the frame, "
+        f"{plan.removing:+g} removes it) succeeded with {2 * plan.per_class:,} of {measured.tried:,} latents. In brackets 95 % "
+        "intervals.",
         "",
         "| real images | metric | plain | framed | removed | removed - framed | removed - plain |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for name, values in found.items():
+    for name, values in compared.items():
         for metric in METRICS:
-            cells = [_told(values[f"{metric} {arm}"]) for arm in ARMS]
-            cells += [_told(values[f"{metric} removed - {other}"], sign=True) for other in ("framed", "plain")]
-            told = f"{name}: {values['images']:,}, {values['malignant']:,} malignant" if metric == METRICS[0] else ""
-            lines.append(f"| {told} | {_TITLES[metric]} | {' | '.join(cells)} |")
+            cells = [_cell(values[f"{metric} {arm}"]) for arm in ARMS]
+            cells += [_cell(values[f"{metric} removed - {other}"], sign=True) for other in ("framed", "plain")]
+            subset = f"{name}: {values['images']:,}, {values['malignant']:,} malignant" if metric == METRICS[0] else ""
+            lines.append(f"| {subset} | {_TITLES[metric]} | {' | '.join(cells)} |")
     lines += ["", f"The paper reports {PAPER_ACCURACY:.0%} accuracy with 10,000 images of each class. {NOTICE}", ""]
     text = "\n".join(lines)
     write_beside(out / TABLE, text)
     return text
 
 
-def _told(estimate: Mapping[str, float], sign: bool = False) -> str:
+def _cell(estimate: Mapping[str, float], sign: bool = False) -> str:
     form = "+.3f" if sign else ".3f"
     return f"{estimate['value']:{form}} [{estimate['low']:{form}}, {estimate['high']:{form}}]"
 
 
-def _mean_over(runs: Sequence[Run], metric: str, chosen: NDArray[np.bool_]) -> metrics.Metric:
+def _mean_over(runs: Sequence[TrainedRun], metric: str, chosen: NDArray[np.bool_]) -> metrics.Metric:
     def mean(labels: Labels, _scores: Floats, weights: Floats) -> Floats:
-        found: Floats = np.mean([_one(metric, labels, run, chosen, weights) for run in runs], axis=0)
-        return found
+        value: Floats = np.mean([_value(metric, labels, run, chosen, weights) for run in runs], axis=0)
+        return value
 
     return mean
 
 
-def _one(metric: str, labels: Labels, run: Run, chosen: NDArray[np.bool_], weights: Floats) -> Floats:
+def _value(metric: str, labels: Labels, run: TrainedRun, chosen: NDArray[np.bool_], weights: Floats) -> Floats:
     scores = run.calibrated[chosen]
     if metric == "auc":
         return metrics.auc(labels, scores, weights)
@@ -303,10 +341,10 @@ def _difference(a: metrics.Metric, b: metrics.Metric) -> metrics.Metric:
 def _remember(
     out: Path, real: RealData, bundle: Bundle, config: ClassifierConfig, plan: FramePlan, weights: str
 ) -> None:
-    """Write plan.json, or compare with it. TrainingError names what differs; only `seeds` may grow."""
+    """Write plan.json, or compare with it. TrainingError names what differs; only `seeds` can change."""
     if not bundle.class_names or len({is_melanoma(name) for name in bundle.class_names}) < 2:
         raise TrainingError(f"{bundle.location}: the experiment needs a generator of benign and malignant images")
-    bundle_offset(bundle, [Edit(plan.direction, 1.0)])  # RequestError if there is none of this name
+    bundle_offset(bundle, [Edit(plan.direction, 1.0)])  # RequestError if there is no direction of this name
     now = {
         "data": {name: part.sha256 for name, part in real.parts.items()},
         "bundle": bundle.digest,
@@ -315,7 +353,7 @@ def _remember(
         "plan": {name: value for name, value in asdict(plan).items() if name != "seeds"},
         "noise_mode": DEFAULT_NOISE_MODE,
     }
-    told = hashlib.sha256(json.dumps(now, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(now, sort_keys=True).encode()).hexdigest()
     file = out / PLAN
     if file.exists():
         before = json.loads(file.read_text(encoding="utf-8"))
@@ -325,4 +363,4 @@ def _remember(
                 f"{out}: was begun with other settings ({', '.join(differing)}); give the same, or another --out"
             )
         return
-    write_beside(file, json.dumps({**now, "sha256": told}, indent=2) + "\n")
+    write_beside(file, json.dumps({**now, "sha256": digest}, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""Distances against images shown, one picture a hospital, as `curves.svg`."""
+"""A figure of distances against images shown, one panel for each hospital."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ def draw_curves(hospitals: Hospitals) -> None:
     mpl.use("svg")
     from matplotlib import pyplot
 
-    found, federation = curves(hospitals), hospitals.federation
+    measured, federation = curves(hospitals), hospitals.federation
     names = list(hospitals.sites)
     with mpl.rc_context({"svg.hashsalt": "dermis", "font.size": 9}):
         figure, axes = pyplot.subplots(1, len(names), figsize=(3.4 * len(names), 3), sharey=True, squeeze=False)
         for axis, hospital in zip(axes[0], names, strict=True):
             for label, arm in (("alone", hospital), (FEDERATED, FEDERATED), (CENTRAL, CENTRAL)):
-                points = [point for point in found.get(arm, {}).get(hospital, []) if point.round]
+                points = [point for point in measured.get(arm, {}).get(hospital, []) if point.round]
                 if points:
                     x, y = [point.kimg for point in points], [point.fid for point in points]
                     axis.plot(x, y, color=_COLOURS[label], label=label, linewidth=1.4)

@@ -1,8 +1,8 @@
-"""The paper's second setting: hospitals of different size train alone, together, and as if all images were in one place.
+"""The paper's second setting: hospitals of different size train alone, federated, and centrally with all images.
 
-All begin with the same random weights and show each member the same number of images. A hospital alone, and the central
-training, are federations of one member, which compute what a training without any federation does: so all are measured at
-the same points, by the same code, each against the hospitals' own validation images, which nobody trains on.
+All arms start from the same random weights and show each member the same number of images. A hospital alone and the central
+training are federations of one member, which compute the same as a training without a federation. So all arms are measured
+at the same points and by the same code, against the hospitals' own validation images, which no arm is trained on.
 """
 
 from __future__ import annotations
@@ -22,21 +22,27 @@ from training.data.sources import Source
 from training.data.splits import write_rows
 from training.experiments.plan import write_beside
 from training.federated.config import FederationConfig, gan_config
-from training.federated.gan_result import averaged_generator
-from training.federated.gan_task import distances
-from training.federated.global_state import GlobalState
-from training.federated.rounds import read_rounds
-from training.federated.simulate import divide, hospital_sites, simulate
+from training.federated.server.gan_result import averaged_generator
+from training.federated.server.global_state import GlobalState
+from training.federated.server.record import read_rounds
+from training.federated.simulation.simulate import divide, hospital_sites, simulate
 from training.federated.site import Site, site_images
+from training.federated.tasks.gan import distances
 
 CENTRAL, FEDERATED = "central", "federated"
-FACTORS = (2.0, 1.5, 1.25, 1.1, 1.0)  # levels, as multiples of the best distance that every arm reaches
+FACTORS = (2.0, 1.5, 1.25, 1.1, 1.0)  # levels: multiples of the best distance that all arms reach
 RESULTS = "results.json"
 
 
 @dataclass(frozen=True)
 class Hospitals:
-    """The experiment: hospitals by name, from the smallest, and the options that all arms share."""
+    """The experiment.
+
+    Attributes:
+        federation: Options that all arms share.
+        sites: Hospitals by name, from the smallest.
+        out: Folder of the experiment.
+    """
 
     federation: FederationConfig
     sites: Mapping[str, Site]
@@ -44,12 +50,13 @@ class Hospitals:
 
     @property
     def arms(self) -> list[str]:
+        """Names of the arms: central, each hospital alone, federated."""
         return [CENTRAL, *self.sites, FEDERATED]
 
 
 @dataclass(frozen=True)
 class Point:
-    """A measurement: after `round` rounds, and so many thousand images shown to each member."""
+    """A measurement after `round` rounds, when each member has been shown `kimg` thousand images."""
 
     round: int
     kimg: float
@@ -58,7 +65,7 @@ class Point:
 
 
 Curves = dict[str, dict[str, list[Point]]]
-"""By arm and hospital."""
+"""Measurements by arm and hospital."""
 
 
 def plan(
@@ -72,7 +79,22 @@ def plan(
     cache: Path | None = None,
     device: str = "auto",
 ) -> Hospitals:
-    """Divide the source by patient. DataError or TrainingError if that, or the options, cannot be."""
+    """Divide the images by patient among the hospitals.
+
+    Args:
+        source: The images.
+        data: Folder that they were read from.
+        out: Folder of the experiment.
+        federation: Options that all arms share.
+        sizes: Proportions of the hospitals by name.
+        class_column: CSV column of the classes.
+        cache: Folder for decoded images and features.
+        device: auto, cpu or cuda.
+
+    Raises:
+        DataError: The images cannot be divided in this way.
+        TrainingError: An option does not fit.
+    """
     if federation.task != "gan":
         raise TrainingError("hospitals: compares generators; leave task=gan")
     gan_config(federation, torch.device("cpu"))
@@ -83,7 +105,7 @@ def plan(
 
 
 def run_arm(hospitals: Hospitals, arm: str, tell: Callable[[str], None] = lambda text: None) -> None:
-    """Train and measure one arm in its folder, or go on with it."""
+    """Train and measure one arm in its folder, or continue it."""
     out, federation = hospitals.out / arm, hospitals.federation
     if arm == FEDERATED:
         members = [replace(site, state=out / "members" / name) for name, site in hospitals.sites.items()]
@@ -99,39 +121,42 @@ def run_arm(hospitals: Hospitals, arm: str, tell: Callable[[str], None] = lambda
 
 
 def curves(hospitals: Hospitals) -> Curves:
-    """What was measured in all arms so far, of each hospital that an arm was measured for."""
+    """Return all measurements so far, by arm and hospital."""
     federation = hospitals.federation
     step = federation.iterations * gan_config(federation, torch.device("cpu")).batch / 1000
     by_size = list(hospitals.sites)
-    found: Curves = {}
+    measured: Curves = {}
     for arm in hospitals.arms:
-        of: dict[str, list[Point]] = {}
+        by_hospital: dict[str, list[Point]] = {}
         for line in read_rounds(hospitals.out / arm):
-            if line["round"] > federation.rounds:  # of an arm that was run further before
+            if line["round"] > federation.rounds:  # the arm was run with more rounds before
                 break
             for name, numbers in line.get("measured", {}).items():
-                # Members are numbered by size where they meet, so the k-th is the k-th smallest hospital.
+                # Members of a federation are numbered by size, so the k-th is the k-th smallest hospital.
                 hospital = name if name in by_size else arm if arm in by_size else by_size[int(name.split("-")[1]) - 1]
                 if "fid" in numbers:
                     point = Point(line["round"], line["round"] * step, numbers["fid"], numbers["kid"])
-                    of.setdefault(hospital, []).append(point)
-        if of:
-            found[arm] = of
-    return found
+                    by_hospital.setdefault(hospital, []).append(point)
+        if by_hospital:
+            measured[arm] = by_hospital
+    return measured
 
 
-def levels(found: Curves, hospital: str) -> list[float]:
-    """Distances to reach: multiples of the best one that every arm reaches for this hospital, below the start, rounded up."""
-    measured = [of[hospital] for of in found.values() if of.get(hospital)]
+def levels(measurements: Curves, hospital: str) -> list[float]:
+    """Return the distances whose reaching is compared.
+
+    They are multiples of the best distance that all arms reach for this hospital, rounded up, and below the start.
+    """
+    measured = [by_hospital[hospital] for by_hospital in measurements.values() if by_hospital.get(hospital)]
     if not measured:
         return []
     best, start = max(_best(points).fid for points in measured), min(points[0].fid for points in measured)
-    wanted = [float(math.ceil(best * factor)) for factor in FACTORS]
-    return [level for level in wanted if level < start]
+    multiples = [float(math.ceil(best * factor)) for factor in FACTORS]
+    return [level for level in multiples if level < start]
 
 
 def reached(points: Sequence[Point], level: float) -> Point | None:
-    """The first measurement at or below a level; nothing is interpolated."""
+    """Return the first measurement at or below a level, without interpolation; None if there is none."""
     return next((point for point in points if point.fid <= level), None)
 
 
@@ -140,14 +165,14 @@ def _best(points: Sequence[Point]) -> Point:
 
 
 def results(hospitals: Hospitals) -> dict[str, Any]:
-    """Curves, what was reached when, and how much faster the federation was than each hospital alone. JSON."""
-    found = curves(hospitals)
+    """Return the curves, when levels were reached, and the speed-up over each hospital alone, for JSON."""
+    measured = curves(hospitals)
     sizes = {name: len(_images(hospitals.federation, site).train.labels) for name, site in hospitals.sites.items()}
-    held = {name: _held(hospitals, site) for name, site in hospitals.sites.items()}
+    validation = {name: _validation_images(hospitals, site) for name, site in hospitals.sites.items()}
     rows = []
     for hospital in hospitals.sites:
-        for level in levels(found, hospital):
-            times = {arm: reached(of.get(hospital, []), level) for arm, of in found.items() if hospital in of}
+        for level in levels(measured, hospital):
+            times = {arm: reached(of[hospital], level) for arm, of in measured.items() if hospital in of}
             alone, together = times.get(hospital), times.get(FEDERATED)
             rows.append(
                 {
@@ -161,38 +186,40 @@ def results(hospitals: Hospitals) -> dict[str, Any]:
             )
     last = {
         arm: {name: {"end": asdict(points[-1]), "best": asdict(_best(points))} for name, points in of.items()}
-        for arm, of in found.items()
+        for arm, of in measured.items()
     }
     return {
         "extractor": hospitals.federation.extractor,
         "generated": hospitals.federation.evaluate_images,
         "training_images": sizes,
-        "validation_images": held,
+        "validation_images": validation,
         "levels": rows,
         "distances": last,
-        "curves": {arm: {h: [asdict(p) for p in points] for h, points in of.items()} for arm, of in found.items()},
+        "curves": {arm: {h: [asdict(p) for p in points] for h, points in of.items()} for arm, of in measured.items()},
         "bytes": _bytes(hospitals.out / FEDERATED),
     }
 
 
 def write_results(hospitals: Hospitals) -> dict[str, Any]:
-    """results.json and table.md in the experiment's folder."""
-    found = results(hospitals)
-    write_beside(hospitals.out / RESULTS, json.dumps(found, indent=2) + "\n")
-    write_beside(hospitals.out / "table.md", markdown(found))
-    return found
+    """Write results.json and table.md in the experiment's folder; returns the content of results.json."""
+    content = results(hospitals)
+    write_beside(hospitals.out / RESULTS, json.dumps(content, indent=2) + "\n")
+    write_beside(hospitals.out / "table.md", markdown(content))
+    return content
 
 
-def markdown(found: Mapping[str, Any]) -> str:
-    """Two tables: distances at the end, and when levels were reached."""
-    space, sizes, held = found["extractor"], found["training_images"], found["validation_images"]
-    arms = list(found["distances"])
+def markdown(content: Mapping[str, Any]) -> str:
+    """Return two tables: distances at the end, and when levels were reached."""
+    space, sizes, validation = content["extractor"], content["training_images"], content["validation_images"]
+    arms = list(content["distances"])
     lines = [f"FID@{space} at the end (best) | " + " | ".join(sizes), " | ".join(["---"] * (len(sizes) + 1))]
-    lines.append("images to train / to measure | " + " | ".join(f"{sizes[name]:,} / {held[name]:,}" for name in sizes))
+    lines.append(
+        "images to train / to measure | " + " | ".join(f"{sizes[name]:,} / {validation[name]:,}" for name in sizes)
+    )
     for arm in arms:
         cells = []
         for name in sizes:
-            numbers = found["distances"][arm].get(name)
+            numbers = content["distances"][arm].get(name)
             cells.append(f"{numbers['end']['fid']:.1f} ({numbers['best']['fid']:.1f})" if numbers else "")
         lines.append(f"{arm} | " + " | ".join(cells))
     text = "\n".join(f"| {line} |" for line in lines)
@@ -205,7 +232,7 @@ def markdown(found: Mapping[str, Any]) -> str:
         "times as fast",
     ]
     rows = [head, ["---"] * len(head)]
-    for row in found["levels"]:
+    for row in content["levels"]:
         times = [row["reached"].get(arm) for arm in (row["hospital"], FEDERATED, CENTRAL)]
         shown = ["not reached" if t is None else f"{t['round']}, {t['kimg']:g}" for t in times]
         rows.append([row["hospital"], f"{row['fid']:g}", *shown, f"{row['speed_up']:.2f}" if row["speed_up"] else ""])
@@ -213,7 +240,7 @@ def markdown(found: Mapping[str, Any]) -> str:
 
 
 def _central_site(hospitals: Hospitals, out: Path) -> Site:
-    """All hospitals' training images, and none of their validation images."""
+    """Return a site with the training images of all hospitals, without their validation images."""
     table, rows = out / "all.csv", []
     for site in hospitals.sites.values():
         rows += [record.row for record in _images(hospitals.federation, site).train.records]
@@ -224,21 +251,21 @@ def _central_site(hospitals: Hospitals, out: Path) -> Site:
 
 
 def _measure_all(hospitals: Hospitals, state: GlobalState) -> dict[str, Any]:
-    federation, found = hospitals.federation, {}
+    federation, measured = hospitals.federation, {}
     for name, site in hospitals.sites.items():
         device = resolve_device(site.device)
         generator = averaged_generator(federation, state.tensors).to(device)
         validation = _images(federation, site).validation
         assert validation is not None
-        found[name] = distances(generator, validation, federation, device, site)
-    return found
+        measured[name] = distances(generator, validation, federation, device, site)
+    return measured
 
 
 def _images(federation: FederationConfig, site: Site) -> Any:
     return site_images(site, federation.class_names, federation.binary, federation.resolution)
 
 
-def _held(hospitals: Hospitals, site: Site) -> int:
+def _validation_images(hospitals: Hospitals, site: Site) -> int:
     return len(_images(hospitals.federation, site).validation.labels)
 
 

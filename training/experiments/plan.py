@@ -1,6 +1,7 @@
-"""What experiments will compute on given images, decided and checked in full before the first of them trains.
+"""The plan of a group of experiments: all options and images are checked before the first training starts.
 
-A folder of experiments remembers it in plan.json: the same command goes on, another one is refused by what differs.
+The folder of the experiments has the plan in plan.json. The same command continues; a command with other options is refused,
+and the message names what differs.
 """
 
 from __future__ import annotations
@@ -27,15 +28,18 @@ from training.experiments.experiment import TABLE1, Experiment, read_experiment
 from training.gan.config import GanConfig, automatic_precision
 
 PLAN = "plan.json"
-METRICS = "metrics.json"  # of an experiment that is done, in its folder
-"""Noise of the generated images of every evaluation."""
+METRICS = "metrics.json"  # in the folder of a finished experiment
 GROUPS = {"table1": TABLE1}
 _OPTION = {"total_kimg": "--kimg or --scale", "seed": "--seed", "resolution": "--resolution"}
 
 
 @dataclass(frozen=True)
-class Task:
-    """One experiment on the images of its classes. `holdout` are real images that the generator never sees."""
+class ExperimentTask:
+    """One experiment with the images of its classes.
+
+    Attributes:
+        holdout: Real images that the generator is not trained on.
+    """
 
     experiment: Experiment
     config: GanConfig
@@ -45,7 +49,11 @@ class Task:
 
 @dataclass(frozen=True)
 class Measuring:
-    """How every generator is evaluated. samples: generated images, as many as there are real ones if None."""
+    """How all generators are evaluated.
+
+    Attributes:
+        samples: Number of generated images; None for as many as there are real ones.
+    """
 
     extractor: FeatureExtractor
     samples: int | None
@@ -58,7 +66,11 @@ class Measuring:
 
 
 def read_experiments(which: Sequence[str]) -> list[Experiment]:
-    """Experiments by name, file or group ("table1"), each once. TrainingError if two have one name."""
+    """Read experiments by name, file or group ("table1"), each once.
+
+    Raises:
+        TrainingError: An experiment is wrong, or two have the same name.
+    """
     names = [name for each in which for name in GROUPS.get(each, (each,))]
     experiments: dict[str, Experiment] = {}
     for name in names:
@@ -78,10 +90,21 @@ def configure(
     seed: int | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> GanConfig:
-    """The configuration of a run: `settings` win over the file, `kimg` over its length times `scale`.
+    """Return the configuration of a run.
 
-    bf16 where the device multiplies it natively, unless the file or `settings` name a precision. TrainingError names
-    the experiment and the option that does not fit.
+    The precision is bf16 where the device multiplies it natively, unless the file or `settings` name one.
+
+    Args:
+        experiment: The experiment.
+        device: Device of the training.
+        scale: Factor of the file's length.
+        kimg: Length that replaces the file's.
+        resolution: Side in pixels that replaces the file's.
+        seed: Seed of everything random.
+        settings: Fields of `GanConfig` that replace the file's.
+
+    Raises:
+        TrainingError: An option does not fit; the message names it and the experiment.
     """
     if scale <= 0:
         raise TrainingError(f"--scale: {scale:g} must be positive")
@@ -104,8 +127,12 @@ def plan_tasks(
     *,
     cache: Path | None = None,
     progress: bool = True,
-) -> list[Task]:
-    """Decode what the experiments need. DataError, before anything is decoded, if a class is missing or too small."""
+) -> list[ExperimentTask]:
+    """Decode the images that the experiments need.
+
+    Raises:
+        DataError: A class is missing or too small. This is checked before anything is decoded.
+    """
     for experiment in experiments:
         names = sorted(experiment.classes)
         check_names(experiment.name, names if experiment.conditional else (), len(names) * experiment.conditional)
@@ -123,9 +150,9 @@ def plan_tasks(
     tasks = []
     for experiment, config in zip(experiments, configs, strict=True):
         dataset = load(source, experiment.classes, config.resolution)
-        held = None if holdout is None else load(holdout, experiment.classes, config.resolution)
-        check_images(dataset, held)
-        tasks.append(Task(experiment, config, dataset, held))
+        holdout_images = None if holdout is None else load(holdout, experiment.classes, config.resolution)
+        check_images(dataset, holdout_images)
+        tasks.append(ExperimentTask(experiment, config, dataset, holdout_images))
     return tasks
 
 
@@ -133,7 +160,7 @@ def _check_classes(experiment: Experiment, source: Source) -> None:
     try:
         chosen = source.with_classes(experiment.classes)
     except DataError as error:
-        hint = "" if {"benign", "malignant"} <= set(source.class_names) else "; --binary makes two of diagnoses"
+        hint = "" if {"benign", "malignant"} <= set(source.class_names) else "; --binary maps diagnoses to these two"
         raise DataError(f"{experiment.name}: {error}{hint}") from None
     for name in experiment.classes:
         if (count := len(chosen.of_class(name))) < FEWEST:
@@ -142,8 +169,12 @@ def _check_classes(experiment: Experiment, source: Source) -> None:
             )
 
 
-def remember(out: Path, tasks: Sequence[Task], measuring: Measuring) -> None:
-    """Write out/plan.json, or add to it. TrainingError names what differs if the folder was begun in another way."""
+def remember(out: Path, tasks: Sequence[ExperimentTask], measuring: Measuring) -> None:
+    """Write out/plan.json, or add experiments to it.
+
+    Raises:
+        TrainingError: The folder was begun with other options or images; the message names what differs.
+    """
     measured = {
         "--extractor": measuring.extractor.name,
         "--extractor (its weights)": measuring.extractor.identity,
@@ -166,7 +197,7 @@ def remember(out: Path, tasks: Sequence[Task], measuring: Measuring) -> None:
 
 
 def write_beside(file: Path, text: str) -> None:
-    """Write a text file completely or not at all. Missing folders are made.
+    """Write a text file completely or not at all. Missing folders are created.
 
     Raises:
         TrainingError: The file cannot be written.
@@ -179,7 +210,7 @@ def write_beside(file: Path, text: str) -> None:
         raise TrainingError(f"{file}: cannot be written ({error.strerror})") from None
 
 
-def _planned(task: Task) -> dict[str, Any]:
+def _planned(task: ExperimentTask) -> dict[str, Any]:
     return {
         "classes": list(task.experiment.classes),
         "data": task.dataset.sha256,
@@ -188,7 +219,7 @@ def _planned(task: Task) -> dict[str, Any]:
     }
 
 
-def _check_same(out: Path, task: Task, stored: Mapping[str, Any]) -> None:
+def _check_same(out: Path, task: ExperimentTask, stored: Mapping[str, Any]) -> None:
     name, planned = task.experiment.name, _planned(task)
     _same(out, f"{name}: classes", stored["classes"], planned["classes"])
     for images in ("data", "holdout"):
@@ -202,8 +233,8 @@ def _check_same(out: Path, task: Task, stored: Mapping[str, Any]) -> None:
 def _check_comparable(out: Path, before: Mapping[str, Any]) -> None:
     """Refuse a folder whose experiments were evaluated by a version with other noise or other comparisons.
 
-    Version 1 of the metrics compared all images with all, version 2 compares equal numbers where images are held out.
-    A folder without evaluated experiments can go on.
+    Version 1 of the metrics compared all images with all; version 2 compares equal numbers where images are held out.
+    A folder without evaluated experiments can be continued.
     """
     measured = before["measured"]
     noise_mode, version = measured.get("noise_mode", "const"), measured.get("metrics_format", 1)

@@ -1,8 +1,8 @@
-"""Train and evaluate one experiment in a folder of its own; what was done before is not done again.
+"""Train and evaluate one experiment in its own folder. Finished parts are not repeated.
 
-checkpoint.safetensors, log.jsonl, samples-*.png, ...   the run, as `dermis train gan` leaves it
-bundle/                                                 the generator, evaluated
-metrics.json                                            `Result`, written last: the experiment is done
+checkpoint.safetensors, log.jsonl, samples-*.png, ...   the run, as `dermis train gan` writes it
+bundle/                                                 the generator, with its evaluation
+metrics.json                                            `Result`, written last: the experiment is finished
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dermis.bundle import open_bundle
 from dermis.errors import TrainingError, escape
 from dermis.network_config import DEFAULT_NOISE_MODE
 from training.evaluation.evaluation import evaluate_bundle, keep_metrics
-from training.experiments.plan import METRICS, Measuring, Task, write_beside
+from training.experiments.plan import METRICS, ExperimentTask, Measuring, write_beside
 from training.gan.config import GanConfig
 from training.gan.loop import train
 from training.gan.snapshot import GeneratorOrigin, write_snapshot
@@ -30,7 +30,14 @@ from training.gan.snapshot import GeneratorOrigin, write_snapshot
 
 @dataclass(frozen=True)
 class Result:
-    """An experiment that is done. images: training images by class; bundle: its digest; metrics: its evaluation."""
+    """A finished experiment.
+
+    Attributes:
+        kimg: Length of the training.
+        images: Training images by class.
+        bundle: Digest of the bundle.
+        metrics: The evaluation.
+    """
 
     kimg: float
     seconds_per_kimg: float
@@ -40,7 +47,7 @@ class Result:
 
 
 def read_result(folder: Path) -> Result | None:
-    """What the experiment in `folder` came to; None if it is not done."""
+    """Read the result of the experiment in `folder`; None if it is not finished."""
     file = folder / METRICS
     try:
         return Result(**json.loads(file.read_text(encoding="utf-8")))
@@ -51,7 +58,7 @@ def read_result(folder: Path) -> Result | None:
 
 
 def run_experiment(
-    task: Task,
+    task: ExperimentTask,
     folder: Path,
     measuring: Measuring,
     origin: GeneratorOrigin,
@@ -62,9 +69,24 @@ def run_experiment(
     compile_networks: bool = False,
     progress_bar: bool = True,
 ) -> Result | None:
-    """Train, evaluate and write metrics.json; None if the user stopped the training, which the next call goes on with.
+    """Train, evaluate and write metrics.json.
 
-    snapshot_kimg: 20, or a hundredth of a long run, if None. Raises what `train` and `evaluate_bundle` raise.
+    Args:
+        task: The experiment with its images.
+        folder: Its folder.
+        measuring: How the generator is evaluated.
+        origin: Where the images come from.
+        device: Device of the training and the evaluation.
+        cache: Folder for features.
+        snapshot_kimg: Interval of snapshots; None for 20, or a hundredth of a long run.
+        compile_networks: Compile the networks.
+        progress_bar: Show a progress bar.
+
+    Returns:
+        The result; None if the user stopped the training, which the next call continues.
+
+    Raises:
+        DermisError: As of `train` and `evaluate_bundle`.
     """
     if (done := read_result(folder)) is not None:
         return done
@@ -83,7 +105,7 @@ def run_experiment(
     if progress.stopped:
         return None
     threads = torch.get_num_threads()
-    found = evaluate_bundle(
+    evaluation = evaluate_bundle(
         open_bundle(folder / "bundle"),
         dataset,
         [measuring.extractor],
@@ -95,23 +117,28 @@ def run_experiment(
         cache=cache,
         device=str(device),
     )
-    torch.set_num_threads(threads)  # drawing with torch on the CPU takes one thread an image
-    bundle = keep_metrics(open_bundle(folder / "bundle"), found.metrics)
+    torch.set_num_threads(threads)  # generating with torch on the CPU sets one thread
+    bundle = keep_metrics(open_bundle(folder / "bundle"), evaluation.metrics)
     result = Result(
         kimg=progress.kimg,
         seconds_per_kimg=seconds_per_kimg(folder / "log.jsonl", config),
         images={name: int((dataset.labels == label).sum()) for label, name in enumerate(dataset.class_names)},
         bundle=bundle.digest,
-        metrics=found.metrics,
+        metrics=evaluation.metrics,
     )
     write_beside(folder / METRICS, json.dumps(asdict(result), indent=2, sort_keys=True) + "\n")
     return result
 
 
 def seconds_per_kimg(log: Path, config: GanConfig) -> float:
-    """Median over the cycles of all phases (16 steps by default), so that snapshots, pauses and compiling do not count.
+    """Return the training time for 1,000 images.
 
-    The mean of a run that is shorter than a cycle.
+    It is the median over cycles of all phases (16 steps by default), so that snapshots, pauses and compiling do not count;
+    in a run that is shorter than a cycle, the mean.
+
+    Args:
+        log: log.jsonl of the run.
+        config: Its configuration.
     """
     lines = log.read_text(encoding="utf-8").splitlines()
     seconds = [0.0, *(float(json.loads(line)["seconds"]) for line in lines)]

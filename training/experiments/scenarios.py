@@ -1,4 +1,4 @@
-"""The paper's second table: what classifiers learnt from, and how good they were (arXiv 2208.11702, table 2)."""
+"""The scenarios of the paper's second table: the training images of classifiers, and reported numbers (arXiv 2208.11702)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ PAPER = "arXiv 2208.11702, table 2"
 
 @dataclass(frozen=True)
 class Scenario:
-    """One row. generator: which of the given ones draws the synthetic images; reported: in %."""
+    """One row of the table.
+
+    Attributes:
+        generator: Name of the generator of the synthetic images; None without them.
+        accuracy: Reported, in %.
+        auc: Reported, in %.
+    """
 
     name: str
     title: str
@@ -23,7 +29,7 @@ class Scenario:
     auc: float
 
     def counts(self, scale: float) -> dict[str, int]:
-        """Synthetic images of each class: the paper's numbers times `scale`, at least 1."""
+        """Return the numbers of synthetic images by class: the paper's numbers times `scale`, at least 1."""
         if self.configuration == "real":
             return {}
         if self.configuration == "augmented":
@@ -43,7 +49,7 @@ TABLE2 = (
     Scenario("aug-cgan-no-color", "aug-cGAN w/o color", "augmented", "cgan-no-color", 97.9, 98.8),
 )
 GENERATORS = ("gan", "cgan", "cgan-no-color")
-_OF_TABLE1: Mapping[str, Mapping[str, str]] = {  # which runs of table 1 draw what
+_OF_TABLE1: Mapping[str, Mapping[str, str]] = {  # experiments of table 1 by class
     "gan": {"benign": "ben-gan", "malignant": "mal-gan"},
     "cgan": {"": "cgan"},
     "cgan-no-color": {"": "cgan-no-color"},
@@ -51,5 +57,5 @@ _OF_TABLE1: Mapping[str, Mapping[str, str]] = {  # which runs of table 1 draw wh
 
 
 def sources_of_table1(generator: str) -> Mapping[str, str]:
-    """Folders of `experiment table1` whose bundles together are this generator, by class ("" for all classes)."""
+    """Return the folders of the experiments of table 1 whose bundles form a generator, by class ("" for all classes)."""
     return _OF_TABLE1[generator]

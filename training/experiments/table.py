@@ -1,4 +1,4 @@
-"""What experiments came to, beside what was reported of them: results.json, and table.md for people."""
+"""The results of experiments beside the numbers that their sources report: results.json and table.md."""
 
 from __future__ import annotations
 
@@ -21,7 +21,12 @@ _HEADINGS = {"kid_percent": "KID (%)", "fid": "FID", "precision": "P", "recall":
 
 @dataclass(frozen=True)
 class Outcome:
-    """Experiments in the order they were asked for, the results of those that are done, and which to take."""
+    """Experiments in the requested order with their results.
+
+    Attributes:
+        results: Results of the finished experiments by name.
+        choice: The generator to use.
+    """
 
     experiments: Sequence[Experiment]
     results: Mapping[str, Result]
@@ -29,33 +34,33 @@ class Outcome:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """All classes of all experiments: what a generator must be able to make to be chosen."""
+        """All classes of all experiments. Only a generator of all of them can be chosen."""
         return tuple(sorted({name for experiment in self.experiments for name in experiment.classes}))
 
 
 def collect(out: Path, experiments: Sequence[Experiment]) -> Outcome:
-    """Read what is done below `out`, and choose among the generators that can be asked for every class."""
-    found = {experiment.name: read_result(out / experiment.name) for experiment in experiments}
-    results = {name: result for name, result in found.items() if result is not None}
+    """Read the finished experiments in `out`, and choose between the generators of all classes."""
+    all_results = {experiment.name: read_result(out / experiment.name) for experiment in experiments}
+    results = {name: result for name, result in all_results.items() if result is not None}
     classes = {name for experiment in experiments for name in experiment.classes}
     able = [e.name for e in experiments if set(e.classes) == classes and (e.conditional or len(classes) == 1)]
     return Outcome(experiments, results, choose([_candidate(name, results[name]) for name in able if name in results]))
 
 
 def _candidate(name: str, result: Result) -> Candidate:
-    # Against the training images, never the held-out ones: those choose nothing.
+    # Compared with the training images, since held-out images must not influence a choice.
     numbers = _space(result)[1]["comparisons"]["generated_training"]
     fid_interval, kid_interval = ((low, high) for low, high in (numbers["fd_interval"], numbers["kid_interval"]))
     return Candidate(name, numbers["fd"], fid_interval, numbers["kid"], kid_interval, result.seconds_per_kimg)
 
 
 def _space(result: Result) -> tuple[str, Mapping[str, Any]]:
-    """The feature space that an experiment is measured in, and its numbers."""
+    """Return the feature space of an experiment and its numbers."""
     return first_space(read_metrics(result.metrics))
 
 
 def write_outcome(out: Path, outcome: Outcome) -> None:
-    """out/results.json and out/table.md, each written beside and renamed."""
+    """Write out/results.json and out/table.md."""
     experiments = {
         e.name: {
             "title": e.title,
@@ -74,7 +79,7 @@ def write_outcome(out: Path, outcome: Outcome) -> None:
 
 
 def rows(outcome: Outcome) -> list[list[str]]:
-    """Cells, the header first: a row an experiment; below one that is conditional, a row each of its classes."""
+    """Return the cells of the table, header first: a row for each experiment, then for each class if it is conditional."""
     spaces = [_space(result)[0] for result in outcome.results.values()]
     space = f"@{spaces[0]}" if spaces else ""
     reported = [key for key in REPORTED if any(key in e.reported for e in outcome.experiments)]
@@ -101,13 +106,13 @@ def rows(outcome: Outcome) -> list[list[str]]:
 
 
 def _distance(results: Mapping[str, Result]) -> str:
-    """Of the path lengths: they have a distance of their own."""
+    """Return "@" and the distance that path lengths are measured with; empty without results."""
     distances = [read_metrics(result.metrics)["ppl"]["distance"] for result in results.values()]
     return f"@{distances[0]}" if distances else ""
 
 
 def _numbers(part: Mapping[str, Any], ppl: Mapping[str, Any]) -> list[str]:
-    """Generated images; KID in % and FID, with their intervals; P, R; PPL (w, end) with its standard error."""
+    """Return cells: generated images; KID in % and FID with intervals; P; R; PPL (w, end) with its standard error."""
     kid, fid = (
         f"{factor * part[key]:.4g} [{factor * part[f'{key}_interval'][0]:.4g}, {factor * part[f'{key}_interval'][1]:.4g}]"
         for key, factor in (("kid", 100), ("fd", 1))
@@ -117,28 +122,28 @@ def _numbers(part: Mapping[str, Any], ppl: Mapping[str, Any]) -> list[str]:
 
 
 def markdown(outcome: Outcome) -> str:
-    """table.md."""
+    """Return the content of table.md."""
     return "\n\n".join(["# Experiments", markdown_table(rows(outcome)), *remarks(outcome)]) + "\n"
 
 
 def markdown_table(cells: Sequence[Sequence[str]]) -> str:
-    """Rows of cells, the header first, as a table in Markdown."""
+    """Return rows of cells, header first, as a table in Markdown."""
     header, *body = cells
     lines = [header, ["---"] * len(header), *body]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def remarks(outcome: Outcome) -> list[str]:
-    """Which one was chosen and why, and what the table does not tell by itself."""
+    """Return paragraphs below the table: the choice with its reason, and notes on how to read the numbers."""
     texts = []
     if outcome.results:
         chosen = next((e.title for e in outcome.experiments if e.name == outcome.choice.name), "none")
         texts.append(f"Chosen: **{chosen}** ({outcome.choice.reason}).")
     if partial := [e.title for e in outcome.experiments if set(e.classes) < set(outcome.classes)]:
         texts.append(
-            f"{', '.join(partial)}: each makes some of the classes only and is measured against real images of these alone,"
-            " as in the paper; so they stand apart from the choice, and compare with the rows of single classes, at equal"
-            " numbers of images."
+            f"{', '.join(partial)}: each makes some of the classes only and is measured against real images of these"
+            " classes, as in the paper. They are left out of the choice; compare them with the rows of single classes, at"
+            " equal numbers of images."
         )
     if first := next(iter(outcome.results.values()), None):
         lengths = sorted({result.kimg for result in outcome.results.values()})
@@ -150,10 +155,10 @@ def remarks(outcome: Outcome) -> list[str]:
     done = {e.title: outcome.results[e.name] for e in outcome.experiments if e.name in outcome.results}
     tests = {title: _space(result)[1].get("copies", {}).get("memorising") for title, result in done.items()}
     if memorising := [f"{title} {test['p_value']:.2g}" for title, test in tests.items() if test]:
-        texts.append(f"p of the test for memorising (below 0.001: it memorises): {', '.join(memorising)}.")
+        texts.append(f"p of the test for memorising (below 0.001: the generator memorises): {', '.join(memorising)}.")
     if sources := sorted({e.source for e in outcome.experiments if e.reported}):
         texts.append(
-            f"Reported: {'; '.join(sources)}. Those numbers are of other images, another feature space unless ours is"
-            " Inception, and another length of training."
+            f"Reported: {'; '.join(sources)}. Those numbers were measured with other images, another length of training, and"
+            " another feature space unless ours is Inception."
         )
     return texts

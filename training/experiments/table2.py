@@ -1,8 +1,8 @@
-"""Train a classifier in every scenario with several seeds, and compare them on the same real test images.
+"""Train classifiers in all scenarios of table 2 with several seeds, and measure them on the same real test images.
 
-plan.json                   what the folder was begun with; another data set, scale or option is refused
-SCENARIO/seed-N/            the run as `dermis train classifier` leaves it
-SCENARIO/seed-N/done.json   written last: the run is done
+plan.json                   options and digests of the images; a command with others is refused
+SCENARIO/seed-N/            the run, as `dermis train classifier` writes it
+SCENARIO/seed-N/done.json   written last: the run is finished
 """
 
 from __future__ import annotations
@@ -35,16 +35,22 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Task:
-    """A scenario and the images that it learns from."""
+class ScenarioTask:
+    """A scenario with its training images."""
 
     scenario: Scenario
     data: ClassifierData
 
 
 @dataclass(frozen=True)
-class Run:
-    """What one training says of the test images, in the order of their ids, and where it draws its threshold."""
+class ScenarioRun:
+    """The predictions of one finished training on the test images, in the order of their ids.
+
+    Attributes:
+        logits: [N].
+        calibrated: Calibrated probabilities [N].
+        threshold: The default threshold of the classifier.
+    """
 
     seed: int
     logits: Floats
@@ -52,25 +58,31 @@ class Run:
     threshold: float
 
 
-def read_generators(given: Sequence[str], table1: Path | None) -> dict[str, list[SyntheticSource]]:
-    """Sources by generator: of a folder of `experiment table1`, and from texts like "cgan=BUNDLE" or
-    "gan=benign=BUNDLE", which win. TrainingError names what is not understood.
+def read_generators(texts: Sequence[str], table1: Path | None) -> dict[str, list[SyntheticSource]]:
+    """Return the sources of synthetic images by generator.
+
+    Args:
+        texts: "cgan=BUNDLE" or "gan=benign=BUNDLE"; they replace the generators of `table1`.
+        table1: Folder of the experiments of table 1.
+
+    Raises:
+        TrainingError: A text has another form, or the folder has no finished generator.
     """
-    found: dict[str, list[SyntheticSource]] = {}
+    sources: dict[str, list[SyntheticSource]] = {}
     if table1 is not None:
         for generator in GENERATORS:
             parts = {key: table1 / run / "bundle" for key, run in sources_of_table1(generator).items()}
             if all(exists(str(part), DESCRIPTOR) for part in parts.values()):
-                found[generator] = [SyntheticSource(str(part), key or None) for key, part in parts.items()]
-        if not found:
+                sources[generator] = [SyntheticSource(str(part), key or None) for key, part in parts.items()]
+        if not sources:
             raise TrainingError(f"--generators: {table1}: has no finished experiment of table1; run that first")
     named: dict[str, list[SyntheticSource]] = {}
-    for text in given:
+    for text in texts:
         name, equals, source = text.partition("=")
         if not equals or name not in GENERATORS or not source:
             raise TrainingError(f"--generator {text}: must be NAME=SOURCE with a NAME of {', '.join(GENERATORS)}")
         named.setdefault(name, []).append(parse_source(source))
-    return found | named
+    return sources | named
 
 
 def plan_tasks(
@@ -85,15 +97,31 @@ def plan_tasks(
     cache: Path,
     device: str,
     progress: bool = True,
-) -> list[Task]:
-    """The scenarios whose generator is given, with their images. Raises what `load_synthetic` raises."""
+) -> list[ScenarioTask]:
+    """Return the scenarios whose generators are given, with their images.
+
+    Args:
+        scenarios: All scenarios.
+        generators: Sources of synthetic images by generator.
+        real: Real images.
+        size: Side in pixels.
+        scale: Factor of the paper's numbers of synthetic images.
+        synthetic_seed: Seed of the synthetic images.
+        truncation_psi: Truncation of the synthetic images.
+        cache: Folder for synthetic images.
+        device: Device of the generators.
+        progress: Show a progress bar.
+
+    Raises:
+        DermisError: As of `load_synthetic`.
+    """
     tasks = []
     for scenario in scenarios:
-        made: SyntheticImages | None = None
+        synthetic: SyntheticImages | None = None
         if scenario.generator is not None:
             if scenario.generator not in generators:
                 continue
-            made = load_synthetic(
+            synthetic = load_synthetic(
                 generators[scenario.generator],
                 scenario.counts(scale),
                 size,
@@ -103,12 +131,18 @@ def plan_tasks(
                 device=device,
                 progress=progress,
             )
-        tasks.append(Task(scenario, ClassifierData(scenario.configuration, real, made)))
+        tasks.append(ScenarioTask(scenario, ClassifierData(scenario.configuration, real, synthetic)))
     return tasks
 
 
-def remember(out: Path, tasks: Sequence[Task], config: ClassifierConfig, seeds: Sequence[int], weights: str) -> None:
-    """Write out/plan.json, or add scenarios and seeds to it. TrainingError names what differs from before."""
+def remember(
+    out: Path, tasks: Sequence[ScenarioTask], config: ClassifierConfig, seeds: Sequence[int], weights: str
+) -> None:
+    """Write out/plan.json, or add scenarios and seeds to it.
+
+    Raises:
+        TrainingError: The folder was begun with other options or images; the message names what differs.
+    """
     options = {name: value for name, value in config.to_dict().items() if name != "seed"} | {"weights": weights}
     planned = {task.scenario.name: task.data.digest for task in tasks}
     file = out / PLAN
@@ -118,7 +152,7 @@ def remember(out: Path, tasks: Sequence[Task], config: ClassifierConfig, seeds: 
     except FileNotFoundError:
         stored_options, stored = options, {}
     except (OSError, ValueError, KeyError, TypeError):
-        raise TrainingError(f"{file}: is no plan of table2; choose another --out") from None
+        raise TrainingError(f"{file}: is not a plan of table2; choose another --out") from None
     changed = [name for name in options if stored_options.get(name) != options[name]]
     if changed:
         name = changed[0]
@@ -136,7 +170,7 @@ def remember(out: Path, tasks: Sequence[Task], config: ClassifierConfig, seeds: 
 
 def run_tasks(
     out: Path,
-    tasks: Sequence[Task],
+    tasks: Sequence[ScenarioTask],
     config: ClassifierConfig,
     seeds: Sequence[int],
     *,
@@ -146,7 +180,22 @@ def run_tasks(
     tell: Callable[[str], None],
     progress_bar: bool = True,
 ) -> bool:
-    """Train what is not done yet, seed by seed, so that there is a whole table early; False if the user stopped it."""
+    """Train what is not finished, seed by seed, so that there is a complete table early.
+
+    Args:
+        out: Folder of the experiment.
+        tasks: Scenarios with their images.
+        config: Options of the classifiers; each seed replaces its seed.
+        seeds: Seeds of the runs.
+        weights: Weights to start from.
+        origin: Where the images come from.
+        ranks: Devices.
+        tell: Is called with lines of progress.
+        progress_bar: Show progress bars.
+
+    Returns:
+        False if the user stopped the training.
+    """
     every = [(task, seed) for seed in seeds for task in tasks]
     for number, (task, seed) in enumerate(every, 1):
         name, folder = task.scenario.name, out / task.scenario.name / f"seed-{seed}"
@@ -178,9 +227,18 @@ def run_tasks(
     return True
 
 
-def read_runs(out: Path, scenario: Scenario, ids: Sequence[str]) -> list[Run]:
-    """Every run of a scenario that is done, by seed. TrainingError if its test images are not `ids`."""
-    found = []
+def read_runs(out: Path, scenario: Scenario, ids: Sequence[str]) -> list[ScenarioRun]:
+    """Read the finished runs of a scenario, ordered by seed.
+
+    Args:
+        out: Folder of the experiment.
+        scenario: The scenario.
+        ids: Ids of the test images, in the order of the predictions that are returned.
+
+    Raises:
+        TrainingError: A run was measured on other test images.
+    """
+    runs = []
     for file in sorted((out / scenario.name).glob(f"seed-*/{DONE}")):
         facts: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         with (file.parent / _PREDICTIONS).open(newline="", encoding="utf-8") as text:
@@ -188,5 +246,5 @@ def read_runs(out: Path, scenario: Scenario, ids: Sequence[str]) -> list[Run]:
         if rows.keys() != set(ids):
             raise TrainingError(f"{file.parent}: was measured on other test images; choose another --out")
         logits, calibrated = (np.array([float(rows[key][name]) for key in ids]) for name in ("logit", "calibrated"))
-        found.append(Run(int(facts["seed"]), logits, calibrated, float(facts["threshold"])))
-    return sorted(found, key=lambda run: run.seed)
+        runs.append(ScenarioRun(int(facts["seed"]), logits, calibrated, float(facts["threshold"])))
+    return sorted(runs, key=lambda run: run.seed)

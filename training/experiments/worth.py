@@ -1,4 +1,4 @@
-"""What synthetic images were worth: the numbers of every scenario, and how they differ from those of real images alone."""
+"""The value of synthetic images: the numbers of all scenarios, and their differences from real images alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from training.classifier.data import RealPart
 from training.experiments.plan import write_beside
 from training.experiments.scenarios import BASELINE, PAPER, TABLE2, Scenario
 from training.experiments.table import RESULTS, TABLE, markdown_table
-from training.experiments.table2 import Run
+from training.experiments.table2 import ScenarioRun
 
 TITLES = {
     "accuracy": "Acc (%)",
@@ -23,8 +23,8 @@ TITLES = {
     "balanced_accuracy": "balanced acc (%)",
     "sensitivity_at_90_specificity": "sens. at 90 % spec. (%)",
 }
-_OfRun = Callable[[Labels, Run, Floats | None], Floats]
-_METRICS: Mapping[str, _OfRun] = {
+_RunMetric = Callable[[Labels, ScenarioRun, Floats | None], Floats]
+_METRICS: Mapping[str, _RunMetric] = {
     "accuracy": lambda labels, run, w: metrics.accuracy(labels, run.calibrated, w),
     "auc": lambda labels, run, w: metrics.auc(labels, run.logits, w),
     "balanced_accuracy": lambda labels, run, w: metrics.balanced_accuracy(
@@ -36,7 +36,14 @@ _METRICS: Mapping[str, _OfRun] = {
 
 @dataclass(frozen=True)
 class Row:
-    """A scenario's numbers, 0..1. values: mean over the seeds; by_seed: of each; gain: less the baseline's, paired."""
+    """The numbers of one scenario, from 0 to 1.
+
+    Attributes:
+        images: Number of training images.
+        values: Means over the seeds by metric.
+        by_seed: Values of each seed by metric.
+        gain: Paired differences from the baseline by metric; None for the baseline itself.
+    """
 
     scenario: Scenario
     seeds: tuple[int, ...]
@@ -47,42 +54,52 @@ class Row:
 
 
 def compare(
-    runs: Mapping[str, Sequence[Run]],
+    runs: Mapping[str, Sequence[ScenarioRun]],
     images: Mapping[str, int],
     test: RealPart,
     *,
     replicates: int = metrics.REPLICATES,
 ) -> list[Row]:
-    """A row for each scenario that has runs, in the table's order.
+    """Return a row for each scenario that has runs, in the table's order.
 
-    Intervals (95 %) are by bootstrap over the patients of the test part, of the mean over the seeds; those of `gain` draw the
-    same patients for both scenarios. How far seeds are apart is told by `by_seed`. images: training images by scenario.
+    Intervals (95 %) are for the mean over the seeds, by a bootstrap over the patients of the test part. For `gain` it draws
+    the same patients for both scenarios. The spread over seeds is in `by_seed`.
+
+    Args:
+        runs: Finished runs by scenario.
+        images: Number of training images by scenario.
+        test: The test images.
+        replicates: Number of bootstrap replicates.
     """
     rows = []
     for scenario in TABLE2:
         own = runs.get(scenario.name, ())
         if not own:
             continue
-        wanted: dict[str, metrics.Metric] = {name: _mean(of, own) for name, of in _METRICS.items()}
+        estimated: dict[str, metrics.Metric] = {name: _mean(metric, own) for name, metric in _METRICS.items()}
         baseline = runs.get(BASELINE, ()) if scenario.name != BASELINE else ()
         if baseline:
-            wanted |= {f"gain:{name}": _gain(of, own, baseline) for name, of in _METRICS.items()}
-        found = metrics.bootstrap(test.labels, own[0].calibrated, wanted, groups=test.groups, replicates=replicates)
-        by_seed = {name: tuple(float(of(test.labels, run, None)[0]) for run in own) for name, of in _METRICS.items()}
-        values = {name: found[name] for name in _METRICS}
-        gain = {name: found[f"gain:{name}"] for name in _METRICS} if baseline else None
+            estimated |= {f"gain:{name}": _gain(metric, own, baseline) for name, metric in _METRICS.items()}
+        estimates = metrics.bootstrap(
+            test.labels, own[0].calibrated, estimated, groups=test.groups, replicates=replicates
+        )
+        by_seed = {
+            name: tuple(float(metric(test.labels, run, None)[0]) for run in own) for name, metric in _METRICS.items()
+        }
+        values = {name: estimates[name] for name in _METRICS}
+        gain = {name: estimates[f"gain:{name}"] for name in _METRICS} if baseline else None
         rows.append(Row(scenario, tuple(run.seed for run in own), images[scenario.name], values, by_seed, gain))
     return rows
 
 
 def cells(rows: Sequence[Row]) -> list[list[str]]:
-    """The table, its header first: percent, intervals in brackets; scenarios that were not run have the reported ones."""
-    done = {row.scenario.name: row for row in rows}
+    """Return the table, header first: numbers in percent with intervals in brackets, and the reported numbers."""
+    by_name = {row.scenario.name: row for row in rows}
     header = ["", "images", *TITLES.values(), "AUC less real's", "reported Acc", "reported AUC"]
     table = [header]
     for scenario in TABLE2:
         theirs = [f"{scenario.accuracy:g}", f"{scenario.auc:g}"]
-        row = done.get(scenario.name)
+        row = by_name.get(scenario.name)
         if row is None:
             table.append([scenario.title, "not run", *[""] * (len(TITLES) + 1), *theirs])
             continue
@@ -100,13 +117,19 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def remarks(rows: Sequence[Row], warned: Sequence[str], test: RealPart) -> list[str]:
-    """What the table does not tell by itself. warned: titles of scenarios whose generator may know the test images."""
+    """Return paragraphs with notes on how to read the table.
+
+    Args:
+        rows: The rows.
+        warned: Titles of scenarios whose generator was possibly trained on test images.
+        test: The test images.
+    """
     seeds = sorted({len(row.seeds) for row in rows})
     texts = [
         f"Measured on {len(test.labels):,} real images of {len(set(test.groups)):,} patients or lesions,"
-        f" {int(test.labels.sum()):,} of them malignant, that no classifier learnt from. Means over"
-        f" {' or '.join(map(str, seeds))} seeds; in brackets 95 % intervals over patients, which say what other patients of"
-        " this collection would change. Differences are of the same patients."
+        f" {int(test.labels.sum()):,} of them malignant, that no classifier was trained on. Means over"
+        f" {' or '.join(map(str, seeds))} seeds; in brackets 95 % intervals over patients: the effect of drawing other"
+        " patients from this collection. Differences are paired by patient."
     ]
     spread = [
         f"{row.scenario.title} {100 * min(row.by_seed['auc']):.1f} to {100 * max(row.by_seed['auc']):.1f}"
@@ -117,8 +140,8 @@ def remarks(rows: Sequence[Row], warned: Sequence[str], test: RealPart) -> list[
         texts.append(f"AUC (%) from the worst to the best seed: {'; '.join(spread)}.")
     if warned:
         texts.append(
-            f"**{', '.join(warned)}: the generator was trained on other images than exactly the training part, or that is"
-            " not known. If it saw test images, these numbers are too good.**"
+            f"**{', '.join(warned)}: the generator was trained on other images than exactly the training part, or this is"
+            " not known. If it was trained on test images, these numbers are too high.**"
         )
     texts.append(
         f"Reported: {PAPER}, on other images, with EfficientNet-B2 at 256 px and all of 55,000 or 22,000 synthetic images."
@@ -127,7 +150,7 @@ def remarks(rows: Sequence[Row], warned: Sequence[str], test: RealPart) -> list[
 
 
 def write_worth(out: Path, rows: Sequence[Row], texts: Sequence[str]) -> None:
-    """out/results.json and out/table.md, each written beside and renamed."""
+    """Write out/results.json and out/table.md."""
     content = {
         row.scenario.name: {
             "title": row.scenario.title,
@@ -145,16 +168,16 @@ def write_worth(out: Path, rows: Sequence[Row], texts: Sequence[str]) -> None:
     write_beside(out / TABLE, "\n\n".join(["# What synthetic images are worth", table, *texts]) + "\n")
 
 
-def _mean(of: _OfRun, runs: Sequence[Run]) -> metrics.Metric:
+def _mean(metric: _RunMetric, runs: Sequence[ScenarioRun]) -> metrics.Metric:
     def value(labels: Labels, _: Floats, weights: Floats) -> Floats:
-        found: Floats = np.mean([of(labels, run, weights) for run in runs], axis=0)
-        return found
+        mean: Floats = np.mean([metric(labels, run, weights) for run in runs], axis=0)
+        return mean
 
     return value
 
 
-def _gain(of: _OfRun, runs: Sequence[Run], baseline: Sequence[Run]) -> metrics.Metric:
-    ours, theirs = _mean(of, runs), _mean(of, baseline)
+def _gain(metric: _RunMetric, runs: Sequence[ScenarioRun], baseline: Sequence[ScenarioRun]) -> metrics.Metric:
+    ours, theirs = _mean(metric, runs), _mean(metric, baseline)
 
     def value(labels: Labels, scores: Floats, weights: Floats) -> Floats:
         return ours(labels, scores, weights) - theirs(labels, scores, weights)

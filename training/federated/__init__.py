@@ -1,15 +1,15 @@
-"""Federated training: hospitals train one generator, or one classifier, together, and no image leaves its hospital.
+"""Federated training: hospitals train one generator or one classifier together, and no image leaves its hospital.
 
-    config      what a federation decides; site: what a hospital decides (its data, its folder, its device)
-    wire        tensors as Flower's arrays and back; what is refused
-    task        what a federation trains: gan_task and classifier_task
-    client_app  Flower's ClientApp, which runs at a hospital
-    strategies  Flower's strategies by name, secure aggregation (secure) and differential privacy (privacy)
-    rounds      the server's rounds, their state and their record; server_app: Flower's ServerApp
-    local_grid  all of it in one process, for simulation and tests
-    deployment  SuperLink and SuperNodes with TLS and keys; invitation, check
+    config        options of a federation, the same for all members; site: the options of one member
+    messages      what server and members exchange: serialization, checks of replies, traffic, secure aggregation
+    tasks         what a federation can train, a generator or a classifier: exchanged tensors, a member's round
+    server        Flower's ServerApp, rounds, their state and record, strategies, privacy, results
+    client        Flower's ClientApp
+    simulation    a federation in one process, for simulations, tests and trial rounds
+    deployment    Flower's programs with TLS and keys, the proxy for members, invitations, checks of sites
 
-Flower's telemetry and its check for updates are off unless somebody has switched them on.
+Each package imports only those above it; server and client do not import each other. Flower's telemetry and its check for
+updates are off unless the environment switches them on.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""What a hospital decides for itself: where its images lie, where it keeps its state, on what it computes."""
+"""A site: the folder of images, the folder of state, and the device of one member of a federation."""
 
 from __future__ import annotations
 
@@ -17,53 +17,60 @@ from training.classifier.data import RealData, load_real
 from training.data.images import ImageDataset, load_images
 from training.data.sources import Source, read_source
 from training.data.splits import split_by_patient
+from training.options import check_options
 
-_KEYS = {
-    "data", "metadata", "class-column", "state", "cache", "validation", "seed-offset", "device", "threads",
-    "require-secure-aggregation",
-}  # fmt: skip
+_FLOWER_KEYS = ("partition-id", "num-partitions")  # which Flower adds in simulations
 
 
 @dataclass(frozen=True)
 class Site:
-    """One hospital. Nothing of this is ever sent."""
+    """The options of one member. None of them is sent to the server.
+
+    Attributes:
+        validation: Share of the images, by patient, that only measures; 0 for none.
+        seed_offset: Added to the federation's seed; None derives it from the data.
+        threads: Threads of torch on a CPU; 0 for its default.
+        require_secure_aggregation: Refuse to send an update that the server could read.
+    """
 
     data: Path
     state: Path
     metadata: Path | None = None
     class_column: str | None = None
     cache: Path | None = None
-    validation: float = 0.2  # share of the images, by patient, that is measured with and not trained on; 0: none
-    seed_offset: int | None = None  # added to the federation's seed; None: follows from the data
+    validation: float = 0.2
+    seed_offset: int | None = None
     device: str = "auto"
-    threads: int = 0  # of torch on a CPU; 0: as many as it takes
+    threads: int = 0
     require_secure_aggregation: bool = False
 
     def to_node_config(self) -> dict[str, bool | int | float | str]:
-        """As Flower's node_config has it."""
-        given = {name.replace("_", "-"): value for name, value in vars(self).items() if value is not None}
-        return {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
+        """Return the options as a node configuration of Flower: names with dashes, paths as texts."""
+        options = {name.replace("_", "-"): value for name, value in vars(self).items() if value is not None}
+        return {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
 
 
-def parse_node_config(given: Mapping[str, Any]) -> Site:
-    """From Flower's node_config. TrainingError if the data are not named, or a key is unknown."""
-    unknown = sorted(given.keys() - _KEYS - {"partition-id", "num-partitions"})
-    if unknown:
-        raise TrainingError(f"node-config: {unknown[0]}: unknown key; known are {', '.join(sorted(_KEYS))}")
-    if not given.get("data") or not given.get("state"):
+def parse_node_config(table: Mapping[str, Any]) -> Site:
+    """Read a site from Flower's node configuration.
+
+    Args:
+        table: Values by name with dashes; empty texts are ignored.
+
+    Raises:
+        TrainingError: A key is unknown, a value has another type, or the folders are not named.
+    """
+    values = {key: value for key, value in table.items() if key not in _FLOWER_KEYS and value != ""}
+    options = check_options(values, Site, "node-config: ", noun="key", dashes=True)
+    if not table.get("data") or not table.get("state"):
         raise TrainingError("node-config: data and state must name folders of this hospital")
-    values = {name.replace("-", "_"): value for name, value in given.items() if name in _KEYS and value != ""}
-    for name in ("data", "state", "metadata", "cache"):
-        if name in values:
-            values[name] = Path(str(values[name]))
-    site = Site(**values)
+    site = Site(**options)
     if not 0 <= site.validation < 1:
         raise TrainingError(f"node-config: validation: {site.validation} is not a share from 0 to below 1")
     return site
 
 
 def use_device(site: Site) -> torch.device:
-    """The site's device, with the threads that it allows."""
+    """Return the site's device, and set the number of threads."""
     if site.threads:
         torch.set_num_threads(site.threads)
     return resolve_device(site.device)
@@ -71,16 +78,23 @@ def use_device(site: Site) -> torch.device:
 
 @dataclass(frozen=True)
 class SiteImages:
-    """A hospital's images, of the federation's classes, divided by patient. `validation` is None if it keeps none."""
+    """The images of a site with the federation's classes, divided by patient.
+
+    Attributes:
+        validation: None if all images are trained on.
+    """
 
     train: ImageDataset
     validation: ImageDataset | None
 
 
 def site_seed(site: Site, seed: int, data: str) -> int:
-    """The seed of this hospital's training: two with the same would draw the same latents all along.
+    """Return the seed of a site's training. Two sites with the same seed would draw the same latents.
 
-    `data` is the SHA-256 of its training images, from which the offset follows unless the site names one.
+    Args:
+        site: Its `seed_offset` is added to the seed.
+        seed: The federation's seed.
+        data: SHA-256 of the training images in hex, from which the offset follows if the site has none.
     """
     offset = int(data[:6], 16) if site.seed_offset is None else site.seed_offset
     return (seed + offset) % 2**31
@@ -88,21 +102,31 @@ def site_seed(site: Site, seed: int, data: str) -> int:
 
 @lru_cache(maxsize=16)
 def site_images(site: Site, class_names: tuple[str, ...], binary: bool, resolution: int) -> SiteImages:
-    """Read, divide and decode. The division follows from the data alone. DataError as of `load_images`."""
+    """Read, divide and decode the images of a site. The division depends on the images only.
+
+    Args:
+        site: The site.
+        class_names: Classes of the federation.
+        binary: Map diagnoses to benign and malignant.
+        resolution: Side in pixels.
+
+    Raises:
+        DataError: The images cannot be read, or have other classes.
+    """
     source = _source(site, class_names, binary)
     if not site.validation:
         return SiteImages(_labelled(source, class_names, resolution, site.cache), None)
     parts = split_by_patient(source.records, {"train": 1 - site.validation, "validation": site.validation}).parts
-    of = {name: [r.id for r, part in zip(source.records, parts, strict=True) if part == name] for name in set(parts)}
+    ids = {name: [r.id for r, part in zip(source.records, parts, strict=True) if part == name] for name in set(parts)}
     train, validation = (
-        _labelled(source.select(of[name]), class_names, resolution, site.cache) for name in ("train", "validation")
+        _labelled(source.select(ids[name]), class_names, resolution, site.cache) for name in ("train", "validation")
     )
     return SiteImages(train, validation)
 
 
 @lru_cache(maxsize=16)
 def site_classifier_data(site: Site, size: int) -> RealData:
-    """Training, validation and test images of a classifier, by patient."""
+    """Return a site's training, validation and test images for a classifier, divided by patient."""
     return load_real(
         site.data,
         size,
@@ -124,7 +148,7 @@ def _source(site: Site, class_names: tuple[str, ...], binary: bool) -> Source:
 
 
 def _labelled(source: Source, class_names: tuple[str, ...], resolution: int, cache: Path | None) -> ImageDataset:
-    """Labels are the federation's: a hospital that lacks a class must not number the others otherwise."""
+    """Load images with the federation's labels: a site that lacks a class must not number the other classes differently."""
     dataset = load_images(source, resolution, cache=cache, progress=False)
-    of = np.array([class_names.index(name) for name in dataset.class_names], dtype=np.int64)
-    return replace(dataset, labels=of[dataset.labels], class_names=class_names)
+    labels = np.array([class_names.index(name) for name in dataset.class_names], dtype=np.int64)
+    return replace(dataset, labels=labels[dataset.labels], class_names=class_names)

@@ -1,0 +1,1 @@
+"""The client of a federation: Flower's ClientApp."""

@@ -1,0 +1,1 @@
+"""The server of a federation: Flower's ServerApp, the rounds, their state and record, strategies, results."""

@@ -1,0 +1,138 @@
+"""The state of a federation on the server after a round, in one file that is replaced as a whole."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from dermis.errors import TrainingError, escape
+from dermis.files import atomic_write
+from training.federated.config import FederationConfig
+from training.federated.messages.serialization import Tensors
+
+FORMAT = "dermis-federation-1"
+FILE = "federation.safetensors"
+
+
+@dataclass(frozen=True)
+class Member:
+    """A member as the server knows it: a number in place of a name, and its numbers of images.
+
+    Attributes:
+        rounds: Rounds in which its update was valid.
+    """
+
+    name: str
+    images: int
+    validation: int
+    classes: dict[str, int]
+    rounds: int = 0
+
+
+@dataclass
+class GlobalState:
+    """The state after `round` rounds.
+
+    Attributes:
+        run: Identifies the federation.
+        tensors: The global tensors.
+        strategy: The state of the strategy (`strategies.strategy_state`).
+        members: By node.
+        seconds: Duration of all rounds.
+        privacy: The privacy spent so far (`privacy.privacy_spent`); None without differential privacy.
+    """
+
+    run: str
+    round: int
+    tensors: Tensors
+    strategy: Tensors = field(default_factory=dict)
+    members: dict[str, Member] = field(default_factory=dict)
+    seconds: float = 0.0
+    bytes_down: int = 0
+    bytes_up: int = 0
+    privacy: dict[str, Any] | None = None
+
+    @property
+    def participants(self) -> list[Member]:
+        """Members that have contributed, ordered by their numbers of images."""
+        return sorted((m for m in self.members.values() if m.rounds), key=lambda member: (member.images, member.name))
+
+    @property
+    def images(self) -> int:
+        """Training images of all participants."""
+        return sum(member.images for member in self.participants)
+
+    def images_of(self, class_name: str) -> int:
+        """Return the training images of one class of all participants."""
+        return sum(member.classes[class_name] for member in self.participants)
+
+
+def save_global(out: Path, state: GlobalState, federation: FederationConfig) -> None:
+    """Replace the file of the global state.
+
+    Raises:
+        TrainingError: The file cannot be written. The file of the round before is kept.
+    """
+    flat = {f"global/{name}": value for name, value in state.tensors.items()}
+    flat |= {f"strategy/{name}": value for name, value in state.strategy.items()}
+    scalars = {
+        "run": state.run,
+        "round": state.round,
+        "members": {node: asdict(member) for node, member in state.members.items()},
+        "seconds": state.seconds,
+        "bytes_down": state.bytes_down,
+        "bytes_up": state.bytes_up,
+        "privacy": state.privacy,
+        "config": federation.identity,
+    }
+    path = out / FILE
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        contiguous = {name: value.contiguous().clone() for name, value in flat.items()}
+        with atomic_write(path) as partial:
+            save_file(contiguous, partial, metadata={"format": FORMAT, "state": json.dumps(scalars)})
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise TrainingError(f"{path}: cannot save the round ({reason}); the one before is kept") from error
+
+
+def load_global(out: Path, federation: FederationConfig) -> GlobalState | None:
+    """Read the saved state.
+
+    Returns:
+        The state; None if none was saved.
+
+    Raises:
+        TrainingError: The file cannot be read, or is of a federation with other options.
+    """
+    path = out / FILE
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            flat = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise TrainingError(f"{path}: not a readable state of a federation ({escape(error)})") from error
+    if metadata.get("format") != FORMAT:
+        raise TrainingError(f"{path}: not a {FORMAT} file")
+    scalars: dict[str, Any] = json.loads(metadata["state"])
+    if changed := federation.changed_from(scalars.pop("config")):
+        raise TrainingError(
+            f"{out}: was begun with another {', '.join(changed)}; use the same options, or another folder"
+        )
+    members = {node: Member(**member) for node, member in scalars.pop("members").items()}
+    return GlobalState(
+        tensors=tensors_under(flat, "global/"), strategy=tensors_under(flat, "strategy/"), members=members, **scalars
+    )
+
+
+def tensors_under(tensors: Tensors, prefix: str) -> Tensors:
+    """Return the tensors whose names begin with `prefix`, by the rest of the name."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

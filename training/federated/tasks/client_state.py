@@ -1,0 +1,44 @@
+"""The state that a member keeps between rounds and does not send: optimizers, and the weights of networks not exchanged.
+
+There is one file for each round, `round-000012.safetensors`, so that a repeated round starts from the same state as the
+first time. The last two files are kept.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from training.federated.site import Site
+
+_KEPT = 2
+_PATTERN = re.compile(r"round-(\d{6})\.safetensors")
+
+
+def path_of(site: Site, run: str, round_number: int) -> Path:
+    """Return the file of the state after a round. Its folder is created."""
+    folder = site.state / run
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"round-{round_number:06d}.safetensors"
+
+
+def latest_before(site: Site, run: str, round_number: int) -> Path | None:
+    """Return the state after the last round before `round_number` that this member took part in; None if there is none."""
+    earlier = [(number, path) for number, path in _states(site, run) if number < round_number]
+    return max(earlier)[1] if earlier else None
+
+
+def forget_old(site: Site, run: str, round_number: int) -> None:
+    """Delete all states but the one after this round and the one before it, from which the round can be repeated."""
+    kept = sorted(number for number, _ in _states(site, run) if number <= round_number)[-_KEPT:]
+    for number, path in _states(site, run):
+        if number not in kept:
+            path.unlink(missing_ok=True)
+
+
+def _states(site: Site, run: str) -> list[tuple[int, Path]]:
+    folder = site.state / run
+    if not folder.is_dir():
+        return []
+    matches = [(_PATTERN.fullmatch(path.name), path) for path in folder.iterdir()]
+    return sorted((int(match[1]), path) for match, path in matches if match)
