@@ -35,7 +35,12 @@ def _command_line() -> Iterator[str]:
 
     from commands import main as dermis
 
-    yield from ("# Command line", "", "`dermis` and `dermis-client` with all commands and options, as `--help` prints them.", "")
+    yield from (
+        "# Command line",
+        "",
+        "`dermis` and `dermis-client` with all commands and options, as `--help` prints them.",
+        "",
+    )
     for name, app in (("dermis", dermis.app), ("dermis-client", dermis_client.app)):
         yield from _command(typer.main.get_command(app), [name])
 
@@ -79,8 +84,8 @@ def _operations(document: Mapping[str, Any]) -> Iterator[str]:
     yield from (
         "# HTTP operations",
         "",
-        "All operations of the [HTTP API](../api.md), from the OpenAPI document ([openapi.json](openapi.json)). A running service has it at",
-        "`/openapi.json`, and at `/docs` a page that can send requests.",
+        "All operations of the [HTTP API](../api.md), from the OpenAPI document ([openapi.json](openapi.json)). A running",
+        "service has it at `/openapi.json`, and at `/docs` a page that can send requests.",
         "",
         "| operation | |",
         "| --- | --- |",
@@ -89,7 +94,12 @@ def _operations(document: Mapping[str, Any]) -> Iterator[str]:
         yield f"| [`{method} {path}`](#{operation['operationId']}) | {_cell(_escaped(operation.get('summary', '')))} |"
     yield ""
     for method, path, operation in operations:
-        yield from (f"## {method} {_escaped(path)} {{ #{operation['operationId']} }}", "", operation.get("summary", ""), "")
+        yield from (
+            f"## {method} {_escaped(path)} {{ #{operation['operationId']} }}",
+            "",
+            operation.get("summary", ""),
+            "",
+        )
         yield from (operation.get("description", ""), "")
         yield from _parameters(operation)
         yield from _body(operation, document)
