@@ -12,6 +12,7 @@ import importlib
 import inspect
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -383,6 +384,25 @@ def test_tutorial_runs(name: str, launch: Callable[..., Launched], tmp_path: Pat
                 timeout=600,
             )
             assert done.returncode == 0, f"{fence.where}:\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "count"),
+    [
+        ("a.html", '<script src="https://cdn.example.org/a.js"></script><img src="//example.org/b.png">', 2),
+        (
+            "b.html",
+            '<link rel="stylesheet" href="https://fonts.example.org/c"><style>@import "//example.org/d";</style>',
+            2,
+        ),
+        ("c.css", "@font-face { src: url(https://fonts.example.org/e.woff2) }", 1),
+        ("d.html", '<a href="https://example.org"><img src="assets/b.png"></a><link rel="next" href="//x.org">', 0),
+    ],
+)
+def test_references_to_other_hosts_are_found(name: str, text: str, count: int, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    hook = runpy.run_path(str(DOCS / "_hooks" / "foreign_hosts.py"))
+    assert len(hook["foreign_references"](tmp_path / name)) == count
 
 
 @pytest.mark.full

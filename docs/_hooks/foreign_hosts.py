@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.exceptions import PluginError
+if TYPE_CHECKING:
+    from mkdocs.config.defaults import MkDocsConfig
 
 _FOREIGN = re.compile(r"^\s*(?:[a-z][a-z0-9+.-]*:)?//", re.IGNORECASE)
 _CSS_URL = re.compile(r"""(?:url\(|@import)\s*["']?((?:[a-z][a-z0-9+.-]*:)?//[^"')\s]+)""", re.IGNORECASE)
@@ -47,6 +48,8 @@ def foreign_references(page: Path) -> list[str]:
 
 def on_post_build(config: MkDocsConfig) -> None:
     """Check every page and style sheet of the site."""
+    from mkdocs.exceptions import PluginError
+
     for page in sorted(Path(config.site_dir).rglob("*")):
         if page.suffix in (".html", ".css") and (foreign := foreign_references(page)):
             raise PluginError(f"{page} loads from another host: {', '.join(foreign)}")
