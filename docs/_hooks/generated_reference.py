@@ -16,6 +16,7 @@ from mkdocs.structure.files import File, Files
 COMMAND_LINE = "reference/command-line.md"
 HTTP = "reference/http-operations.md"
 OPENAPI = "reference/openapi.json"
+_RICH = "\\["  # Typer escapes brackets for Rich
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -53,7 +54,7 @@ def _command(command: click.Command, path: list[str]) -> Iterator[str]:
     rows = [record for parameter in command.params if (record := parameter.get_help_record(context))]
     if rows:
         yield from ("| argument or option | |", "| --- | --- |")
-        yield from (f"| `{_cell(name)}` | {_cell(_escaped(text))} |" for name, text in rows)
+        yield from (f"| `{_cell(name)}` | {_cell(_escaped(text.replace(_RICH, '[')))} |" for name, text in rows)
         yield ""
     for name, child in sorted(getattr(command, "commands", {}).items()):
         if not child.hidden:
