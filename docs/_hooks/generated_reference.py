@@ -16,7 +16,6 @@ from mkdocs.structure.files import File, Files
 COMMAND_LINE = "reference/command-line.md"
 HTTP = "reference/http-operations.md"
 OPENAPI = "reference/openapi.json"
-_RICH = "\\["  # Typer escapes brackets for Rich
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
