@@ -53,7 +53,9 @@ def _command(command: click.Command, path: list[str]) -> Iterator[str]:
     rows = [record for parameter in command.params if (record := parameter.get_help_record(context))]
     if rows:
         yield from ("| argument or option | |", "| --- | --- |")
-        yield from (f"| `{_cell(name)}` | {_cell(_escaped(text.replace(_RICH, '[')))} |" for name, text in rows)
+        for name, text in rows:
+            plain = text.replace("\\[", "[")  # Typer escapes brackets for Rich
+            yield f"| `{_cell(name)}` | {_cell(_escaped(plain))} |"
         yield ""
     for name, child in sorted(getattr(command, "commands", {}).items()):
         if not child.hidden:
