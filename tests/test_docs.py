@@ -369,7 +369,7 @@ def test_tutorial_runs(name: str, launch: Callable[..., Launched], tmp_path: Pat
             settings = dict(word.split("=", 1) for word in serving[1].split())
             bundles = settings.get("DERMIS_BUNDLES", "bundles").split(",")
             paths = ",".join(str((folder / bundle).resolve()) for bundle in bundles)
-            service = launch(paths, port, data_dir=str(folder / ".dermis"), heat_map_timeout_seconds="500")
+            service = launch(paths, port, data_dir=str(folder / ".dermis"), heat_map_timeout_seconds="270")
             service.wait_until(service.ready, 300)
         elif fence.flags:
             continue
