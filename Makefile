@@ -1,5 +1,6 @@
 # make serve   set up, then run the service on the demo bundle (http://127.0.0.1:3000)
 # make test    set up, then lint, type-check and test
+# make docs    set up, then build the documentation site into site/; broken links are errors
 PYTHON ?= python3
 VENV ?= .venv
 # cpu or gpu: which builds of faiss and onnxruntime to install (never both: they share their folders).
@@ -9,7 +10,7 @@ STAMP := $(VENV)/.installed-$(VARIANT)
 # Where `make demo-bundle` finds an ISIC-layout folder (images and metadata.csv).
 DATA ?= ../shared/data/dermoscopy
 
-.PHONY: setup serve test test-full ranges wheels lint demo-split demo-bundle demo-classifier demo-latents gpu-pack clean
+.PHONY: setup serve test test-full docs ranges wheels lint demo-split demo-bundle demo-classifier demo-latents gpu-pack clean
 
 setup: $(STAMP)
 
@@ -47,6 +48,16 @@ wheels: setup
 		$(BIN)/pip wheel -q --no-deps --no-build-isolation -w dist "build/wheels/$$project" || exit 1; done
 	rm -rf build/wheels
 	ls dist
+
+# The packages of the site are installed when it is first built.
+DOCS_STAMP := $(VENV)/.installed-docs
+
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/pip install -q --no-build-isolation -c constraints.txt -e ".[$(VARIANT),docs]"
+	touch $@
+
+docs: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The newest versions that the ranges of pyproject.toml allow, installed and imported in a new environment (several GB); with
 # RESOLUTION=lowest-direct the lowest ones. For the client `make test-full` does both.
@@ -100,4 +111,4 @@ gpu-pack: demo-split
 		$(if $(wildcard ../shared/parity),--parity ../shared/parity)
 
 clean:
-	rm -rf $(VENV) .dermis build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .dermis build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache
