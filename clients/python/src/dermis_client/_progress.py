@@ -30,7 +30,11 @@ def _reporting(
         with bar() as update:
             yield update
     else:
-        yield _ignore
+
+        def ignore(*_args: P.args, **_kwargs: P.kwargs) -> None:
+            pass
+
+        yield ignore
 
 
 def dataset_progress(progress: bool | Callable[[R], None]) -> AbstractContextManager[Callable[[R], None]]:
@@ -151,10 +155,6 @@ def _count_bar(label: str) -> Iterator[Callable[[int, int], None]]:
     ) as bars:
         task = bars.add_task(label, total=None)
         yield lambda done, total: bars.update(task, completed=done, total=total)
-
-
-def _ignore(*_: object) -> None:
-    pass
 
 
 def _speed(record: DatasetRecord) -> str:
