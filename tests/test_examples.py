@@ -17,10 +17,9 @@ from PIL import Image
 from dermis.bundle import amend_bundle, open_bundle
 from dermis.bundle.directions import Direction
 from dermis.directions.fit import oriented
+from launched_service import Launched, free_port
 from official_pickles import _official_names, save, snapshot  # noqa: F401  a fixture that gives pickles official names
 from service_kit import assemble, listening
-from test_heat_maps import classifier  # noqa: F401  a fixture
-from test_service_end_to_end import Launched, free_port, launch  # noqa: F401  a fixture
 from tiny import make_bundle
 from tiny_classifier import make_classifier
 
@@ -76,7 +75,7 @@ def test_every_example_is_tested() -> None:
 
 
 @pytest.mark.parametrize("name", [*CLIENTS, *OFFLINE])
-def test_help_says_what_the_example_shows(
+def test_example_help_shows_its_command_line(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
@@ -171,12 +170,12 @@ def test_import_official_pickle_writes_a_bundle(run: Run, tmp_path: Path) -> Non
 
 @pytest.mark.full
 def test_examples_run_as_programs_against_a_real_service(
-    launch: Callable[..., Launched],  # noqa: F811
-    classifier: Path,  # noqa: F811
+    launch: Callable[..., Launched],
+    timm_classifier: Path,
     tmp_path: Path,
 ) -> None:
     make_bundle(tmp_path / "tiny")
-    _add_direction(tmp_path / "tiny", classifier)
+    _add_direction(tmp_path / "tiny", timm_classifier)
     port = free_port()
     service = launch(str(tmp_path / "tiny"), port)
     service.wait_until(service.ready)

@@ -6,7 +6,6 @@ import difflib
 import json
 
 import pytest
-
 from golden.record import FOLDER, ROOT, compute, environment, path_of
 
 _SHOWN_LINES = 60

@@ -35,9 +35,7 @@ def install_distribution(site: Path, bundle: Path, name: str) -> None:
     (info / "entry_points.txt").write_text(f"[dermis.bundles]\n{name} = bundle_package\nmissing = no_such_package\n")
 
 
-def test_bundle_of_an_installed_distribution_is_opened_by_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bundle_of_installed_distribution_opens_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = make_bundle(tmp_path / "tiny")
     install_distribution(tmp_path / "site", tmp_path / "tiny", "hospital")
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
@@ -96,7 +94,7 @@ def test_install_command_names_the_packages_of_an_extra() -> None:
             assert f'"{requirement.split(">=")[0]}' in command
 
 
-def test_packages_do_not_ask_for_an_index_that_has_dermis() -> None:
+def test_install_hints_do_not_require_dermis_on_package_index() -> None:
     for folder in ("dermis", "training", "services", "commands", "docs", "clients/python/src"):
         for file in (ROOT / folder).rglob("*.*"):
             if file.suffix in (".py", ".md"):
@@ -104,7 +102,7 @@ def test_packages_do_not_ask_for_an_index_that_has_dermis() -> None:
 
 
 @pytest.mark.full
-def test_wheels_serve_outside_the_checkout_beside_folders_of_the_same_names(tmp_path: Path) -> None:
+def test_wheels_work_beside_folders_named_like_their_packages(tmp_path: Path) -> None:
     """Built, unpacked into a folder of their own, and started where `services`, `dermis` and others are other packages."""
     source, site, here = tmp_path / "source", tmp_path / "site", tmp_path / "here"
     ignored = shutil.ignore_patterns(".git", ".venv", "runs", "build", "dist", "*.egg-info", "__pycache__", "demo")

@@ -9,26 +9,6 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "CODE_OF_CONDUCT.md", "examples/README.md")
-
-
-def _anchors(page: Path) -> set[str]:
-    """Anchors of a page's headings, as GitHub makes them."""
-    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
-
-@pytest.mark.parametrize("name", PAGES)
-def test_relative_links_lead_to_files_and_headings(name: str) -> None:
-    page = ROOT / name
-    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
-    for link in links:
-        if "://" in link:
-            continue
-        path, _, anchor = link.partition("#")
-        target = page.parent / path if path else page
-        assert target.exists(), f"{name}: {link}"
-        assert not anchor or anchor in _anchors(target), f"{name}: {link}"
 
 
 def test_pre_commit_hooks_run_the_programs_of_make_lint() -> None:

@@ -76,7 +76,7 @@ def compute(section: str) -> str:
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith("DERMIS_") and name not in _UNSET
     }
-    sources = [str(path) for path in (ROOT, ROOT / "tests", ROOT / "clients" / "python" / "src")]
+    sources = [str(path) for path in (ROOT, ROOT / "tests" / "support", ROOT / "clients" / "python" / "src")]
     environment |= {**_TERMINAL, **_ARITHMETIC, "PYTHONPATH": os.pathsep.join(sources)}
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) / "section"

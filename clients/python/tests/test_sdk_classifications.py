@@ -43,7 +43,7 @@ def folder(tmp_path: Path) -> list[Path]:
     return paths
 
 
-def test_paths_bytes_and_files_are_images(client: DermisClient, folder: list[Path]) -> None:
+def test_paths_bytes_and_open_files_are_accepted_as_images(client: DermisClient, folder: list[Path]) -> None:
     result = client.classifications.create([folder[0], str(folder[1]), image(204), io.BytesIO(image(51))])
     assert [round(one.probability * 255) for one in result] == [10, 11, 204, 51]
     assert [one.name for one in result] == [str(folder[0]), str(folder[1]), "files[2]", "files[3]"]
@@ -57,7 +57,7 @@ def test_paths_bytes_and_files_are_images(client: DermisClient, folder: list[Pat
     assert len(client.classifications.create(folder[0])) == 1
 
 
-def test_thresholds_are_names_or_numbers(client: DermisClient) -> None:
+def test_threshold_is_accepted_by_name_or_number(client: DermisClient) -> None:
     named = client.classifications.create(image(80), threshold="sensitivity_90")
     assert (named.threshold.value, named[0].class_name) == (0.25, "malignant")
     number = client.classifications.create(image(80), threshold=0.00001)
@@ -67,7 +67,7 @@ def test_thresholds_are_names_or_numbers(client: DermisClient) -> None:
             client.classifications.create(image(80), threshold=wrong)
 
 
-def test_many_images_go_in_several_calls_and_come_back_in_order(
+def test_many_images_are_sent_in_batches_and_returned_in_order(
     gateway: FakeGateway, client: DermisClient, folder: list[Path]
 ) -> None:
     reports: list[tuple[int, int]] = []
@@ -79,7 +79,7 @@ def test_many_images_go_in_several_calls_and_come_back_in_order(
     assert "Jane" not in str(gateway.uploads)  # what files are called stays with the caller
 
 
-def test_large_images_share_a_call_only_up_to_its_size(
+def test_large_images_share_request_only_up_to_size_limit(
     gateway: FakeGateway, client: DermisClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_uploads, "MAX_BYTES", 1000)
@@ -87,7 +87,7 @@ def test_large_images_share_a_call_only_up_to_its_size(
     assert [len(parts) for parts in gateway.uploads] == [2, 1, 1, 1]
 
 
-def test_a_service_that_takes_less_gets_smaller_calls(
+def test_service_with_lower_limit_gets_smaller_requests(
     gateway: FakeGateway, client: DermisClient, folder: list[Path]
 ) -> None:
     gateway.most_files = 5
@@ -99,7 +99,7 @@ def test_a_service_that_takes_less_gets_smaller_calls(
         client.classifications.create(folder[:2])
 
 
-def test_bad_images_are_named_as_the_caller_names_them(client: DermisClient, folder: list[Path]) -> None:
+def test_error_names_bad_image_by_path_of_caller(client: DermisClient, folder: list[Path]) -> None:
     folder[20].write_bytes(image(0))
     with pytest.raises(UnsupportedMediaTypeError) as caught:
         client.classifications.create(folder)
@@ -116,13 +116,15 @@ def test_bad_images_are_named_as_the_caller_names_them(client: DermisClient, fol
             client.classifications.create(nothing)  # type: ignore[arg-type]  # what a caller may do all the same
 
 
-def test_a_lost_answer_is_asked_for_again(gateway: FakeGateway, client: DermisClient) -> None:
+def test_request_with_lost_response_is_repeated(gateway: FakeGateway, client: DermisClient) -> None:
     gateway.faults.append(Fault("POST /v1/classifications", after=True))
     assert len(client.classifications.create(image(80))) == 1
     assert len(gateway.uploads) == 2
 
 
-def test_one_result_is_of_one_classifier(gateway: FakeGateway, client: DermisClient, folder: list[Path]) -> None:
+def test_classifier_change_between_batches_is_an_error(
+    gateway: FakeGateway, client: DermisClient, folder: list[Path]
+) -> None:
     def change(done: int, total: int) -> None:
         gateway.classifier = "e" * 64
 
@@ -130,7 +132,7 @@ def test_one_result_is_of_one_classifier(gateway: FakeGateway, client: DermisCli
         client.classifications.create(folder, progress=change)
 
 
-def test_heat_maps_come_one_image_a_call_and_are_saved_as_they_are(
+def test_heat_maps_are_requested_singly_and_saved_unchanged(
     gateway: FakeGateway, client: DermisClient, folder: list[Path], tmp_path: Path
 ) -> None:
     result = client.classifications.create([folder[0], image(204)], heat_map="xrai")
@@ -153,7 +155,9 @@ def test_heat_maps_come_one_image_a_call_and_are_saved_as_they_are(
         client.classifications.create(image(204), heat_map="xrai")
 
 
-def test_the_asynchronous_client_does_the_same(gateway: FakeGateway, client: DermisClient, folder: list[Path]) -> None:
+def test_async_client_returns_same_classifications(
+    gateway: FakeGateway, client: DermisClient, folder: list[Path]
+) -> None:
     async def ask() -> ClassificationsResult:
         async with AsyncDermisClient(gateway.url) as other:
             return await other.classifications.create(folder, threshold=0.125)
@@ -161,7 +165,7 @@ def test_the_asynchronous_client_does_the_same(gateway: FakeGateway, client: Der
     assert asyncio.run(ask()) == client.classifications.create(folder, threshold=0.125)
 
 
-def test_the_command(
+def test_classify_command_prints_table_csv_and_json(
     gateway: FakeGateway, folder: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("DERMIS_BASE_URL", gateway.url)

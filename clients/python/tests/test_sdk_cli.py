@@ -38,7 +38,7 @@ def run(gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 CREATE = ("datasets", "create", "--classes", "malignant=2,benign=2", "--seed", "7")
 
 
-def test_commands_from_create_to_delete(gateway: FakeGateway, run: Run, tmp_path: Path) -> None:
+def test_dataset_commands_work_from_create_to_delete(gateway: FakeGateway, run: Run, tmp_path: Path) -> None:
     out = tmp_path / "lesions"
     status, printed, err = run(*CREATE, "--format", "imagefolder", "--wait", "--out", str(out), "--extract")
     assert status == 0 and "error" not in err
@@ -83,7 +83,7 @@ def test_json_is_one_document_on_stdout(gateway: FakeGateway, run: Run, tmp_path
     assert images["images"][0]["class"] == "benign"
 
 
-def test_images(run: Run, tmp_path: Path) -> None:
+def test_images_command_saves_images_and_grid(run: Run, tmp_path: Path) -> None:
     grid = tmp_path / "grid.png"
     status, printed, _ = run(
         "images", "--classes", "malignant=4", "--seed", "1", "--out", str(tmp_path / "out"), "--grid", str(grid)
@@ -122,7 +122,7 @@ def test_an_error_is_one_line_on_stderr(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_wrong_command_gets_one_suggestion(run: Run) -> None:
+def test_unknown_command_gets_at_most_one_suggestion(run: Run) -> None:
     status, out, err = run("dataset")
     assert (status, out) == (2, "") and err.startswith("error: No such command 'dataset'")
     assert err.count("datasets") <= 1 and "dermis-client --help" in err
@@ -145,7 +145,9 @@ def test_a_wrong_command_gets_one_suggestion(run: Run) -> None:
         ),
     ],
 )
-def test_errors_name_the_option(gateway: FakeGateway, run: Run, field: str, message: str, expected: str) -> None:
+def test_service_errors_name_command_line_option(
+    gateway: FakeGateway, run: Run, field: str, message: str, expected: str
+) -> None:
     body = {"type": "urn:dermis:problem:invalid-request", "detail": f"{field}: {message}"}
     for detail in (body, {**body, "detail": "No.", "errors": [{"field": field, "message": message}]}):
         gateway.faults = [Fault("POST /v1/datasets", status=422, body=json.dumps(detail).encode())]

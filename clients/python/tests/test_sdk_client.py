@@ -24,7 +24,7 @@ from fake_gateway import FakeGateway, Fault
 CLASSES = {"malignant": 2, "benign": 1}
 
 
-def test_a_dataset_from_request_to_folder(gateway: FakeGateway, tmp_path: Any) -> None:
+def test_dataset_is_created_awaited_and_downloaded(gateway: FakeGateway, tmp_path: Any) -> None:
     seen: list[int] = []
     with DermisClient(gateway.url) as client:
         dataset = client.datasets.create(classes=CLASSES, seed=7, format="imagefolder")
@@ -41,7 +41,7 @@ def test_a_dataset_from_request_to_folder(gateway: FakeGateway, tmp_path: Any) -
     assert dermis_client.verify(tmp_path)
 
 
-def test_the_same_asynchronously(gateway: FakeGateway, tmp_path: Any) -> None:
+def test_async_client_creates_downloads_and_deletes_dataset(gateway: FakeGateway, tmp_path: Any) -> None:
     async def scenario() -> None:
         async with AsyncDermisClient(gateway.url) as client:
             dataset = await client.datasets.create(classes=CLASSES, seed=7)
@@ -76,7 +76,7 @@ def test_both_clients_have_the_same_methods_and_arguments(name: str) -> None:
         assert {n: p.default for n, p in ours.items()} == {n: p.default for n, p in theirs.items()}, method
 
 
-def test_shared_modules_do_not_import_resources_and_no_import_is_cyclic() -> None:
+def test_imports_are_acyclic_and_avoid_resources() -> None:
     root = Path(dermis_client.__file__).parent
     modules = {
         ".".join(("dermis_client", *path.relative_to(root).with_suffix("").parts)).removesuffix(".__init__"): path
@@ -97,7 +97,7 @@ def test_shared_modules_do_not_import_resources_and_no_import_is_cyclic() -> Non
     graphlib.TopologicalSorter(imports).prepare()  # raises CycleError
 
 
-def test_importing_needs_nothing_of_the_service() -> None:
+def test_import_loads_no_heavy_packages() -> None:
     code = (
         "import sys, dermis_client; heavy = {'torch', 'numpy', 'pandas', 'dermis', 'services'};"
         "print(sorted(heavy & sys.modules.keys()))"
@@ -121,7 +121,7 @@ def test_a_lost_answer_makes_no_second_dataset(gateway: FakeGateway) -> None:
 
 
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
-def test_a_busy_service_is_asked_again(gateway: FakeGateway, status: int) -> None:
+def test_request_to_busy_service_is_retried(gateway: FakeGateway, status: int) -> None:
     gateway.faults = [Fault("GET /v1/models", times=2, status=status)]
     with DermisClient(gateway.url, max_retries=2) as client:
         assert client.models.list()[0].metrics == {"fid@lite0": 12.0}
@@ -141,7 +141,7 @@ def test_a_busy_service_is_asked_again(gateway: FakeGateway, status: int) -> Non
         (418, "teapot", errors.APIStatusError),
     ],
 )
-def test_each_status_has_its_error_and_is_not_asked_again(
+def test_each_error_status_raises_its_class_without_retry(
     gateway: FakeGateway, status: int, kind: str, error: type[errors.APIStatusError]
 ) -> None:
     body = f'{{"type": "urn:dermis:problem:{kind}", "detail": "Two\\nlines \\u001b[31m.", "later": 1}}'.encode()
@@ -183,7 +183,7 @@ def test_invalid_arguments_are_refused_before_sending(gateway: FakeGateway) -> N
     assert not gateway.log
 
 
-def test_not_a_dermis_service(gateway: FakeGateway) -> None:
+def test_other_or_stopped_service_raises_clear_error(gateway: FakeGateway) -> None:
     gateway.faults = [Fault("GET", times=9, status=200, body=b"<html>hello</html>", media_type="text/html")]
     with DermisClient(gateway.url) as client, pytest.raises(errors.APIResponseError, match="base_url"):
         client.models.list()
@@ -193,15 +193,13 @@ def test_not_a_dermis_service(gateway: FakeGateway) -> None:
     gateway.start()
 
 
-def test_no_answer_in_time(gateway: FakeGateway) -> None:
+def test_missing_response_raises_timeout_error(gateway: FakeGateway) -> None:
     gateway.faults = [Fault("GET /v1/models", silent=0.4)]
     with DermisClient(gateway.url, timeout=0.1, max_retries=0) as client, pytest.raises(errors.APITimeoutError):
         client.models.list()
 
 
-def test_the_key_goes_to_the_service_only_as_a_bearer_token(
-    gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_api_key_is_sent_only_to_service_as_bearer_token(gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch) -> None:
     with FakeGateway() as elsewhere:
         gateway.faults = [
             Fault("GET /v1/models/demo", status=307, headers={"Location": f"{elsewhere.url}/v1/models/demo"})
@@ -259,13 +257,13 @@ def test_images_have_class_seed_and_index(gateway: FakeGateway, tmp_path: Any) -
     ],
     ids=["no route", "no stream", "nonsense", "cut at once"],
 )
-def test_waiting_without_usable_events_asks_instead(gateway: FakeGateway, fault: Fault) -> None:
+def test_waiting_polls_when_events_are_unusable(gateway: FakeGateway, fault: Fault) -> None:
     gateway.ticks, gateway.faults = 8, [fault]
     with DermisClient(gateway.url) as client:
         assert client.datasets.create(CLASSES).wait(poll_interval=0.01).state == "succeeded"
 
 
-def test_waiting_survives_a_restart(gateway: FakeGateway) -> None:
+def test_waiting_continues_after_service_restart(gateway: FakeGateway) -> None:
     gateway.ticks, gateway.tick_seconds = 30, 0.02
 
     def restart() -> None:
@@ -312,7 +310,7 @@ def test_waiting_raises_for_failed_and_cancelled_datasets(gateway: FakeGateway) 
             client.datasets.create(CLASSES).wait()
 
 
-def test_events_go_on_after_a_cut_and_close_when_left(gateway: FakeGateway) -> None:
+def test_event_stream_reconnects_after_cut_and_closes_on_exit(gateway: FakeGateway) -> None:
     gateway.ticks, gateway.faults = 6, [Fault("GET .*/events", times=2, cut=1)]
     with DermisClient(gateway.url) as client:
         dataset = client.datasets.create({"benign": 6})
@@ -327,7 +325,7 @@ def test_events_go_on_after_a_cut_and_close_when_left(gateway: FakeGateway) -> N
 # Cancelling, deleting
 
 
-def test_cancel_never_deletes_what_has_finished(gateway: FakeGateway) -> None:
+def test_cancel_never_deletes_finished_dataset(gateway: FakeGateway) -> None:
     with DermisClient(gateway.url) as client:
         finished = gateway.finished()
         assert client.datasets.cancel(finished).state == "succeeded"
@@ -351,7 +349,7 @@ def test_delete_stops_a_running_dataset_first(gateway: FakeGateway) -> None:
             client.datasets.delete(finished)
 
 
-def test_a_running_delete_has_an_end(gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_delete_of_running_dataset_times_out(gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "DELETE_TIMEOUT", 0.0)
     monkeypatch.setattr(gateway, "tick", lambda dataset: None)
     with DermisClient(gateway.url) as client, pytest.raises(errors.WaitTimeoutError):
@@ -365,7 +363,7 @@ def test_the_callers_http_client_stays_open(gateway: FakeGateway) -> None:
         assert not http.is_closed
 
 
-def test_default_model_is_the_one_that_the_service_marks(gateway: FakeGateway) -> None:
+def test_default_model_is_marked_by_service(gateway: FakeGateway) -> None:
     models: list[dict[str, Any]] = [
         {"name": name, "digest": name * 64, "default": name == "b"} for name in ("a", "b", "c")
     ]

@@ -42,7 +42,7 @@ def fetch(request: pytest.FixtureRequest, gateway: FakeGateway) -> Fetch:
     return asynchronous
 
 
-def test_a_cut_download_goes_on_from_where_it_ended(gateway: FakeGateway, fetch: Fetch, tmp_path: Path) -> None:
+def test_cut_download_resumes_at_last_byte(gateway: FakeGateway, fetch: Fetch, tmp_path: Path) -> None:
     identifier = gateway.finished()
     gateway.faults = [Fault("GET .*images.zip", times=4, cut=50_000)]  # more cuts than retries, each with progress
     reports: list[DownloadProgress] = []
@@ -56,7 +56,9 @@ def test_a_cut_download_goes_on_from_where_it_ended(gateway: FakeGateway, fetch:
     assert reports[-1] == DownloadProgress(5, 5, total, total)
 
 
-def test_another_program_goes_on_and_keeps_what_is_whole(gateway: FakeGateway, fetch: Fetch, tmp_path: Path) -> None:
+def test_second_program_resumes_download_of_incomplete_files(
+    gateway: FakeGateway, fetch: Fetch, tmp_path: Path
+) -> None:
     identifier = gateway.finished()
     gateway.faults = [Fault("GET .*images.zip", cut=50_000), Fault("GET .*images.zip", times=9, cut=0)]
     with pytest.raises(DownloadError, match="images.zip: .* download again"):
@@ -73,7 +75,7 @@ def test_another_program_goes_on_and_keeps_what_is_whole(gateway: FakeGateway, f
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["range kept", "range ignored"])
-def test_a_beginning_of_something_else_is_not_kept(
+def test_partial_file_with_other_content_is_discarded(
     gateway: FakeGateway, fetch: Fetch, tmp_path: Path, whole: bool
 ) -> None:
     identifier = gateway.finished()
@@ -86,7 +88,7 @@ def test_a_beginning_of_something_else_is_not_kept(
     assert verify(tmp_path)
 
 
-def test_wrong_bytes_never_get_their_name(gateway: FakeGateway, fetch: Fetch, tmp_path: Path) -> None:
+def test_file_with_wrong_bytes_is_not_stored(gateway: FakeGateway, fetch: Fetch, tmp_path: Path) -> None:
     identifier = gateway.finished()
     gateway.faults = [Fault("GET .*preview.png", times=9, flip=True)]
     with pytest.raises(IntegrityError, match="preview.png") as caught:
@@ -107,7 +109,7 @@ def test_wrong_bytes_never_get_their_name(gateway: FakeGateway, fetch: Fetch, tm
         ({"name": "preview.png.part"}, "not safe"),
     ],
 )
-def test_a_list_that_is_wrong_or_dangerous(
+def test_wrong_or_unsafe_file_list_is_refused(
     gateway: FakeGateway, fetch: Fetch, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     identifier = gateway.finished()
@@ -118,7 +120,7 @@ def test_a_list_that_is_wrong_or_dangerous(
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] in ([], ["manifest.json"])
 
 
-def test_more_bytes_than_listed(gateway: FakeGateway, fetch: Fetch, tmp_path: Path) -> None:
+def test_file_longer_than_listed_is_refused(gateway: FakeGateway, fetch: Fetch, tmp_path: Path) -> None:
     identifier = gateway.finished()
     endless = Fault("GET .*preview.png", status=200, body=b"x" * 9999, media_type="image/png")
     gateway.faults = [endless]
@@ -139,21 +141,23 @@ def test_foreign_files_are_replaced_only_with_overwrite(gateway: FakeGateway, fe
     assert verify(tmp_path)
 
 
-def test_an_unfinished_dataset(gateway: FakeGateway, fetch: Fetch, tmp_path: Path) -> None:
+def test_download_of_unfinished_dataset_is_refused(gateway: FakeGateway, fetch: Fetch, tmp_path: Path) -> None:
     dataset = gateway.create({"classes": {"benign": 1}})
     with pytest.raises(ConflictError, match="dataset-not-ready"):
         fetch(dataset["id"], tmp_path / "in")
     assert not (tmp_path / "in").exists()
 
 
-def test_an_answer_in_the_middle_that_is_final(gateway: FakeGateway, fetch: Fetch, tmp_path: Path) -> None:
+def test_final_error_status_stops_download(gateway: FakeGateway, fetch: Fetch, tmp_path: Path) -> None:
     identifier = gateway.finished()
     gateway.faults = [Fault("GET .*metadata.csv", times=9, status=507)]
     with pytest.raises(APIStatusError, match="507"):
         fetch(identifier, tmp_path)
 
 
-def test_a_full_disk(gateway: FakeGateway, fetch: Fetch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_download_is_refused_when_disk_space_is_short(
+    gateway: FakeGateway, fetch: Fetch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     identifier = gateway.finished()
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(DownloadError, match="1000 bytes are free"):
@@ -161,7 +165,7 @@ def test_a_full_disk(gateway: FakeGateway, fetch: Fetch, tmp_path: Path, monkeyp
     assert not list(tmp_path.iterdir())
 
 
-def test_a_disk_that_fills_up(
+def test_disk_filling_up_during_download_is_reported(
     gateway: FakeGateway, fetch: Fetch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     identifier = gateway.finished()
@@ -182,26 +186,26 @@ def test_a_disk_that_fills_up(
 
 
 @pytest.mark.skipif(not Path("/dev/zero").exists(), reason="this system has no /dev/zero")
-def test_a_part_that_is_no_file(gateway: FakeGateway, fetch: Fetch, tmp_path: Path) -> None:
+def test_partial_file_that_is_not_regular_is_refused(gateway: FakeGateway, fetch: Fetch, tmp_path: Path) -> None:
     (tmp_path / "preview.png.part").symlink_to("/dev/zero")
     with pytest.raises(DownloadError, match="not a regular file"):
         fetch(gateway.finished(), tmp_path)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_that_cannot_be_written(gateway: FakeGateway, fetch: Fetch, tmp_path: Path) -> None:
+def test_unwritable_target_folder_is_refused(gateway: FakeGateway, fetch: Fetch, tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(DownloadError, match="Permission denied"):
         fetch(gateway.finished(), tmp_path / "in")
 
 
-def test_a_file_where_the_folder_should_be(gateway: FakeGateway, fetch: Fetch, tmp_path: Path) -> None:
+def test_file_in_place_of_target_folder_is_refused(gateway: FakeGateway, fetch: Fetch, tmp_path: Path) -> None:
     (tmp_path / "in").write_text("")
     with pytest.raises(DownloadError, match="in: cannot be written"):
         fetch(gateway.finished(), tmp_path / "in")
 
 
-def test_several_downloads_into_one_folder_at_once(gateway: FakeGateway, tmp_path: Path) -> None:
+def test_concurrent_downloads_into_one_folder_succeed(gateway: FakeGateway, tmp_path: Path) -> None:
     identifier = gateway.finished()
     gateway.faults = [Fault("GET .*images.zip", times=6, cut=60_000)]
     failures: list[BaseException] = []
@@ -221,7 +225,7 @@ def test_several_downloads_into_one_folder_at_once(gateway: FakeGateway, tmp_pat
     assert not failures and verify(tmp_path)
 
 
-def test_leaving_an_asynchronous_download_leaves_no_task_behind(gateway: FakeGateway, tmp_path: Path) -> None:
+def test_cancelled_async_download_leaves_no_running_task(gateway: FakeGateway, tmp_path: Path) -> None:
     identifier = gateway.finished()
     gateway.faults = [Fault("GET .*images.zip", silent=0.3)]
 

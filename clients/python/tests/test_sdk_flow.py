@@ -91,7 +91,7 @@ def test_waiting_for_a_projection_honours_retry_after() -> None:
         (httpx.UnsupportedProtocol("gopher"), True, 1),
     ],
 )
-def test_only_idempotent_requests_are_repeated_after_a_broken_connection(
+def test_only_idempotent_requests_are_retried_after_broken_read(
     error: httpx.RequestError, idempotent: bool, tries: int
 ) -> None:
     sent = []
@@ -108,7 +108,7 @@ def test_only_idempotent_requests_are_repeated_after_a_broken_connection(
 
 
 @given(st.integers(0, 2000), st.floats(0, 1), st.none() | st.floats(0, 200))
-def test_pauses_are_bounded(attempt: int, jitter: float, retry_after: float | None) -> None:
+def test_retry_pauses_are_bounded(attempt: int, jitter: float, retry_after: float | None) -> None:
     pause = _retry.delay(attempt, retry_after, jitter)
     if retry_after is not None and retry_after > _retry.LONGEST_RETRY_AFTER:
         assert pause is None
@@ -117,7 +117,7 @@ def test_pauses_are_bounded(attempt: int, jitter: float, retry_after: float | No
         assert (retry_after or 0.0) <= pause <= max(_retry.LONGEST_DELAY, retry_after or 0.0)
 
 
-def test_retry_after_in_both_forms() -> None:
+def test_retry_after_is_parsed_as_seconds_or_date() -> None:
     now = datetime(2026, 1, 1, 12, 0, 0, tzinfo=UTC)
     assert _retry.parse_retry_after("12") == 12.0
     assert _retry.parse_retry_after("Thu, 01 Jan 2026 12:00:30 GMT", now) == 30.0
@@ -131,7 +131,7 @@ EVENTS = [("progress", "1"), ("progress", "zwei \u00e4\U0001f600\nlines"), ("mes
 
 
 @given(st.sampled_from(["\n", "\r\n", "\r"]), st.lists(st.integers(0, 300), max_size=12))
-def test_events_come_out_the_same_however_the_bytes_are_cut(end: str, cuts: list[int]) -> None:
+def test_decoded_events_do_not_depend_on_chunk_boundaries(end: str, cuts: list[int]) -> None:
     text = "\ufeff: hello" + end
     for event, data in EVENTS:
         text += f"event: {event}{end}" if event != "message" else ""
@@ -157,7 +157,7 @@ def test_a_safe_name_stays_in_its_folder(name: str) -> None:
     "name",
     ["", ".", "..", "../x", "/etc/passwd", "a/b", "a\\b", "C:x", "x\0", ".bashrc", "CON", "nul.txt", "x.", "a" * 201],
 )
-def test_unsafe_names(name: str) -> None:
+def test_unsafe_file_names_are_recognised(name: str) -> None:
     assert not _files.is_safe_name(name)
 
 

@@ -36,7 +36,7 @@ def test_verify_lists_changed_missing_and_extra(folder: Path) -> None:
     assert (report.changed, report.missing, report.extra) == (("images.zip",), ("preview.png",), ("sub/note.txt",))
 
 
-def test_verify_also_looks_at_unpacked_images(folder: Path) -> None:
+def test_verify_checks_unpacked_images(folder: Path) -> None:
     images = extract_images(folder)
     assert images == folder / "images" and verify(folder)
     (images / "benign" / "SYN_00000002.png").write_bytes(png(9))
@@ -59,7 +59,7 @@ def test_verify_needs_a_readable_manifest(folder: Path, text: str | None) -> Non
         verify(folder)
 
 
-def test_verify_does_not_leave_the_folder(folder: Path) -> None:
+def test_verify_refuses_manifest_with_paths_outside_folder(folder: Path) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"].append({"name": "../../secret", "bytes": 0, "sha256": "0" * 64})
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -67,7 +67,7 @@ def test_verify_does_not_leave_the_folder(folder: Path) -> None:
         verify(folder)
 
 
-def test_unpacked_images_are_an_image_folder(folder: Path) -> None:
+def test_images_are_unpacked_into_class_folders_once(folder: Path) -> None:
     images = extract_images(folder)
     assert sorted(path.name for path in images.iterdir()) == ["benign", "malignant"]
     assert (images / "benign" / "SYN_00000002.png").read_bytes() == png(3)
@@ -114,7 +114,7 @@ def archive(folder: Path, *members: tuple[zipfile.ZipInfo | str, bytes], **optio
         "IMAGES/BENIGN/a.png",
     ],
 )
-def test_an_archive_cannot_write_outside(folder: Path, name: str) -> None:
+def test_archive_cannot_write_outside_its_folder(folder: Path, name: str) -> None:
     archive(folder, ("images/benign/a.png", png(1)), (name, b"evil"))
     before = sorted(folder.parent.rglob("*"))
     with pytest.raises(IntegrityError, match="not safe") as caught:
@@ -123,7 +123,7 @@ def test_an_archive_cannot_write_outside(folder: Path, name: str) -> None:
     assert sorted(folder.parent.rglob("*")) == before
 
 
-def test_an_archive_cannot_bring_links_or_bombs(folder: Path) -> None:
+def test_archive_with_links_or_zip_bomb_is_refused(folder: Path) -> None:
     link = zipfile.ZipInfo("images/benign/link.png")
     link.external_attr = (stat.S_IFLNK | 0o777) << 16
     archive(folder, (link, b"/etc/passwd"))
@@ -135,7 +135,7 @@ def test_an_archive_cannot_bring_links_or_bombs(folder: Path) -> None:
     assert not (folder / "images").exists()
 
 
-def test_a_damaged_archive_leaves_nothing_behind(folder: Path) -> None:
+def test_damaged_archive_leaves_no_unpacked_files(folder: Path) -> None:
     archive(folder, ("images/benign/a.png", png(1)), ("images/benign/b.png", b"x" * 999))
     data = (folder / "images.zip").read_bytes()
     (folder / "images.zip").write_bytes(data.replace(b"x" * 999, b"y" * 999))
@@ -150,7 +150,7 @@ def test_a_damaged_archive_leaves_nothing_behind(folder: Path) -> None:
         extract_images(folder)
 
 
-def test_verify_counts_files_of_the_folder_only(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_verify_reports_linked_files_as_changed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     outside = tmp_path_factory.mktemp("outside") / "metadata.csv"
     (folder / "metadata.csv").rename(outside)
     (folder / "metadata.csv").symlink_to(outside)

@@ -45,7 +45,7 @@ def newest(client: DermisClient) -> str:
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_an_endless_answer_is_refused_after_a_few_megabytes(gateway: FakeGateway, tmp_path: Path, name: str) -> None:
+def test_endless_response_is_refused_after_bounded_bytes(gateway: FakeGateway, tmp_path: Path, name: str) -> None:
     gateway.finished()
     match, call = CALLS[name]
     media_type = "text/event-stream" if name == "events" else "application/json"
@@ -56,7 +56,7 @@ def test_an_endless_answer_is_refused_after_a_few_megabytes(gateway: FakeGateway
     assert len(gateway.requests(match)) == 1  # and not requested again
 
 
-def test_an_event_of_endless_lines_is_refused_and_waiting_goes_on(gateway: FakeGateway) -> None:
+def test_waiting_continues_after_endless_event_is_refused(gateway: FakeGateway) -> None:
     dataset = gateway.create({"classes": {"benign": 1}, "seed": 0})
     gateway.ticks = 2
     lines = b"data: " + b"x" * 1000 + b"\n"
@@ -67,14 +67,14 @@ def test_an_event_of_endless_lines_is_refused_and_waiting_goes_on(gateway: FakeG
 
 
 @pytest.mark.parametrize("status", [400, 503])
-def test_an_endless_error_is_reported_by_its_status(gateway: FakeGateway, status: int) -> None:
+def test_endless_error_body_is_reported_by_status(gateway: FakeGateway, status: int) -> None:
     gateway.faults = [Fault("GET /v1/models", times=99, endless=BLOCK, status=status)]
     with DermisClient(gateway.url, max_retries=0) as client, pytest.raises(errors.APIStatusError, match=str(status)):
         client.models.list()
     assert gateway.endless_bytes < 10 * MIB
 
 
-def test_redirects_are_followed_without_their_bodies_and_not_for_ever(gateway: FakeGateway) -> None:
+def test_redirects_are_bounded_and_their_bodies_not_read(gateway: FakeGateway) -> None:
     there = {"Location": f"{gateway.url}/v1/models"}
     gateway.faults = [Fault("GET /v1/models", endless=BLOCK, status=302, headers=there)]
     with DermisClient(gateway.url, max_retries=0) as client:
@@ -89,7 +89,7 @@ def test_redirects_are_followed_without_their_bodies_and_not_for_ever(gateway: F
 
 
 @pytest.mark.parametrize(("encoding", "layers"), [("gzip", 1), ("gzip, gzip", 2), ("br", 1)])
-def test_a_packed_answer_is_bounded_unpacked(gateway: FakeGateway, encoding: str, layers: int) -> None:
+def test_oversized_compressed_response_is_refused(gateway: FakeGateway, encoding: str, layers: int) -> None:
     body = b" " * (200 * MIB)
     for _ in range(layers):
         body = gzip.compress(body)
@@ -98,7 +98,7 @@ def test_a_packed_answer_is_bounded_unpacked(gateway: FakeGateway, encoding: str
         client.models.list()
 
 
-def test_a_packed_answer_of_usual_size_is_read(gateway: FakeGateway) -> None:
+def test_compressed_response_of_usual_size_is_read(gateway: FakeGateway) -> None:
     with DermisClient(gateway.url) as client:
         plain = client.models.list()
         body = gzip.compress(json.dumps({"data": [model.model_dump(mode="json") for model in plain]}).encode())
@@ -118,7 +118,7 @@ def test_a_response_that_is_too_slow_is_refused(gateway: FakeGateway) -> None:
             body.feed(b" ")
 
 
-def test_a_list_with_repeated_cursors_ends(gateway: FakeGateway) -> None:
+def test_listing_with_endless_cursors_is_refused(gateway: FakeGateway) -> None:
     for _ in range(3):
         gateway.create({"classes": {"benign": 1}, "seed": 0})
     pages = iter(range(10**6))
@@ -139,7 +139,7 @@ def test_a_list_with_repeated_cursors_ends(gateway: FakeGateway) -> None:
 @pytest.mark.parametrize(
     "after", ["9" * 5000, "Thu, 01 Jan 9999 00:00:00 GMT", "Thu, 99 Foo 2026 00:00:00 +9999999", "-1"]
 )
-def test_no_retry_after_stops_the_program(gateway: FakeGateway, after: str) -> None:
+def test_extreme_retry_after_does_not_block_program(gateway: FakeGateway, after: str) -> None:
     gateway.faults = [Fault("/v1/models", times=99, status=503, headers={"Retry-After": after})]
     began = time.monotonic()
     with DermisClient(gateway.url) as client, pytest.raises(errors.ServerError) as caught:
@@ -193,7 +193,7 @@ COMMANDS: dict[str, list[str]] = {
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_wrong_value_anywhere_is_an_error_or_harmless(
+def test_wrong_value_in_response_is_reported_or_harmless(
     gateway: FakeGateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     (tmp_path / "file").write_bytes(b"\5")
@@ -232,7 +232,7 @@ def test_a_wrong_value_anywhere_is_an_error_or_harmless(
 # What is printed
 
 
-def test_foreign_text_is_printed_as_it_is_or_escaped() -> None:
+def test_control_characters_in_foreign_text_are_escaped() -> None:
     assert one_line("a\tb\n\x1b[2J\u202eé \x9b1m") == r"a b \x1b[2J\u202eé \x9b1m"
     assert one_line("x" * 10**6, 50) == "x" * 47 + "..."
     value = {"a": "\x1b\x7f\x9b\u202e\U000e0001\ud800é\n"}
@@ -241,7 +241,7 @@ def test_foreign_text_is_printed_as_it_is_or_escaped() -> None:
     assert json.loads(text) == value
 
 
-def test_an_error_with_a_thousand_fields_is_a_short_line(gateway: FakeGateway) -> None:
+def test_error_with_thousand_fields_has_short_message(gateway: FakeGateway) -> None:
     fields = [{"field": f"\x1b[3{i}m", "message": f"{i} " * 100} for i in range(1000)]
     body = json.dumps({"type": "urn:x:\x1b]0;t\x07", "detail": "\x1b[2J" * 200, "errors": fields}).encode()
     gateway.faults = [Fault("/v1/models", status=422, body=body)]
@@ -281,7 +281,7 @@ def test_an_archive_of_another_kind_of_compression_is_refused(tmp_path: Path) ->
     assert [path.name for path in tmp_path.iterdir()] == ["images.zip"]
 
 
-def test_an_image_that_would_fill_the_memory_is_not_decoded(gateway: FakeGateway) -> None:
+def test_image_with_huge_dimensions_is_not_decoded(gateway: FakeGateway) -> None:
     import base64
     import hashlib
     import struct

@@ -32,7 +32,7 @@ SESSION: list[tuple[list[str], int, str, str]] = [
 
 @pytest.mark.full
 @pytest.mark.parametrize("resolution", ["highest", "lowest-direct"])
-def test_a_new_environment_has_a_working_command(gateway: FakeGateway, tmp_path: Path, resolution: str) -> None:
+def test_command_works_in_new_environment(gateway: FakeGateway, tmp_path: Path, resolution: str) -> None:
     if UV is None:
         pytest.skip("uv is not installed: it resolves the lowest versions")
     source = shutil.copytree(

@@ -1,0 +1,190 @@
+"""POST /v1/authenticity, GET /v1/directions, POST /v1/edits: verdicts as the library has them, edits as asked."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dermis.authenticity.checker import Checker
+from dermis.bundle import Bundle
+from dermis.imaging import Images, decode, encode
+from service_kit import Service, draw, service
+from services.inference.samples import Options, pack
+from tiny import make_bundle
+from tiny_index import make_complete_bundle
+
+pytest.importorskip("faiss", reason="FAISS is not installed")
+
+
+def noise(count: int, seed: int = 0) -> Images:
+    return np.random.default_rng(seed).integers(0, 256, (count, 12, 12, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    root = tmp_path_factory.mktemp("bundles")
+    made = make_complete_bundle(root / "made", noise(60))
+    make_bundle(root / "made" / "plain", name="plain")
+    return made
+
+
+@pytest.fixture(scope="module")
+def running(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    bundles = f"{bundle.location},{Path(bundle.location).parent / 'plain'}"
+    with service(
+        bundles,
+        tmp_path_factory.mktemp("data"),
+        default_model="tiny",
+        authenticity_uploads=True,
+        max_compared_per_minute=20,
+        max_images=12,
+    ) as found:
+        yield found
+
+
+def sent(images: Images) -> list[tuple[str, tuple[str, bytes, str]]]:
+    return [("files", (f"patient-{i}.png", encode(image), "image/png")) for i, image in enumerate(images)]
+
+
+# -- authenticity
+
+
+def test_verdicts_equal_those_of_library_and_reveal_no_patient(
+    running: Service, bundle: Bundle, caplog: pytest.LogCaptureFixture
+) -> None:
+    images = np.concatenate([noise(60)[7:9], noise(2, seed=5)])  # two training images and two others
+    with caplog.at_level(logging.DEBUG):
+        answer = running.client.post("/v1/authenticity", files=sent(images))
+    assert answer.status_code == 200, answer.text
+    document = answer.json()
+    with Checker(bundle, device="cpu", threads=1) as checker:
+        expected = checker.check(images)
+    assert [row["authentic"] for row in document["data"]] == expected.authentic.tolist()
+    assert [row["distance"] for row in document["data"]] == [round(float(d), 2) for d in expected.distances]
+    assert [row["distance"] for row in document["data"]][:2] == [0, 0]
+    assert [set(row) for row in document["data"]] == [{"index", "authentic", "distance", "percentile"}] * 4
+    assert bundle.authenticity is not None and document["model"]["index"] == bundle.authenticity.digest
+    assert "patient" not in answer.text + caplog.text
+
+
+def test_generated_images_are_compared_without_being_sent(running: Service, bundle: Bundle) -> None:
+    body = {"classes": {"benign": 2, "malignant": 1}, "seed": 3, "edits": [{"direction": "axis-0", "strength": 1.0}]}
+    found = running.client.post("/v1/authenticity", json=body)
+    assert found.status_code == 200, found.text
+    listed = running.client.post("/v1/images", json=body).json()["data"]
+    images = np.stack([decode(base64.b64decode(row["b64"])) for row in listed])
+    with Checker(bundle, device="cpu", threads=1) as checker:
+        expected = checker.check(images)
+    assert [row["authentic"] for row in found.json()["data"]] == expected.authentic.tolist()
+    assert [row["distance"] for row in found.json()["data"]] == [round(float(d), 2) for d in expected.distances]
+
+
+def test_uploads_are_refused_beyond_the_limit_and_without_an_index(running: Service, tmp_path: Path) -> None:
+    none = running.client.post("/v1/authenticity?model=plain", files=sent(noise(1)))
+    assert none.status_code == 422 and none.json()["type"].endswith("no-index")
+    assert (
+        running.client.post("/v1/authenticity", content=b"GIF89a", headers={"Content-Type": "image/png"}).status_code
+        == 415
+    )
+    answers = [running.client.post("/v1/authenticity", files=sent(noise(8))) for _ in range(3)]
+    assert answers[-1].status_code == 429 and int(answers[-1].headers["Retry-After"]) > 0
+    assert running.client.get("/v1/models/tiny").json()["authenticity"]["vectors"] == 60
+    assert running.client.get("/v1/models/tiny").json()["authenticity"]["uploads"] is True
+
+
+def test_uploads_are_refused_unless_operator_enables_comparison(bundle: Bundle, tmp_path: Path) -> None:
+    with service(bundle.location, tmp_path / "data", default_model="tiny") as closed:
+        raw = closed.client.post("/v1/authenticity", content=encode(noise(1)[0]), headers={"Content-Type": "image/png"})
+        for answer in (closed.client.post("/v1/authenticity?model=tiny", files=sent(noise(2))), raw):
+            assert answer.status_code == 403 and answer.json()["type"].endswith("uploads-disabled")
+            assert "DERMIS_AUTHENTICITY_UPLOADS=true" in answer.json()["detail"] and "data" not in answer.json()
+        assert closed.client.post("/v1/authenticity", json={"classes": {"benign": 1}}).status_code == 200
+        assert closed.client.get("/v1/models/tiny").json()["authenticity"]["uploads"] is False
+        assert closed.client.get("/v1/models").json()["data"][0]["authenticity"]["uploads"] is False
+
+
+# -- directions and edits
+
+
+def edited(running: Service, **changes: Any) -> Any:
+    body = {
+        "samples": [{"class": "benign", "seed": 1, "index": 4}, {"class": "malignant"}],
+        "edits": [{"direction": "axis-2", "strength": 0.5}],
+        "sweep": {"direction": "axis-1", "strengths": [-2.0, 0.0, 2.0], "layers": [0, 3]},
+        **changes,
+    }
+    return running.client.post("/v1/edits", json={k: v for k, v in body.items() if v is not None})
+
+
+def test_directions_are_listed(running: Service) -> None:
+    found = running.client.get("/v1/directions").json()
+    assert [row["name"] for row in found["data"]] == ["axis-0", "axis-1", "axis-2"]
+    assert found["data"][1] == {"name": "axis-1", "method": "sefa", "layers": [0, 6], "scale": 2.0, "facts": {}}
+    assert running.client.get("/v1/directions?model=plain").json()["data"] == []
+    assert running.client.get("/v1/directions?model=no").status_code == 404
+
+
+def test_a_sweep_gives_every_sample_at_every_strength(running: Service, bundle: Bundle) -> None:
+    rows = edited(running).json()["data"]
+    assert [(row["sample"], row["strength"]) for row in rows] == [(s, x) for s in (0, 1) for x in (-2, 0, 2)]
+    directions = [direction.name for direction in bundle.directions]
+    from dermis.directions.edit import Edit
+
+    edits = [Edit("axis-2", 0.5), Edit("axis-1", 2.0, (0, 3))]
+    expected = draw(pack(Options(bundle.digest, edits=edits, directions=directions), 1, [4], [0]))[0]
+    assert np.array_equal(decode(base64.b64decode(rows[2]["b64"])), expected)
+    alone = edited(running, sweep=None, edits=None).json()["data"]
+    plain = running.client.post("/v1/images", json={"classes": {"malignant": 1}}).json()["data"]
+    assert alone[1]["sha256"] == plain[0]["sha256"] and alone[1]["strength"] is None
+
+
+def test_edits_are_returned_as_sheet_or_animation(running: Service) -> None:
+    def shown(kind: str) -> Image.Image:
+        body = {
+            "samples": [{"class": "benign"}, {"class": "malignant"}],
+            "sweep": {"direction": "axis-0", "strengths": [-1.0, 0.0, 1.0]},
+        }
+        answer = running.client.post("/v1/edits", json=body, headers={"Accept": kind})
+        assert answer.headers["content-type"] == kind
+        return Image.open(io.BytesIO(answer.content))
+
+    assert shown("image/png").size == (3 * 16 + 4 * 2, 2 * 16 + 3 * 2)
+    moving = shown("image/gif")
+    assert moving.size == (32, 16) and moving.n_frames == 4  # there and back  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"samples": [{"class": "naevus"}]}, "samples.0.class"),
+        ({"sweep": {"direction": "north", "strengths": [1.0]}}, "sweep.direction"),
+        ({"sweep": {"direction": "axis-0", "strengths": [1.0], "layers": [4, 2]}}, "sweep.layers"),
+        ({"sweep": {"direction": "axis-0", "strengths": [99.0]}}, "sweep.strengths.0"),
+        ({"edits": [{"direction": "axis-0", "strength": 1.0, "layers": [0, 9]}]}, "edits[0].layers"),
+        ({"samples": [{"class": "benign", "index": i} for i in range(7)]}, "samples"),
+    ],
+)
+def test_invalid_edit_is_refused_by_field(running: Service, changes: dict[str, Any], field: str) -> None:
+    answer = edited(running, **changes)
+    assert answer.status_code == 422, answer.text
+    assert field in json.dumps([error["field"] for error in answer.json()["errors"]])
+
+
+def test_gateway_does_not_import_inference_packages() -> None:
+    """Else each of its processes would be hundreds of megabytes larger, and slower to start."""
+    code = (
+        "import sys, services.service; print({'torch', 'faiss', 'onnxruntime', 'scipy', 'sklearn'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "set()", done.stdout + done.stderr

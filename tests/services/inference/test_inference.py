@@ -1,0 +1,152 @@
+"""Inference services and their clients: what they load, how they report problems, and how calls are divided."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dermis.errors import DermisError
+from services.errors import InferenceFailedError, InferenceUnavailableError
+from services.inference.client import ClassifierClient, GeneratorClient, InferenceClients
+from services.inference.samples import Options, Samples, from_bytes, pack
+
+BUNDLE: Any = SimpleNamespace(name="tiny", digest="d" * 64, classifier=None, authenticity=None)
+MODELS: Any = SimpleNamespace(bundles=[BUNDLE])
+
+
+class FakeService:
+    """BentoML's client of a service. Image number i is an array with the index of its sample."""
+
+    def __init__(self, description: Mapping[str, Any] | None = None) -> None:
+        self.description = description or {"identities": {BUNDLE.digest: {"device": "here"}}, "problems": []}
+        self.described = 0
+        self.sizes: list[int] = []
+        self.lost = 0
+        self.reason: str | None = None
+
+    async def describe(self) -> Mapping[str, Any]:
+        self.described += 1
+        return self.description
+
+    async def generate(self, data: Any) -> list[Any]:
+        rows = from_bytes(data)
+        self.sizes.append(len(rows))
+        images: list[Any] = [np.full((1, 1, 3), row["index"], np.uint8) for row in rows]
+        if self.reason is not None:
+            images[-1] = self.reason
+        return images[self.lost :]
+
+
+def rows_of(count: int) -> Samples:
+    return pack(Options(BUNDLE.digest), 0, range(count), [0] * count)
+
+
+def test_rows_are_divided_into_limited_calls_in_order() -> None:
+    service = FakeService()
+    images = asyncio.run(GeneratorClient(service, MODELS).images(rows_of(70)))
+    assert [int(image[0, 0, 0]) for image in images] == list(range(70))
+    assert sorted(service.sizes) == [6, 32, 32]
+
+
+def test_missing_inference_results_become_errors() -> None:
+    service = FakeService()
+    service.lost = 1
+    with pytest.raises(InferenceFailedError, match="the generator gave 2 images for 3 samples"):
+        asyncio.run(GeneratorClient(service, MODELS).images(rows_of(3)))
+    service.lost, service.reason = 0, "restart the service"
+    with pytest.raises(InferenceUnavailableError, match="restart the service"):
+        asyncio.run(GeneratorClient(service, MODELS).images(rows_of(3)))
+
+
+def test_model_that_was_not_loaded_is_reported_with_its_reason() -> None:
+    service = FakeService({"identities": {}, "problems": ["generator.safetensors is damaged"]})
+    client = GeneratorClient(service, MODELS)
+    reason = asyncio.run(client.not_ready())
+    assert reason == "the generator did not load tiny: generator.safetensors is damaged"
+    assert asyncio.run(client.not_alive()) is None
+    with pytest.raises(
+        InferenceUnavailableError, match="no model with digest dddddddddddd: generator.safetensors is damaged"
+    ):
+        asyncio.run(client.identity(BUNDLE))
+
+
+def test_service_that_no_model_needs_is_not_called() -> None:
+    service = FakeService({"identities": {}, "problems": []})
+    assert asyncio.run(ClassifierClient(service, MODELS).not_ready()) is None
+    assert service.described == 0
+
+
+def test_readiness_names_every_service_that_is_missing() -> None:
+    services = {"generator": FakeService({"identities": {}, "problems": []})}
+    clients = InferenceClients.connect(lambda name: services.get(name, FakeService()), MODELS)
+    assert asyncio.run(clients.not_ready()) == "the generator did not load tiny: restart the service to load them"
+    services["projector"] = services["generator"]
+    clients = InferenceClients.connect(lambda name: services.get(name, FakeService()), MODELS)
+    assert "the projector did not load tiny" in str(asyncio.run(clients.not_ready()))
+
+
+def test_bundle_that_cannot_be_loaded_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    from services.inference import base
+
+    for name in ("exit_with_parent", "restrict_new_files"):
+        monkeypatch.setattr(base, name, lambda: None)
+    monkeypatch.setattr(base.logs, "configure", lambda level: None)
+    monkeypatch.setattr(base, "locate", lambda locations: ["/models/broken", "/models/none", "/models/good"])
+
+    class Service(base.InferenceService[str]):
+        logger = logging.getLogger("test")
+        failure = "model not loaded"
+
+        def has_model(self, location: str) -> bool:
+            return not location.endswith("none")
+
+        def load(self, location: str) -> tuple[str, str]:
+            if location.endswith("broken"):
+                raise DermisError(f"{location}/bundle.json: is damaged")
+            return "digest", location
+
+        def identity(self, model: str) -> Mapping[str, str]:
+            return {"device": model}
+
+    description = asyncio.run(Service.describe.func(Service()))  # type: ignore[attr-defined]
+    assert description == {
+        "identities": {"digest": {"device": "/models/good"}},
+        "problems": ["broken/bundle.json: is damaged"],
+    }
+
+
+def test_every_inference_client_has_a_service_with_process_count(tmp_path: Path) -> None:
+    program = (
+        "import dataclasses, json, sys, services.service as service\n"
+        "from services.inference import worker_counts\n"
+        "from services.inference.client import InferenceClients\n"
+        "names = [field.name for field in dataclasses.fields(InferenceClients)]\n"
+        "services = [getattr(service.Gateway.inner, name).on for name in names]\n"
+        "apis = [sorted(item.apis) for item in services]\n"
+        "print(json.dumps([sorted(service.Gateway.dependencies), sorted(names), [item.name for item in services],\n"
+        "      list(worker_counts(service._settings)), apis, 'torch' in sys.modules]))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).parents[3],
+        env=os.environ | {"DERMIS_DATA_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    dependencies, names, services, counted, apis, torch = json.loads(run.stdout.splitlines()[-1])
+    assert dependencies == names
+    assert services == counted
+    assert all("describe" in methods for methods in apis)
+    assert not torch

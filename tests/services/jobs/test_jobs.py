@@ -1,0 +1,238 @@
+"""Dataset jobs: the same files whatever happens on the way, and no trace of those that do not end well."""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dermis.bundle import Bundle
+from dermis.dataset.store import Store
+from dermis.dataset.verify import verify
+from service_kit import Service, make_directly, service, wait_for
+from services.errors import InferenceFailedError, InferenceUnavailableError
+from services.jobs import context, workflow
+from services.jobs.lease import executor_slot
+from services.jobs.table import IdempotencyConflictError, Job, JobTable, TooManyActiveError
+
+REQUEST: dict[str, Any] = {"classes": {"benign": 70, "malignant": 30}, "seed": 3, "shard_size": 9}
+
+
+def files_of(running: Service, dataset: dict[str, Any]) -> dict[str, bytes]:
+    folder = Path(running.settings.storage) / dataset["id"]
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def expected(bundle: Bundle, folder: Path, **changes: Any) -> dict[str, bytes]:
+    return make_directly(bundle, REQUEST | {"model": bundle.name} | changes, folder)
+
+
+def test_a_job_makes_the_files_that_the_library_makes(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    with service(tiny_bundle.location, tmp_path / "data", shard_concurrency=12) as running:
+        formats = ("imagefolder", "webdataset", "parquet")
+        for file_format, asked in [(name, running.ask(REQUEST | {"format": name})) for name in formats]:
+            dataset = running.wait(asked)
+            assert dataset["state"] == "succeeded"
+            assert files_of(running, dataset) == expected(tiny_bundle, tmp_path / file_format, format=file_format)
+            assert verify(Path(running.settings.storage) / dataset["id"]).ok
+            assert (dataset["progress"]["samples_done"], dataset["progress"]["shards_done"]) == (100, 12)
+
+
+def test_job_of_stopped_service_resumes_at_next_start(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    with service(tiny_bundle.location, tmp_path / "data") as running:
+        asked = running.ask(REQUEST)
+        running.wait_for_shards(asked, 3)
+        running.generator.gate.clear()
+    with service(tiny_bundle.location, tmp_path / "data") as running:
+        before = running.client.get(asked["links"]["self"]).json()
+        assert before["state"] == "running"
+        dataset = running.wait(asked)
+        assert dataset["state"] == "succeeded"
+        assert files_of(running, dataset) == expected(tiny_bundle, tmp_path / "direct")
+        # Finished shards were kept: fewer calls than the 12 of a whole dataset.
+        assert running.generator.calls <= 9
+
+
+def test_another_worker_takes_over_when_a_lease_has_run_out(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    with service(tiny_bundle.location, tmp_path / "data", executor_id="first") as running:
+        asked = running.ask(REQUEST)
+        running.wait_for_shards(asked, 2)
+        running.generator.gate.clear()
+    with service(tiny_bundle.location, tmp_path / "data", executor_id="second", lease_seconds=1) as running:
+        dataset = running.wait(asked)
+        assert dataset["state"] == "succeeded"
+        assert files_of(running, dataset) == expected(tiny_bundle, tmp_path / "direct")
+
+
+def test_job_of_live_worker_is_not_taken_over(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    with service(tiny_bundle.location, tmp_path / "data", executor_id="first") as running:
+        asked = running.ask(REQUEST)
+        running.wait_for_shards(asked, 2)
+        running.generator.gate.clear()
+    table = JobTable(running.settings.jobs_url)
+    table.renew_lease("first", 3600)
+    with service(tiny_bundle.location, tmp_path / "data", executor_id="second", lease_seconds=1) as running:
+        workflow.sweep()
+        workflow.sweep()
+        shards = running.client.get(asked["links"]["self"]).json()["progress"]["shards_done"]
+        table.drop_lease("first")
+        dataset = running.wait(asked)
+        assert dataset["state"] == "succeeded"
+        assert shards < 12
+    table.close()
+
+
+def test_a_cancelled_job_stops_soon_and_leaves_nothing(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    with service(tiny_bundle.location, tmp_path / "data") as running:
+        asked = running.ask({"classes": {"benign": 1000}, "shard_size": 10})
+        running.wait_for_shards(asked, 2)
+        assert running.client.delete(asked["links"]["self"]).status_code == 202
+        dataset = running.wait(asked)
+        assert dataset["state"] == "cancelled"
+        assert dataset["progress"]["samples_done"] < 1000
+        assert list(Path(running.settings.storage).iterdir()) == []
+        # What comes after it is not held up.
+        assert running.wait(running.ask(REQUEST))["state"] == "succeeded"
+
+
+def test_full_disk_fails_job_and_next_job_succeeds(
+    tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with service(tiny_bundle.location, tmp_path / "data") as running:
+        write = Store.write
+
+        def full(store: Store, name: str, data: bytes) -> None:
+            if "shard-00002" in name:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            write(store, name, data)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Store, "write", full)
+            dataset = running.wait(running.ask(REQUEST))
+        assert dataset["state"] == "failed"
+        assert dataset["error"]["type"] == "urn:dermis:problem:storage-full"
+        assert list(Path(running.settings.storage).iterdir()) == []
+        assert running.wait(running.ask(REQUEST))["state"] == "succeeded"
+
+
+def test_a_disk_that_is_nearly_full_refuses_new_work(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    with service(tiny_bundle.location, tmp_path / "data") as running:
+        monkey = pytest.MonkeyPatch()
+        monkey.setattr(Store, "free_bytes", lambda _store: 1000)
+        try:
+            answer = running.client.post("/v1/datasets", json=REQUEST)
+        finally:
+            monkey.undo()
+        assert answer.status_code == 507
+        assert running.client.get("/v1/datasets").json()["data"] == []
+
+
+def test_job_retries_failing_generator_a_limited_number_of_times(
+    tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(context, "_FIRST_PAUSE_SECONDS", 0.01)
+    few = REQUEST | {"shard_size": 50}
+    with service(tiny_bundle.location, tmp_path / "data", shard_concurrency=1) as running:
+        running.generator.failures += [InferenceUnavailableError("restarting"), InferenceFailedError("once")]
+        assert running.wait(running.ask(few))["state"] == "succeeded"
+        running.generator.failures += [InferenceFailedError("always")] * 3
+        dataset = running.wait(running.ask(few | {"seed": 4}))
+        assert dataset["state"] == "failed"
+        assert dataset["error"]["type"] == "urn:dermis:problem:internal"
+        assert "always" not in dataset["error"]["detail"]
+
+
+def test_files_of_unknown_jobs_are_removed_at_start(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    storage = tmp_path / "data" / "datasets"
+    (storage / f"ds_{'0' * 32}").mkdir(parents=True)
+    (storage / f"ds_{'0' * 32}" / "manifest.json").write_text("{}")
+    (storage / "notes").mkdir()
+    with service(tiny_bundle.location, tmp_path / "data") as running:
+        kept = running.wait(running.ask({"classes": {"benign": 1}}))
+    with service(tiny_bundle.location, tmp_path / "data"):
+        assert {path.name for path in storage.iterdir()} == {"notes", kept["id"]}
+
+
+def test_worker_names_are_distinct_and_reused_after_process_end(tmp_path: Path) -> None:
+    hold = (
+        "import sys; from pathlib import Path; from services.jobs.lease import executor_slot\n"
+        "with executor_slot(Path(sys.argv[1])) as name: print(name, flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        taken = other.stdout.readline().strip()
+        with executor_slot(tmp_path) as mine:
+            assert mine != taken
+        other.kill()
+        other.wait()
+    with executor_slot(tmp_path) as mine:
+        assert mine == taken
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> JobTable:
+    found = JobTable(f"sqlite:///{tmp_path}/jobs.sqlite")
+    found.open()
+    return found
+
+
+def create(table: JobTable, job_id: str, **values: Any) -> tuple[Job, bool]:
+    return table.create(
+        job_id, {}, kind="dataset", model=("tiny", "0"), samples=10, shards=2, **({"body_hash": "a"} | values)
+    )
+
+
+def test_job_table_enforces_idempotency_keys_and_active_limit(table: JobTable) -> None:
+    job, new = create(table, "ds_1", idempotency_key="k")
+    assert new
+    assert create(table, "ds_2", idempotency_key="k") == (job, False)
+    with pytest.raises(IdempotencyConflictError):
+        create(table, "ds_2", idempotency_key="k", body_hash="b")
+    with pytest.raises(TooManyActiveError):
+        create(table, "ds_2", max_active=1)
+    table.finish("ds_1", "failed")
+    assert create(table, "ds_2", max_active=1)[1]
+
+
+def test_job_sums_do_not_depend_on_order_of_progress_reports(table: JobTable) -> None:
+    create(table, "ds_1")
+    table.progress("ds_1", 0, 3)
+    table.progress("ds_1", 1, 5, finished=True)
+    table.progress("ds_1", 0, 1)  # a worker died; its shard starts over
+    table.progress("ds_1", 1, 2)  # a second worker on a finished shard
+    job = table.get("ds_1")
+    assert job is not None
+    assert (job.state, job.samples_done, job.shards_done) == ("running", 6, 1)
+    table.progress("ds_1", 0, 5, finished=True)
+    table.finish("ds_1", "succeeded")
+    table.finish("ds_1", "failed")
+    job = table.get("ds_1")
+    assert job is not None
+    assert (job.state, job.samples_done, job.shards_done) == ("succeeded", 10, 2)
+
+
+def test_many_threads_write_without_losing_a_count(table: JobTable) -> None:
+    create(table, "ds_1")
+    threads = [threading.Thread(target=table.progress, args=("ds_1", shard, shard)) for shard in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    job = table.get("ds_1")
+    assert job is not None
+    assert job.samples_done == sum(range(20))
+
+
+def test_a_lease_runs_out(table: JobTable) -> None:
+    table.renew_lease("a", 60)
+    table.renew_lease("b", 0.05)
+    wait_for(lambda: table.live_workers() == {"a"})
+    table.drop_lease("a")
+    assert table.live_workers() == set()

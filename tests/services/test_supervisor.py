@@ -1,0 +1,229 @@
+"""The supervisor: its processes, its private folder, and what it refuses. Workers here are small programs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.types import Message, Receive, Scope, Send
+
+from service_kit import wait_for
+from services import serve, supervisor
+from services.scratch import scratch_folder
+from services.settings import Settings, SettingsError
+from services.worker import TimeLimit
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="the service needs Unix sockets")
+
+STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); note(); time.sleep(600)"
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return Settings(_env_file=None, data_dir=tmp_path / "data", port=port, shutdown_seconds=4)
+
+
+SUPERVISOR = """
+import sys
+from pathlib import Path
+from services import supervisor
+from services.settings import Settings
+
+folder, port, seconds, run = sys.argv[1:]
+supervisor._command = lambda *_: [sys.executable, "-c", run]
+supervisor.worker_counts = lambda _: {"Generator": 2, supervisor.GATEWAY: 1}
+supervisor.serve(Settings(_env_file=None, data_dir=Path(folder), port=int(port), shutdown_seconds=int(seconds)))
+"""
+
+
+@pytest.fixture
+def programs(tmp_path: Path) -> Iterator[Path]:
+    """Workers run the program in this file, which notes their process id beside it by `note()` when it is ready."""
+    program, started = tmp_path / "program.py", tmp_path / "started"
+    started.mkdir()
+    yield program
+    for pid in pids(program):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def pids(program: Path) -> list[int]:
+    return [int(path.name) for path in (program.parent / "started").iterdir()]
+
+
+def gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def run_until(
+    settings: Settings, program: Path, ready: Any, signals: tuple[signal.Signals, ...] = (signal.SIGTERM,)
+) -> float:
+    """Run the supervisor in a process of its own, signal it when it is ready; the seconds that it then took to end."""
+    started = str(program.parent / "started")
+    run = f"import os; note = lambda: open(os.path.join({started!r}, str(os.getpid())), 'w').close(); "
+    run += f"exec(open({str(program)!r}).read())"
+    arguments = [str(settings.data_dir), str(settings.port), str(settings.shutdown_seconds), run]
+    command = [sys.executable, "-c", SUPERVISOR, *arguments]
+    with subprocess.Popen(command, cwd=Path(__file__).parents[2]) as process:
+        try:
+            wait_for(ready)
+            signalled_at = time.monotonic()
+            for number in signals:
+                process.send_signal(number)
+                time.sleep(0.5)
+            assert process.wait(timeout=120) == 0
+            return time.monotonic() - signalled_at
+        finally:
+            process.kill()
+
+
+def test_processes_that_ignore_the_signal_are_killed_in_time(settings: Settings, programs: Path) -> None:
+    programs.write_text(STUBBORN)
+    seconds = run_until(settings, programs, lambda: len(pids(programs)) == 3)
+    assert 2 < seconds < settings.shutdown_seconds + 5
+    assert all(gone(pid) for pid in pids(programs))
+    with socket.socket() as again:
+        again.bind((settings.host, settings.port))
+    assert not list((settings.data_dir / "run").glob("start-*"))
+
+
+def test_a_second_signal_ends_the_waiting(settings: Settings, programs: Path) -> None:
+    programs.write_text(STUBBORN)
+    patient = settings.model_copy(update={"shutdown_seconds": 600})
+    assert run_until(patient, programs, lambda: len(pids(programs)) == 3, (signal.SIGTERM, signal.SIGINT)) < 60
+    assert all(gone(pid) for pid in pids(programs))
+
+
+def test_a_process_that_dies_is_started_again(settings: Settings, programs: Path) -> None:
+    programs.write_text("import time; note(); time.sleep(600)")
+    killed: list[int] = []
+
+    def another() -> bool:
+        if len(pids(programs)) == 3 and not killed:
+            killed.append(pids(programs)[0])
+            os.kill(killed[0], signal.SIGKILL)
+        return len(pids(programs)) == 4
+
+    run_until(settings, programs, another)
+    assert all(gone(pid) for pid in pids(programs))
+
+
+def test_the_supervised_services_are_those_of_the_gateway() -> None:
+    from services.service import Gateway
+
+    counts = supervisor.worker_counts(Settings(_env_file=None))
+    services: dict[str, Any] = Gateway.all_services()  # type: ignore[attr-defined]
+    assert set(counts) == set(services)
+    assert all(counts[name] == services[name].config["workers"] for name in counts)
+
+
+@pytest.mark.parametrize("name", ["data", "d" * 120], ids=["short", "long"])
+def test_scratch_folder_is_private_and_removed_with_its_service(tmp_path: Path, name: str) -> None:
+    data_dir = tmp_path / name
+    with scratch_folder(data_dir) as scratch, scratch_folder(data_dir) as other:
+        assert scratch.folder != other.folder
+        for folder in (data_dir / "run", scratch.folder, scratch.sockets, scratch.temporary):
+            assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(scratch.sockets / "12.sock"))
+    assert not scratch.folder.exists()
+    assert not scratch.sockets.exists()
+    assert not other.sockets.exists()
+
+
+@pytest.mark.parametrize("name", ["data", "d" * 120], ids=["short", "long"])
+def test_scratch_folder_of_killed_service_is_removed_at_start(tmp_path: Path, name: str) -> None:
+    data_dir = tmp_path / name
+    program = (
+        "import os, signal, sys; from pathlib import Path; from services.scratch import scratch_folder\n"
+        "with scratch_folder(Path(sys.argv[1])) as scratch:\n"
+        "    (scratch.temporary / 'upload').touch(); print(scratch.sockets, flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    command = [sys.executable, "-c", program, str(data_dir)]
+    killed = subprocess.run(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True)
+    left = Path(killed.stdout.strip())
+    assert left.exists()
+    with scratch_folder(data_dir) as scratch:
+        assert list((data_dir / "run").glob("start-*")) == [scratch.folder]
+        assert not left.exists()
+
+
+def test_services_on_tcp_are_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("BENTOML_NO_UDS", "1")
+    monkeypatch.setenv("DERMIS_DATA_DIR", str(tmp_path))
+    assert serve.main([]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "BENTOML_NO_UDS" in line
+    with pytest.raises(SettingsError, match="BENTOML_NO_UDS"):
+        supervisor.serve(Settings(_env_file=None, data_dir=tmp_path))
+    with pytest.raises(SystemExit):
+        supervisor.serve_bento("services.service:Gateway", working_dir=".")
+
+
+def test_requests_leave_no_callbacks_behind(caplog: pytest.LogCaptureFixture) -> None:
+    from services.service import Gateway
+
+    asgi = Gateway.to_asgi(is_main=True)  # type: ignore[attr-defined]
+
+    async def scheduled_after(requests: int) -> int:
+        async def receive() -> Message:
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        async def send(_message: Message) -> None:
+            pass
+
+        for _ in range(requests):
+            scope = {"type": "http", "method": "GET", "path": "/nowhere", "headers": [], "query_string": b""}
+            scope |= {"http_version": "1.1", "scheme": "http", "server": ("here", 80), "client": ("here", 1)}
+            await asgi(scope, receive, send)
+        handles: list[asyncio.TimerHandle] = asyncio.get_running_loop()._scheduled  # type: ignore[attr-defined]
+        return sum(not handle.cancelled() for handle in handles)
+
+    caplog.set_level(logging.WARNING, "dermis.http")
+    assert asyncio.run(scheduled_after(5000)) < 100
+
+
+def test_time_limit_applies_only_until_response_begins() -> None:
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async def receive() -> Message:
+        return {"type": "http.disconnect"}
+
+    async def silent(_scope: Scope, _receive: Receive, _send: Send) -> None:
+        await asyncio.sleep(30)
+
+    async def slow(_scope: Scope, _receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await asyncio.sleep(0.3)
+        await send({"type": "http.response.body", "body": b"done"})
+
+    asyncio.run(TimeLimit(silent, 0.1)({"type": "http"}, receive, send))
+    assert sent[0]["status"] == 504
+    sent.clear()
+    asyncio.run(TimeLimit(slow, 0.1)({"type": "http"}, receive, send))
+    assert sent[-1]["body"] == b"done"

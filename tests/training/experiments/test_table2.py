@@ -1,0 +1,136 @@
+"""Table 2: every scenario trains, the table says what the runs said, and a folder holds one experiment."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from commands.main import app
+from dermis.bundle import Bundle
+from dermis.errors import TrainingError
+from dermis.metrics.classification import auc
+from tiny import make_bundle
+from tiny_skin import make_skin
+from training.classifier.data import RealPart
+from training.experiments import table2
+from training.experiments.scenarios import TABLE2
+from training.experiments.table2 import ScenarioRun, read_generators
+from training.experiments.worth import compare
+
+SETTINGS = ("architecture=test_efficientnet", "batch=8", "epochs=1", "head_only=true", "rotation=0", "flips=false")
+
+
+@pytest.fixture(scope="module")
+def skin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_skin(tmp_path_factory.mktemp("data") / "skin", count=120)
+
+
+def _run(skin: Path, out: Path, *more: object) -> Result:
+    settings = [text for setting in SETTINGS for text in ("--set", setting)]
+    fixed = ["--data", skin, "--out", out, "--resolution", 32, "--scale", 16 / 55_000, "--weights", "none", *settings]
+    line = ["experiment", "table2", *fixed, "--device", "cpu", "--cache", out.parent / "cache", *more]
+    result = CliRunner().invoke(app, list(map(str, line)), env={"COLUMNS": "160"})
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def test_finished_scenarios_are_compared_and_not_repeated(
+    skin: Path, tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "t2"
+    given = ("--generator", f"cgan={tiny_bundle.location}")
+    first = _run(skin, out, *given, "--seeds", "1")
+    assert first.exit_code == 0, first.output
+    assert "left out, as no --generator is given: scenarios of cgan-no-color, gan" in first.output
+    assert _run(skin, out, *given, "--seeds", "2", "--only", "real").exit_code == 0
+    results = json.loads((out / "results.json").read_text())["scenarios"]
+    assert list(results) == ["real", "synth-cgan", "aug-cgan"]
+    assert results["synth-cgan"]["images"] == 16 and results["aug-cgan"]["images"] == results["real"]["images"] + 6
+    assert results["real"]["less_real"] is None
+    for name, seeds in (("real", (0, 1)), ("aug-cgan", (0,))):
+        found, aucs = results[name], []
+        for seed in seeds:
+            with (out / name / f"seed-{seed}" / "predictions.csv").open(newline="") as file:
+                rows = [row for row in csv.DictReader(file) if row["part"] == "test"]
+            labels = np.array([int(row["label"]) for row in rows])
+            aucs.append(float(auc(labels, np.array([float(row["logit"]) for row in rows]))[0]))
+        assert found["by_seed"]["auc"] == pytest.approx(aucs)
+        assert found["values"]["auc"]["value"] == pytest.approx(np.mean(aucs))
+    gain = results["aug-cgan"]["less_real"]["auc"]
+    difference = results["aug-cgan"]["values"]["auc"]["value"] - results["real"]["values"]["auc"]["value"]
+    assert gain["value"] == pytest.approx(difference) and gain["low"] <= gain["value"] <= gain["high"]
+    table = (out / "table.md").read_text()
+    assert "| synth-cGAN w/o color | not run |" in table and "| 94.7 | 96.7 |" in table
+    assert "synth-cGAN, aug-cGAN: the generator was trained on other images" in table
+
+    monkeypatch.setattr(table2, "train_classifier", None)  # whatever is done is not trained again
+    assert _run(skin, out, *given, "--seeds", "1").output.count("done already") == 3
+    with pytest.raises(TrainingError, match="was begun with epochs 1, not 2"):
+        _run(skin, out, *given, "--set", "epochs=2")
+    with pytest.raises(TrainingError, match="synth-cgan was begun with other images"):
+        _run(skin, out, *given, "--truncation-psi", "0.5")
+
+
+def test_stopped_experiment_resumes_with_unfinished_runs(
+    skin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, calls = table2.train_classifier, []
+
+    def stopping(*args: Any, **options: Any) -> Any:
+        calls.append(args[2].name)
+        return None if len(calls) == 2 else train(*args, **options)
+
+    monkeypatch.setattr(table2, "train_classifier", stopping)
+    stopped = _run(skin, tmp_path / "t2", "--seeds", "2")
+    assert stopped.exit_code == 130 and "run the same command again" in stopped.output
+    assert not (tmp_path / "t2" / "table.md").exists()
+    done = _run(skin, tmp_path / "t2", "--seeds", "2")
+    assert done.exit_code == 0 and calls == ["seed-0", "seed-1", "seed-1"]
+
+
+def test_invalid_table2_option_is_refused_by_name(skin: Path, tmp_path: Path, tiny_bundle: Bundle) -> None:
+    for more, message in (
+        (("--generator", tiny_bundle.location), "--generator .*: must be NAME=SOURCE"),
+        (("--generators", tmp_path), "has no finished experiment of table1"),
+        (("--only", "nothing"), "--only: nothing is none of real, synth-gan"),
+        (("--set", "size=8"), "--set size: give --resolution"),
+        (("--set", "colour=8"), "--set colour: unknown option; known are architecture"),
+    ):
+        with pytest.raises(TrainingError, match=message):
+            _run(skin, tmp_path / "t2", *more)
+    assert _run(skin, tmp_path / "t2", "--kimg", "1").exit_code == 2, "an option of another experiment"
+    assert not (tmp_path / "t2").exists()
+
+
+def test_generators_of_table1_are_found(tmp_path: Path) -> None:
+    for name in ("cgan", "ben-gan", "mal-gan"):
+        make_bundle(tmp_path / name / "bundle")
+    found = read_generators(["cgan=elsewhere"], tmp_path)
+    assert {source.class_name for source in found["gan"]} == {"benign", "malignant"}
+    assert [source.location for source in found["cgan"]] == ["elsewhere"], "what is named wins"
+    assert "cgan-no-color" not in found
+
+
+def test_a_planted_gain_is_found_with_its_interval() -> None:
+    """The baseline ranks at random, the other scenario perfectly: AUC rises from about a half to 1."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1], 200)
+    groups = tuple(f"p{i // 2}" for i in range(400))
+    test = RealPart(np.empty((400, 1, 1, 3), np.uint8), labels, groups, groups, {}, "")
+    noise = [rng.normal(size=400) for _ in range(2)]
+    blind = [ScenarioRun(k, n, np.full(400, 0.3), 0.5) for k, n in enumerate(noise)]
+    sharp = [ScenarioRun(0, labels * 10.0 + noise[0], labels * 0.9, 0.5)]
+    real, augmented = compare({"real": blind, "aug-cgan": sharp}, {"real": 1, "aug-cgan": 2}, test, replicates=200)
+    assert real.gain is None and real.values["accuracy"].value == 0.5
+    assert augmented.gain is not None and augmented.values["auc"].value == 1
+    assert augmented.gain["auc"].low > 0.4 and augmented.gain["auc"].value == 1 - real.values["auc"].value
+    assert [row.scenario.name for row in (real, augmented)] == ["real", "aug-cgan"]
+    assert {scenario.auc for scenario in TABLE2} == {98.8, 94.2, 96.7, 92.7, 98.6}
