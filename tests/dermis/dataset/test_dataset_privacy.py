@@ -343,4 +343,4 @@ def test_generate_command_reports_gate_and_reproduces_dataset(bundle: Bundle, tm
     wrong = CliRunner().invoke(
         app, ["generate", "--bundle", bundle.location, "--out", "x", "--classes", "benign=1", "--edit", "a"]
     )
-    assert isinstance(wrong.exception, RequestError) or "DIRECTION=STRENGTH" in wrong.output
+    assert isinstance(wrong.exception, RequestError) and "DIRECTION=STRENGTH" in str(wrong.exception)
