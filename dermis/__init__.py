@@ -4,4 +4,4 @@ Import the package that you need (`dermis.bundle`, `dermis.synthesizer`, `dermis
 nothing.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

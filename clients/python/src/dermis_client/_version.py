@@ -1,3 +1,3 @@
 """The version of this client: sent in User-Agent, shown by `dermis-client --version`."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
