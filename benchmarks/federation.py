@@ -80,9 +80,9 @@ class Loopback:
 
     def join(self, number: int, data: Path, *options: str) -> None:
         """Start client `number` (from 1) with this data."""
-        key, state = self.folder / f"member-{number}.key", self.folder / f"state-{number}"
+        key, state = self.folder / f"client-{number}.key", self.folder / f"state-{number}"
         self.start(
-            f"member-{number}", "join", str(self.invitation), "--data", str(data), "--key", str(key), "--state", str(state),
+            f"client-{number}", "join", str(self.invitation), "--data", str(data), "--key", str(key), "--state", str(state),
             "--threads", "1", "--port", str(self.port + 10 + number), *options,
         )  # fmt: skip
 
@@ -91,15 +91,15 @@ class Loopback:
 
 
 @contextmanager
-def loopback(folder: Path, members: int, *invite: str) -> Iterator[Loopback]:
-    """Start a server in `folder` and register the keys of `members` clients. All programs are ended at the end."""
+def loopback(folder: Path, clients: int, *invite: str) -> Iterator[Loopback]:
+    """Start a server in `folder` and register the keys of `clients` clients. All programs are ended at the end."""
     port = free_ports()
     network = Loopback(folder, port)
     _succeed(network.call("init", str(network.server), "--host", "127.0.0.1", "--port", str(port)))
     try:
         network.serve()
-        for number in range(1, members + 1):
-            key = folder / f"member-{number}.key"
+        for number in range(1, clients + 1):
+            key = folder / f"client-{number}.key"
             _succeed(network.call("key", str(key)))
             _succeed(network.call("register", str(network.server), f"{key}.pub", "--name", f"hospital {number}"))
         _succeed(
@@ -128,10 +128,10 @@ def _succeed(completed: subprocess.CompletedProcess[str]) -> None:
 def main() -> None:
     """Run the measurements and print them."""
     from training.federated.server.record import read_rounds
-    from training.federated.simulation.dry_round import write_images
+    from training.federated.simulation.trial_round import write_images
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--members", type=int, default=3)
+    parser.add_argument("--members", dest="clients", type=int, default=3, help="number of clients")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--large", action="store_true", help="two networks of 30 and 31 million weights, 256 px")
     parser.add_argument("--wire-dtype", default="fp32")
@@ -141,20 +141,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_images(folder / "data", 24, size, ("benign", "malignant"))
-        with loopback(folder, options.members) as federation:
-            for number in range(1, options.members + 1):
+        with loopback(folder, options.clients) as federation:
+            for number in range(1, options.clients + 1):
                 federation.join(number, folder / "data", "--validation", "0")
             start = time.monotonic()
             completed = federation.call(
                 "run", str(federation.server), "--rounds", str(options.rounds), "--iterations", "1", "--resolution", str(size),
                 "--federation", f"options={LARGE if options.large else TINY}", "--federation", "evaluate_rounds=0",
-                "--federation", f"wire_dtype={options.wire_dtype}", "--federation", f"clients={options.members}",
-                "--federation", f"min_clients={options.members}", "--federation", "precision=fp32", timeout=3600,
+                "--federation", f"wire_dtype={options.wire_dtype}", "--federation", f"clients={options.clients}",
+                "--federation", f"min_clients={options.clients}", "--federation", "precision=fp32", timeout=3600,
             )  # fmt: skip
             _succeed(completed)
             lines = read_rounds(federation.server / "runs" / "federation")
             result: dict[str, Any] = {
-                "members": options.members,
+                "members": options.clients,
                 "wire_dtype": options.wire_dtype,
                 "megabytes_down": round(lines[-1]["bytes_down"] / 1e6, 1),
                 "megabytes_up": round(lines[-1]["bytes_up"] / 1e6, 1),

@@ -40,7 +40,7 @@ def main() -> None:
     )
     # `state` stays at the site: its optimizer and its random numbers.
     sites = [Site(data, args.out / f"site-{i}", device="cpu") for i, data in enumerate(args.sites, 1)]
-    simulate(federation, sites, args.out, tell=print)
+    simulate(federation, sites, args.out, on_progress=print)
 
     for line in read_rounds(args.out):
         print(

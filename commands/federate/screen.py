@@ -36,7 +36,7 @@ def view(out: Path) -> RenderableType:
     from training.federated.server.record import read_rounds
 
     status, lines = _status(out), read_rounds(out)
-    members = status.get("members", {})
+    clients = status.get("members", {})
     done, rounds = status.get("round", 0), status.get("rounds", 0)
     finished = {line["round"]: line for line in lines if "seconds" in line}
     recent = [line["seconds"] for line in list(finished.values())[-5:]]
@@ -50,17 +50,20 @@ def view(out: Path) -> RenderableType:
     ):
         head += f"; no update for {age / 60:.0f} min"
     table = Table(box=None, padding=(0, 1, 0, 0))
-    for column in ("round", *(f"{name}\n{images:,} images" for name, images in members.items()), "MB", "s"):
+    for column in ("round", *(f"{name}\n{images:,} images" for name, images in clients.items()), "MB", "s"):
         table.add_column(column, justify="left" if column == "round" else "right")
     for line in lines[-_SHOWN:]:
-        cells = [_cell(line, name) for name in members]
+        cells = [_cell(line, name) for name in clients]
         traffic = (line.get("bytes_down", 0) + line.get("bytes_up", 0)) / 1e6
         seconds = f"{line['seconds']:.0f}" if "seconds" in line else ""
         table.add_row(str(line["round"]), *cells, f"{traffic:.1f}" if traffic else "", seconds)
     parts: list[Any] = [Text(head, style="bold"), table]
-    if members:
+    if clients:
         parts.append(
-            Text("losses of G / D (or the classifier), then FID (or AUC) on the client's validation images", "dim")
+            Text(
+                "losses of G / D (or the classifier), then Fréchet distance (or AUC) on the client's validation images",
+                "dim",
+            )
         )
     if error := status.get("error"):
         parts.append(Text(error, style="red"))
@@ -123,7 +126,7 @@ def _cell(line: dict[str, Any], name: str) -> str:
     if name in line.get("refused", {}):
         return "refused"
     if name in line.get("silent", ()):
-        return "silent"
+        return "no reply"
     numbers, measured = line.get("members", {}).get(name, {}), line.get("measured", {}).get(name, {})
     losses = " / ".join(f"{numbers[key]:.2f}" for key in ("G", "D", "loss") if key in numbers)
     distance = next((f"{measured[key]:.4g}" for key in ("fid", "auc") if key in measured), "")

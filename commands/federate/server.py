@@ -57,7 +57,7 @@ def serve(
     certificates = opened.certificates
     superlink = subprocess.Popen(superlink_command(opened), env=environment(opened.flower_home))
     try:
-        app = fleet_proxy(f"https://127.0.0.1:{opened.inner_port}", str(opened.inner_certificates / CA))
+        app = fleet_proxy(f"https://127.0.0.1:{opened.loopback_port}", str(opened.loopback_certificates / CA))
         uvicorn.run(
             app,
             host=host,
@@ -174,7 +174,7 @@ def run_federation(
     try:
         status = json.loads((out / "status.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise TrainingError(f"{out}: the run did not begin; Flower's messages are above") from None
+        raise TrainingError(f"{out}: the run did not start; Flower's messages are above") from None
     if status["phase"] != "finished":
         raise TrainingError(f"{out}: {status.get('error', status['phase'])}; run the same command again to continue")
     typer.echo(f"{out}: {status['round']} rounds, {len(status['members'])} clients")

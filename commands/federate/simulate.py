@@ -99,7 +99,7 @@ def simulate(
     sites = hospital_sites(data, tables, out, class_column=class_column, cache=cache, device=device)
     try:
         with screen(out) as report:
-            run(federation, list(sites.values()), out, tell=report)
+            run(federation, list(sites.values()), out, on_progress=report)
     except KeyboardInterrupt:
         typer.echo("stopped; run the same command again to continue after the last finished round", err=True)
         raise typer.Exit(130) from None

@@ -27,9 +27,9 @@ def key(
     ],
 ) -> None:
     """Make the keys of this site. Send the .pub file to the server's operators; the private key is never sent."""
-    from training.federated.deployment.keys import write_member_key
+    from training.federated.deployment.keys import write_client_key
 
-    public = write_member_key(out)
+    public = write_client_key(out)
     typer.echo(f"{public}: send this file to the server's operators; keep {out} here")
 
 
@@ -62,9 +62,9 @@ def check(
     site = _site(data, state, metadata, class_column, device, threads)
     console = table_console()
     with console.status("checking"):
-        for finding in check_site(content, site, key):
-            passed = passed and finding.ok is True
-            table.add_row(marks[finding.ok], finding.what, finding.says)
+        for result in check_site(content, site, key):
+            passed = passed and result.passed is True
+            table.add_row(marks[result.passed], result.name, result.message)
     console.print(table)
     if not passed:
         raise typer.Exit(1)
@@ -108,7 +108,7 @@ def join(
     if not data.exists():
         raise TrainingError(f"{data}: no such folder; --data is the folder with the images of this site")
     if not key.is_file():
-        raise TrainingError(f"{key}: no such file; dermis federate key makes one")
+        raise TrainingError(f"{key}: no such file; create one with dermis federate key")
     certificate = state / "ca.pem"
     write_file(certificate, content.certificate.encode())
     command = supernode_command(content, certificate, key, site, port)

@@ -30,7 +30,7 @@ def tiny_federation(**changes: Any) -> FederationConfig:
 
 def tiny_sites(data: Path, out: Path, seeds: Iterable[int] = (0, 1, 2)) -> list[Site]:
     return [
-        Site(data, out / f"member-{i}", seed_offset=seed, device="cpu", cache=out.parent / "cache")
+        Site(data, out / f"client-{i}", seed_offset=seed, device="cpu", cache=out.parent / "cache")
         for i, seed in enumerate(seeds)
     ]
 

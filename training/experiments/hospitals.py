@@ -109,15 +109,15 @@ def run_arm(hospitals: Hospitals, arm: str, tell: Callable[[str], None] = lambda
     out, federation = hospitals.out / arm, hospitals.federation
     if arm == FEDERATED:
         members = [replace(site, state=out / "members" / name) for name, site in hospitals.sites.items()]
-        simulate(replace(federation, clients=len(members)), members, out, tell=tell)
+        simulate(replace(federation, clients=len(members)), members, out, on_progress=tell)
         return
     alone = replace(federation, clients=1, min_clients=1, strategy="fedavg", strategy_options="", wire_dtype="fp32")
     alone = replace(alone, secure_aggregation=False, optimizer="local", share="both")
     if arm != CENTRAL:
-        simulate(alone, [replace(hospitals.sites[arm], state=out / "members", seed_offset=0)], out, tell=tell)
+        simulate(alone, [replace(hospitals.sites[arm], state=out / "members", seed_offset=0)], out, on_progress=tell)
         return
     site = _central_site(hospitals, out)
-    simulate(alone, [site], out, tell=tell, on_round=lambda state: {"measured": _measure_all(hospitals, state)})
+    simulate(alone, [site], out, on_progress=tell, on_round=lambda state: {"measured": _measure_all(hospitals, state)})
 
 
 def curves(hospitals: Hospitals) -> Curves:

@@ -1,12 +1,12 @@
-"""Federated training: hospitals train one generator or one classifier together, and no image leaves its hospital.
+"""Federated training: clients, such as hospitals, train one generator or classifier together without sharing images.
 
-    config        options of a federation, the same for all members; site: the options of one member
-    messages      what server and members exchange: serialization, checks of replies, traffic, secure aggregation
-    tasks         what a federation can train, a generator or a classifier: exchanged tensors, a member's round
+    config        options of a federation, the same for all clients; site: the options of one client
+    messages      messages between server and clients: serialization, checks of replies, traffic, secure aggregation
+    tasks         what a federation can train, a generator or a classifier: exchanged tensors, a client's round
     server        Flower's ServerApp, rounds, their state and record, strategies, privacy, results
     client        Flower's ClientApp
     simulation    a federation in one process, for simulations, tests and trial rounds
-    deployment    Flower's programs with TLS and keys, the proxy for members, invitations, checks of sites
+    deployment    Flower's programs with TLS and keys, the proxy for clients, invitations, checks of sites
 
 Each package imports only those above it; server and client do not import each other. Flower's telemetry and its check for
 updates are off unless the environment switches them on.

@@ -1,4 +1,4 @@
-"""A site: the folder of images, the folder of state, and the device of one member of a federation."""
+"""A site: the folder of images, the folder of state, and the device of one client of a federation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _FLOWER_KEYS = ("partition-id", "num-partitions")  # which Flower adds in simula
 
 @dataclass(frozen=True)
 class Site:
-    """The options of one member. None of them is sent to the server.
+    """The options of one client. None of them is sent to the server.
 
     Attributes:
         validation: Share of the images, by patient, that only measures; 0 for none.
@@ -62,7 +62,7 @@ def parse_node_config(table: Mapping[str, Any]) -> Site:
     values = {key: value for key, value in table.items() if key not in _FLOWER_KEYS and value != ""}
     options = check_options(values, Site, "node-config: ", noun="key", dashes=True)
     if not table.get("data") or not table.get("state"):
-        raise TrainingError("node-config: data and state must name folders of this hospital")
+        raise TrainingError("node-config: data and state must name folders of this site")
     site = Site(**options)
     if not 0 <= site.validation < 1:
         raise TrainingError(f"node-config: validation: {site.validation} is not a share from 0 to below 1")
@@ -139,10 +139,10 @@ def site_classifier_data(site: Site, size: int) -> RealData:
 
 def _source(site: Site, class_names: tuple[str, ...], binary: bool) -> Source:
     source = read_source(site.data, metadata=site.metadata, class_column=site.class_column, binary=binary)
-    foreign = sorted(set(source.class_names) - set(class_names))
-    if foreign:
+    other_classes = sorted(set(source.class_names) - set(class_names))
+    if other_classes:
         raise DataError(
-            f"{site.data}: has images of the class {foreign[0]}; this federation's classes are {', '.join(class_names)}"
+            f"{site.data}: has images of the class {other_classes[0]}; this federation's classes are {', '.join(class_names)}"
         )
     return source
 

@@ -1,4 +1,4 @@
-"""Federated generators: what is averaged and how, what is refused, and that nothing is lost when members or servers die."""
+"""Federated generators: what is averaged and how, what is refused, and that nothing is lost when clients or servers die."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_resumed_federation_equals_uninterrupted_federation(skin: Path, tmp_path
 
 
 def test_unsaved_round_is_repeated_with_same_result(skin: Path, tmp_path: Path) -> None:
-    """The server dies after its members have trained: they go back to where the round began."""
+    """The server dies after its clients have trained: they go back to where the round began."""
     federation = tiny_federation(rounds=2)
     whole = simulate(federation, tiny_sites(skin, tmp_path / "a"), tmp_path / "whole")
     simulate(replace(federation, rounds=1), tiny_sites(skin, tmp_path / "b"), tmp_path / "out")
@@ -154,7 +154,7 @@ def _rubbish(reply: Any) -> Any:
         (_with_weight(lambda weight: weight[:1]), "must be"),
         (_with_weight(lambda weight: weight.to(torch.complex64)), "must be"),
         (_repacked(lambda tensors: tensors.pop("pl_mean")), "pl_mean is missing"),
-        (_boastful, "claims 1000000000 images"),
+        (_boastful, "reports 1000000000 training images"),
         (_rubbish, "cannot be read"),
     ],
     ids=["nan", "shape", "dtype", "missing", "weight", "rubbish"],
@@ -162,14 +162,14 @@ def _rubbish(reply: Any) -> Any:
 def test_unsound_update_is_refused_and_changes_no_weights(
     skin: Path, tmp_path: Path, spoil: Callable[[Any], Any], why: str
 ) -> None:
-    """The round goes on as if its member had not been there."""
+    """The round goes on as if its client had not been there."""
     federation = tiny_federation(rounds=1, clients=3, min_clients=2)
     without = simulate(replace(federation, clients=2), tiny_sites(skin, tmp_path / "a")[1:], tmp_path / "without")
     sites = tiny_sites(skin, tmp_path / "b")
     grid = _Sabotaged(app, [s.to_node_config() for s in sites], federation.to_run_config(), node=1, spoil=spoil)
     state = run_federation(grid, federation, tmp_path / "out")
     (line,) = read_rounds(tmp_path / "out")
-    assert why in line["refused"]["member-1"]
+    assert why in line["refused"]["client-1"]
     assert _same(state.tensors, without.tensors)
 
 
@@ -179,7 +179,7 @@ def test_too_few_sound_updates_keep_last_round_for_resume(skin: Path, tmp_path: 
     kept = (tmp_path / "out" / "federation.safetensors").read_bytes()
     configs = [site.to_node_config() for site in sites]
     grid = _Sabotaged(app, configs, federation.to_run_config(), node=2, spoil=lambda reply: None)
-    with pytest.raises(TrainingError, match=r"round 2: failed 1 times \(no answer of member-2\).*Round 1 is kept"):
+    with pytest.raises(TrainingError, match=r"round 2: failed 1 times \(no reply from client-2\).*Round 1 is kept"):
         run_federation(grid, federation, tmp_path / "out")
     assert (tmp_path / "out" / "federation.safetensors").read_bytes() == kept
     assert json.loads((tmp_path / "out" / "status.json").read_text())["phase"] == "stopped"
@@ -204,21 +204,21 @@ def test_client_that_dies_in_round_rejoins_later(skin: Path, tmp_path: Path) -> 
     state = run_federation(grid, federation, tmp_path / "out")
     lines = read_rounds(tmp_path / "out")
     assert state.round == 4
-    assert [member.rounds for member in state.participants] == [4, 4, 2]
-    assert [line["silent"] for line in lines] == [[], ["member-3"], ["member-3"], []]
-    assert sorted(lines[3]["members"]) == ["member-1", "member-2", "member-3"]
+    assert [client.rounds for client in state.contributors] == [4, 4, 2]
+    assert [line["silent"] for line in lines] == [[], ["client-3"], ["client-3"], []]
+    assert sorted(lines[3]["members"]) == ["client-1", "client-2", "client-3"]
 
 
 def test_too_few_clients_is_an_error(skin: Path, tmp_path: Path) -> None:
     federation = tiny_federation(clients=3, min_clients=3)
-    with pytest.raises(TrainingError, match="only 2 of at least 3 members are there"):
+    with pytest.raises(TrainingError, match="only 2 of the required 3 clients connected"):
         run_federation(local_grid(federation, tiny_sites(skin, tmp_path / "m")[:2]), federation, tmp_path / "out")
 
 
 def test_resume_with_other_options_is_refused_by_name(skin: Path, tmp_path: Path) -> None:
     sites = tiny_sites(skin, tmp_path / "members")
     simulate(tiny_federation(rounds=1), sites, tmp_path / "out")
-    with pytest.raises(TrainingError, match="was begun with another share, strategy"):
+    with pytest.raises(TrainingError, match="was started with other values of share, strategy"):
         simulate(tiny_federation(share="generator", strategy="krum"), sites, tmp_path / "out")
 
 
@@ -226,7 +226,7 @@ def test_generator_sharing_keeps_discriminators_at_clients(skin: Path, tmp_path:
     federation = tiny_federation(share="generator")
     state = simulate(federation, tiny_sites(skin, tmp_path / "members"), tmp_path / "out")
     assert not [name for name in state.tensors if name.startswith("D")]
-    kept = sorted((tmp_path / "members" / "member-0").rglob("round-*.safetensors"))
+    kept = sorted((tmp_path / "members" / "client-0").rglob("round-*.safetensors"))
     from safetensors.torch import load_file
 
     before, after = (load_file(path)["D/b8.conv0.weight"] for path in kept)
@@ -234,7 +234,7 @@ def test_generator_sharing_keeps_discriminators_at_clients(skin: Path, tmp_path:
 
 
 def test_shared_optimizers_are_averaged(skin: Path, tmp_path: Path) -> None:
-    """With equal members a shared optimizer is their own, and nothing changes."""
+    """With equal clients a shared optimizer is their own, and nothing changes."""
     sites = tiny_sites(skin, tmp_path / "a", (0, 0))
     local = simulate(tiny_federation(clients=2), sites, tmp_path / "local")
     shared = simulate(
@@ -263,8 +263,8 @@ def test_client_error_reveals_no_file_names_to_server(skin: Path, tmp_path: Path
     lost = Site(tmp_path / "st-elsewhere", tmp_path / "state", device="cpu")
     told: list[str] = []
     grid = local_grid(federation, [*tiny_sites(skin, tmp_path / "members")[:2], lost])
-    run_federation(grid, federation, tmp_path / "out", tell=told.append)
-    assert "a member is refused: DataError at the member, whose own log says more" in told
+    run_federation(grid, federation, tmp_path / "out", on_progress=told.append)
+    assert "a client was refused: DataError on the client; the client's log has the details" in told
     assert "elsewhere" not in " ".join(told)
 
 
@@ -273,11 +273,14 @@ def test_client_of_other_version_is_refused(skin: Path, tmp_path: Path, monkeypa
     monkeypatch.setattr("training.federated.messages.replies.__version__", "0.0.1")
     monkeypatch.setattr("training.federated.server.rounds.versions", lambda: {"dermis": "0.1.0"})
     told: list[str] = []
-    with pytest.raises(TrainingError, match="only 0 of at least 2"):
+    with pytest.raises(TrainingError, match="only 0 of the required 2"):
         run_federation(
-            local_grid(federation, tiny_sites(skin, tmp_path / "m")[:2]), federation, tmp_path / "out", tell=told.append
+            local_grid(federation, tiny_sites(skin, tmp_path / "m")[:2]),
+            federation,
+            tmp_path / "out",
+            on_progress=told.append,
         )
-    assert told[0] == "a member is refused: it has dermis 0.0.1, and must have 0.1.0"
+    assert told[0] == "a client was refused: the client has dermis 0.0.1, and must have 0.1.0"
 
 
 def test_federated_bundle_card_names_sizes_and_no_clients(skin: Path, tmp_path: Path) -> None:
@@ -285,13 +288,13 @@ def test_federated_bundle_card_names_sizes_and_no_clients(skin: Path, tmp_path: 
     state = simulate(federation, tiny_sites(skin, tmp_path / "st-elsewhere"), tmp_path / "out")
     bundle = open_bundle(tmp_path / "out" / "bundle")
     assert bundle.provenance["federation"]["rounds"] == 1
-    assert [member["images"] for member in bundle.provenance["federation"]["members"]] == [20, 20, 20]
+    assert [client["images"] for client in bundle.provenance["federation"]["members"]] == [20, 20, 20]
     expected = averaged_generator(federation, state.tensors).state_dict()["mapping.fc0.weight"]
     assert torch.allclose(load_generator(bundle).state_dict()["mapping.fc0.weight"], expected, rtol=1e-3)
     said = bundle.model_card + json.dumps(bundle.provenance)
     assert "fedprox" in said
     assert "3, with 20, 20, 20 training images" in said
-    assert not [word for word in ("elsewhere", "member-1", skin.name) if word in said]
+    assert not [word for word in ("elsewhere", "client-1", skin.name) if word in said]
 
 
 def test_clients_measure_on_their_own_validation_images(skin: Path, tmp_path: Path) -> None:
@@ -301,9 +304,9 @@ def test_clients_measure_on_their_own_validation_images(skin: Path, tmp_path: Pa
     simulate(federation, sites, tmp_path / "out")
     start, end = read_rounds(tmp_path / "out")
     measured = [line["measured"] for line in (start, end)]
-    assert [list(each) for each in measured] == [["member-1"], ["member-1"]]
-    assert measured[0]["member-1"]["images"] == 12
-    assert measured[0]["member-1"]["fid"] > 0
+    assert [list(each) for each in measured] == [["client-1"], ["client-1"]]
+    assert measured[0]["client-1"]["images"] == 12
+    assert measured[0]["client-1"]["fid"] > 0
     assert measured[0] != measured[1]
 
 

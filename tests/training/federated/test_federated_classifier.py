@@ -1,4 +1,4 @@
-"""A federated classifier: its weights, its measurement from counts that members add up, and the result that services load."""
+"""A federated classifier: its weights, its measurement from counts that clients add up, and the result that services load."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from training.classifier.data import load_real
 from training.classifier.loop import logits_of
 from training.federated.config import FederationConfig
 from training.federated.server.classifier_result import write_result
-from training.federated.server.global_state import GlobalState, Member
+from training.federated.server.global_state import FederatedClient, GlobalState
 from training.federated.server.record import read_rounds
 from training.federated.simulation.simulate import simulate
 from training.federated.site import Site
@@ -90,15 +90,15 @@ def test_federated_metrics_match_metrics_of_pooled_images(skin: Path, tmp_path: 
     described, _ = read_classifier_files(tmp_path / "out" / "classifier")
     labels, logits = _test_logits(global_network(federation, state.tensors), skin)
     measured = described.metrics["test"]
-    assert measured["images"] == 2 * len(labels), "two members with the same images"
+    assert measured["images"] == 2 * len(labels), "two clients with the same images"
     assert measured["metrics"]["auc"]["value"] == pytest.approx(float(auc(labels, logits)[0]), abs=0.02)
     assert measured["patients"] == 2 * len(set(load_real(skin, 32, progress=False).test.groups))
-    assert sorted(measured["breakdown"]["source"]) == ["member-1", "member-2"]
+    assert sorted(measured["breakdown"]["source"]) == ["client-1", "client-2"]
     card = (tmp_path / "out" / "classifier" / "CLASSIFIER_CARD.md").read_text()
     assert "2, with 62, 62 training images" in card
     assert "by bootstrap over images" in card
     assert "elsewhere" not in card + json.dumps(described.provenance)
-    losses = [line["measured"]["member-1"]["loss"] for line in read_rounds(tmp_path / "out")]
+    losses = [line["measured"]["client-1"]["loss"] for line in read_rounds(tmp_path / "out")]
     assert losses[-1] < losses[0], "it must learn"
 
 
@@ -116,11 +116,13 @@ def test_proximal_term_keeps_weights_nearer_to_start(skin: Path, tmp_path: Path)
 
 
 def test_malformed_counts_are_refused(tmp_path: Path) -> None:
-    state = GlobalState("run", 1, {}, members={"1": Member("member-1", 3, 3, {"benign": 2, "malignant": 1}, rounds=1)})
+    state = GlobalState(
+        "run", 1, {}, clients={"1": FederatedClient("client-1", 3, 3, {"benign": 2, "malignant": 1}, rounds=1)}
+    )
     good = torch.ones(2, BINS, dtype=torch.int64)
     for bad in (good[:, :-1], -good, good * 10**6):
-        counts = {"member-1/validation": good, "member-1/test": bad}
-        with pytest.raises(TrainingError, match="member-1: sent counts of another form"):
+        counts = {"client-1/validation": good, "client-1/test": bad}
+        with pytest.raises(TrainingError, match="client-1: sent counts of an unexpected shape"):
             write_result(_federation(), state, tmp_path, counts)
-    with pytest.raises(TrainingError, match="validation images together lack a class"):
+    with pytest.raises(TrainingError, match="validation images of all clients together lack a class"):
         write_result(_federation(), state, tmp_path, {})

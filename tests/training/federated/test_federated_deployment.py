@@ -1,4 +1,4 @@
-"""A federation of real programs on loopback: TLS, keys, a member that dies, a server that is started again."""
+"""A federation of real programs on loopback: TLS, keys, a client that dies, a server that is started again."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_federation_survives_death_of_client_and_server(tmp_path: Path) -> None:
         out = made.server / "runs" / "federation"
 
         # What a site sees before it joins.
-        key = tmp_path / "member-1.key"
+        key = tmp_path / "client-1.key"
         site = ("check", str(made.invitation), "--data", str(data[0]), "--device", "cpu")
         good = made.call(*site, "--key", str(key))
         assert good.returncode == 0, good.stdout + good.stderr
@@ -46,9 +46,9 @@ def test_federation_survives_death_of_client_and_server(tmp_path: Path) -> None:
         made.call("key", str(tmp_path / "stranger"))
         bad = made.call(*site, "--key", str(tmp_path / "stranger"))
         assert bad.returncode == 1
-        assert "the server does not know it" in " ".join(bad.stdout.split())
+        assert "is not registered at the server" in " ".join(bad.stdout.split())
 
-        # Members reach what is theirs; the interface that starts runs is not reached from outside.
+        # Clients reach what is theirs; the interface that starts runs is not reached from outside.
         trusted = ssl.create_default_context(cafile=str(made.server / "certificates" / "ca.pem"))
         with httpx.Client(base_url=f"https://127.0.0.1:{made.port}", verify=trusted) as client:
             assert client.post("/v1/control/list-runs").status_code == 404
@@ -59,13 +59,13 @@ def test_federation_survives_death_of_client_and_server(tmp_path: Path) -> None:
             made.join(number, data[number - 1])
         made.start("run", "run", str(made.server), "--rounds", "4", *OPTIONS)
         _wait(lambda: len(read_rounds(out)) >= 1, made)
-        made.kill("member-3")
+        made.kill("client-3")
         _wait(lambda: len(read_rounds(out)) >= 2, made)
         made.join(3, data[2])
         _wait(lambda: len(read_rounds(out)) >= 4, made)
         lines = read_rounds(out)
-        assert sorted(lines[0]["members"]) == ["member-1", "member-2", "member-3"]
-        assert "member-3" not in lines[1]["members"]
+        assert sorted(lines[0]["members"]) == ["client-1", "client-2", "client-3"]
+        assert "client-3" not in lines[1]["members"]
         assert lines[0]["bytes_up"] > 1000
         _wait(lambda: json.loads((out / "status.json").read_text())["phase"] == "finished", made)
 
@@ -78,4 +78,4 @@ def test_federation_survives_death_of_client_and_server(tmp_path: Path) -> None:
         bundle = open_bundle(out / "bundle")
         assert bundle.provenance["federation"]["rounds"] == 5
         said = bundle.model_card + json.dumps(bundle.provenance)
-        assert not [word for word in ("hospital", "member-1", str(tmp_path)) if word in said.lower()]
+        assert not [word for word in ("hospital", "client-1", str(tmp_path)) if word in said.lower()]

@@ -31,7 +31,7 @@ from training.federated.config import FederationConfig, parse_options, parse_run
 from training.federated.deployment.fleet_proxy import fleet_proxy
 from training.federated.deployment.flower_programs import APP, superlink_command, supernode_command
 from training.federated.deployment.invitation import read_invitation, write_invitation
-from training.federated.deployment.keys import CA, CERTIFICATE, KEY, write_certificates, write_member_key
+from training.federated.deployment.keys import CA, CERTIFICATE, KEY, write_certificates, write_client_key
 from training.federated.deployment.server_folder import new_server, open_server
 from training.federated.deployment.site_check import check_site
 from training.federated.messages.replies import CheckedUpdate
@@ -77,7 +77,7 @@ def test_malformed_update_is_refused_by_name() -> None:
         (ArrayRecord(), "not packed"),
         (ArrayRecord({"safetensors": Array(np.zeros(9, np.float32)), "w": Array(np.zeros(4))}), "not packed"),
         (encode({}), "w is missing"),
-        (encode({"w": torch.zeros(2, 2), "x": torch.zeros(1)}), "x was not asked for"),
+        (encode({"w": torch.zeros(2, 2), "x": torch.zeros(1)}), "x was not requested"),
         (encode({"w": torch.zeros(4)}), r"must be floating-point \[2, 2\]"),
         (pack({"w": torch.zeros(2, 2, dtype=torch.int32)}), "w is torch.int32"),
         (encode({"w": torch.zeros(1000)}), "bytes are more than"),
@@ -89,7 +89,7 @@ def test_malformed_update_is_refused_by_name() -> None:
 
 
 def _updates(values: Mapping[str, tuple[float, int]]) -> list[CheckedUpdate]:
-    """Each member's weights, all of one value, and its images."""
+    """Each client's weights, all of one value, and its images."""
     return [
         CheckedUpdate(name, Message(RecordDict(), dst_node_id=i, message_type="train"), _tensors(value), images)
         for i, (name, (value, images)) in enumerate(values.items(), 1)
@@ -104,10 +104,10 @@ def _averaged(federation: FederationConfig, values: Mapping[str, tuple[float, in
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
     strategy = new_strategy(federation)
     list(instructions(strategy, 1, {"G/w": _tensors(start)["G/w"]}, [1, 2, 3], ConfigRecord()))
-    from training.federated.server.strategies import strategy_decides
-    from training.federated.tasks.gan import optimised
+    from training.federated.server.strategies import computed_by_strategy
+    from training.federated.tasks.gan import is_optimised
 
-    found = aggregate(strategy, 1, _updates(values), lambda name: strategy_decides(federation, optimised, name))
+    found = aggregate(strategy, 1, _updates(values), lambda name: computed_by_strategy(federation, is_optimised, name))
     assert found is not None
     return found
 
@@ -124,7 +124,7 @@ def test_update_means_are_weighted_by_images(strategy: Any) -> None:
 
 
 def test_robust_strategies_exclude_outlier_from_running_averages() -> None:
-    """One member of three sends weights from nowhere, with most images: neither G nor G_ema may take them."""
+    """One client of three sends weights from nowhere, with most images: neither G nor G_ema may take them."""
     attacked = {"a": (1.0, 10), "b": (1.2, 10), "c": (1e6, 10**6)}
     for strategy, options in (("krum", ""), ("fedmedian", ""), ("fedtrimmedavg", "beta=0.34")):
         found = _averaged(tiny_federation(strategy=strategy, strategy_options=options), attacked)
@@ -167,7 +167,7 @@ def test_secure_aggregation_gives_weighted_mean_and_hides_update(skin: Path, tmp
     assert [list(record) for record in masked].count(["masked_params"]) == 3
     assert not [r for r in seen for record in r.content.array_records.values() if len(record)]
     numbers = [dict(record) for r in seen for record in r.content.metric_records.values()]
-    assert not [each for each in numbers if "G" in each or "loss" in each], "losses would tell of single members"
+    assert not [each for each in numbers if "G" in each or "loss" in each], "losses would tell of single clients"
 
 
 def test_client_requiring_secure_aggregation_refuses_open_round(skin: Path, tmp_path: Path) -> None:
@@ -175,13 +175,13 @@ def test_client_requiring_secure_aggregation_refuses_open_round(skin: Path, tmp_
     told: list[str] = []
     federation = tiny_federation()
     with pytest.raises(TrainingError, match="only 0 of"):
-        run_federation(local_grid(federation, sites), federation, tmp_path / "out", tell=told.append)
-    assert "it takes part in secure aggregation only" in told[0]
+        run_federation(local_grid(federation, sites), federation, tmp_path / "out", on_progress=told.append)
+    assert "the client requires secure aggregation" in told[0]
     # Nor does it answer a server that asks in the clear without having asked what it is.
     grid = local_grid(federation, sites[:1])
     ask = Message(RecordDict({"config": ConfigRecord({"run": "x"})}), dst_node_id=1, message_type="train")
     (reply,) = grid.send_and_receive([ask])
-    assert "in the clear" in reply.error.reason
+    assert "unencrypted update" in reply.error.reason
 
 
 def test_secure_aggregation_completes_without_client_that_dies(skin: Path, tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_secure_aggregation_completes_without_client_that_dies(skin: Path, tmp_p
 
 
 class _Silent(LocalGrid):
-    """Its third member never answers to training."""
+    """Its third client never answers to training."""
 
     def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> list[Any]:
         replies = super().send_and_receive(messages, timeout=timeout)
@@ -231,7 +231,7 @@ def test_differential_privacy_clips_updates_and_counts_epsilon(tmp_path: Path, m
     assert again.privacy["releases"] == 2
     # A round that fails releases nothing, and is accounted for once when it is done again.
     silent = _Silent(app, [site.to_node_config() for site in sites], private.to_run_config())
-    with pytest.raises(TrainingError, match="round 3: failed 2 times.*at least 3 members must answer"):
+    with pytest.raises(TrainingError, match="round 3: failed 2 times.*at least 3 clients must reply"):
         run_federation(silent, replace(private, dp_noise=1.0, rounds=3, attempts=2), tmp_path / "noisy")
     third = simulate(replace(private, dp_noise=1.0, rounds=3), sites, tmp_path / "noisy").privacy
     assert third is not None
@@ -300,11 +300,11 @@ def test_certificates_name_hosts_and_keys_are_private_to_owner(tmp_path: Path) -
     assert names.get_values_for_type(x509.DNSName) == ["federation.example.org"]
     assert [str(each) for each in names.get_values_for_type(x509.IPAddress)] == ["10.0.0.7"]
     assert server.not_valid_after_utc > datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=700)
-    write_member_key(tmp_path / "hospital")
+    write_client_key(tmp_path / "hospital")
     for secret in (KEY, "hospital"):
         assert stat.S_IMODE((tmp_path / secret).stat().st_mode) == 0o600
     with pytest.raises(TrainingError, match="exists already"):
-        write_member_key(tmp_path / "hospital")
+        write_client_key(tmp_path / "hospital")
     with pytest.raises(TrainingError, match="exists already"):
         write_certificates(tmp_path, ["x"])
 
@@ -358,24 +358,27 @@ def test_server_folder_and_invitation_round_trip(tmp_path: Path) -> None:
     supernode = supernode_command(invitation, tmp_path / "ca.pem", tmp_path / "key", site, 9094)
     assert 'data="/my images"' in supernode[-1]
     (tmp_path / "broken.toml").write_text("address = 1")
-    with pytest.raises(TrainingError, match="is no invitation"):
+    with pytest.raises(TrainingError, match="is not an invitation"):
         read_invitation(tmp_path / "broken.toml")
 
 
 def test_site_check_reports_all_problems_at_once(skin: Path, tmp_path: Path) -> None:
-    """No server, no key, too few images: each said, with what to do; the dry round is done all the same."""
+    """No server, no key, too few images: each said, with what to do; the trial round is done all the same."""
     server = new_server(tmp_path / "server", ["127.0.0.1"], 1)
     federation = tiny_federation()
     write_invitation(tmp_path / "in.toml", server, federation, 1000)
     invitation = replace(read_invitation(tmp_path / "in.toml"), versions={"dermis": "9.9"})
-    found = {f.what: f for f in check_site(invitation, Site(skin, tmp_path / "state", device="cpu"), tmp_path / "key")}
-    assert {what: finding.ok for what, finding in found.items()} == {
-        "versions": False, "server": False, "key": None, "images": False, "dry round": True, "memory": True, "disk": True,
+    found = {
+        result.name: result
+        for result in check_site(invitation, Site(skin, tmp_path / "state", device="cpu"), tmp_path / "key")
+    }
+    assert {name: result.passed for name, result in found.items()} == {
+        "versions": False, "server": False, "key": None, "images": False, "trial round": True, "memory": True, "disk": True,
     }  # fmt: skip
-    assert "install that one" in found["versions"].says
-    assert "let this machine call out to 127.0.0.1, TCP port 1" in found["server"].says
-    assert "has 24 images, and 1,000 are asked for" in found["images"].says
-    assert "s a step" in found["dry round"].says
+    assert "install 9.9" in found["versions"].message
+    assert "allow outgoing connections from this machine to 127.0.0.1, TCP port 1" in found["server"].message
+    assert "has 24 images; the federation requires at least 1,000" in found["images"].message
+    assert "s per step" in found["trial round"].message
 
 
 def test_traffic_is_counted_both_ways() -> None:

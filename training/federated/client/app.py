@@ -1,11 +1,11 @@
-"""Flower's ClientApp: it runs at a member and handles the messages of the server.
+"""Flower's ClientApp: it runs on a client's machine and handles the messages of the server.
 
 train             trains from the global tensors; replies with the tensors that are averaged, and with losses and times
-evaluate          measures the global model on this member's own validation images; replies with numbers
+evaluate          measures the global model on this client's own validation images; replies with numbers
 query.describe    replies with versions and numbers of images
 query.count       replies with counts of the last measurement (classifiers)
 
-The server learns only the kind of an error: its text can name files and images, and stays in this member's log.
+The server receives only the kind of an error: the text can name files and images, and stays in this client's log.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from training.federated.messages.secure_aggregation import SECURE_MODS, is_secur
 from training.federated.messages.serialization import RefusedError, changes, check_finite, decode, encode, pack
 from training.federated.site import Site, parse_node_config
 from training.federated.tasks import task_of
-from training.federated.tasks.task import FederatedTask, TrainingOrder
+from training.federated.tasks.task import FederatedTask, TrainingRequest
 
 _LOG = logging.getLogger("dermis.federated")
 
@@ -47,10 +47,10 @@ def _replies_to_errors(handler: Handler) -> Handler:
             reason = str(error)
         except DermisError as error:
             _LOG.error("%s", error)
-            reason = f"{type(error).__name__} at the member, whose own log says more"
+            reason = f"{type(error).__name__} on the client; the client's log has the details"
         except Exception as error:
             _LOG.exception("unexpected error")
-            reason = f"{type(error).__name__} at the member, whose own log says more"
+            reason = f"{type(error).__name__} on the client; the client's log has the details"
         return Message(Error(FAILED, reason), reply_to=message)
 
     return handle
@@ -73,20 +73,20 @@ def train(message: Message, context: Context) -> Message:
     federation, task, site = _open(context)
     if (federation.secure_aggregation or site.require_secure_aggregation) and not is_secure_message(message):
         raise RefusedError(
-            "an update was requested in the clear; this member or federation requires secure aggregation"
+            "the server requested an unencrypted update, but this client or this federation requires secure aggregation"
         )
     config = dict(cast(ConfigRecord, message.content[CONFIG]))
-    order = TrainingOrder(
+    request = TrainingRequest(
         federation,
         run=_checked_run(str(config["run"])),
         round=int(cast(int, config["server-round"])),
         tensors=decode(cast(ArrayRecord, message.content[ARRAYS]), task.shapes(federation)),
         proximal_mu=float(cast(float, config.get("proximal-mu", 0.0))),
     )
-    update = task.train(order, site)
+    update = task.train(request, site)
     check_finite(update.tensors)
-    tensors = changes(update.tensors, order.tensors) if federation.sends_changes else update.tensors
-    # With secure aggregation the losses are not sent: they would reveal something about a single member.
+    tensors = changes(update.tensors, request.tensors) if federation.sends_changes else update.tensors
+    # With secure aggregation the losses are not sent: they would reveal information about a single client.
     stats = {} if federation.secure_aggregation else {k: v for k, v in update.stats.items() if math.isfinite(v)}
     numbers = MetricRecord({WEIGHT: update.images, **stats})
     arrays = encode(tensors, "fp32" if federation.secure_aggregation else federation.wire_dtype)
@@ -96,7 +96,7 @@ def train(message: Message, context: Context) -> Message:
 @app.evaluate()
 @_replies_to_errors
 def evaluate(message: Message, context: Context) -> Message:
-    """Reply with measurements on this member's validation images."""
+    """Reply with measurements on this client's validation images."""
     federation, task, site = _open(context)
     tensors = decode(cast(ArrayRecord, message.content[ARRAYS]), task.shapes(federation))
     numbers = MetricRecord(dict(task.evaluate(federation, site, tensors)))
@@ -109,7 +109,7 @@ def count(message: Message, context: Context) -> Message:
     """Reply with counts that the server adds up."""
     federation, task, site = _open(context)
     if task.count is None:
-        raise RefusedError(f"a federation of the task {federation.task} counts nothing")
+        raise RefusedError(f"a federation of the task {federation.task} has no counts")
     tensors = decode(cast(ArrayRecord, message.content[ARRAYS]), task.shapes(federation))
     return Message(RecordDict({ARRAYS: pack(task.count(federation, site, tensors))}), reply_to=message)
 
@@ -122,5 +122,7 @@ def _open(context: Context) -> tuple[FederationConfig, FederatedTask, Site]:
 def _checked_run(run: str) -> str:
     """Return the name of a run if it can be the name of a folder; nothing else is accepted from the network."""
     if not (0 < len(run) <= 64 and run.isalnum()):
-        raise RefusedError(f"the run has no name of letters and digits: {json.dumps(run)[:80]}")
+        raise RefusedError(
+            f"the name of the run must consist of 1 to 64 letters and digits, not {json.dumps(run)[:80]}"
+        )
     return run

@@ -1,8 +1,8 @@
-"""A proxy in front of Flower's server that passes on the requests of members (the fleet interface) and nothing else.
+"""A proxy in front of Flower's server that forwards only the requests of clients (the fleet interface).
 
-Flower serves members, operators and its own processes on one port. Members authenticate with their keys; the interface of
-operators has no authentication, and starts runs, which are programs at the members. So Flower listens on loopback, and this
-proxy listens on the public port.
+Flower serves clients, operators and its own processes on one port. Clients authenticate with their keys; the interface of
+operators has no authentication and can start runs, which execute programs on the clients' machines. So Flower listens on
+loopback, and this proxy listens on the public port.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ def fleet_proxy(upstream: str, certificate: str) -> Starlette:
         async for chunk in request.stream():
             body += chunk
             if len(body) > _MAX_BODY:
-                return PlainTextResponse("the body is larger than any message of a member", 413)
+                return PlainTextResponse("the body is larger than any message of a client", 413)
         headers = {name: value for name, value in request.headers.items() if name.lower() not in _DROPPED}
         try:
             response = await request.app.state.client.post(request.url.path, content=bytes(body), headers=headers)
         except httpx.TransportError:
-            return PlainTextResponse("Flower's server does not answer", 502)
+            return PlainTextResponse("Flower's server does not respond", 502)
         kept = {name: value for name, value in response.headers.items() if name.lower() not in _DROPPED}
         return Response(
             response.content, response.status_code, {k: v for k, v in kept.items() if k != "content-encoding"}
@@ -57,7 +57,7 @@ def fleet_proxy(upstream: str, certificate: str) -> Starlette:
         try:
             await request.app.state.client.get("/")
         except httpx.TransportError:
-            return PlainTextResponse("Flower's server does not answer", 503)
+            return PlainTextResponse("Flower's server does not respond", 503)
         return PlainTextResponse("ok")
 
     routes = [Route(f"{FLEET}/{{method}}", forward, methods=["POST"]), Route("/healthz", healthy)]

@@ -1,4 +1,4 @@
-"""Command lines of Flower's programs: TLS, keys of members, no telemetry, and no installation of packages."""
+"""Command lines of Flower's programs: TLS, keys of clients, no telemetry, and no installation of packages."""
 
 from __future__ import annotations
 
@@ -37,29 +37,29 @@ def environment(home: Path) -> dict[str, str]:
 def superlink_command(server: ServerFolder) -> list[str]:
     """Return the command of Flower's server.
 
-    It listens on loopback: a caller who reaches it can start runs, and so execute code at the members.
+    It listens on loopback: a caller who can connect to it can start runs, which execute programs on the clients' machines.
     """
     return [
         program("flower-superlink"),
-        "--ssl-ca-certfile", str(server.inner_certificates / CA),
-        "--ssl-certfile", str(server.inner_certificates / CERTIFICATE),
-        "--ssl-keyfile", str(server.inner_certificates / KEY),
+        "--ssl-ca-certfile", str(server.loopback_certificates / CA),
+        "--ssl-certfile", str(server.loopback_certificates / CERTIFICATE),
+        "--ssl-keyfile", str(server.loopback_certificates / KEY),
         "--enable-supernode-auth",
         "--disable-runtime-dependency-installation",
         "--database", f"sqlite:///{(server.folder / 'superlink.db').resolve()}?timeout={_DATABASE_SECONDS}",
         "--host", LOOPBACK,
-        "--port", str(server.inner_port),
+        "--port", str(server.loopback_port),
     ]  # fmt: skip
 
 
 def supernode_command(invitation: Invitation, certificate: Path, key: Path, site: Site, port: int) -> list[str]:
-    """Return the command of Flower's client at a member. It only makes outgoing connections.
+    """Return the command of Flower's SuperNode, which runs on a client's machine. It only makes outgoing connections.
 
     Args:
         invitation: Names the server.
         certificate: PEM file of the invitation's certificate.
-        key: The member's private key.
-        site: The member's options.
+        key: The client's private key.
+        site: The client's options.
         port: For Flower's own processes, on loopback.
     """
     config = " ".join(f"{name}={json.dumps(value)}" for name, value in site.to_node_config().items())
@@ -82,15 +82,15 @@ def run_command(server: ServerFolder, federation: FederationConfig, overrides: P
 
 
 def register(server: ServerFolder, public_key: Path, name: str) -> str:
-    """Register a member's public key at a running server.
+    """Register a client's public key at a running server.
 
     Args:
         server: Its folder.
         public_key: File with the key.
-        name: The member's name for the operators; empty for none.
+        name: The client's name for the operators; empty for none.
 
     Returns:
-        The member's node.
+        The client's node.
 
     Raises:
         TrainingError: Flower refuses; the message has its output.
@@ -108,7 +108,7 @@ def register(server: ServerFolder, public_key: Path, name: str) -> str:
         return str(registered["node-id"])
     except (ValueError, KeyError):
         output = (done.stdout + done.stderr).strip() or "nothing"
-        raise TrainingError(f"{public_key}: is not registered; Flower says: {output}") from None
+        raise TrainingError(f"{public_key}: is not registered; Flower's output: {output}") from None
 
 
 def program(name: str) -> str:

@@ -24,10 +24,10 @@ class Invitation:
 
     Attributes:
         address: HOST:PORT of the server.
-        certificate: The certificate authority that members trust, in PEM.
-        versions: By package, as at the server.
+        certificate: The certificate authority that clients trust, in PEM.
+        versions: By package, as on the server.
         federation: Options, as of `FederationConfig`.
-        min_images: Fewest images of a member.
+        min_images: Minimum number of images of a client.
     """
 
     address: str
@@ -67,5 +67,5 @@ def read_invitation(path: Path) -> Invitation:
         return invitation
     except (OSError, tomllib.TOMLDecodeError, TypeError, ValueError) as error:
         raise TrainingError(
-            f"{path}: is no invitation ({escape(error)}); the server makes one with dermis federate invite"
+            f"{path}: is not an invitation ({escape(error)}); create one on the server with dermis federate invite"
         ) from None

@@ -1,4 +1,4 @@
-"""Keys and certificates of a federation: a certificate authority, the server's certificate, a key pair for each member.
+"""Keys and certificates of a federation: a certificate authority, the server's certificate, a key pair for each client.
 
 They are for trials and for organisations without a certificate authority. Certificates of an existing authority can be used
 instead.
@@ -24,13 +24,13 @@ _DAYS = 825
 
 
 def write_certificates(out: Path, hosts: Sequence[str], days: int = _DAYS) -> None:
-    """Write ca.pem (for members), server.pem and server.key (for the server only).
+    """Write ca.pem (for clients), server.pem and server.key (for the server only).
 
     The private key of the authority is not kept, so that no other certificate can be issued in its name.
 
     Args:
         out: The folder.
-        hosts: Names and addresses by which members reach the server.
+        hosts: Names and addresses by which clients reach the server.
         days: Validity.
 
     Raises:
@@ -40,7 +40,7 @@ def write_certificates(out: Path, hosts: Sequence[str], days: int = _DAYS) -> No
         if (out / name).exists():
             raise TrainingError(f"{out / name}: exists already; choose another folder, or remove it")
     if not hosts:
-        raise TrainingError("--host: give the name or address by which members reach the server")
+        raise TrainingError("--host: give the name or address by which clients reach the server")
     authority_key, server_key = ec.generate_private_key(ec.SECP384R1()), ec.generate_private_key(ec.SECP384R1())
     authority = _name("dermis federation")
     now = datetime.datetime.now(datetime.UTC)
@@ -79,7 +79,7 @@ def write_certificates(out: Path, hosts: Sequence[str], days: int = _DAYS) -> No
     _write_secret(out / KEY, private)
 
 
-def write_member_key(out: Path) -> Path:
+def write_client_key(out: Path) -> Path:
     """Write a private key (P-384, OpenSSH format) to `out` and the public key to out.pub.
 
     Returns:

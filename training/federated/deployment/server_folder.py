@@ -1,9 +1,9 @@
 """The folder of a federation's server.
 
 server.toml       hosts and port
-certificates/     what members see
-superlink.db      keys of members, messages that are being sent
-flower/           home of Flower's programs, and the certificates of its loopback interface
+certificates/     the certificate authority and the server's certificate, which clients verify
+superlink.db      keys of clients, messages that are being sent
+flower/           home of Flower's programs, and the certificates for loopback
 runs/NAME         state, record and result of a federation
 """
 
@@ -30,8 +30,8 @@ class ServerFolder:
 
     Attributes:
         folder: Its path.
-        hosts: Names and addresses by which members reach the server.
-        port: Port of the proxy for members. Flower itself listens on the next port, on loopback.
+        hosts: Names and addresses by which clients reach the server.
+        port: Port of the proxy for clients. Flower itself listens on the next port, on loopback.
     """
 
     folder: Path
@@ -39,7 +39,7 @@ class ServerFolder:
     port: int
 
     @property
-    def inner_port(self) -> int:
+    def loopback_port(self) -> int:
         return self.port + 1
 
     @property
@@ -47,7 +47,7 @@ class ServerFolder:
         return self.folder / "certificates"
 
     @property
-    def inner_certificates(self) -> Path:
+    def loopback_certificates(self) -> Path:
         return self.flower_home / "certificates"
 
     @property
@@ -64,8 +64,8 @@ def new_server(folder: Path, hosts: Sequence[str], port: int) -> ServerFolder:
 
     Args:
         folder: Its path.
-        hosts: Names and addresses by which members reach the server.
-        port: Port for members.
+        hosts: Names and addresses by which clients reach the server.
+        port: Port for clients.
 
     Raises:
         TrainingError: The folder is a server's already, or an argument is wrong.
@@ -73,17 +73,17 @@ def new_server(folder: Path, hosts: Sequence[str], port: int) -> ServerFolder:
     if (folder / SETTINGS).exists():
         raise TrainingError(f"{folder}: is a server's folder already; start it with dermis federate serve {folder}")
     if not hosts:
-        raise TrainingError("--host: give the name or address by which members reach the server")
+        raise TrainingError("--host: give the name or address by which clients reach the server")
     if not 1 <= port < 65535:
         raise TrainingError(f"--port: {port} is not from 1 to 65534")
     server = ServerFolder(folder, tuple(hosts), port)
     if not all((server.certificates / name).exists() for name in (CA, CERTIFICATE, KEY)):
         write_certificates(server.certificates, hosts)
-    if not (server.inner_certificates / CA).exists():
-        write_certificates(server.inner_certificates, [LOOPBACK, "localhost"])
+    if not (server.loopback_certificates / CA).exists():
+        write_certificates(server.loopback_certificates, [LOOPBACK, "localhost"])
     connection = {
-        "address": f"{LOOPBACK}:{server.inner_port}",
-        "root-certificates": str((server.inner_certificates / CA).resolve()),
+        "address": f"{LOOPBACK}:{server.loopback_port}",
+        "root-certificates": str((server.loopback_certificates / CA).resolve()),
     }
     home = {"superlink": {"default": CONNECTION, CONNECTION: connection}}
     write_file(server.flower_home / "config.toml", tomli_w.dumps(home).encode())
@@ -102,5 +102,5 @@ def open_server(folder: Path) -> ServerFolder:
         return ServerFolder(folder, tuple(content["hosts"]), int(content["port"]))
     except (OSError, tomllib.TOMLDecodeError, KeyError, ValueError, TypeError) as error:
         raise TrainingError(
-            f"{folder}: is not a server's folder ({escape(error)}); dermis federate init makes one"
+            f"{folder}: is not a server's folder ({escape(error)}); create one with dermis federate init"
         ) from None

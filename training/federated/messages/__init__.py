@@ -1,1 +1,1 @@
-"""What server and clients of a federation exchange: serialization, checks of replies, traffic, secure aggregation."""
+"""Messages between server and clients of a federation: serialization, checks of replies, traffic, secure aggregation."""

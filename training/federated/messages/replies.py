@@ -1,6 +1,6 @@
-"""The records of messages, and the checks of what members reply.
+"""The records of messages, and the checks of the clients' replies.
 
-A reply that does not pass its check raises `RefusedError`; the server leaves that member out and continues.
+A reply that does not pass its check raises `RefusedError`; the server leaves that client out and continues.
 """
 
 from __future__ import annotations
@@ -18,39 +18,39 @@ from dermis.errors import quote
 from training.federated.messages.serialization import RefusedError, Tensors, check_finite, decode
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"  # names of records
-WEIGHT = "num-examples"  # in METRICS: the number of training images of a member
-FAILED = 1001  # code of our own errors; Flower's codes end at 999
+WEIGHT = "num-examples"  # in METRICS: the number of training images of a client
+FAILED = 1001  # code of the errors of dermis; Flower's codes end at 999
 
 
 @dataclass(frozen=True)
 class CheckedUpdate:
-    """A member's update that passed all checks.
+    """A client's update that passed all checks.
 
     Attributes:
-        member: Name of the member.
-        message: The reply that it came in.
-        tensors: The member's tensors, those that are averaged.
-        images: Number of training images of the member.
+        client: Name of the client.
+        message: The reply that contains it.
+        tensors: The client's tensors, those that are averaged.
+        images: Number of training images of the client.
     """
 
-    member: str
+    client: str
     message: Message
     tensors: Tensors
     images: int
 
 
 def versions() -> dict[str, str]:
-    """Versions by package that must be the same at the server and all members."""
+    """Versions by package that must be the same on the server and on all clients."""
     return {"dermis": __version__, "flwr": flwr.__version__, "torch": torch.__version__.partition("+")[0]}
 
 
-def read_update(reply: Message, member: str, images: int, expected: Tensors, *, sends_changes: bool) -> CheckedUpdate:
+def read_update(reply: Message, client: str, images: int, expected: Tensors, *, sends_changes: bool) -> CheckedUpdate:
     """Check the reply to a request for training.
 
     Args:
-        reply: The member's message, which is not an error.
-        member: Name of the member.
-        images: The number of training images that the member announced.
+        reply: The client's message, which is not an error.
+        client: Name of the client.
+        images: The number of training images that the client announced.
         expected: The tensors that are averaged, as they were before the round.
         sends_changes: The reply holds changes of `expected` instead of new values.
 
@@ -60,24 +60,24 @@ def read_update(reply: Message, member: str, images: int, expected: Tensors, *, 
     arrays, metrics = reply.content.array_records, reply.content.metric_records
     if len(arrays) != 1 or len(metrics) != 1:
         raise RefusedError("must hold one record of arrays and one of numbers")
-    claimed_images = next(iter(metrics.values())).get(WEIGHT)
-    if claimed_images != images:
-        raise RefusedError(f"claims {quote(claimed_images)} images, and announced {images}")
+    reported_images = next(iter(metrics.values())).get(WEIGHT)
+    if reported_images != images:
+        raise RefusedError(f"reports {quote(reported_images)} training images, but announced {images}")
     tensors = decode(next(iter(arrays.values())), expected)
     check_finite(tensors)
     if sends_changes:
         tensors = {name: expected[name] + change for name, change in tensors.items()}
-    return CheckedUpdate(member, reply, tensors, images)
+    return CheckedUpdate(client, reply, tensors, images)
 
 
 def read_description(
     reply: Message, required_versions: Mapping[str, str], class_names: Sequence[str], *, secure_aggregation: bool
 ) -> dict[str, int]:
-    """Check a member's description of itself.
+    """Check a client's description of itself.
 
     Args:
-        reply: The member's message.
-        required_versions: Versions by package that the member must have.
+        reply: The client's message.
+        required_versions: Versions by package that the client must have.
         class_names: Classes of the federation.
         secure_aggregation: Whether the federation uses it.
 
@@ -85,20 +85,20 @@ def read_description(
         Numbers of images: "images", "validation", and "images-CLASS" for each class.
 
     Raises:
-        RefusedError: The member cannot take part; the text says why.
+        RefusedError: The client cannot take part; the text says why.
     """
     if reply.has_error():
         raise RefusedError(reply.error.reason)
     config = cast(dict[str, Any], reply.content.get(CONFIG, {}))
     for package, version in required_versions.items():
         if config.get(package) != version:
-            raise RefusedError(f"it has {package} {config.get(package)}, and must have {version}")
+            raise RefusedError(f"the client has {package} {config.get(package)}, and must have {version}")
     if config.get("require-secure-aggregation") and not secure_aggregation:
-        raise RefusedError("it takes part in secure aggregation only, and this federation has none")
+        raise RefusedError("the client requires secure aggregation, and this federation does not use it")
     counts = dict(next(iter(reply.content.metric_records.values()), MetricRecord()))
     required = ("images", "validation", *(f"images-{name}" for name in class_names))
     if any(type(counts.get(name)) is not int or cast(int, counts[name]) < 0 for name in required):
-        raise RefusedError("it does not send its numbers of images")
+        raise RefusedError("the client did not report its numbers of images")
     if cast(int, counts["images"]) < 1:
-        raise RefusedError("it has no training images")
+        raise RefusedError("the client has no training images")
     return cast(dict[str, int], counts)

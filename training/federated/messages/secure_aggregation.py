@@ -1,9 +1,9 @@
 """Secure aggregation with Flower's SecAgg+ (Bell et al., ACM CCS 2020): the server learns only the weighted mean.
 
-Members mask their weighted changes with secrets that they share in pairs, and the masks cancel in the sum. If a member
-disconnects during the protocol, the others reveal the secrets of that member only. Flower 1.41 implements the protocol with
+Clients mask their weighted changes with secrets that they share in pairs, and the masks cancel in the sum. If a client
+disconnects during the protocol, the others reveal the secrets of that client only. Flower 1.41 implements the protocol with
 its older message formats; this module converts on both sides. The protocol protects from a server that follows it but reads
-what it receives. A member refuses to take part with fewer than two others.
+what it receives. A client refuses to take part with fewer than two others.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from flwr.serverapp import Grid
 from training.federated.config import FederationConfig
 from training.federated.messages.serialization import RefusedError, Tensors, unpack
 
-FEWEST = 3
-_THRESHOLD = 2 / 3  # share of the members that must reply in all stages
+MIN_CLIENTS = 3
+_THRESHOLD = 2 / 3  # share of the clients that must reply in all stages
 _LEVELS = 2**22  # values to which a change is rounded; at random, so without bias
 
 
@@ -39,18 +39,19 @@ def is_secure_message(message: Message) -> bool:
 
 
 def secure_mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """Run the protocol around the training of a member, for messages that belong to it.
+    """Run the protocol around the training of a client, for messages that belong to it.
 
     Raises:
-        RefusedError: The number of members or the threshold is so low that nothing would be hidden.
+        RefusedError: Fewer than 3 clients take part, or the threshold is below 2: the server could compute a single client's
+            update.
     """
     if not is_secure_message(message):
         return call_next(message, context)
     request = message.content.config_records[RECORD_KEY_CONFIGS]
     if request.get(Key.STAGE) == Stage.SETUP and (
-        cast(int, request.get(Key.SAMPLE_NUMBER, 0)) < FEWEST or cast(int, request.get(Key.THRESHOLD, 0)) < 2
+        cast(int, request.get(Key.SAMPLE_NUMBER, 0)) < MIN_CLIENTS or cast(int, request.get(Key.THRESHOLD, 0)) < 2
     ):
-        raise RefusedError("secure aggregation of fewer than 3 members, or with a threshold below 2, hides nothing")
+        raise RefusedError("secure aggregation needs at least 3 clients and a threshold of at least 2")
     return secaggplus_mod(message, context, lambda m, c: _in_older_format(call_next(m, c)))
 
 
@@ -74,7 +75,7 @@ class SecureMean:
     """The result of one round of the protocol.
 
     Attributes:
-        changes: Mean of the members' changes, weighted by their images; None if too few replied in all stages.
+        changes: Mean of the clients' changes, weighted by their images; None if too few replied in all stages.
         images: Number of training images by node, of the nodes that replied.
         failures: Error texts.
     """
@@ -91,18 +92,18 @@ def secure_mean(
     nodes: Sequence[int],
     records: Mapping[str, ArrayRecord | ConfigRecord],
     shapes: Mapping[str, torch.Tensor],
-    most_images: int,
+    max_images: int,
 ) -> SecureMean:
     """Run one round of the protocol on the server.
 
     Args:
-        grid: The connection to the members.
+        grid: The connection to the clients.
         federation: Options: the range of a change, the timeout.
         round_number: From 1.
-        nodes: The members that take part.
+        nodes: The clients that take part.
         records: Sent to each of them with the request to train.
         shapes: Tensors with the names and shapes that are averaged.
-        most_images: Largest number of training images of a member.
+        max_images: Largest number of training images of a client.
     """
     strategy = _Collector(nodes)
     context = LegacyContext(
@@ -116,7 +117,7 @@ def secure_mean(
         records,
         num_shares=1.0,
         reconstruction_threshold=_THRESHOLD,
-        max_weight=float(most_images),
+        max_weight=float(max_images),
         clipping_range=federation.secure_clip,
         quantization_range=_LEVELS,
         timeout=federation.round_timeout,
@@ -134,7 +135,7 @@ def secure_mean(
 
 
 class _Workflow(SecAggPlusWorkflow):
-    """The protocol with our records in the message that asks for training. `failures` are its errors."""
+    """The protocol with the records of dermis in the message that requests training. `failures` are its errors."""
 
     def __init__(self, records: Mapping[str, ArrayRecord | ConfigRecord], **options: Any) -> None:
         super().__init__(**options)

@@ -39,21 +39,23 @@ def pack(tensors: Mapping[str, Tensor]) -> ArrayRecord:
     return ArrayRecord({_PACKED: Array("uint8", (len(content),), _PACKED, content)})
 
 
-def unpack(record: ArrayRecord, most_bytes: int | None = None) -> Tensors:
+def unpack(record: ArrayRecord, max_bytes: int | None = None) -> Tensors:
     """Read tensors that `pack` serialized.
 
     Args:
         record: The record that was received.
-        most_bytes: Largest accepted size; None for no limit.
+        max_bytes: Largest accepted size; None for no limit.
 
     Raises:
-        RefusedError: The record has another form, or is larger than `most_bytes`.
+        RefusedError: The record has another form, or is larger than `max_bytes`.
     """
     array = record.get(_PACKED)
     if array is None or len(record) != 1:
         raise RefusedError("the tensors are not packed as one file of safetensors")
-    if most_bytes is not None and len(array.data) > most_bytes:
-        raise RefusedError(f"{len(array.data):,} bytes are more than the {most_bytes:,} that were asked for can take")
+    if max_bytes is not None and len(array.data) > max_bytes:
+        raise RefusedError(
+            f"{len(array.data):,} bytes are more than the {max_bytes:,} bytes that the requested tensors can need"
+        )
     try:
         return load(array.data)
     except (SafetensorError, ValueError, TypeError, KeyError) as error:
@@ -80,7 +82,7 @@ def decode(record: ArrayRecord, like: Mapping[str, Tensor]) -> Tensors:
     if missing := like.keys() - received.keys():
         raise RefusedError(f"{min(missing)} is missing")
     if extra := received.keys() - like.keys():
-        raise RefusedError(f"{min(extra)} was not asked for")
+        raise RefusedError(f"{min(extra)} was not requested")
     for name, expected in like.items():
         values = received[name]
         if values.shape != expected.shape or not values.dtype.is_floating_point:

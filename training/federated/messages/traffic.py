@@ -10,7 +10,7 @@ from flwr.serverapp import Grid
 
 
 class Traffic(NamedTuple):
-    """Bytes from the server to all members (`down`) and from them to the server (`up`)."""
+    """Bytes from the server to all clients (`down`) and from the clients to the server (`up`)."""
 
     down: int = 0
     up: int = 0

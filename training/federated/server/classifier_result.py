@@ -1,7 +1,7 @@
-"""The classifier of a federation: exported, calibrated and measured from counts that members sent.
+"""The classifier of a federation: exported, calibrated and measured from the clients' counts.
 
-Members count their validation and test images by class and logit. From the sums follow all numbers that the images would
-give, up to the width of a bin. The counts do not tell which images belong to the same patient, so intervals are over images.
+Clients count their validation and test images by class and logit. The sums give the same numbers as the images would, up to
+the width of a bin. The counts do not contain which images belong to the same patient, so intervals are over images.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def write_result(federation: FederationConfig, state: GlobalState, out: Path, co
         federation: Options.
         state: The state after the last round.
         out: The federation's folder.
-        counts: The members' counts (`tasks.classifier.count`), under "MEMBER/NAME".
+        counts: The clients' counts (`tasks.classifier.count`), under "CLIENT/NAME".
 
     Returns:
         The classifier's folder.
@@ -57,7 +57,7 @@ def write_result(federation: FederationConfig, state: GlobalState, out: Path, co
         parts[part], logits[part] = _from_counts(counts, part)
     for part, images in parts.items():
         if len(set(images.labels)) < 2:
-            raise TrainingError(f"the members' {part} images together lack a class: nothing can be measured")
+            raise TrainingError(f"the {part} images of all clients together lack a class, so nothing can be measured")
     train = _training_set(state)
     shift = prior_shift(seen_share(train, config), parts["validation"].positive_share)
     logits = {part: values + shift for part, values in logits.items()}
@@ -84,9 +84,9 @@ def write_result(federation: FederationConfig, state: GlobalState, out: Path, co
         feature_dim=finished.head.in_features,
         provenance={
             "dataset": {
-                "name": f"federation of {len(state.participants)}",
+                "name": f"federation of {len(state.contributors)}",
                 "configuration": "real",
-                "split": "by patient at each member",
+                "split": "by patient on each client",
                 "parts": {"train": _classes(train.labels)} | {part: parts[part].classes for part in _PARTS},
                 "synthetic": [],
                 "generator_saw_training_part_only": False,
@@ -94,8 +94,8 @@ def write_result(federation: FederationConfig, state: GlobalState, out: Path, co
             "training": {
                 "configuration": config.to_dict(),
                 "weights": _started_from(federation),
-                "images": federation.iterations * config.batch * sum(member.rounds for member in state.participants),
-                "hardware": "the members' own",
+                "images": federation.iterations * config.batch * sum(client.rounds for client in state.contributors),
+                "hardware": "the clients' own",
             },
             "federation": provenance,
             "scenario": "federated",
@@ -114,33 +114,33 @@ def write_result(federation: FederationConfig, state: GlobalState, out: Path, co
 
 
 _INTERVALS = """
-Measured from the members' counts of logits. The intervals below are over images, because the counts do not tell which images
+Measured from the clients' counts of logits. The intervals below are over images, because the counts do not contain which images
 belong to the same patient; so they are a little too narrow.
 """
 
 
 def _from_counts(counts: Tensors, part: str) -> tuple[RealPart, NDArray[np.float64]]:
-    """Return images with the labels and members of these counts, without pixels, and their logits."""
-    labels, logits, members = [np.zeros(0, np.int64)], [np.zeros(0)], list[str]()
+    """Return images with the labels and clients of these counts, without pixels, and their logits."""
+    labels, logits, clients = [np.zeros(0, np.int64)], [np.zeros(0)], list[str]()
     centres = (np.arange(BINS) + 0.5) * STEP - EDGE
     for name in sorted(name for name in counts if name.endswith(f"/{part}")):
         table = counts[name].numpy()
         if table.shape != (2, BINS) or table.dtype != np.int64 or table.min() < 0 or table.sum() > 10**8:
-            raise TrainingError(f"{name.partition('/')[0]}: sent counts of another form; its version possibly differs")
+            raise TrainingError(f"{name.partition('/')[0]}: sent counts of an unexpected shape, dtype or range")
         for label in (0, 1):
             values = np.repeat(centres, table[label])
             logits.append(values)
             labels.append(np.full(len(values), label, np.int64))
-            members += [name.partition("/")[0]] * len(values)
+            clients += [name.partition("/")[0]] * len(values)
     joined = np.concatenate(labels)
     groups = tuple(map(str, range(len(joined))))
     no_pixels = np.zeros((0, 1, 1, 3), np.uint8)
-    images = RealPart(no_pixels, joined, groups, groups, {"source": tuple(members)}, "")
+    images = RealPart(no_pixels, joined, groups, groups, {"source": tuple(clients)}, "")
     return images, np.concatenate(logits)
 
 
 def _training_set(state: GlobalState) -> TrainingSet:
-    """Return a training set with as many labels of each class as the members have, without pixels."""
+    """Return a training set with as many labels of each class as the clients have, without pixels."""
     labels = np.repeat(np.arange(2, dtype=np.int64), [state.images_of(name) for name in CLASS_NAMES])
     return TrainingSet((np.zeros((0, 1, 1, 3), np.uint8),), labels)
 

@@ -1,4 +1,4 @@
-"""The bundle of a federated generator: an ordinary bundle whose card describes the federation and names no member."""
+"""The bundle of a federated generator: an ordinary bundle whose card describes the federation and names no client."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ def write_result(federation: FederationConfig, state: GlobalState, out: Path) ->
     classes = {name: state.images_of(name) for name in federation.class_names}
     provenance: dict[str, Any] = {
         "dataset": {
-            "name": f"federation of {len(state.participants)}",
+            "name": f"federation of {len(state.contributors)}",
             "images": state.images,
             "classes": classes,
         },
-        "kimg": kimg,  # at each member
+        "kimg": kimg,  # on each client
         "training": {
             "configuration": replace(config, total_kimg=kimg).to_dict() | {"precision": federation.precision},
-            "hardware": "the members' own",
+            "hardware": "the clients' own",
             "hours": round(state.seconds / 3600, 3),
             "augment_p": float(state.tensors["p"].item()),
             "changes": [],

@@ -21,8 +21,8 @@ FILE = "federation.safetensors"
 
 
 @dataclass(frozen=True)
-class Member:
-    """A member as the server knows it: a number in place of a name, and its numbers of images.
+class FederatedClient:
+    """A client as the server knows it: a number in place of a name, and its numbers of images.
 
     Attributes:
         rounds: Rounds in which its update was valid.
@@ -43,7 +43,7 @@ class GlobalState:
         run: Identifies the federation.
         tensors: The global tensors.
         strategy: The state of the strategy (`strategies.strategy_state`).
-        members: By node.
+        clients: By node.
         seconds: Duration of all rounds.
         privacy: The privacy spent so far (`privacy.privacy_spent`); None without differential privacy.
     """
@@ -52,25 +52,25 @@ class GlobalState:
     round: int
     tensors: Tensors
     strategy: Tensors = field(default_factory=dict)
-    members: dict[str, Member] = field(default_factory=dict)
+    clients: dict[str, FederatedClient] = field(default_factory=dict)
     seconds: float = 0.0
     bytes_down: int = 0
     bytes_up: int = 0
     privacy: dict[str, Any] | None = None
 
     @property
-    def participants(self) -> list[Member]:
-        """Members that have contributed, ordered by their numbers of images."""
-        return sorted((m for m in self.members.values() if m.rounds), key=lambda member: (member.images, member.name))
+    def contributors(self) -> list[FederatedClient]:
+        """Clients that have contributed, ordered by their numbers of images."""
+        return sorted((m for m in self.clients.values() if m.rounds), key=lambda client: (client.images, client.name))
 
     @property
     def images(self) -> int:
-        """Training images of all participants."""
-        return sum(member.images for member in self.participants)
+        """Training images of all contributors."""
+        return sum(client.images for client in self.contributors)
 
     def images_of(self, class_name: str) -> int:
-        """Return the training images of one class of all participants."""
-        return sum(member.classes[class_name] for member in self.participants)
+        """Return the training images of one class of all contributors."""
+        return sum(client.classes[class_name] for client in self.contributors)
 
 
 def save_global(out: Path, state: GlobalState, federation: FederationConfig) -> None:
@@ -84,7 +84,7 @@ def save_global(out: Path, state: GlobalState, federation: FederationConfig) -> 
     scalars = {
         "run": state.run,
         "round": state.round,
-        "members": {node: asdict(member) for node, member in state.members.items()},
+        "members": {node: asdict(client) for node, client in state.clients.items()},
         "seconds": state.seconds,
         "bytes_down": state.bytes_down,
         "bytes_up": state.bytes_up,
@@ -125,11 +125,11 @@ def load_global(out: Path, federation: FederationConfig) -> GlobalState | None:
     scalars: dict[str, Any] = json.loads(metadata["state"])
     if changed := federation.changed_from(scalars.pop("config")):
         raise TrainingError(
-            f"{out}: was begun with another {', '.join(changed)}; use the same options, or another folder"
+            f"{out}: was started with other values of {', '.join(changed)}; use the same options, or another folder"
         )
-    members = {node: Member(**member) for node, member in scalars.pop("members").items()}
+    clients = {node: FederatedClient(**client) for node, client in scalars.pop("members").items()}
     return GlobalState(
-        tensors=tensors_under(flat, "global/"), strategy=tensors_under(flat, "strategy/"), members=members, **scalars
+        tensors=tensors_under(flat, "global/"), strategy=tensors_under(flat, "strategy/"), clients=clients, **scalars
     )
 
 

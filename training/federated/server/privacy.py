@@ -1,7 +1,7 @@
 """Central differential privacy: Flower's wrapper around FedAvg, with its accountant.
 
-It protects the contribution of a whole member to the weights that are released each round (neighbouring data sets differ by
-one member), not that of a patient. With few members this needs much noise. Measured numbers (losses, validation) are not
+It protects the contribution of a whole client to the weights that are released each round (neighbouring data sets differ by
+one client), not that of a patient. With few clients this needs much noise. Measured numbers (losses, validation) are not
 covered.
 """
 
@@ -16,13 +16,13 @@ from dermis.errors import TrainingError
 from training.federated.config import FederationConfig
 
 
-def with_privacy(strategy: Strategy, federation: FederationConfig, spent: dict[str, Any] | None) -> Strategy:
+def with_privacy(strategy: Strategy, federation: FederationConfig, accountant_state: dict[str, Any] | None) -> Strategy:
     """Wrap a strategy with clipping, noise and accounting if the federation has noise.
 
     Args:
         strategy: FedAvg.
         federation: Options.
-        spent: The accountant's state after earlier rounds; None before the first.
+        accountant_state: The accountant's state after earlier rounds; None before the first.
 
     Returns:
         The wrapped strategy; without noise the strategy as it is.
@@ -44,15 +44,15 @@ def with_privacy(strategy: Strategy, federation: FederationConfig, spent: dict[s
         accountant = RdpAccountant(config)
     except ImportError:
         raise TrainingError('dp_noise: needs the package dp-accounting: pip install "flwr[dp]"') from None
-    if spent is not None:
-        accountant.load_state_dict(spent)
+    if accountant_state is not None:
+        accountant.load_state_dict(accountant_state)
     return DifferentialPrivacyServerSideFixedClipping(
         strategy, federation.dp_noise, federation.dp_clip, federation.clients, accountant=accountant
     )
 
 
-def withdraw_release(strategy: Strategy, round_number: int) -> None:
-    """Cancel the accounting of a round that failed: nothing of it is released, and it is counted once when it is repeated."""
+def cancel_accounting(strategy: Strategy, round_number: int) -> None:
+    """Cancel the accounting of a failed round: none of its weights are released, and its repetition is counted once."""
     if isinstance(strategy, DifferentialPrivacyServerSideFixedClipping):
         strategy.aggregate_train(round_number, [])
 

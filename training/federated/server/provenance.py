@@ -1,4 +1,4 @@
-"""The part of a result's provenance about its federation: rounds, sizes, strategy; never the names of members."""
+"""The part of a result's provenance about its federation: rounds, sizes, strategy; never the names of clients."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from training.federated.server.global_state import GlobalState
 
 
 def federation_provenance(federation: FederationConfig, state: GlobalState) -> dict[str, Any]:
-    """Return the entry for the provenance of a bundle or classifier. Members are ordered by size, and have no numbers."""
-    members = [{"images": m.images, "rounds": m.rounds, **m.classes} for m in state.participants]
+    """Return the entry for the provenance of a bundle or classifier. Clients are ordered by size, without names."""
+    clients = [{"images": m.images, "rounds": m.rounds, **m.classes} for m in state.contributors]
     provenance: dict[str, Any] = {
         "rounds": state.round,
         "iterations": federation.iterations,
         "strategy": federation.strategy,
         "strategy_options": federation.strategy_options,
-        "members": members,
+        "members": clients,
         "wire_dtype": federation.wire_dtype,
         "secure_aggregation": federation.secure_aggregation,
         "gigabytes": round((state.bytes_down + state.bytes_up) / 1e9, 3),
@@ -33,15 +33,15 @@ def federation_provenance(federation: FederationConfig, state: GlobalState) -> d
 
 def federation_section(provenance: dict[str, Any]) -> str:
     """Return the section about the federation for a card, in Markdown."""
-    sizes = ", ".join(f"{member['images']:,}" for member in provenance["members"])
-    parts = ", ".join(f"{member['rounds']:,}" for member in provenance["members"])
+    sizes = ", ".join(f"{client['images']:,}" for client in provenance["members"])
+    participation = ", ".join(f"{client['rounds']:,}" for client in provenance["members"])
     rows = {
-        "rounds": f"{provenance['rounds']:,} of {provenance['iterations']:,} training steps at each member",
-        "members": f"{len(provenance['members'])}, with {sizes} training images",
-        "took part in": f"{parts} rounds",
-        "averaged by": " ".join([provenance["strategy"], provenance["strategy_options"]]).strip(),
-        "weights sent as": f"{provenance['wire_dtype']}, {provenance['gigabytes']:g} GB in all",
-        "secure aggregation": "yes" if provenance["secure_aggregation"] else "no: the server saw each member's update",
+        "rounds": f"{provenance['rounds']:,} of {provenance['iterations']:,} training steps on each client",
+        "clients": f"{len(provenance['members'])}, with {sizes} training images",
+        "rounds per client": participation,
+        "strategy": " ".join([provenance["strategy"], provenance["strategy_options"]]).strip(),
+        "transfer format": f"{provenance['wire_dtype']}, {provenance['gigabytes']:g} GB in total",
+        "secure aggregation": "yes" if provenance["secure_aggregation"] else "no: the server saw each client's update",
     }
     if "began_with" in provenance:
         rows["started from"] = provenance["began_with"]
@@ -50,7 +50,7 @@ def federation_section(provenance: dict[str, Any]) -> str:
         rows |= {"exchanged": shared, "optimizers": provenance["optimizer"]}
     if privacy := provenance.get("privacy"):
         rows["differential privacy"] = (
-            f"for a whole member: epsilon {privacy['epsilon']:.2f} at delta {privacy['delta']:g} after "
+            f"protects a whole client: epsilon {privacy['epsilon']:.2f} at delta {privacy['delta']:g} after "
             f"{privacy['releases']} releases of weights; it does not cover measurements"
         )
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())

@@ -1,6 +1,6 @@
-"""The record of a federation: `rounds.jsonl` with one line for each round, and `status.json` with its present state.
+"""The record of a federation: `rounds.jsonl` with one line for each round, and `status.json` with its current state.
 
-Members have numbers there: no names, no addresses.
+Clients are numbered there (`client-1`, ...): their own names and addresses are not stored.
 """
 
 from __future__ import annotations
@@ -66,10 +66,10 @@ def summary(line: Mapping[str, Any], rounds: int) -> str:
         rounds: The number of rounds of the federation.
     """
     parts = [f"round {line['round']}/{rounds}"]
-    members = line.get("members", {})
-    parts.append(f"{len(members)} members")
+    clients = line.get("members", {})
+    parts.append(f"{len(clients)} clients")
     for loss in ("G", "D", "loss"):
-        values = [numbers[loss] for numbers in members.values() if loss in numbers]
+        values = [numbers[loss] for numbers in clients.values() if loss in numbers]
         if values:
             parts.append(f"{loss} {sum(values) / len(values):.2f}")
     for name, numbers in line.get("measured", {}).items():

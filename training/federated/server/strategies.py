@@ -1,11 +1,11 @@
-"""Flower's strategies by name, and the aggregation of the members' updates to the next global model.
+"""Flower's strategies by name, and the aggregation of the clients' updates into the next global model.
 
-FedAvg and FedProx average all tensors, weighted by the members' numbers of images. Strategies against hostile members
-(median, trimmed mean, Krum) select or rank all tensors, running averages included: values that they keep out of the weights
-must not enter through G_ema. Strategies with an optimizer on the server (FedAdam, FedYogi, FedAdagrad, FedAvgM) apply it to
-the weights only; running averages are averaged.
+FedAvg and FedProx average all tensors, weighted by the clients' numbers of images. Strategies that tolerate malicious
+clients (median, trimmed mean, Krum) select or rank all tensors, running averages included: values that they keep out of the
+weights must not enter through G_ema. Strategies with an optimizer on the server (FedAdam, FedYogi, FedAdagrad, FedAvgM) apply
+it to the weights only; running averages are averaged.
 
-Flower's strategies compute in float32, in the order of the members' names; the other weighted means are computed in float64.
+Flower's strategies compute in float32, in the order of the clients' names; the other weighted means are computed in float64.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
 from dermis.errors import TrainingError
-from training.federated.config import SELECTING, FederationConfig, StrategyName
+from training.federated.config import PER_UPDATE_STRATEGIES, FederationConfig, StrategyName
 from training.federated.messages.replies import WEIGHT, CheckedUpdate
 from training.federated.messages.serialization import Tensors
 from training.options import parse_assignments
@@ -69,17 +69,17 @@ def new_strategy(federation: FederationConfig) -> Strategy:
         raise TrainingError(f"strategy_options: {federation.strategy}: {error}") from None
 
 
-def strategy_decides(federation: FederationConfig, optimised: Callable[[str], bool], name: str) -> bool:
+def computed_by_strategy(federation: FederationConfig, is_optimised: Callable[[str], bool], name: str) -> bool:
     """Return whether the strategy computes the tensor of this name; the others are weighted means.
 
     Args:
         federation: Options.
-        optimised: Whether a server optimizer can move the tensor of a name (`FederatedTask.optimised`).
+        is_optimised: Whether a server optimizer can move the tensor of a name (`FederatedTask.is_optimised`).
         name: Name of the tensor.
     """
-    if federation.strategy in SELECTING or federation.dp_noise:
+    if federation.strategy in PER_UPDATE_STRATEGIES or federation.dp_noise:
         return True
-    return optimised(name)
+    return is_optimised(name)
 
 
 def instructions(
@@ -94,7 +94,7 @@ def aggregate(
     strategy: Strategy,
     round_number: int,
     updates: Sequence[CheckedUpdate],
-    decides: Callable[[str], bool],
+    by_strategy: Callable[[str], bool],
     uniform: bool = False,
 ) -> Tensors | None:
     """Aggregate the updates of one round.
@@ -103,26 +103,28 @@ def aggregate(
         strategy: Flower's strategy, after `instructions` of the same round.
         round_number: From 1.
         updates: At least one.
-        decides: Whether the strategy computes the tensor of a name; the others are weighted means.
-        uniform: Give every member the same weight in the strategy.
+        by_strategy: Whether the strategy computes the tensor of a name; the others are weighted means.
+        uniform: Give every client the same weight in the strategy.
 
     Returns:
         The next global tensors, of all names in the updates; None if the strategy returns nothing.
     """
-    ordered = sorted(updates, key=lambda update: update.member)
+    ordered = sorted(updates, key=lambda update: update.client)
     first = ordered[0].tensors
-    means = _mean(ordered, [name for name in first if not decides(name)])
-    decided = [name for name in first if decides(name)]
+    means = _mean(ordered, [name for name in first if not by_strategy(name)])
+    strategy_names = [name for name in first if by_strategy(name)]
     replies = []
     for update in ordered:
         weight = MetricRecord({WEIGHT: 1 if uniform else update.images})
-        arrays = _arrays({name: update.tensors[name] for name in decided})
+        arrays = _arrays({name: update.tensors[name] for name in strategy_names})
         update.message.content = RecordDict({"arrays": arrays, "metrics": weight})
         replies.append(update.message)
     result, _ = strategy.aggregate_train(round_number, replies)
     if result is None:
         return None
-    return means | {name: torch.from_numpy(result[name].numpy().copy()).to(first[name].dtype) for name in decided}
+    return means | {
+        name: torch.from_numpy(result[name].numpy().copy()).to(first[name].dtype) for name in strategy_names
+    }
 
 
 def _arrays(tensors: Tensors) -> ArrayRecord:

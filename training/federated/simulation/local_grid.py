@@ -1,6 +1,6 @@
-"""A grid in one process: it calls the members' ClientApps one after another, without Flower's servers and without Ray.
+"""A grid in one process: it calls the ClientApp of each client in turn, without Flower's servers and without Ray.
 
-Simulations and tests use it. Server and members are the same code as in a deployment, and messages hold the same arrays;
+Simulations and tests use it. Server and clients are the same code as in a deployment, and messages hold the same arrays;
 only the network and the processes are missing.
 """
 
@@ -19,9 +19,9 @@ _CRASHED = 1002
 
 
 class LocalGrid(Grid):
-    """A grid whose node i, from 1, is a member with `node_configs[i - 1]`.
+    """A grid whose node i, from 1, is a client with `node_configs[i - 1]`.
 
-    An exception at a member becomes an error reply, as in a deployment.
+    An exception on a client becomes an error reply, as in a deployment.
 
     Attributes:
         connected: Nodes that receive messages; tests change it.
@@ -55,7 +55,7 @@ class LocalGrid(Grid):
                 replies.append(Message(Error(_CRASHED, f"{type(error).__name__}: {error}"), reply_to=message))
         return replies
 
-    # The rest of the interface, which our server does not call.
+    # The rest of the interface, which the server of dermis does not call.
     def set_run(self, run: Run) -> None: ...
 
     @property
@@ -73,6 +73,6 @@ class LocalGrid(Grid):
 
 
 def _copy(content: RecordDict) -> RecordDict:
-    """Copy the records for one member, since handlers change them. Arrays are shared, as nothing changes them."""
+    """Copy the records for one client, since handlers change them. Arrays are shared, as nothing changes them."""
     copied: dict[str, Any] = {name: cast(Any, type(record))(dict(record)) for name, record in content.items()}
     return RecordDict(copied)

@@ -1,4 +1,4 @@
-"""Simulated hospitals on one machine: one source of images divided by patient, each part a member."""
+"""Simulated hospitals on one machine: one source of images divided by patient, each part is a client."""
 
 from __future__ import annotations
 
@@ -96,9 +96,9 @@ def simulate(
     sites: Sequence[Site],
     out: Path,
     *,
-    tell: Callable[[str], None] = lambda text: None,
+    on_progress: Callable[[str], None] = lambda text: None,
     on_round: OnRound | None = None,
 ) -> GlobalState:
-    """Run `run_federation` with these members in this process. The same call continues a federation that was stopped."""
+    """Run `run_federation` with these clients in this process. The same call continues a federation that was stopped."""
     grid = LocalGrid(app, [site.to_node_config() for site in sites], federation.to_run_config())
-    return run_federation(grid, federation, out, tell=tell, on_round=on_round)
+    return run_federation(grid, federation, out, on_progress=on_progress, on_round=on_round)

@@ -1,7 +1,7 @@
 """The trainings that a federation can run: a generator (`gan`) or a classifier (`classifier`), behind one interface (`task`).
 
-A task knows which tensors are exchanged and how a member trains, measures and counts with them. What the server makes of
-the tensors at the end is in `training.federated.server`.
+A task knows which tensors are exchanged and how a client trains, measures and counts with them. `training.federated.server`
+writes the result (bundle or classifier) from the tensors after the last round.
 """
 
 from __future__ import annotations

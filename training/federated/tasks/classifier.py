@@ -1,7 +1,7 @@
-"""Federated training of a classifier: the first weights on the server, training, measuring and counting at a member.
+"""Federated training of a classifier: the first weights on the server, training, measuring and counting on a client.
 
 The tensors that are exchanged are the trained weights, by their names, and the running averages of batch norms that are not
-frozen. Frozen weights are the same at all members, since all start from the same published weights.
+frozen. Frozen weights are the same on all clients, since all start from the same published weights.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from training.federated.messages.serialization import Tensors
 from training.federated.site import Site, site_classifier_data, site_seed, use_device
 from training.federated.tasks import client_state
 from training.federated.tasks.proximal import proximal_pull
-from training.federated.tasks.task import FederatedTask, TrainingOrder, Update
+from training.federated.tasks.task import FederatedTask, TrainingRequest, Update
 
 EDGE, STEP = 25.0, 0.01  # logits are counted in bins of width STEP from -EDGE to EDGE
 BINS = round(2 * EDGE / STEP)
 
 
-def averaged(name: str) -> bool:
-    """Return whether members send back the tensor of this name: all do."""
+def is_averaged(name: str) -> bool:
+    """Return True: clients send back all tensors."""
     return True
 
 
-def optimised(name: str) -> bool:
+def is_optimised(name: str) -> bool:
     """Return whether this is a weight, which a server optimizer can move, and not a running average."""
     return not name.endswith(("running_mean", "running_var"))
 
@@ -76,39 +76,43 @@ def exchanged(network: TorchClassifier, config: ClassifierConfig) -> Tensors:
 def describe(federation: FederationConfig, site: Site) -> dict[str, int]:
     """Return the numbers of training images, of those in each class, and of validation images."""
     if federation.class_names != CLASS_NAMES:
-        raise TrainingError(f"classes: a classifier distinguishes {', '.join(CLASS_NAMES)}; give these")
+        raise TrainingError(f"classes: a classifier distinguishes {', '.join(CLASS_NAMES)}; set classes to these")
     real = _real(federation, site)
     per_class = {f"images-{name}": count for name, count in real.train.classes.items()}
     return {"images": len(real.train.labels), "validation": len(real.validation.labels), **per_class}
 
 
-def train(order: TrainingOrder, site: Site) -> Update:
-    """Train from the global weights for some steps of Adam, with this member's images and its own optimizer."""
-    federation, device = order.federation, use_device(site)
+def train(request: TrainingRequest, site: Site) -> Update:
+    """Train from the global weights for some steps of Adam, with this client's images and its own optimizer."""
+    federation, device = request.federation, use_device(site)
     config, real = classifier_config(federation), _real(federation, site)
     local = replace(config, seed=site_seed(site, config.seed, real.train.sha256))
     network, frozen = _network(federation)
     network.to(device)
     state, ranks = new_state(network, local), Ranks(device=device)
-    previous = client_state.latest_before(site, order.run, order.round)
+    previous = client_state.latest_before(site, request.run, request.round)
     if previous is not None:
         load_checkpoint(previous, {}, {"optimizer": state.optimizer}, {})
-    _set_tensors(network, order.tensors)
+    _set_tensors(network, request.tensors)
     training = TrainingSet((real.train.images,), real.train.labels)
-    features = _features(network, training, site, order.run, ranks) if config.cached_features else None
-    start, before = time.monotonic(), (order.round - 1) * federation.iterations
+    features = _features(network, training, site, request.run, ranks) if config.cached_features else None
+    start, before = time.monotonic(), (request.round - 1) * federation.iterations
     set_train_mode(network, frozen)
-    losses = _steps(state, training, features, local, before, federation.iterations, order.proximal_mu, ranks)
+    losses = _steps(state, training, features, local, before, federation.iterations, request.proximal_mu, ranks)
     save_checkpoint(
-        client_state.path_of(site, order.run, order.round), {}, {"optimizer": state.optimizer}, {}, {"kind": "member"}
+        client_state.path_of(site, request.run, request.round),
+        {},
+        {"optimizer": state.optimizer},
+        {},
+        {"kind": "member"},
     )
-    client_state.forget_old(site, order.run, order.round)
+    client_state.delete_old_states(site, request.run, request.round)
     stats = {"loss": losses / federation.iterations, "seconds": time.monotonic() - start}
     return Update(exchanged(network, config), len(real.train.labels), stats)
 
 
 def evaluate(federation: FederationConfig, site: Site, tensors: Tensors) -> dict[str, float]:
-    """Measure the area under the ROC curve and the log loss on this member's validation images."""
+    """Measure the area under the ROC curve and the log loss on this client's validation images."""
     device, part = use_device(site), _real(federation, site).validation
     network = global_network(federation, tensors)
     logits = logits_of(network, part.images, device)
@@ -212,8 +216,8 @@ def _features(network: TorchClassifier, training: TrainingSet, site: Site, run: 
 TASK = FederatedTask(
     begin=begin,
     shapes=shapes,
-    averaged=averaged,
-    optimised=optimised,
+    is_averaged=is_averaged,
+    is_optimised=is_optimised,
     describe=describe,
     train=train,
     evaluate=evaluate,

@@ -1,4 +1,4 @@
-"""The state that a member keeps between rounds and does not send: optimizers, and the weights of networks not exchanged.
+"""The state that a client keeps between rounds and does not send: optimizers, and the weights of networks not exchanged.
 
 There is one file for each round, `round-000012.safetensors`, so that a repeated round starts from the same state as the
 first time. The last two files are kept.
@@ -23,12 +23,12 @@ def path_of(site: Site, run: str, round_number: int) -> Path:
 
 
 def latest_before(site: Site, run: str, round_number: int) -> Path | None:
-    """Return the state after the last round before `round_number` that this member took part in; None if there is none."""
+    """Return the state after the last round before `round_number` that this client took part in; None if there is none."""
     earlier = [(number, path) for number, path in _states(site, run) if number < round_number]
     return max(earlier)[1] if earlier else None
 
 
-def forget_old(site: Site, run: str, round_number: int) -> None:
+def delete_old_states(site: Site, run: str, round_number: int) -> None:
     """Delete all states but the one after this round and the one before it, from which the round can be repeated."""
     kept = sorted(number for number, _ in _states(site, run) if number <= round_number)[-_KEPT:]
     for number, path in _states(site, run):

@@ -1,9 +1,9 @@
-"""Federated training of StyleGAN2-ADA: the first weights on the server, training and measuring at a member.
+"""Federated training of StyleGAN2-ADA: the first weights on the server, training and measuring on a client.
 
 The tensors that are exchanged have the names "G/...", "G_ema/...", "D/..." (unless only the generator is shared),
 "pl_mean", and "p" (the strength of augmentation); with a shared optimizer also "G_opt/..." and "D_opt/...". All of them
 are averaged, also running averages such as `w_avg` and G_ema, which are linear in what they average. The constant noise and
-the filters never change: the server sends them, so that all members generate the same images, and members do not send
+the filters never change: the server sends them, so that all clients generate the same images, and clients do not send
 them back.
 """
 
@@ -32,7 +32,7 @@ from training.federated.messages.serialization import RefusedError, Tensors
 from training.federated.site import Site, SiteImages, site_images, site_seed, use_device
 from training.federated.tasks import client_state
 from training.federated.tasks.proximal import proximal_pull
-from training.federated.tasks.task import FederatedTask, TrainingOrder, Update
+from training.federated.tasks.task import FederatedTask, TrainingRequest, Update
 from training.gan.batches import batches
 from training.gan.health import Health
 from training.gan.snapshot import draw_samples
@@ -40,21 +40,21 @@ from training.gan.state import GanState, load_state, new_state, save_state
 from training.gan.step import training_step
 from training.gan.transfer import read_source, transfer
 
-FEWEST = 10  # validation images; with fewer a distance has no meaning
+MIN_VALIDATION_IMAGES = 10  # with fewer a distance has no meaning
 _FIXED = ("noise_const", "resample_filter")
 _RUNNING = ("G_ema/", "G_opt/", "D_opt/", "pl_mean", "p")
 _BATCH = 32
 _SLOTS = ("exp_avg", "exp_avg_sq", "step")
 
 
-def averaged(name: str) -> bool:
-    """Return whether members send back the tensor of this name."""
+def is_averaged(name: str) -> bool:
+    """Return whether clients send back the tensor of this name."""
     return not name.endswith(_FIXED)
 
 
-def optimised(name: str) -> bool:
+def is_optimised(name: str) -> bool:
     """Return whether this is a weight of G or D, which a server optimizer can move; running averages are always averaged."""
-    return averaged(name) and not name.startswith(_RUNNING) and not name.endswith(("w_avg", "_u", "_v"))
+    return is_averaged(name) and not name.startswith(_RUNNING) and not name.endswith(("w_avg", "_u", "_v"))
 
 
 def begin(federation: FederationConfig) -> Tensors:
@@ -122,30 +122,32 @@ def describe(federation: FederationConfig, site: Site) -> dict[str, int]:
     return {"images": len(images.train.labels), "validation": validation, **per_class}
 
 
-def train(order: TrainingOrder, site: Site) -> Update:
-    """Train from the global tensors for some iterations, with this member's images and its own optimizers.
+def train(request: TrainingRequest, site: Site) -> Update:
+    """Train from the global tensors for some iterations, with this client's images and its own optimizers.
 
     Steps are numbered through all rounds, so that the random numbers of a round do not depend on which earlier rounds this
-    member took part in. A federation of one member computes the same as `training.gan.loop.train`, bit for bit on the CPU.
+    client took part in. A federation of one client computes the same as `training.gan.loop.train`, bit for bit on the CPU.
     """
-    federation, device = order.federation, use_device(site)
+    federation, device = request.federation, use_device(site)
     images = _images(federation, site)
     dataset, config = images.train, gan_config(federation, device)
     local = replace(config, seed=site_seed(site, config.seed, dataset.sha256))
     if len(dataset.labels) < config.batch:
-        raise TrainingError(f"batch: {config.batch} is more than this hospital's {len(dataset.labels)} training images")
+        raise TrainingError(
+            f"batch: {config.batch} is more than the {len(dataset.labels)} training images of this site"
+        )
     state = new_state(config, device)
-    previous = client_state.latest_before(site, order.run, order.round)
+    previous = client_state.latest_before(site, request.run, request.round)
     if previous is not None:
         load_state(previous, state, local, dataset)
-    set_tensors(state, federation, order.tensors)
-    checkpoint = client_state.path_of(site, order.run, order.round)
-    state.progress.step = (order.round - 1) * federation.iterations
+    set_tensors(state, federation, request.tensors)
+    checkpoint = client_state.path_of(site, request.run, request.round)
+    state.progress.step = (request.round - 1) * federation.iterations
     state.progress.nimg = state.progress.step * config.batch
     start, totals = time.monotonic(), dict[str, list[float]]()
     phases = state.phases(local, Ranks(device=device))
     health = Health(checkpoint)
-    adjust = proximal_pull((state.G, state.D), order.proximal_mu)
+    adjust = proximal_pull((state.G, state.D), request.proximal_mu)
     with closing(batches(dataset, local, state.progress.nimg, phases.ranks)) as real:
         for _ in range(federation.iterations):
             stats = training_step(state, phases, dataset, next(real), local, adjust)
@@ -154,23 +156,23 @@ def train(order: TrainingOrder, site: Site) -> Update:
                 totals.setdefault(name, []).append(value)
     state.progress.seconds += time.monotonic() - start
     save_state(checkpoint, state, local, dataset)
-    client_state.forget_old(site, order.run, order.round)
-    tensors = {name: value for name, value in exchanged(state, federation).items() if averaged(name)}
+    client_state.delete_old_states(site, request.run, request.round)
+    tensors = {name: value for name, value in exchanged(state, federation).items() if is_averaged(name)}
     means = {name: float(np.mean(values)) for name, values in totals.items() if not name.endswith("_gradient")}
     return Update(tensors, len(dataset.labels), means | {"seconds": time.monotonic() - start})
 
 
 def evaluate(federation: FederationConfig, site: Site, tensors: Tensors) -> dict[str, float]:
-    """Measure the distance of generated images to this member's validation images.
+    """Measure the distance of generated images to this client's validation images.
 
     The generated images have the same proportions of classes as the validation images.
 
     Returns:
-        Numbers as of `distances`; none if there are fewer than `FEWEST` validation images.
+        Numbers as of `distances`; none if there are fewer than `MIN_VALIDATION_IMAGES` validation images.
     """
     device = use_device(site)
     images = _images(federation, site)
-    if images.validation is None or len(images.validation.labels) < FEWEST:
+    if images.validation is None or len(images.validation.labels) < MIN_VALIDATION_IMAGES:
         return {}
     generator = Generator(gan_config(federation, device).generator).to(device).eval()
     with torch.no_grad():
@@ -248,8 +250,8 @@ def _fused(optimizer: torch.optim.Optimizer) -> bool:
 TASK = FederatedTask(
     begin=begin,
     shapes=shapes,
-    averaged=averaged,
-    optimised=optimised,
+    is_averaged=is_averaged,
+    is_optimised=is_optimised,
     describe=describe,
     train=train,
     evaluate=evaluate,

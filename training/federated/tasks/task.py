@@ -11,11 +11,11 @@ from training.federated.site import Site
 
 
 @dataclass(frozen=True)
-class TrainingOrder:
-    """The server's request to a member: train in a round, starting from the global tensors.
+class TrainingRequest:
+    """The server's request to a client: train in a round, starting from the global tensors.
 
     Attributes:
-        run: Identifies the federation, for the member's own state.
+        run: Identifies the federation, for the client's own state.
         round: From 1.
         tensors: The global tensors.
         proximal_mu: Strength of the proximal term (FedProx); 0 for none.
@@ -30,7 +30,7 @@ class TrainingOrder:
 
 @dataclass(frozen=True)
 class Update:
-    """The result of a member's training: all tensors that are averaged, the number of training images, and statistics."""
+    """The result of a client's training: all tensors that are averaged, the number of training images, and statistics."""
 
     tensors: Tensors
     images: int
@@ -44,19 +44,19 @@ class FederatedTask:
     Attributes:
         begin: Returns the first global tensors. Runs on the server.
         shapes: Returns tensors with the names and shapes of the global tensors; their values mean nothing.
-        averaged: Whether members send back the tensor of this name; the others keep their first values.
-        optimised: Whether a server optimizer can move the tensor of this name: weights, not running averages.
-        describe: Returns the numbers of images of a member.
-        train: Trains at a member.
-        evaluate: Measures the global model at a member.
-        count: Returns arrays of integers that the server adds up over the members; None if the task has none.
+        is_averaged: Whether clients send back the tensor of this name. All other tensors keep their initial values.
+        is_optimised: Whether a server optimizer can move the tensor of this name: weights, not running averages.
+        describe: Returns the numbers of images of a client.
+        train: Trains on a client.
+        evaluate: Measures the global model on a client.
+        count: Returns arrays of integers that the server adds up over the clients; None if the task has none.
     """
 
     begin: Callable[[FederationConfig], Tensors]
     shapes: Callable[[FederationConfig], Tensors]
-    averaged: Callable[[str], bool]
-    optimised: Callable[[str], bool]
+    is_averaged: Callable[[str], bool]
+    is_optimised: Callable[[str], bool]
     describe: Callable[[FederationConfig, Site], dict[str, int]]
-    train: Callable[[TrainingOrder, Site], Update]
+    train: Callable[[TrainingRequest, Site], Update]
     evaluate: Callable[[FederationConfig, Site, Tensors], dict[str, float]]
     count: Callable[[FederationConfig, Site, Tensors], Tensors] | None = None

@@ -18,17 +18,17 @@ from training.federated.server.record import read_rounds
 from training.federated.simulation.simulate import simulate
 from training.federated.site import Site, use_device
 
-_FEWEST_IMAGES = 40
+_MIN_IMAGES = 40
 
 
 @dataclass(frozen=True)
-class DryRound:
+class TrialRound:
     """Measurements of a trial round.
 
     Attributes:
         memory_bytes: Largest resident memory of this process so far.
-        bytes_down: Received by a member in a round.
-        bytes_up: Sent by a member in a round.
+        bytes_down: Received by a client in a round.
+        bytes_up: Sent by a client in a round.
     """
 
     seconds_per_step: float
@@ -37,8 +37,8 @@ class DryRound:
     bytes_up: int
 
 
-def dry_round(federation: FederationConfig, device: str, threads: int = 0) -> DryRound:
-    """Run one training step of a single member on generated images.
+def trial_round(federation: FederationConfig, device: str, threads: int = 0) -> TrialRound:
+    """Run one training step of a single client on generated images.
 
     Args:
         federation: Options.
@@ -67,14 +67,14 @@ def dry_round(federation: FederationConfig, device: str, threads: int = 0) -> Dr
     )
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        write_images(root / "data", max(_FEWEST_IMAGES, 3 * batch), federation.resolution, federation.class_names)
+        write_images(root / "data", max(_MIN_IMAGES, 3 * batch), federation.resolution, federation.class_names)
         site = Site(root / "data", root / "state", validation=0.0, seed_offset=0, device=device, threads=threads)
         start = time.monotonic()
         simulate(single, [site], root / "out")
         line = read_rounds(root / "out")[-1]
         seconds = next(iter(line["members"].values())).get("seconds", time.monotonic() - start)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        return DryRound(seconds, peak, line["bytes_down"], line["bytes_up"])
+        return TrialRound(seconds, peak, line["bytes_down"], line["bytes_up"])
 
 
 def write_images(folder: Path, count: int, size: int, class_names: tuple[str, ...]) -> None:
