@@ -198,7 +198,7 @@ def options_of(kind: str, precision: Precision) -> GanConfig:
 @pytest.fixture(autouse=True)
 def moments_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Or so short runs would never use them."""
-    monkeypatch.setattr("training.gan.moments.FEWEST", 0)
+    monkeypatch.setattr("training.gan.moments.MIN_GENERATED_IMAGES", 0)
     monkeypatch.setattr("training.gan.step.MOMENTS_INTERVAL", 1)
 
 
