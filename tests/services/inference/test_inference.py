@@ -19,7 +19,7 @@ import pytest
 from dermis.errors import DermisError
 from services.errors import InferenceFailedError, InferenceUnavailableError
 from services.inference.client import ClassifierClient, GeneratorClient, InferenceClients
-from services.inference.samples import Options, Samples, from_bytes, pack
+from services.inference.samples import Options, Samples, from_bytes, pack_rows
 
 BUNDLE: Any = SimpleNamespace(name="tiny", digest="d" * 64, classifier=None, authenticity=None)
 MODELS: Any = SimpleNamespace(bundles=[BUNDLE])
@@ -49,7 +49,7 @@ class FakeService:
 
 
 def rows_of(count: int) -> Samples:
-    return pack(Options(BUNDLE.digest), 0, range(count), [0] * count)
+    return pack_rows(Options(BUNDLE.digest), 0, range(count), [0] * count)
 
 
 def test_rows_are_divided_into_limited_calls_in_order() -> None:

@@ -106,7 +106,7 @@ def test_unknown_patient_ids_are_read_as_empty(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("isic_id,patient_id,lesion_id,target\na,NA,unknown,0\nb, IP_1 ,nan,1\n")
     a, b = read_source(tmp_path / "t.csv").records
     assert (a.patient_id, a.lesion_id, b.patient_id, b.lesion_id) == ("", "", "IP_1", "")
-    with pytest.raises(DataError, match="no such image"):
+    with pytest.raises(DataError, match="a: has no image file"):
         a.read_bytes()
 
 
