@@ -1,4 +1,4 @@
-"""What needs a GPU to be tested: run by `pytest -m cuda`, and first of all by `python -m benchmarks.gpu --tests`.
+"""Tests that need a GPU: run by `pytest -m cuda`, or by `python -m benchmarks.gpu --tests`.
 
 DERMIS_CUDA_TESTS_ON=cpu runs those that can on the CPU, so that a fault of a test is found before a GPU is at hand.
 """

@@ -42,7 +42,7 @@ from training.gan.transfer import read_source as read_weights
 from training.gan.transfer import transfer
 from training.interrupt import stop_requested
 
-LOG_LINES = 20_000  # that training.jsonl keeps
+LOG_LINES = 20_000  # maximum number of lines that training.jsonl keeps
 TINY: dict[str, Any] = {"channel_base": 256, "channel_max": 16, "z_dim": 16, "w_dim": 16, "batch": 4}
 
 

@@ -1,4 +1,4 @@
-"""Noise belongs to the sample: it is random by default, drawn from (seed, index) alone, and stays when a sample is edited."""
+"""Tests of noise: random by default, determined by (seed, index), and unchanged when a sample is edited."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The supervisor: its processes, its private folder, and what it refuses. Workers here are small programs."""
+"""Tests of the supervisor: its processes, its private folder, and what it refuses. Workers here are small programs."""
 
 from __future__ import annotations
 

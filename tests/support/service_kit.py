@@ -1,4 +1,4 @@
-"""The gateway and the dataset jobs in this process, around a generator that is a pure function of its rows."""
+"""The gateway and the dataset jobs in this process, with a generator that is a pure function of its rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints that several kinds of training share: what is refused when a run is resumed."""
+"""Tests of checkpoints of all kinds of training: what is refused when a run is resumed."""
 
 from __future__ import annotations
 

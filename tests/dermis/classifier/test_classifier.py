@@ -1,4 +1,4 @@
-"""A classifier's folder is whole or refused, in a bundle or alone, and its numbers depend on the image only."""
+"""Tests of classifier folders: incomplete ones are refused, in a bundle or alone, and scores depend only on the image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Networks of all repositories that write the official format: the same values as the papers' formulas, or refused by name."""
+"""Tests of networks from all repositories that write the official format: values equal the papers' formulas, or a refusal by name."""
 
 from __future__ import annotations
 

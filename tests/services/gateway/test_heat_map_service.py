@@ -1,4 +1,4 @@
-"""Heat maps over HTTP: in JSON or as a picture, few at a time, and clear answers where there are none."""
+"""Tests of heat maps over HTTP: as JSON or as an image, limits of concurrency, and clear errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""POST /v1/authenticity, GET /v1/directions, POST /v1/edits: verdicts as the library has them, edits as asked."""
+"""Tests of POST /v1/authenticity, GET /v1/directions and POST /v1/edits: results equal those of the library."""
 
 from __future__ import annotations
 

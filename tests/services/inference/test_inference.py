@@ -1,4 +1,4 @@
-"""Inference services and their clients: what they load, how they report problems, and how calls are divided."""
+"""Tests of inference services and their clients: loaded models, reported problems, and how calls are divided."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a classifier learns from: patients stay on one side, and synthetic images are the ones that were asked for."""
+"""Tests of a classifier's training data: no patient is in two parts, and synthetic images are the requested ones."""
 
 from __future__ import annotations
 

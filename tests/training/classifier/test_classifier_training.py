@@ -1,4 +1,4 @@
-"""A classifier's run: repeatable, resumable to the bit, it stops in time, and what it exports is what it measured."""
+"""Tests of a classifier's run: reproducible, resumes bit for bit, stops in time, and exports the network that was measured."""
 
 from __future__ import annotations
 

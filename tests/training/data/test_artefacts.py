@@ -1,4 +1,4 @@
-"""Artefacts: each is found where it was drawn, at any size and position, and plain lesions have none."""
+"""Tests of artefact detection: drawn artefacts are detected at any size and position, and plain lesions have none."""
 
 from __future__ import annotations
 

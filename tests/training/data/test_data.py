@@ -1,4 +1,4 @@
-"""Data: every layout reads as the same source; a prepared zip is what the official loader reads, whole or not at all."""
+"""Tests of data: all layouts give the same source; the official loader reads a prepared zip, which is complete or absent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sources as people have them: other tables, layouts and files than ours are read rightly, or refused by name."""
+"""Tests of sources in other forms: foreign tables, layouts and files are read correctly, or refused by name."""
 
 from __future__ import annotations
 

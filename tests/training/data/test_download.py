@@ -1,4 +1,4 @@
-"""Download: what the Archive's own tool is asked, and that nothing it leaves out goes unnoticed. No network is used."""
+"""Tests of downloads: the calls of the Archive's tool, and that missing images are reported. No network is used."""
 
 from __future__ import annotations
 

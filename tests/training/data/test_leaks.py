@@ -1,4 +1,4 @@
-"""Leaks and inspection: planted copies are found and taken out of the larger part; planted frames make the headline."""
+"""Tests of leaks and inspection: planted copies are removed from the larger part; planted frames are reported."""
 
 from __future__ import annotations
 

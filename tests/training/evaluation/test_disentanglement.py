@@ -1,4 +1,4 @@
-"""Disentanglement: on a generator whose attributes are known functions of w, every number is known too."""
+"""Tests of disentanglement on a generator whose attributes are known functions of w, so all results are known."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`dermis evaluate` on a tiny bundle and tiny folders, and the rooms beneath it."""
+"""Tests of `dermis evaluate` on a tiny bundle and tiny folders, and of the modules that it uses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The expert survey: what is handed out tells nothing, and the scores are those of the literature's examples."""
+"""Tests of the expert survey: its pages do not reveal which images are real, and scores equal published examples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`dermis experiment table1`: the paper's experiments end to end on procedural lesions, resumed, refused, and the choice."""
+"""Tests of `dermis experiment table1` on procedural lesions: end to end, resumed, refused, and the choice."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Table 2: every scenario trains, the table says what the runs said, and a folder holds one experiment."""
+"""Tests of table 2: every scenario trains, the table has the results of the runs, and a folder contains one experiment."""
 
 from __future__ import annotations
 

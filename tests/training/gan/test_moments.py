@@ -1,4 +1,4 @@
-"""Matching of feature moments: the transport map, and what a generator learns from the loss."""
+"""Tests of matching of feature moments: the transport map, and what a generator learns from the loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The projected discriminator: fixed features, trained scales, and a training run with it."""
+"""Tests of the projected discriminator: fixed features, trained scales, and a training run with it."""
 
 from __future__ import annotations
 

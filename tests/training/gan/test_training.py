@@ -1,4 +1,4 @@
-"""Training: the loop resumes bit for bit, learns, and stops before it saves nonsense."""
+"""Tests of training: the loop resumes bit for bit, learns, and stops before it saves values that are not finite."""
 
 from __future__ import annotations
 

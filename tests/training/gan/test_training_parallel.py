@@ -1,4 +1,4 @@
-"""Several processes compute what one does: the same losses, the same weights."""
+"""Tests that several processes compute the same losses and weights as one."""
 
 from __future__ import annotations
 

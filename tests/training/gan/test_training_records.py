@@ -1,4 +1,4 @@
-"""What a run leaves beside its checkpoint: the log, curves, measurements and the best snapshot."""
+"""Tests of the records of a run: the log, curves, measurements and the best snapshot."""
 
 from __future__ import annotations
 

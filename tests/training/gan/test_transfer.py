@@ -1,4 +1,4 @@
-"""A run begins with what fits of another's weights, and says what did not."""
+"""Tests of starting a run with the weights of another: the tensors that fit are copied, the others are reported."""
 
 from __future__ import annotations
 
