@@ -1,4 +1,4 @@
-"""Tests of the SDK and dermis-client against the gateway: verdicts, directions, edits, projections, gated and edited datasets."""
+"""Tests of the SDK and dermis-client with the gateway: verdicts, directions, edits, projections, gated and edited datasets."""
 
 from __future__ import annotations
 

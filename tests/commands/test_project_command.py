@@ -1,4 +1,4 @@
-"""Tests of `dermis project` and `dermis authenticity`: they continue after a stop, skip bad files, and report correct numbers."""
+"""Tests of `dermis project` and `dermis authenticity`: they continue after a stop, skip bad files, report correct numbers."""
 
 from __future__ import annotations
 

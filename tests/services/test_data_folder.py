@@ -1,4 +1,4 @@
-"""Tests of the data folder: only this account reads it, killed processes leave nothing, and no log contains a projection's id."""
+"""Tests of the data folder: only this account reads it, killed processes leave nothing, no log contains a projection's id."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of networks from all repositories that write the official format: values equal the papers' formulas, or a refusal by name."""
+"""Tests of networks from all repositories with the official format: values equal the papers' formulas, or a refusal."""
 
 from __future__ import annotations
 
