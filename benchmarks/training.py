@@ -158,7 +158,7 @@ def product_rate(device: torch.device) -> float:
 
 
 def gradient_errors(exact: Variant, ours: Variant, batch: Batch) -> dict[str, float]:
-    """|g - g'| / |g| for the gradients of the main phases, g in plain float32, g' in the variant, over the weights of a network.
+    """|g - g'| / |g| for the gradients of main phases, g in plain float32, g' in the variant, over the weights of a network.
 
     There is no augmentation, because its random numbers depend on the layout.
     """

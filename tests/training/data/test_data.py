@@ -228,7 +228,7 @@ def test_class_column_can_be_chosen(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no column dx"):
         read_table(file, "dx")
     file.write_text("isic_id,benign_malignant\na,malignant\n")
-    with pytest.raises(DataError, match="no column with a diagnosis"):
+    with pytest.raises(DataError, match="no known column with a diagnosis"):
         read_table(file, binary=True)
 
 
