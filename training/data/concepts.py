@@ -59,7 +59,7 @@ def mine_concepts(
         negatives: dict[tuple[str, str], list[Record]] = defaultdict(list)
         for record, scores in zip(records, artefacts, strict=True):
             group = record.row.get("source", ""), record.class_name
-            (positives if name in scores.found else negatives)[group].append(record)
+            (positives if name in scores.present else negatives)[group].append(record)
         shown = [
             (group, i) for group in sorted(positives) for i in range(min(len(positives[group]), len(negatives[group])))
         ]
