@@ -52,7 +52,7 @@ def measure_bundle(path: Path, threads: int) -> dict[str, Any]:
     classes = max(bundle.generator.c_dim, 1)
     with Synthesizer(bundle, threads=threads) as synthesizer, Checker(bundle, threads=threads) as checker:
         labels = [i % classes for i in range(GENERATED)]
-        images = synthesizer.images([1] * GENERATED, range(GENERATED), labels)  # warms up
+        images = synthesizer.images([1] * GENERATED, range(GENERATED), labels)  # warm-up, which is not measured
         start = time.perf_counter()
         images = synthesizer.images([2] * GENERATED, range(GENERATED), labels)
         generate = (time.perf_counter() - start) * DATASET / GENERATED

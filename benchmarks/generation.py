@@ -35,18 +35,18 @@ DEMO = Path("bundles/demo")
 EAGER_BATCHES = (1, 2, 4, 8)
 PRODUCT_SIZE = {"cpu": 2048, "cuda": 8192}
 REQUIRED_RATIO, ALLOWED_DIFFERENCE = 8.0, 2.0
-REQUIRED_FRACTION = {"bfloat16": 0.4, "float16": 0.4, "float32": 0.6}  # of the limit in this arithmetic
+REQUIRED_FRACTION = {"bfloat16": 0.4, "float16": 0.4, "float32": 0.6}  # required share of the limit of each arithmetic
 
 
 @dataclass(frozen=True)
 class Target:
-    """A generator, and how it is run."""
+    """A generator and its options."""
 
     bundle: Bundle
     generator: Generator  # float32, on the CPU
     device: str
     backend: str
-    dtype: str  # of the convolutions: auto, bfloat16 or float32
+    dtype: str  # arithmetic of the convolutions: auto, bfloat16 or float32
 
     def synthesizer(self) -> Synthesizer:
         return Synthesizer(
@@ -120,7 +120,7 @@ def measure_rates(target: Target, synthesizer: Synthesizer, device: torch.device
             return img.cpu()
 
     product = 2 * size**3 / 1e9
-    jobs: dict[str, tuple[float, int, Callable[[], object]]] = {  # work, repetitions a round, what runs
+    jobs: dict[str, tuple[float, int, Callable[[], object]]] = {  # amount of work, repetitions in a round, function
         "limit": (product, 5, lambda: left @ right),
         "limit_transposed": (product, 5, lambda: left @ transposed),
         "serving": (count, 1, lambda: synthesizer.images([0] * count, range(count), [0] * count)),

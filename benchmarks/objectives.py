@@ -28,7 +28,7 @@ from dermis.metrics.neighbourhoods import compare_neighbourhoods
 from dermis.networks import Generator
 from training.data.isic import ImageDataset, load_isic
 from training.evaluation.features import BATCH, labels_in_proportion, real_features
-from training.experiments.plan import write_beside
+from training.experiments.plan import write_text_file
 from training.gan.batches import batches
 from training.gan.config import automatic_precision, base_config
 from training.gan.snapshot import draw_samples
@@ -176,7 +176,7 @@ def main() -> None:
                 "seconds": state.progress.seconds,
                 **measure(state.G_ema, parts, args.spaces, args.count, args.cache),
             }
-            write_beside(file, json.dumps(result, indent=2) + "\n")
+            write_text_file(file, json.dumps(result, indent=2) + "\n")
             print(
                 f"{name}, seed {seed}: {state.progress.kimg:.1f} kimg, "
                 + ", ".join(f"FD@{space} {result[space]['fd']:.1f}" for space in args.spaces),

@@ -41,7 +41,7 @@ from training.gan.step import training_step
 
 RESOLUTIONS = (64, 128, 256)
 CPU_BATCH = {64: 8, 128: 8, 256: 4}
-STRENGTH = 0.2  # of the augmentation
+STRENGTH = 0.2  # strength p of the augmentation
 REQUIRED_RATIO, REQUIRED_SECONDS_PER_KIMG = 2.5, {256: 5.0}
 # Reported speed of the official code: images/s of G main and D main alone on another 2-core CPU; sec/kimg on one V100.
 OFFICIAL_CPU = {64: 0.68, 128: 0.44, 256: 0.29}
@@ -158,7 +158,7 @@ def product_rate(device: torch.device) -> float:
 
 
 def gradient_errors(exact: Variant, ours: Variant, batch: Batch) -> dict[str, float]:
-    """|g - g'| / |g| for the gradients of the main phases: g in plain float32, g' in ours, over all weights of a network.
+    """|g - g'| / |g| for the gradients of main phases, g in plain float32, g' in the variant, over the weights of a network.
 
     There is no augmentation, because its random numbers depend on the layout.
     """
@@ -220,7 +220,7 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true", help="ours without torch.compile")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    keep_freed_memory()  # as `dermis train gan` does
+    keep_freed_memory()  # `dermis train gan` calls it too
     device = resolve_device(options.device)
     precision = "bf16" if fast_dtype(device) == torch.bfloat16 else "fp32"
     results = []

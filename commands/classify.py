@@ -92,7 +92,7 @@ def image_files(paths: Sequence[Path]) -> list[Path]:
             files.append(path)
             continue
         listing = list_files(path)
-        for name, reason in listing.lost.items():
+        for name, reason in listing.unreadable.items():
             typer.echo(f"{path / name}: left out: {reason}", err=True)
         if not listing.images:
             raise DataError(f"{path}: has no images (PNG, JPEG, WebP, TIFF, ...)")

@@ -127,7 +127,7 @@ def find_duplicates(
     --remove keeps the duplicate that is in the smallest part.
     """
     from training.data.duplicates import CORRELATION
-    from training.data.leaks import find_leaks, surplus, write_cleaned, write_leaks
+    from training.data.leaks import find_leaks, ids_to_remove, write_cleaned, write_leaks
     from training.data.splits import check_empty, read_split
 
     target = out if split is None else out / "split"
@@ -153,7 +153,7 @@ def find_duplicates(
     _show_leaks(leaks, embedding != "none")
     typer.echo(f"written to {out / 'leaks.csv'}", err=True)
     if remove:
-        removed = surplus(leaks, within_parts=within_parts or parts is None)
+        removed = ids_to_remove(leaks, within_parts=within_parts or parts is None)
         write_cleaned(images, parts, removed, target)
         typer.echo(f"{len(removed):,} of {len(leaks.records):,} images removed; the others are in {target}")
     if leaks.broken:

@@ -76,7 +76,7 @@ def build(
     from dermis.errors import RequestError
     from training.data.embedding import embed_array, progress_bar
     from training.data.isic import load_isic
-    from training.evaluation.copies import MEASURED, find_copies
+    from training.evaluation.copies import MAX_RECOMPRESSED, find_copies
     from training.evaluation.holdout import check_holdout, groups_of
     from training.gan.card import trained_on
 
@@ -100,7 +100,7 @@ def build(
     if training_set is not None and training_set != dataset.sha256:
         typer.echo("warning: --data is not the set that the bundle names as its training set", err=True)
     image_groups = groups_of(dataset, held)
-    total = len(dataset.images) + (0 if held is None else len(held.images)) + min(len(dataset.images), MEASURED)
+    total = len(dataset.images) + (0 if held is None else len(held.images)) + min(len(dataset.images), MAX_RECOMPRESSED)
     with progress_bar(total, "embedding") as bar:
 
         def embed(images: Images) -> NDArray[np.float32]:

@@ -54,7 +54,7 @@ def check_maps(sources: Sequence[Source], maps: Sequence[str] | None) -> None:
     values = {
         part.casefold()
         for source in sources
-        for origin in source.reading.origins
+        for origin in source.report.origins
         for part in (origin.value, *origin.value.split(" / "))
     }
     for value in parse_mapping(maps or []):
@@ -93,21 +93,21 @@ def read_and_report(
 
 def describe_source(source: Source) -> list[str]:
     """Describe how a source was read, in lines: its layout, the origin of its classes, and files left out."""
-    reading = source.reading
-    lines = [f"recognised: {reading.recognised}" + (f" (table {source.table.name})" if source.table else "")]
-    lines += list(reading.notes)
+    report = source.report
+    lines = [f"recognised: {report.recognised}" + (f" (table {source.table.name})" if source.table else "")]
+    lines += list(report.notes)
     renamed = [
         f"{quote(origin.value)} -> {origin.class_name}"
-        for origin in reading.origins
+        for origin in report.origins
         if origin.class_name and origin.value != origin.class_name
     ]
     if renamed:
         lines.append(f"classes of {source.class_column}: {_some(renamed, _MOST_ORIGINS)}")
-    if reading.not_listed:
-        lines.append(f"{len(reading.not_listed):,} images that the table does not name: {_some(reading.not_listed)}")
-    if reading.lost:
+    if report.not_listed:
+        lines.append(f"{len(report.not_listed):,} images that the table does not name: {_some(report.not_listed)}")
+    if report.unreadable:
         lines.append(
-            f"{len(reading.lost):,} files cannot be read: {_some([f'{n} ({w})' for n, w in reading.lost.items()])}"
+            f"{len(report.unreadable):,} files cannot be read: {_some([f'{n} ({w})' for n, w in report.unreadable.items()])}"
         )
     return lines
 
@@ -119,16 +119,16 @@ def show_preparation(sources: Sequence[Source], prepared: Prepared) -> None:
     console = table_console()
     table = Table("files", "", "", title=str(prepared.path))
     for source in sources:
-        typer.echo("\n".join([f"{source.path}: recognised: {source.reading.recognised}", *source.reading.notes]))
-    table.add_row("files seen", f"{sum(source.reading.files for source in sources):,}", "")
+        typer.echo("\n".join([f"{source.path}: recognised: {source.report.recognised}", *source.report.notes]))
+    table.add_row("files seen", f"{sum(source.report.files for source in sources):,}", "")
     table.add_row("images read", f"{prepared.images:,}", "")
     reasons = Counter(each.reason for each in prepared.skipped)
     for reason, count in reasons.most_common():
         first = next(each.id for each in prepared.skipped if each.reason == reason)
         table.add_row(f"skipped: {reason}", f"{count:,}", f"first: {escape(first)}")
     for name, values in (
-        ("not named by the table", [name for source in sources for name in source.reading.not_listed]),
-        ("no images", [name for source in sources for name in source.reading.passed_over]),
+        ("not named by the table", [name for source in sources for name in source.report.not_listed]),
+        ("no images", [name for source in sources for name in source.report.other_files]),
     ):
         if values:
             table.add_row(name, f"{len(values):,}", _some(values))
@@ -138,7 +138,7 @@ def show_preparation(sources: Sequence[Source], prepared: Prepared) -> None:
         origins = [
             f"{origin.column}={quote(origin.value)} ({origin.count:,})"
             for source in sources
-            for origin in source.reading.origins
+            for origin in source.report.origins
             if origin.class_name == name
         ]
         classes.add_row(name, f"{count:,}", _some(origins, _MOST_ORIGINS))

@@ -1,4 +1,4 @@
-"""Notice that the caller of a request has closed the connection, so that long work can be cancelled."""
+"""Detect that the caller of a request has closed the connection, so that long work can be cancelled."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from contextvars import ContextVar
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-_gone: ContextVar[threading.Event | None] = ContextVar("dermis_caller_gone", default=None)
+_disconnected: ContextVar[threading.Event | None] = ContextVar("dermis_caller_disconnected", default=None)
 
 
-class CallerGoneError(Exception):
+class CallerDisconnectedError(Exception):
     """The caller has closed the connection."""
 
 
 def check_caller() -> None:
-    """Raise CallerGoneError if the caller of the request that this thread or task works on has closed the connection.
+    """Raise CallerDisconnectedError if the caller of the request that this thread or task works on has closed the connection.
 
-    It never raises outside of requests that `CallerMiddleware` has seen.
+    It never raises outside of requests that `CallerMiddleware` handles.
     """
-    gone = _gone.get()
-    if gone is not None and gone.is_set():
-        raise CallerGoneError
+    disconnected = _disconnected.get()
+    if disconnected is not None and disconnected.is_set():
+        raise CallerDisconnectedError
 
 
 class CallerMiddleware:
-    """ASGI middleware that notices when the caller of a request closes the connection, for `check_caller` in its work."""
+    """ASGI middleware that detects when the caller of a request closes the connection, for `check_caller` in its work."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -36,8 +36,8 @@ class CallerMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        gone = threading.Event()
-        token = _gone.set(gone)
+        disconnected = threading.Event()
+        token = _disconnected.set(disconnected)
         watch: asyncio.Task[None] | None = None
         messages: asyncio.Queue[Message] = asyncio.Queue()
 
@@ -45,16 +45,16 @@ class CallerMiddleware:
             message = await receive()
             while message["type"] != "http.disconnect":
                 message = await receive()
-            gone.set()
+            disconnected.set()
             messages.put_nowait(message)
 
         async def receive_and_watch() -> Message:
             nonlocal watch
             if watch is not None:
-                return await messages.get()  # only the disconnect is left
+                return await messages.get()  # the only further message is the disconnect
             message = await receive()
             if message["type"] == "http.disconnect":
-                gone.set()
+                disconnected.set()
             elif not message.get("more_body", False):
                 watch = asyncio.create_task(wait_for_end())
             return message
@@ -62,7 +62,7 @@ class CallerMiddleware:
         try:
             await self._app(scope, receive_and_watch, send)
         finally:
-            _gone.reset(token)
+            _disconnected.reset(token)
             if watch is not None:
                 watch.cancel()
                 with contextlib.suppress(asyncio.CancelledError):

@@ -30,7 +30,8 @@ _TICK_SECONDS = 1.0
 # Limits of the data that is read after the response, and of the time for it.
 _DRAIN_BYTES = 256 << 20
 _DRAIN_SECONDS = 30.0
-_LAST_REQUEST_SECONDS = 0.5  # for a request that is sent while the service closes its port
+# The time in which a request can still arrive that was sent while the service closed its port.
+_LAST_REQUEST_SECONDS = 0.5
 # Connections above the limit that are accepted, to answer 503, or requests for the health of the service.
 _RESERVE = 64
 _FILES_KEPT = 256  # open files other than connections and the files that they read
@@ -83,14 +84,16 @@ class BoundedProtocol(HttpToolsProtocol):
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self._settings = settings_of_process()
-        self._wire: asyncio.Transport
+        self._raw_transport: asyncio.Transport
         # Connections without a request, the one that has been idle for the longest time first.
         if not hasattr(server_state, "idle"):
             server_state.idle = {}  # type: ignore[attr-defined]
         self._idle: dict[BoundedProtocol, None] = server_state.idle  # type: ignore[attr-defined]
         self._phase: Literal["head", "body", "response"] = "head"
         self._timer: asyncio.TimerHandle | None = None
-        self._unparsed = 0  # bytes since the last that were part of a body or completed something
+        self._unparsed = (
+            0  # bytes received since the last ones that were part of a body or completed a part of the request
+        )
         self._head_bytes = 0
         self._body_bytes = 0
         self._body_waited = 0.0
@@ -103,11 +106,11 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Handle a new connection: its first request must arrive in time, and it may replace an idle connection."""
-        self._wire = transport
+        self._raw_transport = transport
         super().connection_made(_Transport(transport, self))  # type: ignore[arg-type]
         limit = connection_limit(self._settings)
         if len(self.connections) > limit and self._idle:
-            next(iter(self._idle)).give_way()
+            next(iter(self._idle)).close_idle()
         if len(self.connections) > limit + _RESERVE:
             self.connections.discard(self)
             transport.abort()
@@ -131,16 +134,16 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         self._last = True
         self._unset_keepalive_if_required()
-        self._start_timer(_LAST_REQUEST_SECONDS, self._wire.close)
+        self._start_timer(_LAST_REQUEST_SECONDS, self._raw_transport.close)
 
-    def give_way(self) -> None:
+    def close_idle(self) -> None:
         """Close this idle connection, so that a new one can be accepted."""
         self._idle.pop(self, None)
         self.connections.discard(self)
-        if self.draining or self._wire.get_write_buffer_size():
-            self._wire.abort()
+        if self.draining or self._raw_transport.get_write_buffer_size():
+            self._raw_transport.abort()
         else:
-            self._wire.close()
+            self._raw_transport.close()
 
     def close_when_read(self) -> None:
         """Close the connection after the data that the client still sends has been read, within limits."""
@@ -148,15 +151,15 @@ class BoundedProtocol(HttpToolsProtocol):
         if unread and not self.is_closing:
             self._drain()
         else:
-            self._wire.close()
+            self._raw_transport.close()
 
     def _drain(self) -> None:
         self.draining = True
         self._set_idle()
-        if self._wire.can_write_eof():  # not with TLS
-            self._wire.write_eof()  # the client may wait for the end of the response
+        if self._raw_transport.can_write_eof():  # not with TLS
+            self._raw_transport.write_eof()  # the client may wait for the end of the response
         self.flow.resume_reading()
-        self._start_timer(_DRAIN_SECONDS, self._wire.abort)
+        self._start_timer(_DRAIN_SECONDS, self._raw_transport.abort)
 
     def _set_idle(self) -> None:
         self._idle.pop(self, None)
@@ -243,8 +246,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
     @property
     def is_closing(self) -> bool:
-        """Whether nothing can be sent any more."""
-        return self.draining or self._wire.is_closing()
+        """Return whether the connection cannot send any more."""
+        return self.draining or self._raw_transport.is_closing()
 
     def _should_upgrade(self) -> bool:
         return False  # there are no web sockets
@@ -258,7 +261,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def _count_drained(self, count: int) -> None:
         self._drained += count
         if self._drained > _DRAIN_BYTES:
-            self._wire.abort()
+            self._raw_transport.abort()
 
     # Time
 
@@ -274,18 +277,18 @@ class BoundedProtocol(HttpToolsProtocol):
     def _head_is_late(self) -> None:
         self._timer = None
         if self.cycle is None or self.cycle.response_complete:
-            self._wire.close()  # without a response: browsers open connections in advance
+            self._raw_transport.close()  # without a response: browsers open connections in advance
         else:  # the response to an earlier request is not complete
             self.cycle.keep_alive = False
 
     def _check_body(self) -> None:
         self._timer = None
-        if self._phase != "body" or self._wire.is_closing():
+        if self._phase != "body" or self._raw_transport.is_closing():
             return
         if self.cycle.response_complete:
             self._body_waited += _TICK_SECONDS
             if self._body_waited > _DRAIN_SECONDS:
-                self._wire.abort()
+                self._raw_transport.abort()
                 return
         elif not self.flow.read_paused and not self.cycle.waiting_for_100_continue:
             self._body_waited += _TICK_SECONDS
@@ -313,7 +316,7 @@ class BoundedProtocol(HttpToolsProtocol):
             cycle.disconnected = True
             cycle.message_event.set()
             if cycle.response_started or self._phase != "body":  # a response has begun, and another one cannot be sent
-                self._wire.abort()
+                self._raw_transport.abort()
                 return
         document = problem(kind, detail, self.scope["path"] if self._phase == "body" else "/")
         body = json.dumps(document.model_dump(exclude_none=True)).encode("ascii")
@@ -321,7 +324,7 @@ class BoundedProtocol(HttpToolsProtocol):
         lines.append(b"content-type: " + PROBLEM_MEDIA_TYPE.encode("ascii"))
         lines.append(b"content-length: " + str(len(body)).encode("ascii"))
         lines.append(b"connection: close")
-        self._wire.write(STATUS_LINE[document.status] + b"\r\n".join(lines) + b"\r\n\r\n" + body)
+        self._raw_transport.write(STATUS_LINE[document.status] + b"\r\n".join(lines) + b"\r\n\r\n" + body)
         logger.debug("refused", extra={"kind": kind, "client": self.client})
         self._drain()
 

@@ -49,11 +49,11 @@ def locate(locations: Sequence[str]) -> list[str]:
     return bundles
 
 
-def refuse_no_bundle(locations: Sequence[str]) -> None:
-    """Refuse to start a service without a bundle. What is at a URL is not looked at.
+def check_any_bundle(locations: Sequence[str]) -> None:
+    """Check that a service has at least one bundle. URLs are not read; they count as bundles.
 
     Raises:
-        SettingsError: No location holds a bundle.
+        SettingsError: No location contains a bundle.
     """
     located = locate(locations)
     if not any("://" in location or (Path(location) / DESCRIPTOR).exists() for location in located):

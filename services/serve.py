@@ -68,7 +68,7 @@ def serve(options: Mapping[str, str | None]) -> int:
     except DermisError as error:
         print(f"dermis: {error}", file=sys.stderr)
         return 2
-    threading.Thread(target=_announce, args=(settings,), daemon=True).start()
+    threading.Thread(target=_print_address_when_ready, args=(settings,), daemon=True).start()
     try:
         supervisor.serve(settings)
     except DermisError as error:
@@ -80,9 +80,9 @@ def serve(options: Mapping[str, str | None]) -> int:
 def _prepare(settings: Settings) -> None:
     """Check that the service can start, so that a failure is one line on stderr."""
     from services.jobs.table import JobTable
-    from services.models import refuse_no_bundle
+    from services.models import check_any_bundle
 
-    refuse_no_bundle(settings.bundles)
+    check_any_bundle(settings.bundles)
     prepare_data_folder(settings)
     try:
         table = JobTable(settings.jobs_url)
@@ -117,7 +117,7 @@ def _wait_for_port(host: str, port: int) -> None:
         time.sleep(0.1)
 
 
-def _announce(settings: Settings) -> None:
+def _print_address_when_ready(settings: Settings) -> None:
     """Print when the service is ready, and why it is not ready."""
     url = _url(settings)
     print(f"dermis {__version__}: starting on {url} (data in {settings.data_dir.absolute()})", flush=True)

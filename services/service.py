@@ -37,7 +37,7 @@ from services.worker import cancel_timers_of_requests
 logger = logging.getLogger("dermis.service")
 
 _settings = settings_of_process()
-_FOREVER_SECONDS = 1e9  # routes have limits of their own
+_UNLIMITED_SECONDS = 1e9  # routes have their own limits
 
 
 @asynccontextmanager
@@ -57,14 +57,14 @@ async def _running() -> AsyncIterator[Context]:
     service = bentoml.get_current_service()
     inference = InferenceClients.connect(lambda name: getattr(service, name).to_async, models)
     composition = compose(_settings, models, inference)
-    with _announcing(composition.context.stopping, stop_pause(_settings)):
+    with _delayed_shutdown(composition.context.stopping, stop_pause(_settings)):
         async with composition.running() as context:
             yield context
 
 
 @contextmanager
-def _announcing(stopping: threading.Event, pause_seconds: float) -> Iterator[None]:
-    """Delay signals to end: set `stopping` at once, and pass the signal to the server after a pause.
+def _delayed_shutdown(stopping: threading.Event, pause_seconds: float) -> Iterator[None]:
+    """Delay the shutdown after a signal: set `stopping` at once, and pass the signal to the server after a pause.
 
     During the pause /readyz fails while requests are still answered, so that a load balancer sends no more. Open streams
     end when `stopping` is set. A second signal ends the pause.
@@ -84,7 +84,7 @@ def _announcing(stopping: threading.Event, pause_seconds: float) -> Iterator[Non
         if callable(handler):
             handler(number, frame)
 
-    def announce(number: int, frame: FrameType | None) -> None:
+    def on_signal(number: int, frame: FrameType | None) -> None:
         if stopping.is_set():
             stop_server(number, frame)
             return
@@ -92,7 +92,7 @@ def _announcing(stopping: threading.Event, pause_seconds: float) -> Iterator[Non
         loop.call_soon_threadsafe(loop.call_later, pause_seconds, stop_server, number, None)
 
     for number in before:
-        signal.signal(number, announce)
+        signal.signal(number, on_signal)
     try:
         yield
     finally:
@@ -127,7 +127,7 @@ class GatewayOnly:
 @bentoml.service(
     name="gateway",
     workers=1,  # it also runs the jobs; to scale, run more deployments on one database
-    traffic={"timeout": _FOREVER_SECONDS},
+    traffic={"timeout": _UNLIMITED_SECONDS},
     http={"host": _settings.host, "port": _settings.port},
     metrics={"enabled": False},
     logging={"access": {"enabled": False}},

@@ -21,7 +21,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def default_bundles() -> tuple[str, ...]:
-    """What is served unless a setting says otherwise: all bundles that have a name here."""
+    """Return the default of DERMIS_BUNDLES: all bundles that can be opened by name."""
     return tuple(map(str, installed_bundles().values())) or (str(Path("bundles").absolute()),)
 
 

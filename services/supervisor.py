@@ -27,8 +27,8 @@ from types import FrameType
 
 from dermis.errors import DermisError
 from services import inference, logs
-from services.scratch import Scratch, scratch_folder
 from services.settings import REPOSITORY, Settings, SettingsError
+from services.temporary_folders import TemporaryFolders, temporary_folders
 
 logger = logging.getLogger("dermis.supervisor")
 
@@ -98,9 +98,9 @@ def serve(settings: Settings, *, gateway_options: Sequence[str] = ()) -> None:
     raise_open_files()
     with (
         _listen_on_port(_numeric(settings.host), settings.port) as listener,
-        scratch_folder(settings.data_dir) as scratch,
+        temporary_folders(settings.data_dir) as folders,
     ):
-        supervisor = _Supervisor(settings, listener, scratch, gateway_options)
+        supervisor = _Supervisor(settings, listener, folders, gateway_options)
         try:
             supervisor.run()
         finally:
@@ -153,7 +153,7 @@ def _listen_on_port(host: str, port: int) -> Iterator[socket.socket]:
 
 class _Supervisor:
     def __init__(
-        self, settings: Settings, listener: socket.socket, scratch: Scratch, gateway_options: Sequence[str]
+        self, settings: Settings, listener: socket.socket, folders: TemporaryFolders, gateway_options: Sequence[str]
     ) -> None:
         self._gateway_options = gateway_options
         self._times = _Times(settings.shutdown_seconds, stop_pause(settings))
@@ -162,10 +162,10 @@ class _Supervisor:
         self._listeners = {GATEWAY: listener}
         addresses = {GATEWAY: f"http://localhost:{settings.port}"}
         for number, name in enumerate(name for name in counts if name != GATEWAY):
-            path = scratch.sockets / f"{number}.sock"
+            path = folders.sockets / f"{number}.sock"
             self._listeners[name] = _listen_on_path(path)
             addresses[name] = path.as_uri()
-        self._environment = _environment(settings, scratch, addresses)
+        self._environment = _environment(settings, folders, addresses)
         self._signals: list[int] = []
         self._selector = selectors.DefaultSelector()
         self._woken, self._waker = socket.socketpair()
@@ -294,9 +294,9 @@ def _listen_on_path(path: Path) -> socket.socket:
     return listener
 
 
-def _environment(settings: Settings, scratch: Scratch, addresses: Mapping[str, str]) -> dict[str, str]:
+def _environment(settings: Settings, folders: TemporaryFolders, addresses: Mapping[str, str]) -> dict[str, str]:
     """The environment of every process."""
-    metrics = scratch.folder / "metrics"
+    metrics = folders.folder / "metrics"
     metrics.mkdir(mode=0o700)
     data_dir = settings.data_dir.absolute()
     environment = {
@@ -308,14 +308,14 @@ def _environment(settings: Settings, scratch: Scratch, addresses: Mapping[str, s
         "BENTOML_DO_NOT_TRACK": "True",
         "DO_NOT_TRACK": "1",
         "OTEL_SDK_DISABLED": "true",
-        "BENTOML_HOME": str(scratch.folder / "bentoml"),
+        "BENTOML_HOME": str(folders.folder / "bentoml"),
         "BENTOML_RUNNER_MAP": json.dumps(addresses),
         "DERMIS_DATA_DIR": str(data_dir),
         "DERMIS_HOST": settings.host,
         "DERMIS_PORT": str(settings.port),
         "PROMETHEUS_MULTIPROC_DIR": str(metrics),
         "PYTHONPATH": str(REPOSITORY) if path is None else f"{REPOSITORY}{os.pathsep}{path}",
-        "TMPDIR": str(scratch.temporary),
+        "TMPDIR": str(folders.temporary),
     }
 
 

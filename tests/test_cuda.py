@@ -1,4 +1,4 @@
-"""What needs a GPU to be tested: run by `pytest -m cuda`, and first of all by `python -m benchmarks.gpu --tests`.
+"""Tests that need a GPU: run by `pytest -m cuda`, or by `python -m benchmarks.gpu --tests`.
 
 DERMIS_CUDA_TESTS_ON=cpu runs those that can on the CPU, so that a fault of a test is found before a GPU is at hand.
 """
@@ -198,7 +198,7 @@ def options_of(kind: str, precision: Precision) -> GanConfig:
 @pytest.fixture(autouse=True)
 def moments_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Or so short runs would never use them."""
-    monkeypatch.setattr("training.gan.moments.FEWEST", 0)
+    monkeypatch.setattr("training.gan.moments.MIN_GENERATED_IMAGES", 0)
     monkeypatch.setattr("training.gan.step.MOMENTS_INTERVAL", 1)
 
 

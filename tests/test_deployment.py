@@ -1,4 +1,4 @@
-"""What deployment files and documents say of versions and settings is what the code has."""
+"""Tests that deployment files and documents state the versions and settings of the code."""
 
 from __future__ import annotations
 

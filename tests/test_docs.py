@@ -1,4 +1,4 @@
-"""The documentation agrees with the programs: commands, options, Python names, links; and the tutorials run.
+"""Tests that the documentation agrees with the programs (commands, options, Python names, links) and that the tutorials run.
 
 Info strings of code fences name a language, and can have a flag: `no-run` (checked, but not executed with the tutorial)
 or `no-check` (neither).

@@ -1,4 +1,4 @@
-"""Every file of examples/ runs: the clients against a service in this process, the others on tiny images."""
+"""Tests that every file of examples/ runs: the clients against a service in this process, the others on tiny images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The public behaviour is as it was recorded in tests/golden; record.py there says what that is and how to record it."""
+"""Tests that the public behaviour equals the records in tests/golden; record.py there documents and writes them."""
 
 from __future__ import annotations
 

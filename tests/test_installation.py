@@ -1,4 +1,4 @@
-"""Bundles found by name, `dermis serve`, shell completion, and the wheels outside the checkout."""
+"""Tests of bundles found by name, `dermis serve`, shell completion, and the wheels outside of the checkout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files about the repository: their links lead somewhere, and they agree with what the repository does."""
+"""Tests of files about the repository: their links are valid, and they agree with the repository."""
 
 from __future__ import annotations
 

@@ -22,8 +22,10 @@ from torch import Tensor
 from dermis.errors import TrainingError, escape
 from dermis.files import atomic_write, try_lock
 
-CHECKPOINT = "checkpoint.safetensors"  # in the folder of a run
-FORMAT = "dermis-gan-checkpoint-1"  # of all trainings; the name is older than the others
+CHECKPOINT = "checkpoint.safetensors"  # name of the file in the folder of a run
+FORMAT = (
+    "dermis-gan-checkpoint-1"  # also used for encoders and classifiers; stored files contain it, so it cannot change
+)
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}  # some cluster file systems have none
 
 
@@ -52,7 +54,7 @@ def save_checkpoint(
             save_file(flat, partial, metadata={"format": FORMAT, "state": json.dumps(dict(state))})
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
-        raise TrainingError(f"{path}: cannot save the checkpoint ({reason}); the last good one is kept") from error
+        raise TrainingError(f"{path}: cannot save the checkpoint ({reason}); the previous one is kept") from error
 
 
 def flatten(
@@ -67,7 +69,7 @@ def flatten(
         modules: Networks by name.
         optimizers: Optimizers by name.
         tensors: Further tensors by name.
-        path: Where they will be saved, for the error message.
+        path: The file that they will be saved to, for the error message.
 
     Raises:
         TrainingError: A value is not finite.
@@ -98,7 +100,7 @@ def read_state_of_kind(path: Path, kind: str, options: Mapping[str, Any]) -> dic
 
     Args:
         path: The checkpoint. Its scalars have the fields `kind` and `config`.
-        kind: What was trained, such as "classifier".
+        kind: Kind of the trained network, such as "classifier".
         options: The options of the run that resumes, without those that can change.
 
     Raises:
@@ -111,7 +113,7 @@ def read_state_of_kind(path: Path, kind: str, options: Mapping[str, Any]) -> dic
     changed = sorted(name for name in options.keys() | stored.keys() if options.get(name) != stored.get(name))
     if changed:
         raise TrainingError(
-            f"{path}: was trained with another {', '.join(changed)}; use the same options or another --out"
+            f"{path}: was trained with other values of {', '.join(changed)}; use the same options, or choose another --out"
         )
     return state
 
@@ -122,7 +124,7 @@ def read_header(path: Path, expected_format: str, kind: str) -> dict[str, str]:
     Args:
         path: The file.
         expected_format: The value that its field `format` must have.
-        kind: What the error message calls such a file.
+        kind: Name of such a file in error messages.
 
     Raises:
         TrainingError: The file cannot be read or has another format.
@@ -131,9 +133,9 @@ def read_header(path: Path, expected_format: str, kind: str) -> dict[str, str]:
         with safe_open(path, framework="pt") as file:
             metadata: dict[str, str] = file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise TrainingError(f"{path}: not a readable {kind} ({escape(error)})") from error
+        raise TrainingError(f"{path}: is not a readable {kind} ({escape(error)})") from error
     if metadata.get("format") != expected_format:
-        raise TrainingError(f"{path}: not a {expected_format} file")
+        raise TrainingError(f"{path}: is not a {expected_format} file")
     return metadata
 
 
@@ -186,13 +188,13 @@ def checkpoint_path(out: Path, *, resume: bool) -> Path:
     """Path of the checkpoint of the run in `out`. Raises TrainingError if there is one and `resume` is false."""
     checkpoint = out / CHECKPOINT
     if checkpoint.exists() and not resume:
-        raise TrainingError(f"{out}: already holds a run; add --resume to continue it, or choose another --out")
+        raise TrainingError(f"{out}: already contains a run; add --resume to continue it, or choose another --out")
     return checkpoint
 
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Keep other trainings out of a run folder. The kernel releases the lock when this process ends, however it ends.
+    """Prevent other trainings in a run folder. The kernel releases the lock when this process ends, however it ends.
 
     Raises:
         TrainingError: Another training holds the lock, or the file cannot be locked.

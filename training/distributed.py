@@ -3,7 +3,7 @@
 Rank r of `count` has the samples r, r + count, r + 2 count, ... of every batch. The members of a group of the mini-batch
 standard deviation are equally far apart in the batch. With this division, and not with blocks, each group lies on one rank
 as long as the rank's part of the batch is a multiple of the group's size. Every rank draws the random numbers of the whole
-batch and keeps its own, so that a run does not depend on the number of ranks.
+batch and keeps its own part, so that a run does not depend on the number of ranks.
 
 Gradients are averaged explicitly, with one collective call for each phase over one flat tensor. DistributedDataParallel
 would need a `forward` that the phases of a GAN do not use (they call mapping, synthesis and discriminator in turn), and its
@@ -35,20 +35,23 @@ class Ranks:
 
     rank: int = 0
     count: int = 1
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))  # where this rank computes
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))  # device of this rank
 
     @property
     def first(self) -> bool:
         """Whether this is the rank that writes files and prints."""
         return self.rank == 0
 
-    def own(self, x: Any) -> Any:
+    def rank_part(self, x: Any) -> Any:
         """This rank's samples of a sequence, array or tensor that holds a whole batch."""
         return x[self.rank :: self.count]
 
     def draws(self, n: int) -> AbstractContextManager[object]:
-        """A context in which random tensors for this rank's n samples are its part of what one process would draw."""
-        return nullcontext() if self.count == 1 else _OwnDraws(self, n)
+        """Return a context manager. Inside it, random tensors with n samples are this rank's part of the full tensors.
+
+        The full tensors are those that a single process would draw.
+        """
+        return nullcontext() if self.count == 1 else _RankDraws(self, n)
 
     def mean(self, x: Tensor) -> Tensor:
         """Mean of x over the ranks, without its gradient."""
@@ -79,7 +82,7 @@ class Ranks:
         return torch.cat(parts)
 
     @contextmanager
-    def one_after_another(self) -> Iterator[None]:
+    def first_rank_first(self) -> Iterator[None]:
         """Run the block on rank 0 before the other ranks, so that they can use what it has put into a cache."""
         if self.count > 1 and not self.first:
             dist.barrier()
@@ -96,7 +99,7 @@ def joined_ranks(device: torch.device, environment: Mapping[str, str] = os.envir
     """Join the processes that `torchrun` started.
 
     Args:
-        device: Where to compute. On CUDA each process takes the GPU of its LOCAL_RANK and they communicate with NCCL,
+        device: Device of the training. On CUDA each process takes the GPU of its LOCAL_RANK and they communicate with NCCL,
             elsewhere with gloo.
         environment: The variables that `torchrun` sets. Without them this process is the only one.
 
@@ -124,7 +127,7 @@ _FACTORIES: tuple[Callable[..., Tensor], ...] = (torch.rand, torch.randn, torch.
 _LIKE: tuple[Callable[..., Tensor], ...] = (torch.rand_like, torch.randn_like)
 
 
-class _OwnDraws(TorchFunctionMode):
+class _RankDraws(TorchFunctionMode):
     """Draw random tensors for the whole batch instead of the rank's part, and keep the rank's own samples.
 
     The batch is the first dimension of size n. Tensors without such a dimension (one choice for all samples) are drawn
@@ -140,7 +143,7 @@ class _OwnDraws(TorchFunctionMode):
     ) -> Any:
         options = dict(kwargs or {})
         if func in _LIKE:  # a shape is not enough: the layout in memory decides the order of the numbers
-            return self.ranks.own(func(torch.cat([args[0]] * self.ranks.count), *args[1:], **options))
+            return self.ranks.rank_part(func(torch.cat([args[0]] * self.ranks.count), *args[1:], **options))
         if func not in _FACTORIES:
             return func(*args, **options)
         bounds: tuple[Any, ...] = ()
@@ -155,4 +158,4 @@ class _OwnDraws(TorchFunctionMode):
             return func(*bounds, size, **options)
         dim = size.index(self.n)
         size[dim] *= self.ranks.count
-        return self.ranks.own(func(*bounds, size, **options).movedim(dim, 0)).movedim(0, dim)
+        return self.ranks.rank_part(func(*bounds, size, **options).movedim(dim, 0)).movedim(0, dim)

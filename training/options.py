@@ -1,7 +1,7 @@
 """Options by name: from "name=value", TOML files and Flower's tables to the checked values of a configuration.
 
 A configuration is a dataclass. Each value is checked against the type of its field by pydantic, without conversion: a text
-is never read as a number. Only whole numbers pass for real ones, and texts for paths.
+is never read as a number. Integers are accepted for floats, and texts for paths; nothing else is converted.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _EXPECTED: Mapping[object, str] = {
 
 
 def parse_assignments(texts: Sequence[str], where: str) -> dict[str, Any]:
-    """Parse "name=value" texts. A value is written as in TOML; a text can also stand without quotation marks.
+    """Parse "name=value" texts. A value is written as in TOML, but texts do not need quotation marks.
 
     Args:
         texts: One assignment each; of two with the same name the later one counts.
@@ -66,7 +66,7 @@ def parse_settings(texts: Sequence[str], configuration: type, where: str = "--se
     """Parse "option=value" texts for the configuration of a training.
 
     Args:
-        texts: As for `parse_assignments`.
+        texts: One assignment each, as for `parse_assignments`.
         configuration: The dataclass of the configuration.
         where: Begins every message.
 
@@ -98,9 +98,9 @@ def check_options(
         values: Values by name of the field.
         configuration: A dataclass.
         where: Begins every message.
-        noun: What a name is called in the message about an unknown one.
+        noun: Word for a name in the message about an unknown one.
         exclude: Fields that cannot be given here.
-        dashes: The names in `values` have dashes in place of underscores, as in Flower's tables.
+        dashes: The names in `values` have dashes instead of underscores, as in Flower's tables.
 
     Returns:
         The values by name of the field: whole numbers converted where the field is a float, texts where it is a path.

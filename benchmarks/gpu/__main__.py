@@ -26,10 +26,10 @@ import torch
 
 from benchmarks.gpu.results import append, read
 
-LOG_BYTES = 1 << 20  # that are kept, from the end of log.txt
-GRACE_SECONDS = 15  # for saving, after SIGTERM
-TINY_SECONDS = 30  # of training with tiny sizes, which only shows that it works
-LEAST_SECONDS = 10  # a part is not started with less
+LOG_BYTES = 1 << 20  # size of the end of log.txt that is kept
+GRACE_SECONDS = 15  # time for saving after SIGTERM
+TINY_SECONDS = 30  # length of a training with tiny sizes, which only shows that it works
+MIN_SECONDS = 10  # a part is not started if less time is left
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Part:
     """A process of the run."""
 
     name: str
-    seconds: float  # its time limit
+    seconds: float  # time limit of the process
     command: tuple[str, ...]
 
 
@@ -138,14 +138,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # runs `finally`, which ends the current part
     for part in parts_of(options):
         left = deadline - time.monotonic() - reserved - GRACE_SECONDS
-        if left < LEAST_SECONDS:
+        if left < MIN_SECONDS:
             append(options.out, {"part": part.name, "status": "not started: no time left"})
             print(f"-- {part.name}: not started, no time left", flush=True)
             continue
         statuses.append(run(part, min(part.seconds, left), options.out))
     if options.train:
         left = deadline - time.monotonic() - GRACE_SECONDS
-        part = train_part(options, min(max(left, LEAST_SECONDS), TINY_SECONDS if options.tiny else math.inf))
+        part = train_part(options, min(max(left, MIN_SECONDS), TINY_SECONDS if options.tiny else math.inf))
         statuses.append(run(part, part.seconds, options.out))
     shorten(options.out / "log.txt")
     missed = [line["name"] for line in read(options.out) if line.get("met") is False and not line.get("tiny")]

@@ -50,9 +50,9 @@ if test -d "$here/parity"; then cp -r "$here/parity" "$1"; fi
 class Encoded:
     """An encoded image of the pack."""
 
-    name: str  # in the archive
+    name: str  # name in the archive
     data: bytes
-    psnr: float  # in dB, against the resized original
+    psnr: float  # peak signal-to-noise ratio in dB, compared with the resized original
 
 
 def encode(record: Record, part: str, size: int, quality: int) -> Encoded:

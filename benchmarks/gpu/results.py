@@ -24,7 +24,7 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Results:
-    """Where a part of the run writes its numbers, and the device that they belong to."""
+    """The file to which a part of the run writes its numbers, and the device that they were measured on."""
 
     out: Path
     part: str

@@ -122,7 +122,7 @@ def filter_times(device: torch.device, tiny: bool) -> dict[str, float]:
 
     def shifted(x: Tensor) -> Tensor:
         """Both passes of the separable filter as sums of four shifted maps."""
-        taps = [0.25, 0.75, 0.75, 0.25]  # with the gain of 4 of both passes together
+        taps = [0.25, 0.75, 0.75, 0.25]  # includes the gain of 4 of both passes together
         x = F.pad(x, (1, 1, 1, 1))
         x = sum(x[..., k : x.shape[-1] - 3 + k] * tap for k, tap in enumerate(taps))  # type: ignore[assignment]
         return sum(x[:, :, k : x.shape[2] - 3 + k] * tap for k, tap in enumerate(taps))  # type: ignore[return-value]

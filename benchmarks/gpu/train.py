@@ -34,7 +34,7 @@ from training.distributed import Ranks
 from training.gan.batches import batches
 from training.gan.compact import Moments, load_compact_state, save_compact_state, warm_up_factor
 from training.gan.config import GanConfig, automatic_precision, base_config
-from training.gan.health import Health
+from training.gan.divergence import DivergenceCheck
 from training.gan.snapshot import GRID, GeneratorOrigin, sample_grid, write_snapshot
 from training.gan.state import GanState, new_state
 from training.gan.step import training_step
@@ -42,7 +42,7 @@ from training.gan.transfer import read_source as read_weights
 from training.gan.transfer import transfer
 from training.interrupt import stop_requested
 
-LOG_LINES = 20_000  # that training.jsonl keeps
+LOG_LINES = 20_000  # maximum number of lines that training.jsonl keeps
 TINY: dict[str, Any] = {"channel_base": 256, "channel_max": 16, "z_dim": 16, "w_dim": 16, "batch": 4}
 
 
@@ -127,7 +127,7 @@ class Run:
         state, config, progress = self.state, self.config, self.state.progress
         compiled = self.plan.compile and self.device.type == "cuda"
         phases = state.phases(config, compiled=compiled)
-        health = Health(self.out / "state")
+        health = DivergenceCheck(self.out / "state")
         ranks = Ranks(device=self.device)
         clock = saved = time.monotonic()
         durations: list[float] = []

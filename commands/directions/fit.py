@@ -152,7 +152,7 @@ def _labels(
     from training.data.artefacts import NAMES, detect_artefacts
 
     def artefacts(image: Images) -> tuple[str, ...]:
-        return detect_artefacts(image).found
+        return detect_artefacts(image).present
 
     rows: list[tuple[str, ...]] = []
     malignant: list[NDArray[np.bool_]] = []

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     from dermis.bundle import Bundle
     from dermis.bundle.directions import Direction
-    from training.evaluation.disentanglement import Effect, Look, Readings, Removal, Units, Ws
-    from training.evaluation.readings import Reader
+    from training.evaluation.disentanglement import Effect, Measure, Measurements, Removal, Units, Ws
+    from training.evaluation.measurements import ImageMeasurer
 
 
 def measure(
@@ -57,7 +57,7 @@ def measure(
     from dermis.directions.edit import MAX_STRENGTH
     from dermis.errors import RequestError
     from training.evaluation.disentanglement import random_directions, units_of
-    from training.evaluation.readings import open_reader
+    from training.evaluation.measurements import open_measurer
 
     strengths = strength or ([2.0, 4.0, 6.0] if framed else [3.0])
     if not all(0 < value <= MAX_STRENGTH for value in strengths) or (len(strengths) > 1 and not framed):
@@ -67,12 +67,12 @@ def measure(
     opened = open_bundle(bundle)
     directions = _chosen(opened, direction)
     num_ws = opened.generator.num_ws
-    with open_reader(opened, device=device) as reader:
+    with open_measurer(opened, device=device) as measurer:
         indices = np.arange(baseline)
-        ws = reader.ws(indices, seed=seed, truncation_psi=truncation_psi)
-        directions += random_directions(ws[:, 0], indices % reader.classes, controls, num_ws=num_ws, seed=0)
+        ws = measurer.ws(indices, seed=seed, truncation_psi=truncation_psi)
+        directions += random_directions(ws[:, 0], indices % measurer.classes, controls, num_ws=num_ws, seed=0)
         typer.echo(f"reading {baseline:,} unedited samples", err=True)
-        before = reader.read(ws, indices, seed=seed)
+        before = measurer.measure(ws, indices, seed=seed)
         units = units_of(before)
         document: dict[str, Any] = {
             "bundle": f"{opened.name}@{opened.digest}",
@@ -86,19 +86,19 @@ def measure(
             both = [sign * value for value in strengths for sign in (1, -1)]
             # Other samples than the baseline's, so that the units do not depend on the images that are moved.
             chosen, framed_ws, searched = _framed(
-                reader, samples, search=search, seed=seed + 1, truncation_psi=truncation_psi
+                measurer, samples, search=search, seed=seed + 1, truncation_psi=truncation_psi
             )
             document |= {"framed": len(framed_ws), "looked_at": searched}
-            look = partial(reader.read, indices=chosen, seed=seed + 1)
-            document |= _removals(framed_ws, directions, both, units, look)
+            measure = partial(measurer.measure, indices=chosen, seed=seed + 1)
+            document |= _removals(framed_ws, directions, both, units, measure)
         else:
             document |= {"samples": samples, "strength": strengths[0]}
-            look = partial(reader.read, indices=indices[:samples], seed=seed)
-            document |= _effects(ws[:samples], directions, strengths[0], _first(before, samples), units, look)
+            measure = partial(measurer.measure, indices=indices[:samples], seed=seed)
+            document |= _effects(ws[:samples], directions, strengths[0], _first(before, samples), units, measure)
     if out is not None:
-        from training.experiments.plan import write_beside
+        from training.experiments.plan import write_text_file
 
-        write_beside(out, json.dumps(document, indent=2, allow_nan=False) + "\n")
+        write_text_file(out, json.dumps(document, indent=2, allow_nan=False) + "\n")
         typer.echo(f"{out} written", err=True)
 
 
@@ -114,14 +114,15 @@ def _chosen(bundle: Bundle, names: Sequence[str] | None) -> list[Direction]:
     return [known[name] for name in names or known]
 
 
-def _first(readings: Readings, count: int) -> Readings:
-    from training.evaluation.disentanglement import Readings
+def _first(measurements: Measurements, count: int) -> Measurements:
+    from training.evaluation.disentanglement import Measurements
 
-    return Readings({name: values[:count] for name, values in readings.attributes.items()}, readings.features[:count])
+    attributes = {name: values[:count] for name, values in measurements.attributes.items()}
+    return Measurements(attributes, measurements.features[:count])
 
 
 def _framed(
-    reader: Reader, count: int, *, search: int, seed: int, truncation_psi: float
+    measurer: ImageMeasurer, count: int, *, search: int, seed: int, truncation_psi: float
 ) -> tuple[NDArray[np.int64], Ws, int]:
     """Search framed samples.
 
@@ -134,7 +135,9 @@ def _framed(
 
     chosen, parts, searched = [], [], 0
     with tqdm(total=search, desc="searching frames", unit="img", disable=None) as bar:
-        for number, indices, part in reader.find_framed(count, search=search, seed=seed, truncation_psi=truncation_psi):
+        for number, indices, part in measurer.find_framed(
+            count, search=search, seed=seed, truncation_psi=truncation_psi
+        ):
             chosen.append(indices)
             parts.append(part)
             searched += number
@@ -147,7 +150,7 @@ def _framed(
 
 
 def _effects(
-    ws: Ws, directions: Sequence[Direction], strength: float, before: Readings, units: Units, look: Look
+    ws: Ws, directions: Sequence[Direction], strength: float, before: Measurements, units: Units, measure: Measure
 ) -> dict[str, Any]:
     from tqdm import tqdm
 
@@ -155,7 +158,7 @@ def _effects(
 
     effects = list(
         tqdm(
-            measure_effects(ws, directions, strength, before, units, look),
+            measure_effects(ws, directions, strength, before, units, measure),
             total=len(directions),
             desc="directions",
             disable=None,
@@ -171,7 +174,7 @@ def _effects(
 
 
 def _removals(
-    ws: Ws, directions: Sequence[Direction], strengths: Sequence[float], units: Units, look: Look
+    ws: Ws, directions: Sequence[Direction], strengths: Sequence[float], units: Units, measure: Measure
 ) -> dict[str, Any]:
     from tqdm import tqdm
 
@@ -180,7 +183,7 @@ def _removals(
 
     removals = list(
         tqdm(
-            measure_removals(ws, "frame", THRESHOLDS["frame"], directions, strengths, look(ws), units, look),
+            measure_removals(ws, "frame", THRESHOLDS["frame"], directions, strengths, measure(ws), units, measure),
             total=len(directions) * len(strengths),
             desc="moves",
             disable=None,
@@ -201,7 +204,7 @@ def _effect_table(effects: Sequence[Effect], units: Units) -> Table:
     names = [name for name, deviation in units.deviations.items() if deviation > 0]
     table = _table("direction", *names, "identity", "moves most", "share")
     for each in effects:
-        cells = [_cell(each.shifts[name].value, each.shifts[name].clear) for name in names]
+        cells = [_cell(each.shifts[name].value, each.shifts[name].significant) for name in names]
         most = each.most_moved
         share = each.share(most) if most else None
         table.add_row(

@@ -145,7 +145,13 @@ def table1(
     from dermis.features import feature_extractor
     from dermis.metrics.perceptual import lpips
     from training.data.sources import Source, read_source
-    from training.experiments.plan import Measuring, configure, plan_tasks, read_experiments, remember
+    from training.experiments.plan import (
+        EvaluationOptions,
+        check_or_write_plan,
+        configure,
+        plan_tasks,
+        read_experiments,
+    )
     from training.experiments.run import read_result, run_experiment
     from training.experiments.table import collect, write_outcome
     from training.gan.config import GanConfig
@@ -171,8 +177,8 @@ def table1(
     space = feature_extractor(extractor, target)
     if space.embed is None:
         lpips(target)  # downloads its weights, which should not fail after the training
-    measuring = Measuring(space, samples, ppl_paths)
-    remember(out, tasks, measuring)
+    evaluation = EvaluationOptions(space, samples, ppl_paths)
+    check_or_write_plan(out, tasks, evaluation)
 
     selected = [task for task in tasks if not only or task.experiment.name in only]
     for number, task in enumerate(selected, 1):
@@ -187,7 +193,7 @@ def table1(
             result = run_experiment(
                 task,
                 folder,
-                measuring,
+                evaluation,
                 origin,
                 device=target,
                 cache=cache,

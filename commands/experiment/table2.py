@@ -25,7 +25,7 @@ from commands.options import (
 )
 
 if TYPE_CHECKING:
-    from training.experiments.worth import Row
+    from training.experiments.synthetic_value import Row
 
 
 def table2(
@@ -72,8 +72,8 @@ def table2(
     from training.classifier.run import ClassifierOrigin
     from training.distributed import joined_ranks
     from training.experiments.scenarios import TABLE2
-    from training.experiments.table2 import plan_tasks, read_generators, read_runs, remember, run_tasks
-    from training.experiments.worth import compare, remarks, write_worth
+    from training.experiments.synthetic_value import compare, remarks, write_results
+    from training.experiments.table2 import check_or_write_plan, plan_tasks, read_generators, read_runs, run_tasks
     from training.options import parse_settings
 
     require_onnx()
@@ -96,7 +96,7 @@ def table2(
             if ranks.first:
                 typer.echo(text, err=True)
 
-        with ranks.one_after_another():
+        with ranks.first_rank_first():
             real = load_real(
                 data,
                 config.size,
@@ -119,10 +119,10 @@ def table2(
                 progress=ranks.first,
             )
             if ranks.first:
-                remember(out, tasks, config, seed_range, weights)
+                check_or_write_plan(out, tasks, config, seed_range, weights)
         origin = ClassifierOrigin("", "", licence, attribution)
         selected = [task for task in tasks if not only or task.scenario.name in only]
-        done = run_tasks(out, selected, config, seed_range, weights=weights, origin=origin, ranks=ranks, tell=report)
+        done = run_tasks(out, selected, config, seed_range, weights=weights, origin=origin, ranks=ranks, report=report)
         if not ranks.first:
             return
         if not done:
@@ -138,7 +138,7 @@ def table2(
         and not task.data.generator_saw_training_part_only
     ]
     texts = remarks(rows, uncertain, real.test)
-    write_worth(out, rows, texts)
+    write_results(out, rows, texts)
     _show(rows, texts)
     typer.echo(f"{out / 'table.md'} and {out / 'results.json'} written", err=True)
 
@@ -146,7 +146,7 @@ def table2(
 def _show(rows: Sequence[Row], texts: Sequence[str]) -> None:
     from rich.table import Table
 
-    from training.experiments.worth import cells
+    from training.experiments.synthetic_value import cells
 
     header, *body = cells(rows)
     table = Table(box=None, padding=(0, 1, 0, 0))

@@ -134,7 +134,7 @@ def _artefacts(source: Source, table: Path | None, threads: int | None) -> list[
 
     if table is None:
         inspection = inspect_source(source, workers=threads)
-        return list(zip(inspection.seen, inspection.artefacts, strict=True))
+        return list(zip(inspection.opened, inspection.artefacts, strict=True))
     try:
         with table.open(newline="", encoding="utf-8") as file:
             by_id = {row["id"]: Artefacts(*(float(row[name]) for name in NAMES)) for row in csv.DictReader(file)}
@@ -165,8 +165,8 @@ def _frames(
     """Measure how painting and cropping frames changes the calibrated probability of the tested images."""
     from dermis.explain.counterfactual import Fill, change, with_corners, zoomed
 
-    framed = [record for record, artefacts in tested if "frame" in artefacts.found]
-    plain = [record for record, artefacts in tested if "frame" not in artefacts.found]
+    framed = [record for record, artefacts in tested if "frame" in artefacts.present]
+    plain = [record for record, artefacts in tested if "frame" not in artefacts.present]
 
     def probability(images: Images) -> np.ndarray[Any, np.dtype[np.float64]]:
         return session.classify(images, features=False).calibrated

@@ -160,7 +160,7 @@ def train_classifier(
             if ranks.first:
                 typer.echo(text, err=True)
 
-        with ranks.one_after_another():
+        with ranks.first_rank_first():
             real = load_real(
                 data,
                 size,

@@ -176,7 +176,7 @@ def train_gan(
         target = ranks.device
         if precision == "auto":
             precision = automatic_precision(target)
-        with ranks.one_after_another():
+        with ranks.first_rank_first():
             images = read_and_report(
                 data, metadata, image_column, class_column, binary, maps, layout, quiet=not ranks.first
             )

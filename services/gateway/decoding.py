@@ -1,4 +1,4 @@
-"""Decode uploaded images in processes that can be killed, so that no file can occupy a decoder for ever.
+"""Decode uploaded images in processes that can be killed, so that a malicious file cannot block a decoder.
 
 `python -m services.gateway.decoding` is such a process. It reads requests from its standard input and writes the pixels, or the
 reason why there are none, to its standard output. It does not write to a disk, and its messages are discarded.
@@ -26,12 +26,12 @@ from services.settings import REPOSITORY
 
 logger = logging.getLogger("dermis.uploads")
 
-_REQUEST = struct.Struct(">IQQ")  # side of the square, limit of pixels, bytes of the file that follow
-# 0 for pixels, 1 for "out of memory", otherwise 2 + number of an ImageErrorKind; bytes that follow
+_REQUEST = struct.Struct(">IQQ")  # side of the square, limit of pixels, number of bytes of the file, which follows
+# 0 for pixels, 1 for "out of memory", otherwise 2 + number of an ImageErrorKind; then the number of bytes that follow
 _RESPONSE = struct.Struct(">BQ")
 _PIXELS, _NO_MEMORY, _FIRST_ERROR = 0, 1, 2
 _ERROR_KINDS: tuple[ImageErrorKind, ...] = get_args(ImageErrorKind)
-_START_SECONDS = 60.0  # for the imports of the process, on a busy machine
+_START_SECONDS = 60.0  # time limit of the imports of the process, which can be slow on a busy machine
 
 
 class Decoder:
@@ -72,7 +72,7 @@ class Decoder:
             logger.error("decoder ended by itself", extra={"status": process.returncode})
             raise ImageError("unusable", "cannot be decoded; it is damaged, save it again") from None
         except BaseException:
-            self.close()  # in the middle of a message
+            self.close()  # the process is in the middle of a message
             raise
         finally:
             timer.cancel()

@@ -35,7 +35,7 @@ async def progress_events(context: Context, job: Job) -> AsyncIterator[str]:
                 yield ("retry: 2000\n" if shown is None else "") + _event("progress", current)
                 shown, sent = state, time.monotonic()
             elif time.monotonic() - sent >= HEARTBEAT_SECONDS:
-                yield ": still here\n\n"
+                yield ": heartbeat\n\n"
                 sent = time.monotonic()
             if context.stopping.is_set():
                 return  # the client connects again, to the process that is running then

@@ -119,7 +119,7 @@ async def _read(open_file: OpenFile, start: int, stop: int) -> AsyncIterator[byt
         while start < stop:
             chunk = await asyncio.to_thread(file.read, min(_CHUNK, stop - start))
             if not chunk:
-                # An error breaks the connection, so that the client does not take the file for complete.
+                # An error breaks the connection, so that the client does not treat the incomplete file as complete.
                 raise OSError("a file of the dataset is shorter than its manifest says")
             start += len(chunk)
             yield chunk

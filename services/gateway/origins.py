@@ -35,7 +35,7 @@ _MAX_SHOWN = 100
 class Authority:
     """Host and port of a URL, a `Host` header or an entry of DERMIS_TRUSTED_HOSTS."""
 
-    host: str  # in lower case, an IPv6 address without its brackets
+    host: str  # lower case; an IPv6 address has no brackets
     port: int | None
 
 

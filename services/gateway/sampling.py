@@ -14,15 +14,15 @@ from services.inference.samples import Image
 from services.problems import ProblemError
 
 
-async def draw_soon(context: Context, draw: Callable[[], Awaitable[list[Image]]]) -> list[Image]:
-    """Return the images of `draw`, within the limits of calls and of time.
+async def generate_within_limits(context: Context, generate: Callable[[], Awaitable[list[Image]]]) -> list[Image]:
+    """Return the images of `generate`, within the limits of calls and of time.
 
     Raises:
         ProblemError: If too many calls are waiting for images, or if it takes too long.
     """
     with context.limits.images.hold():
         try:
-            return await asyncio.wait_for(draw(), context.settings.image_timeout_seconds)
+            return await asyncio.wait_for(generate(), context.settings.image_timeout_seconds)
         except TimeoutError:
             detail = "the generator is busy; try again, or request fewer images"
             raise ProblemError("overloaded", detail, headers={"Retry-After": "5"}) from None

@@ -74,5 +74,5 @@ class AuthenticityService(InferenceService[Checker]):
         """
         checker = self._models.get(digest)
         if checker is None:
-            return {"problem": pixels.missing("index", digest)}
+            return {"problem": pixels.missing_message("index", digest)}
         return asdict(exposure(checker.index, embeddings))

@@ -57,4 +57,4 @@ class ClassifierService(InferenceService[Classifier]):
         Returns:
             A logit per row, or a text with the reason why there is none.
         """
-        return list(pixels.run(self._models, rows))
+        return list(pixels.classify_rows(self._models, rows))

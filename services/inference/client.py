@@ -127,7 +127,7 @@ class GeneratorClient(InferenceClient):
         self._models = models
 
     async def images(self, rows: Samples) -> list[Image]:
-        """Images of rows (`samples.pack`), in their order."""
+        """Images of rows (`samples.pack_rows`), in their order."""
         images = await self._call_rows("generate", to_bytes(rows), "images", "samples")
         for bundle in self._models.bundles:
             count = int((rows["model"] == bundle.digest.encode("ascii")).sum())
@@ -168,7 +168,7 @@ class ClassifierClient(InferenceClient):
             Logits float32 [N].
         """
         assert bundle.classifier is not None
-        rows = pixels.pack(bundle.classifier.digest, inputs, self._row_bytes)
+        rows = pixels.pack_rows(bundle.classifier.digest, inputs, self._row_bytes)
         logits = await self._call_rows("classify", rows, "numbers", "images")
         images_classified.labels(bundle.name).inc(len(logits))
         return np.array(logits, dtype=np.float32)
@@ -202,7 +202,7 @@ class AuthenticityClient(InferenceClient):
         """
         index = bundle.authenticity
         assert index is not None
-        rows = pixels.pack(index.digest, inputs, self._row_bytes)
+        rows = pixels.pack_rows(index.digest, inputs, self._row_bytes)
         results = await self._call_rows("nearest", rows, "results", "images")
         images_compared.labels(bundle.name).inc(len(results))
         table = np.array(results, dtype=np.float32).reshape(len(results), 2 + index.dim)

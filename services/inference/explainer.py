@@ -17,7 +17,7 @@ from dermis.bundle.classifier import DESCRIPTOR, open_classifier
 from dermis.bundle.folder import exists
 from dermis.cpus import available_cpus
 from dermis.explain.attribution import Explainer, Method, missing_packages
-from services.callers import CallerGoneError, CallerMiddleware, check_caller
+from services.callers import CallerDisconnectedError, CallerMiddleware, check_caller
 from services.inference import heat_maps
 from services.inference.base import LOAD_ERRORS, InferenceService, inference_service, lower_priority, part_folder
 from services.models import without_place
@@ -63,7 +63,7 @@ class ExplainerService(InferenceService[str]):
         try:
             check_caller()  # the connection may have been closed while the call waited for the only thread
             return self._explain(digest, method, image)
-        except CallerGoneError:
+        except CallerDisconnectedError:
             self.logger.info("heat map cancelled because its caller has disconnected")
             return {"problem": "the heat map was cancelled because its caller has disconnected"}
 

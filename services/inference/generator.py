@@ -61,7 +61,7 @@ class GeneratorService(InferenceService["Synthesizer"]):
         Returns:
             An image uint8 [H, W, 3] per row, or a text with the reason why there is none.
         """
-        return list(samples.run(self._models, samples.from_bytes(rows)))
+        return list(samples.generate_rows(self._models, samples.from_bytes(rows)))
 
     @bentoml.api
     def draw(self, digest: str, ws: np.ndarray, noise_mode: str) -> Any:
@@ -77,7 +77,7 @@ class GeneratorService(InferenceService["Synthesizer"]):
         """
         synthesizer = self._models.get(digest)
         if synthesizer is None:
-            return samples.missing(digest)
+            return samples.missing_message(digest)
         return synthesizer.images_from_ws(ws, "none" if noise_mode == "none" else "const")
 
 

@@ -24,7 +24,7 @@ def row_bytes(sides: Iterable[int]) -> int:
     return _DIGEST + max((side**2 * 3 for side in sides), default=0)
 
 
-def pack(digest: str, inputs: NDArray[np.uint8], length: int) -> NDArray[np.uint8]:
+def pack_rows(digest: str, inputs: NDArray[np.uint8], length: int) -> NDArray[np.uint8]:
     """Make rows.
 
     Args:
@@ -42,12 +42,12 @@ def pack(digest: str, inputs: NDArray[np.uint8], length: int) -> NDArray[np.uint
     return rows
 
 
-def run(classifiers: Mapping[str, Classifier], rows: NDArray[np.uint8]) -> list[float | str]:
+def classify_rows(classifiers: Mapping[str, Classifier], rows: NDArray[np.uint8]) -> list[float | str]:
     """Classify the images of rows.
 
     Args:
         classifiers: The loaded classifiers by digest.
-        rows: Rows of `pack`.
+        rows: Rows of `pack_rows`.
 
     Returns:
         A logit per row, or a text with the reason why there is none.
@@ -57,7 +57,7 @@ def run(classifiers: Mapping[str, Classifier], rows: NDArray[np.uint8]) -> list[
         classifier = classifiers.get(digest)
         logits: Sequence[float | str]
         if classifier is None:
-            logits = [missing("classifier", digest)] * len(positions)
+            logits = [missing_message("classifier", digest)] * len(positions)
         else:
             logits = classifier.logits(_images(rows[positions], classifier.description.input.size)).tolist()
         for position, logit in zip(positions, logits, strict=True):
@@ -70,7 +70,7 @@ def find_nearest(checkers: Mapping[str, Checker], rows: NDArray[np.uint8]) -> li
 
     Args:
         checkers: The loaded indexes by digest.
-        rows: Rows of `pack`.
+        rows: Rows of `pack_rows`.
 
     Returns:
         float32 [2 + dim] per row: distance, radius and embedding (`dermis.authenticity.index.Nearest`), or a text with the
@@ -81,7 +81,7 @@ def find_nearest(checkers: Mapping[str, Checker], rows: NDArray[np.uint8]) -> li
         checker = checkers.get(digest)
         if checker is None:
             for position in positions:
-                results[position] = missing("index", digest)
+                results[position] = missing_message("index", digest)
             continue
         nearest = checker.nearest(_images(rows[positions], checker.description.resolution))
         for position, distance, radius, embedding in zip(
@@ -91,7 +91,7 @@ def find_nearest(checkers: Mapping[str, Checker], rows: NDArray[np.uint8]) -> li
     return results
 
 
-def missing(kind: str, digest: str) -> str:
+def missing_message(kind: str, digest: str) -> str:
     """The reason why a service cannot use the classifier or index with this digest."""
     return f"the service has no {kind} {digest[:12]}; restart the service to load it"
 

@@ -50,7 +50,7 @@ class ProjectionTask:
         return cls(Schedule(**fields["schedule"]), fields["video"])
 
 
-def run(
+def project_images(
     projector: Projector,
     images: NDArray[np.uint8],
     labels: Sequence[int | None],

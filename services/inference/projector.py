@@ -81,7 +81,7 @@ class ProjectorService(InferenceService[Bundle]):
         try:
             projector = self._projector(bundle)
             known_labels = [None if label < 0 else label for label in labels]
-            results = projections.run(
+            results = projections.project_images(
                 projector, images, known_labels, projections.ProjectionTask.from_dict(task), on_steps
             )
         except _CancelledError:

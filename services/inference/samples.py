@@ -68,7 +68,7 @@ class Options:
     directions: Sequence[str] = ()
 
 
-def pack(options: Options, seeds: int | Sequence[int], indices: Sequence[int], labels: Sequence[int]) -> Samples:
+def pack_rows(options: Options, seeds: int | Sequence[int], indices: Sequence[int], labels: Sequence[int]) -> Samples:
     """Make the rows of a call.
 
     Args:
@@ -104,12 +104,12 @@ def from_bytes(data: NDArray[np.uint8]) -> Samples:
     return np.ascontiguousarray(data, dtype=np.uint8).view(SAMPLE).reshape(len(data))
 
 
-def run(synthesizers: Mapping[str, Synthesizer], rows: Samples) -> list[Image | str]:
+def generate_rows(synthesizers: Mapping[str, Synthesizer], rows: Samples) -> list[Image | str]:
     """Generate the images of rows. Rows with equal options run together.
 
     Args:
         synthesizers: The loaded generators by digest of the bundle.
-        rows: Rows of `pack`.
+        rows: Rows of `pack_rows`.
 
     Returns:
         An image per row, or a text with the reason why there is none: the rows of other callers in the batch must not fail.
@@ -120,7 +120,7 @@ def run(synthesizers: Mapping[str, Synthesizer], rows: Samples) -> list[Image | 
         digest = bytes(first["model"]).decode("ascii")
         synthesizer = synthesizers.get(digest)
         if synthesizer is None:
-            images: Any = [missing(digest)] * len(positions)
+            images: Any = [missing_message(digest)] * len(positions)
         else:
             cutoff = int(first["truncation_cutoff"])
             images = synthesizer.images(
@@ -137,7 +137,7 @@ def run(synthesizers: Mapping[str, Synthesizer], rows: Samples) -> list[Image | 
     return results
 
 
-def missing(digest: str) -> str:
+def missing_message(digest: str) -> str:
     """The reason why the generator cannot use the bundle with this digest."""
     return f"the generator has no model with digest {digest[:12]}; restart the service to load it"
 

@@ -37,7 +37,7 @@ T = TypeVar("T")
 _UNAVAILABLE_SECONDS = 300.0
 _MAX_FAILURES = 3
 _FIRST_PAUSE_SECONDS = 0.5
-_LONGEST_PAUSE_SECONDS = 10.0
+_MAX_PAUSE_SECONDS = 10.0
 POLL_SECONDS = 0.25
 
 
@@ -117,7 +117,7 @@ def retry_transient(ctx: JobContext, call: Callable[[], T], job_id: str | None =
             raise ShutdownError
         if job_id is not None and must_stop(ctx, job_id):
             raise StoppedError
-        pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+        pause = min(2 * pause, _MAX_PAUSE_SECONDS)
 
 
 def must_stop(ctx: JobContext, job_id: str) -> bool:
@@ -200,7 +200,7 @@ def call_with_retry(
             raise ShutdownError
         if must_stop(ctx, job_id):
             raise StoppedError
-        pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+        pause = min(2 * pause, _MAX_PAUSE_SECONDS)
 
 
 def run_on_loop(ctx: JobContext, awaitable: Awaitable[T], while_waiting: Callable[[], None] | None = None) -> T:

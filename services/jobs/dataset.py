@@ -21,7 +21,7 @@ from dermis.dataset.plan import Plan, plan_for
 from dermis.dataset.request import stored_request
 from dermis.dataset.shards import write_shard
 from services.errors import DatabaseUnavailableError
-from services.inference.samples import Options, pack
+from services.inference.samples import Options, pack_rows
 from services.jobs.context import (
     POLL_SECONDS,
     JobContext,
@@ -127,7 +127,7 @@ class _Synthesize:
         )
 
     def __call__(self, indices: Sequence[int], labels: Sequence[int]) -> NDArray[np.uint8]:
-        rows = pack(self._options, self._seed, indices, labels)
+        rows = pack_rows(self._options, self._seed, indices, labels)
         generator = self._ctx.inference.generator
         return np.stack(call_with_retry(self._ctx, self._job_id, lambda: generator.images(rows)))
 

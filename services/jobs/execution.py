@@ -79,7 +79,7 @@ def finish(ctx: JobContext, job_id: str) -> str:
     """End a job none of whose shards is running: complete its files, or remove them if it failed or was cancelled.
 
     Returns:
-        The last state of the job, or "gone".
+        The last state of the job, or "deleted".
 
     Raises:
         ShutdownError: If the process is to stop.
@@ -87,7 +87,7 @@ def finish(ctx: JobContext, job_id: str) -> str:
     """
     job = ctx.table.get(job_id)
     if job is None or not job.active:
-        return "gone" if job is None else job.state
+        return "deleted" if job is None else job.state
     if not ctx.table.must_stop(job_id):
         try:
             KINDS[job.kind].finish(ctx, job)
@@ -111,7 +111,7 @@ def end(ctx: JobContext, job_id: str, job: Job | None = None) -> str:
         job: The job as it was last read.
 
     Returns:
-        The last state of the job, or "gone".
+        The last state of the job, or "deleted".
     """
     if job is None or job.active:
         job = ctx.table.get(job_id)
@@ -119,7 +119,7 @@ def end(ctx: JobContext, job_id: str, job: Job | None = None) -> str:
         # The reason is in the table already, so it is kept if this process ends here.
         _try_remove_files(ctx, job_id)
         job = ctx.table.finish(job_id, "cancelled" if job.state == "cancelling" else "failed")
-    state = "gone" if job is None else job.state
+    state = "deleted" if job is None else job.state
     logger.info("job ended", extra={"job": job_id, "state": state})
     return state
 
@@ -177,7 +177,7 @@ def _fail(ctx: JobContext, job: Job, error: Exception) -> None:
 
 
 def _problem_of_job(job: Job, error: Exception) -> Problem:
-    """Why a job failed, for callers: without any path of the service and without the text of a driver or a library."""
+    """Return why a job failed, for callers: without any path of the service and without the text of a driver or a library."""
     cause = problem_of(error)
     detail = cause.detail
     if isinstance(error, InferenceUnavailableError):

@@ -2,8 +2,8 @@
 
 DBOS recovers the workflows of a process only when a process of the same name starts again. A worker therefore needs the same
 name after a crash, and no two running processes may have the same name: the name contains a numbered slot, which a process
-holds by a lock of the operating system that ends with it. If a name does not come back (the machine is gone), another worker
-takes over when the lease in the jobs database has run out.
+holds by a lock of the operating system that ends with it. If no process with this name starts again (for instance because the
+machine no longer exists), another worker takes over when the lease in the jobs database has run out.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ def executor_slot(data_dir: Path, name: str | None = None) -> Iterator[str]:
 
 
 class Lease:
-    """Renews the lease of this worker three times in its length, and calls `sweep` as often, each in a thread of its own.
+    """Renews the lease of this worker three times per lease period, and calls `sweep` as often, each in its own thread.
 
     Args:
         table: The jobs table.
         executor_id: The name of this worker.
         seconds: The length of the lease.
-        sweep: Called with True if the leases of other workers show which of them are alive. It is called with False for the
-            length of a lease after the database could not be reached, because no worker could renew its lease.
+        sweep: Called with True if the leases of other workers show which of them are alive. It is called with False for
+            one lease period after the database could not be reached, because no worker could renew its lease.
     """
 
     def __init__(self, table: JobTable, executor_id: str, seconds: float, sweep: Callable[[bool], None]) -> None:

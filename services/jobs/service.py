@@ -56,7 +56,7 @@ class JobService:
         executor_id = self._stack.enter_context(executor_slot(settings.data_dir, settings.executor_id))
         table.open()
         self._remove_files_without_job()
-        # Before the workflows start, so that other workers do not take this one for dead.
+        # Before the workflows start, so that other workers do not treat this worker as dead.
         table.renew_lease(executor_id, settings.lease_seconds)
         with table.schema_lock():
             workflow.start(
@@ -67,9 +67,9 @@ class JobService:
                 max_active=settings.max_active_datasets,
             )
 
-        def sweep(leases_hold: bool) -> None:
+        def sweep(leases_reliable: bool) -> None:
             with contextlib.suppress(ShutdownError):
-                workflow.sweep(leases_hold)
+                workflow.sweep(leases_reliable)
             self.projections.remove_expired(settings.projection_keep_seconds)
 
         lease = Lease(table, executor_id, settings.lease_seconds, sweep)

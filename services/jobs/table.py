@@ -130,7 +130,7 @@ class IdempotencyConflictError(DermisError):
 
 
 class TooManyActiveError(DermisError):
-    """As many jobs of a kind are active as the service allows."""
+    """The maximum number of active jobs of this kind is reached."""
 
 
 class JobTable:
@@ -308,7 +308,7 @@ class JobTable:
 
     # Work
 
-    def own(self, job_id: str, executor_id: str) -> Job | None:
+    def set_owner(self, job_id: str, executor_id: str) -> Job | None:
         """Record which worker runs the workflow of a job."""
         with self._writing() as connection:
             connection.execute(sa.update(_jobs).where(_jobs.c.id == job_id).values(owner=executor_id))

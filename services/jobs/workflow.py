@@ -25,12 +25,13 @@ from services.jobs.table import Job, Kind
 logger = logging.getLogger("dermis.jobs")
 
 # DBOS recovers workflows of its own application version only. Raise this when the steps of a workflow change, not before:
-# jobs that began under another version would wait for a worker of that version. The names of workflows, steps and queues
+# jobs that were started under another version would wait for a worker of that version. The names of workflows, steps and queues
 # below are stored with the jobs as well.
 APPLICATION_VERSION = "1"
 
-_JOB_QUEUE = "dermis-datasets"  # the name is from the time before projections
-# Projections have a queue of their own, so that datasets do not wait for work that takes minutes.
+# Also used for projections; the name cannot change because stored jobs contain it.
+_JOB_QUEUE = "dermis-datasets"
+# The shards of projections have their own queue, so that datasets do not wait for work that takes minutes.
 _SHARD_QUEUES: Mapping[Kind, str] = {"dataset": "dermis-shards", "projection": "dermis-projections"}
 _POLL_SECONDS = 0.2
 _CHECK_SECONDS = 5.0
@@ -148,25 +149,25 @@ def cancel_or_delete(ctx: JobContext, job_id: str) -> Job | None:
     return None
 
 
-def sweep(leases_hold: bool = True) -> None:
+def sweep(leases_reliable: bool = True) -> None:
     """Resume work that no worker does: workflows of dead workers, stuck ones of this worker, jobs without a workflow.
 
     Args:
-        leases_hold: Whether the leases of other workers show which of them are alive. If not, their work is left alone.
+        leases_reliable: Whether the leases of other workers show which of them are alive. If not, their work is not resumed.
     """
     ctx = _context()
     alive = ctx.table.live_workers() | {_executor_id}
     for status in DBOS.list_workflows(status="PENDING", load_input=False, load_output=False):
         ours = status.executor_id == _executor_id
-        if _is_stuck(status.workflow_id) if ours else leases_hold and status.executor_id not in alive:
+        if _is_stuck(status.workflow_id) if ours else leases_reliable and status.executor_id not in alive:
             logger.warning("workflow resumed", extra={"workflow": status.workflow_id, "worker": status.executor_id})
             DBOS.resume_workflow(status.workflow_id, queue_name=status.queue_name)
     for job in ctx.table.active():
         ours = job.owner == _executor_id
-        if job.id not in ctx.submitting and (ours or (leases_hold and job.owner not in alive)):
+        if job.id not in ctx.submitting and (ours or (leases_reliable and job.owner not in alive)):
             try:
                 _continue(ctx, job)
-            except Exception as error:  # the other jobs are continued all the same
+            except Exception as error:  # an error of one job must not stop the others
                 logger.warning("job not resumed", extra={"job": job.id, "error": str(error)})
 
 
@@ -229,7 +230,7 @@ def _may_restart(job_id: str) -> bool:
 
 
 def _is_stuck(workflow_id: str) -> bool:
-    """Whether in several sweeps DBOS listed a workflow as running here that was not: its end was not recorded."""
+    """Whether DBOS listed a workflow in several sweeps as running here although it was not: its end was not recorded."""
     with _running_lock:
         idle = workflow_id not in _running
     _idle_sweeps[workflow_id] = _idle_sweeps.get(workflow_id, 0) + 1 if idle else 0
@@ -240,7 +241,7 @@ def _is_stuck(workflow_id: str) -> bool:
 def _job_workflow(job_id: str, shards: int) -> str:
     """One job of any kind. A replay after a crash repeats its steps, so their order depends on the arguments alone."""
     with _running_here(job_id) as ctx:
-        job = retry_transient(ctx, lambda: ctx.table.own(job_id, _executor_id))
+        job = retry_transient(ctx, lambda: ctx.table.set_owner(job_id, _executor_id))
         retry_transient(ctx, lambda: ctx.table.restart_rate(job_id))
         for shard in range(shards):
             # Also for a job that was deleted, whose shards stop at once, because a replay needs the same steps.
@@ -281,14 +282,14 @@ def _are_shards_over(ctx: JobContext, job_id: str, check_workflows: bool) -> boo
     Args:
         ctx: The context of the jobs.
         job_id: The job.
-        check_workflows: Look also at the states of the shards' workflows.
+        check_workflows: Check the states of the shards' workflows too.
     """
     with _database():
         job = ctx.table.get(job_id)
         if job is None:
             return True
         if ctx.table.must_stop(job_id):
-            # The queued ones need not start; the running ones notice by themselves that they are to stop.
+            # Queued shards must not start; running ones check regularly whether they must stop.
             _cancel_queued(job_id)
             return not _shard_workflows(job_id, "PENDING")
         if job.shards_done == job.shards_total:

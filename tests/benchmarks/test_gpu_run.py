@@ -1,4 +1,4 @@
-"""The prepared GPU run, with tiny sizes on the CPU: order, time limits, files, and what it may import."""
+"""Tests of the prepared GPU run with tiny sizes on the CPU: order, time limits, files, and allowed imports."""
 
 from __future__ import annotations
 

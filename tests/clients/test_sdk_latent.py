@@ -1,4 +1,4 @@
-"""The SDK and dermis-client against the gateway: verdicts, directions, edits, projections, gated and edited datasets."""
+"""Tests of the SDK and dermis-client with the gateway: verdicts, directions, edits, projections, gated and edited datasets."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def test_client_commands_check_edit_and_project(
         assert status == 0, output
         return output
 
-    assert "too near" in say("authenticity", *files[:3])
+    assert "not authentic" in say("authenticity", *files[:3])
     assert "of 3 authentic" in say("authenticity", "--classes", "benign=2,malignant=1", "--seed", "5")
     assert "axis-2" in say("directions")
     say(
@@ -214,4 +214,4 @@ def test_client_commands_check_edit_and_project(
     )
     for wrong in (("--sample", "benign"), ("--sample", "benign:0:1", "--sweep", "axis-1=1")):
         status, output = run(served[1], monkeypatch, capsys, "edit", "--strip", tmp_path / "x.png", *wrong)
-        assert status != 0 and "is not of the form" in output
+        assert status != 0 and "does not have the form" in output

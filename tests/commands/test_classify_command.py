@@ -1,4 +1,4 @@
-"""`dermis classify`: the scores of files, as the library has them."""
+"""Tests of `dermis classify`: the scores of files are those of the library."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`dermis generate` and `dermis verify`: the same files after a kill, from a manifest, in shards; errors are one line."""
+"""Tests of `dermis generate` and `dermis verify`: the same files after a kill, from a manifest, in shards; one-line errors."""
 
 from __future__ import annotations
 

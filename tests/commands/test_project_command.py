@@ -1,4 +1,4 @@
-"""`dermis project` and `dermis authenticity`: stopped and gone on with, bad files left out, reports that are true."""
+"""Tests of `dermis project` and `dermis authenticity`: they continue after a stop, skip bad files, report correct numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Foreign text in messages: printable, on one line, short."""
+"""Tests that foreign text in messages is printable, on one line and short."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Feature extractors: names, files, and weights that are never executed."""
+"""Tests of feature extractors: names, files, and weights that are never executed."""
 
 from __future__ import annotations
 

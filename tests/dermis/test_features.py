@@ -1,4 +1,4 @@
-"""Feature spaces: the pretrained network computes what its own library computes from the same weights."""
+"""Tests of feature spaces: the pretrained network computes the same as its own library with the same weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files are written completely or not at all."""
+"""Tests that files are written completely or not at all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Latent neighbours: their distance, where they come from, and the folder of their images."""
+"""Tests of latent neighbours: their distance, their direction, and the folder of their images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Latents depend on (seed, index) alone, and stay what they are from one release to the next."""
+"""Tests that latents depend only on (seed, index), and do not change between releases."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A function that runs on data of strangers runs isolated and within limits, and its process may die in any way."""
+"""Tests that functions on untrusted data run isolated and within limits, and that their process may end in any way."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The networks agree with the official ones, and with their own definition.
+"""Tests that the networks agree with the official ones and with their definition.
 
 `../shared/parity`, or the folder DERMIS_PARITY, holds what the official networks compute from given weights; its README.md says
 how it was made.

@@ -1,4 +1,4 @@
-"""Noise belongs to the sample: it is random by default, drawn from (seed, index) alone, and stays when a sample is edited."""
+"""Tests of noise: random by default, determined by (seed, index), and unchanged when a sample is edited."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from dermis.synthesizer.choice import Ready
 from service_kit import make_directly, service
 from services.gateway.schemas.edits import EditsRequest
 from services.gateway.schemas.images import ImagesRequest
-from services.inference.samples import Options, pack, run
+from services.inference.samples import Options, generate_rows, pack_rows
 from tiny import make_bundle
 from training.evaluation.pictures import STEPS, Drawing
 from training.gan.snapshot import sample_grid
@@ -157,14 +157,18 @@ def test_large_batch_contains_own_noise_of_each_sample(monkeypatch: pytest.Monke
 def test_an_edited_sample_keeps_its_noise(noisy: Bundle, synthesizer: Synthesizer) -> None:
     """An edit of a sample is its style vectors moved, drawn with the noise of its seed and index."""
     edit = Edit("axis", 1.5)
-    rows = pack(Options(noisy.digest, edits=[edit], directions=["axis"]), 3, [4, 9], [0, 1])
-    edited = np.stack([image for image in run({noisy.digest: synthesizer}, rows) if not isinstance(image, str)])
+    rows = pack_rows(Options(noisy.digest, edits=[edit], directions=["axis"]), 3, [4, 9], [0, 1])
+    edited = np.stack(
+        [image for image in generate_rows({noisy.digest: synthesizer}, rows) if not isinstance(image, str)]
+    )
     ws = synthesizer.ws([3, 3], [4, 9], [0, 1])
     moved = ws + bundle_offset(noisy, [edit])
     assert np.array_equal(edited, synthesizer.images_from_ws(moved, "random", seeds=[3, 3], indices=[4, 9]))
     assert difference(edited, synthesizer.images_from_ws(moved, "random", seeds=[3, 3], indices=[9, 4])) > 20
-    plain = pack(Options(noisy.digest), 3, [4, 9], [0, 1])
-    assert np.array_equal(np.stack(run({noisy.digest: synthesizer}, plain)), synthesizer.images([3, 3], [4, 9], [0, 1]))  # type: ignore[arg-type]
+    plain = pack_rows(Options(noisy.digest), 3, [4, 9], [0, 1])
+    assert np.array_equal(
+        np.stack(generate_rows({noisy.digest: synthesizer}, plain)), synthesizer.images([3, 3], [4, 9], [0, 1])
+    )  # type: ignore[arg-type]
 
 
 def test_strips_and_sweeps_contain_unedited_sample(

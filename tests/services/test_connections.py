@@ -1,4 +1,4 @@
-"""Limits on connections to the gateway, with raw sockets against uvicorn with the gateway's protocol."""
+"""Tests of limits on connections to the gateway, with raw sockets against uvicorn with the gateway's protocol."""
 
 from __future__ import annotations
 

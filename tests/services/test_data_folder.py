@@ -1,4 +1,4 @@
-"""The data folder: no other account reads it, nothing of a killed process stays, and no log holds a projection's id."""
+"""Tests of the data folder: only this account reads it, killed processes leave nothing, no log contains a projection's id."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The real thing: the launcher, its processes, the real generator, killed and started again."""
+"""End-to-end tests of the launched service: all its processes, the real generator, a kill and a restart."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The supervisor: its processes, its private folder, and what it refuses. Workers here are small programs."""
+"""Tests of the supervisor: its processes, its private folder, and what it refuses. Workers here are small programs."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from starlette.types import Message, Receive, Scope, Send
 
 from service_kit import wait_for
 from services import serve, supervisor
-from services.scratch import scratch_folder
 from services.settings import Settings, SettingsError
+from services.temporary_folders import temporary_folders
 from services.worker import TimeLimit
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="the service needs Unix sockets")
@@ -139,14 +139,14 @@ def test_the_supervised_services_are_those_of_the_gateway() -> None:
 @pytest.mark.parametrize("name", ["data", "d" * 120], ids=["short", "long"])
 def test_scratch_folder_is_private_and_removed_with_its_service(tmp_path: Path, name: str) -> None:
     data_dir = tmp_path / name
-    with scratch_folder(data_dir) as scratch, scratch_folder(data_dir) as other:
-        assert scratch.folder != other.folder
-        for folder in (data_dir / "run", scratch.folder, scratch.sockets, scratch.temporary):
+    with temporary_folders(data_dir) as folders, temporary_folders(data_dir) as other:
+        assert folders.folder != other.folder
+        for folder in (data_dir / "run", folders.folder, folders.sockets, folders.temporary):
             assert stat.S_IMODE(folder.stat().st_mode) == 0o700
         with socket.socket(socket.AF_UNIX) as listener:
-            listener.bind(str(scratch.sockets / "12.sock"))
-    assert not scratch.folder.exists()
-    assert not scratch.sockets.exists()
+            listener.bind(str(folders.sockets / "12.sock"))
+    assert not folders.folder.exists()
+    assert not folders.sockets.exists()
     assert not other.sockets.exists()
 
 
@@ -154,17 +154,17 @@ def test_scratch_folder_is_private_and_removed_with_its_service(tmp_path: Path, 
 def test_scratch_folder_of_killed_service_is_removed_at_start(tmp_path: Path, name: str) -> None:
     data_dir = tmp_path / name
     program = (
-        "import os, signal, sys; from pathlib import Path; from services.scratch import scratch_folder\n"
-        "with scratch_folder(Path(sys.argv[1])) as scratch:\n"
-        "    (scratch.temporary / 'upload').touch(); print(scratch.sockets, flush=True)\n"
+        "import os, signal, sys; from pathlib import Path; from services.temporary_folders import temporary_folders\n"
+        "with temporary_folders(Path(sys.argv[1])) as folders:\n"
+        "    (folders.temporary / 'upload').touch(); print(folders.sockets, flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     command = [sys.executable, "-c", program, str(data_dir)]
     killed = subprocess.run(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True)
     left = Path(killed.stdout.strip())
     assert left.exists()
-    with scratch_folder(data_dir) as scratch:
-        assert list((data_dir / "run").glob("start-*")) == [scratch.folder]
+    with temporary_folders(data_dir) as folders:
+        assert list((data_dir / "run").glob("start-*")) == [folders.folder]
         assert not left.exists()
 
 

@@ -1,4 +1,4 @@
-"""A storage in memory, `flaky://`, whose calls can be made to fail as those of a remote one do."""
+"""A storage in memory, `flaky://`, whose calls can be made to fail like those of a remote storage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A real service in processes of its own, started from the checkout."""
+"""A real service in separate processes, started from the checkout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Procedural dermoscopy for tests: skin with a pigmented lesion, and the artefacts that real images carry."""
+"""Procedural dermoscopy for tests: skin with a pigmented lesion, and the artefacts of real images."""
 
 from __future__ import annotations
 

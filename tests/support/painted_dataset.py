@@ -1,4 +1,4 @@
-"""Datasets of painted images, whose pixels hold their index and label."""
+"""Datasets of painted images, whose pixels encode their index and label."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Image files of every kind that people send, good and bad."""
+"""Image files of many kinds, valid and invalid, as users upload them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A PostgreSQL server of a test's own, that can be stopped and started again."""
+"""A separate PostgreSQL server for a test, which can be stopped and started again."""
 
 from __future__ import annotations
 

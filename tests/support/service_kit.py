@@ -1,4 +1,4 @@
-"""The gateway and the dataset jobs in this process, around a generator that is a pure function of its rows."""
+"""The gateway and the dataset jobs in this process, with a generator that is a pure function of its rows."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from services.inference import projections
 from services.inference.client import InferenceClients
 from services.inference.heat_maps import EncodedHeatMap
 from services.inference.projections import ProjectionFiles, ProjectionTask
-from services.inference.samples import Image, Options, Samples, pack
+from services.inference.samples import Image, Options, Samples, pack_rows
 from services.jobs.context import JobContext
 from services.jobs.service import JobService
 from services.models import ServedModels
@@ -149,7 +149,7 @@ class LocalProjector(LocalClient):
         if self.failures:
             raise self.failures.pop(0)
         projector = Projector(bundle, distance="lite0", device="cpu", dtype="float32", batch_size=len(images))
-        return projections.run(projector, images, labels, task, lambda steps: None)
+        return projections.project_images(projector, images, labels, task, lambda steps: None)
 
     async def steps(self, ticket: str) -> int:
         return self.steps_done.get(ticket, 0)
@@ -341,7 +341,7 @@ def make_directly(bundle: Any, request: Mapping[str, Any], folder: Path) -> dict
         write_shard(
             planned,
             shard,
-            lambda indices, labels: np.stack(draw(pack(options, wanted.seed, indices, labels))),
+            lambda indices, labels: np.stack(draw(pack_rows(options, wanted.seed, indices, labels))),
             store,
             score=score,
             examine=examine,

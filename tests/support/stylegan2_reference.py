@@ -1,4 +1,4 @@
-"""StyleGAN2's networks as the papers write them, in float64, from a state dict: what other implementations must give.
+"""StyleGAN2's networks as the papers define them, in float64, from a state dict: the reference for other implementations.
 
 Karras et al., arXiv 1912.04958 (weight modulation, equations 1 to 3; skip generator, residual discriminator) and 1710.10196
 (mini-batch standard deviation). Nothing is shared with `dermis.networks`, and nothing is rearranged for speed.

@@ -1,4 +1,4 @@
-"""A tiny ISIC-layout folder whose classes can be told apart, for classifiers."""
+"""A tiny ISIC-layout folder whose classes a classifier can distinguish."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints that several kinds of training share: what is refused when a run is resumed."""
+"""Tests of checkpoints of all kinds of training: what is refused when a run is resumed."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ def test_value_that_is_not_finite_keeps_the_old_checkpoint(tmp_path: Path) -> No
     ("kind", "options", "message"),
     [
         ("encoder", {"size": 8, "seed": 0}, r"not the checkpoint of a training of this kind \(encoder\)"),
-        ("classifier", {"size": 9, "seed": 0}, "was trained with another size; use the same options"),
-        ("classifier", {"size": 8}, "was trained with another seed"),
-        ("classifier", {"size": 8, "seed": 0, "batch": 4}, "was trained with another batch"),
+        ("classifier", {"size": 9, "seed": 0}, "was trained with other values of size; use the same options"),
+        ("classifier", {"size": 8}, "was trained with other values of seed"),
+        ("classifier", {"size": 8, "seed": 0, "batch": 4}, "was trained with other values of batch"),
     ],
 )
 def test_checkpoint_of_other_kind_or_options_is_refused(
@@ -80,7 +80,7 @@ def test_run_folder_with_checkpoint_needs_resume(tmp_path: Path) -> None:
     assert checkpoint_path(tmp_path, resume=False) == path
     path.touch()
     assert checkpoint_path(tmp_path, resume=True) == path
-    with pytest.raises(TrainingError, match="already holds a run; add --resume"):
+    with pytest.raises(TrainingError, match="already contains a run; add --resume"):
         checkpoint_path(tmp_path, resume=False)
 
 

@@ -1,4 +1,4 @@
-"""Options by name: values are checked against the fields of a configuration, and messages name the option."""
+"""Tests of options by name: values are checked against the fields of a configuration, and messages name the option."""
 
 from __future__ import annotations
 

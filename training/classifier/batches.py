@@ -73,7 +73,7 @@ def read_ahead(
     pinned = ranks.device.type == "cuda"
 
     def read(step: int) -> tuple[NDArray[np.int64], Tensor]:
-        chosen = ranks.own(order[step])
+        chosen = ranks.rank_part(order[step])
         images = torch.from_numpy(training.read(chosen))
         return chosen, images.pin_memory() if pinned else images
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dermis.bundle.classifier import NOTICE, ClassifierDescription
-from training.classifier.evaluate import FEWEST
+from training.classifier.evaluate import MIN_GROUP_IMAGES
 
 _METRICS = {
     "auc": "area under the ROC curve",
@@ -36,8 +36,8 @@ Distinguishes malignant (melanoma) from benign (any other diagnosis) in dermosco
 
 For research on dermoscopy and on the value of synthetic data. Not for diagnosis, triage or any decision about a person.
 It was trained on dermoscopy of single lesions. For anything else (clinical photographs, other skin types, other devices, no
-lesion at all) its numbers mean nothing, and it gives no warning. It can depend on what is beside the lesion (frame, ruler,
-ink) if that occurs more often with one class in the training images.
+lesion at all) its numbers mean nothing, and it gives no warning. It can depend on what is next to the lesion (frame,
+ruler, ink) if that occurs more often with one class in the training images.
 
 Melanoma is only one of the cancers: basal cell carcinoma and others count as benign here.
 
@@ -84,8 +84,8 @@ default is `{measured["default_threshold"]}`. On the test part:
 
 ## By group
 
-On the test part; sensitivity and specificity at the default threshold. A group with fewer than {FEWEST} images of either
-class is too small for numbers.
+On the test part; sensitivity and specificity at the default threshold. A group with fewer than {MIN_GROUP_IMAGES} images of
+either class is too small for numbers.
 
 {_breakdown(test["breakdown"])}
 """
@@ -142,12 +142,12 @@ def _length(run: Mapping[str, Any]) -> str:
     )
 
 
-def _warning(clean: bool) -> str:
-    if clean:
+def _warning(training_part_only: bool) -> str:
+    if training_part_only:
         return "The generators were trained on exactly the real training part above, and on no test image."
     return (
-        "**The generators were trained on other images than exactly the training part above, or that is not known. If "
-        "these included images of the test part, the numbers below are too good.**"
+        "**The generators were not trained on exactly the training part above, or their training images are not known. If "
+        "these include images of the test part, the numbers below are too high.**"
     )
 
 

@@ -1,4 +1,4 @@
-"""Everything except the images that decides what a classifier's training computes."""
+"""The options that determine, together with the images, what a classifier's training computes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Monitor = Literal["auc", "loss"]
 Precision = Literal["fp32", "bf16"]
 WeightsDtype = Literal["fp16", "int8"]
 # Options that can change when a run is resumed: its length, when it ends, and how its result is stored.
-_FREE = ("epochs", "patience", "weights_dtype")
+_CHANGEABLE = ("epochs", "patience", "weights_dtype")
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,14 @@ class ClassifierConfig:
     patience: int = 3  # the run ends after this many epochs without a better monitor
     monitor: Monitor = "auc"
     balance: Balance = "weights"
-    rotation: float = 180.0  # largest angle in degrees, in both directions; 0: none
+    rotation: float = 180.0  # maximum angle in degrees, in both directions; 0: none
     flips: bool = True
     dropout: float = 0.2
     freeze_stages: int = 0  # the stem and this many stages keep their weights
     head_only: bool = False  # all layers but the last one keep their weights
     epoch_images: int | None = None  # number of images in an epoch; None: all of the training part
     precision: Precision = "fp32"
-    weights_dtype: WeightsDtype = "fp16"  # of the exported file; measurements include the rounding
+    weights_dtype: WeightsDtype = "fp16"  # type of the weights in the exported file; measurements include the rounding
 
     def __post_init__(self) -> None:
         limits = {
@@ -80,4 +80,4 @@ class ClassifierConfig:
     @property
     def identity(self) -> dict[str, Any]:
         """The options that must not change when a run is resumed."""
-        return {name: value for name, value in self.to_dict().items() if name not in _FREE}
+        return {name: value for name, value in self.to_dict().items() if name not in _CHANGEABLE}

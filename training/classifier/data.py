@@ -37,7 +37,7 @@ class RealPart:
         ids: Id of each image.
         groups: Patient of each image; the lesion, or the image itself, if the patient is not known.
         attributes: Values of each attribute of ATTRIBUTES, one for each image; "unknown" if it is not stated.
-        sha256: That of `ImageDataset`: of ids, classes and files.
+        sha256: SHA-256 of ids, classes and files, as in `ImageDataset`.
     """
 
     images: NDArray[np.uint8]
@@ -65,7 +65,7 @@ class RealData:
     train: RealPart
     validation: RealPart
     test: RealPart
-    split: str  # how they were divided, in words for the card
+    split: str  # text for the card on how the images were divided
 
     @property
     def parts(self) -> dict[str, RealPart]:
@@ -94,7 +94,7 @@ def load_real(
         split_seed: Seed of the division into shares.
         cache: Folder for decoded images.
         progress: Show progress bars.
-        options: How to read the source.
+        options: Options of `read_source`.
 
     Raises:
         DataError: The source cannot be used, or a part lacks one of the classes.
@@ -103,7 +103,7 @@ def load_real(
     source = read_source(path, **options)
     absent = sorted(set(CLASS_NAMES) - set(source.class_names))
     if absent:
-        raise DataError(f"{path}: has no {absent[0]} images; a classifier learns from both classes")
+        raise DataError(f"{path}: has no {absent[0]} images; a classifier needs images of both classes")
     parts = _parts(source, split, shares, split_seed)
     decoded = {}
     for name, ids in parts.items():
@@ -111,8 +111,8 @@ def load_real(
         if 0 in part.classes.values():
             raise DataError(f"{path}: the part {name} has {part.classes}; each part needs images of both classes")
         decoded[name] = part
-    how = f"as in the split `{split.resolve().name}`" if split else f"by patient, seed {split_seed}"
-    return RealData(path.resolve().name, decoded["train"], decoded["validation"], decoded["test"], how)
+    division = f"as in the split `{split.resolve().name}`" if split else f"by patient, seed {split_seed}"
+    return RealData(path.resolve().name, decoded["train"], decoded["validation"], decoded["test"], division)
 
 
 def age_band(age: str) -> str:

@@ -14,7 +14,7 @@ from dermis.metrics import classification as metrics
 from training.classifier.calibration import THRESHOLDS, calibrated, choose_thresholds, fit_temperature
 from training.classifier.data import RealPart
 
-FEWEST = 10  # a group with fewer images of a class is too small for numbers
+MIN_GROUP_IMAGES = 10  # a group with fewer images of a class is not measured
 
 Floats = NDArray[np.float64]
 _RANKING: Mapping[str, metrics.Metric] = {
@@ -74,7 +74,7 @@ def breakdown(
 ) -> dict[str, dict[str, Any]]:
     """Numbers of each group of each attribute: images, positives, AUC, sensitivity and specificity at the threshold.
 
-    A group with fewer than FEWEST images of a class has {"too_few": true} instead of the last three.
+    A group with fewer than MIN_GROUP_IMAGES images of a class has {"too_few": true} instead of the last three.
     """
     probabilities = calibrated(logits, temperature)
     rates = {name: rate for name, rate in _at(threshold).items() if name in ("sensitivity", "specificity")}
@@ -85,7 +85,7 @@ def breakdown(
             members = np.flatnonzero(np.array(values) == value)
             labels = part.labels[members]
             row: dict[str, Any] = {"images": len(members), "positive": int(labels.sum())}
-            if min(row["positive"], row["images"] - row["positive"]) < FEWEST:
+            if min(row["positive"], row["images"] - row["positive"]) < MIN_GROUP_IMAGES:
                 row["too_few"] = True
             else:
                 groups = [part.groups[i] for i in members]

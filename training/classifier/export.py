@@ -21,7 +21,7 @@ from training.classifier.config import WeightsDtype
 from training.classifier.network import as_stored, eight_bit, is_large
 
 OPSET = 18
-TOLERANCE = 1e-4  # largest difference of probabilities between torch and ONNX Runtime
+TOLERANCE = 1e-4  # maximum difference of probabilities between torch and ONNX Runtime
 
 
 def require_onnx() -> None:
@@ -41,7 +41,7 @@ def to_onnx(network: TorchClassifier, size: int, weights_dtype: WeightsDtype = "
     Args:
         network: The network.
         size: Side S of the images.
-        weights_dtype: How weights are stored.
+        weights_dtype: Type of the stored weights.
 
     Raises:
         TrainingError: A package that export needs is not installed.
@@ -75,7 +75,9 @@ def run_onnx(model: bytes, images: NDArray[np.uint8]) -> NDArray[np.float64]:
     try:
         import onnxruntime as ort
     except ImportError as error:
-        raise TrainingError(f"export checks itself with ONNX Runtime ({error}); {install_command('cpu')}") from error
+        raise TrainingError(
+            f"export needs ONNX Runtime to check the exported file ({error}); {install_command('cpu')}"
+        ) from error
     options = ort.SessionOptions()
     options.log_severity_level = 4
     session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])

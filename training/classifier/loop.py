@@ -175,7 +175,7 @@ def training_batches(
         yield from read_ahead(training, order, ranks)
     else:
         for row in order:
-            chosen = ranks.own(row)
+            chosen = ranks.rank_part(row)
             yield chosen, features[torch.from_numpy(chosen).to(features.device)]
 
 

@@ -36,7 +36,7 @@ from training.distributed import Ranks
 
 Configuration = Literal["real", "synthetic", "augmented"]
 FOLDER = "classifier"
-CHECKED = 64  # test images on which the exported file is compared with torch
+CHECKED = 64  # number of test images on which the exported file is compared with torch
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class ClassifierData:
             )
         if (self.configuration == "real") != (self.synthetic is None):
             raise TrainingError(
-                f"synthetic: the configuration {self.configuration} takes {'none' if self.synthetic else 'some'}"
+                f"synthetic: the configuration {self.configuration} needs {'no ' if self.synthetic else ''}synthetic images"
             )
 
     @property
@@ -146,7 +146,7 @@ def train_classifier(
     if config.precision == "bf16" and config.cached_features:
         raise TrainingError("precision: a head on cached features is trained in fp32")
     training = data.training
-    with ranks.one_after_another():
+    with ranks.first_rank_first():
         network = new_network(config, weights)
     best, progress = train(
         network,

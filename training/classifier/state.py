@@ -15,21 +15,21 @@ from dermis.errors import TrainingError
 from training.checkpoint import load_checkpoint, read_state_of_kind, save_checkpoint
 from training.classifier.config import ClassifierConfig
 
-KIND = "classifier"  # in checkpoints
+KIND = "classifier"  # value of the field `kind` in checkpoints
 
 
 @dataclass
 class ClassifierProgress:
-    """How far a run has come. A checkpoint stores it with the tensors."""
+    """Progress of a run. A checkpoint stores it with the tensors."""
 
     epoch: int = 0  # the current one, or the next one between two epochs
     step: int = 0  # finished steps of this epoch
-    loss_sum: float = 0.0  # over these steps
+    loss_sum: float = 0.0  # sum of the losses of these steps
     seconds: float = 0.0
-    images: int = 0  # shown so far
+    images: int = 0  # training images shown so far
     best_epoch: int = -1
-    best_value: float = 0.0  # of the monitor
-    stopped: bool = False  # by the user, before the end
+    best_value: float = 0.0  # best value of the monitored metric
+    stopped: bool = False  # whether the user stopped the run before its end
     history: list[dict[str, float]] = field(default_factory=list)  # one row for each finished epoch
 
 
@@ -67,7 +67,7 @@ def save_state(checkpoint: Path, state: ClassifierState, config: ClassifierConfi
 
     Args:
         checkpoint: The file.
-        state: What to save.
+        state: The state.
         config: The options of the run.
         data: Digest of the images.
 
@@ -90,7 +90,7 @@ def load_state(checkpoint: Path, state: ClassifierState, config: ClassifierConfi
     scalars = read_state_of_kind(checkpoint, KIND, config.identity)
     if scalars["data"] != data:
         raise TrainingError(
-            f"{checkpoint}: was trained on other images or another split; use the same or another --out"
+            f"{checkpoint}: was trained on other images or another split; use the same ones, or choose another --out"
         )
     load_checkpoint(checkpoint, state.modules, {"optimizer": state.optimizer}, {})
     state.scheduler.load_state_dict(scalars["scheduler"])

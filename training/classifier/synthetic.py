@@ -39,14 +39,19 @@ from training.data.sources import read_source
 if TYPE_CHECKING:
     from dermis.synthesizer import Synthesizer
 
-_SAVE_EVERY = 512  # images; an interruption loses at most this many
+_SAVE_EVERY = 512  # number of images; an interruption loses at most this many
 
 Count = dict[str, int]
 
 
 @dataclass(frozen=True)
 class SyntheticSource:
-    """A bundle or a generated dataset (folder or images.zip). class_name: that of all its images; None: the source's own."""
+    """A bundle or a generated dataset (folder or images.zip).
+
+    Attributes:
+        location: The folder or file.
+        class_name: Class of all its images; None if the source has classes.
+    """
 
     location: str
     class_name: str | None = None
@@ -92,7 +97,7 @@ def load_synthetic(
     """Generate or read synthetic images.
 
     Image i of label k of a bundle has its latent from (seed, 2 i + k), so a larger count begins with the images of a smaller
-    one. Of a dataset, the first images of the class are used. Several sources of one class contribute equal shares.
+    one. From a dataset, the first images of the class are used. Several sources of one class contribute equal shares.
 
     Args:
         sources: Bundles and datasets. The source of an unconditional bundle needs its class_name.
@@ -101,7 +106,7 @@ def load_synthetic(
         seed: Seed of generated images.
         truncation_psi: Truncation of generated images.
         cache: Folder for the images.
-        device: Where to generate.
+        device: Device of the generators.
         progress: Show progress bars.
 
     Raises:
@@ -110,7 +115,7 @@ def load_synthetic(
         StorageError: A dataset cannot be read.
     """
     if not sources:
-        raise DataError("synthetic: name a bundle or a generated dataset to take the images from")
+        raise DataError("synthetic: no source of images is given; name a bundle or a generated dataset")
     cache.mkdir(parents=True, exist_ok=True)
     images, labels, origin = [], [], []
     with _Generation(size, seed, truncation_psi, device) as generation:
@@ -122,13 +127,13 @@ def load_synthetic(
             parts = [part for part in by_source if part is not None]
             if not parts:
                 raise DataError(
-                    f"synthetic: no source has {class_name} images; give one more, or {class_name}=LOCATION"
+                    f"synthetic: no source has {class_name} images; add a source that has some, or state {class_name}=LOCATION"
                 )
             for i, part in enumerate(parts):
                 count = total // len(parts) + (i < total % len(parts))
                 if part.available is not None and part.available < count:
                     raise DataError(
-                        f"{part.origin['name']}: has {part.available:,} {class_name} images, {count:,} are asked for; "
+                        f"{part.origin['name']}: has {part.available:,} {class_name} images, {count:,} are requested; "
                         "give a smaller count or a larger dataset"
                     )
                 images.append(_cached(part, count, size, cache, progress))
@@ -165,15 +170,15 @@ def _class_images(source: SyntheticSource, label: int, generation: _Generation) 
     if source.class_name not in (None, CLASS_NAMES[label]):
         return None
     if exists(source.location, DESCRIPTOR):
-        return _of_bundle(open_bundle(source.location), source, label, generation)
-    return _of_dataset(source, label, generation.size)
+        return _bundle_images(open_bundle(source.location), source, label, generation)
+    return _dataset_images(source, label, generation.size)
 
 
-def _of_bundle(bundle: Bundle, source: SyntheticSource, label: int, generation: _Generation) -> _ClassImages | None:
+def _bundle_images(bundle: Bundle, source: SyntheticSource, label: int, generation: _Generation) -> _ClassImages | None:
     if source.class_name is None and not bundle.class_names:
         raise DataError(
-            f"{bundle.location}: its generator has no classes; say which its images are: benign={bundle.location} or "
-            f"malignant={bundle.location}"
+            f"{bundle.location}: its generator has no classes; state the class of its images: "
+            f"benign={bundle.location} or malignant={bundle.location}"
         )
     numbers = list(range(max(len(bundle.class_names), 1)))
     if source.class_name is None:
@@ -222,7 +227,7 @@ def _of_bundle(bundle: Bundle, source: SyntheticSource, label: int, generation: 
     return _ClassImages(_digest(content), label, None, produce, origin)
 
 
-def _of_dataset(source: SyntheticSource, label: int, size: int) -> _ClassImages | None:
+def _dataset_images(source: SyntheticSource, label: int, size: int) -> _ClassImages | None:
     """Images of a dataset of `dermis generate`, of its images.zip alone, or of a folder with one sub-folder per class."""
     counts, name, digest, read = _open_dataset(Path(source.location))
     names = [each for each in counts if source.class_name is not None or is_melanoma(each) == bool(label)]
@@ -264,7 +269,9 @@ def _open_dataset(path: Path) -> tuple[Count, str, str, _Read]:
                 return _counted(classes.values()), path.name, digest, lambda: _zip_images(path, classes)
     source = read_source(path, binary=True)
     if not source.class_names:
-        raise DataError(f"{path}: its images have no classes; a synthetic source needs benign and malignant")
+        raise DataError(
+            f"{path}: its images have no classes; a synthetic source needs the classes benign and malignant"
+        )
     digest = _digest([record.image.stamp() for record in source.records if record.image])
     records = [record for record in source.records if record.image]
     return (

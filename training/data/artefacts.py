@@ -28,7 +28,7 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Artefacts:
-    """Scores in [0, 1] of one image. An artefact is found if its score is at least its threshold."""
+    """Scores in [0, 1] of one image. An artefact is present if its score is at least its threshold."""
 
     frame: float  # share of the image in near-black regions that are connected to a corner
     ruler: float  # regularity of the most regular row of dark marks: the least autocorrelation at 1, 2, 3 pitches
@@ -36,7 +36,7 @@ class Artefacts:
     ink: float  # share of the image that is blue, purple or green and not in its middle
 
     @property
-    def found(self) -> tuple[str, ...]:
+    def present(self) -> tuple[str, ...]:
         """Names of the artefacts whose score reaches the threshold, in the order of NAMES."""
         return tuple(name for name in NAMES if getattr(self, name) >= THRESHOLDS[name])
 
@@ -112,7 +112,7 @@ def _ruler(lines: Floats) -> float:
 def _regularity(rows: Floats, window: int, pitches: NDArray[np.int64]) -> float:
     """The most regular of all windows of the rows [n, W], in [0, 1]."""
     windows = np.lib.stride_tricks.sliding_window_view(rows, window, axis=1)[:, :: window // 3].reshape(-1, window)
-    windows = windows[windows.mean(axis=1) > 2]  # in grey levels; others are faint texture
+    windows = windows[windows.mean(axis=1) > 2]  # mean difference in grey levels; windows below it show faint texture
     if len(windows) == 0:
         return 0.0
     windows = windows - windows.mean(axis=1, keepdims=True)
@@ -200,7 +200,7 @@ class Share:
     share: float
     low: float  # 95 % interval, by Wilson
     high: float
-    risk_ratio: float | None  # share of this class over the share of all others; None if that is 0
+    risk_ratio: float | None  # share of this class divided by the share of all others; None if the latter is 0
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ class Association:
 class Summary:
     """Shares and associations of all artefacts."""
 
-    shares: tuple[Share, ...]  # for each artefact of NAMES, each class in alphabetical order
+    shares: tuple[Share, ...]  # ordered by artefact as in NAMES, then by class name
     associations: tuple[Association, ...]  # one for each artefact of NAMES
 
     def share(self, artefact: str, class_name: str) -> Share:
@@ -239,14 +239,16 @@ def summarise(artefacts: Sequence[Artefacts], classes: Sequence[str]) -> Summary
         classes: Class of each image, or another group, such as its source.
     """
     if len(artefacts) != len(classes) or not classes:
-        raise ValueError(f"{len(artefacts)} images and {len(classes)} classes; need one class an image, and an image")
+        raise ValueError(
+            f"{len(artefacts)} images and {len(classes)} classes; give at least one image, and one class for each image"
+        )
     names = sorted(set(classes))
     labels = np.array([names.index(name) for name in classes])
     totals = np.bincount(labels, minlength=len(names))
     shares: list[Share] = []
     associations: list[Association] = []
     for artefact in NAMES:
-        shows = np.array([artefact in image.found for image in artefacts])
+        shows = np.array([artefact in image.present for image in artefacts])
         counts = np.bincount(labels[shows], minlength=len(names))
         for name, count, total in zip(names, counts.tolist(), totals.tolist(), strict=True):
             elsewhere, others = int(counts.sum()) - count, len(classes) - total
@@ -266,7 +268,7 @@ def wilson_interval(count: int, total: int) -> tuple[float, float]:
 
 
 def _association(artefact: str, table: NDArray[np.int64]) -> Association:
-    """Cramer's V = sqrt(chi2 / N) of a table [found or not, classes] (Cramer 1946, section 21.9)."""
+    """Cramer's V = sqrt(chi2 / N) of a table [present or not, classes] (Cramer 1946, section 21.9)."""
     if table.shape[1] < 2 or (table.sum(axis=1) == 0).any():
         return Association(artefact, 0.0, 1.0)
     test = chi2_contingency(table, correction=False)
@@ -288,9 +290,9 @@ def artefact_sheet(
         load: Loads image i as uint8 [H, W, 3] of any size. Only the examples are loaded.
         artefacts: Scores of each image.
         classes: Class of each image.
-        examples: Number of images in a row, at most.
+        examples: Maximum number of images in a row.
         size: Size of an image in pixels.
-        seed: Of the random choice.
+        seed: Seed of the random choice.
     """
     random = np.random.default_rng(seed)
     names = sorted(set(classes))
@@ -300,8 +302,8 @@ def artefact_sheet(
     pen = ImageDraw.Draw(sheet)
     rows = [(artefact, name) for artefact in NAMES for name in names]
     for row, (artefact, name) in enumerate(rows):
-        of_class = [i for i, own in enumerate(classes) if own == name]
-        with_artefact = [i for i in of_class if artefact in artefacts[i].found]
+        of_class = [i for i, class_name in enumerate(classes) if class_name == name]
+        with_artefact = [i for i in of_class if artefact in artefacts[i].present]
         top = row * (size + gap)
         pen.text((4, top + 4), f"{artefact}\n{name}\n{len(with_artefact)} of {len(of_class)}", fill="black")
         selected = sorted(random.permutation(with_artefact)[:examples].tolist())

@@ -24,9 +24,9 @@ def data_card(
         rows: Rows of its metadata.csv.
         skipped: Number of images that were skipped.
         resolution: Side of the images in pixels.
-        sha256: Of ids, classes and files.
-        licence: Of the images.
-        attribution: Of the images; "" if not stated.
+        sha256: SHA-256 of ids, classes and files.
+        licence: Licence of the images.
+        attribution: Attribution of the images; "" if not stated.
     """
     classes = sorted({row["class"] for row in rows})
     sources = sorted({row["source"] for row in rows})

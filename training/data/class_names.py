@@ -13,9 +13,9 @@ from dermis.errors import DataError, escape, quote
 from training.data.diagnoses import BENIGN, MALIGNANT, binary_class, is_no, is_yes
 
 _NO_CLASS = frozenset({"", "na", "n/a", "nan", "none", "null"})
-_NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9 ._-]+")  # not allowed in names of classes in a bundle
-_LONGEST_LIST = 10
-_LONGEST_NAME = 64
+_NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9 ._-]+")  # characters that class names in a bundle cannot have
+_MAX_LISTED_VALUES = 10
+_MAX_NAME_LENGTH = 64
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,14 @@ class ClassOrigin:
 
 
 @dataclass(frozen=True)
-class MapClass:
-    """Rules by which values become classes."""
+class ClassRules:
+    """Rules that map values to classes."""
 
     where: Path
     column: str
     binary: bool  # classes are malignant (melanoma) and benign
-    truth: bool  # 0 means benign, 1 malignant
-    mapping: Mapping[str, str]  # class by value ("" for none); takes precedence
+    has_truth_values: bool  # the column states the truth: 0 means benign, 1 malignant
+    mapping: Mapping[str, str]  # value -> class ("" for none); takes precedence over the other rules
 
 
 def parse_mapping(texts: Sequence[str]) -> dict[str, str]:
@@ -49,14 +49,14 @@ def parse_mapping(texts: Sequence[str]) -> dict[str, str]:
     for text in texts:
         value, equals, class_name = text.rpartition("=")
         if not equals or not value.strip():
-            raise DataError(f"--map: {text!r} is not of the form VALUE=CLASS")
+            raise DataError(f"--map: {text!r} does not have the form VALUE=CLASS")
         key = _folded(value)
         if mapping.setdefault(key, class_name.strip()) != class_name.strip():
             raise DataError(f"--map: {value.strip()!r} is mapped twice")
     return mapping
 
 
-def class_of(values: Sequence[Sequence[str]], rule: MapClass) -> tuple[tuple[str, ...], tuple[ClassOrigin, ...]]:
+def class_of(values: Sequence[Sequence[str]], rules: ClassRules) -> tuple[tuple[str, ...], tuple[ClassOrigin, ...]]:
     """Determine the class of each image.
 
     Values are compared without regard to case and to outer or repeated spaces. An image with several values (a diagnosis from
@@ -64,7 +64,7 @@ def class_of(values: Sequence[Sequence[str]], rule: MapClass) -> tuple[tuple[str
 
     Args:
         values: One or more values of each image.
-        rule: The rules.
+        rules: The rules.
 
     Returns:
         The class of each image ("" for none), and the number of images by value and class.
@@ -73,20 +73,20 @@ def class_of(values: Sequence[Sequence[str]], rule: MapClass) -> tuple[tuple[str
         DataError: A value is not understood, or two values would become one class by accident.
     """
     counts = Counter(tuple(_spaced(value) for value in row) for row in values)
-    _check_mapping(rule)
-    unmapped = {value for row in counts for value in row if _folded(value) not in rule.mapping}
+    _check_mapping(rules)
+    unmapped = {value for row in counts for value in row if _folded(value) not in rules.mapping}
     truths = {value for value in unmapped if is_yes(value) or is_no(value)}
     others = sorted(value for value in unmapped - truths if _is_number(value))
-    if rule.truth and truths and others:
+    if rules.has_truth_values and truths and others:
         raise DataError(
-            f"{rule.where}: {rule.column} has {quote(others[0])} beside {', '.join(map(quote, sorted(truths)))}, which alone "
-            "mean benign and malignant; state their classes with --map VALUE=CLASS"
+            f"{rules.where}: {rules.column} mixes {quote(others[0])} with {', '.join(map(quote, sorted(truths)))}. It is read "
+            "as benign and malignant only if it has no other numbers; state the classes with --map VALUE=CLASS"
         )
-    names = _binary_names(counts, rule) if rule.binary else _plain_names(counts, rule)
+    names = _binary_names(counts, rules) if rules.binary else _plain_names(counts, rules)
     origins: Counter[tuple[str, str]] = Counter()
     for row, count in counts.items():
         origins[" / ".join(dict.fromkeys(filter(None, row))), names[row]] += count
-    listed = [ClassOrigin(rule.column, value, name, count) for (value, name), count in origins.items()]
+    listed = [ClassOrigin(rules.column, value, name, count) for (value, name), count in origins.items()]
     listed.sort(key=lambda each: (each.class_name == "", each.class_name, -each.count, each.value))
     return tuple(names[tuple(_spaced(value) for value in row)] for row in values), tuple(listed)
 
@@ -96,27 +96,27 @@ def contradiction(classes: Sequence[str], diagnoses: Sequence[str]) -> list[int]
     return [i for i, pair in enumerate(zip(classes, diagnoses, strict=True)) if all(pair) and pair[0] != pair[1]]
 
 
-def _check_mapping(rule: MapClass) -> None:
-    for value, name in rule.mapping.items():
-        if rule.binary and name not in (MALIGNANT, BENIGN, ""):
+def _check_mapping(rules: ClassRules) -> None:
+    for value, name in rules.mapping.items():
+        if rules.binary and name not in (MALIGNANT, BENIGN, ""):
             raise DataError(
-                f"--map: {escape(value)}={escape(name)}: with two classes this must be malignant, benign or nothing"
+                f"--map: {escape(value)}={escape(name)}: with two classes the class must be malignant, benign or empty"
             )
         if name and _allowed(name) != name:
             raise DataError(
-                f"--map: {value}={name}: a class has letters (a to z), digits, space, dot, dash and underscore"
+                f"--map: {value}={name}: class names can have only letters (a to z), digits, space, dot, dash and underscore"
             )
 
 
-def _binary_names(counts: Mapping[tuple[str, ...], int], rule: MapClass) -> dict[tuple[str, ...], str]:
+def _binary_names(counts: Mapping[tuple[str, ...], int], rules: ClassRules) -> dict[tuple[str, ...], str]:
     names: dict[tuple[str, ...], str] = {}
     unknown: Counter[str] = Counter()
     for row, count in counts.items():
-        mapped = [rule.mapping[_folded(value)] for value in row if _folded(value) in rule.mapping]
+        mapped = [rules.mapping[_folded(value)] for value in row if _folded(value) in rules.mapping]
         if mapped:
             names[row] = mapped[-1]  # the most specific one
             continue
-        answers = {value: _binary_value(value, rule, len(row) > 1) for value in row}
+        answers = {value: _binary_value(value, rules, len(row) > 1) for value in row}
         doubtful = [value for value, answer in answers.items() if answer is None]
         if MALIGNANT in answers.values():
             names[row] = MALIGNANT
@@ -127,32 +127,32 @@ def _binary_names(counts: Mapping[tuple[str, ...], int], rule: MapClass) -> dict
         else:
             names[row] = ""
     if unknown:
-        raise DataError(_unknown(unknown, rule))
+        raise DataError(_unknown(unknown, rules))
     return names
 
 
-def _binary_value(value: str, rule: MapClass, one_of_several: bool) -> str | None:
+def _binary_value(value: str, rules: ClassRules, one_of_several: bool) -> str | None:
     if _folded(value) in _NO_CLASS:
         return ""
     if is_yes(value) or is_no(value):
-        return (MALIGNANT if is_yes(value) else BENIGN) if rule.truth else None
+        return (MALIGNANT if is_yes(value) else BENIGN) if rules.has_truth_values else None
     if one_of_several and _folded(value) == MALIGNANT:  # the most general level of the Archive: can be any cancer
         return ""
     return binary_class(value)
 
 
-def _unknown(unknown: Mapping[str, int], rule: MapClass) -> str:
+def _unknown(unknown: Mapping[str, int], rules: ClassRules) -> str:
     listed = sorted(unknown.items(), key=lambda each: (-each[1], each[0]))
-    shown = ", ".join(f"{quote(value)} ({count:,})" for value, count in listed[:_LONGEST_LIST])
-    more = f" and {len(listed) - _LONGEST_LIST} more" if len(listed) > _LONGEST_LIST else ""
+    shown = ", ".join(f"{quote(value)} ({count:,})" for value, count in listed[:_MAX_LISTED_VALUES])
+    more = f" and {len(listed) - _MAX_LISTED_VALUES} more" if len(listed) > _MAX_LISTED_VALUES else ""
     example = escape(listed[0][0])
     return (
-        f"{rule.where}: {rule.column}: not known to be melanoma or not: {shown}{more}; state the class with "
-        f'--map "{example}=benign", --map "{example}=malignant" or, for no class, --map "{example}="'
+        f"{rules.where}: {rules.column}: cannot decide whether these values mean melanoma: {shown}{more}; state their "
+        f'class with --map "{example}=benign", --map "{example}=malignant" or, for no class, --map "{example}="'
     )
 
 
-def _plain_names(counts: Mapping[tuple[str, ...], int], rule: MapClass) -> dict[tuple[str, ...], str]:
+def _plain_names(counts: Mapping[tuple[str, ...], int], rules: ClassRules) -> dict[tuple[str, ...], str]:
     """Class of each row of values without the binary rule.
 
     Spellings that differ in case or spaces are one class, in lower case. Characters that bundles do not allow are removed.
@@ -163,30 +163,30 @@ def _plain_names(counts: Mapping[tuple[str, ...], int], rule: MapClass) -> dict[
             spellings.setdefault(_folded(value), set()).add(value)
     by_value: dict[str, str] = {}
     for folded, variants in spellings.items():
-        if folded in rule.mapping:
-            by_value[folded] = rule.mapping[folded]
+        if folded in rules.mapping:
+            by_value[folded] = rules.mapping[folded]
         elif folded in _NO_CLASS:
             by_value[folded] = ""
-        elif rule.truth and (is_yes(folded) or is_no(folded)):
+        elif rules.has_truth_values and (is_yes(folded) or is_no(folded)):
             by_value[folded] = MALIGNANT if is_yes(folded) else BENIGN
         elif _is_number(folded) and not float(folded).is_integer():
             raise DataError(
-                f"{rule.where}: {rule.column}: {quote(folded)} is a measurement or probability, not a class; choose another "
+                f"{rules.where}: {rules.column}: {quote(folded)} is a measurement or probability, not a class; choose another "
                 "column with --class-column, or use --map"
             )
         else:
             by_value[folded] = _allowed(next(iter(variants)) if len(variants) == 1 else folded)
             if not by_value[folded]:
                 raise DataError(
-                    f"{rule.where}: {rule.column}: {quote(folded)} cannot be the name of a class; use --map"
+                    f"{rules.where}: {rules.column}: {quote(folded)} cannot be the name of a class; state a class with --map"
                 )
     taken: dict[str, str] = {}
     for folded, name in sorted(by_value.items()):
         other = taken.setdefault(name.casefold(), folded)
-        intended = {folded, other} & rule.mapping.keys() or not name or name in (BENIGN, MALIGNANT)
+        intended = {folded, other} & rules.mapping.keys() or not name or name in (BENIGN, MALIGNANT)
         if other != folded and not intended:
             raise DataError(
-                f"{rule.where}: {rule.column}: {quote(other)} and {quote(folded)} would both be the class {name}; "
+                f"{rules.where}: {rules.column}: {quote(other)} and {quote(folded)} would both be the class {name}; "
                 f'distinguish them with --map "{escape(folded)}=CLASS"'
             )
     names = {row: by_value[_folded(row[-1])] for row in counts}
@@ -204,7 +204,7 @@ def _one_spelling(names: dict[tuple[str, ...], str]) -> dict[tuple[str, ...], st
 def _allowed(value: str) -> str:
     plain = unicodedata.normalize("NFKD", value.replace("ß", "ss"))
     plain = "".join(letter for letter in plain if not unicodedata.combining(letter))
-    return " ".join(_NOT_IN_NAMES.sub(" ", plain).split()).lstrip("._- ")[:_LONGEST_NAME].rstrip()
+    return " ".join(_NOT_IN_NAMES.sub(" ", plain).split()).lstrip("._- ")[:_MAX_NAME_LENGTH].rstrip()
 
 
 def _is_number(value: str) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 from training.data.artefacts import NAMES, Artefacts
 from training.data.sources import Record
 
-FEWEST = 20
+MIN_IMAGES = 20
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,10 @@ def mine_concepts(
         names: The artefacts.
         size: Number of images of a set, or fewer for a rare artefact.
         counters: Number of counter-sets.
-        seed: Of the random numbers.
+        seed: Seed of the random numbers.
 
     Returns:
-        The sets, and for each artefact without a set the reason.
+        The sets, and a message with the reason for each artefact without a set.
     """
     concepts, left_out = [], []
     for name in names:
@@ -59,12 +59,14 @@ def mine_concepts(
         negatives: dict[tuple[str, str], list[Record]] = defaultdict(list)
         for record, scores in zip(records, artefacts, strict=True):
             group = record.row.get("source", ""), record.class_name
-            (positives if name in scores.found else negatives)[group].append(record)
+            (positives if name in scores.present else negatives)[group].append(record)
         shown = [
             (group, i) for group in sorted(positives) for i in range(min(len(positives[group]), len(negatives[group])))
         ]
-        if len(shown) < FEWEST:
-            left_out.append(f"{name}: {len(shown)} images show it and have others to compare with; {FEWEST} are needed")
+        if len(shown) < MIN_IMAGES:
+            left_out.append(
+                f"{name}: {len(shown)} images show it and can be matched with images that do not; {MIN_IMAGES} are needed"
+            )
             continue
         chosen = [shown[i] for i in sorted(rng.permutation(len(shown))[:size])]
         number: dict[tuple[str, str], int] = defaultdict(int)

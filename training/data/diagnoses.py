@@ -1,4 +1,4 @@
-"""Whether a diagnosis or class name means melanoma: an explicit vocabulary, without a default class.
+"""Decide whether a diagnosis or class name means melanoma, by an explicit vocabulary and without a default class.
 
 `binary_class` knows the terms of the ISIC challenges and the ISIC Archive, HAM10000, PAD-UFES-20, DDI, BCN20000, derm7pt and
 Fitzpatrick17k. For other terms it returns None, and the caller asks the user to map them.
@@ -24,7 +24,7 @@ _NO = frozenset({"0", "0.0", "false", "no", "f", "n"})
 _MELANOMA_WORDS = frozenset({"melanoma", "melanomas", "mel", "lmm", "ssm"})
 # Further terms that mean melanoma as a whole. Lentigo maligna is melanoma in situ.
 _MELANOMA_TERMS = frozenset({"lentigo maligna", "alm", "nm"})
-# Words that can be beside a melanoma word without changing its meaning.
+# Words that can stand next to a melanoma word without changing its meaning.
 _MELANOMA_QUALIFIERS = frozenset({
     "a", "acral", "advanced", "alm", "amelanotic", "and", "arising", "associated", "balloon", "blue", "breslow", "cell",
     "cells", "childhood", "clark", "congenital", "cutaneous", "cutis", "depth", "desmoplastic", "dx", "early", "equal",
@@ -80,7 +80,7 @@ _PROLIFERATION = frozenset({"proliferation", "proliferations"})
 _TISSUES = frozenset(
     {"epidermal", "adnexal", "follicular", "dermal", "soft", "lymphocytic", "vascular", "neural", "mesenchymal"}
 )
-_MALIGNANT_TISSUES = frozenset({"malignant epidermal", "malignant dermal"})  # of Fitzpatrick17k's nine groups
+_MALIGNANT_TISSUES = frozenset({"malignant epidermal", "malignant dermal"})  # two of the nine groups of Fitzpatrick17k
 _NEGATED_MELANOMA = re.compile(
     r"\b(?:(?:no|non|not|without|negative for|absence of|other than|excluding|free of)\s+(?:a\s+|any\s+)?(?:malignant\s+)?"
     r"(?:melanomas?|mel)|(?:nonmelanomas?|nomelanoma|notmelanoma|nonmel))\b"

@@ -19,7 +19,7 @@ import httpx
 from dermis.errors import DataError, install_command
 
 API = "https://api.isic-archive.com/api/v2"
-_SPARE = 0.02  # share of the free space that is left for metadata and the file system
+_RESERVED_SHARE = 0.02  # share of the free space that is left for metadata and the file system
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Collection:
     """A part of the Archive."""
 
     name: str
-    collection_id: int  # as in `isic collection list`
-    search: str = ""  # in the syntax of the Archive; "" for the whole collection
+    collection_id: int  # id that `isic collection list` shows
+    search: str = ""  # query in the syntax of the Archive; "" for the whole collection
 
 
 # "Challenge 2020: Training" and the melanomas of "Challenge 2019: Training": 33,126 + 4,522 images in the paper.
@@ -44,7 +44,7 @@ PAPER = ("isic-2020", "isic-2019-melanoma")
 
 
 @dataclass(frozen=True)
-class Offer:
+class CollectionSize:
     """Size of a collection in the Archive."""
 
     images: int
@@ -79,21 +79,21 @@ def download(collections: Sequence[Collection], out: Path) -> dict[str, int]:
     program = shutil.which("isic") or shutil.which("isic", path=str(Path(sys.executable).parent))
     if program is None:
         raise DataError(f"the program `isic` is not installed; install it with: {install_command('data')}")
-    offers = {collection: ask_archive(collection) for collection in collections}
-    missing = {each: offer for each, offer in offers.items() if count_complete(out / each.name) != offer.images}
+    sizes = {collection: fetch_collection_size(collection) for collection in collections}
+    missing = {each: size for each, size in sizes.items() if count_complete(out / each.name) != size.images}
     _check_space(out, missing)
     for collection in missing:
         _run(program, collection, out / collection.name)
-        present, offer = count_complete(out / collection.name), offers[collection]
-        if present != offer.images:
+        present, size = count_complete(out / collection.name), sizes[collection]
+        if present != size.images:
             raise DataError(
-                f"{out / collection.name}: {offer.images - (present or 0):,} of {offer.images:,} images did not arrive; "
+                f"{out / collection.name}: {size.images - (present or 0):,} of {size.images:,} images are missing; "
                 "run the same command again"
             )
-    return {collection.name: offer.images for collection, offer in offers.items()}
+    return {collection.name: size.images for collection, size in sizes.items()}
 
 
-def ask_archive(collection: Collection) -> Offer:
+def fetch_collection_size(collection: Collection) -> CollectionSize:
     """Get the number of images and the size of a collection from the public API of the Archive.
 
     Raises:
@@ -108,7 +108,7 @@ def ask_archive(collection: Collection) -> Offer:
         raise DataError(f"{collection.name}: the ISIC Archive refuses ({error.response.status_code})") from error
     except (httpx.HTTPError, ValueError, KeyError) as error:
         raise DataError(f"the ISIC Archive cannot be reached ({error}); is there a network?") from error
-    return Offer(int(count), int(size))
+    return CollectionSize(int(count), int(size))
 
 
 def count_complete(folder: Path) -> int | None:
@@ -122,17 +122,17 @@ def count_complete(folder: Path) -> int | None:
     return sum(name in present for name in ids)
 
 
-def _check_space(out: Path, missing: Mapping[Collection, Offer]) -> None:
+def _check_space(out: Path, missing: Mapping[Collection, CollectionSize]) -> None:
     folder = out.absolute()
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     needed = 0
-    for collection, offer in missing.items():
+    for collection, size in missing.items():
         target = out / collection.name
-        arrived = sum(path.stat().st_size for path in target.iterdir()) if target.is_dir() else 0
-        needed += max(0, offer.bytes - arrived)
-    if needed > free * (1 - _SPARE):
+        present_bytes = sum(path.stat().st_size for path in target.iterdir()) if target.is_dir() else 0
+        needed += max(0, size.bytes - present_bytes)
+    if needed > free * (1 - _RESERVED_SHARE):
         raise DataError(f"{out}: {needed / 1e9:.1f} GB are needed, but only {free / 1e9:.1f} GB are free")
 
 

@@ -22,9 +22,9 @@ from scipy.sparse.csgraph import connected_components
 from tqdm import tqdm
 
 # Set by eye on a collection of dermoscopy (docs/artefacts.md): the first two select candidates, the third decides.
-HASH_DISTANCE = 10  # of 64 bits
-EMBEDDING_SIMILARITY = 0.32  # cosine of whitened lite0 features
-CORRELATION = 0.8  # of the textures of two aligned images
+HASH_DISTANCE = 10  # maximum number of differing bits, of 64
+EMBEDDING_SIMILARITY = 0.32  # minimum cosine of whitened lite0 features
+CORRELATION = 0.8  # minimum correlation of the textures of two aligned images
 
 Floats = NDArray[np.float32]
 
@@ -78,7 +78,7 @@ def mirrored(hashes: NDArray[np.uint64]) -> NDArray[np.uint64]:
         hashes: uint64 [N].
 
     Returns:
-        uint64 [N, 4]: of the images as they are, mirrored left-right, mirrored top-bottom, and mirrored in both ways.
+        uint64 [N, 4]: hashes of the images as they are, mirrored left-right, mirrored top-bottom, and mirrored in both ways.
     """
     odd = np.broadcast_to(np.arange(1, 9) % 2 == 1, (8, 8))
     masks = [np.zeros((8, 8), bool), odd, odd.T, odd ^ odd.T]

@@ -31,13 +31,13 @@ _SYSTEM_NAMES = frozenset(
     {"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "lost+found", "__pycache__"}
 )
 _HEADER_BYTES = 32
-_LONGEST_PATH = 1024
+_MAX_PATH_LENGTH = 1024
 
 # Reasons why a file is not read, as reports show them.
 SYSTEM_FILE = "hidden or system file"
 NOT_AN_IMAGE = "not an image"
 NOT_READABLE = "a format that cannot be read"
-BROKEN_LINK = "link to a file that is not there"
+BROKEN_LINK = "link to a file that does not exist"
 TEXT_LINK = "a link that was saved as text, as on a system without links"
 SPECIAL_FILE = "not a regular file"
 ARCHIVE = "an archive that is not read; unpack it"
@@ -98,25 +98,25 @@ class Listing:
     images: Mapping[str, ImageFile]
     tables: Mapping[str, ImageFile]
     archives: Mapping[str, ImageFile]
-    ignored: Mapping[str, str]  # reason of each file that is left out
+    ignored: Mapping[str, str]  # file that is left out -> reason
     empty_folders: tuple[str, ...] = ()
     files: int | None = None  # number of files without images inside archives, if these are listed
     _index: dict[str, list[str]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
-    def seen(self) -> int:
+    def file_count(self) -> int:
         """Number of files, without those of the operating system."""
         if self.files is not None:
             return self.files
-        return len(self.images) + len(self.tables) + len(self.archives) + len(self.lost) + len(self.passed_over)
+        return len(self.images) + len(self.tables) + len(self.archives) + len(self.unreadable) + len(self.other_files)
 
     @property
-    def lost(self) -> dict[str, str]:
+    def unreadable(self) -> dict[str, str]:
         """Files that may be images and cannot be read, with the reason."""
         return {name: why for name, why in self.ignored.items() if why not in (SYSTEM_FILE, NOT_AN_IMAGE)}
 
     @property
-    def passed_over(self) -> list[str]:
+    def other_files(self) -> list[str]:
         """Files that are not images: texts, documents."""
         return [name for name, why in self.ignored.items() if why == NOT_AN_IMAGE]
 
@@ -246,7 +246,7 @@ def _entries(path: Path, empty: list[str]) -> Iterator[tuple[str, ImageFile, str
         with zipfile.ZipFile(path) as archive:
             infos = [info for info in archive.infolist() if not info.is_dir()]
     except (zipfile.BadZipFile, OSError) as error:
-        raise DataError(f"{path}: not a readable zip ({error})") from error
+        raise DataError(f"{path}: is not a readable zip ({error})") from error
     names = Counter(_member_path(info.filename) for info in infos)
     for info in sorted(infos, key=lambda each: each.filename):
         name = _member_path(info.filename)
@@ -272,7 +272,7 @@ def _walk(folder: Path, prefix: str, above: Sequence[str], empty: list[str]) -> 
                 yield name, file, SYSTEM_FILE
             continue
         try:
-            mode = os.stat(file.path).st_mode  # noqa: PTH116 - of the target of a link
+            mode = os.stat(file.path).st_mode  # noqa: PTH116 - follows a link
         except OSError:
             yield name, file, BROKEN_LINK
             continue
@@ -316,7 +316,7 @@ def _header(file: ImageFile) -> bytes:
 
 def _is_text_link(file: ImageFile) -> bool:
     """Whether a file contains only a path, as git and some archivers write links on systems without links."""
-    if file.member or file.path.stat().st_size > _LONGEST_PATH:
+    if file.member or file.path.stat().st_size > _MAX_PATH_LENGTH:
         return False
     text = file.read_bytes()
     return _is_text(text) and b"/" in text and not set(text.strip()) & set(b"\r\n\t,;|")

@@ -44,7 +44,7 @@ def check_class_folders(path: Path, listing: Listing, below: Mapping[str, set[st
         DataError: The folders may be something else.
     """
     tables = unused_tables(listing)
-    seen = f" ({'; '.join(tables)})" if tables else ""
+    unused = f" ({'; '.join(tables)})" if tables else ""
     choice = "--layout imagefolder uses the folders as classes"
     nested = next((name for name in sorted(listing.ignored) if name.endswith("/dataset.json")), None)
     if nested is not None:
@@ -66,7 +66,7 @@ def check_class_folders(path: Path, listing: Listing, below: Mapping[str, set[st
     names = escape(", ".join(sorted(below)), 1000)
     if len(below) < 2:
         raise DataError(
-            f"{path}: only one folder has images, {prefix}{names}, and no table names them{seen}; add metadata.csv, name "
+            f"{path}: only one folder has images, {prefix}{names}, and no table names them{unused}; add metadata.csv, name "
             f"a table with --metadata, or make a sub-folder for each class ({choice})"
         )
     inner = [folders - {""} for folders in below.values()]
@@ -85,12 +85,12 @@ def check_class_folders(path: Path, listing: Listing, below: Mapping[str, set[st
         )
     if all(CONTAINERS.fullmatch(name) for name in below):
         raise DataError(
-            f"{path}: {names} are not names of classes, and no table names their images{seen}; name a table with "
+            f"{path}: {names} are not names of classes, and no table names their images{unused}; name a table with "
             f"--metadata ({choice})"
         )
     if _one_form(below) or all(folder and folder.startswith(top) for top, all_in in below.items() for folder in all_in):
         raise DataError(
-            f"{path}: {names} look like a folder for each patient, image or part, and not like classes{seen}; "
+            f"{path}: {names} look like a folder for each patient, image or part, and not like classes{unused}; "
             f"name a table with --metadata ({choice})"
         )
 
@@ -118,8 +118,12 @@ def _masks(listing: Listing) -> list[tuple[str, str]]:
 def why_no_class_folders(path: Path, listing: Listing, outside: Sequence[str]) -> str:
     """Message for a source without class folders. `outside` are images that are not in a sub-folder."""
     if not listing.images:
-        lost = next(iter(listing.lost.items()), None)
-        reason = f"; {len(listing.lost):,} files cannot be read, the first, {lost[0]}, is {lost[1]}" if lost else ""
+        unreadable = next(iter(listing.unreadable.items()), None)
+        reason = (
+            f"; {len(listing.unreadable):,} files cannot be read, the first, {unreadable[0]}, is {unreadable[1]}"
+            if unreadable
+            else ""
+        )
         return f"{path}: there are no images in it{reason}"
     folders = {name for name in listing.images if "/" in name}
     tables = "; ".join(unused_tables(listing))
@@ -138,10 +142,10 @@ def why_no_class_folders(path: Path, listing: Listing, outside: Sequence[str]) -
 def unused_tables(listing: Listing) -> list[str]:
     """Notes on tables that were not read, with their columns."""
     others = (".xlsx", ".xls", ".ods", ".jsonl")
-    notes = [f"{escape(name)} is not read; save it as CSV" for name in listing.passed_over if name.endswith(others)]
+    notes = [f"{escape(name)} is not read; save it as CSV" for name in listing.other_files if name.endswith(others)]
     for name, file in listing.tables.items():
         try:
-            header = read_grid(file, most_rows=1).header
+            header = read_grid(file, max_rows=1).header
         except DataError:
             continue
         if len(header) > 1 and PurePosixPath(name).suffix:

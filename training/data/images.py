@@ -24,7 +24,7 @@ from training.data.sources import Record, Source
 BROKEN_IMAGE = (DataError, ImageError, OSError)
 # Part of the keys of caches: images that an earlier decoder read differently (EXIF orientation, 16 bits) are decoded again.
 DECODER_VERSION = 2
-_AHEAD = 256  # results of threads that wait until they are asked for
+_AHEAD = 256  # maximum number of results that threads compute ahead
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -38,8 +38,8 @@ class ImageDataset:
     labels: NDArray[np.int64]  # [N], indices into class_names
     class_names: tuple[str, ...]
     ids: tuple[str, ...]
-    sha256: str  # of (id, class, file content) of all images: the identity of the training set
-    records: tuple[Record, ...] = ()  # of the images in the source; empty if the images come from no source
+    sha256: str  # SHA-256 of (id, class, file content) of all images: the identity of the training set
+    records: tuple[Record, ...] = ()  # records of the images in the source; empty if the images come from no source
     contents: tuple[str, ...] = ()  # SHA-256 of each file; empty if the images come from no source
 
     @property
@@ -120,7 +120,7 @@ def _check_classes(source: Source) -> None:
     where = source.table or source.path
     if not source.class_column:
         columns = ", ".join(source.records[0].row)
-        raise DataError(f"{where}: no class column; name one of {columns} with --class-column")
+        raise DataError(f"{where}: has no known column of classes; name one of {columns} with --class-column")
     raise DataError(f"{where}: {len(unlabelled)} rows have no {source.class_column}, the first is {unlabelled[0]}")
 
 
@@ -139,7 +139,7 @@ def _cached_images(
             _decode_all(records, array, progress)
         images = read_array(file, shape, mapped=True)
     if images is None:
-        raise DataError(f"{file}: was just written and cannot be read; choose another --cache")
+        raise DataError(f"{file}: was written and cannot be read again; choose another --cache")
     return images
 
 

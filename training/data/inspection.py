@@ -29,7 +29,7 @@ from training.data.splits import write_rows
 from training.data.tables import METADATA_COLUMNS, value_of
 
 CHECKED = ("patient_id", "lesion_id", *METADATA_COLUMNS)
-_ONE_PROCESS = 64  # for fewer images, starting processes takes longer than the measurement
+_MIN_IMAGES_FOR_PROCESSES = 64  # for fewer images, starting processes takes longer than the measurement
 _NO_CLASS = "(no class)"
 
 
@@ -40,7 +40,7 @@ class Inspection:
     source: Source
     classes: Mapping[str, int]
     missing: Mapping[str, Mapping[str, int]]  # column -> class -> images without a value
-    seen: tuple[Record, ...]  # whose images could be opened; sizes and artefacts are theirs
+    opened: tuple[Record, ...]  # records whose images could be opened; `sizes` and `artefacts` describe these images
     sizes: Mapping[tuple[int, int], int]  # (width, height) -> images
     artefacts: tuple[Artefacts, ...]
     by_class: Summary | None  # None if no image could be opened
@@ -51,14 +51,14 @@ class Inspection:
 def inspect_source(source: Source, *, workers: int | None = None, progress: bool = True) -> Inspection:
     """Open and measure every image of a source. Images that are missing or broken are listed.
 
-    Of a table without images, only the metadata are counted.
+    If the source is a table without images, only the metadata are counted.
     """
     records = source.records
     missing = {
         column: dict(Counter(_class(record) for record in records if not value_of(record.row, column)))
         for column in CHECKED
     }
-    seen: list[Record] = []
+    opened: list[Record] = []
     artefacts: list[Artefacts] = []
     sizes: Counter[tuple[int, int]] = Counter()
     broken: list[tuple[str, str]] = []
@@ -67,19 +67,19 @@ def inspect_source(source: Source, *, workers: int | None = None, progress: bool
         if isinstance(result, str):
             broken.append((record.id, result))
         else:
-            seen.append(record)
+            opened.append(record)
             sizes[result[0]] += 1
             artefacts.append(result[1])
     classes = Counter(map(_class, records))
-    origins = [record.row.get("source", "") or "(unknown)" for record in seen]
+    origins = [record.row.get("source", "") or "(unknown)" for record in opened]
     return Inspection(
         source,
         {name: classes[name] for name in sorted(classes)},
         missing,
-        tuple(seen),
+        tuple(opened),
         dict(sizes.most_common()),
         tuple(artefacts),
-        summarise(artefacts, [_class(record) for record in seen]) if seen else None,
+        summarise(artefacts, [_class(record) for record in opened]) if opened else None,
         summarise(artefacts, origins) if len(set(origins)) > 1 else None,
         tuple(broken),
     )
@@ -93,15 +93,15 @@ def write_inspection(inspection: Inspection, out: Path) -> None:
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if inspection.seen:
+        if inspection.opened:
             rows = [
-                {"id": record.id, "class": record.class_name, "found": " ".join(each.found)}
+                {"id": record.id, "class": record.class_name, "found": " ".join(each.present)}
                 | {name: f"{getattr(each, name):.4f}" for name in NAMES}
-                for record, each in zip(inspection.seen, inspection.artefacts, strict=True)
+                for record, each in zip(inspection.opened, inspection.artefacts, strict=True)
             ]
             write_rows(out / "artefacts.csv", ("id", "class", *NAMES, "found"), rows)
-            classes = [_class(record) for record in inspection.seen]
-            sheet = artefact_sheet(lambda i: _pixels(inspection.seen[i]), inspection.artefacts, classes)
+            classes = [_class(record) for record in inspection.opened]
+            sheet = artefact_sheet(lambda i: _pixels(inspection.opened[i]), inspection.artefacts, classes)
             with atomic_write(out / "contact-sheet.png") as partial:
                 partial.write_bytes(encode(sheet))
         with atomic_write(out / "report.json") as partial:
@@ -117,7 +117,7 @@ def _measure_all(
     workers = workers or os.cpu_count() or 1
     # Without the metadata, which the other processes do not need.
     bare = [Record(record.id, "", "", "", record.image, {}) for record in records]
-    if workers == 1 or len(records) < _ONE_PROCESS:
+    if workers == 1 or len(records) < _MIN_IMAGES_FOR_PROCESSES:
         return list(show(map(_measure, bare)))
     # Spawned, not forked, as this process can have threads. Only this process handles Ctrl-C.
     context = multiprocessing.get_context("spawn")

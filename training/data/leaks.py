@@ -45,10 +45,10 @@ class Pair:
 
     a: int
     b: int
-    across: bool  # in two parts of the split
-    same_patient: bool  # or lesion, by the metadata
-    identical: bool  # the same file
-    correlation: float  # of the two images when aligned, at most 1
+    across: bool  # the images are in different parts of the split
+    same_patient: bool  # the metadata state the same patient or lesion
+    identical: bool  # both files are equal
+    correlation: float  # correlation of the two images when aligned, at most 1
     hash_distance: int | None  # differing bits of 64; None if the hash did not propose the pair
     similarity: float | None  # cosine of whitened features; None if the embedding did not propose the pair
 
@@ -58,7 +58,7 @@ class Leaks:
     """Near-duplicates among the records of a source."""
 
     records: tuple[Record, ...]
-    parts: tuple[str, ...]  # of each record; "" without a split
+    parts: tuple[str, ...]  # part of each record; "" without a split
     pairs: tuple[Pair, ...]  # across parts first, then identical files, then by falling correlation
     broken: tuple[tuple[str, str], ...]  # (id, reason) of images that cannot be read
 
@@ -83,7 +83,7 @@ def find_leaks(
 
     Args:
         source: The images.
-        parts: Part of each id, as of `read_split`; images in no part are left out.
+        parts: Part of each id, as `read_split` returns it; images in no part are left out.
         extractor: Feature space that proposes pairs; None for the hash alone.
         min_correlation: Smallest correlation of a pair that counts.
         mirrors: Whether to find copies that are mirrored or turned by 180 degrees, too.
@@ -119,7 +119,7 @@ def find_leaks(
     return Leaks(tuple(records), part_of, tuple(pairs), tuple(broken))
 
 
-def surplus(leaks: Leaks, *, within_parts: bool = True) -> set[str]:
+def ids_to_remove(leaks: Leaks, *, within_parts: bool = True) -> set[str]:
     """Ids to remove so that no pair is left or, without `within_parts`, no pair across parts.
 
     Images are visited from the smallest part to the largest, then by id. An image is kept unless one of its
@@ -195,8 +195,8 @@ def _hash_and_embed(
     """Read, hash and embed images. Each file is read and decoded once, in threads ahead of the network.
 
     Returns:
-        Of the images that can be read: records, SHA-256 of the files, perceptual hashes, and features [N, dim] (None
-        without an extractor). Of the others: (id, reason).
+        For images that can be read: records, SHA-256 of the files, perceptual hashes, and features [N, dim] (None
+        without an extractor). For the others: (id, reason).
     """
     rows = np.zeros(len(records), _row(extractor)) if extractor else None
     file = _cache_file(records, extractor, cache) if extractor and cache else None
@@ -243,7 +243,7 @@ def _hash_and_embed(
                 embed_waiting()
         embed_waiting()
     if not good:
-        raise DataError(f"not one of {len(records)} images can be read")
+        raise DataError(f"none of the {len(records)} images can be read")
     if file is not None and rows is not None and (kept is None or not np.array_equal(rows, kept)):
         with new_array(file, rows.shape, rows.dtype) as array:
             array[:] = rows

@@ -1,6 +1,6 @@
 """Write sources as one zip that the official StyleGAN code reads, with a table of metadata and a data card.
 
-Each image is converted once, in a work folder beside the zip, and an interrupted run continues from there. The bytes of
+Each image is converted once, in a work folder next to the zip, and an interrupted run continues from there. The bytes of
 the zip depend on the images, their metadata and the options only.
 """
 
@@ -27,7 +27,8 @@ from training.data.sources import Record, Source
 from training.data.tables import METADATA_COLUMNS, csv_text, value_of
 
 COLUMNS = ("file_name", "isic_id", "class", "label", "patient_id", "lesion_id", *METADATA_COLUMNS, "source")
-RIGHTS = ("copyright_license", "attribution")  # of single images, in tables of the ISIC Archive
+# Columns with the rights to single images, in tables of the ISIC Archive.
+RIGHTS = ("copyright_license", "attribution")
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Prepared:
     """Content of a prepared zip."""
 
     path: Path
-    sha256: str  # as of `ImageDataset`: of ids, classes and files
+    sha256: str  # SHA-256 of ids, classes and files, as in `ImageDataset`
     classes: Mapping[str, int]  # number of images by class
     images: int
     skipped: tuple[Skipped, ...]
@@ -80,14 +81,14 @@ def prepare(
 
     Members of the zip: `00000/img00000000.png`, ... (uncompressed RGB), `dataset.json` (labels, or null if no image has a
     class), `metadata.csv`, `README.md` (the data card) and, if images were skipped, `skipped.csv`, which is also written
-    beside the zip. Images that are missing or cannot be decoded are skipped.
+    next to the zip. Images that are missing or cannot be decoded are skipped.
 
     Args:
         sources: The images.
         out: The zip, which must not exist.
         resolution: Side of the images in pixels.
-        licence: For the data card.
-        attribution: For the data card.
+        licence: Licence for the data card.
+        attribution: Attribution for the data card.
         skip_unlabelled: Skip images without a class.
         strict: Write no zip if an image would be skipped.
         workers: Number of threads; by default, one for each processor.
@@ -97,18 +98,20 @@ def prepare(
         DataError: `out` exists, two images have the same id, or only some of the images have a class.
     """
     if out.suffix != ".zip" or resolution < 1:
-        raise DataError(f"{out}: the data set is a .zip of images of at least 1 px, not {resolution} px")
+        raise DataError(f"{out}: must be a .zip, and --resolution at least 1, not {resolution}")
     if out.exists():
         raise DataError(f"{out}: exists already; choose another --out or remove it")
     items, skipped = _labelled(_merged(sources), skip_unlabelled)
     for source in sources:  # unreadable files that may be images, which are not necessarily in a table
-        skipped += [Skipped(name, _name(source), why) for name, why in source.reading.lost.items()]
+        skipped += [Skipped(name, _name(source), why) for name, why in source.report.unreadable.items()]
     work = out.with_name(f"{out.name}.partial")
     try:
         work.mkdir(parents=True, exist_ok=True)
         converted, broken = _convert_images(items, resolution, work, workers, progress)
     except OSError as error:
-        raise DataError(f"{work}: cannot be written ({error.strerror}); the same command continues") from error
+        raise DataError(
+            f"{work}: cannot be written ({error.strerror}); run the same command again to continue"
+        ) from error
     skipped = sorted([*skipped, *broken], key=lambda each: each.id)
     report = out.with_suffix(".skipped.csv")
     try:
@@ -117,13 +120,15 @@ def prepare(
             with atomic_write(report) as partial:
                 partial.write_bytes(_skipped_table(skipped).encode())
         if strict and skipped:
-            raise DataError(f"{len(skipped)} images would be skipped, see {report}; replace them or leave out --strict")
+            raise DataError(f"{len(skipped)} images would be skipped, see {report}; replace them or omit --strict")
         if not converted:
-            raise DataError(f"{out}: not one image can be used, see {report}")
+            raise DataError(f"{out}: none of the images can be used, see {report}")
         prepared = _write_zip(converted, skipped, out, resolution, licence, attribution, progress)
         shutil.rmtree(work)
     except OSError as error:
-        raise DataError(f"{out}: cannot be written ({error.strerror}); the same command continues") from error
+        raise DataError(
+            f"{out}: cannot be written ({error.strerror}); run the same command again to continue"
+        ) from error
     return prepared
 
 
@@ -159,7 +164,7 @@ def _convert_images(
     def convert(item: _Item) -> Path | Skipped:
         try:
             if item.record.image is None:
-                return Skipped(item.record.id, item.source_name, "there is no such image")
+                return Skipped(item.record.id, item.source_name, "the image does not exist")
             stamp = f"{item.record.image.stamp()}\t{resolution}\t{DECODER_VERSION}"
             file = work / f"{hashlib.sha256(stamp.encode()).hexdigest()[:32]}.png"
             if file.exists():

@@ -15,8 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal, TypedDict, get_args
 
 from dermis.errors import DataError, escape, quote
-from training.data.class_names import ClassOrigin, MapClass, class_of
-from training.data.companions import Companions, with_companions
+from training.data.class_names import ClassOrigin, ClassRules, class_of
 from training.data.files import (
     ARCHIVE,
     BROKEN_LINK,
@@ -37,6 +36,7 @@ from training.data.folders import (
     why_no_class_folders,
     wrapper,
 )
+from training.data.related_tables import JoinedTable, join_related_tables
 from training.data.tables import (
     ID_COLUMNS,
     Table,
@@ -52,8 +52,8 @@ from training.data.tables import (
 
 Layout = Literal["isic", "imagefolder", "stylegan", "table"]
 LAYOUTS: tuple[str, ...] = get_args(Layout)[:3]  # choices of --layout
-SPLIT = "split.json"  # in a folder of `dermis data split`
-MANIFEST = "manifest.json"  # of a data set that dermis generated
+SPLIT = "split.json"  # name of a file that `dermis data split` writes
+MANIFEST = "manifest.json"  # name of a file of generated data sets
 
 
 class ReadOptions(TypedDict, total=False):
@@ -85,20 +85,22 @@ class Record:
             DataError: It is missing or cannot be read.
         """
         if self.image is None:
-            raise DataError(f"{self.id}: there is no such image")
+            raise DataError(f"{self.id}: has no image file")
         return self.image.read_bytes()
 
 
 @dataclass(frozen=True)
-class Reading:
-    """How a source was read, for the user: its layout, the origin of classes, files that were left out."""
+class SourceReport:
+    """Report to the user on how a source was read: its layout, the origin of classes, files that were left out."""
 
     recognised: str
     files: int = 0
     origins: tuple[ClassOrigin, ...] = ()
     not_listed: tuple[str, ...] = ()  # images that the table does not name
-    lost: Mapping[str, str] = field(default_factory=dict)  # reason of each file that may be an image and cannot be read
-    passed_over: tuple[str, ...] = ()  # texts and other files that are not images
+    unreadable: Mapping[str, str] = field(
+        default_factory=dict
+    )  # file that may be an image -> reason why it cannot be read
+    other_files: tuple[str, ...] = ()  # texts and other files that are not images
     notes: tuple[str, ...] = ()
 
 
@@ -109,10 +111,10 @@ class Source:
     path: Path  # folder, zip or CSV
     layout: Layout
     table: Path | None  # the CSV, if one was read
-    class_column: str  # of the table; "" without classes
-    class_names: tuple[str, ...]  # in the order of labels; empty without classes
+    class_column: str  # column of the table; "" without classes
+    class_names: tuple[str, ...]  # the name of label k is class_names[k]; empty without classes
     records: tuple[Record, ...]
-    reading: Reading = Reading("")
+    report: SourceReport = SourceReport("")
 
     def of_class(self, class_name: str) -> tuple[Record, ...]:
         return tuple(record for record in self.records if record.class_name == class_name)
@@ -196,7 +198,7 @@ def read_source(
         class_column: Column of classes in the CSV.
         image_column: Column of images in the CSV.
         binary: Whether diagnoses become malignant (melanoma) and benign (all others).
-        mapping: Classes by value, as of `parse_mapping`.
+        mapping: Classes by value, as `parse_mapping` returns them.
         layout: "isic" (a table), "imagefolder" or "stylegan"; None to recognise it.
 
     Raises:
@@ -208,12 +210,12 @@ def read_source(
     options = _Options(metadata, class_column, image_column, binary, mapping or {})
     if path.is_file() and is_table(path.name):
         table = options.table(path, None)
-        source = _of_table(path, "table", table, None, with_companions(table, None))
+        source = _of_table(path, "table", table, None, join_related_tables(table, None))
         return source if metadata is None else _selected(source, metadata, image_column)
     if not path.exists():
         raise DataError(f"{path}: no such file or folder; --data takes a folder of images, a zip or a CSV")
     if path.is_file() and not zipfile.is_zipfile(path):
-        raise DataError(f"{path}: neither a folder, a zip nor a CSV")
+        raise DataError(f"{path}: is not a folder, a zip or a CSV")
     listing = list_files(path)
     if layout in (None, "stylegan") and (layout or "dataset.json" in listing.ignored):
         source = _stylegan(path, listing, options)
@@ -236,18 +238,18 @@ def read_source(
 def _with_table(path: Path, file: Path | ImageFile, listing: Listing, options: _Options) -> Source:
     generated = MANIFEST in listing.ignored
     if generated or not listing.images:
-        # The images of a generated data set, or of HAM10000 in its original form, are in archives beside the table.
+        # The images of a generated data set, or of HAM10000 in its original form, are in archives next to the table.
         members: dict[str, ImageFile] = {}
         for archive in listing.archives.values():
             members.update(list_members(archive))
-        listing = replace(listing, images={**listing.images, **members}, files=listing.seen, _index={})
+        listing = replace(listing, images={**listing.images, **members}, files=listing.file_count, _index={})
     table = options.table(file, listing)
     main = file if isinstance(file, ImageFile) else ImageFile(file.resolve())
-    beside = _folder_in(path, main)
-    companions = with_companions(table, main, listing)
+    table_folder = _folder_in(path, main)
+    joined = join_related_tables(table, main, listing)
     if generated:
         table = replace(table, kind="data set of dermis")
-    source = _of_table(path, "isic", table, listing, companions, beside)
+    source = _of_table(path, "isic", table, listing, joined, table_folder)
     missing = sum(record.image is None for record in source.records)
     if missing == len(source.records) and listing.images:
         example = next(iter(listing.images))
@@ -284,16 +286,16 @@ def _check_no_classes(source: Source, listing: Listing) -> None:
 
 
 def _of_table(
-    path: Path, layout: Layout, table: Table, listing: Listing | None, companions: Companions, beside: str = ""
+    path: Path, layout: Layout, table: Table, listing: Listing | None, joined: JoinedTable, table_folder: str = ""
 ) -> Source:
-    """Make a source from the rows of a table. Of images with the same name, those in the folder `beside` are used."""
+    """Make a source from the rows of a table. Of images with the same name, that in `table_folder` is used."""
     ids = {} if listing is None else listing.ids()
     plain_ids = table.ids
     if listing is None and len(set(plain_ids)) < len(plain_ids):  # paths if names repeat, as in a listing
         plain_ids = tuple(without_suffix(name.replace("\\", "/")) for name in table.names)
     records, used, elsewhere = [], set(), []
-    for name, plain, class_name, row in zip(table.names, plain_ids, table.classes, companions.rows, strict=True):
-        paths = [] if listing is None else listing.find(beside + name)
+    for name, plain, class_name, row in zip(table.names, plain_ids, table.classes, joined.rows, strict=True):
+        paths = [] if listing is None else listing.find(table_folder + name)
         if len(paths) > 1:
             raise DataError(
                 f"{path}: {escape(name)} is two images, {escape(paths[0])} and {escape(paths[1])}; "
@@ -312,13 +314,14 @@ def _of_table(
     if repeated:
         raise DataError(f"{table.file}: {escape(repeated[0])} is in more than one row; keep one of them")
     notes = [table.note] if table.note else []
-    notes += companions.notes
+    notes += joined.notes
     if elsewhere:
         name, file = elsewhere[0]
         notes.append(
-            f"{len(elsewhere):,} images are in other folders than in the table, the first, {escape(name)}, is {escape(file)}"
+            f"{len(elsewhere):,} images are in other folders than the table states; for instance, "
+            f"{escape(name)} is {escape(file)}"
         )
-    reading = _reading(
+    report = _report(
         listing,
         table.kind or "images with a table",
         table.origins,
@@ -326,7 +329,7 @@ def _of_table(
         not_listed=() if listing is None else tuple(sorted(set(listing.images) - used)),
     )
     names = _names(table.classes)
-    return _source(path, layout, table.file, table.class_column, names, records, reading)
+    return _source(path, layout, table.file, table.class_column, names, records, report)
 
 
 def _differ_in_folder(path: Path, name: str, file: str) -> bool:
@@ -358,7 +361,7 @@ def _find_table(path: Path, listing: Listing, class_column: str | None) -> Image
         return main
     if main is not None:
         try:
-            if has_classes(read_grid(main, most_rows=1).header):
+            if has_classes(read_grid(main, max_rows=1).header):
                 return main
         except DataError:
             return main  # reading all of it raises the error
@@ -367,9 +370,9 @@ def _find_table(path: Path, listing: Listing, class_column: str | None) -> Image
         if (PurePosixPath(name).parent / SPLIT).as_posix() in listing.ignored:
             continue  # part of a split, which is read with --metadata
         if PurePosixPath(name).name.casefold().startswith("sample_submission"):
-            continue  # of a Kaggle competition: its values are placeholders
+            continue  # an example of a Kaggle competition, whose values are placeholders
         try:
-            header = read_grid(file, most_rows=1).header
+            header = read_grid(file, max_rows=1).header
         except DataError:
             continue
         if has_images(header) and (has_classes(header) or name.endswith("_classes.csv")):  # the latter are Roboflow's
@@ -408,22 +411,26 @@ def _image_folder(path: Path, listing: Listing, options: _Options, *, chosen: bo
         below.setdefault(top, set()).add(rest.partition("/")[0] if "/" in rest else "")
     if not chosen:
         check_class_folders(path, listing, below, prefix)
-    inside_lost = {name.removeprefix(prefix): why for name, why in listing.lost.items() if name.startswith(prefix)}
+    inside_unreadable = {
+        name.removeprefix(prefix): why for name, why in listing.unreadable.items() if name.startswith(prefix)
+    }
     # A broken link without a suffix is a link to a folder.
     missing = {
-        name for name, why in inside_lost.items() if why in (BROKEN_LINK, TEXT_LINK) and not {"/", "."} & set(name)
+        name
+        for name, why in inside_unreadable.items()
+        if why in (BROKEN_LINK, TEXT_LINK) and not {"/", "."} & set(name)
     }
-    for folder in sorted((folders_of(listing.lost, prefix) | missing) - below.keys()):
-        first = next(name for name in listing.lost if f"{name}/".startswith(f"{prefix}{folder}/"))
+    for folder in sorted((folders_of(listing.unreadable, prefix) | missing) - below.keys()):
+        first = next(name for name in listing.unreadable if f"{name}/".startswith(f"{prefix}{folder}/"))
         raise DataError(
-            f"{path}: the folder {prefix}{folder} has no image that can be read: {escape(first)} is {listing.lost[first]}; "
-            "convert its files to PNG, or remove the folder"
+            f"{path}: the folder {prefix}{folder} has no image that can be read: {escape(first)} is "
+            f"{listing.unreadable[first]}; convert its files to PNG, or remove the folder"
         )
     ids = listing.ids()
     paths = sorted(listing.images)
     folders = [name.removeprefix(prefix).partition("/")[0] for name in paths]
-    rule = MapClass(path, "folder", binary=options.binary, truth=False, mapping=options.mapping)
-    classes, origins = class_of([(folder,) for folder in folders], rule)
+    rules = ClassRules(path, "folder", binary=options.binary, has_truth_values=False, mapping=options.mapping)
+    classes, origins = class_of([(folder,) for folder in folders], rules)
     records = [
         _record(ids[name], class_name, listing.images[name], {"image": ids[name], "class": class_name})
         for name, class_name in zip(paths, classes, strict=True)
@@ -433,8 +440,8 @@ def _image_folder(path: Path, listing: Listing, options: _Options, *, chosen: bo
     )
     notes = [f"folders without images: {', '.join(without)}"] if without else []
     notes += unused_tables(listing)
-    reading = _reading(listing, f"class folders{f' in {prefix}' if prefix else ''}", origins, notes)
-    return _source(path, "imagefolder", None, "class", _names(classes), records, reading)
+    report = _report(listing, f"class folders{f' in {prefix}' if prefix else ''}", origins, notes)
+    return _source(path, "imagefolder", None, "class", _names(classes), records, report)
 
 
 def _is_plain_zip(listing: Listing) -> bool:
@@ -452,7 +459,7 @@ def _stylegan(path: Path, listing: Listing, options: _Options) -> Source:
     unknown = sorted(labels.keys() - set(images))
     if unknown:
         raise DataError(f"{path}: dataset.json has a label for {escape(unknown[0])}, which does not exist")
-    rows = _own_rows(path, listing)
+    rows = _metadata_rows(path, listing)
     names = {labels[file]: row["class"] for file, row in rows.items() if file in labels and row.get("class")}
     if options.binary and labels and not names and not options.mapping:
         numbers = ", ".join(map(str, sorted(set(labels.values()))))
@@ -461,9 +468,9 @@ def _stylegan(path: Path, listing: Listing, options: _Options) -> Source:
             '--map "0=benign" --map "1=malignant"'
         )
     label_names = {file: names.get(label, str(label)) for file, label in labels.items()}
-    rule = MapClass(path, "label", binary=options.binary, truth=False, mapping=options.mapping)
+    rules = ClassRules(path, "label", binary=options.binary, has_truth_values=False, mapping=options.mapping)
     files = sorted(images)
-    classes, origins = class_of([(label_names.get(file, ""),) for file in files], rule)
+    classes, origins = class_of([(label_names.get(file, ""),) for file in files], rules)
     records = []
     for file, class_name in zip(files, classes, strict=True):
         row = rows.get(file, {"image": PurePosixPath(file).with_suffix("").as_posix()})
@@ -473,8 +480,8 @@ def _stylegan(path: Path, listing: Listing, options: _Options) -> Source:
         class_names = _names(classes)
     else:
         class_names = tuple(names.get(k, str(k)) for k in range(max(labels.values(), default=-1) + 1))
-    reading = _reading(listing, "StyleGAN data set", origins if labels else (), [])
-    return _source(path, "stylegan", None, "class" if labels else "", class_names, records, reading)
+    report = _report(listing, "StyleGAN data set", origins if labels else (), [])
+    return _source(path, "stylegan", None, "class" if labels else "", class_names, records, report)
 
 
 def _labels(path: Path, listing: Listing) -> dict[str, int]:
@@ -507,7 +514,7 @@ def _label(label: object) -> int | None:
     return label if type(label) is int and 0 <= label < 100_000 else None
 
 
-def _own_rows(path: Path, listing: Listing) -> dict[str, dict[str, str]]:
+def _metadata_rows(path: Path, listing: Listing) -> dict[str, dict[str, str]]:
     if "metadata.csv" not in listing.tables:
         return {}
     grid = read_grid(listing.tables["metadata.csv"])
@@ -532,17 +539,17 @@ def _selected(source: Source, metadata: Path, image_column: str | None) -> Sourc
     return replace(source.select(ids), table=metadata)
 
 
-def _reading(
+def _report(
     listing: Listing | None,
     recognised: str,
     origins: tuple[ClassOrigin, ...],
     notes: Sequence[str],
     not_listed: tuple[str, ...] = (),
-) -> Reading:
+) -> SourceReport:
     if listing is None:
-        return Reading(recognised, origins=origins, notes=tuple(notes))
+        return SourceReport(recognised, origins=origins, notes=tuple(notes))
     texts = tuple(name for name, why in listing.ignored.items() if why == NOT_AN_IMAGE)
-    return Reading(recognised, listing.seen, origins, not_listed, listing.lost, texts, tuple(notes))
+    return SourceReport(recognised, listing.file_count, origins, not_listed, listing.unreadable, texts, tuple(notes))
 
 
 def _record(name: str, class_name: str, image: ImageFile | None, row: Mapping[str, str]) -> Record:
@@ -556,11 +563,11 @@ def _source(
     column: str,
     names: tuple[str, ...],
     records: Iterable[Record],
-    reading: Reading,
+    report: SourceReport,
 ) -> Source:
     # By id, so that the order of training does not depend on the order of files.
     ordered = tuple(sorted(records, key=lambda record: record.id))
-    return Source(path, layout, table, column, names, ordered, reading)
+    return Source(path, layout, table, column, names, ordered, report)
 
 
 def _names(classes: Iterable[str]) -> tuple[str, ...]:

@@ -32,7 +32,7 @@ PRESETS: Mapping[str, Mapping[str, float]] = {
 }
 REST = "rest"
 
-_ROUNDS = 50  # of moves and exchanges; a table of 33,000 images needs fewer than ten
+_MAX_ROUNDS = 50  # rounds of moves and exchanges; a table of 33,000 images needs fewer than ten
 _CANDIDATES = 64  # patients of each part that are tried for an exchange
 _GROUP_WEIGHT = 0.2
 
@@ -73,7 +73,7 @@ def split_by_patient(records: Sequence[Record], sizes: Mapping[str, float], seed
         records: The images.
         sizes: Numbers of images by part, or shares of the whole if all are at most 1. Numbers that add up to more than
             there are images are scaled down together; if they add up to fewer, the other images are the part "rest".
-        seed: Of the random order.
+        seed: Seed of the random order.
 
     Raises:
         DataError: The sizes are not valid, or there are fewer patients than parts.
@@ -105,7 +105,7 @@ def describe_split(
         records: All images.
         parts: Name of the part of each record.
         targets: Required number of images by part, in the order of the parts.
-        seed: Of the split; None if the parts were changed afterwards.
+        seed: Seed of the split; None if the parts were changed afterwards.
     """
     groups = group_of(records)
     classes = Counter((part, record.class_name) for part, record in zip(parts, records, strict=True))
@@ -168,7 +168,7 @@ def assign(counts: NDArray[np.int64], targets: NDArray[np.float64], seed: int) -
     Args:
         counts: [groups, classes], numbers of images.
         targets: [parts], required numbers of images.
-        seed: Of the random order.
+        seed: Seed of the random order.
 
     Returns:
         Part of every group, [groups].
@@ -182,7 +182,7 @@ def assign(counts: NDArray[np.int64], targets: NDArray[np.float64], seed: int) -
     for g in rng.permutation(len(counts)):
         state.part[g] = np.argmin(_cost_of_adding(amounts[g], state.totals - ideal, weight))
         state.totals[state.part[g]] += amounts[g]
-    for _ in range(_ROUNDS):
+    for _ in range(_MAX_ROUNDS):
         moved = _move(state, rng)
         exchanged = _exchange(state, rng)
         if not moved and not exchanged:
@@ -239,7 +239,7 @@ def _exchange(state: _Assignment, rng: np.random.Generator) -> bool:
             if not len(in_a) or not len(in_b):
                 continue
             excess = state.totals - state.ideal
-            gain = state.amounts[in_b][None] - state.amounts[in_a][:, None]  # of part a, [in_a, in_b, columns]
+            gain = state.amounts[in_b][None] - state.amounts[in_a][:, None]  # change of part a, [in_a, in_b, columns]
             change = _cost_of_adding(gain, excess[a], state.weight[a])
             change += _cost_of_adding(-gain, excess[b], state.weight[b])
             i, j = np.unravel_index(int(np.argmin(change)), change.shape)
@@ -266,7 +266,7 @@ def _fill_empty(state: _Assignment) -> None:
 def write_split(source: Source, split: Split, out: Path) -> None:
     """Write a CSV for each part, and then split.json.
 
-    A CSV has the columns of the source, so `--metadata OUT/train.csv` beside the same source reads that part.
+    A CSV has the columns of the source, so `--metadata OUT/train.csv` together with the same --data reads that part.
 
     Raises:
         DataError: The folder is not empty or cannot be written.
@@ -324,7 +324,7 @@ def read_split(folder: Path) -> dict[str, str]:
     try:
         names = list(json.loads((folder / SPLIT).read_text(encoding="utf-8"))["parts"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder}: no split; `dermis data split` writes one with its {SPLIT}") from error
+        raise DataError(f"{folder}: contains no {SPLIT}; make a split with `dermis data split`") from error
     parts: dict[str, str] = {}
     for name in names:
         for record_id in read_image_names(folder / f"{name}.csv")[0]:

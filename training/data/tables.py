@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dermis.errors import DataError, escape, quote
-from training.data.class_names import ClassOrigin, MapClass, class_of, contradiction
+from training.data.class_names import ClassOrigin, ClassRules, class_of, contradiction
 from training.data.diagnoses import binary_class, is_no, is_yes
 from training.data.files import TABLE_SUFFIXES, ImageFile, plain_id
 
@@ -57,7 +57,7 @@ _SYNONYMS: Mapping[str, tuple[str, ...]] = {**METADATA_COLUMNS, **GROUP_COLUMNS}
 _KNOWN = {
     *ID_COLUMNS, *CLASS_COLUMNS, *TWO_OF_2017, *_RIGHTS, *(name for names in _SYNONYMS.values() for name in names),
 }  # fmt: skip
-_DETAILED = re.compile(r"(?:diagnosis|iddx)_[1-9]")  # from general to specific
+_DETAILED = re.compile(r"(?:diagnosis|iddx)_[1-9]")  # matches columns of the Archive from general (1) to specific
 # In these columns 0 and 1, or false and true, mean benign and malignant. In other columns they are names of classes.
 _TRUTH_COLUMNS = frozenset(
     {"target", "benign_malignant", "malignant", "is_malignant", "melanoma", "is_melanoma", "mel"}
@@ -67,7 +67,7 @@ _BINARY_COLUMNS = ("target", "melanoma", "is_melanoma", "dx", "diagnosis", "diag
 _DIAGNOSIS_COLUMNS = ("iddx_full", "diagnosis_3", "diagnosis", "dx", "diagnostic", "disease")
 _NO_VALUE = frozenset({"", "na", "n/a", "nan", "none", "null", "unknown", "-"})
 _ISIC_NAME = re.compile(r"ISIC_\d{3,}(?:_downsampled)?(?:\.\w+)?", re.IGNORECASE)
-_EXCEL_TEXT = re.compile(r'^="(.*)"$')  # so that Excel keeps the leading zeros of ids
+_EXCEL_TEXT = re.compile(r'^="(.*)"$')  # a form of cells by which Excel keeps the leading zeros of ids
 _HEADERLESS = ("image", "target")
 _BEGINNING_BYTES = 1 << 16
 
@@ -79,13 +79,13 @@ class Table:
     file: Path
     id_column: str
     class_column: str  # "" if the table has no classes
-    names: tuple[str, ...]  # of the images, as in the table
+    names: tuple[str, ...]  # names of the images, as in the table
     ids: tuple[str, ...]  # names without folders and suffixes
     classes: tuple[str, ...]  # "" for a row without a class
     rows: tuple[dict[str, str], ...]
-    kind: str = ""  # for instance "ISIC 2018 task 3"; "" if it is not the table of a known data set
+    kind: str = ""  # name of the known data set, such as "ISIC 2018 task 3"; "" if it is not known
     origins: tuple[ClassOrigin, ...] = ()  # how values became classes
-    note: str = ""  # for the user, about the classes
+    note: str = ""  # message to the user about the classes
 
 
 @dataclass(frozen=True)
@@ -134,9 +134,9 @@ def read_table(
     for name in (id_column, used):
         if name in grid.header and f"{name}.2" in grid.header and grid.column(name) != grid.column(f"{name}.2"):
             raise DataError(f"{where}: two columns {escape(name)} have different values; rename or remove one of them")
-    numbers = used in _TRUTH_COLUMNS
-    map_class = MapClass(where, used, binary=binary, truth=numbers, mapping=mapping or {})
-    classes, origins = class_of(values, map_class)
+    has_truth_values = used in _TRUTH_COLUMNS
+    rules = ClassRules(where, used, binary=binary, has_truth_values=has_truth_values, mapping=mapping or {})
+    classes, origins = class_of(values, rules)
     note = ""
     if binary and used in ("target", "label", "class", "benign_malignant", "malignant"):
         note = _compare(where, grid, names, classes, used, class_column is not None)
@@ -165,7 +165,7 @@ def _images(
     if repeated:
         raise DataError(f"{where}: {escape(repeated[0])} is in more than one row; keep one of them")
     if not names:
-        raise DataError(f"{where}: no rows")
+        raise DataError(f"{where}: has no rows")
     return id_column, names, [name if id_column == "isic_id" else plain_id(name) for name in names]
 
 
@@ -210,19 +210,19 @@ def value_of(row: Mapping[str, str], name: str) -> str:
     return ""
 
 
-def read_grid(file: Path | ImageFile, most_rows: int | None = None) -> Grid:
+def read_grid(file: Path | ImageFile, max_rows: int | None = None) -> Grid:
     """Decode a table and split it into stripped cells, without blank rows.
 
     Args:
         file: The table.
-        most_rows: Read only the beginning of the file, up to this number of rows; None for the whole file.
+        max_rows: Read only the beginning of the file, up to this number of rows; None for the whole file.
 
     Raises:
         DataError: The file is not a readable CSV.
     """
     where = file.path / file.member if isinstance(file, ImageFile) else file
-    text = _text(file, where, beginning=most_rows is not None)
-    declaration = re.match(r"sep=(.)\s*[\r\n]", text, re.IGNORECASE)  # for Excel
+    text = _text(file, where, beginning=max_rows is not None)
+    declaration = re.match(r"sep=(.)\s*[\r\n]", text, re.IGNORECASE)  # states the delimiter for Excel
     if declaration:
         text = "\n" + text[declaration.end() :]  # the empty line keeps row numbers right
     lines = io.StringIO(text, newline="")
@@ -233,13 +233,13 @@ def read_grid(file: Path | ImageFile, most_rows: int | None = None) -> Grid:
         for row in reader:
             if any(cell.strip() for cell in row):
                 rows.append((reader.line_num, [_EXCEL_TEXT.sub(r"\1", cell.strip()) for cell in row]))
-            if most_rows is not None and len(rows) > most_rows:
+            if max_rows is not None and len(rows) > max_rows:
                 break
     except csv.Error as error:
-        if most_rows is None:
-            raise DataError(f"{where}: not a readable CSV ({error})") from error
+        if max_rows is None:
+            raise DataError(f"{where}: is not a readable CSV ({error})") from error
     if not rows:
-        raise DataError(f"{where}: no rows")
+        raise DataError(f"{where}: has no rows")
     _, first = rows[0]
     if _has_no_header(first):
         header, body = list(_HEADERLESS), rows
@@ -277,16 +277,16 @@ def _text(file: Path | ImageFile, where: Path, *, beginning: bool) -> str:
             f"{where}: no such file; an ISIC folder has a CSV of its images, name it with --metadata"
         ) from None
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{where}: not a readable CSV ({error})") from error
+        raise DataError(f"{where}: is not a readable CSV ({error})") from error
     if b"\0" in data[:4096] and not data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise DataError(f"{where}: not a readable CSV; save it as CSV (UTF-8)")
+        raise DataError(f"{where}: is not a readable CSV; save it as CSV (UTF-8)")
     for encoding in ("utf-16",) if data.startswith((b"\xff\xfe", b"\xfe\xff")) else ("utf-8-sig", "cp1252"):
         try:
             return data.decode(encoding)
         except UnicodeDecodeError as error:
             if beginning and error.start > len(data) - 4:  # cut inside a character
                 return data[: error.start].decode(encoding)
-    raise DataError(f"{where}: not a readable CSV; save it as CSV (UTF-8)")
+    raise DataError(f"{where}: is not a readable CSV; save it as CSV (UTF-8)")
 
 
 def _delimiter(text: str) -> str:
@@ -297,7 +297,7 @@ def _delimiter(text: str) -> str:
             counts[delimiter] = len(next(csv.reader([line], delimiter=delimiter)))
         except (csv.Error, StopIteration):
             counts[delimiter] = 0
-    return max(counts, key=lambda each: counts[each])  # of equal counts the first one: the comma
+    return max(counts, key=lambda each: counts[each])  # the first one, a comma, if counts are equal
 
 
 def _has_no_header(first: Sequence[str]) -> bool:
@@ -330,7 +330,7 @@ def _named(where: Path, grid: Grid, column: str, option: str) -> str:
     for name in grid.header:
         if name == column.strip() or re.sub(r"[\W_]+", "_", name.casefold()).strip("_") == plain:
             return name
-    raise DataError(f"{where}: no column {escape(column)}; name one of {_columns(grid)} with {option}")
+    raise DataError(f"{where}: has no column {escape(column)}; name one of {_columns(grid)} with {option}")
 
 
 def _columns(grid: Grid) -> str:
@@ -357,7 +357,7 @@ def _id_column(
     if count_images is None or len(known) == 1:
         return known[0]
     counts = {name: count_images(grid.column(name)) for name in known}
-    return max(known, key=lambda name: counts[name])  # of equal counts the first one
+    return max(known, key=lambda name: counts[name])  # the first one if counts are equal
 
 
 def _values(where: Path, grid: Grid, column: str | None, binary: bool) -> tuple[str, list[Sequence[str]]]:
@@ -378,7 +378,9 @@ def _values(where: Path, grid: Grid, column: str | None, binary: bool) -> tuple[
             return "MEL, NV, ...", [(code,) for code in _one_hot(where, grid)]
         chosen = find_column(header, _BINARY_COLUMNS) or next(iter(detailed), None)
         if chosen is None:
-            raise DataError(f"{where}: no column with a diagnosis; name it with --class-column ({_columns(grid)})")
+            raise DataError(
+                f"{where}: has no known column with a diagnosis; name one of {_columns(grid)} with --class-column"
+            )
         return chosen, [(value,) for value in grid.column(chosen)]
     if set(TWO_OF_2017) <= set(header):
         return ", ".join(TWO_OF_2017), [(name,) for name in _two_of_2017(where, grid)]
@@ -467,7 +469,7 @@ def _compare(where: Path, grid: Grid, names: Sequence[str], classes: Sequence[st
     )
     if chosen:
         return text
-    raise DataError(f"{where}: {text}; choose with --class-column {column} or --class-column {other}")
+    raise DataError(f"{where}: {text}; choose one of them with --class-column {column} or --class-column {other}")
 
 
 def is_table(name: str) -> bool:

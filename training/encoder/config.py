@@ -1,4 +1,4 @@
-"""Everything except the generator and the images that decides what an encoder's training computes."""
+"""The options that determine, together with the generator and the images, what an encoder's training computes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from dermis.errors import TrainingError
 
-_FREE = ("steps",)  # options that can change when a run is resumed
+_CHANGEABLE = ("steps",)  # options that can change when a run is resumed
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class EncoderConfig:
     steps: int = 3000
     batch: int = 16
     learning_rate: float = 1e-3
-    warm_up: int = 600  # first steps, which only regress the latents of generated images
+    warm_up: int = 600  # number of first steps, which only regress the latents of generated images
     distance: str = "vgg16"
     real_share: float = 0.75  # share of real images in a batch after the warm-up, if there are real images
     pixels: float = 5.0  # weight of the mean squared error of pixels (in -1..1); the perceptual distance has weight 1
@@ -40,4 +40,4 @@ class EncoderConfig:
     @property
     def identity(self) -> dict[str, Any]:
         """The options that must not change when a run is resumed."""
-        return {name: value for name, value in asdict(self).items() if name not in _FREE}
+        return {name: value for name, value in asdict(self).items() if name not in _CHANGEABLE}

@@ -31,7 +31,7 @@ from training.checkpoint import checkpoint_path, load_checkpoint, read_state_of_
 from training.encoder.config import EncoderConfig
 from training.interrupt import stop_requested
 
-KIND = "encoder"  # in checkpoints
+KIND = "encoder"  # value of the field `kind` in checkpoints
 _BASIS_SAMPLES = 10_000
 _SAVE_SECONDS = 120.0
 _STREAM = 7  # makes seeds that differ from those of datasets, so that no dataset has the same latents
@@ -39,7 +39,7 @@ _STREAM = 7  # makes seeds that differ from those of datasets, so that no datase
 
 @dataclass
 class EncoderProgress:
-    """How far a run has come. A checkpoint stores it with the tensors."""
+    """Progress of a run. A checkpoint stores it with the tensors."""
 
     step: int = 0
     seconds: float = 0.0

@@ -27,7 +27,7 @@ from training.encoder.config import EncoderConfig
 from training.encoder.loop import EncoderProgress, latents, new_network, synthesize, train
 
 FOLDER = "encoder"
-MEASURED = 256  # images of each kind
+MEASURED_IMAGES = 256  # number of generated, and of held-out images to measure on
 _UNSEEN = 3  # stream of latents that training does not use
 
 
@@ -59,7 +59,7 @@ def train_encoder(
         out: Folder of the run. It gets the files of `train`, and the folder `encoder`, which is replaced.
         real: Real training images at the generator's resolution. Generated images are always used.
         held_out: Other real images at this resolution, to measure on.
-        device: Where to compute.
+        device: Device of the networks.
         resume: Continue the run that is in `out`.
         progress_bar: Show a progress bar.
 
@@ -119,13 +119,13 @@ def _measure(
     """Mean distance and pixel error between images and their reconstructions from the encoder and from the mean latent."""
     device = generator.mapping.w_avg.device
     distance = perceptual(config.distance, device)
-    w = torch.from_numpy(latents(generator, range(MEASURED), config.seed, stream=_UNSEEN)).to(device)
+    w = torch.from_numpy(latents(generator, range(MEASURED_IMAGES), config.seed, stream=_UNSEEN)).to(device)
     images = [
         synthesize(generator, part[:, None].expand(-1, generator.num_ws, -1), None) for part in torch.split(w, 32)
     ]
     metrics = {"distance": config.distance, "generated": _compare(generator, network, torch.cat(images), distance)}
     if held_out is not None:
-        chosen = np.unique(np.linspace(0, len(held_out.ids) - 1, MEASURED).round().astype(int))
+        chosen = np.unique(np.linspace(0, len(held_out.ids) - 1, MEASURED_IMAGES).round().astype(int))
         pixels: NDArray[np.uint8] = held_out.images[chosen]
         real = torch.tensor(pixels, device=device).permute(0, 3, 1, 2).float()
         metrics["held_out"] = _compare(generator, network, real, distance)

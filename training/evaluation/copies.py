@@ -15,13 +15,14 @@ from training.data.duplicates import hash_pairs, perceptual_hashes
 from training.data.images import in_threads
 
 HASH_DISTANCE = 6
-"""Differing bits of 64 in the hashes of copies, at most. Copies of 100 images, saved as JPEG 50, differed in at most 5 bits
-at full size, and in at most 7 at half the size. Nearest neighbours among 595 different images differed in at least 14."""
+"""Maximum number of differing bits (of 64) between the hashes of two copies. Copies of 100 images, saved as JPEG 50,
+differed in at most 5 bits at full size, and in at most 7 at half the size. Nearest neighbours among 595 different images
+differed in at least 14."""
 CORRELATION = 0.985
-"""Of the pixels of copies at 32 px, at least. Copies that were compressed again reach it (99 of 100 at JPEG 50); images of
-different lesions with similar hashes do not."""
-MEASURED = 256
-"""Images that are compressed again to measure the distance of a copy to its original."""
+"""Minimum correlation of the pixels (at 32 px) of two copies. Copies that were compressed again reach it (99 of 100 at
+JPEG 50); images of different lesions with similar hashes do not."""
+MAX_RECOMPRESSED = 256
+"""Maximum number of images that are compressed again to measure the distance of a copy to its original."""
 _QUALITY, _SIDE = 90, 32
 
 
@@ -29,17 +30,17 @@ def find_copies(images: NDArray[np.uint8], embed: Callable[[NDArray[np.uint8]], 
     """Embed copies of some training images that were compressed again, and find pairs with similar hashes.
 
     Args:
-        images: Training images [N, R, R, 3]. Copies are made of up to MEASURED of them, at equal intervals.
+        images: Training images [N, R, R, 3]. Copies are made of up to MAX_RECOMPRESSED of them, at equal intervals.
         embed: Computes features [M, dim] of images uint8 [M, R, R, 3].
     """
-    chosen = np.unique(np.linspace(0, len(images) - 1, min(len(images), MEASURED)).round().astype(np.int64))
+    chosen = np.unique(np.linspace(0, len(images) - 1, min(len(images), MAX_RECOMPRESSED)).round().astype(np.int64))
     features = embed(np.stack([recompressed(images[i]) for i in chosen]))
     hashes = np.array(
         list(in_threads(lambda i: perceptual_hashes([images[i]])[0], range(len(images)))), dtype=np.uint64
     )
     pairs = hash_pairs(hashes, HASH_DISTANCE)
-    alike = [_correlation(images[i], images[j]) >= CORRELATION for i, j in zip(pairs.i, pairs.j, strict=True)]
-    return Copies(features, chosen, np.stack([pairs.i, pairs.j], axis=1)[np.array(alike, bool)])
+    are_copies = [_correlation(images[i], images[j]) >= CORRELATION for i, j in zip(pairs.i, pairs.j, strict=True)]
+    return Copies(features, chosen, np.stack([pairs.i, pairs.j], axis=1)[np.array(are_copies, bool)])
 
 
 def recompressed(image: NDArray[np.uint8], quality: int = _QUALITY) -> NDArray[np.uint8]:

@@ -20,19 +20,19 @@ from training.data.artefacts import wilson_interval
 Floats = NDArray[np.float64]
 Ws = NDArray[np.float32]
 
-CLEAR = 2.0  # standard errors: smaller shifts do not count
-ENOUGH = 0.9  # share of the images in which an attribute must disappear for a move to count as a removal
+MIN_STANDARD_ERRORS = 2.0  # smaller shifts do not count
+MIN_REMOVED_SHARE = 0.9  # share of the images in which an attribute must disappear for a move to count as a removal
 
 
 @dataclass(frozen=True)
-class Readings:
+class Measurements:
     """Measurements of N images."""
 
-    attributes: Mapping[str, Floats]  # float64 [N] by attribute
+    attributes: Mapping[str, Floats]  # key: attribute; values: float64 [N]
     features: NDArray[np.float32]  # [N, D]; D is 0 without a classifier
 
 
-Look = Callable[[Ws], Readings]
+Measure = Callable[[Ws], Measurements]
 """Measures the images of style vectors [N, num_ws, w_dim]."""
 
 
@@ -40,7 +40,7 @@ Look = Callable[[Ws], Readings]
 class Units:
     """Units of changes, from unedited samples."""
 
-    deviations: Mapping[str, float]  # standard deviation by attribute; 0 if it is the same in all samples
+    deviations: Mapping[str, float]  # key: attribute; value: its standard deviation, 0 if it is the same in all samples
     identity: float  # mean cosine distance between the features of two different samples; 0 without features
 
 
@@ -54,9 +54,9 @@ class Shift:
     minus: float
 
     @property
-    def clear(self) -> bool:
-        """Whether it is larger than chance explains: more than twice its standard error."""
-        return abs(self.value) > CLEAR * self.error
+    def significant(self) -> bool:
+        """Whether the shift is more than twice its standard error."""
+        return abs(self.value) > MIN_STANDARD_ERRORS * self.error
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,14 @@ class Effect:
 
     direction: str
     strength: float
-    shifts: Mapping[str, Shift]  # by attribute
+    shifts: Mapping[str, Shift]  # key: attribute
     identity: float | None  # 0: the same image; 1: as different as another sample
 
     @property
     def most_moved(self) -> str | None:
-        """The attribute with the largest clear shift; None if no shift is clear."""
-        clear = [name for name, shift in self.shifts.items() if shift.clear]
-        return max(clear, key=lambda name: abs(self.shifts[name].value), default=None)
+        """The attribute with the largest significant shift; None if no shift is significant."""
+        significant = [name for name, shift in self.shifts.items() if shift.significant]
+        return max(significant, key=lambda name: abs(self.shifts[name].value), default=None)
 
     def share(self, attribute: str) -> float | None:
         """Share of one attribute in the shifts of all: 1 if it alone changes; None if no attribute changes."""
@@ -90,8 +90,9 @@ class Removal:
     images: int
     low: float  # 95 % interval of `share`, by Wilson
     high: float
-    chosen_by: float  # share in the half of the images by which the best move is chosen
-    confirmed: float  # share in the other half
+    # The next two names are keys of the JSON file of `dermis directions measure`.
+    chosen_by: float  # `share` in the half of the images by which the best move is chosen
+    confirmed: float  # `share` in the other half, an estimate without the bias of the choice
     others: Mapping[str, float]  # mean change of every other attribute, in standard deviations
     identity: float | None
 
@@ -101,19 +102,19 @@ class Removal:
         return self.removed / self.images
 
 
-def units_of(readings: Readings) -> Units:
+def units_of(measurements: Measurements) -> Units:
     """Compute the units of changes from the measurements of at least two unedited samples."""
-    features = _unit(readings.features)
+    features = _unit(measurements.features)
     count, identity = len(features), 0.0
     if features.shape[1]:
         total = features.sum(axis=0)
         # The mean over all pairs of different samples.
         identity = float(1 - (total @ total - count) / (count * (count - 1)))
-    return Units({name: float(np.std(values, ddof=1)) for name, values in readings.attributes.items()}, identity)
+    return Units({name: float(np.std(values, ddof=1)) for name, values in measurements.attributes.items()}, identity)
 
 
 def measure_effects(
-    ws: Ws, directions: Sequence[Direction], strength: float, before: Readings, units: Units, look: Look
+    ws: Ws, directions: Sequence[Direction], strength: float, before: Measurements, units: Units, measure: Measure
 ) -> Iterator[Effect]:
     """Measure the effect of each direction.
 
@@ -122,16 +123,16 @@ def measure_effects(
     Args:
         ws: Style vectors [N, num_ws, w_dim], N at least 2.
         directions: The directions.
-        strength: Of the moves, in both senses.
+        strength: Strength of the moves; each direction is applied with +strength and -strength.
         before: Measurements of the images of `ws`.
         units: Units of the changes.
-        look: Measures the images of moved style vectors.
+        measure: Measures the images of moved style vectors.
 
     Yields:
         The effect of each direction, as soon as it is measured.
     """
     for direction in directions:
-        plus, minus = (look(_moved(ws, direction, sign * strength)) for sign in (1, -1))
+        plus, minus = (measure(_moved(ws, direction, sign * strength)) for sign in (1, -1))
         shifts = {}
         for name, deviation in units.deviations.items():
             if deviation > 0:
@@ -151,9 +152,9 @@ def measure_removals(
     threshold: float,
     directions: Sequence[Direction],
     strengths: Sequence[float],
-    before: Readings,
+    before: Measurements,
     units: Units,
-    look: Look,
+    measure: Measure,
 ) -> Iterator[Removal]:
     """Measure how often each direction and strength removes an attribute.
 
@@ -162,10 +163,10 @@ def measure_removals(
         attribute: The attribute.
         threshold: Smallest value of images that have the attribute.
         directions: The directions.
-        strengths: Of the moves; each is tried with each direction.
+        strengths: Strengths of the moves; each is applied with each direction.
         before: Measurements of the images of `ws`.
         units: Units of the changes.
-        look: Measures the images of moved style vectors.
+        measure: Measures the images of moved style vectors.
 
     Yields:
         The result of each move, as soon as it is measured.
@@ -177,9 +178,9 @@ def measure_removals(
         raise ValueError(f"needs two images or more, all with the attribute {attribute}")
     for direction in directions:
         for strength in strengths:
-            after = look(_moved(ws, direction, strength))
-            gone = after.attributes[attribute] < threshold
-            low, high = wilson_interval(int(gone.sum()), len(gone))
+            after = measure(_moved(ws, direction, strength))
+            removed = after.attributes[attribute] < threshold
+            low, high = wilson_interval(int(removed.sum()), len(removed))
             others = {
                 name: float((after.attributes[name] - before.attributes[name]).mean() / deviation)
                 for name, deviation in units.deviations.items()
@@ -188,12 +189,12 @@ def measure_removals(
             yield Removal(
                 direction.name,
                 strength,
-                int(gone.sum()),
-                len(gone),
+                int(removed.sum()),
+                len(removed),
                 low,
                 high,
-                float(gone[::2].mean()),
-                float(gone[1::2].mean()),
+                float(removed[::2].mean()),
+                float(removed[1::2].mean()),
                 others,
                 _identity_change(before, after, units),
             )
@@ -209,7 +210,7 @@ def best_removal(removals: Sequence[Removal]) -> Removal:
     def side_effect(removal: Removal) -> float:
         return removal.identity if removal.identity is not None else sum(map(abs, removal.others.values()))
 
-    if enough := [removal for removal in removals if removal.chosen_by >= ENOUGH]:
+    if enough := [removal for removal in removals if removal.chosen_by >= MIN_REMOVED_SHARE]:
         return min(enough, key=side_effect)
     return max(removals, key=lambda removal: (removal.chosen_by, -side_effect(removal)))
 
@@ -225,7 +226,7 @@ def random_directions(w: Ws, labels: NDArray[np.int64], count: int, *, num_ws: i
         labels: Class of each row of w, [N].
         count: Number of directions.
         num_ws: Number of style vectors of the generator; the directions change all of them.
-        seed: Of the random numbers.
+        seed: Seed of the random numbers.
 
     Returns:
         Directions with the method "random", named random-1, random-2, ...
@@ -246,7 +247,7 @@ def _moved(ws: Ws, direction: Direction, strength: float) -> Ws:
     return apply_edits(ws, [Edit(direction.name, strength)], {direction.name: direction})
 
 
-def _identity_change(before: Readings, after: Readings, units: Units) -> float | None:
+def _identity_change(before: Measurements, after: Measurements, units: Units) -> float | None:
     """Mean cosine distance between the same samples before and after, relative to that of two different samples."""
     if not units.identity:
         return None

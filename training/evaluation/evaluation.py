@@ -28,7 +28,7 @@ from training.data.isic import ImageDataset
 from training.evaluation import measure, pictures
 from training.evaluation.features import labels_in_proportion
 from training.evaluation.holdout import check_holdout, groups_of
-from training.evaluation.measure import FEWEST, REPLICATES, ImageSets, Selection
+from training.evaluation.measure import MIN_IMAGES, REPLICATES, ImageSets, Selection
 from training.evaluation.record import FORMAT_VERSION, discriminator_space
 from training.evaluation.report import report_page
 from training.evaluation.sets import Generation, all_features
@@ -36,15 +36,15 @@ from training.gan.card import renewed_card, trained_on
 
 CLOSEST, UNSELECTED, GRID, WALKS = 12, 8, 32, 4
 # Units of the progress bar: embedding one image is 1, so that the remaining time is useful.
-_COMPARED_PER_UNIT = 8  # images of a comparison
-_UNITS_OF_A_PATH = 4  # two images generated and embedded
+_COMPARED_PER_UNIT = 8  # compared images that take as long as embedding one
+_UNITS_OF_A_PATH = 4  # a path needs two images, which are generated and embedded
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """Result of an evaluation."""
 
-    metrics: dict[str, Any]  # for metrics.json of the bundle
+    metrics: dict[str, Any]  # content of metrics.json of the bundle
     page: str | None  # HTML that shows training images
 
 
@@ -80,12 +80,12 @@ def evaluate_bundle(
         selection: "fast" for distances, precision, recall and the tests for copies only.
         count: Number of generated images; None for as many as in `dataset`.
         ppl_paths: Number of paths of the perceptual path length.
-        seed: Of the generated images.
-        truncation_psi: Of the generated images.
+        seed: Seed of the generated images.
+        truncation_psi: Truncation of the generated images.
         noise_modes: Noise of the generated images. Everything is measured with the first mode, and only comparisons with
             the others.
         cache: Folder for features of real images.
-        device: Where the networks run.
+        device: Device of the networks.
         page: Whether to make the page.
 
     Raises:
@@ -94,8 +94,8 @@ def evaluate_bundle(
     """
     _check(bundle, dataset, holdout, count, ppl_paths)
     generator = load_generator(bundle).to(resolve_device(device))
-    judging_space = discriminator_space(bundle.provenance)
-    independent = next((i for i, extractor in enumerate(extractors) if extractor.name != judging_space), 0)
+    discriminator_space_name = discriminator_space(bundle.provenance)
+    independent = next((i for i, extractor in enumerate(extractors) if extractor.name != discriminator_space_name), 0)
     distance = _path_distance(extractors, independent, device) if selection == "all" else None
     names = bundle.class_names
     real_labels = dataset.labels if names else np.zeros_like(dataset.labels)
@@ -144,11 +144,13 @@ def evaluate_bundle(
                 "sha256": holdout.sha256,
             }
         on_compared = partial(_count_compared, bar)
-        for extractor, of_space in zip(extractors, sets, strict=True):
+        for extractor, space_sets in zip(extractors, sets, strict=True):
             metrics["spaces"][extractor.name] = {
                 "identity": extractor.identity,
-                "trained_discriminator": None if judging_space is None else extractor.name == judging_space,
-                **measure.measure_space(extractor.name, of_space, names, selection, on_compared=on_compared),
+                "trained_discriminator": None
+                if discriminator_space_name is None
+                else extractor.name == discriminator_space_name,
+                **measure.measure_space(extractor.name, space_sets, names, selection, on_compared=on_compared),
             }
         if distance is not None:
             path_labels = labels_in_proportion(real_labels, ppl_paths)
@@ -174,9 +176,9 @@ def check_images(dataset: ImageDataset, holdout: ImageDataset | None, trained_on
         DataError: A check fails.
     """
     for option, images in (("--data", dataset), ("--holdout", holdout)):
-        if images is not None and len(images.labels) < FEWEST:
+        if images is not None and len(images.labels) < MIN_IMAGES:
             raise DataError(
-                f"{option}: {len(images.labels)} images are too few to measure anything; give {FEWEST} or more"
+                f"{option}: {len(images.labels)} images are too few to measure anything; give {MIN_IMAGES} or more"
             )
     if holdout is not None:
         check_holdout(dataset, holdout, trained_on)
@@ -189,10 +191,10 @@ def _check(
         if images is not None and bundle.class_names and images.class_names != bundle.class_names:
             raise DataError(f"{option}: has the classes {images.class_names}, but the bundle {bundle.class_names}")
     check_images(dataset, holdout, trained_on(bundle.provenance))
-    if count is not None and count < FEWEST:
-        raise DataError(f"--count: {count} images are too few to measure anything; give {FEWEST} or more")
-    if ppl_paths < FEWEST:
-        raise DataError(f"--ppl-paths: {ppl_paths} paths are too few to measure anything; give {FEWEST} or more")
+    if count is not None and count < MIN_IMAGES:
+        raise DataError(f"--count: {count} images are too few to measure anything; give {MIN_IMAGES} or more")
+    if ppl_paths < MIN_IMAGES:
+        raise DataError(f"--ppl-paths: {ppl_paths} paths are too few to measure anything; give {MIN_IMAGES} or more")
 
 
 def _compared_images(

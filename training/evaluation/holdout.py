@@ -20,24 +20,28 @@ def check_holdout(dataset: ImageDataset, holdout: ImageDataset, trained_on: str 
         DataError: Images, patients or lesions are in both sets, or the bundle was trained on the held-out images.
     """
     if both := set(dataset.ids) & set(holdout.ids):
-        raise DataError(f"--holdout: {len(both)} of its images are in --data too, the first is {min(both)}")
-    known = dict(zip(dataset.contents, dataset.ids, strict=False))
-    copies = [(name, known[file]) for file, name in zip(holdout.contents, holdout.ids, strict=False) if file in known]
+        raise DataError(f"--holdout: {len(both)} of its images are also in --data, the first is {min(both)}")
+    ids_by_content = dict(zip(dataset.contents, dataset.ids, strict=False))
+    copies = [
+        (name, ids_by_content[file])
+        for file, name in zip(holdout.contents, holdout.ids, strict=False)
+        if file in ids_by_content
+    ]
     if copies:
         raise DataError(
-            f"--holdout: {len(copies)} of its files are in --data under other names, the first is {copies[0][0]}, there "
-            f"{copies[0][1]}; `dermis data leaks --remove` leaves such copies out"
+            f"--holdout: {len(copies)} of its files are in --data under other names, the first is {copies[0][0]}, "
+            f"which is {copies[0][1]} in --data; `dermis data leaks --remove` removes such copies"
         )
     if trained_on is not None and trained_on in (holdout.sha256, _together(dataset, holdout)):
         parts = "--holdout" if trained_on == holdout.sha256 else "--data and --holdout together"
         raise DataError(
-            f"--holdout: the bundle was trained on {parts}, so it has seen these images; split first, train on one part "
-            "and hold the other out, or leave --holdout out"
+            f"--holdout: the bundle was trained on {parts}, so it has seen these images; split the images first, train on "
+            "one part and give the other part as --holdout, or omit --holdout"
         )
     groups = groups_of(dataset, holdout) or []
     if both := set(groups[: len(dataset.ids)]) & set(groups[len(dataset.ids) :]):
         raise DataError(
-            f"--holdout: {len(both)} patients or lesions have images in --data too, the first is {min(both)}; split with "
+            f"--holdout: {len(both)} patients or lesions also have images in --data, the first is {min(both)}; split with "
             "`dermis data split`, which keeps them together"
         )
 

@@ -25,9 +25,9 @@ from dermis.metrics.path_length import path_length
 Features = NDArray[np.float32]
 Labels = NDArray[np.int64]
 Selection = Literal["all", "fast"]
-FEWEST = 10  # images of a set: with fewer, neighbourhoods and covariances have no meaning
+MIN_IMAGES = 10  # in a set: with fewer, neighbourhoods and covariances have no meaning
 REPLICATES = 200
-CLIP = "clip"  # the space whose MMD is the CMMD
+CLIP = "clip"  # feature space in which the MMD is called CMMD
 
 Comparison = tuple[str, Features, Features]
 """A name in metrics.json, features of real images, and features of the images that are compared with them."""
@@ -39,7 +39,9 @@ class ImageSets:
 
     training: Features
     training_labels: Labels
-    generated: Mapping[str, Features]  # samples 0 ... M - 1 by noise mode; the first mode is that of the evaluation
+    generated: Mapping[
+        str, Features
+    ]  # key: noise mode, the first is that of the evaluation; values: samples 0 ... M - 1
     generated_labels: Labels
     held_out: Features | None = None
     held_out_labels: Labels | None = None
@@ -55,13 +57,15 @@ def compare(
         real: Features [N, dim].
         generated: Features [M, dim].
         selection: "fast" for distances, precision and recall only.
-        kernel: Of the MMD; None for no MMD.
+        kernel: Kernel of the MMD; None for no MMD.
 
     Raises:
-        DataError: A set has fewer than FEWEST images.
+        DataError: A set has fewer than MIN_IMAGES images.
     """
-    if min(len(real), len(generated)) < FEWEST:
-        raise DataError(f"{len(real)} real and {len(generated)} generated images are too few; give {FEWEST} or more")
+    if min(len(real), len(generated)) < MIN_IMAGES:
+        raise DataError(
+            f"{len(real)} real and {len(generated)} generated images are too few; give {MIN_IMAGES} or more"
+        )
     fd = frechet_distance(real, generated)
     fd_interval = frechet_interval(real, generated, fd, REPLICATES)
     kid = kernel_estimate(real, generated, REPLICATES)
@@ -134,7 +138,7 @@ def measure_space(
         result["classes"] = {}
     for label, name in enumerate(class_names):
         comparisons = _comparisons(sets, mode, label)
-        if all(min(len(real), len(images)) >= FEWEST for _, real, images in comparisons):
+        if all(min(len(real), len(images)) >= MIN_IMAGES for _, real, images in comparisons):
             result["classes"][name] = measured(comparisons)
     if sets.held_out is not None and selection == "all":
         likelihood = feature_likelihood(sets.training, sets.held_out, sets.generated[mode])
@@ -155,8 +159,8 @@ def _comparisons(sets: ImageSets, mode: str, label: int | None = None) -> list[C
     labels = (sets.training_labels, sets.generated_labels, sets.held_out_labels)
     count = min(map(len, rows))
     real, generated, held_out = (
-        features[chosen[subset(of_set[chosen], count)]]
-        for features, chosen, of_set in zip((real, generated, sets.held_out), rows, labels, strict=True)
+        features[chosen[subset(set_labels[chosen], count)]]
+        for features, chosen, set_labels in zip((real, generated, sets.held_out), rows, labels, strict=True)
     )
     return [
         ("generated_training", real, generated),
@@ -214,9 +218,9 @@ def path_lengths_by_class(
             numbers |= {sampling: ppl.mean, f"{sampling}_error": ppl.standard_error, "paths": ppl.paths}
         return numbers
 
-    of_classes = {name: labels == k for k, name in enumerate(class_names)}
+    class_masks = {name: labels == k for k, name in enumerate(class_names)}
     return {
         "distance": distance,
         **summary(np.ones(len(labels), dtype=bool)),
-        "classes": {name: summary(chosen) for name, chosen in of_classes.items() if chosen.sum() >= FEWEST},
+        "classes": {name: summary(chosen) for name, chosen in class_masks.items() if chosen.sum() >= MIN_IMAGES},
     }

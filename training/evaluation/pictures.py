@@ -1,4 +1,4 @@
-"""Images for the evaluation page: samples, samples beside their nearest training images, interpolations in w."""
+"""Images for the evaluation page: samples, samples next to their nearest training images, interpolations in w."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ class Match:
     label: int
     image: Images
     neighbours: Images  # nearest first
-    distances: NDArray[np.float64]  # to the neighbours
-    closeness: float
-    """Distance to the nearest neighbour over the distance to the last one: near 1 for one image among many, 0 for a copy.
-    The last neighbour is used, not the second, to detect copies of images that the training set contains twice."""
+    distances: NDArray[np.float64]  # distance of each neighbour
+    distance_ratio: float
+    """Distance to the nearest neighbour divided by the distance to the last one: 0 for a copy, near 1 if no training image is
+    much nearer than the others. The last neighbour is used, not the second, to detect copies of images that the training set
+    contains twice."""
 
 
 @dataclass(frozen=True)
@@ -68,17 +69,17 @@ class Drawing:
             even: Number of others.
         """
         distances, indices = nearest(generated, real, min(NEIGHBOURS, len(real)))
-        closeness = distances[:, 0] / np.maximum(distances[:, -1], np.finfo(float).tiny)
+        ratios = distances[:, 0] / np.maximum(distances[:, -1], np.finfo(float).tiny)
 
         def match(samples: list[int]) -> list[Match]:
             images = self._images(samples, labels[samples].tolist())
             return [
-                Match(i, int(labels[i]), image, real_images[indices[i]], distances[i], float(closeness[i]))
+                Match(i, int(labels[i]), image, real_images[indices[i]], distances[i], float(ratios[i]))
                 for i, image in zip(samples, images, strict=True)
             ]
 
         spread = np.linspace(0, len(labels) - 1, min(even, len(labels))).round().astype(int)
-        return match(np.argsort(closeness)[:closest].tolist()), match(spread.tolist())
+        return match(np.argsort(ratios)[:closest].tolist()), match(spread.tolist())
 
     def interpolations(self, label: int, rows: int) -> Images:
         """Straight lines in w from sample 2i to sample 2i + 1 of one class, with STEPS images in a row."""

@@ -5,10 +5,10 @@ Version 2, which `dermis evaluate` writes:
     format_version               2
     images, real_images          generated images, and real ones of --data
     holdout                      images, patients, name, sha256; missing if no images were held out
-    noise_mode                   of the generated images
+    noise_mode                   noise of the generated images
     ppl                          perceptual path length: distance, end, full, their errors, paths, classes
     spaces.NAME                  one feature space
-        identity                 of the weights of the network and the resizing
+        identity                 identity of the network's weights and of the resizing
         trained_discriminator    whether the discriminator used this space; null if not known
         comparisons.COMPARISON   numbers of one pair of image sets, by `COMPARISONS`
         other_noise.MODE         the comparisons of generated images with other noise
@@ -27,7 +27,8 @@ from typing import Any
 Metrics = Mapping[str, Any]
 FORMAT_VERSION = 2
 COMPARISONS = ("generated_training", "generated_holdout", "training_holdout", "holdout_training")
-"""Pairs of image sets: the one in the place of generated images, and the real one. The last pair is in version 1 only."""
+"""Pairs of image sets by comparison: the first set takes the role of the generated images, the second is the real one. The
+last pair is in version 1 only."""
 _RENAMED = {"fid": "fd", "fid_interval": "fd_interval", "fid_bias": "fd_bias"}
 _NUMBERS = (
     *("images", "real_images", *_RENAMED, "kid", "kid_std", "kid_interval", "precision", "recall"),
@@ -63,8 +64,8 @@ def read_metrics(metrics: Metrics) -> dict[str, Any]:
     if held:
         present["holdout"] = {key: held[key] for key in ("images", "patients", "sha256") if key in held}
     if "ppl" in metrics:
-        of_classes = {name: part["ppl"] for name, part in classes.items() if "ppl" in part}
-        present["ppl"] = {**metrics["ppl"], "classes": of_classes}
+        by_class = {name: part["ppl"] for name, part in classes.items() if "ppl" in part}
+        present["ppl"] = {**metrics["ppl"], "classes": by_class}
     return {"noise_mode": "const", **present, "format_version": FORMAT_VERSION, "spaces": {metrics["extractor"]: space}}
 
 

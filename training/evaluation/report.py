@@ -32,8 +32,8 @@ _OTHERS = "real images, which are <strong>not</strong> the set that the generato
 _LEGEND = """<p class="note">FD, KID and MMD measure how far the generated images are from the real ones as a whole: lower is
 better. Precision, density and alpha-precision measure whether each generated image looks real; recall, coverage and
 beta-recall whether all kinds of real images are generated. FLD is 0 for images as good as real ones; a generalisation gap far
-below that of the training images in the generator's place means that training images are copied. If images were held out, the
-column with real images in the generator's place shows the score of a perfect generator.</p>"""
+below that of the reference column means that training images are copied. If images were held out, the reference column has the
+scores of real images instead of generated ones, which are those of a perfect generator.</p>"""
 
 
 def check_report_folder(report: Path, bundle: Path) -> None:
@@ -117,9 +117,10 @@ intervals. {html.escape(held_out_text(metrics))}</p>
 <p class="note">The first samples of the seed, not selected.</p>
 {"".join(_sheet(caption, images, COLUMNS, scale) for caption, images in samples.items())}
 <h2>Most like a copy</h2>
-<p class="note">The generated images (left) that are nearer to one {kind} image than to others, beside the
-{len(closest[0].distances)} nearest {kind} images. Closeness is the distance to the first of them over that to the last:
-near 1 for one image among many, 0 for a copy. Check whether the first one shows the same lesion.</p>
+<p class="note">The generated images (left) that are nearer to one {kind} image than to others, and their
+{len(closest[0].distances)} nearest {kind} images. The distance ratio is the distance to the first of them divided by that
+to the last: 0 for a copy, near 1 if no {kind} image is much nearer than the others. Check
+whether the first one shows the same lesion.</p>
 {"".join(_match(match, class_names, scale, kind) for match in closest)}
 <h2>Nearest {kind} images of other samples</h2>
 <p class="note">Samples at equal intervals among all generated ones, not selected.</p>
@@ -144,9 +145,9 @@ def _match(match: Match, class_names: Sequence[str], scale: int, kind: str) -> s
     row = np.concatenate([as_rgb(match.image[None])[0], gap, *as_rgb(match.neighbours)], axis=1)
     distances = ", ".join(f"{d:.2f}" for d in match.distances)
     of_class = f" of {html.escape(class_names[match.label])}" if class_names else ""
-    alt = f"sample {match.sample} beside its nearest {kind} images"
-    return f"""<figure>{_picture(row, scale, alt)}<figcaption>sample {match.sample}{of_class}, closeness
-{match.closeness:.2f}<br>distances {distances}</figcaption></figure>"""
+    alt = f"sample {match.sample} and its nearest {kind} images"
+    return f"""<figure>{_picture(row, scale, alt)}<figcaption>sample {match.sample}{of_class}, distance
+ratio {match.distance_ratio:.2f}<br>distances {distances}</figcaption></figure>"""
 
 
 def _sheet(caption: str, images: Images, columns: int, scale: int) -> str:

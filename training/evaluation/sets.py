@@ -21,7 +21,7 @@ from training.evaluation.features import BATCH, real_features
 from training.evaluation.measure import Features, ImageSets, Labels
 
 DEFAULT_SPACES = ("lite0", "lite1")
-"""The space of the projected discriminator, which most results are measured in, and one that no training uses."""
+"""Default feature spaces: lite0, which the projected discriminator uses, and lite1, which no training uses."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def load_spaces(names: Sequence[str], device: torch.device) -> tuple[list[Featur
 
     Args:
         names: Values of the option, each with one name or several separated by commas.
-        device: Where the networks run.
+        device: Device of the networks.
 
     Returns:
         The spaces, and a remark on default spaces that cannot be loaded; "" if there are none.
@@ -100,7 +100,7 @@ def all_features(
     """Compute the features of all images in each space. Every image is generated once for all spaces.
 
     Args:
-        synthesizer: Of the bundle.
+        synthesizer: Synthesizer of the bundle.
         dataset: The training images.
         holdout: Held-out images.
         groups: Patients of the training images, then of the held-out images.
@@ -147,7 +147,7 @@ def _generated_features(
 ) -> list[Features]:
     """Features [N, dim] of the generated images in each space."""
     parts: list[list[Features]] = [[] for _ in extractors]
-    for images in drawn_batches(synthesizer, generation, noise_mode):
+    for images in generated_batches(synthesizer, generation, noise_mode):
         bar.update(len(images))
         for collected, extractor in zip(parts, extractors, strict=True):
             collected.append(extractor.extract(images))
@@ -155,7 +155,7 @@ def _generated_features(
     return [np.concatenate(collected) for collected in parts]
 
 
-def drawn_batches(
+def generated_batches(
     synthesizer: Synthesizer, generation: Generation, noise_mode: NoiseMode
 ) -> Iterator[NDArray[np.uint8]]:
     """Generate images in batches uint8 [n, H, W, channels]."""

@@ -94,7 +94,7 @@ def plan_survey(
         labels: Classes of the real images, int64 [N], indices into `class_names`; all 0 without classes.
         class_names: Names of the classes.
         count: Number of images. Real ones are drawn without replacement.
-        seed: Of the random numbers.
+        seed: Seed of the random numbers.
         equal_classes: Whether both halves have the same number of images of each class. Otherwise they have the proportions
             of `labels` (largest remainders decide the last images).
 
@@ -149,14 +149,14 @@ def create_survey(
     Args:
         slots: The planned images.
         dataset: The real images.
-        synthesizer: Of the bundle.
+        synthesizer: Synthesizer of the bundle.
         out: The folder, which must not exist.
-        seed: Of the plan and the generated images.
+        seed: Seed of the plan and of the generated images.
         size: Side in pixels of the images that experts see.
         pages: Number of pages, one for each expert. Each has its own order, so that not all experts see the same images
             when they are tired.
         with_diagnosis: Whether experts are asked for the class.
-        truncation_psi: Of the generated images.
+        truncation_psi: Truncation of the generated images.
         data_name: Name of the real images for the key.
         progress: Whether to show a progress bar.
 
@@ -325,7 +325,7 @@ def _write(out: Path, key: SurveyKey, encoded: Mapping[str, bytes]) -> None:
 
 
 def _page(key: SurveyKey, encoded: Mapping[str, bytes], page: int) -> str:
-    """Make a page for experts, from names and images. Of the key, it has only what every expert can know."""
+    """Make a page for experts, from names and images. It contains only those parts of the key that every expert can know."""
     names = list(encoded)
     order = np.random.default_rng([key.seed, _ORDER, page]).permutation(len(names))
     survey = {

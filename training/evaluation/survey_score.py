@@ -77,7 +77,7 @@ class ExpertScore:
 
     expert: str
     missing: int
-    """Images without an answer, which are not in the other numbers."""
+    """Number of images without an answer. All other numbers exclude them."""
     rates: Rates
     p_value: float
     """Two-sided exact binomial test of the accuracy against 50 %."""
@@ -117,7 +117,7 @@ class SurveyScore:
     median_seconds: float
     paper_accuracy: float
     called_generated: dict[str, tuple[int, int]]
-    """For each image, how many experts called it generated, and how many answered."""
+    """Key: image; value: number of experts who called it generated, and number of experts who answered."""
 
 
 def read_answers(paths: Sequence[Path], key: SurveyKey) -> tuple[Answers, ...]:
@@ -132,7 +132,7 @@ def read_answers(paths: Sequence[Path], key: SurveyKey) -> tuple[Answers, ...]:
         answers = _read_one(path, key)
         if answers.expert in files:
             raise DataError(
-                f"{path}: has answers of {quote(answers.expert)}, as has {files[answers.expert]}; give one of them"
+                f"{path}: has answers of {quote(answers.expert)}, and so has {files[answers.expert]}; give only one of them"
             )
         files[answers.expert] = path
         result.append(answers)

@@ -10,9 +10,9 @@ from training.evaluation.record import COMPARISONS, read_metrics
 
 Part = Mapping[str, Any]
 MEMORISES, SUSPICIOUS = 0.001, 0.05  # p-values below which the text says so; see docs/evaluation.md
-_JUDGE = (
-    "The generator was trained against a discriminator that judges images by the features of this space, so it has "
-    "learnt to score well here: these numbers are better than the images are. Compare generators in another space."
+_TRAINED = (
+    "The generator was trained against a discriminator that uses the features of this space, so it has learnt to "
+    "score well here: these numbers overestimate the quality of the images. Compare generators in another space."
 )
 _INDEPENDENT = (
     "The discriminator did not use this space. But lite0, lite1 and lite2 are related: networks of one family, trained on "
@@ -44,7 +44,7 @@ def space_tables(metrics: Part, discriminator_space: str | None = None) -> list[
         trained = space.get("trained_discriminator")
         if trained is None and discriminator_space is not None:
             trained = name == discriminator_space
-        remark = _UNKNOWN if trained is None else _JUDGE if trained else _INDEPENDENT
+        remark = _UNKNOWN if trained is None else _TRAINED if trained else _INDEPENDENT
         bandwidth = space.get("mmd_kernel", {}).get("bandwidth")
         lines = _lines(name, bandwidth)
         columns = _columns(known, space)
@@ -141,13 +141,13 @@ def _columns(metrics: Part, space: Part) -> dict[str, Part]:
 def _titled(parts: Mapping[str, Part], *, training: bool = True, short: bool = False) -> dict[str, Part]:
     trained = "training images" if training else "real images"
     if short:
-        titles = dict.fromkeys(COMPARISONS[:2], "generated") | dict.fromkeys(COMPARISONS[2:], "real in their place")
+        titles = dict.fromkeys(COMPARISONS[:2], "generated") | dict.fromkeys(COMPARISONS[2:], "real images instead")
     else:
         titles = {
             "generated_training": f"generated vs {trained}",
             "generated_holdout": "generated vs held-out images",
-            "training_holdout": f"{trained} in the generator's place, vs held-out images",
-            "holdout_training": f"held-out images in the generator's place, vs {trained}",
+            "training_holdout": f"reference: {trained} vs held-out images",
+            "holdout_training": f"reference: held-out images vs {trained}",
         }
     return {titles[name]: parts[name] for name in COMPARISONS if name in parts}
 
@@ -202,12 +202,13 @@ def _memorising(metrics: Part, test: Part) -> str:
     numbers = (
         f"{test['nearer_train']:.1%} of the generated images are nearer to one of the {metrics['real_images']:,} real "
         f"images than to any of the {held['images']:,} held-out ones{of_patients}; {test['expected_nearer_train']:.1%} "
-        f"are expected of an honest generator (p = {test['p_value']:.2g}, {test['permutations']:,} permutations)."
+        f"are expected of a generator that does not memorise (p = {test['p_value']:.2g}, "
+        f"{test['permutations']:,} permutations)."
     )
     if not metrics.get("real_is_training_set"):
         verdict = "Whether it memorises is not known: the real images are not the set that it was trained on."
     elif test["p_value"] < MEMORISES:
-        verdict = "It memorises: its images are nearer to the training images than chance explains."
+        verdict = "It memorises: its images are significantly nearer to the training images than to held-out images."
     elif test["p_value"] < SUSPICIOUS:
         verdict = "It may memorise: measure again with more held-out images or another seed."
     else:
@@ -218,7 +219,7 @@ def _memorising(metrics: Part, test: Part) -> str:
 def _membership(attack: Part) -> str:
     area, recall = attack["auc"], attack["found_at_1_percent"]
     return (
-        "Membership attack (a real image that lies near a generated one is taken for a training image): AUC "
+        "Membership attack (a real image that lies near a generated one is assumed to be a training image): AUC "
         f"{area['value']:.3f} [{area['low']:.3f}, {area['high']:.3f}], where guessing has 0.5; at 1 % false alarms it "
         f"finds {recall['value']:.1%} [{recall['low']:.1%}, {recall['high']:.1%}] of the training images, where "
         f"guessing finds {attack.get('expected_at_1_percent', 0.01):.1%}."
@@ -227,7 +228,7 @@ def _membership(attack: Part) -> str:
 
 def _authenticity(numbers: Part) -> str:
     held = numbers.get("holdout_authenticity")
-    reference = "" if held is None else f"; held-out images in the generator's place have {held:.3f}"
+    reference = "" if held is None else f"; held-out images instead of generated ones have {held:.3f}"
     return f"Authenticity {numbers['authenticity']:.3f}{reference}."
 
 

@@ -1,4 +1,4 @@
-"""The choice between generators, as in the paper: by the lowest FID and KID, and among equal ones by speed."""
+"""The choice between generators, as in the paper: by the lowest FID and KID, and among generators of equal quality by speed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Choice:
-    """The name of the chosen generator, or None if there are no candidates, and the reason."""
+    """The name of the chosen generator, or None if there are no candidates; and the reason for the choice."""
 
     name: str | None
     reason: str
@@ -75,4 +75,4 @@ def _reasons(
 
 def _excluded(metric: str, before: Sequence[Candidate], after: Sequence[Candidate]) -> str:
     worse = ", ".join(c.name for c in before if c not in after)
-    return f"the {metric} of {worse} is higher beyond the intervals"
+    return f"the {metric} of {worse} is higher, and the intervals do not overlap"

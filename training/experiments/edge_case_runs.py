@@ -23,7 +23,7 @@ from training.classifier.network import new_network, prior_shift
 from training.classifier.synthetic import SyntheticImages
 from training.data.cache import new_array, read_array
 from training.distributed import Ranks
-from training.experiments.plan import write_beside
+from training.experiments.plan import write_text_file
 
 Floats = NDArray[np.float64]
 
@@ -33,7 +33,7 @@ class TrainedRun:
     """A trained network, calibrated on the validation images.
 
     Attributes:
-        shift: Added to logits, for other proportions of classes.
+        shift: Number added to logits, because the proportions of the classes differ between training and validation.
         calibrated: Calibrated probabilities of the test images [N].
     """
 
@@ -44,7 +44,7 @@ class TrainedRun:
     calibrated: Floats
 
 
-class Learner:
+class RunTrainer:
     """Trains runs, each in its own folder.
 
     If only the last layer is trained, the features of every image are computed once.
@@ -62,26 +62,29 @@ class Learner:
     ) -> None:
         self.real, self.config, self.out, self.weights, self.ranks = real, config, out, weights, ranks
         self.cache, self.progress_bar = cache, progress_bar
-        self._known: dict[int, tuple[NDArray[np.uint8], torch.Tensor]] = {}
+        self._feature_cache: dict[int, tuple[NDArray[np.uint8], torch.Tensor]] = {}
 
     def run(
-        self, name: str, seed: int, added: SyntheticImages | None = None, *, alone: bool = False
+        self, name: str, seed: int, added: SyntheticImages | None = None, *, synthetic_only: bool = False
     ) -> TrainedRun | None:
         """Train one run, or read it if it is finished.
 
         Args:
-            name: Beginning of the folder's name.
+            name: First part of the folder's name.
             seed: Seed of the run.
             added: Generated images that are added to the real training part.
-            alone: Train on `added` only.
+            synthetic_only: Train on `added` only.
 
         Returns:
             The run; None if the user stopped it.
         """
         config, real = replace(self.config, seed=seed), self.real
         folder = self.out / f"{name}-{seed}"
-        arrays = (*(() if alone else (real.train.images,)), *(added.images if added else ()))
-        label_arrays = [*(() if alone else (real.train.labels,)), np.array(added.labels if added else (), np.int64)]
+        arrays = (*(() if synthetic_only else (real.train.images,)), *(added.images if added else ()))
+        label_arrays = [
+            *(() if synthetic_only else (real.train.labels,)),
+            np.array(added.labels if added else (), np.int64),
+        ]
         labels = np.concatenate(label_arrays)
         training = TrainingSet(arrays, labels)
         network = new_network(config, self.weights)
@@ -90,14 +93,14 @@ class Learner:
             training_features = torch.cat([self._features(network, array) for array in arrays])
             features = training_features, self._features(network, real.validation.images)
         origin = [dict(each) for each in added.origin] if added else []
-        facts = json.dumps([{part: each.sha256 for part, each in real.parts.items()}, origin], sort_keys=True)
+        identity = json.dumps([{part: each.sha256 for part, each in real.parts.items()}, origin], sort_keys=True)
         best, progress = train(
             network,
             training,
             real.validation,
             config,
             folder,
-            data=hashlib.sha256(facts.encode()).hexdigest(),
+            data=hashlib.sha256(identity.encode()).hexdigest(),
             ranks=self.ranks,
             resume=True,
             progress_bar=self.progress_bar and not config.cached_features,
@@ -112,7 +115,7 @@ class Learner:
         on_test = calibrated(self._logits(best, real.test.images) + shift, temperature)
         rows = zip(real.test.ids, real.test.labels, on_test, strict=True)
         lines = [f"{image},{int(label)},{p:.6f}\n" for image, label, p in rows]
-        write_beside(folder / "predictions.csv", "".join(["isic_id,label,calibrated\n", *lines]))
+        write_text_file(folder / "predictions.csv", "".join(["isic_id,label,calibrated\n", *lines]))
         return TrainedRun(best, shift, temperature, thresholds["default"], on_test)
 
     def embedded(self, run: TrainedRun, images: NDArray[np.uint8], items: Sequence[Item]) -> Embedded:
@@ -131,9 +134,9 @@ class Learner:
         as_set = TrainingSet((images,), np.zeros(len(images), np.int64))
         if not self.config.cached_features:
             return all_features(network, as_set, self.ranks, self.progress_bar)
-        if id(images) not in self._known:
-            facts = f"{self.config.architecture} {self.config.size} {_weights(network)} {_content(images)}"
-            file = self.cache / f"edge-features-{hashlib.sha256(facts.encode()).hexdigest()[:24]}.npy"
+        if id(images) not in self._feature_cache:
+            identity = f"{self.config.architecture} {self.config.size} {_weights(network)} {_content(images)}"
+            file = self.cache / f"edge-features-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.npy"
             shape = (len(images), network.head.in_features)
             features = read_array(file, shape)
             if features is None:
@@ -141,8 +144,8 @@ class Learner:
                 with new_array(file, shape, np.float32) as array:
                     array[:] = features
             # The images are kept too, so that no other array can get this id.
-            self._known[id(images)] = images, torch.from_numpy(features).to(self.ranks.device)
-        return self._known[id(images)][1]
+            self._feature_cache[id(images)] = images, torch.from_numpy(features).to(self.ranks.device)
+        return self._feature_cache[id(images)][1]
 
 
 def _weights(network: TorchClassifier) -> str:

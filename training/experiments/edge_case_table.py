@@ -22,7 +22,7 @@ from dermis.metrics import classification as metrics
 from training.classifier.data import RealPart
 from training.experiments.edge_case_runs import TrainedRun
 from training.experiments.edge_cases import ARMS, EdgeCaseResults, EdgePlan
-from training.experiments.plan import write_beside
+from training.experiments.plan import write_text_file
 
 RESULTS, TABLE = "results.json", "table.md"
 SUBSETS = ("edge cases", "the rest", "all")
@@ -83,9 +83,9 @@ def write_results(out: Path, part: RealPart, measured: EdgeCaseResults, plan: Ed
         "edge_cases": dict(measured.reasons),
         "measured": compared,
     }
-    write_beside(out / RESULTS, json.dumps(content, indent=2) + "\n")
+    write_text_file(out / RESULTS, json.dumps(content, indent=2) + "\n")
     text = markdown(compared, measured, plan)
-    write_beside(out / TABLE, text)
+    write_text_file(out / TABLE, text)
     return text
 
 
@@ -97,7 +97,7 @@ def markdown(compared: Mapping[str, Any], measured: EdgeCaseResults, plan: EdgeP
         "# Retraining with neighbours of edge cases",
         "",
         f"{plan.seeds} seeds; `random` and `neighbours` learn from {added} more. Test images that are edge cases of the "
-        f"scout: {reasons} (one image can have several reasons). In brackets 95 % intervals.",
+        f"selection classifier: {reasons} (one image can have several reasons). In brackets 95 % intervals.",
     ]
     for metric in METRICS:
         better = "lower is better" if metric == "brier" else "higher is better"

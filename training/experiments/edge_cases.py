@@ -1,16 +1,18 @@
-"""The experiment whether retraining with latent neighbours of edge cases helps on edge cases.
+"""Experiment: does retraining with latent neighbours of edge cases improve the classification of edge cases?
 
-1. A scout is trained on the real training part, with a seed that no other run has. Its edge cases among the test images are
-   the images that are measured; its edge cases among generated images are the anchors of the neighbours.
+1. A selection classifier is trained on the real training part, with a seed that no other run has. Its edge cases among the
+   test images are the images that are measured; its edge cases among generated images are the anchors of the neighbours.
 2. Three arms are trained, each with every seed: `real`; `neighbours`, with neighbours of generated edge cases; and
-   `random`, with as many other generated images of each class.
+   `random`, with the same number of other generated images of each class.
 3. Arms are compared on the same images, seed by seed.
 
-The scout is not an arm: on images that are selected because one run is wrong on them, every other run looks better
-(regression to the mean). `neighbours` has to be better than `random`, not only than `real`, since more images can help
+The selection classifier is not an arm: on images that are selected because one run is wrong on them, every other run looks
+better (regression to the mean). `neighbours` has to be better than `random`, not only than `real`, since more images can help
 wherever they are in latent space.
 
-    plan.json        options and digests; the same command continues, another one is refused
+    plan.json        options and digests. Running the same command again continues the experiment; a command with other
+                     options is refused
+    scout-0/         the run of the selection classifier
     neighbours/      the images (`dermis.dataset.neighbours`)
     ARM-SEED/        a run, as `dermis train classifier` writes it, with predictions.csv of the test part when it is finished
     edge-cases.csv   the test images that are edge cases, with reasons
@@ -42,12 +44,14 @@ from training.classifier.data import CLASS_NAMES, RealData
 from training.classifier.synthetic import SyntheticImages, SyntheticSource, load_synthetic
 from training.data.diagnoses import is_melanoma
 from training.distributed import Ranks
-from training.experiments.edge_case_runs import Learner, TrainedRun
-from training.experiments.plan import write_beside
+from training.experiments.edge_case_runs import RunTrainer, TrainedRun
+from training.experiments.plan import write_text_file
 
 ARMS = ("real", "random", "neighbours")
 NEIGHBOURS, PLAN = "neighbours", "plan.json"
-_POOL_SEED, _RANDOM_SEED = 0, 1  # of generated images: added to --synthetic-seed, so that no image is in both
+# Added to --synthetic-seed, so that no generated image is both in the pool and in the arm `random`.
+_POOL_SEED, _RANDOM_SEED = 0, 1
+_SELECTOR = "scout"  # name of the selector's folder; it cannot change, because experiments are continued by it
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class EdgePlan:
         count: Neighbours of each edge case.
         distance: Distance of a neighbour in latent space.
         synthetic_seed: Seed of the generated images.
-        seeds: Runs of each arm, with the seeds 1 ... seeds; the scout has 0.
+        seeds: Runs of each arm, with the seeds 1 ... seeds; the selection classifier has the seed 0.
     """
 
     generate: int = 1000
@@ -84,10 +88,10 @@ class EdgeCaseResults:
     """The finished experiment.
 
     Attributes:
-        edge: Which test images are edge cases of the scout, bool [N].
+        edge: Mask of the test images that are edge cases of the selection classifier, bool [N].
         reasons: Number of edge cases by reason.
         added: Images by class that `random` and `neighbours` have in addition to `real`.
-        runs: By arm, in the order of the seeds.
+        runs: Finished runs by arm, in the order of the seeds.
     """
 
     edge: NDArray[np.bool_]
@@ -127,19 +131,19 @@ def run_edge_cases(
         The results; None if the user stopped a training, which the next call continues.
 
     Raises:
-        TrainingError: `out` was begun with other options or images.
-        DermisError: As of training and generating.
+        TrainingError: `out` was started with other options or images.
+        DermisError: Training or generating failed.
     """
-    _remember(out, real, bundle, config, plan, weights)
-    learner = Learner(real, config, out, weights, Ranks(device=target), cache, progress_bar)
-    scout = learner.run("scout", 0)
-    if scout is None:
+    _check_or_write_plan(out, real, bundle, config, plan, weights)
+    trainer = RunTrainer(real, config, out, weights, Ranks(device=target), cache, progress_bar)
+    selector = trainer.run(_SELECTOR, 0)
+    if selector is None:
         return None
-    test = learner.embedded(scout, real.test.images, _items(real))
-    scores = _scores(test, real.test.labels, scout.threshold, plan.criteria)
-    rows = edge_case_rows(test, scores, CLASS_NAMES, scout.threshold)
-    write_beside(out / "edge-cases.csv", to_csv(rows))
-    neighbours = _neighbours(learner, scout, bundle, plan, out, device, progress_bar)
+    test = trainer.embedded(selector, real.test.images, _items(real))
+    scores = _scores(test, real.test.labels, selector.threshold, plan.criteria)
+    rows = edge_case_rows(test, scores, CLASS_NAMES, selector.threshold)
+    write_text_file(out / "edge-cases.csv", to_csv(rows))
+    neighbours = _neighbours(trainer, selector, bundle, plan, out, device, progress_bar)
     counts = {name: neighbours.labels.count(label) for label, name in enumerate(CLASS_NAMES)}
     random_images = load_synthetic(
         [SyntheticSource(bundle.location)],
@@ -155,7 +159,7 @@ def run_edge_cases(
     runs: dict[str, list[TrainedRun]] = {arm: [] for arm in ARMS}
     for seed in range(1, plan.seeds + 1):
         for arm in ARMS:
-            run = learner.run(arm, seed, added[arm])
+            run = trainer.run(arm, seed, added[arm])
             if run is None:
                 return None
             runs[arm].append(run)
@@ -168,16 +172,16 @@ def run_edge_cases(
 
 
 def _neighbours(
-    learner: Learner,
-    scout: TrainedRun,
+    trainer: RunTrainer,
+    selector: TrainedRun,
     bundle: Bundle,
     plan: EdgePlan,
     out: Path,
     device: str,
     progress_bar: bool,
 ) -> SyntheticImages:
-    """Return the neighbours of the scout's edge cases among generated images; they are generated once."""
-    size, folder = learner.config.size, out / NEIGHBOURS
+    """Return the neighbours of the selection classifier's edge cases among generated images; they are generated once."""
+    size, folder = trainer.config.size, out / NEIGHBOURS
     if not folder.exists():
         pool_counts = {"benign": plan.generate - plan.generate // 2, "malignant": plan.generate // 2}
         pool = load_synthetic(
@@ -186,11 +190,11 @@ def _neighbours(
             size,
             seed=plan.synthetic_seed + _POOL_SEED,
             truncation_psi=plan.truncation_psi,
-            cache=learner.cache,
+            cache=trainer.cache,
             device=device,
             progress=progress_bar,
         )
-        anchors = _anchors(learner, scout, bundle, plan, pool)
+        anchors = _anchors(trainer, selector, bundle, plan, pool)
         network = load_generator(bundle)
         with Synthesizer(bundle, device=device, generator=network) as synthesizer:
             write_neighbours(
@@ -208,15 +212,15 @@ def _neighbours(
     class_names = description["bundle"]["class_names"]
     melanoma = [is_melanoma(class_names[each["label"]]) for each in description["anchors"]]
     counts = {"benign": melanoma.count(False) * plan.count, "malignant": melanoma.count(True) * plan.count}
-    images = load_synthetic([SyntheticSource(str(folder))], counts, size, cache=learner.cache, progress=progress_bar)
+    images = load_synthetic([SyntheticSource(str(folder))], counts, size, cache=trainer.cache, progress=progress_bar)
     # The digest of the description, without dates and paths, so that runs continue after the folder was moved.
     digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
     return replace(images, origin=tuple({**each, "digest": digest} for each in images.origin))
 
 
 def _anchors(
-    learner: Learner,
-    scout: TrainedRun,
+    trainer: RunTrainer,
+    selector: TrainedRun,
     bundle: Bundle,
     plan: EdgePlan,
     pool: SyntheticImages,
@@ -238,18 +242,20 @@ def _anchors(
             )
             for i in range(len(array))
         ]
-    parts = [learner.embedded(scout, array, items[: len(array)]) for array in pool.images]
+    parts = [trainer.embedded(selector, array, items[: len(array)]) for array in pool.images]
     embedded = Embedded(
         tuple(items),
         np.concatenate([part.features for part in parts]),
         np.concatenate([part.calibrated for part in parts]),
         np.concatenate([part.thumbnails for part in parts]),
     )
-    scores = _scores(embedded, np.array(pool.labels, np.int64), scout.threshold, plan.criteria)
+    scores = _scores(embedded, np.array(pool.labels, np.int64), selector.threshold, plan.criteria)
     order = scores.order
     chosen = order[np.unique(np.linspace(0, len(order) - 1, min(plan.cases, len(order))).round().astype(int))]
     if not len(chosen):
-        raise TrainingError(f"generate: there is no edge case among {plan.generate} images; generate more")
+        raise TrainingError(
+            f"generate: there are no edge cases among {plan.generate} generated images; use a larger number"
+        )
     return [Anchor(item.id, int(item.label or 0), seed, int(item.index or 0)) for item in (items[i] for i in chosen)]
 
 
@@ -267,13 +273,17 @@ def _items(real: RealData) -> list[Item]:
     ]
 
 
-def _remember(
+def _check_or_write_plan(
     out: Path, real: RealData, bundle: Bundle, config: ClassifierConfig, plan: EdgePlan, weights: str
 ) -> None:
-    """Write plan.json, or compare with it. TrainingError names what differs; only `seeds` can change."""
+    """Write plan.json, or compare the plan with the stored one.
+
+    Raises:
+        TrainingError: An option other than `seeds` differs; the message names it.
+    """
     if not bundle.class_names or len({is_melanoma(name) for name in bundle.class_names}) < 2:
         raise TrainingError(f"{bundle.location}: the experiment needs a generator of benign and malignant images")
-    now: dict[str, Any] = {
+    plan_content: dict[str, Any] = {
         "data": {name: part.sha256 for name, part in real.parts.items()},
         "bundle": bundle.digest,
         "weights": weights,
@@ -282,16 +292,16 @@ def _remember(
     }
     file = out / PLAN
     if file.exists():
-        before = json.loads(file.read_text(encoding="utf-8"))
+        stored = json.loads(file.read_text(encoding="utf-8"))
         for part in ("config", "plan"):
-            for name in sorted(now[part].keys() | before[part].keys()):
-                if now[part].get(name) != before[part].get(name):
+            for name in sorted(plan_content[part].keys() | stored[part].keys()):
+                old, new = stored[part].get(name), plan_content[part].get(name)
+                if old != new:
                     raise TrainingError(
-                        f"{out}: was begun with {name} {before[part].get(name)}, not {now[part].get(name)}; give the "
-                        "same, or another --out"
+                        f"{out}: was started with {name} {old}, not {new}; use the same value, or choose another --out"
                     )
         for name in ("data", "bundle", "weights"):
-            if now[name] != before[name]:
-                raise TrainingError(f"{out}: was begun with another --{name}; give the same, or another --out")
+            if plan_content[name] != stored[name]:
+                raise TrainingError(f"{out}: was started with another --{name}; use the same, or choose another --out")
         return
-    write_beside(file, json.dumps(now, indent=2) + "\n")
+    write_text_file(file, json.dumps(plan_content, indent=2) + "\n")

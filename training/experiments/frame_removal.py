@@ -1,17 +1,18 @@
 """The paper's experiment with black frames: latents are moved so that the generated images have no frame.
 
-arXiv 2208.11702 moves latents of framed images along a direction until the frame is gone, trains its classifier on 10,000 such
-images of each class and reports 87 % accuracy on real ones. Here three arms are trained on generated images of the same latents
-and tested on real images:
+arXiv 2208.11702 moves latents of framed images along a direction until the frame disappears, trains its classifier on 10,000
+such images of each class and reports 87 % accuracy on real ones. Here three arms are trained on generated images of the same
+latents and tested on real images:
 
     plain     the latents unchanged
-    framed    moved towards the frame; the detector finds one
-    removed   moved in the opposite direction; the detector finds none
+    framed    the same latents moved towards the frame; the detector finds a frame in every image
+    removed   the same latents moved in the opposite direction; the detector finds no frame
 
 Only latents for which both moves succeed are used, so that the arms have the same latents and differ only in the frame and in
 what else the direction changes.
 
-    plan.json           options and digests; the same command continues, another one is refused
+    plan.json           options and digests. Running the same command again continues the experiment; a command with other
+                        options is refused
     drawn/              the images of each arm and class
     ARM-SEED/           a run, with predictions.csv of the test part when it is finished
     results.json, table.md
@@ -48,8 +49,8 @@ from training.data.artefacts import THRESHOLDS, detect_artefacts
 from training.data.cache import new_array, read_array
 from training.data.diagnoses import is_melanoma
 from training.distributed import Ranks
-from training.experiments.edge_case_runs import Learner, TrainedRun
-from training.experiments.plan import write_beside
+from training.experiments.edge_case_runs import RunTrainer, TrainedRun
+from training.experiments.plan import write_text_file
 
 ARMS = ("plain", "framed", "removed")
 PLAN, RESULTS, TABLE = "plan.json", "results.json", "table.md"
@@ -57,7 +58,7 @@ PAPER_ACCURACY = 0.87
 METRICS = ("auc", "accuracy", "balanced_accuracy")
 _TITLES = {"auc": "AUC", "accuracy": "accuracy", "balanced_accuracy": "balanced accuracy"}
 _CHUNK = 64
-_MOST_TRIES = 50  # latents that are tried for each that is used
+_MAX_TRIES = 50  # maximum number of latents that are tried for each one that is used
 
 Floats = NDArray[np.float64]
 Labels = NDArray[np.int64]
@@ -94,8 +95,8 @@ class FrameRemovalResults:
     """The finished experiment.
 
     Attributes:
-        runs: By arm, in the order of the seeds.
-        test_framed: Which test images have a frame, bool [N].
+        runs: Finished runs by arm, in the order of the seeds.
+        test_framed: Mask of the test images that have a frame, bool [N].
         tried: Number of latents that were tried.
     """
 
@@ -135,16 +136,16 @@ def run_frame_removal(
         The results; None if the user stopped a training, which the next call continues.
 
     Raises:
-        TrainingError: `out` was begun with other options or images.
+        TrainingError: `out` was started with other options or images.
         RequestError: The bundle does not have the direction.
     """
-    _remember(out, real, bundle, config, plan, weights)
+    _check_or_write_plan(out, real, bundle, config, plan, weights)
     generated, tried = _generate(bundle, plan, config.size, out / "drawn", device, progress_bar)
-    learner = Learner(real, config, out, weights, Ranks(device=target), cache, progress_bar)
+    trainer = RunTrainer(real, config, out, weights, Ranks(device=target), cache, progress_bar)
     runs: dict[str, list[TrainedRun]] = {arm: [] for arm in ARMS}
     for seed in range(plan.seeds):
         for arm in ARMS:
-            run = learner.run(arm, seed, generated[arm], alone=True)
+            run = trainer.run(arm, seed, generated[arm], synthetic_only=True)
             if run is None:
                 return None
             runs[arm].append(run)
@@ -168,7 +169,7 @@ def _generate(
         with ExitStack() as stack:
             arrays = [stack.enter_context(new_array(files[arm, label], shape, np.uint8)) for arm in ARMS]
             tried[CLASS_NAMES[label]] = _generate_class(bundle, plan, numbers[label], arrays, device, progress_bar)
-        write_beside(note, json.dumps(tried))
+        write_text_file(note, json.dumps(tried))
     options = {
         "noise_mode": DEFAULT_NOISE_MODE,
         **{name: value for name, value in asdict(plan).items() if name != "seeds"},
@@ -178,7 +179,7 @@ def _generate(
     for arm in ARMS:
         images = [read_array(files[arm, label], shape, mapped=True) for label in (0, 1)]
         if images[0] is None or images[1] is None:
-            raise TrainingError(f"{folder}: has damaged images; remove it")
+            raise TrainingError(f"{folder}: contains damaged files of images; remove the folder to generate them again")
         labels = [0] * plan.per_class + [1] * plan.per_class
         arms[arm] = SyntheticImages((images[0], images[1]), tuple(labels), ({**origin, "arm": arm},))
     return arms, sum(tried.values())
@@ -208,10 +209,11 @@ def _generate_class(
             return synthesizer.images_from_ws(ws, DEFAULT_NOISE_MODE, seeds=seeds, indices=indices)
 
         while done < count:
-            if index >= _MOST_TRIES * count:
+            if index >= _MAX_TRIES * count:
                 raise TrainingError(
                     f"direction: {plan.direction} at {plan.framing:g} and {plan.removing:g} adds and removes a frame in only "
-                    f"{done:,} of {index:,} images; choose another or other strengths (dermis directions measure --framed)"
+                    f"{done:,} of {index:,} images; choose another direction or other strengths (measure them with "
+                    "`dermis directions measure --framed`)"
                 )
             indices = range(index, index + _CHUNK)
             labels = [numbers[i % len(numbers)] for i in indices]
@@ -287,7 +289,7 @@ def write_results(out: Path, test: RealPart, measured: FrameRemovalResults, plan
         "subsets": compared,
         "notice": NOTICE,
     }
-    write_beside(out / RESULTS, json.dumps(document, indent=2) + "\n")
+    write_text_file(out / RESULTS, json.dumps(document, indent=2) + "\n")
     lines = [
         f"Classifiers were trained on {plan.per_class:,} generated images of each class, no real images, with {plan.seeds} "
         f"seeds, and tested on real images. Both moves along {plan.direction} ({plan.framing:+g} adds the frame, "
@@ -305,7 +307,7 @@ def write_results(out: Path, test: RealPart, measured: FrameRemovalResults, plan
             lines.append(f"| {subset} | {_TITLES[metric]} | {' | '.join(cells)} |")
     lines += ["", f"The paper reports {PAPER_ACCURACY:.0%} accuracy with 10,000 images of each class. {NOTICE}", ""]
     text = "\n".join(lines)
-    write_beside(out / TABLE, text)
+    write_text_file(out / TABLE, text)
     return text
 
 
@@ -338,14 +340,18 @@ def _difference(a: metrics.Metric, b: metrics.Metric) -> metrics.Metric:
     return difference
 
 
-def _remember(
+def _check_or_write_plan(
     out: Path, real: RealData, bundle: Bundle, config: ClassifierConfig, plan: FramePlan, weights: str
 ) -> None:
-    """Write plan.json, or compare with it. TrainingError names what differs; only `seeds` can change."""
+    """Write plan.json, or compare the plan with the stored one.
+
+    Raises:
+        TrainingError: An option other than `seeds` differs; the message names it.
+    """
     if not bundle.class_names or len({is_melanoma(name) for name in bundle.class_names}) < 2:
         raise TrainingError(f"{bundle.location}: the experiment needs a generator of benign and malignant images")
     bundle_offset(bundle, [Edit(plan.direction, 1.0)])  # RequestError if there is no direction of this name
-    now = {
+    plan_content = {
         "data": {name: part.sha256 for name, part in real.parts.items()},
         "bundle": bundle.digest,
         "weights": weights,
@@ -353,14 +359,14 @@ def _remember(
         "plan": {name: value for name, value in asdict(plan).items() if name != "seeds"},
         "noise_mode": DEFAULT_NOISE_MODE,
     }
-    digest = hashlib.sha256(json.dumps(now, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(plan_content, sort_keys=True).encode()).hexdigest()
     file = out / PLAN
     if file.exists():
-        before = json.loads(file.read_text(encoding="utf-8"))
-        differing = [name for name in now if before.get(name) != now[name]]
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        differing = [name for name in plan_content if stored.get(name) != plan_content[name]]
         if differing:
             raise TrainingError(
-                f"{out}: was begun with other settings ({', '.join(differing)}); give the same, or another --out"
+                f"{out}: was started with other settings ({', '.join(differing)}); use the same, or choose another --out"
             )
         return
-    write_beside(file, json.dumps({**now, "sha256": digest}, indent=2) + "\n")
+    write_text_file(file, json.dumps({**plan_content, "sha256": digest}, indent=2) + "\n")

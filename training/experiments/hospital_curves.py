@@ -28,7 +28,7 @@ def draw_curves(hospitals: Hospitals) -> None:
             site = hospitals.sites[hospital]
             images = site_images(site, federation.class_names, federation.binary, federation.resolution)
             axis.set_title(f"{hospital}: {len(images.train.labels):,} images", fontsize=9)
-            axis.set_xlabel("thousand images shown at each member")
+            axis.set_xlabel("thousand images shown at each hospital")
             axis.grid(alpha=0.25)
         axes[0][0].set_ylabel(f"FID@{federation.extractor}")
         axes[0][0].legend(frameon=False)

@@ -1,8 +1,8 @@
 """The paper's second setting: hospitals of different size train alone, federated, and centrally with all images.
 
-All arms start from the same random weights and show each member the same number of images. A hospital alone and the central
-training are federations of one member, which compute the same as a training without a federation. So all arms are measured
-at the same points and by the same code, against the hospitals' own validation images, which no arm is trained on.
+All arms start from the same random weights and show the same number of images at each client. The arms with one hospital, and
+the central arm, are federations with one client. They compute the same as training without a federation. Therefore all arms
+are measured at the same points and by the same code, against the hospitals' own validation images, which no arm is trained on.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dermis.devices import resolve_device
 from dermis.errors import TrainingError
 from training.data.sources import Source
 from training.data.splits import write_rows
-from training.experiments.plan import write_beside
+from training.experiments.plan import write_text_file
 from training.federated.config import FederationConfig, gan_config
 from training.federated.server.gan_result import averaged_generator
 from training.federated.server.global_state import GlobalState
@@ -56,7 +56,7 @@ class Hospitals:
 
 @dataclass(frozen=True)
 class Point:
-    """A measurement after `round` rounds, when each member has been shown `kimg` thousand images."""
+    """A measurement after `round` rounds, after each client has shown `kimg` thousand images to its discriminator."""
 
     round: int
     kimg: float
@@ -96,7 +96,7 @@ def plan(
         TrainingError: An option does not fit.
     """
     if federation.task != "gan":
-        raise TrainingError("hospitals: compares generators; leave task=gan")
+        raise TrainingError("task: this experiment compares generators; use task=gan")
     gan_config(federation, torch.device("cpu"))
     tables = divide(source, sizes, out, federation.seed)
     sites = hospital_sites(data, tables, out, class_column=class_column, cache=cache, device=device)
@@ -143,7 +143,7 @@ def curves(hospitals: Hospitals) -> Curves:
 
 
 def levels(measurements: Curves, hospital: str) -> list[float]:
-    """Return the distances whose reaching is compared.
+    """Return the target distances (levels). The experiment compares how soon each arm reaches them.
 
     They are multiples of the best distance that all arms reach for this hospital, rounded up, and below the start.
     """
@@ -172,7 +172,7 @@ def results(hospitals: Hospitals) -> dict[str, Any]:
     rows = []
     for hospital in hospitals.sites:
         for level in levels(measured, hospital):
-            times = {arm: reached(of[hospital], level) for arm, of in measured.items() if hospital in of}
+            times = {arm: reached(points[hospital], level) for arm, points in measured.items() if hospital in points}
             alone, together = times.get(hospital), times.get(FEDERATED)
             rows.append(
                 {
@@ -185,8 +185,8 @@ def results(hospitals: Hospitals) -> dict[str, Any]:
                 }
             )
     last = {
-        arm: {name: {"end": asdict(points[-1]), "best": asdict(_best(points))} for name, points in of.items()}
-        for arm, of in measured.items()
+        arm: {name: {"end": asdict(points[-1]), "best": asdict(_best(points))} for name, points in by_hospital.items()}
+        for arm, by_hospital in measured.items()
     }
     return {
         "extractor": hospitals.federation.extractor,
@@ -195,7 +195,9 @@ def results(hospitals: Hospitals) -> dict[str, Any]:
         "validation_images": validation,
         "levels": rows,
         "distances": last,
-        "curves": {arm: {h: [asdict(p) for p in points] for h, points in of.items()} for arm, of in measured.items()},
+        "curves": {
+            arm: {h: [asdict(p) for p in points] for h, points in curve.items()} for arm, curve in measured.items()
+        },
         "bytes": _bytes(hospitals.out / FEDERATED),
     }
 
@@ -203,8 +205,8 @@ def results(hospitals: Hospitals) -> dict[str, Any]:
 def write_results(hospitals: Hospitals) -> dict[str, Any]:
     """Write results.json and table.md in the experiment's folder; returns the content of results.json."""
     content = results(hospitals)
-    write_beside(hospitals.out / RESULTS, json.dumps(content, indent=2) + "\n")
-    write_beside(hospitals.out / "table.md", markdown(content))
+    write_text_file(hospitals.out / RESULTS, json.dumps(content, indent=2) + "\n")
+    write_text_file(hospitals.out / "table.md", markdown(content))
     return content
 
 

@@ -1,7 +1,7 @@
 """The plan of a group of experiments: all options and images are checked before the first training starts.
 
-The folder of the experiments has the plan in plan.json. The same command continues; a command with other options is refused,
-and the message names what differs.
+The folder of the experiments has the plan in plan.json. Running the same command again continues the experiments; a command
+with other options is refused, and the message names what differs.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from dermis.network_config import DEFAULT_NOISE_MODE
 from training.data.images import ImageDataset, load_images
 from training.data.sources import Source
 from training.evaluation.evaluation import check_images
-from training.evaluation.measure import FEWEST
+from training.evaluation.measure import MIN_IMAGES
 from training.evaluation.record import FORMAT_VERSION
 from training.experiments.experiment import TABLE1, Experiment, read_experiment
 from training.gan.config import GanConfig, automatic_precision
 
 PLAN = "plan.json"
-METRICS = "metrics.json"  # in the folder of a finished experiment
+METRICS = "metrics.json"  # name of a file in the folder of a finished experiment
 GROUPS = {"table1": TABLE1}
 _OPTION = {"total_kimg": "--kimg or --scale", "seed": "--seed", "resolution": "--resolution"}
 
@@ -48,8 +48,8 @@ class ExperimentTask:
 
 
 @dataclass(frozen=True)
-class Measuring:
-    """How all generators are evaluated.
+class EvaluationOptions:
+    """Options of the evaluation, the same for all generators.
 
     Attributes:
         samples: Number of generated images; None for as many as there are real ones.
@@ -61,8 +61,8 @@ class Measuring:
 
     def __post_init__(self) -> None:
         for option, value in (("--samples", self.samples), ("--ppl-paths", self.ppl_paths)):
-            if value is not None and value < FEWEST:
-                raise TrainingError(f"{option}: {value} are too few to measure anything; give {FEWEST} or more")
+            if value is not None and value < MIN_IMAGES:
+                raise TrainingError(f"{option}: {value} are too few to measure anything; give {MIN_IMAGES} or more")
 
 
 def read_experiments(which: Sequence[str]) -> list[Experiment]:
@@ -76,7 +76,7 @@ def read_experiments(which: Sequence[str]) -> list[Experiment]:
     for name in names:
         experiment = read_experiment(name)
         if experiments.setdefault(experiment.name, experiment) != experiment:
-            raise TrainingError(f"{name}: there is another experiment of the name {experiment.name}; rename the file")
+            raise TrainingError(f"{name}: another experiment also has the name {experiment.name}; rename the file")
     return list(experiments.values())
 
 
@@ -163,40 +163,40 @@ def _check_classes(experiment: Experiment, source: Source) -> None:
         hint = "" if {"benign", "malignant"} <= set(source.class_names) else "; --binary maps diagnoses to these two"
         raise DataError(f"{experiment.name}: {error}{hint}") from None
     for name in experiment.classes:
-        if (count := len(chosen.of_class(name))) < FEWEST:
+        if (count := len(chosen.of_class(name))) < MIN_IMAGES:
             raise DataError(
-                f"{experiment.name}: {source.path}: {count} images of {name} are too few; {FEWEST} are needed"
+                f"{experiment.name}: {source.path}: {count} images of {name} are too few; {MIN_IMAGES} are needed"
             )
 
 
-def remember(out: Path, tasks: Sequence[ExperimentTask], measuring: Measuring) -> None:
+def check_or_write_plan(out: Path, tasks: Sequence[ExperimentTask], evaluation: EvaluationOptions) -> None:
     """Write out/plan.json, or add experiments to it.
 
     Raises:
-        TrainingError: The folder was begun with other options or images; the message names what differs.
+        TrainingError: The folder was started with other options or images; the message names what differs.
     """
     measured = {
-        "--extractor": measuring.extractor.name,
-        "--extractor (its weights)": measuring.extractor.identity,
-        "--samples": measuring.samples,
-        "--ppl-paths": measuring.ppl_paths,
+        "--extractor": evaluation.extractor.name,
+        "--extractor (its weights)": evaluation.extractor.identity,
+        "--samples": evaluation.samples,
+        "--ppl-paths": evaluation.ppl_paths,
     }
     planned = {task.experiment.name: _planned(task) for task in tasks}
     file = out / PLAN
-    before = _read(file)
-    if before:
+    stored_plan = _read(file)
+    if stored_plan:
         for option, value in measured.items():
-            _same(out, option, before["measured"].get(option), value)
-        _check_comparable(out, before)
+            _check_equal(out, option, stored_plan["measured"].get(option), value)
+        _check_comparable(out, stored_plan)
         for task in tasks:
-            if stored := before["experiments"].get(task.experiment.name):
-                _check_same(out, task, stored)
-        planned = before["experiments"] | planned
+            if stored := stored_plan["experiments"].get(task.experiment.name):
+                _check_check_equal(out, task, stored)
+        planned = stored_plan["experiments"] | planned
     measured |= {"noise_mode": DEFAULT_NOISE_MODE, "metrics_format": FORMAT_VERSION}
-    write_beside(file, json.dumps({"measured": measured, "experiments": planned}, indent=2) + "\n")
+    write_text_file(file, json.dumps({"measured": measured, "experiments": planned}, indent=2) + "\n")
 
 
-def write_beside(file: Path, text: str) -> None:
+def write_text_file(file: Path, text: str) -> None:
     """Write a text file completely or not at all. Missing folders are created.
 
     Raises:
@@ -219,37 +219,41 @@ def _planned(task: ExperimentTask) -> dict[str, Any]:
     }
 
 
-def _check_same(out: Path, task: ExperimentTask, stored: Mapping[str, Any]) -> None:
+def _check_check_equal(out: Path, task: ExperimentTask, stored: Mapping[str, Any]) -> None:
     name, planned = task.experiment.name, _planned(task)
-    _same(out, f"{name}: classes", stored["classes"], planned["classes"])
+    _check_equal(out, f"{name}: classes", stored["classes"], planned["classes"])
     for images in ("data", "holdout"):
         if stored[images] != planned[images]:
-            raise TrainingError(f"{out}: was begun with other images of --{images}; give the same, or another --out")
+            raise TrainingError(
+                f"{out}: was started with other images of --{images}; use the same, or choose another --out"
+            )
     changed = {"total_kimg": task.config.total_kimg} | task.config.changed_from(stored["config"])
     for option, value in changed.items():
-        _same(out, f"{name}: {_OPTION.get(option, option)}", stored["config"].get(option), value)
+        _check_equal(out, f"{name}: {_OPTION.get(option, option)}", stored["config"].get(option), value)
 
 
-def _check_comparable(out: Path, before: Mapping[str, Any]) -> None:
+def _check_comparable(out: Path, stored_plan: Mapping[str, Any]) -> None:
     """Refuse a folder whose experiments were evaluated by a version with other noise or other comparisons.
 
     Version 1 of the metrics compared all images with all; version 2 compares equal numbers where images are held out.
     A folder without evaluated experiments can be continued.
     """
-    measured = before["measured"]
+    measured = stored_plan["measured"]
     noise_mode, version = measured.get("noise_mode", "const"), measured.get("metrics_format", 1)
-    evaluated = [out / name / METRICS for name in before["experiments"] if (out / name / METRICS).exists()]
+    evaluated = [out / name / METRICS for name in stored_plan["experiments"] if (out / name / METRICS).exists()]
     if evaluated and (noise_mode, version) != (DEFAULT_NOISE_MODE, FORMAT_VERSION):
         raise TrainingError(
-            f"{out}: its experiments were evaluated with {noise_mode} noise and metrics of format {version}, which do not "
-            f"compare with the present {DEFAULT_NOISE_MODE} noise and format {FORMAT_VERSION}; choose another --out, or remove "
-            f"{', '.join(map(str, evaluated))} to evaluate again without training"
+            f"{out}: its experiments were evaluated with {noise_mode} noise and metrics of format {version}, which cannot be "
+            f"compared with the present {DEFAULT_NOISE_MODE} noise and format {FORMAT_VERSION}; choose another --out, or "
+            f"remove {', '.join(map(str, evaluated))} to evaluate again without training"
         )
 
 
-def _same(out: Path, what: str, before: object, now: object) -> None:
-    if before != now:
-        raise TrainingError(f"{out}: was begun with {what} {before}, not {now}; give the same, or another --out")
+def _check_equal(out: Path, option: str, old: object, new: object) -> None:
+    if old != new:
+        raise TrainingError(
+            f"{out}: was started with {option} {old}, not {new}; use the same value, or choose another --out"
+        )
 
 
 def _read(file: Path) -> dict[str, Any]:

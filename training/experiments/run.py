@@ -22,7 +22,7 @@ from dermis.bundle import open_bundle
 from dermis.errors import TrainingError, escape
 from dermis.network_config import DEFAULT_NOISE_MODE
 from training.evaluation.evaluation import evaluate_bundle, keep_metrics
-from training.experiments.plan import METRICS, ExperimentTask, Measuring, write_beside
+from training.experiments.plan import METRICS, EvaluationOptions, ExperimentTask, write_text_file
 from training.gan.config import GanConfig
 from training.gan.loop import train
 from training.gan.snapshot import GeneratorOrigin, write_snapshot
@@ -60,7 +60,7 @@ def read_result(folder: Path) -> Result | None:
 def run_experiment(
     task: ExperimentTask,
     folder: Path,
-    measuring: Measuring,
+    evaluation_options: EvaluationOptions,
     origin: GeneratorOrigin,
     *,
     device: torch.device,
@@ -74,8 +74,8 @@ def run_experiment(
     Args:
         task: The experiment with its images.
         folder: Its folder.
-        measuring: How the generator is evaluated.
-        origin: Where the images come from.
+        evaluation_options: Options of the evaluation.
+        origin: Origin of the images.
         device: Device of the training and the evaluation.
         cache: Folder for features.
         snapshot_kimg: Interval of snapshots; None for 20, or a hundredth of a long run.
@@ -86,10 +86,10 @@ def run_experiment(
         The result; None if the user stopped the training, which the next call continues.
 
     Raises:
-        DermisError: As of `train` and `evaluate_bundle`.
+        DermisError: `train` or `evaluate_bundle` failed.
     """
-    if (done := read_result(folder)) is not None:
-        return done
+    if (finished := read_result(folder)) is not None:
+        return finished
     config, dataset = task.config, task.dataset
     _, progress = train(
         dataset,
@@ -108,10 +108,10 @@ def run_experiment(
     evaluation = evaluate_bundle(
         open_bundle(folder / "bundle"),
         dataset,
-        [measuring.extractor],
+        [evaluation_options.extractor],
         holdout=task.holdout,
-        count=measuring.samples,
-        ppl_paths=measuring.ppl_paths,
+        count=evaluation_options.samples,
+        ppl_paths=evaluation_options.ppl_paths,
         seed=config.seed,
         noise_modes=[DEFAULT_NOISE_MODE],
         cache=cache,
@@ -126,7 +126,7 @@ def run_experiment(
         bundle=bundle.digest,
         metrics=evaluation.metrics,
     )
-    write_beside(folder / METRICS, json.dumps(asdict(result), indent=2, sort_keys=True) + "\n")
+    write_text_file(folder / METRICS, json.dumps(asdict(result), indent=2, sort_keys=True) + "\n")
     return result
 
 

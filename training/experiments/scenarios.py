@@ -17,8 +17,8 @@ class Scenario:
 
     Attributes:
         generator: Name of the generator of the synthetic images; None without them.
-        accuracy: Reported, in %.
-        auc: Reported, in %.
+        accuracy: Reported accuracy, in %.
+        auc: Reported AUC, in %.
     """
 
     name: str
@@ -49,7 +49,7 @@ TABLE2 = (
     Scenario("aug-cgan-no-color", "aug-cGAN w/o color", "augmented", "cgan-no-color", 97.9, 98.8),
 )
 GENERATORS = ("gan", "cgan", "cgan-no-color")
-_OF_TABLE1: Mapping[str, Mapping[str, str]] = {  # experiments of table 1 by class
+_TABLE1_EXPERIMENTS: Mapping[str, Mapping[str, str]] = {  # generator -> class -> experiment of table 1
     "gan": {"benign": "ben-gan", "malignant": "mal-gan"},
     "cgan": {"": "cgan"},
     "cgan-no-color": {"": "cgan-no-color"},
@@ -58,4 +58,4 @@ _OF_TABLE1: Mapping[str, Mapping[str, str]] = {  # experiments of table 1 by cla
 
 def sources_of_table1(generator: str) -> Mapping[str, str]:
     """Return the folders of the experiments of table 1 whose bundles form a generator, by class ("" for all classes)."""
-    return _OF_TABLE1[generator]
+    return _TABLE1_EXPERIMENTS[generator]

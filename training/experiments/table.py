@@ -1,4 +1,4 @@
-"""The results of experiments beside the numbers that their sources report: results.json and table.md."""
+"""The results of experiments and the numbers that their sources report: results.json and table.md."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from training.evaluation.record import first_space, read_metrics
 from training.experiments.choice import Candidate, Choice, choose
 from training.experiments.experiment import REPORTED, Experiment
-from training.experiments.plan import write_beside
+from training.experiments.plan import write_text_file
 from training.experiments.run import Result, read_result
 
 RESULTS = "results.json"
@@ -43,8 +43,10 @@ def collect(out: Path, experiments: Sequence[Experiment]) -> Outcome:
     all_results = {experiment.name: read_result(out / experiment.name) for experiment in experiments}
     results = {name: result for name, result in all_results.items() if result is not None}
     classes = {name for experiment in experiments for name in experiment.classes}
-    able = [e.name for e in experiments if set(e.classes) == classes and (e.conditional or len(classes) == 1)]
-    return Outcome(experiments, results, choose([_candidate(name, results[name]) for name in able if name in results]))
+    complete = [e.name for e in experiments if set(e.classes) == classes and (e.conditional or len(classes) == 1)]
+    return Outcome(
+        experiments, results, choose([_candidate(name, results[name]) for name in complete if name in results])
+    )
 
 
 def _candidate(name: str, result: Result) -> Candidate:
@@ -74,8 +76,8 @@ def write_outcome(out: Path, outcome: Outcome) -> None:
         for e in outcome.experiments
     }
     content = {"experiments": experiments, "chosen": vars(outcome.choice)}
-    write_beside(out / RESULTS, json.dumps(content, indent=2) + "\n")
-    write_beside(out / TABLE, markdown(outcome))
+    write_text_file(out / RESULTS, json.dumps(content, indent=2) + "\n")
+    write_text_file(out / TABLE, markdown(outcome))
 
 
 def rows(outcome: Outcome) -> list[list[str]]:
@@ -84,19 +86,19 @@ def rows(outcome: Outcome) -> list[list[str]]:
     space = f"@{spaces[0]}" if spaces else ""
     reported = [key for key in REPORTED if any(key in e.reported for e in outcome.experiments)]
     headings = _HEADINGS | ({} if space == "@inception" else {"fid": "FD"})
-    ours = [headings[key] + ("" if key == "ppl" else space) for key in REPORTED]
-    ours[-1] += _distance(outcome.results)
-    header = ["", "images", *ours, "s/kimg", *(f"reported {_HEADINGS[key]}" for key in reported)]
+    measured_headings = [headings[key] + ("" if key == "ppl" else space) for key in REPORTED]
+    measured_headings[-1] += _distance(outcome.results)
+    header = ["", "images", *measured_headings, "s/kimg", *(f"reported {_HEADINGS[key]}" for key in reported)]
     table = [header]
     for experiment in outcome.experiments:
-        theirs = [f"{experiment.reported[key]:g}" if key in experiment.reported else "" for key in reported]
+        reported_cells = [f"{experiment.reported[key]:g}" if key in experiment.reported else "" for key in reported]
         result = outcome.results.get(experiment.name)
         if result is None:
-            table.append([experiment.title, "not run", *[""] * (len(REPORTED) + 1), *theirs])
+            table.append([experiment.title, "not run", *[""] * (len(REPORTED) + 1), *reported_cells])
             continue
         measured, ppl = _space(result)[1], read_metrics(result.metrics).get("ppl", {})
         numbers = _numbers(measured["comparisons"]["generated_training"], ppl)
-        table.append([experiment.title, *numbers, f"{result.seconds_per_kimg:.3g}", *theirs])
+        table.append([experiment.title, *numbers, f"{result.seconds_per_kimg:.3g}", *reported_cells])
         for name, parts in measured.get("classes", {}).items():
             # Earlier versions did not compare a class with its training images where others were held out.
             part, length = parts.get("generated_training"), ppl.get("classes", {}).get(name, {})
@@ -141,8 +143,8 @@ def remarks(outcome: Outcome) -> list[str]:
         texts.append(f"Chosen: **{chosen}** ({outcome.choice.reason}).")
     if partial := [e.title for e in outcome.experiments if set(e.classes) < set(outcome.classes)]:
         texts.append(
-            f"{', '.join(partial)}: each makes some of the classes only and is measured against real images of these"
-            " classes, as in the paper. They are left out of the choice; compare them with the rows of single classes, at"
+            f"{', '.join(partial)}: each generates only some of the classes and is measured against real images of these"
+            " classes, as in the paper. They cannot be chosen; compare them with the rows of single classes, at"
             " equal numbers of images."
         )
     if first := next(iter(outcome.results.values()), None):
@@ -159,6 +161,6 @@ def remarks(outcome: Outcome) -> list[str]:
     if sources := sorted({e.source for e in outcome.experiments if e.reported}):
         texts.append(
             f"Reported: {'; '.join(sources)}. Those numbers were measured with other images, another length of training, and"
-            " another feature space unless ours is Inception."
+            " another feature space, unless Inception is used here."
         )
     return texts

@@ -1,6 +1,6 @@
 """Train classifiers in all scenarios of table 2 with several seeds, and measure them on the same real test images.
 
-plan.json                   options and digests of the images; a command with others is refused
+plan.json                   options and digests of the images; a command with other options or images is refused
 SCENARIO/seed-N/            the run, as `dermis train classifier` writes it
 SCENARIO/seed-N/done.json   written last: the run is finished
 """
@@ -25,7 +25,7 @@ from training.classifier.data import RealData
 from training.classifier.run import ClassifierData, ClassifierOrigin, train_classifier
 from training.classifier.synthetic import SyntheticImages, SyntheticSource, load_synthetic, parse_source
 from training.distributed import Ranks
-from training.experiments.plan import PLAN, write_beside
+from training.experiments.plan import PLAN, write_text_file
 from training.experiments.scenarios import GENERATORS, Scenario, sources_of_table1
 
 DONE = "done.json"
@@ -47,7 +47,7 @@ class ScenarioRun:
     """The predictions of one finished training on the test images, in the order of their ids.
 
     Attributes:
-        logits: [N].
+        logits: Logits [N].
         calibrated: Calibrated probabilities [N].
         threshold: The default threshold of the classifier.
     """
@@ -62,7 +62,7 @@ def read_generators(texts: Sequence[str], table1: Path | None) -> dict[str, list
     """Return the sources of synthetic images by generator.
 
     Args:
-        texts: "cgan=BUNDLE" or "gan=benign=BUNDLE"; they replace the generators of `table1`.
+        texts: Texts such as "cgan=BUNDLE" or "gan=benign=BUNDLE"; they replace the generators of `table1`.
         table1: Folder of the experiments of table 1.
 
     Raises:
@@ -75,12 +75,16 @@ def read_generators(texts: Sequence[str], table1: Path | None) -> dict[str, list
             if all(exists(str(part), DESCRIPTOR) for part in parts.values()):
                 sources[generator] = [SyntheticSource(str(part), key or None) for key, part in parts.items()]
         if not sources:
-            raise TrainingError(f"--generators: {table1}: has no finished experiment of table1; run that first")
+            raise TrainingError(
+                f"--generators: {table1}: has no finished experiment of table1; run `dermis experiment table1` first"
+            )
     named: dict[str, list[SyntheticSource]] = {}
     for text in texts:
         name, equals, source = text.partition("=")
         if not equals or name not in GENERATORS or not source:
-            raise TrainingError(f"--generator {text}: must be NAME=SOURCE with a NAME of {', '.join(GENERATORS)}")
+            raise TrainingError(
+                f"--generator {text}: must be NAME=SOURCE, where NAME is one of {', '.join(GENERATORS)}"
+            )
         named.setdefault(name, []).append(parse_source(source))
     return sources | named
 
@@ -113,7 +117,7 @@ def plan_tasks(
         progress: Show a progress bar.
 
     Raises:
-        DermisError: As of `load_synthetic`.
+        DermisError: `load_synthetic` failed.
     """
     tasks = []
     for scenario in scenarios:
@@ -135,20 +139,20 @@ def plan_tasks(
     return tasks
 
 
-def remember(
+def check_or_write_plan(
     out: Path, tasks: Sequence[ScenarioTask], config: ClassifierConfig, seeds: Sequence[int], weights: str
 ) -> None:
     """Write out/plan.json, or add scenarios and seeds to it.
 
     Raises:
-        TrainingError: The folder was begun with other options or images; the message names what differs.
+        TrainingError: The folder was started with other options or images; the message names what differs.
     """
     options = {name: value for name, value in config.to_dict().items() if name != "seed"} | {"weights": weights}
     planned = {task.scenario.name: task.data.digest for task in tasks}
     file = out / PLAN
     try:
-        before = json.loads(file.read_text(encoding="utf-8"))
-        stored_options, stored = before["options"], before["scenarios"]
+        stored_plan = json.loads(file.read_text(encoding="utf-8"))
+        stored_options, stored = stored_plan["options"], stored_plan["scenarios"]
     except FileNotFoundError:
         stored_options, stored = options, {}
     except (OSError, ValueError, KeyError, TypeError):
@@ -157,15 +161,17 @@ def remember(
     if changed:
         name = changed[0]
         raise TrainingError(
-            f"{out}: was begun with {name} {stored_options.get(name)}, not {options[name]}; give the same, or another --out"
+            f"{out}: was started with {name} {stored_options.get(name)}, not {options[name]}; use the same value, or "
+            "choose another --out"
         )
     for name, digest in planned.items():
         if stored.get(name, digest) != digest:
             raise TrainingError(
-                f"{out}: {name} was begun with other images (data, split, generator or scale); give the same, or another --out"
+                f"{out}: {name} was started with other images (data, split, generator or scale); use the same, or choose "
+                "another --out"
             )
     text = json.dumps({"options": options, "scenarios": stored | planned, "seeds": list(seeds)}, indent=2)
-    write_beside(file, text + "\n")
+    write_text_file(file, text + "\n")
 
 
 def run_tasks(
@@ -177,7 +183,7 @@ def run_tasks(
     weights: str,
     origin: ClassifierOrigin,
     ranks: Ranks,
-    tell: Callable[[str], None],
+    report: Callable[[str], None],
     progress_bar: bool = True,
 ) -> bool:
     """Train what is not finished, seed by seed, so that there is a complete table early.
@@ -188,9 +194,9 @@ def run_tasks(
         config: Options of the classifiers; each seed replaces its seed.
         seeds: Seeds of the runs.
         weights: Weights to start from.
-        origin: Where the images come from.
+        origin: Origin of the images.
         ranks: Devices.
-        tell: Is called with lines of progress.
+        report: Called with lines of progress.
         progress_bar: Show progress bars.
 
     Returns:
@@ -201,9 +207,9 @@ def run_tasks(
         name, folder = task.scenario.name, out / task.scenario.name / f"seed-{seed}"
         head = f"[{number}/{len(every)}] {name}, seed {seed}:"
         if (folder / DONE).exists():
-            tell(f"{head} done already")
+            report(f"{head} done already")
             continue
-        tell(f"{head} {len(task.data.training):,} images")
+        report(f"{head} {len(task.data.training):,} images")
         trained = train_classifier(
             task.data,
             replace(config, seed=seed),
@@ -216,14 +222,14 @@ def run_tasks(
         )
         if trained is None:
             return False
-        facts = {
+        summary = {
             "seed": seed,
             "classifier": trained.description.digest,
             "threshold": trained.description.threshold(),
             "epochs": trained.progress.epoch,
             "hours": round(trained.progress.seconds / 3600, 3),
         }
-        write_beside(folder / DONE, json.dumps(facts, indent=2) + "\n")
+        write_text_file(folder / DONE, json.dumps(summary, indent=2) + "\n")
     return True
 
 
@@ -240,11 +246,11 @@ def read_runs(out: Path, scenario: Scenario, ids: Sequence[str]) -> list[Scenari
     """
     runs = []
     for file in sorted((out / scenario.name).glob(f"seed-*/{DONE}")):
-        facts: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        summary: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         with (file.parent / _PREDICTIONS).open(newline="", encoding="utf-8") as text:
             rows = {row["isic_id"]: row for row in csv.DictReader(text) if row["part"] == "test"}
         if rows.keys() != set(ids):
             raise TrainingError(f"{file.parent}: was measured on other test images; choose another --out")
         logits, calibrated = (np.array([float(rows[key][name]) for key in ids]) for name in ("logit", "calibrated"))
-        runs.append(ScenarioRun(int(facts["seed"]), logits, calibrated, float(facts["threshold"])))
+        runs.append(ScenarioRun(int(summary["seed"]), logits, calibrated, float(summary["threshold"])))
     return sorted(runs, key=lambda run: run.seed)

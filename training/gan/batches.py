@@ -45,7 +45,7 @@ def batches(dataset: ImageDataset, config: GanConfig, start: int, ranks: Ranks =
     pinned = ranks.device.type == "cuda"
 
     def read(position: int) -> Batch:
-        chosen = ranks.own(order.at(np.arange(position, position + batch)))
+        chosen = ranks.rank_part(order.at(np.arange(position, position + batch)))
         images = torch.from_numpy(np.ascontiguousarray(dataset.images[chosen]))
         return Batch(images.pin_memory() if pinned else images, dataset.labels[chosen])
 

@@ -1,4 +1,4 @@
-"""Measure the generator during training, and find out which snapshot is the best so far."""
+"""Measure the generator during training, and select the best snapshot so far."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from dermis.network_config import DEFAULT_NOISE_MODE
 from dermis.synthesizer import Synthesizer
 from training.data.isic import ImageDataset
 from training.evaluation.features import BATCH, labels_in_proportion
-from training.evaluation.sets import Generation, drawn_batches
-from training.gan.journal import drop_after, position
+from training.evaluation.sets import Generation, generated_batches
 from training.gan.state import GanProgress
+from training.gan.training_log import drop_after, position
 
 METRICS = ("fid", "kid")
 LOG = "metrics.jsonl"
@@ -51,7 +51,7 @@ class Measurements:
             raise TrainingError("--metric-kimg must be positive, --metric-count at least 2")
 
     def due(self, out: Path, progress: GanProgress, total_kimg: float) -> bool:
-        """Whether to measure now. Never when the user waits for a run to stop."""
+        """Whether to measure now. False if the user has requested a stop."""
         drop_after(out / LOG, progress.nimg)
         if progress.nimg == 0 or progress.stopped:
             return False
@@ -65,7 +65,7 @@ class Measurements:
         generation = Generation(labels_in_proportion(real_labels, self.count), 0, 1.0, [DEFAULT_NOISE_MODE])
         threads = torch.get_num_threads()
         with Synthesizer(opened, device=str(self.device)) as synthesizer:
-            generated = self._space.over(drawn_batches(synthesizer, generation, DEFAULT_NOISE_MODE))
+            generated = self._space.over(generated_batches(synthesizer, generation, DEFAULT_NOISE_MODE))
             identity = dict(synthesizer.identity)
         torch.set_num_threads(threads)  # a synthesizer on the CPU generates each image with one thread
         kid, kid_std = kernel_distance(self._real, generated)

@@ -95,7 +95,7 @@ def _start(source: Mapping[str, Any]) -> str:
     if not source:
         return ""
     shares = f"{source['share_of_G']:.0%} of the generator, {source['share_of_D']:.0%} of the discriminator"
-    return f"| began with the weights of | {source['name']} (`{source['digest'][:16]}`): {shares} |\n"
+    return f"| started with the weights of | {source['name']} (`{source['digest'][:16]}`): {shares} |\n"
 
 
 def _changes(changes: Sequence[Mapping[str, Any]]) -> str:
@@ -152,7 +152,7 @@ def _metrics(metrics: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
 
 
 _COLUMNS = (
-    "Every column compares as many images with as many others. The column with real images in the generator's place "
+    "Every column compares two sets of the same number of images. The column with real images instead of generated ones "
     "is the reference: it shows what real images score, and a generator cannot be expected to score better."
 )
 

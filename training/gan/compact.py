@@ -1,14 +1,15 @@
 """The state of a training run in a few small files, for machines that are available for minutes and return little data.
 
 A checkpoint of `training.checkpoint` resumes bit for bit and takes about 20 bytes for each weight. This form takes 2 bytes
-for each weight of G, of G_ema and of D, and 2 for each second moment. It loses:
+for each weight of G, of G_ema and of D, and 2 for each second moment. Differences from a full checkpoint:
 
-weights         rounded to float16: half a unit in the eleventh bit, less than a step of the optimizer changes
-first moments   rounded to bfloat16; nothing if beta1 is 0, since they are then the last gradient, which no later step uses
+weights         rounded to float16 (relative error at most 2^-11; a step of the optimizer changes them more)
+first moments   rounded to bfloat16; left out if beta1 is 0, because they are then the last gradient, which no later step uses
 second moments  rounded to bfloat16, or left out, and then the optimizer starts from zero: see `warm_up_factor`
 feature moments (`training.gan.moments`) left out: the resumed run starts them again, and uses them after 4,000 images
 
-Tensors of a few thousand values (biases, noise strengths, averages) and values beyond float16 are stored exactly.
+Tensors of a few thousand values (biases, noise strengths, averages), and tensors with values beyond the range of float16, are
+stored exactly.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ FORMAT = "dermis-gan-compact-1"
 Moments = Literal["auto", "bf16", "none"]
 PART_BYTES = 15 << 20
 PARTS = 4
-_SMALL = 4096  # values; a tensor of at most this many is stored exactly
-_LARGEST = 65504.0  # of float16
-_HEADER_BYTES = 64 << 10  # of each part, more than its JSON takes
+_MAX_EXACT_VALUES = 4096  # tensors of at most this many values are stored exactly
+_MAX_FLOAT16 = 65504.0
+_HEADER_BYTES = 64 << 10  # bytes reserved for the header of each part; its JSON is smaller
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class CompactSummary:
     files: tuple[str, ...]
     bytes: int
     moments: str  # second moments: "bf16" or "none"
-    rounding: dict[str, float]  # of each network: |stored - exact| / |exact| over all its weights
+    rounding: dict[str, float]  # network -> |stored - exact| / |exact| over all its weights
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -88,7 +89,7 @@ def save_compact(
     part_bytes: int = PART_BYTES,
     parts: int = PARTS,
 ) -> CompactSummary:
-    """Replace the folder by at most `parts` files of at most `part_bytes` each. An interruption leaves the old or the new.
+    """Replace the folder by at most `parts` files of at most `part_bytes` each. An interruption keeps the old or the new ones.
 
     Args:
         folder: The folder to write.
@@ -198,11 +199,11 @@ def _has_no_effect(key: str, unused: set[str]) -> bool:
 
 
 def _narrow(key: str, value: Tensor, optimizers: Mapping[str, torch.optim.Optimizer]) -> Tensor:
-    if value.dtype != torch.float32 or value.numel() <= _SMALL:
+    if value.dtype != torch.float32 or value.numel() <= _MAX_EXACT_VALUES:
         return value
     if key.partition("/")[0] in optimizers:  # second moments have a larger range than float16
         return value.bfloat16()
-    return value.half() if value.abs().max() <= _LARGEST else value
+    return value.half() if value.abs().max() <= _MAX_FLOAT16 else value
 
 
 def _without_copies(flat: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -262,7 +263,7 @@ def _rounding(name: str, exact: Mapping[str, Tensor], stored: Mapping[str, Tenso
 def _parts(folder: Path) -> list[Path]:
     paths = sorted(folder.glob("state-*.safetensors"))
     if not paths:
-        raise TrainingError(f"{folder}: holds no state; its files are called state-0.safetensors and so on")
+        raise TrainingError(f"{folder}: contains no state (files state-0.safetensors, state-1.safetensors, ...)")
     return paths
 
 

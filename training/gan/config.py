@@ -1,4 +1,4 @@
-"""Everything that decides what a GAN training run computes."""
+"""The options that determine what a GAN training run computes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dermis.networks import DiscriminatorConfig, GeneratorConfig
 from training.gan.augment import AUGMENTATIONS
 
 Precision = Literal["fp32", "bf16", "fp16"]
-LEVELS = (4, 5)  # of the projected discriminator
+LEVELS = (4, 5)  # possible numbers of feature levels of the projected discriminator
 # Options that a resumed run can never change: the shape of the networks, and the seed of everything random.
 STRUCTURE = frozenset({
     "resolution", "c_dim", "seed", "z_dim", "w_dim", "mapping_layers", "channel_base", "channel_max", "conv_clamp",
@@ -56,19 +56,19 @@ class GanConfig:
     augment_kimg: float = 500.0
     precision: Precision = "fp32"
     # Options from here on did not exist when the first checkpoints were written: see `identity`. Add new ones below, with
-    # a default that computes what was computed before.
+    # a default that keeps the previous behaviour.
     projected: bool = False  # the discriminator of training.gan.projected instead of StyleGAN2's
     discriminator_mapping_layers: int = 8  # 0 in discriminators that were converted from TensorFlow
     class_balance: float = 0.0  # a class of n images is shown in proportion to n ** (1 - class_balance); 1: all equally
     relativistic: bool = False  # training.gan.loss.RELATIVISTIC, with gradient penalties on real and generated images
-    projected_levels: int = 4  # feature levels that the projected discriminator judges
+    projected_levels: int = 4  # feature levels that the projected discriminator uses
     projected_mbstd: bool = False  # whether its heads see the standard deviation of groups of mbstd_group_size
     projected_input: int = 128  # side to which it enlarges smaller images
-    moments_weight: float = 0.0  # of training.gan.moments, for the projected discriminator
-    # Reached at learning_rate_kimg, starting from learning_rate; None keeps the rate constant.
+    moments_weight: float = 0.0  # weight of training.gan.moments; needs the projected discriminator
+    # Learning rate at learning_rate_kimg; it starts from learning_rate. None keeps the rate constant.
     final_learning_rate: float | None = None
     learning_rate_kimg: float = 0.0
-    # Of the distance in the directions that separate the classes; needs moments_weight.
+    # Weight of the distance along the directions that separate the classes; needs moments_weight.
     class_moments_weight: float = 0.0
 
     def __post_init__(self) -> None:
@@ -105,7 +105,9 @@ class GanConfig:
         if self.final_learning_rate is not None and self.final_learning_rate <= 0:
             raise TrainingError(f"final_learning_rate: {self.final_learning_rate} must be above 0")
         if (self.final_learning_rate is None) != (self.learning_rate_kimg == 0) or self.learning_rate_kimg < 0:
-            raise TrainingError("learning_rate_kimg: give it (above 0) and final_learning_rate together, or neither")
+            raise TrainingError(
+                "learning_rate_kimg: give both it (above 0) and final_learning_rate, or neither of them"
+            )
         if self.total_kimg <= 0:
             raise TrainingError(f"kimg: {self.total_kimg} must be positive")
 
@@ -129,7 +131,7 @@ class GanConfig:
 
     @property
     def group_size(self) -> int:
-        """Number of images whose standard deviation the discriminator sees; 1 if it judges each image alone."""
+        """Number of images whose standard deviation the discriminator sees; 1 if it scores each image alone."""
         return self.mbstd_group_size if self.projected_mbstd or not self.projected else 1
 
     @property
@@ -233,7 +235,7 @@ def base_config(name: str, resolution: int, c_dim: int, **overrides: Any) -> Gan
         overrides: Fields of GanConfig. A value of None leaves the field to the configuration.
 
     Raises:
-        TrainingError: There is no configuration of that name, or a value is not valid.
+        TrainingError: No configuration has this name, or a value is not valid.
     """
     options = {option: value for option, value in overrides.items() if value is not None}
     if options.get("projected"):

@@ -21,10 +21,10 @@ from training.data.isic import ImageDataset
 from training.distributed import Ranks
 from training.gan.batches import batches
 from training.gan.config import GanConfig
-from training.gan.health import Health
-from training.gan.journal import Journal
+from training.gan.divergence import DivergenceCheck
 from training.gan.state import GanProgress, GanState, load_state, new_state, save_state
 from training.gan.step import training_step
+from training.gan.training_log import TrainingLog
 from training.interrupt import stop_requested
 
 Snapshot = Callable[[Path, GanState], None]
@@ -52,10 +52,10 @@ def train(
         dataset: Training images.
         config: Hyper-parameters.
         out: Folder of the run. It gets checkpoint.safetensors, log.jsonl and config.json.
-        device: Where to compute.
+        device: Device of the networks.
         ranks: Several processes, of which only the first writes and calls `on_snapshot`. None: this process alone.
         resume: Continue the run that is in `out`.
-        allow_changes: Resume with options other than those that the run began with. GanProgress.changes lists them.
+        allow_changes: Resume with options other than those that the run was started with. GanProgress.changes lists them.
         compile_networks: Compile the networks with torch.compile.
         snapshot_kimg: Thousands of images between two checkpoints.
         begin: Fills the state of a new run, for instance with the weights of another.
@@ -87,7 +87,7 @@ def train(
         if ranks.first:
             (out / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
         phases = state.phases(config, ranks, compile_networks)
-        health = Health(checkpoint)
+        divergence_check = DivergenceCheck(checkpoint)
 
         def save() -> None:
             if ranks.first:
@@ -103,7 +103,7 @@ def train(
         quiet = not (progress_bar and ranks.first)
         with (
             tqdm(total=total, initial=progress.nimg, unit="img", unit_scale=True, disable=quiet, smoothing=0.1) as bar,
-            Journal(out, progress.nimg, enabled=ranks.first, tensorboard=tensorboard) as journal,
+            TrainingLog(out, progress.nimg, enabled=ranks.first, tensorboard=tensorboard) as log,
             closing(batches(dataset, config, progress.nimg, ranks)) as real,
             stop_requested(ignore_repeated=ranks.count > 1) as stop,
         ):
@@ -111,9 +111,9 @@ def train(
                 stats = training_step(state, phases, dataset, next(real), config)
                 now = time.monotonic()
                 progress.seconds, clock = progress.seconds + now - clock, now
-                health.check(progress.kimg, stats)
+                divergence_check.check(progress.kimg, stats)
                 progress.stats |= stats
-                journal.write(progress, stats)
+                log.write(progress, stats)
                 bar.update(config.batch)
                 bar.set_postfix(
                     p=f"{state.adaptive.p:.3f}", G=f"{stats['G']:.2f}", D=f"{stats['D']:.2f}", refresh=False
@@ -122,7 +122,7 @@ def train(
                     progress.stopped = True
                     break
                 if progress.nimg >= next_snapshot and progress.nimg < total:
-                    journal.flush()
+                    log.flush()
                     save()
                     next_snapshot += snapshot_kimg * 1000
             save()

@@ -58,7 +58,7 @@ RELATIVISTIC = AdversarialLoss(
     paired=True,
 )
 """The relativistic pairing loss (Jolicoeur-Martineau, arXiv 1807.00734). It compares a generated image with a real one and
-not with a fixed threshold. R3GAN (Huang et al., arXiv 2501.05441) shows that it drops no mode."""
+not with a fixed threshold. R3GAN (Huang et al., arXiv 2501.05441) shows that no mode of the data is lost with it."""
 
 
 @dataclass
@@ -84,15 +84,17 @@ class Phases:
         if self.config.relativistic:
             self.adversarial = RELATIVISTIC
         self._synthesis: Callable[..., Tensor] = self.G.synthesis
-        self._discriminate: Callable[..., tuple[Tensor, Tensor | None]] = self._judged
+        self._discriminate: Callable[..., tuple[Tensor, Tensor | None]] = self._logits_and_statistics
         if self.compiled:  # there are only two batch sizes, and dynamic shapes would slow down both
             self._synthesis = torch.compile(self.G.synthesis, dynamic=False)
-            self._discriminate = torch.compile(self._judged, dynamic=False)
+            self._discriminate = torch.compile(self._logits_and_statistics, dynamic=False)
 
-    def _judged(self, images: Tensor, c: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
+    def _logits_and_statistics(
+        self, images: Tensor, c: Tensor, dtype: torch.dtype | None
+    ) -> tuple[Tensor, Tensor | None]:
         """Logits, and the statistics of the discriminator's features if the moments need them."""
         if self.moments is not None and isinstance(self.D, ProjectedDiscriminator):
-            return self.D.judged(images, c, dtype)
+            return self.D.logits_and_statistics(images, c, dtype)
         return self.D(images, c, dtype), None
 
     def _draw_styles(self, z: Tensor, c: Tensor, update_w_avg: bool = False) -> tuple[Tensor, list[Tensor | None]]:
@@ -113,7 +115,7 @@ class Phases:
             return augment(images, p, self._augment).contiguous()
 
     def generator_main(self, z: Tensor, c: Tensor, p: float, real: Tensor) -> dict[str, Tensor]:
-        """The generator's loss: D should take G(z) for real.
+        """The generator's loss. It is low if D classifies G(z) as real.
 
         Args:
             z: Latents [n, z_dim].
@@ -127,7 +129,7 @@ class Phases:
         ws, noise = self._draw_styles(z, c, update_w_avg=True)
         fake = self._transform(self._synthesis(ws, dtype=self._dtype, noise=noise), p)
         if self.adversarial.paired:
-            fake_logits, real_logits, features, _ = self._judge_both(fake, self._transform(real, p), c, c)
+            fake_logits, real_logits, features, _ = self._logits_of_both(fake, self._transform(real, p), c, c)
         else:
             fake_logits, features = self._discriminate(fake, c, self._dtype)
             real_logits = fake_logits.new_zeros(())
@@ -143,7 +145,7 @@ class Phases:
         loss.backward()  # type: ignore[no-untyped-call]
         return losses
 
-    def _judge_both(
+    def _logits_of_both(
         self, fake: Tensor, real: Tensor, fake_c: Tensor, real_c: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Logits of generated and of real images, and their features, in one pass that converts every weight once."""
@@ -168,14 +170,14 @@ class Phases:
         return penalty.detach()
 
     def discriminator_main(self, real: Tensor, real_c: Tensor, z: Tensor, c: Tensor, p: float) -> tuple[Tensor, Tensor]:
-        """The discriminator's loss: it should distinguish real from generated images.
+        """The discriminator's loss. It is low if D distinguishes real from generated images.
 
         Returns:
             The loss, and the logits from which the augmentation strength follows: D(real), or D(real) - D(fake) for a
             paired loss, whose logits have no fixed zero.
         """
         fake, real = self._transform(self.generated(z, c), p), self._transform(real, p)
-        fake_logits, real_logits, fake_features, real_features = self._judge_both(fake, real, c, real_c)
+        fake_logits, real_logits, fake_features, real_features = self._logits_of_both(fake, real, c, real_c)
         if self.moments is not None and fake_features is not None and real_features is not None:
             batch, parts = self.config.batch, self.ranks.count
             changed = self.moments.update("fake", fake_features, c, batch, parts)
@@ -188,7 +190,7 @@ class Phases:
         """Penalise gamma / 2 |dD/dx|^2 on images, through the augmentation. Returns |dD/dx|^2.
 
         This is R1 if the images are real, R2 if they are generated. x is the image; for the projected discriminator it is
-        the features that its heads judge, because the mapping from the image to these is fixed.
+        the features that are the input of its heads, because the mapping from the image to these is fixed.
         """
         inputs: list[Tensor]
         if isinstance(self.D, ProjectedDiscriminator):

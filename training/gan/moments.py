@@ -1,6 +1,8 @@
-"""Match the mean and the covariance of generated features to those of real ones: a second loss against missing variety.
+"""A second loss, which increases the variety of the images.
 
-A discriminator judges each image alone, and a generator can satisfy it with only the most typical images. The missing
+It matches the mean and the covariance of generated features to those of real ones.
+
+A discriminator scores each image alone, and a generator can satisfy it with only the most typical images. The missing
 variety is visible in the covariance of the features of generated images. The optimal transport map between two Gaussians is
 known in closed form (Dowson and Landau 1982; Peyré and Cuturi, arXiv 1803.00567, remark 2.31):
 
@@ -30,14 +32,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-# Half-lives in images: a batch counts half after this many further images.
+# Half-lives in images: the weight of a batch is halved after this many further images.
 REAL_HALF_LIFE = 20_000
-FAKE_HALF_LIFE = (
-    4000  # at most; it is FAKE_SHARE of the images so far, so that the untrained generator soon counts little
-)
+# The half-life of generated features is at most this. It is FAKE_SHARE of the images so far, so that the features of the
+# untrained generator soon have little weight.
+FAKE_HALF_LIFE = 4000
 FAKE_SHARE = 0.2
-RECENT_HALF_LIFE = 400  # of generated means; short, so that the loss soon sees how far it has moved them
-FEWEST = 4000  # generated images after which the moments are used
+RECENT_HALF_LIFE = 400  # half-life of the means of generated features; short, so that they follow the generator quickly
+MIN_GENERATED_IMAGES = 4000  # number of generated images after which the moments are used
 COMPONENTS = 128
 INTERVAL = 64  # steps between two solutions for T
 _RIDGE = 0.01  # added to the variances, which are 1 for real features
@@ -49,7 +51,7 @@ class FeatureMoments(nn.Module):
     Args:
         c_dim: Number of classes; with 0 or 1 there is one mean.
         features: Length of a feature vector.
-        device: Where to compute.
+        device: Device of the buffers.
     """
 
     real_mean: Tensor
@@ -133,7 +135,7 @@ class FeatureMoments(nn.Module):
         self.scale.copy_(scale)
         self.real_mean.copy_(real_mean * scale)
         self.transport.copy_(transport)
-        self.ready.fill_(float(self.seen >= FEWEST))
+        self.ready.fill_(float(self.seen >= MIN_GENERATED_IMAGES))
 
     def losses(self, features: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         """Mean squared distance between generated features [N, features] and their images under the transport map.

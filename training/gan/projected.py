@@ -1,9 +1,9 @@
 """A discriminator on the features of a pretrained network: Projected GAN (Sauer et al., arXiv 2111.01007).
 
-It judges features that already represent edges, textures and shapes, and therefore needs far fewer images than a
+It uses features that already represent edges, textures and shapes, and therefore needs far fewer images than a
 discriminator that has to learn them. Four or five stages of a frozen EfficientNet-Lite0 are mixed by fixed random
 convolutions, across channels (CCM) and from coarse to fine across scales (CSM), so that the decision does not depend on a
-small part of the features. A small trained network, a head, judges each mixed stage.
+small part of the features. A small trained network, a head, computes a logit from each mixed stage.
 
 The generator is trained against this feature space, so its distances in this space or a similar one are too good. Evaluate
 it in another space too.
@@ -26,7 +26,7 @@ from dermis.features import channels_last, lite0_network
 from dermis.networks import minibatch_std
 
 INPUT_SIZE = 128  # default side to which smaller images are enlarged: a third of the cost of the backbone's own 224
-LEARNING_RATE = 0.002  # of Adam, for weights under spectral normalisation
+LEARNING_RATE = 0.002  # learning rate of Adam for weights under spectral normalisation
 _FEATURES = (16, 24, 40, 112, 320)  # channels of the backbone at 1/2, 1/4, 1/8, 1/16 and 1/32
 _WIDTHS = (24, 48, 96, 192, 256)  # channels after mixing
 STATISTICS = 2 * sum(_FEATURES[1:])  # mean and deviation of every channel at 1/4 to 1/32
@@ -39,14 +39,14 @@ class ProjectedDiscriminator(nn.Module):
 
     Unconditional if c_dim is 0. With labels, each level's output is projected on an embedding of the label (Miyato and
     Koyama, arXiv 1802.05637). The backbone takes images in [-1, 1]. Images smaller than input_size are enlarged; larger ones
-    are not reduced, since otherwise nothing would judge their detail.
+    are not reduced, because their details would otherwise be lost to the discriminator.
 
     Args:
         c_dim: Number of classes.
-        seed: Decides the fixed random convolutions.
-        device: Where it computes.
+        seed: Seed of the fixed random convolutions.
+        device: Device of the network.
         resolution: Side of the images, a power of two.
-        levels: Number of feature levels that are judged, 4 or 5; 5 adds the one at half the resolution.
+        levels: Number of feature levels that are used, 4 or 5; 5 adds the one at half the resolution.
         mbstd_group_size: Size of the groups whose standard deviation each head sees (`minibatch_std`); 0 for none.
         input_size: Side to which smaller images are enlarged, a multiple of 32.
     """
@@ -77,14 +77,17 @@ class ProjectedDiscriminator(nn.Module):
         channels_last(self.to(device))
 
     def forward(self, img: Tensor, c: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
-        """Judge images. `dtype` is the arithmetic of convolutions, of the fixed ones only on a GPU (no gain on a CPU)."""
+        """Compute logits of images.
+
+        `dtype` is the arithmetic of convolutions; of the fixed ones only on a GPU, because a CPU is not faster with it.
+        """
         return self.heads(self.features(img, dtype)[1], c, dtype)
 
     def features(self, img: Tensor, dtype: torch.dtype | None = None) -> tuple[list[Tensor], list[Tensor]]:
         """Feature maps of the pretrained backbone, fine to coarse, the last ones at 1/4, 1/8, 1/16 and 1/32 of the image.
 
         Returns:
-            The maps of the backbone, and the maps after the fixed random mixing, which the heads judge.
+            The maps of the backbone, and the maps after the fixed random mixing, which are the input of the heads.
         """
         x = F.interpolate(img.float(), size=(self.size, self.size), mode="bilinear", align_corners=False)
         fixed = self._fixed[0]
@@ -103,7 +106,9 @@ class ProjectedDiscriminator(nn.Module):
             logits = logits * self.embed(c)[:, None] / math.sqrt(_CMAP_DIM)
         return logits.sum(dim=2)
 
-    def judged(self, img: Tensor, c: Tensor | None, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    def logits_and_statistics(
+        self, img: Tensor, c: Tensor | None, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Logits [N, levels], and the statistics [N, STATISTICS] of the features from which they are computed."""
         stages, mixed = self.features(img, dtype)
         return self.heads(mixed, c, dtype), statistics(stages)

@@ -23,8 +23,8 @@ from training.data.isic import ImageDataset
 from training.gan.best import Measurements
 from training.gan.card import model_card
 from training.gan.config import GanConfig
-from training.gan.journal import show_in_tensorboard
 from training.gan.state import GanProgress, GanState
+from training.gan.training_log import show_in_tensorboard
 
 GRID = 8  # images in a row; also the number of rows unless there are more classes
 
@@ -55,7 +55,7 @@ def write_snapshot(
         dataset: Training images.
         config: Hyper-parameters of the run.
         origin: The stated part of the provenance.
-        device: Where the networks are.
+        device: Device of the networks.
         with_discriminator: Add the discriminator to the bundle.
         measurements: Measure the snapshots and keep the best one as the folder `best`.
         tensorboard: Add the grid to TensorBoard's files.
@@ -68,7 +68,7 @@ def write_snapshot(
     check_names(origin.name, class_names, config.c_dim)
     if with_discriminator and config.projected:
         raise TrainingError(
-            "--with-discriminator: a bundle cannot hold a projected discriminator; leave one of them out"
+            "--with-discriminator: a bundle cannot contain a projected discriminator; omit --with-discriminator or --projected"
         )
 
     def bundle(folder: Path, state: GanState, picture: bytes, metrics: Mapping[str, Any]) -> None:
@@ -128,7 +128,7 @@ def draw_samples(
         seed: Seed of all samples.
         indices: Index of each sample.
         labels: Class of each sample.
-        device: Where the generator is.
+        device: Device of the generator.
 
     Returns:
         Images uint8 [n, H, W, 3].

@@ -25,13 +25,13 @@ from training.gan.projected import STATISTICS, ProjectedDiscriminator
 
 @dataclass
 class GanProgress:
-    """How far a run has come. A checkpoint stores it with the tensors."""
+    """Progress of a run. A checkpoint stores it with the tensors."""
 
     step: int = 0
     nimg: int = 0  # real images shown to the discriminator
     seconds: float = 0.0
-    stopped: bool = False  # by the user, before total_kimg
-    stats: dict[str, float] = field(default_factory=dict)  # the latest value of each
+    stopped: bool = False  # whether the user stopped the run before total_kimg
+    stats: dict[str, float] = field(default_factory=dict)  # the latest value of each statistic
     changes: list[dict[str, Any]] = field(default_factory=list)  # options that changed: {"kimg", "before", "after"}
     started_from: dict[str, Any] = field(default_factory=dict)  # source of the first weights; see transfer.py
 
@@ -131,7 +131,7 @@ def load_state(
     """
     scalars = read_state(checkpoint)
     changes = changes_since(checkpoint, scalars, config, dataset, allow_changes)
-    has_moments = scalars["config"].get("moments_weight", 0.0)  # if not, the feature moments begin now
+    has_moments = scalars["config"].get("moments_weight", 0.0)  # a run without them starts its feature moments now
     modules = state.modules if has_moments else state.networks
     load_checkpoint(checkpoint, modules, state.optimizers, {"pl_mean": state.pl_mean})
     restore_scalars(state, scalars, changes)
@@ -147,7 +147,7 @@ def changes_since(
         scalars: The stored result of `scalars_of`.
         config: The options of the run that resumes.
         dataset: Its images.
-        allow_changes: Whether options can differ.
+        allow_changes: Whether options are allowed to differ.
     """
     if scalars["dataset_sha256"] != dataset.sha256:
         raise TrainingError(f"{checkpoint}: was trained on other images than those of --data")
@@ -173,7 +173,7 @@ def _check_changes(checkpoint: Path, changes: dict[str, Any], allow: bool) -> No
     if structural or (changes and not allow):
         names = ", ".join(sorted(structural or changes))
         hint = "" if structural else ", or add --allow-changes to continue with the new ones"
-        raise TrainingError(f"{checkpoint}: was trained with another {names}; use the same options{hint}")
+        raise TrainingError(f"{checkpoint}: was trained with other values of {names}; use the same options{hint}")
 
 
 def set_learning_rates(state: GanState, config: GanConfig, factor: float = 1.0) -> None:

@@ -26,24 +26,24 @@ class WeightSource:
 
     path: Path
     name: str
-    digest: str  # of the bundle, or SHA-256 of the file
+    digest: str  # digest of the bundle, or SHA-256 of the file
     G: Generator
     D: Discriminator | None
     no_discriminator: str  # the reason, if there is none
 
 
 @dataclass(frozen=True)
-class Transferred:
-    """The result for one network. `left` has the tensors that keep their random values, each with the reason."""
+class TransferResult:
+    """The result for one network. `not_copied` has the tensors that keep their random values, each with the reason."""
 
     network: str
-    share: float  # number of copied weights over number of weights
-    left: dict[str, str]
+    share: float  # number of copied weights divided by the number of weights
+    not_copied: dict[str, str]
 
     def __str__(self) -> str:
         text = f"{self.network}: {self.share:.0%} of the weights copied"
         reasons: dict[str, list[str]] = {}
-        for name, reason in self.left.items():
+        for name, reason in self.not_copied.items():
             reasons.setdefault(reason, []).append(name)
         return "\n".join([text, *(f"  new, {reason}: {_abridge(names)}" for reason, names in reasons.items())])
 
@@ -65,7 +65,7 @@ def read_source(path: Path) -> WeightSource:
     return WeightSource(path, bundle.name, bundle.digest, load_generator(bundle), discriminator, "the bundle has none")
 
 
-def transfer(source: WeightSource, state: GanState) -> list[Transferred]:
+def transfer(source: WeightSource, state: GanState) -> list[TransferResult]:
     """Copy the tensors that fit into G, G_ema and D, and record the source in the state's progress.
 
     Returns:
@@ -77,14 +77,14 @@ def transfer(source: WeightSource, state: GanState) -> list[Transferred]:
     G = _copy("G", source.G, state.G)
     if G.share == 0:
         raise TrainingError(
-            f"--from: {source.path}: no weight of it fits this generator (its network has {_describe(source.G)}, this "
-            f"one {_describe(state.G)}); choose its --channel-base, --channel-max, --z-dim and --w-dim"
+            f"--from: {source.path}: none of its weights fit this generator (the source has {_describe(source.G)}, this "
+            f"run {_describe(state.G)}); use the same --channel-base, --channel-max, --z-dim and --w-dim"
         )
     _copy("G_ema", source.G, state.G_ema)
     if source.D is None:
-        D = Transferred("D", 0.0, {"all": source.no_discriminator})
+        D = TransferResult("D", 0.0, {"all": source.no_discriminator})
     elif isinstance(state.D, ProjectedDiscriminator):
-        D = Transferred("D", 0.0, {"all": "this run's discriminator is a projected one"})
+        D = TransferResult("D", 0.0, {"all": "this run's discriminator is a projected one"})
     else:
         D = _copy("D", source.D, state.D)
     state.progress.started_from = {
@@ -97,36 +97,36 @@ def transfer(source: WeightSource, state: GanState) -> list[Transferred]:
 
 
 @torch.no_grad()
-def _copy(network: str, source: nn.Module, target: nn.Module) -> Transferred:
-    theirs, ours = source.state_dict(), target.state_dict()
+def _copy(network: str, source: nn.Module, target: nn.Module) -> TransferResult:
+    source_state, target_state = source.state_dict(), target.state_dict()
     depths = [_mapping_layers(module) for module in (source, target)]
     option = "--discriminator-mapping-layers" if network == "D" else "--mapping-layers"
-    left = {}
-    for name, value in ours.items():
-        reason = _misfit(name, theirs.get(name), value, depths, option)
+    not_copied = {}
+    for name, value in target_state.items():
+        reason = _misfit(name, source_state.get(name), value, depths, option)
         if reason:
-            left[name] = reason
+            not_copied[name] = reason
         else:
-            value.copy_(theirs[name] * _scale(name, source, target))
+            value.copy_(source_state[name] * _scale(name, source, target))
     weights = {name: value.numel() for name, value in target.named_parameters() if value.ndim > 1}
-    copied = sum(size for name, size in weights.items() if name not in left)
-    return Transferred(network, copied / sum(weights.values()), left)
+    copied = sum(size for name, size in weights.items() if name not in not_copied)
+    return TransferResult(network, copied / sum(weights.values()), not_copied)
 
 
 def _scale(name: str, source: nn.Module, target: nn.Module) -> float:
     """Factor of a tensor that keeps the layer's function: layers store weights divided by their learning-rate multiplier."""
     layers = [network.get_submodule(name.rpartition(".")[0]) for network in (source, target)]
-    theirs, ours = [layer.bias_gain if isinstance(layer, FullyConnectedLayer) else 1.0 for layer in layers]
-    return theirs / ours
+    source_gain, target_gain = [layer.bias_gain if isinstance(layer, FullyConnectedLayer) else 1.0 for layer in layers]
+    return source_gain / target_gain
 
 
-def _misfit(name: str, theirs: Tensor | None, ours: Tensor, depths: list[int], option: str) -> str:
+def _misfit(name: str, source_tensor: Tensor | None, target_tensor: Tensor, depths: list[int], option: str) -> str:
     """The reason why a tensor is not copied; empty if it is."""
-    if name.startswith("mapping.") and depths[0] != depths[1]:  # some layers of a deeper mapping are of no use
+    if name.startswith("mapping.") and depths[0] != depths[1]:  # a part of the layers of a deeper mapping is useless
         return f"as the source's mapping has {depths[0]} layers and this one {depths[1]} ({option})"
-    if theirs is None:
+    if source_tensor is None:
         return "not in the source"
-    return "" if theirs.shape == ours.shape else "of another shape in the source"
+    return "" if source_tensor.shape == target_tensor.shape else "of another shape in the source"
 
 
 def _mapping_layers(network: nn.Module) -> int:

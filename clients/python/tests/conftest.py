@@ -1,4 +1,4 @@
-"""Fixtures of the SDK's tests: a fake gateway that keeps the HTTP contract, and short pauses."""
+"""Fixtures of the SDK's tests: a fake gateway that follows the HTTP contract, and short pauses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fake_gateway import FakeGateway  # noqa: E402
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_retry, "FIRST_DELAY", 0.01)
-    monkeypatch.setattr(_retry, "LONGEST_DELAY", 0.02)
+    monkeypatch.setattr(_retry, "MAX_DELAY", 0.02)
     monkeypatch.setattr(datasets, "DELETE_PAUSE", 0.01)
     for name in ("DERMIS_BASE_URL", "DERMIS_API_KEY"):
         monkeypatch.delenv(name, raising=False)

@@ -1,4 +1,4 @@
-"""A small HTTP server that follows the gateway's contract, with faults that a test can add."""
+"""A small HTTP server that follows the gateway's contract. Tests can make it fail in chosen ways."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""client.classifications and `dermis-client classify`: batches, names and errors."""
+"""Tests of client.classifications and `dermis-client classify`: batches, file names and errors."""
 
 from __future__ import annotations
 

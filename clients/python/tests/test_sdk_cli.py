@@ -1,4 +1,4 @@
-"""`dermis-client`: what it prints, where, and with which status."""
+"""Tests of `dermis-client`: what it prints to stdout and stderr, and its exit status."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ def test_dataset_commands_work_from_create_to_delete(gateway: FakeGateway, run: 
     identifier = next(iter(gateway.datasets))
     assert printed.splitlines() == [
         f"{identifier} succeeded",
-        f"{out}: 4 images in images.zip, 5 files, every hash right",
+        f"{out}: 4 images in images.zip, 5 files checked, all hashes match",
         f"images unpacked into {out / 'images'}",
     ]
-    assert run("verify", str(out)) == (0, f"{out}: 4 files, every hash right\n", "")
+    assert run("verify", str(out)) == (0, f"{out}: 4 files checked, all hashes match\n", "")
     (out / "metadata.csv").write_text("changed")
     assert run("verify", str(out))[:2] == (1, "changed metadata.csv\n")
     assert run("datasets", "download", identifier, "--out", str(out))[0] == 0

@@ -1,4 +1,4 @@
-"""The clients against a gateway that keeps the contract, and against one that does not."""
+"""Tests of the clients against a gateway that follows the HTTP contract, and against one that violates it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Downloads over real connections that break, with wrong content, and into folders in use."""
+"""Tests of downloads: connections that break, files with wrong content, folders that are already in use."""
 
 from __future__ import annotations
 
@@ -243,5 +243,5 @@ def test_cancelled_async_download_leaves_no_running_task(gateway: FakeGateway, t
 
 def test_a_record_without_a_client_is_refused() -> None:
     request = {"model": "demo", "classes": {"a": 1}}
-    with pytest.raises(ValueError, match="no client"):
+    with pytest.raises(ValueError, match="not connected to a client"):
         Dataset.model_validate({"id": "ds_1", "state": "queued", "request": request}).refresh()

@@ -1,4 +1,4 @@
-"""Flows and pure functions without a network, with a virtual clock."""
+"""Tests of flows and pure functions without a network, with a virtual clock."""
 
 from __future__ import annotations
 
@@ -110,11 +110,11 @@ def test_only_idempotent_requests_are_retried_after_broken_read(
 @given(st.integers(0, 2000), st.floats(0, 1), st.none() | st.floats(0, 200))
 def test_retry_pauses_are_bounded(attempt: int, jitter: float, retry_after: float | None) -> None:
     pause = _retry.delay(attempt, retry_after, jitter)
-    if retry_after is not None and retry_after > _retry.LONGEST_RETRY_AFTER:
+    if retry_after is not None and retry_after > _retry.MAX_RETRY_AFTER:
         assert pause is None
     else:
         assert pause is not None
-        assert (retry_after or 0.0) <= pause <= max(_retry.LONGEST_DELAY, retry_after or 0.0)
+        assert (retry_after or 0.0) <= pause <= max(_retry.MAX_DELAY, retry_after or 0.0)
 
 
 def test_retry_after_is_parsed_as_seconds_or_date() -> None:

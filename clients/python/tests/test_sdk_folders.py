@@ -1,4 +1,4 @@
-"""Verify and unpack a downloaded folder, with hostile archives among them."""
+"""Tests of verifying and unpacking a downloaded folder, including malicious archives."""
 
 from __future__ import annotations
 

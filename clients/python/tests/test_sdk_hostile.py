@@ -1,4 +1,4 @@
-"""A broken or hostile service: bounded memory, an error of this package, no control characters on the terminal."""
+"""Tests with a broken or hostile service: bounded memory, errors of this package, no control characters on the terminal."""
 
 from __future__ import annotations
 

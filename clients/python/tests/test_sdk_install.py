@@ -1,4 +1,4 @@
-"""The package in a new environment, with the newest and the lowest versions that its ranges allow."""
+"""Tests of the package in a new environment, with the newest and the lowest versions that its ranges allow."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from services.gateway.dependencies import (
 )
 from services.gateway.openapi import JSON_PROBLEMS, UPLOAD_PROBLEMS, headers, image_or_json_body, problems
 from services.gateway.routes.images import class_of_each, rows_of
-from services.gateway.sampling import draw_soon
+from services.gateway.sampling import generate_within_limits
 from services.gateway.schemas.authenticity import AuthenticityList, AuthenticityModel, AuthenticityVerdict
 from services.gateway.schemas.images import ImagesRequest
 from services.problems import ProblemError
@@ -112,7 +112,7 @@ async def _compare_generated(request: Request, context: Context) -> tuple[Bundle
     bundle = await served_bundle(context, body.model)
     index = _index_of(bundle)
     rows = rows_of(body, bundle, class_of_each(body, bundle, context.settings.max_images))
-    images = np.stack(await draw_soon(context, lambda: context.inference.generator.images(rows)))
+    images = np.stack(await generate_within_limits(context, lambda: context.inference.generator.images(rows)))
     colour = images.repeat(3, axis=3) if images.shape[3] == 1 else images
     return bundle, index, await _nearest(context, bundle, batch(colour, index.resolution))
 

@@ -29,11 +29,11 @@ from services.gateway.dependencies import (
 )
 from services.gateway.openapi import JSON_PROBLEMS, content, headers, json_body, problems
 from services.gateway.routes.projections import ready_projection
-from services.gateway.sampling import check_classes, check_cutoff, check_edits, draw_soon
+from services.gateway.sampling import check_classes, check_cutoff, check_edits, generate_within_limits
 from services.gateway.schemas.common import model_ref
 from services.gateway.schemas.directions import DirectionList, ModelDirection
 from services.gateway.schemas.edits import EditedImage, EditedList, EditedProjection, EditsRequest
-from services.inference.samples import Options, Samples, pack
+from services.inference.samples import Options, Samples, pack_rows
 from services.jobs.projection import ProjectionOptions
 
 router = APIRouter(tags=["edits"])
@@ -96,11 +96,13 @@ async def edit_images(request: Request, context: ContextDep) -> Response:
     _check(body, bundle, len(strengths), context.settings.max_images)
     if body.projections is None:
         rows = _sample_rows(body, bundle, strengths)
-        images = np.stack(await draw_soon(context, lambda: context.inference.generator.images(rows)))
+        images = np.stack(await generate_within_limits(context, lambda: context.inference.generator.images(rows)))
     else:
         projected = await _latents(context, body.projections, bundle)
         ws = _edited_latents(body, bundle, strengths, projected)
-        images = np.stack(await draw_soon(context, lambda: context.inference.generator.draw(bundle, ws, body.noise)))
+        images = np.stack(
+            await generate_within_limits(context, lambda: context.inference.generator.draw(bundle, ws, body.noise))
+        )
     response_headers = model_header(bundle) | {"Vary": "Accept"}
     if media_type != _JSON:
         data = await asyncio.to_thread(_picture, images, len(strengths), media_type, body)
@@ -152,7 +154,7 @@ def _sample_rows(body: EditsRequest, bundle: Bundle, strengths: list[float | Non
                 edits=[option.edit for option in [*(body.edits or ()), *swept]],
                 directions=names,
             )
-            rows.append(pack(options, sample.seed, [sample.index], [label_of[sample.class_]]))
+            rows.append(pack_rows(options, sample.seed, [sample.index], [label_of[sample.class_]]))
     return np.concatenate(rows)
 
 

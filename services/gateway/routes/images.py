@@ -19,10 +19,10 @@ from dermis.imaging import MEDIA_TYPES, ImageFormat, contact_sheet, encode
 from dermis.latents import MAX_INDEX
 from services.gateway.dependencies import ContextDep, choose_media_type, model_header, read_model, served_bundle
 from services.gateway.openapi import JSON_PROBLEMS, content, headers, json_body, problems
-from services.gateway.sampling import check_classes, check_cutoff, check_edits, draw_soon
+from services.gateway.sampling import check_classes, check_cutoff, check_edits, generate_within_limits
 from services.gateway.schemas.common import model_ref
 from services.gateway.schemas.images import ImagesRequest, Sample, SampleList
-from services.inference.samples import Image, Options, Samples, pack
+from services.inference.samples import Image, Options, Samples, pack_rows
 
 router = APIRouter(prefix="/v1/images", tags=["images"])
 
@@ -62,7 +62,7 @@ async def generate_images(request: Request, context: ContextDep) -> Response:
     bundle = await served_bundle(context, body.model)
     names = class_of_each(body, bundle, context.settings.max_images)
     rows = rows_of(body, bundle, names)
-    images = await draw_soon(context, lambda: context.inference.generator.images(rows))
+    images = await generate_within_limits(context, lambda: context.inference.generator.images(rows))
     response_headers = model_header(bundle) | {"Vary": "Accept"}
     if media_type != "application/json":
         image_format = next(name for name, kind in MEDIA_TYPES.items() if kind == media_type)
@@ -111,7 +111,7 @@ def rows_of(body: ImagesRequest, bundle: Bundle, names: Sequence[str]) -> Sample
         directions=[direction.name for direction in bundle.directions],
     )
     indices = range(body.start_index, body.start_index + len(names))
-    return pack(options, body.seed, indices, [label_of[name] for name in names])
+    return pack_rows(options, body.seed, indices, [label_of[name] for name in names])
 
 
 def _one_image(images: Sequence[Image], image_format: ImageFormat, quality: int) -> bytes:

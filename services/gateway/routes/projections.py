@@ -94,7 +94,7 @@ async def create_projection(
     if start == "encoder" and bundle.encoder is None:
         raise RequestError("start", f"{bundle.name} has no encoder; start from the mean")
     if bundle.generator.img_channels != 3:
-        raise RequestError("model", f"{bundle.name} draws grey images; only colour models can be projected to")
+        raise RequestError("model", f"{bundle.name} generates grey images; only colour models can be projected to")
     base = SCHEDULES[schedule]
     step_count = steps or base.steps
     if step_count > settings.max_projection_steps:

@@ -1,4 +1,4 @@
-"""Authenticity: exact against brute force, true to what it was built with, and it catches a generator that copies."""
+"""Tests of authenticity: results equal brute force, the index is bound to its inputs, a generator that copies is detected."""
 
 from __future__ import annotations
 

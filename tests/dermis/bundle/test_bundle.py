@@ -1,4 +1,4 @@
-"""A bundle is whole or refused, and writing one never leaves half of it."""
+"""Tests of bundles: an incomplete bundle is refused, and writing one never leaves a part of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An untrusted bundle is opened within bounds, or refused with a message that names the file or field."""
+"""Tests that an untrusted bundle is opened within limits, or refused with a message that names the file or field."""
 
 from __future__ import annotations
 

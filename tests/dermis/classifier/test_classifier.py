@@ -1,4 +1,4 @@
-"""A classifier's folder is whole or refused, in a bundle or alone, and its numbers depend on the image only."""
+"""Tests of classifier folders: incomplete ones are refused, in a bundle or alone, and scores depend only on the image."""
 
 from __future__ import annotations
 
@@ -284,14 +284,14 @@ def test_rows_of_several_classifiers_share_a_batch(tmp_path: Path) -> None:
     inputs = {size: rng.integers(0, 256, (3, size, size, 3), dtype=np.uint8) for size in (SIZE, 24)}
     rows = np.concatenate(
         [
-            pixels.pack(small.digest, inputs[SIZE], length),
-            pixels.pack("0" * 64, inputs[SIZE][:1], length),
-            pixels.pack(large.digest, inputs[24], length),
+            pixels.pack_rows(small.digest, inputs[SIZE], length),
+            pixels.pack_rows("0" * 64, inputs[SIZE][:1], length),
+            pixels.pack_rows(large.digest, inputs[24], length),
         ]
     )
     shuffled = rng.permutation(len(rows))
     with Classifier(tmp_path / "small", threads=1) as one, Classifier(tmp_path / "large", threads=1) as other:
-        found = pixels.run({small.digest: one, large.digest: other}, rows[shuffled])
+        found = pixels.classify_rows({small.digest: one, large.digest: other}, rows[shuffled])
         expected = [*one.logits(inputs[SIZE]).tolist(), None, *other.logits(inputs[24]).tolist()]
     for place, item in zip(shuffled, found, strict=True):
         if place == 3:

@@ -1,4 +1,4 @@
-"""An untrusted ONNX file is a plain graph within limits, or it is refused before anything runs it."""
+"""Tests that an untrusted ONNX file is refused before it runs, unless it is a plain graph within limits."""
 
 from __future__ import annotations
 

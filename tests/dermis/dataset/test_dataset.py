@@ -1,4 +1,4 @@
-"""Datasets: plans add up, files are the same bytes however they were made, damage is found, nothing half-written stays."""
+"""Tests of datasets: plans add up, files are reproducible byte for byte, damage is detected, no incomplete file stays."""
 
 from __future__ import annotations
 

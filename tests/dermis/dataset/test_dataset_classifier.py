@@ -1,4 +1,4 @@
-"""The classifier in datasets: a column, a filter, and the same bytes however a dataset was made."""
+"""Tests of the classifier in datasets: a column, a filter, and the same bytes for every way of generating the dataset."""
 
 from __future__ import annotations
 

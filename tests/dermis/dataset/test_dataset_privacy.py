@@ -1,4 +1,4 @@
-"""The privacy gate and edits in datasets: copies never pass, and the same bytes however a dataset was made."""
+"""Tests of the privacy gate and of edits in datasets: copies are rejected, and all ways of generation give the same bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An untrusted dataset is verified and read within bounds, or refused with a message that names the file or field."""
+"""Tests that an untrusted dataset is read within limits, or refused with a message that names the file or field."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Directions: what the papers define, found exactly; and edits that do what they say."""
+"""Tests of directions: they equal the definitions in the papers, and edits have the stated effect."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TCAV and painted frames: a network that uses the frame is found out, one that cannot see it is not accused."""
+"""Tests of TCAV and painted frames: they detect a network that uses the frame, and only such a network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Edge cases: planted ones are found, with the right reasons; files; the command."""
+"""Tests of edge cases: planted ones are detected with the correct reasons; files; the command."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Embeddings: features, the map, nearest neighbours, the page and the files for TensorBoard."""
+"""Tests of embeddings: features, the map, nearest neighbours, the page and the files for TensorBoard."""
 
 from __future__ import annotations
 

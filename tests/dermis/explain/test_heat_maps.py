@@ -1,4 +1,4 @@
-"""Heat maps: complete, where the network looks, the same every time; the page shows edge cases first and goes on."""
+"""Tests of heat maps: they are complete, reproducible and highlight what the network uses; the page orders and resumes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers of classifiers mean what they are called, and their intervals know which images are of one patient."""
+"""Tests of classifier metrics: values equal their definitions, and intervals treat the images of a patient together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Metrics against closed forms, independent naive implementations and other libraries."""
+"""Tests of metrics against closed forms, independent naive implementations and other libraries."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Official checkpoints are read right, and nothing in a hostile one runs.
+"""Tests of official checkpoints: they are read correctly, and no code of a hostile one runs.
 
 `official_pickles.py` makes the files: small persisted objects with the names and the shape that the official format has.
 """

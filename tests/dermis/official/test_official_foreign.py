@@ -1,4 +1,4 @@
-"""A file that is no official checkpoint is named for what it is; one that is made to take long is stopped."""
+"""Tests that the import names what a foreign file is, and stops reading a file that is made to take very long."""
 
 from __future__ import annotations
 

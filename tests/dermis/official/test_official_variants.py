@@ -1,4 +1,4 @@
-"""Networks of all repositories that write the official format: the same values as the papers' formulas, or refused by name."""
+"""Tests of networks from all repositories with the official format: values equal the papers' formulas, or a refusal."""
 
 from __future__ import annotations
 
@@ -180,8 +180,8 @@ def test_training_starts_from_weights_of_converted_discriminator(tmp_path: Path,
     small = {"z_dim": 8, "w_dim": 12, "channel_base": 256, "channel_max": 16, "batch": 4, "mapping_layers": 3}
     state = new_state(auto_config(16, 2, discriminator_mapping_layers=layers, **small), torch.device("cpu"))
     _, taken = transfer(read_source(path), state)
-    assert taken.share >= least and all(name.startswith("mapping.") for name in taken.left)
-    assert all("(--discriminator-mapping-layers)" in reason for reason in taken.left.values())
+    assert taken.share >= least and all(name.startswith("mapping.") for name in taken.not_copied)
+    assert all("(--discriminator-mapping-layers)" in reason for reason in taken.not_copied.values())
     assert isinstance(state.D, Discriminator)
     if layers == 0:
         images, c = torch.randn(4, 3, 16, 16), one_hot([0, 1, 1, 0], 2)

@@ -1,4 +1,4 @@
-"""Projection: it finds what can be found, and an image's result is its own."""
+"""Tests of projection: it recovers known latents, and the result of an image does not depend on other images."""
 
 from __future__ import annotations
 

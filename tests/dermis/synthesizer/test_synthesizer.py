@@ -1,4 +1,4 @@
-"""The serving path against the networks: same images, whatever the batch, the backend and the number of threads."""
+"""Tests that the serving path gives the images of the networks for every batch, backend and number of threads."""
 
 from __future__ import annotations
 

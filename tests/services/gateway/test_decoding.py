@@ -1,4 +1,4 @@
-"""Decoding uploads in processes of their own: a file that takes too long is refused, and the next one is read."""
+"""Tests of decoding uploads in separate processes: a file that takes too long is refused, and the next one is read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The HTTP API: what it answers to what is right, to what is wrong, and to what is merely unusual."""
+"""Tests of the HTTP API: responses to valid, invalid and unusual requests."""
 
 from __future__ import annotations
 

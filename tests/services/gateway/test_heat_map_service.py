@@ -1,4 +1,4 @@
-"""Heat maps over HTTP: in JSON or as a picture, few at a time, and clear answers where there are none."""
+"""Tests of heat maps over HTTP: as JSON or as an image, limits of concurrency, and clear errors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from dermis.explain.attribution import Explainer
 from dermis.imaging import decode, encode
 from launched_service import Launched, free_port
 from service_kit import Service, assemble, listening, service, wait_for
-from services.callers import CallerGoneError, CallerMiddleware, check_caller
+from services.callers import CallerDisconnectedError, CallerMiddleware, check_caller
 from services.errors import InferenceFailedError, InferenceUnavailableError, NotInstalledError
 from services.inference.client import ExplainerClient
 from tiny import make_bundle
@@ -177,7 +177,7 @@ def test_work_of_disconnected_caller_ends_at_next_step() -> None:
             steps.append(1)
             try:
                 check_caller()
-            except CallerGoneError:
+            except CallerDisconnectedError:
                 return "given up"
             time.sleep(0.01)
         return "done"
@@ -215,9 +215,9 @@ def test_attribution_of_gone_caller_ends_between_steps(timm_classifier: Path) ->
     def check() -> None:
         calls[0] += 1
         if calls[0] > 3:
-            raise CallerGoneError
+            raise CallerDisconnectedError
 
-    with pytest.raises(CallerGoneError):
+    with pytest.raises(CallerDisconnectedError):
         loaded.attribute(PIXELS, "integrated-gradients", check=check)
     assert calls[0] == 4
 

@@ -1,4 +1,4 @@
-"""POST /v1/authenticity, GET /v1/directions, POST /v1/edits: verdicts as the library has them, edits as asked."""
+"""Tests of POST /v1/authenticity, GET /v1/directions and POST /v1/edits: results equal those of the library."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dermis.authenticity.checker import Checker
 from dermis.bundle import Bundle
 from dermis.imaging import Images, decode, encode
 from service_kit import Service, draw, service
-from services.inference.samples import Options, pack
+from services.inference.samples import Options, pack_rows
 from tiny import make_bundle
 from tiny_index import make_complete_bundle
 
@@ -142,7 +142,7 @@ def test_a_sweep_gives_every_sample_at_every_strength(running: Service, bundle: 
     from dermis.directions.edit import Edit
 
     edits = [Edit("axis-2", 0.5), Edit("axis-1", 2.0, (0, 3))]
-    expected = draw(pack(Options(bundle.digest, edits=edits, directions=directions), 1, [4], [0]))[0]
+    expected = draw(pack_rows(Options(bundle.digest, edits=edits, directions=directions), 1, [4], [0]))[0]
     assert np.array_equal(decode(base64.b64decode(rows[2]["b64"])), expected)
     alone = edited(running, sweep=None, edits=None).json()["data"]
     plain = running.client.post("/v1/images", json={"classes": {"malignant": 1}}).json()["data"]

@@ -1,4 +1,4 @@
-"""Limits of the gateway: refusal at the limit, release at the end, and separate counts for each gateway."""
+"""Tests of the gateway's limits: refusal at the limit, release at the end, and separate counts for each gateway."""
 
 from __future__ import annotations
 

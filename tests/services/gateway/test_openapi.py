@@ -1,4 +1,4 @@
-"""The API does what its OpenAPI document says: schemathesis tries it."""
+"""Tests the API against its OpenAPI document with schemathesis."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests that a web page makes a browser send: foreign host names are not answered, foreign pages change nothing."""
+"""Tests of requests that web pages cause: foreign host names get no response, foreign pages change nothing."""
 
 from __future__ import annotations
 

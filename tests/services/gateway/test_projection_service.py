@@ -1,4 +1,4 @@
-"""POST /v1/projections: durable, cancelled and deleted on demand, and of the uploaded images nothing stays."""
+"""Tests of POST /v1/projections: durable, can be cancelled and deleted, and keeps nothing of the uploaded images."""
 
 from __future__ import annotations
 

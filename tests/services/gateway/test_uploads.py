@@ -1,4 +1,4 @@
-"""Uploaded images: what is read of them, what is refused and how, and that nothing of them stays."""
+"""Tests of uploaded images: how they are read, which are refused and how, and that nothing of them is kept."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calls to another service: what may pass is told from what does not."""
+"""Tests of calls to another service: transient errors are distinguished from permanent ones."""
 
 from __future__ import annotations
 

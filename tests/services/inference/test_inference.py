@@ -1,4 +1,4 @@
-"""Inference services and their clients: what they load, how they report problems, and how calls are divided."""
+"""Tests of inference services and their clients: loaded models, reported problems, and how calls are divided."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import pytest
 from dermis.errors import DermisError
 from services.errors import InferenceFailedError, InferenceUnavailableError
 from services.inference.client import ClassifierClient, GeneratorClient, InferenceClients
-from services.inference.samples import Options, Samples, from_bytes, pack
+from services.inference.samples import Options, Samples, from_bytes, pack_rows
 
 BUNDLE: Any = SimpleNamespace(name="tiny", digest="d" * 64, classifier=None, authenticity=None)
 MODELS: Any = SimpleNamespace(bundles=[BUNDLE])
@@ -49,7 +49,7 @@ class FakeService:
 
 
 def rows_of(count: int) -> Samples:
-    return pack(Options(BUNDLE.digest), 0, range(count), [0] * count)
+    return pack_rows(Options(BUNDLE.digest), 0, range(count), [0] * count)
 
 
 def test_rows_are_divided_into_limited_calls_in_order() -> None:

@@ -1,4 +1,4 @@
-"""Jobs go on through interruptions of the database and the storage: what is transient is never the outcome of a job."""
+"""Tests of jobs during interruptions of the database and the storage: a transient error never decides the outcome of a job."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dataset jobs: the same files whatever happens on the way, and no trace of those that do not end well."""
+"""Tests of dataset jobs: the same files after any interruption, and no files of jobs that do not succeed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The jobs database of an earlier version is upgraded when a worker starts, and older workers keep working beside it."""
+"""Tests that a worker upgrades the jobs database of an earlier version, and that older workers continue to work with it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a classifier learns from: patients stay on one side, and synthetic images are the ones that were asked for."""
+"""Tests of a classifier's training data: no patient is in two parts, and synthetic images are the requested ones."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ def test_images_come_from_separate_generator_for_each_class(tmp_path: Path, pain
         torch.manual_seed(seed)
         write_bundle(tmp_path / name, name=name, generator=Generator(config), class_names=(), model_card="# Tiny\n",
                      provenance={"licence": "CC0-1.0"})  # fmt: skip
-    with pytest.raises(DataError, match="say which its images are: benign="):
+    with pytest.raises(DataError, match="state the class of its images: benign="):
         load_synthetic([SyntheticSource(str(tmp_path / "ben"))], {"benign": 2}, 8, cache=tmp_path / "c", progress=False)
     sources = [parse_source(f"benign={tmp_path / 'ben'}"), parse_source(f"malignant={tmp_path / 'mal'}")]
     found = load_synthetic(sources, {"benign": 2, "malignant": 3}, 8, cache=tmp_path / "c", progress=False)
@@ -243,7 +243,7 @@ def test_generated_dataset_gives_same_images_in_each_layout(dataset: Path, tmp_p
         found.append(np.concatenate(images.images))
     for other in found[1:]:
         assert (other == found[0]).all()
-    with pytest.raises(DataError, match="has 5 malignant images, 6 are asked for"):
+    with pytest.raises(DataError, match="has 5 malignant images, 6 are requested"):
         load_synthetic(
             [SyntheticSource(str(dataset / "parquet"))], {"malignant": 6}, 8, cache=tmp_path / "x", progress=False
         )
@@ -307,7 +307,7 @@ def test_epoch_shows_each_image_at_most_once() -> None:
     assert (first != epoch_order(labels, _config(), 1, ALONE)).any()
     assert (first != epoch_order(labels, _config(seed=1), 0, ALONE)).any()
     assert epoch_order(labels, _config(epoch_images=9), 0, ALONE).shape == (2, 4)
-    own = [Ranks(rank, 2).own(first[0]) for rank in range(2)]
+    own = [Ranks(rank, 2).rank_part(first[0]) for rank in range(2)]
     assert sorted(np.concatenate(own)) == sorted(first[0])
 
 

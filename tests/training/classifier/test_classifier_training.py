@@ -1,4 +1,4 @@
-"""A classifier's run: repeatable, resumable to the bit, it stops in time, and what it exports is what it measured."""
+"""Tests of a classifier's run: reproducible, resumes bit for bit, stops in time, and exports the network that was measured."""
 
 from __future__ import annotations
 
@@ -98,9 +98,9 @@ def test_stopped_and_resumed_run_equals_uninterrupted_run(
 
 def test_resume_with_other_options_or_data_is_refused(real: RealData, tmp_path: Path) -> None:
     run(real, tmp_path / "r", config(epochs=1))
-    with pytest.raises(TrainingError, match="already holds a run; add --resume"):
+    with pytest.raises(TrainingError, match="already contains a run; add --resume"):
         run(real, tmp_path / "r", config(epochs=1))
-    with pytest.raises(TrainingError, match="trained with another dropout, learning_rate"):
+    with pytest.raises(TrainingError, match="trained with other values of dropout, learning_rate"):
         run(real, tmp_path / "r", config(epochs=1, dropout=0.5, learning_rate=1e-3), resume=True)
     with pytest.raises(TrainingError, match="other images or another split"):
         run(real, tmp_path / "r", config(epochs=1), resume=True, data="e")

@@ -1,4 +1,4 @@
-"""Artefacts: each is found where it was drawn, at any size and position, and plain lesions have none."""
+"""Tests of artefact detection: drawn artefacts are detected at any size and position, and plain lesions have none."""
 
 from __future__ import annotations
 
@@ -36,23 +36,23 @@ DRAWN: dict[str, tuple[Callable[[Image], Image], ...]] = {
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_plain_lesion_has_no_artefact(seed: int) -> None:
-    assert detect_artefacts(lesion(seed)).found == ()
+    assert detect_artefacts(lesion(seed)).present == ()
 
 
 @pytest.mark.parametrize(("name", "variant"), [(name, k) for name in NAMES for k in range(len(DRAWN[name]))])
 def test_only_drawn_artefact_is_detected(name: str, variant: int) -> None:
-    assert detect_artefacts(DRAWN[name][variant](lesion(variant))).found == (name,)
+    assert detect_artefacts(DRAWN[name][variant](lesion(variant))).present == (name,)
 
 
 def test_frame_and_hair_are_detected_beside_other_artefacts() -> None:
     image = framed(inked(hairy(ruled(lesion(3)), hairs=14)), 0.6)
-    assert set(detect_artefacts(image).found) >= {"frame", "hair"}
+    assert set(detect_artefacts(image).present) >= {"frame", "hair"}
 
 
 @pytest.mark.parametrize("size", [(96, 96), (300, 400)])
 def test_frame_score_hardly_depends_on_image_size(size: tuple[int, int]) -> None:
     drawn = Pillow.fromarray(framed(lesion(0, 320), 0.45))
-    assert "frame" in detect_artefacts(np.asarray(drawn.resize(size, Pillow.Resampling.LANCZOS))).found
+    assert "frame" in detect_artefacts(np.asarray(drawn.resize(size, Pillow.Resampling.LANCZOS))).present
     share = 1 - np.pi * 0.45**2
     assert detect_artefacts(np.asarray(drawn.resize(size))).frame == pytest.approx(share, abs=0.02)
 
@@ -86,8 +86,8 @@ def test_artefact_scores_are_between_zero_and_one(seed: int, height: int, width:
 
 
 def test_artefact_at_its_threshold_is_detected() -> None:
-    assert Artefacts(**THRESHOLDS).found == NAMES
-    assert Artefacts(**{name: value - 1e-9 for name, value in THRESHOLDS.items()}).found == ()
+    assert Artefacts(**THRESHOLDS).present == NAMES
+    assert Artefacts(**{name: value - 1e-9 for name, value in THRESHOLDS.items()}).present == ()
 
 
 def test_the_summary_counts_and_compares_classes() -> None:

@@ -1,4 +1,4 @@
-"""Data: every layout reads as the same source; a prepared zip is what the official loader reads, whole or not at all."""
+"""Tests of data: all layouts give the same source; the official loader reads a prepared zip, which is complete or absent."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_unknown_patient_ids_are_read_as_empty(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("isic_id,patient_id,lesion_id,target\na,NA,unknown,0\nb, IP_1 ,nan,1\n")
     a, b = read_source(tmp_path / "t.csv").records
     assert (a.patient_id, a.lesion_id, b.patient_id, b.lesion_id) == ("", "", "IP_1", "")
-    with pytest.raises(DataError, match="no such image"):
+    with pytest.raises(DataError, match="a: has no image file"):
         a.read_bytes()
 
 
@@ -228,7 +228,7 @@ def test_class_column_can_be_chosen(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no column dx"):
         read_table(file, "dx")
     file.write_text("isic_id,benign_malignant\na,malignant\n")
-    with pytest.raises(DataError, match="no column with a diagnosis"):
+    with pytest.raises(DataError, match="no known column with a diagnosis"):
         read_table(file, binary=True)
 
 

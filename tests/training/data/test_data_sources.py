@@ -1,4 +1,4 @@
-"""Sources as people have them: other tables, layouts and files than ours are read rightly, or refused by name."""
+"""Tests of sources in other forms: foreign tables, layouts and files are read correctly, or refused by name."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ BINARY_TABLES = {
     "booleans of any malignancy": ("image,malignant\na,True\nb,False\n", {"class_column": "malignant"}, "mb"),
     "booleans in other columns": ("image,biopsied\na,True\nb,False\n", {"class_column": "biopsied"},
                                   "biopsied: .*'False'.*--map"),
-    "numbers in other columns": ("image,label\na,1\nb,0\n", {}, "label: not known.*'0'.*--map"),
+    "numbers in other columns": ("image,label\na,1\nb,0\n", {}, "label: cannot decide whether these values mean melanoma.*'0'.*--map"),
     "numbers that are mapped": ("image,label\na,1\nb,0\n", {"mapping": {"1": "malignant", "0": "benign"}}, "mb"),
     "any malignancy beside diagnoses": ("isic_id,target,iddx_full,iddx_1\na,1,Melanoma Invasive,Malignant\n"
                                         "b,1,Basal cell carcinoma,Malignant\n", {}, "mb"),
@@ -128,13 +128,13 @@ def test_spellings_of_class_name_are_merged(tmp_path: Path) -> None:
     file.write_text('image,class\na,Benign\nb,"benign "\nc, benign\nd,Basal  Cell\ne,"Melanoma, NOS"\nf,Nävus\n')
     source = read_source(file)
     assert list(_classes(source).values()) == ["benign"] * 3 + ["Basal Cell", "Melanoma NOS", "Navus"]
-    counts = {(origin.value, origin.class_name): origin.count for origin in source.reading.origins}
+    counts = {(origin.value, origin.class_name): origin.count for origin in source.report.origins}
     assert counts["Benign", "benign"] == 1 and counts["Melanoma, NOS", "Melanoma NOS"] == 1
     file.write_text("image,class\na,x/y\nb,x y\n")
     with pytest.raises(DataError, match="'x y' and 'x/y' would both be the class x y.*--map"):
         read_source(file)
     assert set(_classes(read_source(file, mapping={"x/y": "other"})).values()) == {"other", "x y"}
-    with pytest.raises(DataError, match="--map: 'x' is not of the form"):
+    with pytest.raises(DataError, match="--map: 'x' does not have the form"):
         parse_mapping(["x"])
 
 
@@ -185,7 +185,7 @@ def test_the_image_column_can_be_named_and_is_proposed(tmp_path: Path) -> None:
         ("image,target\na,benign,x\n", "row 2 has 3 cells where the header has 2"),
         ("image,target\n,benign\na,benign\n", "row 2 has no image"),
         ("image,target,Target\na,benign,malignant\n", "two columns target have different values"),
-        ("image,target\na,0\nb,2\n", "target has '2' beside '0'.*--map"),
+        ("image,target\na,0\nb,2\n", "target mixes '2' with '0'.*--map"),
         ("image,target\na,0.2\nb,0.9\n", "'0.2' is a measurement or probability"),
         ("image,target\na,benign\na.jpg,benign\n", "a is in more than one row"),
     ],
@@ -206,7 +206,7 @@ def test_lesion_ids_of_second_table_keep_images_together(tmp_path: Path) -> None
     assert {record.id: record.lesion_id for record in source.records} == {
         f"ISIC_{i}": f"HAM_{i // 4}" for i in range(12)
     }
-    assert "Groupings.csv adds lesion_id to 12 of 12 images" in source.reading.notes[0]
+    assert "Groupings.csv adds lesion_id to 12 of 12 images" in source.report.notes[0]
     write_split(source, split_by_patient(source.records, {"a": 0.5, "b": 0.5}, 0), tmp_path / "split")
     parts = read_split(tmp_path / "split")
     for lesion in range(3):
@@ -270,7 +270,7 @@ def test_images_that_pillow_opens_are_read_and_others_counted(tmp_path: Path) ->
     source = read_source(tmp_path / "in")
     assert sorted(_classes(source)) == ["a", "b", "c", "d", "e", "exported", "f", "g", "h", "m"]
     assert len(load_images(source, 8, progress=False).images) == 10
-    assert set(source.reading.lost) == {"mel/scan.dcm", "mel/gone.jpg"}
+    assert set(source.report.unreadable) == {"mel/scan.dcm", "mel/gone.jpg"}
     result = CliRunner().invoke(
         app, ["data", "prepare", str(tmp_path / "in"), "--out", str(tmp_path / "o.zip"), "--resolution", "8"]
     )
@@ -286,7 +286,7 @@ def test_class_folder_without_readable_images_is_refused(tmp_path: Path) -> None
     with pytest.raises(DataError, match=r"malignant has no image that can be read: malignant/m.heic is a format"):
         read_source(tmp_path)
     (tmp_path / "malignant" / "m.heic").unlink()
-    assert "folders without images: malignant" in read_source(tmp_path).reading.notes
+    assert "folders without images: malignant" in read_source(tmp_path).report.notes
 
 
 def test_system_files_are_not_read_as_images(tmp_path: Path) -> None:
@@ -297,7 +297,7 @@ def test_system_files_are_not_read_as_images(tmp_path: Path) -> None:
     for name in ("nv/Thumbs.db", ".DS_Store", "nv/.hidden.png", "desktop.ini"):
         (tmp_path / "in" / name).write_bytes(b"x")
     source = read_source(tmp_path / "in")
-    assert _classes(source) == {"a": "nv", "b": "mel"} and not source.reading.lost
+    assert _classes(source) == {"a": "nv", "b": "mel"} and not source.report.unreadable
     with zipfile.ZipFile(tmp_path / "in.zip", "w") as archive:
         for file in sorted((tmp_path / "in").rglob("*")):
             archive.write(file, file.relative_to(tmp_path / "in"))
@@ -320,7 +320,7 @@ def test_links_are_followed_without_cycles(tmp_path: Path) -> None:
         read_source(tmp_path / "in")
     (tmp_path / "in" / "bcc").unlink()
     os.mkfifo(tmp_path / "in" / "nv" / "pipe.jpg")
-    assert read_source(tmp_path / "in").reading.lost == {"nv/pipe.jpg": "not a regular file"}
+    assert read_source(tmp_path / "in").report.unreadable == {"nv/pipe.jpg": "not a regular file"}
     _image(tmp_path / "in" / "bkl" / "c.jpg")
     (tmp_path / "in" / "df").symlink_to("nowhere")
     with pytest.raises(DataError, match="the folder df has no image that can be read: df is link"):
@@ -380,7 +380,7 @@ def test_layout_is_recognised_or_refused_with_advice(tmp_path: Path, name: str) 
             assert read_source(tmp_path, layout="imagefolder").class_names == ("test", "train")
         return
     source = read_source(tmp_path)
-    assert source.reading.recognised == name.strip()
+    assert source.report.recognised == name.strip()
     assert sorted(set(_classes(source).values())) == ["mel", "nv"] and len(source.records) == 2
 
 
@@ -447,7 +447,7 @@ def test_an_archive_among_class_folders_is_counted(tmp_path: Path) -> None:
     for i, name in enumerate(("nv/a.jpg", "mel/b.jpg")):
         _image(tmp_path / name, i)
     (tmp_path / "bkl.zip").write_bytes(b"PK")
-    assert read_source(tmp_path).reading.lost == {"bkl.zip": "an archive that is not read; unpack it"}
+    assert read_source(tmp_path).report.unreadable == {"bkl.zip": "an archive that is not read; unpack it"}
 
 
 # --- decoding ----------------------------------------------------------------------------------------------------
@@ -508,7 +508,7 @@ def test_map_of_absent_value_is_refused(tmp_path: Path) -> None:
 def test_generated_dataset_is_read_as_source(tmp_path: Path, tiny_bundle: Bundle, kind: str) -> None:
     make(tmp_path / "made", tiny_bundle, format=kind)
     source = read_source(tmp_path / "made")
-    assert source.reading.recognised == "data set of dermis" and source.class_names == ("benign", "malignant")
+    assert source.report.recognised == "data set of dermis" and source.class_names == ("benign", "malignant")
     dataset = load_images(source, 8, progress=False)
     assert dataset.images[:, 0, 0].tolist() == [[i, label, 7] for i, label in enumerate(dataset.labels)]
     assert dataset.labels.tolist().count(1) == 11

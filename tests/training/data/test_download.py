@@ -1,4 +1,4 @@
-"""Download: what the Archive's own tool is asked, and that nothing it leaves out goes unnoticed. No network is used."""
+"""Tests of downloads: the calls of the Archive's tool, and that missing images are reported. No network is used."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from commands.main import app
 from dermis.errors import DataError
 from training.data import download as room
-from training.data.download import COLLECTIONS, Offer, ask_archive, download, find_collection
+from training.data.download import COLLECTIONS, CollectionSize, download, fetch_collection_size, find_collection
 from training.data.sources import read_source
 
 # Stands for isic-cli: logs its arguments, keeps the images that are there, and loses those named in LOSE.
@@ -48,7 +48,7 @@ def isic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     program.write_text(FAKE.format(python=sys.executable, log=str(log)))
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setattr(room, "ask_archive", lambda collection: Offer(3, 9))
+    monkeypatch.setattr(room, "fetch_collection_size", lambda collection: CollectionSize(3, 9))
     return log
 
 
@@ -77,7 +77,7 @@ def test_missing_images_are_counted_and_downloaded_again(
 ) -> None:
     collection = find_collection("212")
     monkeypatch.setenv("LOSE", "ISIC_2 ISIC_3")
-    with pytest.raises(DataError, match=r"collection-212: 2 of 3 images did not arrive"):
+    with pytest.raises(DataError, match=r"collection-212: 2 of 3 images are missing"):
         download([collection], tmp_path)
     first = tmp_path / "collection-212" / "ISIC_1.jpg"
     first.write_bytes(b"kept")
@@ -95,7 +95,7 @@ def test_a_failing_tool_stops_the_download(isic: Path, tmp_path: Path, monkeypat
 
 
 def test_too_small_disk_is_refused_before_download(isic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "ask_archive", lambda collection: Offer(3, 10**18))
+    monkeypatch.setattr(room, "fetch_collection_size", lambda collection: CollectionSize(3, 10**18))
     with pytest.raises(DataError, match="GB are free"):
         download([COLLECTIONS["isic-2020"]], tmp_path)
     assert _calls(isic) == []
@@ -116,7 +116,7 @@ def test_missing_download_tool_or_network_is_reported(tmp_path: Path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(room.httpx, "Client", lambda **kw: real(transport=httpx.MockTransport(no_network), **kw))
         with pytest.raises(DataError, match="is there a network"):
-            ask_archive(COLLECTIONS["isic-2020"])
+            fetch_collection_size(COLLECTIONS["isic-2020"])
 
     def answer(request: httpx.Request) -> httpx.Response:
         assert request.url.params["collections"] == "65"
@@ -125,4 +125,4 @@ def test_missing_download_tool_or_network_is_reported(tmp_path: Path, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(room.httpx, "Client", lambda **kw: real(transport=httpx.MockTransport(answer), **kw))
-        assert ask_archive(COLLECTIONS["isic-2019-melanoma"]) == Offer(5, 7)
+        assert fetch_collection_size(COLLECTIONS["isic-2019-melanoma"]) == CollectionSize(5, 7)

@@ -1,4 +1,4 @@
-"""Near-duplicates: copies and other views of one image are found, different lesions are not."""
+"""Tests of near-duplicates: copies and other views of an image are detected, different lesions are not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Leaks and inspection: planted copies are found and taken out of the larger part; planted frames make the headline."""
+"""Tests of leaks and inspection: planted copies are removed from the larger part; planted frames are reported."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from commands.main import app
 from dermis.errors import DataError
-from training.data.leaks import Leaks, Pair, find_leaks, surplus
+from training.data.leaks import Leaks, Pair, find_leaks, ids_to_remove
 from training.data.sources import Record, read_source
 from training.data.splits import read_split
 
@@ -138,9 +138,9 @@ def test_broken_images_and_unknown_ids_are_named(tmp_path: Path) -> None:
 def test_surplus_breaks_every_pair_and_keeps_ends_of_chain() -> None:
     records = tuple(Record(name, "", "", "", None, {}) for name in "abcde")
     chain = [Pair(a, b, False, False, False, 0.9, 1, None) for a, b in ((0, 1), (1, 2), (2, 3))]
-    removed = surplus(Leaks(records, ("",) * 5, tuple(chain), ()))
+    removed = ids_to_remove(Leaks(records, ("",) * 5, tuple(chain), ()))
     assert removed == {"b", "d"}
-    assert surplus(Leaks(records, ("",) * 5, tuple(chain), ()), within_parts=False) == set()
+    assert ids_to_remove(Leaks(records, ("",) * 5, tuple(chain), ()), within_parts=False) == set()
 
 
 def test_inspection_reports_classes_missing_values_and_frames(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Splits: whole patients, sizes and class shares as asked, the same for a seed whatever the order of the rows."""
+"""Tests of splits: whole patients, the requested sizes and class shares, the same result for any order of the rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The encoder: it learns latents, resumes to the bit, and belongs to one generator."""
+"""Tests of the encoder: it learns latents, resumes bit for bit, and is bound to one generator."""
 
 from __future__ import annotations
 

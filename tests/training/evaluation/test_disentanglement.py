@@ -1,4 +1,4 @@
-"""Disentanglement: on a generator whose attributes are known functions of w, every number is known too."""
+"""Tests of disentanglement on a generator whose attributes are known functions of w, so all results are known."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tiny import make_bundle
 from tiny_classifier import make_classifier
 from training.data.artefacts import THRESHOLDS, detect_artefacts, frame_share
 from training.evaluation.disentanglement import (
-    Readings,
+    Measurements,
     Ws,
     best_removal,
     measure_effects,
@@ -33,13 +33,13 @@ def axis(k: int, scale: float = 1.0) -> Direction:
     return Direction(f"axis-{k}", np.eye(W_DIM, dtype=np.float32)[k], (0, NUM_WS), scale, "sefa")
 
 
-def look(ws: Ws) -> Readings:
+def measure(ws: Ws) -> Measurements:
     """`linear` follows axis 0 at a slope of 2, `mixed` both axes, `even` the square of axis 1; identity turns with axis 2."""
     w = ws.mean(axis=1).astype(np.float64)
     angle = w[:, 2]
     features = np.stack([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32)
     attributes = {"linear": 2 * w[:, 0], "mixed": w[:, 0] + w[:, 1], "even": w[:, 1] ** 2, "never": np.zeros(len(w))}
-    return Readings(attributes, features)
+    return Measurements(attributes, features)
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +49,10 @@ def ws() -> Ws:
 
 
 def test_effects_equal_planted_slopes_in_standard_deviations(ws: Ws) -> None:
-    before = look(ws)
+    before = measure(ws)
     units = units_of(before)
     first, second, third, idle = measure_effects(
-        ws, [axis(0, 1.5), axis(1), axis(2, 0.25), axis(5)], 2.0, before, units, look
+        ws, [axis(0, 1.5), axis(1), axis(2, 0.25), axis(5)], 2.0, before, units, measure
     )
     # A slope of 2, over a standard deviation of about 2, along 2 x 1.5: the very number, the same in every sample.
     assert first.shifts["linear"].value == pytest.approx(2 * 3 / before.attributes["linear"].std(ddof=1), rel=1e-4)
@@ -62,7 +62,7 @@ def test_effects_equal_planted_slopes_in_standard_deviations(ws: Ws) -> None:
     assert first.share("linear") == pytest.approx(moved["linear"] / sum(moved.values()))
     assert "never" not in first.shifts  # it has no unit
     # Both ways of an even function rise alike: no shift in the one direction, though each way is far from nothing.
-    assert not second.shifts["even"].clear
+    assert not second.shifts["even"].significant
     assert second.shifts["even"].plus > 1 and second.shifts["even"].minus > 1
     assert second.most_moved == "mixed"
     assert third.most_moved is None and third.identity is not None
@@ -71,20 +71,20 @@ def test_effects_equal_planted_slopes_in_standard_deviations(ws: Ws) -> None:
 
 
 def test_the_unit_of_identity_is_the_mean_over_all_pairs(ws: Ws) -> None:
-    few = look(ws[:7])
+    few = measure(ws[:7])
     unit = few.features / np.linalg.norm(few.features, axis=1, keepdims=True)
     pairs = [1 - float(unit[i] @ unit[j]) for i in range(7) for j in range(7) if i != j]
     assert units_of(few).identity == pytest.approx(np.mean(pairs), rel=1e-4)
-    assert units_of(Readings(few.attributes, np.empty((7, 0), np.float32))).identity == 0
+    assert units_of(Measurements(few.attributes, np.empty((7, 0), np.float32))).identity == 0
 
 
 def test_best_removal_has_sign_and_side_effects_of_its_direction(ws: Ws) -> None:
-    units = units_of(look(ws))
-    having = ws[look(ws).attributes["linear"] >= 2]
-    before = look(having)
+    units = units_of(measure(ws))
+    having = ws[measure(ws).attributes["linear"] >= 2]
+    before = measure(having)
     crooked = Direction("crooked", np.array([0.6, 0, 0.8, 0, 0, 0, 0, 0], np.float32), (0, NUM_WS), 1.0, "sefa")
     removals = list(
-        measure_removals(having, "linear", 2, [axis(1), axis(0), crooked], [4, -4, -8], before, units, look)
+        measure_removals(having, "linear", 2, [axis(1), axis(0), crooked], [4, -4, -8], before, units, measure)
     )
     by = {(each.direction, each.strength): each for each in removals}
     gone = (before.attributes["linear"] - 2 * 4) < 2
@@ -98,7 +98,7 @@ def test_best_removal_has_sign_and_side_effects_of_its_direction(ws: Ws) -> None
     useless = [each for each in removals if each.direction == "axis-1"]
     assert best_removal(useless).removed == 0  # the honest answer
     with pytest.raises(ValueError, match="all with"):
-        list(measure_removals(ws, "linear", 2, [axis(0)], [1], look(ws), units, look))
+        list(measure_removals(ws, "linear", 2, [axis(0)], [1], measure(ws), units, measure))
 
 
 def test_random_directions_lie_in_span_of_w_within_classes() -> None:

@@ -1,4 +1,4 @@
-"""`dermis evaluate` on a tiny bundle and tiny folders, and the rooms beneath it."""
+"""Tests of `dermis evaluate` on a tiny bundle and tiny folders, and of the modules that it uses."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_evaluate_command_writes_metrics_card_and_report(
     }
     assert all(set(parts) == set(space["comparisons"]) for parts in of_classes.values())
     class_head = space_tables(metrics)[0].class_rows[0]
-    assert class_head[1:] == [f"{name}: {what}" for name in of_classes for what in ("generated", "real in their place")]
+    assert class_head[1:] == [f"{name}: {what}" for name in of_classes for what in ("generated", "real images instead")]
     class_fd = f"{of_classes['benign']['generated_holdout']['fd']:.4g} ["
     assert space_tables(metrics)[0].class_rows[2][1].startswith(class_fd), "against held-out images where there are any"
     for part in (*space["comparisons"].values(), *(part for parts in of_classes.values() for part in parts.values())):
@@ -126,7 +126,7 @@ def test_evaluate_command_writes_metrics_card_and_report(
     card = open_bundle(bundle.location).model_card
     assert card.startswith(bundle.model_card), "what training did not write stays"
     against = space["comparisons"]["generated_training"]["fd"]
-    assert f"| FD@quarters | {against:.4g} [" in card and "| real images in the generator's place, vs held-out" in card
+    assert f"| FD@quarters | {against:.4g} [" in card and "| reference: real images vs held-out" in card
     assert f"FD@quarters │ {against:.4g} [" in re.sub(" +", " ", output)
     assert "Held out: 36 real images (held)" in card and "not known whether the generator was trained on" in card
     assert "is not the set that the bundle names" in output
@@ -222,7 +222,7 @@ def test_holdout_seen_in_training_is_refused(tmp_path: Path, folders: tuple[Path
         check_holdout(data, held, held.sha256)
     (folders[1] / "ISIC_0000500.png").write_bytes((folders[0] / "ISIC_0000003.png").read_bytes())
     with pytest.raises(
-        DataError, match="1 of its files are in --data under other names, the first is ISIC_0000500, th"
+        DataError, match="1 of its files are in --data under other names, the first is ISIC_0000500, wh"
     ):
         check_holdout(data, load_isic(folders[1], 16), None)
 
@@ -231,7 +231,7 @@ def test_patient_in_data_and_holdout_is_refused(generated: NDArray[np.uint8]) ->
     data, held = _dataset(generated[:36]), _dataset(generated[36:], prefix="b")
     data = replace(data, records=_records(data.ids, ["P1"] * 36, ["L1"] * 36))
     held = replace(held, records=_records(held.ids, ["P1"] * 36, ["L2"] * 36))
-    with pytest.raises(DataError, match="--holdout: 1 patients or lesions have images in --data too.*data split"):
+    with pytest.raises(DataError, match="--holdout: 1 patients or lesions also have images in --data.*data split"):
         check_holdout(data, held, None)
     assert groups_of(data, replace(held, records=())) is None
 
@@ -298,12 +298,12 @@ def test_card_shows_held_out_columns_of_each_space() -> None:
         "spaces": {"lite0": space | {"trained_discriminator": True}, "clip": space | {"trained_discriminator": False}},
     }
     card = model_card("m", _provenance(projected=True), measured)
-    reference = "training images in the generator's place, vs held-out images"
+    reference = "reference: training images vs held-out images"
     assert card.count(f"| generated vs training images | generated vs held-out images | {reference} |") == 2
     assert "| FD@lite0 | 7 | 5 [4, 6] | 1 [0.5, 1.5] |" in card
     assert "| MMD@lite0 x 1000 (bandwidth 16.2) |  | 2 | 2 |" in card and "| CMMD@clip x 1000" in card
     assert "| FLD@clip, of all images |  | 1.50 | 0.00 |" in card
-    assert "| mole: generated | mole: real in their place |" in card
+    assert "| mole: generated | mole: real images instead |" in card
     assert "20 real images of 7 patients or lesions (held-out.csv), sha256 6666666666666666" in card
     assert "The training set does not contain them" in card and "is not recorded" in card
     judged, other = card.index("### Feature space `lite0`"), card.index("### Feature space `clip`")
@@ -314,7 +314,7 @@ def test_card_shows_held_out_columns_of_each_space() -> None:
         < card.index("The discriminator did not use this space")
     )
     assert "AUC 0.520 [0.500, 0.540]" in card and "finds 3.0% [0.0%, 5.0%] of the training images" in card
-    assert "Authenticity 0.700; held-out images in the generator's place have 0.800." in card
+    assert "Authenticity 0.700; held-out images instead of generated ones have 0.800." in card
     unknown = model_card("m", _provenance(projected=True), measured | {"real_is_training_set": False})
     assert "they chose nothing" not in unknown and "not known whether the generator was trained on" in unknown
 
@@ -346,9 +346,7 @@ def test_metrics_of_the_first_version_are_read() -> None:
     assert "fid" not in read and "authenticity" not in read and read["noise_mode"] == "const"
     assert read_metrics(read) == read
     assert read_metrics({"kid": 0.5})["spaces"] == {}
-    assert "held-out images in the generator's place, vs real images" in model_card(
-        "m", _provenance(), first | {"real_sha256": ""}
-    )
+    assert "reference: held-out images vs real images" in model_card("m", _provenance(), first | {"real_sha256": ""})
 
 
 @pytest.mark.parametrize("told", [{}, {"dataset": None, "training": None}, {"dataset": "ours", "training": ["by us"]}])
@@ -383,7 +381,7 @@ def test_evaluation_with_invalid_options_is_refused(tiny_bundle: Bundle, generat
     for options, complaint in (
         ({"count": 3}, "--count: 3 images are too few"),
         ({"ppl_paths": 1}, "--ppl-paths: 1 paths are too few"),
-        ({"holdout": data}, "--holdout: 36 of its images are in --data too, the first is a0"),
+        ({"holdout": data}, "--holdout: 36 of its images are also in --data, the first is a0"),
         ({"holdout": _dataset(generated[:5], LABELS[:5], "b")}, "--holdout: 5 images are too few"),
     ):
         with pytest.raises(DataError, match=complaint):

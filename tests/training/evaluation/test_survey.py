@@ -1,4 +1,4 @@
-"""The expert survey: what is handed out tells nothing, and the scores are those of the literature's examples."""
+"""Tests of the expert survey: its pages do not reveal which images are real, and scores equal published examples."""
 
 from __future__ import annotations
 
@@ -479,7 +479,7 @@ def test_invalid_answers_or_key_file_is_refused_by_name(run: Run, survey: Path, 
         assert (status, printed) == (1, "") and err.count("\n") == 1 and f"error: {bad}: " in err and message in err
     one, two = (write(tmp_path / f"answers-{i}.json", good) for i in (1, 2))
     for arguments, message in (
-        ((key, one, two), f"{two}: has answers of 'ann', as has {one}"),
+        ((key, one, two), f"{two}: has answers of 'ann', and so has {one}"),
         ((key, tmp_path / "none.json"), f"{tmp_path / 'none.json'}: No such file"),
         ((tmp_path / "none.json", one), "none.json: No such file or directory; give the key.json"),
         ((one, one), f"{one}: is not the key of a survey"),

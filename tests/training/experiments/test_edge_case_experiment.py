@@ -1,4 +1,4 @@
-"""Retraining with neighbours of edge cases: the comparison is right where the truth is planted, and the run resumes."""
+"""Tests of retraining with neighbours of edge cases: the comparison equals planted results, and the run resumes."""
 
 from __future__ import annotations
 

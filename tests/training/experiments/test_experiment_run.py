@@ -1,4 +1,4 @@
-"""`dermis experiment table1`: the paper's experiments end to end on procedural lesions, resumed, refused, and the choice."""
+"""Tests of `dermis experiment table1` on procedural lesions: end to end, resumed, refused, and the choice."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_table1_trains_five_generators_and_compares_with_paper(tmp_path: Path, d
         (("--set", "r1_gamma=3"), r"ben-gan: r1_gamma 0\.0064, not 3\.0"),
         (("--seed", 1), "ben-gan: --seed 0, not 1"),
         (("--samples", 30), "--samples 32, not 30"),
-        (("--holdout", _write(tmp_path / "held", 10, 10)), "--holdout: 10 of its images are in --data too"),
+        (("--holdout", _write(tmp_path / "held", 10, 10)), "--holdout: 10 of its images are also in --data"),
     ):
         with pytest.raises(DermisError, match=message):
             _run(out, data, *arguments)

@@ -1,4 +1,4 @@
-"""Experiment files: the paper's five are what they say, and a wrong file is refused by file and key."""
+"""Tests of experiment files: the paper's five have its values, and an invalid file is refused with its name and key."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The experiment with black frames: arms differ in the frame only, a planted gain is seen, and the run resumes."""
+"""Tests of the experiment with black frames: arms differ only in the frame, a planted effect is measured, the run resumes."""
 
 from __future__ import annotations
 

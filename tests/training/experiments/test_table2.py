@@ -1,4 +1,4 @@
-"""Table 2: every scenario trains, the table says what the runs said, and a folder holds one experiment."""
+"""Tests of table 2: every scenario trains, the table has the results of the runs, and a folder contains one experiment."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from tiny_skin import make_skin
 from training.classifier.data import RealPart
 from training.experiments import table2
 from training.experiments.scenarios import TABLE2
+from training.experiments.synthetic_value import compare
 from training.experiments.table2 import ScenarioRun, read_generators
-from training.experiments.worth import compare
 
 SETTINGS = ("architecture=test_efficientnet", "batch=8", "epochs=1", "head_only=true", "rotation=0", "flips=false")
 
@@ -73,9 +73,9 @@ def test_finished_scenarios_are_compared_and_not_repeated(
 
     monkeypatch.setattr(table2, "train_classifier", None)  # whatever is done is not trained again
     assert _run(skin, out, *given, "--seeds", "1").output.count("done already") == 3
-    with pytest.raises(TrainingError, match="was begun with epochs 1, not 2"):
+    with pytest.raises(TrainingError, match="was started with epochs 1, not 2"):
         _run(skin, out, *given, "--set", "epochs=2")
-    with pytest.raises(TrainingError, match="synth-cgan was begun with other images"):
+    with pytest.raises(TrainingError, match="synth-cgan was started with other images"):
         _run(skin, out, *given, "--truncation-psi", "0.5")
 
 
@@ -129,8 +129,8 @@ def test_a_planted_gain_is_found_with_its_interval() -> None:
     blind = [ScenarioRun(k, n, np.full(400, 0.3), 0.5) for k, n in enumerate(noise)]
     sharp = [ScenarioRun(0, labels * 10.0 + noise[0], labels * 0.9, 0.5)]
     real, augmented = compare({"real": blind, "aug-cgan": sharp}, {"real": 1, "aug-cgan": 2}, test, replicates=200)
-    assert real.gain is None and real.values["accuracy"].value == 0.5
-    assert augmented.gain is not None and augmented.values["auc"].value == 1
-    assert augmented.gain["auc"].low > 0.4 and augmented.gain["auc"].value == 1 - real.values["auc"].value
+    assert real.difference is None and real.values["accuracy"].value == 0.5
+    assert augmented.difference is not None and augmented.values["auc"].value == 1
+    assert augmented.difference["auc"].low > 0.4 and augmented.difference["auc"].value == 1 - real.values["auc"].value
     assert [row.scenario.name for row in (real, augmented)] == ["real", "aug-cgan"]
     assert {scenario.auc for scenario in TABLE2} == {98.8, 94.2, 96.7, 92.7, 98.6}

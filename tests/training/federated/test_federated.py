@@ -1,4 +1,4 @@
-"""Federated generators: what is averaged and how, what is refused, and that nothing is lost when clients or servers die."""
+"""Tests of federated generators: the averages, refused updates, and recovery after clients or servers end."""
 
 from __future__ import annotations
 

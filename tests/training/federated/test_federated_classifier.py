@@ -1,4 +1,4 @@
-"""A federated classifier: its weights, its measurement from counts that clients add up, and the result that services load."""
+"""Tests of a federated classifier: its weights, its evaluation from summed counts, and the result that services load."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A federation of real programs on loopback: TLS, keys, a client that dies, a server that is started again."""
+"""Tests of a federation of real programs on loopback: TLS, keys, a client that is killed, a server that is restarted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parts of a federation: serialization, means computed by hand, secure aggregation, privacy, keys, the proxy."""
+"""Tests of parts of a federation: serialization, averages, secure aggregation, privacy, keys, the proxy."""
 
 from __future__ import annotations
 

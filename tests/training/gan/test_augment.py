@@ -1,4 +1,4 @@
-"""Augmentation: off means untouched, on means what the paper says, and the R1 penalty can differentiate through it."""
+"""Tests of augmentation: off changes nothing, transforms equal the paper's, and the R1 penalty is differentiable."""
 
 from __future__ import annotations
 

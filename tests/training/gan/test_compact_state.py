@@ -1,4 +1,4 @@
-"""The compact state of a training run: small files, what they lose, and a resumed run that goes on as before."""
+"""Tests of the compact state of a training run: small files, known rounding, and a resumed run that continues as before."""
 
 from __future__ import annotations
 

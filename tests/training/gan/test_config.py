@@ -1,4 +1,4 @@
-"""Configurations: the official values by name, and runs of any age that stay the same run."""
+"""Tests of configurations: the official values by name, and compatibility with runs of earlier versions."""
 
 from __future__ import annotations
 

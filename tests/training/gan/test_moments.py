@@ -1,4 +1,4 @@
-"""Matching of feature moments: the transport map, and what a generator learns from the loss."""
+"""Tests of matching of feature moments: the transport map, and what a generator learns from the loss."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_transport_map_gives_features_moments_of_real_features(monkeypatch: pyte
 def test_no_moments_are_matched_before_enough_images_were_seen() -> None:
     real, real_c, fake, fake_c = _classes()
     matched = FeatureMoments(2, DIM)
-    few = moments.FEWEST // 2
+    few = moments.MIN_GENERATED_IMAGES // 2
     for kind, x, c in (("real", real, real_c), ("fake", fake, fake_c)):
         matched.update(kind, x[:few], c[:few], batch=few)
     matched.solve()

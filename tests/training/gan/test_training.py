@@ -1,4 +1,4 @@
-"""Training: the loop resumes bit for bit, learns, and stops before it saves nonsense."""
+"""Tests of training: the loop resumes bit for bit, learns, and stops before it saves values that are not finite."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from training.data.isic import ImageDataset, load_isic
 from training.gan.augment import AdaptiveP
 from training.gan.batches import batches
 from training.gan.config import GanConfig, auto_config
-from training.gan.health import PATIENCE, Health
+from training.gan.divergence import PATIENCE, DivergenceCheck
 from training.gan.loop import train
 from training.gan.snapshot import GeneratorOrigin, sample_grid, write_snapshot
 from training.gan.state import new_state, save_state
@@ -67,7 +67,7 @@ def test_resume_refuses_another_run(tmp_path: Path) -> None:
         other = _config(0.008, channel_max=4)
         train(_dataset(), other, tmp_path, device=CPU, resume=True, allow_changes=True, progress_bar=False)
     (tmp_path / "checkpoint.safetensors").write_bytes(b"not a checkpoint")
-    with pytest.raises(TrainingError, match="not a readable checkpoint"):
+    with pytest.raises(TrainingError, match="is not a readable checkpoint"):
         train(_dataset(), _config(0.008), tmp_path, device=CPU, resume=True, progress_bar=False)
 
 
@@ -135,14 +135,14 @@ def test_a_weight_that_is_not_finite_is_never_saved(tmp_path: Path) -> None:
 
 
 def test_non_finite_gradients_are_tolerated_for_limited_steps(tmp_path: Path) -> None:
-    health, sound = Health(tmp_path / "none"), {"G": 1.0, "D": 1.0, "G_gradient": 1.0}
+    health, sound = DivergenceCheck(tmp_path / "none"), {"G": 1.0, "D": 1.0, "G_gradient": 1.0}
     sick = sound | {"G_gradient": math.inf}
     for stats in [*[sick] * (PATIENCE - 1), sound, *[sick] * (PATIENCE - 1)]:
         health.check(1.0, stats)
     with pytest.raises(TrainingError, match="gradients"):
         health.check(1.0, sick)
-    with pytest.raises(TrainingError, match="explodes"):
-        Health(tmp_path / "none").check(1.0, sound | {"D": 1e6})
+    with pytest.raises(TrainingError, match="a loss is above 10000"):
+        DivergenceCheck(tmp_path / "none").check(1.0, sound | {"D": 1e6})
 
 
 def test_non_finite_gradient_of_weight_is_replaced(tmp_path: Path) -> None:

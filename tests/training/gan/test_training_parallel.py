@@ -1,4 +1,4 @@
-"""Several processes compute what one does: the same losses, the same weights."""
+"""Tests that several processes compute the same losses and weights as one."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_ranks_draw_their_parts_of_single_process_random_values(count: int) -> N
         with ranks.draws(12 // count):
             own = draw(12 // count)
         for part, all_of_it in zip(own, whole, strict=True):
-            assert torch.allclose(part, ranks.own(all_of_it), atol=1e-5)
+            assert torch.allclose(part, ranks.rank_part(all_of_it), atol=1e-5)
 
 
 def test_batches_that_cannot_be_divided_are_refused() -> None:

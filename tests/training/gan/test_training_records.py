@@ -1,4 +1,4 @@
-"""What a run leaves beside its checkpoint: the log, curves, measurements and the best snapshot."""
+"""Tests of the records of a run: the log, curves, measurements and the best snapshot."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from training.data.isic import ImageDataset
 from training.gan.batches import batches
 from training.gan.best import Measurements
 from training.gan.config import GanConfig, auto_config
-from training.gan.journal import Journal
 from training.gan.loop import train
 from training.gan.snapshot import GeneratorOrigin, write_snapshot
 from training.gan.state import GanProgress, new_state, set_learning_rates
+from training.gan.training_log import TrainingLog
 
 CPU = torch.device("cpu")
 ORIGIN = GeneratorOrigin("moles", "folder", "CC0-1.0", "nobody")
@@ -111,7 +111,7 @@ def test_log_of_a_crashed_run_is_cut_back_to_its_checkpoint(tmp_path: Path) -> N
 
 
 def test_non_finite_numbers_are_left_out_of_log(tmp_path: Path) -> None:
-    with Journal(tmp_path, 0) as journal:
+    with TrainingLog(tmp_path, 0) as journal:
         journal.write(GanProgress(nimg=4), {"G": 1.0, "G_gradient": float("inf")})
     assert list(_lines(tmp_path / "log.jsonl")) == [{"nimg": 4, "seconds": 0.0, "G": 1.0}]
 
@@ -197,4 +197,4 @@ def test_training_writes_curves_and_grids_for_tensorboard(tmp_path: Path) -> Non
 def test_missing_tensorboard_is_refused_with_install_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(TrainingError, match="pip install tensorboard"):
-        Journal(tmp_path, 0, tensorboard=True)
+        TrainingLog(tmp_path, 0, tensorboard=True)

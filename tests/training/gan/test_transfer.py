@@ -1,4 +1,4 @@
-"""A run begins with what fits of another's weights, and says what did not."""
+"""Tests of starting a run with the weights of another: the tensors that fit are copied, the others are reported."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 def test_all_weights_of_equal_network_are_transferred(whole: Bundle) -> None:
     source, state = read_source(Path(whole.location)), new_state(_config(), CPU)
     taken = transfer(source, state)
-    assert [part.share for part in taken] == [1.0, 1.0] and not any(part.left for part in taken)
+    assert [part.share for part in taken] == [1.0, 1.0] and not any(part.not_copied for part in taken)
     for ours, theirs in ((state.G, source.G), (state.G_ema, source.G), (state.D, source.D)):
         assert theirs is not None
         for name, value in ours.state_dict().items():
@@ -73,13 +73,15 @@ def test_weights_that_do_not_fit_stay_new_and_are_reported(
     if not left:
         assert G.share == 1.0
         return
-    assert 0.3 < G.share < 1 and reason in G.left[left] and reason in str(G)
+    assert 0.3 < G.share < 1 and reason in G.not_copied[left] and reason in str(G)
     assert torch.equal(state.G.state_dict()[left], before[left])
 
 
 def test_transfer_source_without_fitting_weights_is_refused(whole: Bundle, tmp_path: Path) -> None:
     source = read_source(Path(whole.location))
-    with pytest.raises(TrainingError, match="--from: .*no weight of it fits.*channel_max 16, .*channel_max 8, z_dim 8"):
+    with pytest.raises(
+        TrainingError, match="--from: .*none of its weights fit.*channel_max 16, .*channel_max 8, z_dim 8"
+    ):
         transfer(source, new_state(_config(channel_max=8, z_dim=8, w_dim=8), CPU))
     with pytest.raises(BundleError):
         read_source(tmp_path)

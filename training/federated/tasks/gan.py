@@ -34,7 +34,7 @@ from training.federated.tasks import client_state
 from training.federated.tasks.proximal import proximal_pull
 from training.federated.tasks.task import FederatedTask, TrainingRequest, Update
 from training.gan.batches import batches
-from training.gan.health import Health
+from training.gan.divergence import DivergenceCheck
 from training.gan.snapshot import draw_samples
 from training.gan.state import GanState, load_state, new_state, save_state
 from training.gan.step import training_step
@@ -146,7 +146,7 @@ def train(request: TrainingRequest, site: Site) -> Update:
     state.progress.nimg = state.progress.step * config.batch
     start, totals = time.monotonic(), dict[str, list[float]]()
     phases = state.phases(local, Ranks(device=device))
-    health = Health(checkpoint)
+    health = DivergenceCheck(checkpoint)
     adjust = proximal_pull((state.G, state.D), request.proximal_mu)
     with closing(batches(dataset, local, state.progress.nimg, phases.ranks)) as real:
         for _ in range(federation.iterations):

@@ -1,4 +1,4 @@
-"""Which transforms are used and how strong they are, and the official groups of transforms."""
+"""Probabilities and strengths of the transforms, and the official groups of transforms."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ class AugmentConfig:
     filter: float = 0.0
     noise: float = 0.0
     cutout: float = 0.0
-    xint_max: float = 0.125  # of the image's side
-    scale_std: float = 0.2  # of log2
-    rotate_max: float = 1.0  # of half a turn
-    aniso_std: float = 0.2  # of log2
-    xfrac_std: float = 0.125  # of the image's side
-    brightness_std: float = 0.2  # images are in [-1, 1]
-    contrast_std: float = 0.5  # of log2
-    hue_max: float = 1.0  # of half a turn
-    saturation_std: float = 1.0  # of log2
-    filter_std: float = 1.0  # of log2
-    noise_std: float = 0.1  # of the half-normal distribution of sigma
-    cutout_size: float = 0.5  # of the image's side
+    xint_max: float = 0.125  # share of the image's side
+    scale_std: float = 0.2  # standard deviation, in powers of 2
+    rotate_max: float = 1.0  # share of a half turn
+    aniso_std: float = 0.2  # standard deviation, in powers of 2
+    xfrac_std: float = 0.125  # standard deviation, as a share of the image's side
+    brightness_std: float = 0.2  # standard deviation, for images in [-1, 1]
+    contrast_std: float = 0.5  # standard deviation, in powers of 2
+    hue_max: float = 1.0  # share of a half turn
+    saturation_std: float = 1.0  # standard deviation, in powers of 2
+    filter_std: float = 1.0  # standard deviation, in powers of 2
+    noise_std: float = 0.1  # scale of the half-normal distribution of the noise's sigma
+    cutout_size: float = 0.5  # share of the image's side
 
 
 _BLIT = {"xflip": 1.0, "rotate90": 1.0, "xint": 1.0}

@@ -27,7 +27,9 @@ def parse_classes(text: str) -> dict[str, int]:
     for part in text.split(","):
         name, equals, count = (piece.strip() for piece in part.rpartition("="))
         if not (equals and name and count.removeprefix("-").isdecimal() and count.isascii()):
-            raise InvalidRequestError(f"--classes: {part!r} is not CLASS=COUNT; write malignant=500,benign=500")
+            raise InvalidRequestError(
+                f"--classes: {part!r} does not have the form CLASS=COUNT; write malignant=500,benign=500"
+            )
         if name in classes:
             raise InvalidRequestError(f"--classes: {name} occurs twice")
         classes[name] = int(count)
@@ -113,8 +115,8 @@ def usage_message(error: Exception) -> str | None:
 
 
 @contextmanager
-def hint(message: str) -> Iterator[None]:
-    """On Ctrl-C, print how to continue and exit with status 130."""
+def interrupt_message(message: str) -> Iterator[None]:
+    """On Ctrl-C, print `message`, which says how to continue, and exit with status 130."""
     try:
         yield
     except KeyboardInterrupt:
@@ -122,7 +124,7 @@ def hint(message: str) -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+def format_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
     """Format lines with aligned columns."""
     cells = [list(header), *([one_line(cell) for cell in row] for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
@@ -130,7 +132,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
 
 
-def models(offered: Sequence[Model]) -> Iterator[str]:
+def format_models(models: Sequence[Model]) -> Iterator[str]:
     """Format the list of models."""
     rows = (
         (
@@ -141,9 +143,9 @@ def models(offered: Sequence[Model]) -> Iterator[str]:
             model.licence or "?",
             model.digest[:12],
         )
-        for model in offered
+        for model in models
     )
-    return table(("MODEL", "PIXELS", "CLASSES", "KIMG", "LICENCE", "DIGEST"), rows)
+    return format_table(("MODEL", "PIXELS", "CLASSES", "KIMG", "LICENCE", "DIGEST"), rows)
 
 
 EditOption = Annotated[
@@ -158,7 +160,7 @@ def parse_edits(texts: Sequence[str] | None) -> list[dict[str, Any]] | None:
     for text in texts or ():
         match = re.fullmatch(r"([^=]+)=([+-]?[0-9]*\.?[0-9]+)(?:@([0-9]+)-([0-9]+))?", text)
         if match is None:
-            raise InvalidRequestError(f"--edit: {text!r} is not of the form DIRECTION=STRENGTH[@FIRST-LAST]")
+            raise InvalidRequestError(f"--edit: {text!r} does not have the form DIRECTION=STRENGTH[@FIRST-LAST]")
         layers = None if match[3] is None else [int(match[3]), int(match[4])]
         edits.append({"direction": match[1], "strength": float(match[2]), "layers": layers})
     return edits or None
@@ -168,7 +170,7 @@ def parse_sample(text: str) -> tuple[str, int, int]:
     """Parse a value of --sample to (class, seed, index). Raises InvalidRequestError."""
     match = re.fullmatch(r"(.+):([0-9]+):([0-9]+)", text)
     if match is None:
-        raise InvalidRequestError(f"--sample: {text!r} is not of the form CLASS:SEED:INDEX")
+        raise InvalidRequestError(f"--sample: {text!r} does not have the form CLASS:SEED:INDEX")
     return match[1], int(match[2]), int(match[3])
 
 
@@ -176,7 +178,7 @@ def parse_projection(text: str) -> tuple[str, int]:
     """Parse a value of --projection to (id, position of the image). Raises InvalidRequestError."""
     name, _, image = text.partition(":")
     if not name or not (image or "0").isdecimal():
-        raise InvalidRequestError(f"--projection: {text!r} is not of the form ID:IMAGE")
+        raise InvalidRequestError(f"--projection: {text!r} does not have the form ID:IMAGE")
     return name, int(image or 0)
 
 
@@ -187,7 +189,9 @@ def parse_sweep(text: str | None) -> dict[str, Any] | None:
     number = r"([+-]?[0-9]*\.?[0-9]+)"
     match = re.fullmatch(rf"([^=]+)={number}:{number}:([0-9]+)", text)
     if match is None or not 2 <= int(match[4]) <= 256:
-        raise InvalidRequestError(f"--sweep: {text!r} is not of the form DIRECTION=FROM:TO:STEPS, of 2 to 256 steps")
+        raise InvalidRequestError(
+            f"--sweep: {text!r} does not have the form DIRECTION=FROM:TO:STEPS, of 2 to 256 steps"
+        )
     first, last, steps = float(match[2]), float(match[3]), int(match[4])
     strengths = [round(first + (last - first) * k / (steps - 1), 6) for k in range(steps)]
     return {"direction": match[1], "strengths": strengths}
@@ -204,16 +208,16 @@ def parse_threshold(text: str | None) -> str | float | None:
 _CLASSIFICATION = ("file", "probability", "calibrated", "class")
 
 
-def classifications(result: ClassificationsResult) -> Iterator[str]:
+def format_classifications(result: ClassificationsResult) -> Iterator[str]:
     """Format classifications as a table, followed by the threshold and the classifier."""
     rows = ((item.name, f"{item.probability:.4f}", f"{item.calibrated:.4f}", item.class_name) for item in result)
-    yield from table([name.upper() for name in _CLASSIFICATION], rows)
+    yield from format_table([name.upper() for name in _CLASSIFICATION], rows)
     name = f" ({result.threshold.name})" if result.threshold.name else ""
     origin = f"{result.model.name}@{result.model.digest[:12]}, classifier {result.model.classifier[:12]}"
     yield one_line(f"{result.positive_class} from {result.threshold.value:g}{name} calibrated; {origin}")
 
 
-def classifications_csv(result: ClassificationsResult) -> Iterator[str]:
+def format_classifications_csv(result: ClassificationsResult) -> Iterator[str]:
     """Format classifications as CSV."""
     buffer = io.StringIO(newline="")
     writer = csv.writer(buffer, lineterminator="\n")
@@ -222,28 +226,28 @@ def classifications_csv(result: ClassificationsResult) -> Iterator[str]:
     yield buffer.getvalue().removesuffix("\n")
 
 
-def counts(classes: Mapping[str, int]) -> str:
+def format_counts(classes: Mapping[str, int]) -> str:
     """Format the number of images of each class."""
     return ",".join(f"{name}={count}" for name, count in classes.items())
 
 
-def datasets(records: Sequence[DatasetRecord]) -> Iterator[str]:
+def format_datasets(records: Sequence[DatasetRecord]) -> Iterator[str]:
     """Format the list of datasets."""
     rows = (
         (
             dataset.id,
             dataset.state,
             f"{dataset.progress.samples_done}/{dataset.progress.samples_total}",
-            counts(dataset.request.classes),
+            format_counts(dataset.request.classes),
             dataset.request.format,
             f"{dataset.created_at:%Y-%m-%d %H:%M}" if dataset.created_at else "?",
         )
         for dataset in records
     )
-    return table(("DATASET", "STATE", "DONE", "CLASSES", "FORMAT", "CREATED (UTC)"), rows)
+    return format_table(("DATASET", "STATE", "DONE", "CLASSES", "FORMAT", "CREATED (UTC)"), rows)
 
 
-def dataset(record: DatasetRecord) -> Iterator[str]:
+def format_dataset(record: DatasetRecord) -> Iterator[str]:
     """Format a dataset with its request."""
     done, model = record.progress, record.model
     yield f"{record.id} {record.state}"
@@ -252,7 +256,7 @@ def dataset(record: DatasetRecord) -> Iterator[str]:
     if model:
         yield f"model    {model.name}@{model.digest[:12]}"
     for name, value in record.request.model_dump(mode="json", exclude={"model"} if model else None).items():
-        shown = counts(value) if name == "classes" else value
+        shown = format_counts(value) if name == "classes" else value
         yield f"{name:<9}{shown}" if len(name) < 9 else f"{name} {shown}"
     for name, moment in (
         ("created", record.created_at),
@@ -265,54 +269,54 @@ def dataset(record: DatasetRecord) -> Iterator[str]:
         yield f"error    {describe(record.error)}"
 
 
-def created(record: DatasetRecord, download: Mapping[str, Any] | None) -> Iterator[str]:
+def format_created_dataset(record: DatasetRecord, download: Mapping[str, Any] | None) -> Iterator[str]:
     """Format the state of a dataset, and its download or the next command."""
     yield f"{record.id} {record.state}"
     if download is not None:
-        yield from downloaded(download)
+        yield from format_download(download)
     elif record.state == "succeeded":
         yield f"fetch it: dermis-client datasets download {record.id} --out DIR"
     elif not record.finished:
         yield f"watch it: dermis-client datasets wait {record.id}"
 
 
-def downloaded(download: Mapping[str, Any]) -> Iterator[str]:
+def format_download(download: Mapping[str, Any]) -> Iterator[str]:
     """Format the result of a download."""
     files, count = download["files"], download["images_count"]
     container = "images.zip" if "images.zip" in files else "data files"
     images = "images" if count is None else f"{count:,} images"
-    yield f"{download['folder']}: {images} in {container}, {len(files)} files, every hash right"
+    yield f"{download['folder']}: {images} in {container}, {len(files)} files checked, all hashes match"
     if "images" in download:
         yield f"images unpacked into {download['images']}"
     elif container == "images.zip":
         yield "unpack the images: download again with --extract, or unzip images.zip"
 
 
-def verified(report: VerifyReport) -> Iterator[str]:
+def format_verification(report: VerifyReport) -> Iterator[str]:
     """Format the differences between a folder and its manifest."""
     for difference, names in (("changed", report.changed), ("missing", report.missing), ("extra", report.extra)):
         for name in names:
             yield one_line(f"{difference} {name}")
     if report.ok:
         kind = "images" if report.folder.is_file() else "files"
-        yield f"{report.folder}: {report.checked} {kind}, every hash right"
+        yield f"{report.folder}: {report.checked} {kind} checked, all hashes match"
 
 
-def verdicts(result: AuthenticityResult) -> Iterator[str]:
+def format_verdicts(result: AuthenticityResult) -> Iterator[str]:
     """Format a line for each image, and the share of authentic images."""
     for verdict in result:
-        word = "authentic" if verdict.authentic else "too near"
-        yield one_line(f"{word:<10}{verdict.distance:5.2f}  percentile {verdict.percentile:3}  {verdict.name}")
+        word = "authentic" if verdict.authentic else "not authentic"
+        yield one_line(f"{word:<15}{verdict.distance:5.2f}  percentile {verdict.percentile:3}  {verdict.name}")
     yield f"{result.authentic_share:.0%} of {len(result)} authentic"
 
 
-def directions(offered: Sequence[Direction]) -> Iterator[str]:
+def format_directions(directions: Sequence[Direction]) -> Iterator[str]:
     """Format a line for each direction."""
-    for item in offered:
+    for item in directions:
         yield one_line(f"{item.name:<24}{item.method:<13}layers {item.layers[0]}-{item.layers[1]}")
 
 
-def projected(record: Projection, files: Sequence[Path], kept: bool) -> Iterator[str]:
+def format_projection(record: Projection, files: Sequence[Path], kept: bool) -> Iterator[str]:
     """Format a line for each image, and the next command if the projection is kept."""
     for image in record.data or ():
         yield one_line(

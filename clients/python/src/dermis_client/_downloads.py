@@ -126,7 +126,7 @@ def prepare(
     max_retries: int,
     report: Callable[[DownloadProgress], None],
 ) -> Flow[Plan]:
-    """Check file names, find out which files the folder lacks, fetch the manifest and compare it with the list.
+    """Check file names, determine which files the folder lacks, fetch the manifest and compare it with the list.
 
     Args:
         dataset_id: The dataset.
@@ -263,7 +263,7 @@ def fetch(plan: Plan, file: DatasetFile, max_retries: int) -> Flow[None]:
 
 def _complete(plan: Plan, file: DatasetFile, part: PartFile, max_retries: int) -> Flow[None]:
     """Read until the part is complete, and connect again when the connection breaks."""
-    attempts = 0  # in a row without a byte
+    attempts = 0  # number of consecutive attempts without a byte
     while part.size < file.bytes:
         before = part.size
         try:

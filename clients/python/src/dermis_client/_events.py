@@ -14,7 +14,7 @@ from dermis_client._untrusted import one_line
 from dermis_client.errors import APIConnectionError, APIResponseError
 
 T = TypeVar("T")
-MAX_EVENT_BYTES = 1 << 20  # of one line, and of the data of one event
+MAX_EVENT_BYTES = 1 << 20  # maximum size of one line, and of the data of one event
 MAX_SILENCE = 45.0  # seconds without a byte before a stream is considered broken; heartbeats are sent every 15 seconds
 
 
@@ -33,7 +33,7 @@ class EventDecoder:
     _rest: bytes = b""
     _event: str = ""
     _data: list[str] = field(default_factory=list)
-    _size: int = 0  # of _data
+    _size: int = 0  # size of _data
     _started: bool = False
 
     def feed(self, chunk: bytes) -> list[Message]:
@@ -90,7 +90,9 @@ def open_events(path: str, max_retries: int) -> Flow[Stream]:
     media_type = stream.response.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "text/event-stream":
         yield from close(stream)
-        raise APIResponseError(f"{stream.response.url} gave {media_type or 'no media type'}, not an event stream")
+        raise APIResponseError(
+            f"{stream.response.url} sent {media_type or 'no media type'} instead of an event stream; check base_url"
+        )
     return stream
 
 
@@ -126,7 +128,7 @@ def emit_events(
     Raises:
         APIConnectionError: The stream breaks again and again.
     """
-    empty_streams = 0  # connections in a row without an event
+    empty_streams = 0  # number of consecutive connections without an event
     while True:
         failure: Exception = APIConnectionError(f"the event stream of {job_id} keeps closing early")
         try:

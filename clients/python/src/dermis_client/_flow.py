@@ -226,10 +226,12 @@ def connection_error(error: httpx.RequestError, operation: Request | str) -> API
     failure: APIConnectionError
     if isinstance(error, httpx.TimeoutException):
         failure = APITimeoutError(
-            f"no answer in time from {url} ({operation}: {reason}); is it busy? increase `timeout`"
+            f"no response in time from {url} ({operation}: {reason}); if the service is busy, increase `timeout`"
         )
     elif isinstance(error, httpx.ConnectError):
-        failure = APIConnectionError(f"cannot reach {url} ({reason}); is the service running, is base_url right?")
+        failure = APIConnectionError(
+            f"cannot reach {url} ({reason}); check that the service is running, and check base_url"
+        )
     else:
         failure = APIConnectionError(f"the connection to {url} broke ({operation}: {reason})")
     failure.__cause__ = error
@@ -251,5 +253,5 @@ def parse(response: httpx.Response, model: Callable[[Any], T]) -> T:
     except ValueError as error:  # json and pydantic both raise subclasses of ValueError
         reason = one_line(str(error))
         raise APIResponseError(
-            f"{response.url} gave an answer that this client does not understand ({reason}); is base_url right?"
+            f"{response.url} sent a response that this client does not understand ({reason}); check base_url"
         ) from error

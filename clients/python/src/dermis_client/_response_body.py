@@ -14,9 +14,11 @@ import httpx
 from dermis_client._untrusted import one_line
 from dermis_client.errors import APIResponseError
 
-MAX_BYTES = 16 << 20  # of a decompressed body, unless the request sets another limit
-MAX_ERROR_BYTES = 1 << 20  # of the body of an error; a longer one is not a problem document and is not read
-MIN_SPEED = 1000.0  # bytes per second, once the client's timeout has passed
+MAX_BYTES = 16 << 20  # maximum size of a decompressed body, unless the request sets another limit
+MAX_ERROR_BYTES = (
+    1 << 20
+)  # maximum size of the body of an error; a longer one is not a problem document and is not read
+MIN_SPEED = 1000.0  # minimum number of bytes per second, once the client's timeout has passed
 
 
 class Body:
@@ -47,7 +49,7 @@ class Body:
         encoding = response.headers.get("content-encoding", "identity").strip().lower()
         if encoding not in {"identity", "gzip", "x-gzip"} and response.is_success:
             raise APIResponseError(
-                f"{response.url} gave an answer with the encoding {one_line(encoding, 100)}, which was not requested"
+                f"{response.url} sent a response with the encoding {one_line(encoding, 100)}, which was not requested"
             )
         self._decompressor = zlib.decompressobj(wbits=31) if encoding.endswith("gzip") else None
         self.incomplete = True
@@ -79,11 +81,11 @@ class Body:
         self._pieces.append(piece)
 
     def _refuse(self, reason: str) -> None:
-        """Raise for a success; drop the body of an error, whose status is enough."""
+        """Raise if the status is a success. For an error status, discard the body: the status is sufficient."""
         self._pieces.clear()
         self.incomplete = False
         if self._response.is_success:
-            raise APIResponseError(f"{self._response.url} gave an answer that {reason}; is base_url right?")
+            raise APIResponseError(f"{self._response.url} sent a response that {reason}; check base_url")
 
     def response(self) -> httpx.Response:
         """Return the response with its whole decompressed body, as if httpx had read it."""

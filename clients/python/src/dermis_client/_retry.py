@@ -1,4 +1,4 @@
-"""Rules for retries: which failures, and after how long. Pure functions."""
+"""Rules for retries: which failures are retried, and after which delay. Pure functions."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from email.utils import parsedate_to_datetime
 import httpx
 
 FIRST_DELAY = 0.5  # seconds
-LONGEST_DELAY = 8.0  # seconds
+MAX_DELAY = 8.0  # seconds
 MAX_SECONDS = 1e9  # a longer Retry-After is reduced to this, so that clock arithmetic cannot overflow
-LONGEST_RETRY_AFTER = 120.0  # seconds; no retry if the service asks for more: the caller decides
+MAX_RETRY_AFTER = 120.0  # seconds; if the service asks for more, there is no retry and the caller decides
 
 
 def after_status(status: int, idempotent: bool) -> bool:
@@ -35,13 +35,13 @@ def delay(attempt: int, retry_after: float | None = None, jitter: float | None =
         jitter: 0 to 1; by default random, so that many clients of one service do not return at the same moment.
 
     Returns:
-        Seconds, or None if the service asked for more than LONGEST_RETRY_AFTER: do not retry.
+        Seconds, or None if the service asked for more than MAX_RETRY_AFTER: do not retry.
     """
-    longest = min(FIRST_DELAY * 2.0 ** min(attempt, 30), LONGEST_DELAY)
-    own = longest * (0.5 + 0.5 * (random.random() if jitter is None else jitter))
+    longest = min(FIRST_DELAY * 2.0 ** min(attempt, 30), MAX_DELAY)
+    backoff = longest * (0.5 + 0.5 * (random.random() if jitter is None else jitter))
     if retry_after is None:
-        return own
-    return None if retry_after > LONGEST_RETRY_AFTER else max(own, retry_after)
+        return backoff
+    return None if retry_after > MAX_RETRY_AFTER else max(backoff, retry_after)
 
 
 def parse_retry_after(value: str | None, now: datetime | None = None) -> float | None:

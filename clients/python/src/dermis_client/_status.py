@@ -34,7 +34,7 @@ def problem_from(response: httpx.Response) -> Problem:
 
 def describe(problem: Problem) -> str:
     """Describe a problem in one line: its detail, then each field's message that the detail does not contain."""
-    parts = [one_line(problem.detail or problem.title or "the service gave no reason")]
+    parts = [one_line(problem.detail or problem.title or "the service stated no reason")]
     summary = problem.detail or problem.title
     fields = [error for error in problem.errors if error.message and error.message not in summary]
     for error in fields[:MAX_FIELDS]:

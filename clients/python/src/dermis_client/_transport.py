@@ -205,7 +205,7 @@ class SyncTransport:
             if count == MAX_REDIRECTS:
                 raise httpx.TooManyRedirects(f"more than {MAX_REDIRECTS} redirects", request=response.request)
             response = self.http.send(following, stream=True, follow_redirects=False)
-        raise AssertionError("the loop has no other end")
+        raise AssertionError("unreachable: the loop returns or raises")
 
     def _read_whole(self, request: Request, response: httpx.Response) -> httpx.Response:
         if response.is_stream_consumed:  # the HTTP client had the whole body in memory, as test transports do
@@ -319,7 +319,7 @@ class AsyncTransport:
             if count == MAX_REDIRECTS:
                 raise httpx.TooManyRedirects(f"more than {MAX_REDIRECTS} redirects", request=response.request)
             response = await self.http.send(following, stream=True, follow_redirects=False)
-        raise AssertionError("the loop has no other end")
+        raise AssertionError("unreachable: the loop returns or raises")
 
     async def _read_whole(self, request: Request, response: httpx.Response) -> httpx.Response:
         if response.is_stream_consumed:

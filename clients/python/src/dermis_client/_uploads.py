@@ -105,7 +105,7 @@ def with_names(result: ResultT, files: Sequence[File]) -> ResultT:
         APIResponseError: The result has another number of images than the request.
     """
     if len(result) != len(files):
-        raise APIResponseError(f"the service gave {len(result)} answers for {len(files)} images; is base_url right?")
+        raise APIResponseError(f"the service sent {len(result)} results for {len(files)} images; check base_url")
     named = [
         item.model_copy(update={"index": file.position, "name": file.name})
         for item, file in zip(result.data, files, strict=True)
@@ -157,7 +157,7 @@ def read_file(position: int, source: Source) -> Flow[File]:
 
 
 def with_file_names(error: APIStatusError, files: Sequence[File]) -> APIStatusError:
-    """Return the same error with the caller's file names and positions in place of those of one request."""
+    """Return the same error with the caller's file names and positions instead of those of one request."""
 
     def file_of(match: re.Match[str]) -> File | None:
         number = int(match[1])

@@ -22,7 +22,7 @@ from dermis_client.folders import extract_images
 from dermis_client.folders import verify as verify_folder
 from dermis_client.resources.dataset_records import Dataset
 
-MAX_LINE_LENGTH = 10_000  # characters of a printed line
+MAX_LINE_LENGTH = 10_000  # maximum number of characters of a printed line
 app = typer.Typer(
     name="dermis-client",
     help="Generate and download synthetic dermoscopy with a dermis service.",
@@ -103,7 +103,9 @@ def _note(message: str) -> None:
 
 
 def _fetch(dataset: Dataset, out: Path, extract: bool, overwrite: bool, parallel: int) -> dict[str, Any]:
-    with text.hint(f"download interrupted; resume with: dermis-client datasets download {dataset.id} --out {out}"):
+    with text.interrupt_message(
+        f"download interrupted; resume with: dermis-client datasets download {dataset.id} --out {out}"
+    ):
         result = dataset.download(out, parallel=parallel, overwrite=overwrite, progress=True)
         output: dict[str, Any] = {"folder": str(result.folder), "files": [path.name for path in result.files]}
         output["images_count"] = result.images
@@ -116,8 +118,8 @@ def _fetch(dataset: Dataset, out: Path, extract: bool, overwrite: bool, parallel
 def models(context: typer.Context, base_url: BaseUrl = None, as_json: Json = False) -> None:
     """List the models that the service offers."""
     with _client(context, base_url) as client:
-        offered = client.models.list()
-    _print(context, as_json, [model.model_dump(mode="json") for model in offered], lambda: text.models(offered))
+        served = client.models.list()
+    _print(context, as_json, [model.model_dump(mode="json") for model in served], lambda: text.format_models(served))
 
 
 @datasets.command()
@@ -192,7 +194,9 @@ def create(
     gating = {"gate": gate, "percentile": percentile, "on_reject": on_reject, "tries": gate_tries}
     gate_options = {name: value for name, value in gating.items() if value is not None}
     with _client(context, base_url) as client:
-        with text.hint("interrupted; the dataset may have been created already, see: dermis-client datasets list"):
+        with text.interrupt_message(
+            "interrupted; the dataset may have been created already, see: dermis-client datasets list"
+        ):
             dataset = client.datasets.create(
                 text.parse_classes(classes),
                 seed=seed,
@@ -211,14 +215,14 @@ def create(
             )
         if wait or out is not None:
             _note(dataset.id)
-            with text.hint(
+            with text.interrupt_message(
                 f"interrupted; {dataset.id} continues, wait for it with: dermis-client datasets wait {dataset.id}"
             ):
                 dataset = dataset.wait(progress=True, timeout=timeout)
         output = dataset.model_dump(mode="json")
         if out is not None:
             output["download"] = _fetch(dataset, out, extract, overwrite, parallel)
-    _print(context, as_json, output, lambda: text.created(dataset, output.get("download")))
+    _print(context, as_json, output, lambda: text.format_created_dataset(dataset, output.get("download")))
 
 
 @datasets.command("list")
@@ -234,7 +238,9 @@ def list_datasets(
     """List datasets, newest first."""
     with _client(context, base_url) as client:
         records = list(client.datasets.list(state=state, limit=limit))
-    _print(context, as_json, [record.model_dump(mode="json") for record in records], lambda: text.datasets(records))
+    _print(
+        context, as_json, [record.model_dump(mode="json") for record in records], lambda: text.format_datasets(records)
+    )
 
 
 @datasets.command()
@@ -242,7 +248,7 @@ def show(context: typer.Context, dataset_id: Id, base_url: BaseUrl = None, as_js
     """Show a dataset: its state, progress and request."""
     with _client(context, base_url) as client:
         dataset = client.datasets.retrieve(dataset_id)
-    _print(context, as_json, dataset.model_dump(mode="json"), lambda: text.dataset(dataset))
+    _print(context, as_json, dataset.model_dump(mode="json"), lambda: text.format_dataset(dataset))
 
 
 @datasets.command("wait")
@@ -252,10 +258,12 @@ def wait_for(
     """Wait until a dataset has finished."""
     with (
         _client(context, base_url) as client,
-        text.hint(f"interrupted; {dataset_id} continues, wait for it with: dermis-client datasets wait {dataset_id}"),
+        text.interrupt_message(
+            f"interrupted; {dataset_id} continues, wait for it with: dermis-client datasets wait {dataset_id}"
+        ),
     ):
         dataset = client.datasets.wait(dataset_id, progress=True, timeout=timeout)
-    _print(context, as_json, dataset.model_dump(mode="json"), lambda: text.created(dataset, None))
+    _print(context, as_json, dataset.model_dump(mode="json"), lambda: text.format_created_dataset(dataset, None))
 
 
 @datasets.command()
@@ -273,7 +281,7 @@ def download(
     with _client(context, base_url) as client:
         dataset = client.datasets.retrieve(dataset_id)
         output = _fetch(dataset, out, extract, overwrite, parallel)
-    _print(context, as_json, output, lambda: text.downloaded(output))
+    _print(context, as_json, output, lambda: text.format_download(output))
 
 
 @datasets.command()
@@ -369,7 +377,7 @@ def classify(
             progress=True,
         )
     written = result.save_heat_maps(heat_maps) if heat_maps else []
-    lines = text.classifications_csv if as_csv else text.classifications
+    lines = text.format_classifications_csv if as_csv else text.format_classifications
     output = result.model_dump(mode="json", by_alias=True, exclude={"data": {"__all__": {"heat_map": {"content"}}}})
     if heat_maps:
         output["files"] = [str(path) for path in written]
@@ -405,15 +413,20 @@ def authenticity(
             result = client.authenticity.check_generated(text.parse_classes(classes), seed=seed, model=model)
         else:
             result = client.authenticity.check(files or [], model=model, progress=True)
-    _print(context, as_json, result.model_dump(mode="json"), lambda: text.verdicts(result))
+    _print(context, as_json, result.model_dump(mode="json"), lambda: text.format_verdicts(result))
 
 
 @app.command()
 def directions(context: typer.Context, model: Model = None, base_url: BaseUrl = None, as_json: Json = False) -> None:
     """List the directions along which images of a model can be edited."""
     with _client(context, base_url) as client:
-        offered = client.edits.directions(model)
-    _print(context, as_json, [item.model_dump(mode="json") for item in offered], lambda: text.directions(offered))
+        edit_directions = client.edits.directions(model)
+    _print(
+        context,
+        as_json,
+        [item.model_dump(mode="json") for item in edit_directions],
+        lambda: text.format_directions(edit_directions),
+    )
 
 
 @app.command("edit")
@@ -481,13 +494,13 @@ def project(
             files, model=model, schedule=schedule, steps=steps, class_name=class_name, video=video or None
         )
         _note(record.id)
-        with text.hint(f"interrupted; {record.id} continues until it is deleted or expires"):
+        with text.interrupt_message(f"interrupted; {record.id} continues until it is deleted or expires"):
             record = client.projections.wait(record.id, progress=True)
             written = client.projections.download(record.id, out)
         if not keep:
             client.projections.delete(record.id)
     output = {**record.model_dump(mode="json"), "downloaded": [str(path) for path in written]}
-    _print(context, as_json, output, lambda: text.projected(record, files, keep))
+    _print(context, as_json, output, lambda: text.format_projection(record, files, keep))
 
 
 @app.command()
@@ -499,7 +512,7 @@ def verify(
     """Check a downloaded folder against its manifest.json; needs no service."""
     report = verify_folder(folder)
     output = {**asdict(report), "folder": str(folder), "ok": report.ok}
-    _print(context, as_json, output, lambda: text.verified(report))
+    _print(context, as_json, output, lambda: text.format_verification(report))
     if not report.ok:
         raise typer.Exit(1)
 
@@ -516,8 +529,8 @@ def main() -> None:
         status = app(standalone_mode=False)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has ended, as with `dermis-client ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for output at exit
-        sys.exit(1)  # as Typer does in this case
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # output at exit must not fail either
+        sys.exit(1)  # the status that Typer uses in this case
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(_fail("interrupted", 130))
     except (DermisError, OSError) as error:

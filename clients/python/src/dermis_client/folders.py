@@ -100,7 +100,7 @@ def _verify_archive(path: Path) -> VerifyReport:
         with _open_archive(path) as archive:
             present = {member.filename: member for member in _image_members(archive)}
             if METADATA not in archive.namelist():
-                raise ValueError(f"it holds no {METADATA}")
+                raise ValueError(f"it contains no {METADATA}")
             table = csv.DictReader(io.StringIO(archive.read(METADATA).decode(), newline=""))
             hashes = {row["file_name"]: row["sha256"] for row in table}
             changed = [
@@ -122,7 +122,7 @@ def _read_manifest(root: Path) -> Manifest:
         if path.exists() and not path.is_file():
             raise ValueError("it is not a regular file")
         if path.stat().st_size > MAX_LIST_BYTES:
-            raise ValueError(f"it has more than {MAX_LIST_BYTES >> 20} MiB")
+            raise ValueError(f"it is larger than {MAX_LIST_BYTES >> 20} MiB")
         return Manifest.model_validate(load_json(path.read_bytes()))
     except FileNotFoundError as error:
         raise IntegrityError(f"{root} has no {MANIFEST}: it is not a dataset folder", name=MANIFEST) from error
@@ -156,7 +156,7 @@ def extract_images(folder: str | os.PathLike[str]) -> Path:
     with _open_archive(root / ARCHIVE) as archive:
         members = list(_image_members(archive))
         if not members:
-            raise IntegrityError(f"{root / ARCHIVE} holds no images", name=ARCHIVE)
+            raise IntegrityError(f"{root / ARCHIVE} contains no images", name=ARCHIVE)
         if target.exists():
             if _is_unpacked(root, members):
                 return target
@@ -196,7 +196,9 @@ def _image_members(archive: zipfile.ZipFile) -> Iterator[zipfile.ZipInfo]:
         parts = PurePosixPath(name).parts
         plain = "/".join(parts) == name.removesuffix("/") and "\\" not in name and all(map(_safe_part, parts))
         if not plain or name.casefold() in seen or not (regular or member.is_dir()):
-            raise IntegrityError(f"{archive.filename} holds {one_line(repr(name), 120)}: not safe to unpack", name=name)
+            raise IntegrityError(
+                f"{archive.filename} contains {one_line(repr(name), 120)}: not safe to unpack", name=name
+            )
         seen.add(name.casefold())
         if parts[0] == IMAGES and len(parts) == 3 and not member.is_dir():
             yield member

@@ -17,7 +17,7 @@ from dermis_client._untrusted import one_line
 from dermis_client.errors import DermisError, IntegrityError
 from dermis_client.models import Count, ModelRef, ResponseRecord
 
-MAX_PIXELS = 200_000_000  # of an image or a sheet; 0.6 GB in memory
+MAX_PIXELS = 200_000_000  # maximum size of an image or a sheet; 0.6 GB in memory
 _FORMATS = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp"}
 
 
@@ -60,7 +60,7 @@ def sheet(images: Sequence[Image.Image], columns: int, gap: int) -> Image.Image:
     rows = math.ceil(len(images) / columns)
     size = (columns * (width + gap) - gap, rows * (height + gap) - gap)
     if size[0] * size[1] > MAX_PIXELS:
-        raise DermisError(f"a sheet of {size[0]} x {size[1]} pixels is too large; save the images one by one")
+        raise DermisError(f"a sheet of {size[0]} x {size[1]} pixels is too large; save the images separately")
     result = Image.new("RGB", size, "white")
     for position, image in enumerate(images):
         row, column = divmod(position, columns)

@@ -45,7 +45,7 @@ class Problem(ResponseRecord):
 
     @property
     def kind(self) -> str:
-        """The last part of `type`, such as "unknown-class"; "" if the service gave no type."""
+        """The last part of `type`, such as "unknown-class"; "" if the service sent no type."""
         return "" if self.type == "about:blank" else self.type.rsplit(":", 1)[-1]
 
 

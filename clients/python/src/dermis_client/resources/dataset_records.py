@@ -47,7 +47,9 @@ class Dataset(DatasetRecord):
     @property
     def _datasets(self) -> Datasets:
         if self._resource is None:
-            raise InvalidRequestError("this dataset came from no client; use client.datasets.retrieve(id)")
+            raise InvalidRequestError(
+                "this Dataset object is not connected to a client; use client.datasets.retrieve(id)"
+            )
         return cast("Datasets", self._resource)
 
     def refresh(self) -> Dataset:
@@ -113,7 +115,9 @@ class AsyncDataset(DatasetRecord):
     @property
     def _datasets(self) -> AsyncDatasets:
         if self._resource is None:
-            raise InvalidRequestError("this dataset came from no client; use client.datasets.retrieve(id)")
+            raise InvalidRequestError(
+                "this Dataset object is not connected to a client; use client.datasets.retrieve(id)"
+            )
         return cast("AsyncDatasets", self._resource)
 
     async def refresh(self) -> AsyncDataset:

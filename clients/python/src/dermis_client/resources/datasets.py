@@ -42,7 +42,7 @@ from dermis_client.resources.dataset_records import AsyncDataset, D, Dataset, Da
 
 DELETE_TIMEOUT = 60.0  # seconds that delete() waits for a running dataset to stop
 DELETE_PAUSE = 0.5  # seconds between its requests
-MAX_EMPTY_PAGES = 10  # of a list, in a row
+MAX_EMPTY_PAGES = 10  # maximum number of consecutive pages of a list without an item
 _FileList = list[DatasetFile]  # `list` is a method in the classes below
 
 
@@ -86,7 +86,7 @@ def list_datasets(api: Api[D], state: str | None, limit: int | None, page_size: 
     """GET /v1/datasets page by page; emit at most `limit` datasets, newest first."""
     cursor: str | None = None
     cursors: set[str] = set()
-    empty_pages = 0  # in a row
+    empty_pages = 0  # number of consecutive empty pages
     remaining = math.inf if limit is None else limit
     while remaining > 0:
         params: dict[str, str | int] = {"limit": int(min(page_size, remaining))}
@@ -169,7 +169,7 @@ def wait(
         follow=partial(_follow, api, dataset_id, report),
     )
     if dataset.state == "failed":
-        reason = describe(dataset.error) if dataset.error else "the service gave no reason"
+        reason = describe(dataset.error) if dataset.error else "the service stated no reason"
         raise DatasetFailed(f"{one_line(dataset.id)} failed: {reason}", dataset)
     if dataset.state == "cancelled":
         raise DatasetCancelled(f"{one_line(dataset.id)} was cancelled", dataset)

@@ -20,7 +20,7 @@ from dermis_client._waiting import STATUS_TIMEOUT, wait_until_finished
 from dermis_client.errors import APIResponseError, APIStatusError, ProjectionFailed, WaitTimeoutError
 from dermis_client.latent import Projection
 
-MAX_FILE_BYTES = 256 << 20  # of one file of a projection: latents, an image or a video
+MAX_FILE_BYTES = 256 << 20  # maximum size of one file of a projection: latents, an image or a video
 _SUFFIXES = {"latents": "safetensors", "image": "png", "video": "gif"}
 
 # Flows
@@ -99,7 +99,7 @@ def wait_for_projection(
         timeout_error=timeout_error,
     )
     if projection.state == "failed":
-        reason = describe(projection.error) if projection.error else "the service gave no reason"
+        reason = describe(projection.error) if projection.error else "the service stated no reason"
         raise ProjectionFailed(f"{projection_id} failed: {reason}", projection)
     return projection
 

@@ -1,7 +1,7 @@
-"""A private folder for the files of one start of the service: its sockets and everything temporary.
+"""A private folder for the temporary files and the sockets of one start of the service.
 
-It lies under the data folder, belongs to this account alone (mode 0700), and is removed when the service ends. What a killed
-service has left is removed at the next start: its lock is free then.
+It is inside the data folder, only this account can access it (mode 0700), and it is removed when the service ends. The folder
+of a killed service is removed at the next start, because its lock is free then.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from dermis.files import try_lock
 from services.settings import SettingsError
 
 _PREFIX = "start-"
-_FAR_PREFIX = "dermis-sockets-"
+_SHORT_PATH_PREFIX = "dermis-sockets-"
 _LOCK = "lock"
 _SOCKETS = "sockets"
 _MAX_SOCKET_PATH = 100  # operating systems allow 103 to 107 bytes
 
 
 @dataclass(frozen=True)
-class Scratch:
-    """Folders of one start of the service; nobody else can enter them."""
+class TemporaryFolders:
+    """Folders of one start of the service; only this account can access them."""
 
     folder: Path
     sockets: Path  # short enough for the path of a Unix socket
@@ -37,7 +37,7 @@ class Scratch:
 
 
 @contextmanager
-def scratch_folder(data_dir: Path) -> Iterator[Scratch]:
+def temporary_folders(data_dir: Path) -> Iterator[TemporaryFolders]:
     """Make the folders of this start, after those of killed services have been removed.
 
     Args:
@@ -57,7 +57,7 @@ def scratch_folder(data_dir: Path) -> Iterator[Scratch]:
         lock.acquire()
     try:
         (folder / "tmp").mkdir(mode=0o700)
-        yield Scratch(folder, _make_sockets_folder(folder), folder / "tmp")
+        yield TemporaryFolders(folder, _make_sockets_folder(folder), folder / "tmp")
     finally:
         _remove(folder)
         lock.release()
@@ -65,22 +65,22 @@ def scratch_folder(data_dir: Path) -> Iterator[Scratch]:
 
 def _make_sockets_folder(folder: Path) -> Path:
     """`folder`/sockets, or a link there to a private folder with a shorter path."""
-    near = folder / _SOCKETS
-    near.mkdir(mode=0o700)
-    if _takes_sockets(near):
-        return near
-    near.rmdir()
-    far = Path(tempfile.mkdtemp(prefix=_FAR_PREFIX))
-    near.symlink_to(far)
-    if not _takes_sockets(far):
+    inside = folder / _SOCKETS
+    inside.mkdir(mode=0o700)
+    if _supports_sockets(inside):
+        return inside
+    inside.rmdir()
+    short_path = Path(tempfile.mkdtemp(prefix=_SHORT_PATH_PREFIX))
+    inside.symlink_to(short_path)
+    if not _supports_sockets(short_path):
         raise SettingsError(
             f"DERMIS_DATA_DIR: no Unix socket can be made in {folder} (a long path, or a file system without them) nor in "
-            f"{far.parent}; choose another data folder"
+            f"{short_path.parent}; choose another data folder"
         )
-    return far
+    return short_path
 
 
-def _takes_sockets(folder: Path) -> bool:
+def _supports_sockets(folder: Path) -> bool:
     path = folder / "probe"
     if len(os.fsencode(path)) + 10 > _MAX_SOCKET_PATH:
         return False
@@ -105,8 +105,12 @@ def _remove_stale(runs: Path) -> None:
 def _remove(folder: Path) -> None:
     link = folder / _SOCKETS
     if link.is_symlink():
-        far = link.readlink()
+        short_path = link.readlink()
         with suppress(OSError):
-            if far.name.startswith(_FAR_PREFIX) and not far.is_symlink() and far.stat().st_uid == os.getuid():
-                shutil.rmtree(far, ignore_errors=True)
+            if (
+                short_path.name.startswith(_SHORT_PATH_PREFIX)
+                and not short_path.is_symlink()
+                and short_path.stat().st_uid == os.getuid()
+            ):
+                shutil.rmtree(short_path, ignore_errors=True)
     shutil.rmtree(folder, ignore_errors=True)

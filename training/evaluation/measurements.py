@@ -17,13 +17,13 @@ from dermis.dataset.request import classes_of
 from dermis.imaging import Images, as_rgb
 from dermis.synthesizer import Synthesizer
 from training.data.artefacts import NAMES, THRESHOLDS, detect_artefacts, frame_share
-from training.evaluation.disentanglement import Readings, Ws
+from training.evaluation.disentanglement import Measurements, Ws
 
 BATCH = 64
 
 
 @dataclass(frozen=True)
-class Reader:
+class ImageMeasurer:
     """Generates and measures images of a bundle. Sample i has the class i modulo the number of classes.
 
     Style vectors belong to samples: an image has the noise of its sample, also after its style vectors were moved.
@@ -39,21 +39,21 @@ class Reader:
         labels = [int(index) % self.classes for index in indices]
         return self.synthesizer.ws([seed] * len(indices), indices.tolist(), labels, truncation_psi=truncation_psi)
 
-    def draw(self, ws: Ws, indices: NDArray[np.int64], *, seed: int) -> Images:
+    def generate(self, ws: Ws, indices: NDArray[np.int64], *, seed: int) -> Images:
         """Images uint8 [N, H, W, 3] of the style vectors of samples."""
         return as_rgb(self.synthesizer.images_from_ws(ws, "random", seeds=[seed] * len(ws), indices=indices.tolist()))
 
     def frames(self, ws: Ws, indices: NDArray[np.int64], *, seed: int) -> NDArray[np.float64]:
         """Scores of the black frame, float64 [N]."""
-        return np.array(list(self.pool.map(frame_share, self.draw(ws, indices, seed=seed))), np.float64)
+        return np.array(list(self.pool.map(frame_share, self.generate(ws, indices, seed=seed))), np.float64)
 
-    def read(self, ws: Ws, indices: NDArray[np.int64], *, seed: int) -> Readings:
+    def measure(self, ws: Ws, indices: NDArray[np.int64], *, seed: int) -> Measurements:
         """Measure the scores of the detectors, and the calibrated probability and the features of the classifier."""
         attributes: dict[str, list[NDArray[np.float64]]] = {}
         features = []
         for start in range(0, len(ws), BATCH):
             part = slice(start, start + BATCH)
-            images = self.draw(ws[part], indices[part], seed=seed)
+            images = self.generate(ws[part], indices[part], seed=seed)
             artefacts = list(self.pool.map(detect_artefacts, images))
             for name in NAMES:
                 attributes.setdefault(name, []).append(
@@ -64,7 +64,7 @@ class Reader:
                 attributes.setdefault(self.classifier.description.positive_class, []).append(scores.calibrated)
                 features.append(scores.features)
         all_features = np.concatenate(features) if features else np.empty((len(ws), 0), np.float32)
-        return Readings({name: np.concatenate(parts) for name, parts in attributes.items()}, all_features)
+        return Measurements({name: np.concatenate(parts) for name, parts in attributes.items()}, all_features)
 
     def find_framed(
         self, count: int, *, search: int, seed: int, truncation_psi: float
@@ -86,10 +86,10 @@ class Reader:
 
 
 @contextmanager
-def open_reader(bundle: Bundle, *, device: str = "auto") -> Iterator[Reader]:
+def open_measurer(bundle: Bundle, *, device: str = "auto") -> Iterator[ImageMeasurer]:
     """Load the generator and the classifier of a bundle. Raises the errors of `Synthesizer` and `Classifier`."""
     with ExitStack() as stack:
         synthesizer = stack.enter_context(Synthesizer(bundle, device=device))
         classifier = stack.enter_context(Classifier(bundle, device="cpu")) if bundle.classifier else None
         pool = stack.enter_context(ThreadPoolExecutor(available_cpus()))
-        yield Reader(synthesizer, classifier, pool, len(classes_of(bundle)))
+        yield ImageMeasurer(synthesizer, classifier, pool, len(classes_of(bundle)))

@@ -17,8 +17,8 @@ from training.tensorboard import open_writer
 POINT_EVERY = 20  # steps between two points of a TensorBoard curve
 
 
-class Journal:
-    """Continue the log in the run folder `out` after `nimg` images.
+class TrainingLog:
+    """Log of the run in the folder `out`: log.jsonl and TensorBoard files. It continues after `nimg` images.
 
     Later lines, which a run wrote before it crashed, are removed. Nothing is written unless `enabled`.
     """
@@ -55,7 +55,7 @@ class Journal:
         if self.log is not None:
             self.log.flush()
 
-    def __enter__(self) -> Journal:
+    def __enter__(self) -> TrainingLog:
         return self
 
     def __exit__(

@@ -12,7 +12,7 @@ LOSS_LIMIT = 1e4  # the losses of runs that have not diverged stay below 100
 PATIENCE = 10  # consecutive steps with gradients that are not finite; single ones occur, and the values are replaced
 
 
-class Health:
+class DivergenceCheck:
     """Check the statistics of every step. Weights are checked when they are saved (`training.checkpoint.flatten`)."""
 
     def __init__(self, checkpoint: Path) -> None:
@@ -25,7 +25,7 @@ class Health:
         if not all(math.isfinite(value) for value in losses.values()):
             self._stop(kimg, f"a loss is no longer finite ({_show(losses)})")
         if max(abs(stats["G"]), abs(stats["D"])) > LOSS_LIMIT:
-            self._stop(kimg, f"a loss explodes ({_show(losses)})")
+            self._stop(kimg, f"a loss is above {LOSS_LIMIT:g} ({_show(losses)})")
         finite = all(math.isfinite(value) for value in stats.values())
         self.non_finite_steps = 0 if finite else self.non_finite_steps + 1
         if self.non_finite_steps >= PATIENCE:

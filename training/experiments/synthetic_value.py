@@ -1,4 +1,4 @@
-"""The value of synthetic images: the numbers of all scenarios, and their differences from real images alone."""
+"""The effect of synthetic images on classifiers: the numbers of all scenarios, and their differences from the real baseline."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from dermis.metrics import classification as metrics
 from dermis.metrics.classification import Estimate, Floats, Labels
 from training.classifier.data import RealPart
-from training.experiments.plan import write_beside
+from training.experiments.plan import write_text_file
 from training.experiments.scenarios import BASELINE, PAPER, TABLE2, Scenario
 from training.experiments.table import RESULTS, TABLE, markdown_table
 from training.experiments.table2 import ScenarioRun
@@ -42,7 +42,7 @@ class Row:
         images: Number of training images.
         values: Means over the seeds by metric.
         by_seed: Values of each seed by metric.
-        gain: Paired differences from the baseline by metric; None for the baseline itself.
+        difference: Paired differences from the baseline by metric; None for the baseline itself.
     """
 
     scenario: Scenario
@@ -50,7 +50,7 @@ class Row:
     images: int
     values: Mapping[str, Estimate]
     by_seed: Mapping[str, tuple[float, ...]]
-    gain: Mapping[str, Estimate] | None
+    difference: Mapping[str, Estimate] | None
 
 
 def compare(
@@ -62,8 +62,8 @@ def compare(
 ) -> list[Row]:
     """Return a row for each scenario that has runs, in the table's order.
 
-    Intervals (95 %) are for the mean over the seeds, by a bootstrap over the patients of the test part. For `gain` it draws
-    the same patients for both scenarios. The spread over seeds is in `by_seed`.
+    Intervals (95 %) are for the mean over the seeds, by a bootstrap over the patients of the test part. For `difference`
+    it draws the same patients for both scenarios. The spread over seeds is in `by_seed`.
 
     Args:
         runs: Finished runs by scenario.
@@ -73,35 +73,40 @@ def compare(
     """
     rows = []
     for scenario in TABLE2:
-        own = runs.get(scenario.name, ())
-        if not own:
+        scenario_runs = runs.get(scenario.name, ())
+        if not scenario_runs:
             continue
-        estimated: dict[str, metrics.Metric] = {name: _mean(metric, own) for name, metric in _METRICS.items()}
+        estimated: dict[str, metrics.Metric] = {name: _mean(metric, scenario_runs) for name, metric in _METRICS.items()}
         baseline = runs.get(BASELINE, ()) if scenario.name != BASELINE else ()
         if baseline:
-            estimated |= {f"gain:{name}": _gain(metric, own, baseline) for name, metric in _METRICS.items()}
+            estimated |= {
+                f"difference:{name}": _difference(metric, scenario_runs, baseline) for name, metric in _METRICS.items()
+            }
         estimates = metrics.bootstrap(
-            test.labels, own[0].calibrated, estimated, groups=test.groups, replicates=replicates
+            test.labels, scenario_runs[0].calibrated, estimated, groups=test.groups, replicates=replicates
         )
         by_seed = {
-            name: tuple(float(metric(test.labels, run, None)[0]) for run in own) for name, metric in _METRICS.items()
+            name: tuple(float(metric(test.labels, run, None)[0]) for run in scenario_runs)
+            for name, metric in _METRICS.items()
         }
         values = {name: estimates[name] for name in _METRICS}
-        gain = {name: estimates[f"gain:{name}"] for name in _METRICS} if baseline else None
-        rows.append(Row(scenario, tuple(run.seed for run in own), images[scenario.name], values, by_seed, gain))
+        difference = {name: estimates[f"difference:{name}"] for name in _METRICS} if baseline else None
+        rows.append(
+            Row(scenario, tuple(run.seed for run in scenario_runs), images[scenario.name], values, by_seed, difference)
+        )
     return rows
 
 
 def cells(rows: Sequence[Row]) -> list[list[str]]:
     """Return the table, header first: numbers in percent with intervals in brackets, and the reported numbers."""
     by_name = {row.scenario.name: row for row in rows}
-    header = ["", "images", *TITLES.values(), "AUC less real's", "reported Acc", "reported AUC"]
+    header = ["", "images", *TITLES.values(), "AUC difference to real", "reported Acc", "reported AUC"]
     table = [header]
     for scenario in TABLE2:
-        theirs = [f"{scenario.accuracy:g}", f"{scenario.auc:g}"]
+        reported = [f"{scenario.accuracy:g}", f"{scenario.auc:g}"]
         row = by_name.get(scenario.name)
         if row is None:
-            table.append([scenario.title, "not run", *[""] * (len(TITLES) + 1), *theirs])
+            table.append([scenario.title, "not run", *[""] * (len(TITLES) + 1), *reported])
             continue
         numbers = [_percent(row.values[name]) for name in TITLES]
         table.append(
@@ -109,19 +114,19 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
                 scenario.title,
                 f"{row.images:,}",
                 *numbers,
-                _percent(row.gain["auc"], sign=True) if row.gain else "",
-                *theirs,
+                _percent(row.difference["auc"], sign=True) if row.difference else "",
+                *reported,
             ]
         )
     return table
 
 
-def remarks(rows: Sequence[Row], warned: Sequence[str], test: RealPart) -> list[str]:
+def remarks(rows: Sequence[Row], possibly_leaked: Sequence[str], test: RealPart) -> list[str]:
     """Return paragraphs with notes on how to read the table.
 
     Args:
         rows: The rows.
-        warned: Titles of scenarios whose generator was possibly trained on test images.
+        possibly_leaked: Titles of scenarios whose generator was possibly trained on test images.
         test: The test images.
     """
     seeds = sorted({len(row.seeds) for row in rows})
@@ -138,10 +143,10 @@ def remarks(rows: Sequence[Row], warned: Sequence[str], test: RealPart) -> list[
     ]
     if spread:
         texts.append(f"AUC (%) from the worst to the best seed: {'; '.join(spread)}.")
-    if warned:
+    if possibly_leaked:
         texts.append(
-            f"**{', '.join(warned)}: the generator was trained on other images than exactly the training part, or this is"
-            " not known. If it was trained on test images, these numbers are too high.**"
+            f"**{', '.join(possibly_leaked)}: the generator was not trained on exactly the training part, or its training"
+            " images are not known. If these include images of the test part, the numbers are too high.**"
         )
     texts.append(
         f"Reported: {PAPER}, on other images, with EfficientNet-B2 at 256 px and all of 55,000 or 22,000 synthetic images."
@@ -149,7 +154,7 @@ def remarks(rows: Sequence[Row], warned: Sequence[str], test: RealPart) -> list[
     return texts
 
 
-def write_worth(out: Path, rows: Sequence[Row], texts: Sequence[str]) -> None:
+def write_results(out: Path, rows: Sequence[Row], texts: Sequence[str]) -> None:
     """Write out/results.json and out/table.md."""
     content = {
         row.scenario.name: {
@@ -158,14 +163,16 @@ def write_worth(out: Path, rows: Sequence[Row], texts: Sequence[str]) -> None:
             "seeds": list(row.seeds),
             "values": {name: asdict(value) for name, value in row.values.items()},
             "by_seed": {name: list(values) for name, values in row.by_seed.items()},
-            "less_real": None if row.gain is None else {name: asdict(value) for name, value in row.gain.items()},
+            "less_real": None
+            if row.difference is None
+            else {name: asdict(value) for name, value in row.difference.items()},
             "reported_percent": {"accuracy": row.scenario.accuracy, "auc": row.scenario.auc},
         }
         for row in rows
     }
-    write_beside(out / RESULTS, json.dumps({"scenarios": content, "remarks": list(texts)}, indent=2) + "\n")
+    write_text_file(out / RESULTS, json.dumps({"scenarios": content, "remarks": list(texts)}, indent=2) + "\n")
     table = markdown_table(cells(rows))
-    write_beside(out / TABLE, "\n\n".join(["# What synthetic images are worth", table, *texts]) + "\n")
+    write_text_file(out / TABLE, "\n\n".join(["# Effect of synthetic images", table, *texts]) + "\n")
 
 
 def _mean(metric: _RunMetric, runs: Sequence[ScenarioRun]) -> metrics.Metric:
@@ -176,11 +183,11 @@ def _mean(metric: _RunMetric, runs: Sequence[ScenarioRun]) -> metrics.Metric:
     return value
 
 
-def _gain(metric: _RunMetric, runs: Sequence[ScenarioRun], baseline: Sequence[ScenarioRun]) -> metrics.Metric:
-    ours, theirs = _mean(metric, runs), _mean(metric, baseline)
+def _difference(metric: _RunMetric, runs: Sequence[ScenarioRun], baseline: Sequence[ScenarioRun]) -> metrics.Metric:
+    mean, baseline_mean = _mean(metric, runs), _mean(metric, baseline)
 
     def value(labels: Labels, scores: Floats, weights: Floats) -> Floats:
-        return ours(labels, scores, weights) - theirs(labels, scores, weights)
+        return mean(labels, scores, weights) - baseline_mean(labels, scores, weights)
 
     return value
 

@@ -1,4 +1,7 @@
-"""Tables beside the main one, which add patients and lesions: a split needs them to keep images of one lesion together."""
+"""Tables that belong to the main table and add patients and lesions.
+
+A split needs these to keep the images of one lesion together.
+"""
 
 from __future__ import annotations
 
@@ -20,18 +23,18 @@ from training.data.tables import (
 
 
 @dataclass(frozen=True)
-class Companions:
+class JoinedTable:
     """Rows of the main table with the columns of other tables."""
 
     rows: tuple[dict[str, str], ...]
-    notes: tuple[str, ...]  # for the user, about the tables that were used
+    notes: tuple[str, ...]  # messages to the user about the tables that were used
 
 
-def with_companions(table: Table, main: ImageFile | None, listing: Listing | None = None) -> Companions:
+def join_related_tables(table: Table, main: ImageFile | None, listing: Listing | None = None) -> JoinedTable:
     """Add the patient and lesion columns of other tables with the same images.
 
-    All columns are added from X_Metadata.csv beside X_GroundTruth.csv. The other tables are those of the listing, and those in
-    the folder of the main table.
+    If the main table is X_GroundTruth.csv, all columns of X_Metadata.csv are added. The other tables are those of the listing,
+    and those in the folder of the main table.
 
     Raises:
         DataError: Two rows of a table give one image different patients or lesions.
@@ -40,7 +43,7 @@ def with_companions(table: Table, main: ImageFile | None, listing: Listing | Non
     notes = []
     for name, file in _others(table, main, listing).items():
         try:
-            header = read_grid(file, most_rows=1).header
+            header = read_grid(file, max_rows=1).header
         except DataError:
             continue
         id_column = find_column(header, ID_COLUMNS)
@@ -69,7 +72,7 @@ def with_companions(table: Table, main: ImageFile | None, listing: Listing | Non
     for column in set(empty) - table.rows[0].keys():
         for row in rows:
             del row[column]
-    return Companions(tuple(rows), tuple(notes))
+    return JoinedTable(tuple(rows), tuple(notes))
 
 
 def _others(table: Table, main: ImageFile | None, listing: Listing | None) -> Mapping[str, ImageFile]:
@@ -81,9 +84,9 @@ def _others(table: Table, main: ImageFile | None, listing: Listing | None) -> Ma
         for file in sorted(folder.iterdir()):
             if file.is_file() and is_table(file.name) and not file.name.startswith("."):
                 others.setdefault(file.name, ImageFile(file))
-    own = (main.path if main is not None else table.file).resolve()
+    main_path = (main.path if main is not None else table.file).resolve()
     member = main.member if main is not None else ""
-    return {name: file for name, file in others.items() if (file.path.resolve(), file.member) != (own, member)}
+    return {name: file for name, file in others.items() if (file.path.resolve(), file.member) != (main_path, member)}
 
 
 def _is_metadata_of(name: str, main: str) -> bool:
