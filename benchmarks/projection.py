@@ -27,7 +27,7 @@ from dermis.errors import DermisError
 from dermis.imaging import Images
 from dermis.projection.encoder import load_encoder
 from dermis.projection.perceptual import Perceptual, perceptual
-from dermis.projection.projector import Projector, Target
+from dermis.projection.projector import ImageProjector, Target
 from dermis.projection.result import Projection
 from dermis.projection.schedule import FAST, OFFICIAL, Schedule
 
@@ -72,7 +72,7 @@ def mean_distance(
 
 def measure(
     name: str,
-    projector: Projector,
+    projector: ImageProjector,
     schedule: Schedule,
     images: Sequence[Images],
     shared: int,
@@ -106,8 +106,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     few = images[: arguments.official]
     encoder = load_encoder(bundle, device=arguments.device)
     common: dict[str, Any] = {"distance": arguments.distance, "device": arguments.device, "generator": generator}
-    one = Projector(bundle, **common, batch_size=1, dtype="float32")
-    many = Projector(bundle, **common, encode=encoder)
+    one = ImageProjector(bundle, **common, batch_size=1, dtype="float32")
+    many = ImageProjector(bundle, **common, encode=encoder)
     shared, lpips = len(few), lpips_or_none(arguments.device)
     rows = [
         measure("official, one at a time", one, OFFICIAL, few, shared, lpips, arguments.device),

@@ -74,7 +74,7 @@ def augment_edge_cases(
 ) -> None:
     """Generate latent neighbours of edge cases, with the labels that the generator is conditioned on.
 
-    Give one of --classifier, --cases and --projections. After Ctrl-C the same command continues.
+    Give one of --classifier, --cases and --projections. After Ctrl-C, run the same command again to continue.
     """
     from tqdm import tqdm
 

@@ -58,7 +58,7 @@ def check(
     from tqdm import tqdm
 
     from dermis.authenticity.checker import Checker
-    from dermis.authenticity.verdict import stands_on, weakness
+    from dermis.authenticity.verdict import baseline_problem, baseline_sentence
 
     if out is not None and out.suffix.lower() != ".csv":
         raise RequestError("--out", f"{out.name} must end in .csv")
@@ -87,8 +87,8 @@ def check(
         "than 99 % of the training images are to any other",
         err=True,
     )
-    typer.echo(f"baseline: {stands_on(checker.description)}", err=True)
-    if (reason := weakness(checker.description)) is not None:
+    typer.echo(f"baseline: {baseline_sentence(checker.description)}", err=True)
+    if (reason := baseline_problem(checker.description)) is not None:
         typer.echo(f"warning: copies may pass: {reason}", err=True)
     if unreadable:
         raise DataError(f"{len(unreadable):,} of {len(files):,} images could not be read and are left out")
@@ -163,9 +163,15 @@ _AUDIT_COLUMNS = ("file", "cosine_distance", "distance", "percentile", "nearest_
 
 
 def _audit_rows(names: Sequence[str], audit: ProjectionAudit) -> Iterator[dict[str, Any]]:
-    columns = (audit.cosine, audit.verdicts.distances, audit.verdicts.percentiles, audit.own, audit.too_close)
-    for name, cosine, distance, percentile, own, close in zip(names, *(c.tolist() for c in columns), strict=True):
-        row = (name, round(cosine, 5), round(distance, 4), round(percentile, 2), int(own), int(close))
+    columns = (
+        audit.cosine,
+        audit.verdicts.distances,
+        audit.verdicts.percentiles,
+        audit.nearest_is_target,
+        audit.not_authentic,
+    )
+    for name, cosine, distance, percentile, is_target, close in zip(names, *(c.tolist() for c in columns), strict=True):
+        row = (name, round(cosine, 5), round(distance, 4), round(percentile, 2), int(is_target), int(close))
         yield dict(zip(_AUDIT_COLUMNS, row, strict=True))
 
 
@@ -203,7 +209,7 @@ def _document(
     checker: Checker, bundle: Bundle, projections: ProjectionAudit, sample_audit: SampleAudit, samples: int
 ) -> dict[str, Any]:
     from dermis.authenticity.audit import spread
-    from dermis.authenticity.verdict import stands_on, weakness
+    from dermis.authenticity.verdict import baseline_problem, baseline_sentence
 
     description = checker.description
     duplicates = description.duplicates
@@ -214,15 +220,22 @@ def _document(
             "count": len(projections.cosine),
             "cosine_distance": spread(projections.cosine),
             "nearest_distance": spread(projections.verdicts.distances),
-            "nearest_is_target": int(projections.own.sum()),
-            "too_close": int(projections.too_close.sum()),
-            "too_close_to_target": int((projections.too_close & projections.own).sum()),
+            "nearest_is_target": int(projections.nearest_is_target.sum()),
+            "too_close": int(projections.not_authentic.sum()),
+            "too_close_to_target": int((projections.not_authentic & projections.nearest_is_target).sum()),
         },
-        "samples": {"count": samples, **asdict(sample_audit)},
+        "samples": {
+            "count": samples,
+            "authentic": sample_audit.authentic,
+            "too_near": sample_audit.below_first_percentile,
+            "held_out_authentic": sample_audit.held_out_authentic,
+            "held_out_too_near": sample_audit.held_out_below_first_percentile,
+            "exposure": asdict(sample_audit.exposure),
+        },
         "baseline": {
             **{f"p{percentile}": description.radii[percentile] for percentile in (1, 5, 25, 50, 75, 95)},
-            "stands_on": stands_on(description),
-            "weakness": weakness(description),
+            "stands_on": baseline_sentence(description),
+            "weakness": baseline_problem(description),
             "duplicates": None if duplicates is None else asdict(duplicates),
         },
     }
@@ -237,13 +250,13 @@ def _report(document: dict[str, Any]) -> str:
         f"# Audit of {document['bundle']['name']} ({document['bundle']['digest'][:12]})",
         f"{audit['count']:,} training images were projected. Cosine distance of a projection's features "
         f"({document['index']['extractor']}) from its target's: mean {cosine['mean']:.4f}, median {cosine['p50']:.4f}, "
-        f"least {cosine['p0']:.4f}, 1 % below {cosine['p1']:.4f}.\n"
+        f"minimum {cosine['p0']:.4f}, 1 % below {cosine['p1']:.4f}.\n"
         f"For {audit['nearest_is_target']:,} projections the nearest of all {document['index']['vectors']:,} training images "
-        f"is the target. {audit['too_close']:,} are too close to a training image (nearer than that one is to its own nearest "
-        f"other one), {audit['too_close_to_target']:,} of them to their own target: {share:.1%}.",
-        "A projection that is too close to its target means that the generator can reproduce this training image if a gradient "
-        "leads to it. That is weaker evidence of copying than a sample that is too close (see below), but these images should "
-        "be looked at first (`pairs.png`, left pairs).",
+        f"is the target. {audit['too_close']:,} are not authentic (the distance to the nearest training image is at most the "
+        f"radius of that image), {audit['too_close_to_target']:,} of them with their own target as nearest image: {share:.1%}.",
+        "If a projection is not authentic and its target is the nearest image, gradient descent on the latent can make the "
+        "generator reproduce this training image. That is weaker evidence of copying than a sample that is not authentic (see "
+        "below), but these images should be inspected first (`pairs.png`, left pairs).",
         f"Baseline: {document['baseline']['stands_on']}.",
         *([f"**Copies may pass: {document['baseline']['weakness']}.**"] if document["baseline"]["weakness"] else []),
         "## Samples",

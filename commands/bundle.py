@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 bundle_app = typer.Typer(no_args_is_help=True, help="Import, show and verify bundles, attach and detach parts.")
 
 
-class BundlePart(StrEnum):
+class RemovablePart(StrEnum):
     """Parts of a bundle that can be removed."""
 
     CLASSIFIER = "classifier"
@@ -162,7 +162,9 @@ def attach_classifier(
 @bundle_app.command("detach")
 def detach(
     bundle: BundleFolderArgument,
-    parts: Annotated[list[BundlePart], typer.Argument(metavar="PART...", help="Parts to remove.", show_default=False)],
+    parts: Annotated[
+        list[RemovablePart], typer.Argument(metavar="PART...", help="Parts to remove.", show_default=False)
+    ],
 ) -> None:
     """Remove parts from a bundle: classifier, authenticity, encoder or directions. It gets a new digest.
 

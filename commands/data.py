@@ -45,7 +45,7 @@ def download(
 ) -> None:
     """Download the paper's images, or other collections, from the ISIC Archive.
 
-    After an interruption the same command continues.
+    After an interruption, run the same command again to continue.
     """
     from training.data.download import PAPER, find_collection
     from training.data.download import download as download_all
@@ -190,7 +190,7 @@ def prepare(
 ) -> None:
     """Centre-crop and resize images, and write one StyleGAN zip.
 
-    The exit status is 3 if images were skipped. After Ctrl-C the same command continues.
+    The exit status is 3 if images were skipped. After Ctrl-C, run the same command again to continue.
     """
     from dermis.errors import DataError
     from training.data.prepare import prepare as prepare_zip

@@ -24,20 +24,18 @@ if TYPE_CHECKING:
     from dermis.bundle import Bundle
     from dermis.classifier.onnx_session import Classifier
     from dermis.dataset.manifest import Manifest
-    from dermis.dataset.plan import Plan
+    from dermis.dataset.plan import DatasetPlan
     from dermis.dataset.request import DatasetRequest
     from dermis.dataset.store import Store
     from dermis.synthesizer import Synthesizer
 
-_BEGUN = f"{PARTIAL}/plan.json"
-# Entries of a process that was killed before it could write _BEGUN, or of one that starts at the same time.
-_BEGINNING = (f"{PARTIAL}/", f"{PARTIAL}/writing-")
+_PLAN_FILE = f"{PARTIAL}/plan.json"
+# Entries of a process that was killed before it could write _PLAN_FILE, or of one that starts at the same time.
+_STARTED = (f"{PARTIAL}/", f"{PARTIAL}/writing-")
 
 
 def generate(
-    out: Annotated[
-        str, typer.Option(help="Folder or fsspec URL of the dataset. A dataset that was begun is continued.")
-    ],
+    out: Annotated[str, typer.Option(help="Folder or fsspec URL of the dataset. An unfinished dataset is continued.")],
     bundle: BundleOption = DEMO_BUNDLE,
     classes: Annotated[
         str | None, typer.Option(help="Number of images of each class, such as malignant=500,benign=500.")
@@ -101,7 +99,7 @@ def generate(
 ) -> None:
     """Make a dataset from a bundle.
 
-    If it is stopped at any point, the same command continues, and the files are the same as without the stop.
+    After a stop at any point, run the same command again to continue. The files are the same as without the stop.
     """
     from dermis.bundle import open_bundle
     from dermis.dataset.manifest import parse_manifest, synthesizer_identity
@@ -141,7 +139,7 @@ def generate(
             words = {"edits": "edit", "tries": "gate-tries"}
             extra = sorted({*(words.get(name, name) for name in (*fields, *gating)), *filtering})
             names = ", ".join(["classes"] * (classes is not None) + extra).replace("_", "-")
-            raise RequestError("--manifest", f"says everything; leave out --{names.replace(', ', ', --')}")
+            raise RequestError("--manifest", f"already contains all options; omit --{names.replace(', ', ', --')}")
         former = parse_manifest(_read(manifest), str(manifest))
         if former.bundle_digest != opened.digest:
             raise RequestError(
@@ -151,7 +149,9 @@ def generate(
             )
         request = former.request
     elif classes is None:
-        raise RequestError("--classes", f"say how many of each, for instance --classes {_example(opened)}")
+        raise RequestError(
+            "--classes", f"give the number of images of each class, for instance --classes {_example(opened)}"
+        )
     else:
         if filtering:
             fields["classifier"] = filtering
@@ -172,14 +172,14 @@ def generate(
             _scoring(planned, opened, device) as scorer,
             _checking(planned, opened, device) as checker,
         ):
-            models = Models(synthesizer, scorer, checker)
+            models = DatasetModels(synthesizer, scorer, checker)
             identity = synthesizer_identity(models.identity)
             if former is not None and (differing := _differences(former.synthesizer, identity)):
                 typer.echo(f"warning: the bytes may differ from those of the manifest: {differing}", err=True)
             if existing is not None and _is_complete(existing, store, identity):
                 result: Manifest | None = existing
             elif existing is not None and finalize_only:
-                raise StorageError(f"{out}: is finished, but damaged; leave out --finalize to make it again")
+                raise StorageError(f"{out}: is finished, but damaged; omit --finalize to repair it")
             else:
                 _begin(store, planned, reopen=existing is not None)
                 result = _make(planned, store, opened, models, () if finalize_only else shards, finish)
@@ -187,7 +187,10 @@ def generate(
         typer.echo(f"\nstopped; run the same command again to continue {out}", err=True)
         raise typer.Exit(130) from None
     if result is None:
-        typer.echo(f"{out}: shard {', '.join(map(str, shards))} of {planned.shards} ready; --finalize when all are")
+        typer.echo(
+            f"{out}: shard {', '.join(map(str, shards))} of {planned.shards} is ready; run with --finalize when all shards are "
+            "ready"
+        )
         return
     typer.echo(f"{out}: {_summary(planned, result)} in {_containers(planned)}; check them with: dermis verify {out}")
     if former is not None:
@@ -207,11 +210,11 @@ def verify(
     if not report.ok:
         raise typer.Exit(1)
     kind = "images" if Path(folder).is_file() else "files"
-    typer.echo(f"{folder}: {report.checked} {kind}, every hash right")
+    typer.echo(f"{folder}: {report.checked} {kind} checked, all hashes match")
 
 
 @contextmanager
-def _scoring(planned: Plan, bundle: Bundle, device: str) -> Iterator[Classifier | None]:
+def _scoring(planned: DatasetPlan, bundle: Bundle, device: str) -> Iterator[Classifier | None]:
     """Open the bundle's classifier if the plan needs scores."""
     if not planned.scored:
         yield None
@@ -223,7 +226,7 @@ def _scoring(planned: Plan, bundle: Bundle, device: str) -> Iterator[Classifier 
 
 
 @contextmanager
-def _checking(planned: Plan, bundle: Bundle, device: str) -> Iterator[Checker | None]:
+def _checking(planned: DatasetPlan, bundle: Bundle, device: str) -> Iterator[Checker | None]:
     """Open the bundle's index if the plan has a gate."""
     if not planned.gated:
         yield None
@@ -235,7 +238,7 @@ def _checking(planned: Plan, bundle: Bundle, device: str) -> Iterator[Checker | 
 
 
 @dataclass(frozen=True)
-class Models:
+class DatasetModels:
     """The models that make a dataset: generator, classifier and index of training images."""
 
     synthesizer: Synthesizer
@@ -244,12 +247,12 @@ class Models:
 
     @property
     def identity(self) -> dict[str, str]:
-        """Everything that the bytes of the dataset depend on, by name."""
+        """The versions and settings that the bytes of the dataset depend on, by name."""
         parts = [part.identity for part in (self.synthesizer, self.scorer, self.checker) if part is not None]
         return {key: value for part in parts for key, value in part.items()}
 
 
-def _summary(planned: Plan, manifest: Manifest) -> str:
+def _summary(planned: DatasetPlan, manifest: Manifest) -> str:
     """State the number of images, and the effects of filter and gate."""
     rejections: list[str] = []
     images = planned.samples
@@ -261,7 +264,8 @@ def _summary(planned: Plan, manifest: Manifest) -> str:
         rejections.append(
             f"{sum(tally.rejected for tally in manifest.privacy.classes.values()):,} rejected by the gate"
         )
-        rejections.append(f"{manifest.privacy.after:.1%} authentic, before the gate {manifest.privacy.before:.1%}")
+        after, before = manifest.privacy.authentic_share_of_images, manifest.privacy.authentic_share_of_candidates
+        rejections.append(f"{after:.1%} authentic, before the gate {before:.1%}")
         if manifest.privacy.weakness is not None:
             rejections.append(f"warning: copies may pass the gate: {manifest.privacy.weakness}")
     if images < planned.samples:
@@ -269,7 +273,7 @@ def _summary(planned: Plan, manifest: Manifest) -> str:
     return f"{images:,} images" + (f" ({', '.join(rejections)})" if rejections else "")
 
 
-def _containers(planned: Plan) -> str:
+def _containers(planned: DatasetPlan) -> str:
     """The files that hold the images."""
     from dermis.dataset.containers import container_name
 
@@ -280,10 +284,10 @@ def _containers(planned: Plan) -> str:
 
 
 def _make(
-    planned: Plan,
+    planned: DatasetPlan,
     store: Store,
     bundle: Bundle,
-    models: Models,
+    models: DatasetModels,
     shards: Sequence[int],
     finish: bool,
 ) -> Manifest | None:
@@ -342,8 +346,8 @@ def _make(
     return finalize(planned, store, bundle, models.identity, expose)
 
 
-def _existing_manifest(store: Store, planned: Plan) -> Manifest | None:
-    """Return the manifest if this dataset is finished here; None if it was begun or the folder is empty.
+def _existing_manifest(store: Store, planned: DatasetPlan) -> Manifest | None:
+    """Return the manifest if this dataset is finished here; None if it is unfinished or the folder is empty.
 
     Raises:
         StorageError: The folder has another dataset or other files.
@@ -352,20 +356,20 @@ def _existing_manifest(store: Store, planned: Plan) -> Manifest | None:
 
     # Listed first: other processes that work on this dataset write the mark before they add anything else.
     entries = store.entries()
-    begun = store.size(_BEGUN) is not None
-    if begun and (mark := _read_mark(store.read(_BEGUN))).get("plan") != planned.digest:
-        differing = _differing_options(planned, _begun_request(mark, planned), mark.get("bundle"))
-        known = f"; it was begun {differing}: give the same to continue it," if differing else ";"
+    started = store.size(_PLAN_FILE) is not None
+    if started and (mark := _read_mark(store.read(_PLAN_FILE))).get("plan") != planned.digest:
+        differing = _differing_options(planned, _started_request(mark, planned), mark.get("bundle"))
+        known = f"; it was started {differing}: use these to continue it," if differing else ";"
         advice = f"{known} {'or ' if differing else ''}choose another --out or remove it"
-        raise StorageError(f"{store.location}: holds the beginning of another dataset{advice}")
+        raise StorageError(f"{store.location}: contains an unfinished dataset with other options{advice}")
     if store.size(MANIFEST) is not None:
         manifest = read_manifest(store)
         if manifest.plan_digest == planned.digest:
             return manifest
         differing = _differing_options(planned, manifest.request, manifest.bundle_digest)
         known = f", made {differing}" if differing else ""
-        raise StorageError(f"{store.location}: holds another dataset{known}; choose another --out or remove it")
-    if not begun and any(name != _BEGINNING[0] and not name.startswith(_BEGINNING[1]) for name in entries):
+        raise StorageError(f"{store.location}: contains another dataset{known}; choose another --out or remove it")
+    if not started and any(name != _STARTED[0] and not name.startswith(_STARTED[1]) for name in entries):
         raise StorageError(f"{store.location}: is not empty and has no dataset; choose another --out")
     return None
 
@@ -391,17 +395,17 @@ def _is_complete(manifest: Manifest, store: Store, identity: Mapping[str, str]) 
     return True
 
 
-def _begin(store: Store, planned: Plan, reopen: bool) -> None:
-    """Mark the folder as the beginning of this dataset; remove the manifest of a finished one, as its files will change."""
+def _begin(store: Store, planned: DatasetPlan, reopen: bool) -> None:
+    """Mark the folder as an unfinished dataset; remove the manifest of a finished one, as its files will change."""
     from dermis.dataset.manifest import MANIFEST
 
-    if store.size(_BEGUN) is None:
-        store.write(_BEGUN, _mark(planned))
+    if store.size(_PLAN_FILE) is None:
+        store.write(_PLAN_FILE, _mark(planned))
     if reopen:
         store.remove(MANIFEST)
 
 
-def _mark(planned: Plan) -> bytes:
+def _mark(planned: DatasetPlan) -> bytes:
     content = {"plan": planned.digest, "bundle": planned.bundle_digest, "request": planned.request.model_dump()}
     return json.dumps(content).encode()
 
@@ -415,8 +419,8 @@ def _read_mark(content: bytes) -> dict[str, Any]:
     return mark if isinstance(mark, dict) else {}
 
 
-def _begun_request(mark: Mapping[str, Any], planned: Plan) -> DatasetRequest | None:
-    """Return the request that a dataset was begun with, None if it is not known.
+def _started_request(mark: Mapping[str, Any], planned: DatasetPlan) -> DatasetRequest | None:
+    """Return the request that a dataset was started with, None if it is not known.
 
     Marks of earlier versions have only the digest of the plan. Each noise mode is tried for them, as the default changed.
     """
@@ -436,7 +440,7 @@ def _begun_request(mark: Mapping[str, Any], planned: Plan) -> DatasetRequest | N
     return next((each for each in requests if replace(planned, request=each).digest == mark.get("plan")), None)
 
 
-def _differing_options(planned: Plan, former: DatasetRequest | None, bundle_digest: str | None) -> str:
+def _differing_options(planned: DatasetPlan, former: DatasetRequest | None, bundle_digest: str | None) -> str:
     """Describe the options of a former request that differ from the present ones; empty if they are not known.
 
     Args:
@@ -487,7 +491,7 @@ def _compare(former: Manifest, repeated: Manifest) -> None:
 def _differences(there: Mapping[str, str], here: Mapping[str, str]) -> str:
     """Describe how the synthesizer of a manifest differs from the present one; empty if it does not."""
     keys = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
-    return "; ".join(f"{key} {there.get(key, '-')} there, {here.get(key, '-')} here" for key in keys)
+    return "; ".join(f"{key} is {there.get(key, '-')} there, {here.get(key, '-')} here" for key in keys)
 
 
 def _read(path: Path) -> bytes:

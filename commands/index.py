@@ -70,7 +70,7 @@ def build(
 
     --data are the images that the generator was trained on.
     """
-    from dermis.authenticity.build import FEWEST_APPROXIMATE, build_index, write_index
+    from dermis.authenticity.build import MIN_APPROXIMATE, build_index, write_index
     from dermis.authenticity.checker import CLASSIFIER, Embedder
     from dermis.bundle import open_bundle
     from dermis.errors import RequestError
@@ -136,7 +136,7 @@ def build(
     _show(built[0])
     if kind not in ("auto", built[0].kind):
         typer.echo(
-            f"--kind {kind}: fewer than {FEWEST_APPROXIMATE:,} images, so the index compares all of them (flat)",
+            f"--kind {kind}: fewer than {MIN_APPROXIMATE:,} images, so the index compares all of them (flat)",
             err=True,
         )
     _warn(built[0], str(data))
@@ -205,7 +205,7 @@ def _show(description: IndexDescription) -> None:
 
 def _warn(description: IndexDescription, data: str) -> None:
     """Print weaknesses of the training images and of the baseline on stderr."""
-    from dermis.authenticity.verdict import weakness
+    from dermis.authenticity.verdict import baseline_problem
 
     duplicates = description.duplicates
     if duplicates is not None and duplicates.images:
@@ -217,9 +217,9 @@ def _warn(description: IndexDescription, data: str) -> None:
         )
     if duplicates is not None and duplicates.held_out:
         typer.echo(
-            f"warning: {duplicates.held_out:,} held-out images are copies of training images, so attacks look less successful "
-            "than they are; find them with `dermis data leaks`",
+            f"warning: {duplicates.held_out:,} held-out images are copies of training images, so the measured success "
+            "of attacks is too low; find them with `dermis data leaks`",
             err=True,
         )
-    if (reason := weakness(description)) is not None:
+    if (reason := baseline_problem(description)) is not None:
         typer.echo(f"warning: copies may pass: {reason}", err=True)

@@ -87,7 +87,7 @@ PredictionsOption = Annotated[
 
 # Results
 
-OutFolderOption = Annotated[Path, typer.Option(help="Folder of the results. A folder that was begun is continued.")]
+OutFolderOption = Annotated[Path, typer.Option(help="Folder of the results. Unfinished results are continued.")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")]
 LicenceOption = Annotated[str, typer.Option(help="Licence of the images; it is recorded with the result.")]
 AttributionOption = Annotated[str, typer.Option(help="Who must be credited; it is recorded with the result.")]

@@ -32,7 +32,7 @@ from dermis.video import VideoFormat
 if TYPE_CHECKING:
     from dermis.bundle import Bundle
     from dermis.imaging import Images
-    from dermis.projection.projector import Projector, Target
+    from dermis.projection.projector import ImageProjector, Target
     from dermis.projection.result import Projection
     from dermis.projection.schedule import Schedule
 
@@ -67,16 +67,16 @@ def project(
     ] = None,
     device: DeviceOption = "auto",
 ) -> None:
-    """Find the latents whose images are nearest to real ones. If it is stopped, the same command continues.
+    """Find the latents whose images are nearest to real ones. After a stop, run the same command again to continue.
 
     Writes a .safetensors file (latents, image, distances) and a .png for each image; at the end projections.csv and
-    pairs.png, which shows the first images beside their projections. Images that cannot be read are named and left out, and
+    pairs.png, which shows the first images beside their projections. Images that cannot be read are named and skipped, and
     the exit status is 1.
     """
     from dermis.bundle import open_bundle
     from dermis.dataset.request import classes_of
     from dermis.projection.encoder import load_encoder
-    from dermis.projection.projector import Projector
+    from dermis.projection.projector import ImageProjector
 
     opened = open_bundle(bundle)
     classes = classes_of(opened)
@@ -85,7 +85,7 @@ def project(
     encoder = load_encoder(opened, device=device)
     settings = _schedule(schedule, steps, space, start, patience, encoder is not None)
     files = image_files(images)
-    projector = _projector(Projector, opened, _distance_of(out, distance), device, batch_size, encoder)
+    projector = _projector(ImageProjector, opened, _distance_of(out, distance), device, batch_size, encoder)
     _begin(out, opened, projector, settings)
     results = _result_files(files, images, out)
     label = None if class_name is None else classes.index(class_name)
@@ -122,8 +122,8 @@ def _distance_of(out: Path, distance: str) -> str:
 
 
 def _projector(
-    make: type[Projector], bundle: Bundle, distance: str, device: str, batch_size: int | None, encoder: Any
-) -> Projector:
+    make: type[ImageProjector], bundle: Bundle, distance: str, device: str, batch_size: int | None, encoder: Any
+) -> ImageProjector:
     options = {"device": device, "batch_size": batch_size, "encode": encoder}
     if distance != "auto":
         return make(bundle, distance=distance, **options)
@@ -134,7 +134,7 @@ def _projector(
         return make(bundle, distance="lite0", **options)
 
 
-def _begin(out: Path, bundle: Bundle, projector: Projector, schedule: Schedule) -> None:
+def _begin(out: Path, bundle: Bundle, projector: ImageProjector, schedule: Schedule) -> None:
     """Mark the folder with these settings; StorageError if it has other settings or other files."""
     settings = {"bundle": bundle.digest, "distance": projector.distance, "schedule": asdict(schedule)}
     mark = out / SETTINGS
@@ -165,7 +165,7 @@ def _result_files(files: Sequence[Path], images: Sequence[Path], out: Path) -> l
 
 
 def _run(
-    projector: Projector,
+    projector: ImageProjector,
     schedule: Schedule,
     files: Sequence[Path],
     results: Sequence[Path],

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from training.data.prepare import Prepared
     from training.data.sources import ReadOptions, Source
 
-_MOST_ORIGINS = 40
-_MOST_NAMES = 3
+_MAX_ORIGINS = 40
+_MAX_NAMES = 3
 
 
 def read_options(
@@ -102,7 +102,7 @@ def describe_source(source: Source) -> list[str]:
         if origin.class_name and origin.value != origin.class_name
     ]
     if renamed:
-        lines.append(f"classes of {source.class_column}: {_some(renamed, _MOST_ORIGINS)}")
+        lines.append(f"classes of {source.class_column}: {_some(renamed, _MAX_ORIGINS)}")
     if report.not_listed:
         lines.append(f"{len(report.not_listed):,} images that the table does not name: {_some(report.not_listed)}")
     if report.unreadable:
@@ -141,12 +141,12 @@ def show_preparation(sources: Sequence[Source], prepared: Prepared) -> None:
             for origin in source.report.origins
             if origin.class_name == name
         ]
-        classes.add_row(name, f"{count:,}", _some(origins, _MOST_ORIGINS))
+        classes.add_row(name, f"{count:,}", _some(origins, _MAX_ORIGINS))
     if prepared.classes:
         console.print(classes)
 
 
-def _some(names: Sequence[str], most: int = _MOST_NAMES) -> str:
-    return ", ".join(escape(name) for name in names[:most]) + (
-        f" and {len(names) - most:,} more" if len(names) > most else ""
+def _some(names: Sequence[str], limit: int = _MAX_NAMES) -> str:
+    return ", ".join(escape(name) for name in names[:limit]) + (
+        f" and {len(names) - limit:,} more" if len(names) > limit else ""
     )

@@ -192,7 +192,7 @@ def _sentences(result: SurveyScore) -> list[str]:
         lines.append(
             f"the paper (arXiv 2208.11702): {100 * result.paper_accuracy:.0f} % over four experts and 200 images; "
             f"here {_percent(accuracy)} % over {experts} and {result.images} images, "
-            f"an interval that {'contains' if inside else 'leaves out'} the paper's"
+            f"the 95 % interval {'contains' if inside else 'does not contain'} the paper's value"
         )
     return lines
 

@@ -25,9 +25,9 @@ def resolve_device(device: str) -> torch.device:
     try:
         resolved = torch.device(device)
     except RuntimeError as error:
-        raise DermisError(f'device: "{device}" is no device; use auto, cpu or cuda') from error
+        raise DermisError(f'device: "{device}" is not a known device; use auto, cpu or cuda') from error
     if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise DermisError(f'device: "{device}" asked for, but torch sees no CUDA device here; use cpu or auto')
+        raise DermisError(f'device: "{device}" was requested, but torch finds no CUDA device; use cpu or auto')
     return resolved
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import reprlib
 
-QUOTED_CHARACTERS = 200  # of foreign text, at most, in a message
+QUOTED_CHARACTERS = 200  # largest number of characters of foreign text in a message
 
 
 class DermisError(Exception):

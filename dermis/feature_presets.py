@@ -112,7 +112,7 @@ def preset_weights(name: str) -> bytes:
     digest = hashlib.sha256(data).hexdigest()
     if digest != preset.sha256:
         raise DermisError(
-            f"{file}: is not the file of weights that {name} stands for (SHA-256 {digest}, expected {preset.sha256}); "
+            f"{file}: is not the weights file of the feature space {name} (SHA-256 {digest}, expected {preset.sha256}); "
             f"delete it, and download or install it again from {preset.source}"
         )
     return data

@@ -288,7 +288,7 @@ def load_safetensors(network: nn.Module, file: Path) -> None:
     except FileNotFoundError:
         raise DermisError(f"{file}: no such file of weights") from None
     except (OSError, safetensors.SafetensorError) as error:
-        raise DermisError(f"{file}: is no readable safetensors file ({error})") from None
+        raise DermisError(f"{file}: is not a readable safetensors file ({error})") from None
     own = network.state_dict()
     odd = [key for key, value in own.items() if key not in state or state[key].shape != value.shape]
     if odd:
@@ -357,12 +357,12 @@ def _digest(module: nn.Module) -> str:
 
 
 @contextmanager
-def published_weights(what: str, instead: str) -> Iterator[None]:
+def published_weights(description: str, advice: str) -> Iterator[None]:
     """Let a library download its published weights in the block. They are read as tensors only, and nothing is printed.
 
     Args:
-        what: The weights, for the error.
-        instead: What the user can do instead, for the error.
+        description: Name of the weights, for the error.
+        advice: Alternative for the user, for the error.
 
     Raises:
         DermisError: The weights cannot be loaded.
@@ -372,7 +372,7 @@ def published_weights(what: str, instead: str) -> Iterator[None]:
             yield
     except Exception as error:  # every hub has exceptions of its own library
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise DermisError(f"{what} cannot be loaded ({reason[0]}); {instead}") from error
+        raise DermisError(f"{description} cannot be loaded ({reason[0]}); {advice}") from error
 
 
 @contextmanager

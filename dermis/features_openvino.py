@@ -72,7 +72,7 @@ class OpenvinoFeatures:
         matrix: Gives the matrices that resize to `size`.
         mean: Mean of the channels, [3, 1, 1], of values in 0..255.
         std: Standard deviation of the channels, [3, 1, 1], of values in 0..255.
-        otherwise: Computes features if OpenVINO cannot compile the network.
+        fallback: Computes features if OpenVINO cannot compile the network.
         threads: Images that are computed at the same time; None for the number of cores that this process can use.
     """
 
@@ -83,14 +83,14 @@ class OpenvinoFeatures:
         matrix: Matrix,
         mean: Tensor,
         std: Tensor,
-        otherwise: Extract,
+        fallback: Extract,
         *,
         threads: int | None = None,
     ) -> None:
         self._module = _Features(network, mean, std).eval()
         self._size = size
         self._matrix = lru_cache(maxsize=8)(matrix)
-        self._otherwise = otherwise
+        self._fallback = fallback
         self._threads = threads or available_cpus()
         self._compiled: dict[bool, Any] = {}  # key: whether it resizes
         self._failed = False
@@ -104,7 +104,7 @@ class OpenvinoFeatures:
             if resize not in self._compiled and not self._failed:
                 self._compile(resize)
         if self._failed:
-            return self._otherwise(images)
+            return self._fallback(images)
         import openvino
 
         compiled = self._compiled[resize]

@@ -33,7 +33,7 @@ _MAX_SCANS = 100
 # Parts of a file are read one by one in Python. Encoders write few of them: chunks of PNG have more than 1 KiB on average.
 _MAX_PARTS = 1000
 _BYTES_A_CHUNK = 1024
-_MAX_STRAY_BYTES = 1 << 16  # of a JPEG: fill bytes or garbage between its segments
+_MAX_STRAY_BYTES = 1 << 16  # fill bytes or garbage between the segments of a JPEG
 _MAX_EXIF_ENTRIES = 1000
 _ORIENTATION = 0x0112  # EXIF's tag
 
@@ -86,7 +86,7 @@ def read_image(
         raise ImageError("unusable", "is empty (0 bytes); use the original file")
     kind = _format_of(data)
     if kind is None and len(formats) == len(FORMATS):
-        raise ImageError("unsupported", f"is no {_FORMAT_NAMES} image; convert it to PNG")
+        raise ImageError("unsupported", f"is not a {_FORMAT_NAMES} image; convert it to PNG")
     if kind is not None:
         _check_parts(data, kind)
         _check_size(_header_size(data, kind), max_pixels)

@@ -3,12 +3,12 @@
 "At distance d" means a relative Euclidean distance, which has no unit and is the same for every generator:
 
     in w    |w' - w| = d |w - w_avg|     w' = w + d |w - w_avg| u, with u the unit vector from w to a partner's w
-    in z    |z' - z| = d |z|             z' is z turned towards a partner on the sphere through z
+    in z    |z' - z| = d |z|             z' is z rotated towards a partner on the sphere through z
 
-The partner is another latent of the same class, drawn for (seed, index, number of the neighbour) by
-`dermis.latents.partner_z`. So a neighbour is in the region of the generator's images: along most directions of a uniform
-distribution on w images hardly vary. In w the distance is measured over all style vectors together, also for a projected
-image, whose style vectors differ.
+A neighbour lies in the direction of its partner: a second random latent of the same class, drawn for (seed, index, number of
+the neighbour) by `dermis.latents.partner_z`. So a neighbour is in the region of the generator's images: along most directions
+of a uniform distribution on w images hardly vary. In w the distance is measured over all style vectors together, also for a
+projected image, whose style vectors differ.
 
 arXiv 2208.11702 makes neighbours "at distance 0.1" of projected images without naming a measure; this one was chosen here.
 """
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 Space = Literal["w", "z"]
 Floats = NDArray[np.float32]
-FARTHEST = {"w": 10.0, "z": 2.0}  # the largest distance on a sphere is its diameter
+MAX_DISTANCE = {"w": 10.0, "z": 2.0}  # the largest distance on a sphere is its diameter
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,14 @@ def w_neighbour(ws: Floats, w_avg: Floats, partner: Floats, distance: float) -> 
 
 def z_neighbour(z: Floats, partner: Floats, distance: float) -> Floats:
     """Return z' for z and partner [z_dim] with |z'| = |z| and |z' - z| = distance |z|, a chord of the sphere: at most 2."""
-    if not 0 <= distance <= FARTHEST["z"]:
+    if not 0 <= distance <= MAX_DISTANCE["z"]:
         raise ValueError(f"distance must be from 0 to 2; got {distance}")
     start = z.astype(np.float64)
     radius = float(np.linalg.norm(start))
     axis = start / radius
     side = partner.astype(np.float64) - (partner @ axis) * axis
     side /= np.linalg.norm(side)
-    cos = 1 - distance**2 / 2  # of the angle whose chord is `distance`
+    cos = 1 - distance**2 / 2  # cosine of the angle whose chord is `distance`
     turned: Floats = (radius * (cos * axis + np.sqrt(1 - cos**2) * side)).astype(np.float32)
     return turned
 
@@ -186,5 +186,5 @@ def check_options(distance: float, space: str) -> None:
     """Raise DataError if the distance or the space is not possible."""
     if space not in get_args(Space):
         raise DataError(f"space: {space!r} is none of {', '.join(get_args(Space))}")
-    if not 0 < distance <= FARTHEST[space]:
-        raise DataError(f"distance: {distance:g} is not above 0 and at most {FARTHEST[space]:g} in {space}")
+    if not 0 < distance <= MAX_DISTANCE[space]:
+        raise DataError(f"distance: {distance:g} is not above 0 and at most {MAX_DISTANCE[space]:g} in {space}")

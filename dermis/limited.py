@@ -101,7 +101,9 @@ def run_limited(
         raise LimitError("time", f"took longer than {limit}", limit) from None
     except OSError as error:
         reason = escape(error.strerror or error)
-        raise LimitError("crash", f"needs a process and temporary files of its own, which failed: {reason}") from None
+        raise LimitError(
+            "crash", f"could not start a separate process or create its temporary files: {reason}"
+        ) from None
 
 
 def _import_path() -> list[str]:

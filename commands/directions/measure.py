@@ -61,7 +61,9 @@ def measure(
 
     strengths = strength or ([2.0, 4.0, 6.0] if framed else [3.0])
     if not all(0 < value <= MAX_STRENGTH for value in strengths) or (len(strengths) > 1 and not framed):
-        raise RequestError("--strength", f"must be above 0 and at most {MAX_STRENGTH:g}; several only with --framed")
+        raise RequestError(
+            "--strength", f"must be above 0 and at most {MAX_STRENGTH:g}; it can be repeated only with --framed"
+        )
     if samples < 2 or baseline < 2 or search < 2 or controls < 0 or (baseline < samples and not framed):
         raise RequestError("--samples", "must be at least 2, and --baseline at least as many; --controls at least 0")
     opened = open_bundle(bundle)
@@ -193,8 +195,9 @@ def _removals(
     _print(_removal_table(removals))
     best = best_removal(candidates)
     typer.echo(
-        f"best: {best.direction}={best.strength:+g}: {best.removed} of {best.images} frames vanish"
-        f" ({best.low:.0%} to {best.high:.0%}); {best.confirmed:.0%} of the half that it was not chosen by"
+        f"best: {best.direction}={best.strength:+g} removes the frame in {best.removed} of {best.images} images "
+        f"(95 % interval {best.low:.0%} to {best.high:.0%}); in the half of the images that was not used for the choice: "
+        f"{best.confirmed:.0%}"
     )
     return {"removals": [asdict(each) for each in removals], "best": asdict(best)}
 
@@ -202,7 +205,7 @@ def _removals(
 def _effect_table(effects: Sequence[Effect], units: Units) -> Table:
     """Half the difference between moving by plus and by minus; in brackets where it is within chance."""
     names = [name for name, deviation in units.deviations.items() if deviation > 0]
-    table = _table("direction", *names, "identity", "moves most", "share")
+    table = _table("direction", *names, "identity", "largest change", "share")
     for each in effects:
         cells = [_cell(each.shifts[name].value, each.shifts[name].significant) for name in names]
         most = each.most_moved
@@ -225,7 +228,7 @@ def _removal_table(removals: Sequence[Removal]) -> Table:
         if known is None or each.share > known.share:
             best[each.direction] = each
     names = list(removals[0].others)
-    table = _table("direction", "strength", "frames gone", "95 %", *names, "identity")
+    table = _table("direction", "strength", "frames removed", "95 %", *names, "identity")
     for each in sorted(best.values(), key=lambda removal: -removal.share):
         table.add_row(
             each.direction,

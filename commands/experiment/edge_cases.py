@@ -77,7 +77,7 @@ def edge_cases(
 ) -> None:
     """Train without synthetic images, with neighbours of edge cases, and with as many random ones; compare on test images.
 
-    Ctrl-C saves; the same command continues and skips what is done. Not a medical device.
+    Ctrl-C saves the state. Run the same command again to continue; finished parts are not repeated. Not a medical device.
     """
     from dermis.bundle import open_bundle
     from dermis.devices import resolve_device

@@ -52,8 +52,8 @@ def frame_removal(
 ) -> None:
     """Train classifiers on generated images: as they are, with the frame added, and with the frame removed.
 
-    The bundle needs directions and the classes benign and malignant. Ctrl-C saves; the same command continues. Not a medical
-    device.
+    The bundle needs directions and the classes benign and malignant. Ctrl-C saves the state. Run the same command again to
+    continue. Not a medical device.
     """
     from dermis.bundle import open_bundle
     from dermis.devices import resolve_device

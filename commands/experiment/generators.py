@@ -138,7 +138,8 @@ def table1(
 ) -> None:
     """Train and evaluate generators one after another, choose the best and print the table.
 
-    Without arguments these are the paper's five. Ctrl-C saves; the same command continues and skips what is done.
+    Without arguments these are the paper's five. Ctrl-C saves the state. Run the same command again to continue; finished parts
+    are not repeated.
     """
     from dermis.devices import resolve_device
     from dermis.errors import TrainingError

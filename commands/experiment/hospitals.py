@@ -48,7 +48,7 @@ def hospitals(
 ) -> None:
     """Train a generator centrally, at each of three hospitals alone, and at all of them together, and compare them.
 
-    The images are divided by patient. Ctrl-C loses no finished round; the same command continues.
+    The images are divided by patient. Ctrl-C loses no finished round; run the same command again to continue.
     """
     from dataclasses import replace
 

@@ -61,8 +61,8 @@ def table2(
 ) -> None:
     """Train classifiers on real images, on synthetic ones and on both, several seeds each, and compare them.
 
-    Scenarios whose generator is not given are left out. Ctrl-C saves; the same command continues and skips what is done.
-    Not a medical device.
+    Scenarios whose generator is not given are skipped. Ctrl-C saves the state. Run the same command again to continue; finished
+    parts are not repeated. Not a medical device.
     """
     from dermis.devices import resolve_device
     from dermis.errors import TrainingError
@@ -88,7 +88,7 @@ def table2(
     config = ClassifierConfig(**overrides | ({} if resolution is None else {"size": resolution}))
     sources = read_generators(generator or [], generators)
     if absent := sorted({each.generator for each in TABLE2 if each.generator} - sources.keys()):
-        typer.echo(f"left out, as no --generator is given: scenarios of {', '.join(absent)}", err=True)
+        typer.echo(f"skipped, because no --generator is given: scenarios of {', '.join(absent)}", err=True)
     seed_range = range(seed, seed + seeds)
     with joined_ranks(resolve_device(device)) as ranks:
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from training.data.concepts import ConceptRecords
     from training.data.sources import Record, Source
 
-SHARE = 0.03  # of the image under painted corners: real frames have 0.028 on average (docs/concepts.md)
+SHARE = 0.03  # share of the image under painted corners: real frames have 0.028 on average (docs/concepts.md)
 
 
 def concepts(
@@ -181,11 +181,13 @@ def _frames(
             changes[name] = change(before, after, patients)
     if framed:
         images, patients = _images(framed, side), [groups[record.id] for record in framed]
-        changes["framed images zoomed, frame gone"] = change(probability(images), probability(zoomed(images)), patients)
+        changes["frame removed by cropping (images with a frame)"] = change(
+            probability(images), probability(zoomed(images)), patients
+        )
         matched = _matched(framed, plain)
         if matched:
             images, patients = _images(matched, side), [groups[record.id] for record in matched]
-            name = "frameless ones of the same sources and classes zoomed"
+            name = "same cropping (images without a frame, of the same sources and classes)"
             changes[name] = change(probability(images), probability(zoomed(images)), patients)
     return changes
 
@@ -225,7 +227,7 @@ def _rows(tests: Sequence[ConceptTest]) -> list[list[str]]:
 
 
 def _change_rows(changes: dict[str, Change]) -> list[list[str]]:
-    header = ["what was done", "images", "mean change of the probability", "95 %", "rose in"]
+    header = ["change", "images", "mean change of the probability", "95 %", "increased in"]
     rows = [
         [name, f"{c.images:,}", f"{c.mean:+.3f}", f"{c.low:+.3f} to {c.high:+.3f}", f"{c.rose:.0%}"]
         for name, c in changes.items()

@@ -85,7 +85,7 @@ def embeddings(
     from dermis.explain.embeddings import GENERATED, ITERATIONS, map_in_3d, open_tsne
     from dermis.explain.embeddings_page import NEIGHBOURS, SPRITE_SIDE, embeddings_page
     from dermis.explain.nearest import nearest_by_cosine
-    from dermis.explain.projector import write_projector
+    from dermis.explain.tensorboard_projector import write_projector
     from dermis.synthesizer import Synthesizer
     from training.classifier.synthetic import parse_source
 

@@ -71,11 +71,11 @@ def heat_maps(
     pictures: Annotated[bool, typer.Option("--pictures", help="Also write each heat map as a PNG.")] = False,
     device: DeviceOption = "auto",
 ) -> None:
-    """Write a page of heat maps: which parts of an image count for the positive class, and which against it.
+    """Write a page of heat maps: which parts of an image raise the probability of the positive class, and which lower it.
 
     Images are files, or those of --data, whose true classes are known: then wrong predictions come first, followed by the
-    images nearest to the threshold. Ctrl-C loses at most one heat map; the same command continues. The page shows the
-    images. Not a medical device.
+    images nearest to the threshold. Ctrl-C loses at most one heat map; run the same command again to continue. The page
+    shows the images. Not a medical device.
     """
     from tqdm import tqdm
 
@@ -281,13 +281,13 @@ def _save(path: Path, attribution: Attribution) -> None:
 
 def _write_pictures(folder: Path, entries: Sequence[Entry]) -> None:
     """Write one PNG for each image, in the order of the page, and remove those of an earlier run."""
-    from dermis.explain.rendering import LEAST_SIDE, heat_map, to_png
+    from dermis.explain.rendering import MIN_SIDE, heat_map, to_png
 
     with suppress(OSError):
         for old in folder.glob("[0-9][0-9][0-9][0-9]-*.png"):
             old.unlink()
     for place, entry in enumerate(entries):
-        side = max(LEAST_SIDE, len(entry.attribution.image))
+        side = max(MIN_SIDE, len(entry.attribution.image))
         write_file(folder / f"{place:04d}-{_file_name(entry.name)}.png", to_png(heat_map(entry.attribution, side)))
 
 

@@ -1,8 +1,9 @@
-"""Membership inference by distance: what generated images disclose of the training set.
+"""Membership inference by distance: disclosure of the training set by generated images.
 
-The attacker, who has only generated images, takes a real image for a training image if a generated one is near to it. Its score
-is the negative distance to the nearest generated image. The AUC of training against held-out images is 0.5 for a generator
-that discloses nothing, and 1 for one that copies. (The black-box attack of Chen et al., arXiv 1909.03935, section 4.2.)
+The attacker, who has only generated images, classifies a real image as a training image if a generated one is near it. Its
+score is the negative distance to the nearest generated image. The AUC of training against held-out images is 0.5 for a
+generator that discloses nothing, and 1 for one that copies. (The black-box attack of Chen et al., arXiv 1909.03935, section
+4.2.)
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from numpy.typing import NDArray
 
 from dermis.authenticity.index import Floats, Index, import_faiss
 
-MOST = 10_000  # largest number of training images, and of held-out images, in an attack
-FEWEST = 20  # images of each kind that an attack needs
+MAX_ATTACKED_IMAGES = 10_000  # largest number of training images, and of held-out images, in an attack
+MIN_IMAGES = 20  # images of each kind that an attack needs
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Attack:
 
     @property
     def succeeds(self) -> bool:
-        """Whether the attack is better than guessing, beyond chance."""
+        """Whether the attack is significantly better than guessing."""
         return self.low > 0.5
 
 
@@ -59,8 +60,8 @@ def attack(members: Floats, held_out: Floats, *, seed: int = 0) -> Attack:
         bootstrap,
     )  # its package imports torch, which the gateway does not need
 
-    if min(len(members), len(held_out)) < FEWEST:
-        raise ValueError(f"{len(members)} and {len(held_out)} images; at least {FEWEST} of each are needed")
+    if min(len(members), len(held_out)) < MIN_IMAGES:
+        raise ValueError(f"{len(members)} and {len(held_out)} images; at least {MIN_IMAGES} of each are needed")
     labels = np.concatenate([np.ones(len(members), np.int64), np.zeros(len(held_out), np.int64)])
     scores = -np.concatenate([members, held_out]).astype(np.float64)
     estimate = bootstrap(labels, scores, {"auc": auc}, seed=seed)["auc"]
@@ -102,14 +103,14 @@ class NearestGenerated:
         self.distances = np.minimum(self.distances, distances.astype(np.float32))
 
 
-def attacked(count: int, *, most: int = MOST) -> NDArray[np.int64]:
-    """Return the numbers of the real images to attack: all, or `most` evenly spread ones."""
+def evenly_spaced_indices(count: int, *, most: int = MAX_ATTACKED_IMAGES) -> NDArray[np.int64]:
+    """Return the indices of the real images to attack: all, or `most` evenly spaced ones."""
     return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(np.int64))
 
 
 @dataclass(frozen=True)
 class Exposure:
-    """What a set of generated images discloses of the training set."""
+    """Disclosure of the training set by a set of generated images."""
 
     identifiability: float
     """0..1: the share of training images that are nearer to a generated image than to any other training image."""
@@ -126,17 +127,22 @@ def exposure(index: Index, generated: Floats) -> Exposure:
         index: The index of the training images.
         generated: Embeddings [N, dim] of generated images in the space of the index.
     """
-    chosen = attacked(index.description.vectors)
+    chosen = evenly_spaced_indices(index.description.vectors)
     members = nearest_generated(index.stored(chosen), [generated])
     result = None
-    if index.held_out is not None and min(len(index.held_out), len(chosen)) >= FEWEST:
-        others = index.held_out[attacked(len(index.held_out))]
+    if index.held_out is not None and min(len(index.held_out), len(chosen)) >= MIN_IMAGES:
+        others = index.held_out[evenly_spaced_indices(len(index.held_out))]
         result = attack(members, nearest_generated(others, [generated]))
     return Exposure(identifiability(index.radii[chosen], members), result)
 
 
 def nearest_generated(real: Floats, generated: Iterable[Floats]) -> Floats:
-    """Return the distances [M] of real embeddings [M, dim] to the nearest of the generated ones, parts [N, dim]."""
+    """Return the distance [M] of each real embedding to its nearest generated embedding.
+
+    Args:
+        real: Embeddings [M, dim] of real images.
+        generated: Batches [N, dim] of embeddings of generated images.
+    """
     nearest = NearestGenerated(real)
     for piece in generated:
         nearest.add(piece)

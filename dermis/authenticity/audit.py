@@ -30,10 +30,10 @@ class ProjectionAudit:
     """[N]: cosine distance between the features of the projection and of its target."""
     verdicts: Verdicts
     """Verdicts on the projections."""
-    own: NDArray[np.bool_]
+    nearest_is_target: NDArray[np.bool_]
     """[N]: whether the nearest training image is the target itself. It is meaningful if targets are training images."""
-    too_close: NDArray[np.bool_]
-    """[N]: nearer to the nearest training image than that one is to its own nearest other one."""
+    not_authentic: NDArray[np.bool_]
+    """[N]: whether the distance to the nearest training image is at most the radius of that training image."""
 
 
 def audit_projections(index: Index, targets: Floats, projections: Floats) -> ProjectionAudit:
@@ -49,8 +49,8 @@ def audit_projections(index: Index, targets: Floats, projections: Floats) -> Pro
     nearest = index.nearest(projections)
     verdicts = verdicts_of(nearest, index.description)
     to_target = np.linalg.norm(index.projected(targets) - nearest.embeddings, axis=1)
-    own = to_target <= nearest.distances + _SAME + 0.01 * nearest.distances
-    return ProjectionAudit(np.maximum(cosine, 0), verdicts, own, ~verdicts.authentic)
+    nearest_is_target = to_target <= nearest.distances + _SAME + 0.01 * nearest.distances
+    return ProjectionAudit(np.maximum(cosine, 0), verdicts, nearest_is_target, ~verdicts.authentic)
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,11 @@ class SampleAudit:
 
     authentic: float
     """Share of authentic samples."""
-    too_near: float
+    below_first_percentile: float
     """Share of samples nearer to a training image than 99 % of the training images are to any other."""
     held_out_authentic: float | None
     """Share of authentic held-out images; None if the index has none."""
-    held_out_too_near: float | None
+    held_out_below_first_percentile: float | None
     exposure: Exposure
 
 
@@ -76,9 +76,9 @@ def audit_samples(index: Index, samples: Floats) -> SampleAudit:
         held_out = verdicts_of(index.nearest_of_projected(index.held_out), index.description)
     return SampleAudit(
         authentic=float(verdicts.authentic.mean()),
-        too_near=float((verdicts.percentiles < 1).mean()),
+        below_first_percentile=float((verdicts.percentiles < 1).mean()),
         held_out_authentic=None if held_out is None else float(held_out.authentic.mean()),
-        held_out_too_near=None if held_out is None else float((held_out.percentiles < 1).mean()),
+        held_out_below_first_percentile=None if held_out is None else float((held_out.percentiles < 1).mean()),
         exposure=exposure(index, nearest.embeddings),
     )
 

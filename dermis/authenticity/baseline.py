@@ -22,8 +22,8 @@ from dermis.authenticity.verdict import SAME_SHARE
 from dermis.bundle.index import Duplicates
 from dermis.errors import RequestError
 
-MOST_COPY_SHARE = 0.5
-"""Share of the typical distance beyond which images are never copies, however far re-compression moves an image."""
+MAX_COPY_SHARE = 0.5
+"""Upper bound for the distance of a copy, as a share of the typical distance. It limits the value from re-compression."""
 COPY_PERCENTILE = 99
 EXACT_RADII = 200_000  # largest number of vectors for which every pair is compared
 _VERIFIED = 1000  # radii that an exact search checks
@@ -39,13 +39,13 @@ class Copies:
 
     Attributes:
         features: Features [S, feature_dim] of re-compressed training images.
-        of: Numbers [S] of these images in the training set.
-        alike: Pairs [P, 2] of training images with nearly the same perceptual hash.
+        indices: Indices [S] of the originals in the training set.
+        similar_pairs: Pairs [P, 2] of training images with nearly the same perceptual hash.
     """
 
     features: Floats
-    of: NDArray[np.int64]
-    alike: Pairs
+    indices: NDArray[np.int64]
+    similar_pairs: Pairs
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def baseline(
     rows: Floats,
     *,
     groups: Sequence[str] | None,
-    alike: Pairs | None,
+    similar_pairs: Pairs | None,
     copy_distances: Floats | None,
     threads: int,
 ) -> Baseline:
@@ -78,7 +78,7 @@ def baseline(
         base: FAISS index of N vectors.
         rows: The same embeddings [N, dim] in the space of the index, not rounded.
         groups: Patient or lesion of each image, if known.
-        alike: Pairs [P, 2] of images with nearly the same pixels.
+        similar_pairs: Pairs [P, 2] of images with nearly the same pixels.
         copy_distances: Distances of re-compressed images to their originals.
         threads: CPU cores to use.
 
@@ -89,17 +89,18 @@ def baseline(
     typical = typical_distance(rows)
     if typical <= 0:
         raise RequestError(
-            "images", f"nearly all of the {count:,} images are the same image; no distance between them means anything"
+            "images",
+            f"nearly all of the {count:,} images are copies of one image, so distances between them are meaningless",
         )
     same = SAME_SHARE * typical
     copy = 0.0
     if copy_distances is not None and len(copy_distances):
-        copy = min(float(np.percentile(copy_distances, COPY_PERCENTILE)), MOST_COPY_SHARE * typical)
+        copy = min(float(np.percentile(copy_distances, COPY_PERCENTILE)), MAX_COPY_SHARE * typical)
     searched, exact = (_exact(base, rows.shape[1]), True) if count <= EXACT_RADII else (base, False)
     near = _near_pairs(searched, rows, same, threads)
-    if alike is not None and len(alike):
-        apart = np.linalg.norm(rows[alike[:, 0]] - rows[alike[:, 1]], axis=1)
-        near = np.concatenate([near, alike[apart <= max(copy, same)]])
+    if similar_pairs is not None and len(similar_pairs):
+        pair_distances = np.linalg.norm(rows[similar_pairs[:, 0]] - rows[similar_pairs[:, 1]], axis=1)
+        near = np.concatenate([near, similar_pairs[pair_distances <= max(copy, same)]])
     component = _components(count, near)
     sizes = np.bincount(component)
     _check_largest(int(sizes.max()), count)
@@ -149,7 +150,7 @@ def _exact(base: Any, width: int) -> Any:
 
 
 def _near_pairs(index: Any, rows: Floats, limit: float, threads: int) -> Pairs:
-    """Find pairs [P, 2] at most `limit` apart. Raises RequestError if a row has more than N / 2 such neighbours."""
+    """Find pairs [P, 2] at most `limit` pair_distances. Raises RequestError if a row has more than N / 2 such neighbours."""
     count = len(rows)
     pairs = [np.empty((0, 2), np.int64)]
     pending = np.arange(count)

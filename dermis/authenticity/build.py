@@ -29,7 +29,7 @@ from dermis.errors import RequestError
 Storage = Literal["8bit", "float"]
 EXACT = 200_000  # largest number of vectors for an exact search
 GRAPH = 2_000_000  # largest number of vectors for a graph; above it, lists need much less memory
-FEWEST_APPROXIMATE = 25_000  # with fewer vectors, lists (IVF) cannot be trained well, and an exact search is as fast
+MIN_APPROXIMATE = 25_000  # with fewer vectors, lists (IVF) cannot be trained well, and an exact search is as fast
 DIM = 128
 _TRAINING = 200_000  # vectors that quantizer, components and lists are trained on
 _IMAGES_PER_DIM = 20
@@ -87,7 +87,7 @@ def build_index(
     # Components of few images represent these images exactly and others poorly, so that other images would look like copies.
     width = rows.shape[1] if dim is None or len(rows) < _IMAGES_PER_DIM * dim else min(dim, rows.shape[1])
     chosen: Kind = kind if kind != "auto" else "flat" if len(rows) <= EXACT else "hnsw" if len(rows) <= GRAPH else "ivf"
-    if len(rows) < FEWEST_APPROXIMATE:
+    if len(rows) < MIN_APPROXIMATE:
         chosen = "flat"
     threads = threads or available_cpus()
     index, explained = _index(rows, width, chosen, storage, threads)
@@ -108,15 +108,15 @@ def build_index(
     )
     unscored = Index(description, index, np.zeros(len(rows), np.float32), None, threads)
     projected = unscored.projected(features)
-    copied = None if copies is None or not len(copies.of) else unscored.projected(copies.features)
+    copied = None if copies is None or not len(copies.indices) else unscored.projected(copies.features)
     result = baseline(
         base_of(index),
         projected,
         groups=groups,
-        alike=None if copies is None else copies.alike,
+        similar_pairs=None if copies is None else copies.similar_pairs,
         copy_distances=None
         if copies is None or copied is None
-        else np.linalg.norm(copied - projected[copies.of], axis=1),
+        else np.linalg.norm(copied - projected[copies.indices], axis=1),
         threads=threads,
     )
     duplicates = result.duplicates

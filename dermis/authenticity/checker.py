@@ -121,7 +121,8 @@ class Checker:
         if (self._embedder.identity, self._embedder.dim) != (description.extractor_identity, description.feature_dim):
             self.close()
             raise BundleError(
-                f"{where}: was built with another {description.extractor} than is here; build it again: dermis index build"
+                f"{where}: was built with other weights of the extractor {description.extractor} than the present ones; "
+                "build it again: dermis index build"
             )
 
     @property
@@ -131,7 +132,7 @@ class Checker:
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """All that decides verdicts besides the images and the kind of machine."""
+        """Index, extractor and libraries: verdicts depend on these, the images and the kind of machine."""
         from dermis.authenticity.index import import_faiss
 
         versions = {"authenticity": self.description.digest, "faiss": str(import_faiss().__version__)}

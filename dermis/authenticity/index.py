@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dermis.authenticity.index_check import check_index, most_bytes, read, reason_of
+from dermis.authenticity.index_check import check_index, max_bytes, read, reason_of
 from dermis.bundle.index import HELD_OUT, INDEX, RADII, IndexDescription, open_index_folder
 from dermis.cpus import available_cpus
 from dermis.errors import BundleError, DermisError, install_command
@@ -40,7 +40,7 @@ class Nearest:
     distances: Floats
     """[N]: Euclidean distances in the space of the index."""
     radii: Floats
-    """[N]: distance of that training image to its own nearest other one."""
+    """[N]: radius of that training image, which is its distance to the nearest other training image."""
     embeddings: Floats
     """[N, dim]: the queries in the space of the index, not rounded."""
     neighbours: NDArray[np.int64] | None = None
@@ -212,7 +212,7 @@ def open_index(source: Bundle | str | Path, *, device: str = "auto", threads: in
         raise BundleError(f"{folder.where}: was changed since the bundle was opened; try again")
     record = description.files[INDEX]
     where = f"{folder.where}/{INDEX}"
-    if record.bytes > most_bytes(description):
+    if record.bytes > max_bytes(description):
         raise BundleError(f"{where}: is larger than an index of its description can be; build the index again")
     mapped = record.bytes > _MAPPED_BYTES and folder.local
     data = (Path(folder.root) / INDEX).resolve() if mapped else folder.read(INDEX, record)
@@ -224,7 +224,7 @@ def open_index(source: Bundle | str | Path, *, device: str = "auto", threads: in
     try:
         index = read(data)
     except RuntimeError as error:
-        raise BundleError(f"{where}: is no index of FAISS ({reason_of(error)})") from None
+        raise BundleError(f"{where}: is not a FAISS index ({reason_of(error)})") from None
     if isinstance(data, Path) and (state is None or _state(data) != state):
         raise BundleError(f"{where}: was changed while it was read; try again")
     radii = _array(folder, description, RADII, (description.vectors,))
@@ -260,7 +260,7 @@ def on_device(index: Any, device: str) -> Any:
     faiss = import_faiss()
     gpus = faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
     if device.startswith("cuda") and not gpus:
-        raise DermisError(f"device: {device} asked for, but FAISS sees no GPU here; use cpu or auto")
+        raise DermisError(f"device: {device} was requested, but FAISS finds no GPU; use cpu or auto")
     if device == "cpu" or not gpus or not isinstance(base_of(index), faiss.IndexIVF):
         return index
     number = int(device.partition(":")[2] or 0)

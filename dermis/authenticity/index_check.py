@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 _CPU_SECONDS, _WALL_SECONDS = 120, 480
 _MEMORY_BYTES = 1 << 30
-_COPIES = 3  # of the file that are in memory at the same time
+_COPIES = 3  # copies of the file that are in memory at the same time
 _VECTOR_BYTES = 4096  # for each vector besides its components: links of HNSW, identifiers
 _FIXED_BYTES = 64 << 20
-_MOST_EFFORT = 1 << 16  # lists or nodes that one search visits
+_MAX_EFFORT = 1 << 16  # lists or nodes that one search visits
 _OTHER_KIND = "is not of the kind {kind} as dermis builds it"
 
 
-def most_bytes(description: IndexDescription) -> int:
+def max_bytes(description: IndexDescription) -> int:
     """Return an upper bound for the size of index.faiss in bytes."""
     numbers = description.vectors * description.dim * 2 + description.feature_dim * (description.dim + 2)
     return 4 * numbers + description.vectors * _VECTOR_BYTES + _FIXED_BYTES
@@ -61,7 +61,7 @@ def problem_of(data: bytes | Path, expected_json: str) -> str:
         if not problem:
             index.search(np.zeros((1, expected["feature_dim"]), np.float32), 1)
     except RuntimeError as error:
-        return f"is no index of FAISS ({reason_of(error)})"
+        return f"is not a FAISS index ({reason_of(error)})"
     return problem
 
 
@@ -169,17 +169,17 @@ def _graph(graph: Any, vectors: int) -> str:
         and (neighbours < vectors).all()
         and 0 <= graph.entry_point < vectors
         and levels[graph.entry_point] == top + 1
-        and 1 <= graph.efSearch <= _MOST_EFFORT
+        and 1 <= graph.efSearch <= _MAX_EFFORT
     )
     if not right:
-        return "has links that lead nowhere"
+        return "has links to vectors that do not exist"
     # Links of an upper level must lead to vectors that have that level.
     for level in range(1, top + 1):
         rows = np.flatnonzero(levels > level)
         for begin, end in zip(offsets[rows] + sums[level], offsets[rows] + sums[level + 1], strict=True):
             linked = neighbours[begin:end]
             if (levels[linked[linked >= 0]] <= level).any():
-                return "has links that lead nowhere"
+                return "has links to vectors that do not exist"
     return ""
 
 
@@ -202,20 +202,20 @@ def _lists(base: Any, dim: int, vectors: int) -> str:
         return "has lists of another number or size than it says"
     if problem := _codes(coarse, base.nlist):
         return problem
-    if not 1 <= base.nprobe <= min(base.nlist, _MOST_EFFORT):
-        return "looks at more lists than there are"
+    if not 1 <= base.nprobe <= min(base.nlist, _MAX_EFFORT):
+        return "has an nprobe that is not from 1 to the number of its lists, or that is too large"
     numbers = [np.empty(0, np.int64)]
     places = np.full(vectors, -1, np.int64)
     for number in range(base.nlist):
         size = lists.list_size(number)
         ids = faiss.rev_swig_ptr(lists.get_ids(number), size).copy() if size else np.empty(0, np.int64)
         if size and not (ids.min() >= 0 and ids.max() < vectors):
-            return "names vectors that are not there"
+            return "refers to vectors that do not exist"
         places[ids] = (number << 32) | np.arange(size)
         numbers.append(ids)
     if len(np.unique(np.concatenate(numbers))) != vectors or sum(map(len, numbers)) != vectors:
         return "does not hold every vector once"
     kept = faiss.vector_to_array(base.direct_map.array) if base.direct_map.type == base.direct_map.Array else None
     if kept is None or not np.array_equal(kept, places):
-        return "has a map of its vectors that leads elsewhere"
+        return "has a direct map that does not match its lists"
     return ""

@@ -13,13 +13,13 @@ from dermis.bundle.index import PERCENTILES, IndexDescription
 SAME_SHARE = 0.05
 """Share of the typical distance below which two images count as the same image.
 
-It is well above the rounding to 8 bits (0.005), and below the least distance of different images (0.08 in 6,543 dermoscopic
+It is well above the rounding to 8 bits (0.005), and below the smallest distance of different images (0.08 in 6,543 dermoscopic
 images with the features of the demo's classifier)."""
 WEAK_SHARE = 0.075
 """Share of the typical distance below which the first percentile of the radii hardly differs from the distances of copies.
 
 That percentile is at 0.13 for 2,181 dermoscopic images with the features of the demo's classifier."""
-FEWEST_DISTINCT = 20
+MIN_DISTINCT = 20
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,13 @@ class Verdicts:
     distances: NDArray[np.float32]
     """Distance to the nearest training image, in the space of the index."""
     radii: NDArray[np.float32]
-    """Distance of that training image to its own nearest other one."""
+    """Radius of that training image: its distance to the nearest other training image."""
     percentiles: NDArray[np.float32]
-    """0..100: percentage of training images whose own nearest other one is nearer than `distances`. Below 1, hardly any two
-    real images are so similar."""
+    """0..100: percentage of training images whose radius is smaller than `distances`. Below 1, hardly any two real images are
+    so similar."""
     authentic: NDArray[np.bool_]
-    """Whether the image is farther from its nearest training image than that one is from its own nearest training
-    neighbour (Alaa et al., arXiv 2102.08921, section 3.3)."""
+    """Whether the distance to the nearest training image is larger than the radius of that training image (Alaa et al., arXiv
+    2102.08921, section 3.3)."""
 
 
 def verdicts_of(nearest: Nearest, description: IndexDescription) -> Verdicts:
@@ -44,7 +44,7 @@ def verdicts_of(nearest: Nearest, description: IndexDescription) -> Verdicts:
     return Verdicts(nearest.distances, nearest.radii, percentiles, nearest.distances > nearest.radii)
 
 
-def weakness(description: IndexDescription) -> str | None:
+def baseline_problem(description: IndexDescription) -> str | None:
     """Return why the baseline of an index cannot separate copies from other images; None if it can."""
     first, half, duplicates = description.radii[1], description.radii[50], description.duplicates
     again = "build the index again: dermis index build"
@@ -56,30 +56,30 @@ def weakness(description: IndexDescription) -> str | None:
             )
         return None
     reasons = []
-    if duplicates.distinct < FEWEST_DISTINCT:
+    if duplicates.distinct < MIN_DISTINCT:
         reasons.append(f"only {duplicates.distinct:,} different training images are left to compare with")
     if first < WEAK_SHARE * duplicates.typical_distance:
         reasons.append(
             f"1 % of the training images are nearer than {first:.4f} to another one, at a typical distance of "
-            f"{duplicates.typical_distance:.4f}: they may be photographs of one lesion without an id that says so, or copies "
-            "that were changed; find them with dermis data leaks"
+            f"{duplicates.typical_distance:.4f}: they may be photographs of one lesion without a common lesion id, or "
+            "edited copies; find them with dermis data leaks"
         )
     if description.exact_radii is not None and description.exact_radii < 0.95:
         reasons.append(
-            f"only {description.exact_radii:.1%} of the radii are right, as the index searches approximately; build it again "
-            "with --kind flat"
+            f"only {description.exact_radii:.1%} of the radii are exact, because the index searches approximately; build it "
+            "again with --kind flat"
         )
     return "; ".join(reasons) or None
 
 
-def stands_on(description: IndexDescription) -> str:
+def baseline_sentence(description: IndexDescription) -> str:
     """Return a sentence on the percentile that verdicts and the gate are based on."""
     text = (
         f"1 % of the {description.vectors:,} training images are nearer than {description.radii[1]:.4f} to another one"
     )
     duplicates = description.duplicates
     if duplicates is None:
-        return f"{text} (near-duplicates not looked for: the index is of an older version)"
+        return f"{text} (near-duplicates were not searched: the index was built by an older version)"
     if not duplicates.images:
         return f"{text} (no near-duplicates among them)"
     return f"{text} ({duplicates.images:,} near-duplicates in {duplicates.groups:,} groups, each group counts as one image)"

@@ -17,11 +17,11 @@ from dermis.bundle.classifier import CLASSIFIER_PART, ClassifierDescription
 from dermis.bundle.directions import Direction, decode_directions, encode_directions
 from dermis.bundle.encoder import ENCODER_PART, EncoderDescription
 from dermis.bundle.folder import (
-    BundlePart,
     DescriptionT_co,
     DescriptorModel,
     FileRecord,
     PartDescription,
+    PartFormat,
     open_folder,
     parse_descriptor,
     to_json,
@@ -77,7 +77,7 @@ class Bundle:
     directions: tuple[Direction, ...] = ()
 
 
-_PARTS: Mapping[str, BundlePart[PartDescription]] = {
+_PARTS: Mapping[str, PartFormat[PartDescription]] = {
     part.name: part for part in (CLASSIFIER_PART, INDEX_PART, ENCODER_PART)
 }
 
@@ -317,7 +317,7 @@ def _config(kind: type[ConfigT], values: Mapping[str, Any], where: str) -> Confi
     hints = get_type_hints(kind)
     required = {field.name for field in fields(kind) if field.default is MISSING}
     if unknown := sorted(values.keys() - hints.keys()):
-        raise BundleError(f"{where}.{escape(unknown[0])}: is no option of a network; install a newer dermis")
+        raise BundleError(f"{where}.{escape(unknown[0])}: is not a known option of a network; install a newer dermis")
     if missing := sorted(required - values.keys()):
         raise BundleError(f"{where}.{missing[0]}: is missing")
     for name, value in values.items():
@@ -357,7 +357,7 @@ def _check_class_names(names: Sequence[str], c_dim: int, where: str) -> None:
 
 
 def _part(
-    part: BundlePart[DescriptionT_co], files: Mapping[str, FileRecord], small: Mapping[str, bytes], where: str
+    part: PartFormat[DescriptionT_co], files: Mapping[str, FileRecord], small: Mapping[str, bytes], where: str
 ) -> DescriptionT_co | None:
     """Parse the description of a part.
 

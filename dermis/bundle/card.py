@@ -90,10 +90,11 @@ def _encoder(encoder: EncoderDescription | None) -> str:
     if measured:
         kind = "real images that it was not trained on" if encoder.metrics.get("held_out") else "generated images"
         result = (
-            f" Of {measured['images']:,} {kind}\nits latents are {measured['encoded']:.2f} away in the distance "
-            f"`{encoder.metrics['distance']}`, the mean latent {measured['mean_start']:.2f}."
+            f"\nFor {measured['images']:,} {kind}, the distance (`{encoder.metrics['distance']}`) between an image and the\n"
+            f"image of its encoded latent is {measured['encoded']:.2f} on average; with the mean latent it is "
+            f"{measured['mean_start']:.2f}."
         )
-    return f"`encoder/` gives latents from which projections can start. It was trained on {learnt}.{result}"
+    return f"The encoder in `encoder/` computes initial latents for projections. It was trained on {learnt}.{result}"
 
 
 def _directions(directions: Sequence[Direction]) -> str:

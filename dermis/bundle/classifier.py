@@ -22,9 +22,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from dermis.bundle.folder import (
-    BundlePart,
     DescriptorModel,
     FileRecord,
+    PartFormat,
     open_folder,
     parse_descriptor,
     read_part,
@@ -261,4 +261,4 @@ def _check(description: ClassifierDescription, where: str) -> None:
             refuse(f"thresholds.{name}: names are {THRESHOLD_PATTERN}, values from 0 to 1")
 
 
-CLASSIFIER_PART = BundlePart("classifier", DESCRIPTOR, parse, read_classifier_files)
+CLASSIFIER_PART = PartFormat("classifier", DESCRIPTOR, parse, read_classifier_files)

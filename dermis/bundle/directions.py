@@ -50,8 +50,8 @@ def encode_directions(directions: Sequence[Direction]) -> bytes:
     import safetensors.numpy
 
     names = [direction.name for direction in directions]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise BundleError(f"directions: {min(twice)} is there twice; give each a name of its own")
+    if repeated := {name for name in names if names.count(name) > 1}:
+        raise BundleError(f"directions: {min(repeated)} occurs more than once; names must be unique")
     rows = [
         {"name": d.name, "layers": list(d.layers), "scale": d.scale, "method": d.method, "facts": dict(d.facts)}
         for d in directions
@@ -113,7 +113,7 @@ def _direction(row: _Row, vectors: Mapping[str, NDArray[Any]], w_dim: int, num_w
     if vector is None:
         raise ValueError(f"{row.name} has no vector")
     if vector.dtype != np.float32 or vector.shape != (w_dim,) or not abs(float(np.linalg.norm(vector)) - 1) <= 1e-3:
-        raise ValueError(f"{row.name} is no unit vector of {w_dim} float32 numbers")
+        raise ValueError(f"{row.name} is not a unit vector of {w_dim} float32 numbers")
     if not 0 <= first < last <= num_ws:
         raise ValueError(f"{row.name}: layers {first} to {last} of {num_ws}")
     return Direction(row.name, vector, (first, last), row.scale, row.method, row.facts)

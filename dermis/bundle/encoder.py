@@ -3,7 +3,7 @@
     encoder.json         the network, the generator that it belongs to, how it was trained, SHA-256 of the others
     encoder.safetensors  weights and the basis of the latents, as float16
 
-The folder stands alone, or in a bundle as `encoder/`. `docs/bundles.md` documents it.
+The folder can be used by itself, or is part of a bundle as `encoder/`. `docs/bundles.md` documents it.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import Any
 from pydantic import Field
 
 from dermis.bundle.folder import (
-    BundlePart,
     DescriptorModel,
     FileRecord,
     Folder,
+    PartFormat,
     open_part,
     parse_descriptor,
     read_part,
@@ -135,4 +135,4 @@ def parse(text: bytes, where: str) -> EncoderDescription:
     )
 
 
-ENCODER_PART = BundlePart("encoder", DESCRIPTOR, parse, read_encoder_files)
+ENCODER_PART = PartFormat("encoder", DESCRIPTOR, parse, read_encoder_files)

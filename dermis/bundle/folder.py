@@ -1,6 +1,6 @@
 """Verified folders: a JSON descriptor lists the SHA-256 and the size of every other file.
 
-A bundle is such a folder, and so is each of its parts (classifier, index, encoder) when it stands alone. Folders are read
+A bundle is such a folder, and so is each of its parts (classifier, index, encoder) when it is used by itself. Folders are read
 through fsspec, so a folder can be an `s3://` prefix. They are written locally, and a folder appears completely or not at
 all.
 
@@ -82,14 +82,14 @@ class PartDescription(Protocol):
 
 
 @dataclass(frozen=True)
-class BundlePart(Generic[DescriptionT_co]):
-    """A kind of folder that stands inside a bundle or alone, with a descriptor of its own.
+class PartFormat(Generic[DescriptionT_co]):
+    """A kind of folder that can be part of a bundle or be used by itself. It has its own descriptor.
 
     Attributes:
         name: Name of the folder inside a bundle.
         descriptor: File name of the descriptor.
         parse: Turns the bytes of a descriptor into a description. Its second argument is the name of the file for errors.
-        read: Verifies a folder that stands alone and returns its description and all its files by name.
+        read: Verifies a folder that is not part of a bundle and returns its description and all its files by name.
     """
 
     name: str
@@ -175,9 +175,7 @@ class Folder:
         present = {name for name in present if not name.endswith("/")}  # empty folders
         if extra := sorted(present - files.keys()):
             names_of_some = ", ".join(escape(name) for name in extra[:5])
-            raise BundleError(
-                f"{self.where}: {self.descriptor} does not list {names_of_some}; remove what is no part of it"
-            )
+            raise BundleError(f"{self.where}: {self.descriptor} does not list {names_of_some}; remove these files")
         if missing := sorted(files.keys() - present):
             raise BundleError(f"{self.where}: {', '.join(missing[:5])} is missing; get the {self.kind} again")
 
@@ -396,7 +394,7 @@ def _put(fresh: Path, out: Path, kind: str, descriptor: str) -> None:
         fresh.rename(out)
         return
     if not (out / descriptor).is_file():
-        raise BundleError(f"{out}: is no {kind}, so it is not replaced; choose another folder")
+        raise BundleError(f"{out}: contains no {descriptor}, so it is not replaced; choose another folder")
     old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.old-"))
     try:
         out.rename(old / out.name)

@@ -6,7 +6,7 @@
     held_out.npy        float32 [held_out, dim], optional: embeddings of real images that the generator never saw
 
 No file names an image. The order of the vectors could identify images, but it is not recorded.
-The folder stands alone, or in a bundle as `authenticity/`. `docs/bundles.md` documents it.
+The folder can be used by itself, or is part of a bundle as `authenticity/`. `docs/bundles.md` documents it.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field
 
 from dermis.bundle.folder import (
-    BundlePart,
     DescriptorModel,
     FileRecord,
     Folder,
+    PartFormat,
     open_part,
     parse_descriptor,
     read_part,
@@ -248,4 +248,4 @@ def _check(description: IndexDescription, where: str) -> None:
             raise BundleError(f"{where}: {name}: must rise from at least 0")
 
 
-INDEX_PART = BundlePart("authenticity", DESCRIPTOR, parse, read_index_files)
+INDEX_PART = PartFormat("authenticity", DESCRIPTOR, parse, read_index_files)

@@ -18,7 +18,10 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def installed_bundles() -> dict[str, Path]:
-    """The folders of the bundles that have a name here, by name. Those of a checkout hide installed ones of the same name."""
+    """Return the folders of the bundles that can be opened by name.
+
+    A bundle in the checkout takes precedence over an installed one with the same name.
+    """
     bundles: dict[str, Path] = {}
     for entry in importlib.metadata.entry_points(group=GROUP):
         folder = _package_folder(entry)
@@ -29,7 +32,7 @@ def installed_bundles() -> dict[str, Path]:
 
 
 def resolve_bundle(location: str | Path) -> str | Path:
-    """The folder of an installed bundle if `location` is its name; every other location as it is.
+    """Return the folder of the installed bundle with the name `location`. Every other location is returned unchanged.
 
     A folder or file of this name in the working directory takes precedence.
     """
@@ -40,18 +43,18 @@ def resolve_bundle(location: str | Path) -> str | Path:
 
 
 def how_to_get_bundles() -> str:
-    """What to do if there is no bundle: a sentence for error messages."""
+    """Return a sentence for error messages that says how to get a bundle."""
     known = ", ".join(installed_bundles())
     if known:
         return f"name a folder that holds a bundle, or one of the installed bundles: {known}"
     return (
-        "name a folder that holds a bundle. The demo bundle is the folder bundles/demo of the dermis repository, and the wheel "
-        "dermis_demo_bundle that `make wheels` builds there"
+        "name a folder that holds a bundle. The demo bundle is the folder bundles/demo of the dermis repository; `make wheels` "
+        "also builds it as the wheel dermis_demo_bundle"
     )
 
 
 def _package_folder(entry: importlib.metadata.EntryPoint) -> Path | None:
-    """The folder of the package that an entry point names, if it holds a bundle."""
+    """Return the folder of the package that an entry point names; None if it holds no bundle."""
     if entry.dist is None:
         return None
     descriptor = Path(str(entry.dist.locate_file(Path(*entry.value.split(".")) / DESCRIPTOR)))

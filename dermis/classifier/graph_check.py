@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from dermis.errors import BundleError, escape
 
 MAX_MODEL_BYTES = 1 << 31  # the limit of Protocol Buffers
-_MAX_FIELDS = 2_000_000  # of one file; the demo's classifier has 5,031
+_MAX_FIELDS = 2_000_000  # fields of one file; the demo's classifier has 5,031
 
 # Operators of ONNX's own domain whose cost follows from the shapes of their inputs. These must not be added: Loop, Scan,
 # If and SequenceMap (subgraphs); NonZero, Unique, Compress, NonMaxSuppression (results sized by values); sequences,
@@ -141,7 +141,9 @@ def check_graph(model: bytes, where: str) -> None:
     try:
         _Check().model(memoryview(model))
     except ValueError as error:
-        raise BundleError(f"{where}: {error}; dermis runs plain feed-forward graphs only, export it again") from None
+        raise BundleError(
+            f"{where}: {error}; dermis runs only feed-forward graphs without control flow; export it again"
+        ) from None
 
 
 @dataclass
@@ -159,10 +161,10 @@ class _Check:
         if len(model) > MAX_MODEL_BYTES:
             raise ValueError(f"is larger than {MAX_MODEL_BYTES:,} bytes")
         if bytes(model[4:8]) == b"ORTM":  # a format of ONNX Runtime, which it recognises by these letters
-            raise ValueError("is no ONNX file")
+            raise ValueError("is not an ONNX file")
         graphs = [value for name, value in self._message(model, "model", _MODEL) if name == "graph"]
         if len(graphs) != 1:
-            raise ValueError(f"is no ONNX file: it has {len(graphs)} graphs, not one")
+            raise ValueError(f"is not an ONNX file: it has {len(graphs)} graphs, not one")
         nodes = []
         for name, value in self._message(_view(graphs[0]), "graph", _GRAPH):
             if name == "node":
@@ -182,7 +184,7 @@ class _Check:
         """Return the name of an input. ONNX Runtime checks its type."""
         names = [value for name, value in self._message(message, "input", _INPUT) if name == "name"]
         if len(names) != 1:
-            raise ValueError("is no ONNX file: an input has no name")
+            raise ValueError("is not an ONNX file: an input has no name")
         return _text(names[0])
 
     def _node(self, node: memoryview) -> None:
@@ -201,7 +203,7 @@ class _Check:
                 attributes += 1
             elif name in single:
                 if single[name]:
-                    raise ValueError(f"is no ONNX file: a node has {name} more than once")
+                    raise ValueError(f"is not an ONNX file: a node has {name} more than once")
                 single[name] = _text(value)
         operator = single["op_type"]
         if single["domain"] not in _OWN_DOMAIN:
@@ -253,7 +255,7 @@ class _Check:
             elif name == "i" and isinstance(value, int):
                 whole.append(value)
         if len(names) != 1:
-            raise ValueError(f"is no ONNX file: an attribute has {len(names)} names")
+            raise ValueError(f"is not an ONNX file: an attribute has {len(names)} names")
         return types + whole if names == ["to"] else types
 
     def _tensor(self, tensor: memoryview) -> tuple[str, list[int]]:
@@ -281,7 +283,9 @@ class _Check:
             if number not in known:
                 if (kind, number) in _REFUSED:
                     raise ValueError(f"has {_REFUSED[kind, number]}")
-                raise ValueError(f"is no ONNX file, or has a feature that is not allowed (field {number} of a {kind})")
+                raise ValueError(
+                    f"is not an ONNX file, or has a feature that is not allowed (field {number} of a {kind})"
+                )
             value: int | memoryview
             if wire == _VARINT:
                 value, position = _varint(data, position)
@@ -290,7 +294,7 @@ class _Check:
                 if wire == _BYTES:
                     length, position = _varint(data, position)
                 if length is None or length > len(data) - position:
-                    raise ValueError("is no ONNX file, or ends early")
+                    raise ValueError("is not an ONNX file, or ends early")
                 value, position = data[position : position + length], position + length
             yield known[number], value
 
@@ -310,12 +314,12 @@ def _varint(data: memoryview, position: int) -> tuple[int, int]:
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
             return value, position
-    raise ValueError("is no ONNX file, or ends early")
+    raise ValueError("is not an ONNX file, or ends early")
 
 
 def _view(value: int | memoryview) -> memoryview:
     if isinstance(value, int):
-        raise ValueError("is no ONNX file: a field has another type")
+        raise ValueError("is not an ONNX file: a field has another type")
     return value
 
 
@@ -323,4 +327,4 @@ def _text(value: int | memoryview) -> str:
     try:
         return bytes(_view(value)).decode("utf-8")
     except UnicodeDecodeError:
-        raise ValueError("is no ONNX file: a name is not UTF-8") from None
+        raise ValueError("is not an ONNX file: a name is not UTF-8") from None

@@ -16,7 +16,7 @@ from dermis.limited import LimitError, ProcessLimits, run_limited
 
 CPU = "CPUExecutionProvider"
 
-_SECONDS, _SECONDS_OF_IMAGE = 30, 2  # of computing time on one core
+_SECONDS, _SECONDS_OF_IMAGE = 30, 2  # computing time on one core
 _WALL_FACTOR = 4  # wall time for each second of computing time, as the machine can be busy with other work
 _MEMORY_BYTES = 1 << 30
 _MEMORY_OF_MODEL = 6  # times its bytes: weights of 8 bits are converted to float32, and exist twice during that
@@ -94,7 +94,7 @@ def run_once(model: bytes, size: int, feature_dim: int, rows: int) -> str:
     try:
         session = new_session(model, [CPU])
     except Exception as error:  # as in problem_of
-        return f"ONNX Runtime does not take it: {first_line(error)}"
+        return f"ONNX Runtime cannot load it: {first_line(error)}"
     return problem_of(session, size, feature_dim, rows)
 
 

@@ -78,7 +78,7 @@ class Classifier:
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """All that decides the last bits of scores besides the images and the kind of machine."""
+        """Classifier, libraries and device: the last bits of scores depend on these, the images and the kind of machine."""
         import onnxruntime
 
         return {
@@ -174,8 +174,8 @@ def _session(model: bytes, device: str, where: str) -> Any:
             warnings.simplefilter("ignore")
             session = new_session(model, providers)
     except Exception as error:  # ONNX Runtime's exceptions have no common class
-        raise BundleError(f"{where}: ONNX Runtime does not take it: {first_line(error)}") from None
+        raise BundleError(f"{where}: ONNX Runtime cannot load it: {first_line(error)}") from None
     # Without CUDA's libraries ONNX Runtime falls back to the CPU, although it was built with CUDA.
     if device.startswith("cuda") and session.get_providers()[0] != _CUDA:
-        raise DermisError(f"device: {device} asked for, but ONNX Runtime sees no CUDA device here; use cpu or auto")
+        raise DermisError(f"device: {device} was requested, but ONNX Runtime finds no CUDA device; use cpu or auto")
     return session

@@ -146,7 +146,7 @@ def read_weights(model: bytes, where: str) -> dict[str, Tensor]:
         initializers = onnx.load_model_from_string(model).graph.initializer
         arrays = {value.name: onnx.numpy_helper.to_array(value) for value in initializers}
     except Exception as error:  # exceptions of protobuf and numpy have no common class
-        raise BundleError(f"{where}: is no ONNX graph: {escape(error)}") from None
+        raise BundleError(f"{where}: is not an ONNX graph: {escape(error)}") from None
     weights = {name: torch.from_numpy(value.astype("float32")) for name, value in arrays.items()}
     for name in [name for name in weights if name + SCALE in weights]:
         scale = weights[name + SCALE]

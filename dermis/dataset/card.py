@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from dermis.bundle.classifier import DEFAULT_THRESHOLD, NOTICE
 from dermis.dataset.columns import feature_kinds, features_code, features_yaml
 from dermis.dataset.containers import SOURCE
-from dermis.dataset.plan import Plan
+from dermis.dataset.plan import DatasetPlan
 from dermis.dataset.privacy import SHOWN, PrivacyReport
-from dermis.dataset.scoring import Tally
+from dermis.dataset.scoring import ClassifierTally
 from dermis.imaging import SUFFIXES
 
 if TYPE_CHECKING:
@@ -76,7 +76,10 @@ dataset = load_dataset("parquet", data_files="data-*.parquet", split="train")
 
 
 def dataset_card(
-    plan: Plan, bundle: Bundle, tallies: Mapping[str, Tally] | None = None, privacy: PrivacyReport | None = None
+    plan: DatasetPlan,
+    bundle: Bundle,
+    tallies: Mapping[str, ClassifierTally] | None = None,
+    privacy: PrivacyReport | None = None,
 ) -> str:
     """Write the card of a dataset.
 
@@ -165,7 +168,7 @@ dermis verify FOLDER
 """
 
 
-def _classifier_section(plan: Plan, tallies: Mapping[str, Tally] | None) -> str:
+def _classifier_section(plan: DatasetPlan, tallies: Mapping[str, ClassifierTally] | None) -> str:
     if tallies is None or plan.classifier is None:
         return ""
     options = plan.request.classifier
@@ -183,7 +186,7 @@ for each image before it was encoded. The classifier agrees with the class of an
 right side of the threshold `{threshold}` ({plan.classifier.threshold(threshold):.4g}). The classifier is
 `{plan.classifier.architecture}`, SHA-256 `{plan.classifier.digest}`. {NOTICE}
 
-| class | images | classifier agrees | drawn | rejected |
+| class | images | classifier agrees | candidates | rejected |
 | --- | --- | --- | --- | --- |
 {rows}
 """
@@ -194,9 +197,9 @@ right side of the threshold `{threshold}` ({plan.classifier.threshold(threshold)
         missing = plan.samples - sum(class_tally.images for class_tally in tallies.values())
         section += f"""
 **Filtered**: only images {" and ".join(kept)} were kept, from up to {options.tries} latents for each.
-{missing:,} of {plan.samples:,} images are missing, as all their candidates were rejected. A filter reduces variety: these
-images suit this classifier, and a model that is trained on them learns less of the others. `index` is that of the latent of
-the kept candidate: 2^34 higher for every further try.
+{missing:,} of {plan.samples:,} images are missing, as all their candidates were rejected. A filter reduces variety:
+images that this classifier finds difficult are missing, so a model that is trained on this dataset learns less about them.
+`index` is that of the latent of the kept candidate: 2^34 higher for every further try.
 """
     return section
 
@@ -207,25 +210,25 @@ def _checked(privacy: PrivacyReport | None) -> str:
     return "Every image was compared\nwith the training images: see Privacy."
 
 
-def _edited(plan: Plan) -> str:
+def _edited(plan: DatasetPlan) -> str:
     if not plan.request.moves:
         return ""
     moves = ", ".join(f"`{edit.direction}` by {edit.strength:g}" for edit in plan.request.moves)
     return f"\n**Edited**: every latent was moved along {moves} standard deviations."
 
 
-def _privacy_section(plan: Plan, privacy: PrivacyReport | None) -> str:
+def _privacy_section(plan: DatasetPlan, privacy: PrivacyReport | None) -> str:
     options = plan.request.privacy
     if privacy is None or options is None:
         return ""
     gate = "authentic"
     if options.gate == "min_distance":
-        gate = f"at least as far from it as percentile {options.percentile:g} of the training images' own distances"
+        gate = f"at least as far from it as percentile {options.percentile:g} of the radii of the training images"
         gate += "" if privacy.limit is None else f" ({privacy.limit:.4f})"
     outcomes = {
-        "resample": f"was replaced by the image of another latent, of up to {options.tries} for each",
+        "resample": f"was replaced by the image of another latent (up to {options.tries} latents for each image)",
         "drop": "is missing",
-        "flag": "is there, flagged in the column `gate`",
+        "flag": "is included and flagged in the column `gate`",
     }
     classes = "\n".join(
         f"| {name} | "
@@ -251,30 +254,33 @@ def _privacy_section(plan: Plan, privacy: PrivacyReport | None) -> str:
         "Whether an attacker can tell training images from others was not measured: the index has no held-out images."
     )
     if attack is not None:
-        beyond = "more often than by chance" if attack.succeeds else "no better than by chance"
+        beyond = "correct more often than by chance" if attack.succeeds else "no better than chance"
         attack_text = (
-            f"An attacker who takes a real image for a training image if a synthetic one is near to it is right {beyond}:\n"
+            f"An attacker who classifies a real image as a training image if a synthetic image is near it is {beyond}:\n"
             f"AUC {attack.auc:.3f} (95 % interval {attack.low:.3f} to {attack.high:.3f}), of {attack.members:,} training and "
             f"{attack.held_out:,} held-out images."
         )
     baseline = f"The baseline: {privacy.stands_on}.\n" if privacy.stands_on else ""
     if privacy.weakness is not None:
         baseline += f"\n**Copies may pass this check: {privacy.weakness}.**\n"
+    outcome = outcomes[options.on_reject]
+    before, after = privacy.authentic_share_of_candidates, privacy.authentic_share_of_images
     return f"""
 ## Privacy
 
 Every image was compared with the generator's training images, in the feature space of the bundle's index (SHA-256
-`{privacy.index}`). An image is authentic if it is farther from its nearest training image than that one is from its own
-nearest other one (Alaa et al., arXiv 2102.08921). The gate requires that it is {gate}; an image that was not
-{outcomes[options.on_reject]}. {missing:,} of {plan.samples:,} images are missing.
+`{privacy.index}`). An image is authentic if its distance to the nearest training image is larger than the radius of that
+training image, which is its distance to the nearest other training image (Alaa et al., arXiv 2102.08921). The gate requires
+that it is {gate}; an image that did not meet this condition
+{outcome}. {missing:,} of {plan.samples:,} images are missing.
 
-**Authentic: {privacy.before:.1%} of the images that were compared, {privacy.after:.1%} of those in the dataset.**
+**Authentic: {before:.1%} of the images that were compared, {after:.1%} of those in the dataset.**
 
-| class | images | authentic | compared | of them authentic | rejected | flagged |
+| class | images | authentic | compared | compared and authentic | rejected | flagged |
 | --- | --- | --- | --- | --- | --- | --- |
 {classes}
 
-Percentiles of the distances to the nearest training image, and of those of training images to their nearest other one:
+Percentiles of the distances to the nearest training image, and of the radii of the training images:
 
 | | {head} |
 | --- | {" | ".join("---" for _ in SHOWN)} |
@@ -291,7 +297,7 @@ in one feature space; it does not prove that nothing about a patient can be lear
 """
 
 
-def _loading(plan: Plan) -> str:
+def _loading(plan: DatasetPlan) -> str:
     """Return the section on reading the files, whose code runs in the folder of the dataset."""
     return _LOADING[plan.request.format].format(
         features=features_code(feature_kinds(plan), plan.class_names),
@@ -301,7 +307,7 @@ def _loading(plan: Plan) -> str:
     )
 
 
-def _front_matter(plan: Plan, licence: str, samples: int) -> str:
+def _front_matter(plan: DatasetPlan, licence: str, samples: int) -> str:
     known = licence.lower() in _LICENCES
     lines = [f"license: {licence.lower() if known else 'other'}"]
     if not known:

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dermis.dataset.plan import Plan
+from dermis.dataset.plan import DatasetPlan
 from dermis.imaging import SUFFIXES
 
 # The columns of the ISIC Archive's metadata first, so that synthetic and real sets can be combined. Columns that
@@ -49,12 +49,12 @@ _KINDS: dict[str, str] = {
 _EMPTY = ("patient_id", "diagnosis", "age_approx", "sex", "anatom_site")
 
 
-def columns(plan: Plan) -> tuple[str, ...]:
+def columns(plan: DatasetPlan) -> tuple[str, ...]:
     """Return the columns of metadata.csv."""
     return (*COLUMNS, *([PROBABILITY] if plan.scored else []), *(PRIVACY if plan.gated else []))
 
 
-def feature_kinds(plan: Plan) -> dict[str, Kind]:
+def feature_kinds(plan: DatasetPlan) -> dict[str, Kind]:
     """Return the type of every column as the Hugging Face `datasets` library reads the plan's format."""
     table = {name: _KINDS[name] for name in columns(plan)}
     if plan.request.format == "imagefolder":

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from dermis.dataset.columns import IMAGE, LABEL, PRIVACY, PROBABILITY, columns, feature_kinds, features_json
-from dermis.dataset.plan import Plan, latent_index, sample_id
+from dermis.dataset.plan import DatasetPlan, latent_index, sample_id
 from dermis.dataset.privacy import Checks
 from dermis.imaging import SUFFIXES
 
@@ -44,7 +44,7 @@ _MAX_IMAGE_BYTES = 256 << 20
 Add = Callable[[Sequence[DatasetSample]], None]
 
 
-def container_name(plan: Plan, shard: int) -> str | None:
+def container_name(plan: DatasetPlan, shard: int) -> str | None:
     """Return the name of the final file of a shard; None if shards are parts of one images.zip."""
     suffix = {"imagefolder": None, "webdataset": "tar", "parquet": "parquet"}[plan.request.format]
     return suffix and f"data-{shard:05d}-of-{plan.shards:05d}.{suffix}"
@@ -60,7 +60,7 @@ def _percent(text: str) -> str:
     return "".join(f"%{byte:02X}" for byte in text.encode())
 
 
-def file_name(plan: Plan, index: int, label: int) -> str:
+def file_name(plan: DatasetPlan, index: int, label: int) -> str:
     """Return the path of an image inside the zip or tar file, or as the Parquet row records it."""
     name = sample_id(index) + SUFFIXES[plan.request.image_format]
     if plan.request.format == "imagefolder":
@@ -68,7 +68,7 @@ def file_name(plan: Plan, index: int, label: int) -> str:
     return name
 
 
-def metadata_row(plan: Plan, sample: DatasetSample) -> dict[str, str | int | float]:
+def metadata_row(plan: DatasetPlan, sample: DatasetSample) -> dict[str, str | int | float]:
     """Return the row of a sample in metadata.csv, by column."""
     known: dict[str, str | int | float | None] = {
         "isic_id": sample_id(sample.index),
@@ -94,7 +94,7 @@ def metadata_row(plan: Plan, sample: DatasetSample) -> dict[str, str | int | flo
     return {column: "" if value is None else value for column, value in row.items()}
 
 
-def container_writer(plan: Plan, path: Path) -> AbstractContextManager[Add]:
+def container_writer(plan: DatasetPlan, path: Path) -> AbstractContextManager[Add]:
     """Open a new container at a local path.
 
     Returns:
@@ -105,7 +105,7 @@ def container_writer(plan: Plan, path: Path) -> AbstractContextManager[Add]:
     )
 
 
-def read_container(plan: Plan, file: IO[bytes]) -> Iterator[tuple[str, bytes]]:
+def read_container(plan: DatasetPlan, file: IO[bytes]) -> Iterator[tuple[str, bytes]]:
     """Read the images of a container in order. One image is in memory at a time (Parquet: one batch).
 
     Only files as dermis writes them are read: with images that are not compressed again and have different names. So the
@@ -136,7 +136,7 @@ def add_to_zip(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
 
 
 @contextmanager
-def _write_zip(plan: Plan, path: Path) -> Iterator[Add]:
+def _write_zip(plan: DatasetPlan, path: Path) -> Iterator[Add]:
     with zipfile.ZipFile(path, "w") as archive:
 
         def add(samples: Sequence[DatasetSample]) -> None:
@@ -151,7 +151,7 @@ def _read_zip(file: IO[bytes]) -> Iterator[tuple[str, bytes]]:
     with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
         if len({info.filename for info in members}) != len(members):
-            raise ValueError("a name is there more than once")
+            raise ValueError("a name occurs more than once")
         for info in members:
             if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
                 raise ValueError(f"{info.filename} is compressed or encrypted")
@@ -164,7 +164,7 @@ def _read_zip(file: IO[bytes]) -> Iterator[tuple[str, bytes]]:
 
 
 @contextmanager
-def _write_tar(plan: Plan, path: Path) -> Iterator[Add]:
+def _write_tar(plan: DatasetPlan, path: Path) -> Iterator[Add]:
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
 
         def add(samples: Sequence[DatasetSample]) -> None:
@@ -188,10 +188,10 @@ def _read_tar(file: IO[bytes]) -> Iterator[tuple[str, bytes]]:
     with tarfile.open(fileobj=file, mode="r:") as archive:
         for info in archive:
             if info.name in seen:  # an offset that points back would repeat members without end
-                raise ValueError(f"{info.name} is there more than once")
+                raise ValueError(f"{info.name} occurs more than once")
             seen.add(info.name)
             if not info.isreg() or info.issparse():
-                raise ValueError(f"{info.name} is no plain file")
+                raise ValueError(f"{info.name} is not a regular file")
             if not info.name.endswith((".cls", ".json")):
                 _check_image_bytes(info.name, info.size)
                 member = archive.extractfile(info)
@@ -200,7 +200,7 @@ def _read_tar(file: IO[bytes]) -> Iterator[tuple[str, bytes]]:
 
 
 @contextmanager
-def _write_parquet(plan: Plan, path: Path) -> Iterator[Add]:
+def _write_parquet(plan: DatasetPlan, path: Path) -> Iterator[Add]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -226,7 +226,7 @@ def _write_parquet(plan: Plan, path: Path) -> Iterator[Add]:
             write_group()
 
 
-def _parquet_schema(plan: Plan) -> Any:
+def _parquet_schema(plan: DatasetPlan) -> Any:
     """Return an Arrow schema whose metadata lets `datasets` decode images and name the labels."""
     import pyarrow as pa
 

@@ -22,10 +22,10 @@ from dermis.authenticity.attack import Attack, Exposure
 from dermis.dataset.card import dataset_card
 from dermis.dataset.columns import columns
 from dermis.dataset.containers import DatasetSample, add_to_zip, file_name, metadata_row, read_container
-from dermis.dataset.plan import Plan
+from dermis.dataset.plan import DatasetPlan
 from dermis.dataset.privacy import Checks, Expose, PrivacyReport, PrivacyTally, report
 from dermis.dataset.request import ClassifierOptions, DatasetRequest, StoredRequest
-from dermis.dataset.scoring import Tally, tally
+from dermis.dataset.scoring import ClassifierTally, tally
 from dermis.dataset.shards import FileEntry, ShardRecord, find_shard
 from dermis.dataset.store import PARTIAL, Store, hash_file, storage_error, storage_errors
 from dermis.errors import RequestError, StorageError, escape
@@ -58,7 +58,7 @@ class Manifest:
     plan_digest: str
     shards: int
     files: tuple[FileEntry, ...]
-    classifier: Mapping[str, Tally] | None = None
+    classifier: Mapping[str, ClassifierTally] | None = None
     """Results of the classifier by class; None if images were not scored."""
     privacy: PrivacyReport | None = None
     """Results of the comparison with the training images; None if there was none."""
@@ -158,7 +158,7 @@ def synthesizer_identity(identity: Mapping[str, str]) -> dict[str, str]:
 
 
 def finalize(
-    plan: Plan, store: Store, bundle: Bundle, identity: Mapping[str, str], expose: Expose | None = None
+    plan: DatasetPlan, store: Store, bundle: Bundle, identity: Mapping[str, str], expose: Expose | None = None
 ) -> Manifest:
     """Write metadata.csv, preview.png, README.md, images.zip if the format has one, and then manifest.json.
 
@@ -262,18 +262,21 @@ def _check_document(document: _Document, where: str) -> None:
     """Raise StorageError if fields contradict each other."""
     names = document.bundle.class_names
     if len({file.name.casefold() for file in document.files}) != len(document.files):
-        raise StorageError(f"{where}: files: a name is there more than once")
+        raise StorageError(f"{where}: files: a name occurs more than once")
     if len(set(names)) != len(names):
-        raise StorageError(f"{where}: bundle.class_names: a name is there more than once")
+        raise StorageError(f"{where}: bundle.class_names: a name occurs more than once")
     if unknown := sorted(document.request.classes.keys() - set(names)):
-        raise StorageError(f"{where}: request.classes.{escape(unknown[0])}: is no class of the bundle")
+        raise StorageError(f"{where}: request.classes.{escape(unknown[0])}: is not a class of the bundle")
     samples = document.request.samples
     if (document.plan.samples, document.plan.shards) != (samples, -(-samples // document.request.shard_size)):
         raise StorageError(f"{where}: plan: has other samples or shards than the request")
 
 
-def _tallies(documents: Mapping[str, _TallyDocument]) -> dict[str, Tally]:
-    return {name: Tally(document.images, document.drawn, document.agreeing) for name, document in documents.items()}
+def _tallies(documents: Mapping[str, _TallyDocument]) -> dict[str, ClassifierTally]:
+    return {
+        name: ClassifierTally(document.images, document.drawn, document.agreeing)
+        for name, document in documents.items()
+    }
 
 
 def _privacy(document: _PrivacyDocument) -> PrivacyReport:
@@ -292,7 +295,7 @@ def _privacy(document: _PrivacyDocument) -> PrivacyReport:
     )
 
 
-def _finished(plan: Plan, store: Store, identity: Mapping[str, str]) -> Manifest | None:
+def _finished(plan: DatasetPlan, store: Store, identity: Mapping[str, str]) -> Manifest | None:
     """Return the existing manifest if it is of this plan and identity. A damaged one is written again."""
     try:
         manifest = read_manifest(store)
@@ -304,7 +307,7 @@ def _finished(plan: Plan, store: Store, identity: Mapping[str, str]) -> Manifest
     return manifest if same else None
 
 
-def _records(plan: Plan, store: Store, identity: Mapping[str, str]) -> Iterator[ShardRecord]:
+def _records(plan: DatasetPlan, store: Store, identity: Mapping[str, str]) -> Iterator[ShardRecord]:
     for shard in range(plan.shards):
         record = find_shard(plan, shard, store, identity=identity)
         if record is None:
@@ -315,7 +318,7 @@ def _records(plan: Plan, store: Store, identity: Mapping[str, str]) -> Iterator[
         yield record
 
 
-def _samples(plan: Plan, record: ShardRecord) -> Iterator[DatasetSample]:
+def _samples(plan: DatasetPlan, record: ShardRecord) -> Iterator[DatasetSample]:
     """Yield the samples of a shard without their bytes, including those whose candidates were all rejected."""
     labels, count = plan.labels(record.shard), len(record.images)
     probabilities, tries = record.probabilities or (None,) * count, record.tries or (1,) * count
@@ -325,11 +328,11 @@ def _samples(plan: Plan, record: ShardRecord) -> Iterator[DatasetSample]:
         yield DatasetSample(index, label, sha256, probability=probability, tries=tried, checks=checked)
 
 
-def _kept(plan: Plan, record: ShardRecord) -> Iterator[DatasetSample]:
+def _kept(plan: DatasetPlan, record: ShardRecord) -> Iterator[DatasetSample]:
     return (sample for sample in _samples(plan, record) if sample.sha256 is not None)
 
 
-def _tally(plan: Plan, records: Sequence[ShardRecord]) -> dict[str, Tally]:
+def _tally(plan: DatasetPlan, records: Sequence[ShardRecord]) -> dict[str, ClassifierTally]:
     outcomes: dict[str, list[tuple[float | None, int]]] = {name: [] for name in plan.request.classes}
     for record in records:
         for sample in _samples(plan, record):
@@ -338,7 +341,7 @@ def _tally(plan: Plan, records: Sequence[ShardRecord]) -> dict[str, Tally]:
     return tally(plan, outcomes)
 
 
-def _checks(plan: Plan, records: Sequence[ShardRecord]) -> Iterator[tuple[int, Checks]]:
+def _checks(plan: DatasetPlan, records: Sequence[ShardRecord]) -> Iterator[tuple[int, Checks]]:
     """Yield label and checks of every sample."""
     for record in records:
         for sample in _samples(plan, record):
@@ -346,7 +349,7 @@ def _checks(plan: Plan, records: Sequence[ShardRecord]) -> Iterator[tuple[int, C
             yield sample.label, sample.checks
 
 
-def _check_some(plan: Plan, records: Sequence[ShardRecord]) -> None:
+def _check_some(plan: DatasetPlan, records: Sequence[ShardRecord]) -> None:
     """Raise RequestError if no image was kept."""
     if any(sha256 is not None for record in records for sha256 in record.images):
         return
@@ -364,12 +367,12 @@ def _check_some(plan: Plan, records: Sequence[ShardRecord]) -> None:
         raise RequestError(f"classifier.{limiting[0]}" if len(limiting) == 1 else "classifier", message)
     raise RequestError(
         "privacy.on_reject",
-        f"none of {candidates:,} images was kept, the gate rejected {by_gate:,}; this generator may copy its training images: "
-        "look at them with flag",
+        f"none of {candidates:,} images was kept, the gate rejected {by_gate:,}; this generator may copy its training images; "
+        "generate with flag instead to inspect the images",
     )
 
 
-def _metadata(plan: Plan, records: Sequence[ShardRecord]) -> bytes:
+def _metadata(plan: DatasetPlan, records: Sequence[ShardRecord]) -> bytes:
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns(plan), lineterminator="\n")
     writer.writeheader()
@@ -378,7 +381,7 @@ def _metadata(plan: Plan, records: Sequence[ShardRecord]) -> bytes:
     return text.getvalue().encode()
 
 
-def _images(plan: Plan, store: Store, record: ShardRecord) -> Iterator[tuple[str, bytes]]:
+def _images(plan: DatasetPlan, store: Store, record: ShardRecord) -> Iterator[tuple[str, bytes]]:
     """Yield name and bytes of each image of a shard. Errors of the format's library become StorageErrors."""
     with store.open(record.file.name) as file:
         images = read_container(plan, file)
@@ -397,7 +400,9 @@ def _images(plan: Plan, store: Store, record: ShardRecord) -> Iterator[tuple[str
             yield item
 
 
-def _write_archive(plan: Plan, store: Store, records: Sequence[ShardRecord], texts: Mapping[str, bytes]) -> FileEntry:
+def _write_archive(
+    plan: DatasetPlan, store: Store, records: Sequence[ShardRecord], texts: Mapping[str, bytes]
+) -> FileEntry:
     """Write images.zip from the parts, and the texts at its end."""
     with store.writing(ARCHIVE) as path:
         with storage_errors(store.where(ARCHIVE)), zipfile.ZipFile(path, "w") as archive:
@@ -410,7 +415,7 @@ def _write_archive(plan: Plan, store: Store, records: Sequence[ShardRecord], tex
             return FileEntry(ARCHIVE, path.stat().st_size, hash_file(file))
 
 
-def _preview(plan: Plan, store: Store, records: Sequence[ShardRecord]) -> Images:
+def _preview(plan: DatasetPlan, store: Store, records: Sequence[ShardRecord]) -> Images:
     """Return thumbnails of the first samples of each class, at most 64, in complete rows if there are enough."""
     classes = list(plan.request.classes)[:PREVIEW_IMAGES]
     rows = max(PREVIEW_IMAGES // PREVIEW_COLUMNS // len(classes), 1)

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 DESCRIPTION, METADATA, ANCHORS = "neighbours.json", "metadata.csv", "anchors.npz"
 FORMAT_VERSION = 1
-MOST = 10_000  # neighbours of one anchor
+MAX_NEIGHBOURS = 10_000  # neighbours of one anchor
 _PLAN = "plan.json"
 
 
@@ -86,8 +86,8 @@ def write_neighbours(
         StorageError: The folder cannot be written.
     """
     check_options(distance, space)
-    if not 1 <= count <= MOST:
-        raise DataError(f"count: {count} is not from 1 to {MOST:,}")
+    if not 1 <= count <= MAX_NEIGHBOURS:
+        raise DataError(f"count: {count} is not from 1 to {MAX_NEIGHBOURS:,}")
     if not anchors:
         raise DataError("there is no anchor to make neighbours of")
     if out.exists():

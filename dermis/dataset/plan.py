@@ -24,7 +24,7 @@ _STRIDE = 1 << 34  # MAX_TRIES of them cover all indices of latents
 
 
 @dataclass(frozen=True)
-class Plan:
+class DatasetPlan:
     """Samples 0 .. samples - 1, cut into shards of `request.shard_size` (the last can be smaller).
 
     `request.classes` is in the order of `class_names`, so that the order of a user's request makes no difference. A label
@@ -89,15 +89,17 @@ class Plan:
         """Count the samples of each requested class in a shard, in the order of `request.classes`.
 
         Each count differs by less than 1 from the class's share of the dataset, and the counts of all shards add up to
-        the request. With the classes placed one after the other on a line, a shard takes the integer points of a grid of step
-        samples / shard_size; the grid's offset goes once through all multiples of 1 / (full shards), and the sum
-        over these of floor(x + offset) is floor(x (full shards)): Hermite's identity.
+        the request. The first i classes together get floor(shard_size * end_i / samples + offset / full) samples of a full
+        shard, where end_i is their number of samples in the dataset. The offsets of the full shards are 0 ... full - 1, once
+        each, so by Hermite's identity the counts of all full shards add up to floor(full * shard_size * end_i / samples).
+        The last shard gets the rest.
         """
         size, full = self.request.shard_size, self.samples // self.request.shard_size
         totals = list(self.request.classes.values())
         ends = [sum(totals[: i + 1]) for i in range(len(totals))]
         if shard < full:
-            # A stride near the golden section spreads the offsets, so that runs of shards are balanced too.
+            # A stride near the golden ratio times the number of shards distributes the offsets evenly, so that consecutive
+            # shards are balanced too.
             offset = shard * _coprime_stride(full) % full
             ends = [(size * end * full + offset * self.samples) // (self.samples * full) for end in ends]
         else:
@@ -112,7 +114,7 @@ class Plan:
         return [int(label) for label in labels[np.argsort(places, kind="stable")]]
 
 
-def plan_for(request: DatasetRequest, bundle: Bundle) -> Plan:
+def plan_for(request: DatasetRequest, bundle: Bundle) -> DatasetPlan:
     """Plan a request that `check_against` has accepted for this bundle."""
     return plan(request, bundle.digest, classes_of(bundle), bundle.classifier, bundle.authenticity)
 
@@ -123,7 +125,7 @@ def plan(
     class_names: Sequence[str],
     classifier: ClassifierDescription | None = None,
     authenticity: IndexDescription | None = None,
-) -> Plan:
+) -> DatasetPlan:
     """Plan a request from the properties of a bundle.
 
     Args:
@@ -135,7 +137,7 @@ def plan(
     """
     names = tuple(class_names)
     ordered = {name: request.classes[name] for name in sorted(request.classes, key=names.index)}
-    return Plan(request.model_copy(update={"classes": ordered}), bundle_digest, names, classifier, authenticity)
+    return DatasetPlan(request.model_copy(update={"classes": ordered}), bundle_digest, names, classifier, authenticity)
 
 
 def latent_index(index: int, attempt: int) -> int:

@@ -14,9 +14,9 @@ import numpy as np
 
 from dermis.authenticity.attack import Exposure
 from dermis.authenticity.index import Floats, Nearest
-from dermis.authenticity.verdict import stands_on, verdicts_of, weakness
+from dermis.authenticity.verdict import baseline_problem, baseline_sentence, verdicts_of
 from dermis.bundle.index import PERCENTILES, IndexDescription
-from dermis.dataset.plan import Plan
+from dermis.dataset.plan import DatasetPlan
 from dermis.imaging import Images
 
 Examine = Callable[[Images], Nearest]
@@ -29,13 +29,13 @@ SHOWN = (1, 5, 25, 50, 75, 95)
 
 
 @dataclass(frozen=True)
-class Verdict:
+class GateVerdict:
     """Result of the comparison of one image with the training images."""
 
     distance: float
     """Distance to the nearest training image, with two decimals."""
     percentile: int
-    """0..100: percentage of training images whose own nearest other one is nearer than `distance`."""
+    """0..100: percentage of training images whose radius is smaller than `distance`."""
     authentic: bool
     passed: bool
     """Whether the image meets the condition of the gate."""
@@ -50,7 +50,7 @@ class Checks:
     seen: int
     authentic: int
     rejected: int
-    verdict: Verdict | None
+    verdict: GateVerdict | None
     """The verdict on the image in the dataset; None if the sample is missing."""
 
 
@@ -85,7 +85,7 @@ class PrivacyReport:
     distances: tuple[float, ...]
     """Percentiles `SHOWN` of the images' distances to their nearest training image."""
     baseline: tuple[float, ...]
-    """The same percentiles of the training images' distances to their nearest other one."""
+    """The same percentiles of the radii of the training images."""
     exposure: Exposure
     limit: float | None = None
     """The distance that the gate min_distance requires; None for the gate authentic."""
@@ -95,46 +95,46 @@ class PrivacyReport:
     """Why copies can pass the gate; None if no reason is known."""
 
     @property
-    def before(self) -> float:
+    def authentic_share_of_candidates(self) -> float:
         """Share of authentic images among all that were compared, including rejected ones."""
         seen = sum(class_tally.seen for class_tally in self.classes.values())
         return sum(class_tally.seen_authentic for class_tally in self.classes.values()) / max(seen, 1)
 
     @property
-    def after(self) -> float:
+    def authentic_share_of_images(self) -> float:
         """Share of authentic images in the dataset."""
         images = sum(class_tally.images for class_tally in self.classes.values())
         return sum(class_tally.authentic for class_tally in self.classes.values()) / max(images, 1)
 
 
-def verdicts(plan: Plan, nearest: Nearest) -> list[Verdict]:
+def verdicts(plan: DatasetPlan, nearest: Nearest) -> list[GateVerdict]:
     """Return the verdicts on images whose nearest training images are known."""
     index, options = plan.authenticity, plan.request.privacy
     assert index is not None and options is not None
-    judged = verdicts_of(nearest, index)
-    passed = judged.authentic
+    compared = verdicts_of(nearest, index)
+    passed = compared.authentic
     if options.gate == "min_distance":
-        passed = judged.distances >= least_distance(index, options.percentile)
+        passed = compared.distances >= distance_at_percentile(index, options.percentile)
     rows = zip(
-        judged.distances.tolist(),
-        judged.percentiles.tolist(),
-        judged.authentic.tolist(),
+        compared.distances.tolist(),
+        compared.percentiles.tolist(),
+        compared.authentic.tolist(),
         passed.tolist(),
         nearest.embeddings.astype("<f2"),
         strict=True,
     )
     return [
-        Verdict(round(distance, 2), int(percentile), authentic, through, base64.b64encode(row.tobytes()).decode())
-        for distance, percentile, authentic, through, row in rows
+        GateVerdict(round(distance, 2), int(percentile), authentic, passes, base64.b64encode(row.tobytes()).decode())
+        for distance, percentile, authentic, passes, row in rows
     ]
 
 
-def least_distance(index: IndexDescription, percentile: float) -> float:
+def distance_at_percentile(index: IndexDescription, percentile: float) -> float:
     """Return the distance at a percentile (0..100) of the real-to-real baseline."""
     return float(np.interp(percentile, PERCENTILES, index.radii))
 
 
-def report(plan: Plan, samples: Sequence[tuple[int, Checks]], expose: Expose) -> PrivacyReport:
+def report(plan: DatasetPlan, samples: Sequence[tuple[int, Checks]], expose: Expose) -> PrivacyReport:
     """Make the report of a dataset.
 
     Args:
@@ -163,17 +163,17 @@ def report(plan: Plan, samples: Sequence[tuple[int, Checks]], expose: Expose) ->
         index=index.digest,
         classes=tallies,
         distances=tuple(round(float(value), 4) for value in distances),
-        baseline=tuple(round(least_distance(index, percentile), 4) for percentile in SHOWN),
+        baseline=tuple(round(distance_at_percentile(index, percentile), 4) for percentile in SHOWN),
         exposure=expose(np.stack([_embedding(verdict) for verdict in kept])),
-        limit=round(least_distance(index, options.percentile), 4) if options.gate == "min_distance" else None,
-        stands_on=stands_on(index),
-        weakness=weakness(index),
+        limit=round(distance_at_percentile(index, options.percentile), 4) if options.gate == "min_distance" else None,
+        stands_on=baseline_sentence(index),
+        weakness=baseline_problem(index),
     )
 
 
-def _kept(samples: Sequence[tuple[int, Checks]]) -> Iterator[Verdict]:
+def _kept(samples: Sequence[tuple[int, Checks]]) -> Iterator[GateVerdict]:
     return (checks.verdict for _, checks in samples if checks.verdict is not None)
 
 
-def _embedding(verdict: Verdict) -> Floats:
+def _embedding(verdict: GateVerdict) -> Floats:
     return np.frombuffer(base64.b64decode(verdict.embedding), "<f2").astype(np.float32)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dermis.dataset.containers import read_container
 from dermis.dataset.manifest import CARD, MANIFEST, METADATA, PREVIEW, Manifest, read_manifest
-from dermis.dataset.plan import Plan, plan
+from dermis.dataset.plan import DatasetPlan, plan
 from dermis.dataset.store import Store
 from dermis.dataset.verify import verify
 from dermis.errors import DataError, escape, quote
@@ -19,7 +19,7 @@ from dermis.errors import DataError, escape, quote
 Row = dict[str, str]
 _NUMBERS = ("label", "seed", "index")
 _COLUMNS = ("isic_id", "target", "file_name", *_NUMBERS)  # those that are read
-_ROW_BYTES = 4096  # of metadata.csv for one image, at most
+_ROW_BYTES = 4096  # largest size of a row of metadata.csv
 
 
 def open_dataset(location: str | Path) -> tuple[Manifest, dict[str, Row]]:
@@ -38,7 +38,9 @@ def open_dataset(location: str | Path) -> tuple[Manifest, dict[str, Row]]:
     report = verify(location)
     if report.changed or report.missing:
         first = [*report.changed, *report.missing][0]
-        raise DataError(f"{location}: {first} is not what {MANIFEST} says; `dermis generate` makes it again")
+        raise DataError(
+            f"{location}: {first} differs from {MANIFEST}; run the same `dermis generate` command again to repair it"
+        )
     store = Store(location)
     manifest = read_manifest(store)
     records = {file.name: file for file in manifest.files}
@@ -86,14 +88,16 @@ def _rows(table: bytes, where: str) -> dict[str, Row]:
             if bad := [name for name in _NUMBERS if not re.fullmatch(r"[0-9]{1,20}", row[name])]:
                 raise DataError(f"{where}: row {number}: {bad[0]} must be a whole number, not {quote(row[bad[0]])}")
             if row["file_name"] in rows:
-                raise DataError(f"{where}: row {number}: {quote(row['file_name'])} is there more than once")
+                raise DataError(f"{where}: row {number}: {quote(row['file_name'])} occurs more than once")
             rows[row["file_name"]] = row
     except (csv.Error, UnicodeDecodeError) as error:
-        raise DataError(f"{where}: is no table of images ({escape(error)})") from None
+        raise DataError(f"{where}: is not a table of images ({escape(error)})") from None
     return rows
 
 
-def _of_container(layout: Plan, store: Store, container: str, rows: Mapping[str, Row]) -> Iterator[tuple[Row, bytes]]:
+def _of_container(
+    layout: DatasetPlan, store: Store, container: str, rows: Mapping[str, Row]
+) -> Iterator[tuple[Row, bytes]]:
     """Yield the samples of one file. Errors of the format's library become DataErrors."""
     with store.open(container) as file:
         images = read_container(layout, file)

@@ -69,9 +69,9 @@ class ClassifierOptions(BaseModel):
         if self.min_probability > self.max_probability:
             raise ValueError("min_probability must not be above max_probability")
         if self.filters and not self.score:
-            raise ValueError("a filter needs score")
+            raise ValueError("score must be true if images are filtered")
         if self.tries > 1 and not self.filters:
-            raise ValueError("tries need a filter; without one the first image is kept")
+            raise ValueError("tries is allowed only with a filter (keep, min_probability or max_probability)")
         return self
 
 
@@ -107,15 +107,16 @@ class PrivacyOptions(BaseModel):
 
     gate: Literal["authentic", "min_distance"] = Field(
         "authentic",
-        description="Condition on an image. authentic: it is farther from its nearest training image than that one is from its "
-        "own nearest other training image. min_distance: it is at least as far from it as the percentile says.",
+        description="Condition on an image. authentic: its distance to the nearest training image is larger than the radius of "
+        "that training image (its distance to the nearest other training image). min_distance: its distance to the nearest "
+        "training image is at least the percentile of the radii.",
     )
     percentile: float = Field(
         1.0,
         ge=0,
         le=100,
         allow_inf_nan=False,
-        description="For min_distance: percentile of the distances of training images to the nearest other training image.",
+        description="For min_distance: percentile of the radii of the training images.",
     )
     on_reject: Literal["resample", "drop", "flag"] = Field(
         "resample",
@@ -198,7 +199,10 @@ class DatasetRequest(BaseModel):
 
     @property
     def tries(self) -> int:
-        """Largest number of candidates of an image: the limits of classifier and gate less 1, as they share the last one."""
+        """Maximum number of candidates for one image.
+
+        It is the sum of the limits of classifier and gate, minus 1, because the last candidate counts for both.
+        """
         return self.classifier_tries + (self.privacy.most if self.privacy else 1) - 1
 
     @property
@@ -254,7 +258,7 @@ def check_against(request: DatasetRequest, bundle: Bundle, max_samples: int) -> 
         max_samples: Largest number of images of a dataset.
 
     Raises:
-        RequestError: The bundle has not what the request needs, or the request is too large. The error names the field.
+        RequestError: The bundle lacks something that the request needs, or the request is too large. The error names the field.
     """
     known = classes_of(bundle)
     for name in request.classes:
@@ -262,7 +266,7 @@ def check_against(request: DatasetRequest, bundle: Bundle, max_samples: int) -> 
             message = f"unknown class; this model has {', '.join(known)}"
             raise RequestError(f"classes.{name}", message, kind="unknown-class")
     if request.samples > max_samples:
-        message = f"{request.samples:,} images asked for; at most {max_samples:,} are allowed in one dataset"
+        message = f"{request.samples:,} images were requested; at most {max_samples:,} are allowed in one dataset"
         raise RequestError("classes", message, kind="request-too-large")
     tries = request.classifier_tries
     if tries > 1 and request.samples * tries > max_samples:
@@ -295,7 +299,10 @@ def _check_classifier(request: DatasetRequest, options: ClassifierOptions, bundl
     unknown = [name for name in request.classes if name not in classifier.class_names]
     if unknown:
         known = ", ".join(classifier.class_names)
-        raise RequestError("classifier.keep", f"the classifier knows {known}; it cannot agree on {unknown[0]!r}")
+        raise RequestError(
+            "classifier.keep",
+            f"the classes of the classifier are {known}; images of {unknown[0]!r} cannot be filtered with agreeing",
+        )
     try:
         classifier.threshold(options.threshold)
     except RequestError as error:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from dermis.dataset.plan import Plan, latent_index
-from dermis.dataset.privacy import Checks, Examine, Verdict, verdicts
+from dermis.dataset.plan import DatasetPlan, latent_index
+from dermis.dataset.privacy import Checks, Examine, GateVerdict, verdicts
 from dermis.imaging import Images
 
 Synthesize = Callable[[Sequence[int], Sequence[int]], Images]
@@ -22,11 +22,11 @@ Synthesize = Callable[[Sequence[int], Sequence[int]], Images]
 Score = Callable[[Images], npt.NDArray[np.float64]]
 """Images, uint8 [N, H, W, 3] -> calibrated probabilities [N] by the bundle's classifier."""
 
-_DECIMALS = 6  # of a written probability; the filter decides by the rounded value
+_DECIMALS = 6  # decimals of a written probability; the filter decides by the rounded value
 
 
 @dataclass(frozen=True)
-class Draw:
+class SampleResult:
     """Result of one sample: the image after `tries` candidates, or None if all were rejected."""
 
     image: Images | None
@@ -37,7 +37,7 @@ class Draw:
 
 
 @dataclass(frozen=True)
-class Tally:
+class ClassifierTally:
     """Result of the classifier for one class.
 
     Attributes:
@@ -69,14 +69,14 @@ class _Sample:
     """Candidates that the gate rejected."""
 
 
-def draw(
-    plan: Plan,
+def generate_samples(
+    plan: DatasetPlan,
     indices: Sequence[int],
     labels: Sequence[int],
     synthesize: Synthesize,
     score: Score | None = None,
     examine: Examine | None = None,
-) -> list[Draw]:
+) -> list[SampleResult]:
     """Generate the samples of a batch.
 
     Args:
@@ -95,7 +95,7 @@ def draw(
     if plan.gated and examine is None:
         raise ValueError("this plan has a gate, so it needs an index")
     samples = [_Sample(index, label) for index, label in zip(indices, labels, strict=True)]
-    done: dict[int, Draw] = {}
+    done: dict[int, SampleResult] = {}
     while pending := [sample for sample in samples if sample.index not in done]:
         candidates = [latent_index(sample.index, sample.tries) for sample in pending]
         images = synthesize(candidates, [sample.label for sample in pending])
@@ -106,7 +106,7 @@ def draw(
         accepted = [
             position for position, sample in enumerate(pending) if _accepts(plan, sample.label, probabilities[position])
         ]
-        verdict_at: dict[int, Verdict] = {}
+        verdict_at: dict[int, GateVerdict] = {}
         if plan.gated and examine is not None and accepted:
             verdict_at = dict(zip(accepted, verdicts(plan, examine(colour[accepted])), strict=True))
         for position, sample in enumerate(pending):
@@ -115,33 +115,33 @@ def draw(
             if verdict is not None:
                 sample.seen += 1
                 sample.authentic += verdict.authentic
-                sample.rejected += not _stays(plan, verdict)
-            if position in accepted and (verdict is None or _stays(plan, verdict)):
-                done[sample.index] = Draw(
+                sample.rejected += not _is_kept(plan, verdict)
+            if position in accepted and (verdict is None or _is_kept(plan, verdict)):
+                done[sample.index] = SampleResult(
                     images[position], probabilities[position], sample.tries, _checks(plan, sample, verdict)
                 )
-            elif _spent(plan, sample):
-                done[sample.index] = Draw(None, None, sample.tries, _checks(plan, sample, None))
+            elif _is_exhausted(plan, sample):
+                done[sample.index] = SampleResult(None, None, sample.tries, _checks(plan, sample, None))
     return [done[index] for index in indices]
 
 
-def _stays(plan: Plan, verdict: Verdict) -> bool:
+def _is_kept(plan: DatasetPlan, verdict: GateVerdict) -> bool:
     assert plan.request.privacy is not None
     return verdict.passed or plan.request.privacy.on_reject == "flag"
 
 
-def _spent(plan: Plan, sample: _Sample) -> bool:
+def _is_exhausted(plan: DatasetPlan, sample: _Sample) -> bool:
     """Whether the classifier or the gate has reached its limit of rejected candidates."""
     most = plan.request.privacy.most if plan.request.privacy is not None else 1
     by_classifier = sample.tries - sample.rejected
     return by_classifier >= plan.request.classifier_tries or (plan.gated and sample.rejected >= most)
 
 
-def _checks(plan: Plan, sample: _Sample, verdict: Verdict | None) -> Checks | None:
+def _checks(plan: DatasetPlan, sample: _Sample, verdict: GateVerdict | None) -> Checks | None:
     return Checks(sample.seen, sample.authentic, sample.rejected, verdict) if plan.gated else None
 
 
-def agrees(plan: Plan, label: int, probability: float) -> bool:
+def agrees(plan: DatasetPlan, label: int, probability: float) -> bool:
     """Whether the classifier gives an image the class that was requested, at the threshold of the request."""
     assert plan.classifier is not None
     options = plan.request.classifier
@@ -149,7 +149,7 @@ def agrees(plan: Plan, label: int, probability: float) -> bool:
     return plan.classifier.class_at(probability, threshold) == plan.class_names[label]
 
 
-def tally(plan: Plan, outcomes: Mapping[str, Sequence[tuple[float | None, int]]]) -> dict[str, Tally]:
+def tally(plan: DatasetPlan, outcomes: Mapping[str, Sequence[tuple[float | None, int]]]) -> dict[str, ClassifierTally]:
     """Count the results by class.
 
     Args:
@@ -158,17 +158,17 @@ def tally(plan: Plan, outcomes: Mapping[str, Sequence[tuple[float | None, int]]]
             those that the gate rejected.
     """
     assert plan.classifier is not None
-    tallies: dict[str, Tally] = {}
+    tallies: dict[str, ClassifierTally] = {}
     for name, samples in outcomes.items():
         label = plan.class_names.index(name)
         kept = [probability for probability, _ in samples if probability is not None]
         known = name in plan.classifier.class_names
         agreeing = sum(agrees(plan, label, probability) for probability in kept) if known else None
-        tallies[name] = Tally(len(kept), sum(tries for _, tries in samples), agreeing)
+        tallies[name] = ClassifierTally(len(kept), sum(tries for _, tries in samples), agreeing)
     return tallies
 
 
-def _accepts(plan: Plan, label: int, probability: float | None) -> bool:
+def _accepts(plan: DatasetPlan, label: int, probability: float | None) -> bool:
     """Whether the classifier's filter accepts an image."""
     options = plan.request.classifier
     if options is None or probability is None:

@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from dermis.dataset.containers import DatasetSample, container_name, container_writer
-from dermis.dataset.plan import BATCH, Plan
-from dermis.dataset.privacy import Checks, Examine, Verdict
+from dermis.dataset.plan import BATCH, DatasetPlan
+from dermis.dataset.privacy import Checks, Examine, GateVerdict
 from dermis.dataset.request import DatasetRequest
-from dermis.dataset.scoring import Draw, Score, Synthesize, draw
+from dermis.dataset.scoring import SampleResult, Score, Synthesize, generate_samples
 from dermis.dataset.store import PARTIAL, Store, hash_file, storage_errors
 from dermis.errors import StorageError
 from dermis.imaging import encode
@@ -51,7 +51,7 @@ class ShardRecord:
 
 
 def write_shard(
-    plan: Plan,
+    plan: DatasetPlan,
     shard: int,
     synthesize: Synthesize,
     store: Store,
@@ -109,7 +109,7 @@ def write_shard(
 
 
 def find_shard(
-    plan: Plan, shard: int, store: Store, *, identity: Mapping[str, str] | None = None
+    plan: DatasetPlan, shard: int, store: Store, *, identity: Mapping[str, str] | None = None
 ) -> ShardRecord | None:
     """Return the record of a finished shard, or None if it must be made.
 
@@ -132,7 +132,7 @@ def find_shard(
     return record if store.sha256(file.name) == file.sha256 else None
 
 
-def shard_file(plan: Plan, shard: int) -> str:
+def shard_file(plan: DatasetPlan, shard: int) -> str:
     """Return the name of the file that holds a shard: a final file, or a part of images.zip."""
     return container_name(plan, shard) or f"{PARTIAL}/shard-{shard:05d}.zip"
 
@@ -143,16 +143,16 @@ def _sidecar(shard: int) -> str:
 
 def _checks(row: Mapping[str, Any]) -> Checks:
     verdict = row["verdict"]
-    return Checks(**{**row, "verdict": None if verdict is None else Verdict(**verdict)})
+    return Checks(**{**row, "verdict": None if verdict is None else GateVerdict(**verdict)})
 
 
-def _to_sidecar(plan: Plan, identity: Mapping[str, str] | None, record: ShardRecord) -> bytes:
+def _to_sidecar(plan: DatasetPlan, identity: Mapping[str, str] | None, record: ShardRecord) -> bytes:
     fields = {"plan": plan.digest, "identity": dict(identity or {}), **asdict(record)}
     return json.dumps(fields, sort_keys=True).encode()
 
 
 def _encoded_batches(
-    plan: Plan, shard: int, synthesize: Synthesize, score: Score | None, examine: Examine | None, batch_size: int
+    plan: DatasetPlan, shard: int, synthesize: Synthesize, score: Score | None, examine: Examine | None, batch_size: int
 ) -> Iterator[list[DatasetSample]]:
     """Yield batches in order. While one is generated, threads encode the previous one, without the interpreter's lock."""
     labels = plan.labels(shard)
@@ -162,10 +162,10 @@ def _encoded_batches(
         encoding: list[Future[DatasetSample]] = []
         for batch in plan.batches(shard, batch_size):
             batch_labels = [labels[index - start] for index in batch]
-            draws = draw(plan, batch, batch_labels, synthesize, score, examine)
+            results = generate_samples(plan, batch, batch_labels, synthesize, score, examine)
             following = [
                 pool.submit(_encode, plan.request, index, label, result)
-                for index, label, result in zip(batch, batch_labels, draws, strict=True)
+                for index, label, result in zip(batch, batch_labels, results, strict=True)
             ]
             if encoding:
                 yield [future.result() for future in encoding]
@@ -175,7 +175,7 @@ def _encoded_batches(
         pool.shutdown(cancel_futures=True)
 
 
-def _encode(request: DatasetRequest, index: int, label: int, result: Draw) -> DatasetSample:
+def _encode(request: DatasetRequest, index: int, label: int, result: SampleResult) -> DatasetSample:
     if result.image is None:
         return DatasetSample(index, label, None, tries=result.tries, checks=result.checks)
     data = encode(result.image, request.image_format, request.image_quality)
@@ -184,10 +184,10 @@ def _encode(request: DatasetRequest, index: int, label: int, result: Draw) -> Da
     )
 
 
-def check_space(plan: Plan, store: Store, resolution: int) -> None:
+def check_space(plan: DatasetPlan, store: Store, resolution: int) -> None:
     """Check that the missing shards fit into the storage.
 
-    The estimate is a lower bound, so that nothing is refused that would fit.
+    The estimate is a lower bound, so a dataset that fits is never refused.
 
     Raises:
         StorageError: There is too little free space.

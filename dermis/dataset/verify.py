@@ -94,7 +94,7 @@ def _verify_archive(path: Path) -> Report:
             sizes = {name: info.file_size for name, info in members.items()}
             if METADATA not in sizes or sum(sizes.values()) > 10 * path.stat().st_size:  # images do not shrink
                 raise StorageError(
-                    f"{path}: is no {ARCHIVE} of a dataset; give the folder of the dataset, or its {ARCHIVE}"
+                    f"{path}: is not the {ARCHIVE} of a dataset; give the folder of the dataset, or its {ARCHIVE}"
                 )
             table = csv.DictReader(io.StringIO(archive.read(METADATA).decode(), newline=""))
             hashes = {row["file_name"]: row["sha256"] for row in table}
@@ -121,7 +121,7 @@ def _compare_unpacked(root: Path, unpacked: Set[str]) -> tuple[set[str], list[st
                     if _unpacked_digest(root, name, members[name].file_size) != _digest(archive.open(members[name]))
                 ]
         except (zipfile.BadZipFile, zlib.error, ValueError, NotImplementedError) as error:
-            raise StorageError(f"{root / ARCHIVE}: is no zip file that can be read ({escape(error)})") from None
+            raise StorageError(f"{root / ARCHIVE}: is not a readable zip file ({escape(error)})") from None
     return set(members), different
 
 
@@ -133,7 +133,7 @@ def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.flag_bits & 1:
             raise ValueError(f"{info.filename} is encrypted, or compressed by another method than deflate")
         if info.filename in members:
-            raise ValueError(f"{info.filename} is there more than once")
+            raise ValueError(f"{info.filename} occurs more than once")
         members[info.filename] = info
     return members
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Ws = NDArray[np.float32]
 BATCH = 1024
-FEWEST = 20  # images with and without an attribute that a hyperplane needs
+MIN_IMAGES = 20  # images with and without an attribute that a hyperplane needs
 
 
 def sample_w(generator: Generator, count: int, *, seed: int, labels: Sequence[int] | None = None) -> Ws:
@@ -189,10 +189,11 @@ def hyperplane(name: str, w: Ws, attribute: NDArray[np.bool_], *, layers: tuple[
         raise DermisError(f"attributes need scikit-learn ({error}); {install_command('edit')}") from error
 
     having = int(attribute.sum())
-    if min(having, len(attribute) - having) < FEWEST:
+    if min(having, len(attribute) - having) < MIN_IMAGES:
         raise RequestError(
             "attributes",
-            f"{name}: {having:,} of {len(attribute):,} images have it; at least {FEWEST} with and {FEWEST} without are needed",
+            f"{name}: {having:,} of {len(attribute):,} images have it; at least {MIN_IMAGES} with and {MIN_IMAGES} without "
+            "it are needed",
         )
     standard = (w - w.mean(axis=0)) / w.std(axis=0)
     parts = train_test_split(standard, attribute, test_size=0.2, random_state=seed, stratify=attribute)

@@ -9,7 +9,7 @@ at six scales, and the segments are added in the order of their mean attribution
 pixels that its segment added. So regions become visible in which pixels agree, which single pixels hardly show.
 
 Both are complete: the sum of an image's attributions is its logit less the mean logit of the baselines, but for the error of
-numerical integration (`Attribution.gap`). They describe what this network computes, not what is true of the skin.
+numerical integration (`Attribution.gap`). They describe what this network computes. They are no evidence about the lesion.
 """
 
 from __future__ import annotations
@@ -35,14 +35,15 @@ if TYPE_CHECKING:
 Method = Literal["xrai", "integrated-gradients"]
 METHODS: tuple[Method, ...] = get_args(Method)
 STEPS = 64  # Gauss-Legendre points on each line
-VERSION = 1  # of the numbers: raised by every change after which the same image and network have other attributions
+# Version of the numbers: raised by every change after which the same image and network have other attributions.
+VERSION = 1
 _BASELINES = (0.0, 255.0)
 _BATCH_PIXELS = 8 * 128 * 128  # the memory of a step is proportional to it
 
 
 @dataclass(frozen=True)
 class Attribution:
-    """Attribution of one image: values above 0 speak for the positive class, values below 0 against it."""
+    """Attribution of one image: values above 0 raise the probability of the positive class, values below 0 lower it."""
 
     method: Method
     image: Images

@@ -18,7 +18,7 @@ from dermis.imaging import Images
 
 Fill = Literal["black", "skin"]
 REPLICATES = 2000
-_SOFT = 0.01  # of the side: width of the frame's edge
+_SOFT = 0.01  # width of the frame's soft edge, as a share of the side
 
 
 @dataclass(frozen=True)

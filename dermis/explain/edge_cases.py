@@ -4,8 +4,8 @@ Two numbers measure how well an image fits its class: 1 deep inside, 0.5 on the 
 
     agreement   the share of the image's own class among its k nearest neighbours by cosine in the classifier's feature
                 space. The weight of a neighbour is one over the number of images of its class, for the rarer class
-    own         the probability of the image's own class, with the odds at the threshold counted as even:
-                sigmoid(+-(logit p - logit threshold)), of the calibrated probability p
+    own         sigmoid(+-(logit p - logit threshold)) of the calibrated probability p, with + for label 1: the probability of
+                the image's own class, shifted so that it is 0.5 at the threshold
 
 score = 1 - (agreement + own) / 2. Neighbours are never of the same patient (or lesion).
 """
@@ -55,7 +55,7 @@ _EDGE = 3  # width in px of the frame of each picture, in the colour of its clas
 _COLOURS = (
     (0, 114, 178),
     (213, 94, 0),
-)  # of labels 0 and 1: blue and vermilion, which colour-blind people can distinguish
+)  # colours of labels 0 and 1: blue and vermilion, which colour-blind people can distinguish
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def edge_scores(
     try:
         similarities, neighbours = nearest_by_cosine(features, criteria.neighbours, groups=groups)
     except ValueError as error:
-        raise DataError(f"neighbours: {error} images; give fewer --neighbours or more images") from None
+        raise DataError(f"--neighbours: {error} other images; choose a smaller number or add images") from None
     weight = 1.0 / counts
     weights = weight[labels[neighbours]]
     same = labels[neighbours] == labels[:, None]

@@ -27,7 +27,7 @@ PERPLEXITY = 30.0
 ITERATIONS = (250, 500)  # with early exaggeration, and without
 THUMBNAIL = 48
 _CHUNK = 64  # images in memory at a time
-_FEWEST = 5  # least number of points for t-SNE
+_MIN_POINTS = 5  # least number of points for t-SNE
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def map_in_3d(
         raise DataError(f"perplexity: {perplexity:g} must be above 1")
     principal = _principal(unit(features), PRINCIPAL)
     start = _columns(principal, 3)
-    if len(start) < _FEWEST:
+    if len(start) < _MIN_POINTS:
         return _centred(start)
     tsne = open_tsne()
     spread = float(start[:, 0].std()) or 1.0

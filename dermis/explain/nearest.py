@@ -42,7 +42,7 @@ def nearest_by_cosine(
     )
     most = n - int(np.bincount(member).max(initial=0))
     if not 1 <= k <= most:
-        raise ValueError(f"{k} neighbours asked for among {most}")
+        raise ValueError(f"{k} neighbours were requested, but there are only {most}")
     similarities, indices = np.empty((n, k), np.float32), np.empty((n, k), np.int64)
     for start in range(0, n, _ROWS):
         rows = slice(start, min(start + _ROWS, n))

@@ -1,4 +1,4 @@
-"""A page of heat maps: one HTML file without other files. It shows the images, so it needs the same protection as they."""
+"""A page of heat maps: one HTML file without other files. It shows the images, so it needs the same protection as they do."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ figcaption .note { font-size: .85rem; }
 """
 _METHODS = {
     "xrai": "XRAI (Kapishnikov et al., arXiv 1906.02825): each region has the mean attribution of its pixels. Regions are "
-    "chosen by what speaks for the positive class; the last ones can be narrow strips, which mean little",
+    "selected by how much they raise the probability of the positive class; the last ones can be narrow strips, which mean "
+    "little",
     "integrated-gradients": "Integrated gradients (Sundararajan et al., arXiv 1703.01365), smoothed for the picture, as "
     "single pixels are mostly noise",
 }
@@ -80,12 +81,12 @@ def heat_map_page(
     positive = html.escape(description.positive_class)
     labelled = [entry for entry in entries if entry.label is not None]
     wrong = sum(entry.wrong for entry in entries)
-    mistakes = "Images that got the wrong class come first, the surest mistakes before the others. "
+    mistakes = "Misclassified images come first, sorted by confidence in descending order. "
     order = f"{mistakes if labelled else ''}{'Then come those' if labelled else 'First come those'} nearest to the threshold."
-    mistake_count = f" {wrong:,} of the {len(labelled):,} with a known class got the wrong one." if labelled else ""
+    mistake_count = f" {wrong:,} of the {len(labelled):,} with a known class are misclassified." if labelled else ""
     gap = max((abs(entry.attribution.gap) for entry in entries), default=0.0)
     named = f"{value:.4g}" if name == f"{value:g}" else f"{html.escape(name)}, {value:.4g}"
-    bar = _picture(legend(), 256, f"colours from against to for {description.positive_class}")
+    bar = _picture(legend(), 256, f"colours from lower to higher probability of {description.positive_class}")
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>Heat maps</title><style>{_STYLE}</style>
@@ -103,11 +104,11 @@ publish it.</p>
 logit less that of the baselines, here within {gap:.2g}</td></tr>
 </table>
 <h2>How to read it</h2>
-<p class="legend">against {positive} {bar} for {positive}</p>
+<p class="legend">lowers the probability of {positive} {bar} raises it</p>
 <p class="note">Left: the input of the classifier. Middle: what its parts add to the logit of {positive}. Right: the
-{SALIENT_PERCENT:g} % of the area that speak most for it, or more so that regions are complete. Each picture has its own scale:
-95 % of the area are below full colour, whose value is beside the picture, in logits for each 1 % of the area. A heat map shows
-what this network computes. It does not show what is true of the skin, nor that the network is right.</p>
+{SALIENT_PERCENT:g} % of the area that raise its probability most, or more so that regions are complete. Each picture has its
+own scale: 95 % of the area are below full colour, whose value is beside the picture, in logits for each 1 % of the area. A heat
+map shows what this network computes. It is no evidence about the lesion, and it does not show that the network is right.</p>
 <h2>Images</h2>
 {"".join(_figure(entry, description) for entry in entries)}
 </html>
@@ -119,7 +120,7 @@ def _figure(entry: Entry, description: ClassifierDescription) -> str:
     pictures = (
         (attribution.image, f"{name} as the classifier sees it"),
         (heat_map(attribution), f"heat map of {name}"),
-        (salient_view(attribution), f"what of {name} speaks most for {description.positive_class}"),
+        (salient_view(attribution), f"areas of {name} that raise the probability of {description.positive_class} most"),
     )
     shown = "".join(_picture(picture, _WIDTH, alt) for picture, alt in pictures)
     label = "" if entry.label is None else f"<br>label {html.escape(entry.label)}"

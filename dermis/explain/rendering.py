@@ -19,12 +19,12 @@ from dermis.explain.attribution import Attribution
 from dermis.imaging import Images
 
 SALIENT_PERCENT = 20.0
-LEAST_SIDE = 256  # of a picture that is shown alone, px
+MIN_SIDE = 256  # side of a picture that is shown alone, px
 
 _LIGHTNESS = (0.22, 0.86)
 _CHROMA = 0.15
 _HUES = (255.0, 62.0)  # degrees: blue against, orange for
-_OPACITY = (0.25, 0.75)  # of the colours over the image, from attribution 0 to full colour
+_OPACITY = (0.25, 0.75)  # opacity of the colours over the image, from attribution 0 to full colour
 _QUANTILE = 0.95
 
 
@@ -52,7 +52,7 @@ def heat_map(attribution: Attribution, side: int | None = None) -> Images:
 
 
 def salient_mask(attribution: Attribution, percent: float = SALIENT_PERCENT) -> NDArray[np.bool_]:
-    """Return bool [S, S]: the at least `percent` % of the image that speak most for the positive class, in whole regions."""
+    """Return bool [S, S]: the regions with the largest attribution, until they cover at least `percent` % of the image."""
     shown = _smoothed(attribution)
     mask: NDArray[np.bool_] = shown >= np.quantile(shown, 1 - percent / 100)
     return mask

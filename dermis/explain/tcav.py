@@ -41,8 +41,8 @@ class Concept:
     """A concept: images uint8 [n, S, S, 3] that show it, and counter-sets that do not. S is the classifier's size."""
 
     name: str
-    shown: Images
-    counters: tuple[Images, ...]
+    examples: Images
+    counter_sets: tuple[Images, ...]
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,10 @@ class ConceptTest:
     def verdict(self) -> str:
         """The result in words."""
         if self.accuracy < SEPARABLE:
-            return "no direction of this layer"
+            return "not separable in this layer"
         if self.p_corrected >= LEVEL or abs(self.difference) < APART:
             return "no effect shown"
-        return "speaks for" if self.difference > 0 else "speaks against"
+        return "raises the probability" if self.difference > 0 else "lowers the probability"
 
 
 def layer_names(network: TorchClassifier) -> list[str]:
@@ -118,11 +118,11 @@ def tcav(
     staged = _Staged(network, layers)
     x = _tensor(inputs)
     for number, concept in enumerate(concepts):
-        sets = [concept.shown, *concept.counters]
+        sets = [concept.examples, *concept.counter_sets]
         tokens = [CaptumConcept(i, f"{number}-{i}", _Batches(images)) for i, images in enumerate(sets)]
         against = [[tokens[0], counter] for counter in tokens[1:]]
         # The score of the first set of each pair is used.
-        among = [[tokens[i], tokens[i % len(concept.counters) + 1]] for i in range(1, len(tokens))]
+        among = [[tokens[i], tokens[i % len(concept.counter_sets) + 1]] for i in range(1, len(tokens))]
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             interpreter = TCAV(
@@ -142,7 +142,7 @@ def tcav(
                 yield ConceptTest(
                     concept.name,
                     layer,
-                    len(concept.shown),
+                    len(concept.examples),
                     float(np.mean(accuracies)),
                     tuple(own),
                     tuple(random),

@@ -45,22 +45,25 @@ def alpha_precision(real: Features, generated: Features) -> Curve:
     return Curve(LEVELS, _share_within(_from(centre, generated), limits))
 
 
-def beta_recall(real: Features, generated: Features, k: int = DENSITY_K, known: Neighbourhoods | None = None) -> Curve:
+def beta_recall(
+    real: Features, generated: Features, k: int = DENSITY_K, neighbourhoods: Neighbourhoods | None = None
+) -> Curve:
     """Compute R_beta: the share of real features [N, dim] that a share beta of the generated ones [M, dim] represents.
 
     R_beta = P( |x - y*| <= NND_k(x) and |y* - c_g| <= r_beta ), with y* the generated image nearest to x, NND_k(x) the
     distance from x to its k-th nearest other real image, c_g the mean of the generated features and r_beta the
     beta-quantile of |y - c_g|. With k = 1 even the true distribution reaches only R_1 = 1/2; with 5 it reaches 1 - 2^-5,
-    so 5 is the default. In many dimensions, images near the mean are the nearest ones of very many others, which raises
+    so 5 is the default. In many dimensions, images near the mean are the nearest neighbours of many others, which raises
     the curve of the true distribution above the diagonal as well: compare it with that of held-out real images.
 
     Args:
         real: Features [N, dim] of real images.
         generated: Features [M, dim] of generated images.
         k: Neighbour that sets the radius of a real image.
-        known: The neighbourhoods of these sets with this k, if they have been computed already.
+        neighbourhoods: The neighbourhoods of these sets with this k, if they have been computed already.
     """
-    neighbourhoods = compare_neighbourhoods(real, generated, k_precision=1, k_density=k) if known is None else known
+    if neighbourhoods is None:
+        neighbourhoods = compare_neighbourhoods(real, generated, k_precision=1, k_density=k)
     from_centre = _from(generated.mean(axis=0, dtype=np.float64), generated)
     limits = np.quantile(from_centre, LEVELS, method="inverted_cdf")
     reached = neighbourhoods.nearest_distance <= neighbourhoods.real_radii

@@ -49,7 +49,7 @@ def frechet_interval(
     x, y = (features.astype(np.float64) @ basis for features in (real, generated))
     rng = np.random.default_rng(seed)
     distances = np.array([frechet(_resample(x, rng), _resample(y, rng)) for _ in range(replicates)])
-    return _about(fid, distances, float(distances.mean() - frechet(x, y)))
+    return _interval(fid, distances, float(distances.mean() - frechet(x, y)))
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def kernel_estimate(
     mmd = squared_discrepancies(real, generated, w, v, polynomial)
     of_subsets, whole, of_replicates = np.split(mmd, [len(subsets[0]), len(subsets[0]) + 1])
     value = float(of_subsets.mean())
-    interval = _about(value, of_replicates, float(of_replicates.mean() - whole[0]))
+    interval = _interval(value, of_replicates, float(of_replicates.mean() - whole[0]))
     return KernelEstimate(value, interval, float(of_subsets.std()))
 
 
@@ -87,7 +87,7 @@ def gaussian_estimate(
     rng = np.random.default_rng(seed)
     w, v = _weights(len(real), replicates, rng), _weights(len(generated), replicates, rng)
     mmd = squared_discrepancies(kernel.prepare(real), kernel.prepare(generated), w, v, kernel)
-    return KernelEstimate(float(mmd[0]), _about(float(mmd[0]), mmd[1:], float(mmd[1:].mean() - mmd[0])))
+    return KernelEstimate(float(mmd[0]), _interval(float(mmd[0]), mmd[1:], float(mmd[1:].mean() - mmd[0])))
 
 
 def _weights(n: int, replicates: int, rng: np.random.Generator) -> NDArray[np.float32]:
@@ -96,7 +96,7 @@ def _weights(n: int, replicates: int, rng: np.random.Generator) -> NDArray[np.fl
     return np.concatenate([np.ones((1, n)), counts]).astype(np.float32)
 
 
-def _about(value: float, replicates: NDArray[np.float64], bias: float) -> Interval:
+def _interval(value: float, replicates: NDArray[np.float64], bias: float) -> Interval:
     low, high = np.quantile(replicates - replicates.mean(), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(value + float(low), value + float(high), bias)
 

@@ -13,15 +13,15 @@ In dim dimensions,
     FLD = 100/dim (mean over held-out x of -log p(x))  -  the same for real images instead of generated ones (the reference)
 
 The reference is one half of the training images, with variances fitted to the other half; the variances of the generated
-images are fitted to as many. Both are done with each half in turn, and averaged. So 0 is a generator as good as other real
-images, and larger is worse. The generalisation gap is the FLD of the training images less that of the held-out ones: the
+images are fitted to as many. Both are done with each half in turn, and averaged. So 0 means as good as other real images;
+larger values are worse. The generalisation gap is the FLD of the training images less that of the held-out ones: the
 further below 0, the better the density explains the training images than unseen ones. It is below 0 for a generator that does
 not copy as well, because the variances were fitted to the training images: compare it with the gap of the reference.
 
 Features are first normalised to mean 0 and standard deviation 1 of the training images in every dimension. There are three
 differences from the published program: both mixtures have the same number of Gaussians (fewer make everything less likely),
 variances are fitted by expectation maximisation (Dempster et al. 1977) and not by a few steps of gradient ascent, and they
-are at least `LEAST_VARIANCE`. So compare numbers only with numbers of this program.
+are at least `MIN_VARIANCE`. So compare numbers only with numbers of this program.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ from numpy.typing import NDArray
 
 from dermis.metrics.neighbours import Features, squared_distances
 
-MOST = 10_000  # Gaussians, and images to which they are fitted: the memory is that of MOST * MOST float32 numbers
-LEAST_VARIANCE = 1e-4  # a hundredth of a standard deviation. Copies would have 0, which has no logarithm
+# Also the largest number of images to which the Gaussians are fitted. The memory is that of MAX_GAUSSIANS^2 float32 numbers.
+MAX_GAUSSIANS = 10_000
+MIN_VARIANCE = 1e-4  # a hundredth of a standard deviation. Copies would have 0, which has no logarithm
 _STEPS = 100
 _TOLERANCE = 1e-4  # nats for each dimension: a hundredth of a unit of FLD
 _ROWS = 512
@@ -74,7 +75,7 @@ def feature_likelihood(
     deviation = training.std(axis=0, dtype=np.float64)
     deviation[deviation < 1e-6 * max(float(deviation.max()), 1e-30)] = 1.0  # constant in all training images
     rng = np.random.default_rng(seed)
-    real = ((training - mean) / deviation)[rng.permutation(len(training))[: 2 * MOST]]
+    real = ((training - mean) / deviation)[rng.permutation(len(training))[: 2 * MAX_GAUSSIANS]]
     shuffled = ((generated - mean) / deviation)[rng.permutation(len(generated))]
     test = (held_out - mean) / deviation
 
@@ -97,16 +98,16 @@ def fit_variances(squared: Floats, dim: int) -> NDArray[np.float64]:
     By expectation maximisation, first with one variance for all Gaussians, then with one for each. A Gaussian to which no
     image belongs keeps the common one.
     """
-    variances = np.full(squared.shape[1], max(float(squared.min(axis=1).mean()) / dim, LEAST_VARIANCE))
+    variances = np.full(squared.shape[1], max(float(squared.min(axis=1).mean()) / dim, MIN_VARIANCE))
     for shared in (True, False):
         before = np.inf
         for _ in range(_STEPS):
             cost, belonging, spread = _expectation(squared, variances, dim)
             if shared:
-                variances[:] = max(spread.sum() / (dim * len(squared)), LEAST_VARIANCE)
+                variances[:] = max(spread.sum() / (dim * len(squared)), MIN_VARIANCE)
             else:
                 used = belonging > 1e-6
-                variances[used] = np.maximum(spread[used] / (dim * belonging[used]), LEAST_VARIANCE)
+                variances[used] = np.maximum(spread[used] / (dim * belonging[used]), MIN_VARIANCE)
             if before - cost < _TOLERANCE:
                 break
             before = cost

@@ -23,7 +23,7 @@ from dermis.metrics.classification import Estimate, Floats, Labels, auc, bootstr
 from dermis.metrics.neighbours import Features, nearest
 
 FALSE_ALARMS = 0.01
-FEWEST = 20  # images of each kind that the attack needs
+MIN_IMAGES = 20  # images of each kind that the attack needs
 
 
 @dataclass(frozen=True)
@@ -63,17 +63,18 @@ def membership_attack(
     Returns:
         The result; None if there are fewer than 20 images of either kind.
     """
-    if min(len(training), len(held_out)) < FEWEST:
+    if min(len(training), len(held_out)) < MIN_IMAGES:
         return None
     distances = np.concatenate([nearest(images, generated)[0][:, 0] for images in (training, held_out)])
     labels: NDArray[np.int64] = np.repeat(np.array([1, 0]), [len(training), len(held_out)])
-    metrics = {"auc": auc, "found": _found}
+    metrics = {"auc": auc, "recall": _recall}
     estimates = bootstrap(labels, -distances, metrics, groups=groups, replicates=replicates, seed=seed)
-    # With k false alarms allowed, images above the (k + 1)-th best score of H are found: on average (k + 1) / (H + 1) of all.
+    # The threshold is the (k + 1)-th highest score of the H held-out images. A score of the same distribution exceeds it with
+    # probability (k + 1) / (H + 1).
     expected = (math.floor(FALSE_ALARMS * len(held_out) + 1e-9) + 1) / (len(held_out) + 1)
-    return Membership(estimates["auc"], estimates["found"], expected, len(training), len(held_out))
+    return Membership(estimates["auc"], estimates["recall"], expected, len(training), len(held_out))
 
 
-def _found(labels: Labels, scores: Floats, weights: Floats | None = None) -> Floats:
+def _recall(labels: Labels, scores: Floats, weights: Floats | None = None) -> Floats:
     """Compute the share of training images that score above all but 1 % of the held-out ones."""
     return sensitivity_at_specificity(labels, scores, weights, specificity=1 - FALSE_ALARMS)

@@ -7,11 +7,11 @@ everything, neither hide copies nor raise an alarm (as they can if d_T of genera
 images; Meehan et al., arXiv 2004.05675). With the logarithm few but close copies count: ranks (Wilcoxon) would not measure
 how much nearer they are.
 
-The p-value is by permutation (Fisher): real images are assigned to the training set at random, and all else is kept. It is
-exact for any sizes of the sets. A Wilcoxon or Mann-Whitney p-value is not: it assumes independent generated images, but they
-share their neighbours (a few real images are near to very many), and with enough of them it rejects generators that do not
-memorise. It also needs sets of equal size, so that most of the training set, and copies of it, would be ignored. The test is
-stronger with more held-out images: if 9 of 10 real images are training images, being near to one means little.
+The p-value is by permutation (Fisher): real images are assigned to the training set at random, and everything else stays
+unchanged. It is exact for any sizes of the sets. A Wilcoxon or Mann-Whitney p-value is not: it assumes independent generated
+images, but they share their neighbours (a few real images are near to very many), and with enough of them it rejects generators
+that do not memorise. It also needs sets of equal size, so that most of the training set, and copies of it, would be ignored.
+The test is stronger with more held-out images: if 9 of 10 real images are training images, being near to one means little.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from dermis.metrics.neighbours import Features, nearest
 
 CENSORED = 1e-4  # the share of generated images whose nearest image of the other set can be beyond the searched list
-FLOOR = 1e-3  # of the median distance to the nearest real image; smaller distances count as this one
+FLOOR = 1e-3  # share of the median distance to the nearest real image; smaller distances count as this one
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def nearest(
         ValueError: `base` has too few rows.
     """
     if k < 1 or k > len(base) - exclude_self:
-        raise ValueError(f"{k} neighbours asked for among {len(base) - exclude_self}")
+        raise ValueError(f"{k} neighbours were requested, but there are only {len(base) - exclude_self}")
     distances = np.empty((len(queries), k))
     indices = np.empty((len(queries), k), dtype=np.int64)
     for rows, squared in squared_distances(queries, base):

@@ -36,7 +36,7 @@ _FIXED = {
 }
 _WITHOUT_EFFECT = frozenset({
     "fp16_channels_last", "fused_modconv_default",  # layout and speed
-    "freeze_layers", "freeze_embed",  # of training; frozen weights are buffers, which are read like parameters
+    "freeze_layers", "freeze_embed",  # options of training; frozen weights are buffers, which are read like parameters
 })  # fmt: skip
 _STYLEGAN3_OPTIONS = frozenset({
     "conv_kernel", "filter_size", "first_cutoff", "first_stopband", "last_stopband_rel", "lrelu_upsampling",
@@ -77,7 +77,7 @@ class OfficialCheckpoint:
     no_discriminator: str
     """Why there is no discriminator; empty if there is one."""
     training_set: Mapping[str, Any]
-    """Those values of training_set_kwargs that are text or numbers."""
+    """Values of training_set_kwargs that are texts or numbers."""
     sha256: str
 
 
@@ -133,9 +133,11 @@ def build_networks(folder: Path, network: NetworkName) -> OfficialCheckpoint:
 
 def _check_pair(generator: GeneratorConfig, discriminator: DiscriminatorConfig) -> None:
     for name in ("img_resolution", "img_channels", "c_dim"):
-        ours, theirs = getattr(generator, name), getattr(discriminator, name)
-        if ours != theirs:
-            raise UnsupportedNetworkError(f"D: {name}={theirs} is not that of the generator, {ours}")
+        generator_value, discriminator_value = getattr(generator, name), getattr(discriminator, name)
+        if generator_value != discriminator_value:
+            raise UnsupportedNetworkError(
+                f"D: {name}={discriminator_value} differs from that of the generator, {generator_value}"
+            )
 
 
 def _network(checkpoint: StoredCheckpoint, what: str, folder: Path, kind: type[Network]) -> Network:
@@ -315,7 +317,7 @@ def _nested(
     if options is None:
         return {}
     if not isinstance(options, dict):
-        raise BundleError(f"{what}: {key}={quote(options)} is no dictionary; the file is damaged or tampered with")
+        raise BundleError(f"{what}: {key}={quote(options)} is not a dictionary; the file is damaged or tampered with")
     _check_options(f"{what}: {key}", options, known, architecture)
     return {name: value for name, value in options.items() if name in known}
 

@@ -119,7 +119,7 @@ def _describe_text(head: bytes) -> str:
     if head[0] == 0x80 or _PROTOCOL_0.match(head):
         return ""
     start = quote(_start(head)) if _is_text(head) else quote(head[:16])
-    return f"is no official checkpoint (a Python pickle): it begins with {start}; {_AGAIN}"
+    return f"is not an official checkpoint (a Python pickle): it begins with {start}; {_AGAIN}"
 
 
 def _start(text: bytes) -> str:

@@ -33,13 +33,12 @@ def store_isolated(path: Path, generator: str, folder: Path, limits: ProcessLimi
     except LimitError as error:
         if error.reason in _OPTIONS:
             raise BundleError(
-                f"reading it takes more than {error.limit}, which no StyleGAN2-ADA checkpoint needs; do not use it, or if "
-                f"you trust it and it is very large, import it by `dermis bundle import {_OPTIONS[error.reason]}` with a "
-                "higher limit"
+                f"reading it needs more than {error.limit}; StyleGAN2-ADA checkpoints need less. Do not use the file. If you "
+                f"trust it and it is very large, raise the limit: `dermis bundle import {_OPTIONS[error.reason]}`"
             ) from None
         raise BundleError(
-            f"the process that reads it {error}; the machine may be short of memory, or the file changed meanwhile: try "
-            "it again"
+            f"the process that reads it {error}; the machine may not have enough memory, or the file was changed during "
+            "reading: try again"
         ) from None
     if problem:
         raise BundleError(escape(problem, 2000))
@@ -72,7 +71,7 @@ def _check_regular(path: Path) -> None:
         inside = f", such as {escape(pickles[-1])}" if pickles else "; this one holds no .pkl"
         raise BundleError(f"is a folder; give the .pkl file of the checkpoint{inside}")
     if not stat.S_ISREG(mode):
-        raise BundleError("is no ordinary file (a device, pipe or socket); give the .pkl file of the checkpoint")
+        raise BundleError("is not a regular file (a device, pipe or socket); give the .pkl file of the checkpoint")
 
 
 def _reason(error: Exception) -> str:

@@ -67,11 +67,11 @@ SUPPORTED = (
 NO_STYLEGAN3 = f"StyleGAN3 networks are not supported (StyleGAN3-T or -R); {SUPPORTED}"
 _STYLEGAN3_CLASSES = frozenset({"SynthesisInput"})
 _STYLEGAN3_LAYER = re.compile(r"L\d+_\d+_\d+")  # number, size and channels
-_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")  # of a module or tensor
-_MAX_DEPTH = 16  # of nested modules; an official network has 5
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")  # name of a module or tensor
+_MAX_DEPTH = 16  # levels of nested modules; an official network has 5
 _MAX_MODULES = 10_000  # an official 1024 px network has some 100
-_MAX_CHARACTERS = 4096  # of a text in a configuration
-_MAX_ITEMS = 32  # of a list or dictionary in a configuration; small, because a pickle can share them many times
+_MAX_CHARACTERS = 4096  # characters of a text in a configuration
+_MAX_ITEMS = 32  # items of a list or dictionary in a configuration; small, because a pickle can share them many times
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 
@@ -108,7 +108,7 @@ def read_checkpoint(stream: Stream) -> Checkpoint:
     """
     root = read_pickle(stream, ALLOWED)
     if stream.read(1):
-        raise BundleError("has data behind the end of the pickle; it is damaged or no StyleGAN2-ADA checkpoint")
+        raise BundleError("has data after the end of the pickle; it is damaged or not a StyleGAN2-ADA checkpoint")
     values = mapping(root, "the file")
     seen: set[int] = set()
     sources: set[str] = set()
@@ -140,7 +140,7 @@ def _meta(call: Call) -> dict[str, Any]:
     meta = mapping(call.args[0] if len(call.args) == 1 else None, "a persisted object")
     kind, version, name = meta.get("type"), meta.get("version"), meta.get("class_name")
     if kind != "class" or not isinstance(meta.get("module_src"), str) or not isinstance(name, str):
-        raise BundleError("holds a persisted object that is no class with a source; it is damaged or tampered with")
+        raise BundleError("holds a persisted object that is not a class with a source; it is damaged or tampered with")
     if not isinstance(version, int) or version > 6:
         raise BundleError("persists objects in another format than dermis reads (up to version 6)")
     return meta
@@ -149,7 +149,7 @@ def _meta(call: Call) -> dict[str, Any]:
 def module(value: Any, what: str) -> Module:
     """Convert a persisted object to a `Module`. `what` names it in errors."""
     if not isinstance(value, Call) or value.name != PERSISTED:
-        raise BundleError(f"{what} is no persisted network; is this an official StyleGAN2-ADA (PyTorch) checkpoint?")
+        raise BundleError(f"{what} is not a persisted network; is this an official StyleGAN2-ADA (PyTorch) checkpoint?")
     meta = _meta(value)
     return Module(meta["class_name"], mapping(meta.get("state"), what))
 
@@ -159,7 +159,7 @@ def mapping(value: Any, what: str) -> dict[str, Any]:
     if isinstance(value, Call) and value.name in _MAPPINGS and not value.args:
         value = value.items
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise BundleError(f"{what} is no dictionary; is this an official StyleGAN2-ADA (PyTorch) checkpoint?")
+        raise BundleError(f"{what} is not a dictionary; is this an official StyleGAN2-ADA (PyTorch) checkpoint?")
     return value
 
 
@@ -183,7 +183,7 @@ def plain(value: Any, depth: int = 0) -> Any:
             return {key: plain(item, depth + 1) for key, item in options.items()}
     if isinstance(value, Call) and value.name in _SCALAR and len(value.args) == 2:
         return _numpy_scalar(*value.args)
-    raise BundleError(f"holds a configuration value that is no number, text or list ({_describe(value)})")
+    raise BundleError(f"holds a configuration value that is not a number, text or list ({_describe(value)})")
 
 
 def _describe(value: Any) -> str:
@@ -263,7 +263,7 @@ def _own_tensors(current: Module, path: str) -> dict[str, Call]:
             if record is None or (isinstance(skipped, set) and name in skipped):
                 continue
             if not isinstance(record, Call) or record.name not in _REBUILD:
-                raise BundleError(f"{path}.{name} is no tensor; the file is damaged or tampered with")
+                raise BundleError(f"{path}.{name} is not a tensor; the file is damaged or tampered with")
             tensors[name] = record
     return tensors
 
@@ -289,7 +289,7 @@ def array(checkpoint: Checkpoint, record: Call, name: str) -> np.ndarray:
     if 0 in size:
         return np.zeros(size, np.float32)
     if offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) + 1 > storage.size:
-        raise BundleError(f"{name} reaches behind the data stored for it; the file is damaged or tampered with")
+        raise BundleError(f"{name} extends beyond the data stored for it; the file is damaged or tampered with")
     steps = [step * storage.itemsize for step in stride]
     view = np.lib.stride_tricks.as_strided(storage[offset:], size, steps, writeable=False)
     with np.errstate(over="ignore"):

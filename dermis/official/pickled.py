@@ -24,7 +24,7 @@ _LITERALS = frozenset({
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _MEMO_PUT = frozenset({"PUT", "BINPUT", "LONG_BINPUT"})
 _MEMO_GET = frozenset({"GET", "BINGET", "LONG_BINGET"})
-_MAX_INDEX = 1 << 31  # of the memo, and of whole numbers as keys
+_MAX_INDEX = 1 << 31  # largest index of the memo, and largest integer as a key
 
 
 class Stream(Protocol):
@@ -82,7 +82,7 @@ def read_pickle(stream: Stream, allowed: Collection[str], persistent: bool = Fal
                 f"is truncated or damaged: its {stream.tell():,} bytes end before the end of the pickle; download it "
                 f"again and compare its size ({reason})"
             ) from None
-        raise BundleError(f"is no readable pickle, or a damaged one; download it again ({reason})") from None
+        raise BundleError(f"is not a pickle, or is damaged; download it again ({reason})") from None
 
 
 def _read(stream: Stream, allowed: Collection[str], persistent: bool) -> Any:
@@ -91,7 +91,9 @@ def _read(stream: Stream, allowed: Collection[str], persistent: bool) -> Any:
     memo: dict[int, Any] = {}
     for count, (opcode, arg, _) in enumerate(pickletools.genops(stream)):  # type: ignore[arg-type]
         if count > MAX_OPCODES:
-            raise BundleError(f"has more than {MAX_OPCODES:,} pickle operations; this is no StyleGAN2-ADA checkpoint")
+            raise BundleError(
+                f"has more than {MAX_OPCODES:,} pickle operations; this is not a StyleGAN2-ADA checkpoint"
+            )
         op = opcode.name
         if op in _LITERALS:
             stack.append(arg)
@@ -134,7 +136,7 @@ def _read(stream: Stream, allowed: Collection[str], persistent: bool) -> Any:
         elif op == "BUILD":
             state = stack.pop()
             if not isinstance(stack[-1], Call) or stack[-1].state is not None:
-                raise BundleError("sets the state of something that is no object, as no official checkpoint does")
+                raise BundleError("sets the state of something that is not an object, as no official checkpoint does")
             stack[-1].state = state
         elif op == "BINPERSID" and persistent:
             stack.append(Persistent(stack.pop()))
@@ -182,20 +184,20 @@ def _close_mark(op: str, items: list[Any], stack: list[Any]) -> None:
         _set_items(stack[-1], items)
     elif op == "ADDITEMS":
         if not isinstance(stack[-1], set):
-            raise TypeError("ADDITEMS on something that is no set")
+            raise TypeError("ADDITEMS on something that is not a set")
         stack[-1].update(_hashable(items))
 
 
 def _append(target: Any, items: list[Any]) -> None:
     if not isinstance(target, list):
-        raise TypeError("APPEND on something that is no list")
+        raise TypeError("APPEND on something that is not a list")
     target.extend(items)
 
 
 def _set_items(target: Any, items: list[Any]) -> None:
     mapping = target.items if isinstance(target, Call) else target
     if not isinstance(mapping, dict) or len(items) % 2:
-        raise TypeError("SETITEMS on something that is no dictionary")
+        raise TypeError("SETITEMS on something that is not a dictionary")
     mapping.update(zip(_hashable(items[::2]), items[1::2], strict=True))
 
 
@@ -219,17 +221,17 @@ def _key(key: Any) -> Any:
 
 def _global(module: Any, qualname: Any, allowed: Collection[str]) -> Global:
     if not isinstance(module, str) or not isinstance(qualname, str):
-        raise BundleError("names a class or function by something that is no text, as no official checkpoint does")
+        raise BundleError("names a class or function by something that is not a text, as no official checkpoint does")
     name = f"{module}.{qualname}"
     if name not in allowed:
         hint = "do not load it"
         if "tflib" in name[:200]:
             hint = "this is a TensorFlow checkpoint; convert it to PyTorch first, with legacy.py of the official code"
-        raise BundleError(f"refers to {quote(name)}, which is no part of a StyleGAN2-ADA checkpoint: {hint}")
+        raise BundleError(f"refers to {quote(name)}, which is not part of a StyleGAN2-ADA checkpoint: {hint}")
     return Global(name)
 
 
 def _call(function: Any, args: Any) -> Call:
     if not isinstance(function, Global) or not isinstance(args, tuple):
-        raise BundleError("calls something that is no named class or function, as no official checkpoint does")
+        raise BundleError("calls something that is not a named class or function, as no official checkpoint does")
     return Call(function.name, args)

@@ -48,7 +48,7 @@ def check_source(source: str) -> None:
             _check_anywhere(node)
         _check_body(tree.body)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise BundleError(f"embeds a source that is no Python ({type(error).__name__}); do not load it") from None
+        raise BundleError(f"embeds a source that is not Python ({type(error).__name__}); do not load it") from None
 
 
 def _refuse(node: ast.AST, what: str) -> BundleError:

@@ -80,7 +80,7 @@ class StoredCheckpoint:
 
     networks: Mapping[str, StoredNetwork]
     training_set: Mapping[str, Any]
-    """Those values of training_set_kwargs that are text or numbers."""
+    """Values of training_set_kwargs that are texts or numbers."""
     sha256: str
 
 
@@ -96,12 +96,12 @@ def write_stored(path: Path, generator: str, folder: Path) -> None:
     """Read an official pickle and write `generator` ("G_ema" or "G") and D, if it has one, into a folder.
 
     Raises:
-        BundleError: The file is no official checkpoint, is damaged, or holds what no official checkpoint does.
+        BundleError: The file is not an official checkpoint, is damaged, or holds what no official checkpoint does.
         OSError: The file cannot be read, or the folder not written.
     """
     size = path.stat().st_size
     if size > MAX_FILE_BYTES:
-        raise BundleError(f"is larger than {MAX_FILE_BYTES:,} bytes; this is no StyleGAN2-ADA checkpoint")
+        raise BundleError(f"is larger than {MAX_FILE_BYTES:,} bytes; this is not a StyleGAN2-ADA checkpoint")
     if size == 0:
         raise BundleError("is empty; the download failed: download the checkpoint itself again")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as stream:
@@ -159,7 +159,10 @@ def _store(checkpoint: Checkpoint, record: Any, name: str, file_bytes: int, fold
 
 
 def _attribute(record: Any) -> Any:
-    """Return an attribute as a plain value. One that is not plain becomes a text that equals no value of the networks here."""
+    """Return an attribute as a plain value.
+
+    Any other value is replaced by a text that differs from every valid value, so that later checks refuse it.
+    """
     try:
         return plain(record)
     except BundleError as error:

@@ -55,7 +55,7 @@ class Target:
     label: int | None = None
 
 
-class Projector:
+class ImageProjector:
     """Projects images with one generator and one distance.
 
     Args:
@@ -69,7 +69,7 @@ class Projector:
         encode: Gives the latents to start from, for schedules that start from an encoder.
 
     Raises:
-        DermisError: An option is not valid or not available here, or the generator is not RGB.
+        DermisError: An option is not valid or not available on this machine, or the generator is not RGB.
     """
 
     def __init__(
@@ -158,14 +158,14 @@ class Projector:
 class _Slots:
     """The images that are being projected. The first dimension of every tensor is the batch; empty slots are computed too."""
 
-    def __init__(self, projector: Projector, schedule: Schedule, frame_every: int | None) -> None:
+    def __init__(self, projector: ImageProjector, schedule: Schedule, frame_every: int | None) -> None:
         self._p, self._schedule, self._frame_every = projector, schedule, frame_every
         self._config = projector._generator.config
         count, device = projector.batch_size, projector._device
         self._numbers: list[int | None] = [None] * count
         self._keys = [0] * count
-        self._steps, self._taken = [0] * count, [0] * count
-        self._least, self._since = [float("inf")] * count, [0] * count
+        self._steps, self._step_counts = [0] * count, [0] * count
+        self._best_loss, self._steps_without_improvement = [float("inf")] * count, [0] * count
         self._frames: list[list[Images]] = [[] for _ in range(count)]
         self._pixels = torch.zeros(count, 3, self._config.img_resolution, self._config.img_resolution, device=device)
         self._target = projector._perceptual.embed(self._pixels)
@@ -216,8 +216,8 @@ class _Slots:
             self._target[slot] = embedded[slot]
             self._mean[slot] = self._p._means[labels[slot]]
             self._keys[slot] = int.from_bytes(hashlib.sha256(image.tobytes()).digest()[:7], "little")
-            self._steps[slot] = self._taken[slot] = self._since[slot] = 0
-            self._least[slot] = float("inf")
+            self._steps[slot] = self._step_counts[slot] = self._steps_without_improvement[slot] = 0
+            self._best_loss[slot] = float("inf")
             self._frames[slot] = []
             for each in (*self._values, *self._first, *self._second):
                 each[slot] = 0
@@ -239,14 +239,14 @@ class _Slots:
             loss = loss + self._schedule.pixels * error
         fit = loss.detach()
         if self._schedule.prior:
-            away = (w - self._mean) / self._p._deviation
-            loss = loss + self._schedule.prior * away.square().mean(dim=(1, 2))
+            deviation = (w - self._mean) / self._p._deviation
+            loss = loss + self._schedule.prior * deviation.square().mean(dim=(1, 2))
         if maps and self._schedule.noise_regularisation:
             loss = loss + self._schedule.noise_regularisation * sum(map(_autocorrelation, maps))
         gradients = torch.autograd.grad(loss.sum(), values)
         for value in values:
             value.requires_grad_(False)
-        self._film(image)
+        self._record_frames(image)
         self._adam(gradients)
         for noise in maps:
             noise.sub_(noise.mean(dim=(1, 2, 3), keepdim=True))
@@ -254,16 +254,16 @@ class _Slots:
         self._count(fit.tolist())
 
     @torch.no_grad()
-    def _film(self, image: Tensor) -> None:
-        """Keep a frame of each image that is due."""
+    def _record_frames(self, image: Tensor) -> None:
+        """Append a frame for every image whose number of steps is a multiple of `frame_every`."""
         if self._frame_every is None:
             return
-        filmed = [
+        slots = [
             slot
             for slot, number in enumerate(self._numbers)
-            if number is not None and self._taken[slot] % self._frame_every == 0
+            if number is not None and self._step_counts[slot] % self._frame_every == 0
         ]
-        for slot, frame in zip(filmed, to_uint8(image[filmed] / 127.5 - 1).cpu().numpy(), strict=True):
+        for slot, frame in zip(slots, to_uint8(image[slots] / 127.5 - 1).cpu().numpy(), strict=True):
             self._frames[slot].append(frame)
 
     def _latent_noise(self) -> Tensor:
@@ -273,14 +273,14 @@ class _Slots:
         for slot, number in enumerate(self._numbers):
             level = self._schedule.latent_noise_at(self._steps[slot])
             if number is not None and level > 0:
-                values_of_slot = z_for(self._keys[slot], [1000 + self._taken[slot]], noise[slot].size)
+                values_of_slot = z_for(self._keys[slot], [1000 + self._step_counts[slot]], noise[slot].size)
                 noise[slot] = values_of_slot.reshape(noise[slot].shape) * np.float32(level * self._p._sigma)
         return torch.from_numpy(noise).to(values.device)
 
     @torch.no_grad()
     def _adam(self, gradients: Sequence[Tensor]) -> None:
         """Apply Adam (Kingma and Ba, arXiv 1412.6980, algorithm 1). Each image has its own rate and number of steps."""
-        counts = torch.tensor(self._taken, dtype=torch.float64) + 1
+        counts = torch.tensor(self._step_counts, dtype=torch.float64) + 1
         rates = torch.tensor([self._schedule.rate_at(step) for step in self._steps], dtype=torch.float64)
         device = self._values[0].device
         size = (rates / (1 - _BETAS[0] ** counts)).float().to(device)
@@ -297,12 +297,12 @@ class _Slots:
         patience, ramp = self._schedule.patience, self._schedule.last_ramp
         for slot, loss in enumerate(losses):
             self._steps[slot] += 1
-            self._taken[slot] += 1
-            if loss < self._least[slot] * _BETTER:
-                self._least[slot], self._since[slot] = loss, 0
+            self._step_counts[slot] += 1
+            if loss < self._best_loss[slot] * _BETTER:
+                self._best_loss[slot], self._steps_without_improvement[slot] = loss, 0
             else:
-                self._since[slot] += 1
-            if patience is not None and self._since[slot] >= patience and self._steps[slot] < ramp:
+                self._steps_without_improvement[slot] += 1
+            if patience is not None and self._steps_without_improvement[slot] >= patience and self._steps[slot] < ramp:
                 self._steps[slot] = ramp
 
     @torch.no_grad()
@@ -333,7 +333,7 @@ class _Slots:
                 distance=distances[slot],
                 distance_name=self._p.distance,
                 pixel_error=errors[slot],
-                steps=self._taken[slot],
+                steps=self._step_counts[slot],
                 start=self._schedule.start,
                 space=self._schedule.space,
                 frames=None if self._frame_every is None else np.stack([*self._frames[slot], pixels[slot]]),

@@ -19,7 +19,7 @@ from dermis.errors import DermisError, RequestError
 from dermis.latents import noise_vectors, z_for
 from dermis.network_config import NoiseMode
 from dermis.synthesizer.backend import Backend, Bytes, Float
-from dermis.synthesizer.choice import make_ready
+from dermis.synthesizer.choice import load_backend
 from dermis.synthesizer.model_cache import package_version
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Synthesizer:
         backend: "auto", "openvino" or "torch".
         dtype: "auto", "bfloat16" or "float32", for the convolutions.
         threads: CPU cores to use; None for all that this process can use.
-        generator: The generator of the bundle, if it is loaded already.
+        generator: The generator of the bundle, if it is loaded alloaded.
         cache: Folder for the converted network. With it, the next start on a CPU takes a second or two and no torch.
 
     Raises:
@@ -64,7 +64,7 @@ class Synthesizer:
         channels = bundle.generator.img_channels
         if channels not in (1, 3):
             raise DermisError(
-                f"{bundle.location}: draws images of {channels} channels; only grey (1) and RGB (3) are served"
+                f"{bundle.location}: generates images with {channels} channels; only grey (1) and RGB (3) are supported"
             )
         self.bundle = bundle
 
@@ -74,17 +74,17 @@ class Synthesizer:
             return load_generator(bundle) if generator is None else generator
 
         usable_cache = cache if generator is None else None  # the caller's network can differ from that of the bundle
-        ready = make_ready(load, bundle.digest, device, backend, dtype, threads, usable_cache)
-        self._config, self._w_avg = ready.config, ready.w_avg
-        self._noise_size = sum(resolution**2 for resolution in ready.resolutions)
-        self._backend: Backend = ready.backend
-        constant: Float = np.tile(ready.constant_noise, (self._backend.micro_batch, 1))
+        loaded = load_backend(load, bundle.digest, device, backend, dtype, threads, usable_cache)
+        self._config, self._w_avg = loaded.config, loaded.w_avg
+        self._noise_size = sum(resolution**2 for resolution in loaded.resolutions)
+        self._backend: Backend = loaded.backend
+        constant: Float = np.tile(loaded.constant_noise, (self._backend.micro_batch, 1))
         self._fixed_noise = {"const": constant, "none": np.zeros_like(constant)}
         self._pool = ThreadPoolExecutor(
             self._backend.workers, thread_name_prefix="synthesizer", initializer=self._backend.start_worker
         )
         # A GPU generates a batch in less time than one core needs for its noise, so all cores share the rows of a batch.
-        # If a batch is one image, the workers draw noise in parallel already.
+        # If a batch is one image, the workers draw noise in parallel alloaded.
         cores = min(self._backend.micro_batch, available_cpus() if threads is None else threads)
         self._noise_pool = ThreadPoolExecutor(cores, thread_name_prefix="noise") if cores > 1 else None
 
@@ -112,7 +112,7 @@ class Synthesizer:
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """All that decides the bytes of images besides bundle and request: device, arithmetic and versions."""
+        """Device, arithmetic and versions: the bytes of images depend on these, the bundle and the request."""
         return {
             **self._backend.identity,
             "backend": self._backend.name,

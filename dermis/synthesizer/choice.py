@@ -28,7 +28,7 @@ _NO_OPENVINO = (ImportError, OSError, RuntimeError)  # not installed, or its bui
 
 
 @dataclass(frozen=True)
-class Ready:
+class LoadedBackend:
     """A generator that is ready to run, with the properties that the synthesizer needs (see `openvino_cpu.Stages`)."""
 
     backend: Backend
@@ -38,7 +38,7 @@ class Ready:
     resolutions: tuple[int, ...]
 
 
-def make_ready(
+def load_backend(
     load: Callable[[], Generator],
     digest: str,
     device: str,
@@ -46,14 +46,14 @@ def make_ready(
     dtype: str,
     threads: int | None,
     cache: Path | None,
-) -> Ready:
-    """Make the requested backend; with "auto" the fastest that works here.
+) -> LoadedBackend:
+    """Load the requested backend; with "auto" the fastest that works on this machine.
 
     On a CPU that is OpenVINO, in bfloat16 if the processor multiplies it natively and else in float32, or torch if OpenVINO
     does not work. On CUDA it is torch. With a converted generator in `cache`, `load` is not called and torch not imported.
 
     Raises:
-        DermisError: Device, backend or dtype is unknown or not available here.
+        DermisError: Device, backend or dtype is unknown or not available on this machine.
     """
     if backend not in BACKENDS:
         raise DermisError(f'backend: "{backend}" is none of {", ".join(BACKENDS)}')
@@ -67,9 +67,9 @@ def make_ready(
         cache is not None
         and backend != "torch"
         and _is_cpu(device)
-        and (ready := _from_cache(cache, digest, bfloat16, cpus))
+        and (loaded := _from_cache(cache, digest, bfloat16, cpus))
     ):
-        return ready
+        return loaded
     return _from_network(load(), digest, device, backend, dtype, cpus, cache)
 
 
@@ -77,7 +77,7 @@ def _is_cpu(device: str) -> bool:
     return device == "cpu" or (device == "auto" and not any(Path(name).exists() for name in _CUDA_DEVICES))
 
 
-def _from_cache(cache: Path, digest: str, bfloat16: bool, threads: int) -> Ready | None:
+def _from_cache(cache: Path, digest: str, bfloat16: bool, threads: int) -> LoadedBackend | None:
     try:
         from dermis.synthesizer.model_cache import read_stages
         from dermis.synthesizer.openvino_cpu import compile_stages
@@ -88,18 +88,18 @@ def _from_cache(cache: Path, digest: str, bfloat16: bool, threads: int) -> Ready
         compiled = compile_stages(stages, bfloat16=bfloat16, threads=threads)
     except _NO_OPENVINO:
         return None  # converting the network reports what is wrong
-    return Ready(compiled, stages.config, stages.w_avg, stages.constant_noise, stages.resolutions)
+    return LoadedBackend(compiled, stages.config, stages.w_avg, stages.constant_noise, stages.resolutions)
 
 
 def _from_network(
     generator: Generator, digest: str, device: str, backend: str, dtype: str, threads: int, cache: Path | None
-) -> Ready:
+) -> LoadedBackend:
     from dermis.synthesizer.network import constant_noise, noise_resolutions
 
     compiled = _build(generator, digest, device, backend, dtype, threads, cache)
     w_avg: Float = generator.mapping.w_avg.detach().cpu().numpy().copy()
     noise: Float = constant_noise(generator).cpu().numpy()
-    return Ready(compiled, generator.config, w_avg, noise, tuple(noise_resolutions(generator)))
+    return LoadedBackend(compiled, generator.config, w_avg, noise, tuple(noise_resolutions(generator)))
 
 
 def _build(
@@ -128,9 +128,11 @@ def _build(
         except _NO_OPENVINO as error:
             if backend == "openvino":
                 raise DermisError(
-                    f"backend: openvino does not work here ({error}); pip install openvino, or use auto or torch"
+                    f"backend: openvino does not work on this machine ({error}); pip install openvino, or use auto or torch"
                 ) from error
-            log.warning("OpenVINO does not work here, using torch at about two thirds of the speed: %s", error)
+            log.warning(
+                "OpenVINO does not work on this machine; torch is used, at about two thirds of the speed: %s", error
+            )
     from dermis.synthesizer.torch_cpu import torch_backend
 
     return torch_backend(generator, arithmetic, threads)

@@ -4,8 +4,8 @@ Only the image stage is compiled: it has no reductions but the convolutions, so 
 its values, and cuDNN uses deterministic algorithms only. Inductor keeps its compiled kernels on
 disk (TORCHINDUCTOR_CACHE_DIR), so only the first start on a machine compiles.
 
-A few lanes, each a stream with recordings and buffers of its own, work at the same time: while one generates images, others
-copy theirs to the host or wait for random numbers. The host draws these more slowly than the GPU generates images.
+A few CUDA streams, each with its own CUDA graphs and buffers (`_StreamSlot`), work concurrently: while one generates images,
+others copy theirs to the host or wait for random numbers. The host draws these more slowly than the GPU generates images.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from dermis.synthesizer.network import ImageStage, MappingStage, StyleStage, con
 
 log = logging.getLogger(__name__)
 
-LANES = 3
-WORKERS = 16  # threads at most: they draw the random numbers and wait for a lane
+STREAMS = 3
+WORKERS = 16  # threads at most: they draw the random numbers and wait for a stream
 _WARM_UP = 3  # runs before recording, in which kernels are compiled and algorithms chosen
 
 Run = Callable[[], Tensor]
@@ -40,8 +40,8 @@ def micro_batch_for(resolution: int) -> int:
 def cuda_backend(generator: Generator, device: torch.device, dtype: torch.dtype, threads: int) -> Backend:
     """Make the backend for a CUDA device.
 
-    The stages are compiled and recorded. If torch.compile does not work (for instance without Triton), they run as they
-    are. `threads` is the number of CPU cores to use.
+    The stages are compiled and recorded as CUDA graphs. If torch.compile does not work (for instance without Triton), they run
+    without compilation. `threads` is the number of CPU cores to use.
     """
     generator = copy.deepcopy(generator).to(device)
     config = generator.config
@@ -53,8 +53,8 @@ def cuda_backend(generator: Generator, device: torch.device, dtype: torch.dtype,
     batch = micro_batch_for(config.img_resolution)
     noise = constant_noise(generator).to(device).expand(batch, -1).contiguous()
 
-    def lane(stage: Callable[[Tensor, Tensor], Tensor], recorded: bool) -> _Lane:
-        return _Lane(
+    def slot(stage: Callable[[Tensor, Tensor], Tensor], recorded: bool) -> _StreamSlot:
+        return _StreamSlot(
             mapping_stage,
             lambda ws, noise: stage(style_stage(ws), noise),
             [torch.zeros(batch, config.z_dim, device=device), torch.zeros(batch, config.c_dim, device=device)],
@@ -62,14 +62,14 @@ def cuda_backend(generator: Generator, device: torch.device, dtype: torch.dtype,
             recorded,
         )
 
-    name, lanes = "torch-compile", _recorded_lanes(torch.compile(image_stage, dynamic=False), lane, device)
-    if not lanes:
-        name, lanes = "torch", _recorded_lanes(image_stage, lane, device)
-    if not lanes:
+    name, slots = "torch-compile", _recorded_slots(torch.compile(image_stage, dynamic=False), slot, device)
+    if not slots:
+        name, slots = "torch", _recorded_slots(image_stage, slot, device)
+    if not slots:
         with torch.cuda.device(device):
-            lanes = [lane(image_stage, False)]
-    free: SimpleQueue[_Lane] = SimpleQueue()
-    for each in lanes:
+            slots = [slot(image_stage, False)]
+    free: SimpleQueue[_StreamSlot] = SimpleQueue()
+    for each in slots:
         free.put(each)
 
     def mapping(z: Float, c: Float) -> Float:
@@ -95,23 +95,23 @@ def cuda_backend(generator: Generator, device: torch.device, dtype: torch.dtype,
         "cuda": str(torch.version.cuda),
         "cudnn": str(cudnn),
     }
-    workers = max(len(lanes), min(threads, WORKERS))
+    workers = max(len(slots), min(threads, WORKERS))
     return Backend(name, str(dtype).removeprefix("torch."), batch, workers, mapping, images, identity)
 
 
-def _recorded_lanes(
-    stage: Callable[..., Tensor], lane: Callable[[Callable[..., Tensor], bool], _Lane], device: torch.device
-) -> list[_Lane]:
-    """Return lanes with this image stage as CUDA graphs; an empty list if recording fails."""
+def _recorded_slots(
+    stage: Callable[..., Tensor], slot: Callable[[Callable[..., Tensor], bool], _StreamSlot], device: torch.device
+) -> list[_StreamSlot]:
+    """Return stream slots with this image stage as CUDA graphs; an empty list if recording fails."""
     try:
         with torch.cuda.device(device):
-            return [lane(stage, True) for _ in range(LANES)]
-    except Exception as error:  # compilers fail in many ways, and slow service is better than none
+            return [slot(stage, True) for _ in range(STREAMS)]
+    except Exception as error:  # any error of a compiler: fall back to the stage that is not compiled
         log.warning("could not compile or record the image stage, running it more slowly: %s", error)
         return []
 
 
-class _Lane:
+class _StreamSlot:
     """A stream with fixed buffers for the inputs and outputs of the stages. Used by one thread at a time."""
 
     def __init__(
@@ -123,7 +123,7 @@ class _Lane:
         recorded: bool,
     ) -> None:
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        self._stream.wait_stream(torch.cuda.current_stream())  # on which inputs and weights are made
+        self._stream.wait_stream(torch.cuda.current_stream())  # inputs and weights are made on the current stream
         self._mapping_inputs, self._image_inputs = mapping_inputs, image_inputs
         self._last_noise: Float | None = None
         prepare = self._record if recorded else self._plain

@@ -62,7 +62,7 @@ def write_stages(folder: Path, digest: str, stages: Stages) -> None:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         entry = _entry(folder, digest)
-        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))  # of mode 0700
+        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))  # has mode 0700
         try:
             _write(partial, stages)
             if entry.exists():

@@ -47,7 +47,7 @@ class Stages:
     w_avg: Float
     constant_noise: Float
     resolutions: tuple[int, ...]
-    models: Mapping[str, Any]  # of STAGES: openvino.Model
+    models: Mapping[str, Any]  # an openvino.Model for each of STAGES
 
 
 _filling_types = threading.Lock()

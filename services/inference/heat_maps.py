@@ -42,8 +42,8 @@ def make(
     Returns:
         The fields of an `EncodedHeatMap`.
     """
-    from dermis.explain.rendering import LEAST_SIDE, full_colour, heat_map, per_percent, to_png
+    from dermis.explain.rendering import MIN_SIDE, full_colour, heat_map, per_percent, to_png
 
     attribution = explainer.attribute(image, method, check=check)
-    picture = heat_map(attribution, max(LEAST_SIDE, len(attribution.image)))
+    picture = heat_map(attribution, max(MIN_SIDE, len(attribution.image)))
     return {"content": to_png(picture), "scale": per_percent(attribution, full_colour(attribution))}

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from dermis.projection.schedule import Schedule
 
 if TYPE_CHECKING:
-    from dermis.projection.projector import Projector
+    from dermis.projection.projector import ImageProjector
 
 _VIDEO_FRAMES = 40
 _REPEATED_LAST_FRAMES = 10
@@ -51,7 +51,7 @@ class ProjectionTask:
 
 
 def project_images(
-    projector: Projector,
+    projector: ImageProjector,
     images: NDArray[np.uint8],
     labels: Sequence[int | None],
     task: ProjectionTask,

@@ -23,7 +23,7 @@ from services.models import without_place
 from services.settings import settings_of_process
 
 if TYPE_CHECKING:
-    from dermis.projection.projector import Projector
+    from dermis.projection.projector import ImageProjector
 
 CALL_SECONDS = 3600.0
 _settings = settings_of_process()
@@ -41,7 +41,7 @@ class ProjectorService(InferenceService[Bundle]):
     failure = "model not found"
 
     def __init__(self) -> None:
-        self._projectors: dict[str, Projector] = {}
+        self._projectors: dict[str, ImageProjector] = {}
         self._loading = threading.Lock()
         self._steps: dict[str, int] = {}
         self._cancelled: set[str] = set()
@@ -109,18 +109,18 @@ class ProjectorService(InferenceService[Bundle]):
         if ticket in self._steps:
             self._cancelled.add(ticket)
 
-    def _projector(self, bundle: Bundle) -> Projector:
+    def _projector(self, bundle: Bundle) -> ImageProjector:
         with self._loading:
             if bundle.digest not in self._projectors:
                 import torch
 
                 from dermis.projection.encoder import load_encoder
-                from dermis.projection.projector import Projector
+                from dermis.projection.projector import ImageProjector
 
                 started = time.perf_counter()
                 torch.set_num_threads(available_cpus())
                 encoder = load_encoder(bundle, device=_settings.device)
-                self._projectors[bundle.digest] = Projector(
+                self._projectors[bundle.digest] = ImageProjector(
                     bundle, distance=_settings.projection_distance, device=_settings.device, encode=encoder
                 )
                 fields = {"model": bundle.name, "seconds": time.perf_counter() - started}

@@ -17,7 +17,7 @@ from dermis.bundle import Bundle
 from dermis.classifier.preprocess import batch
 from dermis.classifier.scores import scores_of
 from dermis.dataset.manifest import finalize
-from dermis.dataset.plan import Plan, plan_for
+from dermis.dataset.plan import DatasetPlan, plan_for
 from dermis.dataset.request import stored_request
 from dermis.dataset.shards import write_shard
 from services.errors import DatabaseUnavailableError
@@ -83,7 +83,7 @@ def finish(ctx: JobContext, job: Job) -> None:
     )
 
 
-def _plan_of(ctx: JobContext, job: Job) -> tuple[Bundle, Plan]:
+def _plan_of(ctx: JobContext, job: Job) -> tuple[Bundle, DatasetPlan]:
     bundle = ctx.models.serving(job.model_name, job.model_digest)
     return bundle, plan_for(stored_request(job.request), bundle)
 
@@ -159,7 +159,7 @@ class _Examine:
         return call_with_retry(self._ctx, self._job_id, lambda: authenticity.nearest(self._bundle, inputs))
 
 
-def _identity(ctx: JobContext, job_id: str, bundle: Bundle, plan: Plan) -> Mapping[str, str]:
+def _identity(ctx: JobContext, job_id: str, bundle: Bundle, plan: DatasetPlan) -> Mapping[str, str]:
     """Software and devices of the services that the plan needs, for the manifest."""
     inference = ctx.inference
     identity = call_with_retry(ctx, job_id, lambda: inference.generator.identity(bundle))

@@ -73,7 +73,7 @@ def test_dataset_has_same_bytes_from_command_manifest_and_shards(run: Run, tiny_
     asked = ("--bundle", tiny_bundle.location, "--classes", "malignant=9,benign=6", "--seed", 7, "--shard-size", 5)
     one, two, three = (tmp_path / name for name in ("one", "two", "three"))
     assert run("generate", *asked, "--out", one)[0] == 0
-    assert run("verify", one) == (0, f"{one}: 4 files, every hash right\n", "")
+    assert run("verify", one) == (0, f"{one}: 4 files, checked, all hashes match\n", "")
     status, out, _ = run(
         "generate", "--manifest", one / "manifest.json", "--bundle", tiny_bundle.location, "--out", two
     )
@@ -235,13 +235,15 @@ def test_resume_with_other_default_names_the_option(
     mark = out / ".partial" / "plan.json"
     if early:
         mark.write_text(json.dumps({"plan": json.loads(mark.read_text())["plan"]}))
-    begun = f"{out}: holds the beginning of another dataset; it was begun with --noise-mode const: give the same to"
+    begun = f"{out}: contains an unfinished dataset with other options; it was started with --noise-mode const: use these to"
     status, _, err = run(*asked)
     assert status == 1 and begun in err and "or choose another --out or remove it" in err
     assert run(*asked, *const)[0] == 0
     assert painter.drawn == 4, "the shard that was finished is kept"
     status, _, err = run(*asked, "--seed", 3)
-    assert status == 1 and "holds another dataset, made with --seed 0, --noise-mode const; choose another --out" in err
+    assert (
+        status == 1 and "contains another dataset, made with --seed 0, --noise-mode const; choose another --out" in err
+    )
 
 
 def test_options_that_differ_are_named_as_on_the_command_line(
@@ -251,12 +253,15 @@ def test_options_that_differ_are_named_as_on_the_command_line(
     asked = ("generate", "--bundle", tiny_bundle.location, "--out", out, "--only-shard", 0)
     assert run(*asked, "--classes", "malignant=2,benign=1", "--truncation-psi", 0.5)[0] == 0
     err = run(*asked, "--classes", "benign=1", "--truncation-psi", 0.5, "--truncation-cutoff", 2)[2]
-    assert "it was begun with --classes benign=1,malignant=2 and without --truncation-cutoff: give the same" in err
+    assert "it was started with --classes benign=1,malignant=2 and without --truncation-cutoff: use these" in err
     other = make_bundle(tmp_path / "other", seed=1)
     err = run(*asked, "--classes", "malignant=2,benign=1", "--truncation-psi", 0.5, "--bundle", other.location)[2]
-    assert f"it was begun with --bundle of digest {tiny_bundle.digest[:12]}: give the same" in err
+    assert f"it was started with --bundle of digest {tiny_bundle.digest[:12]}: use these" in err
     (out / ".partial" / "plan.json").write_text("[")
-    assert "holds the beginning of another dataset; choose another --out" in run(*asked, "--classes", "benign=1")[2]
+    assert (
+        "contains an unfinished dataset with other options; choose another --out"
+        in run(*asked, "--classes", "benign=1")[2]
+    )
 
 
 def test_output_folder_that_cannot_be_made_is_refused(

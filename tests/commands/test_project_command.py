@@ -20,7 +20,7 @@ from dermis.bundle import Bundle
 from dermis.errors import DataError, RequestError, StorageError
 from dermis.image_reading import read_image
 from dermis.imaging import Images, decode, encode
-from dermis.projection.projector import Projector
+from dermis.projection.projector import ImageProjector
 from dermis.projection.result import Projection, from_bytes, to_bytes
 from tiny_index import make_complete_bundle
 
@@ -81,22 +81,22 @@ def test_stopped_projection_command_resumes(
     bundle: Bundle, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert project(bundle, folder, tmp_path / "straight").exit_code == 0
-    begun = Projector.project
+    begun = ImageProjector.project
     out = tmp_path / "out"
 
-    def stops_after_two(self: Projector, *arguments: Any, **options: Any) -> Any:
+    def stops_after_two(self: ImageProjector, *arguments: Any, **options: Any) -> Any:
         for number, each in enumerate(begun(self, *arguments, **options)):
             if number == 2:
                 raise KeyboardInterrupt
             yield each
 
-    monkeypatch.setattr(Projector, "project", stops_after_two)
+    monkeypatch.setattr(ImageProjector, "project", stops_after_two)
     stopped = project(bundle, folder, out)
     assert stopped.exit_code == 130 and "again to continue" in stopped.output
     first = {name: (out / name).stat().st_mtime_ns for name in results(out)}
     assert len(first) == 2
     (out / "1.safetensors").write_bytes(b"half a file")  # as a crash of the disk may leave it
-    monkeypatch.setattr(Projector, "project", begun)
+    monkeypatch.setattr(ImageProjector, "project", begun)
     assert project(bundle, folder, out).exit_code == 0
     assert (out / "0.safetensors").stat().st_mtime_ns == first["0.safetensors"]
     for name, projection in results(tmp_path / "straight").items():

@@ -73,7 +73,7 @@ def test_downloaded_weights_are_never_executed(offline: Path, tmp_path: Path, mo
     for name in ("inception", "dinov2"):
         file = offline / PRESETS[name].file
         torch.save(_Trap(), file)
-        with pytest.raises(DermisError, match="is not the file of weights"):
+        with pytest.raises(DermisError, match="is not the weights file"):
             feature_extractor(name)
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
         monkeypatch.setitem(PRESETS, name, replace(PRESETS[name], sha256=digest))

@@ -28,7 +28,7 @@ from dermis.latents import noise_vectors
 from dermis.networks import Generator
 from dermis.synthesizer import Synthesizer
 from dermis.synthesizer.backend import Backend, Bytes, Float
-from dermis.synthesizer.choice import Ready
+from dermis.synthesizer.choice import LoadedBackend
 from service_kit import make_directly, service
 from services.gateway.schemas.edits import EditsRequest
 from services.gateway.schemas.images import ImagesRequest
@@ -134,12 +134,12 @@ def test_large_batch_contains_own_noise_of_each_sample(monkeypatch: pytest.Monke
     def mapping(z: Float, c: Float) -> Float:
         return np.zeros((batch, noisy.generator.w_dim), np.float32)
 
-    def ready(*_: object) -> Ready:
+    def ready(*_: object) -> LoadedBackend:
         backend = Backend("fake", "float32", batch, 1, mapping, images, {})
         w_avg, constant = np.zeros(noisy.generator.w_dim, np.float32), np.full((1, size), 7, np.float32)
-        return Ready(backend, noisy.generator, w_avg, constant, resolutions)
+        return LoadedBackend(backend, noisy.generator, w_avg, constant, resolutions)
 
-    monkeypatch.setattr("dermis.synthesizer.make_ready", ready)
+    monkeypatch.setattr("dermis.synthesizer.load_backend", ready)
     for threads in (1, 3):
         with Synthesizer(noisy, threads=threads) as fake:
             received.clear()
@@ -250,7 +250,7 @@ def test_a_manifest_of_constant_noise_gives_the_same_bytes(
         del document["request"]["noise_mode"]
         manifest.write_text(json.dumps(document))
     assert parse_manifest(manifest.read_bytes(), "m").request.noise_mode == "const"
-    assert "every hash right" in invoke("verify", "old")
+    assert "checked, all hashes match" in invoke("verify", "old")
     told = invoke("generate", "--manifest", manifest, "--bundle", noisy.location, "--out", "new")
     assert "byte for byte" in told
     drawn = images_in(tmp_path / "new" / "images.zip")

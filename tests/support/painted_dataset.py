@@ -10,7 +10,7 @@ import numpy as np
 
 from dermis.bundle import Bundle
 from dermis.dataset.manifest import Manifest, finalize
-from dermis.dataset.plan import Plan, plan
+from dermis.dataset.plan import DatasetPlan, plan
 from dermis.dataset.request import DatasetRequest, classes_of
 from dermis.dataset.shards import write_shard
 from dermis.dataset.store import Store
@@ -27,7 +27,7 @@ def paint(indices: Sequence[int], labels: Sequence[int]) -> Any:
     return images
 
 
-def planned(bundle: Bundle, **changes: Any) -> Plan:
+def planned(bundle: Bundle, **changes: Any) -> DatasetPlan:
     request = DatasetRequest.model_validate({"classes": {"malignant": 11, "benign": 9}, "shard_size": 6, **changes})
     return plan(request, bundle.digest, classes_of(bundle))
 

@@ -29,7 +29,7 @@ from dermis.dataset.request import DatasetRequest
 from dermis.dataset.shards import write_shard
 from dermis.dataset.store import Store
 from dermis.imaging import encode
-from dermis.projection.projector import Projector
+from dermis.projection.projector import ImageProjector
 from dermis.synthesizer import Synthesizer
 from services.composition import compose
 from services.gateway.app import create_app
@@ -148,7 +148,7 @@ class LocalProjector(LocalClient):
             await asyncio.sleep(0.01)
         if self.failures:
             raise self.failures.pop(0)
-        projector = Projector(bundle, distance="lite0", device="cpu", dtype="float32", batch_size=len(images))
+        projector = ImageProjector(bundle, distance="lite0", device="cpu", dtype="float32", batch_size=len(images))
         return projections.project_images(projector, images, labels, task, lambda steps: None)
 
     async def steps(self, ticket: str) -> int:

@@ -92,7 +92,7 @@ def compare(
         "coverage": neighbourhoods.coverage,
         "expected_coverage": expected_coverage(len(real), len(generated)),
         "alpha_precision": alpha_precision(real, generated).integrated,
-        "beta_recall": beta_recall(real, generated, known=neighbourhoods).integrated,
+        "beta_recall": beta_recall(real, generated, neighbourhoods=neighbourhoods).integrated,
     }
 
 

@@ -17,12 +17,12 @@ from scipy.spatial.distance import cdist
 from typer.testing import CliRunner
 
 from commands.main import app
-from dermis.authenticity.attack import attack, attacked, identifiability, nearest_generated
+from dermis.authenticity.attack import attack, evenly_spaced_indices, identifiability, nearest_generated
 from dermis.authenticity.baseline import Copies
 from dermis.authenticity.build import build_index, write_index
 from dermis.authenticity.checker import Checker, Embedder
 from dermis.authenticity.index import Index, open_index
-from dermis.authenticity.verdict import stands_on, verdicts_of, weakness
+from dermis.authenticity.verdict import baseline_problem, baseline_sentence, verdicts_of
 from dermis.bundle import Bundle, amend_bundle, open_bundle
 from dermis.bundle.index import DESCRIPTOR, INDEX, RADII
 from dermis.classifier.preprocess import batch as squares
@@ -81,7 +81,7 @@ def test_a_flat_index_agrees_with_brute_force(
 def test_compact_index_approximates_exact_neighbours(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dermis.authenticity.build.FEWEST_APPROXIMATE", 0)
+    monkeypatch.setattr("dermis.authenticity.build.MIN_APPROXIMATE", 0)
     mixing = rows(12, 48, seed=3)
     base, queries = rows(3000, 12) @ mixing, rows(200, 12, seed=1) @ mixing  # of 48 dimensions 12 matter
     found = index_of(tmp_path / "x", base, kind=kind, dim=12, metric="l2")
@@ -174,12 +174,16 @@ def test_an_index_of_few_images_is_exact(tmp_path: Path, kind: str) -> None:
 
 
 def test_share_of_exact_radii_is_measured_for_large_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dermis.authenticity.build.FEWEST_APPROXIMATE", 0)
+    monkeypatch.setattr("dermis.authenticity.build.MIN_APPROXIMATE", 0)
     monkeypatch.setattr("dermis.authenticity.baseline.EXACT_RADII", 0)
     good = index_of(tmp_path / "good", rows(1500), kind="hnsw", storage="float").description
-    assert good.exact_radii is not None and good.exact_radii > 0.95 and weakness(good) is None
+    assert good.exact_radii is not None and good.exact_radii > 0.95 and baseline_problem(good) is None
     poor = index_of(tmp_path / "poor", rows(1500), kind="ivf", storage="float").description  # looks into 9 of 154 lists
-    assert poor.exact_radii is not None and poor.exact_radii < 0.95 and "of the radii are right" in str(weakness(poor))
+    assert (
+        poor.exact_radii is not None
+        and poor.exact_radii < 0.95
+        and "of the radii are exact" in str(baseline_problem(poor))
+    )
 
 
 # -- near-duplicates among the training images
@@ -198,7 +202,7 @@ def test_duplicate_embeddings_do_not_disable_authenticity_check(tmp_path: Path, 
     clean = index_of(tmp_path / "clean", base)
     index = index_of(tmp_path / "dup", again(base, copies))
     first, described = clean.description.radii[1], index.description
-    assert described.radii[1] == pytest.approx(first, rel=0.05) and weakness(described) is None
+    assert described.radii[1] == pytest.approx(first, rel=0.05) and baseline_problem(described) is None
     duplicates = described.duplicates
     assert duplicates is not None and duplicates.distinct == 200
     assert duplicates.groups == min(len(copies), 200) and duplicates.images == len(copies) + duplicates.groups
@@ -250,13 +254,15 @@ def test_an_index_without_a_trustworthy_radius_is_refused(share: float) -> None:
 
 def test_a_weak_baseline_is_named(tmp_path: Path) -> None:
     few = index_of(tmp_path / "few", rows(10)).description
-    assert "only 10 different training images" in str(weakness(few))
+    assert "only 10 different training images" in str(baseline_problem(few))
     views = np.repeat(rows(50), 4, axis=0)  # four photographs of each lesion, none a copy, no id that tells
     views += 0.075 * rows(200, seed=4)
     close = index_of(tmp_path / "close", views).description
-    assert "photographs of one lesion" in str(weakness(close)) and f"{close.radii[1]:.4f}" in stands_on(close)
+    assert "photographs of one lesion" in str(baseline_problem(close)) and f"{close.radii[1]:.4f}" in baseline_sentence(
+        close
+    )
     named = index_of(tmp_path / "named", views, groups=[str(i // 4) for i in range(200)]).description
-    assert weakness(named) is None
+    assert baseline_problem(named) is None
     held = index_of(
         tmp_path / "held", rows(100), held_out=np.concatenate([rows(100)[:5], rows(50, seed=2)])
     ).description
@@ -270,10 +276,14 @@ def test_an_index_of_the_first_format_is_read(tmp_path: Path) -> None:
     del described["duplicates"], described["exact_radii"]
     file.write_text(json.dumps({**described, "format_version": 1}))
     old = open_index(tmp_path / "x", device="cpu").description
-    assert old.duplicates is None and weakness(old) is None and "of an older version" in stands_on(old)
+    assert (
+        old.duplicates is None
+        and baseline_problem(old) is None
+        and "built by an older version" in baseline_sentence(old)
+    )
     spoilt = [0.0, 0.0, *described["radii"][2:]]
     file.write_text(json.dumps({**described, "radii": spoilt, "format_version": 1}))
-    assert "build the index again" in str(weakness(open_index(tmp_path / "x", device="cpu").description))
+    assert "build the index again" in str(baseline_problem(open_index(tmp_path / "x", device="cpu").description))
 
 
 # -- in a bundle
@@ -353,7 +363,7 @@ def test_an_index_of_another_classifier_is_refused(bundle: Bundle, tmp_path: Pat
     Checker(whole, device="cpu").close()
     make_classifier(tmp_path / "other", temperature=3.0)
     changed = amend_bundle(whole, parts={"classifier": tmp_path / "other"})
-    with pytest.raises(BundleError, match="built with another classifier than is here"):
+    with pytest.raises(BundleError, match="built with other weights of the extractor classifier"):
         Checker(changed, device="cpu")
     with pytest.raises(BundleError, match="has no index of its training images"):
         Checker(bundle, device="cpu")
@@ -375,7 +385,7 @@ def test_attack_measures_match_computation_by_hand() -> None:
     real, generated = rows(10), rows(33, seed=4)
     pieces = [generated[:20], generated[20:20], generated[20:]]
     assert np.allclose(nearest_generated(real, pieces), distances(real, generated).min(axis=1), atol=1e-3)
-    assert attacked(5).tolist() == [0, 1, 2, 3, 4] and len(attacked(10**6)) == 10_000
+    assert evenly_spaced_indices(5).tolist() == [0, 1, 2, 3, 4] and len(evenly_spaced_indices(10**6)) == 10_000
 
 
 def test_memorising_generator_fails_and_honest_generator_passes(tmp_path: Path) -> None:

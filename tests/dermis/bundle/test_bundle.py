@@ -212,7 +212,7 @@ def test_an_existing_folder_is_replaced_on_request_only(tmp_path: Path) -> None:
     assert make(tmp_path / "b", provenance={"kimg": 2}, replace=True).digest != old.digest
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.txt").write_text("years of work")
-    with pytest.raises(BundleError, match="is no bundle"):
+    with pytest.raises(BundleError, match="contains no bundle.json"):
         make(tmp_path / "home", replace=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "home"]
     assert (tmp_path / "home" / "thesis.txt").read_text() == "years of work"

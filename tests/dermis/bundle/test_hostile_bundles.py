@@ -136,7 +136,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a sparse file": (lambda b: os.truncate(b / "generator.safetensors", 1 << 40), "generator.safetensors: differs"),
     "deep metrics": (_deep, "metrics.json: is not JSON.*nested"),
-    "metrics with a repeated key": (lambda b: put(b, "metrics.json", b'{"a": 1, "a": 2}'), "a is there more than once"),
+    "metrics with a repeated key": (lambda b: put(b, "metrics.json", b'{"a": 1, "a": 2}'), "a occurs more than once"),
     "metrics without bounds": (
         lambda b: put(b, "metrics.json", b'{"a": {"b": [1e999]}}'),
         "a.b.0: must be a finite number",
@@ -220,8 +220,8 @@ ARRAYS: dict[str, tuple[str, bytes, str]] = {
         "radii.npy: holds 0 bytes of numbers",
     ),
     "objects": (NPY, npy("{'descr': '|O', 'fortran_order': False, 'shape': (30,), }"), "radii.npy: must hold"),
-    "a deep header": (NPY, npy("(" * 90), "radii.npy: is no .npy file"),
-    "no array": (NPY, b"GIF89a", "radii.npy: is no .npy file"),
+    "a deep header": (NPY, npy("(" * 90), "radii.npy: is not a .npy file"),
+    "no array": (NPY, b"GIF89a", "radii.npy: is not a .npy file"),
     "a header beyond the file": (
         "generator.safetensors",
         b"\xff" * 7 + b"\x00" + b"{}",
@@ -321,7 +321,7 @@ def test_wrong_descriptor_value_gives_readable_error(original: Path, tmp_path: P
 
 
 TEXTS = {
-    "twice": (b'{"files": {}, "files": {}}', "files is there more than once"),
+    "twice": (b'{"files": {}, "files": {}}', "files occurs more than once"),
     "NaN": (b'{"provenance": {"kimg": NaN}}', "provenance.kimg: must be a finite number"),
     "digits": (b'{"provenance": {"kimg": ' + b"9" * 100_000 + b"}}", "provenance.kimg: must be a finite number"),
     "surrogate": (b'{"name": "\\ud800"}', "name: is not valid Unicode"),

@@ -170,7 +170,7 @@ def test_attach_command_adds_only_valid_classifier(tmp_path: Path) -> None:
     before = open_bundle(tmp_path / "b").digest
     write_classifier(tmp_path / "bad", describe(), b"no graph", "# Bad\n")
     refused = CliRunner().invoke(app, ["bundle", "attach-classifier", str(tmp_path / "b"), str(tmp_path / "bad")])
-    assert isinstance(refused.exception, BundleError) and "is no ONNX file" in str(refused.exception)
+    assert isinstance(refused.exception, BundleError) and "is not an ONNX file" in str(refused.exception)
     assert open_bundle(tmp_path / "b").digest == before
 
 

@@ -118,9 +118,9 @@ REFUSED: dict[str, tuple[bytes, str]] = {
         ),
         "Dropout with a switch for training",
     ),
-    "ONNX Runtime's own format": (b"\x08\x0a\x12\x04ORTM" + GOOD, "is no ONNX file"),
+    "ONNX Runtime's own format": (b"\x08\x0a\x12\x04ORTM" + GOOD, "is not an ONNX file"),
     "nothing": (b"", "0 graphs"),
-    "text": (b"version https://git-lfs.github.com/spec/v1", "is no ONNX file"),
+    "text": (b"version https://git-lfs.github.com/spec/v1", "is not an ONNX file"),
     "very many parts": (b"\x0a\x00" * 3_000_000, "more than 2,000,000 parts"),
 }
 

@@ -21,7 +21,7 @@ from commands.main import app
 from dataset_loading import load_by_card
 from dermis.authenticity.attack import exposure
 from dermis.authenticity.checker import Checker
-from dermis.authenticity.verdict import weakness
+from dermis.authenticity.verdict import baseline_problem
 from dermis.bundle import Bundle, open_bundle
 from dermis.classifier.onnx_session import Classifier
 from dermis.dataset.manifest import Manifest, finalize, parse_manifest
@@ -156,16 +156,16 @@ def test_gate_redraws_copies_and_records_distance_of_each_image(bundle: Bundle, 
     assert sum(found.rejected for found in report.classes.values()) == len(COPIED)
     assert sum(found.seen for found in report.classes.values()) == 20 + len(COPIED)
     authentic = sum(row["authentic"] == "1" for row in rows)
-    assert report.after == authentic / 20 and report.before == authentic / 24
+    assert report.authentic_share_of_images == authentic / 20 and report.authentic_share_of_candidates == authentic / 24
     assert report.distances[0] > 0 and len(report.baseline) == len(report.distances)
     assert report.exposure.attack is not None and report.exposure.attack.held_out == 24
-    assert bundle.authenticity is not None and report.weakness == weakness(bundle.authenticity)
+    assert bundle.authenticity is not None and report.weakness == baseline_problem(bundle.authenticity)
     assert report.limit == round(bundle.authenticity.radii[1], 4)
     assert report.stands_on.startswith(f"1 % of the 44 training images are nearer than {report.limit:.4f}")
     assert parse_manifest(manifest.to_json(), "x") == manifest
     card = (tmp_path / "a" / "README.md").read_text()
     assert "## Privacy" in card and "has not been checked" not in card
-    assert report.stands_on in card and f"own distances ({report.limit:.4f})" in card
+    assert report.stands_on in card and f"radii of the training images ({report.limit:.4f})" in card
 
 
 def test_old_manifest_is_read_and_weak_gate_baseline_is_reported(bundle: Bundle, tmp_path: Path) -> None:
@@ -209,7 +209,10 @@ def test_an_authentic_dataset_holds_authentic_images_only(bundle: Bundle, tmp_pa
         and {row["authentic"] for row in rows} == {"1"}
         and {a for _, _, a in judged(bundle, tmp_path / "a")} == {"1"}
     )
-    assert manifest.privacy is not None and manifest.privacy.after == 1 > manifest.privacy.before
+    assert (
+        manifest.privacy is not None
+        and manifest.privacy.authentic_share_of_images == 1 > manifest.privacy.authentic_share_of_candidates
+    )
 
 
 def test_filter_and_gate_count_their_own_rejections(bundle: Bundle, tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ def test_verify_refuses_encrypted_compressed_or_ambiguous_zip(
     put(folder, "images.zip", path.read_bytes())
     (folder / name).parent.mkdir(parents=True)
     (folder / name).write_bytes(b"x")
-    with pytest.raises(StorageError, match="there more than once" if case == "twice" else "encrypted, or compressed"):
+    with pytest.raises(StorageError, match="occurs more than once" if case == "twice" else "encrypted, or compressed"):
         verify(path if alone else folder)
 
 
@@ -269,8 +269,8 @@ ARCHIVES: dict[str, tuple[str, Callable[[bytes], bytes], str]] = {
     "a name twice": ("imagefolder", _zip(_twice), "more than once"),
     "a name out of the folder": ("imagefolder", _zip(_elsewhere), r"images/../../\x1b[2Jx.png"),
     "no zip": ("imagefolder", lambda data: data[:100], "images.zip: cannot be read"),
-    "a link in a tar": ("webdataset", _tar(_link), "is no plain file"),
-    "a sparse member": ("webdataset", _sparse, "is no plain file"),
+    "a link in a tar": ("webdataset", _tar(_link), "is not a regular file"),
+    "a sparse member": ("webdataset", _sparse, "is not a regular file"),
     "another image": ("webdataset", _tar(lambda: tarfile.TarInfo("../x.png")), "../x.png, which metadata.csv does not"),
     "a dictionary of images": ("parquet", _dictionary, "its images are compressed"),
     "no Parquet": ("parquet", lambda data: b"PAR1" + bytes(100) + b"PAR1", "cannot be read"),
@@ -302,7 +302,7 @@ def _cell(change: Callable[[list[dict[str, str]]], Any]) -> Callable[[bytes], by
 
 
 TABLES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
-    "no text": (lambda data: b"\xff" * 100, "is no table"),
+    "no text": (lambda data: b"\xff" * 100, "is not a table"),
     "an endless cell": (lambda data: data[: data.index(b"\n") + 1] + b"a" * 200_000, "metadata.csv"),
     "no file names": (lambda data: data.replace(b"file_name", b"file", 1), "no column file_name"),
     "too few cells": (lambda data: data + b"SYN\n", "another number of cells"),

@@ -74,15 +74,15 @@ def test_network_that_uses_frame_is_detected() -> None:
     found = _tests(_network((1.0, 0.3)), _frames())
     assert [test.layer for test in found] == ["stage", "last"]
     for test in found:
-        assert test.verdict == "speaks for" and test.accuracy == 1 and np.mean(test.scores) == 1
-    assert {test.verdict for test in _tests(_network((-1.0, 0.3)), _frames())} == {"speaks against"}
+        assert test.verdict == "raises the probability" and test.accuracy == 1 and np.mean(test.scores) == 1
+    assert {test.verdict for test in _tests(_network((-1.0, 0.3)), _frames())} == {"lowers the probability"}
     assert _tests(_network((1.0, 0.3)), _frames()) == found, "the same again"
 
 
 def test_concept_without_difference_has_no_effect() -> None:
     nothing = Concept("nothing", _skin(30, 50), tuple(_skin(30, i) for i in range(51, 56)))
     for test in _tests(_network((1.0, 1.0)), nothing):
-        assert test.verdict in ("no direction of this layer", "no effect shown")
+        assert test.verdict in ("not separable in this layer", "no effect shown")
     with pytest.raises(DermisError, match="'elsewhere' is none of this network's modules"):
         list(tcav(_network((1.0, 1.0)), [nothing], _skin(4, 0), ["elsewhere"]))
 
@@ -164,7 +164,10 @@ def test_concepts_command_writes_table_and_example_image(tmp_path: Path) -> None
     assert found.exit_code == 0, found.output
     table = (tmp_path / "out" / "table.md").read_text()
     assert "Not a medical device" in table and "| frame | last | 20 |" in table and "Left out: ink" in table
-    assert "| framed images zoomed, frame gone | 24 |" in table and "| black corners painted | 72 |" in table
+    assert (
+        "| frame removed by cropping (images with a frame) | 24 |" in table
+        and "| black corners painted | 72 |" in table
+    )
     assert (tmp_path / "out" / "frame-above-counter-set-below.jpg").exists()
     again = CliRunner().invoke(app, list(map(str, line)))
     assert isinstance(again.exception, DataError) and "is not empty" in str(again.exception)

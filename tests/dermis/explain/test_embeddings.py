@@ -23,7 +23,7 @@ from dermis.errors import DataError
 from dermis.explain.embeddings import Embedded, Item, embed, map_in_3d
 from dermis.explain.embeddings_page import NEIGHBOURS, embeddings_page, sprite
 from dermis.explain.nearest import nearest_by_cosine
-from dermis.explain.projector import write_projector
+from dermis.explain.tensorboard_projector import write_projector
 
 CLUSTERS, EACH, WIDE = 3, 30, 12
 
@@ -89,7 +89,7 @@ def test_neighbours_do_not_depend_on_blocks_and_exclude_own_group() -> None:
     assert nearest_by_cosine(copies, 3)[1][0].tolist() == [1, 2, 3]
     groups = ["p", "p", "p", "", "", "q", "", ""]
     assert nearest_by_cosine(copies, 2, groups=groups)[1][0].tolist() == [3, 4]
-    with pytest.raises(ValueError, match="6 neighbours asked for among 5"):
+    with pytest.raises(ValueError, match="6 neighbours were requested, but there are only 5"):
         nearest_by_cosine(copies, 6, groups=groups)
 
 

@@ -75,7 +75,7 @@ def test_copy_has_distance_zero_in_many_dimensions() -> None:
     distance, index = nearest(base[[7, 250]], base)
     assert distance[:, 0].tolist() == [0.0, 0.0]
     assert index[:, 0].tolist() == [7, 250]
-    with pytest.raises(ValueError, match="300 neighbours asked for among 299"):
+    with pytest.raises(ValueError, match="300 neighbours were requested, but there are only 299"):
         nearest(base, base, 300, exclude_self=True)
     with pytest.raises(ValueError, match="no distances"):
         next(squared_distances(base, base[:0]))

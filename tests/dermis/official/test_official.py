@@ -241,7 +241,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], bytes], str]] = {
     "not a pickle": (lambda _: b"\x89PNG\r\n\x1a\n" + bytes(100), "is a PNG image"),
     "empty": (lambda _: b"", "is empty"),
     "truncated": (lambda _: pickle.dumps(snapshot())[:-1000], "is truncated or damaged"),
-    "trailing data": (lambda _: pickle.dumps(snapshot()) + b"x", "behind the end"),
+    "trailing data": (lambda _: pickle.dumps(snapshot()) + b"x", "after the end"),
     "not a dictionary": (lambda _: pickle.dumps([1, 2]), "no dictionary"),
     "no G_ema": (lambda _: pickle.dumps({"G": None}), "has no G_ema"),
     "G_ema of text": (lambda _: pickle.dumps({"G_ema": "x"}), "no persisted network"),

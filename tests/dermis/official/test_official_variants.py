@@ -236,7 +236,7 @@ def test_an_unconditional_discriminator_needs_no_mapping(tmp_path: Path, case: s
 def test_discriminator_with_labels_unlike_generator_is_left_out(tmp_path: Path) -> None:
     other = converted_discriminator(Discriminator(replace(TF_CONFIG, c_dim=3)))
     read = read_official(save(tmp_path, {"G_ema": generator(), "D": other}))
-    assert read.discriminator is None and "c_dim=3 is not that of the generator, 2" in read.no_discriminator
+    assert read.discriminator is None and "c_dim=3 differs from that of the generator, 2" in read.no_discriminator
 
 
 # -- values of any kind anywhere

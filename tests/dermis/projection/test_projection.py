@@ -12,7 +12,7 @@ import torch
 
 from dermis.bundle import Bundle
 from dermis.errors import DermisError, RequestError
-from dermis.projection.projector import Projector, Target, _autocorrelation
+from dermis.projection.projector import ImageProjector, Target, _autocorrelation
 from dermis.projection.result import Projection
 from dermis.projection.schedule import OFFICIAL, Schedule
 from dermis.synthesizer import Synthesizer
@@ -27,8 +27,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 @pytest.fixture(scope="module")
-def projector(bundle: Bundle) -> Projector:
-    return Projector(bundle, distance="lite0", device="cpu", batch_size=3, dtype="float32")
+def projector(bundle: Bundle) -> ImageProjector:
+    return ImageProjector(bundle, distance="lite0", device="cpu", batch_size=3, dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def drawn(bundle: Bundle) -> list[Target]:
     return [Target(image, label) for image, label in zip(images, labels, strict=True)]
 
 
-def project(projector: Projector, targets: list[Target], schedule: Schedule) -> list[Projection]:
+def project(projector: ImageProjector, targets: list[Target], schedule: Schedule) -> list[Projection]:
     found = dict(projector.project(targets, schedule))
     assert sorted(found) == list(range(len(targets)))
     return [found[number] for number in range(len(targets))]
@@ -55,7 +55,7 @@ def test_official_schedule_equals_that_of_paper() -> None:
     assert noise[0] == 0.05 and noise[375] == pytest.approx(0.0125) and set(noise[750:]) == {0.0}
 
 
-def test_projection_recovers_generated_image(projector: Projector, drawn: list[Target]) -> None:
+def test_projection_recovers_generated_image(projector: ImageProjector, drawn: list[Target]) -> None:
     found = project(projector, drawn[:2], Schedule(steps=150, noise_maps=False))
     begin = project(projector, drawn[:2], Schedule(steps=1, noise_maps=False))  # the first rate is 0: the mean
     for target, start, end in zip(drawn, begin, found, strict=False):
@@ -67,7 +67,7 @@ def test_projection_recovers_generated_image(projector: Projector, drawn: list[T
         assert (end.ws == end.ws[0]).all() and end.noise is None and end.distance_name == "lite0"
 
 
-def test_projection_in_larger_space_is_nearer_to_image(projector: Projector, drawn: list[Target]) -> None:
+def test_projection_in_larger_space_is_nearer_to_image(projector: ImageProjector, drawn: list[Target]) -> None:
     strange = [Target(np.roll(target.image, 5, axis=1)[::-1].copy(), target.label) for target in drawn[:3]]
     means = [
         np.mean([each.distance for each in project(projector, strange, schedule)])
@@ -80,7 +80,7 @@ def test_projection_in_larger_space_is_nearer_to_image(projector: Projector, dra
     assert means[1] < means[0] and means[1] < means[2]
 
 
-def test_projection_does_not_depend_on_other_images(projector: Projector, drawn: list[Target]) -> None:
+def test_projection_does_not_depend_on_other_images(projector: ImageProjector, drawn: list[Target]) -> None:
     together = project(projector, drawn, SHORT)  # five images in three places: the last two come later
     for number, target in enumerate(drawn):
         (alone,) = project(projector, [target], SHORT)
@@ -92,7 +92,7 @@ def test_projection_does_not_depend_on_other_images(projector: Projector, drawn:
     assert all(np.array_equal(a.ws, b.ws) for a, b in zip(together, backwards, strict=True))
 
 
-def test_projector_reads_images_on_demand(projector: Projector, drawn: list[Target]) -> None:
+def test_projector_reads_images_on_demand(projector: ImageProjector, drawn: list[Target]) -> None:
     read = 0
 
     def targets() -> Iterator[Target]:
@@ -112,7 +112,7 @@ def test_projector_reads_images_on_demand(projector: Projector, drawn: list[Targ
 def test_projection_steps_equal_those_of_adam(bundle: Bundle, drawn: list[Target]) -> None:
     """The loop written anew for one image, with torch's own optimiser."""
     schedule = Schedule(steps=6, ramp_up=0, ramp_down=0, latent_noise=0, noise_maps=False, learning_rate=0.02)
-    projector = Projector(bundle, distance="lite0", device="cpu", batch_size=1, dtype="float32")
+    projector = ImageProjector(bundle, distance="lite0", device="cpu", batch_size=1, dtype="float32")
     (found,) = project(projector, drawn[:1], schedule)
     image = torch.tensor(drawn[0].image).permute(2, 0, 1)[None].float()
     target = projector._perceptual.embed(image)
@@ -128,7 +128,7 @@ def test_projection_steps_equal_those_of_adam(bundle: Bundle, drawn: list[Target
     assert not np.allclose(found.ws[0], projector._means[0].numpy(), atol=1e-2)
 
 
-def test_projection_without_improvement_ends_early(projector: Projector, drawn: list[Target]) -> None:
+def test_projection_without_improvement_ends_early(projector: ImageProjector, drawn: list[Target]) -> None:
     schedule = Schedule(steps=400, noise_maps=False, latent_noise=0, patience=5)
     found = project(projector, drawn, schedule)
     assert all(100 < each.steps <= 400 for each in found)  # the ramp down of 100 steps is never left out
@@ -137,7 +137,7 @@ def test_projection_without_improvement_ends_early(projector: Projector, drawn: 
     assert alone.steps == found[3].steps and np.array_equal(alone.ws, found[3].ws)
 
 
-def test_projected_noise_maps_stay_normalised(projector: Projector, drawn: list[Target]) -> None:
+def test_projected_noise_maps_stay_normalised(projector: ImageProjector, drawn: list[Target]) -> None:
     (found,) = project(projector, drawn[:1], SHORT)
     assert found.noise is not None
     assert [noise.shape for noise in found.noise] == [(4, 4), (8, 8), (8, 8), (16, 16), (16, 16)]
@@ -154,7 +154,7 @@ def test_autocorrelation_equals_values_computed_by_hand() -> None:
     assert _autocorrelation(coarse).tolist() == [34.0]
 
 
-def test_projection_without_class_starts_at_nearest_class_mean(projector: Projector, bundle: Bundle) -> None:
+def test_projection_without_class_starts_at_nearest_class_mean(projector: ImageProjector, bundle: Bundle) -> None:
     with torch.no_grad():
         ws = projector._means[:, None].expand(-1, projector._generator.num_ws, -1)
         images = projector._draw(ws, None)
@@ -165,7 +165,7 @@ def test_projection_without_class_starts_at_nearest_class_mean(projector: Projec
 
 
 def test_invalid_projection_option_is_refused_by_name(
-    projector: Projector, bundle: Bundle, drawn: list[Target]
+    projector: ImageProjector, bundle: Bundle, drawn: list[Target]
 ) -> None:
     for bad, message in (
         ({"steps": 0}, "steps: must be from 1"),
@@ -180,12 +180,12 @@ def test_invalid_projection_option_is_refused_by_name(
     with pytest.raises(RequestError, match="there is no encoder for this bundle"):
         list(projector.project(drawn, Schedule(start="encoder")))
     with pytest.raises(DermisError, match="distance: 'l1' is none of vgg16, lite0"):
-        Projector(bundle, distance="l1", device="cpu")
+        ImageProjector(bundle, distance="l1", device="cpu")
 
 
 def test_projection_starts_from_latents_of_encoder(bundle: Bundle, drawn: list[Target], tmp_path: Path) -> None:
     given = np.random.default_rng(0).normal(size=(3, 6, 16)).astype(np.float32)
-    projector = Projector(
+    projector = ImageProjector(
         bundle, distance="lite0", device="cpu", batch_size=3, dtype="float32", encode=lambda images, labels: given
     )
     found = project(projector, drawn[:2], Schedule(steps=1, start="encoder", space="w+", noise_maps=False))

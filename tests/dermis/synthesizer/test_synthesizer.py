@@ -259,10 +259,10 @@ def test_lanes_of_cuda_backend_do_not_mix_samples(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "current_stream", NoStream)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "none")
     monkeypatch.setattr(torch, "compile", lambda stage, dynamic: stage)
-    monkeypatch.setattr(cuda._Lane, "_record", cuda._Lane._plain)
+    monkeypatch.setattr(cuda._StreamSlot, "_record", cuda._StreamSlot._plain)
     generator = make_generator("conditional")
     backend = cuda.cuda_backend(generator, torch.device("cpu"), torch.float32, threads=4)
-    assert backend.workers == 4 > cuda.LANES
+    assert backend.workers == 4 > cuda.STREAMS
     monkeypatch.setattr(choice, "_build", lambda *_: backend)
     with Synthesizer(make_bundle(generator), device="cpu", generator=generator) as synthesizer:
         count = 2 * backend.micro_batch + 3
@@ -283,7 +283,7 @@ def test_bundles_of_one_shape_share_compiled_code(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "none")
     monkeypatch.setattr(torch, "compile", lambda stage, dynamic: stages.append(stage))
-    monkeypatch.setattr(cuda, "_recorded_lanes", lambda *_: [None])
+    monkeypatch.setattr(cuda, "_recorded_slots", lambda *_: [None])
     for seed in range(3):
         generator = copy.deepcopy(make_generator("unconditional"))
         for block in generator.synthesis.blocks:

@@ -362,7 +362,7 @@ def test_weights_of_other_network_are_refused(trained: Path) -> None:
     write_classifier(other, described, data, "# Other\n")
     with pytest.raises(BundleError, match=r"lacks \d+ weights of resnet50"):
         load_torch_classifier(other)
-    with pytest.raises(BundleError, match="is no ONNX file"):
+    with pytest.raises(BundleError, match="is not an ONNX file"):
         read_weights(b"\xff\xfe no graph", "x")
 
 

@@ -11,7 +11,7 @@ import torch
 from dermis.bundle import Bundle, amend_bundle, load_generator
 from dermis.errors import BundleError, TrainingError
 from dermis.projection.encoder import load_encoder
-from dermis.projection.projector import Projector, Target
+from dermis.projection.projector import ImageProjector, Target
 from dermis.projection.schedule import Schedule
 from dermis.synthesizer import Synthesizer
 from tiny import make_bundle
@@ -87,7 +87,7 @@ def test_projection_starts_from_encoder_latents(bundle: Bundle, folder: Path, tm
     whole = amend_bundle(make_bundle(tmp_path / "tiny"), parts={"encoder": folder})
     encoder = load_encoder(whole, device="cpu")
     assert encoder is not None and whole.encoder is not None
-    projector = Projector(
+    projector = ImageProjector(
         whole, distance="lite0", device="cpu", dtype="float32", encode=encoder, generator=load_generator(whole)
     )
     image = np.random.default_rng(1).integers(0, 256, (16, 16, 3), dtype=np.uint8)

@@ -151,7 +151,7 @@ def test_directions_command_measures_and_sweeps(tmp_path: Path, monkeypatch: pyt
     told = run("measure", location, "--framed", *options)
     facts = json.loads(out.read_text())
     assert facts["framed"] == 2 and [each["strength"] for each in facts["removals"]] == [1, -1]
-    assert facts["best"]["removed"] == 0 and "0 of 2 frames vanish" in told
+    assert facts["best"]["removed"] == 0 and "removes the frame in 0 of 2 images" in told
     video = tmp_path / "north.gif"
     run("sweep", location, "--out", video, "--direction", "north", "--samples", 2, "--steps", 3)
     from PIL import Image
