@@ -86,7 +86,8 @@ BINARY_TABLES = {
     "booleans of any malignancy": ("image,malignant\na,True\nb,False\n", {"class_column": "malignant"}, "mb"),
     "booleans in other columns": ("image,biopsied\na,True\nb,False\n", {"class_column": "biopsied"},
                                   "biopsied: .*'False'.*--map"),
-    "numbers in other columns": ("image,label\na,1\nb,0\n", {}, "label: cannot decide whether these values mean melanoma.*'0'.*--map"),
+    "numbers in other columns": ("image,label\na,1\nb,0\n", {},
+                                 "label: cannot decide whether these values mean melanoma.*'0'.*--map"),
     "numbers that are mapped": ("image,label\na,1\nb,0\n", {"mapping": {"1": "malignant", "0": "benign"}}, "mb"),
     "any malignancy beside diagnoses": ("isic_id,target,iddx_full,iddx_1\na,1,Melanoma Invasive,Malignant\n"
                                         "b,1,Basal cell carcinoma,Malignant\n", {}, "mb"),
