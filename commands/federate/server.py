@@ -177,4 +177,8 @@ def run_federation(
         raise TrainingError(f"{out}: the run did not start; Flower's messages are above") from None
     if status["phase"] != "finished":
         raise TrainingError(f"{out}: {status.get('error', status['phase'])}; run the same command again to continue")
+    if status["round"] < federation.rounds:  # the status of an earlier run with fewer rounds
+        raise TrainingError(
+            f"{out}: the run ended after {status['round']} of {federation.rounds} rounds; Flower's messages are above"
+        )
     typer.echo(f"{out}: {status['round']} rounds, {len(status['members'])} clients")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import stat
+import subprocess
 import tomllib
 from collections.abc import Mapping
 from dataclasses import replace
@@ -21,7 +22,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from starlette.testclient import TestClient
+from typer.testing import CliRunner
 
+from commands.main import app as commands_app
 from dermis.errors import TrainingError
 from tiny_federation import local_grid, tiny_federation, tiny_sites
 from tiny_skin import make_skin
@@ -37,7 +40,7 @@ from training.federated.deployment.site_check import check_site
 from training.federated.messages.replies import CheckedUpdate
 from training.federated.messages.serialization import RefusedError, changes, decode, encode, pack
 from training.federated.messages.traffic import CountingGrid
-from training.federated.server.record import read_rounds
+from training.federated.server.record import read_rounds, write_status
 from training.federated.server.rounds import run_federation
 from training.federated.server.strategies import aggregate, instructions, new_strategy
 from training.federated.simulation.local_grid import LocalGrid
@@ -360,6 +363,21 @@ def test_server_folder_and_invitation_round_trip(tmp_path: Path) -> None:
     (tmp_path / "broken.toml").write_text("address = 1")
     with pytest.raises(TrainingError, match="is not an invitation"):
         read_invitation(tmp_path / "broken.toml")
+
+
+def test_federation_that_ends_early_is_not_reported_as_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = new_server(tmp_path / "server", ["127.0.0.1"], 1)
+    out = server.run_folder("shared")
+    out.mkdir(parents=True)
+    write_status(out, "finished", 2, 2, members={})
+    monkeypatch.setattr("subprocess.run", lambda *_args, **_options: subprocess.CompletedProcess([], 0))
+    run = ["federate", "run", str(server.folder), "--name", "shared", "--rounds"]
+    assert CliRunner().invoke(commands_app, [*run, "2"]).exit_code == 0
+    longer = CliRunner().invoke(commands_app, [*run, "3"])
+    assert isinstance(longer.exception, TrainingError)
+    assert "after 2 of 3 rounds" in str(longer.exception)
 
 
 def test_site_check_reports_all_problems_at_once(skin: Path, tmp_path: Path) -> None:
