@@ -322,7 +322,7 @@ def _show_leaks(leaks: Leaks, compared: bool) -> None:
         f"{sum(pair.identical for pair in leaks.pairs):,} identical files"
     )
     if any(leaks.parts):
-        typer.echo(f"{len(leaks.across):,} pairs across parts")
+        typer.echo(f"{len(leaks.across):,} pair{'' if len(leaks.across) == 1 else 's'} across parts")
     if not leaks.pairs:
         return
     table = Table("image", "near-duplicate", "parts", "same patient", "correlation", title="First pairs")

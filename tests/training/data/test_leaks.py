@@ -57,7 +57,7 @@ def test_copies_across_parts_are_removed_from_the_larger(tmp_path: Path) -> None
     command = ["data", "leaks", str(collection), "--split", str(split), "--embedding", "none", "--remove"]
     result = CliRunner().invoke(app, [*command, "--out", str(out)])
     assert result.exit_code == 0, result.output
-    assert "1 pairs across parts" in result.output
+    assert "1 pair across parts" in result.output
     first, second = csv.DictReader((out / "leaks.csv").open())
     assert (first["id_a"], first["id_b"], first["part_a"], first["part_b"]) == ("I02", "I12", "train", "validation")
     assert (first["identical"], first["same_patient"], first["similarity"]) == ("no", "no", "")
