@@ -76,6 +76,7 @@ def usage_message(error: Exception) -> str | None:
     if not message or "Usage:" in message:  # called without a command
         print(message, file=sys.stderr)
         return ""
-    message = re.sub(r"( Did you mean [^?]*\?)\1", r"\1", " ".join(message.split()))  # Typer repeats click's suggestion
+    # Typer and click both suggest names.
+    message = re.sub(r"( Did you mean [^?]*\?)(\1| \(Did you mean [^)]*\))", r"\1", " ".join(message.split()))
     program = getattr(getattr(error, "ctx", None), "command_path", None)
     return f"{message.rstrip('.')}; see: {program} --help" if program else message

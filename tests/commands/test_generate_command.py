@@ -73,7 +73,7 @@ def test_dataset_has_same_bytes_from_command_manifest_and_shards(run: Run, tiny_
     asked = ("--bundle", tiny_bundle.location, "--classes", "malignant=9,benign=6", "--seed", 7, "--shard-size", 5)
     one, two, three = (tmp_path / name for name in ("one", "two", "three"))
     assert run("generate", *asked, "--out", one)[0] == 0
-    assert run("verify", one) == (0, f"{one}: 4 files, checked, all hashes match\n", "")
+    assert run("verify", one) == (0, f"{one}: 4 files checked, all hashes match\n", "")
     status, out, _ = run(
         "generate", "--manifest", one / "manifest.json", "--bundle", tiny_bundle.location, "--out", two
     )
@@ -142,11 +142,11 @@ def test_other_synthesizer_is_reported_and_dataset_is_kept(
     before = contents(out)
     monkeypatch.setattr(painter, "identity", {"device": "other"})
     status, _, err = run(*asked)
-    assert status == 1 and "device test there, other here" in err
+    assert status == 1 and "device is test there, other here" in err
     assert contents(out) == before
     remake = ("--manifest", out / "manifest.json", "--bundle", tiny_bundle.location, "--out", again)
     status, printed, err = run("generate", *remake)
-    assert status == 0 and "warning: the bytes may differ" in err and "device test there, other here" in err
+    assert status == 0 and "warning: the bytes may differ" in err and "device is test there, other here" in err
     assert "byte for byte" in printed and contents(again)["images.zip"] == before["images.zip"]
     altered = json.loads(before["manifest.json"])
     altered["files"][1]["sha256"] = "0" * 64
@@ -176,12 +176,12 @@ def test_leftover_partial_files_do_not_stop_a_run(
         (("--classes", "benign=-3"), "--classes: 'benign=-3'"),
         (("--classes", "benign=0"), "--classes.benign"),
         (("--classes", "benign"), "NAME=COUNT"),
-        ((), "--classes: say how many"),
+        ((), "--classes: give the number of images"),
         (("--classes", "benign=1", "--seed", "-1"), "--seed"),
         (("--classes", "benign=1", "--truncation-psi", "nan"), "--truncation-psi"),
         (("--classes", "benign=1", "--only-shard", "3"), "--only-shard: 3 is not in 0 to 0"),
         (("--manifest", "nowhere.json"), "nowhere.json: No such file"),
-        (("--manifest", "nowhere.json", "--seed", "1"), "leave out --seed"),
+        (("--manifest", "nowhere.json", "--seed", "1"), "omit --seed"),
         (("--classes", "benign=1", "--bundle", "nowhere"), "nowhere: bundle.json is missing"),
         (("--classes", "benign=1", "--device", "cuda:99"), "device"),
     ],
@@ -306,7 +306,8 @@ def test_errors_name_the_option_that_was_given(
 
 def test_wrong_usage_is_one_line_and_missing_command_shows_usage(run: Run) -> None:
     for arguments, expected in (
-        (("surve",), "No such command 'surve'. Did you mean 'survey'?; see: dermis --help"),
+        (("clasify",), "No such command 'clasify'. Did you mean 'classify'?; see: dermis --help"),
+        (("surve",), "No such command 'surve'. Did you mean 'survey', 'serve'?; see: dermis --help"),
         (("generate", "--nonsense"), "--nonsense"),
         (("generate",), "--out"),
         (("generate", "--out", "x", "--seed", "y"), "--seed"),

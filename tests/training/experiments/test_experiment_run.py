@@ -132,7 +132,7 @@ def test_table1_trains_five_generators_and_compares_with_paper(tmp_path: Path, d
     assert f"{100 * kid:.4g}" in result.output and "…" not in result.output, "all fits into 80 columns"
     assert "Feature space quarters, PPL by quarters" in result.output
     assert f"Chosen: **{read_experiment(results['chosen']['name']).title}**" in result.output
-    assert "ben-GAN, mal-GAN: each makes some of the classes only" in result.output
+    assert "ben-GAN, mal-GAN: each generates only some of the classes" in result.output
 
     before = {file: file.stat().st_mtime_ns for file in out.rglob("*") if file.parent != out}
     again = _run(out, data)
@@ -325,11 +325,11 @@ def _candidate(name: str, fid: float, kid: float, seconds: float, width: float =
         ([], None, "no generator"),
         ([("a", 9, 0.9, 1)], "a", "the only one"),
         # clearly the lowest of both, though the slowest
-        ([("a", 9, 0.9, 1), ("b", 5, 0.5, 3), ("c", 8, 0.8, 2)], "b", "the FID of a, c is higher beyond the intervals"),
+        ([("a", 9, 0.9, 1), ("b", 5, 0.5, 3), ("c", 8, 0.8, 2)], "b", "the FID of a, c is higher, and the intervals do not overlap"),
         # b is lowest, a is equal to it and faster; c is fastest, but worse
         ([("a", 5.5, 0.52, 2), ("b", 5, 0.5, 3), ("c", 9, 0.9, 1)], "a", "trained fastest of them: 2 s/kimg (b 3)"),
         # FID cannot tell, KID can: speed does not count
-        ([("a", 5, 0.9, 1), ("b", 5.5, 0.5, 3)], "b", "the KID of a is higher beyond the intervals"),
+        ([("a", 5, 0.9, 1), ("b", 5.5, 0.5, 3)], "b", "the KID of a is higher, and the intervals do not overlap"),
         # they contradict each other: FID counts first
         ([("a", 5, 0.9, 3), ("b", 9, 0.5, 1)], "a", "b has the lowest KID, but FID counts first"),
         # intervals that only touch overlap

@@ -49,7 +49,7 @@ def test_finished_scenarios_are_compared_and_not_repeated(
     given = ("--generator", f"cgan={tiny_bundle.location}")
     first = _run(skin, out, *given, "--seeds", "1")
     assert first.exit_code == 0, first.output
-    assert "left out, as no --generator is given: scenarios of cgan-no-color, gan" in first.output
+    assert "skipped, because no --generator is given: scenarios of cgan-no-color, gan" in first.output
     assert _run(skin, out, *given, "--seeds", "2", "--only", "real").exit_code == 0
     results = json.loads((out / "results.json").read_text())["scenarios"]
     assert list(results) == ["real", "synth-cgan", "aug-cgan"]
