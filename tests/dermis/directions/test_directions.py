@@ -102,7 +102,7 @@ def test_bundle_stores_directions_and_digest_changes(bundle: Bundle, tmp_path: P
     assert [d.name for d in again.directions] == ["axis-1", "axis-0"]
     assert (again.directions[0].scale, again.directions[0].layers) == (2.5, (1, 4))
     assert again.digest == amended.digest != copy.digest
-    with pytest.raises(BundleError, match="twice"):
+    with pytest.raises(BundleError, match="more than once"):
         amend_bundle(again, directions=[axis(1), axis(1)])
 
 
