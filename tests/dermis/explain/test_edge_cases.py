@@ -87,7 +87,7 @@ def test_neighbours_of_same_patient_are_ignored() -> None:
 
 def test_too_few_images_single_class_and_bad_criteria_are_refused() -> None:
     x, labels, p, _ = two_clusters()
-    with pytest.raises(DataError, match="give fewer --neighbours"):
+    with pytest.raises(DataError, match="choose a smaller number"):
         edge_scores(x[195:205], labels[195:205], p[195:205], 0.5, Criteria())
     with pytest.raises(DataError, match="one only"):
         edge_scores(x[:50], labels[:50], p[:50], 0.5, Criteria())

@@ -325,7 +325,11 @@ def _candidate(name: str, fid: float, kid: float, seconds: float, width: float =
         ([], None, "no generator"),
         ([("a", 9, 0.9, 1)], "a", "the only one"),
         # clearly the lowest of both, though the slowest
-        ([("a", 9, 0.9, 1), ("b", 5, 0.5, 3), ("c", 8, 0.8, 2)], "b", "the FID of a, c is higher, and the intervals do not overlap"),
+        (
+            [("a", 9, 0.9, 1), ("b", 5, 0.5, 3), ("c", 8, 0.8, 2)],
+            "b",
+            "the FID of a, c is higher, and the intervals do not overlap",
+        ),
         # b is lowest, a is equal to it and faster; c is fastest, but worse
         ([("a", 5.5, 0.52, 2), ("b", 5, 0.5, 3), ("c", 9, 0.9, 1)], "a", "trained fastest of them: 2 s/kimg (b 3)"),
         # FID cannot tell, KID can: speed does not count

@@ -96,7 +96,7 @@ def test_learning_rate_falls_to_its_final_value_and_survives_a_stop(tmp_path: Pa
         train(_dataset(), longer, tmp_path / "parts", device=CPU, resume=True, progress_bar=False)
     whole, parts = (load_file(tmp_path / name / "checkpoint.safetensors") for name in ("whole", "parts"))
     assert all(torch.equal(parts[name], value) for name, value in whole.items())
-    with pytest.raises(TrainingError, match="learning_rate_kimg: give it"):
+    with pytest.raises(TrainingError, match="learning_rate_kimg: give both"):
         replace(config, learning_rate_kimg=0.0)
 
 
