@@ -29,7 +29,7 @@ from dermis.synthesizer.network import ImageStage, noise_resolutions, to_uint8
 
 Image = npt.NDArray[np.uint8]
 HAS_OPENVINO = importlib.util.find_spec("openvino") is not None
-needs_openvino = pytest.mark.skipif(not HAS_OPENVINO, reason="openvino does not work here")
+needs_openvino = pytest.mark.skipif(not HAS_OPENVINO, reason="openvino does not work on this machine")
 BACKENDS = [pytest.param("openvino", marks=needs_openvino), "torch"]
 CONFIGS = {
     "conditional": GeneratorConfig(32, c_dim=3, z_dim=16, w_dim=24, mapping_layers=2, channel_base=512),
@@ -192,7 +192,7 @@ def test_synthesizer_uses_torch_without_openvino(monkeypatch: pytest.MonkeyPatch
         assert difference(synthesizer.images([7], [0], [0])[0], reference("unconditional", 0, 0)).mean() < 2
     with pytest.raises(RuntimeError, match="shutdown"):
         synthesizer.images([7], [0], [0])
-    with pytest.raises(DermisError, match="openvino does not work here"):
+    with pytest.raises(DermisError, match="openvino does not work on this machine"):
         Synthesizer(make_bundle(generator), device="cpu", backend="openvino", generator=generator)
 
 
