@@ -115,5 +115,5 @@ def test_custom_weights_are_read_from_safetensors_only(tmp_path: Path) -> None:
     with pytest.raises(DermisError, match="no such file of weights"):
         feature_extractor(f"timm:{MODEL}@{tmp_path / 'none.safetensors'}")
     file.write_bytes(b"junk")
-    with pytest.raises(DermisError, match="no readable safetensors file"):
+    with pytest.raises(DermisError, match="not a readable safetensors file"):
         feature_extractor(f"timm:{MODEL}@{file}")

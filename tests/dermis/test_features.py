@@ -239,7 +239,9 @@ def test_dinov2_features_match_network_of_paper(tmp_path: Path, monkeypatch: pyt
     assert ours.shape == (2, 64) and apart.max() < TOLERANCE
 
 
-def test_feature_extraction_disables_tf32() -> None:
+def test_feature_extraction_disables_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # other tests of the process may have changed it
+
     class Seen(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             seen.append(torch.backends.cudnn.allow_tf32)

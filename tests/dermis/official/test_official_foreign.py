@@ -70,7 +70,7 @@ FOREIGN: dict[str, tuple[Callable[[], bytes], str]] = {
     "storage error": (lambda: b'<?xml version="1.0"?><Error><Code>AccessDenied</Code>', "XML document.*AccessDenied"),
     "JSON error": (lambda: b'{"error": "not found \\u001b"}', "JSON text.*not found"),
     "LFS pointer": (lambda: LFS, "Git LFS pointer.*git lfs pull"),
-    "text": (lambda: b"Not Found", "no official checkpoint.*'Not Found'"),
+    "text": (lambda: b"Not Found", "not an official checkpoint.*'Not Found'"),
     "gzip": (lambda: gzip.compress(pickle.dumps(1)), "gzip; unpack it"),
     "bzip2": (lambda: bz2.compress(b"x"), "bzip2; unpack it"),
     "xz": (lambda: lzma.compress(b"x"), "xz; unpack it"),
@@ -117,7 +117,7 @@ def test_path_that_is_not_a_regular_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "bundle.json").touch()
     _refused(tmp_path, "is a bundle already")
     os.mkfifo(tmp_path / "pipe")
-    _refused(tmp_path / "pipe", "no ordinary file")
+    _refused(tmp_path / "pipe", "not a regular file")
 
 
 # -- files that are made to take long
@@ -145,7 +145,7 @@ def test_exceeded_import_limit_is_named_with_its_option(tmp_path: Path) -> None:
     path = tmp_path / "x.pkl"
     path.write_bytes(_slow(2_400_000))
     assert "1 seconds of processor time" in _refused(path, "--max-seconds", replace(DEFAULT_LIMITS, cpu_seconds=1))
-    assert "more than 1 seconds," in _refused(path, "--max-seconds", replace(DEFAULT_LIMITS, wall_seconds=1))
+    assert "more than 1 seconds;" in _refused(path, "--max-seconds", replace(DEFAULT_LIMITS, wall_seconds=1))
     path.write_bytes(b"\x80\x04\x8e" + (400 << 20).to_bytes(8, "little"))
     with path.open("ab") as file:
         file.truncate(500 << 20)  # a text of 400 MiB, mostly a hole in the file

@@ -255,7 +255,7 @@ def test_a_damaged_dataset_is_refused(dataset: Path, tmp_path: Path) -> None:
     data = bytearray(shard.read_bytes())
     data[700] ^= 1
     shard.write_bytes(data)
-    with pytest.raises(DataError, match=f"{shard.name} is not what"):
+    with pytest.raises(DataError, match=f"{shard.name} differs from"):
         load_synthetic([SyntheticSource(str(tmp_path / "d"))], {"benign": 1}, 8, cache=tmp_path / "c", progress=False)
 
 
