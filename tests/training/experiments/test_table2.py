@@ -69,7 +69,7 @@ def test_finished_scenarios_are_compared_and_not_repeated(
     assert gain["value"] == pytest.approx(difference) and gain["low"] <= gain["value"] <= gain["high"]
     table = (out / "table.md").read_text()
     assert "| synth-cGAN w/o color | not run |" in table and "| 94.7 | 96.7 |" in table
-    assert "synth-cGAN, aug-cGAN: the generator was trained on other images" in table
+    assert "synth-cGAN, aug-cGAN: the generator was not trained on exactly the training part" in table
 
     monkeypatch.setattr(table2, "train_classifier", None)  # whatever is done is not trained again
     assert _run(skin, out, *given, "--seeds", "1").output.count("done already") == 3
