@@ -102,7 +102,7 @@ def run_limited(
     except OSError as error:
         reason = escape(error.strerror or error)
         raise LimitError(
-            "crash", f"could not start a separate process or create its temporary files: {reason}"
+            "crash", f"needs a separate process and temporary files, which could not be created: {reason}"
         ) from None
 
 

@@ -75,7 +75,7 @@ def identifiability(radii: Floats, to_generated: Floats) -> float:
     grows with the number of generated images; compare sets of the size of the training set.
 
     Args:
-        radii: Distance [N] of each training image to the nearest other one.
+        radii: Distance [N] of each training image to the nearest other training image.
         to_generated: Distance [N] of each training image to the nearest generated image.
     """
     return float((to_generated < radii).mean())

@@ -1,4 +1,4 @@
-"""The real-to-real baseline: distance of each training image to its nearest other one (radius). Near-duplicates are grouped.
+"""The real-to-real baseline: radius of each training image (distance to the nearest other one). Near-duplicates are grouped.
 
 The distance of two copies of an image says nothing about how similar images of two patients are. If copies counted as
 neighbours, two per cent of them would make the first percentile of the radii zero, and every copy of a training image would

@@ -95,7 +95,7 @@ class IndexDescription:
     explained: float
     """Share of the embeddings' variance that the stored embeddings keep."""
     radii: tuple[float, ...]
-    """Percentiles 0, 1, ..., 100 of the distances of training images to the nearest other one: the real-to-real baseline.
+    """Percentiles 0, 1, ..., 100 of the radii of the training images: the real-to-real baseline.
 
     Near-duplicates do not count as other images, nor do images of the same patient or lesion where these are known."""
     held_out_distances: tuple[float, ...]

@@ -50,8 +50,8 @@ recognised by their content; the size in bytes and in pixels is limited. Images 
 converted to 8-bit RGB, cropped to the largest centred square, and kept in memory only. They and their names are not logged,
 stored or sent back.
 
-With `heat_map` the response contains a picture of the areas of each image that speak for and against the positive class. A
-heat map takes seconds, so the number of images in such a call and the number of such calls are limited.""",
+With `heat_map` the response contains a picture of the areas of each image that raise and lower the probability of the
+positive class. A heat map takes seconds, so the number of images in such a call and the number of such calls are limited.""",
     response_model=ClassificationList,
     openapi_extra=image_body("files"),
     responses={

@@ -102,7 +102,7 @@ class Threshold(ResponseRecord):
 
 
 class HeatMap(ResponseRecord):
-    """A picture of the areas of an image that speak for and against the positive class, from `create(heat_map="xrai")`.
+    """A picture of the areas that raise and lower the probability of the positive class, from `create(heat_map="xrai")`.
 
     Attributes:
         method: "xrai" or "integrated-gradients".

@@ -83,8 +83,8 @@ class Classifications:
             model: Name of the model; by default the service's.
             threshold: A name in `client.models.retrieve(name).classifier.thresholds`, or a number from 0 to 1; by default
                 the classifier's own.
-            heat_map: "xrai" or "integrated-gradients" for a picture of the areas that speak for and against the positive
-                class, which takes seconds an image.
+            heat_map: "xrai" or "integrated-gradients" for a picture of the areas that raise and lower the probability of
+                the positive class, which takes seconds an image.
             progress: True for a progress bar on stderr, or a function that is called with (done, total).
 
         Returns:
