@@ -26,7 +26,8 @@ from dermis.features import feature_extractor
 from dermis.metrics import frechet_distance
 from dermis.metrics.neighbourhoods import compare_neighbourhoods
 from dermis.networks import Generator
-from training.data.isic import ImageDataset, load_isic
+from training.data.images import ImageDataset
+from training.data.isic import load_isic
 from training.evaluation.features import BATCH, labels_in_proportion, real_features
 from training.experiments.plan import write_text_file
 from training.gan.batches import batches

@@ -32,7 +32,7 @@ from dermis import networks
 from dermis.cpus import keep_freed_memory
 from dermis.devices import describe_hardware, fast_dtype, resolve_device
 from dermis.networks import one_hot
-from training.data.isic import ImageDataset
+from training.data.images import ImageDataset
 from training.gan.batches import Batch
 from training.gan.config import GanConfig, base_config
 from training.gan.loss import Phases

@@ -25,7 +25,7 @@ from commands.options import (
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from training.data.isic import ImageDataset
+    from training.data.images import ImageDataset
 
 
 def evaluate(

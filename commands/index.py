@@ -72,13 +72,12 @@ def build(
     """
     from dermis.authenticity.build import MIN_APPROXIMATE, build_index, write_index
     from dermis.authenticity.checker import CLASSIFIER, Embedder
-    from dermis.bundle import open_bundle
+    from dermis.bundle import open_bundle, trained_on
     from dermis.errors import RequestError
     from training.data.embedding import embed_array, progress_bar
     from training.data.isic import load_isic
     from training.evaluation.copies import MAX_RECOMPRESSED, find_copies
     from training.evaluation.holdout import check_holdout, groups_of
-    from training.gan.card import trained_on
 
     if (bundle is None) == (out is None):
         raise RequestError("--bundle", "give either a bundle for the index, or --out for the index alone")

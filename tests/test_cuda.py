@@ -25,7 +25,7 @@ from dermis.errors import DermisError
 from dermis.networks import Discriminator, DiscriminatorConfig, Generator, GeneratorConfig, one_hot
 from dermis.synthesizer import Synthesizer
 from tiny import make_bundle as write_tiny_bundle
-from training.data.isic import ImageDataset
+from training.data.images import ImageDataset
 from training.distributed import Ranks
 from training.gan.batches import batches
 from training.gan.compact import load_compact_state, save_compact_state

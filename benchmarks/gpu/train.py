@@ -27,8 +27,7 @@ from dermis.devices import resolve_device
 from dermis.errors import TrainingError
 from dermis.files import write_file
 from dermis.imaging import contact_sheet, encode
-from training.data.images import load_images
-from training.data.isic import ImageDataset
+from training.data.images import ImageDataset, load_images
 from training.data.sources import read_source
 from training.distributed import Ranks
 from training.gan.batches import batches

@@ -148,6 +148,7 @@ def _labels(
 
     from dermis.classifier.onnx_session import Classifier
     from dermis.cpus import available_cpus
+    from dermis.imaging import as_rgb
     from dermis.synthesizer import Synthesizer
     from training.data.artefacts import NAMES, detect_artefacts
 
@@ -165,8 +166,7 @@ def _labels(
         for start in range(0, len(w), 64):
             ws = np.repeat(w[start : start + 64, None], generator.num_ws, axis=1)
             indices = range(start, start + len(ws))
-            images = synthesizer.images_from_ws(ws, "random", seeds=[seed] * len(ws), indices=indices)
-            images = images.repeat(3, axis=3) if images.shape[3] == 1 else images
+            images = as_rgb(synthesizer.images_from_ws(ws, "random", seeds=[seed] * len(ws), indices=indices))
             rows += pool.map(artefacts, images)
             if classifier is not None:
                 scores = classifier.classify(images, features=False)

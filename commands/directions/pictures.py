@@ -99,7 +99,7 @@ def sweep(
     from dermis.directions.edit import MAX_STRENGTH, Edit, apply_edits
     from dermis.errors import RequestError
     from dermis.files import write_file
-    from dermis.imaging import contact_sheet
+    from dermis.imaging import as_rgb, contact_sheet
     from dermis.synthesizer import Synthesizer
     from dermis.video import VideoFormat, encode_video
 
@@ -129,8 +129,7 @@ def sweep(
             moved = apply_edits(ws, [Edit(direction, strength)], known)
             # Every frame has the noise of its sample, so that the frames differ by the edit alone.
             images = synthesizer.images_from_ws(moved, "random", seeds=seeds, indices=indices)
-            images = images.repeat(3, axis=3) if images.shape[3] == 1 else images
-            frames.append(contact_sheet(images, columns=4, padding=0))
+            frames.append(contact_sheet(as_rgb(images), columns=4, padding=0))
     there_and_back = np.stack([*frames, *frames[-2:0:-1]])
     write_file(out, encode_video(there_and_back, kind, frame_ms=frame_ms))
     typer.echo(f"{out}: {samples} samples along {direction}, from {-reach:g} to {reach:g} and back")

@@ -79,7 +79,7 @@ def edge_cases(
 
     Ctrl-C saves the state. Run the same command again to continue; finished parts are not repeated. Not a medical device.
     """
-    from dermis.bundle import open_bundle
+    from dermis.bundle import open_bundle, trained_on
     from dermis.devices import resolve_device
     from dermis.explain.edge_cases import Criteria
     from dermis.latent_neighbours import check_options
@@ -116,8 +116,7 @@ def edge_cases(
     real = load_real(
         data, size, metadata=metadata, class_column=class_column, split=split, split_seed=split_seed, cache=cache
     )
-    trained_on = bundle.provenance.get("dataset")
-    if not isinstance(trained_on, dict) or trained_on.get("sha256") != real.train.sha256:
+    if trained_on(bundle.provenance) != real.train.sha256:
         typer.echo(
             "warning: the generator may have been trained on test images, which makes the numbers of both arms with "
             "generated images too good; train it on the training part alone (see docs/classifier.md)",

@@ -55,7 +55,7 @@ def frame_removal(
     The bundle needs directions and the classes benign and malignant. Ctrl-C saves the state. Run the same command again to
     continue. Not a medical device.
     """
-    from dermis.bundle import open_bundle
+    from dermis.bundle import open_bundle, trained_on
     from dermis.devices import resolve_device
     from training.classifier.config import ClassifierConfig
     from training.classifier.data import load_real
@@ -75,8 +75,7 @@ def frame_removal(
     overrides = parse_settings(settings or [], ClassifierConfig)
     config = ClassifierConfig(**overrides | ({} if resolution is None else {"size": resolution}))
     real = load_real(data, config.size, metadata=metadata, class_column=class_column, split=split, cache=cache)
-    trained_on = bundle.provenance.get("dataset")
-    if not isinstance(trained_on, dict) or trained_on.get("sha256") != real.train.sha256:
+    if trained_on(bundle.provenance) != real.train.sha256:
         typer.echo(
             "warning: the generator may have been trained on test images, which makes all numbers too good; train it on "
             "the training part alone (see docs/classifier.md)",

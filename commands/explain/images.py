@@ -136,6 +136,8 @@ def generated_images(
     Raises:
         DataError: The class of the images is not known.
     """
+    from dermis.imaging import as_rgb
+
     names = bundle.class_names or ((class_name,) if class_name else ())
     if not names:
         raise DataError(
@@ -151,9 +153,7 @@ def generated_images(
             indices = range(start, min(start + batch, count))
             labels = [i % len(names) for i in indices]
             images = synthesizer.images([seed] * len(indices), indices, labels, truncation_psi=truncation_psi)
-            if images.shape[3] == 1:
-                images = images.repeat(3, axis=3)
-            for i, label, image in zip(indices, labels, images, strict=True):
+            for i, label, image in zip(indices, labels, as_rgb(images), strict=True):
                 yield (
                     Item(
                         id=f"GEN_{seed}_{i:08d}",

@@ -3,32 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from training.federated import StrategyName, TaskName
 
 if TYPE_CHECKING:
     from training.federated.config import FederationConfig
 
-TaskOption = Annotated[Literal["gan", "classifier"], typer.Option(help="What is trained.")]
+TaskOption = Annotated[TaskName, typer.Option(help="What is trained.")]
 RoundsOption = Annotated[int, typer.Option(help="Number of rounds.")]
 IterationsOption = Annotated[int, typer.Option(help="Training steps of each client in a round.")]
 ResolutionOption = Annotated[int, typer.Option(help="Image side in pixels.")]
-StrategyOption = Annotated[
-    Literal[
-        "fedavg",
-        "fedprox",
-        "fedadam",
-        "fedadagrad",
-        "fedyogi",
-        "fedavgm",
-        "fedmedian",
-        "fedtrimmedavg",
-        "krum",
-        "multikrum",
-    ],
-    typer.Option(help="How the server combines the updates of the clients."),
-]
+StrategyOption = Annotated[StrategyName, typer.Option(help="How the server combines the updates of the clients.")]
 NameOption = Annotated[str, typer.Option(help="Name of the bundle, or title of the classifier.")]
 FederationOption = Annotated[
     list[str] | None,

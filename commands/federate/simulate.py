@@ -73,7 +73,8 @@ def simulate(
     from training.federated.simulation.simulate import simulate as run
 
     parts = None if split is None else hospitals_of_split(split)
-    clients = parts or hospital_sizes(hospitals, parse_sizes(sizes))
+    shares = {} if parts else hospital_sizes(hospitals, parse_sizes(sizes))
+    clients = len(parts or shares)
     federation = federation_config(
         settings,
         options,
@@ -87,13 +88,13 @@ def simulate(
         seed=seed,
         licence=licence,
         attribution=attribution,
-        clients=len(clients),
-        min_clients=min(2, len(clients)),
+        clients=clients,
+        min_clients=min(2, clients),
     )
-    federation = replace(federation, clients=len(clients))
+    federation = replace(federation, clients=clients)
     if parts is None:
         source = read_source(data, metadata=metadata, class_column=class_column, binary=federation.binary)
-        tables = divide(source, hospital_sizes(hospitals, parse_sizes(sizes)), out, seed)
+        tables = divide(source, shares, out, seed)
     else:
         tables = parts
     sites = hospital_sites(data, tables, out, class_column=class_column, cache=cache, device=device)

@@ -18,7 +18,7 @@ from commands.options import (
 )
 
 if TYPE_CHECKING:
-    from training.data.isic import ImageDataset
+    from training.data.images import ImageDataset
 
 
 def train_encoder(

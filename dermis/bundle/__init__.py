@@ -31,6 +31,7 @@ from dermis.bundle.bundle import (
     load_discriminator,
     load_generator,
     open_bundle,
+    trained_on,
     write_bundle,
 )
 from dermis.bundle.installed import DESCRIPTOR
@@ -47,5 +48,6 @@ __all__ = [
     "load_discriminator",
     "load_generator",
     "open_bundle",
+    "trained_on",
     "write_bundle",
 ]

@@ -92,6 +92,12 @@ class _BundleDescriptor(DescriptorModel):
     provenance: dict[str, Any]
 
 
+def trained_on(provenance: Mapping[str, Any]) -> str | None:
+    """SHA-256 of the training set that a bundle's provenance states, or None."""
+    dataset = provenance.get("dataset")  # in bundles of other programs it can be missing or of another type
+    return dataset.get("sha256") if isinstance(dataset, Mapping) else None
+
+
 def open_bundle(location: str | Path) -> Bundle:
     """Open a bundle and verify every file of it.
 

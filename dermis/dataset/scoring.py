@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from dermis.dataset.plan import DatasetPlan, latent_index
 from dermis.dataset.privacy import Checks, Examine, GateVerdict, verdicts
-from dermis.imaging import Images
+from dermis.imaging import Images, as_rgb
 
 Synthesize = Callable[[Sequence[int], Sequence[int]], Images]
 """(indices of latents [N], labels [N]) -> images, uint8 [N, H, W, 3]."""
@@ -99,7 +99,7 @@ def generate_samples(
     while pending := [sample for sample in samples if sample.index not in done]:
         candidates = [latent_index(sample.index, sample.tries) for sample in pending]
         images = synthesize(candidates, [sample.label for sample in pending])
-        colour = images.repeat(3, axis=3) if images.shape[3] == 1 else images
+        colour = as_rgb(images)
         probabilities: list[float | None] = [None] * len(pending)
         if plan.scored and score is not None:
             probabilities = np.round(score(colour), _DECIMALS).tolist()

@@ -23,14 +23,14 @@ from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from dermis.bundle import DESCRIPTOR, Bundle, open_bundle
+from dermis.bundle import DESCRIPTOR, Bundle, open_bundle, trained_on
 from dermis.bundle.folder import exists
 from dermis.classifier.preprocess import to_input
 from dermis.dataset.manifest import MANIFEST, METADATA
 from dermis.dataset.reading import open_dataset, samples_of
 from dermis.dataset.store import Store
 from dermis.errors import DataError
-from dermis.imaging import Images, decode
+from dermis.imaging import Images, as_rgb, decode
 from dermis.network_config import DEFAULT_NOISE_MODE
 from training.classifier.data import CLASS_NAMES
 from training.data.diagnoses import is_melanoma
@@ -198,12 +198,9 @@ def _bundle_images(bundle: Bundle, source: SyntheticSource, label: int, generati
                 truncation_psi=generation.truncation_psi,
                 noise_mode=DEFAULT_NOISE_MODE,
             )
-            if images.shape[3] == 1:
-                images = images.repeat(3, axis=3)
-            yield np.stack([to_input(image, generation.size) for image in images])
+            yield np.stack([to_input(image, generation.size) for image in as_rgb(images)])
             start += batch
 
-    trained_on = bundle.provenance.get("dataset")
     origin = {
         "kind": "bundle",
         "name": bundle.name,
@@ -212,7 +209,7 @@ def _bundle_images(bundle: Bundle, source: SyntheticSource, label: int, generati
         "truncation_psi": generation.truncation_psi,
         "noise_mode": DEFAULT_NOISE_MODE,
         "licence": bundle.provenance.get("licence", "unknown"),
-        "trained_on": trained_on.get("sha256") if isinstance(trained_on, dict) else None,
+        "trained_on": trained_on(bundle.provenance),
     }
     content = [
         bundle.digest,

@@ -8,8 +8,6 @@ from typing import Unpack
 from training.data.images import ImageDataset, load_images
 from training.data.sources import ReadOptions, read_source
 
-__all__ = ["ImageDataset", "load_isic"]
-
 
 def load_isic(
     folder: Path,

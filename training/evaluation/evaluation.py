@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from dermis.bundle import Bundle, amend_bundle, load_generator
+from dermis.bundle import Bundle, amend_bundle, load_generator, trained_on
 from dermis.devices import resolve_device
 from dermis.errors import DataError
 from dermis.features import FeatureExtractor
@@ -24,7 +24,7 @@ from dermis.network_config import NoiseMode
 from dermis.networks import Generator
 from dermis.synthesizer import Synthesizer
 from training.data.embedding import progress_bar
-from training.data.isic import ImageDataset
+from training.data.images import ImageDataset
 from training.evaluation import measure, pictures
 from training.evaluation.features import labels_in_proportion
 from training.evaluation.holdout import check_holdout, groups_of
@@ -32,7 +32,7 @@ from training.evaluation.measure import MIN_IMAGES, REPLICATES, ImageSets, Selec
 from training.evaluation.record import FORMAT_VERSION, discriminator_space
 from training.evaluation.report import report_page
 from training.evaluation.sets import Generation, all_features
-from training.gan.card import renewed_card, trained_on
+from training.gan.card import renewed_card
 
 CLOSEST, UNSELECTED, GRID, WALKS = 12, 8, 32, 4
 # Units of the progress bar: embedding one image is 1, so that the remaining time is useful.

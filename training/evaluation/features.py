@@ -12,8 +12,7 @@ from tqdm import tqdm
 from dermis.features import FeatureExtractor
 from training.data.cache import new_array, read_array
 from training.data.embedding import embed_array, progress_bar
-from training.data.images import DECODER_VERSION
-from training.data.isic import ImageDataset
+from training.data.images import DECODER_VERSION, ImageDataset
 
 BATCH = 32
 

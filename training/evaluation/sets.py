@@ -16,7 +16,7 @@ from dermis.errors import DermisError
 from dermis.features import FeatureExtractor, feature_extractor
 from dermis.network_config import NoiseMode
 from dermis.synthesizer import Synthesizer
-from training.data.isic import ImageDataset
+from training.data.images import ImageDataset
 from training.evaluation.features import BATCH, real_features
 from training.evaluation.measure import Features, ImageSets, Labels
 

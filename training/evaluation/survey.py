@@ -35,7 +35,7 @@ from dermis.network_config import NoiseMode
 
 if TYPE_CHECKING:
     from dermis.synthesizer import Synthesizer
-    from training.data.isic import ImageDataset
+    from training.data.images import ImageDataset
 
 FOR_EXPERTS = "for-experts"
 KEY = "secret/key.json"

@@ -190,7 +190,7 @@ def check_or_write_plan(out: Path, tasks: Sequence[ExperimentTask], evaluation: 
         _check_comparable(out, stored_plan)
         for task in tasks:
             if stored := stored_plan["experiments"].get(task.experiment.name):
-                _check_check_equal(out, task, stored)
+                _check_task(out, task, stored)
         planned = stored_plan["experiments"] | planned
     measured |= {"noise_mode": DEFAULT_NOISE_MODE, "metrics_format": FORMAT_VERSION}
     write_text_file(file, json.dumps({"measured": measured, "experiments": planned}, indent=2) + "\n")
@@ -219,7 +219,7 @@ def _planned(task: ExperimentTask) -> dict[str, Any]:
     }
 
 
-def _check_check_equal(out: Path, task: ExperimentTask, stored: Mapping[str, Any]) -> None:
+def _check_task(out: Path, task: ExperimentTask, stored: Mapping[str, Any]) -> None:
     name, planned = task.experiment.name, _planned(task)
     _check_equal(out, f"{name}: classes", stored["classes"], planned["classes"])
     for images in ("data", "holdout"):

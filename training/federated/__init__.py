@@ -13,6 +13,22 @@ updates are off unless the environment switches them on.
 """
 
 import os
+from typing import Literal
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+
+# Here, so that command lines list them without importing torch.
+TaskName = Literal["gan", "classifier"]
+StrategyName = Literal[
+    "fedavg",
+    "fedprox",
+    "fedadam",
+    "fedadagrad",
+    "fedyogi",
+    "fedavgm",
+    "fedmedian",
+    "fedtrimmedavg",
+    "krum",
+    "multikrum",
+]

@@ -11,25 +11,13 @@ import torch
 
 from dermis.errors import TrainingError
 from training.classifier.config import ClassifierConfig
+from training.federated import StrategyName, TaskName
 from training.gan.config import GanConfig, automatic_precision, base_config
 from training.options import check_choices, check_options, field_types, parse_assignments, parse_settings
 
-TaskName = Literal["gan", "classifier"]
 Share = Literal["both", "generator"]
 Optimizer = Literal["local", "shared"]
 WireDtype = Literal["fp32", "fp16", "bf16"]
-StrategyName = Literal[
-    "fedavg",
-    "fedprox",
-    "fedadam",
-    "fedadagrad",
-    "fedyogi",
-    "fedavgm",
-    "fedmedian",
-    "fedtrimmedavg",
-    "krum",
-    "multikrum",
-]
 PER_UPDATE_STRATEGIES = ("fedmedian", "fedtrimmedavg", "krum", "multikrum")
 """Strategies that need the update of each client. The others need the weighted mean only."""
 # Options that can change when a federation is continued: its length, waiting times, measurements and snapshots.

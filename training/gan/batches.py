@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from training.data.isic import ImageDataset
+from training.data.images import ImageDataset
 from training.distributed import ALONE, Ranks
 from training.gan.config import GanConfig
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dermis.bundle import trained_on
 from training.evaluation.record import discriminator_space, read_metrics
 from training.evaluation.table import copies, held_out_text, path_length_text, space_tables
 
@@ -69,11 +70,6 @@ def renewed_card(card: str, provenance: Mapping[str, Any], metrics: Mapping[str,
         return f"{card.rstrip()}\n\n{section}"
     after = card[old.end() :]
     return card[: old.start()] + section + ("\n" + after if after else "")
-
-
-def trained_on(provenance: Mapping[str, Any]) -> str | None:
-    """SHA-256 of the training set (`ImageDataset.sha256`); None if the bundle does not state it."""
-    return _section(provenance, "dataset").get("sha256")
 
 
 def _section(provenance: Mapping[str, Any], key: str) -> Mapping[str, Any]:

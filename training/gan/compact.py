@@ -28,7 +28,7 @@ from torch import Tensor
 
 from dermis.errors import TrainingError, escape
 from training.checkpoint import fill, flatten, read_flat, read_header
-from training.data.isic import ImageDataset
+from training.data.images import ImageDataset
 from training.gan.config import GanConfig
 from training.gan.state import GanState, changes_since, restore_scalars, scalars_of
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from dermis.errors import TrainingError
 from dermis.networks import Generator
 from training.checkpoint import checkpoint_path, locked
-from training.data.isic import ImageDataset
+from training.data.images import ImageDataset
 from training.distributed import Ranks
 from training.gan.batches import batches
 from training.gan.config import GanConfig

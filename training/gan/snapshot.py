@@ -19,7 +19,7 @@ from dermis.imaging import Images, contact_sheet, encode
 from dermis.latents import noise_vectors, z_for
 from dermis.networks import Discriminator, Generator, one_hot
 from dermis.synthesizer.network import noise_resolutions, to_uint8
-from training.data.isic import ImageDataset
+from training.data.images import ImageDataset
 from training.gan.best import Measurements
 from training.gan.card import model_card
 from training.gan.config import GanConfig

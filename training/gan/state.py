@@ -13,7 +13,7 @@ from torch import Tensor
 from dermis.errors import TrainingError
 from dermis.networks import Discriminator, Generator
 from training.checkpoint import load_checkpoint, read_state, save_checkpoint
-from training.data.isic import ImageDataset
+from training.data.images import ImageDataset
 from training.distributed import ALONE, Ranks
 from training.gan.augment import AdaptiveP
 from training.gan.config import STRUCTURE, GanConfig

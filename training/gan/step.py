@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dermis.networks import Generator, one_hot
-from training.data.isic import ImageDataset
+from training.data.images import ImageDataset
 from training.gan.batches import Batch, class_weights
 from training.gan.config import GanConfig
 from training.gan.loss import Phases

@@ -15,7 +15,7 @@ from dermis.bundle import Bundle
 from dermis.bundle.index import IndexDescription
 from dermis.classifier.preprocess import batch
 from dermis.errors import RequestError
-from dermis.imaging import Images
+from dermis.imaging import Images, as_rgb
 from services.gateway.dependencies import (
     Context,
     ContextDep,
@@ -113,8 +113,7 @@ async def _compare_generated(request: Request, context: Context) -> tuple[Bundle
     index = _index_of(bundle)
     rows = rows_of(body, bundle, class_of_each(body, bundle, context.settings.max_images))
     images = np.stack(await generate_within_limits(context, lambda: context.inference.generator.images(rows)))
-    colour = images.repeat(3, axis=3) if images.shape[3] == 1 else images
-    return bundle, index, await _nearest(context, bundle, batch(colour, index.resolution))
+    return bundle, index, await _nearest(context, bundle, batch(as_rgb(images), index.resolution))
 
 
 async def _nearest(context: Context, bundle: Bundle, inputs: Images) -> Nearest:

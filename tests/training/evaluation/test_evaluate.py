@@ -24,7 +24,8 @@ from dermis.features import FeatureExtractor
 from dermis.imaging import decode
 from dermis.synthesizer import Synthesizer
 from tiny import make_bundle
-from training.data.isic import ImageDataset, load_isic
+from training.data.images import ImageDataset
+from training.data.isic import load_isic
 from training.data.sources import Record
 from training.evaluation.evaluation import evaluate_bundle
 from training.evaluation.features import labels_in_proportion, real_features

@@ -26,7 +26,8 @@ from dermis.bundle import Bundle
 from dermis.errors import DataError
 from dermis.imaging import decode
 from dermis.synthesizer import Synthesizer
-from training.data.isic import ImageDataset, load_isic
+from training.data.images import ImageDataset
+from training.data.isic import load_isic
 from training.evaluation.survey import KeyImage, SurveyKey, create_survey, plan_survey, read_key
 from training.evaluation.survey_score import (
     Answers,

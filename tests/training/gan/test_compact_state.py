@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dermis.errors import TrainingError
-from training.data.isic import ImageDataset
+from training.data.images import ImageDataset
 from training.gan.batches import batches
 from training.gan.compact import (
     load_compact_state,

@@ -10,7 +10,7 @@ import torch
 
 from dermis.errors import TrainingError
 from dermis.networks import one_hot
-from training.data.isic import ImageDataset
+from training.data.images import ImageDataset
 from training.gan.config import auto_config
 from training.gan.loop import train
 from training.gan.loss import HINGE

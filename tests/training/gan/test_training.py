@@ -17,7 +17,8 @@ from dermis.bundle import load_generator, open_bundle
 from dermis.errors import BundleError, DataError, TrainingError
 from dermis.imaging import contact_sheet, decode
 from training.checkpoint import read_state
-from training.data.isic import ImageDataset, load_isic
+from training.data.images import ImageDataset
+from training.data.isic import load_isic
 from training.gan.augment import AdaptiveP
 from training.gan.batches import batches
 from training.gan.config import GanConfig, auto_config

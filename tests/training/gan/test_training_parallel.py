@@ -18,7 +18,7 @@ from torch import multiprocessing
 
 from dermis.errors import TrainingError
 from dermis.networks import minibatch_std
-from training.data.isic import ImageDataset
+from training.data.images import ImageDataset
 from training.distributed import Ranks, joined_ranks
 from training.gan import state
 from training.gan.augment import AUGMENTATIONS, augment

@@ -16,7 +16,7 @@ from dermis import features
 from dermis.bundle import load_discriminator, load_generator, open_bundle
 from dermis.errors import TrainingError
 from dermis.features import FeatureExtractor
-from training.data.isic import ImageDataset
+from training.data.images import ImageDataset
 from training.gan.batches import batches
 from training.gan.best import Measurements
 from training.gan.config import GanConfig, auto_config

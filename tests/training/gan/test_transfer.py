@@ -11,7 +11,7 @@ import torch
 from dermis.bundle import Bundle, load_generator, open_bundle, write_bundle
 from dermis.errors import BundleError, TrainingError
 from dermis.networks import Discriminator, DiscriminatorConfig, Generator, GeneratorConfig
-from training.data.isic import ImageDataset
+from training.data.images import ImageDataset
 from training.gan.config import GanConfig, auto_config
 from training.gan.loop import train
 from training.gan.snapshot import GeneratorOrigin, write_snapshot

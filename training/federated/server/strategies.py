@@ -23,7 +23,8 @@ from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
 from dermis.errors import TrainingError
-from training.federated.config import PER_UPDATE_STRATEGIES, FederationConfig, StrategyName
+from training.federated import StrategyName
+from training.federated.config import PER_UPDATE_STRATEGIES, FederationConfig
 from training.federated.messages.replies import WEIGHT, CheckedUpdate
 from training.federated.messages.serialization import Tensors
 from training.options import parse_assignments

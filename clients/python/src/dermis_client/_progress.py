@@ -16,7 +16,7 @@ from dermis_client.latent import Projection
 from dermis_client.models import DatasetRecord
 
 P = ParamSpec("P")
-R = TypeVar("R")
+R = TypeVar("R", bound=DatasetRecord)
 
 
 @contextmanager
@@ -64,7 +64,7 @@ def count_progress(
 
 
 @contextmanager
-def _dataset_bar() -> Iterator[Callable[[R], None]]:
+def _dataset_bar() -> Iterator[Callable[[DatasetRecord], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn
 
@@ -78,8 +78,7 @@ def _dataset_bar() -> Iterator[Callable[[R], None]]:
     ) as bars:
         task = bars.add_task("waiting", total=None, speed="")
 
-        def update(record: R) -> None:
-            assert isinstance(record, DatasetRecord)
+        def update(record: DatasetRecord) -> None:
             done = record.progress
             bars.update(
                 task,
