@@ -1,13 +1,19 @@
-"""Fixtures that several test files use."""
+"""Fixtures that several test files use.
+
+The tests for a GPU run on machines without the packages of the service and the command line, so these are imported where they
+are used.
+"""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dermis.bundle import Bundle
-from launched_service import launch  # noqa: F401  a fixture
 from tiny import make_bundle
 
 
@@ -22,3 +28,26 @@ def timm_classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from timm_classifier import make_timm_classifier
 
     return make_timm_classifier(tmp_path_factory.mktemp("classifiers") / "timm")
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """launch(bundles, port, ...) -> a service in processes of its own."""
+    from launched_service import launching
+
+    yield from launching(tmp_path)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """run("generate", ...) -> exit status, stdout, stderr."""
+    from commands import main as program
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["dermis", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            program.main()
+        out, err = capsys.readouterr()
+        return int(left.value.code or 0), out, err
+
+    return call

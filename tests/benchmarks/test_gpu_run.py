@@ -91,6 +91,13 @@ train.main()
     assert log == [20, 24, 28, 32], "the second run's own steps"
 
 
+def test_cuda_tests_are_collected_without_optional_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # plugins of packages that are missing there
+    collect = ["--collect-only", "-m", "cuda", "-p", "no:cacheprovider", "tests/test_cuda.py"]
+    done = python("import pytest\nsys.exit(pytest.main(sys.argv[1:]))", *collect)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_crashed_or_hung_part_does_not_end_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,27 +15,12 @@ from typing import Any, Self
 import numpy as np
 import pytest
 
-from commands import main as program
 from commands.console import table_console
 from dermis.bundle import Bundle
 from tiny import make_bundle
 
 ROOT = Path(__file__).resolve().parents[2]
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """run("generate", ...) -> exit status, stdout, stderr."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["dermis", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            program.main()
-        out, err = capsys.readouterr()
-        return int(left.value.code or 0), out, err
-
-    return call
 
 
 class Painter:

@@ -7,10 +7,7 @@ how it was made.
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -26,21 +23,10 @@ from dermis.networks import (
     modulated_conv2d,
     one_hot,
 )
+from parity import PARITY, TOLERANCE, case
 
-PARITY = Path(os.environ.get("DERMIS_PARITY", Path(__file__).parents[3] / "shared" / "parity"))
-TOLERANCE = 1e-4
 needs_parity = pytest.mark.skipif(not PARITY.is_dir(), reason=f"the parity cases are not at {PARITY}")
 both = pytest.mark.parametrize(("kind", "c_dim"), [("cond", 2), ("uncond", 0)])
-
-
-def case(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(state_dict, tensors of the case)."""
-    with np.load(PARITY / name) as file:
-        arrays = {key: torch.from_numpy(file[key]) for key in file}
-    return (
-        {key.removeprefix("state/"): value for key, value in arrays.items() if key.startswith("state/")},
-        {key.removeprefix("case/"): value for key, value in arrays.items() if key.startswith("case/")},
-    )
 
 
 def error(a: Tensor, b: Tensor) -> float:

@@ -50,8 +50,8 @@ class Launched:
         return False
 
 
-@pytest.fixture
-def launch(tmp_path: Path) -> Iterator[Callable[..., Launched]]:
+def launching(tmp_path: Path) -> Iterator[Callable[..., Launched]]:
+    """The body of the fixture `launch`: yields a function that starts a service, and stops all that it has started."""
     launched: list[Launched] = []
 
     def start(bundle: str, port: int, command: Sequence[str] = ("-m", "services.serve"), **settings: str) -> Launched:

@@ -21,43 +21,17 @@ from dermis import cpus
 from dermis.bundle import Bundle
 from dermis.devices import fast_dtype
 from dermis.errors import DermisError, RequestError
-from dermis.latents import noise_for, z_for
+from dermis.latents import z_for
 from dermis.networks import Generator, GeneratorConfig, NoiseMode, one_hot
 from dermis.synthesizer import Synthesizer, choice, cuda
 from dermis.synthesizer.model_cache import read_stages
-from dermis.synthesizer.network import ImageStage, noise_resolutions, to_uint8
+from dermis.synthesizer.network import ImageStage
+from plain_synthesis import CONFIGS, make_bundle, make_generator, reference
 
 Image = npt.NDArray[np.uint8]
 HAS_OPENVINO = importlib.util.find_spec("openvino") is not None
 needs_openvino = pytest.mark.skipif(not HAS_OPENVINO, reason="openvino does not work on this machine")
 BACKENDS = [pytest.param("openvino", marks=needs_openvino), "torch"]
-CONFIGS = {
-    "conditional": GeneratorConfig(32, c_dim=3, z_dim=16, w_dim=24, mapping_layers=2, channel_base=512),
-    "unconditional": GeneratorConfig(8, z_dim=16, w_dim=16, mapping_layers=1, channel_base=128, channel_max=16),
-    "grey": GeneratorConfig(16, z_dim=16, w_dim=16, img_channels=1, channel_base=128, channel_max=16),
-    "clamped": GeneratorConfig(64, c_dim=2, z_dim=16, w_dim=16, channel_base=512, num_fp16_res=3, conv_clamp=0.5),
-}
-
-
-@cache
-def make_generator(name: str) -> Generator:
-    """A random network whose noise, biases and mean style vector matter, with images that fill the range."""
-    torch.manual_seed(0)
-    generator = Generator(CONFIGS[name]).eval().requires_grad_(False)
-    for key, value in generator.named_parameters():
-        if key.endswith("noise_strength"):
-            value.fill_(0.2)
-        elif key.endswith("bias") and "affine" not in key:
-            value.normal_(std=0.2)
-        elif key.endswith("torgb.weight"):
-            value.mul_(0.3)
-    generator.mapping.w_avg.normal_()
-    return generator
-
-
-def make_bundle(generator: Generator) -> Bundle:
-    names = tuple(f"class{i}" for i in range(generator.config.c_dim))
-    return Bundle("", "test", "0" * 64, generator.config, None, names, {}, {}, "", {})
 
 
 @cache
@@ -66,30 +40,6 @@ def make(name: str, backend: str = "torch", dtype: str = "float32", threads: int
     return Synthesizer(
         make_bundle(generator), device="cpu", backend=backend, dtype=dtype, threads=threads, generator=generator
     )
-
-
-def reference(
-    name: str,
-    index: int,
-    label: int,
-    noise_mode: NoiseMode = "random",
-    truncation_psi: float = 1.0,
-    truncation_cutoff: int | None = None,
-) -> Image:
-    """Sample (7, index) by the plain float32 network."""
-    generator = make_generator(name)
-    if noise_mode == "random":
-        generator = copy.deepcopy(generator)
-        layers = [layer for block in generator.synthesis.blocks for layer in block.layers]
-        for layer, noise in zip(layers, noise_for(7, index, noise_resolutions(generator)), strict=True):
-            layer.noise_const.copy_(torch.from_numpy(noise))
-        noise_mode = "const"
-    c = one_hot([label], generator.config.c_dim)
-    z = torch.from_numpy(z_for(7, [index], generator.config.z_dim))
-    with torch.inference_mode():
-        ws = generator.mapping(z, c, truncation_psi, truncation_cutoff)
-        image: Image = to_uint8(generator.synthesis(ws, noise_mode, torch.float32)).numpy()[0]
-        return image
 
 
 def difference(a: Image, b: Image) -> npt.NDArray[np.int64]:

@@ -8,7 +8,6 @@ import json
 import re
 import shutil
 import stat
-import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from importlib.resources import files
@@ -21,7 +20,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from commands import main as program
 from dermis.bundle import Bundle
 from dermis.errors import DataError
 from dermis.imaging import decode
@@ -43,20 +41,6 @@ from training.evaluation.survey_score import (
 
 Run = Callable[..., tuple[int, str, str]]
 SEED = 987654321987  # long enough to be looked for in what is handed out
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """run("survey", ...) -> exit status, stdout, stderr."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["dermis", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            program.main()
-        out, err = capsys.readouterr()
-        return int(left.value.code or 0), out, err
-
-    return call
 
 
 @pytest.fixture(scope="module")
