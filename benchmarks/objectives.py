@@ -23,13 +23,13 @@ import torch
 from dermis.cpus import keep_freed_memory
 from dermis.devices import describe_hardware
 from dermis.features import feature_extractor
+from dermis.files import write_file
 from dermis.metrics import frechet_distance
 from dermis.metrics.neighbourhoods import compare_neighbourhoods
 from dermis.networks import Generator
 from training.data.images import ImageDataset
 from training.data.isic import load_isic
 from training.evaluation.features import BATCH, labels_in_proportion, real_features
-from training.experiments.plan import write_text_file
 from training.gan.batches import batches
 from training.gan.config import automatic_precision, base_config
 from training.gan.snapshot import draw_samples
@@ -177,7 +177,7 @@ def main() -> None:
                 "seconds": state.progress.seconds,
                 **measure(state.G_ema, parts, args.spaces, args.count, args.cache),
             }
-            write_text_file(file, json.dumps(result, indent=2) + "\n")
+            write_file(file, (json.dumps(result, indent=2) + "\n").encode())
             print(
                 f"{name}, seed {seed}: {state.progress.kimg:.1f} kimg, "
                 + ", ".join(f"FD@{space} {result[space]['fd']:.1f}" for space in args.spaces),

@@ -98,9 +98,9 @@ def measure(
             measure = partial(measurer.measure, indices=indices[:samples], seed=seed)
             document |= _effects(ws[:samples], directions, strengths[0], _first(before, samples), units, measure)
     if out is not None:
-        from training.experiments.plan import write_text_file
+        from dermis.files import write_file
 
-        write_text_file(out, json.dumps(document, indent=2, allow_nan=False) + "\n")
+        write_file(out, (json.dumps(document, indent=2, allow_nan=False) + "\n").encode())
         typer.echo(f"{out} written", err=True)
 
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from dermis.classifier.torch_network import TorchClassifier
 from dermis.errors import TrainingError
-from dermis.files import atomic_write
+from dermis.files import atomic_write, write_file
 from dermis.metrics.classification import auc
 from training.checkpoint import checkpoint_path
 from training.classifier.batches import TrainingSet, epoch_order, read_ahead, rotated_and_flipped, to_float
@@ -82,8 +82,7 @@ def train(
     if checkpoint.exists():
         load_state(checkpoint, state, config, data)
     if ranks.first:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+        write_file(out / "config.json", (json.dumps(config.to_dict(), indent=2) + "\n").encode())
     progress = state.progress
     if config.cached_features and features is None:
         measured = TrainingSet((validation.images,), validation.labels)

@@ -152,6 +152,11 @@ def _titled(parts: Mapping[str, Part], *, training: bool = True, short: bool = F
     return {titles[name]: parts[name] for name in COMPARISONS if name in parts}
 
 
+def fd_name(space: str) -> str:
+    """Return the name of the Fréchet distance in a feature space; it is the FID only with `inception`."""
+    return f"{'FID' if space == 'inception' else 'FD'}@{space}"
+
+
 def _rows(lines: Sequence[tuple[str, Callable[[Part], str]]], columns: Mapping[str, Part]) -> list[list[str]]:
     rows = [[label, *(_cell(text, part) for part in columns.values())] for label, text in lines]
     return [["", *columns], *(row for row in rows if any(row[1:]))]
@@ -164,12 +169,11 @@ def _lines(space: str, bandwidth: float | None) -> list[tuple[str, Callable[[Par
     def number(key: str) -> Callable[[Part], str]:
         return lambda part: f"{part[key]:.2f}"
 
-    distance = "FID" if space == "inception" else "FD"
     discrepancy = "CMMD" if space == "clip" else "MMD"
     width = "" if bandwidth is None else f" (bandwidth {bandwidth:.3g})"
     return [
         ("images on each side", _sizes),
-        (f"{distance}@{space}", lambda part: _with_interval(part, "fd", 1)),
+        (fd_name(space), lambda part: _with_interval(part, "fd", 1)),
         (f"KID@{space} x 1000", lambda part: _with_interval(part, "kid", 1000)),
         (f"{discrepancy}@{space} x 1000{width}", lambda part: _with_interval(part, "mmd", 1000)),
         (f"precision@{space}", share("precision")),

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from dermis.classifier.torch_network import TorchClassifier
 from dermis.explain.embeddings import Embedded, Item
+from dermis.files import write_file
 from training.classifier.batches import TrainingSet
 from training.classifier.calibration import calibrated, choose_thresholds, fit_temperature
 from training.classifier.config import ClassifierConfig
@@ -23,7 +24,6 @@ from training.classifier.network import new_network, prior_shift
 from training.classifier.synthetic import SyntheticImages
 from training.data.cache import new_array, read_array
 from training.distributed import Ranks
-from training.experiments.plan import write_text_file
 
 Floats = NDArray[np.float64]
 
@@ -115,7 +115,7 @@ class RunTrainer:
         on_test = calibrated(self._logits(best, real.test.images) + shift, temperature)
         rows = zip(real.test.ids, real.test.labels, on_test, strict=True)
         lines = [f"{image},{int(label)},{p:.6f}\n" for image, label, p in rows]
-        write_text_file(folder / "predictions.csv", "".join(["isic_id,label,calibrated\n", *lines]))
+        write_file(folder / "predictions.csv", "".join(["isic_id,label,calibrated\n", *lines]).encode())
         return TrainedRun(best, shift, temperature, thresholds["default"], on_test)
 
     def embedded(self, run: TrainedRun, images: NDArray[np.uint8], items: Sequence[Item]) -> Embedded:

@@ -18,11 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dermis.bundle.classifier import NOTICE
+from dermis.files import write_file
 from dermis.metrics import classification as metrics
 from training.classifier.data import RealPart
 from training.experiments.edge_case_runs import TrainedRun
 from training.experiments.edge_cases import ARMS, EdgeCaseResults, EdgePlan
-from training.experiments.plan import write_text_file
 
 RESULTS, TABLE = "results.json", "table.md"
 SUBSETS = ("edge cases", "the rest", "all")
@@ -83,9 +83,9 @@ def write_results(out: Path, part: RealPart, measured: EdgeCaseResults, plan: Ed
         "edge_cases": dict(measured.reasons),
         "measured": compared,
     }
-    write_text_file(out / RESULTS, json.dumps(content, indent=2) + "\n")
+    write_file(out / RESULTS, (json.dumps(content, indent=2) + "\n").encode())
     text = markdown(compared, measured, plan)
-    write_text_file(out / TABLE, text)
+    write_file(out / TABLE, text.encode())
     return text
 
 

@@ -37,6 +37,7 @@ from dermis.dataset.neighbours import read_description, write_neighbours
 from dermis.errors import TrainingError
 from dermis.explain.edge_cases import Criteria, EdgeScores, edge_case_rows, edge_scores, to_csv
 from dermis.explain.embeddings import GENERATED, REAL, Embedded, Item
+from dermis.files import write_file
 from dermis.latent_neighbours import Anchor, Space
 from dermis.synthesizer import Synthesizer
 from training.classifier.config import ClassifierConfig
@@ -45,7 +46,6 @@ from training.classifier.synthetic import SyntheticImages, SyntheticSource, load
 from training.data.diagnoses import is_melanoma
 from training.distributed import Ranks
 from training.experiments.edge_case_runs import RunTrainer, TrainedRun
-from training.experiments.plan import write_text_file
 
 ARMS = ("real", "random", "neighbours")
 NEIGHBOURS, PLAN = "neighbours", "plan.json"
@@ -142,7 +142,7 @@ def run_edge_cases(
     test = trainer.embedded(selector, real.test.images, _items(real))
     scores = _scores(test, real.test.labels, selector.threshold, plan.criteria)
     rows = edge_case_rows(test, scores, CLASS_NAMES, selector.threshold)
-    write_text_file(out / "edge-cases.csv", to_csv(rows))
+    write_file(out / "edge-cases.csv", to_csv(rows).encode())
     neighbours = _neighbours(trainer, selector, bundle, plan, out, device, progress_bar)
     counts = {name: neighbours.labels.count(label) for label, name in enumerate(CLASS_NAMES)}
     random_images = load_synthetic(
@@ -304,4 +304,4 @@ def _check_or_write_plan(
             if plan_content[name] != stored[name]:
                 raise TrainingError(f"{out}: was started with another --{name}; use the same, or choose another --out")
         return
-    write_text_file(file, json.dumps(plan_content, indent=2) + "\n")
+    write_file(file, (json.dumps(plan_content, indent=2) + "\n").encode())

@@ -38,6 +38,7 @@ from dermis.bundle.classifier import NOTICE
 from dermis.classifier.preprocess import batch as squares
 from dermis.directions.edit import Edit, bundle_offset
 from dermis.errors import TrainingError
+from dermis.files import write_file
 from dermis.imaging import Images
 from dermis.metrics import classification as metrics
 from dermis.network_config import DEFAULT_NOISE_MODE
@@ -50,7 +51,6 @@ from training.data.cache import new_array, read_array
 from training.data.diagnoses import is_melanoma
 from training.distributed import Ranks
 from training.experiments.edge_case_runs import RunTrainer, TrainedRun
-from training.experiments.plan import write_text_file
 
 ARMS = ("plain", "framed", "removed")
 PLAN, RESULTS, TABLE = "plan.json", "results.json", "table.md"
@@ -169,7 +169,7 @@ def _generate(
         with ExitStack() as stack:
             arrays = [stack.enter_context(new_array(files[arm, label], shape, np.uint8)) for arm in ARMS]
             tried[CLASS_NAMES[label]] = _generate_class(bundle, plan, numbers[label], arrays, device, progress_bar)
-        write_text_file(note, json.dumps(tried))
+        write_file(note, json.dumps(tried).encode())
     options = {
         "noise_mode": DEFAULT_NOISE_MODE,
         **{name: value for name, value in asdict(plan).items() if name != "seeds"},
@@ -289,7 +289,7 @@ def write_results(out: Path, test: RealPart, measured: FrameRemovalResults, plan
         "subsets": compared,
         "notice": NOTICE,
     }
-    write_text_file(out / RESULTS, json.dumps(document, indent=2) + "\n")
+    write_file(out / RESULTS, (json.dumps(document, indent=2) + "\n").encode())
     lines = [
         f"Classifiers were trained on {plan.per_class:,} generated images of each class, no real images, with {plan.seeds} "
         f"seeds, and tested on real images. Both moves along {plan.direction} ({plan.framing:+g} adds the frame, "
@@ -307,7 +307,7 @@ def write_results(out: Path, test: RealPart, measured: FrameRemovalResults, plan
             lines.append(f"| {subset} | {_TITLES[metric]} | {' | '.join(cells)} |")
     lines += ["", f"The paper reports {PAPER_ACCURACY:.0%} accuracy with 10,000 images of each class. {NOTICE}", ""]
     text = "\n".join(lines)
-    write_text_file(out / TABLE, text)
+    write_file(out / TABLE, text.encode())
     return text
 
 
@@ -369,4 +369,4 @@ def _check_or_write_plan(
                 f"{out}: was started with other settings ({', '.join(differing)}); use the same, or choose another --out"
             )
         return
-    write_text_file(file, json.dumps({**plan_content, "sha256": digest}, indent=2) + "\n")
+    write_file(file, (json.dumps({**plan_content, "sha256": digest}, indent=2) + "\n").encode())

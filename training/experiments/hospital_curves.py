@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from training.evaluation.table import fd_name
 from training.experiments.hospitals import CENTRAL, FEDERATED, Hospitals, curves
 from training.federated.site import site_images
 
@@ -30,7 +31,7 @@ def draw_curves(hospitals: Hospitals) -> None:
             axis.set_title(f"{hospital}: {len(images.train.labels):,} images", fontsize=9)
             axis.set_xlabel("thousand images shown at each hospital")
             axis.grid(alpha=0.25)
-        axes[0][0].set_ylabel(f"FID@{federation.extractor}")
+        axes[0][0].set_ylabel(fd_name(federation.extractor))
         axes[0][0].legend(frameon=False)
         figure.tight_layout()
         figure.savefig(hospitals.out / "curves.svg", metadata={"Date": None})

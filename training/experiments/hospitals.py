@@ -18,9 +18,10 @@ import torch
 
 from dermis.devices import resolve_device
 from dermis.errors import TrainingError
+from dermis.files import write_file
 from training.data.sources import Source
 from training.data.splits import write_rows
-from training.experiments.plan import write_text_file
+from training.evaluation.table import fd_name
 from training.federated.config import FederationConfig, gan_config
 from training.federated.server.gan_result import averaged_generator
 from training.federated.server.global_state import GlobalState
@@ -205,8 +206,8 @@ def results(hospitals: Hospitals) -> dict[str, Any]:
 def write_results(hospitals: Hospitals) -> dict[str, Any]:
     """Write results.json and table.md in the experiment's folder; returns the content of results.json."""
     content = results(hospitals)
-    write_text_file(hospitals.out / RESULTS, json.dumps(content, indent=2) + "\n")
-    write_text_file(hospitals.out / "table.md", markdown(content))
+    write_file(hospitals.out / RESULTS, (json.dumps(content, indent=2) + "\n").encode())
+    write_file(hospitals.out / "table.md", markdown(content).encode())
     return content
 
 
@@ -214,7 +215,7 @@ def markdown(content: Mapping[str, Any]) -> str:
     """Return two tables: distances at the end, and when levels were reached."""
     space, sizes, validation = content["extractor"], content["training_images"], content["validation_images"]
     arms = list(content["distances"])
-    lines = [f"FID@{space} at the end (best) | " + " | ".join(sizes), " | ".join(["---"] * (len(sizes) + 1))]
+    lines = [f"{fd_name(space)} at the end (best) | " + " | ".join(sizes), " | ".join(["---"] * (len(sizes) + 1))]
     lines.append(
         "images to train / to measure | " + " | ".join(f"{sizes[name]:,} / {validation[name]:,}" for name in sizes)
     )
@@ -227,7 +228,7 @@ def markdown(content: Mapping[str, Any]) -> str:
     text = "\n".join(f"| {line} |" for line in lines)
     head = [
         "hospital",
-        f"FID@{space}",
+        fd_name(space),
         "alone: rounds, kimg",
         "federated: rounds, kimg",
         "central: rounds, kimg",

@@ -17,7 +17,7 @@ import torch
 from dermis.bundle import check_names
 from dermis.errors import DataError, TrainingError, escape
 from dermis.features import FeatureExtractor
-from dermis.files import atomic_write
+from dermis.files import write_file
 from dermis.network_config import DEFAULT_NOISE_MODE
 from training.data.images import ImageDataset, load_images
 from training.data.sources import Source
@@ -193,21 +193,7 @@ def check_or_write_plan(out: Path, tasks: Sequence[ExperimentTask], evaluation: 
                 _check_task(out, task, stored)
         planned = stored_plan["experiments"] | planned
     measured |= {"noise_mode": DEFAULT_NOISE_MODE, "metrics_format": FORMAT_VERSION}
-    write_text_file(file, json.dumps({"measured": measured, "experiments": planned}, indent=2) + "\n")
-
-
-def write_text_file(file: Path, text: str) -> None:
-    """Write a text file completely or not at all. Missing folders are created.
-
-    Raises:
-        TrainingError: The file cannot be written.
-    """
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(file, concurrent=True) as partial:
-            partial.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise TrainingError(f"{file}: cannot be written ({error.strerror})") from None
+    write_file(file, (json.dumps({"measured": measured, "experiments": planned}, indent=2) + "\n").encode())
 
 
 def _planned(task: ExperimentTask) -> dict[str, Any]:

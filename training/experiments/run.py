@@ -20,9 +20,10 @@ import torch
 
 from dermis.bundle import open_bundle
 from dermis.errors import TrainingError, escape
+from dermis.files import write_file
 from dermis.network_config import DEFAULT_NOISE_MODE
 from training.evaluation.evaluation import evaluate_bundle, keep_metrics
-from training.experiments.plan import METRICS, EvaluationOptions, ExperimentTask, write_text_file
+from training.experiments.plan import METRICS, EvaluationOptions, ExperimentTask
 from training.gan.config import GanConfig
 from training.gan.loop import train
 from training.gan.snapshot import GeneratorOrigin, write_snapshot
@@ -126,7 +127,7 @@ def run_experiment(
         bundle=bundle.digest,
         metrics=evaluation.metrics,
     )
-    write_text_file(folder / METRICS, json.dumps(asdict(result), indent=2, sort_keys=True) + "\n")
+    write_file(folder / METRICS, (json.dumps(asdict(result), indent=2, sort_keys=True) + "\n").encode())
     return result
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
+from dermis.files import write_file
 from dermis.metrics import classification as metrics
 from dermis.metrics.classification import Estimate, Floats, Labels
 from training.classifier.data import RealPart
-from training.experiments.plan import write_text_file
 from training.experiments.scenarios import BASELINE, PAPER, TABLE2, Scenario
 from training.experiments.table import RESULTS, TABLE, markdown_table
 from training.experiments.table2 import ScenarioRun
@@ -170,9 +170,9 @@ def write_results(out: Path, rows: Sequence[Row], texts: Sequence[str]) -> None:
         }
         for row in rows
     }
-    write_text_file(out / RESULTS, json.dumps({"scenarios": content, "remarks": list(texts)}, indent=2) + "\n")
+    write_file(out / RESULTS, (json.dumps({"scenarios": content, "remarks": list(texts)}, indent=2) + "\n").encode())
     table = markdown_table(cells(rows))
-    write_text_file(out / TABLE, "\n\n".join(["# Effect of synthetic images", table, *texts]) + "\n")
+    write_file(out / TABLE, ("\n\n".join(["# Effect of synthetic images", table, *texts]) + "\n").encode())
 
 
 def _mean(metric: _RunMetric, runs: Sequence[ScenarioRun]) -> metrics.Metric:

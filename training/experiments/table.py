@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dermis.files import write_file
 from training.evaluation.record import first_space, read_metrics
 from training.experiments.choice import Candidate, Choice, choose
 from training.experiments.experiment import REPORTED, Experiment
-from training.experiments.plan import write_text_file
 from training.experiments.run import Result, read_result
 
 RESULTS = "results.json"
@@ -76,8 +76,8 @@ def write_outcome(out: Path, outcome: Outcome) -> None:
         for e in outcome.experiments
     }
     content = {"experiments": experiments, "chosen": vars(outcome.choice)}
-    write_text_file(out / RESULTS, json.dumps(content, indent=2) + "\n")
-    write_text_file(out / TABLE, markdown(outcome))
+    write_file(out / RESULTS, (json.dumps(content, indent=2) + "\n").encode())
+    write_file(out / TABLE, markdown(outcome).encode())
 
 
 def rows(outcome: Outcome) -> list[list[str]]:

@@ -20,12 +20,13 @@ from numpy.typing import NDArray
 from dermis.bundle import DESCRIPTOR
 from dermis.bundle.folder import exists
 from dermis.errors import TrainingError
+from dermis.files import write_file
 from training.classifier.config import ClassifierConfig
 from training.classifier.data import RealData
 from training.classifier.run import ClassifierData, ClassifierOrigin, train_classifier
 from training.classifier.synthetic import SyntheticImages, SyntheticSource, load_synthetic, parse_source
 from training.distributed import Ranks
-from training.experiments.plan import PLAN, write_text_file
+from training.experiments.plan import PLAN
 from training.experiments.scenarios import GENERATORS, Scenario, sources_of_table1
 
 DONE = "done.json"
@@ -171,7 +172,7 @@ def check_or_write_plan(
                 "another --out"
             )
     text = json.dumps({"options": options, "scenarios": stored | planned, "seeds": list(seeds)}, indent=2)
-    write_text_file(file, text + "\n")
+    write_file(file, (text + "\n").encode())
 
 
 def run_tasks(
@@ -229,7 +230,7 @@ def run_tasks(
             "epochs": trained.progress.epoch,
             "hours": round(trained.progress.seconds / 3600, 3),
         }
-        write_text_file(folder / DONE, json.dumps(summary, indent=2) + "\n")
+        write_file(folder / DONE, (json.dumps(summary, indent=2) + "\n").encode())
     return True
 
 

@@ -17,7 +17,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from dermis.errors import TrainingError
+from dermis.errors import StorageError, TrainingError
+from dermis.files import atomic_write, write_file
 
 CA, CERTIFICATE, KEY = "ca.pem", "server.pem", "server.key"
 _DAYS = 825
@@ -35,6 +36,7 @@ def write_certificates(out: Path, hosts: Sequence[str], days: int = _DAYS) -> No
 
     Raises:
         TrainingError: The folder has one of these files already.
+        StorageError: A file cannot be written.
     """
     for name in (CA, CERTIFICATE, KEY):
         if (out / name).exists():
@@ -70,9 +72,8 @@ def write_certificates(out: Path, hosts: Sequence[str], days: int = _DAYS) -> No
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .sign(authority_key, hashes.SHA384())
     )
-    out.mkdir(parents=True, exist_ok=True)
-    (out / CA).write_bytes(ca.public_bytes(serialization.Encoding.PEM))
-    (out / CERTIFICATE).write_bytes(server.public_bytes(serialization.Encoding.PEM))
+    write_file(out / CA, ca.public_bytes(serialization.Encoding.PEM))
+    write_file(out / CERTIFICATE, server.public_bytes(serialization.Encoding.PEM))
     private = server_key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
@@ -87,19 +88,19 @@ def write_client_key(out: Path) -> Path:
 
     Raises:
         TrainingError: One of the files exists.
+        StorageError: A file cannot be written.
     """
     public = out.with_name(f"{out.name}.pub")
     for path in (out, public):
         if path.exists():
             raise TrainingError(f"{path}: exists already; choose another name, or remove it")
     key = ec.generate_private_key(ec.SECP384R1())
-    out.parent.mkdir(parents=True, exist_ok=True)
     private = key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
     )
     _write_secret(out, private)
     text = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-    public.write_bytes(text + b"\n")
+    write_file(public, text + b"\n")
     return public
 
 
@@ -115,6 +116,12 @@ def _alternative(host: str) -> x509.GeneralName:
 
 
 def _write_secret(path: Path, content: bytes) -> None:
-    """Write a new file that only its owner can read, from its creation on."""
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(content)
+    """Write a file completely or not at all. Only its owner can read it, from its creation on."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path, concurrent=True) as partial:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+            with os.fdopen(os.open(partial, flags, 0o600), "wb") as file:
+                file.write(content)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be written: {error.strerror}") from None

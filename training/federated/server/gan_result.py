@@ -10,6 +10,7 @@ import torch
 
 from dermis import __version__
 from dermis.bundle import write_bundle
+from dermis.files import write_file
 from dermis.imaging import contact_sheet, encode
 from dermis.networks import Generator
 from training.federated.config import FederationConfig, gan_config
@@ -64,7 +65,7 @@ def write_result(federation: FederationConfig, state: GlobalState, out: Path) ->
         "code_version": __version__,
     }
     grid = contact_sheet(sample_grid(generator, device), columns=GRID)
-    (out / f"samples-{state.round:06d}.png").write_bytes(encode(grid))
+    write_file(out / f"samples-{state.round:06d}.png", encode(grid))
     write_bundle(
         out / FOLDER,
         name=federation.name,
