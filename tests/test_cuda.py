@@ -290,8 +290,8 @@ def test_projection_distance_decreases(tmp_path: Path) -> None:
     projector = ImageProjector(bundle, distance="lite0", device=str(DEVICE), batch_size=2)
     distances = []
     for count in (1, 30):
-        ((_, found),) = projector.project([Target(image, 0)], Schedule(steps=count))
-        distances.append(found.distance)
+        ((_, projection),) = projector.project([Target(image, 0)], Schedule(steps=count))
+        distances.append(projection.distance)
     assert distances[1] < distances[0]
 
 
@@ -333,9 +333,9 @@ def test_gpu_nearest_neighbours_match_cpu() -> None:
     index = new_index("ivf", 32, "8bit", len(rows))
     index.train(rows)
     index.add(rows)
-    exact, found = search(index, rows[:500], 1, 2)
+    exact, neighbours = search(index, rows[:500], 1, 2)
     ours, numbers = search(on_device(index, "cuda"), rows[:500], 1, 2)
-    assert (numbers == found).mean() > 0.99 and np.allclose(ours, exact, atol=1e-2)
+    assert (numbers == neighbours).mean() > 0.99 and np.allclose(ours, exact, atol=1e-2)
 
 
 def test_missing_gpu_raises_error() -> None:

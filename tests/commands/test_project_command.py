@@ -65,15 +65,21 @@ def results(out: Path) -> dict[str, Projection]:
 def test_projection_writes_result_picture_and_row_for_each_image(bundle: Bundle, folder: Path, tmp_path: Path) -> None:
     done = project(bundle, folder, tmp_path / "out", "--video", "gif")
     assert done.exit_code == 0, done.output
-    found = results(tmp_path / "out")
-    assert list(found) == ["0.safetensors", "1.safetensors", "2.safetensors", "3.safetensors", "more/4.safetensors"]
-    for name, projection in found.items():
+    projections = results(tmp_path / "out")
+    assert list(projections) == [
+        "0.safetensors",
+        "1.safetensors",
+        "2.safetensors",
+        "3.safetensors",
+        "more/4.safetensors",
+    ]
+    for name, projection in projections.items():
         path = tmp_path / "out" / name
         assert np.array_equal(decode(path.with_suffix(".png").read_bytes()), projection.image)
         assert path.with_suffix(".gif").read_bytes().startswith(b"GIF89a")
     rows = list(csv.DictReader((tmp_path / "out" / "projections.csv").open()))
-    assert [row["result"] for row in rows] == list(found)
-    assert [float(row["distance"]) for row in rows] == [projection.distance for projection in found.values()]
+    assert [row["result"] for row in rows] == list(projections)
+    assert [float(row["distance"]) for row in rows] == [projection.distance for projection in projections.values()]
     assert decode((tmp_path / "out" / "pairs.png").read_bytes()).shape[1] > 4 * 16
 
 

@@ -60,14 +60,14 @@ def test_neighbour_at_given_distance_does_not_depend_on_count(tmp_path: Path) ->
             neighbours_of(generator, anchor, [2], distance=0.1, truncation_psi=psi)[0], many[2], atol=1e-6
         )
     assert len({each.tobytes() for each in many}) == 4
-    given = Anchor("g", 1, 3, 7, ws=anchor_ws(generator, anchor))
+    stored = Anchor("g", 1, 3, 7, ws=anchor_ws(generator, anchor))
     np.testing.assert_allclose(
-        neighbours_of(generator, given, [0], distance=0.1),
+        neighbours_of(generator, stored, [0], distance=0.1),
         neighbours_of(generator, anchor, [0], distance=0.1),
         atol=1e-6,
     )
     with pytest.raises(DataError, match="no z"):
-        neighbours_of(generator, given, [0], distance=0.1, space="z")
+        neighbours_of(generator, stored, [0], distance=0.1, space="z")
     for distance, space in ((0.0, "w"), (2.1, "z"), (0.1, "x")):
         with pytest.raises(DataError):
             neighbours_of(generator, anchor, [0], distance=distance, space=space)  # type: ignore[arg-type]
@@ -121,8 +121,8 @@ def test_neighbour_folder_resumes_to_same_bytes_and_loads(tmp_path: Path) -> Non
         "0",
         "4",
     ]
-    described = read_description(tmp_path / "whole")
-    assert (described["distance"], described["space"], described["bundle"]["digest"]) == (0.1, "w", bundle.digest)
+    description = read_description(tmp_path / "whole")
+    assert (description["distance"], description["space"], description["bundle"]["digest"]) == (0.1, "w", bundle.digest)
     taken = load_synthetic(
         [SyntheticSource(str(tmp_path / "whole"))],
         {"benign": 30, "malignant": 60},

@@ -207,8 +207,8 @@ def test_neighbours_have_the_noise_of_their_anchor(noisy: Bundle, synthesizer: S
     ws = np.full((noisy.generator.num_ws, noisy.generator.w_dim), 0.3, np.float32)
     anchors = [Anchor("sample", 0, 9, 1), Anchor("projection", 1, 0, 0, ws)]
     write_neighbours(tmp_path / "out", noisy, generator, synthesizer, anchors, count=2, distance=0.1)
-    described = json.loads((tmp_path / "out" / "neighbours.json").read_text())
-    assert [each["noise_mode"] for each in described["anchors"]] == ["random", "const"]
+    description = json.loads((tmp_path / "out" / "neighbours.json").read_text())
+    assert [each["noise_mode"] for each in description["anchors"]] == ["random", "const"]
     for place, (anchor, noise_mode) in enumerate(zip(anchors, ("random", "const"), strict=True)):
         moved = neighbours_of(generator, anchor, [1], distance=0.1)
         expected = synthesizer.images_from_ws(moved, noise_mode, seeds=[anchor.seed], indices=[anchor.index])[0]  # type: ignore[arg-type]
@@ -251,8 +251,8 @@ def test_a_manifest_of_constant_noise_gives_the_same_bytes(
         manifest.write_text(json.dumps(document))
     assert parse_manifest(manifest.read_bytes(), "m").request.noise_mode == "const"
     assert "checked, all hashes match" in invoke("verify", "old")
-    told = invoke("generate", "--manifest", manifest, "--bundle", noisy.location, "--out", "new")
-    assert "byte for byte" in told
+    output = invoke("generate", "--manifest", manifest, "--bundle", noisy.location, "--out", "new")
+    assert "byte for byte" in output
     drawn = images_in(tmp_path / "new" / "images.zip")
     assert np.array_equal(drawn["SYN_00000000"], synthesizer.images([7], [0], [0], noise_mode="const")[0])
 

@@ -403,10 +403,10 @@ def environment() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             versions[name] = "missing"
     try:
-        found = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        match = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
-        found = None
-    flags = found[1].split() if found else []
+        match = None
+    flags = match[1].split() if match else []
     return {"machine": platform.machine(), **versions, "instructions": [flag for flag in _FLAGS if flag in flags]}
 
 

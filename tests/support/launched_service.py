@@ -30,8 +30,8 @@ class Launched:
     log: Path
 
     def progress(self, dataset: dict[str, Any]) -> dict[str, Any]:
-        found: dict[str, Any] = self.client.get(dataset["links"]["self"]).json()
-        return found
+        status: dict[str, Any] = self.client.get(dataset["links"]["self"]).json()
+        return status
 
     def wait_until(self, condition: Callable[[], bool], seconds: float = START_SECONDS) -> None:
         try:

@@ -202,18 +202,18 @@ class Service:
     def wait(self, dataset: Mapping[str, Any], *states: str, seconds: float = PATIENCE_SECONDS) -> dict[str, Any]:
         """The dataset once it is in one of `states` (default: once it has ended)."""
         ends = states or ("succeeded", "failed", "cancelled")
-        found: dict[str, Any] = {}
+        status: dict[str, Any] = {}
         wait_for(
-            lambda: found.update(self.client.get(dataset["links"]["self"]).json()) or found["state"] in ends, seconds
+            lambda: status.update(self.client.get(dataset["links"]["self"]).json()) or status["state"] in ends, seconds
         )
-        return found
+        return status
 
     def wait_for_shards(self, dataset: Mapping[str, Any], shards: int) -> None:
         """Return once that many shards of a dataset are done."""
 
         def done() -> bool:
-            found = self.client.get(dataset["links"]["self"]).json()
-            return bool(found["progress"]["shards_done"] >= shards)
+            status = self.client.get(dataset["links"]["self"]).json()
+            return bool(status["progress"]["shards_done"] >= shards)
 
         wait_for(done)
 
@@ -309,8 +309,8 @@ def service(bundles: Path | str, data_dir: Path, **settings: Any) -> Iterator[Se
 
 def make_directly(bundle: Any, request: Mapping[str, Any], folder: Path) -> dict[str, bytes]:
     """The files that the library makes of a request, without any service, by name."""
-    wanted = DatasetRequest.model_validate(request)
-    planned = plan_for(wanted, bundle)
+    dataset_request = DatasetRequest.model_validate(request)
+    planned = plan_for(dataset_request, bundle)
     identity = {
         **IDENTITY,
         **(CLASSIFIER_IDENTITY if planned.scored else {}),
@@ -318,10 +318,10 @@ def make_directly(bundle: Any, request: Mapping[str, Any], folder: Path) -> dict
     }
     options = Options(
         bundle.digest,
-        wanted.truncation_psi,
-        wanted.truncation_cutoff,
-        wanted.noise_mode,
-        edits=wanted.moves,
+        dataset_request.truncation_psi,
+        dataset_request.truncation_cutoff,
+        dataset_request.noise_mode,
+        edits=dataset_request.moves,
         directions=[direction.name for direction in bundle.directions],
     )
     store = Store(folder)
@@ -341,7 +341,7 @@ def make_directly(bundle: Any, request: Mapping[str, Any], folder: Path) -> dict
         write_shard(
             planned,
             shard,
-            lambda indices, labels: np.stack(draw(pack_rows(options, wanted.seed, indices, labels))),
+            lambda indices, labels: np.stack(draw(pack_rows(options, dataset_request.seed, indices, labels))),
             store,
             score=score,
             examine=examine,

@@ -51,8 +51,8 @@ def index_of(folder: Path, features: Floats, **options: Any) -> Index:
 
 
 def distances(a: Floats, b: Floats) -> Floats:
-    found: Floats = cdist(a, b).astype(np.float32)
-    return found
+    values: Floats = cdist(a, b).astype(np.float32)
+    return values
 
 
 # -- the index
@@ -65,16 +65,16 @@ def test_a_flat_index_agrees_with_brute_force(
 ) -> None:
     base, queries = rows(count, dim, seed=count), rows(7, dim, seed=1)
     groups = [str(i // 3 if grouped and count > 3 else i) for i in range(count)]
-    found = index_of(tmp_path_factory.mktemp("i") / "x", base, metric=metric, dim=None, storage="float", groups=groups)
+    index = index_of(tmp_path_factory.mktemp("i") / "x", base, metric=metric, dim=None, storage="float", groups=groups)
     if metric == "cosine":
         base, queries = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (base, queries))
     apart = distances(base, base)
     apart[np.array(groups)[:, None] == np.array(groups)[None]] = np.inf
-    assert np.allclose(found.radii, apart.min(axis=1), atol=2e-3)
-    nearest, exact = found.nearest(queries), distances(queries, base)
+    assert np.allclose(index.radii, apart.min(axis=1), atol=2e-3)
+    nearest, exact = index.nearest(queries), distances(queries, base)
     assert np.allclose(nearest.distances, exact.min(axis=1), atol=2e-3)
     assert np.allclose(exact[np.arange(7), nearest.neighbours], exact.min(axis=1), atol=2e-3)
-    assert np.array_equal(nearest.radii, found.radii[nearest.neighbours])
+    assert np.array_equal(nearest.radii, index.radii[nearest.neighbours])
 
 
 @pytest.mark.parametrize("kind", ["flat", "hnsw", "ivf"])
@@ -84,20 +84,20 @@ def test_compact_index_approximates_exact_neighbours(
     monkeypatch.setattr("dermis.authenticity.build.MIN_APPROXIMATE", 0)
     mixing = rows(12, 48, seed=3)
     base, queries = rows(3000, 12) @ mixing, rows(200, 12, seed=1) @ mixing  # of 48 dimensions 12 matter
-    found = index_of(tmp_path / "x", base, kind=kind, dim=12, metric="l2")
-    assert (found.description.kind, found.description.exact_radii) == (kind, 1)
-    assert found.description.explained == pytest.approx(1, abs=1e-4)
+    index = index_of(tmp_path / "x", base, kind=kind, dim=12, metric="l2")
+    assert (index.description.kind, index.description.exact_radii) == (kind, 1)
+    assert index.description.explained == pytest.approx(1, abs=1e-4)
     to_others = distances(base, base)
     np.fill_diagonal(to_others, np.inf)
     assert (
-        np.abs(found.radii / to_others.min(axis=1) - 1) < 0.1
+        np.abs(index.radii / to_others.min(axis=1) - 1) < 0.1
     ).mean() > 0.99  # though the search itself is approximate
     exact = distances(queries, base)
-    nearest = found.nearest(queries)
+    nearest = index.nearest(queries)
     assert (exact.argmin(axis=1) == nearest.neighbours).mean() > 0.9
     assert np.median(np.abs(nearest.distances - exact.min(axis=1)) / exact.min(axis=1)) < 0.02
-    stored = found.stored(np.arange(50))
-    assert np.abs(distances(stored, found.projected(base[:50])).diagonal()).max() < 0.05 * np.linalg.norm(stored[0])
+    stored = index.stored(np.arange(50))
+    assert np.abs(distances(stored, index.projected(base[:50])).diagonal()).max() < 0.05 * np.linalg.norm(stored[0])
 
 
 def test_index_of_same_embeddings_has_same_bytes(tmp_path: Path) -> None:
@@ -108,34 +108,34 @@ def test_index_of_same_embeddings_has_same_bytes(tmp_path: Path) -> None:
 
 
 def test_index_baseline_matches_its_embeddings(tmp_path: Path) -> None:
-    found = index_of(tmp_path / "x", rows(200), held_out=rows(50, seed=2))
-    described = found.description
-    assert described.radii[50] == pytest.approx(float(np.median(found.radii)), rel=1e-5)
-    assert (described.radii[0], described.radii[100]) == (
-        pytest.approx(found.radii.min()),
-        pytest.approx(found.radii.max()),
+    index = index_of(tmp_path / "x", rows(200), held_out=rows(50, seed=2))
+    description = index.description
+    assert description.radii[50] == pytest.approx(float(np.median(index.radii)), rel=1e-5)
+    assert (description.radii[0], description.radii[100]) == (
+        pytest.approx(index.radii.min()),
+        pytest.approx(index.radii.max()),
     )
-    assert described.held_out == 50 and found.held_out is not None and found.held_out.shape == (50, 24)
-    verdicts = verdicts_of(found.nearest(rows(50, seed=2)), described)
-    assert described.held_out_distances[50] == pytest.approx(float(np.median(verdicts.distances)), rel=1e-4)
+    assert description.held_out == 50 and index.held_out is not None and index.held_out.shape == (50, 24)
+    verdicts = verdicts_of(index.nearest(rows(50, seed=2)), description)
+    assert description.held_out_distances[50] == pytest.approx(float(np.median(verdicts.distances)), rel=1e-4)
 
 
 def test_verdicts_separate_copies_from_distant_images(tmp_path: Path) -> None:
     base = rows(200)
-    found = index_of(tmp_path / "x", base, metric="l2", dim=None, storage="float")
+    index = index_of(tmp_path / "x", base, metric="l2", dim=None, storage="float")
     near = base + rows(200, seed=5) * 0.01
     far = base * 3
-    copies, others = (verdicts_of(found.nearest(x), found.description) for x in (near, far))
+    copies, others = (verdicts_of(index.nearest(x), index.description) for x in (near, far))
     assert not copies.authentic.any() and (copies.percentiles < 1).all()
     assert others.authentic.mean() > 0.9 and (others.distances > others.radii).mean() == others.authentic.mean()
-    placed = verdicts_of(found.nearest(base[:1]), found.description)
+    placed = verdicts_of(index.nearest(base[:1]), index.description)
     assert placed.percentiles[0] == 0 and not placed.authentic[0]
-    assert found.nearest(np.empty((0, 24), np.float32)).distances.shape == (0,)
+    assert index.nearest(np.empty((0, 24), np.float32)).distances.shape == (0,)
 
 
 def test_damaged_index_is_refused_with_reason(tmp_path: Path) -> None:
     index_of(tmp_path / "good", rows(100))
-    described = json.loads((tmp_path / "good" / DESCRIPTOR).read_text())
+    descriptor = json.loads((tmp_path / "good" / DESCRIPTOR).read_text())
 
     def broken(change: Any) -> str:
         folder = tmp_path / "bad"
@@ -147,7 +147,7 @@ def test_damaged_index_is_refused_with_reason(tmp_path: Path) -> None:
         return str(error.value)
 
     def rewritten(**fields: Any) -> Any:
-        return lambda folder: (folder / DESCRIPTOR).write_text(json.dumps({**described, **fields}))
+        return lambda folder: (folder / DESCRIPTOR).write_text(json.dumps({**descriptor, **fields}))
 
     assert "index.faiss: differs" in broken(lambda folder: (folder / INDEX).write_bytes(b"x" * 100))
     assert "radii.npy is missing" in broken(lambda folder: (folder / RADII).unlink())
@@ -155,7 +155,7 @@ def test_damaged_index_is_refused_with_reason(tmp_path: Path) -> None:
     assert "kind: 'tree' is none of" in broken(rewritten(kind="tree"))
     assert "is not of the kind hnsw" in broken(rewritten(kind="hnsw"))
     assert "holds other vectors" in broken(rewritten(vectors=99))
-    assert "must rise" in broken(rewritten(radii=described["radii"][::-1]))
+    assert "must rise" in broken(rewritten(radii=descriptor["radii"][::-1]))
     assert "dim: 30 is above" in broken(rewritten(dim=30))
     with pytest.raises(RequestError, match="1 images; an index needs at least 2"):
         build_index(rows(1), **SPACE)  # type: ignore[arg-type]
@@ -201,14 +201,14 @@ def test_duplicate_embeddings_do_not_disable_authenticity_check(tmp_path: Path, 
     copies = {"three": base[:3], "a third": base[:66], "all twice": base, "ten of each": np.tile(base, (9, 1))}[name]
     clean = index_of(tmp_path / "clean", base)
     index = index_of(tmp_path / "dup", again(base, copies))
-    first, described = clean.description.radii[1], index.description
-    assert described.radii[1] == pytest.approx(first, rel=0.05) and baseline_problem(described) is None
-    duplicates = described.duplicates
+    first, description = clean.description.radii[1], index.description
+    assert description.radii[1] == pytest.approx(first, rel=0.05) and baseline_problem(description) is None
+    duplicates = description.duplicates
     assert duplicates is not None and duplicates.distinct == 200
     assert duplicates.groups == min(len(copies), 200) and duplicates.images == len(copies) + duplicates.groups
-    saved_again = verdicts_of(index.nearest(again(base, base)[200:]), described)
+    saved_again = verdicts_of(index.nearest(again(base, base)[200:]), description)
     assert not saved_again.authentic.any() and (saved_again.percentiles < 1).all()
-    fresh = verdicts_of(index.nearest(rows(200, seed=3)), described)
+    fresh = verdicts_of(index.nearest(rows(200, seed=3)), description)
     assert fresh.authentic.mean() > 0.3 and (fresh.percentiles < 1).mean() < 0.1
 
 
@@ -272,17 +272,17 @@ def test_a_weak_baseline_is_named(tmp_path: Path) -> None:
 def test_an_index_of_the_first_format_is_read(tmp_path: Path) -> None:
     index_of(tmp_path / "x", rows(100))
     file = tmp_path / "x" / DESCRIPTOR
-    described = json.loads(file.read_text())
-    del described["duplicates"], described["exact_radii"]
-    file.write_text(json.dumps({**described, "format_version": 1}))
+    descriptor = json.loads(file.read_text())
+    del descriptor["duplicates"], descriptor["exact_radii"]
+    file.write_text(json.dumps({**descriptor, "format_version": 1}))
     old = open_index(tmp_path / "x", device="cpu").description
     assert (
         old.duplicates is None
         and baseline_problem(old) is None
         and "built by an older version" in baseline_sentence(old)
     )
-    spoilt = [0.0, 0.0, *described["radii"][2:]]
-    file.write_text(json.dumps({**described, "radii": spoilt, "format_version": 1}))
+    spoilt = [0.0, 0.0, *descriptor["radii"][2:]]
+    file.write_text(json.dumps({**descriptor, "radii": spoilt, "format_version": 1}))
     assert "build the index again" in str(baseline_problem(open_index(tmp_path / "x", device="cpu").description))
 
 
@@ -303,14 +303,14 @@ def test_index_build_command_adds_index_to_bundle(bundle: Bundle, tmp_path: Path
     done = CliRunner().invoke(app, [*command, "--device", "cpu"])
     assert done.exit_code == 0, done.output
     assert "60" in done.output and "attacks cannot be measured" in done.output
-    found = open_bundle(tmp_path / "b")
-    assert found.authenticity is not None and found.digest != bundle.digest
-    described = found.authenticity
-    assert (described.vectors, described.extractor, described.resolution) == (60, "classifier", 16)
-    assert described.provenance["grouped"] is True  # two images a patient
+    indexed = open_bundle(tmp_path / "b")
+    assert indexed.authenticity is not None and indexed.digest != bundle.digest
+    description = indexed.authenticity
+    assert (description.vectors, description.extractor, description.resolution) == (60, "classifier", 16)
+    assert description.provenance["grouped"] is True  # two images a patient
     data = b"".join(file.read_bytes() for file in (tmp_path / "b" / "authenticity").iterdir())
     assert b"ISIC_" not in data and b"IP_0" not in data
-    with Checker(found, device="cpu") as checker:
+    with Checker(indexed, device="cpu") as checker:
         images = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
         assert checker.check(images).distances.shape == (5,)
         assert set(checker.identity) == {"authenticity", "faiss"}
@@ -398,18 +398,18 @@ def test_memorising_generator_fails_and_honest_generator_passes(tmp_path: Path) 
     embedder = Embedder("lite0", None, device="cpu")
     sets = {"train": train, "held_out": held_out, "honest": honest, "copies": copies}
     features = {name: embedder.embed(images, 16) for name, images in sets.items()}
-    found = index_of(tmp_path / "x", features["train"], held_out=features["held_out"])
-    caught = verdicts_of(found.nearest(features["copies"]), found.description)
-    passed = verdicts_of(found.nearest(features["honest"]), found.description)
+    index = index_of(tmp_path / "x", features["train"], held_out=features["held_out"])
+    caught = verdicts_of(index.nearest(features["copies"]), index.description)
+    passed = verdicts_of(index.nearest(features["honest"]), index.description)
     assert caught.authentic.mean() < 0.2 and passed.authentic.mean() > 0.3
     assert np.median(caught.percentiles) < 5 and np.median(passed.percentiles) > 20
-    assert found.held_out is not None
+    assert index.held_out is not None
     outcomes = {}
     for name in ("copies", "honest"):
-        generated = [found.projected(features[name])]
-        to_members = nearest_generated(found.stored(np.arange(20)), generated)
-        outcomes[name] = attack(to_members, nearest_generated(found.held_out, generated))
-        share = identifiability(found.radii, to_members)
+        generated = [index.projected(features[name])]
+        to_members = nearest_generated(index.stored(np.arange(20)), generated)
+        outcomes[name] = attack(to_members, nearest_generated(index.held_out, generated))
+        share = identifiability(index.radii, to_members)
         assert share > 0.8 if name == "copies" else share < 0.75
     assert outcomes["copies"].succeeds and outcomes["copies"].auc > 0.8
     assert not outcomes["honest"].succeeds

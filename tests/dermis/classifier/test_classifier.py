@@ -39,9 +39,9 @@ def images(count: int = 5) -> list[Images]:
 
 def test_written_classifier_opens_unchanged(tmp_path: Path) -> None:
     made = make_classifier(tmp_path / "c", metrics={"auc": 0.75})
-    found = open_classifier(tmp_path / "c")
-    assert found == made
-    assert (found.input.size, found.metrics, set(found.files)) == (
+    opened = open_classifier(tmp_path / "c")
+    assert opened == made
+    assert (opened.input.size, opened.metrics, set(opened.files)) == (
         SIZE,
         {"auc": 0.75},
         {"classifier.onnx", "CLASSIFIER_CARD.md"},
@@ -115,15 +115,15 @@ def test_invalid_classifier_is_not_written(tmp_path: Path) -> None:
 def test_bundle_keeps_attached_classifier_when_amended(tmp_path: Path) -> None:
     plain = make_bundle(tmp_path / "b")
     assert plain.classifier is None
-    described = make_classifier(tmp_path / "c")
+    description = make_classifier(tmp_path / "c")
     with_it = amend_bundle(plain, parts={"classifier": tmp_path / "c"})
-    assert with_it.classifier == described
+    assert with_it.classifier == description
     assert with_it.digest != plain.digest
     assert with_it.files["generator.safetensors"] == plain.files["generator.safetensors"]
     assert with_it.model_card.startswith("# Tiny\n") and NOTICE in with_it.model_card
     # The section on it outlives a new card, and comes once.
     again = amend_bundle(with_it, model_card="# New\n", metrics={"kid": 1.0})
-    assert again.classifier == described and again.model_card.count(NOTICE) == 1
+    assert again.classifier == description and again.model_card.count(NOTICE) == 1
     other = make_classifier(tmp_path / "d", temperature=3.25)
     replaced = amend_bundle(again, parts={"classifier": tmp_path / "d"})
     assert replaced.classifier == other and replaced.model_card.count(NOTICE) == 1
@@ -158,12 +158,12 @@ def test_bundle_with_damaged_classifier_is_refused(tmp_path: Path, damage: Any, 
 
 def test_attach_command_adds_only_valid_classifier(tmp_path: Path) -> None:
     make_bundle(tmp_path / "b")
-    described = make_classifier(tmp_path / "c")
+    description = make_classifier(tmp_path / "c")
     done = CliRunner().invoke(app, ["bundle", "attach-classifier", str(tmp_path / "b"), str(tmp_path / "c")])
-    assert done.exit_code == 0 and described.digest in done.output and "warning" not in done.output
+    assert done.exit_code == 0 and description.digest in done.output and "warning" not in done.output
     assert CliRunner().invoke(app, ["bundle", "verify", str(tmp_path / "b")]).exit_code == 0
     shown = json.loads(CliRunner().invoke(app, ["bundle", "show", str(tmp_path / "b")]).output)
-    assert shown["classifier"]["digest"] == described.digest
+    assert shown["classifier"]["digest"] == description.digest
     make_classifier(tmp_path / "fine", size=2 * open_bundle(tmp_path / "b").generator.img_resolution)
     finer = CliRunner().invoke(app, ["bundle", "attach-classifier", str(tmp_path / "b"), str(tmp_path / "fine")])
     assert finer.exit_code == 0 and "warning: the classifier's input has" in finer.output
@@ -227,16 +227,16 @@ def test_extreme_logits_give_probabilities_without_warnings() -> None:
 
 
 def test_threshold_is_accepted_by_name_or_number() -> None:
-    described = describe()
-    assert (described.threshold(), described.threshold("sensitivity_90"), described.threshold(0.125)) == (
+    description = describe()
+    assert (description.threshold(), description.threshold("sensitivity_90"), description.threshold(0.125)) == (
         0.5,
         0.25,
         0.125,
     )
-    assert (described.class_at(0.25, 0.25), described.class_at(0.2499, 0.25)) == ("malignant", "benign")
+    assert (description.class_at(0.25, 0.25), description.class_at(0.2499, 0.25)) == ("malignant", "benign")
     for wrong in ("best", -0.1, 1.5, float("nan")):
         with pytest.raises(RequestError, match="threshold"):
-            described.threshold(wrong)
+            description.threshold(wrong)
 
 
 @pytest.mark.parametrize(
@@ -291,9 +291,9 @@ def test_rows_of_several_classifiers_share_a_batch(tmp_path: Path) -> None:
     )
     shuffled = rng.permutation(len(rows))
     with Classifier(tmp_path / "small", threads=1) as one, Classifier(tmp_path / "large", threads=1) as other:
-        found = pixels.classify_rows({small.digest: one, large.digest: other}, rows[shuffled])
+        results = pixels.classify_rows({small.digest: one, large.digest: other}, rows[shuffled])
         expected = [*one.logits(inputs[SIZE]).tolist(), None, *other.logits(inputs[24]).tolist()]
-    for place, item in zip(shuffled, found, strict=True):
+    for place, item in zip(shuffled, results, strict=True):
         if place == 3:
             assert isinstance(item, str) and "restart the service" in item
         else:

@@ -53,7 +53,7 @@ def paint(indices: Sequence[int], labels: Sequence[int]) -> Images:
     return np.stack(drawn)
 
 
-def wanted(**changes: Any) -> DatasetRequest:
+def dataset_request(**changes: Any) -> DatasetRequest:
     return DatasetRequest.model_validate(
         {"model": "tiny", "classes": {"malignant": 20, "benign": 13}, "shard_size": 9, **changes}
     )
@@ -62,7 +62,7 @@ def wanted(**changes: Any) -> DatasetRequest:
 def make(
     folder: Path, bundle: Bundle, *, order: Sequence[int] | None = None, size: int = 32, **changes: Any
 ) -> Manifest:
-    request = wanted(**changes)
+    request = dataset_request(**changes)
     check_against(request, bundle, 10**6)
     planned, store = plan_for(request, bundle), Store(folder)
     with Classifier(bundle, device="cpu", threads=1) as classifier:
@@ -130,11 +130,11 @@ def test_tar_and_parquet_have_same_probability_column(bundle: Bundle, tmp_path: 
 
 def test_dataset_without_scores_is_unchanged(bundle: Bundle, tmp_path: Path) -> None:
     """Requests that do not speak of a classifier keep the digest that they had before there were any."""
-    assert "classifier" not in wanted().model_dump()
-    assert "classifier" not in json.loads(wanted().model_dump_json())
+    assert "classifier" not in dataset_request().model_dump()
+    assert "classifier" not in json.loads(dataset_request().model_dump_json())
     plain = make_bundle(tmp_path / "plain", name="tiny")
     for name, of, changes in (("a", plain, {}), ("b", bundle, {"classifier": {"score": False}})):
-        planned = plan_for(wanted(**changes), of)
+        planned = plan_for(dataset_request(**changes), of)
         assert not planned.scored
         store = Store(tmp_path / name)
         for shard in range(planned.shards):
@@ -144,7 +144,7 @@ def test_dataset_without_scores_is_unchanged(bundle: Bundle, tmp_path: Path) -> 
     assert (tmp_path / "a" / "metadata.csv").read_bytes() == (tmp_path / "b" / "metadata.csv").read_bytes()
     assert (tmp_path / "a" / "images.zip").read_bytes() != b""
     with pytest.raises(ValueError, match="needs a classifier"):
-        write_shard(plan_for(wanted(), bundle), 0, paint, Store(tmp_path / "c"), identity=IDENTITY)
+        write_shard(plan_for(dataset_request(), bundle), 0, paint, Store(tmp_path / "c"), identity=IDENTITY)
 
 
 # -- the filter
@@ -211,7 +211,7 @@ def test_filter_that_rejects_every_image_is_an_error(bundle: Bundle, tmp_path: P
 
 
 def test_existing_shard_is_not_drawn_again(bundle: Bundle, tmp_path: Path) -> None:
-    planned, store = plan_for(wanted(classifier=AGREEING), bundle), Store(tmp_path / "a")
+    planned, store = plan_for(dataset_request(classifier=AGREEING), bundle), Store(tmp_path / "a")
     with Classifier(bundle, device="cpu", threads=1) as classifier:
 
         def score(images: Images) -> Any:
@@ -250,7 +250,7 @@ def test_latent_indices_of_retries_do_not_overlap() -> None:
 )
 def test_invalid_classifier_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValidationError) as caught:
-        wanted(classifier=options)
+        dataset_request(classifier=options)
     assert caught.value.errors()[0]["loc"][0] == "classifier"
 
 
@@ -260,29 +260,29 @@ def test_classifier_request_unsupported_by_bundle_is_refused(bundle: Bundle, tmp
     make_classifier(tmp_path / "c")
     other = amend_bundle(others, parts={"classifier": tmp_path / "c"})
     cases: list[tuple[Bundle, DatasetRequest, str, str]] = [
-        (plain, wanted(classifier=AGREEING), "classifier", "has no classifier"),
+        (plain, dataset_request(classifier=AGREEING), "classifier", "has no classifier"),
         (
             bundle,
-            wanted(classifier=AGREEING | {"threshold": "best"}),
+            dataset_request(classifier=AGREEING | {"threshold": "best"}),
             "classifier.threshold",
             "default, sensitivity_90",
         ),
-        (bundle, wanted(classifier=AGREEING | {"tries": 40}), "classifier.tries", "up to 1,320 images"),
-        (other, wanted(classes={"nevus": 3}, classifier=AGREEING), "classifier.keep", "'nevus'"),
+        (bundle, dataset_request(classifier=AGREEING | {"tries": 40}), "classifier.tries", "up to 1,320 images"),
+        (other, dataset_request(classes={"nevus": 3}, classifier=AGREEING), "classifier.keep", "'nevus'"),
     ]
     for of, request, field, words in cases:
         with pytest.raises(RequestError, match=words) as caught:
             check_against(request, of, 1000)
         assert caught.value.field == field
-    check_against(wanted(classes={"nevus": 3}, classifier={"min_probability": 0.5}), other, 1000)
-    check_against(wanted(classifier={"score": False}), plain, 1000)
+    check_against(dataset_request(classes={"nevus": 3}, classifier={"min_probability": 0.5}), other, 1000)
+    check_against(dataset_request(classifier={"score": False}), plain, 1000)
 
 
 # -- in the service and on the command line
 
 
 def test_service_makes_same_filtered_dataset_as_library(bundle: Bundle, tmp_path: Path) -> None:
-    request = wanted(classifier=AGREEING).model_dump(mode="json")
+    request = dataset_request(classifier=AGREEING).model_dump(mode="json")
     direct = make_directly(bundle, request, tmp_path / "direct")
     with service(Path(bundle.location), tmp_path / "data", max_samples_per_dataset=200) as running:
         dataset = running.wait(running.ask(request))
@@ -313,11 +313,11 @@ def test_filtered_dataset_is_reproduced_from_its_manifest(bundle: Bundle, tmp_pa
         return done.output
 
     options = ["--classes", "benign=20", "--keep", "agreeing", "--tries", "2", "--max-probability", "0.45"]
-    told = generate(*options, "--out", tmp_path / "a")
+    output = generate(*options, "--out", tmp_path / "a")
     manifest = read_manifest(Store(tmp_path / "a"))
     assert manifest.classifier is not None and bundle.classifier is not None
-    found = manifest.classifier["benign"]
-    assert f"{found.images} images ({found.rejected} rejected by the filter" in told
+    counts = manifest.classifier["benign"]
+    assert f"{counts.images} images ({counts.rejected} rejected by the filter" in output
     assert manifest.synthesizer["classifier"] == bundle.classifier.digest
     assert all(float(row["probability"]) <= 0.45 for row in table(tmp_path / "a"))
     again = generate("--manifest", tmp_path / "a" / "manifest.json", "--out", tmp_path / "b")

@@ -59,7 +59,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return make_complete_bundle(tmp_path_factory.mktemp("bundles"), training, held_out=held_out)
 
 
-def wanted(**changes: Any) -> DatasetRequest:
+def dataset_request(**changes: Any) -> DatasetRequest:
     return DatasetRequest.model_validate(
         {"model": "tiny", "classes": {"malignant": 12, "benign": 8}, "shard_size": 9, **changes}
     )
@@ -68,7 +68,7 @@ def wanted(**changes: Any) -> DatasetRequest:
 def make(
     folder: Path, bundle: Bundle, *, size: int = 32, reverse: bool = False, painter: Synthesize = paint, **changes: Any
 ) -> Manifest:
-    request = wanted(**changes)
+    request = dataset_request(**changes)
     check_against(request, bundle, 10**6)
     planned, store = plan_for(request, bundle), Store(folder)
     with (
@@ -103,10 +103,10 @@ def judged(bundle: Bundle, folder: Path) -> list[tuple[str, str, str]]:
     with zipfile.ZipFile(folder / "images.zip") as archive:
         images = [decode(archive.read(row["file_name"])) for row in rows]
     with Checker(bundle, device="cpu", threads=1) as checker:
-        found = checker.check(images)
+        verdicts = checker.check(images)
     return [
         (str(round(float(d), 2)), str(int(p)), str(int(a)))
-        for d, p, a in zip(found.distances, found.percentiles, found.authentic, strict=True)
+        for d, p, a in zip(verdicts.distances, verdicts.percentiles, verdicts.authentic, strict=True)
     ]
 
 
@@ -153,8 +153,8 @@ def test_gate_redraws_copies_and_records_distance_of_each_image(bundle: Bundle, 
     assert {row["gate"] for row in rows} == {"passed"}
     report = manifest.privacy
     assert report is not None
-    assert sum(found.rejected for found in report.classes.values()) == len(COPIED)
-    assert sum(found.seen for found in report.classes.values()) == 20 + len(COPIED)
+    assert sum(counts.rejected for counts in report.classes.values()) == len(COPIED)
+    assert sum(counts.seen for counts in report.classes.values()) == 20 + len(COPIED)
     authentic = sum(row["authentic"] == "1" for row in rows)
     assert report.authentic_share_of_images == authentic / 20 and report.authentic_share_of_candidates == authentic / 24
     assert report.distances[0] > 0 and len(report.baseline) == len(report.distances)
@@ -196,7 +196,7 @@ def test_gate_drops_or_flags_rejected_images_on_request(bundle: Bundle, tmp_path
     assert list(flagged) == list(COPIED)
     assert {(row["nearest_distance"], row["authentic"]) for row in flagged.values()} == {("0.0", "0")}
     assert flagging.privacy is not None
-    assert [found.flagged for found in flagging.privacy.classes.values()] == [
+    assert [counts.flagged for counts in flagging.privacy.classes.values()] == [
         sum(row["target"] == name for row in flagged.values()) for name in ("benign", "malignant")
     ]
 
@@ -224,8 +224,8 @@ def test_filter_and_gate_count_their_own_rejections(bundle: Bundle, tmp_path: Pa
         assert tally.agreeing == tally.images
         seen = manifest.privacy.classes[name]
         assert seen.images == tally.images and seen.seen == seen.images + seen.rejected
-    assert sum(found.rejected for found in manifest.privacy.classes.values()) >= 1
-    assert sum(found.rejected for found in manifest.classifier.values()) >= 1
+    assert sum(counts.rejected for counts in manifest.privacy.classes.values()) >= 1
+    assert sum(counts.rejected for counts in manifest.classifier.values()) >= 1
     for row in table(tmp_path / "a"):
         assert (float(row["probability"]) >= 0.5) == (row["target"] == "malignant")
         assert row["gate"] == "passed"
@@ -257,13 +257,13 @@ def test_gate_that_rejects_every_image_writes_no_dataset(bundle: Bundle, tmp_pat
 
 
 def test_request_without_privacy_and_edits_omits_those_fields(bundle: Bundle, tmp_path: Path) -> None:
-    assert not {"privacy", "edits"} & wanted().model_dump().keys()
+    assert not {"privacy", "edits"} & dataset_request().model_dump().keys()
     plain = make_bundle(tmp_path / "plain", name="tiny")
     with pytest.raises(RequestError, match="has no index") as caught:
-        check_against(wanted(privacy={}), plain, 10**6)
+        check_against(dataset_request(privacy={}), plain, 10**6)
     assert caught.value.kind == "no-index"
     with pytest.raises(ValidationError, match="together"):
-        wanted(classifier={"keep": "agreeing", "tries": 60}, privacy={"tries": 8})
+        dataset_request(classifier={"keep": "agreeing", "tries": 60}, privacy={"tries": 8})
 
 
 # -- edits
@@ -295,7 +295,7 @@ def test_edits_add_same_offset_to_every_latent(bundle: Bundle) -> None:
 )
 def test_edits_that_the_bundle_cannot_make_are_refused(bundle: Bundle, edit: dict[str, Any], field: str) -> None:
     with pytest.raises(RequestError) as caught:
-        check_against(wanted(edits=[edit]), bundle, 10**6)
+        check_against(dataset_request(edits=[edit]), bundle, 10**6)
     assert caught.value.field == field
 
 

@@ -49,14 +49,14 @@ def test_sefa_is_the_eigendecomposition_of_the_style_weights(generator: Generato
     matrix = np.concatenate(rows)
     _, singular, right = np.linalg.svd(matrix)  # another road to the same vectors
     w = sample_w(generator, 200, seed=0)
-    found = sefa(generator, w, layers=layers, count=5)
-    for k, direction in enumerate(found):
+    directions = sefa(generator, w, layers=layers, count=5)
+    for k, direction in enumerate(directions):
         assert abs(float(direction.vector @ right[k])) == pytest.approx(1, abs=1e-4)
         assert direction.vector[np.argmax(np.abs(direction.vector))] > 0  # the sign is no accident
         assert direction.facts["share"] == pytest.approx(singular[k] ** 2 / (singular**2).sum(), rel=1e-4)
         assert direction.scale == pytest.approx(float((w @ direction.vector).std()), rel=0.02)
         assert direction.layers == layers
-    shares = [float(direction.facts["share"]) for direction in found]
+    shares = [float(direction.facts["share"]) for direction in directions]
     assert shares == sorted(shares, reverse=True)
 
 
@@ -71,21 +71,21 @@ def test_ganspace_is_the_principal_components_of_w_within_classes(generator: Gen
 
 def test_class_means_direction_points_from_first_class_to_second(generator: Generator) -> None:
     w = sample_w(generator, 300, seed=0)
-    (found,) = class_means(generator, ["benign", "malignant"], w, samples=300, seed=0)
-    assert found.name == "benign-to-malignant"
+    (direction,) = class_means(generator, ["benign", "malignant"], w, samples=300, seed=0)
+    assert direction.name == "benign-to-malignant"
     of = [sample_w(generator, 300, seed=0, labels=[label] * 300) for label in (0, 1)]
-    assert (of[1] @ found.vector).mean() > (of[0] @ found.vector).mean()
+    assert (of[1] @ direction.vector).mean() > (of[0] @ direction.vector).mean()
     way = (of[1].mean(axis=0) - of[0].mean(axis=0)).astype(np.float64)
-    assert found.vector @ (way / np.linalg.norm(way)) == pytest.approx(1, abs=1e-5)
+    assert direction.vector @ (way / np.linalg.norm(way)) == pytest.approx(1, abs=1e-5)
 
 
 def test_hyperplane_finds_planted_and_refuses_rare_attribute() -> None:
     rng = np.random.default_rng(0)
     w = rng.normal(size=(800, W_DIM)).astype(np.float32)
     planted = oriented(rng.normal(size=W_DIM))
-    found = hyperplane("frame", w, w @ planted > 0.5, layers=(0, NUM_WS))
-    assert found.vector @ planted > 0.97
-    assert float(found.facts["accuracy"]) > 0.9
+    direction = hyperplane("frame", w, w @ planted > 0.5, layers=(0, NUM_WS))
+    assert direction.vector @ planted > 0.97
+    assert float(direction.facts["accuracy"]) > 0.9
     none = hyperplane("chance", w, rng.random(800) > 0.7, layers=(0, NUM_WS))
     assert float(none.facts["accuracy"]) < 0.65  # it says so itself
     with pytest.raises(RequestError, match="at least 20"):
@@ -146,8 +146,8 @@ def test_edits_are_additive_invertible_and_limited_to_layers(first: list[Edit], 
 
 def test_a_strip_holds_one_latent_at_each_strength() -> None:
     w = np.zeros((NUM_WS, W_DIM), np.float32)
-    found = strip(w, axis(2, 3.0, (0, 2)), [-1, 0, 2], base=[Edit("axis-0", 1.0)], directions=KNOWN)
-    assert found[:, 0, 2].tolist() == [-3, 0, 6] and not found[:, 2:, 2].any() and (found[:, :, 0] == 0.5).all()
+    latents = strip(w, axis(2, 3.0, (0, 2)), [-1, 0, 2], base=[Edit("axis-0", 1.0)], directions=KNOWN)
+    assert latents[:, 0, 2].tolist() == [-3, 0, 6] and not latents[:, 2:, 2].any() and (latents[:, :, 0] == 0.5).all()
 
 
 @pytest.mark.parametrize(

@@ -71,12 +71,12 @@ def _tests(network: TorchClassifier, concept: Concept) -> list[ConceptTest]:
 
 
 def test_network_that_uses_frame_is_detected() -> None:
-    found = _tests(_network((1.0, 0.3)), _frames())
-    assert [test.layer for test in found] == ["stage", "last"]
-    for test in found:
+    results = _tests(_network((1.0, 0.3)), _frames())
+    assert [test.layer for test in results] == ["stage", "last"]
+    for test in results:
         assert test.verdict == "raises the probability" and test.accuracy == 1 and np.mean(test.scores) == 1
     assert {test.verdict for test in _tests(_network((-1.0, 0.3)), _frames())} == {"lowers the probability"}
-    assert _tests(_network((1.0, 0.3)), _frames()) == found, "the same again"
+    assert _tests(_network((1.0, 0.3)), _frames()) == results, "the same again"
 
 
 def test_concept_without_difference_has_no_effect() -> None:
@@ -160,8 +160,8 @@ def test_concepts_command_writes_table_and_example_image(tmp_path: Path) -> None
         csv.writer(file).writerows([("isic_id", "target", "source", "patient_id"), *rows])
     line = ["explain", "concepts", "--classifier", tmp_path / "classifier", "--data", tmp_path / "set"]
     line += ["--out", tmp_path / "out", "--size", 20, "--counters", 3, "--inputs", 10, "--layer", "last"]
-    found = CliRunner().invoke(app, list(map(str, line)), env={"COLUMNS": "140"})
-    assert found.exit_code == 0, found.output
+    result = CliRunner().invoke(app, list(map(str, line)), env={"COLUMNS": "140"})
+    assert result.exit_code == 0, result.output
     table = (tmp_path / "out" / "table.md").read_text()
     assert "Not a medical device" in table and "| frame | last | 20 |" in table and "Left out: ink" in table
     assert (

@@ -108,15 +108,15 @@ def test_edge_case_list_round_trips_and_sheet_shows_neighbours() -> None:
         for i, label in enumerate(labels)
     )
     thumbnails = np.full((len(x), 10, 10, 3), np.arange(len(x))[:, None, None, None], np.uint8)
-    found = Embedded(items, x, p, thumbnails)
+    embedded = Embedded(items, x, p, thumbnails)
     scores = edge_scores(x, labels, p, 0.5, Criteria(neighbours=9))
-    rows = edge_case_rows(found, scores, names, 0.5)
+    rows = edge_case_rows(embedded, scores, names, 0.5)
     assert from_csv(to_csv(rows), "x") == rows
     assert [float(row["score"]) for row in rows] == sorted((float(row["score"]) for row in rows), reverse=True)
     first = int(scores.order[0])
     assert (rows[0]["id"], rows[0]["index"], rows[0]["label"]) == (f"a;{first}", str(first), str(labels[first]))
     assert rows[0]["neighbours"].split("; ") == [f"a;{j}" for j in scores.neighbours[first]]
-    sheet = edge_case_sheet(found, scores, names, 3)
+    sheet = edge_case_sheet(embedded, scores, names, 3)
     assert sheet.shape[:2] == (3 * 18 + 2, 8 * 18 + 2)  # a case and seven neighbours, framed
     assert sheet[10, 10, 0] == first
     assert sheet[10, 28, 0] == scores.neighbours[first, 0]

@@ -53,12 +53,12 @@ def some_embedded(count: int = 30, thumbnail: int = 8) -> Embedded:
     return Embedded(items, rng.normal(size=(count, 5)).astype(np.float32), rng.uniform(size=count), thumbnails)
 
 
-def a_page(found: Embedded, **change: Any) -> tuple[str, dict[str, Any], np.ndarray, np.ndarray, np.ndarray]:
-    positions = map_in_3d(found.features, iterations=(20, 20))
-    similarities, neighbours = nearest_by_cosine(found.features, min(NEIGHBOURS, len(found) - 1))
-    described = tiny_classifier.describe()
+def a_page(embedded: Embedded, **change: Any) -> tuple[str, dict[str, Any], np.ndarray, np.ndarray, np.ndarray]:
+    positions = map_in_3d(embedded.features, iterations=(20, 20))
+    similarities, neighbours = nearest_by_cosine(embedded.features, min(NEIGHBOURS, len(embedded) - 1))
+    description = tiny_classifier.describe()
     text = embeddings_page(
-        found, positions, similarities, neighbours, described, **{"title": "A & B", "threshold": 0.5, **change}
+        embedded, positions, similarities, neighbours, description, **{"title": "A & B", "threshold": 0.5, **change}
     )
     data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1])  # type: ignore[index]
     return text, data, positions, similarities, neighbours
@@ -121,12 +121,12 @@ def test_embedding_has_classifier_features_in_order(tmp_path: Path) -> None:
     items = [Item(str(i), "real") for i in range(70)]
     counted: list[int] = []
     with Classifier(tmp_path / "c", device="cpu") as classifier:
-        found = embed(classifier, zip(items, images, strict=True), thumbnail=12, done=counted.append)
+        embedded = embed(classifier, zip(items, images, strict=True), thumbnail=12, done=counted.append)
         expected = classifier.classify(images)
-        assert (found.features == expected.features).all()
-        assert (found.calibrated == expected.calibrated).all()
-        assert [item.id for item in found.items] == [str(i) for i in range(70)]
-        assert found.thumbnails.shape == (70, 12, 12, 3)
+        assert (embedded.features == expected.features).all()
+        assert (embedded.calibrated == expected.calibrated).all()
+        assert [item.id for item in embedded.items] == [str(i) for i in range(70)]
+        assert embedded.thumbnails.shape == (70, 12, 12, 3)
         assert sum(counted) == 70
         with pytest.raises(DataError, match="no image"):
             embed(classifier, [])
@@ -135,32 +135,32 @@ def test_embedding_has_classifier_features_in_order(tmp_path: Path) -> None:
 
 
 def test_page_holds_its_data_and_loads_no_other_resource() -> None:
-    found = some_embedded()
-    text, data, positions, similarities, neighbours = a_page(found, reasons=["misclassified"] + [""] * 29)
+    embedded = some_embedded()
+    text, data, positions, similarities, neighbours = a_page(embedded, reasons=["misclassified"] + [""] * 29)
     n, k = neighbours.shape
-    assert data["ids"] == [item.id for item in found.items]
+    assert data["ids"] == [item.id for item in embedded.items]
     assert (unpacked(data["positions"], "<f4").reshape(n, 3) == positions).all()
     assert (unpacked(data["neighbours"], "<u4").reshape(n, k) == neighbours).all()
     assert (unpacked(data["similarities"], "<f4").reshape(n, k) == similarities).all()
-    assert (unpacked(data["numbers"][0]["values"], "<f4") == found.calibrated.astype(np.float32)).all()
+    assert (unpacked(data["numbers"][0]["values"], "<f4") == embedded.calibrated.astype(np.float32)).all()
     columns = {each["name"]: each for each in data["categories"]}
     for name, expected in {
-        "kind": [item.kind for item in found.items],
-        "class": [item.class_name or "unknown" for item in found.items],
-        "part": [item.part or "unknown" for item in found.items],
-        "predicted": ["malignant" if p >= 0.5 else "benign" for p in found.calibrated],
+        "kind": [item.kind for item in embedded.items],
+        "class": [item.class_name or "unknown" for item in embedded.items],
+        "part": [item.part or "unknown" for item in embedded.items],
+        "predicted": ["malignant" if p >= 0.5 else "benign" for p in embedded.calibrated],
         "edge case": ["misclassified"] + ["none"] * 29,
     }.items():
         labels = [columns[name]["labels"][code] for code in unpacked(columns[name]["codes"], "<u2")]
         assert labels == expected, name
-    right = [item.class_name == said for item, said in zip(found.items, columns["predicted"], strict=False)]
+    right = [item.class_name == said for item, said in zip(embedded.items, columns["predicted"], strict=False)]
     assert right  # "classified" follows from class and predicted
     picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(data["sprite"].partition(",")[2]))).convert("RGB"), int)
     side, across = data["side"], data["columns"]
     for i in range(n):
         y, x = i // across * side, i % across * side
         tile = picture[y + 2 : y + side - 2, x + 2 : x + side - 2].mean(axis=(0, 1))
-        assert np.abs(tile - found.thumbnails[i, 0, 0]).max() < 40, i
+        assert np.abs(tile - embedded.thumbnails[i, 0, 0]).max() < 40, i
     assert "training images" in data["warning"]
     assert "Not a medical device" in data["notice"]
     assert not re.search(r"(src|href)\s*=\s*[\"']|https?://|@import|fetch\(|XMLHttp", text)
@@ -169,22 +169,22 @@ def test_page_holds_its_data_and_loads_no_other_resource() -> None:
 
 
 def test_page_labels_generated_images_and_limits_thumbnails() -> None:
-    found = some_embedded()
-    generated = found.select(np.arange(0, 30, 2))
+    embedded = some_embedded()
+    generated = embedded.select(np.arange(0, 30, 2))
     assert "generated" in a_page(generated)[1]["warning"]
     with pytest.raises(DataError, match="16 do; give fewer images or --thumbnail 1638"):
         sprite(np.broadcast_to(np.uint8(0), (17, 2048, 2048, 3)))
 
 
 def test_tensorboard_files_hold_same_embedding(tmp_path: Path) -> None:
-    found = some_embedded()
-    write_projector(tmp_path, found, ["benign"] * 30)
-    np.testing.assert_allclose(np.loadtxt(tmp_path / "tensors.tsv", delimiter="\t"), found.features, rtol=1e-5)
+    embedded = some_embedded()
+    write_projector(tmp_path, embedded, ["benign"] * 30)
+    np.testing.assert_allclose(np.loadtxt(tmp_path / "tensors.tsv", delimiter="\t"), embedded.features, rtol=1e-5)
     header, *rows = [line.split("\t") for line in (tmp_path / "metadata.tsv").read_text().splitlines()]
-    assert [row[header.index("id")] for row in rows] == [item.id for item in found.items]
+    assert [row[header.index("id")] for row in rows] == [item.id for item in embedded.items]
     assert {len(row) for row in rows} == {len(header)}
     picture = np.asarray(Image.open(tmp_path / "sprite.png"))
-    assert (picture[8:16, 0:8] == found.thumbnails[6]).all()  # six columns
+    assert (picture[8:16, 0:8] == embedded.thumbnails[6]).all()  # six columns
     tensorboard = pytest.importorskip("tensorboard.plugins.projector.projector_config_pb2")
     text_format = pytest.importorskip("google.protobuf.text_format")
     config = text_format.Parse((tmp_path / "projector_config.pbtxt").read_text(), tensorboard.ProjectorConfig())
@@ -232,15 +232,20 @@ def test_embeddings_command_maps_real_generated_and_added_images(
 
 
 BROWSER = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+    (
+        browser_path
+        for name in ("chromium", "chromium-browser", "google-chrome")
+        if (browser_path := shutil.which(name))
+    ),
+    None,
 )
 
 
 @pytest.mark.full
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium to open the page with")
 def test_embeddings_page_works_in_browser(tmp_path: Path) -> None:
-    found = some_embedded()
-    text, _, _, _, neighbours = a_page(found)
+    embedded = some_embedded()
+    text, _, _, _, neighbours = a_page(embedded)
     probe = """<script>
     const report = {};
     choose(4); report.near = [...document.querySelectorAll("#near span")].map((e) => e.textContent.split(" ")[0]);
@@ -259,7 +264,7 @@ def test_embeddings_page_works_in_browser(tmp_path: Path) -> None:
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", profile, "--dump-dom", page.as_uri()]
     shown = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=120).stdout
     report = json.loads(re.search(r"<title>(.*?)</title>", shown)[1].replace("&lt;", "<").replace("&gt;", ">"))  # type: ignore[index]
-    assert report["near"] == [found.items[j].id for j in neighbours[4]]
+    assert report["near"] == [embedded.items[j].id for j in neighbours[4]]
     assert report["determinant"] == pytest.approx(1, abs=1e-6)
     assert report["order"] == 30
     assert report["under"] == 7

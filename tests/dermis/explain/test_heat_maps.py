@@ -56,14 +56,14 @@ def quarters(size: int = SIZE) -> Images:
 @pytest.mark.parametrize("method", METHODS)
 def test_attributions_sum_to_logit_minus_baseline(method: Method) -> None:
     network, image = Quadrant(), quarters()
-    found = attribute(network, image, method)
-    assert found.values.dtype == np.float32 and found.values.shape == (SIZE, SIZE)
+    result = attribute(network, image, method)
+    assert result.values.dtype == np.float32 and result.values.shape == (SIZE, SIZE)
     x = torch.tensor(image).permute(2, 0, 1)[None].float()
     expected = [float(network(each)[0]) for each in (x, torch.zeros_like(x), torch.full_like(x, 255))]
-    assert found.logit == pytest.approx(expected[0])
-    assert found.baseline == pytest.approx(np.mean(expected[1:]))
-    assert found.values.sum() == pytest.approx(found.logit - found.baseline, abs=1e-3)
-    assert abs(found.gap) < 1e-3 < abs(found.logit - found.baseline)
+    assert result.logit == pytest.approx(expected[0])
+    assert result.baseline == pytest.approx(np.mean(expected[1:]))
+    assert result.values.sum() == pytest.approx(result.logit - result.baseline, abs=1e-3)
+    assert abs(result.gap) < 1e-3 < abs(result.logit - result.baseline)
     assert abs(attribute(network, image, method, steps=1).gap) > 0.1  # the tolerance means something
 
 
@@ -91,16 +91,16 @@ def test_same_image_gives_same_heat_map_bytes(timm_classifier: Path, method: Met
 @pytest.mark.parametrize("shape", [(SIZE, SIZE), (30, 71), (200, 90)])
 def test_explainer_resizes_images_like_classifier(timm_classifier: Path, shape: tuple[int, int]) -> None:
     image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
-    found = Explainer(timm_classifier).attribute(image)
-    assert (found.image == to_input(image, SIZE)).all() and found.values.shape == (SIZE, SIZE)
-    assert np.isfinite(found.values).all()
+    result = Explainer(timm_classifier).attribute(image)
+    assert (result.image == to_input(image, SIZE)).all() and result.values.shape == (SIZE, SIZE)
+    assert np.isfinite(result.values).all()
 
 
 @pytest.mark.parametrize("value", [0, 128, 255])
 def test_image_of_one_colour_has_uniform_attribution(timm_classifier: Path, value: int) -> None:
-    found = Explainer(timm_classifier).attribute(np.full((SIZE, SIZE, 3), value, np.uint8))
-    assert np.ptp(found.values) == 0 and np.isfinite(found.values).all()
-    assert heat_map(found).shape == (SIZE, SIZE, 3)
+    result = Explainer(timm_classifier).attribute(np.full((SIZE, SIZE, 3), value, np.uint8))
+    assert np.ptp(result.values) == 0 and np.isfinite(result.values).all()
+    assert heat_map(result).shape == (SIZE, SIZE, 3)
 
 
 def test_explainer_error_names_packages_to_install(monkeypatch: pytest.MonkeyPatch, timm_classifier: Path) -> None:
@@ -137,13 +137,13 @@ def test_heat_map_lightness_grows_alike_for_both_signs() -> None:
 
 
 def test_heat_map_colours_show_sign_over_grey_image() -> None:
-    found = attribute(Quadrant(), quarters(), "xrai")
-    flipped = attribution.Attribution("xrai", found.image, -found.values, found.logit, found.baseline)
-    for each, strong, weak in ((found, 0, 2), (flipped, 2, 0)):
+    result = attribute(Quadrant(), quarters(), "xrai")
+    flipped = attribution.Attribution("xrai", result.image, -result.values, result.logit, result.baseline)
+    for each, strong, weak in ((result, 0, 2), (flipped, 2, 0)):
         corner = heat_map(each)[5:15, 5:15].astype(float).mean((0, 1))
         assert corner[strong] > corner[weak] + 30
-    assert full_colour(found) > 0
-    nothing = attribution.Attribution("xrai", found.image, np.zeros_like(found.values), 0.0, 0.0)
+    assert full_colour(result) > 0
+    nothing = attribution.Attribution("xrai", result.image, np.zeros_like(result.values), 0.0, 0.0)
     shown = heat_map(nothing).astype(int)
     assert (shown[..., 0] == shown[..., 2]).mean() > 0.9 and np.ptp(shown) > 30
     assert NOTICE.encode() in to_png(shown.astype(np.uint8))

@@ -85,9 +85,9 @@ def test_weight_of_k_equals_k_copies(name: str, seed: int, ties: bool) -> None:
 
 def test_interval_contains_its_value_and_is_repeatable() -> None:
     labels, p = drawn(300)
-    found = metrics.bootstrap(labels, p, EVERY)
-    assert found == metrics.bootstrap(labels, p, EVERY)
-    for name, estimate in found.items():
+    estimates = metrics.bootstrap(labels, p, EVERY)
+    assert estimates == metrics.bootstrap(labels, p, EVERY)
+    for name, estimate in estimates.items():
         assert estimate.low < estimate.value < estimate.high, name
         assert estimate.value == pytest.approx(float(EVERY[name](labels, p, np.ones((1, 300)))[0])), name
 
@@ -111,8 +111,8 @@ def test_intervals_cover_true_auc_at_nominal_rate() -> None:
         rng = np.random.default_rng(seed)
         labels = (np.arange(160) < 60).astype(np.int64)
         p = sigmoid(rng.normal(size=160) + labels)
-        found = metrics.bootstrap(labels, p, {"auc": metrics.auc}, replicates=100, seed=seed)["auc"]
-        covered += found.low <= 0.7602 <= found.high
+        estimate = metrics.bootstrap(labels, p, {"auc": metrics.auc}, replicates=100, seed=seed)["auc"]
+        covered += estimate.low <= 0.7602 <= estimate.high
     assert 52 <= covered <= 60
 
 
@@ -129,9 +129,9 @@ def test_temperature_scaling_finds_the_temperature(temperature: float) -> None:
     rng = np.random.default_rng(0)
     honest = rng.normal(size=20000) * 2
     labels = (rng.random(20000) < sigmoid(honest)).astype(np.int64)
-    found = fit_temperature(labels, honest * temperature)
-    assert found == pytest.approx(temperature, rel=0.05)
-    assert metrics.calibration_error(labels, calibrated(honest * temperature, found))[0] < 0.01
+    fitted = fit_temperature(labels, honest * temperature)
+    assert fitted == pytest.approx(temperature, rel=0.05)
+    assert metrics.calibration_error(labels, calibrated(honest * temperature, fitted))[0] < 0.01
 
 
 def test_the_prior_is_corrected_for_a_balanced_training_set() -> None:
@@ -149,20 +149,20 @@ def test_the_prior_is_corrected_for_a_balanced_training_set() -> None:
 @pytest.mark.parametrize("ties", [False, True])
 def test_chosen_thresholds_reach_sensitivity_and_specificity(ties: bool) -> None:
     labels, p = drawn(200, ties=ties)
-    found = choose_thresholds(labels, p, "sensitivity_90")
-    assert found["half"] == 0.5 and found["default"] == found["sensitivity_90"]
+    thresholds = choose_thresholds(labels, p, "sensitivity_90")
+    assert thresholds["half"] == 0.5 and thresholds["default"] == thresholds["sensitivity_90"]
 
     ill, well = p[labels == 1], p[labels == 0]
-    assert (ill >= found["sensitivity_90"]).mean() >= 0.9
-    assert (well < found["specificity_90"]).mean() >= 0.9
+    assert (ill >= thresholds["sensitivity_90"]).mean() >= 0.9
+    assert (well < thresholds["specificity_90"]).mean() >= 0.9
     # They are the outermost that do: past the next probability they no longer would.
-    assert (ill >= p[p >= found["sensitivity_90"]].min() + 1e-9).mean() < 0.9
-    assert (well < p[p < found["specificity_90"]].max() - 1e-9).mean() < 0.9
+    assert (ill >= p[p >= thresholds["sensitivity_90"]].min() + 1e-9).mean() < 0.9
+    assert (well < p[p < thresholds["specificity_90"]].max() - 1e-9).mean() < 0.9
 
     def balanced(threshold: float) -> float:
         return float(metrics.balanced_accuracy(labels, p, threshold=threshold)[0])
 
-    assert balanced(found["balanced_accuracy"]) == pytest.approx(max(balanced(each) for each in p))
+    assert balanced(thresholds["balanced_accuracy"]) == pytest.approx(max(balanced(each) for each in p))
     with pytest.raises(TrainingError, match="default_threshold"):
         choose_thresholds(labels, p, "best")
 
@@ -174,7 +174,7 @@ def part(count: int, seed: int) -> tuple[RealPart, NDArray[np.float64]]:
     labels, p = drawn(count, seed)
     sexes = tuple("female" if i % 2 else "male" for i in range(count))
     sources = tuple("rare" if i < 15 else "common" for i in range(count))
-    found = RealPart(
+    real_part = RealPart(
         np.zeros((count, 1, 1, 3), np.uint8),
         labels,
         tuple(map(str, range(count))),
@@ -182,32 +182,32 @@ def part(count: int, seed: int) -> tuple[RealPart, NDArray[np.float64]]:
         {"sex": sexes, "source": sources},
         "0" * 64,
     )
-    return found, np.log(p / (1 - p))
+    return real_part, np.log(p / (1 - p))
 
 
 def test_report_chooses_on_validation_and_measures_on_test() -> None:
     (validation, chosen_on), (test, measured_on) = part(200, 1), part(300, 2)
     parts, logits = {"validation": validation, "test": test}, {"validation": chosen_on, "test": measured_on}
-    found = evaluate(parts, logits, default_threshold="specificity_90", replicates=50)
-    assert found["temperature"] == fit_temperature(validation.labels, chosen_on)
-    p = calibrated(measured_on, found["temperature"])
-    assert found["thresholds"] == choose_thresholds(
-        validation.labels, calibrated(chosen_on, found["temperature"]), "specificity_90"
+    report = evaluate(parts, logits, default_threshold="specificity_90", replicates=50)
+    assert report["temperature"] == fit_temperature(validation.labels, chosen_on)
+    p = calibrated(measured_on, report["temperature"])
+    assert report["thresholds"] == choose_thresholds(
+        validation.labels, calibrated(chosen_on, report["temperature"]), "specificity_90"
     )
-    numbers = found["test"]["metrics"]
+    numbers = report["test"]["metrics"]
     assert numbers["auc"]["value"] == pytest.approx(metrics.auc(test.labels, p)[0])
-    at = found["test"]["at_thresholds"]["specificity_90"]
+    at = report["test"]["at_thresholds"]["specificity_90"]
     assert numbers["balanced_accuracy"] == at["balanced_accuracy"]
     assert at["specificity"]["value"] == pytest.approx(
-        (p[test.labels == 0] < found["thresholds"]["specificity_90"]).mean()
+        (p[test.labels == 0] < report["thresholds"]["specificity_90"]).mean()
     )
 
 
 def test_a_group_that_is_too_small_gets_no_numbers() -> None:
     test, logits = part(300, 2)
-    found = breakdown(test, logits, 2.0, 0.5, replicates=50)
-    rare = found["source"]["rare"]
+    groups = breakdown(test, logits, 2.0, 0.5, replicates=50)
+    rare = groups["source"]["rare"]
     assert rare == {"images": 15, "positive": int(test.labels[:15].sum()), "too_few": True}
     male = np.array(test.attributes["sex"]) == "male"
-    assert found["sex"]["male"]["images"] == 150
-    assert found["sex"]["male"]["auc"]["value"] == pytest.approx(metrics.auc(test.labels[male], logits[male])[0])
+    assert groups["sex"]["male"]["images"] == 150
+    assert groups["sex"]["male"]["auc"]["value"] == pytest.approx(metrics.auc(test.labels[male], logits[male])[0])

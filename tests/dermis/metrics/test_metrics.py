@@ -171,9 +171,9 @@ def test_authentic_share_of_uniform_points_on_line_is_one_third() -> None:
 def test_memorisation_test_detects_near_copies() -> None:
     train, holdout = _normal(0, 120, 16), _normal(1, 120, 16)
     copies = train[np.random.default_rng(2).integers(0, len(train), 400)] + _normal(3, 400, 16, 0.3)
-    found = memorisation_test(copies, train, holdout, permutations=1500)
-    assert found.p_value < 1e-3
-    assert found.nearer_train > 0.95 > found.expected_nearer_train
+    result = memorisation_test(copies, train, holdout, permutations=1500)
+    assert result.p_value < 1e-3
+    assert result.nearer_train > 0.95 > result.expected_nearer_train
     assert memorisation_test(copies, holdout, train, permutations=200).p_value > 0.99, "avoiding it is no copying"
 
 
@@ -330,11 +330,11 @@ def test_kernel_replicates_equal_mmd_of_resampled_sets(monkeypatch: pytest.Monke
     w, v = (rng.multinomial(n, np.full(n, 1 / n), size=200) for n in (30, 20))
     i, j = ([np.repeat(np.arange(weights.shape[1]), row) for row in weights] for weights in (w, v))
     naive = np.array([_naive_mmd(x[a], y[b], a, b) for a, b in zip(i, j, strict=True)])
-    found = kernel_estimate(x.astype(np.float32), y.astype(np.float32), replicates=200, seed=0)
-    expected = found.value + np.quantile(naive - naive.mean(), [0.025, 0.975])
-    assert (found.interval.low, found.interval.high) == pytest.approx(tuple(expected), abs=1e-4)
+    estimate = kernel_estimate(x.astype(np.float32), y.astype(np.float32), replicates=200, seed=0)
+    expected = estimate.value + np.quantile(naive - naive.mean(), [0.025, 0.975])
+    assert (estimate.interval.low, estimate.interval.high) == pytest.approx(tuple(expected), abs=1e-4)
     distance = kernel_distance(x.astype(np.float32), y.astype(np.float32))
-    assert (found.value, found.deviation) == pytest.approx(distance, abs=1e-6)
+    assert (estimate.value, estimate.deviation) == pytest.approx(distance, abs=1e-6)
 
 
 def test_feature_distances_agree_with_torch_fidelity() -> None:
@@ -370,12 +370,12 @@ def test_gaussian_discrepancies_equal_naive_values(monkeypatch: pytest.MonkeyPat
 
     median = median_kernel(x.astype(np.float32))
     assert median is not None and median.bandwidth == pytest.approx(np.median(pairs), rel=1e-6)
-    found = gaussian_estimate(x.astype(np.float32), y.astype(np.float32), median, 20)
-    assert found.value == pytest.approx(naive(x, y, median.bandwidth), abs=1e-6)
-    assert found.interval.low < found.value < found.interval.high
+    estimate = gaussian_estimate(x.astype(np.float32), y.astype(np.float32), median, 20)
+    assert estimate.value == pytest.approx(naive(x, y, median.bandwidth), abs=1e-6)
+    assert estimate.interval.low < estimate.value < estimate.interval.high
     of_unit_length = [features / np.linalg.norm(features, axis=1, keepdims=True) for features in (x, y)]
-    found = gaussian_estimate(x.astype(np.float32), y.astype(np.float32), cmmd_kernel(), 20)
-    assert found.value == pytest.approx(naive(*of_unit_length, 10.0), abs=1e-6)
+    estimate = gaussian_estimate(x.astype(np.float32), y.astype(np.float32), cmmd_kernel(), 20)
+    assert estimate.value == pytest.approx(naive(*of_unit_length, 10.0), abs=1e-6)
     assert median_kernel(np.ones((20, 3), np.float32)) is None
 
 
@@ -429,7 +429,7 @@ def test_path_length_equals_norm_of_derivative(sampling: Sampling) -> None:
     def squares(a: Tensor, b: Tensor) -> Tensor:
         return (a - b).square().mean(dim=(1, 2, 3))
 
-    found = np.sort(path_lengths(G, squares, labels, sampling=sampling, seed=5, batch=5))
+    sorted_lengths = np.sort(path_lengths(G, squares, labels, sampling=sampling, seed=5, batch=5))
 
     precise = copy.deepcopy(G).double()
     ws = [G.mapping(torch.from_numpy(z_for(5, range(k, 32, 2), 6)), one_hot(labels, 2)).double() for k in (0, 1)]
@@ -444,14 +444,14 @@ def test_path_length_equals_norm_of_derivative(sampling: Sampling) -> None:
     start, step = (ws[0].lerp(ws[1], t) if sampling == "full" else ws[0]), 1e-4 * (ws[1] - ws[0])
     rate = (image(start + step) - image(start - step)) / 2e-4
     lengths = np.sort((rate * 127.5).square().mean(dim=(1, 2, 3)).numpy())
-    np.testing.assert_allclose(found, lengths, rtol=0.02)
+    np.testing.assert_allclose(sorted_lengths, lengths, rtol=0.02)
 
 
 def test_path_length_excludes_extreme_paths() -> None:
-    found = path_length(np.random.default_rng(0).permutation(np.r_[np.arange(1.0, 500), 1e9]))
+    length = path_length(np.random.default_rng(0).permutation(np.r_[np.arange(1.0, 500), 1e9]))
     kept = np.arange(5.0, 497)  # of 500 paths, the 4 least and the 4 greatest are out
-    assert (found.paths, found.mean) == (492, kept.mean())
-    assert found.standard_error == pytest.approx(kept.std() / np.sqrt(492))
+    assert (length.paths, length.mean) == (492, kept.mean())
+    assert length.standard_error == pytest.approx(kept.std() / np.sqrt(492))
 
 
 def test_feature_distance_is_of_second_order() -> None:

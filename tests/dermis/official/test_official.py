@@ -80,8 +80,8 @@ def test_half_precision_and_non_contiguous_weights_are_read(tmp_path: Path) -> N
     affine = stored.state["_modules"]["synthesis"].state["_modules"]["b8"].state["_modules"]["conv0"].state
     weight = affine["_parameters"]["weight"].detach()
     affine["_parameters"]["weight"] = weight.half().permute(1, 0, 2, 3).contiguous().permute(1, 0, 2, 3)
-    found = read_official(save(tmp_path, {"G_ema": stored})).generator.state_dict()["synthesis.b8.conv0.weight"]
-    assert torch.equal(found, weight.half().float()) and found.is_contiguous()
+    read_weight = read_official(save(tmp_path, {"G_ema": stored})).generator.state_dict()["synthesis.b8.conv0.weight"]
+    assert torch.equal(read_weight, weight.half().float()) and read_weight.is_contiguous()
 
 
 def test_zip_serialised_storages_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,9 +40,9 @@ def drawn(bundle: Bundle) -> list[Target]:
 
 
 def project(projector: ImageProjector, targets: list[Target], schedule: Schedule) -> list[Projection]:
-    found = dict(projector.project(targets, schedule))
-    assert sorted(found) == list(range(len(targets)))
-    return [found[number] for number in range(len(targets))]
+    projections = dict(projector.project(targets, schedule))
+    assert sorted(projections) == list(range(len(targets)))
+    return [projections[number] for number in range(len(targets))]
 
 
 def test_official_schedule_equals_that_of_paper() -> None:
@@ -56,9 +56,9 @@ def test_official_schedule_equals_that_of_paper() -> None:
 
 
 def test_projection_recovers_generated_image(projector: ImageProjector, drawn: list[Target]) -> None:
-    found = project(projector, drawn[:2], Schedule(steps=150, noise_maps=False))
+    projections = project(projector, drawn[:2], Schedule(steps=150, noise_maps=False))
     begin = project(projector, drawn[:2], Schedule(steps=1, noise_maps=False))  # the first rate is 0: the mean
-    for target, start, end in zip(drawn, begin, found, strict=False):
+    for target, start, end in zip(drawn, begin, projections, strict=False):
         assert end.distance < 0.7 * start.distance
         assert end.pixel_error < 0.8 * start.pixel_error
         assert np.abs(end.image.astype(int) - target.image).mean() == pytest.approx(
@@ -113,7 +113,7 @@ def test_projection_steps_equal_those_of_adam(bundle: Bundle, drawn: list[Target
     """The loop written anew for one image, with torch's own optimiser."""
     schedule = Schedule(steps=6, ramp_up=0, ramp_down=0, latent_noise=0, noise_maps=False, learning_rate=0.02)
     projector = ImageProjector(bundle, distance="lite0", device="cpu", batch_size=1, dtype="float32")
-    (found,) = project(projector, drawn[:1], schedule)
+    (projection,) = project(projector, drawn[:1], schedule)
     image = torch.tensor(drawn[0].image).permute(2, 0, 1)[None].float()
     target = projector._perceptual.embed(image)
     w = projector._means[:1, None].clone().requires_grad_()
@@ -124,32 +124,32 @@ def test_projection_steps_equal_those_of_adam(bundle: Bundle, drawn: list[Target
         adam.zero_grad()
         loss.backward()
         adam.step()
-    assert np.allclose(found.ws[0], w.detach().numpy()[0, 0], atol=1e-4)
-    assert not np.allclose(found.ws[0], projector._means[0].numpy(), atol=1e-2)
+    assert np.allclose(projection.ws[0], w.detach().numpy()[0, 0], atol=1e-4)
+    assert not np.allclose(projection.ws[0], projector._means[0].numpy(), atol=1e-2)
 
 
 def test_projection_without_improvement_ends_early(projector: ImageProjector, drawn: list[Target]) -> None:
     schedule = Schedule(steps=400, noise_maps=False, latent_noise=0, patience=5)
-    found = project(projector, drawn, schedule)
-    assert all(100 < each.steps <= 400 for each in found)  # the ramp down of 100 steps is never left out
-    assert min(each.steps for each in found) < 400
+    projections = project(projector, drawn, schedule)
+    assert all(100 < each.steps <= 400 for each in projections)  # the ramp down of 100 steps is never left out
+    assert min(each.steps for each in projections) < 400
     (alone,) = project(projector, drawn[3:4], schedule)
-    assert alone.steps == found[3].steps and np.array_equal(alone.ws, found[3].ws)
+    assert alone.steps == projections[3].steps and np.array_equal(alone.ws, projections[3].ws)
 
 
 def test_projected_noise_maps_stay_normalised(projector: ImageProjector, drawn: list[Target]) -> None:
-    (found,) = project(projector, drawn[:1], SHORT)
-    assert found.noise is not None
-    assert [noise.shape for noise in found.noise] == [(4, 4), (8, 8), (8, 8), (16, 16), (16, 16)]
-    for noise in found.noise:
+    (projection,) = project(projector, drawn[:1], SHORT)
+    assert projection.noise is not None
+    assert [noise.shape for noise in projection.noise] == [(4, 4), (8, 8), (8, 8), (16, 16), (16, 16)]
+    for noise in projection.noise:
         assert abs(float(noise.mean())) < 1e-5 and float(np.square(noise).mean()) == pytest.approx(1, abs=1e-3)
 
 
 def test_autocorrelation_equals_values_computed_by_hand() -> None:
     board = torch.tensor([[1.0, -1.0] * 4, [-1.0, 1.0] * 4] * 4)  # every neighbour is the opposite: -1 either way
     stripes = torch.tensor([[1.0, -1.0] * 4] * 8)  # -1 along the row, 1 down the column
-    found = _autocorrelation(torch.stack([board, stripes, torch.zeros(8, 8)])[:, None])
-    assert found.tolist() == [2.0, 2.0, 0.0]
+    autocorrelation = _autocorrelation(torch.stack([board, stripes, torch.zeros(8, 8)])[:, None])
+    assert autocorrelation.tolist() == [2.0, 2.0, 0.0]
     coarse = torch.ones(1, 1, 16, 16)  # 1 + 1 at 16 px; averaged times 2, so 4 + 4, squared 16 + 16, at 8 px
     assert _autocorrelation(coarse).tolist() == [34.0]
 
@@ -159,8 +159,8 @@ def test_projection_without_class_starts_at_nearest_class_mean(projector: ImageP
         ws = projector._means[:, None].expand(-1, projector._generator.num_ws, -1)
         images = projector._draw(ws, None)
     targets = [Target(image.permute(1, 2, 0).clamp(0, 255).round().byte().numpy()) for image in images]
-    found = project(projector, targets, Schedule(steps=1, noise_maps=False))
-    for number, each in enumerate(found):
+    projections = project(projector, targets, Schedule(steps=1, noise_maps=False))
+    for number, each in enumerate(projections):
         assert np.allclose(each.ws[0], projector._means[number].numpy(), atol=1e-6)
 
 
@@ -184,11 +184,11 @@ def test_invalid_projection_option_is_refused_by_name(
 
 
 def test_projection_starts_from_latents_of_encoder(bundle: Bundle, drawn: list[Target], tmp_path: Path) -> None:
-    given = np.random.default_rng(0).normal(size=(3, 6, 16)).astype(np.float32)
+    encoded = np.random.default_rng(0).normal(size=(3, 6, 16)).astype(np.float32)
     projector = ImageProjector(
-        bundle, distance="lite0", device="cpu", batch_size=3, dtype="float32", encode=lambda images, labels: given
+        bundle, distance="lite0", device="cpu", batch_size=3, dtype="float32", encode=lambda images, labels: encoded
     )
-    found = project(projector, drawn[:2], Schedule(steps=1, start="encoder", space="w+", noise_maps=False))
-    assert np.allclose(found[1].ws, given[1], atol=1e-6) and found[1].start == "encoder"
-    found = project(projector, drawn[:2], Schedule(steps=1, start="encoder", noise_maps=False))
-    assert np.allclose(found[1].ws, given[1].mean(axis=0), atol=1e-6)
+    projections = project(projector, drawn[:2], Schedule(steps=1, start="encoder", space="w+", noise_maps=False))
+    assert np.allclose(projections[1].ws, encoded[1], atol=1e-6) and projections[1].start == "encoder"
+    projections = project(projector, drawn[:2], Schedule(steps=1, start="encoder", noise_maps=False))
+    assert np.allclose(projections[1].ws, encoded[1].mean(axis=0), atol=1e-6)

@@ -43,8 +43,8 @@ def make(name: str, backend: str = "torch", dtype: str = "float32", threads: int
 
 
 def difference(a: Image, b: Image) -> npt.NDArray[np.int64]:
-    found: npt.NDArray[np.int64] = np.abs(a.astype(np.int64) - b.astype(np.int64))
-    return found
+    differences: npt.NDArray[np.int64] = np.abs(a.astype(np.int64) - b.astype(np.int64))
+    return differences
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -245,7 +245,7 @@ def test_pages_list_every_dataset_once_newest_first(served: Service, dataset: di
     cursor = None
     while True:
         page = served.client.get("/v1/datasets", params={"limit": 2} | ({"cursor": cursor} if cursor else {})).json()
-        ids += [found["id"] for found in page["data"]]
+        ids += [item["id"] for item in page["data"]]
         cursor = page["next_cursor"]
         if cursor is None:
             break
@@ -253,7 +253,7 @@ def test_pages_list_every_dataset_once_newest_first(served: Service, dataset: di
     assert dataset["id"] in ids[3:]
     assert len(set(ids)) == len(ids)
     done = served.client.get("/v1/datasets", params={"state": "succeeded", "limit": 100}).json()["data"]
-    assert {found["state"] for found in done} == {"succeeded"}
+    assert {item["state"] for item in done} == {"succeeded"}
 
 
 def test_images_have_requested_media_type(served: Service) -> None:

@@ -63,10 +63,10 @@ def test_each_image_has_its_heat_map(served: Service, method: str) -> None:
     answer = send(served, encode(PIXELS), encode(255 - PIXELS), query=f"?heat_map={method}").json()
     assert served.explainer.calls == [method] * 2
     for item, image in zip(answer["data"], (PIXELS, 255 - PIXELS), strict=True):
-        found = item["heat_map"]
-        data = base64.b64decode(found["b64"])
-        assert (found["method"], found["scale"], found["media_type"]) == (method, 0.5, "image/png")
-        assert found["sha256"] == hashlib.sha256(data).hexdigest()
+        heat_map = item["heat_map"]
+        data = base64.b64decode(heat_map["b64"])
+        assert (heat_map["method"], heat_map["scale"], heat_map["media_type"]) == (method, 0.5, "image/png")
+        assert heat_map["sha256"] == hashlib.sha256(data).hexdigest()
         assert (
             decode(data) == to_input(image, SIZE)
         ).all()  # what the fake explainer draws: the classifier's own pixels
@@ -80,8 +80,8 @@ def test_heat_map_of_single_image_is_answered_as_png(served: Service) -> None:
     assert answer.status_code == 200 and answer.headers["Content-Type"] == "image/png"
     item = send(served).json()["data"][0]
     assert answer.content == base64.b64decode(item["heat_map"]["b64"])
-    told = answer.headers["X-Dermis-Classification"]
-    assert told == f"class={item['class']}; calibrated={item['calibrated']:.4f}; threshold=0.5000"
+    classification = answer.headers["X-Dermis-Classification"]
+    assert classification == f"class={item['class']}; calibrated={item['calibrated']:.4f}; threshold=0.5000"
     assert answer.headers["X-Dermis-Notice"] == NOTICE
     alone = served.client.post(
         "/v1/classifications?heat_map=xrai", content=encode(PIXELS), headers=PICTURE | {"Content-Type": "image/png"}
@@ -113,8 +113,8 @@ def test_unsupported_heat_map_requests_are_refused(served: Service) -> None:
 )
 def test_failures_of_the_explainer_are_problems(served: Service, failure: Exception, status: int, kind: str) -> None:
     served.explainer.failures.append(failure)
-    told = problem(send(served), status, kind)
-    assert kind == "internal" or str(failure) in told
+    detail = problem(send(served), status, kind)
+    assert kind == "internal" or str(failure) in detail
     assert send(served).status_code == 200
 
 

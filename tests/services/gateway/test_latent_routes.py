@@ -49,8 +49,8 @@ def running(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         authenticity_uploads=True,
         max_compared_per_minute=20,
         max_images=12,
-    ) as found:
-        yield found
+    ) as running_service:
+        yield running_service
 
 
 def sent(images: Images) -> list[tuple[str, tuple[str, bytes, str]]]:
@@ -80,14 +80,14 @@ def test_verdicts_equal_those_of_library_and_reveal_no_patient(
 
 def test_generated_images_are_compared_without_being_sent(running: Service, bundle: Bundle) -> None:
     body = {"classes": {"benign": 2, "malignant": 1}, "seed": 3, "edits": [{"direction": "axis-0", "strength": 1.0}]}
-    found = running.client.post("/v1/authenticity", json=body)
-    assert found.status_code == 200, found.text
+    response = running.client.post("/v1/authenticity", json=body)
+    assert response.status_code == 200, response.text
     listed = running.client.post("/v1/images", json=body).json()["data"]
     images = np.stack([decode(base64.b64decode(row["b64"])) for row in listed])
     with Checker(bundle, device="cpu", threads=1) as checker:
         expected = checker.check(images)
-    assert [row["authentic"] for row in found.json()["data"]] == expected.authentic.tolist()
-    assert [row["distance"] for row in found.json()["data"]] == [round(float(d), 2) for d in expected.distances]
+    assert [row["authentic"] for row in response.json()["data"]] == expected.authentic.tolist()
+    assert [row["distance"] for row in response.json()["data"]] == [round(float(d), 2) for d in expected.distances]
 
 
 def test_uploads_are_refused_beyond_the_limit_and_without_an_index(running: Service, tmp_path: Path) -> None:
@@ -128,9 +128,9 @@ def edited(running: Service, **changes: Any) -> Any:
 
 
 def test_directions_are_listed(running: Service) -> None:
-    found = running.client.get("/v1/directions").json()
-    assert [row["name"] for row in found["data"]] == ["axis-0", "axis-1", "axis-2"]
-    assert found["data"][1] == {"name": "axis-1", "method": "sefa", "layers": [0, 6], "scale": 2.0, "facts": {}}
+    listing = running.client.get("/v1/directions").json()
+    assert [row["name"] for row in listing["data"]] == ["axis-0", "axis-1", "axis-2"]
+    assert listing["data"][1] == {"name": "axis-1", "method": "sefa", "layers": [0, 6], "scale": 2.0, "facts": {}}
     assert running.client.get("/v1/directions?model=plain").json()["data"] == []
     assert running.client.get("/v1/directions?model=no").status_code == 404
 

@@ -43,24 +43,24 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 @pytest.fixture
 def running(bundle: Bundle, tmp_path: Path) -> Iterator[Service]:
     bundles = f"{bundle.location},{Path(bundle.location).parent / 'plain'}"
-    with service(bundles, tmp_path / "data", default_model="tiny", max_projection_images=20) as found:
-        yield found
+    with service(bundles, tmp_path / "data", default_model="tiny", max_projection_images=20) as running_service:
+        yield running_service
 
 
 def ask(running: Service, images: Images, query: str = "steps=3", **headers: str) -> dict[str, Any]:
     files = [("files", (f"patient-{i}.png", encode(image), "image/png")) for i, image in enumerate(images)]
     answer = running.client.post(f"/v1/projections?{query}", files=files, headers=headers)
     assert answer.status_code == 202, answer.text
-    found: dict[str, Any] = answer.json()
-    assert answer.headers["Location"] == f"/v1/projections/{found['id']}"
-    return found
+    content: dict[str, Any] = answer.json()
+    assert answer.headers["Location"] == f"/v1/projections/{content['id']}"
+    return content
 
 
 def wait(running: Service, job: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    status: dict[str, Any] = {}
     path = f"/v1/projections/{job['id']}"
-    wait_for(lambda: found.update(running.client.get(path).json()) or found["state"] in ("succeeded", "failed"))
-    return found
+    wait_for(lambda: status.update(running.client.get(path).json()) or status["state"] in ("succeeded", "failed"))
+    return status
 
 
 def stored(running: Service, job: Mapping[str, Any]) -> list[str]:
@@ -74,17 +74,17 @@ def test_projection_returns_latents_and_removes_uploaded_images(
     with caplog.at_level(logging.DEBUG):
         job = ask(running, noise(10), "steps=3&video=true&class=malignant")
         assert job["progress"]["images_total"] == 10 and job["data"] is None
-        found = wait(running, job)
-    assert found["state"] == "succeeded", found
-    assert found["progress"] == {
-        **found["progress"],
+        finished = wait(running, job)
+    assert finished["state"] == "succeeded", finished
+    assert finished["progress"] == {
+        **finished["progress"],
         "images_done": 10,
         "steps_done": 30,
         "steps_total": 30,
     }
     assert running.projector.calls == 2  # eight at once, then two
-    assert [row["index"] for row in found["data"]] == list(range(10))
-    row = found["data"][9]
+    assert [row["index"] for row in finished["data"]] == list(range(10))
+    row = finished["data"][9]
     assert (row["distance_name"], row["steps"], row["space"], row["start"]) == ("lite0", 3, "w+", "mean")
     files = {kind: running.client.get(path) for kind, path in row["files"].items()}
     assert {kind: answer.status_code for kind, answer in files.items()} == {"latents": 200, "image": 200, "video": 200}
@@ -156,8 +156,8 @@ def test_projection_job_resumes_after_restart(bundle: Bundle, tmp_path: Path) ->
         wait_for(lambda: first.projector.calls == 1)
         first.ctx.stopping.set()
     with service(bundle.location, tmp_path / "data") as second:
-        found = wait(second, job)
-        assert found["state"] == "succeeded" and len(found["data"]) == 9
+        finished = wait(second, job)
+        assert finished["state"] == "succeeded" and len(finished["data"]) == 9
 
 
 def test_a_projection_can_be_edited(running: Service, bundle: Bundle) -> None:

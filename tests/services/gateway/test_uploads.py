@@ -330,8 +330,8 @@ def test_uploaded_content_is_neither_logged_nor_stored(
         answers = [send(served, data) for data in files]
     assert [answer.status_code for answer in answers] == [200, 422, 415]
     assert "request" in caplog.text
-    told = caplog.text + "".join(answer.text + repr(answer.headers) for answer in answers)
-    assert "Jane" not in told and "secret-name" not in told
+    logs_and_answers = caplog.text + "".join(answer.text + repr(answer.headers) for answer in answers)
+    assert "Jane" not in logs_and_answers and "secret-name" not in logs_and_answers
     assert set(Path(served.settings.data_dir).rglob("*")) == before
 
 

@@ -30,13 +30,13 @@ class FakeService:
 
     def __init__(self, description: Mapping[str, Any] | None = None) -> None:
         self.description = description or {"identities": {BUNDLE.digest: {"device": "here"}}, "problems": []}
-        self.described = 0
+        self.describe_calls = 0
         self.sizes: list[int] = []
         self.lost = 0
         self.reason: str | None = None
 
     async def describe(self) -> Mapping[str, Any]:
-        self.described += 1
+        self.describe_calls += 1
         return self.description
 
     async def generate(self, data: Any) -> list[Any]:
@@ -84,7 +84,7 @@ def test_model_that_was_not_loaded_is_reported_with_its_reason() -> None:
 def test_service_that_no_model_needs_is_not_called() -> None:
     service = FakeService({"identities": {}, "problems": []})
     assert asyncio.run(ClassifierClient(service, MODELS).not_ready()) is None
-    assert service.described == 0
+    assert service.describe_calls == 0
 
 
 def test_readiness_names_every_service_that_is_missing() -> None:

@@ -178,9 +178,9 @@ def test_worker_names_are_distinct_and_reused_after_process_end(tmp_path: Path) 
 
 @pytest.fixture
 def table(tmp_path: Path) -> JobTable:
-    found = JobTable(f"sqlite:///{tmp_path}/jobs.sqlite")
-    found.open()
-    return found
+    job_table = JobTable(f"sqlite:///{tmp_path}/jobs.sqlite")
+    job_table.open()
+    return job_table
 
 
 def create(table: JobTable, job_id: str, **values: Any) -> tuple[Job, bool]:

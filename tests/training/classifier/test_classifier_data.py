@@ -78,15 +78,17 @@ def test_a_given_split_is_used_and_checked(skin: Path, tmp_path: Path) -> None:
     parts = "train=0.5,validation=0.2,test=0.3"
     made = CliRunner().invoke(app, ["data", "split", str(skin), "--parts", parts, "--out", str(tmp_path / "s")])
     assert made.exit_code == 0
-    found = load_real(skin, SIZE, split=tmp_path / "s", progress=False)
+    real_images = load_real(skin, SIZE, split=tmp_path / "s", progress=False)
     with (tmp_path / "s" / "test.csv").open() as file:
-        assert {row["isic_id"] for row in csv.DictReader(file)} == set(found.test.ids)
+        assert {row["isic_id"] for row in csv.DictReader(file)} == set(real_images.test.ids)
     # A generator that is trained on train.csv is known to have seen the training part alone.
-    assert load_isic(skin, SIZE, metadata=tmp_path / "s" / "train.csv", progress=False).sha256 == found.train.sha256
+    assert (
+        load_isic(skin, SIZE, metadata=tmp_path / "s" / "train.csv", progress=False).sha256 == real_images.train.sha256
+    )
     # What a cleaned split leaves out is not used.
     lines = (tmp_path / "s" / "test.csv").read_text().splitlines(keepends=True)
     (tmp_path / "s" / "test.csv").write_text("".join(lines[:-1]))
-    assert len(load_real(skin, SIZE, split=tmp_path / "s", progress=False).test.ids) == len(found.test.ids) - 1
+    assert len(load_real(skin, SIZE, split=tmp_path / "s", progress=False).test.ids) == len(real_images.test.ids) - 1
     # A patient in two parts makes the test worthless.
     train = (tmp_path / "s" / "train.csv").read_text().splitlines(keepends=True)
     partner = next(line for line in train[1:] if sum(line.split(",")[1] in other for other in train) == 2)
@@ -161,19 +163,19 @@ def painter(monkeypatch: pytest.MonkeyPatch) -> type[Painter]:
 
 def test_images_of_a_bundle_are_drawn_by_seed_and_class(tiny_bundle: Bundle, tmp_path: Path) -> None:
     source = [SyntheticSource(tiny_bundle.location)]
-    found = load_synthetic(source, {"benign": 3, "malignant": 2}, 8, seed=5, cache=tmp_path, progress=False)
-    assert found.labels == (0, 0, 0, 1, 1)
+    synthetic = load_synthetic(source, {"benign": 3, "malignant": 2}, 8, seed=5, cache=tmp_path, progress=False)
+    assert synthetic.labels == (0, 0, 0, 1, 1)
     with Synthesizer(tiny_bundle) as synthesizer:
         drawn = synthesizer.images([5] * 5, [0, 2, 4, 1, 3], [0, 0, 0, 1, 1])
-    assert (np.concatenate(found.images) == np.stack([to_input(image, 8) for image in drawn])).all()
-    assert [each["images"] for each in found.origin] == [3, 2]
+    assert (np.concatenate(synthetic.images) == np.stack([to_input(image, 8) for image in drawn])).all()
+    assert [each["images"] for each in synthetic.origin] == [3, 2]
 
 
 def test_interrupted_drawing_of_images_resumes(
     tiny_bundle: Bundle, tmp_path: Path, painter: type[Painter], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source, wanted = [SyntheticSource(tiny_bundle.location)], {"malignant": 40}
-    whole = load_synthetic(source, wanted, 8, cache=tmp_path / "a", progress=False).images[0]
+    source, counts = [SyntheticSource(tiny_bundle.location)], {"malignant": 40}
+    whole = load_synthetic(source, counts, 8, cache=tmp_path / "a", progress=False).images[0]
     assert whole[:, 0, 0, 1].tolist() == list(range(1, 80, 2))
     fewer = load_synthetic(source, {"malignant": 11}, 8, cache=tmp_path / "a", progress=False).images[0]
     assert (fewer == whole[:11]).all()
@@ -188,9 +190,9 @@ def test_interrupted_drawing_of_images_resumes(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(painter, "images", stops)
-        load_synthetic(source, wanted, 8, cache=tmp_path / "b", progress=False)
+        load_synthetic(source, counts, 8, cache=tmp_path / "b", progress=False)
     assert not list((tmp_path / "b").glob("*.npy"))
-    again = load_synthetic(source, wanted, 8, cache=tmp_path / "b", progress=False).images[0]
+    again = load_synthetic(source, counts, 8, cache=tmp_path / "b", progress=False).images[0]
     assert (again == whole).all()
     assert painter.asked[2][0] == 2 * 16 + 1  # not from the start
     assert [path.suffix for path in (tmp_path / "b").iterdir()] == [".npy"]
@@ -205,9 +207,9 @@ def test_images_come_from_separate_generator_for_each_class(tmp_path: Path, pain
     with pytest.raises(DataError, match="state the class of its images: benign="):
         load_synthetic([SyntheticSource(str(tmp_path / "ben"))], {"benign": 2}, 8, cache=tmp_path / "c", progress=False)
     sources = [parse_source(f"benign={tmp_path / 'ben'}"), parse_source(f"malignant={tmp_path / 'mal'}")]
-    found = load_synthetic(sources, {"benign": 2, "malignant": 3}, 8, cache=tmp_path / "c", progress=False)
-    assert [(each["name"], each["class"]) for each in found.origin] == [("ben", "benign"), ("mal", "malignant")]
-    assert found.labels == (0, 0, 1, 1, 1)
+    synthetic = load_synthetic(sources, {"benign": 2, "malignant": 3}, 8, cache=tmp_path / "c", progress=False)
+    assert [(each["name"], each["class"]) for each in synthetic.origin] == [("ben", "benign"), ("mal", "malignant")]
+    assert synthetic.labels == (0, 0, 1, 1, 1)
     with pytest.raises(DataError, match="no source has malignant images"):
         load_synthetic(sources[:1], {"malignant": 1}, 8, cache=tmp_path / "c", progress=False)
 
@@ -217,8 +219,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("generated")
     bundle = make_bundle(folder / "bundle")
     for layout in ("imagefolder", "webdataset", "parquet"):
-        wanted = {"classes": {"benign": 7, "malignant": 5}, "shard_size": 5, "format": layout}
-        planned = plan(DatasetRequest.model_validate(wanted), bundle.digest, bundle.class_names)
+        request = {"classes": {"benign": 7, "malignant": 5}, "shard_size": 5, "format": layout}
+        planned = plan(DatasetRequest.model_validate(request), bundle.digest, bundle.class_names)
         for shard in range(planned.shards):
             write_shard(
                 planned,
@@ -234,15 +236,15 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_generated_dataset_gives_same_images_in_each_layout(dataset: Path, tmp_path: Path) -> None:
-    found = []
+    loaded = []
     for place in ("imagefolder", "webdataset", "parquet", "imagefolder/images.zip", "unpacked/images"):
         source = [SyntheticSource(str(dataset / place))]
         images = load_synthetic(source, {"benign": 6, "malignant": 4}, 8, cache=tmp_path / place, progress=False)
         assert images.labels == (0,) * 6 + (1,) * 4
         assert np.concatenate(images.images)[:, 0, 0, 2].tolist() == list(images.labels)
-        found.append(np.concatenate(images.images))
-    for other in found[1:]:
-        assert (other == found[0]).all()
+        loaded.append(np.concatenate(images.images))
+    for other in loaded[1:]:
+        assert (other == loaded[0]).all()
     with pytest.raises(DataError, match="has 5 malignant images, 6 are requested"):
         load_synthetic(
             [SyntheticSource(str(dataset / "parquet"))], {"malignant": 6}, 8, cache=tmp_path / "x", progress=False
@@ -324,9 +326,9 @@ def test_turning_and_flipping_only_moves_pixels() -> None:
     images = torch.rand(64, 3, 9, 9) * 255
     flipped = rotated_and_flipped(images, rotation=0, flips=True)
     kinds = []
-    for image, found in zip(images, flipped, strict=True):
+    for image, moved in zip(images, flipped, strict=True):
         options = [image, image.flip(2), image.flip(1), image.flip(1, 2)]
-        matches = [i for i, option in enumerate(options) if torch.equal(option, found)]
+        matches = [i for i, option in enumerate(options) if torch.equal(option, moved)]
         assert len(matches) == 1
         kinds += matches
     assert set(kinds) == {0, 1, 2, 3}
@@ -341,5 +343,5 @@ def test_turning_and_flipping_only_moves_pixels() -> None:
 
 def test_an_image_set_is_read_in_any_order() -> None:
     arrays = [np.full((n, 2, 2, 3), k, np.uint8) for k, n in enumerate((3, 1, 2))]
-    found = TrainingSet(tuple(arrays), np.zeros(6, np.int64)).read(np.array([5, 0, 3, 2, 4]))
-    assert found[:, 0, 0, 0].tolist() == [2, 0, 1, 0, 2]
+    batch = TrainingSet(tuple(arrays), np.zeros(6, np.int64)).read(np.array([5, 0, 3, 2, 4]))
+    assert batch[:, 0, 0, 0].tolist() == [2, 0, 1, 0, 2]

@@ -226,10 +226,10 @@ def test_network_that_cannot_be_exported_is_refused_at_start(architecture: str, 
 
 
 def test_weights_come_from_a_file(tmp_path: Path) -> None:
-    given = new_network(config(seed=3), "none").backbone.state_dict()
-    save_file({name: value.contiguous() for name, value in given.items()}, tmp_path / "w.safetensors")
-    found = new_network(config(seed=4), str(tmp_path / "w.safetensors")).backbone.state_dict()
-    differing = {name for name in given if not torch.equal(given[name], found[name])}
+    stored = new_network(config(seed=3), "none").backbone.state_dict()
+    save_file({name: value.contiguous() for name, value in stored.items()}, tmp_path / "w.safetensors")
+    loaded = new_network(config(seed=4), str(tmp_path / "w.safetensors")).backbone.state_dict()
+    differing = {name for name in stored if not torch.equal(stored[name], loaded[name])}
     assert differing == {"classifier.weight", "classifier.bias"}  # the last layer is new
     with pytest.raises(DermisError, match="must be a .safetensors file"):
         new_network(config(), str(tmp_path / "w.pth"))
@@ -254,14 +254,14 @@ def trained(skin: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_exported_classifier_reproduces_measured_scores(trained: Path, real: RealData) -> None:
-    described = open_classifier(trained / "classifier")
-    assert (described.architecture, described.input.size, described.weights_dtype) == (TINY, SIZE, "fp16")
-    assert described.metrics["test"]["metrics"]["auc"]["value"] > 0.8  # it did learn
+    description = open_classifier(trained / "classifier")
+    assert (description.architecture, description.input.size, description.weights_dtype) == (TINY, SIZE, "fp16")
+    assert description.metrics["test"]["metrics"]["auc"]["value"] > 0.8  # it did learn
     check_measured(trained, real)
 
 
 def check_measured(trained: Path, real: RealData) -> None:
-    described = open_classifier(trained / "classifier")
+    description = open_classifier(trained / "classifier")
     with Classifier(trained / "classifier", device="cpu") as classifier:
         scores = classifier.classify(real.test.images)
     rows = [line.split(",") for line in (trained / "predictions.csv").read_text().splitlines()[1:]]
@@ -270,10 +270,10 @@ def check_measured(trained: Path, real: RealData) -> None:
     for name, logit, calibrated in zip(real.test.ids, scores.logits, scores.calibrated, strict=True):
         assert float(measured[name][3]) == pytest.approx(float(logit), abs=2e-4)
         assert float(measured[name][5]) == pytest.approx(float(calibrated), abs=1e-4)
-    auc = described.metrics["test"]["metrics"]["auc"]
+    auc = description.metrics["test"]["metrics"]["auc"]
     order = scores.logits[real.test.labels == 1][:, None] - scores.logits[real.test.labels == 0]
     assert auc["value"] == pytest.approx((order > 0).mean(), abs=1e-6)
-    assert json.loads((trained / "evaluation.json").read_text()) == described.metrics
+    assert json.loads((trained / "evaluation.json").read_text()) == description.metrics
 
 
 def test_torch_and_onnx_agree_on_any_batch(trained: Path, real: RealData) -> None:
@@ -356,10 +356,10 @@ def test_weights_of_other_network_are_refused(trained: Path) -> None:
 
     from dermis.bundle.classifier import write_classifier
 
-    described = replace(open_classifier(trained / "classifier"), architecture="resnet50")
+    description = replace(open_classifier(trained / "classifier"), architecture="resnet50")
     data = (trained / "classifier" / MODEL).read_bytes()
     other = trained.parent / "other"
-    write_classifier(other, described, data, "# Other\n")
+    write_classifier(other, description, data, "# Other\n")
     with pytest.raises(BundleError, match=r"lacks \d+ weights of resnet50"):
         load_torch_classifier(other)
     with pytest.raises(BundleError, match="is not an ONNX file"):

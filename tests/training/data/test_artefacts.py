@@ -106,9 +106,9 @@ def test_the_summary_counts_and_compares_classes() -> None:
 
 
 def test_artefact_summary_handles_extreme_counts() -> None:
-    told = summarise([FRAMED] * 5 + [PLAIN] * 5, ["a"] * 5 + ["b"] * 5)
-    assert told.associations[0].cramers_v == pytest.approx(1)
-    assert told.share("frame", "a").risk_ratio is None  # no other class has any
+    all_or_none = summarise([FRAMED] * 5 + [PLAIN] * 5, ["a"] * 5 + ["b"] * 5)
+    assert all_or_none.associations[0].cramers_v == pytest.approx(1)
+    assert all_or_none.share("frame", "a").risk_ratio is None  # no other class has any
     one_class = summarise([FRAMED, PLAIN], ["a", "a"])
     assert (one_class.associations[0].cramers_v, one_class.share("frame", "a").risk_ratio) == (0.0, None)
     three = summarise([FRAMED, PLAIN, HAIRY], ["a", "b", "c"])

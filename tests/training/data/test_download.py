@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from commands.main import app
 from dermis.errors import DataError
-from training.data import download as room
+from training.data import download as download_module
 from training.data.download import COLLECTIONS, CollectionSize, download, fetch_collection_size, find_collection
 from training.data.sources import read_source
 
@@ -48,7 +48,7 @@ def isic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     program.write_text(FAKE.format(python=sys.executable, log=str(log)))
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setattr(room, "fetch_collection_size", lambda collection: CollectionSize(3, 9))
+    monkeypatch.setattr(download_module, "fetch_collection_size", lambda collection: CollectionSize(3, 9))
     return log
 
 
@@ -95,7 +95,7 @@ def test_a_failing_tool_stops_the_download(isic: Path, tmp_path: Path, monkeypat
 
 
 def test_too_small_disk_is_refused_before_download(isic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "fetch_collection_size", lambda collection: CollectionSize(3, 10**18))
+    monkeypatch.setattr(download_module, "fetch_collection_size", lambda collection: CollectionSize(3, 10**18))
     with pytest.raises(DataError, match="GB are free"):
         download([COLLECTIONS["isic-2020"]], tmp_path)
     assert _calls(isic) == []
@@ -103,7 +103,7 @@ def test_too_small_disk_is_refused_before_download(isic: Path, tmp_path: Path, m
 
 def test_missing_download_tool_or_network_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(room.sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setattr(download_module.sys, "executable", str(tmp_path / "python"))
     with pytest.raises(DataError, match="pip install"):
         download([COLLECTIONS["isic-2020"]], tmp_path)
     with pytest.raises(DataError, match="isic-2021"):
@@ -114,7 +114,9 @@ def test_missing_download_tool_or_network_is_reported(tmp_path: Path, monkeypatc
 
     real = httpx.Client
     with monkeypatch.context() as patch:
-        patch.setattr(room.httpx, "Client", lambda **kw: real(transport=httpx.MockTransport(no_network), **kw))
+        patch.setattr(
+            download_module.httpx, "Client", lambda **kw: real(transport=httpx.MockTransport(no_network), **kw)
+        )
         with pytest.raises(DataError, match="is there a network"):
             fetch_collection_size(COLLECTIONS["isic-2020"])
 
@@ -124,5 +126,5 @@ def test_missing_download_tool_or_network_is_reported(tmp_path: Path, monkeypatc
         return httpx.Response(200, json={"size": 7, "count": 5})
 
     with monkeypatch.context() as patch:
-        patch.setattr(room.httpx, "Client", lambda **kw: real(transport=httpx.MockTransport(answer), **kw))
+        patch.setattr(download_module.httpx, "Client", lambda **kw: real(transport=httpx.MockTransport(answer), **kw))
         assert fetch_collection_size(COLLECTIONS["isic-2019-melanoma"]) == CollectionSize(5, 7)

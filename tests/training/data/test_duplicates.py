@@ -70,8 +70,8 @@ def test_copies_have_nearly_the_same_hash(change: str) -> None:
 
 def test_hash_pairs_are_exactly_the_copies() -> None:
     images = [lesion(seed) for seed in range(20)]
-    found = hash_pairs(perceptual_hashes([*images, jpeg(images[3]), resize(brighten(images[7]), 301)]), 4)
-    assert list(zip(found.i.tolist(), found.j.tolist(), strict=True)) == [(3, 20), (7, 21)]
+    pairs = hash_pairs(perceptual_hashes([*images, jpeg(images[3]), resize(brighten(images[7]), 301)]), 4)
+    assert list(zip(pairs.i.tolist(), pairs.j.tolist(), strict=True)) == [(3, 20), (7, 21)]
 
 
 @given(arrays(np.uint8, st.tuples(st.integers(1, 70), st.integers(1, 70), st.just(3))))
@@ -113,10 +113,10 @@ def test_hash_pairs_are_all_pairs_within_the_distance(hashes: NDArray[np.uint64]
             assert distance == min(bits(hashes[j], other) for other in positions[i])  # symmetric
             if distance <= limit:
                 expected[i, j] = distance
-    found = hash_pairs(hashes, limit, mirrors=mirrors)
-    pairs = list(zip(found.i.tolist(), found.j.tolist(), strict=True))
+    near_pairs = hash_pairs(hashes, limit, mirrors=mirrors)
+    pairs = list(zip(near_pairs.i.tolist(), near_pairs.j.tolist(), strict=True))
     assert pairs == sorted(expected)
-    assert dict(zip(pairs, found.distance.tolist(), strict=True)) == expected
+    assert dict(zip(pairs, near_pairs.distance.tolist(), strict=True)) == expected
 
 
 def test_pairs_across_blocks_are_found() -> None:
@@ -174,11 +174,11 @@ def of(*ends: tuple[int, int]) -> Pairs:
 @given(st.sets(st.tuples(st.integers(0, 30), st.integers(0, 30)).filter(lambda pair: pair[0] < pair[1])))
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_groups_are_a_partition_of_the_paired_images(ends: set[tuple[int, int]]) -> None:
-    found = groups(of(*ends))
-    assert sorted(member for group in found for member in group) == sorted({end for pair in ends for end in pair})
-    home = {member: k for k, group in enumerate(found) for member in group}
+    partition = groups(of(*ends))
+    assert sorted(member for group in partition for member in group) == sorted({end for pair in ends for end in pair})
+    home = {member: k for k, group in enumerate(partition) for member in group}
     assert all(home[i] == home[j] for i, j in ends)
-    for group in found:  # each is connected: some pair leaves every proper part of it
+    for group in partition:  # each is connected: some pair leaves every proper part of it
         reached = {group[0]}
         while more := {end for pair in ends if reached & set(pair) for end in pair} - reached:
             reached |= more

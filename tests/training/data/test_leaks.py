@@ -99,9 +99,9 @@ class _Small:
 def test_embedding_confirms_pairs_and_is_cached(tmp_path: Path) -> None:
     source, extractor = read_source(_collection(tmp_path / "set")), _Small()
     for _ in range(2):
-        found = find_leaks(source, extractor=extractor, cache=tmp_path / "cache", progress=False)  # type: ignore[arg-type]
-        assert [(pair.a, pair.b) for pair in found.pairs] == [(3, 4), (2, 12)]
-        assert all(pair.similarity is not None and pair.similarity > 0.95 for pair in found.pairs)
+        leaks = find_leaks(source, extractor=extractor, cache=tmp_path / "cache", progress=False)  # type: ignore[arg-type]
+        assert [(pair.a, pair.b) for pair in leaks.pairs] == [(3, 4), (2, 12)]
+        assert all(pair.similarity is not None and pair.similarity > 0.95 for pair in leaks.pairs)
         assert extractor.calls == 1, "features must be computed once"
     (kept,) = (tmp_path / "cache").iterdir()
     kept.write_bytes(kept.read_bytes()[:-1])
@@ -128,9 +128,9 @@ def test_mirrored_copies_are_found_on_request(tmp_path: Path) -> None:
 def test_broken_images_and_unknown_ids_are_named(tmp_path: Path) -> None:
     collection = _collection(tmp_path / "set")
     (collection / "images" / "I05.jpg").write_bytes(b"no picture")
-    found = find_leaks(read_source(collection), progress=False)
-    assert [name for name, _ in found.broken] == ["I05"]
-    assert len(found.records) == 15
+    leaks = find_leaks(read_source(collection), progress=False)
+    assert [name for name, _ in leaks.broken] == ["I05"]
+    assert len(leaks.records) == 15
     with pytest.raises(DataError, match="I99"):
         find_leaks(read_source(collection), {"I99": "train"}, progress=False)
 

@@ -43,10 +43,10 @@ def test_encoder_learns_latents_of_generated_images(bundle: Bundle, folder: Path
     with Synthesizer(bundle, device="cpu", threads=1) as synthesizer:
         images = synthesizer.images([9] * 64, range(64), [0, 1] * 32)
         true = synthesizer.ws([9] * 64, range(64), [0, 1] * 32)
-    found = encoder(images)
-    assert found.shape == true.shape and found.dtype == np.float32
+    latents = encoder(images)
+    assert latents.shape == true.shape and latents.dtype == np.float32
     mean = true.mean(axis=0, keepdims=True)
-    assert np.square(found - true).mean() < 0.95 * np.square(mean - true).mean()
+    assert np.square(latents - true).mean() < 0.95 * np.square(mean - true).mean()
     generated = encoder.description.metrics["generated"]
     assert generated["encoded"] < generated["mean_start"]
 
@@ -92,7 +92,7 @@ def test_projection_starts_from_encoder_latents(bundle: Bundle, folder: Path, tm
     )
     image = np.random.default_rng(1).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     # The first rate is 0: one step is the start itself.
-    ((_, found),) = projector.project([Target(image, 0)], Schedule(steps=1, space="w+", start="encoder"))
-    assert np.allclose(found.ws, encoder(image[None])[0], atol=1e-5)
-    assert found.start == "encoder"
+    ((_, projection),) = projector.project([Target(image, 0)], Schedule(steps=1, space="w+", start="encoder"))
+    assert np.allclose(projection.ws, encoder(image[None])[0], atol=1e-5)
+    assert projection.start == "encoder"
     torch.manual_seed(0)

@@ -107,13 +107,13 @@ def test_random_directions_lie_in_span_of_w_within_classes() -> None:
     w = np.zeros((600, W_DIM), np.float32)
     w[:, :2] = rng.normal(size=(600, 2)) * 0.5
     w[:, 7] = 100 * labels
-    found = random_directions(w, labels, 4, num_ws=NUM_WS, seed=0)
-    assert [d.name for d in found] == [f"random-{k}" for k in (1, 2, 3, 4)]
-    for each in found:
+    directions = random_directions(w, labels, 4, num_ws=NUM_WS, seed=0)
+    assert [d.name for d in directions] == [f"random-{k}" for k in (1, 2, 3, 4)]
+    for each in directions:
         assert each.method == "random"
         assert np.linalg.norm(each.vector[:2]) == pytest.approx(1, abs=1e-5) and abs(each.vector[7]) < 1e-5
         assert each.scale == pytest.approx(0.5, rel=0.1)
-    assert not np.allclose(found[0].vector, found[1].vector)
+    assert not np.allclose(directions[0].vector, directions[1].vector)
 
 
 def test_frame_share_equals_artefact_detector_frame() -> None:
@@ -137,8 +137,8 @@ def test_directions_command_measures_and_sweeps(tmp_path: Path, monkeypatch: pyt
         return result.output
 
     out = tmp_path / "m.json"
-    told = run("measure", location, "--samples", 2, "--baseline", 4, "--controls", 1, "--out", out)
-    assert "north" in told and "random-1" in told and "malignant" in told
+    output = run("measure", location, "--samples", 2, "--baseline", 4, "--controls", 1, "--out", out)
+    assert "north" in output and "random-1" in output and "malignant" in output
     facts = json.loads(out.read_text())
     (north, _) = facts["effects"]
     assert north["direction"] == "north" and north["strength"] == 3 and north["identity"] > 0
@@ -148,10 +148,10 @@ def test_directions_command_measures_and_sweeps(tmp_path: Path, monkeypatch: pyt
             run("measure", location, "--samples", 4, *wrong)
     monkeypatch.setitem(THRESHOLDS, "frame", 0.0)  # every image has it, and no move can take it away
     options = ("--samples", 2, "--baseline", 2, "--strength", 1, "--controls", 0, "--out", out)
-    told = run("measure", location, "--framed", *options)
+    output = run("measure", location, "--framed", *options)
     facts = json.loads(out.read_text())
     assert facts["framed"] == 2 and [each["strength"] for each in facts["removals"]] == [1, -1]
-    assert facts["best"]["removed"] == 0 and "removes the frame in 0 of 2 images" in told
+    assert facts["best"]["removed"] == 0 and "removes the frame in 0 of 2 images" in output
     video = tmp_path / "north.gif"
     run("sweep", location, "--out", video, "--direction", "north", "--samples", 2, "--steps", 3)
     from PIL import Image

@@ -171,17 +171,19 @@ def test_copying_generator_is_detected_and_shown(tiny_bundle: Bundle, generated:
     with Synthesizer(tiny_bundle, device="cpu") as synthesizer:
         images = synthesizer.images([0] * 36, list(range(36)), LABELS, noise_mode="random")
     data, held = _dataset(images), _dataset(generated[36:], prefix="b")
-    found = evaluate_bundle(tiny_bundle, data, [_space()], holdout=held, ppl_paths=10, device="cpu", page=True)
-    space = found.metrics["spaces"]["quarters"]
+    evaluation = evaluate_bundle(tiny_bundle, data, [_space()], holdout=held, ppl_paths=10, device="cpu", page=True)
+    space = evaluation.metrics["spaces"]["quarters"]
     copied, numbers = space["copies"], space["comparisons"]
     assert copied["authenticity"] == 0 and copied["holdout_authenticity"] > 0.2
     assert numbers["generated_training"]["fd"] == pytest.approx(0, abs=1e-3)
     assert copied["memorising"]["p_value"] < 1e-3 and copied["memorising"]["nearer_train"] == 1
     assert copied["membership"]["auc"]["value"] > 0.95 and copied["membership"]["found_at_1_percent"]["value"] > 0.9
     assert numbers["generated_holdout"]["fld_gap"] < 2 * numbers["training_holdout"]["fld_gap"] < 0
-    assert json.loads(json.dumps(found.metrics, allow_nan=False)) == found.metrics, "a bundle takes plain JSON only"
-    assert found.page is not None
-    rows = [decode(base64.b64decode(x)) for x in re.findall(r"<figure><img[^>]*base64,([^\"]+)", found.page)]
+    assert json.loads(json.dumps(evaluation.metrics, allow_nan=False)) == evaluation.metrics, (
+        "a bundle takes plain JSON only"
+    )
+    assert evaluation.page is not None
+    rows = [decode(base64.b64decode(x)) for x in re.findall(r"<figure><img[^>]*base64,([^\"]+)", evaluation.page)]
     assert len(rows) == 20
     for row in rows:
         assert np.array_equal(row[:, :16], row[:, 20:36])
@@ -199,11 +201,11 @@ def test_memorising_test_permutes_whole_patients(tiny_bundle: Bundle, generated:
     data, held = _dataset(images), _dataset(generated[36:], prefix="b")
     data = replace(data, records=_records(data.ids, ["P1"] * 18 + ["P2"] * 18, [""] * 36))
     held = replace(held, records=_records(held.ids, ["P3"] * 18 + [""] * 18, [""] * 18 + ["L4"] * 18))
-    found = evaluate_bundle(tiny_bundle, data, [_space()], holdout=held, selection="fast", device="cpu")
-    assert found.metrics["holdout"]["patients"] == 2
-    copied = found.metrics["spaces"]["quarters"]["copies"]
+    evaluation = evaluate_bundle(tiny_bundle, data, [_space()], holdout=held, selection="fast", device="cpu")
+    assert evaluation.metrics["holdout"]["patients"] == 2
+    copied = evaluation.metrics["spaces"]["quarters"]["copies"]
     assert copied["memorising"]["p_value"] == pytest.approx(1 / 6, abs=0.03)
-    text = json.dumps(found.metrics)
+    text = json.dumps(evaluation.metrics)
     assert not any(f'"{name}"' in text for name in ("P1", "P3", "L4", "a0", "b0")), "no identifier gets into a bundle"
 
 
@@ -239,8 +241,8 @@ def test_patient_in_data_and_holdout_is_refused(generated: NDArray[np.uint8]) ->
 
 def _provenance(**configuration: object) -> dict[str, object]:
     run = {"configuration": {"resolution": 64, "c_dim": 0} | configuration, "hardware": "x", "hours": 1.0}
-    told = {"name": "d", "images": 2, "classes": {"a": 2}, "sha256": "5" * 64}
-    facts = {"dataset": told, "training": run | {"augment_p": 0.0}, "kimg": 1.0, "code_version": "0"}
+    dataset = {"name": "d", "images": 2, "classes": {"a": 2}, "sha256": "5" * 64}
+    facts = {"dataset": dataset, "training": run | {"augment_p": 0.0}, "kimg": 1.0, "code_version": "0"}
     return facts | {"licence": "x", "attribution": ""}
 
 
@@ -350,17 +352,19 @@ def test_metrics_of_the_first_version_are_read() -> None:
     assert "reference: held-out images vs real images" in model_card("m", _provenance(), first | {"real_sha256": ""})
 
 
-@pytest.mark.parametrize("told", [{}, {"dataset": None, "training": None}, {"dataset": "ours", "training": ["by us"]}])
-def test_foreign_card_gets_measured_section(told: dict[str, object]) -> None:
-    section = renewed_card("# Theirs\n", told, EARLY)
+@pytest.mark.parametrize(
+    "provenance", [{}, {"dataset": None, "training": None}, {"dataset": "ours", "training": ["by us"]}]
+)
+def test_foreign_card_gets_measured_section(provenance: dict[str, object]) -> None:
+    section = renewed_card("# Theirs\n", provenance, EARLY)
     assert section.startswith("# Theirs\n\n## Measured\n\n50 generated images") and "not the training set" in section
     assert "does not say whether" in section
-    again = renewed_card(section + "\n## Contact\n\nWard 3\n", told, EARLY | {"fid": 7.0})
+    again = renewed_card(section + "\n## Contact\n\nWard 3\n", provenance, EARLY | {"fid": 7.0})
     assert again.count("## Measured") == 1 and "| FD@lite0 | 7 |" in again and "| 12 |" not in again
     assert again.endswith("\n\n## Contact\n\nWard 3\n")
-    assert renewed_card(again, told, EARLY | {"fid": 7.0}) == again
+    assert renewed_card(again, provenance, EARLY | {"fid": 7.0}) == again
     marked = section + "\n<!-- classifier: written by dermis -->\n## Classifier\n"
-    assert renewed_card(marked, told, EARLY) == marked, "the comment before the next section belongs to that one"
+    assert renewed_card(marked, provenance, EARLY) == marked, "the comment before the next section belongs to that one"
 
 
 def test_failed_report_write_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -394,11 +398,11 @@ def test_evaluation_with_invalid_options_is_refused(tiny_bundle: Bundle, generat
 
 def test_class_with_few_images_is_not_measured_alone(tiny_bundle: Bundle, generated: NDArray[np.uint8]) -> None:
     labels = [0] * 32 + [1] * 4
-    found = evaluate_bundle(
+    evaluation = evaluate_bundle(
         tiny_bundle, _dataset(generated[:36], labels), [_space()], selection="fast", device="cpu", count=50
     )
-    assert list(found.metrics["spaces"]["quarters"]["classes"]) == ["benign"]
-    assert found.metrics["images"] == 50
+    assert list(evaluation.metrics["spaces"]["quarters"]["classes"]) == ["benign"]
+    assert evaluation.metrics["images"] == 50
     with pytest.raises(DataError, match="too few"):
         compare(np.zeros((4, 3), np.float32), np.zeros((40, 3), np.float32))
 
@@ -415,7 +419,7 @@ def test_image_is_drawn_once_for_all_feature_spaces(
 
     monkeypatch.setattr(Synthesizer, "images", counted)
     means = FeatureExtractor("means", "means/1", 3, lambda images: images.mean(axis=(1, 2)).astype(np.float32))
-    found = evaluate_bundle(
+    evaluation = evaluate_bundle(
         *(tiny_bundle, _dataset(generated[:36]), [_space(), means]),
         holdout=_dataset(generated[36:], prefix="b"),
         selection="fast",
@@ -424,14 +428,14 @@ def test_image_is_drawn_once_for_all_feature_spaces(
         device="cpu",
     )
     assert sorted(drawn) == [(mode, index) for mode in ("const", "random") for index in range(20)]
-    assert found.metrics["noise_mode"] == "const" and list(found.metrics["spaces"]) == ["quarters", "means"]
-    for space in found.metrics["spaces"].values():
+    assert evaluation.metrics["noise_mode"] == "const" and list(evaluation.metrics["spaces"]) == ["quarters", "means"]
+    for space in evaluation.metrics["spaces"].values():
         assert set(space["other_noise"]) == {"random"}
         others = space["other_noise"]["random"]
         assert set(others) == {"generated_training", "generated_holdout"}
         for name, part in others.items():
             assert part["images"] == part["real_images"] == space["comparisons"][name]["images"] == 20
-    head = space_tables(found.metrics)[1].rows[0]
+    head = space_tables(evaluation.metrics)[1].rows[0]
     assert head[4:] == ["generated vs real images, random noise", "generated vs held-out images, random noise"]
 
 

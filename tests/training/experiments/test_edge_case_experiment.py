@@ -52,17 +52,17 @@ def planted() -> tuple[RealPart, EdgeCaseResults]:
 
 def test_gain_is_measured_only_on_planted_edge_cases() -> None:
     part, measured = planted()
-    found = compare(part, measured, replicates=200)
-    assert {name: row["images"] for name, row in found.items()} == {"edge cases": 100, "the rest": 300, "all": 400}
-    gain = found["edge cases"]["differences"]
+    comparison = compare(part, measured, replicates=200)
+    assert {name: row["images"] for name, row in comparison.items()} == {"edge cases": 100, "the rest": 300, "all": 400}
+    gain = comparison["edge cases"]["differences"]
     for pair in ("neighbours - real", "neighbours - random"):
         assert gain[pair]["auc"]["low"] > 0.1
         assert gain[pair]["balanced_accuracy"]["low"] > 0
         assert gain[pair]["brier"]["high"] < 0
     zero = {"value": 0.0, "low": 0.0, "high": 0.0}
     assert gain["random - real"]["auc"] == zero  # the same predictions, patients and seeds
-    assert found["the rest"]["differences"]["neighbours - real"]["auc"] == zero
-    arms = found["edge cases"]["arms"]
+    assert comparison["the rest"]["differences"]["neighbours - real"]["auc"] == zero
+    arms = comparison["edge cases"]["arms"]
     difference = arms["neighbours"]["auc"]["value"] - arms["real"]["auc"]["value"]
     assert gain["neighbours - real"]["auc"]["value"] == pytest.approx(difference)
 

@@ -93,7 +93,7 @@ def test_table1_trains_five_generators_and_compares_with_paper(tmp_path: Path, d
         _run(out, data, "--only", "mel-gan")
     assert _run(out, data, "--only", "mal-gan").exit_code == 0
     results = json.loads((out / "results.json").read_text())
-    assert [name for name, found in results["experiments"].items() if found["done"]] == ["mal-gan"]
+    assert [name for name, experiment in results["experiments"].items() if experiment["done"]] == ["mal-gan"]
     assert results["chosen"] == {"name": None, "reason": "no generator makes all classes"}
     assert "| ben-GAN | not run |" in (out / "table.md").read_text()
 
@@ -103,16 +103,16 @@ def test_table1_trains_five_generators_and_compares_with_paper(tmp_path: Path, d
     results = json.loads((out / "results.json").read_text())
     assert list(results["experiments"]) == list(TABLE1)
     images = {"ben-gan": {"benign": 20}, "mal-gan": {"malignant": 12}}
-    for name, found in results["experiments"].items():
+    for name, experiment in results["experiments"].items():
         bundle, conditional = open_bundle(out / name / "bundle"), name in CONDITIONAL
-        assert found["kimg"] == 0.032
-        assert found["seconds_per_kimg"] == pytest.approx(125), "8 images a second"
-        assert found["images"] == images.get(name, {"benign": 20, "malignant": 12})
+        assert experiment["kimg"] == 0.032
+        assert experiment["seconds_per_kimg"] == pytest.approx(125), "8 images a second"
+        assert experiment["images"] == images.get(name, {"benign": 20, "malignant": 12})
         assert bundle.class_names == (("benign", "malignant") if conditional else ())
-        assert (bundle.digest, dict(bundle.metrics)) == (found["bundle"], found["metrics"])
-        assert found["metrics"]["real_is_training_set"]
-        assert found["metrics"]["real_images"] == sum(found["images"].values())
-        classes = found["metrics"]["spaces"]["quarters"].get("classes", {})
+        assert (bundle.digest, dict(bundle.metrics)) == (experiment["bundle"], experiment["metrics"])
+        assert experiment["metrics"]["real_is_training_set"]
+        assert experiment["metrics"]["real_images"] == sum(experiment["images"].values())
+        classes = experiment["metrics"]["spaces"]["quarters"].get("classes", {})
         assert set(classes) == ({"benign", "malignant"} if conditional else set())
     assert results["chosen"]["name"] in CONDITIONAL, "one that makes all classes"
 
@@ -278,11 +278,11 @@ def test_wrong_experiment_options_are_refused_by_name(
 
 def test_settings_are_parsed_as_toml() -> None:
     texts = ["batch=16", "learning_rate = 2e-3", "mirror=false", "augment=bgc", 'precision="fp32"', "r1_gamma=1"]
-    found = parse_settings(texts, GanConfig)
-    assert found == {
+    settings = parse_settings(texts, GanConfig)
+    assert settings == {
         "batch": 16, "learning_rate": 0.002, "mirror": False, "augment": "bgc", "precision": "fp32", "r1_gamma": 1.0,
     }  # fmt: skip
-    assert isinstance(found["r1_gamma"], float)
+    assert isinstance(settings["r1_gamma"], float)
 
 
 def test_show_command_prints_configuration_used_in_training() -> None:
@@ -347,10 +347,11 @@ def _candidate(name: str, fid: float, kid: float, seconds: float, width: float =
 def test_choice_prefers_lowest_distances_then_speed(
     candidates: list[tuple[str, float, float, float]], name: str | None, reason: str
 ) -> None:
-    given = [_candidate(*candidate) for candidate in candidates]
-    for order in (given, given[::-1]):
+    in_order = [_candidate(*candidate) for candidate in candidates]
+    for order in (in_order, in_order[::-1]):
         assert choose(order).name == name
-    assert reason in choose(given).reason
+    assert reason in choose(in_order).reason
+    assert reason.replace("FID", "FD") in choose(in_order, "FD").reason
 
 
 def test_training_speed_is_median_over_regularisation_cycles(tmp_path: Path) -> None:

@@ -54,11 +54,15 @@ def planted() -> tuple[RealPart, FrameRemovalResults]:
 
 def test_gain_is_measured_only_on_planted_framed_images(tmp_path: Path) -> None:
     part, measured = planted()
-    found = compare(part, measured, replicates=200)
-    assert {name: row["images"] for name, row in found.items()} == {"all": 400, "with a frame": 100, "without": 300}
+    comparison = compare(part, measured, replicates=200)
+    assert {name: row["images"] for name, row in comparison.items()} == {
+        "all": 400,
+        "with a frame": 100,
+        "without": 300,
+    }
     for metric in ("auc", "balanced_accuracy"):
-        assert found["with a frame"][f"{metric} removed - framed"]["low"] > 0
-        assert found["without"][f"{metric} removed - framed"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+        assert comparison["with a frame"][f"{metric} removed - framed"]["low"] > 0
+        assert comparison["without"][f"{metric} removed - framed"] == {"value": 0.0, "low": 0.0, "high": 0.0}
     plan = FramePlan("x", -1.0, 1.0, per_class=10)
     text = write_results(tmp_path, part, measured, plan)
     assert "20 of 1,000 latents" in text and "| with a frame: 100, 20 malignant | AUC |" in text

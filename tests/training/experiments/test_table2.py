@@ -46,24 +46,24 @@ def test_finished_scenarios_are_compared_and_not_repeated(
     skin: Path, tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "t2"
-    given = ("--generator", f"cgan={tiny_bundle.location}")
-    first = _run(skin, out, *given, "--seeds", "1")
+    generator_options = ("--generator", f"cgan={tiny_bundle.location}")
+    first = _run(skin, out, *generator_options, "--seeds", "1")
     assert first.exit_code == 0, first.output
     assert "skipped, because no --generator is given: scenarios of cgan-no-color, gan" in first.output
-    assert _run(skin, out, *given, "--seeds", "2", "--only", "real").exit_code == 0
+    assert _run(skin, out, *generator_options, "--seeds", "2", "--only", "real").exit_code == 0
     results = json.loads((out / "results.json").read_text())["scenarios"]
     assert list(results) == ["real", "synth-cgan", "aug-cgan"]
     assert results["synth-cgan"]["images"] == 16 and results["aug-cgan"]["images"] == results["real"]["images"] + 6
     assert results["real"]["less_real"] is None
     for name, seeds in (("real", (0, 1)), ("aug-cgan", (0,))):
-        found, aucs = results[name], []
+        scenario, aucs = results[name], []
         for seed in seeds:
             with (out / name / f"seed-{seed}" / "predictions.csv").open(newline="") as file:
                 rows = [row for row in csv.DictReader(file) if row["part"] == "test"]
             labels = np.array([int(row["label"]) for row in rows])
             aucs.append(float(auc(labels, np.array([float(row["logit"]) for row in rows]))[0]))
-        assert found["by_seed"]["auc"] == pytest.approx(aucs)
-        assert found["values"]["auc"]["value"] == pytest.approx(np.mean(aucs))
+        assert scenario["by_seed"]["auc"] == pytest.approx(aucs)
+        assert scenario["values"]["auc"]["value"] == pytest.approx(np.mean(aucs))
     gain = results["aug-cgan"]["less_real"]["auc"]
     difference = results["aug-cgan"]["values"]["auc"]["value"] - results["real"]["values"]["auc"]["value"]
     assert gain["value"] == pytest.approx(difference) and gain["low"] <= gain["value"] <= gain["high"]
@@ -72,11 +72,11 @@ def test_finished_scenarios_are_compared_and_not_repeated(
     assert "synth-cGAN, aug-cGAN: the generator was not trained on exactly the training part" in table
 
     monkeypatch.setattr(table2, "train_classifier", None)  # whatever is done is not trained again
-    assert _run(skin, out, *given, "--seeds", "1").output.count("done already") == 3
+    assert _run(skin, out, *generator_options, "--seeds", "1").output.count("done already") == 3
     with pytest.raises(TrainingError, match="was started with epochs 1, not 2"):
-        _run(skin, out, *given, "--set", "epochs=2")
+        _run(skin, out, *generator_options, "--set", "epochs=2")
     with pytest.raises(TrainingError, match="synth-cgan was started with other images"):
-        _run(skin, out, *given, "--truncation-psi", "0.5")
+        _run(skin, out, *generator_options, "--truncation-psi", "0.5")
 
 
 def test_stopped_experiment_resumes_with_unfinished_runs(
@@ -113,10 +113,10 @@ def test_invalid_table2_option_is_refused_by_name(skin: Path, tmp_path: Path, ti
 def test_generators_of_table1_are_found(tmp_path: Path) -> None:
     for name in ("cgan", "ben-gan", "mal-gan"):
         make_bundle(tmp_path / name / "bundle")
-    found = read_generators(["cgan=elsewhere"], tmp_path)
-    assert {source.class_name for source in found["gan"]} == {"benign", "malignant"}
-    assert [source.location for source in found["cgan"]] == ["elsewhere"], "what is named wins"
-    assert "cgan-no-color" not in found
+    generators = read_generators(["cgan=elsewhere"], tmp_path)
+    assert {source.class_name for source in generators["gan"]} == {"benign", "malignant"}
+    assert [source.location for source in generators["cgan"]] == ["elsewhere"], "what is named wins"
+    assert "cgan-no-color" not in generators
 
 
 def test_a_planted_gain_is_found_with_its_interval() -> None:

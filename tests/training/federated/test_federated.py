@@ -261,26 +261,26 @@ def test_sixteen_bit_updates_reduce_traffic_and_keep_result(skin: Path, tmp_path
 def test_client_error_reveals_no_file_names_to_server(skin: Path, tmp_path: Path) -> None:
     federation = tiny_federation(clients=2, rounds=1)
     lost = Site(tmp_path / "st-elsewhere", tmp_path / "state", device="cpu")
-    told: list[str] = []
+    messages: list[str] = []
     grid = local_grid(federation, [*tiny_sites(skin, tmp_path / "members")[:2], lost])
-    run_federation(grid, federation, tmp_path / "out", on_progress=told.append)
-    assert "a client was refused: DataError on the client; the client's log has the details" in told
-    assert "elsewhere" not in " ".join(told)
+    run_federation(grid, federation, tmp_path / "out", on_progress=messages.append)
+    assert "a client was refused: DataError on the client; the client's log has the details" in messages
+    assert "elsewhere" not in " ".join(messages)
 
 
 def test_client_of_other_version_is_refused(skin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     federation = tiny_federation(clients=2, rounds=1)
     monkeypatch.setattr("training.federated.messages.replies.__version__", "0.0.1")
     monkeypatch.setattr("training.federated.server.rounds.versions", lambda: {"dermis": "0.1.0"})
-    told: list[str] = []
+    messages: list[str] = []
     with pytest.raises(TrainingError, match="only 0 of the required 2"):
         run_federation(
             local_grid(federation, tiny_sites(skin, tmp_path / "m")[:2]),
             federation,
             tmp_path / "out",
-            on_progress=told.append,
+            on_progress=messages.append,
         )
-    assert told[0] == "a client was refused: the client has dermis 0.0.1, and must have 0.1.0"
+    assert messages[0] == "a client was refused: the client has dermis 0.0.1, and must have 0.1.0"
 
 
 def test_federated_bundle_card_names_sizes_and_no_clients(skin: Path, tmp_path: Path) -> None:

@@ -87,9 +87,9 @@ def test_federated_metrics_match_metrics_of_pooled_images(skin: Path, tmp_path: 
     sites = _sites(skin, tmp_path / "st-elsewhere")
     state = simulate(federation, sites, tmp_path / "out")
     assert set(state.tensors) == {"backbone.classifier.weight", "backbone.classifier.bias"}
-    described, _ = read_classifier_files(tmp_path / "out" / "classifier")
+    description, _ = read_classifier_files(tmp_path / "out" / "classifier")
     labels, logits = _test_logits(global_network(federation, state.tensors), skin)
-    measured = described.metrics["test"]
+    measured = description.metrics["test"]
     assert measured["images"] == 2 * len(labels), "two clients with the same images"
     assert measured["metrics"]["auc"]["value"] == pytest.approx(float(auc(labels, logits)[0]), abs=0.02)
     assert measured["patients"] == 2 * len(set(load_real(skin, 32, progress=False).test.groups))
@@ -97,7 +97,7 @@ def test_federated_metrics_match_metrics_of_pooled_images(skin: Path, tmp_path: 
     card = (tmp_path / "out" / "classifier" / "CLASSIFIER_CARD.md").read_text()
     assert "2, with 62, 62 training images" in card
     assert "by bootstrap over images" in card
-    assert "elsewhere" not in card + json.dumps(described.provenance)
+    assert "elsewhere" not in card + json.dumps(description.provenance)
     losses = [line["measured"]["client-1"]["loss"] for line in read_rounds(tmp_path / "out")]
     assert losses[-1] < losses[0], "it must learn"
 

@@ -63,10 +63,10 @@ def skin(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_tensors_round_trip_through_update(values: list[float], dtype: Any) -> None:
     """float32 exactly, 16 bits to their rounding; float64 always exactly."""
     tensors = {"w": torch.tensor(values), "p": torch.tensor([0.1], dtype=torch.float64)}
-    found = decode(encode(tensors, dtype), tensors)
-    assert torch.equal(found["p"], tensors["p"])
+    decoded = decode(encode(tensors, dtype), tensors)
+    assert torch.equal(decoded["p"], tensors["p"])
     tolerance = {"fp32": 0.0, "fp16": 2**-11, "bf16": 2**-8}[dtype]
-    assert torch.allclose(found["w"], tensors["w"], rtol=tolerance, atol=1e-7 if tolerance else 0.0)
+    assert torch.allclose(decoded["w"], tensors["w"], rtol=tolerance, atol=1e-7 if tolerance else 0.0)
 
 
 def test_values_beyond_float16_are_sent_exactly() -> None:
@@ -110,9 +110,11 @@ def _averaged(federation: FederationConfig, values: Mapping[str, tuple[float, in
     from training.federated.server.strategies import computed_by_strategy
     from training.federated.tasks.gan import is_optimised
 
-    found = aggregate(strategy, 1, _updates(values), lambda name: computed_by_strategy(federation, is_optimised, name))
-    assert found is not None
-    return found
+    averages = aggregate(
+        strategy, 1, _updates(values), lambda name: computed_by_strategy(federation, is_optimised, name)
+    )
+    assert averages is not None
+    return averages
 
 
 HOSPITALS = {"a": (1.0, 100), "b": (2.0, 300), "c": (4.0, 600)}
@@ -121,32 +123,32 @@ HOSPITALS = {"a": (1.0, 100), "b": (2.0, 300), "c": (4.0, 600)}
 @pytest.mark.parametrize("strategy", ["fedavg", "fedprox"])
 def test_update_means_are_weighted_by_images(strategy: Any) -> None:
     """(1 * 100 + 2 * 300 + 4 * 600) / 1000 = 3.1."""
-    found = _averaged(tiny_federation(strategy=strategy), HOSPITALS)
-    assert torch.allclose(found["G/w"], torch.full((2,), 3.1))
-    assert torch.allclose(found["G_ema/w"], torch.full((2,), 31.0))
+    averages = _averaged(tiny_federation(strategy=strategy), HOSPITALS)
+    assert torch.allclose(averages["G/w"], torch.full((2,), 3.1))
+    assert torch.allclose(averages["G_ema/w"], torch.full((2,), 31.0))
 
 
 def test_robust_strategies_exclude_outlier_from_running_averages() -> None:
     """One client of three sends weights from nowhere, with most images: neither G nor G_ema may take them."""
     attacked = {"a": (1.0, 10), "b": (1.2, 10), "c": (1e6, 10**6)}
     for strategy, options in (("krum", ""), ("fedmedian", ""), ("fedtrimmedavg", "beta=0.34")):
-        found = _averaged(tiny_federation(strategy=strategy, strategy_options=options), attacked)
-        assert found["G/w"].max() <= 1.2, strategy
-        assert found["G_ema/w"].max() <= 12.0, strategy
+        averages = _averaged(tiny_federation(strategy=strategy, strategy_options=options), attacked)
+        assert averages["G/w"].max() <= 1.2, strategy
+        assert averages["G_ema/w"].max() <= 12.0, strategy
 
 
 def test_server_optimizer_moves_weights_but_not_running_averages() -> None:
-    found = _averaged(tiny_federation(strategy="fedadam", strategy_options="eta=0.5 tau=0.001"), HOSPITALS)
-    assert 0 < found["G/w"][0] < 1.0, "Adam's first step is about eta, whatever the gradient"
-    assert torch.allclose(found["G_ema/w"], torch.full((2,), 31.0))
+    averages = _averaged(tiny_federation(strategy="fedadam", strategy_options="eta=0.5 tau=0.001"), HOSPITALS)
+    assert 0 < averages["G/w"][0] < 1.0, "Adam's first step is about eta, whatever the gradient"
+    assert torch.allclose(averages["G_ema/w"], torch.full((2,), 31.0))
 
 
 def test_updates_are_averaged_in_float32_for_any_wire_dtype() -> None:
     """The mean of many values that float16 would round away."""
     close = {f"m{i}": (1.0 + i * 2**-13, 1) for i in range(3)}
-    found = _averaged(tiny_federation(wire_dtype="fp16"), close)
-    assert found["G/w"].dtype == torch.float32
-    assert found["G/w"][0].item() == pytest.approx(1.0 + 2**-13, abs=1e-7)
+    averages = _averaged(tiny_federation(wire_dtype="fp16"), close)
+    assert averages["G/w"].dtype == torch.float32
+    assert averages["G/w"][0].item() == pytest.approx(1.0 + 2**-13, abs=1e-7)
 
 
 def test_secure_aggregation_gives_weighted_mean_and_hides_update(skin: Path, tmp_path: Path) -> None:
@@ -175,11 +177,11 @@ def test_secure_aggregation_gives_weighted_mean_and_hides_update(skin: Path, tmp
 
 def test_client_requiring_secure_aggregation_refuses_open_round(skin: Path, tmp_path: Path) -> None:
     sites = [replace(site, require_secure_aggregation=True) for site in tiny_sites(skin, tmp_path / "m")]
-    told: list[str] = []
+    messages: list[str] = []
     federation = tiny_federation()
     with pytest.raises(TrainingError, match="only 0 of"):
-        run_federation(local_grid(federation, sites), federation, tmp_path / "out", on_progress=told.append)
-    assert "the client requires secure aggregation" in told[0]
+        run_federation(local_grid(federation, sites), federation, tmp_path / "out", on_progress=messages.append)
+    assert "the client requires secure aggregation" in messages[0]
     # Nor does it answer a server that asks in the clear without having asked what it is.
     grid = local_grid(federation, sites[:1])
     ask = Message(RecordDict({"config": ConfigRecord({"run": "x"})}), dst_node_id=1, message_type="train")
@@ -269,8 +271,8 @@ def test_flower_app_config_matches_federation_config() -> None:
     assert [path.name for path in APP.iterdir()] == ["pyproject.toml"]
     flower = tomllib.loads((APP / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
     assert flower["config"] == {"out": "", **FederationConfig().to_run_config()}
-    given = FederationConfig(strategy="krum", dp_delta=1e-6, rounds=7)
-    assert parse_run_config({"out": "x", **given.to_run_config()}) == given
+    config = FederationConfig(strategy="krum", dp_delta=1e-6, rounds=7)
+    assert parse_run_config({"out": "x", **config.to_run_config()}) == config
     with pytest.raises(TrainingError, match="rounds: must be a whole number, not 'many'"):
         parse_run_config({"rounds": "many"})
     with pytest.raises(TrainingError, match="--federation round: unknown option"):
@@ -386,17 +388,17 @@ def test_site_check_reports_all_problems_at_once(skin: Path, tmp_path: Path) -> 
     federation = tiny_federation()
     write_invitation(tmp_path / "in.toml", server, federation, 1000)
     invitation = replace(read_invitation(tmp_path / "in.toml"), versions={"dermis": "9.9"})
-    found = {
+    checks = {
         result.name: result
         for result in check_site(invitation, Site(skin, tmp_path / "state", device="cpu"), tmp_path / "key")
     }
-    assert {name: result.passed for name, result in found.items()} == {
+    assert {name: result.passed for name, result in checks.items()} == {
         "versions": False, "server": False, "key": None, "images": False, "trial round": True, "memory": True, "disk": True,
     }  # fmt: skip
-    assert "install 9.9" in found["versions"].message
-    assert "allow outgoing connections from this machine to 127.0.0.1, TCP port 1" in found["server"].message
-    assert "has 24 images; the federation requires at least 1,000" in found["images"].message
-    assert "s per step" in found["trial round"].message
+    assert "install 9.9" in checks["versions"].message
+    assert "allow outgoing connections from this machine to 127.0.0.1, TCP port 1" in checks["server"].message
+    assert "has 24 images; the federation requires at least 1,000" in checks["images"].message
+    assert "s per step" in checks["trial round"].message
 
 
 def test_traffic_is_counted_both_ways() -> None:
@@ -421,8 +423,8 @@ def test_distance_levels_are_reached_at_measured_points() -> None:
     """By hand: alone reaches 80 at 4 kimg, the federation at 2; the level that all reach is the worse best."""
     alone = [Point(0, 0, 200, 0), Point(1, 2, 120, 0), Point(2, 4, 80, 0), Point(3, 6, 79.5, 0)]
     together = [Point(0, 0, 200, 0), Point(1, 2, 78, 0), Point(2, 4, 60, 0)]
-    found = {"h": {"h": alone}, "federated": {"h": together}}
-    assert levels(found, "h") == [159.0, 120.0, 100.0, 88.0, 80.0]
+    measured = {"h": {"h": alone}, "federated": {"h": together}}
+    assert levels(measured, "h") == [159.0, 120.0, 100.0, 88.0, 80.0]
     assert levels({"h": {"h": alone[1:]}}, "h") == [100.0, 88.0, 80.0], "a level above the start says nothing"
     assert reached(alone, 80.0) == alone[2]
     assert reached(together, 80.0) == together[1]
@@ -445,12 +447,14 @@ def test_hospitals_experiment_runs_end_to_end(tmp_path: Path, monkeypatch: pytes
     hospitals = replace(hospitals, sites={name: replace(s, validation=0.4) for name, s in hospitals.sites.items()})
     for arm in ("hospital-1", "central", "federated"):
         run_arm(hospitals, arm)
-    found = write_results(hospitals)
-    assert {arm: sorted(of) for arm, of in found["distances"].items()} == {
+    results = write_results(hospitals)
+    assert {arm: sorted(of) for arm, of in results["distances"].items()} == {
         "hospital-1": ["hospital-1"],
         "central": ["hospital-1", "hospital-2", "hospital-3"],
         "federated": ["hospital-1", "hospital-2", "hospital-3"],
     }
-    starts = {arm: of["hospital-1"][0]["fid"] for arm, of in found["curves"].items()}
+    starts = {arm: of["hospital-1"][0]["fid"] for arm, of in results["curves"].items()}
     assert len(set(starts.values())) == 1, f"all arms begin with the same weights and are measured alike: {starts}"
-    assert "| federated |" in markdown(found)
+    assert "| federated |" in markdown(results)
+    assert "FD@lite0 at the end" in markdown(results | {"extractor": "lite0"})
+    assert "FID@inception at the end" in markdown(results | {"extractor": "inception"})

@@ -130,15 +130,15 @@ def test_resumed_losses_stay_within_noise_of_uninterrupted_run(tmp_path: Path) -
     for seed in (1, 2):
         other = config(seed=seed, **calm)
         noise = min(noise, abs(float(np.mean(run(new_state(other, CPU), other, 2 * half)[half:])) - expected))
-    found = {}
+    losses = {}
     for moments, warm_up_steps in (("bf16", 0), ("none", 20)):
         resumed = new_state(options, CPU)
         assert load_compact_state(tmp_path / moments, resumed, options, dataset()) is (moments == "bf16")
-        found[moments] = float(np.mean(run(resumed, options, half, warm_up_steps)))
+        losses[moments] = float(np.mean(run(resumed, options, half, warm_up_steps)))
         rates = [group["lr"] for group in resumed.G_opt.param_groups]
         assert rates == [group["lr"] for group in whole.G_opt.param_groups], "the whole rate again"
-    print(f"D loss {expected:.4f}, resumed {found}, noise {noise:.4f}")
-    assert all(abs(value - expected) <= noise for value in found.values())
+    print(f"D loss {expected:.4f}, resumed {losses}, noise {noise:.4f}")
+    assert all(abs(value - expected) <= noise for value in losses.values())
     broken = new_state(options, CPU)
     load_compact_state(tmp_path / "bf16", broken, options, dataset())
     broken.D.load_state_dict(new_state(options, CPU).D.state_dict())

@@ -137,11 +137,11 @@ def test_a_weight_that_is_not_finite_is_never_saved(tmp_path: Path) -> None:
 
 def test_non_finite_gradients_are_tolerated_for_limited_steps(tmp_path: Path) -> None:
     health, sound = DivergenceCheck(tmp_path / "none"), {"G": 1.0, "D": 1.0, "G_gradient": 1.0}
-    sick = sound | {"G_gradient": math.inf}
-    for stats in [*[sick] * (PATIENCE - 1), sound, *[sick] * (PATIENCE - 1)]:
+    non_finite = sound | {"G_gradient": math.inf}
+    for stats in [*[non_finite] * (PATIENCE - 1), sound, *[non_finite] * (PATIENCE - 1)]:
         health.check(1.0, stats)
     with pytest.raises(TrainingError, match="gradients"):
-        health.check(1.0, sick)
+        health.check(1.0, non_finite)
     with pytest.raises(TrainingError, match="a loss is above 10000"):
         DivergenceCheck(tmp_path / "none").check(1.0, sound | {"D": 1e6})
 

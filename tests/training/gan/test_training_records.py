@@ -60,10 +60,10 @@ def test_batches_reshuffle_each_epoch_and_start_at_any_position() -> None:
 
     def stream(start: int, count: int) -> list[int]:
         source = batches(dataset, replace(_config(1.0), seed=3), start)
-        found = [next(source) for _ in range(count)]
+        first_batches = [next(source) for _ in range(count)]
         source.close()
-        numbers = [int(image[0, 0, 0]) for batch in found for image in batch.images]
-        assert [number % 2 for number in numbers] == [label for batch in found for label in batch.labels]
+        numbers = [int(image[0, 0, 0]) for batch in first_batches for image in batch.images]
+        assert [number % 2 for number in numbers] == [label for batch in first_batches for label in batch.labels]
         return numbers
 
     whole = stream(0, 8)
