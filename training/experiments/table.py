@@ -44,9 +44,10 @@ def collect(out: Path, experiments: Sequence[Experiment]) -> Outcome:
     results = {name: result for name, result in all_results.items() if result is not None}
     classes = {name for experiment in experiments for name in experiment.classes}
     complete = [e.name for e in experiments if set(e.classes) == classes and (e.conditional or len(classes) == 1)]
-    return Outcome(
-        experiments, results, choose([_candidate(name, results[name]) for name in complete if name in results])
-    )
+    candidates = [_candidate(name, results[name]) for name in complete if name in results]
+    spaces = [_space(result)[0] for result in results.values()]
+    distance = "FID" if not spaces or spaces[0] == "inception" else "FD"
+    return Outcome(experiments, results, choose(candidates, distance))
 
 
 def _candidate(name: str, result: Result) -> Candidate:
