@@ -105,7 +105,7 @@ demo-latents: demo-split
 		--held-out $(SPLIT)/validation.csv --steps 3000 --warm-up 500 --distance lite0 --out runs/demo-encoder --resume --attach
 	$(BIN)/dermis directions fit bundles/demo
 
-# What travels to a GPU machine without a network (docs/gpu.md), into the ignored folder gpu-pack.
+# Files for a GPU machine without a network (docs/gpu.md), in the ignored folder gpu-pack.
 gpu-pack: demo-split
 	$(BIN)/python -m benchmarks.gpu.pack --data $(DATA) --train $(SPLIT)/train.csv --held-out $(SPLIT)/test.csv \
 		$(if $(wildcard ../shared/parity),--parity ../shared/parity)

@@ -4,7 +4,7 @@ Start a service first (`make serve`), then run
 
     python examples/huggingface_dataset.py --out lesions-parquet
 
-It needs `dermis-client` and `datasets`. The dataset has the format parquet: its columns are typed, and `label` knows the
+It needs `dermis-client` and `datasets`. The dataset has the format parquet: its columns are typed, and `label` has the
 names of the classes. The other formats load in the same way.
 """
 

@@ -150,7 +150,7 @@ def _exact(base: Any, width: int) -> Any:
 
 
 def _near_pairs(index: Any, rows: Floats, limit: float, threads: int) -> Pairs:
-    """Find pairs [P, 2] at most `limit` pair_distances. Raises RequestError if a row has more than N / 2 such neighbours."""
+    """Find pairs [P, 2] that are at most `limit` apart. Raises RequestError if a row has more than N / 2 such neighbours."""
     count = len(rows)
     pairs = [np.empty((0, 2), np.int64)]
     pending = np.arange(count)

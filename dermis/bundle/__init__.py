@@ -1,4 +1,4 @@
-"""The on-disk format of bundles: the folder that training hands to serving, verified as a whole.
+"""The on-disk format of bundles: the folder that training writes and the service reads, verified as a whole.
 
     bundle.json               format, name, network configurations, class names, provenance, SHA-256 and size of every file
     generator.safetensors     weights under the official StyleGAN2-ADA key names, stored as float32 or float16

@@ -15,8 +15,8 @@ In dim dimensions,
 The reference is one half of the training images, with variances fitted to the other half; the variances of the generated
 images are fitted to as many. Both are done with each half in turn, and averaged. So 0 means as good as other real images;
 larger values are worse. The generalisation gap is the FLD of the training images less that of the held-out ones: the
-further below 0, the better the density explains the training images than unseen ones. It is below 0 for a generator that does
-not copy as well, because the variances were fitted to the training images: compare it with the gap of the reference.
+further below 0, the better the density explains the training images than unseen ones. It is also below 0 for a generator that
+does not copy, because the variances were fitted to the training images: compare it with the gap of the reference.
 
 Features are first normalised to mean 0 and standard deviation 1 of the training images in every dimension. There are three
 differences from the published program: both mixtures have the same number of Gaussians (fewer make everything less likely),

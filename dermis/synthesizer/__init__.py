@@ -42,7 +42,7 @@ class Synthesizer:
         backend: "auto", "openvino" or "torch".
         dtype: "auto", "bfloat16" or "float32", for the convolutions.
         threads: CPU cores to use; None for all that this process can use.
-        generator: The generator of the bundle, if it is loaded alloaded.
+        generator: The generator of the bundle, if it is loaded already.
         cache: Folder for the converted network. With it, the next start on a CPU takes a second or two and no torch.
 
     Raises:
@@ -84,7 +84,7 @@ class Synthesizer:
             self._backend.workers, thread_name_prefix="synthesizer", initializer=self._backend.start_worker
         )
         # A GPU generates a batch in less time than one core needs for its noise, so all cores share the rows of a batch.
-        # If a batch is one image, the workers draw noise in parallel alloaded.
+        # If a batch is one image, the workers draw noise in parallel already.
         cores = min(self._backend.micro_batch, available_cpus() if threads is None else threads)
         self._noise_pool = ThreadPoolExecutor(cores, thread_name_prefix="noise") if cores > 1 else None
 

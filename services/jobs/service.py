@@ -1,4 +1,4 @@
-"""The jobs of one process: its life, and what the gateway does with datasets and projections."""
+"""The jobs of one process: start and stop, and the operations of the gateway on datasets and projections."""
 
 from __future__ import annotations
 

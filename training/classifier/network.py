@@ -88,7 +88,7 @@ def set_train_mode(network: TorchClassifier, frozen: list[nn.Module]) -> None:
 def prior_shift(seen_share: float, real_share: float) -> float:
     """The number to add to a logit when the share of positives changes from `seen_share` in training to `real_share`.
 
-    Bayes' rule for a change of class frequencies alone (Elkan 2001; Saerens et al. 2002). The order of images stays.
+    Bayes' rule for a change of class frequencies alone (Elkan 2001; Saerens et al. 2002). The order of images does not change.
     """
     return math.log(real_share / (1 - real_share)) - math.log(seen_share / (1 - seen_share))
 

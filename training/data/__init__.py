@@ -1,1 +1,1 @@
-"""Training images: reading what users have."""
+"""Training images: sources of real images, and their preparation."""

@@ -18,7 +18,7 @@ from scipy.stats import chi2_contingency
 from dermis.imaging import thumbnail
 
 NAMES = ("frame", "ruler", "hair", "ink")
-# Set by eye on ../shared/data/dermoscopy (docs/artefacts.md).
+# Set by eye on the example collection (docs/artefacts.md).
 THRESHOLDS = {"frame": 0.003, "ruler": 0.6, "hair": 0.02, "ink": 0.005}
 SIDE = 224  # px of the shorter side to which images are resized; all lengths below are in these pixels
 

@@ -72,8 +72,8 @@ def _reasons(
     if len(equal) > 1:
         others = ", ".join(f"{c.name} {c.seconds_per_kimg:.3g}" for c in equal if c is not best)
         reasons.append(
-            f"of equal quality are {', '.join(c.name for c in equal)} (their intervals of {distance} and KID overlap); it trained"
-            f" fastest of them: {best.seconds_per_kimg:.3g} s/kimg ({others})"
+            f"of equal quality are {', '.join(c.name for c in equal)} (their intervals of {distance} and KID overlap); it"
+            f" trained fastest of them: {best.seconds_per_kimg:.3g} s/kimg ({others})"
         )
     lowest_kid = min(candidates, key=lambda c: c.kid)
     if lowest_kid not in near_fid:

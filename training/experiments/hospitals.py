@@ -133,7 +133,7 @@ def curves(hospitals: Hospitals) -> Curves:
             if line["round"] > federation.rounds:  # the arm was run with more rounds before
                 break
             for name, numbers in line.get("measured", {}).items():
-                # Members of a federation are numbered by size, so the k-th is the k-th smallest hospital.
+                # Clients of a federation are numbered by size, so the k-th is the k-th smallest hospital.
                 hospital = name if name in by_size else arm if arm in by_size else by_size[int(name.split("-")[1]) - 1]
                 if "fid" in numbers:
                     point = Point(line["round"], line["round"] * step, numbers["fid"], numbers["kid"])

@@ -31,8 +31,8 @@ A StyleGAN2-ADA generator of {options["resolution"]} px dermoscopy images, {_kin
 ## Use
 
 For research on synthetic dermoscopy. **Not a medical device**: images are synthetic, carry the biases of the training
-data (body sites, skin types, black frames and rulers that go with a class) and must not be used for diagnosis. Whether
-a sample is a copy of a training image has not been proved by this card; test it before you share a data set.
+data (body sites, skin types, black frames and rulers that go with a class) and must not be used for diagnosis. This
+card does not show whether samples are copies of training images; test that before you share a dataset.
 
 ## Training data
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import tomli_w
 
-from dermis.errors import TrainingError
+from dermis.errors import TrainingError, install_command
 from dermis.files import write_file
 from training.federated.config import FederationConfig
 from training.federated.deployment.invitation import Invitation
@@ -119,5 +119,5 @@ def program(name: str) -> str:
     """
     path = Path(sys.executable).with_name(name)
     if not path.exists():
-        raise TrainingError(f"{name}: is not installed; pip install 'dermis[federated]'")
+        raise TrainingError(f"{name}: is not installed; {install_command('federated')}")
     return str(path)

@@ -60,7 +60,7 @@ class ServerFolder:
 
 
 def new_server(folder: Path, hosts: Sequence[str], port: int) -> ServerFolder:
-    """Write a server's folder. Existing files in its `certificates`, such as those of an own authority, are used.
+    """Write a server's folder. Existing files in its `certificates`, such as those of your own authority, are used.
 
     Args:
         folder: Its path.

@@ -2,7 +2,7 @@
 
 Clients mask their weighted changes with secrets that they share in pairs, and the masks cancel in the sum. If a client
 disconnects during the protocol, the others reveal the secrets of that client only. Flower 1.41 implements the protocol with
-its older message formats; this module converts on both sides. The protocol protects from a server that follows it but reads
+its older message formats; this module converts on both sides. The protocol protects against a server that follows it but reads
 what it receives. A client refuses to take part with fewer than two others.
 """
 

@@ -184,7 +184,7 @@ def evaluate(federation: FederationConfig, site: Site, tensors: Tensors) -> dict
 def distances(
     generator: Generator, real: ImageDataset, federation: FederationConfig, device: torch.device, site: Site
 ) -> dict[str, float]:
-    """Compute FID and KID of generated images against `real`, in the federation's feature space.
+    """Compute the Fréchet distance and KID of generated images against `real`, in the federation's feature space.
 
     Returns:
         "fid", "kid", and the numbers of real ("images") and of generated images ("generated").
