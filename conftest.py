@@ -1,4 +1,4 @@
-"""What all tests stand on."""
+"""Settings of all tests."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import signal
 
 from dermis.cpus import keep_freed_memory
 
-keep_freed_memory()  # as the programs do that are tested
+keep_freed_memory()  # as in the tested programs
 
 # A job in the background of a script starts with SIGINT ignored, and so would every program that a test starts and
 # then interrupts; a handler of our own is reset to the default at exec.

@@ -112,7 +112,7 @@ def test_networks_and_r1_match_official_numbers(kind: str, c_dim: int) -> None:
 
 @no_gpu
 def test_synthesizer_uses_compiled_backend_in_bfloat16() -> None:
-    """Else it draws at a fraction of the speed, and a warning is all that tells."""
+    """Otherwise it generates at a fraction of the speed, and only a warning reports it."""
     generator = make_generator("conditional")
     with Synthesizer(make_bundle(generator), device="cuda", generator=generator) as synthesizer:
         assert synthesizer.identity["backend"] == "torch-compile"
@@ -142,7 +142,7 @@ def test_drawn_images_do_not_depend_on_batch_or_threads(name: str) -> None:
 
 @no_gpu
 def test_two_synthesizers_work_concurrently() -> None:
-    """A recording must bear other threads that use the GPU."""
+    """Recording must work while other threads use the GPU."""
     generator = make_generator("conditional")
     bundle = make_bundle(generator)
     with Synthesizer(bundle, device="cuda", generator=generator) as first:
@@ -197,7 +197,7 @@ def options_of(kind: str, precision: Precision) -> GanConfig:
 
 @pytest.fixture(autouse=True)
 def moments_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or so short runs would never use them."""
+    """Otherwise such short runs would never use them."""
     monkeypatch.setattr("training.gan.moments.MIN_GENERATED_IMAGES", 0)
     monkeypatch.setattr("training.gan.step.MOMENTS_INTERVAL", 1)
 

@@ -94,7 +94,7 @@ def test_hospital_pod_accepts_no_ingress_and_limits_egress() -> None:
 
 
 def test_commands_and_options_of_federation_manifests_exist() -> None:
-    """Of `join` in the manifest, and of what the comments tell people to type."""
+    """The options of `join` in the manifest, and of the commands in its comments."""
     for name in ("server", "hospital"):
         text = (ROOT / f"k8s/federation/{name}.yaml").read_text()
         for command in re.findall(r"dermis federate (\w+)", text):

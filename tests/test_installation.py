@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def install_distribution(site: Path, bundle: Path, name: str) -> None:
-    """What pip leaves of a wheel that brings a bundle."""
+    """The files that pip installs from a wheel with a bundle."""
     shutil.copytree(bundle, site / "bundle_package")
     info = site / "bundle_package-1.0.dist-info"
     info.mkdir()
@@ -42,7 +42,7 @@ def test_bundle_of_installed_distribution_opens_by_name(tmp_path: Path, monkeypa
     assert open_bundle("hospital").digest == bundle.digest
     assert locate(["hospital"]) == [str(tmp_path / "site/bundle_package")]
     assert "missing" not in installed_bundles()
-    # A folder of this name here is meant first, and paths are never names.
+    # A folder of this name in the working directory takes precedence, and paths are never names.
     (tmp_path / "site/hospital").mkdir()
     assert resolve_bundle("hospital") == "hospital"
     assert resolve_bundle("./hospital") == "./hospital"

@@ -39,7 +39,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Lead links to their pages or copies, and remove what tests read from info strings (`no-run`, `no-check`)."""
+    """Change links to their pages or copies, and remove what tests read from info strings (`no-run`, `no-check`)."""
     source = SOURCES.get(page.file.src_uri, f"docs/{page.file.src_uri}")
     lines = []
     fence = ""

@@ -24,7 +24,7 @@ from training.data.sources import read_source
 
 ROOT = Path(__file__).parents[2]
 PLAN = ROOT / "benchmarks/gpu/train-128.toml"
-# What a machine with torch alone does not have; the run must not need it.
+# Packages that a machine with torch alone does not have; the run must not need them.
 MISSING = (
     "bentoml",
     "captum",
@@ -37,7 +37,7 @@ MISSING = (
     "torch_fidelity",
     "typer",
 )
-MAX_FILES, MAX_BYTES = 8, 16 << 20  # that a run may leave, and of each
+MAX_FILES, MAX_BYTES = 8, 16 << 20  # maximum number of files that a run leaves, and maximum size of each
 
 
 def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:

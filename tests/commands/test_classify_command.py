@@ -24,7 +24,7 @@ from tiny_classifier import make_classifier
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Four images of three kinds, and a file that is none."""
+    """Four images in three formats, and a file that is not an image."""
     images = tmp_path / "images"
     (images / "deeper").mkdir(parents=True)
     (images / "a.png").write_bytes(picture())

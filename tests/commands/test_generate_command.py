@@ -24,7 +24,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 class Painter:
-    """Stands in for the synthesizer where only the folder matters: a grey image of the index's value, and no wait."""
+    """Replaces the synthesizer where only the folder matters: returns a grey image with the value of the index at once."""
 
     identity: Mapping[str, str] = {"device": "test"}
     preferred_batch = 4
@@ -73,7 +73,7 @@ def test_dataset_has_same_bytes_from_command_manifest_and_shards(run: Run, tiny_
 
 
 def test_killed_run_resumes_to_same_bytes(run: Run, tiny_bundle: Bundle, tmp_path: Path) -> None:
-    """Stopped by Ctrl-C, then killed, then left to end: the shards that were finished stay as they are."""
+    """The run is stopped by Ctrl-C, then killed, then not interrupted: shards that were finished are not changed."""
     asked = ["generate", "--bundle", tiny_bundle.location, "--classes", "malignant=3000,benign=3000", "--shard-size"]
     asked += ["100", "--out"]
     killed, whole = tmp_path / "killed", tmp_path / "whole"

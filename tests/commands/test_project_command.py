@@ -106,7 +106,7 @@ def test_stopped_projection_command_resumes(
     assert project(bundle, folder, out).exit_code == 0
     assert (out / "0.safetensors").stat().st_mtime_ns == first["0.safetensors"]
     for name, projection in results(tmp_path / "straight").items():
-        # Other batch mates: the last bits may differ.
+        # The other images of the batch differ, so the last bits may differ.
         assert np.allclose(projection.ws, results(out)[name].ws, atol=1e-3)
     other = project(bundle, folder, out, "--space", "w")
     assert isinstance(other.exception, StorageError) and "other settings" in str(other.exception)

@@ -82,7 +82,7 @@ def test_downloaded_weights_are_never_executed(offline: Path, tmp_path: Path, mo
         assert not Path("executed").exists()
         assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
     torch.load(file, weights_only=False)
-    assert Path("executed").exists(), "the trap must be one"
+    assert Path("executed").exists(), "loading the file without the check must execute it"
 
 
 def test_custom_weights_are_read_from_safetensors_only(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_custom_weights_are_read_from_safetensors_only(tmp_path: Path) -> None:
         parameter.data.mul_(1.5)
     safetensors.torch.save_file(network.state_dict(), file)
     other = feature_extractor(f"timm:{MODEL}@{file}")
-    assert other.identity != extractor.identity, "a cache would mix the two up"
+    assert other.identity != extractor.identity, "a cache would confuse the two"
 
     state = network.state_dict()
     state[next(iter(state))] = torch.zeros(3)

@@ -101,7 +101,7 @@ def test_neighbour_folder_resumes_to_same_bytes_and_loads(tmp_path: Path) -> Non
         assert not (tmp_path / "stopped").exists()
         again: list[int] = []
         write(tmp_path / "stopped", again.append)
-        assert again[0] >= 32  # what was there
+        assert again[0] >= 32  # the earlier content
         with pytest.raises(DataError, match="exists already"):
             write(tmp_path / "whole")
         ws = neighbours_of(generator, anchors[2], [29], distance=0.1, truncation_psi=0.9)

@@ -216,7 +216,7 @@ def test_neighbours_have_the_noise_of_their_anchor(noisy: Bundle, synthesizer: S
         assert difference(decode(file.read_bytes()), expected) <= 1
 
 
-# -- pictures of a model
+# -- pictures that show a model
 
 
 def test_grids_and_interpolations_show_samples_with_their_noise(noisy: Bundle) -> None:
@@ -233,7 +233,7 @@ def test_grids_and_interpolations_show_samples_with_their_noise(noisy: Bundle) -
     assert difference(between[[STEPS - 1, 2 * STEPS - 1]], draw.samples(1, 2)) <= 1
 
 
-# -- what was stored before
+# -- stored data of earlier versions
 
 
 @pytest.mark.parametrize("states_noise", [True, False])

@@ -50,7 +50,7 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
 
 @contextmanager
 def serving(monkeypatch: pytest.MonkeyPatch, **values: Any) -> Iterator[Callable[[], socket.socket]]:
-    """A server with such settings; the function connects to it."""
+    """A server with these settings, and a function that connects to it."""
     with running(monkeypatch, **values) as (connect, _):
         yield connect
 

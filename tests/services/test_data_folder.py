@@ -102,7 +102,7 @@ def test_files_of_running_service_are_closed_to_other_accounts(
     launch: Callable[..., Launched],
     tmp_path: Path,
 ) -> None:
-    before = os.umask(0)  # as careless as can be
+    before = os.umask(0)  # the least restrictive umask
     try:
         running = launch(tiny_bundle.location, free_port(), log_level="DEBUG")
     finally:

@@ -150,7 +150,7 @@ def test_killed_job_is_finished_by_two_workers_with_same_bytes(launch: Callable[
     assert again.client.get("/livez").status_code == 200
     assert again.client.post("/v1/images", json=image).status_code == 503
 
-    # Told to stop, it ends.
+    # After a signal to stop, it ends.
     again.process.send_signal(signal.SIGTERM)
     assert again.process.wait(30) == 0
     assert "Traceback" not in again.log.read_text()
@@ -215,7 +215,7 @@ def test_service_opens_only_gateway_port_and_stops_in_time(
     with socket.create_server(("127.0.0.1", port)):  # with SO_REUSEADDR, as every server
         pass
 
-    # The jobs go on at the next start.
+    # The jobs continue at the next start.
     done = len(list((tmp_path / "data" / "datasets" / dataset["id"]).glob("*.tar")))
     second = launch(str(bundle), port, command=command, **settings)
     second.wait_until(second.ready)

@@ -1,4 +1,4 @@
-"""Load a dataset with the code that its own card prints, without a network."""
+"""Load a dataset with the code in its own card, without a network."""
 
 from __future__ import annotations
 

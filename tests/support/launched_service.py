@@ -18,7 +18,7 @@ import pytest
 from service_kit import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
-START_SECONDS = 300  # a limit for a service that hangs, on a loaded machine too
+START_SECONDS = 300  # limit that detects a service that hangs; long enough for a busy machine
 
 
 @dataclass

@@ -19,7 +19,7 @@ IDENTITY = {"device": "test"}
 
 
 def paint(indices: Sequence[int], labels: Sequence[int]) -> Any:
-    """An image that tells its index and label: (index, label, 7) in every pixel, 8 px."""
+    """An image that encodes its index and label: (index, label, 7) in every pixel, 8 px."""
     images = np.zeros((len(indices), 8, 8, 3), np.uint8)
     images[..., 0] = np.array(indices)[:, None, None] % 256
     images[..., 1] = np.array(labels)[:, None, None]

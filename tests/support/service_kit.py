@@ -47,7 +47,7 @@ from services.settings import Settings
 IDENTITY = {"device": "fake"}
 CLASSIFIER_IDENTITY = {"classifier_device": "here"}
 INDEX_IDENTITY = {"faiss": "here"}
-PATIENCE_SECONDS = 120.0  # for what takes a second or two: a busy machine is no failure
+PATIENCE_SECONDS = 120.0  # for work that takes a second or two: a busy machine must not fail the test
 
 
 def draw(rows: Samples) -> list[Image]:
@@ -180,7 +180,7 @@ class FakeExplainer(LocalClient):
 
 @dataclass
 class Service:
-    """What a test holds of a running service."""
+    """The parts of a running service that tests use."""
 
     client: TestClient
     generator: FakeGenerator

@@ -33,12 +33,12 @@ class Fault:
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes | None = None
     media_type: str = "application/problem+json"
-    cut: int | None = None  # send so many bytes of the body, then cut the connection
-    after: bool = False  # do the work, then cut without an answer
+    cut: int | None = None  # send this number of bytes of the body, then close the connection
+    after: bool = False  # process the request, then close the connection without a response
     flip: bool = False  # change the body's first byte
     whole: bool = False  # ignore Range
     silent: float = 0.0  # wait before answering
-    endless: bytes = b""  # a body of this again and again, until the client goes away
+    endless: bytes = b""  # repeat this as the body until the client disconnects
 
 
 def sha256(data: bytes) -> str:
@@ -52,7 +52,7 @@ def png(value: int) -> bytes:
 
 
 def dataset_files(request: dict[str, Any]) -> dict[str, bytes]:
-    """The files of a finished dataset, as small as they can be; the zip is padded so that it can be cut."""
+    """The files of a finished dataset, as small as possible; the zip is padded so that a download can be interrupted."""
     buffer = io.BytesIO()
     index = 0
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
@@ -85,13 +85,13 @@ class FakeGateway:
         self.log: list[tuple[str, dict[str, str]]] = []  # ("GET /v1/...", headers)
         self.datasets: dict[str, dict[str, Any]] = {}  # newest last
         self.files: dict[str, dict[str, bytes]] = {}
-        self.listed: dict[str, dict[str, Any]] = {}  # name -> fields that the list should tell instead
+        self.listed: dict[str, dict[str, Any]] = {}  # name -> fields that the list of files has instead
         self.keys: dict[str, tuple[str, str]] = {}
-        self.uploads: list[list[str]] = []  # of each call, the headers of its parts
+        self.uploads: list[list[str]] = []  # headers of the parts of each call
         self.most_files = 32
         self.endless_bytes = 0  # sent by faults that are endless
-        self.change: Callable[[Any], Any] = lambda answer: answer  # of every JSON answer, before it is sent
-        self.heat_maps = True  # an older service makes none
+        self.change: Callable[[Any], Any] = lambda answer: answer  # called with every JSON response before it is sent
+        self.heat_maps = True  # an older service makes no heat maps
         self.classifier = "c" * 64
         self.lock = threading.RLock()
         self.port = 0
@@ -176,7 +176,7 @@ class FakeGateway:
         dataset["state"] = self.outcome
         dataset["finished_at"] = "2026-01-01T01:00:00Z"
         if self.outcome == "failed":
-            dataset["error"] = problem(507, "storage-full", "The disk is full; make room and ask again.")
+            dataset["error"] = problem(507, "storage-full", "The disk is full; free some space and try again.")
         if self.outcome == "succeeded":
             self.files[dataset["id"]] = dataset_files(dataset["request"])
 

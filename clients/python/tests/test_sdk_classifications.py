@@ -76,7 +76,7 @@ def test_many_images_are_sent_in_batches_and_returned_in_order(
     assert [round(one.probability * 255) for one in result] == list(range(10, 50))
     assert [len(parts) for parts in gateway.uploads] == [16, 16, 8]
     assert reports == [(16, 40), (32, 40), (40, 40)]
-    assert "Jane" not in str(gateway.uploads)  # what files are called stays with the caller
+    assert "Jane" not in str(gateway.uploads)  # file names are not sent
 
 
 def test_large_images_share_request_only_up_to_size_limit(

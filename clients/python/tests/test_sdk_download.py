@@ -136,7 +136,7 @@ def test_foreign_files_are_replaced_only_with_overwrite(gateway: FakeGateway, fe
         fetch(identifier, tmp_path)
     assert (tmp_path / "README.md").read_text() == "my own notes" and len(list(tmp_path.iterdir())) == 1
     fetch(identifier, tmp_path, overwrite=True)
-    (tmp_path / "README.md").write_text("damaged")  # now it is this dataset's folder: it is mended
+    (tmp_path / "README.md").write_text("damaged")  # the folder is now this dataset's, so it is repaired
     fetch(identifier, tmp_path)
     assert verify(tmp_path)
 

@@ -73,7 +73,7 @@ def test_images_are_unpacked_into_class_folders_once(folder: Path) -> None:
     assert (images / "benign" / "SYN_00000002.png").read_bytes() == png(3)
     assert not list(folder.glob(".images-*"))
     before = (images / "benign" / "SYN_00000002.png").stat().st_mtime_ns
-    assert extract_images(folder) == images  # once more does nothing
+    assert extract_images(folder) == images  # a second call does nothing
     assert (images / "benign" / "SYN_00000002.png").stat().st_mtime_ns == before
     (images / "benign" / "SYN_00000002.png").write_bytes(b"mine")
     with pytest.raises(DownloadError, match="remove it"):
@@ -93,7 +93,7 @@ def test_torchvision_reads_the_unpacked_folder(folder: Path) -> None:
 
 def archive(folder: Path, *members: tuple[zipfile.ZipInfo | str, bytes], **options: int) -> None:
     with zipfile.ZipFile(folder / "images.zip", "w", **options) as file, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about the double name
+        warnings.simplefilter("ignore")  # zipfile warns of the repeated name
         for name, data in members:
             file.writestr(name, data)
 

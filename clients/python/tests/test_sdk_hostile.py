@@ -41,7 +41,7 @@ def newest(client: DermisClient) -> str:
     return next(iter(client.datasets.list())).id
 
 
-# What does not end
+# Endless responses
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -225,7 +225,7 @@ def test_wrong_value_in_response_is_reported_or_harmless(
     turns = itertools.count()
     for number, answer in enumerate(good, 1):
         for place in places(answer):
-            for value in BAD[next(turns) % 3 :: 3]:  # a third of them in every place, all of them in every command
+            for value in BAD[next(turns) % 3 :: 3]:  # a third of the values at every place, all values in every command
                 run(number, place, value)
 
 

@@ -83,7 +83,8 @@ def test_compact_index_approximates_exact_neighbours(
 ) -> None:
     monkeypatch.setattr("dermis.authenticity.build.MIN_APPROXIMATE", 0)
     mixing = rows(12, 48, seed=3)
-    base, queries = rows(3000, 12) @ mixing, rows(200, 12, seed=1) @ mixing  # of 48 dimensions 12 matter
+    # 12 of the 48 dimensions have nearly all variance.
+    base, queries = rows(3000, 12) @ mixing, rows(200, 12, seed=1) @ mixing
     index = index_of(tmp_path / "x", base, kind=kind, dim=12, metric="l2")
     assert (index.description.kind, index.description.exact_radii) == (kind, 1)
     assert index.description.explained == pytest.approx(1, abs=1e-4)
@@ -178,7 +179,8 @@ def test_share_of_exact_radii_is_measured_for_large_index(tmp_path: Path, monkey
     monkeypatch.setattr("dermis.authenticity.baseline.EXACT_RADII", 0)
     good = index_of(tmp_path / "good", rows(1500), kind="hnsw", storage="float").description
     assert good.exact_radii is not None and good.exact_radii > 0.95 and baseline_problem(good) is None
-    poor = index_of(tmp_path / "poor", rows(1500), kind="ivf", storage="float").description  # looks into 9 of 154 lists
+    # It searches 9 of 154 lists.
+    poor = index_of(tmp_path / "poor", rows(1500), kind="ivf", storage="float").description
     assert (
         poor.exact_radii is not None
         and poor.exact_radii < 0.95
@@ -190,7 +192,7 @@ def test_share_of_exact_radii_is_measured_for_large_index(tmp_path: Path, monkey
 
 
 def again(base: Floats, copies: Floats) -> Floats:
-    """`base` and `copies`, which are changed a little, as embeddings of a file that was saved again are."""
+    """`base`, and `copies` that differ slightly, like embeddings of a file that was saved again."""
     noise = np.random.default_rng(7).normal(size=copies.shape).astype(np.float32)
     return np.concatenate([base, copies + 0.01 * noise])
 
@@ -255,7 +257,7 @@ def test_an_index_without_a_trustworthy_radius_is_refused(share: float) -> None:
 def test_a_weak_baseline_is_named(tmp_path: Path) -> None:
     few = index_of(tmp_path / "few", rows(10)).description
     assert "only 10 different training images" in str(baseline_problem(few))
-    views = np.repeat(rows(50), 4, axis=0)  # four photographs of each lesion, none a copy, no id that tells
+    views = np.repeat(rows(50), 4, axis=0)  # four photographs of each lesion; none is a copy, and no id connects them
     views += 0.075 * rows(200, seed=4)
     close = index_of(tmp_path / "close", views).description
     assert "photographs of one lesion" in str(baseline_problem(close)) and f"{close.radii[1]:.4f}" in baseline_sentence(
@@ -388,13 +390,13 @@ def test_attack_measures_match_computation_by_hand() -> None:
     assert evenly_spaced_indices(5).tolist() == [0, 1, 2, 3, 4] and len(evenly_spaced_indices(10**6)) == 10_000
 
 
-def test_memorising_generator_fails_and_honest_generator_passes(tmp_path: Path) -> None:
+def test_memorising_generator_fails_and_ideal_generator_passes(tmp_path: Path) -> None:
     """A small generator is overfitted on purpose: each of its latents learns to draw one training image."""
     real = squares([lesion(seed) for seed in range(60)], 16)
     train, held_out = real[:20], real[20:40]
     honest = real[40:]  # what an ideal generator would draw: other images of the same kind
     copies = overfitted(train)
-    assert 0.5 < np.abs(copies.astype(int) - train).mean() < 4  # it did learn them, though not to the pixel
+    assert 0.5 < np.abs(copies.astype(int) - train).mean() < 4  # it did learn them, though not exactly
     embedder = Embedder("lite0", None, device="cpu")
     sets = {"train": train, "held_out": held_out, "honest": honest, "copies": copies}
     features = {name: embedder.embed(images, 16) for name, images in sets.items()}
@@ -416,7 +418,7 @@ def test_memorising_generator_fails_and_honest_generator_passes(tmp_path: Path) 
 
 
 def overfitted(images: NDArray[np.uint8], steps: int = 700) -> NDArray[np.uint8]:
-    """What a generator draws after `steps` of learning images [N, R, R, 3] by heart, latent i for image i."""
+    """Images of a generator after `steps` of training to reproduce image i of [N, R, R, 3] from latent i."""
     torch.manual_seed(0)
     generator = Generator(GeneratorConfig(images.shape[1], z_dim=32, w_dim=32, mapping_layers=2, channel_base=512))
     z = torch.randn(len(images), 32)

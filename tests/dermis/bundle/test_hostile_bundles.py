@@ -85,7 +85,7 @@ def safetensors(header: Any, numbers: bytes = b"") -> bytes:
     return struct.pack("<Q", len(text)) + text + numbers
 
 
-# -- what lies in the folder
+# -- files in the folder
 
 
 def _replace(name: str, make: Callable[[Path], Any]) -> Callable[[Path], None]:
@@ -160,7 +160,7 @@ def test_links_within_and_to_bundle_folder_are_followed(bundle: Path, tmp_path: 
     assert verify(bundle) == "" and open_bundle(tmp_path / "link").files["COPY.md"].bytes > 0
 
 
-# -- what changes between two looks at it
+# -- changes after the bundle was opened
 
 
 @pytest.mark.parametrize("part", ["authenticity", "encoder", "classifier"])
@@ -268,7 +268,7 @@ def test_array_header_is_checked_before_allocation(bundle: Path, case: str) -> N
 def test_an_index_with_huge_counts_is_refused(bundle: Path) -> None:
     name = "authenticity/index.faiss"
     data = (bundle / name).read_bytes()
-    count = data.index(struct.pack("<q", 30))  # of vectors, behind the dimension
+    count = data.index(struct.pack("<q", 30))  # number of vectors, which follows the dimension
     for place, value in ((count, 1 << 40), (count, -1), (4, 1 << 30), (len(data) - 4 * 30 * 4 - 8, 1 << 60)):
         changed = bytearray(data)
         changed[place : place + 8] = struct.pack("<q", value)

@@ -29,7 +29,7 @@ from tiny_classifier import FEATURES, SIZE, describe, make_classifier, make_mode
 
 
 def images(count: int = 5) -> list[Images]:
-    """Random images, each of another size."""
+    """Random images of different sizes."""
     rng = np.random.default_rng(0)
     return [rng.integers(0, 256, (20 + 3 * i, 31, 3), dtype=np.uint8) for i in range(count)]
 
@@ -121,7 +121,7 @@ def test_bundle_keeps_attached_classifier_when_amended(tmp_path: Path) -> None:
     assert with_it.digest != plain.digest
     assert with_it.files["generator.safetensors"] == plain.files["generator.safetensors"]
     assert with_it.model_card.startswith("# Tiny\n") and NOTICE in with_it.model_card
-    # The section on it outlives a new card, and comes once.
+    # The section about it stays when the card is replaced, and occurs once.
     again = amend_bundle(with_it, model_card="# New\n", metrics={"kid": 1.0})
     assert again.classifier == description and again.model_card.count(NOTICE) == 1
     other = make_classifier(tmp_path / "d", temperature=3.25)
@@ -131,7 +131,7 @@ def test_bundle_keeps_attached_classifier_when_amended(tmp_path: Path) -> None:
 
 
 def _listed_otherwise(bundle: Path) -> None:
-    """Another file of the classifier, listed truly in bundle.json but not in classifier.json."""
+    """A further file of the classifier, which bundle.json lists and classifier.json does not."""
     import hashlib
 
     (bundle / "classifier" / "more.txt").write_bytes(b"more")
@@ -186,7 +186,7 @@ def test_input_is_centre_crop_and_right_size_is_unchanged() -> None:
     wide = np.zeros((16, 40, 3), np.uint8)
     wide[:, 12:28] = 200
     assert (to_input(wide, 16) == 200).all()
-    assert (to_input(wide, 8)[:, 3:-3] == 200).all()  # the filter reaches a little over the square's edge
+    assert (to_input(wide, 8)[:, 3:-3] == 200).all()  # the filter reads a few pixels outside of the square
     square_one = images(1)[0][:20, :20]
     assert to_input(square_one, 20) is square_one
 

@@ -65,7 +65,7 @@ def test_bytes_do_not_depend_on_order_batches_or_restarts(
 
 
 def test_dataset_formats_contain_planned_images(tiny_bundle: Bundle, tmp_path: Path) -> None:
-    """Every index once, with its own pixels, in the folder or under the label of its class."""
+    """Every index occurs once, with its own pixels, in the folder or under the label of its class."""
     expected = {i: label for s in range(4) for i, label in zip(
         planned(tiny_bundle).shard(s), planned(tiny_bundle).labels(s), strict=True)}  # fmt: skip
     make(tmp_path / "zip", tiny_bundle)
@@ -171,11 +171,11 @@ def test_stopped_shard_leaves_no_files_and_is_repeated(tiny_bundle: Bundle, tmp_
         raise AssertionError("an intact shard was made again")
 
     write_shard(p, 0, never, store, identity=IDENTITY)
-    with pytest.raises(AssertionError):  # what another machine made is made again
+    with pytest.raises(AssertionError):  # a shard of another machine is made again
         write_shard(p, 0, never, store, identity={"device": "other"})
     path = tmp_path / "data-00000-of-00004.tar"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(AssertionError):  # and so is what is damaged
+    with pytest.raises(AssertionError):  # and so is a damaged one
         write_shard(p, 0, never, store, identity=IDENTITY)
 
 

@@ -38,7 +38,7 @@ AGREEING = {"keep": "agreeing", "tries": 4}
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """Of two classes, with a classifier that gives about half of all noise to each."""
+    """A bundle of two classes, with a classifier that assigns about half of all noise images to each."""
     root = tmp_path_factory.mktemp("bundles")
     make_classifier(root / "c")
     return amend_bundle(make_bundle(root / "tiny"), parts={"classifier": root / "c"})
@@ -129,7 +129,7 @@ def test_tar_and_parquet_have_same_probability_column(bundle: Bundle, tmp_path: 
 
 
 def test_dataset_without_scores_is_unchanged(bundle: Bundle, tmp_path: Path) -> None:
-    """Requests that do not speak of a classifier keep the digest that they had before there were any."""
+    """Requests without a classifier keep the digest that they had before the field existed."""
     assert "classifier" not in dataset_request().model_dump()
     assert "classifier" not in json.loads(dataset_request().model_dump_json())
     plain = make_bundle(tmp_path / "plain", name="tiny")
@@ -159,7 +159,7 @@ def test_filter_keeps_agreeing_images_and_redraws_others(bundle: Bundle, tmp_pat
     first_tries = 0
     with zipfile.ZipFile(tmp_path / "kept" / "images.zip") as archive:
         for row in rows:
-            # The latent's index tells which image it is, also by another way.
+            # The index of the latent identifies the image, also when it is generated in another way.
             place, index = int(row["isic_id"].removeprefix("SYN_")), int(row["index"])
             assert index in [latent_index(place, attempt) for attempt in range(4)]
             assert (decode(archive.read(row["file_name"])) == paint([index], [int(row["label"])])[0]).all()
@@ -231,7 +231,7 @@ def test_latent_indices_of_retries_do_not_overlap() -> None:
     assert latent_index(0, 1) > 10**8 and latent_index(latent_index(0, 1) - 1, MAX_TRIES - 1) == MAX_INDEX
 
 
-# -- what can be asked for
+# -- options of requests
 
 
 @pytest.mark.parametrize(
@@ -290,13 +290,13 @@ def test_service_makes_same_filtered_dataset_as_library(bundle: Bundle, tmp_path
         assert dataset["request"]["classifier"]["keep"] == "agreeing"
         files = running.client.get(dataset["links"]["files"]).json()["data"]
         assert {file["name"]: running.client.get(file["url"]).content for file in files} == direct
-        # An image of a later try can be asked for by its index.
+        # An image of a later try can be requested by its index.
         rows = list(csv.DictReader(io.StringIO(direct["metadata.csv"].decode())))
         row = next(row for row in rows if int(row["index"]) >= latent_index(0, 1))
         body = {"classes": {row["target"]: 1}, "start_index": int(row["index"])}
         alone = running.client.post("/v1/images", json=body).json()["data"][0]
         assert alone["sha256"] == row["sha256"]
-        # A plain request is scored too, and one of no image at all fails with the reason.
+        # A request without options is scored too, and a request that keeps no image fails with the reason.
         plain = running.wait(running.ask({"classes": {"benign": 3}}))
         csv_file = running.client.get(plain["links"]["files"] + "/metadata.csv").text
         assert csv_file.splitlines()[0].endswith(",sha256,probability")

@@ -98,7 +98,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def judged(bundle: Bundle, folder: Path) -> list[tuple[str, str, str]]:
-    """What the checker says of the images in the files."""
+    """The checker's verdicts on the images in the files."""
     rows = table(folder)
     with zipfile.ZipFile(folder / "images.zip") as archive:
         images = [decode(archive.read(row["file_name"])) for row in rows]
@@ -170,7 +170,7 @@ def test_gate_redraws_copies_and_records_distance_of_each_image(bundle: Bundle, 
 
 def test_old_manifest_is_read_and_weak_gate_baseline_is_reported(bundle: Bundle, tmp_path: Path) -> None:
     assert bundle.authenticity is not None
-    # What an index of the first format says of training images of which 2 % are there twice.
+    # An index of the first format, of training images of which 2 % occur twice.
     spoilt = replace(
         bundle.authenticity, duplicates=None, exact_radii=None, radii=(0.0, 0.0, *bundle.authenticity.radii[2:])
     )
@@ -299,7 +299,7 @@ def test_edits_that_the_bundle_cannot_make_are_refused(bundle: Bundle, edit: dic
     assert caught.value.field == field
 
 
-# -- however it is made
+# -- every way to make a dataset
 
 
 def test_service_makes_same_gated_dataset_as_library(bundle: Bundle, tmp_path: Path) -> None:

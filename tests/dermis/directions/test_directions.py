@@ -36,7 +36,7 @@ def axis(k: int, scale: float = 1.0, layers: tuple[int, int] = (0, NUM_WS)) -> D
     return Direction(f"axis-{k}", oriented(np.eye(W_DIM)[k]), layers, scale, "sefa")
 
 
-# -- finding them
+# -- fitting
 
 
 @pytest.mark.parametrize("layers", [(0, NUM_WS), (0, 2), (3, 5)])
@@ -47,12 +47,12 @@ def test_sefa_is_the_eigendecomposition_of_the_style_weights(generator: Generato
         weight = (layer.affine.weight * layer.affine.weight_gain).detach().double().numpy()
         rows.append(weight / np.linalg.norm(weight, axis=1, keepdims=True))
     matrix = np.concatenate(rows)
-    _, singular, right = np.linalg.svd(matrix)  # another road to the same vectors
+    _, singular, right = np.linalg.svd(matrix)  # another method with the same result
     w = sample_w(generator, 200, seed=0)
     directions = sefa(generator, w, layers=layers, count=5)
     for k, direction in enumerate(directions):
         assert abs(float(direction.vector @ right[k])) == pytest.approx(1, abs=1e-4)
-        assert direction.vector[np.argmax(np.abs(direction.vector))] > 0  # the sign is no accident
+        assert direction.vector[np.argmax(np.abs(direction.vector))] > 0  # the sign is fixed
         assert direction.facts["share"] == pytest.approx(singular[k] ** 2 / (singular**2).sum(), rel=1e-4)
         assert direction.scale == pytest.approx(float((w @ direction.vector).std()), rel=0.02)
         assert direction.layers == layers
@@ -87,12 +87,12 @@ def test_hyperplane_finds_planted_and_refuses_rare_attribute() -> None:
     assert direction.vector @ planted > 0.97
     assert float(direction.facts["accuracy"]) > 0.9
     none = hyperplane("chance", w, rng.random(800) > 0.7, layers=(0, NUM_WS))
-    assert float(none.facts["accuracy"]) < 0.65  # it says so itself
+    assert float(none.facts["accuracy"]) < 0.65  # its stated accuracy agrees
     with pytest.raises(RequestError, match="at least 20"):
         hyperplane("rare", w, np.arange(800) < 5, layers=(0, NUM_WS))
 
 
-# -- keeping them
+# -- storing
 
 
 def test_bundle_stores_directions_and_digest_changes(bundle: Bundle, tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_damaged_directions_file_is_refused_by_name() -> None:
         decode_directions(data, "somewhere", w_dim=W_DIM, num_ws=2)
 
 
-# -- moving along them
+# -- editing
 
 edits = st.lists(
     st.builds(

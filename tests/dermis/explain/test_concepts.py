@@ -31,13 +31,13 @@ SIZE = 24
 
 
 class _Backbone(nn.Module):
-    """Two maps: darkness of the corners, and of the middle; `weights` says which one the logit reads."""
+    """Two maps: darkness of the corners, and of the middle; `weights` determines which one the logit depends on."""
 
     def __init__(self, weights: tuple[float, float]) -> None:
         super().__init__()
         masks = torch.stack([torch.from_numpy(corners(SIZE, 0.15)), 1 - torch.from_numpy(corners(SIZE, 0.15))])
         self.register_buffer("masks", masks)
-        self.stage = nn.Softplus(beta=20)  # a bend, so that gradients differ from image to image
+        self.stage = nn.Softplus(beta=20)  # not linear, so that gradients differ between images
         self.head = nn.Linear(2, 1, bias=False)
         self.head.weight.data = torch.tensor([weights])
 

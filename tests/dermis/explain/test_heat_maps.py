@@ -29,8 +29,8 @@ SIZE = 48
 
 
 class Quadrant(nn.Module):
-    """Sees the upper left quarter of an image only, and how red it is there. A curved function of it, so that one step is
-    not enough."""
+    """A network that depends only on the red of the upper left quarter of an image. It is not linear, so that one step is not
+    enough."""
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         half = images.shape[-1] // 2
@@ -64,7 +64,7 @@ def test_attributions_sum_to_logit_minus_baseline(method: Method) -> None:
     assert result.baseline == pytest.approx(np.mean(expected[1:]))
     assert result.values.sum() == pytest.approx(result.logit - result.baseline, abs=1e-3)
     assert abs(result.gap) < 1e-3 < abs(result.logit - result.baseline)
-    assert abs(attribute(network, image, method, steps=1).gap) > 0.1  # the tolerance means something
+    assert abs(attribute(network, image, method, steps=1).gap) > 0.1  # so the tolerance is small in comparison
 
 
 def test_attributions_lie_in_region_that_network_uses() -> None:
@@ -171,7 +171,7 @@ def test_page_shows_mistakes_first_and_rerun_reuses_attributions(
     assert NOTICE in page and "This page shows the images" in page and "7 of 12 images" in page
     figures = page.split("<figure>")[1:]
     assert len(figures) == 7 and all(figure.count("data:image/png;base64,") == 3 for figure in figures)
-    text = re.sub(r"base64,[^\"]+", "", page)  # the letters of a picture may spell anything
+    text = re.sub(r"base64,[^\"]+", "", page)  # base64 of a picture can contain any letters
     assert "http" not in text.replace("arXiv", "") and "<script" not in page  # it needs nothing else
     wrong = ['class="wrong"' in figure for figure in figures]
     assert wrong == sorted(wrong, reverse=True) and any(wrong)

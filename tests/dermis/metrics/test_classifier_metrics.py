@@ -29,7 +29,7 @@ EVERY: dict[str, metrics.Metric] = {
 
 
 def drawn(count: int, seed: int = 0, ties: bool = False) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Labels, both classes among them, and probabilities that know something of them."""
+    """Labels of both classes, and probabilities that are correlated with them."""
     rng = np.random.default_rng(seed)
     labels = (rng.random(count) < 0.3).astype(np.int64)
     labels[:2] = 0, 1
@@ -155,7 +155,7 @@ def test_chosen_thresholds_reach_sensitivity_and_specificity(ties: bool) -> None
     ill, well = p[labels == 1], p[labels == 0]
     assert (ill >= thresholds["sensitivity_90"]).mean() >= 0.9
     assert (well < thresholds["specificity_90"]).mean() >= 0.9
-    # They are the outermost that do: past the next probability they no longer would.
+    # They are the extreme thresholds that do: beyond the next probability they no longer would.
     assert (ill >= p[p >= thresholds["sensitivity_90"]].min() + 1e-9).mean() < 0.9
     assert (well < p[p < thresholds["specificity_90"]].max() - 1e-9).mean() < 0.9
 

@@ -39,7 +39,7 @@ def _normal(seed: int, n: int, dim: int, scale: float = 1.0) -> Array:
 
 
 def _distances(a: Array, b: Array) -> Array:
-    """All distances, the slow and obvious way."""
+    """All distances, by the naive method."""
     return np.array([[np.sqrt(np.sum((x - y) ** 2)) for y in b] for x in a])
 
 
@@ -174,7 +174,7 @@ def test_memorisation_test_detects_near_copies() -> None:
     result = memorisation_test(copies, train, holdout, permutations=1500)
     assert result.p_value < 1e-3
     assert result.nearer_train > 0.95 > result.expected_nearer_train
-    assert memorisation_test(copies, holdout, train, permutations=200).p_value > 0.99, "avoiding it is no copying"
+    assert memorisation_test(copies, holdout, train, permutations=200).p_value > 0.99, "avoidance is not copying"
 
 
 def test_memorisation_test_detects_few_copies_among_bad_images() -> None:
@@ -188,7 +188,7 @@ def test_memorisation_test_detects_few_copies_among_bad_images() -> None:
 def test_memorisation_test_passes_generators_without_copies() -> None:
     """p-values of generators that never saw the training set are uniform, though far more is generated than real.
 
-    The textbook test is not: a Wilcoxon test of the same distances calls several of these generators copiers.
+    Those of a Wilcoxon test of the same distances are not: it reports that several of these generators copy.
     """
     ours, textbook = [], []
     for seed in range(40):
@@ -229,7 +229,7 @@ def test_fitted_variances_equal_those_of_known_mixtures() -> None:
 
 
 def _clusters(seed: int, n: int, kinds: int = 4) -> Array:
-    """Images of so many of four kinds, on planes of 8 of 64 dimensions."""
+    """Features of `kinds` of four clusters, each on a plane of 8 of 64 dimensions."""
     rng = np.random.default_rng(seed)
     plane, centres = _normal(100, 8, 64), 3 * _normal(101, 4, 64)
     return centres[rng.integers(0, kinds, n)] + rng.normal(size=(n, 8)) @ plane + 0.3 * rng.normal(size=(n, 64))
@@ -256,7 +256,7 @@ def test_feature_likelihood_detects_copies_and_missing_clusters() -> None:
     assert honest.fld == pytest.approx(0, abs=2)
     assert honest.gap == pytest.approx(honest.reference_gap, abs=2)
     assert copier.fld > honest.fld + 5 and copier.gap < honest.reference_gap - 30
-    assert dropper.fld > honest.fld + 5 and dropper.gap > honest.reference_gap - 5, "it forgets, but copies nothing"
+    assert dropper.fld > honest.fld + 5 and dropper.gap > honest.reference_gap - 5, "it copies nothing"
     assert blurred.fld > honest.fld + 5
     half = feature_likelihood(training, held_out, np.concatenate([training[:150], _clusters(5, 150)]))
     assert copier.gap < half.gap < honest.gap - 10

@@ -149,7 +149,7 @@ class Runs:
 
 
 class Evil:
-    """A class of nobody's."""
+    """An unknown class."""
 
 
 def _rebuilt(tensor: torch.Tensor) -> tuple[Any, Any]:
@@ -190,7 +190,7 @@ def _other_class() -> bytes:
 
 
 def _shared_modules(depth: int) -> Persisted:
-    """2^depth modules to a naive walk."""
+    """A record that a naive traversal expands to 2^depth modules."""
     empty: dict[str, Any] = {"_parameters": {}, "_buffers": {}, "_modules": {}}
     inner = Persisted("FullyConnectedLayer", empty)
     for _ in range(depth):
@@ -201,7 +201,7 @@ def _shared_modules(depth: int) -> Persisted:
 
 
 def _shared_lists() -> dict[str, Any]:
-    """A million million numbers to a naive copy."""
+    """A record that a naive copy expands to 10^12 numbers."""
     value: Any = 1
     for _ in range(4):
         value = [value] * 1000

@@ -81,7 +81,7 @@ def test_projection_in_larger_space_is_nearer_to_image(projector: ImageProjector
 
 
 def test_projection_does_not_depend_on_other_images(projector: ImageProjector, drawn: list[Target]) -> None:
-    together = project(projector, drawn, SHORT)  # five images in three places: the last two come later
+    together = project(projector, drawn, SHORT)  # five images in three slots: the last two start later
     for number, target in enumerate(drawn):
         (alone,) = project(projector, [target], SHORT)
         assert np.array_equal(alone.ws, together[number].ws)
@@ -110,7 +110,7 @@ def test_projector_reads_images_on_demand(projector: ImageProjector, drawn: list
 
 
 def test_projection_steps_equal_those_of_adam(bundle: Bundle, drawn: list[Target]) -> None:
-    """The loop written anew for one image, with torch's own optimiser."""
+    """The loop for one image, implemented again with torch's own optimiser."""
     schedule = Schedule(steps=6, ramp_up=0, ramp_down=0, latent_noise=0, noise_maps=False, learning_rate=0.02)
     projector = ImageProjector(bundle, distance="lite0", device="cpu", batch_size=1, dtype="float32")
     (projection,) = project(projector, drawn[:1], schedule)
@@ -131,7 +131,7 @@ def test_projection_steps_equal_those_of_adam(bundle: Bundle, drawn: list[Target
 def test_projection_without_improvement_ends_early(projector: ImageProjector, drawn: list[Target]) -> None:
     schedule = Schedule(steps=400, noise_maps=False, latent_noise=0, patience=5)
     projections = project(projector, drawn, schedule)
-    assert all(100 < each.steps <= 400 for each in projections)  # the ramp down of 100 steps is never left out
+    assert all(100 < each.steps <= 400 for each in projections)  # the ramp down of 100 steps is always executed
     assert min(each.steps for each in projections) < 400
     (alone,) = project(projector, drawn[3:4], schedule)
     assert alone.steps == projections[3].steps and np.array_equal(alone.ws, projections[3].ws)

@@ -148,7 +148,7 @@ def test_synthesizer_uses_torch_without_openvino(monkeypatch: pytest.MonkeyPatch
 
 @needs_openvino
 def test_first_use_of_openvino_by_many_threads_does_not_deadlock() -> None:
-    """Without the precaution in `import_openvino` one process in two hangs; three make a lucky pass unlikely."""
+    """Without the precaution in `import_openvino` one process in two hangs; three make an accidental pass unlikely."""
     code = """
 import sys, threading
 from dermis.synthesizer.openvino_cpu import import_openvino
@@ -197,7 +197,7 @@ def test_openvino_sends_no_usage_reports() -> None:
     assert not [name for name, module in sys.modules.items() if name.startswith("openvino_telemetry") and module]
 
 
-def test_lanes_of_cuda_backend_do_not_mix_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_streams_of_cuda_backend_do_not_mix_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU, with recordings replaced by plain calls: buffers, threads and constant noise; the rest needs a GPU."""
 
     class NoStream:

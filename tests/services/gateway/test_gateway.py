@@ -297,7 +297,7 @@ def test_invalid_images_request_is_refused_with_its_kind(served: Service, body: 
 
 
 def test_unavailable_and_failed_generator_give_different_problems(served: Service) -> None:
-    # A dataset of an earlier test that is still at work would meet the failures in place of these calls.
+    # A dataset of an earlier test that is still running would receive the failures instead of these calls.
     wait_for(lambda: not any(job.active for job in served.jobs.datasets.page(100)))
     served.generator.failures.append(InferenceUnavailableError("the generator does not answer"))
     away = served.client.post("/v1/images", json={"classes": {"benign": 1}})
@@ -344,7 +344,7 @@ def test_damaged_bundle_is_reported_and_others_are_served(tiny_bundle: Bundle, t
         data = bytearray(weights.read_bytes())
         data[-1] ^= 1
         weights.write_bytes(data)
-        running.models._checked = float("-inf")  # no need to wait for the next look at the files
+        running.models._checked = float("-inf")  # no need to wait for the next check of the files
         assert "tiny" in problem(running.client.get("/readyz"), 503, "not-ready")["detail"]
         answer = running.client.post("/v1/datasets", json={"classes": {"benign": 1}})
         problem(answer, 503, "model-unavailable")

@@ -128,7 +128,7 @@ def test_heat_map_calls_are_limited_in_number_and_time(served: Service) -> None:
         wait_for(lambda: served.explainer.calls)
         busy = send(served)
         assert "too many calls with heat maps" in problem(busy, 503, "overloaded") and busy.headers["Retry-After"]
-        assert send(served, query="").status_code == 200  # numbers do not wait for pictures
+        assert send(served, query="").status_code == 200  # classifications do not wait for heat maps
         first.join()
     finally:
         served.explainer.gate.set()
@@ -147,7 +147,7 @@ def test_heat_map_timeout_message_counts_images(served: Service) -> None:
 
 
 def test_closing_the_connection_cancels_the_computation(tmp_path: Path, served: Service) -> None:
-    """From the gateway on: the explainer's call is cancelled, and the place among the calls is free."""
+    """The gateway cancels the call of the explainer, and no longer counts the call."""
     ended: list[str] = []
 
     async def explain(*_: Any) -> Any:
@@ -167,11 +167,11 @@ def test_closing_the_connection_cancels_the_computation(tmp_path: Path, served: 
 
 
 def test_work_of_disconnected_caller_ends_at_next_step() -> None:
-    """The explainer's side: the middleware sees the connection close, and the work in a thread asks for it."""
+    """In the explainer, the middleware detects the closed connection, and the work in a thread checks for it."""
     begun, steps = threading.Event(), []
 
     def work() -> str:
-        check_caller()  # nobody has left yet
+        check_caller()  # the caller has not disconnected yet
         begun.set()
         while len(steps) < 3000:
             steps.append(1)
@@ -209,7 +209,7 @@ def test_work_of_disconnected_caller_ends_at_next_step() -> None:
     assert outcome[1] == "done"
 
 
-def test_attribution_of_gone_caller_ends_between_steps(timm_classifier: Path) -> None:
+def test_attribution_of_disconnected_caller_ends_between_steps(timm_classifier: Path) -> None:
     loaded, calls = Explainer(timm_classifier), [0]
 
     def check() -> None:

@@ -182,7 +182,7 @@ def test_invalid_edit_is_refused_by_field(running: Service, changes: dict[str, A
 
 
 def test_gateway_does_not_import_inference_packages() -> None:
-    """Else each of its processes would be hundreds of megabytes larger, and slower to start."""
+    """Otherwise each of its processes would need hundreds of megabytes more, and start more slowly."""
     code = (
         "import sys, services.service; print({'torch', 'faiss', 'onnxruntime', 'scipy', 'sklearn'} & set(sys.modules))"
     )

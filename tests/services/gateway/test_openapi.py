@@ -14,7 +14,7 @@ from tiny_index import make_complete_bundle
 
 pytest.importorskip("faiss", reason="FAISS is not installed")
 
-# Not among the checks: that whatever fits the schema is accepted. Limits of the service and of the model are no schema.
+# No check that everything that fits the schema is accepted: the schema lacks limits of the service and of the model.
 CHECKS = (
     "not_a_server_error",
     "status_code_conformance",
@@ -32,7 +32,7 @@ def test_every_answer_is_documented_and_none_is_a_server_error(tmp_path: Path) -
     training = np.random.default_rng(0).integers(0, 256, (30, 12, 12, 3), dtype=np.uint8)
     bundle = make_complete_bundle(tmp_path, training)
     limits = {"max_samples_per_dataset": 1000, "max_images": 8, "max_projection_steps": 20}
-    limits |= {"max_active_projections": 2, "max_active_datasets": 4}  # full queues are no errors of the server
+    limits |= {"max_active_projections": 2, "max_active_datasets": 4}  # full queues are not errors of the server
     parts = assemble(bundle.location, tmp_path / "data", **limits)
     with listening(parts) as url:
         command = [sys.executable, "-c", "from schemathesis.cli import schemathesis; schemathesis()", "run"]

@@ -223,6 +223,6 @@ def test_projection_succeeds_while_its_progress_is_unknown(running: Service, mon
     monkeypatch.setattr(running.projector, "steps", silent)
     job = ask(running, noise(1))
     wait_for(lambda: running.projector.calls == 1)
-    time.sleep(1.5)  # it has been asked by then
+    time.sleep(1.5)  # it has been called by then
     running.projector.gate.set()
     assert wait(running, job)["state"] == "succeeded"

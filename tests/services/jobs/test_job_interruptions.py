@@ -117,7 +117,7 @@ def test_projection_job_survives_database_restart(tiny_bundle: Bundle, tmp_path:
         job = project(running)
         wait_for(lambda: running.projector.calls == 2)
         postgres.stop("immediate")
-        time.sleep(1.5)  # its progress has been asked for by then
+        time.sleep(1.5)  # its progress has been requested by then
         running.projector.gate.set()
         postgres.start()
         assert end_of(running, job)["state"] == "succeeded"
@@ -332,7 +332,7 @@ def test_calls_get_503_while_the_storage_cannot_be_reached(tiny_bundle: Bundle, 
         for answer in answers:
             assert (answer.status_code, answer.headers["Retry-After"]) == (503, "5"), answer.text
             assert "s3.example.com" not in answer.text and "bucket" not in answer.text
-        # Of what could not be done at once nothing stays: the sweep, and the next call, do the rest.
+        # Nothing remains of work that failed: the sweep, and the next call, complete it.
         assert running.client.delete(dataset["links"]["self"]).status_code == 204
         workflow.sweep()
         assert [name for name in flaky_storage.names() if "ds_" in name or "input" in name] == []

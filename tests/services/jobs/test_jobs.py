@@ -96,7 +96,7 @@ def test_a_cancelled_job_stops_soon_and_leaves_nothing(tiny_bundle: Bundle, tmp_
         assert dataset["state"] == "cancelled"
         assert dataset["progress"]["samples_done"] < 1000
         assert list(Path(running.settings.storage).iterdir()) == []
-        # What comes after it is not held up.
+        # Later jobs are not delayed.
         assert running.wait(running.ask(REQUEST))["state"] == "succeeded"
 
 

@@ -133,7 +133,7 @@ def test_age_is_assigned_to_its_band(age: str, band: str) -> None:
 
 
 class Painter:
-    """Stands in for the synthesizer, which takes its time to get ready: an image tells what it was asked for."""
+    """Replaces the synthesizer, which takes long to start: an image encodes its request."""
 
     preferred_batch = 8
     asked: ClassVar[list[Sequence[int]]] = []
@@ -231,7 +231,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
         finalize(planned, Store(folder / layout), bundle, {})
     with zipfile.ZipFile(folder / "imagefolder" / "images.zip") as archive:
         archive.extractall(folder / "unpacked")
-    (folder / "unpacked" / "metadata.csv").unlink()  # then one sub-folder a class is all there is
+    (folder / "unpacked" / "metadata.csv").unlink()  # then the folder has only one sub-folder for each class
     return folder
 
 

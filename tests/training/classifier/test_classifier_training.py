@@ -122,7 +122,7 @@ def test_training_stops_early_and_lowers_rate_on_plateau(
     end = load_file(tmp_path / "r" / CHECKPOINT)
     weight = "backbone.conv_stem.weight"
     assert not torch.equal(end[f"network/{weight}"], end[f"best/{weight}"])
-    assert run(real, tmp_path / "r", options, resume=True).epoch == 5  # it has ended, and stays so
+    assert run(real, tmp_path / "r", options, resume=True).epoch == 5  # it has ended, and does not continue
 
 
 def test_tensorboard_curves_continue_after_resume(real: RealData, tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_finished_network_computes_same_as_trained_network(architecture: str) ->
     images = torch.rand(8, 3, SIZE, SIZE) * 255
     set_train_mode(network, [])
     for _ in range(3):
-        network(images)  # lets batch norms see something
+        network(images)  # gives batch norms some statistics
     network.eval()
     with torch.no_grad():
         logits, features = network(images)
@@ -337,7 +337,7 @@ def test_card_contains_notice_licence_and_metrics(trained: Path) -> None:
     for number in (measured["test"]["metrics"]["auc"]["value"], measured["temperature"]):
         assert f"{number:.3f}" in card
     assert f"{measured['thresholds']['sensitivity_90']:.4f}" in card
-    assert "| clinic-a |" in card and "too few" in card  # every group, also where nothing can be said
+    assert "| clinic-a |" in card and "too few" in card  # every group, also those without numbers
 
 
 def test_a_finished_run_is_measured_again_with_another_threshold(trained: Path, skin: Path, tmp_path: Path) -> None:
@@ -346,7 +346,7 @@ def test_a_finished_run_is_measured_again_with_another_threshold(trained: Path, 
     done = CliRunner().invoke(app, command(skin, again, "--resume", "--default-threshold", "sensitivity_90"))
     assert done.exit_code == 0, done.output
     before, after = open_classifier(trained / "classifier"), open_classifier(again / "classifier")
-    assert after.files[MODEL] == before.files[MODEL]  # the very bytes
+    assert after.files[MODEL] == before.files[MODEL]  # the same bytes
     assert after.metrics["test"]["metrics"]["auc"] == before.metrics["test"]["metrics"]["auc"]
     assert after.thresholds == {**before.thresholds, "default": before.thresholds["sensitivity_90"]}
 

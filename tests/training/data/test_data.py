@@ -301,14 +301,14 @@ def test_image_cache_is_complete_or_absent(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(images_room, "read_training_image", interrupted)
     with pytest.raises(KeyboardInterrupt):
         load_images(source, 16, cache=cache, progress=False)
-    assert list(cache.iterdir()) == [], "gigabytes must not be left behind"
+    assert list(cache.iterdir()) == [], "no file of gigabytes may remain"
     assert np.array_equal(load_images(source, 16, cache=cache, progress=False).images, expected)
     before = calls
     kept = load_images(source, 16, cache=cache, progress=False).images
     assert calls == before and np.array_equal(kept, expected) and not kept.flags.writeable
     (file,) = cache.iterdir()
     file.write_bytes(file.read_bytes()[:500])
-    assert np.array_equal(load_images(source, 16, cache=cache, progress=False).images, expected), "made anew"
+    assert np.array_equal(load_images(source, 16, cache=cache, progress=False).images, expected), "made again"
     with pytest.raises(DataError, match="--cache: .*set.*metadata.csv: cannot be written .*choose another folder"):
         load_images(source, 16, cache=tmp_path / "set" / "metadata.csv", progress=False)
 
@@ -396,7 +396,7 @@ def test_images_without_a_class_are_left_out_on_request_only(tmp_path: Path) -> 
 
 
 @pytest.mark.skipif(not (SHARED / "dermoscopy").is_dir(), reason="needs ../shared/data/dermoscopy")
-def test_shared_collection_has_documented_counts() -> None:
+def test_example_collection_has_documented_counts() -> None:
     source = read_source(SHARED / "dermoscopy")
     assert len(source.records) == 6543
     assert {name: len(source.of_class(name)) for name in source.class_names} == {"benign": 5713, "malignant": 830}

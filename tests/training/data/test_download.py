@@ -69,7 +69,7 @@ def test_training_set_of_paper_is_downloaded_once(isic: Path, tmp_path: Path) ->
     assert [record.class_name for record in source.records] == ["malignant"] * 3
     assert all(record.image for record in source.records)
     assert CliRunner().invoke(app, ["data", "download", "--out", str(out)]).exit_code == 0
-    assert len(_calls(isic)) == 2, "what is there whole was asked for again"
+    assert len(_calls(isic)) == 2, "a complete collection was requested again"
 
 
 def test_missing_images_are_counted_and_downloaded_again(

@@ -27,7 +27,7 @@ def _picture(seed: int) -> NDArray[np.uint8]:
 
 
 def _collection(folder: Path) -> Path:
-    """16 pictures of 16 patients; I02 is a re-encoded copy of I12, I03 the very file of I04."""
+    """16 pictures of 16 patients; I02 is a re-encoded copy of I12, I03 the same file as I04."""
     (folder / "images").mkdir(parents=True)
     lines = ["isic_id,patient_id,target,sex"]
     for i in range(16):
@@ -106,7 +106,7 @@ def test_embedding_confirms_pairs_and_is_cached(tmp_path: Path) -> None:
     (kept,) = (tmp_path / "cache").iterdir()
     kept.write_bytes(kept.read_bytes()[:-1])
     find_leaks(source, extractor=extractor, cache=tmp_path / "cache", progress=False)  # type: ignore[arg-type]
-    assert extractor.calls == 2, "a damaged file is computed anew"
+    assert extractor.calls == 2, "the features of a damaged file are computed again"
     Image.fromarray(_picture(40)).save(source.records[7].image.path)  # type: ignore[union-attr]
     again = find_leaks(source, extractor=extractor, cache=tmp_path / "cache", progress=False)  # type: ignore[arg-type]
     fresh = find_leaks(source, extractor=extractor, progress=False)  # type: ignore[arg-type]
@@ -135,7 +135,7 @@ def test_broken_images_and_unknown_ids_are_named(tmp_path: Path) -> None:
         find_leaks(read_source(collection), {"I99": "train"}, progress=False)
 
 
-def test_surplus_breaks_every_pair_and_keeps_ends_of_chain() -> None:
+def test_removal_breaks_every_pair_and_keeps_ends_of_chain() -> None:
     records = tuple(Record(name, "", "", "", None, {}) for name in "abcde")
     chain = [Pair(a, b, False, False, False, 0.9, 1, None) for a, b in ((0, 1), (1, 2), (2, 3))]
     removed = ids_to_remove(Leaks(records, ("",) * 5, tuple(chain), ()))

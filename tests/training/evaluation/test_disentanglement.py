@@ -54,7 +54,7 @@ def test_effects_equal_planted_slopes_in_standard_deviations(ws: Ws) -> None:
     first, second, third, idle = measure_effects(
         ws, [axis(0, 1.5), axis(1), axis(2, 0.25), axis(5)], 2.0, before, units, measure
     )
-    # A slope of 2, over a standard deviation of about 2, along 2 x 1.5: the very number, the same in every sample.
+    # A slope of 2, over a standard deviation of about 2, along 2 x 1.5: exactly this number, the same in every sample.
     assert first.shifts["linear"].value == pytest.approx(2 * 3 / before.attributes["linear"].std(ddof=1), rel=1e-4)
     assert first.shifts["linear"].minus == pytest.approx(-first.shifts["linear"].plus, rel=1e-4)
     assert first.most_moved == "linear"
@@ -91,12 +91,12 @@ def test_best_removal_has_sign_and_side_effects_of_its_direction(ws: Ws) -> None
     assert by["axis-0", -4].removed == gone.sum() and by["axis-0", -4].images == len(having)
     assert by["axis-0", 4].removed == by["axis-1", -8].removed == 0
     assert by["axis-0", -4].low <= by["axis-0", -4].share <= by["axis-0", -4].high
-    assert by["crooked", -4].share >= 0.9  # it removes too, and changes who it is
+    assert by["crooked", -4].share >= 0.9  # it also removes, and changes the identity
     best = best_removal(removals)
     assert (best.direction, best.strength) == ("axis-0", -4)
     assert "linear" not in best.others and best.confirmed >= 0.9
     useless = [each for each in removals if each.direction == "axis-1"]
-    assert best_removal(useless).removed == 0  # the honest answer
+    assert best_removal(useless).removed == 0  # none removes it, and the result says so
     with pytest.raises(ValueError, match="all with"):
         list(measure_removals(ws, "linear", 2, [axis(0)], [1], measure(ws), units, measure))
 
@@ -146,7 +146,7 @@ def test_directions_command_measures_and_sweeps(tmp_path: Path, monkeypatch: pyt
     for wrong in (("--strength", 0), ("--strength", 1, "--strength", 2), ("--baseline", 3), ("--direction", "south")):
         with pytest.raises(RequestError):
             run("measure", location, "--samples", 4, *wrong)
-    monkeypatch.setitem(THRESHOLDS, "frame", 0.0)  # every image has it, and no move can take it away
+    monkeypatch.setitem(THRESHOLDS, "frame", 0.0)  # every image has it, and no move can remove it
     options = ("--samples", 2, "--baseline", 2, "--strength", 1, "--controls", 0, "--out", out)
     output = run("measure", location, "--framed", *options)
     facts = json.loads(out.read_text())
@@ -157,6 +157,7 @@ def test_directions_command_measures_and_sweeps(tmp_path: Path, monkeypatch: pyt
     from PIL import Image
 
     with Image.open(video) as moving:
-        assert moving.size == (32, 16) and getattr(moving, "n_frames", 1) == 4  # there, and back without the ends twice
+        # Forwards and back, without repeating the ends.
+        assert moving.size == (32, 16) and getattr(moving, "n_frames", 1) == 4
     with pytest.raises(RequestError, match=r"\.gif or \.mp4"):
         run("sweep", location, "--out", tmp_path / "north.png", "--direction", "north")

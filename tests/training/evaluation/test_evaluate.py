@@ -66,7 +66,7 @@ def _folder(out: Path, images: NDArray[np.uint8], labels: Sequence[int], first: 
 
 @pytest.fixture(scope="module")
 def generated(tiny_bundle: Bundle) -> NDArray[np.uint8]:
-    """Samples of the tiny bundle, of a seed that no test evaluates: real images of which it knows nothing."""
+    """Samples of the tiny bundle, of a seed that no test evaluates: real images that the generator was not trained on."""
     with Synthesizer(tiny_bundle, device="cpu") as synthesizer:
         return synthesizer.images([99] * 72, list(range(72)), LABELS * 2)
 
@@ -122,10 +122,10 @@ def test_evaluate_command_writes_metrics_card_and_report(
     assert metrics["ppl"]["distance"] == "quarters"
     measured = space["comparisons"]["generated_holdout"]
     assert measured["precision"] > 0.8 < measured["recall"], "real and generated images are of one distribution here"
-    assert space["copies"]["memorising"]["p_value"] > 0.01, "and the generator is honest"
+    assert space["copies"]["memorising"]["p_value"] > 0.01, "and the generator does not copy"
     assert metrics["real_is_training_set"] is False
     card = open_bundle(bundle.location).model_card
-    assert card.startswith(bundle.model_card), "what training did not write stays"
+    assert card.startswith(bundle.model_card), "parts that training did not write stay"
     against = space["comparisons"]["generated_training"]["fd"]
     assert f"| FD@quarters | {against:.4g} [" in card and "| reference: real images vs held-out" in card
     assert f"FD@quarters │ {against:.4g} [" in re.sub(" +", " ", output)
@@ -138,8 +138,8 @@ def test_evaluate_command_writes_metrics_card_and_report(
     shapes = {picture.shape for picture in pictures}
     assert (16, 16 * 6 + 4, 3) in shapes, "a sample, a gap and its 5 neighbours"
     assert len(pictures) == 12 + 8 + 2 + 3  # closest, unselected, samples and walks of 2 classes and between them
-    text = re.sub(r"base64,[^\"]+", "", page)  # the letters of a picture may spell anything
-    assert "http" not in text, "the page needs nothing from elsewhere"
+    text = re.sub(r"base64,[^\"]+", "", page)  # base64 of a picture can contain any letters
+    assert "http" not in text, "the page loads no other files"
     assert "This page shows training images" in page
     assert not list(Path(bundle.location).glob("**/*.html"))
 

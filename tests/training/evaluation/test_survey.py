@@ -40,7 +40,7 @@ from training.evaluation.survey_score import (
 )
 
 Run = Callable[..., tuple[int, str, str]]
-SEED = 987654321987  # long enough to be looked for in what is handed out
+SEED = 987654321987  # long enough to be searched for in the files for experts
 
 
 @pytest.fixture(scope="module")
@@ -359,7 +359,7 @@ def test_interval_accounts_for_dependent_answers_to_one_image() -> None:
         assert rate.low is not None and rate.high is not None
         return rate.high - rate.low
 
-    # Four experts of one mind know as much as one; four with minds of their own know nearly as much as 800 images.
+    # Four experts with equal answers give as much information as one; four independent experts nearly as much as 800 images.
     assert width(fourfold) == pytest.approx(width(alone), rel=0.1)
     apart = clustered_rate(rng.binomial(4, 0.6, 200), np.full(200, 4), half)
     assert width(apart) == pytest.approx(width(wilson(480, 800)), rel=0.15)
@@ -501,7 +501,7 @@ def test_invalid_survey_option_is_refused_by_name(
 
 @pytest.mark.full
 def test_survey_page_in_browser_saves_answers_that_score_reads(survey: Path, tmp_path: Path) -> None:
-    """Answered with keys and mouse, closed half way, gone on with, saved: the file is what `score` reads."""
+    """The page is answered with keys and mouse, closed half way, continued and saved: `score` reads the file."""
     playwright = pytest.importorskip("playwright.sync_api", reason="drives a browser")
     browser = shutil.which("chromium") or pytest.skip("needs Chromium")
     key = read_key(survey / "secret/key.json")

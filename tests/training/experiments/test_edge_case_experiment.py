@@ -24,7 +24,7 @@ N = 400
 
 
 def planted() -> tuple[RealPart, EdgeCaseResults]:
-    """Every fourth image an edge case, where `neighbours` is right more often; elsewhere all arms say the same."""
+    """Every fourth image an edge case, where `neighbours` is right more often; elsewhere all arms have the same predictions."""
     rng = np.random.default_rng(0)
     labels = (np.arange(N) % 5 == 0).astype(np.int64)
     edge = np.arange(N) % 4 == 0

@@ -332,7 +332,7 @@ def _candidate(name: str, fid: float, kid: float, seconds: float, width: float =
         ),
         # b is lowest, a is equal to it and faster; c is fastest, but worse
         ([("a", 5.5, 0.52, 2), ("b", 5, 0.5, 3), ("c", 9, 0.9, 1)], "a", "trained fastest of them: 2 s/kimg (b 3)"),
-        # FID cannot tell, KID can: speed does not count
+        # FID does not distinguish them, KID does: speed does not count
         ([("a", 5, 0.9, 1), ("b", 5.5, 0.5, 3)], "b", "the KID of a is higher, and the intervals do not overlap"),
         # they contradict each other: FID counts first
         ([("a", 5, 0.9, 3), ("b", 9, 0.5, 1)], "a", "b has the lowest KID, but FID counts first"),

@@ -37,7 +37,7 @@ N = 400
 
 
 def planted() -> tuple[RealPart, FrameRemovalResults]:
-    """Where there is a frame, `removed` is right more often; elsewhere all arms say the same."""
+    """Where there is a frame, `removed` is right more often; elsewhere all arms have the same predictions."""
     labels = (np.arange(N) % 5 == 0).astype(np.int64)
     framed = np.arange(N) % 4 == 0
     images = np.zeros((N, 1, 1, 3), np.uint8)
@@ -155,4 +155,4 @@ def test_unknown_or_ineffective_frame_direction_is_refused(
     with pytest.raises(RequestError, match="unknown"):
         run(FramePlan("north", 1.0, -1.0, per_class=10))
     with pytest.raises(TrainingError, match="--framed"):
-        run(FramePlan("light", framing, framing, per_class=10))  # what it frames it does not unframe
+        run(FramePlan("light", framing, framing, per_class=10))  # it adds frames, but does not remove them

@@ -71,7 +71,7 @@ def test_finished_scenarios_are_compared_and_not_repeated(
     assert "| synth-cGAN w/o color | not run |" in table and "| 94.7 | 96.7 |" in table
     assert "synth-cGAN, aug-cGAN: the generator was not trained on exactly the training part" in table
 
-    monkeypatch.setattr(table2, "train_classifier", None)  # whatever is done is not trained again
+    monkeypatch.setattr(table2, "train_classifier", None)  # finished runs are not trained again
     assert _run(skin, out, *generator_options, "--seeds", "1").output.count("done already") == 3
     with pytest.raises(TrainingError, match="was started with epochs 1, not 2"):
         _run(skin, out, *generator_options, "--set", "epochs=2")
@@ -115,7 +115,7 @@ def test_generators_of_table1_are_found(tmp_path: Path) -> None:
         make_bundle(tmp_path / name / "bundle")
     generators = read_generators(["cgan=elsewhere"], tmp_path)
     assert {source.class_name for source in generators["gan"]} == {"benign", "malignant"}
-    assert [source.location for source in generators["cgan"]] == ["elsewhere"], "what is named wins"
+    assert [source.location for source in generators["cgan"]] == ["elsewhere"], "a named generator takes precedence"
     assert "cgan-no-color" not in generators
 
 

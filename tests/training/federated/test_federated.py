@@ -87,7 +87,7 @@ def test_resumed_federation_equals_uninterrupted_federation(skin: Path, tmp_path
 
 
 def test_unsaved_round_is_repeated_with_same_result(skin: Path, tmp_path: Path) -> None:
-    """The server dies after its clients have trained: they go back to where the round began."""
+    """The server ends after its clients have trained: they return to the state before the round."""
     federation = tiny_federation(rounds=2)
     whole = simulate(federation, tiny_sites(skin, tmp_path / "a"), tmp_path / "whole")
     simulate(replace(federation, rounds=1), tiny_sites(skin, tmp_path / "b"), tmp_path / "out")
@@ -159,10 +159,10 @@ def _rubbish(reply: Any) -> Any:
     ],
     ids=["nan", "shape", "dtype", "missing", "weight", "rubbish"],
 )
-def test_unsound_update_is_refused_and_changes_no_weights(
+def test_invalid_update_is_refused_and_changes_no_weights(
     skin: Path, tmp_path: Path, spoil: Callable[[Any], Any], why: str
 ) -> None:
-    """The round goes on as if its client had not been there."""
+    """The round continues without this client."""
     federation = tiny_federation(rounds=1, clients=3, min_clients=2)
     without = simulate(replace(federation, clients=2), tiny_sites(skin, tmp_path / "a")[1:], tmp_path / "without")
     sites = tiny_sites(skin, tmp_path / "b")
@@ -173,7 +173,7 @@ def test_unsound_update_is_refused_and_changes_no_weights(
     assert _same(state.tensors, without.tensors)
 
 
-def test_too_few_sound_updates_keep_last_round_for_resume(skin: Path, tmp_path: Path) -> None:
+def test_too_few_valid_updates_keep_last_round_for_resume(skin: Path, tmp_path: Path) -> None:
     federation, sites = tiny_federation(clients=2), tiny_sites(skin, tmp_path / "a")[:2]
     simulate(replace(federation, rounds=1), sites, tmp_path / "out")
     kept = (tmp_path / "out" / "federation.safetensors").read_bytes()
@@ -187,7 +187,7 @@ def test_too_few_sound_updates_keep_last_round_for_resume(skin: Path, tmp_path: 
 
 
 def test_client_that_dies_in_round_rejoins_later(skin: Path, tmp_path: Path) -> None:
-    """The others go on; afterwards it takes part again, with its own optimizer's old state and the new weights."""
+    """The others continue; afterwards it takes part again, with its own optimizer's old state and the new weights."""
     federation = tiny_federation(rounds=4, clients=3, min_clients=2)
     grid = local_grid(federation, tiny_sites(skin, tmp_path / "members"))
     send = grid.send_and_receive
@@ -250,7 +250,7 @@ def test_sixteen_bit_updates_reduce_traffic_and_keep_result(skin: Path, tmp_path
     half = simulate(tiny_federation(rounds=1, wire_dtype=dtype), tiny_sites(skin, tmp_path / "b"), tmp_path / "half")
     lines = [read_rounds(tmp_path / run)[0] for run in ("full", "half")]
     arrays = [line["bytes_up"] for line in lines]
-    assert arrays[1] < 0.8 * arrays[0]  # the heads of so small arrays weigh much
+    assert arrays[1] < 0.8 * arrays[0]  # the headers of such small arrays are a large part
     name = "G_ema/synthesis.b8.conv1.weight"
     assert torch.allclose(full.tensors[name], half.tensors[name], atol=0.02)
     assert torch.equal(

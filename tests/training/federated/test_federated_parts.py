@@ -129,7 +129,7 @@ def test_update_means_are_weighted_by_images(strategy: Any) -> None:
 
 
 def test_robust_strategies_exclude_outlier_from_running_averages() -> None:
-    """One client of three sends weights from nowhere, with most images: neither G nor G_ema may take them."""
+    """One client of three sends wrong weights, with the most images: they must enter neither G nor G_ema."""
     attacked = {"a": (1.0, 10), "b": (1.2, 10), "c": (1e6, 10**6)}
     for strategy, options in (("krum", ""), ("fedmedian", ""), ("fedtrimmedavg", "beta=0.34")):
         averages = _averaged(tiny_federation(strategy=strategy, strategy_options=options), attacked)
@@ -172,7 +172,7 @@ def test_secure_aggregation_gives_weighted_mean_and_hides_update(skin: Path, tmp
     assert [list(record) for record in masked].count(["masked_params"]) == 3
     assert not [r for r in seen for record in r.content.array_records.values() if len(record)]
     numbers = [dict(record) for r in seen for record in r.content.metric_records.values()]
-    assert not [each for each in numbers if "G" in each or "loss" in each], "losses would tell of single clients"
+    assert not [each for each in numbers if "G" in each or "loss" in each], "losses would describe single clients"
 
 
 def test_client_requiring_secure_aggregation_refuses_open_round(skin: Path, tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_client_requiring_secure_aggregation_refuses_open_round(skin: Path, tmp_
     with pytest.raises(TrainingError, match="only 0 of"):
         run_federation(local_grid(federation, sites), federation, tmp_path / "out", on_progress=messages.append)
     assert "the client requires secure aggregation" in messages[0]
-    # Nor does it answer a server that asks in the clear without having asked what it is.
+    # It also refuses a server that requests an open update without a description first.
     grid = local_grid(federation, sites[:1])
     ask = Message(RecordDict({"config": ConfigRecord({"run": "x"})}), dst_node_id=1, message_type="train")
     (reply,) = grid.send_and_receive([ask])
@@ -197,7 +197,7 @@ def test_secure_aggregation_completes_without_client_that_dies(skin: Path, tmp_p
     def dying(messages: Any, *, timeout: float | None = None) -> list[Any]:
         calls[0] += 1
         replies = list(send(messages, timeout=timeout))
-        return replies[:-1] if calls[0] == 4 else replies  # in the stage that collects what was masked
+        return replies[:-1] if calls[0] == 4 else replies  # in the stage that collects the masked updates
 
     grid.send_and_receive = dying  # type: ignore[method-assign]
     state = run_federation(grid, federation, tmp_path / "out")
@@ -291,7 +291,7 @@ def test_hospitals_share_no_patient(tmp_path: Path) -> None:
 
     source = read_source(make_skin(tmp_path / "skin", count=60, size=8))
     tables = divide(source, hospital_sizes(3, [1, 2, 3]), tmp_path / "out")
-    assert tables == divide(source, hospital_sizes(3, [1, 2, 3]), tmp_path / "out"), "what was divided stays so"
+    assert tables == divide(source, hospital_sizes(3, [1, 2, 3]), tmp_path / "out"), "the division is kept"
     parts = [{r.patient_id for r in read_source(source.path, metadata=table).records} for table in tables.values()]
     assert sum(map(len, parts)) == len(set.union(*parts)) == 30
     assert [len(part) for part in parts] == [5, 10, 15]
@@ -383,7 +383,7 @@ def test_federation_that_ends_early_is_not_reported_as_finished(
 
 
 def test_site_check_reports_all_problems_at_once(skin: Path, tmp_path: Path) -> None:
-    """No server, no key, too few images: each said, with what to do; the trial round is done all the same."""
+    """No server, no key, too few images: each is reported with advice, and the trial round is executed nevertheless."""
     server = new_server(tmp_path / "server", ["127.0.0.1"], 1)
     federation = tiny_federation()
     write_invitation(tmp_path / "in.toml", server, federation, 1000)

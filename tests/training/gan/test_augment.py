@@ -54,7 +54,7 @@ def test_each_transform_acts_on_share_p_of_images(transform: str) -> None:
     all_of_them = augment(images.expand(64, -1, -1, -1), 1.0, config)
     assert (all_of_them - images).abs().mean() > 0.01
     n, p = 4000, 0.3
-    warps = random_transform(n, 8, p, config)  # tell as much as the warped images, and are had sooner
+    warps = random_transform(n, 8, p, config)  # are as informative as the warped images, and faster
     difference = augment(images.expand(n, -1, -1, -1), p, config) - images if warps is None else warps - torch.eye(3)
     changed = (difference.abs().flatten(1).amax(dim=1) > 1e-5).float().mean().item()
     # A flip, a quarter turn, a shift by whole pixels can come out as the identity.
@@ -66,7 +66,7 @@ def test_each_transform_acts_on_share_p_of_images(transform: str) -> None:
 
 
 def test_blit_and_geometry_transforms_match_recorded_values() -> None:
-    """Runs that began with an earlier version go on with the same transforms: these values are that version's."""
+    """Runs that began with an earlier version continue with the same transforms: these values are that version's."""
     torch.manual_seed(7)
     out = augment(_waves(6, 16), 0.3, AUGMENTATIONS["bg"])
     expected = torch.tensor([0.37918, 0.8488, -0.32801, -0.89499, 0.71822, 0.70989])

@@ -142,7 +142,7 @@ def test_resumed_losses_stay_within_noise_of_uninterrupted_run(tmp_path: Path) -
     broken = new_state(options, CPU)
     load_compact_state(tmp_path / "bf16", broken, options, dataset())
     broken.D.load_state_dict(new_state(options, CPU).D.state_dict())
-    assert abs(float(np.mean(run(broken, options, half))) - expected) > noise, "a lost discriminator must be noticed"
+    assert abs(float(np.mean(run(broken, options, half))) - expected) > noise, "its loss must be detected"
 
 
 def test_state_parts_are_bounded_and_mixed_parts_are_refused(tmp_path: Path, halfway: GanState) -> None:
@@ -171,7 +171,7 @@ def test_moments_but_never_networks_are_omitted_to_fit_limit(tmp_path: Path, hal
     before = {file.name: file.read_bytes() for file in (tmp_path / "a").iterdir()}
     with pytest.raises(TrainingError, match="do not fit"):
         save_compact(tmp_path / "a", halfway.modules, halfway.optimizers, {}, {}, part_bytes=less.bytes // 2, parts=1)
-    assert {file.name: file.read_bytes() for file in (tmp_path / "a").iterdir()} == before, "the old one stays"
+    assert {file.name: file.read_bytes() for file in (tmp_path / "a").iterdir()} == before, "the old state stays"
 
 
 def test_state_resumes_with_other_rate_but_not_other_network(tmp_path: Path, halfway: GanState) -> None:

@@ -96,7 +96,8 @@ def test_discriminator_learns_on_fixed_features() -> None:
 def test_resumed_projected_run_equals_uninterrupted_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, object]
 ) -> None:
-    monkeypatch.setattr("training.gan.moments.MIN_GENERATED_IMAGES", 0)  # or so short a run would never use them
+    # Otherwise such a short run would never use them.
+    monkeypatch.setattr("training.gan.moments.MIN_GENERATED_IMAGES", 0)
     monkeypatch.setattr("training.gan.step.MOMENTS_INTERVAL", 1)
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), dtype=np.uint8)
     dataset = ImageDataset(pixels, np.arange(8) % 2, ("benign", "malignant"), tuple(map(str, range(8))), "0" * 64)

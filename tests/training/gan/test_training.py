@@ -178,7 +178,7 @@ def test_bf16_training_statistics_nearly_equal_those_of_fp32(tmp_path: Path) -> 
 
 
 def test_generator_learns_the_colour_of_each_class(tmp_path: Path) -> None:
-    """Two flat colours, one a class: a few hundred steps must tell them apart through the label alone."""
+    """Two plain colours, one for each class: after a few hundred steps the label must select the colour."""
     images = np.zeros((32, 8, 8, 3), dtype=np.uint8)
     images[::2] = (230, 40, 40)
     images[1::2] = (40, 40, 230)
