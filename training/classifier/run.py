@@ -20,7 +20,7 @@ from dermis.classifier.scores import scores_of, sigmoid
 from dermis.classifier.torch_network import TorchClassifier, normalisation
 from dermis.devices import describe_hardware
 from dermis.errors import TrainingError
-from dermis.files import atomic_write
+from dermis.files import write_file
 from training.classifier.batches import TrainingSet
 from training.classifier.calibration import DEFAULT, THRESHOLDS
 from training.classifier.card import classifier_card
@@ -170,7 +170,7 @@ def train_classifier(
     finished.cpu()
     metrics = evaluate(parts, logits, default_threshold=default_threshold)
     _write_predictions(out / "predictions.csv", data.real, logits, metrics)
-    _write_text(out / "evaluation.json", json.dumps(metrics, indent=2) + "\n")
+    write_file(out / "evaluation.json", (json.dumps(metrics, indent=2) + "\n").encode())
     on_phase("exporting")
     model = to_onnx(finished, config.size, config.weights_dtype)
     check_agreement(model, data.real.test.images[:CHECKED], logits["test"][:CHECKED])
@@ -261,9 +261,4 @@ def _write_predictions(
         rows = zip(part.ids, part.labels, scores.logits, scores.probabilities, scores.calibrated, strict=True)
         for image, label, *numbers in rows:
             writer.writerow((image, name, int(label), *(f"{number:.6f}" for number in numbers)))
-    _write_text(path, text.getvalue())
-
-
-def _write_text(path: Path, text: str) -> None:
-    with atomic_write(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+    write_file(path, text.getvalue().encode())

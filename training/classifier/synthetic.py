@@ -30,6 +30,7 @@ from dermis.dataset.manifest import MANIFEST, METADATA
 from dermis.dataset.reading import open_dataset, samples_of
 from dermis.dataset.store import Store
 from dermis.errors import DataError
+from dermis.files import write_file
 from dermis.imaging import Images, as_rgb, decode
 from dermis.network_config import DEFAULT_NOISE_MODE
 from training.classifier.data import CLASS_NAMES
@@ -334,7 +335,7 @@ def _cached(part: _ClassImages, count: int, size: int, cache: Path, progress: bo
                 bar.update(len(batch))
                 if start - saved >= _SAVE_EVERY:
                     images.flush()
-                    done.write_text(str(start))
+                    write_file(done, str(start).encode())
                     saved = start
         images.flush()
         del images

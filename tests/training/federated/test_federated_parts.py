@@ -25,7 +25,7 @@ from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
 from commands.main import app as commands_app
-from dermis.errors import TrainingError
+from dermis.errors import StorageError, TrainingError
 from tiny_federation import local_grid, tiny_federation, tiny_sites
 from tiny_skin import make_skin
 from training.experiments.hospitals import Point, levels, markdown, reached
@@ -312,6 +312,10 @@ def test_certificates_name_hosts_and_keys_are_private_to_owner(tmp_path: Path) -
         write_client_key(tmp_path / "hospital")
     with pytest.raises(TrainingError, match="exists already"):
         write_certificates(tmp_path, ["x"])
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(StorageError, match="hospital: cannot be written"):
+        write_client_key(tmp_path / "file" / "hospital")
+    assert not list(tmp_path.rglob("*.partial"))
 
 
 def test_fleet_proxy_passes_only_client_routes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
