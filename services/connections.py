@@ -91,9 +91,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._idle: dict[BoundedProtocol, None] = server_state.idle  # type: ignore[attr-defined]
         self._phase: Literal["head", "body", "response"] = "head"
         self._timer: asyncio.TimerHandle | None = None
-        self._unparsed = (
-            0  # bytes received since the last ones that were part of a body or completed a part of the request
-        )
+        # Bytes received since the last ones that were part of a body or completed a part of the request.
+        self._unparsed = 0
         self._head_bytes = 0
         self._body_bytes = 0
         self._body_waited = 0.0

@@ -23,9 +23,8 @@ from dermis.errors import TrainingError, escape
 from dermis.files import atomic_write, try_lock
 
 CHECKPOINT = "checkpoint.safetensors"  # name of the file in the folder of a run
-FORMAT = (
-    "dermis-gan-checkpoint-1"  # also used for encoders and classifiers; stored files contain it, so it cannot change
-)
+# Also used for encoders and classifiers; stored files contain it, so it cannot change.
+FORMAT = "dermis-gan-checkpoint-1"
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}  # some cluster file systems have none
 
 

@@ -1,1 +1,1 @@
-"""The public HTTP API: a FastAPI application that knows nothing of BentoML, DBOS or torch."""
+"""The public HTTP API: a FastAPI application that imports neither BentoML nor DBOS nor torch."""

@@ -226,8 +226,8 @@ def test_grids_and_interpolations_show_samples_with_their_noise(noisy: Bundle) -
     assert difference(grid[:3], synthesizer.images([0] * 3, range(3), [0] * 3)) <= 1
     assert difference(grid[:3], synthesizer.images([0] * 3, range(3), [0] * 3, noise_mode="const")) > 20
     draw = Drawing(generator, synthesizer, 0, 1.0)
-    walk = draw.interpolations(0, 2)
-    assert difference(walk[[0, STEPS]], draw.samples(0, 3)[[0, 2]]) <= 1
+    line = draw.interpolations(0, 2)
+    assert difference(line[[0, STEPS]], draw.samples(0, 3)[[0, 2]]) <= 1
     between = draw.class_interpolations(0, 1, 2)
     assert difference(between[[0, STEPS]], draw.samples(0, 2)) <= 1
     assert difference(between[[STEPS - 1, 2 * STEPS - 1]], draw.samples(1, 2)) <= 1

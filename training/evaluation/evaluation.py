@@ -34,7 +34,7 @@ from training.evaluation.report import report_page
 from training.evaluation.sets import Generation, all_features
 from training.gan.card import renewed_card
 
-CLOSEST, UNSELECTED, GRID, WALKS = 12, 8, 32, 4
+CLOSEST, UNSELECTED, GRID, INTERPOLATIONS = 12, 8, 32, 4
 # Units of the progress bar: embedding one image is 1, so that the remaining time is useful.
 _COMPARED_PER_UNIT = 8  # compared images that take as long as embedding one
 _UNITS_OF_A_PATH = 4  # a path needs two images, which are generated and embedded
@@ -250,10 +250,10 @@ def _page(
     mode: NoiseMode = metrics["noise_mode"]
     draw = pictures.Drawing(generator, synthesizer, metrics["seed"], metrics["truncation_psi"], mode)
     classes = dict(enumerate(bundle.class_names)) or {0: "samples"}
-    walks = {f"within {name}": draw.interpolations(label, WALKS) for label, name in classes.items()}
+    interpolations = {f"within {name}": draw.interpolations(label, INTERPOLATIONS) for label, name in classes.items()}
     for start, end in pairwise(classes):
         caption = f"from {classes[start]} to {classes[end]}, z kept"
-        walks[caption] = draw.class_interpolations(start, end, WALKS)
+        interpolations[caption] = draw.class_interpolations(start, end, INTERPOLATIONS)
     closest, even = draw.matches(
         sets.generated_labels,
         sets.generated[mode],
@@ -263,4 +263,4 @@ def _page(
         even=UNSELECTED,
     )
     samples = {name: draw.samples(label, GRID) for label, name in classes.items()}
-    return report_page(bundle.name, metrics, bundle.class_names, samples, closest, even, walks)
+    return report_page(bundle.name, metrics, bundle.class_names, samples, closest, even, interpolations)

@@ -84,12 +84,12 @@ class Drawing:
     def interpolations(self, label: int, rows: int) -> Images:
         """Straight lines in w from sample 2i to sample 2i + 1 of one class, with STEPS images in a row."""
         first, last = (self._ws(range(k, 2 * rows, 2), [label] * rows) for k in (0, 1))
-        return self._walk(first, last, range(0, 2 * rows, 2))
+        return self._lines(first, last, range(0, 2 * rows, 2))
 
     def class_interpolations(self, start: int, end: int, rows: int) -> Images:
         """Straight lines in w from class `start` to class `end` with the same z, with STEPS images in a row."""
         first, last = (self._ws(range(rows), [label] * rows) for label in (start, end))
-        return self._walk(first, last, range(rows))
+        return self._lines(first, last, range(rows))
 
     def _images(self, indices: range | list[int], labels: list[int]) -> Images:
         seeds = [self.seed] * len(labels)
@@ -105,7 +105,7 @@ class Drawing:
         ws: NDArray[np.float32] = mapping(z, one_hot(labels, config.c_dim, device), self.truncation_psi).cpu().numpy()
         return ws
 
-    def _walk(self, first: NDArray[np.float32], last: NDArray[np.float32], indices: range) -> Images:
+    def _lines(self, first: NDArray[np.float32], last: NDArray[np.float32], indices: range) -> Images:
         """Images along straight lines, row after row. The images of a row have the same noise, so they differ by w only.
 
         Args:

@@ -71,7 +71,7 @@ def report_page(
     samples: Mapping[str, Images],
     closest: Sequence[Match],
     unselected: Sequence[Match],
-    walks: Mapping[str, Images],
+    interpolations: Mapping[str, Images],
 ) -> str:
     """Make the page.
 
@@ -82,7 +82,7 @@ def report_page(
         samples: Generated images by caption.
         closest: The samples that are most like copies.
         unselected: Other samples.
-        walks: Images of interpolations by caption, row after row.
+        interpolations: Images by caption, row after row.
 
     Returns:
         HTML.
@@ -128,7 +128,7 @@ whether the first one shows the same lesion.</p>
 <h2>Interpolations</h2>
 <p class="note">Straight lines in w between two samples. The images of a generator that has learnt the distribution change
 smoothly; those of one that memorises jump from one training image to the next.</p>
-{"".join(_sheet(caption, images, STEPS, scale) for caption, images in walks.items())}
+{"".join(_sheet(caption, images, STEPS, scale) for caption, images in interpolations.items())}
 </html>
 """
 

@@ -51,9 +51,8 @@ ARMS = ("real", "random", "neighbours")
 NEIGHBOURS, PLAN = "neighbours", "plan.json"
 # Added to --synthetic-seed, so that no generated image is both in the pool and in the arm `random`.
 _POOL_SEED, _RANDOM_SEED = 0, 1
-_SELECTOR = (
-    "scout"  # folder of the selection classifier; the name cannot change, because experiments are continued by it
-)
+# Folder of the selection classifier; the name cannot change, because experiments are continued by it.
+_SELECTOR = "scout"
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,9 @@ def test_evaluate_command_writes_metrics_card_and_report(
     pictures = [decode(base64.b64decode(data)) for data in re.findall(r"base64,([^\"]+)", page)]
     shapes = {picture.shape for picture in pictures}
     assert (16, 16 * 6 + 4, 3) in shapes, "a sample, a gap and its 5 neighbours"
-    assert len(pictures) == 12 + 8 + 2 + 3  # closest, unselected, samples and walks of 2 classes and between them
+    assert (
+        len(pictures) == 12 + 8 + 2 + 3
+    )  # closest, unselected, samples and interpolations of 2 classes, and between them
     text = re.sub(r"base64,[^\"]+", "", page)  # base64 of a picture can contain any letters
     assert "http" not in text, "the page loads no other files"
     assert "This page shows training images" in page

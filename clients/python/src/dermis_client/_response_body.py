@@ -15,9 +15,8 @@ from dermis_client._untrusted import one_line
 from dermis_client.errors import APIResponseError
 
 MAX_BYTES = 16 << 20  # maximum size of a decompressed body, unless the request sets another limit
-MAX_ERROR_BYTES = (
-    1 << 20
-)  # maximum size of the body of an error; a longer one is not a problem document and is not read
+# Maximum size of the body of an error; a longer one is not a problem document and is not read.
+MAX_ERROR_BYTES = 1 << 20
 MIN_SPEED = 1000.0  # minimum number of bytes per second, once the client's timeout has passed
 
 
