@@ -127,7 +127,7 @@ def train_gan(
     projected_width: Annotated[
         int | None,
         typer.Option(
-            help="With --projected: largest number of channels in the heads; default 256. Fewer weights need less noise with --dp."
+            help="With --projected: largest number of channels in the heads; default 256. Noise of --dp harms small heads less."
         ),
     ] = None,
     relativistic: Annotated[
@@ -152,7 +152,9 @@ def train_gan(
     metric_count: Annotated[int, typer.Option(help="Generated images of a measurement.")] = 2000,
     dp: Annotated[
         bool,
-        typer.Option("--dp", help="Train with differential privacy for each patient; needs --dp-epsilon or --dp-noise."),
+        typer.Option(
+            "--dp", help="Train with differential privacy for each patient; needs --dp-epsilon or --dp-noise."
+        ),
     ] = False,
     dp_epsilon: Annotated[
         float | None,
@@ -309,7 +311,9 @@ def train_gan(
         report(f"stopped at {progress.kimg:.1f} kimg and saved; run the same command with --resume to continue")
         raise typer.Exit(130)
     if dp and progress.kimg * 1000 < int(config.total_kimg * 1000):
-        report(f"stopped at {progress.kimg:.1f} kimg, because the next step would exceed --dp-epsilon {config.dp_epsilon:g}")
+        report(
+            f"stopped at {progress.kimg:.1f} kimg, because the next step would exceed --dp-epsilon {config.dp_epsilon:g}"
+        )
     if dp and "epsilon" in progress.stats:
         report(f"epsilon {progress.stats['epsilon']:.3f} after {progress.dp_steps:,} steps")
     if ranks.first:

@@ -8,8 +8,8 @@ from typing import Any
 
 from dermis.bundle import trained_on
 from training.evaluation.record import discriminator_space, read_metrics
-from training.gan.private.record import privacy_section
 from training.evaluation.table import copies, held_out_text, path_length_text, space_tables
+from training.gan.private.record import privacy_section
 
 # Ends at the next section, or at the comment with which a section of `dermis.bundle.card` begins.
 _MEASURED = re.compile(r"^## Measured\n.*?(?=^## |^<!-- |\Z)", re.MULTILINE | re.DOTALL)

@@ -107,6 +107,8 @@ def train(
         def save() -> None:
             if ranks.first:
                 save_state(checkpoint, state, config, dataset)
+                if sampler is not None:
+                    sampler.ledger.settle()
                 if on_snapshot is not None:
                     on_snapshot(out, state)
 

@@ -15,8 +15,9 @@ from training.gan.private.units import units_of
 
 COVERED = "the weights in this bundle, and everything that is generated with them"
 NOT_COVERED = (
-    "numbers in the card and in provenance.json that describe the training set: the names of the classes, the numbers of images, "
-    "of each class and of units, and the hash, with which anyone who knows all images but one can test a guess of that one",
+    "numbers in the card and in provenance.json that describe the training set: the names of the classes, the numbers of "
+    "images, of each class and of units, and the hash, with which anyone who knows all images but one can test a guess of "
+    "that one",
     "measurements against real images that are added later (dermis evaluate)",
     "parts that are added later and learn from real images: index, encoder, directions, classifier",
     "other trainings on the same images, for instance to choose options: their epsilons add up",
@@ -63,13 +64,13 @@ def privacy_section(record: Mapping[str, Any]) -> str:
     units = ", ".join(f"{count:,} {kind}{'s' if count != 1 else ''}" for kind, count in record["units"].items())
     if record["guarantee"]:
         promise = (
-            f"The weights are ({record['epsilon']:.3g}, {record['delta']:.3g})-differentially private with regard to all images of "
-            f"one {record['unit']} (training sets with and without them are neighbours)."
+            f"The weights are ({record['epsilon']:.3g}, {record['delta']:.3g})-differentially private with regard to all "
+            f"images of one {record['unit']} (training sets with and without them are neighbours)."
         )
     elif record["noise_multiplier"]:
         promise = (
-            "**No guarantee**: the noise came from a stated seed, and whoever knows the seed can subtract it. Such a run is for "
-            "tests only."
+            "**No guarantee**: the noise came from a stated seed, and whoever knows the seed can subtract it. Such a run is "
+            "for tests only."
         )
     else:
         promise = "**No guarantee**: the noise is 0, so that epsilon is infinite. Such a run is for comparisons only."
