@@ -83,6 +83,7 @@ class GanConfig:
     dp_public_start: bool = False  # the user states that the first weights were trained on public images only
 
     def __post_init__(self) -> None:
+        self._check_privacy()
         if self.augment not in AUGMENTATIONS:
             raise TrainingError(f"augment: {self.augment!r} is none of {', '.join(AUGMENTATIONS)}")
         group = min(self.mbstd_group_size, self.batch)
@@ -123,7 +124,6 @@ class GanConfig:
             raise TrainingError(f"kimg: {self.total_kimg} must be positive")
         if self.projected_width < 8 or self.projected_width % 8:
             raise TrainingError(f"projected_width: {self.projected_width} must be a multiple of 8, and at least 8")
-        self._check_privacy()
 
     def _check_privacy(self) -> None:
         defaults = _later_defaults()
@@ -134,10 +134,10 @@ class GanConfig:
         couples = "a patient's gradient must not depend on other patients' images"
         measures = "it would reveal real images without noise"
         for name, accepted, reason in (
+            ("relativistic", False, f"it shows real images to the generator's loss, and {measures}"),
             ("r1_gamma", 0, "the penalty uses real images outside of the clipped gradient"),
             ("augment_target", None, f"the strength would follow the discriminator on real images, and {measures}"),
             ("moments_weight", 0, f"it compares means of real images, and {measures}"),
-            ("relativistic", False, f"it shows real images to the generator's loss, and {measures}"),
             ("class_balance", 0, "every patient must take part with the same probability"),
             ("projected_mbstd", False, couples),
             ("mbstd_group_size", 1, couples),

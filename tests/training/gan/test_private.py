@@ -90,7 +90,7 @@ def test_one_patient_changes_the_sum_by_at_most_the_clipping_norm(tmp_path: Path
 def test_a_patient_with_a_gradient_that_is_not_finite_contributes_nothing(tmp_path: Path) -> None:
     config = _config(mirror=False)
     phases = new_state(config, CPU).phases(config)
-    patients = _sampled(_dataset(2), config, tmp_path, 0)
+    patients = _sampled(_dataset(4), config, tmp_path, 0)[:2]
     expected = _flat(clipped_sum_of_patients(phases, patients[:1], 0.0))
     broken = replace(patients[1], images=torch.full((1, 8, 8, 3), math.nan), labels=np.zeros(1, dtype=np.int64))
     assert torch.equal(_flat(clipped_sum_of_patients(phases, [patients[0], broken], 0.0)), expected)
@@ -181,7 +181,9 @@ def test_generator_and_statistics_do_not_depend_on_real_images(tmp_path: Path) -
         )
         config = _config(dp_seed=1, dp_noise=0.1, batch=10)
         state = new_state(config, CPU)
-        batch = next(PatientSampler(dataset, config, tmp_path / str(images), None).batches(0, CPU))
+        out = tmp_path / str(images)
+        out.mkdir()
+        batch = next(PatientSampler(dataset, config, out, None).batches(0, CPU))
         assert len(batch.patients) > 3
         return state, training_step(state, state.phases(config), dataset, batch, config)
 
@@ -231,8 +233,7 @@ def test_spectral_norms_stay_fixed_within_a_step() -> None:
 def test_options_that_break_the_guarantee_are_refused_by_name(option: str, value: object) -> None:
     extra = {"r1_gamma": 0.0} if option == "augment_target" else {}
     projected = {"projected": option in ("moments_weight", "projected_mbstd", "relativistic")}
-    names = f"^({option}|r1_gamma)" if option == "relativistic" else f"^{option}"
-    with pytest.raises(TrainingError, match=names):
+    with pytest.raises(TrainingError, match=f"^{option}: "):
         _config(**{option: value}, **extra, **projected)
 
 

@@ -22,6 +22,7 @@ NOT_COVERED = (
     "parts that are added later and learn from real images: index, encoder, directions, classifier",
     "other trainings on the same images, for instance to choose options: their epsilons add up",
     "several units that are one person in reality: images without a patient, or a patient with several ids",
+    "times, such as the hours on the card: a step with more patients takes longer",
     "attacks on the rounding of floating-point noise, and on the machine that trains",
 )
 
