@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
-from dermis.errors import TrainingError
+from dermis.errors import TrainingError, install_command
 
 ACCOUNTANT = "RDP"
 _MAX_STEPS = 10**8  # more than any training makes
@@ -30,7 +30,7 @@ def accounting() -> Any:
         import dp_accounting
         from dp_accounting import rdp as _  # noqa: F401  (a subpackage, which is then an attribute)
     except ImportError:
-        raise TrainingError('--dp: needs the package dp-accounting: pip install "dermis[dp]"') from None
+        raise TrainingError(f"--dp: needs the package dp-accounting: {install_command('dp')}") from None
     return dp_accounting
 
 
