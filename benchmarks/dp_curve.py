@@ -52,7 +52,7 @@ def configuration(epsilon: str, dataset: ImageDataset, seed: int, args: argparse
     classes = len(dataset.class_names)
     if epsilon == "ordinary":
         return base_config("auto", dataset.resolution, classes, **shared)
-    private = {"dp": True, "batch": args.batch, "projected_width": args.width, "dp_clip": args.clip}
+    private: dict[str, Any] = {"dp": True, "batch": args.batch, "projected_width": args.width, "dp_clip": args.clip}
     noise = {"dp_noise": 0.0} if epsilon == "inf" else {"dp_epsilon": float(epsilon)}
     return base_config("auto", dataset.resolution, classes, **(shared | private | noise))
 
@@ -92,7 +92,7 @@ def utility(features: Features, labels: NDArray[np.int64], test: Features, test_
 
     model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, class_weight="balanced", max_iter=2000))
     model.fit(features, labels)
-    return float(auc(test_labels, model.decision_function(test)))
+    return float(auc(test_labels, model.decision_function(test))[0])
 
 
 def measure(

@@ -327,6 +327,9 @@ def test_no_other_option_changes_when_a_private_run_is_resumed(tmp_path: Path) -
             train(_dataset(), config, tmp_path, device=CPU, resume=True, allow_changes=True, progress_bar=False)
     unset = _config(0.008, dp_noise=None, dp_epsilon=100.0)
     assert resolved_privacy(unset, _dataset(), tmp_path, resume=True).dp_noise == 2.0, "that of the checkpoint"
+    train(_dataset(), replace(plain, total_kimg=0.004), tmp_path / "plain", device=CPU, progress_bar=False)
+    with pytest.raises(TrainingError, match="without --dp"):
+        resolved_privacy(unset, _dataset(), tmp_path / "plain", resume=True)
 
 
 def test_command_trains_with_privacy_and_the_bundle_states_it(tmp_path: Path) -> None:

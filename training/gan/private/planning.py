@@ -25,7 +25,7 @@ def resolved_privacy(config: GanConfig, dataset: ImageDataset, out: Path, *, res
         resume: Whether a run in `out` is continued. Its noise cannot change.
 
     Raises:
-        TrainingError: There is neither dp_noise nor dp_epsilon, or no noise is enough.
+        TrainingError: There is neither dp_noise nor dp_epsilon, no noise is enough, or the resumed run is not private.
     """
     units = units_of(dataset)
     cost = PrivacyCost(config, units)
@@ -34,7 +34,12 @@ def resolved_privacy(config: GanConfig, dataset: ImageDataset, out: Path, *, res
     if config.dp_epsilon is None:
         raise TrainingError("--dp: give --dp-epsilon, --dp-noise or both")
     if resume and (out / CHECKPOINT).exists():
-        return replace(config, dp_noise=read_state(out / CHECKPOINT)["config"].get("dp_noise"))
+        stored = read_state(out / CHECKPOINT)["config"]
+        if not stored.get("dp"):
+            raise TrainingError(
+                f"{out / CHECKPOINT}: was trained without --dp; a private run needs an --out of its own"
+            )
+        return replace(config, dp_noise=stored.get("dp_noise"))
     steps = math.ceil(int(config.total_kimg * 1000) / config.batch)
     return replace(config, dp_noise=noise_for(config.dp_epsilon, steps, cost.rate, cost.delta))
 
