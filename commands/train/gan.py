@@ -124,6 +124,12 @@ def train_gan(
     class_moments_weight: Annotated[
         float, typer.Option(help="With --moments-weight: weight of matching the distance of the classes; try 0.5.")
     ] = 0.0,
+    projected_width: Annotated[
+        int | None,
+        typer.Option(
+            help="With --projected: largest number of channels in the heads; default 256. Noise of --dp harms small heads less."
+        ),
+    ] = None,
     relativistic: Annotated[
         bool,
         typer.Option("--relativistic", help="Compare generated with real images in pairs, regularised by R1 and R2."),
@@ -144,6 +150,38 @@ def train_gan(
     ] = None,
     metric_kimg: Annotated[float, typer.Option(help="Interval in kimg of the measurements.")] = 50.0,
     metric_count: Annotated[int, typer.Option(help="Generated images of a measurement.")] = 2000,
+    dp: Annotated[
+        bool,
+        typer.Option(
+            "--dp", help="Train with differential privacy for each patient; needs --dp-epsilon or --dp-noise."
+        ),
+    ] = False,
+    dp_epsilon: Annotated[
+        float | None,
+        typer.Option(help="With --dp: stop before this epsilon is exceeded; without --dp-noise, reach it at --kimg."),
+    ] = None,
+    dp_noise: Annotated[
+        float | None, typer.Option(help="With --dp: standard deviation of the noise, divided by --dp-clip.")
+    ] = None,
+    dp_clip: Annotated[
+        float | None, typer.Option(help="With --dp: largest norm of the gradient of one patient; default 1.")
+    ] = None,
+    dp_delta: Annotated[
+        float | None, typer.Option(help="With --dp: delta; default 1 / (10 x number of patients).")
+    ] = None,
+    dp_images_per_patient: Annotated[
+        int | None, typer.Option(help="With --dp: maximum number of images of a patient in a step; default 4.")
+    ] = None,
+    dp_public_start: Annotated[
+        bool,
+        typer.Option(
+            "--dp-public-start", help="With --dp: state that the weights of --from were trained on public images only."
+        ),
+    ] = False,
+    dp_seed: Annotated[
+        int | None,
+        typer.Option(help="With --dp, for tests only: noise from a seed. The run can be repeated and protects nobody."),
+    ] = None,
     seed: TrainingSeedOption = 0,
     cache: CacheOption = CACHE,
 ) -> None:
@@ -159,7 +197,8 @@ def train_gan(
     from training.distributed import joined_ranks
     from training.gan.best import Measurements
     from training.gan.config import automatic_batch, automatic_precision, base_config
-    from training.gan.loop import train
+    from training.gan.loop import NOT_PUBLIC, train
+    from training.gan.private.planning import describe_privacy, resolved_privacy
     from training.gan.snapshot import GeneratorOrigin, write_snapshot
     from training.gan.state import GanState
     from training.gan.transfer import read_source, transfer
@@ -167,6 +206,10 @@ def train_gan(
 
     if tensorboard:
         require_tensorboard()
+    if dp and source is not None and not dp_public_start:
+        raise TrainingError(NOT_PUBLIC)
+    if dp_public_start and source is None:
+        raise TrainingError("--dp-public-start: is about the weights of --from, which is missing")
     with joined_ranks(resolve_device(device)) as ranks:
 
         def report(text: str) -> None:
@@ -209,17 +252,29 @@ def train_gan(
                 projected_levels=projected_levels,
                 projected_input=projected_input,
                 projected_mbstd=projected_mbstd,
+                projected_width=projected_width,
                 moments_weight=moments_weight,
                 class_moments_weight=class_moments_weight,
                 relativistic=relativistic,
                 class_balance=class_balance,
                 seed=seed,
+                dp=dp,
+                dp_epsilon=dp_epsilon,
+                dp_noise=dp_noise,
+                dp_clip=dp_clip,
+                dp_delta=dp_delta,
+                dp_images_per_patient=dp_images_per_patient,
+                dp_seed=dp_seed,
+                dp_public_start=dp_public_start,
             )
             if augment_p is not None:
                 config = replace(config, augment_target=None)
             if source is not None:  # trained weights need no short average at the start
                 config = replace(config, ema_rampup=None)
             _ = config.generator, config.discriminator
+            if dp:
+                config = resolved_privacy(config, dataset, out, resume=resume)
+                report(describe_privacy(config, dataset))
         except ValueError as error:
             raise TrainingError(str(error)) from error
         hardware = f"{ranks.count} x {target.type}" if ranks.count > 1 else str(target)
@@ -255,5 +310,11 @@ def train_gan(
     if progress.stopped:
         report(f"stopped at {progress.kimg:.1f} kimg and saved; run the same command with --resume to continue")
         raise typer.Exit(130)
+    if dp and progress.kimg * 1000 < int(config.total_kimg * 1000):
+        report(
+            f"stopped at {progress.kimg:.1f} kimg, because the next step would exceed --dp-epsilon {config.dp_epsilon:g}"
+        )
+    if dp and "epsilon" in progress.stats:
+        report(f"epsilon {progress.stats['epsilon']:.3f} after {progress.dp_steps:,} steps")
     if ranks.first:
         typer.echo(f"{out}: {progress.kimg:.1f} kimg in {progress.seconds / 3600:.2f} h; bundle in {out / 'bundle'}")

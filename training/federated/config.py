@@ -185,6 +185,11 @@ def gan_config(federation: FederationConfig, device: torch.device) -> GanConfig:
         _ = config.generator, config.discriminator
     except (TrainingError, ValueError) as error:
         raise TrainingError(f"options: {str(error).removeprefix('options: ')}") from None
+    if config.dp:
+        raise TrainingError(
+            "options: dp: differential privacy for each patient works in `dermis train gan` only, not in a federation; "
+            "dp_noise of a federation protects whole hospitals, for the last layer of a classifier"
+        )
     return config
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from dermis.bundle import trained_on
 from training.evaluation.record import discriminator_space, read_metrics
 from training.evaluation.table import copies, held_out_text, path_length_text, space_tables
+from training.gan.private.record import privacy_section
 
 # Ends at the next section, or at the comment with which a section of `dermis.bundle.card` begins.
 _MEASURED = re.compile(r"^## Measured\n.*?(?=^## |^<!-- |\Z)", re.MULTILINE | re.DOTALL)
@@ -59,7 +60,7 @@ Weights trained on these images carry the same licence conditions.
 | --- | --- |
 {rows}
 {_changes(run.get("changes", ()))}
-{_measured(metrics, provenance)}"""
+{_privacy(provenance)}{_measured(metrics, provenance)}"""
 
 
 def renewed_card(card: str, provenance: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
@@ -81,6 +82,10 @@ def _section(provenance: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 def _identity(data: Mapping[str, Any]) -> str:
     # The images of a federation are not known in one place, so they have no digest.
     return f"| sha256 of ids, classes and files | `{data['sha256']}` |\n" if "sha256" in data else ""
+
+
+def _privacy(provenance: Mapping[str, Any]) -> str:
+    return f"{privacy_section(provenance['privacy'])}\n" if "privacy" in provenance else ""
 
 
 def _kind(c_dim: int) -> str:

@@ -20,6 +20,7 @@ LEVELS = (4, 5)  # possible numbers of feature levels of the projected discrimin
 STRUCTURE = frozenset({
     "resolution", "c_dim", "seed", "z_dim", "w_dim", "mapping_layers", "channel_base", "channel_max", "conv_clamp",
     "projected", "discriminator_mapping_layers", "projected_levels", "projected_mbstd", "projected_input",
+    "projected_width", "dp",
 })  # fmt: skip
 
 
@@ -70,8 +71,19 @@ class GanConfig:
     learning_rate_kimg: float = 0.0
     # Weight of the distance along the directions that separate the classes; needs moments_weight.
     class_moments_weight: float = 0.0
+    projected_width: int = 256  # largest number of channels in the heads of the projected discriminator
+    # Differential privacy (training.gan.private). batch is then the expected number of patients in a step.
+    dp: bool = False
+    dp_noise: float | None = None  # standard deviation of the noise divided by dp_clip
+    dp_clip: float = 1.0  # largest norm of the gradient of one patient
+    dp_epsilon: float | None = None  # training stops before it is exceeded
+    dp_delta: float | None = None  # None: 1 / (10 * number of patients)
+    dp_images_per_patient: int = 4  # maximum number of images of a patient in a step
+    dp_seed: int | None = None  # for tests: noise that can be repeated, and protects nobody
+    dp_public_start: bool = False  # the user states that the first weights were trained on public images only
 
     def __post_init__(self) -> None:
+        self._check_privacy()
         if self.augment not in AUGMENTATIONS:
             raise TrainingError(f"augment: {self.augment!r} is none of {', '.join(AUGMENTATIONS)}")
         group = min(self.mbstd_group_size, self.batch)
@@ -97,7 +109,7 @@ class GanConfig:
         if self.class_moments_weight and not (self.moments_weight and self.c_dim > 1):
             raise TrainingError("class_moments_weight: needs moments_weight above 0 and at least two classes")
         defaults = _later_defaults()
-        for name in ("moments_weight", "projected_mbstd", "projected_levels", "projected_input"):
+        for name in ("moments_weight", "projected_mbstd", "projected_levels", "projected_input", "projected_width"):
             if not self.projected and getattr(self, name) != defaults[name]:
                 raise TrainingError(f"{name}: needs the projected discriminator (--projected)")
         if self.learning_rate <= 0:
@@ -110,12 +122,46 @@ class GanConfig:
             )
         if self.total_kimg <= 0:
             raise TrainingError(f"kimg: {self.total_kimg} must be positive")
+        if self.projected_width < 8 or self.projected_width % 8:
+            raise TrainingError(f"projected_width: {self.projected_width} must be a multiple of 8, and at least 8")
+
+    def _check_privacy(self) -> None:
+        defaults = _later_defaults()
+        if not self.dp:
+            for name in (name for name in defaults if name.startswith("dp_") and getattr(self, name) != defaults[name]):
+                raise TrainingError(f"{name}: needs --dp")
+            return
+        couples = "a patient's gradient must not depend on other patients' images"
+        measures = "it would reveal real images without noise"
+        for name, accepted, reason in (
+            ("relativistic", False, f"it shows real images to the generator's loss, and {measures}"),
+            ("r1_gamma", 0, "the penalty uses real images outside of the clipped gradient"),
+            ("augment_target", None, f"the strength would follow the discriminator on real images, and {measures}"),
+            ("moments_weight", 0, f"it compares means of real images, and {measures}"),
+            ("class_balance", 0, "every patient must take part with the same probability"),
+            ("projected_mbstd", False, couples),
+            ("mbstd_group_size", 1, couples),
+        ):
+            if getattr(self, name) != accepted:
+                raise TrainingError(f"{name}: must be {accepted} with --dp: {reason}")
+        for name, low in (("dp_clip", 0.0), ("dp_epsilon", 0.0), ("dp_delta", 0.0), ("dp_images_per_patient", 0)):
+            value = getattr(self, name)
+            if value is not None and not value > low:
+                raise TrainingError(f"{name}: {value} must be above 0")
+        if self.dp_noise is not None and self.dp_noise < 0:
+            raise TrainingError(f"dp_noise: {self.dp_noise} must not be negative")
+        if self.dp_delta is not None and self.dp_delta >= 1:
+            raise TrainingError(f"dp_delta: {self.dp_delta} must be below 1")
+        if self.dp_seed is not None and self.dp_seed < 0:
+            raise TrainingError(f"dp_seed: {self.dp_seed} must not be negative")
 
     def check_processes(self, count: int) -> None:
         """Raise TrainingError if `count` processes cannot divide the batch and compute what one process would."""
         group = min(self.group_size, self.batch)
         shrink = self.pl_batch_shrink if self.pl_weight else 1
         unit = count * math.lcm(group, shrink)
+        if self.dp and count > 1:
+            raise TrainingError("--dp: works in one process only; start without torchrun")
         if count > 1 and self.batch % unit:
             raise TrainingError(
                 f"batch: {self.batch} must be a multiple of {unit} for {count} processes: each takes whole "
@@ -164,13 +210,13 @@ class GanConfig:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The options that must not change when a run is resumed: all but its length.
+        """The options that must not change when a run is resumed: all but its length, in images or in epsilon.
 
         Options that the first checkpoints did not have are left out if they have their defaults, so that a run that began
         before them is still the same run.
         """
         later = _later_defaults()
-        options = {name: value for name, value in self.to_dict().items() if name != "total_kimg"}
+        options = {name: value for name, value in self.to_dict().items() if name not in _LENGTH}
         return {name: value for name, value in options.items() if name not in later or value != later[name]}
 
     def changed_from(self, stored: Mapping[str, Any]) -> dict[str, Any]:
@@ -178,6 +224,9 @@ class GanConfig:
         before = _later_defaults() | dict(stored)
         now = _later_defaults() | self.identity
         return {name: value for name, value in now.items() if name not in before or before[name] != value}
+
+
+_LENGTH = ("total_kimg", "dp_epsilon")
 
 
 def _later_defaults() -> dict[str, Any]:
@@ -214,6 +263,7 @@ _PROJECTED: dict[str, Any] = {
     "augment": "blit",
     "augment_p": 0.5,
 }
+_PRIVATE: dict[str, Any] = {"r1_gamma": 0.0, "augment_target": None, "mbstd_group_size": 1}
 _FIXED_BASES = {"paper256": _PAPER256, "stylegan2": _STYLEGAN2}
 BASES = ("auto", *_FIXED_BASES)
 
@@ -226,7 +276,8 @@ def base_config(name: str, resolution: int, c_dim: int, **overrides: Any) -> Gan
     stylegan2   configuration F of arXiv 1912.04958, made for 1024 px
 
     None of them chooses the augmentation. `projected` changes defaults as in arXiv 2111.01007: no R1 (0.1 on the features
-    with `relativistic`), no path length, no style mixing, and augmentation of a fixed strength.
+    with `relativistic`), no path length, no style mixing, and augmentation of a fixed strength. `dp` changes the defaults
+    that differential privacy does not allow: no R1, no mini-batch standard deviation, augmentation of a fixed strength.
 
     Args:
         name: One of the names above.
@@ -240,6 +291,8 @@ def base_config(name: str, resolution: int, c_dim: int, **overrides: Any) -> Gan
     options = {option: value for option, value in overrides.items() if value is not None}
     if options.get("projected"):
         options = _PROJECTED | ({"r1_gamma": 0.1} if options.get("relativistic") else {}) | options
+    if options.get("dp"):
+        options = _PRIVATE | options
     if name == "auto":
         base = _auto(resolution, options.get("batch"))
     elif name in _FIXED_BASES:

@@ -6,8 +6,9 @@ A run that is stopped and resumed computes what an uninterrupted one would have 
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import closing, nullcontext
 from pathlib import Path
 
@@ -15,18 +16,23 @@ import torch
 from tqdm import tqdm
 
 from dermis.errors import TrainingError
-from dermis.networks import Generator
+from dermis.networks import Generator as GeneratorNetwork
 from training.checkpoint import checkpoint_path, locked
 from training.data.images import ImageDataset
 from training.distributed import Ranks
-from training.gan.batches import batches
+from training.gan.batches import Batch, batches
 from training.gan.config import GanConfig
 from training.gan.divergence import DivergenceCheck
+from training.gan.private.sampling import PatientSampler, PrivateBatch
 from training.gan.state import GanProgress, GanState, load_state, new_state, save_state
 from training.gan.step import training_step
 from training.gan.training_log import TrainingLog
 from training.interrupt import stop_requested
 
+NOT_PUBLIC = (
+    "--from: with --dp the first weights must not have been trained on private images, since epsilon does not cover them; if "
+    "they were trained on public images only, add --dp-public-start"
+)
 Snapshot = Callable[[Path, GanState], None]
 
 
@@ -45,8 +51,10 @@ def train(
     on_snapshot: Snapshot | None = None,
     tensorboard: bool = False,
     progress_bar: bool = True,
-) -> tuple[Generator, GanProgress]:
+) -> tuple[GeneratorNetwork, GanProgress]:
     """Train until config.total_kimg, or until SIGINT or SIGTERM: these finish the step, save and return.
+
+    With differential privacy also until the next step would exceed config.dp_epsilon.
 
     Args:
         dataset: Training images.
@@ -80,10 +88,17 @@ def train(
     if ranks.first:
         out.mkdir(parents=True, exist_ok=True)
     with locked(out) if ranks.first else nullcontext():
-        if checkpoint.exists():
+        resumed = checkpoint.exists()
+        if resumed:
             load_state(checkpoint, state, config, dataset, allow_changes)
         elif begin is not None:
             begin(state)
+        if config.dp and state.progress.started_from and not config.dp_public_start:
+            raise TrainingError(NOT_PUBLIC)
+        sampler = None
+        if config.dp:
+            sampler = PatientSampler(dataset, config, out, state.progress.dp_steps if resumed else None)
+            state.progress.dp_steps = sampler.ledger.steps
         if ranks.first:
             (out / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
         phases = state.phases(config, ranks, compile_networks)
@@ -92,6 +107,8 @@ def train(
         def save() -> None:
             if ranks.first:
                 save_state(checkpoint, state, config, dataset)
+                if sampler is not None:
+                    sampler.ledger.settle()
                 if on_snapshot is not None:
                     on_snapshot(out, state)
 
@@ -104,14 +121,18 @@ def train(
         with (
             tqdm(total=total, initial=progress.nimg, unit="img", unit_scale=True, disable=quiet, smoothing=0.1) as bar,
             TrainingLog(out, progress.nimg, enabled=ranks.first, tensorboard=tensorboard) as log,
-            closing(batches(dataset, config, progress.nimg, ranks)) as real,
+            closing(_real_images(dataset, config, progress, ranks, sampler)) as real,
             stop_requested(ignore_repeated=ranks.count > 1) as stop,
         ):
-            while progress.nimg < total:
+            while progress.nimg < total and not (sampler is not None and sampler.exhausted):
                 stats = training_step(state, phases, dataset, next(real), config)
                 now = time.monotonic()
                 progress.seconds, clock = progress.seconds + now - clock, now
                 divergence_check.check(progress.kimg, stats)
+                if sampler is not None:
+                    progress.dp_steps = sampler.ledger.steps
+                    if math.isfinite(sampler.epsilon):
+                        stats["epsilon"] = sampler.epsilon
                 progress.stats |= stats
                 log.write(progress, stats)
                 bar.update(config.batch)
@@ -127,3 +148,12 @@ def train(
                     next_snapshot += snapshot_kimg * 1000
             save()
     return state.G_ema, progress
+
+
+def _real_images(
+    dataset: ImageDataset, config: GanConfig, progress: GanProgress, ranks: Ranks, sampler: PatientSampler | None
+) -> Generator[Batch | PrivateBatch]:
+    if sampler is None:
+        yield from batches(dataset, config, progress.nimg, ranks)
+    else:
+        yield from sampler.batches(progress.step, ranks.device)

@@ -32,23 +32,38 @@ DTYPES: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "
 class AdversarialLoss:
     """The losses of generator and discriminator: functions of the logits of generated and of real images to a scalar.
 
-    If `paired`, the generator's loss needs the real logits too, and the images of a pair are of one class.
+    If `paired`, the generator's loss needs the real logits too, and the images of a pair are of one class. Otherwise the
+    discriminator's loss is the sum of `fake_term` and `real_term`.
     """
 
     generator: Callable[[Tensor, Tensor], Tensor]
     discriminator: Callable[[Tensor, Tensor], Tensor]
     paired: bool = False
+    fake_term: Callable[[Tensor], Tensor] = lambda fake: fake.new_zeros(())
+    real_term: Callable[[Tensor], Tensor] = lambda real: real.new_zeros(())
 
 
-LOGISTIC = AdversarialLoss(
+def _sum_of_terms(
+    generator: Callable[[Tensor, Tensor], Tensor],
+    fake_term: Callable[[Tensor], Tensor],
+    real_term: Callable[[Tensor], Tensor],
+) -> AdversarialLoss:
+    return AdversarialLoss(
+        generator, lambda fake, real: fake_term(fake) + real_term(real), fake_term=fake_term, real_term=real_term
+    )
+
+
+LOGISTIC = _sum_of_terms(
     generator=lambda fake, real: F.softplus(-fake).mean(),
-    discriminator=lambda fake, real: F.softplus(fake).mean() + F.softplus(-real).mean(),
+    fake_term=lambda fake: F.softplus(fake).mean(),
+    real_term=lambda real: F.softplus(-real).mean(),
 )
 """The non-saturating logistic loss."""
 
-HINGE = AdversarialLoss(
+HINGE = _sum_of_terms(
     generator=lambda fake, real: -fake.mean(),
-    discriminator=lambda fake, real: F.relu(1 + fake).mean() + F.relu(1 - real).mean(),
+    fake_term=lambda fake: F.relu(1 + fake).mean(),
+    real_term=lambda real: F.relu(1 - real).mean(),
 )
 """The hinge loss (Lim and Ye, arXiv 1705.02894), for `training.gan.projected`."""
 
@@ -110,7 +125,13 @@ class Phases:
                 ws = torch.cat([ws[:, :cutoff], other[:, cutoff:]], dim=1)
             return ws, self.G.synthesis.draw_noise("random", len(z))
 
-    def _transform(self, images: Tensor, p: float) -> Tensor:
+    def logits(self, images: Tensor, c: Tensor) -> Tensor:
+        """The discriminator's logits, in the arithmetic of the run."""
+        logits: Tensor = self.D(images, c, self._dtype)
+        return logits
+
+    def transformed(self, images: Tensor, p: float) -> Tensor:
+        """The images after the run's augmentation of strength p."""
         with self.ranks.draws(len(images)):
             return augment(images, p, self._augment).contiguous()
 
@@ -127,9 +148,9 @@ class Phases:
             The losses by their names in the log.
         """
         ws, noise = self._draw_styles(z, c, update_w_avg=True)
-        fake = self._transform(self._synthesis(ws, dtype=self._dtype, noise=noise), p)
+        fake = self.transformed(self._synthesis(ws, dtype=self._dtype, noise=noise), p)
         if self.adversarial.paired:
-            fake_logits, real_logits, features, _ = self._logits_of_both(fake, self._transform(real, p), c, c)
+            fake_logits, real_logits, features, _ = self._logits_of_both(fake, self.transformed(real, p), c, c)
         else:
             fake_logits, features = self._discriminate(fake, c, self._dtype)
             real_logits = fake_logits.new_zeros(())
@@ -176,7 +197,7 @@ class Phases:
             The loss, and the logits from which the augmentation strength follows: D(real), or D(real) - D(fake) for a
             paired loss, whose logits have no fixed zero.
         """
-        fake, real = self._transform(self.generated(z, c), p), self._transform(real, p)
+        fake, real = self.transformed(self.generated(z, c), p), self.transformed(real, p)
         fake_logits, real_logits, fake_features, real_features = self._logits_of_both(fake, real, c, real_c)
         if self.moments is not None and fake_features is not None and real_features is not None:
             batch, parts = self.config.batch, self.ranks.count
@@ -195,12 +216,12 @@ class Phases:
         inputs: list[Tensor]
         if isinstance(self.D, ProjectedDiscriminator):
             with torch.no_grad():
-                _, mixed = self.D.features(self._transform(images, p), self._dtype)
+                _, mixed = self.D.features(self.transformed(images, p), self._dtype)
             inputs = [x.float().requires_grad_(True) for x in mixed]
             logits = self.D.heads(inputs, c, self._dtype)
         else:
             inputs = [images.detach().requires_grad_(True)]
-            logits = self.D(self._transform(inputs[0], p), c, self._dtype)
+            logits = self.D(self.transformed(inputs[0], p), c, self._dtype)
         gradients = torch.autograd.grad(logits.sum(), inputs, create_graph=True)
         penalty = torch.stack([x.square().sum(dim=(1, 2, 3)).mean() for x in gradients]).sum()
         (penalty * (self.config.r1_gamma / 2 * self.config.r1_interval)).backward()  # type: ignore[no-untyped-call]

@@ -30,7 +30,6 @@ LEARNING_RATE = 0.002  # learning rate of Adam for weights under spectral normal
 _FEATURES = (16, 24, 40, 112, 320)  # channels of the backbone at 1/2, 1/4, 1/8, 1/16 and 1/32
 _WIDTHS = (24, 48, 96, 192, 256)  # channels after mixing
 STATISTICS = 2 * sum(_FEATURES[1:])  # mean and deviation of every channel at 1/4 to 1/32
-_MAX_WIDTH = 256
 _CMAP_DIM = 64
 
 
@@ -49,6 +48,7 @@ class ProjectedDiscriminator(nn.Module):
         levels: Number of feature levels that are used, 4 or 5; 5 adds the one at half the resolution.
         mbstd_group_size: Size of the groups whose standard deviation each head sees (`minibatch_std`); 0 for none.
         input_size: Side to which smaller images are enlarged, a multiple of 32.
+        max_width: Largest number of channels in the heads, a multiple of 8.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class ProjectedDiscriminator(nn.Module):
         levels: int = 4,
         mbstd_group_size: int = 0,
         input_size: int = INPUT_SIZE,
+        max_width: int = 256,
     ) -> None:
         super().__init__()
         self.c_dim = c_dim
@@ -69,7 +70,7 @@ class ProjectedDiscriminator(nn.Module):
         out_channels = _CMAP_DIM if c_dim > 0 else 1
         sizes = [self.size // 2 ** (5 - k) for k in reversed(range(levels))]
         self.scales = nn.ModuleList(
-            _Scale(width, size, out_channels, mbstd_group_size)
+            _Scale(width, size, out_channels, mbstd_group_size, max_width)
             for width, size in zip(_WIDTHS[-levels:], sizes, strict=True)
         )
         if c_dim > 0:
@@ -147,16 +148,18 @@ class _Projection(nn.Module):
 class _Scale(nn.Module):
     """Head of one level: features [N, C, size, size] -> [N, out_channels], halved in size down to 4 to 7 px."""
 
-    def __init__(self, channels: int, size: int, out_channels: int, mbstd_group_size: int) -> None:
+    def __init__(self, channels: int, size: int, out_channels: int, mbstd_group_size: int, max_width: int) -> None:
         super().__init__()
         self.mbstd_group_size = mbstd_group_size
         layers: list[nn.Module] = []
         while size >= 8:
-            wider = min(2 * channels, _MAX_WIDTH)
+            wider = min(2 * channels, max_width)
             layers += _block(nn.Conv2d(channels, wider, 4, stride=2, padding=1))
             channels, size = wider, size // 2
         if not layers:
-            layers += _block(nn.Conv2d(channels, channels, 3, padding=1))
+            wider = min(channels, max_width)
+            layers += _block(nn.Conv2d(channels, wider, 3, padding=1))
+            channels = wider
         channels += mbstd_group_size > 0
         layers.append(spectral_norm(nn.Conv2d(channels, out_channels, size)))
         self.layers = nn.Sequential(*layers)

@@ -24,6 +24,7 @@ from training.data.images import ImageDataset
 from training.gan.best import Measurements
 from training.gan.card import model_card
 from training.gan.config import GanConfig
+from training.gan.private.record import privacy_record
 from training.gan.state import GanProgress, GanState
 from training.gan.training_log import show_in_tensorboard
 
@@ -70,6 +71,12 @@ def write_snapshot(
     if with_discriminator and config.projected:
         raise TrainingError(
             "--with-discriminator: a bundle cannot contain a projected discriminator; omit --with-discriminator or --projected"
+        )
+
+    if config.dp and measurements is not None:
+        raise TrainingError(
+            "--metric: with --dp real images must not be measured or used to choose a snapshot during the training; run "
+            "`dermis evaluate` afterwards, whose numbers are not covered by epsilon"
         )
 
     def bundle(folder: Path, state: GanState, picture: bytes, metrics: Mapping[str, Any]) -> None:
@@ -149,6 +156,7 @@ def _provenance(
     dataset: ImageDataset, config: GanConfig, origin: GeneratorOrigin, device: torch.device, progress: GanProgress
 ) -> dict[str, Any]:
     counts = np.bincount(dataset.labels, minlength=len(dataset.class_names))
+    privacy = {"privacy": privacy_record(config, dataset, progress.dp_steps)} if config.dp else {}
     return {
         "dataset": {
             "name": origin.dataset_name,
@@ -168,4 +176,5 @@ def _provenance(
         "licence": origin.licence,
         "attribution": origin.attribution,
         "code_version": __version__,
+        **privacy,
     }

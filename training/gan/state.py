@@ -34,6 +34,7 @@ class GanProgress:
     stats: dict[str, float] = field(default_factory=dict)  # the latest value of each statistic
     changes: list[dict[str, Any]] = field(default_factory=list)  # options that changed: {"kimg", "before", "after"}
     started_from: dict[str, Any] = field(default_factory=dict)  # source of the first weights; see transfer.py
+    dp_steps: int = 0  # noisy steps that were computed, also those that were lost after a checkpoint
 
     @property
     def kimg(self) -> float:
@@ -85,6 +86,7 @@ def new_state(config: GanConfig, device: torch.device) -> GanState:
             config.projected_levels,
             config.mbstd_group_size if config.projected_mbstd else 0,
             config.projected_input,
+            config.projected_width,
         )
     else:
         D = Discriminator(config.discriminator).to(device)
@@ -152,6 +154,11 @@ def changes_since(
     if scalars["dataset_sha256"] != dataset.sha256:
         raise TrainingError(f"{checkpoint}: was trained on other images than those of --data")
     changes = config.changed_from(scalars["config"])
+    if changes and (config.dp or scalars["config"].get("dp")):
+        raise TrainingError(
+            f"{checkpoint}: was trained with other values of {', '.join(sorted(changes))}; a run with differential privacy can "
+            "change its length and --dp-epsilon only, and no other run can become one"
+        )
     _check_changes(checkpoint, changes, allow_changes)
     return changes
 

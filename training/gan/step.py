@@ -10,12 +10,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from dermis.errors import TrainingError
 from dermis.networks import Generator, one_hot
 from training.data.images import ImageDataset
 from training.gan.batches import Batch, class_weights
 from training.gan.config import GanConfig
 from training.gan.loss import Phases
 from training.gan.moments import INTERVAL as MOMENTS_INTERVAL
+from training.gan.private.gradients import discriminator_gradients
+from training.gan.private.sampling import PrivateBatch
 from training.gan.state import GanState, set_learning_rates
 
 
@@ -23,7 +26,7 @@ def training_step(
     state: GanState,
     phases: Phases,
     dataset: ImageDataset,
-    batch: Batch,
+    batch: Batch | PrivateBatch,
     config: GanConfig,
     adjust: Callable[[nn.Module], None] | None = None,
     rate_factor: float = 1.0,
@@ -37,26 +40,41 @@ def training_step(
         state: Networks, optimizers, averages and progress.
         phases: The losses of these networks.
         dataset: Training images, whose labels decide the classes that are generated.
-        batch: This rank's part of the real images.
+        batch: This rank's part of the real images; with differential privacy the patients of the step.
         config: Hyper-parameters.
         adjust: Adds to the gradients of a network (G, D) after its main phase. The norms do not include it.
         rate_factor: Factor of the learning rates of this step (`training.gan.compact.warm_up_factor`).
 
     Returns:
-        Losses, gradient norms and, if p was adjusted, r_t and p: of the whole batch, the same on all ranks.
+        Losses, gradient norms and, if p was adjusted, r_t and p: of the whole batch, the same on all ranks. With
+        differential privacy D is the loss of the generated images alone.
+
+    Raises:
+        TrainingError: The configuration has `dp`, and the batch was not drawn for it.
     """
+    private = isinstance(batch, PrivateBatch)
+    if config.dp != private:
+        raise TrainingError("dp: only `dermis train gan --dp` trains with differential privacy")
     ranks, progress, p = phases.ranks, state.progress, state.adaptive.p
     n, device = config.batch // ranks.count, state.pl_mean.device
     torch.manual_seed((config.seed << 32) + progress.step + 1)
-    real, real_c = _prepare(batch, config, phases)
+    if isinstance(batch, PrivateBatch):  # nothing but the discriminator's gradient may use real images
+        real, real_c = torch.empty(0, device=device), torch.empty(0, device=device)
+    else:
+        real, real_c = _prepare(batch, config, phases)
     statistics: dict[str, Tensor] = {}
     cumulative = torch.from_numpy(class_weights(dataset.labels, config)).cumsum(0) if config.class_balance else None
 
     def latents(paired: bool = False) -> tuple[Tensor, Tensor]:
-        """Draw z, and labels in the proportions in which real images are shown, or `paired` those of the real images."""
+        """Draw z, and labels in the proportions in which real images are shown, or `paired` those of the real images.
+
+        With differential privacy all classes are equally frequent.
+        """
         with ranks.draws(n):
             if paired:
                 c = real_c
+            elif private:  # all classes equally often: their proportions are a property of the real images
+                c = one_hot(torch.randint(max(config.c_dim, 1), (n,)).numpy(), config.c_dim, device)
             else:
                 if cumulative is None:
                     indices = torch.randint(len(dataset.labels), (n,))
@@ -93,7 +111,11 @@ def training_step(
         apply(state.G_opt, state.G)
     state.D.requires_grad_(True)
     state.G.requires_grad_(False)
-    statistics["D"], real_logits = phases.discriminator_main(real, real_c, *latents(paired), p)
+    real_logits: Tensor | None = None
+    if isinstance(batch, PrivateBatch):
+        statistics["D"] = discriminator_gradients(phases, batch, *latents(), p)
+    else:
+        statistics["D"], real_logits = phases.discriminator_main(real, real_c, *latents(paired), p)
     statistics["D_gradient"] = apply(state.D_opt, state.D, adjusted=True)
     if config.r1_gamma and progress.step % config.r1_interval == 0:
         statistics["r1"] = phases.discriminator_penalty(real, real_c, p)
@@ -107,10 +129,11 @@ def training_step(
     update_ema(state.G_ema, state.G, config, progress.nimg)
     values = ranks.mean(torch.stack(list(statistics.values())).float()).tolist()  # waits for the device, once per step
     stats = dict(zip(statistics, values, strict=True))
-    state.adaptive.observe(ranks.gather(real_logits))
-    r_t = state.adaptive.update(progress.step + 1, config.batch)
-    if r_t is not None:
-        stats |= {"r_t": r_t, "p": state.adaptive.p}
+    if real_logits is not None:
+        state.adaptive.observe(ranks.gather(real_logits))
+        r_t = state.adaptive.update(progress.step + 1, config.batch)
+        if r_t is not None:
+            stats |= {"r_t": r_t, "p": state.adaptive.p}
     progress.step += 1
     progress.nimg += config.batch
     return stats

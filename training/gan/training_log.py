@@ -49,6 +49,7 @@ class TrainingLog:
         self.last = now
         for name, value in progress.stats.items():  # phases that do not run in every step show their latest value
             group = "augmentation" if name in ("r_t", "p") else "gradient" if name.endswith("_gradient") else "loss"
+            group = "privacy" if name == "epsilon" else group
             self.board.add_scalar(f"{group}/{name.removesuffix('_gradient')}", value, progress.nimg)
 
     def flush(self) -> None:
