@@ -171,8 +171,9 @@ def generate(
             Synthesizer(opened, device=device, cache=Path(".dermis/cache/generators")) as synthesizer,
             _scoring(planned, opened, device) as scorer,
             _checking(planned, opened, device) as checker,
+            _comparing(planned, opened, device, finish) as compare,
         ):
-            models = DatasetModels(synthesizer, scorer, checker)
+            models = DatasetModels(synthesizer, scorer, checker, compare)
             identity = synthesizer_identity(models.identity)
             if former is not None and (differing := _differences(former.synthesizer, identity)):
                 typer.echo(f"warning: the bytes may differ from those of the manifest: {differing}", err=True)
@@ -237,13 +238,35 @@ def _checking(planned: DatasetPlan, bundle: Bundle, device: str) -> Iterator[Che
         yield checker
 
 
+@contextmanager
+def _comparing(planned: DatasetPlan, bundle: Bundle, device: str, finish: bool) -> Iterator[Checker | None]:
+    """Open the bundle's index for the report of a dataset without a gate, if it can be used; otherwise yield None."""
+    if not finish or planned.gated or bundle.authenticity is None or bundle.reference is None:
+        yield None
+        return
+    from dermis.authenticity.checker import Checker
+
+    try:
+        checker = Checker(bundle, device=device)
+    except DermisError as error:
+        typer.echo(f"warning: fidelity and variety will not be in the report: {error}", err=True)
+        yield None
+        return
+    with checker:
+        yield checker
+
+
 @dataclass(frozen=True)
 class DatasetModels:
-    """The models that make a dataset: generator, classifier and index of training images."""
+    """The models that make a dataset: generator, classifier and index of training images.
+
+    `compare` is the index for the report if the plan has no gate; the bytes of the images do not depend on it.
+    """
 
     synthesizer: Synthesizer
     scorer: Classifier | None
     checker: Checker | None
+    compare: Checker | None = None
 
     @property
     def identity(self) -> dict[str, str]:
@@ -343,7 +366,14 @@ def _make(
     if not finish:
         return None
     expose = None if checker is None else partial(exposure, checker.index)
-    return finalize(planned, store, bundle, models.identity, expose)
+    return finalize(
+        planned,
+        store,
+        bundle,
+        models.identity,
+        expose,
+        examine=None if models.compare is None else models.compare.nearest,
+    )
 
 
 def _existing_manifest(store: Store, planned: DatasetPlan) -> Manifest | None:

@@ -46,10 +46,10 @@ def detect_artefacts(image: NDArray[np.uint8]) -> Artefacts:
 
     Cropping can remove the frame, so pass images as they will be used.
     """
-    rgb = _at_working_size(image)
+    rgb = working_size(image)
     lines = _thin_dark_lines(rgb)
     return Artefacts(
-        frame=float(_frame(rgb).mean()),
+        frame=float(frame_mask(rgb).mean()),
         ruler=_ruler(lines[0]),
         hair=float(_hair(lines[1] > 12).mean()),
         ink=float(_ink(rgb).mean()),
@@ -58,10 +58,11 @@ def detect_artefacts(image: NDArray[np.uint8]) -> Artefacts:
 
 def frame_share(image: NDArray[np.uint8]) -> float:
     """Compute `detect_artefacts(image).frame` only, twenty times as fast."""
-    return float(_frame(_at_working_size(image)).mean())
+    return float(frame_mask(working_size(image)).mean())
 
 
-def _at_working_size(image: NDArray[np.uint8]) -> Floats:
+def working_size(image: NDArray[np.uint8]) -> Floats:
+    """Resize an RGB image so that its shorter side is `SIDE` px."""
     height, width = image.shape[:2]
     scale = SIDE / min(height, width)
     size = (max(SIDE, round(width * scale)), max(SIDE, round(height * scale)))
@@ -82,7 +83,7 @@ def _thin_dark_lines(rgb: Floats) -> tuple[Floats, Floats]:
 # --- Frame
 
 
-def _frame(rgb: Floats) -> Mask:
+def frame_mask(rgb: Floats) -> Mask:
     """Regions that include a corner of the image and are darker than 35 % of its bright part in all channels."""
     brightest = ndimage.uniform_filter(rgb.max(axis=2), 3)
     regions, _ = ndimage.label(brightest < 0.35 * np.percentile(brightest, 80))

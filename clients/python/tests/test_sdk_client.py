@@ -18,7 +18,7 @@ import dermis_client
 import httpx
 import pytest
 from dermis_client import AsyncDermisClient, DermisClient, errors, resources
-from dermis_client.resources import datasets
+from dermis_client.resources import dataset_flows
 from fake_gateway import FakeGateway, Fault
 
 CLASSES = {"malignant": 2, "benign": 1}
@@ -350,7 +350,7 @@ def test_delete_stops_a_running_dataset_first(gateway: FakeGateway) -> None:
 
 
 def test_delete_of_running_dataset_times_out(gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets, "DELETE_TIMEOUT", 0.0)
+    monkeypatch.setattr(dataset_flows, "DELETE_TIMEOUT", 0.0)
     monkeypatch.setattr(gateway, "tick", lambda dataset: None)
     with DermisClient(gateway.url) as client, pytest.raises(errors.WaitTimeoutError):
         client.datasets.create(CLASSES).delete()
