@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from dermis.dataset.manifest import Manifest
     from dermis.dataset.plan import DatasetPlan
     from dermis.dataset.request import DatasetRequest
+    from dermis.dataset.shards import FileEntry
     from dermis.dataset.store import Store
     from dermis.synthesizer import Synthesizer
 
@@ -512,10 +513,23 @@ def _compare(former: Manifest, repeated: Manifest) -> None:
         typer.echo("every file is the same as in the manifest, byte for byte")
     elif former.synthesizer != repeated.synthesizer:
         typer.echo("the bytes differ from those of the manifest, as another machine made it", err=True)
+    elif _without_report(former) == _without_report(repeated):
+        typer.echo(
+            "every file except the report is the same as in the manifest, byte for byte; the former report was made without "
+            "FAISS or by a version without reports, or this one was",
+            err=True,
+        )
     else:
         raise DermisError(
             "the files differ from those of the manifest, though made in the same way; please report this"
         )
+
+
+def _without_report(manifest: Manifest) -> list[FileEntry]:
+    """Return the files whose bytes do not depend on what is installed beside the models."""
+    from dermis.dataset.manifest import REPORT, REPORT_PAGE
+
+    return [file for file in manifest.files if file.name not in (REPORT, REPORT_PAGE)]
 
 
 def _differences(there: Mapping[str, str], here: Mapping[str, str]) -> str:

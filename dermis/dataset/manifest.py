@@ -222,7 +222,7 @@ def finalize(
     )
     measured = replace(measured, tallies=tallies, privacy=privacy)
     counts = {name: len(samples) for name, samples in kept.items()}
-    content = make_report(plan, bundle, counts, synthesizer_identity(identity), measured, audit)
+    content = make_report(plan, bundle, counts, measured, audit)
     texts = {
         METADATA: metadata,
         PREVIEW: preview,

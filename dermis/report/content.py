@@ -126,7 +126,7 @@ class ReportOrigin:
     attribution: str
     training_images: int | None
     resolution: int
-    synthesizer: Mapping[str, str]
+    """Side of the images, px."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,6 @@ def make_report(
     plan: DatasetPlan,
     bundle: Bundle,
     counts: Mapping[str, int],
-    synthesizer: Mapping[str, str],
     measured: Measurements,
     audit: Mapping[str, Any] | None = None,
 ) -> DatasetReport:
@@ -190,7 +189,6 @@ def make_report(
         plan: The plan of the dataset.
         bundle: The bundle whose generator made the images.
         counts: Images in the dataset by class.
-        synthesizer: Software and devices that made the images.
         measured: What was measured of the images.
         audit: The privacy audit of the bundle, with `verdict` and `rules`; None if there was none.
     """
@@ -216,7 +214,6 @@ def make_report(
         attribution=str(bundle.provenance.get("attribution") or "not stated"),
         training_images=count if type(count) is int else None,
         resolution=bundle.generator.img_resolution,
-        synthesizer=dict(synthesizer),
     )
     return DatasetReport(
         request=ReportRequest(request_in_words(plan), plan.request.model_dump()),

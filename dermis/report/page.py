@@ -51,7 +51,6 @@ def report_page(report: DatasetReport) -> str:
         "trained on": training,
         "licence": origin.licence,
         "attribution": origin.attribution,
-        "software": ", ".join(f"{key} {value}" for key, value in sorted(origin.synthesizer.items())),
         "sample": f"{report.sample:,} images, evenly spaced, for artefacts and skin tone",
     }
     sections = "".join(_section(_TITLES[name], getattr(report, name)) for name in _TITLES)

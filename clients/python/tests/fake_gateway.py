@@ -102,7 +102,6 @@ def report_of(request: dict[str, Any]) -> dict[str, Any]:
             "attribution": "nobody",
             "training_images": None,
             "resolution": 128,
-            "synthesizer": {},
         },
         "images": sum(classes.values()),
         "requested": sum(classes.values()),

@@ -94,7 +94,7 @@ class ReportRequest(ResponseRecord):
 
 
 class ReportOrigin(ResponseRecord):
-    """What made the images. digest: SHA-256 of bundle.json; resolution: side in px; synthesizer: software and devices."""
+    """What made the images. digest: SHA-256 of bundle.json; resolution: side in px."""
 
     bundle: str
     digest: str
@@ -102,7 +102,6 @@ class ReportOrigin(ResponseRecord):
     attribution: str
     training_images: Count | None = None
     resolution: Count
-    synthesizer: dict[str, str]
 
 
 class DatasetReport(ResponseRecord):
