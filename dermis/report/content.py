@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -347,11 +347,11 @@ def _fidelity(plan: DatasetPlan, compared: Mapping[str, FeatureComparison], prob
         numbers += [
             ReportNumber(
                 "Fréchet distance",
-                rounded(distance.value),
+                rounded(distance.value, 6),
                 name,
-                rounded(distance.low),
-                rounded(distance.high),
-                rounded(result.real_distance),
+                rounded(distance.low, 6),
+                rounded(distance.high, 6),
+                rounded(result.real_distance, 6),
                 "distance",
             ),
             ReportNumber(
@@ -365,7 +365,7 @@ def _fidelity(plan: DatasetPlan, compared: Mapping[str, FeatureComparison], prob
             ),
         ]
     notes = ("A lower distance is better. The reference is that of as many held-out real images.",)
-    return _section(numbers, problem, images=sum(each.images for each in compared.values()) or None, notes=notes)
+    return _of_features(numbers, compared, problem, notes)
 
 
 def _variety(plan: DatasetPlan, compared: Mapping[str, FeatureComparison], problem: tuple[str, str]) -> ReportSection:
@@ -393,7 +393,25 @@ def _variety(plan: DatasetPlan, compared: Mapping[str, FeatureComparison], probl
             ),
         ]
     notes = ("Coverage near its reference and a spread near 1 are good; values near 0 mean that the images are alike.",)
-    return _section(numbers, problem, images=sum(each.images for each in compared.values()) or None, notes=notes)
+    return _of_features(numbers, compared, problem, notes)
+
+
+def _of_features(
+    numbers: Sequence[ReportNumber],
+    compared: Mapping[str, FeatureComparison],
+    problem: tuple[str, str],
+    notes: tuple[str, ...],
+) -> ReportSection:
+    """Make a section of features; without held-out images it has no reference, so it is measured partly."""
+    section = _section(numbers, problem, images=sum(each.images for each in compared.values()) or None, notes=notes)
+    if section.status != "measured" or all(each.real_distance is not None for each in compared.values()):
+        return section
+    return replace(
+        section,
+        status="partly measured",
+        reason="the statistics of real images have no held-out images of a class, so it is not known what real images have",
+        remedy=f"make them again with held-out images: `{REFERENCE_COMMAND} --held-out HELD_OUT`",
+    )
 
 
 def _utility(bundle: Bundle) -> ReportSection:
