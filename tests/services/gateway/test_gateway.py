@@ -20,6 +20,7 @@ from dermis.bundle import Bundle
 from service_kit import Service, service, wait_for
 from services.errors import InferenceFailedError, InferenceUnavailableError
 from services.gateway.dependencies import negotiate
+from services.jobs.service import DatasetJobs
 
 BOTH = {"benign": 3, "malignant": 2}
 
@@ -217,10 +218,9 @@ def test_report_is_json_or_an_isolated_page(served: Service, dataset: dict[str, 
 def test_dataset_without_a_report_says_why(
     served: Service, dataset: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    jobs = served.jobs
-    files = jobs.files
+    files = DatasetJobs.files
     monkeypatch.setattr(
-        type(jobs), "files", lambda _, job: [file for file in files(job) if not file.name.startswith("report")]
+        DatasetJobs, "files", lambda jobs, job: [file for file in files(jobs, job) if file.name[:6] != "report"]
     )
     answer = served.client.get(dataset["links"]["self"] + "/report")
     problem(answer, 404, "not-found")
