@@ -224,7 +224,13 @@ def make_report(
         scorecard=scorecard(plan, bundle, sections, audited, measured, origin),
         audit=audited,
         limits=_limits(plan, measured),
-        **sections,
+        classes=sections["classes"],
+        fidelity=sections["fidelity"],
+        variety=sections["variety"],
+        utility=sections["utility"],
+        privacy=sections["privacy"],
+        artefacts=sections["artefacts"],
+        skin_tone=sections["skin_tone"],
     )
 
 

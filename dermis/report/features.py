@@ -17,6 +17,7 @@ from dermis.frechet import frechet_of_root
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
+Counts = NDArray[np.intp]
 
 MIN_IMAGES = 50
 """Least number of generated images of a class that is compared."""
@@ -57,7 +58,7 @@ class FeatureComparison:
 class _Comparer:
     """The real statistics of one class, prepared for repeated comparisons."""
 
-    def __init__(self, real: ClassFeatures, counts: NDArray[np.int64], typical_distance: float) -> None:
+    def __init__(self, real: ClassFeatures, counts: Counts, typical_distance: float) -> None:
         self.mean = real.mean.astype(np.float64)
         self.covariance = real.covariance.astype(np.float64)
         values, vectors = np.linalg.eigh(self.covariance)
@@ -87,7 +88,7 @@ class _Comparer:
         return float(features.var(axis=0, ddof=1).sum() / np.trace(self.covariance))
 
 
-def nearest_cells(features: Doubles, cells: Doubles) -> NDArray[np.int64]:
+def nearest_cells(features: Doubles, cells: Doubles) -> Counts:
     """Return the number of the nearest cell of each feature vector."""
     squared = (cells**2).sum(axis=1) - 2 * features @ cells.T
     return squared.argmin(axis=1)
@@ -151,7 +152,7 @@ def statistics_of(features: Floats) -> tuple[ClassFeatures, tuple[int, ...], flo
     return real, tuple(counts.tolist()), float(np.percentile(distances, TYPICAL_PERCENT))
 
 
-def _cells(values: Doubles) -> tuple[Floats, NDArray[np.int64]]:
+def _cells(values: Doubles) -> tuple[Floats, Counts]:
     """Divide features into cells of at least `MINIMUM_GROUP` images by k-means; small cells join their nearest one."""
     from scipy.cluster.vq import kmeans2
 
