@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from commands.options import AttributionOption, BundleArgument, BundleFolderArgument
+from commands.options import (
+    CACHE,
+    AttributionOption,
+    BundleArgument,
+    BundleFolderArgument,
+    CacheOption,
+    ClassColumnOption,
+    DataOption,
+    DeviceOption,
+    MetadataOption,
+)
 
 if TYPE_CHECKING:
     from dermis.bundle import Bundle
@@ -24,6 +34,7 @@ class RemovablePart(StrEnum):
     CLASSIFIER = "classifier"
     AUTHENTICITY = "authenticity"
     ENCODER = "encoder"
+    REFERENCE = "reference"
     DIRECTIONS = "directions"
 
 
@@ -110,6 +121,7 @@ def verify(
 ) -> None:
     """Check every file of a bundle against bundle.json, and that its networks and its index can be loaded."""
     from dermis.bundle import load_discriminator, load_generator, open_bundle
+    from dermis.bundle.reference import read_features
     from dermis.projection.encoder import load_encoder
 
     opened = open_bundle(bundle)
@@ -121,6 +133,8 @@ def verify(
     if opened.authenticity is not None:
         _try_index(opened)
     load_encoder(opened, device="cpu")
+    if opened.reference is not None:
+        read_features(f"{opened.location}/reference", opened.reference)
     typer.echo(f"{bundle}: {len(opened.files)} files are intact: {opened.name}@{opened.digest}")
 
 
@@ -159,6 +173,69 @@ def attach_classifier(
     typer.echo(f"{bundle}: {amended.name}@{amended.digest} with classifier {amended.classifier.digest}")
 
 
+@bundle_app.command("reference")
+def reference(
+    bundle: Annotated[Path, typer.Option(help="Folder of the bundle; it gets a new digest.")],
+    data: DataOption,
+    held_out: Annotated[
+        Path | None,
+        typer.Option(help="Held-out images: real ones that the generator was not trained on, as a baseline."),
+    ] = None,
+    held_out_metadata: Annotated[Path | None, typer.Option(help="CSV of the held-out images.")] = None,
+    metadata: MetadataOption = None,
+    class_column: ClassColumnOption = None,
+    device: DeviceOption = "auto",
+    cache: CacheOption = CACHE,
+) -> None:
+    """Put statistics of real images into a bundle, with which the reports of its datasets are compared.
+
+    --data are the images that the generator was trained on. No image is stored: every number is of at least 50 images.
+    Fidelity and variety need the index of the bundle (`dermis index build`), so build it first.
+    """
+    from tempfile import TemporaryDirectory
+
+    from dermis.bundle import amend_bundle, open_bundle, trained_on
+    from dermis.bundle.reference import write_reference_folder
+    from dermis.report.build import build_reference
+    from training.data.isic import load_isic
+    from training.evaluation.holdout import check_holdout
+    from training.evaluation.reference import measure_real
+
+    opened = open_bundle(bundle)
+    size = opened.generator.img_resolution
+    dataset = load_isic(data, size, class_column=class_column, metadata=metadata, cache=cache)
+    training_set = trained_on(opened.provenance)
+    held = None
+    if held_out is not None:
+        held = load_isic(held_out, size, class_column=class_column, metadata=held_out_metadata, cache=cache)
+        check_holdout(dataset, held, training_set)
+    if training_set is not None and training_set != dataset.sha256:
+        typer.echo("warning: --data is not the set that the bundle names as its training set", err=True)
+    if missing := sorted(set(opened.class_names) - set(dataset.class_names)):
+        typer.echo(f"warning: --data has no images of {', '.join(missing)}, so nothing is compared for them", err=True)
+    real, others = measure_real(opened, dataset, held, device)
+    index = opened.authenticity
+    description, features = build_reference(
+        real,
+        resolution=size,
+        index=None if index is None else index.digest,
+        held_out=others,
+        provenance={
+            "dataset": {"name": data.name, "sha256": dataset.sha256, "is_training_set": training_set == dataset.sha256},
+            "held_out": None if held is None or held_out is None else {"name": held_out.name, "sha256": held.sha256},
+        },
+    )
+    with TemporaryDirectory() as folder:
+        write_reference_folder(Path(folder) / "reference", description, features)
+        amended = amend_bundle(opened, parts={"reference": Path(folder) / "reference"})
+    if index is None:
+        typer.echo("warning: the bundle has no index, so fidelity and variety will not be measured", err=True)
+    for name in description.suppressed:
+        typer.echo(f"warning: {name} has too few images, so there are no statistics of it", err=True)
+    counts = ", ".join(f"{name} {of_class.images:,}" for name, of_class in description.classes.items())
+    typer.echo(f"{bundle}: {amended.name}@{amended.digest} with statistics of {counts}")
+
+
 @bundle_app.command("detach")
 def detach(
     bundle: BundleFolderArgument,
@@ -166,7 +243,7 @@ def detach(
         list[RemovablePart], typer.Argument(metavar="PART...", help="Parts to remove.", show_default=False)
     ],
 ) -> None:
-    """Remove parts from a bundle: classifier, authenticity, encoder or directions. It gets a new digest.
+    """Remove parts from a bundle: classifier, authenticity, encoder, reference or directions. It gets a new digest.
 
     authenticity is the index of training images, which can be removed before a bundle is shared.
     """

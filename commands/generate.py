@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from dermis.dataset.manifest import Manifest
     from dermis.dataset.plan import DatasetPlan
     from dermis.dataset.request import DatasetRequest
+    from dermis.dataset.shards import FileEntry
     from dermis.dataset.store import Store
     from dermis.synthesizer import Synthesizer
 
@@ -171,8 +172,9 @@ def generate(
             Synthesizer(opened, device=device, cache=Path(".dermis/cache/generators")) as synthesizer,
             _scoring(planned, opened, device) as scorer,
             _checking(planned, opened, device) as checker,
+            _comparing(planned, opened, device, finish) as compare,
         ):
-            models = DatasetModels(synthesizer, scorer, checker)
+            models = DatasetModels(synthesizer, scorer, checker, compare)
             identity = synthesizer_identity(models.identity)
             if former is not None and (differing := _differences(former.synthesizer, identity)):
                 typer.echo(f"warning: the bytes may differ from those of the manifest: {differing}", err=True)
@@ -237,13 +239,35 @@ def _checking(planned: DatasetPlan, bundle: Bundle, device: str) -> Iterator[Che
         yield checker
 
 
+@contextmanager
+def _comparing(planned: DatasetPlan, bundle: Bundle, device: str, finish: bool) -> Iterator[Checker | None]:
+    """Open the bundle's index for the report of a dataset without a gate, if it can be used; otherwise yield None."""
+    if not finish or planned.gated or bundle.authenticity is None or bundle.reference is None:
+        yield None
+        return
+    from dermis.authenticity.checker import Checker
+
+    try:
+        checker = Checker(bundle, device=device)
+    except DermisError as error:
+        typer.echo(f"warning: fidelity and variety will not be in the report: {error}", err=True)
+        yield None
+        return
+    with checker:
+        yield checker
+
+
 @dataclass(frozen=True)
 class DatasetModels:
-    """The models that make a dataset: generator, classifier and index of training images."""
+    """The models that make a dataset: generator, classifier and index of training images.
+
+    `compare` is the index for the report if the plan has no gate; the bytes of the images do not depend on it.
+    """
 
     synthesizer: Synthesizer
     scorer: Classifier | None
     checker: Checker | None
+    compare: Checker | None = None
 
     @property
     def identity(self) -> dict[str, str]:
@@ -343,7 +367,14 @@ def _make(
     if not finish:
         return None
     expose = None if checker is None else partial(exposure, checker.index)
-    return finalize(planned, store, bundle, models.identity, expose)
+    return finalize(
+        planned,
+        store,
+        bundle,
+        models.identity,
+        expose,
+        examine=None if models.compare is None else models.compare.nearest,
+    )
 
 
 def _existing_manifest(store: Store, planned: DatasetPlan) -> Manifest | None:
@@ -482,10 +513,23 @@ def _compare(former: Manifest, repeated: Manifest) -> None:
         typer.echo("every file is the same as in the manifest, byte for byte")
     elif former.synthesizer != repeated.synthesizer:
         typer.echo("the bytes differ from those of the manifest, as another machine made it", err=True)
+    elif _without_report(former) == _without_report(repeated):
+        typer.echo(
+            "every file except the report is the same as in the manifest, byte for byte; the former report was made without "
+            "FAISS or by a version without reports, or this one was",
+            err=True,
+        )
     else:
         raise DermisError(
             "the files differ from those of the manifest, though made in the same way; please report this"
         )
+
+
+def _without_report(manifest: Manifest) -> list[FileEntry]:
+    """Return the files whose bytes do not depend on what is installed beside the models."""
+    from dermis.dataset.manifest import REPORT, REPORT_PAGE
+
+    return [file for file in manifest.files if file.name not in (REPORT, REPORT_PAGE)]
 
 
 def _differences(there: Mapping[str, str], here: Mapping[str, str]) -> str:

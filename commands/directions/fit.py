@@ -146,11 +146,11 @@ def _labels(
 
     from tqdm import tqdm
 
+    from dermis.artefacts import NAMES, detect_artefacts
     from dermis.classifier.onnx_session import Classifier
     from dermis.cpus import available_cpus
     from dermis.imaging import as_rgb
     from dermis.synthesizer import Synthesizer
-    from training.data.artefacts import NAMES, detect_artefacts
 
     def artefacts(image: Images) -> tuple[str, ...]:
         return detect_artefacts(image).present

@@ -180,7 +180,7 @@ def _removals(
 ) -> dict[str, Any]:
     from tqdm import tqdm
 
-    from training.data.artefacts import THRESHOLDS
+    from dermis.artefacts import THRESHOLDS
     from training.evaluation.disentanglement import best_removal, measure_removals
 
     removals = list(

@@ -22,11 +22,11 @@ from commands.options import (
 )
 
 if TYPE_CHECKING:
+    from dermis.artefacts import Artefacts
     from dermis.classifier.onnx_session import Classifier
     from dermis.explain.counterfactual import Change
     from dermis.explain.tcav import ConceptTest
     from dermis.imaging import Images
-    from training.data.artefacts import Artefacts
     from training.data.concepts import ConceptRecords
     from training.data.sources import Record, Source
 
@@ -128,8 +128,8 @@ def concepts(
 
 def _artefacts(source: Source, table: Path | None, threads: int | None) -> list[tuple[Record, Artefacts]]:
     """Detect artefacts in all readable images, or read them from the CSV of an inspection."""
+    from dermis.artefacts import NAMES, Artefacts
     from dermis.errors import DataError, escape
-    from training.data.artefacts import NAMES, Artefacts
     from training.data.inspection import inspect_source
 
     if table is None:

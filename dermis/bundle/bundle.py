@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_type_hints
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from dermis.bundle.card import with_classifier_section, with_latent_section
+from dermis.bundle.card import with_classifier_section, with_latent_section, with_reference_section
 from dermis.bundle.classifier import CLASSIFIER_PART, ClassifierDescription
 from dermis.bundle.directions import Direction, decode_directions, encode_directions
 from dermis.bundle.encoder import ENCODER_PART, EncoderDescription
@@ -29,6 +29,7 @@ from dermis.bundle.folder import (
 )
 from dermis.bundle.index import INDEX_PART, IndexDescription
 from dermis.bundle.installed import DESCRIPTOR, resolve_bundle
+from dermis.bundle.reference import REFERENCE_PART, ReferenceDescription
 from dermis.errors import BundleError, escape, quote
 from dermis.network_config import DiscriminatorConfig, GeneratorConfig
 from dermis.strict_json import parse_json
@@ -75,10 +76,11 @@ class Bundle:
     authenticity: IndexDescription | None = None
     encoder: EncoderDescription | None = None
     directions: tuple[Direction, ...] = ()
+    reference: ReferenceDescription | None = None
 
 
 _PARTS: Mapping[str, PartFormat[PartDescription]] = {
-    part.name: part for part in (CLASSIFIER_PART, INDEX_PART, ENCODER_PART)
+    part.name: part for part in (CLASSIFIER_PART, INDEX_PART, ENCODER_PART, REFERENCE_PART)
 }
 
 
@@ -150,6 +152,7 @@ def open_bundle(location: str | Path) -> Bundle:
         authenticity=_part(INDEX_PART, files, small, where),
         encoder=_part(ENCODER_PART, files, small, where),
         directions=_directions(small, where, generator),
+        reference=_part(REFERENCE_PART, files, small, where),
     )
 
 
@@ -248,8 +251,8 @@ def amend_bundle(
         metrics: New content of metrics.json.
         model_card: New model card.
         name: New name of the bundle.
-        parts: Folders to attach, by the part's name: "classifier", "authenticity" or "encoder". A part that is already in
-            the bundle is replaced.
+        parts: Folders to attach, by the part's name: "classifier", "authenticity", "encoder" or "reference". A part that is
+            already in the bundle is replaced.
         directions: New directions. They replace all that the bundle has.
         remove: Names of parts to remove, or "directions".
 
@@ -300,7 +303,9 @@ def _card(card: str, descriptions: Mapping[str, PartDescription | None], directi
     assert classifier is None or isinstance(classifier, ClassifierDescription)
     assert index is None or isinstance(index, IndexDescription)
     assert encoder is None or isinstance(encoder, EncoderDescription)
-    card = with_classifier_section(card, classifier)
+    reference = descriptions["reference"]
+    assert reference is None or isinstance(reference, ReferenceDescription)
+    card = with_reference_section(with_classifier_section(card, classifier), reference)
     return with_latent_section(card, index, encoder, directions)
 
 

@@ -8,9 +8,34 @@ from dermis.bundle.classifier import CLASSIFIER_CARD, NOTICE, ClassifierDescript
 from dermis.bundle.directions import Direction
 from dermis.bundle.encoder import EncoderDescription
 from dermis.bundle.index import IndexDescription
+from dermis.bundle.reference import MINIMUM_GROUP, ReferenceDescription
 
 _CLASSIFIER_BEGIN, _CLASSIFIER_END = "<!-- classifier: written by dermis -->", "<!-- end of classifier -->"
 _LATENT_BEGIN, _LATENT_END = "<!-- latent space: written by dermis -->", "<!-- end of latent space -->"
+
+_REFERENCE_BEGIN, _REFERENCE_END = "<!-- reference: written by dermis -->", "<!-- end of reference -->"
+
+
+def with_reference_section(card: str, reference: ReferenceDescription | None) -> str:
+    """Replace the section on the statistics of real images in a bundle's card.
+
+    Args:
+        card: The card, with or without such a section.
+        reference: The reference of the bundle; None removes the section.
+    """
+    before, begin, rest = card.partition(_REFERENCE_BEGIN)
+    after = rest.partition(_REFERENCE_END)[2].lstrip("\n") if begin else ""
+    if reference is None:
+        return before.rstrip("\n") + "\n" + ("\n" + after if after else "") if begin else card
+    counts = ", ".join(f"{name} {of_class.images:,}" for name, of_class in reference.classes.items())
+    section = f"""{_REFERENCE_BEGIN}
+## Statistics of real images
+
+`reference/` holds statistics of real images with which the report of every dataset is compared: {counts}. It holds no image:
+every number is of at least {MINIMUM_GROUP} images.
+{_REFERENCE_END}
+"""
+    return before.rstrip("\n") + "\n\n" + section + ("\n" + after if after else "")
 
 
 def with_classifier_section(card: str, classifier: ClassifierDescription | None) -> str:

@@ -10,8 +10,8 @@ import hashlib
 import io
 import json
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,13 +23,16 @@ from dermis.dataset.card import dataset_card
 from dermis.dataset.columns import columns
 from dermis.dataset.containers import DatasetSample, add_to_zip, file_name, metadata_row, read_container
 from dermis.dataset.plan import DatasetPlan
-from dermis.dataset.privacy import Checks, Expose, PrivacyReport, PrivacyTally, report
+from dermis.dataset.privacy import Checks, Examine, Expose, PrivacyReport, PrivacyTally, report
 from dermis.dataset.request import ClassifierOptions, DatasetRequest, StoredRequest
 from dermis.dataset.scoring import ClassifierTally, tally
 from dermis.dataset.shards import FileEntry, ShardRecord, find_shard
 from dermis.dataset.store import PARTIAL, Store, hash_file, storage_error, storage_errors
 from dermis.errors import RequestError, StorageError, escape
 from dermis.imaging import Images, contact_sheet, decode, encode, thumbnail
+from dermis.report.content import make_report
+from dermis.report.page import report_page
+from dermis.report.sample import measure
 from dermis.strict_json import parse_json
 
 if TYPE_CHECKING:
@@ -40,6 +43,9 @@ ARCHIVE = "images.zip"
 METADATA = "metadata.csv"
 PREVIEW = "preview.png"
 CARD = "README.md"
+REPORT, REPORT_PAGE = "report.json", "report.html"
+SINGLE_FILES = (METADATA, PREVIEW, CARD, REPORT, REPORT_PAGE)
+"""Files of a dataset that hold no images."""
 FORMAT_VERSION = 1
 MAX_MANIFEST_BYTES = 256 << 20  # that of the largest dataset has 60 MiB
 
@@ -158,9 +164,17 @@ def synthesizer_identity(identity: Mapping[str, str]) -> dict[str, str]:
 
 
 def finalize(
-    plan: DatasetPlan, store: Store, bundle: Bundle, identity: Mapping[str, str], expose: Expose | None = None
+    plan: DatasetPlan,
+    store: Store,
+    bundle: Bundle,
+    identity: Mapping[str, str],
+    expose: Expose | None = None,
+    *,
+    examine: Examine | None = None,
+    audit: Mapping[str, Any] | None = None,
+    on_batch: Callable[[], None] | None = None,
 ) -> Manifest:
-    """Write metadata.csv, preview.png, README.md, images.zip if the format has one, and then manifest.json.
+    """Write metadata.csv, preview.png, README.md, the report, images.zip if the format has one, and then manifest.json.
 
     It can be run again after a crash. A dataset that is complete is not changed.
 
@@ -170,6 +184,9 @@ def finalize(
         bundle: The bundle whose generator made the images.
         identity: Identity of synthesizer, classifier and index, with which all shards were made.
         expose: Measures what the images disclose of the training set; required if `plan.gated`.
+        examine: Computes features for the report of a dataset without a gate; without it they are not measured.
+        audit: The privacy audit of the bundle, for the report.
+        on_batch: Called between the images that are measured for the report. An exception ends the work.
 
     Returns:
         The manifest.
@@ -194,7 +211,26 @@ def finalize(
     if plan.request.format == "imagefolder":
         files = [_write_archive(plan, store, records, {METADATA: metadata, CARD: card})]
     preview = encode(contact_sheet(_preview(plan, store, records), PREVIEW_COLUMNS))
-    for name, data in ((METADATA, metadata), (PREVIEW, preview), (CARD, card)):
+    kept = _by_class(plan, records)
+    measured = measure(
+        plan,
+        bundle,
+        kept,
+        lambda chosen: _chosen_images(plan, store, records, chosen),
+        examine,
+        on_batch,
+    )
+    measured = replace(measured, tallies=tallies, privacy=privacy)
+    counts = {name: len(samples) for name, samples in kept.items()}
+    content = make_report(plan, bundle, counts, measured, audit)
+    texts = {
+        METADATA: metadata,
+        PREVIEW: preview,
+        CARD: card,
+        REPORT: content.to_json(),
+        REPORT_PAGE: report_page(content).encode(),
+    }
+    for name, data in texts.items():
         store.write(name, data)
         files.append(FileEntry(name, len(data), hashlib.sha256(data).hexdigest()))
     manifest = Manifest(
@@ -330,6 +366,26 @@ def _samples(plan: DatasetPlan, record: ShardRecord) -> Iterator[DatasetSample]:
 
 def _kept(plan: DatasetPlan, record: ShardRecord) -> Iterator[DatasetSample]:
     return (sample for sample in _samples(plan, record) if sample.sha256 is not None)
+
+
+def _by_class(plan: DatasetPlan, records: Sequence[ShardRecord]) -> dict[str, list[DatasetSample]]:
+    """Return the samples that have an image, by class and in order."""
+    kept: dict[str, list[DatasetSample]] = {name: [] for name in plan.request.classes}
+    for record in records:
+        for sample in _kept(plan, record):
+            kept[plan.class_names[sample.label]].append(sample)
+    return kept
+
+
+def _chosen_images(
+    plan: DatasetPlan, store: Store, records: Sequence[ShardRecord], chosen: Collection[str]
+) -> Iterator[tuple[str, Images]]:
+    """Yield name and pixels of the images with these file names, in the order of the dataset."""
+    for record in records:
+        names = {file_name(plan, sample.index, sample.label) for sample in _kept(plan, record)} & set(chosen)
+        for name, data in _images(plan, store, record) if names else ():
+            if name in names:
+                yield name, decode(data)
 
 
 def _tally(plan: DatasetPlan, records: Sequence[ShardRecord]) -> dict[str, ClassifierTally]:

@@ -164,7 +164,7 @@ def report(plan: DatasetPlan, samples: Sequence[tuple[int, Checks]], expose: Exp
         classes=tallies,
         distances=tuple(round(float(value), 4) for value in distances),
         baseline=tuple(round(distance_at_percentile(index, percentile), 4) for percentile in SHOWN),
-        exposure=expose(np.stack([_embedding(verdict) for verdict in kept])),
+        exposure=expose(np.stack([embedding_of(verdict) for verdict in kept])),
         limit=round(distance_at_percentile(index, options.percentile), 4) if options.gate == "min_distance" else None,
         stands_on=baseline_sentence(index),
         weakness=baseline_problem(index),
@@ -175,5 +175,6 @@ def _kept(samples: Sequence[tuple[int, Checks]]) -> Iterator[GateVerdict]:
     return (checks.verdict for _, checks in samples if checks.verdict is not None)
 
 
-def _embedding(verdict: GateVerdict) -> Floats:
+def embedding_of(verdict: GateVerdict) -> Floats:
+    """Decode the embedding of the image, float32 [dim]."""
     return np.frombuffer(base64.b64decode(verdict.embedding), "<f2").astype(np.float32)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from dermis.dataset.containers import read_container
-from dermis.dataset.manifest import CARD, MANIFEST, METADATA, PREVIEW, Manifest, read_manifest
+from dermis.dataset.manifest import MANIFEST, METADATA, SINGLE_FILES, Manifest, read_manifest
 from dermis.dataset.plan import DatasetPlan, plan
 from dermis.dataset.store import Store
 from dermis.dataset.verify import verify
@@ -71,7 +71,7 @@ def samples_of(location: str | Path, manifest: Manifest, rows: Mapping[str, Row]
     store = Store(location)
     layout = plan(manifest.request, manifest.bundle_digest, manifest.class_names)
     for file in manifest.files:
-        if file.name not in (METADATA, PREVIEW, CARD):
+        if file.name not in SINGLE_FILES:
             yield from _of_container(layout, store, file.name, rows)
 
 

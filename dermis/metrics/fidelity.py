@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from dermis.frechet import frechet_of_moments
 from dermis.metrics.kernels import Floats, polynomial, squared_discrepancies
 from dermis.metrics.neighbourhoods import compare_neighbourhoods
 
@@ -27,11 +28,7 @@ def frechet_distance(real: NDArray[np.float32], generated: NDArray[np.float32]) 
 
 def frechet(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
     """Compute `frechet_distance` of float64 features."""
-    mean, a, b = x.mean(axis=0) - y.mean(axis=0), np.atleast_2d(np.cov(x.T)), np.atleast_2d(np.cov(y.T))
-    values, vectors = np.linalg.eigh(a)
-    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
-    overlap = np.sqrt(np.linalg.eigvalsh(root @ b @ root).clip(0)).sum()
-    return float(mean @ mean + np.trace(a) + np.trace(b) - 2 * overlap)
+    return frechet_of_moments(x.mean(axis=0), np.atleast_2d(np.cov(x.T)), y.mean(axis=0), np.atleast_2d(np.cov(y.T)))
 
 
 def kernel_distance(

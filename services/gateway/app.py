@@ -36,6 +36,7 @@ from services.gateway.routes import (
     images,
     models,
     projections,
+    reports,
 )
 from services.settings import Settings
 
@@ -85,7 +86,19 @@ def create_app(settings: Settings, running: Callable[[], AbstractAsyncContextMan
         generate_unique_id_function=lambda route: route.name,
     )
     problems.install(app)
-    for routes in (datasets, files, images, edits, projections, classifications, authenticity, models, health, docs):
+    for routes in (
+        datasets,
+        files,
+        reports,
+        images,
+        edits,
+        projections,
+        classifications,
+        authenticity,
+        models,
+        health,
+        docs,
+    ):
         app.include_router(routes.router)
     app.openapi = lambda: openapi_document(app, settings)  # type: ignore[method-assign]
     if settings.cors_origins:

@@ -24,6 +24,7 @@ _MEDIA_TYPES = {
     ".parquet": "application/vnd.apache.parquet",
     ".csv": "text/csv; charset=utf-8",
     ".json": "application/json",
+    ".html": "text/html; charset=utf-8",
     ".md": "text/markdown; charset=utf-8",
     ".png": "image/png",
     ".jpg": "image/jpeg",
@@ -86,14 +87,32 @@ def matches(header: str | None, etag: str, *, weak: bool) -> bool:
     return etag in tags or (weak and (f"W/{etag}" in tags or "*" in tags))
 
 
-def file_response(info: FileInfo, headers: Mapping[str, str], open_file: OpenFile, *, head: bool = False) -> Response:
-    """The response to GET or HEAD of one immutable file."""
+def file_response(
+    info: FileInfo,
+    headers: Mapping[str, str],
+    open_file: OpenFile,
+    *,
+    head: bool = False,
+    inline: bool = False,
+    more: Mapping[str, str] | None = None,
+) -> Response:
+    """The response to GET or HEAD of one immutable file.
+
+    Args:
+        info: The file.
+        headers: Headers of the request.
+        open_file: Opens the file.
+        head: Whether to leave out the content.
+        inline: Whether a browser shows the file instead of saving it.
+        more: Further headers of the response.
+    """
     etag = f'"{info.sha256}"'
     common = {
         "ETag": etag,
         "Accept-Ranges": "bytes",
         "Cache-Control": "private, no-transform",
         "X-Content-Type-Options": "nosniff",
+        **(more or {}),
     }
     if matches(headers.get("if-none-match"), etag, weak=True):
         return Response(status_code=304, headers=common)
@@ -102,7 +121,7 @@ def file_response(info: FileInfo, headers: Mapping[str, str], open_file: OpenFil
         requested = byte_range(headers.get("range"), info.bytes)
     start, stop = requested or (0, info.bytes)
     common |= {"Content-Length": str(stop - start), "Content-Type": media_type_of(info.name)}
-    common["Content-Disposition"] = f'attachment; filename="{info.name}"'
+    common["Content-Disposition"] = f'{"inline" if inline else "attachment"}; filename="{info.name}"'
     if head:
         return Response(headers=common)
     if requested is not None:

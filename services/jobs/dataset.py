@@ -68,18 +68,27 @@ def run_shard(ctx: JobContext, job: Job, shard: int) -> None:
 
 
 def finish(ctx: JobContext, job: Job) -> None:
-    """Write the metadata, the card and the manifest of a dataset whose shards are complete.
+    """Write the metadata, the card, the report and the manifest of a dataset whose shards are complete.
 
     Raises:
         StoppedError: If the job is to stop.
     """
     bundle, plan = _plan_of(ctx, job)
+
+    def stop_if_asked() -> None:
+        if ctx.stopping.is_set():
+            raise ShutdownError
+        if must_stop(ctx, job.id):
+            raise StoppedError
+
     finalize(
         plan,
         ctx.retrying_store(job.id),
         bundle,
         _identity(ctx, job.id, bundle, plan),
         lambda embeddings: call_with_retry(ctx, job.id, lambda: ctx.inference.authenticity.expose(bundle, embeddings)),
+        examine=None if bundle.authenticity is None else _Examine(ctx, job, bundle),
+        on_batch=stop_if_asked,
     )
 
 

@@ -279,6 +279,7 @@ def _routes() -> str:
             "/v1/datasets/{dataset_id}/events": [{"dataset_id": made}],
             "/v1/datasets/{dataset_id}/files": [{"dataset_id": each} for each in (made, failed)],
             "/v1/datasets/{dataset_id}/files/{name}": [{"dataset_id": made, "name": each} for each in files],
+            "/v1/datasets/{dataset_id}/report": [{"dataset_id": each} for each in (made, failed)],
             "/v1/projections/{projection_id}": [{"projection_id": each} for each in (projected, failed_projection)],
             "/v1/projections/{projection_id}/files/{name}": [
                 {"projection_id": projected, "name": each} for each in results
@@ -353,7 +354,8 @@ def _answer(route: str, response: Any) -> dict[str, Any]:
     elif kind.partition(";")[0] in ("application/json", "application/problem+json"):
         body = response.json()
         # The contents of these files are recorded by other sections.
-        if route != "/openapi.json" and not (route.endswith("/files/{name}") and response.status_code == 200):
+        of_file = route.endswith(("/files/{name}", "/report")) and response.status_code == 200
+        if route != "/openapi.json" and not of_file:
             answer["body"] = _same(body, route)
     return answer
 

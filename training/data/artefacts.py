@@ -1,8 +1,4 @@
-"""Detect artefacts in dermoscopic images: the black frame of the dermatoscope, rulers, hair, ink.
-
-The detectors are simple and have documented thresholds. They measure the bias of a collection and do not judge one image.
-docs/artefacts.md reports how good they are.
-"""
+"""Shares of artefacts in the classes of a collection, and a sheet of examples. `dermis.artefacts` detects them."""
 
 from __future__ import annotations
 
@@ -12,181 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
-from scipy import fft, ndimage
 from scipy.stats import chi2_contingency
 
+from dermis.artefacts import NAMES, Artefacts, wilson_interval
 from dermis.imaging import thumbnail
-
-NAMES = ("frame", "ruler", "hair", "ink")
-# Set by eye on the example collection (docs/artefacts.md).
-THRESHOLDS = {"frame": 0.003, "ruler": 0.6, "hair": 0.02, "ink": 0.005}
-SIDE = 224  # px of the shorter side to which images are resized; all lengths below are in these pixels
-
-Floats = NDArray[np.float32]
-Mask = NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class Artefacts:
-    """Scores in [0, 1] of one image. An artefact is present if its score is at least its threshold."""
-
-    frame: float  # share of the image in near-black regions that are connected to a corner
-    ruler: float  # regularity of the most regular row of dark marks: the least autocorrelation at 1, 2, 3 pitches
-    hair: float  # share of the image under long thin dark lines
-    ink: float  # share of the image that is blue, purple or green and not in its middle
-
-    @property
-    def present(self) -> tuple[str, ...]:
-        """Names of the artefacts whose score reaches the threshold, in the order of NAMES."""
-        return tuple(name for name in NAMES if getattr(self, name) >= THRESHOLDS[name])
-
-
-def detect_artefacts(image: NDArray[np.uint8]) -> Artefacts:
-    """Compute the scores of one RGB image uint8 [H, W, 3] of any size, resized so that its shorter side is 224 px.
-
-    Cropping can remove the frame, so pass images as they will be used.
-    """
-    rgb = _at_working_size(image)
-    lines = _thin_dark_lines(rgb)
-    return Artefacts(
-        frame=float(_frame(rgb).mean()),
-        ruler=_ruler(lines[0]),
-        hair=float(_hair(lines[1] > 12).mean()),
-        ink=float(_ink(rgb).mean()),
-    )
-
-
-def frame_share(image: NDArray[np.uint8]) -> float:
-    """Compute `detect_artefacts(image).frame` only, twenty times as fast."""
-    return float(_frame(_at_working_size(image)).mean())
-
-
-def _at_working_size(image: NDArray[np.uint8]) -> Floats:
-    height, width = image.shape[:2]
-    scale = SIDE / min(height, width)
-    size = (max(SIDE, round(width * scale)), max(SIDE, round(height * scale)))
-    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS), dtype=np.float32)
-
-
-def _thin_dark_lines(rgb: Floats) -> tuple[Floats, Floats]:
-    """Black-hat transform of the red channel, [H, W]: darkness relative to the surroundings. Structures under 7 and 9 px.
-
-    After DullRazor (Lee et al., Comput. Biol. Med. 27, 1997). Only the red channel is used: hair and print are dark in it,
-    while blood vessels are nearly invisible and the pigment network is faint.
-    """
-    red = rgb[..., 0]
-    fine, wide = (ndimage.grey_closing(red, size=(size, size)) - red for size in (7, 9))
-    return fine, wide
-
-
-# --- Frame
-
-
-def _frame(rgb: Floats) -> Mask:
-    """Regions that include a corner of the image and are darker than 35 % of its bright part in all channels."""
-    brightest = ndimage.uniform_filter(rgb.max(axis=2), 3)
-    regions, _ = ndimage.label(brightest < 0.35 * np.percentile(brightest, 80))
-    with_corner = {int(regions[y, x]) for y in (0, -1) for x in (0, -1)} - {0}
-    frame: Mask = np.isin(regions, list(with_corner))
-    return frame
-
-
-# --- Ruler
-
-
-def _ruler(lines: Floats) -> float:
-    """Regularity of the most regular row of marks in any of 24 directions.
-
-    A row of tick marks, summed across the row, is a periodic signal: its autocorrelation is high at one, two and three
-    pitches and low at half a pitch. Pitches of 3 to 22 px, rows of at least five marks.
-    """
-    marks = np.clip(lines - 8, 0, 50)
-    marks[[0, -1]] = marks[:, [0, -1]] = 0
-    best = 0.0
-    for angle in np.arange(0, 180, 7.5):
-        rows = ndimage.uniform_filter1d(ndimage.rotate(marks, angle, order=1), 7, axis=0)[::3]
-        best = max(best, _regularity(rows, 60, np.arange(3, 10)), _regularity(rows, 132, np.arange(8, 22)))
-    return best
-
-
-def _regularity(rows: Floats, window: int, pitches: NDArray[np.int64]) -> float:
-    """The most regular of all windows of the rows [n, W], in [0, 1]."""
-    windows = np.lib.stride_tricks.sliding_window_view(rows, window, axis=1)[:, :: window // 3].reshape(-1, window)
-    windows = windows[windows.mean(axis=1) > 2]  # mean difference in grey levels; windows below it show faint texture
-    if len(windows) == 0:
-        return 0.0
-    windows = windows - windows.mean(axis=1, keepdims=True)
-    variance = (windows**2).mean(axis=1, keepdims=True)
-    spectrum = np.abs(fft.rfft(windows, 2 * window, axis=1)) ** 2
-    overlap = window - np.arange(window // 2)
-    correlation = fft.irfft(spectrum, 2 * window, axis=1)[:, : window // 2] / overlap / np.maximum(variance, 1e-6)
-    repeated = np.minimum.reduce([correlation[:, times * pitches] for times in (1, 2, 3)])
-    between = np.minimum(correlation[:, pitches // 2], correlation[:, (pitches + 1) // 2])
-    regular = np.minimum(repeated, correlation[:, pitches] - between)[variance[:, 0] > 4]
-    return float(np.clip(regular.max(initial=0), 0, 1))
-
-
-# --- Hair
-
-
-def _hair(dark: Mask) -> Mask:
-    """Pixels on straight runs of 31 px, in any of 16 directions, that are at least 85 % dark and isolated.
-
-    A run is isolated if at most 35 % of the parallel runs 5 px to either side is dark. This excludes networks and other
-    texture, as does the condition that connected runs extend over at least 40 px.
-    """
-    dark[:3] = dark[-3:] = dark[:, :3] = dark[:, -3:] = False
-    half, aside = 15, 5
-    height, width = dark.shape
-    border = half + aside + 1
-    padded, hair = np.pad(dark, border).astype(np.uint8), np.pad(np.zeros_like(dark), border)
-
-    def at(dy: int, dx: int) -> tuple[slice, slice]:
-        return slice(border + dy, border + dy + height), slice(border + dx, border + dx + width)
-
-    for angle in np.arange(16) * np.pi / 16:
-        run = [(round(s * np.sin(angle)), round(s * np.cos(angle))) for s in range(-half, half + 1)]
-        y, x = round(aside * np.cos(angle)), round(-aside * np.sin(angle))
-        along, left, right = np.zeros((3, height, width), np.uint8)
-        for dy, dx in run:
-            along += padded[at(dy, dx)]
-            left += padded[at(dy + y, dx + x)]
-            right += padded[at(dy - y, dx - x)]
-        on_hair = (along >= 0.85 * len(run)) & (left <= 0.35 * len(run)) & (right <= 0.35 * len(run))
-        for dy, dx in run:
-            hair[at(dy, dx)] |= on_hair
-    regions, _ = ndimage.label(hair[at(0, 0)], np.ones((3, 3)))
-    spans = [np.hypot(*(edge.stop - edge.start for edge in box)) for box in ndimage.find_objects(regions)]
-    long: Mask = np.array([False, *(span >= 40 for span in spans)])[regions]
-    return long
-
-
-# --- Ink
-
-
-def _ink(rgb: Floats) -> Mask:
-    """Bright pixels that are blue, purple or green, both absolutely and relative to the skin, and not part of a lesion.
-
-    Skin is the part of the image between the 70th and the 98th percentile of brightness. A region with more than a fifth of
-    its ink in the middle of the image counts as a blue lesion.
-    """
-    rgb = ndimage.uniform_filter(rgb, (3, 3, 1)) + 4  # avoids division by 0, and the unreliable hue of black
-    brightness = rgb.max(axis=2)
-    low, high = np.percentile(brightness, [70, 98])
-    skin = np.median(rgb[(brightness >= low) & (brightness <= high)], axis=0)
-    red, cool = rgb[..., 0], rgb[..., 1:].max(axis=2)
-    relative_cool = (rgb[..., 1:] / skin[1:]).max(axis=2)
-    ink = (cool > 1.4 * red) & (relative_cool > 1.5 * red / skin[0]) & (relative_cool > 0.6)
-    regions, number = ndimage.label(ndimage.binary_dilation(ink, iterations=2))
-    y, x = np.mgrid[: ink.shape[0], : ink.shape[1]] - np.array(ink.shape).reshape(2, 1, 1) / 2
-    middle = np.hypot(y, x) < 0.28 * SIDE
-    size = np.bincount(regions[ink], minlength=number + 1)
-    central = np.bincount(regions[ink & middle], minlength=number + 1)
-    kept: Mask = ink & ((size >= 6) & (central <= 0.2 * size))[regions]
-    return kept
-
-
-# --- Summary
 
 
 @dataclass(frozen=True)
@@ -257,14 +82,6 @@ def summarise(artefacts: Sequence[Artefacts], classes: Sequence[str]) -> Summary
             shares.append(Share(artefact, name, count, total, count / total, low, high, ratio))
         associations.append(_association(artefact, np.stack([counts, totals - counts])))
     return Summary(tuple(shares), tuple(associations))
-
-
-def wilson_interval(count: int, total: int) -> tuple[float, float]:
-    """95 % confidence interval of a share (Wilson, J. Am. Stat. Assoc. 22, 1927)."""
-    z = 1.959964
-    centre = (count + z * z / 2) / (total + z * z)
-    half = z / (total + z * z) * (count * (total - count) / total + z * z / 4) ** 0.5
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def _association(artefact: str, table: NDArray[np.int64]) -> Association:

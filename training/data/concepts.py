@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from training.data.artefacts import NAMES, Artefacts
+from dermis.artefacts import NAMES, Artefacts
 from training.data.sources import Record
 
 MIN_IMAGES = 20

@@ -18,11 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from dermis.artefacts import NAMES, THRESHOLDS, Artefacts, detect_artefacts
 from dermis.errors import DataError
 from dermis.files import atomic_write
 from dermis.image_reading import read_training_image
 from dermis.imaging import encode
-from training.data.artefacts import NAMES, THRESHOLDS, Artefacts, Summary, artefact_sheet, detect_artefacts, summarise
+from training.data.artefacts import Summary, artefact_sheet, summarise
 from training.data.images import BROKEN_IMAGE
 from training.data.sources import Record, Source
 from training.data.splits import write_rows

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from dermis.artefacts import wilson_interval
 from dermis.bundle.directions import Direction
 from dermis.directions.edit import Edit, apply_edits
-from training.data.artefacts import wilson_interval
 
 Floats = NDArray[np.float64]
 Ws = NDArray[np.float32]

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from dermis.artefacts import NAMES, THRESHOLDS, detect_artefacts, frame_share
 from dermis.bundle import Bundle
 from dermis.classifier.onnx_session import Classifier
 from dermis.cpus import available_cpus
 from dermis.dataset.request import classes_of
 from dermis.imaging import Images, as_rgb
 from dermis.synthesizer import Synthesizer
-from training.data.artefacts import NAMES, THRESHOLDS, detect_artefacts, frame_share
 from training.evaluation.disentanglement import Measurements, Ws
 
 BATCH = 64

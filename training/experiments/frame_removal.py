@@ -33,6 +33,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from dermis.artefacts import THRESHOLDS, detect_artefacts
 from dermis.bundle import Bundle
 from dermis.bundle.classifier import NOTICE
 from dermis.classifier.preprocess import batch as squares
@@ -46,7 +47,6 @@ from dermis.synthesizer import Synthesizer
 from training.classifier.config import ClassifierConfig
 from training.classifier.data import CLASS_NAMES, RealData, RealPart
 from training.classifier.synthetic import SyntheticImages
-from training.data.artefacts import THRESHOLDS, detect_artefacts
 from training.data.cache import new_array, read_array
 from training.data.diagnoses import is_melanoma
 from training.distributed import Ranks

@@ -11,7 +11,7 @@ import pytest
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "src")]
 
 from dermis_client import _retry  # noqa: E402
-from dermis_client.resources import datasets  # noqa: E402
+from dermis_client.resources import dataset_flows  # noqa: E402
 from fake_gateway import FakeGateway  # noqa: E402
 
 
@@ -19,7 +19,7 @@ from fake_gateway import FakeGateway  # noqa: E402
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_retry, "FIRST_DELAY", 0.01)
     monkeypatch.setattr(_retry, "MAX_DELAY", 0.02)
-    monkeypatch.setattr(datasets, "DELETE_PAUSE", 0.01)
+    monkeypatch.setattr(dataset_flows, "DELETE_PAUSE", 0.01)
     for name in ("DERMIS_BASE_URL", "DERMIS_API_KEY"):
         monkeypatch.delenv(name, raising=False)
 

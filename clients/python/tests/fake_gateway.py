@@ -74,6 +74,49 @@ def dataset_files(request: dict[str, Any]) -> dict[str, bytes]:
     return {**files, "manifest.json": json.dumps(manifest).encode()}
 
 
+def report_of(request: dict[str, Any]) -> dict[str, Any]:
+    """A report in which the share of every class is measured, and nothing else."""
+    classes = request["classes"]
+    missing = {"value": None, "class_name": None, "low": None, "high": None, "reference": None, "unit": "share"}
+    empty: dict[str, Any] = {"images": None, "notes": []}
+    unknown = {
+        **empty,
+        "status": "not measured",
+        "numbers": [{**missing, "name": "coverage"}],
+        "reason": "r",
+        "remedy": "m",
+    }
+    shares = [
+        {**missing, "name": "share", "class_name": name, "value": count / sum(classes.values())}
+        for name, count in classes.items()
+    ]
+    known = {**empty, "status": "measured", "numbers": shares, "reason": None, "remedy": None}
+    row = {"question": "Is it all there?", "notes": [], "status": "measured", "numbers": shares}
+    return {
+        "format_version": 1,
+        "request": {"text": "3 images", "options": request},
+        "origin": {
+            "bundle": "demo",
+            "digest": "d" * 64,
+            "licence": "CC0-1.0",
+            "attribution": "nobody",
+            "training_images": None,
+            "resolution": 128,
+        },
+        "images": sum(classes.values()),
+        "requested": sum(classes.values()),
+        "sample": sum(classes.values()),
+        "scorecard": [
+            {**row, "id": "completeness"},
+            {**row, "id": "coverage", "status": "not measured", "numbers": unknown["numbers"]},
+        ],
+        "classes": known,
+        **dict.fromkeys(("fidelity", "variety", "utility", "privacy", "artefacts", "skin_tone"), unknown),
+        "audit": {"verdict": "not measured", "rules": [], "remedy": "audit it"},
+        "limits": ["Not for diagnosis."],
+    }
+
+
 class FakeGateway:
     """with FakeGateway() as gateway: ... gateway.url; every dataset finishes after `ticks` requests."""
 
@@ -409,7 +452,7 @@ class Handler(BaseHTTPRequestHandler):
                     self._json(202, dataset)
             case ("GET", ["events"]):
                 return dataset
-            case ("GET", ["files", *_]) if dataset["state"] != "succeeded":
+            case ("GET", ["files" | "report", *_]) if dataset["state"] != "succeeded":
                 detail = f"The dataset is {dataset['state']}; wait until it has succeeded."
                 self._json(409, problem(409, "dataset-not-ready", detail))
             case ("GET", ["files"]):
@@ -420,6 +463,8 @@ class Handler(BaseHTTPRequestHandler):
                     for name, data in self.fake.files[identifier].items()
                 ]
                 self._json(200, {"object": "list", "data": listed})
+            case ("GET", ["report"]):
+                self._json(200, report_of(dataset["request"]))
             case ("GET", ["files", name]) if name in self.fake.files[identifier]:
                 self._file(self.fake.files[identifier][name])
             case _:

@@ -17,8 +17,9 @@ from typing import Any
 import dermis_client
 import httpx
 import pytest
-from dermis_client import AsyncDermisClient, DermisClient, errors, resources
-from dermis_client.resources import datasets
+from dermis_client import AsyncDermisClient, ConflictError, DatasetReport, DermisClient, errors, resources
+from dermis_client._cli_text import format_report
+from dermis_client.resources import dataset_flows
 from fake_gateway import FakeGateway, Fault
 
 CLASSES = {"malignant": 2, "benign": 1}
@@ -227,6 +228,27 @@ def test_listing_fetches_pages_as_needed(gateway: FakeGateway) -> None:
         assert list(client.datasets.list(state="failed")) == []
 
 
+def test_report_is_typed_and_keeps_what_was_not_measured(gateway: FakeGateway) -> None:
+    with DermisClient(gateway.url) as client:
+        dataset = client.datasets.create({"malignant": 1, "benign": 3})
+        with pytest.raises(ConflictError):
+            dataset.report()
+        report = dataset.wait(poll_interval=0.01).report()
+        assert isinstance(report, DatasetReport) and report.origin.resolution == 128
+        assert report.classes.number("share", "benign").value == 0.75
+        assert report.variety.status == "not measured" and report.variety.number("coverage").value is None
+        with pytest.raises(KeyError):
+            report.variety.number("share")
+        lines = list(format_report(report))
+        assert "  share of benign: 0.75" in lines and "  coverage: not measured" in lines
+
+    async def retrieve() -> DatasetReport:
+        async with AsyncDermisClient(gateway.url) as client:
+            return await client.datasets.report(dataset.id)
+
+    assert asyncio.run(retrieve()) == report
+
+
 def test_images_have_class_seed_and_index(gateway: FakeGateway, tmp_path: Any) -> None:
     with DermisClient(gateway.url) as client:
         result = client.images.generate({"malignant": 2, "benign": 3}, seed=1, start_index=10)
@@ -350,7 +372,7 @@ def test_delete_stops_a_running_dataset_first(gateway: FakeGateway) -> None:
 
 
 def test_delete_of_running_dataset_times_out(gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets, "DELETE_TIMEOUT", 0.0)
+    monkeypatch.setattr(dataset_flows, "DELETE_TIMEOUT", 0.0)
     monkeypatch.setattr(gateway, "tick", lambda dataset: None)
     with DermisClient(gateway.url) as client, pytest.raises(errors.WaitTimeoutError):
         client.datasets.create(CLASSES).delete()

@@ -27,7 +27,12 @@ _DOWNLOAD: Responses = {
 }
 
 
-async def _ready_job(context: Context, dataset_id: str) -> Job:
+async def ready_job(context: Context, dataset_id: str) -> Job:
+    """The job of a dataset that has succeeded.
+
+    Raises:
+        ProblemError: There is no such dataset, or it has not succeeded.
+    """
     job = await find_job(context, dataset_id)
     if job.state != "succeeded":
         raise ProblemError("dataset-not-ready", f"the dataset is {job.state}; its files exist once it has succeeded")
@@ -39,7 +44,7 @@ async def _ready_job(context: Context, dataset_id: str) -> Job:
 )
 async def list_files(dataset_id: str, context: ContextDep) -> DatasetFileList:
     """List every file with its size and hash."""
-    job = await _ready_job(context, dataset_id)
+    job = await ready_job(context, dataset_id)
     files = await asyncio.to_thread(context.jobs.files, job)
     return DatasetFileList(
         data=[
@@ -81,7 +86,7 @@ async def head_file(dataset_id: str, name: str, request: Request, context: Conte
 
 
 async def _file(dataset_id: str, name: str, request: Request, context: Context) -> Response:
-    job = await _ready_job(context, dataset_id)
+    job = await ready_job(context, dataset_id)
     # The name is only compared with those in the manifest, and never used as a path.
     files = await asyncio.to_thread(context.jobs.files, job)
     info = next((file for file in files if file.name == name), None)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from commands.main import app
+from dermis.artefacts import Artefacts
 from dermis.bundle.classifier import write_classifier
 from dermis.classifier.torch_network import TorchClassifier
 from dermis.errors import DataError, DermisError
@@ -23,7 +24,6 @@ from tiny_classifier import describe
 from training.classifier.config import ClassifierConfig
 from training.classifier.export import to_onnx
 from training.classifier.network import finished_network, new_network
-from training.data.artefacts import Artefacts
 from training.data.concepts import mine_concepts
 from training.data.sources import Record
 

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dermis_client import DatasetReport
 from PIL import Image
 
 from dermis.bundle import Bundle
 from service_kit import Service, service, wait_for
 from services.errors import InferenceFailedError, InferenceUnavailableError
 from services.gateway.dependencies import negotiate
+from services.jobs.service import DatasetJobs
 
 BOTH = {"benign": 3, "malignant": 2}
 
@@ -151,6 +153,8 @@ def test_dataset_files_match_their_list(served: Service, dataset: dict[str, Any]
         "metadata.csv",
         "preview.png",
         "README.md",
+        "report.json",
+        "report.html",
         "manifest.json",
     }
     for file in files:
@@ -189,6 +193,38 @@ def test_file_downloads_support_ranges_and_validators(served: Service, dataset: 
     head = served.client.head(url)
     assert (head.status_code, head.content) == (200, b"")
     assert head.headers["content-length"] == str(len(body))
+
+
+def test_report_is_json_or_an_isolated_page(served: Service, dataset: dict[str, Any]) -> None:
+    url = dataset["links"]["self"] + "/report"
+    answer = served.client.get(url)
+    assert answer.headers["content-type"] == "application/json" and answer.headers["vary"] == "Accept"
+    report = DatasetReport.model_validate_json(answer.content)
+    assert report.images == 5 and len(report.scorecard) == 7 and report.origin.digest == dataset["model"]["digest"]
+    page = served.client.get(url, headers={"Accept": "text/html,*/*;q=0.1"})
+    assert page.headers["content-type"].startswith("text/html") and page.text.startswith("<!doctype html>")
+    policy = page.headers["content-security-policy"]
+    assert "default-src 'none'" in policy and "frame-ancestors 'none'" in policy and "script-src" not in policy
+    assert page.headers["x-content-type-options"] == "nosniff"
+    assert served.client.get(url, params={"format": "html"}).content == page.content
+    assert served.client.get(url, params={"format": "json"}, headers={"Accept": "text/html"}).content == answer.content
+    unchanged = served.client.get(url, headers={"If-None-Match": answer.headers["etag"]})
+    assert (unchanged.status_code, unchanged.content) == (304, b"")
+    problem(served.client.get(url, params={"format": "pdf"}), 422, "invalid-request")
+    problem(served.client.get(url, headers={"Accept": "image/png"}), 406, "not-acceptable")
+    problem(served.client.get(f"/v1/datasets/ds_{'0' * 32}/report"), 404, "not-found")
+
+
+def test_dataset_without_a_report_says_why(
+    served: Service, dataset: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = DatasetJobs.files
+    monkeypatch.setattr(
+        DatasetJobs, "files", lambda jobs, job: [file for file in files(jobs, job) if file.name[:6] != "report"]
+    )
+    answer = served.client.get(dataset["links"]["self"] + "/report")
+    problem(answer, 404, "not-found")
+    assert "earlier version" in answer.json()["detail"]
 
 
 def test_idempotency_key_repeats_dataset_and_refuses_other_body(served: Service) -> None:

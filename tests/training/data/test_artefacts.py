@@ -11,16 +11,9 @@ from hypothesis import strategies as st
 from PIL import Image as Pillow
 from scipy.stats import binomtest, chi2_contingency
 
+from dermis.artefacts import NAMES, THRESHOLDS, Artefacts, detect_artefacts, wilson_interval
 from lesions import Image, barred, framed, hairy, inked, lesion, ruled
-from training.data.artefacts import (
-    NAMES,
-    THRESHOLDS,
-    Artefacts,
-    artefact_sheet,
-    detect_artefacts,
-    summarise,
-    wilson_interval,
-)
+from training.data.artefacts import artefact_sheet, summarise
 
 PLAIN = Artefacts(0.0, 0.0, 0.0, 0.0)
 FRAMED = Artefacts(0.2, 0.0, 0.0, 0.0)

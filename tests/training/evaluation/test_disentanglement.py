@@ -10,12 +10,12 @@ import pytest
 from typer.testing import CliRunner
 
 from commands.main import app
+from dermis.artefacts import THRESHOLDS, detect_artefacts, frame_share
 from dermis.bundle import amend_bundle
 from dermis.bundle.directions import Direction
 from dermis.errors import RequestError
 from tiny import make_bundle
 from tiny_classifier import make_classifier
-from training.data.artefacts import THRESHOLDS, detect_artefacts, frame_share
 from training.evaluation.disentanglement import (
     Measurements,
     Ws,

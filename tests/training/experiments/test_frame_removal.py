@@ -11,6 +11,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from dermis.artefacts import Artefacts
 from dermis.bundle import amend_bundle
 from dermis.bundle.directions import Direction
 from dermis.directions.edit import Edit, offset_of
@@ -21,7 +22,6 @@ from tiny import make_bundle
 from tiny_skin import make_skin
 from training.classifier.config import ClassifierConfig
 from training.classifier.data import RealPart, load_real
-from training.data.artefacts import Artefacts
 from training.experiments import frame_removal
 from training.experiments.edge_case_runs import TrainedRun
 from training.experiments.frame_removal import (

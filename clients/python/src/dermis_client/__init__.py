@@ -62,6 +62,16 @@ from dermis_client.models import (
     Problem,
     Progress,
 )
+from dermis_client.report import (
+    DatasetReport,
+    ReportAudit,
+    ReportNumber,
+    ReportOrigin,
+    ReportQuestion,
+    ReportRequest,
+    ReportRule,
+    ReportSection,
+)
 from dermis_client.resources.dataset_records import AsyncDataset, Dataset, DatasetEvent
 
 __all__ = [
@@ -82,6 +92,7 @@ __all__ = [
     "DatasetFailed",
     "DatasetFile",
     "DatasetRecord",
+    "DatasetReport",
     "DatasetRequest",
     "DermisClient",
     "DermisError",
@@ -108,6 +119,13 @@ __all__ = [
     "Projection",
     "ProjectionFailed",
     "RateLimitError",
+    "ReportAudit",
+    "ReportNumber",
+    "ReportOrigin",
+    "ReportQuestion",
+    "ReportRequest",
+    "ReportRule",
+    "ReportSection",
     "ServerError",
     "TooLargeError",
     "UnprocessableEntityError",

@@ -19,6 +19,7 @@ from dermis_client.errors import InvalidRequestError
 from dermis_client.folders import VerifyReport
 from dermis_client.latent import AuthenticityResult, Direction, Projection
 from dermis_client.models import ClassificationsResult, DatasetRecord, Model
+from dermis_client.report import DatasetReport, ReportNumber
 
 
 def parse_classes(text: str) -> dict[str, int]:
@@ -325,3 +326,24 @@ def format_projection(record: Projection, files: Sequence[Path], kept: bool) -> 
         )
     if kept:
         yield f"edit it: dermis-client edit --projection {record.id}:0 --sweep DIRECTION=-3:3:7 --strip strip.png"
+
+
+def format_report(report: DatasetReport) -> Iterator[str]:
+    """Describe a report: the request, the scorecard, and the limits."""
+    yield one_line(report.request.text, 1000)
+    yield f"{report.images:,} of {report.requested:,} images by {one_line(report.origin.bundle)}"
+    for question in report.scorecard:
+        yield f"{one_line(question.id)}: {one_line(question.question)} ({one_line(question.status)})"
+        for number in question.numbers:
+            yield f"  {_report_number(number)}"
+    yield f"privacy audit of the bundle: {one_line(report.audit.verdict)}"
+
+
+def _report_number(number: ReportNumber) -> str:
+    name = one_line(number.name) + (f" of {one_line(number.class_name)}" if number.class_name is not None else "")
+    if number.value is None:
+        return f"{name}: not measured"
+    line = f"{name}: {number.value:g}"
+    if number.low is not None and number.high is not None:
+        line += f" ({number.low:g} to {number.high:g})"
+    return line + (f", real {number.reference:g}" if number.reference is not None else "")

@@ -285,6 +285,14 @@ def download(
 
 
 @datasets.command()
+def report(context: typer.Context, dataset_id: Id, base_url: BaseUrl = None, as_json: Json = False) -> None:
+    """Show the report of a dataset: the scorecard, and what was not measured."""
+    with _client(context, base_url) as client:
+        made = client.datasets.report(dataset_id)
+    _print(context, as_json, made.model_dump(mode="json"), lambda: text.format_report(made))
+
+
+@datasets.command()
 def cancel(context: typer.Context, dataset_id: Id, base_url: BaseUrl = None, as_json: Json = False) -> None:
     """Stop a queued or running dataset."""
     with _client(context, base_url) as client:

@@ -12,6 +12,7 @@ from pydantic import PrivateAttr
 from dermis_client._downloads import Download, DownloadProgress
 from dermis_client.errors import InvalidRequestError
 from dermis_client.models import DatasetFile, DatasetRecord
+from dermis_client.report import DatasetReport
 
 if TYPE_CHECKING:
     from dermis_client.resources.datasets import AsyncDatasets, Datasets
@@ -87,6 +88,10 @@ class Dataset(DatasetRecord):
         """List the files; see `Datasets.files`."""
         return self._datasets.files(self.id)
 
+    def report(self) -> DatasetReport:
+        """Retrieve the report; see `Datasets.report`."""
+        return self._datasets.report(self.id)
+
     def events(self) -> Iterator[DatasetEvent[Dataset]]:
         """Iterate over the changes until the dataset has finished; see `Datasets.events`."""
         return self._datasets.events(self.id)
@@ -154,6 +159,10 @@ class AsyncDataset(DatasetRecord):
     async def files(self) -> list[DatasetFile]:
         """List the files; see `Datasets.files`."""
         return await self._datasets.files(self.id)
+
+    async def report(self) -> DatasetReport:
+        """Retrieve the report; see `Datasets.report`."""
+        return await self._datasets.report(self.id)
 
     def events(self) -> AsyncIterator[DatasetEvent[AsyncDataset]]:
         """Iterate over the changes until the dataset has finished; see `Datasets.events`."""

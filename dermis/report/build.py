@@ -1,0 +1,114 @@
+"""Make the statistics of real images with which reports compare: `dermis bundle reference`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dermis.artefacts import THRESHOLDS
+from dermis.bundle.reference import (
+    COUNT_STEP,
+    MINIMUM_GROUP,
+    BaselineSample,
+    ClassFeatures,
+    ClassReference,
+    FeatureSpace,
+    ReferenceDescription,
+)
+from dermis.errors import DataError
+from dermis.report.appearance import Appearance, artefact_counts, skin_tones
+from dermis.report.features import Floats, baseline, statistics_of
+from dermis.skin_tone import tone_counts
+
+MAX_DIM = 64
+"""Components of the index's embeddings that are used. The first ones have most of the variance."""
+
+
+@dataclass(frozen=True)
+class RealImages:
+    """What was measured of real images.
+
+    Attributes:
+        classes: Class of each image.
+        appearances: Artefacts and skin tone of each image; empty for held-out images, of which only features are used.
+        groups: Patient or lesion of each image; None if they are not known.
+        features: Features [N, dim]; None without an index.
+    """
+
+    classes: Sequence[str]
+    appearances: Sequence[Appearance] = ()
+    groups: Sequence[str] | None = None
+    features: Floats | None = None
+
+
+def build_reference(
+    real: RealImages,
+    *,
+    resolution: int,
+    index: str | None,
+    held_out: RealImages | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> tuple[ReferenceDescription, dict[str, ClassFeatures]]:
+    """Compute the statistics of each class. Classes with fewer than `MINIMUM_GROUP` images have none.
+
+    Args:
+        real: The images that the generator was trained on.
+        resolution: Side of the images, px.
+        index: SHA-256 of the index whose features these are; None without features.
+        held_out: Real images that it was not trained on, for the baseline.
+        provenance: Where the images come from, as JSON values.
+
+    Returns:
+        The description, and the statistics of features by class.
+
+    Raises:
+        DataError: No class has enough images.
+    """
+    classes = np.array(real.classes)
+    names = sorted(set(real.classes))
+    large = [name for name in names if (classes == name).sum() >= MINIMUM_GROUP]
+    if not large:
+        raise DataError(f"no class has at least {MINIMUM_GROUP} images; statistics of fewer could disclose single ones")
+    described: dict[str, ClassReference] = {}
+    features: dict[str, ClassFeatures] = {}
+    for name in large:
+        chosen = np.flatnonzero(classes == name)
+        measured = [real.appearances[i] for i in chosen]
+        angles = skin_tones(measured)
+        cells: tuple[int, ...] = ()
+        typical: float | None = None
+        samples: tuple[BaselineSample, ...] = ()
+        if real.features is not None and index is not None:
+            features[name], cells, typical = statistics_of(real.features[chosen, :MAX_DIM])
+            if held_out is not None and held_out.features is not None:
+                others = held_out.features[np.array(held_out.classes) == name, :MAX_DIM]
+                samples = baseline(others, features[name], cells, typical)
+        described[name] = ClassReference(
+            images=len(chosen),
+            patients=None if real.groups is None else len({real.groups[i] for i in chosen}),
+            artefacts={key: _coarse(count) for key, count in artefact_counts(measured).items()},
+            skin_tones={key: _coarse(count) for key, count in tone_counts(angles).items()},
+            skin_tone_median=round(float(np.median(angles)), 1) if angles else 0.0,
+            cells=cells,
+            typical_distance=typical,
+            baseline=samples,
+        )
+    description = ReferenceDescription(
+        resolution=resolution,
+        classes=described,
+        suppressed=tuple(name for name in names if name not in large),
+        thresholds=THRESHOLDS,
+        space=FeatureSpace(index, min(MAX_DIM, real.features.shape[1]))
+        if features and index and real.features is not None
+        else None,
+        provenance=dict(provenance or {}),
+    )
+    return description, features
+
+
+def _coarse(count: int) -> int:
+    """Round a count, so that a single image does not show in it."""
+    return COUNT_STEP * round(count / COUNT_STEP)

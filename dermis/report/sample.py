@@ -1,0 +1,93 @@
+"""Measure a sample of the images of a finished dataset for its report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import islice
+
+import numpy as np
+
+from dermis.bundle import Bundle
+from dermis.dataset.containers import DatasetSample, file_name
+from dermis.dataset.plan import BATCH, DatasetPlan
+from dermis.dataset.privacy import Examine, embedding_of
+from dermis.errors import DermisError
+from dermis.imaging import Images, as_rgb
+from dermis.report.appearance import Appearance, appearances
+from dermis.report.content import Measurements
+from dermis.report.features import Floats
+
+SAMPLE = 600
+"""Images whose pixels are measured, of all classes together."""
+MAX_FEATURES = 10_000
+"""Images whose features are compared if the gate has computed those of all, of all classes together."""
+
+
+def evenly_spaced(number: int, most: int) -> list[int]:
+    """Return at most `most` of the positions 0 ... number - 1, evenly spaced."""
+    count = min(number, most)
+    return [(2 * k + 1) * number // (2 * count) for k in range(count)]
+
+
+def choose(kept: Mapping[str, Sequence[DatasetSample]], most: int) -> dict[str, list[DatasetSample]]:
+    """Choose about the same number of samples of each class, evenly spaced, at most `most` or one of each."""
+    remaining, classes = most, sorted(kept, key=lambda name: len(kept[name]))
+    counts: dict[str, int] = {}
+    for position, name in enumerate(classes):  # what a small class leaves is for the others
+        counts[name] = min(len(kept[name]), max(1, remaining // (len(classes) - position)))
+        remaining -= counts[name]
+    return {
+        name: [samples[k] for k in evenly_spaced(len(samples), counts[name])] if samples else []
+        for name, samples in kept.items()
+    }
+
+
+def measure(
+    plan: DatasetPlan,
+    bundle: Bundle,
+    kept: Mapping[str, Sequence[DatasetSample]],
+    images: Callable[[Collection[str]], Iterable[tuple[str, Images]]],
+    examine: Examine | None,
+    on_batch: Callable[[], None] | None = None,
+) -> Measurements:
+    """Measure the images for the report.
+
+    Args:
+        plan: The plan of the dataset.
+        bundle: The bundle whose generator made the images.
+        kept: The samples that have an image, by class.
+        images: Yields name and pixels of the images with the given file names.
+        examine: Computes features if there is no gate; None if it cannot.
+        on_batch: Called between batches of images.
+    """
+    sample = choose(kept, SAMPLE)
+    class_of = {file_name(plan, each.index, each.label): name for name, of_class in sample.items() for each in of_class}
+    needed = bundle.reference is not None and bundle.reference.space is not None
+    problem: str | None = None
+    if needed and not plan.gated and examine is None:
+        problem = "the index of the bundle cannot be used here"
+    seen: dict[str, list[Appearance]] = {name: [] for name in kept}
+    features: dict[str, list[Floats]] = {name: [] for name in kept}
+    remaining = iter(images(class_of))
+    while batch := list(islice(remaining, BATCH)):
+        if on_batch is not None:
+            on_batch()
+        names = [class_of[name] for name, _ in batch]
+        colour = as_rgb(np.stack([pixels for _, pixels in batch]))
+        for name, measured in zip(names, appearances(colour), strict=True):
+            seen[name].append(measured)
+        if needed and not plan.gated and examine is not None and problem is None:
+            try:
+                embeddings = examine(colour).embeddings
+            except DermisError as error:
+                problem = f"the index of the bundle could not be used ({error})"
+                continue
+            for name, row in zip(names, embeddings, strict=True):
+                features[name].append(row)
+    if needed and plan.gated:
+        features = {
+            name: [embedding_of(each.checks.verdict) for each in samples if each.checks and each.checks.verdict]
+            for name, samples in choose(kept, MAX_FEATURES).items()
+        }
+    stacked = {name: np.stack(rows) for name, rows in features.items() if rows} if problem is None else {}
+    return Measurements(seen, stacked, problem)

@@ -1,0 +1,243 @@
+"""Tests of the report of a dataset: planted properties show in its numbers, and what was not measured says so."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dermis.authenticity.attack import exposure
+from dermis.authenticity.checker import Checker
+from dermis.bundle import Bundle, amend_bundle, open_bundle
+from dermis.bundle.reference import MINIMUM_GROUP, ClassReference, write_reference_folder
+from dermis.classifier.onnx_session import Classifier
+from dermis.dataset.manifest import finalize
+from dermis.dataset.plan import plan_for
+from dermis.dataset.request import DatasetRequest
+from dermis.dataset.scoring import Synthesize
+from dermis.dataset.shards import write_shard
+from dermis.dataset.store import Store
+from dermis.dataset.verify import verify
+from dermis.errors import BundleError, DataError
+from dermis.report import sample
+from dermis.report.appearance import appearances
+from dermis.report.build import RealImages, build_reference
+from dermis.report.features import baseline, compare, statistics_of
+from dermis.report.sample import choose, evenly_spaced
+from dermis.skin_tone import skin_tone, to_lab, tone_class, typology_angle
+from lesions import framed, lesion
+from tiny import make_bundle
+from tiny_index import make_complete_bundle
+
+SEVEN = ("congruence", "coverage", "constraint", "completeness", "compliance", "comprehension", "consistency")
+SIDE = 24
+PER_CLASS = 55
+
+
+def noise(indices: Sequence[int], labels: Sequence[int]) -> Any:
+    """Images whose class shows in their colour, and which differ from each other."""
+    images = [np.random.default_rng(index).integers(0, 200, (SIDE, SIDE, 3), dtype=np.uint8) for index in indices]
+    for image, label in zip(images, labels, strict=True):
+        image[..., 0] = np.minimum(image[..., 0] // 2 + 100 * label, 255)
+    return np.stack(images)
+
+
+def constant(indices: Sequence[int], labels: Sequence[int]) -> Any:
+    """One image for each class."""
+    return noise([5] * len(indices), labels)
+
+
+def make(
+    folder: Path, bundle: Bundle, paint: Synthesize, *, reverse: bool = False, audit: Any = None, **request: Any
+) -> dict[str, Any]:
+    """Make a dataset, and return its report."""
+    wanted = DatasetRequest.model_validate({"model": bundle.name, "shard_size": 25, "image_format": "png", **request})
+    planned, store = plan_for(wanted, bundle), Store(folder)
+    with Classifier(bundle, device="cpu", threads=1) as classifier, Checker(bundle, device="cpu", threads=1) as checker:
+        for shard in sorted(range(planned.shards), reverse=reverse):
+            write_shard(
+                planned,
+                shard,
+                paint,
+                store,
+                score=lambda images: classifier.classify(images).calibrated,
+                examine=checker.nearest,
+            )
+        expose = partial(exposure, checker.index) if planned.gated else None
+        finalize(planned, store, bundle, {}, expose, examine=checker.nearest, audit=audit)
+    report: dict[str, Any] = json.loads((folder / "report.json").read_bytes())
+    return report
+
+
+def number(section: dict[str, Any], name: str, class_name: str | None = None) -> Any:
+    return next(each for each in section["numbers"] if (each["name"], each["class_name"]) == (name, class_name))
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A bundle whose reference is of images that `noise` paints."""
+    root = tmp_path_factory.mktemp("bundles")
+    labels = [0] * PER_CLASS + [1] * PER_CLASS
+    real = noise(range(10**6, 10**6 + 2 * PER_CLASS), labels)
+    opened = make_complete_bundle(root, real)
+    assert opened.authenticity is not None
+    with Checker(opened, device="cpu", threads=1) as checker:
+        features = checker.nearest(real).embeddings
+    measured = RealImages([("benign", "malignant")[label] for label in labels], appearances(real), None, features)
+    description, statistics = build_reference(measured, resolution=SIDE, index=opened.authenticity.digest)
+    write_reference_folder(root / "r", description, statistics)
+    return amend_bundle(opened, parts={"reference": root / "r"})
+
+
+def test_typology_angle_of_known_colours() -> None:
+    lab = to_lab(np.array([[255, 255, 255], [255, 0, 0], [0, 0, 255]], np.float32))
+    expected = [[100, 0, 0], [53.24, 80.09, 67.20], [32.30, 79.20, -107.86]]  # of CIE and W3C tables
+    assert lab == pytest.approx(np.array(expected), abs=0.05)
+    assert typology_angle(70, 15) == pytest.approx(53.13, abs=0.01)
+    assert typology_angle(50, 20) == 0 and typology_angle(30, 20) == -45
+    angles = (56, 55, 42, 41, 29, 28, 11, 10, -29, -30)
+    classes = [tone_class(angle) for angle in angles]
+    assert classes == ["very light", *["light"] * 2, *["intermediate"] * 2, *["tan"] * 2, *["brown"] * 2, "dark"]
+
+
+def test_skin_tone_is_that_of_the_skin_and_not_of_lesion_or_frame() -> None:
+    skin = np.full((160, 160, 3), (224, 172, 140), np.uint8)
+    (lightness, _, yellow), *_ = to_lab(skin[0, :1].astype(np.float32))
+    expected = typology_angle(lightness, yellow)
+    y, x = np.mgrid[:160, :160] - 80
+    with_lesion = np.where((np.hypot(y, x) < 55)[..., None], np.uint8(60), skin)
+    for image in (skin, with_lesion, framed(with_lesion, 0.55)):
+        assert skin_tone(image) == pytest.approx(expected, abs=0.5)
+
+
+def test_planted_frames_are_counted_in_their_class(bundle: Bundle, tmp_path: Path) -> None:
+    def paint(indices: Sequence[int], labels: Sequence[int]) -> Any:
+        pictures = [lesion(index % 3, 96) for index in indices]
+        return np.stack([framed(p) if label == 1 else p for p, label in zip(pictures, labels, strict=True)])
+
+    report = make(tmp_path / "d", bundle, paint, classes={"malignant": 4, "benign": 4})
+    shares = [number(report["artefacts"], "frame", name)["value"] for name in ("benign", "malignant")]
+    assert shares == [0, 1]
+    consistency = next(each for each in report["scorecard"] if each["id"] == "consistency")
+    assert number(consistency, "difference in frame")["value"] == 1
+
+
+def test_degenerate_generator_has_less_coverage_and_spread(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sample, "SAMPLE", 6)
+    request = {"classes": {"malignant": 50, "benign": 50}, "privacy": {"on_reject": "flag"}}
+    varied, again = (make(tmp_path / name, bundle, noise, reverse=name == "b", **request) for name in ("a", "b"))
+    alike = make(tmp_path / "c", bundle, constant, **request)
+    for name in ("malignant", "benign"):
+        good, bad = (report["variety"] for report in (varied, alike))
+        assert number(good, "spread", name)["value"] > 0.5 and number(bad, "spread", name)["value"] < 0.01
+        assert number(bad, "coverage", name)["value"] <= number(good, "coverage", name)["value"]
+        distances = [number(each["fidelity"], "Fréchet distance", name)["value"] for each in (varied, alike)]
+        assert distances[0] < distances[1]
+    assert varied == again
+    for name in ("report.json", "report.html", "manifest.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert verify(tmp_path / "a").ok
+    (tmp_path / "a" / "report.html").write_text("all is well")
+    assert verify(tmp_path / "a").changed == ("report.html",)
+
+
+def test_coverage_counts_the_modes_that_are_reached() -> None:
+    random = np.random.default_rng(1)
+    centres = 10 * random.normal(size=(4, 8))
+
+    def draw(modes: Sequence[int], size: int) -> Any:
+        chosen = random.choice(modes, size)
+        return (centres[chosen] + random.normal(size=(size, 8))).astype(np.float32)
+
+    statistics, cells, typical = statistics_of(draw(range(4), 800))
+    assert min(cells) >= MINIMUM_GROUP and sum(cells) == 800
+    samples = baseline(draw(range(4), 300), statistics, cells, typical)
+    real = ClassReference(800, None, {}, {}, 0.0, cells, typical, samples)
+    whole, half = (compare(draw(modes, 200), statistics, real) for modes in (range(4), range(2)))
+    assert whole.coverage.value > 0.85 and whole.coverage.low <= whole.coverage.value <= whole.coverage.high
+    assert half.coverage.value == pytest.approx(0.5, abs=0.1)
+    assert whole.real_coverage == pytest.approx(whole.coverage.value, abs=0.05)
+    assert whole.real_distance is not None and half.distance.low > 2 * whole.real_distance
+
+
+def test_report_says_what_was_not_measured_and_never_passes_it(tmp_path: Path) -> None:
+    plain = make_bundle(tmp_path / "b")
+    wanted = DatasetRequest.model_validate({"model": "tiny", "classes": {"malignant": 2, "benign": 1}})
+    planned, store = plan_for(wanted, plain), Store(tmp_path / "d")
+    write_shard(planned, 0, noise, store)
+    finalize(planned, store, plain, {})
+    report = json.loads((tmp_path / "d" / "report.json").read_bytes())
+    assert tuple(each["id"] for each in report["scorecard"]) == SEVEN
+    for name in ("fidelity", "variety", "utility", "privacy"):
+        section = report[name]
+        assert section["status"] == "not measured" and section["reason"] and section["remedy"]
+        assert section["numbers"] and all(each["value"] is None for each in section["numbers"])
+    assert report["audit"]["verdict"] == "not measured"
+    assert report["artefacts"]["status"] == "partly measured"  # there is nothing to compare them with
+    status = {each["id"]: each["status"] for each in report["scorecard"]}
+    assert status["congruence"] == status["coverage"] == status["compliance"] == "not measured"
+    page = (tmp_path / "d" / "report.html").read_text()
+    assert "not measured" in page and not re.search(r">\s*(pass|passed)\b", page)
+
+
+def test_page_loads_nothing_and_escapes_all_text(bundle: Bundle, tmp_path: Path) -> None:
+    attack = '"><script>alert(1)</script><img src=x onerror=alert(2)>'
+    hostile = replace(bundle, provenance={**bundle.provenance, "licence": attack, "attribution": attack})
+    audit = {"verdict": "warn", "rules": [{"id": attack, "status": "warn", "text": attack}]}
+    report = make(tmp_path / "d", hostile, noise, classes={"benign": 1}, audit=audit)
+    assert report["audit"]["verdict"] == "warn" and report["origin"]["licence"] == attack
+    page = (tmp_path / "d" / "report.html").read_text()
+    tags: list[tuple[str, list[tuple[str, str | None]]]] = []
+    parser = HTMLParser()
+    parser.handle_starttag = lambda tag, attrs: tags.append((tag, attrs))  # type: ignore[method-assign]
+    parser.feed(page)
+    assert not {"script", "img", "link", "iframe", "object", "embed"} & {tag for tag, _ in tags}
+    assert not any(name in ("src", "href", "style") or name.startswith("on") for _, attrs in tags for name, _ in attrs)
+    assert not re.search(r"url\(|@import|https?://", page) and "&lt;script&gt;" in page
+
+
+def test_reference_holds_groups_only_and_is_refused_when_changed(bundle: Bundle, tmp_path: Path) -> None:
+    reference = bundle.reference
+    assert reference is not None and reference.space is not None
+    assert not reference.suppressed
+    for of_class in reference.classes.values():
+        assert all(count >= MINIMUM_GROUP for count in of_class.cells)
+        assert all(count % 5 == 0 for count in (*of_class.artefacts.values(), *of_class.skin_tones.values()))
+    dim = reference.space.dim
+    floats = sum(dim + dim * (dim + 1) // 2 + len(each.cells) * dim for each in reference.classes.values())
+    size = reference.files["statistics.safetensors"].bytes
+    assert 4 * floats <= size <= 4 * floats + 1000  # nothing else is in it
+    path = Path(bundle.location) / "reference" / "statistics.safetensors"
+    original = path.read_bytes()
+    try:
+        path.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
+        with pytest.raises(BundleError, match=r"statistics\.safetensors: differs"):
+            open_bundle(bundle.location)
+    finally:
+        path.write_bytes(original)
+
+
+def test_small_classes_have_no_statistics() -> None:
+    pictures = appearances([lesion(seed, 64) for seed in range(2)]) * 30
+    real = RealImages(["many"] * 50 + ["few"] * 10, pictures)
+    description, features = build_reference(real, resolution=64, index=None)
+    assert tuple(description.classes) == ("many",) and description.suppressed == ("few",) and not features
+    with pytest.raises(DataError, match="at least 50"):
+        build_reference(RealImages(["few"] * 49, pictures[:49]), resolution=64, index=None)
+
+
+def test_sample_is_evenly_spaced_and_includes_every_class() -> None:
+    assert evenly_spaced(10, 5) == [1, 3, 5, 7, 9] and evenly_spaced(3, 5) == [0, 1, 2] and evenly_spaced(0, 5) == []
+    samples: dict[str, list[Any]] = {"rare": list(range(2)), "common": list(range(1000)), "none": []}
+    chosen = choose(samples, 100)
+    assert [len(each) for each in chosen.values()] == [2, 98, 0]
