@@ -25,6 +25,7 @@ class RemovablePart(StrEnum):
     AUTHENTICITY = "authenticity"
     ENCODER = "encoder"
     DIRECTIONS = "directions"
+    PRIVACY_AUDIT = "privacy_audit"
 
 
 @bundle_app.command("import")
@@ -166,7 +167,7 @@ def detach(
         list[RemovablePart], typer.Argument(metavar="PART...", help="Parts to remove.", show_default=False)
     ],
 ) -> None:
-    """Remove parts from a bundle: classifier, authenticity, encoder or directions. It gets a new digest.
+    """Remove parts from a bundle: classifier, authenticity, encoder, directions or privacy_audit. It gets a new digest.
 
     authenticity is the index of training images, which can be removed before a bundle is shared.
     """

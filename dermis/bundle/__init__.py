@@ -8,6 +8,7 @@
     authenticity/             optional: an index of the training images' embeddings (`dermis.bundle.index`)
     directions.safetensors    optional: named directions of w (`dermis.bundle.directions`)
     metrics.json              measurements of the generator; an empty object if there are none
+    privacy_audit.json        optional: result of a privacy audit (`dermis.privacy.audit`)
     MODEL_CARD.md             the model card, and the pictures that it shows
 
 The SHA-256 of bundle.json identifies the bundle: bundle.json contains the hashes of all other files. Nothing in a bundle

@@ -131,7 +131,9 @@ class PrivacyAudit:
         """
         version = values.get("format_version")
         if type(version) is int and version > FORMAT_VERSION:
-            raise DataError(f"{where}: has format {version}, this dermis reads up to {FORMAT_VERSION}; install a newer dermis")
+            raise DataError(
+                f"{where}: has format {version}, this dermis reads up to {FORMAT_VERSION}; install a newer dermis"
+            )
         try:
             return _ADAPTER.validate_json(json.dumps(values), strict=True)
         except ValidationError as error:
@@ -253,7 +255,9 @@ def _outcomes_of_images(subject: Subject) -> list[Outcome]:
         finding = "Patients are not known: each image counts as a patient, so intervals may be too narrow."
         outcomes.append(Outcome("patients", "warn", finding))
     else:
-        finding = f"{subject.member_patients:,} patients of members, {subject.non_member_patients:,} of held-out images."
+        finding = (
+            f"{subject.member_patients:,} patients of members, {subject.non_member_patients:,} of held-out images."
+        )
         outcomes.append(Outcome("patients", "pass", finding))
     return outcomes
 
@@ -295,7 +299,11 @@ def _few(attacks: Sequence[AttackResult], access: Access, control: SplitControl)
         return Outcome(rule, "not measured", "No attack of this kind was possible.")
     best = min(chosen, key=lambda each: (not each.beats_control_few, each.adjusted_few))
     found = best.recognised[0]
-    share = found.reason if found.share is None else f"{found.share.value:.1%} [{found.share.low:.1%}, {found.share.high:.1%}]"
+    share = (
+        found.reason
+        if found.share is None
+        else f"{found.share.value:.1%} [{found.share.low:.1%}, {found.share.high:.1%}]"
+    )
     expected = "" if found.expected is None else f" (guessing: {found.expected:.1%})"
     text = (
         f"{best.attack} ({best.space}): members found at 1 % false positives {share}{expected}, adjusted p "
@@ -344,7 +352,9 @@ def _epsilon(bound: EpsilonBound | None, control: SplitControl) -> Outcome:
         f"({bound.from_rates:.2f} from rates at delta {bound.delta:g}, {bound.from_pairs:.2f} from pairs)"
     )
     if control.separates:
-        return Outcome("epsilon", "not measured", f"{text}; the bound is not valid, because the sets differ in their images.")
+        return Outcome(
+            "epsilon", "not measured", f"{text}; the bound is not valid, because the sets differ in their images."
+        )
     status: Status = "pass"
     if bound.value > rules.WARN_EPSILON:
         status = "fail" if bound.value > rules.FAIL_EPSILON else "warn"

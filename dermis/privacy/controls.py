@@ -59,9 +59,7 @@ def split_control(
     areas = [float(auc(labels, values)[0]) for values in scores]
     best = int(np.argmax(areas))
     p = float(min(1.0, p_values.min() * len(spaces)))
-    control = SplitControl(
-        spaces[best].name, estimate(replicates_of(auc, labels, scores[best], weights)), p, p < LEVEL
-    )
+    control = SplitControl(spaces[best].name, estimate(replicates_of(auc, labels, scores[best], weights)), p, p < LEVEL)
     return control, SplitScores(scores[best], control.separates)
 
 

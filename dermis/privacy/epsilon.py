@@ -1,21 +1,22 @@
 """Lower bounds on epsilon, the parameter of differential privacy, from the success of attacks.
 
-If training were (epsilon, delta)-differentially private with respect to one patient's image, an attack with true-positive rate T
-and false-positive rate F would satisfy (Kairouz et al., arXiv 1311.0776)
+If training were (epsilon, delta)-differentially private with respect to one patient's image, an attack with true-positive
+rate T and false-positive rate F would satisfy (Kairouz et al., arXiv 1311.0776)
 
     T <= e^epsilon F + delta   and   1 - F <= e^epsilon (1 - T) + delta,
 
-so epsilon >= max(log((T - delta) / F), log((1 - F - delta) / (1 - T))). T and F are replaced by their one-sided limits of Clopper
-and Pearson, each at half the permitted error (Jagielski et al., arXiv 2006.07709; Nasr et al., arXiv 2101.04535). The attack,
-its threshold and its direction are chosen on one half of the patients, and the bound is computed on the other half with one
-image of each patient, so that it is not chosen for its own result.
+so epsilon >= max(log((T - delta) / F), log((1 - F - delta) / (1 - T))). T and F are replaced by their one-sided limits of
+Clopper and Pearson, each at half the permitted error (Jagielski et al., arXiv 2006.07709; Nasr et al., arXiv 2101.04535).
+The attack, its threshold and its direction are chosen on one half of the patients, and the bound is computed on the other
+half with one image of each patient, so that it is not chosen for its own result.
 
 Those limits assume that the attacked images are independent, but all were used in one training run. The second bound does not
 need this: members and non-members are paired at random, so that each of the two is the member with equal probability, and the
 attack guesses the member of r pairs. With epsilon-differential privacy with respect to the replacement of one image by
-another, each guess is right with at most the probability e^epsilon / (1 + e^epsilon) whatever the other guesses were, so the number
-of right guesses is at most Binomial(r, e^epsilon / (1 + e^epsilon)) (the argument of Steinke, Nasr and Jagielski, arXiv 2305.08846,
-theorem 5.2 with delta = 0, for pairs). The smallest epsilon that the number of right guesses does not contradict is the bound.
+another, each guess is right with at most the probability e^epsilon / (1 + e^epsilon) whatever the other guesses were, so the
+number of right guesses is at most Binomial(r, e^epsilon / (1 + e^epsilon)) (the argument of Steinke, Nasr and Jagielski,
+arXiv 2305.08846, theorem 5.2 with delta = 0, for pairs). The smallest epsilon that the number of right guesses does not
+contradict is the bound.
 
 Both are lower bounds: a small one is no proof that epsilon is small.
 """

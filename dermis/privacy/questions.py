@@ -1,18 +1,18 @@
 """The three questions of the Article 29 Working Party (opinion 05/2014 on anonymisation techniques).
 
 Each is asked as an attack of which the success on members is compared with the success on non-members, of which the generator
-knows nothing (Giomi et al., "Anonymeter", arXiv 2211.10459): success on non-members is what the images of any person reveal. The
-risk is (r_members - r_controls) / (1 - r_controls).
+knows nothing (Giomi et al., "Anonymeter", arXiv 2211.10459): success on non-members is what the images of any person reveal.
+The risk is (r_members - r_controls) / (1 - r_controls).
 
-singling out  Can a generated image be used to isolate one person? Each generated image makes one guess: "exactly one patient has
-              an image nearer to this one than half the distance to the nearest other generated image". The guess uses
+singling out  Can a generated image be used to isolate one person? Each generated image makes one guess: "exactly one patient
+              has an image nearer to this one than half the distance to the nearest other generated image". The guess uses
               generated images only. It is tested on sets of equally many patients.
 linkability   Can two records of one person be linked through the generated images? Two images of a patient are linked if the
               same generated image is nearest to both. Where too few patients have two images, the two records are two views of
               one image: its features in two spaces.
 inference     Can an attribute of a person be inferred from the generated images? The guess for an image is the attribute of its
-              nearest generated image. The class of a generated image is known. Sex, age, site and diagnosis are not: a generated
-              image gets the value of the nearest of a third of the held-out images, which are then not attacked.
+              nearest generated image. The class of a generated image is known. Sex, age, site and diagnosis are not: a
+              generated image gets the value of the nearest of a third of the held-out images, which are then not attacked.
 """
 
 from __future__ import annotations
