@@ -15,16 +15,17 @@ _MEANING = {
     "fail": "do not release this before the cause is found",
 }
 LIMITS = (
-    "A pass is no proof of anonymity. It says that these attacks, with these images, found nothing; section Power "
-    "says what they "
-    "could have found.",
+    "A pass is no proof of anonymity. It says that these attacks, with these images, found nothing; section Power says what "
+    "they could have found.",
     "All comparisons are in the feature spaces named above. Copies that these spaces do not recognise (mirrored, recoloured, "
     "parts of images) can be missed.",
     "Everything rests on held-out images from the same population, separated at random before the training and by patient. "
     "The rule fair-split checks this as far as images show it.",
     "A bound on epsilon is a lower bound. Only training with differential privacy gives an upper bound.",
     "What a model that is trained on the generated images discloses was not measured.",
-    "An honest generator gets a warning from the rules with tests in up to about 1 of 10 audits, and a fail in about 1 of 100.",
+    "Tests also reject by chance. For a generator that discloses nothing, the rules on attacks together give a warning in at "
+    "most 5 % and a fail in at most 1 % of audits, fair-split a warning in 5 %, disclosures and the three questions one in "
+    "2.5 % each.",
 )
 
 
