@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dermis.bundle import open_bundle
+from dermis.bundle import open_bundle, trained_on
 from dermis.privacy.attacks import Space
 from dermis.privacy.audit import Evidence, PrivacyAudit, Subject, run_audit
 from dermis.privacy.questions import Attribute
@@ -83,7 +83,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, PrivacyAudit]:
             members=len(members.labels),
             member_patients=None if groups is None else len(set(groups[: len(members.labels)])),
             members_sha256=members.sha256,
-            members_are_training_set=None,
+            members_are_training_set=trained_on(bundle.provenance) == members.sha256,
             non_members=len(others.labels),
             non_member_patients=None if groups is None else len(set(groups[len(members.labels) :])),
             non_members_sha256=others.sha256,

@@ -241,16 +241,13 @@ def _power(
 
 
 def _outcomes_of_images(subject: Subject) -> list[Outcome]:
-    outcomes = []
-    if subject.scope == "bundle":
-        same = subject.members_are_training_set
-        if same:
-            outcomes.append(Outcome("training-set", "pass", "The members are the bundle's training set."))
-        else:
-            why = "The bundle names no training set." if same is None else "The bundle names another training set."
-            outcomes.append(
-                Outcome("training-set", "warn", f"{why} What is found for these members need not hold for the others.")
-            )
+    same = subject.members_are_training_set
+    if same:
+        outcomes = [Outcome("training-set", "pass", "The members are the bundle's training set.")]
+    else:
+        why = "The bundle names no training set." if same is None else "The bundle names another training set."
+        finding = f"{why} What is found for these members need not hold for the others."
+        outcomes = [Outcome("training-set", "warn", finding)]
     if subject.member_patients is None or subject.non_member_patients is None:
         finding = "Patients are not known: each image counts as a patient, so intervals may be too narrow."
         outcomes.append(Outcome("patients", "warn", finding))

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dermis.errors import BundleError
 from dermis.imaging import Images
 from dermis.networks import one_hot
 from dermis.privacy.attacks import Scores
@@ -35,14 +36,17 @@ Logits = Callable[[Tensor, Tensor | None], Tensor]
 
 def projection_scores(
     bundle: Bundle, images: Images, *, device: str = "auto", on_batch: Callable[[int], object] = lambda _: None
-) -> Scores | None:
-    """Compute the scores of images uint8 [N, R, R, 3] by the encoder; None if the bundle has no encoder.
+) -> Scores:
+    """Compute the scores of images uint8 [N, R, R, 3] by the encoder of the bundle.
 
     Args:
         bundle: The bundle.
         images: The images.
         device: Device of the networks.
         on_batch: Called with the number of images of each batch.
+
+    Raises:
+        BundleError: The bundle has no encoder.
     """
     from dermis.bundle import load_generator
     from dermis.devices import resolve_device
@@ -50,7 +54,7 @@ def projection_scores(
 
     encoder = load_encoder(bundle, device=device)
     if encoder is None:
-        return None
+        raise BundleError(f"{bundle.location}: has no encoder; train one with dermis train encoder")
     place = resolve_device(device)
     generator = load_generator(bundle).to(place)
     values = []

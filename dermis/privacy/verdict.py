@@ -40,7 +40,6 @@ RULES: tuple[Rule, ...] = (
         "the members are the images that the bundle names as its training set",
         "they are others, or the bundle names none",
         "never",
-        generator=True,
     ),
     Rule(
         "patients",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,8 @@ from tqdm import tqdm
 
 from dermis.authenticity.checker import CLASSIFIER, Embedder
 from dermis.bundle import Bundle, load_discriminator, trained_on
+from dermis.dataset.manifest import read_manifest
+from dermis.dataset.store import Store
 from dermis.devices import resolve_device
 from dermis.errors import DataError
 from dermis.features import FeatureExtractor
@@ -91,6 +93,10 @@ def audit_privacy(
     groups = groups_of(members, non_members)
     digest = trained_on(bundle.provenance)
     remarks = _remarks(bundle, members, groups, digest)
+    if dataset_location is not None and (dataset_location / MANIFEST).is_file():
+        made_by = read_manifest(Store(dataset_location)).bundle_digest
+        if made_by != bundle.digest:
+            remarks.append(f"The dataset was made by a bundle with another digest ({made_by[:12]}).")
     embedder = None if bundle.classifier is None else Embedder(CLASSIFIER, bundle, device=device)
     spaces = list(extractors)
     if embedder is not None:
@@ -258,22 +264,28 @@ def _generator_scores(
     bar: tqdm,
 ) -> tuple[list[Scores], list[str]]:
     """Scores of all attacks on the generator that are possible, and remarks on those that are not."""
-    images = np.concatenate([members.images, non_members.images])
+    sets = (members, non_members)
     scores, remarks = [], []
-    projected = projection_scores(bundle, images, device=device, on_batch=bar.update)
-    if projected is not None:
-        scores.append(projected)
+    if bundle.encoder is not None:
+        scores.append(
+            _joined([projection_scores(bundle, each.images, device=device, on_batch=bar.update) for each in sets])
+        )
     else:
         remarks.append("The bundle has no encoder, so the error of encoded images was not measured.")
     if options.projection_steps:
         scores.append(
-            optimised_scores(
-                bundle,
-                images,
-                steps=options.projection_steps,
-                distance=PROJECTION_DISTANCE,
-                device=device,
-                on_image=bar.update,
+            _joined(
+                [
+                    optimised_scores(
+                        bundle,
+                        each.images,
+                        steps=options.projection_steps,
+                        distance=PROJECTION_DISTANCE,
+                        device=device,
+                        on_image=bar.update,
+                    )
+                    for each in sets
+                ]
             )
         )
     place = resolve_device(device)
@@ -294,9 +306,27 @@ def _generator_scores(
     if logits is None:
         remarks.append("There is no discriminator in the bundle, so it was not attacked.")
     else:
-        labels = np.concatenate([_bundle_labels(bundle, each) for each in (members, non_members)])
-        scores.append(discriminator_scores(logits, images, labels.tolist(), c_dim, device=place, on_batch=bar.update))
+        scores.append(
+            _joined(
+                [
+                    discriminator_scores(
+                        logits,
+                        each.images,
+                        _bundle_labels(bundle, each).tolist(),
+                        c_dim,
+                        device=place,
+                        on_batch=bar.update,
+                    )
+                    for each in sets
+                ]
+            )
+        )
     return scores, remarks
+
+
+def _joined(parts: Sequence[Scores]) -> Scores:
+    """Scores of members and of non-members as one array."""
+    return replace(parts[0], values=np.concatenate([part.values for part in parts]))
 
 
 def _attributes(
