@@ -43,7 +43,7 @@ def _folder(
     rows = ["isic_id,target,patient_id,sex"]
     for i, (image, label) in enumerate(zip(images, labels, strict=True), start=first):
         Image.fromarray(image).save(out / f"ISIC_{i:07d}.png")
-        patient = "" if patients is None else f"person{patients + (i - first) // 2}"
+        patient = "" if patients is None else f"anna{patients + (i - first) // 2}"
         rows.append(f"ISIC_{i:07d},{('benign', 'malignant')[label]},{patient},{('female', 'male')[i % 3 == 0]}")
     (out / "metadata.csv").write_text("\n".join(rows) + "\n")
     return out
@@ -86,7 +86,7 @@ def test_audit_of_a_bundle_is_written_attached_and_shown(folders: tuple[Path, Pa
     assert statuses["training-set"] == "warn" and "does not name its training set" in text
     assert (document["subject"]["member_patients"], document["subject"]["non_member_patients"]) == (40, 40)
     assert {answer["subject"] for answer in document["answers"]} >= {"images", "class", "sex"}
-    for leak in ("ISIC_", "person", str(tmp_path)):
+    for leak in ("ISIC_", "anna", str(tmp_path)):
         assert leak not in text + json.dumps(document)
 
     after = open_bundle(folders[0])
@@ -113,7 +113,7 @@ def test_dataset_of_copies_fails(folders: tuple[Path, Path, Path], tmp_path: Pat
     statuses = {outcome["rule"]: outcome["status"] for outcome in document["outcomes"]}
     assert output.startswith("fail:") or "\nfail:" in output
     assert document["subject"]["scope"] == "dataset" and "generator-average" not in statuses
-    assert {statuses[rule] for rule in ("samples-average", "samples-few", "disclosures")} == {"fail"}
+    assert statuses["samples-average"] == "fail" and statuses["power"] == "warn", "80 images cannot show a few copies"
 
 
 def test_discriminator_of_a_training_state_is_attacked(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
