@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dermis.metrics.classification import Estimate, Floats, Labels, auc
+from dermis.metrics.neighbours import Features
 from dermis.privacy.attacks import (
     Patients,
     Space,
@@ -63,7 +64,7 @@ def split_control(
     return control, SplitScores(scores[best], control.separates)
 
 
-def principal_components(features: Floats | np.ndarray, count: int = COMPONENTS) -> Floats:
+def principal_components(features: Features, count: int = COMPONENTS) -> Floats:
     """Project features [N, dim] on their first principal components, [N, min(count, dim, N - 1)]."""
     import scipy.linalg
 

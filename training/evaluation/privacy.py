@@ -100,12 +100,7 @@ def audit_privacy(
     embedder = None if bundle.classifier is None else Embedder(CLASSIFIER, bundle, device=device)
     spaces = list(extractors)
     if embedder is not None:
-        size = bundle.generator.img_resolution
-        spaces.append(
-            FeatureExtractor(
-                CLASSIFIER, embedder.identity, embedder.dim, lambda images: embedder.embed(images, size), None
-            )
-        )
+        spaces.append(_classifier_space(embedder, bundle.generator.img_resolution))
     count = len(members.labels) if options.count is None else options.count
     if dataset is not None:
         count = len(dataset.labels)
@@ -207,6 +202,15 @@ def _remarks(bundle: Bundle, members: ImageDataset, groups: Sequence[str] | None
     return remarks
 
 
+def _classifier_space(embedder: Embedder, size: int) -> FeatureExtractor:
+    """The feature space of the bundle's classifier as an extractor of images of `size` px."""
+
+    def extract(images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        return embedder.embed(images, size)
+
+    return FeatureExtractor(CLASSIFIER, embedder.identity, embedder.dim, extract)
+
+
 def _generated(
     bundle: Bundle,
     members: ImageDataset,
@@ -265,7 +269,8 @@ def _generator_scores(
 ) -> tuple[list[Scores], list[str]]:
     """Scores of all attacks on the generator that are possible, and remarks on those that are not."""
     sets = (members, non_members)
-    scores, remarks = [], []
+    scores: list[Scores] = []
+    remarks: list[str] = []
     if bundle.encoder is not None:
         scores.append(
             _joined([projection_scores(bundle, each.images, device=device, on_batch=bar.update) for each in sets])
