@@ -65,7 +65,7 @@ def _head(audit: PrivacyAudit) -> str:
         ("members (training images)", f"{subject.members:,}, {patients[0]}, SHA-256 {subject.members_sha256}"),
         ("held-out images", f"{subject.non_members:,}, {patients[1]}, SHA-256 {subject.non_members_sha256}"),
         ("generated images", f"{subject.generated:,}"),
-        ("feature spaces", ", ".join(subject.spaces)),
+        ("feature spaces", ", ".join(sorted(subject.spaces))),
         ("seed", str(subject.seed)),
     ]
     remarks = "".join(f"\n- {remark}" for remark in audit.remarks)
