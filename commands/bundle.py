@@ -36,6 +36,7 @@ class RemovablePart(StrEnum):
     ENCODER = "encoder"
     REFERENCE = "reference"
     DIRECTIONS = "directions"
+    PRIVACY_AUDIT = "privacy_audit"
 
 
 @bundle_app.command("import")
@@ -243,7 +244,7 @@ def detach(
         list[RemovablePart], typer.Argument(metavar="PART...", help="Parts to remove.", show_default=False)
     ],
 ) -> None:
-    """Remove parts from a bundle: classifier, authenticity, encoder, reference or directions. It gets a new digest.
+    """Remove parts from a bundle: classifier, authenticity, encoder, reference, directions or privacy_audit.
 
     authenticity is the index of training images, which can be removed before a bundle is shared.
     """

@@ -21,6 +21,7 @@ from commands.explain import explain_app
 from commands.federate import federate_app
 from commands.generate import generate, verify
 from commands.index import index_app
+from commands.privacy import privacy_app
 from commands.project import project
 from commands.serve import serve as serve_http
 from commands.survey import survey_app
@@ -47,6 +48,7 @@ app.add_typer(survey_app, name="survey")
 app.add_typer(directions_app, name="directions")
 app.add_typer(index_app, name="index")
 app.add_typer(authenticity_app, name="authenticity")
+app.add_typer(privacy_app, name="privacy")
 app.command()(project)
 app.command()(classify)
 app.command()(evaluate)

@@ -9,6 +9,7 @@
     reference/                optional: statistics of real images, for reports (`dermis.bundle.reference`)
     directions.safetensors    optional: named directions of w (`dermis.bundle.directions`)
     metrics.json              measurements of the generator; an empty object if there are none
+    privacy_audit.json        optional: result of a privacy audit (`dermis.privacy.audit`)
     MODEL_CARD.md             the model card, and the pictures that it shows
 
 The SHA-256 of bundle.json identifies the bundle: bundle.json contains the hashes of all other files. Nothing in a bundle

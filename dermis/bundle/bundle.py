@@ -12,7 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_type_hints
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from dermis.bundle.card import with_classifier_section, with_latent_section, with_reference_section
+from dermis.bundle.card import (
+    with_classifier_section,
+    with_latent_section,
+    with_privacy_section,
+    with_reference_section,
+)
 from dermis.bundle.classifier import CLASSIFIER_PART, ClassifierDescription
 from dermis.bundle.directions import Direction, decode_directions, encode_directions
 from dermis.bundle.encoder import ENCODER_PART, EncoderDescription
@@ -46,6 +51,7 @@ DISCRIMINATOR = "discriminator.safetensors"
 METRICS = "metrics.json"
 CARD = "MODEL_CARD.md"
 DIRECTIONS = "directions.safetensors"
+PRIVACY_AUDIT = "privacy_audit.json"
 
 NAME_PATTERN = r"[a-z0-9][a-z0-9._-]{0,63}"
 CLASS_PATTERN = r"[A-Za-z0-9][A-Za-z0-9 _.-]{0,63}"  # class names become folder names of generated datasets
@@ -77,6 +83,8 @@ class Bundle:
     encoder: EncoderDescription | None = None
     directions: tuple[Direction, ...] = ()
     reference: ReferenceDescription | None = None
+    privacy_audit: Mapping[str, Any] | None = None
+    """Content of privacy_audit.json, which `dermis.privacy.audit` reads; None if the bundle was not audited."""
 
 
 _PARTS: Mapping[str, PartFormat[PartDescription]] = {
@@ -121,22 +129,16 @@ def open_bundle(location: str | Path) -> Bundle:
     files = descriptor.records
     folder.check_listing(files)
     small: dict[str, bytes] = {}
-    parsed = (METRICS, CARD, DIRECTIONS, *(f"{key}/{part.descriptor}" for key, part in _PARTS.items()))
+    parsed = (METRICS, CARD, DIRECTIONS, PRIVACY_AUDIT, *(f"{key}/{part.descriptor}" for key, part in _PARTS.items()))
     for name, record in files.items():
         if name in parsed:
             small[name] = folder.read(name, record, limit=_MAX_SMALL_BYTES)
         else:
             folder.verify(name, record)
     try:
-        metrics = parse_json(small[METRICS])
-    except ValueError as error:
-        raise BundleError(f"{where}/{METRICS}: is not JSON that can be used ({error}); get the bundle again") from None
-    try:
         card = small[CARD].decode()
     except ValueError:
         raise BundleError(f"{where}/{CARD}: is not UTF-8; get the bundle again") from None
-    if not isinstance(metrics, dict):
-        raise BundleError(f"{where}/{METRICS}: must hold a JSON object")
     return Bundle(
         location=where,
         name=descriptor.name,
@@ -145,7 +147,7 @@ def open_bundle(location: str | Path) -> Bundle:
         discriminator=discriminator,
         class_names=tuple(descriptor.class_names),
         provenance=descriptor.provenance,
-        metrics=metrics,
+        metrics=_json_object(small[METRICS], f"{where}/{METRICS}"),
         model_card=card,
         files=files,
         classifier=_part(CLASSIFIER_PART, files, small, where),
@@ -153,6 +155,9 @@ def open_bundle(location: str | Path) -> Bundle:
         encoder=_part(ENCODER_PART, files, small, where),
         directions=_directions(small, where, generator),
         reference=_part(REFERENCE_PART, files, small, where),
+        privacy_audit=_json_object(small[PRIVACY_AUDIT], f"{where}/{PRIVACY_AUDIT}")
+        if PRIVACY_AUDIT in small
+        else None,
     )
 
 
@@ -240,6 +245,7 @@ def amend_bundle(
     name: str | None = None,
     parts: Mapping[str, str | Path] | None = None,
     directions: Sequence[Direction] | None = None,
+    privacy_audit: Mapping[str, Any] | None = None,
     remove: Sequence[str] = (),
 ) -> Bundle:
     """Change a local bundle. Files that no argument names keep their bytes.
@@ -254,7 +260,8 @@ def amend_bundle(
         parts: Folders to attach, by the part's name: "classifier", "authenticity", "encoder" or "reference". A part that is
             already in the bundle is replaced.
         directions: New directions. They replace all that the bundle has.
-        remove: Names of parts to remove, or "directions".
+        privacy_audit: New content of privacy_audit.json. The card gets a section about it.
+        remove: Names of parts to remove, or "directions" or "privacy_audit".
 
     Raises:
         BundleError: The bundle is not local, a folder in `parts` is not such a part, or the bundle cannot be written.
@@ -265,7 +272,8 @@ def amend_bundle(
     files = {key: folder.read(key, record) for key, record in bundle.files.items()}
     descriptions: dict[str, PartDescription | None] = {key: getattr(bundle, key) for key in _PARTS}
     for name_of_part in remove:
-        descriptions[name_of_part] = None
+        if name_of_part in _PARTS:
+            descriptions[name_of_part] = None
         files = {key: data for key, data in files.items() if not key.startswith(f"{name_of_part}/")}
     for name_of_part, place in (parts or {}).items():
         descriptions[name_of_part], data_of = _PARTS[name_of_part].read(place)
@@ -279,14 +287,24 @@ def amend_bundle(
             files[DIRECTIONS] = encode_directions(directions)
     if metrics is not None:
         files[METRICS] = to_json(dict(metrics), METRICS)
+    audit = bundle.privacy_audit
+    if "privacy_audit" in remove:
+        files.pop(PRIVACY_AUDIT, None)
+        audit = None
+    if privacy_audit is not None:
+        audit = dict(privacy_audit)
+        files[PRIVACY_AUDIT] = to_json(audit, PRIVACY_AUDIT)
     new_directions = bundle.directions if directions is None else directions
     changed = (
-        any(descriptions[key] is not getattr(bundle, key) for key in _PARTS) or new_directions is not bundle.directions
+        any(descriptions[key] is not getattr(bundle, key) for key in _PARTS)
+        or new_directions is not bundle.directions
+        or audit is not bundle.privacy_audit
     )
     if model_card is not None or changed:
-        files[CARD] = _card(
-            bundle.model_card if model_card is None else model_card, descriptions, new_directions
-        ).encode()
+        card = bundle.model_card if model_card is None else model_card
+        card = _card(card, descriptions, new_directions)
+        # An audit that stays keeps its section: a foreign bundle's file was not checked and may lack what the section names.
+        files[CARD] = (card if audit is bundle.privacy_audit else with_privacy_section(card, audit)).encode()
     fields = {
         "name": name or bundle.name,
         "generator": asdict(bundle.generator),
@@ -365,6 +383,16 @@ def _check_class_names(names: Sequence[str], c_dim: int, where: str) -> None:
             )
     if len({name.casefold() for name in names}) != len(names):
         raise BundleError(f"{where}: class names must differ, also without regard to case: {escape(', '.join(names))}")
+
+
+def _json_object(data: bytes, where: str) -> dict[str, Any]:
+    try:
+        value = parse_json(data)
+    except ValueError as error:
+        raise BundleError(f"{where}: is not JSON that can be used ({error}); get the bundle again") from None
+    if not isinstance(value, dict):
+        raise BundleError(f"{where}: must hold a JSON object")
+    return value
 
 
 def _part(

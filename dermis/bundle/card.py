@@ -1,8 +1,9 @@
-"""The sections of a bundle's card on its parts: one on the classifier, one on index, encoder and directions."""
+"""Sections of a bundle's card: on the classifier, on index, encoder and directions, and on the privacy audit."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from dermis.bundle.classifier import CLASSIFIER_CARD, NOTICE, ClassifierDescription
 from dermis.bundle.directions import Direction
@@ -12,6 +13,7 @@ from dermis.bundle.reference import MINIMUM_GROUP, ReferenceDescription
 
 _CLASSIFIER_BEGIN, _CLASSIFIER_END = "<!-- classifier: written by dermis -->", "<!-- end of classifier -->"
 _LATENT_BEGIN, _LATENT_END = "<!-- latent space: written by dermis -->", "<!-- end of latent space -->"
+_PRIVACY_BEGIN, _PRIVACY_END = "<!-- privacy audit: written by dermis -->", "<!-- end of privacy audit -->"
 
 _REFERENCE_BEGIN, _REFERENCE_END = "<!-- reference: written by dermis -->", "<!-- end of reference -->"
 
@@ -127,3 +129,33 @@ def _directions(directions: Sequence[Direction]) -> str:
         return ""
     names = ", ".join(f"`{direction.name}`" for direction in directions)
     return f"`directions.safetensors` holds {len(directions)} directions to edit along: {names}."
+
+
+def with_privacy_section(card: str, audit: Mapping[str, Any] | None) -> str:
+    """Replace the section on the privacy audit in a bundle's card.
+
+    Args:
+        card: The card, with or without such a section.
+        audit: The audit as JSON values; None removes the section.
+    """
+    before, begin, rest = card.partition(_PRIVACY_BEGIN)
+    after = rest.partition(_PRIVACY_END)[2].lstrip("\n") if begin else ""
+    if audit is None:
+        return before.rstrip("\n") + "\n" + ("\n" + after if after else "") if begin else card
+    subject, verdict = audit["subject"], audit["verdict"]
+    rows = "\n".join(f"| {outcome['rule']} | {outcome['status']} |" for outcome in audit["outcomes"])
+    section = f"""{_PRIVACY_BEGIN}
+## Privacy audit
+
+**Verdict: {verdict["status"]}.** {verdict["text"][:1].upper()}{verdict["text"][1:]}. Measured with {subject["members"]:,}
+training images, {subject["non_members"]:,} held-out images and {subject["generated"]:,} generated ones, before the audit was
+stored here (digest {subject["bundle_digest"][:12]}). `privacy_audit.json` has all numbers: `dermis privacy show`.
+
+| rule | status |
+| --- | --- |
+{rows}
+
+A pass is no proof that nothing is disclosed.
+{_PRIVACY_END}
+"""
+    return before.rstrip("\n") + "\n\n" + section + ("\n" + after if after else "")

@@ -133,7 +133,7 @@ def bootstrap(
     """
     if len(set(labels.tolist())) < 2:
         raise ValueError("metrics need images of both classes")
-    weights = _resampled(labels, list(groups) if groups is not None else None, replicates, seed)
+    weights = resampled(labels, groups, replicates, seed)
     estimates = {}
     for name, metric in metrics.items():
         value = float(metric(labels, probabilities, np.ones((1, len(labels))))[0])
@@ -146,9 +146,19 @@ def bootstrap(
     return estimates
 
 
-def _resampled(labels: Labels, groups: list[str] | None, replicates: int, seed: int) -> Floats:
-    """Return how often each image is in each replicate, [replicates, N]."""
-    names = groups or [str(i) for i in range(len(labels))]
+def resampled(labels: Labels, groups: Sequence[str] | None, replicates: int, seed: int) -> Floats:
+    """Draw replicates of the bootstrap for metrics with weights.
+
+    Args:
+        labels: Labels [N], 0 or 1.
+        groups: Patient of each image; None counts every image as a patient.
+        replicates: Number of replicates.
+        seed: Seed of the resampling.
+
+    Returns:
+        How often each image is in each replicate, [replicates, N].
+    """
+    names = [str(i) for i in range(len(labels))] if groups is None else list(groups)
     _, group = np.unique(names, return_inverse=True)
     ill = np.zeros(group.max() + 1, bool)
     ill[group[labels == 1]] = True

@@ -76,20 +76,7 @@ def new_state(config: GanConfig, device: torch.device) -> GanState:
     """The state of a new run, with random weights that follow from config.seed."""
     torch.manual_seed(config.seed)
     G = Generator(config.generator).to(device)
-    D: Discriminator | ProjectedDiscriminator
-    if config.projected:
-        D = ProjectedDiscriminator(
-            config.c_dim,
-            config.seed,
-            device,
-            config.resolution,
-            config.projected_levels,
-            config.mbstd_group_size if config.projected_mbstd else 0,
-            config.projected_input,
-            config.projected_width,
-        )
-    else:
-        D = Discriminator(config.discriminator).to(device)
+    D = _new_discriminator(config, device)
     return GanState(
         G,
         D,
@@ -101,6 +88,45 @@ def new_state(config: GanConfig, device: torch.device) -> GanState:
         progress=GanProgress(),
         moments=FeatureMoments(config.c_dim, STATISTICS, device) if config.moments_weight else None,
     )
+
+
+def _new_discriminator(config: GanConfig, device: torch.device) -> Discriminator | ProjectedDiscriminator:
+    if not config.projected:
+        return Discriminator(config.discriminator).to(device)
+    return ProjectedDiscriminator(
+        config.c_dim,
+        config.seed,
+        device,
+        config.resolution,
+        config.projected_levels,
+        config.mbstd_group_size if config.projected_mbstd else 0,
+        config.projected_input,
+        config.projected_width,
+    )
+
+
+@dataclass(frozen=True)
+class StoredDiscriminator:
+    """The discriminator of a checkpoint, in eval mode and without gradients."""
+
+    network: Discriminator | ProjectedDiscriminator
+    config: GanConfig
+    dataset_sha256: str
+
+
+def load_stored_discriminator(checkpoint: Path, device: torch.device) -> StoredDiscriminator:
+    """Load the discriminator alone.
+
+    Raises:
+        TrainingError: The file is not the checkpoint of a generator's training.
+    """
+    scalars = read_state(checkpoint)
+    if "adaptive" not in scalars:
+        raise TrainingError(f"{checkpoint}: is not the checkpoint of a training of a generator")
+    config = GanConfig(**scalars["config"])
+    network = _new_discriminator(config, device)
+    load_checkpoint(checkpoint, {"D": network}, {}, {})
+    return StoredDiscriminator(network.eval().requires_grad_(False), config, scalars["dataset_sha256"])
 
 
 def save_state(checkpoint: Path, state: GanState, config: GanConfig, dataset: ImageDataset) -> None:

@@ -1,0 +1,430 @@
+"""Membership inference from generated images, and how the success of attacks is measured.
+
+An attack gives every real image a score; high scores mean "was a training image". Its success is measured by
+
+- the area under the ROC curve (AUC): whether members have higher scores on average;
+- the share of members found at 1 % and 0.1 % false positives: whether a few members can be recognised (Carlini et al., arXiv
+  2112.03570);
+- two permutation tests, which assign patients to members and non-members at random: one of the AUC ("average"), one of the
+  scores beyond the 98th percentile ("few"), which detects a small number of copies that an average hides.
+
+Three attacks use generated images alone:
+
+    distance       -log of the distance to the nearest generated image
+    density ratio  log p_G(x) - log p_R(x), the densities of generated and of other real images around x (van Breugel et al.,
+                   arXiv 2302.12580), both by a Gaussian kernel
+    learned        a classifier of members and non-members on distances to the nearest generated and real images of several
+                   ranks in all feature spaces; the score of an image is that of a classifier that was fitted to other
+                   patients
+
+The reference density p_R uses members and non-members alike, without the image's own patient, so that it treats both equally.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dermis.metrics.classification import Estimate, Floats, Labels, auc, sensitivity_at_specificity
+from dermis.metrics.neighbours import Features, squared_distances
+
+Access = Literal["samples", "generator"]
+Patients = NDArray[np.int64]
+"""Number of the patient of each image, members first, then non-members."""
+
+NEIGHBOURS = 32
+FLOOR = 1e-3  # share of the median distance between real images; smaller distances count as this one
+FALSE_POSITIVES = (0.01, 0.001)
+PERMUTATIONS = 10_000
+HALVES = 200
+TAIL = 0.98
+_RANKS = (1, 2, 5, 10)
+_FOLDS = 5
+_ROWS = 100  # replicates computed at a time
+_PENALTY = 0.01
+
+
+@dataclass(frozen=True)
+class Space:
+    """Features of all images in one feature space."""
+
+    name: str
+    members: Features
+    non_members: Features
+    generated: Features
+
+    @property
+    def real(self) -> Features:
+        """Members first, then non-members."""
+        return np.concatenate([self.members, self.non_members])
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Distances of each real image, [N, k] and ascending."""
+
+    to_generated: Floats
+    generated_indices: NDArray[np.int64]
+    to_real: Floats
+    """To real images of other patients."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores [N] of an attack, members first."""
+
+    attack: str
+    access: Access
+    space: str
+    values: Floats
+
+
+def neighbours_of(space: Space, patients: Patients, *, to_real: Floats | None = None) -> Neighbours:
+    """Find the nearest generated and real images of each real image.
+
+    Args:
+        space: The features.
+        patients: Patient of each real image.
+        to_real: Distances to real images, if they are known already.
+    """
+    k = min(NEIGHBOURS, len(space.generated))
+    to_generated, indices = _nearest(space.real, space.generated, k)
+    if to_real is None:
+        k = min(NEIGHBOURS, len(patients) - int(np.bincount(patients).max()))
+        to_real = _nearest(space.real, space.real, k, patients)[0]
+    return Neighbours(to_generated, indices, to_real)
+
+
+def _nearest(
+    queries: Features, base: Features, k: int, patients: Patients | None = None
+) -> tuple[Floats, NDArray[np.int64]]:
+    """Find the k nearest rows of base; with `patients`, queries and base are one set, and own patients do not count."""
+    distances, indices = np.empty((len(queries), k)), np.empty((len(queries), k), np.int64)
+    names = None if patients is None else torch.from_numpy(patients)
+    for rows, squared in squared_distances(queries, base):
+        if names is not None:
+            squared.masked_fill_(names[rows][:, None] == names[None, :], torch.inf)
+        values, positions = squared.topk(k, dim=1, largest=False)
+        distances[rows], indices[rows] = values.sqrt().numpy(), positions.numpy()
+    return distances, indices
+
+
+def sample_scores(space: Space, neighbours: Neighbours) -> list[Scores]:
+    """Compute the scores of the attacks by distance and by density ratio in one space."""
+    floor = _floor(neighbours)
+    distance = -np.log(np.maximum(neighbours.to_generated[:, 0], floor))
+    return [
+        Scores("distance", "samples", space.name, distance),
+        Scores("density ratio", "samples", space.name, density_ratio(neighbours, len(space.generated))),
+    ]
+
+
+def density_ratio(neighbours: Neighbours, generated: int) -> Floats:
+    """Compute log p_G - log p_R [N] with the kernel exp(-d^2 / 2h^2), h half the median distance of real images.
+
+    The sums are over the nearest 32 images, beyond which the kernel is practically zero.
+    """
+    width = max(float(np.median(neighbours.to_real[:, 0])) / 2, np.finfo(float).tiny)
+    ratio: Floats = _log_kernel_sum(neighbours.to_generated, width) - np.log(generated)
+    ratio = ratio - _log_kernel_sum(neighbours.to_real, width) + np.log(len(neighbours.to_real))
+    return ratio
+
+
+def _log_kernel_sum(distances: Floats, width: float) -> Floats:
+    logs = -np.square(distances / width) / 2
+    greatest = logs[:, :1]
+    total: Floats = greatest[:, 0] + np.log(np.exp(logs - greatest).sum(axis=1))
+    return total
+
+
+def _floor(neighbours: Neighbours) -> float:
+    return max(FLOOR * float(np.median(neighbours.to_real[:, 0])), np.finfo(float).tiny)
+
+
+def learned_scores(
+    neighbours: Sequence[Neighbours], labels: Labels, patients: Patients, *, generated: int, seed: int
+) -> Scores:
+    """Compute the scores of the learned attack.
+
+    Args:
+        neighbours: The neighbours in each space.
+        labels: 1 for members, 0 for non-members.
+        patients: Patient of each image. Images of one patient are in one fold.
+        generated: Number of generated images.
+        seed: Seed of the folds.
+    """
+    columns = []
+    for each in neighbours:
+        floor = _floor(each)
+        for distances in (each.to_generated, each.to_real):
+            columns += [np.log(np.maximum(distances[:, r - 1], floor)) for r in _RANKS if r <= distances.shape[1]]
+        ratio = np.log(np.maximum(each.to_real[:, 0], floor)) - np.log(np.maximum(each.to_generated[:, 0], floor))
+        columns += [ratio, *(np.maximum(ratio - np.quantile(ratio, share), 0) for share in (0.95, 0.99))]
+        columns.append(density_ratio(each, generated))
+    values = cross_validated(np.stack(columns, axis=1), labels, patients, seed=seed)
+    return Scores("learned", "samples", "all", values)
+
+
+def cross_validated(features: Floats, labels: Labels, patients: Patients, *, seed: int) -> Floats:
+    """Score each image by a logistic regression that was fitted to other patients.
+
+    Five folds of whole patients, with members and non-members in equal proportions; both classes have equal weight, and the
+    squared coefficients of standardised features are penalised.
+
+    Args:
+        features: [N, columns].
+        labels: 0 or 1, [N].
+        patients: Patient of each row.
+        seed: Seed of the folds.
+
+    Returns:
+        Log odds of label 1, [N].
+    """
+    spread = features.std(axis=0)
+    x = (features - features.mean(axis=0)) / np.where(spread > 1e-12, spread, 1.0)
+    folds = _folds(labels, patients, seed)
+    values = np.zeros(len(labels))
+    for fold in range(_FOLDS):
+        test = folds == fold
+        if not test.any():
+            continue
+        coefficients = fit_logistic(x[~test], labels[~test])
+        values[test] = x[test] @ coefficients[1:] + coefficients[0]
+    return values
+
+
+def _folds(labels: Labels, patients: Patients, seed: int) -> NDArray[np.int64]:
+    rng = np.random.default_rng(seed)
+    fold_of_patient = np.zeros(patients.max() + 1, np.int64)
+    for label in (0, 1):
+        names = rng.permutation(np.unique(patients[labels == label]))
+        fold_of_patient[names] = np.arange(len(names)) % _FOLDS
+    return np.asarray(fold_of_patient[patients])
+
+
+def fit_logistic(x: Floats, labels: Labels, penalty: float = _PENALTY) -> Floats:
+    """Fit a logistic regression with balanced classes; return the intercept and the coefficients, [1 + columns]."""
+    from scipy.optimize import minimize
+
+    weights = np.where(labels == 1, 0.5 / max(labels.sum(), 1), 0.5 / max((1 - labels).sum(), 1))
+    signs = 2.0 * labels - 1
+
+    def loss(coefficients: Floats) -> tuple[float, Floats]:
+        margins = signs * (x @ coefficients[1:] + coefficients[0])
+        slopes = -weights * signs / (1 + np.exp(np.clip(margins, -500, 500)))
+        value = weights @ np.logaddexp(0, -margins) + penalty / 2 * coefficients[1:] @ coefficients[1:]
+        return float(value), np.concatenate([[slopes.sum()], x.T @ slopes + penalty * coefficients[1:]])
+
+    result = minimize(loss, np.zeros(x.shape[1] + 1), jac=True, method="L-BFGS-B", options={"maxiter": 200})
+    fitted: Floats = result.x
+    return fitted
+
+
+# -- how successful an attack is
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """Share of members that an attack finds at a rate of false positives.
+
+    `share` is None if there are fewer than 1 / `false_positives` non-members, so that the rate cannot be observed; `reason`
+    says so. `expected` is what guessing finds on average.
+    """
+
+    false_positives: float
+    share: Estimate | None
+    expected: float | None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """Success of one attack. Intervals are 95 %, from a bootstrap of whole patients."""
+
+    attack: str
+    access: Access
+    space: str
+    auc: Estimate
+    control_auc: Estimate
+    """AUC of the strongest classifier of members and non-members that sees the images and no generated one."""
+    excess_auc: Estimate
+    """`auc` less the control's AUC, which counts as 0.5 if it is smaller."""
+    halves_auc: Estimate
+    """AUC of one random half of the members against the other: mean, and the range of 95 % of the halves."""
+    recognised: tuple[Recognised, ...]
+    excess_recognised: Estimate | None
+    """Share of members found at 1 % false positives less that of the control (at least that of guessing)."""
+    p_average: float
+    p_few: float
+    adjusted_average: float
+    adjusted_few: float
+    """p-values adjusted over all attacks and both tests by Holm's method."""
+    beats_control_average: bool
+    beats_control_few: bool
+    """Whether the control cannot tell the sets apart, or the interval of the difference to it is above 0."""
+
+
+@dataclass(frozen=True)
+class SplitScores:
+    """Scores [N] of the strongest control, and whether it tells members from non-members."""
+
+    values: Floats
+    separates: bool
+
+
+def measure_attacks(
+    attacks: Sequence[Scores],
+    control: SplitScores,
+    labels: Labels,
+    patients: Patients,
+    weights: Floats,
+    *,
+    seed: int,
+    permutations: int = PERMUTATIONS,
+) -> tuple[AttackResult, ...]:
+    """Measure the success of attacks against their control.
+
+    Args:
+        attacks: Scores of each attack.
+        control: The control.
+        labels: 1 for members, 0 for non-members, [N].
+        patients: Patient of each image.
+        weights: Replicates of the bootstrap, [R, N].
+        seed: Seed of the permutations.
+        permutations: Number of permutations.
+    """
+    p_values = permutation_p([each.values for each in attacks], labels, patients, seed=seed, permutations=permutations)
+    adjusted = holm(p_values.ravel()).reshape(p_values.shape)
+    held_out = int((labels == 0).sum())
+    control_auc = replicates_of(auc, labels, control.values, weights)
+    control_found = None
+    if held_out >= 1 / FALSE_POSITIVES[0]:
+        control_found = replicates_of(_found_at(FALSE_POSITIVES[0]), labels, control.values, weights)
+    results = []
+    for i, each in enumerate(attacks):
+        own = replicates_of(auc, labels, each.values, weights)
+        excess = estimate(own - np.maximum(control_auc, 0.5))
+        recognised, excess_found = [], None
+        for rate in FALSE_POSITIVES:
+            if held_out < 1 / rate:
+                reason = f"not measurable with {held_out:,} held-out images; at least {round(1 / rate):,} are needed"
+                recognised.append(Recognised(rate, None, None, reason))
+                continue
+            found = replicates_of(_found_at(rate), labels, each.values, weights)
+            expected = (int(rate * held_out + 1e-9) + 1) / (held_out + 1)
+            recognised.append(Recognised(rate, estimate(found), expected))
+            if rate == FALSE_POSITIVES[0] and control_found is not None:
+                excess_found = estimate(found - np.maximum(control_found, expected))
+        results.append(
+            AttackResult(
+                attack=each.attack,
+                access=each.access,
+                space=each.space,
+                auc=estimate(own),
+                control_auc=estimate(control_auc),
+                excess_auc=excess,
+                halves_auc=halves_auc(each.values[labels == 1], patients[labels == 1], seed=seed),
+                recognised=tuple(recognised),
+                excess_recognised=excess_found,
+                p_average=float(p_values[i, 0]),
+                p_few=float(p_values[i, 1]),
+                adjusted_average=float(adjusted[i, 0]),
+                adjusted_few=float(adjusted[i, 1]),
+                beats_control_average=not control.separates or excess.low > 0,
+                beats_control_few=not control.separates or (excess_found is not None and excess_found.low > 0),
+            )
+        )
+    return tuple(results)
+
+
+def replicates_of(
+    metric: Callable[[Labels, Floats, Floats], Floats], labels: Labels, scores: Floats, weights: Floats
+) -> Floats:
+    """Compute a metric for all images and then for each row of weights [R, N]: [1 + R]."""
+    rows = [np.ones((1, len(labels))), *(weights[i : i + _ROWS] for i in range(0, len(weights), _ROWS))]
+    return np.concatenate([metric(labels, scores, part) for part in rows])
+
+
+def estimate(values: Floats, level: float = 0.95) -> Estimate:
+    """Make an estimate of a value and its replicates, [1 + R]."""
+    low, high = np.quantile(values[1:], [(1 - level) / 2, (1 + level) / 2])
+    return Estimate(float(values[0]), float(low), float(high))
+
+
+def _found_at(rate: float) -> Callable[[Labels, Floats, Floats], Floats]:
+    def found(labels: Labels, scores: Floats, weights: Floats) -> Floats:
+        return sensitivity_at_specificity(labels, scores, weights, specificity=1 - rate)
+
+    return found
+
+
+def halves_auc(scores: Floats, patients: Patients, *, seed: int, halves: int = HALVES) -> Estimate:
+    """Compute the AUC of one random half of the members' patients against the other: mean and range of 95 %."""
+    rng = np.random.default_rng(seed)
+    names, group = np.unique(patients, return_inverse=True)
+    areas = []
+    for _ in range(halves):
+        labels = (rng.permutation(len(names)) % 2)[group]
+        if 0 < labels.sum() < len(labels):
+            areas.append(float(auc(labels, scores)[0]))
+    if not areas:
+        return Estimate(0.5, 0.0, 1.0)
+    return Estimate(float(np.mean(areas)), *(float(np.quantile(areas, share)) for share in (0.025, 0.975)))
+
+
+def permutation_p(
+    scores: Sequence[Floats], labels: Labels, patients: Patients, *, seed: int, permutations: int = PERMUTATIONS
+) -> Floats:
+    """Compute one-sided p-values [attacks, 2] of the AUC and of the scores beyond the 98th percentile.
+
+    Patients are assigned to members and non-members at random, as many to each as there are. The statistics are the mean rank
+    of members less that of non-members, and the same for the amount by which scores exceed the percentile of all images,
+    which is limited so that a single image does not dominate. The tests are exact if the patients were divided at random.
+    """
+    from scipy.stats import rankdata
+
+    columns = []
+    for values in scores:
+        columns += [rankdata(values) / len(values), tail_excess(values)]
+    table = np.stack(columns, axis=1)
+    _, group = np.unique(patients, return_inverse=True)
+    of_group = np.zeros(group.max() + 1, bool)
+    of_group[group[labels == 1]] = True
+    total = table.sum(axis=0)
+
+    def statistic(members: Floats) -> Floats:
+        count = members.sum(axis=1, keepdims=True)
+        sums = members @ table
+        difference: Floats = sums / np.maximum(count, 1) - (total - sums) / np.maximum(len(labels) - count, 1)
+        return difference
+
+    observed = statistic(labels[None].astype(np.float64))
+    rng = np.random.default_rng(seed)
+    as_large = np.zeros(table.shape[1])
+    for start in range(0, permutations, _ROWS):
+        rows = min(_ROWS, permutations - start)
+        drawn = rng.permuted(np.tile(of_group, (rows, 1)), axis=1)
+        as_large += (statistic(drawn[:, group].astype(np.float64)) >= observed - 1e-12).sum(axis=0)
+    p: Floats = ((1 + as_large) / (1 + permutations)).reshape(len(scores), 2)
+    return p
+
+
+def tail_excess(scores: Floats) -> Floats:
+    """Return by how much each score exceeds the 98th percentile, at most three times that percentile's gap to the median."""
+    middle, tail = np.quantile(scores, [0.5, TAIL])
+    excess: Floats = np.clip(scores - tail, 0, 3 * max(tail - middle, np.finfo(float).tiny))
+    return excess
+
+
+def holm(p_values: Floats) -> Floats:
+    """Adjust p-values for multiple testing by Holm's method (1979): the chance of any false alarm stays below the level."""
+    order = np.argsort(p_values, kind="stable")
+    steps = p_values[order] * np.arange(len(p_values), 0, -1)
+    adjusted = np.empty(len(p_values))
+    adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1.0)
+    return adjusted

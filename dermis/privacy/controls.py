@@ -1,0 +1,77 @@
+"""Controls: what tells members from non-members without any generated image.
+
+If a classifier that sees only the images can tell the sets apart, they are not two random parts of one population, and an
+attack can succeed although the generator discloses nothing (Duan et al., arXiv 2402.07841; Meeus et al., arXiv 2406.17975).
+So an attack counts only if it is better than this classifier. A fair split also has halves of the members that cannot be told
+apart; `attacks.halves_auc` computes that control.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dermis.metrics.classification import Estimate, Floats, Labels, auc
+from dermis.metrics.neighbours import Features
+from dermis.privacy.attacks import (
+    Patients,
+    Space,
+    SplitScores,
+    cross_validated,
+    estimate,
+    permutation_p,
+    replicates_of,
+)
+
+COMPONENTS = 64
+LEVEL = 0.05
+
+
+@dataclass(frozen=True)
+class SplitControl:
+    """The classifier of the split in the space where it is strongest.
+
+    `p` is the p-value of its AUC, adjusted for the number of spaces by Bonferroni's method; `separates` is whether it is
+    below 0.05.
+    """
+
+    space: str
+    auc: Estimate
+    p: float
+    separates: bool
+
+
+def split_control(
+    spaces: Sequence[Space], labels: Labels, patients: Patients, weights: Floats, *, seed: int
+) -> tuple[SplitControl, SplitScores]:
+    """Train a classifier of members and non-members on the features of the images, cross-validated by patient.
+
+    Args:
+        spaces: The feature spaces. In each, up to 64 principal components are used.
+        labels: 1 for members, 0 for non-members.
+        patients: Patient of each image.
+        weights: Replicates of the bootstrap, [R, N].
+        seed: Seed of folds and permutations.
+    """
+    scores = [cross_validated(principal_components(space.real), labels, patients, seed=seed) for space in spaces]
+    p_values = permutation_p(scores, labels, patients, seed=seed)[:, 0]
+    areas = [float(auc(labels, values)[0]) for values in scores]
+    best = int(np.argmax(areas))
+    p = float(min(1.0, p_values.min() * len(spaces)))
+    control = SplitControl(spaces[best].name, estimate(replicates_of(auc, labels, scores[best], weights)), p, p < LEVEL)
+    return control, SplitScores(scores[best], control.separates)
+
+
+def principal_components(features: Features, count: int = COMPONENTS) -> Floats:
+    """Project features [N, dim] on their first principal components, [N, min(count, dim, N - 1)]."""
+    import scipy.linalg
+
+    x = np.asarray(features, np.float64)
+    x = x - x.mean(axis=0)
+    dim = x.shape[1]
+    count = min(count, dim, max(len(x) - 1, 1))
+    vectors = scipy.linalg.eigh(x.T @ x, subset_by_index=(dim - count, dim - 1))[1]
+    projected: Floats = x @ vectors
+    return projected

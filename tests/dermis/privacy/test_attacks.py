@@ -1,0 +1,233 @@
+"""Tests of the attacks, bounds and rules of a privacy audit on simulated features."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from dermis.errors import DataError
+from dermis.privacy.attacks import Scores, Space, holm, neighbours_of, permutation_p
+from dermis.privacy.audit import Evidence, PrivacyAudit, Subject, run_audit
+from dermis.privacy.epsilon import bound_from_guesses, epsilon_bound
+from dermis.privacy.power import detectable_share
+from dermis.privacy.questions import Attribute
+from dermis.privacy.report import audit_report
+from dermis.privacy.verdict import RULES, Outcome, rules_of, verdict_of
+
+Features = NDArray[np.float32]
+
+MEMBERS, HELD_OUT, DIM, LATENT = 1000, 500, 128, 16
+
+
+def _population(seed: int, count: int) -> Features:
+    """Features [count, 128] around a curved surface of 16 dimensions, as those of images are."""
+    mixing = np.random.default_rng(7)
+    slow, fast = mixing.normal(size=(2, LATENT, DIM))
+    rng = np.random.default_rng(seed)
+    z = rng.normal(size=(count, LATENT))
+    x: Features = (np.tanh(z @ slow / 4) + 0.3 * np.sin(z @ fast) + 0.05 * rng.normal(size=(count, DIM))).astype(
+        np.float32
+    )
+    return x
+
+
+def _noisy(images: Features, seed: int = 0) -> Features:
+    copies: Features = (images + np.random.default_rng(seed).normal(0, 0.1, images.shape)).astype(np.float32)
+    return copies
+
+
+def _audit(
+    members: Features,
+    held_out: Features,
+    generated: Features,
+    *,
+    classes: tuple[list[str], list[str]] | None = None,
+    generator_scores: tuple[Scores, ...] = (),
+    scope: str = "dataset",
+) -> PrivacyAudit:
+    spaces = [
+        Space(name, members[:, part], held_out[:, part], generated[:, part])
+        for name, part in (("one", slice(None, DIM // 2)), ("two", slice(DIM // 2, None)))
+    ]
+    real = len(members) + len(held_out)
+    subject = Subject(
+        scope=scope,  # type: ignore[arg-type]
+        bundle_name="simulated",
+        bundle_digest="0" * 64,
+        dataset_digest=None,
+        generated=len(generated),
+        members=len(members),
+        member_patients=len(members),
+        members_sha256="1" * 64,
+        members_are_training_set=True,
+        non_members=len(held_out),
+        non_member_patients=len(held_out),
+        non_members_sha256="2" * 64,
+        spaces={"one": "one", "two": "two"},
+        seed=0,
+    )
+    if classes is None:
+        rng = np.random.default_rng(3)
+        classes = (rng.choice(["a", "b"], real).tolist(), rng.choice(["a", "b"], len(generated)).tolist())
+    copies = _noisy(members[: round(0.02 * len(members))], seed=9)
+    planted = {"one": copies[:, : DIM // 2], "two": copies[:, DIM // 2 :]}
+    evidence = Evidence(
+        spaces, [f"patient-{i}" for i in range(real)], generator_scores, [Attribute("class", *classes)], planted
+    )
+    return run_audit(subject, evidence, replicates=200)
+
+
+def _statuses(audit: PrivacyAudit) -> dict[str, str]:
+    return {outcome.rule: outcome.status for outcome in audit.outcomes}
+
+
+def test_honest_generator_passes_every_rule() -> None:
+    audit = _audit(_population(1, MEMBERS), _population(2, HELD_OUT), _population(3, MEMBERS))
+    assert (audit.verdict.status, audit.verdict.complete) == ("pass", True), audit.verdict
+    assert set(_statuses(audit)) == {rule.id for rule in rules_of("dataset")}
+    assert all(attack.halves_auc.low < 0.5 < attack.halves_auc.high for attack in audit.attacks)
+    at_one_in_a_thousand = audit.attacks[0].recognised[1]
+    assert at_one_in_a_thousand.share is None
+    assert at_one_in_a_thousand.reason.startswith("not measurable with 500 held-out images")
+
+
+def test_generator_that_memorises_on_purpose_fails() -> None:
+    members, held_out = _population(1, MEMBERS), _population(2, HELD_OUT)
+    rng = np.random.default_rng(3)
+    of_real = rng.choice(["a", "b"], MEMBERS + HELD_OUT).tolist()
+    audit = _audit(members, held_out, _noisy(members), classes=(of_real, of_real[:MEMBERS]))
+    failed = {rule for rule, status in _statuses(audit).items() if status == "fail"}
+    expected = {"samples-average", "samples-few", "disclosures", "epsilon", "singling-out", "linkability", "inference"}
+    assert failed == expected and audit.verdict.status == "fail"
+    assert audit.epsilon is not None and audit.epsilon.value > 3
+    assert all(attack.auc.low > 0.95 and attack.excess_auc.low > 0.4 for attack in audit.attacks)
+
+
+def test_two_percent_near_copies_are_caught_with_500_held_out_images() -> None:
+    members, held_out, generated = _population(11, 2000), _population(12, HELD_OUT), _population(13, 1960)
+    audit = _audit(members, held_out, np.concatenate([generated, _noisy(members[100:140])]))
+    assert audit.verdict.status == "fail" and _statuses(audit)["samples-few"] == "fail", audit.verdict
+    assert max(attack.auc.value for attack in audit.attacks) < 0.6, "an average hides them"
+
+
+def test_attack_on_sets_of_different_populations_does_not_count() -> None:
+    held_out = (0.8 * _population(2, HELD_OUT) + 0.15).astype(np.float32)
+    audit = _audit(_population(1, MEMBERS), held_out, _population(3, MEMBERS))
+    assert max(attack.auc.value for attack in audit.attacks) > 0.8, "the attack seems to succeed"
+    assert audit.control.separates and not any(attack.beats_control_average for attack in audit.attacks)
+    statuses = _statuses(audit)
+    assert {statuses[rule] for rule in ("samples-average", "samples-few", "epsilon")} == {"not measured"}
+    assert (audit.verdict.status, audit.verdict.complete) == ("warn", False)
+
+
+def test_attack_on_the_generator_is_judged_by_its_own_rule() -> None:
+    members, held_out, generated = _population(1, MEMBERS), _population(2, HELD_OUT), _population(3, MEMBERS)
+    values = np.random.default_rng(0).normal(size=MEMBERS + HELD_OUT)
+    values[:MEMBERS] += 1
+    scores = (Scores("discriminator", "generator", "logit", values),)
+    audit = _audit(members, held_out, generated, generator_scores=scores, scope="bundle")
+    assert {rule for rule, status in _statuses(audit).items() if status == "fail"} >= {"generator-average"}
+    assert _statuses(audit)["samples-average"] == "pass"
+    without = _audit(members, held_out, generated, scope="bundle")
+    assert _statuses(without)["generator-average"] == "not measured"
+    assert (without.verdict.status, without.verdict.complete) == ("warn", False)
+
+
+def test_result_round_trips_and_refuses_newer_formats() -> None:
+    audit = _audit(_population(1, 100), _population(2, 100), _population(3, 100))
+    values = json.loads(json.dumps(audit.to_json(), allow_nan=False))
+    assert PrivacyAudit.from_json(values) == audit
+    with pytest.raises(DataError, match="format 2.*newer dermis"):
+        PrivacyAudit.from_json(values | {"format_version": 2})
+    with pytest.raises(DataError, match="verdict"):
+        PrivacyAudit.from_json({key: value for key, value in values.items() if key != "verdict"})
+    text = audit_report(audit)
+    assert "patient-" not in text + json.dumps(values)
+    assert text.index("**Verdict:") < text.index("## Rules") < text.index("## Attacks") < text.index("## Limits")
+
+
+def test_patients_in_both_sets_are_refused() -> None:
+    spaces = [Space("one", *(_population(i, 60) for i in range(3)))]
+    subject = _audit(_population(1, 60), _population(2, 60), _population(3, 60)).subject
+    with pytest.raises(DataError, match="1 patients"):
+        run_audit(subject, Evidence(spaces, [f"p{i % 119}" for i in range(120)]))
+
+
+@given(st.dictionaries(st.sampled_from([rule.id for rule in RULES]), st.sampled_from(["pass", "warn", "not measured"])))
+def test_what_was_not_measured_never_passes(statuses: dict[str, str]) -> None:
+    outcomes = [Outcome(rule, status, "") for rule, status in statuses.items()]  # type: ignore[arg-type]
+    verdict = verdict_of(outcomes, "bundle")
+    measured = all(statuses.get(rule.id, "not measured") != "not measured" for rule in RULES)
+    assert verdict.complete == measured and (measured or (verdict.status == "warn" and "incomplete" in verdict.text))
+    failed = verdict_of([*outcomes, Outcome("epsilon", "fail", "")], "bundle")
+    assert failed.status == "fail"
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.sampled_from([0.0, 0.5, 1.0, 2.0, 3.0]), st.integers(0, 1000))
+def test_epsilon_of_randomized_response_is_not_exceeded(epsilon: float, seed: int) -> None:
+    """Every image's membership is answered truthfully with probability e^epsilon / (1 + e^epsilon), the worst case."""
+    trials, count, confidence = 40, 400, 0.95
+    rng = np.random.default_rng(seed)
+    labels = np.repeat(np.array([1, 0]), count)
+    truthful = math.exp(epsilon) / (1 + math.exp(epsilon))
+    above = np.zeros(2)
+    for trial in range(trials):
+        answers = np.where(rng.random(2 * count) < truthful, labels, 1 - labels).astype(np.float64)
+        bound = epsilon_bound(
+            {"answer": answers}, labels, np.arange(2 * count), delta=0.0, confidence=confidence, seed=trial
+        )
+        assert bound is not None
+        above += (bound.from_rates > epsilon, bound.from_pairs > 2 * epsilon)
+    # With probability 0.9999 a Binomial(40, 0.05) is at most 9. A pair of two independent answers has twice the epsilon.
+    assert above.max() <= 9
+
+
+def test_bounds_are_large_for_certain_attacks_and_zero_for_guesses() -> None:
+    labels, rng = np.repeat(np.array([1, 0]), 500), np.random.default_rng(0)
+    certain = epsilon_bound({"a": labels + rng.normal(0, 0.01, 1000)}, labels, np.arange(1000))
+    guess = epsilon_bound({"a": rng.normal(size=1000)}, labels, np.arange(1000))
+    assert certain is not None and guess is not None
+    assert certain.from_rates > 4 and certain.from_pairs > 4 and guess.value < 0.5
+    low = 0.05 ** (1 / 100)
+    assert math.isclose(bound_from_guesses(100, 100, error=0.05), math.log(low / (1 - low)), rel_tol=1e-9)
+    assert epsilon_bound({"a": rng.normal(size=60)}, labels[470:530], np.arange(60)) is None
+
+
+def test_permutations_of_patients_are_exact_where_images_are_repeated() -> None:
+    """With 20 equal images of each patient, a test of images would reject far too often."""
+    rng, p_values = np.random.default_rng(0), []
+    for trial in range(60):
+        patients = np.repeat(np.arange(60), 20)
+        labels = np.repeat(rng.permutation(60) < 30, 20).astype(np.int64)
+        scores = np.repeat(rng.normal(size=60), 20)
+        p_values.append(permutation_p([scores], labels, patients, seed=trial, permutations=200)[0])
+    assert 0.3 < np.mean(p_values) < 0.75 and np.mean(np.array(p_values) < 0.05) < 0.15
+
+
+def test_neighbours_leave_out_images_of_the_same_patient() -> None:
+    base = _population(1, 40)
+    space = Space("one", np.concatenate([base, base]), _population(2, 60), _population(3, 50))
+    patients = np.concatenate([np.arange(40), np.arange(40), np.arange(40, 100)])
+    assert (neighbours_of(space, patients).to_real[:40, 0] > 0.1).all()
+    assert (neighbours_of(space, np.arange(140)).to_real[:40, 0] == 0).all()
+
+
+def test_holm_and_power_agree_with_known_values() -> None:
+    np.testing.assert_allclose(holm(np.array([0.01, 0.04, 0.03])), [0.03, 0.06, 0.06])
+    # 28 of 2,000 members on top of 500 others: 0.8^28 is about 0.0017.
+    share = detectable_share(2000, 500, 0.002)
+    assert share == pytest.approx(28 / 2000)
+    assert detectable_share(20, 500, 1e-40) is None
+
+
+def test_subject_has_no_path() -> None:
+    subject = _audit(_population(1, 60), _population(2, 60), _population(3, 60)).subject
+    assert not any("/" in str(value) for value in vars(replace(subject, spaces={})).values())

@@ -1,0 +1,175 @@
+"""Tests of `dermis privacy` on a tiny bundle and tiny folders."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+from typer.testing import CliRunner
+
+import dermis.features
+from commands.main import app
+from dermis.bundle import amend_bundle, open_bundle
+from dermis.errors import BundleError, DataError, DermisError, RequestError
+from dermis.features import FeatureExtractor
+from dermis.synthesizer import Synthesizer
+from tiny import make_bundle
+
+LABELS = [0] * 50 + [1] * 30
+
+
+def _quarters(images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Means over the 16 squares of an image: a feature space of 48 dimensions."""
+    n, side = len(images), images.shape[1] // 4
+    return images.reshape(n, 4, side, 4, side, 3).mean(axis=(2, 4)).reshape(n, 48).astype(np.float32)
+
+
+def _extremes(images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Largest values in the 16 squares of an image."""
+    n, side = len(images), images.shape[1] // 4
+    return images.reshape(n, 4, side, 4, side, 3).max(axis=(2, 4)).reshape(n, 48).astype(np.float32)
+
+
+def _folder(
+    out: Path, images: NDArray[np.uint8], labels: Sequence[int], first: int = 0, patients: int | None = None
+) -> Path:
+    """An ISIC-layout folder; `patients` is the number of the first patient."""
+    out.mkdir()
+    rows = ["isic_id,target,patient_id,sex"]
+    for i, (image, label) in enumerate(zip(images, labels, strict=True), start=first):
+        Image.fromarray(image).save(out / f"ISIC_{i:07d}.png")
+        patient = "" if patients is None else f"anna{patients + (i - first) // 2}"
+        rows.append(f"ISIC_{i:07d},{('benign', 'malignant')[label]},{patient},{('female', 'male')[i % 3 == 0]}")
+    (out / "metadata.csv").write_text("\n".join(rows) + "\n")
+    return out
+
+
+@pytest.fixture
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path, Path]:
+    """A bundle, members and non-members: samples of two halves of the indices of a seed that is not audited."""
+    for name, extract in (("quarters", _quarters), ("extremes", _extremes)):
+        space = FeatureExtractor(name, f"{name}/1", 48, extract, None)
+        monkeypatch.setitem(dermis.features.EXTRACTORS, name, lambda device, space=space: space)
+    bundle = make_bundle(tmp_path / "bundle")
+    with Synthesizer(bundle, device="cpu") as synthesizer:
+        images = synthesizer.images([99] * 160, list(range(160)), LABELS * 2)
+    return (
+        tmp_path / "bundle",
+        _folder(tmp_path / "members", images[:80], LABELS, patients=0),
+        _folder(tmp_path / "others", images[80:], LABELS, first=500, patients=100),
+    )
+
+
+def _run(folders: tuple[Path, Path, Path], out: Path, *arguments: object) -> str:
+    bundle, members, others = folders
+    common = ("--bundle", bundle, "--members", members, "--non-members", others, "--device", "cpu", "--out", out)
+    spaces = ("--extractor", "quarters", "--extractor", "extremes", "--cache", out.parent / "cache")
+    result = CliRunner().invoke(app, ["privacy", "audit", *map(str, (*common, *spaces, *arguments))])
+    if result.exception is not None:
+        raise result.exception
+    return result.output
+
+
+def test_audit_of_a_bundle_is_written_attached_and_shown(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    before = open_bundle(folders[0])
+    output = _run(folders, tmp_path / "out", "--attach")
+    document = json.loads((tmp_path / "out" / "audit.json").read_text())
+    text = (tmp_path / "out" / "AUDIT.md").read_text()
+    statuses = {outcome["rule"]: outcome["status"] for outcome in document["outcomes"]}
+    assert statuses["generator-average"] == "not measured", "there is neither an encoder nor a discriminator"
+    assert (document["verdict"]["status"], document["verdict"]["complete"]) == ("warn", False)
+    assert statuses["training-set"] == "warn" and "does not name its training set" in text
+    assert (document["subject"]["member_patients"], document["subject"]["non_member_patients"]) == (40, 40)
+    assert {answer["subject"] for answer in document["answers"]} >= {"images", "class", "sex"}
+    for leak in ("ISIC_", "anna", str(tmp_path)):
+        assert leak not in text + json.dumps(document)
+
+    after = open_bundle(folders[0])
+    assert after.privacy_audit == document and document["subject"]["bundle_digest"] == before.digest != after.digest
+    assert (
+        "## Privacy audit" in after.model_card and "**Verdict: warn.**" in after.model_card and after.digest in output
+    )
+    shown = CliRunner().invoke(app, ["privacy", "show", str(folders[0])])
+    assert shown.exit_code == 0 and shown.output == text
+    removed = amend_bundle(after, remove=["privacy_audit"])
+    assert removed.privacy_audit is None and removed.model_card == before.model_card
+    assert removed.digest == before.digest
+    again = tmp_path / "again"
+    _run(folders, again)
+    assert json.loads((again / "audit.json").read_text()) == document, "the result depends on the seed only"
+
+
+def test_dataset_of_copies_fails(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    images = np.stack([np.array(Image.open(file)) for file in sorted(folders[1].glob("*.png"))])
+    changed = np.clip(images.astype(int) + np.random.default_rng(0).integers(-2, 3, images.shape), 0, 255)
+    copies = _folder(tmp_path / "copies", changed.astype(np.uint8), LABELS, first=900)
+    output = _run(folders, tmp_path / "out", "--dataset", copies)
+    document = json.loads((tmp_path / "out" / "audit.json").read_text())
+    statuses = {outcome["rule"]: outcome["status"] for outcome in document["outcomes"]}
+    assert output.startswith("fail:") or "\nfail:" in output
+    assert document["subject"]["scope"] == "dataset" and "generator-average" not in statuses
+    assert statuses["samples-average"] == "fail" and statuses["power"] == "warn", "80 images cannot show a few copies"
+
+
+def test_discriminator_of_a_training_state_is_attacked(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    import torch
+
+    from training.data.isic import load_isic
+    from training.gan.config import auto_config
+    from training.gan.state import new_state, save_state
+
+    config = auto_config(16, 2, channel_base=256, channel_max=16, z_dim=16, w_dim=16)
+    dataset = load_isic(folders[1], 16, progress=False)
+    state = new_state(config, torch.device("cpu"))
+    save_state(tmp_path / "checkpoint.safetensors", state, config, dataset)
+    _run(folders, tmp_path / "out", "--training-state", tmp_path / "checkpoint.safetensors", "--projection-steps", 1)
+    document = json.loads((tmp_path / "out" / "audit.json").read_text())
+    attacks = {attack["attack"]: attack for attack in document["attacks"]}
+    assert {"discriminator", "optimised projection"} <= attacks.keys()
+    assert attacks["discriminator"]["access"] == "generator" and 0.3 < attacks["discriminator"]["auc"]["value"] < 0.7
+    statuses = {outcome["rule"]: outcome["status"] for outcome in document["outcomes"]}
+    assert statuses["generator-average"] == "pass"
+
+
+def test_unfit_arguments_are_refused(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    bundle, members, _ = folders
+    pixels = np.zeros((80, 16, 16, 3), np.uint8) + np.arange(80, dtype=np.uint8)[:, None, None, None]
+    shared = _folder(tmp_path / "shared", pixels, LABELS, first=700, patients=39)
+    with pytest.raises(DataError, match=r"--non-members: 1 patients or lesions also have images in --members"):
+        _run((bundle, members, shared), tmp_path / "out")
+    with pytest.raises(DataError, match=r"--non-members: 80 of its images are also in --members"):
+        _run((bundle, members, members), tmp_path / "out")
+    few = _folder(tmp_path / "few", pixels[:20], LABELS[:20], first=800)
+    with pytest.raises(DataError, match="--non-members: 20 images are too few"):
+        _run((bundle, members, few), tmp_path / "out")
+    for arguments in (("--dataset", few, "--attach"), ("--count", 3), ("--dataset", few, "--count", 60)):
+        with pytest.raises(RequestError):
+            _run(folders, tmp_path / "out", *arguments)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(DermisError, match="has no privacy audit"):
+        raise CliRunner().invoke(app, ["privacy", "show", str(bundle)]).exception or AssertionError
+
+
+def test_bundle_with_a_foreign_audit_opens_and_show_refuses_it(folders: tuple[Path, Path, Path]) -> None:
+    opened = open_bundle(folders[0])
+    amend_bundle(
+        opened,
+        privacy_audit={
+            "subject": {"members": 1, "non_members": 1, "generated": 1, "bundle_digest": ""},
+            "verdict": {"status": "pass", "text": "."},
+            "outcomes": [],
+        },
+    )
+    amended = open_bundle(folders[0])
+    assert amend_bundle(amended, name="other").privacy_audit is not None
+    result = CliRunner().invoke(app, ["privacy", "show", str(folders[0])])
+    assert isinstance(result.exception, DataError) and "is not a privacy audit" in str(result.exception)
+    file = folders[0] / "privacy_audit.json"
+    file.write_text("[]")
+    with pytest.raises(BundleError, match="differs from what"):
+        open_bundle(folders[0])
