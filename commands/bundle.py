@@ -24,6 +24,7 @@ class RemovablePart(StrEnum):
     CLASSIFIER = "classifier"
     AUTHENTICITY = "authenticity"
     ENCODER = "encoder"
+    COPIES = "copies"
     DIRECTIONS = "directions"
 
 
@@ -121,6 +122,8 @@ def verify(
     if opened.authenticity is not None:
         _try_index(opened)
     load_encoder(opened, device="cpu")
+    if opened.copies is not None:
+        _try_copy_detector(opened)
     typer.echo(f"{bundle}: {len(opened.files)} files are intact: {opened.name}@{opened.digest}")
 
 
@@ -166,9 +169,10 @@ def detach(
         list[RemovablePart], typer.Argument(metavar="PART...", help="Parts to remove.", show_default=False)
     ],
 ) -> None:
-    """Remove parts from a bundle: classifier, authenticity, encoder or directions. It gets a new digest.
+    """Remove parts from a bundle: classifier, authenticity, encoder, copies or directions. It gets a new digest.
 
-    authenticity is the index of training images, which can be removed before a bundle is shared.
+    authenticity is the index of training images and copies the copy detector. Both tell whether an image is a training image, and
+    can be removed before a bundle is shared.
     """
     from dermis.bundle import amend_bundle, open_bundle
     from dermis.errors import RequestError
@@ -186,6 +190,18 @@ def _try_classifier(source: Bundle | Path) -> None:
     from dermis.classifier.onnx_session import Classifier
 
     Classifier(source, device="cpu", threads=1).close()
+
+
+def _try_copy_detector(source: Bundle) -> None:
+    """Raise BundleError if the copy detector cannot be loaded; warn if FAISS is not installed."""
+    import importlib.util
+
+    from dermis.authenticity.copy_detector import CopyDetector
+
+    if importlib.util.find_spec("faiss") is None:
+        typer.echo(f"warning: {source.location}: FAISS is not installed, so the copy detector was not opened", err=True)
+        return
+    CopyDetector(source, device="cpu", threads=1)
 
 
 def _try_index(source: Bundle) -> None:

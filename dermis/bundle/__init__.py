@@ -6,6 +6,7 @@
     classifier/               optional: a classifier (`dermis.bundle.classifier`)
     encoder/                  optional: an encoder from images to latents, for projections (`dermis.bundle.encoder`)
     authenticity/             optional: an index of the training images' embeddings (`dermis.bundle.index`)
+    copies/                   optional: a detector of changed copies of training images (`dermis.bundle.copies`)
     directions.safetensors    optional: named directions of w (`dermis.bundle.directions`)
     metrics.json              measurements of the generator; an empty object if there are none
     MODEL_CARD.md             the model card, and the pictures that it shows

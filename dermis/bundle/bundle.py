@@ -14,6 +14,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from dermis.bundle.card import with_classifier_section, with_latent_section
 from dermis.bundle.classifier import CLASSIFIER_PART, ClassifierDescription
+from dermis.bundle.copies import COPIES_PART, CopiesDescription
 from dermis.bundle.directions import Direction, decode_directions, encode_directions
 from dermis.bundle.encoder import ENCODER_PART, EncoderDescription
 from dermis.bundle.folder import (
@@ -75,10 +76,11 @@ class Bundle:
     authenticity: IndexDescription | None = None
     encoder: EncoderDescription | None = None
     directions: tuple[Direction, ...] = ()
+    copies: CopiesDescription | None = None
 
 
 _PARTS: Mapping[str, PartFormat[PartDescription]] = {
-    part.name: part for part in (CLASSIFIER_PART, INDEX_PART, ENCODER_PART)
+    part.name: part for part in (CLASSIFIER_PART, INDEX_PART, ENCODER_PART, COPIES_PART)
 }
 
 
@@ -150,6 +152,7 @@ def open_bundle(location: str | Path) -> Bundle:
         authenticity=_part(INDEX_PART, files, small, where),
         encoder=_part(ENCODER_PART, files, small, where),
         directions=_directions(small, where, generator),
+        copies=_part(COPIES_PART, files, small, where),
     )
 
 
@@ -248,7 +251,7 @@ def amend_bundle(
         metrics: New content of metrics.json.
         model_card: New model card.
         name: New name of the bundle.
-        parts: Folders to attach, by the part's name: "classifier", "authenticity" or "encoder". A part that is already in
+        parts: Folders to attach, by the part's name: "classifier", "authenticity", "encoder" or "copies". A part that is already in
             the bundle is replaced.
         directions: New directions. They replace all that the bundle has.
         remove: Names of parts to remove, or "directions".
@@ -297,11 +300,13 @@ def amend_bundle(
 def _card(card: str, descriptions: Mapping[str, PartDescription | None], directions: Sequence[Direction]) -> str:
     """Write the sections on the parts into the card."""
     classifier, index, encoder = descriptions["classifier"], descriptions["authenticity"], descriptions["encoder"]
+    copies = descriptions["copies"]
     assert classifier is None or isinstance(classifier, ClassifierDescription)
     assert index is None or isinstance(index, IndexDescription)
     assert encoder is None or isinstance(encoder, EncoderDescription)
+    assert copies is None or isinstance(copies, CopiesDescription)
     card = with_classifier_section(card, classifier)
-    return with_latent_section(card, index, encoder, directions)
+    return with_latent_section(card, index, encoder, directions, copies)
 
 
 # -- reading

@@ -128,6 +128,7 @@ class _PrivacyTallyDocument(_Strict):
     rejected: int
     authentic: int
     flagged: int
+    copies: int | None = None
 
 
 class _PrivacyDocument(_Strict):
