@@ -171,8 +171,8 @@ def detach(
 ) -> None:
     """Remove parts from a bundle: classifier, authenticity, encoder, copies or directions. It gets a new digest.
 
-    authenticity is the index of training images and copies the copy detector. Both tell whether an image is a training image, and
-    can be removed before a bundle is shared.
+    authenticity is the index of training images, and copies is the copy detector. Both tell whether an image is a training
+    image; they can be removed before a bundle is shared.
     """
     from dermis.bundle import amend_bundle, open_bundle
     from dermis.errors import RequestError

@@ -4,10 +4,10 @@ detector = CopyDetector("bundles/demo")
 detector.scores(images) >= COPY  # uint8 [N, R, R, 3]
 
 The network gives a descriptor of the image and of each of its halves (`dermis.authenticity.copy_network`). The margin of a
-descriptor is its cosine similarity to the most similar training image, minus its mean similarity to those of ranks 11 to 20. The
-subtraction is the score normalisation of Pizzi et al. (arXiv 2202.10261, section 3.4) with the training images themselves as
-background: ordinary images, which are similar to many training images, get small margins. The score of an image is the
-larger one of the margin of the whole image and the largest margin of its halves, each divided by its threshold.
+descriptor is its cosine similarity to the most similar training image, minus the mean of its similarities to those of ranks 11
+to 20. The subtraction is the score normalisation of Pizzi et al. (arXiv 2202.10261, section 3.4) with the training images
+themselves as background: an ordinary image, which is similar to many training images, gets a small margin. The score of an
+image is the larger one of the margin of the whole image and the largest margin of its halves, each divided by its threshold.
 """
 
 from __future__ import annotations

@@ -251,8 +251,8 @@ def amend_bundle(
         metrics: New content of metrics.json.
         model_card: New model card.
         name: New name of the bundle.
-        parts: Folders to attach, by the part's name: "classifier", "authenticity", "encoder" or "copies". A part that is already in
-            the bundle is replaced.
+        parts: Folders to attach, by the part's name: "classifier", "authenticity", "encoder" or "copies". A part that
+            is already in the bundle is replaced.
         directions: New directions. They replace all that the bundle has.
         remove: Names of parts to remove, or "directions".
 

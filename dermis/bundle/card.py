@@ -78,8 +78,9 @@ nearer than {index.radii[50]:.3f} to another one, 1 % nearer than {index.radii[1
 def _copies(copies: CopiesDescription | None) -> str:
     if copies is None:
         return ""
-    return f"""`copies/` holds descriptors of {copies.references:,} training images, and a network that recognises changed copies of
-them: mirrored, cropped, recoloured, painted over or joined. Anyone can find training images with it, as with the index."""
+    return f"""`copies/` holds descriptors of {copies.references:,} training images, and a network that recognises changed
+copies of them: mirrored, cropped, recoloured, painted over or joined. Anyone can find training images with it, as with the
+index."""
 
 
 def _near_duplicates(index: IndexDescription) -> str:

@@ -122,8 +122,8 @@ class PrivacyOptions(BaseModel):
     detect_copies: bool = Field(
         True,
         exclude_if=lambda value: value is True,
-        description="Whether an image also fails the gate if the model's copy detector takes it for a changed copy of a training "
-        "image (mirrored, cropped, recoloured, joined, ...). A model without a detector detects none.",
+        description="Whether an image also fails the gate if the model's copy detector takes it for a changed copy of a "
+        "training image (mirrored, cropped, recoloured, joined, ...). A model without a detector detects none.",
     )
     on_reject: Literal["resample", "drop", "flag"] = Field(
         "resample",

@@ -74,7 +74,8 @@ def find_nearest(checkers: Mapping[str, Checker], rows: NDArray[np.uint8]) -> li
 
     Returns:
         float32 [3 + dim] per row: distance, radius, score of the copy detector (NaN without one) and embedding
-        (`dermis.authenticity.index.Nearest`), or a text with the reason why there is none. The number of the nearest training image is not returned.
+        (`dermis.authenticity.index.Nearest`), or a text with the reason why there is none. The number of the nearest training
+        image is not returned.
     """
     results: list[NDArray[np.float32] | str] = [""] * len(rows)
     for digest, positions in _positions(rows).items():

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dermis.authenticity.copy_detector import COPY
 from dermis.authenticity.transformations import JOINS, TRANSFORMATIONS, combined
+from dermis.authenticity.verdict import COPY
 from dermis.imaging import Images
 
 Score = Callable[[Images], NDArray[np.float32]]

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from dermis import __version__
 from dermis.authenticity.copy_detector import (
-    COPY,
     FALSE_ALARMS,
     MIN_REFERENCES,
     CopySearch,
@@ -24,6 +23,7 @@ from dermis.authenticity.copy_detector import (
     scores_of,
 )
 from dermis.authenticity.copy_network import CopyNetwork, network_from
+from dermis.authenticity.verdict import COPY
 from dermis.bundle.copies import WEIGHTS, CopiesDescription, write_copies_folder
 from dermis.cpus import available_cpus
 from dermis.devices import describe_hardware, resolve_device

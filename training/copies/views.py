@@ -24,7 +24,7 @@ from dermis.authenticity.transformations import (
 )
 from dermis.imaging import Images
 
-_JOINED = 4  # every fourth view is joined from two images
+_JOINED = 3  # every third view is joined from two images
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def view_of(image: Images, rng: np.random.Generator) -> Images:
         image = image[:, ::-1]
     image = np.rot90(image, rng.integers(0, 4))
     chances: list[tuple[float, Transformation]] = [
-        (0.55, partial(crop, share=rng.uniform(0.75, 1.0))),
+        (0.6, partial(crop, share=rng.uniform(0.75, 1.0))),
         (0.25, shrink),
         (0.5, recolour),
         (0.5, relight),
@@ -67,7 +67,7 @@ def view_of(image: Images, rng: np.random.Generator) -> Images:
 
 
 def views_of(images: Images, numbers: NDArray[np.int64], rng: np.random.Generator) -> Views:
-    """Return a random view of each of some training images. A quarter of the views is joined with that of the next image.
+    """Return a random view of each of some training images. A third of the views is joined with that of the next image.
 
     Args:
         images: Training images uint8 [M, R, R, 3].
