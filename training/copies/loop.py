@@ -89,7 +89,7 @@ def train(
     network = channels_last(CopyNetwork(config.dim, pretrained=config.pretrained and not resuming).to(device))
     vectors = torch.zeros(len(images), config.dim, device=device)
     if not resuming:
-        vectors = _initialise(network, images, config, device)
+        vectors = initialise(network, images, config, device)
     proxies = Proxies(vectors).to(device)
     optimizer = torch.optim.AdamW(
         [{"params": list(network.parameters())}, {"params": list(proxies.parameters())}],
@@ -123,7 +123,7 @@ def train(
             for group, factor in zip(optimizer.param_groups, (1.0, _PROXY_RATE), strict=True):
                 group["lr"] = rate * factor
             rng = np.random.default_rng([config.seed, progress.step])
-            views = views_of(images, _numbers(len(images), config, progress.step), rng)
+            views = views_of(images, numbers_of(len(images), config, progress.step), rng)
             whole, halves = losses(network, proxies, views, config, device)
             loss = whole + 0.5 * halves
             optimizer.zero_grad(set_to_none=True)
@@ -172,12 +172,12 @@ def losses(
 
 def prepared(pixels: Images, size: int, device: torch.device) -> Tensor:
     """Make the network's input [N, 3, S, S] in [-1, 1] of images uint8 [N, R, R, 3]."""
-    x = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float()
+    x = torch.tensor(pixels, device=device).permute(0, 3, 1, 2).float()
     x = bicubic(x, (size, size)).clamp(0, 255) / 127.5 - 1
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def _numbers(count: int, config: CopiesConfig, step: int) -> np.ndarray:
+def numbers_of(count: int, config: CopiesConfig, step: int) -> np.ndarray:
     """Return the numbers [batch] of the training images of a step. Every epoch has its own random order."""
     first = step * config.batch
     places = np.arange(first, first + config.batch)
@@ -188,7 +188,7 @@ def _numbers(count: int, config: CopiesConfig, step: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def _initialise(network: CopyNetwork, images: Images, config: CopiesConfig, device: torch.device) -> Tensor:
+def initialise(network: CopyNetwork, images: Images, config: CopiesConfig, device: torch.device) -> Tensor:
     """Whiten the pooled features of random views by the last linear map; return the descriptors of all images."""
     rng = np.random.default_rng([config.seed, 2])
     chunks = range(0, len(images), _CHUNK)

@@ -43,7 +43,7 @@ def changed_copies(images: Images, count: int, seed: int) -> Iterator[tuple[str,
         yield name, np.stack(copies)
 
 
-def measure(score: Score, known: Images, others: Images, *, count: int = 500, seed: int = 0) -> Mapping[str, Any]:
+def measure(score: Score, known: Images, others: Images, *, count: int, seed: int = 0) -> Mapping[str, Any]:
     """Measure a detector.
 
     Args:

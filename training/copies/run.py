@@ -35,6 +35,7 @@ from training.copies.measure import measure
 from training.data.images import ImageDataset
 
 FOLDER = "copies"
+MEASURED = 500
 MIN_CALIBRATION = 200
 """Images without which a share of 1 % of false alarms cannot be set: two images."""
 _CHUNK = 32
@@ -56,6 +57,7 @@ def train_copy_detector(
     out: Path,
     *,
     held_out: ImageDataset | None = None,
+    measured: int = MEASURED,
     device: str = "auto",
     resume: bool = False,
     progress_bar: bool = True,
@@ -69,6 +71,7 @@ def train_copy_detector(
         out: Folder of the run. It gets the files of `train`, and the folder `copies`, which is replaced.
         held_out: Real images of other patients than both, to measure with. Without them the detector is measured with the
             images of the calibration, whose share of false alarms is 1 % by construction.
+        measured: Changed copies of each kind to measure with.
         device: Device of the network.
         resume: Continue the run that is in `out`.
         progress_bar: Show a progress bar.
@@ -103,10 +106,12 @@ def train_copy_detector(
     metrics: dict[str, Any] = {
         "measured_on": "calibration" if held_out is None else "held_out",
         "false_alarms_of_calibration": FALSE_ALARMS,
-        "training": measure(detector.scores, real.images, others.images),
+        "training": measure(detector.scores, real.images, others.images, count=measured),
     }
     if held_out is not None:
-        metrics["other_references"] = _measure_generalisation(stored, config.size, held_out.images, calibration.images)
+        metrics["other_references"] = _measure_generalisation(
+            stored, config.size, held_out.images, calibration.images, measured
+        )
     description = CopiesDescription(
         size=config.size,
         dim=config.dim,
@@ -151,7 +156,9 @@ class _Detector:
         return scores_of(self.margins(images), self.whole_threshold, self.half_threshold)
 
 
-def _measure_generalisation(network: CopyNetwork, size: int, held_out: Images, others: Images) -> Mapping[str, Any]:
+def _measure_generalisation(
+    network: CopyNetwork, size: int, held_out: Images, others: Images, count: int
+) -> Mapping[str, Any]:
     """Measure the network with held-out images, which it was not trained on, in the place of the training images.
 
     Half of the other images set the thresholds, and the other half measures the false alarms.
@@ -159,7 +166,7 @@ def _measure_generalisation(network: CopyNetwork, size: int, held_out: Images, o
     detector = _Detector(network, size, references_of(network, held_out, size))
     whole, half = calibrate(detector.margins(others[::2]))
     detector = replace(detector, whole_threshold=whole, half_threshold=half)
-    return measure(detector.scores, held_out, others[1::2])
+    return measure(detector.scores, held_out, others[1::2], count=count)
 
 
 def _check_disjoint(sets: Mapping[str, ImageDataset]) -> None:
