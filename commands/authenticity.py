@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 authenticity_app = typer.Typer(no_args_is_help=True, help="Find images that are copies of training images.")
 
-_COLUMNS = ("file", "authentic", "distance", "percentile", "radius")
+_COLUMNS = ("file", "authentic", "distance", "percentile", "radius", "changed_copy")
 _CHUNK = 64
 _PAIRS = 8
 
@@ -69,8 +69,10 @@ def check(
         for paths, squares in _chunks(files, checker.description.resolution, unreadable):
             verdicts = checker.check(squares)
             columns = (verdicts.authentic, verdicts.distances, verdicts.percentiles, verdicts.radii)
-            for path, authentic, *numbers in zip(paths, *(column.tolist() for column in columns), strict=True):
-                row = (str(path), int(authentic), *(round(number, 4) for number in numbers))
+            changed_copies = [None] * len(paths) if verdicts.copies is None else verdicts.copies.astype(int).tolist()
+            table = zip(paths, changed_copies, *(column.tolist() for column in columns), strict=True)
+            for path, changed_copy, authentic, *numbers in table:
+                row = (str(path), int(authentic), *(round(number, 4) for number in numbers), changed_copy)
                 rows.append(dict(zip(_COLUMNS, row, strict=True)))
             bar.update(len(paths))
     for path, problem in unreadable:
@@ -80,6 +82,7 @@ def check(
         typer.echo(text, nl=False)
     else:
         write_file(out, text.encode())
+    changed = sum(row["changed_copy"] == 1 for row in rows)
     copies = sum(not row["authentic"] for row in rows)
     near = sum(row["percentile"] < 1 for row in rows)
     typer.echo(
@@ -87,12 +90,14 @@ def check(
         "than 99 % of the training images are to any other",
         err=True,
     )
+    if checker.copies is not None:
+        typer.echo(f"{changed:,} are changed copies of training images according to the copy detector", err=True)
     typer.echo(f"baseline: {baseline_sentence(checker.description)}", err=True)
     if (reason := baseline_problem(checker.description)) is not None:
         typer.echo(f"warning: copies may pass: {reason}", err=True)
     if unreadable:
         raise DataError(f"{len(unreadable):,} of {len(files):,} images could not be read and are left out")
-    if strict and copies:
+    if strict and (copies or changed):
         raise typer.Exit(2)
 
 

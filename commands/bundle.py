@@ -35,6 +35,7 @@ class RemovablePart(StrEnum):
     AUTHENTICITY = "authenticity"
     ENCODER = "encoder"
     REFERENCE = "reference"
+    COPIES = "copies"
     DIRECTIONS = "directions"
     PRIVACY_AUDIT = "privacy_audit"
 
@@ -136,6 +137,8 @@ def verify(
     load_encoder(opened, device="cpu")
     if opened.reference is not None:
         read_features(f"{opened.location}/reference", opened.reference)
+    if opened.copies is not None:
+        _try_copy_detector(opened)
     typer.echo(f"{bundle}: {len(opened.files)} files are intact: {opened.name}@{opened.digest}")
 
 
@@ -244,9 +247,10 @@ def detach(
         list[RemovablePart], typer.Argument(metavar="PART...", help="Parts to remove.", show_default=False)
     ],
 ) -> None:
-    """Remove parts from a bundle: classifier, authenticity, encoder, reference, directions or privacy_audit.
+    """Remove parts from a bundle: classifier, authenticity, encoder, copies, reference, directions or privacy_audit.
 
-    authenticity is the index of training images, which can be removed before a bundle is shared.
+    authenticity is the index of training images, and copies is the copy detector. Both tell whether an image is a training
+    image; they can be removed before a bundle is shared.
     """
     from dermis.bundle import amend_bundle, open_bundle
     from dermis.errors import RequestError
@@ -264,6 +268,18 @@ def _try_classifier(source: Bundle | Path) -> None:
     from dermis.classifier.onnx_session import Classifier
 
     Classifier(source, device="cpu", threads=1).close()
+
+
+def _try_copy_detector(source: Bundle) -> None:
+    """Raise BundleError if the copy detector cannot be loaded; warn if FAISS is not installed."""
+    import importlib.util
+
+    from dermis.authenticity.copy_detector import CopyDetector
+
+    if importlib.util.find_spec("faiss") is None:
+        typer.echo(f"warning: {source.location}: FAISS is not installed, so the copy detector was not opened", err=True)
+        return
+    CopyDetector(source, device="cpu", threads=1)
 
 
 def _try_index(source: Bundle) -> None:

@@ -85,6 +85,13 @@ def generate(
     gate_tries: Annotated[
         int | None, typer.Option(help="Maximum number of rejected images for a sample. Default 8.")
     ] = None,
+    detect_copies: Annotated[
+        bool | None,
+        typer.Option(
+            "--detect-copies/--no-detect-copies",
+            help="Whether the gate also rejects changed copies that the bundle's copy detector finds. Default: yes.",
+        ),
+    ] = None,
     score: Annotated[
         bool | None,
         typer.Option("--score/--no-score", help="Write the classifier's probability as a column. Default: yes."),
@@ -128,7 +135,13 @@ def generate(
         "tries": tries,
     }
     fields: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-    privacy = {"gate": gate, "percentile": percentile, "on_reject": on_reject, "tries": gate_tries}
+    privacy = {
+        "gate": gate,
+        "percentile": percentile,
+        "on_reject": on_reject,
+        "tries": gate_tries,
+        "detect_copies": detect_copies,
+    }
     filtering = {name: value for name, value in classifier.items() if value is not None}
     gating = {name: value for name, value in privacy.items() if value is not None}
     if edit:
@@ -290,6 +303,9 @@ def _summary(planned: DatasetPlan, manifest: Manifest) -> str:
         )
         after, before = manifest.privacy.authentic_share_of_images, manifest.privacy.authentic_share_of_candidates
         rejections.append(f"{after:.1%} authentic, before the gate {before:.1%}")
+        if planned.detects_copies:
+            copies = sum(tally.copies or 0 for tally in manifest.privacy.classes.values())
+            rejections.append(f"{copies:,} taken for changed copies")
         if manifest.privacy.weakness is not None:
             rejections.append(f"warning: copies may pass the gate: {manifest.privacy.weakness}")
     if images < planned.samples:
@@ -497,8 +513,9 @@ def _option_texts(request: DatasetRequest) -> dict[str, str]:
     ):
         values |= {f"{name}.{field}": value for field, value in (part or {}).items()}
     texts = {option_of(field): f"{option_of(field)} {value}" for field, value in values.items()}
-    if texts.pop("--score", None):  # only where it differs from the default
-        texts["--no-score"] = "--no-score"
+    for option in ("score", "detect-copies"):
+        if texts.pop(f"--{option}", None):  # only where it differs from the default
+            texts[f"--no-{option}"] = f"--no-{option}"
     texts["--classes"] = "--classes " + ",".join(f"{name}={count}" for name, count in request.classes.items())
     edits = [
         f"--edit {edit.direction}={edit.strength}" + ("" if edit.layers is None else "@{}-{}".format(*edit.layers))

@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -121,7 +122,7 @@ def _lite(name: str) -> Callable[[torch.device], FeatureExtractor]:
         network = channels_last(_lite_network(name).to(device))
         identity = f"{preset.network}/{preset.sha256[:16]}/{preset.size}-bicubic-antialias"
         half = torch.full((3, 1, 1), 127.5)
-        return _assembled(name, identity, device, network, (preset.size, preset.size), _bicubic, half, half)
+        return _assembled(name, identity, device, network, (preset.size, preset.size), bicubic, half, half)
 
     return load
 
@@ -269,7 +270,7 @@ def _timm(name: str, device: torch.device) -> FeatureExtractor:
     # The identity distinguishes them; the label must not have a path of this machine.
     label = f"timm:{model}" + ("@" + Path(file).name if file else "")
     identity = f"{model}/{_digest(network)}/{size[0]}x{size[1]}-bicubic-antialias"
-    return _assembled(label, identity, device, network, size, _bicubic, mean, std)
+    return _assembled(label, identity, device, network, size, bicubic, mean, std)
 
 
 def load_safetensors(network: nn.Module, file: Path) -> None:
@@ -315,20 +316,17 @@ def _assembled(
             features: Tensor = network((resize(images, size).clamp(0, 255) - shift) / scale)
         return features.float()
 
-    by_torch = _by_torch(embed, device)
-    extract: Extract = by_torch
+    fallback = torch_extract(embed, device)
+    extract: Extract = fallback
     if device.type == "cpu" and have_openvino():
-
-        def matrix(source: int, target: int) -> NDArray[np.float32]:
-            resized: NDArray[np.float32] = resize(torch.eye(source)[None, None], (target, source))[0, 0].numpy()
-            return resized
-
-        extract = OpenvinoFeatures(network, size, matrix, mean, std, by_torch)
-    dim = by_torch(np.zeros((1, *size, 3), dtype=np.uint8)).shape[1]
+        extract = OpenvinoFeatures(network, size, partial(resize_matrix, resize), mean, std, fallback)
+    dim = fallback(np.zeros((1, *size, 3), dtype=np.uint8)).shape[1]
     return FeatureExtractor(name, identity, dim, extract, embed)
 
 
-def _by_torch(embed: Callable[[Tensor], Tensor], device: torch.device) -> Extract:
+def torch_extract(embed: Callable[[Tensor], Tensor], device: torch.device) -> Extract:
+    """Make a function from uint8 images [N, H, W, 3] of one of float images [N, 3, H, W] in 0..255."""
+
     @torch.inference_mode()
     def extract(images: NDArray[np.uint8]) -> NDArray[np.float32]:
         return embed(torch.tensor(images, device=device).permute(0, 3, 1, 2).float()).cpu().numpy()
@@ -336,7 +334,13 @@ def _by_torch(embed: Callable[[Tensor], Tensor], device: torch.device) -> Extrac
     return extract
 
 
-def _bicubic(images: Tensor, size: tuple[int, int]) -> Tensor:
+def resize_matrix(resize: Resize, source: int, target: int) -> NDArray[np.float32]:
+    """Return the matrix [target, source] by which `resize` resizes along one side."""
+    matrix: NDArray[np.float32] = resize(torch.eye(source)[None, None], (target, source))[0, 0].numpy()
+    return matrix
+
+
+def bicubic(images: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize by torch's antialiased bicubic filter, whose results can be outside of 0..255 at edges."""
     return F.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False)
 

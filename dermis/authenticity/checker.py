@@ -7,14 +7,18 @@ with Checker("bundles/demo") as checker:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dermis.authenticity.copy_detector import CopyDetector
 from dermis.authenticity.index import Index, Nearest, find_index, open_index
 from dermis.authenticity.verdict import Verdicts, verdicts_of
+from dermis.bundle.copies import DESCRIPTOR as COPIES_DESCRIPTOR
+from dermis.bundle.folder import exists
 from dermis.bundle.index import IndexDescription
 from dermis.classifier.preprocess import batch as squares
 from dermis.errors import BundleError
@@ -114,6 +118,8 @@ class Checker:
     ) -> None:
         where = find_index(source)
         self.index: Index = open_index(source, device=device, threads=threads)
+        self.copies: CopyDetector | None = None
+        """The copy detector of the bundle."""
         description = self.index.description
         if classifier is None and where.endswith("/authenticity"):
             classifier = where.removesuffix("/authenticity") if isinstance(source, str | Path) else source
@@ -123,6 +129,11 @@ class Checker:
             raise BundleError(
                 f"{where}: was built with other weights of the extractor {description.extractor} than the present ones; "
                 "build it again: dermis index build"
+            )
+        bundle = where.removesuffix("/authenticity")
+        if bundle != where and exists(f"{bundle}/copies", COPIES_DESCRIPTOR):
+            self.copies = CopyDetector(
+                bundle if isinstance(source, str | Path) else source, device=device, threads=threads
             )
 
     @property
@@ -137,6 +148,8 @@ class Checker:
 
         versions = {"authenticity": self.description.digest, "faiss": str(import_faiss().__version__)}
         backend = self._embedder.backend
+        if self.copies is not None:
+            versions |= self.copies.identity
         return versions if backend is None else {**versions, "features": backend}
 
     def embed(self, images: Sequence[Images] | Images) -> NDArray[np.float32]:
@@ -144,8 +157,14 @@ class Checker:
         return self._embedder.embed(images, self.description.resolution)
 
     def nearest(self, images: Sequence[Images] | Images) -> Nearest:
-        """Find the nearest training image of each image. The result of an image does not depend on the other images."""
-        return self.index.nearest(self.embed(images))
+        """Find the nearest training image of each image, and score the images with the copy detector if there is one.
+
+        The result of an image does not depend on the other images.
+        """
+        nearest = self.index.nearest(self.embed(images))
+        if self.copies is None:
+            return nearest
+        return replace(nearest, copy_scores=self.copies.scores(squares(images, self.description.resolution)))
 
     def check(self, images: Sequence[Images] | Images) -> Verdicts:
         """Return verdicts on uint8 images [H, W, 3] of any sizes, or on an array [N, H, W, 3]."""

@@ -45,6 +45,8 @@ class Nearest:
     """[N, dim]: the queries in the space of the index, not rounded."""
     neighbours: NDArray[np.int64] | None = None
     """[N]: its number in the index; None if another process has searched."""
+    copy_scores: Floats | None = None
+    """[N]: scores of the copy detector (`dermis.authenticity.copy_detector`); None if there is none."""
 
 
 class Index:

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from dermis.authenticity.index import Nearest
 from dermis.bundle.index import PERCENTILES, IndexDescription
 
+COPY = 1.0
+"""Score of the copy detector from which on an image is a copy."""
 SAME_SHARE = 0.05
 """Share of the typical distance below which two images count as the same image.
 
@@ -36,12 +38,15 @@ class Verdicts:
     authentic: NDArray[np.bool_]
     """Whether the distance to the nearest training image is larger than the radius of that training image (Alaa et al., arXiv
     2102.08921, section 3.3)."""
+    copies: NDArray[np.bool_] | None = None
+    """Whether the copy detector takes the image for a changed copy of a training image; None without a detector."""
 
 
 def verdicts_of(nearest: Nearest, description: IndexDescription) -> Verdicts:
     """Return verdicts on images whose nearest training images are known."""
     percentiles = np.interp(nearest.distances, description.radii, PERCENTILES, left=0, right=100).astype(np.float32)
-    return Verdicts(nearest.distances, nearest.radii, percentiles, nearest.distances > nearest.radii)
+    copies = None if nearest.copy_scores is None else nearest.copy_scores >= COPY
+    return Verdicts(nearest.distances, nearest.radii, percentiles, nearest.distances > nearest.radii, copies)
 
 
 def baseline_problem(description: IndexDescription) -> str | None:

@@ -7,6 +7,7 @@
     encoder/                  optional: an encoder from images to latents, for projections (`dermis.bundle.encoder`)
     authenticity/             optional: an index of the training images' embeddings (`dermis.bundle.index`)
     reference/                optional: statistics of real images, for reports (`dermis.bundle.reference`)
+    copies/                   optional: a detector of changed copies of training images (`dermis.bundle.copies`)
     directions.safetensors    optional: named directions of w (`dermis.bundle.directions`)
     metrics.json              measurements of the generator; an empty object if there are none
     privacy_audit.json        optional: result of a privacy audit (`dermis.privacy.audit`)

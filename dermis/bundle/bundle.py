@@ -19,6 +19,7 @@ from dermis.bundle.card import (
     with_reference_section,
 )
 from dermis.bundle.classifier import CLASSIFIER_PART, ClassifierDescription
+from dermis.bundle.copies import COPIES_PART, CopiesDescription
 from dermis.bundle.directions import Direction, decode_directions, encode_directions
 from dermis.bundle.encoder import ENCODER_PART, EncoderDescription
 from dermis.bundle.folder import (
@@ -83,12 +84,13 @@ class Bundle:
     encoder: EncoderDescription | None = None
     directions: tuple[Direction, ...] = ()
     reference: ReferenceDescription | None = None
+    copies: CopiesDescription | None = None
     privacy_audit: Mapping[str, Any] | None = None
     """Content of privacy_audit.json, which `dermis.privacy.audit` reads; None if the bundle was not audited."""
 
 
 _PARTS: Mapping[str, PartFormat[PartDescription]] = {
-    part.name: part for part in (CLASSIFIER_PART, INDEX_PART, ENCODER_PART, REFERENCE_PART)
+    part.name: part for part in (CLASSIFIER_PART, INDEX_PART, ENCODER_PART, REFERENCE_PART, COPIES_PART)
 }
 
 
@@ -158,6 +160,7 @@ def open_bundle(location: str | Path) -> Bundle:
         privacy_audit=_json_object(small[PRIVACY_AUDIT], f"{where}/{PRIVACY_AUDIT}")
         if PRIVACY_AUDIT in small
         else None,
+        copies=_part(COPIES_PART, files, small, where),
     )
 
 
@@ -257,8 +260,8 @@ def amend_bundle(
         metrics: New content of metrics.json.
         model_card: New model card.
         name: New name of the bundle.
-        parts: Folders to attach, by the part's name: "classifier", "authenticity", "encoder" or "reference". A part that is
-            already in the bundle is replaced.
+        parts: Folders to attach, by the part's name: "classifier", "authenticity", "encoder", "reference" or "copies". A part
+            that is already in the bundle is replaced.
         directions: New directions. They replace all that the bundle has.
         privacy_audit: New content of privacy_audit.json. The card gets a section about it.
         remove: Names of parts to remove, or "directions" or "privacy_audit".
@@ -318,13 +321,15 @@ def amend_bundle(
 def _card(card: str, descriptions: Mapping[str, PartDescription | None], directions: Sequence[Direction]) -> str:
     """Write the sections on the parts into the card."""
     classifier, index, encoder = descriptions["classifier"], descriptions["authenticity"], descriptions["encoder"]
+    copies = descriptions["copies"]
     assert classifier is None or isinstance(classifier, ClassifierDescription)
     assert index is None or isinstance(index, IndexDescription)
     assert encoder is None or isinstance(encoder, EncoderDescription)
+    assert copies is None or isinstance(copies, CopiesDescription)
     reference = descriptions["reference"]
     assert reference is None or isinstance(reference, ReferenceDescription)
     card = with_reference_section(with_classifier_section(card, classifier), reference)
-    return with_latent_section(card, index, encoder, directions)
+    return with_latent_section(card, index, encoder, directions, copies)
 
 
 # -- reading

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dermis.bundle.classifier import CLASSIFIER_CARD, NOTICE, ClassifierDescription
+from dermis.bundle.copies import CopiesDescription
 from dermis.bundle.directions import Direction
 from dermis.bundle.encoder import EncoderDescription
 from dermis.bundle.index import IndexDescription
@@ -70,6 +71,7 @@ def with_latent_section(
     index: IndexDescription | None,
     encoder: EncoderDescription | None,
     directions: Sequence[Direction],
+    copies: CopiesDescription | None = None,
 ) -> str:
     """Replace the section on the latent space in a bundle's card.
 
@@ -77,11 +79,12 @@ def with_latent_section(
         card: The card, with or without such a section.
         index: The index of the bundle, or None.
         encoder: The encoder of the bundle, or None.
-        directions: The directions of the bundle. Without directions, index and encoder the section is removed.
+        directions: The directions of the bundle.
+        copies: The copy detector of the bundle, or None. Without any of these parts the section is removed.
     """
     before, begin, rest = card.partition(_LATENT_BEGIN)
     after = rest.partition(_LATENT_END)[2].lstrip("\n") if begin else ""
-    paragraphs = [text for text in (_index(index), _encoder(encoder), _directions(directions)) if text]
+    paragraphs = [text for text in (_index(index), _copies(copies), _encoder(encoder), _directions(directions)) if text]
     kept = before.rstrip("\n") + "\n"
     if paragraphs:
         kept += "\n" + "\n\n".join([f"{_LATENT_BEGIN}\n## Latent space", *paragraphs]) + f"\n{_LATENT_END}\n"
@@ -97,6 +100,14 @@ def _index(index: IndexDescription | None) -> str:
 nearer than {index.radii[50]:.3f} to another one, 1 % nearer than {index.radii[1]:.3f}{_near_duplicates(index)}.
 **With these files anyone can find out whether an image was a training image**; remove them if this must stay secret:
 `dermis bundle detach`."""
+
+
+def _copies(copies: CopiesDescription | None) -> str:
+    if copies is None:
+        return ""
+    return f"""`copies/` holds descriptors of {copies.references:,} training images, and a network that recognises changed
+copies of them: mirrored, cropped, recoloured, painted over or joined. Anyone can find training images with it, as with the
+index."""
 
 
 def _near_duplicates(index: IndexDescription) -> str:

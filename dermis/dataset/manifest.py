@@ -134,6 +134,7 @@ class _PrivacyTallyDocument(_Strict):
     rejected: int
     authentic: int
     flagged: int
+    copies: int | None = None
 
 
 class _PrivacyDocument(_Strict):

@@ -38,6 +38,8 @@ class DatasetPlan:
     """The classifier of the bundle. The bundle's digest covers it, so the digest of the plan does not repeat it."""
     authenticity: IndexDescription | None = None
     """The index of the bundle, which the bundle's digest covers as well."""
+    has_copy_detector: bool = False
+    """Whether the bundle has a copy detector, which its digest covers as well."""
 
     @cached_property
     def digest(self) -> str:
@@ -64,6 +66,13 @@ class DatasetPlan:
     def gated(self) -> bool:
         """Whether every image is compared with the training images."""
         return self.authenticity is not None and self.request.privacy is not None
+
+    @property
+    def detects_copies(self) -> bool:
+        """Whether images that the copy detector takes for copies fail the gate."""
+        return (
+            self.gated and self.has_copy_detector and bool(self.request.privacy and self.request.privacy.detect_copies)
+        )
 
     @property
     def shards(self) -> int:
@@ -116,7 +125,8 @@ class DatasetPlan:
 
 def plan_for(request: DatasetRequest, bundle: Bundle) -> DatasetPlan:
     """Plan a request that `check_against` has accepted for this bundle."""
-    return plan(request, bundle.digest, classes_of(bundle), bundle.classifier, bundle.authenticity)
+    detector = bundle.copies is not None
+    return plan(request, bundle.digest, classes_of(bundle), bundle.classifier, bundle.authenticity, detector)
 
 
 def plan(
@@ -125,6 +135,7 @@ def plan(
     class_names: Sequence[str],
     classifier: ClassifierDescription | None = None,
     authenticity: IndexDescription | None = None,
+    has_copy_detector: bool = False,
 ) -> DatasetPlan:
     """Plan a request from the properties of a bundle.
 
@@ -134,10 +145,12 @@ def plan(
         class_names: Class names of the model, in the order of the labels.
         classifier: The classifier of the bundle, if images are scored or filtered.
         authenticity: The index of the bundle, if the request has a gate.
+        has_copy_detector: Whether the bundle has a copy detector.
     """
     names = tuple(class_names)
     ordered = {name: request.classes[name] for name in sorted(request.classes, key=names.index)}
-    return DatasetPlan(request.model_copy(update={"classes": ordered}), bundle_digest, names, classifier, authenticity)
+    ordered_request = request.model_copy(update={"classes": ordered})
+    return DatasetPlan(ordered_request, bundle_digest, names, classifier, authenticity, has_copy_detector)
 
 
 def latent_index(index: int, attempt: int) -> int:

@@ -39,19 +39,23 @@ class GateVerdict:
     authentic: bool
     passed: bool
     """Whether the image meets the condition of the gate."""
-    embedding: str
+    copy_score: float | None = None
+    """Score of the copy detector; from 1 on the image is a copy. None without a detector."""
+    embedding: str = ""
     """float16 [dim] in the space of the index, base64. It is removed when the report on the dataset is written."""
 
 
 @dataclass(frozen=True)
 class Checks:
-    """Results of the gate for one sample: candidates that it checked, authentic ones, and rejected ones."""
+    """Results of the gate for one sample: candidates that it checked, authentic ones, rejected ones, and copies."""
 
     seen: int
     authentic: int
     rejected: int
     verdict: GateVerdict | None
     """The verdict on the image in the dataset; None if the sample is missing."""
+    copies: int = 0
+    """Candidates that the copy detector took for copies."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ class PrivacyTally:
         rejected: Candidates that the gate rejected.
         authentic: Authentic images in the dataset.
         flagged: Images in the dataset that do not meet the condition.
+        copies: Candidates that the copy detector took for copies of training images; None if there was no detector.
     """
 
     images: int
@@ -73,6 +78,7 @@ class PrivacyTally:
     rejected: int
     authentic: int
     flagged: int
+    copies: int | None = None
 
 
 @dataclass(frozen=True)
@@ -115,17 +121,24 @@ def verdicts(plan: DatasetPlan, nearest: Nearest) -> list[GateVerdict]:
     passed = compared.authentic
     if options.gate == "min_distance":
         passed = compared.distances >= distance_at_percentile(index, options.percentile)
+    scores: list[float | None] = [None] * len(passed)
+    if options.detect_copies and compared.copies is not None and nearest.copy_scores is not None:
+        passed = passed & ~compared.copies
+        scores = [round(float(score), 3) for score in nearest.copy_scores]
     rows = zip(
         compared.distances.tolist(),
         compared.percentiles.tolist(),
         compared.authentic.tolist(),
         passed.tolist(),
+        scores,
         nearest.embeddings.astype("<f2"),
         strict=True,
     )
     return [
-        GateVerdict(round(distance, 2), int(percentile), authentic, passes, base64.b64encode(row.tobytes()).decode())
-        for distance, percentile, authentic, passes, row in rows
+        GateVerdict(
+            round(distance, 2), int(percentile), authentic, passes, score, base64.b64encode(row.tobytes()).decode()
+        )
+        for distance, percentile, authentic, passes, score, row in rows
     ]
 
 
@@ -156,6 +169,7 @@ def report(plan: DatasetPlan, samples: Sequence[tuple[int, Checks]], expose: Exp
             rejected=sum(sample_checks.rejected for sample_checks in checks),
             authentic=sum(verdict.authentic for verdict in kept),
             flagged=sum(not verdict.passed for verdict in kept),
+            copies=sum(sample_checks.copies for sample_checks in checks) if plan.detects_copies else None,
         )
     kept = list(_kept(samples))
     distances = np.percentile([verdict.distance for verdict in kept], SHOWN)

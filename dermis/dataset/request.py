@@ -118,6 +118,13 @@ class PrivacyOptions(BaseModel):
         allow_inf_nan=False,
         description="For min_distance: percentile of the radii of the training images.",
     )
+    # Not serialised if it is true, so that requests keep the digest that they had before the field existed.
+    detect_copies: bool = Field(
+        True,
+        exclude_if=lambda value: value is True,
+        description="Whether an image also fails the gate if the model's copy detector takes it for a changed copy of a "
+        "training image (mirrored, cropped, recoloured, joined, ...). A model without a detector detects none.",
+    )
     on_reject: Literal["resample", "drop", "flag"] = Field(
         "resample",
         description="What to do with other images. resample: try the next latent. drop: leave the image out. flag: keep it, "

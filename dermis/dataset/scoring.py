@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from dermis.authenticity.verdict import COPY
 from dermis.dataset.plan import DatasetPlan, latent_index
 from dermis.dataset.privacy import Checks, Examine, GateVerdict, verdicts
 from dermis.imaging import Images, as_rgb
@@ -67,6 +68,8 @@ class _Sample:
     authentic: int = 0
     rejected: int = 0
     """Candidates that the gate rejected."""
+    copies: int = 0
+    """Candidates that the copy detector took for copies."""
 
 
 def generate_samples(
@@ -116,6 +119,7 @@ def generate_samples(
                 sample.seen += 1
                 sample.authentic += verdict.authentic
                 sample.rejected += not _is_kept(plan, verdict)
+                sample.copies += verdict.copy_score is not None and verdict.copy_score >= COPY
             if position in accepted and (verdict is None or _is_kept(plan, verdict)):
                 done[sample.index] = SampleResult(
                     images[position], probabilities[position], sample.tries, _checks(plan, sample, verdict)
@@ -138,7 +142,7 @@ def _is_exhausted(plan: DatasetPlan, sample: _Sample) -> bool:
 
 
 def _checks(plan: DatasetPlan, sample: _Sample, verdict: GateVerdict | None) -> Checks | None:
-    return Checks(sample.seen, sample.authentic, sample.rejected, verdict) if plan.gated else None
+    return Checks(sample.seen, sample.authentic, sample.rejected, verdict, sample.copies) if plan.gated else None
 
 
 def agrees(plan: DatasetPlan, label: int, probability: float) -> bool:

@@ -57,7 +57,7 @@ class AuthenticityService(InferenceService[Checker]):
             rows: uint8 [N, length], see `services.inference.pixels`.
 
         Returns:
-            float32 [2 + dim] per row (`pixels.find_nearest`), or a text with the reason why there is none.
+            float32 [3 + dim] per row (`pixels.find_nearest`), or a text with the reason why there is none.
         """
         return list(pixels.find_nearest(self._models, rows))
 

@@ -205,8 +205,9 @@ class AuthenticityClient(InferenceClient):
         rows = pixels.pack_rows(index.digest, inputs, self._row_bytes)
         results = await self._call_rows("nearest", rows, "results", "images")
         images_compared.labels(bundle.name).inc(len(results))
-        table = np.array(results, dtype=np.float32).reshape(len(results), 2 + index.dim)
-        return Nearest(table[:, 0], table[:, 1], table[:, 2:])
+        table = np.array(results, dtype=np.float32).reshape(len(results), 3 + index.dim)
+        scores = None if bundle.copies is None else table[:, 2]
+        return Nearest(table[:, 0], table[:, 1], table[:, 3:], copy_scores=scores)
 
     async def expose(self, bundle: Bundle, embeddings: NDArray[np.float32]) -> Exposure:
         """Measure what the embeddings [N, dim] of a dataset reveal about the training images."""

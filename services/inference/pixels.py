@@ -73,8 +73,9 @@ def find_nearest(checkers: Mapping[str, Checker], rows: NDArray[np.uint8]) -> li
         rows: Rows of `pack_rows`.
 
     Returns:
-        float32 [2 + dim] per row: distance, radius and embedding (`dermis.authenticity.index.Nearest`), or a text with the
-        reason why there is none. The number of the nearest training image is not returned.
+        float32 [3 + dim] per row: distance, radius, score of the copy detector (NaN without one) and embedding
+        (`dermis.authenticity.index.Nearest`), or a text with the reason why there is none. The number of the nearest training
+        image is not returned.
     """
     results: list[NDArray[np.float32] | str] = [""] * len(rows)
     for digest, positions in _positions(rows).items():
@@ -84,10 +85,10 @@ def find_nearest(checkers: Mapping[str, Checker], rows: NDArray[np.uint8]) -> li
                 results[position] = missing_message("index", digest)
             continue
         nearest = checker.nearest(_images(rows[positions], checker.description.resolution))
-        for position, distance, radius, embedding in zip(
-            positions, nearest.distances, nearest.radii, nearest.embeddings, strict=True
-        ):
-            results[position] = np.concatenate([distance[None], radius[None], embedding])
+        scores = np.full(len(positions), np.nan, np.float32) if nearest.copy_scores is None else nearest.copy_scores
+        columns = np.stack([nearest.distances, nearest.radii, scores], axis=1)
+        for position, row in zip(positions, np.concatenate([columns, nearest.embeddings], axis=1), strict=True):
+            results[position] = row
     return results
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import dermis.features
 from dermis.errors import DermisError
 from dermis.feature_presets import PRESETS, preset_weights
-from dermis.features import _by_torch, _positions, feature_extractor
+from dermis.features import _positions, feature_extractor, torch_extract
 from dermis.features_openvino import OpenvinoFeatures
 from dermis.torchvision_compat import import_vision
 
@@ -162,7 +162,7 @@ def test_torch_replaces_openvino_for_unsupported_networks(caplog: pytest.LogCapt
             return torch.linalg.eigvals(x[:, :, :3, :3].mean(dim=1)).real
 
     odd, images = Odd(), np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
-    by_torch = _by_torch(odd, torch.device("cpu"))
+    by_torch = torch_extract(odd, torch.device("cpu"))
     mean = torch.zeros(3, 1, 1)
     extract = OpenvinoFeatures(odd, (16, 16), lambda _, size: np.eye(size, dtype=np.float32), mean, mean + 1, by_torch)
     np.testing.assert_allclose(extract(images), by_torch(images), rtol=1e-4)

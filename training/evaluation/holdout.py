@@ -7,7 +7,9 @@ from training.data.images import ImageDataset, content_digest
 from training.data.splits import group_of
 
 
-def check_holdout(dataset: ImageDataset, holdout: ImageDataset, trained_on: str | None) -> None:
+def check_holdout(
+    dataset: ImageDataset, holdout: ImageDataset, trained_on: str | None, *, option: str = "--holdout"
+) -> None:
     """Check that the generator was not trained on held-out images or patients, as far as ids, files and hashes show.
 
     Args:
@@ -15,12 +17,13 @@ def check_holdout(dataset: ImageDataset, holdout: ImageDataset, trained_on: str 
         holdout: The images of --holdout.
         trained_on: SHA-256 of the training set that the bundle names. It also reveals held-out images that were split off
             after training, if both sets together are that training set.
+        option: Name of the option that gave the held-out images, for messages.
 
     Raises:
         DataError: Images, patients or lesions are in both sets, or the bundle was trained on the held-out images.
     """
     if both := set(dataset.ids) & set(holdout.ids):
-        raise DataError(f"--holdout: {len(both)} of its images are also in --data, the first is {min(both)}")
+        raise DataError(f"{option}: {len(both)} of its images are also in --data, the first is {min(both)}")
     ids_by_content = dict(zip(dataset.contents, dataset.ids, strict=False))
     copies = [
         (name, ids_by_content[file])
@@ -29,19 +32,19 @@ def check_holdout(dataset: ImageDataset, holdout: ImageDataset, trained_on: str 
     ]
     if copies:
         raise DataError(
-            f"--holdout: {len(copies)} of its files are in --data under other names, the first is {copies[0][0]}, "
+            f"{option}: {len(copies)} of its files are in --data under other names, the first is {copies[0][0]}, "
             f"which is {copies[0][1]} in --data; `dermis data leaks --remove` removes such copies"
         )
     if trained_on is not None and trained_on in (holdout.sha256, _together(dataset, holdout)):
-        parts = "--holdout" if trained_on == holdout.sha256 else "--data and --holdout together"
+        parts = option if trained_on == holdout.sha256 else f"--data and {option} together"
         raise DataError(
-            f"--holdout: the bundle was trained on {parts}, so it has seen these images; split the images first, train on "
-            "one part and give the other part as --holdout, or omit --holdout"
+            f"{option}: the bundle was trained on {parts}, so it has seen these images; split the images first, train on "
+            f"one part and give the other part as {option}, or omit it"
         )
     groups = groups_of(dataset, holdout) or []
     if both := set(groups[: len(dataset.ids)]) & set(groups[len(dataset.ids) :]):
         raise DataError(
-            f"--holdout: {len(both)} patients or lesions also have images in --data, the first is {min(both)}; split with "
+            f"{option}: {len(both)} patients or lesions also have images in --data, the first is {min(both)}; split with "
             "`dermis data split`, which keeps them together"
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import numpy as np
 from fastapi import APIRouter
@@ -77,13 +78,23 @@ async def check_authenticity(request: Request, context: ContextDep, model: Model
         bundle, index, nearest = await _compare_generated(request, context)
     else:
         bundle, index, nearest = await _compare_uploads(request, context, model)
+        nearest = replace(nearest, copy_scores=None)  # it finds training images better than distances do
     verdicts = verdicts_of(nearest, index)
-    rows = zip(verdicts.authentic.tolist(), verdicts.distances.tolist(), verdicts.percentiles.tolist(), strict=True)
+    copies = [None] * len(verdicts.distances) if verdicts.copies is None else verdicts.copies.tolist()
+    rows = zip(
+        verdicts.authentic.tolist(), verdicts.distances.tolist(), verdicts.percentiles.tolist(), copies, strict=True
+    )
     response_body = AuthenticityList(
         model=AuthenticityModel(name=bundle.name, digest=bundle.digest, index=index.digest),
         data=[
-            AuthenticityVerdict(index=i, authentic=authentic, distance=round(distance, 2), percentile=int(percentile))
-            for i, (authentic, distance, percentile) in enumerate(rows)
+            AuthenticityVerdict(
+                index=i,
+                authentic=authentic,
+                distance=round(distance, 2),
+                percentile=int(percentile),
+                copy_detected=copy_detected,
+            )
+            for i, (authentic, distance, percentile, copy_detected) in enumerate(rows)
         ],
     )
     return Response(response_body.model_dump_json(), media_type=_JSON, headers=model_header(bundle))

@@ -27,6 +27,14 @@ class AuthenticityVerdict(ResponseBody):
     percentile: int = Field(
         ge=0, le=100, description="Percentage of training images whose own nearest neighbour is nearer than `distance`."
     )
+    # Absent rather than null, so that responses of models without a detector stay as they were.
+    copy_detected: bool | None = Field(
+        None,
+        exclude_if=lambda value: value is None,
+        description="Whether the model's copy detector takes the image for a changed copy of a training image (mirrored, "
+        "cropped, recoloured, joined, ...). It is given for generated images only: for uploads it would tell who was in "
+        "the training set.",
+    )
 
 
 class AuthenticityList(ResponseBody):

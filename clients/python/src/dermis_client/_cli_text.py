@@ -65,6 +65,7 @@ _OPTIONS = {
     "privacy.percentile": "percentile",
     "privacy.on_reject": "on-reject",
     "privacy.tries": "gate-tries",
+    "privacy.detect_copies": "detect-copies",
     "edits": "edit",
     "samples": "sample",
     "projections": "projection",

@@ -166,6 +166,12 @@ def create(
     gate_tries: Annotated[
         int | None, typer.Option("--gate-tries", help="Maximum number of rejected images for a sample.")
     ] = None,
+    detect_copies: Annotated[
+        bool | None,
+        typer.Option(
+            "--detect-copies/--no-detect-copies", help="Also reject changed copies of training images; default: yes."
+        ),
+    ] = None,
     idempotency_key: Annotated[
         str | None,
         typer.Option("--idempotency-key", help="A repeated request with the same key creates no second dataset."),
@@ -191,7 +197,13 @@ def create(
         "tries": tries,
     }
     classifier_options = {name: value for name, value in classifier.items() if value is not None}
-    gating = {"gate": gate, "percentile": percentile, "on_reject": on_reject, "tries": gate_tries}
+    gating = {
+        "gate": gate,
+        "percentile": percentile,
+        "on_reject": on_reject,
+        "tries": gate_tries,
+        "detect_copies": detect_copies,
+    }
     gate_options = {name: value for name, value in gating.items() if value is not None}
     with _client(context, base_url) as client:
         with text.interrupt_message(

@@ -34,6 +34,8 @@ class Verdict(ResponseRecord):
             neighbour among the training images.
         distance: Distance to the nearest training image, rounded.
         percentile: 0 to 100: percentage of training images whose own nearest neighbour is nearer than `distance`.
+        copy_detected: Whether the model's copy detector takes the image for a changed copy of a training image. None for
+            uploads, and without a detector.
     """
 
     index: Count
@@ -41,6 +43,7 @@ class Verdict(ResponseRecord):
     authentic: bool
     distance: float
     percentile: Count
+    copy_detected: bool | None = None
 
 
 class AuthenticityResult(ResponseRecord):

@@ -1,0 +1,139 @@
+"""The folder of a copy detector, which copies.json describes.
+
+    copies.json          the network, thresholds, measurements, SHA-256 of the others
+    network.safetensors  weights of the network, as float16
+    references.npy       int8 [references, dim]: descriptors of the training images, in steps of 1/127
+
+No file names an image, but like the index the descriptors tell anyone who has an image whether it is a training image.
+The folder can be used by itself, or is part of a bundle as `copies/`. `docs/bundles.md` documents it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from dermis.bundle.folder import (
+    DescriptorModel,
+    FileRecord,
+    Folder,
+    PartFormat,
+    open_part,
+    parse_descriptor,
+    read_part,
+    write_folder,
+)
+from dermis.errors import BundleError
+
+COPIES_FORMAT = 1
+DESCRIPTOR = "copies.json"
+WEIGHTS = "network.safetensors"
+REFERENCES = "references.npy"
+KIND = "copy detector"
+
+
+@dataclass(frozen=True)
+class CopiesDescription:
+    """A copy detector without its weights and references. `files` and `digest` are empty until it is written."""
+
+    size: int
+    """Side, px, to which images are resized first."""
+    dim: int
+    """Dimensions of a descriptor."""
+    references: int
+    """Number of training images that are recognised."""
+    whole_threshold: float
+    """Score of a whole image from which on it is a copy."""
+    half_threshold: float
+    """The same for the best of the four halves of an image."""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, FileRecord] = field(default_factory=dict)
+    digest: str = ""
+    """SHA-256 (hex) of copies.json. It identifies the whole detector."""
+
+
+class _CopiesDescriptor(DescriptorModel):
+    """The fields of copies.json."""
+
+    size: int = Field(ge=32, le=512)
+    dim: int = Field(ge=8, le=4096)
+    references: int = Field(ge=1, le=1 << 31)
+    whole_threshold: float = Field(gt=0, le=4)
+    half_threshold: float = Field(gt=0, le=4)
+    provenance: dict[str, Any]
+    metrics: dict[str, Any]
+
+
+def read_copies_files(location: str | Path) -> tuple[CopiesDescription, dict[str, bytes]]:
+    """Read and verify the folder of a copy detector.
+
+    Returns:
+        The description, and the content of all files by name with copies.json among them.
+
+    Raises:
+        BundleError: A file is missing, changed or not listed, or copies.json is malformed.
+    """
+    return read_part(location, KIND, DESCRIPTOR, parse)
+
+
+def open_copies_folder(location: str | Path) -> tuple[Folder, CopiesDescription, bytes]:
+    """Open a copy detector in a folder or at an fsspec URL. The other files are verified when they are read.
+
+    Returns:
+        The folder, the description, and the bytes of copies.json.
+
+    Raises:
+        BundleError: copies.json is missing or malformed, or the folder has other files than it lists.
+    """
+    return open_part(location, KIND, DESCRIPTOR, parse)
+
+
+def write_copies_folder(
+    out: str | Path, description: CopiesDescription, weights: bytes, references: bytes, *, replace: bool = False
+) -> CopiesDescription:
+    """Write the folder of a copy detector and open it. The folder appears completely or not at all.
+
+    Raises:
+        BundleError: `out` exists and may not be replaced, or the folder cannot be written.
+    """
+    fields = asdict(description)
+    del fields["files"], fields["digest"]
+    fields["format_version"] = COPIES_FORMAT
+    write_folder(Path(out), KIND, DESCRIPTOR, fields, {WEIGHTS: weights, REFERENCES: references}, replace=replace)
+    return open_copies_folder(out)[1]
+
+
+def parse(text: bytes, where: str) -> CopiesDescription:
+    """Parse copies.json.
+
+    Args:
+        text: The bytes of the file.
+        where: Name of the file for errors.
+
+    Raises:
+        BundleError: The text is not a valid copies.json. The message names the field.
+    """
+    fields = parse_descriptor(text, where, COPIES_FORMAT, _CopiesDescriptor)
+    for name in (WEIGHTS, REFERENCES):
+        if name not in fields.records:
+            raise BundleError(f"{where}: files does not list {name}; get the {KIND} again")
+    return CopiesDescription(
+        size=fields.size,
+        dim=fields.dim,
+        references=fields.references,
+        whole_threshold=fields.whole_threshold,
+        half_threshold=fields.half_threshold,
+        provenance=fields.provenance,
+        metrics=fields.metrics,
+        files=fields.records,
+        digest=hashlib.sha256(text).hexdigest(),
+    )
+
+
+COPIES_PART = PartFormat("copies", DESCRIPTOR, parse, read_copies_files)

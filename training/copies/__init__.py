@@ -1,0 +1,1 @@
+"""Training of copy detectors."""

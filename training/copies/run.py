@@ -1,0 +1,178 @@
+"""One run: from real images to the folder of a calibrated and measured copy detector."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+from numpy.typing import NDArray
+
+from dermis import __version__
+from dermis.authenticity.copy_detector import (
+    FALSE_ALARMS,
+    MIN_REFERENCES,
+    CopySearch,
+    calibrate,
+    describer,
+    references_of,
+    scores_of,
+)
+from dermis.authenticity.copy_network import CopyNetwork, network_from
+from dermis.authenticity.verdict import COPY
+from dermis.bundle.copies import WEIGHTS, CopiesDescription, write_copies_folder
+from dermis.cpus import available_cpus
+from dermis.devices import describe_hardware, resolve_device
+from dermis.errors import TrainingError
+from dermis.imaging import Images
+from training.copies.config import CopiesConfig
+from training.copies.loop import CopiesProgress, train
+from training.copies.measure import measure
+from training.data.images import ImageDataset
+
+FOLDER = "copies"
+MEASURED = 500
+MIN_CALIBRATION = 200
+"""Images without which a share of 1 % of false alarms cannot be set: two images."""
+_CHUNK = 32
+
+
+@dataclass(frozen=True)
+class TrainedCopyDetector:
+    """The result of a finished run."""
+
+    folder: Path
+    description: CopiesDescription
+    progress: CopiesProgress
+
+
+def train_copy_detector(
+    real: ImageDataset,
+    calibration: ImageDataset,
+    config: CopiesConfig,
+    out: Path,
+    *,
+    held_out: ImageDataset | None = None,
+    measured: int = MEASURED,
+    device: str = "auto",
+    resume: bool = False,
+    progress_bar: bool = True,
+) -> TrainedCopyDetector | None:
+    """Train, calibrate and measure a copy detector.
+
+    Args:
+        real: The training images of the generator, which are to be recognised.
+        calibration: Real images of other patients, for the threshold.
+        config: Hyper-parameters.
+        out: Folder of the run. It gets the files of `train`, and the folder `copies`, which is replaced.
+        held_out: Real images of other patients than both, to measure with. Without them the detector is measured with the
+            images of the calibration, whose share of false alarms is 1 % by construction.
+        measured: Changed copies of each kind to measure with.
+        device: Device of the network.
+        resume: Continue the run that is in `out`.
+        progress_bar: Show a progress bar.
+
+    Returns:
+        The result; None if the user stopped the training.
+
+    Raises:
+        TrainingError: There are too few images, images are in two of the sets, or the training failed.
+    """
+    if len(real.ids) < 5 * MIN_REFERENCES:
+        raise TrainingError(f"data: {len(real.ids)} images; a copy detector needs at least {5 * MIN_REFERENCES}")
+    if len(calibration.ids) < MIN_CALIBRATION:
+        raise TrainingError(f"calibration: {len(calibration.ids)} images; at least {MIN_CALIBRATION} are needed")
+    sets = {"--data": real, "--calibration": calibration, "--held-out": held_out}
+    _check_disjoint({name: images for name, images in sets.items() if images is not None})
+    target = resolve_device(device)
+    network, progress = train(
+        real.images, config, out, identity=real.sha256, device=target, resume=resume, progress_bar=progress_bar
+    )
+    if progress.stopped:
+        return None
+    weights = safetensors.torch.save(
+        {name: value.detach().cpu().half().contiguous() for name, value in network.state_dict().items()}
+    )
+    stored = network_from(weights, config.dim, WEIGHTS)
+    references = references_of(stored, real.images, config.size)
+    detector = _Detector(stored, config.size, references)
+    whole, half = calibrate(detector.margins(calibration.images))
+    detector = replace(detector, whole_threshold=whole, half_threshold=half)
+    others = calibration if held_out is None else held_out
+    metrics: dict[str, Any] = {
+        "measured_on": "calibration" if held_out is None else "held_out",
+        "false_alarms_of_calibration": FALSE_ALARMS,
+        "training": measure(detector.scores, real.images, others.images, count=measured),
+    }
+    if held_out is not None:
+        metrics["other_references"] = _measure_generalisation(
+            stored, config.size, held_out.images, calibration.images, measured
+        )
+    description = CopiesDescription(
+        size=config.size,
+        dim=config.dim,
+        references=len(references),
+        whole_threshold=whole,
+        half_threshold=half,
+        provenance={
+            "images": {"count": len(real.ids), "sha256": real.sha256, "resolution": real.resolution},
+            "calibration": {"count": len(calibration.ids), "sha256": calibration.sha256},
+            "held_out": None if held_out is None else {"count": len(held_out.ids), "sha256": held_out.sha256},
+            "configuration": asdict(config),
+            "hours": round(progress.seconds / 3600, 3),
+            "hardware": describe_hardware(target),
+            "code_version": __version__,
+        },
+        metrics=metrics,
+    )
+    folder = out / FOLDER
+    file = io.BytesIO()
+    np.save(file, references, allow_pickle=False)
+    description = write_copies_folder(folder, description, weights, file.getvalue(), replace=folder.exists())
+    return TrainedCopyDetector(folder, description, progress)
+
+
+@dataclass(frozen=True)
+class _Detector:
+    """A detector that is not stored yet."""
+
+    network: CopyNetwork
+    size: int
+    references: NDArray[np.int8]
+    whole_threshold: float = COPY
+    half_threshold: float = COPY
+
+    def margins(self, images: Images) -> NDArray[np.float32]:
+        describe = describer(self.network, self.size)
+        search = CopySearch(self.references, available_cpus())
+        chunks = (images[start : start + _CHUNK] for start in range(0, len(images), _CHUNK))
+        return np.concatenate([search.margins(describe(chunk)) for chunk in chunks])
+
+    def scores(self, images: Images) -> NDArray[np.float32]:
+        return scores_of(self.margins(images), self.whole_threshold, self.half_threshold)
+
+
+def _measure_generalisation(
+    network: CopyNetwork, size: int, held_out: Images, others: Images, count: int
+) -> Mapping[str, Any]:
+    """Measure the network with held-out images, which it was not trained on, in the place of the training images.
+
+    Half of the other images set the thresholds, and the other half measures the false alarms.
+    """
+    detector = _Detector(network, size, references_of(network, held_out, size))
+    whole, half = calibrate(detector.margins(others[::2]))
+    detector = replace(detector, whole_threshold=whole, half_threshold=half)
+    return measure(detector.scores, held_out, others[1::2], count=count)
+
+
+def _check_disjoint(sets: Mapping[str, ImageDataset]) -> None:
+    """Raise TrainingError if two sets have images in common."""
+    names = list(sets)
+    for number, name in enumerate(names):
+        for other in names[number + 1 :]:
+            if both := set(sets[name].contents) & set(sets[other].contents):
+                raise TrainingError(f"{other}: {len(both)} of its files are also in {name}; choose other images")
