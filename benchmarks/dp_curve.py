@@ -29,12 +29,12 @@ from benchmarks.objectives import PROJECTED, check_same_run, read_part
 from dermis.cpus import keep_freed_memory
 from dermis.devices import describe_hardware
 from dermis.features import FeatureExtractor, feature_extractor
+from dermis.files import write_file
 from dermis.metrics import frechet_distance
 from dermis.metrics.classification import auc
 from dermis.networks import Generator
 from training.data.images import ImageDataset
 from training.evaluation.features import BATCH, labels_in_proportion, real_features
-from training.experiments.plan import write_text_file
 from training.gan.config import GanConfig, automatic_precision, base_config
 from training.gan.loop import train
 from training.gan.private.planning import resolved_privacy
@@ -180,7 +180,7 @@ def main() -> None:
                 **run,
                 **numbers,
             }
-            write_text_file(file, json.dumps(result, indent=2) + "\n")
+            write_file(file, (json.dumps(result, indent=2) + "\n").encode())
             print(
                 f"epsilon {epsilon}, seed {seed}: {run['steps']} steps in {run['seconds'] / 60:.1f} min, "
                 f"FD {numbers['fd']:.1f}, AUC {numbers['auc']:.3f}",

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 MAX_HEADER_BYTES = 4 << 20
 _MAX_TENSORS = 20_000
-_FLOATS: Mapping[str, int] = {"F16": 2, "F32": 4}
+FLOATS = ("F16", "F32")
+_SIZES: Mapping[str, int] = {"F16": 2, "F32": 4, "I8": 1}
 """Types of numbers in bundles, with their sizes in bytes."""
 _NPY_HEADER_BYTES = 10_000
 _METADATA = "__metadata__"
@@ -66,12 +67,12 @@ class _Entry(BaseModel):
     data_offsets: list[int] = Field(min_length=2, max_length=2)
 
 
-def read_header(data: bytes, where: str) -> TensorHeader:
+def read_header(data: bytes, where: str, types: Sequence[str] = FLOATS) -> TensorHeader:
     """Read the header of a safetensors file.
 
     Raises:
-        BundleError: The header is not valid, or its tensors are not floats that fill the file without a gap. The message
-            begins with `where`.
+        BundleError: The header is not valid, or its tensors are not numbers of these types that fill the file without a gap.
+            The message begins with `where`.
     """
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length > min(MAX_HEADER_BYTES, len(data) - 8):
@@ -92,9 +93,9 @@ def read_header(data: bytes, where: str) -> TensorHeader:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise BundleError(f"{where}: {_METADATA}: must be an object of strings")
     end, shapes = 0, {}
-    entries = [(name, _entry(name, value, where)) for name, value in document.items()]
+    entries = [(name, _entry(name, value, where, types)) for name, value in document.items()]
     for name, entry in sorted(entries, key=lambda item: item[1].data_offsets):
-        size = _FLOATS[entry.dtype] * math.prod(entry.shape)
+        size = _SIZES[entry.dtype] * math.prod(entry.shape)
         if entry.data_offsets != [end, end + size]:
             raise BundleError(f"{where}: {escape(name)}: data_offsets do not fit its shape and the tensors beside it")
         end += size
@@ -106,8 +107,8 @@ def read_header(data: bytes, where: str) -> TensorHeader:
     return TensorHeader(shapes, metadata)
 
 
-def read_tensors(data: bytes, where: str) -> dict[str, Tensor]:
-    """Read the tensors of a safetensors file.
+def read_tensors(data: bytes, where: str, types: Sequence[str] = FLOATS) -> dict[str, Tensor]:
+    """Read the tensors of a safetensors file, whose numbers are of one of `types`.
 
     Raises:
         BundleError: As `read_header`.
@@ -115,7 +116,7 @@ def read_tensors(data: bytes, where: str) -> dict[str, Tensor]:
     import safetensors
     import safetensors.torch
 
-    read_header(data, where)
+    read_header(data, where, types)
     try:
         tensors: dict[str, Tensor] = safetensors.torch.load(data)
     except (safetensors.SafetensorError, ValueError, RuntimeError) as error:
@@ -140,15 +141,15 @@ def read_vectors(data: bytes, where: str) -> dict[str, NDArray[Any]]:
     return arrays
 
 
-def _entry(name: str, value: Any, where: str) -> _Entry:
+def _entry(name: str, value: Any, where: str, types: Sequence[str]) -> _Entry:
     try:
         entry = _Entry.model_validate(value)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join([name, *map(str, first["loc"])])
         raise BundleError(f"{where}: {escape(place)}: {first['msg']}") from None
-    if entry.dtype not in _FLOATS:
-        raise BundleError(f"{where}: {escape(name)}: dtype: must be {' or '.join(_FLOATS)}; get it again")
+    if entry.dtype not in types:
+        raise BundleError(f"{where}: {escape(name)}: dtype: must be {' or '.join(types)}; get it again")
     if any(size < 0 or size > 1 << 40 for size in entry.shape):
         raise BundleError(f"{where}: {escape(name)}: shape: sizes must be from 0 to 2^40")
     return entry

@@ -24,6 +24,7 @@ from dermis.authenticity.build import EXACT, GRAPH, new_index
 from dermis.authenticity.index import Floats, products_of_matrices, search
 from dermis.bundle.copies import DESCRIPTOR, REFERENCES, WEIGHTS, open_copies_folder
 from dermis.bundle.folder import exists
+from dermis.bundle.index import Kind
 from dermis.cpus import available_cpus
 from dermis.errors import BundleError
 from dermis.imaging import Images
@@ -58,7 +59,7 @@ class CopySearch:
         vectors = references.astype(np.float32)
         vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1.0)
         count = len(vectors)
-        kind = "flat" if count <= EXACT else "hnsw" if count <= GRAPH else "ivf"
+        kind: Kind = "flat" if count <= EXACT else "hnsw" if count <= GRAPH else "ivf"
         self._index = new_index(kind, vectors.shape[1], "float", count)
         with products_of_matrices():
             self._index.train(vectors)
@@ -70,8 +71,9 @@ class CopySearch:
         rows = np.ascontiguousarray(descriptors.reshape(-1, descriptors.shape[-1]))
         squared, _ = search(self._index, rows, BACKGROUND.stop, self._threads)
         similarities = 1 - squared / 2  # of vectors of length 1
-        margins: Floats = similarities[:, 0] - BACKGROUND_WEIGHT * similarities[:, BACKGROUND].mean(axis=1)
-        return margins.reshape(descriptors.shape[:2])
+        margins = similarities[:, 0] - BACKGROUND_WEIGHT * similarities[:, BACKGROUND].mean(axis=1)
+        by_region: Floats = margins.reshape(descriptors.shape[0], descriptors.shape[1])
+        return by_region
 
 
 def scores_of(margins: Floats, whole_threshold: float, half_threshold: float) -> Floats:

@@ -28,7 +28,12 @@ def mirror(image: Images, rng: np.random.Generator) -> Images:
 
 def quarter_turn(image: Images, rng: np.random.Generator) -> Images:
     """Rotate by 90, 180 or 270 degrees."""
-    return np.rot90(image, rng.integers(1, 4))
+    return turned(image, int(rng.integers(1, 4)))
+
+
+def turned(image: Images, quarters: int) -> Images:
+    """Rotate by this number of quarter turns."""
+    return np.rot90(image, quarters)
 
 
 def crop(image: Images, rng: np.random.Generator, share: float = 0.8) -> Images:
@@ -106,7 +111,7 @@ def paint_ruler(image: Images, rng: np.random.Generator) -> Images:
     for number, x in enumerate(np.arange(rng.uniform(0, pitch), side, pitch)):
         length = (0.08 if number % 5 == 0 else 0.04) * side
         draw.line([(x, top), (x, top + length)], fill=(dark, dark, dark), width=width)
-    return np.rot90(_finished(picture, image), rng.integers(0, 4))
+    return turned(_finished(picture, image), int(rng.integers(0, 4)))
 
 
 TRANSFORMATIONS: Mapping[str, Transformation] = {
@@ -128,7 +133,8 @@ def combined(image: Images, rng: np.random.Generator) -> Images:
     """Apply two different transformations of `TRANSFORMATIONS`, drawn at random, one after the other."""
     first, second = rng.choice(len(TRANSFORMATIONS), 2, replace=False)
     functions = list(TRANSFORMATIONS.values())
-    return functions[second](functions[first](image, rng), rng)
+    changed: Images = functions[second](functions[first](image, rng), rng)
+    return changed
 
 
 def join_halves(image: Images, other: Images) -> Images:

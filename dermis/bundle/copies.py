@@ -1,7 +1,7 @@
 """The folder of a copy detector, which copies.json describes.
 
     copies.json          the network, thresholds, measurements, SHA-256 of the others
-    network.safetensors  weights of the network, as float16
+    network.safetensors  weights of the network, as int8 with a float16 scale for each channel
     references.npy       int8 [references, dim]: descriptors of the training images, in steps of 1/127
 
 No file names an image, but like the index the descriptors tell anyone who has an image whether it is a training image.

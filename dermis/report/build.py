@@ -75,7 +75,7 @@ def build_reference(
     described: dict[str, ClassReference] = {}
     features: dict[str, ClassFeatures] = {}
     for name in large:
-        chosen = np.flatnonzero(classes == name)
+        chosen = np.flatnonzero(classes == name).tolist()
         measured = [real.appearances[i] for i in chosen]
         angles = skin_tones(measured)
         cells: tuple[int, ...] = ()

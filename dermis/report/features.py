@@ -91,7 +91,8 @@ class _Comparer:
 def nearest_cells(features: Doubles, cells: Doubles) -> Counts:
     """Return the number of the nearest cell of each feature vector."""
     squared = (cells**2).sum(axis=1) - 2 * features @ cells.T
-    return squared.argmin(axis=1)
+    nearest: Counts = squared.argmin(axis=1)
+    return nearest
 
 
 def compare(features: Floats, real: ClassFeatures, reference: ClassReference) -> FeatureComparison:

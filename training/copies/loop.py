@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -177,14 +178,15 @@ def prepared(pixels: Images, size: int, device: torch.device) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def numbers_of(count: int, config: CopiesConfig, step: int) -> np.ndarray:
+def numbers_of(count: int, config: CopiesConfig, step: int) -> NDArray[np.int64]:
     """Return the numbers [batch] of the training images of a step. Every epoch has its own random order."""
     first = step * config.batch
     places = np.arange(first, first + config.batch)
     orders = {
-        epoch: np.random.default_rng([config.seed, 1, epoch]).permutation(count) for epoch in set(places // count)
+        epoch: np.random.default_rng([config.seed, 1, epoch]).permutation(count)
+        for epoch in set((places // count).tolist())
     }
-    return np.array([orders[place // count][place % count] for place in places])
+    return np.array([orders[place // count][place % count] for place in places.tolist()])
 
 
 @torch.no_grad()

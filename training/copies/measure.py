@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dermis.authenticity.transformations import JOINS, TRANSFORMATIONS, combined
+from dermis.authenticity.transformations import JOINS, TRANSFORMATIONS, combined, turned
 from dermis.authenticity.verdict import COPY
 from dermis.imaging import Images
 
@@ -38,7 +38,8 @@ def changed_copies(images: Images, count: int, seed: int) -> Iterator[tuple[str,
         others = rng.choice(len(images), len(drawn))
         turns = rng.integers(0, 4, len(drawn))
         copies = [
-            np.rot90(join(images[k], images[other]), turn) for k, other, turn in zip(drawn, others, turns, strict=True)
+            turned(join(images[k], images[other]), int(turn))
+            for k, other, turn in zip(drawn, others, turns, strict=True)
         ]
         yield name, np.stack(copies)
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 from numpy.typing import NDArray
 
 from dermis import __version__
@@ -22,7 +21,7 @@ from dermis.authenticity.copy_detector import (
     references_of,
     scores_of,
 )
-from dermis.authenticity.copy_network import CopyNetwork, network_from
+from dermis.authenticity.copy_network import CopyNetwork, network_from, to_bytes
 from dermis.authenticity.verdict import COPY
 from dermis.bundle.copies import WEIGHTS, CopiesDescription, write_copies_folder
 from dermis.cpus import available_cpus
@@ -94,9 +93,7 @@ def train_copy_detector(
     )
     if progress.stopped:
         return None
-    weights = safetensors.torch.save(
-        {name: value.detach().cpu().half().contiguous() for name, value in network.state_dict().items()}
-    )
+    weights = to_bytes(network)
     stored = network_from(weights, config.dim, WEIGHTS)
     references = references_of(stored, real.images, config.size)
     detector = _Detector(stored, config.size, references)
@@ -161,12 +158,12 @@ def _measure_generalisation(
 ) -> Mapping[str, Any]:
     """Measure the network with held-out images, which it was not trained on, in the place of the training images.
 
-    Half of the other images set the thresholds, and the other half measures the false alarms.
+    The thresholds are set with the other images, so that 1 % of them are false alarms.
     """
     detector = _Detector(network, size, references_of(network, held_out, size))
-    whole, half = calibrate(detector.margins(others[::2]))
+    whole, half = calibrate(detector.margins(others))
     detector = replace(detector, whole_threshold=whole, half_threshold=half)
-    return measure(detector.scores, held_out, others[1::2], count=count)
+    return measure(detector.scores, held_out, others, count=count)
 
 
 def _check_disjoint(sets: Mapping[str, ImageDataset]) -> None:

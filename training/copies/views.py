@@ -21,6 +21,7 @@ from dermis.authenticity.transformations import (
     recolour,
     relight,
     shrink,
+    turned,
 )
 from dermis.imaging import Images
 
@@ -48,16 +49,16 @@ def view_of(image: Images, rng: np.random.Generator) -> Images:
     """Return a random view of an image uint8 [R, R, 3]: an orientation and a random selection of transformations."""
     if rng.random() < 0.5:
         image = image[:, ::-1]
-    image = np.rot90(image, rng.integers(0, 4))
+    image = turned(image, int(rng.integers(0, 4)))
     chances: list[tuple[float, Transformation]] = [
-        (0.6, partial(crop, share=rng.uniform(0.75, 1.0))),
+        (0.7, partial(crop, share=rng.uniform(0.75, 1.0))),
         (0.25, shrink),
         (0.5, recolour),
         (0.5, relight),
         (0.25, blur),
-        (0.35, partial(compress, quality=int(rng.integers(20, 60)))),
-        (0.2, grey),
-        (0.2, paint_hair),
+        (0.4, partial(compress, quality=int(rng.integers(20, 60)))),
+        (0.35, grey),
+        (0.3, paint_hair),
         (0.2, paint_ruler),
     ]
     selected = [transformation for chance, transformation in chances if rng.random() < chance]

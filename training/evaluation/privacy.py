@@ -228,7 +228,7 @@ def _generated(
         return [real_features(dataset, space, cache, bar=bar) for space in spaces], classes
     labels = labels_in_proportion(_bundle_labels(bundle, members), count)
     generation = Generation(labels, options.seed, options.truncation_psi, ("random",))
-    parts: list[list[Features]] = [[] for _ in spaces]
+    parts: list[list[NDArray[np.float32]]] = [[] for _ in spaces]
     with Synthesizer(bundle, device=device) as synthesizer:
         for images in generated_batches(synthesizer, generation, "random"):
             bar.update(len(images))

@@ -88,7 +88,7 @@ def noise_for(epsilon: float, steps: int, rate: float, delta: float) -> float:
             )
     except (package.NoBracketIntervalFoundError, ValueError) as error:
         raise TrainingError(f"--dp-epsilon: no noise gives {epsilon:g} for {steps:,} steps ({error})") from None
-    rounded = math.ceil(noise * 1e4) / 1e4
+    rounded: float = math.ceil(noise * 1e4) / 1e4
     while epsilon_spent(steps, rate, rounded, delta) > epsilon:
         rounded = round(rounded + 1e-4, 4)
     return rounded
