@@ -172,7 +172,6 @@ def finalize(
     expose: Expose | None = None,
     *,
     examine: Examine | None = None,
-    audit: Mapping[str, Any] | None = None,
     on_batch: Callable[[], None] | None = None,
 ) -> Manifest:
     """Write metadata.csv, preview.png, README.md, the report, images.zip if the format has one, and then manifest.json.
@@ -186,7 +185,6 @@ def finalize(
         identity: Identity of synthesizer, classifier and index, with which all shards were made.
         expose: Measures what the images disclose of the training set; required if `plan.gated`.
         examine: Computes features for the report of a dataset without a gate; without it they are not measured.
-        audit: The privacy audit of the bundle, for the report.
         on_batch: Called between the images that are measured for the report. An exception ends the work.
 
     Returns:
@@ -223,7 +221,7 @@ def finalize(
     )
     measured = replace(measured, tallies=tallies, privacy=privacy)
     counts = {name: len(samples) for name, samples in kept.items()}
-    content = make_report(plan, bundle, counts, measured, audit)
+    content = make_report(plan, bundle, counts, measured)
     texts = {
         METADATA: metadata,
         PREVIEW: preview,

@@ -181,7 +181,6 @@ def make_report(
     bundle: Bundle,
     counts: Mapping[str, int],
     measured: Measurements,
-    audit: Mapping[str, Any] | None = None,
 ) -> DatasetReport:
     """Make the report of a dataset.
 
@@ -190,7 +189,6 @@ def make_report(
         bundle: The bundle whose generator made the images.
         counts: Images in the dataset by class.
         measured: What was measured of the images.
-        audit: The privacy audit of the bundle, with `verdict` and `rules`; None if there was none.
     """
     from dermis.report.scorecard import scorecard
 
@@ -204,7 +202,7 @@ def make_report(
         "artefacts": _artefacts(bundle, measured),
         "skin_tone": _skin_tone(bundle, measured),
     }
-    audited = _audit(audit)
+    audited = _audit(bundle.privacy_audit)
     training = bundle.provenance.get("dataset")
     count = training.get("images") if isinstance(training, Mapping) else None
     origin = ReportOrigin(

@@ -55,9 +55,7 @@ def constant(indices: Sequence[int], labels: Sequence[int]) -> Any:
     return noise([5] * len(indices), labels)
 
 
-def make(
-    folder: Path, bundle: Bundle, paint: Synthesize, *, reverse: bool = False, audit: Any = None, **request: Any
-) -> dict[str, Any]:
+def make(folder: Path, bundle: Bundle, paint: Synthesize, *, reverse: bool = False, **request: Any) -> dict[str, Any]:
     """Make a dataset, and return its report."""
     wanted = DatasetRequest.model_validate({"model": bundle.name, "shard_size": 25, "image_format": "png", **request})
     planned, store = plan_for(wanted, bundle), Store(folder)
@@ -72,7 +70,7 @@ def make(
                 examine=checker.nearest,
             )
         expose = partial(exposure, checker.index) if planned.gated else None
-        finalize(planned, store, bundle, {}, expose, examine=checker.nearest, audit=audit)
+        finalize(planned, store, bundle, {}, expose, examine=checker.nearest)
     report: dict[str, Any] = json.loads((folder / "report.json").read_bytes())
     return report
 
@@ -194,7 +192,7 @@ def test_page_loads_nothing_and_escapes_all_text(bundle: Bundle, tmp_path: Path)
     attack = '"><script>alert(1)</script><img src=x onerror=alert(2)>'
     hostile = replace(bundle, provenance={**bundle.provenance, "licence": attack, "attribution": attack})
     audit = {"verdict": "warn", "rules": [{"id": attack, "status": "warn", "text": attack}]}
-    report = make(tmp_path / "d", hostile, noise, classes={"benign": 1}, audit=audit)
+    report = make(tmp_path / "d", replace(hostile, privacy_audit=audit), noise, classes={"benign": 1})
     assert report["audit"]["verdict"] == "warn" and report["origin"]["licence"] == attack
     page = (tmp_path / "d" / "report.html").read_text()
     tags: list[tuple[str, list[tuple[str, str | None]]]] = []
