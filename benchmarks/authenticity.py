@@ -66,6 +66,12 @@ def measure_bundle(path: Path, threads: int) -> dict[str, Any]:
         start = time.perf_counter()
         checker.index.nearest(rows)
         look_up = time.perf_counter() - start
+        detect = 0.0
+        if checker.copies is not None:
+            checker.copies.scores(images[:32])
+            start = time.perf_counter()
+            checker.copies.scores(images)
+            detect = (time.perf_counter() - start) * DATASET / GENERATED
     description = checker.description
     return {
         "bundle": f"{bundle.name}@{bundle.digest[:12]}",
@@ -76,6 +82,8 @@ def measure_bundle(path: Path, threads: int) -> dict[str, Any]:
         "embed_seconds": embed,
         "look_up_seconds": look_up,
         "look_up_share": look_up / generate,
+        "detect_copies_seconds": detect,
+        "gate_share": (embed + look_up + detect) / generate,
     }
 
 
@@ -145,10 +153,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print JSON only")
     parser.add_argument("--bundle", type=Path, default=BUNDLE)
-    parser.add_argument("--vectors", type=int, default=1_000_000)
+    parser.add_argument("--vectors", type=int, default=1_000_000, help="0: measure the bundle only")
     parser.add_argument("--large", action="store_true", help="also 10 million vectors (about 3 GB)")
     arguments = parser.parse_args()
-    counts = [arguments.vectors] + ([10_000_000] if arguments.large else [])
+    counts = ([arguments.vectors] if arguments.vectors else []) + ([10_000_000] if arguments.large else [])
     document = run(arguments.bundle, counts, available_cpus())
     if arguments.json:
         print(json.dumps(document, indent=2))
@@ -161,6 +169,12 @@ def main() -> None:
     print(
         f"  searched {own['look_up_seconds']:.1f} s, which is {own['look_up_share']:.1%} of the time to generate them"
     )
+    print(
+        f"  scored by the copy detector {own['detect_copies_seconds']:.0f} s; the whole gate takes {own['gate_share']:.0%} of "
+        "the time to generate them"
+    )
+    if not document["kinds"]:
+        return
     print(f"{'':<6}{'vectors':>12}{'build s':>9}{'MB':>8}{'recall@1':>10}{'ms alone':>10}{'ms in 1000':>12}")
     for row in document["kinds"]:
         size = "-" if row["bytes"] is None else f"{row['bytes'] / 1e6:.0f}"

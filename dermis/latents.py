@@ -30,6 +30,14 @@ def _generator(seed: int, index: int, stream: int, number: int = 0) -> np.random
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
+def mixed_seed(*numbers: int) -> int:
+    """Mix numbers of at least 0 into one seed of 63 bits, such as the seed of a run and the number of a step.
+
+    torch's generator on a CPU uses only the lower 32 bits of a seed, so all numbers must affect these.
+    """
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
 def z_for(seed: int, indices: Sequence[int] | npt.NDArray[np.integer], z_dim: int) -> npt.NDArray[np.float32]:
     """Draw standard normal latents.
 

@@ -58,7 +58,7 @@ def test_dataset_has_same_bytes_from_command_manifest_and_shards(run: Run, tiny_
     asked = ("--bundle", tiny_bundle.location, "--classes", "malignant=9,benign=6", "--seed", 7, "--shard-size", 5)
     one, two, three = (tmp_path / name for name in ("one", "two", "three"))
     assert run("generate", *asked, "--out", one)[0] == 0
-    assert run("verify", one) == (0, f"{one}: 4 files checked, all hashes match\n", "")
+    assert run("verify", one) == (0, f"{one}: 6 files checked, all hashes match\n", "")
     status, out, _ = run(
         "generate", "--manifest", one / "manifest.json", "--bundle", tiny_bundle.location, "--out", two
     )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dermis.latents import MAX_INDEX, MAX_SEED, noise_for, noise_vectors, z_for
+from dermis.latents import MAX_INDEX, MAX_SEED, mixed_seed, noise_for, noise_vectors, z_for
 
 seeds = st.integers(0, MAX_SEED)
 indices = st.integers(0, MAX_INDEX)
@@ -65,3 +68,10 @@ def test_latents_and_noise_equal_those_of_earlier_releases() -> None:
     assert np.array_equal(
         noise_for(7, 0, [2])[0], np.array([[-0.59347034, 1.547825], [-0.5029522, -0.8528061]], dtype=np.float32)
     )
+
+
+def test_every_number_of_a_mixed_seed_changes_the_random_numbers_of_torch() -> None:
+    seeds = [mixed_seed(*numbers) for numbers in itertools.product(range(4), range(4), range(4))]
+    drawn = {float(torch.rand((), generator=torch.Generator().manual_seed(seed))) for seed in seeds}
+    assert len(drawn) == len(seeds)
+    assert all(0 <= seed < 2**63 for seed in seeds)

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from dermis.classifier.torch_network import TorchClassifier
 from dermis.errors import TrainingError
 from dermis.files import atomic_write, write_file
+from dermis.latents import mixed_seed
 from dermis.metrics.classification import auc
 from training.checkpoint import checkpoint_path
 from training.classifier.batches import TrainingSet, epoch_order, read_ahead, rotated_and_flipped, to_float
@@ -199,8 +200,7 @@ def training_step(
         adjust: Adds to the network's gradients before they are used.
     """
     network, progress = state.network, state.progress
-    position = (progress.epoch << 20) + progress.step * ranks.count + ranks.rank + 1
-    torch.manual_seed((config.seed << 32) + position)
+    torch.manual_seed(mixed_seed(config.seed, progress.epoch, progress.step * ranks.count + ranks.rank))
     y = torch.from_numpy(labels).to(images.device)
     weights = torch.tensor(class_weights(training.labels, config), device=images.device)[y]
     with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dermis.errors import TrainingError
+from dermis.latents import mixed_seed
 from dermis.networks import Generator, one_hot
 from training.data.images import ImageDataset
 from training.gan.batches import Batch, class_weights
@@ -57,7 +58,7 @@ def training_step(
         raise TrainingError("dp: only `dermis train gan --dp` trains with differential privacy")
     ranks, progress, p = phases.ranks, state.progress, state.adaptive.p
     n, device = config.batch // ranks.count, state.pl_mean.device
-    torch.manual_seed((config.seed << 32) + progress.step + 1)
+    torch.manual_seed(mixed_seed(config.seed, progress.step))
     if isinstance(batch, PrivateBatch):  # nothing but the discriminator's gradient may use real images
         real, real_c = torch.empty(0, device=device), torch.empty(0, device=device)
     else:
