@@ -12,7 +12,7 @@ an image is the larger one of the margin of the whole image and the largest marg
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,6 +33,9 @@ from dermis.tensor_files import read_array
 if TYPE_CHECKING:
     from dermis.authenticity.copy_network import CopyNetwork
     from dermis.bundle import Bundle
+
+Describe = Callable[[Images], Floats]
+"""Square images uint8 [N, R, R, 3] -> descriptors float32 [N, regions, dim]."""
 
 BACKGROUND = slice(10, 20)
 """Ranks, from 0, of the training images that give the background similarity. A lesion with ten images has a margin, too."""
@@ -79,7 +82,8 @@ class CopySearch:
 def scores_of(margins: Floats, whole_threshold: float, half_threshold: float) -> Floats:
     """Return the scores [N] of margins [N, regions], rounded to three decimals."""
     whole, halves = margins[:, 0] / whole_threshold, margins[:, 1:].max(axis=1) / half_threshold
-    return np.round(np.maximum(whole, halves), _SCORE_DECIMALS).astype(np.float32)
+    scores: Floats = np.round(np.maximum(whole, halves), _SCORE_DECIMALS).astype(np.float32)
+    return scores
 
 
 def calibrate(margins: Floats, false_alarms: float = FALSE_ALARMS) -> tuple[float, float]:
@@ -100,53 +104,48 @@ def calibrate(margins: Floats, false_alarms: float = FALSE_ALARMS) -> tuple[floa
     return first * scale, second * scale
 
 
-def references_of(network: CopyNetwork, images: Images, size: int, *, threads: int | None = None) -> NDArray[np.int8]:
+def describer(network: CopyNetwork, size: int, *, device: str = "cpu", threads: int | None = None) -> Describe:
+    """Make the function that computes descriptors, with OpenVINO on a CPU if it is installed.
+
+    Args:
+        network: The network.
+        size: Side in px to which images are resized.
+        device: "auto", "cpu" or a CUDA device.
+        threads: CPU cores to use; None for all that this process can use.
+    """
+    import torch
+
+    from dermis.authenticity.copy_network import REGIONS
+    from dermis.devices import resolve_device
+    from dermis.features import bicubic, resize_matrix, torch_extract
+    from dermis.features_openvino import Extract, OpenvinoFeatures, have_openvino
+
+    target = resolve_device(device)
+    network = network.to(target).eval()
+    half = torch.full((3, 1, 1), 127.5)
+    extract: Extract = torch_extract(
+        lambda images: network(bicubic(images, (size, size)).clamp(0, 255) / 127.5 - 1), target
+    )
+    if target.type == "cpu" and have_openvino():
+        matrix = partial(resize_matrix, bicubic)
+        extract = OpenvinoFeatures(network, (size, size), matrix, half, half, extract, threads=threads)
+    shape = (len(REGIONS), network.projection.out_features)
+    return lambda images: extract(images).reshape(len(images), *shape)
+
+
+def references_of(describe: Describe, images: Images) -> NDArray[np.int8]:
     """Compute the stored descriptors int8 [N, dim] of training images uint8 [N, R, R, 3].
 
     A stored descriptor is the mean of the descriptors of the eight views of an image that mirroring and quarter turns give.
     """
-    describe = describer(network, size, threads=threads)
-    total = np.zeros((len(images), network.projection.out_features), np.float32)
+    parts = []
     for start in range(0, len(images), _BATCH):
         rows = images[start : start + _BATCH]
-        for turns in range(4):
-            turned = np.rot90(rows, turns, axes=(1, 2))
-            for view in (turned, turned[:, :, ::-1]):
-                total[start : start + _BATCH] += describe(np.ascontiguousarray(view))[:, 0]
-    total /= np.linalg.norm(total, axis=1, keepdims=True)
-    return np.round(total * _STEPS).astype(np.int8)
-
-
-class _Describer:
-    """Function from square images uint8 [N, R, R, 3] to descriptors float32 [N, regions, dim]."""
-
-    def __init__(self, network: CopyNetwork, size: int, device: str, threads: int | None) -> None:
-        import torch
-
-        from dermis.authenticity.copy_network import REGIONS
-        from dermis.devices import resolve_device
-        from dermis.features import bicubic, resize_matrix, torch_extract
-        from dermis.features_openvino import Extract, OpenvinoFeatures, have_openvino
-
-        target = resolve_device(device)
-        network = network.to(target).eval()
-        half = torch.full((3, 1, 1), 127.5)
-        extract: Extract = torch_extract(
-            lambda images: network(bicubic(images, (size, size)).clamp(0, 255) / 127.5 - 1), target
-        )
-        if target.type == "cpu" and have_openvino():
-            matrix = partial(resize_matrix, bicubic)
-            extract = OpenvinoFeatures(network, (size, size), matrix, half, half, extract, threads=threads)
-        self._extract = extract
-        self._shape = (len(REGIONS), network.projection.out_features)
-
-    def __call__(self, images: Images) -> Floats:
-        return self._extract(images).reshape(len(images), *self._shape)
-
-
-def describer(network: CopyNetwork, size: int, *, device: str = "cpu", threads: int | None = None) -> _Describer:
-    """Make the function that computes descriptors, with OpenVINO on a CPU if it is installed."""
-    return _Describer(network, size, device, threads)
+        turned = [np.rot90(rows, turns, axes=(1, 2)) for turns in range(4)]
+        views = [view for each in turned for view in (each, each[:, :, ::-1])]
+        total = np.sum([describe(np.ascontiguousarray(view))[:, 0] for view in views], axis=0)
+        parts.append(np.round(total / np.linalg.norm(total, axis=1, keepdims=True) * _STEPS).astype(np.int8))
+    return np.concatenate(parts)
 
 
 class CopyDetector:

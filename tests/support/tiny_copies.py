@@ -1,4 +1,4 @@
-"""A copy detector of procedural lesions, made by one training step from the weights of ImageNet."""
+"""A copy detector of random colour fields, made by one training step from the weights of ImageNet."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+from scipy import ndimage
 
 from dermis.imaging import Images
-from lesions import lesion
 from training.copies.config import CopiesConfig
 from training.copies.run import TrainedCopyDetector, train_copy_detector
 from training.data.images import ImageDataset
@@ -18,9 +18,14 @@ KNOWN, OTHERS = 100, 200
 
 
 @cache
-def lesion_images(first: int, count: int) -> Images:
-    """Lesions of these seeds, uint8 [count, 48, 48, 3]."""
-    return np.stack([lesion(seed, SIDE) for seed in range(first, first + count)])
+def colour_fields(first: int, count: int) -> Images:
+    """Smooth random colours of these seeds, uint8 [count, 48, 48, 3]. Every image is distinct at first sight."""
+    fields = np.stack(
+        [np.random.default_rng(seed).normal(size=(SIDE, SIDE, 3)) for seed in range(first, first + count)]
+    )
+    smooth = ndimage.gaussian_filter(fields, (0, 4, 4, 0), mode="wrap")
+    images: Images = np.clip(128 + 50 * smooth / smooth.std(), 0, 255).astype(np.uint8)
+    return images
 
 
 def dataset(images: Images, name: str) -> ImageDataset:
@@ -30,8 +35,8 @@ def dataset(images: Images, name: str) -> ImageDataset:
 
 
 def make_detector(out: Path, known: Images, **options: int) -> TrainedCopyDetector:
-    """Train a detector of `known`, with 200 other lesions for the threshold."""
-    others = dataset(lesion_images(10_000, OTHERS), "other")
+    """Train a detector of `known`, with 200 other images for the threshold."""
+    others = dataset(colour_fields(10_000, OTHERS), "other")
     config = CopiesConfig(**{"steps": 1, "batch": 8, "size": SIDE, **options})
     trained = train_copy_detector(
         dataset(known, "known"), others, config, out, measured=20, device="cpu", progress_bar=False

@@ -196,11 +196,13 @@ def initialise(network: CopyNetwork, images: Images, config: CopiesConfig, devic
     chunks = range(0, len(images), _CHUNK)
     views = ([view_of(image, rng) for image in images[start : start + _CHUNK]] for start in chunks)
     pooled = torch.cat([network.pooled(prepared(np.stack(part), config.size, device))[:, 0] for part in views])
+    pooled = pooled.double()  # so that the rounding of the decomposition does not show in the weights
     mean = pooled.mean(dim=0)
-    _, values, vectors = torch.linalg.svd(pooled - mean, full_matrices=False)
+    values, vectors = torch.linalg.eigh(torch.cov(pooled.T))
     kept = min(config.dim, len(values))
-    matrix = vectors[:kept] / (values[:kept, None] / len(pooled) ** 0.5 + _LEAST_DEVIATION)
-    network.projection.weight[:kept] = matrix
-    network.projection.bias[:kept] = -matrix @ mean
+    deviations = values.clamp(min=0).sqrt().flip(0)[:kept, None]
+    matrix = vectors.T.flip(0)[:kept] / (deviations + _LEAST_DEVIATION)
+    network.projection.weight[:kept] = matrix.float()
+    network.projection.bias[:kept] = (-matrix @ mean).float()
     parts = [network(prepared(images[start : start + _CHUNK], config.size, device)) for start in chunks]
     return torch.cat(parts)[:, : config.dim].contiguous()

@@ -16,12 +16,13 @@ from dermis.authenticity.copy_detector import (
     FALSE_ALARMS,
     MIN_REFERENCES,
     CopySearch,
+    Describe,
     calibrate,
     describer,
     references_of,
     scores_of,
 )
-from dermis.authenticity.copy_network import CopyNetwork, network_from, to_bytes
+from dermis.authenticity.copy_network import network_from, to_bytes
 from dermis.authenticity.verdict import COPY
 from dermis.bundle.copies import WEIGHTS, CopiesDescription, write_copies_folder
 from dermis.cpus import available_cpus
@@ -95,8 +96,9 @@ def train_copy_detector(
         return None
     weights = to_bytes(network)
     stored = network_from(weights, config.dim, WEIGHTS)
-    references = references_of(stored, real.images, config.size)
-    detector = _Detector(stored, config.size, references)
+    describe = describer(stored, config.size)
+    references = references_of(describe, real.images)
+    detector = _Detector(describe, CopySearch(references, available_cpus()))
     whole, half = calibrate(detector.margins(calibration.images))
     detector = replace(detector, whole_threshold=whole, half_threshold=half)
     others = calibration if held_out is None else held_out
@@ -106,9 +108,7 @@ def train_copy_detector(
         "training": measure(detector.scores, real.images, others.images, count=measured),
     }
     if held_out is not None:
-        metrics["other_references"] = _measure_generalisation(
-            stored, config.size, held_out.images, calibration.images, measured
-        )
+        metrics["other_references"] = _measure_generalisation(describe, held_out.images, calibration.images, measured)
     description = CopiesDescription(
         size=config.size,
         dim=config.dim,
@@ -137,30 +137,25 @@ def train_copy_detector(
 class _Detector:
     """A detector that is not stored yet."""
 
-    network: CopyNetwork
-    size: int
-    references: NDArray[np.int8]
+    describe: Describe
+    search: CopySearch
     whole_threshold: float = COPY
     half_threshold: float = COPY
 
     def margins(self, images: Images) -> NDArray[np.float32]:
-        describe = describer(self.network, self.size)
-        search = CopySearch(self.references, available_cpus())
         chunks = (images[start : start + _CHUNK] for start in range(0, len(images), _CHUNK))
-        return np.concatenate([search.margins(describe(chunk)) for chunk in chunks])
+        return np.concatenate([self.search.margins(self.describe(chunk)) for chunk in chunks])
 
     def scores(self, images: Images) -> NDArray[np.float32]:
         return scores_of(self.margins(images), self.whole_threshold, self.half_threshold)
 
 
-def _measure_generalisation(
-    network: CopyNetwork, size: int, held_out: Images, others: Images, count: int
-) -> Mapping[str, Any]:
+def _measure_generalisation(describe: Describe, held_out: Images, others: Images, count: int) -> Mapping[str, Any]:
     """Measure the network with held-out images, which it was not trained on, in the place of the training images.
 
     The thresholds are set with the other images, so that 1 % of them are false alarms.
     """
-    detector = _Detector(network, size, references_of(network, held_out, size))
+    detector = _Detector(describe, CopySearch(references_of(describe, held_out), available_cpus()))
     whole, half = calibrate(detector.margins(others))
     detector = replace(detector, whole_threshold=whole, half_threshold=half)
     return measure(detector.scores, held_out, others, count=count)

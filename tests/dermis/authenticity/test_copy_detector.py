@@ -29,14 +29,14 @@ from dermis.bundle import amend_bundle, open_bundle
 from dermis.bundle.copies import DESCRIPTOR, REFERENCES, WEIGHTS
 from dermis.errors import BundleError
 from tiny import make_bundle
-from tiny_copies import KNOWN, lesion_images, make_detector
+from tiny_copies import KNOWN, colour_fields, make_detector
 
 pytest.importorskip("faiss", reason="FAISS is not installed")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_detector(tmp_path_factory.mktemp("detector"), lesion_images(0, KNOWN)).folder
+    return make_detector(tmp_path_factory.mktemp("detector"), colour_fields(0, KNOWN)).folder
 
 
 @pytest.fixture(scope="module")
@@ -63,14 +63,14 @@ def test_calibration_bounds_false_alarms(margins: np.ndarray) -> None:
 
 
 def test_mirrored_and_turned_training_images_are_found_and_others_are_not(detector: CopyDetector) -> None:
-    known, others = lesion_images(0, KNOWN), lesion_images(20_000, 100)
+    known, others = colour_fields(0, KNOWN), colour_fields(20_000, 100)
     for copies in (known, known[:, :, ::-1], np.rot90(known, axes=(1, 2))):
         assert (detector.scores(np.ascontiguousarray(copies)) >= COPY).mean() > 0.7
     assert (detector.scores(others) >= COPY).mean() < 0.1
 
 
 def test_score_depends_neither_on_other_images_nor_on_threads(folder: Path, detector: CopyDetector) -> None:
-    images = lesion_images(0, 40)
+    images = colour_fields(0, 40)
     together = detector.scores(images)
     assert np.array_equal(together, np.concatenate([detector.scores(image[None]) for image in images]))
     assert np.array_equal(together, CopyDetector(folder, device="cpu", threads=2).scores(images))
@@ -79,7 +79,7 @@ def test_score_depends_neither_on_other_images_nor_on_threads(folder: Path, dete
 def test_openvino_and_torch_compute_the_same_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("openvino", reason="OpenVINO is not installed")
     torch.manual_seed(0)
-    network, images = CopyNetwork(pretrained=True).eval().requires_grad_(False), lesion_images(0, 3)
+    network, images = CopyNetwork(pretrained=True).eval().requires_grad_(False), colour_fields(0, 3)
     with_openvino = describer(network, 48)(images)
     monkeypatch.setattr("dermis.features_openvino.have_openvino", lambda: False)
     assert np.allclose(with_openvino, describer(network, 48)(images), atol=2e-4)
@@ -89,7 +89,7 @@ def test_openvino_and_torch_compute_the_same_descriptors(monkeypatch: pytest.Mon
 @pytest.mark.parametrize("name", [*TRANSFORMATIONS, "combined"])
 def test_transformation_keeps_size_and_original_and_follows_from_its_random_numbers(name: str) -> None:
     function = {**TRANSFORMATIONS, "combined": combined}[name]
-    image = lesion_images(0, 1)[0]
+    image = np.random.default_rng(0).integers(0, 256, (48, 48, 3), dtype=np.uint8)
     before = image.copy()
     first, second = (function(image, np.random.default_rng(3)) for _ in range(2))
     assert first.shape == image.shape
