@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed-$(VARIANT)
 # Where `make demo-bundle` finds an ISIC-layout folder (images and metadata.csv).
 DATA ?= ../shared/data/dermoscopy
 
-.PHONY: setup serve test test-full docs ranges wheels lint demo-split demo-bundle demo-classifier demo-latents gpu-pack clean
+.PHONY: setup serve test test-full docs ranges wheels lint demo-split demo-bundle demo-classifier demo-latents demo-privacy gpu-pack clean
 
 setup: $(STAMP)
 
@@ -104,6 +104,13 @@ demo-latents: demo-split
 	$(BIN)/dermis train encoder --bundle bundles/demo --images $(DATA) --metadata $(SPLIT)/train.csv \
 		--held-out $(SPLIT)/validation.csv --steps 3000 --warm-up 500 --distance lite0 --out runs/demo-encoder --resume --attach
 	$(BIN)/dermis directions fit bundles/demo
+
+demo-privacy: demo-split
+	$(BIN)/dermis train copy-detector $(LEARN) --calibration $(SPLIT)/validation.csv --held-out $(SPLIT)/test.csv --bundle bundles/demo \
+		--steps 5000 --learning-rate 7e-4 --out runs/demo-copies --resume --attach
+	$(BIN)/dermis bundle reference --bundle bundles/demo $(LEARN) --held-out $(DATA) --held-out-metadata $(SPLIT)/test.csv
+	$(BIN)/dermis privacy audit --bundle bundles/demo --members $(DATA) --members-metadata $(SPLIT)/train.csv \
+		--non-members $(DATA) --non-members-metadata $(SPLIT)/test.csv --out runs/demo-audit --attach
 
 # Files for a GPU machine without a network (docs/gpu.md), in the ignored folder gpu-pack.
 gpu-pack: demo-split

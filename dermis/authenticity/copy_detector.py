@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from dermis.authenticity.build import EXACT, GRAPH, new_index
 from dermis.authenticity.index import Floats, products_of_matrices, search
+from dermis.authenticity.verdict import FALSE_ALARMS
 from dermis.bundle.copies import DESCRIPTOR, REFERENCES, WEIGHTS, open_copies_folder
 from dermis.bundle.folder import exists
 from dermis.bundle.index import Kind
@@ -42,8 +43,6 @@ BACKGROUND = slice(10, 20)
 BACKGROUND_WEIGHT = 0.5
 """Share of the background similarity that is subtracted. 0.5 to 0.75 found most copies of dermoscopic images; 0 and 1 fewer."""
 MIN_REFERENCES = BACKGROUND.stop
-FALSE_ALARMS = 0.01
-"""Share of other real images that may have a score of at least `COPY`."""
 _SHARE_OF_WHOLE = 0.7  # of the false alarms; the rest is left to the halves
 _STEPS = 127  # of the stored numbers in 0..1
 _SCORE_DECIMALS = 3

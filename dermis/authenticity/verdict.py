@@ -12,6 +12,8 @@ from dermis.bundle.index import PERCENTILES, IndexDescription
 
 COPY = 1.0
 """Score of the copy detector from which on an image is a copy."""
+FALSE_ALARMS = 0.01
+"""Share of other real images that the copy detector may take for copies."""
 SAME_SHARE = 0.05
 """Share of the typical distance below which two images count as the same image.
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from dermis.artefacts import NAMES, wilson_interval
+from dermis.authenticity.verdict import FALSE_ALARMS
 from dermis.bundle.reference import MINIMUM_GROUP, read_features
 from dermis.dataset.plan import DatasetPlan
 from dermis.dataset.privacy import SHOWN, PrivacyReport
@@ -202,7 +203,7 @@ def make_report(
         "artefacts": _artefacts(bundle, measured),
         "skin_tone": _skin_tone(bundle, measured),
     }
-    audited = _audit(bundle.privacy_audit)
+    audited = report_audit(bundle.privacy_audit)
     training = bundle.provenance.get("dataset")
     count = training.get("images") if isinstance(training, Mapping) else None
     origin = ReportOrigin(
@@ -257,6 +258,8 @@ def request_in_words(plan: DatasetPlan) -> str:
             if request.privacy.gate == "authentic"
             else f"distance percentile {request.privacy.percentile:g}"
         )
+        if plan.detects_copies:
+            gate += ", and no changed copy according to the copy detector"
         outcome = {"resample": "replaced", "drop": "left out", "flag": "flagged"}[request.privacy.on_reject]
         words.append(f"A gate against copies of training images ({gate}); images that it rejects were to be {outcome}.")
     return " ".join(words)
@@ -469,6 +472,10 @@ def _privacy(plan: DatasetPlan, privacy: PrivacyReport | None) -> ReportSection:
         ReportNumber("rejected by the gate", sum(each.rejected for each in tallies), unit="images"),
         ReportNumber("flagged in the dataset", sum(each.flagged for each in tallies), unit="images"),
     ]
+    if plan.detects_copies:
+        numbers.append(
+            share("taken for changed copies", sum(each.copies or 0 for each in tallies), seen, reference=FALSE_ALARMS)
+        )
     numbers += [
         ReportNumber(f"nearest distance, {percentile} %", generated, reference=real, unit="distance")
         for percentile, generated, real in zip(SHOWN, privacy.distances, privacy.baseline, strict=True)
@@ -494,15 +501,21 @@ def _privacy(plan: DatasetPlan, privacy: PrivacyReport | None) -> ReportSection:
     return _section(numbers, problem, notes=tuple(notes))
 
 
-def _audit(audit: Mapping[str, Any] | None) -> ReportAudit:
-    if audit is None or audit.get("verdict") not in ("pass", "warn", "fail"):
+def report_audit(audit: Mapping[str, Any] | None) -> ReportAudit:
+    """Read verdict and rules of privacy_audit.json. `dermis.privacy.audit` reads all of it, but imports torch."""
+    verdict = None if audit is None else audit.get("verdict")
+    status = verdict.get("status") if isinstance(verdict, Mapping) else None
+    if audit is None or status not in ("pass", "warn", "fail"):
         return ReportAudit(NOT_MEASURED, remedy="audit the bundle: `dermis privacy audit`")
+    outcomes = audit.get("outcomes")
     rules = tuple(
-        ReportRule(str(rule.get("id", "")), str(rule.get("status", NOT_MEASURED)), str(rule.get("text", "")))
-        for rule in audit.get("rules") or ()
-        if isinstance(rule, Mapping)
+        ReportRule(
+            str(outcome.get("rule", "")), str(outcome.get("status", NOT_MEASURED)), str(outcome.get("finding", ""))
+        )
+        for outcome in (outcomes if isinstance(outcomes, list) else ())
+        if isinstance(outcome, Mapping)
     )
-    return ReportAudit(str(audit["verdict"]), rules)
+    return ReportAudit(status, rules)
 
 
 def _artefacts(bundle: Bundle, measured: Measurements) -> ReportSection:

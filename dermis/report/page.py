@@ -18,7 +18,7 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 1.5rem au
 h1 { font-size: 1.5rem; margin: 0 0 .4rem; } h2 { font-size: 1.15rem; margin: 1.8rem 0 .4rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .2rem .8rem .2rem 0; text-align: left; border-bottom: 1px solid #d5dae1; vertical-align: top; }
-td, p, li { overflow-wrap: anywhere; }
+td, p, li { overflow-wrap: break-word; }
 .card { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: .7rem; }
 .card section { border: 1px solid #d5dae1; border-radius: .4rem; padding: .5rem .7rem; }
 .card h3 { font-size: 1rem; margin: 0; text-transform: capitalize; }

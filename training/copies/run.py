@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from dermis import __version__
 from dermis.authenticity.copy_detector import (
-    FALSE_ALARMS,
     MIN_REFERENCES,
     CopySearch,
     Describe,
@@ -23,7 +22,7 @@ from dermis.authenticity.copy_detector import (
     scores_of,
 )
 from dermis.authenticity.copy_network import network_from, to_bytes
-from dermis.authenticity.verdict import COPY
+from dermis.authenticity.verdict import COPY, FALSE_ALARMS
 from dermis.bundle.copies import WEIGHTS, CopiesDescription, write_copies_folder
 from dermis.cpus import available_cpus
 from dermis.devices import describe_hardware, resolve_device

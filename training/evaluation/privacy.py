@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from dermis.authenticity.checker import CLASSIFIER, Embedder
 from dermis.bundle import Bundle, load_discriminator, trained_on
+from dermis.classifier.preprocess import to_input
 from dermis.dataset.manifest import read_manifest
 from dermis.dataset.store import Store
 from dermis.devices import resolve_device
@@ -38,6 +39,8 @@ from training.gan.state import load_stored_discriminator
 ATTRIBUTES = {"sex": "sex", "age_approx": "age", "anatom_site": "site", "diagnosis": "diagnosis"}
 PLANTED_QUALITY = 75  # JPEG quality of the copies that are planted to try the audit
 PROJECTION_DISTANCE = "lite0"
+PIXELS = "pixels"
+PIXEL_SIDE = 16
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def audit_privacy(
 ) -> PrivacyAudit:
     """Audit a bundle or, with `dataset`, the images of a dataset.
 
-    The feature space of the bundle's classifier is added to those of the extractors, if the bundle has one.
+    The space of pixels is added to those of the extractors, and that of the bundle's classifier if the bundle has one.
 
     Args:
         bundle: The bundle.
@@ -98,7 +101,7 @@ def audit_privacy(
         if made_by != bundle.digest:
             remarks.append(f"The dataset was made by a bundle with another digest ({made_by[:12]}).")
     embedder = None if bundle.classifier is None else Embedder(CLASSIFIER, bundle, device=device)
-    spaces = list(extractors)
+    spaces = [*extractors, pixel_space()]
     if embedder is not None:
         spaces.append(_classifier_space(embedder, bundle.generator.img_resolution))
     count = len(members.labels) if options.count is None else options.count
@@ -200,6 +203,23 @@ def _remarks(bundle: Bundle, members: ImageDataset, groups: Sequence[str] | None
             "The feature space classifier is that of the bundle's classifier, which may have been trained on the members."
         )
     return remarks
+
+
+def pixel_space() -> FeatureExtractor:
+    """The pixels of images reduced to 16 x 16, with mean 0 and length 1.
+
+    Networks can place a copy that was compressed or changed a little as far from its original as another image is. Here it is
+    nearest to its original, and no network has learnt from the members.
+    """
+    side = PIXEL_SIDE
+
+    def extract(images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        rows = np.stack([to_input(image, side) for image in images]).reshape(len(images), -1).astype(np.float32)
+        rows -= rows.mean(axis=1, keepdims=True)
+        scaled: NDArray[np.float32] = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-6)
+        return scaled
+
+    return FeatureExtractor(PIXELS, f"pixels/{side}-lanczos/mean-0-length-1", side * side * 3, extract)
 
 
 def _classifier_space(embedder: Embedder, size: int) -> FeatureExtractor:

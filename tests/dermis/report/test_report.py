@@ -27,7 +27,7 @@ from dermis.dataset.shards import write_shard
 from dermis.dataset.store import Store
 from dermis.dataset.verify import verify
 from dermis.errors import BundleError, DataError
-from dermis.report import sample
+from dermis.report import content, sample
 from dermis.report.appearance import appearances
 from dermis.report.build import RealImages, build_reference
 from dermis.report.features import baseline, compare, statistics_of
@@ -191,7 +191,7 @@ def test_report_says_what_was_not_measured_and_never_passes_it(tmp_path: Path) -
 def test_page_loads_nothing_and_escapes_all_text(bundle: Bundle, tmp_path: Path) -> None:
     attack = '"><script>alert(1)</script><img src=x onerror=alert(2)>'
     hostile = replace(bundle, provenance={**bundle.provenance, "licence": attack, "attribution": attack})
-    audit = {"verdict": "warn", "rules": [{"id": attack, "status": "warn", "text": attack}]}
+    audit = {"verdict": {"status": "warn"}, "outcomes": [{"rule": attack, "status": "warn", "finding": attack}]}
     report = make(tmp_path / "d", replace(hostile, privacy_audit=audit), noise, classes={"benign": 1})
     assert report["audit"]["verdict"] == "warn" and report["origin"]["licence"] == attack
     page = (tmp_path / "d" / "report.html").read_text()
@@ -239,3 +239,13 @@ def test_sample_is_evenly_spaced_and_includes_every_class() -> None:
     samples: dict[str, list[Any]] = {"rare": list(range(2)), "common": list(range(1000)), "none": []}
     chosen = choose(samples, 100)
     assert [len(each) for each in chosen.values()] == [2, 98, 0]
+
+
+def test_report_shows_the_audit_that_a_bundle_holds(tmp_path: Path) -> None:
+    held = json.loads((Path("bundles/demo") / "privacy_audit.json").read_bytes())
+    shown = content.report_audit(held)
+    assert shown.verdict == held["verdict"]["status"]
+    assert [rule.id for rule in shown.rules] == [outcome["rule"] for outcome in held["outcomes"]]
+    for damaged in (None, {}, {"verdict": "pass"}, {"verdict": {"status": "fine"}}):
+        assert content.report_audit(damaged).verdict == "not measured"
+    assert content.report_audit({"verdict": {"status": "pass"}, "outcomes": "x"}).rules == ()
