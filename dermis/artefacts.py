@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from scipy import fft, ndimage
 
 NAMES = ("frame", "ruler", "hair", "ink")
 # Set by eye on the example collection (docs/artefacts.md).
@@ -75,6 +74,8 @@ def _thin_dark_lines(rgb: Floats) -> tuple[Floats, Floats]:
     After DullRazor (Lee et al., Comput. Biol. Med. 27, 1997). Only the red channel is used: hair and print are dark in it,
     while blood vessels are nearly invisible and the pigment network is faint.
     """
+    from scipy import ndimage
+
     red = rgb[..., 0]
     fine, wide = (ndimage.grey_closing(red, size=(size, size)) - red for size in (7, 9))
     return fine, wide
@@ -85,6 +86,8 @@ def _thin_dark_lines(rgb: Floats) -> tuple[Floats, Floats]:
 
 def frame_mask(rgb: Floats) -> Mask:
     """Regions that include a corner of the image and are darker than 35 % of its bright part in all channels."""
+    from scipy import ndimage
+
     brightest = ndimage.uniform_filter(rgb.max(axis=2), 3)
     regions, _ = ndimage.label(brightest < 0.35 * np.percentile(brightest, 80))
     with_corner = {int(regions[y, x]) for y in (0, -1) for x in (0, -1)} - {0}
@@ -144,6 +147,8 @@ def _averaged_rows(picture: Floats) -> Floats:
 
 def _regularity(rows: Floats, window: int, pitches: NDArray[np.int64]) -> float:
     """The most regular of all windows of the rows [n, W], in [0, 1]."""
+    from scipy import fft
+
     windows = np.lib.stride_tricks.sliding_window_view(rows, window, axis=1)[:, :: window // 3].reshape(-1, window)
     windows = windows[windows.mean(axis=1) > _FAINT]
     if len(windows) == 0:
@@ -168,6 +173,8 @@ def _hair(dark: Mask) -> Mask:
     A run is isolated if at most 35 % of the parallel runs 5 px to either side is dark. This excludes networks and other
     texture, as does the condition that connected runs extend over at least 40 px.
     """
+    from scipy import ndimage
+
     dark[:3] = dark[-3:] = dark[:, :3] = dark[:, -3:] = False
     half, aside = 15, 5
     height, width = dark.shape
@@ -209,6 +216,8 @@ def _ink(rgb: Floats) -> Mask:
     Skin is the part of the image between the 70th and the 98th percentile of brightness. A region with more than a fifth of
     its ink in the middle of the image counts as a blue lesion.
     """
+    from scipy import ndimage
+
     rgb = ndimage.uniform_filter(rgb, (3, 3, 1)) + 4  # avoids division by 0, and the unreliable hue of black
     brightness = rgb.max(axis=2)
     low, high = np.percentile(brightness, [70, 98])

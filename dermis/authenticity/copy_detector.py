@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from dermis.authenticity.build import EXACT, GRAPH, new_index
 from dermis.authenticity.index import Floats, products_of_matrices, search
 from dermis.authenticity.verdict import FALSE_ALARMS
 from dermis.bundle.copies import DESCRIPTOR, REFERENCES, WEIGHTS, open_copies_folder
@@ -58,6 +57,8 @@ class CopySearch:
     """
 
     def __init__(self, references: NDArray[np.int8], threads: int) -> None:
+        from dermis.authenticity.build import EXACT, GRAPH, new_index  # imports scipy, which the gateway does not need
+
         vectors = references.astype(np.float32)
         vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1.0)
         count = len(vectors)

@@ -240,7 +240,7 @@ def test_weights_come_from_a_file(tmp_path: Path) -> None:
 
 def command(skin: Path, out: Path, *options: str) -> list[str]:
     return ["train", "classifier", "--data", str(skin), "--out", str(out), "--architecture", TINY, "--weights", "none",
-            "--size", str(SIZE), "--epochs", "8", "--batch", "8", "--learning-rate", "5e-3", "--device", "cpu",
+            "--size", str(SIZE), "--epochs", "8", "--batch", "8", "--learning-rate", "5e-3", "--device", "cpu", "--seed", "1",
             "--cache", str(out.parent / "cache"), "--licence", "CC0-1.0", "--attribution", "nobody", *options]  # fmt: skip
 
 
