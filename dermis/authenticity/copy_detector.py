@@ -1,4 +1,4 @@
-"""Detection of copies in disguise: training images that were mirrored, cropped, recoloured, painted over or joined.
+"""Detection of changed copies: training images that were mirrored, cropped, recoloured, painted over or joined.
 
 detector = CopyDetector("bundles/demo")
 detector.scores(images) >= COPY  # uint8 [N, R, R, 3]
