@@ -46,6 +46,7 @@ FALSE_ALARMS = 0.01
 """Share of other real images that may have a score of at least `COPY`."""
 _SHARE_OF_WHOLE = 0.7  # of the false alarms; the rest is left to the halves
 _STEPS = 127  # of the stored numbers in 0..1
+_LEAST_LENGTH = _STEPS / 2  # of a stored descriptor; rounding changes the length of one by much less
 _SCORE_DECIMALS = 3
 _BATCH = 32
 
@@ -176,6 +177,10 @@ class CopyDetector:
         if self.description.references < MIN_REFERENCES:
             raise BundleError(
                 f"{where}: has {self.description.references} references; at least {MIN_REFERENCES} are needed"
+            )
+        if (np.linalg.norm(stored.astype(np.float32), axis=1) < _LEAST_LENGTH).any():
+            raise BundleError(
+                f"{where}/{REFERENCES}: has descriptors whose length is not near {_STEPS}; train it again"
             )
         self._describe = describer(network, self.description.size, device=device, threads=threads)
         self._search = CopySearch(stored, threads or available_cpus())

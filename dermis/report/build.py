@@ -78,6 +78,8 @@ def build_reference(
         chosen = np.flatnonzero(classes == name).tolist()
         measured = [real.appearances[i] for i in chosen]
         angles = skin_tones(measured)
+        if len(angles) < MINIMUM_GROUP:  # a median of few images could be the angle of one of them
+            angles = []
         cells: tuple[int, ...] = ()
         typical: float | None = None
         samples: tuple[BaselineSample, ...] = ()

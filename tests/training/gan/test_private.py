@@ -228,6 +228,8 @@ def test_spectral_norms_stay_fixed_within_a_step() -> None:
         ("dp_epsilon", -1.0),
         ("dp_images_per_patient", 0),
         ("dp_noise", -1.0),
+        ("dp_noise", float("nan")),
+        ("dp_clip", float("inf")),
     ],
 )
 def test_options_that_break_the_guarantee_are_refused_by_name(option: str, value: object) -> None:
