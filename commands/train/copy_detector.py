@@ -82,6 +82,8 @@ def train_copy_detector(
     )
     if attach and bundle is None:
         raise RequestError("--attach", "needs --bundle, the bundle to put the detector into")
+    if not 32 <= resolution <= 4096:
+        raise RequestError("--resolution", f"{resolution} must be from 32 to 4096")
     opened = None if bundle is None else open_bundle(bundle)
     side = resolution if opened is None else opened.generator.img_resolution
 

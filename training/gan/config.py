@@ -148,8 +148,8 @@ class GanConfig:
             value = getattr(self, name)
             if value is not None and not low < value < math.inf:
                 raise TrainingError(f"{name}: {value} must be a finite number above 0")
-        if self.dp_noise is not None and not 0 <= self.dp_noise < math.inf:
-            raise TrainingError(f"dp_noise: {self.dp_noise} must be a finite number and not negative")
+        if self.dp_noise is not None and not 0 <= self.dp_noise <= _MAX_NOISE:
+            raise TrainingError(f"dp_noise: {self.dp_noise} must be from 0 to {_MAX_NOISE:,.0f}")
         if self.dp_delta is not None and self.dp_delta >= 1:
             raise TrainingError(f"dp_delta: {self.dp_delta} must be below 1")
         if self.dp_seed is not None and self.dp_seed < 0:
@@ -227,6 +227,7 @@ class GanConfig:
 
 
 _LENGTH = ("total_kimg", "dp_epsilon")
+_MAX_NOISE = 1e6  # the accountant cannot compute with much larger numbers
 
 
 def _later_defaults() -> dict[str, Any]:
