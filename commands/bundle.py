@@ -123,7 +123,9 @@ def verify(
 ) -> None:
     """Check every file of a bundle against bundle.json, and that its networks and its index can be loaded."""
     from dermis.bundle import load_discriminator, load_generator, open_bundle
+    from dermis.bundle.bundle import PRIVACY_AUDIT
     from dermis.bundle.reference import read_features
+    from dermis.privacy.audit import PrivacyAudit
     from dermis.projection.encoder import load_encoder
 
     opened = open_bundle(bundle)
@@ -139,6 +141,8 @@ def verify(
         read_features(f"{opened.location}/reference", opened.reference)
     if opened.copies is not None:
         _try_copy_detector(opened)
+    if opened.privacy_audit is not None:
+        PrivacyAudit.from_json(opened.privacy_audit, f"{opened.location}/{PRIVACY_AUDIT}")
     typer.echo(f"{bundle}: {len(opened.files)} files are intact: {opened.name}@{opened.digest}")
 
 
@@ -200,11 +204,14 @@ def reference(
 
     from dermis.bundle import amend_bundle, open_bundle, trained_on
     from dermis.bundle.reference import write_reference_folder
+    from dermis.errors import RequestError
     from dermis.report.build import build_reference
     from training.data.isic import load_isic
     from training.evaluation.holdout import check_holdout
     from training.evaluation.reference import measure_real
 
+    if held_out is None and held_out_metadata is not None:
+        raise RequestError("--held-out-metadata", "needs --held-out, the images that it describes")
     opened = open_bundle(bundle)
     size = opened.generator.img_resolution
     dataset = load_isic(data, size, class_column=class_column, metadata=metadata, cache=cache)
@@ -212,7 +219,7 @@ def reference(
     held = None
     if held_out is not None:
         held = load_isic(held_out, size, class_column=class_column, metadata=held_out_metadata, cache=cache)
-        check_holdout(dataset, held, training_set)
+        check_holdout(dataset, held, training_set, option="--held-out")
     if training_set is not None and training_set != dataset.sha256:
         typer.echo("warning: --data is not the set that the bundle names as its training set", err=True)
     if missing := sorted(set(opened.class_names) - set(dataset.class_names)):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+from dermis.errors import RequestError
+from dermis.latents import MAX_SEED
 from dermis.network_config import NoiseMode
 
 DEMO_BUNDLE = "bundles/demo"
@@ -135,9 +138,23 @@ HeadOnlyOption = Annotated[
 # Generated images
 
 _TRUNCATION = "Truncation of the latents: 1 for full variety, 0 for the mean image."
-TruncationOption = Annotated[float, typer.Option(help=_TRUNCATION)]
+
+
+def _truncation(value: float) -> float:
+    if not 0 <= value < math.inf:
+        raise RequestError("--truncation-psi", f"{value} must be a finite number and not negative")
+    return value
+
+
+def _sample_seed(value: int) -> int:
+    if not 0 <= value <= MAX_SEED:
+        raise RequestError("--seed", f"{value} must be from 0 to 2^63 - 1")
+    return value
+
+
+TruncationOption = Annotated[float, typer.Option(help=_TRUNCATION, callback=_truncation)]
 OptionalTruncationOption = Annotated[float | None, typer.Option(help=f"{_TRUNCATION} Default 1.")]
-SampleSeedOption = Annotated[int, typer.Option(help="Seed of the generated images.")]
+SampleSeedOption = Annotated[int, typer.Option(help="Seed of the generated images.", callback=_sample_seed)]
 _GENERATOR = "Bundle that generates images; benign=BUNDLE or malignant=BUNDLE if it has no classes."
 GeneratorOption = Annotated[str, typer.Option(help=_GENERATOR)]
 OptionalGeneratorOption = Annotated[str | None, typer.Option(help=_GENERATOR)]

@@ -88,6 +88,8 @@ def audit(
         raise RequestError("--count", f"{count} images are too few for an audit; give {MIN_IMAGES} or more")
     if dataset is not None and (count is not None or projection_steps or training_state is not None):
         raise RequestError("--dataset", "audits existing images; omit --count, --projection-steps and --training-state")
+    if out.exists() and not out.is_dir():
+        raise RequestError("--out", f"{out} is not a folder")
     opened = open_bundle(bundle)
     if dataset is not None and (dataset / MANIFEST).is_file():
         open_dataset(dataset)  # refuses a dataset with changed files

@@ -184,7 +184,13 @@ def _under(flat: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def checkpoint_path(out: Path, *, resume: bool) -> Path:
-    """Path of the checkpoint of the run in `out`. Raises TrainingError if there is one and `resume` is false."""
+    """Path of the checkpoint of the run in `out`.
+
+    Raises:
+        TrainingError: There is a checkpoint and `resume` is false, or `out` is a file.
+    """
+    if out.exists() and not out.is_dir():
+        raise TrainingError(f"{out}: is not a folder; choose another --out")
     checkpoint = out / CHECKPOINT
     if checkpoint.exists() and not resume:
         raise TrainingError(f"{out}: already contains a run; add --resume to continue it, or choose another --out")

@@ -82,6 +82,8 @@ def train_copy_detector(
     )
     if attach and bundle is None:
         raise RequestError("--attach", "needs --bundle, the bundle to put the detector into")
+    if not 32 <= resolution <= 4096:
+        raise RequestError("--resolution", f"{resolution} must be from 32 to 4096")
     opened = None if bundle is None else open_bundle(bundle)
     side = resolution if opened is None else opened.generator.img_resolution
 
@@ -89,7 +91,7 @@ def train_copy_detector(
         return load_isic(folder, side, class_column=class_column, metadata=csv, cache=cache)
 
     def other(place: Path) -> ImageDataset:
-        return load(place, None) if place.is_dir() else load(data, place)
+        return load(data, place) if place.suffix.lower() == ".csv" else load(place, None)
 
     real, for_threshold = load(data, metadata), other(calibration)
     training_set = None if opened is None else trained_on(opened.provenance)
@@ -97,6 +99,7 @@ def train_copy_detector(
     measured = None if held_out is None else other(held_out)
     if measured is not None:
         check_holdout(real, measured, training_set, option="--held-out")
+        check_holdout(for_threshold, measured, None, option="--held-out", data_option="--calibration")
     if training_set is not None and training_set != real.sha256:
         typer.echo("warning: --data is not the set that the bundle names as its training set", err=True)
     result = run(real, for_threshold, config, out, held_out=measured, device=device, resume=resume)

@@ -209,7 +209,7 @@ def train_gan(
     if dp and source is not None and not dp_public_start:
         raise TrainingError(NOT_PUBLIC)
     if dp_public_start and source is None:
-        raise TrainingError("--dp-public-start: is about the weights of --from, which is missing")
+        raise TrainingError("--dp-public-start: is a statement about the weights of --from; give --from as well")
     with joined_ranks(resolve_device(device)) as ranks:
 
         def report(text: str) -> None:

@@ -1,4 +1,4 @@
-"""Detection of copies in disguise: training images that were mirrored, cropped, recoloured, painted over or joined.
+"""Detection of changed copies: training images that were mirrored, cropped, recoloured, painted over or joined.
 
 detector = CopyDetector("bundles/demo")
 detector.scores(images) >= COPY  # uint8 [N, R, R, 3]
@@ -44,6 +44,7 @@ BACKGROUND_WEIGHT = 0.5
 MIN_REFERENCES = BACKGROUND.stop
 _SHARE_OF_WHOLE = 0.7  # of the false alarms; the rest is left to the halves
 _STEPS = 127  # of the stored numbers in 0..1
+_LEAST_LENGTH = _STEPS / 2  # of a stored descriptor; rounding changes the length of one by much less
 _SCORE_DECIMALS = 3
 _BATCH = 32
 
@@ -176,6 +177,10 @@ class CopyDetector:
         if self.description.references < MIN_REFERENCES:
             raise BundleError(
                 f"{where}: has {self.description.references} references; at least {MIN_REFERENCES} are needed"
+            )
+        if (np.linalg.norm(stored.astype(np.float32), axis=1) < _LEAST_LENGTH).any():
+            raise BundleError(
+                f"{where}/{REFERENCES}: has descriptors whose length is not near {_STEPS}; train it again"
             )
         self._describe = describer(network, self.description.size, device=device, threads=threads)
         self._search = CopySearch(stored, threads or available_cpus())

@@ -1,4 +1,4 @@
-"""Changes that disguise a copy of an image: the transformations that a copy detector is measured with.
+"""Changes of an image that make a copy of it hard to recognise: a copy detector is measured with them.
 
 Every transformation takes an image uint8 [S, S, 3] and a random generator, from which it draws its strength, and returns an
 image of the same size. Lengths are relative to the side.

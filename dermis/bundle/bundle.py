@@ -141,6 +141,8 @@ def open_bundle(location: str | Path) -> Bundle:
         card = small[CARD].decode()
     except ValueError:
         raise BundleError(f"{where}/{CARD}: is not UTF-8; get the bundle again") from None
+    index, reference = _part(INDEX_PART, files, small, where), _part(REFERENCE_PART, files, small, where)
+    _check_dimensions(reference, index, where)
     return Bundle(
         location=where,
         name=descriptor.name,
@@ -153,10 +155,10 @@ def open_bundle(location: str | Path) -> Bundle:
         model_card=card,
         files=files,
         classifier=_part(CLASSIFIER_PART, files, small, where),
-        authenticity=_part(INDEX_PART, files, small, where),
+        authenticity=index,
         encoder=_part(ENCODER_PART, files, small, where),
         directions=_directions(small, where, generator),
-        reference=_part(REFERENCE_PART, files, small, where),
+        reference=reference,
         privacy_audit=_json_object(small[PRIVACY_AUDIT], f"{where}/{PRIVACY_AUDIT}")
         if PRIVACY_AUDIT in small
         else None,
@@ -428,6 +430,17 @@ def _part(
     if dict(description.files) != records:
         raise BundleError(f"{where}/{name}: lists other files than {DESCRIPTOR} does; attach the {part.name} again")
     return description
+
+
+def _check_dimensions(reference: ReferenceDescription | None, index: IndexDescription | None, where: str) -> None:
+    """Raise BundleError if a reference has statistics of more dimensions than the index it was made with."""
+    space = None if reference is None else reference.space
+    if space is None or index is None or space.index != index.digest or space.dim <= index.dim:
+        return
+    raise BundleError(
+        f"{where}/{REFERENCE_PART.name}/{REFERENCE_PART.descriptor}: space.dim: is {space.dim}, but the index has "
+        f"{index.dim} dimensions; make the reference again"
+    )
 
 
 def _directions(small: Mapping[str, bytes], where: str, config: GeneratorConfig) -> tuple[Direction, ...]:

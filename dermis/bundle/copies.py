@@ -35,6 +35,7 @@ DESCRIPTOR = "copies.json"
 WEIGHTS = "network.safetensors"
 REFERENCES = "references.npy"
 KIND = "copy detector"
+_LEAST_THRESHOLD = 1e-3  # scores are divided by thresholds; with a smaller one every image is a copy
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,8 @@ class _CopiesDescriptor(DescriptorModel):
     size: int = Field(ge=32, le=512)
     dim: int = Field(ge=8, le=4096)
     references: int = Field(ge=1, le=1 << 31)
-    whole_threshold: float = Field(gt=0, le=4)
-    half_threshold: float = Field(gt=0, le=4)
+    whole_threshold: float = Field(ge=_LEAST_THRESHOLD, le=4)
+    half_threshold: float = Field(ge=_LEAST_THRESHOLD, le=4)
     provenance: dict[str, Any]
     metrics: dict[str, Any]
 

@@ -216,6 +216,8 @@ def parse(text: bytes, where: str) -> ReferenceDescription:
     for name, reference in classes.items():
         if (fields.space is not None) != bool(reference.cells):
             raise BundleError(f"{where}: classes.{name}.cells: must be there if and only if there is a space")
+        if fields.space is not None and reference.typical_distance is None:
+            raise BundleError(f"{where}: classes.{name}.typical_distance: must be a number, because there is a space")
     return ReferenceDescription(
         resolution=fields.resolution,
         classes=classes,
@@ -273,6 +275,8 @@ def read_features(location: str | Path, description: ReferenceDescription) -> di
         covariance = np.zeros((dim, dim), np.float32)
         covariance[upper] = values["covariance"]
         covariance.T[upper] = values["covariance"]
+        if not np.trace(covariance) > 0:
+            raise BundleError(f"{where}: {label}.covariance: the variances must not all be 0")
         features[name] = ClassFeatures(values["mean"], covariance, values["cells"])
     return features
 

@@ -135,11 +135,31 @@ class PrivacyAudit:
                 f"{where}: has format {version}, this dermis reads up to {FORMAT_VERSION}; install a newer dermis"
             )
         try:
-            return _ADAPTER.validate_json(json.dumps(values), strict=True)
+            audit = _ADAPTER.validate_json(json.dumps(values), strict=True)
         except ValidationError as error:
             first = error.errors()[0]
             name = ".".join(map(str, first["loc"])) or "the document"
             raise DataError(f"{where}: is not a privacy audit: {name}: {first['msg']}") from None
+        if problem := _contradiction(audit):
+            raise DataError(f"{where}: is not a privacy audit: {problem}; audit the bundle again")
+        return audit
+
+
+def _contradiction(audit: PrivacyAudit) -> str | None:
+    """Return how the fields of an audit contradict each other; None if they do not."""
+    names = [outcome.rule for outcome in audit.outcomes]
+    if len(set(names)) < len(names):
+        return "outcomes: a rule occurs more than once"
+    verdict = verdict_of(audit.outcomes, audit.subject.scope)
+    if (audit.verdict.status, audit.verdict.complete) != (verdict.status, verdict.complete):
+        stated, correct = (
+            f"{each.status}{'' if each.complete else ' (incomplete)'}" for each in (audit.verdict, verdict)
+        )
+        return f"verdict: is {stated}, but the outcomes of its rules give {correct}"
+    for number, answer in enumerate(audit.answers):
+        if answer.excess is not None and None in (answer.members, answer.controls, answer.risk):
+            return f"answers.{number}: has excess, but not all of members, controls and risk"
+    return None
 
 
 _ADAPTER = TypeAdapter(PrivacyAudit)

@@ -1,7 +1,7 @@
 """Disclosures: members with a generated image nearer than real images are to one another, against non-members with one.
 
-A near generated image can be a coincidence. How often that happens is seen on the non-members, of which the generator knows
-nothing: their near pairs are phantoms. The difference of the two shares is what the generator discloses. (Meehan et al., arXiv
+A near generated image can be a coincidence. The non-members, which the generator was not trained on, show how often that
+happens. The difference of the two shares is what the generator discloses. (Meehan et al., arXiv
 2004.05675, compare the same distances by ranks.)
 """
 

@@ -44,7 +44,7 @@ def audit_report(audit: PrivacyAudit) -> str:
         "## The three questions of WP29 05/2014",
         _answers(audit),
         "## Power",
-        next(outcome.finding for outcome in audit.outcomes if outcome.rule == "power"),
+        next((_line(outcome.finding) for outcome in audit.outcomes if outcome.rule == "power"), "Not measured."),
         "## Limits",
         "\n".join(f"- {limit}" for limit in LIMITS),
     ]
@@ -68,13 +68,12 @@ def _head(audit: PrivacyAudit) -> str:
         ("feature spaces", ", ".join(sorted(subject.spaces))),
         ("seed", str(subject.seed)),
     ]
-    remarks = "".join(f"\n- {remark}" for remark in audit.remarks)
+    remarks = "".join(f"\n- {_line(remark)}" for remark in audit.remarks)
+    text = _line(verdict.text)
     return (
         f"# Privacy audit of a {what}\n\n"
         f"**Verdict: {status}** - {_MEANING[verdict.status]}.\n\n"
-        f"{verdict.text[:1].upper()}{verdict.text[1:]}.\n\n"
-        + _table(("", ""), rows)
-        + (f"\n\nRemarks:\n{remarks}" if remarks else "")
+        f"{text[:1].upper()}{text[1:]}.\n\n" + _table(("", ""), rows) + (f"\n\nRemarks:\n{remarks}" if remarks else "")
     )
 
 
@@ -192,4 +191,9 @@ def _interval(value: Estimate, *, sign: bool = False) -> str:
 def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     names = list(header)
     lines = [names, ["---"] * len(names), *(list(row) for row in rows)]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(_line(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _line(text: str) -> str:
+    """Put a text on one line: an audit can come with a foreign bundle, and a new line could begin a section of its own."""
+    return " ".join(text.split())

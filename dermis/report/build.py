@@ -24,6 +24,7 @@ from dermis.report.features import Floats, baseline, statistics_of
 from dermis.skin_tone import tone_counts
 
 MAX_DIM = 64
+IMAGES_PER_DIM = 50
 """Components of the index's embeddings that are used. The first ones have most of the variance."""
 
 
@@ -72,19 +73,23 @@ def build_reference(
     large = [name for name in names if (classes == name).sum() >= MINIMUM_GROUP]
     if not large:
         raise DataError(f"no class has at least {MINIMUM_GROUP} images; statistics of fewer could disclose single ones")
+    width = 0 if real.features is None else real.features.shape[1]
+    dim = max(1, min(MAX_DIM, width, min((classes == name).sum() for name in large) // IMAGES_PER_DIM))
     described: dict[str, ClassReference] = {}
     features: dict[str, ClassFeatures] = {}
     for name in large:
         chosen = np.flatnonzero(classes == name).tolist()
         measured = [real.appearances[i] for i in chosen]
         angles = skin_tones(measured)
+        if len(angles) < MINIMUM_GROUP:  # a median of few images could be the angle of one of them
+            angles = []
         cells: tuple[int, ...] = ()
         typical: float | None = None
         samples: tuple[BaselineSample, ...] = ()
         if real.features is not None and index is not None:
-            features[name], cells, typical = statistics_of(real.features[chosen, :MAX_DIM])
+            features[name], cells, typical = statistics_of(real.features[chosen, :dim])
             if held_out is not None and held_out.features is not None:
-                others = held_out.features[np.array(held_out.classes) == name, :MAX_DIM]
+                others = held_out.features[np.array(held_out.classes) == name, :dim]
                 samples = baseline(others, features[name], cells, typical)
         described[name] = ClassReference(
             images=len(chosen),
@@ -101,9 +106,7 @@ def build_reference(
         classes=described,
         suppressed=tuple(name for name in names if name not in large),
         thresholds=THRESHOLDS,
-        space=FeatureSpace(index, min(MAX_DIM, real.features.shape[1]))
-        if features and index and real.features is not None
-        else None,
+        space=FeatureSpace(index, dim) if features and index and real.features is not None else None,
         provenance=dict(provenance or {}),
     )
     return description, features

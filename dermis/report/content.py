@@ -155,7 +155,7 @@ class DatasetReport:
 
     def to_json(self) -> bytes:
         """Encode the report. The same report gives the same bytes."""
-        return (json.dumps(asdict(self), indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+        return (json.dumps(asdict(self), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 @dataclass(frozen=True)
@@ -266,8 +266,8 @@ def request_in_words(plan: DatasetPlan) -> str:
 
 
 def rounded(value: float | None, digits: int = 4) -> float | None:
-    """Round a number for the report, so that the last bits of a processor do not show; None stays None."""
-    return None if value is None else round(float(value), digits) + 0.0
+    """Round a number for the report, so that the last bits of a processor do not show; None if there is no number."""
+    return None if value is None or not np.isfinite(value) else round(float(value), digits) + 0.0
 
 
 def share(
@@ -556,7 +556,7 @@ def _skin_tone(bundle: Bundle, measured: Measurements) -> ReportSection:
                 "median angle",
                 rounded(median, 1),
                 name,
-                reference=None if real is None else rounded(real.skin_tone_median, 1),
+                reference=rounded(real.skin_tone_median, 1) if real is not None and total else None,
                 unit="degrees",
             ),
             ReportNumber("overlap", _overlap(counts, real.skin_tones) if real and angles else None, name, unit="share"),

@@ -115,7 +115,7 @@ def _on_real(plan: DatasetPlan, bundle: Bundle, class_name: str) -> float | None
         threshold = str(classifier.metrics.get("default_threshold"))
     rate = "sensitivity" if class_name == classifier.positive_class else "specificity"
     try:
-        return float(classifier.metrics["test"]["at_thresholds"][threshold][rate]["value"])
+        return rounded(float(classifier.metrics["test"]["at_thresholds"][threshold][rate]["value"]))
     except (KeyError, TypeError, ValueError):
         return None
 

@@ -46,6 +46,12 @@ def test_checkpoint_restores_networks_optimizers_and_state(tmp_path: Path) -> No
     assert all(torch.equal(a, b) for a, b in zip(network.parameters(), other.parameters(), strict=True))
 
 
+def test_run_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("")
+    with pytest.raises(TrainingError, match="out: is not a folder"):
+        checkpoint_path(tmp_path / "out", resume=False)
+
+
 def test_value_that_is_not_finite_keeps_the_old_checkpoint(tmp_path: Path) -> None:
     path, network, optimizer = saved(tmp_path, {"step": 1})
     before = path.read_bytes()

@@ -213,7 +213,7 @@ def read_source(
         source = _of_table(path, "table", table, None, join_related_tables(table, None))
         return source if metadata is None else _selected(source, metadata, image_column)
     if not path.exists():
-        raise DataError(f"{path}: no such file or folder; --data takes a folder of images, a zip or a CSV")
+        raise DataError(f"{path}: no such file or folder; images are read from a folder, a zip or a CSV")
     if path.is_file() and not zipfile.is_zipfile(path):
         raise DataError(f"{path}: is not a folder, a zip or a CSV")
     listing = list_files(path)

@@ -8,7 +8,12 @@ from training.data.splits import group_of
 
 
 def check_holdout(
-    dataset: ImageDataset, holdout: ImageDataset, trained_on: str | None, *, option: str = "--holdout"
+    dataset: ImageDataset,
+    holdout: ImageDataset,
+    trained_on: str | None,
+    *,
+    option: str = "--holdout",
+    data_option: str = "--data",
 ) -> None:
     """Check that the generator was not trained on held-out images or patients, as far as ids, files and hashes show.
 
@@ -18,12 +23,13 @@ def check_holdout(
         trained_on: SHA-256 of the training set that the bundle names. It also reveals held-out images that were split off
             after training, if both sets together are that training set.
         option: Name of the option that gave the held-out images, for messages.
+        data_option: Name of the option that gave the other images.
 
     Raises:
         DataError: Images, patients or lesions are in both sets, or the bundle was trained on the held-out images.
     """
     if both := set(dataset.ids) & set(holdout.ids):
-        raise DataError(f"{option}: {len(both)} of its images are also in --data, the first is {min(both)}")
+        raise DataError(f"{option}: {len(both)} of its images are also in {data_option}, the first is {min(both)}")
     ids_by_content = dict(zip(dataset.contents, dataset.ids, strict=False))
     copies = [
         (name, ids_by_content[file])
@@ -32,11 +38,11 @@ def check_holdout(
     ]
     if copies:
         raise DataError(
-            f"{option}: {len(copies)} of its files are in --data under other names, the first is {copies[0][0]}, "
-            f"which is {copies[0][1]} in --data; `dermis data leaks --remove` removes such copies"
+            f"{option}: {len(copies)} of its files are in {data_option} under other names, the first is {copies[0][0]}, "
+            f"which is {copies[0][1]} in {data_option}; `dermis data leaks --remove` removes such copies"
         )
     if trained_on is not None and trained_on in (holdout.sha256, _together(dataset, holdout)):
-        parts = option if trained_on == holdout.sha256 else f"--data and {option} together"
+        parts = option if trained_on == holdout.sha256 else f"{data_option} and {option} together"
         raise DataError(
             f"{option}: the bundle was trained on {parts}, so it has seen these images; split the images first, train on "
             f"one part and give the other part as {option}, or omit it"
@@ -44,8 +50,8 @@ def check_holdout(
     groups = groups_of(dataset, holdout) or []
     if both := set(groups[: len(dataset.ids)]) & set(groups[len(dataset.ids) :]):
         raise DataError(
-            f"{option}: {len(both)} patients or lesions also have images in --data, the first is {min(both)}; split with "
-            "`dermis data split`, which keeps them together"
+            f"{option}: {len(both)} patients or lesions also have images in {data_option}, the first is {min(both)}; "
+            "split with `dermis data split`, which keeps them together"
         )
 
 

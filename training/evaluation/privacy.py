@@ -94,6 +94,7 @@ def audit_privacy(
     """
     check_sets(bundle, members, non_members, dataset)
     groups = groups_of(members, non_members)
+    discriminator, more = (None, []) if dataset is not None else _discriminator(bundle, members, options, device)
     digest = trained_on(bundle.provenance)
     remarks = _remarks(bundle, members, groups, digest)
     if dataset_location is not None and (dataset_location / MANIFEST).is_file():
@@ -126,7 +127,9 @@ def audit_privacy(
         planted_features = {space.name: embed_array(copies, space.extract, bar) for space in spaces}
         scores: list[Scores] = []
         if dataset is None:
-            scores, more = _generator_scores(bundle, members, non_members, options, device, bar)
+            scores = _generator_scores(bundle, members, non_members, discriminator, options, device, bar)
+            if bundle.encoder is None:
+                more = ["The bundle has no encoder, so the error of encoded images was not measured.", *more]
             remarks += more
     if embedder is not None:
         embedder.close()
@@ -181,11 +184,7 @@ def check_sets(
                 f"their column "
                 "with --class-column"
             )
-    try:
-        check_holdout(members, non_members, trained_on(bundle.provenance))
-    except DataError as error:
-        message = str(error).replace("--holdout", "--non-members").replace("--data ", "--members ")
-        raise DataError(message.replace("--data,", "--members,").replace("--data;", "--members;")) from None
+    check_holdout(members, non_members, trained_on(bundle.provenance), option="--non-members", data_option="--members")
 
 
 def _remarks(bundle: Bundle, members: ImageDataset, groups: Sequence[str] | None, digest: str | None) -> list[str]:
@@ -279,24 +278,43 @@ def _attacks_on_generator(bundle: Bundle, options: Options) -> int:
     return (bundle.encoder is not None) + bool(options.projection_steps) + has_discriminator
 
 
+def _discriminator(
+    bundle: Bundle, members: ImageDataset, options: Options, device: str
+) -> tuple[Logits | None, list[str]]:
+    """The discriminator that is attacked, of the training state or the bundle, and remarks on it."""
+    place = resolve_device(device)
+    if options.training_state is None:
+        if bundle.discriminator is None:
+            return None, ["There is no discriminator in the bundle, so it was not attacked."]
+        return load_discriminator(bundle).to(place), []
+    stored = load_stored_discriminator(options.training_state, place)
+    c_dim = len(bundle.class_names)
+    if (stored.config.resolution, stored.config.c_dim) != (bundle.generator.img_resolution, c_dim):
+        raise DataError(
+            f"{options.training_state}: its discriminator is for {stored.config.resolution} px and {stored.config.c_dim} "
+            f"classes, the bundle has {bundle.generator.img_resolution} px and {c_dim} classes"
+        )
+    if stored.dataset_sha256 != members.sha256:
+        return stored.network, ["The training state is of a training on other images than the members."]
+    return stored.network, []
+
+
 def _generator_scores(
     bundle: Bundle,
     members: ImageDataset,
     non_members: ImageDataset,
+    discriminator: Logits | None,
     options: Options,
     device: str,
     bar: tqdm,
-) -> tuple[list[Scores], list[str]]:
-    """Scores of all attacks on the generator that are possible, and remarks on those that are not."""
+) -> list[Scores]:
+    """Scores of all attacks on the generator that are possible."""
     sets = (members, non_members)
     scores: list[Scores] = []
-    remarks: list[str] = []
     if bundle.encoder is not None:
         scores.append(
             _joined([projection_scores(bundle, each.images, device=device, on_batch=bar.update) for each in sets])
         )
-    else:
-        remarks.append("The bundle has no encoder, so the error of encoded images was not measured.")
     if options.projection_steps:
         scores.append(
             _joined(
@@ -313,40 +331,23 @@ def _generator_scores(
                 ]
             )
         )
-    place = resolve_device(device)
-    logits: Logits | None = None
-    c_dim = len(bundle.class_names)
-    if options.training_state is not None:
-        stored = load_stored_discriminator(options.training_state, place)
-        if (stored.config.resolution, stored.config.c_dim) != (bundle.generator.img_resolution, c_dim):
-            raise DataError(
-                f"{options.training_state}: its discriminator is for {stored.config.resolution} px and {stored.config.c_dim} "
-                f"classes, the bundle has {bundle.generator.img_resolution} px and {c_dim} classes"
-            )
-        if stored.dataset_sha256 != members.sha256:
-            remarks.append("The training state is of a training on other images than the members.")
-        logits = stored.network
-    elif bundle.discriminator is not None:
-        logits = load_discriminator(bundle).to(place)
-    if logits is None:
-        remarks.append("There is no discriminator in the bundle, so it was not attacked.")
-    else:
+    if discriminator is not None:
         scores.append(
             _joined(
                 [
                     discriminator_scores(
-                        logits,
+                        discriminator,
                         each.images,
                         _bundle_labels(bundle, each).tolist(),
-                        c_dim,
-                        device=place,
+                        len(bundle.class_names),
+                        device=resolve_device(device),
                         on_batch=bar.update,
                     )
                     for each in sets
                 ]
             )
         )
-    return scores, remarks
+    return scores
 
 
 def _joined(parts: Sequence[Scores]) -> Scores:

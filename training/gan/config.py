@@ -146,10 +146,10 @@ class GanConfig:
                 raise TrainingError(f"{name}: must be {accepted} with --dp: {reason}")
         for name, low in (("dp_clip", 0.0), ("dp_epsilon", 0.0), ("dp_delta", 0.0), ("dp_images_per_patient", 0)):
             value = getattr(self, name)
-            if value is not None and not value > low:
-                raise TrainingError(f"{name}: {value} must be above 0")
-        if self.dp_noise is not None and self.dp_noise < 0:
-            raise TrainingError(f"dp_noise: {self.dp_noise} must not be negative")
+            if value is not None and not low < value < math.inf:
+                raise TrainingError(f"{name}: {value} must be a finite number above 0")
+        if self.dp_noise is not None and not 0 <= self.dp_noise <= _MAX_NOISE:
+            raise TrainingError(f"dp_noise: {self.dp_noise} must be from 0 to {_MAX_NOISE:,.0f}")
         if self.dp_delta is not None and self.dp_delta >= 1:
             raise TrainingError(f"dp_delta: {self.dp_delta} must be below 1")
         if self.dp_seed is not None and self.dp_seed < 0:
@@ -227,6 +227,7 @@ class GanConfig:
 
 
 _LENGTH = ("total_kimg", "dp_epsilon")
+_MAX_NOISE = 1e6  # the accountant cannot compute with much larger numbers
 
 
 def _later_defaults() -> dict[str, Any]:

@@ -32,8 +32,8 @@ class AuthenticityVerdict(ResponseBody):
         None,
         exclude_if=lambda value: value is None,
         description="Whether the model's copy detector takes the image for a changed copy of a training image (mirrored, "
-        "cropped, recoloured, joined, ...). It is given for generated images only: for uploads it would tell who was in "
-        "the training set.",
+        "cropped, recoloured, joined, ...). It is there for generated images only: for uploads it would show whose images "
+        "are in the training set.",
     )
 
 

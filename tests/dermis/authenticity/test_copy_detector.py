@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -26,7 +27,7 @@ from dermis.authenticity.copy_network import REGIONS, CopyNetwork
 from dermis.authenticity.transformations import JOINS, TRANSFORMATIONS, combined
 from dermis.authenticity.verdict import COPY
 from dermis.bundle import amend_bundle, open_bundle
-from dermis.bundle.copies import DESCRIPTOR, REFERENCES, WEIGHTS
+from dermis.bundle.copies import DESCRIPTOR, REFERENCES, WEIGHTS, read_copies_files, write_copies_folder
 from dermis.errors import BundleError
 from tiny import make_bundle
 from tiny_copies import KNOWN, colour_fields, make_detector
@@ -126,12 +127,13 @@ def test_detector_in_bundle_is_verified_and_can_be_removed(tmp_path: Path, folde
         ("dim", 32, "other tensors"),
         ("references", KNOWN + 1, "must hold int8"),
         ("whole_threshold", 0, "whole_threshold"),
+        ("half_threshold", 1e-300, "half_threshold"),
         ("size", 10_000, "size"),
         ("format_version", 99, "format_version|newer"),
     ],
 )
 def test_detector_whose_description_contradicts_its_files_is_refused(
-    tmp_path: Path, folder: Path, field: str, value: int, message: str
+    tmp_path: Path, folder: Path, field: str, value: float, message: str
 ) -> None:
     shutil.copytree(folder, tmp_path / "x")
     document = json.loads((tmp_path / "x" / DESCRIPTOR).read_text())
@@ -145,6 +147,17 @@ def test_detector_with_other_weights_is_refused(tmp_path: Path, folder: Path) ->
     weights = tmp_path / "x" / WEIGHTS
     weights.write_bytes(weights.read_bytes()[:-2] + b"\x00\x01")
     with pytest.raises(BundleError, match="differs"):
+        CopyDetector(tmp_path / "x", device="cpu", threads=1)
+
+
+def test_detector_with_an_empty_descriptor_is_refused(tmp_path: Path, folder: Path) -> None:
+    description, files = read_copies_files(folder)
+    references = np.load(folder / REFERENCES)
+    references[3] = 0
+    file = io.BytesIO()
+    np.save(file, references)
+    write_copies_folder(tmp_path / "x", description, files[WEIGHTS], file.getvalue())
+    with pytest.raises(BundleError, match=r"references\.npy: .*length"):
         CopyDetector(tmp_path / "x", device="cpu", threads=1)
 
 

@@ -153,6 +153,23 @@ def test_result_round_trips_and_refuses_newer_formats() -> None:
     assert text.index("**Verdict:") < text.index("## Rules") < text.index("## Attacks") < text.index("## Limits")
 
 
+def test_audit_whose_fields_contradict_each_other_is_refused() -> None:
+    document = _audit(_population(1, 100), _population(2, 100), _population(3, 100)).to_json()
+    failed = [{**outcome, "status": "fail"} for outcome in document["outcomes"]]
+    answers = [{**answer, "members": None} for answer in document["answers"]]
+    for change, message in (
+        ({"outcomes": failed, "verdict": {**document["verdict"], "status": "pass"}}, "verdict: is pass"),
+        ({"outcomes": [*document["outcomes"], document["outcomes"][0]]}, "more than once"),
+        ({"answers": answers}, "answers"),
+    ):
+        with pytest.raises(DataError, match=f"^file: is not a privacy audit: .*{message}"):
+            PrivacyAudit.from_json({**document, **change}, "file")
+    outcomes = [outcome for outcome in document["outcomes"] if outcome["rule"] != "power"]
+    verdict = {"status": "warn", "complete": False, "text": "a\n\n# Verdict: pass"}
+    text = audit_report(PrivacyAudit.from_json({**document, "outcomes": outcomes, "verdict": verdict}))
+    assert "\n# Verdict" not in text and "Not measured." in text
+
+
 def test_patients_in_both_sets_are_refused() -> None:
     spaces = [Space("one", *(_population(i, 60) for i in range(3)))]
     subject = _audit(_population(1, 60), _population(2, 60), _population(3, 60)).subject

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -17,7 +18,15 @@ import pytest
 from dermis.authenticity.attack import exposure
 from dermis.authenticity.checker import Checker
 from dermis.bundle import Bundle, amend_bundle, open_bundle
-from dermis.bundle.reference import MINIMUM_GROUP, ClassReference, write_reference_folder
+from dermis.bundle.reference import (
+    MINIMUM_GROUP,
+    ClassFeatures,
+    ClassReference,
+    FeatureSpace,
+    ReferenceDescription,
+    read_features,
+    write_reference_folder,
+)
 from dermis.classifier.onnx_session import Classifier
 from dermis.dataset.manifest import finalize
 from dermis.dataset.plan import plan_for
@@ -28,7 +37,7 @@ from dermis.dataset.store import Store
 from dermis.dataset.verify import verify
 from dermis.errors import BundleError, DataError
 from dermis.report import content, sample
-from dermis.report.appearance import appearances
+from dermis.report.appearance import Appearance, appearances
 from dermis.report.build import RealImages, build_reference
 from dermis.report.features import baseline, compare, statistics_of
 from dermis.report.sample import choose, evenly_spaced
@@ -223,6 +232,68 @@ def test_reference_holds_groups_only_and_is_refused_when_changed(bundle: Bundle,
             open_bundle(bundle.location)
     finally:
         path.write_bytes(original)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"typical_distance": None}, "typical_distance"),
+        ({"cells": (MINIMUM_GROUP - 1,)}, "cells"),
+        ({"artefacts": {"hair": -5}}, "artefacts"),
+    ],
+)
+def test_reference_that_cannot_be_compared_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    description, features = statistics_for_test(8)
+    of_class = replace(description.classes["a"], **change)
+    with pytest.raises(BundleError, match=rf"reference\.json: classes\.a\.{message}"):
+        write_reference_folder(tmp_path / "r", replace(description, classes={"a": of_class}), features)
+
+
+def test_reference_without_variance_is_refused(tmp_path: Path) -> None:
+    description, features = statistics_for_test(8)
+    flat = {"a": replace(features["a"], covariance=np.zeros_like(features["a"].covariance))}
+    written = write_reference_folder(tmp_path / "r", description, flat)
+    with pytest.raises(BundleError, match=r"statistics\.safetensors: 0\.covariance"):
+        read_features(tmp_path / "r", written)
+
+
+def test_reference_of_more_dimensions_than_the_index_is_refused(bundle: Bundle, tmp_path: Path) -> None:
+    copy = open_bundle(shutil.copytree(bundle.location, tmp_path / "b"))
+    assert copy.authenticity is not None
+    description, features = statistics_for_test(copy.authenticity.dim + 1)
+    space = replace(description.space, index=copy.authenticity.digest)  # type: ignore[type-var]
+    write_reference_folder(tmp_path / "r", replace(description, space=space), features)
+    with pytest.raises(BundleError, match=r"reference/reference\.json: space\.dim"):
+        amend_bundle(copy, parts={"reference": tmp_path / "r"})
+
+
+def statistics_for_test(dim: int) -> tuple[ReferenceDescription, dict[str, ClassFeatures]]:
+    """Statistics of 60 random vectors of one class."""
+    values = np.random.default_rng(0).normal(size=(60, dim)).astype(np.float32)
+    features, cells, typical = statistics_of(values)
+    of_class = ClassReference(60, None, {"hair": 0}, {}, 0.0, cells, typical)
+    description = ReferenceDescription(SIDE, {"a": of_class}, (), {}, FeatureSpace("0" * 64, dim))
+    return description, {"a": features}
+
+
+def test_no_skin_tone_of_fewer_than_50_images_is_stored() -> None:
+    skin, no_skin = Appearance((), 58.0), Appearance((), None)
+    for visible in (MINIMUM_GROUP - 1, MINIMUM_GROUP):
+        pictures = [skin] * visible + [no_skin] * 20
+        description, _ = build_reference(RealImages(["a"] * len(pictures), pictures), resolution=64, index=None)
+        of_class = description.classes["a"]
+        assert (sum(of_class.skin_tones.values()) > 0) == (visible == MINIMUM_GROUP)
+        assert (of_class.skin_tone_median != 0) == (visible == MINIMUM_GROUP)
+
+
+def test_report_has_no_number_that_is_not_finite(bundle: Bundle, tmp_path: Path) -> None:
+    assert bundle.classifier is not None
+    at = {"value": "nan"}
+    tests = {"test": {"at_thresholds": {"x": {"sensitivity": at, "specificity": at}}}, "default_threshold": "x"}
+    hostile = replace(bundle, classifier=replace(bundle.classifier, metrics=tests))
+    make(tmp_path / "d", hostile, noise, classes={"benign": 2, "malignant": 2})
+    text = (tmp_path / "d" / "report.json").read_text()
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} in report.json"))
 
 
 def test_small_classes_have_no_statistics() -> None:

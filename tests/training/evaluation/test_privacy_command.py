@@ -151,6 +151,19 @@ def test_unfit_arguments_are_refused(folders: tuple[Path, Path, Path], tmp_path:
         with pytest.raises(RequestError):
             _run(folders, tmp_path / "out", *arguments)
     assert not (tmp_path / "out").exists()
+    for option, value in (("--seed", -1), ("--truncation-psi", "nan")):
+        with pytest.raises(RequestError) as refused:
+            _run(folders, tmp_path / "out", option, value)
+        assert refused.value.field == option
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(DermisError, match="nothing: is not a readable checkpoint"),
+    ):
+        patch.setattr("training.evaluation.privacy._generated", lambda *_: pytest.fail("images were generated first"))
+        _run(folders, tmp_path / "out", "--training-state", tmp_path / "nothing")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RequestError, match="is not a folder"):
+        _run(folders, tmp_path / "file")
     with pytest.raises(DermisError, match="has no privacy audit"):
         raise CliRunner().invoke(app, ["privacy", "show", str(bundle)]).exception or AssertionError
 

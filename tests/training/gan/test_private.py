@@ -163,6 +163,11 @@ def test_noise_and_steps_are_the_limits_that_epsilon_allows() -> None:
     assert epsilon_spent(steps, 0.01, noise, 1e-5) <= 3.0 < epsilon_spent(steps + 1, 0.01, noise, 1e-5)
 
 
+def test_epsilon_that_no_noise_gives_is_refused() -> None:
+    with pytest.raises(TrainingError, match="^--dp-epsilon: no noise"):
+        noise_for(1e12, 10, 0.1, 1e-5)
+
+
 def test_unit_is_the_patient_then_the_lesion_then_the_image() -> None:
     known = [("p", "l1"), ("p", "l2"), ("", "l2"), ("", "l3"), ("", "l3"), ("", ""), ("", "")]
     records = tuple(Record(str(i), "a", patient, lesion_id, None, {}) for i, (patient, lesion_id) in enumerate(known))
@@ -228,6 +233,9 @@ def test_spectral_norms_stay_fixed_within_a_step() -> None:
         ("dp_epsilon", -1.0),
         ("dp_images_per_patient", 0),
         ("dp_noise", -1.0),
+        ("dp_noise", float("nan")),
+        ("dp_noise", 1e300),
+        ("dp_clip", float("inf")),
     ],
 )
 def test_options_that_break_the_guarantee_are_refused_by_name(option: str, value: object) -> None:

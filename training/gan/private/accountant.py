@@ -17,6 +17,7 @@ from typing import Any
 from dermis.errors import TrainingError, install_command
 
 ACCOUNTANT = "RDP"
+_LEAST_NOISE, MAX_NOISE = 0.01, 1e4  # noise multipliers
 _MAX_STEPS = 10**8  # more than any training makes
 
 
@@ -83,11 +84,13 @@ def noise_for(epsilon: float, steps: int, rate: float, delta: float) -> float:
                 lambda value: package.SelfComposedDpEvent(_step(package, rate, value), steps),
                 epsilon,
                 delta,
-                bracket_interval=package.ExplicitBracketInterval(0.01, 1e4),
+                bracket_interval=package.ExplicitBracketInterval(_LEAST_NOISE, MAX_NOISE),
                 tol=1e-5,
             )
-    except (package.NoBracketIntervalFoundError, ValueError) as error:
-        raise TrainingError(f"--dp-epsilon: no noise gives {epsilon:g} for {steps:,} steps ({error})") from None
+    except (package.mechanism_calibration.NoBracketIntervalFoundError, ValueError) as error:
+        raise TrainingError(
+            f"--dp-epsilon: no noise from {_LEAST_NOISE} to {MAX_NOISE:,.0f} gives {epsilon:g} for {steps:,} steps ({error})"
+        ) from None
     rounded: float = math.ceil(noise * 1e4) / 1e4
     while epsilon_spent(steps, rate, rounded, delta) > epsilon:
         rounded = round(rounded + 1e-4, 4)

@@ -95,7 +95,9 @@ class PrivacyLedger:
             except (ValueError, KeyError, TypeError):
                 steps = None
             if not isinstance(steps, int):
-                raise TrainingError(f"{self.path}: is damaged; restore it from a copy, since it states what was spent")
+                raise TrainingError(
+                    f"{self.path}: is damaged; restore it from a copy, because it states how many steps were computed"
+                )
             if saved_steps is None and steps:
                 raise TrainingError(
                     f"{self.path}: states {steps:,} steps of an earlier run with differential privacy that saved no "
@@ -192,7 +194,8 @@ class PrivacyCost:
         self.delta = units.default_delta if config.dp_delta is None else config.dp_delta
         if self.delta > 1 / len(units):
             raise TrainingError(
-                f"--dp-delta: {self.delta:g} is more than 1 / {len(units)}: publishing one unit's images whole would satisfy it"
+                f"--dp-delta: {self.delta:g} is more than 1 / {len(units)}: even the publication of all images of a random "
+                "unit would satisfy it"
             )
         self.rate, self.noise, self._target = config.batch / len(units), config.dp_noise, config.dp_epsilon
 
