@@ -24,8 +24,9 @@ from dermis.report.features import Floats, baseline, statistics_of
 from dermis.skin_tone import tone_counts
 
 MAX_DIM = 64
+"""Components of the index's embeddings that are used at most. The first ones have most of the variance."""
 IMAGES_PER_DIM = 50
-"""Components of the index's embeddings that are used. The first ones have most of the variance."""
+"""Images of the smallest class for each component: a covariance of few images fits these images better than others."""
 
 
 @dataclass(frozen=True)
