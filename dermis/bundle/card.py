@@ -35,8 +35,8 @@ def with_reference_section(card: str, reference: ReferenceDescription | None) ->
 ## Statistics of real images
 
 `reference/` holds statistics of real images with which the report of every dataset is compared: {counts}. It holds no image:
-every number is of at least {MINIMUM_GROUP} images. Means and covariances of a small class still tell a little about who was in it: remove
-the folder if nobody may find out whose images were used (`dermis bundle detach BUNDLE reference`).
+every number is of at least {MINIMUM_GROUP} images. Means and covariances of a small class still tell a little about who was in
+it: remove the folder if nobody may find out whose images were used (`dermis bundle detach BUNDLE reference`).
 {_REFERENCE_END}
 """
     return before.rstrip("\n") + "\n\n" + section + ("\n" + after if after else "")
