@@ -75,7 +75,8 @@ def build_reference(
     if not large:
         raise DataError(f"no class has at least {MINIMUM_GROUP} images; statistics of fewer could disclose single ones")
     width = 0 if real.features is None else real.features.shape[1]
-    dim = max(1, min(MAX_DIM, width, min((classes == name).sum() for name in large) // IMAGES_PER_DIM))
+    smallest = int(min((classes == name).sum() for name in large))
+    dim = max(1, min(MAX_DIM, width, smallest // IMAGES_PER_DIM))
     described: dict[str, ClassReference] = {}
     features: dict[str, ClassFeatures] = {}
     for name in large:
