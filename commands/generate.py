@@ -144,6 +144,8 @@ def generate(
     }
     filtering = {name: value for name, value in classifier.items() if value is not None}
     gating = {name: value for name, value in privacy.items() if value is not None}
+    if gating.keys() == {"detect_copies"}:
+        raise RequestError("--detect-copies", "is an option of the gate; add --gate authentic or --gate min_distance")
     if edit:
         fields["edits"] = [_parse_edit(text) for text in edit]
     opened = open_bundle(bundle)

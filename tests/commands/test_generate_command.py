@@ -325,3 +325,10 @@ def test_table_in_pipe_is_not_truncated(monkeypatch: pytest.MonkeyPatch, capsys:
         table.add_row("n" * 150, "v" * 150)
         table_console().print(table)
         assert "n" * 150 in capsys.readouterr().out
+
+
+def test_detection_of_copies_without_a_gate_is_refused(run: Run, tiny_bundle: Bundle, tmp_path: Path) -> None:
+    asked = ("generate", "--bundle", tiny_bundle.location, "--classes", "benign=1", "--out", tmp_path / "d")
+    status, _, error = run(*asked, "--no-detect-copies")
+    assert status != 0 and "--detect-copies" in error and "--gate" in error
+    assert not (tmp_path / "d").exists()

@@ -26,7 +26,7 @@ from dermis.authenticity.copy_network import REGIONS, CopyNetwork
 from dermis.errors import TrainingError
 from dermis.features import bicubic, channels_last
 from dermis.imaging import Images
-from training.checkpoint import checkpoint_path, load_checkpoint, read_state_of_kind, save_checkpoint
+from training.checkpoint import checkpoint_path, load_checkpoint, locked, read_state_of_kind, save_checkpoint
 from training.copies.config import CopiesConfig
 from training.copies.views import Views, view_of, views_of
 from training.interrupt import stop_requested
@@ -114,6 +114,7 @@ def train(
 
     saved = clock = time.monotonic()
     with (
+        locked(out),
         stop_requested(ignore_repeated=False) as stop,
         (out / "log.jsonl").open("a" if progress.step else "w", encoding="utf-8") as log,
         tqdm(total=config.steps, initial=progress.step, desc=KIND, unit="step", disable=None if progress_bar else True) as bar,

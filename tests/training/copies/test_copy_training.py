@@ -11,6 +11,7 @@ import pytest
 
 from dermis.authenticity.copy_network import REGIONS
 from dermis.errors import TrainingError
+from dermis.files import try_lock
 from tiny_copies import KNOWN, SIDE, colour_fields, dataset, make_detector
 from training.copies.config import CopiesConfig
 from training.copies.run import train_copy_detector
@@ -88,3 +89,11 @@ def test_unusable_images_are_refused_by_name(tmp_path: Path, known: int, others:
             device="cpu",
         )
     assert not list(tmp_path.iterdir())
+
+
+def test_second_training_in_a_folder_is_refused(tmp_path: Path) -> None:
+    lock = try_lock(tmp_path / "lock")
+    assert lock is not None
+    with pytest.raises(TrainingError, match="another training"):
+        make_detector(tmp_path, colour_fields(0, KNOWN))
+    lock.release()
