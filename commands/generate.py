@@ -14,7 +14,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from commands.console import option_of
-from commands.options import DEMO_BUNDLE, BundleOption, DeviceOption, NoiseModeOption, OptionalTruncationOption
+from commands.options import (
+    DEMO_BUNDLE,
+    BundleOption,
+    DetectCopiesOption,
+    DeviceOption,
+    GateOption,
+    GateTriesOption,
+    NoiseModeOption,
+    OnRejectOption,
+    OptionalTruncationOption,
+)
 from dermis.dataset.request import DatasetFormat, ImageFormat
 from dermis.dataset.store import PARTIAL
 from dermis.errors import DermisError, RequestError, StorageError, escape
@@ -73,25 +83,11 @@ def generate(
         list[str] | None,
         typer.Option(help="Edit images: DIRECTION=STRENGTH, or DIRECTION=STRENGTH@FIRST-LAST; may be repeated."),
     ] = None,
-    gate: Annotated[
-        Literal["authentic", "min_distance"] | None,
-        typer.Option(help="Condition on the distance of an image to the training images."),
-    ] = None,
+    gate: GateOption = None,
     percentile: Annotated[float | None, typer.Option(help="Percentile for --gate min_distance. Default 1.")] = None,
-    on_reject: Annotated[
-        Literal["resample", "drop", "flag"] | None,
-        typer.Option(help="What happens to images that the gate rejects. Default resample."),
-    ] = None,
-    gate_tries: Annotated[
-        int | None, typer.Option(help="Maximum number of rejected images for a sample. Default 8.")
-    ] = None,
-    detect_copies: Annotated[
-        bool | None,
-        typer.Option(
-            "--detect-copies/--no-detect-copies",
-            help="Whether the gate also rejects changed copies that the bundle's copy detector finds. Default: yes.",
-        ),
-    ] = None,
+    on_reject: OnRejectOption = None,
+    gate_tries: GateTriesOption = None,
+    detect_copies: DetectCopiesOption = None,
     score: Annotated[
         bool | None,
         typer.Option("--score/--no-score", help="Write the classifier's probability as a column. Default: yes."),

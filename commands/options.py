@@ -71,6 +71,25 @@ HoldoutOption = Annotated[
 ]
 HoldoutMetadataOption = Annotated[Path | None, typer.Option(help="CSV of the held-out images.")]
 
+# Datasets
+
+GateOption = Annotated[
+    Literal["authentic", "min_distance"] | None,
+    typer.Option(help="Condition on the distance of an image to the training images."),
+]
+OnRejectOption = Annotated[
+    Literal["resample", "drop", "flag"] | None,
+    typer.Option(help="What happens to images that the gate rejects. Default resample."),
+]
+GateTriesOption = Annotated[int | None, typer.Option(help="Maximum number of rejected images for a sample. Default 8.")]
+DetectCopiesOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--detect-copies/--no-detect-copies",
+        help="Whether the gate also rejects changed copies that the bundle's copy detector finds. Default: yes.",
+    ),
+]
+
 # Splits
 
 SplitOption = Annotated[

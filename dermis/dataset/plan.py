@@ -153,6 +153,38 @@ def plan(
     return DatasetPlan(ordered_request, bundle_digest, names, classifier, authenticity, has_copy_detector)
 
 
+def request_in_words(plan: DatasetPlan) -> str:
+    """Describe a request in one or a few sentences."""
+    request = plan.request
+    classes = ", ".join(f"{count:,} of {name}" for name, count in request.classes.items())
+    words = [
+        f"{plan.samples:,} images: {classes}, from seed {request.seed}, with truncation {request.truncation_psi:g} and "
+        f"{ {'random': 'random', 'const': 'constant', 'none': 'no'}[request.noise_mode] } noise."
+    ]
+    if request.edits:
+        edits = ", ".join(f"{edit.direction} by {edit.strength:g}" for edit in request.edits)
+        words.append(f"Every latent was moved along {edits}.")
+    options = request.classifier
+    if options is not None and options.filters:
+        rules = ["whose class the classifier confirms"] if options.keep == "agreeing" else []
+        if options.min_probability > 0 or options.max_probability < 1:
+            rules.append(f"with a probability from {options.min_probability:g} to {options.max_probability:g}")
+        words.append(f"Only images {' and '.join(rules)} were to be kept, from up to {options.tries} latents each.")
+    if request.privacy is None:
+        words.append("No gate against copies of training images.")
+    else:
+        gate = (
+            "authentic"
+            if request.privacy.gate == "authentic"
+            else f"distance percentile {request.privacy.percentile:g}"
+        )
+        if plan.detects_copies:
+            gate += ", and no changed copy according to the copy detector"
+        outcome = {"resample": "replaced", "drop": "left out", "flag": "flagged"}[request.privacy.on_reject]
+        words.append(f"A gate against copies of training images ({gate}); images that it rejects were to be {outcome}.")
+    return " ".join(words)
+
+
 def latent_index(index: int, attempt: int) -> int:
     """Return the index of the latent of sample `index` in attempt 0, 1, ... No two samples share a latent."""
     return index + attempt * _STRIDE

@@ -2,8 +2,8 @@
 
 If a classifier that sees only the images can tell the sets apart, they are not two random parts of one population, and an
 attack can succeed although the generator discloses nothing (Duan et al., arXiv 2402.07841; Meeus et al., arXiv 2406.17975).
-So an attack counts only if it is better than this classifier. A fair split also has halves of the members that cannot be told
-apart; `attacks.halves_auc` computes that control.
+So an attack counts only if it is better than this classifier. A fair split also has halves of the members that cannot be
+distinguished; `attacks.halves_auc` computes that control.
 """
 
 from __future__ import annotations
