@@ -17,7 +17,7 @@ from dermis.report.appearance import Appearance, appearances
 from dermis.report.content import Measurements
 from dermis.report.features import Floats
 
-SAMPLE = 600
+SAMPLE = 200
 """Images whose pixels are measured, of all classes together."""
 MAX_FEATURES = 10_000
 """Images whose features are compared if the gate has computed those of all, of all classes together."""
