@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dermis.authenticity.index_check import check_index, max_bytes, read, reason_of
-from dermis.bundle.index import HELD_OUT, INDEX, RADII, IndexDescription, open_index_folder
+from dermis.bundle import find_part
+from dermis.bundle.index import HELD_OUT, INDEX, INDEX_PART, RADII, IndexDescription, open_index_folder
 from dermis.cpus import available_cpus
 from dermis.errors import BundleError, DermisError, install_command
 from dermis.tensor_files import MAX_HEADER_BYTES, read_array
@@ -178,19 +179,7 @@ def find_index(source: Bundle | str | Path) -> str:
     Raises:
         BundleError: The bundle has no index.
     """
-    from dermis.bundle.folder import exists
-
-    none = "has no index of its training images; make one: dermis index build"
-    if not isinstance(source, str | Path):
-        if source.authenticity is None:
-            raise BundleError(f"{source.location}: {none}")
-        return f"{source.location}/authenticity"
-    where = str(source).rstrip("/")
-    if not exists(where, "bundle.json"):
-        return where
-    if not exists(f"{where}/authenticity", "authenticity.json"):
-        raise BundleError(f"{where}: {none}")
-    return f"{where}/authenticity"
+    return find_part(source, INDEX_PART, "has no index of its training images; make one: dermis index build")
 
 
 def open_index(source: Bundle | str | Path, *, device: str = "auto", threads: int | None = None) -> Index:

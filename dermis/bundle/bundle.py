@@ -28,6 +28,7 @@ from dermis.bundle.folder import (
     FileRecord,
     PartDescription,
     PartFormat,
+    exists,
     open_folder,
     parse_descriptor,
     to_json,
@@ -164,6 +165,29 @@ def open_bundle(location: str | Path) -> Bundle:
         else None,
         copies=_part(COPIES_PART, files, small, where),
     )
+
+
+def find_part(source: Bundle | str | Path, part: PartFormat[PartDescription], missing: str) -> str:
+    """Return the folder of a part of a bundle, or of a part outside of a bundle.
+
+    Args:
+        source: A bundle, or the folder or fsspec URL of a bundle or of the part.
+        part: Kind of the part.
+        missing: Message after the location if the bundle has no such part.
+
+    Raises:
+        BundleError: The bundle has no such part.
+    """
+    if not isinstance(source, str | Path):
+        if getattr(source, part.name) is None:
+            raise BundleError(f"{source.location}: {missing}")
+        return f"{source.location}/{part.name}"
+    where = str(source).rstrip("/")
+    if not exists(where, DESCRIPTOR):
+        return where
+    if not exists(f"{where}/{part.name}", part.descriptor):
+        raise BundleError(f"{where}: {missing}")
+    return f"{where}/{part.name}"
 
 
 def load_generator(bundle: Bundle) -> Generator:

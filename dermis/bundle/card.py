@@ -19,6 +19,16 @@ _PRIVACY_BEGIN, _PRIVACY_END = "<!-- privacy audit: written by dermis -->", "<!-
 _REFERENCE_BEGIN, _REFERENCE_END = "<!-- reference: written by dermis -->", "<!-- end of reference -->"
 
 
+def _with_section(card: str, begin: str, end: str, text: str) -> str:
+    """Replace the section between two marks in a card, or add it at the end. An empty text removes the section."""
+    before, mark, rest = card.partition(begin)
+    after = rest.partition(end)[2].lstrip("\n") if mark else ""
+    after = "\n" + after if after else ""
+    if text:
+        return before.rstrip("\n") + f"\n\n{begin}\n{text}\n{end}\n" + after
+    return before.rstrip("\n") + "\n" + after if mark else card
+
+
 def with_reference_section(card: str, reference: ReferenceDescription | None) -> str:
     """Replace the section on the statistics of real images in a bundle's card.
 
@@ -26,20 +36,15 @@ def with_reference_section(card: str, reference: ReferenceDescription | None) ->
         card: The card, with or without such a section.
         reference: The reference of the bundle; None removes the section.
     """
-    before, begin, rest = card.partition(_REFERENCE_BEGIN)
-    after = rest.partition(_REFERENCE_END)[2].lstrip("\n") if begin else ""
     if reference is None:
-        return before.rstrip("\n") + "\n" + ("\n" + after if after else "") if begin else card
+        return _with_section(card, _REFERENCE_BEGIN, _REFERENCE_END, "")
     counts = ", ".join(f"{name} {of_class.images:,}" for name, of_class in reference.classes.items())
-    section = f"""{_REFERENCE_BEGIN}
-## Statistics of real images
+    text = f"""## Statistics of real images
 
 `reference/` holds statistics of real images with which the report of every dataset is compared: {counts}. It holds no image:
 every number is of at least {MINIMUM_GROUP} images. Means and covariances of a small class still tell a little about who was in
-it: remove the folder if nobody may find out whose images were used (`dermis bundle detach BUNDLE reference`).
-{_REFERENCE_END}
-"""
-    return before.rstrip("\n") + "\n\n" + section + ("\n" + after if after else "")
+it: remove the folder if nobody may find out whose images were used (`dermis bundle detach BUNDLE reference`)."""
+    return _with_section(card, _REFERENCE_BEGIN, _REFERENCE_END, text)
 
 
 def with_classifier_section(card: str, classifier: ClassifierDescription | None) -> str:
@@ -49,22 +54,17 @@ def with_classifier_section(card: str, classifier: ClassifierDescription | None)
         card: The card, with or without such a section.
         classifier: The classifier of the bundle; None removes the section.
     """
-    before, begin, rest = card.partition(_CLASSIFIER_BEGIN)
-    after = rest.partition(_CLASSIFIER_END)[2].lstrip("\n") if begin else ""
     if classifier is None:
-        return before.rstrip("\n") + "\n" + ("\n" + after if after else "") if begin else card
+        return _with_section(card, _CLASSIFIER_BEGIN, _CLASSIFIER_END, "")
     thresholds = ", ".join(f"{name} {value:.4g}" for name, value in sorted(classifier.thresholds.items()))
-    section = f"""{_CLASSIFIER_BEGIN}
-## Classifier
+    text = f"""## Classifier
 
 **{NOTICE}**
 
 `classifier/` distinguishes {classifier.positive_class} from {classifier.class_names[0]}: {classifier.architecture} on
 {classifier.input.size} px, temperature {classifier.temperature:.4g}, thresholds on the calibrated probability: {thresholds}.
-[Its card](classifier/{CLASSIFIER_CARD}) describes its training and its measurements.
-{_CLASSIFIER_END}
-"""
-    return before.rstrip("\n") + "\n\n" + section + ("\n" + after if after else "")
+[Its card](classifier/{CLASSIFIER_CARD}) describes its training and its measurements."""
+    return _with_section(card, _CLASSIFIER_BEGIN, _CLASSIFIER_END, text)
 
 
 def with_latent_section(
@@ -150,14 +150,11 @@ def with_privacy_section(card: str, audit: Mapping[str, Any] | None) -> str:
         card: The card, with or without such a section.
         audit: The audit as JSON values; None removes the section.
     """
-    before, begin, rest = card.partition(_PRIVACY_BEGIN)
-    after = rest.partition(_PRIVACY_END)[2].lstrip("\n") if begin else ""
     if audit is None:
-        return before.rstrip("\n") + "\n" + ("\n" + after if after else "") if begin else card
+        return _with_section(card, _PRIVACY_BEGIN, _PRIVACY_END, "")
     subject, verdict = audit["subject"], audit["verdict"]
     rows = "\n".join(f"| {outcome['rule']} | {outcome['status']} |" for outcome in audit["outcomes"])
-    section = f"""{_PRIVACY_BEGIN}
-## Privacy audit
+    text = f"""## Privacy audit
 
 **Verdict: {verdict["status"]}.** {verdict["text"][:1].upper()}{verdict["text"][1:]}. Measured with {subject["members"]:,}
 training images, {subject["non_members"]:,} held-out images and {subject["generated"]:,} generated ones, before the audit was
@@ -167,7 +164,5 @@ stored here (digest {subject["bundle_digest"][:12]}). `privacy_audit.json` has a
 | --- | --- |
 {rows}
 
-A pass is no proof that nothing is disclosed.
-{_PRIVACY_END}
-"""
-    return before.rstrip("\n") + "\n\n" + section + ("\n" + after if after else "")
+A pass is no proof that nothing is disclosed."""
+    return _with_section(card, _PRIVACY_BEGIN, _PRIVACY_END, text)

@@ -15,7 +15,7 @@ import hashlib
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,11 @@ from dermis.bundle.folder import (
     DescriptorModel,
     FileRecord,
     PartFormat,
+    check_listed,
     open_folder,
     parse_descriptor,
     read_part,
-    write_folder,
+    write_part,
 )
 from dermis.errors import BundleError, RequestError
 
@@ -189,13 +190,9 @@ def write_classifier(
     Raises:
         BundleError: `out` exists and may not be replaced, the description is not valid, or the folder cannot be written.
     """
-    fields = asdict(description)
-    del fields["files"], fields["digest"]
     _check(description, DESCRIPTOR)
     files = {MODEL: model, CLASSIFIER_CARD: card.encode(), **(pictures or {})}
-    write_folder(
-        Path(out), "classifier", DESCRIPTOR, {"format_version": CLASSIFIER_FORMAT, **fields}, files, replace=replace
-    )
+    write_part(out, "classifier", DESCRIPTOR, CLASSIFIER_FORMAT, description, files, replace=replace)
     return open_classifier(out)
 
 
@@ -231,9 +228,7 @@ def parse(text: bytes, where: str) -> ClassifierDescription:
         digest=hashlib.sha256(text).hexdigest(),
     )
     _check(description, where)
-    for name in (MODEL, CLASSIFIER_CARD):
-        if name not in description.files:
-            raise BundleError(f"{where}: files does not list {name}; get the classifier again")
+    check_listed(description.files, (MODEL, CLASSIFIER_CARD), where, "classifier")
     return description
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,12 @@ from dermis.bundle.folder import (
     FileRecord,
     Folder,
     PartFormat,
+    check_listed,
     open_part,
     parse_descriptor,
     read_part,
-    write_folder,
+    write_part,
 )
-from dermis.errors import BundleError
 
 COPIES_FORMAT = 1
 DESCRIPTOR = "copies.json"
@@ -103,10 +103,8 @@ def write_copies_folder(
     Raises:
         BundleError: `out` exists and may not be replaced, or the folder cannot be written.
     """
-    fields = asdict(description)
-    del fields["files"], fields["digest"]
-    fields["format_version"] = COPIES_FORMAT
-    write_folder(Path(out), KIND, DESCRIPTOR, fields, {WEIGHTS: weights, REFERENCES: references}, replace=replace)
+    files = {WEIGHTS: weights, REFERENCES: references}
+    write_part(out, KIND, DESCRIPTOR, COPIES_FORMAT, description, files, replace=replace)
     return open_copies_folder(out)[1]
 
 
@@ -121,9 +119,7 @@ def parse(text: bytes, where: str) -> CopiesDescription:
         BundleError: The text is not a valid copies.json. The message names the field.
     """
     fields = parse_descriptor(text, where, COPIES_FORMAT, _CopiesDescriptor)
-    for name in (WEIGHTS, REFERENCES):
-        if name not in fields.records:
-            raise BundleError(f"{where}: files does not list {name}; get the {KIND} again")
+    check_listed(fields.records, (WEIGHTS, REFERENCES), where, KIND)
     return CopiesDescription(
         size=fields.size,
         dim=fields.dim,

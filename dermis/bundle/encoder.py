@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ from dermis.bundle.folder import (
     FileRecord,
     Folder,
     PartFormat,
+    check_listed,
     open_part,
     parse_descriptor,
     read_part,
-    write_folder,
+    write_part,
 )
 from dermis.errors import BundleError
 
@@ -99,10 +100,7 @@ def write_encoder_folder(
     Raises:
         BundleError: `out` exists and may not be replaced, or the folder cannot be written.
     """
-    fields = asdict(description)
-    del fields["files"], fields["digest"]
-    fields["format_version"] = ENCODER_FORMAT
-    write_folder(Path(out), "encoder", DESCRIPTOR, fields, {WEIGHTS: weights}, replace=replace)
+    write_part(out, "encoder", DESCRIPTOR, ENCODER_FORMAT, description, {WEIGHTS: weights}, replace=replace)
     return open_encoder_folder(out)[1]
 
 
@@ -119,8 +117,7 @@ def parse(text: bytes, where: str) -> EncoderDescription:
     fields = parse_descriptor(text, where, ENCODER_FORMAT, _EncoderDescriptor)
     if fields.components > fields.w_dim:
         raise BundleError(f"{where}: components: {fields.components} are more than w has dimensions")
-    if WEIGHTS not in fields.records:
-        raise BundleError(f"{where}: files does not list {WEIGHTS}; get the encoder again")
+    check_listed(fields.records, (WEIGHTS,), where, "encoder")
     return EncoderDescription(
         backbone=fields.backbone,
         size=fields.size,

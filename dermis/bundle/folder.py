@@ -17,17 +17,20 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, Generic, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dermis.errors import BundleError, escape, quote
 from dermis.files import names_below, open_regular
 from dermis.strict_json import parse_json
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 _PATH_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
 _MAX_DESCRIPTOR_BYTES = 4 << 20
@@ -386,6 +389,46 @@ def write_folder(
         raise BundleError(f"{out}: cannot be written: {error.strerror}") from None
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def write_part(
+    out: str | Path,
+    kind: str,
+    descriptor: str,
+    version: int,
+    description: DataclassInstance,
+    files: Mapping[str, bytes],
+    *,
+    replace: bool,
+) -> None:
+    """Write the folder of a part. The folder appears completely or not at all.
+
+    Args:
+        out: Path of the folder.
+        kind: What the folder holds, for errors.
+        descriptor: File name of the descriptor.
+        version: Format version of the descriptor.
+        description: Its fields. `files` and `digest` are ignored: they follow from the files.
+        files: Content of the other files, by name.
+        replace: Whether an existing folder that has such a descriptor is replaced.
+
+    Raises:
+        BundleError: As `write_folder`.
+    """
+    fields = asdict(description)
+    del fields["files"], fields["digest"]
+    write_folder(Path(out), kind, descriptor, {"format_version": version, **fields}, files, replace=replace)
+
+
+def check_listed(files: Mapping[str, FileRecord], names: Sequence[str], where: str, kind: str) -> None:
+    """Check that a descriptor lists these files.
+
+    Raises:
+        BundleError: It does not list one of them. The message begins with `where`, the name of the descriptor.
+    """
+    for name in names:
+        if name not in files:
+            raise BundleError(f"{where}: files does not list {name}; get the {kind} again")
 
 
 def _put(fresh: Path, out: Path, kind: str, descriptor: str) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -25,10 +25,11 @@ from dermis.bundle.folder import (
     FileRecord,
     Folder,
     PartFormat,
+    check_listed,
     open_part,
     parse_descriptor,
     read_part,
-    write_folder,
+    write_part,
 )
 from dermis.errors import BundleError, quote
 
@@ -177,10 +178,8 @@ def write_index_folder(
     Raises:
         BundleError: `out` exists and may not be replaced, the description is not valid, or the folder cannot be written.
     """
-    fields = asdict(description)
-    del fields["files"], fields["digest"]
     _check(description, DESCRIPTOR)
-    write_folder(Path(out), "index", DESCRIPTOR, {"format_version": INDEX_FORMAT, **fields}, files, replace=replace)
+    write_part(out, "index", DESCRIPTOR, INDEX_FORMAT, description, files, replace=replace)
     return open_index_folder(out)[1]
 
 
@@ -218,9 +217,8 @@ def parse(text: bytes, where: str) -> IndexDescription:
         digest=hashlib.sha256(text).hexdigest(),
     )
     _check(description, where)
-    for name in (INDEX, RADII, *([HELD_OUT] if description.held_out else [])):
-        if name not in description.files:
-            raise BundleError(f"{where}: files does not list {name}; get the index again")
+    names = (INDEX, RADII, *([HELD_OUT] if description.held_out else []))
+    check_listed(description.files, names, where, "index")
     return description
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from dermis.bundle.folder import (
     open_folder,
     parse_descriptor,
     read_part,
-    write_folder,
+    write_part,
 )
 from dermis.errors import BundleError
 from dermis.tensor_files import read_vectors
@@ -182,8 +182,6 @@ def write_reference_folder(
     """
     import safetensors.numpy
 
-    fields = asdict(description)
-    del fields["files"], fields["digest"]
     files: dict[str, bytes] = {}
     if description.space is not None:
         upper = np.triu_indices(description.space.dim)
@@ -193,9 +191,7 @@ def write_reference_folder(
             tensors[f"{label}.covariance"] = features[name].covariance[upper].astype(np.float32)
             tensors[f"{label}.cells"] = features[name].cells.astype(np.float32)
         files[STATISTICS] = safetensors.numpy.save(tensors)
-    write_folder(
-        Path(out), "reference", DESCRIPTOR, {"format_version": REFERENCE_FORMAT, **fields}, files, replace=replace
-    )
+    write_part(out, "reference", DESCRIPTOR, REFERENCE_FORMAT, description, files, replace=replace)
     return read_reference_files(out)[0]
 
 
