@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.objectives import PROJECTED, check_same_run, read_part
+from benchmarks.objectives import PROJECTED, check_same_run, mean_and_range, read_part
 from dermis.cpus import keep_freed_memory
 from dermis.devices import describe_hardware
 from dermis.features import FeatureExtractor, feature_extractor
@@ -123,9 +123,7 @@ def table(results: Sequence[dict[str, Any]], real: dict[str, float]) -> str:
     """Markdown with one row for each epsilon: the mean over its seeds, with lowest and highest."""
 
     def cell(rows: Sequence[dict[str, Any]], name: str, digits: int) -> str:
-        values = [row[name] for row in rows]
-        mean = f"{sum(values) / len(values):.{digits}f}"
-        return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+        return mean_and_range([row[name] for row in rows], digits)
 
     lines = ["| epsilon | noise multiplier | seeds | kimg | FD | AUC |", "|" + " --- |" * 6]
     for epsilon in EPSILONS:

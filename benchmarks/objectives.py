@@ -112,6 +112,12 @@ def check_same_run(file: Path, expected: dict[str, Any]) -> None:
             raise SystemExit(f"{file}: was measured with {key} {stored[key]}, not {value}; choose another --out")
 
 
+def mean_and_range(values: Sequence[float], digits: int) -> str:
+    """Mean (lowest to highest) of values, or the value if there is one."""
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
 def table(results: list[dict[str, Any]]) -> str:
     """Markdown with one row for each objective: mean (lowest to highest) over its seeds."""
 
@@ -122,8 +128,7 @@ def table(results: list[dict[str, Any]]) -> str:
             for key in path:
                 value = value[key]
             values.append(float(value))
-        mean = f"{statistics.fmean(values):.{digits}f}"
-        return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+        return mean_and_range(values, digits)
 
     spaces = results[0]["spaces"] if results else []
     columns = [f"{column}@{space}" for space in spaces for column in ("FD", "recall", "validation recall")]

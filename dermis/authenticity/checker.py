@@ -161,10 +161,10 @@ class Checker:
 
         The result of an image does not depend on the other images.
         """
-        nearest = self.index.nearest(self.embed(images))
         if self.copies is None:
-            return nearest
-        return replace(nearest, copy_scores=self.copies.scores(squares(images, self.description.resolution)))
+            return self.index.nearest(self.embed(images))
+        inputs = squares(images, self.description.resolution)
+        return replace(self.index.nearest(self.embed(inputs)), copy_scores=self.copies.scores(inputs))
 
     def check(self, images: Sequence[Images] | Images) -> Verdicts:
         """Return verdicts on uint8 images [H, W, 3] of any sizes, or on an array [N, H, W, 3]."""

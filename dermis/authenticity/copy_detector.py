@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 from dermis.authenticity.index import Floats, products_of_matrices, search
 from dermis.authenticity.verdict import FALSE_ALARMS
-from dermis.bundle.copies import DESCRIPTOR, REFERENCES, WEIGHTS, open_copies_folder
-from dermis.bundle.folder import exists
+from dermis.bundle import find_part
+from dermis.bundle.copies import COPIES_PART, REFERENCES, WEIGHTS, open_copies_folder
 from dermis.bundle.index import Kind
 from dermis.cpus import available_cpus
 from dermis.errors import BundleError
@@ -78,6 +78,12 @@ class CopySearch:
         margins = similarities[:, 0] - BACKGROUND_WEIGHT * similarities[:, BACKGROUND].mean(axis=1)
         by_region: Floats = margins.reshape(descriptors.shape[0], descriptors.shape[1])
         return by_region
+
+
+def margins_of(describe: Describe, search: CopySearch, images: Images) -> Floats:
+    """Return the margins [N, regions] of square images uint8 [N, R, R, 3], N at least 1, which are described in batches."""
+    parts = [search.margins(describe(images[start : start + _BATCH])) for start in range(0, len(images), _BATCH)]
+    return np.concatenate(parts)
 
 
 def scores_of(margins: Floats, whole_threshold: float, half_threshold: float) -> Floats:
@@ -192,14 +198,10 @@ class CopyDetector:
 
     def scores(self, images: Images) -> Floats:
         """Compute scores float32 [N] of square images uint8 [N, R, R, 3]; an image is a copy from 1.0 on."""
-        parts = [
-            self._search.margins(self._describe(images[start : start + _BATCH]))
-            for start in range(0, len(images), _BATCH)
-        ]
-        if not parts:
+        if not len(images):
             return np.empty(0, np.float32)
-        thresholds = self.description.whole_threshold, self.description.half_threshold
-        return scores_of(np.concatenate(parts), *thresholds)
+        margins = margins_of(self._describe, self._search, images)
+        return scores_of(margins, self.description.whole_threshold, self.description.half_threshold)
 
 
 def find_copies(source: Bundle | str | Path) -> str:
@@ -208,14 +210,4 @@ def find_copies(source: Bundle | str | Path) -> str:
     Raises:
         BundleError: The bundle has no copy detector.
     """
-    none = "has no copy detector; train one: dermis train copy-detector"
-    if not isinstance(source, str | Path):
-        if source.copies is None:
-            raise BundleError(f"{source.location}: {none}")
-        return f"{source.location}/copies"
-    where = str(source).rstrip("/")
-    if not exists(where, "bundle.json"):
-        return where
-    if not exists(f"{where}/copies", DESCRIPTOR):
-        raise BundleError(f"{where}: {none}")
-    return f"{where}/copies"
+    return find_part(source, COPIES_PART, "has no copy detector; train one: dermis train copy-detector")

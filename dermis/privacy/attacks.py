@@ -92,11 +92,11 @@ def neighbours_of(space: Space, patients: Patients, *, to_real: Floats | None = 
         patients: Patient of each real image.
         to_real: Distances to real images, if they are known already.
     """
-    k = min(NEIGHBOURS, len(space.generated))
-    to_generated, indices = _nearest(space.real, space.generated, k)
+    real, k = space.real, min(NEIGHBOURS, len(space.generated))
+    to_generated, indices = _nearest(real, space.generated, k)
     if to_real is None:
         k = min(NEIGHBOURS, len(patients) - int(np.bincount(patients).max()))
-        to_real = _nearest(space.real, space.real, k, patients)[0]
+        to_real = _nearest(real, real, k, patients)[0]
     return Neighbours(to_generated, indices, to_real)
 
 

@@ -63,9 +63,8 @@ def measure(
     sample = choose(kept, SAMPLE)
     class_of = {file_name(plan, each.index, each.label): name for name, of_class in sample.items() for each in of_class}
     needed = bundle.reference is not None and bundle.reference.space is not None
-    problem: str | None = None
-    if needed and not plan.gated and examine is None:
-        problem = "the index of the bundle cannot be used here"
+    examining = needed and not plan.gated  # a gate has computed the features already
+    problem = "the index of the bundle cannot be used here" if examining and examine is None else None
     seen: dict[str, list[Appearance]] = {name: [] for name in kept}
     features: dict[str, list[Floats]] = {name: [] for name in kept}
     remaining = iter(images(class_of))
@@ -76,7 +75,7 @@ def measure(
         colour = as_rgb(np.stack([pixels for _, pixels in batch]))
         for name, measured in zip(names, appearances(colour), strict=True):
             seen[name].append(measured)
-        if needed and not plan.gated and examine is not None and problem is None:
+        if examining and examine is not None and problem is None:
             try:
                 embeddings = examine(colour).embeddings
             except DermisError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from dermis.authenticity.copy_detector import (
     Describe,
     calibrate,
     describer,
+    margins_of,
     references_of,
     scores_of,
 )
@@ -37,7 +39,6 @@ FOLDER = "copies"
 MEASURED = 500
 MIN_CALIBRATION = 200
 """Images without which a share of 1 % of false alarms cannot be set: two images."""
-_CHUNK = 32
 
 
 @dataclass(frozen=True)
@@ -142,8 +143,7 @@ class _Detector:
     half_threshold: float = COPY
 
     def margins(self, images: Images) -> NDArray[np.float32]:
-        chunks = (images[start : start + _CHUNK] for start in range(0, len(images), _CHUNK))
-        return np.concatenate([self.search.margins(self.describe(chunk)) for chunk in chunks])
+        return margins_of(self.describe, self.search, images)
 
     def scores(self, images: Images) -> NDArray[np.float32]:
         return scores_of(self.margins(images), self.whole_threshold, self.half_threshold)
@@ -162,8 +162,6 @@ def _measure_generalisation(describe: Describe, held_out: Images, others: Images
 
 def _check_disjoint(sets: Mapping[str, ImageDataset]) -> None:
     """Raise TrainingError if two sets have images in common."""
-    names = list(sets)
-    for number, name in enumerate(names):
-        for other in names[number + 1 :]:
-            if both := set(sets[name].contents) & set(sets[other].contents):
-                raise TrainingError(f"{other}: {len(both)} of its files are also in {name}; choose other images")
+    for name, other in combinations(sets, 2):
+        if both := set(sets[name].contents) & set(sets[other].contents):
+            raise TrainingError(f"{other}: {len(both)} of its files are also in {name}; choose other images")

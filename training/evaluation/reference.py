@@ -42,7 +42,7 @@ def measure_real(
                 if looks:
                     seen += appearances(chunk)
                 if checker is not None:
-                    features.append(checker.nearest(chunk).embeddings)
+                    features.append(checker.index.projected(checker.embed(chunk)))
                 bar.update(len(chunk))
             classes = [images.class_names[label] for label in images.labels]
             return RealImages(classes, seen, groups_of(images), np.concatenate(features) if features else None)
