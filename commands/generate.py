@@ -334,6 +334,7 @@ def _make(
     from dermis.authenticity.attack import exposure
     from dermis.dataset.manifest import finalize
     from dermis.dataset.plan import BATCH
+    from dermis.dataset.privacy import exact_below
     from dermis.dataset.shards import check_space, write_shard
     from dermis.directions.edit import bundle_offset
 
@@ -373,7 +374,9 @@ def _make(
                 synthesize,
                 store,
                 score=score,
-                examine=None if checker is None else checker.nearest,
+                examine=None
+                if checker is None
+                else partial(checker.nearest, exact_below=exact_below(planned), detect_copies=planned.detects_copies),
                 identity=models.identity,
                 on_batch=advance,
                 batch_size=batch,
@@ -387,7 +390,7 @@ def _make(
         bundle,
         models.identity,
         expose,
-        examine=None if models.compare is None else models.compare.nearest,
+        examine=None if models.compare is None else partial(models.compare.nearest, detect_copies=False),
     )
 
 

@@ -34,7 +34,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from dermis.errors import DermisError
 from dermis.feature_presets import PRESETS, hub_folder, preset_weights
-from dermis.features_openvino import Extract, OpenvinoFeatures, have_openvino
+from dermis.features_openvino import Extract, OpenvinoFeatures
+from dermis.openvino_images import have_openvino
 from dermis.torchvision_compat import import_vision
 
 Network = TypeVar("Network", bound=nn.Module)

@@ -1,12 +1,10 @@
 """Features on a CPU with OpenVINO: within a few millionths of torch's, in a quarter of the time.
 
-Each image is computed on one core, and as many at the same time as there are cores. No sum is split over cores, so the features
-of an image depend neither on other images nor on the number of cores, and are the same in every run. Sums are float32.
+Each image is computed on one core (`dermis.openvino_images`). Sums are float32, unless bfloat16 is asked for.
 """
 
 from __future__ import annotations
 
-import logging
 import threading
 import warnings
 from collections.abc import Callable
@@ -19,15 +17,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dermis.cpus import available_cpus
+from dermis.openvino_images import EachImage, Precision, convert_and_compile
 
 Extract = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 Matrix = Callable[[int, int], NDArray[np.float32]]
 """(from, to) -> [to, from]: the matrix that resizes along one side."""
 
-PRECISION = "f32"
-"""Precision of OpenVINO. "bf16" is faster on some processors, but changes features too much (docs/evaluation.md)."""
-
-_log = logging.getLogger(__name__)
+PRECISION: Precision = "f32"
+"""Default precision. "bf16" is faster on some processors, but changes most features too much (docs/evaluation.md)."""
 
 
 class _Features(nn.Module):
@@ -74,6 +71,7 @@ class OpenvinoFeatures:
         std: Standard deviation of the channels, [3, 1, 1], of values in 0..255.
         fallback: Computes features if OpenVINO cannot compile the network.
         threads: Images that are computed at the same time; None for the number of cores that this process can use.
+        precision: Precision of the arithmetic; None for `PRECISION`.
     """
 
     def __init__(
@@ -86,50 +84,35 @@ class OpenvinoFeatures:
         fallback: Extract,
         *,
         threads: int | None = None,
+        precision: Precision | None = None,
     ) -> None:
         self._module = _Features(network, mean, std).eval()
         self._size = size
         self._matrix = lru_cache(maxsize=8)(matrix)
         self._fallback = fallback
         self._threads = threads or available_cpus()
-        self._compiled: dict[bool, Any] = {}  # key: whether it resizes
+        self._precision = precision or PRECISION
+        self._compiled: dict[bool, EachImage | None] = {}  # key: whether it resizes
         self._failed = False
         self._lock = threading.Lock()
-        self._queues = threading.local()  # a queue can serve one call at a time, so every thread has its own
 
     def __call__(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Compute features of uint8 images [N, H, W, 3], with N at least 1."""
         resize = images.shape[1:3] != self._size
         with self._lock:
             if resize not in self._compiled and not self._failed:
-                self._compile(resize)
-        if self._failed:
+                self._compiled[resize] = self._compile(resize)
+                self._failed = self._compiled[resize] is None
+        compiled = self._compiled.get(resize)
+        if compiled is None:
             return self._fallback(images)
-        import openvino
+        if not resize:
+            return compiled(images)
+        height, width = self._size
+        rows, columns = self._matrix(images.shape[1], height), self._matrix(images.shape[2], width)
+        return compiled(images, {1: rows, 2: np.ascontiguousarray(columns.T)})
 
-        compiled = self._compiled[resize]
-        name = "resizing" if resize else "plain"
-        queue = getattr(self._queues, name, None)
-        if queue is None:
-            queue = openvino.AsyncInferQueue(compiled, self._threads)
-            setattr(self._queues, name, queue)
-        features = np.empty((len(images), compiled.output(0).partial_shape[1].get_length()), np.float32)
-
-        def keep(request: Any, place: int) -> None:
-            features[place] = request.get_output_tensor(0).data[0]
-
-        queue.set_callback(keep)
-        matrices: dict[int, NDArray[np.float32]] = {}
-        if resize:
-            height, width = self._size
-            rows, columns = self._matrix(images.shape[1], height), self._matrix(images.shape[2], width)
-            matrices = {1: rows, 2: np.ascontiguousarray(columns.T)}
-        for place in range(len(images)):
-            queue.start_async({0: images[place : place + 1], **matrices}, place)
-        queue.wait_all()
-        return features
-
-    def _compile(self, resize: bool) -> None:
+    def _compile(self, resize: bool) -> EachImage | None:
         from dermis.synthesizer.openvino_cpu import import_openvino, own_logging
 
         ov = import_openvino()
@@ -141,29 +124,10 @@ class OpenvinoFeatures:
             module = self._module
             example = torch.zeros(1, 32, 32, 3, dtype=torch.uint8), torch.zeros(height, 32), torch.zeros(32, width)
             shapes = [([1, -1, -1, 3], ov.Type.u8), [height, -1], [-1, width]]
-        options = {
-            "INFERENCE_PRECISION_HINT": PRECISION,
-            "INFERENCE_NUM_THREADS": self._threads,
-            "NUM_STREAMS": self._threads,
-            "ENABLE_CPU_PINNING": False,
-        }
-        try:
+
+        def convert() -> Any:
             with torch.no_grad(), own_logging(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # tracing warns that shapes are constants, which is correct here
-                model = ov.convert_model(module.eval(), example_input=example, input=shapes)
-            compiled = ov.Core().compile_model(model, "CPU", options)
-            if not compiled.output(0).partial_shape[1].is_static:
-                raise RuntimeError("the number of features is not known")
-        except Exception as error:  # the converter has many exceptions for operations that it does not know
-            self._failed = True
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-            _log.warning("OpenVINO cannot compile this feature space (%s); torch computes it, more slowly", reason)
-            return
-        self._compiled[resize] = compiled
+                return ov.convert_model(module.eval(), example_input=example, input=shapes)
 
-
-def have_openvino() -> bool:
-    """Whether OpenVINO is installed; it belongs to the extra `cpu`."""
-    from importlib.util import find_spec
-
-    return find_spec("openvino") is not None
+        return convert_and_compile(convert, "this feature space", precision=self._precision, threads=self._threads)

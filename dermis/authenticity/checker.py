@@ -6,6 +6,7 @@ with Checker("bundles/demo") as checker:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from dermis.authenticity.copy_detector import CopyDetector
 from dermis.authenticity.index import Index, Nearest, find_index, open_index
-from dermis.authenticity.verdict import Verdicts, verdicts_of
+from dermis.authenticity.verdict import SAME_SHARE, Verdicts, verdicts_of
 from dermis.bundle.copies import DESCRIPTOR as COPIES_DESCRIPTOR
 from dermis.bundle.folder import exists
 from dermis.bundle.index import IndexDescription
@@ -26,6 +27,7 @@ from dermis.imaging import Images
 
 if TYPE_CHECKING:
     from dermis.bundle import Bundle
+    from dermis.classifier.fast_features import FastFeatures
 
 CLASSIFIER = "classifier"
 _BATCH = 32
@@ -52,7 +54,9 @@ class Embedder:
         self._close: Callable[[], None] = lambda: None
         self.backend: str | None = None
         """The implementation that computes the features, if there are several. Verdicts can differ in the last bits."""
+        self._fast: FastFeatures | None = None
         if name == CLASSIFIER:
+            from dermis.classifier.fast_features import fast_features
             from dermis.classifier.onnx_session import Classifier
 
             if classifier is None:
@@ -65,6 +69,7 @@ class Embedder:
                 return features
 
             self._extract, self._close = extract, session.close
+            self._fast, self._size = fast_features(classifier, session, threads), session.description.input.size
             self.identity, self.dim = f"classifier/{session.description.digest}", session.description.feature_dim
         else:
             from dermis.devices import resolve_device
@@ -88,6 +93,18 @@ class Embedder:
             self._extract(squares(images[start : start + _BATCH], resolution))
             for start in range(0, len(images), _BATCH)
         ]
+        return np.concatenate(rows) if rows else np.empty((0, self.dim), np.float32)
+
+    @property
+    def is_fast(self) -> bool:
+        """Whether `embed_fast` can be used."""
+        return self._fast is not None
+
+    def embed_fast(self, inputs: Images) -> NDArray[np.float32]:
+        """Compute features float32 [N, dim] of images uint8 [N, R, R, 3] in bfloat16, in about half the time."""
+        assert self._fast is not None
+        parts = (inputs[start : start + _BATCH] for start in range(0, len(inputs), _BATCH))
+        rows = [self._fast(squares(part, self._size)) for part in parts]
         return np.concatenate(rows) if rows else np.empty((0, self.dim), np.float32)
 
     def close(self) -> None:
@@ -147,6 +164,8 @@ class Checker:
         from dermis.authenticity.index import import_faiss
 
         versions = {"authenticity": self.description.digest, "faiss": str(import_faiss().__version__)}
+        if self._embedder.is_fast:
+            versions["distant_images"] = "bfloat16"
         backend = self._embedder.backend
         if self.copies is not None:
             versions |= self.copies.identity
@@ -156,15 +175,37 @@ class Checker:
         """Compute features float32 [N, feature_dim] of uint8 images [H, W, 3] of any sizes, or of an array [N, H, W, 3]."""
         return self._embedder.embed(images, self.description.resolution)
 
-    def nearest(self, images: Sequence[Images] | Images) -> Nearest:
+    def nearest(
+        self, images: Sequence[Images] | Images, *, exact_below: float = math.inf, detect_copies: bool = True
+    ) -> Nearest:
         """Find the nearest training image of each image, and score the images with the copy detector if there is one.
 
         The result of an image does not depend on the other images.
+
+        Args:
+            images: uint8 images [H, W, 3] of any sizes, or an array [N, H, W, 3].
+            exact_below: Distance up to which results are exact. Images that are clearly more distant may be measured in
+                bfloat16, in half the time: their distances and embeddings are then rounded.
+            detect_copies: Whether the copy detector is used.
         """
-        if self.copies is None:
-            return self.index.nearest(self.embed(images))
         inputs = squares(images, self.description.resolution)
-        return replace(self.index.nearest(self.embed(inputs)), copy_scores=self.copies.scores(inputs))
+        nearest = self._nearest(inputs, exact_below)
+        if self.copies is None or not detect_copies:
+            return nearest
+        return replace(nearest, copy_scores=self.copies.scores(inputs))
+
+    def _nearest(self, inputs: Images, exact_below: float) -> Nearest:
+        duplicates = self.description.duplicates
+        if not self._embedder.is_fast or not math.isfinite(exact_below) or duplicates is None or not len(inputs):
+            return self.index.nearest(self.embed(inputs))
+        rounded = self.index.nearest(self._embedder.embed_fast(inputs))
+        near = np.flatnonzero(rounded.distances < exact_below + SAME_SHARE * duplicates.typical_distance)
+        if not len(near):
+            return rounded
+        exact = self.index.nearest(self.embed(inputs[near]))
+        for field in ("distances", "radii", "embeddings", "neighbours"):
+            getattr(rounded, field)[near] = getattr(exact, field)
+        return rounded
 
     def check(self, images: Sequence[Images] | Images) -> Verdicts:
         """Return verdicts on uint8 images [H, W, 3] of any sizes, or on an array [N, H, W, 3]."""

@@ -3,28 +3,39 @@
 detector = CopyDetector("bundles/demo")
 detector.scores(images) >= COPY  # uint8 [N, R, R, 3]
 
-The network gives a descriptor of the image and of each of its halves (`dermis.authenticity.copy_network`). The margin of a
-descriptor is its cosine similarity to the most similar training image, minus half the mean of its similarities to those of
-ranks 11 to 20. The subtraction is the score normalisation of Pizzi et al. (arXiv 2202.10261, section 3.4), with the training
-images themselves as background: an ordinary image, which is similar to many training images, gets a small margin. The score of
-an image is the larger one of the margin of the whole image and the largest margin of its halves, each divided by its threshold.
+The network gives a descriptor of the image and of each of its halves (`dermis.authenticity.copy_network`), and
+`dermis.authenticity.copy_references` compares them with those of the training images. This is done in two passes:
+
+1. Every image is described once, and the margin of the whole image is compared with a threshold. An image that was joined
+   from two has a straight seam, at which neighbouring pixels differ more than elsewhere. About 10 % of other real images are
+   candidates by one of the two.
+2. Only the candidates are described in all eight orientations, and the mean descriptors are compared: whole and halves
+   together, each half by itself, and the two parts on both sides of the best seam, enlarged to whole images. The thresholds
+   are such that 1 % of other real images reach any of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dermis.authenticity.index import Floats, products_of_matrices, search
+from dermis.authenticity.copy_references import (
+    MIN_REFERENCES,
+    CopySearch,
+    References,
+    normalised,
+    unpacked,
+)
+from dermis.authenticity.index import Floats
+from dermis.authenticity.transformations import resized
 from dermis.authenticity.verdict import FALSE_ALARMS
 from dermis.bundle import find_part
-from dermis.bundle.copies import COPIES_PART, REFERENCES, WEIGHTS, open_copies_folder
-from dermis.bundle.index import Kind
+from dermis.bundle.copies import COPIES_PART, LEAST_THRESHOLD, REFERENCES, WEIGHTS, Thresholds, open_copies_folder
 from dermis.cpus import available_cpus
 from dermis.errors import BundleError
 from dermis.imaging import Images
@@ -37,82 +48,162 @@ if TYPE_CHECKING:
 Describe = Callable[[Images], Floats]
 """Square images uint8 [N, R, R, 3] -> descriptors float32 [N, regions, dim]."""
 
-BACKGROUND = slice(10, 20)
-"""Ranks, from 0, of the training images that give the background similarity. A lesion with ten images has a margin, too."""
-BACKGROUND_WEIGHT = 0.5
-"""Share of the background similarity that is subtracted. 0.5 to 0.75 found most copies of dermoscopic images; 0 and 1 fewer."""
-MIN_REFERENCES = BACKGROUND.stop
-_SHARE_OF_WHOLE = 0.7  # of the false alarms; the rest is left to the halves
-_STEPS = 127  # of the stored numbers in 0..1
-_LEAST_LENGTH = _STEPS / 2  # of a stored descriptor; rounding changes the length of one by much less
+CANDIDATES = 0.1
+"""Share of other real images that the second pass examines."""
+_FIRST_SHARES = (0.6, 0.4)  # of the candidates, by the whole image and by the seam
+_SHARES = (0.5, 0.25, 0.25)  # of the false alarms, by whole and halves together, by a half, and by an enlarged part
+_SEAM_RANGE = (0.2, 0.8)  # of the side, in which seams are searched
+_SEAM_WINDOW = 16  # a seam is compared with the lines at this part of the side on both sides of it
 _SCORE_DECIMALS = 3
 _BATCH = 32
 
 
-class CopySearch:
-    """Margins of descriptors against the descriptors of the training images. Safe to call from several threads.
+def _tracked(mirrored: bool, turns: int) -> list[int]:
+    """Return the region of a turned image in which the upper, lower, left and right half of the original are."""
+    regions = []
+    for row, column in ((slice(2), slice(4)), (slice(2, 4), slice(4)), (slice(4), slice(2)), (slice(4), slice(2, 4))):
+        image = np.zeros((4, 4, 1), np.uint8)
+        image[row, column] = 1
+        view = oriented(image[None], mirrored, turns)[0, :, :, 0]
+        covered = (view[:2].all(), view[2:].all(), view[:, :2].all(), view[:, 2:].all())
+        regions.append(1 + int(np.argmax(covered)))
+    return regions
+
+
+def oriented(images: Images, mirrored: bool, turns: int) -> Images:
+    """Turn images [N, H, W, C] by quarter turns, then mirror them."""
+    turned = np.rot90(images, turns, axes=(1, 2))
+    return np.ascontiguousarray(turned[:, :, ::-1] if mirrored else turned)
+
+
+ORIENTATIONS = tuple((mirrored, turns, _tracked(mirrored, turns)) for turns in range(4) for mirrored in (False, True))
+
+
+def mean_descriptors(describe: Describe, images: Images) -> References:
+    """Return the mean descriptors of images uint8 [N, R, R, 3] over the eight orientations."""
+    total = sum(
+        (describe(oriented(images, mirrored, turns))[:, [0, *regions]] for mirrored, turns, regions in ORIENTATIONS),
+        start=np.float32(0),
+    )
+    whole, halves = split(np.asarray(total, np.float32))
+    return References(normalised(whole), normalised(halves))
+
+
+def split(descriptors: Floats) -> tuple[Floats, Floats]:
+    """Split descriptors [N, 5, dim] into those of whole images [N, dim] and of halves [N, 4, dim / 2], all of length 1."""
+    dim = descriptors.shape[2]
+    return normalised(descriptors[:, 0]), normalised(descriptors[:, 1:, : dim // 2])
+
+
+def first_margins(describe: Describe, search: CopySearch, images: Images) -> Floats:
+    """Return the margins [N, 2] of the first pass: of the whole image, and how much its best seam stands out."""
+    starts = range(0, len(images), _BATCH)
+    whole = np.concatenate([split(describe(images[start : start + _BATCH]))[0] for start in starts])
+    seams = np.concatenate([find_seams(images[start : start + _BATCH])[0] for start in starts])
+    return np.stack([search.whole_margins(whole), seams], axis=1)
+
+
+def second_margins(describe: Describe, search: CopySearch, images: Images) -> Floats:
+    """Return the margins [N, 3] of the second pass: of whole and halves, of the best half, and of the best enlarged part."""
+    rows = []
+    for start in range(0, len(images), _BATCH):
+        batch = images[start : start + _BATCH]
+        mean = mean_descriptors(describe, batch)
+        _, places, horizontal = find_seams(batch)
+        parts = [
+            part
+            for image, place, across in zip(batch, places.tolist(), horizontal.tolist(), strict=True)
+            for part in enlarged_parts(image, place, across)
+        ]
+        each = search.whole_margins(split(describe(np.stack(parts)))[0]).reshape(len(batch), 2)
+        joint = search.joint_margins(mean.whole, mean.halves)
+        rows.append(np.stack([joint, search.half_margins(mean.halves), each.max(axis=1)], axis=1))
+    return np.concatenate(rows)
+
+
+def find_seams(images: Images) -> tuple[Floats, NDArray[np.int64], NDArray[np.bool_]]:
+    """Find the line at which an image was most probably joined from two.
 
     Args:
-        references: int8 [R, dim], in steps of 1/127.
-        threads: CPU cores to use.
+        images: uint8 [N, S, S, 3].
+
+    Returns:
+        Three arrays [N]: the mean difference of the pixels on both sides of the line, divided by the median of those of lines
+        near it; the last row or column before the line; whether the line is horizontal.
     """
-
-    def __init__(self, references: NDArray[np.int8], threads: int) -> None:
-        from dermis.authenticity.build import EXACT, GRAPH, new_index  # imports scipy, which the gateway does not need
-
-        vectors = references.astype(np.float32)
-        vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1.0)
-        count = len(vectors)
-        kind: Kind = "flat" if count <= EXACT else "hnsw" if count <= GRAPH else "ivf"
-        self._index = new_index(kind, vectors.shape[1], "float", count)
-        with products_of_matrices():
-            self._index.train(vectors)
-            self._index.add(vectors)
-        self._threads = threads
-
-    def margins(self, descriptors: Floats) -> Floats:
-        """Return the margins [N, regions] of descriptors [N, regions, dim]."""
-        rows = np.ascontiguousarray(descriptors.reshape(-1, descriptors.shape[-1]))
-        squared, _ = search(self._index, rows, BACKGROUND.stop, self._threads)
-        similarities = 1 - squared / 2  # of vectors of length 1
-        margins = similarities[:, 0] - BACKGROUND_WEIGHT * similarities[:, BACKGROUND].mean(axis=1)
-        by_region: Floats = margins.reshape(descriptors.shape[0], descriptors.shape[1])
-        return by_region
+    side = images.shape[1]
+    window = max(2, side // _SEAM_WINDOW)
+    near = np.array([offset for offset in range(-window, window + 1) if abs(offset) > 1])
+    places = np.arange(max(window, int(_SEAM_RANGE[0] * side)), min(side - 1 - window, int(_SEAM_RANGE[1] * side)))
+    ratios = []
+    for before, after in ((images[:, :-1], images[:, 1:]), (images[:, :, :-1], images[:, :, 1:])):
+        difference = np.maximum(before, after) - np.minimum(before, after)
+        largest = np.maximum(np.maximum(difference[..., 0], difference[..., 1]), difference[..., 2])
+        profile = largest.mean(axis=2 if before.shape[1] < side else 1, dtype=np.float32)
+        ratios.append((profile[:, places] + 0.5) / (np.median(profile[:, places[:, None] + near], axis=2) + 0.5))
+    joined = np.concatenate(ratios, axis=1)
+    best = joined.argmax(axis=1)
+    return joined.max(axis=1).astype(np.float32), places[best % len(places)], best < len(places)
 
 
-def margins_of(describe: Describe, search: CopySearch, images: Images) -> Floats:
-    """Return the margins [N, regions] of square images uint8 [N, R, R, 3], N at least 1, which are described in batches."""
-    parts = [search.margins(describe(images[start : start + _BATCH])) for start in range(0, len(images), _BATCH)]
-    return np.concatenate(parts)
+def enlarged_parts(image: Images, place: int, horizontal: bool) -> tuple[Images, Images]:
+    """Cut an image uint8 [S, S, 3] after a row (horizontal) or column, and enlarge both parts to its size."""
+    side = len(image)
+    cut = place + 1
+    parts = (image[:cut], image[cut:]) if horizontal else (image[:, :cut], image[:, cut:])
+    return resized(parts[0], (side, side)), resized(parts[1], (side, side))
 
 
-def scores_of(margins: Floats, whole_threshold: float, half_threshold: float) -> Floats:
-    """Return the scores [N] of margins [N, regions], rounded to three decimals."""
-    whole, halves = margins[:, 0] / whole_threshold, margins[:, 1:].max(axis=1) / half_threshold
-    scores: Floats = np.round(np.maximum(whole, halves), _SCORE_DECIMALS).astype(np.float32)
-    return scores
-
-
-def calibrate(margins: Floats, false_alarms: float = FALSE_ALARMS) -> tuple[float, float]:
+def calibrate(first: Floats, second: Floats, false_alarms: float = FALSE_ALARMS) -> Thresholds:
     """Choose thresholds so that this share of other images is called a copy.
 
     Args:
-        margins: Margins [N, regions] of real images that are not among the training images.
+        first: Margins [N, 2] of the first pass, of real images that are not among the training images.
+        second: Margins [N, 3] of the second pass, of the same images.
         false_alarms: Share of these images that may have a score of at least 1.
-
-    Returns:
-        The thresholds of the whole image and of its halves.
     """
-    whole, halves = margins[:, 0], margins[:, 1:].max(axis=1)
-    first = float(np.quantile(whole, 1 - _SHARE_OF_WHOLE * false_alarms))
-    second = float(np.quantile(halves, 1 - (1 - _SHARE_OF_WHOLE) * false_alarms))
-    scale = float(np.quantile(np.maximum(whole / first, halves / second), 1 - false_alarms, method="higher"))
-    scale += 10.0**-_SCORE_DECIMALS  # scores are rounded
-    return first * scale, second * scale
+    share = CANDIDATES * false_alarms / FALSE_ALARMS
+    for_first = _thresholds(first, _FIRST_SHARES, share)
+    candidates = (first / for_first).max(axis=1) >= 1
+    for_second = _thresholds(second, _SHARES, false_alarms)
+    relative = np.where(candidates, (second / for_second).max(axis=1), 0)
+    for_second = _at_least(for_second * (_quantile(relative, false_alarms) + 10.0**-_SCORE_DECIMALS))  # rounded scores
+    return Thresholds(tuple(for_first.tolist()), tuple(for_second.tolist()))
+
+
+def _thresholds(margins: Floats, shares: Sequence[float], rate: float) -> NDArray[np.float64]:
+    """Return thresholds [K] of margins [N, K] so that `rate` of the images reach any, and `rate` times a share about each."""
+    each = [np.quantile(column, 1 - rate * share) for column, share in zip(margins.T, shares, strict=True)]
+    thresholds = _at_least(np.array(each))
+    return _at_least(thresholds * _quantile((margins / thresholds).max(axis=1), rate))
+
+
+def _quantile(values: NDArray[np.floating[Any]], rate: float) -> float:
+    return float(np.quantile(values, 1 - rate, method="higher"))
+
+
+def _at_least(thresholds: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.maximum(thresholds, LEAST_THRESHOLD)
+
+
+def scores_of(describe: Describe, search: CopySearch, thresholds: Thresholds, images: Images) -> Floats:
+    """Return the scores [N] of square images uint8 [N, R, R, 3], N at least 1, rounded to three decimals.
+
+    The score of a candidate is its largest margin in units of the threshold. That of another image is the same of the first
+    pass, and below 1.
+    """
+    relative = (first_margins(describe, search, images) / np.array(thresholds.first)).max(axis=1)
+    candidates = np.flatnonzero(relative >= 1)
+    scores = np.minimum(relative, 1 - 10.0**-_SCORE_DECIMALS)
+    if len(candidates):
+        margins = second_margins(describe, search, images[candidates])
+        scores[candidates] = (margins / np.array(thresholds.second)).max(axis=1)
+    rounded: Floats = np.round(scores, _SCORE_DECIMALS).astype(np.float32)
+    return rounded
 
 
 def describer(network: CopyNetwork, size: int, *, device: str = "cpu", threads: int | None = None) -> Describe:
-    """Make the function that computes descriptors, with OpenVINO on a CPU if it is installed.
+    """Make the function that computes descriptors, with OpenVINO on a CPU if it is installed, in bfloat16 if it is native.
 
     Args:
         network: The network.
@@ -125,7 +216,8 @@ def describer(network: CopyNetwork, size: int, *, device: str = "cpu", threads: 
     from dermis.authenticity.copy_network import REGIONS
     from dermis.devices import resolve_device
     from dermis.features import bicubic, resize_matrix, torch_extract
-    from dermis.features_openvino import Extract, OpenvinoFeatures, have_openvino
+    from dermis.features_openvino import Extract, OpenvinoFeatures
+    from dermis.openvino_images import fastest_precision, have_openvino
 
     target = resolve_device(device)
     network = network.to(target).eval()
@@ -135,24 +227,14 @@ def describer(network: CopyNetwork, size: int, *, device: str = "cpu", threads: 
     )
     if target.type == "cpu" and have_openvino():
         matrix = partial(resize_matrix, bicubic)
-        extract = OpenvinoFeatures(network, (size, size), matrix, half, half, extract, threads=threads)
+        precision = (
+            fastest_precision()
+        )  # rounding to bfloat16 turns a descriptor by much less than a change of the image
+        extract = OpenvinoFeatures(
+            network, (size, size), matrix, half, half, extract, threads=threads, precision=precision
+        )
     shape = (len(REGIONS), network.projection.out_features)
     return lambda images: extract(images).reshape(len(images), *shape)
-
-
-def references_of(describe: Describe, images: Images) -> NDArray[np.int8]:
-    """Compute the stored descriptors int8 [N, dim] of training images uint8 [N, R, R, 3].
-
-    A stored descriptor is the mean of the descriptors of the eight views of an image that mirroring and quarter turns give.
-    """
-    parts = []
-    for start in range(0, len(images), _BATCH):
-        rows = images[start : start + _BATCH]
-        turned = [np.rot90(rows, turns, axes=(1, 2)) for turns in range(4)]
-        views = [view for each in turned for view in (each, each[:, :, ::-1])]
-        total = np.sum([describe(np.ascontiguousarray(view))[:, 0] for view in views], axis=0)
-        parts.append(np.round(total / np.linalg.norm(total, axis=1, keepdims=True) * _STEPS).astype(np.int8))
-    return np.concatenate(parts)
 
 
 class CopyDetector:
@@ -178,18 +260,14 @@ class CopyDetector:
         weights = folder.read(WEIGHTS, self.description.files[WEIGHTS])
         network = network_from(weights, self.description.dim, f"{where}/{WEIGHTS}")
         references = folder.read(REFERENCES, self.description.files[REFERENCES])
-        shape = (self.description.references, self.description.dim)
-        stored: NDArray[np.int8] = read_array(references, f"{where}/{REFERENCES}", shape, ("|i1",))
+        shape = (self.description.references, self.description.dim * 3 // 2)
+        stored: NDArray[np.uint8] = read_array(references, f"{where}/{REFERENCES}", shape, ("|u1",))
         if self.description.references < MIN_REFERENCES:
             raise BundleError(
                 f"{where}: has {self.description.references} references; at least {MIN_REFERENCES} are needed"
             )
-        if (np.linalg.norm(stored.astype(np.float32), axis=1) < _LEAST_LENGTH).any():
-            raise BundleError(
-                f"{where}/{REFERENCES}: has descriptors whose length is not near {_STEPS}; train it again"
-            )
         self._describe = describer(network, self.description.size, device=device, threads=threads)
-        self._search = CopySearch(stored, threads or available_cpus())
+        self._search = CopySearch(unpacked(stored, self.description.dim), threads or available_cpus())
 
     @property
     def identity(self) -> Mapping[str, str]:
@@ -200,8 +278,7 @@ class CopyDetector:
         """Compute scores float32 [N] of square images uint8 [N, R, R, 3]; an image is a copy from 1.0 on."""
         if not len(images):
             return np.empty(0, np.float32)
-        margins = margins_of(self._describe, self._search, images)
-        return scores_of(margins, self.description.whole_threshold, self.description.half_threshold)
+        return scores_of(self._describe, self._search, self.description.thresholds, images)
 
 
 def find_copies(source: Bundle | str | Path) -> str:

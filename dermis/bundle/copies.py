@@ -2,7 +2,7 @@
 
     copies.json          the network, thresholds, measurements, SHA-256 of the others
     network.safetensors  weights of the network, as int8 with a float16 scale for each channel
-    references.npy       int8 [references, dim]: descriptors of the training images, in steps of 1/127
+    references.npy       uint8 [references, 3 dim / 2]: descriptors of the training images, 4 bits for each number
 
 No file names an image, but like the index the descriptors tell anyone who has an image whether it is a training image.
 The folder can be used by itself, or is part of a bundle as `copies/`. `docs/bundles.md` documents it.
@@ -14,9 +14,9 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from dermis.bundle.folder import (
     DescriptorModel,
@@ -30,12 +30,23 @@ from dermis.bundle.folder import (
     write_part,
 )
 
-COPIES_FORMAT = 1
+COPIES_FORMAT = 2
 DESCRIPTOR = "copies.json"
 WEIGHTS = "network.safetensors"
 REFERENCES = "references.npy"
 KIND = "copy detector"
-_LEAST_THRESHOLD = 1e-3  # scores are divided by thresholds; with a smaller one every image is a copy
+LEAST_THRESHOLD = 1e-3
+"""Scores are divided by thresholds; with a smaller one every image is a copy."""
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Margins from which on an image goes on to the second pass, and from which on it is a copy."""
+
+    first: tuple[float, float]
+    """Of the whole image, and of the best seam of two joined images."""
+    second: tuple[float, float, float]
+    """Of whole and halves together, of the best half, and of the best enlarged part."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +59,7 @@ class CopiesDescription:
     """Dimensions of a descriptor."""
     references: int
     """Number of training images that are recognised."""
-    whole_threshold: float
-    """Score of a whole image from which on it is a copy."""
-    half_threshold: float
-    """The same for the best of the four halves of an image."""
+    thresholds: Thresholds
     provenance: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, FileRecord] = field(default_factory=dict)
@@ -59,14 +67,23 @@ class CopiesDescription:
     """SHA-256 (hex) of copies.json. It identifies the whole detector."""
 
 
+_Threshold = Annotated[float, Field(ge=LEAST_THRESHOLD, le=512)]
+
+
+class _ThresholdFields(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    first: Annotated[list[_Threshold], Field(min_length=2, max_length=2)]
+    second: Annotated[list[_Threshold], Field(min_length=3, max_length=3)]
+
+
 class _CopiesDescriptor(DescriptorModel):
     """The fields of copies.json."""
 
     size: int = Field(ge=32, le=512)
-    dim: int = Field(ge=8, le=4096)
+    dim: int = Field(ge=8, le=4096, multiple_of=4)
     references: int = Field(ge=1, le=1 << 31)
-    whole_threshold: float = Field(ge=_LEAST_THRESHOLD, le=4)
-    half_threshold: float = Field(ge=_LEAST_THRESHOLD, le=4)
+    thresholds: _ThresholdFields
     provenance: dict[str, Any]
     metrics: dict[str, Any]
 
@@ -124,8 +141,10 @@ def parse(text: bytes, where: str) -> CopiesDescription:
         size=fields.size,
         dim=fields.dim,
         references=fields.references,
-        whole_threshold=fields.whole_threshold,
-        half_threshold=fields.half_threshold,
+        thresholds=Thresholds(
+            (fields.thresholds.first[0], fields.thresholds.first[1]),
+            (fields.thresholds.second[0], fields.thresholds.second[1], fields.thresholds.second[2]),
+        ),
         provenance=fields.provenance,
         metrics=fields.metrics,
         files=fields.records,

@@ -316,6 +316,10 @@ def parse_descriptor(text: bytes, where: str, version: int, model: type[Descript
     written = raw.get("format_version") if isinstance(raw, dict) else None
     if type(written) is int and written > version:
         raise BundleError(f"{where}: has format {written}, this dermis reads up to {version}; install a newer dermis")
+    if type(written) is int and 0 < written < version:
+        raise BundleError(
+            f"{where}: has format {written}, this dermis reads {version}; make it again with this version"
+        )
     try:
         descriptor = model.model_validate(raw)
     except ValidationError as error:

@@ -7,6 +7,7 @@ rounded distances are written, and never to which training image they are.
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -140,6 +141,14 @@ def verdicts(plan: DatasetPlan, nearest: Nearest) -> list[GateVerdict]:
         )
         for distance, percentile, authentic, passes, score, row in rows
     ]
+
+
+def exact_below(plan: DatasetPlan) -> float:
+    """Return the distance up to which the gate needs exact results (`dermis.authenticity.checker.Checker.nearest`)."""
+    index, options = plan.authenticity, plan.request.privacy
+    if index is None or options is None or options.gate != "min_distance":
+        return math.inf
+    return distance_at_percentile(index, options.percentile)
 
 
 def distance_at_percentile(index: IndexDescription, percentile: float) -> float:

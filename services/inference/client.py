@@ -190,23 +190,27 @@ class AuthenticityClient(InferenceClient):
         super().__init__(client, {b.authenticity.digest: b.name for b in models.bundles if b.authenticity is not None})
         self._row_bytes = pixels.row_bytes(b.authenticity.resolution for b in models.bundles if b.authenticity)
 
-    async def nearest(self, bundle: Bundle, inputs: NDArray[np.uint8]) -> Nearest:
+    async def nearest(
+        self, bundle: Bundle, inputs: NDArray[np.uint8], comparison: pixels.Comparison | None = None
+    ) -> Nearest:
         """Compare images with the training images.
 
         Args:
             bundle: A bundle with an index.
             inputs: uint8 [N, R, R, 3] at the resolution of the index.
+            comparison: Options; None for exact results with the copy detector.
 
         Returns:
             Distances, radii and embeddings, without the numbers of the training images.
         """
         index = bundle.authenticity
         assert index is not None
-        rows = pixels.pack_rows(index.digest, inputs, self._row_bytes)
+        comparison = comparison or pixels.Comparison()
+        rows = pixels.pack_rows(index.digest, inputs, self._row_bytes, comparison)
         results = await self._call_rows("nearest", rows, "results", "images")
         images_compared.labels(bundle.name).inc(len(results))
         table = np.array(results, dtype=np.float32).reshape(len(results), 3 + index.dim)
-        scores = None if bundle.copies is None else table[:, 2]
+        scores = None if bundle.copies is None or not comparison.detect_copies else table[:, 2]
         return Nearest(table[:, 0], table[:, 1], table[:, 3:], copy_scores=scores)
 
     async def expose(self, bundle: Bundle, embeddings: NDArray[np.float32]) -> Exposure:

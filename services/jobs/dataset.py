@@ -18,9 +18,11 @@ from dermis.classifier.preprocess import batch
 from dermis.classifier.scores import scores_of
 from dermis.dataset.manifest import finalize
 from dermis.dataset.plan import DatasetPlan, plan_for
+from dermis.dataset.privacy import exact_below
 from dermis.dataset.request import stored_request
 from dermis.dataset.shards import write_shard
 from services.errors import DatabaseUnavailableError
+from services.inference.pixels import Comparison
 from services.inference.samples import Options, pack_rows
 from services.jobs.context import (
     POLL_SECONDS,
@@ -60,7 +62,7 @@ def run_shard(ctx: JobContext, job: Job, shard: int) -> None:
         _Synthesize(ctx, job, bundle),
         ctx.retrying_store(job.id),
         score=_Score(ctx, job, bundle) if plan.scored else None,
-        examine=_Examine(ctx, job, bundle) if plan.gated else None,
+        examine=_Examine(ctx, job, bundle, Comparison(exact_below(plan), plan.detects_copies)) if plan.gated else None,
         identity=_identity(ctx, job.id, bundle, plan),
         on_batch=progress,
     )
@@ -87,7 +89,7 @@ def finish(ctx: JobContext, job: Job) -> None:
         bundle,
         _identity(ctx, job.id, bundle, plan),
         lambda embeddings: call_with_retry(ctx, job.id, lambda: ctx.inference.authenticity.expose(bundle, embeddings)),
-        examine=None if bundle.authenticity is None else _Examine(ctx, job, bundle),
+        examine=None if bundle.authenticity is None else _Examine(ctx, job, bundle, Comparison(detect_copies=False)),
         on_batch=stop_if_asked,
     )
 
@@ -158,14 +160,17 @@ class _Score:
 class _Examine:
     """The authenticity service as the function that `write_shard` calls."""
 
-    def __init__(self, ctx: JobContext, job: Job, bundle: Bundle) -> None:
+    def __init__(self, ctx: JobContext, job: Job, bundle: Bundle, comparison: Comparison) -> None:
         assert bundle.authenticity is not None
         self._ctx, self._job_id, self._bundle, self._index = ctx, job.id, bundle, bundle.authenticity
+        self._comparison = comparison
 
     def __call__(self, images: NDArray[np.uint8]) -> Nearest:
         inputs = batch(images, self._index.resolution)
         authenticity = self._ctx.inference.authenticity
-        return call_with_retry(self._ctx, self._job_id, lambda: authenticity.nearest(self._bundle, inputs))
+        return call_with_retry(
+            self._ctx, self._job_id, lambda: authenticity.nearest(self._bundle, inputs, self._comparison)
+        )
 
 
 def _identity(ctx: JobContext, job_id: str, bundle: Bundle, plan: DatasetPlan) -> Mapping[str, str]:

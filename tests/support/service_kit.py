@@ -8,7 +8,7 @@ import time
 import zlib
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from services.gateway.dependencies import Context
 from services.inference import projections
 from services.inference.client import InferenceClients
 from services.inference.heat_maps import EncodedHeatMap
+from services.inference.pixels import Comparison
 from services.inference.projections import ProjectionFiles, ProjectionTask
 from services.inference.samples import Image, Options, Samples, pack_rows
 from services.jobs.context import JobContext
@@ -115,9 +116,10 @@ class LocalClassifier(LocalClient):
 class LocalAuthenticity(LocalClient):
     """The indexes of bundles in this process."""
 
-    async def nearest(self, bundle: Bundle, inputs: NDArray[np.uint8]) -> Nearest:
+    async def nearest(self, bundle: Bundle, inputs: NDArray[np.uint8], comparison: Comparison | None = None) -> Nearest:
         with Checker(bundle, device="cpu", threads=1) as checker:
-            return replace(checker.nearest(inputs), neighbours=None)
+            nearest = checker.nearest(inputs, **asdict(comparison or Comparison()))
+            return replace(nearest, neighbours=None)
 
     async def expose(self, bundle: Bundle, embeddings: NDArray[np.float32]) -> Exposure:
         return exposure(open_index(bundle, device="cpu", threads=1), embeddings)

@@ -30,10 +30,12 @@ class CopiesConfig:
             value = getattr(self, name)
             if not low <= value <= (value if high is None else high):
                 raise TrainingError(f"{name}: {value} is not {f'from {low} to {high}' if high else f'at least {low}'}")
+        if self.dim % 4:
+            raise TrainingError(f"dim: {self.dim} is not a multiple of 4")
         if not (self.learning_rate > 0 and self.scale > 0):
             raise TrainingError("learning_rate and scale must be above 0")
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The options that must not change when a run is resumed."""
-        return asdict(self)
+        """The options that must not change when a run is resumed. `steps` may: a finished run can be made longer."""
+        return {name: value for name, value in asdict(self).items() if name != "steps"}

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +46,8 @@ class CopiesProgress:
     step: int = 0
     seconds: float = 0.0
     stopped: bool = False
+    lengths: list[tuple[int, int]] = field(default_factory=list)
+    """(first step, number of steps) of each schedule of the learning rate that was used."""
 
 
 class Proxies(nn.Module):
@@ -69,7 +71,8 @@ def train(
     """Train a network.
 
     SIGINT and SIGTERM finish the step, save and return. A run that is stopped and resumed computes the same as an
-    uninterrupted one, bit for bit on the CPU.
+    uninterrupted one, bit for bit on the CPU. A run that is resumed with another number of steps goes on with the learning rate
+    that this number gives.
 
     Args:
         images: Training images uint8 [N, R, R, 3].
@@ -108,6 +111,8 @@ def train(
         load_checkpoint(checkpoint, modules, {"optimizer": optimizer}, {})
         vars(progress).update(state["progress"])
         progress.stopped = False
+    if not progress.lengths or progress.lengths[-1][1] != config.steps:
+        progress.lengths.append((progress.step, config.steps))
 
     def save() -> None:
         save_checkpoint(checkpoint, modules, {"optimizer": optimizer}, {}, {**scalars, "progress": vars(progress)})

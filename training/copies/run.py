@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -14,18 +14,17 @@ from numpy.typing import NDArray
 
 from dermis import __version__
 from dermis.authenticity.copy_detector import (
-    MIN_REFERENCES,
-    CopySearch,
     Describe,
     calibrate,
     describer,
-    margins_of,
-    references_of,
+    first_margins,
     scores_of,
+    second_margins,
 )
 from dermis.authenticity.copy_network import network_from, to_bytes
-from dermis.authenticity.verdict import COPY, FALSE_ALARMS
-from dermis.bundle.copies import WEIGHTS, CopiesDescription, write_copies_folder
+from dermis.authenticity.copy_references import MIN_REFERENCES, CopySearch, packed, unpacked
+from dermis.authenticity.verdict import FALSE_ALARMS
+from dermis.bundle.copies import WEIGHTS, CopiesDescription, Thresholds, write_copies_folder
 from dermis.cpus import available_cpus
 from dermis.devices import describe_hardware, resolve_device
 from dermis.errors import TrainingError
@@ -33,6 +32,7 @@ from dermis.imaging import Images
 from training.copies.config import CopiesConfig
 from training.copies.loop import CopiesProgress, train
 from training.copies.measure import measure
+from training.copies.references import references_of, with_ordered_descriptors
 from training.data.images import ImageDataset
 
 FOLDER = "copies"
@@ -94,13 +94,10 @@ def train_copy_detector(
     )
     if progress.stopped:
         return None
+    network = with_ordered_descriptors(network, describer(network, config.size), real.images)
     weights = to_bytes(network)
-    stored = network_from(weights, config.dim, WEIGHTS)
-    describe = describer(stored, config.size)
-    references = references_of(describe, real.images)
-    detector = _Detector(describe, CopySearch(references, available_cpus()))
-    whole, half = calibrate(detector.margins(calibration.images))
-    detector = replace(detector, whole_threshold=whole, half_threshold=half)
+    describe = describer(network_from(weights, config.dim, WEIGHTS), config.size)
+    detector = _calibrated(describe, real.images, calibration.images, config.seed)
     others = calibration if held_out is None else held_out
     metrics: dict[str, Any] = {
         "measured_on": "calibration" if held_out is None else "held_out",
@@ -108,18 +105,20 @@ def train_copy_detector(
         "training": measure(detector.scores, real.images, others.images, count=measured),
     }
     if held_out is not None:
-        metrics["other_references"] = _measure_generalisation(describe, held_out.images, calibration.images, measured)
+        # The network was not trained on these. The thresholds are set with the images of the calibration again.
+        other = _calibrated(describe, held_out.images, calibration.images, config.seed)
+        metrics["other_references"] = measure(other.scores, held_out.images, calibration.images, count=measured)
     description = CopiesDescription(
         size=config.size,
         dim=config.dim,
-        references=len(references),
-        whole_threshold=whole,
-        half_threshold=half,
+        references=len(real.ids),
+        thresholds=detector.thresholds,
         provenance={
             "images": {"count": len(real.ids), "sha256": real.sha256, "resolution": real.resolution},
             "calibration": {"count": len(calibration.ids), "sha256": calibration.sha256},
             "held_out": None if held_out is None else {"count": len(held_out.ids), "sha256": held_out.sha256},
             "configuration": asdict(config),
+            "schedules": [list(schedule) for schedule in progress.lengths],
             "hours": round(progress.seconds / 3600, 3),
             "hardware": describe_hardware(target),
             "code_version": __version__,
@@ -128,36 +127,31 @@ def train_copy_detector(
     )
     folder = out / FOLDER
     file = io.BytesIO()
-    np.save(file, references, allow_pickle=False)
+    np.save(file, detector.stored, allow_pickle=False)
     description = write_copies_folder(folder, description, weights, file.getvalue(), replace=folder.exists())
     return TrainedCopyDetector(folder, description, progress)
 
 
 @dataclass(frozen=True)
 class _Detector:
-    """A detector that is not stored yet."""
+    """A calibrated detector that is not in a folder yet."""
 
     describe: Describe
+    stored: NDArray[np.uint8]
     search: CopySearch
-    whole_threshold: float = COPY
-    half_threshold: float = COPY
-
-    def margins(self, images: Images) -> NDArray[np.float32]:
-        return margins_of(self.describe, self.search, images)
+    thresholds: Thresholds
 
     def scores(self, images: Images) -> NDArray[np.float32]:
-        return scores_of(self.margins(images), self.whole_threshold, self.half_threshold)
+        return scores_of(self.describe, self.search, self.thresholds, images)
 
 
-def _measure_generalisation(describe: Describe, held_out: Images, others: Images, count: int) -> Mapping[str, Any]:
-    """Measure the network with held-out images, which it was not trained on, in the place of the training images.
-
-    The thresholds are set with the other images, so that 1 % of them are false alarms.
-    """
-    detector = _Detector(describe, CopySearch(references_of(describe, held_out), available_cpus()))
-    whole, half = calibrate(detector.margins(others))
-    detector = replace(detector, whole_threshold=whole, half_threshold=half)
-    return measure(detector.scores, held_out, others, count=count)
+def _calibrated(describe: Describe, references: Images, others: Images, seed: int) -> _Detector:
+    """Make a detector of `references`, with thresholds that 1 % of the other images reach."""
+    stored = packed(references_of(describe, references, seed))
+    dim = stored.shape[1] * 2 // 3
+    search = CopySearch(unpacked(stored, dim), available_cpus())
+    thresholds = calibrate(first_margins(describe, search, others), second_margins(describe, search, others))
+    return _Detector(describe, stored, search, thresholds)
 
 
 def _check_disjoint(sets: Mapping[str, ImageDataset]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 
 import numpy as np
 from fastapi import APIRouter
@@ -31,6 +30,7 @@ from services.gateway.routes.images import class_of_each, rows_of
 from services.gateway.sampling import generate_within_limits
 from services.gateway.schemas.authenticity import AuthenticityList, AuthenticityModel, AuthenticityVerdict
 from services.gateway.schemas.images import ImagesRequest
+from services.inference.pixels import Comparison
 from services.problems import ProblemError
 
 router = APIRouter(prefix="/v1/authenticity", tags=["authenticity"])
@@ -78,7 +78,6 @@ async def check_authenticity(request: Request, context: ContextDep, model: Model
         bundle, index, nearest = await _compare_generated(request, context)
     else:
         bundle, index, nearest = await _compare_uploads(request, context, model)
-        nearest = replace(nearest, copy_scores=None)  # it finds training images better than distances do
     verdicts = verdicts_of(nearest, index)
     copies = [None] * len(verdicts.distances) if verdicts.copies is None else verdicts.copies.tolist()
     rows = zip(
@@ -115,7 +114,8 @@ async def _compare_uploads(
     with context.limits.uploads.hold():
         inputs = np.stack(await context.uploads.images(request, index.resolution))
         context.limits.comparisons.add(len(inputs))
-        return bundle, index, await _nearest(context, bundle, inputs)
+        # The copy detector finds training images better than distances do.
+        return bundle, index, await _nearest(context, bundle, inputs, Comparison(detect_copies=False))
 
 
 async def _compare_generated(request: Request, context: Context) -> tuple[Bundle, IndexDescription, Nearest]:
@@ -124,13 +124,13 @@ async def _compare_generated(request: Request, context: Context) -> tuple[Bundle
     index = _index_of(bundle)
     rows = rows_of(body, bundle, class_of_each(body, bundle, context.settings.max_images))
     images = np.stack(await generate_within_limits(context, lambda: context.inference.generator.images(rows)))
-    return bundle, index, await _nearest(context, bundle, batch(as_rgb(images), index.resolution))
+    return bundle, index, await _nearest(context, bundle, batch(as_rgb(images), index.resolution), Comparison())
 
 
-async def _nearest(context: Context, bundle: Bundle, inputs: Images) -> Nearest:
+async def _nearest(context: Context, bundle: Bundle, inputs: Images, comparison: Comparison) -> Nearest:
     try:
         async with asyncio.timeout(context.settings.image_timeout_seconds):
-            return await context.inference.authenticity.nearest(bundle, inputs)
+            return await context.inference.authenticity.nearest(bundle, inputs, comparison)
     except TimeoutError:
         raise ProblemError("overloaded", "the comparison is busy; try again", headers=_BUSY) from None
 

@@ -28,7 +28,7 @@ from tiny_index import make_complete_bundle
 
 pytest.importorskip("faiss", reason="FAISS is not installed")
 
-COPIED = (2, 5, 6)
+COPIED = (2, 5, 10)
 """The first latents of these samples give mirrored and turned training images."""
 
 
@@ -101,10 +101,30 @@ def test_rows_between_services_carry_the_score(bundle: Bundle) -> None:
     images = np.concatenate([colour_fields(0, 2), colour_fields(60_000, 2)])
     with Checker(bundle, device="cpu", threads=1) as checker:
         direct = checker.nearest(images)
-        rows = pixels.pack_rows(bundle.authenticity.digest, images, pixels.row_bytes([SIDE]))
-        table = np.array(pixels.find_nearest({bundle.authenticity.digest: checker}, rows))
-    assert np.array_equal(table[:, 2], direct.copy_scores)
-    assert np.array_equal(table[:, 3:], direct.embeddings)
+        digest, length = bundle.authenticity.digest, pixels.row_bytes([SIDE])
+        rows = [pixels.pack_rows(digest, images, length, pixels.Comparison(detect_copies=on)) for on in (True, False)]
+        table = np.array(pixels.find_nearest({digest: checker}, np.concatenate(rows)))
+    assert np.array_equal(table[:4, 2], direct.copy_scores)
+    assert np.isnan(table[4:, 2]).all()
+    assert np.array_equal(table[:, 3:], np.tile(direct.embeddings, (2, 1)))
+
+
+def test_images_near_the_training_set_are_measured_exactly(bundle: Bundle) -> None:
+    images = np.concatenate([colour_fields(0, 3), colour_fields(60_000, 30)])
+    with Checker(bundle, device="cpu", threads=1) as checker:
+        exact = checker.nearest(images)
+        embedder = checker._embedder
+        slightly_wrong = exact.embeddings.std() * np.random.default_rng(0).normal(size=embedder.dim) / 100
+        embedder._fast = lambda inputs: embedder._extract(inputs) + slightly_wrong.astype(np.float32)
+        limit = float(np.median(exact.distances))
+        rounded, forced = (checker.nearest(images, exact_below=below) for below in (limit, np.inf))
+    near = exact.distances < limit
+    assert 3 < near.sum() < len(images) - 3
+    for name in ("distances", "radii", "embeddings", "neighbours"):
+        assert np.array_equal(getattr(rounded, name)[near], getattr(exact, name)[near])
+        assert np.array_equal(getattr(forced, name), getattr(exact, name))
+    assert not np.array_equal(rounded.distances, exact.distances)
+    assert np.abs(rounded.distances - exact.distances).max() < 0.1
 
 
 def test_http_tells_copies_of_generated_images_only(tmp_path: Path, bundle: Bundle) -> None:
