@@ -10,8 +10,8 @@ The network gives a descriptor of the image and of each of its halves (`dermis.a
    from two has a straight seam, at which neighbouring pixels differ more than elsewhere. About 10 % of other real images are
    candidates by one of the two.
 2. Only the candidates are described in all eight orientations, and the mean descriptors are compared: whole and halves
-   together, each half by itself, and the two parts on both sides of the best seam, enlarged to whole images. The thresholds
-   are such that 1 % of other real images reach any of them.
+   together, and, if there is a seam, each half by itself and the two parts that the seam separates, enlarged to whole images.
+   The thresholds are such that 1 % of other real images reach any of them.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dermis.authenticity.copy_references import (
+    LEFT_RIGHT,
     MIN_REFERENCES,
+    UPPER_LOWER,
     CopySearch,
     References,
     normalised,
@@ -51,7 +53,7 @@ Describe = Callable[[Images], Floats]
 CANDIDATES = 0.1
 """Share of other real images that the second pass examines."""
 _FIRST_SHARES = (0.6, 0.4)  # of the candidates, by the whole image and by the seam
-_SHARES = (0.5, 0.25, 0.25)  # of the false alarms, by whole and halves together, by a half, and by an enlarged part
+_SHARES = (0.75, 0.15, 0.1)  # of the false alarms, by whole and halves together, by a half, and by an enlarged part
 _SEAM_RANGE = (0.2, 0.8)  # of the side, in which seams are searched
 _SEAM_WINDOW = 16  # a seam is compared with the lines at this part of the side on both sides of it
 _SCORE_DECIMALS = 3
@@ -104,7 +106,11 @@ def first_margins(describe: Describe, search: CopySearch, images: Images) -> Flo
 
 
 def second_margins(describe: Describe, search: CopySearch, images: Images) -> Floats:
-    """Return the margins [N, 3] of the second pass: of whole and halves, of the best half, and of the best enlarged part."""
+    """Return the margins [N, 3] of the second pass.
+
+    They are those of whole and halves together, of the better half of the two on both sides of the best seam, and of the better
+    one of the two parts that the seam separates, enlarged.
+    """
     rows = []
     for start in range(0, len(images), _BATCH):
         batch = images[start : start + _BATCH]
@@ -115,9 +121,11 @@ def second_margins(describe: Describe, search: CopySearch, images: Images) -> Fl
             for image, place, across in zip(batch, places.tolist(), horizontal.tolist(), strict=True)
             for part in enlarged_parts(image, place, across)
         ]
-        each = search.whole_margins(split(describe(np.stack(parts)))[0]).reshape(len(batch), 2)
+        sides = np.where(horizontal[:, None], UPPER_LOWER, LEFT_RIGHT)
+        halves = np.take_along_axis(mean.halves, sides[:, :, None], axis=1).reshape(2 * len(batch), -1)
+        margins = (search.half_margins(halves), search.whole_margins(split(describe(np.stack(parts)))[0]))
         joint = search.joint_margins(mean.whole, mean.halves)
-        rows.append(np.stack([joint, search.half_margins(mean.halves), each.max(axis=1)], axis=1))
+        rows.append(np.stack([joint, *(each.reshape(-1, 2).max(axis=1) for each in margins)], axis=1))
     return np.concatenate(rows)
 
 
@@ -157,33 +165,22 @@ def enlarged_parts(image: Images, place: int, horizontal: bool) -> tuple[Images,
 def calibrate(first: Floats, second: Floats, false_alarms: float = FALSE_ALARMS) -> Thresholds:
     """Choose thresholds so that this share of other images is called a copy.
 
+    As the thresholds are fitted to these images, one of them less than that reaches the thresholds.
+
     Args:
         first: Margins [N, 2] of the first pass, of real images that are not among the training images.
         second: Margins [N, 3] of the second pass, of the same images.
-        false_alarms: Share of these images that may have a score of at least 1.
+        false_alarms: Share of other images that may have a score of at least 1.
     """
-    share = CANDIDATES * false_alarms / FALSE_ALARMS
-    for_first = _thresholds(first, _FIRST_SHARES, share)
+    for_first = _thresholds(first, _FIRST_SHARES, CANDIDATES * false_alarms / FALSE_ALARMS)
     candidates = (first / for_first).max(axis=1) >= 1
-    for_second = _thresholds(second, _SHARES, false_alarms)
-    relative = np.where(candidates, (second / for_second).max(axis=1), 0)
-    for_second = _at_least(for_second * (_quantile(relative, false_alarms) + 10.0**-_SCORE_DECIMALS))  # rounded scores
-    return Thresholds(tuple(for_first.tolist()), tuple(for_second.tolist()))
-
-
-def _thresholds(margins: Floats, shares: Sequence[float], rate: float) -> NDArray[np.float64]:
-    """Return thresholds [K] of margins [N, K] so that `rate` of the images reach any, and `rate` times a share about each."""
-    each = [np.quantile(column, 1 - rate * share) for column, share in zip(margins.T, shares, strict=True)]
-    thresholds = _at_least(np.array(each))
-    return _at_least(thresholds * _quantile((margins / thresholds).max(axis=1), rate))
-
-
-def _quantile(values: NDArray[np.floating[Any]], rate: float) -> float:
-    return float(np.quantile(values, 1 - rate, method="higher"))
-
-
-def _at_least(thresholds: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.maximum(thresholds, LEAST_THRESHOLD)
+    used = np.where(candidates[:, None], _used(first, second, for_first), 0)
+    rate = max(false_alarms - 1 / len(first), 0.5 / len(first))
+    for_second = _thresholds(used, _SHARES, rate) * (1 + 10.0**-_SCORE_DECIMALS)  # scores are rounded
+    return Thresholds(
+        (float(for_first[0]), float(for_first[1])),
+        (float(for_second[0]), float(for_second[1]), float(for_second[2])),
+    )
 
 
 def scores_of(describe: Describe, search: CopySearch, thresholds: Thresholds, images: Images) -> Floats:
@@ -192,14 +189,32 @@ def scores_of(describe: Describe, search: CopySearch, thresholds: Thresholds, im
     The score of a candidate is its largest margin in units of the threshold. That of another image is the same of the first
     pass, and below 1.
     """
-    relative = (first_margins(describe, search, images) / np.array(thresholds.first)).max(axis=1)
+    for_first, for_second = np.array(thresholds.first), np.array(thresholds.second)
+    first = first_margins(describe, search, images)
+    relative = (first / for_first).max(axis=1)
     candidates = np.flatnonzero(relative >= 1)
     scores = np.minimum(relative, 1 - 10.0**-_SCORE_DECIMALS)
     if len(candidates):
-        margins = second_margins(describe, search, images[candidates])
-        scores[candidates] = (margins / np.array(thresholds.second)).max(axis=1)
+        used = _used(first[candidates], second_margins(describe, search, images[candidates]), for_first)
+        scores[candidates] = (used / for_second).max(axis=1)
     rounded: Floats = np.round(scores, _SCORE_DECIMALS).astype(np.float32)
     return rounded
+
+
+def _used(first: Floats, second: Floats, for_first: NDArray[np.float64]) -> Floats:
+    """Return the margins of the second pass, with 0 for those of halves and parts of images that have no seam."""
+    used = second.copy()
+    used[first[:, 1] < for_first[1], 1:] = 0
+    return used
+
+
+def _thresholds(margins: Floats, shares: Sequence[float], rate: float) -> NDArray[np.float64]:
+    """Return thresholds [K] of margins [N, K] so that `rate` of the images reach any, and `rate` times a share about each."""
+    each = [np.quantile(column, 1 - rate * share) for column, share in zip(margins.T, shares, strict=True)]
+    thresholds = np.maximum(np.array(each), LEAST_THRESHOLD)
+    scale = np.quantile((margins / thresholds).max(axis=1), 1 - rate, method="higher")
+    scaled: NDArray[np.float64] = np.maximum(thresholds * scale, LEAST_THRESHOLD)
+    return scaled
 
 
 def describer(network: CopyNetwork, size: int, *, device: str = "cpu", threads: int | None = None) -> Describe:

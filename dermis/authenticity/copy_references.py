@@ -20,6 +20,8 @@ from dermis.authenticity.index import Floats, products_of_matrices, search
 from dermis.bundle.index import Kind
 
 HALVES = 4
+UPPER_LOWER, LEFT_RIGHT = (0, 1), (2, 3)
+"""Numbers of the halves on both sides of a horizontal and of a vertical line."""
 BACKGROUND = slice(10, 20)
 """Ranks, from 0, of the training images that give the background similarity. A lesion with ten images has a margin, too."""
 BACKGROUND_WEIGHT = 0.5
@@ -95,11 +97,9 @@ class CopySearch:
         return _margins(self._similarities(self._whole, whole, BACKGROUND.stop)[0], BACKGROUND)
 
     def half_margins(self, halves: Floats) -> Floats:
-        """Return the largest margin [N] of the halves of an image [N, 4, dim / 2], each against all halves and whole images."""
-        rows = np.ascontiguousarray(halves.reshape(-1, halves.shape[-1]))
-        margins = _margins(self._similarities(self._parts, rows, _BACKGROUND_OF_HALVES.stop)[0], _BACKGROUND_OF_HALVES)
-        largest: Floats = margins.reshape(-1, HALVES).max(axis=1)
-        return largest
+        """Return the margins [N] of descriptors of halves [N, dim / 2] against all halves and whole images."""
+        similarities, _ = self._similarities(self._parts, halves, _BACKGROUND_OF_HALVES.stop)
+        return _margins(similarities, _BACKGROUND_OF_HALVES)
 
     def joint_margins(self, whole: Floats, halves: Floats) -> Floats:
         """Return the margins [N] of the mean similarity of whole image and halves, in the best orientation of the halves.

@@ -46,7 +46,7 @@ class Thresholds:
     first: tuple[float, float]
     """Of the whole image, and of the best seam of two joined images."""
     second: tuple[float, float, float]
-    """Of whole and halves together, of the best half, and of the best enlarged part."""
+    """Of whole and halves together, of a half on one side of the seam, and of an enlarged part."""
 
 
 @dataclass(frozen=True)

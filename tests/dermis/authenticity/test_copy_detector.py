@@ -62,8 +62,8 @@ def test_margins_agree_with_brute_force() -> None:
 
     assert np.allclose(search.whole_margins(whole), margin(whole @ references.whole.T, slice(10, 20)), atol=1e-5)
     parts = np.concatenate([references.halves, normalised(references.whole[:, None, :8])], axis=1).reshape(-1, 8)
-    of_halves = margin(halves @ parts.T, slice(20, 40)).max(axis=1)
-    assert np.allclose(search.half_margins(halves), of_halves, atol=1e-5)
+    of_halves = margin(halves @ parts.T, slice(20, 40))
+    assert np.allclose(search.half_margins(halves.reshape(-1, 8)), of_halves.ravel(), atol=1e-5)
     orders = {  # of upper, lower, left and right in the eight orientations
         (0, 1, 2, 3), (0, 1, 3, 2), (1, 0, 2, 3), (1, 0, 3, 2), (2, 3, 0, 1), (2, 3, 1, 0), (3, 2, 0, 1), (3, 2, 1, 0)
     }  # fmt: skip
@@ -104,8 +104,9 @@ def test_calibration_bounds_false_alarms(margins: np.ndarray) -> None:
     first, second = margins[:, :2], margins[:, 2:]
     thresholds = calibrate(first, second)
     candidates = (first / np.array(thresholds.first)).max(axis=1) >= 1
-    scores = np.round((second / np.array(thresholds.second)).max(axis=1), 3)
-    assert (scores[candidates] >= COPY).sum() <= 4
+    scores = np.round(second / np.array(thresholds.second), 3)
+    scores[first[:, 1] < thresholds.first[1], 1:] = 0  # these have no seam
+    assert (scores[candidates].max(axis=1, initial=0) >= COPY).sum() <= 4
 
 
 @pytest.mark.parametrize(("cut", "horizontal"), [(24, False), (13, True), (30, False)])
