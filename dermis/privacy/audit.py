@@ -190,15 +190,13 @@ def run_audit(
     attacks = measure_attacks(scores, split, labels, patients, weights, seed=seed)
     level = 1 - rules.WARN_LEVEL
     near = tuple(
-        disclosures(space.name, each, labels, weights, level=1 - (1 - level) / len(spaces))
+        disclosures(space.name, each, labels, patients, level=1 - (1 - level) / len(spaces), seed=seed)
         for space, each in zip(spaces, neighbours, strict=True)
     )
     epsilon = epsilon_bound(
         {f"{each.attack} ({each.space})": each.values for each in scores}, labels, patients, delta=delta, seed=seed
     )
-    answers = answer_questions(
-        spaces, neighbours, evidence.attributes, labels, patients, weights, level=level, seed=seed
-    )
+    answers = answer_questions(spaces, neighbours, evidence.attributes, labels, patients, level=level, seed=seed)
     power = _power(evidence, neighbours, labels, patients, 2 * len(scores), seed)
     outcomes = (
         *_outcomes_of_images(subject),

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dermis.metrics.classification import Estimate, Floats, Labels
-from dermis.privacy.attacks import Neighbours, estimate
+from dermis.metrics.classification import Estimate, Labels
+from dermis.privacy.attacks import Neighbours, Patients
+from dermis.privacy.shares import difference_of_shares
 
 PERCENTILE = 1.0
 
@@ -37,18 +38,21 @@ class Disclosures:
     level: float
 
 
-def disclosures(space: str, neighbours: Neighbours, labels: Labels, weights: Floats, *, level: float) -> Disclosures:
+def disclosures(
+    space: str, neighbours: Neighbours, labels: Labels, patients: Patients, *, level: float, seed: int
+) -> Disclosures:
     """Count near pairs.
 
     Args:
         space: Name of the feature space.
         neighbours: Neighbours of the real images.
         labels: 1 for members, 0 for non-members.
-        weights: Replicates of the bootstrap, [R, N].
+        patients: Patient of each image.
         level: Level of the interval.
+        seed: Seed of the permutations.
     """
     threshold = float(np.percentile(neighbours.to_real[:, 0], PERCENTILE))
-    near = (neighbours.to_generated[:, 0] <= threshold).astype(np.float64)
+    near = neighbours.to_generated[:, 0] <= threshold
     counts = [int(near[labels == label].sum()) for label in (0, 1)]
     sizes = [int((labels == label).sum()) for label in (0, 1)]
     return Disclosures(
@@ -59,18 +63,6 @@ def disclosures(space: str, neighbours: Neighbours, labels: Labels, weights: Flo
         non_members=sizes[0],
         non_members_near=counts[0],
         expected_by_chance=counts[0] / sizes[0] * sizes[1],
-        excess=estimate(difference_of_shares(near, labels, weights), level),
+        excess=difference_of_shares(near, labels, patients, level=level, seed=seed),
         level=level,
     )
-
-
-def difference_of_shares(values: Floats, labels: Labels, weights: Floats) -> Floats:
-    """Compute the mean of values of members less that of non-members, and its replicates: [1 + R]."""
-    all_weights = np.concatenate([np.ones((1, len(labels))), weights])
-    means = []
-    for label in (1, 0):
-        chosen = labels == label
-        total = np.maximum(all_weights[:, chosen].sum(axis=1), np.finfo(float).tiny)
-        means.append(all_weights[:, chosen] @ values[chosen] / total)
-    difference: Floats = means[0] - means[1]
-    return difference

@@ -25,10 +25,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dermis.metrics.classification import Estimate, Floats, Labels
+from dermis.metrics.classification import Estimate, Labels
 from dermis.metrics.neighbours import nearest, squared_distances
 from dermis.privacy.attacks import Neighbours, Patients, Space, estimate
-from dermis.privacy.disclosure import difference_of_shares
+from dermis.privacy.shares import difference_of_shares
 
 Name = Literal["singling out", "linkability", "inference"]
 MIN_ATTEMPTS = 50  # on members and on non-members
@@ -64,11 +64,34 @@ class Attribute:
 
 
 def _answer(
-    question: Name, subject: str, measure: str, rates: tuple[float, float], values: Floats, attempts: int, level: float
+    question: Name,
+    subject: str,
+    measure: str,
+    rates: tuple[float, float],
+    excess: Estimate,
+    attempts: int,
+    level: float,
 ) -> Answer:
     members, controls = rates
     risk = (members - controls) / (1 - controls) if controls < 1 else 0.0
-    return Answer(question, subject, measure, members, controls, estimate(values, level), risk, attempts, level)
+    return Answer(question, subject, measure, members, controls, excess, risk, attempts, level)
+
+
+def _answer_of_images(
+    question: Name,
+    subject: str,
+    measure: str,
+    success: NDArray[np.bool_],
+    labels: Labels,
+    patients: Patients,
+    *,
+    level: float,
+    seed: int,
+) -> Answer:
+    """Answer a question from the success of one attempt on each image (or pair of images of a patient)."""
+    rates = (float(success[labels == 1].mean()), float(success[labels == 0].mean()))
+    excess = difference_of_shares(success, labels, patients, level=level, seed=seed)
+    return _answer(question, subject, measure, rates, excess, len(success), level)
 
 
 def singling_out(space: Space, labels: Labels, patients: Patients, *, level: float, seed: int) -> Answer:
@@ -101,7 +124,7 @@ def singling_out(space: Space, labels: Labels, patients: Patients, *, level: flo
     draws = [difference[rng.integers(0, len(difference), len(difference))].mean() for _ in range(1000)]
     values = np.concatenate([[difference.mean()], draws])
     rates = (float(success[0].mean()), float(success[1].mean()))
-    return _answer("singling out", "images", measure, rates, values, len(difference), level)
+    return _answer("singling out", "images", measure, rates, estimate(values, level), len(difference), level)
 
 
 def linkability(
@@ -109,7 +132,6 @@ def linkability(
     neighbours: Sequence[Neighbours],
     labels: Labels,
     patients: Patients,
-    weights: Floats,
     *,
     level: float,
     seed: int,
@@ -131,11 +153,16 @@ def linkability(
         reason = f"fewer than {MIN_ATTEMPTS} patients have two images, and there is only one feature space"
         return Answer("linkability", "images", "", reason=reason)
     other = neighbours[1].generated_indices[:, 0] if subject == "two views of one image" else closest
-    linked = (closest[first] == other[second]).astype(np.float64)
-    of_kind = labels[first]
-    rates = (float(linked[of_kind == 1].mean()), float(linked[of_kind == 0].mean()))
-    values = difference_of_shares(linked, of_kind, weights[:, first])
-    return _answer("linkability", subject, measure, rates, values, len(linked), level)
+    return _answer_of_images(
+        "linkability",
+        subject,
+        measure,
+        closest[first] == other[second],
+        labels[first],
+        patients[first],
+        level=level,
+        seed=seed,
+    )
 
 
 def inference(
@@ -144,7 +171,6 @@ def inference(
     attribute: Attribute,
     labels: Labels,
     patients: Patients,
-    weights: Floats,
     *,
     level: float,
     seed: int,
@@ -166,16 +192,17 @@ def inference(
     if min(int((labels[known] == label).sum()) for label in (0, 1)) < MIN_ATTEMPTS:
         reason = f"fewer than {MIN_ATTEMPTS} members or held-out images have a value"
         return Answer("inference", attribute.name, measure, reason=reason)
-    right = _right(values, of_generated, neighbours.generated_indices[:, 0])[known]
-    of_kind = labels[known]
-    rates = (float(right[of_kind == 1].mean()), float(right[of_kind == 0].mean()))
-    replicates = difference_of_shares(right, of_kind, weights[:, known])
-    return _answer("inference", attribute.name, measure, rates, replicates, len(right), level)
-
-
-def _right(values: NDArray[np.str_], of_generated: NDArray[np.str_], closest: NDArray[np.int64]) -> Floats:
-    right: Floats = (values == of_generated[closest]).astype(np.float64)
-    return right
+    guesses = of_generated[neighbours.generated_indices[:, 0]]
+    return _answer_of_images(
+        "inference",
+        attribute.name,
+        measure,
+        (values == guesses)[known],
+        labels[known],
+        patients[known],
+        level=level,
+        seed=seed,
+    )
 
 
 def answer_questions(
@@ -184,7 +211,6 @@ def answer_questions(
     attributes: Sequence[Attribute],
     labels: Labels,
     patients: Patients,
-    weights: Floats,
     *,
     level: float,
     seed: int,
@@ -193,10 +219,10 @@ def answer_questions(
     own = 1 - (1 - level) / (2 + max(len(attributes), 1))
     answers = [
         singling_out(spaces[0], labels, patients, level=own, seed=seed),
-        linkability(spaces, neighbours, labels, patients, weights, level=own, seed=seed),
+        linkability(spaces, neighbours, labels, patients, level=own, seed=seed),
     ]
     answers += [
-        inference(spaces[0], neighbours[0], attribute, labels, patients, weights, level=own, seed=seed)
+        inference(spaces[0], neighbours[0], attribute, labels, patients, level=own, seed=seed)
         for attribute in attributes
     ]
     if not attributes:

@@ -25,7 +25,7 @@ LIMITS = (
     "What a model that is trained on the generated images discloses was not measured.",
     "Tests also reject by chance. For a generator that discloses nothing, the rules on attacks together give a warning in at "
     "most 5 % and a fail in at most 1 % of audits, fair-split a warning in 5 %, disclosures and the three questions one in "
-    "2.5 % each.",
+    "at most 2.5 % each.",
 )
 
 
