@@ -13,7 +13,7 @@ import numpy as np
 
 from dermis.metrics.classification import Estimate, Labels
 from dermis.privacy.attacks import Neighbours, Patients
-from dermis.privacy.shares import difference_of_shares
+from dermis.privacy.shares import difference_of_shares, too_few
 
 PERCENTILE = 1.0
 
@@ -24,7 +24,8 @@ class Disclosures:
 
     `threshold` is the 1st percentile of the distances of real images to the nearest real image of another patient.
     `excess` is the share of members with a generated image nearer than that less the share of non-members; its interval has
-    the level `level`. `expected_by_chance` is the number of members that would be near by coincidence.
+    the level `level`. `expected_by_chance` is the number of members that would be near by coincidence. If too few
+    images are near to detect a difference, `excess` is None and `reason` says so.
     """
 
     space: str
@@ -34,8 +35,9 @@ class Disclosures:
     non_members: int
     non_members_near: int
     expected_by_chance: float
-    excess: Estimate
+    excess: Estimate | None
     level: float
+    reason: str = ""
 
 
 def disclosures(
@@ -55,6 +57,7 @@ def disclosures(
     near = neighbours.to_generated[:, 0] <= threshold
     counts = [int(near[labels == label].sum()) for label in (0, 1)]
     sizes = [int((labels == label).sum()) for label in (0, 1)]
+    reason = too_few(near, labels, patients, level=level)
     return Disclosures(
         space=space,
         threshold=threshold,
@@ -63,6 +66,7 @@ def disclosures(
         non_members=sizes[0],
         non_members_near=counts[0],
         expected_by_chance=counts[0] / sizes[0] * sizes[1],
-        excess=difference_of_shares(near, labels, patients, level=level, seed=seed),
+        excess=None if reason else difference_of_shares(near, labels, patients, level=level, seed=seed),
         level=level,
+        reason=reason,
     )

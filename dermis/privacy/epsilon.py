@@ -87,8 +87,10 @@ def epsilon_bound(
         seed: Seed of the halves, of the images of each patient, and of the pairs.
 
     Returns:
-        The bounds; None if a half has fewer than 20 members or non-members.
+        The bounds; None without scores, or if a half has fewer than 20 members or non-members.
     """
+    if not scores:
+        return None
     rng = np.random.default_rng(seed)
     choice, test = _halves(labels, patients, rng)
     if min(int((labels[half] == label).sum()) for half in (choice, test) for label in (0, 1)) < MIN_PATIENTS:

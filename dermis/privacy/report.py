@@ -14,6 +14,10 @@ _MEANING = {
     "warn": "read the rules below before you release anything",
     "fail": "do not release this before the cause is found",
 }
+_FORMER = (
+    "This audit was made by an earlier version of dermis: its intervals of rare events are too narrow, and a question without "
+    "any success counts as a pass. Audit again."
+)
 LIMITS = (
     "A pass is no proof of anonymity. It says that these attacks, with these images, found nothing; section Power says what "
     "they could have found.",
@@ -68,7 +72,8 @@ def _head(audit: PrivacyAudit) -> str:
         ("feature spaces", ", ".join(sorted(subject.spaces))),
         ("seed", str(subject.seed)),
     ]
-    remarks = "".join(f"\n- {_line(remark)}" for remark in audit.remarks)
+    stated = [*audit.remarks, *([_FORMER] if audit.format_version < 2 else [])]
+    remarks = "".join(f"\n- {_line(remark)}" for remark in stated)
     text = _line(verdict.text)
     return (
         f"# Privacy audit of a {what}\n\n"
@@ -131,7 +136,9 @@ def _disclosures(audit: PrivacyAudit) -> str:
             f"{each.members_near:,} of {each.members:,}",
             f"{each.expected_by_chance:.1f}",
             f"{each.non_members_near:,} of {each.non_members:,}",
-            f"{each.excess.value:+.2%} [{each.excess.low:+.2%}, {each.excess.high:+.2%}]",
+            f"not measured: {each.reason}"
+            if each.excess is None
+            else f"{each.excess.value:+.2%} [{each.excess.low:+.2%}, {each.excess.high:+.2%}]",
         )
         for each in audit.disclosures
     ]
@@ -146,7 +153,7 @@ def _disclosures(audit: PrivacyAudit) -> str:
 def _epsilon(audit: PrivacyAudit) -> str:
     bound = audit.epsilon
     if bound is None:
-        return "Not measured: there are too few patients for two halves."
+        return "Not measured: there are too few patients for two halves, or no attack."
     return (
         f"With {bound.confidence:.0%} confidence the training was not differentially private with an epsilon below "
         f"{bound.value:.2f}. From {bound.true_positives:,} of {bound.members:,} members and {bound.false_positives:,} of "

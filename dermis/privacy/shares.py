@@ -56,6 +56,50 @@ def difference_of_shares(
     return Estimate(difference, lower, upper)
 
 
+def too_few(values: NDArray[np.bool_], labels: Labels, patients: NDArray[np.int64], *, level: float) -> str:
+    """Return why no difference of the shares could be detected, "" if one could.
+
+    If the event is so rare that even a difference in which only members show it would occur by chance too often, then an
+    interval that contains 0 does not mean that there is no difference. The same is true if almost all images show it.
+
+    Args:
+        values: Whether each image shows the event, [N].
+        labels: 1 for members, 0 for held-out images.
+        patients: Patient of each image.
+        level: Level of the interval of the difference.
+    """
+    events, images, is_member = _of_patients(values, labels, patients)
+    members, others = int(is_member.sum()), int((~is_member).sum())
+    for count, of_set, rest, what in (
+        (int((events > 0).sum()), members, others, "show it"),
+        (int((events < images).sum()), others, members, "do not show it"),
+    ):
+        needed = fewest_by_chance(of_set, rest, (1 - level) / 2)
+        if needed is None or count < needed:
+            wanted = "more than there are" if needed is None else f"at least {needed:,}"
+            return f"{count:,} of {len(events):,} patients {what}; {wanted} are needed to detect a difference"
+    return ""
+
+
+def fewest_by_chance(of_set: int, rest: int, level: float) -> int | None:
+    """Return the smallest number of patients that are all of one set by chance with a probability of at most `level`.
+
+    Args:
+        of_set: Patients of that set.
+        rest: Patients of the other set.
+        level: The probability.
+
+    Returns:
+        The number; None if even all patients of the set are not enough.
+    """
+    chance = 1.0
+    for k in range(of_set):
+        chance *= (of_set - k) / (of_set + rest - k)
+        if chance <= level:
+            return k + 1
+    return None
+
+
 def _of_patients(
     values: NDArray[np.bool_], labels: Labels, patients: NDArray[np.int64]
 ) -> tuple[_Counts, _Counts, NDArray[np.bool_]]:

@@ -17,7 +17,7 @@ from dermis.privacy.attacks import Scores, Space, holm, neighbours_of, permutati
 from dermis.privacy.audit import Evidence, PrivacyAudit, Subject, run_audit
 from dermis.privacy.epsilon import bound_from_guesses, epsilon_bound
 from dermis.privacy.power import detectable_share
-from dermis.privacy.questions import Attribute
+from dermis.privacy.questions import Attribute, linkability
 from dermis.privacy.report import audit_report
 from dermis.privacy.verdict import RULES, Outcome, rules_of, verdict_of
 
@@ -117,6 +117,43 @@ def test_two_percent_near_copies_are_caught_with_500_held_out_images() -> None:
     assert max(attack.auc.value for attack in audit.attacks) < 0.6, "an average hides them"
 
 
+def test_attacks_that_cannot_succeed_are_not_measured() -> None:
+    """All generated images are the same but for noise, and of one class: nothing is near them, and no guess can be right."""
+    members, held_out = _population(1, 150), _population(2, 150)
+    generated = (_population(3, 1) + 10 + np.random.default_rng(0).normal(0, 1e-3, (100, DIM))).astype(np.float32)
+    constant = Scores("projection", "generator", "pixels", np.zeros(300))
+    broken = Scores("discriminator", "generator", "logit", np.full(300, np.nan))
+    classes = (["a", "b"] * 150, ["a"] * 100)
+    audit = _audit(members, held_out, generated, classes=classes, generator_scores=(constant, broken), scope="bundle")
+    statuses = _statuses(audit)
+    powerless = {"disclosures", "singling-out", "inference", "generator-average", "generator-few"}
+    assert {rule for rule, status in statuses.items() if status == "not measured"} >= powerless, audit.outcomes
+    assert {"same score", "not numbers"} <= {
+        text for text in ("same score", "not numbers") if text in str(audit.remarks)
+    }
+    text = audit_report(PrivacyAudit.from_json(audit.to_json()))
+    assert "0 of 300 patients show it; at least" in text and not audit.verdict.complete
+    same = np.ones((100, DIM), np.float32)
+    without_differences = _audit(same, same, same, classes=(["a"] * 200, ["a"] * 100))
+    measured = {rule for rule, status in _statuses(without_differences).items() if status == "pass"}
+    assert measured == {"training-set", "patients", "fair-split"} and not without_differences.attacks
+
+
+def test_attack_that_always_succeeds_shows_no_difference() -> None:
+    members, held_out = _population(1, 100), _population(2, 100)
+    spaces = [Space(name, members, held_out, _population(3, 1)) for name in ("one", "two")]
+    labels, patients = np.repeat(np.array([1, 0]), 100), np.arange(200)
+    neighbours = [neighbours_of(space, patients) for space in spaces]
+    answer = linkability(spaces, neighbours, labels, patients, level=0.95, seed=0)
+    assert answer.excess is None and "0 of 200 patients do not show it" in answer.reason
+
+
+def test_many_copies_with_the_same_highest_score_are_few_members_too() -> None:
+    scores = np.concatenate([np.full(40, 9.0), np.random.default_rng(0).normal(size=1460)])
+    p = permutation_p([scores], np.repeat(np.array([1, 0]), [1000, 500]), np.arange(1500), seed=0, permutations=1000)
+    assert p[0, 1] < 0.01
+
+
 def test_attack_on_sets_of_different_populations_does_not_count() -> None:
     held_out = (0.8 * _population(2, HELD_OUT) + 0.15).astype(np.float32)
     audit = _audit(_population(1, MEMBERS), held_out, _population(3, MEMBERS))
@@ -144,11 +181,13 @@ def test_result_round_trips_and_refuses_newer_formats() -> None:
     audit = _audit(_population(1, 100), _population(2, 100), _population(3, 100))
     values = json.loads(json.dumps(audit.to_json(), allow_nan=False))
     assert PrivacyAudit.from_json(values) == audit
-    with pytest.raises(DataError, match="format 2.*newer dermis"):
-        PrivacyAudit.from_json(values | {"format_version": 2})
+    with pytest.raises(DataError, match="format 3.*newer dermis"):
+        PrivacyAudit.from_json(values | {"format_version": 3})
     with pytest.raises(DataError, match="verdict"):
         PrivacyAudit.from_json({key: value for key, value in values.items() if key != "verdict"})
+    former = PrivacyAudit.from_json(values | {"format_version": 1})
     text = audit_report(audit)
+    assert "earlier version" in audit_report(former) and "earlier version" not in text
     assert "patient-" not in text + json.dumps(values)
     assert text.index("**Verdict:") < text.index("## Rules") < text.index("## Attacks") < text.index("## Limits")
 
