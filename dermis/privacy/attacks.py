@@ -386,7 +386,11 @@ def permutation_p(
 
     Patients are assigned to members and non-members at random, as many to each as there are. The statistics are the mean rank
     of members less that of non-members, and the same for the amount by which scores exceed the percentile of all images,
-    which is limited so that a single image does not dominate. The tests are exact if the patients were divided at random.
+    which is limited so that a single image does not dominate.
+
+    If the patients were divided at random, the tests are exact for scores that do not depend on the division, as those of the
+    distance, the density ratio, the projection and the discriminator. Scores of `cross_validated` (the learned attack, the
+    classifier of the split) depend on the labels of other patients, so their tests are approximations.
     """
     from scipy.stats import rankdata
 

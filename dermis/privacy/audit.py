@@ -386,17 +386,17 @@ def _epsilon(bound: EpsilonBound | None, control: SplitControl) -> Outcome:
     if bound is None:
         return Outcome("epsilon", "not measured", "There are too few patients for two halves, or no attack.")
     text = (
-        f"With {bound.confidence:.0%} confidence epsilon is at least {bound.value:.2f} "
-        f"({bound.from_rates:.2f} from rates at delta {bound.delta:g}, {bound.from_pairs:.2f} from pairs)"
+        f"With {bound.joint_confidence:.0%} confidence for both, epsilon is at least {bound.from_rates:.2f} for adding or "
+        f"removing one image (delta {bound.delta:g}) and at least {bound.from_pairs:.2f} for replacing one image by another"
     )
     if control.separates:
         return Outcome(
-            "epsilon", "not measured", f"{text}; the bound is not valid, because the sets differ in their images."
+            "epsilon", "not measured", f"{text}; the bounds are not valid, because the sets differ in their images."
         )
     status: Status = "pass"
     if bound.value > rules.WARN_EPSILON:
         status = "fail" if bound.value > rules.FAIL_EPSILON else "warn"
-    return Outcome("epsilon", status, f"{text}. The true epsilon can be much larger.")
+    return Outcome("epsilon", status, f"{text}. The true values can be much larger.")
 
 
 def _question(answers: Sequence[Answer], name: str, control: SplitControl) -> Outcome:

@@ -25,7 +25,7 @@ LIMITS = (
     "parts of images) can be missed.",
     "Everything rests on held-out images from the same population, separated at random before the training and by patient. "
     "The rule fair-split checks this as far as images show it.",
-    "A bound on epsilon is a lower bound. Only training with differential privacy gives an upper bound.",
+    "The bounds on epsilon are lower bounds. Only training with differential privacy gives an upper bound.",
     "What a model that is trained on the generated images discloses was not measured.",
     "Tests also reject by chance. For a generator that discloses nothing, the rules on attacks together give a warning in at "
     "most 5 % and a fail in at most 1 % of audits, fair-split a warning in 5 %, disclosures and the three questions one in "
@@ -155,11 +155,14 @@ def _epsilon(audit: PrivacyAudit) -> str:
     if bound is None:
         return "Not measured: there are too few patients for two halves, or no attack."
     return (
-        f"With {bound.confidence:.0%} confidence the training was not differentially private with an epsilon below "
-        f"{bound.value:.2f}. From {bound.true_positives:,} of {bound.members:,} members and {bound.false_positives:,} of "
-        f"{bound.non_members:,} held-out images that the attack `{bound.attack}` took for members: "
-        f"{bound.from_rates:.2f} at delta {bound.delta:g}. From {bound.right:,} right guesses of {bound.guesses:,} pairs: "
-        f"{bound.from_pairs:.2f}."
+        f"If the training was differentially private at all, then with these parameters, which hold together with "
+        f"{bound.joint_confidence:.0%} confidence:\n\n"
+        f"- for adding or removing one image: epsilon at least {bound.from_rates:.2f} at delta {bound.delta:g}, from "
+        f"{bound.true_positives:,} of {bound.members:,} members and {bound.false_positives:,} of {bound.non_members:,} "
+        f"held-out images that the attack `{_line(bound.attack)}` took for members;\n"
+        f"- for replacing one image by another: epsilon at least {bound.from_pairs:.2f} at delta 0, from {bound.right:,} right "
+        f"guesses of {bound.guesses:,} pairs.\n\n"
+        "Epsilon for all images of a patient is at least as large as for one image."
     )
 
 

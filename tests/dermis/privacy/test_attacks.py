@@ -186,7 +186,9 @@ def test_result_round_trips_and_refuses_newer_formats() -> None:
     with pytest.raises(DataError, match="verdict"):
         PrivacyAudit.from_json({key: value for key, value in values.items() if key != "verdict"})
     former = PrivacyAudit.from_json(values | {"format_version": 1})
+    assert audit.epsilon is not None
     text = audit_report(audit)
+    assert "together with 95 % confidence" in text.replace("95%", "95 %") and "for replacing one image" in text
     assert "earlier version" in audit_report(former) and "earlier version" not in text
     assert "patient-" not in text + json.dumps(values)
     assert text.index("**Verdict:") < text.index("## Rules") < text.index("## Attacks") < text.index("## Limits")
@@ -251,7 +253,8 @@ def test_bounds_are_large_for_certain_attacks_and_zero_for_guesses() -> None:
     certain = epsilon_bound({"a": labels + rng.normal(0, 0.01, 1000)}, labels, np.arange(1000))
     guess = epsilon_bound({"a": rng.normal(size=1000)}, labels, np.arange(1000))
     assert certain is not None and guess is not None
-    assert certain.from_rates > 4 and certain.from_pairs > 4 and guess.value < 0.5
+    assert certain.from_rates > 3.9 and certain.from_pairs > 4 and guess.value < 0.5
+    assert certain.confidence == 0.975 and math.isclose(certain.joint_confidence, 0.95), "of each, of both"
     low = 0.05 ** (1 / 100)
     assert math.isclose(bound_from_guesses(100, 100, error=0.05), math.log(low / (1 - low)), rel_tol=1e-9)
     assert epsilon_bound({"a": rng.normal(size=60)}, labels[470:530], np.arange(60)) is None
