@@ -45,7 +45,7 @@ class Subject:
         scope: "bundle", or "dataset" for the images of a dataset.
         bundle_name: Name of the bundle.
         bundle_digest: Digest of the bundle before the audit was stored in it.
-        dataset_digest: SHA-256 of the dataset's manifest, or of its images if it has none.
+        dataset_digest: SHA-256 of the dataset's manifest, or of its images if it has none or was not finished.
         generated: Number of generated images.
         members: Number of members.
         member_patients: Number of their patients; None if not known.

@@ -162,17 +162,24 @@ def audit_privacy(
 
 
 def check_sets(
-    bundle: Bundle, members: ImageDataset, non_members: ImageDataset, dataset: ImageDataset | None = None
+    bundle: Bundle,
+    members: ImageDataset,
+    non_members: ImageDataset,
+    dataset: ImageDataset | None = None,
+    *,
+    options: tuple[str, str] = ("--members", "--non-members"),
 ) -> None:
     """Check that the sets are large enough, fit the bundle's classes, and share no image and no patient.
+
+    `options` are the names of the options of both sets, for messages.
 
     Raises:
         DataError: A check fails.
     """
-    sets = {"--members": members, "--non-members": non_members, "--dataset": dataset}
+    sets = dict(zip(options, (members, non_members), strict=True))
+    if dataset is not None:
+        sets["--dataset"] = dataset
     for option, images in sets.items():
-        if images is None:
-            continue
         if len(images.labels) < MIN_IMAGES:
             raise DataError(
                 f"{option}: {len(images.labels)} images are too few for an audit; give {MIN_IMAGES} or more"
@@ -184,7 +191,7 @@ def check_sets(
                 f"their column "
                 "with --class-column"
             )
-    check_holdout(members, non_members, trained_on(bundle.provenance), option="--non-members", data_option="--members")
+    check_holdout(members, non_members, trained_on(bundle.provenance), option=options[1], data_option=options[0])
 
 
 def _remarks(bundle: Bundle, members: ImageDataset, groups: Sequence[str] | None, digest: str | None) -> list[str]:

@@ -79,11 +79,12 @@ class ReportRule(ResponseRecord):
 
 
 class ReportAudit(ResponseRecord):
-    """The privacy audit of the bundle. verdict: "pass", "warn", "fail" or "not measured"."""
+    """A privacy audit. verdict: "pass", "warn", "fail" or "not measured"; scope: "bundle", or "dataset" for these images."""
 
     verdict: str
     rules: list[ReportRule]
     remedy: str | None = None
+    scope: str = "bundle"
 
 
 class ReportRequest(ResponseRecord):
