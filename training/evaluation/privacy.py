@@ -252,7 +252,7 @@ def _generated(
     if dataset is not None:
         classes = [dataset.class_names[label] if bundle.class_names else "" for label in dataset.labels]
         return [real_features(dataset, space, cache, bar=bar) for space in spaces], classes
-    labels = labels_in_proportion(_bundle_labels(bundle, members), count)
+    labels = labels_in_proportion(bundle_labels(bundle, members), count)
     generation = Generation(labels, options.seed, options.truncation_psi, ("random",))
     parts: list[list[NDArray[np.float32]]] = [[] for _ in spaces]
     with Synthesizer(bundle, device=device) as synthesizer:
@@ -265,7 +265,7 @@ def _generated(
     return [np.concatenate(collected) for collected in parts], names
 
 
-def _bundle_labels(bundle: Bundle, images: ImageDataset) -> NDArray[np.int64]:
+def bundle_labels(bundle: Bundle, images: ImageDataset) -> NDArray[np.int64]:
     """Class numbers of the bundle for images; zeros for a bundle without classes."""
     if not bundle.class_names:
         return np.zeros_like(images.labels)
@@ -345,7 +345,7 @@ def _generator_scores(
                     discriminator_scores(
                         discriminator,
                         each.images,
-                        _bundle_labels(bundle, each).tolist(),
+                        bundle_labels(bundle, each).tolist(),
                         len(bundle.class_names),
                         device=resolve_device(device),
                         on_batch=bar.update,
