@@ -135,7 +135,7 @@ def prepare_audit(sources: AuditSources, bundle: Bundle, planned: DatasetPlan, d
             "--classes",
             f"{planned.samples} images are too few for an audit; give {MIN_IMAGES} or more, or omit the audit",
         )
-    spaces, remark = load_spaces(sources.extractors, resolve_device(device))
+    spaces, remark = load_spaces(sources.extractors, resolve_device(device), option="--audit-extractor")
     if remark:
         typer.echo(remark, err=True)
     members = load(sources.members, sources.members_metadata)

@@ -221,7 +221,9 @@ def generate(
             else:
                 audit = None if sources is None else prepare_audit(sources, opened, planned, device)
                 if audit is None and is_audited(existing):
-                    raise StorageError(f"{out}: was audited, so add the --audit options again to repair it")
+                    raise StorageError(
+                        f"{out}: was audited; run the whole command with the --audit options again to repair it"
+                    )
                 begin(store, planned, reopen=existing is not None)
                 result = _make(planned, store, opened, models, () if finalize_only else shards, finish, audit)
     except KeyboardInterrupt:

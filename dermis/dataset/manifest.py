@@ -249,6 +249,12 @@ def finalize(
     if audited is not None:
         texts[PRIVACY_AUDIT] = (json.dumps(audited.document, indent=2) + "\n").encode()
         texts[AUDIT_TEXT] = audited.text.encode()
+    for name in {
+        PRIVACY_AUDIT,
+        AUDIT_TEXT,
+    } - texts.keys():  # of a run with an audit that was killed before the manifest
+        if store.size(name) is not None:
+            store.remove(name)
     for name, data in texts.items():
         store.write(name, data)
         files.append(FileEntry(name, len(data), hashlib.sha256(data).hexdigest()))

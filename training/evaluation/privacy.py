@@ -171,7 +171,12 @@ def check_sets(
 ) -> None:
     """Check that the sets are large enough, fit the bundle's classes, and share no image and no patient.
 
-    `options` are the names of the options of both sets, for messages.
+    Args:
+        bundle: The bundle.
+        members: Its training images.
+        non_members: Held-out images.
+        dataset: Images of an audited dataset.
+        options: Names of the options of members and non-members, for messages.
 
     Raises:
         DataError: A check fails.
@@ -188,8 +193,7 @@ def check_sets(
         if bundle.class_names and unknown:
             raise DataError(
                 f"{option}: has the class {min(unknown)}, but the bundle has {', '.join(bundle.class_names)}; name "
-                f"their column "
-                "with --class-column"
+                f"their column with {options[0].removesuffix('members')}class-column"
             )
     check_holdout(members, non_members, trained_on(bundle.provenance), option=options[1], data_option=options[0])
 

@@ -183,7 +183,9 @@ def test_report_says_what_was_not_measured_and_never_passes_it(tmp_path: Path) -
     wanted = DatasetRequest.model_validate({"model": "tiny", "classes": {"malignant": 2, "benign": 1}})
     planned, store = plan_for(wanted, plain), Store(tmp_path / "d")
     write_shard(planned, 0, noise, store)
+    (tmp_path / "d" / "AUDIT.md").write_text("of a run that was killed before it finished")
     finalize(planned, store, plain, {})
+    assert verify(tmp_path / "d").ok
     report = json.loads((tmp_path / "d" / "report.json").read_bytes())
     assert tuple(each["id"] for each in report["scorecard"]) == SEVEN
     for name in ("fidelity", "variety", "utility", "privacy"):

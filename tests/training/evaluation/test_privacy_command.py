@@ -233,7 +233,7 @@ def test_dataset_is_audited_when_it_is_made(
     _generate(folders, out, "--format", file_format, audited=False)
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before, "it is finished"
     (out / "AUDIT.md").write_text("pass")
-    with pytest.raises(StorageError, match="was audited, so add the --audit options"):
+    with pytest.raises(StorageError, match="was audited; run the whole command with the --audit options"):
         _generate(folders, out, "--format", file_format, audited=False)
     _generate(folders, out, "--format", file_format)
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before, "it is repaired"

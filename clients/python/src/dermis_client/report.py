@@ -115,7 +115,7 @@ class DatasetReport(ResponseRecord):
         requested: Images that were asked for.
         sample: Images whose artefacts and skin tones were measured.
         scorecard: Seven questions, each with its numbers.
-        audit: The privacy audit of the bundle.
+        audit: The privacy audit of the dataset if it has one, otherwise of the bundle.
         limits: Sentences on what the dataset must not be used for.
     """
 
