@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from dermis.errors import DataError
 from dermis.metrics.classification import REPLICATES, Labels, resampled
-from dermis.metrics.neighbours import Features
+from dermis.metrics.neighbours import Features, nearest
 from dermis.privacy import verdict as rules
 from dermis.privacy.attacks import (
     Access,
@@ -191,7 +191,15 @@ def run_audit(
     attacks = measure_attacks(scores, split, labels, patients, weights, seed=seed)
     level = 1 - rules.WARN_LEVEL
     near = tuple(
-        disclosures(space.name, each, labels, patients, level=1 - (1 - level) / len(spaces), seed=seed)
+        disclosures(
+            space.name,
+            each,
+            labels,
+            patients,
+            to_planted=nearest(space.real, evidence.planted[space.name], 1)[0][:, 0] if evidence.planted else None,
+            level=1 - (1 - level) / len(spaces),
+            seed=seed,
+        )
         for space, each in zip(spaces, neighbours, strict=True)
     )
     epsilon = epsilon_bound(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dermis.metrics.classification import Estimate, Labels
+from dermis.metrics.classification import Estimate, Floats, Labels
 from dermis.privacy.attacks import Neighbours, Patients
 from dermis.privacy.shares import difference_of_shares, too_few
 
@@ -25,7 +25,7 @@ class Disclosures:
     `threshold` is the 1st percentile of the distances of real images to the nearest real image of another patient.
     `excess` is the share of members with a generated image nearer than that less the share of non-members; its interval has
     the level `level`. `expected_by_chance` is the number of members that would be near by coincidence. If too few
-    images are near to detect a difference, `excess` is None and `reason` says so.
+    images are near to detect a difference, and would be with planted copies as well, `excess` is None and `reason` says so.
     """
 
     space: str
@@ -41,7 +41,14 @@ class Disclosures:
 
 
 def disclosures(
-    space: str, neighbours: Neighbours, labels: Labels, patients: Patients, *, level: float, seed: int
+    space: str,
+    neighbours: Neighbours,
+    labels: Labels,
+    patients: Patients,
+    *,
+    to_planted: Floats | None = None,
+    level: float,
+    seed: int,
 ) -> Disclosures:
     """Count near pairs.
 
@@ -50,6 +57,8 @@ def disclosures(
         neighbours: Neighbours of the real images.
         labels: 1 for members, 0 for non-members.
         patients: Patient of each image.
+        to_planted: Distance of each real image to the nearest of some copies of members, which are not generated images;
+            None without such copies. If they are near their originals, few near images are not a lack of power.
         level: Level of the interval.
         seed: Seed of the permutations.
     """
@@ -58,6 +67,12 @@ def disclosures(
     counts = [int(near[labels == label].sum()) for label in (0, 1)]
     sizes = [int((labels == label).sum()) for label in (0, 1)]
     reason = too_few(near, labels, patients, level=level)
+    if (
+        reason
+        and to_planted is not None
+        and not too_few(near | (to_planted <= threshold), labels, patients, level=level)
+    ):
+        reason = ""
     return Disclosures(
         space=space,
         threshold=threshold,

@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from dermis.errors import DataError
+from dermis.metrics.neighbours import nearest
 from dermis.privacy.attacks import Scores, Space, holm, neighbours_of, permutation_p
 from dermis.privacy.audit import Evidence, PrivacyAudit, Subject, run_audit
+from dermis.privacy.disclosure import disclosures
 from dermis.privacy.epsilon import bound_from_guesses, epsilon_bound
 from dermis.privacy.power import detectable_share
 from dermis.privacy.questions import Attribute, linkability
@@ -137,6 +139,23 @@ def test_attacks_that_cannot_succeed_are_not_measured() -> None:
     without_differences = _audit(same, same, same, classes=(["a"] * 200, ["a"] * 100))
     measured = {rule for rule, status in _statuses(without_differences).items() if status == "pass"}
     assert measured == {"training-set", "patients", "fair-split"} and not without_differences.attacks
+
+
+def test_no_near_image_passes_only_where_planted_copies_are_near() -> None:
+    members, held_out = _population(1, 600), _population(2, 300)
+    space = Space("one", members, held_out, (_population(3, 50) + 10).astype(np.float32))
+    labels, patients = np.repeat(np.array([1, 0]), [600, 300]), np.arange(900)
+    neighbours = neighbours_of(space, patients)
+    copies = {noise: members[:30] + np.random.default_rng(0).normal(0, noise, (30, DIM)) for noise in (0.1, 5.0)}
+    excess = {}
+    for noise, planted in copies.items():
+        distances = nearest(space.real, planted.astype(np.float32), 1)[0][:, 0]
+        excess[noise] = disclosures(
+            "one", neighbours, labels, patients, to_planted=distances, level=0.95, seed=0
+        ).excess
+    measured = excess[0.1]
+    assert excess[5.0] is None and measured is not None
+    assert measured.low < measured.value == 0 < measured.high < 0.01
 
 
 def test_attack_that_always_succeeds_shows_no_difference() -> None:
