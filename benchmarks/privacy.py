@@ -1,8 +1,9 @@
 """What the privacy audit finds in datasets with known disclosures: `python -m benchmarks.privacy [--json] --members DIR ...`.
 
 Samples of a bundle are audited as they are, with 2 % of them replaced by slightly changed members, and with half of them
-replaced. A change is a brightness of 105 % and a JPEG of quality 75. Features of members, held-out images and samples are
-computed once for all audits.
+replaced. A change is a brightness of 105 % and a JPEG of quality 75. The feature spaces are those of --extractor and the
+pixels, without that of the bundle's classifier. Features of members, held-out images and samples are computed once for all
+audits.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from training.data.isic import load_isic
 from training.evaluation.copies import recompressed
 from training.evaluation.features import labels_in_proportion, real_features
 from training.evaluation.holdout import groups_of
+from training.evaluation.privacy import bundle_labels, pixel_space
 from training.evaluation.sets import Generation, generated_batches, load_spaces
 
 SHARES = {"samples": 0.0, "2 % changed members": 0.02, "half changed members": 0.5}
@@ -40,11 +42,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, PrivacyAudit]:
     """Audit the three datasets."""
     bundle = open_bundle(arguments.bundle)
     size = bundle.generator.img_resolution
-    extractors, _ = load_spaces(arguments.extractor, torch.device("cpu"))
+    extractors = [*load_spaces(arguments.extractor, torch.device("cpu"))[0], pixel_space()]
     members = load_isic(arguments.data, size, metadata=arguments.members, cache=arguments.cache)
     others = load_isic(arguments.data, size, metadata=arguments.non_members, cache=arguments.cache)
     groups = groups_of(members, others)
-    labels = labels_in_proportion(members.labels, arguments.count)
+    labels = labels_in_proportion(bundle_labels(bundle, members), arguments.count)
     with Synthesizer(bundle, device="cpu") as synthesizer:
         generation = Generation(labels, 0, 1.0, ("random",))
         samples = np.concatenate(list(generated_batches(synthesizer, generation, "random")))
@@ -100,6 +102,7 @@ def row(name: str, audit: PrivacyAudit) -> list[str]:
     """One row of the table."""
     strongest = max(audit.attacks, key=lambda attack: attack.auc.value)
     few = max((attack.recognised[0].share for attack in audit.attacks), key=lambda share: share.value if share else 0)
+    near = max(audit.disclosures, key=lambda each: each.excess.low if each.excess else -1)
     statuses = {outcome.rule: outcome.status for outcome in audit.outcomes}
     return [
         name,
@@ -107,6 +110,7 @@ def row(name: str, audit: PrivacyAudit) -> list[str]:
         f"{strongest.auc.value:.3f} [{strongest.auc.low:.3f}, {strongest.auc.high:.3f}]",
         f"{audit.control.auc.value:.3f}",
         "" if few is None else f"{few.value:.1%}",
+        f"{near.members_near:,} / {near.expected_by_chance:.1f} ({near.space})",
         f"{min(attack.adjusted_few for attack in audit.attacks):.2g}",
         *(statuses[rule] for rule in _RULES),
     ]
@@ -129,7 +133,7 @@ def main() -> None:
         document: dict[str, Any] = {name: audit.to_json() for name, audit in results.items()}
         print(json.dumps(document, indent=2))
         return
-    header = ["dataset", "verdict", "highest AUC", "control", "found at 1 %", "p few", *_RULES]
+    header = ["dataset", "verdict", "highest AUC", "control", "found at 1 %", "near / by chance", "p few", *_RULES]
     for line in (header, ["---"] * len(header), *(row(name, audit) for name, audit in results.items())):
         print("| " + " | ".join(line) + " |")
 

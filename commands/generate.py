@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from commands.console import option_of
+from commands.dataset_audit import (
+    AuditClassColumnOption,
+    AuditExtractorOption,
+    AuditMembersMetadataOption,
+    AuditMembersOption,
+    AuditNonMembersMetadataOption,
+    AuditNonMembersOption,
+    audit_sources,
+    check_audited,
+    is_audited,
+    prepare_audit,
+)
+from commands.dataset_resume import begin, differences, existing_manifest, is_complete
 from commands.options import (
     DEMO_BUNDLE,
     BundleOption,
@@ -26,23 +37,18 @@ from commands.options import (
     OptionalTruncationOption,
 )
 from dermis.dataset.request import DatasetFormat, ImageFormat
-from dermis.dataset.store import PARTIAL
 from dermis.errors import DermisError, RequestError, StorageError, escape
 
 if TYPE_CHECKING:
     from dermis.authenticity.checker import Checker
     from dermis.bundle import Bundle
     from dermis.classifier.onnx_session import Classifier
-    from dermis.dataset.manifest import Manifest
+    from dermis.dataset.manifest import Audit, Manifest
     from dermis.dataset.plan import DatasetPlan
     from dermis.dataset.request import DatasetRequest
     from dermis.dataset.shards import FileEntry
     from dermis.dataset.store import Store
     from dermis.synthesizer import Synthesizer
-
-_PLAN_FILE = f"{PARTIAL}/plan.json"
-# Entries of a process that was killed before it could write _PLAN_FILE, or of one that starts at the same time.
-_STARTED = (f"{PARTIAL}/", f"{PARTIAL}/writing-")
 
 
 def generate(
@@ -92,6 +98,12 @@ def generate(
         bool | None,
         typer.Option("--score/--no-score", help="Write the classifier's probability as a column. Default: yes."),
     ] = None,
+    audit_members: AuditMembersOption = None,
+    audit_non_members: AuditNonMembersOption = None,
+    audit_members_metadata: AuditMembersMetadataOption = None,
+    audit_non_members_metadata: AuditNonMembersMetadataOption = None,
+    audit_class_column: AuditClassColumnOption = None,
+    audit_extractor: AuditExtractorOption = None,
     only_shard: Annotated[
         list[int] | None,
         typer.Option(help="Make only this shard (the first is 0), without finishing; may be repeated."),
@@ -104,6 +116,8 @@ def generate(
     """Make a dataset from a bundle.
 
     After a stop at any point, run the same command again to continue. The files are the same as without the stop.
+    With --audit-members and --audit-non-members the dataset is audited as by `dermis privacy audit --dataset` before it is
+    finished: privacy_audit.json, AUDIT.md and the report have the result. The exit status does not depend on the verdict.
     """
     from dermis.bundle import open_bundle
     from dermis.dataset.manifest import parse_manifest, synthesizer_identity
@@ -144,6 +158,14 @@ def generate(
         raise RequestError("--detect-copies", "is an option of the gate; add --gate authentic or --gate min_distance")
     if edit:
         fields["edits"] = [_parse_edit(text) for text in edit]
+    sources = audit_sources(
+        audit_members,
+        audit_non_members,
+        audit_members_metadata,
+        audit_non_members_metadata,
+        audit_class_column,
+        audit_extractor,
+    )
     opened = open_bundle(bundle)
     former: Manifest | None = None
     if manifest is not None:
@@ -176,8 +198,11 @@ def generate(
     for shard in shards:
         if not 0 <= shard < planned.shards:
             raise RequestError("--only-shard", f"{shard} is not in 0 to {planned.shards - 1}")
-    existing = _existing_manifest(store, planned)
+    existing = existing_manifest(store, planned)
     finish = only_shard is None or finalize_only
+    if sources is not None and not finish:
+        raise RequestError("--audit-members", "is for the command that finishes the dataset; omit it with --only-shard")
+    check_audited(existing, sources, store)
     try:
         with (
             Synthesizer(opened, device=device, cache=Path(".dermis/cache/generators")) as synthesizer,
@@ -187,15 +212,20 @@ def generate(
         ):
             models = DatasetModels(synthesizer, scorer, checker, compare)
             identity = synthesizer_identity(models.identity)
-            if former is not None and (differing := _differences(former.synthesizer, identity)):
+            if former is not None and (differing := differences(former.synthesizer, identity)):
                 typer.echo(f"warning: the bytes may differ from those of the manifest: {differing}", err=True)
-            if existing is not None and _is_complete(existing, store, identity):
+            if existing is not None and is_complete(existing, store, identity):
                 result: Manifest | None = existing
             elif existing is not None and finalize_only:
                 raise StorageError(f"{out}: is finished, but damaged; omit --finalize to repair it")
             else:
-                _begin(store, planned, reopen=existing is not None)
-                result = _make(planned, store, opened, models, () if finalize_only else shards, finish)
+                audit = None if sources is None else prepare_audit(sources, opened, planned, device)
+                if audit is None and is_audited(existing):
+                    raise StorageError(
+                        f"{out}: was audited; run the whole command with the --audit options again to repair it"
+                    )
+                begin(store, planned, reopen=existing is not None)
+                result = _make(planned, store, opened, models, () if finalize_only else shards, finish, audit)
     except KeyboardInterrupt:
         typer.echo(f"\nstopped; run the same command again to continue {out}", err=True)
         raise typer.Exit(130) from None
@@ -328,6 +358,7 @@ def _make(
     models: DatasetModels,
     shards: Sequence[int],
     finish: bool,
+    audit: Audit | None = None,
 ) -> Manifest | None:
     from tqdm import tqdm
 
@@ -391,138 +422,8 @@ def _make(
         models.identity,
         expose,
         examine=None if models.compare is None else partial(models.compare.nearest, detect_copies=False),
+        audit=audit,
     )
-
-
-def _existing_manifest(store: Store, planned: DatasetPlan) -> Manifest | None:
-    """Return the manifest if this dataset is finished here; None if it is unfinished or the folder is empty.
-
-    Raises:
-        StorageError: The folder has another dataset or other files.
-    """
-    from dermis.dataset.manifest import MANIFEST, read_manifest
-
-    # Listed first: other processes that work on this dataset write the mark before they add anything else.
-    entries = store.entries()
-    started = store.size(_PLAN_FILE) is not None
-    if started and (mark := _read_mark(store.read(_PLAN_FILE))).get("plan") != planned.digest:
-        differing = _differing_options(planned, _started_request(mark, planned), mark.get("bundle"))
-        known = f"; it was started {differing}: use these to continue it," if differing else ";"
-        advice = f"{known} {'or ' if differing else ''}choose another --out or remove it"
-        raise StorageError(f"{store.location}: contains an unfinished dataset with other options{advice}")
-    if store.size(MANIFEST) is not None:
-        manifest = read_manifest(store)
-        if manifest.plan_digest == planned.digest:
-            return manifest
-        differing = _differing_options(planned, manifest.request, manifest.bundle_digest)
-        known = f", made {differing}" if differing else ""
-        raise StorageError(f"{store.location}: contains another dataset{known}; choose another --out or remove it")
-    if not started and any(name != _STARTED[0] and not name.startswith(_STARTED[1]) for name in entries):
-        raise StorageError(f"{store.location}: is not empty and has no dataset; choose another --out")
-    return None
-
-
-def _is_complete(manifest: Manifest, store: Store, identity: Mapping[str, str]) -> bool:
-    """Check a finished dataset against its manifest.
-
-    Raises:
-        StorageError: It was made by another synthesizer.
-    """
-    from dermis.dataset.verify import verify as verify_dataset
-
-    if differing := _differences(manifest.synthesizer, identity):
-        raise StorageError(
-            f"{store.location}: is finished, made by another synthesizer: {differing}; choose another --out or remove it"
-        )
-    report, listed = verify_dataset(store.location), {file.name for file in manifest.files}
-    damaged = sorted(listed.intersection(report.changed + report.missing))
-    if damaged:
-        typer.echo(f"{store.location}: finished, but changed or missing: {', '.join(damaged)}", err=True)
-        return False
-    store.remove(PARTIAL)  # it remains if the run was killed right after it wrote the manifest
-    return True
-
-
-def _begin(store: Store, planned: DatasetPlan, reopen: bool) -> None:
-    """Mark the folder as an unfinished dataset; remove the manifest of a finished one, as its files will change."""
-    from dermis.dataset.manifest import MANIFEST
-
-    if store.size(_PLAN_FILE) is None:
-        store.write(_PLAN_FILE, _mark(planned))
-    if reopen:
-        store.remove(MANIFEST)
-
-
-def _mark(planned: DatasetPlan) -> bytes:
-    content = {"plan": planned.digest, "bundle": planned.bundle_digest, "request": planned.request.model_dump()}
-    return json.dumps(content).encode()
-
-
-def _read_mark(content: bytes) -> dict[str, Any]:
-    """Parse a mark of `_mark`; empty if it is damaged."""
-    try:
-        mark = json.loads(content)
-    except ValueError:
-        return {}
-    return mark if isinstance(mark, dict) else {}
-
-
-def _started_request(mark: Mapping[str, Any], planned: DatasetPlan) -> DatasetRequest | None:
-    """Return the request that a dataset was started with, None if it is not known.
-
-    Marks of earlier versions have only the digest of the plan. Each noise mode is tried for them, as the default changed.
-    """
-    from typing import get_args
-
-    from pydantic import ValidationError
-
-    from dermis.dataset.request import DatasetRequest
-    from dermis.network_config import NoiseMode
-
-    if "request" in mark:
-        try:
-            return DatasetRequest.model_validate(mark["request"])
-        except ValidationError:
-            return None
-    requests = [planned.request.model_copy(update={"noise_mode": mode}) for mode in get_args(NoiseMode)]
-    return next((each for each in requests if replace(planned, request=each).digest == mark.get("plan")), None)
-
-
-def _differing_options(planned: DatasetPlan, former: DatasetRequest | None, bundle_digest: str | None) -> str:
-    """Describe the options of a former request that differ from the present ones; empty if they are not known.
-
-    Args:
-        bundle_digest: Digest of the former bundle; None if it is the same.
-    """
-    if former is None:
-        return ""
-    before, now = _option_texts(former), _option_texts(planned.request)
-    added = [text for name, text in before.items() if now.get(name) != text]
-    if bundle_digest not in (None, planned.bundle_digest):
-        added.insert(0, f"--bundle of digest {escape(str(bundle_digest)[:12])}")
-    left_out = [name for name in now if name not in before]
-    parts = [f"{word} {', '.join(names)}" for word, names in (("with", added), ("without", left_out)) if names]
-    return " and ".join(parts)
-
-
-def _option_texts(request: DatasetRequest) -> dict[str, str]:
-    """Return the command-line options of a request, by name. Unused options are left out."""
-    values = request.model_dump(exclude={"model", "classes", "edits", "classifier", "privacy"}, exclude_none=True)
-    for name, part in (
-        ("classifier", request.classifier and request.classifier.model_dump(exclude_defaults=True)),
-        ("privacy", request.privacy and request.privacy.model_dump()),
-    ):
-        values |= {f"{name}.{field}": value for field, value in (part or {}).items()}
-    texts = {option_of(field): f"{option_of(field)} {value}" for field, value in values.items()}
-    for option in ("score", "detect-copies"):
-        if texts.pop(f"--{option}", None):  # only where it differs from the default
-            texts[f"--no-{option}"] = f"--no-{option}"
-    texts["--classes"] = "--classes " + ",".join(f"{name}={count}" for name, count in request.classes.items())
-    edits = [
-        f"--edit {edit.direction}={edit.strength}" + ("" if edit.layers is None else "@{}-{}".format(*edit.layers))
-        for edit in request.edits or ()
-    ]
-    return texts | ({"--edit": " ".join(edits)} if edits else {})
 
 
 def _compare(former: Manifest, repeated: Manifest) -> None:
@@ -533,8 +434,8 @@ def _compare(former: Manifest, repeated: Manifest) -> None:
         typer.echo("the bytes differ from those of the manifest, as another machine made it", err=True)
     elif _without_report(former) == _without_report(repeated):
         typer.echo(
-            "every file except the report is the same as in the manifest, byte for byte; the former report was made without "
-            "FAISS or by a version without reports, or this one was",
+            "every file except report and audit is the same as in the manifest, byte for byte; the former dataset was made "
+            "without FAISS, by a version without reports, or with another audit, or this one was",
             err=True,
         )
     else:
@@ -545,15 +446,10 @@ def _compare(former: Manifest, repeated: Manifest) -> None:
 
 def _without_report(manifest: Manifest) -> list[FileEntry]:
     """Return the files whose bytes do not depend on what is installed beside the models."""
-    from dermis.dataset.manifest import REPORT, REPORT_PAGE
+    from dermis.dataset.manifest import AUDIT_TEXT, PRIVACY_AUDIT, REPORT, REPORT_PAGE
 
-    return [file for file in manifest.files if file.name not in (REPORT, REPORT_PAGE)]
-
-
-def _differences(there: Mapping[str, str], here: Mapping[str, str]) -> str:
-    """Describe how the synthesizer of a manifest differs from the present one; empty if it does not."""
-    keys = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
-    return "; ".join(f"{key} is {there.get(key, '-')} there, {here.get(key, '-')} here" for key in keys)
+    additions = (REPORT, REPORT_PAGE, PRIVACY_AUDIT, AUDIT_TEXT)
+    return [file for file in manifest.files if file.name not in additions]
 
 
 def _read(path: Path) -> bytes:

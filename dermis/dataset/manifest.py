@@ -44,12 +44,25 @@ METADATA = "metadata.csv"
 PREVIEW = "preview.png"
 CARD = "README.md"
 REPORT, REPORT_PAGE = "report.json", "report.html"
-SINGLE_FILES = (METADATA, PREVIEW, CARD, REPORT, REPORT_PAGE)
+PRIVACY_AUDIT, AUDIT_TEXT = "privacy_audit.json", "AUDIT.md"
+SINGLE_FILES = (METADATA, PREVIEW, CARD, REPORT, REPORT_PAGE, PRIVACY_AUDIT, AUDIT_TEXT)
 """Files of a dataset that hold no images."""
 FORMAT_VERSION = 1
 MAX_MANIFEST_BYTES = 256 << 20  # that of the largest dataset has 60 MiB
 
 PREVIEW_COLUMNS, PREVIEW_IMAGES, PREVIEW_SIDE = 8, 64, 128
+
+
+@dataclass(frozen=True)
+class DatasetAudit:
+    """Result of a privacy audit of a dataset: as JSON values (`PrivacyAudit.to_json`), and as a text for people."""
+
+    document: Mapping[str, Any]
+    text: str
+
+
+Audit = Callable[[Iterator[tuple[DatasetSample, Images]]], DatasetAudit]
+"""Audits the samples of a dataset and their pixels, in order."""
 
 
 @dataclass(frozen=True)
@@ -172,9 +185,10 @@ def finalize(
     expose: Expose | None = None,
     *,
     examine: Examine | None = None,
+    audit: Audit | None = None,
     on_batch: Callable[[], None] | None = None,
 ) -> Manifest:
-    """Write metadata.csv, preview.png, README.md, the report, images.zip if the format has one, and then manifest.json.
+    """Write metadata.csv, preview.png, README.md, report and audit, images.zip if the format has one, and then manifest.json.
 
     It can be run again after a crash. A dataset that is complete is not changed.
 
@@ -185,6 +199,7 @@ def finalize(
         identity: Identity of synthesizer, classifier and index, with which all shards were made.
         expose: Measures what the images disclose of the training set; required if `plan.gated`.
         examine: Computes features for the report of a dataset without a gate; without it they are not measured.
+        audit: Audits the images; the report then has this result in place of the bundle's audit.
         on_batch: Called between the images that are measured for the report. An exception ends the work.
 
     Returns:
@@ -219,7 +234,9 @@ def finalize(
         examine,
         on_batch,
     )
-    measured = replace(measured, tallies=tallies, privacy=privacy)
+    audited = None if audit is None else audit(_pixels(plan, store, records))
+    own = None if audited is None else audited.document
+    measured = replace(measured, tallies=tallies, privacy=privacy, audit=own)
     counts = {name: len(samples) for name, samples in kept.items()}
     content = make_report(plan, bundle, counts, measured)
     texts = {
@@ -229,6 +246,15 @@ def finalize(
         REPORT: content.to_json(),
         REPORT_PAGE: report_page(content).encode(),
     }
+    if audited is not None:
+        texts[PRIVACY_AUDIT] = (json.dumps(audited.document, indent=2) + "\n").encode()
+        texts[AUDIT_TEXT] = audited.text.encode()
+    for name in {
+        PRIVACY_AUDIT,
+        AUDIT_TEXT,
+    } - texts.keys():  # of a run with an audit that was killed before the manifest
+        if store.size(name) is not None:
+            store.remove(name)
     for name, data in texts.items():
         store.write(name, data)
         files.append(FileEntry(name, len(data), hashlib.sha256(data).hexdigest()))
@@ -385,6 +411,14 @@ def _chosen_images(
         for name, data in _images(plan, store, record) if names else ():
             if name in names:
                 yield name, decode(data)
+
+
+def _pixels(plan: DatasetPlan, store: Store, records: Sequence[ShardRecord]) -> Iterator[tuple[DatasetSample, Images]]:
+    """Yield all samples that have an image, and its pixels."""
+    for record in records:
+        samples = {file_name(plan, sample.index, sample.label): sample for sample in _kept(plan, record)}
+        for name, data in _images(plan, store, record):
+            yield samples[name], decode(data)
 
 
 def _tally(plan: DatasetPlan, records: Sequence[ShardRecord]) -> dict[str, ClassifierTally]:

@@ -7,6 +7,7 @@ training) and generated images. Everything here works on arrays: features [N, di
     generator_attacks  membership inference from the generator itself
     controls           what members and non-members reveal without any generator
     disclosure         members with a near generated image, against non-members with one
+    shares             intervals of the difference of two shares
     epsilon            lower bounds on the epsilon of differential privacy
     power              what the audit could have detected
     questions          singling out, linkability, inference

@@ -298,6 +298,8 @@ def measure_attacks(
         seed: Seed of the permutations.
         permutations: Number of permutations.
     """
+    if not attacks:
+        return ()
     p_values = permutation_p([each.values for each in attacks], labels, patients, seed=seed, permutations=permutations)
     adjusted = holm(p_values.ravel()).reshape(p_values.shape)
     held_out = int((labels == 0).sum())
@@ -384,7 +386,11 @@ def permutation_p(
 
     Patients are assigned to members and non-members at random, as many to each as there are. The statistics are the mean rank
     of members less that of non-members, and the same for the amount by which scores exceed the percentile of all images,
-    which is limited so that a single image does not dominate. The tests are exact if the patients were divided at random.
+    which is limited so that a single image does not dominate.
+
+    If the patients were divided at random, the tests are exact for scores that do not depend on the division, as those of the
+    distance, the density ratio, the projection and the discriminator. Scores of `cross_validated` (the learned attack, the
+    classifier of the split) depend on the labels of other patients, so their tests are approximations.
     """
     from scipy.stats import rankdata
 
@@ -415,9 +421,14 @@ def permutation_p(
 
 
 def tail_excess(scores: Floats) -> Floats:
-    """Return by how much each score exceeds the 98th percentile, at most three times that percentile's gap to the median."""
+    """Return by how much each score exceeds the 98th percentile, at most three times that percentile's gap to the median.
+
+    If none exceeds it, the images with the largest score have 1 and the others 0.
+    """
     middle, tail = np.quantile(scores, [0.5, TAIL])
     excess: Floats = np.clip(scores - tail, 0, 3 * max(tail - middle, np.finfo(float).tiny))
+    if not excess.any():  # more than 2 % of the images have the largest score, as exact copies do
+        excess = ((scores == tail) & (scores > middle)).astype(np.float64)
     return excess
 
 

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from dermis.errors import DataError
 from dermis.metrics.classification import REPLICATES, Labels, resampled
-from dermis.metrics.neighbours import Features
+from dermis.metrics.neighbours import Features, nearest
 from dermis.privacy import verdict as rules
 from dermis.privacy.attacks import (
     Access,
@@ -33,7 +33,7 @@ from dermis.privacy.power import Power, plant, power_of
 from dermis.privacy.questions import Answer, Attribute, answer_questions
 from dermis.privacy.verdict import Outcome, Scope, Status, Verdict, verdict_of
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no reasons in `disclosures`, and judged questions without any success
 MIN_IMAGES = 50  # of members and of non-members
 
 
@@ -45,7 +45,7 @@ class Subject:
         scope: "bundle", or "dataset" for the images of a dataset.
         bundle_name: Name of the bundle.
         bundle_digest: Digest of the bundle before the audit was stored in it.
-        dataset_digest: SHA-256 of the dataset's manifest, or of its images if it has none.
+        dataset_digest: SHA-256 of the dataset's manifest, or of its images if it has none or was not finished.
         generated: Number of generated images.
         members: Number of members.
         member_patients: Number of their patients; None if not known.
@@ -187,19 +187,26 @@ def run_audit(
     scores = [each for pair in zip(spaces, neighbours, strict=True) for each in sample_scores(*pair)]
     scores.append(learned_scores(neighbours, labels, patients, generated=len(spaces[0].generated), seed=seed))
     scores += evidence.generator_scores
+    scores, useless = _useful(scores)
     attacks = measure_attacks(scores, split, labels, patients, weights, seed=seed)
     level = 1 - rules.WARN_LEVEL
     near = tuple(
-        disclosures(space.name, each, labels, weights, level=1 - (1 - level) / len(spaces))
+        disclosures(
+            space.name,
+            each,
+            labels,
+            patients,
+            to_planted=nearest(space.real, evidence.planted[space.name], 1)[0][:, 0] if evidence.planted else None,
+            level=1 - (1 - level) / len(spaces),
+            seed=seed,
+        )
         for space, each in zip(spaces, neighbours, strict=True)
     )
     epsilon = epsilon_bound(
         {f"{each.attack} ({each.space})": each.values for each in scores}, labels, patients, delta=delta, seed=seed
     )
-    answers = answer_questions(
-        spaces, neighbours, evidence.attributes, labels, patients, weights, level=level, seed=seed
-    )
-    power = _power(evidence, neighbours, labels, patients, 2 * len(scores), seed)
+    answers = answer_questions(spaces, neighbours, evidence.attributes, labels, patients, level=level, seed=seed)
+    power = _power(evidence, neighbours, labels, patients, max(2 * len(scores), 1), seed)
     outcomes = (
         *_outcomes_of_images(subject),
         _fair_split(control),
@@ -220,8 +227,22 @@ def run_audit(
         epsilon,
         power,
         answers,
-        tuple(evidence.remarks),
+        (*evidence.remarks, *useless),
     )
+
+
+def _useful(scores: Sequence[Scores]) -> tuple[list[Scores], list[str]]:
+    """Return the scores that can distinguish images, and a remark on each attack that was left out."""
+    useful, remarks = [], []
+    for each in scores:
+        name = f"The attack {each.attack} ({each.space})"
+        if not np.isfinite(each.values).all():
+            remarks.append(f"{name} has scores that are not numbers, so it was left out.")
+        elif np.ptp(each.values) <= 1e-9 * max(1.0, float(np.abs(each.values).max())):
+            remarks.append(f"{name} has the same score for all images, so it was left out.")
+        else:
+            useful.append(each)
+    return useful, remarks
 
 
 def _labels(space: Space, names: Sequence[str]) -> tuple[Labels, Patients]:
@@ -342,13 +363,21 @@ def _judge(rule: str, text: str, counts: bool, fails: bool, control: SplitContro
 
 
 def _disclosures(near: Sequence[Disclosures], control: SplitControl) -> Outcome:
-    worst = max(near, key=lambda each: each.excess.low)
+    measured = [(each, each.excess) for each in near if each.excess is not None]
+    missing = "; ".join(f"{each.space}: {each.reason}" for each in near if each.excess is None)
+    if not measured:
+        return Outcome("disclosures", "not measured", f"Images with a near generated image are too few ({missing}).")
+    worst, excess = max(measured, key=lambda pair: pair[1].low)
     text = (
         f"{worst.members_near:,} of {worst.members:,} members have a near generated image, {worst.expected_by_chance:.1f} "
-        f"are expected by coincidence ({worst.space}); difference of the shares {worst.excess.value:+.2%} "
-        f"[{worst.excess.low:+.2%}, {worst.excess.high:+.2%}]"
+        f"are expected by coincidence ({worst.space}); difference of the shares {excess.value:+.2%} "
+        f"[{excess.low:+.2%}, {excess.high:+.2%}]{_also_missing(missing)}"
     )
-    return _by_interval("disclosures", text, worst.excess.low, rules.FAIL_EXCESS_NEAR, control)
+    return _by_interval("disclosures", text, excess.low, rules.FAIL_EXCESS_NEAR, control)
+
+
+def _also_missing(reasons: str) -> str:
+    return f"; not measured: {reasons}" if reasons else ""
 
 
 def _by_interval(rule: str, text: str, low: float, limit: float, control: SplitControl) -> Outcome:
@@ -363,31 +392,33 @@ def _by_interval(rule: str, text: str, low: float, limit: float, control: SplitC
 
 def _epsilon(bound: EpsilonBound | None, control: SplitControl) -> Outcome:
     if bound is None:
-        return Outcome("epsilon", "not measured", "There are too few patients for two halves.")
+        return Outcome("epsilon", "not measured", "There are too few patients for two halves, or no attack.")
     text = (
-        f"With {bound.confidence:.0%} confidence epsilon is at least {bound.value:.2f} "
-        f"({bound.from_rates:.2f} from rates at delta {bound.delta:g}, {bound.from_pairs:.2f} from pairs)"
+        f"With {bound.joint_confidence:.0%} confidence for both, epsilon is at least {bound.from_rates:.2f} for adding or "
+        f"removing one image (delta {bound.delta:g}) and at least {bound.from_pairs:.2f} for replacing one image by another"
     )
     if control.separates:
         return Outcome(
-            "epsilon", "not measured", f"{text}; the bound is not valid, because the sets differ in their images."
+            "epsilon", "not measured", f"{text}; the bounds are not valid, because the sets differ in their images."
         )
     status: Status = "pass"
     if bound.value > rules.WARN_EPSILON:
         status = "fail" if bound.value > rules.FAIL_EPSILON else "warn"
-    return Outcome("epsilon", status, f"{text}. The true epsilon can be much larger.")
+    return Outcome("epsilon", status, f"{text}. The true values can be much larger.")
 
 
 def _question(answers: Sequence[Answer], name: str, control: SplitControl) -> Outcome:
     rule = name.replace(" ", "-")
     measured = [(each, each.excess) for each in answers if each.question == name and each.excess is not None]
+    missing = "; ".join(
+        f"{each.subject}: {each.reason}" for each in answers if each.question == name and not each.excess
+    )
     if not measured:
-        reasons = "; ".join(f"{each.subject}: {each.reason}" for each in answers if each.question == name)
-        return Outcome(rule, "not measured", f"Not measured ({reasons}).")
+        return Outcome(rule, "not measured", f"Not measured ({missing}).")
     worst, excess = max(measured, key=lambda pair: pair[1].low)
     text = (
         f"{worst.subject}: success {worst.members:.1%} on members, {worst.controls:.1%} on held-out images, difference "
-        f"{excess.value:+.1%} [{excess.low:+.1%}, {excess.high:+.1%}]"
+        f"{excess.value:+.1%} [{excess.low:+.1%}, {excess.high:+.1%}]{_also_missing(missing)}"
     )
     return _by_interval(rule, text, excess.low, rules.FAIL_RISK, control)
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from dermis.metrics.classification import Estimate, Floats, Labels
-from dermis.privacy.attacks import Neighbours, estimate
+from dermis.privacy.attacks import Neighbours, Patients
+from dermis.privacy.shares import difference_of_shares, too_few
 
 PERCENTILE = 1.0
 
@@ -23,7 +24,8 @@ class Disclosures:
 
     `threshold` is the 1st percentile of the distances of real images to the nearest real image of another patient.
     `excess` is the share of members with a generated image nearer than that less the share of non-members; its interval has
-    the level `level`. `expected_by_chance` is the number of members that would be near by coincidence.
+    the level `level`. `expected_by_chance` is the number of members that would be near by coincidence. If too few
+    images are near to detect a difference, and would be with planted copies as well, `excess` is None and `reason` says so.
     """
 
     space: str
@@ -33,24 +35,44 @@ class Disclosures:
     non_members: int
     non_members_near: int
     expected_by_chance: float
-    excess: Estimate
+    excess: Estimate | None
     level: float
+    reason: str = ""
 
 
-def disclosures(space: str, neighbours: Neighbours, labels: Labels, weights: Floats, *, level: float) -> Disclosures:
+def disclosures(
+    space: str,
+    neighbours: Neighbours,
+    labels: Labels,
+    patients: Patients,
+    *,
+    to_planted: Floats | None = None,
+    level: float,
+    seed: int,
+) -> Disclosures:
     """Count near pairs.
 
     Args:
         space: Name of the feature space.
         neighbours: Neighbours of the real images.
         labels: 1 for members, 0 for non-members.
-        weights: Replicates of the bootstrap, [R, N].
+        patients: Patient of each image.
+        to_planted: Distance of each real image to the nearest of some copies of members, which are not generated images;
+            None without such copies. If they are near their originals, few near images are not a lack of power.
         level: Level of the interval.
+        seed: Seed of the permutations.
     """
     threshold = float(np.percentile(neighbours.to_real[:, 0], PERCENTILE))
-    near = (neighbours.to_generated[:, 0] <= threshold).astype(np.float64)
+    near = neighbours.to_generated[:, 0] <= threshold
     counts = [int(near[labels == label].sum()) for label in (0, 1)]
     sizes = [int((labels == label).sum()) for label in (0, 1)]
+    reason = too_few(near, labels, patients, level=level)
+    if (
+        reason
+        and to_planted is not None
+        and not too_few(near | (to_planted <= threshold), labels, patients, level=level)
+    ):
+        reason = ""
     return Disclosures(
         space=space,
         threshold=threshold,
@@ -59,18 +81,7 @@ def disclosures(space: str, neighbours: Neighbours, labels: Labels, weights: Flo
         non_members=sizes[0],
         non_members_near=counts[0],
         expected_by_chance=counts[0] / sizes[0] * sizes[1],
-        excess=estimate(difference_of_shares(near, labels, weights), level),
+        excess=None if reason else difference_of_shares(near, labels, patients, level=level, seed=seed),
         level=level,
+        reason=reason,
     )
-
-
-def difference_of_shares(values: Floats, labels: Labels, weights: Floats) -> Floats:
-    """Compute the mean of values of members less that of non-members, and its replicates: [1 + R]."""
-    all_weights = np.concatenate([np.ones((1, len(labels))), weights])
-    means = []
-    for label in (1, 0):
-        chosen = labels == label
-        total = np.maximum(all_weights[:, chosen].sum(axis=1), np.finfo(float).tiny)
-        means.append(all_weights[:, chosen] @ values[chosen] / total)
-    difference: Floats = means[0] - means[1]
-    return difference

@@ -1,7 +1,7 @@
 """Lower bounds on epsilon, the parameter of differential privacy, from the success of attacks.
 
-If training were (epsilon, delta)-differentially private with respect to one patient's image, an attack with true-positive
-rate T and false-positive rate F would satisfy (Kairouz et al., arXiv 1311.0776)
+If training were (epsilon, delta)-differentially private with respect to adding or removing one image, an attack with
+true-positive rate T and false-positive rate F would satisfy (Kairouz et al., arXiv 1311.0776)
 
     T <= e^epsilon F + delta   and   1 - F <= e^epsilon (1 - T) + delta,
 
@@ -18,7 +18,10 @@ number of right guesses is at most Binomial(r, e^epsilon / (1 + e^epsilon)) (the
 arXiv 2305.08846, theorem 5.2 with delta = 0, for pairs). The smallest epsilon that the number of right guesses does not
 contradict is the bound.
 
-Both are lower bounds: a small one is no proof that epsilon is small.
+So the bounds are about different relations, adding or removing one image, and replacing one image by another, of which the
+epsilon can be up to twice as large. They are stated separately. Each has a confidence of 97.5 %, so that both together have
+95 % (Bonferroni). Epsilon with respect to all images of a patient is at least as large as with respect to one image, so both
+are lower bounds for it too. A small lower bound is no proof that epsilon is small.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from numpy.typing import NDArray
 from dermis.metrics.classification import Floats, Labels
 from dermis.privacy.attacks import Patients
 
-CONFIDENCE = 0.95
+CONFIDENCE = 0.975  # of each bound
 DELTA = 1e-5
 _THRESHOLDS = 64
 _SHARES = (0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0)
@@ -43,10 +46,11 @@ MIN_PATIENTS = 20  # of members and of non-members in each half
 
 @dataclass(frozen=True)
 class EpsilonBound:
-    """Lower bounds on epsilon at a confidence, from one half of the patients with an attack chosen on the other half.
+    """Lower bounds on two epsilons, from one half of the patients with an attack chosen on the other half.
 
-    `from_rates` allows for `delta`; `true_positives` and `false_positives` are the counts it is based on. `from_pairs` is the
-    bound for a single training run (delta = 0), from `right` of `guesses` guesses.
+    `confidence` is that of each bound for itself. `from_rates` is about adding or removing one image and allows for `delta`;
+    `true_positives` and `false_positives` are the counts it is based on. `from_pairs` is about replacing one image by another
+    (delta = 0), from `right` of `guesses` guesses about a single training run.
     """
 
     confidence: float
@@ -63,8 +67,13 @@ class EpsilonBound:
 
     @property
     def value(self) -> float:
-        """The larger bound."""
+        """The larger of the two numbers, which is judged. It is not a bound on one of the two epsilons alone."""
         return max(self.from_rates, self.from_pairs)
+
+    @property
+    def joint_confidence(self) -> float:
+        """Confidence that both bounds hold."""
+        return 1 - 2 * (1 - self.confidence)
 
 
 def epsilon_bound(
@@ -76,19 +85,21 @@ def epsilon_bound(
     confidence: float = CONFIDENCE,
     seed: int = 0,
 ) -> EpsilonBound | None:
-    """Compute both bounds. Each has the confidence for itself.
+    """Compute both bounds.
 
     Args:
         scores: Scores [N] by attack.
         labels: 1 for members, 0 for non-members.
         patients: Patient of each image.
         delta: The delta of the first bound.
-        confidence: Probability that a bound is not above the true epsilon.
+        confidence: Probability for each bound that it is not above the true epsilon.
         seed: Seed of the halves, of the images of each patient, and of the pairs.
 
     Returns:
-        The bounds; None if a half has fewer than 20 members or non-members.
+        The bounds; None without scores, or if a half has fewer than 20 members or non-members.
     """
+    if not scores:
+        return None
     rng = np.random.default_rng(seed)
     choice, test = _halves(labels, patients, rng)
     if min(int((labels[half] == label).sum()) for half in (choice, test) for label in (0, 1)) < MIN_PATIENTS:

@@ -21,6 +21,7 @@ import numpy as np
 from dermis.metrics.classification import Labels
 from dermis.metrics.neighbours import Features
 from dermis.privacy.attacks import Neighbours, Patients, Space, neighbours_of, permutation_p, sample_scores
+from dermis.privacy.shares import fewest_by_chance
 
 POWER = 0.8
 PLANTED_SHARE = 0.02
@@ -69,12 +70,8 @@ def power_of(members: int, non_members: int, tests: int, planted: Planted | None
 
 def detectable_share(members: int, non_members: int, level: float) -> float | None:
     """Compute the smallest share of members that cannot have the highest scores by chance."""
-    chance = 1.0
-    for k in range(members):
-        chance *= (members - k) / (members + non_members - k)
-        if chance <= level:
-            return (k + 1) / members
-    return None
+    count = fewest_by_chance(members, non_members, level)
+    return None if count is None else count / members
 
 
 def plant(

@@ -5,8 +5,9 @@ knows nothing (Giomi et al., "Anonymeter", arXiv 2211.10459): success on non-mem
 The risk is (r_members - r_controls) / (1 - r_controls).
 
 singling out  Can a generated image be used to isolate one person? Each generated image makes one guess: "exactly one patient
-              has an image nearer to this one than half the distance to the nearest other generated image". The guess uses
-              generated images only. It is tested on sets of equally many patients.
+              has an image nearer to this one than the nearest other generated image". The guess uses generated images
+              only. It is tested on sets of equally many patients, a quarter of the number of generated images or fewer: in
+              larger sets several patients would be as near by coincidence, and in much smaller radii nobody.
 linkability   Can two records of one person be linked through the generated images? Two images of a patient are linked if the
               same generated image is nearest to both. Where too few patients have two images, the two records are two views of
               one image: its features in two spaces.
@@ -28,10 +29,13 @@ from numpy.typing import NDArray
 from dermis.metrics.classification import Estimate, Floats, Labels
 from dermis.metrics.neighbours import nearest, squared_distances
 from dermis.privacy.attacks import Neighbours, Patients, Space, estimate
-from dermis.privacy.disclosure import difference_of_shares
+from dermis.privacy.shares import difference_of_shares, too_few
 
 Name = Literal["singling out", "linkability", "inference"]
 MIN_ATTEMPTS = 50  # on members and on non-members
+_GUESSES_FOR_PATIENT = 4
+_REPLICATES = 1000
+_PERMUTATIONS = 2000
 
 
 @dataclass(frozen=True)
@@ -64,44 +68,106 @@ class Attribute:
 
 
 def _answer(
-    question: Name, subject: str, measure: str, rates: tuple[float, float], values: Floats, attempts: int, level: float
+    question: Name,
+    subject: str,
+    measure: str,
+    rates: tuple[float, float],
+    excess: Estimate,
+    attempts: int,
+    level: float,
 ) -> Answer:
     members, controls = rates
-    risk = (members - controls) / (1 - controls) if controls < 1 else 0.0
-    return Answer(question, subject, measure, members, controls, estimate(values, level), risk, attempts, level)
+    risk = (members - controls) / (1 - controls)
+    return Answer(question, subject, measure, members, controls, excess, risk, attempts, level)
+
+
+def _answer_of_images(
+    question: Name,
+    subject: str,
+    measure: str,
+    success: NDArray[np.bool_],
+    labels: Labels,
+    patients: Patients,
+    *,
+    level: float,
+    seed: int,
+) -> Answer:
+    """Answer a question from the success of one attempt on each image (or pair of images of a patient)."""
+    if reason := too_few(success, labels, patients, level=level):
+        return Answer(question, subject, measure, reason=f"attempts that succeed: {reason}")
+    rates = (float(success[labels == 1].mean()), float(success[labels == 0].mean()))
+    excess = difference_of_shares(success, labels, patients, level=level, seed=seed)
+    return _answer(question, subject, measure, rates, excess, len(success), level)
 
 
 def singling_out(space: Space, labels: Labels, patients: Patients, *, level: float, seed: int) -> Answer:
-    """Answer the first question in one feature space. The interval is from a bootstrap of the guesses."""
-    measure = "a generated image isolates exactly one patient"
+    """Answer the first question in one feature space.
+
+    The interval is from a bootstrap of both the guesses and the patients. If it is above 0, it is extended to 0 unless a test
+    confirms it, in which patients are assigned to the sets at random and all guesses are tested again.
+    """
     rng = np.random.default_rng(seed)
-    radii = nearest(space.generated, space.generated, 1, exclude_self=True)[0][:, 0] / 2
     names, group = np.unique(patients, return_inverse=True)
     is_member = np.zeros(len(names), bool)
     is_member[group[labels == 1]] = True
-    members, others = (rng.permutation(np.flatnonzero(of_kind)) for of_kind in (is_member, ~is_member))
-    size = min(len(members), len(others))
-    if min(size, len(space.generated)) < MIN_ATTEMPTS:
+    kinds = [rng.permutation(np.flatnonzero(of_kind)) for of_kind in (is_member, ~is_member)]
+    count = len(space.generated)
+    size = min(*map(len, kinds), max(count // _GUESSES_FOR_PATIENT, 1))
+    measure = f"a generated image isolates exactly one of {size:,} patients"
+    if min(*map(len, kinds), count) < MIN_ATTEMPTS:
         return Answer("singling out", "images", measure, reason=f"fewer than {MIN_ATTEMPTS} patients or images")
-    sets = np.zeros((len(names), 0))
-    kinds: list[int] = []
-    for label, chosen in ((1, members), (0, others)):  # all disjoint sets of `size` patients
-        for start in range(0, len(chosen) - size + 1, size):
-            column = np.zeros((len(names), 1))
-            column[chosen[start : start + size]] = 1
-            sets, kinds = np.concatenate([sets, column], axis=1), [*kinds, label]
-    columns, group_of_image = torch.from_numpy(sets), torch.from_numpy(group)
-    alone = np.zeros((len(space.generated), len(kinds)))
+    sets = [len(of_kind) // size for of_kind in kinds]  # all disjoint sets of `size` patients, first those of members
+    chosen = [of_kind[: number * size] for of_kind, number in zip(kinds, sets, strict=True)]
+    compared = np.concatenate(chosen)
+    guesses, hits = _within_radius(space, group)
+
+    def successes(assigned: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
+        """Return guess and patient of each success if patients are assigned to the sets in this order, and its kind."""
+        set_of = np.full(len(names), -1)
+        set_of[assigned] = np.arange(len(assigned)) // size
+        inside = np.flatnonzero(set_of[hits] >= 0)
+        keys = guesses[inside] * sum(sets) + set_of[hits[inside]]
+        alone = inside[np.bincount(keys)[keys] == 1] if len(inside) else inside
+        return guesses[alone], hits[alone], set_of[hits[alone]] < sets[0]
+
+    def rates(of_members: NDArray[np.bool_], weights: Floats) -> tuple[float, float]:
+        totals = weights[of_members].sum() / sets[0], weights[~of_members].sum() / sets[1]
+        return float(totals[0] / count), float(totals[1] / count)
+
+    by_guess, by_patient, of_members = successes(compared)
+    isolated = np.isin(compared, by_patient)
+    if reason := too_few(isolated, is_member[compared].astype(np.int64), compared, level=level):
+        return Answer("singling out", "images", measure, reason=f"a generated image isolates them: {reason}")
+    observed = rates(of_members, np.ones(len(by_guess)))
+    values = [observed[0] - observed[1]]
+    for _ in range(_REPLICATES):
+        of_guess = np.bincount(rng.integers(0, count, count), minlength=count)
+        drawn = [each[rng.integers(0, len(each), len(each))] for each in chosen]
+        of_patient = np.bincount(np.concatenate(drawn), minlength=len(names))
+        replicate = rates(of_members, (of_guess[by_guess] * of_patient[by_patient]).astype(np.float64))
+        values.append(replicate[0] - replicate[1])
+    excess = estimate(np.array(values), level)
+    if excess.low > 0:
+        as_large = 0
+        for _ in range(_PERMUTATIONS):
+            kind = successes(rng.permutation(len(names))[: len(compared)])[2]
+            permuted = rates(kind, np.ones(len(kind)))
+            as_large += permuted[0] - permuted[1] >= excess.value - 1e-12
+        if (1 + as_large) / (1 + _PERMUTATIONS) > (1 - level) / 2:
+            excess = Estimate(excess.value, 0.0, excess.high)
+    return _answer("singling out", "images", measure, observed, excess, count, level)
+
+
+def _within_radius(space: Space, group: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return all pairs of a generated image and a patient with an image within its radius: numbers of both."""
+    radii = nearest(space.generated, space.generated, 1, exclude_self=True)[0][:, 0]
+    pairs = [np.zeros((0, 2), np.int64)]
     for rows, squared in squared_distances(space.generated, space.real):
-        within = (squared <= torch.from_numpy(radii[rows, None] ** 2)).double()
-        hit = torch.zeros(len(within), len(names), dtype=torch.float64).index_add_(1, group_of_image, within) > 0
-        alone[rows] = (hit.double() @ columns == 1).numpy()
-    success = [alone[:, np.array(kinds) == label].mean(axis=1) for label in (1, 0)]
-    difference = success[0] - success[1]
-    draws = [difference[rng.integers(0, len(difference), len(difference))].mean() for _ in range(1000)]
-    values = np.concatenate([[difference.mean()], draws])
-    rates = (float(success[0].mean()), float(success[1].mean()))
-    return _answer("singling out", "images", measure, rates, values, len(difference), level)
+        within = (squared <= torch.from_numpy(radii[rows, None] ** 2)).nonzero().numpy()
+        numbers = np.arange(len(radii))[rows][within[:, 0]]
+        pairs.append(np.unique(np.stack([numbers, group[within[:, 1]]], axis=1), axis=0))
+    guesses, hits = np.concatenate(pairs).T
+    return guesses, hits
 
 
 def linkability(
@@ -109,7 +175,6 @@ def linkability(
     neighbours: Sequence[Neighbours],
     labels: Labels,
     patients: Patients,
-    weights: Floats,
     *,
     level: float,
     seed: int,
@@ -131,11 +196,16 @@ def linkability(
         reason = f"fewer than {MIN_ATTEMPTS} patients have two images, and there is only one feature space"
         return Answer("linkability", "images", "", reason=reason)
     other = neighbours[1].generated_indices[:, 0] if subject == "two views of one image" else closest
-    linked = (closest[first] == other[second]).astype(np.float64)
-    of_kind = labels[first]
-    rates = (float(linked[of_kind == 1].mean()), float(linked[of_kind == 0].mean()))
-    values = difference_of_shares(linked, of_kind, weights[:, first])
-    return _answer("linkability", subject, measure, rates, values, len(linked), level)
+    return _answer_of_images(
+        "linkability",
+        subject,
+        measure,
+        closest[first] == other[second],
+        labels[first],
+        patients[first],
+        level=level,
+        seed=seed,
+    )
 
 
 def inference(
@@ -144,7 +214,6 @@ def inference(
     attribute: Attribute,
     labels: Labels,
     patients: Patients,
-    weights: Floats,
     *,
     level: float,
     seed: int,
@@ -166,16 +235,20 @@ def inference(
     if min(int((labels[known] == label).sum()) for label in (0, 1)) < MIN_ATTEMPTS:
         reason = f"fewer than {MIN_ATTEMPTS} members or held-out images have a value"
         return Answer("inference", attribute.name, measure, reason=reason)
-    right = _right(values, of_generated, neighbours.generated_indices[:, 0])[known]
-    of_kind = labels[known]
-    rates = (float(right[of_kind == 1].mean()), float(right[of_kind == 0].mean()))
-    replicates = difference_of_shares(right, of_kind, weights[:, known])
-    return _answer("inference", attribute.name, measure, rates, replicates, len(right), level)
-
-
-def _right(values: NDArray[np.str_], of_generated: NDArray[np.str_], closest: NDArray[np.int64]) -> Floats:
-    right: Floats = (values == of_generated[closest]).astype(np.float64)
-    return right
+    guesses = of_generated[neighbours.generated_indices[:, 0]]
+    if len(set(guesses[known].tolist())) < 2:
+        reason = "all nearest generated images have the same value, so nothing about a person is guessed"
+        return Answer("inference", attribute.name, measure, reason=reason)
+    return _answer_of_images(
+        "inference",
+        attribute.name,
+        measure,
+        (values == guesses)[known],
+        labels[known],
+        patients[known],
+        level=level,
+        seed=seed,
+    )
 
 
 def answer_questions(
@@ -184,7 +257,6 @@ def answer_questions(
     attributes: Sequence[Attribute],
     labels: Labels,
     patients: Patients,
-    weights: Floats,
     *,
     level: float,
     seed: int,
@@ -193,10 +265,10 @@ def answer_questions(
     own = 1 - (1 - level) / (2 + max(len(attributes), 1))
     answers = [
         singling_out(spaces[0], labels, patients, level=own, seed=seed),
-        linkability(spaces, neighbours, labels, patients, weights, level=own, seed=seed),
+        linkability(spaces, neighbours, labels, patients, level=own, seed=seed),
     ]
     answers += [
-        inference(spaces[0], neighbours[0], attribute, labels, patients, weights, level=own, seed=seed)
+        inference(spaces[0], neighbours[0], attribute, labels, patients, level=own, seed=seed)
         for attribute in attributes
     ]
     if not attributes:

@@ -14,6 +14,10 @@ _MEANING = {
     "warn": "read the rules below before you release anything",
     "fail": "do not release this before the cause is found",
 }
+_FORMER = (
+    "This audit was made by an earlier version of dermis: its intervals of rare events are too narrow, and a question without "
+    "any success counts as a pass. Audit again."
+)
 LIMITS = (
     "A pass is no proof of anonymity. It says that these attacks, with these images, found nothing; section Power says what "
     "they could have found.",
@@ -21,11 +25,11 @@ LIMITS = (
     "parts of images) can be missed.",
     "Everything rests on held-out images from the same population, separated at random before the training and by patient. "
     "The rule fair-split checks this as far as images show it.",
-    "A bound on epsilon is a lower bound. Only training with differential privacy gives an upper bound.",
+    "The bounds on epsilon are lower bounds. Only training with differential privacy gives an upper bound.",
     "What a model that is trained on the generated images discloses was not measured.",
     "Tests also reject by chance. For a generator that discloses nothing, the rules on attacks together give a warning in at "
     "most 5 % and a fail in at most 1 % of audits, fair-split a warning in 5 %, disclosures and the three questions one in "
-    "2.5 % each.",
+    "at most 2.5 % each.",
 )
 
 
@@ -68,7 +72,8 @@ def _head(audit: PrivacyAudit) -> str:
         ("feature spaces", ", ".join(sorted(subject.spaces))),
         ("seed", str(subject.seed)),
     ]
-    remarks = "".join(f"\n- {_line(remark)}" for remark in audit.remarks)
+    stated = [*audit.remarks, *([_FORMER] if audit.format_version < 2 else [])]
+    remarks = "".join(f"\n- {_line(remark)}" for remark in stated)
     text = _line(verdict.text)
     return (
         f"# Privacy audit of a {what}\n\n"
@@ -131,7 +136,9 @@ def _disclosures(audit: PrivacyAudit) -> str:
             f"{each.members_near:,} of {each.members:,}",
             f"{each.expected_by_chance:.1f}",
             f"{each.non_members_near:,} of {each.non_members:,}",
-            f"{each.excess.value:+.2%} [{each.excess.low:+.2%}, {each.excess.high:+.2%}]",
+            f"not measured: {each.reason}"
+            if each.excess is None
+            else f"{each.excess.value:+.2%} [{each.excess.low:+.2%}, {each.excess.high:+.2%}]",
         )
         for each in audit.disclosures
     ]
@@ -146,13 +153,16 @@ def _disclosures(audit: PrivacyAudit) -> str:
 def _epsilon(audit: PrivacyAudit) -> str:
     bound = audit.epsilon
     if bound is None:
-        return "Not measured: there are too few patients for two halves."
+        return "Not measured: there are too few patients for two halves, or no attack."
     return (
-        f"With {bound.confidence:.0%} confidence the training was not differentially private with an epsilon below "
-        f"{bound.value:.2f}. From {bound.true_positives:,} of {bound.members:,} members and {bound.false_positives:,} of "
-        f"{bound.non_members:,} held-out images that the attack `{bound.attack}` took for members: "
-        f"{bound.from_rates:.2f} at delta {bound.delta:g}. From {bound.right:,} right guesses of {bound.guesses:,} pairs: "
-        f"{bound.from_pairs:.2f}."
+        f"If the training was differentially private at all, then with these parameters, which hold together with "
+        f"{bound.joint_confidence:.0%} confidence:\n\n"
+        f"- for adding or removing one image: epsilon at least {bound.from_rates:.2f} at delta {bound.delta:g}, from "
+        f"{bound.true_positives:,} of {bound.members:,} members and {bound.false_positives:,} of {bound.non_members:,} "
+        f"held-out images that the attack `{_line(bound.attack)}` took for members;\n"
+        f"- for replacing one image by another: epsilon at least {bound.from_pairs:.2f} at delta 0, from {bound.right:,} right "
+        f"guesses of {bound.guesses:,} pairs.\n\n"
+        "Epsilon for all images of a patient is at least as large as for one image."
     )
 
 

@@ -87,9 +87,9 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "epsilon",
-        "empirical lower bound on epsilon",
-        f"it is above {WARN_EPSILON:g}",
-        f"it is above {FAIL_EPSILON:g}",
+        "empirical lower bounds on epsilon, for adding or removing one image and for replacing one",
+        f"one of them is above {WARN_EPSILON:g}",
+        f"one of them is above {FAIL_EPSILON:g}",
     ),
     *(
         Rule(

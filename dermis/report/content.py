@@ -82,7 +82,7 @@ class ReportSection:
 
 @dataclass(frozen=True)
 class ReportRule:
-    """A rule of the privacy audit of the bundle."""
+    """A rule of the privacy audit."""
 
     id: str
     status: str
@@ -91,11 +91,12 @@ class ReportRule:
 
 @dataclass(frozen=True)
 class ReportAudit:
-    """The privacy audit of the bundle: its verdict, or "not measured"."""
+    """The privacy audit of this dataset or, if it was not audited, of the bundle: its verdict, or "not measured"."""
 
     verdict: str
     rules: tuple[ReportRule, ...] = ()
     remedy: str | None = None
+    scope: Literal["bundle", "dataset"] = "bundle"
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,7 @@ class Measurements:
         features_problem: Why there are no features, if the bundle could have had them.
         tallies: Results of the classifier by class; None if images were not scored.
         privacy: Results of the gate; None without one.
+        audit: Privacy audit of these images as JSON values; None to show that of the bundle.
     """
 
     appearances: Mapping[str, Sequence[Appearance]]
@@ -175,6 +177,7 @@ class Measurements:
     features_problem: str | None = None
     tallies: Mapping[str, ClassifierTally] | None = None
     privacy: PrivacyReport | None = None
+    audit: Mapping[str, Any] | None = None
 
 
 def make_report(
@@ -203,7 +206,9 @@ def make_report(
         "artefacts": _artefacts(bundle, measured),
         "skin_tone": _skin_tone(bundle, measured),
     }
-    audited = report_audit(bundle.privacy_audit)
+    audited = report_audit(bundle.privacy_audit if measured.audit is None else measured.audit)
+    if measured.audit is not None:
+        audited = replace(audited, scope="dataset")
     training = bundle.provenance.get("dataset")
     count = training.get("images") if isinstance(training, Mapping) else None
     origin = ReportOrigin(

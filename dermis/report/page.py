@@ -98,12 +98,12 @@ def _section(title: str, section: ReportSection) -> str:
 def _audit(audit: ReportAudit) -> str:
     if audit.verdict == NOT_MEASURED:
         remedy = html.escape(audit.remedy or "")
-        return f'<h2>Privacy audit of the bundle</h2><p><span class="missing">{NOT_MEASURED}</span>. {remedy}.</p>\n'
+        return f'<h2>Privacy audit of the {audit.scope}</h2><p><span class="missing">{NOT_MEASURED}</span>. {remedy}.</p>\n'
     rules = "".join(
         f"<tr><td>{html.escape(rule.id)}</td><td>{html.escape(rule.status)}</td><td>{html.escape(rule.text)}</td></tr>"
         for rule in audit.rules
     )
-    return f"""<h2>Privacy audit of the bundle</h2><p>Verdict: <strong>{html.escape(audit.verdict)}</strong></p>
+    return f"""<h2>Privacy audit of the {audit.scope}</h2><p>Verdict: <strong>{html.escape(audit.verdict)}</strong></p>
 <table><tr><th>rule</th><th>result</th><th></th></tr>{rules}</table>
 """
 

@@ -64,7 +64,7 @@ def scorecard(
                 *_named(sections["privacy"], "authentic after the gate", "authentic images"),
                 *_named(sections["privacy"], "AUC of the distance attack", "nearest distance"),
             ],
-            [f"Privacy audit of the bundle: {audit.verdict}.", f"Licence: {origin.licence}."],
+            [f"Privacy audit of the {audit.scope}: {audit.verdict}.", f"Licence: {origin.licence}."],
         ),
         "comprehension": (
             [

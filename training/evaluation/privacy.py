@@ -162,17 +162,29 @@ def audit_privacy(
 
 
 def check_sets(
-    bundle: Bundle, members: ImageDataset, non_members: ImageDataset, dataset: ImageDataset | None = None
+    bundle: Bundle,
+    members: ImageDataset,
+    non_members: ImageDataset,
+    dataset: ImageDataset | None = None,
+    *,
+    options: tuple[str, str] = ("--members", "--non-members"),
 ) -> None:
     """Check that the sets are large enough, fit the bundle's classes, and share no image and no patient.
+
+    Args:
+        bundle: The bundle.
+        members: Its training images.
+        non_members: Held-out images.
+        dataset: Images of an audited dataset.
+        options: Names of the options of members and non-members, for messages.
 
     Raises:
         DataError: A check fails.
     """
-    sets = {"--members": members, "--non-members": non_members, "--dataset": dataset}
+    sets = dict(zip(options, (members, non_members), strict=True))
+    if dataset is not None:
+        sets["--dataset"] = dataset
     for option, images in sets.items():
-        if images is None:
-            continue
         if len(images.labels) < MIN_IMAGES:
             raise DataError(
                 f"{option}: {len(images.labels)} images are too few for an audit; give {MIN_IMAGES} or more"
@@ -181,10 +193,9 @@ def check_sets(
         if bundle.class_names and unknown:
             raise DataError(
                 f"{option}: has the class {min(unknown)}, but the bundle has {', '.join(bundle.class_names)}; name "
-                f"their column "
-                "with --class-column"
+                f"their column with {options[0].removesuffix('members')}class-column"
             )
-    check_holdout(members, non_members, trained_on(bundle.provenance), option="--non-members", data_option="--members")
+    check_holdout(members, non_members, trained_on(bundle.provenance), option=options[1], data_option=options[0])
 
 
 def _remarks(bundle: Bundle, members: ImageDataset, groups: Sequence[str] | None, digest: str | None) -> list[str]:
@@ -245,7 +256,7 @@ def _generated(
     if dataset is not None:
         classes = [dataset.class_names[label] if bundle.class_names else "" for label in dataset.labels]
         return [real_features(dataset, space, cache, bar=bar) for space in spaces], classes
-    labels = labels_in_proportion(_bundle_labels(bundle, members), count)
+    labels = labels_in_proportion(bundle_labels(bundle, members), count)
     generation = Generation(labels, options.seed, options.truncation_psi, ("random",))
     parts: list[list[NDArray[np.float32]]] = [[] for _ in spaces]
     with Synthesizer(bundle, device=device) as synthesizer:
@@ -258,7 +269,7 @@ def _generated(
     return [np.concatenate(collected) for collected in parts], names
 
 
-def _bundle_labels(bundle: Bundle, images: ImageDataset) -> NDArray[np.int64]:
+def bundle_labels(bundle: Bundle, images: ImageDataset) -> NDArray[np.int64]:
     """Class numbers of the bundle for images; zeros for a bundle without classes."""
     if not bundle.class_names:
         return np.zeros_like(images.labels)
@@ -338,7 +349,7 @@ def _generator_scores(
                     discriminator_scores(
                         discriminator,
                         each.images,
-                        _bundle_labels(bundle, each).tolist(),
+                        bundle_labels(bundle, each).tolist(),
                         len(bundle.class_names),
                         device=resolve_device(device),
                         on_batch=bar.update,

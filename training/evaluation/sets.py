@@ -34,12 +34,15 @@ class Generation:
     noise_modes: Sequence[NoiseMode]
 
 
-def load_spaces(names: Sequence[str], device: torch.device) -> tuple[list[FeatureExtractor], str]:
+def load_spaces(
+    names: Sequence[str], device: torch.device, *, option: str = "--extractor"
+) -> tuple[list[FeatureExtractor], str]:
     """Load the feature spaces of --extractor or, without names, those of the default that can be loaded.
 
     Args:
         names: Values of the option, each with one name or several separated by commas.
         device: Device of the networks.
+        option: Name of the option, for messages.
 
     Returns:
         The spaces, and a remark on default spaces that cannot be loaded; "" if there are none.
@@ -50,12 +53,12 @@ def load_spaces(names: Sequence[str], device: torch.device) -> tuple[list[Featur
     chosen = [part.strip() for name in names for part in name.split(",")]
     if chosen:
         if len(set(chosen)) < len(chosen):
-            raise DermisError(f"--extractor: {max(chosen, key=chosen.count)} is given more than once")
+            raise DermisError(f"{option}: {max(chosen, key=chosen.count)} is given more than once")
         loaded = [feature_extractor(name, device) for name in chosen]
         labels = [extractor.name for extractor in loaded]
         for name, label in zip(chosen, labels, strict=True):
             if labels.count(label) > 1:
-                raise DermisError(f"--extractor: {name} has the same name as another one, {label}; rename its file")
+                raise DermisError(f"{option}: {name} has the same name as another one, {label}; rename its file")
         return loaded, ""
     spaces, missing = [], []
     for name in DEFAULT_SPACES:
@@ -64,9 +67,9 @@ def load_spaces(names: Sequence[str], device: torch.device) -> tuple[list[Featur
         except (DermisError, ImportError) as error:
             missing.append((name, str(error)))
     if not spaces:
-        raise DermisError(f"--extractor: none of {', '.join(DEFAULT_SPACES)} can be loaded: {missing[0][1]}")
+        raise DermisError(f"{option}: none of {', '.join(DEFAULT_SPACES)} can be loaded: {missing[0][1]}")
     reasons = "; ".join(f"{name} cannot be loaded ({reason})" for name, reason in missing)
-    remark = f"--extractor: {reasons}; measuring in {spaces[0].name} only" if missing else ""
+    remark = f"{option}: {reasons}; measuring in {spaces[0].name} only" if missing else ""
     return spaces, remark
 
 

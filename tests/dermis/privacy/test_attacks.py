@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from dermis.errors import DataError
+from dermis.metrics.neighbours import nearest
 from dermis.privacy.attacks import Scores, Space, holm, neighbours_of, permutation_p
 from dermis.privacy.audit import Evidence, PrivacyAudit, Subject, run_audit
+from dermis.privacy.disclosure import disclosures
 from dermis.privacy.epsilon import bound_from_guesses, epsilon_bound
 from dermis.privacy.power import detectable_share
-from dermis.privacy.questions import Attribute
+from dermis.privacy.questions import Attribute, linkability
 from dermis.privacy.report import audit_report
 from dermis.privacy.verdict import RULES, Outcome, rules_of, verdict_of
 
@@ -117,6 +119,60 @@ def test_two_percent_near_copies_are_caught_with_500_held_out_images() -> None:
     assert max(attack.auc.value for attack in audit.attacks) < 0.6, "an average hides them"
 
 
+def test_attacks_that_cannot_succeed_are_not_measured() -> None:
+    """All generated images are the same but for noise, and of one class: nothing is near them, and no guess can be right."""
+    members, held_out = _population(1, 150), _population(2, 150)
+    generated = (_population(3, 1) + 10 + np.random.default_rng(0).normal(0, 1e-3, (100, DIM))).astype(np.float32)
+    constant = Scores("projection", "generator", "pixels", np.zeros(300))
+    broken = Scores("discriminator", "generator", "logit", np.full(300, np.nan))
+    classes = (["a", "b"] * 150, ["a"] * 100)
+    audit = _audit(members, held_out, generated, classes=classes, generator_scores=(constant, broken), scope="bundle")
+    statuses = _statuses(audit)
+    powerless = {"disclosures", "singling-out", "inference", "generator-average", "generator-few"}
+    assert {rule for rule, status in statuses.items() if status == "not measured"} >= powerless, audit.outcomes
+    assert {"same score", "not numbers"} <= {
+        text for text in ("same score", "not numbers") if text in str(audit.remarks)
+    }
+    text = audit_report(PrivacyAudit.from_json(audit.to_json()))
+    assert "0 of 300 patients show it; at least" in text and not audit.verdict.complete
+    same = np.ones((100, DIM), np.float32)
+    without_differences = _audit(same, same, same, classes=(["a"] * 200, ["a"] * 100))
+    measured = {rule for rule, status in _statuses(without_differences).items() if status == "pass"}
+    assert measured == {"training-set", "patients", "fair-split"} and not without_differences.attacks
+
+
+def test_no_near_image_passes_only_where_planted_copies_are_near() -> None:
+    members, held_out = _population(1, 600), _population(2, 300)
+    space = Space("one", members, held_out, (_population(3, 50) + 10).astype(np.float32))
+    labels, patients = np.repeat(np.array([1, 0]), [600, 300]), np.arange(900)
+    neighbours = neighbours_of(space, patients)
+    copies = {noise: members[:30] + np.random.default_rng(0).normal(0, noise, (30, DIM)) for noise in (0.1, 5.0)}
+    excess = {}
+    for noise, planted in copies.items():
+        distances = nearest(space.real, planted.astype(np.float32), 1)[0][:, 0]
+        excess[noise] = disclosures(
+            "one", neighbours, labels, patients, to_planted=distances, level=0.95, seed=0
+        ).excess
+    measured = excess[0.1]
+    assert excess[5.0] is None and measured is not None
+    assert measured.low < measured.value == 0 < measured.high < 0.01
+
+
+def test_attack_that_always_succeeds_shows_no_difference() -> None:
+    members, held_out = _population(1, 100), _population(2, 100)
+    spaces = [Space(name, members, held_out, _population(3, 1)) for name in ("one", "two")]
+    labels, patients = np.repeat(np.array([1, 0]), 100), np.arange(200)
+    neighbours = [neighbours_of(space, patients) for space in spaces]
+    answer = linkability(spaces, neighbours, labels, patients, level=0.95, seed=0)
+    assert answer.excess is None and "0 of 200 patients do not show it" in answer.reason
+
+
+def test_many_copies_with_the_same_highest_score_are_few_members_too() -> None:
+    scores = np.concatenate([np.full(40, 9.0), np.random.default_rng(0).normal(size=1460)])
+    p = permutation_p([scores], np.repeat(np.array([1, 0]), [1000, 500]), np.arange(1500), seed=0, permutations=1000)
+    assert p[0, 1] < 0.01
+
+
 def test_attack_on_sets_of_different_populations_does_not_count() -> None:
     held_out = (0.8 * _population(2, HELD_OUT) + 0.15).astype(np.float32)
     audit = _audit(_population(1, MEMBERS), held_out, _population(3, MEMBERS))
@@ -144,11 +200,15 @@ def test_result_round_trips_and_refuses_newer_formats() -> None:
     audit = _audit(_population(1, 100), _population(2, 100), _population(3, 100))
     values = json.loads(json.dumps(audit.to_json(), allow_nan=False))
     assert PrivacyAudit.from_json(values) == audit
-    with pytest.raises(DataError, match="format 2.*newer dermis"):
-        PrivacyAudit.from_json(values | {"format_version": 2})
+    with pytest.raises(DataError, match="format 3.*newer dermis"):
+        PrivacyAudit.from_json(values | {"format_version": 3})
     with pytest.raises(DataError, match="verdict"):
         PrivacyAudit.from_json({key: value for key, value in values.items() if key != "verdict"})
+    former = PrivacyAudit.from_json(values | {"format_version": 1})
+    assert audit.epsilon is not None
     text = audit_report(audit)
+    assert "together with 95 % confidence" in text.replace("95%", "95 %") and "for replacing one image" in text
+    assert "earlier version" in audit_report(former) and "earlier version" not in text
     assert "patient-" not in text + json.dumps(values)
     assert text.index("**Verdict:") < text.index("## Rules") < text.index("## Attacks") < text.index("## Limits")
 
@@ -212,7 +272,8 @@ def test_bounds_are_large_for_certain_attacks_and_zero_for_guesses() -> None:
     certain = epsilon_bound({"a": labels + rng.normal(0, 0.01, 1000)}, labels, np.arange(1000))
     guess = epsilon_bound({"a": rng.normal(size=1000)}, labels, np.arange(1000))
     assert certain is not None and guess is not None
-    assert certain.from_rates > 4 and certain.from_pairs > 4 and guess.value < 0.5
+    assert certain.from_rates > 3.9 and certain.from_pairs > 4 and guess.value < 0.5
+    assert certain.confidence == 0.975 and math.isclose(certain.joint_confidence, 0.95), "of each, of both"
     low = 0.05 ** (1 / 100)
     assert math.isclose(bound_from_guesses(100, 100, error=0.05), math.log(low / (1 - low)), rel_tol=1e-9)
     assert epsilon_bound({"a": rng.normal(size=60)}, labels[470:530], np.arange(60)) is None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from html.parser import HTMLParser
@@ -28,8 +28,9 @@ from dermis.bundle.reference import (
     write_reference_folder,
 )
 from dermis.classifier.onnx_session import Classifier
-from dermis.dataset.manifest import finalize
+from dermis.dataset.manifest import DatasetAudit, finalize
 from dermis.dataset.plan import plan_for
+from dermis.dataset.reading import read_samples
 from dermis.dataset.request import DatasetRequest
 from dermis.dataset.scoring import Synthesize
 from dermis.dataset.shards import write_shard
@@ -182,7 +183,9 @@ def test_report_says_what_was_not_measured_and_never_passes_it(tmp_path: Path) -
     wanted = DatasetRequest.model_validate({"model": "tiny", "classes": {"malignant": 2, "benign": 1}})
     planned, store = plan_for(wanted, plain), Store(tmp_path / "d")
     write_shard(planned, 0, noise, store)
+    (tmp_path / "d" / "AUDIT.md").write_text("of a run that was killed before it finished")
     finalize(planned, store, plain, {})
+    assert verify(tmp_path / "d").ok
     report = json.loads((tmp_path / "d" / "report.json").read_bytes())
     assert tuple(each["id"] for each in report["scorecard"]) == SEVEN
     for name in ("fidelity", "variety", "utility", "privacy"):
@@ -195,6 +198,28 @@ def test_report_says_what_was_not_measured_and_never_passes_it(tmp_path: Path) -
     assert status["congruence"] == status["coverage"] == status["compliance"] == "not measured"
     page = (tmp_path / "d" / "report.html").read_text()
     assert "not measured" in page and not re.search(r">\s*(pass|passed)\b", page)
+
+
+@pytest.mark.parametrize("file_format", ["imagefolder", "parquet"])
+def test_own_audit_of_a_dataset_replaces_that_of_the_bundle(tmp_path: Path, file_format: str) -> None:
+    plain = make_bundle(tmp_path / "b")
+    wanted = DatasetRequest.model_validate({"classes": {"malignant": 2, "benign": 1}, "format": file_format})
+    planned, store = plan_for(wanted, plain), Store(tmp_path / "d")
+    write_shard(planned, 0, noise, store)
+    document = {"verdict": {"status": "fail"}, "outcomes": [{"rule": "epsilon", "status": "fail", "finding": "large"}]}
+
+    def audit(samples: Iterable[tuple[Any, Any]]) -> DatasetAudit:
+        assert [(sample.index, pixels.shape) for sample, pixels in samples] == [(i, (24, 24, 3)) for i in range(3)]
+        assert not (tmp_path / "d" / "manifest.json").exists()
+        return DatasetAudit(document, "# Audit\n")
+
+    finalize(planned, store, replace(plain, privacy_audit={"verdict": {"status": "pass"}}), {}, audit=audit)
+    report = json.loads((tmp_path / "d" / "report.json").read_bytes())
+    assert (report["audit"]["scope"], report["audit"]["verdict"]) == ("dataset", "fail")
+    assert "Privacy audit of the dataset: fail." in str(report["scorecard"])
+    assert "<h2>Privacy audit of the dataset</h2>" in (tmp_path / "d" / "report.html").read_text()
+    assert json.loads((tmp_path / "d" / "privacy_audit.json").read_text()) == document
+    assert verify(tmp_path / "d").ok and len(list(read_samples(tmp_path / "d"))) == 3
 
 
 def test_page_loads_nothing_and_escapes_all_text(bundle: Bundle, tmp_path: Path) -> None:

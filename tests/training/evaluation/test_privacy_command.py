@@ -15,7 +15,9 @@ from typer.testing import CliRunner
 import dermis.features
 from commands.main import app
 from dermis.bundle import amend_bundle, open_bundle
-from dermis.errors import BundleError, DataError, DermisError, RequestError
+from dermis.dataset.reading import read_samples
+from dermis.dataset.verify import verify
+from dermis.errors import BundleError, DataError, DermisError, RequestError, StorageError
 from dermis.features import FeatureExtractor
 from dermis.synthesizer import Synthesizer
 from tiny import make_bundle
@@ -186,3 +188,86 @@ def test_bundle_with_a_foreign_audit_opens_and_show_refuses_it(folders: tuple[Pa
     file.write_text("[]")
     with pytest.raises(BundleError, match="differs from what"):
         open_bundle(folders[0])
+
+
+def _generate(folders: tuple[Path, Path, Path], out: Path, *arguments: object, audited: bool = True) -> str:
+    bundle, members, others = folders
+    asked = ("--bundle", bundle, "--classes", "benign=35,malignant=25", "--device", "cpu", "--out", out)
+    audit = ("--audit-members", members, "--audit-non-members", others, "--audit-extractor", "quarters,extremes")
+    result = CliRunner().invoke(app, ["generate", *map(str, (*asked, *(audit if audited else ()), *arguments))])
+    if result.exception is not None:
+        raise result.exception
+    return result.output
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("file_format", ["imagefolder", "parquet"])
+def test_dataset_is_audited_when_it_is_made(
+    folders: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file_format: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "dataset"
+    with monkeypatch.context() as patch:
+        patch.setattr("training.evaluation.privacy.run_audit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(SystemExit):
+            _generate(folders, out, "--format", file_format)
+    assert not {"manifest.json", "privacy_audit.json", "AUDIT.md", "report.json"} & {
+        file.name for file in out.iterdir()
+    }
+    output = _generate(folders, out, "--format", file_format)
+    assert verify(out).ok and len(list(read_samples(out))) == 60
+    document, report = (json.loads((out / name).read_text()) for name in ("privacy_audit.json", "report.json"))
+    verdict = document["verdict"]["status"]
+    assert f"audit: {verdict}: " in output and document["subject"]["scope"] == "dataset"
+    assert (report["audit"]["scope"], report["audit"]["verdict"]) == ("dataset", verdict)
+    assert f"Privacy audit of the dataset: {verdict}." in str(report["scorecard"])
+    text = "".join(
+        (out / name).read_text() for name in ("AUDIT.md", "privacy_audit.json", "report.html", "report.json")
+    )
+    assert "Privacy audit of the dataset" in text and not any(leak in text for leak in ("ISIC_", "anna", str(tmp_path)))
+    _run(folders, tmp_path / "audit", "--dataset", out)
+    separate = json.loads((tmp_path / "audit" / "audit.json").read_text())
+    assert separate["attacks"] == document["attacks"] and separate["disclosures"] == document["disclosures"]
+
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    _generate(folders, out, "--format", file_format, audited=False)
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before, "it is finished"
+    (out / "AUDIT.md").write_text("pass")
+    with pytest.raises(StorageError, match="was audited; run the whole command with the --audit options"):
+        _generate(folders, out, "--format", file_format, audited=False)
+    _generate(folders, out, "--format", file_format)
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before, "it is repaired"
+    again = CliRunner().invoke(
+        app,
+        ["generate", *map(str, ("--manifest", out / "manifest.json", "--bundle", folders[0], "--out", tmp_path / "b"))],
+    )
+    assert again.exit_code == 0 and "every file except report and audit is the same" in again.output, again.exception
+
+
+def test_audits_of_datasets_that_cannot_be_made_are_refused_first(
+    folders: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    bundle, members, others = folders
+    finished = tmp_path / "finished"
+    _generate(folders, finished, audited=False)
+    with pytest.raises(StorageError, match="finished without an audit; audit it with dermis privacy audit --dataset"):
+        _generate(folders, finished)
+    assert verify(finished).ok
+    out = tmp_path / "dataset"
+    monkeypatch.setattr("commands.generate._make", lambda *_: pytest.fail("images were generated first"))
+    for arguments, field in (
+        (("--audit-members", members), "--audit-non-members"),
+        (("--audit-non-members", others), "--audit-non-members"),
+        (("--audit-extractor", "quarters"), "--audit-extractor"),
+    ):
+        with pytest.raises(RequestError) as refused:
+            _generate(folders, out, *arguments, audited=False)
+        assert refused.value.field == field
+    with pytest.raises(RequestError, match="omit it with --only-shard"):
+        _generate(folders, out, "--only-shard", 0)
+    with pytest.raises(RequestError, match="40 images are too few"):
+        _generate(folders, out, "--classes", "benign=40")
+    with pytest.raises(DataError, match=r"--audit-non-members: 80 of its images are also in --audit-members"):
+        _generate((bundle, members, members), out)
+    assert not out.exists()

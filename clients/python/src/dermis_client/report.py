@@ -79,11 +79,12 @@ class ReportRule(ResponseRecord):
 
 
 class ReportAudit(ResponseRecord):
-    """The privacy audit of the bundle. verdict: "pass", "warn", "fail" or "not measured"."""
+    """A privacy audit. verdict: "pass", "warn", "fail" or "not measured"; scope: "bundle", or "dataset" for these images."""
 
     verdict: str
     rules: list[ReportRule]
     remedy: str | None = None
+    scope: str = "bundle"
 
 
 class ReportRequest(ResponseRecord):
@@ -114,7 +115,7 @@ class DatasetReport(ResponseRecord):
         requested: Images that were asked for.
         sample: Images whose artefacts and skin tones were measured.
         scorecard: Seven questions, each with its numbers.
-        audit: The privacy audit of the bundle.
+        audit: The privacy audit of the dataset if it has one, otherwise of the bundle.
         limits: Sentences on what the dataset must not be used for.
     """
 
