@@ -12,6 +12,7 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 from PIL import Image
 
+from dermis.perceptual_hash import mirrored, perceptual_hashes, turned_and_mirrored
 from lesions import lesion
 from training.data.duplicates import (
     CORRELATION,
@@ -22,8 +23,6 @@ from training.data.duplicates import (
     embedding_pairs,
     groups,
     hash_pairs,
-    mirrored,
-    perceptual_hashes,
     union,
 )
 
@@ -100,6 +99,16 @@ def test_mirror_images_are_found_when_asked_for() -> None:
 
     assert len(confirmed(mirrored_pairs, load, progress=False)) == 0
     assert len(confirmed(mirrored_pairs, load, mirrors=True, progress=False)) == 1
+
+
+def test_hashes_of_turned_images_follow_from_those_of_the_images() -> None:
+    images = [lesion(seed) for seed in range(8)]
+    expected = turned_and_mirrored(perceptual_hashes(images))
+    for quarters in range(4):
+        for flip in (1, -1):
+            views = [np.ascontiguousarray(np.rot90(image, quarters)[:, ::flip]) for image in images]
+            for value, positions in zip(perceptual_hashes(views), expected, strict=True):
+                assert min(bits(value, position) for position in positions) <= 1
 
 
 @given(arrays(np.uint64, st.integers(0, 40)), st.integers(0, 64), st.booleans())
