@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-_SIDE, _FREQUENCIES = 32, 8
+_SIDE, _FREQUENCIES, _FINGERPRINT_FREQUENCIES = 32, 8, 16
+FINGERPRINT_WORDS = 4  # of 64 bits
 _ROUNDING = 1e-9  # coefficients of a plain image are not exactly zero
 
 Hashes = NDArray[np.uint64]
@@ -52,20 +53,39 @@ def mirrored(hashes: Hashes) -> Hashes:
     return hashes[:, None] ^ np.array([np.packbits(mask).view(">u8")[0] for mask in masks], dtype=np.uint64)
 
 
-def turned_and_mirrored(hashes: Hashes) -> Hashes:
-    """Compute the hashes of images in all eight positions: mirrored, turned by quarters, or both.
+def fingerprints(images: Iterable[NDArray[np.uint8]]) -> Hashes:
+    """Compute longer hashes, which confuse different images less often when there are many.
 
-    Swapping the axes of an image swaps those of its coefficients.
+    The bits are those of `perceptual_hashes` for the frequencies 1 to 16.
 
     Args:
-        hashes: uint64 [N].
+        images: RGB images [H, W, 3] of any sizes.
 
     Returns:
-        uint64 [N, 8], the first of which are the hashes of the images as they are.
+        uint64 [N, 4].
     """
-    bits = np.unpackbits(hashes.astype(">u8").view(np.uint8).reshape(-1, 8), axis=1).reshape(-1, 8, 8)
-    swapped = np.packbits(bits.transpose(0, 2, 1).reshape(-1, 64), axis=1).view(">u8")[:, 0].astype(np.uint64)
-    return np.concatenate([mirrored(hashes), mirrored(swapped)], axis=1)
+    rows = [np.packbits(_signs(image, _FINGERPRINT_FREQUENCIES)).view(">u8") for image in images]
+    return np.array(rows, dtype=np.uint64).reshape(len(rows), FINGERPRINT_WORDS)
+
+
+def turned_and_mirrored(marks: Hashes) -> Hashes:
+    """Compute the fingerprints of images in all eight positions: mirrored, turned by quarters, or both.
+
+    Swapping the axes of an image swaps those of its coefficients, and mirroring it changes the signs of the odd ones.
+
+    Args:
+        marks: Fingerprints uint64 [N, 4].
+
+    Returns:
+        uint64 [N, 8, 4], the first of which are the fingerprints of the images as they are.
+    """
+    side = _FINGERPRINT_FREQUENCIES
+    bits = np.unpackbits(marks.astype(">u8").view(np.uint8), axis=1).reshape(-1, side, side)
+    odd = np.broadcast_to((np.arange(1, side + 1) % 2).astype(np.uint8), (side, side))
+    flips = (np.zeros_like(odd), odd, odd.T, odd ^ odd.T)
+    positions = np.stack([view ^ flip for view in (bits, bits.transpose(0, 2, 1)) for flip in flips], axis=1)
+    packed = np.packbits(positions.reshape(len(marks), 8, side * side), axis=2)
+    return packed.view(">u8").astype(np.uint64)
 
 
 def luminance(image: NDArray[np.uint8], side: int) -> Matrix:
@@ -76,11 +96,17 @@ def luminance(image: NDArray[np.uint8], side: int) -> Matrix:
 
 
 def _hash(image: NDArray[np.uint8]) -> int:
+    return int(np.packbits(_signs(image, _FREQUENCIES)).view(">u8")[0])
+
+
+def _signs(image: NDArray[np.uint8], frequencies: int) -> NDArray[np.bool_]:
+    """Return whether the coefficients [frequencies, frequencies] of the texture of an image are positive."""
     grey = luminance(image, _SIDE)
     detail = grey - _blurred(grey, 8)
     detail /= np.sqrt(_blurred(detail**2, 6)) + 3
-    cosines = _cosines()
-    return int(np.packbits(cosines @ detail @ cosines.T > _ROUNDING).view(">u8")[0])
+    cosines = _cosines(frequencies)
+    positive: NDArray[np.bool_] = cosines @ detail @ cosines.T > _ROUNDING
+    return positive
 
 
 def _blurred(picture: Matrix, deviation: float) -> Matrix:
@@ -101,7 +127,7 @@ def _gaussian(deviation: float) -> Matrix:
     return matrix
 
 
-@lru_cache(maxsize=1)
-def _cosines() -> Matrix:
-    """Return the rows [8, 32] of the type-II DCT for the frequencies 1 to 8."""
-    return np.cos(np.pi * np.outer(np.arange(1, _FREQUENCIES + 1), 2 * np.arange(_SIDE) + 1) / (2 * _SIDE))
+@lru_cache(maxsize=4)
+def _cosines(frequencies: int) -> Matrix:
+    """Return the rows [frequencies, 32] of the type-II DCT from frequency 1 on."""
+    return np.cos(np.pi * np.outer(np.arange(1, frequencies + 1), 2 * np.arange(_SIDE) + 1) / (2 * _SIDE))
