@@ -30,6 +30,7 @@ recognised, and how often different images are taken for copies."""
 MAX_ANSWERS = 1_000_000
 """Largest number of answers that are kept."""
 _FIRST_ROWS = 1024
+_BLOCK = 1 << 15  # images compared at a time, so that their fingerprints fit into the cache
 
 Floats = NDArray[np.float32]
 
@@ -116,8 +117,8 @@ class _Table:
     def __init__(self) -> None:
         self._count = 0
         self._times = np.empty(_FIRST_ROWS)
-        self._marks = np.empty((_FIRST_ROWS, FINGERPRINT_WORDS), np.uint64)
-        self._answers = np.empty((_FIRST_ROWS, 2), np.float32)
+        self._marks = np.empty((FINGERPRINT_WORDS, _FIRST_ROWS), np.uint64)  # each word of all images, which is faster
+        self._answers = np.empty((2, _FIRST_ROWS), np.float32)
 
     def __len__(self) -> int:
         return self._count
@@ -135,21 +136,23 @@ class _Table:
 
     def find(self, positions: Hashes) -> NDArray[np.float32] | None:
         """Return the answer on the most similar image, if one is similar enough to any of the positions [8, 4]."""
-        if not self._count:
-            return None
-        nearest = np.full(self._count, np.iinfo(np.uint16).max, np.uint16)
-        for position in positions:
-            differing = np.bitwise_count(self._marks[: self._count] ^ position).sum(axis=1, dtype=np.uint16)
-            np.minimum(nearest, differing, out=nearest)
-        best = int(nearest.argmin())
-        return self._answers[best].copy() if nearest[best] <= SAME_BITS else None
+        best, fewest = 0, SAME_BITS + 1
+        for start in range(0, self._count, _BLOCK):
+            words = self._marks[:, start : min(start + _BLOCK, self._count)]
+            for position in positions:
+                differing = np.zeros(words.shape[1], np.uint16)
+                for word, other in zip(words, position, strict=True):
+                    differing += np.bitwise_count(word ^ other)
+                if differing.min() < fewest:
+                    best, fewest = start + int(differing.argmin()), int(differing.min())
+        return self._answers[:, best].copy() if fewest <= SAME_BITS else None
 
     def add(self, now: float, mark: Hashes, distance: np.float32, radius: np.float32) -> None:
         """Append an answer."""
         if self._count == len(self._times):
             self._keep(slice(0, self._count), 2 * self._count)
-        self._times[self._count], self._marks[self._count] = now, mark
-        self._answers[self._count] = distance, radius
+        self._times[self._count] = now
+        self._marks[:, self._count], self._answers[:, self._count] = mark, (distance, radius)
         self._count += 1
 
     def _keep(self, rows: slice, size: int) -> None:
@@ -157,6 +160,6 @@ class _Table:
         self._count = rows.stop - rows.start
         for name in ("_times", "_marks", "_answers"):
             old = getattr(self, name)
-            new = np.empty((size, *old.shape[1:]), old.dtype)
-            new[: self._count] = old[rows]
+            new = np.empty((*old.shape[:-1], size), old.dtype)
+            new[..., : self._count] = old[..., rows]
             setattr(self, name, new)
