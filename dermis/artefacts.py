@@ -88,11 +88,17 @@ def frame_mask(rgb: Floats) -> Mask:
     """Regions that include a corner of the image and are darker than 35 % of its bright part in all channels."""
     from scipy import ndimage
 
-    brightest = ndimage.uniform_filter(rgb.max(axis=2), 3)
+    brightest = ndimage.uniform_filter(_brightest(rgb), 3)
     regions, _ = ndimage.label(brightest < 0.35 * np.percentile(brightest, 80))
     with_corner = {int(regions[y, x]) for y in (0, -1) for x in (0, -1)} - {0}
     frame: Mask = np.isin(regions, list(with_corner))
     return frame
+
+
+def _brightest(channels: Floats) -> Floats:
+    """Compute `channels.max(axis=2)`, six times as fast."""
+    brightest: Floats = np.maximum.reduce([channels[..., k] for k in range(channels.shape[2])])
+    return brightest
 
 
 # --- Ruler
@@ -110,11 +116,13 @@ def _ruler(lines: Floats) -> float:
         return 0.0
     picture = Image.fromarray(marks)
     best = 0.0
-    for angle in np.arange(0, 180, 7.5):
-        rows = _averaged_rows(_rotated(picture, float(np.deg2rad(angle))))
-        rows = rows[rows.mean(axis=1) * rows.shape[1] > _SHORT_ROW * _FAINT]  # others have no window above it
-        for window, pitches in ((_SHORT_ROW, np.arange(3, 10)), (_LONG_ROW, np.arange(8, 22))):
-            best = max(best, _regularity(rows, window, pitches))
+    for angle in np.arange(0, 90, 7.5):
+        rotated = _rotated(picture, float(np.deg2rad(angle)))
+        for turned in (rotated, np.ascontiguousarray(np.rot90(rotated))):
+            rows = _averaged_rows(turned)
+            rows = rows[rows.mean(axis=1) * rows.shape[1] > _SHORT_ROW * _FAINT]  # others have no window above it
+            for window, pitches in ((_SHORT_ROW, np.arange(3, 10)), (_LONG_ROW, np.arange(8, 22))):
+                best = max(best, _regularity(rows, window, pitches))
     return best
 
 
@@ -219,12 +227,17 @@ def _ink(rgb: Floats) -> Mask:
     from scipy import ndimage
 
     rgb = ndimage.uniform_filter(rgb, (3, 3, 1)) + 4  # avoids division by 0, and the unreliable hue of black
-    brightness = rgb.max(axis=2)
+    red, cool = rgb[..., 0], np.maximum(rgb[..., 1], rgb[..., 2])
+    ink = cool > 1.4 * red
+    if not ink.any():
+        return ink
+    brightness = np.maximum(red, cool)
     low, high = np.percentile(brightness, [70, 98])
     skin = np.median(rgb[(brightness >= low) & (brightness <= high)], axis=0)
-    red, cool = rgb[..., 0], rgb[..., 1:].max(axis=2)
-    relative_cool = (rgb[..., 1:] / skin[1:]).max(axis=2)
-    ink = (cool > 1.4 * red) & (relative_cool > 1.5 * red / skin[0]) & (relative_cool > 0.6)
+    relative_cool = _brightest(rgb[..., 1:] / skin[1:])
+    ink &= (relative_cool > 1.5 * red / skin[0]) & (relative_cool > 0.6)
+    if not ink.any():
+        return ink
     regions, number = ndimage.label(ndimage.binary_dilation(ink, iterations=2))
     y, x = np.mgrid[: ink.shape[0], : ink.shape[1]] - np.array(ink.shape).reshape(2, 1, 1) / 2
     middle = np.hypot(y, x) < 0.28 * SIDE

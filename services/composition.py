@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from services.gateway.compared import ComparedImages
 from services.gateway.dependencies import Context
 from services.gateway.heat_maps import HeatMaps
 from services.gateway.limits import GatewayLimits
@@ -65,6 +66,7 @@ def compose(settings: Settings, models: ServedModels, inference: InferenceClient
         projections=jobs.projections,
         inference=inference,
         limits=GatewayLimits.of(settings),
+        compared=ComparedImages.of(settings),
         uploads=Uploads(settings),
         heat_maps=HeatMaps(settings, inference.explainer),
         not_ready=_readiness(job_context, jobs),

@@ -186,6 +186,19 @@ class Settings(BaseSettings):
         ge=0,
         description="Maximum number of uploaded images that are compared with the training images in a minute; 0 for none.",
     )
+    authenticity_repeat_seconds: float = Field(
+        86_400.0,
+        ge=0.0,
+        le=604_800.0,
+        description="Time for which the answer on an uploaded image is repeated for changed copies of it; 0 for never. Many "
+        "answers on copies of one image would show more reliably whether it is a training image.",
+    )
+    authenticity_distance_step: float = Field(
+        0.01,
+        ge=0.01,
+        le=1.0,
+        description="Distances of uploaded images are rounded to multiples of this number.",
+    )
     max_projection_images: int = Field(
         32, ge=0, le=1024, description="Maximum number of images in one projection; 0 disables projections."
     )

@@ -44,11 +44,21 @@ class Verdicts:
     """Whether the copy detector takes the image for a changed copy of a training image; None without a detector."""
 
 
-def verdicts_of(nearest: Nearest, description: IndexDescription) -> Verdicts:
-    """Return verdicts on images whose nearest training images are known."""
-    percentiles = np.interp(nearest.distances, description.radii, PERCENTILES, left=0, right=100).astype(np.float32)
+def verdicts_of(nearest: Nearest, description: IndexDescription, *, step: float | None = None) -> Verdicts:
+    """Return verdicts on images whose nearest training images are known.
+
+    Args:
+        nearest: The nearest training images.
+        description: Description of the index.
+        step: Distances are rounded to multiples of this number, and percentiles are those of the rounded distances. None
+            for no rounding.
+    """
+    distances = nearest.distances
+    if step is not None:
+        distances = (np.round(distances.astype(np.float64) / step) * step).astype(np.float32)
+    percentiles = np.interp(distances, description.radii, PERCENTILES, left=0, right=100).astype(np.float32)
     copies = None if nearest.copy_scores is None else nearest.copy_scores >= COPY
-    return Verdicts(nearest.distances, nearest.radii, percentiles, nearest.distances > nearest.radii, copies)
+    return Verdicts(distances, nearest.radii, percentiles, nearest.distances > nearest.radii, copies)
 
 
 def baseline_problem(description: IndexDescription) -> str | None:

@@ -10,7 +10,7 @@ from dermis.bundle.classifier import DEFAULT_THRESHOLD, NOTICE
 from dermis.dataset.columns import feature_kinds, features_code, features_yaml
 from dermis.dataset.containers import SOURCE
 from dermis.dataset.plan import DatasetPlan
-from dermis.dataset.privacy import SHOWN, PrivacyReport
+from dermis.dataset.privacy import SHOWN, PrivacyReport, has_percentile
 from dermis.dataset.scoring import ClassifierTally
 from dermis.imaging import SUFFIXES
 
@@ -132,7 +132,8 @@ def dataset_card(
 
 The first images of each class, class after class, not selected.
 
-**Every image is synthetic**: made by the generator `{bundle.name}`, it shows no real person.
+**Every image is synthetic**: made by the generator `{bundle.name}`. None is a photograph of a person, but a generator
+can reproduce a training image.
 **Not for diagnosis**: class names say which class the generator was asked for, not what a dermatologist would see, and
 the images have the biases of the data that the generator was trained on. {_checked(privacy)}{_edited(plan)}
 
@@ -223,7 +224,9 @@ def _privacy_section(plan: DatasetPlan, privacy: PrivacyReport | None) -> str:
         return ""
     gate = "authentic"
     if options.gate == "min_distance":
-        gate = f"at least as far from it as percentile {options.percentile:g} of the radii of the training images"
+        gate = (
+            f"no nearer to a training image than percentile {options.percentile:g} of the radii of the training images"
+        )
         gate += "" if privacy.limit is None else f" ({privacy.limit:.4f})"
     outcomes = {
         "resample": f"was replaced by the image of another latent (up to {options.tries} latents for each image)",
@@ -246,9 +249,14 @@ def _privacy_section(plan: DatasetPlan, privacy: PrivacyReport | None) -> str:
         + " |"
         for name, class_tally in privacy.classes.items()
     )
-    missing = plan.samples - sum(class_tally.images for class_tally in privacy.classes.values())
+    images = sum(class_tally.images for class_tally in privacy.classes.values())
+    missing = plan.samples - images
     head = " | ".join(f"{percentile} %" for percentile in SHOWN)
-    generated, real = (" | ".join(f"{x:.4f}" for x in distances) for distances in (privacy.distances, privacy.baseline))
+    generated = " | ".join(
+        f"{distance:.4f}" if has_percentile(images, percentile) else "too few images"
+        for percentile, distance in zip(SHOWN, privacy.distances, strict=True)
+    )
+    real = " | ".join(f"{distance:.4f}" for distance in privacy.baseline)
     attack = privacy.exposure.attack
     attack_text = (
         "Whether an attacker can tell training images from others was not measured: the index has no held-out images."

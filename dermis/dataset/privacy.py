@@ -198,6 +198,11 @@ def _kept(samples: Sequence[tuple[int, Checks]]) -> Iterator[GateVerdict]:
     return (checks.verdict for _, checks in samples if checks.verdict is not None)
 
 
+def has_percentile(images: int, percentile: int) -> bool:
+    """Return whether a percentile lies beyond at least one of this number of images, at either end."""
+    return images * min(percentile, 100 - percentile) >= 100
+
+
 def embedding_of(verdict: GateVerdict) -> Floats:
     """Decode the embedding of the image, float32 [dim]."""
     return np.frombuffer(base64.b64decode(verdict.embedding), "<f2").astype(np.float32)

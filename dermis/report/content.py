@@ -17,7 +17,7 @@ from dermis.artefacts import NAMES, wilson_interval
 from dermis.authenticity.verdict import FALSE_ALARMS
 from dermis.bundle.reference import MINIMUM_GROUP, read_features
 from dermis.dataset.plan import DatasetPlan, request_in_words
-from dermis.dataset.privacy import SHOWN, PrivacyReport
+from dermis.dataset.privacy import SHOWN, PrivacyReport, has_percentile
 from dermis.dataset.scoring import ClassifierTally
 from dermis.report.appearance import Appearance, artefact_counts, skin_tones
 from dermis.report.features import MIN_IMAGES, FeatureComparison, Floats, compare
@@ -255,6 +255,11 @@ def share(
     )
 
 
+def counted(name: str, count: int, total: int, class_name: str | None = None) -> ReportNumber:
+    """Return a share of all images, which has no interval; not measured if there are no images."""
+    return ReportNumber(name, rounded(count / total) if total else None, class_name, unit="share")
+
+
 def status_of(numbers: Sequence[ReportNumber]) -> Status:
     """Return whether all, some or none of the numbers were measured."""
     values = [number.value is not None for number in numbers]
@@ -409,7 +414,7 @@ def _utility(bundle: Bundle) -> ReportSection:
         return ReportSection(
             "not measured",
             (ReportNumber("transfer", None),),
-            reason="metrics.json of the bundle has no `transfer`: nobody measured what a classifier learns from its images",
+            reason="metrics.json of the bundle has no `transfer`: no record of what a classifier learns from its images",
             remedy="train a classifier on generated images alone, test it on real ones, and add the result to metrics.json",
         )
     numbers: list[ReportNumber] = []
@@ -439,8 +444,8 @@ def _privacy(plan: DatasetPlan, privacy: PrivacyReport | None) -> ReportSection:
     tallies = privacy.classes.values()
     seen, images = sum(each.seen for each in tallies), sum(each.images for each in tallies)
     numbers = [
-        share("authentic before the gate", sum(each.seen_authentic for each in tallies), seen),
-        share("authentic after the gate", sum(each.authentic for each in tallies), images),
+        counted("authentic before the gate", sum(each.seen_authentic for each in tallies), seen),
+        counted("authentic after the gate", sum(each.authentic for each in tallies), images),
         ReportNumber("images compared", seen, unit="images"),
         ReportNumber("rejected by the gate", sum(each.rejected for each in tallies), unit="images"),
         ReportNumber("flagged in the dataset", sum(each.flagged for each in tallies), unit="images"),
@@ -452,19 +457,25 @@ def _privacy(plan: DatasetPlan, privacy: PrivacyReport | None) -> ReportSection:
     numbers += [
         ReportNumber(f"nearest distance, {percentile} %", generated, reference=real, unit="distance")
         for percentile, generated, real in zip(SHOWN, privacy.distances, privacy.baseline, strict=True)
+        if has_percentile(images, percentile)
     ]
     numbers.append(
         ReportNumber("identifiability", rounded(privacy.exposure.identifiability), unit="share"),
     )
     attack = privacy.exposure.attack
     numbers.append(
-        ReportNumber("AUC of the distance attack", None, reference=0.5)
+        ReportNumber("AUC of the distance attack", None)
         if attack is None
         else ReportNumber(
-            "AUC of the distance attack", rounded(attack.auc), None, rounded(attack.low), rounded(attack.high), 0.5
+            "AUC of the distance attack", rounded(attack.auc), None, rounded(attack.low), rounded(attack.high)
         )
     )
-    notes = ["Distances to the nearest training image; the reference is that of training images to each other."]
+    notes = [
+        "Distances to the nearest training image; the reference is that of training images to each other.",
+        f"An AUC of 0.5 is guessing. The attack uses these {images:,} images; it finds less with fewer images.",
+    ]
+    if not all(has_percentile(images, percentile) for percentile in SHOWN):
+        notes.append("Percentiles that lie between the two nearest or the two farthest images are left out.")
     if privacy.weakness is not None:
         notes.append(f"Copies may pass this check: {privacy.weakness}.")
     problem = (
@@ -479,7 +490,7 @@ def report_audit(audit: Mapping[str, Any] | None) -> ReportAudit:
     verdict = None if audit is None else audit.get("verdict")
     status = verdict.get("status") if isinstance(verdict, Mapping) else None
     if audit is None or status not in ("pass", "warn", "fail"):
-        return ReportAudit(NOT_MEASURED, remedy="audit the bundle: `dermis privacy audit`")
+        return ReportAudit(NOT_MEASURED, remedy="run `dermis privacy audit --attach`, then make the dataset again")
     outcomes = audit.get("outcomes")
     rules = tuple(
         ReportRule(
@@ -566,7 +577,7 @@ def _of_sample(bundle: Bundle, numbers: Sequence[ReportNumber], measured: Measur
 
 def _limits(plan: DatasetPlan, measured: Measurements) -> tuple[str, ...]:
     limits = [
-        "Every image is synthetic and shows no real person. Not for diagnosis.",
+        "No image is a photograph of a person, but a generator can reproduce a training image. Not for diagnosis.",
         "A class name says which class the generator was asked for, not what a dermatologist would see.",
         "The images have the biases of the data that the generator was trained on, and a dataset cannot have more variety.",
         "Fidelity and variety are measured in the features of one network; other networks see other differences.",

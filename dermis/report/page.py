@@ -61,12 +61,12 @@ def report_page(report: DatasetReport) -> str:
 <title>Report of a synthetic dataset</title><style>{_STYLE}</style></head><body>
 <h1>Report of a synthetic dataset</h1>
 <p class="warning">Every image is synthetic. <strong>Not for diagnosis.</strong> Numbers without a reference were not compared
-with real images; what was not measured is marked so, and is no result.</p>
+with real images. "Not measured" is not a result.</p>
 <table>{_rows(facts.items())}</table>
 <h2>Scorecard</h2>
 <div class="card">{"".join(_question(question) for question in report.scorecard)}</div>
-<p class="note">Seven criteria after Zamzmi et al., Communications Engineering 4, 130 (2025). There is no total and no pass
-mark: whether a number is good enough depends on the use. In brackets: 95 % interval.</p>
+<p class="note">Seven criteria after Zamzmi et al., Communications Engineering 4, 130 (2025). There is no total score and no
+threshold for passing: whether a number is good enough depends on the use. In brackets: 95 % interval.</p>
 {sections}{_audit(report.audit)}
 <h2>Limits</h2><ul>{limits}</ul>
 <h2>Request</h2><p><code>{html.escape(json.dumps(report.request.options, sort_keys=True, ensure_ascii=False))}</code></p>
@@ -98,7 +98,8 @@ def _section(title: str, section: ReportSection) -> str:
 def _audit(audit: ReportAudit) -> str:
     if audit.verdict == NOT_MEASURED:
         remedy = html.escape(audit.remedy or "")
-        return f'<h2>Privacy audit of the {audit.scope}</h2><p><span class="missing">{NOT_MEASURED}</span>. {remedy}.</p>\n'
+        missing = f'<span class="missing">{NOT_MEASURED}</span>. To measure it: {remedy}.'
+        return f"<h2>Privacy audit of the {audit.scope}</h2><p>{missing}</p>\n"
     rules = "".join(
         f"<tr><td>{html.escape(rule.id)}</td><td>{html.escape(rule.status)}</td><td>{html.escape(rule.text)}</td></tr>"
         for rule in audit.rules

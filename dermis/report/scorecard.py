@@ -1,7 +1,7 @@
 """The scorecard of a report: seven questions, each with its numbers.
 
 The seven criteria are those of Zamzmi et al., "Scorecard for synthetic medical data evaluation", Communications Engineering
-4, 130 (2025). There is no total and no pass mark: whether a number is good enough depends on the use.
+4, 130 (2025). There is no total score and no threshold for passing: whether a number is good enough depends on the use.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from dermis.report.content import (
     ReportOrigin,
     ReportQuestion,
     ReportSection,
+    counted,
     rounded,
     share,
     status_of,
@@ -30,11 +31,11 @@ if TYPE_CHECKING:
 _EMPTY_COLUMNS = ("patient_id", "diagnosis", "age_approx", "sex", "anatom_site")
 _QUESTIONS = {
     "congruence": "Do the images have the distribution of real images?",
-    "coverage": "Do they have the variety of real images?",
-    "constraint": "Do they keep to what is possible and was asked for?",
-    "completeness": "Is everything there that a use needs?",
-    "compliance": "Is patients' privacy protected, and may the data be used?",
-    "comprehension": "Is it documented what the data are, and are they useful?",
+    "coverage": "Do the images have the variety of real images?",
+    "constraint": "Are the images typical, and do they show the requested class?",
+    "completeness": "Was every requested image delivered, and which columns are empty?",
+    "compliance": "Is the privacy of patients protected, and under which licence may the data be used?",
+    "comprehension": "Are origin, content and usefulness of the images documented?",
     "consistency": "Is the quality the same in every class?",
 }
 
@@ -123,7 +124,7 @@ def _on_real(plan: DatasetPlan, bundle: Bundle, class_name: str) -> float | None
 def _completeness(plan: DatasetPlan, classes: ReportSection) -> list[ReportNumber]:
     kept = {number.class_name: number.value or 0 for number in classes.numbers if number.name == "images"}
     return [
-        share("images delivered", int(kept[name]), plan.request.classes[name], name) for name in plan.request.classes
+        counted("images delivered", int(kept[name]), plan.request.classes[name], name) for name in plan.request.classes
     ]
 
 

@@ -44,7 +44,7 @@ logger = logging.getLogger("dermis.http")
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _EXPOSED = ["Location", "ETag", "Accept-Ranges", "Content-Range", "Retry-After", "X-Request-Id", "X-Dermis-Model"]
-_DESCRIPTION = f"""Synthetic dermoscopy: generated images of skin lesions, which show no real patient.
+_DESCRIPTION = f"""Synthetic dermoscopy: generated images of skin lesions, none of which is a photograph of a patient.
 
 - `POST /v1/datasets` generates a dataset in the background.
 - `POST /v1/images` generates a few images.

@@ -16,6 +16,7 @@ from starlette.requests import Request
 
 from dermis.bundle import Bundle
 from services.gateway.bodies import read_bytes
+from services.gateway.compared import ComparedImages
 from services.gateway.heat_maps import HeatMaps
 from services.gateway.limits import GatewayLimits
 from services.gateway.uploads import Uploads
@@ -45,6 +46,7 @@ class Context:
     projections: ProjectionJobs
     inference: InferenceClients
     limits: GatewayLimits
+    compared: ComparedImages
     uploads: Uploads
     heat_maps: HeatMaps
     not_ready: Callable[[], Awaitable[str | None]]  # None if ready, otherwise the reason

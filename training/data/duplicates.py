@@ -8,18 +8,19 @@ blocks: 40,000 images need about 1 GB, and no N x N matrix is made.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from scipy import fft, ndimage
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from tqdm import tqdm
+
+from dermis.perceptual_hash import luminance, mirrored
 
 # Set by eye on a collection of dermoscopy (docs/artefacts.md): the first two select candidates, the third decides.
 HASH_DISTANCE = 10  # maximum number of differing bits, of 64
@@ -42,47 +43,6 @@ class Pairs:
 
 
 # --- Perceptual hash
-
-
-def perceptual_hashes(images: Iterable[NDArray[np.uint8]]) -> NDArray[np.uint64]:
-    """Compute the perceptual hashes (pHash) of images.
-
-    Luminance at 32 x 32 px, type-II DCT, the signs of the coefficients of frequencies 1 to 8 in both directions: the hash of
-    Zauner, "Implementation and benchmarking of perceptual image hash functions" (2010), section 3.2.1, with two changes. The
-    threshold is zero instead of the median, so that mirroring an image flips known bits (`mirrored`). Local contrast is
-    normalised first: otherwise all small dark lesions on plain skin have similar hashes.
-
-    Args:
-        images: RGB images [H, W, 3] of any sizes.
-
-    Returns:
-        uint64 [N], one bit for each of 64 low frequencies.
-    """
-    return np.array([_hash(image) for image in images], dtype=np.uint64)
-
-
-def _hash(image: NDArray[np.uint8]) -> int:
-    grey = _luminance(image, 32)
-    detail = grey - ndimage.gaussian_filter(grey, 8)
-    detail /= np.sqrt(ndimage.gaussian_filter(detail**2, 6)) + 3
-    low = fft.dctn(detail, type=2)[1:9, 1:9]
-    return int(np.packbits(low > 0).view(">u8")[0])
-
-
-def mirrored(hashes: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Compute the hashes of mirrored images from those of the images.
-
-    Mirroring a signal changes only the signs of its odd DCT-II coefficients.
-
-    Args:
-        hashes: uint64 [N].
-
-    Returns:
-        uint64 [N, 4]: hashes of the images as they are, mirrored left-right, mirrored top-bottom, and mirrored in both ways.
-    """
-    odd = np.broadcast_to(np.arange(1, 9) % 2 == 1, (8, 8))
-    masks = [np.zeros((8, 8), bool), odd, odd.T, odd ^ odd.T]
-    return hashes[:, None] ^ np.array([np.packbits(mask).view(">u8")[0] for mask in masks], dtype=np.uint64)
 
 
 def hash_pairs(hashes: NDArray[np.uint64], max_distance: int = HASH_DISTANCE, *, mirrors: bool = False) -> Pairs:
@@ -204,7 +164,7 @@ def correlation(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
 
 def _textures(image: NDArray[np.uint8]) -> tuple[Floats, Floats]:
     """Band-passed luminance of an image over its local deviation, float32 [48, 48] and [128, 128]."""
-    return _texture(_luminance(image, _COARSE), 0.8, 4, 6, 4), _texture(_luminance(image, _FINE), 1.2, 6, 12, 3)
+    return _texture(luminance(image, _COARSE), 0.8, 4, 6, 4), _texture(luminance(image, _FINE), 1.2, 6, 12, 3)
 
 
 def _texture(grey: NDArray[np.float64], fine: float, coarse: float, window: float, floor: float) -> Floats:
@@ -310,10 +270,3 @@ def _pairs_in_blocks(
         j.append(columns + start)
         distance.append(near[rows, columns].astype(np.float64))
     return Pairs(np.concatenate(i), np.concatenate(j), np.concatenate(distance))
-
-
-def _luminance(image: NDArray[np.uint8], side: int) -> NDArray[np.float64]:
-    """Luminance [side, side] of an image. Areas are averaged when shrinking, so that a shift by a pixel changes little."""
-    grey = Image.fromarray(image).convert("L")
-    method = Image.Resampling.BOX if min(grey.size) >= side else Image.Resampling.BICUBIC
-    return np.asarray(grey.resize((side, side), method), dtype=np.float64)

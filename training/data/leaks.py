@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from dermis.errors import DataError
 from dermis.image_reading import read_training_image
+from dermis.perceptual_hash import perceptual_hashes
 from training.data.cache import new_array, read_array
 from training.data.duplicates import (
     CORRELATION,
@@ -21,7 +22,6 @@ from training.data.duplicates import (
     confirmed,
     embedding_pairs,
     hash_pairs,
-    perceptual_hashes,
     union,
 )
 from training.data.embedding import CHUNK, progress_bar

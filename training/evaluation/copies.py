@@ -11,7 +11,8 @@ from PIL import Image
 
 from dermis.authenticity.baseline import Copies
 from dermis.imaging import decode
-from training.data.duplicates import hash_pairs, perceptual_hashes
+from dermis.perceptual_hash import perceptual_hashes
+from training.data.duplicates import hash_pairs
 from training.data.images import in_threads
 
 HASH_DISTANCE = 6

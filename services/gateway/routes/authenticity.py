@@ -16,6 +16,7 @@ from dermis.bundle.index import IndexDescription
 from dermis.classifier.preprocess import batch
 from dermis.errors import RequestError
 from dermis.imaging import Images, as_rgb
+from dermis.perceptual_hash import fingerprints
 from services.gateway.dependencies import (
     Context,
     ContextDep,
@@ -37,6 +38,7 @@ router = APIRouter(prefix="/v1/authenticity", tags=["authenticity"])
 
 _BUSY = {"Retry-After": "5"}
 _JSON = "application/json"
+_STEP = 0.01  # to multiples of which distances of generated images are rounded
 
 
 @router.post(
@@ -51,7 +53,8 @@ the nearest, and distances are rounded.
 
 If the operator has enabled it (`DERMIS_AUTHENTICITY_UPLOADS`; `uploads` in `/v1/models` shows the setting), images can be sent
 instead, as for `/v1/classifications`. It is disabled by default (403 `uploads-disabled`), because a distance near 0 shows that
-an image is a training image. Uploads are kept in memory only. They are not logged, stored or sent back.""",
+an image is a training image. Uploads are kept in memory only. They are not logged, stored or sent back. An upload that
+resembles one of the last day (`DERMIS_AUTHENTICITY_REPEAT_SECONDS`) gets the answer on that one, with `repeated`.""",
     response_model=AuthenticityList,
     openapi_extra=image_or_json_body("files", "ImagesRequest"),
     responses={
@@ -76,12 +79,18 @@ async def check_authenticity(request: Request, context: ContextDep, model: Model
     media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if media_type.endswith(("/json", "+json")):
         bundle, index, nearest = await _compare_generated(request, context)
+        verdicts, repeated = verdicts_of(nearest, index, step=_STEP), [False] * len(nearest.distances)
     else:
-        bundle, index, nearest = await _compare_uploads(request, context, model)
-    verdicts = verdicts_of(nearest, index)
+        bundle, index, nearest, repeated = await _compare_uploads(request, context, model)
+        verdicts = verdicts_of(nearest, index, step=context.settings.authenticity_distance_step)
     copies = [None] * len(verdicts.distances) if verdicts.copies is None else verdicts.copies.tolist()
     rows = zip(
-        verdicts.authentic.tolist(), verdicts.distances.tolist(), verdicts.percentiles.tolist(), copies, strict=True
+        verdicts.authentic.tolist(),
+        verdicts.distances.tolist(),
+        verdicts.percentiles.tolist(),
+        copies,
+        repeated,
+        strict=True,
     )
     response_body = AuthenticityList(
         model=AuthenticityModel(name=bundle.name, digest=bundle.digest, index=index.digest),
@@ -89,11 +98,12 @@ async def check_authenticity(request: Request, context: ContextDep, model: Model
             AuthenticityVerdict(
                 index=i,
                 authentic=authentic,
-                distance=round(distance, 2),
+                distance=round(distance, 6),  # without the error of float32
                 percentile=int(percentile),
                 copy_detected=copy_detected,
+                repeated=is_repeated,
             )
-            for i, (authentic, distance, percentile, copy_detected) in enumerate(rows)
+            for i, (authentic, distance, percentile, copy_detected, is_repeated) in enumerate(rows)
         ],
     )
     return Response(response_body.model_dump_json(), media_type=_JSON, headers=model_header(bundle))
@@ -101,7 +111,8 @@ async def check_authenticity(request: Request, context: ContextDep, model: Model
 
 async def _compare_uploads(
     request: Request, context: Context, model: str | None
-) -> tuple[Bundle, IndexDescription, Nearest]:
+) -> tuple[Bundle, IndexDescription, Nearest, list[bool]]:
+    """Compare uploads. Images that resemble earlier ones get the answers on those, and are marked in the last list."""
     if not context.settings.compares_uploads:
         raise ProblemError(
             "uploads-disabled",
@@ -114,8 +125,13 @@ async def _compare_uploads(
     with context.limits.uploads.hold():
         inputs = np.stack(await context.uploads.images(request, index.resolution))
         context.limits.comparisons.add(len(inputs))
-        # The copy detector finds training images better than distances do.
-        return bundle, index, await _nearest(context, bundle, inputs, Comparison(detect_copies=False))
+        # The copy detector is left out: it finds training images better than distances do.
+        nearest = await _nearest(context, bundle, inputs, Comparison(detect_copies=False))
+        answers = await asyncio.to_thread(
+            lambda: context.compared.answer(index.digest, fingerprints(inputs), nearest.distances, nearest.radii)
+        )
+    nearest = Nearest(answers.distances, answers.radii, nearest.embeddings)
+    return bundle, index, nearest, answers.repeated.tolist()
 
 
 async def _compare_generated(request: Request, context: Context) -> tuple[Bundle, IndexDescription, Nearest]:

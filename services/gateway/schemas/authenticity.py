@@ -23,7 +23,11 @@ class AuthenticityVerdict(ResponseBody):
         description="Whether the image is farther from its nearest training image than that training image is from its own "
         "nearest neighbour among the training images."
     )
-    distance: float = Field(ge=0, description="Distance to the nearest training image, rounded to two decimals.")
+    distance: float = Field(
+        ge=0,
+        description="Distance to the nearest training image, rounded to two decimals; for uploads to multiples of "
+        "`DERMIS_AUTHENTICITY_DISTANCE_STEP`.",
+    )
     percentile: int = Field(
         ge=0, le=100, description="Percentage of training images whose own nearest neighbour is nearer than `distance`."
     )
@@ -34,6 +38,12 @@ class AuthenticityVerdict(ResponseBody):
         description="Whether the model's copy detector takes the image for a changed copy of a training image (mirrored, "
         "cropped, recoloured, joined, ...). It is there for generated images only: for uploads it would show whose images "
         "are in the training set.",
+    )
+    repeated: bool = Field(
+        False,
+        exclude_if=lambda value: not value,
+        description="True if the upload resembles an image that was compared before, so that this is the answer on that image. "
+        "Absent otherwise.",
     )
 
 

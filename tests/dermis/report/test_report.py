@@ -222,6 +222,19 @@ def test_own_audit_of_a_dataset_replaces_that_of_the_bundle(tmp_path: Path, file
     assert verify(tmp_path / "d").ok and len(list(read_samples(tmp_path / "d"))) == 3
 
 
+def test_numbers_of_a_small_gated_dataset_claim_no_more_than_it_can_show(bundle: Bundle, tmp_path: Path) -> None:
+    gate = {"gate": "authentic", "on_reject": "flag"}
+    report = make(tmp_path / "d", bundle, noise, classes={"malignant": 6, "benign": 6}, privacy=gate)
+    numbers = {each["name"]: each for each in report["privacy"]["numbers"]}
+    assert {"nearest distance, 25 %", "nearest distance, 75 %"} <= set(numbers)
+    assert not {"nearest distance, 1 %", "nearest distance, 95 %"} & set(numbers)  # they need more than 12 images
+    assert numbers["AUC of the distance attack"]["reference"] is None
+    complete = [numbers["authentic before the gate"], numbers["authentic after the gate"]]
+    complete += next(each for each in report["scorecard"] if each["id"] == "completeness")["numbers"]
+    assert all(each["value"] is not None and each["low"] is None for each in complete)
+    assert not re.search("no real person", (tmp_path / "d" / "README.md").read_text() + json.dumps(report))
+
+
 def test_page_loads_nothing_and_escapes_all_text(bundle: Bundle, tmp_path: Path) -> None:
     attack = '"><script>alert(1)</script><img src=x onerror=alert(2)>'
     hostile = replace(bundle, provenance={**bundle.provenance, "licence": attack, "attribution": attack})

@@ -78,6 +78,31 @@ def test_verdicts_equal_those_of_library_and_reveal_no_patient(
     assert "patient" not in answer.text + caplog.text
 
 
+def test_changed_copies_of_an_upload_get_its_answer(running: Service) -> None:
+    image = noise(1, seed=8)[0]
+    views = np.stack([image, image[::-1], np.rot90(image), np.clip(image * 0.9 + 5, 0, 255).astype(np.uint8)])
+    rows = running.client.post("/v1/authenticity", files=sent(views[:2])).json()["data"]
+    rows += running.client.post("/v1/authenticity", files=sent(views[2:])).json()["data"]
+    assert "repeated" not in rows[0] and all(row["repeated"] is True for row in rows[1:])
+    answers = {(row["distance"], row["percentile"], row["authentic"]) for row in rows}
+    assert len(answers) == 1
+
+
+def test_distances_of_uploads_are_rounded_and_copies_answered_alone_as_set(bundle: Bundle, tmp_path: Path) -> None:
+    image = noise(1, seed=8)[0]
+    views = np.stack([image, *(np.roll(image, k, axis=0) // k for k in (2, 3)), image[::-1]])
+    options = {"authenticity_repeat_seconds": 0, "authenticity_distance_step": 0.125}
+    with service(
+        bundle.location, tmp_path / "data", default_model="tiny", authenticity_uploads=True, **options
+    ) as running_service:
+        rows = running_service.client.post("/v1/authenticity", files=sent(views)).json()["data"]
+    with Checker(bundle, device="cpu", threads=1) as checker:
+        expected = checker.check(views).distances
+    assert all("repeated" not in row for row in rows)
+    assert [row["distance"] for row in rows] == [round(float(distance) * 8) / 8 for distance in expected]
+    assert len({round(float(distance), 2) for distance in expected}) > len({row["distance"] for row in rows})
+
+
 def test_generated_images_are_compared_without_being_sent(running: Service, bundle: Bundle) -> None:
     body = {"classes": {"benign": 2, "malignant": 1}, "seed": 3, "edits": [{"direction": "axis-0", "strength": 1.0}]}
     response = running.client.post("/v1/authenticity", json=body)

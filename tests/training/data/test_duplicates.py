@@ -12,6 +12,7 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 from PIL import Image
 
+from dermis.perceptual_hash import fingerprints, mirrored, perceptual_hashes, turned_and_mirrored
 from lesions import lesion
 from training.data.duplicates import (
     CORRELATION,
@@ -22,8 +23,6 @@ from training.data.duplicates import (
     embedding_pairs,
     groups,
     hash_pairs,
-    mirrored,
-    perceptual_hashes,
     union,
 )
 
@@ -100,6 +99,18 @@ def test_mirror_images_are_found_when_asked_for() -> None:
 
     assert len(confirmed(mirrored_pairs, load, progress=False)) == 0
     assert len(confirmed(mirrored_pairs, load, mirrors=True, progress=False)) == 1
+
+
+def test_fingerprints_of_turned_images_follow_from_those_of_the_images() -> None:
+    images = [lesion(seed) for seed in range(8)]
+    expected = turned_and_mirrored(fingerprints(images))
+    assert np.array_equal(expected[:, 0], fingerprints(images))
+    for quarters in range(4):
+        for flip in (1, -1):
+            views = [np.ascontiguousarray(np.rot90(image, quarters)[:, ::flip]) for image in images]
+            for value, positions in zip(fingerprints(views), expected, strict=True):
+                differing = np.bitwise_count(value ^ positions).sum(axis=1)
+                assert differing.min() <= 4 and np.median(differing) > 80
 
 
 @given(arrays(np.uint64, st.integers(0, 40)), st.integers(0, 64), st.booleans())

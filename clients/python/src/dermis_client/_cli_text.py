@@ -308,7 +308,8 @@ def format_verdicts(result: AuthenticityResult) -> Iterator[str]:
     """Format a line for each image, and the share of authentic images."""
     for verdict in result:
         word = "authentic" if verdict.authentic else "not authentic"
-        yield one_line(f"{word:<15}{verdict.distance:5.2f}  percentile {verdict.percentile:3}  {verdict.name}")
+        note = "  (answer on a similar image that was compared before)" if verdict.repeated else ""
+        yield one_line(f"{word:<15}{verdict.distance:5.2f}  percentile {verdict.percentile:3}  {verdict.name}{note}")
     yield f"{result.authentic_share:.0%} of {len(result)} authentic"
 
 

@@ -36,6 +36,7 @@ class Verdict(ResponseRecord):
         percentile: 0 to 100: percentage of training images whose own nearest neighbour is nearer than `distance`.
         copy_detected: Whether the model's copy detector takes the image for a changed copy of a training image. None for
             uploads, and without a detector.
+        repeated: Whether the image resembles one that was uploaded before, so that this is the answer on that image.
     """
 
     index: Count
@@ -44,6 +45,7 @@ class Verdict(ResponseRecord):
     distance: float
     percentile: Count
     copy_detected: bool | None = None
+    repeated: bool = False
 
 
 class AuthenticityResult(ResponseRecord):
