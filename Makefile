@@ -106,8 +106,9 @@ demo-latents: demo-split
 	$(BIN)/dermis directions fit bundles/demo
 
 demo-privacy: demo-split
-	$(BIN)/dermis train copy-detector $(LEARN) --calibration $(SPLIT)/validation.csv --held-out $(SPLIT)/test.csv --bundle bundles/demo \
-		--steps 5000 --learning-rate 7e-4 --out runs/demo-copies --resume --attach
+	for steps in 5000 9000; do \
+		$(BIN)/dermis train copy-detector $(LEARN) --calibration $(SPLIT)/validation.csv --held-out $(SPLIT)/test.csv \
+			--bundle bundles/demo --steps $$steps --learning-rate 7e-4 --out runs/demo-copies --resume --attach || exit 1; done
 	$(BIN)/dermis bundle reference --bundle bundles/demo $(LEARN) --held-out $(DATA) --held-out-metadata $(SPLIT)/test.csv
 	$(BIN)/dermis privacy audit --bundle bundles/demo --members $(DATA) --members-metadata $(SPLIT)/train.csv \
 		--non-members $(DATA) --non-members-metadata $(SPLIT)/test.csv --out runs/demo-audit --attach

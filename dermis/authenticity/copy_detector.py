@@ -165,8 +165,6 @@ def enlarged_parts(image: Images, place: int, horizontal: bool) -> tuple[Images,
 def calibrate(first: Floats, second: Floats, false_alarms: float = FALSE_ALARMS) -> Thresholds:
     """Choose thresholds so that this share of other images is called a copy.
 
-    As the thresholds are fitted to these images, one of them less than that reaches the thresholds.
-
     Args:
         first: Margins [N, 2] of the first pass, of real images that are not among the training images.
         second: Margins [N, 3] of the second pass, of the same images.
@@ -175,8 +173,7 @@ def calibrate(first: Floats, second: Floats, false_alarms: float = FALSE_ALARMS)
     for_first = _thresholds(first, _FIRST_SHARES, CANDIDATES * false_alarms / FALSE_ALARMS)
     candidates = (first / for_first).max(axis=1) >= 1
     used = np.where(candidates[:, None], _used(first, second, for_first), 0)
-    rate = max(false_alarms - 1 / len(first), 0.5 / len(first))
-    for_second = _thresholds(used, _SHARES, rate) * (1 + 10.0**-_SCORE_DECIMALS)  # scores are rounded
+    for_second = _thresholds(used, _SHARES, false_alarms) * (1 + 10.0**-_SCORE_DECIMALS)  # scores are rounded
     return Thresholds(
         (float(for_first[0]), float(for_first[1])),
         (float(for_second[0]), float(for_second[1]), float(for_second[2])),
@@ -209,11 +206,16 @@ def _used(first: Floats, second: Floats, for_first: NDArray[np.float64]) -> Floa
 
 
 def _thresholds(margins: Floats, shares: Sequence[float], rate: float) -> NDArray[np.float64]:
-    """Return thresholds [K] of margins [N, K] so that `rate` of the images reach any, and `rate` times a share about each."""
+    """Return thresholds [K] of margins [N, K] so that `rate` of the images reach any, and `rate` times a share about each.
+
+    The quantile is that of Harrell and Davis (1982), a weighted mean of several images, because 1 % of the images are few.
+    """
+    from scipy.stats.mstats import hdquantiles  # the gateway does not need it
+
     each = [np.quantile(column, 1 - rate * share) for column, share in zip(margins.T, shares, strict=True)]
     thresholds = np.maximum(np.array(each), LEAST_THRESHOLD)
-    scale = np.quantile((margins / thresholds).max(axis=1), 1 - rate, method="higher")
-    scaled: NDArray[np.float64] = np.maximum(thresholds * scale, LEAST_THRESHOLD)
+    scale = hdquantiles((margins / thresholds).max(axis=1), [1 - rate])[0]
+    scaled: NDArray[np.float64] = np.maximum(thresholds * float(scale), LEAST_THRESHOLD)
     return scaled
 
 
