@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from services.gateway.auth.authentication import Authenticator
 from services.gateway.dependencies import Context
 from services.gateway.heat_maps import HeatMaps
 from services.gateway.limits import GatewayLimits
@@ -35,7 +36,8 @@ class Composition:
         """Start the jobs, provide the context for the routes, and stop everything at the end."""
         await asyncio.to_thread(self.jobs.start)
         try:
-            yield self.context
+            async with self.context.auth.running():
+                yield self.context
         finally:
             self.context.uploads.close()
             await asyncio.to_thread(self.jobs.stop)
@@ -60,6 +62,7 @@ def compose(settings: Settings, models: ServedModels, inference: InferenceClient
     jobs = JobService(settings, job_context)
     context = Context(
         settings=settings,
+        auth=Authenticator(settings),
         models=models,
         jobs=jobs.datasets,
         projections=jobs.projections,

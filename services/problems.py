@@ -19,6 +19,8 @@ _MAX_NAME = 100
 KINDS: Mapping[str, tuple[int, str]] = {
     "malformed-json": (400, "The body is not valid JSON"),
     "bad-request": (400, "The request cannot be understood"),
+    "unauthenticated": (401, "Credentials are missing or not valid"),
+    "missing-scope": (403, "The credentials do not allow this"),
     "cross-origin": (403, "Other origins cannot change anything"),
     "uploads-disabled": (403, "Uploads are disabled"),
     "not-found": (404, "Not found"),

@@ -64,6 +64,7 @@ def serve(options: Mapping[str, str | None]) -> int:
     try:
         settings = read_settings()
         supervisor.refuse_tcp()
+        supervisor.check_access(settings)
         _prepare(settings)
     except DermisError as error:
         print(f"dermis: {error}", file=sys.stderr)

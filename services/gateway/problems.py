@@ -9,6 +9,7 @@ from typing import cast
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import iter_route_contexts
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -58,7 +59,7 @@ def problem_of(error: Exception) -> ProblemError:
 def allowed_methods(request: Request) -> list[str]:
     """The methods of all routes of this path. Starlette's own Allow header lists those of one route only."""
     methods: set[str] = set()
-    for route in request.app.routes:
+    for route in (context.original_route for context in iter_route_contexts(request.app.routes)):
         if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:
             methods |= route.methods or set()
     return sorted(methods)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from typing import Annotated
 
 import numpy as np
 from fastapi import APIRouter
@@ -17,6 +18,8 @@ from dermis.bundle.index import IndexDescription
 from dermis.classifier.preprocess import batch
 from dermis.errors import RequestError
 from dermis.imaging import Images, as_rgb
+from services.gateway.auth.authentication import check_scope, requires
+from services.gateway.auth.principal import Principal
 from services.gateway.dependencies import (
     Context,
     ContextDep,
@@ -34,6 +37,8 @@ from services.gateway.schemas.images import ImagesRequest
 from services.problems import ProblemError
 
 router = APIRouter(prefix="/v1/authenticity", tags=["authenticity"])
+
+_Sender = Annotated[Principal, requires("authenticity:generated", "authenticity:uploads")]
 
 _BUSY = {"Retry-After": "5"}
 _JSON = "application/json"
@@ -70,13 +75,17 @@ an image is a training image. Uploads are kept in memory only. They are not logg
         ),
     },
 )
-async def check_authenticity(request: Request, context: ContextDep, model: ModelQuery = None) -> Response:
+async def check_authenticity(
+    request: Request, context: ContextDep, principal: _Sender, model: ModelQuery = None
+) -> Response:
     """Compare uploaded or generated images. The query parameter `model` is for uploads."""
     choose_media_type(request, [_JSON])
     media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if media_type.endswith(("/json", "+json")):
+        check_scope(principal, "authenticity:generated")
         bundle, index, nearest = await _compare_generated(request, context)
     else:
+        check_scope(principal, "authenticity:uploads")
         bundle, index, nearest = await _compare_uploads(request, context, model)
         nearest = replace(nearest, copy_scores=None)  # it finds training images better than distances do
     verdicts = verdicts_of(nearest, index)
