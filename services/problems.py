@@ -28,6 +28,7 @@ KINDS: Mapping[str, tuple[int, str]] = {
     "method-not-allowed": (405, "Method not allowed"),
     "not-acceptable": (406, "No acceptable representation"),
     "upload-timeout": (408, "The upload took too long"),
+    "key-ended": (409, "The API key has ended"),
     "dataset-not-ready": (409, "The dataset is not ready"),
     "projection-not-ready": (409, "The projection is not ready"),
     "idempotency-conflict": (409, "The idempotency key was used for another request"),

@@ -36,6 +36,7 @@ from services.gateway.routes import (
     files,
     health,
     images,
+    keys,
     models,
     projections,
     reports,
@@ -98,6 +99,7 @@ def create_app(settings: Settings, running: Callable[[], AbstractAsyncContextMan
         classifications,
         authenticity,
         models,
+        keys,
         health,
         docs,
     ):

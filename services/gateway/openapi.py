@@ -18,6 +18,7 @@ from services.gateway.auth.principal import SCOPES
 from services.gateway.schemas.datasets import Dataset
 from services.gateway.schemas.edits import EditsRequest
 from services.gateway.schemas.images import ImagesRequest
+from services.gateway.schemas.keys import KeyRequest
 from services.problems import KINDS, PROBLEM_MEDIA_TYPE
 from services.settings import Settings
 
@@ -116,6 +117,7 @@ def openapi_document(app: FastAPI, settings: Settings) -> dict[str, Any]:
                 (DatasetRequest, "validation"),
                 (ImagesRequest, "validation"),
                 (EditsRequest, "validation"),
+                (KeyRequest, "validation"),
                 (Dataset, "serialization"),
             ],
             ref_template=template,

@@ -18,6 +18,7 @@ from starlette.routing import Match, Route
 from dermis.errors import DermisError
 from services import problems
 from services.jobs.table import IdempotencyConflictError, TooManyActiveError
+from services.logs import without_secrets
 from services.problems import (
     KINDS,
     PROBLEM_MEDIA_TYPE,
@@ -42,7 +43,8 @@ def problem_response(
     """The response to `request` with a problem document."""
     document = problem(kind, detail, request.url.path, request.scope.get("request_id"), errors)
     # ASCII escapes: a name from the request can contain a lone surrogate, which UTF-8 cannot encode.
-    body = json.dumps(document.model_dump(exclude_none=True), ensure_ascii=True).encode("ascii")
+    text = json.dumps(document.model_dump(exclude_none=True), ensure_ascii=True)
+    body = without_secrets(text).encode("ascii")  # a caller may have put a key into the path, and may log the answer
     return Response(body, status_code=document.status, media_type=PROBLEM_MEDIA_TYPE, headers=dict(headers or {}))
 
 

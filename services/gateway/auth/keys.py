@@ -26,10 +26,12 @@ import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
 from dermis.errors import DermisError
+from services.data_folder import restrict_new_files
 from services.errors import DatabaseUnavailableError
 from services.gateway.auth.principal import DEFAULT_TENANT, is_tenant, unknown_scopes
 from services.jobs.database import UNREACHABLE, database_errors, make_engine
-from services.settings import SettingsError
+from services.jobs.table import JobTable
+from services.settings import Settings, SettingsError
 
 logger = logging.getLogger("dermis.auth")
 
@@ -70,7 +72,20 @@ _keys = sa.Table(
 
 
 class KeyRefusedError(DermisError):
-    """A key cannot be created or changed as requested."""
+    """A key cannot be created with these values.
+
+    Attributes:
+        field: The value that is not valid.
+        message: What to use instead.
+    """
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}")
+        self.field, self.message = field, message
+
+
+class KeyEndedError(DermisError):
+    """A key cannot be rotated, because it has ended or was rotated already."""
 
 
 class UnknownKeyError(DermisError):
@@ -194,7 +209,7 @@ class KeyTable:
             Whether it was stored.
 
         Raises:
-            KeyRefusedError: Another key with this id is stored.
+            SettingsError: Another key with this id is stored.
         """
         values = _row(text, DEFAULT_TENANT, "bootstrap", ("admin",), "DERMIS_BOOTSTRAP_KEY_FILE", time.time(), None)
         try:
@@ -206,7 +221,9 @@ class KeyTable:
         except IntegrityError:  # another replica inserted it at the same moment
             return False
         if not hmac.compare_digest(row.hash, values["hash"]):
-            raise KeyRefusedError(f"another key with the id {values['id']} exists; generate a new bootstrap key")
+            raise SettingsError(
+                f"DERMIS_BOOTSTRAP_KEY_FILE: another key {values['id']} exists; generate a new bootstrap key"
+            )
         return False
 
     def all(self, tenant: str | None = None) -> list[ApiKey]:
@@ -262,10 +279,10 @@ class KeyTable:
 
         Raises:
             UnknownKeyError: There is no such key.
-            KeyRefusedError: The key has ended, or was rotated already.
+            KeyEndedError: The key has ended, or was rotated already.
         """
         if not 0 <= overlap_seconds <= MAX_LIFETIME_SECONDS:
-            raise KeyRefusedError("overlap: use 0 or more seconds")
+            raise KeyRefusedError("overlap_seconds", "use 0 or more seconds")
         text = new_key()
         now = time.time()
         with self._writing() as connection:
@@ -275,10 +292,10 @@ class KeyTable:
                 raise UnknownKeyError(f"there is no API key {identifier[:40]}")
             old = _key_of(row)
             if old.state(now) != "active":
-                raise KeyRefusedError(f"the key {old.id} is {old.state(now)}; create a new one")
+                raise KeyEndedError(f"the key {old.id} is {old.state(now)}; create a new one")
             successor = connection.scalar(sa.select(_keys.c.id).where(_keys.c.replaces == old.id))
             if successor is not None:
-                raise KeyRefusedError(f"the key {old.id} was replaced by {successor}; rotate that one")
+                raise KeyEndedError(f"the key {old.id} was replaced by {successor}; rotate that one")
             expires_at = None if old.expires_at is None else now + (old.expires_at - old.created_at)
             values = _row(text, old.tenant, old.name, old.scopes, created_by, now, expires_at)
             connection.execute(sa.insert(_keys).values(values | {"replaces": old.id}))
@@ -305,6 +322,29 @@ class KeyTable:
             connection.begin(),
         ):
             yield connection
+
+
+@contextmanager
+def opened_keys(settings: Settings) -> Iterator[KeyTable]:
+    """The keys of a deployment, for a program beside the service. Tables that do not exist are created.
+
+    Raises:
+        SettingsError: The jobs database cannot be opened.
+    """
+    restrict_new_files()
+    try:
+        jobs = JobTable(settings.jobs_url)
+        jobs.open()
+        jobs.close()
+        table = KeyTable(settings.jobs_url)
+    except Exception as error:  # every database driver has its own
+        raise SettingsError(
+            f"the jobs database cannot be opened: {str(error.__cause__ or error).splitlines()[0]}"
+        ) from None
+    try:
+        yield table
+    finally:
+        table.close()
 
 
 class KeyCache:
@@ -395,16 +435,16 @@ class KeyCache:
 def _check(tenant: str, name: str, scopes: Sequence[str], lifetime_seconds: float | None) -> None:
     if not is_tenant(tenant):
         raise KeyRefusedError(
-            "tenant: use 1 to 63 lower-case letters, digits and hyphens, and begin with a letter or digit"
+            "tenant", "use 1 to 63 lower-case letters, digits and hyphens, and begin with a letter or digit"
         )
     if not name.strip() or len(name) > _MAX_NAME or not name.isprintable():
-        raise KeyRefusedError(f"name: use 1 to {_MAX_NAME} printable characters")
+        raise KeyRefusedError("name", f"use 1 to {_MAX_NAME} printable characters")
     if unknown := unknown_scopes(scopes):
-        raise KeyRefusedError(f"scopes: {', '.join(unknown)[:200]} does not exist; see docs/security.md")
+        raise KeyRefusedError("scopes", f"{', '.join(unknown)[:200]} does not exist; see docs/security.md")
     if not scopes:
-        raise KeyRefusedError("scopes: name at least one")
+        raise KeyRefusedError("scopes", "name at least one")
     if lifetime_seconds is not None and not 0 < lifetime_seconds <= MAX_LIFETIME_SECONDS:
-        raise KeyRefusedError("expiry: use a time in the future, at most ten years from now")
+        raise KeyRefusedError("expires_in_seconds", "use a time in the future, at most ten years from now")
 
 
 def _row(

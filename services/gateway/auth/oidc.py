@@ -11,13 +11,21 @@ import asyncio
 import json
 import logging
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import httpx
 from joserfc import jws
-from joserfc.errors import BadSignatureError, ExpiredTokenError, InvalidClaimError, JoseError, MissingClaimError
+from joserfc.errors import (
+    BadSignatureError,
+    ExpiredTokenError,
+    InvalidClaimError,
+    JoseError,
+    MissingClaimError,
+    SecurityWarning,
+)
 from joserfc.jwk import ECKey, JWKRegistry, OKPKey, RSAKey
 from joserfc.jwt import JWTClaimsRegistry
 
@@ -25,10 +33,14 @@ from services.gateway.auth.principal import EXPLICIT_SCOPES, SCOPES, InvalidToke
 from services.problems import ProblemError
 from services.settings import Settings, is_secure_url
 
+warnings.filterwarnings(
+    "ignore", message="EdDSA is deprecated", category=SecurityWarning
+)  # providers still use the name
+
 logger = logging.getLogger("dermis.auth")
 
 _KEY_TYPES: Mapping[str, type[RSAKey | ECKey | OKPKey]] = {"RS": RSAKey, "PS": RSAKey, "ES": ECKey, "Ed": OKPKey}
-_MIN_RSA_BITS = 2048
+_LONG_ENOUGH = "x" * 342  # length of the modulus of an RSA key of 2048 bits, in base64
 _TOKEN_TYPES = frozenset({"", "jwt", "at+jwt", "application/at+jwt"})
 _MAX_SUBJECT = 255
 _FETCH_SECONDS = 5.0
@@ -249,12 +261,14 @@ def _import(document: object) -> _ProviderKey | None:
     operations = document.get("key_ops", ["verify"])
     if not isinstance(operations, list) or "verify" not in operations:
         return None
+    if len(str(document.get("n", _LONG_ENOUGH))) < len(_LONG_ENOUGH):
+        return None
     public = {name: document[name] for name in ("kty", "n", "e", "crv", "x", "y") if name in document}
     try:
         key = JWKRegistry.import_key(public)
     except (JoseError, ValueError, TypeError, KeyError):
         return None
-    if not isinstance(key, _Key) or (isinstance(key, RSAKey) and key.public_key.key_size < _MIN_RSA_BITS):
+    if not isinstance(key, _Key):
         return None
     kid, algorithm = document.get("kid"), document.get("alg")
     return _ProviderKey(kid if isinstance(kid, str) else None, key, algorithm if isinstance(algorithm, str) else None)

@@ -152,12 +152,12 @@ async def delete_dataset(dataset_id: str, context: ContextDep, principal: _Write
         **problems("not-found", "not-ready", "too-many-requests"),
     },
 )
-async def watch_dataset(dataset_id: str, context: ContextDep, principal: _Reader) -> Response:
+async def watch_dataset(dataset_id: str, request: Request, context: ContextDep, principal: _Reader) -> Response:
     """Stream the progress until the dataset has ended."""
     job = await find_job(context, dataset_id)
     context.limits.event_streams.acquire()
     return StreamingResponse(
-        progress_events(context, job),
+        progress_events(context, job, lambda: context.auth.principal_of(request.headers)),
         media_type="text/event-stream",
         headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
     )

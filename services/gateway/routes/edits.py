@@ -94,6 +94,8 @@ async def list_directions(context: ContextDep, principal: _ModelReader, model: M
 async def edit_images(request: Request, context: ContextDep, principal: _Sender) -> Response:
     """Generate edited samples, or edited projections. Noise and truncation stay as without edits."""
     body = await read_model(request, EditsRequest)
+    if body.projections is not None:
+        check_scope(principal, "projections")
     preferred = MEDIA_TYPES[body.image_format]
     offers = [_JSON, preferred, *(kind for kind in _IMAGE_TYPES if kind != preferred), _GIF]
     media_type = choose_media_type(request, offers)
@@ -104,7 +106,6 @@ async def edit_images(request: Request, context: ContextDep, principal: _Sender)
         rows = _sample_rows(body, bundle, strengths)
         images = np.stack(await generate_within_limits(context, lambda: context.inference.generator.images(rows)))
     else:
-        check_scope(principal, "projections")
         projected = await _latents(context, body.projections, bundle)
         ws = _edited_latents(body, bundle, strengths, projected)
         images = np.stack(
