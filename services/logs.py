@@ -52,6 +52,10 @@ def configure(level: str) -> None:
         logger.handlers = [handler]
         logger.propagate = False
         logger.setLevel(least)
+        # BentoML's configuration disables the loggers that exist when it is applied.
+        for each in logging.root.manager.loggerDict.values():
+            if isinstance(each, logging.Logger) and (each is logger or each.name.startswith(f"{name}.")):
+                each.disabled = False
 
 
 def _plain(text: str) -> str:

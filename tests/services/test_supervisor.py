@@ -20,7 +20,7 @@ import pytest
 from starlette.types import Message, Receive, Scope, Send
 
 from service_kit import wait_for
-from services import serve, supervisor
+from services import logs, serve, supervisor
 from services.settings import Settings, SettingsError
 from services.temporary_folders import temporary_folders
 from services.worker import TimeLimit
@@ -260,3 +260,10 @@ def test_time_limit_applies_only_until_response_begins() -> None:
     sent.clear()
     asyncio.run(TimeLimit(slow, 0.1)({"type": "http"}, receive, send))
     assert sent[-1]["body"] == b"done"
+
+
+def test_log_works_after_bentoml_has_disabled_existing_loggers() -> None:
+    for name in ("dermis", "dermis.http", "dermis.auth"):
+        logging.getLogger(name).disabled = True
+    logs.configure("INFO")
+    assert not any(logging.getLogger(name).disabled for name in ("dermis", "dermis.http", "dermis.auth"))
