@@ -63,6 +63,8 @@ class Authenticator:
             path = self._settings.bootstrap_key_file
             if path is not None:
                 await asyncio.to_thread(lambda: self.keys.add_bootstrap_key(read_key_file(path)))
+            if self._tokens is not None:
+                await self._tokens.prepare()
             yield
         finally:
             await self.cache.close()

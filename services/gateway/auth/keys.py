@@ -47,7 +47,7 @@ _CACHE_SECONDS = 2.0
 # at once, and all requests with invented ids together cause at most four queries a second.
 _UNKNOWN_SECONDS = 0.25
 # Time for which the last copy is used while the database cannot be reached.
-_STALE_SECONDS = 15.0
+_STALE_SECONDS = 60.0
 _LAST_USE_SECONDS = 60.0
 # An ended key is remembered for this time, so that the answer can say why it is refused.
 _ENDED_SECONDS = 90 * 86_400.0

@@ -13,6 +13,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,6 +99,11 @@ class TokenVerifier:
         """Close the connections to the provider."""
         if self._http is not None:
             await self._http.aclose()
+
+    async def prepare(self) -> None:
+        """Fetch the keys of the provider at the start, so that the log says at once if they cannot be fetched."""
+        with suppress(ProblemError):
+            await self._fetch()
 
     async def principal_of(self, token: str) -> Principal:
         """Verify a token.

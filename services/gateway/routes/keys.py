@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Depends, Query
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -32,7 +32,21 @@ from services.gateway.schemas.keys import (
 )
 from services.problems import FieldError, ProblemError, invalid_request
 
-router = APIRouter(prefix="/v1/admin/keys", tags=["admin"])
+
+def _needs_access_control(context: ContextDep) -> None:
+    """Refuse to manage keys for everyone: a key that is made now would still be valid when DERMIS_AUTH is changed.
+
+    Raises:
+        ProblemError: The service is used without access control.
+    """
+    if context.settings.auth == "none":
+        raise ProblemError(
+            "no-access-control",
+            "this service needs no credentials (DERMIS_AUTH=none), so keys are managed with the command `dermis keys` only",
+        )
+
+
+router = APIRouter(prefix="/v1/admin/keys", tags=["admin"], dependencies=[Depends(_needs_access_control)])
 
 _Admin = Annotated[Principal, requires("admin")]
 
@@ -43,7 +57,10 @@ _Admin = Annotated[Principal, requires("admin")]
     summary="Create an API key",
     response_model=NewKey,
     openapi_extra=json_body("KeyRequest"),
-    responses={201: {"description": "The key. It is not shown again."}, **problems(*JSON_PROBLEMS, "not-ready")},
+    responses={
+        201: {"description": "The key. It is not shown again."},
+        **problems(*JSON_PROBLEMS, "no-access-control", "not-ready"),
+    },
 )
 async def create_key(request: Request, response: Response, context: ContextDep, principal: _Admin) -> NewKey:
     """Create a key for a tenant. The service stores only its hash."""
@@ -63,7 +80,7 @@ async def create_key(request: Request, response: Response, context: ContextDep, 
     return new_key_record(key, text)
 
 
-@router.get("", summary="List the API keys", responses=problems("invalid-request", "not-ready"))
+@router.get("", summary="List the API keys", responses=problems("invalid-request", "no-access-control", "not-ready"))
 async def list_keys(
     context: ContextDep,
     principal: _Admin,
@@ -74,7 +91,7 @@ async def list_keys(
     return KeyList(data=[key_record(key) for key in keys])
 
 
-@router.get("/{key_id}", summary="Show an API key", responses=problems("not-found", "not-ready"))
+@router.get("/{key_id}", summary="Show an API key", responses=problems("not-found", "no-access-control", "not-ready"))
 async def get_key(key_id: str, context: ContextDep, principal: _Admin) -> KeyRecord:
     """Show a key without its secret."""
     with _unknown_is_404():
@@ -88,7 +105,7 @@ async def get_key(key_id: str, context: ContextDep, principal: _Admin) -> KeyRec
     response_model=NewKey,
     responses={
         201: {"description": "The new key. It is not shown again."},
-        **problems("invalid-request", "not-found", "key-ended", "not-ready"),
+        **problems("invalid-request", "no-access-control", "not-found", "key-ended", "not-ready"),
     },
 )
 async def rotate_key(
@@ -113,7 +130,9 @@ async def rotate_key(
     return new_key_record(key, text)
 
 
-@router.delete("/{key_id}", summary="Revoke an API key", responses=problems("not-found", "not-ready"))
+@router.delete(
+    "/{key_id}", summary="Revoke an API key", responses=problems("not-found", "no-access-control", "not-ready")
+)
 async def revoke_key(key_id: str, context: ContextDep, principal: _Admin) -> KeyRecord:
     """Revoke a key. Every replica refuses requests with it within seconds. The record is kept."""
     with _unknown_is_404():
