@@ -134,8 +134,7 @@ def _print_address_when_ready(settings: Settings) -> None:
         if reason not in ("", last_reason) and "is starting" not in reason:
             last_reason = reason
             print(f"dermis is running, but not ready: {reason}", file=sys.stderr, flush=True)
-    status, listed = _get(f"{url}/v1/models")
-    models = listed.get("data", []) if status == 200 else []  # with access control it answers 401
+    models = _get(f"{url}/v1/models")[1].get("data", []) if settings.auth == "none" else []  # it needs credentials
     for model in models:
         shown = f"{model['resolution']} px; {', '.join(model['classes'])}"
         classifier = f"; classifier {model['classifier']['architecture']}" if model["classifier"] else ""

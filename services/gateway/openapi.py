@@ -174,7 +174,7 @@ def _add_access(document: dict[str, Any], app: FastAPI, settings: Settings) -> N
         if not isinstance(route, APIRoute) or not route.include_in_schema:
             continue
         access = access_of(route)
-        for method in route.methods:
+        for method in route.methods or ():
             operation = document["paths"][route.path_format][method.lower()]
             if access is None:
                 operation["security"] = []

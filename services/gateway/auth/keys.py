@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
@@ -113,7 +113,7 @@ class ApiKey:
         """The part of the key that is not secret."""
         return PREFIX + self.id
 
-    def state(self, now: float | None = None) -> str:
+    def state(self, now: float | None = None) -> Literal["active", "expired", "revoked"]:
         """`active`, `expired` or `revoked`."""
         if self.revoked_at is not None:
             return "revoked"
