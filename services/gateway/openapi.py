@@ -150,6 +150,8 @@ def _add_problems(operation: dict[str, Any], *kinds: str) -> None:
         text = f"{title} (`{kind}`)"
         if text not in entry["description"]:
             entry["description"] = "; ".join(filter(None, (entry["description"], text)))
+        if status == 503:
+            entry.setdefault("headers", headers("Retry-After"))
 
 
 def _add_access(document: dict[str, Any], app: FastAPI, settings: Settings) -> None:
@@ -185,7 +187,7 @@ def _add_access(document: dict[str, Any], app: FastAPI, settings: Settings) -> N
             operation["security"] = [{scheme: names} for names in scopes for scheme in schemes]
             if is_open:
                 operation["security"].append({})
-            _add_problems(operation, "unauthenticated", "missing-scope")
+            _add_problems(operation, "unauthenticated", "missing-scope", "not-ready")
 
 
 def _add_limits(document: dict[str, Any], settings: Settings) -> None:
