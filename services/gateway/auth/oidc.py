@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 from joserfc import jws
@@ -32,7 +33,7 @@ from joserfc.jwt import JWTClaimsRegistry
 
 from services.gateway.auth.principal import EXPLICIT_SCOPES, SCOPES, InvalidTokenError, Principal, is_tenant
 from services.problems import ProblemError
-from services.settings import Settings, is_secure_url
+from services.settings import Settings, is_loopback, is_secure_url
 
 warnings.filterwarnings(
     "ignore", message="EdDSA is deprecated", category=SecurityWarning
@@ -213,7 +214,9 @@ class TokenVerifier:
 
     async def _document(self, url: str) -> dict[str, Any]:
         if self._http is None:
-            self._http = httpx.AsyncClient(timeout=_FETCH_SECONDS, follow_redirects=False)
+            # A proxy of the environment is for other machines.
+            through_proxy = not is_loopback(urlsplit(url).hostname or "")
+            self._http = httpx.AsyncClient(timeout=_FETCH_SECONDS, follow_redirects=False, trust_env=through_proxy)
         data = bytearray()
         try:
             async with (
