@@ -77,14 +77,14 @@ def _fields(key: ApiKey) -> dict[str, Any]:
     }
 
 
-def _print_new(key: ApiKey, text: str, as_json: bool) -> None:
+def _print_new(table: KeyTable, key: ApiKey, text: str, as_json: bool) -> None:
     """Print a new key: on stdout the key alone, so that it can be piped into a file or a secret store."""
     if as_json:
         typer.echo(json.dumps({**_fields(key), "key": text}, indent=2))
         return
     expires = f"expires {_time(key.expires_at)}" if key.expires_at is not None else "does not expire"
     typer.echo(f"{key.prefix}: tenant {key.tenant}, {key.name}, {expires}, {' '.join(key.scopes)}", err=True)
-    typer.echo("The key is not shown again:", err=True)
+    typer.echo(f"Its hash is in {table.location}. The key is not shown again:", err=True)
     typer.echo(text)
 
 
@@ -116,7 +116,7 @@ def create(
             created_by="dermis keys create",
             lifetime_seconds=None if expires_days is None else expires_days * _DAY_SECONDS,
         )
-    _print_new(key, text, as_json)
+    _print_new(table, key, text, as_json)
 
 
 @keys_app.command("list")
@@ -155,7 +155,7 @@ def rotate(
         key, text = table.rotate(
             _id(identifier), created_by="dermis keys rotate", overlap_seconds=overlap_hours * 3600.0
         )
-    _print_new(key, text, as_json)
+    _print_new(table, key, text, as_json)
 
 
 @keys_app.command()

@@ -28,6 +28,7 @@ from types import FrameType
 from dermis.errors import DermisError
 from services import inference, logs
 from services.gateway.auth.keys import read_key_file
+from services.gateway.auth.principal import is_tenant, unknown_scopes
 from services.settings import REPOSITORY, Settings, SettingsError, is_loopback
 from services.temporary_folders import TemporaryFolders, temporary_folders
 
@@ -127,10 +128,17 @@ def check_access(settings: Settings) -> None:
 
     Raises:
         SettingsError: The service would listen on another address than loopback without access control, or the file of the
-            first API key cannot be used.
+            first API key or a mapping of claims cannot be used.
     """
     if settings.bootstrap_key_file is not None:
         read_key_file(settings.bootstrap_key_file)
+    for name, tenants in (("TENANT", [settings.oidc_tenant]), ("TENANTS", settings.oidc_tenants.values())):
+        if wrong := [tenant for tenant in tenants if not is_tenant(tenant)]:
+            raise SettingsError(
+                f"DERMIS_OIDC_{name}: {wrong[0][:100]!r} is not a tenant: lower-case letters, digits, hyphens"
+            )
+    if unknown := unknown_scopes(scope for scopes in settings.oidc_scopes.values() for scope in scopes):
+        raise SettingsError(f"DERMIS_OIDC_SCOPES: {unknown[0][:100]!r} is not a scope; docs/security.md lists them")
     anonymous = "auth" in settings.model_fields_set and settings.allow_anonymous
     if settings.auth == "none" and not anonymous and not is_loopback(_numeric(settings.host)):
         raise SettingsError(

@@ -162,6 +162,11 @@ class KeyTable:
     def __init__(self, url: str) -> None:
         self._engine = make_engine(url)
 
+    @property
+    def location(self) -> str:
+        """URL of the database, without a password."""
+        return self._engine.url.render_as_string(hide_password=True)
+
     def close(self) -> None:
         """Close all connections."""
         self._engine.dispose()
