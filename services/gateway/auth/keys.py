@@ -48,6 +48,8 @@ _CACHE_SECONDS = 2.0
 _UNKNOWN_SECONDS = 0.25
 # Time for which the last copy is used while the database cannot be reached.
 _STALE_SECONDS = 60.0
+# Age at which all rows are read again although none was added or revoked.
+_RELOAD_SECONDS = 60.0
 _LAST_USE_SECONDS = 60.0
 # An ended key is remembered for this time, so that the answer can say why it is refused.
 _ENDED_SECONDS = 90 * 86_400.0
@@ -239,6 +241,17 @@ class KeyTable:
         with self._reading() as connection:
             return [_key_of(row) for row in connection.execute(query)]
 
+    def changes(self) -> tuple[int, int]:
+        """A value that differs after a key was created, rotated or revoked: the numbers of all keys and of revoked keys.
+
+        Numbers, not times, because the clocks of replicas differ.
+        """
+        with self._reading() as connection:
+            row = connection.execute(
+                sa.select(sa.func.count(), sa.func.count(_keys.c.revoked_at)).select_from(_keys)
+            ).one()
+        return row[0], row[1]
+
     def usable(self) -> dict[str, ApiKey]:
         """Keys by id: the active ones, and those that ended in the last 90 days."""
         earliest = time.time() - _ENDED_SECONDS
@@ -362,7 +375,8 @@ class KeyCache:
     def __init__(self, table: KeyTable, clock: Callable[[], float] = time.monotonic) -> None:
         self._table, self._clock = table, clock
         self._keys: Mapping[str, ApiKey] = {}
-        self._read_at = self._failed_at = float("-inf")
+        self._changes: tuple[int, int] | None = None
+        self._read_at = self._failed_at = self._loaded_at = float("-inf")
         self._lock = asyncio.Lock()
         self._uses: dict[str, float] = {}  # id -> time of a use that is not in the table
         self._recorded: dict[str, float] = {}  # id -> time of the last use that was written
@@ -416,13 +430,16 @@ class KeyCache:
                 self._check_age(now)
                 return
             try:
-                self._keys = await asyncio.to_thread(self._table.usable)
+                changes = await asyncio.to_thread(self._table.changes)
+                if changes != self._changes or now - self._loaded_at > _RELOAD_SECONDS:
+                    self._keys = await asyncio.to_thread(self._table.usable)
+                    self._changes, self._loaded_at = changes, now
+                    self._recorded = {name: moment for name, moment in self._recorded.items() if name in self._keys}
             except DatabaseUnavailableError:
                 self._failed_at = self._clock()
                 self._check_age(now)
             else:
                 self._read_at = now
-                self._recorded = {name: moment for name, moment in self._recorded.items() if name in self._keys}
 
     def _check_age(self, now: float) -> None:
         if now - self._read_at > _STALE_SECONDS:

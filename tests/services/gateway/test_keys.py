@@ -6,7 +6,7 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +165,39 @@ def test_revocation_reaches_every_replica_within_seconds(url: str, table: KeyTab
     asyncio.run(run())
 
 
+def test_rows_are_read_again_only_after_a_change_or_a_minute(table: KeyTable, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, reads = Clock(), 0
+    read = table.usable
+
+    def count() -> dict[str, ApiKey]:
+        nonlocal reads
+        reads += 1
+        return read()
+
+    monkeypatch.setattr(table, "usable", count)
+
+    async def reads_after(change: Callable[[], object], seconds: float = 3.0) -> int:
+        nonlocal reads
+        reads = 0
+        change()
+        clock.seconds += seconds
+        await cache.find(text)
+        return reads
+
+    key, text = create(table)
+    cache = KeyCache(table, clock)
+
+    async def run() -> None:
+        assert await reads_after(lambda: None) == 1
+        assert await reads_after(lambda: None) == 0
+        assert await reads_after(lambda: create(table)) == 1
+        assert await reads_after(lambda: table.rotate(key.id, created_by="test")) == 1
+        assert await reads_after(lambda: table.revoke(key.id)) == 1
+        assert await reads_after(lambda: None, seconds=61.0) == 1
+
+    asyncio.run(run())
+
+
 def test_only_the_right_secret_finds_a_key(table: KeyTable) -> None:
     async def run() -> None:
         cache = KeyCache(table)
@@ -182,14 +215,14 @@ def test_only_the_right_secret_finds_a_key(table: KeyTable) -> None:
 
 def test_requests_with_invented_keys_cause_few_queries(table: KeyTable, monkeypatch: pytest.MonkeyPatch) -> None:
     queries = 0
-    read = table.usable
+    read = table.changes
 
-    def count() -> dict[str, ApiKey]:
+    def count() -> tuple[int, int]:
         nonlocal queries
         queries += 1
         return read()
 
-    monkeypatch.setattr(table, "usable", count)
+    monkeypatch.setattr(table, "changes", count)
     monkeypatch.setattr(keys_module, "_UNKNOWN_SECONDS", 0.05)
 
     async def run() -> None:
@@ -207,7 +240,7 @@ def test_last_copy_is_used_while_the_database_cannot_be_reached(
 ) -> None:
     clock, attempts = Clock(), 0
 
-    def fail() -> dict[str, ApiKey]:
+    def fail() -> tuple[int, int]:
         nonlocal attempts
         attempts += 1
         raise DatabaseUnavailableError("no database")
@@ -216,7 +249,7 @@ def test_last_copy_is_used_while_the_database_cannot_be_reached(
         cache = KeyCache(table, clock)
         _, text = create(table)
         assert await cache.find(text) is not None
-        monkeypatch.setattr(table, "usable", fail)
+        monkeypatch.setattr(table, "changes", fail)
         clock.seconds += 10.0
         for _ in range(5):
             assert await cache.find(text) is not None
