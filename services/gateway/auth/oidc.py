@@ -136,6 +136,8 @@ class TokenVerifier:
             raise InvalidTokenError("its signature does not match") from None
         except (JoseError, ValueError, RecursionError):
             raise InvalidTokenError("it is not a signed JSON Web Token that this service accepts") from None
+        if not _is_access_token(header, claims):
+            raise InvalidTokenError("it is an identity or refresh token; send an access token")
         return self._principal(claims)
 
     def _check_header(self, header: Mapping[str, Any]) -> str:
@@ -240,8 +242,6 @@ class TokenVerifier:
 
     def _principal(self, claims: Mapping[str, Any]) -> Principal:
         settings = self._settings
-        if "at_hash" in claims or "nonce" in claims or claims.get("typ") in ("ID", "Refresh", "Offline"):
-            raise InvalidTokenError("it is an identity or refresh token; send an access token")
         subject = claims["sub"]
         if not 1 <= len(subject) <= _MAX_SUBJECT or not subject.isprintable():
             raise InvalidTokenError("its claim sub is not accepted")
@@ -261,6 +261,19 @@ class TokenVerifier:
             mapped = (self._settings.oidc_scopes.get(name, ()) for name in names if isinstance(name, str))
             return frozenset(scope for scopes in mapped for scope in scopes)
         return frozenset(name for name in names if isinstance(name, str) and name in SCOPES) - EXPLICIT_SCOPES
+
+
+def _is_access_token(header: Mapping[str, Any], claims: Mapping[str, Any]) -> bool:
+    """Whether a token is meant for an API. The other tokens of a provider have the same issuer and signature.
+
+    RFC 9068 marks access tokens in the header. Providers that do not follow it mark the other kinds by claims: `at_hash` and
+    `nonce` are in identity tokens, and Keycloak writes the kind into the claim `typ`, with `nonce` in all kinds.
+    """
+    if str(header.get("typ", "")).lower().endswith("at+jwt"):
+        return True
+    if claims.get("typ") == "Bearer":
+        return True
+    return not ({"at_hash", "nonce"} & claims.keys() or claims.get("typ") in ("ID", "Refresh", "Offline"))
 
 
 def _import(document: object) -> _ProviderKey | None:

@@ -59,6 +59,13 @@ def test_valid_token_becomes_a_principal(provider: Provider, algorithm: str) -> 
     assert verify(provider, token) == Principal("default", "user:user-1", frozenset({"images", "models:read"}))
 
 
+@pytest.mark.parametrize("order", [{"header": {"typ": "JWT"}}, {"header": {"typ": None}}], ids=str)
+def test_access_tokens_of_providers_without_rfc_9068_are_accepted(provider: Provider, order: dict[str, Any]) -> None:
+    assert verify(provider, provider.token(**order)).subject == "user:user-1"
+    keycloak = provider.token(**order, claims={"typ": "Bearer", "nonce": "n"})
+    assert verify(provider, keycloak).subject == "user:user-1"
+
+
 NOW = int(time.time())
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"attack": "none"}, "algorithm"),
@@ -87,9 +94,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"claims": {"sub": 7}}, "claim sub"),
     ({"claims": {"sub": "a\nb"}}, "claim sub"),
     ({"claims": {"sub": "x" * 300}}, "claim sub"),
-    ({"claims": {"nonce": "n"}}, "access token"),
-    ({"claims": {"at_hash": "n"}}, "access token"),
-    ({"claims": {"typ": "ID"}}, "access token"),
+    ({"header": {"typ": "JWT"}, "claims": {"nonce": "n"}}, "access token"),
+    ({"header": {"typ": None}, "claims": {"at_hash": "n"}}, "access token"),
+    ({"header": {"typ": "JWT"}, "claims": {"typ": "ID", "nonce": "n"}}, "access token"),
+    ({"header": {"typ": "JWT"}, "claims": {"typ": "Refresh"}}, "access token"),
 ]
 
 
