@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,9 @@ import sqlalchemy as sa
 from typer.testing import CliRunner
 
 from commands.main import app
+from dermis.bundle import Bundle
 from postgres import Postgres, running_postgres
+from service_kit import service
 from services.errors import DatabaseUnavailableError
 from services.gateway.auth import keys as keys_module
 from services.gateway.auth.keys import (
@@ -309,6 +312,16 @@ def test_file_without_key_is_refused_without_its_content(tmp_path: Path, content
     assert "secret" not in str(caught.value)
 
 
+@pytest.fixture
+def restored_umask() -> Iterator[None]:
+    """The command sets the umask of its process, which is that of the tests here."""
+    before = os.umask(0o022)
+    os.umask(before)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.usefixtures("restored_umask")
 def test_command_creates_lists_rotates_and_revokes(tmp_path: Path) -> None:
     def run(*arguments: str) -> Any:
         result = CliRunner().invoke(app, ["keys", *arguments, "--data-dir", str(tmp_path / "data")])
@@ -326,3 +339,14 @@ def test_command_creates_lists_rotates_and_revokes(tmp_path: Path) -> None:
     run("revoke", rotated["id"])
     assert [each["state"] for each in json.loads(run("list", "--json").stdout)] == ["revoked", "expired"]
     assert (tmp_path / "data" / "jobs.sqlite").stat().st_mode & 0o077 == 0
+
+
+def test_anonymous_use_has_every_scope_but_cannot_make_keys_for_later(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    with service(tiny_bundle.location, tmp_path) as running:
+        assert running.client.get("/metrics").status_code == 200
+        assert running.client.get("/v1/models", headers={"Authorization": "Bearer anything"}).status_code == 200
+        made = running.client.post("/v1/admin/keys", json={"name": "later", "scopes": ["admin"]})
+        assert (made.status_code, running.client.get("/v1/admin/keys").status_code) == (403, 403)
+        assert running.client.app.state.context.auth.keys.all() == []  # type: ignore[attr-defined]
+        document = json.loads(running.client.get("/openapi.json").text)
+        assert document["paths"]["/v1/images"]["post"]["security"] == [{}]
