@@ -36,12 +36,13 @@ _START_SECONDS = 300
 
 
 @contextmanager
-def launched(bundle: Bundle, folder: Path) -> Iterator[httpx.Client]:
-    """Start the service with `bundle` and its data in `folder`, and yield a client once it is ready."""
+def launched(bundle: Bundle, folder: Path, **more: str) -> Iterator[httpx.Client]:
+    """Start the service with `bundle`, its data in `folder` and `more` settings, and yield a client once it is ready."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     settings = {"BUNDLES": bundle.location, "DATA_DIR": str(folder), "PORT": str(port), "LOG_LEVEL": "WARNING"}
+    settings |= more
     environment = os.environ | {f"DERMIS_{name}": value for name, value in settings.items()}
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(

@@ -141,7 +141,7 @@ def repeated(answers: Answers) -> Answers:
     distances, radii = np.empty_like(answers.distances), np.empty_like(answers.radii)
     rows = zip(answers.marks, answers.distances.astype(np.float32), answers.radii.astype(np.float32), strict=True)
     for number, row in enumerate(rows):
-        given = ComparedImages(60.0, len(row[1])).answer("index", *row)
+        given = ComparedImages(60.0, len(row[1])).answer(("tenant", "index"), *row)
         distances[number], radii[number] = given.distances, given.radii
     return Answers(distances, radii, answers.marks)
 

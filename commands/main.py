@@ -21,6 +21,7 @@ from commands.explain import explain_app
 from commands.federate import federate_app
 from commands.generate import generate, verify
 from commands.index import index_app
+from commands.keys import keys_app
 from commands.privacy import privacy_app
 from commands.project import project
 from commands.serve import serve as serve_http
@@ -55,6 +56,7 @@ app.command()(evaluate)
 app.command()(generate)
 app.command()(verify)
 app.command("serve")(serve_http)
+app.add_typer(keys_app, name="keys")
 
 
 def _show_version(value: bool) -> None:

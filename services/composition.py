@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from services.gateway.auth.authentication import Authenticator
 from services.gateway.compared import ComparedImages
 from services.gateway.dependencies import Context
 from services.gateway.heat_maps import HeatMaps
@@ -36,7 +37,8 @@ class Composition:
         """Start the jobs, provide the context for the routes, and stop everything at the end."""
         await asyncio.to_thread(self.jobs.start)
         try:
-            yield self.context
+            async with self.context.auth.running():
+                yield self.context
         finally:
             self.context.uploads.close()
             await asyncio.to_thread(self.jobs.stop)
@@ -61,6 +63,7 @@ def compose(settings: Settings, models: ServedModels, inference: InferenceClient
     jobs = JobService(settings, job_context)
     context = Context(
         settings=settings,
+        auth=Authenticator(settings),
         models=models,
         jobs=jobs.datasets,
         projections=jobs.projections,

@@ -1,7 +1,8 @@
 """One log line for each event: time, level, logger, message and key=value pairs. Bodies and images are never logged.
 
 Everyone who knows the id of a projection can read and delete it, so ids of datasets and projections are shortened to their
-first characters, which are enough to see which lines belong together.
+first characters, which are enough to see which lines belong together. API keys and access tokens are cut as well: no line is
+meant to contain one, but the text of an error could.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 
 _STANDARD = frozenset(logging.LogRecord("", 0, "", 0, "", None, None).__dict__) | {"message", "asctime", "taskName"}
 _JOB_ID = re.compile(r"((?:ds|pr)_[0-9a-f]{6})[0-9a-f]{26}")
+_API_KEY = re.compile(r"(dermis_sk_[a-z0-9]{12})_[A-Za-z0-9_-]+")
+_ACCESS_TOKEN = re.compile(r"(eyJ[A-Za-z0-9_-]{4})[A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+){1,2}")
 _HANDLER_NAME = "dermis"
 
 
@@ -28,7 +31,14 @@ class LineFormatter(logging.Formatter):
         parts += [f"{key}={_value(value)}" for key, value in extra.items() if value is not None]
         if record.exc_info:
             parts.append(f"trace={_value(self.formatException(record.exc_info))}")
-        return _JOB_ID.sub(r"\1...", " ".join(parts))
+        return without_secrets(_JOB_ID.sub(r"\1...", " ".join(parts)))
+
+
+def without_secrets(text: str) -> str:
+    """A text in which API keys and access tokens are cut to their first characters."""
+    if "dermis_sk_" in text:
+        text = _API_KEY.sub(r"\1_...", text)
+    return _ACCESS_TOKEN.sub(r"\1...", text) if "eyJ" in text else text
 
 
 def configure(level: str) -> None:
@@ -42,6 +52,10 @@ def configure(level: str) -> None:
         logger.handlers = [handler]
         logger.propagate = False
         logger.setLevel(least)
+        # BentoML's configuration disables the loggers that exist when it is applied.
+        for each in logging.root.manager.loggerDict.values():
+            if isinstance(each, logging.Logger) and (each is logger or each.name.startswith(f"{name}.")):
+                each.disabled = False
 
 
 def _plain(text: str) -> str:

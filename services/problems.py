@@ -19,6 +19,9 @@ _MAX_NAME = 100
 KINDS: Mapping[str, tuple[int, str]] = {
     "malformed-json": (400, "The body is not valid JSON"),
     "bad-request": (400, "The request cannot be understood"),
+    "unauthenticated": (401, "Credentials are missing or not valid"),
+    "missing-scope": (403, "The credentials do not allow this"),
+    "no-access-control": (403, "Keys are not managed over HTTP without access control"),
     "cross-origin": (403, "Other origins cannot change anything"),
     "uploads-disabled": (403, "Uploads are disabled"),
     "not-found": (404, "Not found"),
@@ -26,6 +29,7 @@ KINDS: Mapping[str, tuple[int, str]] = {
     "method-not-allowed": (405, "Method not allowed"),
     "not-acceptable": (406, "No acceptable representation"),
     "upload-timeout": (408, "The upload took too long"),
+    "key-ended": (409, "The API key has ended"),
     "dataset-not-ready": (409, "The dataset is not ready"),
     "projection-not-ready": (409, "The projection is not ready"),
     "idempotency-conflict": (409, "The idempotency key was used for another request"),

@@ -64,6 +64,7 @@ def serve(options: Mapping[str, str | None]) -> int:
     try:
         settings = read_settings()
         supervisor.refuse_tcp()
+        supervisor.check_access(settings)
         _prepare(settings)
     except DermisError as error:
         print(f"dermis: {error}", file=sys.stderr)
@@ -133,16 +134,24 @@ def _print_address_when_ready(settings: Settings) -> None:
         if reason not in ("", last_reason) and "is starting" not in reason:
             last_reason = reason
             print(f"dermis is running, but not ready: {reason}", file=sys.stderr, flush=True)
-    models = _get(f"{url}/v1/models")[1].get("data", [])
+    models = _get(f"{url}/v1/models")[1].get("data", []) if settings.auth == "none" else []  # it needs credentials
     for model in models:
         shown = f"{model['resolution']} px; {', '.join(model['classes'])}"
         classifier = f"; classifier {model['classifier']['architecture']}" if model["classifier"] else ""
         print(f"  model    {model['name']} ({shown}{classifier})", flush=True)
     print(
-        f"  API      {url}/v1\n  docs     {url}/docs\n  health   {url}/readyz\n"
+        f"  API      {url}/v1\n  docs     {url}/docs\n  health   {url}/readyz\n{_access(settings)}"
         f"dermis is ready at {url} (Ctrl-C stops it; unfinished datasets continue at the next start)",
         flush=True,
     )
+
+
+def _access(settings: Settings) -> str:
+    """A line about the credentials that requests need; empty if they need none."""
+    if settings.auth == "none":
+        return ""
+    how = "API keys" if settings.auth == "keys" else f"access tokens of {settings.oidc_issuer}, or API keys"
+    return f"  access   {how}; create a key with: dermis keys create\n"
 
 
 def _url(settings: Settings) -> str:

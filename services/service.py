@@ -31,7 +31,7 @@ from services.inference.projector import ProjectorService
 from services.models import ServedModels
 from services.parent_watchdog import exit_with_parent
 from services.settings import SettingsError, settings_of_process
-from services.supervisor import serve_bento, stop_pause
+from services.supervisor import check_access, serve_bento, stop_pause
 from services.worker import cancel_timers_of_requests
 
 logger = logging.getLogger("dermis.service")
@@ -47,6 +47,7 @@ async def _running() -> AsyncIterator[Context]:
     exit_with_parent()
     restrict_new_files()
     try:
+        check_access(_settings)  # also when another program than our supervisor starts this process
         await asyncio.to_thread(prepare_data_folder, _settings)
     except SettingsError as error:
         logger.error("cannot start", extra={"problem": str(error)})

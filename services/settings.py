@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from dermis.bundle.installed import installed_bundles
@@ -16,6 +18,9 @@ from dermis.errors import DermisError
 _TRUSTED_HOST = re.compile(
     r"\*|\*(\.[A-Za-z0-9_-]+)+|([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?|[0-9A-Fa-f]*:[0-9A-Fa-f:.]+"
 )
+
+# Signatures with public keys. With an HMAC the public key of the provider would be the secret.
+_ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "Ed25519", "EdDSA")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -46,6 +51,62 @@ class Settings(BaseSettings):
         (),
         description="Host names under which requests are answered, separated by commas, in addition to loopback and "
         "`DERMIS_HOST`: `name`, `name:port`, `*.domain`, or `*` for any. Set it behind a proxy, or if clients use a name.",
+    )
+
+    # Access control
+    auth: Literal["none", "keys", "oidc"] = Field(
+        "none",
+        description="Who may send requests: `none`, everyone who reaches the port, which must be a loopback address; `keys`, "
+        "holders of an API key; `oidc`, holders of an access token of DERMIS_OIDC_ISSUER or of an API key.",
+    )
+    allow_anonymous: bool = Field(
+        False,
+        description="Together with an explicit DERMIS_AUTH=none, allows another address than loopback without access control.",
+    )
+    bootstrap_key_file: Path | None = Field(
+        None,
+        description="File with the first API key, made by `dermis keys generate`. It gets the scope `admin` at the start.",
+    )
+    open_metrics: bool = Field(
+        False, description="Whether /metrics needs no credentials. Otherwise it needs the scope `metrics:read`."
+    )
+    open_docs: bool = Field(
+        True, description="Whether /docs and /openapi.json need no credentials. Otherwise any valid ones suffice."
+    )
+    oidc_issuer: str | None = Field(
+        None, description="Issuer of access tokens: the https URL below which /.well-known/openid-configuration is."
+    )
+    oidc_audience: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="Accepted audiences (claim `aud`) of access tokens, separated by commas."
+    )
+    oidc_algorithms: Annotated[tuple[str, ...], NoDecode] = Field(
+        ("RS256", "ES256"),
+        description="Accepted signature algorithms: RS256, RS384, RS512, PS256, PS384, PS512, ES256, ES384, ES512, Ed25519, "
+        "EdDSA.",
+    )
+    oidc_leeway_seconds: int = Field(
+        30, ge=0, le=300, description="Tolerated difference of the clocks for the times in access tokens."
+    )
+    oidc_jwks_url: str | None = Field(
+        None, description="URL of the provider's keys (JWKS). Default: that of the discovery document."
+    )
+    oidc_tenant: str = Field(
+        "default", description="Tenant of all access tokens, if DERMIS_OIDC_TENANT_CLAIM is not set."
+    )
+    oidc_tenant_claim: str | None = Field(
+        None, description="Claim with the tenant; dots lead into objects, such as `organisation.id`."
+    )
+    oidc_tenants: Annotated[dict[str, str], NoDecode] = Field(
+        {}, description="Tenants by value of the claim: `value=tenant,value=tenant`. Other values are then refused."
+    )
+    oidc_scope_claim: str = Field(
+        "scope",
+        description="Claim with scopes or roles: a text separated by spaces, or a list; dots lead into objects.",
+    )
+    oidc_scopes: Annotated[dict[str, tuple[str, ...]], NoDecode] = Field(
+        {},
+        description="Scopes by value of the claim: `value=scope scope,value=scope`. Default: values that are names of scopes, "
+        "except `admin`, `authenticity:uploads` and `metrics:read`.",
     )
 
     # Models and processes
@@ -246,12 +307,46 @@ class Settings(BaseSettings):
     # Log
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least severe level logged.")
 
-    @field_validator("bundles", "cors_origins", "trusted_hosts", mode="before")
+    @field_validator("bundles", "cors_origins", "trusted_hosts", "oidc_audience", "oidc_algorithms", mode="before")
     @classmethod
     def _split_commas(cls, value: Any) -> Any:
         if isinstance(value, str):
             return tuple(part.strip() for part in value.split(",") if part.strip())
         return value
+
+    @field_validator("oidc_tenants", "oidc_scopes", mode="before")
+    @classmethod
+    def _split_pairs(cls, value: Any, info: ValidationInfo) -> Any:
+        if not isinstance(value, str):
+            return value
+        pairs: dict[str, Any] = {}
+        for part in filter(None, (each.strip() for each in value.split(","))):
+            name, equals, text = part.rpartition("=")
+            if not equals or not name.strip() or not text.strip():
+                raise ValueError(f"{part[:100]!r}: write value=name, separated by commas")
+            pairs[name.strip()] = tuple(text.split()) if info.field_name == "oidc_scopes" else text.strip()
+        return pairs
+
+    @field_validator("oidc_algorithms")
+    @classmethod
+    def _are_asymmetric(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        refused = [name for name in value if name not in _ALGORITHMS]
+        if refused or not value:
+            raise ValueError(f"use {', '.join(_ALGORITHMS)}")
+        return value
+
+    @field_validator("oidc_issuer", "oidc_jwks_url")
+    @classmethod
+    def _is_secure(cls, value: str | None) -> str | None:
+        if value is not None and not is_secure_url(value):
+            raise ValueError("use a URL with https; http only on a loopback address")
+        return value
+
+    @model_validator(mode="after")
+    def _provider_is_complete(self) -> Self:
+        if self.auth == "oidc" and (self.oidc_issuer is None or not self.oidc_audience):
+            raise ValueError("DERMIS_AUTH=oidc needs DERMIS_OIDC_ISSUER and DERMIS_OIDC_AUDIENCE")
+        return self
 
     @field_validator("bundles")
     @classmethod
@@ -294,6 +389,26 @@ class Settings(BaseSettings):
         return str(self.data_dir.absolute() / "datasets")
 
 
+def is_secure_url(url: str) -> bool:
+    """Whether a URL uses https, or http on a loopback address."""
+    try:
+        parts = urlsplit(url)
+        host = parts.hostname
+    except ValueError:
+        return False
+    if not host or parts.username is not None:
+        return False
+    return parts.scheme == "https" or (parts.scheme == "http" and is_loopback(host))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or an address is one of this machine alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
 def read_settings(**values: Any) -> Settings:
     """Read the settings from the environment.
 
@@ -306,11 +421,13 @@ def read_settings(**values: Any) -> Settings:
     try:
         return Settings(**values)
     except ValidationError as error:
-        lines = [
-            f"DERMIS_{'_'.join(map(str, e['loc'])).upper()}: {e['msg'].removeprefix('Value error, ')}"
-            for e in error.errors()
-        ]
+        lines = [f"{_variable(e['loc'])}{e['msg'].removeprefix('Value error, ')}" for e in error.errors()]
         raise SettingsError("; ".join(lines)) from None
+
+
+def _variable(location: tuple[int | str, ...]) -> str:
+    """The beginning of a message about a setting; nothing if it is about several."""
+    return f"DERMIS_{'_'.join(map(str, location)).upper()}: " if location else ""
 
 
 @lru_cache(maxsize=1)
@@ -323,6 +440,7 @@ def settings_table() -> str:
     """The settings as the Markdown table of docs/deployment.md."""
     lines = ["| variable | default | meaning |", "| --- | --- | --- |"]
     for name, field in Settings.model_fields.items():
-        shown = "" if name == "bundles" or field.default in (None, ()) else f"`{field.default}`"
+        default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
+        shown = "" if name == "bundles" or default in (None, "", {}) else f"`{default}`"
         lines.append(f"| `DERMIS_{name.upper()}` | {shown} | {field.description} |")
     return "\n".join(lines)

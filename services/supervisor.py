@@ -27,7 +27,9 @@ from types import FrameType
 
 from dermis.errors import DermisError
 from services import inference, logs
-from services.settings import REPOSITORY, Settings, SettingsError
+from services.gateway.auth.keys import read_key_file
+from services.gateway.auth.principal import is_tenant, unknown_scopes
+from services.settings import REPOSITORY, Settings, SettingsError, is_loopback
 from services.temporary_folders import TemporaryFolders, temporary_folders
 
 logger = logging.getLogger("dermis.supervisor")
@@ -94,6 +96,7 @@ def serve(settings: Settings, *, gateway_options: Sequence[str] = ()) -> None:
         SettingsError: The service cannot listen, or cannot make its sockets.
     """
     refuse_tcp()
+    check_access(settings)
     logs.configure(settings.log_level)
     raise_open_files()
     with (
@@ -117,6 +120,30 @@ def refuse_tcp() -> None:
         raise SettingsError(
             "BENTOML_NO_UDS: unset it. The services behind the gateway listen on Unix sockets only, because everyone who "
             "can connect to them can run code"
+        )
+
+
+def check_access(settings: Settings) -> None:
+    """Refuse to open the service to a network without access control, unless that was asked for twice.
+
+    Raises:
+        SettingsError: The service would listen on another address than loopback without access control, or the file of the
+            first API key or a mapping of claims cannot be used.
+    """
+    if settings.bootstrap_key_file is not None:
+        read_key_file(settings.bootstrap_key_file)
+    for name, tenants in (("TENANT", [settings.oidc_tenant]), ("TENANTS", settings.oidc_tenants.values())):
+        if wrong := [tenant for tenant in tenants if not is_tenant(tenant)]:
+            raise SettingsError(
+                f"DERMIS_OIDC_{name}: {wrong[0][:100]!r} is not a tenant: lower-case letters, digits, hyphens"
+            )
+    if unknown := unknown_scopes(scope for scopes in settings.oidc_scopes.values() for scope in scopes):
+        raise SettingsError(f"DERMIS_OIDC_SCOPES: {unknown[0][:100]!r} is not a scope; docs/security.md lists them")
+    anonymous = "auth" in settings.model_fields_set and settings.allow_anonymous
+    if settings.auth == "none" and not anonymous and not is_loopback(_numeric(settings.host)):
+        raise SettingsError(
+            f"DERMIS_AUTH: everyone who reaches {settings.host} could use the service; set DERMIS_AUTH=keys (docs/security.md "
+            "shows how), or DERMIS_AUTH=none and DERMIS_ALLOW_ANONYMOUS=true"
         )
 
 

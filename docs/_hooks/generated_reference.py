@@ -103,6 +103,8 @@ def _operations(document: Mapping[str, Any]) -> Iterator[str]:
             "",
         )
         yield from (operation.get("description", ""), "")
+        if scopes := operation.get("x-dermis-scopes"):
+            yield from (f"Scope: {' or '.join(f'`{scope}`' for scope in scopes)}", "")
         yield from _parameters(operation)
         yield from _body(operation, document)
         yield from ("| status | |", "| --- | --- |")

@@ -20,7 +20,7 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
     "CODE_OF_CONDUCT.md": "code-of-conduct.md",
     "CONTRIBUTING.md": "contributing.md",
-    "SECURITY.md": "security.md",
+    "SECURITY.md": "security-policy.md",
     "examples/README.md": "examples.md",
     "bundles/demo/MODEL_CARD.md": "demo/MODEL_CARD.md",
     "bundles/demo/classifier/CLASSIFIER_CARD.md": "demo/classifier/CLASSIFIER_CARD.md",

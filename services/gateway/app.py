@@ -22,6 +22,8 @@ from dermis import __version__
 from dermis.bundle.classifier import NOTICE
 from services import metrics
 from services.gateway import origins, problems
+from services.gateway.auth.authentication import check_routes
+from services.gateway.auth.principal import ANONYMOUS, Principal
 from services.gateway.dependencies import Context
 from services.gateway.openapi import openapi_document
 from services.gateway.problems import problem_response
@@ -34,6 +36,7 @@ from services.gateway.routes import (
     files,
     health,
     images,
+    keys,
     models,
     projections,
     reports,
@@ -96,10 +99,12 @@ def create_app(settings: Settings, running: Callable[[], AbstractAsyncContextMan
         classifications,
         authenticity,
         models,
+        keys,
         health,
         docs,
     ):
         app.include_router(routes.router)
+    check_routes(app)
     app.openapi = lambda: openapi_document(app, settings)  # type: ignore[method-assign]
     if settings.cors_origins:
         app.add_middleware(
@@ -153,6 +158,9 @@ class RequestMiddleware:
             # Probes are sent every few seconds. Changes of readiness are logged by `services.composition`.
             level = logging.DEBUG if route in health.PATHS else logging.INFO
             fields = {"method": scope["method"], "route": route, "status": status, "ms": seconds * 1000}
+            principal: Principal = scope.get("dermis.principal", ANONYMOUS)
+            if principal is not ANONYMOUS:
+                fields |= {"tenant": principal.tenant, "subject": principal.subject}
             logger.log(
                 level, "request", extra={**fields, "id": request_id, "client": (scope.get("client") or [None])[0]}
             )

@@ -62,7 +62,7 @@ class ComparedImages:
     def __init__(self, seconds: float, capacity: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._seconds, self._capacity, self._clock = seconds, capacity, clock
         self._lock = threading.Lock()
-        self._of_index: dict[str, _Table] = {}
+        self._of_group: dict[tuple[str, str], _Table] = {}
 
     @classmethod
     def of(cls, settings: Settings) -> ComparedImages:
@@ -70,11 +70,11 @@ class ComparedImages:
         seconds = settings.authenticity_repeat_seconds
         return cls(seconds, min(MAX_ANSWERS, settings.max_compared_per_minute * (math.ceil(seconds / 60) + 1)))
 
-    def answer(self, index: str, marks: Hashes, distances: Floats, radii: Floats) -> Answers:
+    def answer(self, group: tuple[str, str], marks: Hashes, distances: Floats, radii: Floats) -> Answers:
         """Replace the answers on images that resemble earlier ones, also in the same call, and keep the others.
 
         Args:
-            index: Digest of the index with which the images were compared.
+            group: Tenant, and digest of the index with which the images were compared. Other tenants do not get these answers.
             marks: Fingerprints [N, 4] of the images (`dermis.perceptual_hash.fingerprints`).
             distances: Their distances [N].
             radii: Their radii [N].
@@ -87,22 +87,22 @@ class ComparedImages:
             return answers
         with self._lock:
             now = self._clock()
-            for table in self._of_index.values():
+            for table in self._of_group.values():
                 table.forget(now - self._seconds)
-            table = self._of_index.setdefault(index, _Table())
+            table = self._of_group.setdefault(group, _Table())
             for image, positions in enumerate(turned_and_mirrored(marks)):
                 known = table.find(positions)
                 if known is not None:
                     answers.distances[image], answers.radii[image] = known
                     answers.repeated[image] = True
                     continue
-                if sum(map(len, self._of_index.values())) >= self._capacity:
+                if sum(map(len, self._of_group.values())) >= self._capacity:
                     raise self._full(now)
                 table.add(now, marks[image], distances[image], radii[image])
         return answers
 
     def _full(self, now: float) -> ProblemError:
-        oldest = min(table.oldest for table in self._of_index.values() if len(table))
+        oldest = min(table.oldest for table in self._of_group.values() if len(table))
         return ProblemError(
             "too-many-requests",
             f"at most {self._capacity} different images are compared with the training images in {self._seconds:g} s; "

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
 from dermis.bundle import Bundle
+from services.gateway.auth.authentication import Authenticator
 from services.gateway.bodies import read_bytes
 from services.gateway.compared import ComparedImages
 from services.gateway.heat_maps import HeatMaps
@@ -41,6 +42,7 @@ class Context:
     """
 
     settings: Settings
+    auth: Authenticator
     models: ServedModels
     jobs: DatasetJobs
     projections: ProjectionJobs

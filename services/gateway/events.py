@@ -4,24 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 
 from services.errors import DatabaseUnavailableError
 from services.gateway.dependencies import Context
 from services.gateway.schemas.datasets import dataset_of
 from services.jobs.table import Job
+from services.problems import ProblemError
 
 POLL_SECONDS = 0.5
 HEARTBEAT_SECONDS = 15.0
+CHECK_SECONDS = 5.0
 
 
-async def progress_events(context: Context, job: Job) -> AsyncIterator[str]:
+async def progress_events(
+    context: Context, job: Job, check_access: Callable[[], Awaitable[object]]
+) -> AsyncIterator[str]:
     """Yield the events of one dataset: `progress` at every change, and at the end one named succeeded, failed or cancelled.
 
     A client that connects again with Last-Event-ID needs no earlier events, because every event contains the whole state. The
     call must have been counted in `context.limits.event_streams`; the end of the stream releases it.
+
+    Args:
+        context: The context of the routes.
+        job: The dataset.
+        check_access: Called every few seconds. The stream ends when it raises a ProblemError: the credentials have ended.
     """
+    checked = time.monotonic()
     try:
         shown: tuple[object, ...] | None = None
         sent = time.monotonic()
@@ -41,7 +51,12 @@ async def progress_events(context: Context, job: Job) -> AsyncIterator[str]:
                 return  # the client connects again, to the process that is running then
             await asyncio.sleep(POLL_SECONDS)
             with suppress(DatabaseUnavailableError):  # the stream continues when the database can be reached again
+                if time.monotonic() - checked >= CHECK_SECONDS:
+                    await check_access()
+                    checked = time.monotonic()
                 current = await asyncio.to_thread(context.jobs.get, job.id)
+    except ProblemError:
+        return
     finally:
         context.limits.event_streams.release()
 

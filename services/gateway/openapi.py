@@ -7,14 +7,18 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from fastapi.routing import APIRoute, iter_route_contexts
 from pydantic.json_schema import models_json_schema
 
 from dermis.dataset.request import DatasetRequest
 from dermis.image_reading import FORMATS
 from services.gateway import origins
+from services.gateway.auth.authentication import access_of
+from services.gateway.auth.principal import SCOPES
 from services.gateway.schemas.datasets import Dataset
 from services.gateway.schemas.edits import EditsRequest
 from services.gateway.schemas.images import ImagesRequest
+from services.gateway.schemas.keys import KeyRequest
 from services.problems import KINDS, PROBLEM_MEDIA_TYPE
 from services.settings import Settings
 
@@ -113,6 +117,7 @@ def openapi_document(app: FastAPI, settings: Settings) -> dict[str, Any]:
                 (DatasetRequest, "validation"),
                 (ImagesRequest, "validation"),
                 (EditsRequest, "validation"),
+                (KeyRequest, "validation"),
                 (Dataset, "serialization"),
             ],
             ref_template=template,
@@ -122,6 +127,7 @@ def openapi_document(app: FastAPI, settings: Settings) -> dict[str, Any]:
         for name, schema in added.items():
             schemas.setdefault(name, schema)
         _add_refusals(document)
+        _add_access(document, app, settings)
         _add_limits(document, settings)
         app.openapi_schema = document
     return app.openapi_schema
@@ -134,12 +140,54 @@ def _add_refusals(document: dict[str, Any]) -> None:
             kinds = [] if path in origins.PROBES else ["bad-request", "untrusted-host"]
             if method.upper() not in origins.SAFE_METHODS:
                 kinds.append("cross-origin")
-            for kind in kinds:
-                status, title = KINDS[kind]
-                entry = operation["responses"].setdefault(str(status), {"description": "", "content": _PROBLEM_CONTENT})
-                text = f"{title} (`{kind}`)"
-                if text not in entry["description"]:
-                    entry["description"] = "; ".join(filter(None, (entry["description"], text)))
+            _add_problems(operation, *kinds)
+
+
+def _add_problems(operation: dict[str, Any], *kinds: str) -> None:
+    for kind in kinds:
+        status, title = KINDS[kind]
+        entry = operation["responses"].setdefault(str(status), {"description": "", "content": _PROBLEM_CONTENT})
+        text = f"{title} (`{kind}`)"
+        if text not in entry["description"]:
+            entry["description"] = "; ".join(filter(None, (entry["description"], text)))
+        if status == 503:
+            entry.setdefault("headers", headers("Retry-After"))
+
+
+def _add_access(document: dict[str, Any], app: FastAPI, settings: Settings) -> None:
+    """Name the scopes of each operation, and document its refusals."""
+    document["components"]["securitySchemes"] = {
+        "apiKey": {
+            "type": "http",
+            "scheme": "bearer",
+            "bearerFormat": "dermis_sk_...",
+            "description": "An API key of the service.",
+        },
+        "accessToken": {
+            "type": "http",
+            "scheme": "bearer",
+            "bearerFormat": "JWT",
+            "description": "An access token of the OpenID Connect provider of the service, if it has one.",
+        },
+    }
+    document["x-dermis-scopes"] = dict(SCOPES)
+    schemes = {"none": (), "keys": ("apiKey",), "oidc": ("apiKey", "accessToken")}[settings.auth]
+    for route in (context.original_route for context in iter_route_contexts(app.routes)):
+        if not isinstance(route, APIRoute) or not route.include_in_schema:
+            continue
+        access = access_of(route)
+        for method in route.methods or ():
+            operation = document["paths"][route.path_format][method.lower()]
+            if access is None:
+                operation["security"] = []
+                continue
+            is_open = settings.auth == "none" or (access.opened_by and getattr(settings, access.opened_by))
+            scopes = [[scope] for scope in access.any_of] or [[]]
+            operation["x-dermis-scopes"] = list(access.any_of)
+            operation["security"] = [{scheme: names} for names in scopes for scheme in schemes]
+            if is_open:
+                operation["security"].append({})
+            _add_problems(operation, "unauthenticated", "missing-scope", "not-ready")
 
 
 def _add_limits(document: dict[str, Any], settings: Settings) -> None:

@@ -9,6 +9,7 @@ from typing import cast
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import iter_route_contexts
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -17,6 +18,7 @@ from starlette.routing import Match, Route
 from dermis.errors import DermisError
 from services import problems
 from services.jobs.table import IdempotencyConflictError, TooManyActiveError
+from services.logs import without_secrets
 from services.problems import (
     KINDS,
     PROBLEM_MEDIA_TYPE,
@@ -41,7 +43,8 @@ def problem_response(
     """The response to `request` with a problem document."""
     document = problem(kind, detail, request.url.path, request.scope.get("request_id"), errors)
     # ASCII escapes: a name from the request can contain a lone surrogate, which UTF-8 cannot encode.
-    body = json.dumps(document.model_dump(exclude_none=True), ensure_ascii=True).encode("ascii")
+    text = json.dumps(document.model_dump(exclude_none=True), ensure_ascii=True)
+    body = without_secrets(text).encode("ascii")  # a caller may have put a key into the path, and may log the answer
     return Response(body, status_code=document.status, media_type=PROBLEM_MEDIA_TYPE, headers=dict(headers or {}))
 
 
@@ -58,7 +61,7 @@ def problem_of(error: Exception) -> ProblemError:
 def allowed_methods(request: Request) -> list[str]:
     """The methods of all routes of this path. Starlette's own Allow header lists those of one route only."""
     methods: set[str] = set()
-    for route in request.app.routes:
+    for route in (context.original_route for context in iter_route_contexts(request.app.routes)):
         if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:
             methods |= route.methods or set()
     return sorted(methods)

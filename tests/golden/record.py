@@ -242,6 +242,7 @@ def _bare(schema: Any) -> Any:
 _UNKNOWN = {
     "dataset_id": f"ds_{'0' * 32}",
     "projection_id": f"pr_{'0' * 32}",
+    "key_id": "0" * 12,
     "name": "unknown",
 }
 _DATASET = {
@@ -285,6 +286,7 @@ def _routes() -> str:
                 {"projection_id": projected, "name": each} for each in results
             ],
             "/v1/models/{name}": [{"name": bundle.name}],
+            "/v1/admin/keys/{key_id}": [{"key_id": "0" * 12}],
             "/docs/{name}": [{"name": "swagger-ui.css"}],
         }
         queries = {

@@ -35,6 +35,7 @@ from dermis.dataset.verify import verify
 from dermis.directions.edit import bundle_offset
 from dermis.imaging import decode
 from launched_service import Launched, free_port
+from services.gateway.auth.keys import new_key
 from tiny_index import make_complete_bundle
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -222,6 +223,30 @@ def test_service_opens_only_gateway_port_and_stops_in_time(
     second.wait_until(lambda: second.progress(dataset)["progress"]["shards_done"] > done)
     second.wait_until(lambda: second.client.get(projection).json()["progress"]["steps_done"] > 0)
     assert second.client.get(projection).json()["state"] == "running"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("command", [["-m", "services.serve"], ["-m", "bentoml", "serve", "services.service:Gateway"]])
+def test_open_service_needs_keys_and_logs_none(
+    launch: Callable[..., Launched], tiny_bundle: Bundle, tmp_path: Path, command: list[str]
+) -> None:
+    admin = new_key()
+    (tmp_path / "admin-key").write_text(admin)
+    settings = {"host": "0.0.0.0", "auth": "keys", "bootstrap_key_file": str(tmp_path / "admin-key")}
+    service = launch(str(tiny_bundle.location), free_port(), command=command, **settings, log_level="DEBUG")
+    service.wait_until(service.ready)
+    client = service.client
+    assert client.get("/v1/models").status_code == 401
+    headers = {"Authorization": f"Bearer {admin}"}
+    made = client.post("/v1/admin/keys", json={"tenant": "lab", "name": "n"}, headers=headers).json()
+    own = {"Authorization": f"Bearer {made['key']}"}
+    assert client.post("/v1/images", json={"classes": {"benign": 1}}, headers=own).status_code == 200
+    assert client.get("/v1/models", headers=headers).status_code == 403
+    assert client.delete(f"/v1/admin/keys/{made['id']}", headers=headers).status_code == 200
+    service.wait_until(lambda: client.get("/v1/models", headers=own).status_code == 401, seconds=30)
+    log = service.log.read_text()
+    assert f"tenant=lab subject=key:{made['id']}" in log
+    assert not any(text[23:] in log for text in (admin, made["key"]))
 
 
 def test_failed_start_prints_one_line_with_its_cause(tmp_path: Path) -> None:

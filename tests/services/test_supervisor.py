@@ -20,7 +20,7 @@ import pytest
 from starlette.types import Message, Receive, Scope, Send
 
 from service_kit import wait_for
-from services import serve, supervisor
+from services import logs, serve, supervisor
 from services.settings import Settings, SettingsError
 from services.temporary_folders import temporary_folders
 from services.worker import TimeLimit
@@ -182,6 +182,42 @@ def test_services_on_tcp_are_refused(
         supervisor.serve_bento("services.service:Gateway", working_dir=".")
 
 
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1"])
+@pytest.mark.parametrize("environment", [{}, {"DERMIS_AUTH": "none"}, {"DERMIS_ALLOW_ANONYMOUS": "true"}], ids=str)
+def test_open_address_without_access_control_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    host: str,
+    environment: dict[str, str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, value in {"DERMIS_DATA_DIR": "data", "DERMIS_HOST": host, **environment}.items():
+        monkeypatch.setenv(name, value)
+    assert serve.main([]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "DERMIS_AUTH=keys" in line and "DERMIS_ALLOW_ANONYMOUS=true" in line
+    with pytest.raises(SystemExit):  # `bentoml serve`
+        supervisor.serve_bento("services.service:Gateway", working_dir=".")
+    assert not (tmp_path / "data").exists()
+
+
+def test_address_may_be_open_with_access_control_or_explicitly_without(tmp_path: Path) -> None:
+    def check(**values: Any) -> None:
+        supervisor.check_access(Settings(_env_file=None, data_dir=tmp_path, **values))
+
+    for host in ("127.0.0.1", "localhost", "::1", "127.8.9.10"):
+        check(host=host)
+    check(host="0.0.0.0", auth="keys")
+    check(host="0.0.0.0", auth="oidc", oidc_issuer="https://login.example", oidc_audience="dermis")
+    check(host="0.0.0.0", auth="none", allow_anonymous=True)
+    with pytest.raises(SettingsError, match="DERMIS_BOOTSTRAP_KEY_FILE"):
+        check(host="0.0.0.0", auth="keys", bootstrap_key_file=tmp_path / "missing")
+    for name, value in {"oidc_tenant": "A", "oidc_tenants": "x=../a", "oidc_scopes": "boss=admin all"}.items():
+        with pytest.raises(SettingsError, match=f"DERMIS_{name.upper()}"):
+            check(**{name: value})
+
+
 def test_requests_leave_no_callbacks_behind(caplog: pytest.LogCaptureFixture) -> None:
     from services.service import Gateway
 
@@ -227,3 +263,10 @@ def test_time_limit_applies_only_until_response_begins() -> None:
     sent.clear()
     asyncio.run(TimeLimit(slow, 0.1)({"type": "http"}, receive, send))
     assert sent[-1]["body"] == b"done"
+
+
+def test_log_works_after_bentoml_has_disabled_existing_loggers() -> None:
+    for name in ("dermis", "dermis.http", "dermis.auth"):
+        logging.getLogger(name).disabled = True
+    logs.configure("INFO")
+    assert not any(logging.getLogger(name).disabled for name in ("dermis", "dermis.http", "dermis.auth"))

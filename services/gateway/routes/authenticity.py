@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Annotated
 
 import numpy as np
 from fastapi import APIRouter
@@ -17,6 +18,8 @@ from dermis.classifier.preprocess import batch
 from dermis.errors import RequestError
 from dermis.imaging import Images, as_rgb
 from dermis.perceptual_hash import fingerprints
+from services.gateway.auth.authentication import check_scope, requires
+from services.gateway.auth.principal import Principal
 from services.gateway.dependencies import (
     Context,
     ContextDep,
@@ -35,6 +38,8 @@ from services.inference.pixels import Comparison
 from services.problems import ProblemError
 
 router = APIRouter(prefix="/v1/authenticity", tags=["authenticity"])
+
+_Sender = Annotated[Principal, requires("authenticity:generated", "authenticity:uploads")]
 
 _BUSY = {"Retry-After": "5"}
 _JSON = "application/json"
@@ -73,15 +78,19 @@ resembles one of the last day (`DERMIS_AUTHENTICITY_REPEAT_SECONDS`) gets the an
         ),
     },
 )
-async def check_authenticity(request: Request, context: ContextDep, model: ModelQuery = None) -> Response:
+async def check_authenticity(
+    request: Request, context: ContextDep, principal: _Sender, model: ModelQuery = None
+) -> Response:
     """Compare uploaded or generated images. The query parameter `model` is for uploads."""
     choose_media_type(request, [_JSON])
     media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if media_type.endswith(("/json", "+json")):
+        check_scope(principal, "authenticity:generated")
         bundle, index, nearest = await _compare_generated(request, context)
         verdicts, repeated = verdicts_of(nearest, index, step=_STEP), [False] * len(nearest.distances)
     else:
-        bundle, index, nearest, repeated = await _compare_uploads(request, context, model)
+        check_scope(principal, "authenticity:uploads")
+        bundle, index, nearest, repeated = await _compare_uploads(request, context, principal, model)
         verdicts = verdicts_of(nearest, index, step=context.settings.authenticity_distance_step)
     copies = [None] * len(verdicts.distances) if verdicts.copies is None else verdicts.copies.tolist()
     rows = zip(
@@ -110,7 +119,7 @@ async def check_authenticity(request: Request, context: ContextDep, model: Model
 
 
 async def _compare_uploads(
-    request: Request, context: Context, model: str | None
+    request: Request, context: Context, principal: Principal, model: str | None
 ) -> tuple[Bundle, IndexDescription, Nearest, list[bool]]:
     """Compare uploads. Images that resemble earlier ones get the answers on those, and are marked in the last list."""
     if not context.settings.compares_uploads:
@@ -128,7 +137,9 @@ async def _compare_uploads(
         # The copy detector is left out: it finds training images better than distances do.
         nearest = await _nearest(context, bundle, inputs, Comparison(detect_copies=False))
         answers = await asyncio.to_thread(
-            lambda: context.compared.answer(index.digest, fingerprints(inputs), nearest.distances, nearest.radii)
+            lambda: context.compared.answer(
+                (principal.tenant, index.digest), fingerprints(inputs), nearest.distances, nearest.radii
+            )
         )
     nearest = Nearest(answers.distances, answers.radii, nearest.embeddings)
     return bundle, index, nearest, answers.repeated.tolist()

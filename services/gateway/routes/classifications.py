@@ -19,6 +19,8 @@ from dermis.bundle.classifier import DEFAULT_THRESHOLD, NOTICE, ClassifierDescri
 from dermis.classifier.scores import scores_of
 from dermis.errors import RequestError
 from dermis.explain.attribution import Method
+from services.gateway.auth.authentication import requires
+from services.gateway.auth.principal import Principal
 from services.gateway.dependencies import ContextDep, ModelQuery, choose_media_type, model_header, served_bundle
 from services.gateway.openapi import UPLOAD_PROBLEMS, content, headers, image_body, problems
 from services.gateway.schemas.classifications import (
@@ -33,6 +35,8 @@ from services.inference.heat_maps import MEDIA_TYPE, EncodedHeatMap
 from services.problems import ProblemError
 
 router = APIRouter(prefix="/v1/classifications", tags=["classifications"])
+
+_Sender = Annotated[Principal, requires("classify")]
 
 _BUSY = {"Retry-After": "5"}
 _JSON = "application/json"
@@ -75,6 +79,7 @@ positive class. A heat map takes seconds, so the number of images in such a call
 async def classify_images(
     request: Request,
     context: ContextDep,
+    principal: _Sender,
     model: ModelQuery = None,
     threshold: Annotated[
         str,

@@ -12,6 +12,8 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from dermis.dataset.request import DatasetRequest
+from services.gateway.auth.authentication import requires
+from services.gateway.auth.principal import Principal
 from services.gateway.dependencies import Context, ContextDep, IdempotencyKey, is_job_id, read_model
 from services.gateway.events import progress_events
 from services.gateway.openapi import JSON_PROBLEMS, headers, json_body, problems
@@ -20,6 +22,9 @@ from services.jobs.table import Job
 from services.problems import FieldError, ProblemError, invalid_request
 
 router = APIRouter(prefix="/v1/datasets", tags=["datasets"])
+
+_Reader = Annotated[Principal, requires("datasets:read")]
+_Writer = Annotated[Principal, requires("datasets:write")]
 
 # The schema of one event: tools that support server-sent events read the schema of text/event-stream so.
 _EVENT = {
@@ -79,7 +84,9 @@ async def find_job(context: Context, dataset_id: str) -> Job:
         ),
     },
 )
-async def create_dataset(request: Request, response: Response, context: ContextDep, key: IdempotencyKey) -> Dataset:
+async def create_dataset(
+    request: Request, response: Response, context: ContextDep, principal: _Writer, key: IdempotencyKey
+) -> Dataset:
     """Start a dataset, which is generated in the background. The job continues after crashes and restarts."""
     body = await read_model(request, DatasetRequest, {"model": context.models.default})
     job = await asyncio.to_thread(context.jobs.submit, body, key)
@@ -90,6 +97,7 @@ async def create_dataset(request: Request, response: Response, context: ContextD
 @router.get("", summary="List the datasets", responses=problems("invalid-request", "not-ready"))
 async def list_datasets(
     context: ContextDep,
+    principal: _Reader,
     limit: Annotated[int, Query(ge=1, le=100, description="Maximum number of datasets on the page.")] = 20,
     cursor: Annotated[
         str | None,
@@ -108,7 +116,7 @@ async def list_datasets(
 
 
 @router.get("/{dataset_id}", summary="Show a dataset", responses=problems("not-found", "not-ready"))
-async def get_dataset(dataset_id: str, context: ContextDep) -> Dataset:
+async def get_dataset(dataset_id: str, context: ContextDep, principal: _Reader) -> Dataset:
     """Show the state and progress of a dataset."""
     return dataset_of(await find_job(context, dataset_id))
 
@@ -124,7 +132,7 @@ async def get_dataset(dataset_id: str, context: ContextDep) -> Dataset:
         **problems("not-found", "not-ready"),
     },
 )
-async def delete_dataset(dataset_id: str, context: ContextDep) -> Dataset | Response:
+async def delete_dataset(dataset_id: str, context: ContextDep, principal: _Writer) -> Dataset | Response:
     """Stop an active dataset, or delete one that has ended."""
     await find_job(context, dataset_id)
     job = await asyncio.to_thread(context.jobs.cancel_or_delete, dataset_id)
@@ -144,12 +152,12 @@ async def delete_dataset(dataset_id: str, context: ContextDep) -> Dataset | Resp
         **problems("not-found", "not-ready", "too-many-requests"),
     },
 )
-async def watch_dataset(dataset_id: str, context: ContextDep) -> Response:
+async def watch_dataset(dataset_id: str, request: Request, context: ContextDep, principal: _Reader) -> Response:
     """Stream the progress until the dataset has ended."""
     job = await find_job(context, dataset_id)
     context.limits.event_streams.acquire()
     return StreamingResponse(
-        progress_events(context, job),
+        progress_events(context, job, lambda: context.auth.principal_of(request.headers)),
         media_type="text/event-stream",
         headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
     )

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter
 from fastapi.openapi.docs import get_swagger_ui_html
 from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
 
+from services.gateway.auth.authentication import requires
+from services.gateway.auth.principal import Principal
 from services.problems import ProblemError
 
 router = APIRouter(include_in_schema=False)
+
+_Reader = Annotated[Principal, requires(opened_by="open_docs")]
 
 _ASSETS = {"swagger-ui-bundle.js": "text/javascript", "swagger-ui.css": "text/css"}
 
@@ -28,13 +32,13 @@ def _asset_folder() -> Path | None:
 
 
 @router.get("/openapi.json")
-def openapi(request: Request) -> Response:
+def openapi(request: Request, principal: _Reader) -> Response:
     """The OpenAPI document."""
     return JSONResponse(request.app.openapi())
 
 
 @router.get("/docs")
-def docs(request: Request) -> HTMLResponse:
+def docs(request: Request, principal: _Reader) -> HTMLResponse:
     """Swagger UI for the OpenAPI document."""
     urls: dict[str, Any] = {}
     if _asset_folder() is not None:
@@ -45,7 +49,7 @@ def docs(request: Request) -> HTMLResponse:
 
 
 @router.get("/docs/{name}")
-def asset(name: str) -> Response:
+def asset(name: str, principal: _Reader) -> Response:
     """A file of Swagger UI."""
     folder = _asset_folder()
     if folder is None or name not in _ASSETS:

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import hashlib
 from collections.abc import Sequence
+from typing import Annotated
 
 import numpy as np
 from fastapi import APIRouter
@@ -18,6 +19,8 @@ from dermis.dataset.request import EditOption, classes_of
 from dermis.directions.edit import bundle_offset
 from dermis.errors import RequestError
 from dermis.imaging import MEDIA_TYPES, Images, animation, contact_sheet, encode
+from services.gateway.auth.authentication import check_scope, requires
+from services.gateway.auth.principal import Principal
 from services.gateway.dependencies import (
     Context,
     ContextDep,
@@ -38,6 +41,9 @@ from services.jobs.projection import ProjectionOptions
 
 router = APIRouter(tags=["edits"])
 
+_Sender = Annotated[Principal, requires("edits")]
+_ModelReader = Annotated[Principal, requires("models:read")]
+
 _JSON, _GIF = "application/json", "image/gif"
 _IMAGE_TYPES = tuple(MEDIA_TYPES.values())
 
@@ -47,7 +53,7 @@ _IMAGE_TYPES = tuple(MEDIA_TYPES.values())
     summary="List the directions of a model",
     responses=problems("unknown-model", "invalid-request", "model-unavailable"),
 )
-async def list_directions(context: ContextDep, model: ModelQuery = None) -> DirectionList:
+async def list_directions(context: ContextDep, principal: _ModelReader, model: ModelQuery = None) -> DirectionList:
     """List the named directions in w, with the method and the values that were measured for each."""
     bundle = await served_bundle(context, model)
     return DirectionList(
@@ -85,9 +91,11 @@ async def list_directions(context: ContextDep, model: ModelQuery = None) -> Dire
         ),
     },
 )
-async def edit_images(request: Request, context: ContextDep) -> Response:
+async def edit_images(request: Request, context: ContextDep, principal: _Sender) -> Response:
     """Generate edited samples, or edited projections. Noise and truncation stay as without edits."""
     body = await read_model(request, EditsRequest)
+    if body.projections is not None:
+        check_scope(principal, "projections")
     preferred = MEDIA_TYPES[body.image_format]
     offers = [_JSON, preferred, *(kind for kind in _IMAGE_TYPES if kind != preferred), _GIF]
     media_type = choose_media_type(request, offers)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Annotated
 from urllib.parse import quote
 
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from services.gateway.auth.authentication import requires
+from services.gateway.auth.principal import Principal
 from services.gateway.dependencies import Context, ContextDep
 from services.gateway.files import MEDIA_TYPES, file_response, media_type_of
 from services.gateway.openapi import Responses, content, headers, problems
@@ -18,6 +21,8 @@ from services.jobs.table import Job
 from services.problems import ProblemError
 
 router = APIRouter(prefix="/v1/datasets/{dataset_id}/files", tags=["datasets"])
+
+_Reader = Annotated[Principal, requires("datasets:read")]
 
 _FILE_HEADERS = headers("ETag", "Accept-Ranges", "Content-Disposition")
 _DOWNLOAD: Responses = {
@@ -42,7 +47,7 @@ async def ready_job(context: Context, dataset_id: str) -> Job:
 @router.get(
     "", summary="List the files of a dataset", responses=problems("not-found", "not-ready", "dataset-not-ready")
 )
-async def list_files(dataset_id: str, context: ContextDep) -> DatasetFileList:
+async def list_files(dataset_id: str, context: ContextDep, principal: _Reader) -> DatasetFileList:
     """List every file with its size and hash."""
     job = await ready_job(context, dataset_id)
     files = await asyncio.to_thread(context.jobs.files, job)
@@ -74,13 +79,15 @@ async def list_files(dataset_id: str, context: ContextDep) -> DatasetFileList:
         **problems("not-found", "not-ready", "dataset-not-ready", "range-not-satisfiable"),
     },
 )
-async def download_file(dataset_id: str, name: str, request: Request, context: ContextDep) -> Response:
+async def download_file(
+    dataset_id: str, name: str, request: Request, context: ContextDep, principal: _Reader
+) -> Response:
     """Download a file, or the range of it that a Range header names."""
     return await _file(dataset_id, name, request, context)
 
 
 @router.head("/{name}", summary="Size and hash of a file", response_class=Response, responses=_DOWNLOAD)
-async def head_file(dataset_id: str, name: str, request: Request, context: ContextDep) -> Response:
+async def head_file(dataset_id: str, name: str, request: Request, context: ContextDep, principal: _Reader) -> Response:
     """Return the headers of a download without the file."""
     return await _file(dataset_id, name, request, context)
 

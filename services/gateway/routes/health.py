@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Annotated
 
 from fastapi import APIRouter
 from starlette.responses import Response
 
 from services import metrics
+from services.gateway.auth.authentication import requires
+from services.gateway.auth.principal import Principal
 from services.gateway.dependencies import ContextDep
 from services.gateway.openapi import problems
 from services.gateway.schemas.common import Health
@@ -16,6 +19,8 @@ from services.problems import ProblemError
 PATHS = ("/livez", "/readyz", "/healthz", "/metrics")
 
 router = APIRouter(tags=["health"])
+
+_Reader = Annotated[Principal, requires("metrics:read", opened_by="open_metrics")]
 
 
 @router.get("/livez", summary="Whether the process is alive", responses=problems("not-ready"))
@@ -51,7 +56,7 @@ async def readyz(context: ContextDep) -> Health:
         **problems(),
     },
 )
-async def get_metrics(context: ContextDep) -> Response:
+async def get_metrics(context: ContextDep, principal: _Reader) -> Response:
     """Counters, latencies and jobs by state, in the text format of Prometheus."""
     text = await asyncio.to_thread(metrics.render, context.jobs.count_by_state, context.projections.count_by_state)
     return Response(text, headers={"Content-Type": metrics.CONTENT_TYPE})

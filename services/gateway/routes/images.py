@@ -6,6 +6,7 @@ import asyncio
 import base64
 import hashlib
 from collections.abc import Sequence
+from typing import Annotated
 
 import numpy as np
 from fastapi import APIRouter
@@ -17,6 +18,8 @@ from dermis.dataset.request import classes_of
 from dermis.errors import RequestError
 from dermis.imaging import MEDIA_TYPES, ImageFormat, contact_sheet, encode
 from dermis.latents import MAX_INDEX
+from services.gateway.auth.authentication import requires
+from services.gateway.auth.principal import Principal
 from services.gateway.dependencies import ContextDep, choose_media_type, model_header, read_model, served_bundle
 from services.gateway.openapi import JSON_PROBLEMS, content, headers, json_body, problems
 from services.gateway.sampling import check_classes, check_cutoff, check_edits, generate_within_limits
@@ -25,6 +28,8 @@ from services.gateway.schemas.images import ImagesRequest, Sample, SampleList
 from services.inference.samples import Image, Options, Samples, pack_rows
 
 router = APIRouter(prefix="/v1/images", tags=["images"])
+
+_Sender = Annotated[Principal, requires("images")]
 
 _IMAGE_TYPES = tuple(MEDIA_TYPES.values())
 
@@ -53,7 +58,7 @@ _IMAGE_TYPES = tuple(MEDIA_TYPES.values())
         ),
     },
 )
-async def generate_images(request: Request, context: ContextDep) -> Response:
+async def generate_images(request: Request, context: ContextDep, principal: _Sender) -> Response:
     """Generate images of a seed's sequence. The same request returns the same images."""
     body = await read_model(request, ImagesRequest)
     preferred = MEDIA_TYPES[body.image_format]

@@ -12,6 +12,8 @@ from starlette.responses import Response
 from dermis.dataset.request import classes_of
 from dermis.errors import RequestError
 from dermis.projection.schedule import SCHEDULES
+from services.gateway.auth.authentication import requires
+from services.gateway.auth.principal import Principal
 from services.gateway.dependencies import Context, ContextDep, IdempotencyKey, ModelQuery, is_job_id, served_bundle
 from services.gateway.files import MEDIA_TYPES, file_response
 from services.gateway.openapi import UPLOAD_PROBLEMS, content, headers, image_body, problems
@@ -22,6 +24,8 @@ from services.jobs.table import Job
 from services.problems import ProblemError
 
 router = APIRouter(prefix="/v1/projections", tags=["projections"])
+
+_Sender = Annotated[Principal, requires("projections")]
 
 
 @router.post(
@@ -62,6 +66,7 @@ async def create_projection(
     request: Request,
     response: Response,
     context: ContextDep,
+    principal: _Sender,
     key: IdempotencyKey,
     model: ModelQuery = None,
     schedule: Annotated[
@@ -118,7 +123,7 @@ async def create_projection(
 
 
 @router.get("/{projection_id}", summary="Show a projection", responses=problems("not-found", "not-ready"))
-async def get_projection(projection_id: str, context: ContextDep) -> ProjectionJob:
+async def get_projection(projection_id: str, context: ContextDep, principal: _Sender) -> ProjectionJob:
     """Show the state and progress of a projection, and its results once it has succeeded."""
     return await _body_of(context, await find_projection(context, projection_id))
 
@@ -132,7 +137,7 @@ async def get_projection(projection_id: str, context: ContextDep) -> ProjectionJ
         **problems("not-found", "not-ready"),
     },
 )
-async def delete_projection(projection_id: str, context: ContextDep) -> Response:
+async def delete_projection(projection_id: str, context: ContextDep, principal: _Sender) -> Response:
     """Delete a projection with all its files, whether or not it has ended."""
     await find_projection(context, projection_id)
     await asyncio.to_thread(context.projections.cancel_or_delete, projection_id)
@@ -154,7 +159,9 @@ async def delete_projection(projection_id: str, context: ContextDep) -> Response
         **problems("not-found", "not-ready", "projection-not-ready", "range-not-satisfiable"),
     },
 )
-async def download_projection_file(projection_id: str, name: str, request: Request, context: ContextDep) -> Response:
+async def download_projection_file(
+    projection_id: str, name: str, request: Request, context: ContextDep, principal: _Sender
+) -> Response:
     """Download latents, an image or a video."""
     job = await ready_projection(context, projection_id)
     # The name is only compared with those in the list of the job, and never used as a path.

@@ -12,6 +12,8 @@ from starlette.responses import Response
 from dermis.dataset.manifest import REPORT, REPORT_PAGE
 from dermis.report.content import DatasetReport
 from dermis.report.page import CONTENT_SECURITY_POLICY
+from services.gateway.auth.authentication import requires
+from services.gateway.auth.principal import Principal
 from services.gateway.dependencies import ContextDep, choose_media_type
 from services.gateway.files import file_response
 from services.gateway.openapi import headers, problems
@@ -19,6 +21,8 @@ from services.gateway.routes.files import ready_job
 from services.problems import ProblemError
 
 router = APIRouter(prefix="/v1/datasets/{dataset_id}/report", tags=["datasets"])
+
+_Reader = Annotated[Principal, requires("datasets:read")]
 
 _JSON, _HTML = "application/json", "text/html"
 # Beyond what the page itself says: it must not be shown inside of another page, and it is isolated like a foreign one.
@@ -47,6 +51,7 @@ async def get_report(
     dataset_id: str,
     request: Request,
     context: ContextDep,
+    principal: _Reader,
     report_format: Annotated[
         Literal["json", "html"] | None,
         Query(alias="format", description="json or html; takes precedence over the Accept header."),

@@ -25,9 +25,11 @@ def copies(image: Images, count: int, seed: int) -> list[Images]:
     return [image, *(np.ascontiguousarray(copy) for copy in changed)]
 
 
-def answered(kept: ComparedImages, images: list[Images], distances: list[float], index: str = "a") -> Answers:
+def answered(
+    kept: ComparedImages, images: list[Images], distances: list[float], tenant: str = "a", index: str = "a"
+) -> Answers:
     numbers = np.array(distances, np.float32)
-    return kept.answer(index, fingerprints(images), numbers, numbers + 1)
+    return kept.answer((tenant, index), fingerprints(images), numbers, numbers + 1)
 
 
 def test_copies_get_the_first_answer_and_other_images_their_own() -> None:
@@ -39,6 +41,7 @@ def test_copies_get_the_first_answer_and_other_images_their_own() -> None:
     others = answered(kept, [lesion(seed) for seed in range(1, 20)], list(range(1, 20)))
     assert not others.repeated.any() and others.distances.tolist() == list(range(1, 20))
     assert answered(kept, [lesion(0)], [7], index="another").distances.tolist() == [7]
+    assert answered(kept, [lesion(0)], [8], tenant="another").repeated.tolist() == [False]
 
 
 def test_answers_are_kept_for_a_time_and_not_beyond_the_capacity() -> None:

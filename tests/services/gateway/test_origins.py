@@ -137,7 +137,9 @@ def test_requests_of_own_pages_and_allowed_origins_are_accepted(served: Service,
 def test_origin_refusals_are_documented(served: Service) -> None:
     paths = served.client.get("/openapi.json").json()["paths"]
     assert {"403", "421"} <= paths["/v1/projections"]["post"]["responses"].keys()
-    assert "421" in paths["/v1/models"]["get"]["responses"] and "403" not in paths["/v1/models"]["get"]["responses"]
+    assert "`cross-origin`" in paths["/v1/projections"]["post"]["responses"]["403"]["description"]
+    assert "421" in paths["/v1/models"]["get"]["responses"]
+    assert "`cross-origin`" not in paths["/v1/models"]["get"]["responses"]["403"]["description"]
     assert "421" not in paths["/livez"]["get"]["responses"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Self
 
@@ -51,6 +52,8 @@ class DermisClient:
         base_url: str | None = None,
         *,
         api_key: str | None = None,
+        token_provider: Callable[[], str] | None = None,
+        allow_plain_http: bool | None = None,
         timeout: float = 120.0,
         max_retries: int = 3,
         http_client: httpx.Client | None = None,
@@ -60,7 +63,11 @@ class DermisClient:
         Args:
             base_url: Address of the service; by default DERMIS_BASE_URL from the environment, or
                 http://127.0.0.1:3000.
-            api_key: Sent as a bearer token; by default DERMIS_API_KEY from the environment, or none.
+            api_key: API key of the service; by default DERMIS_API_KEY from the environment, or none.
+            token_provider: In place of an API key, a function that returns an access token. It is called before each
+                request, so it should keep the token until shortly before it expires.
+            allow_plain_http: Whether credentials may be sent over http:// to another machine; by default
+                DERMIS_ALLOW_PLAIN_HTTP from the environment, or no.
             timeout: Seconds that a request may wait for a response.
             max_retries: Further attempts after a broken connection or a busy service, with growing pauses.
             http_client: Your own httpx.Client, for instance with a proxy. This client does not close it.
@@ -68,7 +75,8 @@ class DermisClient:
         Raises:
             InvalidRequestError: An argument is not valid.
         """
-        transport = SyncTransport(settings(base_url, api_key, timeout, max_retries), http_client)
+        values = settings(base_url, api_key, token_provider, allow_plain_http, timeout, max_retries)
+        transport = SyncTransport(values, http_client)
         self._transport = transport
         self.datasets, self.images, self.models = Datasets(transport), Images(transport), Models(transport)
         self.classifications, self.authenticity = Classifications(transport), Authenticity(transport)
@@ -120,12 +128,15 @@ class AsyncDermisClient:
         base_url: str | None = None,
         *,
         api_key: str | None = None,
+        token_provider: Callable[[], str | Awaitable[str]] | None = None,
+        allow_plain_http: bool | None = None,
         timeout: float = 120.0,
         max_retries: int = 3,
         http_client: httpx.AsyncClient | None = None,
     ) -> None:
-        """Create a client; arguments and errors as for DermisClient."""
-        transport = AsyncTransport(settings(base_url, api_key, timeout, max_retries), http_client)
+        """Create a client; arguments and errors as for DermisClient. `token_provider` may be a coroutine function."""
+        values = settings(base_url, api_key, token_provider, allow_plain_http, timeout, max_retries)
+        transport = AsyncTransport(values, http_client)
         self._transport = transport
         self.datasets, self.images, self.models = (
             AsyncDatasets(transport),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import math
 import operator
 import re
@@ -14,6 +15,7 @@ from dermis_client.errors import InvalidRequestError
 
 _MAX_IMAGE_BYTES = 20 << 20  # an image of 2048 x 2048 px that does not compress, as base64
 _ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
+_TOKEN = re.compile(r"[A-Za-z0-9._~+/-]{1,16384}=*")  # RFC 6750, section 2.1
 _ID_PREFIX = {"dataset": "ds", "projection": "pr"}
 
 
@@ -28,9 +30,35 @@ def base_url_from(url: str) -> str:
         usable = parts.scheme in {"http", "https"} and bool(parts.hostname) and (parts.port or 1) > 0
     except ValueError:
         usable = False
+    if usable and parts.username is not None:
+        raise InvalidRequestError(
+            "base_url: must not contain a user name or password; give api_key, or your own http_client"
+        )
     if not usable or parts.query or parts.fragment:
         raise InvalidRequestError(f"base_url: {url!r} is not an address such as http://127.0.0.1:3000")
     return url.rstrip("/")
+
+
+def is_loopback(url: str) -> bool:
+    """Return whether a URL leads to this machine only."""
+    host = urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def checked_token(field: str, token: object) -> str:
+    """Return an API key or access token that can be sent in a header.
+
+    Raises:
+        InvalidRequestError: It cannot; the message does not contain it.
+    """
+    if not isinstance(token, str) or not _TOKEN.fullmatch(token):
+        raise InvalidRequestError(
+            f"{field}: must be an API key or access token: letters, digits and -._~+/=, without spaces or line breaks"
+        )
+    return token
 
 
 def whole(field: str, value: SupportsIndex) -> int:

@@ -11,6 +11,8 @@ from dermis_client.models import Problem
 
 _BY_STATUS: dict[int, type[errors.APIStatusError]] = {
     400: errors.BadRequestError,
+    401: errors.AuthenticationError,
+    403: errors.PermissionDeniedError,
     404: errors.NotFoundError,
     409: errors.ConflictError,
     413: errors.TooLargeError,

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import itertools
 import os
 import platform
 import queue
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator, Sequence
 from contextlib import AsyncExitStack, ExitStack, aclosing, closing
 from dataclasses import dataclass
-from typing import Any, TypeVar, assert_never
+from typing import Any, TypeAlias, TypeVar, assert_never
 
 import httpx
 
@@ -43,19 +44,25 @@ MAX_REDIRECTS = 10
 DEFAULT_BASE_URL = "http://127.0.0.1:3000"
 
 
+# A blocking client needs a function that returns the token; an asynchronous client also takes a coroutine function.
+TokenProvider: TypeAlias = Callable[[], str | Awaitable[str]]
+
+
 @dataclass(frozen=True)
 class ClientSettings:
     """The settings of a client.
 
     Attributes:
         base_url: Address of the service, without a trailing slash.
-        api_key: Bearer token, if any.
+        api_key: Sent as a bearer token, if there is one.
+        token_provider: Called before each request for the bearer token, in place of `api_key`.
         timeout: Seconds that a single request may wait for a response.
         max_retries: Further attempts after a failed one.
     """
 
     base_url: str
     api_key: str | None
+    token_provider: TokenProvider | None
     timeout: float
     max_retries: int
 
@@ -63,31 +70,57 @@ class ClientSettings:
         return f"base_url={self.base_url!r}, timeout={self.timeout:g}, max_retries={self.max_retries}"
 
 
-def settings(base_url: str | None, api_key: str | None, timeout: float, max_retries: int) -> ClientSettings:
-    """Check the arguments of a client and fill in DERMIS_BASE_URL and DERMIS_API_KEY from the environment.
+def settings(
+    base_url: str | None,
+    api_key: str | None,
+    token_provider: TokenProvider | None,
+    allow_plain_http: bool | None,
+    timeout: float,
+    max_retries: int,
+) -> ClientSettings:
+    """Check the arguments of a client and fill in those of the environment.
 
     Raises:
-        InvalidRequestError: A value is not valid.
+        InvalidRequestError: A value is not valid, or credentials would be sent over plain HTTP to another machine.
     """
     url = _requests.base_url_from(base_url or os.environ.get("DERMIS_BASE_URL") or DEFAULT_BASE_URL)
+    if api_key and token_provider is not None:
+        raise InvalidRequestError("give either api_key or token_provider, not both")
     key = api_key or os.environ.get("DERMIS_API_KEY") or None
-    if key is not None and not (key.isascii() and key.isprintable()):
-        raise InvalidRequestError("api_key: must be printable ASCII characters")
+    if token_provider is not None:
+        key = None
+    if key is not None:
+        _requests.checked_token("api_key", key)
+    if allow_plain_http is None:
+        allow_plain_http = os.environ.get("DERMIS_ALLOW_PLAIN_HTTP", "").lower() in {"1", "true", "yes", "on"}
+    has_credentials = key is not None or token_provider is not None
+    if has_credentials and url.lower().startswith("http:") and not (allow_plain_http or _requests.is_loopback(url)):
+        raise InvalidRequestError(
+            f"base_url: the API key or token would cross the network to {url} unencrypted; use https, or allow it with "
+            "allow_plain_http=True (DERMIS_ALLOW_PLAIN_HTTP=true, --allow-plain-http)"
+        )
     seconds = _requests.finite("timeout", timeout)
     retries = _requests.whole("max_retries", max_retries)
     if seconds <= 0 or retries < 0:
         raise InvalidRequestError("timeout must be above 0, max_retries at least 0")
-    return ClientSettings(url, key, seconds, retries)
+    return ClientSettings(url, key, token_provider, seconds, retries)
 
 
-def _build(http: httpx.Client | httpx.AsyncClient, settings: ClientSettings, request: Request) -> httpx.Request:
+def _use_environment(settings: ClientSettings) -> bool:
+    """Return whether proxies of the environment are used: never for this machine, where they would see the credentials."""
+    return not _requests.is_loopback(settings.base_url)
+
+
+def _build(
+    http: httpx.Client | httpx.AsyncClient, settings: ClientSettings, request: Request, token: str | None
+) -> httpx.Request:
     headers = {
         "Accept": "application/json",
         "Accept-Encoding": "gzip",  # the encoding that Body decompresses within its limits
         "User-Agent": f"dermis-client/{__version__} python/{platform.python_version()}",
     }
-    if settings.api_key is not None:
-        headers["Authorization"] = f"Bearer {settings.api_key}"
+    if token is not None:
+        headers["Authorization"] = f"Bearer {token}"
     read = request.read_timeout or settings.timeout
     return http.build_request(
         request.method,
@@ -101,8 +134,19 @@ def _build(http: httpx.Client | httpx.AsyncClient, settings: ClientSettings, req
 
 
 def _redirected(request: Request, response: httpx.Response) -> httpx.Request | None:
-    """Return the request that a redirect asks for, if any. Only GET is followed: a redirected POST would become a GET."""
-    return response.next_request if request.method == "GET" else None
+    """Return the request that a redirect asks for, if any.
+
+    Only GET is followed: a redirected POST would become a GET. Credentials are not sent to another scheme, host or port.
+    """
+    following = response.next_request if request.method == "GET" else None
+    if following is not None and _origin(following.url) != _origin(response.request.url):
+        for name in ("Authorization", "Cookie"):
+            following.headers.pop(name, None)
+    return following
+
+
+def _origin(url: httpx.URL) -> tuple[str, str, int | None]:
+    return url.scheme, url.host, url.port
 
 
 async def _no_pieces() -> AsyncIterator[bytes]:
@@ -116,7 +160,7 @@ class SyncTransport:
 
     def __init__(self, settings: ClientSettings, http: httpx.Client | None) -> None:
         self.settings = settings
-        self.http = http or httpx.Client()
+        self.http = http or httpx.Client(trust_env=_use_environment(settings))
         self._owned = http is None
 
     def close(self) -> None:
@@ -195,9 +239,19 @@ class SyncTransport:
                 except Exception as error:
                     failure = error
 
+    def _token(self) -> str | None:
+        provider = self.settings.token_provider
+        if provider is None:
+            return self.settings.api_key
+        token = provider()
+        if inspect.iscoroutine(token):
+            token.close()
+        return _requests.checked_token("token_provider", token)
+
     def _send(self, request: Request) -> httpx.Response:
         """Return the response with its body unread. Redirects are followed here: httpx would read each body completely."""
-        response = self.http.send(_build(self.http, self.settings, request), stream=True, follow_redirects=False)
+        built = _build(self.http, self.settings, request, self._token())
+        response = self.http.send(built, stream=True, follow_redirects=False)
         for count in itertools.count():
             if (following := _redirected(request, response)) is None:
                 return response
@@ -250,7 +304,7 @@ class AsyncTransport:
 
     def __init__(self, settings: ClientSettings, http: httpx.AsyncClient | None) -> None:
         self.settings = settings
-        self.http = http or httpx.AsyncClient()
+        self.http = http or httpx.AsyncClient(trust_env=_use_environment(settings))
         self._owned = http is None
 
     async def close(self) -> None:
@@ -309,9 +363,17 @@ class AsyncTransport:
                 except Exception as error:
                     failure = error
 
+    async def _token(self) -> str | None:
+        provider = self.settings.token_provider
+        if provider is None:
+            return self.settings.api_key
+        token = provider()
+        return _requests.checked_token("token_provider", await token if inspect.isawaitable(token) else token)
+
     async def _send(self, request: Request) -> httpx.Response:
         """See SyncTransport._send."""
-        response = await self.http.send(_build(self.http, self.settings, request), stream=True, follow_redirects=False)
+        built = _build(self.http, self.settings, request, await self._token())
+        response = await self.http.send(built, stream=True, follow_redirects=False)
         for count in itertools.count():
             if (following := _redirected(request, response)) is None:
                 return response

@@ -36,6 +36,24 @@ BaseUrl = Annotated[
     str | None,
     typer.Option("--base-url", envvar="DERMIS_BASE_URL", help="Address of the service; default http://127.0.0.1:3000."),
 ]
+ApiKey = Annotated[
+    str | None,
+    typer.Option(
+        "--api-key",
+        envvar="DERMIS_API_KEY",
+        show_default=False,
+        help="API key of the service. Other users of the machine can see arguments of commands: prefer the variable.",
+    ),
+]
+PlainHttp = Annotated[
+    bool | None,
+    typer.Option(
+        "--allow-plain-http",
+        envvar="DERMIS_ALLOW_PLAIN_HTTP",
+        show_default=False,
+        help="Send the API key also over http:// to another machine.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Id = Annotated[str, typer.Argument(metavar="ID", help="Id of the dataset, ds_...", show_default=False)]
 Classes = Annotated[
@@ -72,20 +90,23 @@ def _show_version(value: bool) -> None:
 def _root(
     context: typer.Context,
     base_url: BaseUrl = None,
+    api_key: ApiKey = None,
+    allow_plain_http: PlainHttp = None,
     as_json: Json = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Generate and download synthetic dermoscopy with a dermis service."""
-    context.obj = (base_url, as_json)
+    context.obj = (base_url, as_json, api_key, allow_plain_http)
 
 
 def _client(context: typer.Context, base_url: str | None) -> DermisClient:
     """Create a client. --base-url may be before or after the name of the command; the later one is used."""
     explicit = context.get_parameter_source("base_url")
     own_option = base_url if explicit is not None and explicit.name == "COMMANDLINE" else None
-    return DermisClient(own_option or context.obj[0] or base_url)
+    address, _, api_key, allow_plain_http = context.obj
+    return DermisClient(own_option or address or base_url, api_key=api_key, allow_plain_http=allow_plain_http)
 
 
 def _print(context: typer.Context, as_json: bool, value: Any, lines: Callable[[], Iterable[str]]) -> None:

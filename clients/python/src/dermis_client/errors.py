@@ -6,6 +6,7 @@ DermisError
         APITimeoutError         no response in time
     APIResponseError            a response that is not one of a dermis service
     APIStatusError              a response with an error status; has the problem document
+        AuthenticationError (401)  PermissionDeniedError (403)
         BadRequestError (400)  NotFoundError (404)  ConflictError (409)  RateLimitError (429)  ServerError (5xx)
         UnprocessableEntityError (422)
             TooLargeError       413, or more samples than the service allows
@@ -82,6 +83,14 @@ class APIStatusError(DermisError):
 
 class BadRequestError(APIStatusError):
     """400: the service could not read the request."""
+
+
+class AuthenticationError(APIStatusError):
+    """401: the API key or access token is missing, unknown, expired or revoked."""
+
+
+class PermissionDeniedError(APIStatusError):
+    """403: the credentials lack a scope, which the message names, or the service has disabled the operation."""
 
 
 class NotFoundError(APIStatusError):
