@@ -101,7 +101,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("order", "reason"), REFUSED, ids=[str(order) for order, _ in REFUSED])
+@pytest.mark.parametrize(
+    ("order", "reason"), REFUSED, ids=[f"{number} {reason}" for number, (_, reason) in enumerate(REFUSED)]
+)
 def test_token_that_must_not_be_accepted_is_refused(provider: Provider, order: dict[str, Any], reason: str) -> None:
     token = provider.token(**order)
     with pytest.raises(InvalidTokenError, match=reason) as caught:
