@@ -1,7 +1,7 @@
-"""Run a network of OpenVINO on single images, as many at the same time as there are cores. Imports no torch.
+"""Run a network of OpenVINO on images, as many groups at the same time as there are cores. Imports no torch.
 
-Each image is computed on one core. No sum is split over cores, so a result depends neither on other images nor on the number of
-cores, and is the same in every run.
+A group has a fixed number of images, by default one, and is computed on one core. No sum is split over cores, so a result
+depends neither on other images nor on the number of cores, and is the same in every run.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class EachImage:
     """A compiled network. Safe to call from several threads.
 
     Args:
-        model: A model of OpenVINO. Its first input is one image, uint8 [1, H, W, 3], and all sizes of its output are known.
+        model: A model of OpenVINO. Its first input is a group of images, uint8 [G, H, W, 3]; all sizes of its output are known.
         precision: Precision of the arithmetic.
-        threads: Images that are computed at the same time.
+        threads: Groups that are computed at the same time.
         output: Name or number of the output.
 
     Raises:
@@ -75,16 +75,20 @@ class EachImage:
         queue = getattr(self._queues, "queue", None)
         if queue is None:
             self._queues.queue = queue = openvino.AsyncInferQueue(self._compiled, self._threads)
-        results = np.empty((len(images), *list(self._output.shape)[1:]), np.float32)
+        group, *shape = self._output.shape
+        results = np.empty((-(-len(images) // group) * group, *shape), np.float32)
 
-        def keep(request: Any, place: int) -> None:
-            results[place] = request.get_tensor(self._output).data[0]
+        def keep(request: Any, start: int) -> None:
+            results[start : start + group] = request.get_tensor(self._output).data
 
         queue.set_callback(keep)
-        for place in range(len(images)):
-            queue.start_async({0: images[place : place + 1], **(constants or {})}, place)
+        for start in range(0, len(images), group):
+            rows = images[start : start + group]
+            if len(rows) < group:
+                rows = np.concatenate([rows, np.zeros((group - len(rows), *rows.shape[1:]), np.uint8)])
+            queue.start_async({0: np.ascontiguousarray(rows), **(constants or {})}, start)
         queue.wait_all()
-        return results
+        return results[: len(images)]
 
 
 def convert_and_compile(
@@ -96,7 +100,7 @@ def convert_and_compile(
         convert: Returns the model of OpenVINO.
         what: What is then computed in another way, for the warning.
         precision: Precision of the arithmetic.
-        threads: Images that are computed at the same time.
+        threads: Groups that are computed at the same time.
         output: Name or number of the output.
     """
     try:

@@ -7,7 +7,7 @@ The network gives a descriptor of the image and of each of its halves (`dermis.a
 `dermis.authenticity.copy_references` compares them with those of the training images. This is done in two passes:
 
 1. Every image is described once, and the margin of the whole image is compared with a threshold. An image that was joined
-   from two has a straight seam, at which neighbouring pixels differ more than elsewhere. About 10 % of other real images are
+   from two has a straight seam, at which neighbouring pixels differ more than elsewhere. About 5 % of other real images are
    candidates by one of the two.
 2. Only the candidates are described in all eight orientations, and the mean descriptors are compared: whole and halves
    together, and, if there is a seam, each half by itself and the two parts that the seam separates, enlarged to whole images.
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 Describe = Callable[[Images], Floats]
 """Square images uint8 [N, R, R, 3] -> descriptors float32 [N, regions, dim]."""
 
-CANDIDATES = 0.1
+CANDIDATES = 0.05
 """Share of other real images that the second pass examines."""
 _FIRST_SHARES = (0.6, 0.4)  # of the candidates, by the whole image and by the seam
 _SHARES = (0.75, 0.15, 0.1)  # of the false alarms, by whole and halves together, by a half, and by an enlarged part
@@ -58,6 +58,7 @@ _SEAM_RANGE = (0.2, 0.8)  # of the side, in which seams are searched
 _SEAM_WINDOW = 16  # a seam is compared with the lines at this part of the side on both sides of it
 _SCORE_DECIMALS = 3
 _BATCH = 32
+_GROUP = 4  # images that one core describes together
 
 
 def _tracked(mirrored: bool, turns: int) -> list[int]:
@@ -248,7 +249,7 @@ def describer(network: CopyNetwork, size: int, *, device: str = "cpu", threads: 
             fastest_precision()
         )  # rounding to bfloat16 turns a descriptor by much less than a change of the image
         extract = OpenvinoFeatures(
-            network, (size, size), matrix, half, half, extract, threads=threads, precision=precision
+            network, (size, size), matrix, half, half, extract, threads=threads, precision=precision, group=_GROUP
         )
     shape = (len(REGIONS), network.projection.out_features)
     return lambda images: extract(images).reshape(len(images), *shape)

@@ -17,6 +17,8 @@ from dermis.classifier.onnx_session import Classifier, find_classifier
 from dermis.cpus import available_cpus, has_native_bfloat16
 from dermis.openvino_images import EachImage, convert_and_compile, have_openvino
 
+_GROUP = 4  # images that one core computes together
+
 FastFeatures = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 """uint8 [N, S, S, 3] at the classifier's size -> features float32 [N, dim]. N is at least 1."""
 
@@ -42,7 +44,7 @@ def fast_features(source: Any, classifier: Classifier, threads: int | None) -> F
         from dermis.synthesizer.openvino_cpu import import_openvino
 
         network = import_openvino().Core().read_model(model)
-        network.reshape({"images": [1, size, size, 3]})
+        network.reshape({"images": [_GROUP, size, size, 3]})
         return network
 
     compiled: EachImage | None = convert_and_compile(
