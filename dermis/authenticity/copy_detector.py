@@ -54,6 +54,7 @@ CANDIDATES = 0.05
 """Share of other real images that the second pass examines."""
 _FIRST_SHARES = (0.6, 0.4)  # of the candidates, by the whole image and by the seam
 _SHARES = (0.75, 0.15, 0.1)  # of the false alarms, by whole and halves together, by a half, and by an enlarged part
+_CAUTION = 0.9  # of the permitted false alarms: with other images there can be more than with those of the calibration
 _SEAM_RANGE = (0.2, 0.8)  # of the side, in which seams are searched
 _SEAM_WINDOW = 16  # a seam is compared with the lines at this part of the side on both sides of it
 _SCORE_DECIMALS = 3
@@ -174,7 +175,9 @@ def calibrate(first: Floats, second: Floats, false_alarms: float = FALSE_ALARMS)
     for_first = _thresholds(first, _FIRST_SHARES, CANDIDATES * false_alarms / FALSE_ALARMS)
     candidates = (first / for_first).max(axis=1) >= 1
     used = np.where(candidates[:, None], _used(first, second, for_first), 0)
-    for_second = _thresholds(used, _SHARES, false_alarms) * (1 + 10.0**-_SCORE_DECIMALS)  # scores are rounded
+    for_second = _thresholds(used, _SHARES, _CAUTION * false_alarms) * (
+        1 + 10.0**-_SCORE_DECIMALS
+    )  # scores are rounded
     return Thresholds(
         (float(for_first[0]), float(for_first[1])),
         (float(for_second[0]), float(for_second[1]), float(for_second[2])),
