@@ -24,6 +24,7 @@ from dermis.classifier.onnx_session import Classifier
 from dermis.cpus import available_cpus
 from dermis.dataset import manifest
 from dermis.dataset.plan import BATCH, plan_for
+from dermis.dataset.privacy import examiner
 from dermis.dataset.request import DatasetRequest
 from dermis.dataset.shards import write_shard
 from dermis.dataset.store import Store
@@ -72,7 +73,7 @@ def measure(path: Path, images: int, gate: bool) -> dict[str, Any]:
                 lambda indices, labels: synthesizer.images([request.seed] * len(indices), indices, labels),
                 store,
                 score=lambda pictures: classifier.classify(pictures, features=False).calibrated,
-                examine=checker.nearest,
+                examine=examiner(plan, checker),
                 identity=identity,
                 batch_size=max(BATCH, synthesizer.preferred_batch),
             )

@@ -365,7 +365,7 @@ def _make(
     from dermis.authenticity.attack import exposure
     from dermis.dataset.manifest import finalize
     from dermis.dataset.plan import BATCH
-    from dermis.dataset.privacy import exact_below
+    from dermis.dataset.privacy import examiner
     from dermis.dataset.shards import check_space, write_shard
     from dermis.directions.edit import bundle_offset
 
@@ -405,9 +405,7 @@ def _make(
                 synthesize,
                 store,
                 score=score,
-                examine=None
-                if checker is None
-                else partial(checker.nearest, exact_below=exact_below(planned), detect_copies=planned.detects_copies),
+                examine=None if checker is None else examiner(planned, checker),
                 identity=models.identity,
                 on_batch=advance,
                 batch_size=batch,

@@ -10,6 +10,8 @@ import base64
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,6 +21,9 @@ from dermis.authenticity.verdict import baseline_problem, baseline_sentence, ver
 from dermis.bundle.index import PERCENTILES, IndexDescription
 from dermis.dataset.plan import DatasetPlan
 from dermis.imaging import Images
+
+if TYPE_CHECKING:
+    from dermis.authenticity.checker import Checker
 
 Examine = Callable[[Images], Nearest]
 """Images, uint8 [N, H, W, 3] -> nearest training images by the bundle's index."""
@@ -149,6 +154,11 @@ def exact_below(plan: DatasetPlan) -> float:
     if index is None or options is None or options.gate != "min_distance":
         return math.inf
     return distance_at_percentile(index, options.percentile)
+
+
+def examiner(plan: DatasetPlan, checker: Checker) -> Examine:
+    """Return the comparison with training images that the gate of a plan needs."""
+    return partial(checker.nearest, exact_below=exact_below(plan), detect_copies=plan.detects_copies)
 
 
 def distance_at_percentile(index: IndexDescription, percentile: float) -> float:

@@ -122,7 +122,8 @@ def prepare(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return name
 
 
-SPACES = [*LITE, "inception", "dinov2", "clip", "timm:test_resnet.r160_in1k", "timm:test_vit.r160_in1k"]
+SLOW = [pytest.param(name, marks=pytest.mark.full) for name in ("lite1", "lite2", "inception")]
+SPACES = ["lite0", *SLOW, "dinov2", "clip", "timm:test_resnet.r160_in1k", "timm:test_vit.r160_in1k"]
 
 
 @pytest.mark.parametrize("name", SPACES)

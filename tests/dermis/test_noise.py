@@ -257,6 +257,7 @@ def test_a_manifest_of_constant_noise_gives_the_same_bytes(
     assert np.array_equal(drawn["SYN_00000000"], synthesizer.images([7], [0], [0], noise_mode="const")[0])
 
 
+@pytest.mark.full
 def test_stored_job_without_noise_mode_uses_constant_noise(noisy: Bundle, tmp_path: Path) -> None:
     request = {"classes": {"benign": 60, "malignant": 40}, "seed": 3, "shard_size": 9, "model": noisy.name}
     with service(noisy.location, tmp_path / "data") as running:

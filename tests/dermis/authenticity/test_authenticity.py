@@ -315,7 +315,7 @@ def test_index_build_command_adds_index_to_bundle(bundle: Bundle, tmp_path: Path
     with Checker(indexed, device="cpu") as checker:
         images = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
         assert checker.check(images).distances.shape == (5,)
-        assert set(checker.identity) == {"authenticity", "faiss"}
+        assert {"authenticity", "faiss"} <= set(checker.identity) <= {"authenticity", "faiss", "distant_images"}
 
 
 def test_duplicate_training_images_do_not_make_copies_authentic(tmp_path: Path) -> None:
@@ -390,6 +390,7 @@ def test_attack_measures_match_computation_by_hand() -> None:
     assert evenly_spaced_indices(5).tolist() == [0, 1, 2, 3, 4] and len(evenly_spaced_indices(10**6)) == 10_000
 
 
+@pytest.mark.full
 def test_memorising_generator_fails_and_ideal_generator_passes(tmp_path: Path) -> None:
     """A small generator is overfitted on purpose: each of its latents learns to draw one training image."""
     real = squares([lesion(seed) for seed in range(60)], 16)

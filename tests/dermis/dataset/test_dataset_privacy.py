@@ -26,6 +26,7 @@ from dermis.bundle import Bundle, open_bundle
 from dermis.classifier.onnx_session import Classifier
 from dermis.dataset.manifest import Manifest, finalize, parse_manifest
 from dermis.dataset.plan import latent_index, plan_for
+from dermis.dataset.privacy import examiner
 from dermis.dataset.request import DatasetRequest, check_against
 from dermis.dataset.scoring import Synthesize
 from dermis.dataset.shards import write_shard
@@ -82,7 +83,7 @@ def make(
                 painter,
                 store,
                 score=lambda images: classifier.classify(images).calibrated,
-                examine=checker.nearest,
+                examine=examiner(planned, checker),
                 identity=IDENTITY,
                 batch_size=size,
             )

@@ -17,6 +17,7 @@ from dermis.authenticity.checker import Checker
 from dermis.bundle import Bundle, amend_bundle
 from dermis.dataset.manifest import Manifest, finalize, parse_manifest
 from dermis.dataset.plan import plan_for
+from dermis.dataset.privacy import examiner
 from dermis.dataset.request import DatasetRequest, check_against
 from dermis.dataset.shards import write_shard
 from dermis.dataset.store import Store
@@ -60,7 +61,7 @@ def make(folder: Path, bundle: Bundle, **privacy: Any) -> Manifest:
     check_against(request, bundle, 1000)
     plan, store = plan_for(request, bundle), Store(folder)
     with Checker(bundle, device="cpu", threads=1) as checker:
-        write_shard(plan, 0, paint, store, examine=checker.nearest)
+        write_shard(plan, 0, paint, store, examine=examiner(plan, checker))
         return finalize(plan, store, bundle, {}, partial(exposure, checker.index))
 
 

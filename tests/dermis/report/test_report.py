@@ -30,6 +30,7 @@ from dermis.bundle.reference import (
 from dermis.classifier.onnx_session import Classifier
 from dermis.dataset.manifest import DatasetAudit, finalize
 from dermis.dataset.plan import plan_for
+from dermis.dataset.privacy import examiner
 from dermis.dataset.reading import read_samples
 from dermis.dataset.request import DatasetRequest
 from dermis.dataset.scoring import Synthesize
@@ -77,7 +78,7 @@ def make(folder: Path, bundle: Bundle, paint: Synthesize, *, reverse: bool = Fal
                 paint,
                 store,
                 score=lambda images: classifier.classify(images).calibrated,
-                examine=checker.nearest,
+                examine=examiner(planned, checker),
             )
         expose = partial(exposure, checker.index) if planned.gated else None
         finalize(planned, store, bundle, {}, expose, examine=checker.nearest)

@@ -88,7 +88,7 @@ def assert_says_that_the_database_is_away(running: Service, *paths: str) -> None
     assert running.client.get("/metrics").status_code == 200
 
 
-@pytest.mark.parametrize(("mode", "seconds"), [("fast", 0.6), ("immediate", 3.0)])
+@pytest.mark.parametrize(("mode", "seconds"), [("fast", 0.6), pytest.param("immediate", 3.0, marks=pytest.mark.full)])
 def test_dataset_job_survives_database_restart(
     tiny_bundle: Bundle, tmp_path: Path, postgres: Postgres, mode: str, seconds: float
 ) -> None:

@@ -70,6 +70,7 @@ def untimed(progress: ClassifierProgress) -> list[dict[str, float]]:
 # -- the loop
 
 
+@pytest.mark.full
 def test_stopped_and_resumed_run_equals_uninterrupted_run(
     real: RealData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

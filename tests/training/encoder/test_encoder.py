@@ -59,6 +59,7 @@ def test_encoded_latent_does_not_depend_on_batch(bundle: Bundle, folder: Path) -
     assert np.allclose(encoder(images), alone, atol=1e-5)
 
 
+@pytest.mark.full
 def test_stopped_encoder_training_resumes_to_same_weights(bundle: Bundle, folder: Path, tmp_path: Path) -> None:
     from dataclasses import replace
 

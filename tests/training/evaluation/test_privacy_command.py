@@ -118,6 +118,7 @@ def test_dataset_of_copies_fails(folders: tuple[Path, Path, Path], tmp_path: Pat
     assert statuses["samples-average"] == "fail" and statuses["power"] == "warn", "80 images cannot show a few copies"
 
 
+@pytest.mark.full
 def test_discriminator_of_a_training_state_is_attacked(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
     import torch
 

@@ -153,6 +153,7 @@ def test_table1_trains_five_generators_and_compares_with_paper(tmp_path: Path, d
         _run(out, _write(tmp_path / "others", 20, 13))
 
 
+@pytest.mark.full
 def test_results_of_old_metrics_format_are_not_mixed_with_new(tmp_path: Path, data: Path) -> None:
     out, which = tmp_path / "out", ("cgan", "cgan-no-color")
     _run(out, data, "--only", "cgan", which=which)
@@ -178,6 +179,7 @@ def test_results_of_old_metrics_format_are_not_mixed_with_new(tmp_path: Path, da
     assert _run(out, data, which=which).output.count("done already") == 2
 
 
+@pytest.mark.full
 def test_interrupted_experiment_resumes_to_same_results(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

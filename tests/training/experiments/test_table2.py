@@ -42,6 +42,7 @@ def _run(skin: Path, out: Path, *more: object) -> Result:
     return result
 
 
+@pytest.mark.full
 def test_finished_scenarios_are_compared_and_not_repeated(
     skin: Path, tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -72,6 +72,7 @@ def test_clients_with_different_seeds_change_result(skin: Path, tmp_path: Path) 
     assert not torch.equal(one.tensors["G/synthesis.b8.conv1.weight"], two.tensors["G/synthesis.b8.conv1.weight"])
 
 
+@pytest.mark.full
 def test_resumed_federation_equals_uninterrupted_federation(skin: Path, tmp_path: Path) -> None:
     """Also that of a strategy with an optimizer at the server."""
     for strategy in ("fedavg", "fedadam", "fedavgm"):

@@ -70,6 +70,7 @@ def _test_logits(network: TorchClassifier, data: Path) -> tuple[Any, Any]:
 
 
 @pytest.mark.usefixtures("unexported")
+@pytest.mark.full
 def test_equal_clients_give_result_of_single_client_on_resume(skin: Path, tmp_path: Path) -> None:
     """With all layers trained, batch norms' averages included, bit for bit."""
     whole = _federation(options=OPTIONS, rounds=2, iterations=2)
@@ -82,6 +83,7 @@ def test_equal_clients_give_result_of_single_client_on_resume(skin: Path, tmp_pa
     assert all(torch.equal(value, two.tensors[name]) for name, value in one.tensors.items())
 
 
+@pytest.mark.full
 def test_federated_metrics_match_metrics_of_pooled_images(skin: Path, tmp_path: Path) -> None:
     federation = _federation(evaluate_rounds=1)
     sites = _sites(skin, tmp_path / "st-elsewhere")

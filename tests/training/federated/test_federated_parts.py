@@ -214,6 +214,7 @@ class _Silent(LocalGrid):
         return [r for r in replies if r.metadata.message_type != "train" or r.metadata.src_node_id != 3]
 
 
+@pytest.mark.full
 def test_differential_privacy_clips_updates_and_counts_epsilon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "training.federated.server.classifier_result.write_result", lambda federation, state, out, counts: out
@@ -435,6 +436,7 @@ def test_distance_levels_are_reached_at_measured_points() -> None:
     assert reached(together, 10.0) is None
 
 
+@pytest.mark.full
 def test_hospitals_experiment_runs_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fast(real: NDArray[np.float32], generated: NDArray[np.float32]) -> float:
         """In the place of FID, whose square root of a matrix takes seconds."""

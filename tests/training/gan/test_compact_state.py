@@ -116,6 +116,7 @@ def _keys(path: Path) -> list[str]:
         return list(file.keys())
 
 
+@pytest.mark.full
 def test_resumed_losses_stay_within_noise_of_uninterrupted_run(tmp_path: Path) -> None:
     """Noise: how far the nearest run of another seed is from it. What is compared are mean losses over 40 steps."""
     torch.set_num_threads(1)
