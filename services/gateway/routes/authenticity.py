@@ -83,10 +83,10 @@ async def check_authenticity(
     media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if media_type.endswith(("/json", "+json")):
         check_scope(principal, "authenticity:generated")
-        bundle, index, nearest = await _compare_generated(request, context)
+        bundle, index, nearest = await _compare_generated(request, context, principal)
     else:
         check_scope(principal, "authenticity:uploads")
-        bundle, index, nearest = await _compare_uploads(request, context, model)
+        bundle, index, nearest = await _compare_uploads(request, context, principal, model)
         nearest = replace(nearest, copy_scores=None)  # it finds training images better than distances do
     verdicts = verdicts_of(nearest, index)
     copies = [None] * len(verdicts.distances) if verdicts.copies is None else verdicts.copies.tolist()
@@ -110,7 +110,7 @@ async def check_authenticity(
 
 
 async def _compare_uploads(
-    request: Request, context: Context, model: str | None
+    request: Request, context: Context, principal: Principal, model: str | None
 ) -> tuple[Bundle, IndexDescription, Nearest]:
     if not context.settings.compares_uploads:
         raise ProblemError(
@@ -119,7 +119,7 @@ async def _compare_uploads(
             "the service can set DERMIS_AUTHENTICITY_UPLOADS=true. To compare generated images, send the JSON body of "
             "/v1/images",
         )
-    bundle = await served_bundle(context, model)
+    bundle = await served_bundle(context, principal, model)
     index = _index_of(bundle)
     with context.limits.uploads.hold():
         inputs = np.stack(await context.uploads.images(request, index.resolution))
@@ -127,9 +127,11 @@ async def _compare_uploads(
         return bundle, index, await _nearest(context, bundle, inputs)
 
 
-async def _compare_generated(request: Request, context: Context) -> tuple[Bundle, IndexDescription, Nearest]:
+async def _compare_generated(
+    request: Request, context: Context, principal: Principal
+) -> tuple[Bundle, IndexDescription, Nearest]:
     body = await read_model(request, ImagesRequest)
-    bundle = await served_bundle(context, body.model)
+    bundle = await served_bundle(context, principal, body.model)
     index = _index_of(bundle)
     rows = rows_of(body, bundle, class_of_each(body, bundle, context.settings.max_images))
     images = np.stack(await generate_within_limits(context, lambda: context.inference.generator.images(rows)))

@@ -334,7 +334,7 @@ def test_invalid_images_request_is_refused_with_its_kind(served: Service, body: 
 
 def test_unavailable_and_failed_generator_give_different_problems(served: Service) -> None:
     # A dataset of an earlier test that is still running would receive the failures instead of these calls.
-    wait_for(lambda: not any(job.active for job in served.jobs.datasets.page(100)))
+    wait_for(lambda: not any(job.active for job in served.jobs.datasets.page("default", 100)))
     served.generator.failures.append(InferenceUnavailableError("the generator does not answer"))
     away = served.client.post("/v1/images", json={"classes": {"benign": 1}})
     problem(away, 503, "not-ready")

@@ -185,7 +185,13 @@ def table(tmp_path: Path) -> JobTable:
 
 def create(table: JobTable, job_id: str, **values: Any) -> tuple[Job, bool]:
     return table.create(
-        job_id, {}, kind="dataset", model=("tiny", "0"), samples=10, shards=2, **({"body_hash": "a"} | values)
+        job_id,
+        {},
+        kind="dataset",
+        model=("tiny", "0"),
+        samples=10,
+        shards=2,
+        **({"tenant": "a", "body_hash": "a"} | values),
     )
 
 

@@ -93,13 +93,16 @@ def test_database_of_version_0_1_0_is_upgraded(url: str) -> None:
     create_0_1_0(url).dispose()
     table = JobTable(url)
     table.open()
-    dataset, projection = table.get(DATASET, "dataset"), table.get(PROJECTION, "projection")
+    dataset, projection = table.get(DATASET), table.get(PROJECTION)
     assert dataset is not None and dataset.error is not None and projection is not None and projection.error is not None
     assert (dataset.sequence, projection.sequence) == (1, 2)
     assert dataset.error["instance"] == f"/v1/datasets/{DATASET}"
     assert projection.error["instance"] == f"/v1/projections/{PROJECTION}"
-    assert table.get(PROJECTION, "dataset") is None
-    assert [job.id for job in table.page("dataset", 10)] == [DATASET]
+    assert (dataset.tenant, projection.tenant) == ("default", "default")
+    assert table.find("default", "dataset", DATASET) == dataset
+    assert table.find("default", "dataset", PROJECTION) is None and table.find("other", "dataset", DATASET) is None
+    assert [job.id for job in table.page("default", "dataset", 10)] == [DATASET]
+    assert table.page("other", "dataset", 10) == []
     assert table.count_by_state("projection")["failed"] == 1
     table.open()  # an upgraded database is left as it is
     table.close()
@@ -114,6 +117,7 @@ def test_worker_of_version_0_1_0_runs_during_and_after_upgrade(url: str) -> None
     for job_id in later:
         insert_0_1_0(older, job_id)
     assert {job.id: job.kind for job in table.active()} == later
+    assert {job.tenant for job in table.active()} == {"default"}
     older.dispose()
     table.close()
 
