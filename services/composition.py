@@ -97,6 +97,6 @@ def _readiness(ctx: JobContext, jobs: JobService) -> Callable[[], Awaitable[str 
             logger.log(logging.WARNING if reason else logging.INFO, "readiness", extra={"missing": reason or "nothing"})
             last_reason = reason
         # Everyone can read /readyz, and not everyone may know which bundles there are.
-        return "the service is not ready; its log has the reason" if reason and ctx.models.limited else reason
+        return "the service is starting, or its log has the reason" if reason and ctx.models.limited else reason
 
     return readiness

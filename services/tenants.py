@@ -60,7 +60,8 @@ def read_model_tenants(text: str) -> dict[str, tuple[str, ...]]:
     tenants: dict[str, tuple[str, ...]] = {}
     name = ""
     for part in filter(None, (each.strip() for each in text.split(","))):
-        before, equals, tenant = (each.strip() for each in part.rpartition("="))
+        before, equals, after = (each.strip() for each in part.partition("="))
+        tenant = after if equals else before
         if equals:
             if not before or before in tenants:
                 raise ValueError(f"{part[:100]!r}: write each bundle once, as bundle=tenant,tenant")

@@ -16,6 +16,7 @@ from dermis.dataset.store import Store
 from dermis.dataset.verify import verify
 from service_kit import Service, make_directly, service, wait_for
 from services.errors import InferenceFailedError, InferenceUnavailableError
+from services.gateway.auth.keys import KeyTable
 from services.jobs import context, workflow
 from services.jobs.lease import executor_slot
 from services.jobs.table import IdempotencyConflictError, Job, JobTable, TooManyActiveError
@@ -156,6 +157,35 @@ def test_files_of_unknown_jobs_are_removed_at_start(tiny_bundle: Bundle, tmp_pat
         kept = running.wait(running.ask({"classes": {"benign": 1}}))
     with service(tiny_bundle.location, tmp_path / "data"):
         assert {path.name for path in storage.iterdir()} == {"notes", kept["id"]}
+
+
+def test_another_worker_continues_a_job_for_its_tenant(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    values: dict[str, Any] = {"auth": "keys", "lease_seconds": 1}
+    request = {"classes": {"benign": 40}, "shard_size": 5}
+    with service(tiny_bundle.location, tmp_path, executor_id="first", **values) as running:
+        table = KeyTable(running.settings.jobs_url)
+        texts = [
+            table.create(tenant=name, name="n", scopes=("datasets:read", "datasets:write"), created_by="test")[1]
+            for name in ("radiology", "derma")
+        ]
+        table.close()
+        owner, other = ({"Authorization": f"Bearer {text}"} for text in texts)
+        running.client.headers.update(owner)
+        asked = running.ask(request, **{"Idempotency-Key": "k"})
+        running.wait_for_shards(asked, 2)
+        running.generator.gate.clear()
+    storage = Path(running.settings.storage)
+    leftovers = [f"tenants/radiology/ds_{'1' * 32}", f"tenants/derma/{asked['id']}", asked["id"], "tenants/Notes"]
+    for each in leftovers:
+        (storage / each).mkdir(parents=True)
+    with service(tiny_bundle.location, tmp_path, executor_id="second", **values) as running:
+        running.client.headers.update(owner)
+        assert running.wait(asked)["state"] == "succeeded"
+        assert running.ask(request, **{"Idempotency-Key": "k"})["id"] == asked["id"]
+        assert running.client.get(asked["links"]["self"], headers=other).status_code == 404
+        assert running.client.get("/v1/datasets", headers=other).json()["data"] == []
+        assert list(storage.rglob(asked["id"])) == [storage / "tenants" / "radiology" / asked["id"]]
+        assert [(storage / each).exists() for each in leftovers] == [False, False, False, True]
 
 
 def test_worker_names_are_distinct_and_reused_after_process_end(tmp_path: Path) -> None:
