@@ -92,6 +92,7 @@ def finish(ctx: JobContext, job_id: str) -> str:
     if not ctx.table.must_stop(job_id):
         try:
             KINDS[job.kind].finish(ctx, job)
+            stored_bytes = ctx.store(job).total_bytes()
         except StoppedError:
             pass
         except Exception as error:
@@ -99,7 +100,7 @@ def finish(ctx: JobContext, job_id: str) -> str:
                 raise
             _fail(ctx, job, error)
         else:
-            job = ctx.table.finish(job_id, "succeeded")
+            job = ctx.table.finish(job_id, "succeeded", stored_bytes=stored_bytes)
     return end(ctx, job_id, job)
 
 
@@ -137,6 +138,15 @@ def record_failure(ctx: JobContext, job: Job, reason: str, problem_kind: str = "
     logger.error("job cannot continue", extra={"job": job.id, "reason": reason})
     document = problem(problem_kind, reason, KINDS[job.kind].path(job.id))
     ctx.table.record_error(job.id, document.model_dump(exclude_none=True))
+
+
+def measure_files(ctx: JobContext, limit: int = 100) -> None:
+    """Record the size of the files of some jobs that ended under a version that did not measure them."""
+    for job in ctx.table.unmeasured(limit):
+        try:
+            ctx.table.set_stored_bytes(job.id, ctx.store(job).total_bytes())
+        except StorageError as error:  # a later call tries again
+            logger.warning("files not measured", extra={"job": job.id, "error": str(error)})
 
 
 def remove_files(ctx: JobContext, tenant: str, job_id: str) -> None:

@@ -72,6 +72,7 @@ class JobService:
             with contextlib.suppress(ShutdownError):
                 workflow.sweep(leases_reliable)
             self.projections.remove_expired(settings.projection_keep_seconds)
+            execution.measure_files(self._ctx)
 
         lease = Lease(table, executor_id, settings.lease_seconds, sweep)
         self._stack.callback(lease.stop)

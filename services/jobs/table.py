@@ -59,6 +59,7 @@ _jobs = sa.Table(
     sa.Column("created_at", sa.Float, nullable=False),
     sa.Column("started_at", sa.Float),
     sa.Column("finished_at", sa.Float),
+    sa.Column("stored_bytes", sa.BigInteger),  # of the files of a job that has succeeded; null until they are measured
     sa.Index("ix_dermis_jobs_tenant", "tenant", "kind", "sequence"),
     sa.Index("uq_dermis_jobs_tenant_key", "tenant", "idempotency_key", unique=True),
     sqlite_autoincrement=True,  # numbers of deleted jobs are not used again, so cursors stay valid
@@ -107,6 +108,7 @@ class Job:
     created_at: float
     started_at: float | None
     finished_at: float | None
+    stored_bytes: int | None
 
     @property
     def active(self) -> bool:
@@ -296,6 +298,27 @@ class JobTable:
             counts = {row[0]: row[1] for row in connection.execute(query)}
         return {state: counts.get(state, 0) for state in STATES}
 
+    def stored_bytes(self, tenant: str) -> int:
+        """The size of the files of a tenant's jobs that have succeeded."""
+        query = sa.select(sa.func.sum(_jobs.c.stored_bytes)).where(_jobs.c.tenant == tenant)
+        with self._reading() as connection:
+            return int(connection.scalar(query) or 0)
+
+    def unmeasured(self, limit: int) -> list[Job]:
+        """Jobs of all tenants that have succeeded and whose files were not measured, as earlier versions left them."""
+        query = sa.select(_jobs).where(_jobs.c.state == "succeeded", _jobs.c.stored_bytes.is_(None)).limit(limit)
+        with self._reading() as connection:
+            return [Job(**row._mapping) for row in connection.execute(query)]
+
+    def set_stored_bytes(self, job_id: str, stored_bytes: int) -> None:
+        """Record the size of the files of a job that has succeeded."""
+        with self._writing() as connection:
+            connection.execute(
+                sa.update(_jobs)
+                .where(_jobs.c.id == job_id, _jobs.c.state == "succeeded")
+                .values(stored_bytes=stored_bytes)
+            )
+
     def request_cancel(self, job_id: str) -> Job | None:
         """Ask an active job to stop, which its workers notice between batches. A job that has ended is not changed."""
         with self._writing() as connection:
@@ -384,10 +407,15 @@ class JobTable:
                 .values(rate=None, rate_time=time.time(), rate_samples=_jobs.c.samples_done)
             )
 
-    def finish(self, job_id: str, state: str) -> Job | None:
+    def finish(self, job_id: str, state: str, *, stored_bytes: int | None = None) -> Job | None:
         """End an active job with `state`.
 
         A job that has ended already is not changed, nor is one that would succeed but has an error recorded.
+
+        Args:
+            job_id: The job.
+            state: The state after the end.
+            stored_bytes: The size of its files, if it has succeeded.
 
         Returns:
             The job as it is then, or None if it does not exist.
@@ -395,7 +423,12 @@ class JobTable:
         condition = (_jobs.c.id == job_id) & _jobs.c.state.in_(ACTIVE)
         if state == "succeeded":
             condition &= _jobs.c.error.is_(None)
-        values: dict[str, Any] = {"state": state, "finished_at": time.time(), "rate": None}
+        values: dict[str, Any] = {
+            "state": state,
+            "finished_at": time.time(),
+            "rate": None,
+            "stored_bytes": stored_bytes,
+        }
         with self._writing() as connection:
             if connection.execute(sa.update(_jobs).where(condition).values(values)).rowcount:
                 connection.execute(sa.delete(_shards).where(_shards.c.job_id == job_id))

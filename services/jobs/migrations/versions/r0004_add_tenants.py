@@ -1,4 +1,4 @@
-"""Add the tenant of each job, and make idempotency keys unique for each tenant.
+"""Add the tenant and the stored bytes of each job, and make idempotency keys unique for each tenant.
 
 Existing jobs, and those that version 0.1.0 inserts, belong to the tenant `default`. SQLite cannot drop a constraint, so there
 the table is copied; the column that tells the order of jobs keeps its next number.
@@ -19,12 +19,13 @@ _COLUMNS = (
 
 
 def upgrade() -> None:
-    """Add the column and the indexes, and drop the constraint on the idempotency key alone."""
+    """Add the columns and the indexes, and drop the constraint on the idempotency key alone."""
     connection = op.get_bind()
     if connection.dialect.name == "sqlite":
         _copy_table(connection)
     else:
         op.add_column("dermis_jobs", sa.Column("tenant", sa.String(63), nullable=False, server_default="default"))
+        op.add_column("dermis_jobs", sa.Column("stored_bytes", sa.BigInteger))
         for constraint in sa.inspect(connection).get_unique_constraints("dermis_jobs"):
             if constraint["column_names"] == ["idempotency_key"]:
                 op.drop_constraint(str(constraint["name"]), "dermis_jobs", type_="unique")
@@ -60,6 +61,7 @@ def _copy_table(connection: sa.Connection) -> None:
         sa.Column("created_at", sa.Float, nullable=False),
         sa.Column("started_at", sa.Float),
         sa.Column("finished_at", sa.Float),
+        sa.Column("stored_bytes", sa.BigInteger),
         sqlite_autoincrement=True,
     )
     op.execute(f"INSERT INTO dermis_jobs_new ({_COLUMNS}) SELECT {_COLUMNS} FROM dermis_jobs")  # noqa: S608
