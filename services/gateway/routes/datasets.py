@@ -105,7 +105,10 @@ async def list_datasets(
     ] = None,
     state: Annotated[State | None, Query(description="Only datasets in this state.")] = None,
 ) -> DatasetList:
-    """List datasets, newest first. Datasets that are created or deleted between two pages do not shift the pages."""
+    """List the datasets of the sender's tenant, newest first.
+
+    Datasets that are created or deleted between two pages do not shift the pages.
+    """
     before = None if cursor is None else read_cursor(cursor)
     jobs = await asyncio.to_thread(context.jobs.page, principal.tenant, limit + 1, before=before, state=state)
     page = jobs[:limit]

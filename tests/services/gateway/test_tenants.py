@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,8 +18,10 @@ from dermis.bundle import Bundle
 from dermis.errors import RequestError
 from dermis.imaging import encode
 from service_kit import Service, service, wait_for
+from services.composition import _readiness
 from services.gateway.auth.principal import SCOPES
 from services.models import ServedModels
+from services.serve import _prepare
 from services.settings import SettingsError, read_settings
 from services.tenants import folder_of, read_model_tenants
 from tiny import make_bundle
@@ -323,7 +328,7 @@ def test_bundle_that_cannot_be_opened_is_unknown_to_other_tenants(tmp_path: Path
     good, broken = make_bundle(tmp_path / "good", name="good"), make_bundle(tmp_path / "secret", name="secret")
     locations = [str(good.location), str(broken.location)]
     with pytest.raises(SettingsError, match="no bundle is called 'secert'"):
-        ServedModels(locations, "good", {"secert": ["a"]})
+        _prepare(read_settings(bundles=",".join(locations), data_dir=tmp_path / "data", model_tenants="secert=a"))
     shutil.rmtree(tmp_path / "secret")
     (tmp_path / "secret").mkdir()
     (tmp_path / "secret" / "bundle.json").write_text("{")
@@ -337,6 +342,10 @@ def test_bundle_that_cannot_be_opened_is_unknown_to_other_tenants(tmp_path: Path
 
     assert refusal("b", "secret") == refusal("b", "nothing") and "secret" not in refusal("b", "secret")
     assert "BundleError" in refusal("a", "secret")
+    # Everyone can read /readyz.
+    ctx: Any = SimpleNamespace(stopping=threading.Event(), models=models)
+    reason = asyncio.run(_readiness(ctx, ctx)())
+    assert reason is not None and "secret" not in reason
 
 
 def test_tenant_without_any_model_is_told_so(tmp_path: Path) -> None:
