@@ -84,6 +84,7 @@ def _readiness(ctx: JobContext, jobs: JobService) -> Callable[[], Awaitable[str 
     last_reason: str | None = ""
 
     async def not_ready() -> str | None:
+        """The reason, with names of bundles."""
         if ctx.stopping.is_set():
             return "the service is stopping"
         problems = await asyncio.to_thread(ctx.models.check)
@@ -97,6 +98,7 @@ def _readiness(ctx: JobContext, jobs: JobService) -> Callable[[], Awaitable[str 
         if reason != last_reason:
             logger.log(logging.WARNING if reason else logging.INFO, "readiness", extra={"missing": reason or "nothing"})
             last_reason = reason
-        return reason
+        # Everyone can read /readyz, and not everyone may know which bundles there are.
+        return "the service is starting, or its log has the reason" if reason and ctx.models.limited else reason
 
     return readiness

@@ -81,9 +81,11 @@ def serve(options: Mapping[str, str | None]) -> int:
 def _prepare(settings: Settings) -> None:
     """Check that the service can start, so that a failure is one line on stderr."""
     from services.jobs.table import JobTable
-    from services.models import check_any_bundle
+    from services.models import ServedModels, check_any_bundle
 
     check_any_bundle(settings.bundles)
+    if settings.model_tenants:
+        ServedModels(settings.bundles, settings.default_model, settings.model_tenants)
     prepare_data_folder(settings)
     try:
         table = JobTable(settings.jobs_url)

@@ -14,6 +14,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from dermis.bundle.installed import installed_bundles
 from dermis.errors import DermisError
+from services.tenants import read_model_tenants
 
 _TRUSTED_HOST = re.compile(
     r"\*|\*(\.[A-Za-z0-9_-]+)+|([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?|[0-9A-Fa-f]*:[0-9A-Fa-f:.]+"
@@ -117,6 +118,11 @@ class Settings(BaseSettings):
     )
     default_model: str = Field(
         "demo", description="Model for requests that name none. If it is not served, the first model is used."
+    )
+    model_tenants: Annotated[dict[str, tuple[str, ...]], NoDecode] = Field(
+        {},
+        description="Bundles that only some tenants may use: `bundle=tenant,tenant,bundle=tenant`. Bundles that are not "
+        "named are for all tenants.",
     )
     device: str = Field(
         "auto", description="Device of the generator, classifier, index, explainer and projector: auto, cpu or cuda."
@@ -326,6 +332,11 @@ class Settings(BaseSettings):
                 raise ValueError(f"{part[:100]!r}: write value=name, separated by commas")
             pairs[name.strip()] = tuple(text.split()) if info.field_name == "oidc_scopes" else text.strip()
         return pairs
+
+    @field_validator("model_tenants", mode="before")
+    @classmethod
+    def _split_model_tenants(cls, value: Any) -> Any:
+        return read_model_tenants(value) if isinstance(value, str) else value
 
     @field_validator("oidc_algorithms")
     @classmethod

@@ -16,6 +16,7 @@ from starlette.requests import Request
 
 from dermis.bundle import Bundle
 from services.gateway.auth.authentication import Authenticator
+from services.gateway.auth.principal import Principal
 from services.gateway.bodies import read_bytes
 from services.gateway.compared import ComparedImages
 from services.gateway.heat_maps import HeatMaps
@@ -67,14 +68,14 @@ ModelQuery = Annotated[
 ]
 
 
-async def served_bundle(context: Context, model: str | None) -> Bundle:
+async def served_bundle(context: Context, principal: Principal, model: str | None) -> Bundle:
     """The served bundle with this name; the default one for None.
 
     Raises:
-        RequestError: If there is no such bundle.
+        RequestError: If there is no such bundle, or it is not for the tenant of the sender.
         BundleError: If the bundle cannot be served.
     """
-    return await asyncio.to_thread(context.models.serving, model or context.models.default)
+    return await asyncio.to_thread(context.models.serving_for, principal.tenant, model)
 
 
 def model_header(bundle: Bundle) -> dict[str, str]:

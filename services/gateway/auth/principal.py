@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from dermis.errors import DermisError
+from services.tenants import DEFAULT_TENANT
 
 # Scope -> what it allows. The order is that of the documentation.
 SCOPES: Mapping[str, str] = {
@@ -25,10 +25,6 @@ SCOPES: Mapping[str, str] = {
 # Scopes that must be named: what they show or allow goes beyond the data of the tenant.
 EXPLICIT_SCOPES = frozenset({"authenticity:uploads", "metrics:read", "admin"})
 DEFAULT_SCOPES: tuple[str, ...] = tuple(scope for scope in SCOPES if scope not in EXPLICIT_SCOPES)
-
-DEFAULT_TENANT = "default"
-TENANT_PATTERN = r"[a-z0-9][a-z0-9-]{0,62}"  # it can be part of a path of the storage
-_TENANT = re.compile(TENANT_PATTERN)
 
 
 class InvalidTokenError(DermisError):
@@ -56,11 +52,6 @@ class Principal:
 
 # Every sender, if the service is used without access control (DERMIS_AUTH=none).
 ANONYMOUS = Principal(DEFAULT_TENANT, "anonymous", frozenset(SCOPES))
-
-
-def is_tenant(name: str) -> bool:
-    """Whether a text can be the name of a tenant: lower-case letters, digits and hyphens, at most 63 characters."""
-    return _TENANT.fullmatch(name) is not None
 
 
 def unknown_scopes(scopes: Iterable[str]) -> list[str]:
