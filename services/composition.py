@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from services.audit.trail import AuditTable, Event, now
+from services.audit.writer import AuditWriter
+from services.gateway.audit import AuditTrail
 from services.gateway.auth.authentication import Authenticator
 from services.gateway.dependencies import Context
 from services.gateway.heat_maps import HeatMaps
@@ -36,11 +40,20 @@ class Composition:
         """Start the jobs, provide the context for the routes, and stop everything at the end."""
         await asyncio.to_thread(self.jobs.start)
         try:
+            self.context.audit.writer.start()
             async with self.context.auth.running():
+                await self._record_bootstrap_key()
                 yield self.context
         finally:
+            await self.context.audit.close()
             self.context.uploads.close()
             await asyncio.to_thread(self.jobs.stop)
+
+    async def _record_bootstrap_key(self) -> None:
+        key_id = self.context.auth.stored_bootstrap_key
+        if key_id is not None:
+            event = Event(time=now(), action="key.bootstrap", outcome=201, subject="service", object=key_id)
+            await self.context.audit.writer.write(event)
 
 
 def compose(settings: Settings, models: ServedModels, inference: InferenceClients) -> Composition:
@@ -63,6 +76,7 @@ def compose(settings: Settings, models: ServedModels, inference: InferenceClient
     context = Context(
         settings=settings,
         auth=Authenticator(settings),
+        audit=AuditTrail(AuditWriter(AuditTable.of(settings), sys.stdout if settings.audit_log else None)),
         models=models,
         jobs=jobs.datasets,
         projections=jobs.projections,

@@ -21,7 +21,7 @@ KINDS: Mapping[str, tuple[int, str]] = {
     "bad-request": (400, "The request cannot be understood"),
     "unauthenticated": (401, "Credentials are missing or not valid"),
     "missing-scope": (403, "The credentials do not allow this"),
-    "no-access-control": (403, "Keys are not managed over HTTP without access control"),
+    "no-access-control": (403, "The admin API needs access control"),
     "cross-origin": (403, "Other origins cannot change anything"),
     "uploads-disabled": (403, "Uploads are disabled"),
     "not-found": (404, "Not found"),

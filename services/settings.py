@@ -73,6 +73,14 @@ class Settings(BaseSettings):
     open_docs: bool = Field(
         True, description="Whether /docs and /openapi.json need no credentials. Otherwise any valid ones suffice."
     )
+    audit_log: bool = Field(
+        False, description="Whether each entry of the audit trail is also written to stdout, as a line of JSON."
+    )
+    audit_key_file: Path | None = Field(
+        None,
+        description="File with a secret of at least 32 bytes, the same for all replicas, that signs the entries of the audit "
+        "trail.",
+    )
     oidc_issuer: str | None = Field(
         None, description="Issuer of access tokens: the https URL below which /.well-known/openid-configuration is."
     )

@@ -27,6 +27,7 @@ from types import FrameType
 
 from dermis.errors import DermisError
 from services import inference, logs
+from services.audit.trail import read_key
 from services.gateway.auth.keys import read_key_file
 from services.settings import REPOSITORY, Settings, SettingsError, is_loopback
 from services.temporary_folders import TemporaryFolders, temporary_folders
@@ -127,10 +128,11 @@ def check_access(settings: Settings) -> None:
 
     Raises:
         SettingsError: The service would listen on another address than loopback without access control, or the file of the
-            first API key cannot be used.
+            first API key or of the key of the audit trail cannot be used.
     """
     if settings.bootstrap_key_file is not None:
         read_key_file(settings.bootstrap_key_file)
+    read_key(settings.audit_key_file)
     anonymous = "auth" in settings.model_fields_set and settings.allow_anonymous
     if settings.auth == "none" and not anonymous and not is_loopback(_numeric(settings.host)):
         raise SettingsError(

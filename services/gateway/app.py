@@ -22,12 +22,14 @@ from dermis import __version__
 from dermis.bundle.classifier import NOTICE
 from services import metrics
 from services.gateway import origins, problems
+from services.gateway.audit import AuditMiddleware
 from services.gateway.auth.authentication import check_routes
 from services.gateway.auth.principal import ANONYMOUS, Principal
 from services.gateway.dependencies import Context
 from services.gateway.openapi import openapi_document
 from services.gateway.problems import problem_response
 from services.gateway.routes import (
+    audit,
     authenticity,
     classifications,
     datasets,
@@ -100,6 +102,7 @@ def create_app(settings: Settings, running: Callable[[], AbstractAsyncContextMan
         authenticity,
         models,
         keys,
+        audit,
         health,
         docs,
     ):
@@ -115,6 +118,7 @@ def create_app(settings: Settings, running: Callable[[], AbstractAsyncContextMan
             expose_headers=_EXPOSED,
         )
     app.add_middleware(origins.OriginMiddleware, settings=settings)
+    app.add_middleware(AuditMiddleware)
     app.add_middleware(RequestMiddleware)  # the last is the outermost
     return app
 

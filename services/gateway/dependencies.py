@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
 from dermis.bundle import Bundle
+from services.gateway.audit import AuditTrail
 from services.gateway.auth.authentication import Authenticator
 from services.gateway.bodies import read_bytes
 from services.gateway.heat_maps import HeatMaps
@@ -42,6 +43,7 @@ class Context:
 
     settings: Settings
     auth: Authenticator
+    audit: AuditTrail
     models: ServedModels
     jobs: DatasetJobs
     projections: ProjectionJobs
@@ -60,6 +62,22 @@ def get_context(request: Request) -> Context:
 
 
 ContextDep = Annotated[Context, Depends(get_context)]
+
+
+def needs_access_control(context: ContextDep) -> None:
+    """Refuse the admin API to everyone: a key that is made now would still be valid when DERMIS_AUTH is changed.
+
+    Raises:
+        ProblemError: The service is used without access control.
+    """
+    if context.settings.auth == "none":
+        raise ProblemError(
+            "no-access-control",
+            "this service needs no credentials (DERMIS_AUTH=none), so keys and the audit trail are for the commands `dermis "
+            "keys` and `dermis audit` only",
+        )
+
+
 ModelQuery = Annotated[
     str | None, Query(max_length=64, description="Name of a served bundle; by default the default model.")
 ]

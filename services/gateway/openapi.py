@@ -26,7 +26,7 @@ Responses = dict[int | str, dict[str, Any]]
 
 _PROBLEM_CONTENT = {PROBLEM_MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
 _HEADERS = {
-    "Location": "Path of the dataset or projection.",
+    "Location": "Path of the dataset, projection or API key.",
     "Retry-After": "Seconds after which to try again.",
     "ETag": "Hash of the file, in quotes.",
     "Accept-Ranges": "bytes",

@@ -52,6 +52,7 @@ SCOPES_OF: dict[str, set[str]] = {
     "get /v1/admin/keys/{key_id}": {"admin"},
     "delete /v1/admin/keys/{key_id}": {"admin"},
     "post /v1/admin/keys/{key_id}/rotate": {"admin"},
+    "get /v1/admin/audit": {"admin"},
     "get /metrics": {"metrics:read"},
 }
 PUBLIC = {"get /livez", "get /readyz"}
