@@ -1,5 +1,7 @@
-"""Append entries to the audit trail from requests: one thread writes, and entries of requests at the same moment share a
-transaction."""
+"""Append entries to the audit trail from requests.
+
+One thread writes. Entries of requests at the same moment share a transaction.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ import asyncio
 import json
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from queue import Empty, SimpleQueue
@@ -19,6 +22,7 @@ logger = logging.getLogger("dermis.audit")
 _MAX_BATCH = 200
 _MAX_PENDING = 1000  # entries that may wait at one time without their requests waiting too
 _RETRY_SECONDS = 1.0
+_ATTEMPTS_AT_STOP = 3
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class AuditWriter:
         self.table = table
         self._lines = lines
         self._queue: SimpleQueue[_Waiting | None] = SimpleQueue()
-        self._pending = 0  # changed on the event loop only, except by `_written`
+        self._pending = 0
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
@@ -89,26 +93,33 @@ class AuditWriter:
         self._queue.put(waiting)
 
     def _run(self) -> None:
-        kept: list[_Waiting] = []  # could not be written yet
+        kept: list[_Waiting] = []
         stopping = False
         while not stopping:
             batch, stopping = self._next(kept)
-            kept = []
-            if not batch:
-                continue
-            try:
-                entries = self.table.append([each.event for each in batch])
-            except Exception as error:  # also those of a damaged trail: the thread must go on
-                logger.warning(
-                    "audit entries not written", extra={"number": len(batch), "error": str(error).splitlines()[0]}
-                )
-                kept = [each for each in batch if each.done is None]
-                self._answered([each for each in batch if each.done is not None], error)
-            else:
-                self._print(entries)
-                self._answered(batch, None)
+            kept = self._store(batch)
+        for _ in range(_ATTEMPTS_AT_STOP):
+            if not kept:
+                return
+            time.sleep(_RETRY_SECONDS)
+            kept = self._store(kept)
         for each in kept:
             logger.error("audit entry lost", extra={"entry": json.dumps(asdict(each.event))})
+
+    def _store(self, batch: Sequence[_Waiting]) -> list[_Waiting]:
+        """Append events; those that nobody waits for and that could not be written are returned."""
+        if not batch:
+            return []
+        try:
+            entries = self.table.append([each.event for each in batch])
+        except Exception as error:  # also those of a damaged trail: the thread must go on
+            reason = str(error).partition("\n")[0]
+            logger.warning("audit entries not written", extra={"number": len(batch), "error": reason})
+            self._report([each for each in batch if each.done is not None], error)
+            return [each for each in batch if each.done is None]
+        self._print(entries)
+        self._report(batch, None)
+        return []
 
     def _next(self, kept: Sequence[_Waiting]) -> tuple[list[_Waiting], bool]:
         """The events of the next transaction, and whether the thread ends after it."""
@@ -124,7 +135,7 @@ class AuditWriter:
             return batch, False
         return batch, True
 
-    def _answered(self, batch: Sequence[_Waiting], error: Exception | None) -> None:
+    def _report(self, batch: Sequence[_Waiting], error: Exception | None) -> None:
         with self._lock:
             self._pending -= len(batch)
         for each in batch:
