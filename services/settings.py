@@ -53,6 +53,24 @@ class Settings(BaseSettings):
         "`DERMIS_HOST`: `name`, `name:port`, `*.domain`, or `*` for any. Set it behind a proxy, or if clients use a name.",
     )
 
+    tls_certificate: Path | None = Field(
+        None,
+        description="PEM file with the certificate of the gateway and those of intermediate authorities. With it and "
+        "DERMIS_TLS_KEY the gateway uses HTTPS. Both files are read again when they change.",
+    )
+    tls_key: Path | None = Field(None, description="PEM file with the private key of DERMIS_TLS_CERTIFICATE.")
+    hsts_seconds: int = Field(
+        31_536_000,
+        ge=0,
+        description="With DERMIS_TLS_CERTIFICATE: time for which browsers that have used the service refuse to use it without "
+        "TLS (Strict-Transport-Security); 0 for none.",
+    )
+    trusted_proxies: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Addresses and networks of proxies, separated by commas, such as `10.0.0.5,fd00::/64`. Their headers "
+        "X-Forwarded-For and X-Forwarded-Proto are believed, those of others are ignored.",
+    )
+
     # Access control
     auth: Literal["none", "keys", "oidc"] = Field(
         "none",
@@ -302,7 +320,9 @@ class Settings(BaseSettings):
     # Log
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least severe level logged.")
 
-    @field_validator("bundles", "cors_origins", "trusted_hosts", "oidc_audience", "oidc_algorithms", mode="before")
+    @field_validator(
+        "bundles", "cors_origins", "trusted_hosts", "trusted_proxies", "oidc_audience", "oidc_algorithms", mode="before"
+    )
     @classmethod
     def _split_commas(cls, value: Any) -> Any:
         if isinstance(value, str):
@@ -357,6 +377,24 @@ class Settings(BaseSettings):
             if not _TRUSTED_HOST.fullmatch(entry):
                 raise ValueError(f"{entry[:100]!r} is not a host; write name, name:port, *.domain or *")
         return value
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _are_networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for entry in value:
+            try:
+                network = ipaddress.ip_network(entry)
+            except ValueError:
+                raise ValueError(f"{entry[:100]!r} is not an address or a network such as 10.0.0.0/24") from None
+            if network.prefixlen == 0:
+                raise ValueError(f"{entry} are all addresses; name those of the proxies")
+        return value
+
+    @model_validator(mode="after")
+    def _certificate_has_key(self) -> Self:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("set both DERMIS_TLS_CERTIFICATE and DERMIS_TLS_KEY, or neither")
+        return self
 
     @field_validator("log_level", mode="before")
     @classmethod

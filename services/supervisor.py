@@ -31,6 +31,7 @@ from services.audit.trail import read_key
 from services.gateway.auth.keys import read_key_file
 from services.settings import REPOSITORY, Settings, SettingsError, is_loopback
 from services.temporary_folders import TemporaryFolders, temporary_folders
+from services.tls import check_certificate
 
 logger = logging.getLogger("dermis.supervisor")
 
@@ -127,12 +128,13 @@ def check_access(settings: Settings) -> None:
     """Refuse to open the service to a network without access control, unless that was asked for twice.
 
     Raises:
-        SettingsError: The service would listen on another address than loopback without access control, or the file of the
-            first API key or of the key of the audit trail cannot be used.
+        SettingsError: The service would listen on another address than loopback without access control, or a file
+            with a key or certificate cannot be used.
     """
     if settings.bootstrap_key_file is not None:
         read_key_file(settings.bootstrap_key_file)
     read_key(settings.audit_key_file)
+    check_certificate(settings)
     anonymous = "auth" in settings.model_fields_set and settings.allow_anonymous
     if settings.auth == "none" and not anonymous and not is_loopback(_numeric(settings.host)):
         raise SettingsError(
@@ -380,6 +382,10 @@ def serve_bento(
             raise SettingsError("development mode, --reload and single services are not supported")
         changed: dict[str, object] = {"host": host, "port": port}
         settings = read_settings(**{name: value for name, value in changed.items() if value is not None})
+        if settings.tls_certificate is not None and any(name.startswith("--ssl-") for name in arguments):
+            raise SettingsError(
+                "DERMIS_TLS_CERTIFICATE: leave out the options --ssl-..., which name another certificate"
+            )
         serve(settings, gateway_options=arguments)
     except DermisError as error:
         print(f"dermis: {error}", file=sys.stderr)

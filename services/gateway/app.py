@@ -28,6 +28,7 @@ from services.gateway.auth.principal import ANONYMOUS, Principal
 from services.gateway.dependencies import Context
 from services.gateway.openapi import openapi_document
 from services.gateway.problems import problem_response
+from services.gateway.proxies import ProxyMiddleware
 from services.gateway.routes import (
     audit,
     authenticity,
@@ -119,7 +120,9 @@ def create_app(settings: Settings, running: Callable[[], AbstractAsyncContextMan
         )
     app.add_middleware(origins.OriginMiddleware, settings=settings)
     app.add_middleware(AuditMiddleware)
-    app.add_middleware(RequestMiddleware)  # the last is the outermost
+    app.add_middleware(RequestMiddleware)
+    if settings.trusted_proxies:
+        app.add_middleware(ProxyMiddleware, trusted=settings.trusted_proxies)  # the last is the outermost
     return app
 
 
