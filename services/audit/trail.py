@@ -186,6 +186,8 @@ def now() -> str:
 
 def time_text(moment: datetime.datetime) -> str:
     """A time as entries contain it: `2026-11-28T23:18:00.123456Z`. Such texts sort by time."""
+    if moment.year < 1970 or moment.year > 9998:  # its time in UTC may be no date, and no entry is that old or new
+        return f"{moment.year:04d}-01-01T00:00:00.000000Z"
     return moment.astimezone(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 

@@ -16,13 +16,14 @@ from queue import Empty, SimpleQueue
 from typing import TextIO
 
 from services.audit.trail import AuditTable, Entry, Event
+from services.errors import DatabaseUnavailableError
 
 logger = logging.getLogger("dermis.audit")
 
 _MAX_BATCH = 200
 _MAX_PENDING = 1000  # entries that may wait at one time without their requests waiting too
 _RETRY_SECONDS = 1.0
-_ATTEMPTS_AT_STOP = 3
+_ATTEMPTS_AT_STOP = 2
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,9 @@ class AuditWriter:
     def close(self) -> None:
         """Write everything that waits, and end the thread."""
         if self._thread is not None:
+            thread, self._thread = self._thread, None
             self._queue.put(None)
-            self._thread.join()
-            self._thread = None
+            thread.join()
         self.table.close()
 
     async def write(self, event: Event) -> None:
@@ -88,6 +89,8 @@ class AuditWriter:
             self._put(_Waiting(event, None))
 
     def _put(self, waiting: _Waiting) -> None:
+        if self._thread is None:
+            raise DatabaseUnavailableError("the service is stopping")
         with self._lock:
             self._pending += 1
         self._queue.put(waiting)

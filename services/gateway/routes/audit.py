@@ -10,7 +10,7 @@ from pydantic import AwareDatetime
 
 from services.audit.trail import time_text
 from services.gateway.auth.authentication import requires
-from services.gateway.auth.principal import Principal
+from services.gateway.auth.principal import TENANT_PATTERN, Principal
 from services.gateway.dependencies import ContextDep, needs_access_control
 from services.gateway.openapi import problems
 from services.gateway.schemas.audit import AuditList, audit_list
@@ -18,6 +18,7 @@ from services.gateway.schemas.audit import AuditList, audit_list
 router = APIRouter(prefix="/v1/admin/audit", tags=["admin"], dependencies=[Depends(needs_access_control)])
 
 _MAX_NUMBER = 1 << 53
+_TEXT = r"^[^\x00]*$"  # PostgreSQL has no text with a null character
 
 
 @router.get("", summary="Read the audit trail", responses=problems("invalid-request", "no-access-control", "not-ready"))
@@ -34,11 +35,18 @@ async def read_audit(
     until: Annotated[
         AwareDatetime | None, Query(description="Only entries of earlier times, with a time zone.")
     ] = None,
-    tenant: Annotated[str | None, Query(max_length=63, description="Only entries of this tenant.")] = None,
-    subject: Annotated[str | None, Query(max_length=300, description="Only entries of this subject.")] = None,
-    action: Annotated[str | None, Query(max_length=64, description="Only entries of this action.")] = None,
+    tenant: Annotated[
+        str | None, Query(pattern=f"^{TENANT_PATTERN}$", description="Only entries of this tenant.")
+    ] = None,
+    subject: Annotated[
+        str | None, Query(max_length=300, pattern=_TEXT, description="Only entries of this subject.")
+    ] = None,
+    action: Annotated[
+        str | None, Query(max_length=64, pattern=_TEXT, description="Only entries of this action.")
+    ] = None,
     object_id: Annotated[
-        str | None, Query(alias="object", max_length=100, description="Only entries about the object with this id.")
+        str | None,
+        Query(alias="object", max_length=100, pattern=_TEXT, description="Only entries about the object with this id."),
     ] = None,
 ) -> AuditList:
     """Read the trail of all tenants, newest entry first. The request itself is recorded too."""
