@@ -23,6 +23,9 @@ from services.jobs.service import JobService
 from services.jobs.table import JobTable
 from services.models import ServedModels
 from services.settings import Settings
+from services.webhooks.deliverer import Deliverer
+from services.webhooks.outbox import WebhookTable
+from services.webhooks.sending import Allowed, Sender
 
 logger = logging.getLogger("dermis.service")
 
@@ -34,6 +37,7 @@ class Composition:
     context: Context
     jobs: JobService
     job_context: JobContext
+    deliverer: Deliverer
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[Context]:
@@ -41,10 +45,13 @@ class Composition:
         await asyncio.to_thread(self.jobs.start)
         try:
             self.context.audit.writer.start()
+            if self.context.settings.max_webhooks:
+                self.deliverer.start()
             async with self.context.auth.running():
                 await self._record_bootstrap_key()
                 yield self.context
         finally:
+            await self.deliverer.stop()
             await self.context.audit.close()
             self.context.uploads.close()
             await asyncio.to_thread(self.jobs.stop)
@@ -73,6 +80,7 @@ def compose(settings: Settings, models: ServedModels, inference: InferenceClient
         min_free_bytes=settings.min_free_bytes,
     )
     jobs = JobService(settings, job_context)
+    webhooks = WebhookTable(settings.jobs_url)
     context = Context(
         settings=settings,
         auth=Authenticator(settings),
@@ -84,11 +92,13 @@ def compose(settings: Settings, models: ServedModels, inference: InferenceClient
         limits=GatewayLimits.of(settings),
         uploads=Uploads(settings),
         heat_maps=HeatMaps(settings, inference.explainer),
+        webhooks=webhooks,
         not_ready=_readiness(job_context, jobs),
         not_alive=inference.not_alive,
         stopping=job_context.stopping,
     )
-    return Composition(context, jobs, job_context)
+    deliverer = Deliverer(webhooks, Sender(Allowed.of(settings.webhook_hosts)))
+    return Composition(context, jobs, job_context, deliverer)
 
 
 def _readiness(ctx: JobContext, jobs: JobService) -> Callable[[], Awaitable[str | None]]:

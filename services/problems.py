@@ -23,6 +23,7 @@ KINDS: Mapping[str, tuple[int, str]] = {
     "missing-scope": (403, "The credentials do not allow this"),
     "no-access-control": (403, "The admin API needs access control"),
     "cross-origin": (403, "Other origins cannot change anything"),
+    "webhooks-disabled": (403, "Webhooks are disabled"),
     "uploads-disabled": (403, "Uploads are disabled"),
     "not-found": (404, "Not found"),
     "unknown-model": (404, "Unknown model"),

@@ -246,6 +246,16 @@ class Settings(BaseSettings):
         86_400.0, ge=60.0, description="Time after its end at which a projection is deleted with its files."
     )
 
+    # Webhooks
+    max_webhooks: int = Field(
+        0, ge=0, le=1000, description="Maximum number of webhooks of one tenant; 0 disables webhooks."
+    )
+    webhook_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Host names, addresses and networks, separated by commas, to which webhooks may be sent although they are "
+        "not public, and with plain http.",
+    )
+
     # Limits
     max_samples_per_dataset: int = Field(100_000, ge=1, description="Maximum number of images in one dataset.")
     max_shards_per_dataset: int = Field(2_000, ge=1, description="Maximum number of shards in one dataset.")
@@ -321,7 +331,14 @@ class Settings(BaseSettings):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least severe level logged.")
 
     @field_validator(
-        "bundles", "cors_origins", "trusted_hosts", "trusted_proxies", "oidc_audience", "oidc_algorithms", mode="before"
+        "bundles",
+        "cors_origins",
+        "trusted_hosts",
+        "trusted_proxies",
+        "webhook_hosts",
+        "oidc_audience",
+        "oidc_algorithms",
+        mode="before",
     )
     @classmethod
     def _split_commas(cls, value: Any) -> Any:

@@ -43,6 +43,7 @@ from services.gateway.routes import (
     models,
     projections,
     reports,
+    webhooks,
 )
 from services.settings import Settings
 
@@ -102,6 +103,7 @@ def create_app(settings: Settings, running: Callable[[], AbstractAsyncContextMan
         classifications,
         authenticity,
         models,
+        webhooks,
         keys,
         audit,
         health,

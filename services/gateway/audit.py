@@ -27,7 +27,7 @@ from services.problems import KINDS
 logger = logging.getLogger("dermis.audit")
 
 _DENIED = frozenset({401, 403})
-_OBJECT_ID = re.compile(r"[a-z]{2}_[0-9a-f]{32}|[a-z0-9]{12}")  # of a job, or of an API key
+_OBJECT_ID = re.compile(r"[a-z]{2}_[0-9a-f]{32}|[a-z0-9]{12}")  # of a job, a webhook or an API key
 _LOCATION = re.compile(rb"/v1/(?:[a-z]+/)+([a-z0-9_]{1,100})")
 _LEFT_OUT = "dermis.audit.left_out"
 
@@ -59,6 +59,9 @@ ACTIONS = {
     "DELETE /v1/projections/{projection_id}": Action("projection.delete", stored_first=True),
     "GET /v1/projections/{projection_id}": Action("projection.read", stored_first=True),
     "GET /v1/projections/{projection_id}/files/{name}": Action("projection.download", stored_first=True),
+    "POST /v1/webhooks": Action("webhook.create", stored_first=True),
+    "DELETE /v1/webhooks/{webhook_id}": Action("webhook.delete", stored_first=True),
+    "POST /v1/webhooks/{webhook_id}/messages/{message_id}/retry": Action("webhook.retry", stored_first=True),
     "POST /v1/admin/keys": Action("key.create", stored_first=True),
     "GET /v1/admin/keys": Action("key.list"),
     "GET /v1/admin/keys/{key_id}": Action("key.read"),
@@ -77,6 +80,9 @@ NOT_RECORDED = frozenset(
         "GET /v1/directions",
         "GET /v1/models",
         "GET /v1/models/{name}",
+        "GET /v1/webhooks",
+        "GET /v1/webhooks/{webhook_id}",
+        "GET /v1/webhooks/{webhook_id}/messages",
         "GET /metrics",
         "GET /livez",
         "GET /readyz",

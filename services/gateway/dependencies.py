@@ -26,6 +26,7 @@ from services.jobs.service import DatasetJobs, ProjectionJobs
 from services.models import ServedModels
 from services.problems import FieldError, ProblemError, field_errors, invalid_request
 from services.settings import Settings
+from services.webhooks.outbox import WebhookTable
 
 _MAX_DEPTH = 32
 _KEY = re.compile(r"[\x21-\x7e]{1,255}")
@@ -51,6 +52,7 @@ class Context:
     limits: GatewayLimits
     uploads: Uploads
     heat_maps: HeatMaps
+    webhooks: WebhookTable
     not_ready: Callable[[], Awaitable[str | None]]  # None if ready, otherwise the reason
     not_alive: Callable[[], Awaitable[str | None]]  # None if alive, otherwise why to restart
     stopping: threading.Event = field(default_factory=threading.Event)  # set when the process is to end

@@ -21,6 +21,7 @@ from sqlalchemy.exc import IntegrityError
 from dermis.errors import DermisError
 from services.jobs import schema
 from services.jobs.database import database_errors, make_engine, schema_lock
+from services.webhooks.outbox import add_messages
 
 Kind = Literal["dataset", "projection"]
 
@@ -383,6 +384,9 @@ class JobTable:
         with self._writing() as connection:
             if connection.execute(sa.update(_jobs).where(condition).values(values)).rowcount:
                 connection.execute(sa.delete(_shards).where(_shards.c.job_id == job_id))
+                job = _job(connection, job_id)
+                tenant = getattr(job, "tenant", "default")
+                add_messages(connection, tenant=tenant, kind=job.kind, job_id=job_id, state=state)
             return _job_or_none(connection, job_id)
 
     # Leases

@@ -47,6 +47,12 @@ SCOPES_OF: dict[str, set[str]] = {
     "post /v1/authenticity": {"authenticity:generated", "authenticity:uploads"},
     "get /v1/models": {"models:read"},
     "get /v1/models/{name}": {"models:read"},
+    "post /v1/webhooks": {"webhooks"},
+    "get /v1/webhooks": {"webhooks"},
+    "get /v1/webhooks/{webhook_id}": {"webhooks"},
+    "delete /v1/webhooks/{webhook_id}": {"webhooks"},
+    "get /v1/webhooks/{webhook_id}/messages": {"webhooks"},
+    "post /v1/webhooks/{webhook_id}/messages/{message_id}/retry": {"webhooks"},
     "post /v1/admin/keys": {"admin"},
     "get /v1/admin/keys": {"admin"},
     "get /v1/admin/keys/{key_id}": {"admin"},
@@ -58,6 +64,7 @@ SCOPES_OF: dict[str, set[str]] = {
 PUBLIC = {"get /livez", "get /readyz"}
 NOT_IN_THE_DOCUMENT = {"/openapi.json", "/docs", "/docs/swagger-ui.css"}
 IDS = {"dataset_id": f"ds_{'0' * 32}", "projection_id": f"pr_{'0' * 32}", "key_id": "0" * 12, "name": "none"}
+IDS |= {"webhook_id": f"wh_{'0' * 32}", "message_id": f"msg_{'0' * 32}"}
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ from services.jobs.schema import VERSION_TABLE, SchemaTooNewError
 from services.jobs.table import JobTable
 from services.serve import _prepare
 from services.settings import Settings, SettingsError
+from services.webhooks import outbox
 
 # What version 0.1.0 created, before the schema had a version.
 TABLES_0_1_0 = (
@@ -124,7 +125,7 @@ def test_migrations_create_the_tables_that_the_code_defines(url: str) -> None:
     table.open()
     with table._engine.connect() as connection:
         options = {"compare_type": True, "version_table": VERSION_TABLE}
-        tables = [table_module._metadata, keys_module.metadata, trail_module.metadata]
+        tables = [table_module._metadata, keys_module.metadata, trail_module.metadata, outbox.metadata]
         assert compare_metadata(MigrationContext.configure(connection, opts=options), tables) == []
     table.close()
 
