@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from functools import partial
 
 from services.webhooks.outbox import Claim, WebhookTable
 from services.webhooks.sending import Sender
@@ -64,7 +65,10 @@ class Deliverer:
         for claim in await asyncio.to_thread(self.table.claim, free, list(self._sending), now):
             task = asyncio.create_task(self._deliver(claim))
             self._sending[claim.endpoint.id] = task
-            task.add_done_callback(lambda _, endpoint=claim.endpoint.id: self._sending.pop(endpoint, None))
+            task.add_done_callback(partial(self._forget, claim.endpoint.id))
+
+    def _forget(self, endpoint: str, _task: asyncio.Task[None]) -> None:
+        self._sending.pop(endpoint, None)
 
     async def idle(self) -> None:
         """Return when nothing is being sent."""

@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import sqlalchemy as sa
 
@@ -25,9 +25,15 @@ from services.jobs.database import database_errors, make_engine
 
 State = Literal["waiting", "delivered", "dead"]
 STATES: tuple[State, ...] = ("waiting", "delivered", "dead")
-EVENTS = tuple(
-    f"{kind}.{state}" for kind in ("dataset", "projection") for state in ("succeeded", "failed", "cancelled")
-)
+EventName = Literal[
+    "dataset.succeeded",
+    "dataset.failed",
+    "dataset.cancelled",
+    "projection.succeeded",
+    "projection.failed",
+    "projection.cancelled",
+]
+EVENTS: tuple[EventName, ...] = get_args(EventName)
 
 # Seconds after each failed attempt, as Standard Webhooks recommends; about three days in total.
 RETRY_SECONDS = (5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400)

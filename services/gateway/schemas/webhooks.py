@@ -8,20 +8,10 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from services.gateway.schemas.common import ResponseBody, utc_time, utc_time_or_none
-from services.webhooks.outbox import EVENTS, Endpoint, Message
+from services.webhooks.outbox import EVENTS, Endpoint, EventName, Message
 from services.webhooks.sending import MAX_URL
 
-_Event = Annotated[
-    Literal[
-        "dataset.succeeded",
-        "dataset.failed",
-        "dataset.cancelled",
-        "projection.succeeded",
-        "projection.failed",
-        "projection.cancelled",
-    ],
-    Field(description="Kind of the job, and the state in which it ended."),
-]
+_Event = Annotated[EventName, Field(description="Kind of the job, and the state in which it ended.")]
 
 
 class WebhookRequest(BaseModel):

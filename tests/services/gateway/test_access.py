@@ -78,7 +78,7 @@ def served(provider: Provider, tiny_bundle: Bundle, tmp_path_factory: pytest.Tem
     folder = tmp_path_factory.mktemp("access")
     values = {"auth": "oidc", "oidc_issuer": provider.issuer, "oidc_audience": AUDIENCE, "open_docs": False}
     values["oidc_scopes"] = ",".join(f"{scope}={scope}" for scope in SCOPES)
-    with service(tiny_bundle.location, folder, authenticity_uploads=True, **values) as running:
+    with service(tiny_bundle.location, folder, authenticity_uploads=True, max_webhooks=5, **values) as running:
         yield running
 
 
