@@ -22,6 +22,7 @@ from dermis.errors import DermisError
 from services.jobs import schema
 from services.jobs.database import database_errors, make_engine, schema_lock
 from services.tenants import DEFAULT_TENANT
+from services.webhooks.outbox import add_messages
 
 Kind = Literal["dataset", "projection"]
 
@@ -432,6 +433,9 @@ class JobTable:
         with self._writing() as connection:
             if connection.execute(sa.update(_jobs).where(condition).values(values)).rowcount:
                 connection.execute(sa.delete(_shards).where(_shards.c.job_id == job_id))
+                job = _job(connection, job_id)
+                tenant = job.tenant
+                add_messages(connection, tenant=tenant, kind=job.kind, job_id=job_id, state=state)
             return _job_or_none(connection, job_id)
 
     # Leases

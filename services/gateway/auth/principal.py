@@ -18,9 +18,10 @@ SCOPES: Mapping[str, str] = {
     "classify": "Classify uploaded images.",
     "authenticity:generated": "Compare generated images with the training images.",
     "authenticity:uploads": "Compare uploaded images with the training images, which shows whether an image is one of them.",
+    "webhooks": "Send messages to URLs when datasets and projections of the tenant end.",
     "models:read": "List the models and their directions.",
     "metrics:read": "Read the metrics of the whole service.",
-    "admin": "Create, list, rotate and revoke the API keys of every tenant.",
+    "admin": "Create, list, rotate and revoke the API keys of every tenant; read the audit trail.",
 }
 # Scopes that must be named: what they show or allow goes beyond the data of the tenant.
 EXPLICIT_SCOPES = frozenset({"authenticity:uploads", "metrics:read", "admin"})

@@ -12,6 +12,7 @@ from starlette.responses import Response
 from dermis.dataset.request import classes_of
 from dermis.errors import RequestError
 from dermis.projection.schedule import SCHEDULES
+from services.gateway.audit import leave_out
 from services.gateway.auth.authentication import requires
 from services.gateway.auth.principal import Principal
 from services.gateway.dependencies import Context, ContextDep, IdempotencyKey, ModelQuery, is_job_id, served_bundle
@@ -123,9 +124,14 @@ async def create_projection(
 
 
 @router.get("/{projection_id}", summary="Show a projection", responses=problems("not-found", "not-ready"))
-async def get_projection(projection_id: str, context: ContextDep, principal: _Sender) -> ProjectionJob:
+async def get_projection(
+    projection_id: str, request: Request, context: ContextDep, principal: _Sender
+) -> ProjectionJob:
     """Show the state and progress of a projection, and its results once it has succeeded."""
-    return await _body_of(context, await find_projection(context, principal, projection_id))
+    job = await find_projection(context, principal, projection_id)
+    if job.state != "succeeded":
+        leave_out(request)
+    return await _body_of(context, job)
 
 
 @router.delete(

@@ -16,6 +16,7 @@ from alembic.migration import MigrationContext
 
 from dermis.errors import DermisError
 from postgres import Postgres, running_postgres
+from services.audit import trail as trail_module
 from services.gateway.auth import keys as keys_module
 from services.jobs import table as table_module
 from services.jobs.database import make_engine
@@ -23,6 +24,7 @@ from services.jobs.schema import VERSION_TABLE, SchemaTooNewError
 from services.jobs.table import IdempotencyConflictError, JobTable, Kind
 from services.serve import _prepare
 from services.settings import Settings, SettingsError
+from services.webhooks import outbox
 
 # What version 0.1.0 created, before the schema had a version.
 TABLES_0_1_0 = (
@@ -221,7 +223,7 @@ def test_migrations_create_the_tables_that_the_code_defines(url: str) -> None:
     table.open()
     with table._engine.connect() as connection:
         options = {"compare_type": True, "version_table": VERSION_TABLE}
-        tables = [table_module._metadata, keys_module.metadata]
+        tables = [table_module._metadata, keys_module.metadata, trail_module.metadata, outbox.metadata]
         assert compare_metadata(MigrationContext.configure(connection, opts=options), tables) == []
     table.close()
 
