@@ -29,9 +29,10 @@ from dermis.errors import DermisError
 from services import inference, logs
 from services.audit.trail import read_key
 from services.gateway.auth.keys import read_key_file
-from services.gateway.auth.principal import is_tenant, unknown_scopes
+from services.gateway.auth.principal import unknown_scopes
 from services.settings import REPOSITORY, Settings, SettingsError, is_loopback
 from services.temporary_folders import TemporaryFolders, temporary_folders
+from services.tenants import is_tenant
 from services.tls import check_certificate
 
 logger = logging.getLogger("dermis.supervisor")

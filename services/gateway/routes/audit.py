@@ -10,10 +10,11 @@ from pydantic import AwareDatetime
 
 from services.audit.trail import time_text
 from services.gateway.auth.authentication import requires
-from services.gateway.auth.principal import TENANT_PATTERN, Principal
+from services.gateway.auth.principal import Principal
 from services.gateway.dependencies import ContextDep, needs_access_control
 from services.gateway.openapi import problems
 from services.gateway.schemas.audit import AuditList, audit_list
+from services.tenants import TENANT_PATTERN
 
 router = APIRouter(prefix="/v1/admin/audit", tags=["admin"], dependencies=[Depends(needs_access_control)])
 
