@@ -51,17 +51,24 @@ REACHES: dict[str, set[str]] = {
     "post /v1/authenticity": {"model"},
     "get /v1/models": {"list"},
     "get /v1/models/{name}": {"model"},
-    # The operator's: keys of all tenants, with the scope `admin`.
+    "post /v1/webhooks": set(),
+    "get /v1/webhooks": {"list"},
+    "get /v1/webhooks/{webhook_id}": {"webhook"},
+    "delete /v1/webhooks/{webhook_id}": {"webhook"},
+    "get /v1/webhooks/{webhook_id}/messages": {"webhook"},
+    "post /v1/webhooks/{webhook_id}/messages/{message_id}/retry": {"webhook"},
+    # The operator's: keys and trail of all tenants, with the scope `admin`.
     "post /v1/admin/keys": set(),
     "get /v1/admin/keys": set(),
     "get /v1/admin/keys/{key_id}": set(),
     "delete /v1/admin/keys/{key_id}": set(),
     "post /v1/admin/keys/{key_id}/rotate": set(),
+    "get /v1/admin/audit": set(),
     "get /metrics": set(),
     "get /livez": set(),
     "get /readyz": set(),
 }
-UNKNOWN = {"dataset": f"ds_{'0' * 32}", "projection": f"pr_{'0' * 32}"}
+UNKNOWN = {"dataset": f"ds_{'0' * 32}", "projection": f"pr_{'0' * 32}", "webhook": f"wh_{'0' * 32}"}
 SECRET, NO_MODEL = "secret", "nothing"
 PICTURE = encode(np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8))
 DATASET = {"classes": {"benign": 2, "malignant": 1}, "seed": 3}
@@ -101,7 +108,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
 
 @pytest.fixture(scope="module")
 def served(bundles: dict[str, Bundle], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    settings = {"model_tenants": f"{SECRET}=radiology,research", "default_model": SECRET, "auth": "keys"}
+    settings = {"model_tenants": f"{SECRET}=radiology,research", "default_model": SECRET, "auth": "keys", "max_webhooks": 1}
     locations = ",".join(str(bundle.location) for bundle in bundles.values())
     with service(locations, tmp_path_factory.mktemp("data"), authenticity_uploads=True, **settings) as running:
         yield running
@@ -117,6 +124,9 @@ def radiology(served: Service) -> Tenant:
         "/v1/projections?steps=2", files=[("files", ("a.png", PICTURE, "image/png"))]
     )
     tenant.wait(f"/v1/projections/{tenant.made['projection']}")
+    webhook = tenant.send("post", "/v1/webhooks", json={"url": "https://example.org/", "events": ["dataset.succeeded"]})
+    assert webhook.status_code == 201, webhook.text
+    tenant.made["webhook"] = webhook.json()["id"]
     return tenant
 
 
@@ -155,7 +165,14 @@ def variants(operation: str, model: str, ids: Mapping[str, str]) -> list[dict[st
     name = model if template.startswith("/v1/models") else "manifest.json"
     if template.startswith("/v1/projections"):
         name = "00000.png"
-    path = template.format(dataset_id=ids["dataset"], projection_id=ids["projection"], name=name, key_id="0" * 12)
+    path = template.format(
+        dataset_id=ids["dataset"],
+        projection_id=ids["projection"],
+        webhook_id=ids["webhook"],
+        message_id=f"msg_{'0' * 32}",
+        name=name,
+        key_id="0" * 12,
+    )
     return [{"method": method, "path": path} | variant for variant in special.get(operation, [{}])]
 
 
@@ -188,14 +205,20 @@ def test_every_operation_has_an_entry_that_fits_its_parameters(served: Service) 
         assert expected <= REACHES[operation], operation
 
 
-PARAMETERS = {"dataset_id": "dataset", "projection_id": "projection", "projections": "projection", "model": "model"}
+PARAMETERS = {
+    "dataset_id": "dataset",
+    "projection_id": "projection",
+    "projections": "projection",
+    "webhook_id": "webhook",
+    "model": "model",
+}
 
 
 def of(kind: str) -> list[str]:
     return [operation for operation, kinds in REACHES.items() if kind in kinds]
 
 
-@pytest.mark.parametrize("kind", ["dataset", "projection"])
+@pytest.mark.parametrize("kind", ["dataset", "projection", "webhook"])
 def test_foreign_id_is_answered_as_an_unknown_one(kind: str, radiology: Tenant, derma: Tenant) -> None:
     """Also in operations that change something; what belongs to the other tenant stays as it is."""
     own, foreign = radiology.made, radiology.made[kind]
@@ -214,7 +237,7 @@ def test_foreign_id_is_answered_as_an_unknown_one(kind: str, radiology: Tenant, 
     assert radiology.send("get", f"/v1/{kind}s/{foreign}").text == before
     # The same requests succeed for the tenant that the id belongs to, so they were refused for the right reason.
     for operation in of(kind):
-        if not operation.startswith("delete"):
+        if not operation.startswith("delete") and not operation.endswith("/retry"):  # there is no message
             answers = [radiology.send(**request) for request in variants(operation, SECRET, own)]
             assert {answer.status_code for answer in answers} <= {200, 206}, operation
 
@@ -248,7 +271,7 @@ def test_model_of_other_tenants_is_answered_as_an_unknown_one(radiology: Tenant,
 def test_lists_show_what_is_the_tenants_own(radiology: Tenant, derma: Tenant) -> None:
     everything = {operation: derma.send(*operation.split(" ")).json()["data"] for operation in of("list")}
     assert [model["name"] for model in everything.pop("get /v1/models")] == ["tiny"]
-    assert everything == {"get /v1/datasets": []}
+    assert everything == {"get /v1/datasets": [], "get /v1/webhooks": []}
     assert [(model["name"], model["default"]) for model in radiology.send("get", "/v1/models").json()["data"]] == [
         (SECRET, True),
         ("tiny", False),
