@@ -5,7 +5,8 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,7 @@ import typer
 from commands.console import table_console
 
 if TYPE_CHECKING:
+    from services.audit.trail import AuditTable
     from services.gateway.auth.keys import ApiKey, KeyTable
 
 keys_app = typer.Typer(
@@ -37,14 +39,31 @@ Identifier = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
+@dataclass(frozen=True)
+class _Opened:
+    """The keys and the audit trail of a service."""
+
+    keys: KeyTable
+    trail: AuditTable
+
+    def record(self, action: str, key: ApiKey) -> None:
+        """Record a change of a key in the audit trail."""
+        from services.audit.trail import command_event
+
+        detail = None if key.replaces is None or action != "key.rotate" else f"replaces {key.replaces}"
+        self.trail.append([command_event(action, tenant=key.tenant, object=key.id, detail=detail)])
+
+
 @contextmanager
-def _opened(data_dir: Path | None) -> Iterator[KeyTable]:
+def _opened(data_dir: Path | None) -> Iterator[_Opened]:
+    from services.audit.trail import AuditTable
     from services.gateway.auth.keys import opened_keys
     from services.settings import read_settings
 
     settings = read_settings(**({} if data_dir is None else {"data_dir": data_dir}))
-    with opened_keys(settings) as table:
-        yield table
+    trail = AuditTable.of(settings)  # first: a key that cannot be recorded must not be created
+    with opened_keys(settings) as table, closing(trail):
+        yield _Opened(table, trail)
 
 
 def _id(text: str) -> str:
@@ -108,15 +127,16 @@ def create(
     """Create a key and print it. It is stored as a hash and cannot be shown again."""
     from services.gateway.auth.principal import DEFAULT_SCOPES
 
-    with _opened(data_dir) as table:
-        key, text = table.create(
+    with _opened(data_dir) as opened:
+        key, text = opened.keys.create(
             tenant=tenant,
             name=name,
             scopes=tuple(scope or DEFAULT_SCOPES),
             created_by="dermis keys create",
             lifetime_seconds=None if expires_days is None else expires_days * _DAY_SECONDS,
         )
-    _print_new(table, key, text, as_json)
+        opened.record("key.create", key)
+    _print_new(opened.keys, key, text, as_json)
 
 
 @keys_app.command("list")
@@ -129,8 +149,8 @@ def list_keys(
     from rich import box
     from rich.table import Table
 
-    with _opened(data_dir) as table:
-        keys = [_fields(key) for key in table.all(tenant)]
+    with _opened(data_dir) as opened:
+        keys = [_fields(key) for key in opened.keys.all(tenant)]
     if as_json:
         typer.echo(json.dumps(keys, indent=2))
         return
@@ -151,18 +171,20 @@ def rotate(
     as_json: Json = False,
 ) -> None:
     """Replace a key by a new one with the same tenant, name and scopes, and print that."""
-    with _opened(data_dir) as table:
-        key, text = table.rotate(
+    with _opened(data_dir) as opened:
+        key, text = opened.keys.rotate(
             _id(identifier), created_by="dermis keys rotate", overlap_seconds=overlap_hours * 3600.0
         )
-    _print_new(table, key, text, as_json)
+        opened.record("key.rotate", key)
+    _print_new(opened.keys, key, text, as_json)
 
 
 @keys_app.command()
 def revoke(identifier: Identifier, data_dir: DataDir = None) -> None:
     """Revoke a key. Requests with it are refused within seconds."""
-    with _opened(data_dir) as table:
-        key = table.revoke(_id(identifier))
+    with _opened(data_dir) as opened:
+        key = opened.keys.revoke(_id(identifier))
+        opened.record("key.revoke", key)
     typer.echo(f"{key.prefix} is revoked")
 
 

@@ -8,6 +8,7 @@ import sys
 
 import typer
 
+from commands.audit import audit_app
 from commands.augment import augment_app
 from commands.authenticity import authenticity_app
 from commands.bundle import bundle_app
@@ -57,6 +58,7 @@ app.command()(generate)
 app.command()(verify)
 app.command("serve")(serve_http)
 app.add_typer(keys_app, name="keys")
+app.add_typer(audit_app, name="audit")
 
 
 def _show_version(value: bool) -> None:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from services.audit.trail import AuditTable, Event, now
+from services.audit.writer import AuditWriter
+from services.gateway.audit import AuditTrail
 from services.gateway.auth.authentication import Authenticator
 from services.gateway.compared import ComparedImages
 from services.gateway.dependencies import Context
@@ -20,6 +24,9 @@ from services.jobs.service import JobService
 from services.jobs.table import JobTable
 from services.models import ServedModels
 from services.settings import Settings
+from services.webhooks.deliverer import Deliverer
+from services.webhooks.outbox import WebhookTable
+from services.webhooks.sending import Allowed, Sender
 
 logger = logging.getLogger("dermis.service")
 
@@ -31,17 +38,30 @@ class Composition:
     context: Context
     jobs: JobService
     job_context: JobContext
+    deliverer: Deliverer
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[Context]:
         """Start the jobs, provide the context for the routes, and stop everything at the end."""
         await asyncio.to_thread(self.jobs.start)
         try:
+            self.context.audit.writer.start()
+            if self.context.settings.max_webhooks:
+                self.deliverer.start()
             async with self.context.auth.running():
+                await self._record_bootstrap_key()
                 yield self.context
         finally:
+            await self.deliverer.stop()
+            await self.context.audit.close()
             self.context.uploads.close()
             await asyncio.to_thread(self.jobs.stop)
+
+    async def _record_bootstrap_key(self) -> None:
+        key_id = self.context.auth.stored_bootstrap_key
+        if key_id is not None:
+            event = Event(time=now(), action="key.bootstrap", outcome=201, subject="service", object=key_id)
+            await self.context.audit.writer.write(event)
 
 
 def compose(settings: Settings, models: ServedModels, inference: InferenceClients) -> Composition:
@@ -61,9 +81,11 @@ def compose(settings: Settings, models: ServedModels, inference: InferenceClient
         min_free_bytes=settings.min_free_bytes,
     )
     jobs = JobService(settings, job_context)
+    webhooks = WebhookTable(settings.jobs_url)
     context = Context(
         settings=settings,
         auth=Authenticator(settings),
+        audit=AuditTrail(AuditWriter(AuditTable.of(settings), sys.stdout if settings.audit_log else None)),
         models=models,
         jobs=jobs.datasets,
         projections=jobs.projections,
@@ -72,11 +94,13 @@ def compose(settings: Settings, models: ServedModels, inference: InferenceClient
         compared=ComparedImages.of(settings),
         uploads=Uploads(settings),
         heat_maps=HeatMaps(settings, inference.explainer),
+        webhooks=webhooks,
         not_ready=_readiness(job_context, jobs),
         not_alive=inference.not_alive,
         stopping=job_context.stopping,
     )
-    return Composition(context, jobs, job_context)
+    deliverer = Deliverer(webhooks, Sender(Allowed.of(settings.webhook_hosts)))
+    return Composition(context, jobs, job_context, deliverer)
 
 
 def _readiness(ctx: JobContext, jobs: JobService) -> Callable[[], Awaitable[str | None]]:
@@ -84,6 +108,7 @@ def _readiness(ctx: JobContext, jobs: JobService) -> Callable[[], Awaitable[str 
     last_reason: str | None = ""
 
     async def not_ready() -> str | None:
+        """The reason, with names of bundles."""
         if ctx.stopping.is_set():
             return "the service is stopping"
         problems = await asyncio.to_thread(ctx.models.check)
@@ -97,6 +122,7 @@ def _readiness(ctx: JobContext, jobs: JobService) -> Callable[[], Awaitable[str 
         if reason != last_reason:
             logger.log(logging.WARNING if reason else logging.INFO, "readiness", extra={"missing": reason or "nothing"})
             last_reason = reason
-        return reason
+        # Everyone can read /readyz, and not everyone may know which bundles there are.
+        return "the service is starting, or its log has the reason" if reason and ctx.models.limited else reason
 
     return readiness

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,9 +66,23 @@ def without_place(error: Exception, location: str) -> str:
 
 
 class ServedModels:
-    """The served bundles by name. A bundle that cannot be opened is not served; `check` returns the reason."""
+    """The served bundles by name. A bundle that cannot be opened is not served; `check` returns the reason.
 
-    def __init__(self, locations: Sequence[str], default: str = "demo") -> None:
+    The methods whose name ends with `_for` are for requests of a tenant: bundles of other tenants do not exist for them.
+
+    Args:
+        locations: Where the bundles are.
+        default: Name of the model for requests that name none.
+        tenants: The tenants that may use a bundle, by its name. Bundles that are not in it are for all tenants.
+
+    Raises:
+        SettingsError: `tenants` names a bundle that is not served. Written wrongly, a name would not limit its bundle.
+    """
+
+    def __init__(
+        self, locations: Sequence[str], default: str = "demo", tenants: Mapping[str, Sequence[str]] | None = None
+    ) -> None:
+        self._tenants = tenants or {}
         self._watched: dict[str, _Watched] = {}
         self._broken: dict[str, str] = {}
         self._lock = threading.Lock()
@@ -88,6 +102,11 @@ class ServedModels:
                 continue
             self._watched[bundle.name] = _Watched(bundle, fingerprint)
         self.default = default if default in self._watched else next(iter(self._watched), default)
+        unknown = [name for name in self._tenants if name not in self._watched]
+        if unknown and not self._broken:  # the name of a bundle that cannot be opened is not known
+            raise SettingsError(
+                f"DERMIS_MODEL_TENANTS: no bundle is called {unknown[0]!r}; this service has {', '.join(self._watched)}"
+            )
 
     @property
     def bundles(self) -> list[Bundle]:
@@ -109,6 +128,46 @@ class ServedModels:
                 raise BundleError(problem)
         known = ", ".join(self._watched)
         raise RequestError("model", f"unknown model; this service has {known}", kind="unknown-model")
+
+    @property
+    def limited(self) -> bool:
+        """Whether some bundles are not for all tenants."""
+        return bool(self._tenants)
+
+    def bundles_for(self, tenant: str) -> list[Bundle]:
+        """The bundles that a tenant may use, its default first."""
+        allowed = [bundle for bundle in self.bundles if self._may_use(tenant, bundle.name)]
+        default = self.default_for(tenant)
+        return sorted(allowed, key=lambda bundle: bundle.name != default)
+
+    def default_for(self, tenant: str) -> str:
+        """Name of the model for requests of a tenant that name none: the default, or the first one that it may use."""
+        allowed = (name for name in (self.default, *self._watched) if self._may_use(tenant, name))
+        return next(allowed, self.default)
+
+    def serving_for(self, tenant: str, name: str | None) -> Bundle:
+        """The bundle called `name`, if a tenant may use it and its files have not changed.
+
+        Args:
+            tenant: The tenant.
+            name: Name of the bundle; None or empty for the default of the tenant.
+
+        Raises:
+            RequestError: If there is no bundle of this name, or it is not for this tenant (unknown-model).
+            BundleError: If it cannot be served.
+        """
+        name = name or self.default_for(tenant)
+        if not self._tenants or (name in self._watched and self._may_use(tenant, name)):
+            return self.serving(name)
+        # The name of a bundle that cannot be opened is not known, so it may be one that is for others only.
+        for location, problem in self._broken.items():
+            if Path(location).name == name and tenant in self._tenants.get(name, ()):
+                raise BundleError(problem)
+        known = ", ".join(bundle.name for bundle in self.bundles_for(tenant)) or "no model for this tenant"
+        raise RequestError("model", f"unknown model; this service has {known}", kind="unknown-model")
+
+    def _may_use(self, tenant: str, name: str) -> bool:
+        return name not in self._tenants or tenant in self._tenants[name]
 
     def serving(self, name: str, digest: str | None = None) -> Bundle:
         """The bundle called `name`, if its files have not changed since the start.

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import socket
+import ssl
 import sys
 import threading
 import time
@@ -81,9 +82,11 @@ def serve(options: Mapping[str, str | None]) -> int:
 def _prepare(settings: Settings) -> None:
     """Check that the service can start, so that a failure is one line on stderr."""
     from services.jobs.table import JobTable
-    from services.models import check_any_bundle
+    from services.models import ServedModels, check_any_bundle
 
     check_any_bundle(settings.bundles)
+    if settings.model_tenants:
+        ServedModels(settings.bundles, settings.default_model, settings.model_tenants)
     prepare_data_folder(settings)
     try:
         table = JobTable(settings.jobs_url)
@@ -156,11 +159,16 @@ def _access(settings: Settings) -> str:
 
 def _url(settings: Settings) -> str:
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)  # noqa: S104
-    return f"http://[{host}]:{settings.port}" if ":" in host else f"http://{host}:{settings.port}"
+    scheme = "http" if settings.tls_certificate is None else "https"
+    return f"{scheme}://[{host}]:{settings.port}" if ":" in host else f"{scheme}://{host}:{settings.port}"
 
 
 def _get(url: str) -> tuple[int, dict[str, Any]]:
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through a proxy
+    # The certificate is for a name, not for the address of this machine, and the requests contain nothing secret.
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    no_proxy = urllib.request.ProxyHandler({})
+    opener = urllib.request.build_opener(no_proxy, urllib.request.HTTPSHandler(context=context))
     try:
         with opener.open(url, timeout=15) as response:
             return response.status, json.load(response)

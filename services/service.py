@@ -52,7 +52,7 @@ async def _running() -> AsyncIterator[Context]:
     except SettingsError as error:
         logger.error("cannot start", extra={"problem": str(error)})
         raise
-    models = await asyncio.to_thread(ServedModels, _settings.bundles, _settings.default_model)
+    models = await asyncio.to_thread(_open_models)
     for location, problem in models.check().items():
         logger.error("model not served", extra={"location": location, "problem": problem})
     service = bentoml.get_current_service()
@@ -61,6 +61,14 @@ async def _running() -> AsyncIterator[Context]:
     with _delayed_shutdown(composition.context.stopping, stop_pause(_settings)):
         async with composition.running() as context:
             yield context
+
+
+def _open_models() -> ServedModels:
+    try:
+        return ServedModels(_settings.bundles, _settings.default_model, _settings.model_tenants)
+    except SettingsError as error:
+        logger.error("cannot start", extra={"problem": str(error)})
+        raise
 
 
 @contextmanager

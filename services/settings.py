@@ -14,6 +14,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from dermis.bundle.installed import installed_bundles
 from dermis.errors import DermisError
+from services.tenants import read_model_tenants
 
 _TRUSTED_HOST = re.compile(
     r"\*|\*(\.[A-Za-z0-9_-]+)+|([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?|[0-9A-Fa-f]*:[0-9A-Fa-f:.]+"
@@ -53,6 +54,24 @@ class Settings(BaseSettings):
         "`DERMIS_HOST`: `name`, `name:port`, `*.domain`, or `*` for any. Set it behind a proxy, or if clients use a name.",
     )
 
+    tls_certificate: Path | None = Field(
+        None,
+        description="PEM file with the certificate of the gateway and those of intermediate authorities. With it and "
+        "DERMIS_TLS_KEY the gateway uses HTTPS. Both files are read again when they change.",
+    )
+    tls_key: Path | None = Field(None, description="PEM file with the private key of DERMIS_TLS_CERTIFICATE.")
+    hsts_seconds: int = Field(
+        31_536_000,
+        ge=0,
+        description="With DERMIS_TLS_CERTIFICATE: time for which browsers that have used the service refuse to use it without "
+        "TLS (Strict-Transport-Security); 0 for none.",
+    )
+    trusted_proxies: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Addresses and networks of proxies, separated by commas, such as `10.0.0.5,fd00::/64`. Their headers "
+        "X-Forwarded-For and X-Forwarded-Proto are believed, those of others are ignored.",
+    )
+
     # Access control
     auth: Literal["none", "keys", "oidc"] = Field(
         "none",
@@ -72,6 +91,14 @@ class Settings(BaseSettings):
     )
     open_docs: bool = Field(
         True, description="Whether /docs and /openapi.json need no credentials. Otherwise any valid ones suffice."
+    )
+    audit_log: bool = Field(
+        False, description="Whether each entry of the audit trail is also written to stdout, as a line of JSON."
+    )
+    audit_key_file: Path | None = Field(
+        None,
+        description="File with a secret of at least 32 bytes, the same for all replicas, that signs the entries of the audit "
+        "trail.",
     )
     oidc_issuer: str | None = Field(
         None, description="Issuer of access tokens: the https URL below which /.well-known/openid-configuration is."
@@ -117,6 +144,11 @@ class Settings(BaseSettings):
     )
     default_model: str = Field(
         "demo", description="Model for requests that name none. If it is not served, the first model is used."
+    )
+    model_tenants: Annotated[dict[str, tuple[str, ...]], NoDecode] = Field(
+        {},
+        description="Bundles that only some tenants may use: `bundle=tenant,tenant,bundle=tenant`. Bundles that are not "
+        "named are for all tenants.",
     )
     device: str = Field(
         "auto", description="Device of the generator, classifier, index, explainer and projector: auto, cpu or cuda."
@@ -220,6 +252,16 @@ class Settings(BaseSettings):
         86_400.0, ge=60.0, description="Time after its end at which a projection is deleted with its files."
     )
 
+    # Webhooks
+    max_webhooks: int = Field(
+        0, ge=0, le=1000, description="Maximum number of webhooks of one tenant; 0 disables webhooks."
+    )
+    webhook_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Host names, addresses and networks, separated by commas, to which webhooks may be sent although they are "
+        "not public, and with plain http.",
+    )
+
     # Limits
     max_samples_per_dataset: int = Field(100_000, ge=1, description="Maximum number of images in one dataset.")
     max_shards_per_dataset: int = Field(2_000, ge=1, description="Maximum number of shards in one dataset.")
@@ -307,7 +349,16 @@ class Settings(BaseSettings):
     # Log
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least severe level logged.")
 
-    @field_validator("bundles", "cors_origins", "trusted_hosts", "oidc_audience", "oidc_algorithms", mode="before")
+    @field_validator(
+        "bundles",
+        "cors_origins",
+        "trusted_hosts",
+        "trusted_proxies",
+        "webhook_hosts",
+        "oidc_audience",
+        "oidc_algorithms",
+        mode="before",
+    )
     @classmethod
     def _split_commas(cls, value: Any) -> Any:
         if isinstance(value, str):
@@ -326,6 +377,11 @@ class Settings(BaseSettings):
                 raise ValueError(f"{part[:100]!r}: write value=name, separated by commas")
             pairs[name.strip()] = tuple(text.split()) if info.field_name == "oidc_scopes" else text.strip()
         return pairs
+
+    @field_validator("model_tenants", mode="before")
+    @classmethod
+    def _split_model_tenants(cls, value: Any) -> Any:
+        return read_model_tenants(value) if isinstance(value, str) else value
 
     @field_validator("oidc_algorithms")
     @classmethod
@@ -362,6 +418,24 @@ class Settings(BaseSettings):
             if not _TRUSTED_HOST.fullmatch(entry):
                 raise ValueError(f"{entry[:100]!r} is not a host; write name, name:port, *.domain or *")
         return value
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _are_networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for entry in value:
+            try:
+                network = ipaddress.ip_network(entry)
+            except ValueError:
+                raise ValueError(f"{entry[:100]!r} is not an address or a network such as 10.0.0.0/24") from None
+            if network.prefixlen == 0:
+                raise ValueError(f"{entry} are all addresses; name those of the proxies")
+        return value
+
+    @model_validator(mode="after")
+    def _certificate_has_key(self) -> Self:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("set both DERMIS_TLS_CERTIFICATE and DERMIS_TLS_KEY, or neither")
+        return self
 
     @field_validator("log_level", mode="before")
     @classmethod

@@ -27,10 +27,13 @@ from types import FrameType
 
 from dermis.errors import DermisError
 from services import inference, logs
+from services.audit.trail import read_key
 from services.gateway.auth.keys import read_key_file
-from services.gateway.auth.principal import is_tenant, unknown_scopes
+from services.gateway.auth.principal import unknown_scopes
 from services.settings import REPOSITORY, Settings, SettingsError, is_loopback
 from services.temporary_folders import TemporaryFolders, temporary_folders
+from services.tenants import is_tenant
+from services.tls import check_certificate
 
 logger = logging.getLogger("dermis.supervisor")
 
@@ -127,11 +130,13 @@ def check_access(settings: Settings) -> None:
     """Refuse to open the service to a network without access control, unless that was asked for twice.
 
     Raises:
-        SettingsError: The service would listen on another address than loopback without access control, or the file of the
-            first API key or a mapping of claims cannot be used.
+        SettingsError: The service would listen on another address than loopback without access control, or a file with a key
+            or certificate or a mapping of claims cannot be used.
     """
     if settings.bootstrap_key_file is not None:
         read_key_file(settings.bootstrap_key_file)
+    read_key(settings.audit_key_file)
+    check_certificate(settings)
     for name, tenants in (("TENANT", [settings.oidc_tenant]), ("TENANTS", settings.oidc_tenants.values())):
         if wrong := [tenant for tenant in tenants if not is_tenant(tenant)]:
             raise SettingsError(
@@ -386,6 +391,10 @@ def serve_bento(
             raise SettingsError("development mode, --reload and single services are not supported")
         changed: dict[str, object] = {"host": host, "port": port}
         settings = read_settings(**{name: value for name, value in changed.items() if value is not None})
+        if settings.tls_certificate is not None and any(name.startswith("--ssl-") for name in arguments):
+            raise SettingsError(
+                "DERMIS_TLS_CERTIFICATE: leave out the options --ssl-..., which name another certificate"
+            )
         serve(settings, gateway_options=arguments)
     except DermisError as error:
         print(f"dermis: {error}", file=sys.stderr)

@@ -1,12 +1,13 @@
 """`python -m services.worker PARENT ...`: one process of the service, started by `services.supervisor`.
 
-It is BentoML's own worker, with the service's limits on connections in front of the gateway. All further arguments are
-those of `_bentoml_impl.worker.service`.
+It is BentoML's own worker, with the service's limits on connections and its TLS in front of the gateway. All further
+arguments are those of `_bentoml_impl.worker.service`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import sys
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from services.parent_watchdog import exit_with_parent
 def main() -> None:
     """Serve until a signal to stop or the end of the supervisor."""
     exit_with_parent(int(sys.argv.pop(1)))  # before the slow imports
+    import uvicorn
     import uvicorn.protocols.http.auto
     from _bentoml_impl.worker import service  # type: ignore[import-untyped]
 
@@ -28,8 +30,12 @@ def main() -> None:
     sys.path.append(str(Path.cwd()))
     if sys.argv[sys.argv.index("--service-name") + 1] == GATEWAY:
         from services.connections import BoundedProtocol
+        from services.settings import settings_of_process
+        from services.tls import uvicorn_options
 
         uvicorn.protocols.http.auto.AutoHTTPProtocol = BoundedProtocol
+        options = uvicorn_options(settings_of_process())
+        uvicorn.Config = functools.partial(uvicorn.Config, **options)  # type: ignore[assignment, misc]
     service.main()
 
 

@@ -97,6 +97,15 @@ class Store:
                 return None
             return int(info["size"]) if info["type"] == "file" else None
 
+    def total_bytes(self) -> int:
+        """Return the size of all files together."""
+        with storage_errors(self.location, remote=not self.local):
+            if not self.local:
+                self._fs.invalidate_cache()
+            if not self._fs.exists(self._root):
+                return 0
+            return sum(int(info["size"]) for info in self._fs.find(self._root, detail=True).values())
+
     @contextmanager
     def open(self, name: str) -> Iterator[IO[bytes]]:
         """Open a file for reading and seeking. In a local folder only regular files of that folder are opened."""

@@ -22,12 +22,15 @@ from dermis import __version__
 from dermis.bundle.classifier import NOTICE
 from services import metrics
 from services.gateway import origins, problems
+from services.gateway.audit import AuditMiddleware
 from services.gateway.auth.authentication import check_routes
 from services.gateway.auth.principal import ANONYMOUS, Principal
 from services.gateway.dependencies import Context
 from services.gateway.openapi import openapi_document
 from services.gateway.problems import problem_response
+from services.gateway.proxies import ProxyMiddleware
 from services.gateway.routes import (
+    audit,
     authenticity,
     classifications,
     datasets,
@@ -40,6 +43,7 @@ from services.gateway.routes import (
     models,
     projections,
     reports,
+    webhooks,
 )
 from services.settings import Settings
 
@@ -99,7 +103,9 @@ def create_app(settings: Settings, running: Callable[[], AbstractAsyncContextMan
         classifications,
         authenticity,
         models,
+        webhooks,
         keys,
+        audit,
         health,
         docs,
     ):
@@ -115,7 +121,10 @@ def create_app(settings: Settings, running: Callable[[], AbstractAsyncContextMan
             expose_headers=_EXPOSED,
         )
     app.add_middleware(origins.OriginMiddleware, settings=settings)
-    app.add_middleware(RequestMiddleware)  # the last is the outermost
+    app.add_middleware(AuditMiddleware)
+    app.add_middleware(RequestMiddleware)
+    if settings.trusted_proxies:
+        app.add_middleware(ProxyMiddleware, trusted=settings.trusted_proxies)  # the last is the outermost
     return app
 
 

@@ -15,7 +15,9 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
 from dermis.bundle import Bundle
+from services.gateway.audit import AuditTrail
 from services.gateway.auth.authentication import Authenticator
+from services.gateway.auth.principal import Principal
 from services.gateway.bodies import read_bytes
 from services.gateway.compared import ComparedImages
 from services.gateway.heat_maps import HeatMaps
@@ -26,6 +28,7 @@ from services.jobs.service import DatasetJobs, ProjectionJobs
 from services.models import ServedModels
 from services.problems import FieldError, ProblemError, field_errors, invalid_request
 from services.settings import Settings
+from services.webhooks.outbox import WebhookTable
 
 _MAX_DEPTH = 32
 _KEY = re.compile(r"[\x21-\x7e]{1,255}")
@@ -43,6 +46,7 @@ class Context:
 
     settings: Settings
     auth: Authenticator
+    audit: AuditTrail
     models: ServedModels
     jobs: DatasetJobs
     projections: ProjectionJobs
@@ -51,6 +55,7 @@ class Context:
     compared: ComparedImages
     uploads: Uploads
     heat_maps: HeatMaps
+    webhooks: WebhookTable
     not_ready: Callable[[], Awaitable[str | None]]  # None if ready, otherwise the reason
     not_alive: Callable[[], Awaitable[str | None]]  # None if alive, otherwise why to restart
     stopping: threading.Event = field(default_factory=threading.Event)  # set when the process is to end
@@ -62,19 +67,35 @@ def get_context(request: Request) -> Context:
 
 
 ContextDep = Annotated[Context, Depends(get_context)]
+
+
+def needs_access_control(context: ContextDep) -> None:
+    """Refuse the admin API to everyone: a key that is made now would still be valid when DERMIS_AUTH is changed.
+
+    Raises:
+        ProblemError: The service is used without access control.
+    """
+    if context.settings.auth == "none":
+        raise ProblemError(
+            "no-access-control",
+            "this service needs no credentials (DERMIS_AUTH=none), so keys and the audit trail are for the commands `dermis "
+            "keys` and `dermis audit` only",
+        )
+
+
 ModelQuery = Annotated[
     str | None, Query(max_length=64, description="Name of a served bundle; by default the default model.")
 ]
 
 
-async def served_bundle(context: Context, model: str | None) -> Bundle:
+async def served_bundle(context: Context, principal: Principal, model: str | None) -> Bundle:
     """The served bundle with this name; the default one for None.
 
     Raises:
-        RequestError: If there is no such bundle.
+        RequestError: If there is no such bundle, or it is not for the tenant of the sender.
         BundleError: If the bundle cannot be served.
     """
-    return await asyncio.to_thread(context.models.serving, model or context.models.default)
+    return await asyncio.to_thread(context.models.serving_for, principal.tenant, model)
 
 
 def model_header(bundle: Bundle) -> dict[str, str]:

@@ -54,7 +54,7 @@ async def progress_events(
                 if time.monotonic() - checked >= CHECK_SECONDS:
                     await check_access()
                     checked = time.monotonic()
-                current = await asyncio.to_thread(context.jobs.get, job.id)
+                current = await asyncio.to_thread(context.jobs.get, job.tenant, job.id)
     except ProblemError:
         return
     finally:

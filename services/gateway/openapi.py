@@ -19,6 +19,7 @@ from services.gateway.schemas.datasets import Dataset
 from services.gateway.schemas.edits import EditsRequest
 from services.gateway.schemas.images import ImagesRequest
 from services.gateway.schemas.keys import KeyRequest
+from services.gateway.schemas.webhooks import WebhookRequest
 from services.problems import KINDS, PROBLEM_MEDIA_TYPE
 from services.settings import Settings
 
@@ -26,7 +27,7 @@ Responses = dict[int | str, dict[str, Any]]
 
 _PROBLEM_CONTENT = {PROBLEM_MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
 _HEADERS = {
-    "Location": "Path of the dataset or projection.",
+    "Location": "Path of the dataset, projection, webhook or API key.",
     "Retry-After": "Seconds after which to try again.",
     "ETag": "Hash of the file, in quotes.",
     "Accept-Ranges": "bytes",
@@ -118,6 +119,7 @@ def openapi_document(app: FastAPI, settings: Settings) -> dict[str, Any]:
                 (ImagesRequest, "validation"),
                 (EditsRequest, "validation"),
                 (KeyRequest, "validation"),
+                (WebhookRequest, "validation"),
                 (Dataset, "serialization"),
             ],
             ref_template=template,

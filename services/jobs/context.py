@@ -25,8 +25,9 @@ from services.errors import (
     is_transient,
 )
 from services.inference.client import InferenceClients
-from services.jobs.table import JobTable
+from services.jobs.table import Job, JobTable
 from services.models import ServedModels
+from services.tenants import folder_of
 
 logger = logging.getLogger("dermis.jobs")
 
@@ -73,13 +74,13 @@ class JobContext:
     submitting: set[str] = field(default_factory=set)
     """Ids of jobs that are being created, and whose workflow is about to be enqueued."""
 
-    def store(self, job_id: str) -> Store:
-        """The store of the job's files."""
-        return Store(f"{self.storage.rstrip('/')}/{job_id}")
+    def store(self, job: Job) -> Store:
+        """The store of the job's files, below the folder of its tenant."""
+        return Store(f"{self.storage.rstrip('/')}/{folder_of(job.tenant, job.id)}")
 
-    def retrying_store(self, job_id: str) -> Store:
+    def retrying_store(self, job: Job) -> Store:
         """The same store, with each call repeated by `retry_transient` while the storage cannot be reached."""
-        return _RetryingStore(self, job_id)
+        return _RetryingStore(self, job)
 
     def check_space(self) -> None:
         """Refuse work while so little space is free that the jobs database could soon not be written.
@@ -131,9 +132,9 @@ def must_stop(ctx: JobContext, job_id: str) -> bool:
 class _RetryingStore(Store):
     """A store that repeats single calls, so that work of many calls need not restart after an interruption."""
 
-    def __init__(self, ctx: JobContext, job_id: str) -> None:
-        super().__init__(ctx.store(job_id).location)
-        self._ctx, self._job_id = ctx, job_id
+    def __init__(self, ctx: JobContext, job: Job) -> None:
+        super().__init__(ctx.store(job).location)
+        self._ctx, self._job_id = ctx, job.id
 
     def _retry(self, call: Callable[[], T]) -> T:
         return retry_transient(self._ctx, call, self._job_id)

@@ -60,7 +60,7 @@ def run_shard(ctx: JobContext, job: Job, shard: int) -> None:
         plan,
         shard,
         _Synthesize(ctx, job, bundle),
-        ctx.retrying_store(job.id),
+        ctx.retrying_store(job),
         score=_Score(ctx, job, bundle) if plan.scored else None,
         examine=_Examine(ctx, job, bundle, Comparison(exact_below(plan), plan.detects_copies)) if plan.gated else None,
         identity=_identity(ctx, job.id, bundle, plan),
@@ -85,7 +85,7 @@ def finish(ctx: JobContext, job: Job) -> None:
 
     finalize(
         plan,
-        ctx.retrying_store(job.id),
+        ctx.retrying_store(job),
         bundle,
         _identity(ctx, job.id, bundle, plan),
         lambda embeddings: call_with_retry(ctx, job.id, lambda: ctx.inference.authenticity.expose(bundle, embeddings)),

@@ -17,6 +17,7 @@ from services.jobs import dataset, projection
 from services.jobs.context import JobContext, StoppedError, must_stop, retry_transient
 from services.jobs.table import Job, Kind
 from services.problems import Problem, is_disk_full, problem, problem_of
+from services.tenants import folder_of
 
 logger = logging.getLogger("dermis.jobs")
 
@@ -91,6 +92,7 @@ def finish(ctx: JobContext, job_id: str) -> str:
     if not ctx.table.must_stop(job_id):
         try:
             KINDS[job.kind].finish(ctx, job)
+            stored_bytes = ctx.store(job).total_bytes()
         except StoppedError:
             pass
         except Exception as error:
@@ -98,7 +100,7 @@ def finish(ctx: JobContext, job_id: str) -> str:
                 raise
             _fail(ctx, job, error)
         else:
-            job = ctx.table.finish(job_id, "succeeded")
+            job = ctx.table.finish(job_id, "succeeded", stored_bytes=stored_bytes)
     return end(ctx, job_id, job)
 
 
@@ -117,7 +119,7 @@ def end(ctx: JobContext, job_id: str, job: Job | None = None) -> str:
         job = ctx.table.get(job_id)
     if job is not None and job.active:
         # The reason is in the table already, so it is kept if this process ends here.
-        _try_remove_files(ctx, job_id)
+        _try_remove_files(ctx, job)
         job = ctx.table.finish(job_id, "cancelled" if job.state == "cancelling" else "failed")
     state = "deleted" if job is None else job.state
     logger.info("job ended", extra={"job": job_id, "state": state})
@@ -138,19 +140,28 @@ def record_failure(ctx: JobContext, job: Job, reason: str, problem_kind: str = "
     ctx.table.record_error(job.id, document.model_dump(exclude_none=True))
 
 
-def remove_files(ctx: JobContext, job_id: str) -> None:
-    """Remove all files of a job, if there are any."""
-    Store(ctx.storage).remove(job_id)
+def measure_files(ctx: JobContext, limit: int = 100) -> None:
+    """Record the size of the files of some jobs that ended under a version that did not measure them."""
+    for job in ctx.table.unmeasured(limit):
+        try:
+            ctx.table.set_stored_bytes(job.id, ctx.store(job).total_bytes())
+        except StorageError as error:  # a later call tries again
+            logger.warning("files not measured", extra={"job": job.id, "error": str(error)})
 
 
-def _try_remove_files(ctx: JobContext, job_id: str) -> None:
+def remove_files(ctx: JobContext, tenant: str, job_id: str) -> None:
+    """Remove all files of a job of a tenant, if there are any."""
+    Store(ctx.storage).remove(folder_of(tenant, job_id))
+
+
+def _try_remove_files(ctx: JobContext, job: Job) -> None:
     """Remove the files of a job that is about to end; files that cannot be removed do not prevent its end."""
     try:
-        remove_files(ctx, job_id)
+        remove_files(ctx, job.tenant, job.id)
     except StorageError as error:
         if is_transient(error):
             raise
-        logger.error("files not removed", extra={"job": job_id, "error": str(error)})
+        logger.error("files not removed", extra={"job": job.id, "error": str(error)})
 
 
 def _fail(ctx: JobContext, job: Job, error: Exception) -> None:
@@ -170,7 +181,7 @@ def _fail(ctx: JobContext, job: Job, error: Exception) -> None:
             if is_transient(full) or not is_disk_full(full):
                 raise
             # The record itself needs disk space, so remove the files first; they are to be removed anyway.
-            remove_files(ctx, job.id)
+            remove_files(ctx, job.tenant, job.id)
             ctx.table.record_error(job.id, fields)
 
     retry_transient(ctx, record)

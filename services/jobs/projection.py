@@ -74,7 +74,7 @@ def write_inputs(store: Store, images: Sequence[NDArray[np.uint8]]) -> None:
 
 def has_inputs(ctx: JobContext, job: Job) -> bool:
     """Whether `write_inputs` has stored all images of the job."""
-    store = ctx.store(job.id)
+    store = ctx.store(job)
     options = ProjectionOptions.model_validate(job.request)
     return all(store.size(_input_name(number)) is not None for number in range(options.images))
 
@@ -87,7 +87,7 @@ def run_shard(ctx: JobContext, job: Job, shard: int) -> None:
     """
     options = ProjectionOptions.model_validate(job.request)
     bundle = ctx.models.serving(job.model_name, job.model_digest)
-    store = ctx.retrying_store(job.id)
+    store = ctx.retrying_store(job)
     numbers = range(shard * IMAGES_PER_SHARD, min((shard + 1) * IMAGES_PER_SHARD, options.images))
     if not all(_is_done(store, number) for number in numbers):
         ctx.table.progress(job.id, shard, 0)
@@ -145,7 +145,7 @@ def finish(ctx: JobContext, job: Job) -> None:
         StoppedError: If the job is to stop.
     """
     options = ProjectionOptions.model_validate(job.request)
-    store = ctx.retrying_store(job.id)
+    store = ctx.retrying_store(job)
     rows = []
     for number in range(options.images):
         result, _ = from_bytes(store.read(_result_name(number)), _result_name(number))

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import re
 import time
 import uuid
 from collections import OrderedDict
@@ -23,6 +22,7 @@ from dermis.dataset.manifest import MANIFEST, read_manifest
 from dermis.dataset.plan import plan_for
 from dermis.dataset.request import DatasetRequest, check_against
 from dermis.dataset.shards import check_space
+from dermis.dataset.store import Store
 from dermis.errors import DermisError, RequestError, StorageError
 from services.jobs import execution, projection, workflow
 from services.jobs.context import FileInfo, JobContext, ShutdownError
@@ -30,6 +30,7 @@ from services.jobs.lease import Lease, executor_slot
 from services.jobs.projection import ProjectionOptions
 from services.jobs.table import Job
 from services.settings import Settings
+from services.tenants import job_folders
 
 logger = logging.getLogger("dermis.jobs")
 
@@ -71,6 +72,7 @@ class JobService:
             with contextlib.suppress(ShutdownError):
                 workflow.sweep(leases_reliable)
             self.projections.remove_expired(settings.projection_keep_seconds)
+            execution.measure_files(self._ctx)
 
         lease = Lease(table, executor_id, settings.lease_seconds, sweep)
         self._stack.callback(lease.stop)
@@ -95,10 +97,11 @@ class JobService:
         """Remove the files of jobs that are not in the table, where both belong to this service alone."""
         if self._settings.storage_url is not None or self._settings.database_url is not None:
             return
-        for folder in Path(self._settings.storage).iterdir():
-            if re.fullmatch(r"(ds|pr)_[0-9a-f]{32}", folder.name) and self._ctx.table.get(folder.name) is None:
-                logger.warning("files without a job removed", extra={"job": folder.name})
-                execution.remove_files(self._ctx, folder.name)
+        for tenant, job_id in job_folders(Path(self._settings.storage)):
+            job = self._ctx.table.get(job_id)
+            if job is None or job.tenant != tenant:
+                logger.warning("files without a job removed", extra={"job": job_id})
+                execution.remove_files(self._ctx, tenant, job_id)
 
 
 class DatasetJobs:
@@ -108,8 +111,8 @@ class DatasetJobs:
         self._settings, self._ctx = settings, ctx
         self._listings: OrderedDict[str, list[FileInfo]] = OrderedDict()
 
-    def submit(self, request: DatasetRequest, idempotency_key: str | None = None) -> Job:
-        """Start a job, or return the one that this key started.
+    def submit(self, tenant: str, request: DatasetRequest, idempotency_key: str | None = None) -> Job:
+        """Start a job of a tenant, or return the one that this key of the tenant started.
 
         Raises:
             RequestError: If the model cannot serve the request.
@@ -120,7 +123,7 @@ class DatasetJobs:
             DatabaseUnavailableError: If the database cannot be reached.
         """
         settings, ctx = self._settings, self._ctx
-        bundle = ctx.models.serving(request.model)
+        bundle = ctx.models.serving_for(tenant, request.model)
         check_against(request, bundle, settings.max_samples_per_dataset)
         plan = plan_for(request, bundle)
         if plan.shards > settings.max_shards_per_dataset:
@@ -131,11 +134,12 @@ class DatasetJobs:
         # A body without noise_mode meant const before that default changed; a repeated request must get its job.
         earlier_hashes = [] if "noise_mode" in request.model_fields_set else [_hash_of(body | {"noise_mode": "const"})]
         ctx.check_space()
-        check_space(plan, ctx.store(job_id), bundle.generator.img_resolution)
+        check_space(plan, Store(ctx.storage), bundle.generator.img_resolution)
         with _submitting(ctx, job_id):
             job, new = ctx.table.create(
                 job_id,
                 body,
+                tenant=tenant,
                 kind="dataset",
                 model=(bundle.name, bundle.digest),
                 samples=plan.samples,
@@ -150,36 +154,37 @@ class DatasetJobs:
                 workflow.submit(job)
         return job
 
-    def get(self, job_id: str) -> Job | None:
-        """The dataset job, or None."""
-        return self._ctx.table.get(job_id, "dataset")
+    def get(self, tenant: str, job_id: str) -> Job | None:
+        """The dataset job of a tenant, or None."""
+        return self._ctx.table.find(tenant, "dataset", job_id)
 
-    def page(self, limit: int, *, before: int | None = None, state: str | None = None) -> list[Job]:
-        """Dataset jobs, newest first.
+    def page(self, tenant: str, limit: int, *, before: int | None = None, state: str | None = None) -> list[Job]:
+        """Dataset jobs of a tenant, newest first.
 
         Args:
+            tenant: The tenant.
             limit: The maximum number of jobs.
             before: The sequence number below which the page begins.
             state: Only jobs in this state.
         """
-        return self._ctx.table.page("dataset", limit, before=before, state=state)
+        return self._ctx.table.page(tenant, "dataset", limit, before=before, state=state)
 
     def count_by_state(self) -> Mapping[str, int]:
-        """The number of datasets in each state."""
+        """The number of datasets in each state, of all tenants."""
         return self._ctx.table.count_by_state("dataset")
 
-    def cancel_or_delete(self, job_id: str) -> Job | None:
+    def cancel_or_delete(self, job: Job) -> Job | None:
         """Ask an active job to stop and return it; remove an ended one with its files and return None."""
-        job = workflow.cancel_or_delete(self._ctx, job_id)
-        if job is None:
-            self._listings.pop(job_id, None)
-        return job
+        stopping = workflow.cancel_or_delete(self._ctx, job)
+        if stopping is None:
+            self._listings.pop(job.id, None)
+        return stopping
 
     def files(self, job: Job) -> list[FileInfo]:
         """The files of a job that has succeeded: those that its manifest lists, and the manifest."""
         listing = self._listings.get(job.id)
         if listing is None:
-            store = self._ctx.store(job.id)
+            store = self._ctx.store(job)
             data = store.read(MANIFEST)
             manifest = read_manifest(store)
             listing = [FileInfo(file.name, file.bytes, file.sha256) for file in manifest.files]
@@ -191,7 +196,7 @@ class DatasetJobs:
 
     def open(self, job: Job, name: str) -> AbstractContextManager[IO[bytes]]:
         """One of `files`, open for reading and seeking."""
-        return self._ctx.store(job.id).open(name)
+        return self._ctx.store(job).open(name)
 
 
 class ProjectionJobs:
@@ -201,11 +206,17 @@ class ProjectionJobs:
         self._settings, self._ctx = settings, ctx
 
     def submit(
-        self, bundle: Bundle, options: ProjectionOptions, images: Sequence[NDArray[np.uint8]], key: str | None = None
+        self,
+        tenant: str,
+        bundle: Bundle,
+        options: ProjectionOptions,
+        images: Sequence[NDArray[np.uint8]],
+        key: str | None = None,
     ) -> Job:
-        """Start a job, or return the one that this key started.
+        """Start a job of a tenant, or return the one that this key of the tenant started.
 
         Args:
+            tenant: The tenant that the projection belongs to.
             bundle: The model to project with.
             options: The request.
             images: uint8 squares [R, R, 3] at the resolution of the generator.
@@ -228,6 +239,7 @@ class ProjectionJobs:
             job, new = ctx.table.create(
                 job_id,
                 body,
+                tenant=tenant,
                 kind="projection",
                 model=(bundle.name, bundle.digest),
                 samples=options.images * options.steps,
@@ -239,64 +251,67 @@ class ProjectionJobs:
             )
             # The row comes first: after a crash, only a row says that there are images to remove.
             if new:
-                self._write_inputs(job_id, images)
+                self._write_inputs(job, images)
                 workflow.submit(job)
         return job
 
-    def _write_inputs(self, job_id: str, images: Sequence[NDArray[np.uint8]]) -> None:
+    def _write_inputs(self, job: Job, images: Sequence[NDArray[np.uint8]]) -> None:
         """Store the images of a new job; if that fails, remove the job."""
         try:
-            projection.write_inputs(self._ctx.store(job_id), images)
+            projection.write_inputs(self._ctx.store(job), images)
         except BaseException:
             try:
-                execution.remove_files(self._ctx, job_id)
-                self._ctx.table.delete(job_id)
+                execution.remove_files(self._ctx, job.tenant, job.id)
+                self._ctx.table.delete(job.id)
             except DermisError as error:  # the next sweep ends the job and removes its files
-                logger.warning("projection not removed", extra={"projection": job_id, "error": str(error)})
+                logger.warning("projection not removed", extra={"projection": job.id, "error": str(error)})
             raise
 
-    def get(self, job_id: str) -> Job | None:
-        """The projection job, or None."""
-        return self._ctx.table.get(job_id, "projection")
+    def get(self, tenant: str, job_id: str) -> Job | None:
+        """The projection job of a tenant, or None."""
+        return self._ctx.table.find(tenant, "projection", job_id)
 
     def count_by_state(self) -> Mapping[str, int]:
-        """The number of projections in each state."""
+        """The number of projections in each state, of all tenants."""
         return self._ctx.table.count_by_state("projection")
 
-    def cancel_or_delete(self, job_id: str) -> Job | None:
+    def cancel_or_delete(self, job: Job) -> Job | None:
         """Ask an active job to stop and return it; remove an ended one with its files and return None."""
-        return workflow.cancel_or_delete(self._ctx, job_id)
+        return workflow.cancel_or_delete(self._ctx, job)
 
     def remove_expired(self, keep_seconds: float) -> None:
-        """Remove projections that ended more than `keep_seconds` ago, and the rest of those that were deleted."""
+        """Remove projections that ended more than `keep_seconds` ago, and the rest of those that were deleted.
+
+        The projections of all tenants are kept for the same time.
+        """
         now = time.time()
         for job in self._ctx.table.ended_before("projection", now):
             if job.state != "cancelled" and (job.finished_at or now) > now - keep_seconds:
                 continue
             logger.info("projection expired", extra={"projection": job.id})
             try:
-                workflow.cancel_or_delete(self._ctx, job.id)
+                workflow.cancel_or_delete(self._ctx, job)
             except StorageError as error:  # continue with the others; this one is removed by a later call
                 logger.warning("projection not removed", extra={"projection": job.id, "error": str(error)})
 
     def results(self, job: Job) -> list[Mapping[str, Any]]:
         """The results of a job that has succeeded: one row per image, with the names of its files."""
-        return projection.results(self._ctx.store(job.id))
+        return projection.results(self._ctx.store(job))
 
     def latents(self, job: Job, image: int) -> NDArray[np.float32]:
         """ws [num_ws, w_dim] of one image of a job that has succeeded."""
-        return projection.latents(self._ctx.store(job.id), image)
+        return projection.latents(self._ctx.store(job), image)
 
     def file(self, job: Job, name: str) -> FileInfo | None:
         """One of the files of `results`, or None."""
         if not any(name in row["files"] for row in self.results(job)):
             return None
-        store = self._ctx.store(job.id)
+        store = self._ctx.store(job)
         return FileInfo(name, store.size(name) or 0, store.sha256(name))
 
     def open(self, job: Job, name: str) -> AbstractContextManager[IO[bytes]]:
         """A file of the job, open for reading and seeking."""
-        return self._ctx.store(job.id).open(name)
+        return self._ctx.store(job).open(name)
 
 
 @contextmanager

@@ -21,6 +21,8 @@ from sqlalchemy.exc import IntegrityError
 from dermis.errors import DermisError
 from services.jobs import schema
 from services.jobs.database import database_errors, make_engine, schema_lock
+from services.tenants import DEFAULT_TENANT
+from services.webhooks.outbox import add_messages
 
 Kind = Literal["dataset", "projection"]
 
@@ -38,6 +40,7 @@ _jobs = sa.Table(
     _metadata,
     sa.Column("sequence", sa.Integer, primary_key=True, autoincrement=True),  # order of arrival, for the cursor
     sa.Column("id", sa.String(40), nullable=False, unique=True),
+    sa.Column("tenant", sa.String(63), nullable=False, server_default=DEFAULT_TENANT),
     sa.Column("kind", sa.String(16)),  # never null: a trigger completes what a worker of version 0.1.0 inserts
     sa.Column("state", sa.String(16), nullable=False, index=True),
     sa.Column("request", sa.JSON, nullable=False),
@@ -52,11 +55,14 @@ _jobs = sa.Table(
     sa.Column("rate_samples", sa.Integer),
     sa.Column("error", sa.JSON(none_as_null=True)),
     sa.Column("owner", sa.String(140)),  # the worker that runs the workflow; its lease is in `dermis_workers`
-    sa.Column("idempotency_key", sa.String(255), unique=True),
+    sa.Column("idempotency_key", sa.String(255)),
     sa.Column("body_hash", sa.String(64), nullable=False),
     sa.Column("created_at", sa.Float, nullable=False),
     sa.Column("started_at", sa.Float),
     sa.Column("finished_at", sa.Float),
+    sa.Column("stored_bytes", sa.BigInteger),  # of the files of a job that has succeeded; null until they are measured
+    sa.Index("ix_dermis_jobs_tenant", "tenant", "kind", "sequence"),
+    sa.Index("uq_dermis_jobs_tenant_key", "tenant", "idempotency_key", unique=True),
     sqlite_autoincrement=True,  # numbers of deleted jobs are not used again, so cursors stay valid
 )
 
@@ -83,6 +89,7 @@ class Job:
 
     sequence: int
     id: str
+    tenant: str
     kind: Kind
     state: str
     request: Mapping[str, Any]
@@ -102,6 +109,7 @@ class Job:
     created_at: float
     started_at: float | None
     finished_at: float | None
+    stored_bytes: int | None
 
     @property
     def active(self) -> bool:
@@ -163,6 +171,7 @@ class JobTable:
         job_id: str,
         request: Mapping[str, Any],
         *,
+        tenant: str,
         kind: Kind,
         model: tuple[str, str],
         samples: int,
@@ -178,13 +187,14 @@ class JobTable:
         Args:
             job_id: The new id.
             request: The request, as JSON.
+            tenant: The tenant that the job belongs to.
             kind: The kind of the job.
             model: Name and digest of the bundle.
             samples: Number of samples in total.
             shards: Number of shards.
             body_hash: Hash of the request, compared when an idempotency key is used again.
             earlier_hashes: Hashes of the same request with the defaults of earlier versions.
-            idempotency_key: The caller's name for the request.
+            idempotency_key: The name that a caller of this tenant gave the request.
             max_active: The maximum number of active jobs of this kind, this one included.
             owner: The worker that submits the job.
 
@@ -197,6 +207,7 @@ class JobTable:
         """
         values = {
             "id": job_id,
+            "tenant": tenant,
             "kind": kind,
             "state": "queued",
             "request": dict(request),
@@ -211,7 +222,7 @@ class JobTable:
         }
         try:
             with self._writing() as connection:
-                earlier = self._by_key(connection, idempotency_key, (body_hash, *earlier_hashes))
+                earlier = self._by_key(connection, tenant, idempotency_key, (body_hash, *earlier_hashes))
                 if earlier is not None:
                     return earlier, False
                 if max_active is not None:
@@ -225,15 +236,18 @@ class JobTable:
         except IntegrityError:
             # Two calls with the same key at the same moment (PostgreSQL): the other one has inserted its job.
             with self._reading() as connection:
-                earlier = self._by_key(connection, idempotency_key, (body_hash, *earlier_hashes))
+                earlier = self._by_key(connection, tenant, idempotency_key, (body_hash, *earlier_hashes))
             if earlier is None:
                 raise
             return earlier, False
 
-    def _by_key(self, connection: sa.Connection, key: str | None, body_hashes: Sequence[str]) -> Job | None:
+    def _by_key(
+        self, connection: sa.Connection, tenant: str, key: str | None, body_hashes: Sequence[str]
+    ) -> Job | None:
         if key is None:
             return None
-        row = connection.execute(sa.select(_jobs).where(_jobs.c.idempotency_key == key)).one_or_none()
+        query = sa.select(_jobs).where(_jobs.c.tenant == tenant, _jobs.c.idempotency_key == key)
+        row = connection.execute(query).one_or_none()
         if row is None:
             return None
         job = Job(**row._mapping)
@@ -241,18 +255,23 @@ class JobTable:
             raise IdempotencyConflictError("the idempotency key was used for another request")
         return job
 
-    def get(self, job_id: str, kind: Kind | None = None) -> Job | None:
-        """The job; None if there is none, or only one of another kind than `kind`."""
-        query = sa.select(_jobs).where(_jobs.c.id == job_id)
-        if kind is not None:
-            query = query.where(_jobs.c.kind == kind)
+    def get(self, job_id: str) -> Job | None:
+        """The job, whichever tenant it belongs to; None if there is none. For workers; callers of the API need `find`."""
+        with self._reading() as connection:
+            return _job_or_none(connection, job_id)
+
+    def find(self, tenant: str, kind: Kind, job_id: str) -> Job | None:
+        """The job of a tenant; None if there is none, or only one of another tenant or kind."""
+        query = sa.select(_jobs).where(_jobs.c.id == job_id, _jobs.c.tenant == tenant, _jobs.c.kind == kind)
         with self._reading() as connection:
             row = connection.execute(query).one_or_none()
         return None if row is None else Job(**row._mapping)
 
-    def page(self, kind: Kind, limit: int, *, before: int | None = None, state: str | None = None) -> list[Job]:
-        """Jobs of a kind, newest first, with sequence numbers below `before`."""
-        query = sa.select(_jobs).where(_jobs.c.kind == kind)
+    def page(
+        self, tenant: str, kind: Kind, limit: int, *, before: int | None = None, state: str | None = None
+    ) -> list[Job]:
+        """Jobs of a tenant and a kind, newest first, with sequence numbers below `before`."""
+        query = sa.select(_jobs).where(_jobs.c.tenant == tenant, _jobs.c.kind == kind)
         query = query.order_by(_jobs.c.sequence.desc()).limit(limit)
         if before is not None:
             query = query.where(_jobs.c.sequence < before)
@@ -262,23 +281,44 @@ class JobTable:
             return [Job(**row._mapping) for row in connection.execute(query)]
 
     def active(self) -> list[Job]:
-        """Every job that has not ended, oldest first."""
+        """Every job of all tenants that has not ended, oldest first."""
         query = sa.select(_jobs).where(_jobs.c.state.in_(ACTIVE)).order_by(_jobs.c.sequence)
         with self._reading() as connection:
             return [Job(**row._mapping) for row in connection.execute(query)]
 
     def ended_before(self, kind: Kind, moment: float) -> list[Job]:
-        """Jobs of a kind that had ended by then, seconds since 1970."""
+        """Jobs of a kind, of all tenants, that had ended by then, seconds since 1970."""
         query = sa.select(_jobs).where(_jobs.c.kind == kind, _jobs.c.finished_at < moment)
         with self._reading() as connection:
             return [Job(**row._mapping) for row in connection.execute(query)]
 
     def count_by_state(self, kind: Kind) -> dict[str, int]:
-        """The number of jobs of a kind in each state."""
+        """The number of jobs of a kind in each state, of all tenants."""
         query = sa.select(_jobs.c.state, sa.func.count()).where(_jobs.c.kind == kind).group_by(_jobs.c.state)
         with self._reading() as connection:
             counts = {row[0]: row[1] for row in connection.execute(query)}
         return {state: counts.get(state, 0) for state in STATES}
+
+    def stored_bytes(self, tenant: str) -> int:
+        """The size of the files of a tenant's jobs that have succeeded."""
+        query = sa.select(sa.func.sum(_jobs.c.stored_bytes)).where(_jobs.c.tenant == tenant)
+        with self._reading() as connection:
+            return int(connection.scalar(query) or 0)
+
+    def unmeasured(self, limit: int) -> list[Job]:
+        """Jobs of all tenants that have succeeded and whose files were not measured, as earlier versions left them."""
+        query = sa.select(_jobs).where(_jobs.c.state == "succeeded", _jobs.c.stored_bytes.is_(None)).limit(limit)
+        with self._reading() as connection:
+            return [Job(**row._mapping) for row in connection.execute(query)]
+
+    def set_stored_bytes(self, job_id: str, stored_bytes: int) -> None:
+        """Record the size of the files of a job that has succeeded."""
+        with self._writing() as connection:
+            connection.execute(
+                sa.update(_jobs)
+                .where(_jobs.c.id == job_id, _jobs.c.state == "succeeded")
+                .values(stored_bytes=stored_bytes)
+            )
 
     def request_cancel(self, job_id: str) -> Job | None:
         """Ask an active job to stop, which its workers notice between batches. A job that has ended is not changed."""
@@ -368,10 +408,15 @@ class JobTable:
                 .values(rate=None, rate_time=time.time(), rate_samples=_jobs.c.samples_done)
             )
 
-    def finish(self, job_id: str, state: str) -> Job | None:
+    def finish(self, job_id: str, state: str, *, stored_bytes: int | None = None) -> Job | None:
         """End an active job with `state`.
 
         A job that has ended already is not changed, nor is one that would succeed but has an error recorded.
+
+        Args:
+            job_id: The job.
+            state: The state after the end.
+            stored_bytes: The size of its files, if it has succeeded.
 
         Returns:
             The job as it is then, or None if it does not exist.
@@ -379,10 +424,18 @@ class JobTable:
         condition = (_jobs.c.id == job_id) & _jobs.c.state.in_(ACTIVE)
         if state == "succeeded":
             condition &= _jobs.c.error.is_(None)
-        values: dict[str, Any] = {"state": state, "finished_at": time.time(), "rate": None}
+        values: dict[str, Any] = {
+            "state": state,
+            "finished_at": time.time(),
+            "rate": None,
+            "stored_bytes": stored_bytes,
+        }
         with self._writing() as connection:
             if connection.execute(sa.update(_jobs).where(condition).values(values)).rowcount:
                 connection.execute(sa.delete(_shards).where(_shards.c.job_id == job_id))
+                job = _job(connection, job_id)
+                tenant = job.tenant
+                add_messages(connection, tenant=tenant, kind=job.kind, job_id=job_id, state=state)
             return _job_or_none(connection, job_id)
 
     # Leases

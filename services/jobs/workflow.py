@@ -136,16 +136,16 @@ def submit(job: Job) -> None:
         logger.warning("job not enqueued yet", extra={"job": job.id, "error": str(error)})
 
 
-def cancel_or_delete(ctx: JobContext, job_id: str) -> Job | None:
+def cancel_or_delete(ctx: JobContext, job: Job) -> Job | None:
     """Ask an active job to stop and return it; remove an ended one with its files and workflows and return None."""
-    job = ctx.table.request_cancel(job_id)
-    if job is not None and job.active:
-        return job
-    ctx.table.mark_deleted(job_id)  # first: a job must not look complete when only a part of its files is left
-    execution.remove_files(ctx, job_id)
+    now = ctx.table.request_cancel(job.id)
+    if now is not None and now.active:
+        return now
+    ctx.table.mark_deleted(job.id)  # first: a job must not look complete when only a part of its files is left
+    execution.remove_files(ctx, job.tenant, job.id)
     with _database():
-        DBOS.delete_workflows([job_id, *_shard_workflows(job_id)])
-    ctx.table.delete(job_id)
+        DBOS.delete_workflows([job.id, *_shard_workflows(job.id)])
+    ctx.table.delete(job.id)
     return None
 
 

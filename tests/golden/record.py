@@ -244,6 +244,7 @@ _UNKNOWN = {
     "projection_id": f"pr_{'0' * 32}",
     "key_id": "0" * 12,
     "name": "unknown",
+    "webhook_id": f"wh_{'0' * 32}",
 }
 _DATASET = {
     "seed": 5,
@@ -288,6 +289,8 @@ def _routes() -> str:
             "/v1/models/{name}": [{"name": bundle.name}],
             "/v1/admin/keys/{key_id}": [{"key_id": "0" * 12}],
             "/docs/{name}": [{"name": "swagger-ui.css"}],
+            "/v1/webhooks/{webhook_id}": [{"webhook_id": _UNKNOWN["webhook_id"]}],
+            "/v1/webhooks/{webhook_id}/messages": [{"webhook_id": _UNKNOWN["webhook_id"]}],
         }
         queries = {
             "/v1/datasets": ["?limit=1", "?state=failed", "?limit=0", "?cursor=x"],

@@ -248,7 +248,7 @@ def assemble(bundles: Path | str, data_dir: Path, **settings: Any) -> Parts:
     values = Settings(
         _env_file=None, bundles=tuple(str(bundles).split(",")), data_dir=data_dir, min_free_bytes=0, **settings
     )
-    models = ServedModels(values.bundles, values.default_model)
+    models = ServedModels(values.bundles, values.default_model, values.model_tenants)
     generator, classifier, explainer, projector = FakeGenerator(), LocalClassifier(), FakeExplainer(), LocalProjector()
 
     inference = InferenceClients(

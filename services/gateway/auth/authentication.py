@@ -20,7 +20,7 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.routing import Route
 
-from services.gateway.auth.keys import PREFIX, KeyCache, KeyTable, read_key_file
+from services.gateway.auth.keys import PREFIX, KeyCache, KeyTable, key_id, read_key_file
 from services.gateway.auth.principal import ANONYMOUS, InvalidTokenError, Principal
 from services.gateway.origins import PROBES
 from services.problems import ProblemError
@@ -41,12 +41,14 @@ class Authenticator:
     Attributes:
         keys: The API keys.
         cache: The copy of the keys that requests are compared with.
+        stored_bootstrap_key: Id of the key that was stored at the start, if one was.
     """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self.keys = KeyTable(settings.jobs_url)
         self.cache = KeyCache(self.keys)
+        self.stored_bootstrap_key: str | None = None
         self._tokens: TokenVerifier | None = None
         if settings.auth == "oidc":
             from services.gateway.auth.oidc import TokenVerifier  # loads the cryptography, which API keys do not need
@@ -62,7 +64,9 @@ class Authenticator:
         try:
             path = self._settings.bootstrap_key_file
             if path is not None:
-                await asyncio.to_thread(lambda: self.keys.add_bootstrap_key(read_key_file(path)))
+                text = read_key_file(path)
+                if await asyncio.to_thread(self.keys.add_bootstrap_key, text):
+                    self.stored_bootstrap_key = key_id(text)
             if self._tokens is not None:
                 await self._tokens.prepare()
             yield

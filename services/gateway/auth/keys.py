@@ -28,10 +28,11 @@ from sqlalchemy.exc import IntegrityError
 from dermis.errors import DermisError
 from services.data_folder import restrict_new_files
 from services.errors import DatabaseUnavailableError
-from services.gateway.auth.principal import DEFAULT_TENANT, is_tenant, unknown_scopes
+from services.gateway.auth.principal import unknown_scopes
 from services.jobs.database import UNREACHABLE, database_errors, make_engine
 from services.jobs.table import JobTable
 from services.settings import Settings, SettingsError
+from services.tenants import DEFAULT_TENANT, is_tenant
 
 logger = logging.getLogger("dermis.auth")
 

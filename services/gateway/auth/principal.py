@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from dermis.errors import DermisError
+from services.tenants import DEFAULT_TENANT
 
 # Scope -> what it allows. The order is that of the documentation.
 SCOPES: Mapping[str, str] = {
@@ -18,17 +18,14 @@ SCOPES: Mapping[str, str] = {
     "classify": "Classify uploaded images.",
     "authenticity:generated": "Compare generated images with the training images.",
     "authenticity:uploads": "Compare uploaded images with the training images, which shows whether an image is one of them.",
+    "webhooks": "Send messages to URLs when datasets and projections of the tenant end.",
     "models:read": "List the models and their directions.",
     "metrics:read": "Read the metrics of the whole service.",
-    "admin": "Create, list, rotate and revoke the API keys of every tenant.",
+    "admin": "Create, list, rotate and revoke the API keys of every tenant; read the audit trail.",
 }
 # Scopes that must be named: what they show or allow goes beyond the data of the tenant.
 EXPLICIT_SCOPES = frozenset({"authenticity:uploads", "metrics:read", "admin"})
 DEFAULT_SCOPES: tuple[str, ...] = tuple(scope for scope in SCOPES if scope not in EXPLICIT_SCOPES)
-
-DEFAULT_TENANT = "default"
-TENANT_PATTERN = r"[a-z0-9][a-z0-9-]{0,62}"  # it can be part of a path of the storage
-_TENANT = re.compile(TENANT_PATTERN)
 
 
 class InvalidTokenError(DermisError):
@@ -56,11 +53,6 @@ class Principal:
 
 # Every sender, if the service is used without access control (DERMIS_AUTH=none).
 ANONYMOUS = Principal(DEFAULT_TENANT, "anonymous", frozenset(SCOPES))
-
-
-def is_tenant(name: str) -> bool:
-    """Whether a text can be the name of a tenant: lower-case letters, digits and hyphens, at most 63 characters."""
-    return _TENANT.fullmatch(name) is not None
 
 
 def unknown_scopes(scopes: Iterable[str]) -> list[str]:

@@ -86,7 +86,7 @@ async def check_authenticity(
     media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if media_type.endswith(("/json", "+json")):
         check_scope(principal, "authenticity:generated")
-        bundle, index, nearest = await _compare_generated(request, context)
+        bundle, index, nearest = await _compare_generated(request, context, principal)
         verdicts, repeated = verdicts_of(nearest, index, step=_STEP), [False] * len(nearest.distances)
     else:
         check_scope(principal, "authenticity:uploads")
@@ -129,7 +129,7 @@ async def _compare_uploads(
             "the service can set DERMIS_AUTHENTICITY_UPLOADS=true. To compare generated images, send the JSON body of "
             "/v1/images",
         )
-    bundle = await served_bundle(context, model)
+    bundle = await served_bundle(context, principal, model)
     index = _index_of(bundle)
     with context.limits.uploads.hold():
         inputs = np.stack(await context.uploads.images(request, index.resolution))
@@ -145,9 +145,11 @@ async def _compare_uploads(
     return bundle, index, nearest, answers.repeated.tolist()
 
 
-async def _compare_generated(request: Request, context: Context) -> tuple[Bundle, IndexDescription, Nearest]:
+async def _compare_generated(
+    request: Request, context: Context, principal: Principal
+) -> tuple[Bundle, IndexDescription, Nearest]:
     body = await read_model(request, ImagesRequest)
-    bundle = await served_bundle(context, body.model)
+    bundle = await served_bundle(context, principal, body.model)
     index = _index_of(bundle)
     rows = rows_of(body, bundle, class_of_each(body, bundle, context.settings.max_images))
     images = np.stack(await generate_within_limits(context, lambda: context.inference.generator.images(rows)))

@@ -98,7 +98,7 @@ async def classify_images(
     offers = [_JSON, MEDIA_TYPE] if heat_map else [_JSON]
     more = "" if heat_map else f", with heat_map also with {MEDIA_TYPE}"
     media_type = choose_media_type(request, offers, more)
-    bundle = await served_bundle(context, model)
+    bundle = await served_bundle(context, principal, model)
     classifier = bundle.classifier
     if classifier is None:
         raise RequestError(

@@ -47,13 +47,13 @@ def _link(operation: str) -> dict[str, Any]:
     return {"operationId": operation, "parameters": {"dataset_id": "$response.body#/id"}}
 
 
-async def find_job(context: Context, dataset_id: str) -> Job:
-    """The job with this id.
+async def find_job(context: Context, principal: Principal, dataset_id: str) -> Job:
+    """The job with this id, of the sender's tenant.
 
     Raises:
-        ProblemError: There is no such dataset.
+        ProblemError: The tenant has no such dataset.
     """
-    job = await asyncio.to_thread(context.jobs.get, dataset_id) if is_job_id(dataset_id) else None
+    job = await asyncio.to_thread(context.jobs.get, principal.tenant, dataset_id) if is_job_id(dataset_id) else None
     if job is None:
         raise ProblemError("not-found", f"there is no dataset {dataset_id[:100]}")
     return job
@@ -88,8 +88,8 @@ async def create_dataset(
     request: Request, response: Response, context: ContextDep, principal: _Writer, key: IdempotencyKey
 ) -> Dataset:
     """Start a dataset, which is generated in the background. The job continues after crashes and restarts."""
-    body = await read_model(request, DatasetRequest, {"model": context.models.default})
-    job = await asyncio.to_thread(context.jobs.submit, body, key)
+    body = await read_model(request, DatasetRequest, {"model": context.models.default_for(principal.tenant)})
+    job = await asyncio.to_thread(context.jobs.submit, principal.tenant, body, key)
     response.headers["Location"] = f"/v1/datasets/{job.id}"
     return dataset_of(job)
 
@@ -105,9 +105,12 @@ async def list_datasets(
     ] = None,
     state: Annotated[State | None, Query(description="Only datasets in this state.")] = None,
 ) -> DatasetList:
-    """List datasets, newest first. Datasets that are created or deleted between two pages do not shift the pages."""
+    """List the datasets of the sender's tenant, newest first.
+
+    Datasets that are created or deleted between two pages do not shift the pages.
+    """
     before = None if cursor is None else read_cursor(cursor)
-    jobs = await asyncio.to_thread(context.jobs.page, limit + 1, before=before, state=state)
+    jobs = await asyncio.to_thread(context.jobs.page, principal.tenant, limit + 1, before=before, state=state)
     page = jobs[:limit]
     more = len(jobs) > limit
     return DatasetList(
@@ -118,7 +121,7 @@ async def list_datasets(
 @router.get("/{dataset_id}", summary="Show a dataset", responses=problems("not-found", "not-ready"))
 async def get_dataset(dataset_id: str, context: ContextDep, principal: _Reader) -> Dataset:
     """Show the state and progress of a dataset."""
-    return dataset_of(await find_job(context, dataset_id))
+    return dataset_of(await find_job(context, principal, dataset_id))
 
 
 @router.delete(
@@ -134,9 +137,9 @@ async def get_dataset(dataset_id: str, context: ContextDep, principal: _Reader) 
 )
 async def delete_dataset(dataset_id: str, context: ContextDep, principal: _Writer) -> Dataset | Response:
     """Stop an active dataset, or delete one that has ended."""
-    await find_job(context, dataset_id)
-    job = await asyncio.to_thread(context.jobs.cancel_or_delete, dataset_id)
-    return Response(status_code=204) if job is None else dataset_of(job)
+    job = await find_job(context, principal, dataset_id)
+    stopping = await asyncio.to_thread(context.jobs.cancel_or_delete, job)
+    return Response(status_code=204) if stopping is None else dataset_of(stopping)
 
 
 @router.get(
@@ -154,7 +157,7 @@ async def delete_dataset(dataset_id: str, context: ContextDep, principal: _Write
 )
 async def watch_dataset(dataset_id: str, request: Request, context: ContextDep, principal: _Reader) -> Response:
     """Stream the progress until the dataset has ended."""
-    job = await find_job(context, dataset_id)
+    job = await find_job(context, principal, dataset_id)
     context.limits.event_streams.acquire()
     return StreamingResponse(
         progress_events(context, job, lambda: context.auth.principal_of(request.headers)),

@@ -55,7 +55,7 @@ _IMAGE_TYPES = tuple(MEDIA_TYPES.values())
 )
 async def list_directions(context: ContextDep, principal: _ModelReader, model: ModelQuery = None) -> DirectionList:
     """List the named directions in w, with the method and the values that were measured for each."""
-    bundle = await served_bundle(context, model)
+    bundle = await served_bundle(context, principal, model)
     return DirectionList(
         model=model_ref(bundle),
         data=[
@@ -99,14 +99,14 @@ async def edit_images(request: Request, context: ContextDep, principal: _Sender)
     preferred = MEDIA_TYPES[body.image_format]
     offers = [_JSON, preferred, *(kind for kind in _IMAGE_TYPES if kind != preferred), _GIF]
     media_type = choose_media_type(request, offers)
-    bundle = await served_bundle(context, body.model)
+    bundle = await served_bundle(context, principal, body.model)
     strengths: list[float | None] = [None] if body.sweep is None else list(body.sweep.strengths)
     _check(body, bundle, len(strengths), context.settings.max_images)
     if body.projections is None:
         rows = _sample_rows(body, bundle, strengths)
         images = np.stack(await generate_within_limits(context, lambda: context.inference.generator.images(rows)))
     else:
-        projected = await _latents(context, body.projections, bundle)
+        projected = await _latents(context, principal, body.projections, bundle)
         ws = _edited_latents(body, bundle, strengths, projected)
         images = np.stack(
             await generate_within_limits(context, lambda: context.inference.generator.draw(bundle, ws, body.noise))
@@ -166,7 +166,9 @@ def _sample_rows(body: EditsRequest, bundle: Bundle, strengths: list[float | Non
     return np.concatenate(rows)
 
 
-async def _latents(context: Context, projections: Sequence[EditedProjection], bundle: Bundle) -> NDArray[np.float32]:
+async def _latents(
+    context: Context, principal: Principal, projections: Sequence[EditedProjection], bundle: Bundle
+) -> NDArray[np.float32]:
     """ws [N, num_ws, w_dim] of projections.
 
     Raises:
@@ -174,7 +176,7 @@ async def _latents(context: Context, projections: Sequence[EditedProjection], bu
     """
     latents = []
     for place, each in enumerate(projections):
-        job = await ready_projection(context, each.id)
+        job = await ready_projection(context, principal, each.id)
         if job.model_digest != bundle.digest:
             raise RequestError(f"projections.{place}.id", f"is of model {job.model_name}, not of this {bundle.name}")
         if each.image >= ProjectionOptions.model_validate(job.request).images:

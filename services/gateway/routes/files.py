@@ -32,13 +32,13 @@ _DOWNLOAD: Responses = {
 }
 
 
-async def ready_job(context: Context, dataset_id: str) -> Job:
-    """The job of a dataset that has succeeded.
+async def ready_job(context: Context, principal: Principal, dataset_id: str) -> Job:
+    """The job of a dataset of the sender's tenant that has succeeded.
 
     Raises:
-        ProblemError: There is no such dataset, or it has not succeeded.
+        ProblemError: The tenant has no such dataset, or it has not succeeded.
     """
-    job = await find_job(context, dataset_id)
+    job = await find_job(context, principal, dataset_id)
     if job.state != "succeeded":
         raise ProblemError("dataset-not-ready", f"the dataset is {job.state}; its files exist once it has succeeded")
     return job
@@ -49,7 +49,7 @@ async def ready_job(context: Context, dataset_id: str) -> Job:
 )
 async def list_files(dataset_id: str, context: ContextDep, principal: _Reader) -> DatasetFileList:
     """List every file with its size and hash."""
-    job = await ready_job(context, dataset_id)
+    job = await ready_job(context, principal, dataset_id)
     files = await asyncio.to_thread(context.jobs.files, job)
     return DatasetFileList(
         data=[
@@ -83,17 +83,17 @@ async def download_file(
     dataset_id: str, name: str, request: Request, context: ContextDep, principal: _Reader
 ) -> Response:
     """Download a file, or the range of it that a Range header names."""
-    return await _file(dataset_id, name, request, context)
+    return await _file(dataset_id, name, request, context, principal)
 
 
 @router.head("/{name}", summary="Size and hash of a file", response_class=Response, responses=_DOWNLOAD)
 async def head_file(dataset_id: str, name: str, request: Request, context: ContextDep, principal: _Reader) -> Response:
     """Return the headers of a download without the file."""
-    return await _file(dataset_id, name, request, context)
+    return await _file(dataset_id, name, request, context, principal)
 
 
-async def _file(dataset_id: str, name: str, request: Request, context: Context) -> Response:
-    job = await ready_job(context, dataset_id)
+async def _file(dataset_id: str, name: str, request: Request, context: Context, principal: Principal) -> Response:
+    job = await ready_job(context, principal, dataset_id)
     # The name is only compared with those in the manifest, and never used as a path.
     files = await asyncio.to_thread(context.jobs.files, job)
     info = next((file for file in files if file.name == name), None)

@@ -64,7 +64,7 @@ async def generate_images(request: Request, context: ContextDep, principal: _Sen
     preferred = MEDIA_TYPES[body.image_format]
     offers = ["application/json", preferred, *(kind for kind in _IMAGE_TYPES if kind != preferred)]
     media_type = choose_media_type(request, offers)
-    bundle = await served_bundle(context, body.model)
+    bundle = await served_bundle(context, principal, body.model)
     names = class_of_each(body, bundle, context.settings.max_images)
     rows = rows_of(body, bundle, names)
     images = await generate_within_limits(context, lambda: context.inference.generator.images(rows))

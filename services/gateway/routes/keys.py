@@ -20,8 +20,8 @@ from services.gateway.auth.keys import (
     UnknownKeyError,
 )
 from services.gateway.auth.principal import Principal
-from services.gateway.dependencies import ContextDep, read_model
-from services.gateway.openapi import JSON_PROBLEMS, json_body, problems
+from services.gateway.dependencies import ContextDep, needs_access_control, read_model
+from services.gateway.openapi import JSON_PROBLEMS, headers, json_body, problems
 from services.gateway.schemas.keys import (
     KeyList,
     KeyRecord,
@@ -32,21 +32,7 @@ from services.gateway.schemas.keys import (
 )
 from services.problems import FieldError, ProblemError, invalid_request
 
-
-def _needs_access_control(context: ContextDep) -> None:
-    """Refuse to manage keys for everyone: a key that is made now would still be valid when DERMIS_AUTH is changed.
-
-    Raises:
-        ProblemError: The service is used without access control.
-    """
-    if context.settings.auth == "none":
-        raise ProblemError(
-            "no-access-control",
-            "this service needs no credentials (DERMIS_AUTH=none), so keys are managed with the command `dermis keys` only",
-        )
-
-
-router = APIRouter(prefix="/v1/admin/keys", tags=["admin"], dependencies=[Depends(_needs_access_control)])
+router = APIRouter(prefix="/v1/admin/keys", tags=["admin"], dependencies=[Depends(needs_access_control)])
 
 _Admin = Annotated[Principal, requires("admin")]
 
@@ -58,7 +44,7 @@ _Admin = Annotated[Principal, requires("admin")]
     response_model=NewKey,
     openapi_extra=json_body("KeyRequest"),
     responses={
-        201: {"description": "The key. It is not shown again."},
+        201: {"description": "The key. It is not shown again.", "headers": headers("Location")},
         **problems(*JSON_PROBLEMS, "no-access-control", "not-ready"),
     },
 )
@@ -77,6 +63,7 @@ async def create_key(request: Request, response: Response, context: ContextDep, 
     except KeyRefusedError as error:
         raise invalid_request([FieldError(field=error.field, message=error.message)]) from None
     response.headers["Cache-Control"] = "no-store"
+    response.headers["Location"] = f"/v1/admin/keys/{key.id}"
     return new_key_record(key, text)
 
 
@@ -104,7 +91,7 @@ async def get_key(key_id: str, context: ContextDep, principal: _Admin) -> KeyRec
     summary="Rotate an API key",
     response_model=NewKey,
     responses={
-        201: {"description": "The new key. It is not shown again."},
+        201: {"description": "The new key. It is not shown again.", "headers": headers("Location")},
         **problems("invalid-request", "no-access-control", "not-found", "key-ended", "not-ready"),
     },
 )
@@ -127,6 +114,7 @@ async def rotate_key(
         )
     context.auth.cache.invalidate()
     response.headers["Cache-Control"] = "no-store"
+    response.headers["Location"] = f"/v1/admin/keys/{key.id}"
     return new_key_record(key, text)
 
 

@@ -12,6 +12,7 @@ from starlette.responses import Response
 from dermis.dataset.request import classes_of
 from dermis.errors import RequestError
 from dermis.projection.schedule import SCHEDULES
+from services.gateway.audit import leave_out
 from services.gateway.auth.authentication import requires
 from services.gateway.auth.principal import Principal
 from services.gateway.dependencies import Context, ContextDep, IdempotencyKey, ModelQuery, is_job_id, served_bundle
@@ -38,7 +39,7 @@ called `files` for each image, or one image as the body.
 The response is sent at once. The job runs in the background for some seconds an image, and continues after crashes and
 restarts. Until it has ended, the images are stored as squares at the resolution of the generator, in the folder of the job
 and nowhere else; then they are removed. The results are kept until they are deleted or expire. There is no list of
-projections: only callers who know the id of a projection can read it.""",
+projections: only callers of the same tenant who know the id of a projection can read it.""",
     response_model=ProjectionJob,
     openapi_extra=image_body("files"),
     responses={
@@ -93,7 +94,7 @@ async def create_projection(
     settings = context.settings
     if settings.max_projection_images == 0:
         raise RequestError("files", "this service makes no projections")
-    bundle = await served_bundle(context, model)
+    bundle = await served_bundle(context, principal, model)
     if class_name is not None and class_name not in classes_of(bundle):
         raise RequestError("class", f"unknown class; this model has {', '.join(classes_of(bundle))}", "unknown-class")
     if start == "encoder" and bundle.encoder is None:
@@ -117,15 +118,20 @@ async def create_projection(
             video=video,
             images=len(images),
         )
-        job = await asyncio.to_thread(context.projections.submit, bundle, options, images, key)
+        job = await asyncio.to_thread(context.projections.submit, principal.tenant, bundle, options, images, key)
     response.headers["Location"] = f"/v1/projections/{job.id}"
     return await _body_of(context, job)
 
 
 @router.get("/{projection_id}", summary="Show a projection", responses=problems("not-found", "not-ready"))
-async def get_projection(projection_id: str, context: ContextDep, principal: _Sender) -> ProjectionJob:
+async def get_projection(
+    projection_id: str, request: Request, context: ContextDep, principal: _Sender
+) -> ProjectionJob:
     """Show the state and progress of a projection, and its results once it has succeeded."""
-    return await _body_of(context, await find_projection(context, projection_id))
+    job = await find_projection(context, principal, projection_id)
+    if job.state != "succeeded":
+        leave_out(request)
+    return await _body_of(context, job)
 
 
 @router.delete(
@@ -139,8 +145,8 @@ async def get_projection(projection_id: str, context: ContextDep, principal: _Se
 )
 async def delete_projection(projection_id: str, context: ContextDep, principal: _Sender) -> Response:
     """Delete a projection with all its files, whether or not it has ended."""
-    await find_projection(context, projection_id)
-    await asyncio.to_thread(context.projections.cancel_or_delete, projection_id)
+    job = await find_projection(context, principal, projection_id)
+    await asyncio.to_thread(context.projections.cancel_or_delete, job)
     return Response(status_code=204)
 
 
@@ -163,7 +169,7 @@ async def download_projection_file(
     projection_id: str, name: str, request: Request, context: ContextDep, principal: _Sender
 ) -> Response:
     """Download latents, an image or a video."""
-    job = await ready_projection(context, projection_id)
+    job = await ready_projection(context, principal, projection_id)
     # The name is only compared with those in the list of the job, and never used as a path.
     info = await asyncio.to_thread(context.projections.file, job, name)
     if info is None:
@@ -171,25 +177,27 @@ async def download_projection_file(
     return file_response(info, request.headers, lambda: context.projections.open(job, info.name), head=False)
 
 
-async def find_projection(context: Context, projection_id: str) -> Job:
-    """The job with this id.
+async def find_projection(context: Context, principal: Principal, projection_id: str) -> Job:
+    """The job with this id, of the sender's tenant.
 
     Raises:
-        ProblemError: There is no such projection, or it was deleted and is being stopped.
+        ProblemError: The tenant has no such projection, or it was deleted and is being stopped.
     """
-    job = await asyncio.to_thread(context.projections.get, projection_id) if is_job_id(projection_id) else None
+    job = None
+    if is_job_id(projection_id):
+        job = await asyncio.to_thread(context.projections.get, principal.tenant, projection_id)
     if job is None or job.state in ("cancelling", "cancelled"):
         raise ProblemError("not-found", f"there is no projection {projection_id[:100]}")
     return job
 
 
-async def ready_projection(context: Context, projection_id: str) -> Job:
-    """The job with this id, which has succeeded.
+async def ready_projection(context: Context, principal: Principal, projection_id: str) -> Job:
+    """The job with this id, of the sender's tenant, which has succeeded.
 
     Raises:
-        ProblemError: There is no such projection, or it has not succeeded.
+        ProblemError: The tenant has no such projection, or it has not succeeded.
     """
-    job = await find_projection(context, projection_id)
+    job = await find_projection(context, principal, projection_id)
     if job.state != "succeeded":
         raise ProblemError(
             "projection-not-ready", f"the projection is {job.state}; its results exist once it has succeeded"

@@ -59,7 +59,7 @@ async def get_report(
 ) -> Response:
     """Show what was asked for, what made the images, and their fidelity, variety, privacy, artefacts and skin tones."""
     media_type = {"json": _JSON, "html": _HTML}.get(report_format or "") or choose_media_type(request, (_JSON, _HTML))
-    job = await ready_job(context, dataset_id)
+    job = await ready_job(context, principal, dataset_id)
     name = REPORT_PAGE if media_type == _HTML else REPORT
     files = await asyncio.to_thread(context.jobs.files, job)
     info = next((file for file in files if file.name == name), None)

@@ -8,8 +8,9 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from services.gateway.auth.keys import MAX_LIFETIME_SECONDS, ApiKey
-from services.gateway.auth.principal import DEFAULT_SCOPES, DEFAULT_TENANT, SCOPES, TENANT_PATTERN
+from services.gateway.auth.principal import DEFAULT_SCOPES, SCOPES
 from services.gateway.schemas.common import ResponseBody, utc_time, utc_time_or_none
+from services.tenants import DEFAULT_TENANT, TENANT_PATTERN
 
 _Scope = Annotated[str, Field(json_schema_extra={"enum": list(SCOPES)})]
 

@@ -45,16 +45,24 @@ SCOPES_OF: dict[str, set[str]] = {
     "post /v1/authenticity": {"authenticity:generated", "authenticity:uploads"},
     "get /v1/models": {"models:read"},
     "get /v1/models/{name}": {"models:read"},
+    "post /v1/webhooks": {"webhooks"},
+    "get /v1/webhooks": {"webhooks"},
+    "get /v1/webhooks/{webhook_id}": {"webhooks"},
+    "delete /v1/webhooks/{webhook_id}": {"webhooks"},
+    "get /v1/webhooks/{webhook_id}/messages": {"webhooks"},
+    "post /v1/webhooks/{webhook_id}/messages/{message_id}/retry": {"webhooks"},
     "post /v1/admin/keys": {"admin"},
     "get /v1/admin/keys": {"admin"},
     "get /v1/admin/keys/{key_id}": {"admin"},
     "delete /v1/admin/keys/{key_id}": {"admin"},
     "post /v1/admin/keys/{key_id}/rotate": {"admin"},
+    "get /v1/admin/audit": {"admin"},
     "get /metrics": {"metrics:read"},
 }
 PUBLIC = {"get /livez", "get /readyz"}
 NOT_IN_THE_DOCUMENT = {"/openapi.json", "/docs", "/docs/swagger-ui.css"}
 IDS = {"dataset_id": f"ds_{'0' * 32}", "projection_id": f"pr_{'0' * 32}", "key_id": "0" * 12, "name": "none"}
+IDS |= {"webhook_id": f"wh_{'0' * 32}", "message_id": f"msg_{'0' * 32}"}
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +76,7 @@ def served(provider: Provider, tiny_bundle: Bundle, tmp_path_factory: pytest.Tem
     folder = tmp_path_factory.mktemp("access")
     values = {"auth": "oidc", "oidc_issuer": provider.issuer, "oidc_audience": AUDIENCE, "open_docs": False}
     values["oidc_scopes"] = ",".join(f"{scope}={scope}" for scope in SCOPES)
-    with service(tiny_bundle.location, folder, authenticity_uploads=True, **values) as running:
+    with service(tiny_bundle.location, folder, authenticity_uploads=True, max_webhooks=5, **values) as running:
         yield running
 
 

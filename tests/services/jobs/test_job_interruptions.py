@@ -458,7 +458,9 @@ def test_late_error_of_second_worker_does_not_change_ended_job(tmp_path: Path) -
     table = JobTable(f"sqlite:///{tmp_path}/jobs.sqlite")
     table.open()
     for job_id in ("ds_1", "ds_2"):
-        table.create(job_id, {}, kind="dataset", model=("tiny", "0"), samples=1, shards=1, body_hash="a")
+        table.create(
+            job_id, {}, kind="dataset", tenant="default", model=("tiny", "0"), samples=1, shards=1, body_hash="a"
+        )
     table.finish("ds_1", "succeeded")
     table.record_error("ds_1", {"title": "late"})
     table.record_error("ds_2", {"title": "early"})

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from dermis.bundle import Bundle
 from dermis.dataset.store import Store
 from dermis.dataset.verify import verify
 from service_kit import Service, make_directly, service, wait_for
 from services.errors import InferenceFailedError, InferenceUnavailableError
+from services.gateway.auth.keys import KeyTable
 from services.jobs import context, workflow
 from services.jobs.lease import executor_slot
 from services.jobs.table import IdempotencyConflictError, Job, JobTable, TooManyActiveError
@@ -58,15 +60,44 @@ def test_job_of_stopped_service_resumes_at_next_start(tiny_bundle: Bundle, tmp_p
         assert running.generator.calls <= 9
 
 
-def test_another_worker_takes_over_when_a_lease_has_run_out(tiny_bundle: Bundle, tmp_path: Path) -> None:
-    with service(tiny_bundle.location, tmp_path / "data", executor_id="first") as running:
-        asked = running.ask(REQUEST)
+def test_another_worker_takes_over_a_job_for_its_tenant_when_a_lease_has_run_out(
+    tiny_bundle: Bundle, tmp_path: Path
+) -> None:
+    values: dict[str, Any] = {"auth": "keys", "lease_seconds": 1}
+    with service(tiny_bundle.location, tmp_path / "data", executor_id="first", **values) as running:
+        owner, other = (headers_of(running, tenant) for tenant in ("radiology", "derma"))
+        running.client.headers.update(owner)
+        asked = running.ask(REQUEST, **{"Idempotency-Key": "k"})
         running.wait_for_shards(asked, 2)
         running.generator.gate.clear()
-    with service(tiny_bundle.location, tmp_path / "data", executor_id="second", lease_seconds=1) as running:
-        dataset = running.wait(asked)
-        assert dataset["state"] == "succeeded"
-        assert files_of(running, dataset) == expected(tiny_bundle, tmp_path / "direct")
+    storage = Path(running.settings.storage)
+    leftovers = [f"tenants/radiology/ds_{'1' * 32}", f"tenants/derma/{asked['id']}", asked["id"], "tenants/Notes"]
+    for each in leftovers:
+        (storage / each).mkdir(parents=True)
+    with service(tiny_bundle.location, tmp_path / "data", executor_id="second", **values) as running:
+        running.client.headers.update(owner)
+        assert running.wait(asked)["state"] == "succeeded"
+        folder = storage / "tenants" / "radiology" / asked["id"]
+        assert list(storage.rglob(asked["id"])) == [folder]
+        files = {path.name: path.read_bytes() for path in folder.iterdir()}
+        assert files == expected(tiny_bundle, tmp_path / "direct")
+        assert [(storage / each).exists() for each in leftovers] == [False, False, False, True]
+        assert running.ask(REQUEST, **{"Idempotency-Key": "k"})["id"] == asked["id"]
+        assert running.client.get(asked["links"]["self"], headers=other).status_code == 404
+        assert running.client.get("/v1/datasets", headers=other).json()["data"] == []
+        stored = sum(map(len, files.values()))
+        assert [running.ctx.table.stored_bytes(tenant) for tenant in ("radiology", "derma")] == [stored, 0]
+        with running.ctx.table._writing() as connection:
+            connection.execute(sa.text("UPDATE dermis_jobs SET stored_bytes = NULL"))  # as an earlier version
+        wait_for(lambda: running.ctx.table.stored_bytes("radiology") == stored)
+
+
+def headers_of(running: Service, tenant: str) -> dict[str, str]:
+    """The credentials of a new key of a tenant."""
+    table = KeyTable(running.settings.jobs_url)
+    _, text = table.create(tenant=tenant, name="n", scopes=("datasets:read", "datasets:write"), created_by="test")
+    table.close()
+    return {"Authorization": f"Bearer {text}"}
 
 
 def test_job_of_live_worker_is_not_taken_over(tiny_bundle: Bundle, tmp_path: Path) -> None:
@@ -185,7 +216,13 @@ def table(tmp_path: Path) -> JobTable:
 
 def create(table: JobTable, job_id: str, **values: Any) -> tuple[Job, bool]:
     return table.create(
-        job_id, {}, kind="dataset", model=("tiny", "0"), samples=10, shards=2, **({"body_hash": "a"} | values)
+        job_id,
+        {},
+        kind="dataset",
+        model=("tiny", "0"),
+        samples=10,
+        shards=2,
+        **({"tenant": "a", "body_hash": "a"} | values),
     )
 
 

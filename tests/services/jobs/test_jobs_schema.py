@@ -16,13 +16,15 @@ from alembic.migration import MigrationContext
 
 from dermis.errors import DermisError
 from postgres import Postgres, running_postgres
+from services.audit import trail as trail_module
 from services.gateway.auth import keys as keys_module
 from services.jobs import table as table_module
 from services.jobs.database import make_engine
 from services.jobs.schema import VERSION_TABLE, SchemaTooNewError
-from services.jobs.table import JobTable
+from services.jobs.table import IdempotencyConflictError, JobTable, Kind
 from services.serve import _prepare
 from services.settings import Settings, SettingsError
+from services.webhooks import outbox
 
 # What version 0.1.0 created, before the schema had a version.
 TABLES_0_1_0 = (
@@ -93,15 +95,112 @@ def test_database_of_version_0_1_0_is_upgraded(url: str) -> None:
     create_0_1_0(url).dispose()
     table = JobTable(url)
     table.open()
-    dataset, projection = table.get(DATASET, "dataset"), table.get(PROJECTION, "projection")
+    dataset, projection = table.get(DATASET), table.get(PROJECTION)
     assert dataset is not None and dataset.error is not None and projection is not None and projection.error is not None
     assert (dataset.sequence, projection.sequence) == (1, 2)
     assert dataset.error["instance"] == f"/v1/datasets/{DATASET}"
     assert projection.error["instance"] == f"/v1/projections/{PROJECTION}"
-    assert table.get(PROJECTION, "dataset") is None
-    assert [job.id for job in table.page("dataset", 10)] == [DATASET]
+    assert (dataset.tenant, projection.tenant) == ("default", "default")
+    assert table.find("default", "dataset", DATASET) == dataset
+    assert table.find("default", "dataset", PROJECTION) is None and table.find("other", "dataset", DATASET) is None
+    assert [job.id for job in table.page("default", "dataset", 10)] == [DATASET]
+    assert table.page("other", "dataset", 10) == []
     assert table.count_by_state("projection")["failed"] == 1
     table.open()  # an upgraded database is left as it is
+    table.close()
+
+
+def test_upgrade_keeps_keys_and_order_and_makes_keys_unique_for_each_tenant(url: str) -> None:
+    older = create_0_1_0(url)
+    with older.begin() as connection:
+        connection.execute(sa.text("UPDATE dermis_jobs SET idempotency_key = 'monday' WHERE sequence = 1"))
+        connection.execute(sa.text("DELETE FROM dermis_jobs WHERE sequence = 2"))
+    table = JobTable(url)
+    table.open()
+
+    def create(tenant: str, number: int, body_hash: str = "a") -> tuple[str, bool]:
+        job, new = table.create(
+            f"ds_{number:032x}",
+            {},
+            tenant=tenant,
+            kind="dataset",
+            model=("tiny", "0"),
+            samples=1,
+            shards=1,
+            body_hash=body_hash,
+            idempotency_key="monday",
+        )
+        assert job.tenant == tenant
+        return job.id, new
+
+    assert create("default", 3) == (DATASET, False)
+    tenants = [f"tenant-{number}" for number in range(4)]
+    made = {tenant: create(tenant, 10 + number)[0] for number, tenant in enumerate(tenants)}
+    assert len(set(made.values())) == 4
+    assert {tenant: create(tenant, 20)[0] for tenant in reversed(tenants)} == made
+    with pytest.raises(IdempotencyConflictError):
+        create("tenant-2", 21, body_hash="b")
+    for tenant, job_id in made.items():
+        assert [job.id for job in table.page(tenant, "dataset", 10)] == [job_id]
+        assert [table.find(each, "dataset", job_id) is not None for each in tenants] == [
+            each == tenant for each in tenants
+        ]
+    first = table.get(made["tenant-0"])
+    assert first is not None and first.sequence == 3  # the number of a deleted job is not used again
+    values = {"id": "ds_x", "state": "queued", "error": None}
+    insert = sa.text(
+        str(INSERT_0_1_0).replace("(id,", "(tenant, idempotency_key, id,").replace("(:id", "('tenant-1', 'monday', :id")
+    )
+    with pytest.raises(sa.exc.IntegrityError), older.begin() as connection:
+        connection.execute(insert, values)
+    older.dispose()
+    table.close()
+
+
+def test_calls_with_one_key_at_the_same_moment_make_one_job_for_each_tenant(url: str) -> None:
+    table = JobTable(url)
+    table.open()
+    barrier, made = threading.Barrier(8), list[tuple[str, str, bool]]()
+
+    def create(number: int) -> None:
+        tenant = f"tenant-{number % 2}"
+        barrier.wait(60)
+        job, new = table.create(
+            f"ds_{number}",
+            {},
+            tenant=tenant,
+            kind="dataset",
+            model=("tiny", "0"),
+            samples=1,
+            shards=1,
+            body_hash="a",
+            idempotency_key="k",
+        )
+        made.append((tenant, job.id, new))
+
+    threads = [threading.Thread(target=create, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 8 and len({(tenant, job_id) for tenant, job_id, _ in made}) == 2
+    assert sum(new for *_, new in made) == 2
+    table.close()
+
+
+def test_stored_bytes_of_a_tenant_are_those_of_its_jobs(url: str) -> None:
+    table = JobTable(url)
+    table.open()
+    jobs = [("a", "ds_1", 3 << 30), ("a", "pr_2", 5), ("b", "ds_3", 7), ("a", "ds_4", None), ("b", "ds_5", 11)]
+    for tenant, job_id, size in jobs:
+        kind: Kind = "projection" if job_id.startswith("pr") else "dataset"
+        table.create(job_id, {}, tenant=tenant, kind=kind, model=("tiny", "0"), samples=1, shards=1, body_hash="a")
+        table.finish(job_id, "succeeded", stored_bytes=size)
+    table.delete("ds_5")
+    assert [table.stored_bytes(tenant) for tenant in ("a", "b", "c")] == [(3 << 30) + 5, 7, 0]
+    assert [job.id for job in table.unmeasured(10)] == ["ds_4"]
+    table.set_stored_bytes("ds_4", 1)
+    assert table.stored_bytes("a") == (3 << 30) + 6 and table.unmeasured(10) == []
     table.close()
 
 
@@ -114,6 +213,7 @@ def test_worker_of_version_0_1_0_runs_during_and_after_upgrade(url: str) -> None
     for job_id in later:
         insert_0_1_0(older, job_id)
     assert {job.id: job.kind for job in table.active()} == later
+    assert {job.tenant for job in table.active()} == {"default"}
     older.dispose()
     table.close()
 
@@ -123,7 +223,7 @@ def test_migrations_create_the_tables_that_the_code_defines(url: str) -> None:
     table.open()
     with table._engine.connect() as connection:
         options = {"compare_type": True, "version_table": VERSION_TABLE}
-        tables = [table_module._metadata, keys_module.metadata]
+        tables = [table_module._metadata, keys_module.metadata, trail_module.metadata, outbox.metadata]
         assert compare_metadata(MigrationContext.configure(connection, opts=options), tables) == []
     table.close()
 

@@ -1,0 +1,91 @@
+"""Deliver the messages of webhooks in the background of the gateway process."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from functools import partial
+
+from services.webhooks.outbox import Claim, WebhookTable
+from services.webhooks.sending import Sender
+
+logger = logging.getLogger("dermis.webhooks")
+
+_POLL_SECONDS = 2.0
+_MOST = 8  # messages at one time, one for each endpoint
+_CLEAN_SECONDS = 3600.0
+
+
+class Deliverer:
+    """Sends messages that are due, until it is stopped. Any number of processes may run one on the same database.
+
+    Args:
+        table: The messages.
+        sender: Sends one message.
+    """
+
+    def __init__(self, table: WebhookTable, sender: Sender) -> None:
+        self.table = table
+        self._sender = sender
+        self._sending: dict[str, asyncio.Task[None]] = {}  # by endpoint
+        self._task: asyncio.Task[None] | None = None
+        self._cleaned = 0.0
+
+    def start(self) -> None:
+        """Start in the background."""
+        self._task = asyncio.create_task(self._run())
+
+    async def stop(self) -> None:
+        """Stop. Messages that are being sent are interrupted, and sent again later."""
+        tasks = [task for task in (self._task, *self._sending.values()) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._sender.close()
+        self.table.close()
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                await self.deliver_due()
+            except Exception as error:  # such as a database that cannot be reached: the messages wait in it
+                logger.warning("webhooks not delivered", extra={"error": str(error).partition("\n")[0]})
+            await asyncio.sleep(_POLL_SECONDS)
+
+    async def deliver_due(self) -> None:
+        """Start to send the messages that are due, as many as are allowed at one time."""
+        now = time.time()
+        if now - self._cleaned > _CLEAN_SECONDS:
+            self._cleaned = now
+            await asyncio.to_thread(self.table.remove_old, now)
+        free = _MOST - len(self._sending)
+        if free <= 0:
+            return
+        for claim in await asyncio.to_thread(self.table.claim, free, list(self._sending), now):
+            task = asyncio.create_task(self._deliver(claim))
+            self._sending[claim.endpoint.id] = task
+            task.add_done_callback(partial(self._forget, claim.endpoint.id))
+
+    def _forget(self, endpoint: str, _task: asyncio.Task[None]) -> None:
+        self._sending.pop(endpoint, None)
+
+    async def idle(self) -> None:
+        """Return when nothing is being sent."""
+        while self._sending:
+            await asyncio.gather(*self._sending.values(), return_exceptions=True)
+            await asyncio.sleep(0)
+
+    async def _deliver(self, claim: Claim) -> None:
+        message, endpoint = claim.message, claim.endpoint
+        status, outcome = await self._sender.send(
+            endpoint.url, endpoint.secret, message.id, int(time.time()), message.body
+        )
+        delivered = status is not None and 200 <= status < 300
+        level = logging.INFO if delivered else logging.WARNING
+        fields = {"message": message.id, "webhook": endpoint.id, "attempt": message.attempts, "outcome": outcome}
+        logger.log(level, "webhook", extra={f"webhook_{name}": value for name, value in fields.items()})
+        try:
+            await asyncio.to_thread(self.table.record, claim, outcome, status, time.time())
+        except Exception as error:  # the claim ends, and the message is sent again
+            logger.warning("outcome of a webhook not recorded", extra={"error": str(error).partition("\n")[0]})

@@ -1,0 +1,188 @@
+"""Send one message to a URL that a user chose, without letting it reach what the user cannot reach.
+
+The host name is resolved once. All of its addresses must be public or allowed by the operator, and the connection is opened to
+the address that was checked, so a name that changes its address (DNS rebinding) gains nothing. Redirects are not followed, the
+answer is not read, and nothing of it but the status is kept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import hmac
+import ipaddress
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+from urllib.parse import urlsplit
+
+import httpx
+
+from dermis import __version__
+
+MAX_URL = 500
+_SECONDS = 15.0
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
+_Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+class UrlRefusedError(Exception):
+    """The service sends nothing to this URL; the message says why."""
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """Receivers that the operator allows beyond public addresses with https (DERMIS_WEBHOOK_HOSTS)."""
+
+    names: frozenset[str]
+    networks: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]
+
+    @classmethod
+    def of(cls, entries: Sequence[str]) -> Self:
+        """The hosts and networks of the setting."""
+        names, networks = set(), []
+        for entry in entries:
+            try:
+                networks.append(ipaddress.ip_network(entry))
+            except ValueError:
+                names.add(entry.lower())
+        return cls(frozenset(names), tuple(networks))
+
+    def has_address(self, address: _Address) -> bool:
+        """Whether an address is in one of the networks."""
+        return any(address.version == network.version and address in network for network in self.networks)
+
+    def has_host(self, host: str) -> bool:
+        """Whether a host, a name or an address, is allowed itself."""
+        address = _parse(host)
+        return host in self.names or (address is not None and self.has_address(address))
+
+
+def check_url(url: str, allowed: Allowed) -> str:
+    """The host of a URL that messages may be sent to, as far as the URL itself shows.
+
+    Raises:
+        UrlRefusedError: Nothing is sent to it.
+    """
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+        httpx.URL(url)
+    except (ValueError, httpx.InvalidURL):
+        raise UrlRefusedError("it is not a URL") from None
+    if len(url) > MAX_URL or not url.isascii() or not url.isprintable() or " " in url:
+        raise UrlRefusedError(f"use at most {MAX_URL} visible ASCII characters")
+    if not host or parts.scheme not in ("https", "http") or port == 0:
+        raise UrlRefusedError("use a URL that begins with https://")
+    if parts.username is not None or parts.fragment:
+        raise UrlRefusedError("leave out user name, password and fragment")
+    if parts.scheme == "http" and not allowed.has_host(host):
+        raise UrlRefusedError("use https; the operator can allow plain http to a host in DERMIS_WEBHOOK_HOSTS")
+    address = _parse(host)
+    if address is not None and not _may_connect(host, address, allowed):
+        raise UrlRefusedError("its address is not public; the operator can allow it in DERMIS_WEBHOOK_HOSTS")
+    return host
+
+
+def signature(secret: str, message_id: str, timestamp: int, body: str) -> str:
+    """The header `webhook-signature` of Standard Webhooks."""
+    key = base64.b64decode(secret.removeprefix("whsec_"))
+    digest = hmac.new(key, f"{message_id}.{timestamp}.{body}".encode(), hashlib.sha256).digest()
+    return f"v1,{base64.b64encode(digest).decode('ascii')}"
+
+
+class Sender:
+    """Sends messages. Use it on one event loop."""
+
+    def __init__(self, allowed: Allowed) -> None:
+        self._allowed = allowed
+        self._http: httpx.AsyncClient | None = None
+
+    async def close(self) -> None:
+        """Close all connections."""
+        if self._http is not None:
+            await self._http.aclose()
+
+    async def send(self, url: str, secret: str, message_id: str, timestamp: int, body: str) -> tuple[int | None, str]:
+        """Send a message.
+
+        Returns:
+            The status, or None without an answer, and a text about the outcome without anything that the receiver sent.
+        """
+        try:
+            async with asyncio.timeout(_SECONDS):
+                host = check_url(url, self._allowed)
+                address = await self._resolve(host, urlsplit(url).port or 443)
+                status = await self._post(url, host, address, secret, message_id, timestamp, body)
+        except UrlRefusedError as error:
+            return None, f"refused: {error}"
+        except TimeoutError:
+            return None, f"no answer in {_SECONDS:g} s"
+        except httpx.HTTPError as error:
+            reason = "its certificate is not valid" if "certificate" in str(error).lower() else "no connection"
+            return None, f"{reason} ({type(error).__name__})"
+        return status, f"status {status}"
+
+    async def _resolve(self, host: str, port: int) -> str:
+        """The address to connect to.
+
+        Raises:
+            UrlRefusedError: One of the addresses of the host is not allowed.
+        """
+        try:
+            found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError):
+            raise UrlRefusedError("the host name has no address") from None
+        addresses = [_parse(str(entry[4][0])) for entry in found]
+        if not addresses or not all(each is not None and _may_connect(host, each, self._allowed) for each in addresses):
+            raise UrlRefusedError("an address of the host is not public")
+        return str(addresses[0])
+
+    async def _post(
+        self, url: str, host: str, address: str, secret: str, message_id: str, timestamp: int, body: str
+    ) -> int:
+        if self._http is None:
+            self._http = httpx.AsyncClient(
+                verify=httpx.create_ssl_context(),  # with the authorities of SSL_CERT_FILE, if it is set
+                trust_env=False,
+                follow_redirects=False,
+                timeout=4 * _SECONDS,  # `send` has the limit of the whole attempt
+                limits=httpx.Limits(max_keepalive_connections=0),  # a connection is for one checked address
+            )
+        target = httpx.URL(url)
+        headers = {
+            "Host": target.netloc.decode("ascii"),
+            "Content-Type": "application/json",
+            "User-Agent": f"dermis/{__version__}",
+            "webhook-id": message_id,
+            "webhook-timestamp": str(timestamp),
+            "webhook-signature": signature(secret, message_id, timestamp, body),
+        }
+        async with self._http.stream(
+            "POST",
+            target.copy_with(host=address),
+            content=body.encode(),
+            headers=headers,
+            extensions={"sni_hostname": host},  # the certificate must be that of the host, not of its address
+        ) as response:
+            return response.status_code
+
+
+def _parse(text: str) -> _Address | None:
+    try:
+        address = ipaddress.ip_address(text.partition("%")[0])
+    except ValueError:
+        return None
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return mapped or address
+
+
+def _may_connect(host: str, address: _Address, allowed: Allowed) -> bool:
+    if host in allowed.names or allowed.has_address(address):
+        return True
+    if isinstance(address, ipaddress.IPv6Address) and (address.sixtofour or address.teredo or address in _NAT64):
+        return False  # they lead to IPv4 addresses, which can be private
+    return address.is_global and not address.is_multicast

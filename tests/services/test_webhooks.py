@@ -1,0 +1,385 @@
+"""Tests of webhooks: signed messages that survive restarts, and receivers that are hostile, slow or not to be reached."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import hmac
+import http.server
+import json
+import logging
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from dermis.bundle import Bundle
+from postgres import Postgres, running_postgres
+from service_kit import service, wait_for
+from services.jobs.table import JobTable
+from services.settings import Settings
+from services.webhooks import deliverer, outbox, sending
+from services.webhooks.deliverer import Deliverer
+from services.webhooks.outbox import Claim, TooManyWebhooksError, WebhookTable, add_messages
+from services.webhooks.sending import Allowed, Sender, UrlRefusedError, check_url
+
+LOOPBACK = Allowed.of(["127.0.0.0/8"])
+JOB = f"ds_{'0' * 32}"
+
+
+@dataclass
+class Receiver:
+    """A receiver whose answer depends on the path, and what it received."""
+
+    port: int
+    received: list[tuple[str, Mapping[str, str], bytes]] = field(default_factory=list)
+    status: int = 200
+
+    def url(self, path: str = "/") -> str:
+        return f"http://127.0.0.1:{self.port}{path}"
+
+
+@contextmanager
+def receiving(certificate: tuple[Path, Path] | None = None) -> Iterator[Receiver]:
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"]))
+            receiver.received.append((self.path, {k.lower(): v for k, v in self.headers.items()}, body))
+            if self.path == "/slow":
+                stop.wait(30)
+                return
+            self.send_response(302 if self.path == "/redirect" else receiver.status)
+            if self.path == "/redirect":
+                self.send_header("Location", receiver.url("/redirected"))
+            self.end_headers()
+            try:
+                while self.path == "/huge" and not stop.is_set():
+                    self.wfile.write(b"x" * (1 << 20))
+            except OSError:
+                pass
+
+        def log_message(self, *_: Any) -> None: ...
+
+    stop = threading.Event()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    if certificate is not None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(*certificate)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+    receiver = Receiver(server.server_address[1])
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    try:
+        yield receiver
+    finally:
+        stop.set()
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    with receiving() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[Postgres]:
+    with running_postgres() as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def table(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[WebhookTable]:
+    url = f"sqlite:///{tmp_path}/jobs.sqlite"
+    if request.param == "postgresql":
+        server: Postgres = request.getfixturevalue("postgres")
+        name = f"hooks{time.monotonic_ns()}"
+        with psycopg.connect(server.url.replace("+psycopg", ""), autocommit=True) as connection:
+            connection.execute(f"CREATE DATABASE {name}".encode())
+        url = server.url_of(name)
+    jobs = JobTable(url)
+    jobs.open()
+    jobs.close()
+    made = WebhookTable(url)
+    yield made
+    made.close()
+
+
+def end_job(table: WebhookTable, state: str = "succeeded", tenant: str = "a") -> None:
+    with table._writing() as connection:
+        add_messages(connection, tenant=tenant, kind="dataset", job_id=JOB, state=state)
+
+
+def send(url: str, allowed: Allowed = LOOPBACK) -> tuple[int | None, str]:
+    async def run() -> tuple[int | None, str]:
+        sender = Sender(allowed)
+        try:
+            return await sender.send(url, f"whsec_{base64.b64encode(b'k' * 32).decode()}", "msg_1", 1, "{}")
+        finally:
+            await sender.close()
+
+    return asyncio.run(run())
+
+
+def deliver(table: WebhookTable, allowed: Allowed = LOOPBACK) -> None:
+    """Send everything that is due now."""
+
+    async def run() -> None:
+        each = Deliverer(table, Sender(allowed))
+        await each.deliver_due()
+        await each.idle()
+        await each._sender.close()
+
+    asyncio.run(run())
+
+
+def test_message_is_for_the_tenant_and_event_and_is_signed(table: WebhookTable, receiver: Receiver) -> None:
+    wanted = table.create("a", receiver.url("/hook"), ["dataset.succeeded"], 5)
+    table.create("b", receiver.url("/other-tenant"), outbox.EVENTS, 5)
+    table.create("a", receiver.url("/other-event"), ["dataset.failed"], 5)
+    end_job(table)
+    deliver(table)
+    ((path, headers, body),) = receiver.received
+    assert (path, json.loads(body)["type"]) == ("/hook", "dataset.succeeded")
+    assert json.loads(body)["data"] == {"object": "dataset", "id": JOB, "state": "succeeded"}
+    assert abs(int(headers["webhook-timestamp"]) - time.time()) < 60
+    signed = f"{headers['webhook-id']}.{headers['webhook-timestamp']}.".encode() + body
+    key = base64.b64decode(wanted.secret.removeprefix("whsec_"))
+    expected = base64.b64encode(hmac.new(key, signed, hashlib.sha256).digest()).decode()
+    assert headers["webhook-signature"] == f"v1,{expected}"
+    (message,) = table.messages(wanted.id)
+    assert (message.id, message.state, message.attempts) == (headers["webhook-id"], "delivered", 1)
+
+
+def test_signature_is_that_of_standard_webhooks() -> None:
+    """The example of the specification's libraries."""
+    secret, message, moment = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw", "msg_p5jXN8AQM9LWM0D4loKWxJek", 1614265330
+    expected = "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="
+    assert sending.signature(secret, message, moment, '{"test": 2432232314}') == expected
+
+
+def test_failed_message_is_tried_again_and_then_dead(
+    table: WebhookTable, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outbox, "RETRY_SECONDS", (0, 0))
+    endpoint = table.create("a", receiver.url(), outbox.EVENTS, 5)
+    receiver.status = 500
+    end_job(table)
+    for _ in range(5):
+        deliver(table)
+    (message,) = table.messages(endpoint.id, "dead")
+    assert (message.attempts, message.outcome, len(receiver.received)) == (3, "status 500", 3)
+    assert len({headers["webhook-id"] for _, headers, _ in receiver.received}) == 1
+    receiver.status = 204
+    assert table.retry(endpoint.id, message.id) is not None
+    deliver(table)
+    assert table.messages(endpoint.id)[0].state == "delivered"
+    table.remove_old(time.time() + 8 * 86_400)
+    assert table.messages(endpoint.id) == []
+
+
+def test_next_attempt_is_later_and_later(table: WebhookTable, receiver: Receiver) -> None:
+    endpoint = table.create("a", receiver.url(), outbox.EVENTS, 5)
+    receiver.status = 503
+    end_job(table)
+    deliver(table)
+    (message,) = table.messages(endpoint.id)
+    assert message.state == "waiting" and 0 < message.due_at - time.time() < 6
+    (claim,) = table.claim(5, [], message.due_at)
+    table.record(claim, "status 503", 503, 1000.0)
+    assert 1300 <= table.messages(endpoint.id)[0].due_at <= 1330
+
+
+def test_gone_receiver_is_disabled(table: WebhookTable, receiver: Receiver) -> None:
+    endpoint = table.create("a", receiver.url(), outbox.EVENTS, 5)
+    receiver.status = 410
+    end_job(table)
+    deliver(table)
+    end_job(table)
+    disabled = table.get("a", endpoint.id)
+    assert disabled is not None and disabled.disabled_at is not None
+    assert [message.state for message in table.messages(endpoint.id)] == ["dead"]
+
+
+def test_message_is_claimed_by_one_process_and_again_when_that_died(table: WebhookTable) -> None:
+    for _ in range(4):
+        table.create("a", "https://receiver.example/", outbox.EVENTS, 5)
+    end_job(table)
+    now, claims, barrier = time.time() + 1, list[Claim](), threading.Barrier(4)
+
+    def claim() -> None:
+        barrier.wait(30)
+        claims.extend(table.claim(8, [], now))
+
+    threads = [threading.Thread(target=claim) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(claims) == 4 == len({each.message.id for each in claims})
+    assert table.claim(8, [], now + outbox.CLAIM_SECONDS - 1) == []
+    again = table.claim(8, [], now + outbox.CLAIM_SECONDS)
+    assert len(again) == 4
+    table.record(claims[0], "status 500", 500, now)  # the first process was slow, not dead: its outcome comes too late
+    of_it = next(each for each in again if each.message.id == claims[0].message.id)
+    assert table.messages(of_it.endpoint.id)[0].outcome is None
+    busy = [each.endpoint.id for each in again[:3]]
+    assert len(table.claim(8, busy, now + 1000)) == 1
+
+
+def test_tenant_has_a_limited_number(table: WebhookTable) -> None:
+    table.create("a", "https://receiver.example/", outbox.EVENTS, 1)
+    with pytest.raises(TooManyWebhooksError):
+        table.create("a", "https://receiver.example/", outbox.EVENTS, 1)
+    table.create("b", "https://receiver.example/", outbox.EVENTS, 1)
+    assert not table.delete("a", table.all("b")[0].id) and table.delete("b", table.all("b")[0].id)
+
+
+def test_hostile_receivers(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sending, "_SECONDS", 0.5)
+    began = time.monotonic()
+    assert send(receiver.url("/slow")) == (None, "no answer in 0.5 s")
+    assert send(receiver.url("/huge")) == (200, "status 200")
+    assert send(receiver.url("/redirect")) == (302, "status 302")
+    assert time.monotonic() - began < 20
+    assert [path for path, _, _ in receiver.received] == ["/slow", "/huge", "/redirect"]
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
+        assert send(url)[1] == "no answer in 0.5 s"
+    assert send(url)[1].startswith("no connection")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://receiver.example/",
+        "ftp://receiver.example/",
+        "https://",
+        "https://user:secret@receiver.example/",
+        "https://receiver.example/#x",
+        "https://127.0.0.1/",
+        "https://[::1]/",
+        "https://[::ffff:10.0.0.1]/",
+        "https://[64:ff9b::a00:1]/",
+        "https://[2002:a00:1::]/",
+        "https://169.254.169.254/latest/meta-data",
+        "https://10.0.0.1/",
+        "https://100.64.0.1/",
+        "https://0.0.0.0/",
+        "https://224.0.0.1/",
+        "https://[fe80::1%25eth0]/",
+        "https://receiver.example:0/",
+        "https://receiver.example:99999/",
+        "https://receiver.example/\r\nX: y",
+        "https://receiver.example/" + "x" * 500,
+    ],
+)
+def test_urls_that_lead_inside_are_refused(url: str) -> None:
+    with pytest.raises(UrlRefusedError):
+        check_url(url, Allowed.of(["10.9.0.0/16", "intern.example"]))
+
+
+@pytest.mark.parametrize("host", ["localhost", "2130706433", "0x7f.1", "127.1"])
+def test_names_of_private_addresses_are_refused(host: str, receiver: Receiver) -> None:
+    assert send(f"https://{host}:{receiver.port}/", Allowed.of([]))[1].startswith("refused: ")
+    assert receiver.received == []
+
+
+def test_connection_is_opened_to_the_address_that_was_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = [["198.41.0.4"], ["127.0.0.1"]]
+    connected: list[str] = []
+
+    def resolve(_host: str, port: int, *_: Any, **__: Any) -> list[Any]:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (each, port)) for each in answers.pop(0)]
+
+    async def post(_self: Sender, _url: str, _host: str, address: str, *_: Any) -> int:
+        connected.append(address)
+        return 200
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(Sender, "_post", post)
+    assert send("https://rebinding.example/", Allowed.of([])) == (200, "status 200")
+    assert connected == ["198.41.0.4"] and len(answers) == 1
+    answers[:] = [["198.41.0.4", "10.0.0.1"]]  # one private address among public ones
+    assert send("https://rebinding.example/", Allowed.of([])) == (None, "refused: an address of the host is not public")
+
+
+def test_certificate_must_be_that_of_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("cryptography", reason="cryptography is not installed")
+    from certificates import make_authority
+
+    authority = make_authority(tmp_path / "authority.pem")
+    authority.issue(tmp_path / "tls.crt", tmp_path / "tls.key")
+    resolve = socket.getaddrinfo
+
+    def alias(host: Any, *arguments: Any, **options: Any) -> Any:
+        return resolve("127.0.0.1" if host == "receiver.example" else host, *arguments, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", alias)
+    with receiving((tmp_path / "tls.crt", tmp_path / "tls.key")) as receiver:
+        assert send(f"https://localhost:{receiver.port}/")[1].startswith("its certificate is not valid")
+        monkeypatch.setenv("SSL_CERT_FILE", str(authority.path))
+        assert send(f"https://localhost:{receiver.port}/") == (200, "status 200")
+        assert send(f"https://receiver.example:{receiver.port}/")[1].startswith("its certificate is not valid")
+        assert receiver.received[0][1]["host"] == f"localhost:{receiver.port}"
+        assert len(receiver.received) == 1
+
+
+def test_routes_create_list_and_delete_webhooks(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    with service(tiny_bundle.location, tmp_path, max_webhooks=1) as running:
+        created = running.client.post("/v1/webhooks", json={"url": "https://receiver.example/"})
+        assert created.status_code == 201 and created.headers["location"] == f"/v1/webhooks/{created.json()['id']}"
+        assert running.client.post("/v1/webhooks", json={"url": "https://receiver.example/"}).status_code == 429
+        for url in ("https://10.0.0.1/", "http://receiver.example/"):
+            refused = running.client.post("/v1/webhooks", json={"url": url})
+            assert (refused.status_code, refused.json()["errors"][0]["field"]) == (422, "url")
+        hook = created.headers["location"]
+        assert running.client.get("/v1/webhooks").json()["data"] == [running.client.get(hook).json()]
+        assert "secret" not in running.client.get(hook).json()
+        assert running.client.get(f"{hook}/messages").json() == {"data": []}
+        assert running.client.post(f"{hook}/messages/msg_0/retry").status_code == 404
+        assert running.client.delete(hook).status_code == 204 and running.client.get(hook).status_code == 404
+
+
+@pytest.mark.full
+def test_message_survives_a_restart_of_the_service(
+    tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(deliverer, "_POLL_SECONDS", 0.05)
+    monkeypatch.setattr(outbox, "RETRY_SECONDS", (0.2,) * 1000)
+    values: dict[str, Any] = {"max_webhooks": 1, "webhook_hosts": ("127.0.0.1",)}
+    with receiving() as receiver:
+        url = receiver.url("/hook?token=secret-token")
+    with service(tiny_bundle.location, tmp_path, **values) as running, caplog.at_level(logging.DEBUG):
+        created = running.client.post("/v1/webhooks", json={"url": url})
+        hook = created.headers["location"]
+        running.wait(running.ask({"classes": {"benign": 1}}))
+        wait_for(lambda: running.client.get(f"{hook}/messages").json()["data"][0]["attempts"] >= 2)
+        (message,) = running.client.get(f"{hook}/messages").json()["data"]
+        assert (message["event"], message["state"]) == ("dataset.succeeded", "waiting")
+    with service(tiny_bundle.location, tmp_path, **values) as running, receiving() as other:
+        table = WebhookTable(running.settings.jobs_url)
+        with table._writing() as connection:
+            connection.execute(outbox._endpoints.update().values(url=other.url("/hook")))
+        wait_for(lambda: other.received)
+        wait_for(lambda: running.client.get(f"{hook}/messages?state=delivered").json()["data"])
+        assert other.received[0][1]["webhook-id"] == message["id"]
+        assert running.client.post(f"{hook}/messages/{message['id']}/retry").json()["state"] == "delivered"
+        table.close()
+    assert "secret-token" not in caplog.text and created.json()["secret"] not in caplog.text
+
+
+def test_webhooks_are_off_by_default(tmp_path: Path) -> None:
+    assert Settings(_env_file=None, data_dir=tmp_path).max_webhooks == 0
