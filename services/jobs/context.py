@@ -145,6 +145,9 @@ class _RetryingStore(Store):
     def size(self, name: str) -> int | None:
         return self._retry(partial(super().size, name))
 
+    def total_bytes(self) -> int:
+        return self._retry(super().total_bytes)
+
     @contextmanager
     def open(self, name: str) -> Iterator[IO[bytes]]:
         with ExitStack() as stack:

@@ -92,7 +92,7 @@ def finish(ctx: JobContext, job_id: str) -> str:
     if not ctx.table.must_stop(job_id):
         try:
             KINDS[job.kind].finish(ctx, job)
-            stored_bytes = ctx.store(job).total_bytes()
+            stored_bytes = ctx.retrying_store(job).total_bytes()
         except StoppedError:
             pass
         except Exception as error:
