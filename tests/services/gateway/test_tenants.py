@@ -108,7 +108,12 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
 
 @pytest.fixture(scope="module")
 def served(bundles: dict[str, Bundle], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    settings = {"model_tenants": f"{SECRET}=radiology,research", "default_model": SECRET, "auth": "keys", "max_webhooks": 1}
+    settings = {
+        "model_tenants": f"{SECRET}=radiology,research",
+        "default_model": SECRET,
+        "auth": "keys",
+        "max_webhooks": 1,
+    }
     locations = ",".join(str(bundle.location) for bundle in bundles.values())
     with service(locations, tmp_path_factory.mktemp("data"), authenticity_uploads=True, **settings) as running:
         yield running
