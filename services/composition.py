@@ -12,6 +12,7 @@ from services.gateway.auth.authentication import Authenticator
 from services.gateway.dependencies import Context
 from services.gateway.heat_maps import HeatMaps
 from services.gateway.limits import GatewayLimits
+from services.gateway.quotas import TenantQuotas
 from services.gateway.uploads import Uploads
 from services.inference.client import InferenceClients
 from services.jobs.context import JobContext
@@ -68,6 +69,7 @@ def compose(settings: Settings, models: ServedModels, inference: InferenceClient
         projections=jobs.projections,
         inference=inference,
         limits=GatewayLimits.of(settings),
+        quotas=TenantQuotas(settings, job_context.table),
         uploads=Uploads(settings),
         heat_maps=HeatMaps(settings, inference.explainer),
         not_ready=_readiness(job_context, jobs),

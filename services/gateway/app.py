@@ -27,6 +27,7 @@ from services.gateway.auth.principal import ANONYMOUS, Principal
 from services.gateway.dependencies import Context
 from services.gateway.openapi import openapi_document
 from services.gateway.problems import problem_response
+from services.gateway.quotas import SCOPE_KEY, rate_limit_headers
 from services.gateway.routes import (
     authenticity,
     classifications,
@@ -40,13 +41,24 @@ from services.gateway.routes import (
     models,
     projections,
     reports,
+    usage,
 )
 from services.settings import Settings
 
 logger = logging.getLogger("dermis.http")
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
-_EXPOSED = ["Location", "ETag", "Accept-Ranges", "Content-Range", "Retry-After", "X-Request-Id", "X-Dermis-Model"]
+_EXPOSED = [
+    "Location",
+    "ETag",
+    "Accept-Ranges",
+    "Content-Range",
+    "Retry-After",
+    "RateLimit",
+    "RateLimit-Policy",
+    "X-Request-Id",
+    "X-Dermis-Model",
+]
 _DESCRIPTION = f"""Synthetic dermoscopy: generated images of skin lesions, which show no real patient.
 
 - `POST /v1/datasets` generates a dataset in the background.
@@ -56,6 +68,7 @@ _DESCRIPTION = f"""Synthetic dermoscopy: generated images of skin lesions, which
 - `POST /v1/projections` finds the latents of uploaded images.
 - `POST /v1/edits` edits images along directions of the latent space.
 - `GET /v1/models` lists the models.
+- `GET /v1/usage` shows the quotas of the tenant and their use.
 
 Every error is a problem document (RFC 9457).
 
@@ -99,6 +112,7 @@ def create_app(settings: Settings, running: Callable[[], AbstractAsyncContextMan
         classifications,
         authenticity,
         models,
+        usage,
         keys,
         health,
         docs,
@@ -137,7 +151,11 @@ class RequestMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode("ascii"))]
+                message["headers"] = [
+                    *message.get("headers", ()),
+                    *rate_limit_headers(scope.get(SCOPE_KEY, ())),
+                    (b"x-request-id", request_id.encode("ascii")),
+                ]
             await send(message)
 
         try:

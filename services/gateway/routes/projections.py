@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query
@@ -14,7 +15,15 @@ from dermis.errors import RequestError
 from dermis.projection.schedule import SCHEDULES
 from services.gateway.auth.authentication import requires
 from services.gateway.auth.principal import Principal
-from services.gateway.dependencies import Context, ContextDep, IdempotencyKey, ModelQuery, is_job_id, served_bundle
+from services.gateway.dependencies import (
+    Context,
+    ContextDep,
+    IdempotencyKey,
+    ModelQuery,
+    count_pixels,
+    is_job_id,
+    served_bundle,
+)
 from services.gateway.files import MEDIA_TYPES, file_response
 from services.gateway.openapi import UPLOAD_PROBLEMS, content, headers, image_body, problems
 from services.gateway.schemas.projections import ProjectionJob, projection_of
@@ -55,6 +64,7 @@ projections: only callers of the same tenant who know the id of a projection can
             "unknown-model",
             "idempotency-conflict",
             "unknown-class",
+            "quota-exceeded",
             "too-many-requests",
             "not-ready",
             "model-unavailable",
@@ -107,7 +117,8 @@ async def create_projection(
         raise RequestError("steps", message, "request-too-large")
     with context.limits.uploads.hold():
         limit = Limit(settings.max_projection_images, " of a projection")
-        images = await context.uploads.images(request, bundle.generator.img_resolution, limit)
+        admit = partial(count_pixels, context, request, principal)
+        images = await context.uploads.images(request, bundle.generator.img_resolution, limit, admit)
         options = ProjectionOptions(
             schedule=schedule,
             steps=step_count,
@@ -118,6 +129,7 @@ async def create_projection(
             images=len(images),
         )
         job = await asyncio.to_thread(context.projections.submit, principal.tenant, bundle, options, images, key)
+    await context.quotas.show(request, principal, "projections_per_day")
     response.headers["Location"] = f"/v1/projections/{job.id}"
     return await _body_of(context, job)
 
