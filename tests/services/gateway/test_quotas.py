@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-import multiprocessing
 import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -12,8 +14,10 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
+from dermis_client import AsyncDermisClient, DermisClient, RateLimitError, TooLargeError, Usage
 
 from dermis.bundle import Bundle
 from dermis.dataset.plan import plan_for
@@ -24,10 +28,11 @@ from dermis.imaging import ImageFormat, encode
 from postgres import running_postgres
 from service_kit import Service, service, wait_for
 from services.gateway.auth.principal import SCOPES
+from services.gateway.routes import authenticity
 from services.jobs import counters
 from services.jobs.table import JobTable
 from services.quotas import DAY, QUOTAS, Quota, QuotaExceededError, quota_of, read_quotas
-from services.settings import Settings, SettingsError, read_settings
+from services.settings import REPOSITORY, Settings, SettingsError, read_settings
 from tiny_index import make_complete_bundle
 
 pytest.importorskip("faiss", reason="FAISS is not installed")
@@ -36,6 +41,7 @@ ENDED = ("succeeded", "failed", "cancelled")
 NOON = 1_800_000_000 // DAY * DAY + 43_200.0  # of some day, in seconds since 1970
 PICTURE = encode(np.random.default_rng(0).integers(0, 256, (1000, 1000, 3), dtype=np.uint8), "jpeg")
 UPLOAD = [("files", ("a.jpg", PICTURE, "image/jpeg"))]
+SMALL = [("files", ("a.png", encode(np.zeros((12, 12, 3), np.uint8)), "image/png"))]
 QUOTAS_OF_TENANTS = {
     "*": {"images_per_day": 10, "active_jobs": 2, "stored_bytes": "20MB"},
     "minutes": {
@@ -76,7 +82,12 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 @pytest.fixture(scope="module")
 def served(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     folder = tmp_path_factory.mktemp("data")
-    settings = {"auth": "keys", "authenticity_uploads": True, "quotas": json.dumps(QUOTAS_OF_TENANTS)}
+    settings = {
+        "auth": "keys",
+        "authenticity_uploads": True,
+        "upload_decoders": 1,
+        "quotas": json.dumps(QUOTAS_OF_TENANTS),
+    }
     with service(bundle.location, folder, **settings) as running:
         yield running
 
@@ -213,7 +224,9 @@ def test_job_that_would_exceed_the_bytes_is_refused_before_it_starts(served: Ser
     assert tenant.used("stored_bytes") == 0
 
 
-def test_uploads_comparisons_and_projections_are_limited(served: Service, clock: Clock) -> None:
+def test_uploads_comparisons_and_projections_are_limited(
+    served: Service, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tenant = Tenant(served, "minutes")
 
     def classify() -> Any:
@@ -223,20 +236,25 @@ def test_uploads_comparisons_and_projections_are_limited(served: Service, clock:
     assert tenant.refused(classify(), "upload_megapixels_per_minute")["used"] == 2
     tenant.refused(tenant.send("post", "/v1/projections?steps=2", files=UPLOAD), "upload_megapixels_per_minute")
     clock.time += 60
+    served.projector.gate.clear()
     projected = tenant.send("post", "/v1/projections?steps=2", files=UPLOAD)
     assert projected.status_code == 202 and "projections_per_day" in projected.headers["ratelimit"]
     storage = Path(served.settings.storage) / "tenants" / "minutes"
     before = sorted(path.name for path in storage.iterdir())
     tenant.refused(tenant.send("post", "/v1/projections?steps=2", files=UPLOAD), "projections_per_day")
     assert sorted(path.name for path in storage.iterdir()) == before
+    assert tenant.send("delete", f"/v1/projections/{projected.json()['id']}").status_code == 204
+    served.projector.gate.set()
     clock.time += 60
+    # Comparisons stay counted if they fail, so the index is not needed here.
+    monkeypatch.setattr(authenticity, "_nearest", fail)
     compared = {"classes": {"benign": 2}}
-    assert tenant.send("post", "/v1/authenticity", json=compared).status_code == 200
-    assert tenant.send("post", "/v1/authenticity", files=UPLOAD).status_code == 200
-    tenant.refused(tenant.send("post", "/v1/authenticity", files=UPLOAD), "authenticity_per_minute")
+    assert tenant.send("post", "/v1/authenticity", json=compared).status_code == 503
+    assert tenant.send("post", "/v1/authenticity", files=SMALL).status_code == 503
+    tenant.refused(tenant.send("post", "/v1/authenticity", files=SMALL), "authenticity_per_minute")
     clock.time += 60
-    assert tenant.send("post", "/v1/authenticity", files=UPLOAD).status_code == 200
-    tenant.refused(tenant.send("post", "/v1/authenticity", files=UPLOAD), "authenticity_per_day")
+    assert tenant.send("post", "/v1/authenticity", files=SMALL).status_code == 503
+    tenant.refused(tenant.send("post", "/v1/authenticity", files=SMALL), "authenticity_per_day")
 
 
 def test_usage_shows_limits_and_use_of_the_senders_tenant(served: Service) -> None:
@@ -254,6 +272,30 @@ def test_usage_shows_limits_and_use_of_the_senders_tenant(served: Service) -> No
     ]
 
 
+def test_clients_of_python_read_use_and_refusals(served: Service) -> None:
+    tenant = Tenant(served, "sdk")
+    sdk = DermisClient("http://localhost", api_key=tenant.key, max_retries=3, http_client=served.client)
+    sdk.images.generate({"benign": 7})
+    usage = sdk.usage.retrieve()
+    quota = usage.quotas[0]
+    assert (usage.tenant, quota.name, quota.limit, quota.used, quota.remaining) == ("sdk", "images_per_day", 10, 7, 3)
+    with pytest.raises(RateLimitError) as caught:  # at once, as the day ends later than the client is willing to wait
+        sdk.datasets.create({"benign": 4})
+    exceeded = caught.value.problem.quota
+    assert exceeded is not None and (exceeded.name, exceeded.used, exceeded.requested) == ("images_per_day", 7, 4)
+    assert caught.value.kind == "quota-exceeded" and caught.value.retry_after and exceeded.resets_at
+    with pytest.raises(TooLargeError, match="this request alone needs 11"):
+        sdk.images.generate({"benign": 11})
+
+    async def retrieve() -> Usage:
+        transport = httpx.ASGITransport(app=served.client.app)
+        async with httpx.AsyncClient(transport=transport) as http:
+            client = AsyncDermisClient("http://localhost", api_key=tenant.key, http_client=http)
+            return await client.usage.retrieve()
+
+    assert asyncio.run(retrieve()) == sdk.usage.retrieve()
+
+
 @pytest.fixture(params=["sqlite", "postgresql"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """The URL of a new, empty database."""
@@ -264,14 +306,18 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
             yield server.url
 
 
-def use_from_process(url: str, tenant: str, calls: int) -> None:
-    table = JobTable(url)
-    for _ in range(calls):
-        try:
-            table.count_use(tenant, {"images_per_day": 3}, Quota(images_per_day=50))
-        except QuotaExceededError:
-            break
-    table.close()
+USE_QUOTA = """
+import sys
+from services.jobs.table import JobTable
+from services.quotas import Quota, QuotaExceededError
+table, accepted = JobTable(sys.argv[1]), 0
+try:
+    while True:
+        table.count_use("a", {"images_per_day": 3}, Quota(images_per_day=50))
+        accepted += 1
+except QuotaExceededError:
+    print(accepted)
+"""
 
 
 def test_accepted_requests_of_all_replicas_together_never_exceed_a_quota(url: str) -> None:
@@ -320,15 +366,11 @@ def test_processes_share_the_count_of_a_day(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/jobs.sqlite"
     table = JobTable(url)
     table.open()
-    start = multiprocessing.get_context("spawn")
-    processes = [start.Process(target=use_from_process, args=(url, "a", 20)) for _ in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-        assert process.exitcode == 0
+    command = [sys.executable, "-c", USE_QUOTA, url]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, cwd=REPOSITORY) for _ in range(2)]
+    accepted = [int(process.communicate(timeout=120)[0]) for process in processes]
     (use,) = table.use("a", Quota(images_per_day=50), ["images_per_day"])
-    assert use.used == 48
+    assert use.used == 48 and sum(accepted) == 16
     table.close()
 
 
