@@ -30,17 +30,30 @@ class Quota(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    images_per_day: _Whole | None = Field(None, description="Generated images in a day: of datasets and of calls.")
-    projections_per_day: _Whole | None = Field(None, description="Images that are projected in a day.")
-    authenticity_per_minute: _Whole | None = Field(None, description="Images compared by /v1/authenticity in a minute.")
-    authenticity_per_day: _Whole | None = Field(None, description="Images compared by /v1/authenticity in a day.")
-    upload_megapixels_per_minute: _Whole | None = Field(None, description="Megapixels of uploaded images in a minute.")
-    active_jobs: _Whole | None = Field(None, description="Queued and running datasets and projections.")
+    images_per_day: _Whole | None = Field(
+        default=None, description="Generated images in a day: of datasets and of calls."
+    )
+    projections_per_day: _Whole | None = Field(default=None, description="Images that are projected in a day.")
+    authenticity_per_minute: _Whole | None = Field(
+        default=None, description="Images compared by /v1/authenticity in a minute."
+    )
+    authenticity_per_day: _Whole | None = Field(
+        default=None, description="Images compared by /v1/authenticity in a day."
+    )
+    upload_megapixels_per_minute: _Whole | None = Field(
+        default=None, description="Megapixels of uploaded images in a minute."
+    )
+    active_jobs: _Whole | None = Field(default=None, description="Queued and running datasets and projections.")
     stored_bytes: Annotated[ByteSize, Field(ge=0, lt=1 << 62)] | None = Field(
-        None, description="Bytes of the files of datasets and projections, and the estimates of those that are active."
+        default=None,
+        description="Bytes of the files of datasets and projections, and the estimates of those that are active.",
     )
     retention_days: float | None = Field(
-        None, gt=0, le=36_500, allow_inf_nan=False, description="Days after which a dataset that has ended is deleted."
+        default=None,
+        gt=0,
+        le=36_500,
+        allow_inf_nan=False,
+        description="Days after which a dataset that has ended is deleted.",
     )
 
     @property
