@@ -57,6 +57,7 @@ REACHES: dict[str, set[str]] = {
     "delete /v1/webhooks/{webhook_id}": {"webhook"},
     "get /v1/webhooks/{webhook_id}/messages": {"webhook"},
     "post /v1/webhooks/{webhook_id}/messages/{message_id}/retry": {"webhook"},
+    "get /v1/usage": set(),  # tests/services/gateway/test_quotas.py
     # The operator's: keys and trail of all tenants, with the scope `admin`.
     "post /v1/admin/keys": set(),
     "get /v1/admin/keys": set(),
@@ -108,7 +109,12 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
 
 @pytest.fixture(scope="module")
 def served(bundles: dict[str, Bundle], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    settings = {"model_tenants": f"{SECRET}=radiology,research", "default_model": SECRET, "auth": "keys", "max_webhooks": 1}
+    settings = {
+        "model_tenants": f"{SECRET}=radiology,research",
+        "default_model": SECRET,
+        "auth": "keys",
+        "max_webhooks": 1,
+    }
     locations = ",".join(str(bundle.location) for bundle in bundles.values())
     with service(locations, tmp_path_factory.mktemp("data"), authenticity_uploads=True, **settings) as running:
         yield running
