@@ -190,6 +190,19 @@ def _jpeg_size(data: bytes) -> tuple[int, int] | None:
     return None
 
 
+def pixels_of_header(data: bytes) -> int:
+    """Return the number of pixels that the header of an uploaded image states; 0 if `read_image` refuses the header."""
+    kind = _format_of(data)
+    if kind is None:
+        return 0
+    try:
+        _check_parts(data, kind)
+        size = _header_size(data, kind)
+    except ImageError:
+        return 0
+    return 0 if size is None else size[0] * size[1]
+
+
 def _check_parts(data: bytes, kind: str) -> None:
     """Raise ImageError if the file has so many parts that reading them would take longer than decoding the pixels."""
     parts: Iterator[tuple[bytes | int, int, int]] = iter(())

@@ -17,6 +17,7 @@ from services.gateway.compared import ComparedImages
 from services.gateway.dependencies import Context
 from services.gateway.heat_maps import HeatMaps
 from services.gateway.limits import GatewayLimits
+from services.gateway.quotas import TenantQuotas
 from services.gateway.uploads import Uploads
 from services.inference.client import InferenceClients
 from services.jobs.context import JobContext
@@ -92,6 +93,7 @@ def compose(settings: Settings, models: ServedModels, inference: InferenceClient
         inference=inference,
         limits=GatewayLimits.of(settings),
         compared=ComparedImages.of(settings),
+        quotas=TenantQuotas(settings, job_context.table),
         uploads=Uploads(settings),
         heat_maps=HeatMaps(settings, inference.explainer),
         webhooks=webhooks,

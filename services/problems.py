@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import errno
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
@@ -10,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dermis.errors import BundleError, DermisError, RequestError, StorageError
 from services.errors import DatabaseUnavailableError, InferenceUnavailableError, NotInstalledError
+from services.quotas import QuotaExceededError
 
 PROBLEM_MEDIA_TYPE = "application/problem+json"
 _MAX_ERRORS = 20
@@ -46,6 +48,7 @@ KINDS: Mapping[str, tuple[int, str]] = {
     "no-classifier": (422, "The model has no classifier"),
     "no-index": (422, "The model has no index of its training images"),
     "request-too-large": (422, "The request exceeds a limit"),
+    "quota-exceeded": (429, "A quota of the tenant is used up"),
     "too-many-requests": (429, "A limit of the service is reached"),
     "internal": (500, "Internal error"),
     "not-installed": (501, "The service lacks a package"),
@@ -64,6 +67,19 @@ class FieldError(BaseModel):
     message: str = Field(description="The error in this field.")
 
 
+class ExceededQuota(BaseModel):
+    """The quota that a request exceeds."""
+
+    name: str = Field(description="Name of the quota, as in /v1/usage.")
+    unit: str = Field(description="Unit of the numbers.")
+    limit: float = Field(description="What the tenant may use.")
+    used: float = Field(description="What it uses.")
+    requested: float = Field(description="What the request needs.")
+    resets_at: datetime.datetime | None = Field(
+        None, description="Time at which the use starts again at 0, if it does so regularly."
+    )
+
+
 class Problem(BaseModel):
     """A problem document (RFC 9457): what is wrong, and what to do."""
 
@@ -76,6 +92,7 @@ class Problem(BaseModel):
     instance: str = Field(description="Path of the request, or of the dataset or projection that failed.")
     request_id: str | None = Field(None, description="Id of the request, also in the X-Request-Id header and the log.")
     errors: list[FieldError] = Field(default_factory=list, description="The invalid fields, if any.")
+    quota: ExceededQuota | None = Field(None, description="The quota that the request exceeds, if it exceeds one.")
 
 
 class ProblemError(DermisError):
@@ -86,6 +103,7 @@ class ProblemError(DermisError):
         detail: What is wrong and what to do.
         errors: The invalid fields.
         headers: Further headers of the response.
+        quota: The quota that the request exceeds.
     """
 
     def __init__(
@@ -95,16 +113,23 @@ class ProblemError(DermisError):
         *,
         errors: Sequence[FieldError] = (),
         headers: Mapping[str, str] | None = None,
+        quota: ExceededQuota | None = None,
     ) -> None:
         super().__init__(detail)
         self.kind = kind
         self.detail = detail
         self.errors = list(errors)
         self.headers = dict(headers or {})
+        self.quota = quota
 
 
 def problem(
-    kind: str, detail: str, instance: str, request_id: str | None = None, errors: Iterable[FieldError] = ()
+    kind: str,
+    detail: str,
+    instance: str,
+    request_id: str | None = None,
+    errors: Iterable[FieldError] = (),
+    quota: ExceededQuota | None = None,
 ) -> Problem:
     """A problem document of a known kind."""
     status, title = KINDS[kind]
@@ -116,6 +141,7 @@ def problem(
         instance=instance,
         request_id=request_id,
         errors=list(errors),
+        quota=quota,
     )
 
 
@@ -162,6 +188,8 @@ def problem_of(error: Exception) -> ProblemError:
         return ProblemError(kind, str(error), errors=[FieldError(field=error.field, message=error.message)])
     if isinstance(error, ValidationError):
         return invalid_request(field_errors(cast("list[Mapping[str, Any]]", error.errors(include_url=False))))
+    if isinstance(error, QuotaExceededError):
+        return _exceeded_quota(error)
     if isinstance(error, BundleError):
         return ProblemError("model-unavailable", str(error))
     if isinstance(error, InferenceUnavailableError | DatabaseUnavailableError):
@@ -179,6 +207,22 @@ def problem_of(error: Exception) -> ProblemError:
     if is_disk_full(error):
         return ProblemError("storage-full", "the storage of the service is full; free some space and try again")
     return ProblemError("internal", "the service failed; its log has the details under this request id")
+
+
+def _exceeded_quota(error: QuotaExceededError) -> ProblemError:
+    """The problem of an exceeded quota. Repeating a request that exceeds it by itself does not help, so that is not a 429."""
+    use, unit = error.use, error.use.kind
+    quota = ExceededQuota(
+        name=use.name,
+        unit=unit.unit,
+        limit=(use.limit or 0) / unit.scale,
+        used=(use.used or 0) / unit.scale,
+        requested=error.requested / unit.scale,
+        resets_at=None if use.resets_at is None else datetime.datetime.fromtimestamp(use.resets_at, datetime.UTC),
+    )
+    if error.retry_after is None:
+        return ProblemError("request-too-large", str(error), quota=quota)
+    return ProblemError("quota-exceeded", str(error), headers={"Retry-After": str(error.retry_after)}, quota=quota)
 
 
 def is_disk_full(error: BaseException) -> bool:

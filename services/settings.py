@@ -14,6 +14,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from dermis.bundle.installed import installed_bundles
 from dermis.errors import DermisError
+from services.quotas import Quota, quota_of, read_quotas
 from services.tenants import read_model_tenants
 
 _TRUSTED_HOST = re.compile(
@@ -336,6 +337,12 @@ class Settings(BaseSettings):
         description="Maximum time to wait for a request body, plus one second for each KiB that has arrived.",
     )
 
+    quotas: Annotated[dict[str, Quota], NoDecode] = Field(
+        {},
+        description="Quotas of tenants as a JSON object, `*` for all tenants that have none of their own: "
+        '`{"*": {"images_per_day": 1000}, "radiology": {"stored_bytes": "50GB"}}`. See [Quotas](quotas.md).',
+    )
+
     shutdown_seconds: int = Field(
         60, ge=1, le=3600, description="Maximum time from SIGTERM or Ctrl-C to the end of all processes of the service."
     )
@@ -382,6 +389,11 @@ class Settings(BaseSettings):
     @classmethod
     def _split_model_tenants(cls, value: Any) -> Any:
         return read_model_tenants(value) if isinstance(value, str) else value
+
+    @field_validator("quotas", mode="before")
+    @classmethod
+    def _read_quotas(cls, value: Any) -> Any:
+        return read_quotas(value)
 
     @field_validator("oidc_algorithms")
     @classmethod
@@ -449,6 +461,10 @@ class Settings(BaseSettings):
             return f"sqlite:///{(self.data_dir.absolute() / 'jobs.sqlite').as_posix()}"
         # psycopg 3 is installed; for postgres:// SQLAlchemy would use psycopg2.
         return re.sub(r"^postgres(ql)?://", "postgresql+psycopg://", self.database_url)
+
+    def quota_of(self, tenant: str) -> Quota:
+        """The quotas of a tenant."""
+        return quota_of(self.quotas, tenant)
 
     @property
     def compares_uploads(self) -> bool:

@@ -121,6 +121,33 @@ def test_navigation_has_every_page() -> None:
     assert not missing, f"not in the navigation of mkdocs.yml: {missing}"
 
 
+# -- tests that pages name
+
+
+def missing_tests(text: str) -> list[str]:
+    """The tests `path::name` that a text names and that do not exist."""
+    missing = []
+    for path, name in re.findall(r"\b([\w./-]+\.py)::(\w+)", text):
+        file = ROOT / path
+        tree = ast.parse(file.read_text()) if file.is_file() else ast.Module([], [])
+        functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+        if not name.startswith("test_") or name not in functions:
+            missing.append(f"{path}::{name}")
+    return missing
+
+
+def test_tests_that_prove_the_threat_model_exist() -> None:
+    """Each item of the OWASP list names tests, and all of them exist."""
+    items = (DOCS / "threat-model.md").read_text().split("\n### API")[1:]
+    assert [item.partition(":")[0] for item in items] == [str(number) for number in range(1, 11)]
+    assert all("::test_" in item for item in items)
+    assert not missing_tests("\n".join(items))
+    assert missing_tests("`tests/test_docs.py::test_nothing`, tests/none.py::test_x") == [
+        "tests/test_docs.py::test_nothing",
+        "tests/none.py::test_x",
+    ]
+
+
 # -- shell
 
 

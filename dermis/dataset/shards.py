@@ -17,7 +17,7 @@ from dermis.dataset.request import DatasetRequest
 from dermis.dataset.scoring import SampleResult, Score, Synthesize, generate_samples
 from dermis.dataset.store import PARTIAL, Store, hash_file, storage_errors
 from dermis.errors import StorageError
-from dermis.imaging import encode
+from dermis.imaging import ImageFormat, encode
 
 
 @dataclass(frozen=True)
@@ -213,3 +213,38 @@ def _bytes_per_image(request: DatasetRequest, resolution: int) -> int:
     """Return the least size of a dermoscopy image in bytes with headers and metadata, as measured at 64 to 256 px."""
     per_pixel = {"png": 1.0, "jpeg": 0.15, "webp": 0.1}[request.image_format]
     return int(per_pixel * resolution**2) + 500
+
+
+# Bytes per pixel of images of random pixels, which no encoder can reduce, by the highest quality to which they apply. They
+# were measured at 256 px with uniform and with binary noise, and rounded up.
+_MAX_BYTES_PER_PIXEL: Mapping[str, Mapping[int, float]] = {
+    "png": {100: 3.1},
+    "jpeg": {75: 1.8, 95: 3.2, 100: 5.0},
+    "webp": {75: 1.6, 95: 2.8, 100: 3.4},
+}
+_MAX_HEADER_BYTES = 2000  # of an image file; for small images they are most of it
+_MAX_RECORD_BYTES = 4000  # of a sample in its container, metadata.csv and manifest.json, without the names of its class
+_MAX_EXTRA_BYTES = 8 << 20  # preview, card and report
+
+
+def max_image_bytes(image_format: ImageFormat, quality: int, resolution: int) -> int:
+    """Return an upper estimate of the size of an encoded image in bytes.
+
+    Args:
+        image_format: The format.
+        quality: Quality of JPEG and WebP, 1 to 100.
+        resolution: Side of the image in px.
+    """
+    per_pixel = next(value for highest, value in _MAX_BYTES_PER_PIXEL[image_format].items() if quality <= highest)
+    return int(per_pixel * resolution**2) + _MAX_HEADER_BYTES
+
+
+def max_dataset_bytes(plan: DatasetPlan, resolution: int) -> int:
+    """Return an upper estimate of the size of all files of a finished dataset in bytes.
+
+    Dermoscopy images are smaller than the estimate assumes: as PNG about half, as JPEG or WebP about a tenth.
+    """
+    request = plan.request
+    image = max_image_bytes(request.image_format, request.image_quality, resolution)
+    names = 12 * max(len(name) for name in plan.class_names)  # percent-encoded, in several files
+    return plan.samples * (image + _MAX_RECORD_BYTES + names) + _MAX_EXTRA_BYTES

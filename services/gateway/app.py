@@ -29,6 +29,7 @@ from services.gateway.dependencies import Context
 from services.gateway.openapi import openapi_document
 from services.gateway.problems import problem_response
 from services.gateway.proxies import ProxyMiddleware
+from services.gateway.quotas import SCOPE_KEY, rate_limit_headers
 from services.gateway.routes import (
     audit,
     authenticity,
@@ -43,6 +44,7 @@ from services.gateway.routes import (
     models,
     projections,
     reports,
+    usage,
     webhooks,
 )
 from services.settings import Settings
@@ -50,7 +52,17 @@ from services.settings import Settings
 logger = logging.getLogger("dermis.http")
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
-_EXPOSED = ["Location", "ETag", "Accept-Ranges", "Content-Range", "Retry-After", "X-Request-Id", "X-Dermis-Model"]
+_EXPOSED = [
+    "Location",
+    "ETag",
+    "Accept-Ranges",
+    "Content-Range",
+    "Retry-After",
+    "RateLimit",
+    "RateLimit-Policy",
+    "X-Request-Id",
+    "X-Dermis-Model",
+]
 _DESCRIPTION = f"""Synthetic dermoscopy: generated images of skin lesions, none of which is a photograph of a patient.
 
 - `POST /v1/datasets` generates a dataset in the background.
@@ -60,6 +72,7 @@ _DESCRIPTION = f"""Synthetic dermoscopy: generated images of skin lesions, none 
 - `POST /v1/projections` finds the latents of uploaded images.
 - `POST /v1/edits` edits images along directions of the latent space.
 - `GET /v1/models` lists the models.
+- `GET /v1/usage` shows the quotas of the tenant and their use.
 
 Every error is a problem document (RFC 9457).
 
@@ -104,6 +117,7 @@ def create_app(settings: Settings, running: Callable[[], AbstractAsyncContextMan
         authenticity,
         models,
         webhooks,
+        usage,
         keys,
         audit,
         health,
@@ -146,7 +160,11 @@ class RequestMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode("ascii"))]
+                message["headers"] = [
+                    *message.get("headers", ()),
+                    *rate_limit_headers(scope.get(SCOPE_KEY, ())),
+                    (b"x-request-id", request_id.encode("ascii")),
+                ]
             await send(message)
 
         try:

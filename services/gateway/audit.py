@@ -83,6 +83,7 @@ NOT_RECORDED = frozenset(
         "GET /v1/webhooks",
         "GET /v1/webhooks/{webhook_id}",
         "GET /v1/webhooks/{webhook_id}/messages",
+        "GET /v1/usage",
         "GET /metrics",
         "GET /livez",
         "GET /readyz",

@@ -22,6 +22,7 @@ from services.gateway.bodies import read_bytes
 from services.gateway.compared import ComparedImages
 from services.gateway.heat_maps import HeatMaps
 from services.gateway.limits import GatewayLimits
+from services.gateway.quotas import TenantQuotas
 from services.gateway.uploads import Uploads
 from services.inference.client import InferenceClients
 from services.jobs.service import DatasetJobs, ProjectionJobs
@@ -53,6 +54,7 @@ class Context:
     inference: InferenceClients
     limits: GatewayLimits
     compared: ComparedImages
+    quotas: TenantQuotas
     uploads: Uploads
     heat_maps: HeatMaps
     webhooks: WebhookTable
@@ -96,6 +98,15 @@ async def served_bundle(context: Context, principal: Principal, model: str | Non
         BundleError: If the bundle cannot be served.
     """
     return await asyncio.to_thread(context.models.serving_for, principal.tenant, model)
+
+
+async def count_pixels(context: Context, request: Request, principal: Principal, pixels: int) -> None:
+    """Count the pixels of an upload.
+
+    Raises:
+        QuotaExceededError: The quota of the sender's tenant would be exceeded.
+    """
+    await context.quotas.count(request, principal, {"upload_megapixels_per_minute": pixels})
 
 
 def model_header(bundle: Bundle) -> dict[str, str]:

@@ -39,10 +39,10 @@ async def progress_events(
         while current is not None:
             state = (current.state, current.samples_done, current.shards_done, current.images_per_second)
             if not current.active:
-                yield _event(current.state, current)
+                yield _event(current.state, current, context.jobs.expires_at(current))
                 return
             if state != shown:
-                yield ("retry: 2000\n" if shown is None else "") + _event("progress", current)
+                yield ("retry: 2000\n" if shown is None else "") + _event("progress", current, None)
                 shown, sent = state, time.monotonic()
             elif time.monotonic() - sent >= HEARTBEAT_SECONDS:
                 yield ": heartbeat\n\n"
@@ -61,6 +61,7 @@ async def progress_events(
         context.limits.event_streams.release()
 
 
-def _event(name: str, job: Job) -> str:
+def _event(name: str, job: Job, expires_at: float | None) -> str:
     # The JSON of pydantic has no line breaks, so it is one line of data.
-    return f"event: {name}\nid: {job.samples_done}\ndata: {dataset_of(job).model_dump_json(by_alias=True)}\n\n"
+    body = dataset_of(job, expires_at).model_dump_json(by_alias=True)
+    return f"event: {name}\nid: {job.samples_done}\ndata: {body}\n\n"

@@ -29,6 +29,8 @@ _PROBLEM_CONTENT = {PROBLEM_MEDIA_TYPE: {"schema": {"$ref": "#/components/schema
 _HEADERS = {
     "Location": "Path of the dataset, projection, webhook or API key.",
     "Retry-After": "Seconds after which to try again.",
+    "RateLimit-Policy": "Quotas with a window that the request counts against (draft-ietf-httpapi-ratelimit-headers).",
+    "RateLimit": "What remains of these quotas, and seconds until the window ends.",
     "ETag": "Hash of the file, in quotes.",
     "Accept-Ranges": "bytes",
     "Content-Range": "Range of the bytes, and the size of the file.",
@@ -62,7 +64,9 @@ def problems(*kinds: str) -> Responses:
         known = responses.setdefault(status, {"description": "", "content": _PROBLEM_CONTENT})
         known["description"] = "; ".join(filter(None, (known["description"], f"{title} (`{kind}`)")))
         if status in (429, 503):
-            known["headers"] = headers("Retry-After")
+            known.setdefault("headers", {}).update(headers("Retry-After"))
+        if kind == "quota-exceeded":
+            known["headers"].update(headers("RateLimit-Policy", "RateLimit"))
     return responses
 
 

@@ -17,17 +17,20 @@ from starlette.routing import Match, Route
 
 from dermis.errors import DermisError
 from services import problems
+from services.gateway.quotas import SCOPE_KEY
 from services.jobs.table import IdempotencyConflictError, TooManyActiveError
 from services.logs import without_secrets
 from services.problems import (
     KINDS,
     PROBLEM_MEDIA_TYPE,
+    ExceededQuota,
     FieldError,
     ProblemError,
     field_errors,
     invalid_request,
     problem,
 )
+from services.quotas import QuotaExceededError
 
 logger = logging.getLogger("dermis.http")
 
@@ -39,11 +42,12 @@ def problem_response(
     *,
     errors: Iterable[FieldError] = (),
     headers: Mapping[str, str] | None = None,
+    quota: ExceededQuota | None = None,
 ) -> Response:
     """The response to `request` with a problem document."""
-    document = problem(kind, detail, request.url.path, request.scope.get("request_id"), errors)
+    document = problem(kind, detail, request.url.path, request.scope.get("request_id"), errors, quota)
     # ASCII escapes: a name from the request can contain a lone surrogate, which UTF-8 cannot encode.
-    text = json.dumps(document.model_dump(exclude_none=True), ensure_ascii=True)
+    text = json.dumps(document.model_dump(mode="json", exclude_none=True), ensure_ascii=True)
     body = without_secrets(text).encode("ascii")  # a caller may have put a key into the path, and may log the answer
     return Response(body, status_code=document.status, media_type=PROBLEM_MEDIA_TYPE, headers=dict(headers or {}))
 
@@ -73,7 +77,11 @@ async def _on_error(request: Request, error: Exception) -> Response:
         # The text of the error has details that the response does not: paths, and messages of a driver.
         fields = {"id": request.scope.get("request_id"), "kind": cause.kind, "error": str(error)}
         logger.warning("request failed", extra=fields)
-    return problem_response(request, cause.kind, cause.detail, errors=cause.errors, headers=cause.headers)
+    if isinstance(error, QuotaExceededError):
+        request.scope[SCOPE_KEY] = [error.use]
+    return problem_response(
+        request, cause.kind, cause.detail, errors=cause.errors, headers=cause.headers, quota=cause.quota
+    )
 
 
 async def _on_parameters(request: Request, error: Exception) -> Response:

@@ -5,27 +5,49 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
+from starlette.requests import Request
+
 from dermis.bundle import Bundle
 from dermis.dataset.request import EditOption, classes_of
 from dermis.directions.edit import bundle_offset
 from dermis.errors import RequestError
+from services.gateway.auth.principal import Principal
 from services.gateway.dependencies import Context
 from services.inference.samples import Image
 from services.problems import ProblemError
 
 
-async def generate_within_limits(context: Context, generate: Callable[[], Awaitable[list[Image]]]) -> list[Image]:
-    """Return the images of `generate`, within the limits of calls and of time.
+async def generate_within_limits(
+    context: Context,
+    request: Request,
+    principal: Principal,
+    count: int,
+    generate: Callable[[], Awaitable[list[Image]]],
+) -> list[Image]:
+    """Return the images of `generate`, within the limits of calls and of time and the quota of the sender.
+
+    Args:
+        context: The context of the routes.
+        request: The request.
+        principal: The sender.
+        count: Number of images.
+        generate: Generates them.
 
     Raises:
         ProblemError: If too many calls are waiting for images, or if it takes too long.
+        QuotaExceededError: If the quota of images of the sender's tenant would be exceeded.
     """
     with context.limits.images.hold():
-        try:
-            return await asyncio.wait_for(generate(), context.settings.image_timeout_seconds)
-        except TimeoutError:
-            detail = "the generator is busy; try again, or request fewer images"
-            raise ProblemError("overloaded", detail, headers={"Retry-After": "5"}) from None
+        async with context.quotas.counted(request, principal, {"images_per_day": count}):
+            return await _generate_in_time(context, generate)
+
+
+async def _generate_in_time(context: Context, generate: Callable[[], Awaitable[list[Image]]]) -> list[Image]:
+    try:
+        return await asyncio.wait_for(generate(), context.settings.image_timeout_seconds)
+    except TimeoutError:
+        detail = "the generator is busy; try again, or request fewer images"
+        raise ProblemError("overloaded", detail, headers={"Retry-After": "5"}) from None
 
 
 def check_classes(names: Mapping[str, str], bundle: Bundle) -> None:

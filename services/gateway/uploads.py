@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -19,7 +19,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
-from dermis.image_reading import FORMATS, ImageError
+from dermis.image_reading import FORMATS, ImageError, pixels_of_header
 from dermis.imaging import Images
 from services.gateway.bodies import read_bytes
 from services.gateway.decoding import Decoder
@@ -59,13 +59,21 @@ class Uploads:
         for decoder in self._decoders:
             self._idle.put(decoder)
 
-    async def images(self, request: Request, size: int, limit: Limit | None = None) -> list[Images]:
+    async def images(
+        self,
+        request: Request,
+        size: int,
+        limit: Limit | None = None,
+        admit: Callable[[int], Awaitable[None]] | None = None,
+    ) -> list[Images]:
         """Read and decode the images of an upload. At most as many full-size images as decoders exist at one time.
 
         Args:
             request: The request.
             size: Side of the squares in px.
             limit: A lower limit than that of the settings.
+            admit: Called with the number of pixels of all images together, as their headers state, before they are decoded.
+                An exception ends the call.
 
         Returns:
             The largest centred square of each image, uint8 [size, size, 3], in order.
@@ -75,6 +83,8 @@ class Uploads:
                 is the body.
         """
         files, names = await self._files(request, limit)
+        if admit is not None:
+            await admit(await asyncio.to_thread(self._pixels, files))
         loop = asyncio.get_running_loop()
         decode = [loop.run_in_executor(self._threads, self._decode, files, i, size) for i in range(len(files))]
         outcomes = await asyncio.gather(*decode, return_exceptions=True)
@@ -99,6 +109,11 @@ class Uploads:
         self._threads.shutdown(wait=True)
         for decoder in self._decoders:
             decoder.close()
+
+    def _pixels(self, files: Sequence[bytes]) -> int:
+        """The number of pixels that are about to be decoded. Larger images than the limit are refused, not decoded."""
+        each = (pixels_of_header(data) for data in files)
+        return sum(pixels for pixels in each if pixels <= self._settings.max_upload_pixels)
 
     def _decode(self, files: list[bytes], place: int, size: int) -> Images:
         data, files[place] = files[place], b""  # release the encoded bytes as soon as possible

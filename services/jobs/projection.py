@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict
 
 from dermis.bundle import Bundle
 from dermis.dataset.request import classes_of
+from dermis.dataset.shards import max_image_bytes
 from dermis.dataset.store import PARTIAL, Store
 from dermis.errors import DataError
 from dermis.imaging import decode, encode
@@ -32,6 +33,8 @@ from services.jobs.table import Job
 IMAGES_PER_SHARD = 8
 LISTING = "projections.json"
 _REPORT_SECONDS = 1.0
+_MAX_FRAMES = 120  # of a video
+_RECORD_BYTES = 10_000  # of the list of results, and of the header of the latents
 
 
 class ProjectionOptions(BaseModel):
@@ -64,6 +67,17 @@ def path(job_id: str) -> str:
 def shards_of(images: int) -> int:
     """The number of shards of a job with this number of images."""
     return -(-images // IMAGES_PER_SHARD)
+
+
+def max_bytes(options: ProjectionOptions, bundle: Bundle) -> int:
+    """An upper estimate of the size of all files of a projection in bytes, the uploaded images included."""
+    network = bundle.generator
+    pixels = network.img_resolution**2
+    picture = max_image_bytes("png", 100, network.img_resolution)
+    # ws, the image, and noise maps of which there are two at each resolution.
+    latents = 4 * network.num_ws * network.w_dim + 3 * pixels + 11 * pixels
+    video = _MAX_FRAMES * (2 * pixels + 1000) if options.video else 0
+    return options.images * (2 * picture + latents + video + _RECORD_BYTES)
 
 
 def write_inputs(store: Store, images: Sequence[NDArray[np.uint8]]) -> None:

@@ -21,7 +21,7 @@ from dermis.bundle import Bundle
 from dermis.dataset.manifest import MANIFEST, read_manifest
 from dermis.dataset.plan import plan_for
 from dermis.dataset.request import DatasetRequest, check_against
-from dermis.dataset.shards import check_space
+from dermis.dataset.shards import check_space, max_dataset_bytes
 from dermis.dataset.store import Store
 from dermis.errors import DermisError, RequestError, StorageError
 from services.jobs import execution, projection, workflow
@@ -29,6 +29,7 @@ from services.jobs.context import FileInfo, JobContext, ShutdownError
 from services.jobs.lease import Lease, executor_slot
 from services.jobs.projection import ProjectionOptions
 from services.jobs.table import Job
+from services.quotas import DAY
 from services.settings import Settings
 from services.tenants import job_folders
 
@@ -71,6 +72,7 @@ class JobService:
         def sweep(leases_reliable: bool) -> None:
             with contextlib.suppress(ShutdownError):
                 workflow.sweep(leases_reliable)
+            self.datasets.remove_expired()
             self.projections.remove_expired(settings.projection_keep_seconds)
             execution.measure_files(self._ctx)
 
@@ -119,6 +121,7 @@ class DatasetJobs:
             BundleError: If the model cannot be served.
             IdempotencyConflictError: If the key was used for another request.
             TooManyActiveError: If as many datasets are active as the settings allow.
+            QuotaExceededError: If a quota of the tenant would be exceeded.
             StorageError: If there is not enough space.
             DatabaseUnavailableError: If the database cannot be reached.
         """
@@ -149,6 +152,9 @@ class DatasetJobs:
                 idempotency_key=idempotency_key,
                 max_active=settings.max_active_datasets,
                 owner=workflow.executor_id(),
+                quota=settings.quota_of(tenant),
+                amounts={"images_per_day": plan.samples},
+                reserved_bytes=max_dataset_bytes(plan, bundle.generator.img_resolution),
             )
             if new:
                 workflow.submit(job)
@@ -179,6 +185,26 @@ class DatasetJobs:
         if stopping is None:
             self._listings.pop(job.id, None)
         return stopping
+
+    def expires_at(self, job: Job) -> float | None:
+        """The time at which an ended job expires, seconds since 1970; None if it is kept, or has not ended."""
+        days = self._settings.quota_of(job.tenant).retention_days
+        return None if days is None or job.finished_at is None else job.finished_at + days * DAY
+
+    def remove_expired(self) -> None:
+        """Remove datasets that ended longer ago than the retention time of their tenant.
+
+        A removal that was interrupted is completed by a later call, because the record is deleted last.
+        """
+        times = [days for quota in self._settings.quotas.values() if (days := quota.retention_days) is not None]
+        if not times:
+            return
+        now = time.time()
+        for job in self._ctx.table.ended_before("dataset", now - min(times) * DAY):
+            expires_at = self.expires_at(job)
+            if expires_at is not None and expires_at <= now:
+                _remove_expired(self._ctx, job)
+                self._listings.pop(job.id, None)
 
     def files(self, job: Job) -> list[FileInfo]:
         """The files of a job that has succeeded: those that its manifest lists, and the manifest."""
@@ -225,6 +251,7 @@ class ProjectionJobs:
         Raises:
             IdempotencyConflictError: If the key was used for another request.
             TooManyActiveError: If as many projections are active as the settings allow.
+            QuotaExceededError: If a quota of the tenant would be exceeded.
             StorageError: If the images cannot be stored.
             DatabaseUnavailableError: If the database cannot be reached.
         """
@@ -248,6 +275,9 @@ class ProjectionJobs:
                 idempotency_key=key,
                 max_active=self._settings.max_active_projections,
                 owner=workflow.executor_id(),
+                quota=self._settings.quota_of(tenant),
+                amounts={"projections_per_day": options.images},
+                reserved_bytes=projection.max_bytes(options, bundle),
             )
             # The row comes first: after a crash, only a row says that there are images to remove.
             if new:
@@ -263,6 +293,7 @@ class ProjectionJobs:
             try:
                 execution.remove_files(self._ctx, job.tenant, job.id)
                 self._ctx.table.delete(job.id)
+                self._ctx.table.undo_use(job.tenant, {"projections_per_day": len(images)})
             except DermisError as error:  # the next sweep ends the job and removes its files
                 logger.warning("projection not removed", extra={"projection": job.id, "error": str(error)})
             raise
@@ -288,11 +319,7 @@ class ProjectionJobs:
         for job in self._ctx.table.ended_before("projection", now):
             if job.state != "cancelled" and (job.finished_at or now) > now - keep_seconds:
                 continue
-            logger.info("projection expired", extra={"projection": job.id})
-            try:
-                workflow.cancel_or_delete(self._ctx, job)
-            except StorageError as error:  # continue with the others; this one is removed by a later call
-                logger.warning("projection not removed", extra={"projection": job.id, "error": str(error)})
+            _remove_expired(self._ctx, job)
 
     def results(self, job: Job) -> list[Mapping[str, Any]]:
         """The results of a job that has succeeded: one row per image, with the names of its files."""
@@ -312,6 +339,15 @@ class ProjectionJobs:
     def open(self, job: Job, name: str) -> AbstractContextManager[IO[bytes]]:
         """A file of the job, open for reading and seeking."""
         return self._ctx.store(job).open(name)
+
+
+def _remove_expired(ctx: JobContext, job: Job) -> None:
+    """Remove an ended job with its files. One whose files cannot be removed is removed by a later call."""
+    logger.info("job expired", extra={"job": job.id, "kind": job.kind})
+    try:
+        workflow.cancel_or_delete(ctx, job)
+    except StorageError as error:
+        logger.warning("expired job not removed", extra={"job": job.id, "error": str(error)})
 
 
 @contextmanager

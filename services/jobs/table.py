@@ -10,7 +10,7 @@ A change of a table here needs a revision in `migrations/versions` (see `schema`
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,8 +19,9 @@ import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
 from dermis.errors import DermisError
-from services.jobs import schema
+from services.jobs import counters, schema
 from services.jobs.database import database_errors, make_engine, schema_lock
+from services.quotas import QUOTAS, Quota, QuotaExceededError, QuotaUse
 from services.tenants import DEFAULT_TENANT
 from services.webhooks.outbox import add_messages
 
@@ -61,6 +62,7 @@ _jobs = sa.Table(
     sa.Column("started_at", sa.Float),
     sa.Column("finished_at", sa.Float),
     sa.Column("stored_bytes", sa.BigInteger),  # of the files of a job that has succeeded; null until they are measured
+    sa.Column("reserved_bytes", sa.BigInteger),  # estimate that counts until `stored_bytes` is measured
     sa.Index("ix_dermis_jobs_tenant", "tenant", "kind", "sequence"),
     sa.Index("uq_dermis_jobs_tenant_key", "tenant", "idempotency_key", unique=True),
     sqlite_autoincrement=True,  # numbers of deleted jobs are not used again, so cursors stay valid
@@ -110,6 +112,7 @@ class Job:
     started_at: float | None
     finished_at: float | None
     stored_bytes: int | None
+    reserved_bytes: int | None
 
     @property
     def active(self) -> bool:
@@ -181,6 +184,9 @@ class JobTable:
         idempotency_key: str | None = None,
         max_active: int | None = None,
         owner: str | None = None,
+        quota: Quota | None = None,
+        amounts: Mapping[str, int] | None = None,
+        reserved_bytes: int | None = None,
     ) -> tuple[Job, bool]:
         """Insert a queued job.
 
@@ -197,13 +203,17 @@ class JobTable:
             idempotency_key: The name that a caller of this tenant gave the request.
             max_active: The maximum number of active jobs of this kind, this one included.
             owner: The worker that submits the job.
+            quota: The quotas of the tenant; by default it has none.
+            amounts: What the job uses of quotas with a window, by name of the quota.
+            reserved_bytes: Upper estimate of the size of its files.
 
         Returns:
-            (job, True), or (the earlier job of this key, False).
+            (job, True), or (the earlier job of this key, False), which is not counted again.
 
         Raises:
             IdempotencyConflictError: If the key was used with another body.
             TooManyActiveError: At the limit.
+            QuotaExceededError: If the job would exceed a quota of the tenant. Nothing is stored or counted.
         """
         values = {
             "id": job_id,
@@ -219,9 +229,12 @@ class JobTable:
             "idempotency_key": idempotency_key,
             "owner": owner,
             "created_at": time.time(),
+            "reserved_bytes": reserved_bytes,
         }
         try:
             with self._writing() as connection:
+                if quota is not None and quota.limits:
+                    counters.lock_tenant(connection, tenant)
                 earlier = self._by_key(connection, tenant, idempotency_key, (body_hash, *earlier_hashes))
                 if earlier is not None:
                     return earlier, False
@@ -231,6 +244,9 @@ class JobTable:
                         raise TooManyActiveError(
                             f"{max_active} {kind}s are queued or running; try again when one has ended"
                         )
+                if quota is not None and quota.limits:
+                    _check_existing(connection, tenant, quota, {"active_jobs": 1, "stored_bytes": reserved_bytes or 0})
+                    counters.add(connection, tenant, amounts or {}, quota)
                 connection.execute(sa.insert(_jobs).values(values))
                 return _job(connection, job_id), True
         except IntegrityError:
@@ -300,10 +316,45 @@ class JobTable:
         return {state: counts.get(state, 0) for state in STATES}
 
     def stored_bytes(self, tenant: str) -> int:
-        """The size of the files of a tenant's jobs that have succeeded."""
-        query = sa.select(sa.func.sum(_jobs.c.stored_bytes)).where(_jobs.c.tenant == tenant)
+        """The size of the files of a tenant's jobs that have succeeded, and the estimates of those that are active."""
         with self._reading() as connection:
-            return int(connection.scalar(query) or 0)
+            return _existing(connection, tenant, "stored_bytes")
+
+    # Quotas
+
+    def count_use(self, tenant: str, amounts: Mapping[str, int], quota: Quota) -> list[QuotaUse]:
+        """Count a request in all of its quotas that have a limit, or in none.
+
+        Args:
+            tenant: The tenant.
+            amounts: What the request needs by name of the quota, in counted units. The quotas have windows.
+            quota: The quotas of the tenant.
+
+        Returns:
+            The use of each quota with a limit, with this request.
+
+        Raises:
+            QuotaExceededError: A quota would be exceeded.
+        """
+        with self._writing() as connection:
+            counters.lock_tenant(connection, tenant)
+            return counters.add(connection, tenant, amounts, quota)
+
+    def undo_use(self, tenant: str, amounts: Mapping[str, int]) -> None:
+        """Undo `count_use` for a request that has failed."""
+        with self._writing() as connection:
+            counters.lock_tenant(connection, tenant)
+            counters.subtract(connection, tenant, amounts)
+
+    def use(self, tenant: str, quota: Quota, names: Iterable[str] = QUOTAS) -> list[QuotaUse]:
+        """The use of quotas by a tenant."""
+        with self._reading() as connection:
+            return [
+                counters.use_of(connection, tenant, name, quota)
+                if QUOTAS[name].seconds is not None
+                else QuotaUse(name, quota.limit_of(name), _existing(connection, tenant, name))
+                for name in names
+            ]
 
     def unmeasured(self, limit: int) -> list[Job]:
         """Jobs of all tenants that have succeeded and whose files were not measured, as earlier versions left them."""
@@ -474,6 +525,27 @@ class JobTable:
             connection.begin(),
         ):
             yield connection
+
+
+def _existing(connection: sa.Connection, tenant: str, name: str) -> int:
+    """The use of a quota of what exists now: the number of active jobs, or the bytes of all jobs."""
+    if name == "active_jobs":
+        column: sa.ColumnElement[int] = sa.func.count()
+        query = sa.select(column).where(_jobs.c.tenant == tenant, _jobs.c.state.in_(ACTIVE))
+    else:
+        ended = _jobs.c.state.in_(
+            ("failed", "cancelled")
+        )  # their files are removed; those of deleted ones were measured
+        size = sa.func.coalesce(_jobs.c.stored_bytes, sa.case((ended, 0), else_=_jobs.c.reserved_bytes), 0)
+        query = sa.select(sa.func.sum(size)).where(_jobs.c.tenant == tenant)
+    return int(connection.scalar(query) or 0)
+
+
+def _check_existing(connection: sa.Connection, tenant: str, quota: Quota, amounts: Mapping[str, int]) -> None:
+    for name, amount in amounts.items():
+        limit = quota.limit_of(name)
+        if limit is not None and (used := _existing(connection, tenant, name)) + amount > limit:
+            raise QuotaExceededError(QuotaUse(name, limit, used), amount)
 
 
 def _rate(job: Job, total: int, now: float) -> dict[str, Any]:

@@ -24,7 +24,23 @@ from dermis import __version__
 
 MAX_URL = 500
 _SECONDS = 15.0
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+# `is_global` knows only the addresses that were special when the version of Python was made, and takes all others for public.
+_PUBLIC_IPV6 = ipaddress.ip_network(
+    "2000::/3"
+)  # all that is assigned; others lead to private IPv4 addresses, or nowhere
+_NOT_PUBLIC = tuple(
+    map(
+        ipaddress.ip_network,
+        (
+            "192.0.0.0/24",  # protocol assignments, with a metadata service
+            "192.88.99.0/24",  # relays to IPv6
+            "2001::/23",  # protocol assignments, with Teredo
+            "2002::/16",  # 6to4, which leads to IPv4 addresses
+            "3fff::/20",  # documentation
+            "168.63.129.16/32",  # the metadata service of Azure
+        ),
+    )
+)
 
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -183,6 +199,8 @@ def _parse(text: str) -> _Address | None:
 def _may_connect(host: str, address: _Address, allowed: Allowed) -> bool:
     if host in allowed.names or allowed.has_address(address):
         return True
-    if isinstance(address, ipaddress.IPv6Address) and (address.sixtofour or address.teredo or address in _NAT64):
-        return False  # they lead to IPv4 addresses, which can be private
-    return address.is_global and not address.is_multicast
+    if isinstance(address, ipaddress.IPv6Address) and address not in _PUBLIC_IPV6:
+        return False
+    if any(address in network for network in _NOT_PUBLIC if network.version == address.version):
+        return False
+    return address.is_global and not address.is_multicast and not address.is_reserved

@@ -274,6 +274,14 @@ def test_hostile_receivers(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) 
         "https://[::ffff:10.0.0.1]/",
         "https://[64:ff9b::a00:1]/",
         "https://[2002:a00:1::]/",
+        "https://[::127.0.0.1]/",
+        "https://[::ffff:0:127.0.0.1]/",
+        "https://[64:ff9b:1::a00:1]/",
+        "https://[fec0::1]/",
+        "https://[2001:10::1]/",
+        "https://[ff0e::1]/",
+        "https://192.0.0.192/",
+        "https://168.63.129.16/",
         "https://169.254.169.254/latest/meta-data",
         "https://10.0.0.1/",
         "https://100.64.0.1/",
@@ -289,6 +297,11 @@ def test_hostile_receivers(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) 
 def test_urls_that_lead_inside_are_refused(url: str) -> None:
     with pytest.raises(UrlRefusedError):
         check_url(url, Allowed.of(["10.9.0.0/16", "intern.example"]))
+
+
+@pytest.mark.parametrize("url", ["https://198.41.0.4/", "https://[2606:4700::1111]/", "https://[2a00:1450::1]:8443/"])
+def test_public_addresses_are_allowed(url: str) -> None:
+    assert check_url(url, Allowed.of([]))
 
 
 @pytest.mark.parametrize("host", ["localhost", "2130706433", "0x7f.1", "127.1"])

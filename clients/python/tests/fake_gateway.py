@@ -41,6 +41,16 @@ class Fault:
     endless: bytes = b""  # repeat this as the body until the client disconnects
 
 
+USAGE = {
+    "object": "usage", "tenant": "a", "retention_days": 30.0, "quotas": [
+        {"name": "images_per_day", "unit": "images", "limit": 1000.0, "used": 12.0, "remaining": 988.0,
+         "window_seconds": 86400, "resets_at": "2026-11-30T00:00:00Z"},
+        {"name": "stored_bytes", "unit": "bytes", "limit": None, "used": 123456.0, "remaining": None,
+         "window_seconds": None, "resets_at": None},
+    ],
+}  # fmt: skip
+
+
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
@@ -337,6 +347,8 @@ class Handler(BaseHTTPRequestHandler):
                 self._json(200, {"object": "list", "data": [self._model()]})
             case ("GET", ["v1", "models", "demo"]):
                 self._json(200, self._model() | {"card": "# demo\n"})
+            case ("GET", ["v1", "usage"]):
+                self._json(200, USAGE)
             case ("POST", ["v1", "images"]):
                 self._images(json.loads(body))
             case ("POST", ["v1", "classifications"]):

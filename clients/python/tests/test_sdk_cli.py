@@ -83,6 +83,17 @@ def test_json_is_one_document_on_stdout(gateway: FakeGateway, run: Run, tmp_path
     assert images["images"][0]["class"] == "benign"
 
 
+def test_usage_command_shows_the_quotas(run: Run) -> None:
+    assert run("usage")[1].splitlines() == [
+        "tenant: a",
+        "datasets are deleted 30 days after their end",
+        "QUOTA           USED     LIMIT     LEFT  UNIT    STARTS AGAIN",
+        "images_per_day  12       1,000     988   images  2026-11-30 00:00:00 UTC",
+        "stored_bytes    123,456  no limit  -     bytes   -",
+    ]
+    assert json.loads(run("usage", "--json")[1])["quotas"][0]["remaining"] == 988
+
+
 def test_images_command_saves_images_and_grid(run: Run, tmp_path: Path) -> None:
     grid = tmp_path / "grid.png"
     status, printed, _ = run(

@@ -40,6 +40,7 @@ PREFIX = "dermis_sk_"
 DEFAULT_OVERLAP_SECONDS = 86_400.0
 MAX_LIFETIME_SECONDS = 10 * 366 * 86_400.0
 _KEY = re.compile(r"dermis_sk_([a-z0-9]{12})_([A-Za-z0-9_-]{43})")
+_ID = re.compile(r"[a-z0-9]{12}")
 _ID_LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 _MAX_NAME = 200
 # Age at which the copy of the table is read again, so the longest time until a revocation is effective on every replica.
@@ -237,6 +238,8 @@ class KeyTable:
     def all(self, tenant: str | None = None) -> list[ApiKey]:
         """All keys of a tenant or of all tenants, newest first."""
         query = sa.select(_keys).order_by(_keys.c.created_at.desc(), _keys.c.id)
+        if tenant is not None and not is_tenant(tenant):
+            return []  # PostgreSQL refuses some texts, such as a null character
         if tenant is not None:
             query = query.where(_keys.c.tenant == tenant)
         with self._reading() as connection:
@@ -269,6 +272,7 @@ class KeyTable:
         Raises:
             UnknownKeyError: There is none.
         """
+        _check_id(identifier)
         with self._reading() as connection:
             return _get(connection, identifier)
 
@@ -278,6 +282,7 @@ class KeyTable:
         Raises:
             UnknownKeyError: There is no such key.
         """
+        _check_id(identifier)
         with self._writing() as connection:
             condition = (_keys.c.id == identifier) & _keys.c.revoked_at.is_(None)
             connection.execute(sa.update(_keys).where(condition).values(revoked_at=time.time()))
@@ -302,13 +307,14 @@ class KeyTable:
         """
         if not 0 <= overlap_seconds <= MAX_LIFETIME_SECONDS:
             raise KeyRefusedError("overlap_seconds", "use 0 or more seconds")
+        _check_id(identifier)
         text = new_key()
         now = time.time()
         with self._writing() as connection:
             # Of two calls at the same moment one waits here (PostgreSQL), and then sees the key of the other one.
             row = connection.execute(sa.select(_keys).where(_keys.c.id == identifier).with_for_update()).one_or_none()
             if row is None:
-                raise UnknownKeyError(f"there is no API key {identifier[:40]}")
+                raise _unknown(identifier)
             old = _key_of(row)
             if old.state(now) != "active":
                 raise KeyEndedError(f"the key {old.id} is {old.state(now)}; create a new one")
@@ -470,6 +476,16 @@ def _check(tenant: str, name: str, scopes: Sequence[str], lifetime_seconds: floa
         raise KeyRefusedError("expires_in_seconds", "use a time in the future, at most ten years from now")
 
 
+def _check_id(identifier: str) -> None:
+    """Refuse a text that cannot be an id before it reaches the database, which refuses some texts, such as a null character."""
+    if not _ID.fullmatch(identifier):
+        raise _unknown(identifier)
+
+
+def _unknown(identifier: str) -> UnknownKeyError:
+    return UnknownKeyError(f"there is no API key {identifier[:40]}")
+
+
 def _row(
     text: str, tenant: str, name: str, scopes: Sequence[str], created_by: str, now: float, expires_at: float | None
 ) -> dict[str, Any]:
@@ -488,7 +504,7 @@ def _row(
 def _get(connection: sa.Connection, identifier: str) -> ApiKey:
     row = connection.execute(sa.select(_keys).where(_keys.c.id == identifier)).one_or_none()
     if row is None:
-        raise UnknownKeyError(f"there is no API key {identifier[:40]}")
+        raise _unknown(identifier)
     return _key_of(row)
 
 

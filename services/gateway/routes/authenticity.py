@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Annotated
 
 import numpy as np
@@ -25,6 +26,7 @@ from services.gateway.dependencies import (
     ContextDep,
     ModelQuery,
     choose_media_type,
+    count_pixels,
     model_header,
     read_model,
     served_bundle,
@@ -72,6 +74,7 @@ resembles one of the last day (`DERMIS_AUTHENTICITY_REPEAT_SECONDS`) gets the an
             "unknown-class",
             "no-index",
             "uploads-disabled",
+            "quota-exceeded",
             "too-many-requests",
             "not-ready",
             "model-unavailable",
@@ -132,7 +135,9 @@ async def _compare_uploads(
     bundle = await served_bundle(context, principal, model)
     index = _index_of(bundle)
     with context.limits.uploads.hold():
-        inputs = np.stack(await context.uploads.images(request, index.resolution))
+        admit = partial(count_pixels, context, request, principal)
+        inputs = np.stack(await context.uploads.images(request, index.resolution, admit=admit))
+        await _count(context, request, principal, len(inputs))
         context.limits.comparisons.add(len(inputs))
         # The copy detector is left out: it finds training images better than distances do.
         nearest = await _nearest(context, bundle, inputs, Comparison(detect_copies=False))
@@ -152,8 +157,19 @@ async def _compare_generated(
     bundle = await served_bundle(context, principal, body.model)
     index = _index_of(bundle)
     rows = rows_of(body, bundle, class_of_each(body, bundle, context.settings.max_images))
-    images = np.stack(await generate_within_limits(context, lambda: context.inference.generator.images(rows)))
+    await _count(context, request, principal, len(rows))
+    images = np.stack(
+        await generate_within_limits(
+            context, request, principal, len(rows), lambda: context.inference.generator.images(rows)
+        )
+    )
     return bundle, index, await _nearest(context, bundle, batch(as_rgb(images), index.resolution), Comparison())
+
+
+async def _count(context: Context, request: Request, principal: Principal, images: int) -> None:
+    """Count compared images. They stay counted if the comparison fails."""
+    amounts = {"authenticity_per_minute": images, "authenticity_per_day": images}
+    await context.quotas.count(request, principal, amounts)
 
 
 async def _nearest(context: Context, bundle: Bundle, inputs: Images, comparison: Comparison) -> Nearest:

@@ -7,6 +7,7 @@ import base64
 import hashlib
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Annotated
 from urllib.parse import quote
 
@@ -21,7 +22,14 @@ from dermis.errors import RequestError
 from dermis.explain.attribution import Method
 from services.gateway.auth.authentication import requires
 from services.gateway.auth.principal import Principal
-from services.gateway.dependencies import ContextDep, ModelQuery, choose_media_type, model_header, served_bundle
+from services.gateway.dependencies import (
+    ContextDep,
+    ModelQuery,
+    choose_media_type,
+    count_pixels,
+    model_header,
+    served_bundle,
+)
 from services.gateway.openapi import UPLOAD_PROBLEMS, content, headers, image_body, problems
 from services.gateway.schemas.classifications import (
     Classification,
@@ -70,6 +78,7 @@ positive class. A heat map takes seconds, so the number of images in such a call
             "unknown-model",
             "not-acceptable",
             "no-classifier",
+            "quota-exceeded",
             "not-installed",
             "not-ready",
             "model-unavailable",
@@ -114,7 +123,8 @@ async def classify_images(
             if media_type == MEDIA_TYPE:
                 limit = Limit(1, f" with Accept: {MEDIA_TYPE}")
         stack.enter_context(context.limits.uploads.hold())
-        inputs = np.stack(await context.uploads.images(request, classifier.input.size, limit))
+        admit = partial(count_pixels, context, request, principal)
+        inputs = np.stack(await context.uploads.images(request, classifier.input.size, limit, admit))
         try:
             async with asyncio.timeout(context.settings.image_timeout_seconds):
                 logits = await context.inference.classifier.logits(bundle, inputs)

@@ -77,6 +77,7 @@ async def find_job(context: Context, principal: Principal, dataset_id: str) -> J
             "idempotency-conflict",
             "unknown-class",
             "request-too-large",
+            "quota-exceeded",
             "too-many-requests",
             "not-ready",
             "model-unavailable",
@@ -90,8 +91,9 @@ async def create_dataset(
     """Start a dataset, which is generated in the background. The job continues after crashes and restarts."""
     body = await read_model(request, DatasetRequest, {"model": context.models.default_for(principal.tenant)})
     job = await asyncio.to_thread(context.jobs.submit, principal.tenant, body, key)
+    await context.quotas.show(request, principal, "images_per_day")
     response.headers["Location"] = f"/v1/datasets/{job.id}"
-    return dataset_of(job)
+    return dataset_of(job, context.jobs.expires_at(job))
 
 
 @router.get("", summary="List the datasets", responses=problems("invalid-request", "not-ready"))
@@ -114,14 +116,16 @@ async def list_datasets(
     page = jobs[:limit]
     more = len(jobs) > limit
     return DatasetList(
-        data=[dataset_of(job) for job in page], next_cursor=make_cursor(page[-1].sequence) if more else None
+        data=[dataset_of(job, context.jobs.expires_at(job)) for job in page],
+        next_cursor=make_cursor(page[-1].sequence) if more else None,
     )
 
 
 @router.get("/{dataset_id}", summary="Show a dataset", responses=problems("not-found", "not-ready"))
 async def get_dataset(dataset_id: str, context: ContextDep, principal: _Reader) -> Dataset:
     """Show the state and progress of a dataset."""
-    return dataset_of(await find_job(context, principal, dataset_id))
+    job = await find_job(context, principal, dataset_id)
+    return dataset_of(job, context.jobs.expires_at(job))
 
 
 @router.delete(
@@ -139,7 +143,7 @@ async def delete_dataset(dataset_id: str, context: ContextDep, principal: _Write
     """Stop an active dataset, or delete one that has ended."""
     job = await find_job(context, principal, dataset_id)
     stopping = await asyncio.to_thread(context.jobs.cancel_or_delete, job)
-    return Response(status_code=204) if stopping is None else dataset_of(stopping)
+    return Response(status_code=204) if stopping is None else dataset_of(stopping, None)
 
 
 @router.get(

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import hashlib
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated
 
 import numpy as np
@@ -85,6 +86,7 @@ async def list_directions(context: ContextDep, principal: _ModelReader, model: M
             "request-too-large",
             "not-found",
             "projection-not-ready",
+            "quota-exceeded",
             "overloaded",
             "not-ready",
             "model-unavailable",
@@ -104,13 +106,13 @@ async def edit_images(request: Request, context: ContextDep, principal: _Sender)
     _check(body, bundle, len(strengths), context.settings.max_images)
     if body.projections is None:
         rows = _sample_rows(body, bundle, strengths)
-        images = np.stack(await generate_within_limits(context, lambda: context.inference.generator.images(rows)))
+        generate = partial(context.inference.generator.images, rows)
     else:
         projected = await _latents(context, principal, body.projections, bundle)
         ws = _edited_latents(body, bundle, strengths, projected)
-        images = np.stack(
-            await generate_within_limits(context, lambda: context.inference.generator.draw(bundle, ws, body.noise))
-        )
+        generate = partial(context.inference.generator.draw, bundle, ws, body.noise)
+    count = body.sources * len(strengths)
+    images = np.stack(await generate_within_limits(context, request, principal, count, generate))
     response_headers = model_header(bundle) | {"Vary": "Accept"}
     if media_type != _JSON:
         data = await asyncio.to_thread(_picture, images, len(strengths), media_type, body)

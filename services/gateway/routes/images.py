@@ -52,6 +52,7 @@ _IMAGE_TYPES = tuple(MEDIA_TYPES.values())
             "not-acceptable",
             "unknown-class",
             "request-too-large",
+            "quota-exceeded",
             "overloaded",
             "not-ready",
             "model-unavailable",
@@ -67,7 +68,9 @@ async def generate_images(request: Request, context: ContextDep, principal: _Sen
     bundle = await served_bundle(context, principal, body.model)
     names = class_of_each(body, bundle, context.settings.max_images)
     rows = rows_of(body, bundle, names)
-    images = await generate_within_limits(context, lambda: context.inference.generator.images(rows))
+    images = await generate_within_limits(
+        context, request, principal, len(names), lambda: context.inference.generator.images(rows)
+    )
     response_headers = model_header(bundle) | {"Vary": "Accept"}
     if media_type != "application/json":
         image_format = next(name for name, kind in MEDIA_TYPES.items() if kind == media_type)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query
@@ -15,7 +16,15 @@ from dermis.projection.schedule import SCHEDULES
 from services.gateway.audit import leave_out
 from services.gateway.auth.authentication import requires
 from services.gateway.auth.principal import Principal
-from services.gateway.dependencies import Context, ContextDep, IdempotencyKey, ModelQuery, is_job_id, served_bundle
+from services.gateway.dependencies import (
+    Context,
+    ContextDep,
+    IdempotencyKey,
+    ModelQuery,
+    count_pixels,
+    is_job_id,
+    served_bundle,
+)
 from services.gateway.files import MEDIA_TYPES, file_response
 from services.gateway.openapi import UPLOAD_PROBLEMS, content, headers, image_body, problems
 from services.gateway.schemas.projections import ProjectionJob, projection_of
@@ -56,6 +65,7 @@ projections: only callers of the same tenant who know the id of a projection can
             "unknown-model",
             "idempotency-conflict",
             "unknown-class",
+            "quota-exceeded",
             "too-many-requests",
             "not-ready",
             "model-unavailable",
@@ -108,7 +118,8 @@ async def create_projection(
         raise RequestError("steps", message, "request-too-large")
     with context.limits.uploads.hold():
         limit = Limit(settings.max_projection_images, " of a projection")
-        images = await context.uploads.images(request, bundle.generator.img_resolution, limit)
+        admit = partial(count_pixels, context, request, principal)
+        images = await context.uploads.images(request, bundle.generator.img_resolution, limit, admit)
         options = ProjectionOptions(
             schedule=schedule,
             steps=step_count,
@@ -119,6 +130,7 @@ async def create_projection(
             images=len(images),
         )
         job = await asyncio.to_thread(context.projections.submit, principal.tenant, bundle, options, images, key)
+    await context.quotas.show(request, principal, "projections_per_day")
     response.headers["Location"] = f"/v1/projections/{job.id}"
     return await _body_of(context, job)
 

@@ -50,6 +50,9 @@ class Dataset(ResponseBody):
     created_at: datetime.datetime
     started_at: datetime.datetime | None
     finished_at: datetime.datetime | None
+    expires_at: datetime.datetime | None = Field(
+        description="Time at which the dataset is deleted with its files; null if it is kept, and before it has ended."
+    )
     error: Problem | None
     links: DatasetLinks
 
@@ -79,8 +82,13 @@ class DatasetFileList(ResponseBody):
     data: list[DatasetFile]
 
 
-def dataset_of(job: Job) -> Dataset:
-    """The body that describes a dataset job."""
+def dataset_of(job: Job, expires_at: float | None) -> Dataset:
+    """The body that describes a dataset job.
+
+    Args:
+        job: The job.
+        expires_at: Time at which it is deleted, seconds since 1970; None if it is kept.
+    """
     path = f"/v1/datasets/{job.id}"
     return Dataset(
         id=job.id,
@@ -98,6 +106,7 @@ def dataset_of(job: Job) -> Dataset:
         created_at=utc_time(job.created_at),
         started_at=utc_time_or_none(job.started_at),
         finished_at=utc_time_or_none(job.finished_at),
+        expires_at=utc_time_or_none(expires_at),
         error=None if job.error is None else Problem.model_validate(job.error),
         links=DatasetLinks(**{"self": path, "events": f"{path}/events", "files": f"{path}/files"}),
     )

@@ -109,6 +109,15 @@ def test_values_that_are_not_valid_are_refused(table: KeyTable, values: dict[str
     assert table.all() == []
 
 
+@pytest.mark.parametrize("text", ["\0", "a\0b", "a" * 3000, "A" * 12])
+def test_text_that_is_no_id_or_tenant_is_unknown_in_every_database(table: KeyTable, text: str) -> None:
+    create(table)
+    assert table.all(text) == []
+    for call in (table.get, table.revoke, lambda identifier: table.rotate(identifier, created_by="test")):
+        with pytest.raises(UnknownKeyError):
+            call(text)
+
+
 def test_rotation_overlaps_and_revocation_is_final(table: KeyTable) -> None:
     old, _ = create(table, lifetime_seconds=1000.0)
     new, text = table.rotate(old.id, created_by="test", overlap_seconds=60.0)

@@ -57,6 +57,7 @@ REACHES: dict[str, set[str]] = {
     "delete /v1/webhooks/{webhook_id}": {"webhook"},
     "get /v1/webhooks/{webhook_id}/messages": {"webhook"},
     "post /v1/webhooks/{webhook_id}/messages/{message_id}/retry": {"webhook"},
+    "get /v1/usage": set(),  # tests/services/gateway/test_quotas.py
     # The operator's: keys and trail of all tenants, with the scope `admin`.
     "post /v1/admin/keys": set(),
     "get /v1/admin/keys": set(),

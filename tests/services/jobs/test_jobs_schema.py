@@ -18,6 +18,7 @@ from dermis.errors import DermisError
 from postgres import Postgres, running_postgres
 from services.audit import trail as trail_module
 from services.gateway.auth import keys as keys_module
+from services.jobs import counters
 from services.jobs import table as table_module
 from services.jobs.database import make_engine
 from services.jobs.schema import VERSION_TABLE, SchemaTooNewError
@@ -223,7 +224,13 @@ def test_migrations_create_the_tables_that_the_code_defines(url: str) -> None:
     table.open()
     with table._engine.connect() as connection:
         options = {"compare_type": True, "version_table": VERSION_TABLE}
-        tables = [table_module._metadata, keys_module.metadata, trail_module.metadata, outbox.metadata]
+        tables = [
+            table_module._metadata,
+            keys_module.metadata,
+            trail_module.metadata,
+            outbox.metadata,
+            counters.metadata,
+        ]
         assert compare_metadata(MigrationContext.configure(connection, opts=options), tables) == []
     table.close()
 

@@ -18,7 +18,7 @@ from dermis_client._untrusted import one_line
 from dermis_client.errors import InvalidRequestError
 from dermis_client.folders import VerifyReport
 from dermis_client.latent import AuthenticityResult, Direction, Projection
-from dermis_client.models import ClassificationsResult, DatasetRecord, Model
+from dermis_client.models import ClassificationsResult, DatasetRecord, Model, Usage
 from dermis_client.report import DatasetReport, ReportNumber
 
 
@@ -150,6 +150,29 @@ def format_models(models: Sequence[Model]) -> Iterator[str]:
     return format_table(("MODEL", "PIXELS", "CLASSES", "KIMG", "LICENCE", "DIGEST"), rows)
 
 
+def format_usage(usage: Usage) -> Iterator[str]:
+    """Format the quotas of a tenant and their use."""
+
+    def number(value: float | None, without: str) -> str:
+        return without if value is None else f"{value:,.15g}"
+
+    rows = (
+        (
+            quota.name,
+            number(quota.used, "not counted"),
+            number(quota.limit, "no limit"),
+            number(quota.remaining, "-"),
+            quota.unit,
+            "-" if quota.resets_at is None or quota.limit is None else f"{quota.resets_at:%Y-%m-%d %H:%M:%S %Z}",
+        )
+        for quota in usage.quotas
+    )
+    yield f"tenant: {usage.tenant}"
+    if usage.retention_days is not None:
+        yield f"datasets are deleted {usage.retention_days:g} days after their end"
+    yield from format_table(("QUOTA", "USED", "LIMIT", "LEFT", "UNIT", "STARTS AGAIN"), rows)
+
+
 EditOption = Annotated[
     list[str] | None,
     typer.Option("--edit", help="DIRECTION=STRENGTH, or DIRECTION=STRENGTH@FIRST-LAST; can be repeated."),
@@ -264,6 +287,7 @@ def format_dataset(record: DatasetRecord) -> Iterator[str]:
         ("created", record.created_at),
         ("started", record.started_at),
         ("finished", record.finished_at),
+        ("expires", record.expires_at),
     ):
         if moment:
             yield f"{name:<9}{moment.isoformat()}"

@@ -16,6 +16,7 @@ from dermis_client.resources.edits import AsyncEdits, Edits
 from dermis_client.resources.images import AsyncImages, Images
 from dermis_client.resources.models import AsyncModels, Models
 from dermis_client.resources.projections import AsyncProjections, Projections
+from dermis_client.resources.usage import AsyncUsageResource, UsageResource
 
 
 class DermisClient:
@@ -37,6 +38,7 @@ class DermisClient:
         edits: Edit images along directions of the latent space.
         projections: Find the latents of images.
         models: The models that the service offers.
+        usage: The quotas of the caller's tenant and their use.
     """
 
     datasets: Datasets
@@ -46,6 +48,7 @@ class DermisClient:
     edits: Edits
     projections: Projections
     models: Models
+    usage: UsageResource
 
     def __init__(
         self,
@@ -81,6 +84,7 @@ class DermisClient:
         self.datasets, self.images, self.models = Datasets(transport), Images(transport), Models(transport)
         self.classifications, self.authenticity = Classifications(transport), Authenticity(transport)
         self.edits, self.projections = Edits(transport), Projections(transport)
+        self.usage = UsageResource(transport)
 
     @property
     def base_url(self) -> str:
@@ -122,6 +126,7 @@ class AsyncDermisClient:
     edits: AsyncEdits
     projections: AsyncProjections
     models: AsyncModels
+    usage: AsyncUsageResource
 
     def __init__(
         self,
@@ -145,6 +150,7 @@ class AsyncDermisClient:
         )
         self.classifications, self.authenticity = AsyncClassifications(transport), AsyncAuthenticity(transport)
         self.edits, self.projections = AsyncEdits(transport), AsyncProjections(transport)
+        self.usage = AsyncUsageResource(transport)
 
     @property
     def base_url(self) -> str:

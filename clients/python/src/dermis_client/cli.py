@@ -143,6 +143,14 @@ def models(context: typer.Context, base_url: BaseUrl = None, as_json: Json = Fal
     _print(context, as_json, [model.model_dump(mode="json") for model in served], lambda: text.format_models(served))
 
 
+@app.command()
+def usage(context: typer.Context, base_url: BaseUrl = None, as_json: Json = False) -> None:
+    """Show the quotas of your tenant and their use."""
+    with _client(context, base_url) as client:
+        used = client.usage.retrieve()
+    _print(context, as_json, used.model_dump(mode="json"), lambda: text.format_usage(used))
+
+
 @datasets.command()
 def create(
     context: typer.Context,

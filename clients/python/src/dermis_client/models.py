@@ -32,8 +32,28 @@ class FieldError(ResponseRecord):
     message: str = ""
 
 
+class ExceededQuota(ResponseRecord):
+    """The quota that a request exceeds.
+
+    Attributes:
+        name: Name of the quota, such as "images_per_day".
+        unit: Unit of the numbers, such as "images" or "bytes".
+        limit: What the tenant may use.
+        used: What it uses.
+        requested: What the request needs.
+        resets_at: When the use starts again at 0, if it does so regularly.
+    """
+
+    name: str
+    unit: str = ""
+    limit: float
+    used: float
+    requested: float
+    resets_at: datetime | None = None
+
+
 class Problem(ResponseRecord):
-    """An RFC 9457 problem document."""
+    """An RFC 9457 problem document. quota: the quota that the request exceeds, if it exceeds one."""
 
     type: str = "about:blank"
     title: str = ""
@@ -42,6 +62,7 @@ class Problem(ResponseRecord):
     instance: str | None = None
     request_id: str | None = None
     errors: list[FieldError] = []
+    quota: ExceededQuota | None = None
 
     @property
     def kind(self) -> str:
@@ -245,6 +266,7 @@ class DatasetRecord(ResponseRecord):
     created_at: datetime | None = None
     started_at: datetime | None = None
     finished_at: datetime | None = None
+    expires_at: datetime | None = None  # when the service deletes it; None if it is kept, and before it has ended
     error: Problem | None = None
     links: dict[str, str] = {}
 
@@ -262,6 +284,36 @@ class DatasetFile(ResponseRecord):
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     media_type: str = "application/octet-stream"
     url: str | None = None
+
+
+class QuotaUsage(ResponseRecord):
+    """One quota of a tenant and its use.
+
+    Attributes:
+        name: Name of the quota, such as "images_per_day".
+        unit: Unit of the numbers, such as "images" or "bytes".
+        limit: What the tenant may use; None if there is no limit.
+        used: What it uses; None if that is not counted, because there is no limit.
+        remaining: What is left; None if there is no limit.
+        window_seconds: Length of the window that is counted; None for what exists at one time.
+        resets_at: End of the window, at which the use starts again at 0.
+    """
+
+    name: str
+    unit: str = ""
+    limit: float | None = None
+    used: float | None = None
+    remaining: float | None = None
+    window_seconds: Count | None = None
+    resets_at: datetime | None = None
+
+
+class Usage(ResponseRecord):
+    """The quotas of the caller's tenant and their use. retention_days: when datasets are deleted; None if they are kept."""
+
+    tenant: str
+    quotas: list[QuotaUsage] = []
+    retention_days: float | None = None
 
 
 class ManifestFile(ResponseRecord):
