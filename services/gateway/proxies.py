@@ -59,13 +59,13 @@ def _values(scope: Scope, name: bytes) -> list[str]:
 
 
 def _address(text: str) -> _Address | None:
-    """The address in `1.2.3.4`, `1.2.3.4:80`, `::1` or `[::1]:80`; None for any other text."""
+    """The address in `1.2.3.4`, `1.2.3.4:80`, `::1` or `[::1]:80`, without a zone (`%eth0`); None for any other text."""
     if text.startswith("["):
         text = text[1:].partition("]")[0]
     elif text.count(":") == 1:
         text = text.partition(":")[0]
     try:
-        address = ipaddress.ip_address(text)
+        address = ipaddress.ip_address(text.partition("%")[0])  # a zone can be any text, and would be in log and trail
     except ValueError:
         return None
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None

@@ -14,8 +14,9 @@ import hmac
 import ipaddress
 import socket
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 import httpx
@@ -23,6 +24,7 @@ import httpx
 from dermis import __version__
 
 MAX_URL = 500
+_RESOLVERS = 16  # twice the number of messages that are sent at one time
 _SECONDS = 15.0
 # `is_global` knows only the addresses that were special when the version of Python was made, and takes all others for public.
 _PUBLIC_IPV6 = ipaddress.ip_network(
@@ -116,9 +118,13 @@ class Sender:
     def __init__(self, allowed: Allowed) -> None:
         self._allowed = allowed
         self._http: httpx.AsyncClient | None = None
+        # A name server that a user controls can delay its answer for longer than `_SECONDS`, and a look-up cannot be
+        # interrupted. In the threads of the event loop it would delay other requests.
+        self._resolvers = ThreadPoolExecutor(_RESOLVERS, "dermis-webhook-names")
 
     async def close(self) -> None:
         """Close all connections."""
+        self._resolvers.shutdown(wait=False, cancel_futures=True)
         if self._http is not None:
             await self._http.aclose()
 
@@ -149,7 +155,7 @@ class Sender:
             UrlRefusedError: One of the addresses of the host is not allowed.
         """
         try:
-            found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            found = await asyncio.get_running_loop().run_in_executor(self._resolvers, _addresses_of, host, port)
         except (OSError, UnicodeError):
             raise UrlRefusedError("the host name has no address") from None
         addresses = [_parse(str(entry[4][0])) for entry in found]
@@ -185,6 +191,10 @@ class Sender:
             extensions={"sni_hostname": host},  # the certificate must be that of the host, not of its address
         ) as response:
             return response.status_code
+
+
+def _addresses_of(host: str, port: int) -> list[tuple[Any, ...]]:
+    return list(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
 
 
 def _parse(text: str) -> _Address | None:
