@@ -13,13 +13,12 @@ from typing import Annotated, Any
 import typer
 
 from dermis_client import _cli_text as text
+from dermis_client import folders
 from dermis_client._client import DermisClient
 from dermis_client._files import write_atomically
 from dermis_client._untrusted import one_line, printable, printable_json
 from dermis_client._version import __version__
 from dermis_client.errors import DermisError, InvalidRequestError
-from dermis_client.folders import extract_images
-from dermis_client.folders import verify as verify_folder
 from dermis_client.resources.dataset_records import Dataset
 
 MAX_LINE_LENGTH = 10_000  # maximum number of characters of a printed line
@@ -131,7 +130,7 @@ def _fetch(dataset: Dataset, out: Path, extract: bool, overwrite: bool, parallel
         output: dict[str, Any] = {"folder": str(result.folder), "files": [path.name for path in result.files]}
         output["images_count"] = result.images
         if extract:
-            output["images"] = str(extract_images(result.folder))
+            output["images"] = str(folders.extract_images(result.folder))
         return output
 
 
@@ -559,7 +558,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check a downloaded folder against its manifest.json; needs no service."""
-    report = verify_folder(folder)
+    report = folders.verify(folder)
     output = {**asdict(report), "folder": str(folder), "ok": report.ok}
     _print(context, as_json, output, lambda: text.format_verification(report))
     if not report.ok:
