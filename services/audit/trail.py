@@ -26,7 +26,7 @@ from typing import Any, Self
 import sqlalchemy as sa
 
 from dermis.errors import DermisError
-from services.jobs.database import database_errors, make_engine
+from services.jobs.database import database_errors, make_engine, reading, writing
 from services.settings import Settings, SettingsError
 
 GENESIS = "0" * 64  # the hash before the first entry
@@ -256,7 +256,7 @@ class AuditTable:
             DatabaseUnavailableError: The database cannot be reached.
             HeadMissingError: The trail was damaged.
         """
-        with self._writing() as connection:
+        with writing(self._engine) as connection:
             return self._append(connection, events)
 
     def _append(self, connection: sa.Connection, events: Sequence[Event]) -> list[Entry]:
@@ -277,7 +277,7 @@ class AuditTable:
 
     def head(self) -> Head | None:
         """The last entry; None if the row of the head was removed."""
-        with self._reading() as connection:
+        with reading(self._engine) as connection:
             return _head_of(connection)
 
     def page(
@@ -311,7 +311,7 @@ class AuditTable:
         for name, value in exact.items():
             if value is not None:
                 query = query.where(_entries.c[name] == value)
-        with self._reading() as connection:
+        with reading(self._engine) as connection:
             return [Entry(**row._mapping) for row in connection.execute(_in_range(query, since, until))]
 
     @contextmanager
@@ -348,7 +348,7 @@ class AuditTable:
         Raises:
             NothingToCutError: There is no such entry.
         """
-        with self._writing() as connection:
+        with writing(self._engine) as connection:
             connection.execute(_lock_head)
             kept = sa.select(sa.func.min(_entries.c.number)).where(_entries.c.time >= before)
             limit = connection.scalar(kept)
@@ -362,20 +362,6 @@ class AuditTable:
             (entry,) = self._append(connection, [Event(**mark)])
             connection.execute(sa.delete(_entries).where(_entries.c.number <= last.number))
             return entry
-
-    @contextmanager
-    def _reading(self) -> Iterator[sa.Connection]:
-        with database_errors(), self._engine.connect() as connection:
-            yield connection
-
-    @contextmanager
-    def _writing(self) -> Iterator[sa.Connection]:
-        with (
-            database_errors(),
-            self._engine.connect().execution_options(dermis_write=True) as connection,
-            connection.begin(),
-        ):
-            yield connection
 
 
 def _hash_of(number: int, event: Event, previous: str) -> str:

@@ -57,6 +57,24 @@ def database_errors() -> Iterator[None]:
         raise DatabaseUnavailableError(UNREACHABLE) from error
 
 
+@contextmanager
+def reading(engine: sa.Engine) -> Iterator[sa.Connection]:
+    """Open a connection for queries. Transient errors are DatabaseUnavailableError."""
+    with database_errors(), engine.connect() as connection:
+        yield connection
+
+
+@contextmanager
+def writing(engine: sa.Engine) -> Iterator[sa.Connection]:
+    """Open a connection with a transaction that writes. Transient errors are DatabaseUnavailableError."""
+    with (
+        database_errors(),
+        engine.connect().execution_options(dermis_write=True) as connection,
+        connection.begin(),
+    ):
+        yield connection
+
+
 def _is_interruption(error: sa.exc.SQLAlchemyError) -> bool:
     """Whether an error says that the database cannot be reached, restarts, is locked or is too busy."""
     if isinstance(error, sa.exc.TimeoutError):  # all connections are in use

@@ -10,8 +10,8 @@ A change of a table here needs a revision in `migrations/versions` (see `schema`
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from sqlalchemy.exc import IntegrityError
 
 from dermis.errors import DermisError
 from services.jobs import counters, schema
-from services.jobs.database import database_errors, make_engine, schema_lock
+from services.jobs.database import make_engine, reading, schema_lock, writing
 from services.quotas import QUOTAS, Quota, QuotaExceededError, QuotaUse
 from services.tenants import DEFAULT_TENANT
 from services.webhooks.outbox import add_messages
@@ -156,7 +156,7 @@ class JobTable:
         Raises:
             SchemaTooNewError: If a newer version of dermis has upgraded them.
         """
-        with self.schema_lock(), self._writing() as connection:
+        with self.schema_lock(), writing(self._engine) as connection:
             schema.upgrade(connection)
 
     def schema_lock(self) -> AbstractContextManager[None]:
@@ -232,7 +232,7 @@ class JobTable:
             "reserved_bytes": reserved_bytes,
         }
         try:
-            with self._writing() as connection:
+            with writing(self._engine) as connection:
                 if quota is not None and quota.limits:
                     counters.lock_tenant(connection, tenant)
                 earlier = self._by_key(connection, tenant, idempotency_key, (body_hash, *earlier_hashes))
@@ -251,7 +251,7 @@ class JobTable:
                 return _job(connection, job_id), True
         except IntegrityError:
             # Two calls with the same key at the same moment (PostgreSQL): the other one has inserted its job.
-            with self._reading() as connection:
+            with reading(self._engine) as connection:
                 earlier = self._by_key(connection, tenant, idempotency_key, (body_hash, *earlier_hashes))
             if earlier is None:
                 raise
@@ -273,13 +273,13 @@ class JobTable:
 
     def get(self, job_id: str) -> Job | None:
         """The job, whichever tenant it belongs to; None if there is none. For workers; callers of the API need `find`."""
-        with self._reading() as connection:
+        with reading(self._engine) as connection:
             return _job_or_none(connection, job_id)
 
     def find(self, tenant: str, kind: Kind, job_id: str) -> Job | None:
         """The job of a tenant; None if there is none, or only one of another tenant or kind."""
         query = sa.select(_jobs).where(_jobs.c.id == job_id, _jobs.c.tenant == tenant, _jobs.c.kind == kind)
-        with self._reading() as connection:
+        with reading(self._engine) as connection:
             row = connection.execute(query).one_or_none()
         return None if row is None else Job(**row._mapping)
 
@@ -293,31 +293,31 @@ class JobTable:
             query = query.where(_jobs.c.sequence < before)
         if state is not None:
             query = query.where(_jobs.c.state == state)
-        with self._reading() as connection:
+        with reading(self._engine) as connection:
             return [Job(**row._mapping) for row in connection.execute(query)]
 
     def active(self) -> list[Job]:
         """Every job of all tenants that has not ended, oldest first."""
         query = sa.select(_jobs).where(_jobs.c.state.in_(ACTIVE)).order_by(_jobs.c.sequence)
-        with self._reading() as connection:
+        with reading(self._engine) as connection:
             return [Job(**row._mapping) for row in connection.execute(query)]
 
     def ended_before(self, kind: Kind, moment: float) -> list[Job]:
         """Jobs of a kind, of all tenants, that had ended by then, seconds since 1970."""
         query = sa.select(_jobs).where(_jobs.c.kind == kind, _jobs.c.finished_at < moment)
-        with self._reading() as connection:
+        with reading(self._engine) as connection:
             return [Job(**row._mapping) for row in connection.execute(query)]
 
     def count_by_state(self, kind: Kind) -> dict[str, int]:
         """The number of jobs of a kind in each state, of all tenants."""
         query = sa.select(_jobs.c.state, sa.func.count()).where(_jobs.c.kind == kind).group_by(_jobs.c.state)
-        with self._reading() as connection:
+        with reading(self._engine) as connection:
             counts = {row[0]: row[1] for row in connection.execute(query)}
         return {state: counts.get(state, 0) for state in STATES}
 
     def stored_bytes(self, tenant: str) -> int:
         """The size of the files of a tenant's jobs that have succeeded, and the estimates of those that are active."""
-        with self._reading() as connection:
+        with reading(self._engine) as connection:
             return _existing(connection, tenant, "stored_bytes")
 
     # Quotas
@@ -336,19 +336,19 @@ class JobTable:
         Raises:
             QuotaExceededError: A quota would be exceeded.
         """
-        with self._writing() as connection:
+        with writing(self._engine) as connection:
             counters.lock_tenant(connection, tenant)
             return counters.add(connection, tenant, amounts, quota)
 
     def undo_use(self, tenant: str, amounts: Mapping[str, int]) -> None:
         """Undo `count_use` for a request that has failed."""
-        with self._writing() as connection:
+        with writing(self._engine) as connection:
             counters.lock_tenant(connection, tenant)
             counters.subtract(connection, tenant, amounts)
 
     def use(self, tenant: str, quota: Quota, names: Iterable[str] = QUOTAS) -> list[QuotaUse]:
         """The use of quotas by a tenant."""
-        with self._reading() as connection:
+        with reading(self._engine) as connection:
             return [
                 counters.use_of(connection, tenant, name, quota)
                 if QUOTAS[name].seconds is not None
@@ -359,12 +359,12 @@ class JobTable:
     def unmeasured(self, limit: int) -> list[Job]:
         """Jobs of all tenants that have succeeded and whose files were not measured, as earlier versions left them."""
         query = sa.select(_jobs).where(_jobs.c.state == "succeeded", _jobs.c.stored_bytes.is_(None)).limit(limit)
-        with self._reading() as connection:
+        with reading(self._engine) as connection:
             return [Job(**row._mapping) for row in connection.execute(query)]
 
     def set_stored_bytes(self, job_id: str, stored_bytes: int) -> None:
         """Record the size of the files of a job that has succeeded."""
-        with self._writing() as connection:
+        with writing(self._engine) as connection:
             connection.execute(
                 sa.update(_jobs)
                 .where(_jobs.c.id == job_id, _jobs.c.state == "succeeded")
@@ -373,7 +373,7 @@ class JobTable:
 
     def request_cancel(self, job_id: str) -> Job | None:
         """Ask an active job to stop, which its workers notice between batches. A job that has ended is not changed."""
-        with self._writing() as connection:
+        with writing(self._engine) as connection:
             connection.execute(
                 sa.update(_jobs).where(_jobs.c.id == job_id, _jobs.c.state.in_(ACTIVE)).values(state="cancelling")
             )
@@ -381,19 +381,19 @@ class JobTable:
 
     def mark_deleted(self, job_id: str) -> None:
         """Record that the files of an ended job are about to be removed, so that none are listed from now on."""
-        with self._writing() as connection:
+        with writing(self._engine) as connection:
             connection.execute(
                 sa.update(_jobs).where(_jobs.c.id == job_id, _jobs.c.state.not_in(ACTIVE)).values(state="cancelled")
             )
 
     def release_key(self, job_id: str) -> None:
         """Make the idempotency key of a job free for another request."""
-        with self._writing() as connection:
+        with writing(self._engine) as connection:
             connection.execute(sa.update(_jobs).where(_jobs.c.id == job_id).values(idempotency_key=None))
 
     def delete(self, job_id: str) -> None:
         """Delete the rows of a job."""
-        with self._writing() as connection:
+        with writing(self._engine) as connection:
             connection.execute(sa.delete(_shards).where(_shards.c.job_id == job_id))
             connection.execute(sa.delete(_jobs).where(_jobs.c.id == job_id))
 
@@ -401,27 +401,27 @@ class JobTable:
 
     def set_owner(self, job_id: str, executor_id: str) -> Job | None:
         """Record which worker runs the workflow of a job."""
-        with self._writing() as connection:
+        with writing(self._engine) as connection:
             connection.execute(sa.update(_jobs).where(_jobs.c.id == job_id).values(owner=executor_id))
             return _job_or_none(connection, job_id)
 
     def must_stop(self, job_id: str) -> bool:
         """Whether work on the job should stop: it is being cancelled, has failed, has ended or does not exist."""
         query = sa.select(_jobs.c.state, _jobs.c.error.is_not(None)).where(_jobs.c.id == job_id)
-        with self._reading() as connection:
+        with reading(self._engine) as connection:
             row = connection.execute(query).one_or_none()
         return row is None or row[0] not in ("queued", "running") or bool(row[1])
 
     def record_error(self, job_id: str, error: Mapping[str, Any]) -> None:
         """Record why an active job will fail. The first reason is kept."""
         condition = (_jobs.c.id == job_id) & _jobs.c.error.is_(None) & _jobs.c.state.in_(ACTIVE)
-        with self._writing() as connection:
+        with writing(self._engine) as connection:
             connection.execute(sa.update(_jobs).where(condition).values(error=dict(error)))
 
     def progress(self, job_id: str, shard: int, samples_done: int, *, finished: bool = False) -> None:
         """Update the count of one shard, and with it the sums and the rate of the job."""
         now = time.time()
-        with self._writing() as connection:
+        with writing(self._engine) as connection:
             query = sa.select(_jobs).where(_jobs.c.id == job_id).with_for_update()
             row = connection.execute(query).one_or_none()
             if row is None:
@@ -452,7 +452,7 @@ class JobTable:
 
     def restart_rate(self, job_id: str) -> None:
         """Discard the rate, because a worker continues the job after a pause of unknown length."""
-        with self._writing() as connection:
+        with writing(self._engine) as connection:
             connection.execute(
                 sa.update(_jobs)
                 .where(_jobs.c.id == job_id)
@@ -481,7 +481,7 @@ class JobTable:
             "rate": None,
             "stored_bytes": stored_bytes,
         }
-        with self._writing() as connection:
+        with writing(self._engine) as connection:
             if connection.execute(sa.update(_jobs).where(condition).values(values)).rowcount:
                 connection.execute(sa.delete(_shards).where(_shards.c.job_id == job_id))
                 job = _job(connection, job_id)
@@ -494,7 +494,7 @@ class JobTable:
     def renew_lease(self, executor_id: str, seconds: float) -> None:
         """Extend the lease of a worker: other workers leave its work alone for `seconds`."""
         values = {"lease_until": time.time() + seconds}
-        with self._writing() as connection:
+        with writing(self._engine) as connection:
             updated = connection.execute(
                 sa.update(_workers).where(_workers.c.executor_id == executor_id).values(values)
             ).rowcount
@@ -503,28 +503,14 @@ class JobTable:
 
     def drop_lease(self, executor_id: str) -> None:
         """End the lease of a worker: its work may be taken over at once."""
-        with self._writing() as connection:
+        with writing(self._engine) as connection:
             connection.execute(sa.update(_workers).where(_workers.c.executor_id == executor_id).values(lease_until=0.0))
 
     def live_workers(self) -> set[str]:
         """Names of the workers whose lease has not run out. Rows of the others are removed."""
-        with self._writing() as connection:
+        with writing(self._engine) as connection:
             connection.execute(sa.delete(_workers).where(_workers.c.lease_until < time.time()))
             return set(connection.execute(sa.select(_workers.c.executor_id)).scalars())
-
-    @contextmanager
-    def _reading(self) -> Iterator[sa.Connection]:
-        with database_errors(), self._engine.connect() as connection:
-            yield connection
-
-    @contextmanager
-    def _writing(self) -> Iterator[sa.Connection]:
-        with (
-            database_errors(),
-            self._engine.connect().execution_options(dermis_write=True) as connection,
-            connection.begin(),
-        ):
-            yield connection
 
 
 def _existing(connection: sa.Connection, tenant: str, name: str) -> int:

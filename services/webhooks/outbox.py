@@ -13,15 +13,14 @@ import json
 import secrets
 import time
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import sqlalchemy as sa
 
 from dermis.errors import DermisError
-from services.jobs.database import database_errors, make_engine
+from services.jobs.database import make_engine, reading, writing
 
 State = Literal["waiting", "delivered", "dead"]
 STATES: tuple[State, ...] = ("waiting", "delivered", "dead")
@@ -170,7 +169,7 @@ class WebhookTable:
             "secret": f"whsec_{base64.b64encode(secrets.token_bytes(32)).decode('ascii')}",
             "created_at": time.time(),
         }
-        with self._writing() as connection:
+        with writing(self._engine) as connection:
             count = connection.scalar(
                 sa.select(sa.func.count()).select_from(_endpoints).where(_endpoints.c.tenant == tenant)
             )
@@ -183,20 +182,20 @@ class WebhookTable:
     def all(self, tenant: str) -> list[Endpoint]:
         """The endpoints of a tenant, newest first."""
         query = sa.select(_endpoints).where(_endpoints.c.tenant == tenant)
-        with self._reading() as connection:
+        with reading(self._engine) as connection:
             rows = connection.execute(query.order_by(_endpoints.c.created_at.desc(), _endpoints.c.id))
             return [_endpoint_of(row) for row in rows]
 
     def get(self, tenant: str, identifier: str) -> Endpoint | None:
         """An endpoint of a tenant, or None."""
         query = sa.select(_endpoints).where(_endpoints.c.tenant == tenant, _endpoints.c.id == identifier)
-        with self._reading() as connection:
+        with reading(self._engine) as connection:
             row = connection.execute(query).one_or_none()
         return None if row is None else _endpoint_of(row)
 
     def delete(self, tenant: str, identifier: str) -> bool:
         """Delete an endpoint of a tenant with its messages; whether there was one."""
-        with self._writing() as connection:
+        with writing(self._engine) as connection:
             condition = (_endpoints.c.tenant == tenant) & (_endpoints.c.id == identifier)
             if not connection.execute(sa.delete(_endpoints).where(condition)).rowcount:
                 return False
@@ -208,7 +207,7 @@ class WebhookTable:
         query = sa.select(_messages).where(_messages.c.endpoint == endpoint)
         if state is not None:
             query = query.where(_messages.c.state == state)
-        with self._reading() as connection:
+        with reading(self._engine) as connection:
             rows = connection.execute(query.order_by(_messages.c.created_at.desc(), _messages.c.id).limit(limit))
             return [Message(**row._mapping) for row in rows]
 
@@ -218,7 +217,7 @@ class WebhookTable:
         The endpoint is enabled again.
         """
         condition = (_messages.c.endpoint == endpoint) & (_messages.c.id == message)
-        with self._writing() as connection:
+        with writing(self._engine) as connection:
             connection.execute(
                 sa.update(_messages)
                 .where(condition, _messages.c.state == "dead")
@@ -240,7 +239,7 @@ class WebhookTable:
         """
         due = (_messages.c.state == "waiting") & (_messages.c.due_at <= now)
         query = sa.select(_messages.c.endpoint).where(due, _messages.c.endpoint.not_in(busy)).distinct().limit(most)
-        with self._reading() as connection:
+        with reading(self._engine) as connection:
             endpoints = list(connection.execute(query).scalars())
         claims: list[Claim] = []
         for endpoint in endpoints:
@@ -250,7 +249,7 @@ class WebhookTable:
     def _claim_one(self, endpoint: str, now: float) -> list[Claim]:
         due = (_messages.c.endpoint == endpoint) & (_messages.c.state == "waiting") & (_messages.c.due_at <= now)
         query = sa.select(_messages).where(due).order_by(_messages.c.due_at).limit(1).with_for_update(skip_locked=True)
-        with self._writing() as connection:
+        with writing(self._engine) as connection:
             row = connection.execute(query).one_or_none()
             if row is None:  # another process has claimed it
                 return []
@@ -283,7 +282,7 @@ class WebhookTable:
             values = {"due_at": now + pause * (1 + 0.1 * secrets.randbelow(100) / 100)}
         # The number of attempts is compared, because a claim that took too long may have been taken over.
         mine = (_messages.c.id == message.id) & (_messages.c.attempts == message.attempts)
-        with self._writing() as connection:
+        with writing(self._engine) as connection:
             connection.execute(sa.update(_messages).where(mine).values(values | {"outcome": outcome[:100]}))
             if status == _GONE:
                 of_it = _endpoints.c.id == claim.endpoint.id
@@ -291,24 +290,10 @@ class WebhookTable:
 
     def remove_old(self, now: float) -> None:
         """Remove messages that ended a week (delivered) or a month (dead) ago."""
-        with self._writing() as connection:
+        with writing(self._engine) as connection:
             for state, seconds in _KEPT_SECONDS.items():
                 old = (_messages.c.state == state) & (_messages.c.ended_at < now - seconds)
                 connection.execute(sa.delete(_messages).where(old))
-
-    @contextmanager
-    def _reading(self) -> Iterator[sa.Connection]:
-        with database_errors(), self._engine.connect() as connection:
-            yield connection
-
-    @contextmanager
-    def _writing(self) -> Iterator[sa.Connection]:
-        with (
-            database_errors(),
-            self._engine.connect().execution_options(dermis_write=True) as connection,
-            connection.begin(),
-        ):
-            yield connection
 
 
 def _endpoint_of(row: sa.Row[Any]) -> Endpoint:

@@ -23,6 +23,7 @@ from services.audit.trail import GENESIS, AuditTable, Event, Head, NothingToCutE
 from services.audit.verification import Verification, verify
 from services.audit.writer import AuditWriter
 from services.errors import DatabaseUnavailableError
+from services.jobs.database import writing
 from services.jobs.table import JobTable
 from services.settings import SettingsError
 
@@ -79,7 +80,7 @@ def checked(table: AuditTable, **options: Any) -> Verification:
 
 
 def change(table: AuditTable, *statements: str) -> None:
-    with table._writing() as connection:
+    with writing(table._engine) as connection:
         for statement in statements:
             connection.execute(sa.text(statement))
 
@@ -87,7 +88,7 @@ def change(table: AuditTable, *statements: str) -> None:
 def rewrite(table: AuditTable, first: int) -> None:
     """Write the chain anew from an entry on, as someone who can write to the database, but has no key."""
     entries = trail_module._entries
-    with table._writing() as connection:
+    with writing(table._engine) as connection:
         where = entries.c.number == first - 1
         previous = connection.scalar(sa.select(entries.c.hash).where(where)) or GENESIS
         rows = connection.execute(sa.select(entries).where(entries.c.number >= first).order_by(entries.c.number)).all()

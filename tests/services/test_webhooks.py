@@ -26,6 +26,7 @@ import pytest
 from dermis.bundle import Bundle
 from postgres import Postgres, running_postgres
 from service_kit import service, wait_for
+from services.jobs.database import writing
 from services.jobs.table import JobTable
 from services.settings import Settings
 from services.webhooks import deliverer, outbox, sending
@@ -119,7 +120,7 @@ def table(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[WebhookTab
 
 
 def end_job(table: WebhookTable, state: str = "succeeded", tenant: str = "a") -> None:
-    with table._writing() as connection:
+    with writing(table._engine) as connection:
         add_messages(connection, tenant=tenant, kind="dataset", job_id=JOB, state=state)
 
 
@@ -417,7 +418,7 @@ def test_message_survives_a_restart_of_the_service(
         assert (message["event"], message["state"]) == ("dataset.succeeded", "waiting")
     with service(tiny_bundle.location, tmp_path, **values) as running, receiving() as other:
         table = WebhookTable(running.settings.jobs_url)
-        with table._writing() as connection:
+        with writing(table._engine) as connection:
             connection.execute(outbox._endpoints.update().values(url=other.url("/hook")))
         wait_for(lambda: other.received)
         wait_for(lambda: running.client.get(f"{hook}/messages?state=delivered").json()["data"])

@@ -29,7 +29,7 @@ from dermis.errors import DermisError
 from services.data_folder import restrict_new_files
 from services.errors import DatabaseUnavailableError
 from services.gateway.auth.principal import unknown_scopes
-from services.jobs.database import UNREACHABLE, database_errors, make_engine
+from services.jobs.database import UNREACHABLE, make_engine, reading, writing
 from services.jobs.table import JobTable
 from services.settings import Settings, SettingsError
 from services.tenants import DEFAULT_TENANT, is_tenant
@@ -205,7 +205,7 @@ class KeyTable:
         values = _row(
             text, tenant, name, scopes, created_by, now, None if lifetime_seconds is None else now + lifetime_seconds
         )
-        with self._writing() as connection:
+        with writing(self._engine) as connection:
             connection.execute(sa.insert(_keys).values(values))
             return _get(connection, values["id"]), text
 
@@ -222,7 +222,7 @@ class KeyTable:
         """
         values = _row(text, DEFAULT_TENANT, "bootstrap", ("admin",), "DERMIS_BOOTSTRAP_KEY_FILE", time.time(), None)
         try:
-            with self._writing() as connection:
+            with writing(self._engine) as connection:
                 row = connection.execute(sa.select(_keys).where(_keys.c.id == values["id"])).one_or_none()
                 if row is None:
                     connection.execute(sa.insert(_keys).values(values))
@@ -242,7 +242,7 @@ class KeyTable:
             return []  # PostgreSQL refuses some texts, such as a null character
         if tenant is not None:
             query = query.where(_keys.c.tenant == tenant)
-        with self._reading() as connection:
+        with reading(self._engine) as connection:
             return [_key_of(row) for row in connection.execute(query)]
 
     def changes(self) -> tuple[int, int]:
@@ -250,7 +250,7 @@ class KeyTable:
 
         Numbers, not times, because the clocks of replicas differ.
         """
-        with self._reading() as connection:
+        with reading(self._engine) as connection:
             row = connection.execute(
                 sa.select(sa.func.count(), sa.func.count(_keys.c.revoked_at)).select_from(_keys)
             ).one()
@@ -263,7 +263,7 @@ class KeyTable:
             sa.or_(_keys.c.revoked_at.is_(None), _keys.c.revoked_at > earliest),
             sa.or_(_keys.c.expires_at.is_(None), _keys.c.expires_at > earliest),
         )
-        with self._reading() as connection:
+        with reading(self._engine) as connection:
             return {row.id: _key_of(row) for row in connection.execute(query)}
 
     def get(self, identifier: str) -> ApiKey:
@@ -273,7 +273,7 @@ class KeyTable:
             UnknownKeyError: There is none.
         """
         _check_id(identifier)
-        with self._reading() as connection:
+        with reading(self._engine) as connection:
             return _get(connection, identifier)
 
     def revoke(self, identifier: str) -> ApiKey:
@@ -283,7 +283,7 @@ class KeyTable:
             UnknownKeyError: There is no such key.
         """
         _check_id(identifier)
-        with self._writing() as connection:
+        with writing(self._engine) as connection:
             condition = (_keys.c.id == identifier) & _keys.c.revoked_at.is_(None)
             connection.execute(sa.update(_keys).where(condition).values(revoked_at=time.time()))
             return _get(connection, identifier)
@@ -310,7 +310,7 @@ class KeyTable:
         _check_id(identifier)
         text = new_key()
         now = time.time()
-        with self._writing() as connection:
+        with writing(self._engine) as connection:
             # Of two calls at the same moment one waits here (PostgreSQL), and then sees the key of the other one.
             row = connection.execute(sa.select(_keys).where(_keys.c.id == identifier).with_for_update()).one_or_none()
             if row is None:
@@ -330,23 +330,9 @@ class KeyTable:
 
     def record_uses(self, uses: Mapping[str, float]) -> None:
         """Record when keys were last used: seconds since 1970 by id."""
-        with self._writing() as connection:
+        with writing(self._engine) as connection:
             for identifier, moment in uses.items():
                 connection.execute(sa.update(_keys).where(_keys.c.id == identifier).values(last_used_at=moment))
-
-    @contextmanager
-    def _reading(self) -> Iterator[sa.Connection]:
-        with database_errors(), self._engine.connect() as connection:
-            yield connection
-
-    @contextmanager
-    def _writing(self) -> Iterator[sa.Connection]:
-        with (
-            database_errors(),
-            self._engine.connect().execution_options(dermis_write=True) as connection,
-            connection.begin(),
-        ):
-            yield connection
 
 
 @contextmanager

@@ -33,6 +33,7 @@ from services.gateway.auth.keys import (
     read_key_file,
 )
 from services.gateway.auth.principal import DEFAULT_SCOPES
+from services.jobs.database import writing
 from services.jobs.table import JobTable
 from services.settings import SettingsError
 
@@ -58,7 +59,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 @pytest.fixture
 def table(url: str) -> Iterator[KeyTable]:
     table = KeyTable(url)
-    with table._writing() as connection:
+    with writing(table._engine) as connection:
         connection.execute(sa.delete(keys_module._keys))  # all tests use one PostgreSQL
     yield table
     table.close()

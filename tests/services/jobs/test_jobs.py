@@ -19,6 +19,7 @@ from service_kit import Service, make_directly, service, wait_for
 from services.errors import InferenceFailedError, InferenceUnavailableError
 from services.gateway.auth.keys import KeyTable
 from services.jobs import context, workflow
+from services.jobs.database import writing
 from services.jobs.lease import executor_slot
 from services.jobs.table import IdempotencyConflictError, Job, JobTable, TooManyActiveError
 
@@ -87,7 +88,7 @@ def test_another_worker_takes_over_a_job_for_its_tenant_when_a_lease_has_run_out
         assert running.client.get("/v1/datasets", headers=other).json()["data"] == []
         stored = sum(map(len, files.values()))
         assert [running.ctx.table.stored_bytes(tenant) for tenant in ("radiology", "derma")] == [stored, 0]
-        with running.ctx.table._writing() as connection:
+        with writing(running.ctx.table._engine) as connection:
             connection.execute(sa.text("UPDATE dermis_jobs SET stored_bytes = NULL"))  # as an earlier version
         wait_for(lambda: running.ctx.table.stored_bytes("radiology") == stored)
 
