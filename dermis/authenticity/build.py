@@ -86,7 +86,7 @@ def build_index(
         raise RequestError("groups", "must name the group of every image, and at least two of them")
     # Components of few images represent these images exactly and others poorly, so that other images would look like copies.
     width = rows.shape[1] if dim is None or len(rows) < _IMAGES_PER_DIM * dim else min(dim, rows.shape[1])
-    chosen: Kind = kind if kind != "auto" else "flat" if len(rows) <= EXACT else "hnsw" if len(rows) <= GRAPH else "ivf"
+    chosen: Kind = automatic_kind(len(rows)) if kind == "auto" else kind
     if len(rows) < MIN_APPROXIMATE:
         chosen = "flat"
     threads = threads or available_cpus()
@@ -162,6 +162,11 @@ def _index(rows: Floats, width: int, kind: Kind, storage: Storage, threads: int)
     if kind == "ivf":
         base.make_direct_map()
     return index, explained
+
+
+def automatic_kind(count: int) -> Kind:
+    """Return the kind of index for `count` vectors: an exact search, a graph or lists."""
+    return "flat" if count <= EXACT else "hnsw" if count <= GRAPH else "ivf"
 
 
 def new_index(kind: Kind, width: int, storage: Storage, count: int) -> Any:

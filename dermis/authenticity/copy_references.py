@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dermis.authenticity.index import Floats, products_of_matrices, search
-from dermis.bundle.index import Kind
 
 HALVES = 4
 UPPER_LOWER, LEFT_RIGHT = (0, 1), (2, 3)
@@ -131,11 +130,10 @@ def _margins(similarities: Floats, background: slice) -> Floats:
 
 
 def _index(vectors: Floats) -> object:
-    from dermis.authenticity.build import EXACT, GRAPH, new_index  # imports scipy, which the gateway does not need
+    from dermis.authenticity.build import automatic_kind, new_index  # imports scipy, which the gateway does not need
 
     count = len(vectors)
-    kind: Kind = "flat" if count <= EXACT else "hnsw" if count <= GRAPH else "ivf"
-    index = new_index(kind, vectors.shape[1], "float", count)
+    index = new_index(automatic_kind(count), vectors.shape[1], "float", count)
     with products_of_matrices():
         index.train(vectors)
         index.add(vectors)
