@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from dermis.bundle.classifier import DESCRIPTOR, MODEL, ClassifierDescription, open_classifier, read_model
-from dermis.bundle.folder import exists
+from dermis.bundle import find_part
+from dermis.bundle.classifier import CLASSIFIER_PART, MODEL, ClassifierDescription, open_classifier, read_model
 from dermis.classifier.graph_check import check_graph
 from dermis.classifier.graph_trial import CPU, first_line, import_onnxruntime, new_session, problem_of, try_graph
 from dermis.classifier.preprocess import batch
@@ -143,16 +143,11 @@ def find_classifier(source: Bundle | str | Path) -> tuple[ClassifierDescription,
     Raises:
         BundleError: There is no classifier, or it is damaged.
     """
-    none = "has no classifier; add one: dermis bundle attach-classifier BUNDLE FOLDER"
-    if not isinstance(source, str | Path):
-        if source.classifier is None:
-            raise BundleError(f"{source.location}: {none}")
-        return source.classifier, f"{source.location}/classifier"
-    where = str(source).rstrip("/")
-    if exists(where, "bundle.json"):
-        where = f"{where}/classifier"
-        if not exists(where, DESCRIPTOR):
-            raise BundleError(f"{source}: {none}")
+    where = find_part(
+        source, CLASSIFIER_PART, "has no classifier; add one: dermis bundle attach-classifier BUNDLE FOLDER"
+    )
+    if not isinstance(source, str | Path) and source.classifier is not None:
+        return source.classifier, where
     return open_classifier(where), where
 
 
