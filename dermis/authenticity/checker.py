@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -54,7 +55,7 @@ class Embedder:
         self._close: Callable[[], None] = lambda: None
         self.backend: str | None = None
         """The implementation that computes the features, if there are several. Verdicts can differ in the last bits."""
-        self._fast: FastFeatures | None = None
+        self._open_fast: Callable[[], FastFeatures | None] = lambda: None
         if name == CLASSIFIER:
             from dermis.classifier.fast_features import fast_features
             from dermis.classifier.onnx_session import Classifier
@@ -69,7 +70,8 @@ class Embedder:
                 return features
 
             self._extract, self._close = extract, session.close
-            self._fast, self._size = fast_features(classifier, session, threads), session.description.input.size
+            self._open_fast = partial(fast_features, classifier, session, threads)
+            self._size = session.description.input.size
             self.identity, self.dim = f"classifier/{session.description.digest}", session.description.feature_dim
         else:
             from dermis.devices import resolve_device
@@ -94,6 +96,10 @@ class Embedder:
             for start in range(0, len(images), _BATCH)
         ]
         return np.concatenate(rows) if rows else np.empty((0, self.dim), np.float32)
+
+    @cached_property
+    def _fast(self) -> FastFeatures | None:
+        return self._open_fast()  # compiled at the first use, as most programs need float32 only
 
     @property
     def is_fast(self) -> bool:
@@ -196,7 +202,7 @@ class Checker:
 
     def _nearest(self, inputs: Images, exact_below: float) -> Nearest:
         duplicates = self.description.duplicates
-        if not self._embedder.is_fast or not math.isfinite(exact_below) or duplicates is None or not len(inputs):
+        if not math.isfinite(exact_below) or duplicates is None or not len(inputs) or not self._embedder.is_fast:
             return self.index.nearest(self.embed(inputs))
         rounded = self.index.nearest(self._embedder.embed_fast(inputs))
         near = np.flatnonzero(rounded.distances < exact_below + SAME_SHARE * duplicates.typical_distance)
