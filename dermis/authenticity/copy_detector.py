@@ -175,9 +175,8 @@ def calibrate(first: Floats, second: Floats, false_alarms: float = FALSE_ALARMS)
     for_first = _thresholds(first, _FIRST_SHARES, CANDIDATES * false_alarms / FALSE_ALARMS)
     candidates = (first / for_first).max(axis=1) >= 1
     used = np.where(candidates[:, None], _used(first, second, for_first), 0)
-    for_second = _thresholds(used, _SHARES, _CAUTION * false_alarms) * (
-        1 + 10.0**-_SCORE_DECIMALS
-    )  # scores are rounded
+    for_second = _thresholds(used, _SHARES, _CAUTION * false_alarms)
+    for_second *= 1 + 10.0**-_SCORE_DECIMALS  # scores are rounded
     return Thresholds(
         (float(for_first[0]), float(for_first[1])),
         (float(for_second[0]), float(for_second[1]), float(for_second[2])),
@@ -248,9 +247,8 @@ def describer(network: CopyNetwork, size: int, *, device: str = "cpu", threads: 
     )
     if target.type == "cpu" and have_openvino():
         matrix = partial(resize_matrix, bicubic)
-        precision = (
-            fastest_precision()
-        )  # rounding to bfloat16 turns a descriptor by much less than a change of the image
+        # Rounding to bfloat16 turns a descriptor by much less than a change of the image does.
+        precision = fastest_precision()
         extract = OpenvinoFeatures(
             network, (size, size), matrix, half, half, extract, threads=threads, precision=precision, group=_GROUP
         )

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dermis.classifier.onnx_session import Classifier
 
 _DIGEST = 64
-_OPTIONS = np.dtype([("exact_below", "<f4"), ("detect_copies", "u1")])
+_OPTIONS = np.dtype([("exact_below", "<f8"), ("detect_copies", "u1")])
 _HEADER = _DIGEST + _OPTIONS.itemsize
 
 
