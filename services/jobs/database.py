@@ -15,6 +15,8 @@ from services.errors import DatabaseUnavailableError
 
 UNREACHABLE = "the jobs database cannot be reached at the moment; try again"
 _CONNECT_SECONDS = 10
+_SQLITE_WAIT_SECONDS = 30.0
+_SQLITE_POLL_SECONDS = 0.02
 _SCHEMA_LOCK = 0x6465726D6973  # any number that no other application on the database uses
 _SCHEMA_LOCK_SECONDS = 300.0
 _SCHEMA_POLL_SECONDS = 0.2
@@ -29,12 +31,12 @@ def make_engine(url: str) -> sa.Engine:
         return sa.create_engine(parsed, pool_pre_ping=True, connect_args=arguments)
     if parsed.database:
         Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-    engine = sa.create_engine(parsed, connect_args={"timeout": 30})
+    engine = sa.create_engine(parsed, connect_args={"timeout": _SQLITE_WAIT_SECONDS})
 
     @sa.event.listens_for(engine, "connect")
     def _on_connect(connection: Any, _record: Any) -> None:
         connection.isolation_level = None  # _on_begin starts transactions, not the driver
-        connection.execute("PRAGMA journal_mode=WAL")
+        _use_write_ahead_log(connection)
         connection.execute("PRAGMA synchronous=NORMAL")
 
     @sa.event.listens_for(engine, "begin")
@@ -44,6 +46,23 @@ def make_engine(url: str) -> sa.Engine:
         connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
 
     return engine
+
+
+def _use_write_ahead_log(connection: sqlite3.Connection) -> None:
+    """Switch a database to the write-ahead log, as the first connection to a new file does.
+
+    SQLite does not wait here for a connection that is going to write, whatever the time limit, so connections of several
+    processes that open a new file at once would fail.
+    """
+    deadline = time.monotonic() + _SQLITE_WAIT_SECONDS
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+        time.sleep(_SQLITE_POLL_SECONDS)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -257,6 +258,20 @@ def test_many_workers_upgrade_database_at_once(url: str, prepare: Callable[[str]
     for thread in threads:
         thread.join()
     assert failures == []
+
+
+def test_new_sqlite_file_is_opened_while_another_process_locks_it(tmp_path: Path) -> None:
+    other = sqlite3.connect(tmp_path / "x.db", check_same_thread=False, isolation_level=None)
+    other.execute("CREATE TABLE any (number)")
+    other.execute("BEGIN IMMEDIATE")
+    unlock = threading.Timer(0.3, other.rollback)
+    unlock.start()
+    engine = make_engine(f"sqlite:///{tmp_path / 'x.db'}")
+    with engine.connect() as connection:
+        assert connection.scalar(sa.text("PRAGMA journal_mode")) == "wal"
+    engine.dispose()
+    unlock.join()
+    other.close()
 
 
 def test_upgrade_that_fails_changes_nothing(url: str) -> None:
