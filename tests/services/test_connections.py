@@ -227,15 +227,17 @@ def test_idle_connections_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_health_check_is_answered_when_all_connections_are_busy(monkeypatch: pytest.MonkeyPatch) -> None:
-    with serving(monkeypatch, max_connections=16) as connect:
+    with running(monkeypatch, max_connections=16) as (connect, server):
         working = [connect() for _ in range(16)]
         for connection in working:
             connection.sendall(POST % 10 + b"x")
-        time.sleep(0.3)
-        probe, other = connect(), connect()
+        state = server.server_state
+        wait_for(lambda: len(state.connections) == 16 and not state.idle)  # type: ignore[attr-defined]
+        probe = connect()
         probe.sendall(GET)
-        other.sendall(GET.replace(b"/livez", b"/v1/models"))
         assert status(answer(probe)) == 200
+        other = connect()  # not before: it replaces a connection without a request
+        other.sendall(GET.replace(b"/livez", b"/v1/models"))
         assert status(everything(other)) == 503
         for connection in working:
             connection.sendall(b"x" * 9)
