@@ -1,8 +1,8 @@
-"""Overhead of access control on a call: `python -m benchmarks.gateway [--json] [--bundle DIR] [--calls N] [--rounds N]`.
+"""Overhead of access control and quotas: `python -m benchmarks.gateway [--json] [--bundle DIR] [--calls N] [--rounds N]`.
 
-Two real services with the same bundle are started, one without access control and one with API keys. Rounds of calls alternate
-between them, on one connection each: a single image of /v1/images, and /v1/models, in which a small difference shows better.
-The median of each round is taken, and the difference of the smallest medians is the overhead.
+Three real services with the same bundle are started: without access control, with API keys, and with API keys and quotas.
+Rounds of calls alternate between them, on one connection each: a single image of /v1/images, and /v1/models, in which a small
+difference shows better. The median of each round is taken, and the difference of the smallest medians is the overhead.
 """
 
 from __future__ import annotations
@@ -28,6 +28,12 @@ from dermis.bundle import Bundle, open_bundle
 from dermis.dataset.request import classes_of
 
 REQUIRED_MILLISECONDS = 2.0
+_QUOTAS = {"*": {"images_per_day": 10_000_000, "upload_megapixels_per_minute": 10_000, "active_jobs": 100}}
+_SERVICES = {
+    "none": {"AUTH": "none"},
+    "keys": {"AUTH": "keys"},
+    "quotas": {"AUTH": "keys", "QUOTAS": json.dumps(_QUOTAS)},
+}
 
 
 def median_milliseconds(call: Callable[[], httpx.Response], calls: int) -> float:
@@ -41,7 +47,7 @@ def median_milliseconds(call: Callable[[], httpx.Response], calls: int) -> float
 
 
 def measure(bundle: Bundle, calls: int, rounds: int) -> dict[str, Any]:
-    """Measure the medians of both services in ms, and their difference."""
+    """Measure the medians of the services in ms, and their differences from the one without access control."""
     body = {"classes": {classes_of(bundle)[0]: 1}}
     image = {"Accept": "image/png"}
     requests: dict[str, Callable[[httpx.Client], httpx.Response]] = {
@@ -50,24 +56,27 @@ def measure(bundle: Bundle, calls: int, rounds: int) -> dict[str, Any]:
     }
     with ExitStack() as stack:
         clients = {}
-        for auth in ("none", "keys"):
+        for service, settings in _SERVICES.items():
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            clients[auth] = stack.enter_context(launched(bundle, folder, AUTH=auth))
-            if auth == "keys":
-                clients[auth].headers["Authorization"] = f"Bearer {_new_key(folder)}"
-        medians: dict[str, dict[str, list[float]]] = {name: {auth: [] for auth in clients} for name in requests}
+            clients[service] = stack.enter_context(launched(bundle, folder, **settings))
+            if settings["AUTH"] == "keys":
+                clients[service].headers["Authorization"] = f"Bearer {new_key(folder, 'default')}"
+        medians: dict[str, dict[str, list[float]]] = {name: {each: [] for each in clients} for name in requests}
         for client in clients.values():
             median_milliseconds(lambda client=client: requests["image"](client), 20)  # type: ignore[misc]
         for _ in range(rounds):
             for name, send in requests.items():
-                for auth, client in clients.items():
-                    medians[name][auth].append(
+                for service, client in clients.items():
+                    medians[name][service].append(
                         median_milliseconds(lambda send=send, client=client: send(client), calls)  # type: ignore[misc]
                     )
-    overhead = {name: min(each["keys"]) - min(each["none"]) for name, each in medians.items()}
+    overhead = {
+        name: {service: min(each[service]) - min(each["none"]) for service in ("keys", "quotas")}
+        for name, each in medians.items()
+    }
     return {
         "overhead_milliseconds": overhead,
-        "met": overhead["image"] < REQUIRED_MILLISECONDS,
+        "met": overhead["image"]["quotas"] < REQUIRED_MILLISECONDS,
         "medians_milliseconds": medians,
         "calls": calls,
         "bundle": bundle.name,
@@ -75,10 +84,10 @@ def measure(bundle: Bundle, calls: int, rounds: int) -> dict[str, Any]:
     }
 
 
-def _new_key(folder: Path) -> str:
-    """A key of the service whose data is in `folder`."""
+def new_key(folder: Path, tenant: str) -> str:
+    """Create a key of the service whose data is in `folder`."""
     command = "from commands.main import main; main()"
-    arguments = ["keys", "create", "--data-dir", str(folder)]
+    arguments = ["keys", "create", "--tenant", tenant, "--data-dir", str(folder)]
     done = subprocess.run(
         [sys.executable, "-c", command, *arguments],
         stdout=subprocess.PIPE,
@@ -100,10 +109,12 @@ def main() -> None:
     if options.json:
         print(json.dumps(result))
         return
-    print(f"{'median of a call, ms':<24}{'none':>8}{'keys':>8}{'overhead':>10}")
+    print(f"{'median of a call, ms':<24}{'none':>8}{'keys':>16}{'keys and quotas':>20}")
     for name, each in result["medians_milliseconds"].items():
-        row = (min(each["none"]), min(each["keys"]), result["overhead_milliseconds"][name])
-        print(f"{name:<24}{row[0]:>8.2f}{row[1]:>8.2f}{row[2]:>10.3f}")
+        print(f"{name:<24}{min(each['none']):>8.2f}", end="")
+        for service, width in (("keys", 7), ("quotas", 11)):
+            print(f"{min(each[service]):>{width}.2f} ({result['overhead_milliseconds'][name][service]:+.3f})", end="")
+        print()
     print(f"met (below {REQUIRED_MILLISECONDS:g} ms on an image): {'yes' if result['met'] else 'NO'}")
 
 

@@ -23,6 +23,7 @@ from services.inference.client import InferenceClients
 from services.jobs.context import JobContext
 from services.jobs.service import JobService
 from services.jobs.table import JobTable
+from services.jobs.turns import Turns
 from services.models import ServedModels
 from services.settings import Settings
 from services.webhooks.deliverer import Deliverer
@@ -79,6 +80,8 @@ def compose(settings: Settings, models: ServedModels, inference: InferenceClient
         inference=inference,
         loop=asyncio.get_running_loop(),
         storage=settings.storage,
+        turns=Turns(settings.shard_concurrency),
+        projection_turns=Turns(1),
         min_free_bytes=settings.min_free_bytes,
     )
     jobs = JobService(settings, job_context)

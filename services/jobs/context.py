@@ -26,6 +26,7 @@ from services.errors import (
 )
 from services.inference.client import InferenceClients
 from services.jobs.table import Job, JobTable
+from services.jobs.turns import Turns
 from services.models import ServedModels
 from services.tenants import folder_of
 
@@ -69,6 +70,10 @@ class JobContext:
     loop: asyncio.AbstractEventLoop
     """The event loop that runs the calls of `inference`."""
     storage: str
+    turns: Turns
+    """The places of this process for shards of datasets."""
+    projection_turns: Turns
+    """The place for shards of projections."""
     min_free_bytes: int = 0
     stopping: threading.Event = field(default_factory=threading.Event)
     submitting: set[str] = field(default_factory=set)
@@ -127,6 +132,14 @@ def must_stop(ctx: JobContext, job_id: str) -> bool:
         return ctx.table.must_stop(job_id)
     except DatabaseUnavailableError:
         return False
+
+
+def stop_if_asked(ctx: JobContext, job_id: str) -> None:
+    """Raise ShutdownError if the process is to stop, and StoppedError if the job is to stop."""
+    if ctx.stopping.is_set():
+        raise ShutdownError
+    if must_stop(ctx, job_id):
+        raise StoppedError
 
 
 class _RetryingStore(Store):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +33,7 @@ from services.jobs.context import (
     call_with_retry,
     must_stop,
     retry_transient,
+    stop_if_asked,
 )
 from services.jobs.table import Job
 from services.metrics import dataset_samples
@@ -56,16 +58,24 @@ def run_shard(ctx: JobContext, job: Job, shard: int) -> None:
     bundle, plan = _plan_of(ctx, job)
     progress = _Progress(ctx, job.id, shard)
     progress(0)
-    record = write_shard(
-        plan,
-        shard,
-        _Synthesize(ctx, job, bundle),
-        ctx.retrying_store(job),
-        score=_Score(ctx, job, bundle) if plan.scored else None,
-        examine=_Examine(ctx, job, bundle, Comparison(exact_below(plan), plan.detects_copies)) if plan.gated else None,
-        identity=_identity(ctx, job.id, bundle, plan),
-        on_batch=progress,
-    )
+    with ctx.turns.of(job.tenant, partial(stop_if_asked, ctx, job.id)) as offer_place:
+
+        def end_batch(done: int) -> None:
+            progress(done)
+            offer_place()
+
+        record = write_shard(
+            plan,
+            shard,
+            _Synthesize(ctx, job, bundle),
+            ctx.retrying_store(job),
+            score=_Score(ctx, job, bundle) if plan.scored else None,
+            examine=_Examine(ctx, job, bundle, Comparison(exact_below(plan), plan.detects_copies))
+            if plan.gated
+            else None,
+            identity=_identity(ctx, job.id, bundle, plan),
+            on_batch=end_batch,
+        )
     retry_transient(ctx, lambda: ctx.table.progress(job.id, shard, len(record.images), finished=True))
 
 
@@ -76,22 +86,26 @@ def finish(ctx: JobContext, job: Job) -> None:
         StoppedError: If the job is to stop.
     """
     bundle, plan = _plan_of(ctx, job)
+    check = partial(stop_if_asked, ctx, job.id)
+    with ctx.turns.of(job.tenant, check) as offer_place:
 
-    def stop_if_asked() -> None:
-        if ctx.stopping.is_set():
-            raise ShutdownError
-        if must_stop(ctx, job.id):
-            raise StoppedError
+        def end_batch() -> None:
+            check()
+            offer_place()
 
-    finalize(
-        plan,
-        ctx.retrying_store(job),
-        bundle,
-        _identity(ctx, job.id, bundle, plan),
-        lambda embeddings: call_with_retry(ctx, job.id, lambda: ctx.inference.authenticity.expose(bundle, embeddings)),
-        examine=None if bundle.authenticity is None else _Examine(ctx, job, bundle, Comparison(detect_copies=False)),
-        on_batch=stop_if_asked,
-    )
+        finalize(
+            plan,
+            ctx.retrying_store(job),
+            bundle,
+            _identity(ctx, job.id, bundle, plan),
+            lambda embeddings: call_with_retry(
+                ctx, job.id, lambda: ctx.inference.authenticity.expose(bundle, embeddings)
+            ),
+            examine=None
+            if bundle.authenticity is None
+            else _Examine(ctx, job, bundle, Comparison(detect_copies=False)),
+            on_batch=end_batch,
+        )
 
 
 def _plan_of(ctx: JobContext, job: Job) -> tuple[Bundle, DatasetPlan]:

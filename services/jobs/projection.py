@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -27,7 +28,15 @@ from dermis.projection.result import fields_of, from_bytes
 from dermis.projection.schedule import SCHEDULES, Schedule, Space, Start
 from services.errors import DatabaseUnavailableError, InferenceFailedError, InferenceUnavailableError
 from services.inference.projections import ProjectionFiles, ProjectionTask
-from services.jobs.context import JobContext, StoppedError, call_with_retry, must_stop, retry_transient, run_on_loop
+from services.jobs.context import (
+    JobContext,
+    StoppedError,
+    call_with_retry,
+    must_stop,
+    retry_transient,
+    run_on_loop,
+    stop_if_asked,
+)
 from services.jobs.table import Job
 
 IMAGES_PER_SHARD = 8
@@ -105,7 +114,8 @@ def run_shard(ctx: JobContext, job: Job, shard: int) -> None:
     numbers = range(shard * IMAGES_PER_SHARD, min((shard + 1) * IMAGES_PER_SHARD, options.images))
     if not all(_is_done(store, number) for number in numbers):
         ctx.table.progress(job.id, shard, 0)
-        projected = _project(ctx, job, shard, bundle, options, store, numbers)
+        with ctx.projection_turns.of(job.tenant, partial(stop_if_asked, ctx, job.id)):
+            projected = _project(ctx, job, shard, bundle, options, store, numbers)
         for number, files in zip(numbers, projected, strict=True):
             store.write(f"{number:05d}.png", files.image)
             if files.video is not None:

@@ -21,6 +21,7 @@ from services.jobs import execution
 from services.jobs.context import JobContext, ShutdownError, retry_transient
 from services.jobs.database import UNREACHABLE, complete_sqlite, database_errors
 from services.jobs.table import Job, Kind
+from services.tenants import DEFAULT_TENANT
 
 logger = logging.getLogger("dermis.jobs")
 
@@ -29,11 +30,16 @@ logger = logging.getLogger("dermis.jobs")
 # below are stored with the jobs as well.
 APPLICATION_VERSION = "1"
 
-# Also used for projections; the name cannot change because stored jobs contain it.
-_JOB_QUEUE = "dermis-datasets"
+# Each queue has a partition per tenant, so that a tenant never waits until the shards of another one are done; `Turns` divides
+# the work of a process between them. (Databases of versions up to 0.1 also have the queues dermis-datasets, dermis-shards and
+# dermis-projections. DBOS continues to serve every queue of a database.)
+_JOB_QUEUE = "dermis-tenant-jobs"
 # The shards of projections have their own queue, so that datasets do not wait for work that takes minutes.
-_SHARD_QUEUES: Mapping[Kind, str] = {"dataset": "dermis-shards", "projection": "dermis-projections"}
+_SHARD_QUEUES: Mapping[Kind, str] = {"dataset": "dermis-tenant-shards", "projection": "dermis-tenant-projections"}
 _POLL_SECONDS = 0.2
+# Each running workflow is a thread: limits for all tenants together, as a multiple of that for one.
+_MAX_TENANT_JOBS = 8
+_MAX_TENANT_SHARDS = 32
 _CHECK_SECONDS = 5.0
 _STUCK_SWEEPS = 2
 # Limits for a job that ends the process each time it runs.
@@ -81,8 +87,8 @@ def start(ctx: JobContext, *, url: str, executor_id: str, shard_concurrency: int
         ctx: The context of the jobs.
         url: SQLAlchemy URL of the database.
         executor_id: The name of this worker.
-        shard_concurrency: Shards of datasets that this worker runs at the same time.
-        max_active: Jobs whose workflow this worker runs at the same time.
+        shard_concurrency: Shards of datasets of one tenant that this worker runs at the same time.
+        max_active: Jobs of one tenant whose workflow this worker runs at the same time.
     """
     global _ctx, _executor_id
     _ctx, _executor_id = ctx, executor_id
@@ -99,13 +105,17 @@ def start(ctx: JobContext, *, url: str, executor_id: str, shard_concurrency: int
     complete_sqlite()
     DBOS(config=config)
     DBOS.launch()
-    for queue, concurrency in (
-        (_JOB_QUEUE, max_active),
-        (_SHARD_QUEUES["dataset"], shard_concurrency),
-        (_SHARD_QUEUES["projection"], 1),
+    for queue, of_tenant, tenants in (
+        (_JOB_QUEUE, max_active, _MAX_TENANT_JOBS),
+        (_SHARD_QUEUES["dataset"], shard_concurrency, _MAX_TENANT_SHARDS),
+        (_SHARD_QUEUES["projection"], 1, _MAX_TENANT_SHARDS),
     ):
         DBOS.register_queue(
-            queue, worker_concurrency=concurrency, polling_interval_sec=_POLL_SECONDS, on_conflict="always_update"
+            queue,
+            worker_concurrency=of_tenant * tenants,
+            partition_worker_concurrency=of_tenant,
+            polling_interval_sec=_POLL_SECONDS,
+            on_conflict="always_update",
         )
 
 
@@ -130,7 +140,7 @@ def executor_id() -> str:
 def submit(job: Job) -> None:
     """Enqueue the workflow of a job, unless it is enqueued. If the database prevents it, `sweep` does it later."""
     try:
-        with _database(), SetWorkflowID(job.id):
+        with _database(), SetWorkflowID(job.id), SetEnqueueOptions(queue_partition_key=job.tenant):
             DBOS.enqueue_workflow(_JOB_QUEUE, _job_workflow, job.id, job.shards_total)
     except DatabaseUnavailableError as error:
         logger.warning("job not enqueued yet", extra={"job": job.id, "error": str(error)})
@@ -197,7 +207,7 @@ def _continue(ctx: JobContext, job: Job) -> None:
             logger.warning("shards started again", extra={"job": job.id, "shards": len(failed)})
             DBOS.delete_workflows(failed)
             for workflow_id in failed:
-                _enqueue_shard(job.id, job.kind, int(workflow_id.rpartition("-")[2]))
+                _enqueue_shard(job.id, job.tenant, job.kind, int(workflow_id.rpartition("-")[2]))
         return
     if status.status in ("ERROR", "SUCCESS") and _may_restart(job.id):
         # No outcome of a job makes its workflow fail, so the cause is the database or the tables of DBOS.
@@ -243,9 +253,11 @@ def _job_workflow(job_id: str, shards: int) -> str:
     with _running_here(job_id) as ctx:
         job = retry_transient(ctx, lambda: ctx.table.set_owner(job_id, _executor_id))
         retry_transient(ctx, lambda: ctx.table.restart_rate(job_id))
+        # Also for a job that was deleted, whose shards stop at once, because a replay needs the same steps.
+        tenant = DEFAULT_TENANT if job is None else job.tenant
+        kind: Kind = "dataset" if job is None else job.kind
         for shard in range(shards):
-            # Also for a job that was deleted, whose shards stop at once, because a replay needs the same steps.
-            _enqueue_shard(job_id, "dataset" if job is None else job.kind, shard)
+            _enqueue_shard(job_id, tenant, kind, shard)
         _wait_for_shards(job_id)
         return _finish(job_id)
 
@@ -312,9 +324,10 @@ def _is_whole(job_id: str) -> bool:
     return job is not None and job.shards_done == job.shards_total
 
 
-def _enqueue_shard(job_id: str, kind: Kind, shard: int) -> None:
-    # Shard 0 of every job goes before shard 1 of any: a small job does not wait for a large one to end.
-    with SetWorkflowID(_shard_workflow_id(job_id, shard)), SetEnqueueOptions(priority=shard + 1):
+def _enqueue_shard(job_id: str, tenant: str, kind: Kind, shard: int) -> None:
+    # Shard 0 of every job goes before shard 1 of any: a small job does not wait for a large one of its tenant to end.
+    options = SetEnqueueOptions(priority=shard + 1, queue_partition_key=tenant)
+    with SetWorkflowID(_shard_workflow_id(job_id, shard)), options:
         DBOS.enqueue_workflow(_SHARD_QUEUES[kind], _shard_workflow, job_id, shard)
 
 
