@@ -12,6 +12,7 @@ import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from types import FrameType
+from typing import Any
 
 import _bentoml_impl.server  # type: ignore[import-untyped]
 import bentoml
@@ -56,7 +57,11 @@ async def _running() -> AsyncIterator[Context]:
     for location, problem in models.check().items():
         logger.error("model not served", extra={"location": location, "problem": problem})
     service = bentoml.get_current_service()
-    inference = InferenceClients.connect(lambda name: getattr(service, name).to_async, models)
+
+    def client_of(name: str) -> Any:
+        return getattr(service, name).to_async if _settings.inference else None
+
+    inference = InferenceClients.connect(client_of, models)
     composition = compose(_settings, models, inference)
     with _delayed_shutdown(composition.context.stopping, stop_pause(_settings)):
         async with composition.running() as context:

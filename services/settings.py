@@ -151,6 +151,16 @@ class Settings(BaseSettings):
         description="Bundles that only some tenants may use: `bundle=tenant,tenant,bundle=tenant`. Bundles that are not "
         "named are for all tenants.",
     )
+    role: Literal["all", "gateway", "worker"] = Field(
+        "all",
+        description="What these processes do: `all`; `gateway`, answer requests and leave datasets and projections to workers "
+        "on the same database; `worker`, make datasets and projections, and answer only probes and /metrics.",
+    )
+    inference: bool = Field(
+        True,
+        description="Whether a gateway has a generator, a classifier and so on of its own. Without them /v1/images, /v1/edits, "
+        "/v1/classifications, /v1/authenticity and heat maps are answered 503.",
+    )
     device: str = Field(
         "auto", description="Device of the generator, classifier, index, explainer and projector: auto, cpu or cuda."
     )
@@ -414,6 +424,20 @@ class Settings(BaseSettings):
     def _provider_is_complete(self) -> Self:
         if self.auth == "oidc" and (self.oidc_issuer is None or not self.oidc_audience):
             raise ValueError("DERMIS_AUTH=oidc needs DERMIS_OIDC_ISSUER and DERMIS_OIDC_AUDIENCE")
+        return self
+
+    @model_validator(mode="after")
+    def _worker_has_inference(self) -> Self:
+        if not self.inference and self.role != "gateway":
+            raise ValueError("DERMIS_INFERENCE=false needs DERMIS_ROLE=gateway")
+        return self
+
+    @model_validator(mode="after")
+    def _database_is_shared(self) -> Self:
+        if self.role != "all" and (self.database_url is None or self.storage_url is None):
+            raise ValueError(
+                f"DERMIS_ROLE={self.role} needs DERMIS_DATABASE_URL and DERMIS_STORAGE_URL, common to all replicas"
+            )
         return self
 
     @field_validator("bundles")

@@ -51,6 +51,24 @@ from services.settings import Settings
 
 logger = logging.getLogger("dermis.http")
 
+_ROUTES = (
+    datasets,
+    files,
+    reports,
+    images,
+    edits,
+    projections,
+    classifications,
+    authenticity,
+    models,
+    webhooks,
+    usage,
+    keys,
+    audit,
+    health,
+    docs,
+)
+
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _EXPOSED = [
     "Location",
@@ -106,23 +124,7 @@ def create_app(settings: Settings, running: Callable[[], AbstractAsyncContextMan
         generate_unique_id_function=lambda route: route.name,
     )
     problems.install(app)
-    for routes in (
-        datasets,
-        files,
-        reports,
-        images,
-        edits,
-        projections,
-        classifications,
-        authenticity,
-        models,
-        webhooks,
-        usage,
-        keys,
-        audit,
-        health,
-        docs,
-    ):
+    for routes in (health,) if settings.role == "worker" else _ROUTES:
         app.include_router(routes.router)
     check_routes(app)
     app.openapi = lambda: openapi_document(app, settings)  # type: ignore[method-assign]

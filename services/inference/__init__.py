@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 def worker_counts(settings: Settings) -> Mapping[str, int]:
     """The number of processes of each inference service, by its BentoML name."""
+    if not settings.inference:
+        return {}
     return {
         "Generator": settings.generator_workers,
         "Classifier": settings.classifier_workers,

@@ -42,7 +42,7 @@ class InferenceClient:
     """Base class of the clients.
 
     Args:
-        client: BentoML's asynchronous client of the service.
+        client: BentoML's asynchronous client of the service; None if this replica does not run it.
         served: Names of the served models that the service must have, by the digest that it knows them by.
     """
 
@@ -57,7 +57,7 @@ class InferenceClient:
 
     async def not_ready(self) -> str | None:
         """Why the service cannot do its work for every served model that needs it; None if it can."""
-        if not self._served and not self.needed_without_models:
+        if not self._connection.exists or (not self._served and not self.needed_without_models):
             return None
         description = await self._connection.describe_soon()
         if description is None:
@@ -324,7 +324,7 @@ class InferenceClients:
         """Make the clients.
 
         Args:
-            client_of: BentoML's asynchronous client of a service, by the name of the field above.
+            client_of: BentoML's asynchronous client of a service, by the name of the field above; None if there is none.
             models: The served models.
         """
         return cls(

@@ -22,7 +22,8 @@ class Connection:
     """Calls one service. Use it on one event loop.
 
     Args:
-        client: BentoML's asynchronous client of the service, which has a method `describe`.
+        client: BentoML's asynchronous client of the service, which has a method `describe`; None if this replica does not
+            run the service.
         name: The name of the service in messages, such as "the generator".
     """
 
@@ -37,9 +38,14 @@ class Connection:
         """Call a method of the service.
 
         Raises:
+            InferenceUnavailableError: If this replica does not run the service.
             InferenceUnreachableError: If the service does not answer or is overloaded.
             InferenceFailedError: If the service failed.
         """
+        if not self.exists:
+            raise InferenceUnavailableError(
+                f"this replica runs without {self.name}; send the request to one that has it"
+            )
         try:
             result = await getattr(self._client, method)(*arguments)
         except ServiceUnavailable:
@@ -71,6 +77,11 @@ class Connection:
                 return await self.describe()
         except (TimeoutError, InferenceUnavailableError, InferenceFailedError):
             return None
+
+    @property
+    def exists(self) -> bool:
+        """Whether this replica runs the service."""
+        return self._client is not None
 
     @property
     def not_alive(self) -> str | None:

@@ -67,6 +67,7 @@ class JobService:
                 executor_id=executor_id,
                 shard_concurrency=settings.shard_concurrency,
                 max_active=settings.max_active_datasets,
+                works=settings.role != "gateway",
             )
 
         def sweep(leases_reliable: bool) -> None:

@@ -80,7 +80,9 @@ _CANCELLED = (dbos_error.DBOSAwaitedWorkflowCancelledError, dbos_error.DBOSWorkf
 _repetition_filter = _RepetitionFilter()  # one object, so that adding it twice adds it once
 
 
-def start(ctx: JobContext, *, url: str, executor_id: str, shard_concurrency: int, max_active: int) -> None:
+def start(
+    ctx: JobContext, *, url: str, executor_id: str, shard_concurrency: int, max_active: int, works: bool = True
+) -> None:
     """Launch DBOS and continue the workflows that this worker left unfinished. Not to be called on an event loop.
 
     Args:
@@ -89,6 +91,7 @@ def start(ctx: JobContext, *, url: str, executor_id: str, shard_concurrency: int
         executor_id: The name of this worker.
         shard_concurrency: Shards of datasets of one tenant that this worker runs at the same time.
         max_active: Jobs of one tenant whose workflow this worker runs at the same time.
+        works: Whether this process runs jobs. If not, it only enqueues them.
     """
     global _ctx, _executor_id
     _ctx, _executor_id = ctx, executor_id
@@ -104,6 +107,8 @@ def start(ctx: JobContext, *, url: str, executor_id: str, shard_concurrency: int
     logging.getLogger("dbos").addFilter(_repetition_filter)
     complete_sqlite()
     DBOS(config=config)
+    if not works:
+        DBOS.listen_queues([])
     DBOS.launch()
     for queue, of_tenant, tenants in (
         (_JOB_QUEUE, max_active, _MAX_TENANT_JOBS),
@@ -115,7 +120,7 @@ def start(ctx: JobContext, *, url: str, executor_id: str, shard_concurrency: int
             worker_concurrency=of_tenant * tenants,
             partition_worker_concurrency=of_tenant,
             polling_interval_sec=_POLL_SECONDS,
-            on_conflict="always_update",
+            on_conflict="always_update" if works else "never_update",
         )
 
 
