@@ -26,6 +26,7 @@ from commands.keys import keys_app
 from commands.privacy import privacy_app
 from commands.project import project
 from commands.serve import serve as serve_http
+from commands.serve import worker
 from commands.survey import survey_app
 from commands.train import train_app
 from dermis import __version__
@@ -57,6 +58,7 @@ app.command()(evaluate)
 app.command()(generate)
 app.command()(verify)
 app.command("serve")(serve_http)
+app.command()(worker)
 app.add_typer(keys_app, name="keys")
 app.add_typer(audit_app, name="audit")
 

@@ -48,7 +48,7 @@ class Composition:
         await asyncio.to_thread(self.jobs.start)
         try:
             self.context.audit.writer.start()
-            if self.context.settings.max_webhooks:
+            if self.context.settings.max_webhooks and self.context.settings.role != "worker":
                 self.deliverer.start()
             async with self.context.auth.running():
                 await self._record_bootstrap_key()

@@ -137,6 +137,9 @@ def _print_address_when_ready(settings: Settings) -> None:
         if reason not in ("", last_reason) and "is starting" not in reason:
             last_reason = reason
             print(f"dermis is running, but not ready: {reason}", file=sys.stderr, flush=True)
+    if settings.role == "worker":
+        print(f"dermis worker is ready; {url} answers /livez, /readyz and /metrics (Ctrl-C stops it)", flush=True)
+        return
     models = _get(f"{url}/v1/models")[1].get("data", []) if settings.auth == "none" else []  # it needs credentials
     for model in models:
         shown = f"{model['resolution']} px; {', '.join(model['classes'])}"

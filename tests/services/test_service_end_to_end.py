@@ -13,70 +13,24 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import httpx
 import numpy as np
 import psutil
 import pytest
 
-from dermis.authenticity.attack import exposure
-from dermis.authenticity.checker import Checker
 from dermis.bundle import Bundle, open_bundle
-from dermis.classifier.onnx_session import Classifier
-from dermis.dataset.manifest import finalize
-from dermis.dataset.plan import plan_for
-from dermis.dataset.privacy import examiner
-from dermis.dataset.request import DatasetRequest
-from dermis.dataset.shards import write_shard
-from dermis.dataset.store import Store
 from dermis.dataset.verify import verify
-from dermis.directions.edit import bundle_offset
 from dermis.imaging import decode
+from gated_dataset import REQUEST, make_directly
 from launched_service import Launched, free_port
 from services.gateway.auth.keys import new_key
 from tiny_index import make_complete_bundle
 
 ROOT = Path(__file__).resolve().parents[2]
-REQUEST: dict[str, Any] = {
-    "model": "tiny",
-    "classes": {"benign": 1200, "malignant": 800},
-    "seed": 11,
-    "shard_size": 50,
-    "format": "webdataset",
-    "classifier": {"keep": "agreeing", "tries": 2},
-    "edits": [{"direction": "axis-1", "strength": 0.5, "layers": [0, 3]}],
-    "privacy": {"gate": "min_distance", "percentile": 50.0, "tries": 2},
-}
-
 pytest.importorskip("faiss", reason="FAISS is not installed")
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals")
-
-
-def make_directly(bundle: Bundle, folder: Path) -> dict[str, bytes]:
-    """The dataset as the library makes it in this process."""
-    from dermis.synthesizer import Synthesizer
-
-    request = DatasetRequest.model_validate(REQUEST)
-    planned = plan_for(request, bundle)
-    store = Store(folder)
-    offset = bundle_offset(bundle, request.moves)
-    with Synthesizer(bundle) as synthesizer, Classifier(bundle) as classifier, Checker(bundle) as checker:
-        identity = {**synthesizer.identity, **classifier.identity, **checker.identity}
-
-        def synthesize(indices: Any, labels: Any) -> Any:
-            return synthesizer.images([request.seed] * len(indices), indices, labels, offset=offset)
-
-        def score(images: Any) -> Any:
-            return classifier.classify(images).calibrated
-
-        for shard in range(planned.shards):
-            options: dict[str, Any] = {"score": score, "examine": examiner(planned, checker), "identity": identity}
-            write_shard(planned, shard, synthesize, store, **options)
-        finalize(planned, store, bundle, identity, partial(exposure, checker.index))
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_killed_job_is_finished_by_two_workers_with_same_bytes(launch: Callable[..., Launched], tmp_path: Path) -> None:

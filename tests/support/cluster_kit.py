@@ -73,7 +73,7 @@ class S3Server:
         """The fsspec URL of a folder of the bucket."""
         return f"s3://{self.bucket}/{prefix}"
 
-    def start(self, timeout: float = 60) -> None:
+    def start(self, timeout: float = 150) -> None:
         """Start it and wait until the bucket accepts files.
 
         Raises:

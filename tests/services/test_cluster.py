@@ -1,0 +1,128 @@
+"""Tests of several replicas on one PostgreSQL and one bucket: gateways without models, and workers."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from cluster_kit import running_s3
+from dermis.bundle import open_bundle
+from dermis.dataset.store import Store
+from dermis.imaging import encode
+from gated_dataset import REQUEST, make_directly
+from launched_service import Launched, free_port, launching
+from postgres import running_postgres
+from services.settings import SettingsError, read_settings
+from tiny_index import make_complete_bundle
+
+pytest.importorskip("faiss", reason="FAISS is not installed")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"role": "worker"}, "DERMIS_ROLE=worker needs DERMIS_DATABASE_URL and DERMIS_STORAGE_URL"),
+        ({"role": "gateway", "storage_url": "s3://b"}, "DERMIS_ROLE=gateway needs DERMIS_DATABASE_URL"),
+        ({"inference": "false"}, "DERMIS_INFERENCE=false needs DERMIS_ROLE=gateway"),
+    ],
+)
+def test_roles_that_cannot_work_are_refused(
+    values: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in values.items():
+        monkeypatch.setenv(f"DERMIS_{name.upper()}", value)
+    with pytest.raises(SettingsError, match=message):
+        read_settings()
+
+
+@pytest.fixture
+def storage(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The URL of a folder of a bucket."""
+    with running_s3() as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        yield server.url("datasets")
+
+
+@pytest.fixture
+def replica(tmp_path: Path, storage: str) -> Iterator[Callable[..., Launched]]:
+    """A function that starts a replica with a data folder of its own, on one database and one bucket."""
+    with running_postgres() as database:
+        shared = {"database_url": database.url, "storage_url": storage, "lease_seconds": "3"}
+        replicas = launching(tmp_path)
+        launch = next(replicas)
+
+        def start(name: str, **settings: str) -> Launched:
+            own = {"data_dir": str(tmp_path / name), "executor_id": name}
+            return launch(str(tmp_path / "bundles"), free_port(), **shared, **own, **settings)
+
+        yield start
+        for _ in replicas:  # stops them
+            pass
+
+
+@pytest.mark.full
+def test_gateways_and_workers_make_the_files_of_one_machine(
+    replica: Callable[..., Launched], storage: str, tmp_path: Path
+) -> None:
+    training = np.random.default_rng(0).integers(0, 256, (50, 16, 16, 3), dtype=np.uint8)
+    made = Path(make_complete_bundle(tmp_path / "made", training).location)
+    (tmp_path / "bundles").mkdir()
+    bundle = made.rename(tmp_path / "bundles" / "tiny")
+    first, second = (replica(name, role="gateway", inference="false") for name in ("gateway-1", "gateway-2"))
+    direct = make_directly(open_bundle(bundle), tmp_path / "direct")
+    for each in (first, second):
+        each.wait_until(each.ready)
+
+    # Accepted without a worker, once for both gateways, and shown by both.
+    key = {"Idempotency-Key": "a"}
+    dataset = first.client.post("/v1/datasets", json=REQUEST, headers=key).json()
+    assert second.client.post("/v1/datasets", json=REQUEST, headers=key).json()["id"] == dataset["id"]
+    assert second.progress(dataset)["state"] == "queued"
+    image = {"model": "tiny", "classes": {"benign": 1}}
+    refused = first.client.post("/v1/images", json=image)
+    assert refused.status_code == 503
+    assert "runs without the generator" in refused.json()["detail"]
+
+    # A worker is killed; another one takes over; the event stream of a gateway lasts until the end.
+    killed = replica("worker-1", role="worker")
+    second.wait_until(lambda: second.progress(dataset)["progress"]["shards_done"] >= 3)
+    os.kill(killed.process.pid, signal.SIGKILL)
+    worker = replica("worker-2", role="worker")
+    worker.wait_until(worker.ready)
+    assert worker.client.get("/v1/datasets").status_code == 404
+    assert "dermis_" in worker.client.get("/metrics").text
+    states = [event for event in events(second.client, dataset) if event.startswith("event:")]
+    assert states
+    second.wait_until(lambda: second.progress(dataset)["state"] == "succeeded")
+    for each in (first, second):
+        files = each.client.get(dataset["links"]["files"]).json()["data"]
+        assert {file["name"]: each.client.get(file["url"]).content for file in files} == direct
+
+    # Cancelled at another gateway than the one that accepted it: nothing is left.
+    stopped = first.client.post("/v1/datasets", json=REQUEST | {"classes": {"benign": 50_000}}).json()
+    first.wait_until(lambda: first.progress(stopped)["progress"]["samples_done"] > 0)
+    assert second.client.delete(stopped["links"]["self"]).status_code == 202
+    first.wait_until(lambda: first.progress(stopped)["state"] == "cancelled")
+    assert Store(f"{storage}/{stopped['id']}").total_bytes() == 0
+
+    # A projection of an image that a gateway without models has received.
+    asked = first.client.post("/v1/projections?steps=3", files=[("files", encode(training[0]))])
+    assert asked.status_code == 202, asked.text
+    path = asked.headers["Location"]
+    second.wait_until(lambda: second.client.get(path).json()["state"] == "succeeded")
+    latents = second.client.get(path).json()["data"][0]["files"]
+    assert all(second.client.get(url).status_code == 200 for url in latents.values() if isinstance(url, str))
+
+
+def events(client: httpx.Client, dataset: dict[str, Any]) -> list[str]:
+    """The lines of the event stream of a dataset, until it ends."""
+    with client.stream("GET", dataset["links"]["events"], timeout=300) as stream:
+        return list(stream.iter_lines())
