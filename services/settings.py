@@ -201,6 +201,13 @@ class Settings(BaseSettings):
         None,
         description="Folder or fsspec URL of the datasets, such as s3://bucket/prefix. Default: `datasets` in the data folder.",
     )
+    download_url_seconds: int = Field(
+        0,
+        ge=0,
+        le=604_800,
+        description="With storage at s3://, time for which a signed URL of the storage is valid, to which downloads are "
+        "redirected (307) instead of passing through the gateway; 0 for never. Clients must be able to reach the storage.",
+    )
     database_url: str | None = Field(
         None, description="SQLAlchemy URL of the jobs database, for PostgreSQL. Default: SQLite in the data folder."
     )
@@ -438,6 +445,12 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"DERMIS_ROLE={self.role} needs DERMIS_DATABASE_URL and DERMIS_STORAGE_URL, common to all replicas"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _storage_signs(self) -> Self:
+        if self.download_url_seconds and not (self.storage_url or "").startswith("s3://"):
+            raise ValueError("DERMIS_DOWNLOAD_URL_SECONDS needs storage at s3://; set DERMIS_STORAGE_URL or 0 seconds")
         return self
 
     @field_validator("bundles")

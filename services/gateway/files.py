@@ -87,6 +87,11 @@ def matches(header: str | None, etag: str, *, weak: bool) -> bool:
     return etag in tags or (weak and (f"W/{etag}" in tags or "*" in tags))
 
 
+def disposition_of(name: str, *, inline: bool = False) -> str:
+    """The header Content-Disposition for a file: whether a browser shows it instead of saving it, and its name."""
+    return f'{"inline" if inline else "attachment"}; filename="{name}"'
+
+
 def file_response(
     info: FileInfo,
     headers: Mapping[str, str],
@@ -121,7 +126,7 @@ def file_response(
         requested = byte_range(headers.get("range"), info.bytes)
     start, stop = requested or (0, info.bytes)
     common |= {"Content-Length": str(stop - start), "Content-Type": media_type_of(info.name)}
-    common["Content-Disposition"] = f'{"inline" if inline else "attachment"}; filename="{info.name}"'
+    common["Content-Disposition"] = disposition_of(info.name, inline=inline)
     if head:
         return Response(headers=common)
     if requested is not None:

@@ -27,7 +27,7 @@ Responses = dict[int | str, dict[str, Any]]
 
 _PROBLEM_CONTENT = {PROBLEM_MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
 _HEADERS = {
-    "Location": "Path of the dataset, projection, webhook or API key.",
+    "Location": "Path of the dataset, projection, webhook or API key, or URL of the file.",
     "Retry-After": "Seconds after which to try again.",
     "RateLimit-Policy": "Quotas with a window that the request counts against (draft-ietf-httpapi-ratelimit-headers).",
     "RateLimit": "What remains of these quotas, and seconds until the window ends.",

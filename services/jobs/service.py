@@ -225,6 +225,11 @@ class DatasetJobs:
         """One of `files`, open for reading and seeking."""
         return self._ctx.store(job).open(name)
 
+    def signed_url(self, job: Job, name: str, *, media_type: str, disposition: str) -> str:
+        """A URL of one of `files` in the storage, which is valid for `DERMIS_DOWNLOAD_URL_SECONDS`."""
+        seconds = self._settings.download_url_seconds
+        return self._ctx.store(job).signed_url(name, seconds, media_type=media_type, disposition=disposition)
+
 
 class ProjectionJobs:
     """The projection jobs. Every method blocks and can be called in any thread."""

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from dermis_client import DermisClient
 
 from cluster_kit import running_s3
 from dermis.bundle import open_bundle
@@ -76,7 +77,8 @@ def test_gateways_and_workers_make_the_files_of_one_machine(
     made = Path(make_complete_bundle(tmp_path / "made", training).location)
     (tmp_path / "bundles").mkdir()
     bundle = made.rename(tmp_path / "bundles" / "tiny")
-    first, second = (replica(name, role="gateway", inference="false") for name in ("gateway-1", "gateway-2"))
+    first = replica("gateway-1", role="gateway", inference="false")
+    second = replica("gateway-2", role="gateway", inference="false", download_url_seconds="60")
     direct = make_directly(open_bundle(bundle), tmp_path / "direct")
     for each in (first, second):
         each.wait_until(each.ready)
@@ -102,9 +104,21 @@ def test_gateways_and_workers_make_the_files_of_one_machine(
     states = [event for event in events(second.client, dataset) if event.startswith("event:")]
     assert states
     second.wait_until(lambda: second.progress(dataset)["state"] == "succeeded")
-    for each in (first, second):
-        files = each.client.get(dataset["links"]["files"]).json()["data"]
-        assert {file["name"]: each.client.get(file["url"]).content for file in files} == direct
+    files = first.client.get(dataset["links"]["files"]).json()["data"]
+    assert {file["name"]: first.client.get(file["url"]).content for file in files} == direct
+
+    # Downloads past a gateway, also of the rest of a file.
+    redirect = second.client.get(files[0]["url"])
+    assert (redirect.status_code, redirect.headers["ETag"]) == (307, f'"{files[0]["sha256"]}"')
+    assert second.client.head(files[0]["url"]).status_code == 200
+    assert httpx.get(redirect.headers["Location"]).headers["Content-Disposition"].endswith(f'"{files[0]["name"]}"')
+    largest = max(direct, key=lambda name: len(direct[name]))
+    folder = tmp_path / "downloaded"
+    folder.mkdir()
+    (folder / f"{largest}.part").write_bytes(direct[largest][:5000])
+    with DermisClient(str(second.client.base_url)) as client:
+        client.datasets.retrieve(dataset["id"]).download(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == direct
 
     # Cancelled at another gateway than the one that accepted it: nothing is left.
     stopped = first.client.post("/v1/datasets", json=REQUEST | {"classes": {"benign": 50_000}}).json()

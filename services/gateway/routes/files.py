@@ -13,10 +13,11 @@ from starlette.responses import Response
 from services.gateway.auth.authentication import requires
 from services.gateway.auth.principal import Principal
 from services.gateway.dependencies import Context, ContextDep
-from services.gateway.files import MEDIA_TYPES, file_response, media_type_of
+from services.gateway.files import MEDIA_TYPES, disposition_of, file_response, matches, media_type_of
 from services.gateway.openapi import Responses, content, headers, problems
 from services.gateway.routes.datasets import find_job
 from services.gateway.schemas.datasets import DatasetFile, DatasetFileList
+from services.jobs.context import FileInfo
 from services.jobs.table import Job
 from services.problems import ProblemError
 
@@ -76,6 +77,10 @@ async def list_files(dataset_id: str, context: ContextDep, principal: _Reader) -
             "content": content(*MEDIA_TYPES),
             "headers": {**_FILE_HEADERS, **headers("Content-Range")},
         },
+        307: {
+            "description": "The file is at the URL in Location for some time (DERMIS_DOWNLOAD_URL_SECONDS)",
+            "headers": headers("Location", "ETag"),
+        },
         **problems("not-found", "not-ready", "dataset-not-ready", "range-not-satisfiable"),
     },
 )
@@ -101,6 +106,23 @@ async def _file(dataset_id: str, name: str, request: Request, context: Context, 
         raise ProblemError(
             "not-found", f"the dataset has no such file; {request.url.path.rsplit('/', 1)[0]} lists them"
         )
+    if request.method == "GET" and context.settings.download_url_seconds and _is_current(request, info):
+        media_type, disposition = media_type_of(info.name), disposition_of(info.name)
+        url = await asyncio.to_thread(
+            context.jobs.signed_url, job, info.name, media_type=media_type, disposition=disposition
+        )
+        return Response(
+            status_code=307, headers={"Location": url, "ETag": f'"{info.sha256}"', "Cache-Control": "no-store"}
+        )
     return file_response(
         info, request.headers, lambda: context.jobs.open(job, info.name), head=request.method == "HEAD"
+    )
+
+
+def _is_current(request: Request, info: FileInfo) -> bool:
+    """Whether the validators of a download leave nothing to decide: the storage does not know the ETag of the gateway."""
+    etag = f'"{info.sha256}"'
+    if_range = request.headers.get("if-range")
+    return not matches(request.headers.get("if-none-match"), etag, weak=True) and (
+        if_range is None or matches(if_range, etag, weak=False)
     )

@@ -136,11 +136,12 @@ def _build(
 def _redirected(request: Request, response: httpx.Response) -> httpx.Request | None:
     """Return the request that a redirect asks for, if any.
 
-    Only GET is followed: a redirected POST would become a GET. Credentials are not sent to another scheme, host or port.
+    Only GET is followed: a redirected POST would become a GET. Credentials are not sent to another scheme, host or port, and
+    neither is If-Range, which the service has compared: a storage has other ETags and would send the whole file.
     """
     following = response.next_request if request.method == "GET" else None
     if following is not None and _origin(following.url) != _origin(response.request.url):
-        for name in ("Authorization", "Cookie"):
+        for name in ("Authorization", "Cookie", "If-Range"):
             following.headers.pop(name, None)
     return following
 
