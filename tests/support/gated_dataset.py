@@ -30,11 +30,11 @@ REQUEST: dict[str, Any] = {
 }
 
 
-def make_directly(bundle: Bundle, folder: Path) -> dict[str, bytes]:
+def make_directly(bundle: Bundle, folder: Path, body: dict[str, Any] = REQUEST) -> dict[str, bytes]:
     """The dataset as the library makes it in this process."""
     from dermis.synthesizer import Synthesizer
 
-    request = DatasetRequest.model_validate(REQUEST)
+    request = DatasetRequest.model_validate(body)
     planned = plan_for(request, bundle)
     store = Store(folder)
     offset = bundle_offset(bundle, request.moves)

@@ -1,112 +1,24 @@
-"""A separate PostgreSQL server for a test, which can be stopped and started again."""
+"""A separate PostgreSQL server for a test; the test is skipped where there is none to run."""
 
 from __future__ import annotations
 
-import os
-import pwd
-import shutil
-import socket
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
+from benchmarks.components import MissingComponentError
+from benchmarks.components import postgres as component
+from benchmarks.components.postgres import Postgres
 
-def _binaries() -> Path | None:
-    """The folder of initdb and pg_ctl, the newest version first."""
-    for folder in sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: path.parent.name, reverse=True):
-        if (folder / "initdb").exists() and (folder / "pg_ctl").exists():
-            return folder
-    there = shutil.which("initdb")
-    return Path(there).resolve().parent if there else None
-
-
-def _user() -> tuple[int, int] | None:
-    """User and group to run the server as: PostgreSQL refuses to run as root."""
-    if os.geteuid() != 0:
-        return os.geteuid(), os.getegid()
-    for name in ("postgres", "nobody"):
-        try:
-            entry = pwd.getpwnam(name)
-        except KeyError:
-            continue
-        return entry.pw_uid, entry.pw_gid
-    return None
-
-
-@dataclass
-class Postgres:
-    """A server on a free port of the loopback address. Anybody on this machine may log in as `dermis`, while it runs."""
-
-    binaries: Path
-    folder: Path
-    user: tuple[int, int]
-    port: int
-
-    @property
-    def url(self) -> str:
-        """SQLAlchemy URL of its database."""
-        return self.url_of("postgres")
-
-    def url_of(self, database: str) -> str:
-        """SQLAlchemy URL of one of its databases."""
-        return f"postgresql+psycopg://dermis@127.0.0.1:{self.port}/{database}"
-
-    def start(self) -> None:
-        """Start it and wait until it answers."""
-        log = self.folder / "log"
-        self._run("pg_ctl", "-D", str(self.folder / "data"), "-l", str(log), "-w", "-t", "60", "start")
-
-    def stop(self, mode: str = "fast") -> None:
-        """Stop it: `fast` ends all connections in order, `immediate` is a crash."""
-        self._run("pg_ctl", "-D", str(self.folder / "data"), "-m", mode, "-w", "-t", "60", "stop")
-
-    def _run(self, program: str, *arguments: str) -> None:
-        uid, gid = self.user
-        root = os.geteuid() == 0
-        # Not captured through pipes: the server inherits them, so that reading would never end.
-        subprocess.run(
-            [str(self.binaries / program), *arguments],
-            check=True,
-            timeout=120,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            cwd=self.folder,
-            user=uid if root else None,
-            group=gid if root else None,
-            extra_groups=[] if root else None,
-        )
+__all__ = ["Postgres", "running_postgres"]
 
 
 @contextmanager
 def running_postgres() -> Iterator[Postgres]:
-    """A new server, running; skips the test where there is none to run."""
-    binaries, user = _binaries(), _user()
-    if binaries is None:
-        pytest.skip("PostgreSQL's server (initdb, pg_ctl) is not installed")
-    if user is None:
-        pytest.skip("PostgreSQL does not run as root, and there is no user postgres or nobody")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    folder = Path(tempfile.mkdtemp(prefix="dermis-postgres-"))
-    os.chown(folder, *user)
-    server = Postgres(binaries, folder, user, port)
-    data = folder / "data"
+    """A new server, running."""
     try:
-        server._run("initdb", "-D", str(data), "-U", "dermis", "-A", "trust", "-E", "UTF8", "--no-sync")
-        with (data / "postgresql.conf").open("a") as file:
-            file.write(f"port = {port}\nlisten_addresses = '127.0.0.1'\nunix_socket_directories = ''\n")
-            file.write("fsync = off\nmax_connections = 200\n")
-        server.start()
-        try:
-            yield server
-        finally:
-            if (data / "postmaster.pid").exists():
-                server.stop("immediate")
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        with component.running_postgres() as running:
+            yield running
+    except MissingComponentError as error:
+        pytest.skip(str(error))

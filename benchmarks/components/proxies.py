@@ -1,0 +1,179 @@
+"""Proxies on the loopback address that disturb the connections through them: one for TCP, and one for S3 over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Literal
+
+import aiohttp
+from aiohttp import web
+from yarl import URL
+
+_CHUNK = 1 << 16
+_HOP_HEADERS = {"connection", "keep-alive", "transfer-encoding", "host", "content-length"}
+
+
+@contextmanager
+def _loop_in_thread() -> Iterator[asyncio.AbstractEventLoop]:
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    try:
+        yield loop
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(10)
+
+
+class TcpProxy:
+    """Forwards connections to a port. `cut` closes them and refuses new ones; `stall` keeps them without forwarding."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, target: int) -> None:
+        self._loop, self._target = loop, target
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._mode: Literal["pass", "cut", "stall"] = "pass"
+        self._passing = asyncio.Event()
+        self._passing.set()
+        self._server = asyncio.run_coroutine_threadsafe(
+            asyncio.start_server(self._serve, "127.0.0.1", 0), loop
+        ).result()
+        self.port: int = self._server.sockets[0].getsockname()[1]
+
+    def set_mode(self, mode: Literal["pass", "cut", "stall"]) -> None:
+        """Forward again, or cut or stall all connections, present and new ones."""
+        asyncio.run_coroutine_threadsafe(self._set_mode(mode), self._loop).result(10)
+
+    async def _set_mode(self, mode: Literal["pass", "cut", "stall"]) -> None:
+        self._mode = mode
+        if mode == "stall":
+            self._passing.clear()
+        else:
+            self._passing.set()
+        if mode == "cut":
+            for writer in list(self._writers):
+                writer.transport.abort()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._mode == "cut":
+            writer.transport.abort()
+            return
+        try:
+            there_reader, there_writer = await asyncio.open_connection("127.0.0.1", self._target)
+        except OSError:
+            writer.transport.abort()
+            return
+        ends = {writer, there_writer}
+        self._writers |= ends
+        try:
+            await asyncio.gather(self._copy(reader, there_writer), self._copy(there_reader, writer))
+        finally:
+            self._writers -= ends
+            for end in ends:
+                end.transport.abort()
+
+    async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(OSError):
+            while data := await reader.read(_CHUNK):
+                await self._passing.wait()
+                writer.write(data)
+                await writer.drain()
+            if writer.can_write_eof():
+                writer.write_eof()
+
+
+@contextmanager
+def tcp_proxy(target: int) -> Iterator[TcpProxy]:
+    """A proxy to a port of the loopback address."""
+    with _loop_in_thread() as loop:
+        proxy = TcpProxy(loop, target)
+        try:
+            yield proxy
+        finally:
+            proxy.set_mode("cut")
+            loop.call_soon_threadsafe(proxy._server.close)
+
+
+Fault = Literal["500", "503", "time-out", "half"]
+FAULTS: tuple[Fault, ...] = ("500", "503", "time-out", "half")
+
+
+class S3Proxy:
+    """Forwards HTTP requests to an S3 server. A share of them gets a fault instead, which `counts` counts.
+
+    The faults are: status 500 `InternalError`, status 503 `SlowDown`, no answer for `stall_seconds`, and half of the body. A
+    fault other than "half" is decided before the request is forwarded, so a request that failed has changed nothing; a
+    client cannot know that.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, target: str, seed: int) -> None:
+        self.share = 0.0
+        self.stall_seconds = 8.0
+        self.counts: dict[Fault, int] = dict.fromkeys(FAULTS, 0)
+        self._loop, self._target, self._random = loop, target, random.Random(seed)
+        self._session: aiohttp.ClientSession
+        self.port: int = asyncio.run_coroutine_threadsafe(self._start(), loop).result(30)
+
+    async def _start(self) -> int:
+        self._session = aiohttp.ClientSession(auto_decompress=False)
+        app = web.Application(client_max_size=1 << 34)
+        app.router.add_route("*", "/{path:.*}", self._answer)
+        self._runner = web.AppRunner(app, auto_decompress=False)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        await site.start()
+        port: int = self._runner.addresses[0][1]
+        return port
+
+    async def close(self) -> None:
+        """End the proxy."""
+        await self._runner.cleanup()
+        await self._session.close()
+
+    async def _answer(self, request: web.Request) -> web.StreamResponse:
+        fault: Fault | None = self._random.choice(FAULTS) if self._random.random() < self.share else None
+        if fault is not None:
+            self.counts[fault] += 1
+        if fault in ("500", "503"):
+            code = "InternalError" if fault == "500" else "SlowDown"
+            text = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>try again</Message></Error>"
+            body = "" if request.method == "HEAD" else text
+            return web.Response(status=int(fault), text=body, content_type="application/xml")
+        if fault == "time-out":
+            await asyncio.sleep(self.stall_seconds)
+            if request.transport is not None:
+                request.transport.abort()
+            return web.Response(status=500)
+        # The signature covers the path and the headers as they were sent, and the host of this proxy.
+        headers = [
+            (name, value) for name, value in request.headers.items() if name.lower() not in _HOP_HEADERS - {"host"}
+        ]
+        content = await request.read() if request.can_read_body else None
+        url = URL(f"{self._target}{request.raw_path}", encoded=True)
+        async with self._session.request(
+            request.method, url, headers=headers, data=content, allow_redirects=False
+        ) as response:
+            data = await response.read()
+            kept = [(name, value) for name, value in response.headers.items() if name.lower() not in _HOP_HEADERS]
+            length = response.headers.get("Content-Length", str(len(data)))
+            answer = web.StreamResponse(status=response.status, headers=kept)
+            answer.headers["Content-Length"] = length if request.method == "HEAD" else str(len(data))
+            await answer.prepare(request)
+            await answer.write(data[: len(data) // 2] if fault == "half" else data)
+            if fault == "half" and data and request.transport is not None:
+                request.transport.abort()
+            return answer
+
+
+@contextmanager
+def s3_proxy(target: str, seed: int) -> Iterator[S3Proxy]:
+    """A proxy to an S3 server at an URL such as http://127.0.0.1:8333."""
+    with _loop_in_thread() as loop:
+        proxy = S3Proxy(loop, target, seed)
+        try:
+            yield proxy
+        finally:
+            asyncio.run_coroutine_threadsafe(proxy.close(), loop).result(30)
