@@ -5,7 +5,7 @@ with a gate are requested, parts of the system are killed or disturbed while the
 compared, byte by byte, with the one that the library makes without a service. A client that repeats failed requests must notice
 nothing.
 
-Needs PostgreSQL's server, the extras `cluster` and `cpu`, and for some parts `faketime` or the right to mount a tmpfs.
+Needs PostgreSQL's server, the extras `cluster` and `cpu`, and for the full disk the right to mount a tmpfs.
 """
 
 from __future__ import annotations
@@ -326,30 +326,35 @@ def paused_workers(cluster: Cluster, undisturbed: Undisturbed, count: int) -> It
     yield result
 
 
+_CLOCK = """import os, time
+_file, _real = os.environ["DERMIS_CHAOS_CLOCK"], time.time
+def _changed():
+    try:
+        with open(_file) as file:
+            return _real() + float(file.read() or 0)
+    except (OSError, ValueError):
+        return _real()
+time.time = _changed
+"""
+
+
 def clock_jumps(cluster: Cluster, undisturbed: Undisturbed, count: int) -> Iterator[Result]:
-    """The wall clock of one worker set an hour forward and back while it works."""
-    library = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
+    """The clock of Python in one worker set an hour forward and back while it works."""
     result = Result("clock of a worker: one hour forward and back")
-    if library is None:
-        result.note = "not run: libfaketime is not installed"
-        yield result
-        return
     worker = cluster.workers[0]
     worker.stop()
     offset = worker.folder / "clock"
-    offset.write_text("+0")
-    more = {
-        "LD_PRELOAD": str(library),
-        "FAKETIME_TIMESTAMP_FILE": str(offset),
-        "FAKETIME_NO_CACHE": "1",
-        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-    }
-    usual, worker.environment = worker.environment, {**worker.environment, **more}
+    offset.write_text("0")
+    changed = worker.folder / "changed-clock"
+    changed.mkdir()
+    (changed / "sitecustomize.py").write_text(_CLOCK)
+    usual, more = worker.environment, {"PYTHONPATH": str(changed), "DERMIS_CHAOS_CLOCK": str(offset)}
+    worker.environment = {**usual, **more}
     worker.start()
     worker.wait_until_ready()
 
     def jump() -> str:
-        offset.write_text(cluster.random.choice(["+3600s", "-3600s", "+0"]))
+        offset.write_text(cluster.random.choice(["3600", "-3600", "0"]))
         time.sleep(_LEASE_SECONDS)
         return "clock"
 
@@ -362,52 +367,68 @@ def clock_jumps(cluster: Cluster, undisturbed: Undisturbed, count: int) -> Itera
 
 
 def full_disk(cluster: Cluster, undisturbed: Undisturbed, _count: int) -> Iterator[Result]:
-    """One machine with SQLite and datasets on a full tmpfs: the dataset fails with a clear state, and the next one succeeds."""
-    result = Result("full disk (one machine)")
-    folder = Path(tempfile.mkdtemp(prefix="dermis-full-"))
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        result.note = "not run: a tmpfs cannot be mounted"
-        yield result
-        return
-    settings = {"BUNDLES": str(cluster.bundle.parent), "LOG_LEVEL": "WARNING", "MIN_FREE_BYTES": str(4 << 20)}
-    one = Replica("one", folder / "data", free_port(), settings, {"OMP_NUM_THREADS": "1"})
-    try:
-        one.start()
-        one.wait_until_ready()
-        caller = Caller(one.url)
-        filler = folder / "filler"
-        body = request_of("webdataset", 1, IMAGES)
-        dataset = caller.request("POST", "/v1/datasets", json=body).json()
-        wait_for(lambda: caller.job(dataset)["progress"]["samples_done"] > 0, 120)
-        with suppress(OSError), filler.open("wb") as file:
-            while True:
-                file.write(b"\0" * (1 << 16))
-                file.flush()
-        result.disturbances += 1
-        result.datasets += 2
-        wait_for(lambda: caller.job(dataset)["state"] in ("failed", "succeeded"), 120)
+    """One machine with SQLite, on a tmpfs that another program fills.
+
+    While the database can still be written, the dataset fails with `storage-full` and leaves no files. When not a byte is free,
+    nothing can be recorded, so the dataset waits and is completed once space is free.
+    """
+    for free, name in ((2 << 20, "little space"), (0, "no space")):
+        result = Result(f"disk with {name} (one machine, SQLite)")
+        folder = Path(tempfile.mkdtemp(prefix="dermis-full-"))
+        mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)]
+        if subprocess.run(mount, capture_output=True, check=False).returncode:
+            result.note = "not run: a tmpfs cannot be mounted"
+            yield result
+            continue
+        settings = {"BUNDLES": str(cluster.bundle.parent), "LOG_LEVEL": "WARNING", "MIN_FREE_BYTES": str(4 << 20)}
+        one = Replica("one", folder / "data", free_port(), settings, {"OMP_NUM_THREADS": "1"})
+        try:
+            one.start()
+            one.wait_until_ready()
+            _fill_disk(one, folder, free, undisturbed, result)
+            yield result
+        finally:
+            one.stop()
+            subprocess.run(["umount", str(folder)], check=False)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _fill_disk(one: Replica, folder: Path, free: int, undisturbed: Undisturbed, result: Result) -> None:
+    caller, filler = Caller(one.url), folder / "filler"
+    body = request_of("webdataset", 1, IMAGES)
+
+    def has_ended(dataset: Mapping[str, Any]) -> bool:
+        return caller.job(dataset)["state"] not in ("queued", "running")
+
+    dataset = caller.request("POST", "/v1/datasets", json=body).json()
+    result.datasets += 1
+    wait_for(lambda: caller.job(dataset)["progress"]["samples_done"] > 0, 120)
+    with suppress(OSError), filler.open("wb") as file:
+        while shutil.disk_usage(folder).free > free:
+            file.write(b"\0" * (1 << 16))
+            file.flush()
+    result.disturbances += 1
+    if free:
+        wait_for(lambda: has_ended(dataset), 120)
         job = caller.job(dataset)
-        if job["state"] != "failed" or "storage-full" not in job["error"]["type"]:
+        if job["state"] != "failed" or not job["error"]["type"].endswith("storage-full"):
             result.unclear.append(f"with a full disk the dataset is {job['state']}: {job['error']}")
         if any((folder / "data" / "datasets").rglob("*.tar")):
             result.unclear.append("files of the failed dataset were left")
-        filler.unlink()
-        began = time.monotonic()
-        again = caller.request("POST", "/v1/datasets", json=body).json()
-        wait_for(lambda: caller.job(again)["state"] in ("failed", "succeeded"), 300)
-        result.recovery_seconds.append(time.monotonic() - began)
-        if caller.job(again)["state"] != "succeeded":
-            result.lost += 1
-        elif caller.files(again) != undisturbed.files("webdataset", 1):
-            result.different += 1
-        yield result
-    finally:
-        one.stop()
-        subprocess.run(["umount", str(folder)], check=False)
-        shutil.rmtree(folder, ignore_errors=True)
+    else:
+        time.sleep(10)
+    filler.unlink()
+    began = time.monotonic()
+    if free:
+        dataset = caller.request("POST", "/v1/datasets", json=body).json()
+        result.datasets += 1
+    wait_for(lambda: has_ended(dataset), 300)
+    result.recovery_seconds.append(time.monotonic() - began)
+    if caller.job(dataset)["state"] != "succeeded":
+        result.lost += 1
+        result.unclear.append(f"after the disk was full the dataset is {caller.job(dataset)}")
+    elif caller.files(dataset) != undisturbed.files("webdataset", 1):
+        result.different += 1
 
 
 SCENARIOS: Mapping[str, Callable[[Cluster, Undisturbed, int], Iterator[Result]]] = {
