@@ -266,7 +266,9 @@ class Settings(BaseSettings):
     # Limits
     max_samples_per_dataset: int = Field(100_000, ge=1, description="Maximum number of images in one dataset.")
     max_shards_per_dataset: int = Field(2_000, ge=1, description="Maximum number of shards in one dataset.")
-    max_active_datasets: int = Field(32, ge=1, description="Maximum number of queued and running datasets.")
+    max_active_datasets: int = Field(
+        32, ge=1, description="Maximum number of queued and running datasets of one tenant."
+    )
     max_images: int = Field(64, ge=1, le=1024, description="Maximum number of images in one call of /v1/images.")
     max_waiting_image_calls: int = Field(32, ge=1, description="Maximum number of calls of /v1/images at one time.")
     max_body_bytes: int = Field(1 << 20, ge=1024, description="Maximum size of a request body in bytes.")
@@ -309,7 +311,9 @@ class Settings(BaseSettings):
     max_projection_steps: int = Field(
         1000, ge=1, le=10_000, description="Maximum number of optimisation steps of one image."
     )
-    max_active_projections: int = Field(8, ge=1, description="Maximum number of queued and running projections.")
+    max_active_projections: int = Field(
+        8, ge=1, description="Maximum number of queued and running projections of one tenant."
+    )
     max_heat_map_images: int = Field(
         4, ge=0, le=64, description="Maximum number of images in a call with heat maps; 0 disables heat maps."
     )
