@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,51 +13,66 @@ from services.problems import ProblemError
 from services.settings import Settings
 
 _WINDOW_SECONDS = 60.0
+_SHARE = 3  # calls of a tenant for each one that is free
 
 
 class Limiter:
-    """Limits how many calls are processed at the same time.
+    """Limits how many calls are processed at the same time, for all tenants together and for each of them.
 
     Args:
         limit: The maximum number of calls.
         kind: Kind of the problem document of a refused call (`services.problems.KINDS`).
         detail: Message of the refusal.
         retry_after: Seconds after which a refused call may be repeated.
+        shared: Whether there can be several tenants. Then a tenant with calls in progress may have a further one only while it
+            has fewer than three times as many as are free, and leaves one free. So a tenant alone can have three quarters of
+            the limit, several can have equal parts, and a tenant without a call soon finds a free one.
     """
 
-    def __init__(self, limit: int, kind: str, detail: str, retry_after: int) -> None:
+    def __init__(self, limit: int, kind: str, detail: str, retry_after: int, *, shared: bool = False) -> None:
         self._limit, self._kind, self._detail, self._retry_after = limit, kind, detail, retry_after
-        self._active = 0
+        self._shared = shared
+        self._active: Counter[str] = Counter()  # by tenant; only those that have calls
         self._lock = threading.Lock()
 
-    def acquire(self) -> None:
-        """Count a call until `release`.
+    def acquire(self, tenant: str) -> None:
+        """Count a call of a tenant until `release`.
 
         Raises:
-            ProblemError: At the limit.
+            ProblemError: At the limit of all tenants, or at the share of this one.
         """
         with self._lock:
-            if self._active >= self._limit:
-                raise ProblemError(self._kind, self._detail, headers={"Retry-After": str(self._retry_after)})
-            self._active += 1
+            free, own = self._limit - self._active.total(), self._active[tenant]
+            if free <= 0:
+                raise self._refused(self._detail)
+            if self._shared and own and (free == 1 or own >= _SHARE * free):
+                raise self._refused(
+                    f"{self._detail} (this tenant has {own} of {self._limit}; the others are kept for other tenants)"
+                )
+            self._active[tenant] = own + 1
 
-    def release(self) -> None:
-        """Stop counting a call."""
+    def release(self, tenant: str) -> None:
+        """Stop counting a call of a tenant."""
         with self._lock:
-            self._active -= 1
+            self._active[tenant] -= 1
+            if not self._active[tenant]:
+                del self._active[tenant]
 
     @contextmanager
-    def hold(self) -> Iterator[None]:
-        """Count a call for the time of a `with` block.
+    def hold(self, tenant: str) -> Iterator[None]:
+        """Count a call of a tenant for the time of a `with` block.
 
         Raises:
-            ProblemError: At the limit.
+            ProblemError: At the limit of all tenants, or at the share of this one.
         """
-        self.acquire()
+        self.acquire(tenant)
         try:
             yield
         finally:
-            self.release()
+            self.release(tenant)
+
+    def _refused(self, detail: str) -> ProblemError:
+        return ProblemError(self._kind, detail, headers={"Retry-After": str(self._retry_after)})
 
 
 class ComparisonLimiter:
@@ -102,24 +117,35 @@ class GatewayLimits:
     @classmethod
     def of(cls, settings: Settings) -> GatewayLimits:
         """The limits of the settings."""
+        shared = settings.auth != "none"
         return cls(
             images=Limiter(
-                settings.max_waiting_image_calls, "overloaded", "too many calls are waiting for images", retry_after=5
+                settings.max_waiting_image_calls,
+                "overloaded",
+                "too many calls are waiting for images",
+                retry_after=5,
+                shared=shared,
             ),
             uploads=Limiter(
                 settings.max_upload_calls,
                 "overloaded",
-                "too many calls with uploads are being processed; try again",
+                "too many calls with uploads are being processed",
                 retry_after=5,
+                shared=shared,
             ),
             heat_maps=Limiter(
                 settings.max_heat_map_calls,
                 "overloaded",
                 "too many calls with heat maps are being processed; try again, or leave heat_map out",
                 retry_after=10,
+                shared=shared,
             ),
             event_streams=Limiter(
-                settings.max_event_streams, "too-many-requests", "too many event streams are open", retry_after=10
+                settings.max_event_streams,
+                "too-many-requests",
+                "too many event streams are open",
+                retry_after=10,
+                shared=shared,
             ),
             comparisons=ComparisonLimiter(settings.max_compared_per_minute),
         )

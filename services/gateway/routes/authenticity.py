@@ -134,7 +134,7 @@ async def _compare_uploads(
         )
     bundle = await served_bundle(context, principal, model)
     index = _index_of(bundle)
-    with context.limits.uploads.hold():
+    with context.limits.uploads.hold(principal.tenant):
         admit = partial(count_pixels, context, request, principal)
         inputs = np.stack(await context.uploads.images(request, index.resolution, admit=admit))
         await _count(context, request, principal, len(inputs))
