@@ -290,7 +290,8 @@ class Settings(BaseSettings):
     max_compared_per_minute: int = Field(
         600,
         ge=0,
-        description="Maximum number of uploaded images that are compared with the training images in a minute; 0 for none.",
+        description="Maximum number of uploaded images of one tenant compared with the training images in a minute; 0 for "
+        "none.",
     )
     authenticity_repeat_seconds: float = Field(
         86_400.0,

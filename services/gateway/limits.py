@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -76,32 +76,34 @@ class Limiter:
 
 
 class ComparisonLimiter:
-    """Limits how many uploaded images are compared with the training images per minute. Use it on one event loop.
+    """Limits how many uploaded images of each tenant are compared with the training images per minute.
 
-    Each comparison reveals a little about which images are training images.
+    Use it on one event loop. Each comparison reveals a little about which images are training images.
     """
 
     def __init__(self, limit: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._limit, self._clock = limit, clock
-        self._calls: deque[tuple[float, int]] = deque()
+        self._calls: defaultdict[str, deque[tuple[float, int]]] = defaultdict(deque)  # of each tenant
 
-    def add(self, images: int) -> None:
+    def add(self, tenant: str, images: int) -> None:
         """Count the images of a call.
 
         Raises:
             ProblemError: Above the limit. The images of a refused call are not counted.
         """
         now = self._clock()
-        while self._calls and self._calls[0][0] <= now - _WINDOW_SECONDS:
-            self._calls.popleft()
-        if sum(count for _, count in self._calls) + images > self._limit:
-            wait = round(self._calls[0][0] + _WINDOW_SECONDS - now) + 1 if self._calls else int(_WINDOW_SECONDS)
+        calls = self._calls[tenant]
+        while calls and calls[0][0] <= now - _WINDOW_SECONDS:
+            calls.popleft()
+        if sum(count for _, count in calls) + images > self._limit:
+            wait = round(calls[0][0] + _WINDOW_SECONDS - now) + 1 if calls else int(_WINDOW_SECONDS)
             raise ProblemError(
                 "too-many-requests",
-                f"at most {self._limit} images a minute are compared with the training images; try again later",
+                f"at most {self._limit} images of this tenant are compared with the training images in a minute; "
+                "try again later",
                 headers={"Retry-After": str(wait)},
             )
-        self._calls.append((now, images))
+        calls.append((now, images))
 
 
 @dataclass(frozen=True)

@@ -138,7 +138,7 @@ async def _compare_uploads(
         admit = partial(count_pixels, context, request, principal)
         inputs = np.stack(await context.uploads.images(request, index.resolution, admit=admit))
         await _count(context, request, principal, len(inputs))
-        context.limits.comparisons.add(len(inputs))
+        context.limits.comparisons.add(principal.tenant, len(inputs))
         # The copy detector is left out: it finds training images better than distances do.
         nearest = await _nearest(context, bundle, inputs, Comparison(detect_copies=False))
         answers = await asyncio.to_thread(

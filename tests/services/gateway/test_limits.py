@@ -95,11 +95,12 @@ def test_gateways_of_one_process_count_separately() -> None:
 def test_comparison_limit_counts_accepted_comparisons_per_minute() -> None:
     now = 0.0
     limiter = ComparisonLimiter(10, clock=lambda: now)
-    limiter.add(6)
+    limiter.add("a", 6)
     now = 20.0
     with pytest.raises(ProblemError) as refused:
-        limiter.add(5)
+        limiter.add("a", 5)
     assert refused.value.headers == {"Retry-After": "41"}
-    limiter.add(4)
+    limiter.add("b", 10)  # another tenant has a limit of its own
+    limiter.add("a", 4)
     now = 60.0
-    limiter.add(6)
+    limiter.add("a", 6)
