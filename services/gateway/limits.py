@@ -1,4 +1,4 @@
-"""Limits of the calls at one time and of the comparisons per minute. A call above a limit is refused at once."""
+"""Limits of the calls at one time, and of what a tenant does in a minute. A call above a limit is refused at once."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from services.problems import ProblemError
 from services.settings import Settings
 
 _WINDOW_SECONDS = 60.0
+_WEBHOOK_RETRIES = 60
 _SHARE = 3  # calls of a tenant for each one that is free
 
 
@@ -75,35 +76,37 @@ class Limiter:
         return ProblemError(self._kind, detail, headers={"Retry-After": str(self._retry_after)})
 
 
-class ComparisonLimiter:
-    """Limits how many uploaded images of each tenant are compared with the training images per minute.
+class MinuteLimiter:
+    """Limits the number of things, such as images, of each tenant in a minute. Use it on one event loop.
 
-    Use it on one event loop. Each comparison reveals a little about which images are training images.
+    Args:
+        limit: The maximum number.
+        what: What is limited, for the message of the refusal.
+        clock: Seconds that never decrease.
     """
 
-    def __init__(self, limit: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._limit, self._clock = limit, clock
+    def __init__(self, limit: int, what: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._limit, self._what, self._clock = limit, what, clock
         self._calls: defaultdict[str, deque[tuple[float, int]]] = defaultdict(deque)  # of each tenant
 
-    def add(self, tenant: str, images: int) -> None:
-        """Count the images of a call.
+    def add(self, tenant: str, number: int = 1) -> None:
+        """Count a call with this number of things.
 
         Raises:
-            ProblemError: Above the limit. The images of a refused call are not counted.
+            ProblemError: Above the limit. A refused call is not counted.
         """
         now = self._clock()
         calls = self._calls[tenant]
         while calls and calls[0][0] <= now - _WINDOW_SECONDS:
             calls.popleft()
-        if sum(count for _, count in calls) + images > self._limit:
+        if sum(count for _, count in calls) + number > self._limit:
             wait = round(calls[0][0] + _WINDOW_SECONDS - now) + 1 if calls else int(_WINDOW_SECONDS)
             raise ProblemError(
                 "too-many-requests",
-                f"at most {self._limit} images of this tenant are compared with the training images in a minute; "
-                "try again later",
+                f"at most {self._limit} {self._what} in a minute; try again later",
                 headers={"Retry-After": str(wait)},
             )
-        calls.append((now, images))
+        calls.append((now, number))
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,8 @@ class GatewayLimits:
     uploads: Limiter
     heat_maps: Limiter
     event_streams: Limiter
-    comparisons: ComparisonLimiter
+    comparisons: MinuteLimiter  # each reveals a little about which images are training images
+    webhook_retries: MinuteLimiter
 
     @classmethod
     def of(cls, settings: Settings) -> GatewayLimits:
@@ -149,5 +153,10 @@ class GatewayLimits:
                 retry_after=10,
                 shared=shared,
             ),
-            comparisons=ComparisonLimiter(settings.max_compared_per_minute),
+            comparisons=MinuteLimiter(
+                settings.max_compared_per_minute, "images of this tenant are compared with the training images"
+            ),
+            webhook_retries=MinuteLimiter(
+                _WEBHOOK_RETRIES, "messages of the webhooks of this tenant are sent again on request"
+            ),
         )

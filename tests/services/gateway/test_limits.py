@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from services.gateway.events import EventStream
-from services.gateway.limits import ComparisonLimiter, GatewayLimits, Limiter
+from services.gateway.limits import GatewayLimits, Limiter, MinuteLimiter
 from services.problems import ProblemError
 from services.settings import Settings
 
@@ -94,7 +94,7 @@ def test_gateways_of_one_process_count_separately() -> None:
 
 def test_comparison_limit_counts_accepted_comparisons_per_minute() -> None:
     now = 0.0
-    limiter = ComparisonLimiter(10, clock=lambda: now)
+    limiter = MinuteLimiter(10, "images are compared", clock=lambda: now)
     limiter.add("a", 6)
     now = 20.0
     with pytest.raises(ProblemError) as refused:
