@@ -125,7 +125,9 @@ class Settings(BaseSettings):
         None, description="Claim with the tenant; dots lead into objects, such as `organisation.id`."
     )
     oidc_tenants: Annotated[dict[str, str], NoDecode] = Field(
-        {}, description="Tenants by value of the claim: `value=tenant,value=tenant`. Other values are then refused."
+        {},
+        description="Tenants by value of the claim: `value=tenant,value=tenant`. Other values are then refused. Without it the "
+        "value is the tenant, except `default`.",
     )
     oidc_scope_claim: str = Field(
         "scope",
