@@ -20,8 +20,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psycopg
 import pytest
+from dermis_client import (
+    AsyncDermisClient,
+    DermisClient,
+    InvalidRequestError,
+    RateLimitError,
+    UnprocessableEntityError,
+    Webhook,
+)
 
 from dermis.bundle import Bundle
 from postgres import Postgres, running_postgres
@@ -498,6 +507,40 @@ def test_routes_create_list_and_delete_webhooks(tiny_bundle: Bundle, tmp_path: P
         assert [each.status_code for each in retries] == [404] * 60 + [429]
         assert 0 < int(retries[-1].headers["retry-after"]) <= 61
         assert running.client.delete(hook).status_code == 204 and running.client.get(hook).status_code == 404
+
+
+def test_clients_of_python_make_webhooks_and_send_dead_messages_again(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    with service(tiny_bundle.location, tmp_path, max_webhooks=1) as running:
+        sdk = DermisClient("http://localhost", http_client=running.client, max_retries=0)
+        made = sdk.webhooks.create("https://receiver.invalid/", events=["dataset.succeeded"])
+        assert made.secret.startswith("whsec_") and made.secret not in repr(made)
+        with pytest.raises(RateLimitError):
+            sdk.webhooks.create("https://receiver.invalid/")
+        with pytest.raises(UnprocessableEntityError, match="url"):
+            sdk.webhooks.create("https://10.0.0.1/")
+        assert sdk.webhooks.list() == [sdk.webhooks.retrieve(made.id)]
+        assert sdk.webhooks.retrieve(made.id).events == ["dataset.succeeded"]
+        table = WebhookTable(running.settings.jobs_url)
+        end_job(table, tenant="default")
+        with writing(table._engine) as connection:
+            connection.execute(outbox._messages.update().values(state="dead", due_at=time.time(), ended_at=time.time()))
+        table.close()
+        (dead,) = sdk.webhooks.messages(made.id, state="dead")
+        assert (dead.event, dead.state, dead.next_attempt_at) == ("dataset.succeeded", "dead", None)
+        assert sdk.webhooks.messages(made.id, state="delivered") == []
+        assert sdk.webhooks.retry(made.id, dead.id).state == "waiting"
+        for bad in ("..", "a/b", ""):
+            with pytest.raises(InvalidRequestError):
+                sdk.webhooks.retry(made.id, bad)
+
+        async def delete() -> list[Webhook]:
+            transport = httpx.ASGITransport(app=running.client.app)
+            async with httpx.AsyncClient(transport=transport) as http:
+                client = AsyncDermisClient("http://localhost", http_client=http)
+                await client.webhooks.delete(made.id)
+                return await client.webhooks.list()
+
+        assert asyncio.run(delete()) == []
 
 
 @pytest.mark.full
