@@ -20,7 +20,7 @@ from sqlalchemy.exc import IntegrityError
 
 from dermis.errors import DermisError
 from services.jobs import counters, schema
-from services.jobs.database import make_engine, reading, schema_lock, writing
+from services.jobs.database import close_engine, open_engine, reading, schema_lock, writing
 from services.quotas import QUOTAS, Quota, QuotaExceededError, QuotaUse
 from services.tenants import DEFAULT_TENANT
 from services.webhooks.outbox import add_messages
@@ -148,7 +148,7 @@ class JobTable:
     """The tables behind one SQLAlchemy URL. `open` creates or upgrades them."""
 
     def __init__(self, url: str) -> None:
-        self._engine = make_engine(url)
+        self._engine = open_engine(url)
 
     def open(self) -> None:
         """Create the tables, or upgrade those of an earlier version.
@@ -164,8 +164,8 @@ class JobTable:
         return schema_lock(self._engine)
 
     def close(self) -> None:
-        """Close all connections."""
-        self._engine.dispose()
+        """Close the connections, unless another table of this process uses them."""
+        close_engine(self._engine)
 
     # Requests
 

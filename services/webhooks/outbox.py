@@ -21,7 +21,7 @@ import sqlalchemy as sa
 
 from dermis.errors import DermisError
 from services.jobs import counters
-from services.jobs.database import make_engine, reading, writing
+from services.jobs.database import close_engine, open_engine, reading, writing
 
 State = Literal["waiting", "delivered", "dead"]
 STATES: tuple[State, ...] = ("waiting", "delivered", "dead")
@@ -156,11 +156,11 @@ class WebhookTable:
     """The tables of webhooks in the jobs database. Methods may be called from any thread; `JobTable.open` creates them."""
 
     def __init__(self, url: str) -> None:
-        self._engine = make_engine(url)
+        self._engine = open_engine(url)
 
     def close(self) -> None:
-        """Close all connections."""
-        self._engine.dispose()
+        """Close the connections, unless another table of this process uses them."""
+        close_engine(self._engine)
 
     # Endpoints of a tenant
 
