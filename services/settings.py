@@ -125,7 +125,9 @@ class Settings(BaseSettings):
         None, description="Claim with the tenant; dots lead into objects, such as `organisation.id`."
     )
     oidc_tenants: Annotated[dict[str, str], NoDecode] = Field(
-        {}, description="Tenants by value of the claim: `value=tenant,value=tenant`. Other values are then refused."
+        {},
+        description="Tenants by value of the claim: `value=tenant,value=tenant`. Other values are then refused. Without it the "
+        "value is the tenant, except `default`.",
     )
     oidc_scope_claim: str = Field(
         "scope",
@@ -283,7 +285,9 @@ class Settings(BaseSettings):
     # Limits
     max_samples_per_dataset: int = Field(100_000, ge=1, description="Maximum number of images in one dataset.")
     max_shards_per_dataset: int = Field(2_000, ge=1, description="Maximum number of shards in one dataset.")
-    max_active_datasets: int = Field(32, ge=1, description="Maximum number of queued and running datasets.")
+    max_active_datasets: int = Field(
+        32, ge=1, description="Maximum number of queued and running datasets of one tenant."
+    )
     max_images: int = Field(64, ge=1, le=1024, description="Maximum number of images in one call of /v1/images.")
     max_waiting_image_calls: int = Field(32, ge=1, description="Maximum number of calls of /v1/images at one time.")
     max_body_bytes: int = Field(1 << 20, ge=1024, description="Maximum size of a request body in bytes.")
@@ -305,7 +309,8 @@ class Settings(BaseSettings):
     max_compared_per_minute: int = Field(
         600,
         ge=0,
-        description="Maximum number of uploaded images that are compared with the training images in a minute; 0 for none.",
+        description="Maximum number of uploaded images of one tenant compared with the training images in a minute; 0 for "
+        "none.",
     )
     authenticity_repeat_seconds: float = Field(
         86_400.0,
@@ -326,7 +331,9 @@ class Settings(BaseSettings):
     max_projection_steps: int = Field(
         1000, ge=1, le=10_000, description="Maximum number of optimisation steps of one image."
     )
-    max_active_projections: int = Field(8, ge=1, description="Maximum number of queued and running projections.")
+    max_active_projections: int = Field(
+        8, ge=1, description="Maximum number of queued and running projections of one tenant."
+    )
     max_heat_map_images: int = Field(
         4, ge=0, le=64, description="Maximum number of images in a call with heat maps; 0 disables heat maps."
     )

@@ -26,7 +26,7 @@ from typing import Any, Self
 import sqlalchemy as sa
 
 from dermis.errors import DermisError
-from services.jobs.database import database_errors, make_engine, reading, writing
+from services.jobs.database import close_engine, database_errors, open_engine, reading, writing
 from services.settings import Settings, SettingsError
 
 GENESIS = "0" * 64  # the hash before the first entry
@@ -233,7 +233,7 @@ class AuditTable:
     """
 
     def __init__(self, url: str, key: bytes | None = None) -> None:
-        self._engine = make_engine(url)
+        self._engine = open_engine(url)
         self._key = key
 
     @classmethod
@@ -246,8 +246,8 @@ class AuditTable:
         return cls(settings.jobs_url, read_key(settings.audit_key_file))
 
     def close(self) -> None:
-        """Close all connections."""
-        self._engine.dispose()
+        """Close the connections, unless another table of this process uses them."""
+        close_engine(self._engine)
 
     def append(self, events: Sequence[Event]) -> list[Entry]:
         """Append events in one transaction, in their order.

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import re
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -97,7 +98,7 @@ def leave_out(request: Request) -> None:
 
 
 class DeniedRequests:
-    """Limits the entries of denied requests: everyone who reaches the port can cause them.
+    """Limits the entries of denied requests without valid credentials: everyone who reaches the port can cause them.
 
     Of each minute, the first ones of an address are recorded, and the first ones of all addresses. One entry says how many more
     there were.
@@ -137,12 +138,54 @@ class DeniedRequests:
         return count
 
 
+class RepeatedDenials:
+    """Limits the entries of requests that one sender with valid credentials repeats although they are denied.
+
+    Of each minute, the first ones of a sender to a route are recorded. One entry for each sender and route says how many more
+    there were.
+
+    Args:
+        clock: Seconds of a monotonic clock.
+    """
+
+    FROM_ONE_SENDER = 20
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._began = float("-inf")
+        self._counts: Counter[Event] = Counter()  # of this minute, by what is the same in all of them
+        self._left_out: Counter[Event] = Counter()
+
+    def may_record(self, event: Event) -> bool:
+        """Whether the request is recorded; otherwise it is counted."""
+        now_seconds = self._clock()
+        if now_seconds - self._began >= DeniedRequests.SECONDS:
+            self._began = now_seconds
+            self._counts.clear()
+        same = replace(event, time="", object=None, client=None, request_id=None, detail=None)
+        self._counts[same] += 1
+        if self._counts[same] <= self.FROM_ONE_SENDER:
+            return True
+        self._left_out[same] += 1
+        return False
+
+    def take(self) -> list[Event]:
+        """Entries with the numbers of the requests that were counted since the last call."""
+        entries = [
+            replace(same, time=now(), detail=f"{count} more such denied requests")
+            for same, count in self._left_out.items()
+        ]
+        self._left_out.clear()
+        return entries
+
+
 class AuditTrail:
     """Records requests. Use it on one event loop."""
 
     def __init__(self, writer: AuditWriter) -> None:
         self.writer = writer
         self._denied = DeniedRequests()
+        self._repeated = RepeatedDenials()
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -182,7 +225,7 @@ class AuditTrail:
             await self.writer.write_later(event)
 
     async def _record_denied(self, event: Event, known: bool) -> None:
-        if known or self._denied.may_record(event.client):
+        if self._repeated.may_record(event) if known else self._denied.may_record(event.client):
             await self.writer.write_later(event)
         elif self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(DeniedRequests.SECONDS, self._on_timer)
@@ -198,6 +241,8 @@ class AuditTrail:
         if count:
             detail = f"{count} more denied requests"
             event = Event(time=now(), action="request.denied", outcome=401, subject="service", detail=detail)
+            await self.writer.write_later(event)
+        for event in self._repeated.take():
             await self.writer.write_later(event)
 
 

@@ -28,7 +28,7 @@ SAME_BITS = 74
 """Largest number of differing bits, of 256, between the fingerprints of copies. docs/privacy.md states how many copies are
 recognised, and how often different images are taken for copies."""
 MAX_ANSWERS = 1_000_000
-"""Largest number of answers that are kept."""
+"""Largest number of answers that are kept for one tenant."""
 _FIRST_ROWS = 1024
 _BLOCK = 1 << 15  # images compared at a time, so that their fingerprints fit into the cache
 
@@ -51,18 +51,18 @@ class Answers:
 
 
 class ComparedImages:
-    """Answers of the last `seconds`. Safe to call from several threads.
+    """Answers of the last `seconds`, of each tenant by itself. Safe to call from several threads.
 
     Args:
         seconds: Time for which an answer is repeated; 0 for never.
-        capacity: Largest number of answers that are kept. If there are more, images are refused.
+        capacity: Largest number of answers that are kept for one tenant. If there are more, its images are refused.
         clock: Seconds that never decrease.
     """
 
     def __init__(self, seconds: float, capacity: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._seconds, self._capacity, self._clock = seconds, capacity, clock
         self._lock = threading.Lock()
-        self._of_group: dict[tuple[str, str], _Table] = {}
+        self._of_tenant: dict[str, _TenantAnswers] = {}
 
     @classmethod
     def of(cls, settings: Settings) -> ComparedImages:
@@ -80,35 +80,61 @@ class ComparedImages:
             radii: Their radii [N].
 
         Raises:
-            ProblemError: So many answers are kept that no further one can be.
+            ProblemError: So many answers are kept for the tenant that no further one can be.
         """
         answers = Answers(distances.copy(), radii.copy(), np.zeros(len(marks), bool))
         if self._seconds <= 0:
             return answers
+        tenant, index = group
         with self._lock:
+            kept = self._of_tenant.setdefault(tenant, _TenantAnswers())
+            others = [each for each in self._of_tenant.values() if each is not kept]
+        now = self._clock()
+        for each in others:
+            if each.lock.acquire(blocking=False):  # a call that has the lock removes them itself
+                try:
+                    each.forget(now - self._seconds)
+                finally:
+                    each.lock.release()
+        with kept.lock:
             now = self._clock()
-            for table in self._of_group.values():
-                table.forget(now - self._seconds)
-            table = self._of_group.setdefault(group, _Table())
+            kept.forget(now - self._seconds)
+            table = kept.of_index.setdefault(index, _Table())
             for image, positions in enumerate(turned_and_mirrored(marks)):
                 known = table.find(positions)
                 if known is not None:
                     answers.distances[image], answers.radii[image] = known
                     answers.repeated[image] = True
                     continue
-                if sum(map(len, self._of_group.values())) >= self._capacity:
-                    raise self._full(now)
+                if len(kept) >= self._capacity:
+                    raise self._full(kept, now)
                 table.add(now, marks[image], distances[image], radii[image])
         return answers
 
-    def _full(self, now: float) -> ProblemError:
-        oldest = min(table.oldest for table in self._of_group.values() if len(table))
+    def _full(self, kept: _TenantAnswers, now: float) -> ProblemError:
+        oldest = min(table.oldest for table in kept.of_index.values() if len(table))
         return ProblemError(
             "too-many-requests",
-            f"at most {self._capacity} different images are compared with the training images in {self._seconds:g} s; "
-            "try again later",
+            f"at most {self._capacity} different images of this tenant are compared with the training images in "
+            f"{self._seconds:g} s; try again later",
             headers={"Retry-After": str(math.ceil(oldest + self._seconds - now) + 1)},
         )
+
+
+class _TenantAnswers:
+    """The answers that are kept for one tenant, by digest of the index, and the lock for their use."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.of_index: dict[str, _Table] = {}
+
+    def __len__(self) -> int:
+        return sum(map(len, self.of_index.values()))
+
+    def forget(self, until: float) -> None:
+        """Remove the answers up to this time."""
+        for table in self.of_index.values():
+            table.forget(until)
 
 
 class _Table:

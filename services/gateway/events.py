@@ -7,6 +7,9 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
 from services.errors import DatabaseUnavailableError
 from services.gateway.dependencies import Context
 from services.gateway.schemas.datasets import dataset_of
@@ -18,13 +21,37 @@ HEARTBEAT_SECONDS = 15.0
 CHECK_SECONDS = 5.0
 
 
+class EventStream(StreamingResponse):
+    """A response with server-sent events.
+
+    Args:
+        events: The events.
+        release: Called at the end of the response, also if the client has gone before the first event: an iterator that was
+            never started runs no code of its own at its end.
+    """
+
+    def __init__(self, events: AsyncIterator[str], release: Callable[[], None]) -> None:
+        super().__init__(
+            events,
+            media_type="text/event-stream",
+            headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
+        )
+        self._release = release
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._release()
+
+
 async def progress_events(
     context: Context, job: Job, check_access: Callable[[], Awaitable[object]]
 ) -> AsyncIterator[str]:
     """Yield the events of one dataset: `progress` at every change, and at the end one named succeeded, failed or cancelled.
 
-    A client that connects again with Last-Event-ID needs no earlier events, because every event contains the whole state. The
-    call must have been counted in `context.limits.event_streams`; the end of the stream releases it.
+    A client that connects again with Last-Event-ID needs no earlier events, because every event contains the whole state.
 
     Args:
         context: The context of the routes.
@@ -57,8 +84,6 @@ async def progress_events(
                 current = await asyncio.to_thread(context.jobs.get, job.tenant, job.id)
     except ProblemError:
         return
-    finally:
-        context.limits.event_streams.release()
 
 
 def _event(name: str, job: Job, expires_at: float | None) -> str:

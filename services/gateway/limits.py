@@ -1,10 +1,10 @@
-"""Limits of the calls at one time and of the comparisons per minute. A call above a limit is refused at once."""
+"""Limits of the calls at one time, and of what a tenant does in a minute. A call above a limit is refused at once."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections import deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,80 +13,100 @@ from services.problems import ProblemError
 from services.settings import Settings
 
 _WINDOW_SECONDS = 60.0
+_WEBHOOK_RETRIES = 60
+_SHARE = 3  # calls of a tenant for each one that is free
 
 
 class Limiter:
-    """Limits how many calls are processed at the same time.
+    """Limits how many calls are processed at the same time, for all tenants together and for each of them.
 
     Args:
         limit: The maximum number of calls.
         kind: Kind of the problem document of a refused call (`services.problems.KINDS`).
         detail: Message of the refusal.
         retry_after: Seconds after which a refused call may be repeated.
+        shared: Whether there can be several tenants. Then a tenant with calls in progress may have a further one only while it
+            has fewer than three times as many as are free, and leaves one free. So a tenant alone can have three quarters of
+            the limit, several can have equal parts, and a tenant without a call soon finds a free one.
     """
 
-    def __init__(self, limit: int, kind: str, detail: str, retry_after: int) -> None:
+    def __init__(self, limit: int, kind: str, detail: str, retry_after: int, *, shared: bool = False) -> None:
         self._limit, self._kind, self._detail, self._retry_after = limit, kind, detail, retry_after
-        self._active = 0
+        self._shared = shared
+        self._active: Counter[str] = Counter()  # by tenant; only those that have calls
         self._lock = threading.Lock()
 
-    def acquire(self) -> None:
-        """Count a call until `release`.
+    def acquire(self, tenant: str) -> None:
+        """Count a call of a tenant until `release`.
 
         Raises:
-            ProblemError: At the limit.
+            ProblemError: At the limit of all tenants, or at the share of this one.
         """
         with self._lock:
-            if self._active >= self._limit:
-                raise ProblemError(self._kind, self._detail, headers={"Retry-After": str(self._retry_after)})
-            self._active += 1
+            free, own = self._limit - self._active.total(), self._active[tenant]
+            if free <= 0:
+                raise self._refused(self._detail)
+            if self._shared and own and (free == 1 or own >= _SHARE * free):
+                raise self._refused(
+                    f"{self._detail} (this tenant has {own} of {self._limit}; the others are kept for other tenants)"
+                )
+            self._active[tenant] = own + 1
 
-    def release(self) -> None:
-        """Stop counting a call."""
+    def release(self, tenant: str) -> None:
+        """Stop counting a call of a tenant."""
         with self._lock:
-            self._active -= 1
+            self._active[tenant] -= 1
+            if not self._active[tenant]:
+                del self._active[tenant]
 
     @contextmanager
-    def hold(self) -> Iterator[None]:
-        """Count a call for the time of a `with` block.
+    def hold(self, tenant: str) -> Iterator[None]:
+        """Count a call of a tenant for the time of a `with` block.
 
         Raises:
-            ProblemError: At the limit.
+            ProblemError: At the limit of all tenants, or at the share of this one.
         """
-        self.acquire()
+        self.acquire(tenant)
         try:
             yield
         finally:
-            self.release()
+            self.release(tenant)
+
+    def _refused(self, detail: str) -> ProblemError:
+        return ProblemError(self._kind, detail, headers={"Retry-After": str(self._retry_after)})
 
 
-class ComparisonLimiter:
-    """Limits how many uploaded images are compared with the training images per minute. Use it on one event loop.
+class MinuteLimiter:
+    """Limits the number of things, such as images, of each tenant in a minute. Use it on one event loop.
 
-    Each comparison reveals a little about which images are training images.
+    Args:
+        limit: The maximum number.
+        what: What is limited, for the message of the refusal.
+        clock: Seconds that never decrease.
     """
 
-    def __init__(self, limit: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._limit, self._clock = limit, clock
-        self._calls: deque[tuple[float, int]] = deque()
+    def __init__(self, limit: int, what: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._limit, self._what, self._clock = limit, what, clock
+        self._calls: defaultdict[str, deque[tuple[float, int]]] = defaultdict(deque)  # of each tenant
 
-    def add(self, images: int) -> None:
-        """Count the images of a call.
+    def add(self, tenant: str, number: int = 1) -> None:
+        """Count a call with this number of things.
 
         Raises:
-            ProblemError: Above the limit. The images of a refused call are not counted.
+            ProblemError: Above the limit. A refused call is not counted.
         """
         now = self._clock()
-        while self._calls and self._calls[0][0] <= now - _WINDOW_SECONDS:
-            self._calls.popleft()
-        if sum(count for _, count in self._calls) + images > self._limit:
-            wait = round(self._calls[0][0] + _WINDOW_SECONDS - now) + 1 if self._calls else int(_WINDOW_SECONDS)
+        calls = self._calls[tenant]
+        while calls and calls[0][0] <= now - _WINDOW_SECONDS:
+            calls.popleft()
+        if sum(count for _, count in calls) + number > self._limit:
+            wait = round(calls[0][0] + _WINDOW_SECONDS - now) + 1 if calls else int(_WINDOW_SECONDS)
             raise ProblemError(
                 "too-many-requests",
-                f"at most {self._limit} images a minute are compared with the training images; try again later",
+                f"at most {self._limit} {self._what} in a minute; try again later",
                 headers={"Retry-After": str(wait)},
             )
-        self._calls.append((now, images))
+        calls.append((now, number))
 
 
 @dataclass(frozen=True)
@@ -97,29 +117,46 @@ class GatewayLimits:
     uploads: Limiter
     heat_maps: Limiter
     event_streams: Limiter
-    comparisons: ComparisonLimiter
+    comparisons: MinuteLimiter  # each reveals a little about which images are training images
+    webhook_retries: MinuteLimiter
 
     @classmethod
     def of(cls, settings: Settings) -> GatewayLimits:
         """The limits of the settings."""
+        shared = settings.auth != "none"
         return cls(
             images=Limiter(
-                settings.max_waiting_image_calls, "overloaded", "too many calls are waiting for images", retry_after=5
+                settings.max_waiting_image_calls,
+                "overloaded",
+                "too many calls are waiting for images",
+                retry_after=5,
+                shared=shared,
             ),
             uploads=Limiter(
                 settings.max_upload_calls,
                 "overloaded",
-                "too many calls with uploads are being processed; try again",
+                "too many calls with uploads are being processed",
                 retry_after=5,
+                shared=shared,
             ),
             heat_maps=Limiter(
                 settings.max_heat_map_calls,
                 "overloaded",
                 "too many calls with heat maps are being processed; try again, or leave heat_map out",
                 retry_after=10,
+                shared=shared,
             ),
             event_streams=Limiter(
-                settings.max_event_streams, "too-many-requests", "too many event streams are open", retry_after=10
+                settings.max_event_streams,
+                "too-many-requests",
+                "too many event streams are open",
+                retry_after=10,
+                shared=shared,
             ),
-            comparisons=ComparisonLimiter(settings.max_compared_per_minute),
+            comparisons=MinuteLimiter(
+                settings.max_compared_per_minute, "images of this tenant are compared with the training images"
+            ),
+            webhook_retries=MinuteLimiter(
+                _WEBHOOK_RETRIES, "messages of the webhooks of this tenant are sent again on request"
+            ),
         )

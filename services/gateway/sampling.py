@@ -37,7 +37,7 @@ async def generate_within_limits(
         ProblemError: If too many calls are waiting for images, or if it takes too long.
         QuotaExceededError: If the quota of images of the sender's tenant would be exceeded.
     """
-    with context.limits.images.hold():
+    with context.limits.images.hold(principal.tenant):
         async with context.quotas.counted(request, principal, {"images_per_day": count}):
             return await _generate_in_time(context, generate)
 

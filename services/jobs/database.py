@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sqlite3
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,44 @@ _SQLITE_POLL_SECONDS = 0.02
 _SCHEMA_LOCK = 0x6465726D6973  # any number that no other application on the database uses
 _SCHEMA_LOCK_SECONDS = 300.0
 _SCHEMA_POLL_SECONDS = 0.2
+# Connections of a process to PostgreSQL, for the tables of jobs, keys, webhooks and the audit trail together.
+_IDLE_CONNECTIONS = 5
+_MORE_CONNECTIONS = 25  # while there is much to do
 _READ_ONLY = "25006"  # SQLSTATE of a standby server, which responds during a failover
+
+
+@dataclass
+class _SharedEngine:
+    """An engine, and how often it was opened without being closed."""
+
+    engine: sa.Engine
+    users: int = 0
+
+
+_shared: dict[str, _SharedEngine] = {}
+_shared_lock = threading.Lock()
+
+
+def open_engine(url: str) -> sa.Engine:
+    """The engine of this process for a URL. All who open it share its connections; each calls `close_engine` once."""
+    with _shared_lock:
+        shared = _shared.get(url)
+        if shared is None:
+            shared = _shared[url] = _SharedEngine(make_engine(url))
+        shared.users += 1
+        return shared.engine
+
+
+def close_engine(engine: sa.Engine) -> None:
+    """Close the connections of an engine of `open_engine`, unless others still use it."""
+    with _shared_lock:
+        for url, shared in list(_shared.items()):
+            if shared.engine is engine:
+                shared.users -= 1
+                if shared.users:
+                    return
+                del _shared[url]
+    engine.dispose()
 
 
 def make_engine(url: str) -> sa.Engine:
@@ -28,7 +67,13 @@ def make_engine(url: str) -> sa.Engine:
     parsed = sa.make_url(url)
     if parsed.get_backend_name() != "sqlite":
         arguments = {} if "connect_timeout" in parsed.query else {"connect_timeout": _CONNECT_SECONDS}
-        return sa.create_engine(parsed, pool_pre_ping=True, connect_args=arguments)
+        return sa.create_engine(
+            parsed,
+            pool_pre_ping=True,
+            pool_size=_IDLE_CONNECTIONS,
+            max_overflow=_MORE_CONNECTIONS,
+            connect_args=arguments,
+        )
     if parsed.database:
         Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
     engine = sa.create_engine(parsed, connect_args={"timeout": _SQLITE_WAIT_SECONDS})

@@ -20,7 +20,7 @@ from sqlalchemy.exc import IntegrityError
 
 from dermis.errors import DermisError
 from services.jobs import counters, schema
-from services.jobs.database import make_engine, reading, schema_lock, writing
+from services.jobs.database import close_engine, open_engine, reading, schema_lock, writing
 from services.quotas import QUOTAS, Quota, QuotaExceededError, QuotaUse
 from services.tenants import DEFAULT_TENANT
 from services.webhooks.outbox import add_messages
@@ -141,14 +141,14 @@ class IdempotencyConflictError(DermisError):
 
 
 class TooManyActiveError(DermisError):
-    """The maximum number of active jobs of this kind is reached."""
+    """The tenant has the maximum number of active jobs of this kind."""
 
 
 class JobTable:
     """The tables behind one SQLAlchemy URL. `open` creates or upgrades them."""
 
     def __init__(self, url: str) -> None:
-        self._engine = make_engine(url)
+        self._engine = open_engine(url)
 
     def open(self) -> None:
         """Create the tables, or upgrade those of an earlier version.
@@ -164,8 +164,8 @@ class JobTable:
         return schema_lock(self._engine)
 
     def close(self) -> None:
-        """Close all connections."""
-        self._engine.dispose()
+        """Close the connections, unless another table of this process uses them."""
+        close_engine(self._engine)
 
     # Requests
 
@@ -201,7 +201,7 @@ class JobTable:
             body_hash: Hash of the request, compared when an idempotency key is used again.
             earlier_hashes: Hashes of the same request with the defaults of earlier versions.
             idempotency_key: The name that a caller of this tenant gave the request.
-            max_active: The maximum number of active jobs of this kind, this one included.
+            max_active: The maximum number of active jobs of this kind and tenant, this one included.
             owner: The worker that submits the job.
             quota: The quotas of the tenant; by default it has none.
             amounts: What the job uses of quotas with a window, by name of the quota.
@@ -233,17 +233,15 @@ class JobTable:
         }
         try:
             with writing(self._engine) as connection:
-                if quota is not None and quota.limits:
+                if max_active is not None or (quota is not None and quota.limits):
                     counters.lock_tenant(connection, tenant)
                 earlier = self._by_key(connection, tenant, idempotency_key, (body_hash, *earlier_hashes))
                 if earlier is not None:
                     return earlier, False
-                if max_active is not None:
-                    active = sa.select(sa.func.count()).where(_jobs.c.state.in_(ACTIVE), _jobs.c.kind == kind)
-                    if (connection.scalar(active) or 0) >= max_active:
-                        raise TooManyActiveError(
-                            f"{max_active} {kind}s are queued or running; try again when one has ended"
-                        )
+                if max_active is not None and _count_active(connection, tenant, kind) >= max_active:
+                    raise TooManyActiveError(
+                        f"{max_active} {kind}s of this tenant are queued or running; try again when one has ended"
+                    )
                 if quota is not None and quota.limits:
                     _check_existing(connection, tenant, quota, {"active_jobs": 1, "stored_bytes": reserved_bytes or 0})
                     counters.add(connection, tenant, amounts or {}, quota)
@@ -516,15 +514,21 @@ class JobTable:
 def _existing(connection: sa.Connection, tenant: str, name: str) -> int:
     """The use of a quota of what exists now: the number of active jobs, or the bytes of all jobs."""
     if name == "active_jobs":
-        column: sa.ColumnElement[int] = sa.func.count()
-        query = sa.select(column).where(_jobs.c.tenant == tenant, _jobs.c.state.in_(ACTIVE))
-    else:
-        ended = _jobs.c.state.in_(
-            ("failed", "cancelled")
-        )  # their files are removed; those of deleted ones were measured
-        size = sa.func.coalesce(_jobs.c.stored_bytes, sa.case((ended, 0), else_=_jobs.c.reserved_bytes), 0)
-        query = sa.select(sa.func.sum(size)).where(_jobs.c.tenant == tenant)
+        return _count_active(connection, tenant)
+    ended = _jobs.c.state.in_(("failed", "cancelled"))  # their files are removed; those of deleted ones were measured
+    size = sa.func.coalesce(_jobs.c.stored_bytes, sa.case((ended, 0), else_=_jobs.c.reserved_bytes), 0)
+    query = sa.select(sa.func.sum(size)).where(_jobs.c.tenant == tenant)
     return int(connection.scalar(query) or 0)
+
+
+def _count_active(connection: sa.Connection, tenant: str, kind: Kind | None = None) -> int:
+    """The number of active jobs of a tenant, of one kind or of all."""
+    # With the tenant as a condition SQLite would use the index of tenants, and read every job that the tenant ever made.
+    # Few jobs are active, and the index of states finds them.
+    query = sa.select(sa.func.count().filter(_jobs.c.tenant == tenant)).where(_jobs.c.state.in_(ACTIVE))
+    if kind is not None:
+        query = query.where(_jobs.c.kind == kind)
+    return connection.scalar(query) or 0
 
 
 def _check_existing(connection: sa.Connection, tenant: str, quota: Quota, amounts: Mapping[str, int]) -> None:

@@ -3,18 +3,54 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from functools import partial
 
-from services.webhooks.outbox import Claim, WebhookTable
+from services.webhooks.outbox import Claim, Due, WebhookTable
 from services.webhooks.sending import Sender
 
 logger = logging.getLogger("dermis.webhooks")
 
 _POLL_SECONDS = 2.0
 _MOST = 8  # messages at one time, one for each endpoint
+_MOST_OF_TENANT = 4  # of these for one tenant, so that slow receivers of one do not delay the messages of others
 _CLEAN_SECONDS = 3600.0
+
+
+class Turns:
+    """The order in which tenants and their endpoints get messages: the one whose last message is the oldest first."""
+
+    def __init__(self) -> None:
+        self._numbers = itertools.count(1)
+        self._last: dict[str, int] = {}  # number of the last turn of a tenant or an endpoint
+
+    def choose(self, due: Sequence[Due], sending: Mapping[str, int]) -> list[str]:
+        """The endpoints that get a message now.
+
+        Args:
+            due: The endpoints that have messages.
+            sending: The number of messages that are being sent, by tenant.
+        """
+        sending = Counter(sending)
+        waiting = list(due)
+        chosen: list[str] = []
+        while sending.total() < _MOST:
+            waiting = [each for each in waiting if sending[each.tenant] < _MOST_OF_TENANT]
+            if not waiting:
+                break
+            following = min(waiting, key=lambda each: (self._last_of(each.tenant), self._last_of(each.endpoint)))
+            waiting.remove(following)
+            chosen.append(following.endpoint)
+            sending[following.tenant] += 1
+            self._last[following.tenant] = self._last[following.endpoint] = next(self._numbers)
+        return chosen
+
+    def _last_of(self, name: str) -> int:
+        return self._last.get(name, 0)
 
 
 class Deliverer:
@@ -29,6 +65,8 @@ class Deliverer:
         self.table = table
         self._sender = sender
         self._sending: dict[str, asyncio.Task[None]] = {}  # by endpoint
+        self._tenants: dict[str, str] = {}  # of these endpoints
+        self._turns = Turns()
         self._task: asyncio.Task[None] | None = None
         self._cleaned = 0.0
 
@@ -58,17 +96,21 @@ class Deliverer:
         now = time.time()
         if now - self._cleaned > _CLEAN_SECONDS:
             self._cleaned = now
+            self._turns = Turns()  # so that it does not grow for ever
             await asyncio.to_thread(self.table.remove_old, now)
-        free = _MOST - len(self._sending)
-        if free <= 0:
+        if len(self._sending) >= _MOST:
             return
-        for claim in await asyncio.to_thread(self.table.claim, free, list(self._sending), now):
+        due = await asyncio.to_thread(self.table.due, list(self._sending), now)
+        chosen = self._turns.choose(due, Counter(self._tenants.values()))
+        for claim in await asyncio.to_thread(self.table.claim, chosen, now):
             task = asyncio.create_task(self._deliver(claim))
             self._sending[claim.endpoint.id] = task
+            self._tenants[claim.endpoint.id] = claim.endpoint.tenant
             task.add_done_callback(partial(self._forget, claim.endpoint.id))
 
     def _forget(self, endpoint: str, _task: asyncio.Task[None]) -> None:
         self._sending.pop(endpoint, None)
+        self._tenants.pop(endpoint, None)
 
     async def idle(self) -> None:
         """Return when nothing is being sent."""

@@ -20,7 +20,8 @@ from typing import Any, Literal, get_args
 import sqlalchemy as sa
 
 from dermis.errors import DermisError
-from services.jobs.database import make_engine, reading, writing
+from services.jobs import counters
+from services.jobs.database import close_engine, open_engine, reading, writing
 
 State = Literal["waiting", "delivered", "dead"]
 STATES: tuple[State, ...] = ("waiting", "delivered", "dead")
@@ -105,6 +106,14 @@ class Message:
 
 
 @dataclass(frozen=True)
+class Due:
+    """An endpoint with messages that are due."""
+
+    endpoint: str
+    tenant: str
+
+
+@dataclass(frozen=True)
 class Claim:
     """A message that this process is to send now."""
 
@@ -147,11 +156,11 @@ class WebhookTable:
     """The tables of webhooks in the jobs database. Methods may be called from any thread; `JobTable.open` creates them."""
 
     def __init__(self, url: str) -> None:
-        self._engine = make_engine(url)
+        self._engine = open_engine(url)
 
     def close(self) -> None:
-        """Close all connections."""
-        self._engine.dispose()
+        """Close the connections, unless another table of this process uses them."""
+        close_engine(self._engine)
 
     # Endpoints of a tenant
 
@@ -170,6 +179,7 @@ class WebhookTable:
             "created_at": time.time(),
         }
         with writing(self._engine) as connection:
+            counters.lock_tenant(connection, tenant)
             count = connection.scalar(
                 sa.select(sa.func.count()).select_from(_endpoints).where(_endpoints.c.tenant == tenant)
             )
@@ -214,33 +224,47 @@ class WebhookTable:
     def retry(self, endpoint: str, message: str) -> Message | None:
         """Send a dead message again, from its first attempt on; None if there is no such message.
 
-        The endpoint is enabled again.
+        The endpoint is enabled again. A message that is not dead is not changed.
         """
         condition = (_messages.c.endpoint == endpoint) & (_messages.c.id == message)
         with writing(self._engine) as connection:
-            connection.execute(
+            changed = connection.execute(
                 sa.update(_messages)
                 .where(condition, _messages.c.state == "dead")
                 .values(state="waiting", attempts=0, due_at=time.time(), ended_at=None)
-            )
-            connection.execute(sa.update(_endpoints).where(_endpoints.c.id == endpoint).values(disabled_at=None))
+            ).rowcount
+            if changed:
+                connection.execute(sa.update(_endpoints).where(_endpoints.c.id == endpoint).values(disabled_at=None))
             row = connection.execute(sa.select(_messages).where(condition)).one_or_none()
         return None if row is None else Message(**row._mapping)
 
     # Delivery
 
-    def claim(self, most: int, busy: Sequence[str], now: float) -> list[Claim]:
-        """Claim messages that are due, the oldest one of each endpoint, so that a slow endpoint does not delay others.
+    def due(self, busy: Sequence[str], now: float) -> list[Due]:
+        """The endpoints that have messages which are due, the one with the oldest message first.
 
         Args:
-            most: Maximum number of messages.
-            busy: Endpoints that this process sends to at the moment.
+            busy: Endpoints to leave out: this process sends to them at the moment.
             now: Seconds since 1970.
         """
-        due = (_messages.c.state == "waiting") & (_messages.c.due_at <= now)
-        query = sa.select(_messages.c.endpoint).where(due, _messages.c.endpoint.not_in(busy)).distinct().limit(most)
+        query = (
+            sa.select(_messages.c.endpoint, _endpoints.c.tenant)
+            .outerjoin_from(_messages, _endpoints, _endpoints.c.id == _messages.c.endpoint)
+            .where(_messages.c.state == "waiting", _messages.c.due_at <= now, _messages.c.endpoint.not_in(busy))
+            .group_by(_messages.c.endpoint, _endpoints.c.tenant)
+            .order_by(sa.func.min(_messages.c.due_at), _messages.c.endpoint)
+        )
         with reading(self._engine) as connection:
-            endpoints = list(connection.execute(query).scalars())
+            # Without a tenant if the endpoint has just been deleted. Its messages are claimed, which ends them.
+            return [Due(row.endpoint, row.tenant or "") for row in connection.execute(query)]
+
+    def claim(self, endpoints: Sequence[str], now: float) -> list[Claim]:
+        """Claim the oldest message that is due of each endpoint, so that a slow endpoint does not delay others.
+
+        Args:
+            endpoints: The endpoints.
+            now: Seconds since 1970.
+        """
         claims: list[Claim] = []
         for endpoint in endpoints:
             claims += self._claim_one(endpoint, now)

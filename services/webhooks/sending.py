@@ -12,6 +12,7 @@ import base64
 import hashlib
 import hmac
 import ipaddress
+import re
 import socket
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,8 @@ import httpx
 from dermis import __version__
 
 MAX_URL = 500
-_RESOLVERS = 16  # twice the number of messages that are sent at one time
+# Four times the number of messages that are sent at one time for one tenant: look-ups can take longer than `_SECONDS`.
+_RESOLVERS = 16
 _SECONDS = 15.0
 # `is_global` knows only the addresses that were special when the version of Python was made, and takes all others for public.
 _PUBLIC_IPV6 = ipaddress.ip_network(
@@ -43,6 +45,12 @@ _NOT_PUBLIC = tuple(
         ),
     )
 )
+# Labels of host names, and the last labels of what is an IPv4 address for browsers and resolvers.
+_LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
+_NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
+_LOOPBACK = (ipaddress.ip_address("127.0.0.1"), ipaddress.ip_address("::1"))
+# One text for names that do not exist and for names of internal machines: otherwise it would show which of these there are.
+_NO_ADDRESS = "the host has no address, or one that is not public"
 
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -66,7 +74,7 @@ class Allowed:
             try:
                 networks.append(ipaddress.ip_network(entry))
             except ValueError:
-                names.add(entry.lower())
+                names.add(_name_of(entry))
         return cls(frozenset(names), tuple(networks))
 
     def has_address(self, address: _Address) -> bool:
@@ -76,7 +84,11 @@ class Allowed:
     def has_host(self, host: str) -> bool:
         """Whether a host, a name or an address, is allowed itself."""
         address = _parse(host)
-        return host in self.names or (address is not None and self.has_address(address))
+        return self.has_name(host) or (address is not None and self.has_address(address))
+
+    def has_name(self, host: str) -> bool:
+        """Whether a host is one of the names, with or without a dot at its end."""
+        return _name_of(host) in self.names
 
 
 def check_url(url: str, allowed: Allowed) -> str:
@@ -102,7 +114,24 @@ def check_url(url: str, allowed: Allowed) -> str:
     address = _parse(host)
     if address is not None and not _may_connect(host, address, allowed):
         raise UrlRefusedError("its address is not public; the operator can allow it in DERMIS_WEBHOOK_HOSTS")
+    if address is None and not allowed.has_name(host):
+        _check_name(_name_of(host), allowed)
     return host
+
+
+def _check_name(name: str, allowed: Allowed) -> None:
+    """Refuse names that cannot be those of a public host, as far as they show it without a look-up.
+
+    Raises:
+        UrlRefusedError: The name is not one that a public host can have.
+    """
+    labels = name.split(".")
+    if not all(map(_LABEL.fullmatch, labels)):
+        raise UrlRefusedError("its host is not a name, such as receiver.example.org")
+    if _NUMBER.fullmatch(labels[-1]):  # `127.1`, `2130706433` and `0x7f.1` are addresses for many programs
+        raise UrlRefusedError("its host is a number; write an IPv4 address as four decimal numbers")
+    if labels[-1] == "localhost" and not any(map(allowed.has_address, _LOOPBACK)):
+        raise UrlRefusedError("its host is this machine; the operator can allow it in DERMIS_WEBHOOK_HOSTS")
 
 
 def signature(secret: str, message_id: str, timestamp: int, body: str) -> str:
@@ -157,10 +186,10 @@ class Sender:
         try:
             found = await asyncio.get_running_loop().run_in_executor(self._resolvers, _addresses_of, host, port)
         except (OSError, UnicodeError):
-            raise UrlRefusedError("the host name has no address") from None
+            raise UrlRefusedError(_NO_ADDRESS) from None
         addresses = [_parse(str(entry[4][0])) for entry in found]
         if not addresses or not all(each is not None and _may_connect(host, each, self._allowed) for each in addresses):
-            raise UrlRefusedError("an address of the host is not public")
+            raise UrlRefusedError(_NO_ADDRESS)
         return str(addresses[0])
 
     async def _post(
@@ -197,6 +226,11 @@ def _addresses_of(host: str, port: int) -> list[tuple[Any, ...]]:
     return list(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
 
 
+def _name_of(host: str) -> str:
+    """A host name in the form in which names are compared."""
+    return host.lower().removesuffix(".")
+
+
 def _parse(text: str) -> _Address | None:
     try:
         address = ipaddress.ip_address(text.partition("%")[0])
@@ -207,7 +241,7 @@ def _parse(text: str) -> _Address | None:
 
 
 def _may_connect(host: str, address: _Address, allowed: Allowed) -> bool:
-    if host in allowed.names or allowed.has_address(address):
+    if allowed.has_name(host) or allowed.has_address(address):
         return True
     if isinstance(address, ipaddress.IPv6Address) and address not in _PUBLIC_IPV6:
         return False

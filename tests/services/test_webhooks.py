@@ -13,15 +13,24 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psycopg
 import pytest
+from dermis_client import (
+    AsyncDermisClient,
+    DermisClient,
+    InvalidRequestError,
+    RateLimitError,
+    UnprocessableEntityError,
+    Webhook,
+)
 
 from dermis.bundle import Bundle
 from postgres import Postgres, running_postgres
@@ -30,8 +39,8 @@ from services.jobs.database import writing
 from services.jobs.table import JobTable
 from services.settings import Settings
 from services.webhooks import deliverer, outbox, sending
-from services.webhooks.deliverer import Deliverer
-from services.webhooks.outbox import Claim, TooManyWebhooksError, WebhookTable, add_messages
+from services.webhooks.deliverer import Deliverer, Turns
+from services.webhooks.outbox import Claim, Due, TooManyWebhooksError, WebhookTable, add_messages
 from services.webhooks.sending import Allowed, Sender, UrlRefusedError, check_url
 
 LOOPBACK = Allowed.of(["127.0.0.0/8"])
@@ -124,6 +133,11 @@ def end_job(table: WebhookTable, state: str = "succeeded", tenant: str = "a") ->
         add_messages(connection, tenant=tenant, kind="dataset", job_id=JOB, state=state)
 
 
+def claim_due(table: WebhookTable, now: float, busy: Sequence[str] = ()) -> list[Claim]:
+    """Claim a message of every endpoint that has one."""
+    return table.claim([each.endpoint for each in table.due(busy, now)], now)
+
+
 def send(url: str, allowed: Allowed = LOOPBACK) -> tuple[int | None, str]:
     async def run() -> tuple[int | None, str]:
         sender = Sender(allowed)
@@ -199,7 +213,7 @@ def test_next_attempt_is_later_and_later(table: WebhookTable, receiver: Receiver
     deliver(table)
     (message,) = table.messages(endpoint.id)
     assert message.state == "waiting" and 0 < message.due_at - time.time() < 6
-    (claim,) = table.claim(5, [], message.due_at)
+    (claim,) = claim_due(table, message.due_at)
     table.record(claim, "status 503", 503, 1000.0)
     assert 1300 <= table.messages(endpoint.id)[0].due_at <= 1330
 
@@ -223,7 +237,7 @@ def test_message_is_claimed_by_one_process_and_again_when_that_died(table: Webho
 
     def claim() -> None:
         barrier.wait(30)
-        claims.extend(table.claim(8, [], now))
+        claims.extend(claim_due(table, now))
 
     threads = [threading.Thread(target=claim) for _ in range(4)]
     for thread in threads:
@@ -231,14 +245,62 @@ def test_message_is_claimed_by_one_process_and_again_when_that_died(table: Webho
     for thread in threads:
         thread.join()
     assert len(claims) == 4 == len({each.message.id for each in claims})
-    assert table.claim(8, [], now + outbox.CLAIM_SECONDS - 1) == []
-    again = table.claim(8, [], now + outbox.CLAIM_SECONDS)
+    assert claim_due(table, now + outbox.CLAIM_SECONDS - 1) == []
+    again = claim_due(table, now + outbox.CLAIM_SECONDS)
     assert len(again) == 4
     table.record(claims[0], "status 500", 500, now)  # the first process was slow, not dead: its outcome comes too late
     of_it = next(each for each in again if each.message.id == claims[0].message.id)
     assert table.messages(of_it.endpoint.id)[0].outcome is None
     busy = [each.endpoint.id for each in again[:3]]
-    assert len(table.claim(8, busy, now + 1000)) == 1
+    assert len(claim_due(table, now + 1000, busy)) == 1
+
+
+def test_slow_receivers_of_a_tenant_delay_no_other_tenant(table: WebhookTable) -> None:
+    """One message of another tenant is sent although ten receivers of the first one do not answer."""
+    for _ in range(10):
+        table.create("a", "https://slow.example/", outbox.EVENTS, 10)
+    end_job(table)
+    table.create("b", "https://receiver.example/", outbox.EVENTS, 10)
+    end_job(table, tenant="b")
+    sent = list[str]()
+
+    class Silent(Sender):
+        async def send(self, url: str, *_: Any) -> tuple[int | None, str]:
+            sent.append(url)
+            if "slow" in url:
+                await asyncio.sleep(60)
+            return 200, "status 200"
+
+    async def run() -> None:
+        each = Deliverer(table, Silent(LOOPBACK))
+        await each.deliver_due()
+        while "https://receiver.example/" not in sent:
+            await asyncio.sleep(0.01)
+        await each.deliver_due()
+        await each.stop()
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+    assert sorted(sent) == ["https://receiver.example/"] + ["https://slow.example/"] * 4
+
+
+def test_turns_go_round_tenants_and_their_endpoints() -> None:
+    turns, due = Turns(), [Due(f"a{k}", "a") for k in range(9)] + [Due("b0", "b"), Due("c0", "c")]
+    assert turns.choose(due, {}) == ["a0", "b0", "c0", "a1", "a2", "a3"]
+    assert turns.choose(due, {"a": 4}) == ["b0", "c0"]
+    assert turns.choose(due, {"a": 3, "b": 1, "d": 3}) == ["a4"]
+    assert turns.choose(due, {"d": 4, "e": 2}) == ["b0", "c0"]
+
+
+def test_message_that_is_not_dead_is_not_sent_again_and_enables_nothing(table: WebhookTable) -> None:
+    endpoint = table.create("a", "https://receiver.example/", outbox.EVENTS, 5)
+    end_job(table)
+    (claim,) = claim_due(table, time.time())
+    table.record(claim, "status 410", 410, time.time())
+    assert table.retry(endpoint.id, "msg_0") is None
+    disabled = table.get("a", endpoint.id)
+    assert disabled is not None and disabled.disabled_at is not None
+    assert table.retry(endpoint.id, claim.message.id) is not None
+    assert table.all("a")[0].disabled_at is None
 
 
 def test_tenant_has_a_limited_number(table: WebhookTable) -> None:
@@ -295,6 +357,21 @@ def test_hostile_receivers(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) 
         "https://receiver.example:99999/",
         "https://receiver.example/\r\nX: y",
         "https://receiver.example/" + "x" * 500,
+        "https://localhost/",
+        "https://localhost./",
+        "https://Some.LOCALHOST/",
+        "https://0/",
+        "https://2130706433/",
+        "https://0x7f000001/",
+        "https://0x7f.1./",
+        "https://017700000001/",
+        "https://127.1/",
+        "https://1.2.3.4./",
+        "https://receiver.08/",
+        "https://receiver..example/",
+        "https://-receiver.example/",
+        "https://%31%32%37.0.0.1/",
+        "https://./",
     ],
 )
 def test_urls_that_lead_inside_are_refused(url: str) -> None:
@@ -302,9 +379,29 @@ def test_urls_that_lead_inside_are_refused(url: str) -> None:
         check_url(url, Allowed.of(["10.9.0.0/16", "intern.example"]))
 
 
-@pytest.mark.parametrize("url", ["https://198.41.0.4/", "https://[2606:4700::1111]/", "https://[2a00:1450::1]:8443/"])
-def test_public_addresses_are_allowed(url: str) -> None:
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://198.41.0.4/",
+        "https://[2606:4700::1111]/",
+        "https://[2a00:1450::1]:8443/",
+        "https://receiver.example./",
+        "https://xn--bcher-kva.example/",
+        "https://4.a_b.0xg/",
+    ],
+)
+def test_public_addresses_and_names_are_allowed(url: str) -> None:
     assert check_url(url, Allowed.of([]))
+
+
+def test_operator_allows_names_of_this_machine() -> None:
+    for url, allowed in (
+        ("http://localhost./", ["localhost"]),
+        ("https://localhost/", ["::1/128"]),
+        ("http://intern.example/", ["Intern.example."]),
+        ("http://2130706433/", ["2130706433"]),
+    ):
+        assert check_url(url, Allowed.of(allowed))
 
 
 @pytest.mark.parametrize("host", ["localhost", "2130706433", "0x7f.1", "127.1"])
@@ -329,7 +426,17 @@ def test_connection_is_opened_to_the_address_that_was_checked(monkeypatch: pytes
     assert send("https://rebinding.example/", Allowed.of([])) == (200, "status 200")
     assert connected == ["198.41.0.4"] and len(answers) == 1
     answers[:] = [["198.41.0.4", "10.0.0.1"]]  # one private address among public ones
-    assert send("https://rebinding.example/", Allowed.of([])) == (None, "refused: an address of the host is not public")
+    refused = send("https://rebinding.example/", Allowed.of([]))
+    assert refused == (None, "refused: the host has no address, or one that is not public")
+    answers[:] = [[]]
+    assert send("https://rebinding.example/", Allowed.of([])) == refused  # it does not show which internal names exist
+    answers.clear()
+
+    def unknown(*_: Any, **__: Any) -> Any:
+        raise socket.gaierror(socket.EAI_NONAME, "unknown")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    assert send("https://rebinding.example/", Allowed.of([])) == refused
 
 
 def test_slow_name_servers_keep_no_thread_that_others_need(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -396,8 +503,44 @@ def test_routes_create_list_and_delete_webhooks(tiny_bundle: Bundle, tmp_path: P
         assert running.client.get("/v1/webhooks").json()["data"] == [running.client.get(hook).json()]
         assert "secret" not in running.client.get(hook).json()
         assert running.client.get(f"{hook}/messages").json() == {"data": []}
-        assert running.client.post(f"{hook}/messages/msg_0/retry").status_code == 404
+        retries = [running.client.post(f"{hook}/messages/msg_0/retry") for _ in range(61)]
+        assert [each.status_code for each in retries] == [404] * 60 + [429]
+        assert 0 < int(retries[-1].headers["retry-after"]) <= 61
         assert running.client.delete(hook).status_code == 204 and running.client.get(hook).status_code == 404
+
+
+def test_clients_of_python_make_webhooks_and_send_dead_messages_again(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    with service(tiny_bundle.location, tmp_path, max_webhooks=1) as running:
+        sdk = DermisClient("http://localhost", http_client=running.client, max_retries=0)
+        made = sdk.webhooks.create("https://receiver.invalid/", events=["dataset.succeeded"])
+        assert made.secret.startswith("whsec_") and made.secret not in repr(made)
+        with pytest.raises(RateLimitError):
+            sdk.webhooks.create("https://receiver.invalid/")
+        with pytest.raises(UnprocessableEntityError, match="url"):
+            sdk.webhooks.create("https://10.0.0.1/")
+        assert sdk.webhooks.list() == [sdk.webhooks.retrieve(made.id)]
+        assert sdk.webhooks.retrieve(made.id).events == ["dataset.succeeded"]
+        table = WebhookTable(running.settings.jobs_url)
+        end_job(table, tenant="default")
+        with writing(table._engine) as connection:
+            connection.execute(outbox._messages.update().values(state="dead", due_at=time.time(), ended_at=time.time()))
+        table.close()
+        (dead,) = sdk.webhooks.messages(made.id, state="dead")
+        assert (dead.event, dead.state, dead.next_attempt_at) == ("dataset.succeeded", "dead", None)
+        assert sdk.webhooks.messages(made.id, state="delivered") == []
+        assert sdk.webhooks.retry(made.id, dead.id).state == "waiting"
+        for bad in ("..", "a/b", ""):
+            with pytest.raises(InvalidRequestError):
+                sdk.webhooks.retry(made.id, bad)
+
+        async def delete() -> list[Webhook]:
+            transport = httpx.ASGITransport(app=running.client.app)
+            async with httpx.AsyncClient(transport=transport) as http:
+                client = AsyncDermisClient("http://localhost", http_client=http)
+                await client.webhooks.delete(made.id)
+                return await client.webhooks.list()
+
+        assert asyncio.run(delete()) == []
 
 
 @pytest.mark.full

@@ -29,7 +29,7 @@ from dermis.errors import DermisError
 from services.data_folder import restrict_new_files
 from services.errors import DatabaseUnavailableError
 from services.gateway.auth.principal import unknown_scopes
-from services.jobs.database import UNREACHABLE, make_engine, reading, writing
+from services.jobs.database import UNREACHABLE, close_engine, open_engine, reading, writing
 from services.jobs.table import JobTable
 from services.settings import Settings, SettingsError
 from services.tenants import DEFAULT_TENANT, is_tenant
@@ -164,7 +164,7 @@ class KeyTable:
     """The table of API keys in the jobs database. Methods may be called from any thread; `JobTable.open` creates the table."""
 
     def __init__(self, url: str) -> None:
-        self._engine = make_engine(url)
+        self._engine = open_engine(url)
 
     @property
     def location(self) -> str:
@@ -172,8 +172,8 @@ class KeyTable:
         return self._engine.url.render_as_string(hide_password=True)
 
     def close(self) -> None:
-        """Close all connections."""
-        self._engine.dispose()
+        """Close the connections, unless another table of this process uses them."""
+        close_engine(self._engine)
 
     def create(
         self,

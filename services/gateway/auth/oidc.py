@@ -34,7 +34,7 @@ from joserfc.jwt import JWTClaimsRegistry
 from services.gateway.auth.principal import EXPLICIT_SCOPES, SCOPES, InvalidTokenError, Principal
 from services.problems import ProblemError
 from services.settings import Settings, is_loopback, is_secure_url
-from services.tenants import is_tenant
+from services.tenants import DEFAULT_TENANT, is_tenant
 
 warnings.filterwarnings(
     "ignore", message="EdDSA is deprecated", category=SecurityWarning
@@ -251,6 +251,11 @@ class TokenVerifier:
             tenant = _claim(claims, settings.oidc_tenant_claim)
             if settings.oidc_tenants:
                 tenant = settings.oidc_tenants.get(tenant) if isinstance(tenant, str) else None
+            elif tenant == DEFAULT_TENANT:  # it has what was made before access control
+                raise InvalidTokenError(
+                    f"its claim {settings.oidc_tenant_claim} names the tenant {DEFAULT_TENANT}, which a token gets only if the "
+                    "operator maps a value to it in DERMIS_OIDC_TENANTS"
+                )
         if not isinstance(tenant, str) or not is_tenant(tenant):
             raise InvalidTokenError(f"its claim {settings.oidc_tenant_claim} names no tenant of this service")
         return Principal(tenant, f"user:{subject}", self._scopes(_claim(claims, settings.oidc_scope_claim)))

@@ -134,11 +134,11 @@ async def _compare_uploads(
         )
     bundle = await served_bundle(context, principal, model)
     index = _index_of(bundle)
-    with context.limits.uploads.hold():
+    with context.limits.uploads.hold(principal.tenant):
         admit = partial(count_pixels, context, request, principal)
         inputs = np.stack(await context.uploads.images(request, index.resolution, admit=admit))
         await _count(context, request, principal, len(inputs))
-        context.limits.comparisons.add(len(inputs))
+        context.limits.comparisons.add(principal.tenant, len(inputs))
         # The copy detector is left out: it finds training images better than distances do.
         nearest = await _nearest(context, bundle, inputs, Comparison(detect_copies=False))
         answers = await asyncio.to_thread(

@@ -118,11 +118,11 @@ async def classify_images(
         limit = None
         if heat_map is not None:
             context.heat_maps.check_enabled()
-            stack.enter_context(context.limits.heat_maps.hold())
+            stack.enter_context(context.limits.heat_maps.hold(principal.tenant))
             limit = Limit(context.settings.max_heat_map_images, " with heat_map")
             if media_type == MEDIA_TYPE:
                 limit = Limit(1, f" with Accept: {MEDIA_TYPE}")
-        stack.enter_context(context.limits.uploads.hold())
+        stack.enter_context(context.limits.uploads.hold(principal.tenant))
         admit = partial(count_pixels, context, request, principal)
         inputs = np.stack(await context.uploads.images(request, classifier.input.size, limit, admit))
         try:

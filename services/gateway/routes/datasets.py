@@ -15,7 +15,7 @@ from dermis.dataset.request import DatasetRequest
 from services.gateway.auth.authentication import requires
 from services.gateway.auth.principal import Principal
 from services.gateway.dependencies import Context, ContextDep, IdempotencyKey, is_job_id, read_model
-from services.gateway.events import progress_events
+from services.gateway.events import EventStream, progress_events
 from services.gateway.openapi import JSON_PROBLEMS, headers, json_body, problems
 from services.gateway.schemas.datasets import Dataset, DatasetList, State, dataset_of
 from services.jobs.table import Job
@@ -162,11 +162,10 @@ async def delete_dataset(dataset_id: str, context: ContextDep, principal: _Write
 async def watch_dataset(dataset_id: str, request: Request, context: ContextDep, principal: _Reader) -> Response:
     """Stream the progress until the dataset has ended."""
     job = await find_job(context, principal, dataset_id)
-    context.limits.event_streams.acquire()
-    return StreamingResponse(
+    context.limits.event_streams.acquire(principal.tenant)
+    return EventStream(
         progress_events(context, job, lambda: context.auth.principal_of(request.headers)),
-        media_type="text/event-stream",
-        headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
+        lambda: context.limits.event_streams.release(principal.tenant),
     )
 
 

@@ -116,7 +116,7 @@ async def create_projection(
     if step_count > settings.max_projection_steps:
         message = f"at most {settings.max_projection_steps} steps are allowed for one image"
         raise RequestError("steps", message, "request-too-large")
-    with context.limits.uploads.hold():
+    with context.limits.uploads.hold(principal.tenant):
         limit = Limit(settings.max_projection_images, " of a projection")
         admit = partial(count_pixels, context, request, principal)
         images = await context.uploads.images(request, bundle.generator.img_resolution, limit, admit)

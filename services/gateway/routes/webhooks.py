@@ -114,13 +114,14 @@ async def list_messages(
 @router.post(
     "/{webhook_id}/messages/{message_id}/retry",
     summary="Send a dead message again",
-    responses=problems("not-found", "not-ready"),
+    responses=problems("not-found", "not-ready", "too-many-requests"),
 )
 async def retry_message(webhook_id: str, message_id: str, context: ContextDep, principal: _User) -> WebhookMessage:
     """Send a dead message again, and enable the webhook if it was disabled. Other messages are not changed."""
     endpoint = await _find(context, principal, webhook_id)
     message = None
     if _is_id(message_id):
+        context.limits.webhook_retries.add(principal.tenant)
         message = await asyncio.to_thread(context.webhooks.retry, endpoint.id, message_id)
     if message is None:
         raise ProblemError("not-found", f"the webhook has no message {message_id[:100]}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ from PIL import Image
 
 from dermis.bundle import Bundle
 from service_kit import Service, service
-from services.audit.trail import AuditTable, Entry, HeadMissingError
+from services.audit.trail import AuditTable, Entry, Event, HeadMissingError
 from services.audit.verification import verify
 from services.gateway import audit as audit_module
-from services.gateway.audit import ACTIONS, NOT_RECORDED, DeniedRequests
+from services.gateway.audit import ACTIONS, NOT_RECORDED, DeniedRequests, RepeatedDenials
 from services.gateway.auth.principal import SCOPES
 
 NAME = "patient-jane-doe.png"
@@ -123,21 +124,29 @@ def test_entries_say_who_did_what_and_contain_no_upload(served: Service, key: st
 
 def test_denied_requests_are_recorded_within_limits(served: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DeniedRequests, "FROM_ONE_ADDRESS", 3)
+    monkeypatch.setattr(RepeatedDenials, "FROM_ONE_SENDER", 2)
     before = len(entries_of(served))
     weak = key_for(served, "models:read")
     for _ in range(5):
         assert sent(served, "POST /v1/images", weak, json={}).status_code == 403
+    assert sent(served, "POST /v1/edits", weak, json={}).status_code == 403  # another route has a limit of its own
     for _ in range(5):
         assert sent(served, "GET /v1/models", None).status_code == 401
     assert sent(served, "DELETE /v1/datasets/x", weak, headers={"Origin": "https://evil.example"}).status_code == 403
     served.client.portal.call(context_of(served).audit._write_count)  # type: ignore[union-attr]
     entries = [entry for entry in entries_of(served)[before:] if entry.action != "test.flush"]
     assert [(each.action, each.outcome, each.subject) for each in entries] == [
-        *[("image.generate", 403, f"key:{weak[10:22]}")] * 5,
+        *[("image.generate", 403, f"key:{weak[10:22]}")] * 2,
+        ("image.edit", 403, f"key:{weak[10:22]}"),
         *[("request.denied", 401, None)] * 3,
         ("request.denied", 401, "service"),
+        ("image.generate", 403, f"key:{weak[10:22]}"),
     ]
-    assert (entries[5].route, entries[-1].detail) == ("GET /v1/models", "3 more denied requests")
+    assert (entries[3].route, entries[-2].detail) == ("GET /v1/models", "3 more denied requests")
+    assert (entries[-1].tenant, entries[-1].route) == ("lab", "POST /v1/images")
+    assert (entries[0].detail, entries[-1].detail) == (None, "3 more such denied requests")
+    with context_of(served).audit.writer.table.snapshot() as snapshot:
+        assert verify(snapshot).intact
 
 
 def test_limit_of_denied_requests_is_by_address_and_by_minute() -> None:
@@ -148,6 +157,24 @@ def test_limit_of_denied_requests_is_by_address_and_by_minute() -> None:
     assert [denied.may_record(str(i)) for i in range(300)].count(True) == 200 - 21
     clock = 60.0
     assert denied.may_record("a")
+
+
+def test_repeated_denials_of_a_sender_are_counted_by_the_minute() -> None:
+    clock = 0.0
+    repeated = RepeatedDenials(lambda: clock)
+
+    def denied(number: int) -> Event:
+        return Event(
+            time=str(number), action="a", outcome=403, subject="key:1", request_id=str(number), client=str(number)
+        )
+
+    assert [repeated.may_record(denied(number)) for number in range(30)].count(True) == 20
+    assert repeated.may_record(replace(denied(0), subject="key:2"))
+    clock = 60.0
+    assert repeated.may_record(denied(31))
+    (summary,) = repeated.take()  # what the last minute left out is not forgotten
+    assert (summary.subject, summary.outcome, summary.detail) == ("key:1", 403, "10 more such denied requests")
+    assert repeated.take() == []
 
 
 def test_trail_is_read_in_pages_and_the_reading_is_in_it(served: Service, key: str) -> None:

@@ -53,9 +53,15 @@ def test_answers_are_kept_for_a_time_and_not_beyond_the_capacity() -> None:
     with pytest.raises(ProblemError) as full:
         answered(kept, [lesion(2)], [2])
     assert full.value.kind == "too-many-requests" and int(full.value.headers["Retry-After"]) == 41
+    with pytest.raises(ProblemError):  # all indexes of the tenant together
+        answered(kept, [lesion(2)], [2], index="another")
+    assert answered(kept, [lesion(2)], [2], tenant="another").distances.tolist() == [2]
     assert answered(kept, [lesion(0)], [9]).distances.tolist() == [0]
     now[0] = 60.5
     assert answered(kept, [lesion(0), lesion(1)], [9, 9]).distances.tolist() == [9, 1]
+    now[0] = 200.0
+    answered(kept, [lesion(3)], [3], tenant="a third")
+    assert [len(each) for each in kept._of_tenant.values()] == [0, 0, 1]  # also if the others do not come back
 
 
 def queried(kept: ComparedImages) -> tuple[NDArray[np.int64], NDArray[np.float64]]:

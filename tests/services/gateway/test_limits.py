@@ -2,49 +2,105 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
+
 import pytest
 
-from services.gateway.limits import ComparisonLimiter, GatewayLimits, Limiter
+from services.gateway.events import EventStream
+from services.gateway.limits import GatewayLimits, Limiter, MinuteLimiter
 from services.problems import ProblemError
 from services.settings import Settings
 
 
 def test_call_above_limit_is_refused_until_another_ends() -> None:
     limiter = Limiter(2, "overloaded", "try again", retry_after=7)
-    with limiter.hold():
-        with limiter.hold(), pytest.raises(ProblemError, match="try again") as refused, limiter.hold():
+    with limiter.hold("a"):
+        with limiter.hold("a"), pytest.raises(ProblemError, match="try again") as refused, limiter.hold("a"):
             pass
         assert (refused.value.kind, refused.value.headers) == ("overloaded", {"Retry-After": "7"})
-        with limiter.hold():
+        with limiter.hold("a"):
             pass
 
 
 def test_failed_call_is_released() -> None:
     limiter = Limiter(1, "overloaded", "try again", retry_after=1)
     for _ in range(2):
-        with pytest.raises(KeyError), limiter.hold():
+        with pytest.raises(KeyError), limiter.hold("a"):
             raise KeyError
+
+
+@pytest.mark.parametrize(("limit", "alone"), [(1, 1), (2, 1), (4, 3), (8, 6), (32, 24), (64, 48)])
+def test_calls_of_one_tenant_leave_some_free_for_others(limit: int, alone: int) -> None:
+    limiter = Limiter(limit, "overloaded", "too many", retry_after=1, shared=True)
+    assert taken(limiter, "a") == alone
+    with pytest.raises(ProblemError, match="other tenants" if limit > 1 else "too many"):
+        limiter.acquire("a")
+    others = [taken(limiter, name) for name in ("b", "c")]
+    assert others[0] >= (limit > 1) and others[1] >= (limit > 4)
+    for name, count in zip("abc", (alone, *others), strict=True):
+        for _ in range(count):
+            limiter.release(name)
+    assert taken(limiter, "c") == alone
+    # Without access control there is one tenant, which may have all.
+    assert taken(Limiter(limit, "overloaded", "too many", retry_after=1), "default") == limit
+
+
+def taken(limiter: Limiter, tenant: str) -> int:
+    """Take as many calls as the tenant gets."""
+    for count in range(100):
+        try:
+            limiter.acquire(tenant)
+        except ProblemError:
+            return count
+    raise AssertionError("there is no limit")
+
+
+@pytest.mark.parametrize("mode", ["none", "keys"])
+def test_shares_are_used_with_access_control(mode: str) -> None:
+    limits = GatewayLimits.of(Settings(_env_file=None, auth=mode))
+    for limiter, limit in ((limits.images, 32), (limits.uploads, 8), (limits.heat_maps, 2), (limits.event_streams, 64)):
+        assert taken(limiter, "a") == (limit if mode == "none" else limit * 3 // 4)
+
+
+def test_stream_that_the_client_left_before_its_start_is_not_counted() -> None:
+    released = list[bool]()
+
+    async def events() -> AsyncIterator[str]:
+        yield "data: 1\n\n"
+
+    async def disconnected() -> dict[str, str]:
+        return {"type": "http.disconnect"}
+
+    async def send(_message: object) -> None:
+        await asyncio.sleep(30)
+
+    stream = EventStream(events(), lambda: released.append(True))
+    scope = {"type": "http", "asgi": {"spec_version": "2.3"}}
+    asyncio.run(stream(scope, disconnected, send))
+    assert released == [True]
 
 
 def test_gateways_of_one_process_count_separately() -> None:
     settings = Settings(_env_file=None, max_waiting_image_calls=1, max_event_streams=1)
     first, second = GatewayLimits.of(settings), GatewayLimits.of(settings)
-    first.event_streams.acquire()
-    second.event_streams.acquire()
-    with first.images.hold(), second.images.hold():
+    first.event_streams.acquire("a")
+    second.event_streams.acquire("a")
+    with first.images.hold("a"), second.images.hold("a"):
         for limiter in (first.images, second.images, first.event_streams):
             with pytest.raises(ProblemError):
-                limiter.acquire()
+                limiter.acquire("a")
 
 
 def test_comparison_limit_counts_accepted_comparisons_per_minute() -> None:
     now = 0.0
-    limiter = ComparisonLimiter(10, clock=lambda: now)
-    limiter.add(6)
+    limiter = MinuteLimiter(10, "images are compared", clock=lambda: now)
+    limiter.add("a", 6)
     now = 20.0
     with pytest.raises(ProblemError) as refused:
-        limiter.add(5)
+        limiter.add("a", 5)
     assert refused.value.headers == {"Retry-After": "41"}
-    limiter.add(4)
+    limiter.add("b", 10)  # another tenant has a limit of its own
+    limiter.add("a", 4)
     now = 60.0
-    limiter.add(6)
+    limiter.add("a", 6)

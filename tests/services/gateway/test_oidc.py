@@ -143,6 +143,10 @@ def test_claims_are_mapped_to_tenant_and_scopes(provider: Provider) -> None:
             verify(provider, provider.token(claims=claims | {"org": org}), **mapped)
     with pytest.raises(InvalidTokenError, match="names no tenant"):  # no name that is safe in a path
         verify(provider, provider.token(claims={"org": "../a"}), oidc_tenant_claim="org")
+    of_default = provider.token(claims={"org": "default"})  # what was made before access control belongs to it
+    with pytest.raises(InvalidTokenError, match="the tenant default, .* DERMIS_OIDC_TENANTS"):
+        verify(provider, of_default, oidc_tenant_claim="org")
+    assert verify(provider, of_default, oidc_tenant_claim="org", oidc_tenants="default=default").tenant == "default"
 
 
 def test_sensitive_scopes_are_only_granted_by_an_explicit_mapping(provider: Provider) -> None:

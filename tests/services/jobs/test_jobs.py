@@ -233,8 +233,11 @@ def test_job_table_enforces_idempotency_keys_and_active_limit(table: JobTable) -
     assert create(table, "ds_2", idempotency_key="k") == (job, False)
     with pytest.raises(IdempotencyConflictError):
         create(table, "ds_2", idempotency_key="k", body_hash="b")
-    with pytest.raises(TooManyActiveError):
+    with pytest.raises(TooManyActiveError, match="of this tenant"):
         create(table, "ds_2", max_active=1)
+    assert create(table, "ds_3", tenant="b", max_active=1)[1]  # what one tenant has queued does not block another
+    with pytest.raises(TooManyActiveError):
+        create(table, "ds_4", tenant="b", max_active=1)
     table.finish("ds_1", "failed")
     assert create(table, "ds_2", max_active=1)[1]
 

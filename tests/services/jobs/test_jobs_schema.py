@@ -260,6 +260,24 @@ def test_many_workers_upgrade_database_at_once(url: str, prepare: Callable[[str]
     assert failures == []
 
 
+def test_tables_of_a_process_share_their_connections_until_the_last_one_is_closed(url: str) -> None:
+    jobs = JobTable(url)
+    jobs.open()
+    keys, hooks = keys_module.KeyTable(url), outbox.WebhookTable(url)
+    other = JobTable(f"{url}?timeout=7" if "sqlite" in url else f"{url}_2")
+    assert keys._engine is jobs._engine is hooks._engine is not other._engine
+    pool = jobs._engine.pool
+    assert isinstance(pool, sa.pool.QueuePool)
+    for table in (other, jobs, keys):
+        table.close()
+        assert hooks.all("a") == [] and pool.checkedin() >= 1
+    hooks.close()
+    assert hooks._engine.pool is not pool and pool.checkedin() == 0
+    again = JobTable(url)
+    assert again._engine is not hooks._engine and again.active() == []
+    again.close()
+
+
 def test_new_sqlite_file_is_opened_while_another_process_locks_it(tmp_path: Path) -> None:
     other = sqlite3.connect(tmp_path / "x.db", check_same_thread=False, isolation_level=None)
     other.execute("CREATE TABLE any (number)")

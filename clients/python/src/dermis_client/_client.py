@@ -17,6 +17,7 @@ from dermis_client.resources.images import AsyncImages, Images
 from dermis_client.resources.models import AsyncModels, Models
 from dermis_client.resources.projections import AsyncProjections, Projections
 from dermis_client.resources.usage import AsyncUsageResource, UsageResource
+from dermis_client.resources.webhooks import AsyncWebhooks, Webhooks
 
 
 class DermisClient:
@@ -39,6 +40,7 @@ class DermisClient:
         projections: Find the latents of images.
         models: The models that the service offers.
         usage: The quotas of the caller's tenant and their use.
+        webhooks: Messages to URLs when datasets and projections end.
     """
 
     datasets: Datasets
@@ -49,6 +51,7 @@ class DermisClient:
     projections: Projections
     models: Models
     usage: UsageResource
+    webhooks: Webhooks
 
     def __init__(
         self,
@@ -84,7 +87,7 @@ class DermisClient:
         self.datasets, self.images, self.models = Datasets(transport), Images(transport), Models(transport)
         self.classifications, self.authenticity = Classifications(transport), Authenticity(transport)
         self.edits, self.projections = Edits(transport), Projections(transport)
-        self.usage = UsageResource(transport)
+        self.usage, self.webhooks = UsageResource(transport), Webhooks(transport)
 
     @property
     def base_url(self) -> str:
@@ -127,6 +130,7 @@ class AsyncDermisClient:
     projections: AsyncProjections
     models: AsyncModels
     usage: AsyncUsageResource
+    webhooks: AsyncWebhooks
 
     def __init__(
         self,
@@ -150,7 +154,7 @@ class AsyncDermisClient:
         )
         self.classifications, self.authenticity = AsyncClassifications(transport), AsyncAuthenticity(transport)
         self.edits, self.projections = AsyncEdits(transport), AsyncProjections(transport)
-        self.usage = AsyncUsageResource(transport)
+        self.usage, self.webhooks = AsyncUsageResource(transport), AsyncWebhooks(transport)
 
     @property
     def base_url(self) -> str:

@@ -316,6 +316,54 @@ class Usage(ResponseRecord):
     retention_days: float | None = None
 
 
+class Webhook(ResponseRecord):
+    """A URL that gets a message when jobs of the tenant end.
+
+    Attributes:
+        id: Its id.
+        url: Where the messages are sent.
+        events: Which messages are sent, such as "dataset.succeeded".
+        created_at: When it was created.
+        disabled_at: When the receiver answered 410 (Gone), after which nothing is sent.
+    """
+
+    id: str
+    url: str
+    events: list[str] = []
+    created_at: datetime
+    disabled_at: datetime | None = None
+
+
+class NewWebhook(Webhook):
+    """A webhook that was just created. secret: signs its messages (Standard Webhooks); not part of the repr."""
+
+    secret: str = Field(repr=False)
+
+
+class WebhookMessage(ResponseRecord):
+    """A message of a webhook and its delivery.
+
+    Attributes:
+        id: The header `webhook-id` of every attempt.
+        event: What it is about, such as "dataset.succeeded".
+        state: "waiting", "delivered", or "dead" if it is not tried again.
+        attempts: Number of attempts.
+        next_attempt_at: When it is tried again, if it waits.
+        outcome: Outcome of the last attempt.
+        created_at: When it was created.
+        ended_at: When it was delivered or became dead.
+    """
+
+    id: str
+    event: str = ""
+    state: str
+    attempts: Count = 0
+    next_attempt_at: datetime | None = None
+    outcome: str | None = None
+    created_at: datetime
+    ended_at: datetime | None = None
+
+
 class ManifestFile(ResponseRecord):
     """One entry of manifest.json. sha256: in hex."""
 
