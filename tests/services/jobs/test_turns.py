@@ -102,7 +102,7 @@ def test_error_while_waiting_leaves_the_queue() -> None:
 
 
 def test_queued_jobs_of_one_tenant_do_not_delay_another(tiny_bundle: Bundle, tmp_path: Path) -> None:
-    values: dict[str, Any] = {"auth": "keys", "shard_concurrency": 1, "max_active_datasets": 16}
+    values: dict[str, Any] = {"auth": "keys", "shard_concurrency": 1, "max_active_datasets": 12}
     with service(tiny_bundle.location, tmp_path / "data", **values) as running:
         table = KeyTable(running.settings.jobs_url)
         scopes = ("datasets:read", "datasets:write")
