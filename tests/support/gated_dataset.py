@@ -20,9 +20,9 @@ from dermis.directions.edit import bundle_offset
 
 REQUEST: dict[str, Any] = {
     "model": "tiny",
-    "classes": {"benign": 1200, "malignant": 800},
+    "classes": {"benign": 600, "malignant": 400},
     "seed": 11,
-    "shard_size": 50,
+    "shard_size": 25,
     "format": "webdataset",
     "classifier": {"keep": "agreeing", "tries": 2},
     "edits": [{"direction": "axis-1", "strength": 0.5, "layers": [0, 3]}],

@@ -28,7 +28,8 @@ CHECKS = (
 )
 
 
-def test_every_answer_is_documented_and_none_is_a_server_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("examples", [4, pytest.param(20, marks=pytest.mark.full)])
+def test_every_answer_is_documented_and_none_is_a_server_error(tmp_path: Path, examples: int) -> None:
     training = np.random.default_rng(0).integers(0, 256, (30, 12, 12, 3), dtype=np.uint8)
     bundle = make_complete_bundle(tmp_path, training)
     limits = {"max_samples_per_dataset": 1000, "max_images": 8, "max_projection_steps": 20}
@@ -36,7 +37,7 @@ def test_every_answer_is_documented_and_none_is_a_server_error(tmp_path: Path) -
     parts = assemble(bundle.location, tmp_path / "data", **limits)
     with listening(parts) as url:
         command = [sys.executable, "-c", "from schemathesis.cli import schemathesis; schemathesis()", "run"]
-        options = ["--checks", ",".join(CHECKS), "--max-examples", "15", "--seed", "1", "--no-color"]
+        options = ["--checks", ",".join(CHECKS), "--max-examples", str(examples), "--seed", "1", "--no-color"]
         options += ["--generation-database", "none", "--request-timeout", "60"]
         done = subprocess.run(
             [*command, f"{url}/openapi.json", *options], capture_output=True, text=True, timeout=300, cwd=tmp_path
