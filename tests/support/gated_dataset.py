@@ -20,7 +20,7 @@ from dermis.directions.edit import bundle_offset
 
 REQUEST: dict[str, Any] = {
     "model": "tiny",
-    "classes": {"benign": 600, "malignant": 400},
+    "classes": {"benign": 300, "malignant": 200},
     "seed": 11,
     "shard_size": 25,
     "format": "webdataset",
