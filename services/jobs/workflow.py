@@ -16,6 +16,7 @@ from functools import partial
 from dbos import DBOS, DBOSConfig, SetEnqueueOptions, SetWorkflowID
 from dbos import error as dbos_error
 
+from services import metrics
 from services.errors import DatabaseUnavailableError
 from services.jobs import execution
 from services.jobs.context import JobContext, ShutdownError, retry_transient
@@ -162,6 +163,8 @@ def sweep(leases_reliable: bool = True) -> None:
         if _is_stuck(status.workflow_id) if ours else leases_reliable and status.executor_id not in alive:
             logger.warning("workflow resumed", extra={"workflow": status.workflow_id, "worker": status.executor_id})
             DBOS.resume_workflow(status.workflow_id, queue_name=status.queue_name)
+            if not ours:
+                metrics.lease_takeovers.inc()
     for job in ctx.table.active():
         ours = job.owner == _executor_id
         if job.id not in ctx.submitting and (ours or (leases_reliable and job.owner not in alive)):
