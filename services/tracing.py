@@ -91,7 +91,7 @@ def start(process: str, exporters: list[SpanExporter]) -> None:
         process: The name of the process within the service.
         exporters: Where the spans go.
     """
-    global _tracer, _provider  # noqa: PLW0603
+    global _tracer, _provider
     from opentelemetry.sdk.resources import Resource
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
@@ -111,7 +111,7 @@ def stop() -> None:
 
     Uvicorn ends a process by the signal that it received, so that functions registered with `atexit` are not called.
     """
-    global _tracer, _provider  # noqa: PLW0603
+    global _tracer, _provider
     provider, _tracer, _provider = _provider, None, None
     if provider is not None:
         ending = threading.Thread(target=provider.shutdown, daemon=True)
