@@ -11,6 +11,7 @@ a span that failed has the type of the exception.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Iterator, Mapping
@@ -96,6 +97,8 @@ def start(process: str, exporters: list[SpanExporter]) -> None:
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
+    # Without this, a receiver that does not answer causes a line for each attempt, and not only for each batch that is lost.
+    logging.getLogger("opentelemetry.exporter").setLevel(logging.ERROR)
     # OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES replace or complete these, OTEL_TRACES_SAMPLER chooses the sampler.
     own = {"service.name": "dermis", "service.version": __version__, "dermis.process": process}
     named = {"service.name"} if os.environ.get("OTEL_SERVICE_NAME") else set()
@@ -127,7 +130,8 @@ def _exporter(name: str) -> SpanExporter:
             return ConsoleSpanExporter(formatter=lambda span: span.to_json(indent=None) + "\n")
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 
-        return OTLPSpanExporter()
+        exporter: SpanExporter = OTLPSpanExporter()
+        return exporter
     except ImportError:
         raise SettingsError(f"OTEL_TRACES_EXPORTER={name}: {_MISSING}") from None
 
@@ -271,7 +275,7 @@ class TraceCalls:
 
 def leave_requests_to_us() -> None:
     """Let BentoML create no spans. Its spans contain whole paths, and those of projections are secret."""
-    from bentoml._internal.container import BentoMLContainer
+    from bentoml._internal.configuration.containers import BentoMLContainer
     from opentelemetry.trace import NoOpTracerProvider
 
     BentoMLContainer.tracer_provider.set(NoOpTracerProvider())

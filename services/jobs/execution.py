@@ -15,7 +15,8 @@ from services import metrics, tracing
 from services.errors import InferenceUnavailableError, is_transient
 from services.jobs import dataset, projection
 from services.jobs.context import JobContext, StoppedError, must_stop, retry_transient
-from services.jobs.table import Job, Kind
+from services.jobs.statistics import Kind
+from services.jobs.table import Job
 from services.observed_store import ObservedStore
 from services.problems import Problem, is_disk_full, problem, problem_of
 from services.tenants import folder_of

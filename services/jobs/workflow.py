@@ -21,7 +21,8 @@ from services.errors import DatabaseUnavailableError
 from services.jobs import execution
 from services.jobs.context import JobContext, ShutdownError, retry_transient
 from services.jobs.database import UNREACHABLE, complete_sqlite, database_errors
-from services.jobs.table import Job, Kind
+from services.jobs.statistics import Kind
+from services.jobs.table import Job
 
 logger = logging.getLogger("dermis.jobs")
 
