@@ -15,9 +15,8 @@ from dermis import __version__
 from dermis.bundle import open_bundle
 from dermis.dataset.store import Store
 from dermis.errors import DermisError, StorageError
-from services.errors import DatabaseUnavailableError
 from services.jobs import schema
-from services.jobs.database import make_engine, reading
+from services.jobs.database import make_engine
 from services.jobs.statistics import Statistics, read_statistics
 from services.models import locate, without_place
 from services.settings import Settings
@@ -116,13 +115,13 @@ def read_status(settings: Settings) -> Status:
 def _read_database(url: str, shown: str) -> tuple[str | None, Statistics]:
     engine = make_engine(url)
     try:
-        with reading(engine) as connection:
+        with engine.connect() as connection:
             return schema.current_revision(connection), read_statistics(connection)
-    except DatabaseUnavailableError as error:
-        cause = str(error.__cause__ or error).splitlines()[0]
-        raise DermisError(f"{shown} cannot be reached: {cause}") from None
     except sa.exc.SQLAlchemyError as error:
         cause = str(error).splitlines()[0]
+        # PostgreSQL has a class for missing tables and columns, SQLite only a text.
+        if not isinstance(error, sa.exc.ProgrammingError) and "no such" not in cause:
+            raise DermisError(f"{shown} cannot be read: {cause}") from None
         raise DermisError(
             f"{shown} has no tables that this version ({__version__}) can read; start the service once, which creates or "
             f"upgrades them ({cause})"

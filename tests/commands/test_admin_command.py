@@ -73,11 +73,17 @@ def test_what_prevents_the_reading(tmp_path: Path) -> None:
     with pytest.raises(DermisError, match="there is no jobs database at"):
         status_of()
     assert list(tmp_path.iterdir()) == []
-    sqlite3.connect(tmp_path / "jobs.sqlite").close()
     (tmp_path / "jobs.sqlite").touch()
     with pytest.raises(DermisError, match="no tables that this version"):
         status_of()
-    with pytest.raises(DermisError, match=r"dermis:\*\*\*@127.0.0.1.*cannot be reached"):
+    with sqlite3.connect(tmp_path / "jobs.sqlite") as connection:
+        connection.execute("CREATE TABLE dermis_jobs (id INTEGER, state TEXT)")  # version 0.1.0 had no kinds
+    with pytest.raises(DermisError, match="no tables that this version.*no such column"):
+        status_of()
+    (tmp_path / "other.sqlite").write_bytes(b"something else" * 100)
+    with pytest.raises(DermisError, match="cannot be read: .*not a database"):
+        status_of(database_url=f"sqlite:///{tmp_path / 'other.sqlite'}")
+    with pytest.raises(DermisError, match=r"dermis:\*\*\*@127.0.0.1.*cannot be read"):
         status_of(database_url="postgresql://dermis:secret@127.0.0.1:1/dermis?connect_timeout=2")
 
 
