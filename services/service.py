@@ -162,6 +162,6 @@ class Gateway:
 # BentoML uses these after it has imported this module. Without them `bentoml serve` would listen on further TCP ports.
 _bentoml_impl.server.serve_http = serve_bento
 cancel_timers_of_requests()
-tracing.leave_requests_to_us()
+tracing.disable_spans_of_bentoml()
 
 Gateway.add_asgi_middleware(GatewayOnly)  # type: ignore[attr-defined]  # the class is a BentoML service now

@@ -273,7 +273,7 @@ class TraceCalls:
             await self._app(scope, receive, send_and_note)
 
 
-def leave_requests_to_us() -> None:
+def disable_spans_of_bentoml() -> None:
     """Let BentoML create no spans. Its spans contain whole paths, and those of projections are secret."""
     from bentoml._internal.configuration.containers import BentoMLContainer
     from opentelemetry.trace import NoOpTracerProvider
