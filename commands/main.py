@@ -8,6 +8,7 @@ import sys
 
 import typer
 
+from commands.admin import admin_app
 from commands.audit import audit_app
 from commands.augment import augment_app
 from commands.authenticity import authenticity_app
@@ -61,6 +62,7 @@ app.command("serve")(serve_http)
 app.command()(worker)
 app.add_typer(keys_app, name="keys")
 app.add_typer(audit_app, name="audit")
+app.add_typer(admin_app, name="admin")
 
 
 def _show_version(value: bool) -> None:

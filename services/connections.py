@@ -19,6 +19,7 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
+from services import metrics
 from services.gateway.routes.health import PATHS as HEALTH_PATHS
 from services.problems import PROBLEM_MEDIA_TYPE, problem
 from services.settings import Settings, settings_of_process
@@ -317,6 +318,7 @@ class BoundedProtocol(HttpToolsProtocol):
             if cycle.response_started or self._phase != "body":  # a response has begun, and another one cannot be sent
                 self._raw_transport.abort()
                 return
+        metrics.rejected_requests.labels(kind).inc()
         document = problem(kind, detail, self.scope["path"] if self._phase == "body" else "/")
         body = json.dumps(document.model_dump(exclude_none=True)).encode("ascii")
         lines = [name + b": " + value for name, value in self.server_state.default_headers]
@@ -332,6 +334,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if scope["path"] in HEALTH_PATHS:
             await self.config.loaded_app(scope, receive, send)
             return
+        metrics.rejected_requests.labels("overloaded").inc()
         document = problem("overloaded", "too many connections are open; try again", scope["path"])
         body = json.dumps(document.model_dump(exclude_none=True)).encode("ascii")
         headers = [

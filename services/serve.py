@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import logging
 import os
 import socket
 import ssl
@@ -18,8 +19,11 @@ from typing import Any
 
 from dermis import __version__
 from dermis.errors import DermisError
+from services import logs
 from services.data_folder import prepare_data_folder, restrict_new_files
 from services.settings import Settings, SettingsError, read_settings, settings_table
+
+logger = logging.getLogger("dermis.serve")
 
 _PORT_SECONDS = 5.0
 _POLL_SECONDS = 0.3
@@ -64,6 +68,7 @@ def serve(options: Mapping[str, str | None]) -> int:
     restrict_new_files()
     try:
         settings = read_settings()
+        logs.configure(settings.log_level, settings.log_format)
         supervisor.refuse_tcp()
         supervisor.check_access(settings)
         _prepare(settings)
@@ -124,7 +129,13 @@ def _wait_for_port(host: str, port: int) -> None:
 def _print_address_when_ready(settings: Settings) -> None:
     """Print when the service is ready, and why it is not ready."""
     url = _url(settings)
-    print(f"dermis {__version__}: starting on {url} (data in {settings.data_dir.absolute()})", flush=True)
+    as_json = settings.log_format == "json"
+    if as_json:
+        logger.info(
+            "starting", extra={"version": __version__, "url": url, "data_dir": str(settings.data_dir.absolute())}
+        )
+    else:
+        print(f"dermis {__version__}: starting on {url} (data in {settings.data_dir.absolute()})", flush=True)
     last_reason = ""
     pause = _POLL_SECONDS
     while True:
@@ -136,7 +147,12 @@ def _print_address_when_ready(settings: Settings) -> None:
         reason = str(document.get("detail", ""))
         if reason not in ("", last_reason) and "is starting" not in reason:
             last_reason = reason
+            if as_json:  # the gateway logs its readiness
+                continue
             print(f"dermis is running, but not ready: {reason}", file=sys.stderr, flush=True)
+    if as_json:
+        logger.info("ready", extra={"url": url})
+        return
     if settings.role == "worker":
         print(f"dermis worker is ready; {url} answers /livez, /readyz and /metrics (Ctrl-C stops it)", flush=True)
         return

@@ -18,7 +18,7 @@ import _bentoml_impl.server  # type: ignore[import-untyped]
 import bentoml
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from services import logs
+from services import logs, tracing
 from services.composition import compose
 from services.data_folder import prepare_data_folder, restrict_new_files
 from services.gateway.app import create_app
@@ -44,7 +44,8 @@ _UNLIMITED_SECONDS = 1e9  # routes have their own limits
 @asynccontextmanager
 async def _running() -> AsyncIterator[Context]:
     """Start everything that the routes need, and stop it when the service ends."""
-    logs.configure(_settings.log_level)
+    logs.configure(_settings.log_level, _settings.log_format)
+    tracing.configure("gateway")
     exit_with_parent()
     restrict_new_files()
     try:
@@ -63,9 +64,12 @@ async def _running() -> AsyncIterator[Context]:
 
     inference = InferenceClients.connect(client_of, models)
     composition = compose(_settings, models, inference)
-    with _delayed_shutdown(composition.context.stopping, stop_pause(_settings)):
-        async with composition.running() as context:
-            yield context
+    try:
+        with _delayed_shutdown(composition.context.stopping, stop_pause(_settings)):
+            async with composition.running() as context:
+                yield context
+    finally:
+        await asyncio.to_thread(tracing.stop)
 
 
 def _open_models() -> ServedModels:
@@ -163,5 +167,6 @@ class Gateway:
 # BentoML uses these after it has imported this module. Without them `bentoml serve` would listen on further TCP ports.
 _bentoml_impl.server.serve_http = serve_bento
 cancel_timers_of_requests()
+tracing.disable_spans_of_bentoml()
 
 Gateway.add_asgi_middleware(GatewayOnly)  # type: ignore[attr-defined]  # the class is a BentoML service now

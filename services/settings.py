@@ -379,6 +379,11 @@ class Settings(BaseSettings):
 
     # Log
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least severe level logged.")
+    log_format: Literal["text", "json"] = Field(
+        "text",
+        description="Format of the log: `text`, or `json` for one object a line from every process. See "
+        "[Observability](observability.md).",
+    )
 
     @field_validator(
         "bundles",

@@ -26,7 +26,7 @@ from pathlib import Path
 from types import FrameType
 
 from dermis.errors import DermisError
-from services import inference, logs
+from services import inference, logs, tracing
 from services.audit.trail import read_key
 from services.gateway.auth.keys import read_key_file
 from services.gateway.auth.principal import unknown_scopes
@@ -100,7 +100,8 @@ def serve(settings: Settings, *, gateway_options: Sequence[str] = ()) -> None:
     """
     refuse_tcp()
     check_access(settings)
-    logs.configure(settings.log_level)
+    tracing.check_exporters()
+    logs.configure(settings.log_level, settings.log_format)
     raise_open_files()
     with (
         _listen_on_port(_numeric(settings.host), settings.port) as listener,
@@ -339,7 +340,6 @@ def _environment(settings: Settings, folders: TemporaryFolders, addresses: Mappi
     return environment | {
         "BENTOML_DO_NOT_TRACK": "True",
         "DO_NOT_TRACK": "1",
-        "OTEL_SDK_DISABLED": "true",
         "BENTOML_HOME": str(folders.folder / "bentoml"),
         "BENTOML_RUNNER_MAP": json.dumps(addresses),
         "DERMIS_DATA_DIR": str(data_dir),

@@ -20,21 +20,28 @@ from services.parent_watchdog import exit_with_parent
 def main() -> None:
     """Serve until a signal to stop or the end of the supervisor."""
     exit_with_parent(int(sys.argv.pop(1)))  # before the slow imports
+    import bentoml._internal.log
     import uvicorn
     import uvicorn.protocols.http.auto
     from _bentoml_impl.worker import service  # type: ignore[import-untyped]
 
+    from services import logs
+    from services.settings import settings_of_process
     from services.supervisor import GATEWAY
+
+    settings = settings_of_process()
+    if settings.log_format == "json":  # else the lines that BentoML logs before the service is loaded would be text
+        configure = functools.partial(logs.configure, settings.log_level, settings.log_format)
+        bentoml._internal.log.configure_server_logging = configure
 
     # BentoML puts the working directory first, unless it is on the path already. Modules there must not hide ours.
     sys.path.append(str(Path.cwd()))
     if sys.argv[sys.argv.index("--service-name") + 1] == GATEWAY:
         from services.connections import BoundedProtocol
-        from services.settings import settings_of_process
         from services.tls import uvicorn_options
 
         uvicorn.protocols.http.auto.AutoHTTPProtocol = BoundedProtocol
-        options = uvicorn_options(settings_of_process())
+        options = uvicorn_options(settings)
         uvicorn.Config = functools.partial(uvicorn.Config, **options)  # type: ignore[assignment, misc]
     service.main()
 

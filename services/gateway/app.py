@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
@@ -20,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dermis import __version__
 from dermis.bundle.classifier import NOTICE
-from services import metrics
+from services import logs, metrics, tracing
 from services.gateway import origins, problems
 from services.gateway.audit import AuditMiddleware
 from services.gateway.auth.authentication import check_routes
@@ -48,6 +49,9 @@ from services.gateway.routes import (
     webhooks,
 )
 from services.settings import Settings
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
 
 logger = logging.getLogger("dermis.http")
 
@@ -153,9 +157,16 @@ class RequestMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
-            return
+        elif scope["path"] in health.PATHS:
+            await self._answer(scope, receive, send, None)
+        else:
+            with tracing.request_span(scope, scope["method"]) as span:
+                await self._answer(scope, receive, send, span)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, span: Span | None) -> None:
         started = time.perf_counter()
         scope["request_id"] = request_id = _request_id(scope)
+        token = logs.request_id.set(request_id)
         status = 0
 
         async def send_with_id(message: Message) -> None:
@@ -184,6 +195,13 @@ class RequestMiddleware:
             # secret, so it must not be in the log.
             route = getattr(scope.get("route"), "path", None) or "unknown"
             metrics.request_seconds.labels(scope["method"], route, str(status)).observe(seconds)
+            if span is not None:
+                span.update_name(f"{scope['method']} {route}")
+                span.set_attribute("http.request.method", scope["method"])
+                span.set_attribute("http.route", route)
+                span.set_attribute("http.response.status_code", status)
+                if status >= 500:
+                    tracing.fail(span, str(status))
             # Probes are sent every few seconds. Changes of readiness are logged by `services.composition`.
             level = logging.DEBUG if route in health.PATHS else logging.INFO
             fields = {"method": scope["method"], "route": route, "status": status, "ms": seconds * 1000}
@@ -193,6 +211,7 @@ class RequestMiddleware:
             logger.log(
                 level, "request", extra={**fields, "id": request_id, "client": (scope.get("client") or [None])[0]}
             )
+            logs.request_id.reset(token)
 
 
 def _request_id(scope: Scope) -> str:

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.routing import Match, Route
 
 from dermis.errors import DermisError
-from services import problems
+from services import metrics, problems
 from services.gateway.quotas import SCOPE_KEY
 from services.jobs.table import IdempotencyConflictError, TooManyActiveError
 from services.logs import without_secrets
@@ -45,6 +45,7 @@ def problem_response(
     quota: ExceededQuota | None = None,
 ) -> Response:
     """The response to `request` with a problem document."""
+    metrics.rejected_requests.labels(kind).inc()
     document = problem(kind, detail, request.url.path, request.scope.get("request_id"), errors, quota)
     # ASCII escapes: a name from the request can contain a lone surrogate, which UTF-8 cannot encode.
     text = json.dumps(document.model_dump(mode="json", exclude_none=True), ensure_ascii=True)

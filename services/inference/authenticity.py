@@ -19,6 +19,7 @@ from dermis.authenticity.checker import Checker
 from dermis.bundle.folder import exists
 from dermis.bundle.index import DESCRIPTOR
 from dermis.cpus import available_cpus
+from services import metrics
 from services.inference import pixels
 from services.inference.base import InferenceService, batch_api, inference_service, part_folder
 from services.settings import settings_of_process
@@ -59,6 +60,7 @@ class AuthenticityService(InferenceService[Checker]):
         Returns:
             float32 [3 + dim] per row (`pixels.find_nearest`), or a text with the reason why there is none.
         """
+        metrics.observe_batch("authenticity", len(rows))
         return list(pixels.find_nearest(self._models, rows))
 
     @bentoml.api

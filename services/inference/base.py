@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import bentoml
 
 from dermis.errors import DermisError
-from services import logs
+from services import logs, tracing
 from services.data_folder import restrict_new_files
 from services.models import locate, without_place
 from services.parent_watchdog import exit_with_parent
@@ -41,7 +41,7 @@ def inference_service(
         call_seconds: Time limit of a call.
         **options: Further options of `bentoml.service`.
     """
-    decorator: Callable[[type[ServiceT]], type[ServiceT]] = bentoml.service(
+    decorator: Callable[[type[ServiceT]], Any] = bentoml.service(
         name=name,
         workers=workers,
         traffic={"timeout": call_seconds},
@@ -50,7 +50,15 @@ def inference_service(
         logging={"access": {"enabled": False}},
         **options,
     )
-    return decorator
+
+    def make(inner: type[ServiceT]) -> type[ServiceT]:
+        service = decorator(inner)
+        if tracing.exporter_names():
+            service.add_asgi_middleware(tracing.TraceCalls, service=name)
+        made: type[ServiceT] = service
+        return made
+
+    return make
 
 
 # A method whose concurrent calls run as one batch. It takes an array with one row per input and returns a list with one result
@@ -72,7 +80,8 @@ class InferenceService(Generic[ModelT]):
     failure: ClassVar[str]
 
     def __init__(self) -> None:
-        logs.configure(_settings.log_level)
+        logs.configure(_settings.log_level, _settings.log_format)
+        tracing.configure(self.logger.name.removeprefix("dermis."))
         exit_with_parent()
         restrict_new_files()
         self._models: dict[str, ModelT] = {}
@@ -87,6 +96,11 @@ class InferenceService(Generic[ModelT]):
                 self._problems.append(without_place(error, location))
                 continue
             self._models[digest] = model
+
+    @bentoml.on_shutdown
+    def export_spans(self) -> None:
+        """Export the last spans of this process."""
+        tracing.stop()
 
     def has_model(self, location: str) -> bool:
         """Whether the bundle has a model of this kind. One without it is not a problem."""

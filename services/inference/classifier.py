@@ -16,6 +16,7 @@ from dermis.bundle.classifier import DESCRIPTOR
 from dermis.bundle.folder import exists
 from dermis.classifier.onnx_session import Classifier
 from dermis.cpus import available_cpus
+from services import metrics
 from services.inference import pixels
 from services.inference.base import InferenceService, batch_api, inference_service, part_folder
 from services.settings import settings_of_process
@@ -57,4 +58,5 @@ class ClassifierService(InferenceService[Classifier]):
         Returns:
             A logit per row, or a text with the reason why there is none.
         """
+        metrics.observe_batch("classifier", len(rows))
         return list(pixels.classify_rows(self._models, rows))

@@ -10,6 +10,7 @@ from typing import Any
 from aiohttp import ClientError
 from bentoml.exceptions import BentoMLException, ServiceUnavailable
 
+from services import metrics, tracing
 from services.errors import InferenceFailedError, InferenceUnavailableError, InferenceUnreachableError
 
 _DESCRIBE_SECONDS = 4.0  # less than the probes in k8s/dermis.yaml wait
@@ -29,6 +30,7 @@ class Connection:
 
     def __init__(self, client: Any, name: str) -> None:
         self.name = name
+        self._short_name = name.removeprefix("the ").removesuffix(" service")
         self._client = client
         self._description: Mapping[str, Any] | None = None
         self._description_time = float("-inf")
@@ -46,8 +48,11 @@ class Connection:
             raise InferenceUnavailableError(
                 f"this replica runs without {self.name}; send the request to one that has it"
             )
+        started, outcome = time.perf_counter(), "error"
         try:
-            result = await getattr(self._client, method)(*arguments)
+            with tracing.client_span(f"{self._short_name} {method}"):
+                result = await getattr(self._client, method)(*arguments)
+            outcome = "ok"
         except ServiceUnavailable:
             raise InferenceUnreachableError(f"{self.name} is overloaded; try again") from None
         except BentoMLException as error:
@@ -55,6 +60,9 @@ class Connection:
         # A service that ends in the middle of a response causes a ClientError, which is no OSError.
         except (ClientError, OSError, EOFError, TimeoutError) as error:
             raise InferenceUnreachableError(f"{self.name} does not answer; try again") from error
+        finally:
+            seconds = time.perf_counter() - started
+            metrics.inference_seconds.labels(self._short_name, method, outcome).observe(seconds)
         self._last_response = time.monotonic()
         return result
 

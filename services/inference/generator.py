@@ -12,6 +12,7 @@ import numpy as np
 
 from dermis.bundle import open_bundle
 from dermis.cpus import available_cpus
+from services import metrics
 from services.inference import samples
 from services.inference.base import InferenceService, batch_api, inference_service
 from services.settings import settings_of_process
@@ -61,6 +62,7 @@ class GeneratorService(InferenceService["Synthesizer"]):
         Returns:
             An image uint8 [H, W, 3] per row, or a text with the reason why there is none.
         """
+        metrics.observe_batch("generator", len(rows))
         return list(samples.generate_rows(self._models, samples.from_bytes(rows)))
 
     @bentoml.api

@@ -28,6 +28,7 @@ from services.inference.client import InferenceClients
 from services.jobs.table import Job, JobTable
 from services.jobs.turns import Turns
 from services.models import ServedModels
+from services.observed_store import ObservedStore
 from services.tenants import folder_of
 
 logger = logging.getLogger("dermis.jobs")
@@ -81,7 +82,7 @@ class JobContext:
 
     def store(self, job: Job) -> Store:
         """The store of the job's files, below the folder of its tenant."""
-        return Store(f"{self.storage.rstrip('/')}/{folder_of(job.tenant, job.id)}")
+        return ObservedStore(f"{self.storage.rstrip('/')}/{folder_of(job.tenant, job.id)}")
 
     def retrying_store(self, job: Job) -> Store:
         """The same store, with each call repeated by `retry_transient` while the storage cannot be reached."""
@@ -142,7 +143,7 @@ def stop_if_asked(ctx: JobContext, job_id: str) -> None:
         raise StoppedError
 
 
-class _RetryingStore(Store):
+class _RetryingStore(ObservedStore):
     """A store that repeats single calls, so that work of many calls need not restart after an interruption."""
 
     def __init__(self, ctx: JobContext, job: Job) -> None:
@@ -164,7 +165,7 @@ class _RetryingStore(Store):
     @contextmanager
     def open(self, name: str) -> Iterator[IO[bytes]]:
         with ExitStack() as stack:
-            yield self._retry(lambda: stack.enter_context(Store.open(self, name)))
+            yield self._retry(lambda: stack.enter_context(ObservedStore.open(self, name)))
 
     def read(self, name: str, *, limit: int | None = None) -> bytes:
         return self._retry(partial(super().read, name, limit=limit))

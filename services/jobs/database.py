@@ -13,6 +13,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from services import metrics
 from services.errors import DatabaseUnavailableError
 
 UNREACHABLE = "the jobs database cannot be reached at the moment; try again"
@@ -124,7 +125,7 @@ def database_errors() -> Iterator[None]:
 @contextmanager
 def reading(engine: sa.Engine) -> Iterator[sa.Connection]:
     """Open a connection for queries. Transient errors are DatabaseUnavailableError."""
-    with database_errors(), engine.connect() as connection:
+    with _observed("read"), database_errors(), engine.connect() as connection:
         yield connection
 
 
@@ -132,11 +133,25 @@ def reading(engine: sa.Engine) -> Iterator[sa.Connection]:
 def writing(engine: sa.Engine) -> Iterator[sa.Connection]:
     """Open a connection with a transaction that writes. Transient errors are DatabaseUnavailableError."""
     with (
+        _observed("write"),
         database_errors(),
         engine.connect().execution_options(dermis_write=True) as connection,
         connection.begin(),
     ):
         yield connection
+
+
+@contextmanager
+def _observed(access: str) -> Iterator[None]:
+    """Measure a transaction, with the time until it has a connection and a lock."""
+    started, outcome = time.perf_counter(), "ok"
+    try:
+        yield
+    except DatabaseUnavailableError:
+        outcome = "unavailable"
+        raise
+    finally:
+        metrics.database_seconds.labels(access, outcome).observe(time.perf_counter() - started)
 
 
 def _is_interruption(error: sa.exc.SQLAlchemyError) -> bool:

@@ -10,12 +10,14 @@ import logging
 from collections.abc import Mapping
 from typing import Protocol
 
-from dermis.dataset.store import Store
 from dermis.errors import StorageError
+from services import metrics, tracing
 from services.errors import InferenceUnavailableError, is_transient
 from services.jobs import dataset, projection
 from services.jobs.context import JobContext, StoppedError, must_stop, retry_transient
-from services.jobs.table import Job, Kind
+from services.jobs.statistics import Kind
+from services.jobs.table import Job
+from services.observed_store import ObservedStore
 from services.problems import Problem, is_disk_full, problem, problem_of
 from services.tenants import folder_of
 
@@ -62,8 +64,11 @@ def run_shard(ctx: JobContext, job_id: str, shard: int) -> str:
     job = ctx.table.get(job_id)
     if job is None or ctx.table.must_stop(job_id):
         return "stopped"
+    if ctx.table.is_begun(job_id, shard):
+        metrics.shard_retries.labels(job.kind).inc()
     try:
-        KINDS[job.kind].run_shard(ctx, job, shard)
+        with tracing.job_span(f"{job.kind} shard", job.trace_parent, job__id=job_id, shard__number=shard):
+            KINDS[job.kind].run_shard(ctx, job, shard)
     except StoppedError:
         return "stopped"
     except Exception as error:
@@ -91,8 +96,9 @@ def finish(ctx: JobContext, job_id: str) -> str:
         return "deleted" if job is None else job.state
     if not ctx.table.must_stop(job_id):
         try:
-            KINDS[job.kind].finish(ctx, job)
-            stored_bytes = ctx.retrying_store(job).total_bytes()
+            with tracing.job_span(f"{job.kind} finish", job.trace_parent, job__id=job_id):
+                KINDS[job.kind].finish(ctx, job)
+                stored_bytes = ctx.retrying_store(job).total_bytes()
         except StoppedError:
             pass
         except Exception as error:
@@ -151,7 +157,7 @@ def measure_files(ctx: JobContext, limit: int = 100) -> None:
 
 def remove_files(ctx: JobContext, tenant: str, job_id: str) -> None:
     """Remove all files of a job of a tenant, if there are any."""
-    Store(ctx.storage).remove(folder_of(tenant, job_id))
+    ObservedStore(ctx.storage).remove(folder_of(tenant, job_id))
 
 
 def _try_remove_files(ctx: JobContext, job: Job) -> None:

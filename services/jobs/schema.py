@@ -28,6 +28,24 @@ class SchemaTooNewError(DermisError):
     """The tables were changed by a newer version of dermis."""
 
 
+def _config() -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
+    config.set_main_option("path_separator", "os")
+    return config
+
+
+def current_revision(connection: sa.Connection) -> str | None:
+    """The schema of the tables; None if there are none, or only those of version 0.1.0."""
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # it logs two lines at each start
+    return MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE}).get_current_revision()
+
+
+def newest_revision() -> str:
+    """The newest schema that this version knows."""
+    return str(ScriptDirectory.from_config(_config()).get_current_head())
+
+
 def upgrade(connection: sa.Connection) -> None:
     """Create the tables, or upgrade those of an earlier version.
 
@@ -37,13 +55,10 @@ def upgrade(connection: sa.Connection) -> None:
     Raises:
         SchemaTooNewError: If the database has a revision that this version does not know. Nothing was changed.
     """
-    logging.getLogger("alembic").setLevel(logging.WARNING)  # it logs two lines at each start
-    config = Config()
-    config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
-    config.set_main_option("path_separator", "os")
+    config = _config()
     config.attributes["connection"] = connection
     script = ScriptDirectory.from_config(config)
-    before = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE}).get_current_revision()
+    before = current_revision(connection)
     known = [revision.revision for revision in script.walk_revisions()]  # newest first
     if before == known[0]:
         return

@@ -24,10 +24,12 @@ from dermis.dataset.request import DatasetRequest, check_against
 from dermis.dataset.shards import check_space, max_dataset_bytes
 from dermis.dataset.store import Store
 from dermis.errors import DermisError, RequestError, StorageError
+from services import tracing
 from services.jobs import execution, projection, workflow
 from services.jobs.context import FileInfo, JobContext, ShutdownError
 from services.jobs.lease import Lease, executor_slot
 from services.jobs.projection import ProjectionOptions
+from services.jobs.statistics import Statistics
 from services.jobs.table import Job
 from services.quotas import DAY
 from services.settings import Settings
@@ -176,9 +178,13 @@ class DatasetJobs:
         """
         return self._ctx.table.page(tenant, "dataset", limit, before=before, state=state)
 
-    def count_by_state(self) -> Mapping[str, int]:
-        """The number of datasets in each state, of all tenants."""
-        return self._ctx.table.count_by_state("dataset")
+    def statistics(self) -> Statistics:
+        """What is waiting, running and stored, of all tenants and of every kind of job."""
+        return self._ctx.table.statistics()
+
+    def free_bytes(self) -> int | None:
+        """The free space of the storage; None if it is not known."""
+        return Store(self._ctx.storage).free_bytes()
 
     def cancel_or_delete(self, job: Job) -> Job | None:
         """Ask an active job to stop and return it; remove an ended one with its files and return None."""
@@ -308,10 +314,6 @@ class ProjectionJobs:
         """The projection job of a tenant, or None."""
         return self._ctx.table.find(tenant, "projection", job_id)
 
-    def count_by_state(self) -> Mapping[str, int]:
-        """The number of projections in each state, of all tenants."""
-        return self._ctx.table.count_by_state("projection")
-
     def cancel_or_delete(self, job: Job) -> Job | None:
         """Ask an active job to stop and return it; remove an ended one with its files and return None."""
         return workflow.cancel_or_delete(self._ctx, job)
@@ -361,7 +363,8 @@ def _submitting(ctx: JobContext, job_id: str) -> Iterator[None]:
     """Keep sweeps away from a job that has a row and no workflow yet."""
     ctx.submitting.add(job_id)
     try:
-        yield
+        with tracing.span("job create", job__id=job_id):
+            yield
     finally:
         ctx.submitting.discard(job_id)
 

@@ -13,22 +13,19 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
 from dermis.errors import DermisError
+from services import metrics, tracing
 from services.jobs import counters, schema
 from services.jobs.database import close_engine, open_engine, reading, schema_lock, writing
+from services.jobs.statistics import ACTIVE, STATES, Kind, Statistics, read_statistics
 from services.quotas import QUOTAS, Quota, QuotaExceededError, QuotaUse
 from services.tenants import DEFAULT_TENANT
 from services.webhooks.outbox import add_messages
-
-Kind = Literal["dataset", "projection"]
-
-ACTIVE = ("queued", "running", "cancelling")
-STATES = (*ACTIVE, "succeeded", "failed", "cancelled")
 
 # Weight of the newest measurement in the smoothed images/s, and the shortest time of a measurement.
 _RATE_WEIGHT = 0.3
@@ -63,6 +60,7 @@ _jobs = sa.Table(
     sa.Column("finished_at", sa.Float),
     sa.Column("stored_bytes", sa.BigInteger),  # of the files of a job that has succeeded; null until they are measured
     sa.Column("reserved_bytes", sa.BigInteger),  # estimate that counts until `stored_bytes` is measured
+    sa.Column("trace_parent", sa.String(55)),  # W3C traceparent of the request, for the spans of the job
     sa.Index("ix_dermis_jobs_tenant", "tenant", "kind", "sequence"),
     sa.Index("uq_dermis_jobs_tenant_key", "tenant", "idempotency_key", unique=True),
     sqlite_autoincrement=True,  # numbers of deleted jobs are not used again, so cursors stay valid
@@ -113,6 +111,7 @@ class Job:
     finished_at: float | None
     stored_bytes: int | None
     reserved_bytes: int | None
+    trace_parent: str | None
 
     @property
     def active(self) -> bool:
@@ -230,6 +229,7 @@ class JobTable:
             "owner": owner,
             "created_at": time.time(),
             "reserved_bytes": reserved_bytes,
+            "trace_parent": tracing.carrier(),
         }
         try:
             with writing(self._engine) as connection:
@@ -448,6 +448,12 @@ class JobTable:
             values |= _rate(job, total, now)
             connection.execute(sa.update(_jobs).where(_jobs.c.id == job_id).values(values))
 
+    def is_begun(self, job_id: str, shard: int) -> bool:
+        """Whether a worker has begun a shard of an active job, and perhaps finished it."""
+        query = sa.select(sa.func.count()).where(_shards.c.job_id == job_id, _shards.c.shard == shard)
+        with reading(self._engine) as connection:
+            return bool(connection.scalar(query))
+
     def restart_rate(self, job_id: str) -> None:
         """Discard the rate, because a worker continues the job after a pause of unknown length."""
         with writing(self._engine) as connection:
@@ -479,13 +485,23 @@ class JobTable:
             "rate": None,
             "stored_bytes": stored_bytes,
         }
+        ended: Job | None = None
         with writing(self._engine) as connection:
             if connection.execute(sa.update(_jobs).where(condition).values(values)).rowcount:
                 connection.execute(sa.delete(_shards).where(_shards.c.job_id == job_id))
                 job = _job(connection, job_id)
                 tenant = job.tenant
                 add_messages(connection, tenant=tenant, kind=job.kind, job_id=job_id, state=state)
-            return _job_or_none(connection, job_id)
+                ended = job
+            after = _job_or_none(connection, job_id)
+        if ended is not None:
+            metrics.job_seconds.labels(ended.kind, state).observe(max(0.0, values["finished_at"] - ended.created_at))
+        return after
+
+    def statistics(self) -> Statistics:
+        """What is waiting, running and stored, of all tenants."""
+        with reading(self._engine) as connection:
+            return read_statistics(connection)
 
     # Leases
 

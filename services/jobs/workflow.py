@@ -16,11 +16,13 @@ from functools import partial
 from dbos import DBOS, DBOSConfig, SetEnqueueOptions, SetWorkflowID
 from dbos import error as dbos_error
 
+from services import metrics
 from services.errors import DatabaseUnavailableError
 from services.jobs import execution
 from services.jobs.context import JobContext, ShutdownError, retry_transient
 from services.jobs.database import UNREACHABLE, complete_sqlite, database_errors
-from services.jobs.table import Job, Kind
+from services.jobs.statistics import Kind
+from services.jobs.table import Job
 from services.tenants import DEFAULT_TENANT
 
 logger = logging.getLogger("dermis.jobs")
@@ -177,6 +179,8 @@ def sweep(leases_reliable: bool = True) -> None:
         if _is_stuck(status.workflow_id) if ours else leases_reliable and status.executor_id not in alive:
             logger.warning("workflow resumed", extra={"workflow": status.workflow_id, "worker": status.executor_id})
             DBOS.resume_workflow(status.workflow_id, queue_name=status.queue_name)
+            if not ours:
+                metrics.lease_takeovers.inc()
     for job in ctx.table.active():
         ours = job.owner == _executor_id
         if job.id not in ctx.submitting and (ours or (leases_reliable and job.owner not in alive)):

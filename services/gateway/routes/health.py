@@ -57,6 +57,7 @@ async def readyz(context: ContextDep) -> Health:
     },
 )
 async def get_metrics(context: ContextDep, principal: _Reader) -> Response:
-    """Counters, latencies and jobs by state, in the text format of Prometheus."""
-    text = await asyncio.to_thread(metrics.render, context.jobs.count_by_state, context.projections.count_by_state)
+    """Counters, latencies, the queue and the served models, in the text format of Prometheus."""
+    models = [(bundle.name, bundle.digest, bundle.generator.img_resolution) for bundle in context.models.bundles]
+    text = await asyncio.to_thread(metrics.render, context.jobs.statistics, context.jobs.free_bytes, models)
     return Response(text, headers={"Content-Type": metrics.CONTENT_TYPE})

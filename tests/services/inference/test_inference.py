@@ -101,7 +101,7 @@ def test_bundle_that_cannot_be_loaded_does_not_stop_the_others(monkeypatch: pyte
 
     for name in ("exit_with_parent", "restrict_new_files"):
         monkeypatch.setattr(base, name, lambda: None)
-    monkeypatch.setattr(base.logs, "configure", lambda level: None)
+    monkeypatch.setattr(base.logs, "configure", lambda *_: None)
     monkeypatch.setattr(base, "locate", lambda locations: ["/models/broken", "/models/none", "/models/good"])
 
     class Service(base.InferenceService[str]):

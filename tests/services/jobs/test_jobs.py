@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from prometheus_client import REGISTRY
 
 from dermis.bundle import Bundle
 from dermis.dataset.store import Store
@@ -75,9 +76,11 @@ def test_another_worker_takes_over_a_job_for_its_tenant_when_a_lease_has_run_out
     leftovers = [f"tenants/radiology/ds_{'1' * 32}", f"tenants/derma/{asked['id']}", asked["id"], "tenants/Notes"]
     for each in leftovers:
         (storage / each).mkdir(parents=True)
+    takeovers = REGISTRY.get_sample_value("dermis_lease_takeovers_total") or 0.0
     with service(tiny_bundle.location, tmp_path / "data", executor_id="second", **values) as running:
         running.client.headers.update(owner)
         assert running.wait(asked)["state"] == "succeeded"
+        assert (REGISTRY.get_sample_value("dermis_lease_takeovers_total") or 0.0) > takeovers
         folder = storage / "tenants" / "radiology" / asked["id"]
         assert list(storage.rglob(asked["id"])) == [folder]
         files = {path.name: path.read_bytes() for path in folder.iterdir()}

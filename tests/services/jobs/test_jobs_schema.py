@@ -190,6 +190,44 @@ def test_calls_with_one_key_at_the_same_moment_make_one_job_for_each_tenant(url:
     table.close()
 
 
+def test_statistics_count_what_is_left_of_all_tenants(url: str) -> None:
+    table = JobTable(url)
+    table.open()
+    for number, (tenant, kind) in enumerate(
+        [("a", "dataset"), ("b", "dataset"), ("b", "dataset"), ("a", "projection")]
+    ):
+        table.create(
+            f"job{number}",
+            {},
+            tenant=tenant,
+            kind=kind,  # type: ignore[arg-type]
+            model=("tiny", "0"),
+            samples=8,
+            shards=4,
+            body_hash="a",
+            owner="here",
+        )
+    assert not table.is_begun("job0", 0)
+    table.progress("job0", 0, 2, finished=True)
+    table.progress("job0", 1, 1)
+    assert table.is_begun("job0", 1) and not table.is_begun("job0", 2)
+    table.request_cancel("job1")
+    table.finish("job2", "succeeded", stored_bytes=7 << 32)
+    table.renew_lease("here", 30.0)
+    table.renew_lease("gone", -1.0)
+    statistics = table.statistics()
+    assert {state: n for state, n in statistics.counts["dataset"].items() if n} == {
+        "running": 1,
+        "cancelling": 1,
+        "succeeded": 1,
+    }
+    assert statistics.shards_left == {"dataset": 3, "projection": 4} and statistics.shards_begun == 1
+    assert "dataset" not in statistics.oldest and statistics.oldest_age("projection") >= 0
+    assert [(worker.name, worker.jobs) for worker in statistics.workers] == [("gone", 0), ("here", 3)]
+    assert statistics.live_workers == 1 and statistics.stored_bytes == 7 << 32
+    table.close()
+
+
 def test_stored_bytes_of_a_tenant_are_those_of_its_jobs(url: str) -> None:
     table = JobTable(url)
     table.open()

@@ -1,0 +1,114 @@
+"""Numbers of the jobs database that describe the whole deployment: the queue, the workers and the stored bytes.
+
+The queries name only the columns that they need, so that `dermis admin status` can also read the tables of an earlier version.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import sqlalchemy as sa
+
+Kind = Literal["dataset", "projection"]
+KINDS: tuple[Kind, ...] = ("dataset", "projection")
+
+ACTIVE = ("queued", "running", "cancelling")
+STATES = (*ACTIVE, "succeeded", "failed", "cancelled")
+
+_jobs = sa.table(
+    "dermis_jobs",
+    *map(sa.column, ("kind", "state", "created_at", "owner", "shards_total", "shards_done", "stored_bytes")),
+)
+_shards = sa.table("dermis_shards", sa.column("finished"))
+_workers = sa.table("dermis_workers", sa.column("executor_id"), sa.column("lease_until"))
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A worker, as the jobs database knows it.
+
+    Attributes:
+        name: Its name.
+        lease_until: End of its lease, seconds since 1970; 0 after it has stopped.
+        jobs: The number of active jobs whose workflow it runs.
+    """
+
+    name: str
+    lease_until: float
+    jobs: int
+
+    def seconds_left(self, now: float) -> float:
+        """The seconds until its lease runs out; negative once others take over its work."""
+        return self.lease_until - now
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What is waiting, running and stored.
+
+    Attributes:
+        time: When the numbers were read, seconds since 1970.
+        counts: The number of jobs by kind and state.
+        oldest: The time at which the oldest queued job was created, by kind; no entry for a kind without one.
+        shards_left: The number of shards of queued and running jobs that are not finished, by kind.
+        shards_begun: The number of shards that a worker has begun and not finished.
+        workers: The workers, by name.
+        stored_bytes: The size of the files of jobs that have succeeded, as measured at their end.
+    """
+
+    time: float
+    counts: Mapping[Kind, Mapping[str, int]]
+    oldest: Mapping[Kind, float]
+    shards_left: Mapping[Kind, int]
+    shards_begun: int
+    workers: list[Worker]
+    stored_bytes: int
+
+    @property
+    def live_workers(self) -> int:
+        """The number of workers whose lease has not run out."""
+        return sum(worker.seconds_left(self.time) >= 0 for worker in self.workers)
+
+    def oldest_age(self, kind: Kind) -> float:
+        """The seconds for which the oldest queued job has waited; 0 if none waits."""
+        return max(0.0, self.time - self.oldest[kind]) if kind in self.oldest else 0.0
+
+
+def read_statistics(connection: sa.Connection) -> Statistics:
+    """Read the numbers of all tenants in four queries."""
+    left = sa.case((_jobs.c.state.in_(("queued", "running")), _jobs.c.shards_total - _jobs.c.shards_done), else_=0)
+    by_state = sa.select(
+        _jobs.c.kind,
+        _jobs.c.state,
+        sa.func.count(),
+        sa.func.min(_jobs.c.created_at),
+        sa.func.sum(left),
+        sa.func.sum(_jobs.c.stored_bytes),
+    ).group_by(_jobs.c.kind, _jobs.c.state)
+    owned = sa.select(_jobs.c.owner, sa.func.count()).where(_jobs.c.state.in_(ACTIVE)).group_by(_jobs.c.owner)
+    leases = sa.select(_workers.c.executor_id, _workers.c.lease_until).order_by(_workers.c.executor_id)
+    begun = sa.select(sa.func.count()).where(_shards.c.finished == sa.false())
+    now = time.time()
+    rows = connection.execute(by_state).all()
+    jobs = {row[0]: row[1] for row in connection.execute(owned)}
+    workers = [Worker(name, until, jobs.get(name, 0)) for name, until in connection.execute(leases)]
+    counts: dict[Kind, dict[str, int]] = {kind: dict.fromkeys(STATES, 0) for kind in KINDS}
+    oldest: dict[Kind, float] = {}
+    shards_left = dict.fromkeys(KINDS, 0)
+    for kind, state, count, created_at, shards, _ in rows:
+        counts[kind][state] = count
+        shards_left[kind] += int(shards or 0)
+        if state == "queued":
+            oldest[kind] = created_at
+    return Statistics(
+        time=now,
+        counts=counts,
+        oldest=oldest,
+        shards_left=shards_left,
+        shards_begun=connection.scalar(begun) or 0,
+        workers=workers,
+        stored_bytes=sum(int(row[5] or 0) for row in rows),
+    )

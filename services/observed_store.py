@@ -1,0 +1,61 @@
+"""The storage of jobs with metrics and spans: how long each access takes, and whether it fails."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import IO, TypeVar
+
+from dermis.dataset.store import Store
+from services import metrics, tracing
+
+T = TypeVar("T")
+
+
+class ObservedStore(Store):
+    """A store that measures its accesses. Names of files are in neither the metrics nor the spans."""
+
+    def entries(self) -> list[str]:
+        return _observed("list", super().entries)
+
+    def size(self, name: str) -> int | None:
+        return _observed("stat", partial(super().size, name))
+
+    def total_bytes(self) -> int:
+        return _observed("list", super().total_bytes)
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[IO[bytes]]:
+        with ExitStack() as stack:
+            yield _observed("open", lambda: stack.enter_context(Store.open(self, name)))
+
+    def read(self, name: str, *, limit: int | None = None) -> bytes:
+        return _observed("read", partial(super().read, name, limit=limit))
+
+    def _put(self, temporary: Path, name: str) -> None:
+        _observed("write", partial(super()._put, temporary, name))
+
+    def write(self, name: str, data: bytes) -> None:
+        # A local file gets its name in `_put`, which is observed there.
+        if self.local:
+            super().write(name, data)
+        else:
+            _observed("write", partial(super().write, name, data))
+
+    def remove(self, name: str) -> None:
+        _observed("remove", partial(super().remove, name))
+
+
+def _observed(operation: str, call: Callable[[], T]) -> T:
+    started = time.perf_counter()
+    outcome = "error"
+    try:
+        with tracing.client_span(f"storage {operation}"):
+            result = call()
+        outcome = "ok"
+        return result
+    finally:
+        metrics.storage_seconds.labels(operation, outcome).observe(time.perf_counter() - started)
