@@ -7,6 +7,7 @@ import tomllib
 from pathlib import Path
 
 import kubernetes_validate
+import pathspec
 import pytest
 import yaml
 from typer.testing import CliRunner
@@ -30,6 +31,16 @@ def test_bentos_pin_tested_versions_and_differ_only_in_variant() -> None:
             assert re.sub(r"\[.*\]", "", pin).lower() in constraints
     assert {re.split(r"[=>\[]", pin)[0] for pin in gpu - cpu} == {"faiss-gpu", "onnxruntime-gpu"}
     assert {re.split(r"[=>\[]", pin)[0] for pin in cpu - gpu} == {"faiss-cpu", "onnxruntime", "openvino"}
+
+
+@pytest.mark.parametrize("file", ["bentofile.yaml", "bentofile.cpu.yaml"])
+def test_bentos_contain_the_service_and_the_library_only(file: str) -> None:
+    content = yaml.safe_load((ROOT / file).read_text())
+    include, exclude = (pathspec.PathSpec.from_lines("gitignore", content[key]) for key in ("include", "exclude"))
+    folders = [path for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    modules = [str(path.relative_to(ROOT)) for folder in folders for path in folder.rglob("*.py")]
+    chosen = [name for name in modules if include.match_file(name) and not exclude.match_file(name)]
+    assert {name.partition("/")[0] for name in chosen} == {"dermis", "services"}
 
 
 def test_deployment_files_name_settings_that_exist() -> None:

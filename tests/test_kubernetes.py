@@ -457,9 +457,10 @@ def test_quota_has_room_for_all_replicas_and_a_rolling_update(overlay: str) -> N
 
 def test_examples_of_the_documentation_render(tmp_path: Path) -> None:
     text = (ROOT / "docs/kubernetes.md").read_text()
-    site, single = re.findall(r"^```yaml\n(# kustomization.yaml\n.*?)^```", text, re.MULTILINE | re.DOTALL)
+    without, site, single = re.findall(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    without = site.partition("images:")[0] + without
     results = []
-    for name, content in (("site", site), ("single", single)):
+    for name, content in (("site", site), ("single", single), ("without", without)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "kustomization.yaml").write_text(content)
         (tmp_path / name / "dermis").symlink_to(ROOT)
@@ -472,6 +473,12 @@ def test_examples_of_the_documentation_render(tmp_path: Path) -> None:
     assert not of_kind(documents, "Namespace")
     assert {each["metadata"]["namespace"] for each in documents} == {"default"}
     assert "dermis.dermis" not in results[1]
+    documents = list(yaml.safe_load_all(results[2]))
+    assert not of_kind(documents, "ScaledObject", "TriggerAuthentication")
+    assert {each["metadata"]["name"]: each["spec"].get("replicas") for each in of_kind(documents, "Deployment")} == {
+        "dermis-gateway": None,
+        "dermis-worker": 4,
+    }
 
 
 @pytest.mark.full
