@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed-$(VARIANT)
 # Where `make demo-bundle` finds an ISIC-layout folder (images and metadata.csv).
 DATA ?= ../shared/data/dermoscopy
 
-.PHONY: setup serve test test-full docs ranges wheels lint demo-split demo-bundle demo-classifier demo-latents demo-privacy gpu-pack clean
+.PHONY: setup serve test test-full docs ranges wheels sbom lint demo-split demo-bundle demo-classifier demo-latents demo-privacy gpu-pack clean
 
 setup: $(STAMP)
 
@@ -48,6 +48,13 @@ wheels: setup
 		$(BIN)/pip wheel -q --no-deps --no-build-isolation -w dist "build/wheels/$$project" || exit 1; done
 	rm -rf build/wheels
 	ls dist
+
+# The packages of the environment with versions and licences (CycloneDX), into dist/. The tool has an environment of its own; the
+# Dockerfile uses the same version.
+sbom: setup
+	test -x build/sbom/bin/cyclonedx-py || { $(PYTHON) -m venv build/sbom && build/sbom/bin/pip install -q cyclonedx-bom==7.5.0; }
+	mkdir -p dist
+	build/sbom/bin/cyclonedx-py environment --output-reproducible --pyproject pyproject.toml -o dist/sbom.cdx.json $(BIN)/python
 
 # The packages of the site are installed when it is first built.
 DOCS_STAMP := $(VENV)/.installed-docs

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 
 import kubernetes_validate
+import pathspec
 import pytest
 import yaml
 from typer.testing import CliRunner
@@ -14,7 +16,7 @@ from commands.main import app
 from services.settings import Settings, SettingsError, read_settings, settings_table
 
 ROOT = Path(__file__).resolve().parents[1]
-MANIFESTS = ["dermis.yaml", "federation/server.yaml", "federation/hospital.yaml"]
+MANIFESTS = ["federation/server.yaml", "federation/hospital.yaml"]  # test_kubernetes.py has the others
 
 
 def packages(file: str) -> set[str]:
@@ -31,10 +33,56 @@ def test_bentos_pin_tested_versions_and_differ_only_in_variant() -> None:
     assert {re.split(r"[=>\[]", pin)[0] for pin in cpu - gpu} == {"faiss-cpu", "onnxruntime", "openvino"}
 
 
+@pytest.mark.parametrize("file", ["bentofile.yaml", "bentofile.cpu.yaml"])
+def test_bentos_contain_the_service_and_the_library_only(file: str) -> None:
+    content = yaml.safe_load((ROOT / file).read_text())
+    include, exclude = (pathspec.PathSpec.from_lines("gitignore", content[key]) for key in ("include", "exclude"))
+    folders = [path for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    modules = [str(path.relative_to(ROOT)) for folder in folders for path in folder.rglob("*.py")]
+    chosen = [name for name in modules if include.match_file(name) and not exclude.match_file(name)]
+    assert {name.partition("/")[0] for name in chosen} == {"dermis", "services"}
+
+
 def test_deployment_files_name_settings_that_exist() -> None:
-    known = {f"DERMIS_{name.upper()}" for name in Settings.model_fields}
-    for file in ("bentofile.yaml", "bentofile.cpu.yaml", "k8s/dermis.yaml", "docs/deployment.md", "docs/api.md"):
-        assert set(re.findall(r"DERMIS_[A-Z_]+", (ROOT / file).read_text())) <= known
+    known = {f"DERMIS_{name.upper()}" for name in Settings.model_fields} | {"DERMIS_ROLE"}
+    known.add("DERMIS_API_KEY")  # of the client
+    files = [
+        "bentofile.yaml",
+        "bentofile.cpu.yaml",
+        "Dockerfile",
+        "docs/deployment.md",
+        "docs/kubernetes.md",
+        "docs/api.md",
+    ]
+    manifests = [str(path.relative_to(ROOT)) for path in (ROOT / "k8s").rglob("*.yaml")]
+    assert manifests
+    for file in files + manifests:
+        assert set(re.findall(r"\bDERMIS_[A-Z0-9_]+", (ROOT / file).read_text())) <= known, file
+
+
+def test_image_is_built_from_files_and_extras_that_exist() -> None:
+    text = re.sub(r"\\\n\s*", "", (ROOT / "Dockerfile").read_text())
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    copied = [line.split()[1:-1] for line in lines if line.startswith("COPY ") and "--from" not in line]
+    sources = {name for names in copied for name in names}
+    allowed = {
+        line.removeprefix("!") for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")
+    }
+    assert sources == allowed
+    assert all((ROOT / name).exists() for name in sources)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    needed = {project["project"]["readme"], *project["project"]["license-files"], "constraints.txt", "pyproject.toml"}
+    assert needed <= sources
+    packages = {name.rstrip("*") for name in project["tool"]["setuptools"]["packages"]["find"]["include"]}
+    assert packages <= sources
+    extras = {
+        extra
+        for line in re.findall(r"\b(?:EXTRAS|VARIANT)=([a-z0-9,]+)", (ROOT / "Dockerfile").read_text())
+        for extra in line.split(",")
+    }
+    assert extras <= set(project["project"]["optional-dependencies"])
+    assert {line.split()[1] for line in lines if line.startswith("USER")} == {"1034:1034"}
+    assert lines[-1] == 'CMD ["serve"]'
 
 
 def test_documented_settings_match_code() -> None:

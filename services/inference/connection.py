@@ -13,7 +13,7 @@ from bentoml.exceptions import BentoMLException, ServiceUnavailable
 from services import metrics, tracing
 from services.errors import InferenceFailedError, InferenceUnavailableError, InferenceUnreachableError
 
-_DESCRIBE_SECONDS = 4.0  # less than the probes in k8s/dermis.yaml wait
+_DESCRIBE_SECONDS = 4.0  # less than the probes in k8s/base wait
 _FRESH_SECONDS = 2.0
 # A service that has not answered for so long needs a restart.
 _LOST_SECONDS = 600.0
