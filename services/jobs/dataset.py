@@ -6,12 +6,13 @@ This module implements `services.jobs.execution.JobKind`.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dermis.authenticity.attack import Exposure
 from dermis.authenticity.index import Nearest
 from dermis.bundle import Bundle
 from dermis.classifier.preprocess import batch
@@ -83,12 +84,16 @@ def finish(ctx: JobContext, job: Job) -> None:
         if must_stop(ctx, job.id):
             raise StoppedError
 
+    def expose(pieces: Iterable[NDArray[np.float32]]) -> Exposure:
+        embeddings = np.concatenate(list(pieces))  # one request
+        return call_with_retry(ctx, job.id, lambda: ctx.inference.authenticity.expose(bundle, embeddings))
+
     finalize(
         plan,
         ctx.retrying_store(job),
         bundle,
         _identity(ctx, job.id, bundle, plan),
-        lambda embeddings: call_with_retry(ctx, job.id, lambda: ctx.inference.authenticity.expose(bundle, embeddings)),
+        expose,
         examine=None if bundle.authenticity is None else _Examine(ctx, job, bundle, Comparison(detect_copies=False)),
         on_batch=stop_if_asked,
     )
