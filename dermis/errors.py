@@ -61,6 +61,10 @@ class MissingShardsError(StorageError):
         self.shards = tuple(shards)
 
 
+class OtherDatasetError(StorageError):
+    """A folder contains another dataset than the one to be made, or other files."""
+
+
 class DataError(DermisError):
     """A folder of training images or its metadata cannot be used."""
 

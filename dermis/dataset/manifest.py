@@ -413,7 +413,12 @@ def _records(
         else:
             records.append(packed)
     if unusable:
-        raise MissingShardsError(store.location, plan.shards, unusable, "is damaged or was made by another synthesizer")
+        raise MissingShardsError(
+            store.location,
+            plan.shards,
+            unusable,
+            "is damaged, or was made by another synthesizer or for another request",
+        )
     return records
 
 
