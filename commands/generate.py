@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from commands.batch import ShardsOption, part_of, shards_of, with_status_of_bad_input
+from commands.batch_job import JobGpusOption, JobImageOption, JobOptions, PrintJobOption, QueueOption, job_yaml
 from commands.dataset_audit import (
     AuditClassColumnOption,
     AuditExtractorOption,
@@ -114,6 +115,10 @@ def generate(
     finalize_only: Annotated[
         bool, typer.Option("--finalize", help="Only assemble the dataset from shards that exist.")
     ] = False,
+    print_job: PrintJobOption = False,
+    queue: QueueOption = None,
+    job_image: JobImageOption = None,
+    job_gpus: JobGpusOption = None,
     device: DeviceOption = "auto",
 ) -> None:
     """Make a dataset from a bundle.
@@ -164,9 +169,13 @@ def generate(
         raise RequestError("--detect-copies", "is an option of the gate; add --gate authentic or --gate min_distance")
     if edit:
         fields["edits"] = [_parse_edit(text) for text in edit]
-    part = None if shards is None else part_of(shards)
+    part = None if shards is None or print_job else part_of(shards)
     if part is not None and (only_shard is not None or finalize_only):
         raise RequestError("--shards", f"omit {'--finalize' if finalize_only else '--only-shard'}")
+    job_options = {"--queue": queue, "--job-image": job_image, "--job-gpus": job_gpus}
+    for option, value in {} if print_job else job_options.items():
+        if value is not None:
+            raise RequestError(option, "is an option of --print-job")
     sources = audit_sources(
         audit_members,
         audit_non_members,
@@ -202,7 +211,14 @@ def generate(
             fields["privacy"] = gating
         request = _request({"model": opened.name, "classes": _parse_classes(classes), **fields})
     check_against(request, opened, max_samples=10**8)
-    planned, store = plan_for(request, opened), Store(out)
+    planned = plan_for(request, opened)
+    if print_job:
+        if sources is not None or only_shard is not None or finalize_only:
+            raise RequestError("--print-job", "omit --finalize, --only-shard and the options of the audit")
+        job = JobOptions(bundle, out, shards, queue, job_image, job_gpus)
+        typer.echo(job_yaml(planned, opened.generator.img_resolution, job), nl=False)
+        return
+    store = Store(out)
     chosen = list(range(planned.shards)) if only_shard is None else only_shard
     if part is not None:
         chosen = shards_of(part, planned.shards)

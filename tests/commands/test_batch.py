@@ -7,14 +7,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import kubernetes_validate
 import numpy as np
 import pytest
+import yaml
 
 from commands.batch import part_of, shards_of
 from dermis.bundle import Bundle
 from dermis.errors import RequestError, StorageError
 from tiny_index import make_complete_bundle
 
+ROOT = Path(__file__).resolve().parents[2]
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -154,3 +157,75 @@ def test_every_shard_is_in_one_part() -> None:
     for text, environment in (("auto/4", {}), ("4/4", {}), ("0/0", {}), ("-1/4", {}), ("1", {}), ("a/b", {}), ("", {})):
         with pytest.raises(RequestError, match="--shards"):
             part_of(text, environment)
+
+
+EXAMPLE = ROOT / "k8s/batch/lesions.yaml"
+EXAMPLE_OPTIONS = ("--bundle", "demo", "--classes", "malignant=50000,benign=50000", "--format", "parquet")
+EXAMPLE_OPTIONS += (
+    "--gate",
+    "authentic",
+    "--out",
+    "s3://datasets/lesions",
+    "--shards",
+    "auto/16",
+    "--queue",
+    "research",
+)
+
+
+def test_printed_jobs_are_valid_restricted_and_equal_to_the_example(run: Run) -> None:
+    status, text, _ = run("generate", *EXAMPLE_OPTIONS, "--print-job")
+    assert status == 0 and text == EXAMPLE.read_text()
+    documents = list(yaml.safe_load_all(text))
+    for document in documents:
+        kubernetes_validate.validate(document, "1.37", strict=True)
+        pod = document["spec"]["template"]["spec"]
+        assert pod["securityContext"]["runAsNonRoot"] and pod["restartPolicy"] == "Never"
+        (container,) = pod["containers"]
+        assert container["securityContext"]["readOnlyRootFilesystem"]
+        assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+        assert container["resources"]["limits"]["memory"]
+        failure, disruption = document["spec"]["podFailurePolicy"]["rules"]
+        assert failure["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [2]}
+        assert (failure["action"], disruption["action"]) == ("FailJob", "Ignore")
+    parts, finish = (document["spec"] for document in documents)
+    assert (parts["completionMode"], parts["completions"], finish["suspend"]) == ("Indexed", 16, True)
+    assert parts["backoffLimitPerIndex"] and parts["maxFailedIndexes"] == 1
+    queues = [document["metadata"]["labels"].get("kueue.x-k8s.io/queue-name") for document in documents]
+    assert queues == ["research", None]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--classes benign=7,malignant=9 --keep agreeing --tries 3 --max-probability 0.75 --seed 9 --image-format jpeg",
+        "--classes malignant=9 --gate min_distance --no-detect-copies --score --edit hair=0.00001@0-4 --edit frame=-1",
+    ],
+)
+def test_arguments_of_the_pods_make_the_same_request(run: Run, options: str) -> None:
+    """The name of the Jobs holds the digest of the plan, so that it would differ otherwise."""
+    place = ("--bundle", "demo", "--out", "s3://datasets/lesions", "--shards", "auto/4")
+    status, text, err = run("generate", *place, *options.split(), "--print-job")
+    assert status == 0, err
+    documents = list(yaml.safe_load_all(text))
+    assert documents[0]["spec"]["completions"] == 4
+    for document in documents:
+        arguments = document["spec"]["template"]["spec"]["containers"][0]["args"]
+        kept = [argument for argument in arguments if argument != "--finalize"]
+        again = run(*kept, *(() if "--shards=auto/4" in kept else ("--shards", "auto/4")), "--print-job")
+        assert again == (0, text, "")
+
+
+def test_jobs_that_could_not_run_are_refused(run: Run, tiny_bundle: Bundle, tmp_path: Path) -> None:
+    asked = ("generate", "--classes", "benign=7", "--print-job")
+    there = ("--bundle", "demo", "--out", "s3://datasets/lesions")
+    for options, name in (
+        (("--bundle", "demo", "--out", tmp_path), "--out"),
+        (("--bundle", "bundles/demo", "--out", "s3://datasets/lesions"), "--bundle"),
+        ((*there, "--shards", "1/4"), "--shards"),
+        ((*there, "--queue", "a b"), "--queue"),
+        ((*there, "--finalize"), "--print-job"),
+    ):
+        status, out, err = run(*asked, *options)
+        assert status in (1, 2) and out == "" and err.startswith(f"error: {name}: "), options
+    assert run(*asked[:-1], *there, "--queue", "research")[0] == 1
