@@ -11,7 +11,7 @@ import typer
 
 from commands.console import option_of
 from dermis.dataset.store import PARTIAL
-from dermis.errors import StorageError, escape
+from dermis.errors import OtherDatasetError, StorageError, escape
 
 if TYPE_CHECKING:
     from dermis.dataset.manifest import Manifest
@@ -28,7 +28,7 @@ def existing_manifest(store: Store, planned: DatasetPlan) -> Manifest | None:
     """Return the manifest if this dataset is finished here; None if it is unfinished or the folder is empty.
 
     Raises:
-        StorageError: The folder has another dataset or other files.
+        OtherDatasetError: The folder has another dataset or other files.
     """
     from dermis.dataset.manifest import MANIFEST, read_manifest
 
@@ -39,16 +39,16 @@ def existing_manifest(store: Store, planned: DatasetPlan) -> Manifest | None:
         differing = _differing_options(planned, _started_request(mark, planned), mark.get("bundle"))
         known = f"; it was started {differing}: use these to continue it," if differing else ";"
         advice = f"{known} {'or ' if differing else ''}choose another --out or remove it"
-        raise StorageError(f"{store.location}: contains an unfinished dataset with other options{advice}")
+        raise OtherDatasetError(f"{store.location}: contains an unfinished dataset with other options{advice}")
     if store.size(MANIFEST) is not None:
         manifest = read_manifest(store)
         if manifest.plan_digest == planned.digest:
             return manifest
         differing = _differing_options(planned, manifest.request, manifest.bundle_digest)
         known = f", made {differing}" if differing else ""
-        raise StorageError(f"{store.location}: contains another dataset{known}; choose another --out or remove it")
+        raise OtherDatasetError(f"{store.location}: contains another dataset{known}; choose another --out or remove it")
     if not started and any(name != _STARTED[0] and not name.startswith(_STARTED[1]) for name in entries):
-        raise StorageError(f"{store.location}: is not empty and has no dataset; choose another --out")
+        raise OtherDatasetError(f"{store.location}: is not empty and has no dataset; choose another --out")
     return None
 
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from commands.batch import ShardsOption, part_of, shards_of, with_status_of_bad_input
+from commands.batch_job import JobGpusOption, JobImageOption, JobOptions, PrintJobOption, QueueOption, job_yaml
 from commands.dataset_audit import (
     AuditClassColumnOption,
     AuditExtractorOption,
@@ -37,7 +39,7 @@ from commands.options import (
     OptionalTruncationOption,
 )
 from dermis.dataset.request import DatasetFormat, ImageFormat
-from dermis.errors import DermisError, RequestError, StorageError, escape
+from dermis.errors import DermisError, MissingShardsError, RequestError, StorageError, escape
 
 if TYPE_CHECKING:
     from dermis.authenticity.checker import Checker
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from dermis.synthesizer import Synthesizer
 
 
+@with_status_of_bad_input
 def generate(
     out: Annotated[str, typer.Option(help="Folder or fsspec URL of the dataset. An unfinished dataset is continued.")],
     bundle: BundleOption = DEMO_BUNDLE,
@@ -108,9 +111,14 @@ def generate(
         list[int] | None,
         typer.Option(help="Make only this shard (the first is 0), without finishing; may be repeated."),
     ] = None,
+    shards: ShardsOption = None,
     finalize_only: Annotated[
         bool, typer.Option("--finalize", help="Only assemble the dataset from shards that exist.")
     ] = False,
+    print_job: PrintJobOption = False,
+    queue: QueueOption = None,
+    job_image: JobImageOption = None,
+    job_gpus: JobGpusOption = None,
     device: DeviceOption = "auto",
 ) -> None:
     """Make a dataset from a bundle.
@@ -118,12 +126,15 @@ def generate(
     After a stop at any point, run the same command again to continue. The files are the same as without the stop.
     With --audit-members and --audit-non-members the dataset is audited as by `dermis privacy audit --dataset` before it is
     finished: privacy_audit.json, AUDIT.md and the report have the result. The exit status does not depend on the verdict.
+    Many processes make one dataset together with --shards, and one of them, or another, finishes it with --finalize. The exit
+    status of these is 2 if the same command would fail again, as the options do not fit or shards are missing.
     """
     from dermis.bundle import open_bundle
     from dermis.dataset.manifest import parse_manifest, synthesizer_identity
     from dermis.dataset.plan import plan_for
     from dermis.dataset.request import check_against
-    from dermis.dataset.store import Store
+    from dermis.dataset.shards import missing_shards
+    from dermis.dataset.store import PARTIAL, Store
     from dermis.synthesizer import Synthesizer
 
     options = {
@@ -158,6 +169,13 @@ def generate(
         raise RequestError("--detect-copies", "is an option of the gate; add --gate authentic or --gate min_distance")
     if edit:
         fields["edits"] = [_parse_edit(text) for text in edit]
+    part = None if shards is None or print_job else part_of(shards)
+    if part is not None and (only_shard is not None or finalize_only):
+        raise RequestError("--shards", f"omit {'--finalize' if finalize_only else '--only-shard'}")
+    job_options = {"--queue": queue, "--job-image": job_image, "--job-gpus": job_gpus}
+    for option, value in {} if print_job else job_options.items():
+        if value is not None:
+            raise RequestError(option, "is an option of --print-job")
     sources = audit_sources(
         audit_members,
         audit_non_members,
@@ -193,16 +211,32 @@ def generate(
             fields["privacy"] = gating
         request = _request({"model": opened.name, "classes": _parse_classes(classes), **fields})
     check_against(request, opened, max_samples=10**8)
-    planned, store = plan_for(request, opened), Store(out)
-    shards = list(range(planned.shards)) if only_shard is None else only_shard
-    for shard in shards:
+    planned = plan_for(request, opened)
+    if print_job:
+        if sources is not None or only_shard is not None or finalize_only:
+            raise RequestError("--print-job", "omit --finalize, --only-shard and the options of the audit")
+        job = JobOptions(bundle, out, shards, queue, job_image, job_gpus)
+        typer.echo(job_yaml(planned, opened.generator.img_resolution, job), nl=False)
+        return
+    store = Store(out)
+    chosen = list(range(planned.shards)) if only_shard is None else only_shard
+    if part is not None:
+        chosen = shards_of(part, planned.shards)
+    for shard in chosen:
         if not 0 <= shard < planned.shards:
             raise RequestError("--only-shard", f"{shard} is not in 0 to {planned.shards - 1}")
     existing = existing_manifest(store, planned)
-    finish = only_shard is None or finalize_only
+    finish = finalize_only or (only_shard is None and part is None)
     if sources is not None and not finish:
-        raise RequestError("--audit-members", "is for the command that finishes the dataset; omit it with --only-shard")
+        option = "--only-shard" if part is None else "--shards"
+        raise RequestError("--audit-members", f"is for the command that finishes the dataset; omit it with {option}")
     check_audited(existing, sources, store)
+    if part is not None and (existing is not None or not chosen):
+        state = "is finished" if existing is not None else f"has no shard for part {part[0]} of {part[1]}"
+        typer.echo(f"{out}: {state}; nothing to do")
+        return
+    if finalize_only and existing is None and (absent := missing_shards(planned, store)):
+        raise MissingShardsError(out, planned.shards, absent, "is missing")
     try:
         with (
             Synthesizer(opened, device=device, cache=Path(".dermis/cache/generators")) as synthesizer,
@@ -224,16 +258,19 @@ def generate(
                     raise StorageError(
                         f"{out}: was audited; run the whole command with the --audit options again to repair it"
                     )
-                begin(store, planned, reopen=existing is not None)
-                result = _make(planned, store, opened, models, () if finalize_only else shards, finish, audit)
+                if not finalize_only:
+                    begin(store, planned, reopen=existing is not None)
+                result = _make(planned, store, opened, models, () if finalize_only else chosen, finish, audit)
     except KeyboardInterrupt:
         typer.echo(f"\nstopped; run the same command again to continue {out}", err=True)
         raise typer.Exit(130) from None
     if result is None:
-        typer.echo(
-            f"{out}: shard {', '.join(map(str, shards))} of {planned.shards} is ready; run with --finalize when all shards are "
-            "ready"
-        )
+        if existing_manifest(store, planned) is not None:  # another process has finished the dataset in the meantime
+            store.remove(PARTIAL)
+        made = f"shard {', '.join(map(str, chosen))} of {planned.shards}"
+        if part is not None:
+            made = f"part {part[0]} of {part[1]} ({len(chosen):,} of {planned.shards:,} shards)"
+        typer.echo(f"{out}: {made} is ready; run with --finalize when all shards are ready")
         return
     typer.echo(f"{out}: {_summary(planned, result)} in {_containers(planned)}; check them with: dermis verify {out}")
     if former is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import reprlib
+from collections.abc import Sequence
 
 QUOTED_CHARACTERS = 200  # largest number of characters of foreign text in a message
 
@@ -42,12 +43,46 @@ class StorageError(DermisError):
         self.kind = kind
 
 
+class MissingShardsError(StorageError):
+    """A dataset cannot be finished before some of its shards are made.
+
+    Args:
+        location: Folder or URL of the dataset.
+        total: Number of shards of the dataset.
+        shards: The shards to be made, in order.
+        state: What is wrong with each, such as "is missing".
+    """
+
+    def __init__(self, location: str, total: int, shards: Sequence[int], state: str) -> None:
+        others = f", as are {len(shards) - 1:,} others: {_ranges(shards[1:])}" if len(shards) > 1 else ""
+        super().__init__(
+            f"{location}: shard {shards[0]} of {total} {state}{others}; make {'them' if others else 'it'}, then finish"
+        )
+        self.shards = tuple(shards)
+
+
+class OtherDatasetError(StorageError):
+    """A folder contains another dataset than the one to be made, or other files."""
+
+
 class DataError(DermisError):
     """A folder of training images or its metadata cannot be used."""
 
 
 class TrainingError(DermisError):
     """Training cannot start, resume or continue."""
+
+
+def _ranges(numbers: Sequence[int], most: int = 20) -> str:
+    """Write sorted numbers as `0, 4-7, 9`, with at most `most` parts."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1] = [parts[-1][0], number]
+        else:
+            parts.append([number])
+    texts = ["-".join(map(str, part)) for part in parts]
+    return ", ".join(texts[:most]) + (f" and {len(texts) - most:,} more" if len(texts) > most else "")
 
 
 def escape(text: object, limit: int = QUOTED_CHARACTERS) -> str:

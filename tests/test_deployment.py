@@ -44,7 +44,7 @@ def test_bentos_contain_the_service_and_the_library_only(file: str) -> None:
 
 
 def test_deployment_files_name_settings_that_exist() -> None:
-    known = {f"DERMIS_{name.upper()}" for name in Settings.model_fields} | {"DERMIS_ROLE"}
+    known = {f"DERMIS_{name.upper()}" for name in Settings.model_fields}
     known.add("DERMIS_API_KEY")  # of the client
     files = [
         "bentofile.yaml",

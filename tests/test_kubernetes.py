@@ -25,7 +25,7 @@ from services.settings import Settings
 ROOT = Path(__file__).resolve().parents[1]
 OVERLAYS = ("cpu", "gpu", "scaled", "scaled-gpu")
 SCALED = ("scaled", "scaled-gpu")
-SETTINGS = {f"DERMIS_{name.upper()}" for name in Settings.model_fields} | {"DERMIS_ROLE"}
+SETTINGS = {f"DERMIS_{name.upper()}" for name in Settings.model_fields}
 CUSTOM_SCHEMAS = json.loads((ROOT / "tests/support/custom_resources.json").read_text())
 CUSTOM_KINDS = sorted(set(CUSTOM_SCHEMAS) - {"$comment"})
 RESTRICTED_VOLUMES = {

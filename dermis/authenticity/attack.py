@@ -118,22 +118,25 @@ class Exposure:
     """Membership inference; None if the index has no held-out images."""
 
 
-def exposure(index: Index, generated: Floats) -> Exposure:
+def exposure(index: Index, generated: Floats | Iterable[Floats]) -> Exposure:
     """Measure identifiability and the attack.
 
     At most 10,000 training images and as many held-out ones are used, evenly chosen.
 
     Args:
         index: The index of the training images.
-        generated: Embeddings [N, dim] of generated images in the space of the index.
+        generated: Embeddings [N, dim] of generated images in the space of the index, or pieces of them.
     """
     chosen = evenly_spaced_indices(index.description.vectors)
-    members = nearest_generated(index.stored(chosen), [generated])
-    result = None
+    members, others = NearestGenerated(index.stored(chosen)), None
     if index.held_out is not None and min(len(index.held_out), len(chosen)) >= MIN_IMAGES:
-        others = index.held_out[evenly_spaced_indices(len(index.held_out))]
-        result = attack(members, nearest_generated(others, [generated]))
-    return Exposure(identifiability(index.radii[chosen], members), result)
+        others = NearestGenerated(index.held_out[evenly_spaced_indices(len(index.held_out))])
+    for piece in [generated] if isinstance(generated, np.ndarray) else generated:
+        members.add(piece)
+        if others is not None:
+            others.add(piece)
+    result = None if others is None else attack(members.distances, others.distances)
+    return Exposure(identifiability(index.radii[chosen], members.distances), result)
 
 
 def nearest_generated(real: Floats, generated: Iterable[Floats]) -> Floats:

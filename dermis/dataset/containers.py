@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tarfile
 import zipfile
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -129,10 +131,70 @@ def _check_image_bytes(name: str, size: int) -> None:
 
 def add_to_zip(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
     """Append a file without compression, with a fixed date and mode."""
+    archive.writestr(_zip_member(name), data, compress_type=zipfile.ZIP_STORED)
+
+
+def _zip_member(name: str) -> zipfile.ZipInfo:
     info = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
     info.create_system = 3  # Unix, on every system
     info.external_attr = 0o100644 << 16
-    archive.writestr(info, data, compress_type=zipfile.ZIP_STORED)
+    return info
+
+
+def copy_to_zip(archive: zipfile.ZipFile, name: str, file: IO[bytes]) -> None:
+    """Append the content of an open file as `add_to_zip` does, without reading it into memory at once."""
+    info = _zip_member(name)
+    info.file_size = file.seek(0, io.SEEK_END)  # decides the form of the header
+    file.seek(0)
+    with archive.open(info, "w") as member:
+        shutil.copyfileobj(file, member)
+
+
+@contextmanager
+def zip_of_many(path: Path) -> Iterator[zipfile.ZipFile]:
+    """Open a new zip for any number of members. They need about 50 bytes of memory each, with zipfile alone about 700.
+
+    Members are appended by `add_to_zip` and `copy_to_zip`, each under another name, and cannot be looked up.
+    """
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.filelist = _CompactMembers()
+        archive.NameToInfo = _NoNames()
+        yield archive
+
+
+class _CompactMembers(list[zipfile.ZipInfo]):
+    """Members of a zip that `zipfile` appends, and reads once at the end to write the directory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._names = bytearray()
+        self._ends, self._sizes, self._offsets = array("q"), array("q"), array("q")
+        self._checksums = array("L")
+
+    def append(self, info: zipfile.ZipInfo) -> None:
+        self._names += info.filename.encode()
+        self._ends.append(len(self._names))
+        self._sizes.append(info.file_size)
+        self._offsets.append(info.header_offset)
+        self._checksums.append(info.CRC)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __iter__(self) -> Iterator[zipfile.ZipInfo]:
+        start = 0
+        rows = zip(self._ends, self._sizes, self._offsets, self._checksums, strict=True)
+        for end, size, offset, checksum in rows:
+            info = _zip_member(self._names[start:end].decode())
+            info.file_size = info.compress_size = size
+            info.header_offset, info.CRC = offset, checksum
+            yield info
+            start = end
+
+
+class _NoNames(dict[str, zipfile.ZipInfo]):
+    def __setitem__(self, name: str, info: zipfile.ZipInfo) -> None:
+        """Keep nothing: no name is looked up while a dataset is written."""
 
 
 @contextmanager

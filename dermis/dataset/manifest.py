@@ -9,10 +9,13 @@ import csv
 import hashlib
 import io
 import json
-import zipfile
+import shutil
+import tempfile
+from array import array
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -21,14 +24,23 @@ from dermis import __version__
 from dermis.authenticity.attack import Attack, Exposure
 from dermis.dataset.card import dataset_card
 from dermis.dataset.columns import columns
-from dermis.dataset.containers import DatasetSample, add_to_zip, file_name, metadata_row, read_container
+from dermis.dataset.containers import (
+    DatasetSample,
+    add_to_zip,
+    copy_to_zip,
+    file_name,
+    metadata_row,
+    read_container,
+    zip_of_many,
+)
+from dermis.dataset.packed import EmbeddingFile, PackedShard, pack, unpack
 from dermis.dataset.plan import DatasetPlan
 from dermis.dataset.privacy import Checks, Examine, Expose, PrivacyReport, PrivacyTally, report
 from dermis.dataset.request import ClassifierOptions, DatasetRequest, StoredRequest
 from dermis.dataset.scoring import ClassifierTally, tally
-from dermis.dataset.shards import FileEntry, ShardRecord, find_shard
+from dermis.dataset.shards import FileEntry, find_shard, missing_shards
 from dermis.dataset.store import PARTIAL, Store, hash_file, storage_error, storage_errors
-from dermis.errors import RequestError, StorageError, escape
+from dermis.errors import MissingShardsError, RequestError, StorageError, escape
 from dermis.imaging import Images, contact_sheet, decode, encode, thumbnail
 from dermis.report.content import make_report
 from dermis.report.page import report_page
@@ -50,6 +62,7 @@ SINGLE_FILES = (METADATA, PREVIEW, CARD, REPORT, REPORT_PAGE, PRIVACY_AUDIT, AUD
 FORMAT_VERSION = 1
 MAX_MANIFEST_BYTES = 256 << 20  # that of the largest dataset has 60 MiB
 
+_IN_MEMORY = 4 << 20  # bytes of metadata.csv that are kept in memory instead of a file
 PREVIEW_COLUMNS, PREVIEW_IMAGES, PREVIEW_SIDE = 8, 64, 128
 
 
@@ -206,7 +219,8 @@ def finalize(
         The manifest.
 
     Raises:
-        StorageError: A shard is missing or damaged (nothing is written then), or a file cannot be written.
+        MissingShardsError: A shard is missing or damaged. Nothing is written then.
+        StorageError: A file cannot be written.
         RequestError: Filter or gate rejected all images.
     """
     if plan.gated and expose is None:
@@ -215,32 +229,37 @@ def finalize(
     if done is not None:
         store.remove(PARTIAL)
         return done
-    records = list(_records(plan, store, identity))
-    _check_some(plan, records)
-    tallies = _tally(plan, records) if plan.scored else None
-    privacy = report(plan, list(_checks(plan, records)), expose) if plan.gated and expose is not None else None
-    card = dataset_card(plan, bundle, tallies, privacy).encode()
-    metadata = _metadata(plan, records)
-    files = [record.file for record in records]
-    if plan.request.format == "imagefolder":
-        files = [_write_archive(plan, store, records, {METADATA: metadata, CARD: card})]
-    preview = encode(contact_sheet(_preview(plan, store, records), PREVIEW_COLUMNS))
-    kept = _by_class(plan, records)
-    measured = measure(
-        plan,
-        bundle,
-        kept,
-        lambda chosen: _chosen_images(plan, store, records, chosen),
-        examine,
-        on_batch,
-    )
-    audited = None if audit is None else audit(_pixels(plan, store, records))
+    with ExitStack() as stack:
+        embeddings = stack.enter_context(closing(EmbeddingFile())) if plan.gated else None
+        records = _records(plan, store, identity, embeddings)
+        _check_some(plan, records)
+        tallies = _tally(plan, records) if plan.scored else None
+        privacy = None
+        if embeddings is not None and expose is not None:
+            privacy = report(plan, _checks(plan, records), expose(embeddings.pieces()))
+        card = dataset_card(plan, bundle, tallies, privacy).encode()
+        metadata = stack.enter_context(_metadata(plan, records))
+        files = [record.file for record in records]
+        if plan.request.format == "imagefolder":
+            files = [_write_archive(plan, store, records, {METADATA: metadata, CARD: io.BytesIO(card)})]
+        files.append(_write_copy(store, METADATA, metadata))
+        preview = encode(contact_sheet(_preview(plan, store, records), PREVIEW_COLUMNS))
+        kept = _by_class(plan, records)
+        measured = measure(
+            plan,
+            bundle,
+            kept,
+            lambda chosen: _chosen_images(plan, store, records, chosen),
+            examine,
+            None if embeddings is None else embeddings.of,
+            on_batch,
+        )
+        audited = None if audit is None else audit(_pixels(plan, store, records))
     own = None if audited is None else audited.document
     measured = replace(measured, tallies=tallies, privacy=privacy, audit=own)
     counts = {name: len(samples) for name, samples in kept.items()}
     content = make_report(plan, bundle, counts, measured)
     texts = {
-        METADATA: metadata,
         PREVIEW: preview,
         CARD: card,
         REPORT: content.to_json(),
@@ -368,42 +387,56 @@ def _finished(plan: DatasetPlan, store: Store, identity: Mapping[str, str]) -> M
     return manifest if same else None
 
 
-def _records(plan: DatasetPlan, store: Store, identity: Mapping[str, str]) -> Iterator[ShardRecord]:
+def _records(
+    plan: DatasetPlan, store: Store, identity: Mapping[str, str], embeddings: EmbeddingFile | None
+) -> list[PackedShard]:
+    """Read the results of all shards, and add the embeddings of the gate to `embeddings`.
+
+    Raises:
+        MissingShardsError: A shard is missing or damaged, or was made by another synthesizer.
+    """
+    absent = missing_shards(plan, store)  # reads no file, so that it is known at once
+    if absent:
+        raise MissingShardsError(store.location, plan.shards, absent, "is missing")
+    records: list[PackedShard] = []
+    unusable: list[int] = []
     for shard in range(plan.shards):
         record = find_shard(plan, shard, store, identity=identity)
-        if record is None:
-            raise StorageError(
-                f"{store.location}: shard {shard} of {plan.shards} is missing, damaged or was made by another "
-                "synthesizer; make it again, then finish"
-            )
-        yield record
+        try:
+            if record is None:
+                raise ValueError("no usable shard")
+            packed = pack(plan, record)
+            if embeddings is not None and not unusable:
+                embeddings.add(plan, record)
+        except (ValueError, OverflowError):
+            unusable.append(shard)
+        else:
+            records.append(packed)
+    if unusable:
+        raise MissingShardsError(
+            store.location,
+            plan.shards,
+            unusable,
+            "is damaged, or was made by another synthesizer or for another request",
+        )
+    return records
 
 
-def _samples(plan: DatasetPlan, record: ShardRecord) -> Iterator[DatasetSample]:
-    """Yield the samples of a shard without their bytes, including those whose candidates were all rejected."""
-    labels, count = plan.labels(record.shard), len(record.images)
-    probabilities, tries = record.probabilities or (None,) * count, record.tries or (1,) * count
-    checks = record.checks or (None,) * count
-    rows = zip(plan.shard(record.shard), labels, record.images, probabilities, tries, checks, strict=True)
-    for index, label, sha256, probability, tried, checked in rows:
-        yield DatasetSample(index, label, sha256, probability=probability, tries=tried, checks=checked)
+def _kept(plan: DatasetPlan, record: PackedShard) -> Iterator[DatasetSample]:
+    return (sample for sample in unpack(plan, record) if sample.sha256 is not None)
 
 
-def _kept(plan: DatasetPlan, record: ShardRecord) -> Iterator[DatasetSample]:
-    return (sample for sample in _samples(plan, record) if sample.sha256 is not None)
-
-
-def _by_class(plan: DatasetPlan, records: Sequence[ShardRecord]) -> dict[str, list[DatasetSample]]:
-    """Return the samples that have an image, by class and in order."""
-    kept: dict[str, list[DatasetSample]] = {name: [] for name in plan.request.classes}
+def _by_class(plan: DatasetPlan, records: Sequence[PackedShard]) -> dict[str, array[int]]:
+    """Return the indices of the samples that have an image, by class and in order."""
+    kept = {name: array("q") for name in plan.request.classes}
     for record in records:
         for sample in _kept(plan, record):
-            kept[plan.class_names[sample.label]].append(sample)
+            kept[plan.class_names[sample.label]].append(sample.index)
     return kept
 
 
 def _chosen_images(
-    plan: DatasetPlan, store: Store, records: Sequence[ShardRecord], chosen: Collection[str]
+    plan: DatasetPlan, store: Store, records: Sequence[PackedShard], chosen: Collection[str]
 ) -> Iterator[tuple[str, Images]]:
     """Yield name and pixels of the images with these file names, in the order of the dataset."""
     for record in records:
@@ -413,7 +446,7 @@ def _chosen_images(
                 yield name, decode(data)
 
 
-def _pixels(plan: DatasetPlan, store: Store, records: Sequence[ShardRecord]) -> Iterator[tuple[DatasetSample, Images]]:
+def _pixels(plan: DatasetPlan, store: Store, records: Sequence[PackedShard]) -> Iterator[tuple[DatasetSample, Images]]:
     """Yield all samples that have an image, and its pixels."""
     for record in records:
         samples = {file_name(plan, sample.index, sample.label): sample for sample in _kept(plan, record)}
@@ -421,29 +454,29 @@ def _pixels(plan: DatasetPlan, store: Store, records: Sequence[ShardRecord]) -> 
             yield samples[name], decode(data)
 
 
-def _tally(plan: DatasetPlan, records: Sequence[ShardRecord]) -> dict[str, ClassifierTally]:
-    outcomes: dict[str, list[tuple[float | None, int]]] = {name: [] for name in plan.request.classes}
-    for record in records:
-        for sample in _samples(plan, record):
-            tries = sample.tries - (sample.checks.rejected if sample.checks else 0)
-            outcomes[plan.class_names[sample.label]].append((sample.probability, tries))
+def _tally(plan: DatasetPlan, records: Sequence[PackedShard]) -> dict[str, ClassifierTally]:
+    outcomes = (
+        (sample.label, sample.probability, sample.tries - (sample.checks.rejected if sample.checks else 0))
+        for record in records
+        for sample in unpack(plan, record)
+    )
     return tally(plan, outcomes)
 
 
-def _checks(plan: DatasetPlan, records: Sequence[ShardRecord]) -> Iterator[tuple[int, Checks]]:
+def _checks(plan: DatasetPlan, records: Sequence[PackedShard]) -> Iterator[tuple[int, Checks]]:
     """Yield label and checks of every sample."""
     for record in records:
-        for sample in _samples(plan, record):
+        for sample in unpack(plan, record):
             assert sample.checks is not None
             yield sample.label, sample.checks
 
 
-def _check_some(plan: DatasetPlan, records: Sequence[ShardRecord]) -> None:
+def _check_some(plan: DatasetPlan, records: Sequence[PackedShard]) -> None:
     """Raise RequestError if no image was kept."""
-    if any(sha256 is not None for record in records for sha256 in record.images):
+    if any(record.rows["kept"].any() for record in records):
         return
-    candidates = sum(sum(record.tries) for record in records)
-    by_gate = sum(checks.rejected for record in records for checks in record.checks)
+    candidates = sum(int(record.rows["tries"].sum()) for record in records)
+    by_gate = sum(int(record.rows["rejected"].sum()) for record in records) if plan.gated else 0
     if by_gate == 0:
         options = plan.request.classifier
         defaults = ClassifierOptions.model_validate({})
@@ -461,16 +494,32 @@ def _check_some(plan: DatasetPlan, records: Sequence[ShardRecord]) -> None:
     )
 
 
-def _metadata(plan: DatasetPlan, records: Sequence[ShardRecord]) -> bytes:
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns(plan), lineterminator="\n")
-    writer.writeheader()
-    for record in records:
-        writer.writerows(metadata_row(plan, sample) for sample in _kept(plan, record))
-    return text.getvalue().encode()
+@contextmanager
+def _metadata(plan: DatasetPlan, records: Sequence[PackedShard]) -> Iterator[IO[bytes]]:
+    """Give metadata.csv as an open file, in the temporary folder if it is large."""
+    place = tempfile.gettempdir()
+    with tempfile.SpooledTemporaryFile(_IN_MEMORY, prefix="dermis-metadata-") as file:
+        with storage_errors(place):
+            text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+            writer = csv.DictWriter(text, columns(plan), lineterminator="\n")
+            writer.writeheader()
+            for record in records:
+                writer.writerows(metadata_row(plan, sample) for sample in _kept(plan, record))
+            text.detach()
+        yield file
 
 
-def _images(plan: DatasetPlan, store: Store, record: ShardRecord) -> Iterator[tuple[str, bytes]]:
+def _write_copy(store: Store, name: str, source: IO[bytes]) -> FileEntry:
+    """Write the content of an open file as a file of the dataset."""
+    with store.writing(name) as path, storage_errors(store.where(name)):
+        source.seek(0)
+        with path.open("wb") as file:
+            shutil.copyfileobj(source, file)
+        source.seek(0)
+        return FileEntry(name, path.stat().st_size, hash_file(source))
+
+
+def _images(plan: DatasetPlan, store: Store, record: PackedShard) -> Iterator[tuple[str, bytes]]:
     """Yield name and bytes of each image of a shard. Errors of the format's library become StorageErrors."""
     with store.open(record.file.name) as file:
         images = read_container(plan, file)
@@ -490,21 +539,21 @@ def _images(plan: DatasetPlan, store: Store, record: ShardRecord) -> Iterator[tu
 
 
 def _write_archive(
-    plan: DatasetPlan, store: Store, records: Sequence[ShardRecord], texts: Mapping[str, bytes]
+    plan: DatasetPlan, store: Store, records: Sequence[PackedShard], texts: Mapping[str, IO[bytes]]
 ) -> FileEntry:
     """Write images.zip from the parts, and the texts at its end."""
     with store.writing(ARCHIVE) as path:
-        with storage_errors(store.where(ARCHIVE)), zipfile.ZipFile(path, "w") as archive:
+        with storage_errors(store.where(ARCHIVE)), zip_of_many(path) as archive:
             for record in records:
                 for name, data in _images(plan, store, record):
                     add_to_zip(archive, name, data)
-            for name, data in texts.items():
-                add_to_zip(archive, name, data)
-        with storage_errors(store.where(ARCHIVE)), path.open("rb") as file:
-            return FileEntry(ARCHIVE, path.stat().st_size, hash_file(file))
+            for name, file in texts.items():
+                copy_to_zip(archive, name, file)
+        with storage_errors(store.where(ARCHIVE)), path.open("rb") as written:
+            return FileEntry(ARCHIVE, path.stat().st_size, hash_file(written))
 
 
-def _preview(plan: DatasetPlan, store: Store, records: Sequence[ShardRecord]) -> Images:
+def _preview(plan: DatasetPlan, store: Store, records: Sequence[PackedShard]) -> Images:
     """Return thumbnails of the first samples of each class, at most 64, in complete rows if there are enough."""
     classes = list(plan.request.classes)[:PREVIEW_IMAGES]
     rows = max(PREVIEW_IMAGES // PREVIEW_COLUMNS // len(classes), 1)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -27,8 +29,8 @@ if TYPE_CHECKING:
 
 Examine = Callable[[Images], Nearest]
 """Images, uint8 [N, H, W, 3] -> nearest training images by the bundle's index."""
-Expose = Callable[[Floats], Exposure]
-"""Embeddings [N, dim] of a whole dataset in the space of the index -> what they disclose of the training set."""
+Expose = Callable[[Iterable[Floats]], Exposure]
+"""Embeddings of a whole dataset in the space of the index, in pieces [n, dim] -> what they disclose of the training set."""
 
 SHOWN = (1, 5, 25, 50, 75, 95)
 """Percentiles of the nearest distances in the report of a dataset."""
@@ -166,53 +168,50 @@ def distance_at_percentile(index: IndexDescription, percentile: float) -> float:
     return float(np.interp(percentile, PERCENTILES, index.radii))
 
 
-def report(plan: DatasetPlan, samples: Sequence[tuple[int, Checks]], expose: Expose) -> PrivacyReport:
+def report(plan: DatasetPlan, samples: Iterable[tuple[int, Checks]], exposure: Exposure) -> PrivacyReport:
     """Make the report of a dataset.
 
     Args:
         plan: The plan of the dataset.
         samples: Label and checks of every sample. At least one must have an image.
-        expose: Measures what the images disclose of the training set.
+        exposure: What the images disclose of the training set.
     """
     index, options = plan.authenticity, plan.request.privacy
     assert index is not None and options is not None
-    tallies: dict[str, PrivacyTally] = {}
-    for name in plan.request.classes:
-        label = plan.class_names.index(name)
-        checks = [sample_checks for sample_label, sample_checks in samples if sample_label == label]
-        kept = [sample_checks.verdict for sample_checks in checks if sample_checks.verdict is not None]
-        tallies[name] = PrivacyTally(
-            images=len(kept),
-            seen=sum(sample_checks.seen for sample_checks in checks),
-            seen_authentic=sum(sample_checks.authentic for sample_checks in checks),
-            rejected=sum(sample_checks.rejected for sample_checks in checks),
-            authentic=sum(verdict.authentic for verdict in kept),
-            flagged=sum(not verdict.passed for verdict in kept),
-            copies=sum(sample_checks.copies for sample_checks in checks) if plan.detects_copies else None,
+    counts = {name: Counter[str]() for name in plan.request.classes}
+    all_distances = array("d")
+    for label, checks in samples:
+        count = counts[plan.class_names[label]]
+        count.update(seen=checks.seen, seen_authentic=checks.authentic, rejected=checks.rejected, copies=checks.copies)
+        verdict = checks.verdict
+        if verdict is not None:
+            count.update(images=1, authentic=verdict.authentic, flagged=not verdict.passed)
+            all_distances.append(verdict.distance)
+    tallies = {
+        name: PrivacyTally(
+            count["images"],
+            count["seen"],
+            count["seen_authentic"],
+            count["rejected"],
+            count["authentic"],
+            count["flagged"],
+            count["copies"] if plan.detects_copies else None,
         )
-    kept = list(_kept(samples))
-    distances = np.percentile([verdict.distance for verdict in kept], SHOWN)
+        for name, count in counts.items()
+    }
+    distances = np.percentile(np.frombuffer(all_distances, np.float64), SHOWN)
     return PrivacyReport(
         index=index.digest,
         classes=tallies,
         distances=tuple(round(float(value), 4) for value in distances),
         baseline=tuple(round(distance_at_percentile(index, percentile), 4) for percentile in SHOWN),
-        exposure=expose(np.stack([embedding_of(verdict) for verdict in kept])),
+        exposure=exposure,
         limit=round(distance_at_percentile(index, options.percentile), 4) if options.gate == "min_distance" else None,
         stands_on=baseline_sentence(index),
         weakness=baseline_problem(index),
     )
 
 
-def _kept(samples: Sequence[tuple[int, Checks]]) -> Iterator[GateVerdict]:
-    return (checks.verdict for _, checks in samples if checks.verdict is not None)
-
-
 def has_percentile(images: int, percentile: int) -> bool:
     """Return whether a percentile lies beyond at least one of this number of images, at either end."""
     return images * min(percentile, 100 - percentile) >= 100
-
-
-def embedding_of(verdict: GateVerdict) -> Floats:
-    """Decode the embedding of the image, float32 [dim]."""
-    return np.frombuffer(base64.b64decode(verdict.embedding), "<f2").astype(np.float32)

@@ -7,7 +7,8 @@ index. So a filtered dataset is a pure function of its request as well.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -153,23 +154,27 @@ def agrees(plan: DatasetPlan, label: int, probability: float) -> bool:
     return plan.classifier.class_at(probability, threshold) == plan.class_names[label]
 
 
-def tally(plan: DatasetPlan, outcomes: Mapping[str, Sequence[tuple[float | None, int]]]) -> dict[str, ClassifierTally]:
+def tally(plan: DatasetPlan, outcomes: Iterable[tuple[int, float | None, int]]) -> dict[str, ClassifierTally]:
     """Count the results by class.
 
     Args:
         plan: The plan of the dataset.
-        outcomes: By class name: probability of each sample (None if it is missing), and its number of candidates without
-            those that the gate rejected.
+        outcomes: Label and probability of each sample (None if it is missing), and its number of candidates without those
+            that the gate rejected.
     """
     assert plan.classifier is not None
-    tallies: dict[str, ClassifierTally] = {}
-    for name, samples in outcomes.items():
-        label = plan.class_names.index(name)
-        kept = [probability for probability, _ in samples if probability is not None]
-        known = name in plan.classifier.class_names
-        agreeing = sum(agrees(plan, label, probability) for probability in kept) if known else None
-        tallies[name] = ClassifierTally(len(kept), sum(tries for _, tries in samples), agreeing)
-    return tallies
+    known = set(plan.classifier.class_names)
+    counts = {name: Counter[str]() for name in plan.request.classes}
+    for label, probability, tries in outcomes:
+        name = plan.class_names[label]
+        counts[name]["drawn"] += tries
+        if probability is not None:
+            counts[name]["images"] += 1
+            counts[name]["agreeing"] += name in known and agrees(plan, label, probability)
+    return {
+        name: ClassifierTally(count["images"], count["drawn"], count["agreeing"] if name in known else None)
+        for name, count in counts.items()
+    }
 
 
 def _accepts(plan: DatasetPlan, label: int, probability: float | None) -> bool:

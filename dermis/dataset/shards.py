@@ -132,6 +132,16 @@ def find_shard(
     return record if store.sha256(file.name) == file.sha256 else None
 
 
+def missing_shards(plan: DatasetPlan, store: Store) -> list[int]:
+    """Return the shards that are not finished, by one listing of the storage. No file is read."""
+    entries = set(store.entries())
+    return [
+        shard
+        for shard in range(plan.shards)
+        if _sidecar(shard) not in entries or shard_file(plan, shard) not in entries
+    ]
+
+
 def shard_file(plan: DatasetPlan, shard: int) -> str:
     """Return the name of the file that holds a shard: a final file, or a part of images.zip."""
     return container_name(plan, shard) or f"{PARTIAL}/shard-{shard:05d}.zip"

@@ -77,6 +77,16 @@ class Store:
     def _path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}"
 
+    def _current_path(self, name: str) -> str:
+        """Return the path of a file, after the driver's listings of its folders are dropped.
+
+        Other processes write to the same storage. A listing that the driver keeps would hide their files and state old sizes.
+        """
+        path = self._path(name)
+        if not self.local:
+            self._fs.invalidate_cache(path)
+        return path
+
     def entries(self) -> list[str]:
         """Return the relative names of all files, sorted. Names of empty folders are included, with a slash at the end."""
         with storage_errors(self.location, remote=not self.local):
@@ -92,7 +102,7 @@ class Store:
         """Return the size of a file in bytes, or None if there is no such file."""
         with self.errors(name):
             try:
-                info: dict[str, Any] = self._fs.info(self._path(name))
+                info: dict[str, Any] = self._fs.info(self._current_path(name))
             except (FileNotFoundError, NotADirectoryError):
                 return None
             return int(info["size"]) if info["type"] == "file" else None
@@ -110,7 +120,7 @@ class Store:
     def open(self, name: str) -> Iterator[IO[bytes]]:
         """Open a file for reading and seeking. In a local folder only regular files of that folder are opened."""
         with self.errors(name):
-            file = open_regular(self._root, name) if self.local else self._fs.open(self._path(name), "rb")
+            file = open_regular(self._root, name) if self.local else self._fs.open(self._current_path(name), "rb")
         with file:
             yield file
 
@@ -175,7 +185,7 @@ class Store:
     def remove(self, name: str) -> None:
         """Remove a file, or a folder with its content, if it exists."""
         with self.errors(name), suppress(FileNotFoundError):
-            self._fs.rm(self._path(name), recursive=True)
+            self._fs.rm(self._current_path(name), recursive=True)
 
     def signed_url(self, name: str, seconds: int, *, media_type: str, disposition: str) -> str:
         """Return a URL with which everyone can download a file from storage at s3:// for some time.

@@ -91,21 +91,30 @@ def _verify_archive(path: Path) -> Report:
     try:
         with zipfile.ZipFile(path) as archive:
             members = _members(archive)
-            sizes = {name: info.file_size for name, info in members.items()}
-            if METADATA not in sizes or sum(sizes.values()) > 10 * path.stat().st_size:  # images do not shrink
+            unpacked_bytes = sum(info.file_size for info in members.values())
+            if METADATA not in members or unpacked_bytes > 10 * path.stat().st_size:  # images do not shrink
                 raise StorageError(
                     f"{path}: is not the {ARCHIVE} of a dataset; give the folder of the dataset, or its {ARCHIVE}"
                 )
-            table = csv.DictReader(io.StringIO(archive.read(METADATA).decode(), newline=""))
-            hashes = {row["file_name"]: row["sha256"] for row in table}
-            present = {name for name in sizes if name.startswith("images/")}
-            changed = [
-                name for name in sorted(present & hashes.keys()) if _digest(archive.open(members[name])) != hashes[name]
-            ]
+            unlisted = {name for name in members if name.startswith("images/")}
+            changed: list[str] = []
+            missing: set[str] = set()
+            checked = 0
+            with archive.open(METADATA) as table:  # row by row: there can be millions
+                for row in csv.DictReader(io.TextIOWrapper(table, encoding="utf-8", newline="")):
+                    name = row["file_name"]
+                    if name in unlisted:
+                        unlisted.remove(name)
+                        if _digest(archive.open(members[name])) != row["sha256"]:
+                            changed.append(name)
+                    elif name in missing or (name.startswith("images/") and name in members):
+                        raise ValueError(f"{METADATA} lists {name} more than once")
+                    else:
+                        missing.add(name)
+                    checked += 1
     except (zipfile.BadZipFile, zlib.error, OSError, ValueError, KeyError, NotImplementedError, csv.Error) as error:
         raise StorageError(f"{path}: cannot be read as the {ARCHIVE} of a dataset ({escape(error)})") from error
-    missing, extra = sorted(hashes.keys() - present), sorted(present - hashes.keys())
-    return Report(len(hashes), tuple(changed), tuple(missing), tuple(extra))
+    return Report(checked, tuple(sorted(changed)), tuple(sorted(missing)), tuple(sorted(unlisted)))
 
 
 def _compare_unpacked(root: Path, unpacked: Set[str]) -> tuple[set[str], list[str]]:
@@ -127,14 +136,13 @@ def _compare_unpacked(root: Path, unpacked: Set[str]) -> tuple[set[str], list[st
 
 def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
     """Return the members of a zip by name. Raises ValueError if one could unpack to any size, or is ambiguous."""
-    members: dict[str, zipfile.ZipInfo] = {}
+    members = archive.NameToInfo  # not a copy: there can be millions
     for info in archive.infolist():
         # zipfile unpacks a whole block of bzip2 or LZMA before it checks the size.
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.flag_bits & 1:
             raise ValueError(f"{info.filename} is encrypted, or compressed by another method than deflate")
-        if info.filename in members:
+        if members[info.filename] is not info:
             raise ValueError(f"{info.filename} occurs more than once")
-        members[info.filename] = info
     return members
 
 

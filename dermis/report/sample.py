@@ -8,9 +8,9 @@ from itertools import islice
 import numpy as np
 
 from dermis.bundle import Bundle
-from dermis.dataset.containers import DatasetSample, file_name
+from dermis.dataset.containers import file_name
 from dermis.dataset.plan import BATCH, DatasetPlan
-from dermis.dataset.privacy import Examine, embedding_of
+from dermis.dataset.privacy import Examine
 from dermis.errors import DermisError
 from dermis.imaging import Images, as_rgb
 from dermis.report.appearance import Appearance, appearances
@@ -29,7 +29,7 @@ def evenly_spaced(number: int, most: int) -> list[int]:
     return [(2 * k + 1) * number // (2 * count) for k in range(count)]
 
 
-def choose(kept: Mapping[str, Sequence[DatasetSample]], most: int) -> dict[str, list[DatasetSample]]:
+def choose(kept: Mapping[str, Sequence[int]], most: int) -> dict[str, list[int]]:
     """Choose about the same number of samples of each class, evenly spaced, at most `most` or one of each."""
     remaining, classes = most, sorted(kept, key=lambda name: len(kept[name]))
     counts: dict[str, int] = {}
@@ -45,9 +45,10 @@ def choose(kept: Mapping[str, Sequence[DatasetSample]], most: int) -> dict[str, 
 def measure(
     plan: DatasetPlan,
     bundle: Bundle,
-    kept: Mapping[str, Sequence[DatasetSample]],
+    kept: Mapping[str, Sequence[int]],
     images: Callable[[Collection[str]], Iterable[tuple[str, Images]]],
     examine: Examine | None,
+    embeddings: Callable[[Sequence[int]], Floats] | None,
     on_batch: Callable[[], None] | None = None,
 ) -> Measurements:
     """Measure the images for the report.
@@ -55,13 +56,18 @@ def measure(
     Args:
         plan: The plan of the dataset.
         bundle: The bundle whose generator made the images.
-        kept: The samples that have an image, by class.
+        kept: Indices of the samples that have an image, by class.
         images: Yields name and pixels of the images with the given file names.
         examine: Computes features if there is no gate; None if it cannot.
+        embeddings: Indices of samples -> features that the gate has computed, float32 [n, dim]; None without a gate.
         on_batch: Called between batches of images.
     """
     sample = choose(kept, SAMPLE)
-    class_of = {file_name(plan, each.index, each.label): name for name, of_class in sample.items() for each in of_class}
+    class_of = {
+        file_name(plan, index, plan.class_names.index(name)): name
+        for name, indices in sample.items()
+        for index in indices
+    }
     needed = bundle.reference is not None and bundle.reference.space is not None
     examining = needed and not plan.gated  # a gate has computed the features already
     problem = "the index of the bundle cannot be used here" if examining and examine is None else None
@@ -77,16 +83,13 @@ def measure(
             seen[name].append(measured)
         if examining and examine is not None and problem is None:
             try:
-                embeddings = examine(colour).embeddings
+                examined = examine(colour).embeddings
             except DermisError as error:
                 problem = f"the index of the bundle could not be used ({error})"
                 continue
-            for name, row in zip(names, embeddings, strict=True):
+            for name, row in zip(names, examined, strict=True):
                 features[name].append(row)
-    if needed and plan.gated:
-        features = {
-            name: [embedding_of(each.checks.verdict) for each in samples if each.checks and each.checks.verdict]
-            for name, samples in choose(kept, MAX_FEATURES).items()
-        }
     stacked = {name: np.stack(rows) for name, rows in features.items() if rows} if problem is None else {}
+    if needed and embeddings is not None:
+        stacked = {name: embeddings(indices) for name, indices in choose(kept, MAX_FEATURES).items() if indices}
     return Measurements(seen, stacked, problem)

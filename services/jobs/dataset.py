@@ -6,13 +6,14 @@ This module implements `services.jobs.execution.JobKind`.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dermis.authenticity.attack import Exposure
 from dermis.authenticity.index import Nearest
 from dermis.bundle import Bundle
 from dermis.classifier.preprocess import batch
@@ -93,17 +94,18 @@ def finish(ctx: JobContext, job: Job) -> None:
             check()
             offer_place()
 
+        def expose(pieces: Iterable[NDArray[np.float32]]) -> Exposure:
+            embeddings = np.concatenate(list(pieces))  # one request
+            return call_with_retry(ctx, job.id, lambda: ctx.inference.authenticity.expose(bundle, embeddings))
+
+        compare = Comparison(detect_copies=False)
         finalize(
             plan,
             ctx.retrying_store(job),
             bundle,
             _identity(ctx, job.id, bundle, plan),
-            lambda embeddings: call_with_retry(
-                ctx, job.id, lambda: ctx.inference.authenticity.expose(bundle, embeddings)
-            ),
-            examine=None
-            if bundle.authenticity is None
-            else _Examine(ctx, job, bundle, Comparison(detect_copies=False)),
+            expose,
+            examine=None if bundle.authenticity is None else _Examine(ctx, job, bundle, compare),
             on_batch=end_batch,
         )
 

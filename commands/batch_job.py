@@ -1,0 +1,232 @@
+"""`dermis generate --print-job`: Kubernetes Jobs that make a dataset in parts and finish it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from commands.batch import BAD_INPUT
+from commands.console import option_of
+from dermis import __version__
+from dermis.errors import RequestError, escape
+
+if TYPE_CHECKING:
+    from dermis.dataset.plan import DatasetPlan
+    from dermis.dataset.request import DatasetRequest
+
+MAX_PARTS = 32  # parts of a Job if --shards does not say how many
+_IMAGE = f"registry.example.com/dermis:{__version__}"
+_LABEL = r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?"
+_GIB = 1 << 30
+
+PrintJobOption = Annotated[
+    bool,
+    typer.Option(
+        "--print-job",
+        help="Make nothing: print Kubernetes Jobs for this dataset. --shards auto/N says how many pods make it.",
+    ),
+]
+QueueOption = Annotated[str | None, typer.Option(help="With --print-job: name of the Kueue queue of the Job.")]
+JobImageOption = Annotated[
+    str | None, typer.Option(help=f"With --print-job: container image with the command dermis. Default {_IMAGE}.")
+]
+JobGpusOption = Annotated[int | None, typer.Option(help="With --print-job: GPUs of each pod. Default 0.", min=0)]
+
+
+@dataclass(frozen=True)
+class JobOptions:
+    """Options of `--print-job` that do not change the dataset."""
+
+    bundle: str
+    out: str
+    shards: str | None
+    queue: str | None
+    image: str | None
+    gpus: int | None
+
+
+def job_yaml(plan: DatasetPlan, resolution: int, options: JobOptions) -> str:
+    """Write the Jobs of a dataset: an Indexed Job for its parts, and a suspended Job that finishes it.
+
+    Args:
+        plan: The plan of the dataset.
+        resolution: Side of the images in px.
+        options: Places of bundle and dataset, and what the pods need.
+
+    Raises:
+        RequestError: The pods could not use an option.
+    """
+    parts = _check(plan, options)
+    name = f"dermis-{plan.digest[:10]}"
+    places = [f"--bundle={options.bundle}", f"--out={options.out}"]
+    places.append(f"--device={'cuda' if options.gpus else 'cpu'}")  # the bytes depend on it
+    arguments = ["generate", *places, *request_arguments(plan.request)]
+    queue = "" if options.queue is None else f"\n    kueue.x-k8s.io/queue-name: {json.dumps(options.queue)}"
+    shard_gib, finish_gib = _temporary_gib(plan, resolution)
+    parts_pod = _pod("generate", [*arguments, f"--shards=auto/{parts}"], options, shard_gib)
+    finish_pod = _pod("finish", [*arguments, "--finalize"], options, finish_gib)
+    return f"""# {plan.samples:,} images in {plan.shards:,} shards, made by {parts} pods and finished by one more.
+# The secret holds what the S3 library reads from the environment; without a secret the pods' own identity is used:
+#   kubectl create secret generic dermis-s3 --from-literal=AWS_ENDPOINT_URL=https://s3.example.com \\
+#       --from-literal=AWS_ACCESS_KEY_ID=... --from-literal=AWS_SECRET_ACCESS_KEY=...
+#   kubectl apply -f FILE
+#   kubectl wait --for=condition=complete --timeout=24h job/{name}
+#   kubectl patch job/{name}-finish -p '{{"spec": {{"suspend": false}}}}'
+#   kubectl wait --for=condition=complete --timeout=24h job/{name}-finish
+# After a failure, delete both Jobs and apply the file again: shards that are complete are kept.
+apiVersion: batch/v1
+kind: Job
+metadata:
+  name: {name}
+  labels:
+    app.kubernetes.io/name: dermis-batch{queue}
+spec:
+  completionMode: Indexed
+  completions: {parts}
+  parallelism: {parts}
+  backoffLimitPerIndex: 6 # a part that is repeated keeps its complete shards
+  maxFailedIndexes: {max(1, parts // 10)}
+{_JOB_RULES.format(container="generate", status=BAD_INPUT)}
+{parts_pod}
+---
+# Suspended until all parts are complete. It has no queue: Kueue would start it at once.
+apiVersion: batch/v1
+kind: Job
+metadata:
+  name: {name}-finish
+  labels:
+    app.kubernetes.io/name: dermis-batch
+spec:
+  suspend: true
+  backoffLimit: 6
+{_JOB_RULES.format(container="finish", status=BAD_INPUT)}
+{finish_pod}
+"""
+
+
+_JOB_RULES = """\
+  ttlSecondsAfterFinished: 604800
+  podFailurePolicy:
+    rules:
+      - action: FailJob # options that do not fit, another dataset in the folder, missing shards: a repetition fails again
+        onExitCodes: {{containerName: {container}, operator: In, values: [{status}]}}
+      - action: Ignore # preemption, eviction, a drained node: not counted
+        onPodConditions:
+          - {{type: DisruptionTarget, status: "True"}}"""
+
+
+def _pod(container: str, arguments: list[str], options: JobOptions, temporary_gib: int) -> str:
+    """Write the pod template of a Job. `$(` in an argument is escaped, as Kubernetes would replace variables."""
+    args = "\n".join(f"            - {json.dumps(each.replace('$(', '$$('))}" for each in arguments)
+    limits = "memory: 8Gi" + (f", nvidia.com/gpu: {options.gpus}" if options.gpus else "")
+    return f"""  template:
+    metadata:
+      labels:
+        app.kubernetes.io/name: dermis-batch
+    spec:
+      restartPolicy: Never
+      automountServiceAccountToken: false
+      securityContext:
+        runAsNonRoot: true
+        runAsUser: 1034
+        runAsGroup: 1034
+        fsGroup: 1034
+        seccompProfile: {{type: RuntimeDefault}}
+      containers:
+        - name: {container}
+          image: {json.dumps(options.image or _IMAGE)}
+          command: [dermis]
+          args:
+{args}
+          workingDir: /tmp
+          env:
+            - {{name: HOME, value: /tmp}} # the root file system is read-only
+            - {{name: TORCHINDUCTOR_CACHE_DIR, value: /tmp/inductor}}
+            - {{name: TRITON_CACHE_DIR, value: /tmp/triton}}
+          envFrom:
+            - secretRef: {{name: dermis-s3, optional: true}}
+          resources:
+            requests: {{cpu: "2", memory: 3Gi}}
+            limits: {{{limits}}}
+          securityContext:
+            allowPrivilegeEscalation: false
+            readOnlyRootFilesystem: true
+            capabilities: {{drop: [ALL]}}
+          volumeMounts:
+            - {{name: tmp, mountPath: /tmp}}
+      volumes:
+        - name: tmp
+          emptyDir: {{sizeLimit: {temporary_gib}Gi}}"""
+
+
+def _check(plan: DatasetPlan, options: JobOptions) -> int:
+    """Return the number of parts. Raises RequestError if the pods could not use an option."""
+    if "://" not in options.out:
+        raise RequestError("--out", "must be a URL that all pods can write to, such as s3://bucket/folder")
+    bundle = options.bundle
+    if "://" not in bundle and not Path(bundle).is_absolute() and Path(bundle).exists():
+        message = (
+            f"{escape(bundle)} is a folder of this machine; give a URL, or the name or path of a bundle in the image"
+        )
+        raise RequestError("--bundle", message)
+    if options.queue is not None and not re.fullmatch(_LABEL, options.queue):
+        raise RequestError("--queue", f"{escape(options.queue)!r} cannot be the name of a queue")
+    if options.shards is None:
+        return min(plan.shards, MAX_PARTS)
+    match = re.fullmatch(r"auto/([1-9][0-9]{0,5})", options.shards)
+    if match is None:
+        raise RequestError("--shards", "must be auto/N with --print-job, such as auto/16")
+    return int(match[1])
+
+
+def _temporary_gib(plan: DatasetPlan, resolution: int) -> tuple[int, int]:
+    """Return the sizes of the temporary folder in GiB, for a part and for the end of the dataset.
+
+    A shard is written there before it is uploaded, and at the end images.zip, metadata.csv and the embeddings of the gate.
+    """
+    from dermis.dataset.shards import max_dataset_bytes, max_image_bytes
+
+    request = plan.request
+    image = max_image_bytes(request.image_format, request.image_quality, resolution)
+    shard = min(request.shard_size, plan.samples) * 2 * image
+    dim = plan.authenticity.dim if plan.authenticity is not None and plan.gated else 0
+    finish = plan.samples * (1000 + 2 * dim)
+    if request.format == "imagefolder":
+        finish += max_dataset_bytes(plan, resolution)
+    return 2 + math.ceil(shard / _GIB), 2 + math.ceil(finish / _GIB)  # 2 for caches
+
+
+def request_arguments(request: DatasetRequest) -> list[str]:
+    """Return the options of `dermis generate` that make the same request.
+
+    Raises:
+        RequestError: The name of a class has a comma, or a space at an end.
+    """
+    for name in request.classes:
+        if "," in name or name != name.strip():
+            raise RequestError("--classes", f"{escape(name)!r} cannot be written as an option")
+    arguments = ["--classes=" + ",".join(f"{name}={count}" for name, count in request.classes.items())]
+    values = request.model_dump(exclude={"model", "classes", "edits", "classifier", "privacy"}, exclude_none=True)
+    if request.classifier is not None:
+        values |= {f"classifier.{name}": value for name, value in request.classifier.model_dump().items()}
+    if request.privacy is not None:
+        values |= {f"privacy.{name}": value for name, value in request.privacy.model_dump().items()}
+    for field, value in values.items():
+        option = option_of(field)
+        if field == "privacy.detect_copies":
+            arguments.append("--detect-copies" if value else "--no-detect-copies")
+        elif isinstance(value, bool):
+            arguments.append(option if value else option.replace("--", "--no-", 1))
+        else:
+            arguments.append(f"{option}={value}")
+    for edit in request.edits or ():
+        layers = "" if edit.layers is None else "@{}-{}".format(*edit.layers)
+        arguments.append(f"--edit={edit.direction}={Decimal(repr(edit.strength)):f}{layers}")
+    return arguments

@@ -1,0 +1,231 @@
+"""Tests of datasets that many processes make in parts: the same bytes as of one process, and exit statuses for Jobs."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import kubernetes_validate
+import numpy as np
+import pytest
+import yaml
+
+from commands.batch import part_of, shards_of
+from dermis.bundle import Bundle
+from dermis.errors import RequestError, StorageError
+from tiny_index import make_complete_bundle
+
+ROOT = Path(__file__).resolve().parents[2]
+Run = Callable[..., tuple[int, str, str]]
+
+
+class Painter:
+    """Replaces the synthesizer: returns a grey image with the value of the index at once."""
+
+    identity: Mapping[str, str] = {"device": "test"}
+    preferred_batch = 4
+    drawn = 0
+
+    def __init__(self, bundle: Bundle, **_: object) -> None: ...
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def images(self, seeds: Sequence[int], indices: Sequence[int], labels: Sequence[int], **_: object) -> Any:
+        Painter.drawn += len(indices)
+        return np.broadcast_to(np.array(indices, np.uint8)[:, None, None, None], (len(indices), 8, 8, 3))
+
+
+@pytest.fixture
+def painter(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Painter]]:
+    monkeypatch.setattr("dermis.synthesizer.Synthesizer", Painter)
+    Painter.drawn = 0
+    yield Painter
+
+
+@pytest.fixture(scope="module")
+def complete_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """With classifier, index of training images and held-out images."""
+    pytest.importorskip("faiss", reason="FAISS is not installed")
+    pictures = np.random.default_rng(0).integers(0, 256, (64, 12, 12, 3), dtype=np.uint8)
+    return make_complete_bundle(tmp_path_factory.mktemp("bundles"), pictures[:40], held_out=pictures[40:])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def asked_of(bundle: Bundle, *options: object) -> tuple[object, ...]:
+    """Arguments of a dataset of 4 shards."""
+    return ("generate", "--bundle", bundle.location, "--classes", "malignant=8,benign=6", "--shard-size", 4, *options)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--format", "imagefolder"),
+        ("--format", "webdataset", "--gate", "authentic", "--on-reject", "drop"),
+        ("--format", "parquet", "--gate", "min_distance", "--percentile", 50, "--keep", "agreeing", "--tries", 4),
+    ],
+    ids=["imagefolder", "webdataset with gate", "parquet with gate and filter"],
+)
+def test_parts_give_the_bytes_of_one_process(
+    run: Run, complete_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: Sequence[object]
+) -> None:
+    """In any order, with a part that is lost and repeated, and finished twice."""
+    asked = asked_of(complete_bundle, "--device", "cpu", *options, "--out")
+    one, parts = tmp_path / "one", tmp_path / "parts"
+    assert run(*asked, one)[0] == 0
+    assert run(*asked, parts, "--shards", "2/3")[0] == 0
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "0")
+    assert run(*asked, parts, "--shards", "auto/3")[0] == 0
+    status, _, err = run(*asked, parts, "--finalize")
+    assert status == 2 and "shard 1 of 4 is missing" in err and not (parts / "manifest.json").exists()
+    assert run(*asked, parts, "--shards", "1/3")[0] == 0
+    for number in range(2):
+        assert run(*asked, parts, "--finalize")[0] == 0, number
+        assert contents(parts) == contents(one)
+    assert run(*asked, parts, "--shards", "1/3")[0] == 0
+    assert contents(parts) == contents(one)
+
+
+def test_repeated_or_late_part_changes_nothing(
+    run: Run, painter: type[Painter], tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part that was finished is not drawn again; one that ends after the dataset was finished leaves no file."""
+    asked = asked_of(tiny_bundle, "--format", "webdataset", "--out", tmp_path / "out")
+    assert run(*asked, "--shards", "0/2")[0] == 0
+    before, drawn = contents(tmp_path / "out"), painter.drawn
+    assert run(*asked, "--shards", "0/2")[0] == 0
+    assert painter.drawn == drawn and contents(tmp_path / "out") == before
+    assert run(*asked, "--shards", "1/2")[0] == 0
+    copy = tmp_path / "copy"
+    shutil.copytree(tmp_path / "out", copy)
+    assert run(*asked, "--finalize")[0] == 0
+    finished = contents(tmp_path / "out")
+    assert run(*asked[:-1], tmp_path / "one")[0] == 0
+    assert contents(tmp_path / "one") == finished
+
+    def finish_meanwhile(*_: object, **__: object) -> None:
+        shutil.rmtree(tmp_path / "out")
+        shutil.copytree(copy, tmp_path / "out")
+        for name, data in finished.items():
+            (tmp_path / "out" / name).write_bytes(data)
+
+    shutil.rmtree(tmp_path / "out")
+    monkeypatch.setattr("commands.generate._make", finish_meanwhile)
+    assert run(*asked, "--shards", "0/2")[0] == 0
+    assert contents(tmp_path / "out") == finished
+
+
+def test_missing_shards_and_other_requests_are_refused_with_status_2(
+    run: Run, painter: type[Painter], tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = asked_of(tiny_bundle, "--out", tmp_path / "out")
+    status, _, err = run(*asked, "--finalize")
+    assert status == 2 and "shard 0 of 4 is missing, as are 3 others: 1-3" in err and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+    assert run(*asked, "--shards", "0/1")[0] == 0
+    before = contents(tmp_path / "out")
+    for option in (("--shards", "0/2"), ("--finalize",)):
+        status, _, err = run(*asked, "--seed", 5, *option)
+        assert status == 2 and "--seed 0" in err
+        assert run(*asked, "--classes", "nothing=5", *option)[0] == 2
+        assert run("generate", "--bundle", tmp_path / "none", *asked[3:], *option)[0] == 2
+    assert run(*asked, "--shards", "2/2")[0] == 2
+    assert run(*asked, "--shards", "0/2", "--finalize")[0] == 2
+    assert contents(tmp_path / "out") == before
+
+    def unreachable(*_: object, **__: object) -> None:
+        raise StorageError("s3://bucket: cannot be reached at the moment", kind="storage-unavailable")
+
+    monkeypatch.setattr("commands.generate._make", unreachable)
+    assert run(*asked, "--shards", "0/2")[0] == 1, "a Job would not repeat this"
+
+
+def test_every_shard_is_in_one_part() -> None:
+    for number in (1, 2, 3, 7, 20):
+        parts = [shards_of(part_of(f"{index}/{number}"), 10) for index in range(number)]
+        assert sorted(shard for part in parts for shard in part) == list(range(10))
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert part_of("auto/4", {"JOB_COMPLETION_INDEX": "3"}) == (3, 4)
+    for text, environment in (("auto/4", {}), ("4/4", {}), ("0/0", {}), ("-1/4", {}), ("1", {}), ("a/b", {}), ("", {})):
+        with pytest.raises(RequestError, match="--shards"):
+            part_of(text, environment)
+
+
+EXAMPLE = ROOT / "k8s/batch/lesions.yaml"
+EXAMPLE_OPTIONS = ("--bundle", "demo", "--classes", "malignant=50000,benign=50000", "--format", "parquet")
+EXAMPLE_OPTIONS += (
+    "--gate",
+    "authentic",
+    "--out",
+    "s3://datasets/lesions",
+    "--shards",
+    "auto/16",
+    "--queue",
+    "research",
+)
+
+
+def test_printed_jobs_are_valid_restricted_and_equal_to_the_example(run: Run) -> None:
+    status, text, _ = run("generate", *EXAMPLE_OPTIONS, "--print-job")
+    assert status == 0 and text == EXAMPLE.read_text()
+    documents = list(yaml.safe_load_all(text))
+    for document in documents:
+        kubernetes_validate.validate(document, "1.37", strict=True)
+        pod = document["spec"]["template"]["spec"]
+        assert pod["securityContext"]["runAsNonRoot"] and pod["restartPolicy"] == "Never"
+        (container,) = pod["containers"]
+        assert container["securityContext"]["readOnlyRootFilesystem"]
+        assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+        assert container["resources"]["limits"]["memory"]
+        failure, disruption = document["spec"]["podFailurePolicy"]["rules"]
+        assert failure["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [2]}
+        assert (failure["action"], disruption["action"]) == ("FailJob", "Ignore")
+    parts, finish = (document["spec"] for document in documents)
+    assert (parts["completionMode"], parts["completions"], finish["suspend"]) == ("Indexed", 16, True)
+    assert parts["backoffLimitPerIndex"] and parts["maxFailedIndexes"] == 1
+    queues = [document["metadata"]["labels"].get("kueue.x-k8s.io/queue-name") for document in documents]
+    assert queues == ["research", None]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--classes benign=7,malignant=9 --keep agreeing --tries 3 --max-probability 0.75 --seed 9 --image-format jpeg",
+        "--classes malignant=9 --gate min_distance --no-detect-copies --score --edit hair=0.00001@0-4 --edit frame=-1",
+    ],
+)
+def test_arguments_of_the_pods_make_the_same_request(run: Run, options: str) -> None:
+    """The name of the Jobs holds the digest of the plan, so that it would differ otherwise."""
+    place = ("--bundle", "demo", "--out", "s3://datasets/lesions", "--shards", "auto/4")
+    status, text, err = run("generate", *place, *options.split(), "--print-job")
+    assert status == 0, err
+    documents = list(yaml.safe_load_all(text))
+    assert documents[0]["spec"]["completions"] == 4
+    for document in documents:
+        arguments = document["spec"]["template"]["spec"]["containers"][0]["args"]
+        kept = [argument for argument in arguments if argument != "--finalize"]
+        again = run(*kept, *(() if "--shards=auto/4" in kept else ("--shards", "auto/4")), "--print-job")
+        assert again == (0, text, "")
+
+
+def test_jobs_that_could_not_run_are_refused(run: Run, tiny_bundle: Bundle, tmp_path: Path) -> None:
+    asked = ("generate", "--classes", "benign=7", "--print-job")
+    there = ("--bundle", "demo", "--out", "s3://datasets/lesions")
+    for options, name in (
+        (("--bundle", "demo", "--out", tmp_path), "--out"),
+        (("--bundle", "bundles/demo", "--out", "s3://datasets/lesions"), "--bundle"),
+        ((*there, "--shards", "1/4"), "--shards"),
+        ((*there, "--queue", "a b"), "--queue"),
+        ((*there, "--finalize"), "--print-job"),
+    ):
+        status, out, err = run(*asked, *options)
+        assert status in (1, 2) and out == "" and err.startswith(f"error: {name}: "), options
+    assert run(*asked[:-1], *there, "--queue", "research")[0] == 1

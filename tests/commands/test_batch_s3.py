@@ -1,0 +1,115 @@
+"""Tests of datasets in a real S3 bucket: parts by several processes, one of them killed, have the bytes of one process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster_kit import S3Server, running_s3
+from dermis.bundle import Bundle
+from dermis.dataset.store import Store
+from dermis.dataset.verify import verify
+
+pytestmark = pytest.mark.full
+ROOT = Path(__file__).resolve().parents[2]
+SECONDS = 300
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[S3Server]:
+    with running_s3() as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        yield server
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    """A `dermis` command in a process of its own, that finds the packages of this one."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
+    return subprocess.Popen(
+        [sys.executable, "-m", "commands.main", *map(str, arguments)],
+        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def done(process: subprocess.Popen[str]) -> int:
+    output, _ = process.communicate(timeout=SECONDS)
+    print(output)
+    return process.returncode
+
+
+def contents(location: str | Path) -> dict[str, bytes]:
+    store = Store(location)
+    return {name: store.read(name) for name in store.entries()}
+
+
+@pytest.mark.parametrize("file_format", ["imagefolder", "webdataset", "parquet"])
+def test_parts_in_a_bucket_survive_a_kill(s3: S3Server, tiny_bundle: Bundle, tmp_path: Path, file_format: str) -> None:
+    asked = [
+        "generate",
+        "--bundle",
+        tiny_bundle.location,
+        "--classes",
+        "malignant=300,benign=300",
+        "--format",
+        file_format,
+    ]
+    asked += ["--shard-size", "25", "--device", "cpu", "--out"]
+    url = s3.url(f"kills/{file_format}")
+    store = Store(url)
+    parts = [start(*asked, url, "--shards", f"{index}/3") for index in range(3)]
+    deadline = time.monotonic() + SECONDS
+    while not any(f"shard-{shard:05d}.json" in name for name in store.entries() for shard in range(1, 24, 3)):
+        assert parts[1].poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    parts[1].kill()
+    assert [done(part) for part in parts] == [0, -9, 0]
+    assert done(start(*asked, url, "--finalize")) == 2, "the killed part was complete"
+    assert done(start(*asked, url, "--seed", "5", "--shards", "1/3")) == 2
+    assert done(start(*asked, url, "--shards", "1/3")) == 0
+    for _ in range(2):
+        assert done(start(*asked, url, "--finalize")) == 0
+    assert verify(url).ok
+    assert done(start(*asked, tmp_path / "one")) == 0
+    assert contents(url) == contents(tmp_path / "one")
+
+
+def test_files_of_another_process_are_seen(s3: S3Server) -> None:
+    """Also if the driver has listed the folder before."""
+    url = s3.url("listings")
+    here = Store(url)
+    here.write("one", b"1")
+    assert here.entries() == ["one"]
+    write = (
+        f"from dermis.dataset.store import Store; s = Store({url!r}); s.write('two', b'22'); s.write('one', b'changed')"
+    )
+    subprocess.run([sys.executable, "-c", write], cwd=ROOT, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+                   check=True, timeout=SECONDS)  # fmt: skip
+    assert here.size("two") == 2
+    assert here.size("one") == 7 and here.read("one") == b"changed"
+    here.remove("two")
+    assert here.size("two") is None
+
+
+def test_dataset_is_finished_after_the_server_was_killed(s3: S3Server, tiny_bundle: Bundle) -> None:
+    """The parts end with status 1, which a Job repeats, or wait for the server; then the same command continues."""
+    url = s3.url("server")
+    asked = ("generate", "--bundle", tiny_bundle.location, "--classes", "malignant=300,benign=300", "--shard-size", 25)
+    asked += ("--device", "cpu", "--format", "parquet", "--out", url)
+    part = start(*asked, "--shards", "0/1")
+    deadline = time.monotonic() + SECONDS
+    while sum(name.endswith(".json") for name in Store(url).entries()) < 4:
+        assert part.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    s3.kill()
+    s3.start()
+    assert done(part) in (0, 1)
+    assert done(start(*asked, "--shards", "0/1")) == 0
+    assert done(start(*asked, "--finalize")) == 0
+    assert verify(url).ok
