@@ -260,6 +260,21 @@ def kills(cluster: Cluster, undisturbed: Undisturbed, count: int) -> Iterator[Re
         yield result
 
 
+def lost_machines(cluster: Cluster, undisturbed: Undisturbed, count: int) -> Iterator[Result]:
+    """A worker is killed and PostgreSQL does not learn of it, as when a machine loses power: its transactions stay open."""
+    result = Result("loss of a worker's machine")
+
+    def lose() -> str:
+        cluster.database_proxy.reports_end = False
+        worker = cluster.random.choice(cluster.workers)
+        worker.kill()
+        cluster.database_proxy.reports_end = True
+        return worker.name
+
+    run_jobs(cluster, undisturbed, result, lose, max(2, count // 5), "parquet")
+    yield result
+
+
 def database_restarts(cluster: Cluster, undisturbed: Undisturbed, count: int) -> Iterator[Result]:
     """PostgreSQL stopped in the modes fast and immediate, and killed, and started again after up to 5 seconds."""
     for mode in ("fast", "immediate", "kill -9"):
@@ -437,6 +452,7 @@ def _fill_disk(one: Replica, folder: Path, free: int, undisturbed: Undisturbed, 
 
 SCENARIOS: Mapping[str, Callable[[Cluster, Undisturbed, int], Iterator[Result]]] = {
     "kills": kills,
+    "lost": lost_machines,
     "database": database_restarts,
     "connections": database_connections,
     "storage": storage_faults,

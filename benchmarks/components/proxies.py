@@ -30,7 +30,10 @@ def _loop_in_thread() -> Iterator[asyncio.AbstractEventLoop]:
 
 
 class TcpProxy:
-    """Forwards connections to a port. `cut` closes them and refuses new ones; `stall` keeps them without forwarding."""
+    """Forwards connections to a port. `cut` closes them and refuses new ones; `stall` keeps them without forwarding.
+
+    With `reports_end` false the server does not learn that a client has ended, as if its machine had lost power.
+    """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, target: int) -> None:
         self._loop, self._target = loop, target
@@ -38,6 +41,7 @@ class TcpProxy:
         self._mode: Literal["pass", "cut", "stall"] = "pass"
         self._passing = asyncio.Event()
         self._passing.set()
+        self.reports_end = True
         self._server = asyncio.run_coroutine_threadsafe(
             asyncio.start_server(self._serve, "127.0.0.1", 0), loop
         ).result()
@@ -69,7 +73,13 @@ class TcpProxy:
         ends = {writer, there_writer}
         self._writers |= ends
         try:
-            await asyncio.gather(self._copy(reader, there_writer), self._copy(there_reader, writer))
+            copying = {
+                asyncio.ensure_future(self._copy(reader, there_writer)),
+                asyncio.ensure_future(self._copy(there_reader, writer)),
+            }
+            await asyncio.wait(
+                copying, return_when=asyncio.FIRST_COMPLETED if self.reports_end else asyncio.ALL_COMPLETED
+            )
         finally:
             self._writers -= ends
             for end in ends:
@@ -81,8 +91,6 @@ class TcpProxy:
                 await self._passing.wait()
                 writer.write(data)
                 await writer.drain()
-            if writer.can_write_eof():
-                writer.write_eof()
 
 
 @contextmanager

@@ -213,7 +213,7 @@ def finalize(
         expose: Measures what the images disclose of the training set; required if `plan.gated`.
         examine: Computes features for the report of a dataset without a gate; without it they are not measured.
         audit: Audits the images; the report then has this result in place of the bundle's audit.
-        on_batch: Called between the images that are measured for the report. An exception ends the work.
+        on_batch: Called between shards and between the images that are measured for the report. An exception ends the work.
 
     Returns:
         The manifest.
@@ -231,7 +231,7 @@ def finalize(
         return done
     with ExitStack() as stack:
         embeddings = stack.enter_context(closing(EmbeddingFile())) if plan.gated else None
-        records = _records(plan, store, identity, embeddings)
+        records = _records(plan, store, identity, embeddings, on_batch)
         _check_some(plan, records)
         tallies = _tally(plan, records) if plan.scored else None
         privacy = None
@@ -241,7 +241,7 @@ def finalize(
         metadata = stack.enter_context(_metadata(plan, records))
         files = [record.file for record in records]
         if plan.request.format == "imagefolder":
-            files = [_write_archive(plan, store, records, {METADATA: metadata, CARD: io.BytesIO(card)})]
+            files = [_write_archive(plan, store, records, {METADATA: metadata, CARD: io.BytesIO(card)}, on_batch)]
         files.append(_write_copy(store, METADATA, metadata))
         preview = encode(contact_sheet(_preview(plan, store, records), PREVIEW_COLUMNS))
         kept = _by_class(plan, records)
@@ -388,7 +388,11 @@ def _finished(plan: DatasetPlan, store: Store, identity: Mapping[str, str]) -> M
 
 
 def _records(
-    plan: DatasetPlan, store: Store, identity: Mapping[str, str], embeddings: EmbeddingFile | None
+    plan: DatasetPlan,
+    store: Store,
+    identity: Mapping[str, str],
+    embeddings: EmbeddingFile | None,
+    on_batch: Callable[[], None] | None,
 ) -> list[PackedShard]:
     """Read the results of all shards, and add the embeddings of the gate to `embeddings`.
 
@@ -401,6 +405,8 @@ def _records(
     records: list[PackedShard] = []
     unusable: list[int] = []
     for shard in range(plan.shards):
+        if on_batch is not None:
+            on_batch()
         record = find_shard(plan, shard, store, identity=identity)
         try:
             if record is None:
@@ -539,12 +545,18 @@ def _images(plan: DatasetPlan, store: Store, record: PackedShard) -> Iterator[tu
 
 
 def _write_archive(
-    plan: DatasetPlan, store: Store, records: Sequence[PackedShard], texts: Mapping[str, IO[bytes]]
+    plan: DatasetPlan,
+    store: Store,
+    records: Sequence[PackedShard],
+    texts: Mapping[str, IO[bytes]],
+    on_batch: Callable[[], None] | None,
 ) -> FileEntry:
     """Write images.zip from the parts, and the texts at its end."""
     with store.writing(ARCHIVE) as path:
         with storage_errors(store.where(ARCHIVE)), zip_of_many(path) as archive:
             for record in records:
+                if on_batch is not None:
+                    on_batch()
                 for name, data in _images(plan, store, record):
                     add_to_zip(archive, name, data)
             for name, file in texts.items():

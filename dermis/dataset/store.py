@@ -96,7 +96,8 @@ class Store:
             if not self._fs.exists(self._root):
                 return []
             root = self._fs._strip_protocol(self._root).rstrip("/") + "/"
-            return sorted(path.removeprefix(root) for path in self._fs.find(self._root))
+            # Some object storages list a folder as a file of its own name.
+            return sorted(path.removeprefix(root) for path in self._fs.find(self._root) if path.startswith(root))
 
     def size(self, name: str) -> int | None:
         """Return the size of a file in bytes, or None if there is no such file."""

@@ -18,6 +18,10 @@ from services.errors import DatabaseUnavailableError
 
 UNREACHABLE = "the jobs database cannot be reached at the moment; try again"
 _CONNECT_SECONDS = 10
+_KEEPALIVE_SECONDS = 10
+IDLE_TRANSACTION_SECONDS = 30
+"""Time after which PostgreSQL ends a session that has an open transaction and sends nothing."""
+_LOCK_SECONDS = 20  # a call that waits longer for a lock is repeated as if the database could not be reached
 _SQLITE_WAIT_SECONDS = 30.0
 _SQLITE_POLL_SECONDS = 0.02
 _SCHEMA_LOCK = 0x6465726D6973  # any number that no other application on the database uses
@@ -67,14 +71,7 @@ def make_engine(url: str) -> sa.Engine:
     """Create the SQLAlchemy engine for a URL of SQLite or PostgreSQL."""
     parsed = sa.make_url(url)
     if parsed.get_backend_name() != "sqlite":
-        arguments = {} if "connect_timeout" in parsed.query else {"connect_timeout": _CONNECT_SECONDS}
-        return sa.create_engine(
-            parsed,
-            pool_pre_ping=True,
-            pool_size=_IDLE_CONNECTIONS,
-            max_overflow=_MORE_CONNECTIONS,
-            connect_args=arguments,
-        )
+        return _postgresql_engine(parsed)
     if parsed.database:
         Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
     engine = sa.create_engine(parsed, connect_args={"timeout": _SQLITE_WAIT_SECONDS})
@@ -90,6 +87,41 @@ def make_engine(url: str) -> sa.Engine:
         # A write takes SQLite's only write lock at once: a read that later turns into a write could not wait for it.
         write = connection.get_execution_options().get("dermis_write", False)
         connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+
+    return engine
+
+
+def connection_options(url: sa.URL) -> dict[str, int]:
+    """The options with which the driver of PostgreSQL notices that the server is lost, except those that the URL has."""
+    options = {
+        "connect_timeout": _CONNECT_SECONDS,
+        "keepalives_idle": _KEEPALIVE_SECONDS,
+        "keepalives_interval": _KEEPALIVE_SECONDS,
+        "keepalives_count": 3,
+        "tcp_user_timeout": 1000 * IDLE_TRANSACTION_SECONDS,
+    }
+    return {name: value for name, value in options.items() if name not in url.query}
+
+
+def _postgresql_engine(url: sa.URL) -> sa.Engine:
+    engine = sa.create_engine(
+        url,
+        pool_pre_ping=True,
+        pool_size=_IDLE_CONNECTIONS,
+        max_overflow=_MORE_CONNECTIONS,
+        connect_args=connection_options(url),
+    )
+
+    @sa.event.listens_for(engine, "connect")
+    def _on_connect(connection: Any, _record: Any) -> None:
+        # A machine that is lost cannot close its connections: the server would keep their locks for hours.
+        with connection.cursor() as cursor:
+            cursor.execute(f"SET idle_in_transaction_session_timeout = '{IDLE_TRANSACTION_SECONDS}s'")
+            cursor.execute(f"SET lock_timeout = '{_LOCK_SECONDS}s'")
+            cursor.execute(f"SET tcp_keepalives_idle = {_KEEPALIVE_SECONDS}")
+            cursor.execute(f"SET tcp_keepalives_interval = {_KEEPALIVE_SECONDS}")
+            cursor.execute("SET tcp_keepalives_count = 3")
+        connection.commit()
 
     return engine
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 
+import sqlalchemy as sa
 from dbos import DBOS, DBOSConfig, SetEnqueueOptions, SetWorkflowID
 from dbos import error as dbos_error
 
@@ -20,7 +21,13 @@ from services import metrics
 from services.errors import DatabaseUnavailableError
 from services.jobs import execution
 from services.jobs.context import JobContext, ShutdownError, retry_transient
-from services.jobs.database import UNREACHABLE, complete_sqlite, database_errors
+from services.jobs.database import (
+    IDLE_TRANSACTION_SECONDS,
+    UNREACHABLE,
+    complete_sqlite,
+    connection_options,
+    database_errors,
+)
 from services.jobs.statistics import Kind
 from services.jobs.table import Job
 from services.tenants import DEFAULT_TENANT
@@ -105,7 +112,11 @@ def start(
         "application_version": APPLICATION_VERSION,
         "executor_id": executor_id,
         "log_level": "WARNING",
+        "sys_db_idle_transaction_timeout_sec": IDLE_TRANSACTION_SECONDS,
     }
+    parsed = sa.make_url(url)
+    if parsed.get_backend_name() != "sqlite":
+        config["db_engine_kwargs"] = {"connect_args": connection_options(parsed)}
     logging.getLogger("dbos").addFilter(_repetition_filter)
     complete_sqlite()
     DBOS(config=config)

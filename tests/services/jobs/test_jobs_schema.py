@@ -330,6 +330,19 @@ def test_new_sqlite_file_is_opened_while_another_process_locks_it(tmp_path: Path
     other.close()
 
 
+def test_lock_of_a_lost_machine_is_released(postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.jobs.database.IDLE_TRANSACTION_SECONDS", 1)
+    table = JobTable(postgres.url)
+    table.open()
+    lost = make_engine(postgres.url)
+    with lost.connect() as connection:
+        connection.execute(sa.text("LOCK TABLE dermis_workers"))  # and then nothing more is heard of it
+        table.renew_lease("other", 30)
+        connection.invalidate()
+    lost.dispose()
+    table.close()
+
+
 def test_upgrade_that_fails_changes_nothing(url: str) -> None:
     engine = create_0_1_0(url)
     with engine.begin() as connection:  # a trigger of the same name stops the second revision after it added the column
