@@ -15,7 +15,7 @@ import threading
 import time
 from contextvars import ContextVar
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 _STANDARD = frozenset(logging.LogRecord("", 0, "", 0, "", None, None).__dict__) | {"message", "asctime", "taskName"}
 _JOB_ID = re.compile(r"((?:ds|pr)_[0-9a-f]{6})[0-9a-f]{26}")
@@ -101,6 +101,18 @@ def without_secrets(text: str) -> str:
     return _ACCESS_TOKEN.sub(r"\1...", text) if "eyJ" in text else text
 
 
+class _StderrHandler(logging.StreamHandler[TextIO]):
+    """Writes to what is stderr at the time of a line. Programs that call the service in their process may replace it."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        """The current stderr."""
+        return sys.stderr
+
+
 def configure(level: str, log_format: Format = "text") -> None:
     """Write the log of the service and of its libraries to stderr. Further calls replace level and format.
 
@@ -109,7 +121,7 @@ def configure(level: str, log_format: Format = "text") -> None:
         log_format: With "json" everything that this process logs is JSON: the lines of all libraries, warnings of Python and
             exceptions that end a thread or the process.
     """
-    handler = logging.StreamHandler()
+    handler = _StderrHandler()
     handler.set_name(_HANDLER_NAME)
     handler.setFormatter(JsonFormatter() if log_format == "json" else LineFormatter())
     quiet = ("dbos", "httpx", "uvicorn.error", "asyncio")

@@ -93,11 +93,20 @@ class Store:
             if self.local:
                 return sorted(names_below(Path(self._root))) if Path(self._root).is_dir() else []
             self._fs.invalidate_cache()
-            if not self._fs.exists(self._root):
+            if not self._root_exists():
                 return []
-            root = self._fs._strip_protocol(self._root).rstrip("/") + "/"
+            root = self._fs._strip_protocol(self._root).strip("/") + "/"
+            found = (path.lstrip("/") for path in self._fs.find(self._root))
             # Some object storages list a folder as a file of its own name.
-            return sorted(path.removeprefix(root) for path in self._fs.find(self._root) if path.startswith(root))
+            return sorted(path.removeprefix(root) for path in found if path.rstrip("/") != root.rstrip("/"))
+
+    def _root_exists(self) -> bool:
+        """Return whether the folder exists. `exists` of fsspec would return False if the storage cannot be reached."""
+        try:
+            self._fs.info(self._root)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
 
     def size(self, name: str) -> int | None:
         """Return the size of a file in bytes, or None if there is no such file."""
@@ -113,7 +122,7 @@ class Store:
         with storage_errors(self.location, remote=not self.local):
             if not self.local:
                 self._fs.invalidate_cache()
-            if not self._fs.exists(self._root):
+            if not self._root_exists():
                 return 0
             return sum(int(info["size"]) for info in self._fs.find(self._root, detail=True).values())
 

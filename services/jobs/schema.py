@@ -68,4 +68,5 @@ def upgrade(connection: sa.Connection) -> None:
             f"{known[0]}; start the newer version, or restore the backup that was made before the upgrade"
         )
     command.upgrade(config, "head")
-    logger.info("jobs database upgraded", extra={"before": before or "none", "schema": known[0]})
+    if before is not None:
+        logger.info("jobs database upgraded", extra={"before": before, "schema": known[0]})
