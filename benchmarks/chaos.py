@@ -28,8 +28,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.cluster import Caller, Replica, free_port, wait_for
-from benchmarks.components import MissingComponentError
+from benchmarks.cluster import Caller, Replica, wait_for
+from benchmarks.components import MissingComponentError, free_port
 from benchmarks.components.postgres import Postgres, running_postgres
 from benchmarks.components.proxies import S3Proxy, TcpProxy, s3_proxy, tcp_proxy
 from benchmarks.components.s3 import running_s3
@@ -108,10 +108,10 @@ class Cluster:
         """The gateway and the workers."""
         return [self.gateway, *self.workers]
 
-    def request(self, file_format: str, seed: int, images: int = IMAGES) -> dict[str, Any]:
+    def request(self, file_format: str, seed: int) -> dict[str, Any]:
         """Request a dataset, with an idempotency key, twice: a client cannot know whether its first request arrived."""
-        body = request_of(file_format, seed, images)
-        headers = {"Idempotency-Key": f"{file_format}-{seed}-{images}"}
+        body = request_of(file_format, seed)
+        headers = {"Idempotency-Key": f"{file_format}-{seed}"}
         first = self.caller.request("POST", "/v1/datasets", json=body, headers=headers)
         again = self.caller.request("POST", "/v1/datasets", json=body, headers=headers)
         if first.status_code != 202 or again.status_code not in (200, 202):
@@ -128,11 +128,11 @@ class Cluster:
                 replica.start()
 
 
-def request_of(file_format: str, seed: int, images: int) -> dict[str, Any]:
+def request_of(file_format: str, seed: int) -> dict[str, Any]:
     """The body of a request for a gated dataset."""
     return {
         "model": "tiny",
-        "classes": {"benign": images * 6 // 10, "malignant": images - images * 6 // 10},
+        "classes": {"benign": IMAGES * 6 // 10, "malignant": IMAGES - IMAGES * 6 // 10},
         "seed": seed,
         "shard_size": 25,
         "format": file_format,
@@ -146,19 +146,19 @@ class Undisturbed:
 
     def __init__(self, bundle: Path, folder: Path) -> None:
         self._bundle, self._folder = bundle, folder
-        self._made: dict[tuple[str, int, int], dict[str, bytes]] = {}
+        self._made: dict[tuple[str, int], dict[str, bytes]] = {}
 
-    def files(self, file_format: str, seed: int, images: int = IMAGES) -> dict[str, bytes]:
+    def files(self, file_format: str, seed: int) -> dict[str, bytes]:
         """The files by name."""
-        key = (file_format, seed, images)
+        key = (file_format, seed)
         if key not in self._made:
             out = self._folder / "-".join(map(str, key))
-            body = request_of(file_format, seed, images)
+            body = request_of(file_format, seed)
             self._made[key] = make_directly(open_bundle(self._bundle), out, body)
         return self._made[key]
 
 
-Disturb = Callable[[], str]
+Disturb = Callable[[], None]
 
 
 def run_jobs(
@@ -175,8 +175,7 @@ def run_jobs(
         file_format: Format of the datasets.
     """
     seed = 0
-    target = result.disturbances + count
-    while result.disturbances < target:
+    while result.disturbances < count:
         seed += 1
         expected = undisturbed.files(file_format, seed)
         dataset = cluster.request(file_format, seed)
@@ -185,7 +184,7 @@ def run_jobs(
         started = time.monotonic()
         job = cluster.caller.job(dataset)
         while job["state"] in ("queued", "running") and time.monotonic() - started < _PATIENCE_SECONDS:
-            if result.disturbances < target and time.monotonic() - started >= pause:
+            if result.disturbances < count and time.monotonic() - started >= pause:
                 before = job["progress"]["samples_done"]
                 began = time.monotonic()
                 disturb()
@@ -247,12 +246,12 @@ def kills(cluster: Cluster, undisturbed: Undisturbed, count: int) -> Iterator[Re
         result = Result(f"kill -9, {file_format}")
         names: list[str] = []
 
-        def kill(names: list[str] = names) -> str:
+        def kill(names: list[str] = names) -> None:
             while True:
                 name = cluster.random.choice(list(targets))
                 if targets[name]():
                     names.append(name)
-                    return name
+                    return
                 time.sleep(0.2)  # it is being restarted
 
         run_jobs(cluster, undisturbed, result, kill, count, file_format)
@@ -264,12 +263,11 @@ def lost_machines(cluster: Cluster, undisturbed: Undisturbed, count: int) -> Ite
     """A worker is killed and PostgreSQL does not learn of it, as when a machine loses power: its transactions stay open."""
     result = Result("loss of a worker's machine")
 
-    def lose() -> str:
+    def lose() -> None:
         cluster.database_proxy.reports_end = False
         worker = cluster.random.choice(cluster.workers)
         worker.kill()
         cluster.database_proxy.reports_end = True
-        return worker.name
 
     run_jobs(cluster, undisturbed, result, lose, max(2, count // 5), "parquet")
     yield result
@@ -279,14 +277,13 @@ def database_restarts(cluster: Cluster, undisturbed: Undisturbed, count: int) ->
     """PostgreSQL stopped in the modes fast and immediate, and killed, and started again after up to 5 seconds."""
     for mode in ("fast", "immediate", "kill -9"):
 
-        def restart(mode: str = mode) -> str:
+        def restart(mode: str = mode) -> None:
             if mode == "kill -9":
                 cluster.postgres.kill()
             else:
                 cluster.postgres.stop(mode)
             time.sleep(cluster.random.uniform(0, 5))
             cluster.postgres.start()
-            return mode
 
         result = Result(f"PostgreSQL restarted ({mode})")
         run_jobs(cluster, undisturbed, result, restart, max(2, count // 5), "webdataset")
@@ -297,11 +294,10 @@ def database_connections(cluster: Cluster, undisturbed: Undisturbed, count: int)
     """Connections to PostgreSQL cut, and stalled, for up to 6 seconds."""
     for mode in ("cut", "stall"):
 
-        def disturb(mode: Any = mode) -> str:
+        def disturb(mode: Any = mode) -> None:
             cluster.database_proxy.set_mode(mode)
             time.sleep(cluster.random.uniform(0.1, 6))
             cluster.database_proxy.set_mode("pass")
-            return str(mode)
 
         result = Result(f"connections to PostgreSQL: {mode}")
         run_jobs(cluster, undisturbed, result, disturb, max(2, count // 5), "parquet")
@@ -314,11 +310,10 @@ def storage_faults(cluster: Cluster, undisturbed: Undisturbed, count: int) -> It
         result = Result(f"S3: 500, 503, time-outs, half bodies, {file_format}")
         before = dict(cluster.s3_proxy.counts)
 
-        def disturb() -> str:
+        def disturb() -> None:
             cluster.s3_proxy.share = 0.35
             time.sleep(cluster.random.uniform(1, 5))
             cluster.s3_proxy.share = 0.0
-            return "S3"
 
         run_jobs(cluster, undisturbed, result, disturb, max(2, count // 10), file_format)
         made = {fault: number - before[fault] for fault, number in cluster.s3_proxy.counts.items()}
@@ -329,12 +324,11 @@ def storage_faults(cluster: Cluster, undisturbed: Undisturbed, count: int) -> It
 def paused_workers(cluster: Cluster, undisturbed: Undisturbed, count: int) -> Iterator[Result]:
     """A worker stopped by SIGSTOP for longer than its lease, so that two workers believe that they own its job."""
 
-    def pause() -> str:
+    def pause() -> None:
         worker = cluster.random.choice(cluster.workers)
         worker.signal_all(signal.SIGSTOP)
         time.sleep(_LEASE_SECONDS * cluster.random.uniform(1.5, 3))
         worker.signal_all(signal.SIGCONT)
-        return worker.name
 
     result = Result("SIGSTOP of a worker beyond its lease")
     run_jobs(cluster, undisturbed, result, pause, max(2, count // 5), "imagefolder")
@@ -368,10 +362,9 @@ def clock_jumps(cluster: Cluster, undisturbed: Undisturbed, count: int) -> Itera
     worker.start()
     worker.wait_until_ready()
 
-    def jump() -> str:
+    def jump() -> None:
         offset.write_text(cluster.random.choice(["3600", "-3600", "0"]))
         time.sleep(_LEASE_SECONDS)
-        return "clock"
 
     run_jobs(cluster, undisturbed, result, jump, max(2, count // 5), "webdataset")
     worker.stop()
@@ -410,7 +403,7 @@ def full_disk(cluster: Cluster, undisturbed: Undisturbed, _count: int) -> Iterat
 
 def _fill_disk(one: Replica, folder: Path, free: int, undisturbed: Undisturbed, result: Result) -> None:
     caller, filler = Caller(one.url), folder / "filler"
-    body = request_of("webdataset", 1, IMAGES)
+    body = request_of("webdataset", 1)
 
     def has_ended(dataset: Mapping[str, Any]) -> bool:
         return caller.job(dataset)["state"] not in ("queued", "running")

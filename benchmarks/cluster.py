@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,10 @@ import httpx
 import psutil  # type: ignore[import-untyped]
 
 START_SECONDS = 300.0
+
+
+class ServiceNotReadyError(RuntimeError):
+    """A service has ended, or is not ready in time."""
 
 
 @dataclass
@@ -64,10 +67,10 @@ class Replica:
         """Wait until /readyz answers 200.
 
         Raises:
-            RuntimeError: The replica has ended, or is not ready within minutes.
+            ServiceNotReadyError: The replica has ended, or is not ready within minutes.
         """
         if not wait_for(lambda: self.has_ended or self.is_ready(), START_SECONDS) or self.has_ended:
-            raise RuntimeError(f"{self.name} did not become ready: {self.log_end()}")
+            raise ServiceNotReadyError(f"{self.name} did not become ready: {self.log_end()}")
 
     @property
     def has_ended(self) -> bool:
@@ -122,14 +125,6 @@ class Replica:
     def log_end(self) -> str:
         """The end of its log."""
         return (self.folder / "log").read_text(errors="replace")[-1500:]
-
-
-def free_port() -> int:
-    """A port of the loopback address that is free at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def wait_for(condition: Callable[[], bool], seconds: float, pause: float = 0.1) -> bool:

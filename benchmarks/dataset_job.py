@@ -13,9 +13,6 @@ import datetime
 import hashlib
 import json
 import os
-import socket
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -25,6 +22,8 @@ from typing import Any
 
 import httpx
 
+from benchmarks.cluster import Replica, ServiceNotReadyError
+from benchmarks.components import free_port
 from benchmarks.generation import DEMO, automatic_config, random_bundle
 from dermis.bundle import Bundle, open_bundle
 from dermis.dataset.plan import BATCH
@@ -32,41 +31,23 @@ from dermis.dataset.request import classes_of
 from dermis.synthesizer import Synthesizer
 
 REQUIRED_FRACTION = 0.85
-_START_SECONDS = 300
 
 
 @contextmanager
 def launched(bundle: Bundle, folder: Path, **more: str) -> Iterator[httpx.Client]:
     """Start the service with `bundle`, its data in `folder` and `more` settings, and yield a client once it is ready."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    settings = {"BUNDLES": bundle.location, "DATA_DIR": str(folder), "PORT": str(port), "LOG_LEVEL": "WARNING"}
-    settings |= more
-    environment = os.environ | {f"DERMIS_{name}": value for name, value in settings.items()}
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "services.serve"], env=environment, stdout=log, stderr=subprocess.STDOUT
-        )
+    settings = {"BUNDLES": bundle.location, "LOG_LEVEL": "WARNING", **more}
+    of_caller = {name: value for name, value in os.environ.items() if name.startswith("DERMIS_")}
+    replica = Replica("benchmark", folder, free_port(), settings, of_caller)
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client:
-            wait_until_ready(client, process, folder / "log")
+        replica.start()
+        replica.wait_until_ready()
+        with httpx.Client(base_url=replica.url, timeout=60, trust_env=False) as client:
             yield client
+    except ServiceNotReadyError as error:
+        raise SystemExit(str(error)) from None
     finally:
-        process.terminate()
-        process.wait()
-
-
-def wait_until_ready(client: httpx.Client, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + _START_SECONDS
-    while process.poll() is None and time.monotonic() < deadline:
-        try:
-            if client.get("/readyz").status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.2)
-    raise SystemExit(f"the service did not become ready:\n{log.read_text()}")
+        replica.stop()
 
 
 def generator_rate(synthesizer: Synthesizer, count: int) -> float:

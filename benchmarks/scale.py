@@ -27,8 +27,8 @@ from typing import Any, Literal, cast
 
 import psutil  # type: ignore[import-untyped]
 
-from benchmarks.cluster import Caller, Replica, free_port, wait_for
-from benchmarks.components import MissingComponentError
+from benchmarks.cluster import Caller, Replica, wait_for
+from benchmarks.components import MissingComponentError, free_port
 from benchmarks.components.postgres import Postgres, running_postgres
 from benchmarks.components.s3 import running_s3
 from benchmarks.generation import DEMO

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from commands.console import table_console
+from commands.console import folding_table, table_console
 from commands.keys import DataDir, Json
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def _print(state: Status) -> None:
 
 
 def _workers(statistics: Statistics) -> Table:
-    table = _table("worker", "state", "lease ends in", "active jobs")
+    table = folding_table("worker", "state", "lease ends in", "active jobs")
     for worker in statistics.workers:
         left = f"{worker.seconds_left(statistics.time):.0f} s" if worker.lease_until else "-"
         table.add_row(worker.name, _worker_state(worker, statistics.time), left, str(worker.jobs))
@@ -126,20 +126,10 @@ def _workers(statistics: Statistics) -> Table:
 
 def _jobs(statistics: Statistics) -> Table:
     states = list(next(iter(statistics.counts.values())))
-    table = _table("jobs", *states, "oldest queued", "unfinished shards")
+    table = folding_table("jobs", *states, "oldest queued", "unfinished shards")
     for kind, counts in statistics.counts.items():
         oldest = f"{statistics.oldest_age(kind):.0f} s" if kind in statistics.oldest else "-"
         table.add_row(kind, *(str(counts[each]) for each in states), oldest, str(statistics.shards_left[kind]))
-    return table
-
-
-def _table(*columns: str) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in columns:
-        table.add_column(column, overflow="fold")
     return table
 
 

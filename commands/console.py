@@ -10,6 +10,7 @@ from dermis.errors import DermisError, RequestError
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 _UNLIMITED = 10_000  # characters; rich assumes 80 without a terminal
 
@@ -43,6 +44,17 @@ def table_console(*, stderr: bool = False) -> Console:
     if not console.is_terminal:
         console.width = _UNLIMITED
     return console
+
+
+def folding_table(*columns: str) -> Table:
+    """Create a table whose cells are broken over several lines where the terminal is narrow."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
 
 
 def option_of(field: str) -> str:

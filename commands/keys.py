@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from commands.console import table_console
+from commands.console import folding_table, table_console
 
 if TYPE_CHECKING:
     from services.audit.trail import AuditTable
@@ -146,17 +146,12 @@ def list_keys(
     as_json: Json = False,
 ) -> None:
     """List the keys, newest first, also those that have ended. The keys themselves are not stored."""
-    from rich import box
-    from rich.table import Table
-
     with _opened(data_dir) as opened:
         keys = [_fields(key) for key in opened.keys.all(tenant)]
     if as_json:
         typer.echo(json.dumps(keys, indent=2))
         return
-    shown = Table(box=box.SIMPLE_HEAD)
-    for column in ("key", "tenant", "name", "state", "expires", "last used", "scopes"):
-        shown.add_column(column, overflow="fold")
+    shown = folding_table("key", "tenant", "name", "state", "expires", "last used", "scopes")
     for key in keys:
         cells = (key["prefix"], key["tenant"], key["name"], key["state"], key["expires_at"], key["last_used_at"])
         shown.add_row(*(cell or "-" for cell in cells), " ".join(key["scopes"]))

@@ -35,11 +35,8 @@ request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 class LineFormatter(logging.Formatter):
     """`2026-11-23T08:00:00.123Z INFO dermis.http request method=GET route=/v1/models status=200 ms=1.2`"""
 
-    converter = time.gmtime  # type: ignore[assignment]
-
     def format(self, record: logging.LogRecord) -> str:
-        stamp = f"{self.formatTime(record, '%Y-%m-%dT%H:%M:%S')}.{int(record.msecs):03d}Z"
-        parts = [stamp, record.levelname, record.name, _plain(record.getMessage())]
+        parts = [_time_of(record), record.levelname, record.name, _plain(record.getMessage())]
         extra = {key: value for key, value in record.__dict__.items() if key not in _STANDARD}
         parts += [f"{key}={_value(value)}" for key, value in extra.items() if value is not None]
         if record.exc_info:
@@ -50,12 +47,9 @@ class LineFormatter(logging.Formatter):
 class JsonFormatter(logging.Formatter):
     """One JSON object a line: time, level, logger, message, the other fields, request_id, trace_id and span_id."""
 
-    converter = time.gmtime  # type: ignore[assignment]
-
     def format(self, record: logging.LogRecord) -> str:
-        stamp = f"{self.formatTime(record, '%Y-%m-%dT%H:%M:%S')}.{int(record.msecs):03d}Z"
         line: dict[str, Any] = {
-            "time": stamp,
+            "time": _time_of(record),
             "level": record.levelname,
             "logger": record.name,
             "message": record.getMessage(),
@@ -68,6 +62,11 @@ class JsonFormatter(logging.Formatter):
         kept = {key: _json_value(value) for key, value in line.items() if value is not None}
         # Escapes of ASCII: a text can contain a lone surrogate, which UTF-8 cannot encode.
         return without_secrets(without_whole_ids(json.dumps(kept, ensure_ascii=True)))
+
+
+def _time_of(record: logging.LogRecord) -> str:
+    """The time of a line in UTC, with milliseconds."""
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(record.created))}.{int(record.msecs):03d}Z"
 
 
 def _trace_ids() -> dict[str, str]:

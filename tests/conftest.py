@@ -16,6 +16,8 @@ import pytest
 from dermis.bundle import Bundle
 from tiny import make_bundle
 
+_TESTS = Path(__file__).parent
+
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
@@ -28,6 +30,14 @@ def timm_classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from timm_classifier import make_timm_classifier
 
     return make_timm_classifier(tmp_path_factory.mktemp("classifiers") / "timm")
+
+
+@pytest.fixture(autouse=True)
+def _small_reports(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Reports of datasets measure 12 images and not 200, which take 30 ms each. Processes of their own are not affected."""
+    launches = {"launch", "replica"} & set(request.fixturenames)
+    if not launches and any(request.path.is_relative_to(_TESTS / part) for part in ("services", "dermis/dataset")):
+        monkeypatch.setattr("dermis.report.sample.SAMPLE", 12)
 
 
 @pytest.fixture

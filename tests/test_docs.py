@@ -26,9 +26,10 @@ import pytest
 import typer
 from dermis_client import AsyncDermisClient, DermisClient, cli
 
+from benchmarks.components import free_port
 from commands import main
 from dermis.bundle import amend_bundle, open_bundle
-from launched_service import Launched, free_port
+from launched_service import Launched
 from service_kit import assemble, listening
 from services.settings import Settings
 from tiny import make_bundle

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.components import free_port
 from dermis.bundle import amend_bundle, open_bundle
 from dermis.bundle.directions import Direction
 from dermis.directions.fit import oriented
-from launched_service import Launched, free_port
+from launched_service import Launched
 from official_pickles import _official_names, save, snapshot  # noqa: F401  a fixture that gives pickles official names
 from service_kit import assemble, listening
 from tiny import make_bundle

@@ -13,11 +13,12 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
+from benchmarks.components import free_port
 from commands.main import app
 from dermis.bundle import open_bundle
 from dermis.bundle.installed import installed_bundles, resolve_bundle
 from dermis.errors import BundleError, install_command
-from launched_service import Launched, free_port
+from launched_service import Launched
 from services import serve
 from services.models import locate
 from tiny import make_bundle

@@ -2,6 +2,21 @@
 
 from __future__ import annotations
 
+import socket
+from contextlib import ExitStack
+
 
 class MissingComponentError(RuntimeError):
     """A program that is needed is not installed on this machine."""
+
+
+def free_ports(number: int) -> list[int]:
+    """Ports of the loopback address that are free at the moment, all different."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(number)]
+        return [each.getsockname()[1] for each in sockets]
+
+
+def free_port() -> int:
+    """A port of the loopback address that is free at the moment."""
+    return free_ports(1)[0]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
-import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 
-from benchmarks.components import MissingComponentError
+from benchmarks.components import MissingComponentError, free_port
 
 
 def _binaries() -> Path | None:
@@ -106,8 +105,7 @@ def running_postgres() -> Iterator[Postgres]:
         raise MissingComponentError("PostgreSQL's server (initdb, pg_ctl) is not installed")
     if user is None:
         raise MissingComponentError("PostgreSQL does not run as root, and there is no user postgres or nobody")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     folder = Path(tempfile.mkdtemp(prefix="dermis-postgres-"))
     os.chown(folder, *user)
     server = Postgres(binaries, folder, user, port)

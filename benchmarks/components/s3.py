@@ -10,20 +10,19 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
 import httpx
 
-from benchmarks.components import MissingComponentError
+from benchmarks.components import MissingComponentError, free_ports
 
 ACCESS_KEY, SECRET_KEY = "dermis-test", "dermis-test-secret"
 _PORTS = ("master", "volume", "filer", "s3")
@@ -33,13 +32,6 @@ def weed_binary() -> Path | None:
     """The path of SeaweedFS's program, or None if it is not installed."""
     places = [os.environ.get("DERMIS_TEST_WEED", ""), str(Path(sys.executable).parent / "weed"), shutil.which("weed")]
     return next((Path(place) for place in places if place and os.access(place, os.X_OK)), None)
-
-
-def free_ports(number: int) -> list[int]:
-    """Ports of the loopback address that are free at the moment, all different."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(number)]
-        return [each.getsockname()[1] for each in sockets]
 
 
 @dataclass

@@ -73,6 +73,11 @@ def byte_range(header: str | None, size: int) -> tuple[int, int] | None:
     return start, stop
 
 
+def etag_of(info: FileInfo) -> str:
+    """The entity tag of a file."""
+    return f'"{info.sha256}"'
+
+
 def matches(header: str | None, etag: str, *, weak: bool) -> bool:
     """Whether a list of entity tags contains `etag`.
 
@@ -111,7 +116,7 @@ def file_response(
         inline: Whether a browser shows the file instead of saving it.
         more: Further headers of the response.
     """
-    etag = f'"{info.sha256}"'
+    etag = etag_of(info)
     common = {
         "ETag": etag,
         "Accept-Ranges": "bytes",

@@ -64,8 +64,7 @@ class Deliverer:
     def __init__(self, table: WebhookTable, sender: Sender) -> None:
         self.table = table
         self._sender = sender
-        self._sending: dict[str, asyncio.Task[None]] = {}  # by endpoint
-        self._tenants: dict[str, str] = {}  # of these endpoints
+        self._sending: dict[str, tuple[str, asyncio.Task[None]]] = {}  # tenant and task, by endpoint
         self._turns = Turns()
         self._task: asyncio.Task[None] | None = None
         self._cleaned = 0.0
@@ -76,7 +75,7 @@ class Deliverer:
 
     async def stop(self) -> None:
         """Stop. Messages that are being sent are interrupted, and sent again later."""
-        tasks = [task for task in (self._task, *self._sending.values()) if task is not None]
+        tasks = [task for task in (self._task, *self._tasks()) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -101,21 +100,22 @@ class Deliverer:
         if len(self._sending) >= _MOST:
             return
         due = await asyncio.to_thread(self.table.due, list(self._sending), now)
-        chosen = self._turns.choose(due, Counter(self._tenants.values()))
+        chosen = self._turns.choose(due, Counter(tenant for tenant, _ in self._sending.values()))
         for claim in await asyncio.to_thread(self.table.claim, chosen, now):
             task = asyncio.create_task(self._deliver(claim))
-            self._sending[claim.endpoint.id] = task
-            self._tenants[claim.endpoint.id] = claim.endpoint.tenant
+            self._sending[claim.endpoint.id] = claim.endpoint.tenant, task
             task.add_done_callback(partial(self._forget, claim.endpoint.id))
 
     def _forget(self, endpoint: str, _task: asyncio.Task[None]) -> None:
         self._sending.pop(endpoint, None)
-        self._tenants.pop(endpoint, None)
+
+    def _tasks(self) -> list[asyncio.Task[None]]:
+        return [task for _, task in self._sending.values()]
 
     async def idle(self) -> None:
         """Return when nothing is being sent."""
         while self._sending:
-            await asyncio.gather(*self._sending.values(), return_exceptions=True)
+            await asyncio.gather(*self._tasks(), return_exceptions=True)
             await asyncio.sleep(0)
 
     async def _deliver(self, claim: Claim) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.components import MissingComponentError
+from real_servers import skipped_if_missing
 
 
 @pytest.mark.full
@@ -13,9 +13,7 @@ def test_nothing_is_lost_or_made_twice(scenario: str) -> None:
     pytest.importorskip("faiss", reason="FAISS is not installed")
     from benchmarks.chaos import run
 
-    try:
+    with skipped_if_missing():
         results = list(run([scenario], count=3, seed=7))
-    except MissingComponentError as error:
-        pytest.skip(str(error))
     for result in results:
         assert result.met, result

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Self
 
 import kubernetes_validate
 import numpy as np
@@ -15,36 +14,11 @@ import yaml
 from commands.batch import part_of, shards_of
 from dermis.bundle import Bundle
 from dermis.errors import RequestError, StorageError
+from painter import Painter
 from tiny_index import make_complete_bundle
 
 ROOT = Path(__file__).resolve().parents[2]
 Run = Callable[..., tuple[int, str, str]]
-
-
-class Painter:
-    """Replaces the synthesizer: returns a grey image with the value of the index at once."""
-
-    identity: Mapping[str, str] = {"device": "test"}
-    preferred_batch = 4
-    drawn = 0
-
-    def __init__(self, bundle: Bundle, **_: object) -> None: ...
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def images(self, seeds: Sequence[int], indices: Sequence[int], labels: Sequence[int], **_: object) -> Any:
-        Painter.drawn += len(indices)
-        return np.broadcast_to(np.array(indices, np.uint8)[:, None, None, None], (len(indices), 8, 8, 3))
-
-
-@pytest.fixture
-def painter(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Painter]]:
-    monkeypatch.setattr("dermis.synthesizer.Synthesizer", Painter)
-    Painter.drawn = 0
-    yield Painter
 
 
 @pytest.fixture(scope="module")

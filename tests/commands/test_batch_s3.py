@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from cluster_kit import S3Server, running_s3
+from benchmarks.components.s3 import S3Server
 from dermis.bundle import Bundle
 from dermis.dataset.store import Store
 from dermis.dataset.verify import verify
+from real_servers import running_s3
 
 pytestmark = pytest.mark.full
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,45 +8,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self
 
-import numpy as np
 import pytest
 
 from commands.console import table_console
 from dermis.bundle import Bundle
+from painter import Painter
 from tiny import make_bundle
 
 ROOT = Path(__file__).resolve().parents[2]
 Run = Callable[..., tuple[int, str, str]]
-
-
-class Painter:
-    """Replaces the synthesizer where only the folder matters: returns a grey image with the value of the index at once."""
-
-    identity: Mapping[str, str] = {"device": "test"}
-    preferred_batch = 4
-    drawn = 0
-
-    def __init__(self, bundle: Bundle, **_: object) -> None: ...
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def images(self, seeds: Sequence[int], indices: Sequence[int], labels: Sequence[int], **_: object) -> Any:
-        Painter.drawn += len(indices)
-        return np.broadcast_to(np.array(indices, np.uint8)[:, None, None, None], (len(indices), 8, 8, 3))
-
-
-@pytest.fixture
-def painter(monkeypatch: pytest.MonkeyPatch) -> type[Painter]:
-    monkeypatch.setattr("dermis.synthesizer.Synthesizer", Painter)
-    monkeypatch.setattr(Painter, "drawn", 0)
-    return Painter
 
 
 def contents(folder: Path) -> dict[str, bytes]:

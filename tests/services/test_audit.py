@@ -16,8 +16,9 @@ import pytest
 import sqlalchemy as sa
 from typer.testing import CliRunner
 
+from benchmarks.components.postgres import Postgres
 from commands.main import app
-from postgres import Postgres, running_postgres
+from real_servers import running_postgres
 from services.audit import trail as trail_module
 from services.audit.trail import GENESIS, AuditTable, Event, Head, NothingToCutError, read_key, sign
 from services.audit.verification import Verification, verify

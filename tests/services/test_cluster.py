@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from dermis_client import DermisClient
 
-from cluster_kit import running_s3
+from benchmarks.components import free_port
 from dermis.bundle import open_bundle
 from dermis.dataset.store import Store
 from dermis.imaging import encode
 from gated_dataset import REQUEST, make_directly
-from launched_service import Launched, free_port, launching
-from postgres import running_postgres
+from launched_service import Launched, launching
+from real_servers import running_postgres, running_s3
 from services.settings import SettingsError, read_settings
 from tiny_index import make_complete_bundle
 

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.components import free_port
 from dermis.bundle import Bundle
 from dermis.imaging import encode
-from launched_service import Launched, free_port
+from launched_service import Launched
 from pictures import PIXELS
 from service_kit import service
 from services import logs

@@ -20,11 +20,12 @@ import numpy as np
 import psutil
 import pytest
 
+from benchmarks.components import free_port
 from dermis.bundle import Bundle, open_bundle
 from dermis.dataset.verify import verify
 from dermis.imaging import decode
 from gated_dataset import REQUEST, make_directly
-from launched_service import Launched, free_port
+from launched_service import Launched
 from services.gateway.auth.keys import new_key
 from tiny_index import make_complete_bundle
 

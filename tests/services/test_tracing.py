@@ -16,8 +16,9 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from starlette.types import Message, Receive, Scope, Send
 
+from benchmarks.components import free_port
 from dermis.errors import DermisError
-from launched_service import Launched, free_port, launching
+from launched_service import Launched, launching
 from otlp_receiver import receiving
 from service_kit import service, wait_for
 from services import tracing

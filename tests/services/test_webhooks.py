@@ -32,8 +32,9 @@ from dermis_client import (
     Webhook,
 )
 
+from benchmarks.components.postgres import Postgres
 from dermis.bundle import Bundle
-from postgres import Postgres, running_postgres
+from real_servers import running_postgres
 from service_kit import service, wait_for
 from services.jobs.database import writing
 from services.jobs.table import JobTable

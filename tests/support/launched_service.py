@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -85,10 +84,3 @@ def launching(tmp_path: Path) -> Iterator[Callable[..., Launched]]:
             service.process.wait(20)
         except subprocess.TimeoutExpired:
             service.process.kill()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

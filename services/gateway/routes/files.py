@@ -13,7 +13,7 @@ from starlette.responses import Response
 from services.gateway.auth.authentication import requires
 from services.gateway.auth.principal import Principal
 from services.gateway.dependencies import Context, ContextDep
-from services.gateway.files import MEDIA_TYPES, disposition_of, file_response, matches, media_type_of
+from services.gateway.files import MEDIA_TYPES, disposition_of, etag_of, file_response, matches, media_type_of
 from services.gateway.openapi import Responses, content, headers, problems
 from services.gateway.routes.datasets import find_job
 from services.gateway.schemas.datasets import DatasetFile, DatasetFileList
@@ -111,9 +111,8 @@ async def _file(dataset_id: str, name: str, request: Request, context: Context, 
         url = await asyncio.to_thread(
             context.jobs.signed_url, job, info.name, media_type=media_type, disposition=disposition
         )
-        return Response(
-            status_code=307, headers={"Location": url, "ETag": f'"{info.sha256}"', "Cache-Control": "no-store"}
-        )
+        redirect = {"Location": url, "ETag": etag_of(info), "Cache-Control": "no-store"}
+        return Response(status_code=307, headers=redirect)
     return file_response(
         info, request.headers, lambda: context.jobs.open(job, info.name), head=request.method == "HEAD"
     )
@@ -121,7 +120,7 @@ async def _file(dataset_id: str, name: str, request: Request, context: Context, 
 
 def _is_current(request: Request, info: FileInfo) -> bool:
     """Whether the validators of a download leave nothing to decide: the storage does not know the ETag of the gateway."""
-    etag = f'"{info.sha256}"'
+    etag = etag_of(info)
     if_range = request.headers.get("if-range")
     return not matches(request.headers.get("if-none-match"), etag, weak=True) and (
         if_range is None or matches(if_range, etag, weak=False)

@@ -17,13 +17,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.components import free_port
 from dermis.bundle import amend_bundle
 from dermis.bundle.classifier import NOTICE
 from dermis.classifier.preprocess import to_input
 from dermis.errors import RequestError
 from dermis.explain.attribution import Explainer
 from dermis.imaging import decode, encode
-from launched_service import Launched, free_port
+from launched_service import Launched
 from service_kit import Service, assemble, listening, service, wait_for
 from services.callers import CallerDisconnectedError, CallerMiddleware, check_caller
 from services.errors import InferenceFailedError, InferenceUnavailableError, NotInstalledError

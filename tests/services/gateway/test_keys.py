@@ -15,9 +15,10 @@ import pytest
 import sqlalchemy as sa
 from typer.testing import CliRunner
 
+from benchmarks.components.postgres import Postgres
 from commands.main import app
 from dermis.bundle import Bundle
-from postgres import Postgres, running_postgres
+from real_servers import running_postgres
 from service_kit import service
 from services.errors import DatabaseUnavailableError
 from services.gateway.auth import keys as keys_module

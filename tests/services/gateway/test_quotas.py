@@ -25,7 +25,7 @@ from dermis.dataset.request import DatasetRequest
 from dermis.dataset.shards import max_dataset_bytes, max_image_bytes
 from dermis.errors import StorageError
 from dermis.imaging import ImageFormat, encode
-from postgres import running_postgres
+from real_servers import running_postgres
 from service_kit import Service, service, wait_for
 from services.gateway.auth.principal import SCOPES
 from services.gateway.routes import authenticity

@@ -18,12 +18,13 @@ import pytest
 import sqlalchemy as sa
 
 import flaky_storage
+from benchmarks.components.postgres import Postgres
 from dermis.bundle import Bundle
 from dermis.dataset.store import Store, storage_error
 from dermis.errors import DermisError
 from dermis.imaging import encode
 from flaky_storage import EndpointConnectionError, failing
-from postgres import Postgres, running_postgres
+from real_servers import running_postgres
 from service_kit import Service, make_directly, service, wait_for
 from services.errors import DatabaseUnavailableError, InferenceUnavailableError, InferenceUnreachableError
 from services.jobs import context, execution, projection, workflow

@@ -15,8 +15,9 @@ import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
+from benchmarks.components.postgres import Postgres
 from dermis.errors import DermisError
-from postgres import Postgres, running_postgres
+from real_servers import running_postgres
 from services.audit import trail as trail_module
 from services.gateway.auth import keys as keys_module
 from services.jobs import counters

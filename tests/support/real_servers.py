@@ -1,0 +1,33 @@
+"""A real PostgreSQL and a real S3 server for a test; the test is skipped where there is none to run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from benchmarks.components import MissingComponentError, postgres, s3
+
+
+@contextmanager
+def skipped_if_missing() -> Iterator[None]:
+    """Skip the test if a program that it needs is not installed."""
+    try:
+        yield
+    except MissingComponentError as error:
+        pytest.skip(str(error))
+
+
+@contextmanager
+def running_postgres() -> Iterator[postgres.Postgres]:
+    """A new server, running."""
+    with skipped_if_missing(), postgres.running_postgres() as server:
+        yield server
+
+
+@contextmanager
+def running_s3() -> Iterator[s3.S3Server]:
+    """A new server with a bucket, running."""
+    with skipped_if_missing(), s3.running_s3() as server:
+        yield server
