@@ -17,7 +17,15 @@ from typing import Any
 import dermis_client
 import httpx
 import pytest
-from dermis_client import AsyncDermisClient, ConflictError, DatasetReport, DermisClient, errors, resources
+from dermis_client import (
+    AsyncDermisClient,
+    ConflictError,
+    DatasetReport,
+    DermisClient,
+    InvalidRequestError,
+    errors,
+    resources,
+)
 from dermis_client._cli_text import format_report
 from dermis_client.resources import dataset_flows
 from fake_gateway import FakeGateway, Fault
@@ -397,3 +405,24 @@ def test_default_model_is_marked_by_service(gateway: FakeGateway) -> None:
         assert client.models.default().name == "b"
         with pytest.raises(errors.DermisError, match="no default model"):
             client.models.default()
+
+
+def test_other_options_share_the_connections_and_requests_have_the_credentials(
+    gateway: FakeGateway, caplog: pytest.LogCaptureFixture
+) -> None:
+    with DermisClient(gateway.url, api_key="secret-key", max_retries=0) as client:
+        patient = client.with_options(max_retries=2, timeout=7)
+        assert patient._transport.http is client._transport.http
+        assert "timeout=7, max_retries=2" in repr(patient) and "max_retries=0" in repr(client)
+        gateway.faults.append(Fault("GET /v1/models", times=2, status=503))
+        with caplog.at_level("DEBUG", "dermis_client"):
+            response = patient.request("GET", "/v1/models", params={"limit": 1})
+        assert response.json()["data"]
+        assert gateway.requests("GET /v1/models")[-1]["authorization"] == "Bearer secret-key"
+        for values in ({"timeout": 0.0}, {"max_retries": -1}):
+            with pytest.raises(InvalidRequestError, match="timeout must be above 0"):
+                client.with_options(**values)
+        with pytest.raises(InvalidRequestError, match="path"):
+            client.request("GET", "//elsewhere.example/")
+    lines = [record.getMessage() for record in caplog.records]
+    assert sum("GET /v1/models: attempt" in line for line in lines) == 2 and "secret-key" not in caplog.text

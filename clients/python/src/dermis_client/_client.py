@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import httpx
 
-from dermis_client._transport import AsyncTransport, SyncTransport, settings
+from dermis_client._flow import Flow, Request, call
+from dermis_client._transport import AsyncTransport, ClientSettings, SyncTransport, settings, with_limits
+from dermis_client.errors import InvalidRequestError
 from dermis_client.resources.authenticity import AsyncAuthenticity, Authenticity
 from dermis_client.resources.classifications import AsyncClassifications, Classifications
 from dermis_client.resources.datasets import AsyncDatasets, Datasets
@@ -18,6 +20,22 @@ from dermis_client.resources.models import AsyncModels, Models
 from dermis_client.resources.projections import AsyncProjections, Projections
 from dermis_client.resources.usage import AsyncUsageResource, UsageResource
 from dermis_client.resources.webhooks import AsyncWebhooks, Webhooks
+
+
+def _raw(
+    values: ClientSettings,
+    method: str,
+    path: str,
+    json: Any,
+    params: Mapping[str, str | int] | None,
+    headers: Mapping[str, str] | None,
+) -> Flow[httpx.Response]:
+    if not path.startswith("/") or path.startswith("//"):
+        raise InvalidRequestError(f"path: {path!r} does not begin with one slash")
+    more = dict(headers or {})
+    idempotent = method.upper() not in {"POST", "PATCH"} or any(name.lower() == "idempotency-key" for name in more)
+    request = Request(method.upper(), path, dict(params or {}), more, json, idempotent=idempotent)
+    return call(request, values.max_retries)
 
 
 class DermisClient:
@@ -82,7 +100,9 @@ class DermisClient:
             InvalidRequestError: An argument is not valid.
         """
         values = settings(base_url, api_key, token_provider, allow_plain_http, timeout, max_retries)
-        transport = SyncTransport(values, http_client)
+        self._use(SyncTransport(values, http_client))
+
+    def _use(self, transport: SyncTransport) -> None:
         self._transport = transport
         self.datasets, self.images, self.models = Datasets(transport), Images(transport), Models(transport)
         self.classifications, self.authenticity = Classifications(transport), Authenticity(transport)
@@ -93,6 +113,47 @@ class DermisClient:
     def base_url(self) -> str:
         """Address of the service, without a trailing slash."""
         return self._transport.settings.base_url
+
+    def with_options(self, *, timeout: float | None = None, max_retries: int | None = None) -> Self:
+        """Return a client with other options and the same connections, for instance for one call that takes long.
+
+        Args:
+            timeout: Seconds that a request may wait for a response.
+            max_retries: Further attempts after a broken connection or a busy service.
+
+        Raises:
+            InvalidRequestError: An argument is not valid.
+        """
+        other = object.__new__(type(self))
+        other._use(SyncTransport(with_limits(self._transport.settings, timeout, max_retries), self._transport.http))
+        return other
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        json: Any = None,
+        params: Mapping[str, str | int] | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> httpx.Response:
+        """Send a request, with the credentials and retries of this client, and return the response as it is.
+
+        It is for routes of a newer service, and for headers of a response, such as those of quotas.
+
+        Args:
+            method: HTTP method.
+            path: Path from the base URL, such as "/v1/usage".
+            json: Body, if any.
+            params: Query parameters.
+            headers: Further headers. A POST is repeated after a broken connection only with an Idempotency-Key.
+
+        Raises:
+            InvalidRequestError: The path is not one.
+            APIStatusError: The response has an error status.
+            APIConnectionError: The service did not respond.
+        """
+        return self._transport.run(_raw(self._transport.settings, method, path, json, params, headers))
 
     def close(self) -> None:
         """Close the connections."""
@@ -145,7 +206,9 @@ class AsyncDermisClient:
     ) -> None:
         """Create a client; arguments and errors as for DermisClient. `token_provider` may be a coroutine function."""
         values = settings(base_url, api_key, token_provider, allow_plain_http, timeout, max_retries)
-        transport = AsyncTransport(values, http_client)
+        self._use(AsyncTransport(values, http_client))
+
+    def _use(self, transport: AsyncTransport) -> None:
         self._transport = transport
         self.datasets, self.images, self.models = (
             AsyncDatasets(transport),
@@ -160,6 +223,24 @@ class AsyncDermisClient:
     def base_url(self) -> str:
         """Address of the service, without a trailing slash."""
         return self._transport.settings.base_url
+
+    def with_options(self, *, timeout: float | None = None, max_retries: int | None = None) -> Self:
+        """Return a client with other options and the same connections; see DermisClient.with_options."""
+        other = object.__new__(type(self))
+        other._use(AsyncTransport(with_limits(self._transport.settings, timeout, max_retries), self._transport.http))
+        return other
+
+    async def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        json: Any = None,
+        params: Mapping[str, str | int] | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> httpx.Response:
+        """Send a request and return the response as it is; see DermisClient.request."""
+        return await self._transport.run(_raw(self._transport.settings, method, path, json, params, headers))
 
     async def close(self) -> None:
         """Close the connections."""

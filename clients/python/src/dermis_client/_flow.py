@@ -11,6 +11,7 @@ I/O and with its own clock. So retries, paging, waiting and resuming are each im
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeVar
@@ -23,6 +24,7 @@ from dermis_client._untrusted import load_json, one_line
 from dermis_client.errors import APIConnectionError, APIResponseError, APIStatusError, APITimeoutError
 
 T = TypeVar("T")
+logger = logging.getLogger("dermis_client")
 
 
 @dataclass(frozen=True)
@@ -200,6 +202,7 @@ def _with_retries(effect: Send | Open, max_retries: int) -> Flow[Any]:
             failure, retry = connection_error(error, request), _retry.after_error(error, request.idempotent)
         else:
             response = outcome.response if isinstance(outcome, Stream) else outcome
+            logger.debug("%s: %d, request id %s", request, response.status_code, response.headers.get("X-Request-Id"))
             if response.is_success:
                 return outcome
             failure = _status.error_from(response)
@@ -207,8 +210,11 @@ def _with_retries(effect: Send | Open, max_retries: int) -> Flow[Any]:
         delay = _retry.delay(attempt, failure.retry_after if isinstance(failure, APIStatusError) else None)
         if not retry or delay is None or attempt >= max_retries:
             raise failure
-        yield from sleep(delay)
         attempt += 1
+        logger.warning(
+            "%s: attempt %d of %d follows in %.1f s: %s", request, attempt + 1, max_retries + 1, delay, failure
+        )
+        yield from sleep(delay)
 
 
 def connection_error(error: httpx.RequestError, operation: Request | str) -> APIConnectionError:

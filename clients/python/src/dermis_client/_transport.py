@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator, Sequence
 from contextlib import AsyncExitStack, ExitStack, aclosing, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, TypeVar, assert_never
 
 import httpx
@@ -99,11 +99,20 @@ def settings(
             f"base_url: the API key or token would cross the network to {url} unencrypted; use https, or allow it with "
             "allow_plain_http=True (DERMIS_ALLOW_PLAIN_HTTP=true, --allow-plain-http)"
         )
-    seconds = _requests.finite("timeout", timeout)
-    retries = _requests.whole("max_retries", max_retries)
+    return with_limits(ClientSettings(url, key, token_provider, 0.0, 0), timeout, max_retries)
+
+
+def with_limits(values: ClientSettings, timeout: float | None, max_retries: int | None) -> ClientSettings:
+    """Return the settings with another timeout and number of retries; None leaves them as they are.
+
+    Raises:
+        InvalidRequestError: A value is not valid.
+    """
+    seconds = values.timeout if timeout is None else _requests.finite("timeout", timeout)
+    retries = values.max_retries if max_retries is None else _requests.whole("max_retries", max_retries)
     if seconds <= 0 or retries < 0:
         raise InvalidRequestError("timeout must be above 0, max_retries at least 0")
-    return ClientSettings(url, key, token_provider, seconds, retries)
+    return replace(values, timeout=seconds, max_retries=retries)
 
 
 def _use_environment(settings: ClientSettings) -> bool:

@@ -19,6 +19,7 @@ from dermis_client._files import write_atomically
 from dermis_client._untrusted import one_line, printable, printable_json
 from dermis_client._version import __version__
 from dermis_client.errors import DermisError, InvalidRequestError
+from dermis_client.models import DatasetFormat, DatasetState, HeatMapMethod, ImageFormat, NoiseMode
 from dermis_client.resources.dataset_records import Dataset
 
 MAX_LINE_LENGTH = 10_000  # maximum number of characters of a printed line
@@ -60,14 +61,14 @@ Classes = Annotated[
 ]
 Seed = Annotated[int, typer.Option("--seed", help="0 to 2^63 - 1; the same request gives the same images.")]
 Model = Annotated[str | None, typer.Option("--model", help="Name of the model; default: the service's.")]
-ImageFormat = Annotated[str | None, typer.Option("--image-format", help="png, jpeg or webp; default png.")]
+FileFormat = Annotated[ImageFormat | None, typer.Option("--image-format", help="Default: png.")]
 Quality = Annotated[int | None, typer.Option("--image-quality", help="1 to 100, for jpeg and webp.")]
 Psi = Annotated[
     float | None, typer.Option("--truncation-psi", help="0 to 2; lower values give more typical, less varied images.")
 ]
 Cutoff = Annotated[int | None, typer.Option("--truncation-cutoff", help="Number of layers that truncation applies to.")]
 Noise = Annotated[
-    str | None,
+    NoiseMode | None,
     typer.Option(
         "--noise-mode", help="random (default): each image has its own noise; const: all have the same; none."
     ),
@@ -157,9 +158,9 @@ def create(
     seed: Seed = 0,
     model: Model = None,
     format: Annotated[  # noqa: A002  the name of the option
-        str | None, typer.Option("--format", help="imagefolder, webdataset or parquet; default imagefolder.")
+        DatasetFormat | None, typer.Option("--format", help="Default: imagefolder.")
     ] = None,
-    image_format: ImageFormat = None,
+    image_format: FileFormat = None,
     image_quality: Quality = None,
     truncation_psi: Psi = None,
     truncation_cutoff: Cutoff = None,
@@ -268,9 +269,7 @@ def create(
 @datasets.command("list")
 def list_datasets(
     context: typer.Context,
-    state: Annotated[
-        str | None, typer.Option("--state", help="Only datasets in this state: queued, running, succeeded...")
-    ] = None,
+    state: Annotated[DatasetState | None, typer.Option("--state", help="Only datasets in this state.")] = None,
     limit: Annotated[int, typer.Option("--limit", help="Maximum number of datasets.")] = 20,
     base_url: BaseUrl = None,
     as_json: Json = False,
@@ -355,7 +354,7 @@ def images(
     seed: Seed = 0,
     start_index: Annotated[int | None, typer.Option("--start-index", help="Index of the first image.")] = None,
     model: Model = None,
-    image_format: ImageFormat = None,
+    image_format: FileFormat = None,
     image_quality: Quality = None,
     truncation_psi: Psi = None,
     truncation_cutoff: Cutoff = None,
@@ -408,9 +407,7 @@ def classify(
     heat_maps: Annotated[
         Path | None, typer.Option("--heat-maps", help="Also write a heat map of every image into this folder.")
     ] = None,
-    method: Annotated[
-        str, typer.Option("--method", help="Method for --heat-maps: xrai or integrated-gradients.")
-    ] = "xrai",
+    method: Annotated[HeatMapMethod, typer.Option("--method", help="Method for --heat-maps.")] = "xrai",
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV instead of text.")] = False,
     base_url: BaseUrl = None,
     as_json: Json = False,

@@ -13,6 +13,10 @@ from pydantic import Base64Bytes, BaseModel, ConfigDict, Field
 
 from dermis_client._files import check_sha256, write_atomically
 
+DatasetFormat = Literal["imagefolder", "webdataset", "parquet"]
+ImageFormat = Literal["png", "jpeg", "webp"]
+NoiseMode = Literal["random", "const", "none"]
+HeatMapMethod = Literal["xrai", "integrated-gradients"]
 DatasetState = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
 FINISHED: frozenset[str] = frozenset({"succeeded", "failed", "cancelled"})
 Whole = Annotated[int, Field(ge=-(2**63), lt=2**63)]  # 64 bits: a larger number would be too long for a file name

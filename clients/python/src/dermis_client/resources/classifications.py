@@ -11,7 +11,7 @@ from dermis_client._requests import finite, max_response_bytes
 from dermis_client._transport import AsyncTransport, SyncTransport
 from dermis_client._uploads import MAX_FILES, File, Source, form_parts, joined, sources_of, upload, with_names
 from dermis_client.errors import APIResponseError, InvalidRequestError
-from dermis_client.models import ClassificationsResult
+from dermis_client.models import ClassificationsResult, HeatMapMethod
 
 # A heat map takes seconds, so each image has its own request and no request exceeds a time limit.
 MAX_HEAT_MAPS = 1
@@ -19,7 +19,7 @@ MAX_HEAT_MAPS = 1
 # Flows
 
 
-def query(model: str | None, threshold: str | float | None, heat_map: str | None) -> dict[str, str]:
+def query(model: str | None, threshold: str | float | None, heat_map: HeatMapMethod | None) -> dict[str, str]:
     """Return the query of /v1/classifications.
 
     Raises:
@@ -73,7 +73,7 @@ class Classifications:
         *,
         model: str | None = None,
         threshold: str | float | None = None,
-        heat_map: str | None = None,
+        heat_map: HeatMapMethod | None = None,
         progress: bool | Callable[[int, int], None] = False,
     ) -> ClassificationsResult:
         """Classify one or more images, in as many requests as the service needs.
@@ -115,7 +115,7 @@ class AsyncClassifications:
         *,
         model: str | None = None,
         threshold: str | float | None = None,
-        heat_map: str | None = None,
+        heat_map: HeatMapMethod | None = None,
         progress: bool | Callable[[int, int], None] = False,
     ) -> ClassificationsResult:
         """Classify one or more images; see `Classifications.create` for arguments and errors."""

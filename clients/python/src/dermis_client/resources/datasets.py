@@ -14,7 +14,7 @@ from dermis_client._progress import dataset_progress, download_progress
 from dermis_client._requests import edit_options, generation_body
 from dermis_client._transport import AsyncTransport, SyncTransport
 from dermis_client.folders import extract_images
-from dermis_client.models import DatasetFile
+from dermis_client.models import DatasetFile, DatasetFormat, DatasetState, ImageFormat, NoiseMode
 from dermis_client.report import DatasetReport
 from dermis_client.resources import dataset_flows as flows
 from dermis_client.resources.dataset_records import AsyncDataset, Dataset, DatasetEvent
@@ -35,12 +35,12 @@ class Datasets:
         *,
         seed: SupportsIndex = 0,
         model: str | None = None,
-        format: str | None = None,  # noqa: A002  the API's own name
-        image_format: str | None = None,
+        format: DatasetFormat | None = None,  # noqa: A002  the API's own name
+        image_format: ImageFormat | None = None,
         image_quality: SupportsIndex | None = None,
         truncation_psi: float | None = None,
         truncation_cutoff: SupportsIndex | None = None,
-        noise_mode: str | None = None,
+        noise_mode: NoiseMode | None = None,
         shard_size: SupportsIndex | None = None,
         classifier: Mapping[str, Any] | None = None,
         edits: Sequence[Mapping[str, Any]] | Mapping[str, float] | None = None,
@@ -116,7 +116,9 @@ class Datasets:
         """
         return self._transport.run(flows.retrieve(self._api, dataset_id))
 
-    def list(self, *, state: str | None = None, limit: int | None = None, page_size: int = 100) -> Iterator[Dataset]:
+    def list(
+        self, *, state: DatasetState | None = None, limit: int | None = None, page_size: int = 100
+    ) -> Iterator[Dataset]:
         """Iterate over datasets, newest first. Pages are fetched as needed.
 
         Args:
@@ -303,12 +305,12 @@ class AsyncDatasets:
         *,
         seed: SupportsIndex = 0,
         model: str | None = None,
-        format: str | None = None,  # noqa: A002  the API's own name
-        image_format: str | None = None,
+        format: DatasetFormat | None = None,  # noqa: A002  the API's own name
+        image_format: ImageFormat | None = None,
         image_quality: SupportsIndex | None = None,
         truncation_psi: float | None = None,
         truncation_cutoff: SupportsIndex | None = None,
-        noise_mode: str | None = None,
+        noise_mode: NoiseMode | None = None,
         shard_size: SupportsIndex | None = None,
         classifier: Mapping[str, Any] | None = None,
         edits: Sequence[Mapping[str, Any]] | Mapping[str, float] | None = None,
@@ -340,7 +342,7 @@ class AsyncDatasets:
         return await self._transport.run(flows.retrieve(self._api, dataset_id))
 
     def list(
-        self, *, state: str | None = None, limit: int | None = None, page_size: int = 100
+        self, *, state: DatasetState | None = None, limit: int | None = None, page_size: int = 100
     ) -> AsyncIterator[AsyncDataset]:
         """Iterate over datasets, newest first; see `Datasets.list`."""
         return self._transport.iterate(flows.list_datasets(self._api, state, limit, page_size))

@@ -10,7 +10,7 @@ from dermis_client._requests import edit_options, finite, max_response_bytes, wh
 from dermis_client._transport import AsyncTransport, SyncTransport
 from dermis_client.errors import InvalidRequestError
 from dermis_client.latent import Direction, EditsResult
-from dermis_client.models import ResponseRecord
+from dermis_client.models import ImageFormat, NoiseMode, ResponseRecord
 
 
 class _Directions(ResponseRecord):
@@ -101,8 +101,8 @@ class Edits:
         sweep: Mapping[str, Any] | None = None,
         model: str | None = None,
         truncation_psi: float | None = None,
-        noise_mode: str | None = None,
-        image_format: str | None = None,
+        noise_mode: NoiseMode | None = None,
+        image_format: ImageFormat | None = None,
         extra_body: Mapping[str, Any] | None = None,
     ) -> EditsResult:
         """Generate images whose latents are edited along directions. Give either samples or projections.
@@ -164,8 +164,8 @@ class AsyncEdits:
         sweep: Mapping[str, Any] | None = None,
         model: str | None = None,
         truncation_psi: float | None = None,
-        noise_mode: str | None = None,
-        image_format: str | None = None,
+        noise_mode: NoiseMode | None = None,
+        image_format: ImageFormat | None = None,
         extra_body: Mapping[str, Any] | None = None,
     ) -> EditsResult:
         """Generate edited images; see `Edits.create` for arguments and errors."""

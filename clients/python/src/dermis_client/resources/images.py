@@ -9,6 +9,7 @@ from dermis_client import _requests
 from dermis_client._flow import Flow, Request, call, parse
 from dermis_client._transport import AsyncTransport, SyncTransport
 from dermis_client.images import ImagesResult
+from dermis_client.models import ImageFormat, NoiseMode
 
 # Flows
 
@@ -38,8 +39,8 @@ class Images:
         model: str | None = None,
         truncation_psi: float | None = None,
         truncation_cutoff: SupportsIndex | None = None,
-        noise_mode: str | None = None,
-        image_format: str | None = None,
+        noise_mode: NoiseMode | None = None,
+        image_format: ImageFormat | None = None,
         image_quality: SupportsIndex | None = None,
         edits: Sequence[Mapping[str, Any]] | Mapping[str, float] | None = None,
         extra_body: Mapping[str, Any] | None = None,
@@ -104,8 +105,8 @@ class AsyncImages:
         model: str | None = None,
         truncation_psi: float | None = None,
         truncation_cutoff: SupportsIndex | None = None,
-        noise_mode: str | None = None,
-        image_format: str | None = None,
+        noise_mode: NoiseMode | None = None,
+        image_format: ImageFormat | None = None,
         image_quality: SupportsIndex | None = None,
         edits: Sequence[Mapping[str, Any]] | Mapping[str, float] | None = None,
         extra_body: Mapping[str, Any] | None = None,
