@@ -18,6 +18,7 @@ from commands.options import (
     DEMO_BUNDLE,
     BundleOption,
     DeviceOption,
+    OptionalDataOption,
     OutFolderOption,
     PerceptualOption,
     SampleSeedOption,
@@ -41,6 +42,7 @@ authenticity_app = typer.Typer(no_args_is_help=True, help="Find images that are 
 _COLUMNS = ("file", "authentic", "distance", "percentile", "radius", "changed_copy")
 _CHUNK = 64
 _PAIRS = 8
+_SHOWN_PAIRS = 100
 
 
 @authenticity_app.command("check")
@@ -49,6 +51,13 @@ def check(
     bundle: BundleOption = DEMO_BUNDLE,
     out: Annotated[Path | None, typer.Option(help="File to write, .csv; default: CSV on stdout.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with status 2 if an image is not authentic.")] = False,
+    data: OptionalDataOption = None,
+    show: Annotated[
+        Path | None,
+        typer.Option(
+            help="Page to write, .html, that shows the nearest training images of --data. It is for their owner."
+        ),
+    ] = None,
     device: DeviceOption = "auto",
 ) -> None:
     """Compare images with the training images: the distance to the nearest one, and whether the image is authentic.
@@ -62,6 +71,10 @@ def check(
 
     if out is not None and out.suffix.lower() != ".csv":
         raise RequestError("--out", f"{out.name} must end in .csv")
+    if (data is None) != (show is None):
+        raise RequestError("--show", "needs --data, the training images, and --data needs --show, the page to write")
+    if show is not None and show.suffix.lower() != ".html":
+        raise RequestError("--show", f"{show.name} must end in .html")
     files = image_files(images)
     rows: list[dict[str, Any]] = []
     unreadable: list[tuple[Path, str]] = []
@@ -75,6 +88,9 @@ def check(
                 row = (str(path), int(authentic), *(round(number, 4) for number in numbers), changed_copy)
                 rows.append(dict(zip(_COLUMNS, row, strict=True)))
             bar.update(len(paths))
+        if data is not None and show is not None:
+            page = _pairs_page(checker, rows, data, bundle)
+            write_file(show, page.encode())
     for path, problem in unreadable:
         typer.echo(f"{path}: {problem}", err=True)
     text = _csv(rows)
@@ -99,6 +115,53 @@ def check(
         raise DataError(f"{len(unreadable):,} of {len(files):,} images could not be read and are left out")
     if strict and (copies or changed):
         raise typer.Exit(2)
+
+
+def _pairs_page(checker: Checker, rows: Sequence[dict[str, Any]], data: Path, bundle: str) -> str:
+    """The page of the checked images that are nearest to a training image, beside the nearest images of `data`."""
+    from tqdm import tqdm
+
+    from dermis.authenticity.pairs_page import Pair, pairs_page
+    from dermis.image_reading import read_training_image
+    from training.data.sources import read_source
+
+    source = read_source(data)
+    files = [record.image for record in source.records if record.image is not None]
+    if not files:
+        raise DataError(f"{data}: contains no images")
+    size = checker.description.resolution
+    shown = sorted(rows, key=lambda row: (row["percentile"], row["distance"]))[:_SHOWN_PAIRS]
+    images = [read_training_image(Path(row["file"]).read_bytes(), size=size) for row in shown]
+    features = checker.index.projected(checker.embed(images))
+    distances = np.full(len(shown), np.inf)
+    nearest = np.zeros(len(shown), dtype=np.int64)
+    with tqdm(total=len(files), desc="training images", unit="img", disable=None) as bar:
+        for start in range(0, len(files), _CHUNK):
+            part = files[start : start + _CHUNK]
+            embeddings = checker.embed([read_training_image(file.read_bytes(), size=size) for file in part])
+            others = checker.index.projected(embeddings)
+            between = np.linalg.norm(features[:, None].astype(np.float64) - others[None], axis=2)
+            best = between.argmin(1)
+            nearer = between[np.arange(len(shown)), best] < distances
+            distances[nearer] = between[nearer, best[nearer]]
+            nearest[nearer] = start + best[nearer]
+            bar.update(len(part))
+    names = [record.id for record in source.records if record.image is not None]
+    pairs = [
+        Pair(
+            name=row["file"],
+            image=image,
+            training_name=names[number],
+            training_image=read_training_image(files[number].read_bytes(), size=size),
+            distance=row["distance"],
+            shown_distance=float(distance),
+            percentile=row["percentile"],
+            authentic=bool(row["authentic"]),
+            changed_copy=None if row["changed_copy"] is None else bool(row["changed_copy"]),
+        )
+        for row, image, number, distance in zip(shown, images, nearest.tolist(), distances.tolist(), strict=True)
+    ]
+    return pairs_page(pairs, checked=len(rows), source=data.name, bundle=bundle)
 
 
 @authenticity_app.command("audit")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,18 @@ def test_authenticity_check_separates_copies_from_other_images(bundle: Bundle, f
     with Checker(bundle, device="cpu", threads=1) as checker:
         expected = checker.check([read_image((folder / f"{name}.png").read_bytes()) for name in new])
     assert [int(rows[name]["authentic"]) for name in new] == expected.authentic.astype(int).tolist()
+    for number in range(5):
+        (tmp_path / "training" / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
+        file = next(folder.rglob(f"{number}.png"))
+        shutil.copy(file, tmp_path / "training" / "ab"[number % 2] / f"original-{number}.png")
+    options = ("--bundle", bundle.location, "--data", tmp_path / "training", "--device", "cpu")
+    done = run("authenticity", "check", folder, *options, "--show", tmp_path / "pairs.html")
+    assert done.exit_code == 0, done.output
+    articles = (tmp_path / "pairs.html").read_text().split("<article")[1:]
+    assert len(articles) == 9 and sum(f"original-{k}<" in articles[k] for k in range(5)) == 5
+    # The folder has five of the training images, and the nearest ones of the new images are others.
+    assert ["is not in this collection" in article for article in articles] == [False] * 5 + [True] * 4
+    assert isinstance(run("authenticity", "check", folder, "--show", tmp_path / "x.html").exception, RequestError)
     strict = run("authenticity", "check", folder, "--bundle", bundle.location, "--strict", "--device", "cpu")
     assert strict.exit_code == 2
     (folder / "broken.png").write_bytes(b"")

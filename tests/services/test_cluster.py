@@ -44,11 +44,9 @@ def test_roles_that_cannot_work_are_refused(
 
 
 @pytest.fixture
-def storage(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def storage() -> Iterator[str]:
     """The URL of a folder of a bucket."""
     with running_s3() as server:
-        for name, value in server.environment.items():
-            monkeypatch.setenv(name, value)
         yield server.url("datasets")
 
 

@@ -28,6 +28,10 @@ def running_postgres() -> Iterator[postgres.Postgres]:
 
 @contextmanager
 def running_s3() -> Iterator[s3.S3Server]:
-    """A new server with a bucket, running."""
-    with skipped_if_missing(), s3.running_s3() as server:
+    """A new server with a bucket, running, which this process reaches as well."""
+    with skipped_if_missing(), s3.running_s3() as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        # fsspec keeps file systems, with the address of an earlier server.
+        pytest.importorskip("s3fs", reason="s3fs is not installed").S3FileSystem.clear_instance_cache()
         yield server
