@@ -270,6 +270,36 @@ def detach(
     typer.echo(f"{bundle}: {amended.name}@{amended.digest} without {', '.join(parts)}")
 
 
+@bundle_app.command("export-onnx")
+def export_onnx(
+    bundle: BundleArgument,
+    out: Annotated[Path, typer.Option("--out", help="File to write, such as generator.onnx.", show_default=False)],
+    part: Annotated[
+        Literal["all", "mapping", "synthesis"],
+        typer.Option(help="all, or mapping (latents to style vectors) or synthesis (style vectors to images) alone."),
+    ] = "all",
+    truncation_cutoff: Annotated[
+        int | None,
+        typer.Option(min=0, help="Style vectors that the input truncation_psi moves, from the coarsest; default: all."),
+    ] = None,
+) -> None:
+    """Write the generator as an ONNX file, which ONNX Runtime and OpenVINO run without dermis and torch.
+
+    The results of the file are compared with those of torch before it is written.
+    """
+    from dermis.bundle import open_bundle
+    from dermis.exports.generator_onnx import OPSET, check_generator_onnx, generator_onnx
+    from dermis.files import write_file
+
+    opened = open_bundle(bundle)
+    model = generator_onnx(opened, part, truncation_cutoff)
+    difference = check_generator_onnx(model, opened, truncation_cutoff=truncation_cutoff)
+    write_file(out, model)
+    typer.echo(
+        f"{out}: {opened.name}@{opened.digest}, {len(model):,} bytes, opset {OPSET}, differs from torch by {difference:g}"
+    )
+
+
 def _try_classifier(source: Bundle | Path) -> None:
     """Raise BundleError if ONNX Runtime cannot run the classifier."""
     from dermis.classifier.onnx_session import Classifier

@@ -20,6 +20,7 @@ from commands.directions import directions_app
 from commands.evaluate import evaluate
 from commands.experiment import experiment_app
 from commands.explain import explain_app
+from commands.export import export_app
 from commands.federate import federate_app
 from commands.generate import generate, verify
 from commands.index import index_app
@@ -46,6 +47,7 @@ app.add_typer(train_app, name="train")
 app.add_typer(experiment_app, name="experiment")
 app.add_typer(federate_app, name="federate")
 app.add_typer(bundle_app, name="bundle")
+app.add_typer(export_app, name="export")
 app.add_typer(explain_app, name="explain")
 app.add_typer(augment_app, name="augment")
 app.add_typer(survey_app, name="survey")

@@ -12,13 +12,11 @@ from dermis.dataset.containers import SOURCE
 from dermis.dataset.plan import DatasetPlan
 from dermis.dataset.privacy import SHOWN, PrivacyReport, has_percentile
 from dermis.dataset.scoring import ClassifierTally
+from dermis.dataset.terms import METHOD_CITATION, Terms, dataset_citation, known_biases, terms_of, use_in_words
 from dermis.imaging import SUFFIXES
 
 if TYPE_CHECKING:
     from dermis.bundle import Bundle
-
-# Licences for which the Hub has an identifier; all others are "other" with their name.
-_LICENCES = ("cc-by-nc-4.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-sa-4.0", "cc0-1.0", "apache-2.0", "mit")
 
 _FOLDER = """```python
 from pathlib import Path
@@ -102,8 +100,8 @@ def dataset_card(
         else {name: class_result.images for name, class_result in by_class.items()}
     )
     samples = sum(counts.values())
-    licence = str(bundle.provenance.get("licence") or "unknown")
-    attribution = str(bundle.provenance.get("attribution") or "not stated")
+    terms = terms_of(bundle)
+    licence = f"[{terms.licence}]({terms.url})" if terms.url else terms.licence
     rows = "\n".join(f"| {name} | {count:,} |" for name, count in counts.items())
     size = bundle.generator.img_resolution
     options: dict[str, Any] = {
@@ -122,8 +120,9 @@ def dataset_card(
     if request.privacy is not None:
         options["privacy"] = request.privacy.model_dump()
     option_rows = "\n".join(f"| `{name}` | {json.dumps(value)} |" for name, value in options.items())
+    biases = "\n".join(f"- {sentence}" for sentence in known_biases(plan, bundle))
     return f"""---
-{_front_matter(plan, licence, samples)}
+{_front_matter(plan, terms, samples)}
 ---
 
 # {samples:,} synthetic dermoscopy images
@@ -151,13 +150,18 @@ Images are RGB, {size} x {size} px, {request.image_format.upper()}.
 `anatom_site`), empty where a synthetic image has no value, and `source` ({SOURCE}), `file_name`, `label`, `seed`,
 `index` and the `sha256` of each image file.
 {_classifier_section(plan, tallies)}{_privacy_section(plan, privacy)}
+## Known biases
+
+{biases}
+
 ## Origin
 
 | | |
 | --- | --- |
 | generator | `{bundle.name}`, SHA-256 `{bundle.digest}` |
 | licence of its training data, carried by its images | {licence} |
-| attribution | {attribution} |
+| attribution | {terms.attribution} |
+| terms of use (Data Use Ontology) | {use_in_words(terms)} |
 {option_rows}
 
 `manifest.json` lists every file with its SHA-256 and is enough to make the dataset again:
@@ -165,6 +169,18 @@ Images are RGB, {size} x {size} px, {request.image_format.upper()}.
 ```
 dermis generate --manifest manifest.json --bundle BUNDLE --out FOLDER
 dermis verify FOLDER
+```
+
+`croissant.json` describes the dataset for machines ([Croissant 1.0](https://docs.mlcommons.org/croissant/) with RAI).
+
+## Citation
+
+The dataset, whose version of dermis is in `manifest.json`, and the method of its generator:
+
+```bibtex
+{dataset_citation(plan, bundle)}
+
+{METHOD_CITATION}
 ```
 """
 
@@ -323,11 +339,10 @@ def _loading(plan: DatasetPlan) -> str:
     )
 
 
-def _front_matter(plan: DatasetPlan, licence: str, samples: int) -> str:
-    known = licence.lower() in _LICENCES
-    lines = [f"license: {licence.lower() if known else 'other'}"]
-    if not known:
-        lines.append(f"license_name: {json.dumps(licence)}")
+def _front_matter(plan: DatasetPlan, terms: Terms, samples: int) -> str:
+    lines = [f"license: {terms.identifier or 'other'}"]
+    if terms.identifier is None:
+        lines.append(f"license_name: {json.dumps(terms.licence)}")
     lines += [
         "pretty_name: Synthetic dermoscopy",
         "task_categories: [image-classification]",

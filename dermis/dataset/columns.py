@@ -54,9 +54,14 @@ def columns(plan: DatasetPlan) -> tuple[str, ...]:
     return (*COLUMNS, *([PROBABILITY] if plan.scored else []), *(PRIVACY if plan.gated else []))
 
 
+def table_kinds(plan: DatasetPlan) -> dict[str, str]:
+    """Return the type of every column of metadata.csv."""
+    return {name: _KINDS[name] for name in columns(plan)}
+
+
 def feature_kinds(plan: DatasetPlan) -> dict[str, Kind]:
     """Return the type of every column as the Hugging Face `datasets` library reads the plan's format."""
-    table = {name: _KINDS[name] for name in columns(plan)}
+    table = table_kinds(plan)
     if plan.request.format == "imagefolder":
         return {"image": IMAGE, "label": LABEL, **_without(table, "file_name", "label")}
     if plan.request.format == "parquet":

@@ -33,6 +33,7 @@ from dermis.dataset.containers import (
     read_container,
     zip_of_many,
 )
+from dermis.dataset.croissant import croissant
 from dermis.dataset.packed import EmbeddingFile, PackedShard, pack, unpack
 from dermis.dataset.plan import DatasetPlan
 from dermis.dataset.privacy import Checks, Examine, Expose, PrivacyReport, PrivacyTally, report
@@ -55,9 +56,10 @@ ARCHIVE = "images.zip"
 METADATA = "metadata.csv"
 PREVIEW = "preview.png"
 CARD = "README.md"
+CROISSANT = "croissant.json"
 REPORT, REPORT_PAGE = "report.json", "report.html"
 PRIVACY_AUDIT, AUDIT_TEXT = "privacy_audit.json", "AUDIT.md"
-SINGLE_FILES = (METADATA, PREVIEW, CARD, REPORT, REPORT_PAGE, PRIVACY_AUDIT, AUDIT_TEXT)
+SINGLE_FILES = (METADATA, PREVIEW, CARD, CROISSANT, REPORT, REPORT_PAGE, PRIVACY_AUDIT, AUDIT_TEXT)
 """Files of a dataset that hold no images."""
 FORMAT_VERSION = 1
 MAX_MANIFEST_BYTES = 256 << 20  # that of the largest dataset has 60 MiB
@@ -201,7 +203,7 @@ def finalize(
     audit: Audit | None = None,
     on_batch: Callable[[], None] | None = None,
 ) -> Manifest:
-    """Write metadata.csv, preview.png, README.md, report and audit, images.zip if the format has one, and then manifest.json.
+    """Write all files of a dataset that are not written yet, and then manifest.json.
 
     It can be run again after a crash. A dataset that is complete is not changed.
 
@@ -262,6 +264,7 @@ def finalize(
     texts = {
         PREVIEW: preview,
         CARD: card,
+        CROISSANT: croissant(plan, bundle, files, sum(counts.values())),
         REPORT: content.to_json(),
         REPORT_PAGE: report_page(content).encode(),
     }

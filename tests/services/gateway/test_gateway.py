@@ -153,6 +153,7 @@ def test_dataset_files_match_their_list(served: Service, dataset: dict[str, Any]
         "metadata.csv",
         "preview.png",
         "README.md",
+        "croissant.json",
         "report.json",
         "report.html",
         "manifest.json",

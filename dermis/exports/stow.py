@@ -1,0 +1,145 @@
+"""Sending DICOM files to a server by DICOMweb (STOW-RS)."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from dermis.errors import DermisError, RequestError, escape
+
+AUTHORIZATION = "DERMIS_DICOMWEB_AUTHORIZATION"
+"""Environment variable with the value of the Authorization header, such as `Bearer ...` or `Basic ...`."""
+_BATCH_FILES, _BATCH_BYTES = 50, 32 << 20
+_BOUNDARY = "dermis-dicom-part"
+_TIMEOUT = 120.0  # seconds
+_MAX_ANSWER_BYTES = 8 << 20
+_FAILED, _REASON = "00081198", "00081197"  # Failed SOP Sequence, Failure Reason
+
+
+@dataclass(frozen=True)
+class StowTarget:
+    """A DICOMweb server.
+
+    Attributes:
+        url: Address of the service, such as http://127.0.0.1:8042/dicom-web.
+        authorization: Value of the Authorization header; it is never in a message.
+    """
+
+    url: str
+    authorization: str | None = None
+
+    def __repr__(self) -> str:
+        """Return a text without the credentials."""
+        return f"StowTarget({self.url!r})"
+
+
+def stow_target(url: str, authorization: str | None) -> StowTarget:
+    """Check the address of a server.
+
+    Args:
+        url: Its address.
+        authorization: Value of the Authorization header, or None.
+
+    Raises:
+        RequestError: It is not an http(s) address, contains credentials, or would send credentials without encryption.
+    """
+    try:
+        parts = urlsplit(url)
+        host = parts.hostname
+    except ValueError:
+        host = None
+    if host is None or parts.scheme not in ("http", "https") or parts.query or parts.fragment:
+        raise RequestError("--to", "must be the address of a DICOMweb service, such as http://127.0.0.1:8042/dicom-web")
+    if parts.username is not None or parts.password is not None:
+        raise RequestError("--to", f"must not contain credentials; put them into {AUTHORIZATION}")
+    if authorization is not None and parts.scheme != "https" and not _is_loopback(host):
+        raise RequestError("--to", f"with {AUTHORIZATION} the address must begin with https://")
+    return StowTarget(url.rstrip("/"), authorization)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def store_instances(target: StowTarget, files: Iterable[tuple[str, bytes]]) -> int:
+    """Send DICOM files. A server replaces or keeps objects that it has already, so that sending can be repeated.
+
+    Args:
+        target: The server.
+        files: Name and content of each file.
+
+    Returns:
+        Number of files that the server has stored.
+
+    Raises:
+        DermisError: The server cannot be reached or refuses files. Files that were sent before stay there.
+    """
+    import httpx
+
+    headers = {
+        "Accept": "application/dicom+json",
+        "Content-Type": f'multipart/related; type="application/dicom"; boundary={_BOUNDARY}',
+    }
+    if target.authorization is not None:
+        headers["Authorization"] = target.authorization
+    stored = 0
+    with httpx.Client(timeout=_TIMEOUT, headers=headers) as client:
+        for names, body in _batches(files):
+            try:
+                response = client.post(f"{target.url}/studies", content=body)
+            except httpx.HTTPError as error:
+                raise DermisError(
+                    f"{target.url}: cannot be reached ({escape(error)}); {stored:,} files were stored before. "
+                    "Send them again when the server works: objects that it has already are not stored twice"
+                ) from None
+            _check(target, response, names)
+            stored += len(names)
+    return stored
+
+
+def _batches(files: Iterable[tuple[str, bytes]]) -> Iterator[tuple[list[str], bytes]]:
+    names: list[str] = []
+    body = bytearray()
+    for name, data in files:
+        names.append(name)
+        body += f"--{_BOUNDARY}\r\nContent-Type: application/dicom\r\n\r\n".encode() + data + b"\r\n"
+        if len(names) >= _BATCH_FILES or len(body) >= _BATCH_BYTES:
+            yield names, bytes(body) + f"--{_BOUNDARY}--\r\n".encode()
+            names, body = [], bytearray()
+    if names:
+        yield names, bytes(body) + f"--{_BOUNDARY}--\r\n".encode()
+
+
+def _check(target: StowTarget, response: Any, names: list[str]) -> None:
+    """Raise DermisError unless the server has stored every file."""
+    status = response.status_code
+    if status in (401, 403):
+        raise DermisError(f"{target.url}: refuses access (status {status}); set {AUTHORIZATION}")
+    failed = _failures(response.content)
+    if status == 200 and not failed:
+        return
+    reason = f"; first failure reason {failed[0]}" if failed else ""
+    what = f"{len(failed)} of {len(names)}" if failed else f"{len(names)}"
+    raise DermisError(
+        f"{target.url}: did not store {what} files from {names[0]} to {names[-1]} (status {status}{reason}); "
+        "the log of the server has the cause"
+    )
+
+
+def _failures(content: bytes) -> list[str]:
+    """Return the reasons of the failed objects in an answer."""
+    if len(content) > _MAX_ANSWER_BYTES:
+        return []
+    try:
+        document = json.loads(content)
+        items = document.get(_FAILED, {}).get("Value", []) if isinstance(document, dict) else []
+        return [str(item.get(_REASON, {}).get("Value", ["unknown"])[0]) for item in items]
+    except (ValueError, AttributeError, TypeError, IndexError, KeyError):
+        return []
