@@ -26,7 +26,7 @@ from commands.dataset_audit import (
     is_audited,
     prepare_audit,
 )
-from commands.dataset_resume import begin, differences, existing_manifest, is_complete
+from commands.dataset_resume import begin, differences, existing_manifest, in_format_there, is_complete
 from commands.options import (
     DEMO_BUNDLE,
     BundleOption,
@@ -226,6 +226,7 @@ def generate(
         if not 0 <= shard < planned.shards:
             raise RequestError("--only-shard", f"{shard} is not in 0 to {planned.shards - 1}")
     existing = existing_manifest(store, planned)
+    planned = in_format_there(store, planned, former)
     finish = finalize_only or (only_shard is None and part is None)
     if sources is not None and not finish:
         option = "--only-shard" if part is None else "--shards"
