@@ -1,4 +1,4 @@
-"""`dermis generate` and `dermis verify`: make and check datasets without a service, with the same plan and shards."""
+"""`dermis generate`: make datasets without a service, with the same plan and shards."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from commands.options import (
     OptionalTruncationOption,
 )
 from dermis.dataset.request import DatasetFormat, ImageFormat
-from dermis.errors import DermisError, MissingShardsError, RequestError, StorageError, escape
+from dermis.errors import DermisError, MissingShardsError, RequestError, StorageError
 
 if TYPE_CHECKING:
     from dermis.authenticity.checker import Checker
@@ -276,22 +276,6 @@ def generate(
     typer.echo(f"{out}: {_summary(planned, result)} in {_containers(planned)}; check them with: dermis verify {out}")
     if former is not None:
         _compare(former, result)
-
-
-def verify(
-    folder: Annotated[str, typer.Argument(help="Folder or fsspec URL of a dataset, or its images.zip.")],
-) -> None:
-    """Check every file of a dataset against its manifest.json, and list changed, missing and extra files."""
-    from dermis.dataset.verify import verify as verify_dataset
-
-    report = verify_dataset(folder)
-    for what, names in (("changed", report.changed), ("missing", report.missing), ("extra", report.extra)):
-        for name in names:
-            typer.echo(f"{what} {escape(name)}")
-    if not report.ok:
-        raise typer.Exit(1)
-    kind = "images" if Path(folder).is_file() else "files"
-    typer.echo(f"{folder}: {report.checked} {kind} checked, all hashes match")
 
 
 @contextmanager

@@ -57,6 +57,8 @@ PREVIEW = "preview.png"
 CARD = "README.md"
 REPORT, REPORT_PAGE = "report.json", "report.html"
 PRIVACY_AUDIT, AUDIT_TEXT = "privacy_audit.json", "AUDIT.md"
+SIGNATURE = "dataset.sig"
+"""A signature of all files (`dermis.provenance.signing`). The manifest cannot list it, as it covers the manifest."""
 SINGLE_FILES = (METADATA, PREVIEW, CARD, REPORT, REPORT_PAGE, PRIVACY_AUDIT, AUDIT_TEXT)
 """Files of a dataset that hold no images."""
 MAX_MANIFEST_BYTES = 256 << 20  # that of the largest dataset has 60 MiB
