@@ -95,7 +95,7 @@ def sign_dataset(
     changes. `dermis verify FOLDER --trusted signer.pem` checks it.
     """
     from dermis.dataset.manifest import SIGNATURE
-    from dermis.dataset.store import Store
+    from dermis.dataset.store import PARTIAL, Store
     from dermis.dataset.verify import verify
     from dermis.provenance.signing import sign_records
 
@@ -111,6 +111,7 @@ def sign_dataset(
         SIGNATURE,
         sign_records(records, name, ignored=SIGNATURE, key=key, certificate=certificate, chain=chain or ()),
     )
+    store.remove(PARTIAL)  # files are written there first
     typer.echo(f"{store.where(SIGNATURE)}: signature of {len(records)} files")
 
 
