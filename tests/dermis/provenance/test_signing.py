@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +18,8 @@ from services.models import ServedModels, check_signer, signers_of
 from services.settings import Settings, SettingsError
 from signers import TestSigner, make_signer
 
-pytest.importorskip("model_signing", reason="model-signing is not installed")
+signing = pytest.importorskip("model_signing.signing", reason="model-signing is not installed")
+verifying = pytest.importorskip("model_signing.verifying")
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -38,20 +38,20 @@ def bundle(tiny_bundle: Bundle, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_bundle.location, tmp_path / "bundle"))
 
 
-def by_model_signing(*arguments: object) -> int:
-    command = [sys.executable, "-m", "model_signing", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, check=False, timeout=120).returncode
-
-
-def test_signature_of_a_bundle_is_one_of_model_signing(run: Run, bundle: Path, signer: TestSigner) -> None:
+def test_signature_of_a_bundle_is_one_of_model_signing(
+    run: Run, tiny_bundle: Bundle, bundle: Path, signer: TestSigner
+) -> None:
     assert run("bundle", "sign", bundle, "--key", signer.key)[0] == 0
     signature = bundle / SIGNATURE
-    verifying = ("verify", "key", bundle, "--signature", signature, "--public_key", signer.public_key)
-    assert by_model_signing(*verifying) == 0
+    verifying.Config().use_elliptic_key_verifier(public_key=signer.public_key).verify(bundle, signature)
+    (bundle / "MODEL_CARD.md").write_text("changed")
+    with pytest.raises(ValueError, match="MODEL_CARD"):
+        verifying.Config().use_elliptic_key_verifier(public_key=signer.public_key).verify(bundle, signature)
+    (bundle / "MODEL_CARD.md").write_text(open_bundle(tiny_bundle.location).model_card)
     status, out, _ = run("bundle", "verify", bundle, "--trusted", signer.public_key)
     assert status == 0 and "signed by the key" in out
     signature.unlink()
-    assert by_model_signing("sign", "key", bundle, "--signature", signature, "--private_key", signer.key) == 0
+    signing.Config().use_elliptic_key_signer(private_key=signer.key).sign(bundle, signature)
     assert run("bundle", "verify", bundle, "--trusted", signer.public_key)[0] == 0
 
 
@@ -123,8 +123,8 @@ def test_signed_dataset_is_verified_and_refused_after_a_change(
     status, out, err = run("verify", folder, "--trusted", signer.authority)
     assert (status, err) == (0, "") and out.endswith("all hashes match, signed by CN=Clinic,O=Test\n")
     signature = folder / "dataset.sig"
-    arguments = ("verify", "certificate", folder, "--signature", signature, "--certificate_chain", signer.authority)
-    assert by_model_signing(*arguments) == 0
+    authorities = [signer.authority]
+    verifying.Config().use_certificate_verifier(certificate_chain=authorities).verify(folder, signature)
     assert "not a trusted signer" in run("verify", folder, "--trusted", other.authority)[2]
     manifest = folder / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"device": "test"', '"device": "best"'))
