@@ -219,7 +219,7 @@ def audit(
         document = _document(checker, opened, projection_audit, sample_audit, samples)
     write_file(out / "audit.json", (json.dumps(document, indent=2) + "\n").encode())
     write_file(out / "REPORT.md", _report(document).encode())
-    write_file(out / "pairs.png", _sheet(projection_audit, targets, projected))
+    write_file(out / "pairs.png", _sheet(opened, projection_audit, targets, projected))
     typer.echo(_report(document).split("\n\n")[1])
     typer.echo(f"Baseline: {document['baseline']['stands_on']}.")
     if document["baseline"]["weakness"]:
@@ -351,8 +351,9 @@ def _report(document: dict[str, Any]) -> str:
     return "\n\n".join(paragraphs) + "\n"
 
 
-def _sheet(audit: ProjectionAudit, targets: Images, projected: Images) -> bytes:
+def _sheet(bundle: Bundle, audit: ProjectionAudit, targets: Images, projected: Images) -> bytes:
     """Contact sheet with the closest pairs of target and projection on the left and the farthest on the right."""
+    from dermis.image_metadata import origin_of
     from dermis.imaging import contact_sheet, encode
 
     order = np.argsort(audit.cosine, kind="stable")
@@ -360,7 +361,7 @@ def _sheet(audit: ProjectionAudit, targets: Images, projected: Images) -> bytes:
     cells = []
     for near, far in zip(closest, farthest, strict=True):
         cells += [targets[near], projected[near], targets[far], projected[far]]
-    return encode(contact_sheet(np.stack(cells), columns=4))
+    return encode(contact_sheet(np.stack(cells), columns=4), origin=origin_of(bundle, "compositeSynthetic"))
 
 
 def _chunks(

@@ -192,9 +192,10 @@ def _temporary_gib(plan: DatasetPlan, resolution: int) -> tuple[int, int]:
     A shard is written there before it is uploaded, and at the end images.zip, metadata.csv and the embeddings of the gate.
     """
     from dermis.dataset.shards import max_dataset_bytes, max_image_bytes
+    from dermis.latents import MAX_INDEX
 
     request = plan.request
-    image = max_image_bytes(request.image_format, request.image_quality, resolution)
+    image = max_image_bytes(request.image_format, request.image_quality, resolution, plan.origin(MAX_INDEX))
     shard = min(request.shard_size, plan.samples) * 2 * image
     dim = plan.authenticity.dim if plan.authenticity is not None and plan.gated else 0
     finish = plan.samples * (1000 + 2 * dim)

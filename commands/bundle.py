@@ -20,6 +20,7 @@ from commands.options import (
     DeviceOption,
     MetadataOption,
 )
+from commands.signing import TrustedOption, check_bundle_signature, sign_bundle
 
 if TYPE_CHECKING:
     from dermis.bundle import Bundle
@@ -117,17 +118,22 @@ def show(
     typer.echo("".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text))
 
 
+bundle_app.command("sign")(sign_bundle)
+
+
 @bundle_app.command("verify")
 def verify(
     bundle: BundleArgument,
+    trusted: TrustedOption = None,
 ) -> None:
-    """Check every file of a bundle against bundle.json, and that its networks and its index can be loaded."""
+    """Check every file of a bundle against bundle.json, that its networks and its index can be loaded, and its signature."""
     from dermis.bundle import load_discriminator, load_generator, open_bundle
     from dermis.bundle.bundle import PRIVACY_AUDIT
     from dermis.bundle.reference import read_features
     from dermis.privacy.audit import PrivacyAudit
     from dermis.projection.encoder import load_encoder
 
+    signed = check_bundle_signature(str(bundle), trusted)
     opened = open_bundle(bundle)
     load_generator(opened)
     if opened.discriminator is not None:
@@ -143,7 +149,7 @@ def verify(
         _try_copy_detector(opened)
     if opened.privacy_audit is not None:
         PrivacyAudit.from_json(opened.privacy_audit, f"{opened.location}/{PRIVACY_AUDIT}")
-    typer.echo(f"{bundle}: {len(opened.files)} files are intact: {opened.name}@{opened.digest}")
+    typer.echo(f"{bundle}: {len(opened.files)} files are intact: {opened.name}@{opened.digest}{signed}")
 
 
 @bundle_app.command("attach-classifier")

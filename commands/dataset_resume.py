@@ -52,6 +52,44 @@ def existing_manifest(store: Store, planned: DatasetPlan) -> Manifest | None:
     return None
 
 
+def in_format_there(store: Store, planned: DatasetPlan, former: Manifest | None) -> DatasetPlan:
+    """Return the plan in the format that the dataset has in this folder, or else in that of a manifest to repeat.
+
+    A dataset that a former version began or finished is continued or repaired in its format, so that no finished shard is lost.
+
+    Args:
+        store: The folder, for which `existing_manifest` has raised no error.
+        planned: The plan, in the newest format.
+        former: The manifest of the dataset to repeat, if there is one.
+
+    Raises:
+        OtherDatasetError: The folder has the dataset in another format than the manifest, or in that of a newer version.
+    """
+    from dermis.dataset.manifest import MANIFEST, read_manifest
+
+    there: Any = None
+    if store.size(_PLAN_FILE) is not None:
+        there = _read_mark(store.read(_PLAN_FILE)).get("format_version", 1)
+    elif store.size(MANIFEST) is not None:
+        there = read_manifest(store).format_version
+    if there not in (None, *range(1, planned.format_version + 1)):
+        raise OtherDatasetError(
+            f"{store.location}: was begun by a newer version of dermis; continue it with that one, or choose another --out"
+        )
+    if former is not None and there not in (None, former.format_version):
+        raise OtherDatasetError(
+            f"{store.location}: contains this dataset in format {there}, --manifest has format {former.format_version}; choose "
+            "another --out"
+        )
+    format_version = there or (planned.format_version if former is None else former.format_version)
+    if format_version < planned.format_version:
+        typer.echo(
+            f"note: format {format_version}, as it was begun: its images have no metadata that says that they are synthetic",
+            err=True,
+        )
+    return replace(planned, format_version=format_version)
+
+
 def is_complete(manifest: Manifest, store: Store, identity: Mapping[str, str]) -> bool:
     """Check a finished dataset against its manifest.
 
@@ -84,7 +122,12 @@ def begin(store: Store, planned: DatasetPlan, reopen: bool) -> None:
 
 
 def _mark(planned: DatasetPlan) -> bytes:
-    content = {"plan": planned.digest, "bundle": planned.bundle_digest, "request": planned.request.model_dump()}
+    content = {
+        "plan": planned.digest,
+        "bundle": planned.bundle_digest,
+        "request": planned.request.model_dump(),
+        "format_version": planned.format_version,
+    }
     return json.dumps(content).encode()
 
 

@@ -1,4 +1,4 @@
-"""`dermis generate` and `dermis verify`: make and check datasets without a service, with the same plan and shards."""
+"""`dermis generate`: make datasets without a service, with the same plan and shards."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from commands.dataset_audit import (
     is_audited,
     prepare_audit,
 )
-from commands.dataset_resume import begin, differences, existing_manifest, is_complete
+from commands.dataset_resume import begin, differences, existing_manifest, in_format_there, is_complete
 from commands.options import (
     DEMO_BUNDLE,
     BundleOption,
@@ -39,7 +39,7 @@ from commands.options import (
     OptionalTruncationOption,
 )
 from dermis.dataset.request import DatasetFormat, ImageFormat
-from dermis.errors import DermisError, MissingShardsError, RequestError, StorageError, escape
+from dermis.errors import DermisError, MissingShardsError, RequestError, StorageError
 
 if TYPE_CHECKING:
     from dermis.authenticity.checker import Checker
@@ -226,6 +226,7 @@ def generate(
         if not 0 <= shard < planned.shards:
             raise RequestError("--only-shard", f"{shard} is not in 0 to {planned.shards - 1}")
     existing = existing_manifest(store, planned)
+    planned = in_format_there(store, planned, former)
     finish = finalize_only or (only_shard is None and part is None)
     if sources is not None and not finish:
         option = "--only-shard" if part is None else "--shards"
@@ -275,22 +276,6 @@ def generate(
     typer.echo(f"{out}: {_summary(planned, result)} in {_containers(planned)}; check them with: dermis verify {out}")
     if former is not None:
         _compare(former, result)
-
-
-def verify(
-    folder: Annotated[str, typer.Argument(help="Folder or fsspec URL of a dataset, or its images.zip.")],
-) -> None:
-    """Check every file of a dataset against its manifest.json, and list changed, missing and extra files."""
-    from dermis.dataset.verify import verify as verify_dataset
-
-    report = verify_dataset(folder)
-    for what, names in (("changed", report.changed), ("missing", report.missing), ("extra", report.extra)):
-        for name in names:
-            typer.echo(f"{what} {escape(name)}")
-    if not report.ok:
-        raise typer.Exit(1)
-    kind = "images" if Path(folder).is_file() else "files"
-    typer.echo(f"{folder}: {report.checked} {kind} checked, all hashes match")
 
 
 @contextmanager

@@ -22,15 +22,17 @@ from commands.experiment import experiment_app
 from commands.explain import explain_app
 from commands.export import export_app
 from commands.federate import federate_app
-from commands.generate import generate, verify
+from commands.generate import generate
 from commands.index import index_app
 from commands.keys import keys_app
 from commands.privacy import privacy_app
 from commands.project import project
 from commands.serve import serve as serve_http
 from commands.serve import worker
+from commands.signing import sign_dataset
 from commands.survey import survey_app
 from commands.train import train_app
+from commands.verify import verify
 from dermis import __version__
 from dermis.cpus import keep_freed_memory
 from dermis.errors import DermisError, escape
@@ -60,6 +62,7 @@ app.command()(classify)
 app.command()(evaluate)
 app.command()(generate)
 app.command()(verify)
+app.command("sign")(sign_dataset)
 app.command("serve")(serve_http)
 app.command()(worker)
 app.add_typer(keys_app, name="keys")

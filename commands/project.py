@@ -97,7 +97,7 @@ def project(
         raise typer.Exit(130) from None
     for path, reason in unreadable:
         typer.echo(f"{path}: {reason}", err=True)
-    _summarise(out, files, results, {path for path, _ in unreadable}, opened.generator.img_resolution)
+    _summarise(out, files, results, {path for path, _ in unreadable}, opened)
     if unreadable:
         raise DataError(f"{len(unreadable):,} of {len(files):,} images could not be read and are left out")
 
@@ -175,6 +175,7 @@ def _run(
 ) -> None:
     from tqdm import tqdm
 
+    from dermis.image_metadata import origin_of
     from dermis.image_reading import ImageError, read_training_image
     from dermis.imaging import encode
     from dermis.projection.projector import Target
@@ -207,7 +208,10 @@ def _run(
             place, file_hash = begun[number]
             origin = {"bundle": projector.bundle.digest, "file": files[place].name, "sha256": file_hash}
             results[place].parent.mkdir(parents=True, exist_ok=True)
-            write_file(results[place].with_suffix(".png"), encode(projection.image))
+            picture = encode(
+                projection.image, origin=origin_of(projector.bundle, "compositeWithTrainedAlgorithmicMedia")
+            )
+            write_file(results[place].with_suffix(".png"), picture)
             if projection.frames is not None and video is not None:
                 frames = np.concatenate([projection.frames, np.repeat(projection.frames[-1:], 10, axis=0)])
                 write_file(results[place].with_suffix(f".{video}"), encode_video(frames, video))
@@ -229,12 +233,14 @@ def _read(result: Path) -> tuple[Projection, dict[str, str]]:
     return from_bytes(result.read_bytes(), str(result))
 
 
-def _summarise(out: Path, files: Sequence[Path], results: Sequence[Path], left_out: set[Path], size: int) -> None:
+def _summarise(out: Path, files: Sequence[Path], results: Sequence[Path], left_out: set[Path], bundle: Bundle) -> None:
     """Write the table and the sheet of pairs, and print a summary."""
+    from dermis.image_metadata import origin_of
     from dermis.image_reading import read_training_image
     from dermis.imaging import contact_sheet, encode
     from dermis.projection.result import fields_of
 
+    size = bundle.generator.img_resolution
     rows: list[dict[str, Any]] = []
     pairs: list[Images] = []
     for file, result in zip(files, results, strict=True):
@@ -251,7 +257,9 @@ def _summarise(out: Path, files: Sequence[Path], results: Sequence[Path], left_o
     writer.writeheader()
     writer.writerows(rows)
     write_file(out / TABLE, text.getvalue().encode())
-    write_file(out / PAIRS, encode(contact_sheet(np.stack(pairs), columns=8)))
+    write_file(
+        out / PAIRS, encode(contact_sheet(np.stack(pairs), columns=8), origin=origin_of(bundle, "compositeSynthetic"))
+    )
     distances = np.array([row["distance"] for row in rows])
     name, errors = rows[0]["distance_name"], np.mean([row["pixel_error"] for row in rows])
     typer.echo(

@@ -65,6 +65,10 @@ class OtherDatasetError(StorageError):
     """A folder contains another dataset than the one to be made, or other files."""
 
 
+class SignatureError(DermisError):
+    """A bundle, dataset or image has no signature, or one that cannot be trusted, or cannot be signed."""
+
+
 class DataError(DermisError):
     """A folder of training images or its metadata cannot be used."""
 

@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from dermis.image_metadata import ImageOrigin, png_texts, xmp_packet
+
 if TYPE_CHECKING:
     from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
 
 ImageFormat = Literal["png", "jpeg", "webp"]
 Images = npt.NDArray[np.uint8]
@@ -23,26 +26,44 @@ SUFFIXES: Mapping[ImageFormat, str] = {"png": ".png", "jpeg": ".jpg", "webp": ".
 _PNG_OPTIONS = {"compress_level": 1, "compress_type": 3}
 
 
-def encode(image: Images, image_format: ImageFormat = "png", quality: int = 95) -> bytes:
-    """Encode an image. The same image always gives the same bytes.
+def encode(
+    image: Images, image_format: ImageFormat = "png", quality: int = 95, origin: ImageOrigin | None = None
+) -> bytes:
+    """Encode an image. The same image and origin always give the same bytes.
 
     Args:
         image: uint8 [H, W, 3], or [H, W, 1], which is encoded as grey RGB.
         image_format: "png", "jpeg" or "webp".
         quality: 1..100, for JPEG and WebP.
+        origin: What the file says of the image; None for images that no generator made.
     """
     from PIL import Image
 
-    options: dict[str, Any] = _PNG_OPTIONS
+    options: dict[str, Any] = dict(_PNG_OPTIONS)
     if image_format == "jpeg":
         options = {"quality": quality, "subsampling": 0}  # 4:4:4, because colour matters in dermoscopy
     elif image_format == "webp":
         options = {"quality": quality, "method": 2}
+    if origin is not None:
+        if image_format == "png":
+            options["pnginfo"] = _png_info(origin)
+        else:
+            options["xmp"] = xmp_packet(origin)
     if image.shape[2] == 1:
         image = image.repeat(3, axis=2)
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(image)).save(buffer, format=image_format, **options)
     return buffer.getvalue()
+
+
+def _png_info(origin: ImageOrigin) -> PngInfo:
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_itxt("XML:com.adobe.xmp", xmp_packet(origin).decode())
+    for keyword, text in png_texts(origin).items():
+        info.add_text(keyword, text)
+    return info
 
 
 def animation(frames: Images, frame_ms: int) -> bytes:

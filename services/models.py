@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dermis.bundle import DESCRIPTOR, Bundle, open_bundle
+from dermis.bundle import DESCRIPTOR, Bundle, open_bundle, read_signature
 from dermis.bundle.installed import how_to_get_bundles, resolve_bundle
-from dermis.errors import BundleError, DermisError, RequestError
-from services.settings import SettingsError
+from dermis.errors import BundleError, DermisError, RequestError, SignatureError
+from dermis.provenance.signing import TrustedSigners, check_installed, read_signers, verify_records
+from services.settings import Settings, SettingsError
 
 # A changed file is noticed at the next request after this many seconds.
 _CHECK_SECONDS = 5.0
@@ -60,6 +61,42 @@ def check_any_bundle(locations: Sequence[str]) -> None:
         raise SettingsError(f"DERMIS_BUNDLES: there is no bundle at {', '.join(located)}; {how_to_get_bundles()}")
 
 
+def signers_of(settings: Settings) -> TrustedSigners | None:
+    """The trusted signers of the settings; None if any bundle may be served.
+
+    Raises:
+        SettingsError: A file of them cannot be used, or the package that verifies signatures is not installed.
+    """
+    if not settings.trusted_signers:
+        return None
+    try:
+        check_installed()
+        return read_signers(settings.trusted_signers)
+    except SignatureError as error:
+        raise SettingsError(f"DERMIS_TRUSTED_SIGNERS: {error}") from None
+
+
+def check_signer(location: str, signers: TrustedSigners | None) -> None:
+    """Check that a trusted signer signed a bundle. Nothing of it but bundle.json and its signature is read.
+
+    Args:
+        location: Where the bundle is.
+        signers: The trusted signers; None if any bundle may be served.
+
+    Raises:
+        SignatureError: The bundle is not signed, or not by a trusted signer, or was changed after it was signed.
+        BundleError: It cannot be read.
+    """
+    if signers is None:
+        return
+    signature, records = read_signature(location)
+    if signature is None:
+        raise SignatureError(
+            f"{location}: is not signed, and DERMIS_TRUSTED_SIGNERS accepts signed bundles only; sign it: dermis bundle sign"
+        )
+    verify_records(signature, records, signers, location)
+
+
 def without_place(error: Exception, location: str) -> str:
     """The text of an error for callers, without the location of the bundle, which only the log contains."""
     return str(error).replace(location.rstrip("/"), Path(location).name)
@@ -74,15 +111,20 @@ class ServedModels:
         locations: Where the bundles are.
         default: Name of the model for requests that name none.
         tenants: The tenants that may use a bundle, by its name. Bundles that are not in it are for all tenants.
+        signers: The signers of which one must have signed each bundle; None if any bundle may be served.
 
     Raises:
         SettingsError: `tenants` names a bundle that is not served. Written wrongly, a name would not limit its bundle.
     """
 
     def __init__(
-        self, locations: Sequence[str], default: str = "demo", tenants: Mapping[str, Sequence[str]] | None = None
+        self,
+        locations: Sequence[str],
+        default: str = "demo",
+        tenants: Mapping[str, Sequence[str]] | None = None,
+        signers: TrustedSigners | None = None,
     ) -> None:
-        self._tenants = tenants or {}
+        self._tenants, self._signers = tenants or {}, signers
         self._watched: dict[str, _Watched] = {}
         self._broken: dict[str, str] = {}
         self._lock = threading.Lock()
@@ -90,6 +132,7 @@ class ServedModels:
         for location in locate(locations):
             try:
                 fingerprint = _fingerprint(location)
+                check_signer(location, signers)
                 bundle = open_bundle(location)
             except _UNUSABLE as error:
                 self._broken[location] = f"{without_place(error, location)}; repair it and restart the service"
@@ -196,17 +239,18 @@ class ServedModels:
         with self._lock:
             if time.monotonic() - self._checked >= _CHECK_SECONDS:
                 for name, watched in self._watched.items():
-                    _check_again(name, watched)
+                    _check_again(name, watched, self._signers)
                 self._checked = time.monotonic()
             problems = {name: watched.problem for name, watched in self._watched.items() if watched.problem is not None}
             return self._broken | problems
 
 
-def _check_again(name: str, watched: _Watched) -> None:
+def _check_again(name: str, watched: _Watched, signers: TrustedSigners | None) -> None:
     try:
         fingerprint = _fingerprint(watched.bundle.location)
         if fingerprint == watched.fingerprint and watched.problem is None:
             return
+        check_signer(watched.bundle.location, signers)
         digest = open_bundle(watched.bundle.location).digest
     except _UNUSABLE as error:
         problem = without_place(error, watched.bundle.location)

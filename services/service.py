@@ -29,7 +29,7 @@ from services.inference.client import InferenceClients
 from services.inference.explainer import ExplainerService
 from services.inference.generator import GeneratorService
 from services.inference.projector import ProjectorService
-from services.models import ServedModels
+from services.models import ServedModels, signers_of
 from services.parent_watchdog import exit_with_parent
 from services.settings import SettingsError, settings_of_process
 from services.supervisor import check_access, serve_bento, stop_pause
@@ -74,7 +74,7 @@ async def _running() -> AsyncIterator[Context]:
 
 def _open_models() -> ServedModels:
     try:
-        return ServedModels(_settings.bundles, _settings.default_model, _settings.model_tenants)
+        return ServedModels(_settings.bundles, _settings.default_model, _settings.model_tenants, signers_of(_settings))
     except SettingsError as error:
         logger.error("cannot start", extra={"problem": str(error)})
         raise

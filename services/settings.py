@@ -146,6 +146,11 @@ class Settings(BaseSettings):
         description="Bundles to serve, separated by commas: folders, folders of bundles, fsspec URLs, or names of installed "
         "bundles. Default: the folder `bundles` of the repository, else the installed bundles.",
     )
+    trusted_signers: Annotated[tuple[Path, ...], NoDecode] = Field(
+        (),
+        description="PEM files of public keys and of authorities' certificates, separated by commas. With them, only bundles "
+        "that one of these signers signed (`dermis bundle sign`) are served. Needs the extra `provenance`.",
+    )
     default_model: str = Field(
         "demo", description="Model for requests that name none. If it is not served, the first model is used."
     )
@@ -388,6 +393,7 @@ class Settings(BaseSettings):
 
     @field_validator(
         "bundles",
+        "trusted_signers",
         "cors_origins",
         "trusted_hosts",
         "trusted_proxies",

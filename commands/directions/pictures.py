@@ -40,6 +40,7 @@ def strips(
     from dermis.directions.edit import MAX_STRENGTH, strip
     from dermis.errors import RequestError
     from dermis.files import write_file
+    from dermis.image_metadata import origin_of
     from dermis.imaging import ImageFormat, contact_sheet, encode
     from dermis.synthesizer import Synthesizer
 
@@ -71,7 +72,10 @@ def strips(
         noise_mode: NoiseMode = "random" if projected is None else "const"
         noise = {"seeds": [seed] * steps, "indices": [index] * steps}
         rows = [synthesizer.images_from_ws(strip(ws, known[name], strengths), noise_mode, **noise) for name in names]
-    write_file(out, encode(contact_sheet(np.concatenate(rows), columns=steps), image_format))
+    origin = origin_of(opened).of_sample(seed, index)
+    if projected is not None:
+        origin = origin_of(opened, "compositeWithTrainedAlgorithmicMedia")
+    write_file(out, encode(contact_sheet(np.concatenate(rows), columns=steps), image_format, origin=origin))
     typer.echo(f"{out}: {', '.join(names)}, from {-reach:g} to {reach:g}")
 
 

@@ -12,6 +12,7 @@
     metrics.json              measurements of the generator; an empty object if there are none
     privacy_audit.json        optional: result of a privacy audit (`dermis.privacy.audit`)
     MODEL_CARD.md             the model card, and the pictures that it shows
+    model.sig                 optional: a signature of all files (`dermis.provenance.signing`)
 
 The SHA-256 of bundle.json identifies the bundle: bundle.json contains the hashes of all other files. Nothing in a bundle
 is unpickled or executed, and files that it does not list are not read: a bundle can be untrusted. `docs/bundles.md`
@@ -28,6 +29,7 @@ from dermis.bundle.bundle import (
     CARD,
     GENERATOR,
     METRICS,
+    SIGNATURE,
     Bundle,
     amend_bundle,
     check_names,
@@ -35,6 +37,7 @@ from dermis.bundle.bundle import (
     load_discriminator,
     load_generator,
     open_bundle,
+    read_signature,
     trained_on,
     write_bundle,
 )
@@ -46,6 +49,7 @@ __all__ = [
     "DESCRIPTOR",
     "GENERATOR",
     "METRICS",
+    "SIGNATURE",
     "Bundle",
     "amend_bundle",
     "check_names",
@@ -53,6 +57,7 @@ __all__ = [
     "load_discriminator",
     "load_generator",
     "open_bundle",
+    "read_signature",
     "trained_on",
     "write_bundle",
 ]

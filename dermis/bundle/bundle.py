@@ -54,6 +54,8 @@ METRICS = "metrics.json"
 CARD = "MODEL_CARD.md"
 DIRECTIONS = "directions.safetensors"
 PRIVACY_AUDIT = "privacy_audit.json"
+SIGNATURE = "model.sig"
+"""A signature of all files (`dermis.provenance.signing`). bundle.json cannot list it, as it covers bundle.json."""
 
 NAME_PATTERN = r"[a-z0-9][a-z0-9._-]{0,63}"
 CLASS_PATTERN = r"[A-Za-z0-9][A-Za-z0-9 _.-]{0,63}"  # class names become folder names of generated datasets
@@ -130,7 +132,7 @@ def open_bundle(location: str | Path) -> Bundle:
         if name not in descriptor.files:
             raise BundleError(f"{where}/{DESCRIPTOR}: files does not list {name}; get the bundle again")
     files = descriptor.records
-    folder.check_listing(files)
+    folder.check_listing(files, allowed=(SIGNATURE,))
     small: dict[str, bytes] = {}
     parsed = (METRICS, CARD, DIRECTIONS, PRIVACY_AUDIT, *(f"{key}/{part.descriptor}" for key, part in _PARTS.items()))
     for name, record in files.items():
@@ -165,6 +167,23 @@ def open_bundle(location: str | Path) -> Bundle:
         else None,
         copies=_part(COPIES_PART, files, small, where),
     )
+
+
+def read_signature(location: str | Path) -> tuple[bytes | None, dict[str, str]]:
+    """Read the signature of a bundle, and from bundle.json what it has to cover. No other file is read.
+
+    Returns:
+        The signature, None if the bundle is not signed; and the SHA-256 of every file by name, that of bundle.json included.
+
+    Raises:
+        BundleError: A file cannot be read, or bundle.json is malformed.
+    """
+    folder = open_folder(resolve_bundle(location), "bundle", DESCRIPTOR)
+    text = folder.read_descriptor()
+    descriptor = parse_descriptor(text, f"{folder.where}/{DESCRIPTOR}", BUNDLE_FORMAT, _BundleDescriptor)
+    records = {name: record.sha256 for name, record in descriptor.records.items()}
+    records[DESCRIPTOR] = hashlib.sha256(text).hexdigest()
+    return folder.read_unlisted(SIGNATURE, limit=_MAX_SMALL_BYTES), records
 
 
 def find_part(source: Bundle | str | Path, part: PartFormat[PartDescription], missing: str) -> str:

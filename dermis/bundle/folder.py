@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -164,8 +164,26 @@ class Folder:
         if (digest.hexdigest(), size) != (record.sha256, record.bytes):
             raise self._differs(name)
 
-    def check_listing(self, files: Mapping[str, FileRecord]) -> None:
+    def read_unlisted(self, name: str, *, limit: int) -> bytes | None:
+        """Read a file that no descriptor lists, such as a signature. None if there is none.
+
+        Raises:
+            BundleError: It cannot be read, or is larger than `limit` bytes.
+        """
+        if not exists(self.where, name):
+            return None
+        with self._open(name) as file:
+            data = _read_at_most(file, limit + 1)
+        if len(data) > limit:
+            raise BundleError(f"{self._place(name)}: is larger than allowed ({limit:,} bytes); remove it")
+        return data
+
+    def check_listing(self, files: Mapping[str, FileRecord], allowed: Collection[str] = ()) -> None:
         """Compare the files that are present with those that the descriptor lists.
+
+        Args:
+            files: The listed files by name.
+            allowed: Names of files that may be present and are not listed.
 
         Raises:
             BundleError: A file is present but not listed, or listed but not present.
@@ -176,7 +194,7 @@ class Folder:
         except Exception as error:  # as in _open
             raise BundleError(f"{self.where}: cannot be listed: {_reason(error)}") from error
         present = {name for name in present if not name.endswith("/")}  # empty folders
-        if extra := sorted(present - files.keys()):
+        if extra := sorted(present - files.keys() - set(allowed)):
             names_of_some = ", ".join(escape(name) for name in extra[:5])
             raise BundleError(f"{self.where}: {self.descriptor} does not list {names_of_some}; remove these files")
         if missing := sorted(files.keys() - present):

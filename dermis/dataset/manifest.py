@@ -35,7 +35,7 @@ from dermis.dataset.containers import (
 )
 from dermis.dataset.croissant import croissant
 from dermis.dataset.packed import EmbeddingFile, PackedShard, pack, unpack
-from dermis.dataset.plan import DatasetPlan
+from dermis.dataset.plan import FORMAT_VERSION, DatasetPlan
 from dermis.dataset.privacy import Checks, Examine, Expose, PrivacyReport, PrivacyTally, report
 from dermis.dataset.request import ClassifierOptions, DatasetRequest, StoredRequest
 from dermis.dataset.scoring import ClassifierTally, tally
@@ -59,9 +59,10 @@ CARD = "README.md"
 CROISSANT = "croissant.json"
 REPORT, REPORT_PAGE = "report.json", "report.html"
 PRIVACY_AUDIT, AUDIT_TEXT = "privacy_audit.json", "AUDIT.md"
+SIGNATURE = "dataset.sig"
+"""A signature of all files (`dermis.provenance.signing`). The manifest cannot list it, as it covers the manifest."""
 SINGLE_FILES = (METADATA, PREVIEW, CARD, CROISSANT, REPORT, REPORT_PAGE, PRIVACY_AUDIT, AUDIT_TEXT)
 """Files of a dataset that hold no images."""
-FORMAT_VERSION = 1
 MAX_MANIFEST_BYTES = 256 << 20  # that of the largest dataset has 60 MiB
 
 _IN_MEMORY = 4 << 20  # bytes of metadata.csv that are kept in memory instead of a file
@@ -96,11 +97,13 @@ class Manifest:
     """Results of the classifier by class; None if images were not scored."""
     privacy: PrivacyReport | None = None
     """Results of the comparison with the training images; None if there was none."""
+    format_version: int = FORMAT_VERSION
+    """1: its images have no metadata of their origin."""
 
     def to_json(self) -> bytes:
         """Encode the manifest. The same manifest gives the same bytes."""
         document: dict[str, Any] = {
-            "format_version": FORMAT_VERSION,
+            "format_version": self.format_version,
             "request": self.request.model_dump(),
             "bundle": {"name": self.bundle_name, "digest": self.bundle_digest, "class_names": self.class_names},
             "synthesizer": dict(self.synthesizer),
@@ -177,7 +180,7 @@ class _PrivacyDocument(_Strict):
 
 
 class _Document(_Strict):
-    format_version: int = Field(ge=FORMAT_VERSION, le=FORMAT_VERSION)
+    format_version: int = Field(ge=1, le=FORMAT_VERSION)
     request: StoredRequest
     bundle: _BundleDocument
     synthesizer: dict[str, str]
@@ -245,7 +248,7 @@ def finalize(
         if plan.request.format == "imagefolder":
             files = [_write_archive(plan, store, records, {METADATA: metadata, CARD: io.BytesIO(card)}, on_batch)]
         files.append(_write_copy(store, METADATA, metadata))
-        preview = encode(contact_sheet(_preview(plan, store, records), PREVIEW_COLUMNS))
+        preview = encode(contact_sheet(_preview(plan, store, records), PREVIEW_COLUMNS), origin=plan.origin())
         kept = _by_class(plan, records)
         measured = measure(
             plan,
@@ -291,6 +294,7 @@ def finalize(
         files=tuple(sorted(files, key=lambda file: file.name)),
         classifier=tallies,
         privacy=privacy,
+        format_version=plan.format_version,
     )
     store.write(MANIFEST, manifest.to_json())
     store.remove(PARTIAL)
@@ -338,6 +342,7 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
         files=tuple(FileEntry(file.name, file.bytes, file.sha256) for file in document.files),
         classifier=None if document.classifier is None else _tallies(document.classifier),
         privacy=None if document.privacy is None else _privacy(document.privacy),
+        format_version=document.format_version,
     )
 
 
@@ -386,7 +391,11 @@ def _finished(plan: DatasetPlan, store: Store, identity: Mapping[str, str]) -> M
         if error.kind != "storage":  # the storage cannot be reached, so it can exist
             raise
         return None
-    same = manifest.plan_digest == plan.digest and dict(manifest.synthesizer) == synthesizer_identity(identity)
+    same = (
+        manifest.plan_digest == plan.digest
+        and manifest.format_version == plan.format_version
+        and dict(manifest.synthesizer) == synthesizer_identity(identity)
+    )
     return manifest if same else None
 
 

@@ -28,6 +28,7 @@ from dermis.dataset.containers import SOURCE, folder_name
 from dermis.dataset.store import storage_errors
 from dermis.errors import DataError, StorageError
 from dermis.files import atomic_write
+from dermis.image_metadata import ImageOrigin, origin_of
 from dermis.imaging import encode
 from dermis.latent_neighbours import Anchor, Space, check_options, neighbours_of
 
@@ -120,7 +121,8 @@ def write_neighbours(
         ]
         images = _images(synthesizer, np.concatenate(ws), [anchors[i] for i, _ in chunk])
         for task, image in zip(chunk, images, strict=True):
-            hashes[task] = _write(partial / _file_name(task, anchors, names), encode(image))
+            picture = encode(image, origin=_origin(bundle, anchors[task[0]]))
+            hashes[task] = _write(partial / _file_name(task, anchors, names), picture)
         done(len(chunk))
     with storage_errors(str(out)):
         (partial / METADATA).write_text(_table(tasks, anchors, names, hashes), encoding="utf-8")
@@ -140,6 +142,11 @@ def _images(synthesizer: Synthesizer, ws: NDArray[np.float32], anchors: Sequence
         seeds, indices = [anchor.seed for anchor in named], [anchor.index for anchor in named]
         parts.append(synthesizer.images_from_ws(np.stack(rows), noise_mode, seeds=seeds, indices=indices))
     return np.concatenate(parts)
+
+
+def _origin(bundle: Bundle, anchor: Anchor) -> ImageOrigin:
+    """Origin of the neighbours of an anchor, without seed and index, which do not name them alone."""
+    return origin_of(bundle, "trainedAlgorithmicMedia" if anchor.ws is None else "compositeWithTrainedAlgorithmicMedia")
 
 
 def _noise_mode(anchor: Anchor) -> NoiseMode:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -15,11 +15,15 @@ import numpy as np
 from dermis.bundle.classifier import ClassifierDescription
 from dermis.bundle.index import IndexDescription
 from dermis.dataset.request import DatasetRequest, classes_of
+from dermis.image_metadata import ImageOrigin, origin_of
 
 if TYPE_CHECKING:
     from dermis.bundle import Bundle
 
 BATCH = 32
+FORMAT_VERSION = 2
+"""Format of the datasets that are made. In format 1 images have no metadata of their origin; it is still read, continued and
+repeated."""
 _STRIDE = 1 << 34  # MAX_TRIES of them cover all indices of latents
 
 
@@ -40,6 +44,10 @@ class DatasetPlan:
     """The index of the bundle, which the bundle's digest covers as well."""
     has_copy_detector: bool = False
     """Whether the bundle has a copy detector, which its digest covers as well."""
+    generator: ImageOrigin | None = None
+    """What all images of the bundle have in common in their metadata; the bundle's digest covers it."""
+    format_version: int = FORMAT_VERSION
+    """Format of the dataset. The digest of the plan does not depend on it; the records of shards and the manifest have it."""
 
     @cached_property
     def digest(self) -> str:
@@ -73,6 +81,17 @@ class DatasetPlan:
         return (
             self.gated and self.has_copy_detector and bool(self.request.privacy and self.request.privacy.detect_copies)
         )
+
+    def origin(self, index: int | None = None) -> ImageOrigin | None:
+        """What the metadata of an image says of its origin; None in format 1, whose images have none.
+
+        Args:
+            index: Index of the latent of the image; None for a sheet of several.
+        """
+        if self.format_version < 2:
+            return None
+        generator = self.generator or ImageOrigin(self.request.model, self.bundle_digest)
+        return generator.of_sample(self.request.seed, index, self.request.moves)
 
     @property
     def shards(self) -> int:
@@ -123,10 +142,23 @@ class DatasetPlan:
         return [int(label) for label in labels[np.argsort(places, kind="stable")]]
 
 
-def plan_for(request: DatasetRequest, bundle: Bundle) -> DatasetPlan:
-    """Plan a request that `check_against` has accepted for this bundle."""
-    detector = bundle.copies is not None
-    return plan(request, bundle.digest, classes_of(bundle), bundle.classifier, bundle.authenticity, detector)
+def plan_for(request: DatasetRequest, bundle: Bundle, format_version: int = FORMAT_VERSION) -> DatasetPlan:
+    """Plan a request that `check_against` has accepted for this bundle.
+
+    Args:
+        request: The request.
+        bundle: The bundle that generates the images.
+        format_version: Format of the dataset; an earlier one to continue or repeat a dataset of it.
+    """
+    planned = plan(
+        request,
+        bundle.digest,
+        classes_of(bundle),
+        bundle.classifier,
+        bundle.authenticity,
+        has_copy_detector=bundle.copies is not None,
+    )
+    return replace(planned, generator=origin_of(bundle), format_version=format_version)
 
 
 def plan(

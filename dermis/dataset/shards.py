@@ -10,14 +10,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from dermis import __version__
 from dermis.dataset.containers import DatasetSample, container_name, container_writer
-from dermis.dataset.plan import BATCH, DatasetPlan
+from dermis.dataset.plan import BATCH, DatasetPlan, latent_index
 from dermis.dataset.privacy import Checks, Examine, GateVerdict
 from dermis.dataset.request import DatasetRequest
 from dermis.dataset.scoring import SampleResult, Score, Synthesize, generate_samples
 from dermis.dataset.store import PARTIAL, Store, hash_file, storage_errors
 from dermis.errors import StorageError
+from dermis.image_metadata import ImageOrigin, metadata_bytes
 from dermis.imaging import ImageFormat, encode
+from dermis.latents import MAX_INDEX
 
 
 @dataclass(frozen=True)
@@ -157,7 +160,10 @@ def _checks(row: Mapping[str, Any]) -> Checks:
 
 
 def _to_sidecar(plan: DatasetPlan, identity: Mapping[str, str] | None, record: ShardRecord) -> bytes:
-    fields = {"plan": plan.digest, "identity": dict(identity or {}), **asdict(record)}
+    made_by = dict(identity or {})
+    if plan.format_version > 1:  # images name the version of dermis, so those of another version have other bytes
+        made_by |= {"format_version": str(plan.format_version), "dermis": __version__}
+    fields = {"plan": plan.digest, "identity": made_by, **asdict(record)}
     return json.dumps(fields, sort_keys=True).encode()
 
 
@@ -174,7 +180,7 @@ def _encoded_batches(
             batch_labels = [labels[index - start] for index in batch]
             results = generate_samples(plan, batch, batch_labels, synthesize, score, examine)
             following = [
-                pool.submit(_encode, plan.request, index, label, result)
+                pool.submit(_encode, plan, index, label, result)
                 for index, label, result in zip(batch, batch_labels, results, strict=True)
             ]
             if encoding:
@@ -185,10 +191,11 @@ def _encoded_batches(
         pool.shutdown(cancel_futures=True)
 
 
-def _encode(request: DatasetRequest, index: int, label: int, result: SampleResult) -> DatasetSample:
+def _encode(plan: DatasetPlan, index: int, label: int, result: SampleResult) -> DatasetSample:
     if result.image is None:
         return DatasetSample(index, label, None, tries=result.tries, checks=result.checks)
-    data = encode(result.image, request.image_format, request.image_quality)
+    origin = plan.origin(latent_index(index, result.tries - 1))
+    data = encode(result.image, plan.request.image_format, plan.request.image_quality, origin)
     return DatasetSample(
         index, label, hashlib.sha256(data).hexdigest(), data, result.probability, result.tries, result.checks
     )
@@ -237,16 +244,17 @@ _MAX_RECORD_BYTES = 4000  # of a sample in its container, metadata.csv and manif
 _MAX_EXTRA_BYTES = 8 << 20  # preview, card and report
 
 
-def max_image_bytes(image_format: ImageFormat, quality: int, resolution: int) -> int:
+def max_image_bytes(image_format: ImageFormat, quality: int, resolution: int, origin: ImageOrigin | None = None) -> int:
     """Return an upper estimate of the size of an encoded image in bytes.
 
     Args:
         image_format: The format.
         quality: Quality of JPEG and WebP, 1 to 100.
         resolution: Side of the image in px.
+        origin: What its metadata says.
     """
     per_pixel = next(value for highest, value in _MAX_BYTES_PER_PIXEL[image_format].items() if quality <= highest)
-    return int(per_pixel * resolution**2) + _MAX_HEADER_BYTES
+    return int(per_pixel * resolution**2) + _MAX_HEADER_BYTES + (metadata_bytes(origin) if origin else 0)
 
 
 def max_dataset_bytes(plan: DatasetPlan, resolution: int) -> int:
@@ -255,6 +263,6 @@ def max_dataset_bytes(plan: DatasetPlan, resolution: int) -> int:
     Dermoscopy images are smaller than the estimate assumes: as PNG about half, as JPEG or WebP about a tenth.
     """
     request = plan.request
-    image = max_image_bytes(request.image_format, request.image_quality, resolution)
+    image = max_image_bytes(request.image_format, request.image_quality, resolution, plan.origin(MAX_INDEX))
     names = 12 * max(len(name) for name in plan.class_names)  # percent-encoded, in several files
     return plan.samples * (image + _MAX_RECORD_BYTES + names) + _MAX_EXTRA_BYTES

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from dermis.dataset.manifest import ARCHIVE, MANIFEST, METADATA, read_manifest
+from dermis.dataset.manifest import ARCHIVE, MANIFEST, METADATA, SIGNATURE, read_manifest
 from dermis.dataset.store import Store, hash_file
 from dermis.errors import StorageError, escape
 from dermis.files import NotRegularError, open_regular
@@ -66,7 +66,7 @@ def verify(location: str | Path) -> Report:
             (changed if name in entries else missing).append(name)
         elif size != file.bytes or _sha256(store, name) != file.sha256:
             changed.append(name)
-    extra = entries - listed.keys() - {MANIFEST}
+    extra = entries - listed.keys() - {MANIFEST, SIGNATURE}
     if ARCHIVE in listed and ARCHIVE not in [*changed, *missing] and store.folder:
         unpacked = {name for name in extra if name.startswith("images/")}
         if unpacked:

@@ -16,7 +16,7 @@ import bentoml
 from dermis.errors import DermisError
 from services import logs, tracing
 from services.data_folder import restrict_new_files
-from services.models import locate, without_place
+from services.models import check_signer, locate, signers_of, without_place
 from services.parent_watchdog import exit_with_parent
 from services.settings import settings_of_process
 
@@ -86,10 +86,12 @@ class InferenceService(Generic[ModelT]):
         restrict_new_files()
         self._models: dict[str, ModelT] = {}
         self._problems: list[str] = []
+        signers = signers_of(_settings)
         for location in locate(_settings.bundles):
             if not self.has_model(location):
                 continue
             try:
+                check_signer(location, signers)
                 digest, model = self.load(location)
             except LOAD_ERRORS as error:
                 self.logger.error(self.failure, extra={"location": location, "error": str(error)})

@@ -69,6 +69,7 @@ def project_images(
     Returns:
         The files of each image, in their order.
     """
+    from dermis.image_metadata import origin_of
     from dermis.imaging import encode
     from dermis.projection.projector import Target
     from dermis.projection.result import to_bytes
@@ -77,6 +78,7 @@ def project_images(
     targets = [Target(image, label) for image, label in zip(images, labels, strict=True)]
     steps = task.schedule.steps
     files: dict[int, ProjectionFiles] = {}
+    origin = origin_of(projector.bundle, "compositeWithTrainedAlgorithmicMedia")  # its input is a photograph
 
     def on_step(progress: Sequence[tuple[int, int]]) -> None:
         on_steps(len(files) * steps + sum(step for _, step in progress))
@@ -88,5 +90,5 @@ def project_images(
             last_frames = np.repeat(result.frames[-1:], _REPEATED_LAST_FRAMES, axis=0)
             video = encode_video(np.concatenate([result.frames, last_frames]), "gif")
         provenance = {"bundle": projector.bundle.digest}
-        files[number] = ProjectionFiles(to_bytes(result, provenance), encode(result.image), video)
+        files[number] = ProjectionFiles(to_bytes(result, provenance), encode(result.image, origin=origin), video)
     return [files[number] for number in range(len(targets))]

@@ -5,6 +5,7 @@ This module implements `services.jobs.execution.JobKind`.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -23,6 +24,7 @@ from dermis.dataset.plan import DatasetPlan, plan_for
 from dermis.dataset.privacy import exact_below
 from dermis.dataset.request import stored_request
 from dermis.dataset.shards import write_shard
+from dermis.errors import MissingShardsError
 from services.errors import DatabaseUnavailableError
 from services.inference.pixels import Comparison
 from services.inference.samples import Options, pack_rows
@@ -38,6 +40,10 @@ from services.jobs.context import (
 )
 from services.jobs.table import Job
 from services.metrics import dataset_samples
+
+logger = logging.getLogger("dermis.jobs")
+
+_ASSEMBLIES = 3  # the first one can report missing shards, the second one those of another version
 
 
 def path(job_id: str) -> str:
@@ -83,9 +89,23 @@ def run_shard(ctx: JobContext, job: Job, shard: int) -> None:
 def finish(ctx: JobContext, job: Job) -> None:
     """Write the metadata, the card, the report and the manifest of a dataset whose shards are complete.
 
+    Shards that another version of dermis or of the libraries made, as during an upgrade of several replicas, are made again.
+
     Raises:
         StoppedError: If the job is to stop.
+        MissingShardsError: If shards cannot be used although they were made again.
     """
+    for _ in range(_ASSEMBLIES - 1):
+        try:
+            return _assemble(ctx, job)
+        except MissingShardsError as error:
+            logger.warning("shards made again", extra={"job": job.id, "shards": len(error.shards)})
+            for shard in error.shards:
+                run_shard(ctx, job, shard)
+    return _assemble(ctx, job)
+
+
+def _assemble(ctx: JobContext, job: Job) -> None:
     bundle, plan = _plan_of(ctx, job)
     check = partial(stop_if_asked, ctx, job.id)
     with ctx.turns.of(job.tenant, check) as offer_place:

@@ -23,6 +23,7 @@ from dermis.dataset.request import classes_of
 from dermis.dataset.shards import max_image_bytes
 from dermis.dataset.store import PARTIAL, Store
 from dermis.errors import DataError
+from dermis.image_metadata import origin_of
 from dermis.imaging import decode, encode
 from dermis.projection.result import fields_of, from_bytes
 from dermis.projection.schedule import SCHEDULES, Schedule, Space, Start
@@ -82,7 +83,7 @@ def max_bytes(options: ProjectionOptions, bundle: Bundle) -> int:
     """An upper estimate of the size of all files of a projection in bytes, the uploaded images included."""
     network = bundle.generator
     pixels = network.img_resolution**2
-    picture = max_image_bytes("png", 100, network.img_resolution)
+    picture = max_image_bytes("png", 100, network.img_resolution, origin_of(bundle))
     # ws, the image, and noise maps of which there are two at each resolution.
     latents = 4 * network.num_ws * network.w_dim + 3 * pixels + 11 * pixels
     video = _MAX_FRAMES * (2 * pixels + 1000) if options.video else 0

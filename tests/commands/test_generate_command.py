@@ -70,6 +70,34 @@ def test_killed_run_resumes_to_same_bytes(run: Run, tiny_bundle: Bundle, tmp_pat
     assert run("verify", killed)[0] == 0
 
 
+def test_dataset_of_the_former_format_is_continued_and_repeated_in_it(
+    run: Run, painter: type[Painter], tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As version 0.1.0 left it: a mark and records of shards without a format."""
+    out, again, new = tmp_path / "out", tmp_path / "again", tmp_path / "new"
+    asked = ("generate", "--bundle", tiny_bundle.location, "--classes", "benign=9", "--shard-size", 3)
+    with monkeypatch.context() as former:
+        former.setattr("dermis.dataset.plan.plan_for.__defaults__", (1,))
+        assert run(*asked, "--out", out, "--only-shard", 0)[0] == 0
+    mark = json.loads((out / ".partial" / "plan.json").read_text())
+    assert mark.pop("format_version") == 1
+    (out / ".partial" / "plan.json").write_text(json.dumps(mark))
+    status, _, err = run(*asked, "--out", out)
+    assert status == 0 and "format 1" in err and painter.drawn == 9
+    manifest = out / "manifest.json"
+    assert json.loads(manifest.read_text())["format_version"] == 1 and run("verify", out)[0] == 0
+    status, printed, _ = run("generate", "--manifest", manifest, "--bundle", tiny_bundle.location, "--out", again)
+    assert status == 0 and "byte for byte" in printed and contents(again) == contents(out)
+    assert run(*asked, "--out", new)[0] == 0 and json.loads((new / "manifest.json").read_text())["format_version"] == 2
+    status, _, err = run("generate", "--manifest", manifest, "--bundle", tiny_bundle.location, "--out", new)
+    assert status == 1 and "in format 2, --manifest has format 1" in err
+    (new / "manifest.json").unlink()
+    (new / ".partial").mkdir()
+    (new / ".partial" / "plan.json").write_text(json.dumps(mark | {"format_version": 3}))
+    status, _, err = run(*asked, "--out", new)
+    assert status == 1 and "newer version" in err
+
+
 def test_finished_dataset_is_kept_and_damaged_dataset_is_repaired(
     run: Run, painter: type[Painter], tiny_bundle: Bundle, tmp_path: Path
 ) -> None:

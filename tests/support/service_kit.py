@@ -42,7 +42,7 @@ from services.inference.projections import ProjectionFiles, ProjectionTask
 from services.inference.samples import Image, Options, Samples, pack_rows
 from services.jobs.context import JobContext
 from services.jobs.service import JobService
-from services.models import ServedModels
+from services.models import ServedModels, signers_of
 from services.settings import Settings
 
 IDENTITY = {"device": "fake"}
@@ -248,7 +248,7 @@ def assemble(bundles: Path | str, data_dir: Path, **settings: Any) -> Parts:
     values = Settings(
         _env_file=None, bundles=tuple(str(bundles).split(",")), data_dir=data_dir, min_free_bytes=0, **settings
     )
-    models = ServedModels(values.bundles, values.default_model, values.model_tenants)
+    models = ServedModels(values.bundles, values.default_model, values.model_tenants, signers_of(values))
     generator, classifier, explainer, projector = FakeGenerator(), LocalClassifier(), FakeExplainer(), LocalProjector()
 
     inference = InferenceClients(

@@ -16,6 +16,7 @@ from dermis.bundle import check_names, write_bundle
 from dermis.devices import describe_hardware
 from dermis.errors import TrainingError
 from dermis.files import write_file
+from dermis.image_metadata import ImageOrigin
 from dermis.imaging import Images, contact_sheet, encode
 from dermis.latents import noise_vectors, z_for
 from dermis.networks import Discriminator, Generator, one_hot
@@ -98,8 +99,9 @@ def write_snapshot(
     def write(out: Path, state: GanState) -> None:
         progress = state.progress
         grid = contact_sheet(sample_grid(state.G_ema, device), columns=GRID)
-        write_file(out / f"samples-{progress.nimg // 1000:06d}.png", encode(grid))
-        picture = encode(grid, "webp", 75)  # a twentieth of the PNG's size, to keep the bundle small
+        made_by = ImageOrigin(origin.name, licence=origin.licence, attribution=origin.attribution)
+        write_file(out / f"samples-{progress.nimg // 1000:06d}.png", encode(grid, origin=made_by))
+        picture = encode(grid, "webp", 75, made_by)  # a twentieth of the PNG's size, to keep the bundle small
         if tensorboard:
             show_in_tensorboard(out, grid, progress.nimg)
         if progress.nimg == 0:

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Annotated
 
@@ -19,6 +20,7 @@ from dermis.bundle import Bundle
 from dermis.dataset.request import EditOption, classes_of
 from dermis.directions.edit import bundle_offset
 from dermis.errors import RequestError
+from dermis.image_metadata import ImageOrigin, edits_in_words, origin_of
 from dermis.imaging import MEDIA_TYPES, Images, animation, contact_sheet, encode
 from services.gateway.auth.authentication import check_scope, requires
 from services.gateway.auth.principal import Principal
@@ -115,9 +117,9 @@ async def edit_images(request: Request, context: ContextDep, principal: _Sender)
     images = np.stack(await generate_within_limits(context, request, principal, count, generate))
     response_headers = model_header(bundle) | {"Vary": "Accept"}
     if media_type != _JSON:
-        data = await asyncio.to_thread(_picture, images, len(strengths), media_type, body)
+        data = await asyncio.to_thread(_picture, images, strengths, media_type, body, bundle)
         return Response(data, media_type=media_type, headers=response_headers)
-    edited = await asyncio.to_thread(_edited, body, strengths, images)
+    edited = await asyncio.to_thread(_edited, body, bundle, strengths, images)
     response_body = EditedList(model=model_ref(bundle), data=edited)
     return Response(response_body.model_dump_json(), media_type=_JSON, headers=response_headers)
 
@@ -199,23 +201,41 @@ def _edited_latents(
     return (ws[:, None] + np.stack(offsets)[None]).reshape(-1, *ws.shape[1:])
 
 
-def _picture(images: Images, strengths: int, media_type: str, body: EditsRequest) -> bytes:
+def _origin(body: EditsRequest, bundle: Bundle, source: int, strength: float | None) -> ImageOrigin:
+    """Origin of one image. That of a projection is an edited photograph, not a product of random numbers alone."""
+    edits = [option.edit for option in [*(body.edits or ()), *([] if strength is None else [_option(body, strength)])]]
+    if body.samples is None:
+        return replace(origin_of(bundle, "compositeWithTrainedAlgorithmicMedia"), edits=edits_in_words(edits))
+    return origin_of(bundle).of_sample(body.samples[source].seed, body.samples[source].index, edits)
+
+
+def _origin_of_sheet(body: EditsRequest, bundle: Bundle) -> ImageOrigin:
+    return origin_of(bundle, "trainedAlgorithmicMedia" if body.samples else "compositeWithTrainedAlgorithmicMedia")
+
+
+def _picture(
+    images: Images, strengths: list[float | None], media_type: str, body: EditsRequest, bundle: Bundle
+) -> bytes:
+    count = len(strengths)
     if media_type == _GIF:
-        frames = [contact_sheet(images[place::strengths], columns=8, padding=0) for place in range(strengths)]
+        frames = [contact_sheet(images[place::count], columns=8, padding=0) for place in range(count)]
         return animation(np.stack([*frames, *frames[-2:0:-1]]), body.frame_ms)
     image_format = next(name for name, kind in MEDIA_TYPES.items() if kind == media_type)
-    sheet = images[0] if len(images) == 1 else contact_sheet(images, columns=strengths if strengths > 1 else 8)
-    return encode(sheet, image_format, body.image_quality)
+    single = len(images) == 1
+    sheet = images[0] if single else contact_sheet(images, columns=count if count > 1 else 8)
+    origin = _origin(body, bundle, 0, strengths[0]) if single else _origin_of_sheet(body, bundle)
+    return encode(sheet, image_format, body.image_quality, origin)
 
 
-def _edited(body: EditsRequest, strengths: list[float | None], images: Images) -> list[EditedImage]:
+def _edited(body: EditsRequest, bundle: Bundle, strengths: list[float | None], images: Images) -> list[EditedImage]:
     edited: list[EditedImage] = []
     for place, image in enumerate(images):
-        data = encode(image, body.image_format, body.image_quality)
+        source, strength = place // len(strengths), strengths[place % len(strengths)]
+        data = encode(image, body.image_format, body.image_quality, _origin(body, bundle, source, strength))
         edited.append(
             EditedImage(
-                sample=place // len(strengths),
-                strength=strengths[place % len(strengths)],
+                sample=source,
+                strength=strength,
                 media_type=MEDIA_TYPES[body.image_format],
                 sha256=hashlib.sha256(data).hexdigest(),
                 b64=base64.b64encode(data).decode("ascii"),

@@ -16,6 +16,7 @@ from starlette.responses import Response
 from dermis.bundle import Bundle
 from dermis.dataset.request import classes_of
 from dermis.errors import RequestError
+from dermis.image_metadata import ImageOrigin, origin_of
 from dermis.imaging import MEDIA_TYPES, ImageFormat, contact_sheet, encode
 from dermis.latents import MAX_INDEX
 from services.gateway.auth.authentication import requires
@@ -74,9 +75,9 @@ async def generate_images(request: Request, context: ContextDep, principal: _Sen
     response_headers = model_header(bundle) | {"Vary": "Accept"}
     if media_type != "application/json":
         image_format = next(name for name, kind in MEDIA_TYPES.items() if kind == media_type)
-        data = await asyncio.to_thread(_one_image, images, image_format, body.image_quality)
+        data = await asyncio.to_thread(_one_image, body, bundle, images, image_format)
         return Response(data, media_type=media_type, headers=response_headers)
-    samples = await asyncio.to_thread(_samples, body, names, images)
+    samples = await asyncio.to_thread(_samples, body, bundle, names, images)
     response_body = SampleList(model=model_ref(bundle), data=samples)
     return Response(
         response_body.model_dump_json(by_alias=True), media_type="application/json", headers=response_headers
@@ -122,14 +123,21 @@ def rows_of(body: ImagesRequest, bundle: Bundle, names: Sequence[str]) -> Sample
     return pack_rows(options, body.seed, indices, [label_of[name] for name in names])
 
 
-def _one_image(images: Sequence[Image], image_format: ImageFormat, quality: int) -> bytes:
-    return encode(images[0] if len(images) == 1 else contact_sheet(np.stack(images)), image_format, quality)
+def _one_image(body: ImagesRequest, bundle: Bundle, images: Sequence[Image], image_format: ImageFormat) -> bytes:
+    sheet = images[0] if len(images) == 1 else contact_sheet(np.stack(images))
+    origin = _origin(body, bundle, body.start_index if len(images) == 1 else None)
+    return encode(sheet, image_format, body.image_quality, origin)
 
 
-def _samples(body: ImagesRequest, names: Sequence[str], images: Sequence[Image]) -> list[Sample]:
+def _origin(body: ImagesRequest, bundle: Bundle, index: int | None) -> ImageOrigin:
+    return origin_of(bundle).of_sample(body.seed, index, [option.edit for option in body.edits or ()])
+
+
+def _samples(body: ImagesRequest, bundle: Bundle, names: Sequence[str], images: Sequence[Image]) -> list[Sample]:
     samples: list[Sample] = []
     for i, (name, image) in enumerate(zip(names, images, strict=True)):
-        data = encode(image, body.image_format, body.image_quality)
+        origin = _origin(body, bundle, body.start_index + i)
+        data = encode(image, body.image_format, body.image_quality, origin)
         samples.append(
             Sample(
                 **{"class": name},

@@ -62,6 +62,21 @@ def test_job_of_stopped_service_resumes_at_next_start(tiny_bundle: Bundle, tmp_p
         assert running.generator.calls <= 9
 
 
+def test_shards_that_another_version_made_are_made_again(
+    tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in an upgrade of several replicas: some shards are of the former version when the new one finishes the dataset."""
+    monkeypatch.setattr("dermis.dataset.shards.__version__", "0.0.1")
+    with service(tiny_bundle.location, tmp_path / "data") as running:
+        asked = running.ask(REQUEST)
+        running.wait_for_shards(asked, 3)
+        monkeypatch.undo()
+        dataset = running.wait(asked)
+        assert dataset["state"] == "succeeded"
+        assert files_of(running, dataset) == expected(tiny_bundle, tmp_path / "direct")
+        assert running.generator.calls >= 15
+
+
 def test_another_worker_takes_over_a_job_for_its_tenant_when_a_lease_has_run_out(
     tiny_bundle: Bundle, tmp_path: Path
 ) -> None:

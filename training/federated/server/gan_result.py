@@ -11,6 +11,7 @@ import torch
 from dermis import __version__
 from dermis.bundle import write_bundle
 from dermis.files import write_file
+from dermis.image_metadata import ImageOrigin
 from dermis.imaging import contact_sheet, encode
 from dermis.networks import Generator
 from training.federated.config import FederationConfig, gan_config
@@ -65,7 +66,8 @@ def write_result(federation: FederationConfig, state: GlobalState, out: Path) ->
         "code_version": __version__,
     }
     grid = contact_sheet(sample_grid(generator, device), columns=GRID)
-    write_file(out / f"samples-{state.round:06d}.png", encode(grid))
+    made_by = ImageOrigin(federation.name, licence=federation.licence, attribution=federation.attribution)
+    write_file(out / f"samples-{state.round:06d}.png", encode(grid, origin=made_by))
     write_bundle(
         out / FOLDER,
         name=federation.name,
@@ -74,7 +76,7 @@ def write_result(federation: FederationConfig, state: GlobalState, out: Path) ->
         provenance=provenance,
         metrics={},
         model_card=_card(federation, provenance),
-        images={"samples.webp": encode(grid, "webp", 75)},
+        images={"samples.webp": encode(grid, "webp", 75, made_by)},
         weights_dtype="fp16",
         replace=True,
     )
