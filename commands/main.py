@@ -28,6 +28,7 @@ from commands.privacy import privacy_app
 from commands.project import project
 from commands.serve import serve as serve_http
 from commands.serve import worker
+from commands.studio import studio
 from commands.survey import survey_app
 from commands.train import train_app
 from dermis import __version__
@@ -60,6 +61,7 @@ app.command()(generate)
 app.command()(verify)
 app.command("serve")(serve_http)
 app.command()(worker)
+app.command()(studio)
 app.add_typer(keys_app, name="keys")
 app.add_typer(audit_app, name="audit")
 app.add_typer(admin_app, name="admin")

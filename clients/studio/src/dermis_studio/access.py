@@ -42,10 +42,16 @@ class Visitor:
 
 
 class Visitors:
-    """Finds out who a visitor is, with one call of the service in some seconds for each key."""
+    """Finds out who a visitor is, with one call of the service in some seconds for each key.
 
-    def __init__(self, service: Service) -> None:
+    Args:
+        service: The service.
+        needs_key: Whether it needs a key; None to ask it.
+    """
+
+    def __init__(self, service: Service, needs_key: bool | None = None) -> None:
         self._service = service
+        self._needs_key = needs_key
         self._known: OrderedDict[bytes, tuple[float, Visitor | None]] = OrderedDict()
 
     async def find(self, key: str | None) -> Visitor | None:
@@ -54,6 +60,8 @@ class Visitors:
         Raises:
             dermis_client.DermisError: The service does not respond.
         """
+        if key is None and self._needs_key:
+            return None
         name = hashlib.sha256((key or "").encode()).digest()
         known = self._known.get(name)
         if known is not None and known[0] > time.monotonic():
@@ -71,8 +79,7 @@ class Visitors:
             usage = await self._service.client(key).usage.retrieve()
         except AuthenticationError:
             return None
-        scopes = getattr(usage, "scopes", None)
-        return Visitor(key, usage.tenant, None if scopes is None else frozenset(map(str, scopes)))
+        return Visitor(key, usage.tenant, None if usage.scopes is None else frozenset(usage.scopes))
 
 
 def key_of(cookies: Mapping[str, str]) -> str | None:

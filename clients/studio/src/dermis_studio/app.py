@@ -25,19 +25,25 @@ _MAX_WAITING = 200  # events that wait for others; a further one is refused
 
 
 def create_site(
-    service: Service, prefix: str = "/studio", *, check_origin: bool = False, hosts: frozenset[str] = frozenset()
+    service: Service,
+    prefix: str = "/studio",
+    *,
+    needs_key: bool | None = None,
+    check_origin: bool = False,
+    hosts: frozenset[str] = frozenset(),
 ) -> StudioSite:
     """Build the studio. It takes seconds, so call it in a thread.
 
     Args:
         service: The service that the pages call.
         prefix: The path that the studio is below.
+        needs_key: Whether the service needs credentials; None if that is not known.
         check_origin: Whether to refuse requests that pages of other sites cause.
         hosts: With `check_origin`, the host names under which the studio answers, in addition to those of this machine.
     """
     for name in ("httpx", "gradio"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    visitors = Visitors(service)
+    visitors = Visitors(service, needs_key)
     studio = Studio(service, visitors)
     first, *others = frame.PAGES
     # Nothing is kept on the disk; should a component write a file, it is deleted within minutes.

@@ -191,7 +191,7 @@ class StudioSite:
             return None
         if visitor is None:
             if page is not None and method != "POST":
-                return HTMLResponse(frame.sign_in_page(self._prefix, page.path, ""), 401, {"Cache-Control": "no-store"})
+                return HTMLResponse(frame.sign_in_page(self._prefix, page.path, ""), headers={"Cache-Control": "no-store"})
             return _answer_with_error(request, 401, "Sign in", "Sign in again: the key has ended.", self._prefix)
         if method == "POST":
             if path not in _CALLS:

@@ -81,9 +81,14 @@ def query_of(request: gr.Request) -> dict[str, str]:
     return {} if inner is None else dict(inner.query_params)
 
 
+def html(value: str = "", **options: Any) -> gr.HTML:
+    """Return a component with the studio's own HTML, without the styles of Gradio for texts."""
+    return gr.HTML(value, apply_default_css=False, **options)
+
+
 def heading(title: str, text: str) -> None:
     """Put the title of a page at its top."""
-    gr.HTML(f'<div class="ds-title"><h1>{escape(title)}</h1><p>{escape(text)}</p></div>')
+    html(f'<div class="ds-title"><h1>{escape(title)}</h1><p>{escape(text)}</p></div>')
 
 
 def model_choices(models: list[Model], chosen: str | None) -> tuple[Any, Model]:

@@ -23,7 +23,7 @@ from dermis_studio.samples import (
     options,
     tile_image,
 )
-from dermis_studio.studio import PRIVATE, Studio, heading, model_choices, problem_of, query_of, shows_problems
+from dermis_studio.studio import PRIVATE, Studio, heading, html, model_choices, problem_of, query_of, shows_problems
 
 MAX_IMAGES = 64
 CHUNK = 4  # images of one call, so that the grid fills while images arrive
@@ -49,11 +49,11 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
         with gr.Column(elem_classes=["ds-panel", "ds-side"]):
             model = gr.Dropdown(label="Model", choices=[], visible=False)
             class_name = gr.Radio(label="Class", choices=[ALL], value=ALL)
-            count = gr.Slider(1, MAX_IMAGES, value=16, step=1, label="Number of images")
+            count = gr.Slider(1, MAX_IMAGES, value=16, step=1, label="Number of images", buttons=[])
             seed = gr.Number(label="Seed", value=0, precision=0, minimum=0, info="Another seed gives other images.")
             new_seed = gr.Button("Draw a new seed", size="sm")
             truncation = gr.Slider(
-                0.0, 1.5, value=1.0, step=0.05, label="Truncation", info="Lower: more typical and less varied."
+                0.0, 1.5, value=1.0, step=0.05, label="Truncation", info="Lower: more typical, less varied.", buttons=[]
             )
             noise = gr.Radio(
                 label="Noise",
@@ -64,10 +64,10 @@ def build(studio: Studio, blocks: gr.Blocks) -> None:
             start = gr.Button("Generate", variant="primary")
             stop = gr.Button("Stop", variant="stop", visible=False)
         with gr.Column():
-            status = gr.HTML()
-            grid = gr.HTML(NOTHING, js_on_load=_ON_LOAD)
+            status = html()
+            grid = html(NOTHING, js_on_load=_ON_LOAD)
         with gr.Column(elem_classes=["ds-panel", "ds-detail"]):
-            detail = gr.HTML(NOT_CHOSEN)
+            detail = html(NOT_CHOSEN)
 
     @shows_problems(3)
     async def load(request: gr.Request) -> Any:
