@@ -14,13 +14,13 @@ from fastapi import FastAPI
 
 from dermis_studio import frame
 from dermis_studio.access import Visitors
-from dermis_studio.pages import generate
+from dermis_studio.pages import datasets, generate
 from dermis_studio.service import Service
 from dermis_studio.site import StudioSite
 from dermis_studio.studio import Studio
 from dermis_studio.theme import theme
 
-_BUILDERS = {"": generate.build}
+_BUILDERS = {"": generate.build, "datasets": datasets.build}
 _MAX_WAITING = 200  # events that wait for others; a further one is refused
 
 
