@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 
 # Before Gradio is imported: no reports of use, no questions for newer versions.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -14,13 +15,18 @@ from fastapi import FastAPI
 
 from dermis_studio import frame
 from dermis_studio.access import Visitors
-from dermis_studio.pages import datasets, generate
+from dermis_studio.pages import authenticity, classify, datasets, generate
 from dermis_studio.service import Service
 from dermis_studio.site import StudioSite
 from dermis_studio.studio import Studio
 from dermis_studio.theme import theme
 
-_BUILDERS = {"": generate.build, "datasets": datasets.build}
+_BUILDERS = {
+    "": generate.build,
+    "authenticity": authenticity.build,
+    "classify": classify.build,
+    "datasets": datasets.build,
+}
 _MAX_WAITING = 200  # events that wait for others; a further one is refused
 
 
@@ -55,6 +61,14 @@ def create_site(
                 _BUILDERS[page.path](studio, blocks)
     blocks.queue(default_concurrency_limit=16, max_size=_MAX_WAITING, api_open=False)
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="SSR mode")  # it is off
+        _mount(app, blocks, prefix)
+    return StudioSite(service, visitors, app, prefix, check_origin=check_origin, hosts=hosts)
+
+
+def _mount(app: FastAPI, blocks: gr.Blocks, prefix: str) -> None:
+    """Mount the pages, with everything off that the studio does not use."""
     gr.mount_gradio_app(
         app,
         blocks,
@@ -70,4 +84,3 @@ def create_site(
         allowed_paths=[],
         theme=theme(),
     )
-    return StudioSite(service, visitors, app, prefix, check_origin=check_origin, hosts=hosts)

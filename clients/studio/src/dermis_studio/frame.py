@@ -122,8 +122,8 @@ def framed(content: str, prefix: str, page: Page, visitor: Visitor) -> str:
         raise ValueError("the page of Gradio has another form; install the version that dermis-studio requires")
     return (
         f"{head}{_head(prefix, f'{page.name} - dermis studio')}{head_end}{body}{_header(prefix, page, visitor)}"
-        f'<main id="ds-main" tabindex="-1"><div class="ds-starting" role="status">Loading the page</div>'
-        f"{app}{element}{end}</main>{_FOOTER}{rest}"
+        f'<div id="ds-main" tabindex="-1"><div class="ds-starting" role="status">Loading the page</div>'
+        f"{app}{element}{end}</div>{_FOOTER}{rest}"
     )
 
 
