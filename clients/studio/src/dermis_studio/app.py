@@ -15,7 +15,7 @@ from fastapi import FastAPI
 
 from dermis_studio import frame
 from dermis_studio.access import Visitors
-from dermis_studio.pages import authenticity, classify, datasets, generate
+from dermis_studio.pages import authenticity, classify, datasets, explore, generate, models, project
 from dermis_studio.service import Service
 from dermis_studio.site import StudioSite
 from dermis_studio.studio import Studio
@@ -23,9 +23,12 @@ from dermis_studio.theme import theme
 
 _BUILDERS = {
     "": generate.build,
+    "explore": explore.build,
+    "project": project.build,
     "authenticity": authenticity.build,
     "classify": classify.build,
     "datasets": datasets.build,
+    "models": models.build,
 }
 _MAX_WAITING = 200  # events that wait for others; a further one is refused
 

@@ -66,3 +66,32 @@ async def answer(service: Service, visitor: Visitor, path: str, request: Request
         {**kept, "Cache-Control": "private, no-cache"},
         background=BackgroundTask(response.aclose),
     )
+
+
+MAX_BYTES = 64 << 20
+
+
+async def projection_file(service: Service, key: str | None, projection_id: str, name: str) -> bytes:
+    """Return a file of a projection. The SDK writes such files to a folder only.
+
+    Raises:
+        ValueError: It cannot be fetched.
+    """
+    path = f"/projections/{projection_id}/{name}"
+    pattern, target = _PATHS[2]
+    match = pattern.fullmatch(path)
+    if match is None:
+        raise ValueError("the service named a file that the studio does not know")
+    headers = {} if key is None else {"authorization": f"Bearer {key}"}
+    content = b""
+    try:
+        async with service.http.stream("GET", service.base_url + target.format(*match.groups()), headers=headers) as response:
+            if response.status_code != 200:
+                raise ValueError(f"the service did not send the file (status {response.status_code}); try again")
+            async for piece in response.aiter_bytes():
+                content += piece
+                if len(content) > MAX_BYTES:
+                    raise ValueError("the file is too large to be shown; download it")
+    except httpx.HTTPError as error:
+        raise ValueError(f"the service does not respond ({type(error).__name__}); try again") from None
+    return content

@@ -128,9 +128,9 @@ def tile_image(image: GeneratedImage) -> tuple[str, int]:
 
 
 def png(image: Image.Image) -> bytes:
-    """Encode an image as PNG."""
+    """Encode an image as PNG, fast rather than small: it is only shown."""
     buffer = io.BytesIO()
-    image.save(buffer, "PNG")
+    image.save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
 
 

@@ -102,5 +102,5 @@ def distance_scale(value: float, baseline: Mapping[str, float]) -> str:
         f'<line x1="{x:.1f}" x2="{x:.1f}" y1="18" y2="{bottom}" stroke="var(--ds-mark)" stroke-width="2.5"/>'
         f'<text class="ds-value" x="{x:.1f}" y="12" text-anchor="{anchor}">this image {value:.2f}</text></svg>'
         '<figcaption class="ds-muted">Bars: how far training images are from their nearest neighbour among the training images '
-        f"({first[0]:.0f}th to {last[0]:.0f}th percentile). Left is nearer.</figcaption></figure>"
+        f"({first[0]:.0f} % are left of the bars, {100 - last[0]:.0f} % right of them).</figcaption></figure>"
     )

@@ -14,8 +14,8 @@ from dermis_client import AsyncDermisClient, DermisError, Model
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dermis_studio import markup
-from dermis_studio.samples import SampleRef, enlarged, generate_one
-from dermis_studio.studio import html
+from dermis_studio.samples import SampleRef, enlarged, generate_one, png
+from dermis_studio.studio import html, whole
 
 MAX_FILE_BYTES = 32 << 20
 MAX_PIXELS = 100_000_000
@@ -72,10 +72,10 @@ class Picture:
         image = opened(self.content)
         size = f"{image.width} x {image.height} px"
         if max(image.size) <= 384:
-            return enlarged(png_of(image), "image/png", self.words, "Your image.")
+            return enlarged(png(image), "image/png", self.words, "Your image.")
         image.thumbnail((384, 384), Image.Resampling.LANCZOS)
         return (
-            f'<figure class="ds-figure"><div><img src="{markup.data_url(png_of(image), "image/png")}" width="{image.width}" '
+            f'<figure class="ds-figure"><div><img src="{markup.data_url(png(image), "image/png")}" width="{image.width}" '
             f'height="{image.height}" alt="{self.words}"></div><figcaption>Your image. {size}, reduced (Lanczos).</figcaption></figure>'
         )
 
@@ -118,13 +118,6 @@ def opened(content: bytes) -> Image.Image:
         return ImageOps.exif_transpose(image).convert("RGB")
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError):
         raise ValueError("the image cannot be read; choose another one") from None
-
-
-def png_of(image: Image.Image) -> bytes:
-    """Encode an image as PNG."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 class SourceFields:
@@ -174,8 +167,8 @@ class SourceFields:
             gr.update(visible=samples and kind == SAMPLE),
             gr.update(visible=files and kind == FILE),
             gr.update(choices=classes, value=asked if asked in classes else (classes[0] if classes else None)),
-            gr.update(value=_whole(query.get("seed"))),
-            gr.update(value=_whole(query.get("index"))),
+            gr.update(value=whole(query.get("seed"))),
+            gr.update(value=whole(query.get("index"))),
             note,
         ]
 
@@ -205,7 +198,3 @@ async def picture(client: AsyncDermisClient, model: Model, values: tuple[Any, ..
         sample = SampleRef(model.name, class_name, sample.seed, sample.index, named.truncation, named.noise)
     image = await generate_one(client, sample)
     return Picture(image.content, image.media_type, sample)
-
-
-def _whole(text: str | None) -> int:
-    return int(text) if text is not None and text.isdigit() else 0

@@ -86,6 +86,11 @@ def html(value: str = "", **options: Any) -> gr.HTML:
     return gr.HTML(value, apply_default_css=False, **options)
 
 
+def whole(text: str | None) -> int:
+    """Return the whole number of an address; 0 if it has none."""
+    return int(text) if text is not None and text.isdigit() else 0
+
+
 def heading(title: str, text: str) -> None:
     """Put the title of a page at its top."""
     html(f'<div class="ds-title"><h1>{escape(title)}</h1><p>{escape(text)}</p></div>')

@@ -12,9 +12,9 @@ from dermis_client import ClassificationsResult, HeatMap, Model
 from PIL import Image, ImageOps
 
 from dermis_studio import markup
-from dermis_studio.samples import DETAIL_PIXELS, find_model, probability
+from dermis_studio.samples import DETAIL_PIXELS, find_model, png, probability
 from dermis_studio.scales import threshold_name
-from dermis_studio.sources import Picture, SourceFields, opened, picture, png_of
+from dermis_studio.sources import Picture, SourceFields, opened, picture
 from dermis_studio.studio import PRIVATE, Studio, heading, html, model_choices, problem_of, query_of
 
 NOTHING = markup.empty_state("No image classified yet", "Choose a sample or an image, then press Classify.")
@@ -136,7 +136,7 @@ def overlay(image: Picture, heat_map: HeatMap, positive_class: str) -> str:
     side = DETAIL_PIXELS
     below = ImageOps.fit(opened(image.content), (side, side), Image.Resampling.LANCZOS)
     above = colours.resize((side, side), Image.Resampling.LANCZOS)
-    urls = [markup.data_url(png_of(each), "image/png") for each in (below, above)]
+    urls = [markup.data_url(png(each), "image/png") for each in (below, above)]
     name = {"xrai": "XRAI", "integrated-gradients": "Integrated gradients"}.get(heat_map.method, heat_map.method)
     return (
         f'<figure class="ds-figure ds-overlay"><div class="ds-stack" style="width:{side}px;height:{side}px">'

@@ -21,6 +21,7 @@ from dermis_studio.studio import (
     problem_of,
     query_of,
     shows_problems,
+    whole,
 )
 
 CLASS_FIELDS = 8  # classes with a field of their own; a model with more has one text field for all
@@ -265,8 +266,3 @@ def classes_of_lines(text: str) -> dict[str, int]:
             raise ValueError(f"{line[:80]!r}: write the class, =, and a number of images")
         result[name.strip()] = int(count)
     return result
-
-
-def whole(text: str | None) -> int:
-    """Return the whole number of an address; 0 if it has none."""
-    return int(text) if text is not None and text.isdigit() else 0
