@@ -14,10 +14,10 @@ DATA ?= ../shared/data/dermoscopy
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt clients/python/pyproject.toml
+$(STAMP): pyproject.toml constraints.txt clients/python/pyproject.toml clients/studio/pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt setuptools wheel
-	$(BIN)/pip install -q --no-build-isolation -c constraints.txt -e ".[$(VARIANT),dev]" -e clients/python
+	$(BIN)/pip install -q --no-build-isolation -c constraints.txt -e ".[$(VARIANT),dev]" -e clients/python -e clients/studio
 	touch $@
 
 serve: setup
@@ -28,6 +28,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mypy --strict clients/python/src/dermis_client
+	$(BIN)/mypy --strict clients/studio/src/dermis_studio
 	$(BIN)/lint-imports --no-logo --no-cache
 
 # One torch thread a process: several processes are faster than several threads.
@@ -39,12 +40,12 @@ test: lint
 test-full: lint
 	$(PYTEST)
 
-# Wheels of dermis, dermis-client and the demo bundle, into dist/. They are built from a copy: a build leaves files behind.
+# Wheels of dermis, dermis-client, dermis-studio and the demo bundle, into dist/. They are built from a copy: a build leaves files behind.
 wheels: setup
 	rm -rf dist build/wheels && mkdir -p build/wheels
-	git ls-files -z -- '*.py' '*.pyi' '*.typed' '*.toml' '*.html' docs/package.md LICENSE clients/python bundles training dermis \
+	git ls-files -z -- '*.py' '*.pyi' '*.typed' '*.toml' '*.html' docs/package.md LICENSE clients/python clients/studio bundles training dermis \
 		| xargs -0 cp --parents -t build/wheels
-	for project in . clients/python bundles; do \
+	for project in . clients/python clients/studio bundles; do \
 		$(BIN)/pip wheel -q --no-deps --no-build-isolation -w dist "build/wheels/$$project" || exit 1; done
 	rm -rf build/wheels
 	ls dist

@@ -30,6 +30,7 @@ from commands.project import project
 from commands.serve import serve as serve_http
 from commands.serve import worker
 from commands.signing import sign_dataset
+from commands.studio import studio
 from commands.survey import survey_app
 from commands.train import train_app
 from commands.verify import verify
@@ -65,6 +66,7 @@ app.command()(verify)
 app.command("sign")(sign_dataset)
 app.command("serve")(serve_http)
 app.command()(worker)
+app.command()(studio)
 app.add_typer(keys_app, name="keys")
 app.add_typer(audit_app, name="audit")
 app.add_typer(admin_app, name="admin")

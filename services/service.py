@@ -67,6 +67,7 @@ async def _running() -> AsyncIterator[Context]:
     try:
         with _delayed_shutdown(composition.context.stopping, stop_pause(_settings)):
             async with composition.running() as context:
+                app.state.studio.prepare(context.not_ready)
                 yield context
     finally:
         await asyncio.to_thread(tracing.stop)

@@ -94,6 +94,11 @@ class Settings(BaseSettings):
     open_docs: bool = Field(
         True, description="Whether /docs and /openapi.json need no credentials. Otherwise any valid ones suffice."
     )
+    studio: bool = Field(
+        True,
+        description="Whether the web pages of the package dermis-studio are at /studio, and / leads browsers there. They call the "
+        "API with the credentials of their visitors.",
+    )
     audit_log: bool = Field(
         False, description="Whether each entry of the audit trail is also written to stdout, as a line of JSON."
     )

@@ -41,6 +41,7 @@ from services.gateway.routes import (
     files,
     health,
     images,
+    index,
     keys,
     models,
     projections,
@@ -48,6 +49,7 @@ from services.gateway.routes import (
     usage,
     webhooks,
 )
+from services.gateway.studio import Studio, StudioMiddleware
 from services.settings import Settings
 
 if TYPE_CHECKING:
@@ -71,6 +73,7 @@ _ROUTES = (
     audit,
     health,
     docs,
+    index,
 )
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
@@ -110,11 +113,16 @@ def create_app(settings: Settings, running: Callable[[], AbstractAsyncContextMan
             context, and stops everything at the end.
     """
 
+    studio = Studio(settings)
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with running() as context:
             app.state.context = context
-            yield
+            try:
+                yield
+            finally:
+                await studio.stop()
 
     app = FastAPI(
         title="dermis",
@@ -127,6 +135,7 @@ def create_app(settings: Settings, running: Callable[[], AbstractAsyncContextMan
         redirect_slashes=False,
         generate_unique_id_function=lambda route: route.name,
     )
+    app.state.studio = studio
     problems.install(app)
     for routes in (health,) if settings.role == "worker" else _ROUTES:
         app.include_router(routes.router)
@@ -140,6 +149,7 @@ def create_app(settings: Settings, running: Callable[[], AbstractAsyncContextMan
             allow_headers=["*"],
             expose_headers=_EXPOSED,
         )
+    app.add_middleware(StudioMiddleware, studio=studio)
     app.add_middleware(origins.OriginMiddleware, settings=settings)
     app.add_middleware(AuditMiddleware)
     app.add_middleware(RequestMiddleware)

@@ -34,6 +34,9 @@ _BEARER = re.compile(r"bearer +([A-Za-z0-9._~+/-]{1,16384}=*)", re.IGNORECASE)
 _NO_CREDENTIALS = {"WWW-Authenticate": 'Bearer realm="dermis"'}
 _INVALID_TOKEN = {"WWW-Authenticate": 'Bearer realm="dermis", error="invalid_token"'}
 
+# Paths that everyone may read: they contain nothing private.
+PUBLIC = PROBES | {"/"}
+
 
 class Authenticator:
     """Turns the credentials of requests into principals, as DERMIS_AUTH says.
@@ -191,7 +194,7 @@ def check_routes(app: FastAPI) -> None:
     without = [
         getattr(route, "path", type(route).__name__)
         for route in (context.original_route for context in iter_route_contexts(app.routes))
-        if not (isinstance(route, Route) and route.path in PROBES)
+        if not (isinstance(route, Route) and route.path in PUBLIC)
         and not (isinstance(route, APIRoute) and access_of(route) is not None)
     ]
     if without:

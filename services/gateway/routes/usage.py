@@ -21,4 +21,4 @@ _Anyone = Annotated[Principal, requires()]
 async def get_usage(context: ContextDep, principal: _Anyone) -> Usage:
     """Show the quotas of the sender's tenant. It needs no scope."""
     uses = await context.quotas.usage(principal)
-    return usage_of(principal.tenant, uses, context.settings.quota_of(principal.tenant).retention_days)
+    return usage_of(principal, uses, context.settings.quota_of(principal.tenant).retention_days)

@@ -8,6 +8,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from services.gateway.auth.principal import SCOPES, Principal
 from services.gateway.schemas.common import ResponseBody, utc_time_or_none
 from services.quotas import QuotaUse
 
@@ -29,20 +30,22 @@ class Usage(ResponseBody):
 
     object: Literal["usage"] = "usage"
     tenant: str
+    scopes: list[str] = Field(description="What the credentials of the sender allow.")
     quotas: list[QuotaUsage]
     retention_days: float | None = Field(
         description="Days after which a dataset that has ended is deleted; null if it is kept."
     )
 
 
-def usage_of(tenant: str, uses: Sequence[QuotaUse], retention_days: float | None) -> Usage:
-    """The body that describes the quotas of a tenant."""
+def usage_of(principal: Principal, uses: Sequence[QuotaUse], retention_days: float | None) -> Usage:
+    """The body that describes the quotas of a sender's tenant."""
 
     def scaled(use: QuotaUse, count: int | None) -> float | None:
         return None if count is None else count / use.kind.scale
 
     return Usage(
-        tenant=tenant,
+        tenant=principal.tenant,
+        scopes=[scope for scope in SCOPES if scope in principal.scopes],
         quotas=[
             QuotaUsage(
                 name=use.name,

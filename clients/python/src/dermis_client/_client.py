@@ -87,7 +87,7 @@ class DermisClient:
         Args:
             base_url: Address of the service; by default DERMIS_BASE_URL from the environment, or
                 http://127.0.0.1:3000.
-            api_key: API key of the service; by default DERMIS_API_KEY from the environment, or none.
+            api_key: API key of the service; by default DERMIS_API_KEY from the environment, or none. "" is none in any case.
             token_provider: In place of an API key, a function that returns an access token. It is called before each
                 request, so it should keep the token until shortly before it expires.
             allow_plain_http: Whether credentials may be sent over http:// to another machine; by default

@@ -86,7 +86,7 @@ def settings(
     url = _requests.base_url_from(base_url or os.environ.get("DERMIS_BASE_URL") or DEFAULT_BASE_URL)
     if api_key and token_provider is not None:
         raise InvalidRequestError("give either api_key or token_provider, not both")
-    key = api_key or os.environ.get("DERMIS_API_KEY") or None
+    key = (os.environ.get("DERMIS_API_KEY") if api_key is None else api_key) or None
     if token_provider is not None:
         key = None
     if key is not None:

@@ -313,9 +313,17 @@ class QuotaUsage(ResponseRecord):
 
 
 class Usage(ResponseRecord):
-    """The quotas of the caller's tenant and their use. retention_days: when datasets are deleted; None if they are kept."""
+    """The quotas of the caller's tenant and their use.
+
+    Attributes:
+        tenant: The tenant.
+        scopes: What the credentials allow; None from a service that does not tell.
+        quotas: Every quota.
+        retention_days: Days after which datasets are deleted; None if they are kept.
+    """
 
     tenant: str
+    scopes: list[str] | None = None
     quotas: list[QuotaUsage] = []
     retention_days: float | None = None
 

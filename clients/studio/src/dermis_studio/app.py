@@ -1,0 +1,89 @@
+"""Build the studio: the pages, Gradio, and the site around them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+
+# Before Gradio is imported: no reports of use, no questions for newer versions.
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+import gradio as gr
+from fastapi import FastAPI
+
+from dermis_studio import frame
+from dermis_studio.access import Visitors
+from dermis_studio.pages import authenticity, classify, datasets, explore, generate, models, project
+from dermis_studio.service import Service
+from dermis_studio.site import StudioSite
+from dermis_studio.studio import Studio
+from dermis_studio.theme import theme
+
+_BUILDERS = {
+    "": generate.build,
+    "explore": explore.build,
+    "project": project.build,
+    "authenticity": authenticity.build,
+    "classify": classify.build,
+    "datasets": datasets.build,
+    "models": models.build,
+}
+_MAX_WAITING = 200  # events that wait for others; a further one is refused
+
+
+def create_site(
+    service: Service,
+    prefix: str = "/studio",
+    *,
+    needs_key: bool | None = None,
+    check_origin: bool = False,
+    hosts: frozenset[str] = frozenset(),
+) -> StudioSite:
+    """Build the studio. It takes seconds, so call it in a thread.
+
+    Args:
+        service: The service that the pages call.
+        prefix: The path that the studio is below.
+        needs_key: Whether the service needs credentials; None if that is not known.
+        check_origin: Whether to refuse requests that pages of other sites cause.
+        hosts: With `check_origin`, the host names under which the studio answers, in addition to those of this machine.
+    """
+    for name in ("httpx", "gradio"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    visitors = Visitors(service, needs_key)
+    studio = Studio(service, visitors)
+    first, *others = frame.PAGES
+    # Nothing is kept on the disk; should a component write a file, it is deleted within minutes.
+    with gr.Blocks(title="dermis studio", analytics_enabled=False, delete_cache=(300, 300), fill_width=True) as blocks:
+        _BUILDERS[first.path](studio, blocks)
+    for page in others:
+        if page.path in _BUILDERS:
+            with blocks.route(page.name, f"/{page.path}"):
+                _BUILDERS[page.path](studio, blocks)
+    blocks.queue(default_concurrency_limit=16, max_size=_MAX_WAITING, api_open=False)
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="SSR mode")  # it is off
+        _mount(app, blocks, prefix)
+    return StudioSite(service, visitors, app, prefix, check_origin=check_origin, hosts=hosts)
+
+
+def _mount(app: FastAPI, blocks: gr.Blocks, prefix: str) -> None:
+    """Mount the pages, with everything off that the studio does not use."""
+    gr.mount_gradio_app(
+        app,
+        blocks,
+        prefix,
+        footer_links=[],
+        run_history=False,
+        show_error=False,
+        max_file_size=1,
+        ssr_mode=False,
+        enable_monitoring=False,
+        pwa=False,
+        mcp_server=False,
+        allowed_paths=[],
+        theme=theme(),
+    )

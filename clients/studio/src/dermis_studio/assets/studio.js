@@ -1,0 +1,81 @@
+// What several pages need in the browser: theme, copying, tiles with arrow keys, dialogs, opacity of heat maps.
+(() => {
+  "use strict";
+  const root = document.documentElement;
+
+  const applyTheme = (dark) => {
+    root.dataset.theme = dark ? "dark" : "light";
+    document.body.classList.toggle("dark", dark);
+    const button = document.querySelector("[data-ds-theme]");
+    if (button) button.setAttribute("aria-pressed", String(dark));
+  };
+  applyTheme(root.dataset.theme === "dark");
+  // Gradio sets its class when it starts; the theme of the page is the one that counts.
+  new MutationObserver(() => {
+    if (document.body.classList.contains("dark") !== (root.dataset.theme === "dark")) applyTheme(root.dataset.theme === "dark");
+  }).observe(document.body, { attributes: true, attributeFilter: ["class"] });
+
+  const ready = new MutationObserver(() => {
+    if (document.querySelector("gradio-app .ds-title")) {
+      document.body.classList.add("ds-ready");
+      ready.disconnect();
+    }
+  });
+  ready.observe(document.body, { childList: true, subtree: true });
+
+  document.addEventListener("click", (event) => {
+    const target = event.target instanceof Element ? event.target : null;
+    if (!target) return;
+    if (target.closest("[data-ds-theme]")) {
+      const dark = root.dataset.theme !== "dark";
+      try { localStorage.setItem("dermis-theme", dark ? "dark" : "light"); } catch { /* storage is off */ }
+      applyTheme(dark);
+    }
+    const copy = target.closest("[data-ds-copy]");
+    if (copy) {
+      const text = copy.closest(".ds-code").querySelector("code").textContent;
+      const done = () => { copy.textContent = "Copied"; setTimeout(() => { copy.textContent = "Copy"; }, 1600); };
+      if (navigator.clipboard && window.isSecureContext) navigator.clipboard.writeText(text).then(done, () => select(copy));
+      else select(copy, done);
+    }
+    const shown = target.closest("[data-ds-show]");
+    if (shown) {
+      const views = shown.closest("[data-ds-views]");
+      for (const image of views.querySelectorAll("[data-ds-view]")) image.hidden = image.dataset.dsView !== shown.dataset.dsShow;
+      for (const button of views.querySelectorAll("[data-ds-show]")) button.setAttribute("aria-pressed", String(button === shown));
+    }
+    const tile = target.closest(".ds-tile");
+    if (tile) {
+      for (const other of document.querySelectorAll(".ds-tile[aria-pressed='true']")) other.setAttribute("aria-pressed", "false");
+      tile.setAttribute("aria-pressed", "true");
+    }
+  });
+
+  // Without access to the clipboard, the text is selected so that the keyboard copies it.
+  const select = (copy, done) => {
+    const range = document.createRange();
+    range.selectNodeContents(copy.closest(".ds-code").querySelector("code"));
+    const selection = window.getSelection();
+    selection.removeAllRanges();
+    selection.addRange(range);
+    if (document.execCommand("copy") && done) done();
+  };
+
+  document.addEventListener("keydown", (event) => {
+    const tile = event.target instanceof Element ? event.target.closest(".ds-tile") : null;
+    if (!tile || !["ArrowLeft", "ArrowRight", "ArrowUp", "ArrowDown", "Home", "End"].includes(event.key)) return;
+    const tiles = [...tile.closest(".ds-grid").querySelectorAll(".ds-tile")];
+    const columns = tiles.filter((other) => other.offsetTop === tiles[0].offsetTop).length;
+    const steps = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns };
+    const next = event.key === "Home" ? 0 : event.key === "End" ? tiles.length - 1 : tiles.indexOf(tile) + steps[event.key];
+    if (tiles[next]) { tiles[next].focus(); event.preventDefault(); }
+  });
+
+  document.addEventListener("input", (event) => {
+    const slider = event.target instanceof Element ? event.target.closest("[data-ds-opacity]") : null;
+    if (!slider) return;
+    const overlay = slider.closest(".ds-overlay");
+    overlay.style.setProperty("--ds-opacity", slider.value / 100);
+    overlay.querySelector("output").textContent = `${slider.value} %`;
+  });
+})();

@@ -1,0 +1,99 @@
+"""Files of the service for a visitor's browser, which has the key in a cookie that the service does not read."""
+
+from __future__ import annotations
+
+import re
+
+import httpx
+from starlette.background import BackgroundTask
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response, StreamingResponse
+
+from dermis_studio.access import Visitor
+from dermis_studio.service import Service
+
+_DATASET = r"ds_[0-9a-f]{32}"
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}"
+# Path of the studio -> path of the API.
+_PATHS = (
+    (re.compile(rf"/files/({_DATASET})/({_NAME})"), "/v1/datasets/{}/files/{}"),
+    (re.compile(rf"/report/({_DATASET})"), "/v1/datasets/{}/report?format=html"),
+    (re.compile(rf"/projections/(pr_[0-9a-f]{{32}})/({_NAME})"), "/v1/projections/{}/files/{}"),
+)
+_ASKED = ("range", "if-range", "if-none-match", "accept-encoding")
+_ANSWERED = (
+    "content-type",
+    "content-length",
+    "content-encoding",
+    "content-disposition",
+    "content-range",
+    "content-security-policy",
+    "accept-ranges",
+    "etag",
+    "location",
+    "vary",
+)
+
+
+async def answer(service: Service, visitor: Visitor, path: str, request: Request) -> Response | None:
+    """Return a file of the service, as it is sent; None if the path is not one of a file.
+
+    Args:
+        service: The service.
+        visitor: Whose key is used.
+        path: Path of the request below the prefix of the studio.
+        request: The request.
+    """
+    target = next((to.format(*match.groups()) for at, to in _PATHS if (match := at.fullmatch(path))), None)
+    if target is None:
+        return None
+    headers = {name: value for name in _ASKED if (value := request.headers.get(name)) is not None}
+    headers.setdefault("accept-encoding", "identity")
+    if visitor.key is not None:
+        headers["authorization"] = f"Bearer {visitor.key}"
+    http = service.http
+    asked = http.build_request(request.method, service.base_url + target, headers=headers)
+    try:
+        response = await http.send(asked, stream=True, follow_redirects=False)
+    except httpx.HTTPError as error:
+        return HTMLResponse(f"The service does not respond ({type(error).__name__}); try again.", 503)
+    kept = {name: value for name in _ANSWERED if (value := response.headers.get(name)) is not None}
+    # What a dataset contains is shown as the service sends it, and never as a page of the studio.
+    kept.setdefault("content-security-policy", "default-src 'none'; sandbox")
+    return StreamingResponse(
+        response.aiter_raw(),
+        response.status_code,
+        {**kept, "Cache-Control": "private, no-cache"},
+        background=BackgroundTask(response.aclose),
+    )
+
+
+MAX_BYTES = 64 << 20
+
+
+async def projection_file(service: Service, key: str | None, projection_id: str, name: str) -> bytes:
+    """Return a file of a projection. The SDK writes such files to a folder only.
+
+    Raises:
+        ValueError: It cannot be fetched.
+    """
+    path = f"/projections/{projection_id}/{name}"
+    pattern, target = _PATHS[2]
+    match = pattern.fullmatch(path)
+    if match is None:
+        raise ValueError("the service named a file that the studio does not know")
+    headers = {} if key is None else {"authorization": f"Bearer {key}"}
+    content = b""
+    try:
+        async with service.http.stream(
+            "GET", service.base_url + target.format(*match.groups()), headers=headers
+        ) as response:
+            if response.status_code != 200:
+                raise ValueError(f"the service did not send the file (status {response.status_code}); try again")
+            async for piece in response.aiter_bytes():
+                content += piece
+                if len(content) > MAX_BYTES:
+                    raise ValueError("the file is too large to be shown; download it")
+    except httpx.HTTPError as error:
+        raise ValueError(f"the service does not respond ({type(error).__name__}); try again") from None
+    return content

@@ -1,0 +1,150 @@
+"""Pieces of HTML that several pages use. Every text from outside is escaped here."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import Any
+
+from dermis_client import APIConnectionError, APIStatusError, DermisError
+
+
+def data_url(content: bytes, media_type: str) -> str:
+    """Return an image as a URL that contains it."""
+    kind = media_type if media_type in {"image/png", "image/jpeg", "image/webp", "image/gif"} else "image/png"
+    return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+def attribute(value: Any) -> str:
+    """Return a value as JSON that can be the text of an attribute."""
+    return escape(json.dumps(value, separators=(",", ":")), quote=True)
+
+
+def facts(rows: Iterable[tuple[str, str]]) -> str:
+    """Return a list of names and values. The values are HTML."""
+    items = "".join(f"<div><dt>{escape(name)}</dt><dd>{value}</dd></div>" for name, value in rows)
+    return f'<dl class="ds-facts">{items}</dl>'
+
+
+def short_digest(digest: str) -> str:
+    """Return a SHA-256 in its first characters, with the whole one as its title."""
+    return f'<code title="{escape(digest)}">{escape(digest[:12])}</code>'
+
+
+def empty_state(title: str, text: str) -> str:
+    """Return what a page shows before there is anything to show."""
+    return f'<div class="ds-empty"><h2>{escape(title)}</h2><p>{escape(text)}</p></div>'
+
+
+def progress(text: str, fraction: float | None) -> str:
+    """Return a progress bar with a text.
+
+    Args:
+        text: What is being done.
+        fraction: The share that is done, 0 to 1; None if it is not known.
+    """
+    if fraction is None:
+        bar = '<div class="ds-bar ds-unknown" role="progressbar" aria-label="In progress"><i></i></div>'
+    else:
+        percent = round(100 * min(max(fraction, 0.0), 1.0))
+        bar = (
+            f'<div class="ds-bar" role="progressbar" aria-label="Progress" aria-valuemin="0" aria-valuemax="100" '
+            f'aria-valuenow="{percent}"><i style="width:{percent}%"></i></div>'
+        )
+    return f'<div class="ds-progress"><p role="status">{escape(text)}</p>{bar}</div>'
+
+
+def success(text: str) -> str:
+    """Return a message that something has been done."""
+    return f'<p class="ds-done" role="status">{escape(text)}</p>'
+
+
+_REMEDIES: Mapping[int, str] = {
+    401: "Sign out and sign in with a key that is valid.",
+    403: "Ask the operator of the service for a key with this scope, or to allow the operation.",
+    404: "It may have been deleted, or belong to another tenant. Choose another one.",
+    409: "Wait until it is ready, then try again.",
+    413: "Choose a smaller image.",
+    415: "Choose a PNG, JPEG or WebP image.",
+    422: "Change the values that are named here, then try again.",
+    501: "The operator of the service has to install the package that is named here.",
+    507: "The operator of the service has to free space. Delete datasets that are not needed.",
+}
+
+
+def problem(error: Exception) -> str:
+    """Return an error: what is wrong, and what to do."""
+    if isinstance(error, APIStatusError):
+        title = error.problem.title or "The service refused this"
+        detail = error.problem.detail or str(error)
+        fields = [(item.field, item.message) for item in error.errors]
+        if error.status_code == 429:
+            wait = f" in {error.retry_after:.0f} s" if error.retry_after else " in a moment"
+            remedy = f"Try again{wait}, or ask for less."
+        elif error.status_code == 503:
+            remedy = "The service is starting or busy. Try again in a moment."
+        else:
+            remedy = _REMEDIES.get(
+                error.status_code, "Try again. If it happens again, tell the operator the request id."
+            )
+        request_id = error.request_id
+    elif isinstance(error, APIConnectionError):
+        title, detail, fields = "The service does not respond", str(error), []
+        remedy, request_id = "It may be restarting. Try again in a moment.", None
+    elif isinstance(error, DermisError):
+        title, detail, fields, remedy, request_id = "This cannot be done", str(error), [], "", None
+    else:
+        title, detail, fields = "The studio failed", type(error).__name__, []
+        remedy, request_id = "Load the page again. The log of the studio has the reason.", None
+    items = "".join(f"<li><code>{escape(field)}</code> {escape(message)}</li>" for field, message in fields)
+    listed = f"<ul>{items}</ul>" if items else ""
+    number = f'<p class="ds-muted">Request id <code>{escape(request_id)}</code></p>' if request_id else ""
+    return (
+        f'<div class="ds-problem" role="alert"><h2>{escape(title)}</h2><p>{escape(detail)}</p>{listed}'
+        f'<p class="ds-remedy">{escape(remedy)}</p>{number}</div>'
+    )
+
+
+def code_block(label: str, text: str) -> str:
+    """Return a text to copy, with a button."""
+    return (
+        f'<div class="ds-code"><div><span>{escape(label)}</span><button type="button" class="ds-quiet" data-ds-copy '
+        f'aria-label="Copy as {escape(label)}">Copy</button></div><pre tabindex="0" aria-label="{escape(label)}">'
+        f"<code>{escape(text)}</code></pre></div>"
+    )
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str) -> str:
+    """Return a table. The cells are HTML."""
+    top = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    return (
+        f'<div class="ds-table" tabindex="0" role="region" aria-label="{escape(caption)}"><table><caption>{escape(caption)}'
+        f"</caption><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def number(value: float, digits: int = 3) -> str:
+    """Return a number with some significant digits, and whole numbers with separators of thousands."""
+    if float(value).is_integer() and abs(value) < 1e15:
+        return f"{int(value):,}"
+    return f"{value:.{digits}g}"
+
+
+def size(count: float) -> str:
+    """Return a number of bytes in words."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def duration(seconds: float) -> str:
+    """Return a duration in words."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    minutes = seconds / 60
+    return f"{round(minutes)} min" if minutes < 90 else f"{minutes / 60:.1f} h"

@@ -1,0 +1,130 @@
+"""The page Authenticity: how near an image is to the training images, in words and numbers."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from html import escape
+from typing import Any
+
+import gradio as gr
+from dermis_client import AuthenticityResult, Model
+
+from dermis_studio import markup
+from dermis_studio.access import Visitor
+from dermis_studio.samples import check, distance, find_model
+from dermis_studio.sources import Picture, SourceFields, picture
+from dermis_studio.studio import PRIVATE, Studio, heading, html, model_choices, problem_of, query_of
+
+NOTHING = markup.empty_state(
+    "No image checked yet", "Choose a sample or an image, then press Check. No training image is shown here."
+)
+
+
+def build(studio: Studio, blocks: gr.Blocks) -> None:
+    """Build the page."""
+    heading(
+        "Authenticity",
+        "How near an image is to the images that the generator was trained with, compared with how near those are to each other.",
+    )
+    with gr.Row(elem_classes=["ds-work"]):
+        with gr.Column(elem_classes=["ds-panel", "ds-side"]):
+            model = gr.Dropdown(label="Model", choices=[], visible=False)
+            source = SourceFields()
+            start = gr.Button("Check", variant="primary")
+        with gr.Column():
+            result = html(NOTHING)
+
+    async def load(request: gr.Request) -> Any:
+        try:
+            visitor = await studio.visitor(request)
+            async with studio.client(request) as client:
+                models = await client.models.list()
+            query = query_of(request)
+            update, chosen = model_choices(models, query.get("model"))
+            return [gr.skip(), update, *source_updates(source, chosen, visitor, query), *_button(chosen)]
+        except Exception as error:
+            return [problem_of(error), *[gr.skip()] * (len(source.outputs) + 2)]
+
+    async def choose_model(name: str, request: gr.Request) -> Any:
+        visitor = await studio.visitor(request)
+        async with studio.client(request) as client:
+            chosen = await find_model(client, name)
+        return [NOTHING, *source_updates(source, chosen, visitor, {}), *_button(chosen)]
+
+    async def run(request: gr.Request, name: str, *values: Any) -> AsyncIterator[Any]:
+        yield markup.progress("Comparing the image with the training images", None)
+        try:
+            async with studio.client(request) as client:
+                chosen = await find_model(client, name)
+                image = await picture(client, chosen, values, query_of(request))
+                if image.sample is not None:
+                    checked = await check(client, image.sample)
+                else:
+                    checked = await client.authenticity.check(image.content, model=chosen.name)
+            yield described(image, chosen, checked)
+        except Exception as error:
+            yield problem_of(error)
+
+    async def run_if_named(request: gr.Request, name: str, *values: Any) -> AsyncIterator[Any]:
+        """Check the sample that the address names."""
+        if query_of(request).get("class_name"):
+            async for shown in run(request, name, *values):
+                yield shown
+
+    inputs = [model, *source.inputs]
+    loaded = blocks.load(load, None, [result, model, *source.outputs, start], **PRIVATE)
+    loaded.then(run_if_named, inputs, result, concurrency_limit=None, **PRIVATE)
+    model.input(choose_model, model, [result, *source.outputs, start], **PRIVATE)
+    start.click(run, inputs, result, concurrency_limit=None, **PRIVATE)
+
+
+def _button(model: Model) -> list[Any]:
+    return [gr.update(interactive=model.authenticity is not None)]
+
+
+def source_updates(source: SourceFields, model: Model, visitor: Visitor, query: dict[str, str]) -> list[Any]:
+    """Return updates of the fields: what the model and the key allow."""
+    index = model.authenticity
+    if index is None:
+        return source.updates(model, query, "<p>This model has no index of its training images.</p>", files=False)
+    uploads = bool(index.get("uploads")) and visitor.may("authenticity:uploads")
+    if uploads:
+        note = "<p class='ds-muted'>Your image is compared in memory, and not kept.</p>"
+    elif not index.get("uploads"):
+        note = "<p class='ds-muted'>This service compares no images of its users: the answer could show who is in the training set.</p>"
+    else:
+        note = "<p class='ds-muted'>Images of your own need the scope <code>authenticity:uploads</code>.</p>"
+    return source.updates(model, query, note, samples=visitor.may("authenticity:generated"), files=uploads)
+
+
+def described(image: Picture, model: Model, result: AuthenticityResult) -> str:
+    """Return an image with its verdict."""
+    verdict = result[0]
+    index = model.authenticity or {}
+    rows = [
+        ("Distance", f"{verdict.distance:.2f} to the nearest of {int(index.get('vectors', 0)):,} training images"),
+        ("Percentile", f"{verdict.percentile} of 100"),
+        (
+            "Authentic",
+            "yes: outside of the radius of that image" if verdict.authentic else "no: within the radius of that image",
+        ),
+    ]
+    if verdict.copy_detected is not None:
+        rows.append(("Copy detector", "a changed copy" if verdict.copy_detected else "no copy found"))
+    rows.append(("Feature space", escape(f"{index.get('extractor', '')}, {index.get('metric', '')} distance")))
+    rows.append(("Index", markup.short_digest(result.model.index)))
+    if verdict.repeated:
+        rows.append(("Repeated", "a similar image was compared before; this is the answer on that one"))
+    limits = (
+        "The comparison uses the features of one network. A copy that is cropped, turned or recoloured strongly can be far away "
+        "in it.",
+        "The radius of a training image is its distance to the nearest other one. Where training images are sparse, it is large, "
+        "so samples that are no copies can be within it.",
+        "Not near is not a proof that nothing of a patient can be learnt. The privacy audit of the model is on the page Models.",
+    )
+    items = "".join(f"<li>{escape(text)}</li>" for text in limits)
+    return (
+        f'<div class="ds-panel ds-section"><div class="ds-pair"><div>{image.shown()}</div><div class="ds-grow">'
+        f"{distance(model, result)}{markup.facts(rows)}</div></div>"
+        f"<h3>Limits of this answer</h3><ul>{items}</ul></div>"
+    )

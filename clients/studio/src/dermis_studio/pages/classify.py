@@ -1,0 +1,165 @@
+"""The page Classify: a calibrated probability with its thresholds, and heat maps of what it follows from."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import AsyncIterator
+from html import escape
+from typing import Any
+
+import gradio as gr
+from dermis_client import ClassificationsResult, HeatMap, Model
+from PIL import Image, ImageOps
+
+from dermis_studio import markup
+from dermis_studio.samples import DETAIL_PIXELS, find_model, png, probability
+from dermis_studio.scales import threshold_name
+from dermis_studio.sources import Picture, SourceFields, opened, picture
+from dermis_studio.studio import PRIVATE, Studio, heading, html, model_choices, problem_of, query_of
+
+NOTHING = markup.empty_state("No image classified yet", "Choose a sample or an image, then press Classify.")
+NOTICE = (
+    '<div class="ds-notice" role="note" aria-label="Not a medical device"><div><p><b>Not a medical device.</b> The classifier was '
+    "made to measure synthetic images. Its probability is no diagnosis, and nobody must be treated or left untreated because of it."
+    "</p></div></div>"
+)
+METHODS = (("None", "none"), ("XRAI: regions", "xrai"), ("Integrated gradients: pixels", "integrated-gradients"))
+
+
+def build(studio: Studio, blocks: gr.Blocks) -> None:
+    """Build the page."""
+    heading(
+        "Classify and explain",
+        "What the classifier of the model says about an image, and which parts of it speak for and against.",
+    )
+    html(NOTICE)
+    with gr.Row(elem_classes=["ds-work"]):
+        with gr.Column(elem_classes=["ds-panel", "ds-side"]):
+            model = gr.Dropdown(label="Model", choices=[], visible=False)
+            source = SourceFields()
+            threshold = gr.Dropdown(label="Threshold", choices=[])
+            method = gr.Radio(label="Heat map", choices=list(METHODS), value="none", info="Takes seconds.")
+            start = gr.Button("Classify", variant="primary")
+            stop = gr.Button("Stop", variant="stop", visible=False)
+        with gr.Column():
+            result = html(NOTHING)
+
+    async def load(request: gr.Request) -> Any:
+        try:
+            visitor = await studio.visitor(request)
+            async with studio.client(request) as client:
+                models = await client.models.list()
+            query = query_of(request)
+            update, chosen = model_choices(models, query.get("model"))
+            fields = source.updates(chosen, query, _KEPT, samples=visitor.may("images"))
+            return [gr.skip(), update, *fields, *_of_model(chosen)]
+        except Exception as error:
+            return [problem_of(error), *[gr.skip()] * (len(source.outputs) + 3)]
+
+    async def choose_model(name: str, request: gr.Request) -> Any:
+        visitor = await studio.visitor(request)
+        async with studio.client(request) as client:
+            chosen = await find_model(client, name)
+        return [NOTHING, *source.updates(chosen, {}, _KEPT, samples=visitor.may("images")), *_of_model(chosen)]
+
+    async def run(
+        request: gr.Request, name: str, threshold: str | None, method: str, *values: Any
+    ) -> AsyncIterator[Any]:
+        running, ended = (
+            [gr.update(visible=False), gr.update(visible=True)],
+            [gr.update(visible=True), gr.update(visible=False)],
+        )
+        text = "Classifying the image" if method == "none" else "Classifying the image and computing the heat map"
+        yield markup.progress(text, None), *running
+        try:
+            async with studio.client(request) as client:
+                chosen = await find_model(client, name)
+                image = await picture(client, chosen, values, query_of(request))
+                classified = await client.classifications.create(
+                    image.content,
+                    model=chosen.name,
+                    threshold=threshold or None,
+                    heat_map=None if method == "none" else method,
+                )
+            yield described(image, chosen, classified), *ended
+        except Exception as error:
+            yield problem_of(error), *ended
+
+    async def run_if_named(request: gr.Request, *values: Any) -> AsyncIterator[Any]:
+        """Classify the sample that the address names."""
+        if query_of(request).get("class_name"):
+            async for shown in run(request, *values):
+                yield shown
+
+    def stopped() -> Any:
+        return (
+            markup.empty_state("Stopped", "Press Classify to start again."),
+            gr.update(visible=True),
+            gr.update(visible=False),
+        )
+
+    inputs, outputs = [model, threshold, method, *source.inputs], [result, start, stop]
+    loaded = blocks.load(load, None, [result, model, *source.outputs, threshold, start], **PRIVATE)
+    loaded.then(run_if_named, inputs, outputs, concurrency_limit=None, **PRIVATE)
+    model.input(choose_model, model, [result, *source.outputs, threshold, start], **PRIVATE)
+    running = start.click(run, inputs, outputs, concurrency_limit=None, **PRIVATE)
+    stop.click(stopped, None, outputs, cancels=[running], **PRIVATE)
+
+
+_KEPT = "<p class='ds-muted'>Your image is classified in memory, and not kept.</p>"
+
+
+def _of_model(model: Model) -> list[Any]:
+    """Updates of the thresholds and of the button."""
+    classifier = model.classifier
+    if classifier is None:
+        return [gr.update(choices=[], value=None, info="This model has no classifier."), gr.update(interactive=False)]
+    choices = [
+        (f"{threshold_name(name)} ({value:.3f})", name)
+        for name, value in sorted(classifier.thresholds.items(), key=lambda item: item[1])
+    ]
+    default = "default" if "default" in classifier.thresholds else next(iter(classifier.thresholds), None)
+    return [gr.update(choices=choices, value=default, info=None), gr.update(interactive=True)]
+
+
+def described(image: Picture, model: Model, result: ClassificationsResult) -> str:
+    """Return the classification of an image."""
+    item = result[0]
+    shown = image.shown() if item.heat_map is None else overlay(image, item.heat_map, result.positive_class)
+    side = "at or above" if item.calibrated >= result.threshold.value else "below"
+    name = "the given number" if result.threshold.name is None else threshold_name(result.threshold.name).lower()
+    rows = [
+        ("Before calibration", f"{item.probability:.3f}"),
+        (
+            "Classifier",
+            f"{escape((model.classifier.architecture if model.classifier else '') or '')} "
+            f"{markup.short_digest(result.model.classifier)}",
+        ),
+    ]
+    return (
+        f'<div class="ds-panel ds-section"><div class="ds-pair"><div>{shown}</div><div class="ds-grow">'
+        f'<div class="ds-verdict"><b>Counted as {escape(item.class_name)}</b><p>The calibrated probability of '
+        f"{escape(result.positive_class)} is {item.calibrated:.3f}, {side} the threshold {result.threshold.value:.3f} "
+        f"({escape(name)}).</p></div>{probability(model, result)}{markup.facts(rows)}"
+        f'<p class="ds-muted">{escape(result.notice)}</p></div></div></div>'
+    )
+
+
+def overlay(image: Picture, heat_map: HeatMap, positive_class: str) -> str:
+    """Return an image with a heat map above it, whose opacity can be chosen."""
+    colours = Image.open(io.BytesIO(heat_map.content)).convert("RGB")
+    side = DETAIL_PIXELS
+    below = ImageOps.fit(opened(image.content), (side, side), Image.Resampling.LANCZOS)
+    above = colours.resize((side, side), Image.Resampling.LANCZOS)
+    urls = [markup.data_url(png(each), "image/png") for each in (below, above)]
+    name = {"xrai": "XRAI", "integrated-gradients": "Integrated gradients"}.get(heat_map.method, heat_map.method)
+    return (
+        f'<figure class="ds-figure ds-overlay"><div class="ds-stack" style="width:{side}px;height:{side}px">'
+        f'<img src="{urls[0]}" width="{side}" height="{side}" alt="{escape(image.words)}">'
+        f'<img src="{urls[1]}" width="{side}" height="{side}" alt="Heat map: parts for and against {escape(positive_class)}"></div>'
+        f'<figcaption><label class="ds-opacity">Heat map <input type="range" min="0" max="100" value="70" data-ds-opacity>'
+        f"<output>70 %</output></label>"
+        f'<span class="ds-legend"><i class="ds-for"></i>for {escape(positive_class)} <i class="ds-against"></i>against</span>'
+        f"<span>{escape(name)}. The centred square, enlarged (Lanczos). Full colour: {heat_map.scale:.2g} logits for each 1 % of the "
+        "area.</span></figcaption></figure>"
+    )

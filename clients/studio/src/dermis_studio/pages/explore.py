@@ -1,0 +1,367 @@
+"""The page Explore: an image along directions of the latent space, live."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import gradio as gr
+from dermis_client import AsyncDermisClient, Direction, EditedImage, Model
+from PIL import Image
+
+from dermis_studio import markup, snippets
+from dermis_studio.samples import SampleRef, enlarged, find_model, options, png
+from dermis_studio.studio import (
+    PRIVATE,
+    Studio,
+    heading,
+    html,
+    model_choices,
+    problem_of,
+    query_of,
+    shows_problems,
+    whole,
+)
+
+SLIDERS = 7  # edits of one request
+MAX_STRENGTH = 4.0
+SAMPLE, PROJECTION = "sample", "projection"
+OWN, COARSE, MIDDLE, FINE, CUSTOM = "own", "coarse", "middle", "fine", "custom"
+LAYERS = (("Its own", OWN), ("Coarse", COARSE), ("Middle", MIDDLE), ("Fine", FINE), ("Range", CUSTOM))
+_KINDS = {"sefa": "SeFa", "ganspace": "GANSpace", "hyperplane": "attribute", "class-means": "between classes"}
+# Directions with a meaning come first.
+_ORDER = {"class-means": 0, "hyperplane": 1, "ganspace": 2, "sefa": 3}
+
+
+@dataclass(frozen=True)
+class Start:
+    """The image that is edited: a sample or a projection.
+
+    Attributes:
+        model: Name of the model.
+        sample: The sample, if it is one.
+        projection: Id of the projection, and the position of the image in it.
+    """
+
+    model: str
+    sample: SampleRef | None
+    projection: tuple[str, int] | None
+
+    @property
+    def words(self) -> str:
+        """What it is."""
+        if self.sample is not None:
+            return self.sample.words
+        return "projected image"
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of the SDK that name it."""
+        if self.sample is not None:
+            sample = self.sample
+            named: dict[str, Any] = {"samples": [(sample.class_name, sample.seed, sample.index)]}
+            return named | options(self.model, sample.truncation, sample.noise)
+        return {"projections": [self.projection], "model": self.model}
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The fields of the body of /v1/edits that name it."""
+        body = dict(self.arguments)
+        if self.sample is not None:
+            sample = self.sample
+            return body | {"samples": [{"class": sample.class_name, "seed": sample.seed, "index": sample.index}]}
+        assert self.projection is not None
+        return body | {"projections": [{"id": self.projection[0], "image": self.projection[1]}]}
+
+
+def build(studio: Studio, blocks: gr.Blocks) -> None:
+    """Build the page."""
+    heading("Explore", "Move an image along directions of the latent space. Strengths are in standard deviations.")
+    with gr.Row(elem_classes=["ds-work", "ds-wide"]):
+        with gr.Column(elem_classes=["ds-panel", "ds-side"]):
+            model = gr.Dropdown(label="Model", choices=[], visible=False)
+            kind = gr.Radio(label="Start from", choices=[("Sample", SAMPLE), ("Projection", PROJECTION)], value=SAMPLE)
+            with gr.Column(elem_classes=["ds-fields"]) as of_sample:
+                class_name = gr.Dropdown(label="Class", choices=[])
+                with gr.Row():
+                    seed = gr.Number(label="Seed", value=0, precision=0, minimum=0, min_width=80)
+                    index = gr.Number(label="Index", value=0, precision=0, minimum=0, min_width=80)
+            with gr.Column(elem_classes=["ds-fields"], visible=False) as of_projection:
+                projection = gr.Textbox(label="Id of the projection", info="The page Project shows it.", max_length=40)
+            chosen_names = gr.Dropdown(
+                label="Directions", choices=[], multiselect=True, max_choices=SLIDERS, info=f"Up to {SLIDERS} at once."
+            )
+            sliders = [
+                gr.Slider(-MAX_STRENGTH, MAX_STRENGTH, value=0, step=0.1, label="Direction", visible=False, buttons=[])
+                for _ in range(SLIDERS)
+            ]
+            reset = gr.Button("Set all to 0", size="sm")
+            layers = gr.Radio(
+                label="Layers", choices=list(LAYERS), value=OWN, info="Coarse: form. Fine: colour, texture."
+            )
+            with gr.Row(visible=False) as ranged:
+                first = gr.Number(label="First layer", value=0, precision=0, minimum=0, min_width=80)
+                last = gr.Number(label="End (not included)", value=4, precision=0, minimum=1, min_width=80)
+        with gr.Column(elem_classes=["ds-section"]):
+            with gr.Row(elem_classes=["ds-panel", "ds-before-after"]):
+                before = html(markup.progress("Loading the directions", None))
+                after = html()
+            about = html()
+            with gr.Column(elem_classes=["ds-panel"]):
+                html("<h2>Strip</h2>")
+                with gr.Row(elem_classes=["ds-strip-fields"]):
+                    swept = gr.Dropdown(label="Direction", choices=[], min_width=160)
+                    reach = gr.Slider(
+                        0.5, MAX_STRENGTH, value=3, step=0.5, label="Strengths up to", buttons=[], min_width=160
+                    )
+                    steps = gr.Slider(3, 11, value=7, step=2, label="Images", buttons=[], min_width=160)
+                    make = gr.Button("Make strip", min_width=120)
+                strip = html()
+
+    start_fields = [model, kind, class_name, seed, index, projection]
+    edit_fields = [layers, first, last, chosen_names, *sliders]
+
+    async def load(request: gr.Request) -> Any:
+        try:
+            async with studio.client(request) as client:
+                models = await client.models.list()
+                query = query_of(request)
+                update, chosen = model_choices(models, query.get("model"))
+                directions = await client.edits.directions(chosen.name)
+        except Exception as error:
+            return [problem_of(error), *[gr.skip()] * (9 + SLIDERS)]
+        source = PROJECTION if query.get("projection") else SAMPLE
+        asked = query.get("class_name")
+        classes = chosen.classes
+        return [
+            gr.skip(),
+            update,
+            source,
+            gr.update(visible=source == SAMPLE),
+            gr.update(visible=source == PROJECTION),
+            gr.update(choices=classes, value=asked if asked in classes else (classes[0] if classes else None)),
+            whole(query.get("seed")),
+            whole(query.get("index")),
+            query.get("projection", ""),
+            *direction_updates(directions),
+        ]
+
+    async def choose_model(name: str, request: gr.Request) -> Any:
+        async with studio.client(request) as client:
+            chosen = await find_model(client, name)
+            directions = await client.edits.directions(chosen.name)
+        value = chosen.classes[0] if chosen.classes else None
+        return [gr.update(choices=chosen.classes, value=value), *direction_updates(directions)]
+
+    def start_of(request: gr.Request, values: Sequence[Any]) -> Start:
+        name, source, class_name, seed, index, projection = values
+        query = query_of(request)
+        if source == PROJECTION:
+            if not projection:
+                raise ValueError("enter the id of a projection; the page Project makes one")
+            return Start(name, None, (projection.strip(), 0))
+        if not class_name:
+            raise ValueError("choose a class")
+        sample = SampleRef(name, class_name, int(seed or 0), int(index or 0))
+        named = SampleRef.parse(query)
+        if named is not None and (named.class_name, named.seed, named.index) == (class_name, sample.seed, sample.index):
+            sample = SampleRef(name, class_name, sample.seed, sample.index, named.truncation, named.noise)
+        return Start(name, sample, None)
+
+    @shows_problems(2)
+    async def show_start(request: gr.Request, *values: Any) -> Any:
+        start = start_of(request, values[:6])
+        async with studio.client(request) as client:
+            image = (await client.edits.create(**start.arguments))[0]
+        return shown(image, f"Start: {start.words}.", f"Before: {start.words}"), gr.skip()
+
+    async def show_edit(request: gr.Request, *values: Any) -> AsyncIterator[Any]:
+        try:
+            start = start_of(request, values[:6])
+            visitor = await studio.visitor(request)
+            async with studio.client(request) as client:
+                chosen = await find_model(client, start.model)
+                edits = edits_of(chosen, values[6:])
+                image = (await client.edits.create(**start.arguments, edits=edits or None))[0]
+                picture = shown(
+                    image, "Edited." if edits else "Not edited: all strengths are 0.", f"After: {start.words}, edited"
+                )
+                yield picture, gr.skip()
+                words = ""
+                if chosen.classifier is not None and visitor.may("classify"):
+                    words = await probability_words(client, chosen, image)
+            body = start.body | ({"edits": edits} if edits else {})
+            address = studio.shown_address(request)
+            arguments = start.arguments | ({"edits": edits} if edits else {})
+            code = markup.code_block(
+                "curl", snippets.curl(address, "/v1/edits", body, with_key=visitor.key is not None)
+            ) + markup.code_block(
+                "Python", snippets.python(address, "edits.create", arguments, 'result.save("edited")')
+            )
+            yield gr.skip(), f'{words}<details class="ds-more"><summary>Copy as code</summary>{code}</details>'
+        except Exception as error:
+            yield problem_of(error), gr.skip()
+
+    @shows_problems()
+    async def make_strip(request: gr.Request, *values: Any) -> str:
+        direction, reach, steps = values[-3:]
+        start = start_of(request, values[:6])
+        if not direction:
+            raise ValueError("choose a direction")
+        async with studio.client(request) as client:
+            chosen = await find_model(client, start.model)
+            others = [edit for edit in edits_of(chosen, values[6:-3]) if edit["direction"] != direction]
+            count = int(steps)
+            strengths = [round(reach * (2 * position / (count - 1) - 1), 3) for position in range(count)]
+            sweep = {"direction": direction, "strengths": strengths}
+            layer_range = layers_of(chosen, *values[6:9])
+            if layer_range is not None:
+                sweep["layers"] = list(layer_range)
+            images = await client.edits.create(**start.arguments, edits=others or None, sweep=sweep)
+        return strip_of(list(images), direction)
+
+    fields = [
+        before,
+        model,
+        kind,
+        of_sample,
+        of_projection,
+        class_name,
+        seed,
+        index,
+        projection,
+        chosen_names,
+        *sliders,
+    ]
+    loaded = blocks.load(load, None, fields, **PRIVATE)
+    edits = {"concurrency_limit": None, "trigger_mode": "always_last", **PRIVATE}
+    everything = [*start_fields, *edit_fields]
+    loaded.then(show_start, start_fields, [before, after], **PRIVATE).then(
+        show_edit, everything, [after, about], **edits
+    )
+    chosen_names.change(
+        lambda names: gr.update(choices=names, value=names[0] if names else None), chosen_names, swept, **PRIVATE
+    )
+    kind.input(
+        lambda source: (gr.update(visible=source == SAMPLE), gr.update(visible=source == PROJECTION)),
+        kind,
+        [of_sample, of_projection],
+        **PRIVATE,
+    )
+    changed = [class_name.input, seed.input, index.input, projection.submit, projection.blur]
+    gr.on(changed, show_start, start_fields, [before, after], trigger_mode="always_last", **PRIVATE).then(
+        show_edit, everything, [after, about], **edits
+    )
+    model.input(choose_model, model, [class_name, chosen_names, *sliders], **PRIVATE).then(
+        show_start, start_fields, [before, after], **PRIVATE
+    ).then(show_edit, everything, [after, about], **edits)
+    chosen_names.input(name_sliders, [chosen_names], sliders, **PRIVATE).then(
+        show_edit, everything, [after, about], **edits
+    )
+    gr.on(
+        [*(slider.input for slider in sliders), layers.input, first.input, last.input],
+        show_edit,
+        everything,
+        [after, about],
+        **edits,
+    )
+    layers.change(lambda value: gr.update(visible=value == CUSTOM), layers, ranged, **PRIVATE)
+    reset.click(lambda: [0] * SLIDERS, None, sliders, **PRIVATE).then(show_edit, everything, [after, about], **edits)
+    make.click(make_strip, [*everything, swept, reach, steps], strip, **PRIVATE)
+
+
+def direction_updates(directions: Sequence[Direction]) -> list[Any]:
+    """Return updates of the choice of directions and of the sliders."""
+    ordered = sorted(directions, key=lambda each: _ORDER.get(each.method, 9))
+    choices = [(words_of(each), each.name) for each in ordered]
+    names = [each.name for each in ordered[: min(5, SLIDERS)]]
+    return [gr.update(choices=choices, value=names), *name_sliders(names)]
+
+
+def name_sliders(names: Sequence[str]) -> list[Any]:
+    """Return updates of the sliders for the chosen directions."""
+    shown = [gr.update(label=name, value=0, visible=True) for name in names[:SLIDERS]]
+    return shown + [gr.update(value=0, visible=False)] * (SLIDERS - len(shown))
+
+
+def words_of(direction: Direction) -> str:
+    """Return a direction in words."""
+    return f"{direction.name} ({_KINDS.get(direction.method, direction.method)})"
+
+
+def layers_of(model: Model, layers: str, first: float | None, last: float | None) -> tuple[int, int] | None:
+    """Return the layers that edits change: the first, and the last + 1; None for those of each direction.
+
+    Raises:
+        ValueError: The range is empty.
+    """
+    count = model.num_ws or 0
+    if layers == OWN or not count:
+        return None
+    if layers == CUSTOM:
+        begin, end = int(first or 0), int(last or 0)
+        if not 0 <= begin < end <= count:
+            raise ValueError(f"the layers must be a range within 0 and {count}")
+        return begin, end
+    thirds = (0, round(count / 3), round(2 * count / 3), count)
+    position = (COARSE, MIDDLE, FINE).index(layers)
+    return thirds[position], thirds[position + 1]
+
+
+def edits_of(model: Model, values: Sequence[Any]) -> list[dict[str, Any]]:
+    """Return the edits that the fields ask for.
+
+    Args:
+        model: The model.
+        values: Layers, first and last layer, the chosen directions, and the strengths.
+    """
+    layers, first, last, names, *strengths = values
+    layer_range = layers_of(model, layers, first, last)
+    result: list[dict[str, Any]] = []
+    for name, strength in zip(names or [], strengths, strict=False):
+        if strength:
+            edit: dict[str, Any] = {"direction": name, "strength": float(strength)}
+            result.append(edit if layer_range is None else edit | {"layers": list(layer_range)})
+    return result
+
+
+def shown(image: EditedImage, caption: str, alt: str) -> str:
+    """Return one image."""
+    return enlarged(image.content, image.media_type, alt, escape(caption))
+
+
+async def probability_words(client: AsyncDermisClient, model: Model, image: EditedImage) -> str:
+    """Return the probability of the edited image in a line."""
+    result = await client.classifications.create(image.content, model=model.name)
+    return (
+        f'<p class="ds-line">Calibrated probability of {escape(result.positive_class)} for the edited image: '
+        f"<b>{result[0].calibrated:.3f}</b> (threshold {result.threshold.value:.3f}). Not a diagnosis.</p>"
+    )
+
+
+def strip_of(images: Sequence[EditedImage], direction: str) -> str:
+    """Return the images of a sweep beside each other, with links to a strip and a film."""
+    pictures = [image.image for image in images]
+    cells = "".join(
+        f'<figure><img class="ds-pixels" src="{markup.data_url(image.content, image.media_type)}" width="{picture.width}" '
+        f'height="{picture.height}" alt="{escape(direction)} {image.strength:+.2f}"><figcaption>{image.strength:+.2f}</figcaption>'
+        "</figure>"
+        for image, picture in zip(images, pictures, strict=True)
+    )
+    width, height = pictures[0].size
+    sheet = Image.new("RGB", ((width + 2) * len(pictures) - 2, height), "white")
+    for position, picture in enumerate(pictures):
+        sheet.paste(picture, (position * (width + 2), 0))
+    film = io.BytesIO()
+    there_and_back = [*pictures, *pictures[-2:0:-1]]
+    there_and_back[0].save(film, "GIF", save_all=True, append_images=there_and_back[1:], duration=140, loop=0)
+    name = escape(direction)
+    return (
+        f'<div class="ds-strip" tabindex="0" role="group" aria-label="Strip of {name}">{cells}</div>'
+        f'<p class="ds-muted">{width} x {height} px, shown 1:1.</p><div class="ds-actions">'
+        f'<a class="ds-button" download="{name}.png" href="{markup.data_url(png(sheet), "image/png")}">Save strip (PNG)</a>'
+        f'<a class="ds-button" download="{name}.gif" href="{markup.data_url(film.getvalue(), "image/gif")}">Save film (GIF)</a></div>'
+    )

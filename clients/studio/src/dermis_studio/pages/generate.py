@@ -1,0 +1,224 @@
+"""The page Generate: a few images, and what is known about each of them."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import AsyncIterator
+from dataclasses import asdict
+from html import escape
+from typing import Any
+
+import gradio as gr
+from dermis_client import AsyncDermisClient, GeneratedImage, Model
+
+from dermis_studio import markup, snippets
+from dermis_studio.access import Visitor
+from dermis_studio.samples import (
+    NOISE,
+    SampleRef,
+    enlarged,
+    find_model,
+    generate_one,
+    measured,
+    options,
+    tile_image,
+)
+from dermis_studio.studio import PRIVATE, Studio, heading, html, model_choices, problem_of, query_of, shows_problems
+
+MAX_IMAGES = 64
+CHUNK = 4  # images of one call, so that the grid fills while images arrive
+ALL = "All classes"
+NOT_CHOSEN = markup.empty_state("No image selected", "Select an image of the grid to see what is known about it.")
+NOTHING = markup.empty_state("No images yet", "Choose a class and a number of images, then press Generate.")
+# What the browser sends when a tile is chosen.
+_ON_LOAD = """
+element.addEventListener('click', (event) => {
+  const tile = event.target.closest('[data-sample]');
+  if (tile) trigger('select', JSON.parse(tile.dataset.sample));
+});
+"""
+
+
+def build(studio: Studio, blocks: gr.Blocks) -> None:
+    """Build the page."""
+    heading(
+        "Generate images",
+        "Synthetic dermoscopy, made while you wait. The same seed and options give the same images again.",
+    )
+    with gr.Row(elem_classes=["ds-work", "ds-three"]):
+        with gr.Column(elem_classes=["ds-panel", "ds-side"]):
+            model = gr.Dropdown(label="Model", choices=[], visible=False)
+            class_name = gr.Radio(label="Class", choices=[ALL], value=ALL)
+            count = gr.Slider(1, MAX_IMAGES, value=16, step=1, label="Number of images", buttons=[])
+            seed = gr.Number(label="Seed", value=0, precision=0, minimum=0, info="Another seed gives other images.")
+            new_seed = gr.Button("Draw a new seed", size="sm")
+            truncation = gr.Slider(
+                0.0, 1.5, value=1.0, step=0.05, label="Truncation", info="Lower: more typical, less varied.", buttons=[]
+            )
+            noise = gr.Radio(
+                label="Noise",
+                choices=[(words.capitalize(), mode) for mode, words in NOISE.items()],
+                value="random",
+                info="Fine texture that is drawn for each image.",
+            )
+            start = gr.Button("Generate", variant="primary")
+            stop = gr.Button("Stop", variant="stop", visible=False)
+        with gr.Column():
+            status = html()
+            grid = html(NOTHING, js_on_load=_ON_LOAD)
+        with gr.Column(elem_classes=["ds-panel", "ds-detail"]):
+            detail = html(NOT_CHOSEN)
+
+    @shows_problems(3)
+    async def load(request: gr.Request) -> Any:
+        async with studio.client(request) as client:
+            models = await client.models.list()
+        query = query_of(request)
+        update, chosen = model_choices(models, query.get("model"))
+        return "", update, class_update(chosen, query.get("class_name"))
+
+    async def choose_model(name: str, request: gr.Request) -> Any:
+        async with studio.client(request) as client:
+            return class_update(await find_model(client, name), None)
+
+    async def generate(
+        model: str | None,
+        class_name: str,
+        count: float,
+        seed: float | None,
+        truncation: float,
+        noise: str,
+        request: gr.Request,
+    ) -> AsyncIterator[Any]:
+        tiles, total = "", int(count)
+        running, ended = (
+            (gr.update(visible=False), gr.update(visible=True)),
+            (gr.update(visible=True), gr.update(visible=False)),
+        )
+        yield markup.progress(f"Generating {total} images", 0.0), '<div class="ds-grid">', *running
+        try:
+            async with studio.client(request) as client:
+                chosen = await find_model(client, model)
+                classes = shares(total, chosen.classes if class_name == ALL else [class_name])
+                async for images in arriving(client, chosen, classes, int(seed or 0), truncation, noise):
+                    tiles += "".join([tile(image, chosen.name, truncation, noise) for image in images])
+                    done = tiles.count("<button")
+                    text = f"{done} of {total} images"
+                    yield markup.progress(text, done / total), f'<div class="ds-grid">{tiles}', *running
+            note = f"{total} images of {size_words(chosen)}."
+            yield f'<p class="ds-muted" role="status">{escape(note)}</p>', gr.skip(), *ended
+        except Exception as error:
+            yield problem_of(error), gr.skip() if tiles else NOTHING, *ended
+
+    def stopped() -> Any:
+        return '<p class="ds-muted" role="status">Stopped.</p>', gr.update(visible=True), gr.update(visible=False)
+
+    @shows_problems()
+    async def show(event: gr.EventData, request: gr.Request) -> str:
+        sample = SampleRef.parse(event._data if isinstance(event._data, dict) else {})
+        if sample is None:
+            return NOT_CHOSEN
+        visitor = await studio.visitor(request)
+        async with studio.client(request) as client:
+            chosen = await find_model(client, sample.model)
+            image = await generate_one(client, sample)
+            about = await measured(client, visitor, chosen, sample, image)
+        return described(image, sample, chosen, about, visitor, studio.shown_address(request))
+
+    blocks.load(load, None, [status, model, class_name], **PRIVATE)
+    model.input(choose_model, model, class_name, **PRIVATE)
+    new_seed.click(lambda: secrets.randbelow(10**6), None, seed, **PRIVATE)
+    inputs = [model, class_name, count, seed, truncation, noise]
+    running = gr.on(
+        [start.click, seed.submit], generate, inputs, [status, grid, start, stop], concurrency_limit=None, **PRIVATE
+    )
+    stop.click(stopped, None, [status, start, stop], cancels=[running], **PRIVATE)
+    grid.select(show, None, detail, concurrency_limit=None, trigger_mode="always_last", **PRIVATE)
+
+
+def class_update(model: Model, chosen: str | None) -> Any:
+    """Return an update of the choice of the class."""
+    choices = [ALL, *model.classes] if len(model.classes) > 1 else list(model.classes)
+    return gr.update(choices=choices, value=chosen if chosen in choices else choices[0])
+
+
+def shares(total: int, classes: list[str]) -> dict[str, int]:
+    """Divide a number of images equally among classes; the first ones get those that remain."""
+    each, more = divmod(total, len(classes))
+    counts = {name: each + (position < more) for position, name in enumerate(classes)}
+    return {name: count for name, count in counts.items() if count}
+
+
+async def arriving(
+    client: AsyncDermisClient, model: Model, classes: dict[str, int], seed: int, truncation: float, noise: str
+) -> AsyncIterator[list[GeneratedImage]]:
+    """Generate images in calls of a few each: those that one call for all of them would return, in the same order."""
+    index = 0
+    for name, count in classes.items():
+        for offset in range(0, count, CHUNK):
+            part = min(CHUNK, count - offset)
+            result = await client.images.generate(
+                {name: part},
+                seed=seed,
+                start_index=index,
+                model=model.name,
+                truncation_psi=truncation,
+                noise_mode=noise,
+                image_format="png",
+            )
+            yield list(result)
+            index += part
+
+
+def tile(image: GeneratedImage, model: str, truncation: float, noise: str) -> str:
+    """Return the tile of an image, which can be chosen."""
+    sample = SampleRef(model, image.class_name, image.seed, image.index, truncation, noise)
+    url, side = tile_image(image)
+    return (
+        f'<button type="button" class="ds-tile" aria-pressed="false" data-sample="{markup.attribute(asdict(sample))}" '
+        f'aria-label="{escape(sample.words)}: show what is known"><img src="{url}" width="{side}" height="{side}" alt="">'
+        f'<span class="ds-tag" aria-hidden="true">{escape(image.class_name)}</span></button>'
+    )
+
+
+def size_words(model: Model) -> str:
+    """Return the size of the images of a model, and how they are shown."""
+    resolution = model.resolution or 0
+    how = "shown 1:1" if resolution <= 160 else "shown at 128 px (Lanczos); select one to see all of its pixels"
+    return f"{resolution} x {resolution} px, {how}"
+
+
+def described(
+    image: GeneratedImage, sample: SampleRef, model: Model, about: str, visitor: Visitor, address: str
+) -> str:
+    """Return everything about one image."""
+    picture = enlarged(image.content, image.media_type, f"Generated image: {sample.words}", "")
+    starts = "".join(
+        f'<a class="ds-button" href="{path}?{escape(sample.query)}">{name}</a>'
+        for path, name, scopes in (
+            ("explore", "Explore", ("edits",)),
+            ("authenticity", "Authenticity", ("authenticity:generated",)),
+            ("classify", "Classify", ("classify",)),
+            ("datasets", "Dataset", ("datasets:write",)),
+        )
+        if visitor.may(*scopes)
+    )
+    rows = [
+        ("Class", escape(sample.class_name)),
+        ("Seed, index", f"{sample.seed}, {sample.index}"),
+        ("Truncation", f"{sample.truncation:g}"),
+        ("Noise", escape(NOISE.get(sample.noise, sample.noise))),
+        ("Model", f"{escape(model.name)} {markup.short_digest(model.digest)}"),
+        ("SHA-256", markup.short_digest(image.sha256)),
+    ]
+    arguments = {"classes": {sample.class_name: 1}, "seed": sample.seed, "start_index": sample.index}
+    arguments |= options(sample.model, sample.truncation, sample.noise)
+    code = markup.code_block(
+        "curl", snippets.curl(address, "/v1/images", sample.body, with_key=visitor.key is not None)
+    ) + markup.code_block("Python", snippets.python(address, "images.generate", arguments, 'result.save("lesions")'))
+    return (
+        f"<h2>{escape(sample.class_name)}, index {sample.index}</h2>{picture}{markup.facts(rows)}{about}"
+        f'<h3>Use as start</h3><div class="ds-actions">{starts}'
+        f'<a class="ds-button" download="{escape(image.file_name)}" href="{markup.data_url(image.content, image.media_type)}">'
+        f'Save PNG</a></div><details class="ds-more"><summary>Copy as code</summary>{code}</details>'
+    )

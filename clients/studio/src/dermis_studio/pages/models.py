@@ -1,0 +1,147 @@
+"""The page Models: what each model is, how it was measured, and what it must not be used for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from html import escape
+from typing import Any
+
+import gradio as gr
+from dermis_client import Model
+
+from dermis_studio import markup
+from dermis_studio.scales import threshold_name
+from dermis_studio.studio import PRIVATE, Studio, heading, html, model_choices, query_of, shows_problems
+
+
+def build(studio: Studio, blocks: gr.Blocks) -> None:
+    """Build the page."""
+    heading("Models", "Where a model comes from, how it was measured, and its limits.")
+    with gr.Row(elem_classes=["ds-work"]):
+        with gr.Column(elem_classes=["ds-panel", "ds-side"]):
+            model = gr.Dropdown(label="Model", choices=[], visible=False)
+            short = html(markup.progress("Loading the models", None))
+        with gr.Column():
+            numbers = html(elem_classes=["ds-section"])
+            html('<div class="ds-section"><h2>Model card</h2></div>')
+            card = gr.Markdown(elem_classes=["ds-panel", "ds-card-text"], sanitize_html=True)
+
+    @shows_problems(4)
+    async def load(request: gr.Request) -> Any:
+        async with studio.client(request) as client:
+            models = await client.models.list()
+            update, chosen = model_choices(models, query_of(request).get("model"))
+            whole = await client.models.retrieve(chosen.name)
+        return summary(whole), measured(whole), text_of(whole), update
+
+    @shows_problems(3)
+    async def choose(name: str, request: gr.Request) -> Any:
+        async with studio.client(request) as client:
+            whole = await client.models.retrieve(name)
+        return summary(whole), measured(whole), text_of(whole)
+
+    blocks.load(load, None, [short, numbers, card, model], **PRIVATE)
+    model.input(choose, model, [short, numbers, card], **PRIVATE)
+
+
+def text_of(model: Model) -> str:
+    """Return the card without its title and its pictures, which are files of the bundle."""
+    text = re.sub(r"^# .*\n", "", model.card or "The model has no card.", count=1)
+    return re.sub(r"!\[[^\]]*\]\([^)]*\)\n*", "", text)
+
+
+def summary(model: Model) -> str:
+    """Return what a model is, and where it comes from."""
+    rows = [
+        ("Classes", escape(", ".join(model.classes))),
+        ("Resolution", f"{model.resolution} x {model.resolution} px"),
+        ("Trained with", f"{model.kimg:,.1f} thousand images shown" if model.kimg else "not known"),
+        ("Licence", escape(model.licence or "not stated")),
+        ("Digest", markup.short_digest(model.digest)),
+        ("Latents", f"z {model.z_dim}, w {model.w_dim}, {model.num_ws} layers"),
+        ("Directions", f"{len(model.directions)}"),
+    ]
+    index, classifier = model.authenticity, model.classifier
+    if index is not None:
+        rows.append(
+            (
+                "Training index",
+                f"{int(index.get('vectors', 0)):,} images {markup.short_digest(str(index.get('digest', '')))}",
+            )
+        )
+    if classifier is not None:
+        rows.append(("Classifier", f"{escape(classifier.architecture or '')} {markup.short_digest(classifier.digest)}"))
+    credit = f'<h3>Attribution</h3><p class="ds-muted">{escape(model.attribution)}</p>' if model.attribution else ""
+    return f"<h2>{escape(model.name)}</h2>{markup.facts(rows)}{credit}"
+
+
+def measured(model: Model) -> str:
+    """Return the numbers of generator and classifier with their intervals."""
+    parts = []
+    for name, space in sorted(_mapping(model.metrics.get("spaces")).items()):
+        rows = []
+        for words, key in (
+            ("Generated, compared with held-out images", "generated_holdout"),
+            ("Training images in their place (reference)", "training_holdout"),
+            ("Generated, compared with training images", "generated_training"),
+        ):
+            numbers = _mapping(_mapping(space).get(key))
+            if numbers:
+                rows.append(
+                    (
+                        words,
+                        _with_interval(numbers, "fd"),
+                        *(
+                            markup.number(float(numbers[k])) if k in numbers else ""
+                            for k in ("precision", "recall", "coverage")
+                        ),
+                    )
+                )
+        if rows:
+            head = ("", "FD [95 %]", "Precision", "Recall", "Coverage")
+            parts.append(markup.table(head, rows, f"Images, feature space {name}"))
+    at = _mapping(
+        _mapping(_mapping(model.classifier.metrics if model.classifier else {}).get("test")).get("at_thresholds")
+    )
+    rows = [
+        (
+            escape(threshold_name(name)),
+            *(_range(_mapping(values).get(key)) for key in ("sensitivity", "specificity", "balanced_accuracy")),
+        )
+        for name, values in at.items()
+    ]
+    if rows:
+        head = ("Threshold", "Sensitivity [95 %]", "Specificity [95 %]", "Balanced accuracy [95 %]")
+        parts.append(markup.table(head, rows, "Classifier, on held-out images of other patients"))
+    if not parts:
+        return markup.empty_state("Not measured", "The model has no numbers. Its card may say more.")
+    note = (
+        '<p class="ds-muted">FD is the Fréchet distance of features: lower is better, and the reference shows what real images '
+        "score. Numbers of different feature spaces cannot be compared.</p>"
+    )
+    return f'<div class="ds-panel">{"".join(parts)}{note}</div>'
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _with_interval(numbers: Mapping[str, Any], key: str) -> str:
+    value, interval = numbers.get(key), numbers.get(f"{key}_interval")
+    if not isinstance(value, int | float):
+        return ""
+    shown = markup.number(float(value), 4)
+    if isinstance(interval, list) and len(interval) == 2:
+        shown += f" [{markup.number(float(interval[0]), 4)}, {markup.number(float(interval[1]), 4)}]"
+    return shown
+
+
+def _range(value: Any) -> str:
+    numbers = _mapping(value)
+    if not isinstance(numbers.get("value"), int | float):
+        return ""
+    shown = f"{numbers['value']:.3f}"
+    if isinstance(numbers.get("low"), int | float) and isinstance(numbers.get("high"), int | float):
+        shown += f" [{numbers['low']:.3f}, {numbers['high']:.3f}]"
+    return shown

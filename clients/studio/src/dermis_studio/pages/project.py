@@ -1,0 +1,219 @@
+"""The page Project: the latent whose image is nearest to an image of the visitor."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from html import escape
+from typing import Any
+
+import gradio as gr
+from dermis_client import AsyncDermisClient, Model, ProjectedImage, Projection
+from PIL import Image, ImageOps
+
+from dermis_studio import downloads, markup
+from dermis_studio.access import key_of
+from dermis_studio.pages.dataset_view import when
+from dermis_studio.samples import enlarged, find_model, png
+from dermis_studio.sources import content_of, drop, opened
+from dermis_studio.studio import PRIVATE, Studio, cookies_of, heading, html, model_choices, problem_of, query_of
+
+MOST_PROBABLE = "Most probable"
+NOTHING = markup.empty_state("No projection yet", "Choose an image, then press Project. It takes seconds.")
+KEPT = (
+    '<div class="ds-kept"><h3>What is kept</h3><ul><li>Your image: until the projection has ended.</li>'
+    "<li>The latent and the reconstruction: until you delete them, or until they expire (the result says when).</li>"
+    "<li>File names are not sent. Nobody else sees the projection but your tenant, with its id.</li></ul></div>"
+)
+POLL_SECONDS = 0.7
+# The address names the projection, so that the page can be loaded again.
+_ON_LOAD = """
+element.addEventListener('click', (event) => {
+  const button = event.target.closest('[data-act]');
+  if (button && window.confirm(button.dataset.confirm)) trigger('select', { act: button.dataset.act, id: button.dataset.id });
+});
+watch('value', () => {
+  const named = element.querySelector('[data-address]');
+  if (named) history.replaceState(null, '', named.dataset.address);
+});
+"""
+
+
+def build(studio: Studio, blocks: gr.Blocks) -> None:
+    """Build the page."""
+    heading(
+        "Project an image",
+        "Find the latent whose generated image is nearest to yours. The page Explore can then edit it.",
+    )
+    with gr.Row(elem_classes=["ds-work"]):
+        with gr.Column(elem_classes=["ds-panel", "ds-side"]):
+            html(KEPT)
+            file = drop()
+            model = gr.Dropdown(label="Model", choices=[], visible=False)
+            class_name = gr.Dropdown(label="Class", choices=[MOST_PROBABLE], value=MOST_PROBABLE)
+            schedule = gr.Radio(
+                label="Schedule", choices=[("Fast", "fast"), ("Official, slower", "official")], value="fast"
+            )
+            video = gr.Checkbox(label="Film of the optimisation", value=True)
+            start = gr.Button("Project", variant="primary")
+        with gr.Column():
+            result = html(NOTHING, js_on_load=_ON_LOAD)
+
+    async def load(request: gr.Request) -> Any:
+        try:
+            async with studio.client(request) as client:
+                models = await client.models.list()
+            update, chosen = model_choices(models, query_of(request).get("model"))
+            return gr.skip(), update, class_update(chosen)
+        except Exception as error:
+            return problem_of(error), gr.skip(), gr.skip()
+
+    async def choose_model(name: str, request: gr.Request) -> Any:
+        async with studio.client(request) as client:
+            return class_update(await find_model(client, name))
+
+    async def run(
+        request: gr.Request, file: str | None, name: str, class_name: str, schedule: str, video: bool
+    ) -> AsyncIterator[Any]:
+        yield markup.progress("Sending the image", None)
+        try:
+            content, _ = content_of(file)
+            async with studio.client(request) as client:
+                projection = await client.projections.create(
+                    content,
+                    model=name or None,
+                    schedule=schedule,
+                    class_name=None if class_name == MOST_PROBABLE else class_name,
+                    video=video,
+                )
+                async for shown in followed(studio, client, request, projection, content):
+                    yield shown
+        except Exception as error:
+            yield problem_of(error)
+
+    async def reopen(request: gr.Request) -> AsyncIterator[Any]:
+        """Show the projection that the address names."""
+        projection_id = query_of(request).get("projection")
+        if not projection_id:
+            return
+        try:
+            async with studio.client(request) as client:
+                projection = await client.projections.retrieve(projection_id)
+                async for shown in followed(studio, client, request, projection, None):
+                    yield shown
+        except Exception as error:
+            yield problem_of(error)
+
+    async def act(event: gr.EventData, request: gr.Request) -> Any:
+        message = event._data if isinstance(event._data, dict) else {}
+        try:
+            async with studio.client(request) as client:
+                await client.projections.delete(str(message.get("id")))
+            done = markup.success("The projection, its latent and its images are deleted.")
+            return f'<div data-address="project">{done}</div>', ""
+        except Exception as error:
+            return problem_of(error), gr.skip()
+
+    blocks.load(load, None, [result, model, class_name], **PRIVATE)
+    reopened = blocks.load(reopen, None, result, concurrency_limit=None, **PRIVATE)
+    model.input(choose_model, model, class_name, **PRIVATE)
+    inputs = [file, model, class_name, schedule, video]
+    running = start.click(run, inputs, result, concurrency_limit=None, cancels=[reopened], **PRIVATE)
+    result.select(act, None, [result, file], cancels=[running, reopened], **PRIVATE)
+
+
+def class_update(model: Model) -> Any:
+    """Return an update of the choice of the class."""
+    return gr.update(choices=[MOST_PROBABLE, *model.classes], value=MOST_PROBABLE)
+
+
+async def followed(
+    studio: Studio, client: AsyncDermisClient, request: gr.Request, projection: Projection, content: bytes | None
+) -> AsyncIterator[str]:
+    """Show a projection until it has ended, and then its result.
+
+    Args:
+        studio: The studio.
+        client: The client of the visitor.
+        request: The request of the visitor.
+        projection: The projection.
+        content: The image of the visitor, if it is still there.
+    """
+    while not projection.finished:
+        done = projection.progress
+        text = f"{done.steps_done:,} of {done.steps_total:,} steps"
+        if done.eta_seconds is not None:
+            text += f", {markup.duration(done.eta_seconds)} left"
+        fraction = done.fraction if projection.state == "running" else None
+        waiting = "Waiting for a free projector" if projection.state == "queued" else text
+        yield (
+            f'<div class="ds-panel ds-section">{_top(projection, "Cancel and delete")}{markup.progress(waiting, fraction)}</div>'
+        )
+        await asyncio.sleep(POLL_SECONDS)
+        projection = await client.projections.retrieve(projection.id)
+    if projection.data:
+        yield await described(studio, request, projection, projection.data[0], content)
+    else:
+        error = projection.error
+        title, detail = (
+            ("The projection failed", "The service gave no reason.") if error is None else (error.title, error.detail)
+        )
+        yield (
+            f'<div class="ds-problem" role="alert"><h2>{escape(title)}</h2><p>{escape(detail)}</p>'
+            '<p class="ds-remedy">Choose another image, or try again.</p></div>'
+        )
+
+
+def _top(projection: Projection, words: str) -> str:
+    """The title of a projection and the button that deletes it."""
+    question = "Delete the projection, its latent and its images? This cannot be undone."
+    return (
+        f'<div class="ds-top" data-address="project?projection={escape(projection.id)}"><h2>Projection</h2>'
+        f'<div class="ds-actions"><button type="button" class="ds-button ds-danger" data-act="delete" '
+        f'data-id="{escape(projection.id)}" data-confirm="{question}">{words}</button></div></div>'
+    )
+
+
+async def described(
+    studio: Studio, request: gr.Request, projection: Projection, item: ProjectedImage, content: bytes | None
+) -> str:
+    """Return the reconstruction beside the image, the distances, and what to do with it."""
+    names = {kind: path.rpartition("/")[2] for kind, path in item.files.items()}
+    at = f"projections/{escape(projection.id)}"
+    pictures = ""
+    if content is not None:
+        picture = ImageOps.fit(opened(content), (384, 384), Image.Resampling.LANCZOS)
+        pictures += (
+            f'<figure class="ds-figure"><div><img src="{markup.data_url(png(picture), "image/png")}" width="384" height="384" '
+            'alt="Your image"></div><figcaption>Your image: the centred square, at 384 px (Lanczos).</figcaption></figure>'
+        )
+    if "image" in names:
+        found = await downloads.projection_file(
+            studio.service, key_of(cookies_of(request)), projection.id, names["image"]
+        )
+        pictures += enlarged(found, "image/png", "The generated image that is nearest", "Reconstruction.")
+    film = ""
+    if "video" in names:
+        film = (
+            f'<h3>How the reconstruction converged</h3><figure class="ds-figure ds-film"><img src="{at}/{escape(names["video"])}" '
+            'alt="Film of the optimisation"></figure>'
+        )
+    rows = [
+        ("Distance", f"{item.distance:.3f} ({escape(item.distance_name)})"),
+        ("Pixel error", f"{item.pixel_error:.1f} of 255 (root mean square)"),
+        ("Steps, start", f"{item.steps:,}, {escape(item.start)}"),
+        ("Latent space", escape(item.space)),
+        ("Model", f"{escape(projection.model.name)} {markup.short_digest(projection.model.digest)}"),
+        ("Id", f"<code>{escape(projection.id)}</code>"),
+        ("Expires", escape(when(projection.expires_at))),
+    ]
+    links = f'<a class="ds-button ds-strong" href="explore?projection={escape(projection.id)}">Explore</a>'
+    links += "".join(
+        f'<a class="ds-button" href="{at}/{escape(names[kind])}" download>{words}</a>'
+        for kind, words in (("latents", "Save latent"), ("image", "Save image"), ("video", "Save film"))
+        if kind in names
+    )
+    return (
+        f'<div class="ds-panel ds-section">{_top(projection, "Delete")}<div class="ds-pair">{pictures}</div>'
+        f'<div class="ds-actions">{links}</div>{markup.facts(rows)}{film}</div>'
+    )

@@ -1,0 +1,65 @@
+"""The studio on its own, for a service at another address."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import uvicorn
+from fastapi import FastAPI
+from starlette.responses import RedirectResponse
+
+from dermis_studio.app import create_site
+from dermis_studio.service import Service
+
+PREFIX = "/studio"
+
+
+def create_app(service: Service, hosts: frozenset[str]) -> FastAPI:
+    """Make an application with the studio at /studio, to which / leads."""
+    site = create_site(service, PREFIX, check_origin=True, hosts=hosts)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await site.start()
+        try:
+            yield
+        finally:
+            await site.stop()
+
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.add_route("/", lambda request: RedirectResponse(f"{PREFIX}/"))
+    app.mount("/", _Whole(site))
+    return app
+
+
+class _Whole:
+    """An application that is mounted at / and gets the whole path."""
+
+    def __init__(self, site: object) -> None:
+        self._site = site
+
+    async def __call__(self, scope, receive, send) -> None:  # type: ignore[no-untyped-def]
+        await self._site({**scope, "root_path": ""}, receive, send)  # type: ignore[operator]
+
+
+def run(
+    url: str,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 3080,
+    hosts: frozenset[str] = frozenset(),
+    allow_plain_http: bool = False,
+) -> None:
+    """Run the studio until a signal stops it.
+
+    Args:
+        url: Address of the service.
+        host: Address to listen on.
+        port: Port to listen on.
+        hosts: Host names under which the studio answers, in addition to those of this machine.
+        allow_plain_http: Whether keys may be sent over http:// to another machine.
+    """
+    app = create_app(Service(url, allow_plain_http=allow_plain_http), hosts | {host})
+    print(f"The studio for {url} is at http://{host}:{port}{PREFIX}/ (Ctrl-C stops it)", flush=True)
+    uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=3)

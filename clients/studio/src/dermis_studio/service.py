@@ -1,0 +1,83 @@
+"""How the studio reaches a dermis service: one HTTP client for all visitors, credentials for each call."""
+
+from __future__ import annotations
+
+import ssl
+
+import httpx
+from dermis_client import AsyncDermisClient
+
+from dermis_studio._version import __version__
+
+TIMEOUT_SECONDS = 120.0
+_USER_AGENT = f"dermis-studio/{__version__}"
+
+
+class Service:
+    """A dermis service and the connections to it. Its methods belong on one event loop.
+
+    The studio has no credentials of its own: every call has those of the visitor who caused it, or none.
+
+    Attributes:
+        base_url: Address of the service.
+        own_host: Whether the service is the one that the studio is mounted in; then visitors see it under their own address.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        verify: ssl.SSLContext | bool = True,
+        own_host: bool = False,
+        allow_plain_http: bool = False,
+    ) -> None:
+        """Create it without connecting.
+
+        Args:
+            base_url: Address of the service, such as http://127.0.0.1:3000.
+            verify: How certificates of https are checked: True for the authorities of the system.
+            own_host: Whether the studio is mounted in this service.
+            allow_plain_http: Whether credentials may be sent over http:// to another machine.
+        """
+        self.base_url = base_url.rstrip("/")
+        self.own_host = own_host
+        self._verify = verify
+        self._allow_plain_http = allow_plain_http or own_host
+        self._http: httpx.AsyncClient | None = None
+
+    @property
+    def http(self) -> httpx.AsyncClient:
+        """The HTTP client. It has no credentials, keeps no cookies, and uses no proxy for its own host."""
+        if self._http is None:
+            self._http = httpx.AsyncClient(
+                verify=self._verify,
+                trust_env=not self.own_host,
+                headers={"User-Agent": _USER_AGENT},
+                limits=httpx.Limits(max_connections=200, max_keepalive_connections=20),
+                timeout=TIMEOUT_SECONDS,
+            )
+        return self._http
+
+    def client(self, key: str | None) -> AsyncDermisClient:
+        """Return a client with the credentials of a visitor.
+
+        Args:
+            key: API key or access token; None for a service without access control.
+
+        Raises:
+            dermis_client.InvalidRequestError: The key cannot be sent.
+        """
+        return AsyncDermisClient(
+            self.base_url,
+            api_key=key or "",  # "": never that of the environment
+            allow_plain_http=self._allow_plain_http,
+            timeout=TIMEOUT_SECONDS,
+            max_retries=1,
+            http_client=self.http,
+        )
+
+    async def close(self) -> None:
+        """Close the connections."""
+        if self._http is not None:
+            await self._http.aclose()
+            self._http = None
